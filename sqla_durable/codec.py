@@ -1,0 +1,286 @@
+"""Values on their way to the database and back: JSON, by a function's annotations, with pydantic.
+
+What is returned to a workflow on its first execution is what a replay will read: encoded, brought into the form that
+`jsonb` gives back, and decoded. Nothing here knows about workflows; errors travel in `failure`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, get_args
+
+import pydantic_core
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+from sqla_durable.errors import (
+    ArgumentError,
+    DecodingError,
+    DefinitionError,
+    EncodingError,
+    PayloadTooLargeError,
+)
+
+DEFAULT_LIMIT = 1024 * 1024
+"""The default limit of one payload: 1 MiB of UTF-8 JSON."""
+
+_CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Encodes and decodes values of one annotation.
+
+    Args:
+        what: what the value is, for messages: `result of step 'charge'`.
+        adapter: pydantic's adapter of a tuple of one such value: inside it, the configuration reaches dataclasses.
+        limit: the largest payload in bytes of UTF-8 JSON.
+        native: the annotation says nothing, so only what JSON itself knows is accepted.
+    """
+
+    what: str
+    adapter: TypeAdapter[tuple[Any]]
+    limit: int = DEFAULT_LIMIT
+    native: bool = False
+
+    @classmethod
+    def of(cls, annotation: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> Codec:
+        """Build the codec of an annotation; `Any` admits what JSON itself knows.
+
+        Raises:
+            DefinitionError: pydantic knows no way to and from JSON for it.
+        """
+        return cls(what=what, adapter=_adapter(annotation, what), limit=limit, native=annotation is Any)
+
+    def encode(self, value: object) -> str:
+        """Give the value's JSON text, as `jsonb` will give it back.
+
+        Raises:
+            EncodingError: it does not fit the annotation, or holds NUL, a lone surrogate, NaN or infinity.
+            PayloadTooLargeError: it is larger than the limit.
+        """
+        if self.native:
+            _require_native(value, self.what)
+        try:
+            (plain,) = self.adapter.dump_python((value,), mode="json", warnings="error")
+        except (pydantic_core.PydanticSerializationError, ValueError, RecursionError) as error:
+            raise EncodingError(
+                f"the {self.what} cannot be stored: {_shown(value)} does not fit its annotation. {error}"
+            ) from error
+        return dump(plain, what=self.what, limit=self.limit)
+
+    def check(self, value: object) -> Any:
+        """Give the value if it has the annotated type, without converting anything.
+
+        Raises:
+            pydantic.ValidationError: it has another.
+        """
+        return self.adapter.validate_python((value,), strict=True)[0]
+
+    def decode(self, text: str) -> Any:
+        """Give back the value of a JSON text.
+
+        Raises:
+            DecodingError: it does not fit the annotation.
+        """
+        try:
+            return self.adapter.validate_json(f"[{text}]")[0]
+        except ValidationError as error:
+            raise DecodingError(
+                f"the stored {self.what} does not fit the annotation that the code has now: {_reasons(error)}; "
+                f"stored was {_shown(text)}. Bring back an annotation that reads it, or start a new workflow."
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class ArgumentsCodec:
+    """Encodes the arguments of a workflow by parameter name, and decodes them again."""
+
+    codecs: Mapping[str, Codec]
+    required: frozenset[str]
+    workflow: str
+
+    @classmethod
+    def of(
+        cls,
+        annotations: Mapping[str, Any],
+        *,
+        required: frozenset[str],
+        workflow: str,
+        limit: int = DEFAULT_LIMIT,
+    ) -> ArgumentsCodec:
+        """Build it from the annotations of the parameters; those not `required` have defaults.
+
+        Raises:
+            DefinitionError: pydantic knows no way to and from JSON for one of them.
+        """
+        codecs = {
+            name: Codec.of(annotation, what=f"argument {name!r} of workflow {workflow!r}", limit=limit)
+            for name, annotation in annotations.items()
+        }
+        return cls(codecs=codecs, required=required, workflow=workflow)
+
+    def encode(self, arguments: Mapping[str, object]) -> dict[str, Any]:
+        """Give the JSON object of arguments that fit the annotations.
+
+        Raises:
+            ArgumentError: one does not fit, or is an ORM instance.
+            EncodingError, PayloadTooLargeError: as `Codec.encode`.
+        """
+        encoded = {name: self._encode(name, value) for name, value in arguments.items()}
+        limit = max((codec.limit for codec in self.codecs.values()), default=DEFAULT_LIMIT)
+        refuse_large(sum(map(len, encoded.values())), what=f"input of workflow {self.workflow!r}", limit=limit)
+        return {name: json.loads(text) for name, text in encoded.items()}
+
+    def decode(self, text: str) -> dict[str, Any]:
+        """Give back the arguments by name.
+
+        Raises:
+            DecodingError: they do not fit the annotations, as a row inserted by SQL may not.
+        """
+        stored: dict[str, Any] = json.loads(text)
+        missing, unknown = self.required - stored.keys(), stored.keys() - self.codecs.keys()
+        if missing or unknown:
+            raise DecodingError(
+                f"the stored input of workflow {self.workflow!r} is {_shown(text)}: "
+                f"missing {sorted(missing)}, unknown {sorted(unknown)}. Its parameters are {sorted(self.codecs)}."
+            )
+        return {name: self.codecs[name].decode(json.dumps(value)) for name, value in stored.items()}
+
+    def _encode(self, name: str, value: object) -> str:
+        codec = self.codecs[name]
+        if is_mapped(type(value)):
+            raise ArgumentError(
+                f"{codec.what} is the ORM instance {_shown(value)}: "
+                "pass its primary key and load it in the step that needs it. Nothing was started."
+            )
+        try:
+            return codec.encode(codec.check(value))
+        except ValidationError as error:
+            raise ArgumentError(
+                f"{codec.what} does not fit its annotation: {_reasons(error)}. Nothing was started."
+            ) from error
+
+
+def dump(plain: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> str:
+    """Give the JSON text of JSON values in the form that PostgreSQL's `jsonb` keeps, refusing what it cannot hold.
+
+    Source: PostgreSQL manual, 8.14.1 (no NUL, no lone surrogates, numbers as `numeric`) and 8.14.4 (order of keys).
+    """
+    try:
+        text = json.dumps(_as_jsonb(plain), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise EncodingError(f"the {what} cannot be stored: lone surrogate in {_shown(error.object)}.") from error
+    except (TypeError, ValueError) as error:
+        raise EncodingError(f"the {what} cannot be stored: {error} in {_shown(plain)}.") from error
+    if "\\u0000" in text and _NUL.search(text):
+        raise EncodingError(f"the {what} cannot be stored: PostgreSQL keeps no NUL character, in {_shown(plain)}.")
+    refuse_large(size, what=what, limit=limit)
+    return text
+
+
+def refuse_large(size: int, *, what: str, limit: int) -> None:
+    """Refuse a payload over the limit, both in bytes."""
+    if size > limit:
+        raise PayloadTooLargeError(
+            f"the {what} is {size:,} bytes of JSON, over the limit of {limit:,}. Keep it in a table or a file and "
+            "pass its key, or raise Durable(payload_limit=...).",
+            size=size,
+            limit=limit,
+        )
+
+
+def is_mapped(kind: object) -> bool:
+    """Tell whether a class is mapped by SQLAlchemy's ORM."""
+    return isinstance(kind, type) and hasattr(kind, "__mapper__")
+
+
+def _adapter(annotation: Any, what: str) -> TypeAdapter[Any]:
+    _refuse_mapped(annotation, what)
+    try:
+        return TypeAdapter(tuple[annotation], config=_CONFIG)
+    except (PydanticUserError, NameError, TypeError) as error:
+        raise DefinitionError(
+            f"{what} is annotated {annotation!r}, which cannot be stored as JSON: {error}. "
+            "Annotate it with a dataclass, a pydantic model, or plain values."
+        ) from error
+
+
+def _refuse_mapped(annotation: Any, what: str) -> None:
+    if is_mapped(annotation):
+        raise DefinitionError(
+            f"{what} is annotated with the ORM class {annotation.__name__}: an instance belongs to its session "
+            "and cannot be stored. Pass its primary key and load it in the step that needs it."
+        )
+    for inner in get_args(annotation):
+        _refuse_mapped(inner, what)
+
+
+def _require_native(value: object, what: str) -> None:
+    match value:
+        case None | bool() | int() | float() | str():
+            fits = type(value) in (type(None), bool, int, float, str)
+        case dict():
+            fits = all(type(key) is str for key in value)
+            for inner in value.values():
+                _require_native(inner, what)
+        case list():
+            fits = True
+            for inner in value:
+                _require_native(inner, what)
+        case _:
+            fits = False
+    if not fits:
+        raise EncodingError(
+            f"the {what} has no annotation and is {_shown(value)}, which would come back from JSON as something "
+            f"else. Annotate it, for example with {type(value).__name__!r}."
+        )
+
+
+def _as_jsonb(value: Any) -> Any:
+    match value:
+        case dict():
+            ordered = sorted(value.items(), key=lambda item: _key_order(item[0])) if len(value) > 1 else value.items()
+            return {key: _as_jsonb(inner) for key, inner in ordered}
+        case list() | tuple():
+            return [_as_jsonb(inner) for inner in value]
+        case float():
+            return _as_numeric(value)
+        case _:
+            return value
+
+
+def _key_order(key: str) -> tuple[int, bytes]:
+    encoded = key.encode()
+    return len(encoded), encoded
+
+
+def _as_numeric(value: float) -> float | int:
+    """Give a float as `numeric` prints it: no exponent, so 1e22 reads as an integer, and no negative zero."""
+    if value == 0:
+        return 0.0
+    return int(Decimal(repr(value))) if "e+" in repr(value) else value
+
+
+def _reasons(error: ValidationError) -> str:
+    return "; ".join(
+        f"{_place(each['loc'])}{each['msg']}, got {_shown(each['input'])}" for each in error.errors(include_url=False)
+    )
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    inner = ".".join(map(str, location[1:]))
+    return f"{inner}: " if inner else ""
+
+
+def _shown(value: object, length: int = 200) -> str:
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"<{type(value).__name__} whose repr failed: {error!r}>"
+    return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"

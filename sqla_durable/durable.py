@@ -1,0 +1,284 @@
+"""`Durable`: the decorators that make functions durable, and the registry of an application's workflows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, TypeVar, overload
+
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqla_durable.codec import DEFAULT_LIMIT
+from sqla_durable.functions import (
+    AsyncStepFunction,
+    AsyncTransactionalStep,
+    AsyncWorkflowFunction,
+    StepFunction,
+    TransactionalStep,
+    WorkflowFunction,
+    perform,
+)
+from sqla_durable.registry import Registry, SessionKind, StepDefinition, WorkflowDefinition
+from sqla_durable.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Async = Coroutine[Any, Any, R]
+
+
+class Durable:
+    """The durable functions of an application.
+
+    ```python
+    durable = Durable()
+
+    @durable.step
+    def reserve(session: Session, order_id: int) -> int:
+        order = session.get_one(Order, order_id)
+        ...
+
+    @durable.workflow
+    def checkout(order_id: int) -> int:
+        return reserve(order_id)
+
+    with SessionLocal.begin() as session:
+        workflow = checkout.start(session, order_id)
+    ```
+
+    An ordinary object: a process may have several, for several databases.
+
+    Args:
+        sessionmaker: opens the `Session` of sync steps, and the worker's own statements.
+        async_sessionmaker: the same for `AsyncSession`. A worker needs at least one of the two, here or of its own.
+        payload_limit: the largest input, result or step result in bytes of JSON; 1 MiB by default.
+    """
+
+    def __init__(
+        self,
+        *,
+        sessionmaker: sessionmaker[Session] | None = None,
+        async_sessionmaker: async_sessionmaker[AsyncSession] | None = None,
+        payload_limit: int = DEFAULT_LIMIT,
+    ) -> None:
+        self.sessionmaker = sessionmaker
+        self.async_sessionmaker = async_sessionmaker
+        self.payload_limit = payload_limit
+        self.registry = Registry()
+
+    @overload
+    def workflow(
+        self, fn: Callable[P, Async[R]], /, *, name: str | None = None, queue: str = "default"
+    ) -> AsyncWorkflowFunction[P, R]: ...
+
+    @overload
+    def workflow(
+        self, fn: Callable[P, R], /, *, name: str | None = None, queue: str = "default"
+    ) -> WorkflowFunction[P, R]: ...
+
+    @overload
+    def workflow(self, *, name: str | None = None, queue: str = "default") -> WorkflowDecorator: ...
+
+    def workflow(
+        self, fn: Callable[..., Any] | None = None, /, *, name: str | None = None, queue: str = "default"
+    ) -> AsyncWorkflowFunction[..., Any] | WorkflowFunction[..., Any] | WorkflowDecorator:
+        """Make a function a workflow, as a decorator with or without options.
+
+        Its arguments and its result are stored as JSON by their annotations. It must take the same way on every
+        execution with the same outcomes of its steps: whatever is not so belongs in a step.
+
+        Args:
+            fn: the function, `def` or `async def`.
+            name: the name of its records; by default the function's own.
+            queue: where it is enqueued by default.
+
+        Raises:
+            DefinitionError: the function cannot be a workflow, or another one has the name.
+        """
+        decorator = WorkflowDecorator(self, name=name, queue=queue)
+        return decorator if fn is None else decorator(fn)
+
+    @overload
+    def step(
+        self,
+        fn: Callable[Concatenate[AsyncSession, P], Async[R]],
+        /,
+        *,
+        name: str | None = None,
+        retry: RetryPredicate | None = None,
+        stop: StopPredicate | None = None,
+        wait: WaitFunction | None = None,
+    ) -> AsyncTransactionalStep[P, R]: ...
+
+    @overload
+    def step(
+        self,
+        fn: Callable[Concatenate[Session, P], R],
+        /,
+        *,
+        name: str | None = None,
+        retry: RetryPredicate | None = None,
+        stop: StopPredicate | None = None,
+        wait: WaitFunction | None = None,
+    ) -> TransactionalStep[P, R]: ...
+
+    @overload
+    def step(
+        self,
+        fn: Callable[P, Async[R]],
+        /,
+        *,
+        name: str | None = None,
+        retry: RetryPredicate | None = None,
+        stop: StopPredicate | None = None,
+        wait: WaitFunction | None = None,
+    ) -> AsyncStepFunction[P, R]: ...
+
+    @overload
+    def step(
+        self,
+        fn: Callable[P, R],
+        /,
+        *,
+        name: str | None = None,
+        retry: RetryPredicate | None = None,
+        stop: StopPredicate | None = None,
+        wait: WaitFunction | None = None,
+    ) -> StepFunction[P, R]: ...
+
+    @overload
+    def step(
+        self,
+        *,
+        name: str | None = None,
+        retry: RetryPredicate | None = None,
+        stop: StopPredicate | None = None,
+        wait: WaitFunction | None = None,
+    ) -> StepDecorator: ...
+
+    def step(
+        self,
+        fn: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        retry: RetryPredicate | None = None,
+        stop: StopPredicate | None = None,
+        wait: WaitFunction | None = None,
+    ) -> Any:
+        """Make a function a step, as a decorator with or without options, or at run time of any callable.
+
+        With a first parameter annotated `Session` or `AsyncSession` it is transactional: the session is injected, and
+        the step's writes and its checkpoint commit in one transaction, exactly once. Any other step is plain: its
+        outcome is recorded, its effects happen at least once. Arguments may be anything; only the result is stored.
+
+        Args:
+            fn: the function, `def` or `async def`; or, with a name, a closure or a bound method.
+            name: the step's identity in its workflow, with its occurrence; by default the function's own name.
+            retry: a tenacity predicate: which outcomes call for another try. By default any `Exception`.
+            stop: a tenacity stop: when to give up. By default never, once any of the three is given.
+            wait: a tenacity wait: seconds before the next try. By default exponential with jitter, up to 60 s.
+
+        Raises:
+            DefinitionError: the function cannot be a step, or another one has the name.
+        """
+        decorator = StepDecorator(self, name=name, policy=RetryPolicy.of(retry=retry, stop=stop, wait=wait))
+        return decorator if fn is None else decorator(fn)
+
+
+class WorkflowDecorator:
+    """What `durable.workflow(...)` gives when it has options only."""
+
+    def __init__(self, durable: Durable, *, name: str | None, queue: str) -> None:
+        self._durable = durable
+        self._name = name
+        self._queue = queue
+
+    @overload
+    def __call__(self, fn: Callable[P, Async[R]], /) -> AsyncWorkflowFunction[P, R]: ...
+
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> WorkflowFunction[P, R]: ...
+
+    def __call__(self, fn: Callable[..., Any], /) -> AsyncWorkflowFunction[..., Any] | WorkflowFunction[..., Any]:
+        """Make the function a workflow."""
+        definition = WorkflowDefinition.of(fn, name=self._name, queue=self._queue, limit=self._durable.payload_limit)
+        self._durable.registry.add_workflow(definition)
+        return AsyncWorkflowFunction(definition) if definition.is_async else WorkflowFunction(definition)
+
+
+class StepDecorator:
+    """What `durable.step(...)` gives when it has options only."""
+
+    def __init__(self, durable: Durable, *, name: str | None, policy: RetryPolicy | None) -> None:
+        self._durable = durable
+        self._name = name
+        self._policy = policy
+
+    @overload
+    def __call__(self, fn: Callable[Concatenate[AsyncSession, P], Async[R]], /) -> AsyncTransactionalStep[P, R]: ...
+
+    @overload
+    def __call__(self, fn: Callable[Concatenate[Session, P], R], /) -> TransactionalStep[P, R]: ...
+
+    @overload
+    def __call__(self, fn: Callable[P, Async[R]], /) -> AsyncStepFunction[P, R]: ...
+
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> StepFunction[P, R]: ...
+
+    def __call__(self, fn: Callable[..., Any], /) -> Any:
+        """Make the function a step."""
+        durable = self._durable
+        definition = StepDefinition.of(fn, name=self._name, policy=self._policy, limit=durable.payload_limit)
+        durable.registry.add_step(definition)
+        return _STEP_CLASSES[definition.session, definition.is_async](definition)
+
+
+_STEP_CLASSES: dict[tuple[SessionKind, bool], Callable[[StepDefinition], Any]] = {
+    (SessionKind.NONE, False): StepFunction,
+    (SessionKind.NONE, True): AsyncStepFunction,
+    (SessionKind.SYNC, False): TransactionalStep,
+    (SessionKind.ASYNC, True): AsyncTransactionalStep,
+}
+
+
+@overload
+def run_step(
+    name: str, fn: Callable[Concatenate[AsyncSession, P], Async[R]], /, *args: P.args, **kwargs: P.kwargs
+) -> Async[R]: ...
+
+
+@overload
+def run_step(name: str, fn: Callable[Concatenate[Session, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+
+@overload
+def run_step(name: str, fn: Callable[P, Async[R]], /, *args: P.args, **kwargs: P.kwargs) -> Async[R]: ...
+
+
+@overload
+def run_step(name: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+
+def run_step(name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call any function as a step of the workflow that the code is in, under this name.
+
+    ```python
+    answer = await run_step("ask", client.complete, prompt)
+    ```
+
+    Guarantees what a step of `durable.step` does; outside a workflow it is a plain call. In an `async def` workflow
+    await the call, of a sync function too.
+
+    Args:
+        name: the step's identity in the workflow, with its occurrence.
+        fn: a function, closure or bound method; a first parameter annotated as a session gets it injected.
+        *args: its arguments, which are not stored.
+        **kwargs: the same, by name.
+
+    Raises:
+        DefinitionError: the function cannot be a step.
+        UsageError: another function has the name in this workflow.
+        Exception: the step's own error.
+    """
+    return perform(StepDefinition.of(fn, name=name), None, args, kwargs)

@@ -1,0 +1,256 @@
+"""Every error that this package raises, and the signals that unwind a workflow. Standard library only.
+
+```
+DurableError
+├── DefinitionError               a decorator was given a function that cannot be made durable
+├── UsageError                    an operation was called where it cannot work
+│   ├── StepOutsideWorkflowError      a transactional step without a session and without a workflow
+│   ├── SyncAsyncError                sync where async is needed, or the other way round
+│   ├── SessionError                  a session that is unbound, bound elsewhere, or not PostgreSQL
+│   ├── StepTransactionError          a step committed, rolled back or closed its own session
+│   └── UnfinishedStepError           a workflow returned while a step was not awaited to its end
+├── PayloadError                  a value that cannot travel to the database and back
+│   ├── ArgumentError                 arguments that do not fit a workflow's annotations
+│   ├── EncodingError                 a value that cannot be stored
+│   │   └── PayloadTooLargeError          … because of its size
+│   └── DecodingError                 a stored value that does not fit today's annotations
+├── UnknownWorkflowError          no workflow of that name is registered
+├── WorkflowNotFoundError         no such workflow record is visible
+├── WorkflowRunningError          somebody else holds a live lease on the workflow
+├── AttemptLostError              this execution no longer owns its workflow; nothing more of it commits
+├── ResultTimeoutError            (also TimeoutError) no outcome within the time given
+├── WorkflowError                 the outcome of a workflow that did not succeed
+│   ├── WorkflowFailedError           its own exception type cannot be rebuilt here
+│   ├── WorkflowCancelledError
+│   └── MaxAttemptsError              its workers died too often
+├── StepFailedError               a step's own exception type cannot be rebuilt here
+├── SchemaError                   the tables and this package do not fit together
+│   ├── SchemaMissingError
+│   ├── SchemaOlderError
+│   └── SchemaNewerError
+└── DatabaseUnavailableError      the server cannot be reached
+
+ControlFlow(BaseException)        unwinds a workflow function; never an error of the user's
+├── AttemptLost                   the fence refused a write: another attempt owns the workflow, or it was cancelled
+├── Interrupted                   an executor lost its database in the middle
+└── Released                      the worker is stopping and hands the workflow back
+```
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+
+class DurableError(Exception):
+    """The base of every error of this package."""
+
+
+class DefinitionError(DurableError, TypeError):
+    """A function cannot be registered as a workflow or as a step."""
+
+
+class UsageError(DurableError):
+    """An operation was called where it cannot work."""
+
+
+class StepOutsideWorkflowError(UsageError):
+    """A transactional step was called without a session and outside a workflow."""
+
+
+class SyncAsyncError(UsageError):
+    """Sync code was called where async code is needed, or the other way round."""
+
+
+class SessionError(UsageError):
+    """A session has no engine, or an engine that cannot hold durable workflows."""
+
+
+class StepTransactionError(UsageError):
+    """A step ended the transaction that its checkpoint must share.
+
+    Attributes:
+        step: the key of the step.
+    """
+
+    def __init__(self, message: str, *, step: str) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class UnfinishedStepError(UsageError):
+    """A workflow function returned while steps that it had called were not finished.
+
+    Attributes:
+        steps: the keys of those steps.
+    """
+
+    def __init__(self, message: str, *, steps: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.steps = steps
+
+
+class PayloadError(DurableError):
+    """A value cannot travel to the database and back."""
+
+
+class ArgumentError(PayloadError, TypeError):
+    """The arguments of a workflow do not fit its annotations. Nothing was started."""
+
+
+class EncodingError(PayloadError):
+    """A value cannot be stored as JSON by its annotation."""
+
+
+class PayloadTooLargeError(EncodingError):
+    """A value is larger than the limit.
+
+    Attributes:
+        size: its size in bytes of UTF-8 JSON.
+        limit: the limit in bytes.
+    """
+
+    def __init__(self, message: str, *, size: int, limit: int) -> None:
+        super().__init__(message)
+        self.size = size
+        self.limit = limit
+
+
+class DecodingError(PayloadError):
+    """A stored value does not fit the annotation that today's code has for it."""
+
+
+class UnknownWorkflowError(DurableError, LookupError):
+    """No workflow of this name is registered.
+
+    Attributes:
+        name: the name that was asked for.
+    """
+
+    def __init__(self, message: str, *, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+class _AboutWorkflow(DurableError):
+    """An error about one workflow.
+
+    Attributes:
+        workflow_id: the id of its record.
+    """
+
+    def __init__(self, message: str, *, workflow_id: UUID) -> None:
+        super().__init__(message)
+        self.workflow_id = workflow_id
+
+
+class WorkflowNotFoundError(_AboutWorkflow):
+    """No record of this id is visible: wrong id, wrong database, or its start is not committed yet."""
+
+
+class WorkflowRunningError(_AboutWorkflow):
+    """Another executor or worker is executing the workflow under a live lease."""
+
+
+class AttemptLostError(_AboutWorkflow):
+    """An executor no longer owns the workflow: its lease ran out and another took over, or it was cancelled.
+
+    What was committed before stands and is in the record; nothing of this attempt commits any more.
+    """
+
+
+class ResultTimeoutError(_AboutWorkflow, TimeoutError):
+    """The workflow had no outcome within the time given. It goes on undisturbed."""
+
+
+class WorkflowError(_AboutWorkflow):
+    """The outcome of a workflow that did not succeed."""
+
+
+class WorkflowFailedError(WorkflowError):
+    """A workflow failed with an exception whose type cannot be rebuilt in this process.
+
+    Attributes:
+        workflow_id: the id of its record.
+        error_type: the recorded type, `module:qualified_name`.
+        error_message: the recorded message.
+    """
+
+    def __init__(self, message: str, *, workflow_id: UUID, error_type: str, error_message: str) -> None:
+        super().__init__(message, workflow_id=workflow_id)
+        self.error_type = error_type
+        self.error_message = error_message
+
+
+class WorkflowCancelledError(WorkflowError):
+    """The workflow was cancelled."""
+
+
+class MaxAttemptsError(WorkflowError):
+    """The workflow was stopped because its workers died too often while executing it."""
+
+
+class StepFailedError(DurableError):
+    """A step failed with an exception whose type cannot be rebuilt in this process.
+
+    Raised on the first execution as well as on replay, so that both take the same path.
+
+    Attributes:
+        error_type: the recorded type, `module:qualified_name`.
+        error_message: the recorded message.
+    """
+
+    def __init__(self, message: str, *, error_type: str, error_message: str) -> None:
+        super().__init__(message)
+        self.error_type = error_type
+        self.error_message = error_message
+
+
+class SchemaError(DurableError):
+    """The tables in the database and this package do not fit together."""
+
+
+class SchemaMissingError(SchemaError):
+    """The tables are not there."""
+
+
+class SchemaOlderError(SchemaError):
+    """The tables are older than this package."""
+
+
+class SchemaNewerError(SchemaError):
+    """The tables are newer than this package."""
+
+
+class DatabaseUnavailableError(DurableError):
+    """The database server cannot be reached with the URL given."""
+
+
+class ControlFlow(BaseException):
+    """Unwinds a workflow function without being an error of its own.
+
+    Not an `Exception`, so that `except Exception` in a workflow cannot swallow it.
+    """
+
+
+class AttemptLost(ControlFlow):
+    """The fence refused a write: this execution no longer owns its workflow."""
+
+
+class Interrupted(ControlFlow):
+    """The database was lost while an executor was recording; the workflow is neither finished nor failed.
+
+    Attributes:
+        error: what the database driver raised.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class Released(ControlFlow):
+    """The worker is stopping; the workflow is handed back at the boundary between two steps."""

@@ -1,0 +1,141 @@
+"""Exceptions on their way to the database and back.
+
+A failure is stored as JSON: type, message, arguments and attributes as far as JSON holds them, and the traceback as
+text. It is rebuilt only from exception classes that this process has already imported: a row never imports a module.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+from sqla_durable.codec import dump
+from sqla_durable.errors import EncodingError
+
+_TEXT_LIMIT = 32_000
+_STATE_LIMIT = 32_000
+
+
+class RecordedTraceback(Exception):
+    """The traceback of a recorded exception, as text; the `__cause__` of what is raised from a record."""
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""'
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A recorded exception.
+
+    Attributes:
+        type: `module:qualified_name` of its class.
+        message: its `str`.
+        args: its arguments, or None where JSON does not hold them.
+        state: its attributes, likewise.
+        traceback: the formatted traceback.
+    """
+
+    type: str
+    message: str
+    args: list[Any] | None = None
+    state: dict[str, Any] | None = None
+    traceback: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """Describe an exception; never raises, whatever its arguments or its `str` do."""
+        kind = type(error)
+        return cls(
+            type=f"{kind.__module__}:{kind.__qualname__}",
+            message=_clean(_message(error)),
+            args=_storable(list(error.args)),
+            state=_storable(_attributes(error)),
+            traceback=_clean("".join(traceback.format_exception(error, limit=-50))),
+        )
+
+    @classmethod
+    def from_text(cls, text: str | None) -> Failure:
+        """Read a stored failure's JSON text."""
+        return cls.from_json(json.loads(text or '{"type": "unknown"}'))
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Failure:
+        """Read a stored failure; one written by SQL needs no more than a type."""
+        return cls(
+            type=str(stored["type"]),
+            message=str(stored.get("message", "")),
+            args=stored.get("args"),
+            state=stored.get("state"),
+            traceback=str(stored.get("traceback", "")),
+        )
+
+    def to_json(self) -> str:
+        """Give the JSON text to store."""
+        return json.dumps(
+            {
+                "type": self.type,
+                "message": self.message,
+                "args": self.args,
+                "state": self.state,
+                "traceback": self.traceback,
+            },
+            ensure_ascii=False,
+        )
+
+    def rebuild(self) -> Exception | None:
+        """Make the exception again, or give None where its class or its arguments cannot be had here."""
+        kind = _imported(self.type)
+        if kind is None or self.args is None or self.state is None:
+            return None
+        try:
+            error = kind.__new__(kind, *self.args)
+            error.args = tuple(self.args)
+            error.__dict__.update(self.state)
+            str(error)
+        except Exception:
+            return None
+        error.__cause__ = self.cause()
+        return error
+
+    def cause(self) -> RecordedTraceback:
+        """Give the recorded traceback as an exception to raise from."""
+        return RecordedTraceback(self.traceback)
+
+
+def _attributes(error: BaseException) -> dict[str, Any]:
+    return {name: value for name, value in vars(error).items() if name != "__notes__"}
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as broken:
+        return f"<its str() failed: {broken!r}>"
+
+
+def _storable(value: Any) -> Any:
+    """Give the value if JSON gives back the same, else None."""
+    try:
+        text = dump(value, what="error", limit=_STATE_LIMIT)
+        return value if json.loads(text) == value else None
+    except (EncodingError, RecursionError):
+        return None
+
+
+def _clean(text: str) -> str:
+    """Make any text storable: no NUL, no lone surrogates, bounded, its end kept (where the cause stands)."""
+    kept = text if len(text) <= _TEXT_LIMIT else "… " + text[-_TEXT_LIMIT:]
+    return kept.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
+def _imported(name: str) -> type[Exception] | None:
+    module_name, _, qualified = name.partition(":")
+    found: Any = sys.modules.get(module_name)
+    for part in qualified.split("."):
+        found = getattr(found, part, None)
+    if isinstance(found, type) and issubclass(found, Exception):
+        return found
+    return None

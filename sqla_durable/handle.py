@@ -1,0 +1,127 @@
+"""Waiting for the outcome of a workflow, from anywhere that reaches its database.
+
+A handle polls in short transactions of its own, so that it sees what workers commit and holds nothing open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Generic, TypeVar
+from uuid import UUID
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+
+from sqla_durable.errors import ResultTimeoutError, SyncAsyncError
+from sqla_durable.operations.workflow import Outcome
+from sqla_durable.registry import WorkflowDefinition
+from sqla_durable.store import schema, workflows
+
+R = TypeVar("R")
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.25
+
+
+class _BaseHandle(Generic[R]):
+    def __init__(self, definition: WorkflowDefinition, engine: Engine, workflow_id: UUID) -> None:
+        self._definition = definition
+        self._engine = engine
+        self.workflow_id = workflow_id
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of workflow {self._definition.name!r} {self.workflow_id}>"
+
+    def _outcome(self, session: Session) -> Outcome | None:
+        """Read the outcome; None while there is none."""
+        schema.require(session)
+        outcome = workflows.require_outcome(session, self.workflow_id)
+        return Outcome(*outcome) if outcome.status.finished else None
+
+    def _pauses(self, timeout: timedelta | None) -> Iterator[float]:
+        """Give the pauses between polls; end with the error when the time is up."""
+        deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
+        pause = _FIRST_PAUSE
+        while deadline is None or (left := deadline - time.monotonic()) > 0:
+            yield pause if deadline is None else min(pause, left)
+            pause = min(pause * 1.5, _LONGEST_PAUSE)
+        raise ResultTimeoutError(
+            f"workflow {self._definition.name!r} {self.workflow_id} has no outcome after {timeout}; it goes on. "
+            "Is a worker running for its queue?",
+            workflow_id=self.workflow_id,
+        )
+
+
+class Handle(_BaseHandle[R]):
+    """Waits for a workflow in sync code.
+
+    ```python
+    handle = checkout.handle(SessionLocal, workflow.id)
+    receipt = handle.result(timeout=timedelta(seconds=30))
+    ```
+    """
+
+    def result(self, timeout: timedelta | None = None) -> R:
+        """Wait for the workflow to finish; return its result or raise its error.
+
+        Uses short transactions of its own; takes no lock.
+
+        Args:
+            timeout: how long to wait; None waits as long as it takes.
+
+        Raises:
+            Exception: the workflow's own error, where its type is imported in this process.
+            WorkflowFailedError: the same, where it is not.
+            WorkflowCancelledError, MaxAttemptsError: it was cancelled, or its workers died too often.
+            ResultTimeoutError: it has no outcome yet.
+            WorkflowNotFoundError: there is no such workflow, or its start is not committed.
+            SyncAsyncError: this was called in a running event loop, which it would block.
+        """
+        refuse_event_loop("Handle.result()", "await AsyncHandle.result(), from checkout.handle(async_session, ...)")
+        for pause in self._pauses(timeout):
+            with Session(self._engine) as session:
+                outcome = self._outcome(session)
+            if outcome is not None:
+                break
+            time.sleep(pause)
+        assert outcome is not None  # noqa: S101 (the loop ends with an outcome or an error)
+        value: R = outcome.value(self._definition)
+        return value
+
+
+class AsyncHandle(_BaseHandle[R]):
+    """Waits for a workflow in async code.
+
+    ```python
+    handle = checkout.handle(AsyncSessionLocal, workflow.id)
+    receipt = await handle.result(timeout=timedelta(seconds=30))
+    ```
+    """
+
+    async def result(self, timeout: timedelta | None = None) -> R:  # noqa: ASYNC109 (durable work is not cancelled by it)
+        """Wait for the workflow to finish; return its result or raise its error. See `Handle.result`."""
+        for pause in self._pauses(timeout):
+            async with AsyncSession(AsyncEngine(self._engine)) as session:
+                outcome = await session.run_sync(self._outcome)
+            if outcome is not None:
+                break
+            await asyncio.sleep(pause)
+        assert outcome is not None  # noqa: S101 (the loop ends with an outcome or an error)
+        value: R = outcome.value(self._definition)
+        return value
+
+
+def refuse_event_loop(what: str, instead: str) -> None:
+    """Refuse a blocking call in a running event loop, which would stop everything else in it.
+
+    Raises:
+        SyncAsyncError: an event loop is running in this thread.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise SyncAsyncError(f"{what} would block the event loop that is running in this thread: {instead}.")

@@ -1,0 +1,71 @@
+"""Watches over the transaction that a step's writes and its checkpoint share while the user's function has it."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, event
+from sqlalchemy.orm import Session, SessionTransaction
+
+from sqla_durable.errors import StepTransactionError
+
+
+class Boundary:
+    """Refuses that a step ends its own transaction, or lets it span two databases.
+
+    A commit by the step is refused before it happens, because its writes would be durable without the checkpoint. A
+    rollback or a close is noticed afterwards: then nothing of the step is written. Savepoints are the step's own.
+    """
+
+    def __init__(self, session: Session, *, step: str) -> None:
+        self._session = session
+        self._step = step
+        self._transaction = _innermost(session)
+        self._connections = 0
+        event.listen(session, "before_commit", self._refuse_commit)
+        event.listen(session, "after_begin", self._refuse_second)
+
+    def check(self) -> None:
+        """Give the transaction back to the engine.
+
+        Raises:
+            StepTransactionError: it is no longer the one that the step was given, or a failed flush has spoilt it.
+        """
+        transaction = self._transaction
+        self.leave()
+        if not any(each is transaction for each in _open(self._session)):
+            raise self._error("rolled back or closed its session", "leave both to the engine, or use begin_nested()")
+        if transaction is None or not transaction.is_active:
+            raise self._error("went on after a failed flush", "let the error out, or flush inside begin_nested()")
+
+    def leave(self) -> None:
+        """Stop watching."""
+        if self._transaction is not None:
+            event.remove(self._session, "before_commit", self._refuse_commit)
+            event.remove(self._session, "after_begin", self._refuse_second)
+            self._transaction = None
+
+    def _refuse_commit(self, session: Session) -> None:
+        if _innermost(session) in (self._transaction, session.get_transaction()):
+            raise self._error("committed its session", "return, and the engine commits both together")
+
+    def _refuse_second(self, _session: Session, transaction: SessionTransaction, _connection: Connection) -> None:
+        self._connections += not transaction.nested
+        if self._connections > 1:
+            raise self._error("uses two databases in one session", "write to the second one in a step of its own")
+
+    def _error(self, what: str, instead: str) -> StepTransactionError:
+        return StepTransactionError(
+            f"step {self._step!r} {what}, but its checkpoint must commit with its writes: {instead}.", step=self._step
+        )
+
+
+def _innermost(session: Session) -> SessionTransaction | None:
+    return session.get_nested_transaction() or session.get_transaction()
+
+
+def _open(session: Session) -> list[SessionTransaction]:
+    found: list[SessionTransaction] = []
+    transaction = _innermost(session)
+    while transaction is not None:
+        found.append(transaction)
+        transaction = transaction.parent
+    return found

@@ -1,0 +1,81 @@
+"""What an operation needs of its surroundings: a protocol, implemented by the executors and by the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from sqla_durable.errors import SyncAsyncError
+from sqla_durable.operations.attempt import Attempt, Position
+from sqla_durable.operations.transaction import StepTransaction
+from sqla_durable.registry import SessionKind, StepDefinition
+from sqla_durable.retry import TransientRetry, Tries
+from sqla_durable.store import Checkpoint, Completion
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class StepCall:
+    """One call of a step in a workflow; `tries` counts its executions in this attempt."""
+
+    definition: StepDefinition
+    position: Position
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tries: Tries
+
+
+class Runtime(Protocol):
+    """How one attempt waits, calls and records."""
+
+    @property
+    def attempt(self) -> Attempt:
+        """The attempt that this runtime carries."""
+
+    async def call(self, call: StepCall, *injected: object) -> Any:
+        """Call the step's function, sync or async, with the injected arguments first."""
+
+    async def pause(self, seconds: float) -> None:
+        """Wait before another try; may end early when the attempt is told to stop."""
+
+    async def settle(self) -> None:
+        """Return when everything recorded so far is committed.
+
+        Raises:
+            ControlFlow: the attempt is to end here.
+        """
+
+    async def record(self, checkpoint: Checkpoint) -> None:
+        """Record a checkpoint, durable at the latest when the next `settle` or `finish` returns."""
+
+    async def begin(self, kind: SessionKind) -> StepTransaction:
+        """Open the transaction of a step that takes this kind of session."""
+
+    async def finish(self, completion: Completion) -> None:
+        """Record the workflow's outcome; durable when it returns.
+
+        Raises:
+            ControlFlow: the attempt no longer owns the workflow, or is to end without an outcome.
+        """
+
+    def transient_retry(self) -> TransientRetry:
+        """Give the policy for transient database errors in a step's transaction."""
+
+
+def run_blocking(operation: Coroutine[Any, Any, T]) -> T:
+    """Drive an operation over a blocking runtime to its end, without an event loop.
+
+    Raises:
+        SyncAsyncError: something in it suspends, such as an async retry predicate in sync code.
+    """
+    try:
+        operation.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    operation.close()
+    raise SyncAsyncError(
+        "async code was called from a sync workflow or step: make the workflow async def, or the callable sync."
+    )

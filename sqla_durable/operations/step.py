@@ -1,0 +1,198 @@
+"""The step: return its recorded outcome, or execute it, record the outcome, and return what a replay will return."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NoReturn
+
+from sqlalchemy.orm import Session
+
+from sqla_durable.errors import AttemptLost, DefinitionError, Interrupted, PayloadError, StepFailedError, UsageError
+from sqla_durable.failure import Failure
+from sqla_durable.operations.boundary import Boundary
+from sqla_durable.operations.runtime import Runtime, StepCall
+from sqla_durable.operations.transaction import StepTransaction
+from sqla_durable.registry import SessionKind, StepDefinition
+from sqla_durable.retry import is_outage
+from sqla_durable.status import StepStatus
+from sqla_durable.store import Checkpoint, Recorded, Verdict, steps
+
+
+async def run_step(runtime: Runtime, call: StepCall) -> Any:
+    """Give the outcome of a step: the recorded one, or that of executing it now.
+
+    Exactly once for the writes of a transactional step; at least once for the effects of a plain one.
+
+    Raises:
+        Exception: the step's own error, the same on first execution and on replay.
+        StepFailedError: likewise, where the error's own type cannot be rebuilt.
+        ControlFlow: the attempt ends here.
+    """
+    try:
+        recorded = runtime.attempt.recorded(call.position)
+        if recorded is None:
+            await runtime.settle()
+            recorded = await _Execution(runtime, call).recorded()
+        return _outcome(call.definition, recorded)
+    finally:
+        runtime.attempt.left(call.position)
+
+
+def _outcome(definition: StepDefinition, recorded: Recorded) -> Any:
+    if recorded.status is StepStatus.SUCCEEDED:
+        return definition.result.decode(recorded.output or "null")
+    _raise(recorded)
+
+
+def _raise(recorded: Recorded) -> NoReturn:
+    failure = Failure.from_text(recorded.error)
+    rebuilt = failure.rebuild()
+    if rebuilt is not None:
+        raise rebuilt
+    raise StepFailedError(
+        f"step {recorded.key!r} failed with {failure.type}: {failure.message}",
+        error_type=failure.type,
+        error_message=failure.message,
+    ) from failure.cause()
+
+
+class _Again(Exception):
+    """The step returned, and its policy asks for another try."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+
+class _AlreadyRecorded(Exception):
+    """Another execution of the step has committed, or this one did and its acknowledgement was lost."""
+
+    def __init__(self, recorded: Recorded) -> None:
+        self.checkpoint = recorded
+
+
+class _Execution:
+    """Executes one step until an outcome stands."""
+
+    def __init__(self, runtime: Runtime, call: StepCall) -> None:
+        self._runtime = runtime
+        self._attempt = runtime.attempt
+        self._call = call
+        self._transient = runtime.transient_retry()
+        self._uncertain = False
+        self._began = time.monotonic()
+
+    async def recorded(self) -> Recorded:
+        """Try, and try again as the policy says; give the outcome as it was recorded."""
+        while True:
+            self._call.tries.begin()
+            try:
+                return await self._try()
+            except _AlreadyRecorded as settled:
+                return settled.checkpoint
+            except Exception as error:
+                seconds = await self._seconds_before_next(error)
+                if seconds is None:
+                    return await self._record_alone(self._failure(error))
+            await self._runtime.pause(seconds)
+            self._attempt.proceed()
+
+    async def _try(self) -> Recorded:
+        if self._call.definition.session is SessionKind.NONE:
+            value = await self._runtime.call(self._call)
+            return await self._record_alone(await self._success(value))
+        transaction = await self._runtime.begin(self._call.definition.session)
+        try:
+            checkpoint = await self._within(transaction)
+            await transaction.commit()
+        except BaseException:
+            await transaction.rollback()
+            raise
+        return _as_recorded(checkpoint)
+
+    async def _within(self, transaction: StepTransaction) -> Checkpoint:
+        """Call the step's function and record its outcome, in one transaction."""
+        if self._uncertain:
+            await transaction.execute(self._refuse_recorded)
+        boundary = Boundary(transaction.session, step=self._call.position.key)
+        try:
+            value = await self._runtime.call(self._call, transaction.injected)
+            boundary.check()
+        finally:
+            boundary.leave()
+        checkpoint = await self._success(value)
+        await transaction.execute(lambda session: self._flush_and_record(session, checkpoint))
+        return checkpoint
+
+    def _flush_and_record(self, session: Session, checkpoint: Checkpoint) -> None:
+        session.flush()
+        match steps.record(session, checkpoint):
+            case Verdict.LOST:
+                raise AttemptLost(self._attempt.workflow_id)
+            case Verdict.DUPLICATE:
+                self._refuse_recorded(session)
+            case Verdict.RECORDED:
+                pass
+
+    def _refuse_recorded(self, session: Session) -> None:
+        found = steps.find(session, self._attempt.workflow_id, self._call.position.key)
+        if found is not None:
+            raise _AlreadyRecorded(found)
+
+    async def _record_alone(self, checkpoint: Checkpoint) -> Recorded:
+        await self._runtime.record(checkpoint)
+        return _as_recorded(checkpoint)
+
+    async def _seconds_before_next(self, error: Exception) -> float | None:
+        """Decide on another try: None when the error is the step's outcome."""
+        match error:
+            case _Again():
+                return error.seconds
+            case PayloadError() | UsageError() | DefinitionError():
+                return None
+        if self._call.definition.session is not SessionKind.NONE:
+            seconds = self._transient.wait_before_next(error)
+            if seconds is not None:
+                self._uncertain = True  # the commit may have happened all the same
+                return seconds
+            if is_outage(error):
+                raise Interrupted(error)  # an outage is not the step's outcome
+        self._call.tries.failed(error)
+        policy = self._call.definition.policy
+        return None if policy is None else await policy.wait_before_next(self._call.tries)
+
+    async def _success(self, value: object) -> Checkpoint:
+        self._call.tries.returned(value)
+        policy = self._call.definition.policy
+        seconds = None if policy is None else await policy.wait_before_next(self._call.tries)
+        if seconds is not None:
+            raise _Again(seconds)
+        output = self._call.definition.result.encode(value)
+        return self._checkpoint(StepStatus.SUCCEEDED, output=output)
+
+    def _failure(self, error: Exception) -> Checkpoint:
+        return self._checkpoint(StepStatus.FAILED, error=Failure.of(error).to_json())
+
+    def _checkpoint(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Checkpoint:
+        return Checkpoint(
+            fence=self._attempt.fence,
+            key=self._call.position.key,
+            name=self._call.position.name,
+            position=self._call.position.number,
+            status=status,
+            output=output,
+            error=error,
+            attempt=self._attempt.number,
+            attempts=self._call.tries.count,
+            elapsed=time.monotonic() - self._began,
+        )
+
+
+def _as_recorded(checkpoint: Checkpoint) -> Recorded:
+    return Recorded(
+        key=checkpoint.key,
+        name=checkpoint.name,
+        position=checkpoint.position,
+        status=checkpoint.status,
+        output=checkpoint.output,
+        error=checkpoint.error,
+    )

@@ -1,0 +1,118 @@
+"""The transaction that a step's writes and its checkpoint share, on a session of either kind.
+
+Everything is a function of a blocking `Session`: `AsyncSession.run_sync` leads it into asyncio, so that sync and async
+differ in one line. Source: SQLAlchemy, "Synopsis - Core / ORM", Asynchronous I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+
+T = TypeVar("T")
+
+
+async def in_session(session: Session | AsyncSession, statement: Callable[[Session], T]) -> T:
+    """Call a function of a `Session`; suspends only where the session is an `AsyncSession`."""
+    if isinstance(session, AsyncSession):
+        return await session.run_sync(statement)
+    return statement(session)
+
+
+class StepTransaction:
+    """A transaction of the session that is given, from `begin` to `commit` or `rollback`.
+
+    Attributes:
+        injected: the session, as the step's function gets it.
+        session: the same, or the `Session` inside it.
+    """
+
+    def __init__(self, injected: Session | AsyncSession) -> None:
+        self.injected = injected
+        self.session = injected.sync_session if isinstance(injected, AsyncSession) else injected
+
+    async def begin(self) -> None:
+        """Begin, unless the session has begun already."""
+        await self.execute(_begin)
+
+    async def execute(self, statement: Callable[[Session], T]) -> T:
+        """Call a store function with the session."""
+        return await in_session(self.injected, statement)
+
+    async def commit(self) -> None:
+        """Commit."""
+        await self.execute(Session.commit)
+
+    async def rollback(self) -> None:
+        """Roll back."""
+        await self.execute(Session.rollback)
+
+
+class ClosingTransaction(StepTransaction):
+    """A transaction of a session that lives only for it."""
+
+    async def commit(self) -> None:
+        """Commit, and close the session for good."""
+        await self.execute(_commit_and_close)
+
+    async def rollback(self) -> None:
+        """Roll back, and close the session for good."""
+        await self.execute(Session.close)
+
+
+class SavepointTransaction(StepTransaction):
+    """A savepoint inside the transaction that the caller has open."""
+
+    async def begin(self) -> None:
+        """Set the savepoint, after flushing what the caller has pending."""
+        self._savepoint: SessionTransaction = await self.execute(Session.begin_nested)
+
+    async def commit(self) -> None:
+        """Release the savepoint; durable when the caller commits."""
+        await self.execute(lambda _: self._savepoint.commit())
+
+    async def rollback(self) -> None:
+        """Roll back to the savepoint; the caller's transaction goes on."""
+        await self.execute(lambda _: self._savepoint.rollback())
+
+
+class HeldTransaction(StepTransaction):
+    """A transaction that holds a lock or a place in a semaphore until it ends."""
+
+    def __init__(self, inner: StepTransaction, release: Callable[[], None]) -> None:
+        super().__init__(inner.injected)
+        self._inner = inner
+        self._release = release
+
+    async def begin(self) -> None:
+        """Begin; give the place back if that fails."""
+        try:
+            await self._inner.begin()
+        except BaseException:
+            self._release()
+            raise
+
+    async def commit(self) -> None:
+        """Commit, and give the place back if that succeeds: otherwise `rollback` does."""
+        await self._inner.commit()
+        self._release()
+
+    async def rollback(self) -> None:
+        """Roll back, and give the place back."""
+        try:
+            await self._inner.rollback()
+        finally:
+            self._release()
+
+
+def _begin(session: Session) -> None:
+    if not session.in_transaction():
+        session.begin()
+
+
+def _commit_and_close(session: Session) -> None:
+    session.commit()
+    session.close()

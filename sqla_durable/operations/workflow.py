@@ -1,0 +1,99 @@
+"""The workflow: decode its arguments, call its function, record its outcome; and read a recorded outcome again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqla_durable.errors import MaxAttemptsError, WorkflowCancelledError, WorkflowFailedError
+from sqla_durable.failure import Failure
+from sqla_durable.operations.runtime import Runtime
+from sqla_durable.registry import WorkflowDefinition
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store import Completion
+
+Body = Callable[[dict[str, Any]], Awaitable[Any]]
+
+
+async def run_workflow(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
+    """Execute a claimed workflow to its outcome and record it.
+
+    Args:
+        body: calls the workflow's function with these arguments, in the runtime's context.
+
+    Raises:
+        ControlFlow: the attempt ended without an outcome of its own.
+    """
+    completion = await _outcome(runtime, definition, body)
+    await runtime.finish(completion)
+    return completion
+
+
+async def _outcome(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
+    attempt = runtime.attempt
+    try:
+        value = await body(definition.arguments.decode(attempt.input))
+        attempt.proceed()
+        attempt.refuse_unfinished()
+        output = definition.result.encode(value)
+    except Exception as error:
+        attempt.proceed()
+        return Completion(attempt.fence, WorkflowStatus.FAILED, error=Failure.of(error).to_json())
+    return Completion(attempt.fence, WorkflowStatus.SUCCEEDED, output=output)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A recorded outcome, as the workflow's record shows it; `output` is JSON text, `error` a JSON object."""
+
+    workflow_id: UUID
+    name: str
+    status: WorkflowStatus
+    output: str | None
+    error: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, name: str, completion: Completion) -> Outcome:
+        """Give the outcome that a completion records."""
+        error = None if completion.error is None else json.loads(completion.error)
+        return cls(completion.fence.workflow_id, name, completion.status, completion.output, error)
+
+    def value(self, definition: WorkflowDefinition) -> Any:
+        """Return the workflow's result, or raise its error.
+
+        Raises:
+            Exception: the workflow's own error, where its type is imported in this process.
+            WorkflowFailedError: where it is not.
+            WorkflowCancelledError: it was cancelled.
+            MaxAttemptsError: its workers died too often.
+        """
+        match self.status:
+            case WorkflowStatus.SUCCEEDED:
+                return definition.result.decode(self.output or "null")
+            case WorkflowStatus.CANCELLED:
+                raise WorkflowCancelledError(f"{self._label} was cancelled.", workflow_id=self.workflow_id)
+            case _:
+                raise self._error()
+
+    @property
+    def _label(self) -> str:
+        return f"workflow {self.name!r} {self.workflow_id}"
+
+    def _error(self) -> Exception:
+        failure = Failure.from_json(self.error or {"type": "unknown"})
+        if failure.type == f"{MaxAttemptsError.__module__}:{MaxAttemptsError.__qualname__}":
+            return MaxAttemptsError(f"{self._label} failed: {failure.message}.", workflow_id=self.workflow_id)
+        error = failure.rebuild()
+        if error is None:
+            error = WorkflowFailedError(
+                f"{self._label} failed with {failure.type}: {failure.message}",
+                workflow_id=self.workflow_id,
+                error_type=failure.type,
+                error_message=failure.message,
+            )
+            error.__cause__ = failure.cause()
+        error.add_note(f"raised in {self._label}")
+        return error

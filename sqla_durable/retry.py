@@ -1,0 +1,160 @@
+"""When to try again: a step's own policy, in tenacity's words, and the database errors that call for another try.
+
+Decides and computes; nothing here waits. `operations` waits through its runtime.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import tenacity
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from tenacity import RetryCallState
+
+from sqla_durable.errors import DefinitionError
+
+RetryPredicate: TypeAlias = Callable[[RetryCallState], bool | Awaitable[bool]]
+StopPredicate: TypeAlias = Callable[[RetryCallState], bool]
+WaitFunction: TypeAlias = Callable[[RetryCallState], float]
+
+# serialization_failure, deadlock_detected: the transaction was right, its timing was not.
+_CONFLICTS = frozenset({"40001", "40P01"})
+# admin_shutdown, crash_shutdown, cannot_connect_now, too_many_connections, read_only_sql_transaction (a primary that
+# was replaced), idle_in_transaction_session_timeout. Source: PostgreSQL manual, appendix A.
+_OUTAGES = frozenset({"57P01", "57P02", "57P03", "53300", "25006", "25P03"})
+
+_backoff = tenacity.wait_random_exponential(multiplier=0.02, max=2)
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How a step's function is tried again after an error.
+
+    Args:
+        retry: which outcomes call for another try; by default any `Exception`.
+        stop: when to give up; by default never, as in tenacity, unless nothing at all is given: then after one try.
+        wait: seconds before the next try; by default exponential from 0.1 s to 60 s with full jitter.
+    """
+
+    retry: RetryPredicate = field(default_factory=tenacity.retry_if_exception_type)
+    stop: StopPredicate = tenacity.stop_never
+    wait: WaitFunction = field(default_factory=lambda: tenacity.wait_random_exponential(multiplier=0.1, max=60))
+
+    @classmethod
+    def of(
+        cls, *, retry: RetryPredicate | None, stop: StopPredicate | None, wait: WaitFunction | None
+    ) -> RetryPolicy | None:
+        """Build a policy of what was given; None means one try.
+
+        Raises:
+            DefinitionError: something given is not a tenacity object.
+        """
+        given = {"retry": retry, "stop": stop, "wait": wait}
+        for name, value in given.items():
+            if value is not None and not callable(value):
+                raise DefinitionError(
+                    f"{name}={value!r} is not a tenacity object: pass, for example, "
+                    "stop=tenacity.stop_after_attempt(5)."
+                )
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return cls(**chosen) if chosen else None
+
+    async def wait_before_next(self, tries: Tries) -> float | None:
+        """Give the seconds to wait before the next try, or None when the last outcome stands."""
+        state = tries.state()
+        verdict = self.retry(state)
+        if inspect.isawaitable(verdict):
+            verdict = await verdict
+        if not verdict or self.stop(state):
+            return None
+        state.upcoming_sleep = self.wait(state)
+        return state.upcoming_sleep
+
+
+class Tries:
+    """Counts the tries of one step and shows the last outcome to tenacity."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._began = time.monotonic()
+        self._outcome: tenacity.Future | None = None
+
+    def begin(self) -> None:
+        """Count another try."""
+        self.count += 1
+
+    def failed(self, error: BaseException) -> None:
+        """Note that the last try raised."""
+        self._outcome = tenacity.Future(self.count)
+        self._outcome.set_exception(error)
+
+    def returned(self, value: object) -> None:
+        """Note that the last try returned."""
+        self._outcome = tenacity.Future(self.count)
+        self._outcome.set_result(value)
+
+    def state(self) -> RetryCallState:
+        """Give the state that tenacity's predicates read."""
+        state = RetryCallState(tenacity.Retrying(), None, (), {})
+        state.start_time = self._began
+        state.attempt_number = self.count
+        state.outcome = self._outcome
+        state.outcome_timestamp = time.monotonic()
+        return state
+
+
+class TransientRetry:
+    """Decides how one transaction is tried again after transient database errors.
+
+    Args:
+        conflicts: how many serialization failures and deadlocks are tried again.
+        outages: whether lost connections are tried again, without an end: the fence stops an attempt that no longer
+            owns its workflow.
+    """
+
+    def __init__(self, *, conflicts: int = 20, outages: bool = True) -> None:
+        self._conflicts = conflicts
+        self._outages = outages
+        self._tries = Tries()
+
+    def wait_before_next(self, error: BaseException) -> float | None:
+        """Give the seconds to wait, or None when the error is to stand."""
+        if is_conflict(error):
+            self._conflicts -= 1
+            again = self._conflicts >= 0
+        else:
+            again = self._outages and is_transient(error)
+        if not again:
+            return None
+        self._tries.begin()
+        return _backoff(self._tries.state())
+
+
+def is_transient(error: BaseException) -> bool:
+    """Tell whether the whole transaction may be tried again: conflict, lost connection, failover, exhausted pool."""
+    return isinstance(error, PoolTimeoutError) or is_conflict(error) or is_outage(error)
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Tell whether PostgreSQL chose this transaction to lose against another."""
+    return isinstance(error, DBAPIError) and sqlstate(error) in _CONFLICTS
+
+
+def is_outage(error: BaseException) -> bool:
+    """Tell whether the server or the way to it is lost for now."""
+    if not isinstance(error, DBAPIError):
+        return False
+    state = sqlstate(error)
+    if state is None:
+        return error.connection_invalidated or type(error.orig).__name__ == "OperationalError"
+    return state in _OUTAGES or state.startswith("08")
+
+
+def sqlstate(error: DBAPIError) -> str | None:
+    """Give the five characters of PostgreSQL's error code, from psycopg's or asyncpg's exception."""
+    return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)

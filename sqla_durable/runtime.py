@@ -1,0 +1,115 @@
+"""The two shells: how sync and async code call the user's functions in the ambient context.
+
+What a step means is in `operations`; where its outcome goes is decided by the executors and the worker, which derive
+from these classes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from sqla_durable.context import Context
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.runtime import StepCall, run_blocking
+from sqla_durable.operations.step import run_step
+from sqla_durable.operations.transaction import StepTransaction
+from sqla_durable.registry import SessionKind, WorkflowDefinition
+from sqla_durable.retry import TransientRetry
+from sqla_durable.store import Checkpoint, Completion
+
+T = TypeVar("T")
+
+
+class BaseRuntime(ABC):
+    """What both shells share; see `operations.runtime.Runtime` for what each method promises."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
+
+    @abstractmethod
+    async def pause(self, seconds: float) -> None:
+        """Wait before another try."""
+
+    @abstractmethod
+    async def settle(self) -> None:
+        """Return when everything recorded so far is committed."""
+
+    @abstractmethod
+    async def record(self, checkpoint: Checkpoint) -> None:
+        """Record a checkpoint."""
+
+    @abstractmethod
+    async def begin(self, kind: SessionKind) -> StepTransaction:
+        """Open the transaction of a step."""
+
+    @abstractmethod
+    async def finish(self, completion: Completion) -> None:
+        """Record the workflow's outcome."""
+
+    def transient_retry(self) -> TransientRetry:
+        """Give the policy for transient database errors in a step's transaction."""
+        return TransientRetry()
+
+
+class BlockingRuntime(BaseRuntime):
+    """The shell of `def` workflows: whatever waits blocks the thread."""
+
+    @property
+    def context(self) -> Context:
+        """The ambient context of the workflow's own code."""
+        return Context(self.attempt, self.perform, is_async=False)
+
+    def perform(self, call: StepCall) -> Any:
+        """Perform a step and give its outcome."""
+        return run_blocking(run_step(self, call))
+
+    async def call(self, call: StepCall, *injected: object) -> Any:
+        """Call a step's function."""
+        with self.context.within(call).entered():
+            return call.definition.fn(*injected, *call.args, **call.kwargs)
+
+    async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
+        """Call the workflow's function."""
+        with self.context.entered():
+            return definition.call(arguments)
+
+
+class AsyncRuntime(BaseRuntime):
+    """The shell of `async def` workflows: sync steps are executed in threads."""
+
+    @property
+    def context(self) -> Context:
+        """The ambient context of the workflow's own code."""
+        return Context(self.attempt, self.perform, is_async=True)
+
+    async def perform(self, call: StepCall) -> Any:
+        """Perform a step and give its outcome."""
+        replayed = self.attempt.recorded(call.position) is not None
+        if call.definition.session is SessionKind.SYNC and not replayed:
+            return await self.perform_blocking(call)
+        return await run_step(self, call)
+
+    @abstractmethod
+    async def perform_blocking(self, call: StepCall) -> Any:
+        """Perform a step that takes a `Session`, without blocking the event loop."""
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        """Call a function in a thread, in a copy of the context."""
+        return await asyncio.to_thread(function)
+
+    async def call(self, call: StepCall, *injected: object) -> Any:
+        """Call a step's function."""
+        function = call.definition.fn
+        with self.context.within(call).entered():
+            if call.definition.is_async:
+                return await function(*injected, *call.args, **call.kwargs)
+            return await self.in_thread(lambda: function(*injected, *call.args, **call.kwargs))
+
+    async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
+        """Call the workflow's function."""
+        with self.context.entered():
+            coroutine: Awaitable[Any] = definition.call(arguments)
+            return await coroutine

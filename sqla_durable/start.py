@@ -1,0 +1,139 @@
+"""Starting workflows in the caller's transaction: the options, one workflow, and many."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import islice
+from typing import Any, overload
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+from uuid_utils.compat import uuid7
+
+from sqla_durable.errors import ArgumentError
+from sqla_durable.models import Workflow
+from sqla_durable.registry import WorkflowDefinition
+from sqla_durable.store import NewWorkflow, schema, workflows
+
+_BATCH = 5_000
+_SMALLINT = 32_767
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartOptions:
+    """How a workflow is started.
+
+    Args:
+        key: an idempotency key: the same workflow and key are the same record.
+        queue: the queue to enqueue to; by default the workflow's own.
+        priority: lower is served first; from -32,767 to 32,767, by default 0.
+        delay: how long after now it becomes due. Not together with `at`.
+        at: when it becomes due, with a time zone. A time in the past is now.
+
+    Raises:
+        ArgumentError: an option is blank, out of range, or contradicts another.
+    """
+
+    key: str | None = None
+    queue: str | None = None
+    priority: int = 0
+    delay: timedelta | None = None
+    at: datetime | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("key", "queue"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value.strip() or "\0" in value):
+                raise ArgumentError(f"{name}={value!r} is not a name: give a text that is not blank.")
+        if not isinstance(self.priority, int) or abs(self.priority) > _SMALLINT:
+            raise ArgumentError(f"priority={self.priority!r} is not an integer from {-_SMALLINT:,} to {_SMALLINT:,}.")
+        if self.delay is not None and self.at is not None:
+            raise ArgumentError(f"delay={self.delay!r} and at={self.at!r} contradict each other: give one of them.")
+        if self.at is not None and self.at.tzinfo is None:
+            raise ArgumentError(f"at={self.at!r} has no time zone: give one, for example tzinfo=UTC.")
+
+
+@dataclass(frozen=True, slots=True)
+class BoundWorkflow:
+    """A workflow with its arguments and options, checked and ready to be started."""
+
+    new: NewWorkflow
+
+
+def bind(
+    definition: WorkflowDefinition, options: StartOptions, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> BoundWorkflow:
+    """Check the arguments and give them with the options, under a new id.
+
+    Raises:
+        ArgumentError, EncodingError: the arguments do not fit, or cannot be stored.
+    """
+    delay = None if options.delay is None or options.delay <= timedelta() else options.delay.total_seconds()
+    return BoundWorkflow(
+        NewWorkflow(
+            id=uuid7(),
+            name=definition.name,
+            input=definition.encode(args, kwargs),
+            queue=options.queue or definition.queue,
+            priority=options.priority,
+            key=options.key,
+            delay=delay,
+            wake_at=options.at,
+        )
+    )
+
+
+def start(session: Session, bound: BoundWorkflow) -> Workflow:
+    """Add a workflow to the caller's transaction and give its record; see `WorkflowFunction.start`."""
+    schema.require(session)
+    if bound.new.key is None:
+        return workflows.add(session, bound.new)
+    return workflows.insert_unless_known(session, bound.new)
+
+
+@overload
+def start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]: ...
+
+
+@overload
+def start_many(session: AsyncSession, bound: Iterable[BoundWorkflow]) -> Coroutine[Any, Any, list[UUID]]: ...
+
+
+def start_many(
+    session: Session | AsyncSession, bound: Iterable[BoundWorkflow]
+) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
+    """Start many workflows in the caller's transaction, one statement for each 5,000.
+
+    ```python
+    start_many(session, (checkout.bind(order.id) for order in orders))
+    ```
+
+    Never commits. Waits for another transaction that is inserting one of the same keys.
+
+    Args:
+        session: the caller's session; with an `AsyncSession`, await the call.
+        bound: what `checkout.bind(...)` gives, of any workflows.
+
+    Returns:
+        The ids of the records in order; for a known key the id of the record that has it.
+
+    Raises:
+        ArgumentError, EncodingError: some arguments do not fit; nothing was started.
+        SchemaError, SessionError: the session's database does not hold the tables.
+    """
+    if isinstance(session, AsyncSession):
+        return session.run_sync(_start_many, bound)
+    return _start_many(session, bound)
+
+
+def _start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]:
+    schema.require(session)
+    found: list[UUID] = []
+    rest = [each.new for each in bound]
+    remaining = iter(rest)
+    while batch := list(islice(remaining, _BATCH)):
+        found += workflows.insert_many(session, batch)
+    return found

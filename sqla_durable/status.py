@@ -1,0 +1,45 @@
+"""The statuses of a workflow and of a step, as they stand in the database.
+
+Which transitions are legal is held by the CHECK constraints in `models`; the store performs them.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class WorkflowStatus(StrEnum):
+    """Where a workflow stands.
+
+    ```
+    pending ──claim──► running ──► succeeded | failed
+       ▲                 │  ▲
+       │ release,        │  │
+       └─── reclaim ─────┤  └── (claim)
+                         ▼
+                     suspended ──wake──► pending
+    pending, running, suspended ──cancel──► cancelled
+    ```
+    """
+
+    PENDING = "pending"
+    RUNNING = "running"
+    SUSPENDED = "suspended"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the workflow has an outcome that will not change by itself."""
+        return self in FINISHED
+
+
+class StepStatus(StrEnum):
+    """How a step ended. A step without a row has not ended."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+
+
+FINISHED = frozenset({WorkflowStatus.SUCCEEDED, WorkflowStatus.FAILED, WorkflowStatus.CANCELLED})

@@ -1,0 +1,175 @@
+"""The values that go into the statements and come out of them, and how a batch of them becomes a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum, auto
+from typing import Any, TypeAlias
+from uuid import UUID
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Executable,
+    Result,
+    ScalarResult,
+    Select,
+    TableValuedAlias,
+    bindparam,
+    column,
+    func,
+    literal_column,
+    select,
+    tuple_,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.orm import Session
+from sqlalchemy.types import TypeEngine
+
+from sqla_durable.models import SCHEMA, Base, Workflow
+from sqla_durable.status import StepStatus, WorkflowStatus
+
+WORKFLOW = Base.metadata.tables[f"{SCHEMA}.workflow"]
+STEP = Base.metadata.tables[f"{SCHEMA}.step"]
+QUEUE = Base.metadata.tables[f"{SCHEMA}.queue"]
+WORKER = Base.metadata.tables[f"{SCHEMA}.worker"]
+
+Columns: TypeAlias = Mapping[str, TypeEngine[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """What an attempt must show with every write: the workflow is running under this token."""
+
+    workflow_id: UUID
+    token: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The outcome of a step, to be recorded. `output` is JSON text, or `error` is; `elapsed` is in seconds."""
+
+    fence: Fence
+    key: str
+    name: str
+    position: int
+    status: StepStatus
+    output: str | None
+    error: str | None
+    attempt: int
+    attempts: int
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A recorded checkpoint, as a replay reads it: JSON text, decoded when the step is visited."""
+
+    key: str
+    name: str
+    position: int
+    status: StepStatus
+    output: str | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The outcome of a workflow, to be recorded. `output` is JSON text, or `error` is."""
+
+    fence: Fence
+    status: WorkflowStatus
+    output: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A claimed workflow: what a worker needs to execute it. `input` is JSON text."""
+
+    fence: Fence
+    name: str
+    attempt: int
+    input: str
+    history: Mapping[str, Recorded]
+
+
+@dataclass(frozen=True, slots=True)
+class NewWorkflow:
+    """A workflow to be started. `delay` is in seconds, `wake_at` a time; at most one of them is given."""
+
+    id: UUID
+    name: str
+    input: dict[str, Any]
+    queue: str
+    priority: int = 0
+    key: str | None = None
+    delay: float | None = None
+    wake_at: datetime | None = None
+
+
+class Verdict(Enum):
+    """What became of a fenced write."""
+
+    RECORDED = auto()
+    DUPLICATE = auto()
+    LOST = auto()
+
+
+def execute(session: Session, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Result[Any]:
+    """Execute a statement where the session finds our tables, whatever else it is bound to."""
+    return session.execute(statement, parameters, bind_arguments={"mapper": Workflow})
+
+
+def scalars(session: Session, statement: Executable, parameters: Mapping[str, Any] | None = None) -> ScalarResult[Any]:
+    """Execute, and give the first column."""
+    return execute(session, statement, parameters).scalars()
+
+
+def scalar(session: Session, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Any:
+    """Execute, and give the first column of the first row."""
+    return execute(session, statement, parameters).scalar()
+
+
+def table(name: str, columns: Columns) -> TableValuedAlias:
+    """Make a batch a table: `unnest` of one array parameter for each column."""
+    parameters = [bindparam(_array(each), type_=ARRAY(kind)) for each, kind in columns.items()]
+    shape = [column(each, kind) for each, kind in columns.items()]
+    return func.unnest(*parameters).table_valued(*shape).render_derived(name=name)
+
+
+def arrays(columns: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Turn rows into the array parameters of `table`."""
+    return {_array(name): [row[name] for row in rows] for name in columns}
+
+
+def _array(name: str) -> str:
+    return f"each_{name}"  # the bare name of a column is reserved in INSERT and UPDATE
+
+
+def status(value: WorkflowStatus) -> ColumnElement[str]:
+    """Give a status as a literal: bound as a parameter, a generic plan cannot use a partial index."""
+    return literal_column(f"'{value}'", type_=WORKFLOW.c.status.type)
+
+
+def owned(batch: TableValuedAlias, *, skip_locked: bool) -> CTE:
+    """Lock the workflows whose attempts a batch of rows (`id`, `token`) still owns, in the order of their ids.
+
+    With the lock, a cancel or a takeover waits for this one commit and sees what it wrote; without it, either could
+    commit between this check and the commit.
+    """
+    fences = select(batch.c.id, batch.c.token)
+    return materialized(
+        select(WORKFLOW.c.id)
+        .where(tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(fences), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
+        .order_by(WORKFLOW.c.id)
+        .with_for_update(key_share=True, skip_locked=skip_locked, of=WORKFLOW),
+        "owned",
+    )
+
+
+def materialized(statement: Select[Any], name: str) -> CTE:
+    """Make a CTE that is executed once, whatever the planner would prefer."""
+    return statement.cte(name).prefix_with("MATERIALIZED")

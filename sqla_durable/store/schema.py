@@ -1,0 +1,92 @@
+"""Finds out whether the tables of this package are in the session's database, and which migration made them.
+
+The name of the migration is the comment of the workflow table, because that travels on every route: our own
+migrations, an application's autogenerate, and `metadata.create_all`.
+"""
+
+from __future__ import annotations
+
+import re
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import Pool
+
+from sqla_durable.errors import SchemaMissingError, SchemaNewerError, SchemaOlderError, SessionError
+from sqla_durable.models import REVISION, SCHEMA, Workflow
+
+_MIGRATE = "Run `alembic upgrade head` with a revision that calls sqla_durable.migrations.upgrade(...)."
+
+_fitting: WeakKeyDictionary[Pool, set[str]] = WeakKeyDictionary()
+
+
+def require(session: Session) -> None:
+    """Refuse a session that cannot hold durable workflows.
+
+    Executes one statement in the session's transaction the first time for each engine and schema, then none.
+
+    Raises:
+        SessionError: it has no engine, or one that is not PostgreSQL.
+        SchemaMissingError, SchemaOlderError, SchemaNewerError: the tables and this package do not fit together.
+    """
+    engine = engine_of(session)
+    schema = schema_of(session)
+    fitting = _fitting.setdefault(engine.pool, set())
+    if schema not in fitting:
+        _require_revision(_revision(session, schema), schema, engine)
+        fitting.add(schema)
+
+
+def engine_of(session: Session) -> Engine:
+    """Give the engine on which a session finds our tables.
+
+    Raises:
+        SessionError: there is none, or it is not PostgreSQL.
+    """
+    try:
+        bind: Engine | Connection = session.get_bind(Workflow)
+    except UnboundExecutionError as error:
+        raise SessionError(
+            f"{session!r} has no engine for the durable tables: bind the sessionmaker to an engine, or add "
+            "sqla_durable.models.Base to its binds."
+        ) from error
+    if bind.dialect.name != "postgresql":
+        raise SessionError(
+            f"{session!r} is bound to {bind.dialect.name}: durable workflows need PostgreSQL, in the same database "
+            "as the application's tables."
+        )
+    return bind.engine
+
+
+def schema_of(session: Session) -> str:
+    """Give the name under which the session's connection finds our schema."""
+    translated = session.connection(bind_arguments={"mapper": Workflow}).get_execution_options()
+    names = translated.get("schema_translate_map") or {}
+    return names.get(SCHEMA) or SCHEMA
+
+
+def _revision(session: Session, schema: str) -> str | None:
+    """Give the table's comment; '' where the table has none, None where there is no table."""
+    table = func.to_regclass(func.concat(func.quote_ident(schema), ".workflow"))
+    statement = select(func.coalesce(func.obj_description(table, "pg_class"), "")).where(table.is_not(None))
+    return session.scalar(statement, bind_arguments={"mapper": Workflow})
+
+
+def _require_revision(comment: str | None, schema: str, engine: Engine) -> None:
+    where = f"{engine.url.render_as_string(hide_password=True)}, schema {schema!r}"
+    if comment is None:
+        raise SchemaMissingError(f"the durable tables are not in {where}. {_MIGRATE}")
+    found = re.search(r"durable_(\d+)", comment)
+    ours = int(REVISION.removeprefix("durable_"))
+    if found is None or int(found[1]) < ours:
+        raise SchemaOlderError(
+            f"the durable tables in {where} are at {comment or 'an unknown revision'!r}; this package needs "
+            f"{REVISION!r}. {_MIGRATE}"
+        )
+    if int(found[1]) > ours:
+        raise SchemaNewerError(
+            f"the durable tables in {where} are at {found[0]!r}, newer than this package, which knows {REVISION!r}. "
+            "Upgrade sqla-durable in this process."
+        )

@@ -1,0 +1,140 @@
+"""The statements on checkpoints: record one, record many, read a workflow's history.
+
+A checkpoint is inserted only while its attempt owns the workflow, with the workflow's row locked in the same
+statement; the primary key `(workflow_id, key)` lets one of two executions of a step commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Float, Integer, Text, bindparam, cast, func, select, tuple_
+from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+from sqlalchemy.orm import Session
+
+from sqla_durable.store._rows import STEP, Checkpoint, Columns, Recorded, Verdict, arrays, execute, owned, table
+
+_CHECKPOINT: Columns = {
+    "id": PG_UUID(),
+    "token": PG_UUID(),
+    "key": Text(),
+    "name": Text(),
+    "position": Integer(),
+    "status": Text(),
+    "output": Text(),
+    "error": Text(),
+    "attempt": Integer(),
+    "attempts": Integer(),
+    "elapsed": Float(),
+}
+
+
+def record(session: Session, checkpoint: Checkpoint) -> Verdict:
+    """Record one checkpoint in the session's transaction, as its last statement; wait for whoever holds the row.
+
+    LOST and DUPLICATE wrote nothing: roll the transaction back, so that the step's own writes go with it.
+    """
+    owns, recorded = execute(session, _RECORD, arrays(_CHECKPOINT, [_row(checkpoint)])).one()
+    if not owns:
+        return Verdict.LOST
+    return Verdict.RECORDED if recorded else Verdict.DUPLICATE
+
+
+def record_unlocked(session: Session, checkpoints: Sequence[Checkpoint]) -> set[tuple[UUID, str]]:
+    """Record checkpoints of workflows whose rows nobody else holds and whose attempts own them; give their keys."""
+    rows = execute(session, _RECORD_UNLOCKED, arrays(_CHECKPOINT, [_row(each) for each in checkpoints]))
+    return {(workflow_id, key) for workflow_id, key in rows}
+
+
+def recorded_among(session: Session, checkpoints: Sequence[Checkpoint]) -> set[tuple[UUID, str]]:
+    """Give the keys of those checkpoints that are recorded already, by this worker or another."""
+    keys = [(each.fence.workflow_id, each.key) for each in checkpoints]
+    rows = execute(
+        session, select(STEP.c.workflow_id, STEP.c.key).where(tuple_(STEP.c.workflow_id, STEP.c.key).in_(keys))
+    )
+    return {(workflow_id, key) for workflow_id, key in rows}
+
+
+def find(session: Session, workflow_id: UUID, key: str) -> Recorded | None:
+    """Read one checkpoint, to settle what became of a commit whose acknowledgement was lost."""
+    row = execute(session, _RECORDED.where(STEP.c.workflow_id == workflow_id, STEP.c.key == key)).one_or_none()
+    return None if row is None else Recorded(*row.tuple()[1:])
+
+
+def histories(session: Session, workflow_ids: Sequence[UUID]) -> dict[UUID, dict[str, Recorded]]:
+    """Read the checkpoints of workflows, by workflow and key."""
+    found: dict[UUID, dict[str, Recorded]] = {}
+    if workflow_ids:
+        for workflow_id, *row in execute(session, _HISTORIES, {"ids": list(workflow_ids)}):
+            recorded = Recorded(*row)
+            found.setdefault(workflow_id, {})[recorded.key] = recorded
+    return found
+
+
+def _row(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "id": checkpoint.fence.workflow_id,
+        "token": checkpoint.fence.token,
+        "key": checkpoint.key,
+        "name": checkpoint.name,
+        "position": checkpoint.position,
+        "status": checkpoint.status.value,
+        "output": checkpoint.output,
+        "error": checkpoint.error,
+        "attempt": checkpoint.attempt,
+        "attempts": checkpoint.attempts,
+        "elapsed": checkpoint.elapsed,
+    }
+
+
+def _insert_owned(*, skip_locked: bool) -> tuple[Any, Any]:
+    batch = table("batch", _CHECKPOINT)
+    mine = owned(batch, skip_locked=skip_locked)
+    # A step's duration is measured by its process; the two times stand on the database's clock.
+    started_at = func.statement_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, batch.c.elapsed)
+    columns = {
+        "workflow_id": batch.c.id,
+        "key": batch.c.key,
+        "name": batch.c.name,
+        "position": batch.c.position,
+        "status": batch.c.status,
+        "output": cast(batch.c.output, JSONB),
+        "error": cast(batch.c.error, JSONB),
+        "attempt": batch.c.attempt,
+        "attempts": batch.c.attempts,
+        "started_at": started_at,
+        "finished_at": func.statement_timestamp(),
+    }
+    source = select(*columns.values()).join_from(batch, mine, mine.c.id == batch.c.id)
+    statement = (
+        insert(STEP)
+        .from_select(list(columns), source, include_defaults=False)
+        .on_conflict_do_nothing()
+        .returning(STEP.c.workflow_id, STEP.c.key)
+    )
+    return mine, statement
+
+
+def _record_statement() -> Any:
+    mine, statement = _insert_owned(skip_locked=False)
+    inserted = statement.cte("inserted")
+    owns = select(func.count()).select_from(mine).scalar_subquery()
+    recorded = select(func.count()).select_from(inserted).scalar_subquery()
+    return select(owns.label("owns"), recorded.label("recorded"))
+
+
+_RECORD = _record_statement()
+_RECORD_UNLOCKED = _insert_owned(skip_locked=True)[1]
+_RECORDED = select(
+    STEP.c.workflow_id,
+    STEP.c.key,
+    STEP.c.name,
+    STEP.c.position,
+    STEP.c.status,
+    cast(STEP.c.output, Text),
+    cast(STEP.c.error, Text),
+)
+_HISTORIES = _RECORDED.where(STEP.c.workflow_id == func.any(bindparam("ids", type_=PG_UUID())))

@@ -1,0 +1,325 @@
+"""The statements on workflow records: start, find, finish, release, wake.
+
+Whatever an attempt writes is fenced: its row is locked while its token is compared, in the same statement. Statements
+for many rows lock in the order of ids, and skip rows that another transaction holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    ColumnElement,
+    DateTime,
+    Float,
+    Integer,
+    Row,
+    SmallInteger,
+    Text,
+    bindparam,
+    case,
+    cast,
+    func,
+    null,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+from sqlalchemy.orm import Session
+
+from sqla_durable.errors import WorkflowNotFoundError
+from sqla_durable.models import Workflow
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store._rows import (
+    WORKFLOW,
+    Columns,
+    Completion,
+    Fence,
+    NewWorkflow,
+    arrays,
+    execute,
+    materialized,
+    owned,
+    scalar,
+    scalars,
+    status,
+    table,
+)
+
+_NEW: Columns = {
+    "id": PG_UUID(),
+    "name": Text(),
+    "key": Text(),
+    "queue": Text(),
+    "priority": SmallInteger(),
+    "input": Text(),
+    "delay": Float(),
+    "wake_at": DateTime(timezone=True),
+}
+_FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
+_COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text()}
+_FRESH = {"populate_existing": True}
+_LIMIT = bindparam("limit", type_=Integer())
+
+
+def add(session: Session, new: NewWorkflow) -> Workflow:
+    """Add a workflow without a key to the session; it is inserted with the session's next flush."""
+    workflow = Workflow(**_values(new))
+    session.add(workflow)
+    return workflow
+
+
+def insert_unless_known(session: Session, new: NewWorkflow) -> Workflow:
+    """Insert a workflow with a key, or give the one that has it; the caller's transaction survives either way.
+
+    Waits for another transaction that is inserting the same name and key, and gives its record if it commits.
+    Source: PostgreSQL manual, INSERT, ON CONFLICT clause.
+    """
+    statement = (
+        insert(Workflow)
+        .values(**_values(new))
+        .on_conflict_do_nothing(index_elements=["name", "key"], index_where=Workflow.key.is_not(None))
+        .returning(Workflow)
+    )
+    known = select(Workflow).where(Workflow.name == new.name, Workflow.key == new.key)
+    while True:
+        for attempt in (statement, known):
+            found = session.scalars(attempt, execution_options=_FRESH).one_or_none()
+            if found is not None:
+                return found
+        # The one that was in the way was deleted between the two statements.
+
+
+def insert_many(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID]:
+    """Insert workflows by one statement; give their ids in order, for known keys those of the known workflows."""
+    inserted = set(scalars(session, _INSERT_MANY, arrays(_NEW, [_row(each) for each in workflows])))
+    known = _ids_by_key(session, [each for each in workflows if each.id not in inserted])
+    return [each.id if each.id in inserted else known[each.name, each.key] for each in workflows]
+
+
+def outcome(session: Session, workflow_id: UUID) -> Row[tuple[UUID, str, WorkflowStatus, str | None, Any]] | None:
+    """Read id, name, status, output as JSON text, and error; None if there is no such workflow."""
+    return execute(session, _OUTCOME, {"wanted_id": workflow_id}).one_or_none()
+
+
+def require_outcome(session: Session, workflow_id: UUID) -> Row[tuple[UUID, str, WorkflowStatus, str | None, Any]]:
+    """Read the same as `outcome`.
+
+    Raises:
+        WorkflowNotFoundError: there is no such workflow.
+    """
+    found = outcome(session, workflow_id)
+    if found is None:
+        raise WorkflowNotFoundError(
+            f"no workflow {workflow_id} is visible in {session.get_bind(Workflow).engine.url.render_as_string()}: is "
+            "the transaction that started it committed?",
+            workflow_id=workflow_id,
+        )
+    return found
+
+
+def refresh_known(session: Session, workflow_id: UUID) -> None:
+    """Read a workflow anew if the session holds its record, which statements of ours have passed by."""
+    known = session.identity_map.get(session.identity_key(Workflow, workflow_id))
+    if known is not None:
+        session.refresh(known)
+
+
+def finish(session: Session, completion: Completion) -> bool:
+    """Record an outcome; wait for whoever holds the row. False: the attempt no longer owns the workflow."""
+    return scalar(session, _FINISH, arrays(_COMPLETION, [_completion_row(completion)])) is not None
+
+
+def finish_unlocked(session: Session, completions: Sequence[Completion]) -> set[UUID]:
+    """Record outcomes of workflows whose rows nobody else holds and whose attempts own them; give their ids."""
+    return set(scalars(session, _FINISH_UNLOCKED, arrays(_COMPLETION, [_completion_row(each) for each in completions])))
+
+
+def finished_by(session: Session, fences: Iterable[Fence]) -> dict[UUID, WorkflowStatus]:
+    """Give the workflows that these attempts have finished, to settle a commit whose acknowledgement was lost."""
+    rows = execute(session, _FINISHED_BY, arrays(_FENCE, [_fence_row(each) for each in fences]))
+    return dict(rows.tuples().all())
+
+
+def release(session: Session, fences: Iterable[Fence]) -> set[UUID]:
+    """Hand running workflows back to their queues, in their old places; give the ids of those still owned."""
+    return set(scalars(session, _RELEASE, arrays(_FENCE, [_fence_row(each) for each in fences])))
+
+
+def still_owned(session: Session, fences: Iterable[Fence]) -> set[UUID]:
+    """Give the ids of the workflows that the attempts still own. Takes no lock."""
+    return set(scalars(session, _STILL_OWNED, arrays(_FENCE, [_fence_row(each) for each in fences])))
+
+
+def wake_due(session: Session, *, limit: int) -> int:
+    """Put suspended workflows whose time has come into their queues, placed by that time; give how many."""
+    return len(scalars(session, _WAKE_DUE, {"limit": limit}).all())
+
+
+def unknown_names(session: Session, *, queues: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Give the names of workflows near the head of the queues that are not among `names`."""
+    head = (
+        select(WORKFLOW.c.name)
+        .where(WORKFLOW.c.status == status(WorkflowStatus.PENDING), WORKFLOW.c.queue.in_(queues))
+        .where(WORKFLOW.c.name.not_in(names))
+        .limit(100)
+        .subquery()
+    )
+    return list(scalars(session, select(head.c.name).distinct().order_by(head.c.name)))
+
+
+def _values(new: NewWorkflow) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "id": new.id,
+        "name": new.name,
+        "key": new.key,
+        "queue": new.queue,
+        "priority": new.priority,
+        "input": new.input,
+    }
+    if new.wake_at is not None:
+        values |= {"status": WorkflowStatus.SUSPENDED, "wake_at": new.wake_at}
+    elif new.delay is not None:
+        wake_at = func.statement_timestamp() + timedelta(seconds=new.delay)
+        values |= {"status": WorkflowStatus.SUSPENDED, "wake_at": wake_at}
+    return values
+
+
+def _row(new: NewWorkflow) -> dict[str, Any]:
+    return {
+        "id": new.id,
+        "name": new.name,
+        "key": new.key,
+        "queue": new.queue,
+        "priority": new.priority,
+        "input": json.dumps(new.input, ensure_ascii=False),
+        "delay": new.delay,
+        "wake_at": new.wake_at,
+    }
+
+
+def _ids_by_key(session: Session, workflows: Sequence[NewWorkflow]) -> dict[tuple[str, str | None], UUID]:
+    if not workflows:
+        return {}
+    keys = [(each.name, each.key) for each in workflows]
+    statement = select(WORKFLOW.c.name, WORKFLOW.c.key, WORKFLOW.c.id).where(
+        tuple_(WORKFLOW.c.name, WORKFLOW.c.key).in_(keys)
+    )
+    return {(name, key): found for name, key, found in execute(session, statement)}
+
+
+def _fence_row(fence: Fence) -> dict[str, Any]:
+    return {"id": fence.workflow_id, "token": fence.token}
+
+
+def _completion_row(completion: Completion) -> dict[str, Any]:
+    return {
+        **_fence_row(completion.fence),
+        "status": completion.status.value,
+        "output": completion.output,
+        "error": completion.error,
+    }
+
+
+def _finish_statement(*, skip_locked: bool) -> Any:
+    batch = table("batch", _COMPLETION)
+    mine = owned(batch, skip_locked=skip_locked)
+    return (
+        update(WORKFLOW)
+        .where(WORKFLOW.c.id == mine.c.id, batch.c.id == mine.c.id)
+        .values(
+            status=batch.c.status,
+            output=cast(batch.c.output, JSONB),
+            error=cast(batch.c.error, JSONB),
+            finished_at=func.statement_timestamp(),
+        )
+        .returning(WORKFLOW.c.id)
+    )
+
+
+def _release_statement() -> Any:
+    mine = owned(table("batch", _FENCE), skip_locked=False)
+    return (
+        update(WORKFLOW)
+        .where(WORKFLOW.c.id == mine.c.id)
+        .values(status=WorkflowStatus.PENDING, token=null(), worker_id=null())
+        .returning(WORKFLOW.c.id)
+    )
+
+
+def _still_owned_statement() -> Any:
+    return select(WORKFLOW.c.id).where(_of_attempts(), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
+
+
+def _finished_by_statement() -> Any:
+    return select(WORKFLOW.c.id, WORKFLOW.c.status).where(_of_attempts(), WORKFLOW.c.finished_at.is_not(None))
+
+
+def _of_attempts() -> ColumnElement[bool]:
+    batch = table("batch", _FENCE)
+    return tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(select(batch.c.id, batch.c.token))
+
+
+def _wake_due_statement() -> Any:
+    due = materialized(
+        select(WORKFLOW.c.id)
+        .where(
+            WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
+            WORKFLOW.c.wake_at <= func.statement_timestamp(),
+        )
+        .order_by(WORKFLOW.c.wake_at)
+        .limit(_LIMIT)
+        .with_for_update(key_share=True, skip_locked=True),
+        "due",
+    )
+    return (
+        update(WORKFLOW)
+        .where(WORKFLOW.c.id == due.c.id)
+        .values(status=WorkflowStatus.PENDING, enqueued_at=WORKFLOW.c.wake_at, wake_at=null())
+        .returning(WORKFLOW.c.id)
+    )
+
+
+def _insert_many_statement() -> Any:
+    batch = table("batch", _NEW)
+    delayed = func.statement_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, batch.c.delay)
+    wake_at = func.coalesce(batch.c.wake_at, delayed)
+    columns = {
+        "id": batch.c.id,
+        "name": batch.c.name,
+        "key": batch.c.key,
+        "queue": batch.c.queue,
+        "priority": batch.c.priority,
+        "input": cast(batch.c.input, JSONB),
+        "status": case((wake_at.is_(None), WorkflowStatus.PENDING.value), else_=WorkflowStatus.SUSPENDED.value),
+        "wake_at": wake_at,
+    }
+    return (
+        insert(WORKFLOW)
+        # In the order of keys: two callers that start the same keys wait for each other in one direction only.
+        .from_select(
+            list(columns),
+            select(*columns.values()).order_by(batch.c.name, batch.c.key),
+            include_defaults=False,
+        )
+        .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
+        .returning(WORKFLOW.c.id)
+    )
+
+
+_INSERT_MANY = _insert_many_statement()
+_FINISH = _finish_statement(skip_locked=False)
+_FINISH_UNLOCKED = _finish_statement(skip_locked=True)
+_RELEASE = _release_statement()
+_FINISHED_BY = _finished_by_statement()
+_STILL_OWNED = _still_owned_statement()
+_OUTCOME = select(
+    WORKFLOW.c.id, WORKFLOW.c.name, WORKFLOW.c.status, cast(WORKFLOW.c.output, Text), WORKFLOW.c.error
+).where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()))
+_WAKE_DUE = _wake_due_statement()

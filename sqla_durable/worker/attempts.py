@@ -1,0 +1,152 @@
+"""Executes claimed workflows, each as a task, and knows which are running."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqla_durable.errors import AttemptLost, Released
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.runtime import run_blocking
+from sqla_durable.operations.workflow import run_workflow
+from sqla_durable.registry import Registry, WorkflowDefinition
+from sqla_durable.store import Claimed, Fence, workers, workflows
+from sqla_durable.worker.database import Database, persistently
+from sqla_durable.worker.runtimes import LoopRuntime, Surroundings, ThreadRuntime
+
+log = logging.getLogger("sqla_durable.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """An attempt and the task that executes it."""
+
+    attempt: Attempt
+    task: asyncio.Task[None]
+
+
+class Attempts:
+    """The workflows that this worker is executing, at most `concurrency` of them."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        surroundings: Surroundings,
+        database: Database,
+        *,
+        concurrency: int,
+        max_attempts: int,
+    ) -> None:
+        self._registry = registry
+        self._surroundings = surroundings
+        self._database = database
+        self._concurrency = concurrency
+        self._max_attempts = max_attempts
+        self._running: dict[UUID, Running] = {}
+        self.slot_freed = asyncio.Event()
+        self.executed = 0
+
+    @property
+    def free(self) -> int:
+        """How many more workflows can be executed now."""
+        return self._concurrency - len(self._running)
+
+    @property
+    def fences(self) -> list[Fence]:
+        """The attempts that are running here."""
+        return [each.attempt.fence for each in self._running.values()]
+
+    def begin(self, claimed: Iterable[Claimed]) -> None:
+        """Begin to execute what was claimed."""
+        for each in claimed:
+            attempt = Attempt(each)
+            task = asyncio.create_task(self._execute(attempt), name=f"{each.name} {attempt.workflow_id}")
+            self._running[attempt.workflow_id] = Running(attempt, task)
+
+    def drop_lost(self, owned: set[UUID], known: Iterable[Fence]) -> None:
+        """End the attempts of `known` that the tables no longer give to this worker."""
+        for fence in known:
+            running = self._running.get(fence.workflow_id)
+            if fence.workflow_id not in owned and running is not None and running.attempt.fence == fence:
+                log.warning("workflow %s is no longer this worker's: its attempt ends", fence.workflow_id)
+                running.attempt.stop(lambda fence=fence: AttemptLost(fence.workflow_id))
+                self._cancel(running)
+
+    async def hand_back(self, *, grace: float) -> int:
+        """Let every attempt end at its next operation; after `grace` seconds, end those that are still in a step.
+
+        Returns:
+            How many sync steps were left behind in their threads; they can commit nothing more.
+        """
+        for each in self._running.values():
+            each.attempt.stop(Released)
+        tasks = [each.task for each in self._running.values()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=grace)
+        left_behind = [each for each in self._running.values() if not self._definition(each.attempt).is_async]
+        for each in list(self._running.values()):
+            self._cancel(each)
+        if left_behind:
+            log.warning("%d sync workflows are still in a step; they are handed back", len(left_behind))
+            await self._release([each.attempt.fence for each in left_behind])
+        for each in tasks:
+            each.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return len(left_behind)
+
+    def _cancel(self, running: Running) -> None:
+        """End an async attempt at once; a thread ends at its next operation."""
+        if self._definition(running.attempt).is_async:
+            running.task.cancel()
+
+    def _definition(self, attempt: Attempt) -> WorkflowDefinition:
+        return self._registry.workflow(attempt.name)
+
+    async def _execute(self, attempt: Attempt) -> None:
+        try:
+            await self._to_its_end(attempt)
+        except AttemptLost:
+            log.info("workflow %s: its attempt %d lost the ownership", attempt.workflow_id, attempt.number)
+        except (Released, asyncio.CancelledError):
+            await self._release([attempt.fence])
+        except Exception:
+            log.exception("workflow %s: its attempt %d broke", attempt.workflow_id, attempt.number)
+            await self._abandon(attempt)
+        finally:
+            self._running.pop(attempt.workflow_id, None)
+            self.executed += 1
+            self.slot_freed.set()
+
+    async def _to_its_end(self, attempt: Attempt) -> None:
+        definition = self._definition(attempt)
+        if not definition.is_async:
+            runtime = ThreadRuntime(attempt, self._surroundings)
+            await self._surroundings.in_thread(lambda: _blocking(runtime, definition))
+            return
+        on_loop = LoopRuntime(attempt, self._surroundings)
+        try:
+            await run_workflow(on_loop, definition, lambda given: on_loop.body(definition, given))
+        except (Released, asyncio.CancelledError):
+            await on_loop.flush()
+            raise
+
+    async def _release(self, fences: list[Fence]) -> None:
+        await persistently(self._database, lambda session: workflows.release(session, fences), what="release")
+
+    async def _abandon(self, attempt: Attempt) -> None:
+        await persistently(
+            self._database,
+            lambda session: workers.abandon(session, attempt.fence, max_attempts=self._max_attempts),
+            what="abandon",
+        )
+
+
+def _blocking(runtime: ThreadRuntime, definition: WorkflowDefinition) -> None:
+    try:
+        run_blocking(run_workflow(runtime, definition, lambda given: runtime.body(definition, given)))
+    except Released:
+        runtime.flush()
+        raise

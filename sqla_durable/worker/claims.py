@@ -1,0 +1,127 @@
+"""Keeps a worker's slots filled: reclaims from the dead, wakes what is due, claims in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+from uuid_utils.compat import uuid7
+
+from sqla_durable.retry import TransientRetry
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store import Claimed, queues, workers, workflows
+from sqla_durable.worker.attempts import Attempts
+from sqla_durable.worker.database import Database, persistently
+
+log = logging.getLogger("sqla_durable.worker")
+
+_BATCH = 200
+_MAINTAIN_LIMIT = 1_000
+_WARN_EVERY = 60.0
+
+
+class Claims:
+    """Claims workflows of these queues and names whenever a slot is free.
+
+    A full batch is followed by the next at once; otherwise the next poll comes after `poll_interval`.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        attempts: Attempts,
+        *,
+        worker_id: UUID,
+        queues: Sequence[str],
+        names: Sequence[str],
+        poll_interval: timedelta,
+        max_attempts: int,
+    ) -> None:
+        self._database = database
+        self._attempts = attempts
+        self._worker_id = worker_id
+        self._queues = list(queues)
+        self._names = list(names)
+        self._interval = poll_interval.total_seconds()
+        self._max_attempts = max_attempts
+        self._maintained_at = float("-inf")
+        self._warned_at = float("-inf")
+
+    async def run(self) -> None:
+        """Claim until cancelled."""
+        while True:
+            wanted = min(self._attempts.free, _BATCH)
+            claimed = await self._poll(wanted) if wanted else []
+            self._attempts.begin(claimed)
+            if len(claimed) < wanted:
+                await asyncio.sleep(self._interval)
+            elif self._attempts.free == 0:
+                await self._wait_for_slot()
+
+    async def _wait_for_slot(self) -> None:
+        """Wait until a slot is free, or until it is time to look after dead workers and timers again."""
+        self._attempts.slot_freed.clear()
+        try:
+            async with asyncio.timeout(self._interval):
+                await self._attempts.slot_freed.wait()
+        except TimeoutError:
+            await persistently(self._database, self._maintain, what="maintenance")
+
+    async def _poll(self, limit: int) -> list[Claimed]:
+        again = TransientRetry(conflicts=1_000_000)
+        while True:
+            try:
+                return await self._database.transact(lambda session: self._claim(session, limit))
+            except Exception as error:
+                seconds = again.wait_before_next(error)
+                if seconds is None:
+                    raise
+                log.warning("claim: %s; trying again in %.1f s", str(error).splitlines()[0], seconds)
+                await asyncio.sleep(seconds)
+                await persistently(self._database, self._release_strays, what="claim")
+
+    def _claim(self, session: Session, limit: int) -> list[Claimed]:
+        if time.monotonic() - self._maintained_at >= self._interval:
+            self._maintain(session)
+        claimed = queues.claim(
+            session,
+            worker_id=self._worker_id,
+            token=uuid7(),
+            queues=self._queues,
+            names=self._names,
+            limit=limit,
+        )
+        if not claimed and time.monotonic() - self._warned_at > _WARN_EVERY:
+            self._warn_of_unknown(session)
+        return claimed
+
+    def _maintain(self, session: Session) -> None:
+        """Take back what dead workers had, and wake what is due: any worker does it, for all queues."""
+        self._maintained_at = time.monotonic()
+        for each in workers.reclaim(session, max_attempts=self._max_attempts, limit=_MAINTAIN_LIMIT):
+            end = "failed: too many of its workers died" if each.status is WorkflowStatus.FAILED else "pending again"
+            log.warning("workflow %s %s was reclaimed from a dead worker and is %s", each.name, each.workflow_id, end)
+        workflows.wake_due(session, limit=_MAINTAIN_LIMIT)
+
+    def _release_strays(self, session: Session) -> None:
+        """Hand back what a claim took whose acknowledgement was lost: nobody would ever execute it."""
+        known = set(self._attempts.fences)
+        strays = [each for each in workers.running_of(session, self._worker_id) if each not in known]
+        workflows.release(session, strays)
+
+    def _warn_of_unknown(self, session: Session) -> None:
+        self._warned_at = time.monotonic()
+        unknown = workflows.unknown_names(session, queues=self._queues, names=self._names)
+        if unknown:
+            log.warning(
+                "workflows named %s wait in the queues %s and are not registered here; a worker that knows them "
+                "will claim them. Registered are %s.",
+                ", ".join(map(repr, unknown)),
+                ", ".join(map(repr, self._queues)),
+                ", ".join(map(repr, self._names)),
+            )

@@ -1,0 +1,55 @@
+"""Holds the worker's lease, and notices which attempts it has lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+
+from sqla_durable.store import workers, workflows
+from sqla_durable.worker.attempts import Attempts
+from sqla_durable.worker.database import Database, persistently
+
+
+class Heartbeat:
+    """One row in the worker table, extended three times in a lease."""
+
+    def __init__(
+        self, database: Database, *, worker_id: UUID, queues: Sequence[str], lease: timedelta, name: str | None
+    ) -> None:
+        self._database = database
+        self._worker_id = worker_id
+        self._queues = queues
+        self._lease = lease
+        self._name = name or f"{socket.gethostname()}:{os.getpid()}"
+
+    async def begin(self) -> None:
+        """Begin the lease."""
+        await self._database.transact(self._beat)
+
+    async def run(self, attempts: Attempts) -> None:
+        """Extend the lease until cancelled, and drop the attempts that are no longer this worker's."""
+        while True:
+            await asyncio.sleep(self._lease.total_seconds() / 3)
+            await persistently(self._database, self._beat, what="heartbeat")
+            running = attempts.fences
+            if running:
+                owned = await persistently(
+                    self._database,
+                    lambda session, known=running: workflows.still_owned(session, known),
+                    what="heartbeat",
+                )
+                attempts.drop_lost(owned, running)
+            await persistently(self._database, workers.forget_dead, what="heartbeat")
+
+    async def end(self) -> None:
+        """End the lease."""
+        await persistently(self._database, lambda session: workers.leave(session, self._worker_id), what="leave")
+
+    def _beat(self, session: Session) -> None:
+        workers.beat(session, worker_id=self._worker_id, name=self._name, queues=self._queues, lease=self._lease)

@@ -1,0 +1,179 @@
+"""How attempts in a worker wait, call and record: sync workflows in threads, async ones on the event loop.
+
+Checkpoints and outcomes go to the writer; a transactional step has a session of its own from the user's sessionmaker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextvars
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqla_durable.errors import AttemptLost, EncodingError
+from sqla_durable.failure import Failure
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.runtime import StepCall
+from sqla_durable.operations.transaction import ClosingTransaction, HeldTransaction, StepTransaction
+from sqla_durable.registry import SessionKind
+from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store import Checkpoint, Completion
+from sqla_durable.worker.writer import Writer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all attempts of one worker share.
+
+    Attributes:
+        sync_places, async_places: bound the connections that transactional steps hold at once.
+        stopping: set in threads that pause when the worker is told to stop.
+    """
+
+    writer: Writer
+    threads: concurrent.futures.ThreadPoolExecutor
+    sessionmaker: sessionmaker[Session] | None
+    async_sessionmaker: async_sessionmaker[AsyncSession] | None
+    sync_places: threading.Semaphore
+    async_places: asyncio.Semaphore
+    stopping: threading.Event
+    stopping_async: asyncio.Event
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        """Call a function in one of the worker's threads, in a copy of the context."""
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self.threads, context.run, function)
+
+
+class ThreadRuntime(BlockingRuntime):
+    """An attempt at a `def` workflow, or a sync step of an `async def` one, in a thread."""
+
+    def __init__(self, attempt: Attempt, surroundings: Surroundings) -> None:
+        super().__init__(attempt)
+        self._surroundings = surroundings
+        self._pending: list[concurrent.futures.Future[None]] = []
+
+    async def pause(self, seconds: float) -> None:
+        """Wait, or until the worker stops."""
+        self._surroundings.stopping.wait(seconds)
+
+    async def settle(self) -> None:
+        """Wait for the commits on their way; then end here if the attempt was told to."""
+        self.flush()
+        self.attempt.proceed()
+
+    async def record(self, checkpoint: Checkpoint) -> None:
+        """Hand a checkpoint to the writer; the workflow's code goes on."""
+        self._pending.append(self._surroundings.writer.submit_from_thread(checkpoint))
+
+    async def begin(self, kind: SessionKind) -> StepTransaction:
+        """Open a session of the user's own sessionmaker, used for this step only."""
+        maker = self._surroundings.sessionmaker
+        assert kind is SessionKind.SYNC  # noqa: S101 (the registry refuses other steps in sync code)
+        assert maker is not None  # noqa: S101 (the worker has checked it at its start)
+        places = self._surroundings.sync_places
+        places.acquire()
+        transaction = HeldTransaction(ClosingTransaction(maker(close_resets_only=False)), places.release)
+        await transaction.begin()
+        return transaction
+
+    async def finish(self, completion: Completion) -> None:
+        """Record the outcome, in the same commit as what is still on its way."""
+        try:
+            self._pending.append(self._surroundings.writer.submit_from_thread(completion))
+            self.flush()
+        except EncodingError as error:
+            self._surroundings.writer.submit_from_thread(refused(completion, error)).result()
+
+    def flush(self) -> None:
+        """Wait for the commits on their way."""
+        pending, self._pending = self._pending, []
+        for ticket in pending:
+            ticket.result()
+
+
+class LoopRuntime(AsyncRuntime):
+    """An attempt at an `async def` workflow, on the worker's event loop."""
+
+    def __init__(self, attempt: Attempt, surroundings: Surroundings) -> None:
+        super().__init__(attempt)
+        self._surroundings = surroundings
+        self._pending: list[asyncio.Future[None]] = []
+
+    async def pause(self, seconds: float) -> None:
+        """Wait, or until the worker stops."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._surroundings.stopping_async.wait()
+        except TimeoutError:
+            pass
+
+    async def settle(self) -> None:
+        """Wait for the commits on their way; then end here if the attempt was told to."""
+        await self.flush()
+        self.attempt.proceed()
+
+    async def record(self, checkpoint: Checkpoint) -> None:
+        """Hand a checkpoint to the writer; the workflow's code goes on."""
+        self._pending.append(self._surroundings.writer.submit(checkpoint))
+
+    async def begin(self, kind: SessionKind) -> StepTransaction:
+        """Open a session of the user's own sessionmaker, used for this step only."""
+        maker = self._surroundings.async_sessionmaker
+        assert kind is SessionKind.ASYNC  # noqa: S101 (sync sessions are performed in a thread)
+        assert maker is not None  # noqa: S101 (the worker has checked it at its start)
+        places = self._surroundings.async_places
+        await places.acquire()
+        transaction = HeldTransaction(ClosingTransaction(maker(close_resets_only=False)), places.release)
+        await transaction.begin()
+        return transaction
+
+    async def finish(self, completion: Completion) -> None:
+        """Record the outcome, in the same commit as what is still on its way."""
+        try:
+            self._pending.append(self._surroundings.writer.submit(completion))
+            await self.flush()
+        except EncodingError as error:
+            await self._surroundings.writer.submit(refused(completion, error))
+
+    async def flush(self) -> None:
+        """Wait for the commits on their way."""
+        pending, self._pending = self._pending, []
+        for ticket in pending:
+            await asyncio.shield(ticket)
+
+    async def perform_blocking(self, call: StepCall) -> Any:
+        """Perform a step that takes a `Session` in a thread, as a whole."""
+        await self.settle()
+        runtime = ThreadRuntime(self.attempt, self._surroundings)
+        return await self.in_thread(lambda: _performed(runtime, call))
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        """Call a function in one of the worker's threads."""
+        return await self._surroundings.in_thread(function)
+
+
+def _performed(runtime: ThreadRuntime, call: StepCall) -> Any:
+    try:
+        return runtime.perform(call)
+    finally:
+        runtime.flush()
+
+
+def refused(completion: Completion, error: EncodingError) -> Completion:
+    """Give the outcome of a workflow whose own outcome the database refuses."""
+    return Completion(completion.fence, WorkflowStatus.FAILED, error=Failure.of(error).to_json())
+
+
+def lost(attempt: Attempt) -> AttemptLost:
+    """Give the signal for an attempt that no longer owns its workflow."""
+    return AttemptLost(attempt.workflow_id)

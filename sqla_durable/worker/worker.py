@@ -1,0 +1,353 @@
+"""`Worker`: its settings, its start and its graceful stop; the parts are in the modules beside this one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+from uuid import UUID
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+from uuid_utils.compat import uuid7
+
+from sqla_durable.durable import Durable
+from sqla_durable.errors import DatabaseUnavailableError, SessionError
+from sqla_durable.handle import refuse_event_loop
+from sqla_durable.registry import SessionKind
+from sqla_durable.store import schema, workers
+from sqla_durable.worker.attempts import Attempts
+from sqla_durable.worker.claims import Claims
+from sqla_durable.worker.database import Database, LoopDatabase, ThreadDatabase
+from sqla_durable.worker.heartbeat import Heartbeat
+from sqla_durable.worker.runtimes import Surroundings
+from sqla_durable.worker.writer import Writer
+
+log = logging.getLogger("sqla_durable.worker")
+
+_OWN_CONNECTIONS = 4  # claim, writer, heartbeat, hand back
+
+
+class Worker:
+    """Claims workflows from queues and executes them, sync and async ones together.
+
+    ```python
+    worker = Worker(durable, sessionmaker=SessionLocal)
+    worker.run()                      # until SIGTERM or SIGINT
+    ```
+
+    In an application that has an event loop, `async with worker:` runs it beside; `with worker:` runs it in a thread.
+    A worker that dies is replaced by any other: what it had claimed is claimed again when its lease has run out, and
+    goes on after the last checkpoint. Its transactional steps take effect exactly once, its plain steps at least once.
+
+    Args:
+        durable: the workflows it knows. Rows of other names stay for workers that know them.
+        sessionmaker: opens the sessions of steps that take a `Session`; by default the one of `durable`.
+        async_sessionmaker: likewise for `AsyncSession`. With both, they must lead to the same database.
+        queues: the queues it claims from; by default those of the workflows it knows, and `default`.
+        concurrency: how many workflows it executes at once.
+        transactions: how many transactional steps of each kind hold a connection at once; by default what the
+            engine's pool can give, less the few connections that the worker needs for itself.
+        lease: how long its workflows stay its own after its last heartbeat; it beats three times in a lease.
+        poll_interval: how long it waits after a claim that found less than was free.
+        grace: how long a stop waits for steps that are being executed before it hands their workflows back.
+        max_attempts: how often a workflow may lose its worker before it fails.
+        name: what the worker table shows; by default host and process id.
+
+    Raises:
+        SessionError: there is no sessionmaker, or none for a kind of session that a step takes.
+        DefinitionError: an annotation of a workflow or step cannot be stored as JSON.
+        ValueError: a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        durable: Durable,
+        *,
+        sessionmaker: sessionmaker[Session] | None = None,
+        async_sessionmaker: async_sessionmaker[AsyncSession] | None = None,
+        queues: Iterable[str] | None = None,
+        concurrency: int = 100,
+        transactions: int | None = None,
+        lease: timedelta = timedelta(seconds=30),
+        poll_interval: timedelta = timedelta(seconds=0.5),
+        grace: timedelta = timedelta(seconds=20),
+        max_attempts: int = 10,
+        name: str | None = None,
+    ) -> None:
+        self.id: UUID = uuid7()
+        self.durable = durable
+        self.sessionmaker = sessionmaker or durable.sessionmaker
+        self.async_sessionmaker = async_sessionmaker or durable.async_sessionmaker
+        self.queues = _queues(durable, queues)
+        self.concurrency = _at_least(concurrency, 1, "concurrency")
+        self.transactions = transactions if transactions is None else _at_least(transactions, 1, "transactions")
+        self.lease = _positive(lease, "lease")
+        self.poll_interval = _positive(poll_interval, "poll_interval")
+        self.grace = grace
+        self.max_attempts = _at_least(max_attempts, 1, "max_attempts")
+        self.name = name
+        self.left_behind = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = threading.Event()
+        self._stopping = asyncio.Event()
+        self._background: _Background | None = None
+        _require_sessionmakers(self)
+        _require_codecs(durable)
+
+    def run(self) -> None:
+        """Run until `stop` is called or, in the main thread, SIGTERM or SIGINT arrives; then leave in good order.
+
+        A second signal ends the process at once; its workflows are claimed again when the lease has run out.
+
+        Raises:
+            SchemaError: the tables and this package do not fit together.
+            DatabaseUnavailableError: the database cannot be reached at the start. Later outages are waited out.
+            SyncAsyncError: an event loop is running in this thread.
+        """
+        refuse_event_loop("Worker.run()", "await Worker.serve(), or use `async with worker:`")
+        with asyncio.Runner() as runner:
+            runner.run(self._serve_until_signal())
+
+    async def serve(self) -> None:
+        """Run on the running event loop until `stop` is called. See `run`; signals are the caller's."""
+        self._loop = asyncio.get_running_loop()
+        database = self._database()
+        threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="sqla-durable")
+        try:
+            await self._serve(database, threads)
+        finally:
+            self._loop = None
+            threads.shutdown(wait=False, cancel_futures=True)
+            database.close()
+
+    def stop(self) -> None:
+        """Ask the worker to leave in good order; returns at once. Callable from any thread."""
+        self._stop.set()
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended in between
+                self._loop.call_soon_threadsafe(self._stopping.set)
+
+    def __enter__(self) -> Self:
+        self._background = _Background(self)
+        self._background.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._background is not None  # noqa: S101 (set on entry)
+        self._background.stop()
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self.serve(), name="sqla-durable worker")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        await self._task
+
+    async def _serve_until_signal(self) -> None:
+        loop = asyncio.get_running_loop()
+        if threading.current_thread() is threading.main_thread():
+            for each in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(each, self._on_signal, loop)
+        await self.serve()
+
+    def _on_signal(self, loop: asyncio.AbstractEventLoop) -> None:
+        log.info("worker %s: stopping; steps that are being executed have %s", self.id, self.grace)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(each)
+        self.stop()
+
+    async def _serve(self, database: Database, threads: ThreadPoolExecutor) -> None:
+        heartbeat = Heartbeat(database, worker_id=self.id, queues=self.queues, lease=self.lease, name=self.name)
+        await self._begin(database, heartbeat)
+        writer = Writer(database)
+        surroundings = self._surroundings(writer, threads)
+        attempts = Attempts(
+            self.durable.registry,
+            surroundings,
+            database,
+            concurrency=self.concurrency,
+            max_attempts=self.max_attempts,
+        )
+        loops = [
+            asyncio.create_task(self._claims(database, attempts).run(), name="claims"),
+            asyncio.create_task(heartbeat.run(attempts), name="heartbeat"),
+            asyncio.create_task(writer.run(), name="writer"),
+        ]
+        stopping = asyncio.create_task(self._stopping.wait(), name="stop")
+        if self._stop.is_set():
+            self._stopping.set()
+        try:
+            await asyncio.wait([*loops, stopping], return_when=asyncio.FIRST_COMPLETED)
+            surroundings.stopping.set()
+            loops[0].cancel()
+            self.left_behind = await attempts.hand_back(grace=self.grace.total_seconds())
+        finally:
+            for task in (*loops, stopping):
+                task.cancel()
+            outcomes = await asyncio.gather(*loops, return_exceptions=True)
+            writer.close()
+        await heartbeat.end()
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+
+    async def _begin(self, database: Database, heartbeat: Heartbeat) -> None:
+        try:
+            await database.transact(schema.require)
+            await heartbeat.begin()
+            await self._require_one_database()
+        except (OperationalError, OSError) as error:
+            url = _engine_of(self).url.render_as_string(hide_password=True)
+            raise DatabaseUnavailableError(
+                f"the database {url} cannot be reached: {error}. Check the URL, and that the server is running."
+            ) from error
+        log.info(
+            "worker %s: claims %s from %s",
+            self.id,
+            ", ".join(each.name for each in self.durable.registry) or "nothing",
+            ", ".join(self.queues),
+        )
+
+    async def _require_one_database(self) -> None:
+        """Refuse two sessionmakers that lead to two databases: the lease must be visible through both.
+
+        Raises:
+            SessionError: it is not.
+        """
+        if self.sessionmaker is None or self.async_sessionmaker is None:
+            return
+        with self.sessionmaker() as session:
+            visible = await asyncio.to_thread(workers.exists, session, self.id)
+        if not visible:
+            raise SessionError(
+                "sessionmaker and async_sessionmaker lead to different databases or schemas: the worker's lease is "
+                "not visible through both. Bind them to the same one."
+            )
+
+    def _database(self) -> Database:
+        engine = _engine_of(self)
+        return LoopDatabase(engine) if engine.dialect.is_async else ThreadDatabase(engine)
+
+    def _claims(self, database: Database, attempts: Attempts) -> Claims:
+        return Claims(
+            database,
+            attempts,
+            worker_id=self.id,
+            queues=self.queues,
+            names=[each.name for each in self.durable.registry],
+            poll_interval=self.poll_interval,
+            max_attempts=self.max_attempts,
+        )
+
+    def _surroundings(self, writer: Writer, threads: ThreadPoolExecutor) -> Surroundings:
+        places = self.transactions or _pool_capacity(_engine_of(self))
+        return Surroundings(
+            writer=writer,
+            threads=threads,
+            sessionmaker=self.sessionmaker,
+            async_sessionmaker=self.async_sessionmaker,
+            sync_places=threading.Semaphore(places),
+            async_places=asyncio.Semaphore(places),
+            stopping=self._stop,
+            stopping_async=self._stopping,
+        )
+
+
+class _Background:
+    """A worker in a thread of its own, with its own event loop."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="sqla-durable worker", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop, wait, and raise what ended the worker."""
+        self._worker.stop()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._worker.run()
+        except BaseException as error:
+            log.exception("the worker ended")
+            self._error = error
+
+
+def _engine_of(worker: Worker) -> Engine:
+    """Give the engine for the worker's own statements: the async one if there is one, so that no thread is needed."""
+    if worker.async_sessionmaker is not None:
+        return schema.engine_of(worker.async_sessionmaker().sync_session)
+    assert worker.sessionmaker is not None  # noqa: S101 (checked when the worker was made)
+    return schema.engine_of(worker.sessionmaker())
+
+
+def _queues(durable: Durable, given: Iterable[str] | None) -> list[str]:
+    if given is None:
+        return sorted({"default"} | {each.queue for each in durable.registry})
+    chosen = [given] if isinstance(given, str) else sorted(set(given))
+    if not chosen or not all(each.strip() for each in chosen):
+        raise ValueError(f"queues={given!r} names no queue: give at least one, or leave it out.")
+    return chosen
+
+
+def _require_sessionmakers(worker: Worker) -> None:
+    if worker.sessionmaker is None and worker.async_sessionmaker is None:
+        raise SessionError(
+            "a worker needs a sessionmaker or an async_sessionmaker, here or in Durable(...): without, it has no "
+            "database."
+        )
+    for step in worker.durable.registry.steps():
+        if step.session is SessionKind.SYNC and worker.sessionmaker is None:
+            raise SessionError(f"step {step.name!r} takes a Session: give the worker a sessionmaker.")
+        if step.session is SessionKind.ASYNC and worker.async_sessionmaker is None:
+            raise SessionError(f"step {step.name!r} takes an AsyncSession: give the worker an async_sessionmaker.")
+
+
+def _require_codecs(durable: Durable) -> None:
+    """Find annotations that cannot be stored now, and not in the middle of a workflow."""
+    for workflow in durable.registry:
+        _ = workflow.arguments, workflow.result
+    for step in durable.registry.steps():
+        _ = step.result
+
+
+def _pool_capacity(engine: Engine) -> int:
+    """Give how many connections steps may hold so that the pool has some left for the worker itself."""
+    size = getattr(engine.pool, "size", None)
+    if size is None:
+        return 10  # NullPool and its like set no limit of their own
+    overflow = int(getattr(engine.pool, "_max_overflow", 0))
+    return 32 if overflow < 0 else max(1, min(32, size() + overflow - _OWN_CONNECTIONS))
+
+
+def _at_least(value: int, least: int, name: str) -> int:
+    if value < least:
+        raise ValueError(f"{name}={value!r} is too small: at least {least}.")
+    return value
+
+
+def _positive(value: timedelta, name: str) -> timedelta:
+    if value <= timedelta():
+        raise ValueError(f"{name}={value!r} is not a duration: give a timedelta longer than zero.")
+    return value

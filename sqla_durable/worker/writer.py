@@ -1,0 +1,217 @@
+"""Group commit: what all workflows of a worker record goes through one writer, in one transaction after another.
+
+It never waits to fill a batch: while one commit is on its way, the next batch gathers. Rows that another transaction
+holds are passed over and tried again in a later batch, so that only their own workflows wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+
+from sqla_durable.errors import AttemptLost, EncodingError
+from sqla_durable.store import Checkpoint, Completion, Fence, steps, workflows
+from sqla_durable.worker.database import Database, persistently
+
+log = logging.getLogger("sqla_durable.worker")
+
+Ticket: TypeAlias = "asyncio.Future[None] | concurrent.futures.Future[None]"
+
+_BATCH = 500
+_RETRY_LOCKED = 0.02
+
+
+@dataclass(slots=True)
+class Write:
+    """Something to be recorded, and who waits for it."""
+
+    row: Checkpoint | Completion
+    ticket: Ticket
+
+    @property
+    def fence(self) -> Fence:
+        """The attempt that writes."""
+        return self.row.fence
+
+    def settle(self, error: BaseException | None = None) -> None:
+        """Tell who waits; a ticket that was cancelled has nobody left."""
+        if self.ticket.done():
+            return
+        if error is None:
+            self.ticket.set_result(None)
+        else:
+            self.ticket.set_exception(error)
+
+
+@dataclass(slots=True)
+class Settled:
+    """What one transaction did with a batch."""
+
+    written: list[Write] = field(default_factory=list)
+    lost: list[Write] = field(default_factory=list)
+    locked: list[Write] = field(default_factory=list)
+
+
+class Writer:
+    """Commits what is submitted, in the order of submission for each workflow.
+
+    Runs on the event loop; `submit` may be called there, `submit_from_thread` anywhere.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._loop = asyncio.get_running_loop()
+        self._waiting: list[Write] = []
+        self._delayed: list[Write] = []
+        self._arrived = asyncio.Event()
+        self._closed = False
+        self.commits = 0
+
+    def submit(self, row: Checkpoint | Completion) -> asyncio.Future[None]:
+        """Record a row; the future ends when it is committed, or with `AttemptLost`."""
+        ticket: asyncio.Future[None] = self._loop.create_future()
+        self._add(Write(row, ticket))
+        return ticket
+
+    def submit_from_thread(self, row: Checkpoint | Completion) -> concurrent.futures.Future[None]:
+        """The same from another thread."""
+        write = Write(row, ticket := concurrent.futures.Future[None]())
+        try:
+            self._loop.call_soon_threadsafe(self._add, write)
+        except RuntimeError:  # the loop is closed: the worker has left this thread behind
+            write.settle(AttemptLost(write.fence.workflow_id))
+        return ticket
+
+    async def run(self) -> None:
+        """Commit batch after batch until cancelled."""
+        while True:
+            await self._arrived.wait()
+            batch = self._next_batch()
+            if batch:
+                await self._commit(batch)
+
+    def close(self) -> None:
+        """Refuse what waits and what is still to come: the worker has handed back its workflows."""
+        self._closed = True
+        for write in (*self._waiting, *self._delayed):
+            write.settle(AttemptLost(write.fence.workflow_id))
+
+    def _add(self, write: Write) -> None:
+        if self._closed:
+            write.settle(AttemptLost(write.fence.workflow_id))
+            return
+        self._waiting.append(write)
+        self._arrived.set()
+
+    def _next_batch(self) -> list[Write]:
+        """Take what waits, but for workflows that wait for their own rows: nothing overtakes within a workflow."""
+        batch = self._waiting[:_BATCH]
+        del self._waiting[:_BATCH]
+        if not self._waiting:
+            self._arrived.clear()
+        waiting_for_row = {each.fence.workflow_id for each in self._delayed}
+        self._delayed += [each for each in batch if each.fence.workflow_id in waiting_for_row]
+        return [each for each in batch if each.fence.workflow_id not in waiting_for_row]
+
+    def _delay(self, writes: list[Write]) -> None:
+        if not self._delayed:
+            self._loop.call_later(_RETRY_LOCKED, self._try_delayed)
+        self._delayed += writes
+
+    def _try_delayed(self) -> None:
+        self._waiting[:0] = self._delayed
+        self._delayed = []
+        self._arrived.set()
+
+    async def _commit(self, batch: list[Write]) -> None:
+        try:
+            settled = await persistently(self._database, lambda session: _write(session, batch), what="writer")
+        except Exception as error:
+            await self._split(batch, error)
+            return
+        self.commits += 1
+        for write in settled.written:
+            write.settle()
+        for write in settled.lost:
+            write.settle(AttemptLost(write.fence.workflow_id))
+        if settled.locked:
+            self._delay(settled.locked)
+
+    async def _split(self, batch: list[Write], error: Exception) -> None:
+        """Find the workflow whose row the database refuses; it fails alone."""
+        groups = list(_by_workflow(batch).values())
+        if len(groups) > 1:
+            half = len(groups) // 2
+            await self._commit([write for group in groups[:half] for write in group])
+            await self._commit([write for group in groups[half:] for write in group])
+            return
+        log.error("the database refuses what workflow %s records: %s", batch[0].fence.workflow_id, error)
+        for write in batch:
+            refused = EncodingError(f"the database refuses what the workflow records: {error}")
+            refused.__cause__ = error
+            write.settle(refused)
+
+
+def _write(session: Session, batch: Sequence[Write]) -> Settled:
+    """Write checkpoints, then the completions of workflows whose checkpoints are all there."""
+    settled = Settled()
+    behind = _write_checkpoints(session, [each for each in batch if isinstance(each.row, Checkpoint)], settled)
+    completions = [each for each in batch if isinstance(each.row, Completion)]
+    _write_completions(session, [each for each in completions if each.fence.workflow_id not in behind], settled)
+    held_back = [each for each in completions if each.fence.workflow_id in behind]
+    _place(session, held_back, settled)
+    return settled
+
+
+def _write_checkpoints(session: Session, writes: list[Write], settled: Settled) -> set[UUID]:
+    """Write checkpoints; give the workflows of those that were not written."""
+    if not writes:
+        return set()
+    rows = [each.row for each in writes if isinstance(each.row, Checkpoint)]
+    written = steps.record_unlocked(session, rows)
+    if len(written) < len(rows):
+        written |= steps.recorded_among(session, [each for each in rows if _key(each) not in written])
+    rest = [each for each in writes if isinstance(each.row, Checkpoint) and _key(each.row) not in written]
+    behind = {each.fence.workflow_id for each in rest}
+    settled.written += [each for each in writes if isinstance(each.row, Checkpoint) and _key(each.row) in written]
+    _place(session, rest, settled)
+    return behind
+
+
+def _write_completions(session: Session, writes: list[Write], settled: Settled) -> None:
+    if not writes:
+        return
+    rows = [each.row for each in writes if isinstance(each.row, Completion)]
+    finished = workflows.finish_unlocked(session, rows)
+    if len(finished) < len(rows):
+        reached = workflows.finished_by(session, [each.fence for each in rows])
+        finished |= {each.fence.workflow_id for each in rows if reached.get(each.fence.workflow_id) is each.status}
+    settled.written += [each for each in writes if each.fence.workflow_id in finished]
+    _place(session, [each for each in writes if each.fence.workflow_id not in finished], settled)
+
+
+def _place(session: Session, writes: list[Write], settled: Settled) -> None:
+    """Tell rows that somebody holds from those that the attempt has lost."""
+    if writes:
+        owned = workflows.still_owned(session, [each.fence for each in writes])
+        settled.locked += [each for each in writes if each.fence.workflow_id in owned]
+        settled.lost += [each for each in writes if each.fence.workflow_id not in owned]
+
+
+def _key(checkpoint: Checkpoint) -> tuple[UUID, str]:
+    return checkpoint.fence.workflow_id, checkpoint.key
+
+
+def _by_workflow(writes: Iterable[Write]) -> dict[UUID, list[Write]]:
+    groups: defaultdict[UUID, list[Write]] = defaultdict(list)
+    for write in writes:
+        groups[write.fence.workflow_id].append(write)
+    return groups
