@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, get_args
+from types import GenericAlias
+from typing import Any, cast, get_args
 
 import pydantic_core
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
@@ -203,7 +204,8 @@ def is_mapped(kind: object) -> bool:
 def _adapter(annotation: Any, what: str) -> TypeAdapter[Any]:
     _refuse_mapped(annotation, what)
     try:
-        return TypeAdapter(tuple[annotation], config=_CONFIG)
+        wrapped: Any = GenericAlias(tuple, (annotation,))
+        return TypeAdapter(wrapped, config=_CONFIG)
     except (PydanticUserError, NameError, TypeError) as error:
         raise DefinitionError(
             f"{what} is annotated {annotation!r}, which cannot be stored as JSON: {error}. "
@@ -222,33 +224,33 @@ def _refuse_mapped(annotation: Any, what: str) -> None:
 
 
 def _require_native(value: object, what: str) -> None:
-    match value:
-        case None | bool() | int() | float() | str():
-            fits = type(value) in (type(None), bool, int, float, str)
-        case dict():
-            fits = all(type(key) is str for key in value)
-            for inner in value.values():
-                _require_native(inner, what)
-        case list():
-            fits = True
-            for inner in value:
-                _require_native(inner, what)
-        case _:
-            fits = False
-    if not fits:
+    """Refuse what JSON would give back as something else."""
+    if not _is_native(value):
         raise EncodingError(
             f"the {what} has no annotation and is {_shown(value)}, which would come back from JSON as something "
             f"else. Annotate it, for example with {type(value).__name__!r}."
         )
 
 
+def _is_native(value: Any) -> bool:
+    match value:
+        case dict():
+            mapping = cast("dict[object, object]", value)
+            return all(type(key) is str and _is_native(inner) for key, inner in mapping.items())
+        case list():
+            return all(map(_is_native, cast("list[object]", value)))
+        case _:
+            return type(value) in (type(None), bool, int, float, str)
+
+
 def _as_jsonb(value: Any) -> Any:
     match value:
         case dict():
-            ordered = sorted(value.items(), key=lambda item: _key_order(item[0])) if len(value) > 1 else value.items()
-            return {key: _as_jsonb(inner) for key, inner in ordered}
+            mapping = cast("dict[str, Any]", value)
+            keys = sorted(mapping, key=_key_order) if len(mapping) > 1 else mapping
+            return {key: _as_jsonb(mapping[key]) for key in keys}
         case list() | tuple():
-            return [_as_jsonb(inner) for inner in value]
+            return [_as_jsonb(inner) for inner in cast("list[Any]", value)]
         case float():
             return _as_numeric(value)
         case _:

@@ -5,7 +5,7 @@ Outside a workflow there is none, and decorated functions are plain functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -55,7 +55,7 @@ class Context:
     step: StepCall | None = None
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> Generator[None]:
         """Make this the ambient context."""
         token = _active.set(self)
         try:

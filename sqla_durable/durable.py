@@ -65,8 +65,10 @@ class Durable:
         self.payload_limit = payload_limit
         self.registry = Registry()
 
+    # A coroutine function is a function too, and a session a first argument like any other: the overloads overlap,
+    # and the first that fits decides.
     @overload
-    def workflow(
+    def workflow(  # type: ignore[overload-overlap]
         self, fn: Callable[P, Async[R]], /, *, name: str | None = None, queue: str = "default"
     ) -> AsyncWorkflowFunction[P, R]: ...
 
@@ -76,7 +78,7 @@ class Durable:
     ) -> WorkflowFunction[P, R]: ...
 
     @overload
-    def workflow(self, *, name: str | None = None, queue: str = "default") -> WorkflowDecorator: ...
+    def workflow(self, /, *, name: str | None = None, queue: str = "default") -> WorkflowDecorator: ...
 
     def workflow(
         self, fn: Callable[..., Any] | None = None, /, *, name: str | None = None, queue: str = "default"
@@ -98,7 +100,7 @@ class Durable:
         return decorator if fn is None else decorator(fn)
 
     @overload
-    def step(
+    def step(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
         self,
         fn: Callable[Concatenate[AsyncSession, P], Async[R]],
         /,
@@ -122,7 +124,7 @@ class Durable:
     ) -> TransactionalStep[P, R]: ...
 
     @overload
-    def step(
+    def step(  # type: ignore[overload-overlap]
         self,
         fn: Callable[P, Async[R]],
         /,
@@ -148,6 +150,7 @@ class Durable:
     @overload
     def step(
         self,
+        /,
         *,
         name: str | None = None,
         retry: RetryPredicate | None = None,
@@ -194,7 +197,9 @@ class WorkflowDecorator:
         self._queue = queue
 
     @overload
-    def __call__(self, fn: Callable[P, Async[R]], /) -> AsyncWorkflowFunction[P, R]: ...
+    def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self, fn: Callable[P, Async[R]], /
+    ) -> AsyncWorkflowFunction[P, R]: ...
 
     @overload
     def __call__(self, fn: Callable[P, R], /) -> WorkflowFunction[P, R]: ...
@@ -215,13 +220,17 @@ class StepDecorator:
         self._policy = policy
 
     @overload
-    def __call__(self, fn: Callable[Concatenate[AsyncSession, P], Async[R]], /) -> AsyncTransactionalStep[P, R]: ...
+    def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self, fn: Callable[Concatenate[AsyncSession, P], Async[R]], /
+    ) -> AsyncTransactionalStep[P, R]: ...
 
     @overload
     def __call__(self, fn: Callable[Concatenate[Session, P], R], /) -> TransactionalStep[P, R]: ...
 
     @overload
-    def __call__(self, fn: Callable[P, Async[R]], /) -> AsyncStepFunction[P, R]: ...
+    def __call__(  # type: ignore[overload-overlap]
+        self, fn: Callable[P, Async[R]], /
+    ) -> AsyncStepFunction[P, R]: ...
 
     @overload
     def __call__(self, fn: Callable[P, R], /) -> StepFunction[P, R]: ...

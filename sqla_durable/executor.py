@@ -69,7 +69,7 @@ class Executor:
     """
 
     def __init__(self, session: Session, *, lease: timedelta = DEFAULT_LEASE) -> None:
-        if not isinstance(session, Session):
+        if not isinstance(session, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SessionError(f"Executor takes a Session, got {session!r}: use AsyncExecutor for an AsyncSession.")
         self._story: _Story = _CommittingStory(session, lease)
 
@@ -127,7 +127,7 @@ class AsyncExecutor:
     """
 
     def __init__(self, session: AsyncSession, *, lease: timedelta = DEFAULT_LEASE) -> None:
-        if not isinstance(session, AsyncSession):
+        if not isinstance(session, AsyncSession):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SessionError(f"AsyncExecutor takes an AsyncSession, got {session!r}: use Executor for a Session.")
         self._story: _Story = _CommittingStory(session, lease)
 
@@ -184,16 +184,16 @@ class _Story:
         workflow_id = find(session)
         session.flush()
         self.open_lease(session)
-        recorded = Outcome(*workflows.require_outcome(session, workflow_id))
-        if recorded.status.finished:
-            return recorded
-        if recorded.status is WorkflowStatus.RUNNING:
+        standing = workflows.standing(session, workflow_id)
+        if standing.status.finished:
+            return Outcome(standing)
+        if standing.status is WorkflowStatus.RUNNING:
             workers.reclaim_one(session, workflow_id, max_attempts=MAX_ATTEMPTS)
         claimed = queues.claim_one(session, workflow_id, worker_id=self.worker_id, token=uuid7())
         if claimed is not None:
             return claimed
         raise WorkflowRunningError(
-            f"workflow {recorded.name!r} {workflow_id} is {recorded.status}, and not to be claimed now: a worker or "
+            f"workflow {standing.name!r} {workflow_id} is {standing.status}, and not to be claimed now: a worker or "
             "an executor holds a live lease on it, or it waits. Wait for its result with a handle.",
             workflow_id=workflow_id,
         )

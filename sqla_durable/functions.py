@@ -113,12 +113,12 @@ class TransactionalStep(_SyncStep[P, R]):
     """A step that takes a `Session`: its writes and its checkpoint commit in one transaction, exactly once."""
 
     @overload
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     @overload
     def __call__(self, session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
-    def __call__(self, *args: Any, **kwargs: Any) -> R:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> R:
         """Execute the step, or return what it returned before; outside a workflow, pass a session first."""
         return cast("R", self._perform(*args, **kwargs))
 
@@ -127,12 +127,12 @@ class AsyncTransactionalStep(_Step[P, R]):
     """A step that takes an `AsyncSession`: its writes and its checkpoint commit in one transaction, exactly once."""
 
     @overload
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]: ...
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]: ...
 
     @overload
     def __call__(self, session: AsyncSession, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]: ...
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, R]:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, R]:
         """Execute the step, or return what it returned before; outside a workflow, pass a session first."""
         return cast("Coroutine[Any, Any, R]", self._perform(*args, **kwargs))
 
@@ -204,7 +204,7 @@ class _WorkflowFunction(_Durable[P, R]):
             EncodingError: one cannot be stored, or is too large.
             SchemaError, SessionError: the session's database does not hold the tables.
         """
-        if not isinstance(session, (Session, AsyncSession)):
+        if not isinstance(session, (Session, AsyncSession)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SessionError(
                 f"{self.name}.start() takes the caller's Session or AsyncSession first, got {session!r}. A scoped "
                 "session is called to give one."
@@ -258,7 +258,7 @@ class AsyncWorkflowFunction(_WorkflowFunction[P, R]):
 
 
 def _require_session(definition: StepDefinition, args: tuple[Any, ...]) -> None:
-    wanted = definition.session.value
+    wanted = definition.session.type
     if wanted is not None and not (args and isinstance(args[0], wanted)):
         raise StepOutsideWorkflowError(
             f"step {definition.name!r} takes {_a(wanted)}, which only a workflow injects, and was called outside a "

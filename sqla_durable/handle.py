@@ -38,15 +38,15 @@ class _BaseHandle(Generic[R]):
     def _outcome(self, session: Session) -> Outcome | None:
         """Read the outcome; None while there is none."""
         schema.require(session)
-        outcome = workflows.require_outcome(session, self.workflow_id)
-        return Outcome(*outcome) if outcome.status.finished else None
+        standing = workflows.standing(session, self.workflow_id)
+        return Outcome(standing) if standing.status.finished else None
 
     def _pauses(self, timeout: timedelta | None) -> Iterator[float]:
         """Give the pauses between polls; end with the error when the time is up."""
         deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
         pause = _FIRST_PAUSE
-        while deadline is None or (left := deadline - time.monotonic()) > 0:
-            yield pause if deadline is None else min(pause, left)
+        while deadline is None or time.monotonic() < deadline:
+            yield pause
             pause = min(pause * 1.5, _LONGEST_PAUSE)
         raise ResultTimeoutError(
             f"workflow {self._definition.name!r} {self.workflow_id} has no outcome after {timeout}; it goes on. "
@@ -81,15 +81,15 @@ class Handle(_BaseHandle[R]):
             SyncAsyncError: this was called in a running event loop, which it would block.
         """
         refuse_event_loop("Handle.result()", "await AsyncHandle.result(), from checkout.handle(async_session, ...)")
-        for pause in self._pauses(timeout):
-            with Session(self._engine) as session:
-                outcome = self._outcome(session)
-            if outcome is not None:
-                break
-            time.sleep(pause)
-        assert outcome is not None  # noqa: S101 (the loop ends with an outcome or an error)
+        pauses = self._pauses(timeout)
+        while (outcome := self._poll()) is None:
+            time.sleep(next(pauses))
         value: R = outcome.value(self._definition)
         return value
+
+    def _poll(self) -> Outcome | None:
+        with Session(self._engine) as session:
+            return self._outcome(session)
 
 
 class AsyncHandle(_BaseHandle[R]):
@@ -103,15 +103,15 @@ class AsyncHandle(_BaseHandle[R]):
 
     async def result(self, timeout: timedelta | None = None) -> R:  # noqa: ASYNC109 (durable work is not cancelled by it)
         """Wait for the workflow to finish; return its result or raise its error. See `Handle.result`."""
-        for pause in self._pauses(timeout):
-            async with AsyncSession(AsyncEngine(self._engine)) as session:
-                outcome = await session.run_sync(self._outcome)
-            if outcome is not None:
-                break
-            await asyncio.sleep(pause)
-        assert outcome is not None  # noqa: S101 (the loop ends with an outcome or an error)
+        pauses = self._pauses(timeout)
+        while (outcome := await self._poll()) is None:  # noqa: ASYNC110 (it waits for other processes)
+            await asyncio.sleep(next(pauses))
         value: R = outcome.value(self._definition)
         return value
+
+    async def _poll(self) -> Outcome | None:
+        async with AsyncSession(AsyncEngine(self._engine)) as session:
+            return await session.run_sync(self._outcome)
 
 
 def refuse_event_loop(what: str, instead: str) -> None:

@@ -269,5 +269,5 @@ metadata = Base.metadata
 @event.listens_for(metadata, "before_create")
 def _create_schema(_target: MetaData, connection: Connection, **_: object) -> None:
     """Let `metadata.create_all` work in an empty database, under the translated name of the schema."""
-    names = connection.get_execution_options().get("schema_translate_map") or {}
+    names: dict[str, str] = connection.get_execution_options().get("schema_translate_map") or {}
     connection.execute(CreateSchema(names.get(SCHEMA) or SCHEMA, if_not_exists=True))

@@ -5,7 +5,6 @@ Annotations become codecs when they are first needed, so that a function may nam
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import functools
 import inspect
@@ -28,9 +27,14 @@ _FORBIDDEN = "#/"
 class SessionKind(Enum):
     """Which session a step's first parameter asks for."""
 
-    NONE = None
-    SYNC = Session
-    ASYNC = AsyncSession
+    NONE = "none"
+    SYNC = "Session"
+    ASYNC = "AsyncSession"
+
+    @property
+    def type(self) -> type[Session] | type[AsyncSession] | None:
+        """The class that the step's function gets an instance of."""
+        return {"Session": Session, "AsyncSession": AsyncSession}.get(self.value)
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ class WorkflowDefinition:
 
     def call(self, arguments: Mapping[str, object]) -> Any:
         """Call the function with arguments by name; for `async def` this gives the coroutine."""
-        bound = inspect.BoundArguments(self.signature, dict(arguments))  # type: ignore[arg-type]  # any mapping does
+        bound = inspect.BoundArguments(self.signature, dict(arguments))
         return self.fn(*bound.args, **bound.kwargs)
 
     def _options_hint(self, kwargs: Mapping[str, object]) -> str:
@@ -233,7 +237,7 @@ def _name_of(fn: Callable[..., Any], given: str | None, *, what: str) -> str:
     return name
 
 
-def _function_of(fn: Callable[..., Any]) -> Callable[..., Any]:
+def _function_of(fn: Callable[..., Any]) -> Any:
     while isinstance(fn, functools.partial):
         fn = fn.func
     if inspect.isroutine(fn):
@@ -242,7 +246,7 @@ def _function_of(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_async(fn: Callable[..., Any]) -> bool:
-    return asyncio.iscoroutinefunction(_function_of(fn)) or inspect.iscoroutinefunction(_function_of(fn))
+    return inspect.iscoroutinefunction(_function_of(fn))
 
 
 def _annotations(fn: Callable[..., Any], what: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Runtime(Protocol):
     @property
     def attempt(self) -> Attempt:
         """The attempt that this runtime carries."""
+        ...
 
     async def call(self, call: StepCall, *injected: object) -> Any:
         """Call the step's function, sync or async, with the injected arguments first."""
@@ -52,6 +53,7 @@ class Runtime(Protocol):
 
     async def begin(self, kind: SessionKind) -> StepTransaction:
         """Open the transaction of a step that takes this kind of session."""
+        ...
 
     async def finish(self, completion: Completion) -> None:
         """Record the workflow's outcome; durable when it returns.
@@ -62,6 +64,7 @@ class Runtime(Protocol):
 
     def transient_retry(self) -> TransientRetry:
         """Give the policy for transient database errors in a step's transaction."""
+        ...
 
 
 def run_blocking(operation: Coroutine[Any, Any, T]) -> T:

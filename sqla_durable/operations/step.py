@@ -149,6 +149,8 @@ class _Execution:
                 return error.seconds
             case PayloadError() | UsageError() | DefinitionError():
                 return None
+            case _:
+                pass
         if self._call.definition.session is not SessionKind.NONE:
             seconds = self._transient.wait_before_next(error)
             if seconds is not None:

@@ -6,14 +6,13 @@ import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
-from uuid import UUID
 
 from sqla_durable.errors import MaxAttemptsError, WorkflowCancelledError, WorkflowFailedError
 from sqla_durable.failure import Failure
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import Completion
+from sqla_durable.store import Completion, Standing
 
 Body = Callable[[dict[str, Any]], Awaitable[Any]]
 
@@ -47,19 +46,16 @@ async def _outcome(runtime: Runtime, definition: WorkflowDefinition, body: Body)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A recorded outcome, as the workflow's record shows it; `output` is JSON text, `error` a JSON object."""
+    """The outcome of a finished workflow."""
 
-    workflow_id: UUID
-    name: str
-    status: WorkflowStatus
-    output: str | None
-    error: dict[str, Any] | None
+    standing: Standing
 
     @classmethod
     def of(cls, name: str, completion: Completion) -> Outcome:
         """Give the outcome that a completion records."""
         error = None if completion.error is None else json.loads(completion.error)
-        return cls(completion.fence.workflow_id, name, completion.status, completion.output, error)
+        workflow_id = completion.fence.workflow_id
+        return cls(Standing(workflow_id, name, completion.status, completion.output, error))
 
     def value(self, definition: WorkflowDefinition) -> Any:
         """Return the workflow's result, or raise its error.
@@ -70,27 +66,27 @@ class Outcome:
             WorkflowCancelledError: it was cancelled.
             MaxAttemptsError: its workers died too often.
         """
-        match self.status:
+        match self.standing.status:
             case WorkflowStatus.SUCCEEDED:
-                return definition.result.decode(self.output or "null")
+                return definition.result.decode(self.standing.output or "null")
             case WorkflowStatus.CANCELLED:
-                raise WorkflowCancelledError(f"{self._label} was cancelled.", workflow_id=self.workflow_id)
+                raise WorkflowCancelledError(f"{self._label} was cancelled.", workflow_id=self.standing.workflow_id)
             case _:
                 raise self._error()
 
     @property
     def _label(self) -> str:
-        return f"workflow {self.name!r} {self.workflow_id}"
+        return f"workflow {self.standing.name!r} {self.standing.workflow_id}"
 
     def _error(self) -> Exception:
-        failure = Failure.from_json(self.error or {"type": "unknown"})
+        failure = Failure.from_json(self.standing.error or {"type": "unknown"})
         if failure.type == f"{MaxAttemptsError.__module__}:{MaxAttemptsError.__qualname__}":
-            return MaxAttemptsError(f"{self._label} failed: {failure.message}.", workflow_id=self.workflow_id)
+            return MaxAttemptsError(f"{self._label} failed: {failure.message}.", workflow_id=self.standing.workflow_id)
         error = failure.rebuild()
         if error is None:
             error = WorkflowFailedError(
                 f"{self._label} failed with {failure.type}: {failure.message}",
-                workflow_id=self.workflow_id,
+                workflow_id=self.standing.workflow_id,
                 error_type=failure.type,
                 error_message=failure.message,
             )

@@ -4,6 +4,6 @@
 `steps` records checkpoints · `workers` holds leases and reclaims. The values that go in and out are below.
 """
 
-from sqla_durable.store._rows import Checkpoint, Claimed, Completion, Fence, NewWorkflow, Recorded, Verdict
+from sqla_durable.store._rows import Checkpoint, Claimed, Completion, Fence, NewWorkflow, Recorded, Standing, Verdict
 
-__all__ = ["Checkpoint", "Claimed", "Completion", "Fence", "NewWorkflow", "Recorded", "Verdict"]
+__all__ = ["Checkpoint", "Claimed", "Completion", "Fence", "NewWorkflow", "Recorded", "Standing", "Verdict"]

@@ -110,6 +110,17 @@ class NewWorkflow:
     wake_at: datetime | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a workflow stands; with an outcome, `output` is JSON text, or `error` a JSON object."""
+
+    workflow_id: UUID
+    name: str
+    status: WorkflowStatus
+    output: str | None
+    error: dict[str, Any] | None
+
+
 class Verdict(Enum):
     """What became of a fenced write."""
 

@@ -63,7 +63,7 @@ def engine_of(session: Session) -> Engine:
 def schema_of(session: Session) -> str:
     """Give the name under which the session's connection finds our schema."""
     translated = session.connection(bind_arguments={"mapper": Workflow}).get_execution_options()
-    names = translated.get("schema_translate_map") or {}
+    names: dict[str, str] = translated.get("schema_translate_map") or {}
     return names.get(SCHEMA) or SCHEMA
 
 
@@ -71,7 +71,8 @@ def _revision(session: Session, schema: str) -> str | None:
     """Give the table's comment; '' where the table has none, None where there is no table."""
     table = func.to_regclass(func.concat(func.quote_ident(schema), ".workflow"))
     statement = select(func.coalesce(func.obj_description(table, "pg_class"), "")).where(table.is_not(None))
-    return session.scalar(statement, bind_arguments={"mapper": Workflow})
+    comment: str | None = session.scalar(statement, bind_arguments={"mapper": Workflow})
+    return comment
 
 
 def _require_revision(comment: str | None, schema: str, engine: Engine) -> None:

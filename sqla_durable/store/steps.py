@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Float, Integer, Text, bindparam, cast, func, select, tuple_
+from sqlalchemy import Float, Integer, Row, Text, bindparam, cast, func, select, tuple_
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
@@ -37,41 +37,43 @@ def record(session: Session, checkpoint: Checkpoint) -> Verdict:
 
     LOST and DUPLICATE wrote nothing: roll the transaction back, so that the step's own writes go with it.
     """
-    owns, recorded = execute(session, _RECORD, arrays(_CHECKPOINT, [_row(checkpoint)])).one()
-    if not owns:
+    row = execute(session, _RECORD, arrays(_CHECKPOINT, [_row(checkpoint)])).one()
+    if not row.owns:
         return Verdict.LOST
-    return Verdict.RECORDED if recorded else Verdict.DUPLICATE
+    return Verdict.RECORDED if row.recorded else Verdict.DUPLICATE
 
 
 def record_unlocked(session: Session, checkpoints: Sequence[Checkpoint]) -> set[tuple[UUID, str]]:
     """Record checkpoints of workflows whose rows nobody else holds and whose attempts own them; give their keys."""
     rows = execute(session, _RECORD_UNLOCKED, arrays(_CHECKPOINT, [_row(each) for each in checkpoints]))
-    return {(workflow_id, key) for workflow_id, key in rows}
+    return {(row.workflow_id, row.key) for row in rows}
 
 
 def recorded_among(session: Session, checkpoints: Sequence[Checkpoint]) -> set[tuple[UUID, str]]:
     """Give the keys of those checkpoints that are recorded already, by this worker or another."""
     keys = [(each.fence.workflow_id, each.key) for each in checkpoints]
-    rows = execute(
-        session, select(STEP.c.workflow_id, STEP.c.key).where(tuple_(STEP.c.workflow_id, STEP.c.key).in_(keys))
-    )
-    return {(workflow_id, key) for workflow_id, key in rows}
+    key = tuple_(STEP.c.workflow_id, STEP.c.key)
+    rows = execute(session, select(STEP.c.workflow_id, STEP.c.key).where(key.in_(keys)))
+    return {(row.workflow_id, row.key) for row in rows}
 
 
 def find(session: Session, workflow_id: UUID, key: str) -> Recorded | None:
     """Read one checkpoint, to settle what became of a commit whose acknowledgement was lost."""
     row = execute(session, _RECORDED.where(STEP.c.workflow_id == workflow_id, STEP.c.key == key)).one_or_none()
-    return None if row is None else Recorded(*row.tuple()[1:])
+    return None if row is None else _recorded(row)
 
 
 def histories(session: Session, workflow_ids: Sequence[UUID]) -> dict[UUID, dict[str, Recorded]]:
     """Read the checkpoints of workflows, by workflow and key."""
     found: dict[UUID, dict[str, Recorded]] = {}
     if workflow_ids:
-        for workflow_id, *row in execute(session, _HISTORIES, {"ids": list(workflow_ids)}):
-            recorded = Recorded(*row)
-            found.setdefault(workflow_id, {})[recorded.key] = recorded
+        for row in execute(session, _HISTORIES, {"ids": list(workflow_ids)}):
+            found.setdefault(row.workflow_id, {})[row.key] = _recorded(row)
     return found
+
+
+def _recorded(row: Row[Any]) -> Recorded:
+    return Recorded(row.key, row.name, row.position, row.status, row.output, row.error)
 
 
 def _row(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -134,7 +136,7 @@ _RECORDED = select(
     STEP.c.name,
     STEP.c.position,
     STEP.c.status,
-    cast(STEP.c.output, Text),
-    cast(STEP.c.error, Text),
+    cast(STEP.c.output, Text).label("output"),
+    cast(STEP.c.error, Text).label("error"),
 )
 _HISTORIES = _RECORDED.where(STEP.c.workflow_id == func.any(bindparam("ids", type_=PG_UUID())))

@@ -15,6 +15,7 @@ from sqlalchemy import (
     ColumnElement,
     Integer,
     Interval,
+    Row,
     Text,
     bindparam,
     case,
@@ -68,32 +69,36 @@ def reclaim(session: Session, *, max_attempts: int, limit: int) -> list[Reclaime
     One that has used up `max_attempts` fails instead, so that it cannot kill workers for ever.
     """
     rows = execute(session, _RECLAIM, {"max_attempts": max_attempts, "limit": limit})
-    return [Reclaimed(*row) for row in rows]
+    return [_reclaimed(row) for row in rows]
 
 
 def reclaim_one(session: Session, workflow_id: UUID, *, max_attempts: int) -> Reclaimed | None:
     """Take back one workflow if its lease ran out, waiting for whoever holds its row."""
     parameters = {"max_attempts": max_attempts, "limit": 1, "wanted_id": workflow_id}
     row = execute(session, _RECLAIM_ONE, parameters).one_or_none()
-    return None if row is None else Reclaimed(*row)
+    return None if row is None else _reclaimed(row)
 
 
 def abandon(session: Session, fence: Fence, *, max_attempts: int) -> Reclaimed | None:
     """Take back a workflow from an attempt of one's own that broke, as if its worker had died."""
     parameters = {"max_attempts": max_attempts, "limit": 1, "wanted_id": fence.workflow_id, "wanted_token": fence.token}
     row = execute(session, _ABANDON, parameters).one_or_none()
-    return None if row is None else Reclaimed(*row)
+    return None if row is None else _reclaimed(row)
 
 
 def running_of(session: Session, worker_id: UUID) -> list[Fence]:
     """Give the attempts that the tables say this worker is executing."""
     rows = execute(session, _RUNNING_OF, {"beating_id": worker_id})
-    return [Fence(workflow_id, token) for workflow_id, token in rows]
+    return [Fence(row.id, row.token) for row in rows]
 
 
 def forget_dead(session: Session) -> None:
     """Delete the rows of workers that have been dead for a day; what they had running was reclaimed long before."""
     execute(session, _FORGET_DEAD)
+
+
+def _reclaimed(row: Row[Any]) -> Reclaimed:
+    return Reclaimed(row.id, row.name, row.status)
 
 
 def _expires() -> Any:

@@ -17,7 +17,6 @@ from sqlalchemy import (
     DateTime,
     Float,
     Integer,
-    Row,
     SmallInteger,
     Text,
     bindparam,
@@ -42,6 +41,7 @@ from sqla_durable.store._rows import (
     Completion,
     Fence,
     NewWorkflow,
+    Standing,
     arrays,
     execute,
     materialized,
@@ -103,25 +103,20 @@ def insert_many(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID
     return [each.id if each.id in inserted else known[each.name, each.key] for each in workflows]
 
 
-def outcome(session: Session, workflow_id: UUID) -> Row[tuple[UUID, str, WorkflowStatus, str | None, Any]] | None:
-    """Read id, name, status, output as JSON text, and error; None if there is no such workflow."""
-    return execute(session, _OUTCOME, {"wanted_id": workflow_id}).one_or_none()
-
-
-def require_outcome(session: Session, workflow_id: UUID) -> Row[tuple[UUID, str, WorkflowStatus, str | None, Any]]:
-    """Read the same as `outcome`.
+def standing(session: Session, workflow_id: UUID) -> Standing:
+    """Read where a workflow stands, and its outcome if it has one.
 
     Raises:
         WorkflowNotFoundError: there is no such workflow.
     """
-    found = outcome(session, workflow_id)
-    if found is None:
+    row = execute(session, _OUTCOME, {"wanted_id": workflow_id}).one_or_none()
+    if row is None:
         raise WorkflowNotFoundError(
             f"no workflow {workflow_id} is visible in {session.get_bind(Workflow).engine.url.render_as_string()}: is "
             "the transaction that started it committed?",
             workflow_id=workflow_id,
         )
-    return found
+    return Standing(row.id, row.name, row.status, row.output, row.error)
 
 
 def refresh_known(session: Session, workflow_id: UUID) -> None:
@@ -144,7 +139,7 @@ def finish_unlocked(session: Session, completions: Sequence[Completion]) -> set[
 def finished_by(session: Session, fences: Iterable[Fence]) -> dict[UUID, WorkflowStatus]:
     """Give the workflows that these attempts have finished, to settle a commit whose acknowledgement was lost."""
     rows = execute(session, _FINISHED_BY, arrays(_FENCE, [_fence_row(each) for each in fences]))
-    return dict(rows.tuples().all())
+    return {row.id: row.status for row in rows}
 
 
 def release(session: Session, fences: Iterable[Fence]) -> set[UUID]:
@@ -208,10 +203,9 @@ def _ids_by_key(session: Session, workflows: Sequence[NewWorkflow]) -> dict[tupl
     if not workflows:
         return {}
     keys = [(each.name, each.key) for each in workflows]
-    statement = select(WORKFLOW.c.name, WORKFLOW.c.key, WORKFLOW.c.id).where(
-        tuple_(WORKFLOW.c.name, WORKFLOW.c.key).in_(keys)
-    )
-    return {(name, key): found for name, key, found in execute(session, statement)}
+    columns = WORKFLOW.c.name, WORKFLOW.c.key, WORKFLOW.c.id
+    rows = execute(session, select(*columns).where(tuple_(WORKFLOW.c.name, WORKFLOW.c.key).in_(keys)))
+    return {(row.name, row.key): row.id for row in rows}
 
 
 def _fence_row(fence: Fence) -> dict[str, Any]:

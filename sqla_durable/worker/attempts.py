@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from uuid import UUID
 
 from sqla_durable.errors import AttemptLost, Released
@@ -72,7 +73,7 @@ class Attempts:
             running = self._running.get(fence.workflow_id)
             if fence.workflow_id not in owned and running is not None and running.attempt.fence == fence:
                 log.warning("workflow %s is no longer this worker's: its attempt ends", fence.workflow_id)
-                running.attempt.stop(lambda fence=fence: AttemptLost(fence.workflow_id))
+                running.attempt.stop(partial(AttemptLost, fence.workflow_id))
                 self._cancel(running)
 
     async def hand_back(self, *, grace: float) -> int:
@@ -92,8 +93,8 @@ class Attempts:
         if left_behind:
             log.warning("%d sync workflows are still in a step; they are handed back", len(left_behind))
             await self._release([each.attempt.fence for each in left_behind])
-        for each in tasks:
-            each.cancel()
+        for task in tasks:
+            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         return len(left_behind)
 

@@ -30,6 +30,7 @@ class Database(Protocol):
 
     async def transact(self, statement: Callable[[Session], T]) -> T:
         """Call the function and commit."""
+        ...
 
     def close(self) -> None:
         """Give back what this holds; the engine stays the user's."""

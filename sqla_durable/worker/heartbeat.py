@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from uuid import UUID
 
 from sqlalchemy.orm import Session
@@ -40,9 +41,7 @@ class Heartbeat:
             running = attempts.fences
             if running:
                 owned = await persistently(
-                    self._database,
-                    lambda session, known=running: workflows.still_owned(session, known),
-                    what="heartbeat",
+                    self._database, partial(workflows.still_owned, fences=running), what="heartbeat"
                 )
                 attempts.drop_lost(owned, running)
             await persistently(self._database, workers.forget_dead, what="heartbeat")

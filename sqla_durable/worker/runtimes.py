@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable.errors import AttemptLost, EncodingError
+from sqla_durable.errors import EncodingError
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import StepCall
@@ -172,8 +172,3 @@ def _performed(runtime: ThreadRuntime, call: StepCall) -> Any:
 def refused(completion: Completion, error: EncodingError) -> Completion:
     """Give the outcome of a workflow whose own outcome the database refuses."""
     return Completion(completion.fence, WorkflowStatus.FAILED, error=Failure.of(error).to_json())
-
-
-def lost(attempt: Attempt) -> AttemptLost:
-    """Give the signal for an attempt that no longer owns its workflow."""
-    return AttemptLost(attempt.workflow_id)

@@ -55,9 +55,9 @@ class Write:
 class Settled:
     """What one transaction did with a batch."""
 
-    written: list[Write] = field(default_factory=list)
-    lost: list[Write] = field(default_factory=list)
-    locked: list[Write] = field(default_factory=list)
+    written: list[Write] = field(default_factory=list[Write])
+    lost: list[Write] = field(default_factory=list[Write])
+    locked: list[Write] = field(default_factory=list[Write])
 
 
 class Writer:
