@@ -29,7 +29,7 @@ from sqla_durable.errors import (
     SyncAsyncError,
     WorkflowRunningError,
 )
-from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction
+from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction, id_of
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.models import Workflow
 from sqla_durable.operations.attempt import Attempt
@@ -111,7 +111,7 @@ class Executor:
         _require_kind(workflow, WorkflowFunction, instead="AsyncExecutor(async_session)")
         if not _on_async_engine(self._story.sync_session):
             refuse_event_loop("Executor.execute()", "use AsyncExecutor, or asyncio.to_thread")
-        value: R = run_blocking(self._story.execute_existing(workflow.definition, _id_of(record)))
+        value: R = run_blocking(self._story.execute_existing(workflow.definition, id_of(record)))
         return value
 
 
@@ -147,7 +147,7 @@ class AsyncExecutor:
     async def execute(self, workflow: AsyncWorkflowFunction[..., R], record: Workflow | UUID) -> R:
         """Execute a workflow that was started before and that nobody has claimed; see `Executor.run`."""
         _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
-        value: R = await self._story.execute_existing(workflow.definition, _id_of(record))
+        value: R = await self._story.execute_existing(workflow.definition, id_of(record))
         return value
 
 
@@ -394,10 +394,6 @@ def _finish(session: Session, completion: Completion, story: _Story) -> None:
         raise AttemptLost(completion.fence.workflow_id)
     workflows.refresh_known(session, completion.fence.workflow_id)
     story.close_lease(session)
-
-
-def _id_of(record: Workflow | UUID) -> UUID:
-    return record.id if isinstance(record, Workflow) else record
 
 
 def _on_async_engine(session: Session) -> bool:

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any, Generic, NoReturn, ParamSpec, Self, TypeVar, cast, overload
 from uuid import UUID
 
+from sqlalchemy import inspect
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -234,7 +235,7 @@ class _WorkflowFunction(_Durable[P, R]):
         Raises:
             SessionError: there is no PostgreSQL engine.
         """
-        workflow_id = workflow.id if isinstance(workflow, Workflow) else workflow
+        workflow_id = id_of(workflow)
         opened = session if isinstance(session, (Session, AsyncSession)) else session()
         if isinstance(opened, AsyncSession):
             return AsyncHandle(self.definition, schema.engine_of(opened.sync_session), workflow_id)
@@ -255,6 +256,14 @@ class AsyncWorkflowFunction(_WorkflowFunction[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Call the plain function; inside another workflow its steps become that one's."""
         return cast("Coroutine[Any, Any, R]", self.definition.fn(*args, **kwargs))
+
+
+def id_of(workflow: Workflow | UUID) -> UUID:
+    """Give a workflow's id; of a record also when its attributes are expired and its session is closed."""
+    if not isinstance(workflow, Workflow):
+        return workflow
+    identity = inspect(workflow).identity
+    return workflow.id if identity is None else UUID(str(identity[0]))
 
 
 def _require_session(definition: StepDefinition, args: tuple[Any, ...]) -> None:
