@@ -46,12 +46,17 @@ class Context:
         attempt: the attempt at the workflow.
         perform: performs a step: gives its outcome in sync code, an awaitable of it in async code.
         is_async: whether the workflow is `async def`.
+        whereabouts: tells the task or thread that the code is in.
+        home: the one that executes the workflow's own code. Steps that are called elsewhere would be counted in an
+            order that depends on speed.
         step: the step whose function is being executed; calls in it are plain calls.
     """
 
     attempt: Attempt
     perform: Callable[[StepCall], Any]
     is_async: bool
+    whereabouts: Callable[[], object]
+    home: object
     step: StepCall | None = None
 
     @contextmanager
@@ -62,6 +67,11 @@ class Context:
             yield
         finally:
             _active.reset(token)
+
+    @property
+    def at_home(self) -> bool:
+        """Whether the code is in the workflow's own task or thread."""
+        return self.whereabouts() == self.home
 
     def within(self, step: StepCall) -> Context:
         """Give the context of a step's function."""

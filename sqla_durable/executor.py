@@ -18,6 +18,7 @@ from uuid import UUID
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
 from uuid_utils.compat import uuid7
 
 from sqla_durable.errors import (
@@ -347,6 +348,13 @@ class _BlockingInline(BlockingRuntime):
         return self._story.transient_retry()
 
 
+class _GreenletInline(_BlockingInline):
+    """A sync step on the `Session` inside an `AsyncSession`, which SQLAlchemy calls in a greenlet."""
+
+    async def pause(self, seconds: float) -> None:
+        await_only(asyncio.sleep(seconds))
+
+
 class _AsyncInline(AsyncRuntime):
     def __init__(self, story: _Story, attempt: Attempt) -> None:
         super().__init__(attempt)
@@ -375,7 +383,7 @@ class _AsyncInline(AsyncRuntime):
 
     async def perform_blocking(self, call: StepCall) -> Any:
         def perform(session: Session) -> Any:
-            return _BlockingInline(self._story.twin(session), self.attempt).perform(call)
+            return _GreenletInline(self._story.twin(session), self.attempt).perform(call)
 
         async with self._lock:
             return await in_session(self._story.session, perform)

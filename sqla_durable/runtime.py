@@ -7,6 +7,7 @@ from these classes.
 from __future__ import annotations
 
 import asyncio
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -60,7 +61,8 @@ class BlockingRuntime(BaseRuntime):
     @property
     def context(self) -> Context:
         """The ambient context of the workflow's own code."""
-        return Context(self.attempt, self.perform, is_async=False)
+        whereabouts = threading.get_ident
+        return Context(self.attempt, self.perform, is_async=False, whereabouts=whereabouts, home=whereabouts())
 
     def perform(self, call: StepCall) -> Any:
         """Perform a step and give its outcome."""
@@ -83,7 +85,8 @@ class AsyncRuntime(BaseRuntime):
     @property
     def context(self) -> Context:
         """The ambient context of the workflow's own code."""
-        return Context(self.attempt, self.perform, is_async=True)
+        whereabouts = asyncio.current_task
+        return Context(self.attempt, self.perform, is_async=True, whereabouts=whereabouts, home=whereabouts())
 
     async def perform(self, call: StepCall) -> Any:
         """Perform a step and give its outcome."""
