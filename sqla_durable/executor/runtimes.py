@@ -1,0 +1,146 @@
+"""How an attempt waits, calls and records on the executor's own session."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+from typing_extensions import override
+
+from sqla_durable.errors import AttemptLost
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.runtime import StepCall
+from sqla_durable.operations.transaction import HeldTransaction, StepTransaction, in_session
+from sqla_durable.registry import SessionKind
+from sqla_durable.retry import TransientRetry
+from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
+from sqla_durable.store import Checkpoint, Completion, Verdict, steps, workflows
+
+
+class Writing(Protocol):
+    """What the runtimes need of the executor's story; see `story.Story`."""
+
+    session: Session | AsyncSession
+
+    def transaction(self) -> StepTransaction:
+        """Give a transaction that is not yet begun."""
+        ...
+
+    async def write(self, statement: Callable[[Session], None]) -> None:
+        """Write what the engine records."""
+
+    def close_lease(self, session: Session) -> None:
+        """Own nothing any more."""
+
+    def transient_retry(self) -> TransientRetry:
+        """Give the policy for transient errors."""
+        ...
+
+    def twin(self, session: Session) -> Writing:
+        """Give the same story on the `Session` inside an `AsyncSession`."""
+        ...
+
+
+class BlockingInline(BlockingRuntime):
+    """An attempt on a `Session`: whatever waits blocks the thread."""
+
+    def __init__(self, story: Writing, attempt: Attempt) -> None:
+        super().__init__(attempt)
+        self._story = story
+
+    @override
+    async def pause(self, seconds: float) -> None:
+        time.sleep(seconds)  # noqa: ASYNC251 (the blocking shell: no event loop runs it)
+
+    @override
+    async def settle(self) -> None:
+        self.attempt.proceed()
+
+    @override
+    async def record(self, checkpoint: Checkpoint) -> None:
+        await self._story.write(lambda session: _record(session, checkpoint))
+
+    @override
+    async def begin(self, kind: SessionKind) -> StepTransaction:
+        transaction = self._story.transaction()
+        await transaction.begin()
+        return transaction
+
+    @override
+    async def finish(self, completion: Completion) -> None:
+        await self._story.write(lambda session: _finish(session, completion, self._story))
+
+    @override
+    def transient_retry(self) -> TransientRetry:
+        return self._story.transient_retry()
+
+
+class GreenletInline(BlockingInline):
+    """A sync step on the `Session` inside an `AsyncSession`, which SQLAlchemy calls in a greenlet."""
+
+    @override
+    async def pause(self, seconds: float) -> None:
+        await_only(asyncio.sleep(seconds))
+
+
+class AsyncInline(AsyncRuntime):
+    """An attempt on an `AsyncSession`, which one operation uses at a time."""
+
+    def __init__(self, story: Writing, attempt: Attempt) -> None:
+        super().__init__(attempt)
+        self._story = story
+        self._lock = asyncio.Lock()
+
+    @override
+    async def pause(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    @override
+    async def settle(self) -> None:
+        self.attempt.proceed()
+
+    @override
+    async def record(self, checkpoint: Checkpoint) -> None:
+        async with self._lock:
+            await self._story.write(lambda session: _record(session, checkpoint))
+
+    @override
+    async def begin(self, kind: SessionKind) -> StepTransaction:
+        await self._lock.acquire()
+        transaction = HeldTransaction(self._story.transaction(), self._lock.release)
+        await transaction.begin()
+        return transaction
+
+    @override
+    async def finish(self, completion: Completion) -> None:
+        async with self._lock:
+            await self._story.write(lambda session: _finish(session, completion, self._story))
+
+    @override
+    async def perform_blocking(self, call: StepCall) -> Any:
+        def perform(session: Session) -> Any:
+            return GreenletInline(self._story.twin(session), self.attempt).perform(call)
+
+        async with self._lock:
+            return await in_session(self._story.session, perform)
+
+    @override
+    def transient_retry(self) -> TransientRetry:
+        return self._story.transient_retry()
+
+
+def _record(session: Session, checkpoint: Checkpoint) -> None:
+    if steps.record(session, checkpoint) is Verdict.LOST:
+        raise AttemptLost(checkpoint.fence.workflow_id)
+
+
+def _finish(session: Session, completion: Completion, story: Writing) -> None:
+    if not workflows.finish(session, completion):
+        raise AttemptLost(completion.fence.workflow_id)
+    workflows.refresh_known(session, completion.fence.workflow_id)
+    story.close_lease(session)

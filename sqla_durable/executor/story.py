@@ -1,0 +1,216 @@
+"""What an executor does: start or find the workflow, claim it, execute it, finish it.
+
+Told once, over functions of a `Session`; `AsyncSession.run_sync` leads them into asyncio. How its transactions end is
+the difference between committing per step and being joined to the caller's transaction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+from uuid import UUID
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+from typing_extensions import override
+from uuid_utils.compat import uuid7
+
+from sqla_durable.errors import ArgumentError, AttemptLost, AttemptLostError, Interrupted, WorkflowRunningError
+from sqla_durable.executor.runtimes import AsyncInline, BlockingInline
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.transaction import SavepointTransaction, StepTransaction, in_session
+from sqla_durable.operations.workflow import Outcome, run_workflow
+from sqla_durable.registry import WorkflowDefinition
+from sqla_durable.retry import TransientRetry, is_transient
+from sqla_durable.start import BoundWorkflow, start
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store import Claimed, queues, schema, workers, workflows
+
+T = TypeVar("T")
+
+MAX_ATTEMPTS = 10
+
+
+class Story:
+    """Start or find, claim, execute, finish: on a session of either kind."""
+
+    def __init__(self, session: Session | AsyncSession) -> None:
+        self.session = session
+        self.worker_id = uuid7()
+
+    @property
+    def sync_session(self) -> Session:
+        """The session itself, or the one inside it."""
+        return self.session.sync_session if isinstance(self.session, AsyncSession) else self.session
+
+    async def run(self, definition: WorkflowDefinition, bound: BoundWorkflow) -> Any:
+        """Start or find the workflow, and bring it to its end."""
+        if bound.new.delay is not None or bound.new.wake_at is not None:
+            raise ArgumentError("an executor executes now: start a workflow with delay= or at= for a worker.")
+        return await self._bring_to_end(definition, lambda session: start(session, bound).id)
+
+    async def execute_existing(self, definition: WorkflowDefinition, workflow_id: UUID) -> Any:
+        """Bring a workflow that is there already to its end."""
+        return await self._bring_to_end(definition, lambda _: workflow_id)
+
+    async def _bring_to_end(self, definition: WorkflowDefinition, find: Callable[[Session], UUID]) -> Any:
+        taken = await self.transact(lambda session: self._take(session, find))
+        if isinstance(taken, Claimed):
+            taken = await self._execute(definition, Attempt(taken))
+        return taken.value(definition)
+
+    def _take(self, session: Session, find: Callable[[Session], UUID]) -> Claimed | Outcome:
+        """Claim the workflow, or give the outcome that it has."""
+        schema.require(session)
+        workflow_id = find(session)
+        session.flush()
+        self.open_lease(session)
+        standing = workflows.standing(session, workflow_id)
+        if standing.status.finished:
+            return Outcome(standing)
+        if standing.status is WorkflowStatus.RUNNING:
+            workers.reclaim_one(session, workflow_id, max_attempts=MAX_ATTEMPTS)
+        claimed = queues.claim_one(session, workflow_id, worker_id=self.worker_id, token=uuid7())
+        if claimed is not None:
+            return claimed
+        raise WorkflowRunningError(
+            f"workflow {standing.name!r} {workflow_id} is {standing.status}, and not to be claimed now: a worker or "
+            "an executor holds a live lease on it, or it waits. Wait for its result with a handle.",
+            workflow_id=workflow_id,
+        )
+
+    async def _execute(self, definition: WorkflowDefinition, attempt: Attempt) -> Outcome:
+        runtime = self._runtime(attempt)
+        try:
+            completion = await run_workflow(runtime, definition, lambda given: runtime.body(definition, given))
+        except AttemptLost:
+            raise AttemptLostError(
+                f"workflow {attempt.name!r} {attempt.workflow_id} is no longer this executor's: its lease ran out "
+                "and another took over, or it was cancelled. What was committed before stands.",
+                workflow_id=attempt.workflow_id,
+            ) from None
+        except Interrupted as interrupted:
+            await self._hand_back(attempt)
+            raise interrupted.error from None
+        except BaseException:
+            await self._hand_back(attempt)
+            raise
+        return Outcome.of(attempt.name, completion)
+
+    def _runtime(self, attempt: Attempt) -> BlockingInline | AsyncInline:
+        return (AsyncInline if isinstance(self.session, AsyncSession) else BlockingInline)(self, attempt)
+
+    async def _hand_back(self, attempt: Attempt) -> None:
+        """Release the workflow if the database lets us; otherwise it is reclaimed when the lease has run out."""
+        with contextlib.suppress(DBAPIError, Interrupted):
+            await in_session(self.session, Session.rollback)
+            await self.transact(lambda session: workflows.release(session, [attempt.fence]))
+
+    async def transact(self, statement: Callable[[Session], T]) -> T:
+        """Call a function of the session in a transaction of its own."""
+        transaction = self.transaction()
+        await transaction.begin()
+        try:
+            value = await transaction.execute(statement)
+            await transaction.commit()
+        except BaseException:
+            await transaction.rollback()
+            raise
+        return value
+
+    async def write(self, statement: Callable[[Session], None]) -> None:
+        """Write what the engine records; a lost database interrupts the workflow instead of failing it."""
+        again = self.transient_retry()
+        while True:
+            try:
+                await self.transact(statement)
+            except Exception as error:
+                if again.wait_before_next(error) is None:
+                    raise (Interrupted(error) if is_transient(error) else error) from error
+            else:
+                return
+
+    def transaction(self) -> StepTransaction:
+        """Give a transaction that is not yet begun."""
+        raise NotImplementedError
+
+    def open_lease(self, session: Session) -> None:
+        """Own what is claimed in this transaction."""
+
+    def close_lease(self, session: Session) -> None:
+        """Own nothing any more."""
+
+    def transient_retry(self) -> TransientRetry:
+        """Give the policy for transient errors: a lost connection is the caller's to see."""
+        return TransientRetry(outages=False)
+
+    def twin(self, session: Session) -> Story:
+        """Give the same story on the `Session` inside an `AsyncSession`."""
+        raise NotImplementedError
+
+
+class CommittingStory(Story):
+    """Commits per step, and extends its lease with the commits."""
+
+    def __init__(self, session: Session | AsyncSession, lease: timedelta) -> None:
+        super().__init__(session)
+        self._lease = lease
+        self._beat_at = 0.0
+
+    @override
+    def transaction(self) -> StepTransaction:
+        return _LeasedTransaction(self.session, self.extend_lease)
+
+    @override
+    def open_lease(self, session: Session) -> None:
+        name = f"executor {socket.gethostname()}:{os.getpid()}"
+        workers.beat(session, worker_id=self.worker_id, name=name, queues=[], lease=self._lease)
+        self._beat_at = time.monotonic()
+
+    @override
+    def extend_lease(self, session: Session) -> None:
+        if self._beat_at and time.monotonic() - self._beat_at > self._lease.total_seconds() / 3:
+            self.open_lease(session)
+
+    @override
+    def close_lease(self, session: Session) -> None:
+        workers.leave(session, self.worker_id)
+        self._beat_at = 0.0
+
+    @override
+    def twin(self, session: Session) -> Story:
+        twin = CommittingStory(session, self._lease)
+        twin.worker_id, twin._beat_at = self.worker_id, self._beat_at
+        return twin
+
+
+class JoinedStory(Story):
+    """Sets a savepoint per step; needs no lease, because nobody else sees its rows."""
+
+    @override
+    def transaction(self) -> StepTransaction:
+        return SavepointTransaction(self.session)
+
+    @override
+    def transient_retry(self) -> TransientRetry:
+        return TransientRetry(conflicts=0, outages=False)
+
+    @override
+    def twin(self, session: Session) -> Story:
+        return JoinedStory(session)
+
+
+class _LeasedTransaction(StepTransaction):
+    def __init__(self, injected: Session | AsyncSession, extend_lease: Callable[[Session], None]) -> None:
+        super().__init__(injected)
+        self._extend_lease = extend_lease
+
+    async def commit(self) -> None:
+        await self.execute(self._extend_lease)
+        await super().commit()
