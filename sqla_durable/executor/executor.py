@@ -31,9 +31,9 @@ class Executor:
         receipt = Executor(session).run(checkout, order.id)
     ```
 
-    The start commits what the session has pending. After a crash the workflow goes on where it was: on another
-    `run` with the same key, or on any worker of its queue, once the lease has run out. The lease is extended with
-    each commit, so it must be longer than the longest step.
+    The start commits what the session has pending, or rolls it back if it is refused. After a crash the workflow goes
+    on where it was: on another `run` with the same key, or on any worker of its queue, once the lease has run out. The
+    lease is extended with the commits, so it must be longer than the longest step.
 
     Args:
         session: the caller's session; it is committed, and not closed.

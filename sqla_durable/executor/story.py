@@ -21,7 +21,14 @@ from sqlalchemy.orm import Session
 from typing_extensions import override
 from uuid_utils.compat import uuid7
 
-from sqla_durable.errors import ArgumentError, AttemptLost, AttemptLostError, Interrupted, WorkflowRunningError
+from sqla_durable.errors import (
+    ArgumentError,
+    AttemptLost,
+    AttemptLostError,
+    Interrupted,
+    SessionError,
+    WorkflowRunningError,
+)
 from sqla_durable.executor.runtimes import AsyncInline, BlockingInline
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.transaction import SavepointTransaction, StepTransaction, in_session
@@ -60,6 +67,7 @@ class Story:
         return await self._bring_to_end(definition, lambda _: workflow_id)
 
     async def _bring_to_end(self, definition: WorkflowDefinition, find: Callable[[Session], UUID]) -> Any:
+        self.require_usable()
         taken = await self.transact(lambda session: self._take(session, find))
         if isinstance(taken, Claimed):
             taken = await self._execute(definition, Attempt(taken))
@@ -70,12 +78,13 @@ class Story:
         schema.require(session)
         workflow_id = find(session)
         session.flush()
-        self.open_lease(session)
         standing = workflows.standing(session, workflow_id)
-        if standing.status.finished:
-            return Outcome(standing)
         if standing.status is WorkflowStatus.RUNNING:
             workers.reclaim_one(session, workflow_id, max_attempts=MAX_ATTEMPTS)
+            standing = workflows.standing(session, workflow_id)
+        if standing.status.finished:
+            return Outcome(standing)
+        self.open_lease(session)
         claimed = queues.claim_one(session, workflow_id, worker_id=self.worker_id, token=uuid7())
         if claimed is not None:
             return claimed
@@ -96,21 +105,15 @@ class Story:
                 workflow_id=attempt.workflow_id,
             ) from None
         except Interrupted as interrupted:
-            await self._hand_back(attempt)
+            await self.hand_back(attempt)
             raise interrupted.error from None
         except BaseException:
-            await self._hand_back(attempt)
+            await self.hand_back(attempt)
             raise
         return Outcome.of(attempt.name, completion)
 
     def _runtime(self, attempt: Attempt) -> BlockingInline | AsyncInline:
         return (AsyncInline if isinstance(self.session, AsyncSession) else BlockingInline)(self, attempt)
-
-    async def _hand_back(self, attempt: Attempt) -> None:
-        """Release the workflow if the database lets us; otherwise it is reclaimed when the lease has run out."""
-        with contextlib.suppress(DBAPIError, Interrupted):
-            await in_session(self.session, Session.rollback)
-            await self.transact(lambda session: workflows.release(session, [attempt.fence]))
 
     async def transact(self, statement: Callable[[Session], T]) -> T:
         """Call a function of the session in a transaction of its own."""
@@ -139,6 +142,12 @@ class Story:
     def transaction(self) -> StepTransaction:
         """Give a transaction that is not yet begun."""
         raise NotImplementedError
+
+    def require_usable(self) -> None:
+        """Refuse a session whose transaction cannot end as this story needs it to."""
+
+    async def hand_back(self, attempt: Attempt) -> None:
+        """Leave an attempt that ends without an outcome to others."""
 
     def open_lease(self, session: Session) -> None:
         """Own what is claimed in this transaction."""
@@ -174,7 +183,27 @@ class CommittingStory(Story):
         self._beat_at = time.monotonic()
 
     @override
+    def require_usable(self) -> None:
+        # SQLAlchemy has no public way to ask; without the attribute it raises by itself, after the first commit.
+        if getattr(self.sync_session, "_trans_context_manager", None) is not None:
+            raise SessionError(
+                f"{self.session!r} is inside `with session.begin()`, which ends with the first commit, and an executor "
+                "commits after each step: give it a session outside of one, or use joined(session)."
+            )
+
+    @override
+    async def hand_back(self, attempt: Attempt) -> None:
+        # If the database does not let us, the workflow is reclaimed when the lease has run out.
+        with contextlib.suppress(DBAPIError, Interrupted):
+            await in_session(self.session, Session.rollback)
+            await self.transact(lambda session: self._release(session, attempt))
+
+    def _release(self, session: Session, attempt: Attempt) -> None:
+        workflows.release(session, [attempt.fence])
+        self.close_lease(session)
+
     def extend_lease(self, session: Session) -> None:
+        """Extend the lease if a third of it has passed."""
         if self._beat_at and time.monotonic() - self._beat_at > self._lease.total_seconds() / 3:
             self.open_lease(session)
 

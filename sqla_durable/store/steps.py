@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Float, Integer, Row, Text, bindparam, cast, func, select, tuple_
-from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
@@ -139,4 +139,4 @@ _RECORDED = select(
     cast(STEP.c.output, Text).label("output"),
     cast(STEP.c.error, Text).label("error"),
 )
-_HISTORIES = _RECORDED.where(STEP.c.workflow_id == func.any(bindparam("ids", type_=PG_UUID())))
+_HISTORIES = _RECORDED.where(STEP.c.workflow_id == func.any(bindparam("ids", type_=ARRAY(PG_UUID()))))
