@@ -9,7 +9,7 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import tenacity
 from sqlalchemy.exc import DBAPIError
@@ -145,7 +145,7 @@ def is_conflict(error: BaseException) -> bool:
     return isinstance(error, DBAPIError) and sqlstate(error) in _CONFLICTS
 
 
-def is_outage(error: BaseException) -> bool:
+def is_outage(error: BaseException) -> TypeGuard[DBAPIError]:
     """Tell whether the server or the way to it is lost for now."""
     if not isinstance(error, DBAPIError):
         return False

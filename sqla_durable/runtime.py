@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from sqla_durable.context import Context
+from sqla_durable.errors import UsageError
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import StepCall, run_blocking
 from sqla_durable.operations.step import run_step
@@ -115,4 +116,10 @@ class AsyncRuntime(BaseRuntime):
         """Call the workflow's function."""
         with self.context.entered():
             coroutine: Awaitable[Any] = definition.call(arguments)
-            return await coroutine
+            try:
+                return await coroutine
+            except asyncio.CancelledError as error:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+                raise UsageError(f"workflow {definition.name!r} ended with a CancelledError of its own.") from error

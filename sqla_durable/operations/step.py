@@ -89,7 +89,7 @@ class _Execution:
                 return await self._try()
             except _AlreadyRecorded as settled:
                 return settled.checkpoint
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # sys.exit() in a step is the step's failure
                 seconds = await self._seconds_before_next(error)
                 if seconds is None:
                     return await self._record_alone(self._failure(error))
@@ -142,7 +142,7 @@ class _Execution:
         await self._runtime.record(checkpoint)
         return _as_recorded(checkpoint)
 
-    async def _seconds_before_next(self, error: Exception) -> float | None:
+    async def _seconds_before_next(self, error: Exception | SystemExit) -> float | None:
         """Decide on another try: None when the error is the step's outcome."""
         match error:
             case _Again():
@@ -171,7 +171,7 @@ class _Execution:
         output = self._call.definition.result.encode(value)
         return self._checkpoint(StepStatus.SUCCEEDED, output=output)
 
-    def _failure(self, error: Exception) -> Checkpoint:
+    def _failure(self, error: Exception | SystemExit) -> Checkpoint:
         return self._checkpoint(StepStatus.FAILED, error=Failure.of(error).to_json())
 
     def _checkpoint(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Checkpoint:

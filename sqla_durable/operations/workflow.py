@@ -38,7 +38,7 @@ async def _outcome(runtime: Runtime, definition: WorkflowDefinition, body: Body)
         attempt.proceed()
         attempt.refuse_unfinished()
         output = definition.result.encode(value)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit() in a workflow ends the workflow, not its worker
         attempt.proceed()
         return Completion(attempt.fence, WorkflowStatus.FAILED, error=Failure.of(error).to_json())
     return Completion(attempt.fence, WorkflowStatus.SUCCEEDED, output=output)

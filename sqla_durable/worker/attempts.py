@@ -20,6 +20,8 @@ from sqla_durable.worker.runtimes import LoopRuntime, Surroundings, ThreadRuntim
 
 log = logging.getLogger("sqla_durable.worker")
 
+_LAST_GRACE = 5.0  # seconds for async attempts to be released after they were cancelled
+
 
 @dataclass(frozen=True, slots=True)
 class Running:
@@ -80,23 +82,27 @@ class Attempts:
         """Let every attempt end at its next operation; after `grace` seconds, end those that are still in a step.
 
         Returns:
-            How many sync steps were left behind in their threads; they can commit nothing more.
+            How many attempts were left behind, in a thread or shielded from cancellation; they can commit nothing
+            more.
         """
         for each in self._running.values():
             each.attempt.stop(Released)
-        tasks = [each.task for each in self._running.values()]
-        if tasks:
-            await asyncio.wait(tasks, timeout=grace)
-        left_behind = [each for each in self._running.values() if not self._definition(each.attempt).is_async]
-        for each in list(self._running.values()):
+        await self._wait_for([each.task for each in self._running.values()], grace)
+        left = list(self._running.values())
+        for each in left:
             self._cancel(each)
-        if left_behind:
-            log.warning("%d sync workflows are still in a step; they are handed back", len(left_behind))
-            await self._release([each.attempt.fence for each in left_behind])
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        return len(left_behind)
+        in_threads = [each for each in left if not self._definition(each.attempt).is_async]
+        if in_threads:
+            log.warning("%d sync workflows are still in a step; they are handed back", len(in_threads))
+            await self._release([each.attempt.fence for each in in_threads])
+        await self._wait_for([each.task for each in left if each not in in_threads], _LAST_GRACE)
+        for each in self._running.values():
+            each.task.cancel()
+        return len(self._running)
+
+    async def _wait_for(self, tasks: list[asyncio.Task[None]], seconds: float) -> None:
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
 
     def _cancel(self, running: Running) -> None:
         """End an async attempt at once; a thread ends at its next operation."""
@@ -113,7 +119,7 @@ class Attempts:
             log.info("workflow %s: its attempt %d lost the ownership", attempt.workflow_id, attempt.number)
         except (Released, asyncio.CancelledError):
             await self._release([attempt.fence])
-        except Exception:
+        except BaseException:
             log.exception("workflow %s: its attempt %d broke", attempt.workflow_id, attempt.number)
             await self._abandon(attempt)
         finally:
