@@ -25,6 +25,7 @@ from sqlalchemy import (
     Text,
     event,
     func,
+    inspect,
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
@@ -59,8 +60,12 @@ HOT_TABLE = {
 
 
 def _text_of(statuses: type[StrEnum]) -> Enum:
-    """Store a status as plain text; which texts are legal is a named CHECK constraint, not a PostgreSQL enum."""
-    return Enum(statuses, native_enum=False, length=16, values_callable=list, validate_strings=True)
+    """Store a status as short text; which texts are legal is a named CHECK constraint, not a PostgreSQL enum."""
+    return Enum(statuses, native_enum=False, length=16, values_callable=_values, validate_strings=True)
+
+
+def _values(statuses: type[StrEnum]) -> list[str]:
+    return [each.value for each in statuses]
 
 
 class Base(DeclarativeBase):
@@ -270,4 +275,7 @@ metadata = Base.metadata
 def _create_schema(_target: MetaData, connection: Connection, **_: object) -> None:
     """Let `metadata.create_all` work in an empty database, under the translated name of the schema."""
     names: dict[str, str] = connection.get_execution_options().get("schema_translate_map") or {}
-    connection.execute(CreateSchema(names.get(SCHEMA) or SCHEMA, if_not_exists=True))
+    name = names.get(SCHEMA) or SCHEMA
+    # Asked first: IF NOT EXISTS needs the right to create schemas even where there is nothing to create.
+    if not inspect(connection).has_schema(name):
+        connection.execute(CreateSchema(name, if_not_exists=True))

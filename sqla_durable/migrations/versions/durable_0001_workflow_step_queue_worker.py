@@ -1,0 +1,177 @@
+"""Create the tables workflow, step, queue and worker."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects import postgresql as pg
+
+from sqla_durable.migrations import schema as schemas
+
+revision = "durable_0001"
+down_revision = None
+branch_labels = ("sqla_durable",)
+depends_on = None
+
+
+def upgrade(schema: str | None = None) -> None:
+    with schemas.resolved(schema) as name:
+        schemas.create(name)
+        _create_workflow(name)
+        _create_step(name)
+        _create_queue(name)
+        _create_worker(name)
+
+
+def downgrade(schema: str | None = None) -> None:
+    with schemas.resolved(schema) as name:
+        for table in ("worker", "queue", "step", "workflow"):
+            op.drop_table(table, schema=name)
+        schemas.drop(name)
+
+
+def _create_workflow(schema: str) -> None:
+    op.create_table(
+        "workflow",
+        sa.Column("id", pg.UUID(), server_default=sa.text("gen_random_uuid()"), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("key", sa.Text()),
+        sa.Column("queue", sa.Text(), server_default="default", nullable=False),
+        sa.Column("priority", sa.SmallInteger(), server_default="0", nullable=False),
+        sa.Column("status", sa.String(16), server_default="pending", nullable=False),
+        sa.Column("input", pg.JSONB(), server_default=sa.text("'{}'::jsonb"), nullable=False),
+        sa.Column("output", pg.JSONB()),
+        sa.Column("error", pg.JSONB()),
+        sa.Column("attempt", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("token", pg.UUID()),
+        sa.Column("worker_id", pg.UUID()),
+        sa.Column("created_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.Column("enqueued_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.Column("wake_at", _timestamp()),
+        sa.Column("started_at", _timestamp()),
+        sa.Column("finished_at", _timestamp()),
+        sa.PrimaryKeyConstraint("id", name=op.f("workflow_pkey")),
+        _check("workflow", "name", "name ~ '[^[:space:]]'"),
+        _check("workflow", "key", "key ~ '[^[:space:]]'"),
+        _check("workflow", "queue", "queue ~ '[^[:space:]]'"),
+        _check(
+            "workflow",
+            "status",
+            "status IN ('pending', 'running', 'suspended', 'succeeded', 'failed', 'cancelled')",
+        ),
+        _check("workflow", "input", "jsonb_typeof(input) = 'object'"),
+        _check("workflow", "attempt", "attempt >= 1"),
+        _check(
+            "workflow",
+            "token",
+            "CASE status WHEN 'running' THEN token IS NOT NULL "
+            "WHEN 'pending' THEN token IS NULL WHEN 'suspended' THEN token IS NULL ELSE true END",
+        ),
+        _check("workflow", "running", "status <> 'running' OR (worker_id IS NOT NULL AND started_at IS NOT NULL)"),
+        _check("workflow", "finished", "(status IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)"),
+        _check("workflow", "output", "(status = 'succeeded') = (output IS NOT NULL)"),
+        _check(
+            "workflow",
+            "error",
+            "CASE WHEN error IS NULL THEN status <> 'failed' ELSE status IN ('failed', 'cancelled') "
+            "AND jsonb_typeof(error) = 'object' AND error ? 'type' END",
+        ),
+        _check("workflow", "wake", "wake_at IS NULL OR status = 'suspended'"),
+        schema=schema,
+        comment="sqla-durable durable_0001",
+        postgresql_with={
+            "fillfactor": 70,
+            "autovacuum_vacuum_scale_factor": 0.01,
+            "autovacuum_vacuum_threshold": 1000,
+            "autovacuum_vacuum_cost_delay": 0,
+            "autovacuum_analyze_scale_factor": 0.02,
+            "autovacuum_analyze_threshold": 1000,
+        },
+    )
+    _index(schema, "workflow_name_key_key", ["name", "key"], where="key IS NOT NULL", unique=True)
+    _index(
+        schema,
+        "workflow_pending_idx",
+        ["queue", "priority", "enqueued_at", "id"],
+        where="status = 'pending'",
+    )
+    _index(schema, "workflow_running_idx", ["worker_id"], where="status = 'running'")
+    _index(schema, "workflow_wake_idx", ["wake_at"], where="status = 'suspended' AND wake_at IS NOT NULL")
+
+
+def _create_step(schema: str) -> None:
+    op.create_table(
+        "step",
+        sa.Column("workflow_id", pg.UUID(), nullable=False),
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("position", sa.Integer(), nullable=False),
+        sa.Column("status", sa.String(16), nullable=False),
+        sa.Column("output", pg.JSONB()),
+        sa.Column("error", pg.JSONB()),
+        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("attempts", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("started_at", _timestamp(), nullable=False),
+        sa.Column("finished_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.PrimaryKeyConstraint("workflow_id", "key", name=op.f("step_pkey")),
+        sa.ForeignKeyConstraint(
+            ["workflow_id"], [f"{schema}.workflow.id"], name=op.f("step_workflow_id_fkey"), ondelete="CASCADE"
+        ),
+        _check("step", "key", "key ~ '[^[:space:]]'"),
+        _check("step", "status", "status IN ('succeeded', 'failed')"),
+        _check("step", "output", "(status = 'succeeded') = (output IS NOT NULL)"),
+        _check(
+            "step",
+            "error",
+            "CASE WHEN error IS NULL THEN status <> 'failed' "
+            "ELSE status = 'failed' AND jsonb_typeof(error) = 'object' AND error ? 'type' END",
+        ),
+        _check("step", "counts", "position >= 1 AND attempt >= 1 AND attempts >= 1"),
+        _check("step", "times", "finished_at >= started_at"),
+        schema=schema,
+    )
+
+
+def _create_queue(schema: str) -> None:
+    op.create_table(
+        "queue",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("paused_at", _timestamp()),
+        sa.Column("created_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("queue_pkey")),
+        _check("queue", "name", "name ~ '[^[:space:]]'"),
+        schema=schema,
+    )
+
+
+def _create_worker(schema: str) -> None:
+    op.create_table(
+        "worker",
+        sa.Column("id", pg.UUID(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("queues", pg.ARRAY(sa.Text()), nullable=False),
+        sa.Column("started_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.Column("heartbeat_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.Column("lease_expires_at", _timestamp(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("worker_pkey")),
+        _check("worker", "lease", "lease_expires_at > heartbeat_at"),
+        schema=schema,
+        postgresql_with={
+            "fillfactor": 50,
+            "autovacuum_vacuum_scale_factor": 0,
+            "autovacuum_vacuum_threshold": 100,
+        },
+    )
+
+
+def _timestamp() -> sa.DateTime:
+    return sa.DateTime(timezone=True)
+
+
+def _check(table: str, name: str, condition: str) -> sa.CheckConstraint:
+    # op.f: the application's naming convention must not be put on top.
+    return sa.CheckConstraint(condition, name=op.f(f"{table}_{name}_check"))
+
+
+def _index(schema: str, name: str, columns: list[str], *, where: str, unique: bool = False) -> None:
+    op.create_index(op.f(name), "workflow", columns, schema=schema, unique=unique, postgresql_where=sa.text(where))

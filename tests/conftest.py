@@ -1,0 +1,121 @@
+"""One PostgreSQL server for a test run, and a database of its own for every test.
+
+`pytest` uses the embedded PostgreSQL 18; `pytest --pg=15` (or SQLA_DURABLE_TEST_PG=15) Debian's; and
+SQLA_DURABLE_TEST_URL a server that runs already. The controller starts it, the workers of xdist share it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, Generator
+from typing import Any, Protocol
+
+import pytest
+from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqla_durable.models import SCHEMA
+from tests.support import postgres
+from tests.support.databases import Databases, translated
+
+SERVER = pytest.StashKey[postgres.Server]()
+
+
+class XdistNode(Protocol):
+    """A worker of xdist, as the controller sees it."""
+
+    config: pytest.Config
+    workerinput: dict[str, Any]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--pg",
+        metavar="VERSION",
+        default=os.environ.get("SQLA_DURABLE_TEST_PG"),
+        help="PostgreSQL to test on: 18 (embedded, the default) or a version of Debian's, such as 15",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput") and not config.option.collectonly:
+        config.stash[SERVER] = postgres.start(config.getoption("--pg"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: XdistNode) -> None:
+    node.workerinput["server_url"] = node.config.stash[SERVER].url
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if SERVER in config.stash:
+        config.stash[SERVER].stop()
+
+
+@pytest.fixture(scope="session")
+def server_url(request: pytest.FixtureRequest) -> str:
+    """The URL of the server's database `postgres`, as superuser."""
+    workerinput: dict[str, Any] | None = getattr(request.config, "workerinput", None)
+    return str(workerinput["server_url"]) if workerinput else request.config.stash[SERVER].url
+
+
+@pytest.fixture(scope="session")
+def databases(server_url: str, worker_id: str) -> Generator[Databases]:
+    """The maker of databases, for a test that needs several."""
+    databases = Databases(server_url, worker_id)
+    yield databases
+    databases.close()
+
+
+@pytest.fixture
+def durable_schema(request: pytest.FixtureRequest) -> str:
+    """The schema of our tables; `parametrize("durable_schema", ["durable", "tenant_7"], indirect=True)`."""
+    return str(getattr(request, "param", SCHEMA))
+
+
+@pytest.fixture
+def async_driver(request: pytest.FixtureRequest) -> str:
+    """The driver of `async_engine`; `parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)`."""
+    return str(getattr(request, "param", "psycopg"))
+
+
+@pytest.fixture
+def database_url(databases: Databases, durable_schema: str) -> Generator[str]:
+    """A fresh database with our tables in `durable_schema` and those of `tests.support.domain`."""
+    with databases.migrated(durable_schema) as url:
+        yield url
+
+
+@pytest.fixture
+def empty_database_url(databases: Databases) -> Generator[str]:
+    """A fresh database with nothing in it."""
+    with databases.empty() as url:
+        yield url
+
+
+@pytest.fixture
+def engine(database_url: str, durable_schema: str) -> Generator[Engine]:
+    """A sync engine of `database_url`, translated to `durable_schema`."""
+    engine = create_engine(database_url)
+    yield translated(engine, durable_schema)
+    engine.dispose()
+
+
+@pytest.fixture
+async def async_engine(database_url: str, durable_schema: str, async_driver: str) -> AsyncGenerator[AsyncEngine]:
+    """An async engine of `database_url`, translated to `durable_schema`."""
+    url = make_url(database_url).set(drivername=f"postgresql+{async_driver}")
+    engine = create_async_engine(url)
+    yield AsyncEngine(translated(engine.sync_engine, durable_schema))
+    await engine.dispose()
+
+
+@pytest.fixture
+def session_factory(engine: Engine) -> sessionmaker[Session]:
+    return sessionmaker(engine)
+
+
+@pytest.fixture
+def async_session_factory(async_engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+    return async_sessionmaker(async_engine)

@@ -1,0 +1,1 @@
+"""Three revisions, as a later version of this package may have them."""

