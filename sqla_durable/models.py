@@ -7,6 +7,7 @@ What the statements are is in `store`; how the tables come into a database is in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -22,6 +23,7 @@ from sqlalchemy import (
     Integer,
     MetaData,
     SmallInteger,
+    Table,
     Text,
     event,
     func,
@@ -46,17 +48,21 @@ NAMING_CONVENTION = {
     "ck": "%(table_name)s_%(constraint_name)s_check",
 }
 
-# Rows of these tables change several times in their short lives, and every claim walks over the index entries of
-# rows that no longer qualify until vacuum has removed them. So vacuum comes after a fixed number of changes
-# instead of a share of a growing table, and does not pause. Pages keep room for updates beside the row.
-HOT_TABLE = {
-    "fillfactor": 70,
-    "autovacuum_vacuum_scale_factor": 0.01,
-    "autovacuum_vacuum_threshold": 1000,
-    "autovacuum_vacuum_cost_delay": 0,
-    "autovacuum_analyze_scale_factor": 0.02,
-    "autovacuum_analyze_threshold": 1000,
+# Workflows change several times in their short lives, and every claim walks over the index entries of rows that no
+# longer qualify until vacuum has removed them. So vacuum comes after a fixed number of changes instead of a share of a
+# growing table, and does not pause. Pages keep room for updates beside the row. Checkpoints are only inserted.
+STORAGE: dict[str, dict[str, float]] = {
+    "workflow": {
+        "fillfactor": 70,
+        "autovacuum_vacuum_scale_factor": 0.01,
+        "autovacuum_vacuum_threshold": 1000,
+        "autovacuum_vacuum_cost_delay": 0,
+        "autovacuum_analyze_scale_factor": 0.02,
+        "autovacuum_analyze_threshold": 1000,
+    },
+    "worker": {"fillfactor": 50, "autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 100},
 }
+"""The storage parameters of our tables, for which SQLAlchemy 2.0 has no place in a `Table`."""
 
 
 def _text_of(statuses: type[StrEnum]) -> Enum:
@@ -163,7 +169,7 @@ class Workflow(Base):
             "wake_at",
             postgresql_where=text("status = 'suspended' AND wake_at IS NOT NULL"),
         ),
-        {"comment": f"sqla-durable {REVISION}", "postgresql_with": HOT_TABLE},
+        {"comment": f"sqla-durable {REVISION}"},
     )
 
     @validates("key", "queue", "name")
@@ -252,16 +258,7 @@ class Worker(Base):
         primaryjoin=lambda: Worker.id == foreign(Workflow.worker_id), viewonly=True
     )
 
-    __table_args__ = (
-        CheckConstraint("lease_expires_at > heartbeat_at", name="lease"),
-        {
-            "postgresql_with": {
-                "fillfactor": 50,
-                "autovacuum_vacuum_scale_factor": 0,
-                "autovacuum_vacuum_threshold": 100,
-            }
-        },
-    )
+    __table_args__ = (CheckConstraint("lease_expires_at > heartbeat_at", name="lease"),)
 
     def __repr__(self) -> str:
         return f"<Worker {self.name!r} {self.id}>"
@@ -271,11 +268,31 @@ metadata = Base.metadata
 """The metadata of the models, for `target_metadata = [Base.metadata, sqla_durable.metadata]` in Alembic."""
 
 
+def storage_statements(schema: str = SCHEMA) -> list[str]:
+    """Give the statements that set the storage parameters, for a migration that autogenerate wrote."""
+    quoted = '"' + schema.replace('"', '""') + '"'
+    return [
+        f"ALTER TABLE {quoted}.{table} SET ({', '.join(f'{name} = {value}' for name, value in settings.items())})"
+        for table, settings in STORAGE.items()
+    ]
+
+
 @event.listens_for(metadata, "before_create")
 def _create_schema(_target: MetaData, connection: Connection, **_: object) -> None:
     """Let `metadata.create_all` work in an empty database, under the translated name of the schema."""
-    names: dict[str, str] = connection.get_execution_options().get("schema_translate_map") or {}
-    name = names.get(SCHEMA) or SCHEMA
+    name = _translated(connection)
     # Asked first: IF NOT EXISTS needs the right to create schemas even where there is nothing to create.
     if not inspect(connection).has_schema(name):
         connection.execute(CreateSchema(name, if_not_exists=True))
+
+
+@event.listens_for(metadata, "after_create")
+def _set_storage(_target: MetaData, connection: Connection, *, tables: Sequence[Table], **_: object) -> None:
+    if Workflow.__table__ in tables:
+        for statement in storage_statements(_translated(connection)):
+            connection.exec_driver_sql(statement)
+
+
+def _translated(connection: Connection) -> str:
+    names: dict[str, str] = connection.get_execution_options().get("schema_translate_map") or {}
+    return names.get(SCHEMA) or SCHEMA

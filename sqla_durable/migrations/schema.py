@@ -58,6 +58,12 @@ def drop(name: str) -> None:
     )
 
 
+def set_storage(name: str, table: str, settings: Mapping[str, float]) -> None:
+    """Set the storage parameters of a table, which SQLAlchemy 2.0 cannot give with CREATE TABLE."""
+    listed = ", ".join(f"{setting} = {value}" for setting, value in settings.items())
+    op.execute(f"ALTER TABLE {_quoted(name)}.{table} SET ({listed})".replace(":", r"\:"))
+
+
 @contextmanager
 def _untranslated(connection: Connection | None) -> Generator[Mapping[str | None, str | None]]:
     """Give the connection's `schema_translate_map` and suspend it; offline there is none."""

@@ -39,12 +39,16 @@ def application(
 
 
 def _add_durable(application: Application) -> None:
-    """Do what docs/migrations.md tells: autogenerate, then add the schema by hand."""
+    """Do what docs/migrations.md tells: autogenerate, then add the schema and the storage parameters by hand."""
     application.upgrade("app_0001")
     path = application.autogenerate("app_0002", "add durable")
     text = path.read_text()
     text = text.replace(
         "def upgrade() -> None:\n", 'def upgrade() -> None:\n    op.execute("CREATE SCHEMA IF NOT EXISTS durable")\n'
     )
+    text = text.replace(
+        "\n\ndef downgrade",
+        "    for statement in sqla_durable.models.storage_statements():\n        op.execute(statement)\n\n\ndef downgrade",
+    ).replace("from alembic import op\n", "from alembic import op\nimport sqla_durable\n")
     path.write_text(f'{text.rstrip()}\n    op.execute("DROP SCHEMA durable")\n')
     application.downgrade("base")

@@ -21,6 +21,7 @@ def upgrade(schema: str | None = None) -> None:
         _create_step(name)
         _create_queue(name)
         _create_worker(name)
+        _set_storage(name)
 
 
 def downgrade(schema: str | None = None) -> None:
@@ -79,14 +80,6 @@ def _create_workflow(schema: str) -> None:
         _check("workflow", "wake", "wake_at IS NULL OR status = 'suspended'"),
         schema=schema,
         comment="sqla-durable durable_0001",
-        postgresql_with={
-            "fillfactor": 70,
-            "autovacuum_vacuum_scale_factor": 0.01,
-            "autovacuum_vacuum_threshold": 1000,
-            "autovacuum_vacuum_cost_delay": 0,
-            "autovacuum_analyze_scale_factor": 0.02,
-            "autovacuum_analyze_threshold": 1000,
-        },
     )
     _index(schema, "workflow_name_key_key", ["name", "key"], where="key IS NOT NULL", unique=True)
     _index(
@@ -156,11 +149,27 @@ def _create_worker(schema: str) -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("worker_pkey")),
         _check("worker", "lease", "lease_expires_at > heartbeat_at"),
         schema=schema,
-        postgresql_with={
-            "fillfactor": 50,
-            "autovacuum_vacuum_scale_factor": 0,
-            "autovacuum_vacuum_threshold": 100,
+    )
+
+
+def _set_storage(schema: str) -> None:
+    # Vacuum after a fixed number of changes and without pauses: claims walk over what it has not yet removed.
+    schemas.set_storage(
+        schema,
+        "workflow",
+        {
+            "fillfactor": 70,
+            "autovacuum_vacuum_scale_factor": 0.01,
+            "autovacuum_vacuum_threshold": 1000,
+            "autovacuum_vacuum_cost_delay": 0,
+            "autovacuum_analyze_scale_factor": 0.02,
+            "autovacuum_analyze_threshold": 1000,
         },
+    )
+    schemas.set_storage(
+        schema,
+        "worker",
+        {"fillfactor": 50, "autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 100},
     )
 
 
