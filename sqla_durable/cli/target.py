@@ -1,0 +1,76 @@
+"""Imports the application's `Durable` object that the command line names as `module:attribute`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+
+from sqla_durable.cli.errors import CommandError
+from sqla_durable.durable import Durable
+
+
+def load(target: str) -> Durable:
+    """Import what `module:attribute` names, with the current directory on the path.
+
+    Raises:
+        CommandError: there is no such module or attribute, it does not import, or it is no `Durable`.
+    """
+    module_name, colon, attribute = target.partition(":")
+    if not (module_name and colon and attribute):
+        raise CommandError(f"{target!r} is not module:attribute: write, for example, shop:durable.")
+    found: object = _import(module_name)
+    for name in attribute.split("."):
+        found = _attribute(found, name, target)
+    if not isinstance(found, Durable):
+        raise CommandError(
+            f"{target!r} is {_described(found)}, not a Durable object: name the object whose decorators make the "
+            "workflows."
+        )
+    return found
+
+
+def _import(name: str) -> ModuleType:
+    directory = str(Path.cwd())
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            raise CommandError(
+                f"there is no module {error.name!r} in {directory!r} or where Python is installed: run the command "
+                "in the directory that holds it, or add that to PYTHONPATH."
+            ) from error
+        raise _broken(name, error) from error
+    except Exception as error:
+        raise _broken(name, error) from error
+
+
+def _broken(name: str, error: Exception) -> CommandError:
+    """Say what the import raised and where; the traceback is one command away."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else name
+    return CommandError(
+        f"module {name!r} does not import: {type(error).__name__}: {error} ({where}). "
+        f"`python -c 'import {name}'` shows the whole traceback."
+    )
+
+
+def _attribute(holder: object, name: str, target: str) -> object:
+    try:
+        found: object = getattr(holder, name)
+    except AttributeError:
+        names = vars(holder) if hasattr(holder, "__dict__") else {}
+        durables = [each for each, value in names.items() if isinstance(value, Durable)]
+        close = durables or get_close_matches(name, [each for each in names if not each.startswith("_")])
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "name a Durable object."
+        raise CommandError(f"{target!r}: {_described(holder)} has no attribute {name!r}: {hint}") from None
+    return found
+
+
+def _described(value: object) -> str:
+    return f"module {value.__name__!r}" if isinstance(value, ModuleType) else f"a {type(value).__name__}"

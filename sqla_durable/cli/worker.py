@@ -1,0 +1,95 @@
+"""The verb `worker`: claims workflows and executes them until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from datetime import timedelta
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from sqla_durable.cli import database, target
+from sqla_durable.cli.errors import CommandError
+from sqla_durable.worker import Worker
+
+DONE, INTERRUPTED = 0, 130
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def worker(
+    durable: Annotated[str, typer.Argument(metavar="MODULE:ATTRIBUTE", help="The Durable object: shop:durable.")],
+    queue: Annotated[
+        list[str] | None,
+        typer.Option(help="A queue to claim from, repeatable; by default those of its workflows, and 'default'."),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="How many workflows it executes at once.")] = 100,
+    lease: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long its workflows stay its own after a heartbeat.")
+    ] = 30,
+    poll_interval: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long it waits after it found less than it could take.")
+    ] = 0.5,
+    grace: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for steps being executed.")
+    ] = 20,
+    name: Annotated[str | None, typer.Option(help="Its name in the worker table; by default host:pid.")] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="The database; by default that of the Durable object, else DATABASE_URL."),
+    ] = None,
+    log_level: Annotated[str, typer.Option(help=f"What to log to stderr: {', '.join(_LEVELS)}.")] = "info",
+) -> None:
+    """Claim workflows and execute them.
+
+    SIGTERM and SIGINT stop it in good order: what runs is finished or handed back. A second one ends it at once.
+    """
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, _stop_before_start)  # until the worker itself listens
+    application = target.load(durable)
+    _set_up_logging(log_level)
+    opened = database.sessionmakers(application, url)
+    try:
+        chosen = Worker(
+            application,
+            sessionmaker=opened.sync,
+            async_sessionmaker=opened.asynchronous,
+            queues=queue or None,
+            concurrency=concurrency,
+            lease=timedelta(seconds=lease),
+            poll_interval=timedelta(seconds=poll_interval),
+            grace=timedelta(seconds=grace),
+            name=name,
+        )
+    except (ValueError, OverflowError) as error:
+        raise CommandError(str(error)) from error
+    try:
+        chosen.run()
+    except KeyboardInterrupt:  # the second signal
+        _leave_threads_behind(INTERRUPTED)
+    if chosen.left_behind:
+        _leave_threads_behind(DONE)
+
+
+def _stop_before_start(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Leave: there is nothing to hand back yet."""
+    raise SystemExit(DONE)
+
+
+def _leave_threads_behind(code: int) -> NoReturn:
+    """End the process without joining threads that are still in a step; they can commit nothing more."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _set_up_logging(level: str) -> None:
+    """Log to stderr, unless the application has set up its own logging when it was imported."""
+    if level.lower() not in _LEVELS:
+        raise CommandError(f"--log-level {level!r} is none of {', '.join(_LEVELS)}.")
+    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(message)s")
+    logging.getLogger("sqla_durable").setLevel(level.upper())

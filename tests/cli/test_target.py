@@ -1,0 +1,40 @@
+"""What the command line says when MODULE:ATTRIBUTE does not name a Durable object."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cli.conftest import Application
+
+USELESS = "postgresql://nobody@127.0.0.1:1/none"
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("ledgre:durable", "there is no module 'ledgre' in"),
+        ("sqla_durable.nowhere:durable", "there is no module 'sqla_durable.nowhere'"),
+        ("ledger:durabel", "module 'ledger' has no attribute 'durabel': did you mean 'durable'?"),
+        ("ledger:durable.registre", "has no attribute 'registre': did you mean 'registry'?"),
+        ("ledger:pay", "is a WorkflowFunction, not a Durable object"),
+        ("ledger:socket", "is module 'socket', not a Durable object"),
+        ("ledger", "'ledger' is not module:attribute: write, for example, shop:durable."),
+        ("ledger:", "'ledger:' is not module:attribute"),
+        ("broken:durable", "module 'broken' does not import: ZeroDivisionError: division by zero ("),
+        ("needy:durable", "module 'needy' does not import: ModuleNotFoundError: No module named 'absent'"),
+    ],
+)
+def test_wrong_target_is_explained_in_one_paragraph(application: Application, target: str, said: str) -> None:
+    application.write("broken.py", "durable = 1 / 0\n")
+    application.write("needy.py", "import absent\n")
+    done = application.run("worker", target, "--url", USELESS)
+    assert said in done.stderr
+    assert done.stderr.startswith("sqla-durable: ")
+    assert done.stderr.count("\n") == 1
+    assert done.returncode == 2
+
+
+def test_help_and_version_need_no_application(application: Application) -> None:
+    assert "worker" in application.run("--help").stdout
+    assert "--poll-interval" in application.run("worker", "--help").stdout
+    assert application.run("--version").stdout.startswith("sqla-durable ")

@@ -1,0 +1,186 @@
+"""The worker as a process: it executes, stops on a signal, and hands back what it cannot finish."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import closing, contextmanager, suppress
+from datetime import timedelta
+from uuid import UUID
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqla_durable import Durable, Step, Workflow, WorkflowStatus
+from sqla_durable.models import Worker
+from tests.cli.conftest import Application
+from tests.support.domain import Entry
+
+durable = Durable()
+WAIT = timedelta(seconds=30)
+
+
+@durable.workflow
+def pay(account: str) -> str:
+    """Stand for the workflow of this name in the application, to start it and to wait for it."""
+    return account
+
+
+@durable.workflow
+async def pay_later(account: str) -> str:
+    return account
+
+
+@contextmanager
+def stopped(process: subprocess.Popen[str]) -> Generator[None]:
+    """End the process whatever the test does."""
+    try:
+        yield
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def started(session_factory: sessionmaker[Session], account: str) -> UUID:
+    with session_factory.begin() as session:
+        return pay.start(session, account).id
+
+
+def accepted(calls: socket.socket) -> socket.socket:
+    """Wait until a worker executes the step `hold`."""
+    connection, _ = calls.accept()
+    assert connection.recv(100) == b"ada"
+    return connection
+
+
+def interrupted(worker: subprocess.Popen[str]) -> int:
+    """Press Ctrl-C until the process ends: two that come too close are one."""
+    while True:
+        worker.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            return worker.wait(0.2)
+
+
+def held_by(session_factory: sessionmaker[Session], workflow_id: UUID) -> tuple[WorkflowStatus, list[str]]:
+    with session_factory() as session:
+        found = session.get_one(Workflow, workflow_id)
+        assert session.scalars(select(Worker)).all() == []
+        return found.status, [step.key for step in found.steps]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_lets_the_step_finish_and_hands_the_workflow_back(
+    application: Application,
+    calls: socket.socket,
+    database_url: str,
+    session_factory: sessionmaker[Session],
+    number: signal.Signals,
+) -> None:
+    workflow = started(session_factory, "ada")
+    worker = application.start("worker", "ledger:durable", environment={"DATABASE_URL": database_url})
+    with stopped(worker):
+        with closing(accepted(calls)) as step:
+            worker.send_signal(number)
+            assert worker.stderr is not None
+            assert any("stopping" in line for line in worker.stderr)
+            step.sendall(b"x")
+        assert worker.wait(30) == 0
+    assert held_by(session_factory, workflow) == (WorkflowStatus.PENDING, ["enter", "hold"])
+
+
+def test_step_that_outlasts_the_grace_does_not_keep_the_process(
+    application: Application, calls: socket.socket, database_url: str, session_factory: sessionmaker[Session]
+) -> None:
+    workflow = started(session_factory, "ada")
+    worker = application.start("worker", "ledger:durable", "--grace", "0.1", "--url", database_url)
+    with stopped(worker), closing(accepted(calls)):
+        worker.terminate()
+        assert worker.wait(30) == 0
+    assert held_by(session_factory, workflow) == (WorkflowStatus.PENDING, ["enter"])
+
+
+def test_another_worker_finishes_what_was_handed_back(
+    application: Application, calls: socket.socket, database_url: str, session_factory: sessionmaker[Session]
+) -> None:
+    # behaviour: R1, E2
+    workflow = started(session_factory, "ada")
+    for attempt in range(2):
+        worker = application.start("worker", "ledger:durable", "--grace", "0.1", "--url", database_url)
+        with stopped(worker), closing(accepted(calls)) as step:
+            if attempt:
+                step.sendall(b"x")
+                assert pay.handle(session_factory, workflow).result(timeout=WAIT) == "ada"
+            worker.terminate()
+            assert worker.wait(30) == 0
+    with session_factory() as session:
+        assert session.scalars(select(Entry.account)).all() == ["ada", "ada"]
+        assert session.scalars(select(Step.key).order_by(Step.position)).all() == ["enter", "hold", "enter#2"]
+
+
+def test_second_signal_ends_the_process_at_once(
+    application: Application, calls: socket.socket, database_url: str, session_factory: sessionmaker[Session]
+) -> None:
+    started(session_factory, "ada")
+    worker = application.start("worker", "ledger:durable", "--url", database_url)
+    with stopped(worker), closing(accepted(calls)):
+        worker.send_signal(signal.SIGINT)
+        assert worker.stderr is not None
+        assert any("stopping" in line for line in worker.stderr)
+        assert interrupted(worker) == 130, worker.stderr.read()
+
+
+def test_sync_and_async_workflows_run_on_a_url(
+    application: Application, database_url: str, session_factory: sessionmaker[Session]
+) -> None:
+    with session_factory.begin() as session:
+        workflow = pay_later.start(session, "bob").id
+    plain = database_url.replace("postgresql+psycopg", "postgres")
+    worker = application.start("worker", "ledger:durable", "--name", "mine", environment={"DATABASE_URL": plain})
+    with stopped(worker):
+        assert pay_later.handle(session_factory, workflow).result(timeout=WAIT) == "bob"
+        with session_factory() as session:
+            assert session.scalars(select(Worker.name)).all() == ["mine"]
+        worker.terminate()
+        assert worker.wait(30) == 0
+
+
+def test_only_the_queues_that_were_named_are_served(
+    application: Application, database_url: str, session_factory: sessionmaker[Session]
+) -> None:
+    with session_factory.begin() as session:
+        left = pay_later.options(queue="slow", priority=-1).start(session, "ada").id
+        done = pay_later.options(queue="fast").start(session, "bob").id
+    worker = application.start("worker", "ledger:durable", "--queue=fast", "--queue=faster", "--url", database_url)
+    with stopped(worker):
+        assert pay_later.handle(session_factory, done).result(timeout=WAIT) == "bob"
+        worker.terminate()
+        assert worker.wait(30) == 0
+    with session_factory() as session:
+        assert session.get_one(Workflow, left).status is WorkflowStatus.PENDING
+
+
+def test_signal_before_the_worker_listens_ends_it_in_good_order(application: Application, calls: socket.socket) -> None:
+    application.write(
+        "slow.py",
+        "import os, socket\nsocket.create_connection(('127.0.0.1', int(os.environ['TEST_PORT']))).recv(1)\n",
+    )
+    worker = application.start("worker", "slow:durable")
+    with stopped(worker):
+        connection, _ = calls.accept()
+        with closing(connection):
+            worker.terminate()
+            assert worker.wait(30) == 0
+
+
+def test_console_script_is_the_same_program() -> None:
+    script = subprocess.run(
+        [sys.executable, "-c", "from sqla_durable.cli import main; main()", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert script.stdout.startswith("sqla-durable ")

@@ -1,0 +1,39 @@
+"""docs/shop.md shows the example as it is, and docs/cli.md the command as it is."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.examples.conftest import EXAMPLES
+
+DOCS = EXAMPLES.parent / "docs"
+BLOCKS = re.findall(r"```python\n(.*?)```", (DOCS / "shop.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_block_is_part_of_the_example(block: str) -> None:
+    assert any(block in path.read_text() for path in (EXAMPLES / "shop").glob("*.py"))
+
+
+def test_modules_of_the_table_exist() -> None:
+    table = (DOCS / "shop.md").read_text().split("## The parts")[1].split("##")[0]
+    first_columns = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    names = [name for column in first_columns for name in re.findall(r"`([^`]+)`", column)]
+    assert len(names) > 10
+    assert all((EXAMPLES / "shop" / name).exists() for name in names)
+
+
+def test_options_of_the_worker_are_documented() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "sqla_durable", "worker", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"COLUMNS": "200"},
+    ).stdout
+    options = set(re.findall(r"^ +(--[a-z-]+)", shown, re.MULTILINE)) - {"--help"}
+    assert options == set(re.findall(r"^\| `(--[a-z-]+)", (DOCS / "cli.md").read_text(), re.MULTILINE))
