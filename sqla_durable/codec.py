@@ -28,7 +28,7 @@ from sqla_durable.errors import (
 DEFAULT_LIMIT = 1024 * 1024
 """The default limit of one payload: 1 MiB of UTF-8 JSON."""
 
-_CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+_CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants")
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 

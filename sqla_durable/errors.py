@@ -88,7 +88,7 @@ class UnfinishedStepError(UsageError):
         steps: the keys of those steps.
     """
 
-    def __init__(self, message: str, *, steps: tuple[str, ...]) -> None:
+    def __init__(self, message: str, *, steps: list[str]) -> None:
         super().__init__(message)
         self.steps = steps
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqla_durable.codec import dump
-from sqla_durable.errors import EncodingError
 
 _TEXT_LIMIT = 32_000
 _STATE_LIMIT = 32_000
@@ -117,11 +116,11 @@ def _message(error: BaseException) -> str:
 
 
 def _storable(value: Any) -> Any:
-    """Give the value if JSON gives back the same, else None."""
+    """Give the value if JSON gives back the same, else None; comparing calls the user's code, which may raise."""
     try:
         text = dump(value, what="error", limit=_STATE_LIMIT)
         return value if json.loads(text) == value else None
-    except (EncodingError, RecursionError):
+    except Exception:
         return None
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeGuard
 
 import tenacity
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import RetryCallState
 
@@ -24,9 +24,13 @@ WaitFunction: TypeAlias = Callable[[RetryCallState], float]
 
 # serialization_failure, deadlock_detected: the transaction was right, its timing was not.
 _CONFLICTS = frozenset({"40001", "40P01"})
-# admin_shutdown, crash_shutdown, cannot_connect_now, too_many_connections, read_only_sql_transaction (a primary that
-# was replaced), idle_in_transaction_session_timeout. Source: PostgreSQL manual, appendix A.
-_OUTAGES = frozenset({"57P01", "57P02", "57P03", "53300", "25006", "25P03"})
+# connection_exception, operator_intervention but for query_canceled, too_many_connections, read_only_sql_transaction
+# (a primary that was replaced), idle_in_transaction_session_timeout. Source: PostgreSQL manual, appendix A.
+_OUTAGES = ("08", "57P", "53300", "25006", "25P03")
+# insufficient_resources, object_not_in_prerequisite_state (a lock_timeout), operator_intervention (query_canceled, a
+# statement_timeout), system_error, insufficient_privilege, undefined_table, invalid_schema_name: about the server and
+# its settings, and not about the values that a statement of ours carries.
+_OBSTACLES = ("53", "55", "57", "58", "42501", "42P01", "3F000")
 
 _backoff = tenacity.wait_random_exponential(multiplier=0.02, max=2)
 
@@ -135,6 +139,20 @@ class TransientRetry:
         return _backoff(self._tries.state())
 
 
+class ObstacleRetry:
+    """Decides how a statement of the engine's own is tried again: for as long as the obstacle is there."""
+
+    def __init__(self) -> None:
+        self._tries = Tries()
+
+    def wait_before_next(self, error: BaseException) -> float | None:
+        """Give the seconds to wait, or None when the error is to stand."""
+        if not is_obstacle(error):
+            return None
+        self._tries.begin()
+        return _backoff(self._tries.state())
+
+
 def is_transient(error: BaseException) -> bool:
     """Tell whether the whole transaction may be tried again: conflict, lost connection, failover, exhausted pool."""
     return isinstance(error, PoolTimeoutError) or is_conflict(error) or is_outage(error)
@@ -150,9 +168,27 @@ def is_outage(error: BaseException) -> TypeGuard[DBAPIError]:
     if not isinstance(error, DBAPIError):
         return False
     state = sqlstate(error)
-    if state is None:
-        return error.connection_invalidated or type(error.orig).__name__ == "OperationalError"
-    return state in _OUTAGES or state.startswith("08")
+    if error.connection_invalidated or state is None:
+        return error.connection_invalidated or isinstance(error, OperationalError)
+    return state.startswith(_OUTAGES)
+
+
+def is_obstacle(error: BaseException) -> bool:
+    """Tell whether a statement of the engine's own is to be tried again, because its values are not the reason.
+
+    Wider than `is_transient`, for which a user's statement that was cancelled is the user's error. An `OSError` is an
+    async driver that cannot connect: SQLAlchemy hands asyncpg's on as it is.
+    """
+    if is_transient(error) or isinstance(error, OSError):
+        return True
+    return isinstance(error, DBAPIError) and (sqlstate(error) or "").startswith(_OBSTACLES)
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Tell whether no connection could be made: no server, or one that does not let us in (codes 28 and 3D)."""
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, OSError)
+    return is_outage(error) or isinstance(error, OperationalError) or (sqlstate(error) or "").startswith(("28", "3D"))
 
 
 def sqlstate(error: DBAPIError) -> str | None:

@@ -110,7 +110,7 @@ class AsyncRuntime(BaseRuntime):
         with self.context.within(call).entered():
             if call.definition.is_async:
                 return await function(*injected, *call.args, **call.kwargs)
-            return await self.in_thread(lambda: function(*injected, *call.args, **call.kwargs))
+            return await self.in_thread(lambda: _returned(lambda: function(*injected, *call.args, **call.kwargs)))
 
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
         """Call the workflow's function."""
@@ -123,3 +123,14 @@ class AsyncRuntime(BaseRuntime):
                 if task is not None and task.cancelling():
                     raise
                 raise UsageError(f"workflow {definition.name!r} ended with a CancelledError of its own.") from error
+
+
+def _returned(function: Callable[[], T]) -> T:
+    """Call a function in a thread; a StopIteration becomes what it becomes in a coroutine.
+
+    A future does not take one, and an `await` of it would never end. Source: Python's PEP 479.
+    """
+    try:
+        return function()
+    except StopIteration as error:
+        raise RuntimeError(f"the step raised {error!r}") from error

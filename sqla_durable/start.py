@@ -111,7 +111,8 @@ def start_many(
     start_many(session, (checkout.bind(order.id) for order in orders))
     ```
 
-    Never commits. Waits for another transaction that is inserting one of the same keys.
+    Never commits. Up to 5,000 workflows are due in the order given, more of them with keys in the order of keys from
+    statement to statement. Waits for another transaction that is inserting one of the same keys.
 
     Args:
         session: the caller's session; with an `AsyncSession`, await the call.
@@ -131,9 +132,10 @@ def start_many(
 
 def _start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]:
     schema.require(session)
-    found: list[UUID] = []
-    rest = [each.new for each in bound]
-    remaining = iter(rest)
-    while batch := list(islice(remaining, _BATCH)):
-        found += workflows.insert_many(session, batch)
-    return found
+    given = [each.new for each in bound]
+    # In the order of keys over all statements: two callers with the same keys must not wait for each other.
+    ordered = iter(sorted(given, key=lambda new: (new.key or "", new.name)))
+    ids: dict[UUID, UUID] = {}
+    while batch := list(islice(ordered, _BATCH)):
+        ids |= zip((new.id for new in batch), workflows.insert_many(session, batch), strict=True)
+    return [ids[new.id] for new in given]

@@ -12,10 +12,9 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from uuid import UUID
 
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from typing_extensions import override
@@ -46,6 +45,10 @@ MAX_ATTEMPTS = 10
 
 class Story:
     """Start or find, claim, execute, finish: on a session of either kind."""
+
+    loss: ClassVar[str] = (
+        "its lease ran out and another took over, or it was cancelled. What was committed before stands."
+    )
 
     def __init__(self, session: Session | AsyncSession) -> None:
         self.session = session
@@ -100,8 +103,7 @@ class Story:
             completion = await run_workflow(runtime, definition, lambda given: runtime.body(definition, given))
         except AttemptLost:
             raise AttemptLostError(
-                f"workflow {attempt.name!r} {attempt.workflow_id} is no longer this executor's: its lease ran out "
-                "and another took over, or it was cancelled. What was committed before stands.",
+                f"workflow {attempt.name!r} {attempt.workflow_id} is no longer this executor's: {self.loss}",
                 workflow_id=attempt.workflow_id,
             ) from None
         except Interrupted as interrupted:
@@ -194,7 +196,7 @@ class CommittingStory(Story):
     @override
     async def hand_back(self, attempt: Attempt) -> None:
         # If the database does not let us, the workflow is reclaimed when the lease has run out.
-        with contextlib.suppress(DBAPIError, Interrupted):
+        with contextlib.suppress(Exception, Interrupted):
             await in_session(self.session, Session.rollback)
             await self.transact(lambda session: self._release(session, attempt))
 
@@ -221,6 +223,11 @@ class CommittingStory(Story):
 
 class JoinedStory(Story):
     """Sets a savepoint per step; needs no lease, because nobody else sees its rows."""
+
+    loss = (
+        "a step has rolled back or closed the session, and with it the transaction that the caller had open. Leave "
+        "both to the caller, or use begin_nested()."
+    )
 
     @override
     def transaction(self) -> StepTransaction:

@@ -94,7 +94,7 @@ class Attempt:
             UnfinishedStepError: a step was called and not awaited, or is still running in another task.
         """
         if self._unfinished:
-            steps = tuple(self._unfinished)
+            steps = list(self._unfinished)
             raise UnfinishedStepError(
                 f"workflow {self.name!r} returned while {', '.join(map(repr, steps))} was not finished: "
                 "await every step, the sync ones too.",

@@ -19,7 +19,7 @@ class Boundary:
         self._session = session
         self._step = step
         self._transaction = _innermost(session)
-        self._connections = 0
+        self._connections = 1  # the one for the checkpoint is there from the beginning
         event.listen(session, "before_commit", self._refuse_commit)
         event.listen(session, "after_begin", self._refuse_second)
 

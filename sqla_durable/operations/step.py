@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any, NoReturn
 
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import AttemptLost, DefinitionError, Interrupted, PayloadError, StepFailedError, UsageError
@@ -92,7 +94,7 @@ class _Execution:
             except (Exception, SystemExit) as error:  # sys.exit() in a step is the step's failure
                 seconds = await self._seconds_before_next(error)
                 if seconds is None:
-                    return await self._record_alone(self._failure(error))
+                    return await self._record_failure(error)
             await self._runtime.pause(seconds)
             self._attempt.proceed()
 
@@ -100,14 +102,21 @@ class _Execution:
         if self._call.definition.session is SessionKind.NONE:
             value = await self._runtime.call(self._call)
             return await self._record_alone(await self._success(value))
-        transaction = await self._runtime.begin(self._call.definition.session)
+        transaction = await self._begin()
         try:
             checkpoint = await self._within(transaction)
+            self._uncertain = True  # from here on, an error may come after the commit
             await transaction.commit()
         except BaseException:
             await transaction.rollback()
             raise
         return _as_recorded(checkpoint)
+
+    async def _begin(self) -> StepTransaction:
+        try:
+            return await self._runtime.begin(self._call.definition.session)
+        except OSError as error:  # asyncpg's, when it cannot connect: SQLAlchemy hands it on as it is
+            raise OperationalError("BEGIN", None, error) from error
 
     async def _within(self, transaction: StepTransaction) -> Checkpoint:
         """Call the step's function and record its outcome, in one transaction."""
@@ -130,6 +139,7 @@ class _Execution:
                 raise AttemptLost(self._attempt.workflow_id)
             case Verdict.DUPLICATE:
                 self._refuse_recorded(session)
+                raise AttemptLost(self._attempt.workflow_id)  # recorded, and deleted by somebody in between
             case Verdict.RECORDED:
                 pass
 
@@ -141,6 +151,30 @@ class _Execution:
     async def _record_alone(self, checkpoint: Checkpoint) -> Recorded:
         await self._runtime.record(checkpoint)
         return _as_recorded(checkpoint)
+
+    async def _record_failure(self, error: Exception | SystemExit) -> Recorded:
+        recorded = await self._record_alone(self._failure(error))
+        if not self._uncertain:
+            return recorded
+        await self._runtime.settle()
+        return await self._reread() or recorded
+
+    async def _reread(self) -> Recorded | None:
+        """Read what is recorded: after an uncertain commit it may be the success, and not the failure that followed."""
+        find = partial(steps.find, workflow_id=self._attempt.workflow_id, key=self._call.position.key)
+        while True:
+            try:
+                transaction = await self._begin()
+                try:
+                    return await transaction.execute(find)
+                finally:
+                    await transaction.rollback()
+            except Exception as error:
+                seconds = self._transient.wait_before_next(error)
+                if seconds is None:
+                    raise Interrupted(error) from error
+            await self._runtime.pause(seconds)
+            self._attempt.proceed()
 
     async def _seconds_before_next(self, error: Exception | SystemExit) -> float | None:
         """Decide on another try: None when the error is the step's outcome."""
@@ -154,7 +188,6 @@ class _Execution:
         if self._call.definition.session is not SessionKind.NONE:
             seconds = self._transient.wait_before_next(error)
             if seconds is not None:
-                self._uncertain = True  # the commit may have happened all the same
                 return seconds
             if is_outage(error):
                 raise Interrupted(error)  # an outage is not the step's outcome

@@ -12,6 +12,9 @@ from typing import TypeVar
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
+from sqla_durable.errors import SessionError
+from sqla_durable.models import Workflow
+
 T = TypeVar("T")
 
 
@@ -109,8 +112,28 @@ class HeldTransaction(StepTransaction):
 
 
 def _begin(session: Session) -> None:
+    """Begin with the connection that the checkpoint needs: then a lost database is seen before the user's code."""
     if not session.in_transaction():
         session.begin()
+    try:
+        require_transaction(session)
+    except BaseException:
+        session.rollback()
+        raise
+
+
+def require_transaction(session: Session) -> None:
+    """Refuse a session whose statements commit by themselves.
+
+    Raises:
+        SessionError: its engine is in AUTOCOMMIT.
+    """
+    connection = session.connection(bind_arguments={"mapper": Workflow})
+    if getattr(connection.connection.dbapi_connection, "autocommit", False):
+        raise SessionError(
+            f"{session!r} is bound to an engine in AUTOCOMMIT, which commits each statement by itself: a step's writes "
+            "would stand without its checkpoint. Give it an engine with transactions."
+        )
 
 
 def _commit_and_close(session: Session) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from sqla_durable.errors import MaxAttemptsError, WorkflowCancelledError, WorkflowFailedError
+from sqla_durable.errors import ControlFlow, MaxAttemptsError, WorkflowCancelledError, WorkflowFailedError
 from sqla_durable.failure import Failure
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.registry import WorkflowDefinition
@@ -41,7 +41,16 @@ async def _outcome(runtime: Runtime, definition: WorkflowDefinition, body: Body)
     except (Exception, SystemExit) as error:  # sys.exit() in a workflow ends the workflow, not its worker
         attempt.proceed()
         return Completion(attempt.fence, WorkflowStatus.FAILED, error=Failure.of(error).to_json())
+    except BaseException as error:
+        raise _signal_in(error) or error from None  # a task group wraps the signals of its tasks
     return Completion(attempt.fence, WorkflowStatus.SUCCEEDED, output=output)
+
+
+def _signal_in(error: BaseException) -> ControlFlow | None:
+    if isinstance(error, BaseExceptionGroup):
+        inner = cast("BaseExceptionGroup[BaseException]", error).exceptions
+        return next((found for each in inner if (found := _signal_in(each)) is not None), None)
+    return error if isinstance(error, ControlFlow) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from sqlalchemy import (
     Executable,
     Result,
     ScalarResult,
-    Select,
+    SelectBase,
     TableValuedAlias,
+    and_,
     bindparam,
     column,
     func,
@@ -168,12 +169,14 @@ def status(value: WorkflowStatus) -> ColumnElement[str]:
 def owned(batch: TableValuedAlias, *, skip_locked: bool) -> CTE:
     """Lock the workflows whose attempts a batch of rows (`id`, `token`) still owns, in the order of their ids.
 
+    Join with `of_owner`: a batch may hold rows of two attempts at one workflow.
+
     With the lock, a cancel or a takeover waits for this one commit and sees what it wrote; without it, either could
     commit between this check and the commit.
     """
     fences = select(batch.c.id, batch.c.token)
     return materialized(
-        select(WORKFLOW.c.id)
+        select(WORKFLOW.c.id, WORKFLOW.c.token)
         .where(tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(fences), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
         .order_by(WORKFLOW.c.id)
         .with_for_update(key_share=True, skip_locked=skip_locked, of=WORKFLOW),
@@ -181,6 +184,11 @@ def owned(batch: TableValuedAlias, *, skip_locked: bool) -> CTE:
     )
 
 
-def materialized(statement: Select[Any], name: str) -> CTE:
+def of_owner(batch: TableValuedAlias, mine: CTE) -> ColumnElement[bool]:
+    """Join a batch with `owned`: by token too, so that no row of another attempt slips in."""
+    return and_(mine.c.id == batch.c.id, mine.c.token == batch.c.token)
+
+
+def materialized(statement: SelectBase, name: str) -> CTE:
     """Make a CTE that is executed once, whatever the planner would prefer."""
     return statement.cte(name).prefix_with("MATERIALIZED")

@@ -10,12 +10,24 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Float, Integer, Row, Text, bindparam, cast, func, select, tuple_
+from sqlalchemy import Float, Integer, Row, Text, and_, bindparam, cast, func, select
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
-from sqla_durable.store._rows import STEP, Checkpoint, Columns, Recorded, Verdict, arrays, execute, owned, table
+from sqla_durable.store._rows import (
+    STEP,
+    WORKFLOW,
+    Checkpoint,
+    Columns,
+    Recorded,
+    Verdict,
+    arrays,
+    execute,
+    of_owner,
+    owned,
+    table,
+)
 
 _CHECKPOINT: Columns = {
     "id": PG_UUID(),
@@ -50,10 +62,11 @@ def record_unlocked(session: Session, checkpoints: Sequence[Checkpoint]) -> set[
 
 
 def recorded_among(session: Session, checkpoints: Sequence[Checkpoint]) -> set[tuple[UUID, str]]:
-    """Give the keys of those checkpoints that are recorded already, by this worker or another."""
-    keys = [(each.fence.workflow_id, each.key) for each in checkpoints]
-    key = tuple_(STEP.c.workflow_id, STEP.c.key)
-    rows = execute(session, select(STEP.c.workflow_id, STEP.c.key).where(key.in_(keys)))
+    """Give the keys of those checkpoints that are recorded already, if their attempts own the workflow or ended it.
+
+    What another attempt recorded under the key is not this one's: it has lost the workflow.
+    """
+    rows = execute(session, _RECORDED_AMONG, arrays(_CHECKPOINT, [_row(each) for each in checkpoints]))
     return {(row.workflow_id, row.key) for row in rows}
 
 
@@ -110,7 +123,7 @@ def _insert_owned(*, skip_locked: bool) -> tuple[Any, Any]:
         "started_at": started_at,
         "finished_at": func.statement_timestamp(),
     }
-    source = select(*columns.values()).join_from(batch, mine, mine.c.id == batch.c.id)
+    source = select(*columns.values()).join_from(batch, mine, of_owner(batch, mine))
     statement = (
         insert(STEP)
         .from_select(list(columns), source, include_defaults=False)
@@ -128,8 +141,18 @@ def _record_statement() -> Any:
     return select(owns.label("owns"), recorded.label("recorded"))
 
 
+def _recorded_among_statement() -> Any:
+    batch = table("batch", _CHECKPOINT)
+    return (
+        select(STEP.c.workflow_id, STEP.c.key)
+        .join_from(batch, WORKFLOW, and_(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token))
+        .join(STEP, and_(STEP.c.workflow_id == batch.c.id, STEP.c.key == batch.c.key))
+    )
+
+
 _RECORD = _record_statement()
 _RECORD_UNLOCKED = _insert_owned(skip_locked=True)[1]
+_RECORDED_AMONG = _recorded_among_statement()
 _RECORDED = select(
     STEP.c.workflow_id,
     STEP.c.key,

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Interval,
     Row,
     Text,
+    and_,
     bindparam,
     case,
     delete,
@@ -34,6 +35,7 @@ from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import WORKER, WORKFLOW, Fence, execute, materialized, scalar, status
 
 MAX_ATTEMPTS_TYPE = "sqla_durable.errors:MaxAttemptsError"
+_DEATH = "its worker died"
 _DEAD_FOR = timedelta(days=1)
 
 
@@ -63,25 +65,37 @@ def exists(session: Session, worker_id: UUID) -> bool:
     return scalar(session, select(WORKER.c.id).where(WORKER.c.id == worker_id)) is not None
 
 
+def alive(session: Session, worker_id: UUID) -> bool:
+    """Tell whether the worker's lease is live."""
+    live = select(WORKER.c.id).where(WORKER.c.id == worker_id, WORKER.c.lease_expires_at > func.statement_timestamp())
+    return scalar(session, live) is not None
+
+
 def reclaim(session: Session, *, max_attempts: int, limit: int) -> list[Reclaimed]:
     """Take back running workflows whose worker's lease ran out, as their next attempt.
 
     One that has used up `max_attempts` fails instead, so that it cannot kill workers for ever.
     """
-    rows = execute(session, _RECLAIM, {"max_attempts": max_attempts, "limit": limit})
+    rows = execute(session, _RECLAIM, {"max_attempts": max_attempts, "limit": limit, "reason": _DEATH})
     return [_reclaimed(row) for row in rows]
 
 
 def reclaim_one(session: Session, workflow_id: UUID, *, max_attempts: int) -> Reclaimed | None:
     """Take back one workflow if its lease ran out, waiting for whoever holds its row."""
-    parameters = {"max_attempts": max_attempts, "limit": 1, "wanted_id": workflow_id}
+    parameters = {"max_attempts": max_attempts, "limit": 1, "wanted_id": workflow_id, "reason": _DEATH}
     row = execute(session, _RECLAIM_ONE, parameters).one_or_none()
     return None if row is None else _reclaimed(row)
 
 
-def abandon(session: Session, fence: Fence, *, max_attempts: int) -> Reclaimed | None:
+def abandon(session: Session, fence: Fence, *, reason: str, max_attempts: int) -> Reclaimed | None:
     """Take back a workflow from an attempt of one's own that broke, as if its worker had died."""
-    parameters = {"max_attempts": max_attempts, "limit": 1, "wanted_id": fence.workflow_id, "wanted_token": fence.token}
+    parameters = {
+        "max_attempts": max_attempts,
+        "limit": 1,
+        "wanted_id": fence.workflow_id,
+        "wanted_token": fence.token,
+        "reason": reason,
+    }
     row = execute(session, _ABANDON, parameters).one_or_none()
     return None if row is None else _reclaimed(row)
 
@@ -129,9 +143,17 @@ def _expired() -> ColumnElement[bool]:
 
 
 def _reclaim_statement(*conditions: ColumnElement[bool], skip_locked: bool) -> Any:
+    # Two CTEs: where a row has changed in between, PostgreSQL checks the row itself once more when it locks it, but
+    # not what a sub-select says about another table. Reclaimed and claimed anew by somebody else, the workflow would
+    # still look abandoned; by its token it does not.
+    seen = materialized(
+        select(WORKFLOW.c.id, WORKFLOW.c.token).where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING), *conditions),
+        "seen",
+    )
     abandoned = materialized(
         select(WORKFLOW.c.id)
-        .where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING), *conditions)
+        .join(seen, and_(seen.c.id == WORKFLOW.c.id, seen.c.token == WORKFLOW.c.token))
+        .where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
         .order_by(WORKFLOW.c.id)
         .limit(bindparam("limit", type_=Integer()))
         .with_for_update(key_share=True, of=WORKFLOW, skip_locked=skip_locked),
@@ -153,7 +175,9 @@ def _reclaim_statement(*conditions: ColumnElement[bool], skip_locked: bool) -> A
 
 
 def _max_attempts_error() -> Any:
-    message = func.concat("its worker died in attempt ", WORKFLOW.c.attempt, ", the last one allowed")
+    message = func.concat(
+        bindparam("reason", type_=Text()), " in attempt ", WORKFLOW.c.attempt, ", the last one allowed"
+    )
     return func.jsonb_build_object(
         literal("type", Text()),
         literal(MAX_ATTEMPTS_TYPE, Text()),

@@ -45,6 +45,7 @@ from sqla_durable.store._rows import (
     arrays,
     execute,
     materialized,
+    of_owner,
     owned,
     scalar,
     scalars,
@@ -98,9 +99,14 @@ def insert_unless_known(session: Session, new: NewWorkflow) -> Workflow:
 
 def insert_many(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID]:
     """Insert workflows by one statement; give their ids in order, for known keys those of the known workflows."""
-    inserted = set(scalars(session, _INSERT_MANY, arrays(_NEW, [_row(each) for each in workflows])))
-    known = _ids_by_key(session, [each for each in workflows if each.id not in inserted])
-    return [each.id if each.id in inserted else known[each.name, each.key] for each in workflows]
+    ids: dict[UUID, UUID] = {}
+    while missing := [each for each in workflows if each.id not in ids]:
+        inserted = scalars(session, _INSERT_MANY, arrays(_NEW, [_row(each) for each in missing]))
+        ids |= {each: each for each in inserted}
+        known = _ids_by_key(session, [each for each in missing if each.id not in ids])
+        ids |= {each.id: known[each.name, each.key] for each in missing if (each.name, each.key) in known}
+        # Still missing: one that was in the way was deleted between the two statements.
+    return [ids[each.id] for each in workflows]
 
 
 def standing(session: Session, workflow_id: UUID) -> Standing:
@@ -147,9 +153,17 @@ def release(session: Session, fences: Iterable[Fence]) -> set[UUID]:
     return set(scalars(session, _RELEASE, arrays(_FENCE, [_fence_row(each) for each in fences])))
 
 
-def still_owned(session: Session, fences: Iterable[Fence]) -> set[UUID]:
-    """Give the ids of the workflows that the attempts still own. Takes no lock."""
-    return set(scalars(session, _STILL_OWNED, arrays(_FENCE, [_fence_row(each) for each in fences])))
+def release_unlocked(session: Session, fences: Sequence[Fence]) -> list[Fence]:
+    """Do the same with those whose rows nobody else holds; give the attempts that still own theirs."""
+    scalars(session, _RELEASE_UNLOCKED, arrays(_FENCE, [_fence_row(each) for each in fences])).all()
+    owned = still_owned(session, fences)
+    return [each for each in fences if each in owned]
+
+
+def still_owned(session: Session, fences: Iterable[Fence]) -> set[Fence]:
+    """Give the attempts that still own their workflows. Takes no lock."""
+    rows = execute(session, _STILL_OWNED, arrays(_FENCE, [_fence_row(each) for each in fences]))
+    return {Fence(row.id, row.token) for row in rows}
 
 
 def wake_due(session: Session, *, limit: int) -> int:
@@ -226,7 +240,7 @@ def _finish_statement(*, skip_locked: bool) -> Any:
     mine = owned(batch, skip_locked=skip_locked)
     return (
         update(WORKFLOW)
-        .where(WORKFLOW.c.id == mine.c.id, batch.c.id == mine.c.id)
+        .where(WORKFLOW.c.id == mine.c.id, of_owner(batch, mine))
         .values(
             status=batch.c.status,
             output=cast(batch.c.output, JSONB),
@@ -237,8 +251,8 @@ def _finish_statement(*, skip_locked: bool) -> Any:
     )
 
 
-def _release_statement() -> Any:
-    mine = owned(table("batch", _FENCE), skip_locked=False)
+def _release_statement(*, skip_locked: bool) -> Any:
+    mine = owned(table("batch", _FENCE), skip_locked=skip_locked)
     return (
         update(WORKFLOW)
         .where(WORKFLOW.c.id == mine.c.id)
@@ -248,7 +262,9 @@ def _release_statement() -> Any:
 
 
 def _still_owned_statement() -> Any:
-    return select(WORKFLOW.c.id).where(_of_attempts(), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
+    return select(WORKFLOW.c.id, WORKFLOW.c.token).where(
+        _of_attempts(), WORKFLOW.c.status == status(WorkflowStatus.RUNNING)
+    )
 
 
 def _finished_by_statement() -> Any:
@@ -310,7 +326,8 @@ def _insert_many_statement() -> Any:
 _INSERT_MANY = _insert_many_statement()
 _FINISH = _finish_statement(skip_locked=False)
 _FINISH_UNLOCKED = _finish_statement(skip_locked=True)
-_RELEASE = _release_statement()
+_RELEASE = _release_statement(skip_locked=False)
+_RELEASE_UNLOCKED = _release_statement(skip_locked=True)
 _FINISHED_BY = _finished_by_statement()
 _STILL_OWNED = _still_owned_statement()
 _OUTCOME = select(

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from uuid import UUID
 
 from sqla_durable.errors import AttemptLost, Released
 from sqla_durable.operations.attempt import Attempt
@@ -20,6 +19,7 @@ from sqla_durable.worker.runtimes import LoopRuntime, Surroundings, ThreadRuntim
 
 log = logging.getLogger("sqla_durable.worker")
 
+_RELEASE_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _LAST_GRACE = 5.0  # seconds for async attempts to be released after they were cancelled
 
 
@@ -48,7 +48,7 @@ class Attempts:
         self._database = database
         self._concurrency = concurrency
         self._max_attempts = max_attempts
-        self._running: dict[UUID, Running] = {}
+        self._running: dict[Fence, Running] = {}
         self.slot_freed = asyncio.Event()
         self.executed = 0
 
@@ -59,21 +59,21 @@ class Attempts:
 
     @property
     def fences(self) -> list[Fence]:
-        """The attempts that are running here."""
-        return [each.attempt.fence for each in self._running.values()]
+        """The attempts that are running here; of one workflow there may be two, one of which has lost it."""
+        return list(self._running)
 
     def begin(self, claimed: Iterable[Claimed]) -> None:
         """Begin to execute what was claimed."""
         for each in claimed:
             attempt = Attempt(each)
             task = asyncio.create_task(self._execute(attempt), name=f"{each.name} {attempt.workflow_id}")
-            self._running[attempt.workflow_id] = Running(attempt, task)
+            self._running[attempt.fence] = Running(attempt, task)
 
-    def drop_lost(self, owned: set[UUID], known: Iterable[Fence]) -> None:
+    def drop_lost(self, owned: set[Fence], known: Iterable[Fence]) -> None:
         """End the attempts of `known` that the tables no longer give to this worker."""
         for fence in known:
-            running = self._running.get(fence.workflow_id)
-            if fence.workflow_id not in owned and running is not None and running.attempt.fence == fence:
+            running = self._running.get(fence)
+            if fence not in owned and running is not None:
                 log.warning("workflow %s is no longer this worker's: its attempt ends", fence.workflow_id)
                 running.attempt.stop(partial(AttemptLost, fence.workflow_id))
                 self._cancel(running)
@@ -119,11 +119,11 @@ class Attempts:
             log.info("workflow %s: its attempt %d lost the ownership", attempt.workflow_id, attempt.number)
         except (Released, asyncio.CancelledError):
             await self._release([attempt.fence])
-        except BaseException:
+        except BaseException as error:
             log.exception("workflow %s: its attempt %d broke", attempt.workflow_id, attempt.number)
-            await self._abandon(attempt)
+            await self._abandon(attempt, error)
         finally:
-            self._running.pop(attempt.workflow_id, None)
+            self._running.pop(attempt.fence, None)
             self.executed += 1
             self.slot_freed.set()
 
@@ -141,12 +141,22 @@ class Attempts:
             raise
 
     async def _release(self, fences: list[Fence]) -> None:
-        await persistently(self._database, lambda session: workflows.release(session, fences), what="release")
+        """Hand workflows back; those whose rows somebody holds for long are reclaimed when this worker has left."""
+        for pause in (*_RELEASE_PAUSES, None):
+            fences = await persistently(
+                self._database, partial(workflows.release_unlocked, fences=fences), what="release"
+            )
+            if not fences or pause is None:
+                break
+            await asyncio.sleep(pause)
+        for each in fences:
+            log.warning("workflow %s is not handed back: another transaction holds its row", each.workflow_id)
 
-    async def _abandon(self, attempt: Attempt) -> None:
+    async def _abandon(self, attempt: Attempt, error: BaseException) -> None:
+        reason = f"the engine broke with {type(error).__name__}: {error}".replace("\0", "\\0")
         await persistently(
             self._database,
-            lambda session: workers.abandon(session, attempt.fence, max_attempts=self._max_attempts),
+            partial(workers.abandon, fence=attempt.fence, reason=reason, max_attempts=self._max_attempts),
             what="abandon",
         )
 

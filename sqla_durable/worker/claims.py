@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from uuid import UUID
 
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable.retry import TransientRetry
+from sqla_durable.retry import ObstacleRetry
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Claimed, queues, workers, workflows
 from sqla_durable.worker.attempts import Attempts
@@ -23,6 +23,7 @@ log = logging.getLogger("sqla_durable.worker")
 _BATCH = 200
 _MAINTAIN_LIMIT = 1_000
 _WARN_EVERY = 60.0
+_RECONCILE_EVERY = 5.0
 
 
 class Claims:
@@ -41,8 +42,10 @@ class Claims:
         names: Sequence[str],
         poll_interval: timedelta,
         max_attempts: int,
+        renew: Callable[[Session], None],
     ) -> None:
         self._database = database
+        self._renew = renew
         self._attempts = attempts
         self._worker_id = worker_id
         self._queues = list(queues)
@@ -50,6 +53,7 @@ class Claims:
         self._interval = poll_interval.total_seconds()
         self._max_attempts = max_attempts
         self._maintained_at = float("-inf")
+        self._reconciled_at = time.monotonic()
         self._warned_at = float("-inf")
 
     async def run(self) -> None:
@@ -63,6 +67,10 @@ class Claims:
             elif self._attempts.free == 0:
                 await self._wait_for_slot()
 
+    async def release_strays(self) -> None:
+        """Hand back what a claim took and no attempt is executing: its acknowledgement was lost, or came too late."""
+        await persistently(self._database, self._release_strays, what="claim")
+
     async def _wait_for_slot(self) -> None:
         """Wait until a slot is free, or until it is time to look after dead workers and timers again."""
         self._attempts.slot_freed.clear()
@@ -73,7 +81,7 @@ class Claims:
             await persistently(self._database, self._maintain, what="maintenance")
 
     async def _poll(self, limit: int) -> list[Claimed]:
-        again = TransientRetry(conflicts=1_000_000)
+        again = ObstacleRetry()
         while True:
             try:
                 return await self._database.transact(lambda session: self._claim(session, limit))
@@ -83,7 +91,7 @@ class Claims:
                     raise
                 log.warning("claim: %s; trying again in %.1f s", str(error).splitlines()[0], seconds)
                 await asyncio.sleep(seconds)
-                await persistently(self._database, self._release_strays, what="claim")
+                await self.release_strays()
 
     def _claim(self, session: Session, limit: int) -> list[Claimed]:
         if time.monotonic() - self._maintained_at >= self._interval:
@@ -103,16 +111,30 @@ class Claims:
     def _maintain(self, session: Session) -> None:
         """Take back what dead workers had, and wake what is due: any worker does it, for all queues."""
         self._maintained_at = time.monotonic()
-        for each in workers.reclaim(session, max_attempts=self._max_attempts, limit=_MAINTAIN_LIMIT):
-            end = "failed: too many of its workers died" if each.status is WorkflowStatus.FAILED else "pending again"
-            log.warning("workflow %s %s was reclaimed from a dead worker and is %s", each.name, each.workflow_id, end)
+        self._renew(session)  # first: a claim without a live lease would be reclaimed at once
+        self._tell(workers.reclaim(session, max_attempts=self._max_attempts, limit=_MAINTAIN_LIMIT))
         workflows.wake_due(session, limit=_MAINTAIN_LIMIT)
+        if time.monotonic() - self._reconciled_at >= _RECONCILE_EVERY:
+            self._release_strays(session)
+
+    def _tell(self, reclaimed: list[workers.Reclaimed]) -> None:
+        if reclaimed:
+            log.warning("%d workflows were reclaimed from dead workers", len(reclaimed))
+        for each in reclaimed:
+            if each.status is WorkflowStatus.FAILED:
+                log.error("workflow %s %s failed: too many of its workers died", each.name, each.workflow_id)
 
     def _release_strays(self, session: Session) -> None:
-        """Hand back what a claim took whose acknowledgement was lost: nobody would ever execute it."""
+        """Release what is running here by the tables only; no claim is on its way while this looks.
+
+        Now and then, too: the server may carry out a COMMIT long after its connection was lost.
+        """
+        self._reconciled_at = time.monotonic()
         known = set(self._attempts.fences)
         strays = [each for each in workers.running_of(session, self._worker_id) if each not in known]
-        workflows.release(session, strays)
+        if strays:
+            log.warning("%d workflows are claimed by this worker and not executed; they are handed back", len(strays))
+            workflows.release_unlocked(session, strays)
 
     def _warn_of_unknown(self, session: Session) -> None:
         self._warned_at = time.monotonic()

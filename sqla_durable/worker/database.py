@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable.retry import TransientRetry
+from sqla_durable.retry import ObstacleRetry
 
 T = TypeVar("T")
 
@@ -44,11 +44,14 @@ class LoopDatabase:
 
     async def transact(self, statement: Callable[[Session], T]) -> T:
         """Call the function and commit."""
-        async with AsyncSession(self._engine, expire_on_commit=False) as session, session.begin():
-            return await session.run_sync(statement)
+        return await _to_its_end(self._transact(statement))
 
     def close(self) -> None:
         """Nothing is held."""
+
+    async def _transact(self, statement: Callable[[Session], T]) -> T:
+        async with AsyncSession(self._engine, expire_on_commit=False) as session, session.begin():
+            return await session.run_sync(statement)
 
 
 class ThreadDatabase:
@@ -60,11 +63,14 @@ class ThreadDatabase:
 
     async def transact(self, statement: Callable[[Session], T]) -> T:
         """Call the function and commit."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._transact, statement)
+        return await _to_its_end(self._in_thread(statement))
 
     def close(self) -> None:
         """End the threads; none of them is waiting for user code."""
         self._threads.shutdown(wait=False)
+
+    async def _in_thread(self, statement: Callable[[Session], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._transact, statement)
 
     def _transact(self, statement: Callable[[Session], T]) -> T:
         with Session(self._engine, expire_on_commit=False) as session, session.begin():
@@ -72,8 +78,8 @@ class ThreadDatabase:
 
 
 async def persistently(database: Database, statement: Callable[[Session], T], *, what: str) -> T:
-    """Execute, and try again for as long as the database is out of reach or its answer is transient."""
-    again = TransientRetry(conflicts=1_000_000)
+    """Execute, and try again for as long as the database is out of reach or refuses for reasons of its own."""
+    again = ObstacleRetry()
     while True:
         try:
             return await database.transact(statement)
@@ -83,3 +89,16 @@ async def persistently(database: Database, statement: Callable[[Session], T], *,
                 raise
             log.warning("%s: %s; trying again in %.1f s", what, str(error).splitlines()[0], seconds)
             await asyncio.sleep(seconds)
+
+
+async def _to_its_end(transaction: Coroutine[Any, Any, T]) -> T:
+    """Wait for a transaction, also when cancelled.
+
+    Cancelled in its middle it would leave a connection in an unknown state, and a commit that nobody knows of.
+    """
+    task = asyncio.ensure_future(transaction)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

@@ -46,6 +46,11 @@ class Heartbeat:
                 attempts.drop_lost(owned, running)
             await persistently(self._database, workers.forget_dead, what="heartbeat")
 
+    def renew(self, session: Session) -> None:
+        """Begin the lease anew if it has run out, as after a freeze: what nobody has taken over goes on."""
+        if not workers.alive(session, self._worker_id):
+            self._beat(session)
+
     async def end(self) -> None:
         """End the lease."""
         await persistently(self._database, lambda session: workers.leave(session, self._worker_id), what="leave")

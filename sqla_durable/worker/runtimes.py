@@ -73,7 +73,7 @@ class ThreadRuntime(BlockingRuntime):
 
     async def record(self, checkpoint: Checkpoint) -> None:
         """Hand a checkpoint to the writer; the workflow's code goes on."""
-        self._pending.append(self._surroundings.writer.submit_from_thread(checkpoint))
+        self._pending.append(self._surroundings.writer.submit_from_thread(checkpoint, after=self._pending))
 
     async def begin(self, kind: SessionKind) -> StepTransaction:
         """Open a session of the user's own sessionmaker, used for this step only."""
@@ -81,24 +81,24 @@ class ThreadRuntime(BlockingRuntime):
         assert kind is SessionKind.SYNC  # noqa: S101 (the registry refuses other steps in sync code)
         assert maker is not None  # noqa: S101 (the worker has checked it at its start)
         places = self._surroundings.sync_places
-        places.acquire()
         transaction = HeldTransaction(ClosingTransaction(maker(close_resets_only=False)), places.release)
+        places.acquire()
         await transaction.begin()
         return transaction
 
     async def finish(self, completion: Completion) -> None:
         """Record the outcome, in the same commit as what is still on its way."""
         try:
-            self._pending.append(self._surroundings.writer.submit_from_thread(completion))
+            self._pending.append(self._surroundings.writer.submit_from_thread(completion, after=self._pending))
             self.flush()
         except EncodingError as error:
             self._surroundings.writer.submit_from_thread(refused(completion, error)).result()
 
     def flush(self) -> None:
         """Wait for the commits on their way."""
-        pending, self._pending = self._pending, []
-        for ticket in pending:
+        for ticket in self._pending:
             ticket.result()
+        self._pending = []  # not before: what was refused stops every later operation
 
 
 class LoopRuntime(AsyncRuntime):
@@ -124,7 +124,7 @@ class LoopRuntime(AsyncRuntime):
 
     async def record(self, checkpoint: Checkpoint) -> None:
         """Hand a checkpoint to the writer; the workflow's code goes on."""
-        self._pending.append(self._surroundings.writer.submit(checkpoint))
+        self._pending.append(self._surroundings.writer.submit(checkpoint, after=self._pending))
 
     async def begin(self, kind: SessionKind) -> StepTransaction:
         """Open a session of the user's own sessionmaker, used for this step only."""
@@ -132,24 +132,27 @@ class LoopRuntime(AsyncRuntime):
         assert kind is SessionKind.ASYNC  # noqa: S101 (sync sessions are performed in a thread)
         assert maker is not None  # noqa: S101 (the worker has checked it at its start)
         places = self._surroundings.async_places
-        await places.acquire()
         transaction = HeldTransaction(ClosingTransaction(maker(close_resets_only=False)), places.release)
+        await places.acquire()
         await transaction.begin()
         return transaction
 
     async def finish(self, completion: Completion) -> None:
         """Record the outcome, in the same commit as what is still on its way."""
         try:
-            self._pending.append(self._surroundings.writer.submit(completion))
+            self._pending.append(self._surroundings.writer.submit(completion, after=self._pending))
             await self.flush()
         except EncodingError as error:
             await self._surroundings.writer.submit(refused(completion, error))
 
     async def flush(self) -> None:
         """Wait for the commits on their way."""
-        pending, self._pending = self._pending, []
-        for ticket in pending:
+        # Not taken out before they are done: steps that are called at the same time wait for the same commits, and
+        # what was refused stops every later operation.
+        waiting = list(self._pending)
+        for ticket in waiting:
             await asyncio.shield(ticket)
+        self._pending = [each for each in self._pending if each not in waiting]
 
     async def perform_blocking(self, call: StepCall) -> Any:
         """Perform a step that takes a `Session` in a thread, as a whole."""

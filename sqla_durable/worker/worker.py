@@ -15,7 +15,7 @@ from typing import Self
 from uuid import UUID
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
@@ -23,7 +23,9 @@ from uuid_utils.compat import uuid7
 from sqla_durable.durable import Durable
 from sqla_durable.errors import DatabaseUnavailableError, SessionError
 from sqla_durable.handle import refuse_event_loop
+from sqla_durable.operations.transaction import require_transaction
 from sqla_durable.registry import SessionKind
+from sqla_durable.retry import is_unreachable
 from sqla_durable.store import schema, workers
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.claims import Claims
@@ -166,9 +168,9 @@ class Worker:
         await self.serve()
 
     def _on_signal(self, loop: asyncio.AbstractEventLoop) -> None:
-        log.info("worker %s: stopping; steps that are being executed have %s", self.id, self.grace)
         for each in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(each)
+        log.info("worker %s: stopping; steps that are being executed have %s", self.id, self.grace)
         self.stop()
 
     async def _serve(self, database: Database, threads: ThreadPoolExecutor) -> None:
@@ -183,8 +185,9 @@ class Worker:
             concurrency=self.concurrency,
             max_attempts=self.max_attempts,
         )
+        claims = self._claims(database, attempts, heartbeat)
         loops = [
-            asyncio.create_task(self._claims(database, attempts).run(), name="claims"),
+            asyncio.create_task(claims.run(), name="claims"),
             asyncio.create_task(heartbeat.run(attempts), name="heartbeat"),
             asyncio.create_task(writer.run(), name="writer"),
         ]
@@ -195,7 +198,9 @@ class Worker:
             await asyncio.wait([*loops, stopping], return_when=asyncio.FIRST_COMPLETED)
             surroundings.stopping.set()
             loops[0].cancel()
+            await asyncio.wait(loops[:1])
             self.left_behind = await attempts.hand_back(grace=self.grace.total_seconds())
+            await claims.release_strays()
         finally:
             for task in (*loops, stopping):
                 task.cancel()
@@ -210,8 +215,11 @@ class Worker:
         try:
             await database.transact(schema.require)
             await heartbeat.begin()
+            await self._require_transactions()
             await self._require_one_database()
-        except (OperationalError, OSError) as error:
+        except (DBAPIError, OSError) as error:
+            if not is_unreachable(error):
+                raise
             url = _engine_of(self).url.render_as_string(hide_password=True)
             raise DatabaseUnavailableError(
                 f"the database {url} cannot be reached: {error}. Check the URL, and that the server is running."
@@ -222,6 +230,15 @@ class Worker:
             ", ".join(each.name for each in self.durable.registry) or "nothing",
             ", ".join(self.queues),
         )
+
+    async def _require_transactions(self) -> None:
+        """Refuse engines in AUTOCOMMIT before any step meets them."""
+        if self.sessionmaker is not None:
+            with self.sessionmaker() as session:
+                await asyncio.to_thread(require_transaction, session)
+        if self.async_sessionmaker is not None:
+            async with self.async_sessionmaker() as session:
+                await session.run_sync(require_transaction)
 
     async def _require_one_database(self) -> None:
         """Refuse two sessionmakers that lead to two databases: the lease must be visible through both.
@@ -243,7 +260,7 @@ class Worker:
         engine = _engine_of(self)
         return LoopDatabase(engine) if engine.dialect.is_async else ThreadDatabase(engine)
 
-    def _claims(self, database: Database, attempts: Attempts) -> Claims:
+    def _claims(self, database: Database, attempts: Attempts, heartbeat: Heartbeat) -> Claims:
         return Claims(
             database,
             attempts,
@@ -252,6 +269,7 @@ class Worker:
             names=[each.name for each in self.durable.registry],
             poll_interval=self.poll_interval,
             max_attempts=self.max_attempts,
+            renew=heartbeat.renew,
         )
 
     def _surroundings(self, writer: Writer, threads: ThreadPoolExecutor) -> Surroundings:

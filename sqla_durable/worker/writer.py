@@ -31,10 +31,11 @@ _RETRY_LOCKED = 0.02
 
 @dataclass(slots=True)
 class Write:
-    """Something to be recorded, and who waits for it."""
+    """Something to be recorded, who waits for it, and what must be recorded `after` which alone it makes sense."""
 
     row: Checkpoint | Completion
     ticket: Ticket
+    after: Sequence[Ticket] = ()
 
     @property
     def fence(self) -> Fence:
@@ -49,6 +50,7 @@ class Write:
             self.ticket.set_result(None)
         else:
             self.ticket.set_exception(error)
+            self.ticket.exception()  # seen: an attempt that ends by another write's error does not ask for this one
 
 
 @dataclass(slots=True)
@@ -75,15 +77,21 @@ class Writer:
         self._closed = False
         self.commits = 0
 
-    def submit(self, row: Checkpoint | Completion) -> asyncio.Future[None]:
-        """Record a row; the future ends when it is committed, or with `AttemptLost`."""
+    def submit(self, row: Checkpoint | Completion, *, after: Sequence[Ticket] = ()) -> asyncio.Future[None]:
+        """Record a row; the future ends when it is committed, with `AttemptLost`, or with `EncodingError`.
+
+        Args:
+            after: what the same attempt submitted before; where one of it was refused, so is this row.
+        """
         ticket: asyncio.Future[None] = self._loop.create_future()
-        self._add(Write(row, ticket))
+        self._add(Write(row, ticket, tuple(after)))
         return ticket
 
-    def submit_from_thread(self, row: Checkpoint | Completion) -> concurrent.futures.Future[None]:
+    def submit_from_thread(
+        self, row: Checkpoint | Completion, *, after: Sequence[Ticket] = ()
+    ) -> concurrent.futures.Future[None]:
         """The same from another thread."""
-        write = Write(row, ticket := concurrent.futures.Future[None]())
+        write = Write(row, ticket := concurrent.futures.Future[None](), tuple(after))
         try:
             self._loop.call_soon_threadsafe(self._add, write)
         except RuntimeError:  # the loop is closed: the worker has left this thread behind
@@ -95,13 +103,19 @@ class Writer:
         while True:
             await self._arrived.wait()
             batch = self._next_batch()
-            if batch:
+            try:
                 await self._commit(batch)
+            except BaseException:  # cancelled in the middle: whoever waits in a thread would wait for ever
+                self._refuse(batch)
+                raise
 
     def close(self) -> None:
         """Refuse what waits and what is still to come: the worker has handed back its workflows."""
         self._closed = True
-        for write in (*self._waiting, *self._delayed):
+        self._refuse((*self._waiting, *self._delayed))
+
+    def _refuse(self, writes: Iterable[Write]) -> None:
+        for write in writes:
             write.settle(AttemptLost(write.fence.workflow_id))
 
     def _add(self, write: Write) -> None:
@@ -117,9 +131,19 @@ class Writer:
         del self._waiting[:_BATCH]
         if not self._waiting:
             self._arrived.clear()
+        batch = self._of_one_attempt_each(batch)
         waiting_for_row = {each.fence.workflow_id for each in self._delayed}
         self._delayed += [each for each in batch if each.fence.workflow_id in waiting_for_row]
-        return [each for each in batch if each.fence.workflow_id not in waiting_for_row]
+        return [each for each in batch if each.fence.workflow_id not in waiting_for_row and not _refused_before(each)]
+
+    def _of_one_attempt_each(self, batch: list[Write]) -> list[Write]:
+        """Leave a second attempt at the same workflow for the next batch: the answers tell workflows, not attempts."""
+        first: dict[UUID, Fence] = {}
+        later = [each for each in batch if first.setdefault(each.fence.workflow_id, each.fence) != each.fence]
+        if later:
+            self._waiting[:0] = later
+            self._arrived.set()
+        return [each for each in batch if each.fence == first[each.fence.workflow_id]]
 
     def _delay(self, writes: list[Write]) -> None:
         if not self._delayed:
@@ -132,6 +156,8 @@ class Writer:
         self._arrived.set()
 
     async def _commit(self, batch: list[Write]) -> None:
+        if not batch:
+            return
         try:
             settled = await persistently(self._database, lambda session: _write(session, batch), what="writer")
         except Exception as error:
@@ -158,6 +184,16 @@ class Writer:
             refused = EncodingError(f"the database refuses what the workflow records: {error}")
             refused.__cause__ = error
             write.settle(refused)
+
+
+def _refused_before(write: Write) -> bool:
+    """Refuse what follows on something that was refused: a workflow must not succeed with a hole in its history."""
+    for ticket in write.after:
+        error = ticket.exception() if ticket.done() and not ticket.cancelled() else None
+        if error is not None:
+            write.settle(error)
+            return True
+    return False
 
 
 def _write(session: Session, batch: Sequence[Write]) -> Settled:
@@ -202,8 +238,8 @@ def _place(session: Session, writes: list[Write], settled: Settled) -> None:
     """Tell rows that somebody holds from those that the attempt has lost."""
     if writes:
         owned = workflows.still_owned(session, [each.fence for each in writes])
-        settled.locked += [each for each in writes if each.fence.workflow_id in owned]
-        settled.lost += [each for each in writes if each.fence.workflow_id not in owned]
+        settled.locked += [each for each in writes if each.fence in owned]
+        settled.lost += [each for each in writes if each.fence not in owned]
 
 
 def _key(checkpoint: Checkpoint) -> tuple[UUID, str]:

@@ -1,0 +1,163 @@
+"""The application that crashes: its steps write to a ledger and to an outside world, and can die at named points."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from functools import cache
+
+import tenacity
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from sqla_durable import Durable, current
+from tests.support.domain import Entry
+
+ROUNDS = 3
+FROZEN = 4711
+"""The advisory lock at which `hold` waits."""
+
+
+class Fate:
+    """Whether this process dies, and at which visit to which point."""
+
+    def __init__(self) -> None:
+        self._point: str | None = None
+        self._visits = 0
+        self._lock = threading.Lock()
+
+    def set(self, point: str | None, visits: int) -> None:
+        """Die at that visit to that point."""
+        self._point, self._visits = point, visits
+
+    def meet(self, point: str) -> None:
+        """Die here if it is time."""
+        with self._lock:
+            self._visits -= point == self._point
+            if point == self._point and self._visits <= 0:
+                die()
+
+
+def die() -> None:
+    """End the process as the kernel's out-of-memory killer does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
+
+
+fate = Fate()
+durable = Durable()
+
+
+@cache
+def outside(url: str) -> Engine:
+    """The outside world: it commits what it is asked for, whatever becomes of the asking process."""
+    return create_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
+
+
+def _world() -> Engine:
+    return outside(os.environ["CRASH_URL"])
+
+
+def _call(form: str, account: str) -> str:
+    execution = current()
+    assert execution is not None
+    fate.meet(f"{form} plain before")
+    with _world().connect() as connection:
+        connection.execute(
+            text("INSERT INTO entry (account, cents, note) VALUES (:account, 0, :note)"),
+            {"account": account, "note": execution.idempotency_key},
+        )
+    fate.meet(f"{form} plain after")
+    return account
+
+
+@durable.step
+def credit(session: Session, account: str) -> str:
+    fate.meet("sync transaction before")
+    session.add(Entry(account=account, cents=1))
+    session.flush()
+    fate.meet("sync transaction after")
+    return account
+
+
+@durable.step(wait=tenacity.wait_none())
+def call(account: str) -> str:
+    return _call("sync", account)
+
+
+@durable.step
+async def credit_async(session: AsyncSession, account: str) -> str:
+    fate.meet("async transaction before")
+    session.add(Entry(account=account, cents=1))
+    await session.flush()
+    fate.meet("async transaction after")
+    return account
+
+
+@durable.step(wait=tenacity.wait_none())
+async def call_async(account: str) -> str:
+    return _call("async", account)
+
+
+@durable.workflow(name="sync")
+def transfer(account: str) -> list[str]:
+    done: list[str] = []
+    for number in range(ROUNDS):
+        done.append(credit(f"{account}/{number}"))
+        fate.meet("sync between")
+        done.append(call(f"{account}/{number}"))
+    return done
+
+
+@durable.workflow(name="async")
+async def transfer_async(account: str) -> list[str]:
+    done: list[str] = []
+    for number in range(ROUNDS):
+        done.append(await credit_async(f"{account}/{number}"))
+        fate.meet("async between")
+        done.append(await call_async(f"{account}/{number}"))
+    return done
+
+
+@durable.workflow
+def small(account: str) -> str:
+    """Three durable operations."""
+    credit(f"{account}/0")
+    call(f"{account}/0")
+    return credit(f"{account}/1")
+
+
+@durable.workflow
+async def small_async(account: str) -> str:
+    """The same."""
+    await credit_async(f"{account}/0")
+    await call_async(f"{account}/0")
+    return await credit_async(f"{account}/1")
+
+
+@durable.step
+def hold(session: Session, account: str) -> None:
+    session.add(Entry(account=account, cents=1))
+    session.flush()
+    session.execute(text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": FROZEN})
+
+
+@durable.workflow
+def held(account: str) -> None:
+    hold(f"{account}/0")
+    credit(f"{account}/1")
+
+
+POINTS: list[str] = [
+    f"{form} {place}"
+    for form in ("sync", "async")
+    for place in ("transaction before", "transaction after", "between", "plain before", "plain after")
+]
+HISTORY: Callable[[str], list[str]] = lambda form: [  # noqa: E731
+    f"{name}{'_async' if form == 'async' else ''}{f'#{number + 1}' if number else ''}"
+    for number in range(ROUNDS)
+    for name in ("credit", "call")
+]

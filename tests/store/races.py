@@ -1,0 +1,205 @@
+"""What tests of races need: connections side by side, and ways to wait that ask PostgreSQL instead of sleeping."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Generic, TypeVar
+from uuid import UUID as UUID
+
+from sqlalchemy import Engine, text
+from sqlalchemy.orm import Session
+from uuid_utils.compat import uuid7
+
+from sqla_durable.models import Workflow
+from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.store import Checkpoint, Claimed, Completion, Fence, NewWorkflow
+from sqla_durable.store import queues as queues
+from sqla_durable.store import workers as workers
+from sqla_durable.store import workflows as workflows
+
+T = TypeVar("T")
+
+PATIENCE = 10.0
+LEASE = timedelta(minutes=5)
+WORKER = uuid7()
+
+
+class Concurrent(threading.Thread, Generic[T]):
+    """A function that is called in a thread of its own."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        super().__init__(daemon=True)
+        self._function = function
+        self._value: list[T] = []
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value.append(self._function())
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> T:
+        """Wait for the function and give what it returned."""
+        self.join(PATIENCE)
+        assert not self.is_alive(), "the other transaction is still blocked"
+        if self._error is not None:
+            raise self._error
+        return self._value[0]
+
+
+class Transaction:
+    """A session in a transaction of its own whose statements may block; each is executed in a thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.session = Session(engine, expire_on_commit=False)
+        self.pid = pid_of(self.session)
+
+    def begin(self, statement: Callable[[Session], T]) -> Concurrent[T]:
+        """Execute in a thread."""
+        return Concurrent(lambda: statement(self.session))
+
+    def begin_blocked(self, statement: Callable[[Session], T]) -> Concurrent[T]:
+        """Execute in a thread, and return when PostgreSQL says that it waits for a lock."""
+        begun = self.begin(statement)
+        wait_until_blocked(self._engine, self.pid)
+        return begun
+
+
+@contextmanager
+def transaction(engine: Engine) -> Generator[Transaction]:
+    """Open a transaction; it is rolled back unless the test commits it."""
+    opened = Transaction(engine)
+    try:
+        yield opened
+    finally:
+        opened.session.close()
+
+
+def pid_of(session: Session) -> int:
+    """Give the process id of the session's backend."""
+    return int(session.execute(text("SELECT pg_backend_pid()")).scalar_one())
+
+
+def wait_until(condition: Callable[[], T], *, what: str = "the condition", seconds: float = PATIENCE) -> T:
+    """Ask again and again until the answer is true."""
+    deadline = time.monotonic() + seconds
+    while not (answer := condition()):
+        assert time.monotonic() < deadline, f"{what} did not come true"
+        time.sleep(0.005)
+    return answer
+
+
+def wait_until_blocked(engine: Engine, pid: int) -> None:
+    """Wait until a backend waits for a lock that another one holds."""
+    with engine.connect() as connection:
+        blocked = text("SELECT cardinality(pg_blocking_pids(:pid)) > 0")
+        wait_until(lambda: connection.execute(blocked, {"pid": pid}).scalar_one(), what=f"backend {pid} being blocked")
+
+
+def blocked_statements(engine: Engine) -> dict[int, object]:
+    """Give the backends of this database that wait for a lock, and since when they execute their statement."""
+    statement = text(
+        "SELECT pid, query_start FROM pg_stat_activity "
+        "WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0"
+    )
+    with engine.connect() as connection:
+        return {row.pid: row.query_start for row in connection.execute(statement)}
+
+
+def enqueue(session: Session, count: int = 1, **columns: Any) -> list[UUID]:
+    """Insert pending workflows named `checkout` and commit them."""
+    records = [Workflow(**{"name": "checkout", **columns}) for _ in range(count)]
+    session.add_all(records)
+    session.flush()
+    ids = [each.id for each in records]
+    session.commit()
+    return ids
+
+
+def claim(session: Session, limit: int = 1, **options: Any) -> list[Claimed]:
+    """Claim from the queue `default` what is named `checkout`."""
+    settings: dict[str, Any] = {"worker_id": WORKER, "token": uuid7(), "queues": ["default"], "names": ["checkout"]}
+    return queues.claim(session, limit=limit, **{**settings, **options})
+
+
+def claimed_fences(engine: Engine, count: int = 1, *, worker_id: UUID = WORKER) -> list[Fence]:
+    """Enqueue workflows and claim them under a live lease; in the order of their ids."""
+    with Session(engine) as session:
+        enqueue(session, count)
+        workers.beat(session, worker_id=worker_id, name="w", queues=["default"], lease=LEASE)
+        claimed = claim(session, count, worker_id=worker_id)
+        session.commit()
+    return sorted((each.fence for each in claimed), key=lambda fence: fence.workflow_id)
+
+
+def expire_leases(engine: Engine) -> None:
+    """Let every lease have run out a minute ago."""
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "UPDATE durable.worker SET heartbeat_at = heartbeat_at - interval '1 day', "
+                "lease_expires_at = statement_timestamp() - interval '1 minute'"
+            )
+        )
+
+
+def checkpoint(fence: Fence, key: str = "charge", *, output: str = "1", position: int = 1) -> Checkpoint:
+    """Make a checkpoint of a step that succeeded."""
+    return Checkpoint(
+        fence=fence,
+        key=key,
+        name=key,
+        position=position,
+        status=StepStatus.SUCCEEDED,
+        output=output,
+        error=None,
+        attempt=1,
+        attempts=1,
+        elapsed=0.0,
+    )
+
+
+def success(fence: Fence, output: str = "1") -> Completion:
+    """Make a completion of a workflow that succeeded."""
+    return Completion(fence, WorkflowStatus.SUCCEEDED, output=output)
+
+
+def cancel(session: Session, *workflow_ids: UUID) -> None:
+    """Cancel as an operator would: by an UPDATE, in the order in which the ids are given."""
+    for workflow_id in workflow_ids:
+        session.execute(
+            text(
+                "UPDATE durable.workflow SET status = 'cancelled', finished_at = statement_timestamp() "
+                "WHERE id = :id AND status IN ('pending', 'running', 'suspended')"
+            ),
+            {"id": workflow_id},
+        )
+
+
+def lock(session: Session, workflow_id: UUID, strength: str = "NO KEY UPDATE") -> None:
+    """Lock a workflow's row until the transaction ends."""
+    session.execute(text(f"SELECT FROM durable.workflow WHERE id = :id FOR {strength}"), {"id": workflow_id})
+
+
+def status_of(engine: Engine, workflow_id: UUID) -> WorkflowStatus:
+    """Give the committed status of a workflow."""
+    with Session(engine) as session:
+        return session.get_one(Workflow, workflow_id).status
+
+
+def history_of(engine: Engine, workflow_id: UUID) -> list[str]:
+    """Give the keys of a workflow's checkpoints in the order of their positions."""
+    with Session(engine) as session:
+        return [each.key for each in session.get_one(Workflow, workflow_id).steps]
+
+
+def one(new: NewWorkflow) -> Callable[[Session], UUID]:
+    """Give the function that inserts a workflow with a key."""
+    return lambda session: workflows.insert_unless_known(session, new).id

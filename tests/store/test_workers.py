@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+from datetime import timedelta
+from uuid import UUID
+
+import pytest
+from sqlalchemy import Engine, select, text
+from sqlalchemy.orm import Session
+from uuid_utils.compat import uuid7
+
+from sqla_durable.models import Worker, Workflow
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store import Fence, workers, workflows
+from tests.store import races
+from tests.store.plans import explain, fill
+
+
+def reclaimed(session: Session, max_attempts: int = 10) -> list[UUID]:
+    found = [each.workflow_id for each in workers.reclaim(session, max_attempts=max_attempts, limit=100)]
+    session.commit()
+    return found
+
+
+def test_a_heartbeat_begins_a_lease_and_extends_it(engine: Engine) -> None:
+    worker_id = uuid7()
+    with Session(engine) as session:
+        assert not workers.alive(session, worker_id)
+        workers.beat(session, worker_id=worker_id, name="w", queues=["a"], lease=timedelta(seconds=5))
+        session.commit()
+        first = session.scalars(select(Worker)).one()
+        began, expires = first.started_at, first.lease_expires_at
+        workers.beat(session, worker_id=worker_id, name="w", queues=["a"], lease=timedelta(seconds=50))
+        session.commit()
+        session.refresh(first)
+        assert workers.alive(session, worker_id)
+        assert first.started_at == began
+        assert first.lease_expires_at - expires >= timedelta(seconds=45)
+        workers.leave(session, worker_id)
+        assert not workers.exists(session, worker_id)
+
+
+def test_a_workflow_is_reclaimed_after_the_lease_and_not_before(engine: Engine) -> None:
+    # behaviour: R1 R2 R3
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        assert reclaimed(session) == []
+        races.expire_leases(engine)
+        assert reclaimed(session) == [fence.workflow_id]
+        assert reclaimed(session) == []
+        record = session.get_one(Workflow, fence.workflow_id)
+        assert (record.status, record.attempt, record.token) == (WorkflowStatus.PENDING, 2, None)
+
+
+def test_a_workflow_whose_worker_has_no_row_is_reclaimed(engine: Engine) -> None:
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        workers.leave(session, races.WORKER)
+        assert reclaimed(session) == [fence.workflow_id]
+
+
+def test_an_expired_lease_is_reclaimed_once_by_two_racing_workers(engine: Engine) -> None:
+    # behaviour: R2
+    fences = races.claimed_fences(engine, 20)
+    races.expire_leases(engine)
+    with races.transaction(engine) as one, races.transaction(engine) as other:
+        first = workers.reclaim(one.session, max_attempts=9, limit=15)
+        second = workers.reclaim(other.session, max_attempts=9, limit=15)
+        one.session.commit()
+        other.session.commit()
+    assert len(first) == 15
+    assert {each.workflow_id for each in (*first, *second)} == {each.workflow_id for each in fences}
+    assert len(second) == 5
+
+
+def test_a_workflow_that_was_reclaimed_and_claimed_meanwhile_is_not_reclaimed_again(engine: Engine) -> None:
+    """The new owner is not in the snapshot of a reclaim that began before: its token tells.
+
+    A trigger holds the slow reclaim at its first row, so that it comes to the second one after the other worker.
+    """
+    first, second = races.claimed_fences(engine, 2)
+    races.expire_leases(engine)
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+                "IF current_setting('test.slow', true) = 'on' THEN PERFORM pg_advisory_xact_lock(1); END IF; "
+                "RETURN NEW; END $$"
+            )
+        )
+        connection.execute(
+            text("CREATE TRIGGER hold BEFORE UPDATE ON durable.workflow FOR EACH ROW EXECUTE FUNCTION hold()")
+        )
+    with races.transaction(engine) as gate, races.transaction(engine) as slow, Session(engine) as quick:
+        gate.session.execute(text("SELECT pg_advisory_xact_lock(1)"))
+        for setting in ("test.slow = 'on'", "enable_hashjoin = off", "enable_mergejoin = off"):
+            slow.session.execute(text(f"SET LOCAL {setting}"))
+        reclaiming = slow.begin_blocked(lambda session: workers.reclaim(session, max_attempts=9, limit=9))
+        newcomer = uuid7()
+        workers.beat(quick, worker_id=newcomer, name="new", queues=[], lease=races.LEASE)
+        taken = [each.workflow_id for each in workers.reclaim(quick, max_attempts=9, limit=9)]
+        claimed = [each.fence for each in races.claim(quick, 9, worker_id=newcomer)]
+        quick.commit()
+        gate.session.rollback()
+        found = [each.workflow_id for each in reclaiming.result()]
+        slow.session.commit()
+    assert taken == [second.workflow_id], "the trigger did not hold the slow reclaim between its two rows"
+    assert found == [first.workflow_id]
+    with Session(engine) as session:
+        assert workflows.still_owned(session, claimed) == set(claimed)
+
+
+def test_reclaim_waits_for_nobody(engine: Engine) -> None:
+    held, free = races.claimed_fences(engine, 2)
+    races.expire_leases(engine)
+    with races.transaction(engine) as caller, Session(engine) as session:
+        races.lock(caller.session, held.workflow_id)
+        assert reclaimed(session) == [free.workflow_id]
+        caller.session.rollback()
+        assert reclaimed(session) == [held.workflow_id]
+
+
+def test_reclaim_one_waits_for_the_row_and_sees_what_became_of_it(engine: Engine) -> None:
+    (fence,) = races.claimed_fences(engine)
+    races.expire_leases(engine)
+    with races.transaction(engine) as other, races.transaction(engine) as mine:
+        workers.beat(other.session, worker_id=uuid7(), name="other", queues=[], lease=races.LEASE)
+        workers.reclaim(other.session, max_attempts=9, limit=9)
+        races.claim(other.session)
+        reclaiming = mine.begin_blocked(lambda session: workers.reclaim_one(session, fence.workflow_id, max_attempts=9))
+        other.session.commit()
+        assert reclaiming.result() is None
+
+
+def test_the_last_attempt_ends_with_an_error_that_says_so(engine: Engine) -> None:
+    # behaviour: R4
+    (fence,) = races.claimed_fences(engine)
+    races.expire_leases(engine)
+    with Session(engine) as session:
+        (found,) = workers.reclaim(session, max_attempts=1, limit=9)
+        session.commit()
+        assert found.status is WorkflowStatus.FAILED
+        record = session.get_one(Workflow, fence.workflow_id)
+        assert record.error is not None
+        assert record.error["type"] == workers.MAX_ATTEMPTS_TYPE
+        assert "attempt 1" in record.error["message"]
+        assert record.finished_at is not None
+        assert record.attempt == 1
+
+
+def test_abandoning_takes_back_only_ones_own_attempt(engine: Engine) -> None:
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        assert workers.abandon(session, Fence(fence.workflow_id, uuid7()), reason="it broke", max_attempts=9) is None
+        assert workers.abandon(session, fence, reason="it broke", max_attempts=9) is not None
+        assert workers.abandon(session, fence, reason="it broke", max_attempts=9) is None
+
+
+def test_running_of_gives_what_the_tables_say_a_worker_executes(engine: Engine) -> None:
+    # behaviour: E8
+    fences = races.claimed_fences(engine, 3)
+    races.claimed_fences(engine, 1, worker_id=uuid7())
+    with Session(engine) as session:
+        assert set(workers.running_of(session, races.WORKER)) == set(fences)
+        assert workflows.release_unlocked(session, fences) == []
+        assert workers.running_of(session, races.WORKER) == []
+
+
+def test_workers_that_are_long_dead_are_forgotten(engine: Engine) -> None:
+    races.claimed_fences(engine)
+    with Session(engine) as session:
+        workers.forget_dead(session)
+        assert workers.exists(session, races.WORKER)
+        session.execute(
+            text(
+                "UPDATE durable.worker SET heartbeat_at = heartbeat_at - interval '2 days', "
+                "lease_expires_at = lease_expires_at - interval '26 hours'"
+            )
+        )
+        workers.forget_dead(session)
+        assert not workers.exists(session, races.WORKER)
+
+
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+def test_reclaim_reads_running_workflows_only(engine: Engine, mode: str) -> None:
+    with Session(engine) as session:
+        fill(session)
+        plan = explain(session, workers._RECLAIM, {"max_attempts": 9, "limit": 10}, mode=mode)  # pyright: ignore[reportPrivateUsage]
+    assert plan.uses("workflow_running_idx"), plan
+    assert not plan.scans("workflow"), plan
