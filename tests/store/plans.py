@@ -87,8 +87,9 @@ def _literals(values: list[Any]) -> list[str]:
 
 
 def _literal(value: Any) -> str:
+    items: Any = value
     if isinstance(value, list):
-        return "ARRAY[" + ", ".join(_literals(value)) + "]"
+        return "ARRAY[" + ", ".join(_literals(items)) + "]"
     if isinstance(value, int):
         return str(value)
     return "NULL" if value is None else "'" + str(value).replace("'", "''") + "'"
