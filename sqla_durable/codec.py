@@ -64,9 +64,9 @@ class Codec:
             EncodingError: it does not fit the annotation, or holds NUL, a lone surrogate, NaN or infinity.
             PayloadTooLargeError: it is larger than the limit.
         """
-        if self.native:
-            _require_native(value, self.what)
         try:
+            if self.native:
+                _require_native(value, self.what)
             (plain,) = self.adapter.dump_python((value,), mode="json", warnings="error")
         except (pydantic_core.PydanticSerializationError, ValueError, RecursionError) as error:
             raise EncodingError(

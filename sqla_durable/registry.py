@@ -273,8 +273,9 @@ def _session_kind(fn: Callable[..., Any]) -> SessionKind:
     ):
         return SessionKind.NONE
     annotation = parameters[0].annotation
-    if isinstance(annotation, str):
-        annotation = _evaluated(annotation, _function_of(fn))
+    for _ in range(2):  # a quoted annotation under `from __future__ import annotations` is quoted twice
+        if isinstance(annotation, str):
+            annotation = _evaluated(annotation, _function_of(fn))
     if isinstance(annotation, type) and issubclass(annotation, Session):
         return SessionKind.SYNC
     if isinstance(annotation, type) and issubclass(annotation, AsyncSession):

@@ -48,7 +48,8 @@ class StartOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value.strip() or "\0" in value):
                 raise ArgumentError(f"{name}={value!r} is not a name: give a text that is not blank.")
-        if abs(self.priority) > _SMALLINT:
+        integral = isinstance(self.priority, int)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not integral or abs(self.priority) > _SMALLINT:
             raise ArgumentError(f"priority={self.priority!r} is not an integer from {-_SMALLINT:,} to {_SMALLINT:,}.")
         if self.delay is not None and self.at is not None:
             raise ArgumentError(f"delay={self.delay!r} and at={self.at!r} contradict each other: give one of them.")

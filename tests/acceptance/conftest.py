@@ -1,0 +1,41 @@
+"""Every story that takes `shell` is run in each of the ways there are, and in two schemas."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import pytest
+
+from tests.acceptance.application import Application
+from tests.acceptance.shells import SHELLS, Shell
+
+# Each way once, and in the other schema those that differ most: one session, a worker of each kind, the other driver.
+IN_TENANT = ("executor", "mixed-worker", "asyncpg-worker")
+IN_DURABLE = tuple(name for name in SHELLS if name not in ("mixed-worker", "asyncpg-worker"))
+WAYS = [(name, "durable") for name in IN_DURABLE] + [(name, "tenant_7") for name in IN_TENANT]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "shell" in metafunc.fixturenames:
+        only = [mark.args[0] for mark in metafunc.definition.iter_markers("shells")]
+        chosen = [way for way in WAYS if not only or way[0] in only[0]]
+        ids = [name if schema == "durable" else f"{name}-{schema}" for name, schema in chosen]
+        metafunc.parametrize(("shell", "durable_schema"), chosen, ids=ids, indirect=True)
+
+
+@pytest.fixture
+def shell(request: pytest.FixtureRequest, database_url: str, durable_schema: str) -> Generator[Shell]:
+    """One way to run workflows."""
+    shell = SHELLS[request.param](database_url, durable_schema)
+    yield shell
+    shell.close()
+
+
+@pytest.fixture
+def app(shell: Shell) -> Application:
+    """The application of the story's shell."""
+    return shell.app
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "shells(names): run a story in these ways only")

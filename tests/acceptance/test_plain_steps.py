@@ -1,0 +1,501 @@
+"""Steps without a session: an outcome that is recorded, an effect that happens at least once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import pytest
+import tenacity
+from sqlalchemy import select
+
+from sqla_durable import AsyncWorkflowFunction, Durable, Step, StepStatus, Workflow, WorkflowStatus, current, run_step
+from sqla_durable.errors import SyncAsyncError, UnfinishedStepError, UsageError
+from tests.acceptance.application import Application
+from tests.acceptance.shells import AsyncShell, Shell
+
+ASYNC = pytest.mark.shells(("async-executor", "async-joined", "async-worker", "asyncpg-worker"))
+
+
+class Declined(Exception):
+    """What a payment service of the stories raises, with data that must survive."""
+
+    def __init__(self, code: int, *, retry_after: float) -> None:
+        super().__init__(f"declined with {code}")
+        self.code = code
+        self.retry_after = retry_after
+
+
+class Unreachable(Exception):
+    """An exception that JSON cannot hold."""
+
+    def __init__(self, where: object) -> None:
+        super().__init__(where)
+        self.where = where
+
+
+@dataclass(frozen=True)
+class Receipt:
+    number: int
+    keys: tuple[str, ...]
+
+
+class Service:
+    """Counts how often it is called, and fails as often as it is told to."""
+
+    def __init__(
+        self, failures: int = 0, error: Callable[[], Exception] = lambda: Declined(51, retry_after=1.5)
+    ) -> None:
+        self.calls = 0
+        self.failures = failures
+        self.error = error
+        self.keys: list[str | None] = []
+
+    def charge(self) -> Receipt:
+        self.calls += 1
+        execution = current()
+        self.keys.append(execution.idempotency_key if execution else None)
+        if self.calls <= self.failures:
+            raise self.error()
+        return Receipt(self.calls, ("a", "b"))
+
+
+# behaviour: E2 E10
+def test_outcome_is_recorded_and_replayed_typed(shell: Shell, app: Application) -> None:
+    service = Service()
+    charge = app.plain(service.charge)
+
+    async def pay() -> list[Receipt]:
+        receipts = [await charge(), await charge()]
+        assert all(type(each) is Receipt and type(each.keys) is tuple for each in receipts)
+        return receipts
+
+    paying = app.workflow(pay)
+    first = shell.run(paying)
+    assert first == [Receipt(1, ("a", "b")), Receipt(2, ("a", "b"))]
+    workflow_id = _only(shell)
+    shell.crashed(workflow_id)
+    assert shell.finish(paying, workflow_id) == first
+    assert service.calls == 2
+    assert service.keys == [f"{workflow_id}/charge", f"{workflow_id}/charge#2"]
+    assert [each.attempt for each in _steps(shell)] == [1, 1]
+    assert shell.one(workflow_id).attempt == 2
+
+
+# behaviour: E2
+def test_workflow_goes_on_after_its_last_checkpoint(shell: Shell, app: Application) -> None:
+    service = Service()
+    charge = app.plain(service.charge)
+
+    async def pay() -> list[int]:
+        return [(await charge()).number, (await charge()).number, (await charge()).number]
+
+    paying = app.workflow(pay)
+    assert shell.run(paying) == [1, 2, 3]
+    workflow_id = _only(shell)
+    shell.crashed(workflow_id)
+    with shell.sessionmaker.begin() as session:
+        session.delete(session.get_one(Step, (workflow_id, "charge#3")))
+    assert shell.finish(paying, workflow_id) == [1, 2, 4]
+    assert [(each.key, each.attempt) for each in _steps(shell)] == [("charge", 1), ("charge#2", 1), ("charge#3", 2)]
+    assert service.keys[2] == service.keys[3]
+
+
+# behaviour: E3
+def test_error_is_the_steps_own_at_first_and_on_replay(shell: Shell, app: Application) -> None:
+    service = Service(failures=1)
+    charge = app.plain(service.charge)
+
+    async def pay() -> list[object]:
+        try:
+            await charge()
+        except Declined as error:
+            return [type(error).__name__, str(error), error.code, error.retry_after]
+        return []
+
+    paying = app.workflow(pay)
+    first = shell.run(paying)
+    assert first == ["Declined", "declined with 51", 51, 1.5]
+    workflow_id = _only(shell)
+    shell.crashed(workflow_id)
+    assert shell.finish(paying, workflow_id) == first
+    assert service.calls == 1
+    assert [each.status for each in _steps(shell)] == [StepStatus.FAILED]
+
+
+# behaviour: E3
+def test_error_that_cannot_travel_is_the_same_substitute_at_first_and_on_replay(shell: Shell, app: Application) -> None:
+    service = Service(failures=1, error=lambda: Unreachable(object()))
+    charge = app.plain(service.charge)
+
+    async def pay() -> list[str]:
+        try:
+            await charge()
+        except Exception as error:
+            return [type(error).__name__, str(error).partition("<")[0]]
+        return []
+
+    paying = app.workflow(pay)
+    first = shell.run(paying)
+    assert first == ["StepFailedError", f"step 'charge' failed with {__name__}:Unreachable: "]
+    workflow_id = _only(shell)
+    shell.crashed(workflow_id)
+    assert shell.finish(paying, workflow_id) == first
+
+
+# behaviour: S1
+def test_step_is_tried_again_as_tenacity_says(shell: Shell, app: Application) -> None:
+    service = Service(failures=2)
+    waits: list[int] = []
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        waits.append(state.attempt_number)
+        return 0
+
+    charge = app.plain(service.charge, stop=tenacity.stop_after_attempt(3), wait=wait)
+
+    async def pay() -> int:
+        return (await charge()).number
+
+    assert shell.run(app.workflow(pay)) == 3
+    assert waits == [1, 2]
+    assert len(set(service.keys)) == 1
+    assert [(each.key, each.attempts) for each in _steps(shell)] == [("charge", 3)]
+
+
+# behaviour: S1
+def test_no_wait_after_the_last_try(shell: Shell, app: Application) -> None:
+    service = Service(failures=9)
+    waits: list[int] = []
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        waits.append(state.attempt_number)
+        return 0
+
+    charge = app.plain(service.charge, stop=tenacity.stop_after_attempt(3), wait=wait)
+
+    async def pay() -> int:
+        return (await charge()).number
+
+    with pytest.raises(Declined, match="declined with 51"):
+        shell.run(app.workflow(pay))
+    assert service.calls == 3
+    assert waits == [1, 2]
+    assert [(each.status, each.attempts) for each in _steps(shell)] == [(StepStatus.FAILED, 3)]
+
+
+# behaviour: S2
+def test_only_the_errors_of_the_predicate_are_tried_again(shell: Shell, app: Application) -> None:
+    service = Service(failures=9)
+    charge = app.plain(
+        service.charge, retry=tenacity.retry_if_exception_type(ConnectionError), wait=tenacity.wait_none()
+    )
+
+    async def pay() -> int:
+        return (await charge()).number
+
+    with pytest.raises(Declined):
+        shell.run(app.workflow(pay))
+    assert service.calls == 1
+
+
+# behaviour: S2
+def test_predicate_on_the_result_asks_for_another_try(shell: Shell, app: Application) -> None:
+    service = Service()
+    unlike_three = tenacity.retry_if_result(lambda receipt: receipt.number < 3)
+    charge = app.plain(service.charge, retry=unlike_three, wait=tenacity.wait_none())
+
+    async def pay() -> int:
+        return (await charge()).number
+
+    assert shell.run(app.workflow(pay)) == 3
+    assert [each.attempts for each in _steps(shell)] == [3]
+
+
+# behaviour: S2
+@ASYNC
+def test_predicate_may_be_async(shell: Shell, app: Application) -> None:
+    service = Service(failures=1)
+
+    async def retry(state: tenacity.RetryCallState) -> bool:
+        await asyncio.sleep(0)
+        return bool(state.outcome and state.outcome.failed)
+
+    charge = app.plain(service.charge, retry=retry, wait=tenacity.wait_none())
+
+    async def pay() -> int:
+        return (await charge()).number
+
+    assert shell.run(app.workflow(pay)) == 2
+
+
+@pytest.mark.shells(("executor", "worker"))
+def test_async_predicate_in_sync_code_is_a_clear_error(shell: Shell, app: Application) -> None:
+    service = Service(failures=1)
+
+    async def retry(_state: tenacity.RetryCallState) -> bool:
+        await asyncio.sleep(0)
+        return True
+
+    charge = app.plain(service.charge, retry=retry, wait=tenacity.wait_none())
+
+    async def pay() -> int:
+        return (await charge()).number
+
+    with pytest.raises(SyncAsyncError, match="async code was called from a sync workflow or step"):
+        shell.run(app.workflow(pay))
+
+
+# behaviour: S5
+def test_outside_a_workflow_a_step_is_a_plain_call(app: Application) -> None:
+    service = Service()
+    charge = app.plain(service.charge).step
+    outcome = charge()
+    receipt = asyncio.run(outcome) if asyncio.iscoroutine(outcome) else outcome
+    assert receipt == Receipt(1, ("a", "b"))
+    assert service.keys == [None]
+    assert current() is None
+
+
+# behaviour: S6
+def test_step_in_a_step_is_a_plain_call(shell: Shell, app: Application) -> None:
+    service = Service()
+    inner = app.plain(service.charge)
+
+    def outer() -> list[object]:
+        called = inner.step()
+        if asyncio.iscoroutine(called):
+            called.close()
+            service.charge()
+        return ["outer", service.calls]
+
+    calling = app.plain(outer)
+
+    async def nest() -> list[object]:
+        return await calling()
+
+    assert shell.run(app.workflow(nest)) == ["outer", 1]
+    assert [each.key for each in _steps(shell)] == ["outer"]
+    assert service.keys[0] is not None
+    assert service.keys[0].endswith("/outer")
+
+
+# behaviour: S6
+@ASYNC
+def test_async_step_in_an_async_step_is_a_plain_call(shell: Shell, app: Application) -> None:
+    @app.durable.step
+    async def inner() -> str:
+        execution = current()
+        return execution.step or "" if execution else ""
+
+    @app.durable.step
+    async def outer() -> str:
+        return await inner()
+
+    async def nest() -> str:
+        return await outer()
+
+    assert shell.run(app.workflow(nest)) == "outer"
+    assert [each.key for each in _steps(shell)] == ["outer"]
+
+
+# behaviour: S7
+@ASYNC
+def test_gathered_steps_replay_the_same_in_any_completion_order(shell: Shell, app: Application) -> None:
+    finished: list[int] = []
+    calls: list[int] = []
+    gates: dict[int, asyncio.Event] = {}
+
+    @app.durable.step
+    async def fetch(number: int) -> int:
+        calls.append(number)
+        await gates[number].wait()
+        finished.append(number)
+        following = number - 1
+        if following in gates:
+            gates[following].set()
+        return number * 10
+
+    async def gathering() -> list[int]:
+        gates.update({number: asyncio.Event() for number in range(3)})
+        for number in opened:
+            gates[number].set()
+        return list(await asyncio.gather(*(fetch(number) for number in range(3))))
+
+    opened = [2]
+    gathered = app.workflow(gathering)
+    assert shell.run(gathered) == [0, 10, 20]
+    assert finished == [2, 1, 0]
+    steps = {each.key: (each.position, each.output) for each in _steps(shell)}
+    assert steps == {"fetch": (1, 0), "fetch#2": (2, 10), "fetch#3": (3, 20)}
+    workflow_id = _only(shell)
+    shell.crashed(workflow_id)
+    with shell.sessionmaker.begin() as session:
+        session.delete(session.get_one(Step, (workflow_id, "fetch#2")))
+    calls.clear()
+    opened = [1]  # on replay only the missing one is executed, and each gets its own outcome
+    assert shell.finish(gathered, workflow_id) == [0, 10, 20]
+    assert calls == [1]
+
+
+@ASYNC
+def test_sync_step_in_an_async_workflow_is_awaited_and_recorded(shell: Shell, app: Application) -> None:
+    @app.durable.step
+    def blocking(number: int) -> int:
+        execution = current()
+        assert execution is not None
+        assert execution.step == ("blocking" if number == 1 else "blocking#2")
+        return number + 1
+
+    async def mixed() -> int:
+        calling: Any = blocking(1)  # awaitable here, which type checkers cannot see; .aio() shows it to them
+        one: int = await calling
+        return one + await blocking.aio(2)
+
+    assert shell.run(app.workflow(mixed)) == 5
+    assert [each.key for each in _steps(shell)] == ["blocking", "blocking#2"]
+
+
+@pytest.mark.shells(("executor", "worker"))
+def test_aio_outside_an_async_workflow_is_refused(shell: Shell, app: Application) -> None:
+    service = Service()
+    step = app.durable.step(service.charge)
+    with pytest.raises(SyncAsyncError, match=r"charge.aio\(\) is for async def workflows: call charge\(...\) here"):
+        _ = step.aio()
+
+    async def wrong() -> None:
+        _ = step.aio()
+
+    with pytest.raises(SyncAsyncError, match="is for async def workflows"):
+        shell.run(app.workflow(wrong))
+
+
+# behaviour: T7
+@pytest.mark.shells(("executor", "worker"))
+def test_async_step_in_a_sync_workflow_is_refused(shell: Shell, app: Application) -> None:
+    async def fetch() -> int:
+        return 1
+
+    step = app.durable.step(fetch)
+
+    async def wrong() -> object:
+        return step()
+
+    message = "step 'fetch' is async def and workflow 'wrong' is def, which cannot await it"
+    with pytest.raises(SyncAsyncError, match=message):
+        shell.run(app.workflow(wrong))
+
+
+@ASYNC
+def test_step_that_is_not_awaited_is_a_clear_error(shell: Shell, app: Application) -> None:
+    kept: list[object] = []
+
+    async def forget() -> str:
+        kept.append(charge.step())
+        return "paid"
+
+    service = Service()
+    charge = app.plain(service.charge)
+    with pytest.raises(UnfinishedStepError, match="'charge' was not finished: await every step") as caught:
+        shell.run(app.workflow(forget))
+    assert caught.value.steps == ["charge"]
+    for each in kept:
+        each.close()  # type: ignore[attr-defined]
+
+
+def test_steps_are_made_at_run_time_of_closures_and_bound_methods(shell: Shell, app: Application) -> None:
+    service = Service()
+
+    async def dynamic(word: str) -> list[object]:
+        def shout() -> str:
+            return word.upper()
+
+        async def whisper() -> str:
+            return word.lower()
+
+        if isinstance(shell, AsyncShell) and app.form == "async def":
+            quiet = await run_step("quiet", whisper)
+            shouting: Any = run_step("loud", shout)  # awaitable here, which type checkers cannot see
+            paying: Any = run_step("pay", service.charge)
+            loud, receipt = await shouting, await paying
+        else:
+            quiet = run_step("quiet", lambda: word.lower())
+            loud = run_step("loud", shout)
+            receipt = run_step("pay", service.charge)
+        return [quiet, loud, receipt.number]
+
+    workflow = app.workflow(dynamic)
+    assert shell.run(workflow, "Hey") == ["hey", "HEY", 1]
+    workflow_id = _only(shell)
+    shell.crashed(workflow_id)
+    assert shell.finish(workflow, workflow_id) == ["hey", "HEY", 1]
+    assert service.calls == 1
+    assert [each.key for each in _steps(shell)] == ["quiet", "loud", "pay"]
+
+
+def test_explicit_key_is_the_steps_identity(shell: Shell, app: Application) -> None:
+    service = Service()
+    charge = app.plain(service.charge)
+
+    async def pay() -> list[int]:
+        return [(await charge.options(key="deposit")()).number, (await charge()).number]
+
+    assert shell.run(app.workflow(pay)) == [1, 2]
+    assert [(each.key, each.name) for each in _steps(shell)] == [("deposit", "charge"), ("charge", "charge")]
+
+
+def test_explicit_key_used_twice_is_refused(shell: Shell, app: Application) -> None:
+    service = Service()
+    charge = app.plain(service.charge)
+
+    async def pay() -> None:
+        await charge.options(key="deposit")()
+        await charge.options(key="deposit")()
+
+    with pytest.raises(UsageError, match="the step key 'deposit' is used twice in workflow 'pay'"):
+        shell.run(app.workflow(pay))
+    assert service.calls == 1
+
+
+@pytest.mark.shells(("executor", "joined", "worker"))
+def test_two_functions_under_one_step_name_are_refused(shell: Shell, app: Application) -> None:
+    first, second = Durable(), Durable()
+
+    def one() -> int:
+        return 1
+
+    def two() -> int:
+        return 2
+
+    async def confuse() -> int:
+        return first.step(one, name="same")() + second.step(two, name="same")()
+
+    with pytest.raises(UsageError, match="two functions are called under the step name 'same'"):
+        shell.run(app.workflow(confuse))
+
+
+def test_call_of_a_workflow_as_a_function_is_plain(app: Application) -> None:
+    service = Service()
+    charge = app.plain(service.charge)
+
+    async def pay() -> int:
+        return (await charge()).number
+
+    workflow = app.workflow(pay)
+    outcome = asyncio.run(workflow()) if isinstance(workflow, AsyncWorkflowFunction) else workflow()
+    assert outcome == 1
+
+
+def _steps(shell: Shell) -> list[Step]:
+    with shell.sessionmaker() as session:
+        return list(session.scalars(select(Step).order_by(Step.position)))
+
+
+def _only(shell: Shell) -> UUID:
+    with shell.sessionmaker() as session:
+        record = session.scalars(select(Workflow)).one()
+        assert record.status in (WorkflowStatus.SUCCEEDED, WorkflowStatus.FAILED)
+        return record.id

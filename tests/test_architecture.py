@@ -1,0 +1,180 @@
+"""The layers of the package, read from its source: imports point down, and some things live on some floors only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import sqla_durable
+
+ROOT = Path(sqla_durable.__file__).parent
+
+# From the top down. What stands on one line is a floor: none of it imports another of the same floor.
+FLOORS = (
+    {"__init__", "__main__"},
+    {"cli", "testing"},
+    {"embedded"},
+    {"worker"},
+    {"executor"},
+    {"durable"},
+    {"functions"},
+    {"start", "handle", "runtime"},
+    {"context"},
+    {"operations"},
+    {"registry", "store", "failure", "migrations"},
+    {"models", "codec", "retry", "_programs"},
+    {"errors", "status"},
+)
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+WRITES_SQL = {"store"}
+KNOWS_ASYNCIO = {"runtime", "handle", "executor", "worker", "cli"}
+MODULES = sorted(ROOT.rglob("*.py"))
+SOURCES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in MODULES}
+
+
+def _parts(module: str) -> list[str]:
+    return module.split(".")
+
+
+def _unit(module: str) -> str:
+    """Give the part of the package that a module belongs to: `sqla_durable.store.steps` is of `store`."""
+    parts = _parts(module)
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse(SOURCES[module].read_text())
+
+
+def _imported(module: str) -> Iterator[str]:
+    """Give every name that a module imports, wherever in it, as far as it can be told from the source."""
+    for node in ast.walk(_tree(module)):
+        match node:
+            case ast.Import():
+                yield from (each.name for each in node.names)
+            case ast.ImportFrom():
+                assert node.level == 0, f"{module} imports relatively"
+                yield from (f"{node.module}.{each.name}" for each in node.names)
+            case _:
+                pass
+
+
+def _module_of(name: str) -> str | None:
+    """Give the module of ours that a name of ours is in: itself, its package, or the module that defines it."""
+    while name.startswith("sqla_durable."):
+        for found in (name, f"{name}.__init__"):
+            if found in SOURCES:
+                return found
+        name = name.rpartition(".")[0]
+    return None
+
+
+def _ours(module: str) -> set[str]:
+    found = {_module_of(name) for name in _imported(module)}
+    return {each for each in found if each is not None and each != module}
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_point_down(module: str) -> None:
+    unit = _unit(module)
+    upward = {each for each in _ours(module) if _unit(each) != unit and FLOOR_OF[_unit(each)] <= FLOOR_OF[unit]}
+    assert upward == set()
+
+
+def test_every_module_has_its_floor() -> None:
+    assert {_unit(module) for module in SOURCES} <= FLOOR_OF.keys()
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    # A package's __init__ hands on what its modules have; within it they import each other directly.
+    graph = {module: {each for each in _ours(module) if not each.endswith("__init__")} for module in SOURCES}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(graph)
+
+
+@pytest.mark.parametrize("module", [each for each in SOURCES if _unit(each) not in WRITES_SQL])
+def test_only_the_store_makes_statements(module: str) -> None:
+    makers = {"select", "insert", "update", "delete", "text"}
+    allowed = {"models": {"text"}, "migrations": {"text"}}.get(_unit(module), set[str]())
+    imported = {name.rpartition(".")[2] for name in _imported(module) if name.startswith("sqlalchemy.")} & makers
+    assert imported - allowed == set()
+
+
+@pytest.mark.parametrize("module", [each for each in SOURCES if _unit(each) not in KNOWS_ASYNCIO])
+def test_only_the_shells_know_asyncio(module: str) -> None:
+    assert not any(_parts(name)[0] == "asyncio" for name in _imported(module))
+
+
+@pytest.mark.parametrize("module", [each for each in SOURCES if _unit(each) in {"store", "operations"}])
+def test_below_the_executor_nothing_opens_a_session(module: str) -> None:
+    opened = {
+        node.func.id
+        for node in ast.walk(_tree(module))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    } & {"Session", "AsyncSession", "sessionmaker", "async_sessionmaker", "create_engine", "create_async_engine"}
+    assert opened == set()
+
+
+@pytest.mark.parametrize("module", [each for each in SOURCES if _unit(each) == "store"])
+def test_the_store_never_ends_a_transaction(module: str) -> None:
+    ends = {
+        node.func.attr
+        for node in ast.walk(_tree(module))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    } & {"commit", "rollback", "close", "begin", "begin_nested"}
+    assert ends == set()
+
+
+def test_errors_needs_the_standard_library_only() -> None:
+    assert {_parts(name)[0] for name in _imported("sqla_durable.errors")} <= {"__future__", "typing", "uuid"}
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_module_is_short_and_says_what_lives_in_it(module: str) -> None:
+    lines = SOURCES[module].read_text().splitlines()
+    assert len(lines) <= 400
+    assert ast.get_docstring(_tree(module))
+
+
+def test_functions_are_short() -> None:
+    """The yardstick of the style sheet: median 7 lines, 90th percentile 20, 99th 50, without the docstrings."""
+    lengths = sorted(_body_length(node) for module in SOURCES for node in ast.walk(_tree(module)) if _is_function(node))
+    assert lengths[len(lengths) // 2] <= 7
+    assert lengths[len(lengths) * 90 // 100] <= 20
+    assert lengths[len(lengths) * 99 // 100] <= 50
+
+
+@pytest.mark.parametrize("module", [each for each in SOURCES if "migrations.versions" not in each])
+def test_public_definitions_have_docstrings(module: str) -> None:
+    undocumented = [name for name, node in _public(_tree(module), "") if not ast.get_docstring(node)]
+    assert undocumented == []
+
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def _public(node: ast.AST, prefix: str) -> Iterator[tuple[str, Definition]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Definition) and not child.name.startswith("_") and not _inherits_its_docstring(child):
+            yield f"{prefix}{child.name}", child
+            if isinstance(child, ast.ClassDef):
+                yield from _public(child, f"{prefix}{child.name}.")
+
+
+def _inherits_its_docstring(node: Definition) -> bool:
+    decorators = {each.id for each in node.decorator_list if isinstance(each, ast.Name)}
+    return bool(decorators & {"overload", "override"})
+
+
+def _is_function(node: ast.AST) -> bool:
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not _inherits_its_docstring(node)
+
+
+def _body_length(node: ast.AST) -> int:
+    assert isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    documented = ast.get_docstring(node) is not None
+    body = node.body[1:] if documented and len(node.body) > 1 else node.body
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1

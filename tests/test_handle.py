@@ -1,0 +1,83 @@
+"""Waiting for the outcome of a workflow."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import Engine, event, select
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqla_durable import Durable, Executor, Workflow
+from sqla_durable.errors import ResultTimeoutError
+
+Sessions = sessionmaker[Session]
+durable = Durable()
+
+
+@durable.workflow
+def double(number: int) -> int:
+    return number * 2
+
+
+def test_handle_waits_until_another_connection_commits_the_outcome(engine: Engine, session_factory: Sessions) -> None:
+    polled = threading.Event()
+
+    @event.listens_for(engine, "after_cursor_execute")
+    def _polled(*_: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            polled.set()
+
+    with session_factory.begin() as session:
+        workflow_id = double.start(session, 21).id
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(double.handle(session_factory, workflow_id).result)
+        assert polled.wait(30)
+        assert not waiting.done()
+        with session_factory() as session:
+            Executor(session).execute(double, workflow_id)
+        assert waiting.result(timeout=30) == 42
+
+
+def test_handle_does_not_use_the_session_that_it_is_made_of(session_factory: Sessions) -> None:
+    with session_factory() as session:
+        record = double.start(session, 21)
+        session.commit()
+        handle = double.handle(session, record.id)
+        session.rollback()
+        with pytest.raises(ResultTimeoutError):
+            handle.result(timeout=timedelta(0))
+        assert not session.in_transaction()
+
+
+def test_handle_holds_no_connection_between_polls(engine: Engine, session_factory: Sessions) -> None:
+    with session_factory.begin() as session:
+        workflow_id = double.start(session, 21).id
+    with pytest.raises(ResultTimeoutError):
+        double.handle(session_factory, workflow_id).result(timeout=timedelta(milliseconds=50))
+    assert engine.pool.status().find("Current Checked out connections: 0") >= 0
+
+
+async def test_async_handle_times_out_and_gives_the_result_later(
+    async_session_factory: async_sessionmaker[AsyncSession], session_factory: Sessions
+) -> None:
+    async with async_session_factory.begin() as session:
+        workflow_id = (await double.start(session, 21)).id
+    handle = double.handle(async_session_factory, workflow_id)
+    with pytest.raises(ResultTimeoutError) as caught:
+        await handle.result(timeout=timedelta(milliseconds=10))
+    assert caught.value.workflow_id == workflow_id
+    async with async_session_factory() as session:
+        await session.run_sync(lambda inner: Executor(inner).execute(double, workflow_id))
+    assert await handle.result() == 42
+
+
+def test_handle_shows_what_it_waits_for(session_factory: Sessions) -> None:
+    with session_factory.begin() as session:
+        record = double.start(session, 1)
+        session.flush()
+        assert repr(double.handle(session, record)) == f"<Handle of workflow 'double' {record.id}>"
+        assert session.scalars(select(Workflow.id)).all() == [record.id]

@@ -1,0 +1,217 @@
+"""What a workflow costs, in statements and commits: numbers that do not depend on the machine."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, event, text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqla_durable import Durable, Executor, Worker, start_many
+from tests.acceptance.shells import PATIENCE, POLL
+from tests.support.domain import Entry
+
+Sessions = sessionmaker[Session]
+AsyncSessions = async_sessionmaker[AsyncSession]
+
+durable = Durable()
+
+
+@durable.step
+def book(session: Session, cents: int) -> int:
+    session.add(Entry(account="book", cents=cents, note=None))
+    return cents
+
+
+@durable.step
+def tell(cents: int) -> int:
+    return cents
+
+
+@durable.workflow
+def booking(cents: int) -> int:
+    return book(cents)
+
+
+@durable.workflow
+def nothing() -> None: ...
+
+
+asynchronous = Durable()
+
+
+@asynchronous.step
+async def atell(cents: int) -> int:
+    return cents
+
+
+@asynchronous.workflow
+async def telling(cents: int, steps: int = 1) -> int:
+    for _ in range(steps):
+        await atell(cents)
+    return cents
+
+
+class Counts:
+    """What an engine did: checkouts of connections, statements, commits; thread-safe."""
+
+    def __init__(self) -> None:
+        self.statements: list[str] = []
+        self.done: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def note(self, what: str, statement: str = "") -> None:
+        with self._lock:
+            self.done[what] += 1
+            if statement:
+                self.statements.append(statement)
+
+
+@contextmanager
+def counting(engine: Engine) -> Generator[Counts]:
+    counts = Counts()
+
+    def commit(_connection: Any) -> None:
+        counts.note("commit")
+
+    def rollback(_connection: Any) -> None:
+        counts.note("rollback")
+
+    def execute(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        counts.note("statement", statement)
+
+    def checkout(*_: Any) -> None:
+        counts.note("checkout")
+
+    listeners: list[tuple[Any, str, Any]] = [
+        (engine, "commit", commit),
+        (engine, "rollback", rollback),
+        (engine, "after_cursor_execute", execute),
+        (engine.pool, "checkout", checkout),
+    ]
+    for target, name, listener in listeners:
+        event.listen(target, name, listener)
+    yield counts
+    for target, name, listener in listeners:
+        event.remove(target, name, listener)
+
+
+# behaviour: T10
+def test_transactional_step_is_one_connection_two_statements_and_one_commit(
+    engine: Engine, session_factory: Sessions
+) -> None:
+    with session_factory() as session:
+        Executor(session).run(booking, 1)  # the schema is known, statements are compiled
+        with counting(engine) as without:
+            Executor(session).run(nothing)
+        with counting(engine) as with_step:
+            Executor(session).run(booking, 2)
+    assert with_step.done["commit"] - without.done["commit"] == 1
+    assert with_step.done["checkout"] - without.done["checkout"] == 1
+    assert with_step.done["statement"] - without.done["statement"] == 2  # the user's INSERT and the checkpoint
+    assert with_step.done["rollback"] == without.done["rollback"] == 0
+
+
+def test_executor_costs_two_commits_a_workflow_and_one_a_step(engine: Engine, session_factory: Sessions) -> None:
+    with session_factory() as session:
+        Executor(session).run(booking, 1)
+        with counting(engine) as counts:
+            Executor(session).run(booking, 2)
+    assert counts.done["commit"] == 3
+
+
+def test_joined_executor_commits_nothing(engine: Engine, session_factory: Sessions) -> None:
+    with session_factory() as session:
+        with counting(engine) as counts:
+            assert Executor.joined(session).run(booking, 2) == 2
+        assert counts.done["commit"] == 0
+        assert counts.done["checkout"] == 1
+        session.rollback()
+
+
+def test_start_in_a_known_database_is_one_insert(engine: Engine, session_factory: Sessions) -> None:
+    with session_factory.begin() as session:
+        booking.start(session, 1)
+    for workflow in (booking, booking.options(key="k")):
+        with counting(engine) as counts, session_factory.begin() as session:
+            workflow.start(session, 2)
+        assert len(counts.statements) == 1
+        assert counts.statements[0].startswith("INSERT")
+        assert counts.done["commit"] == 1
+
+
+def test_start_of_a_known_key_is_an_insert_and_a_select(engine: Engine, session_factory: Sessions) -> None:
+    with session_factory.begin() as session:
+        booking.options(key="k").start(session, 1)
+    with counting(engine) as counts, session_factory.begin() as session:
+        booking.options(key="k").start(session, 2)
+    assert len(counts.statements) == 2
+
+
+def test_start_many_is_one_statement(engine: Engine, session_factory: Sessions) -> None:
+    with session_factory.begin() as session:
+        start_many(session, [booking.bind(0)])
+    with counting(engine) as counts, session_factory.begin() as session:
+        start_many(session, (booking.bind(number) for number in range(1_000)))
+    assert len(counts.statements) == 1
+
+
+@pytest.mark.parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)
+@pytest.mark.parametrize("steps", [0, 1])
+async def test_worker_carries_out_many_workflows_in_few_commits(
+    async_engine: AsyncEngine, async_session_factory: AsyncSessions, steps: int
+) -> None:
+    count = 400
+    async with async_session_factory.begin() as session:
+        ids = await start_many(session, (telling.bind(number, steps) for number in range(count)))
+    with counting(async_engine.sync_engine) as counts:
+        worker = Worker(asynchronous, async_sessionmaker=async_session_factory, concurrency=100, poll_interval=POLL)
+        async with worker:
+            for each in ids:
+                await telling.handle(async_session_factory, each).result(timeout=PATIENCE)
+    claims = [each for each in counts.statements if "claimable" in each]
+    checkpoints = [each for each in counts.statements if ".step" in each and "INSERT" in each]
+    finishes = [each for each in counts.statements if "finished_at=" in each and "UPDATE" in each and "owned" in each]
+    # 400 workflows by 100 slots: alone, each would take three commits, 1,200 of them.
+    assert len(finishes) <= count / 4
+    assert len(checkpoints) <= (count / 4 if steps else 0)
+    assert len(claims) <= count / 2
+
+
+@pytest.mark.parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)
+async def test_last_checkpoint_and_completion_share_one_commit(
+    async_engine: AsyncEngine, async_session_factory: AsyncSessions
+) -> None:
+    async with async_session_factory.begin() as session:
+        workflow_id = (await telling.start(session, 1, 3)).id
+    async with Worker(asynchronous, async_sessionmaker=async_session_factory, poll_interval=POLL):
+        await telling.handle(async_session_factory, workflow_id).result(timeout=PATIENCE)
+    async with async_session_factory() as session:
+        step_xids = (await session.scalars(text("SELECT xmin::text FROM durable.step ORDER BY position"))).all()
+        finish = (await session.scalars(text("SELECT xmin::text FROM durable.workflow"))).one()
+    assert step_xids[-1] == finish
+    assert len(set(step_xids)) == 3
+
+
+def test_idle_worker_costs_one_claim_a_poll(engine: Engine, session_factory: Sessions) -> None:
+    polled = threading.Semaphore(0)
+
+    def claimed(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        if "claimable" in statement:
+            polled.release()
+
+    worker = Worker(durable, sessionmaker=session_factory, poll_interval=POLL)
+    event.listen(engine, "after_cursor_execute", claimed)
+    with counting(engine) as counts, worker:
+        for _ in range(10):
+            assert polled.acquire(timeout=30)
+    event.remove(engine, "after_cursor_execute", claimed)
+    claims = [each for each in counts.statements if "claimable" in each]
+    # A claim, and at most once a poll the reclaim and the timers; the rest is the start and the end.
+    assert len(counts.statements) <= 3 * len(claims) + 15

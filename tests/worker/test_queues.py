@@ -1,0 +1,139 @@
+"""Which workflow a worker takes next."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqla_durable import Durable, Queue, Worker, Workflow, WorkflowStatus, start_many
+from tests.acceptance.shells import PATIENCE, POLL
+
+Sessions = sessionmaker[Session]
+
+
+class Log:
+    """Workflows that note the order in which they are executed."""
+
+    def __init__(self, queue: str = "default") -> None:
+        self.durable = Durable()
+        self.order: list[str] = []
+
+        def note(name: str) -> None:
+            self.order.append(name)
+
+        self.note = self.durable.workflow(note, queue=queue)
+
+    def work_until_finished(self, maker: Sessions, count: int, **options: object) -> None:
+        with Worker(self.durable, sessionmaker=maker, poll_interval=POLL, concurrency=1, **options):  # type: ignore[arg-type]  # pyright: ignore
+            with maker() as session:
+                ids = session.scalars(select(Workflow.id)).all()
+            for each in ids[:count]:
+                self.note.handle(maker, each).result(timeout=PATIENCE)
+
+
+# behaviour: Q1
+def test_first_in_is_first_out_within_a_priority(session_factory: Sessions) -> None:
+    log = Log()
+    priorities = {"c1": 5, "a1": -5, "b1": 0, "a2": -5, "c2": 5, "b2": 0, "b3": 0}
+    for name, priority in priorities.items():
+        with session_factory.begin() as session:
+            log.note.options(priority=priority).start(session, name)
+    log.work_until_finished(session_factory, len(priorities))
+    assert log.order == ["a1", "a2", "b1", "b2", "b3", "c1", "c2"]
+
+
+# behaviour: Q1
+def test_order_of_one_start_many_is_kept(session_factory: Sessions) -> None:
+    log = Log()
+    names = [f"n{number}" for number in range(20)]
+    with session_factory.begin() as session:
+        start_many(session, (log.note.bind(name) for name in names))
+    log.work_until_finished(session_factory, len(names))
+    assert log.order == names
+
+
+# behaviour: Q9
+def test_worker_claims_from_its_queues_only(session_factory: Sessions) -> None:
+    log = Log()
+    with session_factory.begin() as session:
+        log.note.options(queue="mine").start(session, "mine")
+        other = log.note.options(queue="not yet there").start(session, "other").id
+    with Worker(log.durable, sessionmaker=session_factory, poll_interval=POLL, queues=["mine"]):
+        with session_factory.begin() as session:
+            last = log.note.options(queue="mine").start(session, "last").id
+        log.note.handle(session_factory, last).result(timeout=PATIENCE)
+    assert log.order == ["mine", "last"]
+    with session_factory() as session:
+        assert session.get_one(Workflow, other).status is WorkflowStatus.PENDING
+
+
+def test_queues_of_the_workflows_are_the_default(session_factory: Sessions) -> None:
+    assert Worker(Log("shipping").durable, sessionmaker=session_factory).queues == ["default", "shipping"]
+    assert Worker(Durable(), sessionmaker=session_factory, queues="one").queues == ["one"]
+
+
+@pytest.mark.parametrize("queues", [[], "", " ", ["a", " "]])
+def test_blank_queues_are_refused(session_factory: Sessions, queues: list[str] | str) -> None:
+    with pytest.raises(ValueError, match="names no queue: give at least one, or leave it out"):
+        Worker(Durable(), sessionmaker=session_factory, queues=queues)
+
+
+def test_paused_queue_is_passed_over_until_it_is_resumed(session_factory: Sessions) -> None:
+    log = Log()
+    with session_factory.begin() as session:
+        session.add(Queue(name="paused", paused_at=session.scalar(select(func.statement_timestamp()))))
+        paused = log.note.options(queue="paused", priority=-9).start(session, "paused").id
+        open_id = log.note.start(session, "open").id
+    with Worker(log.durable, sessionmaker=session_factory, poll_interval=POLL, queues=["default", "paused"]):
+        log.note.handle(session_factory, open_id).result(timeout=PATIENCE)
+        with session_factory.begin() as session:
+            assert session.get_one(Workflow, paused).status is WorkflowStatus.PENDING
+            session.get_one(Queue, "paused").paused_at = None
+        log.note.handle(session_factory, paused).result(timeout=PATIENCE)
+    assert log.order == ["open", "paused"]
+
+
+# behaviour: Q12
+def test_claim_is_bounded_by_free_slots(session_factory: Sessions) -> None:
+    durable = Durable()
+    running = threading.Semaphore(0)
+    go_on = threading.Event()
+
+    @durable.workflow
+    def hold() -> None:
+        running.release()
+        assert go_on.wait(60)
+
+    with session_factory.begin() as session:
+        ids = [hold.start(session).id for _ in range(7)]
+    with Worker(durable, sessionmaker=session_factory, poll_interval=POLL, concurrency=3):
+        for _ in range(3):
+            assert running.acquire(timeout=30)
+        with session_factory() as session:
+            counts = select(Workflow.status, func.count()).group_by(Workflow.status)
+            assert dict(session.execute(counts).all()) == {
+                WorkflowStatus.RUNNING: 3,
+                WorkflowStatus.PENDING: 4,
+            }
+        go_on.set()
+        for each in ids:
+            hold.handle(session_factory, each).result(timeout=PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"concurrency": 0}, "concurrency=0 is too small: at least 1"),
+        ({"transactions": 0}, "transactions=0 is too small"),
+        ({"max_attempts": 0}, "max_attempts=0 is too small"),
+        ({"lease": timedelta()}, "lease=.* is not a duration"),
+        ({"poll_interval": timedelta(-1)}, "poll_interval=.* is not a duration"),
+    ],
+)
+def test_settings_out_of_range_are_refused(session_factory: Sessions, setting: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Worker(Durable(), sessionmaker=session_factory, **setting)  # type: ignore[arg-type]  # pyright: ignore
