@@ -12,6 +12,8 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy.exc import DBAPIError
+
 from sqla_durable.codec import dump
 
 _TEXT_LIMIT = 32_000
@@ -23,6 +25,18 @@ class RecordedTraceback(Exception):
 
     def __str__(self) -> str:
         return f'\n"""\n{self.args[0]}"""'
+
+
+class RecordedDriverError(Exception):
+    """What a database driver raised, as the `orig` of a recorded SQLAlchemy error.
+
+    Attributes:
+        sqlstate: PostgreSQL's code of the error.
+    """
+
+    def __init__(self, text: str, sqlstate: str | None) -> None:
+        super().__init__(text)
+        self.sqlstate = sqlstate
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +64,8 @@ class Failure:
         return cls(
             type=f"{kind.__module__}:{kind.__qualname__}",
             message=_clean(_message(error)),
-            args=_storable(list(error.args)),
-            state=_storable(_attributes(error)),
+            args=[] if isinstance(error, DBAPIError) else _storable(list(error.args)),
+            state=_of_driver(error) if isinstance(error, DBAPIError) else _storable(_attributes(error)),
             traceback=_clean("".join(traceback.format_exception(error, limit=-50))),
         )
 
@@ -90,9 +104,7 @@ class Failure:
         if kind is None or self.args is None or self.state is None:
             return None
         try:
-            error = kind.__new__(kind, *self.args)
-            error.args = tuple(self.args)
-            error.__dict__.update(self.state)
+            error = _rebuilt(kind, self.args, self.state)
             str(error)
         except Exception:
             return None
@@ -102,6 +114,22 @@ class Failure:
     def cause(self) -> RecordedTraceback:
         """Give the recorded traceback as an exception to raise from."""
         return RecordedTraceback(self.traceback)
+
+
+def _rebuilt(kind: type[Exception], args: list[Any], state: dict[str, Any]) -> Exception:
+    if issubclass(kind, DBAPIError):
+        return kind(state.get("statement"), None, RecordedDriverError(state.get("text", ""), state.get("sqlstate")))
+    error = kind.__new__(kind, *args)
+    error.args = tuple(args)
+    error.__dict__.update(state)
+    return error
+
+
+def _of_driver(error: DBAPIError) -> dict[str, Any]:
+    """Give what is kept of a database error: not its parameters, which may be secret."""
+    code = getattr(error.orig, "sqlstate", None)
+    statement = None if error.statement is None else _clean(error.statement)
+    return {"statement": statement, "text": _clean(_message(error.orig or error)), "sqlstate": code}
 
 
 def _attributes(error: BaseException) -> dict[str, Any]:

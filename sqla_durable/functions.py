@@ -22,13 +22,13 @@ from sqla_durable.errors import DefinitionError, SessionError, StepOutsideWorkfl
 from sqla_durable.handle import AsyncHandle, Handle
 from sqla_durable.models import Workflow
 from sqla_durable.operations.runtime import StepCall
-from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition
+from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition, require_name
 from sqla_durable.retry import Tries
 from sqla_durable.start import BoundWorkflow, StartOptions, bind, start
 from sqla_durable.store import schema
 
 P = ParamSpec("P")
-R = TypeVar("R")
+R = TypeVar("R", covariant=True)
 
 
 def perform(definition: StepDefinition, key: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -69,10 +69,9 @@ class _Step(_Durable[P, R]):
         """Give the step with an explicit key: its identity in the workflow, instead of name and occurrence.
 
         Raises:
-            DefinitionError: the key is blank.
+            DefinitionError: the key is blank, or contains one of the marks of occurrences.
         """
-        if not key.strip():
-            raise DefinitionError(f"key={key!r} of step {self.name!r} is blank: give it a name of its own.")
+        require_name(key, what=f"key of step {self.name!r}")
         return type(self)(self.definition, key)
 
     def _perform(self, *args: Any, **kwargs: Any) -> Any:

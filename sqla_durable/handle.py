@@ -16,12 +16,13 @@ from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
+from sqla_durable.checks import require_duration
 from sqla_durable.errors import ResultTimeoutError, SyncAsyncError
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.store import schema, workflows
 
-R = TypeVar("R")
+R = TypeVar("R", covariant=True)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.25
 
@@ -39,10 +40,13 @@ class _BaseHandle(Generic[R]):
         """Read the outcome; None while there is none."""
         schema.require(session)
         standing = workflows.standing(session, self.workflow_id)
+        self._definition.require_record(standing.name, self.workflow_id)
         return Outcome(standing) if standing.status.finished else None
 
     def _pauses(self, timeout: timedelta | None) -> Iterator[float]:
         """Give the pauses between polls; end with the error when the time is up."""
+        if timeout is not None:
+            require_duration(timeout, "timeout")
         deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
         pause = _FIRST_PAUSE
         while deadline is None or time.monotonic() < deadline:
@@ -78,6 +82,9 @@ class Handle(_BaseHandle[R]):
             WorkflowCancelledError, MaxAttemptsError: it was cancelled, or its workers died too often.
             ResultTimeoutError: it has no outcome yet.
             WorkflowNotFoundError: there is no such workflow, or its start is not committed.
+            ArgumentError: the record is of another workflow.
+            DecodingError: the recorded result does not fit the annotation that the code has now.
+            SchemaError, SessionError: the database does not hold the tables.
             SyncAsyncError: this was called in a running event loop, which it would block.
         """
         refuse_event_loop("Handle.result()", "await AsyncHandle.result(), from checkout.handle(async_session, ...)")

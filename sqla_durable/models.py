@@ -179,14 +179,15 @@ class Workflow(Base):
         return value
 
     def __repr__(self) -> str:
-        return f"<Workflow {self.name!r} {self.status or WorkflowStatus.PENDING} {self.id}>"
+        return _shown(self, "name", "status", "id")
 
 
 class Step(Base):
     """The checkpoint of one step: its outcome, recorded once and returned on every replay.
 
     `key` is the step's identity in its workflow: name and occurrence (`charge`, `charge#2`), or an explicit key.
-    `attempt` is the workflow's attempt that recorded it, `attempts` how many tries it took, `position` the order in
+    `attempt` is the workflow's attempt that recorded it, `attempts` how many tries it took in
+    that attempt, `position` the order in
     which the workflow called it.
     """
 
@@ -220,7 +221,7 @@ class Step(Base):
     )
 
     def __repr__(self) -> str:
-        return f"<Step {self.key!r} {self.status} of {self.workflow_id}>"
+        return _shown(self, "key", "status", "workflow_id")
 
 
 class Queue(Base):
@@ -235,7 +236,7 @@ class Queue(Base):
     __table_args__ = (CheckConstraint("name ~ '[^[:space:]]'", name="name"),)
 
     def __repr__(self) -> str:
-        return f"<Queue {self.name!r}{' paused' if self.paused_at else ''}>"
+        return _shown(self, "name", "paused_at")
 
 
 class Worker(Base):
@@ -261,7 +262,16 @@ class Worker(Base):
     __table_args__ = (CheckConstraint("lease_expires_at > heartbeat_at", name="lease"),)
 
     def __repr__(self) -> str:
-        return f"<Worker {self.name!r} {self.id}>"
+        return _shown(self, "name", "id")
+
+
+def _shown(record: Base, *attributes: str) -> str:
+    """Show what is loaded, and the primary key of what has expired: a repr must not go to the database."""
+    state = inspect(record)
+    values = {name: state.dict[name] for name in attributes if state.dict.get(name) is not None}
+    loaded = [repr(value) if name in ("name", "key") else str(value) for name, value in values.items()]
+    known = loaded or [str(each) for each in state.identity or ()]
+    return f"<{type(record).__name__} {' '.join(known)}>"
 
 
 metadata = Base.metadata

@@ -8,15 +8,18 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from sqla_durable.checks import fault_in
 from sqla_durable.codec import DEFAULT_LIMIT, ArgumentsCodec, Codec
 from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError
 from sqla_durable.retry import RetryPolicy
@@ -169,6 +172,18 @@ class WorkflowDefinition:
         bound = inspect.BoundArguments(self.signature, dict(arguments))
         return self.fn(*bound.args, **bound.kwargs)
 
+    def require_record(self, name: str, workflow_id: UUID) -> None:
+        """Refuse the record of another workflow.
+
+        Raises:
+            ArgumentError: the record has another name.
+        """
+        if name != self.name:
+            raise ArgumentError(
+                f"the record {workflow_id} is of workflow {name!r}, not of {self.name!r}: use the function that it was "
+                "started with."
+            )
+
     def _options_hint(self, kwargs: Mapping[str, object]) -> str:
         options = sorted({"key", "queue", "priority", "delay", "at"} & kwargs.keys() - self.signature.parameters.keys())
         if not options:
@@ -230,11 +245,23 @@ def _name_of(fn: Callable[..., Any], given: str | None, *, what: str) -> str:
     if not callable(fn):
         raise DefinitionError(f"a {what} is made of a function, got {fn!r}.")
     name = given if given is not None else getattr(fn, "__name__", "")
-    if name == "<lambda>" or not name.strip():
+    if given is None and name in ("", "<lambda>"):
         raise DefinitionError(f"{fn!r} has no name to record it by: give the {what} one with name=...")
-    if any(character in name for character in _FORBIDDEN):
-        raise DefinitionError(f"the {what} name {name!r} contains one of {_FORBIDDEN!r}, which mark occurrences.")
+    require_name(name, what=f"{what} name")
     return name
+
+
+def require_name(name: str, *, what: str) -> None:
+    """Refuse what cannot be recorded as a name, or could be taken for an occurrence of another.
+
+    Raises:
+        DefinitionError: it is not a text, is blank, cannot be stored, or contains one of the marks of occurrences.
+    """
+    fault = fault_in(name)
+    if fault is not None:
+        raise DefinitionError(f"the {what} is {name!r}, which {fault}: give it a name of its own.")
+    if any(character in name for character in _FORBIDDEN):
+        raise DefinitionError(f"the {what} {name!r} contains one of {_FORBIDDEN!r}, which mark occurrences.")
 
 
 def _function_of(fn: Callable[..., Any]) -> Any:
@@ -272,7 +299,10 @@ def _session_kind(fn: Callable[..., Any]) -> SessionKind:
         inspect.Parameter.KEYWORD_ONLY,
     ):
         return SessionKind.NONE
-    annotation = parameters[0].annotation
+    return _kind_of(parameters[0].annotation, fn)
+
+
+def _kind_of(annotation: Any, fn: Callable[..., Any]) -> SessionKind:
     for _ in range(2):  # a quoted annotation under `from __future__ import annotations` is quoted twice
         if isinstance(annotation, str):
             annotation = _evaluated(annotation, _function_of(fn))
@@ -280,7 +310,16 @@ def _session_kind(fn: Callable[..., Any]) -> SessionKind:
         return SessionKind.SYNC
     if isinstance(annotation, type) and issubclass(annotation, AsyncSession):
         return SessionKind.ASYNC
+    if any(_kind_of(each, fn) is not SessionKind.NONE for each in _union_members(annotation)):
+        raise DefinitionError(
+            f"the first parameter of {fn!r} is annotated {annotation!r}: a session is injected always, so "
+            "annotate it as Session or AsyncSession alone."
+        )
     return SessionKind.NONE
+
+
+def _union_members(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
 
 
 def _evaluated(annotation: str, function: Callable[..., Any]) -> Any:

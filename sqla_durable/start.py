@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
+from sqla_durable.checks import fault_in, require_duration
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 from sqla_durable.registry import WorkflowDefinition
@@ -46,11 +47,16 @@ class StartOptions:
     def __post_init__(self) -> None:
         for name in ("key", "queue"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, str) or not value.strip() or "\0" in value):
-                raise ArgumentError(f"{name}={value!r} is not a name: give a text that is not blank.")
+            fault = None if value is None else fault_in(value)
+            if fault is not None:
+                raise ArgumentError(f"{name}={value!r} {fault}: give a text that is not blank.")
         integral = isinstance(self.priority, int)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not integral or abs(self.priority) > _SMALLINT:
             raise ArgumentError(f"priority={self.priority!r} is not an integer from {-_SMALLINT:,} to {_SMALLINT:,}.")
+        if self.delay is not None:
+            require_duration(self.delay, "delay")
+        if self.at is not None and not isinstance(self.at, datetime):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError(f"at={self.at!r} is not a datetime.")
         if self.delay is not None and self.at is not None:
             raise ArgumentError(f"delay={self.delay!r} and at={self.at!r} contradict each other: give one of them.")
         if self.at is not None and self.at.tzinfo is None:
@@ -133,10 +139,16 @@ def start_many(
 
 def _start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]:
     schema.require(session)
-    given = [each.new for each in bound]
+    given = [_checked(each).new for each in bound]
     # In the order of keys over all statements: two callers with the same keys must not wait for each other.
     ordered = iter(sorted(given, key=lambda new: (new.key or "", new.name)))
     ids: dict[UUID, UUID] = {}
     while batch := list(islice(ordered, _BATCH)):
         ids |= zip((new.id for new in batch), workflows.insert_many(session, batch), strict=True)
     return [ids[new.id] for new in given]
+
+
+def _checked(bound: BoundWorkflow) -> BoundWorkflow:
+    if not isinstance(bound, BoundWorkflow):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentError(f"start_many() takes what workflow.bind(...) gives, got {bound!r}. Nothing was started.")
+    return bound

@@ -26,7 +26,7 @@ FLOORS = (
     {"context"},
     {"operations"},
     {"registry", "store", "failure", "migrations"},
-    {"models", "codec", "retry", "_programs"},
+    {"models", "codec", "retry", "_programs", "checks"},
     {"errors", "status"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -57,7 +57,6 @@ def optional(session: Session | None) -> None: ...
         (unannotated, SessionKind.NONE),  # pyright: ignore[reportUnknownArgumentType]
         (keyword_only, SessionKind.NONE),
         (variadic, SessionKind.NONE),
-        (optional, SessionKind.NONE),
         (Client().book, SessionKind.SYNC),
         (Client().fetch, SessionKind.NONE),
         (len, SessionKind.NONE),
@@ -196,10 +195,10 @@ def test_step_decorated_in_a_class_is_refused() -> None:
     assert "make the step of the bound method instead" in str(error)
 
 
-@pytest.mark.parametrize("key", ["", " "])
-def test_blank_step_key_is_refused(key: str) -> None:
+@pytest.mark.parametrize("key", ["", " ", "a\0", "\ud800", "reserve#2", "1/reserve"])
+def test_step_key_that_is_no_name_is_refused(key: str) -> None:
     step = Durable().step(plain)
-    with pytest.raises(DefinitionError, match=r"key=.* of step 'plain' is blank"):
+    with pytest.raises(DefinitionError, match=r"the key of step 'plain'"):
         step.options(key=key)
 
 
@@ -211,3 +210,8 @@ class Later:
     """Defined after the function that names it."""
 
     x: int
+
+
+def test_session_that_might_be_none_is_refused() -> None:
+    with pytest.raises(DefinitionError, match=r"the first parameter of .*optional.* is annotated .*Session.*None"):
+        Durable().step(optional)

@@ -12,8 +12,8 @@ from typing import Annotated, NoReturn
 import typer
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from sqla_durable.cli import worker
 from sqla_durable.cli.errors import CommandError
+from sqla_durable.cli.worker import worker
 from sqla_durable.errors import DurableError
 
 FAILED, WRONG_COMMAND = 1, 2
@@ -65,4 +65,4 @@ def _reason(error: SQLAlchemyError) -> str:
     return str(error.orig if isinstance(error, DBAPIError) else error)
 
 
-app.command("worker")(worker.worker)
+app.command("worker")(worker)

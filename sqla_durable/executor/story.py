@@ -71,17 +71,20 @@ class Story:
 
     async def _bring_to_end(self, definition: WorkflowDefinition, find: Callable[[Session], UUID]) -> Any:
         self.require_usable()
-        taken = await self.transact(lambda session: self._take(session, find))
+        taken = await self.transact(lambda session: self._take(session, definition, find))
         if isinstance(taken, Claimed):
             taken = await self._execute(definition, Attempt(taken))
         return taken.value(definition)
 
-    def _take(self, session: Session, find: Callable[[Session], UUID]) -> Claimed | Outcome:
+    def _take(
+        self, session: Session, definition: WorkflowDefinition, find: Callable[[Session], UUID]
+    ) -> Claimed | Outcome:
         """Claim the workflow, or give the outcome that it has."""
         schema.require(session)
         workflow_id = find(session)
         session.flush()
         standing = workflows.standing(session, workflow_id)
+        definition.require_record(standing.name, workflow_id)
         if standing.status is WorkflowStatus.RUNNING:
             workers.reclaim_one(session, workflow_id, max_attempts=MAX_ATTEMPTS)
             standing = workflows.standing(session, workflow_id)

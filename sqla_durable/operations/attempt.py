@@ -35,6 +35,7 @@ class Attempt:
         self._history: Mapping[str, Recorded] = claimed.history
         self._occurrences: Counter[str] = Counter()
         self._places: dict[str, object] = {}
+        self._keys: set[str] = set()
         self._visited = 0
         self._unfinished: dict[str, None] = {}
         self._stop: Callable[[], ControlFlow] | None = None
@@ -58,6 +59,11 @@ class Attempt:
         self._visited += 1
         self._occurrences[key or name] += 1
         position = Position(self._key(name, key), name, self._visited)
+        if position.key in self._keys:
+            raise UsageError(
+                f"the step key {position.key!r} is used twice in workflow {self.name!r}: change one of them."
+            )
+        self._keys.add(position.key)
         self._unfinished[position.key] = None
         return position
 

@@ -15,7 +15,7 @@ from sqla_durable.operations.boundary import Boundary
 from sqla_durable.operations.runtime import Runtime, StepCall
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import SessionKind, StepDefinition
-from sqla_durable.retry import is_outage
+from sqla_durable.retry import is_conflict, is_transient
 from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint, Recorded, Verdict, steps
 
@@ -189,8 +189,8 @@ class _Execution:
             seconds = self._transient.wait_before_next(error)
             if seconds is not None:
                 return seconds
-            if is_outage(error):
-                raise Interrupted(error)  # an outage is not the step's outcome
+            if isinstance(error, Exception) and is_transient(error) and not is_conflict(error):
+                raise Interrupted(error) from error  # an outage or an exhausted pool is not the step's outcome
         self._call.tries.failed(error)
         policy = self._call.definition.policy
         return None if policy is None else await policy.wait_before_next(self._call.tries)

@@ -57,7 +57,8 @@ def engine_of(session: Session) -> Engine:
             f"{session!r} is bound to {bind.dialect.name}: durable workflows need PostgreSQL, in the same database "
             "as the application's tables."
         )
-    return bind.engine
+    names = bind.get_execution_options().get("schema_translate_map")
+    return bind.engine.execution_options(schema_translate_map=names) if names else bind.engine
 
 
 def schema_of(session: Session) -> str:

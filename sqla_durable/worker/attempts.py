@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from sqla_durable.errors import AttemptLost, Released
+from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import run_blocking
 from sqla_durable.operations.workflow import run_workflow
 from sqla_durable.registry import Registry, WorkflowDefinition
-from sqla_durable.store import Claimed, Fence, workers, workflows
+from sqla_durable.store import Claimed, Completion, Fence, workers, workflows
 from sqla_durable.worker.database import Database, persistently
 from sqla_durable.worker.runtimes import LoopRuntime, Surroundings, ThreadRuntime
 
@@ -50,7 +51,6 @@ class Attempts:
         self._max_attempts = max_attempts
         self._running: dict[Fence, Running] = {}
         self.slot_freed = asyncio.Event()
-        self.executed = 0
 
     @property
     def free(self) -> int:
@@ -124,18 +124,17 @@ class Attempts:
             await self._abandon(attempt, error)
         finally:
             self._running.pop(attempt.fence, None)
-            self.executed += 1
             self.slot_freed.set()
 
     async def _to_its_end(self, attempt: Attempt) -> None:
         definition = self._definition(attempt)
         if not definition.is_async:
             runtime = ThreadRuntime(attempt, self._surroundings)
-            await self._surroundings.in_thread(lambda: _blocking(runtime, definition))
+            _tell(attempt, await self._surroundings.in_thread(lambda: _blocking(runtime, definition)))
             return
         on_loop = LoopRuntime(attempt, self._surroundings)
         try:
-            await run_workflow(on_loop, definition, lambda given: on_loop.body(definition, given))
+            _tell(attempt, await run_workflow(on_loop, definition, lambda given: on_loop.body(definition, given)))
         except (Released, asyncio.CancelledError):
             await on_loop.flush()
             raise
@@ -161,9 +160,18 @@ class Attempts:
         )
 
 
-def _blocking(runtime: ThreadRuntime, definition: WorkflowDefinition) -> None:
+def _tell(attempt: Attempt, completion: Completion) -> None:
+    failure = None if completion.error is None else Failure.from_text(completion.error)
+    if failure is None:
+        log.debug("workflow %s %s succeeded in attempt %d", attempt.name, attempt.workflow_id, attempt.number)
+    else:
+        where = attempt.name, attempt.workflow_id, attempt.number
+        log.warning("workflow %s %s failed in attempt %d: %s: %s", *where, failure.type, failure.message)
+
+
+def _blocking(runtime: ThreadRuntime, definition: WorkflowDefinition) -> Completion:
     try:
-        run_blocking(run_workflow(runtime, definition, lambda given: runtime.body(definition, given)))
+        return run_blocking(run_workflow(runtime, definition, lambda given: runtime.body(definition, given)))
     except Released:
         runtime.flush()
         raise

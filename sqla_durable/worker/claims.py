@@ -16,7 +16,7 @@ from sqla_durable.retry import ObstacleRetry
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Claimed, queues, workers, workflows
 from sqla_durable.worker.attempts import Attempts
-from sqla_durable.worker.database import Database, persistently
+from sqla_durable.worker.database import Database, first_line, persistently
 
 log = logging.getLogger("sqla_durable.worker")
 
@@ -89,7 +89,7 @@ class Claims:
                 seconds = again.wait_before_next(error)
                 if seconds is None:
                     raise
-                log.warning("claim: %s; trying again in %.1f s", str(error).splitlines()[0], seconds)
+                log.warning("claim: %s; trying again in %.1f s", first_line(error), seconds)
                 await asyncio.sleep(seconds)
                 await self.release_strays()
 
@@ -119,7 +119,7 @@ class Claims:
 
     def _tell(self, reclaimed: list[workers.Reclaimed]) -> None:
         if reclaimed:
-            log.warning("%d workflows were reclaimed from dead workers", len(reclaimed))
+            log.warning("workflows reclaimed from dead workers: %d", len(reclaimed))
         for each in reclaimed:
             if each.status is WorkflowStatus.FAILED:
                 log.error("workflow %s %s failed: too many of its workers died", each.name, each.workflow_id)

@@ -87,8 +87,13 @@ async def persistently(database: Database, statement: Callable[[Session], T], *,
             seconds = again.wait_before_next(error)
             if seconds is None:
                 raise
-            log.warning("%s: %s; trying again in %.1f s", what, str(error).splitlines()[0], seconds)
+            log.warning("%s: %s; trying again in %.1f s", what, first_line(error), seconds)
             await asyncio.sleep(seconds)
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of an error's text; some have none."""
+    return next(iter(str(error).splitlines()), "") or repr(error)
 
 
 async def _to_its_end(transaction: Coroutine[Any, Any, T]) -> T:

@@ -7,26 +7,25 @@ import logging
 import signal
 import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
 from uuid import UUID
 
-from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
 from sqla_durable.durable import Durable
-from sqla_durable.errors import DatabaseUnavailableError, SessionError
+from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, SessionError, UsageError
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.operations.transaction import require_transaction
-from sqla_durable.registry import SessionKind
 from sqla_durable.retry import is_unreachable
 from sqla_durable.store import schema, workers
+from sqla_durable.worker import settings
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.claims import Claims
 from sqla_durable.worker.database import Database, LoopDatabase, ThreadDatabase
@@ -36,8 +35,6 @@ from sqla_durable.worker.writer import Writer
 
 log = logging.getLogger("sqla_durable.worker")
 
-_OWN_CONNECTIONS = 4  # claim, writer, heartbeat, hand back
-
 
 class Worker:
     """Claims workflows from queues and executes them, sync and async ones together.
@@ -46,6 +43,8 @@ class Worker:
     worker = Worker(durable, sessionmaker=SessionLocal)
     worker.run()                      # until SIGTERM or SIGINT
     ```
+
+    A worker runs once. Entering it as a context manager waits until it has started, or raises what kept it from that.
 
     In an application that has an event loop, `async with worker:` runs it beside; `with worker:` runs it in a thread.
     A worker that dies is replaced by any other: what it had claimed is claimed again when its lease has run out, and
@@ -86,25 +85,29 @@ class Worker:
         max_attempts: int = 10,
         name: str | None = None,
     ) -> None:
+        if not isinstance(durable, Durable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise DefinitionError(f"a worker takes the Durable object whose workflows it executes, got {durable!r}.")
         self.id: UUID = uuid7()
         self.durable = durable
         self.sessionmaker = sessionmaker or durable.sessionmaker
         self.async_sessionmaker = async_sessionmaker or durable.async_sessionmaker
-        self.queues = _queues(durable, queues)
-        self.concurrency = _at_least(concurrency, 1, "concurrency")
-        self.transactions = transactions if transactions is None else _at_least(transactions, 1, "transactions")
-        self.lease = _positive(lease, "lease")
-        self.poll_interval = _positive(poll_interval, "poll_interval")
+        self.queues = settings.chosen_queues(durable, queues)
+        self.concurrency = settings.at_least(concurrency, 1, "concurrency")
+        self.transactions = transactions if transactions is None else settings.at_least(transactions, 1, "transactions")
+        self.lease = settings.positive(lease, "lease")
+        self.poll_interval = settings.positive(poll_interval, "poll_interval")
         self.grace = grace
-        self.max_attempts = _at_least(max_attempts, 1, "max_attempts")
+        self.max_attempts = settings.at_least(max_attempts, 1, "max_attempts")
         self.name = name
         self.left_behind = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = threading.Event()
         self._stopping = asyncio.Event()
+        self._started: Future[None] = Future()
         self._background: _Background | None = None
-        _require_sessionmakers(self)
-        _require_codecs(durable)
+        self._task: asyncio.Task[None] | None = None
+        settings.require_sessionmakers(durable, self.sessionmaker, self.async_sessionmaker)
+        settings.require_codecs(durable)
 
     def run(self) -> None:
         """Run until `stop` is called or, in the main thread, SIGTERM or SIGINT arrives; then leave in good order.
@@ -114,7 +117,9 @@ class Worker:
         Raises:
             SchemaError: the tables and this package do not fit together.
             DatabaseUnavailableError: the database cannot be reached at the start. Later outages are waited out.
+            SessionError: an engine is in AUTOCOMMIT, or the two sessionmakers lead to two databases.
             SyncAsyncError: an event loop is running in this thread.
+            UsageError: this worker has run already.
         """
         refuse_event_loop("Worker.run()", "await Worker.serve(), or use `async with worker:`")
         with asyncio.Runner() as runner:
@@ -122,6 +127,8 @@ class Worker:
 
     async def serve(self) -> None:
         """Run on the running event loop until `stop` is called. See `run`; signals are the caller's."""
+        if self._loop is not None or self._started.done():
+            raise UsageError(f"{self!r} has run already, and a worker runs once: make a new one.")
         self._loop = asyncio.get_running_loop()
         database = self._database()
         threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="sqla-durable")
@@ -142,6 +149,7 @@ class Worker:
     def __enter__(self) -> Self:
         self._background = _Background(self)
         self._background.start()
+        self._started.result()
         return self
 
     def __exit__(
@@ -152,13 +160,17 @@ class Worker:
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self.serve(), name="sqla-durable worker")
+        await asyncio.wait([self._task, asyncio.wrap_future(self._started)], return_when=asyncio.FIRST_COMPLETED)
+        if self._task.done():
+            await self._task
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-        await self._task
+        if self._task is not None:
+            await self._task
 
     async def _serve_until_signal(self) -> None:
         loop = asyncio.get_running_loop()
@@ -175,7 +187,12 @@ class Worker:
 
     async def _serve(self, database: Database, threads: ThreadPoolExecutor) -> None:
         heartbeat = Heartbeat(database, worker_id=self.id, queues=self.queues, lease=self.lease, name=self.name)
-        await self._begin(database, heartbeat)
+        try:
+            await self._begin(database, heartbeat)
+        except BaseException as error:
+            self._started.set_exception(error)
+            raise
+        self._started.set_result(None)
         writer = Writer(database)
         surroundings = self._surroundings(writer, threads)
         attempts = Attempts(
@@ -220,10 +237,14 @@ class Worker:
         except (DBAPIError, OSError) as error:
             if not is_unreachable(error):
                 raise
-            url = _engine_of(self).url.render_as_string(hide_password=True)
+            url = settings.engine_of(self.sessionmaker, self.async_sessionmaker).url.render_as_string(
+                hide_password=True
+            )
             raise DatabaseUnavailableError(
                 f"the database {url} cannot be reached: {error}. Check the URL, and that the server is running."
             ) from error
+        if not list(self.durable.registry):
+            log.warning("no workflows are registered here: is the module that defines them imported?")
         log.info(
             "worker %s: claims %s from %s",
             self.id,
@@ -257,7 +278,7 @@ class Worker:
             )
 
     def _database(self) -> Database:
-        engine = _engine_of(self)
+        engine = settings.engine_of(self.sessionmaker, self.async_sessionmaker)
         return LoopDatabase(engine) if engine.dialect.is_async else ThreadDatabase(engine)
 
     def _claims(self, database: Database, attempts: Attempts, heartbeat: Heartbeat) -> Claims:
@@ -273,7 +294,9 @@ class Worker:
         )
 
     def _surroundings(self, writer: Writer, threads: ThreadPoolExecutor) -> Surroundings:
-        places = self.transactions or _pool_capacity(_engine_of(self))
+        engines = [schema.engine_of(each().sync_session) for each in [self.async_sessionmaker] if each is not None]
+        engines += [schema.engine_of(each()) for each in [self.sessionmaker] if each is not None]
+        places = self.transactions or min(map(settings.pool_capacity, engines))
         return Surroundings(
             writer=writer,
             threads=threads,
@@ -308,64 +331,5 @@ class _Background:
         try:
             self._worker.run()
         except BaseException as error:
-            log.exception("the worker ended")
+            log.debug("the worker in the background ended", exc_info=True)
             self._error = error
-
-
-def _engine_of(worker: Worker) -> Engine:
-    """Give the engine for the worker's own statements: the async one if there is one, so that no thread is needed."""
-    if worker.async_sessionmaker is not None:
-        return schema.engine_of(worker.async_sessionmaker().sync_session)
-    assert worker.sessionmaker is not None  # noqa: S101 (checked when the worker was made)
-    return schema.engine_of(worker.sessionmaker())
-
-
-def _queues(durable: Durable, given: Iterable[str] | None) -> list[str]:
-    if given is None:
-        return sorted({"default"} | {each.queue for each in durable.registry})
-    chosen = [given] if isinstance(given, str) else sorted(set(given))
-    if not chosen or not all(each.strip() for each in chosen):
-        raise ValueError(f"queues={given!r} names no queue: give at least one, or leave it out.")
-    return chosen
-
-
-def _require_sessionmakers(worker: Worker) -> None:
-    if worker.sessionmaker is None and worker.async_sessionmaker is None:
-        raise SessionError(
-            "a worker needs a sessionmaker or an async_sessionmaker, here or in Durable(...): without, it has no "
-            "database."
-        )
-    for step in worker.durable.registry.steps():
-        if step.session is SessionKind.SYNC and worker.sessionmaker is None:
-            raise SessionError(f"step {step.name!r} takes a Session: give the worker a sessionmaker.")
-        if step.session is SessionKind.ASYNC and worker.async_sessionmaker is None:
-            raise SessionError(f"step {step.name!r} takes an AsyncSession: give the worker an async_sessionmaker.")
-
-
-def _require_codecs(durable: Durable) -> None:
-    """Find annotations that cannot be stored now, and not in the middle of a workflow."""
-    for workflow in durable.registry:
-        _ = workflow.arguments, workflow.result
-    for step in durable.registry.steps():
-        _ = step.result
-
-
-def _pool_capacity(engine: Engine) -> int:
-    """Give how many connections steps may hold so that the pool has some left for the worker itself."""
-    size = getattr(engine.pool, "size", None)
-    if size is None:
-        return 10  # NullPool and its like set no limit of their own
-    overflow = int(getattr(engine.pool, "_max_overflow", 0))
-    return 32 if overflow < 0 else max(1, min(32, size() + overflow - _OWN_CONNECTIONS))
-
-
-def _at_least(value: int, least: int, name: str) -> int:
-    if value < least:
-        raise ValueError(f"{name}={value!r} is too small: at least {least}.")
-    return value
-
-
-def _positive(value: timedelta, name: str) -> timedelta:
-    if value <= timedelta():
-        raise ValueError(f"{name}={value!r} is not a duration: give a timedelta longer than zero.")
-    return value

@@ -26,7 +26,7 @@ log = logging.getLogger("sqla_durable.worker")
 Ticket: TypeAlias = "asyncio.Future[None] | concurrent.futures.Future[None]"
 
 _BATCH = 500
-_RETRY_LOCKED = 0.02
+_SHORTEST_RETRY, _LONGEST_RETRY = 0.02, 1.0
 
 
 @dataclass(slots=True)
@@ -73,9 +73,9 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[Write] = []
         self._delayed: list[Write] = []
+        self._retry = _SHORTEST_RETRY
         self._arrived = asyncio.Event()
         self._closed = False
-        self.commits = 0
 
     def submit(self, row: Checkpoint | Completion, *, after: Sequence[Ticket] = ()) -> asyncio.Future[None]:
         """Record a row; the future ends when it is committed, with `AttemptLost`, or with `EncodingError`.
@@ -147,7 +147,8 @@ class Writer:
 
     def _delay(self, writes: list[Write]) -> None:
         if not self._delayed:
-            self._loop.call_later(_RETRY_LOCKED, self._try_delayed)
+            self._loop.call_later(self._retry, self._try_delayed)
+            self._retry = min(2 * self._retry, _LONGEST_RETRY)
         self._delayed += writes
 
     def _try_delayed(self) -> None:
@@ -163,13 +164,14 @@ class Writer:
         except Exception as error:
             await self._split(batch, error)
             return
-        self.commits += 1
         for write in settled.written:
             write.settle()
         for write in settled.lost:
             write.settle(AttemptLost(write.fence.workflow_id))
         if settled.locked:
             self._delay(settled.locked)
+        elif not self._delayed:
+            self._retry = _SHORTEST_RETRY
 
     async def _split(self, batch: list[Write], error: Exception) -> None:
         """Find the workflow whose row the database refuses; it fails alone."""

@@ -16,10 +16,10 @@ from sqla_durable.errors import (
     AttemptLostError,
     EncodingError,
     SessionError,
-    StepFailedError,
     StepOutsideWorkflowError,
     StepTransactionError,
 )
+from sqla_durable.failure import RecordedDriverError
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 from tests.support.domain import Entry
@@ -127,10 +127,10 @@ def test_error_of_the_database_in_a_step_is_the_steps_error(shell: Shell, app: A
     async def broken() -> None:
         await breaking()
 
-    with pytest.raises(StepFailedError, match="violates not-null constraint") as caught:
+    with pytest.raises(IntegrityError, match="violates not-null constraint") as caught:
         shell.run(app.workflow(broken))
-    # The driver's own exception inside cannot travel, so neither can this one.
-    assert caught.value.error_type == "sqlalchemy.exc:IntegrityError"
+    assert isinstance(caught.value.orig, RecordedDriverError)
+    assert caught.value.orig.sqlstate == "23502"
     assert _entries(shell) == []
     record = shell.one(_only_workflow(shell))
     assert record.status is WorkflowStatus.FAILED

@@ -16,7 +16,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"(?P<note><!-- shown, tested in (?P<where>\S+) -->\n)?```(?P<kind>python|output)\n(?P<text>.*?)```", re.S)
+BLOCK = re.compile(
+    r"(?P<note><!-- shown, tested in (?P<where>\S+) -->\n)?```(?P<kind>python|output)\n(?P<text>.*?)```", re.S
+)
 
 
 def blocks(page: Path, kind: str) -> list[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import timedelta
 from functools import partial
 from uuid import UUID
 
@@ -136,8 +137,9 @@ def test_what_is_due_is_woken_once_in_its_place(engine: Engine) -> None:
         for seconds in (3_600, -1, -10):
             session.execute(
                 text(
-                    "INSERT INTO durable.workflow (name, status, wake_at) VALUES "
-                    "('checkout', 'suspended', statement_timestamp() + make_interval(secs => :seconds))"
+                    "INSERT INTO durable.workflow (name, status, wake_at, enqueued_at) VALUES "
+                    "('checkout', 'suspended', statement_timestamp() + make_interval(secs => :seconds), "
+                    "statement_timestamp() - interval '5 s')"
                 ),
                 {"seconds": seconds},
             )
@@ -148,9 +150,11 @@ def test_what_is_due_is_woken_once_in_its_place(engine: Engine) -> None:
         one.session.commit()
         other.session.rollback()
         assert workflows.wake_due(other.session, limit=10) == 0
-        rows = other.session.scalars(select(Workflow).order_by(Workflow.enqueued_at)).all()
-    assert [each.status for each in rows].count(WorkflowStatus.PENDING) == 2
-    assert rows[0].wake_at is None
+        woken = select(Workflow).where(Workflow.status == WorkflowStatus.PENDING).order_by(Workflow.enqueued_at)
+        early, late = other.session.scalars(woken).all()
+    assert (early.wake_at, late.wake_at) == (None, None)
+    # The one that was due before it was enqueued stands where it was enqueued, the other where it was due.
+    assert timedelta(seconds=3) < late.enqueued_at - early.enqueued_at < timedelta(seconds=5)
 
 
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])

@@ -47,7 +47,9 @@ def demo(
 
 def main() -> None:
     """Run the demo; SIGTERM ends it as Ctrl-C does, with everything it started."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Both: a shell that starts it in the background has SIGINT ignored.
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.default_int_handler)
     try:
         typer.run(demo)
     except KeyboardInterrupt:

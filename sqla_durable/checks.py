@@ -1,0 +1,32 @@
+"""What names and durations that users give must be. Values of workflows and steps are the business of `codec`."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from sqla_durable.errors import ArgumentError
+
+
+def fault_in(text: object) -> str | None:
+    """Say why something cannot be stored as a name; None when it can."""
+    if not isinstance(text, str):
+        return "is not a text"
+    if not text.strip():
+        return "is blank"
+    if "\0" in text:
+        return "holds a NUL character, which PostgreSQL does not store"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "holds a lone surrogate, which UTF-8 does not have"
+    return None
+
+
+def require_duration(value: object, name: str) -> None:
+    """Refuse what is not a `timedelta`.
+
+    Raises:
+        ArgumentError: it is something else, such as a number of seconds.
+    """
+    if not isinstance(value, timedelta):
+        raise ArgumentError(f"{name}={value!r} is not a timedelta: write, for example, timedelta(seconds=5).")

@@ -1,0 +1,96 @@
+"""What a worker's settings must be, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqla_durable.checks import require_duration
+from sqla_durable.durable import Durable
+from sqla_durable.errors import SessionError
+from sqla_durable.registry import SessionKind
+from sqla_durable.store import schema
+
+_OWN_CONNECTIONS = 4  # claim, writer, heartbeat, release
+
+
+def engine_of(sync: sessionmaker[Session] | None, asynchronous: async_sessionmaker[AsyncSession] | None) -> Engine:
+    """Give the engine for the worker's own statements: the async one if there is one, so that no thread is needed."""
+    if asynchronous is not None:
+        return schema.engine_of(asynchronous().sync_session)
+    assert sync is not None  # noqa: S101 (checked when the worker was made)
+    return schema.engine_of(sync())
+
+
+def chosen_queues(durable: Durable, given: Iterable[str] | None) -> list[str]:
+    """Give the queues to claim from; by default those of the workflows that are known."""
+    if given is None:
+        return sorted({"default"} | {each.queue for each in durable.registry})
+    chosen = [given] if isinstance(given, str) else sorted(set(given))
+    if not chosen or not all(each.strip() for each in chosen):
+        raise ValueError(f"queues={given!r} names no queue: give at least one, or leave it out.")
+    return chosen
+
+
+def require_sessionmakers(
+    durable: Durable,
+    sync: sessionmaker[Session] | None,
+    asynchronous: async_sessionmaker[AsyncSession] | None,
+) -> None:
+    """Refuse a worker that could not open the sessions that its steps take."""
+    require_type(sync, sessionmaker, "sessionmaker")
+    require_type(asynchronous, async_sessionmaker, "async_sessionmaker")
+    if sync is None and asynchronous is None:
+        raise SessionError(
+            "a worker needs a sessionmaker or an async_sessionmaker, here or in Durable(...): without, it has no "
+            "database."
+        )
+    for step in durable.registry.steps():
+        if step.session is SessionKind.SYNC and sync is None:
+            raise SessionError(f"step {step.name!r} takes a Session: give the worker a sessionmaker.")
+        if step.session is SessionKind.ASYNC and asynchronous is None:
+            raise SessionError(f"step {step.name!r} takes an AsyncSession: give the worker an async_sessionmaker.")
+
+
+def require_type(given: object, kind: type, name: str) -> None:
+    """Refuse an engine, a session or a scoped session where a factory of sessions is needed."""
+    if given is not None and not isinstance(given, kind):
+        raise SessionError(
+            f"{name}={given!r} is not a {kind.__name__}: pass the factory, such as {kind.__name__}(engine)."
+        )
+
+
+def require_codecs(durable: Durable) -> None:
+    """Find annotations that cannot be stored now, and not in the middle of a workflow."""
+    for workflow in durable.registry:
+        _ = workflow.arguments, workflow.result
+    for step in durable.registry.steps():
+        _ = step.result
+
+
+def pool_capacity(engine: Engine) -> int:
+    """Give how many connections steps may hold so that the pool has some left for the worker itself."""
+    size = getattr(engine.pool, "size", None)
+    if size is None:
+        return 10  # NullPool and its like set no limit of their own
+    overflow = int(getattr(engine.pool, "_max_overflow", 0))
+    return 32 if overflow < 0 else max(1, min(32, size() + overflow - _OWN_CONNECTIONS))
+
+
+def at_least(value: int, least: int, name: str) -> int:
+    """Refuse a number that is too small."""
+    if value < least:
+        raise ValueError(f"{name}={value!r} is too small: at least {least}.")
+    return value
+
+
+def positive(value: timedelta, name: str) -> timedelta:
+    """Refuse what is not a duration."""
+    require_duration(value, name)
+    if value <= timedelta():
+        raise ValueError(f"{name}={value!r} is not a duration: give a timedelta longer than zero.")
+    return value
