@@ -7,6 +7,7 @@ SQLA_DURABLE_TEST_URL a server that runs already. The controller starts it, the 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import AsyncGenerator, Generator
 from typing import Any, Protocol
 
@@ -99,7 +100,15 @@ def engine(database_url: str, durable_schema: str) -> Generator[Engine]:
     """A sync engine of `database_url`, translated to `durable_schema`."""
     engine = create_engine(database_url)
     yield translated(engine, durable_schema)
+    _join_workers()
     engine.dispose()
+
+
+def _join_workers() -> None:
+    """Wait for threads that a stopped worker has left behind: they give their connections back to the pool."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("sqla-durable"):
+            thread.join(10)
 
 
 @pytest.fixture
