@@ -12,7 +12,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from sqla_durable.cli import database, target
+import sqla_durable.cli.database as database
+import sqla_durable.cli.target as target
 from sqla_durable.cli.errors import CommandError
 from sqla_durable.worker import Worker
 

@@ -19,13 +19,13 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
+import sqla_durable.worker.settings as settings
 from sqla_durable.durable import Durable
 from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, SessionError, UsageError
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.operations.transaction import require_transaction
 from sqla_durable.retry import is_unreachable
 from sqla_durable.store import schema, workers
-from sqla_durable.worker import settings
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.claims import Claims
 from sqla_durable.worker.database import Database, LoopDatabase, ThreadDatabase
@@ -146,6 +146,11 @@ class Worker:
             with suppress(RuntimeError):  # the loop has ended in between
                 self._loop.call_soon_threadsafe(self._stopping.set)
 
+    def refuse_start(self, error: BaseException) -> None:
+        """Tell whoever waits for the start that there will be none."""
+        if not self._started.done():
+            self._started.set_exception(error)
+
     def __enter__(self) -> Self:
         self._background = _Background(self)
         self._background.start()
@@ -187,11 +192,7 @@ class Worker:
 
     async def _serve(self, database: Database, threads: ThreadPoolExecutor) -> None:
         heartbeat = Heartbeat(database, worker_id=self.id, queues=self.queues, lease=self.lease, name=self.name)
-        try:
-            await self._begin(database, heartbeat)
-        except BaseException as error:
-            self._started.set_exception(error)
-            raise
+        await self._begin(database, heartbeat)
         self._started.set_result(None)
         writer = Writer(database)
         surroundings = self._surroundings(writer, threads)
@@ -333,3 +334,4 @@ class _Background:
         except BaseException as error:
             log.debug("the worker in the background ended", exc_info=True)
             self._error = error
+            self._worker.refuse_start(error)

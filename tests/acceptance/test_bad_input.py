@@ -594,3 +594,10 @@ def test_step_arguments_may_be_anything(session_factory: Sessions) -> None:
     with session_factory() as session:
         assert Executor(session).run(asking) == 7
         assert session.scalars(select(Step.output)).all() == [7]
+
+
+def test_worker_in_the_background_that_cannot_start_says_so_at_once() -> None:
+    engine = create_engine("sqlite://")
+    with pytest.raises(SessionError, match="is bound to sqlite"), Worker(Durable(), sessionmaker=sessionmaker(engine)):
+        pytest.fail("it has not started")
+    engine.dispose()
