@@ -17,6 +17,7 @@ from sqla_durable.functions import (
     WorkflowFunction,
 )
 from sqla_durable.handle import AsyncHandle, Handle
+from sqla_durable.management import cancel, resume
 from sqla_durable.models import Queue, Step, Workflow, metadata
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
 from sqla_durable.status import StepStatus, WorkflowStatus
@@ -43,11 +44,13 @@ __all__ = [
     "Workflow",
     "WorkflowFunction",
     "WorkflowStatus",
+    "cancel",
     "current",
     "errors",
     "metadata",
     "migrations",
     "models",
+    "resume",
     "run_step",
     "start_many",
 ]

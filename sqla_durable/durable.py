@@ -18,7 +18,7 @@ from sqla_durable.functions import (
     WorkflowFunction,
     perform,
 )
-from sqla_durable.registry import Registry, SessionKind, StepDefinition, WorkflowDefinition
+from sqla_durable.registry import IsolationLevel, Registry, SessionKind, StepDefinition, WorkflowDefinition
 from sqla_durable.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
 
 P = ParamSpec("P")
@@ -109,6 +109,7 @@ class Durable:
         retry: RetryPredicate | None = None,
         stop: StopPredicate | None = None,
         wait: WaitFunction | None = None,
+        isolation_level: IsolationLevel | None = None,
     ) -> AsyncTransactionalStep[P, R]: ...
 
     @overload
@@ -121,6 +122,7 @@ class Durable:
         retry: RetryPredicate | None = None,
         stop: StopPredicate | None = None,
         wait: WaitFunction | None = None,
+        isolation_level: IsolationLevel | None = None,
     ) -> TransactionalStep[P, R]: ...
 
     @overload
@@ -133,6 +135,7 @@ class Durable:
         retry: RetryPredicate | None = None,
         stop: StopPredicate | None = None,
         wait: WaitFunction | None = None,
+        isolation_level: IsolationLevel | None = None,
     ) -> AsyncStepFunction[P, R]: ...
 
     @overload
@@ -145,6 +148,7 @@ class Durable:
         retry: RetryPredicate | None = None,
         stop: StopPredicate | None = None,
         wait: WaitFunction | None = None,
+        isolation_level: IsolationLevel | None = None,
     ) -> StepFunction[P, R]: ...
 
     @overload
@@ -156,6 +160,7 @@ class Durable:
         retry: RetryPredicate | None = None,
         stop: StopPredicate | None = None,
         wait: WaitFunction | None = None,
+        isolation_level: IsolationLevel | None = None,
     ) -> StepDecorator: ...
 
     def step(
@@ -167,6 +172,7 @@ class Durable:
         retry: RetryPredicate | None = None,
         stop: StopPredicate | None = None,
         wait: WaitFunction | None = None,
+        isolation_level: IsolationLevel | None = None,
     ) -> Any:
         """Make a function a step, as a decorator with or without options, or at run time of any callable.
 
@@ -179,12 +185,16 @@ class Durable:
             name: the step's identity in its workflow, with its occurrence; by default the function's own name.
             retry: a tenacity predicate: which outcomes call for another try. By default any `Exception`.
             stop: a tenacity stop: when to give up. By default never, once any of the three is given.
-            wait: a tenacity wait: seconds before the next try. By default exponential with jitter, up to 60 s.
+            wait: a tenacity wait: seconds before the next try. By default exponential with jitter, up to 60 s. Failed
+                tries are recorded, and after a second of failing the workflow waits as a row; see docs, "Retries".
+            isolation_level: of a transactional step's transaction; by default the engine's. Serialization failures
+                and deadlocks are tried again in any case, the whole step each time.
 
         Raises:
             DefinitionError: the function cannot be a step, or another one has the name.
         """
-        decorator = StepDecorator(self, name=name, policy=RetryPolicy.of(retry=retry, stop=stop, wait=wait))
+        policy = RetryPolicy.of(retry=retry, stop=stop, wait=wait)
+        decorator = StepDecorator(self, name=name, policy=policy, isolation_level=isolation_level)
         return decorator if fn is None else decorator(fn)
 
 
@@ -214,10 +224,18 @@ class WorkflowDecorator:
 class StepDecorator:
     """What `durable.step(...)` gives when it has options only."""
 
-    def __init__(self, durable: Durable, *, name: str | None, policy: RetryPolicy | None) -> None:
+    def __init__(
+        self,
+        durable: Durable,
+        *,
+        name: str | None,
+        policy: RetryPolicy | None,
+        isolation_level: IsolationLevel | None,
+    ) -> None:
         self._durable = durable
         self._name = name
         self._policy = policy
+        self._isolation_level = isolation_level
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
@@ -238,7 +256,13 @@ class StepDecorator:
     def __call__(self, fn: Callable[..., Any], /) -> Any:
         """Make the function a step."""
         durable = self._durable
-        definition = StepDefinition.of(fn, name=self._name, policy=self._policy, limit=durable.payload_limit)
+        definition = StepDefinition.of(
+            fn,
+            name=self._name,
+            policy=self._policy,
+            limit=durable.payload_limit,
+            isolation_level=self._isolation_level,
+        )
         durable.registry.add_step(definition)
         return _STEP_CLASSES[definition.session, definition.is_async](definition)
 

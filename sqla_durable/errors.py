@@ -33,6 +33,7 @@ DurableError
 ControlFlow(BaseException)        unwinds a workflow function; never an error of the user's
 ├── AttemptLost                   the fence refused a write: another attempt owns the workflow, or it was cancelled
 ├── Interrupted                   an executor lost its database in the middle
+├── Suspended                     the workflow waits for a time, as a row
 └── Released                      the worker is stopping and hands the workflow back
 ```
 """
@@ -250,6 +251,10 @@ class Interrupted(ControlFlow):
     def __init__(self, error: Exception) -> None:
         super().__init__(error)
         self.error = error
+
+
+class Suspended(ControlFlow):
+    """The workflow is parked: its row says when it goes on, and its replay will come back to where it waits."""
 
 
 class Released(ControlFlow):

@@ -95,6 +95,8 @@ class Workflow(Base):
     A row is enough to start one: `INSERT INTO durable.workflow (name, input) VALUES ('checkout', '{"order_id": 1}')`.
     Arguments are stored by parameter name. `token` identifies the attempt that may write while the workflow is running,
     and that finished it. `priority` is served lowest first. A suspended workflow with `wake_at` waits for that time.
+    `attempt` counts up when a worker dies; `crashes` counts its last attempts in a row whose worker died before they
+    had recorded a step.
     """
 
     __tablename__ = "workflow"
@@ -109,6 +111,7 @@ class Workflow(Base):
     output: Mapped[Any | None] = mapped_column(JSONB)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     attempt: Mapped[int] = mapped_column(Integer, server_default="1")
+    crashes: Mapped[int] = mapped_column(SmallInteger, server_default="0")
     token: Mapped[UUID | None]
     worker_id: Mapped[UUID | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
@@ -133,7 +136,7 @@ class Workflow(Base):
             "status IN ('pending', 'running', 'suspended', 'succeeded', 'failed', 'cancelled')", name="status"
         ),
         CheckConstraint("jsonb_typeof(input) = 'object'", name="input"),
-        CheckConstraint("attempt >= 1", name="attempt"),
+        CheckConstraint("attempt >= 1 AND crashes BETWEEN 0 AND attempt", name="attempt"),
         CheckConstraint(
             "CASE status WHEN 'running' THEN token IS NOT NULL "
             "WHEN 'pending' THEN token IS NULL WHEN 'suspended' THEN token IS NULL ELSE true END",
@@ -186,9 +189,9 @@ class Step(Base):
     """The checkpoint of one step: its outcome, recorded once and returned on every replay.
 
     `key` is the step's identity in its workflow: name and occurrence (`charge`, `charge#2`), or an explicit key.
-    `attempt` is the workflow's attempt that recorded it, `attempts` how many tries it took in
-    that attempt, `position` the order in
-    which the workflow called it.
+    `attempt` is the workflow's attempt that recorded it, `attempts` how many tries it took, those of earlier attempts
+    included, `position` the order in which the workflow called it. While a step is `retrying`, `error` is that of its
+    last try and `wake_at` the time of the next one; the row becomes the outcome's when there is one.
     """
 
     __tablename__ = "step"
@@ -204,18 +207,20 @@ class Step(Base):
     attempts: Mapped[int] = mapped_column(Integer, server_default="1")
     started_at: Mapped[datetime]
     finished_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
+    wake_at: Mapped[datetime | None]
 
     workflow: Mapped[Workflow] = relationship(back_populates="steps")
 
     __table_args__ = (
         CheckConstraint("key ~ '[^[:space:]]'", name="key"),
-        CheckConstraint("status IN ('succeeded', 'failed')", name="status"),
+        CheckConstraint("status IN ('retrying', 'succeeded', 'failed')", name="status"),
         CheckConstraint("(status = 'succeeded') = (output IS NOT NULL)", name="output"),
         CheckConstraint(
             "CASE WHEN error IS NULL THEN status <> 'failed' "
-            "ELSE status = 'failed' AND jsonb_typeof(error) = 'object' AND error ? 'type' END",
+            "ELSE status IN ('retrying', 'failed') AND jsonb_typeof(error) = 'object' AND error ? 'type' END",
             name="error",
         ),
+        CheckConstraint("(status = 'retrying') = (wake_at IS NOT NULL)", name="wake"),
         CheckConstraint("position >= 1 AND attempt >= 1 AND attempts >= 1", name="counts"),
         CheckConstraint("finished_at >= started_at", name="times"),
     )

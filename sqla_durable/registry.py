@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -25,6 +25,9 @@ from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowE
 from sqla_durable.retry import RetryPolicy
 
 _FORBIDDEN = "#/"
+IsolationLevel: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
+ISOLATION_LEVELS: tuple[str, ...] = get_args(IsolationLevel)
+"""What a transactional step may ask for, the weakest first."""
 
 
 class SessionKind(Enum):
@@ -50,6 +53,7 @@ class StepDefinition:
     session: SessionKind
     policy: RetryPolicy | None = None
     limit: int = DEFAULT_LIMIT
+    isolation_level: str | None = None
 
     @classmethod
     def of(
@@ -59,11 +63,13 @@ class StepDefinition:
         name: str | None = None,
         policy: RetryPolicy | None = None,
         limit: int = DEFAULT_LIMIT,
+        isolation_level: str | None = None,
     ) -> StepDefinition:
         """Describe a function, a bound method or any other callable.
 
         Raises:
-            DefinitionError: it has no usable name, or mixes a sync session with async code.
+            DefinitionError: it has no usable name, mixes a sync session with async code, or asks for an isolation
+                level that it cannot have.
         """
         definition = cls(
             name=_name_of(fn, name, what="step"),
@@ -72,8 +78,10 @@ class StepDefinition:
             session=_session_kind(fn),
             policy=policy,
             limit=limit,
+            isolation_level=isolation_level,
         )
         _refuse_mixed(definition)
+        _refuse_isolation(definition)
         return definition
 
     @functools.cached_property
@@ -345,6 +353,21 @@ def _refuse_mixed(definition: StepDefinition) -> None:
         raise DefinitionError(
             f"step {definition.name!r} is def and takes an AsyncSession, which can only be awaited: "
             "make it async def, or take a Session."
+        )
+
+
+def _refuse_isolation(definition: StepDefinition) -> None:
+    if definition.isolation_level is None:
+        return
+    if definition.isolation_level not in ISOLATION_LEVELS:
+        raise DefinitionError(
+            f"step {definition.name!r} asks for isolation_level={definition.isolation_level!r}: it can have "
+            f"{', '.join(map(repr, ISOLATION_LEVELS))}."
+        )
+    if definition.session is SessionKind.NONE:
+        raise DefinitionError(
+            f"step {definition.name!r} asks for isolation_level={definition.isolation_level!r} and takes no session: "
+            "only a step that takes a Session or an AsyncSession has a transaction."
         )
 
 

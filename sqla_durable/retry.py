@@ -26,7 +26,8 @@ WaitFunction: TypeAlias = Callable[[RetryCallState], float]
 _CONFLICTS = frozenset({"40001", "40P01"})
 # connection_exception, operator_intervention but for query_canceled, too_many_connections, read_only_sql_transaction
 # (a primary that was replaced), idle_in_transaction_session_timeout. Source: PostgreSQL manual, appendix A.
-_OUTAGES = ("08", "57P", "53300", "25006", "25P03")
+_READ_ONLY = "25006"
+_OUTAGES = ("08", "57P", "53300", _READ_ONLY, "25P03")
 # insufficient_resources, object_not_in_prerequisite_state (a lock_timeout), operator_intervention (query_canceled, a
 # statement_timeout), system_error, insufficient_privilege, undefined_table, invalid_schema_name: about the server and
 # its settings, and not about the values that a statement of ours carries.
@@ -71,13 +72,15 @@ class RetryPolicy:
     async def wait_before_next(self, tries: Tries) -> float | None:
         """Give the seconds to wait before the next try, or None when the last outcome stands."""
         state = tries.state()
-        verdict = self.retry(state)
-        if inspect.isawaitable(verdict):
-            verdict = await verdict
-        if not verdict or self.stop(state):
-            return None
+        if not tries.asked_again:
+            verdict = self.retry(state)
+            if inspect.isawaitable(verdict):
+                verdict = await verdict
+            if not verdict:
+                return None
+        # In tenacity's order: `stop_before_delay` looks at the wait that is to come.
         state.upcoming_sleep = self.wait(state)
-        return state.upcoming_sleep
+        return None if self.stop(state) else state.upcoming_sleep
 
 
 class Tries:
@@ -88,9 +91,23 @@ class Tries:
         self._began = time.monotonic()
         self._outcome: tenacity.Future | None = None
 
+    @property
+    def asked_again(self) -> bool:
+        """Whether the last try raised `tenacity.TryAgain`, which asks for another whatever the predicate says."""
+        return self._outcome is not None and isinstance(self._outcome.exception(), tenacity.TryAgain)
+
+    def resume(self, *, count: int, age: float) -> None:
+        """Go on counting where an earlier attempt was: `count` tries, the first of which began `age` seconds ago."""
+        self.count = count
+        self._began = time.monotonic() - age
+
     def begin(self) -> None:
         """Count another try."""
         self.count += 1
+
+    def forget(self) -> None:
+        """Count the last try out again: the database undid it, and it was not the step's doing."""
+        self.count -= 1
 
     def failed(self, error: BaseException) -> None:
         """Note that the last try raised."""
@@ -169,8 +186,18 @@ def is_outage(error: BaseException) -> TypeGuard[DBAPIError]:
         return False
     state = sqlstate(error)
     if error.connection_invalidated or state is None:
-        return error.connection_invalidated or isinstance(error, OperationalError)
+        return error.connection_invalidated or isinstance(error, OperationalError) or _finds_no_primary(error)
     return state.startswith(_OUTAGES)
+
+
+def _finds_no_primary(error: DBAPIError) -> bool:
+    """Tell whether asyncpg found no server with the `target_session_attrs` of the URL: in a failover there is none."""
+    return type(getattr(error.orig, "__cause__", None)).__name__ == "TargetServerAttributeNotMatched"
+
+
+def is_demoted(error: BaseException) -> bool:
+    """Tell whether the server has become a standby: the connection is sound, and useless for us."""
+    return isinstance(error, DBAPIError) and sqlstate(error) == _READ_ONLY
 
 
 def is_obstacle(error: BaseException) -> bool:

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 from sqla_durable.context import Context
 from sqla_durable.errors import UsageError
-from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.runtime import StepCall, run_blocking
 from sqla_durable.operations.step import run_step
 from sqla_durable.operations.transaction import StepTransaction
-from sqla_durable.registry import SessionKind, WorkflowDefinition
+from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition
 from sqla_durable.retry import TransientRetry
 from sqla_durable.store import Checkpoint, Completion
 
@@ -33,7 +33,11 @@ class BaseRuntime(ABC):
 
     @abstractmethod
     async def pause(self, seconds: float) -> None:
-        """Wait before another try."""
+        """Wait a moment in memory."""
+
+    @abstractmethod
+    async def wait(self, position: Position, wait: Wait) -> None:
+        """Wait until an operation goes on."""
 
     @abstractmethod
     async def settle(self) -> None:
@@ -44,7 +48,7 @@ class BaseRuntime(ABC):
         """Record a checkpoint."""
 
     @abstractmethod
-    async def begin(self, kind: SessionKind) -> StepTransaction:
+    async def begin(self, step: StepDefinition) -> StepTransaction:
         """Open the transaction of a step."""
 
     @abstractmethod

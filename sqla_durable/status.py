@@ -13,12 +13,14 @@ class WorkflowStatus(StrEnum):
 
     ```
     pending ──claim──► running ──► succeeded | failed
-       ▲                 │  ▲
-       │ release,        │  │
-       └─── reclaim ─────┤  └── (claim)
-                         ▼
-                     suspended ──wake──► pending
+       ▲                 │
+       │ release,        │
+       ├─── reclaim ─────┤
+       │                 │ park, reclaim after several crashes
+       │                 ▼
+       └──── wake ── suspended
     pending, running, suspended ──cancel──► cancelled
+    cancelled, failed for its crashes ──resume──► pending
     ```
     """
 
@@ -36,8 +38,9 @@ class WorkflowStatus(StrEnum):
 
 
 class StepStatus(StrEnum):
-    """How a step ended. A step without a row has not ended."""
+    """Where a step stands. One without a row has not ended its first try; `retrying` waits for its next one."""
 
+    RETRYING = "retrying"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
 

@@ -21,6 +21,7 @@ FLOORS = (
     {"worker"},
     {"executor"},
     {"durable"},
+    {"management"},
     {"functions"},
     {"start", "handle", "runtime"},
     {"context"},

@@ -13,10 +13,10 @@ from sqlalchemy.util import await_only
 from typing_extensions import override
 
 from sqla_durable.errors import AttemptLost
-from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.runtime import StepCall
 from sqla_durable.operations.transaction import HeldTransaction, StepTransaction, in_session
-from sqla_durable.registry import SessionKind
+from sqla_durable.registry import StepDefinition
 from sqla_durable.retry import TransientRetry
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.store import Checkpoint, Completion, Verdict, steps, workflows
@@ -27,12 +27,17 @@ class Writing(Protocol):
 
     session: Session | AsyncSession
 
-    def transaction(self) -> StepTransaction:
+    @property
+    def longest_pause(self) -> float:
+        """How many seconds may pass before the lease is to be extended."""
+        ...
+
+    def transaction(self, *, isolation_level: str | None = None) -> StepTransaction:
         """Give a transaction that is not yet begun."""
         ...
 
     async def write(self, statement: Callable[[Session], None]) -> None:
-        """Write what the engine records."""
+        """Write what the engine records, and extend the lease if it is time."""
 
     def close_lease(self, session: Session) -> None:
         """Own nothing any more."""
@@ -58,6 +63,12 @@ class BlockingInline(BlockingRuntime):
         time.sleep(seconds)  # noqa: ASYNC251 (the blocking shell: no event loop runs it)
 
     @override
+    async def wait(self, position: Position, wait: Wait) -> None:
+        while wait.seconds > 0:
+            await self.pause(min(wait.seconds, self._story.longest_pause))
+            await self._story.write(_nothing)
+
+    @override
     async def settle(self) -> None:
         self.attempt.proceed()
 
@@ -66,8 +77,8 @@ class BlockingInline(BlockingRuntime):
         await self._story.write(lambda session: _record(session, checkpoint))
 
     @override
-    async def begin(self, kind: SessionKind) -> StepTransaction:
-        transaction = self._story.transaction()
+    async def begin(self, step: StepDefinition) -> StepTransaction:
+        transaction = self._story.transaction(isolation_level=step.isolation_level)
         await transaction.begin()
         return transaction
 
@@ -101,6 +112,13 @@ class AsyncInline(AsyncRuntime):
         await asyncio.sleep(seconds)
 
     @override
+    async def wait(self, position: Position, wait: Wait) -> None:
+        while wait.seconds > 0:
+            await self.pause(min(wait.seconds, self._story.longest_pause))
+            async with self._lock:
+                await self._story.write(_nothing)
+
+    @override
     async def settle(self) -> None:
         self.attempt.proceed()
 
@@ -110,9 +128,10 @@ class AsyncInline(AsyncRuntime):
             await self._story.write(lambda session: _record(session, checkpoint))
 
     @override
-    async def begin(self, kind: SessionKind) -> StepTransaction:
+    async def begin(self, step: StepDefinition) -> StepTransaction:
         await self._lock.acquire()
-        transaction = HeldTransaction(self._story.transaction(), self._lock.release)
+        inner = self._story.transaction(isolation_level=step.isolation_level)
+        transaction = HeldTransaction(inner, self._lock.release)
         await transaction.begin()
         return transaction
 
@@ -132,6 +151,10 @@ class AsyncInline(AsyncRuntime):
     @override
     def transient_retry(self) -> TransientRetry:
         return self._story.transient_retry()
+
+
+def _nothing(_session: Session) -> None:
+    """Write nothing: the transaction extends the lease."""
 
 
 def _record(session: Session, checkpoint: Checkpoint) -> None:

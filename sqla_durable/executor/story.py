@@ -36,11 +36,9 @@ from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.retry import TransientRetry, is_transient
 from sqla_durable.start import BoundWorkflow, start
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import Claimed, queues, schema, workers, workflows
+from sqla_durable.store import Claimed, crashes, queues, schema, workers, workflows
 
 T = TypeVar("T")
-
-MAX_ATTEMPTS = 10
 
 
 class Story:
@@ -86,7 +84,7 @@ class Story:
         standing = workflows.standing(session, workflow_id)
         definition.require_record(standing.name, workflow_id)
         if standing.status is WorkflowStatus.RUNNING:
-            workers.reclaim_one(session, workflow_id, max_attempts=MAX_ATTEMPTS)
+            crashes.reclaim_one(session, workflow_id, max_attempts=crashes.DEFAULT_MAX_ATTEMPTS)
             standing = workflows.standing(session, workflow_id)
         if standing.status.finished:
             return Outcome(standing)
@@ -144,7 +142,12 @@ class Story:
             else:
                 return
 
-    def transaction(self) -> StepTransaction:
+    @property
+    def longest_pause(self) -> float:
+        """How many seconds may pass before the lease is to be extended."""
+        return float("inf")
+
+    def transaction(self, *, isolation_level: str | None = None) -> StepTransaction:
         """Give a transaction that is not yet begun."""
         raise NotImplementedError
 
@@ -177,9 +180,14 @@ class CommittingStory(Story):
         self._lease = lease
         self._beat_at = 0.0
 
+    @property
     @override
-    def transaction(self) -> StepTransaction:
-        return _LeasedTransaction(self.session, self.extend_lease)
+    def longest_pause(self) -> float:
+        return self._lease.total_seconds() / 3
+
+    @override
+    def transaction(self, *, isolation_level: str | None = None) -> StepTransaction:
+        return _LeasedTransaction(self.session, self.extend_lease, isolation_level=isolation_level)
 
     @override
     def open_lease(self, session: Session) -> None:
@@ -233,8 +241,8 @@ class JoinedStory(Story):
     )
 
     @override
-    def transaction(self) -> StepTransaction:
-        return SavepointTransaction(self.session)
+    def transaction(self, *, isolation_level: str | None = None) -> StepTransaction:
+        return SavepointTransaction(self.session, isolation_level=isolation_level)
 
     @override
     def transient_retry(self) -> TransientRetry:
@@ -246,8 +254,14 @@ class JoinedStory(Story):
 
 
 class _LeasedTransaction(StepTransaction):
-    def __init__(self, injected: Session | AsyncSession, extend_lease: Callable[[Session], None]) -> None:
-        super().__init__(injected)
+    def __init__(
+        self,
+        injected: Session | AsyncSession,
+        extend_lease: Callable[[Session], None],
+        *,
+        isolation_level: str | None,
+    ) -> None:
+        super().__init__(injected, isolation_level=isolation_level)
         self._extend_lease = extend_lease
 
     async def commit(self) -> None:

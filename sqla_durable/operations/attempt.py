@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from uuid import UUID
 
-from sqla_durable.errors import ControlFlow, UnfinishedStepError, UsageError
+from sqla_durable.errors import ControlFlow, Suspended, UnfinishedStepError, UsageError
+from sqla_durable.status import StepStatus
 from sqla_durable.store import Claimed, Fence, Recorded
 
 
@@ -20,11 +23,30 @@ class Position:
     number: int
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """An operation that waits.
+
+    Attributes:
+        until: when it goes on, on the clock of `time.monotonic`.
+        in_memory_until: until when it may hold its place in the worker; what is longer is to be parked.
+    """
+
+    until: float
+    in_memory_until: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it still waits."""
+        return max(0.0, self.until - time.monotonic())
+
+
 class Attempt:
     """One execution of a workflow function.
 
     A step's key is its name and occurrence, given when the step is called and not when it ends, so that parallel
-    steps have the same keys on every replay, whichever is faster. Not thread-safe: the workflow's own code calls it.
+    steps have the same keys on every replay, whichever is faster. The workflow's own code visits, in one thread; the
+    steps that it has called may wait and leave in others.
     """
 
     def __init__(self, claimed: Claimed) -> None:
@@ -38,6 +60,8 @@ class Attempt:
         self._keys: set[str] = set()
         self._visited = 0
         self._unfinished: dict[str, None] = {}
+        self._waits: dict[str, Wait] = {}
+        self._parking = threading.Lock()
         self._stop: Callable[[], ControlFlow] | None = None
 
     @property
@@ -72,8 +96,34 @@ class Attempt:
         self._unfinished.pop(position.key, None)
 
     def recorded(self, position: Position) -> Recorded | None:
-        """Give the operation's checkpoint from an earlier attempt."""
-        return self._history.get(position.key)
+        """Give the operation's outcome from an earlier attempt."""
+        found = self._history.get(position.key)
+        return None if found is None or found.status is StepStatus.RETRYING else found
+
+    def tried(self, position: Position) -> Recorded | None:
+        """Give what earlier attempts recorded of an operation that has no outcome yet."""
+        found = self._history.get(position.key)
+        return found if found is not None and found.status is StepStatus.RETRYING else None
+
+    def wait(self, position: Position, wait: Wait) -> None:
+        """Note that an operation waits."""
+        self._waits[position.key] = wait
+
+    def go_on(self, position: Position) -> None:
+        """Note that an operation waits no longer."""
+        self._waits.pop(position.key, None)
+
+    def begin_parking(self) -> float | None:
+        """Give the seconds for which the workflow can be parked now, once; None: it stays in memory.
+
+        Only when every operation that it has called waits, and all of them for long enough: parking ends the others.
+        """
+        with self._parking:
+            waits = [self._waits.get(key) for key in list(self._unfinished)]
+            if self.stopped or any(each is None or each.until <= each.in_memory_until for each in waits):
+                return None
+            self.stop(Suspended)
+            return min(each.seconds for each in waits if each is not None)
 
     def idempotency_key(self, position: Position) -> str:
         """Give a text that is the same on every execution of this step, and of no other step."""
@@ -87,6 +137,11 @@ class Attempt:
     def stopped(self) -> bool:
         """Whether the attempt was told to end."""
         return self._stop is not None
+
+    @property
+    def parked(self) -> bool:
+        """Whether the attempt ends because its workflow is parked."""
+        return self._stop is Suspended
 
     def proceed(self) -> None:
         """Raise the signal with which the attempt is to end, if there is one."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from sqla_durable.errors import SyncAsyncError
-from sqla_durable.operations.attempt import Attempt, Position
+from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.transaction import StepTransaction
-from sqla_durable.registry import SessionKind, StepDefinition
+from sqla_durable.registry import StepDefinition
 from sqla_durable.retry import TransientRetry, Tries
 from sqla_durable.store import Checkpoint, Completion
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class StepCall:
-    """One call of a step in a workflow; `tries` counts its executions in this attempt."""
+    """One call of a step in a workflow; `tries` counts its executions, those of earlier attempts included."""
 
     definition: StepDefinition
     position: Position
@@ -39,7 +39,15 @@ class Runtime(Protocol):
         """Call the step's function, sync or async, with the injected arguments first."""
 
     async def pause(self, seconds: float) -> None:
-        """Wait before another try; may end early when the attempt is told to stop."""
+        """Wait a moment in memory; may end early when the attempt is told to stop."""
+
+    async def wait(self, position: Position, wait: Wait) -> None:
+        """Wait until an operation goes on: in memory, or as a row.
+
+        Raises:
+            Suspended: the workflow is parked, and what was recorded before is committed.
+            ControlFlow: the attempt is to end here.
+        """
 
     async def settle(self) -> None:
         """Return when everything recorded so far is committed.
@@ -51,8 +59,8 @@ class Runtime(Protocol):
     async def record(self, checkpoint: Checkpoint) -> None:
         """Record a checkpoint, durable at the latest when the next `settle` or `finish` returns."""
 
-    async def begin(self, kind: SessionKind) -> StepTransaction:
-        """Open the transaction of a step that takes this kind of session."""
+    async def begin(self, step: StepDefinition) -> StepTransaction:
+        """Open the transaction of a step, with the kind of session and the isolation level that it asks for."""
         ...
 
     async def finish(self, completion: Completion) -> None:

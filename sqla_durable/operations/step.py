@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from enum import Enum, auto
 from functools import partial
 from typing import Any, NoReturn
 
@@ -11,13 +13,17 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.errors import AttemptLost, DefinitionError, Interrupted, PayloadError, StepFailedError, UsageError
 from sqla_durable.failure import Failure
+from sqla_durable.operations.attempt import Wait
 from sqla_durable.operations.boundary import Boundary
 from sqla_durable.operations.runtime import Runtime, StepCall
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import SessionKind, StepDefinition
-from sqla_durable.retry import is_conflict, is_transient
+from sqla_durable.retry import is_conflict, is_demoted, is_transient
 from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint, Recorded, Verdict, steps
+
+_MOMENT = 1.0
+"""How long, in seconds, a failing step waits in memory before its waits become a row."""
 
 
 async def run_step(runtime: Runtime, call: StepCall) -> Any:
@@ -65,6 +71,26 @@ class _Again(Exception):
         self.seconds = seconds
 
 
+@dataclass(frozen=True, slots=True)
+class _Soon:
+    """The database undid the try: the next one follows in `seconds`, and nothing is recorded."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Later:
+    """The policy asks for another try in `seconds`; the failed one is recorded."""
+
+    seconds: float
+
+
+class _Final(Enum):
+    """The error is the step's outcome."""
+
+    FINAL = auto()
+
+
 class _AlreadyRecorded(Exception):
     """Another execution of the step has committed, or this one did and its acknowledgement was lost."""
 
@@ -82,9 +108,11 @@ class _Execution:
         self._transient = runtime.transient_retry()
         self._uncertain = False
         self._began = time.monotonic()
+        self._in_memory_until: float | None = None
 
     async def recorded(self) -> Recorded:
         """Try, and try again as the policy says; give the outcome as it was recorded."""
+        await self._take_up()
         while True:
             self._call.tries.begin()
             try:
@@ -92,11 +120,35 @@ class _Execution:
             except _AlreadyRecorded as settled:
                 return settled.checkpoint
             except (Exception, SystemExit) as error:  # sys.exit() in a step is the step's failure
-                seconds = await self._seconds_before_next(error)
-                if seconds is None:
-                    return await self._record_failure(error)
-            await self._runtime.pause(seconds)
-            self._attempt.proceed()
+                match await self._verdict(error):
+                    case _Soon(seconds):
+                        self._call.tries.forget()
+                        await self._runtime.pause(seconds)
+                        self._attempt.proceed()
+                    case _Later(seconds):
+                        await self._record_try(error, seconds)
+                        await self._wait(seconds)
+                    case _Final():
+                        return await self._record_failure(error)
+
+    async def _take_up(self) -> None:
+        """Go on with the tries where an earlier attempt has left them, and not before the next one is due."""
+        tried = self._attempt.tried(self._call.position)
+        if tried is not None:
+            self._call.tries.resume(count=tried.attempts, age=tried.age)
+            if tried.due_in > 0:
+                await self._wait(tried.due_in)
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait before the next try: in the first second of failing in memory, later as a row.
+
+        So a step that fails again and again leaves its place in the worker to others.
+        """
+        now = time.monotonic()
+        self._in_memory_until = self._in_memory_until or now + _MOMENT
+        wait = Wait(until=now + seconds, in_memory_until=self._in_memory_until)
+        await self._runtime.wait(self._call.position, wait)
+        await self._runtime.settle()
 
     async def _try(self) -> Recorded:
         if self._call.definition.session is SessionKind.NONE:
@@ -107,14 +159,14 @@ class _Execution:
             checkpoint = await self._within(transaction)
             self._uncertain = True  # from here on, an error may come after the commit
             await transaction.commit()
-        except BaseException:
-            await transaction.rollback()
+        except BaseException as error:
+            await (transaction.discard() if is_demoted(error) else transaction.rollback())
             raise
         return _as_recorded(checkpoint)
 
     async def _begin(self) -> StepTransaction:
         try:
-            return await self._runtime.begin(self._call.definition.session)
+            return await self._runtime.begin(self._call.definition)
         except OSError as error:  # asyncpg's, when it cannot connect: SQLAlchemy hands it on as it is
             raise OperationalError("BEGIN", None, error) from error
 
@@ -176,24 +228,30 @@ class _Execution:
             await self._runtime.pause(seconds)
             self._attempt.proceed()
 
-    async def _seconds_before_next(self, error: Exception | SystemExit) -> float | None:
-        """Decide on another try: None when the error is the step's outcome."""
+    async def _record_try(self, error: Exception | SystemExit, seconds: float) -> None:
+        """Record a failed try, so that a crash does not forget how many there were."""
+        text = None if isinstance(error, _Again) else Failure.of(error).to_json()
+        await self._runtime.record(self._checkpoint(StepStatus.RETRYING, error=text, delay=seconds))
+
+    async def _verdict(self, error: Exception | SystemExit) -> _Soon | _Later | _Final:
+        """Decide on another try."""
         match error:
             case _Again():
-                return error.seconds
+                return _Later(error.seconds)
             case PayloadError() | UsageError() | DefinitionError():
-                return None
+                return _Final.FINAL
             case _:
                 pass
         if self._call.definition.session is not SessionKind.NONE:
             seconds = self._transient.wait_before_next(error)
             if seconds is not None:
-                return seconds
+                return _Soon(seconds)
             if isinstance(error, Exception) and is_transient(error) and not is_conflict(error):
                 raise Interrupted(error) from error  # an outage or an exhausted pool is not the step's outcome
         self._call.tries.failed(error)
         policy = self._call.definition.policy
-        return None if policy is None else await policy.wait_before_next(self._call.tries)
+        seconds = None if policy is None else await policy.wait_before_next(self._call.tries)
+        return _Final.FINAL if seconds is None else _Later(seconds)
 
     async def _success(self, value: object) -> Checkpoint:
         self._call.tries.returned(value)
@@ -207,7 +265,9 @@ class _Execution:
     def _failure(self, error: Exception | SystemExit) -> Checkpoint:
         return self._checkpoint(StepStatus.FAILED, error=Failure.of(error).to_json())
 
-    def _checkpoint(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Checkpoint:
+    def _checkpoint(
+        self, status: StepStatus, *, output: str | None = None, error: str | None = None, delay: float | None = None
+    ) -> Checkpoint:
         return Checkpoint(
             fence=self._attempt.fence,
             key=self._call.position.key,
@@ -219,6 +279,7 @@ class _Execution:
             attempt=self._attempt.number,
             attempts=self._call.tries.count,
             elapsed=time.monotonic() - self._began,
+            delay=delay,
         )
 
 

@@ -7,6 +7,7 @@ differ in one line. Source: SQLAlchemy, "Synopsis - Core / ORM", Asynchronous I/
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from sqla_durable.errors import SessionError
 from sqla_durable.models import Workflow
+from sqla_durable.registry import ISOLATION_LEVELS
 
 T = TypeVar("T")
 
@@ -26,20 +28,21 @@ async def in_session(session: Session | AsyncSession, statement: Callable[[Sessi
 
 
 class StepTransaction:
-    """A transaction of the session that is given, from `begin` to `commit` or `rollback`.
+    """A transaction of the session that is given, from `begin` to `commit`, `rollback` or `discard`.
 
     Attributes:
         injected: the session, as the step's function gets it.
         session: the same, or the `Session` inside it.
     """
 
-    def __init__(self, injected: Session | AsyncSession) -> None:
+    def __init__(self, injected: Session | AsyncSession, *, isolation_level: str | None = None) -> None:
         self.injected = injected
         self.session = injected.sync_session if isinstance(injected, AsyncSession) else injected
+        self.isolation_level = isolation_level
 
     async def begin(self) -> None:
         """Begin, unless the session has begun already."""
-        await self.execute(_begin)
+        await self.execute(partial(_begin, isolation_level=self.isolation_level))
 
     async def execute(self, statement: Callable[[Session], T]) -> T:
         """Call a store function with the session."""
@@ -53,6 +56,10 @@ class StepTransaction:
         """Roll back."""
         await self.execute(Session.rollback)
 
+    async def discard(self) -> None:
+        """Roll back, and do not use the connection again where it is the engine's own."""
+        await self.rollback()
+
 
 class ClosingTransaction(StepTransaction):
     """A transaction of a session that lives only for it."""
@@ -65,6 +72,10 @@ class ClosingTransaction(StepTransaction):
         """Roll back, and close the session for good."""
         await self.execute(Session.close)
 
+    async def discard(self) -> None:
+        """Close the session and its connection for good."""
+        await self.execute(Session.invalidate)
+
 
 class SavepointTransaction(StepTransaction):
     """A savepoint inside the transaction that the caller has open."""
@@ -72,6 +83,12 @@ class SavepointTransaction(StepTransaction):
     async def begin(self) -> None:
         """Set the savepoint, after flushing what the caller has pending."""
         self._savepoint: SessionTransaction = await self.execute(Session.begin_nested)
+        if self.isolation_level is not None:
+            try:
+                await self.execute(partial(_require_isolation, isolation_level=self.isolation_level))
+            except BaseException:
+                await self.rollback()
+                raise
 
     async def commit(self) -> None:
         """Release the savepoint; durable when the caller commits."""
@@ -110,25 +127,46 @@ class HeldTransaction(StepTransaction):
         finally:
             self._release()
 
+    async def discard(self) -> None:
+        """Discard, and give the place back."""
+        try:
+            await self._inner.discard()
+        finally:
+            self._release()
 
-def _begin(session: Session) -> None:
+
+def _begin(session: Session, *, isolation_level: str | None) -> None:
     """Begin with the connection that the checkpoint needs: then a lost database is seen before the user's code."""
-    if not session.in_transaction():
+    begun_before = session.in_transaction()
+    if not begun_before:
         session.begin()
     try:
-        require_transaction(session)
+        if begun_before and isolation_level is not None:
+            _require_isolation(session, isolation_level=isolation_level)
+        require_transaction(session, isolation_level=None if begun_before else isolation_level)
     except BaseException:
         session.rollback()
         raise
 
 
-def require_transaction(session: Session) -> None:
-    """Refuse a session whose statements commit by themselves.
+def _require_isolation(session: Session, *, isolation_level: str) -> None:
+    """Refuse a transaction that has begun with a weaker level: PostgreSQL changes it only at the beginning."""
+    begun_with = session.connection(bind_arguments={"mapper": Workflow}).get_isolation_level()
+    if ISOLATION_LEVELS.index(begun_with) < ISOLATION_LEVELS.index(isolation_level):
+        raise SessionError(
+            f"a step asks for {isolation_level} and {session!r} is already in a transaction that is {begun_with}: "
+            f"begin it with session.connection(execution_options={{'isolation_level': {isolation_level!r}}})."
+        )
+
+
+def require_transaction(session: Session, *, isolation_level: str | None = None) -> None:
+    """Refuse a session whose statements commit by themselves; begin with this isolation level.
 
     Raises:
         SessionError: its engine is in AUTOCOMMIT.
     """
-    connection = session.connection(bind_arguments={"mapper": Workflow})
+    options = None if isolation_level is None else {"isolation_level": isolation_level}
+    connection = session.connection(bind_arguments={"mapper": Workflow}, execution_options=options)
     if getattr(connection.connection.dbapi_connection, "autocommit", False):
         raise SessionError(
             f"{session!r} is bound to an engine in AUTOCOMMIT, which commits each statement by itself: a step's writes "

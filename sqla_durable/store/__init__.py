@@ -1,9 +1,20 @@
 """Every SQL statement of this package, as functions of a `Session`; nothing here commits or opens a session.
 
-`schema` checks that the tables fit · `workflows` starts, finishes, releases and wakes · `queues` claims ·
-`steps` records checkpoints · `workers` holds leases and reclaims. The values that go in and out are below.
+`schema` checks that the tables fit · `workflows` starts, finishes, releases, parks and wakes · `queues` claims ·
+`steps` records checkpoints · `workers` holds leases · `crashes` takes back what dead workers had · `management` cancels
+and resumes. The values that go in and out are below.
 """
 
-from sqla_durable.store._rows import Checkpoint, Claimed, Completion, Fence, NewWorkflow, Recorded, Standing, Verdict
+from sqla_durable.store._rows import (
+    Checkpoint,
+    Claimed,
+    Completion,
+    Fence,
+    NewWorkflow,
+    Park,
+    Recorded,
+    Standing,
+    Verdict,
+)
 
-__all__ = ["Checkpoint", "Claimed", "Completion", "Fence", "NewWorkflow", "Recorded", "Standing", "Verdict"]
+__all__ = ["Checkpoint", "Claimed", "Completion", "Fence", "NewWorkflow", "Park", "Recorded", "Standing", "Verdict"]

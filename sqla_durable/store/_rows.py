@@ -50,7 +50,10 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The outcome of a step, to be recorded. `output` is JSON text, or `error` is; `elapsed` is in seconds."""
+    """The outcome of a step, or of a try that will be followed by another after `delay`, to be recorded.
+
+    `output` is JSON text, or `error` is; `elapsed` and `delay` are in seconds.
+    """
 
     fence: Fence
     key: str
@@ -62,11 +65,16 @@ class Checkpoint:
     attempt: int
     attempts: int
     elapsed: float
+    delay: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A recorded checkpoint, as a replay reads it: JSON text, decoded when the step is visited."""
+    """A recorded checkpoint, as a replay reads it: JSON text, decoded when the step is visited.
+
+    Of a step that is being tried again, `attempts` have failed, the first began `age` seconds before the record was
+    read, and the next is due in `due_in` seconds.
+    """
 
     key: str
     name: str
@@ -74,6 +82,17 @@ class Recorded:
     status: StepStatus
     output: str | None
     error: str | None
+    attempts: int = 1
+    age: float = 0.0
+    due_in: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Park:
+    """A workflow to be suspended by its own attempt; it is due again after `delay` seconds."""
+
+    fence: Fence
+    delay: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,20 +1,37 @@
 """The statements on checkpoints: record one, record many, read a workflow's history.
 
 A checkpoint is inserted only while its attempt owns the workflow, with the workflow's row locked in the same
-statement; the primary key `(workflow_id, key)` lets one of two executions of a step commit.
+statement; the primary key `(workflow_id, key)` lets one of two executions of a step commit. Only the record of a step
+that is being tried again gives way to the next one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Float, Integer, Row, Text, and_, bindparam, cast, func, select
+from sqlalchemy import (
+    ColumnElement,
+    Float,
+    Integer,
+    Row,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    func,
+    literal_column,
+    or_,
+    select,
+)
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
+from sqla_durable.status import StepStatus
 from sqla_durable.store._rows import (
     STEP,
     WORKFLOW,
@@ -41,6 +58,7 @@ _CHECKPOINT: Columns = {
     "attempt": Integer(),
     "attempts": Integer(),
     "elapsed": Float(),
+    "delay": Float(),
 }
 
 
@@ -64,15 +82,17 @@ def record_unlocked(session: Session, checkpoints: Sequence[Checkpoint]) -> set[
 def recorded_among(session: Session, checkpoints: Sequence[Checkpoint]) -> set[tuple[UUID, str]]:
     """Give the keys of those checkpoints that are recorded already, if their attempts own the workflow or ended it.
 
-    What another attempt recorded under the key is not this one's: it has lost the workflow.
+    What another attempt recorded under the key is not this one's: it has lost the workflow. And what an earlier try
+    recorded is not this one's.
     """
     rows = execute(session, _RECORDED_AMONG, arrays(_CHECKPOINT, [_row(each) for each in checkpoints]))
     return {(row.workflow_id, row.key) for row in rows}
 
 
 def find(session: Session, workflow_id: UUID, key: str) -> Recorded | None:
-    """Read one checkpoint, to settle what became of a commit whose acknowledgement was lost."""
-    row = execute(session, _RECORDED.where(STEP.c.workflow_id == workflow_id, STEP.c.key == key)).one_or_none()
+    """Read the outcome of one step, to settle what became of a commit whose acknowledgement was lost."""
+    wanted = _RECORDED.where(STEP.c.workflow_id == workflow_id, STEP.c.key == key, ~_retrying())
+    row = execute(session, wanted).one_or_none()
     return None if row is None else _recorded(row)
 
 
@@ -86,7 +106,12 @@ def histories(session: Session, workflow_ids: Sequence[UUID]) -> dict[UUID, dict
 
 
 def _recorded(row: Row[Any]) -> Recorded:
-    return Recorded(row.key, row.name, row.position, row.status, row.output, row.error)
+    found = Recorded(row.key, row.name, row.position, row.status, row.output, row.error, row.attempts)
+    return found if row.age is None else replace(found, age=float(row.age), due_in=float(row.due_in))
+
+
+def _retrying() -> ColumnElement[bool]:
+    return STEP.c.status == literal_column(f"'{StepStatus.RETRYING}'", type_=STEP.c.status.type)
 
 
 def _row(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -102,6 +127,7 @@ def _row(checkpoint: Checkpoint) -> dict[str, Any]:
         "attempt": checkpoint.attempt,
         "attempts": checkpoint.attempts,
         "elapsed": checkpoint.elapsed,
+        "delay": checkpoint.delay,
     }
 
 
@@ -109,7 +135,7 @@ def _insert_owned(*, skip_locked: bool) -> tuple[Any, Any]:
     batch = table("batch", _CHECKPOINT)
     mine = owned(batch, skip_locked=skip_locked)
     # A step's duration is measured by its process; the two times stand on the database's clock.
-    started_at = func.statement_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, batch.c.elapsed)
+    started_at = func.statement_timestamp() - _seconds(batch.c.elapsed)
     columns = {
         "workflow_id": batch.c.id,
         "key": batch.c.key,
@@ -122,15 +148,21 @@ def _insert_owned(*, skip_locked: bool) -> tuple[Any, Any]:
         "attempts": batch.c.attempts,
         "started_at": started_at,
         "finished_at": func.statement_timestamp(),
+        "wake_at": func.statement_timestamp() + _seconds(batch.c.delay),
     }
     source = select(*columns.values()).join_from(batch, mine, of_owner(batch, mine))
-    statement = (
-        insert(STEP)
-        .from_select(list(columns), source, include_defaults=False)
-        .on_conflict_do_nothing()
-        .returning(STEP.c.workflow_id, STEP.c.key)
-    )
+    inserted = insert(STEP).from_select(list(columns), source, include_defaults=False)
+    kept = {"workflow_id", "key", "started_at"}
+    statement = inserted.on_conflict_do_update(
+        index_elements=["workflow_id", "key"],
+        set_={name: inserted.excluded[name] for name in columns if name not in kept},
+        where=_retrying(),
+    ).returning(STEP.c.workflow_id, STEP.c.key)
     return mine, statement
+
+
+def _seconds(count: ColumnElement[float]) -> ColumnElement[Any]:
+    return func.make_interval(0, 0, 0, 0, 0, 0, count)
 
 
 def _record_statement() -> Any:
@@ -147,7 +179,13 @@ def _recorded_among_statement() -> Any:
         select(STEP.c.workflow_id, STEP.c.key)
         .join_from(batch, WORKFLOW, and_(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token))
         .join(STEP, and_(STEP.c.workflow_id == batch.c.id, STEP.c.key == batch.c.key))
+        .where(or_(~_retrying(), and_(batch.c.delay.is_not(None), STEP.c.attempts == batch.c.attempts)))
     )
+
+
+def _age_of(moment: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Give how many seconds ago that was, for a step that is being tried again."""
+    return case((_retrying(), func.extract("epoch", func.statement_timestamp() - moment)))
 
 
 _RECORD = _record_statement()
@@ -161,5 +199,8 @@ _RECORDED = select(
     STEP.c.status,
     cast(STEP.c.output, Text).label("output"),
     cast(STEP.c.error, Text).label("error"),
+    STEP.c.attempts,
+    _age_of(STEP.c.started_at).label("age"),
+    (-_age_of(STEP.c.wake_at)).label("due_in"),
 )
 _HISTORIES = _RECORDED.where(STEP.c.workflow_id == func.any(bindparam("ids", type_=ARRAY(PG_UUID()))))

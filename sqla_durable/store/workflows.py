@@ -1,4 +1,4 @@
-"""The statements on workflow records: start, find, finish, release, wake.
+"""The statements on workflow records: start, find, finish, release, park, wake.
 
 Whatever an attempt writes is fenced: its row is locked while its token is compared, in the same statement. Statements
 for many rows lock in the order of ids, and skip rows that another transaction holds.
@@ -41,6 +41,7 @@ from sqla_durable.store._rows import (
     Completion,
     Fence,
     NewWorkflow,
+    Park,
     Standing,
     arrays,
     execute,
@@ -64,6 +65,7 @@ _NEW: Columns = {
     "wake_at": DateTime(timezone=True),
 }
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
+_PARK: Columns = {**_FENCE, "delay": Float()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text()}
 _FRESH = {"populate_existing": True}
 _LIMIT = bindparam("limit", type_=Integer())
@@ -158,6 +160,15 @@ def release_unlocked(session: Session, fences: Sequence[Fence]) -> list[Fence]:
     scalars(session, _RELEASE_UNLOCKED, arrays(_FENCE, [_fence_row(each) for each in fences])).all()
     owned = still_owned(session, fences)
     return [each for each in fences if each in owned]
+
+
+def park_unlocked(session: Session, parks: Sequence[Park]) -> set[UUID]:
+    """Suspend running workflows until their times, where nobody else holds the rows; give their ids.
+
+    The attempt ends with it: its token is gone, and the workflow's next claim has a new one.
+    """
+    rows = [{**_fence_row(each.fence), "delay": each.delay} for each in parks]
+    return set(scalars(session, _PARK_UNLOCKED, arrays(_PARK, rows)))
 
 
 def still_owned(session: Session, fences: Iterable[Fence]) -> set[Fence]:
@@ -264,6 +275,22 @@ def _release_statement(*, skip_locked: bool) -> Any:
     )
 
 
+def _park_statement() -> Any:
+    batch = table("batch", _PARK)
+    mine = owned(batch, skip_locked=True)
+    return (
+        update(WORKFLOW)
+        .where(WORKFLOW.c.id == mine.c.id, of_owner(batch, mine))
+        .values(
+            status=WorkflowStatus.SUSPENDED,
+            token=null(),
+            worker_id=null(),
+            wake_at=func.statement_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, batch.c.delay),
+        )
+        .returning(WORKFLOW.c.id)
+    )
+
+
 def _still_owned_statement() -> Any:
     return select(WORKFLOW.c.id, WORKFLOW.c.token).where(
         _of_attempts(), WORKFLOW.c.status == status(WorkflowStatus.RUNNING)
@@ -335,6 +362,7 @@ _FINISH = _finish_statement(skip_locked=False)
 _FINISH_UNLOCKED = _finish_statement(skip_locked=True)
 _RELEASE = _release_statement(skip_locked=False)
 _RELEASE_UNLOCKED = _release_statement(skip_locked=True)
+_PARK_UNLOCKED = _park_statement()
 _FINISHED_BY = _finished_by_statement()
 _STILL_OWNED = _still_owned_statement()
 _OUTCOME = select(

@@ -8,20 +8,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from sqla_durable.errors import AttemptLost, Released
+from sqla_durable.errors import AttemptLost, Released, Suspended
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import run_blocking
 from sqla_durable.operations.workflow import run_workflow
 from sqla_durable.registry import Registry, WorkflowDefinition
-from sqla_durable.store import Claimed, Completion, Fence, workers, workflows
+from sqla_durable.store import Claimed, Completion, Fence, crashes, workflows
 from sqla_durable.worker.database import Database, persistently
 from sqla_durable.worker.runtimes import LoopRuntime, Surroundings, ThreadRuntime
 
 log = logging.getLogger("sqla_durable.worker")
 
-_RELEASE_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-_LAST_GRACE = 5.0  # seconds for async attempts to be released after they were cancelled
+_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # seconds between looks at a row that somebody holds
+LAST_GRACE = 5.0  # seconds for async attempts to be released after they were cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +73,15 @@ class Attempts:
         """End the attempts of `known` that the tables no longer give to this worker."""
         for fence in known:
             running = self._running.get(fence)
-            if fence not in owned and running is not None:
+            if fence not in owned and running is not None and not running.attempt.parked:
                 log.warning("workflow %s is no longer this worker's: its attempt ends", fence.workflow_id)
                 running.attempt.stop(partial(AttemptLost, fence.workflow_id))
                 self._cancel(running)
 
-    async def hand_back(self, *, grace: float) -> int:
+    async def hand_back(self, *, grace: float) -> None:
         """Let every attempt end at its next operation; after `grace` seconds, end those that are still in a step.
 
-        Returns:
-            How many attempts were left behind, in a thread or shielded from cancellation; they can commit nothing
-            more.
+        Those that cannot be ended, in a thread or shielded from cancellation, can commit nothing more.
         """
         for each in self._running.values():
             each.attempt.stop(Released)
@@ -95,7 +93,10 @@ class Attempts:
         if in_threads:
             log.warning("%d sync workflows are still in a step; they are handed back", len(in_threads))
             await self._release([each.attempt.fence for each in in_threads])
-        await self._wait_for([each.task for each in left if each not in in_threads], _LAST_GRACE)
+        await self._wait_for([each.task for each in left if each not in in_threads], LAST_GRACE)
+
+    def cancel(self) -> int:
+        """Cancel what is still there, and give how many attempts that is."""
         for each in self._running.values():
             each.task.cancel()
         return len(self._running)
@@ -119,6 +120,8 @@ class Attempts:
             log.info("workflow %s: its attempt %d lost the ownership", attempt.workflow_id, attempt.number)
         except (Released, asyncio.CancelledError):
             await self._release([attempt.fence])
+        except Suspended:
+            log.debug("workflow %s %s is parked in attempt %d", attempt.name, attempt.workflow_id, attempt.number)
         except BaseException as error:
             log.exception("workflow %s: its attempt %d broke", attempt.workflow_id, attempt.number)
             await self._abandon(attempt, error)
@@ -141,7 +144,7 @@ class Attempts:
 
     async def _release(self, fences: list[Fence]) -> None:
         """Hand workflows back; those whose rows somebody holds for long are reclaimed when this worker has left."""
-        for pause in (*_RELEASE_PAUSES, None):
+        for pause in (*_PAUSES, None):
             fences = await persistently(
                 self._database, partial(workflows.release_unlocked, fences=fences), what="release"
             )
@@ -153,11 +156,12 @@ class Attempts:
 
     async def _abandon(self, attempt: Attempt, error: BaseException) -> None:
         reason = f"the engine broke with {type(error).__name__}: {error}".replace("\0", "\\0")
-        await persistently(
-            self._database,
-            partial(workers.abandon, fence=attempt.fence, reason=reason, max_attempts=self._max_attempts),
-            what="abandon",
-        )
+        abandon = partial(crashes.abandon, fence=attempt.fence, reason=reason, max_attempts=self._max_attempts)
+        for pause in _PAUSES:
+            if await persistently(self._database, abandon, what="abandon"):
+                return
+            await asyncio.sleep(pause)
+        log.warning("workflow %s is not handed back: another transaction holds its row", attempt.workflow_id)
 
 
 def _tell(attempt: Attempt, completion: Completion) -> None:

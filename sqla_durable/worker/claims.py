@@ -14,7 +14,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.retry import ObstacleRetry
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import Claimed, queues, workers, workflows
+from sqla_durable.store import Claimed, crashes, queues, workers, workflows
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.database import Database, first_line, persistently
 
@@ -42,7 +42,8 @@ class Claims:
         names: Sequence[str],
         poll_interval: timedelta,
         max_attempts: int,
-        renew: Callable[[Session], None],
+        renew: Callable[[Session], bool],
+        lease: timedelta,
     ) -> None:
         self._database = database
         self._renew = renew
@@ -52,6 +53,8 @@ class Claims:
         self._names = list(names)
         self._interval = poll_interval.total_seconds()
         self._max_attempts = max_attempts
+        self._patience = lease.total_seconds() / 3
+        self._reclaims_at = float("-inf")
         self._maintained_at = float("-inf")
         self._reconciled_at = time.monotonic()
         self._warned_at = float("-inf")
@@ -111,13 +114,17 @@ class Claims:
     def _maintain(self, session: Session) -> None:
         """Take back what dead workers had, and wake what is due: any worker does it, for all queues."""
         self._maintained_at = time.monotonic()
-        self._renew(session)  # first: a claim without a live lease would be reclaimed at once
-        self._tell(workers.reclaim(session, max_attempts=self._max_attempts, limit=_MAINTAIN_LIMIT))
+        # First: a claim without a live lease would be reclaimed at once. And where this worker's own lease has run out,
+        # as in an outage, those of others have too: they are given the time of a heartbeat to come back.
+        if self._renew(session):
+            self._reclaims_at = self._maintained_at + self._patience
+        if self._maintained_at >= self._reclaims_at:
+            self._tell(crashes.reclaim(session, max_attempts=self._max_attempts, limit=_MAINTAIN_LIMIT))
         workflows.wake_due(session, limit=_MAINTAIN_LIMIT)
         if time.monotonic() - self._reconciled_at >= _RECONCILE_EVERY:
             self._release_strays(session)
 
-    def _tell(self, reclaimed: list[workers.Reclaimed]) -> None:
+    def _tell(self, reclaimed: list[crashes.Reclaimed]) -> None:
         if reclaimed:
             log.warning("workflows reclaimed from dead workers: %d", len(reclaimed))
         for each in reclaimed:

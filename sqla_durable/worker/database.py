@@ -1,80 +1,195 @@
 """Where the worker's own statements run: on the event loop with an async engine, otherwise in threads.
 
 They use plain sessions of this package on the user's engine, so that events and defaults of the user's own session
-class do not reach them, and READ COMMITTED, whatever the engine's default is.
+class do not reach them, and READ COMMITTED, whatever the engine's default is. Each transaction has a time limit: a
+connection that swallows everything and answers nothing is cut off, and the transaction tried again on another one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
+import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Engine
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy import Connection, Engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
+from typing_extensions import override
 
-from sqla_durable.retry import ObstacleRetry
+from sqla_durable.retry import ObstacleRetry, is_demoted
 
 T = TypeVar("T")
 
 log = logging.getLogger("sqla_durable.worker")
 
 _THREADS = 4
+_CUT_OFF = 1.0  # seconds in which a transaction ends once its connection is cut
 
 
 class Database(Protocol):
     """Executes functions of a session, each in a transaction of its own."""
 
     async def transact(self, statement: Callable[[Session], T]) -> T:
-        """Call the function and commit."""
+        """Call the function and commit.
+
+        Raises:
+            TimeoutError: there was no connection within the time limit.
+            DBAPIError: likewise, where one was cut off.
+        """
         ...
 
-    def close(self) -> None:
+    @property
+    def stuck(self) -> int:
+        """How many threads may still be stuck in connecting."""
+        ...
+
+    async def close(self) -> None:
         """Give back what this holds; the engine stays the user's."""
+
+
+class Cut:
+    """One transaction's connection, so that it can be cut off from outside."""
+
+    def __init__(self) -> None:
+        self._connection: Any = None
+        self._abandoned = False
+        self._lock = threading.Lock()
+
+    def attach(self, session: Session) -> None:
+        """Note the connection, in the thread that uses it.
+
+        Raises:
+            TimeoutError: nobody waits for the transaction any more.
+        """
+        connection = session.connection().connection.driver_connection
+        with self._lock:
+            if self._abandoned:
+                raise TimeoutError("the connection came too late")
+            self._connection = connection
+
+    def off(self) -> None:
+        """Let whoever waits on the connection see that it is lost; without one, do not let it begin."""
+        with self._lock:
+            self._abandoned = True
+            if self._connection is not None:
+                _shut_down(self._connection)
 
 
 class LoopDatabase:
     """Executes on the event loop."""
 
-    def __init__(self, engine: Engine) -> None:
+    stuck = 0
+
+    def __init__(self, engine: Engine, *, limit: float) -> None:
         self._engine = AsyncEngine(engine.execution_options(isolation_level="READ COMMITTED"))
+        self._limit = limit
 
     async def transact(self, statement: Callable[[Session], T]) -> T:
         """Call the function and commit."""
-        return await _to_its_end(self._transact(statement))
+        cut = Cut()
+        return await _to_its_end(self._transact(_attached(statement, cut)), cut, limit=self._limit)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Nothing is held."""
 
     async def _transact(self, statement: Callable[[Session], T]) -> T:
-        async with AsyncSession(self._engine, expire_on_commit=False) as session, session.begin():
-            return await session.run_sync(statement)
+        return await _on_loop(self._engine, statement)
+
+
+class HeldLoopDatabase(LoopDatabase):
+    """Executes on the event loop, on one connection that it keeps: others cannot use up the pool before it."""
+
+    def __init__(self, engine: Engine, *, limit: float) -> None:
+        super().__init__(engine, limit=limit)
+        self._connection: AsyncConnection | None = None
+
+    @override
+    async def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+    @override
+    async def _transact(self, statement: Callable[[Session], T]) -> T:
+        connection, self._connection = self._connection or await self._engine.connect(), None
+        try:
+            value = await _on_loop(connection, statement)
+        except BaseException:
+            await connection.close()
+            raise
+        self._connection = connection
+        return value
 
 
 class ThreadDatabase:
     """Executes in a few threads."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, limit: float, threads: int = _THREADS) -> None:
         self._engine = engine.execution_options(isolation_level="READ COMMITTED")
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="sqla-durable-database")
+        self._limit = limit
+        self._size = threads
+        self.stuck = 0
+        self._threads = self._new_threads()
 
     async def transact(self, statement: Callable[[Session], T]) -> T:
         """Call the function and commit."""
-        return await _to_its_end(self._in_thread(statement))
+        cut = Cut()
+        try:
+            return await _to_its_end(self._in_thread(_attached(statement, cut)), cut, limit=self._limit)
+        except TimeoutError:
+            # The thread is stuck where nothing can wake it, in the middle of connecting: the others get its place.
+            self.stuck += 1
+            self._threads.shutdown(wait=False)
+            self._threads = self._new_threads()
+            raise
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End the threads; none of them is waiting for user code."""
         self._threads.shutdown(wait=False)
+
+    def _new_threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._size, thread_name_prefix="sqla-durable-database")
 
     async def _in_thread(self, statement: Callable[[Session], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._transact, statement)
 
     def _transact(self, statement: Callable[[Session], T]) -> T:
-        with Session(self._engine, expire_on_commit=False) as session, session.begin():
-            return statement(session)
+        return _in_session(self._engine, statement)
+
+
+class HeldThreadDatabase(ThreadDatabase):
+    """Executes in one thread, on one connection that it keeps: others cannot use up the pool before it."""
+
+    def __init__(self, engine: Engine, *, limit: float) -> None:
+        super().__init__(engine, limit=limit, threads=1)
+        self._connection: Connection | None = None
+
+    @override
+    async def close(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._let_go)
+        await super().close()
+
+    @override
+    def _transact(self, statement: Callable[[Session], T]) -> T:
+        connection, self._connection = self._connection or self._engine.connect(), None
+        try:
+            value = _in_session(connection, statement)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        return value
+
+    def _let_go(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
 
 async def persistently(database: Database, statement: Callable[[Session], T], *, what: str) -> T:
@@ -96,14 +211,76 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or repr(error)
 
 
-async def _to_its_end(transaction: Coroutine[Any, Any, T]) -> T:
-    """Wait for a transaction, also when cancelled.
+def _attached(statement: Callable[[Session], T], cut: Cut) -> Callable[[Session], T]:
+    def execute(session: Session) -> T:
+        cut.attach(session)
+        return statement(session)
+
+    return execute
+
+
+async def _on_loop(bind: AsyncEngine | AsyncConnection, statement: Callable[[Session], T]) -> T:
+    async with AsyncSession(bind, expire_on_commit=False) as session:
+        try:
+            async with session.begin():
+                return await session.run_sync(statement)
+        except BaseException as error:
+            if is_demoted(error):
+                await session.invalidate()
+            raise
+
+
+def _in_session(bind: Engine | Connection, statement: Callable[[Session], T]) -> T:
+    with Session(bind, expire_on_commit=False) as session:
+        try:
+            with session.begin():
+                return statement(session)
+        except BaseException as error:
+            if is_demoted(error):
+                session.invalidate()
+            raise
+
+
+async def _to_its_end(transaction: Coroutine[Any, Any, T], cut: Cut, *, limit: float) -> T:
+    """Wait for a transaction, also when cancelled, but not for ever.
 
     Cancelled in its middle it would leave a connection in an unknown state, and a commit that nobody knows of.
     """
     task = asyncio.ensure_future(transaction)
     try:
-        return await asyncio.shield(task)
+        ended = await _ended(task, limit)
     except asyncio.CancelledError:
-        await asyncio.wait([task])
+        if not await _ended(task, limit):
+            await _cut_off(task, cut)
         raise
+    if not ended and not await _cut_off(task, cut):
+        raise TimeoutError(f"no connection to the database within {limit:.1f} s")
+    return task.result()
+
+
+async def _ended(task: asyncio.Future[Any], seconds: float) -> bool:
+    return bool((await asyncio.wait([task], timeout=seconds))[0])
+
+
+async def _cut_off(task: asyncio.Future[Any], cut: Cut) -> bool:
+    """Cut a transaction's connection off, and tell whether it has ended by that; if not, nobody waits for it."""
+    cut.off()
+    if await _ended(task, _CUT_OFF):
+        return True
+    task.add_done_callback(_ignore)
+    task.cancel()
+    return False
+
+
+def _ignore(task: asyncio.Future[Any]) -> None:
+    if not task.cancelled():
+        task.exception()
+
+
+def _shut_down(connection: Any) -> None:
+    """Shut a driver's connection down under whoever waits on it, in whatever thread."""
+    if not hasattr(connection, "fileno"):
+        connection.terminate()  # asyncpg
+        return
+    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.shutdown(socket.SHUT_RDWR)

@@ -18,7 +18,7 @@ from sqla_durable.worker.database import Database, persistently
 
 
 class Heartbeat:
-    """One row in the worker table, extended three times in a lease."""
+    """One row in the worker table, extended three times in a lease, on a connection of its own."""
 
     def __init__(
         self, database: Database, *, worker_id: UUID, queues: Sequence[str], lease: timedelta, name: str | None
@@ -46,13 +46,19 @@ class Heartbeat:
                 attempts.drop_lost(owned, running)
             await persistently(self._database, workers.forget_dead, what="heartbeat")
 
-    def renew(self, session: Session) -> None:
-        """Begin the lease anew if it has run out, as after a freeze: what nobody has taken over goes on."""
-        if not workers.alive(session, self._worker_id):
-            self._beat(session)
+    def renew(self, session: Session) -> bool:
+        """Begin the lease anew if it has run out, as after a freeze: what nobody has taken over goes on.
+
+        Returns:
+            Whether it had run out.
+        """
+        if workers.alive(session, self._worker_id):
+            return False
+        self._beat(session)
+        return True
 
     async def end(self) -> None:
-        """End the lease."""
+        """End the lease: once nothing extends it any more."""
         await persistently(self._database, lambda session: workers.leave(session, self._worker_id), what="leave")
 
     def _beat(self, session: Session) -> None:

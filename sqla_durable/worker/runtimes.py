@@ -11,23 +11,25 @@ import contextvars
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable.errors import EncodingError
+from sqla_durable.errors import EncodingError, Released, Suspended
 from sqla_durable.failure import Failure
-from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.runtime import StepCall
 from sqla_durable.operations.transaction import ClosingTransaction, HeldTransaction, StepTransaction
-from sqla_durable.registry import SessionKind
+from sqla_durable.registry import SessionKind, StepDefinition
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import Checkpoint, Completion
+from sqla_durable.store import Checkpoint, Completion, Park
 from sqla_durable.worker.writer import Writer
 
 T = TypeVar("T")
+
+_LOOK_EVERY = 1.0  # seconds after which a step that waits in memory looks whether the workflow can be parked
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,50 @@ class Surroundings:
     stopping: threading.Event
     stopping_async: asyncio.Event
 
+    def stop_if_leaving(self, attempt: Attempt) -> None:
+        """Let an attempt end here from the moment on in which the worker is told to stop."""
+        if self.stopping.is_set():
+            attempt.stop(Released)
+
     async def in_thread(self, function: Callable[[], T]) -> T:
         """Call a function in one of the worker's threads, in a copy of the context."""
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self.threads, context.run, function)
+
+
+class Parking(Protocol):
+    """What waiting needs of either runtime."""
+
+    attempt: Attempt
+
+    async def pause(self, seconds: float) -> None:
+        """Wait a moment in memory."""
+
+    async def park(self, seconds: float) -> None:
+        """Suspend the workflow, and return when that is committed."""
+
+
+async def wait_or_park(runtime: Parking, position: Position, wait: Wait) -> None:
+    """Wait as a row once everything in the workflow waits for long enough, until then in memory.
+
+    Raises:
+        Suspended: the workflow is parked.
+        ControlFlow: the attempt is to end.
+    """
+    attempt = runtime.attempt
+    attempt.wait(position, wait)
+    try:
+        while True:
+            seconds = attempt.begin_parking()
+            if seconds is not None:
+                await runtime.park(seconds)
+                raise Suspended
+            if not wait.seconds:
+                return
+            await runtime.pause(min(wait.seconds, _LOOK_EVERY))
+            attempt.proceed()
+    finally:
+        attempt.go_on(position)
 
 
 class ThreadRuntime(BlockingRuntime):
@@ -66,22 +108,34 @@ class ThreadRuntime(BlockingRuntime):
         """Wait, or until the worker stops."""
         self._surroundings.stopping.wait(seconds)
 
+    async def wait(self, position: Position, wait: Wait) -> None:
+        """Wait in memory, or as a row."""
+        await wait_or_park(self, position, wait)
+
+    async def park(self, seconds: float) -> None:
+        """Suspend the workflow in the same commit as what is still on its way."""
+        park = Park(self.attempt.fence, seconds)
+        self._pending.append(self._surroundings.writer.submit_from_thread(park, after=self._pending))
+        self.flush()
+
     async def settle(self) -> None:
         """Wait for the commits on their way; then end here if the attempt was told to."""
         self.flush()
+        self._surroundings.stop_if_leaving(self.attempt)
         self.attempt.proceed()
 
     async def record(self, checkpoint: Checkpoint) -> None:
         """Hand a checkpoint to the writer; the workflow's code goes on."""
         self._pending.append(self._surroundings.writer.submit_from_thread(checkpoint, after=self._pending))
 
-    async def begin(self, kind: SessionKind) -> StepTransaction:
+    async def begin(self, step: StepDefinition) -> StepTransaction:
         """Open a session of the user's own sessionmaker, used for this step only."""
         maker = self._surroundings.sessionmaker
-        assert kind is SessionKind.SYNC  # noqa: S101 (the registry refuses other steps in sync code)
+        assert step.session is SessionKind.SYNC  # noqa: S101 (the registry refuses other steps in sync code)
         assert maker is not None  # noqa: S101 (the worker has checked it at its start)
         places = self._surroundings.sync_places
-        transaction = HeldTransaction(ClosingTransaction(maker(close_resets_only=False)), places.release)
+        inner = ClosingTransaction(maker(close_resets_only=False), isolation_level=step.isolation_level)
+        transaction = HeldTransaction(inner, places.release)
         places.acquire()
         await transaction.begin()
         return transaction
@@ -117,22 +171,34 @@ class LoopRuntime(AsyncRuntime):
         except TimeoutError:
             pass
 
+    async def wait(self, position: Position, wait: Wait) -> None:
+        """Wait in memory, or as a row."""
+        await wait_or_park(self, position, wait)
+
+    async def park(self, seconds: float) -> None:
+        """Suspend the workflow in the same commit as what is still on its way."""
+        park = Park(self.attempt.fence, seconds)
+        self._pending.append(self._surroundings.writer.submit(park, after=self._pending))
+        await self.flush()
+
     async def settle(self) -> None:
         """Wait for the commits on their way; then end here if the attempt was told to."""
         await self.flush()
+        self._surroundings.stop_if_leaving(self.attempt)
         self.attempt.proceed()
 
     async def record(self, checkpoint: Checkpoint) -> None:
         """Hand a checkpoint to the writer; the workflow's code goes on."""
         self._pending.append(self._surroundings.writer.submit(checkpoint, after=self._pending))
 
-    async def begin(self, kind: SessionKind) -> StepTransaction:
+    async def begin(self, step: StepDefinition) -> StepTransaction:
         """Open a session of the user's own sessionmaker, used for this step only."""
         maker = self._surroundings.async_sessionmaker
-        assert kind is SessionKind.ASYNC  # noqa: S101 (sync sessions are performed in a thread)
+        assert step.session is SessionKind.ASYNC  # noqa: S101 (sync sessions are performed in a thread)
         assert maker is not None  # noqa: S101 (the worker has checked it at its start)
         places = self._surroundings.async_places
-        transaction = HeldTransaction(ClosingTransaction(maker(close_resets_only=False)), places.release)
+        inner = ClosingTransaction(maker(close_resets_only=False), isolation_level=step.isolation_level)
+        transaction = HeldTransaction(inner, places.release)
         await places.acquire()
         await transaction.begin()
         return transaction

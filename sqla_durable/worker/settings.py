@@ -16,6 +16,8 @@ from sqla_durable.registry import SessionKind
 from sqla_durable.store import schema
 
 _OWN_CONNECTIONS = 4  # claim, writer, heartbeat, release
+_ENOUGH_TO_HOLD_ONE = 3
+_SHORTEST_LIMIT = 5.0
 
 
 def engine_of(sync: sessionmaker[Session] | None, asynchronous: async_sessionmaker[AsyncSession] | None) -> Engine:
@@ -74,11 +76,34 @@ def require_codecs(durable: Durable) -> None:
 
 def pool_capacity(engine: Engine) -> int:
     """Give how many connections steps may hold so that the pool has some left for the worker itself."""
-    size = getattr(engine.pool, "size", None)
+    size = _pool_size(engine)
     if size is None:
         return 10  # NullPool and its like set no limit of their own
+    return int(max(1, min(32, size - _OWN_CONNECTIONS)))
+
+
+def can_hold_connection(engine: Engine) -> bool:
+    """Tell whether the pool is large enough for the heartbeat to keep one of its connections."""
+    size = _pool_size(engine)
+    return size is None or size >= _ENOUGH_TO_HOLD_ONE
+
+
+def time_limit(lease: timedelta) -> float:
+    """Give the seconds after which a transaction of the worker's own is cut off: a lease, and not too few."""
+    return max(_SHORTEST_LIMIT, lease.total_seconds())
+
+
+def heartbeat_limit(lease: timedelta) -> float:
+    """Give the same for a heartbeat: short enough for another one within the lease."""
+    return max(_SHORTEST_LIMIT / 3, lease.total_seconds() / 3)
+
+
+def _pool_size(engine: Engine) -> float | None:
+    size = getattr(engine.pool, "size", None)
+    if size is None:
+        return None
     overflow = int(getattr(engine.pool, "_max_overflow", 0))
-    return 32 if overflow < 0 else max(1, min(32, size() + overflow - _OWN_CONNECTIONS))
+    return float("inf") if overflow < 0 else size() + overflow
 
 
 def at_least(value: int, least: int, name: str) -> int:

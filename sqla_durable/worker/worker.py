@@ -6,12 +6,12 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from uuid import UUID
 
 from sqlalchemy.exc import DBAPIError
@@ -26,9 +26,16 @@ from sqla_durable.handle import refuse_event_loop
 from sqla_durable.operations.transaction import require_transaction
 from sqla_durable.retry import is_unreachable
 from sqla_durable.store import schema, workers
-from sqla_durable.worker.attempts import Attempts
+from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS
+from sqla_durable.worker.attempts import LAST_GRACE, Attempts
 from sqla_durable.worker.claims import Claims
-from sqla_durable.worker.database import Database, LoopDatabase, ThreadDatabase
+from sqla_durable.worker.database import (
+    Database,
+    HeldLoopDatabase,
+    HeldThreadDatabase,
+    LoopDatabase,
+    ThreadDatabase,
+)
 from sqla_durable.worker.heartbeat import Heartbeat
 from sqla_durable.worker.runtimes import Surroundings
 from sqla_durable.worker.writer import Writer
@@ -61,7 +68,8 @@ class Worker:
         lease: how long its workflows stay its own after its last heartbeat; it beats three times in a lease.
         poll_interval: how long it waits after a claim that found less than was free.
         grace: how long a stop waits for steps that are being executed before it hands their workflows back.
-        max_attempts: how often a workflow may lose its worker before it fails.
+        max_attempts: how many attempts in a row may lose their worker without recording a step before the workflow
+            fails.
         name: what the worker table shows; by default host and process id.
 
     Raises:
@@ -82,7 +90,7 @@ class Worker:
         lease: timedelta = timedelta(seconds=30),
         poll_interval: timedelta = timedelta(seconds=0.5),
         grace: timedelta = timedelta(seconds=20),
-        max_attempts: int = 10,
+        max_attempts: int = DEFAULT_MAX_ATTEMPTS,
         name: str | None = None,
     ) -> None:
         if not isinstance(durable, Durable):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -130,14 +138,15 @@ class Worker:
         if self._loop is not None or self._started.done():
             raise UsageError(f"{self!r} has run already, and a worker runs once: make a new one.")
         self._loop = asyncio.get_running_loop()
-        database = self._database()
+        database, heartbeat = self._databases()
         threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="sqla-durable")
         try:
-            await self._serve(database, threads)
+            await self._serve(database, heartbeat, threads)
         finally:
             self._loop = None
             threads.shutdown(wait=False, cancel_futures=True)
-            database.close()
+            await database.close()
+            await heartbeat.close()
 
     def stop(self) -> None:
         """Ask the worker to leave in good order; returns at once. Callable from any thread."""
@@ -190,8 +199,8 @@ class Worker:
         log.info("worker %s: stopping; steps that are being executed have %s", self.id, self.grace)
         self.stop()
 
-    async def _serve(self, database: Database, threads: ThreadPoolExecutor) -> None:
-        heartbeat = Heartbeat(database, worker_id=self.id, queues=self.queues, lease=self.lease, name=self.name)
+    async def _serve(self, database: Database, beating: Database, threads: ThreadPoolExecutor) -> None:
+        heartbeat = Heartbeat(beating, worker_id=self.id, queues=self.queues, lease=self.lease, name=self.name)
         await self._begin(database, heartbeat)
         self._started.set_result(None)
         writer = Writer(database)
@@ -217,17 +226,30 @@ class Worker:
             surroundings.stopping.set()
             loops[0].cancel()
             await asyncio.wait(loops[:1])
-            self.left_behind = await attempts.hand_back(grace=self.grace.total_seconds())
-            await claims.release_strays()
+            grace = self.grace.total_seconds()
+            await self._leaving(attempts.hand_back(grace=grace), seconds=grace + 2 * LAST_GRACE)
+            await self._leaving(claims.release_strays(), seconds=LAST_GRACE)
         finally:
+            self.left_behind = attempts.cancel() + database.stuck + beating.stuck
             for task in (*loops, stopping):
                 task.cancel()
             outcomes = await asyncio.gather(*loops, return_exceptions=True)
-            writer.close()
-        await heartbeat.end()
+        await self._leaving(heartbeat.end(), seconds=LAST_GRACE)
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
+
+    async def _leaving(self, farewell: Coroutine[Any, Any, None], *, seconds: float) -> None:
+        """Do one of the last things, unless the database is out of reach: others reclaim what is not handed back."""
+        try:
+            async with asyncio.timeout(seconds):
+                await farewell
+        except TimeoutError:
+            log.warning(
+                "worker %s: cannot reach the database to leave in good order; what it has not handed back is reclaimed "
+                "when its lease has run out",
+                self.id,
+            )
 
     async def _begin(self, database: Database, heartbeat: Heartbeat) -> None:
         try:
@@ -278,9 +300,15 @@ class Worker:
                 "not visible through both. Bind them to the same one."
             )
 
-    def _database(self) -> Database:
+    def _databases(self) -> tuple[Database, Database]:
+        """Give where the worker's own statements are executed, and where its heartbeat is."""
         engine = settings.engine_of(self.sessionmaker, self.async_sessionmaker)
-        return LoopDatabase(engine) if engine.dialect.is_async else ThreadDatabase(engine)
+        limit = settings.time_limit(self.lease)
+        shared = LoopDatabase(engine, limit=limit) if engine.dialect.is_async else ThreadDatabase(engine, limit=limit)
+        if not settings.can_hold_connection(engine):
+            return shared, shared
+        held = HeldLoopDatabase if engine.dialect.is_async else HeldThreadDatabase
+        return shared, held(engine, limit=settings.heartbeat_limit(self.lease))
 
     def _claims(self, database: Database, attempts: Attempts, heartbeat: Heartbeat) -> Claims:
         return Claims(
@@ -292,6 +320,7 @@ class Worker:
             poll_interval=self.poll_interval,
             max_attempts=self.max_attempts,
             renew=heartbeat.renew,
+            lease=self.lease,
         )
 
     def _surroundings(self, writer: Writer, threads: ThreadPoolExecutor) -> Surroundings:

@@ -18,12 +18,13 @@ from uuid import UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import AttemptLost, EncodingError
-from sqla_durable.store import Checkpoint, Completion, Fence, steps, workflows
+from sqla_durable.store import Checkpoint, Completion, Fence, Park, steps, workflows
 from sqla_durable.worker.database import Database, persistently
 
 log = logging.getLogger("sqla_durable.worker")
 
 Ticket: TypeAlias = "asyncio.Future[None] | concurrent.futures.Future[None]"
+Row: TypeAlias = Checkpoint | Completion | Park
 
 _BATCH = 500
 _SHORTEST_RETRY, _LONGEST_RETRY = 0.02, 1.0
@@ -33,7 +34,7 @@ _SHORTEST_RETRY, _LONGEST_RETRY = 0.02, 1.0
 class Write:
     """Something to be recorded, who waits for it, and what must be recorded `after` which alone it makes sense."""
 
-    row: Checkpoint | Completion
+    row: Row
     ticket: Ticket
     after: Sequence[Ticket] = ()
 
@@ -77,7 +78,7 @@ class Writer:
         self._arrived = asyncio.Event()
         self._closed = False
 
-    def submit(self, row: Checkpoint | Completion, *, after: Sequence[Ticket] = ()) -> asyncio.Future[None]:
+    def submit(self, row: Row, *, after: Sequence[Ticket] = ()) -> asyncio.Future[None]:
         """Record a row; the future ends when it is committed, with `AttemptLost`, or with `EncodingError`.
 
         Args:
@@ -87,9 +88,7 @@ class Writer:
         self._add(Write(row, ticket, tuple(after)))
         return ticket
 
-    def submit_from_thread(
-        self, row: Checkpoint | Completion, *, after: Sequence[Ticket] = ()
-    ) -> concurrent.futures.Future[None]:
+    def submit_from_thread(self, row: Row, *, after: Sequence[Ticket] = ()) -> concurrent.futures.Future[None]:
         """The same from another thread."""
         write = Write(row, ticket := concurrent.futures.Future[None](), tuple(after))
         try:
@@ -99,20 +98,19 @@ class Writer:
         return ticket
 
     async def run(self) -> None:
-        """Commit batch after batch until cancelled."""
-        while True:
-            await self._arrived.wait()
-            batch = self._next_batch()
-            try:
-                await self._commit(batch)
-            except BaseException:  # cancelled in the middle: whoever waits in a thread would wait for ever
-                self._refuse(batch)
-                raise
-
-    def close(self) -> None:
-        """Refuse what waits and what is still to come: the worker has handed back its workflows."""
-        self._closed = True
-        self._refuse((*self._waiting, *self._delayed))
+        """Commit batch after batch until cancelled; then refuse what waits and what is still to come."""
+        try:
+            while True:
+                await self._arrived.wait()
+                batch = self._next_batch()
+                try:
+                    await self._commit(batch)
+                except BaseException:  # whoever waits in a thread would wait for ever
+                    self._refuse(batch)
+                    raise
+        finally:
+            self._closed = True
+            self._refuse((*self._waiting, *self._delayed))
 
     def _refuse(self, writes: Iterable[Write]) -> None:
         for write in writes:
@@ -199,13 +197,14 @@ def _refused_before(write: Write) -> bool:
 
 
 def _write(session: Session, batch: Sequence[Write]) -> Settled:
-    """Write checkpoints, then the completions of workflows whose checkpoints are all there."""
+    """Write checkpoints, then what ends the attempts whose checkpoints are all there."""
     settled = Settled()
     behind = _write_checkpoints(session, [each for each in batch if isinstance(each.row, Checkpoint)], settled)
-    completions = [each for each in batch if isinstance(each.row, Completion)]
-    _write_completions(session, [each for each in completions if each.fence.workflow_id not in behind], settled)
-    held_back = [each for each in completions if each.fence.workflow_id in behind]
-    _place(session, held_back, settled)
+    ends = [each for each in batch if not isinstance(each.row, Checkpoint)]
+    ready = [each for each in ends if each.fence.workflow_id not in behind]
+    _write_completions(session, [each for each in ready if isinstance(each.row, Completion)], settled)
+    _write_parks(session, [each for each in ready if isinstance(each.row, Park)], settled)
+    _place(session, [each for each in ends if each.fence.workflow_id in behind], settled)
     return settled
 
 
@@ -234,6 +233,13 @@ def _write_completions(session: Session, writes: list[Write], settled: Settled) 
         finished |= {each.fence.workflow_id for each in rows if reached.get(each.fence.workflow_id) is each.status}
     settled.written += [each for each in writes if each.fence.workflow_id in finished]
     _place(session, [each for each in writes if each.fence.workflow_id not in finished], settled)
+
+
+def _write_parks(session: Session, writes: list[Write], settled: Settled) -> None:
+    if writes:
+        parked = workflows.park_unlocked(session, [each.row for each in writes if isinstance(each.row, Park)])
+        settled.written += [each for each in writes if each.fence.workflow_id in parked]
+        _place(session, [each for each in writes if each.fence.workflow_id not in parked], settled)
 
 
 def _place(session: Session, writes: list[Write], settled: Settled) -> None:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
-from sqlalchemy import Engine, create_engine, make_url, null, update
+from sqlalchemy import Engine, NullPool, create_engine, make_url, null, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -112,8 +112,10 @@ class Shell(ABC):
     """One way to run workflows, with an application for a story to fill."""
 
     form: Form
+    lease = timedelta(minutes=5)
 
     def __init__(self, url: str, schema: str) -> None:
+        self.url, self.schema = url, schema
         self.app = Application(self.form)
         self.engine = _engine(url, schema)
         self.sessionmaker = sessionmaker(self.engine)
@@ -137,6 +139,12 @@ class Shell(ABC):
     @abstractmethod
     def result(self, workflow: AnyWorkflow[..., R], workflow_id: UUID, timeout: timedelta = PATIENCE) -> R:
         """Wait on a handle."""
+
+    @contextmanager
+    def background(self, **options: Any) -> Generator[Worker]:
+        """A worker of this way's kind beside the story, in a thread with an event loop and engines of its own."""
+        with Worker(self.app.durable, sessionmaker=self.sessionmaker, poll_interval=POLL, **options) as worker:
+            yield worker
 
     def one(self, workflow_id: UUID) -> Workflow:
         """Read a record, with its steps."""
@@ -205,6 +213,12 @@ class AsyncShell(Shell):
     def result(self, workflow: AnyWorkflow[..., R], workflow_id: UUID, timeout: timedelta = PATIENCE) -> R:
         return self.runner.run(workflow.handle(self.async_sessionmaker, workflow_id).result(timeout=timeout))
 
+    @contextmanager
+    def background(self, **options: Any) -> Generator[Worker]:
+        engine = _async_engine(self.url, self.schema, self.driver, poolclass=NullPool)
+        with super().background(async_sessionmaker=async_sessionmaker(engine), **options) as worker:
+            yield worker
+
     def close(self) -> None:
         self.runner.run(self.async_engine.dispose())
         self.runner.close()
@@ -217,7 +231,7 @@ class ExecutorShell(SyncShell):
     def finish(self, workflow: AnyWorkflow[..., R], workflow_id: UUID) -> R:
         assert isinstance(workflow, WorkflowFunction)
         with self.sessionmaker() as session:
-            return Executor(session).execute(workflow, workflow_id)
+            return Executor(session, lease=self.lease).execute(workflow, workflow_id)
 
 
 class JoinedShell(SyncShell):
@@ -247,7 +261,7 @@ class AsyncExecutorShell(AsyncShell):
         async def finish() -> R:
             assert isinstance(workflow, AsyncWorkflowFunction)
             async with self.async_sessionmaker() as session:
-                return await AsyncExecutor(session).execute(workflow, workflow_id)
+                return await AsyncExecutor(session, lease=self.lease).execute(workflow, workflow_id)
 
         return self.runner.run(finish())
 
@@ -317,6 +331,6 @@ def _engine(url: str, schema: str) -> Engine:
     return translated(create_engine(url), schema)
 
 
-def _async_engine(url: str, schema: str, driver: str) -> AsyncEngine:
-    engine = create_async_engine(make_url(url).set(drivername=f"postgresql+{driver}"))
+def _async_engine(url: str, schema: str, driver: str, **options: Any) -> AsyncEngine:
+    engine = create_async_engine(make_url(url).set(drivername=f"postgresql+{driver}"), **options)
     return AsyncEngine(translated(engine.sync_engine, schema))

@@ -185,7 +185,7 @@ def _other_than(engine: Engine, blocked: dict[int, object]) -> bool:
 
 async def test_a_writer_that_ends_in_the_middle_of_a_commit_leaves_nobody_waiting(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
-    database = ThreadDatabase(engine)
+    database = ThreadDatabase(engine, limit=30)
     writer = Writer(database)
     running = asyncio.create_task(writer.run())
     with races.transaction(engine) as other:
@@ -196,9 +196,8 @@ async def test_a_writer_that_ends_in_the_middle_of_a_commit_leaves_nobody_waitin
         await asyncio.sleep(0)
         other.session.rollback()
         await asyncio.wait([running])
-        writer.close()
         assert ticket.done()
-    database.close()
+    await database.close()
 
 
 async def test_a_checkpoint_that_another_attempt_recorded_is_lost_and_not_written(engine: Engine) -> None:
@@ -206,7 +205,7 @@ async def test_a_checkpoint_that_another_attempt_recorded_is_lost_and_not_writte
     (old,) = races.claimed_fences(engine)
     races.expire_leases(engine)
     (new,) = await asyncio.to_thread(_taken_over, engine)
-    database = ThreadDatabase(engine)
+    database = ThreadDatabase(engine, limit=30)
     writer = Writer(database)
     running = asyncio.create_task(writer.run())
     await writer.submit(races.checkpoint(new))
@@ -214,12 +213,12 @@ async def test_a_checkpoint_that_another_attempt_recorded_is_lost_and_not_writte
         await writer.submit(races.checkpoint(old, output="2"))
     assert type(lost.value).__name__ == "AttemptLost"
     running.cancel()
-    database.close()
+    await database.close()
 
 
 def _taken_over(engine: Engine) -> list[Any]:
     with Session(engine) as session:
-        races.workers.reclaim(session, max_attempts=10, limit=10)
+        races.crashes.reclaim(session, max_attempts=10, limit=10)
         claimed = races.claim(session, 10)
         session.commit()
     return [each.fence for each in claimed]
@@ -501,7 +500,7 @@ def _take_back(engine: Engine) -> None:
     with Session(engine) as session:
         session.execute(text("CREATE TEMPORARY TABLE live ON COMMIT DROP AS SELECT * FROM durable.worker"))
         session.execute(text("DELETE FROM durable.worker"))
-        assert races.workers.reclaim(session, max_attempts=10, limit=10)
+        assert races.crashes.reclaim(session, max_attempts=10, limit=10)
         session.execute(text("INSERT INTO durable.worker SELECT * FROM live"))
         session.commit()
 

@@ -17,6 +17,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable.models import Workflow
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store import Checkpoint, Claimed, Completion, Fence, NewWorkflow
+from sqla_durable.store import crashes as crashes
 from sqla_durable.store import queues as queues
 from sqla_durable.store import workers as workers
 from sqla_durable.store import workflows as workflows
@@ -176,8 +177,8 @@ def cancel(session: Session, *workflow_ids: UUID) -> None:
     for workflow_id in workflow_ids:
         session.execute(
             text(
-                "UPDATE durable.workflow SET status = 'cancelled', finished_at = statement_timestamp() "
-                "WHERE id = :id AND status IN ('pending', 'running', 'suspended')"
+                "UPDATE durable.workflow SET status = 'cancelled', finished_at = statement_timestamp(), "
+                "wake_at = NULL WHERE id = :id AND status IN ('pending', 'running', 'suspended')"
             ),
             {"id": workflow_id},
         )

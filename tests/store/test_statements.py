@@ -10,9 +10,9 @@ from sqlalchemy import Executable
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.sql import ClauseElement
 
-from sqla_durable.store import queues, steps, workers, workflows
+from sqla_durable.store import crashes, management, queues, steps, workers, workflows
 
-_MODULES = (queues, steps, workers, workflows)
+_MODULES = (crashes, management, queues, steps, workers, workflows)
 _BATCHES = {"_RECORD", "_RECORD_UNLOCKED", "_FINISH", "_FINISH_UNLOCKED", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
 
 
@@ -28,7 +28,7 @@ everyone = pytest.mark.parametrize("sql", STATEMENTS.values(), ids=STATEMENTS)
 
 
 def test_the_statements_are_found() -> None:
-    assert {"queues._CLAIM", "steps._RECORD", "workers._RECLAIM", "workflows._FINISH_UNLOCKED"} <= STATEMENTS.keys()
+    assert {"queues._CLAIM", "steps._RECORD", "crashes._RECLAIM", "workflows._FINISH_UNLOCKED"} <= STATEMENTS.keys()
 
 
 @everyone

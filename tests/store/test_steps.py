@@ -6,7 +6,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Step, Workflow
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import Fence, Verdict, steps, workers, workflows
+from sqla_durable.store import Fence, Verdict, crashes, steps, workers, workflows
 from tests.store import races
 
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_that_waited_for_a_takeover_is_lost(engine: Engine) -> None
     races.expire_leases(engine)
     with races.transaction(engine) as step, races.transaction(engine) as other:
         workers.beat(other.session, worker_id=uuid7(), name="other", queues=[], lease=races.LEASE)
-        assert workers.reclaim(other.session, max_attempts=9, limit=9)
+        assert crashes.reclaim(other.session, max_attempts=9, limit=9)
         (taken,) = races.claim(other.session)
         recording = step.begin_blocked(lambda session: steps.record(session, races.checkpoint(fence)))
         other.session.commit()
@@ -94,10 +94,10 @@ def test_a_takeover_passes_over_a_workflow_whose_step_is_about_to_commit(engine:
     races.expire_leases(engine)
     with races.transaction(engine) as step, Session(engine) as other:
         assert steps.record(step.session, races.checkpoint(fence)) is Verdict.RECORDED
-        assert workers.reclaim(other, max_attempts=9, limit=9) == []
+        assert crashes.reclaim(other, max_attempts=9, limit=9) == []
         step.session.commit()
         other.rollback()
-        assert len(workers.reclaim(other, max_attempts=9, limit=9)) == 1
+        assert len(crashes.reclaim(other, max_attempts=9, limit=9)) == 1
         (taken,) = races.claim(other)
         assert list(taken.history) == ["charge"]
 
@@ -167,7 +167,7 @@ def test_the_writer_a_bulk_cancel_and_reclaim_at_the_same_rows_never_deadlock(
     def reclaim() -> None:
         for _ in range(rounds):
             with session_factory() as session:
-                workers.reclaim(session, max_attempts=9, limit=7)
+                crashes.reclaim(session, max_attempts=9, limit=7)
                 races.claim(session, 7)
                 session.commit()
 

@@ -10,13 +10,13 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Worker, Workflow
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import Fence, workers, workflows
+from sqla_durable.store import Fence, crashes, workers, workflows
 from tests.store import races
 from tests.store.plans import explain, fill
 
 
 def reclaimed(session: Session, max_attempts: int = 10) -> list[UUID]:
-    found = [each.workflow_id for each in workers.reclaim(session, max_attempts=max_attempts, limit=100)]
+    found = [each.workflow_id for each in crashes.reclaim(session, max_attempts=max_attempts, limit=100)]
     session.commit()
     return found
 
@@ -63,8 +63,8 @@ def test_an_expired_lease_is_reclaimed_once_by_two_racing_workers(engine: Engine
     fences = races.claimed_fences(engine, 20)
     races.expire_leases(engine)
     with races.transaction(engine) as one, races.transaction(engine) as other:
-        first = workers.reclaim(one.session, max_attempts=9, limit=15)
-        second = workers.reclaim(other.session, max_attempts=9, limit=15)
+        first = crashes.reclaim(one.session, max_attempts=9, limit=15)
+        second = crashes.reclaim(other.session, max_attempts=9, limit=15)
         one.session.commit()
         other.session.commit()
     assert len(first) == 15
@@ -94,10 +94,10 @@ def test_a_workflow_that_was_reclaimed_and_claimed_meanwhile_is_not_reclaimed_ag
         gate.session.execute(text("SELECT pg_advisory_xact_lock(1)"))
         for setting in ("test.slow = 'on'", "enable_hashjoin = off", "enable_mergejoin = off"):
             slow.session.execute(text(f"SET LOCAL {setting}"))
-        reclaiming = slow.begin_blocked(lambda session: workers.reclaim(session, max_attempts=9, limit=9))
+        reclaiming = slow.begin_blocked(lambda session: crashes.reclaim(session, max_attempts=9, limit=9))
         newcomer = uuid7()
         workers.beat(quick, worker_id=newcomer, name="new", queues=[], lease=races.LEASE)
-        taken = [each.workflow_id for each in workers.reclaim(quick, max_attempts=9, limit=9)]
+        taken = [each.workflow_id for each in crashes.reclaim(quick, max_attempts=9, limit=9)]
         claimed = [each.fence for each in races.claim(quick, 9, worker_id=newcomer)]
         quick.commit()
         gate.session.rollback()
@@ -124,9 +124,9 @@ def test_reclaim_one_waits_for_the_row_and_sees_what_became_of_it(engine: Engine
     races.expire_leases(engine)
     with races.transaction(engine) as other, races.transaction(engine) as mine:
         workers.beat(other.session, worker_id=uuid7(), name="other", queues=[], lease=races.LEASE)
-        workers.reclaim(other.session, max_attempts=9, limit=9)
+        crashes.reclaim(other.session, max_attempts=9, limit=9)
         races.claim(other.session)
-        reclaiming = mine.begin_blocked(lambda session: workers.reclaim_one(session, fence.workflow_id, max_attempts=9))
+        reclaiming = mine.begin_blocked(lambda session: crashes.reclaim_one(session, fence.workflow_id, max_attempts=9))
         other.session.commit()
         assert reclaiming.result() is None
 
@@ -136,12 +136,12 @@ def test_the_last_attempt_ends_with_an_error_that_says_so(engine: Engine) -> Non
     (fence,) = races.claimed_fences(engine)
     races.expire_leases(engine)
     with Session(engine) as session:
-        (found,) = workers.reclaim(session, max_attempts=1, limit=9)
+        (found,) = crashes.reclaim(session, max_attempts=1, limit=9)
         session.commit()
         assert found.status is WorkflowStatus.FAILED
         record = session.get_one(Workflow, fence.workflow_id)
         assert record.error is not None
-        assert record.error["type"] == workers.MAX_ATTEMPTS_TYPE
+        assert record.error["type"] == crashes.MAX_ATTEMPTS_TYPE
         assert "attempt 1" in record.error["message"]
         assert record.finished_at is not None
         assert record.attempt == 1
@@ -150,9 +150,23 @@ def test_the_last_attempt_ends_with_an_error_that_says_so(engine: Engine) -> Non
 def test_abandoning_takes_back_only_ones_own_attempt(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as session:
-        assert workers.abandon(session, Fence(fence.workflow_id, uuid7()), reason="it broke", max_attempts=9) is None
-        assert workers.abandon(session, fence, reason="it broke", max_attempts=9) is not None
-        assert workers.abandon(session, fence, reason="it broke", max_attempts=9) is None
+        assert crashes.abandon(session, Fence(fence.workflow_id, uuid7()), reason="it broke", max_attempts=9)
+        assert session.get_one(Workflow, fence.workflow_id).attempt == 1
+        assert crashes.abandon(session, fence, reason="it broke", max_attempts=9)
+        assert crashes.abandon(session, fence, reason="it broke", max_attempts=9)
+        session.expire_all()
+        record = session.get_one(Workflow, fence.workflow_id)
+        assert (record.status, record.attempt, record.crashes) == (WorkflowStatus.PENDING, 2, 1)
+
+
+def test_abandoning_does_not_wait_for_a_row_that_somebody_holds(engine: Engine) -> None:
+    (fence,) = races.claimed_fences(engine)
+    with races.transaction(engine) as holder, Session(engine) as session:
+        races.lock(holder.session, fence.workflow_id)
+        assert not crashes.abandon(session, fence, reason="it broke", max_attempts=9)
+        session.rollback()
+        holder.session.rollback()
+        assert crashes.abandon(session, fence, reason="it broke", max_attempts=9)
 
 
 def test_running_of_gives_what_the_tables_say_a_worker_executes(engine: Engine) -> None:
@@ -184,6 +198,6 @@ def test_workers_that_are_long_dead_are_forgotten(engine: Engine) -> None:
 def test_reclaim_reads_running_workflows_only(engine: Engine, mode: str) -> None:
     with Session(engine) as session:
         fill(session)
-        plan = explain(session, workers._RECLAIM, {"max_attempts": 9, "limit": 10}, mode=mode)  # pyright: ignore[reportPrivateUsage]
+        plan = explain(session, crashes._RECLAIM, {"max_attempts": 9, "limit": 10}, mode=mode)  # pyright: ignore[reportPrivateUsage]
     assert plan.uses("workflow_running_idx"), plan
     assert not plan.scans("workflow"), plan

@@ -44,6 +44,7 @@ def _create_workflow(schema: str) -> None:
         sa.Column("output", pg.JSONB()),
         sa.Column("error", pg.JSONB()),
         sa.Column("attempt", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("crashes", sa.SmallInteger(), server_default="0", nullable=False),
         sa.Column("token", pg.UUID()),
         sa.Column("worker_id", pg.UUID()),
         sa.Column("created_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
@@ -61,7 +62,7 @@ def _create_workflow(schema: str) -> None:
             "status IN ('pending', 'running', 'suspended', 'succeeded', 'failed', 'cancelled')",
         ),
         _check("workflow", "input", "jsonb_typeof(input) = 'object'"),
-        _check("workflow", "attempt", "attempt >= 1"),
+        _check("workflow", "attempt", "attempt >= 1 AND crashes BETWEEN 0 AND attempt"),
         _check(
             "workflow",
             "token",
@@ -106,19 +107,21 @@ def _create_step(schema: str) -> None:
         sa.Column("attempts", sa.Integer(), server_default="1", nullable=False),
         sa.Column("started_at", _timestamp(), nullable=False),
         sa.Column("finished_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.Column("wake_at", _timestamp()),
         sa.PrimaryKeyConstraint("workflow_id", "key", name=op.f("step_pkey")),
         sa.ForeignKeyConstraint(
             ["workflow_id"], [f"{schema}.workflow.id"], name=op.f("step_workflow_id_fkey"), ondelete="CASCADE"
         ),
         _check("step", "key", "key ~ '[^[:space:]]'"),
-        _check("step", "status", "status IN ('succeeded', 'failed')"),
+        _check("step", "status", "status IN ('retrying', 'succeeded', 'failed')"),
         _check("step", "output", "(status = 'succeeded') = (output IS NOT NULL)"),
         _check(
             "step",
             "error",
             "CASE WHEN error IS NULL THEN status <> 'failed' "
-            "ELSE status = 'failed' AND jsonb_typeof(error) = 'object' AND error ? 'type' END",
+            "ELSE status IN ('retrying', 'failed') AND jsonb_typeof(error) = 'object' AND error ? 'type' END",
         ),
+        _check("step", "wake", "(status = 'retrying') = (wake_at IS NOT NULL)"),
         _check("step", "counts", "position >= 1 AND attempt >= 1 AND attempts >= 1"),
         _check("step", "times", "finished_at >= started_at"),
         schema=schema,

@@ -1,0 +1,133 @@
+"""What operators do with workflows: cancel and resume them, in a transaction of their own or of the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, TypeAlias, cast, overload
+from uuid import UUID
+
+from sqlalchemy import Select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from sqla_durable.errors import ArgumentError, SessionError
+from sqla_durable.functions import id_of
+from sqla_durable.models import Workflow
+from sqla_durable.store import management, schema
+
+Selected: TypeAlias = "Workflow | UUID | Iterable[Workflow | UUID] | Select[Any]"
+
+
+@overload
+def cancel(session: Session, workflows: Selected) -> list[UUID]: ...
+
+
+@overload
+def cancel(session: AsyncSession, workflows: Selected) -> Coroutine[Any, Any, list[UUID]]: ...
+
+
+def cancel(session: Session | AsyncSession, workflows: Selected) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
+    """Cancel workflows that are pending, running or suspended, in the caller's transaction.
+
+    ```python
+    cancel(session, order.checkout)
+    cancel(session, select(Workflow).where(Workflow.queue == "mail"))
+    ```
+
+    Never commits: they are cancelled when the caller commits, and are not when it rolls back. From that commit on,
+    nothing of an attempt that is executing one of them is committed any more: no checkpoint, no write of a
+    transactional step, no outcome; what was committed before is in its history. The attempt itself notices at its next
+    durable operation, or when its worker's heartbeat does.
+
+    Locks the rows, in the order of their ids, until the caller's transaction ends; waits for a transactional step that
+    is committing. A worker does not wait for these locks: only the workflows concerned do.
+
+    Args:
+        session: the caller's session; with an `AsyncSession`, await the call.
+        workflows: one record or id, several, or a `select()` of `Workflow`.
+
+    Returns:
+        The ids of those that were cancelled; the others are finished, or not there.
+
+    Raises:
+        ArgumentError: something else is given than workflows.
+        SchemaError, SessionError: the session's database does not hold the tables.
+    """
+    return _perform(session, workflows, management.cancel)
+
+
+@overload
+def resume(session: Session, workflows: Selected) -> list[UUID]: ...
+
+
+@overload
+def resume(session: AsyncSession, workflows: Selected) -> Coroutine[Any, Any, list[UUID]]: ...
+
+
+def resume(session: Session | AsyncSession, workflows: Selected) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
+    """Enqueue workflows again that were cancelled, or stopped because their workers died too often.
+
+    ```python
+    resume(session, select(Workflow).where(Workflow.error["type"].astext == "sqla_durable.errors:MaxAttemptsError"))
+    ```
+
+    They go on after their last checkpoint, on their old queues, as their next attempt, and may again lose as many
+    workers as the worker's `max_attempts` allows. Never commits; locks as `cancel` does. A workflow that failed with an
+    error of its own is not resumed: it would meet the same recorded error.
+
+    Args:
+        session: the caller's session; with an `AsyncSession`, await the call.
+        workflows: one record or id, several, or a `select()` of `Workflow`.
+
+    Returns:
+        The ids of those that were resumed.
+
+    Raises:
+        ArgumentError: something else is given than workflows.
+        SchemaError, SessionError: the session's database does not hold the tables.
+    """
+    return _perform(session, workflows, management.resume)
+
+
+def _perform(
+    session: Session | AsyncSession, workflows: Selected, verb: Callable[[Session, management.Wanted], list[UUID]]
+) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
+    def perform(blocking: Session) -> list[UUID]:
+        schema.require(blocking)
+        blocking.flush()  # a record that was only just started is not in the table yet
+        return verb(blocking, _wanted(workflows))
+
+    if isinstance(session, AsyncSession):
+        return session.run_sync(perform)
+    if isinstance(session, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return perform(session)
+    raise SessionError(f"the caller's Session or AsyncSession comes first, got {session!r}.")
+
+
+def _wanted(workflows: Selected) -> management.Wanted:
+    match workflows:
+        case Select():
+            return workflows.with_only_columns(Workflow.id)
+        case Workflow() | UUID():
+            return [id_of(workflows)]
+        case _:
+            return [_id(each) for each in _several(workflows)]
+
+
+def _several(workflows: object) -> Iterable[object]:
+    if not isinstance(workflows, Iterable):
+        raise _refused(workflows)
+    return cast("Iterable[object]", workflows)
+
+
+def _id(workflow: object) -> UUID:
+    if not isinstance(workflow, (Workflow, UUID)):
+        raise _refused(workflow)
+    return id_of(workflow)
+
+
+def _refused(given: object) -> ArgumentError:
+    return ArgumentError(
+        f"{given!r} is no workflow: give a Workflow record, its id as a UUID, several of them, or a select() of "
+        "Workflow."
+    )

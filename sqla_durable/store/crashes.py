@@ -1,0 +1,183 @@
+"""The statements that take workflows back from workers that are dead, or from attempts that broke.
+
+Any number of workers may do it at once: rows are taken with SKIP LOCKED, in the order of their ids.
+
+A workflow whose attempt recorded a step before its worker died goes on at once, and so does one that lost its worker
+for the first time. One that lost several in a row without recording anything may be what kills them: it waits longer
+each time, apart from those that happened to run beside it, and fails when `max_attempts` are reached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Integer,
+    Row,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    false,
+    func,
+    literal,
+    literal_column,
+    null,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import BIT, JSONB
+from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+from sqlalchemy.orm import Session
+
+from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.store._rows import STEP, WORKER, WORKFLOW, Fence, execute, materialized, scalars, status
+
+DEFAULT_MAX_ATTEMPTS = 10
+MAX_ATTEMPTS_TYPE = "sqla_durable.errors:MaxAttemptsError"
+_DEATH = "its worker died"
+_LONGEST_BACKOFF = 300  # seconds; the first is one
+_DOUBLINGS = 9  # more than it takes to the longest, and no overflow
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaimed:
+    """A workflow taken back: pending, suspended for a while, or failed because that happened too often."""
+
+    workflow_id: UUID
+    name: str
+    status: WorkflowStatus
+
+
+def reclaim(session: Session, *, max_attempts: int, limit: int) -> list[Reclaimed]:
+    """Take back running workflows whose worker's lease ran out, as their next attempt."""
+    rows = execute(session, _RECLAIM, {"max_attempts": max_attempts, "limit": limit, "reason": _DEATH})
+    return [_reclaimed(row) for row in rows]
+
+
+def reclaim_one(session: Session, workflow_id: UUID, *, max_attempts: int) -> Reclaimed | None:
+    """Take back one workflow if its lease ran out, waiting for whoever holds its row; never suspends it.
+
+    Its caller is at hand and executes it now.
+    """
+    parameters = {"max_attempts": max_attempts, "limit": 1, "wanted_id": workflow_id, "reason": _DEATH}
+    row = execute(session, _RECLAIM_ONE, parameters).one_or_none()
+    return None if row is None else _reclaimed(row)
+
+
+def abandon(session: Session, fence: Fence, *, reason: str, max_attempts: int) -> bool:
+    """Take back a workflow from an attempt of one's own that broke, as if its worker had died.
+
+    Returns:
+        False if somebody else holds the row: try again.
+    """
+    parameters = {
+        "max_attempts": max_attempts,
+        "limit": 1,
+        "wanted_id": fence.workflow_id,
+        "wanted_token": fence.token,
+        "reason": reason,
+    }
+    if execute(session, _ABANDON, parameters).one_or_none() is not None:
+        return True
+    return scalars(session, _STILL_RUNNING, parameters).one_or_none() is None
+
+
+def _reclaimed(row: Row[Any]) -> Reclaimed:
+    return Reclaimed(row.id, row.name, row.status)
+
+
+def _expired() -> ColumnElement[bool]:
+    alive = select(WORKER.c.id).where(
+        WORKER.c.id == WORKFLOW.c.worker_id, WORKER.c.lease_expires_at > func.statement_timestamp()
+    )
+    return ~alive.exists()
+
+
+def _taken_back(*conditions: ColumnElement[bool], skip_locked: bool) -> CTE:
+    # Two CTEs: where a row has changed in between, PostgreSQL checks the row itself once more when it locks it, but
+    # not what a sub-select says about another table. Reclaimed and claimed anew by somebody else, the workflow would
+    # still look abandoned; by its token it does not.
+    seen = materialized(
+        select(WORKFLOW.c.id, WORKFLOW.c.token).where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING), *conditions),
+        "seen",
+    )
+    return materialized(
+        select(WORKFLOW.c.id, case((_progress(), 0), else_=WORKFLOW.c.crashes + 1).label("crashes"))
+        .join(seen, and_(seen.c.id == WORKFLOW.c.id, seen.c.token == WORKFLOW.c.token))
+        .where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
+        .order_by(WORKFLOW.c.id)
+        .limit(bindparam("limit", type_=Integer()))
+        .with_for_update(key_share=True, of=WORKFLOW, skip_locked=skip_locked),
+        "abandoned",
+    )
+
+
+def _progress() -> ColumnElement[bool]:
+    """Tell whether the attempt that ends here has recorded the outcome of a step."""
+    recorded = select(STEP.c.key).where(STEP.c.workflow_id == WORKFLOW.c.id, STEP.c.attempt == WORKFLOW.c.attempt)
+    return recorded.where(STEP.c.status != literal_column(f"'{StepStatus.RETRYING}'")).exists()
+
+
+def _reclaim_statement(abandoned: CTE) -> Any:
+    return _back_statement(abandoned, suspect=abandoned.c.crashes > 1)
+
+
+def _back_statement(abandoned: CTE, *, suspect: ColumnElement[bool]) -> Any:
+    spent = abandoned.c.crashes >= bindparam("max_attempts", type_=Integer())
+    return (
+        update(WORKFLOW)
+        .where(WORKFLOW.c.id == abandoned.c.id)
+        .values(
+            status=case(
+                (spent, WorkflowStatus.FAILED.value),
+                (suspect, WorkflowStatus.SUSPENDED.value),
+                else_=WorkflowStatus.PENDING.value,
+            ),
+            attempt=case((spent, WORKFLOW.c.attempt), else_=WORKFLOW.c.attempt + 1),
+            crashes=abandoned.c.crashes,
+            error=case((spent, _max_attempts_error(abandoned.c.crashes)), else_=null()),
+            wake_at=case((and_(suspect, ~spent), _later(abandoned.c.crashes)), else_=null()),
+            finished_at=case((spent, func.statement_timestamp()), else_=null()),
+            token=null(),
+        )
+        .returning(WORKFLOW.c.id, WORKFLOW.c.name, WORKFLOW.c.status)
+    )
+
+
+def _later(crashes: ColumnElement[int]) -> ColumnElement[Any]:
+    """Give a time that doubles with each crash, spread by bits of the id: `random()` has no place in an UPDATE."""
+    doubled = func.least(func.power(2, func.least(crashes - 2, _DOUBLINGS)), _LONGEST_BACKOFF)
+    bits = cast(cast(func.concat("x", func.right(cast(WORKFLOW.c.id, Text), 4)), BIT(16)), Integer)
+    return func.statement_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, doubled * (0.5 + bits / 65536.0))
+
+
+def _max_attempts_error(crashes: ColumnElement[int]) -> Any:
+    message = func.concat(
+        bindparam("reason", type_=Text()),
+        " in attempt ",
+        WORKFLOW.c.attempt,
+        ", the last one allowed: ",
+        crashes,
+        " in a row recorded no step",
+    )
+    return func.jsonb_build_object(
+        literal("type", Text()),
+        literal(MAX_ATTEMPTS_TYPE, Text()),
+        literal("message", Text()),
+        message,
+        type_=JSONB,
+    )
+
+
+_WANTED = WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID())
+_WANTED_ATTEMPT = and_(_WANTED, WORKFLOW.c.token == bindparam("wanted_token", type_=PG_UUID()))
+_RECLAIM = _reclaim_statement(_taken_back(_expired(), skip_locked=True))
+_RECLAIM_ONE = _back_statement(_taken_back(_expired(), _WANTED, skip_locked=False), suspect=false())
+_ABANDON = _reclaim_statement(_taken_back(_WANTED_ATTEMPT, skip_locked=True))
+_STILL_RUNNING = select(WORKFLOW.c.id).where(_WANTED_ATTEMPT, WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
