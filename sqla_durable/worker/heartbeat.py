@@ -12,7 +12,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from sqla_durable.store import workers, workflows
+from sqla_durable.store import Fence, workers, workflows
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.database import Database, persistently
 
@@ -37,13 +37,9 @@ class Heartbeat:
         """Extend the lease until cancelled, and drop the attempts that are no longer this worker's."""
         while True:
             await asyncio.sleep(self._lease.total_seconds() / 3)
-            await persistently(self._database, self._beat, what="heartbeat")
             running = attempts.fences
-            if running:
-                owned = await persistently(
-                    self._database, partial(workflows.still_owned, fences=running), what="heartbeat"
-                )
-                attempts.drop_lost(owned, running)
+            look = partial(self._beat_and_look, running=running)
+            attempts.drop_lost(await persistently(self._database, look, what="heartbeat"), running)
             await persistently(self._database, workers.forget_dead, what="heartbeat")
 
     def renew(self, session: Session) -> bool:
@@ -60,6 +56,14 @@ class Heartbeat:
     async def end(self) -> None:
         """End the lease: once nothing extends it any more."""
         await persistently(self._database, lambda session: workers.leave(session, self._worker_id), what="leave")
+
+    def _beat_and_look(self, session: Session, running: list[Fence]) -> set[Fence]:
+        """Extend the lease, and give what is still this worker's.
+
+        In one transaction that writes: a server that has been demoted would answer a mere question from the past.
+        """
+        self._beat(session)
+        return workflows.still_owned(session, running) if running else set()
 
     def _beat(self, session: Session) -> None:
         workers.beat(session, worker_id=self._worker_id, name=self._name, queues=self._queues, lease=self._lease)

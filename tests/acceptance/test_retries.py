@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 from uuid import UUID
@@ -158,7 +158,7 @@ def test_a_step_that_waits_does_not_end_one_that_is_executed_beside_it(shell: Sh
         return 7
 
     async def pay() -> list[int]:
-        return list(await asyncio.gather(cast("Any", step.step)(), beside.aio()))
+        return list(await asyncio.gather(cast("Callable[[], Awaitable[int]]", step.step)(), beside.aio()))
 
     workflow = app.workflow(pay)
     with shell.background():
