@@ -154,6 +154,11 @@ class Shell(ABC):
             session.expunge_all()
             return record
 
+    def set_isolation(self, level: str) -> None:
+        """Let the engine of the application have another isolation level by default."""
+        self.engine = self.engine.execution_options(isolation_level=level)
+        self.sessionmaker = sessionmaker(self.engine)
+
     def crashed(self, workflow_id: UUID) -> None:
         """Bring a record back to where a dead worker's is after its reclaim: pending, with its checkpoints."""
         with self.sessionmaker.begin() as session:
@@ -218,6 +223,11 @@ class AsyncShell(Shell):
         engine = _async_engine(self.url, self.schema, self.driver, poolclass=NullPool)
         with super().background(async_sessionmaker=async_sessionmaker(engine), **options) as worker:
             yield worker
+
+    def set_isolation(self, level: str) -> None:
+        super().set_isolation(level)
+        self.async_engine = self.async_engine.execution_options(isolation_level=level)
+        self.async_sessionmaker = async_sessionmaker(self.async_engine)
 
     def close(self) -> None:
         self.runner.run(self.async_engine.dispose())
