@@ -22,8 +22,11 @@ RetryPredicate: TypeAlias = Callable[[RetryCallState], bool | Awaitable[bool]]
 StopPredicate: TypeAlias = Callable[[RetryCallState], bool]
 WaitFunction: TypeAlias = Callable[[RetryCallState], float]
 
+# invalid_sql_statement_name, duplicate_prepared_statement: a pooler has given the connection another server process,
+# which does not know the statements that the driver has prepared, or knows others under their names.
+_MIXED_UP = frozenset({"26000", "42P05"})
 # serialization_failure, deadlock_detected: the transaction was right, its timing was not.
-_CONFLICTS = frozenset({"40001", "40P01"})
+_CONFLICTS = frozenset({"40001", "40P01"}) | _MIXED_UP
 # connection_exception, operator_intervention but for query_canceled, too_many_connections, read_only_sql_transaction
 # (a primary that was replaced), idle_in_transaction_session_timeout. Source: PostgreSQL manual, appendix A.
 _READ_ONLY = "25006"
@@ -176,7 +179,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Tell whether PostgreSQL chose this transaction to lose against another."""
+    """Tell whether PostgreSQL chose this transaction to lose against another, or a pooler has spoilt it."""
     return isinstance(error, DBAPIError) and sqlstate(error) in _CONFLICTS
 
 
@@ -195,9 +198,17 @@ def _finds_no_primary(error: DBAPIError) -> bool:
     return type(getattr(error.orig, "__cause__", None)).__name__ == "TargetServerAttributeNotMatched"
 
 
-def is_demoted(error: BaseException) -> bool:
-    """Tell whether the server has become a standby: the connection is sound, and useless for us."""
-    return isinstance(error, DBAPIError) and sqlstate(error) == _READ_ONLY
+def spoils_connection(error: BaseException) -> bool:
+    """Tell whether the connection is sound and yet not to be used again.
+
+    Its server has become a standby, or its driver and the server no longer agree on what is prepared.
+    """
+    return isinstance(error, DBAPIError) and (sqlstate(error) == _READ_ONLY or is_mixed_up(error))
+
+
+def is_mixed_up(error: BaseException) -> bool:
+    """Tell whether a pooler in transaction mode has mixed up prepared statements."""
+    return isinstance(error, DBAPIError) and sqlstate(error) in _MIXED_UP
 
 
 def is_obstacle(error: BaseException) -> bool:

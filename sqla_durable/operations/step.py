@@ -18,7 +18,7 @@ from sqla_durable.operations.boundary import Boundary
 from sqla_durable.operations.runtime import Runtime, StepCall
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import SessionKind, StepDefinition
-from sqla_durable.retry import is_conflict, is_demoted, is_transient
+from sqla_durable.retry import is_conflict, is_transient, spoils_connection
 from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint, Recorded, Verdict, steps
 
@@ -160,7 +160,7 @@ class _Execution:
             self._uncertain = True  # from here on, an error may come after the commit
             await transaction.commit()
         except BaseException as error:
-            await (transaction.discard() if is_demoted(error) else transaction.rollback())
+            await (transaction.discard() if spoils_connection(error) else transaction.rollback())
             raise
         return _as_recorded(checkpoint)
 

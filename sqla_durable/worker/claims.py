@@ -16,7 +16,7 @@ from sqla_durable.retry import ObstacleRetry
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Claimed, crashes, queues, workers, workflows
 from sqla_durable.worker.attempts import Attempts
-from sqla_durable.worker.database import Database, first_line, persistently
+from sqla_durable.worker.database import Database, in_short, persistently
 
 log = logging.getLogger("sqla_durable.worker")
 
@@ -92,7 +92,7 @@ class Claims:
                 seconds = again.wait_before_next(error)
                 if seconds is None:
                     raise
-                log.warning("claim: %s; trying again in %.1f s", first_line(error), seconds)
+                log.warning("claim: %s; trying again in %.1f s", in_short(error), seconds)
                 await asyncio.sleep(seconds)
                 await self.release_strays()
 

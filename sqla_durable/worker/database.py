@@ -22,13 +22,17 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from typing_extensions import override
 
-from sqla_durable.retry import ObstacleRetry, is_demoted
+from sqla_durable.retry import ObstacleRetry, is_mixed_up, spoils_connection
 
 T = TypeVar("T")
 
 log = logging.getLogger("sqla_durable.worker")
 
 _THREADS = 4
+_MIXED_UP = (
+    "a pooler such as PgBouncer in transaction mode is in between, and the driver prepares statements: turn that off, "
+    'with connect_args={"prepare_threshold": None} for psycopg; for asyncpg see the page on connections'
+)
 _CUT_OFF = 1.0  # seconds in which a transaction ends once its connection is cut
 
 
@@ -202,13 +206,14 @@ async def persistently(database: Database, statement: Callable[[Session], T], *,
             seconds = again.wait_before_next(error)
             if seconds is None:
                 raise
-            log.warning("%s: %s; trying again in %.1f s", what, first_line(error), seconds)
+            log.warning("%s: %s; trying again in %.1f s", what, in_short(error), seconds)
             await asyncio.sleep(seconds)
 
 
-def first_line(error: BaseException) -> str:
-    """Give the first line of an error's text; some have none."""
-    return next(iter(str(error).splitlines()), "") or repr(error)
+def in_short(error: BaseException) -> str:
+    """Give the first line of an error's text, or its repr, and what to do about it where that is known."""
+    line = next(iter(str(error).splitlines()), "") or repr(error)
+    return f"{line} ({_MIXED_UP})" if is_mixed_up(error) else line
 
 
 def _attached(statement: Callable[[Session], T], cut: Cut) -> Callable[[Session], T]:
@@ -225,7 +230,7 @@ async def _on_loop(bind: AsyncEngine | AsyncConnection, statement: Callable[[Ses
             async with session.begin():
                 return await session.run_sync(statement)
         except BaseException as error:
-            if is_demoted(error):
+            if spoils_connection(error):
                 await session.invalidate()
             raise
 
@@ -236,7 +241,7 @@ def _in_session(bind: Engine | Connection, statement: Callable[[Session], T]) ->
             with session.begin():
                 return statement(session)
         except BaseException as error:
-            if is_demoted(error):
+            if spoils_connection(error):
                 session.invalidate()
             raise
 
