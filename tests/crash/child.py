@@ -11,11 +11,12 @@ from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from sqlalchemy import Engine, NullPool, create_engine, event
+from sqlalchemy import NullPool, create_engine
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Executor, Worker
+from sqla_durable.testing.points import CrashPoint, Fuse
 from tests.crash import application
 
 LEASE = timedelta(seconds=0.6)
@@ -30,14 +31,14 @@ class Plan:
     """Where a process is to die: at a visit to a point in the application, or around one of its commits.
 
     Attributes:
-        commit: the number of the commit, from 1, counting those that change workflows or checkpoints.
-        moment: `before` it is sent, `inside`: sent and not answered, `after` its answer.
+        place: the point in the application.
+        visits: at which visit to it.
+        point: the commit, and the moment around it.
     """
 
-    point: str | None = None
+    place: str | None = None
     visits: int = 1
-    commit: int = 0
-    moment: str = ""
+    point: CrashPoint | None = None
 
 
 @contextmanager
@@ -63,14 +64,8 @@ def _process(target: Any, *args: Any) -> Generator[BaseProcess]:
         process.close()
 
 
-def _work(url: str, plan: Plan, options: dict[str, Any]) -> None:
-    os.environ["CRASH_URL"] = url
-    application.fate.set(plan.point, plan.visits)
-    engine = create_engine(url)
-    on_loop = create_async_engine(url)
-    commits = _Commits(plan)
-    commits.watch(engine)
-    commits.watch(on_loop.sync_engine)
+def make_worker(url: str, **options: Any) -> Worker:
+    """Make a worker of the application that crashes."""
     settings: dict[str, Any] = {
         "lease": LEASE,
         "poll_interval": POLL,
@@ -78,62 +73,30 @@ def _work(url: str, plan: Plan, options: dict[str, Any]) -> None:
         "max_attempts": 1_000,
         **options,
     }
-    Worker(
+    return Worker(
         application.durable,
-        sessionmaker=sessionmaker(engine),
-        async_sessionmaker=async_sessionmaker(on_loop),
+        sessionmaker=sessionmaker(create_engine(url)),
+        async_sessionmaker=async_sessionmaker(create_async_engine(url)),
         **settings,
-    ).run()
+    )
+
+
+def _work(url: str, plan: Plan, options: dict[str, Any]) -> None:
+    os.environ["CRASH_URL"] = url
+    application.fate.set(plan.place, plan.visits)
+    _light(plan)
+    make_worker(url, **options).run()
 
 
 def _execute(url: str, plan: Plan, key: str) -> None:
     os.environ["CRASH_URL"] = url
     engine = create_engine(url, poolclass=NullPool)
-    _Commits(plan).watch(engine)
-    application.fate.set(plan.point, plan.visits)
+    _light(plan)
+    application.fate.set(plan.place, plan.visits)
     with Session(engine) as session:
         Executor(session, lease=LEASE).run(application.small.options(key=key), key)
 
 
-class _Commits:
-    """Counts the commits that matter, and dies around one of them."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._count = 0
-
-    def watch(self, engine: Engine) -> None:
-        """Watch the commits of an engine."""
-        if not self._plan.commit:
-            return
-        event.listen(engine, "after_cursor_execute", self._note)
-        commit = engine.dialect.do_commit
-        plan = self._plan
-
-        def do_commit(connection: Any) -> None:
-            if not _wrote.pop(_server_process(connection), False):
-                return commit(connection)
-            self._count += 1
-            if self._count == plan.commit and plan.moment == "before":
-                application.die()
-            if self._count == plan.commit and plan.moment == "inside":
-                getattr(connection, "driver_connection", connection).pgconn.send_query(b"COMMIT")
-                application.die()
-            commit(connection)
-            if self._count == plan.commit and plan.moment == "after":
-                application.die()
-            return None
-
-        engine.dialect.do_commit = do_commit  # type: ignore[method-assign,assignment]
-
-    @staticmethod
-    def _note(connection: Any, cursor: Any, statement: str, *_: object) -> None:
-        if cursor.rowcount > 0 and ("INTO durable.step" in statement or "UPDATE durable.workflow" in statement):
-            _wrote[_server_process(connection.connection.dbapi_connection)] = True
-
-
-_wrote: dict[int, bool] = {}
-
-
-def _server_process(connection: Any) -> int:
-    return int(getattr(connection, "driver_connection", connection).pgconn.backend_pid)
+def _light(plan: Plan) -> None:
+    if plan.point is not None:
+        Fuse(plan.point, workflow_id=None, tell=lambda _: None).light()

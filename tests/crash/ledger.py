@@ -66,17 +66,16 @@ def _call_key(account: str, workflows: list[Workflow]) -> str:
     return HISTORY(workflow.name)[2 * int(number) + 1]
 
 
-def end_state(engine: Engine, workflow_id: UUID) -> tuple[object, ...]:
+def end_state(session: Session, workflow_id: UUID) -> tuple[object, ...]:
     """Give what a small workflow has left behind, without the times and the attempts."""
-    with Session(engine) as session:
-        workflow = session.get_one(Workflow, workflow_id)
-        account = workflow.input["account"]
-        entries = session.scalars(select(Entry).where(Entry.account.startswith(account), Entry.note.is_(None))).all()
-        called = session.scalars(select(Entry.note).where(Entry.account.startswith(account), Entry.note.is_not(None)))
-        return (
-            workflow.status,
-            str(workflow.output).removeprefix(account),
-            [(each.key, each.position, each.status, str(each.output).removeprefix(account)) for each in workflow.steps],
-            sorted((each.account.removeprefix(account), each.cents) for each in entries),
-            sorted({str(note).removeprefix(str(workflow_id)) for note in called}),
-        )
+    workflow = session.get_one(Workflow, workflow_id)
+    account = workflow.input["account"]
+    entries = session.scalars(select(Entry).where(Entry.account.startswith(account), Entry.note.is_(None))).all()
+    called = session.scalars(select(Entry.note).where(Entry.account.startswith(account), Entry.note.is_not(None)))
+    return (
+        workflow.status,
+        str(workflow.output).removeprefix(account),
+        [(each.key, each.position, each.status, str(each.output).removeprefix(account)) for each in workflow.steps],
+        sorted((each.account.removeprefix(account), each.cents) for each in entries),
+        sorted({str(note).removeprefix(str(workflow_id)) for note in called}),
+    )

@@ -5,57 +5,46 @@ from __future__ import annotations
 import signal
 from functools import partial
 from itertools import count
-from multiprocessing.process import BaseProcess
 from typing import Any, cast
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from sqla_durable import Executor, Workflow
+from sqla_durable.testing import CrashPoint, Moment, crash_everywhere
 from tests.crash import application, child, ledger
 from tests.store import races
 
-MOMENTS = ["before", "inside", "after"]
-
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("name", ["small", "small_async"])
+@pytest.mark.parametrize("workflow", [application.small, application.small_async], ids=lambda each: each.name)
 def test_a_worker_that_dies_around_any_commit_leaves_the_same_end_state(
-    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str, moment: str
+    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, workflow: Any
 ) -> None:
     monkeypatch.setenv("CRASH_URL", database_url)
-    ends: list[tuple[object, ...]] = []
-    for commit in count(1):
-        (workflow_id,) = ledger.start(engine, [name])
-        with child.worker(database_url, child.Plan(commit=commit, moment=moment)) as process:
-            races.wait_until(partial(_died_or_finished, process, engine, workflow_id))
-            process.join(0.2)
-            died = process.exitcode == -signal.SIGKILL
-        races.expire_leases(engine)
-        with child.worker(database_url):
-            races.wait_until(partial(_finished, engine, workflow_id))
-        ends.append(ledger.end_state(engine, workflow_id))
-        if not died:
-            break
-    assert len(ends) >= 5, "claim, three operations and the outcome have at least four commits"
-    assert all(end == ends[-1] for end in ends)
+    report = crash_everywhere(
+        child.make_worker,
+        database_url,
+        start=lambda session: workflow.start(session, str(uuid4())),
+        end_state=lambda session, record: ledger.end_state(session, record.id),
+    )
+    assert report.points >= 4 * len(Moment), "claim, three operations and the outcome have at least four commits"
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", Moment)
 @pytest.mark.parametrize("successor", ["executor", "worker"])
 def test_an_executor_that_dies_around_any_commit_is_taken_up(
-    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, moment: str, successor: str
+    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, moment: Moment, successor: str
 ) -> None:
     """By another run with the same key, or by a worker of its queue, once the lease has run out."""
     monkeypatch.setenv("CRASH_URL", database_url)
     ends: list[tuple[object, ...]] = []
     for commit in count(1):
         key = f"{moment}-{commit}"
-        with child.executor(database_url, child.Plan(commit=commit, moment=moment), key) as process:
+        with child.executor(database_url, child.Plan(point=CrashPoint(commit, moment)), key) as process:
             process.join(30)
             died = process.exitcode == -signal.SIGKILL
             assert died or process.exitcode == 0
@@ -65,15 +54,12 @@ def test_an_executor_that_dies_around_any_commit_is_taken_up(
                 races.wait_until(partial(_finished, engine, _require(_id_of(engine, key))))
         with Session(engine) as session:
             assert Executor(session).run(application.small.options(key=key), key) == f"{key}/1"
-        ends.append(ledger.end_state(engine, _require(_id_of(engine, key))))
+        with Session(engine) as session:
+            ends.append(ledger.end_state(session, _require(_id_of(engine, key))))
         if not died:
             break
     assert len(ends) >= 6
     assert all(end == ends[-1] for end in ends)
-
-
-def _died_or_finished(process: BaseProcess, engine: Engine, workflow_id: UUID) -> bool:
-    return not process.is_alive() or _finished(engine, workflow_id)
 
 
 def _finished(engine: Engine, workflow_id: UUID) -> bool:
@@ -101,7 +87,8 @@ def test_an_executor_that_dies_inside_a_step_is_taken_up_after_its_lease(
     workflow_id = _require(_id_of(engine, "k"))
     with child.worker(database_url):
         races.wait_until(lambda: races.status_of(engine, workflow_id).finished)
-    status, _, history, credited, calls = ledger.end_state(engine, workflow_id)
+    with Session(engine) as session:
+        status, _, history, credited, calls = ledger.end_state(session, workflow_id)
     assert str(status) == "succeeded"
     assert [each[0] for each in cast("list[tuple[Any, ...]]", history)] == ["credit", "call", "credit#2"]
     assert credited == [("/0", 1), ("/1", 1)]

@@ -1,0 +1,168 @@
+"""Where a process is killed: around one of the commits that it makes.
+
+What happens here happens in the process that dies. Which points there are, `everywhere` finds out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NoReturn
+from uuid import UUID
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.orm import Session
+
+from sqla_durable.models import SCHEMA, Step, Worker, Workflow
+from sqla_durable.status import WorkflowStatus
+
+_WROTE = "sqla_durable.testing.wrote"
+_WRITES = re.compile(
+    r"(?:\binsert\s+into|(?<!for )(?<!key )(?<!do )\bupdate|\bdelete\s+from|\bmerge\s+into)\s+(\S+)", re.I
+)
+_QUERY_MESSAGE = b"Q" + struct.pack("!I", 11) + b"COMMIT\0"  # PostgreSQL manual, Message Formats: Query
+
+
+class Moment(StrEnum):
+    """When a process dies, as seen from one of its commits.
+
+    `before` the COMMIT is sent; `inside`: it is sent, and the answer not read, so that the process cannot know what
+    became of it; `after` its answer.
+    """
+
+    BEFORE = "before"
+    INSIDE = "inside"
+    AFTER = "after"
+
+
+@dataclass(frozen=True, slots=True)
+class CrashPoint:
+    """A point at which a worker is killed.
+
+    Attributes:
+        commit: the number of the commit, from 1, among those of its process that change anything but its lease.
+        moment: when, as seen from that commit.
+        writes: what the commit contains, in words; empty as long as nobody was killed there.
+    """
+
+    commit: int
+    moment: Moment
+    writes: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.moment} commit {self.commit}" + (f" ({self.writes})" if self.writes else "")
+
+
+class Fuse:
+    """Kills this process at a point, if it gets there.
+
+    It watches every engine of the process. Commits that change nothing do not count, and neither do those that change
+    the lease of a worker only: when they come is a matter of time.
+
+    Args:
+        point: where to die.
+        workflow_id: the workflow whose progress describes the commit; None where its id is not known before.
+        tell: called with what the commit contains, before it is sent.
+    """
+
+    def __init__(self, point: CrashPoint, *, workflow_id: UUID | None, tell: Callable[[str], None]) -> None:
+        self._point = point
+        self._workflow_id = workflow_id
+        self._tell = tell
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def light(self) -> None:
+        """Watch from now on."""
+        event.listen(Engine, "begin", _forget)
+        event.listen(Engine, "after_cursor_execute", _note)
+        event.listen(Engine, "commit", self._on_commit)
+
+    def _on_commit(self, connection: Connection) -> None:
+        tables: set[str] = connection.info.pop(_WROTE, set())
+        if tables and not getattr(connection.connection.dbapi_connection, "autocommit", False) and self._due():
+            self._die(connection, tables)
+
+    def _due(self) -> bool:
+        with self._lock:
+            self._count += 1
+            return self._count == self._point.commit
+
+    def _die(self, connection: Connection, tables: set[str]) -> NoReturn:
+        # Told first: whoever sees the commit knows then that this process dies.
+        self._tell(_described(connection, self._workflow_id, tables))
+        try:
+            match self._point.moment:
+                case Moment.BEFORE:
+                    pass
+                case Moment.INSIDE:
+                    _send_commit(connection)
+                case Moment.AFTER:
+                    connection.dialect.do_commit(connection.connection)
+        finally:
+            die()
+
+
+def die() -> NoReturn:
+    """End this process as the kernel's out-of-memory killer does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    while True:  # until the signal is delivered
+        signal.pause()
+
+
+def can_die_inside(engine: Engine) -> bool:
+    """Tell whether the engine's driver can send a COMMIT without waiting for the answer."""
+    return engine.dialect.driver in ("psycopg", "asyncpg")
+
+
+def _send_commit(connection: Connection) -> None:
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.driver == "asyncpg":
+        driver._transport.write(_QUERY_MESSAGE)
+    else:
+        driver.pgconn.send_query(b"COMMIT")
+        driver.pgconn.flush()
+
+
+def _forget(connection: Connection) -> None:
+    connection.info.pop(_WROTE, None)
+
+
+def _note(connection: Connection, cursor: Any, statement: str, *_: object) -> None:
+    """Remember the tables that a statement has changed; a data-modifying CTE hides in a SELECT."""
+    if cursor.rowcount == 0:
+        return
+    names: dict[str, str] = connection.get_execution_options().get("schema_translate_map") or {}
+    lease = f"{names.get(SCHEMA) or SCHEMA}.{Worker.__tablename__}"
+    tables = {each.replace('"', "").partition("(")[0] for each in _WRITES.findall(statement)} - {lease}
+    if tables:
+        connection.info.setdefault(_WROTE, set()).update(tables)
+
+
+def _described(connection: Connection, workflow_id: UUID | None, tables: set[str]) -> str:
+    """Say what a transaction is about to commit; it is part of the message only, so no failure of it counts."""
+    ours = {each.rpartition(".")[2] for each in tables}
+    words = [f"rows of {each}" for each in sorted(tables) if each.rpartition(".")[2] not in ("workflow", "step")]
+    with suppress(Exception):
+        workflow = None if workflow_id is None else Session(connection).get(Workflow, workflow_id)
+        if workflow is not None and Step.__tablename__ in ours:
+            words += [f"checkpoint of step {each!r}" for each in _newest(workflow.steps)]
+        if workflow is not None and Workflow.__tablename__ in ours:
+            words.append(_standing(workflow.status))
+    return ", ".join(words)
+
+
+def _newest(steps: list[Step]) -> list[str]:
+    latest = max((each.finished_at for each in steps), default=None)
+    return [each.key for each in steps if each.finished_at == latest]
+
+
+def _standing(status: WorkflowStatus) -> str:
+    return {WorkflowStatus.RUNNING: "claim", WorkflowStatus.SUSPENDED: "wait"}.get(status, f"outcome: {status}")
