@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import Connection, Engine, ForeignKeyConstraint, func, inspect, select, text, update
@@ -21,15 +19,6 @@ from tests.support.domain import Order
 every_schema = pytest.mark.parametrize("durable_schema", ["durable", "tenant_7"], indirect=True)
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-VALUES: dict[str, Any] = {
-    "token": UUID(int=1),
-    "worker_id": UUID(int=2),
-    "started_at": NOW,
-    "finished_at": NOW,
-    "output": "{}",
-    "error": '{"type": "builtins:ValueError"}',
-    "wake_at": NOW,
-}
 
 
 def test_every_constraint_and_index_has_a_name() -> None:
@@ -75,48 +64,6 @@ def test_name_alone_has_no_arguments(session_factory: sessionmaker[Session]) -> 
         assert workflow.id.version == 7
         assert workflow.input == {}
         assert workflow.status is WorkflowStatus.PENDING
-
-
-@pytest.mark.parametrize("status", WorkflowStatus)
-def test_database_accepts_a_workflow_exactly_if_its_columns_fit_its_status(
-    engine: Engine, status: WorkflowStatus
-) -> None:
-    with engine.connect() as connection:
-        for columns in combinations(VALUES):
-            row = {"name": "checkout", "status": status.value} | {name: VALUES[name] for name in columns}
-            assert accepts(connection, "workflow", row) is fits(status, columns), row
-
-
-def fits(status: WorkflowStatus, columns: frozenset[str]) -> bool:
-    """Say again, in other words than the constraints, which columns belong to a status."""
-    required: dict[WorkflowStatus, set[str]] = {
-        WorkflowStatus.PENDING: set(),
-        WorkflowStatus.RUNNING: {"token", "worker_id", "started_at"},
-        WorkflowStatus.SUSPENDED: set(),
-        WorkflowStatus.SUCCEEDED: {"finished_at", "output"},
-        WorkflowStatus.FAILED: {"finished_at", "error"},
-        WorkflowStatus.CANCELLED: {"finished_at"},
-    }
-    optional = {"worker_id", "started_at"}
-    optional |= {"token"} if status.finished else set()
-    optional |= {"wake_at"} if status is WorkflowStatus.SUSPENDED else set()
-    optional |= {"error"} if status is WorkflowStatus.CANCELLED else set()
-    return required[status] <= columns <= required[status] | optional
-
-
-@pytest.mark.parametrize("status", StepStatus)
-def test_database_accepts_a_step_exactly_if_its_columns_fit_its_status(engine: Engine, status: StepStatus) -> None:
-    required = {
-        StepStatus.SUCCEEDED: {"output"},
-        StepStatus.FAILED: {"error"},
-        StepStatus.RETRYING: {"wake_at"},
-    }[status]
-    optional = {"error"} if status is StepStatus.RETRYING else set[str]()
-    with engine.connect() as connection:
-        step = new_step(connection) | {"status": status.value}
-        for columns in combinations(["output", "error", "wake_at"]):
-            row = step | {name: VALUES[name] for name in columns}
-            assert accepts(connection, "step", row) is (required <= columns <= required | optional), row
 
 
 @pytest.mark.parametrize(
@@ -280,11 +227,6 @@ def checkout(*steps: str) -> Workflow:
             for position, name in enumerate(steps, start=1)
         ],
     )
-
-
-def combinations(names: Sequence[str] | dict[str, Any]) -> Iterator[frozenset[str]]:
-    for count in range(len(names) + 1):
-        yield from map(frozenset, itertools.combinations(names, count))
 
 
 def new_step(connection: Connection) -> dict[str, Any]:
