@@ -18,7 +18,7 @@ from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Literal, Self
 
 import psycopg
 import tenacity
@@ -112,6 +112,11 @@ class EmbeddedServer:
         return found
 
     @property
+    def socket_file(self) -> Path:
+        """Its socket itself, for programs that do not speak PostgreSQL, such as a proxy."""
+        return self.socket_directory / f".s.PGSQL.{PORT}"
+
+    @property
     def binaries(self) -> Path:
         """The directory of its programs: pg_ctl, pg_dump, pgbench and others."""
         if self._binaries is None:
@@ -149,6 +154,28 @@ class EmbeddedServer:
                 self._shut_down()
         if last and self._temporary:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+    def interrupt(self, mode: Literal["fast", "immediate"]) -> None:
+        """Shut the server down under everybody who uses it, as an outage does; `proceed` brings it back.
+
+        Args:
+            mode: `immediate` as in a crash, so that it recovers from its WAL; `fast` in good order.
+
+        Raises:
+            DatabaseUnavailableError: the server does not stop.
+        """
+        with self._exclusively():
+            self._pg_ctl("stop", "-m", mode)
+
+    def proceed(self) -> None:
+        """Start the server again after `interrupt`, at the same address; return when it answers.
+
+        Raises:
+            DatabaseUnavailableError: it does not start.
+        """
+        with self._exclusively():
+            self._pg_ctl("start", "-l", str(self._data / "server.log"))
+            self._await_answer()
 
     def __enter__(self) -> Self:
         return self.start()

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from sqlalchemy import NullPool, create_engine, text
@@ -121,6 +122,21 @@ def test_crashed_server_is_started_again_with_its_data(directory: Path) -> None:
         wait_until_gone(pid)
     with embedded.server(directory, settings=SETTINGS) as server:
         assert query(server.url, "SELECT answer FROM kept") == 42
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_interrupted_server_proceeds_at_the_same_address_with_its_data(
+    directory: Path, mode: Literal["fast", "immediate"]
+) -> None:
+    with embedded.server(directory) as server:
+        url, socket = server.url, server.socket_file
+        execute(url, "CREATE TABLE kept AS SELECT 42 AS answer")
+        assert socket.exists()
+        server.interrupt(mode)
+        assert not is_running(directory)
+        server.proceed()
+        assert (server.url, server.socket_file) == (url, socket)
+        assert query(url, "SELECT answer FROM kept") == 42
 
 
 def test_path_too_long_for_a_socket_works(directory: Path) -> None:
