@@ -13,6 +13,7 @@ import typer
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from sqla_durable.cli.errors import CommandError
+from sqla_durable.cli.torture import torture
 from sqla_durable.cli.worker import worker
 from sqla_durable.errors import DurableError
 
@@ -66,3 +67,4 @@ def _reason(error: SQLAlchemyError) -> str:
 
 
 app.command("worker")(worker)
+app.command("torture")(torture)

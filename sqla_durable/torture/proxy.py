@@ -1,0 +1,226 @@
+"""A TCP proxy before the server's socket, one for each worker: cuts, delays, swallows and refuses.
+
+All proxies live on one event loop in a thread of their own; their methods may be called from any other thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
+
+_CHUNK = 65_536
+_PATIENCE = 30.0
+_SOON = 0.01
+
+
+class Proxies:
+    """The proxies of one server, and the loop that they live on.
+
+    ```python
+    with Proxies(socket) as proxies:
+        proxy = proxies.open()
+        ...  # connect to 127.0.0.1, proxy.port
+        proxy.cut()
+    ```
+
+    Args:
+        server: the path of the server's Unix socket.
+    """
+
+    def __init__(self, server: Path) -> None:
+        self._server = server
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="torture proxies", daemon=True)
+        self._proxies: list[Proxy] = []
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for each in self._proxies:
+            each.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def open(self) -> Proxy:
+        """Listen on a free port of 127.0.0.1."""
+        proxy = Proxy(self._loop, self._server)
+        proxy.listen()
+        self._proxies.append(proxy)
+        return proxy
+
+
+class Proxy:
+    """One port through which the server is reached.
+
+    Attributes:
+        port: where it listens, also after it has refused connections for a while.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, server: Path) -> None:
+        self._loop = loop
+        self._server = server
+        self._listening: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._connections: set[_Connection] = set()
+        self._delay = 0.0
+        self._passing = asyncio.Event()
+        self._passing.set()
+        self.port = 0
+
+    def listen(self) -> None:
+        """Accept connections."""
+        self._do(self._listen())
+
+    def refuse(self) -> None:
+        """Reset all connections and accept no new ones until `listen`."""
+        self._do(self._refuse())
+
+    def cut(self) -> None:
+        """Reset all connections; new ones are accepted."""
+        self._do(self._cut())
+
+    def delay(self, seconds: float) -> None:
+        """Let every packet take so much longer from now on, in either direction."""
+        self._do(self._set_delay(seconds))
+
+    def swallow(self) -> None:
+        """Keep connections open, accept new ones, and let nothing through, not even an end, until `restore`."""
+        self._do(self._swallow())
+
+    def restore(self) -> None:
+        """Reset what was swallowed from, and let everything through again."""
+        self._do(self._restore())
+
+    def close(self) -> None:
+        """End it for good."""
+        self._do(self._refuse())
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._connections)
+
+    def _do(self, change: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(change, self._loop).result(_PATIENCE)
+
+    async def _listen(self) -> None:
+        if self._listening is None:
+            self._listening = socket.create_server(("127.0.0.1", self.port))
+            self._listening.setblocking(False)
+            self.port = self._listening.getsockname()[1]
+            self._loop.add_reader(self._listening, self._welcome, self._listening)
+
+    def _welcome(self, listening: socket.socket) -> None:
+        """Accept one connection; not by asyncio's server, which leaks what it accepts while it is closed."""
+        try:
+            client, _ = listening.accept()
+        except OSError:
+            return
+        task = self._loop.create_task(self._serve(client))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _refuse(self) -> None:
+        if self._listening is not None:
+            self._loop.remove_reader(self._listening)
+            self._listening.close()
+            self._listening = None
+        await self._cut()
+
+    async def _cut(self) -> None:
+        there = set(self._tasks)
+        while there:  # again for one that had been accepted and not yet begun
+            for each in self._connections:
+                each.reset()
+            _, there = await asyncio.wait(there, timeout=_SOON)
+
+    async def _set_delay(self, seconds: float) -> None:
+        self._delay = seconds
+
+    async def _swallow(self) -> None:
+        self._passing.clear()
+
+    async def _restore(self) -> None:
+        await self._cut()
+        self._passing.set()
+
+    async def _serve(self, client: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(sock=client)
+        connection = _Connection(writer)
+        self._connections.add(connection)
+        try:
+            await connection.run(self._carry(reader, connection))
+        finally:
+            self._connections.discard(connection)
+
+    async def _carry(self, reader: asyncio.StreamReader, connection: _Connection) -> None:
+        """Carry bytes in both directions until either side ends."""
+        if not self._passing.is_set():
+            await asyncio.Event().wait()  # until it is reset: in a black hole nobody answers
+        try:
+            from_server, to_server = await asyncio.open_unix_connection(self._server)
+        except OSError:
+            return  # no server: the client's connection is reset
+        connection.own(to_server)
+        ways = [self._pump(reader, to_server), self._pump(from_server, connection.client)]
+        tasks = [asyncio.ensure_future(each) for each in ways]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(_CHUNK):
+                if not self._passing.is_set():
+                    continue
+                if self._delay:
+                    await asyncio.sleep(self._delay)
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
+        if not self._passing.is_set():
+            await asyncio.Event().wait()  # the other side does not hear of the end
+
+
+class _Connection:
+    """One connection of a client, and the one to the server that belongs to it."""
+
+    def __init__(self, client: asyncio.StreamWriter) -> None:
+        self.client = client
+        self._writers = [client]
+        self._task: asyncio.Future[None] | None = None
+
+    def own(self, writer: asyncio.StreamWriter) -> None:
+        """End this one too when the connection ends."""
+        self._writers.append(writer)
+
+    async def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Work until done or reset, then let go of both sides at once."""
+        self._task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait([self._task])
+        finally:
+            self._task.cancel()
+            for each in self._writers:
+                each.transport.abort()
+
+    def reset(self) -> None:
+        """End the connection now, whatever is on its way."""
+        if self._task is not None:
+            self._task.cancel()
