@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-import socket
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -24,6 +23,7 @@ from tests.crash import child, ledger
 from tests.crash.application import durable
 from tests.store import races
 from tests.support.domain import Entry
+from tests.support.proxy import Proxy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -141,66 +141,6 @@ def test_connections_that_the_server_ends_when_they_are_idle_are_replaced(
             ledger.wait_until_finished(engine)
     engine.dispose()
     ledger.check_transfers(engine)
-
-
-class Proxy:
-    """Forwards TCP to the server, until it is cut: then nobody listens at its port."""
-
-    def __init__(self, url: str) -> None:
-        target = make_url(url)
-        self._path = f"{target.query.get('host', target.host)}"
-        self._port = target.port or 5432
-        self._listener: socket.socket | None = None
-        self._open: list[socket.socket] = []
-        self.open()
-        self.url: str = target.set(host="127.0.0.1", port=self.port, query={}).render_as_string(hide_password=False)
-
-    def open(self) -> None:
-        """Listen, at the same port as before."""
-        listener = socket.create_server(("127.0.0.1", getattr(self, "port", 0)))
-        self.port: int = listener.getsockname()[1]
-        self._listener = listener
-        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
-
-    def cut(self) -> None:
-        """End all connections and refuse new ones."""
-        assert self._listener is not None
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for each in self._open:
-            with _ignored():
-                each.shutdown(socket.SHUT_RDWR)
-        self._open.clear()
-
-    def _accept(self, listener: socket.socket) -> None:
-        with _ignored():
-            while True:
-                client, _ = listener.accept()
-                server = self._connect()
-                self._open += [client, server]
-                for source, sink in ((client, server), (server, client)):
-                    threading.Thread(target=_forward, args=(source, sink), daemon=True).start()
-
-    def _connect(self) -> socket.socket:
-        if not self._path.startswith("/"):
-            return socket.create_connection((self._path, self._port))
-        server = socket.socket(socket.AF_UNIX)
-        server.connect(f"{self._path}/.s.PGSQL.{self._port}")
-        return server
-
-
-def _ignored() -> suppress:
-    return suppress(OSError)
-
-
-def _forward(source: socket.socket, sink: socket.socket) -> None:
-    with _ignored():
-        while data := source.recv(65_536):
-            sink.sendall(data)
-    for each in (source, sink):
-        with _ignored():
-            each.shutdown(socket.SHUT_RDWR)
-        each.close()
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])

@@ -1,0 +1,180 @@
+"""PostgreSQL servers of a test's own, on TCP: stopped, killed, promoted, demoted; not that of the test run."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import socket
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from sqlalchemy import URL, NullPool, create_engine, text
+
+from sqla_durable import _programs, models
+from tests.support import domain
+from tests.support.databases import migrate
+
+StopMode = Literal["fast", "immediate"]
+
+_HOST = "127.0.0.1"
+_SETTINGS = {
+    "listen_addresses": _HOST,
+    "unix_socket_directories": "",
+    "fsync": "off",  # processes die here, not the machine
+    "full_page_writes": "off",
+    "max_connections": "100",
+    "shared_buffers": "32MB",
+    "wal_keep_size": "256MB",
+    "timezone": "UTC",
+    "log_line_prefix": "%m [%p] %a ",
+}
+
+
+class Cluster:
+    """A PostgreSQL server with a data directory and a TCP port of its own; it keeps both over every stop and start.
+
+    Attributes:
+        port: where it listens on 127.0.0.1 while it runs.
+    """
+
+    def __init__(self, root: Path, name: str, *, binaries: Path | None = None) -> None:
+        self.name = name
+        self.port = free_port()
+        self._root = root
+        self._data = root / name
+        self._user = _programs.server_user(self._data)
+        self._binaries = binaries or _programs.find(self._data, user=self._user, copies=root / "programs")
+
+    def url(self, database: str = "postgres") -> URL:
+        """Give the URL of a database, with psycopg."""
+        return URL.create("postgresql+psycopg", "postgres", host=_HOST, port=self.port, database=database)
+
+    @property
+    def text(self) -> str:
+        """The same URL of the database `postgres` as text, for another process."""
+        return self.url().render_as_string(hide_password=False)
+
+    def create(self) -> None:
+        """Make its data directory and start it, with our tables and the domain's in the database `postgres`."""
+        self._run("initdb", "-D", str(self._data), "-U", "postgres", "-A", "trust", "--no-locale", "-E", "UTF8", "-N")
+        self._configure()
+        self.start()
+        engine = create_engine(self.url(), poolclass=NullPool)
+        with engine.begin() as connection:
+            migrate(connection, models.SCHEMA)
+            domain.Base.metadata.create_all(connection)
+
+    def follow(self, primary: Cluster) -> None:
+        """Make it a standby of a running primary, by pg_basebackup."""
+        source = f"host={_HOST} port={primary.port} user=postgres application_name={self.name}"
+        self._run("pg_basebackup", "-D", str(self._data), "-d", source, "-R", "-c", "fast", "-X", "stream", "-N")
+        self._configure()
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        self._run("pg_ctl", "start", "-D", str(self._data), "-w", "-t", "60", "-l", str(self._data / "server.log"))
+
+    def stop(self, mode: StopMode) -> None:
+        """Stop it: `fast` says goodbye to its clients, `immediate` is a crash."""
+        self._run("pg_ctl", "stop", "-D", str(self._data), "-w", "-t", "60", "-m", mode)
+
+    def promote(self) -> None:
+        """Make the standby a primary; returns when it accepts writes."""
+        self._run("pg_ctl", "promote", "-D", str(self._data), "-w", "-t", "60")
+
+    def restart_as_standby(self) -> None:
+        """Demote it in place, without a primary to follow: reads are answered, writes refused with 25006."""
+        self.stop("fast")
+        (self._data / "standby.signal").touch()
+        self.start()
+
+    def set(self, name: str, value: str) -> None:
+        """Change a parameter that takes effect at a reload."""
+        engine = create_engine(self.url(), poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(text(f"ALTER SYSTEM SET {name} = '{value}'"))
+            connection.execute(text("SELECT pg_reload_conf()"))
+
+    def destroy(self) -> None:
+        """Stop it if it runs; nothing of it is needed any more."""
+        if (self._data / "postmaster.pid").exists():
+            _programs.execute(
+                self._binaries / "pg_ctl", "stop", "-D", str(self._data), "-w", "-m", "immediate", user=self._user
+            )
+
+    def _configure(self) -> None:
+        settings = {**_SETTINGS, "port": str(self.port)}
+        with (self._data / "postgresql.conf").open("a") as file:
+            file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
+
+    def _run(self, program: str, *arguments: str) -> None:
+        done = _programs.execute(self._binaries / program, *arguments, user=self._user)
+        if done.returncode != 0:
+            log = self._data / "server.log"
+            end = log.read_text(errors="replace")[-2_000:] if log.exists() else ""
+            raise RuntimeError(f"{self.name}: {program} {arguments[0]} failed: {done.stdout}\n{end}")
+
+
+class Clusters:
+    """Makes the clusters of one test, and does away with them."""
+
+    def __init__(self, root: Path, *, binaries: Path | None = None) -> None:
+        self._root = root
+        self._binaries = binaries
+        self._made: list[Cluster] = []
+
+    def primary(self) -> Cluster:
+        """Make a server with our tables in it."""
+        made = self._new("primary")
+        made.create()
+        return made
+
+    def standby_of(self, primary: Cluster) -> Cluster:
+        """Make a standby that follows a primary, asynchronously until the primary is told otherwise."""
+        made = self._new("standby")
+        made.follow(primary)
+        return made
+
+    def _new(self, name: str) -> Cluster:
+        made = Cluster(self._root, f"{name}{len(self._made)}", binaries=self._binaries)
+        self._made.append(made)
+        return made
+
+    def destroy(self) -> None:
+        """Do away with all of them."""
+        for each in self._made:
+            each.destroy()
+
+
+@contextmanager
+def clusters(binaries: Path | None = None) -> Generator[Clusters]:
+    """Give the maker of a test's clusters; the directory is one that the server's user, who is not root, may enter."""
+    root = Path(tempfile.mkdtemp(prefix="sqla-durable-cluster-")).resolve()
+    user = _programs.server_user(root / "nothing")
+    root.chmod(0o755)
+    if user is not None:
+        os.chown(root, user.pw_uid, user.pw_gid)
+    made = Clusters(root, binaries=binaries)
+    try:
+        yield made
+    finally:
+        made.destroy()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def free_port() -> int:
+    """Give a port on which nobody listens, below those that the kernel gives to clients.
+
+    A server that is down must find its port free when it comes back.
+    """
+    low = 15_000 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw") or 0) % 15_000
+    while True:
+        port = random.randrange(low, low + 500)
+        with socket.socket() as probe:
+            if probe.connect_ex((_HOST, port)) != 0:
+                return port
