@@ -2,6 +2,7 @@
 
 `pytest` uses the embedded PostgreSQL 18; `pytest --pg=15` (or SQLA_DURABLE_TEST_PG=15) Debian's; and
 SQLA_DURABLE_TEST_URL a server that runs already. The controller starts it, the workers of xdist share it.
+With `--pgbouncer`, tests reach their databases through PgBouncer in transaction mode.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import AsyncGenerator, Generator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pytest
 from sqlalchemy import Engine, create_engine, make_url
@@ -17,10 +18,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.models import SCHEMA
-from tests.support import postgres
+from tests.support import pgbouncer, postgres
 from tests.support.databases import Databases, translated
 
 SERVER = pytest.StashKey[postgres.Server]()
+BOUNCER = pytest.StashKey[pgbouncer.Bouncer]()
 
 
 class XdistNode(Protocol):
@@ -37,19 +39,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("SQLA_DURABLE_TEST_PG"),
         help="PostgreSQL to test on: 18 (embedded, the default) or a version of Debian's, such as 15",
     )
+    parser.addoption(
+        "--pgbouncer",
+        action="store_true",
+        help="put PgBouncer in transaction mode between all engines and the server",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput") and not config.option.collectonly:
-        config.stash[SERVER] = postgres.start(config.getoption("--pg"))
+        config.stash[SERVER] = server = postgres.start(config.getoption("--pg"))
+        if config.getoption("--pgbouncer"):
+            config.stash[BOUNCER] = _start_bouncer(server)
+    if config.getoption("--pgbouncer"):
+        pgbouncer.accept_transaction_pooling()
+
+
+def _start_bouncer(server: postgres.Server) -> pgbouncer.Bouncer:
+    try:
+        return pgbouncer.start(server.url)
+    except pgbouncer.UnavailableError as error:
+        server.stop()
+        pytest.exit(f"--pgbouncer: {error}", returncode=0)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: XdistNode) -> None:
     node.workerinput["server_url"] = node.config.stash[SERVER].url
+    bouncer = node.config.stash.get(BOUNCER, None)
+    node.workerinput["bouncer_url"] = None if bouncer is None else bouncer.text
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    if BOUNCER in config.stash:
+        config.stash[BOUNCER].stop()
     if SERVER in config.stash:
         config.stash[SERVER].stop()
 
@@ -62,9 +85,19 @@ def server_url(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def databases(server_url: str, worker_id: str) -> Generator[Databases]:
+def bouncer_url(request: pytest.FixtureRequest) -> str | None:
+    """The URL of PgBouncer's database `postgres`, with `--pgbouncer`."""
+    workerinput: dict[str, Any] | None = getattr(request.config, "workerinput", None)
+    if workerinput:
+        return cast("str | None", workerinput["bouncer_url"])
+    bouncer = request.config.stash.get(BOUNCER, None)
+    return None if bouncer is None else bouncer.text
+
+
+@pytest.fixture(scope="session")
+def databases(server_url: str, bouncer_url: str | None, worker_id: str) -> Generator[Databases]:
     """The maker of databases, for a test that needs several."""
-    databases = Databases(server_url, worker_id)
+    databases = Databases(server_url, worker_id, through=bouncer_url)
     yield databases
     databases.close()
 

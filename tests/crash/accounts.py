@@ -124,6 +124,6 @@ def _told(entries: Iterable[Entry]) -> dict[str, list[Told]]:
     return told
 
 
-def _scalar(engine: Engine, statement: Select[tuple[T]]) -> T:
+def _scalar(engine: Engine, statement: Select[T]) -> T:
     with Session(engine) as session:
         return session.execute(statement).scalar_one()

@@ -20,10 +20,14 @@ class Databases:
     """Makes and drops the databases of one xdist worker, which has templates of its own.
 
     A template in use by one worker cannot be copied by another at the same time.
+
+    Args:
+        through: how tests reach their databases, if not as they are made: the URL of a PgBouncer.
     """
 
-    def __init__(self, server_url: str, worker: str) -> None:
+    def __init__(self, server_url: str, worker: str, *, through: str | None = None) -> None:
         self._server = make_url(server_url)
+        self._through = make_url(through or server_url)
         self._prefix = f"sqla_durable_{os.getpid()}_{worker}"
         self._numbers = itertools.count(1)
         self._templates: dict[str, DatabaseJanitor] = {}
@@ -50,7 +54,7 @@ class Databases:
     @contextmanager
     def _copy_of(self, template: str | None) -> Generator[str]:
         with self._janitor(f"{self._prefix}_{next(self._numbers)}", template=template) as janitor:
-            yield self._url(janitor.dbname).render_as_string(hide_password=False)
+            yield self._through.set(database=janitor.dbname).render_as_string(hide_password=False)
 
     def _make_template(self, schema: str) -> DatabaseJanitor:
         janitor = self._janitor(f"{self._prefix}_{schema}", as_template=True)
