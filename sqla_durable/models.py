@@ -149,7 +149,8 @@ class Workflow(Base):
         CheckConstraint("(status = 'succeeded') = (output IS NOT NULL)", name="output"),
         CheckConstraint(
             "CASE WHEN error IS NULL THEN status <> 'failed' "
-            "ELSE status IN ('failed', 'cancelled') AND jsonb_typeof(error) = 'object' AND error ? 'type' END",
+            "ELSE status IN ('failed', 'cancelled') "
+            "AND jsonb_typeof(error -> 'type') IS NOT DISTINCT FROM 'string' END",
             name="error",
         ),
         CheckConstraint("wake_at IS NULL OR status = 'suspended'", name="wake"),
@@ -213,11 +214,12 @@ class Step(Base):
 
     __table_args__ = (
         CheckConstraint("key ~ '[^[:space:]]'", name="key"),
+        CheckConstraint("name ~ '[^[:space:]]'", name="name"),
         CheckConstraint("status IN ('retrying', 'succeeded', 'failed')", name="status"),
         CheckConstraint("(status = 'succeeded') = (output IS NOT NULL)", name="output"),
         CheckConstraint(
             "CASE WHEN error IS NULL THEN status <> 'failed' "
-            "ELSE status IN ('retrying', 'failed') AND jsonb_typeof(error) = 'object' AND error ? 'type' END",
+            "ELSE status IN ('retrying', 'failed') AND jsonb_typeof(error -> 'type') IS NOT DISTINCT FROM 'string' END",
             name="error",
         ),
         CheckConstraint("(status = 'retrying') = (wake_at IS NOT NULL)", name="wake"),

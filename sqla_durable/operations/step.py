@@ -181,12 +181,12 @@ class _Execution:
         finally:
             boundary.leave()
         checkpoint = await self._success(value)
-        await transaction.execute(lambda session: self._flush_and_record(session, checkpoint))
+        await transaction.execute(lambda session: self._flush_and_record(session, checkpoint, transaction))
         return checkpoint
 
-    def _flush_and_record(self, session: Session, checkpoint: Checkpoint) -> None:
+    def _flush_and_record(self, session: Session, checkpoint: Checkpoint, transaction: StepTransaction) -> None:
         session.flush()
-        match steps.record(session, checkpoint):
+        match transaction.record(session, checkpoint):
             case Verdict.LOST:
                 raise AttemptLost(self._attempt.workflow_id)
             case Verdict.DUPLICATE:

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqla_durable.errors import SessionError
 from sqla_durable.models import Workflow
 from sqla_durable.registry import ISOLATION_LEVELS
+from sqla_durable.store import Checkpoint, Verdict, steps
 
 T = TypeVar("T")
 
@@ -33,7 +34,10 @@ class StepTransaction:
     Attributes:
         injected: the session, as the step's function gets it.
         session: the same, or the `Session` inside it.
+        record: records the step's checkpoint, as the last statement of the transaction.
     """
+
+    record: Callable[[Session, Checkpoint], Verdict] = staticmethod(steps.record_last)
 
     def __init__(self, injected: Session | AsyncSession, *, isolation_level: str | None = None) -> None:
         self.injected = injected
@@ -78,7 +82,9 @@ class ClosingTransaction(StepTransaction):
 
 
 class SavepointTransaction(StepTransaction):
-    """A savepoint inside the transaction that the caller has open."""
+    """A savepoint inside the transaction that the caller has open, and goes on with."""
+
+    record = staticmethod(steps.record)
 
     async def begin(self) -> None:
         """Set the savepoint, after flushing what the caller has pending."""
@@ -104,6 +110,7 @@ class HeldTransaction(StepTransaction):
 
     def __init__(self, inner: StepTransaction, release: Callable[[], None]) -> None:
         super().__init__(inner.injected)
+        self.record = inner.record
         self._inner = inner
         self._release = release
 

@@ -39,6 +39,8 @@ WORKER = Base.metadata.tables[f"{SCHEMA}.worker"]
 
 Columns: TypeAlias = Mapping[str, TypeEngine[Any]]
 
+_IDLE_LIMIT = ("idle_in_transaction_session_timeout", "5s", True)
+
 
 @dataclass(frozen=True, slots=True)
 class Fence:
@@ -194,13 +196,25 @@ def owned(batch: TableValuedAlias, *, skip_locked: bool) -> CTE:
     commit between this check and the commit.
     """
     fences = select(batch.c.id, batch.c.token)
+    columns = [WORKFLOW.c.id, WORKFLOW.c.token]
     return materialized(
-        select(WORKFLOW.c.id, WORKFLOW.c.token)
+        select(*columns, *([soon_over()] if skip_locked else []))
         .where(tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(fences), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
         .order_by(WORKFLOW.c.id)
         .with_for_update(key_share=True, skip_locked=skip_locked, of=WORKFLOW),
         "owned",
     )
+
+
+def soon_over() -> ColumnElement[str]:
+    """Let the server end the transaction if it is idle for long after this statement, evaluated once.
+
+    For statements that only a COMMIT, or others of the engine's own, can follow: without it, a worker that is frozen or
+    cut off between the two would hold the rows for as long as the server believes in the connection.
+    Source: PostgreSQL manual, Client Connection Defaults, idle_in_transaction_session_timeout.
+    """
+    name, value, local = _IDLE_LIMIT
+    return select(func.set_config(name, value, local)).scalar_subquery().label("idle_limit")
 
 
 def of_owner(batch: TableValuedAlias, mine: CTE) -> ColumnElement[bool]:

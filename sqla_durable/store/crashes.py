@@ -36,7 +36,7 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.status import StepStatus, WorkflowStatus
-from sqla_durable.store._rows import STEP, WORKER, WORKFLOW, Fence, execute, materialized, scalars, status
+from sqla_durable.store._rows import STEP, WORKER, WORKFLOW, Fence, execute, materialized, scalars, soon_over, status
 
 DEFAULT_MAX_ATTEMPTS = 10
 MAX_ATTEMPTS_TYPE = "sqla_durable.errors:MaxAttemptsError"
@@ -107,8 +107,9 @@ def _taken_back(*conditions: ColumnElement[bool], skip_locked: bool) -> CTE:
         select(WORKFLOW.c.id, WORKFLOW.c.token).where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING), *conditions),
         "seen",
     )
+    columns = [WORKFLOW.c.id, case((_progress(), 0), else_=WORKFLOW.c.crashes + 1).label("crashes")]
     return materialized(
-        select(WORKFLOW.c.id, case((_progress(), 0), else_=WORKFLOW.c.crashes + 1).label("crashes"))
+        select(*columns, *([soon_over()] if skip_locked else []))
         .join(seen, and_(seen.c.id == WORKFLOW.c.id, seen.c.token == WORKFLOW.c.token))
         .where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
         .order_by(WORKFLOW.c.id)

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import steps
-from sqla_durable.store._rows import QUEUE, WORKFLOW, Claimed, Fence, execute, materialized, status
+from sqla_durable.store._rows import QUEUE, WORKFLOW, Claimed, Fence, execute, materialized, soon_over, status
 
 _LIMIT = bindparam("limit", type_=Integer())
 _TOKEN = bindparam("new_token", type_=PG_UUID())
@@ -75,7 +75,7 @@ def _heads() -> Any:
         .lateral("head")
     )
     return (
-        select(head.c.id, head.c.started_at)
+        select(head.c.id, head.c.started_at, soon_over())
         .select_from(listened.join(head, true()))
         .order_by(head.c.priority, head.c.enqueued_at, head.c.id)
         .limit(_LIMIT)

@@ -43,6 +43,7 @@ from sqla_durable.store._rows import (
     execute,
     of_owner,
     owned,
+    soon_over,
     table,
 )
 
@@ -63,11 +64,20 @@ _CHECKPOINT: Columns = {
 
 
 def record(session: Session, checkpoint: Checkpoint) -> Verdict:
-    """Record one checkpoint in the session's transaction, as its last statement; wait for whoever holds the row.
+    """Record one checkpoint in the session's transaction; wait for whoever holds the row.
 
     LOST and DUPLICATE wrote nothing: roll the transaction back, so that the step's own writes go with it.
     """
-    row = execute(session, _RECORD, arrays(_CHECKPOINT, [_row(checkpoint)])).one()
+    return _verdict(session, _RECORD, checkpoint)
+
+
+def record_last(session: Session, checkpoint: Checkpoint) -> Verdict:
+    """Do the same as the last statement before the COMMIT, which the server does not wait for without an end."""
+    return _verdict(session, _RECORD_LAST, checkpoint)
+
+
+def _verdict(session: Session, statement: Any, checkpoint: Checkpoint) -> Verdict:
+    row = execute(session, statement, arrays(_CHECKPOINT, [_row(checkpoint)])).one()
     if not row.owns:
         return Verdict.LOST
     return Verdict.RECORDED if row.recorded else Verdict.DUPLICATE
@@ -155,7 +165,9 @@ def _insert_owned(*, skip_locked: bool) -> tuple[Any, Any]:
     kept = {"workflow_id", "key", "started_at"}
     statement = inserted.on_conflict_do_update(
         index_elements=["workflow_id", "key"],
-        set_={name: inserted.excluded[name] for name in columns if name not in kept},
+        # The first try may have been on another server, whose clock was ahead.
+        set_={name: inserted.excluded[name] for name in columns if name not in kept}
+        | {"finished_at": func.greatest(inserted.excluded.finished_at, STEP.c.started_at)},
         where=_retrying(),
     ).returning(STEP.c.workflow_id, STEP.c.key)
     return mine, statement
@@ -165,12 +177,12 @@ def _seconds(count: ColumnElement[float]) -> ColumnElement[Any]:
     return func.make_interval(0, 0, 0, 0, 0, 0, count)
 
 
-def _record_statement() -> Any:
+def _record_statement(*more: ColumnElement[Any]) -> Any:
     mine, statement = _insert_owned(skip_locked=False)
     inserted = statement.cte("inserted")
     owns = select(func.count()).select_from(mine).scalar_subquery()
     recorded = select(func.count()).select_from(inserted).scalar_subquery()
-    return select(owns.label("owns"), recorded.label("recorded"))
+    return select(owns.label("owns"), recorded.label("recorded"), *more)
 
 
 def _recorded_among_statement() -> Any:
@@ -189,6 +201,7 @@ def _age_of(moment: ColumnElement[Any]) -> ColumnElement[Any]:
 
 
 _RECORD = _record_statement()
+_RECORD_LAST = _record_statement(soon_over())
 _RECORD_UNLOCKED = _insert_owned(skip_locked=True)[1]
 _RECORDED_AMONG = _recorded_among_statement()
 _RECORDED = select(

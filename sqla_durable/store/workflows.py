@@ -50,6 +50,7 @@ from sqla_durable.store._rows import (
     owned,
     scalar,
     scalars,
+    soon_over,
     status,
     table,
 )
@@ -308,7 +309,7 @@ def _of_attempts() -> ColumnElement[bool]:
 
 def _wake_due_statement() -> Any:
     due = materialized(
-        select(WORKFLOW.c.id)
+        select(WORKFLOW.c.id, soon_over())
         .where(
             WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
             WORKFLOW.c.wake_at <= func.statement_timestamp(),

@@ -76,7 +76,7 @@ def _create_workflow(schema: str) -> None:
             "workflow",
             "error",
             "CASE WHEN error IS NULL THEN status <> 'failed' ELSE status IN ('failed', 'cancelled') "
-            "AND jsonb_typeof(error) = 'object' AND error ? 'type' END",
+            "AND jsonb_typeof(error -> 'type') IS NOT DISTINCT FROM 'string' END",
         ),
         _check("workflow", "wake", "wake_at IS NULL OR status = 'suspended'"),
         schema=schema,
@@ -113,13 +113,14 @@ def _create_step(schema: str) -> None:
             ["workflow_id"], [f"{schema}.workflow.id"], name=op.f("step_workflow_id_fkey"), ondelete="CASCADE"
         ),
         _check("step", "key", "key ~ '[^[:space:]]'"),
+        _check("step", "name", "name ~ '[^[:space:]]'"),
         _check("step", "status", "status IN ('retrying', 'succeeded', 'failed')"),
         _check("step", "output", "(status = 'succeeded') = (output IS NOT NULL)"),
         _check(
             "step",
             "error",
             "CASE WHEN error IS NULL THEN status <> 'failed' "
-            "ELSE status IN ('retrying', 'failed') AND jsonb_typeof(error) = 'object' AND error ? 'type' END",
+            "ELSE status IN ('retrying', 'failed') AND jsonb_typeof(error -> 'type') IS NOT DISTINCT FROM 'string' END",
         ),
         _check("step", "wake", "(status = 'retrying') = (wake_at IS NOT NULL)"),
         _check("step", "counts", "position >= 1 AND attempt >= 1 AND attempts >= 1"),
