@@ -36,7 +36,10 @@ _OUTAGES = ("08", "57P", "53300", _READ_ONLY, "25P03")
 # its settings, and not about the values that a statement of ours carries.
 _OBSTACLES = ("53", "55", "57", "58", "42501", "42P01", "3F000")
 
-_backoff = tenacity.wait_random_exponential(multiplier=0.02, max=2)
+LONGEST_BACKOFF = 2.0
+"""How many seconds at most the engine waits before it tries a transaction again."""
+
+_backoff = tenacity.wait_random_exponential(multiplier=0.02, max=LONGEST_BACKOFF)
 
 
 @dataclass(frozen=True, slots=True)

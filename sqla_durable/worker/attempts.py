@@ -21,7 +21,7 @@ from sqla_durable.worker.runtimes import LoopRuntime, Surroundings, ThreadRuntim
 log = logging.getLogger("sqla_durable.worker")
 
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # seconds between looks at a row that somebody holds
-LAST_GRACE = 5.0  # seconds for async attempts to be released after they were cancelled
+_CANCELLED_GRACE = 2.0  # seconds for async attempts to be released after they were cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Attempts:
         if in_threads:
             log.warning("%d sync workflows are still in a step; they are handed back", len(in_threads))
             await self._release([each.attempt.fence for each in in_threads])
-        await self._wait_for([each.task for each in left if each not in in_threads], LAST_GRACE)
+        await self._wait_for([each.task for each in left if each not in in_threads], _CANCELLED_GRACE)
 
     def cancel(self) -> int:
         """Cancel what is still there, and give how many attempts that is."""

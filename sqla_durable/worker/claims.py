@@ -12,7 +12,7 @@ from uuid import UUID
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable.retry import ObstacleRetry
+from sqla_durable.retry import LONGEST_BACKOFF, ObstacleRetry
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Claimed, crashes, queues, workers, workflows
 from sqla_durable.worker.attempts import Attempts
@@ -53,7 +53,7 @@ class Claims:
         self._names = list(names)
         self._interval = poll_interval.total_seconds()
         self._max_attempts = max_attempts
-        self._patience = lease.total_seconds() / 3
+        self._patience = lease.total_seconds() / 3 + LONGEST_BACKOFF
         self._reclaims_at = float("-inf")
         self._maintained_at = float("-inf")
         self._reconciled_at = time.monotonic()
@@ -115,7 +115,7 @@ class Claims:
         """Take back what dead workers had, and wake what is due: any worker does it, for all queues."""
         self._maintained_at = time.monotonic()
         # First: a claim without a live lease would be reclaimed at once. And where this worker's own lease has run out,
-        # as in an outage, those of others have too: they are given the time of a heartbeat to come back.
+        # as in an outage, those of others have too: they are given time to come back.
         if self._renew(session):
             self._reclaims_at = self._maintained_at + self._patience
         if self._maintained_at >= self._reclaims_at:

@@ -226,24 +226,23 @@ def _attached(statement: Callable[[Session], T], cut: Cut) -> Callable[[Session]
 
 async def _on_loop(bind: AsyncEngine | AsyncConnection, statement: Callable[[Session], T]) -> T:
     async with AsyncSession(bind, expire_on_commit=False) as session:
-        try:
-            async with session.begin():
-                return await session.run_sync(statement)
-        except BaseException as error:
-            if spoils_connection(error):
-                await session.invalidate()
-            raise
+        return await session.run_sync(_committed, statement)
 
 
 def _in_session(bind: Engine | Connection, statement: Callable[[Session], T]) -> T:
     with Session(bind, expire_on_commit=False) as session:
-        try:
-            with session.begin():
-                return statement(session)
-        except BaseException as error:
-            if spoils_connection(error):
-                session.invalidate()
-            raise
+        return _committed(session, statement)
+
+
+def _committed(session: Session, statement: Callable[[Session], T]) -> T:
+    try:
+        value = statement(session)
+        session.commit()
+    except BaseException as error:
+        # Before the connection goes back to its pool, where the next one would get it.
+        (session.invalidate if spoils_connection(error) else session.rollback)()
+        raise
+    return value
 
 
 async def _to_its_end(transaction: Coroutine[Any, Any, T], cut: Cut, *, limit: float) -> T:

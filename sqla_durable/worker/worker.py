@@ -27,7 +27,7 @@ from sqla_durable.operations.transaction import require_transaction
 from sqla_durable.retry import is_unreachable
 from sqla_durable.store import schema, workers
 from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS
-from sqla_durable.worker.attempts import LAST_GRACE, Attempts
+from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.claims import Claims
 from sqla_durable.worker.database import (
     Database,
@@ -41,6 +41,8 @@ from sqla_durable.worker.runtimes import Surroundings
 from sqla_durable.worker.writer import Writer
 
 log = logging.getLogger("sqla_durable.worker")
+
+_LAST_GRACE = 5.0  # seconds after the grace in which the database must be reached to leave in good order
 
 
 class Worker:
@@ -226,20 +228,27 @@ class Worker:
             surroundings.stopping.set()
             loops[0].cancel()
             await asyncio.wait(loops[:1])
-            grace = self.grace.total_seconds()
-            await self._leaving(attempts.hand_back(grace=grace), seconds=grace + 2 * LAST_GRACE)
-            await self._leaving(claims.release_strays(), seconds=LAST_GRACE)
+            handed_back = await self._leaving(self._hand_back(attempts, claims), seconds=self._grace + _LAST_GRACE)
         finally:
             self.left_behind = attempts.cancel() + database.stuck + beating.stuck
             for task in (*loops, stopping):
                 task.cancel()
             outcomes = await asyncio.gather(*loops, return_exceptions=True)
-        await self._leaving(heartbeat.end(), seconds=LAST_GRACE)
+        if handed_back:
+            await self._leaving(heartbeat.end(), seconds=_LAST_GRACE)
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
 
-    async def _leaving(self, farewell: Coroutine[Any, Any, None], *, seconds: float) -> None:
+    @property
+    def _grace(self) -> float:
+        return self.grace.total_seconds()
+
+    async def _hand_back(self, attempts: Attempts, claims: Claims) -> None:
+        await attempts.hand_back(grace=self._grace)
+        await claims.release_strays()
+
+    async def _leaving(self, farewell: Coroutine[Any, Any, None], *, seconds: float) -> bool:
         """Do one of the last things, unless the database is out of reach: others reclaim what is not handed back."""
         try:
             async with asyncio.timeout(seconds):
@@ -250,6 +259,8 @@ class Worker:
                 "when its lease has run out",
                 self.id,
             )
+            return False
+        return True
 
     async def _begin(self, database: Database, heartbeat: Heartbeat) -> None:
         try:

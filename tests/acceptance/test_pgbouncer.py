@@ -42,10 +42,6 @@ def test_workers_behind_pgbouncer_do_all_work_without_prepared_statements(
     assert _outcomes(bouncer, database_url, driver, pgbouncer.CONNECT_ARGS[driver]()) == {WorkflowStatus.SUCCEEDED}
 
 
-@pytest.mark.xfail(
-    reason="not merged yet: 26000 and 42P05 are about the connection's settings, not the outcome of a step",
-    strict=False,
-)
 @DRIVERS
 def test_prepared_statements_that_pgbouncer_mixes_up_fail_no_workflow(
     bouncer: pgbouncer.Bouncer, database_url: str, driver: str, request: pytest.FixtureRequest

@@ -11,7 +11,7 @@ from sqlalchemy import Engine, NullPool, create_engine
 
 from tests.crash import accounts, survivors
 from tests.crash.survivors import FORMS, HELD_CALL, HELD_CREDIT, Kind
-from tests.crash.test_outage import SHORT, SOON, UNMERGED, elapse
+from tests.crash.test_outage import SHORT, SOON, elapse
 from tests.store import races
 from tests.support.databases import Databases
 from tests.support.proxy import Proxy
@@ -63,7 +63,6 @@ def test_a_worker_goes_on_after_a_silence_that_is_longer_than_its_lease(
     assert verdict.workflows == 8 + 20 * len(forms)
 
 
-@pytest.mark.xfail(reason=UNMERGED + "a time limit for the worker's own statements", strict=True)
 @pytest.mark.parametrize("kind", ["sync", "psycopg", "asyncpg"])
 def test_a_worker_goes_on_when_its_connections_stay_silent_for_ever_and_new_ones_are_answered(
     own: Engine, outside: Engine, gate: Any, proxy: Proxy, kind: Kind

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Worker, Workflow, WorkflowStatus
-from tests.crash.test_outage import UNMERGED, elapse
+from tests.crash.test_outage import elapse
 from tests.store import races
 
 LEASE = timedelta(seconds=1)
@@ -20,10 +20,7 @@ POLL = timedelta(seconds=0.05)
 HELD_FOR = 4 * LEASE.total_seconds()
 POOL: dict[str, Any] = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 30}
 
-starved = pytest.mark.xfail(reason=UNMERGED + "the heartbeat has a connection of its own", strict=True)
 
-
-@starved
 def test_a_lease_is_kept_while_plain_steps_hold_every_connection_of_the_pool(database_url: str, engine: Engine) -> None:
     """Five steps hold the five connections for four leases; another worker waits for the lease to run out."""
     tight = create_engine(database_url, **POOL)
@@ -49,7 +46,6 @@ def test_a_lease_is_kept_while_plain_steps_hold_every_connection_of_the_pool(dat
     assert _outcomes(engine) == {WorkflowStatus.SUCCEEDED: [1] * len(ids)}
 
 
-@starved
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
 async def test_a_lease_is_kept_while_async_plain_steps_hold_every_connection_of_the_pool(
     async_engine: AsyncEngine, engine: Engine, driver: str

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from sqla_durable import Workflow
 from tests.crash import accounts, survivors
 from tests.crash.survivors import FORMS, HELD_CALL, HELD_CREDIT, Kind
-from tests.crash.test_outage import SHORT, SOON, UNMERGED, elapse
+from tests.crash.test_outage import SHORT, SOON, elapse
 from tests.store import races
 from tests.support.clusters import Cluster, Clusters
 from tests.support.proxy import Proxy
@@ -116,11 +116,6 @@ def test_a_primary_that_comes_back_as_a_standby_is_left_for_the_new_primary(
     assert accounts.check(either, outside).workflows == 40 * len(forms)
 
 
-UNRECOGNISED = pytest.mark.xfail(
-    reason=UNMERGED + "asyncpg's TargetServerAttributeNotMatched is an outage, not the end of the worker", strict=True
-)
-
-
 @pytest.mark.parametrize(
     ("kind", "attributes"),
     [
@@ -128,7 +123,7 @@ UNRECOGNISED = pytest.mark.xfail(
         ("psycopg", "any"),
         ("asyncpg", "any"),
         ("psycopg", "read-write"),
-        pytest.param("asyncpg", "read-write", marks=UNRECOGNISED),
+        ("asyncpg", "read-write"),
     ],
 )
 def test_a_server_that_turns_read_only_for_a_while_is_waited_for(
@@ -162,7 +157,6 @@ def _assert_read_only(engine: Engine) -> None:
     assert getattr(refused.value.orig, "sqlstate", None) == "25006"
 
 
-@pytest.mark.xfail(reason=UNMERGED + "a connection that was refused with 25006 must leave the pool", strict=False)
 @pytest.mark.parametrize("kind", KINDS)
 def test_connections_to_a_demoted_server_leave_the_pool(
     made: Clusters, cluster: Cluster, own: Engine, outside: Engine, gate: Path, kind: Kind

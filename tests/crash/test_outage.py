@@ -88,10 +88,6 @@ def test_workers_live_through_an_outage_that_is_longer_than_their_lease(
     assert verdict.workflows == 117
 
 
-UNMERGED = "the change of the engine that this needs is not merged yet: "
-
-
-@pytest.mark.xfail(reason=UNMERGED + "a worker whose own lease ran out must not reclaim for a while", strict=False)
 @pytest.mark.parametrize(("kind", "mode"), [("sync", "fast"), ("psycopg", "immediate")])
 def test_workers_that_lived_through_an_outage_take_nothing_over_from_each_other(
     outage: Outage, kind: Kind, mode: StopMode
@@ -109,7 +105,6 @@ def test_workers_with_default_settings_live_through_an_outage_of_thirty_seconds(
     assert verdict.workflows == 117
 
 
-@pytest.mark.xfail(reason=UNMERGED + "a stop must end in bounded time without the database", strict=True)
 @pytest.mark.parametrize("kind", ["sync", "asyncpg"])
 @pytest.mark.parametrize("held", [0, 4], ids=["idle", "recording"])
 def test_a_stop_in_the_middle_of_an_outage_ends_the_process(
