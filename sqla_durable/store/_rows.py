@@ -13,16 +13,20 @@ from sqlalchemy import (
     CTE,
     ColumnElement,
     Executable,
+    Interval,
     Result,
     ScalarResult,
     SelectBase,
     TableValuedAlias,
     and_,
     bindparam,
+    case,
+    cast,
     column,
     func,
     literal_column,
     select,
+    text,
     tuple_,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
@@ -39,7 +43,8 @@ WORKER = Base.metadata.tables[f"{SCHEMA}.worker"]
 
 Columns: TypeAlias = Mapping[str, TypeEngine[Any]]
 
-_IDLE_LIMIT = ("idle_in_transaction_session_timeout", "5s", True)
+_IDLE_TIMEOUT = "idle_in_transaction_session_timeout"
+_IDLE_LIMIT = "5s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,11 +215,14 @@ def soon_over() -> ColumnElement[str]:
     """Let the server end the transaction if it is idle for long after this statement, evaluated once.
 
     For statements that only a COMMIT, or others of the engine's own, can follow: without it, a worker that is frozen or
-    cut off between the two would hold the rows for as long as the server believes in the connection.
-    Source: PostgreSQL manual, Client Connection Defaults, idle_in_transaction_session_timeout.
+    cut off between the two would hold the rows for as long as the server believes in the connection. A shorter limit
+    of the application's own stays. Source: PostgreSQL manual, Client Connection Defaults,
+    idle_in_transaction_session_timeout.
     """
-    name, value, local = _IDLE_LIMIT
-    return select(func.set_config(name, value, local)).scalar_subquery().label("idle_limit")
+    today = func.current_setting(_IDLE_TIMEOUT)
+    shorter = cast(today, Interval).between(text("interval '1 millisecond'"), text(f"interval '{_IDLE_LIMIT}'"))
+    limit = func.set_config(_IDLE_TIMEOUT, case((shorter, today), else_=_IDLE_LIMIT), True)
+    return select(limit).scalar_subquery().label("idle_limit")
 
 
 def of_owner(batch: TableValuedAlias, mine: CTE) -> ColumnElement[bool]:
