@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -149,6 +150,31 @@ def hold(session: Session, account: str) -> None:
 def held(account: str) -> None:
     hold(f"{account}/0")
     credit(f"{account}/1")
+
+
+@durable.step
+def hold_outside(account: str) -> str:
+    """A plain step that waits there."""
+    with _world().connect() as connection:
+        connection.execute(text("SELECT pg_advisory_lock_shared(:key)"), {"key": FROZEN})
+        connection.execute(text("SELECT pg_advisory_unlock_shared(:key)"), {"key": FROZEN})
+    return account
+
+
+@durable.step
+async def hold_outside_async(account: str) -> str:
+    """The same, on the event loop's side."""
+    return await asyncio.to_thread(hold_outside.definition.fn, account)
+
+
+@durable.workflow
+def held_outside(account: str) -> str:
+    return hold_outside(account)
+
+
+@durable.workflow
+async def held_outside_async(account: str) -> str:
+    return await hold_outside_async(account)
 
 
 POINTS: list[str] = [

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from datetime import timedelta
+from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, func, select, text
 from sqlalchemy.orm import Session
 
-from sqla_durable import Workflow, WorkflowStatus
+from sqla_durable import Workflow, WorkflowStatus, models
 from tests.crash import child, ledger
 from tests.crash.application import FROZEN
 from tests.store import races
@@ -51,6 +52,51 @@ def test_a_worker_that_thaws_after_its_lease_commits_nothing_of_what_it_lost(
         for each in records:
             assert (each.status, each.attempt) == (WorkflowStatus.SUCCEEDED, 2)
             assert [(step.key, step.attempt) for step in each.steps] == [("hold", 2), ("credit", 2)]
+
+
+@pytest.mark.parametrize("name", ["held_outside", "held_outside_async"])
+def test_a_worker_that_thaws_in_a_plain_step_records_neither_checkpoint_nor_outcome(
+    database_url: str, engine: Engine, name: str
+) -> None:
+    """It has the step's result in its hands when it wakes up, and another worker has the workflow."""
+    # behaviour: E7 R3
+    with races.transaction(engine) as gate, child.worker(database_url, queues=["default", "mine"]) as frozen:
+        gate.session.execute(text("SELECT pg_advisory_lock(:key)"), {"key": FROZEN})
+        (workflow_id,) = ledger.start(engine, [name])
+        races.wait_until(lambda: races.blocked_statements(engine), what="the step being held")
+        old = _token(engine, workflow_id)
+        assert frozen.pid is not None
+        os.kill(frozen.pid, signal.SIGSTOP)
+        with child.worker(database_url, queues=["default"], lease=timedelta(minutes=5)):
+            races.wait_until(lambda: _token(engine, workflow_id) not in (old, None), what="the takeover")
+            races.wait_until(lambda: len(races.blocked_statements(engine)) == 2, what="both steps being held")
+            new = _token(engine, workflow_id)
+            os.kill(frozen.pid, signal.SIGCONT)
+            races.wait_until(lambda: _has_a_lease(engine, 2), what="the frozen worker's new lease")
+            gate.session.execute(text("SELECT pg_advisory_unlock_all()"))
+            ledger.wait_until_finished(engine)
+            (mine,) = _enqueue_mine(engine)
+            races.wait_until(lambda: races.status_of(engine, mine) is WorkflowStatus.SUCCEEDED, what="new work")
+    with Session(engine) as session:
+        record = session.get_one(Workflow, workflow_id)
+        assert (record.status, record.attempt, record.token) == (WorkflowStatus.SUCCEEDED, 2, new)
+        assert [step.attempt for step in record.steps] == [2]
+
+
+def _token(engine: Engine, workflow_id: UUID) -> UUID | None:
+    with Session(engine) as session:
+        return session.get_one(Workflow, workflow_id).token
+
+
+def _has_a_lease(engine: Engine, count: int) -> bool:
+    statement = select(func.count()).where(models.Worker.lease_expires_at > func.statement_timestamp())
+    with Session(engine) as session:
+        return session.scalars(statement).one() == count
+
+
+def _enqueue_mine(engine: Engine) -> list[UUID]:
+    with Session(engine) as session:
+        return races.enqueue(session, name="small", queue="mine", input={"account": "new"})
 
 
 def _in_transaction(engine: Engine, pids: set[int]) -> bool:
