@@ -40,17 +40,21 @@ def cancel(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
     durable operation, or when its worker's heartbeat does.
 
     Locks the rows, in the order of their ids, until the caller's transaction ends; waits for a transactional step that
-    is committing. A worker does not wait for these locks: only the workflows concerned do.
+    is committing. A worker does not wait for these locks: only the workflows concerned do. What no longer fits the
+    `select()` once its row is locked, because it was claimed or finished meanwhile, is left alone.
+
+    Flushes the session. Records in it that were given or changed are read anew.
 
     Args:
         session: the caller's session; with an `AsyncSession`, await the call.
-        workflows: one record or id, several, or a `select()` of `Workflow`.
+        workflows: one record or id, several, or a `select()` of `Workflow` or of one column of ids; it may join, order
+            and limit, and name `Workflow` by an alias.
 
     Returns:
         The ids of those that were cancelled; the others are finished, or not there.
 
     Raises:
-        ArgumentError: something else is given than workflows.
+        ArgumentError: something else is given than workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables.
     """
     return _perform(session, workflows, management.cancel)
@@ -73,17 +77,18 @@ def resume(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
 
     They go on after their last checkpoint, on their old queues, as their next attempt, and may again lose as many
     workers as the worker's `max_attempts` allows. Never commits; locks as `cancel` does. A workflow that failed with an
-    error of its own is not resumed: it would meet the same recorded error.
+    error of its own is not resumed: it would meet the same recorded error. One that was cancelled before its delay was
+    over is enqueued now.
 
     Args:
         session: the caller's session; with an `AsyncSession`, await the call.
-        workflows: one record or id, several, or a `select()` of `Workflow`.
+        workflows: one record or id, several, or a `select()`, as for `cancel`.
 
     Returns:
         The ids of those that were resumed.
 
     Raises:
-        ArgumentError: something else is given than workflows.
+        ArgumentError: something else is given than workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables.
     """
     return _perform(session, workflows, management.resume)
@@ -107,9 +112,9 @@ def _perform(
 def _wanted(workflows: Selected) -> management.Wanted:
     match workflows:
         case Select():
-            return workflows.with_only_columns(Workflow.id)
+            return workflows
         case Workflow() | UUID():
-            return [id_of(workflows)]
+            return [_id(workflows)]
         case _:
             return [_id(each) for each in _several(workflows)]
 
@@ -123,7 +128,10 @@ def _several(workflows: object) -> Iterable[object]:
 def _id(workflow: object) -> UUID:
     if not isinstance(workflow, (Workflow, UUID)):
         raise _refused(workflow)
-    return id_of(workflow)
+    found = id_of(workflow)
+    if not found:  # the column's default has not been applied yet
+        raise ArgumentError(f"{workflow!r} is in no database: add it to a session, or start it.")
+    return found
 
 
 def _refused(given: object) -> ArgumentError:

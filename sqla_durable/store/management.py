@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, and_, func, literal_column, null, or_, select, update
+from sqlalchemy import ColumnElement, Select, Uuid, and_, func, literal, literal_column, null, or_, select, update
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
+from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 from sqla_durable.status import FINISHED, WorkflowStatus
-from sqla_durable.store._rows import WORKFLOW, execute, materialized, scalars, status
+from sqla_durable.store._rows import WORKFLOW, execute, scalars, status
 from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
 
 Wanted: TypeAlias = "Iterable[UUID] | Select[Any]"
@@ -50,23 +53,45 @@ def resume(session: Session, wanted: Wanted) -> list[UUID]:
 
 
 def _change(session: Session, wanted: Wanted, condition: ColumnElement[bool], values: dict[str, Any]) -> list[UUID]:
-    chosen = wanted if isinstance(wanted, Select) else list(wanted)
-    locked = materialized(
-        select(WORKFLOW.c.id)
-        .where(WORKFLOW.c.id.in_(chosen), condition)
-        .order_by(WORKFLOW.c.id)
-        .with_for_update(key_share=True, of=WORKFLOW),
-        "locked",
-    )
-    statement = update(WORKFLOW).where(WORKFLOW.c.id == locked.c.id).values(values).returning(WORKFLOW.c.id)
-    changed = sorted(scalars(session, statement))
-    _refresh_known(session, changed)
+    """Lock, then look again and change: what was claimed, finished or moved meanwhile may no longer be meant.
+
+    In one statement, a lock wait would be followed by a second look at the locked row only, and not at the sub-select.
+    """
+    ids = wanted if isinstance(wanted, Select) else list(wanted)
+    meant = and_(_among(ids), condition)
+    locked = select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id).with_for_update(key_share=True, of=WORKFLOW)
+    held = list(scalars(session, locked))
+    statement = update(WORKFLOW).where(_among(held), meant).values(values).returning(WORKFLOW.c.id)
+    changed = sorted(scalars(session, statement)) if held else []
+    _refresh_known(session, changed if isinstance(ids, Select) else ids)
     return changed
 
 
-def _refresh_known(session: Session, changed: list[UUID]) -> None:
+def _among(ids: Select[Any] | Sequence[UUID]) -> ColumnElement[bool]:
+    """Compare with one array, however many they are: a statement has 65,535 parameters at most."""
+    if isinstance(ids, Select):
+        return WORKFLOW.c.id.in_(_ids_in(ids))
+    return WORKFLOW.c.id == func.any(literal(list(ids), ARRAY(PG_UUID())))
+
+
+def _ids_in(workflows: Select[Any]) -> Select[tuple[UUID]]:
+    """Give the ids that a select stands for: as a subquery, it may join, order, limit and alias what it likes."""
+    match workflows.column_descriptions:
+        case [{"type": kind}] if kind is Workflow:
+            return select(workflows.subquery().c.id)
+        case [{"type": Uuid()}]:
+            return select(*workflows.subquery().c)
+        case described:
+            given = ", ".join(str(each["name"]) for each in described)
+            raise ArgumentError(
+                f"a select of {given} does not say which workflows are meant: select Workflow, or one column of their "
+                "ids, such as Workflow.id."
+            )
+
+
+def _refresh_known(session: Session, ids: Sequence[UUID]) -> None:
     """Read anew the records that the session holds, which statements on the table have passed by."""
-    known = [each for each in changed if session.identity_key(Workflow, each) in session.identity_map]
+    known = [each for each in ids if session.identity_key(Workflow, each) in session.identity_map]
     if known:
-        fresh = select(Workflow).where(Workflow.id.in_(known)).execution_options(populate_existing=True)
+        fresh = select(Workflow).where(_among(known)).execution_options(populate_existing=True)
         execute(session, fresh).all()

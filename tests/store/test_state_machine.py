@@ -1,0 +1,292 @@
+"""Random histories of three overlapping transactions, in the tables and in the model at once.
+
+`SQLA_DURABLE_EXAMPLES=2000` executes more histories, other ones each time; by default they are the same every time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from typing import Any, ClassVar
+from uuid import UUID
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from sqlalchemy import Engine, create_engine, select, text
+from sqlalchemy.orm import Session
+from uuid_utils.compat import uuid7
+
+from sqla_durable.models import Step
+from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.store import Fence
+from tests.store.model import Lease, Model, Operation, Recording, Row, compare, rows_of
+from tests.store.model_keepers import (
+    Abandon,
+    Beat,
+    Cancel,
+    Expire,
+    ForgetDead,
+    MakeDue,
+    Reclaim,
+    ReclaimOne,
+    Resume,
+    WakeDue,
+)
+from tests.store.model_operations import (
+    QUEUES,
+    Claim,
+    ClaimOne,
+    Finish,
+    FinishUnlocked,
+    Parked,
+    RecordBatch,
+    RecordedAmong,
+    RecordOne,
+    Release,
+    ReleaseUnlocked,
+    Start,
+    Write,
+)
+from tests.support.databases import Databases
+
+EXAMPLES = os.environ.get("SQLA_DURABLE_EXAMPLES")
+WORKERS = [uuid7() for _ in range(3)]
+KEYS = ["charge", "ship"]
+
+transactions = st.integers(0, 2)
+endings = st.sampled_from(["commit", "commit", "commit", "open", "open", "rollback"])
+"""What follows an operation: the most usual is that it is committed alone."""
+workers = st.sampled_from(WORKERS)
+choice = st.data()
+
+
+class Histories(RuleBasedStateMachine):
+    """Each rule executes an operation in one of the transactions, which may stay open."""
+
+    engine: ClassVar[Engine]
+
+    def __init__(self) -> None:
+        super().__init__()
+        with self.engine.begin() as connection:
+            connection.execute(text("DELETE FROM durable.workflow"))
+            connection.execute(text("DELETE FROM durable.worker"))
+        self.model = Model()
+        self.sessions = [Session(self.engine) for _ in range(3)]
+        self.fences: dict[Fence, int] = {}
+        self.outcomes: dict[tuple[UUID, str], Recording] = {}
+
+    @initialize()
+    def begin(self) -> None:
+        for worker_id in WORKERS:
+            self.execute(0, Beat(worker_id), "open")
+        for queue in (*QUEUES, QUEUES[0]):
+            self.execute(0, Start(uuid7(), queue), "open")
+        self.end(0, "commit")
+
+    # Starting and claiming
+
+    @rule(
+        at=transactions,
+        queue=st.sampled_from(QUEUES),
+        priority=st.sampled_from([0, 0, 1]),
+        key=st.sampled_from([None, None, "once", "twice"]),
+        delayed=st.sampled_from([False, False, True]),
+        then=endings,
+    )
+    def start(self, at: int, queue: str, priority: int, key: str | None, delayed: bool, then: str) -> None:
+        self.execute(at, Start(uuid7(), queue, priority, key, delayed), then)
+
+    @rule(
+        at=transactions,
+        worker_id=workers,
+        limit=st.integers(1, 4),
+        listened=st.sampled_from([QUEUES, QUEUES, QUEUES[:1]]),
+        then=endings,
+    )
+    def claim(self, at: int, worker_id: UUID, limit: int, listened: tuple[str, ...], then: str) -> None:
+        self.execute(at, Claim(worker_id, uuid7(), limit, listened), then)
+
+    @rule(at=transactions, worker_id=workers, data=choice, then=endings)
+    def claim_one(self, at: int, worker_id: UUID, data: st.DataObject, then: str) -> None:
+        self.execute(at, ClaimOne(self.any_row(at, data), worker_id, uuid7()), then)
+
+    # What attempts write
+
+    @rule(at=transactions, data=choice, then=endings)
+    def checkpoint(self, at: int, data: st.DataObject, then: str) -> None:
+        self.execute(at, RecordOne(self.any_write(at, data)), then)
+
+    @rule(at=transactions, data=choice, count=st.integers(1, 3), then=endings)
+    def batch(self, at: int, data: st.DataObject, count: int, then: str) -> None:
+        writes = {(each.fence.workflow_id, each.key): each for each in (self.any_write(at, data) for _ in range(count))}
+        self.execute(at, RecordBatch(tuple(writes.values())), then)
+        self.execute(at, RecordedAmong(tuple(writes.values())), "open")
+
+    @rule(at=transactions, data=choice, then=endings)
+    def try_again_and_park(self, at: int, data: st.DataObject, then: str) -> None:
+        fence = self.any_fence(at, data)
+        write = Write(fence, KEYS[0], StepStatus.RETRYING, self.fences.get(fence, 1), attempts=2)
+        self.execute(at, RecordBatch((write,)), "open")
+        self.execute(at, Parked(fence), then)
+
+    @rule(
+        at=transactions,
+        data=choice,
+        verb=st.sampled_from([Finish, FinishUnlocked]),
+        status=st.sampled_from([WorkflowStatus.SUCCEEDED, WorkflowStatus.FAILED]),
+        then=endings,
+    )
+    def finish(self, at: int, data: st.DataObject, verb: type[Finish], status: WorkflowStatus, then: str) -> None:
+        self.execute(at, verb(self.any_fence(at, data), status), then)
+
+    @rule(
+        at=transactions,
+        data=choice,
+        verb=st.sampled_from([Parked, Release, ReleaseUnlocked, Abandon, Abandon]),
+        then=endings,
+    )
+    def leave(self, at: int, data: st.DataObject, verb: Callable[[Fence], Operation], then: str) -> None:
+        self.execute(at, verb(self.any_fence(at, data)), then)
+
+    # Time and death
+
+    @rule(at=transactions, data=choice, long_ago=st.booleans(), then=endings)
+    def make_due(self, at: int, data: st.DataObject, long_ago: bool, then: str) -> None:
+        waiting = [row.id for row in rows_of(self.model.view(self.sessions[at])) if row.wake is not None]
+        if waiting:
+            self.execute(at, MakeDue(data.draw(st.sampled_from(waiting)), long_ago), then)
+
+    @rule(at=transactions, then=endings)
+    def wake(self, at: int, then: str) -> None:
+        self.execute(at, WakeDue(), then)
+
+    @rule(at=transactions, worker_id=workers, then=endings)
+    def heartbeat(self, at: int, worker_id: UUID, then: str) -> None:
+        self.execute(at, Beat(worker_id), then)
+
+    @rule(at=transactions, worker_id=workers, lease=st.sampled_from([Lease.EXPIRED, Lease.FORGOTTEN]), then=endings)
+    def expire(self, at: int, worker_id: UUID, lease: Lease, then: str) -> None:
+        self.execute(at, Expire(worker_id, lease), then)
+
+    @rule(at=transactions, limit=st.sampled_from([1, 2, 1_000]), then=endings)
+    def reclaim(self, at: int, limit: int, then: str) -> None:
+        self.execute(at, Reclaim(limit), then)
+
+    @rule(at=transactions, data=choice, then=endings)
+    def reclaim_one(self, at: int, data: st.DataObject, then: str) -> None:
+        self.execute(at, ReclaimOne(self.any_row(at, data)), then)
+
+    @rule(at=transactions, data=choice)
+    def die_and_be_claimed_again(self, at: int, data: st.DataObject) -> None:
+        """What happens to a workflow that kills its workers, each step in a transaction of its own."""
+        worker_id, row_id = data.draw(workers), self.any_row(at, data)
+        for each in (Expire(worker_id), Reclaim(), MakeDue(row_id), WakeDue(), Claim(worker_id, uuid7(), 4)):
+            self.execute(at, each, "commit")
+
+    @rule(at=transactions, then=endings)
+    def forget_dead(self, at: int, then: str) -> None:
+        self.execute(at, ForgetDead(), then)
+
+    # Operators
+
+    @rule(at=transactions, data=choice, verb=st.sampled_from([Cancel, Resume, Resume]), then=endings)
+    def manage(self, at: int, data: st.DataObject, verb: type[Cancel | Resume], then: str) -> None:
+        self.execute(at, verb(frozenset({self.any_row(at, data), self.any_row(at, data)})), then)
+
+    @rule(at=transactions, queue=st.sampled_from(QUEUES), verb=st.sampled_from([Cancel, Resume]), then=endings)
+    def manage_queue(self, at: int, queue: str, verb: type[Cancel | Resume], then: str) -> None:
+        self.execute(at, verb(queue=queue), then)
+
+    # Transactions
+
+    @rule(at=transactions, ending=st.sampled_from(["commit", "commit", "rollback"]))
+    def end(self, at: int, ending: str) -> None:
+        session = self.sessions[at]
+        getattr(session, ending)()
+        getattr(self.model, ending)(session)
+        session.expunge_all()
+        if ending == "commit":
+            self.check()
+
+    @invariant()
+    def no_transaction_has_failed(self) -> None:
+        assert all(each.is_active for each in self.sessions)
+
+    def execute(self, at: int, operation: Operation, then: str) -> None:
+        """Execute in both, unless it would wait for another of the transactions."""
+        session = self.sessions[at]
+        if self.model.would_block(session, operation):
+            return
+        expected = self.model.execute(session, operation)
+        assert operation.perform(session) == expected, operation
+        self.fences |= {Fence(row.id, row.token): row.attempt for row in self.rows(at) if row.token is not None}
+        if then != "open":
+            self.end(at, then)
+
+    def check(self) -> None:
+        """Compare; and prove, without the model, that no recorded outcome of a step has changed or gone."""
+        with Session(self.engine) as session:
+            compare(self.model, session)
+            found = {
+                (each.workflow_id, each.key): Recording(each.status, each.attempt, each.attempts, each.output)
+                for each in session.scalars(select(Step).where(Step.status != StepStatus.RETRYING))
+            }
+        assert {name: found.get(name) for name in self.outcomes} == self.outcomes
+        self.outcomes = found
+
+    def teardown(self) -> None:
+        for at in range(len(self.sessions)):
+            self.end(at, "commit")
+        for session in self.sessions:
+            session.close()
+
+    def rows(self, at: int) -> list[Row]:
+        """Give the workflows that a transaction sees."""
+        return rows_of(self.model.view(self.sessions[at]))
+
+    def any_row(self, at: int, data: st.DataObject) -> UUID:
+        """Choose a workflow that the transaction sees."""
+        return data.draw(st.sampled_from([row.id for row in self.rows(at)]))
+
+    def any_fence(self, at: int, data: st.DataObject) -> Fence:
+        """Choose an attempt: mostly one that the transaction sees as the owner, sometimes any that ever was."""
+        owners = [Fence(r.id, r.token) for r in self.rows(at) if r.status is WorkflowStatus.RUNNING and r.token]
+        known = [*owners, *owners, *owners, *self.fences]
+        return data.draw(st.sampled_from(known or [Fence(self.any_row(at, data), uuid7())]))
+
+    def any_write(self, at: int, data: st.DataObject) -> Write:
+        """Choose a checkpoint."""
+        fence = self.any_fence(at, data)
+        status = data.draw(st.sampled_from(list(StepStatus)))
+        attempts, output = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+        return Write(fence, data.draw(st.sampled_from(KEYS)), status, self.fences.get(fence, 1), attempts, output)
+
+
+@pytest.fixture
+def histories(databases: Databases) -> Generator[type[Histories]]:
+    """The machine on a database of its own; waiting for a lock for long is an error there."""
+    with databases.migrated("durable") as url:
+        engine = create_engine(url, connect_args={"options": "-c lock_timeout=5s"})
+        Histories.engine = engine
+        yield Histories
+        engine.dispose()
+
+
+@pytest.mark.timeout(0 if EXAMPLES else 120)
+def test_the_tables_follow_the_model_through_random_histories(histories: type[Histories]) -> None:
+    # behaviour: E8 R3 R4 Q1 T8
+    chosen: dict[str, Any] = {"max_examples": int(EXAMPLES)} if EXAMPLES else {"max_examples": 80, "derandomize": True}
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        histories,
+        settings=settings(
+            **chosen,
+            stateful_step_count=40,
+            deadline=None,
+            database=None,
+            print_blob=True,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
