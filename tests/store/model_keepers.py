@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import ClassVar
+from typing import Any, ClassVar
 from uuid import UUID
 
 from sqlalchemy import Select, select, text
@@ -110,7 +110,7 @@ class ReclaimOne(_TakenBack):
 
     def perform(self, session: Session) -> object:
         found = crashes.reclaim_one(session, self.id, max_attempts=MAX_ATTEMPTS)
-        return set() if found is None else {(found.workflow_id, found.status)}
+        return {(each.workflow_id, each.status) for each in [found] if each is not None}
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class _Managed(OnWorkflows):
         """Tell whether the operator means this row."""
         return row.queue == self.queue if self.wanted_ids is None else row.id in self.wanted_ids
 
-    def selected(self) -> list[UUID] | Select[tuple[Workflow]]:
+    def selected(self) -> list[UUID] | Select[Any]:
         """Give what the operator names."""
         if self.wanted_ids is not None:
             return list(self.wanted_ids)
@@ -213,7 +213,8 @@ class Beat(Operation):
         return None
 
     def perform(self, session: Session) -> object:
-        return workers.beat(session, worker_id=self.worker_id, name="w", queues=[], lease=LEASE)
+        workers.beat(session, worker_id=self.worker_id, name="w", queues=[], lease=LEASE)
+        return None
 
 
 @dataclass(frozen=True)
@@ -256,4 +257,5 @@ class ForgetDead(Operation):
         return None
 
     def perform(self, session: Session) -> object:
-        return workers.forget_dead(session)
+        workers.forget_dead(session)
+        return None

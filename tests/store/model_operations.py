@@ -69,13 +69,17 @@ class Start(Operation):
     waits: ClassVar[bool] = True
 
     def wants(self, view: View, now: int) -> list[Hashable]:
-        return [] if self._known(view) else [self._lock]
+        # ON CONFLICT DO NOTHING locks nothing, but waits for whoever is changing the row that is in its way.
+        return [self._known(view) or self._lock]
+
+    def takes(self, view: View, free: list[Hashable]) -> tuple[list[Hashable], list[Hashable]]:
+        return ([], []) if self._known(view) else (free, free)
 
     def change(self, view: View, taken: Iterable[Hashable], now: int) -> dict[Hashable, Record | None]:
         row = Row(self.id, now, self.queue, self.priority, self.key)
         if self.delayed:
             row = changed(row, status=WorkflowStatus.SUSPENDED, wake=LATER)
-        return {self.id: row for _ in taken}
+        return {self.id: row} if taken else {}
 
     def answer(self, before: View, taken: list[Hashable], after: View) -> object:
         return self._known(before) or self.id
