@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from uuid import UUID
 
@@ -17,6 +17,7 @@ from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Claimed, crashes, queues, workers, workflows
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.database import Database, in_short, persistently
+from sqla_durable.worker.heartbeat import Heartbeat
 
 log = logging.getLogger("sqla_durable.worker")
 
@@ -42,11 +43,11 @@ class Claims:
         names: Sequence[str],
         poll_interval: timedelta,
         max_attempts: int,
-        renew: Callable[[Session], bool],
+        heartbeat: Heartbeat,
         lease: timedelta,
     ) -> None:
         self._database = database
-        self._renew = renew
+        self._heartbeat = heartbeat
         self._attempts = attempts
         self._worker_id = worker_id
         self._queues = list(queues)
@@ -54,7 +55,7 @@ class Claims:
         self._interval = poll_interval.total_seconds()
         self._max_attempts = max_attempts
         self._patience = lease.total_seconds() / 3 + LONGEST_BACKOFF
-        self._reclaims_at = float("-inf")
+        self._patient_from = float("-inf")
         self._maintained_at = float("-inf")
         self._reconciled_at = time.monotonic()
         self._warned_at = float("-inf")
@@ -116,13 +117,18 @@ class Claims:
         self._maintained_at = time.monotonic()
         # First: a claim without a live lease would be reclaimed at once. And where this worker's own lease has run out,
         # as in an outage, those of others have too: they are given time to come back.
-        if self._renew(session):
-            self._reclaims_at = self._maintained_at + self._patience
-        if self._maintained_at >= self._reclaims_at:
+        self._heartbeat.renew(session)
+        if self._maintained_at >= self._patient_since() + self._patience:
             self._tell(crashes.reclaim(session, max_attempts=self._max_attempts, limit=_MAINTAIN_LIMIT))
         workflows.wake_due(session, limit=_MAINTAIN_LIMIT)
         if time.monotonic() - self._reconciled_at >= _RECONCILE_EVERY:
             self._release_strays(session)
+
+    def _patient_since(self) -> float:
+        """Tell since when others are given time: half of the time at most, however often one's own lease runs out."""
+        if self._heartbeat.lapsed_at > self._patient_from + 2 * self._patience:
+            self._patient_from = self._heartbeat.lapsed_at
+        return self._patient_from
 
     def _tell(self, reclaimed: list[crashes.Reclaimed]) -> None:
         if reclaimed:
