@@ -184,6 +184,8 @@ def test_a_step_that_is_tried_at_once_for_ever_leaves_its_slot_after_a_second(
     with Worker(failing_for_ever(calls), sessionmaker=session_factory, concurrency=1, poll_interval=poison.POLL):
         first = races.wait_until(lambda: record(engine, poison_id).started_at)
         parked = races.wait_until(lambda: _enqueued_again(engine, poison_id), seconds=LONG)
+        assert parked is not None
+        assert first is not None
         assert parked - first >= timedelta(seconds=1)
         tries = len(calls)
         races.wait_until(lambda: len(calls) > tries + 2, what="more tries")
