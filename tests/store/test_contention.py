@@ -1,0 +1,137 @@
+"""Statements for many rows at the same rows, from many threads: no deadlock, and nothing acknowledged is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import Engine, Select, func, select, update
+from sqlalchemy.orm import Session
+
+from sqla_durable import cancel, resume
+from sqla_durable.errors import EncodingError
+from sqla_durable.models import Step, Workflow
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store import Fence, Park, crashes, steps, workers, workflows
+from sqla_durable.worker.database import ThreadDatabase
+from sqla_durable.worker.writer import Row, Writer
+from tests.store import races
+
+ROWS = 30
+ROUNDS = 20
+
+
+class Crowd:
+    """Workers, operators and time at the same workflows, each in transactions of its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.acknowledged: set[tuple[UUID, str]] = set()
+        self.effects: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def write(self) -> None:
+        """Record for what runs now and for what ran at the last look; park some, finish some, as the writer does."""
+        before: list[Fence] = []
+        for number in range(ROUNDS):
+            now = self._in_transaction(lambda session: workers.running_of(session, races.WORKER))
+            fences = list({each.workflow_id: each for each in (*now, *before)}.values())
+            self._in_transaction(partial(self._record, fences=fences, number=number))
+            before = now
+
+    def _record(self, session: Session, fences: list[Fence], number: int) -> None:
+        written = steps.record_unlocked(session, [races.checkpoint(each, str(each.token)) for each in fences])
+        parked = workflows.park_unlocked(session, [Park(each, 3600) for each in fences[number % 3 :: 3]])
+        finished = workflows.finish_unlocked(session, [races.success(each) for each in fences[number::ROUNDS]])
+        session.commit()
+        with self._lock:
+            self.acknowledged |= written
+        self._count("recorded", len(written))
+        self._count("parked", len(parked))
+        self._count("finished", len(finished))
+
+    def reclaim(self) -> None:
+        """Take over, a few rows at a time; the lease of the worker has run out all the while."""
+        for _ in range(ROUNDS):
+            found = self._in_transaction(lambda session: crashes.reclaim(session, max_attempts=3, limit=7))
+            claimed = self._in_transaction(lambda session: races.claim(session, 11))
+            self._count("reclaimed", len(found))
+            self._count("claimed", len(claimed))
+
+    def wake(self) -> None:
+        """Let all times come, in the reverse order of the ids' where the planner likes, and wake."""
+        for _ in range(ROUNDS):
+            due = select(Workflow.id).where(Workflow.wake_at.is_not(None)).with_for_update(skip_locked=True)
+            moved = update(Workflow).where(Workflow.id.in_(due)).values(wake_at=func.statement_timestamp())
+            self._in_transaction(partial(Session.execute, statement=moved))
+            self._count("woken", self._in_transaction(lambda session: workflows.wake_due(session, limit=100)))
+
+    def cancel(self) -> None:
+        """Cancel the last ones first."""
+        for number in range(ROUNDS):
+            last = select(Workflow).order_by(Workflow.id.desc()).limit(ROWS // 2).offset(number % 10)
+            self._count("cancelled", len(self._in_transaction(partial(_cancelled, workflows=last))))
+
+    def resume(self) -> None:
+        """Resume whatever can be."""
+        for _ in range(ROUNDS):
+            self._count("resumed", len(self._in_transaction(lambda session: resume(session, select(Workflow)))))
+
+    def _in_transaction(self, work: Callable[[Session], Any]) -> Any:
+        with Session(self.engine) as session, session.begin():
+            return work(session)
+
+    def _count(self, what: str, number: int) -> None:
+        with self._lock:
+            self.effects[what] = self.effects.get(what, 0) + number
+
+
+def _cancelled(session: Session, workflows: Select[Any]) -> list[UUID]:
+    return cancel(session, workflows)
+
+
+def test_everybody_at_the_same_rows_never_deadlocks_and_loses_nothing(engine: Engine) -> None:
+    races.claimed_fences(engine, ROWS)
+    races.expire_leases(engine)
+    crowd = Crowd(engine)
+    works = [crowd.write, crowd.reclaim, crowd.wake, crowd.cancel, crowd.resume, crowd.write, crowd.reclaim]
+    for each in [races.Concurrent(work) for work in works]:
+        each.result()  # a deadlock is an error: 40P01
+    with Session(engine) as session:
+        assert {(each.workflow_id, each.key) for each in session.scalars(select(Step))} == crowd.acknowledged
+        assert len(session.scalars(select(Workflow)).all()) == ROWS
+    assert all(crowd.effects[each] for each in ("recorded", "parked", "reclaimed", "claimed", "cancelled", "resumed"))
+
+
+@pytest.mark.parametrize("bad", ["checkpoint", "park"])
+async def test_a_bad_row_fails_its_own_workflow_and_none_that_is_parked_beside_it(engine: Engine, bad: str) -> None:
+    fences = races.claimed_fences(engine, ROWS)
+    database = ThreadDatabase(engine, limit=30)
+    writer = Writer(database)
+    running = asyncio.create_task(writer.run())
+    refused = fences[ROWS // 2]
+    tickets: dict[Fence, list[asyncio.Future[None]]] = {}
+    for number, fence in enumerate(fences):
+        key = secrets.token_hex(3_000) if (fence, bad) == (refused, "checkpoint") else "charge"
+        delay = float("inf") if (fence, bad) == (refused, "park") else 3600
+        end: Row = Park(fence, delay) if number % 2 or fence == refused else races.success(fence)
+        first = writer.submit(races.checkpoint(fence, key))
+        tickets[fence] = [first, writer.submit(end, after=[first])]
+    outcomes = {each: await asyncio.gather(*tickets[each], return_exceptions=True) for each in fences}
+    running.cancel()
+    await asyncio.wait([running])
+    await database.close()
+    assert {each for each in fences if outcomes[each] != [None, None]} == {refused}
+    assert isinstance(outcomes[refused][1], EncodingError)
+    with Session(engine) as session:
+        found = {each.id: each.status for each in session.scalars(select(Workflow))}
+        recorded = {each.workflow_id for each in session.scalars(select(Step))}
+    assert found.pop(refused.workflow_id) is WorkflowStatus.RUNNING
+    assert set(found.values()) == {WorkflowStatus.SUSPENDED, WorkflowStatus.SUCCEEDED}
+    assert recorded >= found.keys()
