@@ -23,9 +23,9 @@ class Execution:
     Attributes:
         workflow_id: the id of the workflow's record.
         workflow: the workflow's name.
-        attempt: the workflow's attempt, from 1; it counts up when a worker died.
+        attempt: the workflow's attempt, from 1; it counts up when a worker died, and when it is resumed.
         step: the key of the step that is being executed; None between steps.
-        step_attempt: the try of that step in this attempt, from 1; None between steps.
+        step_attempt: the try of that step, from 1, those of earlier attempts included; None between steps.
         idempotency_key: for the system that the step calls: the same on every execution of this step, and of no
             other; None between steps.
     """

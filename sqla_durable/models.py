@@ -50,7 +50,8 @@ NAMING_CONVENTION = {
 
 # Workflows change several times in their short lives, and every claim walks over the index entries of rows that no
 # longer qualify until vacuum has removed them. So vacuum comes after a fixed number of changes instead of a share of a
-# growing table, and does not pause. Pages keep room for updates beside the row. Checkpoints are only inserted.
+# growing table, and does not pause. Pages keep room for updates beside the row. Checkpoints are inserted,
+# and updated only while a step is tried again.
 STORAGE: dict[str, dict[str, float]] = {
     "workflow": {
         "fillfactor": 70,

@@ -36,6 +36,7 @@ _OUTAGES = ("08", "57P", "53300", _READ_ONLY, "25P03")
 # its settings, and not about the values that a statement of ours carries.
 _OBSTACLES = ("53", "55", "57", "58", "42501", "42P01", "3F000")
 
+_DRIVERS = ("psycopg", "asyncpg", "pg8000", "sqlalchemy.dialects.postgresql")
 LONGEST_BACKOFF = 2.0
 """How many seconds at most the engine waits before it tries a transaction again."""
 
@@ -192,8 +193,14 @@ def is_outage(error: BaseException) -> TypeGuard[DBAPIError]:
         return False
     state = sqlstate(error)
     if error.connection_invalidated or state is None:
-        return error.connection_invalidated or isinstance(error, OperationalError) or _finds_no_primary(error)
+        return error.connection_invalidated or _is_no_answer(error) or _finds_no_primary(error)
     return state.startswith(_OUTAGES)
+
+
+def _is_no_answer(error: DBAPIError) -> bool:
+    """Tell whether a PostgreSQL driver got no answer; other databases' drivers call everything operational."""
+    of_postgresql = type(error.orig).__module__.startswith(_DRIVERS) or isinstance(error.orig, OSError)
+    return isinstance(error, OperationalError) and of_postgresql
 
 
 def _finds_no_primary(error: DBAPIError) -> bool:

@@ -1,6 +1,6 @@
 """The statuses of a workflow and of a step, as they stand in the database.
 
-Which transitions are legal is held by the CHECK constraints in `models`; the store performs them.
+Which rows are legal is held by the CHECK constraints in `models`; which transitions there are, by the store.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class WorkflowStatus(StrEnum):
     pending ──claim──► running ──► succeeded | failed
        ▲                 │
        │ release,        │
-       ├─── reclaim ─────┤
+       ├─── reclaim ─────┤──reclaim after max_attempts──► failed
        │                 │ park, reclaim after several crashes
        │                 ▼
        └──── wake ── suspended

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -36,7 +36,7 @@ class Writing(Protocol):
         """Give a transaction that is not yet begun."""
         ...
 
-    async def write(self, statement: Callable[[Session], None]) -> None:
+    async def write(self, statement: Callable[[Session], None], *, pause: Callable[[float], Awaitable[None]]) -> None:
         """Write what the engine records, and extend the lease if it is time."""
 
     def close_lease(self, session: Session) -> None:
@@ -66,7 +66,7 @@ class BlockingInline(BlockingRuntime):
     async def wait(self, position: Position, wait: Wait) -> None:
         while wait.seconds > 0:
             await self.pause(min(wait.seconds, self._story.longest_pause))
-            await self._story.write(_nothing)
+            await self._story.write(_nothing, pause=self.pause)
 
     @override
     async def settle(self) -> None:
@@ -74,7 +74,7 @@ class BlockingInline(BlockingRuntime):
 
     @override
     async def record(self, checkpoint: Checkpoint) -> None:
-        await self._story.write(lambda session: _record(session, checkpoint))
+        await self._story.write(lambda session: _record(session, checkpoint), pause=self.pause)
 
     @override
     async def begin(self, step: StepDefinition) -> StepTransaction:
@@ -84,7 +84,7 @@ class BlockingInline(BlockingRuntime):
 
     @override
     async def finish(self, completion: Completion) -> None:
-        await self._story.write(lambda session: _finish(session, completion, self._story))
+        await self._story.write(lambda session: _finish(session, completion, self._story), pause=self.pause)
 
     @override
     def transient_retry(self) -> TransientRetry:
@@ -116,7 +116,7 @@ class AsyncInline(AsyncRuntime):
         while wait.seconds > 0:
             await self.pause(min(wait.seconds, self._story.longest_pause))
             async with self._lock:
-                await self._story.write(_nothing)
+                await self._story.write(_nothing, pause=self.pause)
 
     @override
     async def settle(self) -> None:
@@ -125,7 +125,7 @@ class AsyncInline(AsyncRuntime):
     @override
     async def record(self, checkpoint: Checkpoint) -> None:
         async with self._lock:
-            await self._story.write(lambda session: _record(session, checkpoint))
+            await self._story.write(lambda session: _record(session, checkpoint), pause=self.pause)
 
     @override
     async def begin(self, step: StepDefinition) -> StepTransaction:
@@ -138,7 +138,7 @@ class AsyncInline(AsyncRuntime):
     @override
     async def finish(self, completion: Completion) -> None:
         async with self._lock:
-            await self._story.write(lambda session: _finish(session, completion, self._story))
+            await self._story.write(lambda session: _finish(session, completion, self._story), pause=self.pause)
 
     @override
     async def perform_blocking(self, call: StepCall) -> Any:

@@ -10,9 +10,9 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -39,6 +39,7 @@ from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Claimed, crashes, queues, schema, workers, workflows
 
 T = TypeVar("T")
+Pause: TypeAlias = "Callable[[float], Awaitable[None]]"
 
 
 class Story:
@@ -130,15 +131,17 @@ class Story:
             raise
         return value
 
-    async def write(self, statement: Callable[[Session], None]) -> None:
+    async def write(self, statement: Callable[[Session], None], *, pause: Pause) -> None:
         """Write what the engine records; a lost database interrupts the workflow instead of failing it."""
         again = self.transient_retry()
         while True:
             try:
                 await self.transact(statement)
             except Exception as error:
-                if again.wait_before_next(error) is None:
+                seconds = again.wait_before_next(error)
+                if seconds is None:
                     raise (Interrupted(error) if is_transient(error) else error) from error
+                await pause(seconds)
             else:
                 return
 

@@ -62,6 +62,7 @@ class Attempt:
         self._unfinished: dict[str, None] = {}
         self._waits: dict[str, Wait] = {}
         self._parking = threading.Lock()
+        self._active_at = time.monotonic()
         self._stop: Callable[[], ControlFlow] | None = None
 
     @property
@@ -89,11 +90,13 @@ class Attempt:
             )
         self._keys.add(position.key)
         self._unfinished[position.key] = None
+        self._active_at = time.monotonic()
         return position
 
     def left(self, position: Position) -> None:
         """Note that an operation ended, whichever way."""
         self._unfinished.pop(position.key, None)
+        self._active_at = time.monotonic()
 
     def recorded(self, position: Position) -> Recorded | None:
         """Give the operation's outcome from an earlier attempt."""
@@ -113,12 +116,17 @@ class Attempt:
         """Note that an operation waits no longer."""
         self._waits.pop(position.key, None)
 
-    def begin_parking(self) -> float | None:
+    def begin_parking(self, *, quiet: float) -> float | None:
         """Give the seconds for which the workflow can be parked now, once; None: it stays in memory.
 
         Only when every operation that it has called waits, and all of them for long enough: parking ends the others.
+
+        Args:
+            quiet: for how many seconds the workflow must have called nothing, and nothing of it must have ended.
         """
         with self._parking:
+            if time.monotonic() - self._active_at < quiet:
+                return None
             waits = [self._waits.get(key) for key in list(self._unfinished)]
             if self.stopped or any(each is None or each.until <= each.in_memory_until for each in waits):
                 return None

@@ -159,7 +159,8 @@ def _begin(session: Session, *, isolation_level: str | None) -> None:
 def _require_isolation(session: Session, *, isolation_level: str) -> None:
     """Refuse a transaction that has begun with a weaker level: PostgreSQL changes it only at the beginning."""
     begun_with = session.connection(bind_arguments={"mapper": Workflow}).get_isolation_level()
-    if ISOLATION_LEVELS.index(begun_with) < ISOLATION_LEVELS.index(isolation_level):
+    strong_enough = ISOLATION_LEVELS[ISOLATION_LEVELS.index(isolation_level) :]
+    if begun_with not in strong_enough:
         raise SessionError(
             f"a step asks for {isolation_level} and {session!r} is already in a transaction that is {begun_with}: "
             f"begin it with session.connection(execution_options={{'isolation_level': {isolation_level!r}}})."

@@ -43,6 +43,9 @@ WORKER = Base.metadata.tables[f"{SCHEMA}.worker"]
 
 Columns: TypeAlias = Mapping[str, TypeEngine[Any]]
 
+SUSPECT = 2
+"""From how many crashes in a row on a workflow is taken for what may have killed its workers."""
+
 _IDLE_TIMEOUT = "idle_in_transaction_session_timeout"
 _IDLE_LIMIT = "5s"
 

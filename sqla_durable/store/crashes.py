@@ -9,6 +9,7 @@ each time, apart from those that happened to run beside it, and fails when `max_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -28,15 +29,28 @@ from sqlalchemy import (
     literal,
     literal_column,
     null,
+    or_,
     select,
+    true,
     update,
 )
-from sqlalchemy.dialects.postgresql import BIT, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, BIT, JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.status import StepStatus, WorkflowStatus
-from sqla_durable.store._rows import STEP, WORKER, WORKFLOW, Fence, execute, materialized, scalars, soon_over, status
+from sqla_durable.store._rows import (
+    STEP,
+    SUSPECT,
+    WORKER,
+    WORKFLOW,
+    Fence,
+    execute,
+    materialized,
+    scalars,
+    soon_over,
+    status,
+)
 
 DEFAULT_MAX_ATTEMPTS = 10
 MAX_ATTEMPTS_TYPE = "sqla_durable.errors:MaxAttemptsError"
@@ -54,9 +68,24 @@ class Reclaimed:
     status: WorkflowStatus
 
 
-def reclaim(session: Session, *, max_attempts: int, limit: int) -> list[Reclaimed]:
-    """Take back running workflows whose worker's lease ran out, as their next attempt."""
-    rows = execute(session, _RECLAIM, {"max_attempts": max_attempts, "limit": limit, "reason": _DEATH})
+def reclaim(
+    session: Session,
+    *,
+    max_attempts: int,
+    limit: int,
+    names: Sequence[str] | None = None,
+    queues: Sequence[str] | None = None,
+) -> list[Reclaimed]:
+    """Take back running workflows whose worker's lease ran out, as their next attempt.
+
+    Args:
+        max_attempts: after so many crashes in a row one of these names and queues fails; others only wait longer,
+            because their own workers may allow them more.
+        limit: how many at most.
+        names, queues: None means all.
+    """
+    mine = {"mine_names": names, "mine_queues": queues}
+    rows = execute(session, _RECLAIM, {"max_attempts": max_attempts, "limit": limit, "reason": _DEATH, **mine})
     return [_reclaimed(row) for row in rows]
 
 
@@ -66,6 +95,8 @@ def reclaim_one(session: Session, workflow_id: UUID, *, max_attempts: int) -> Re
     Its caller is at hand and executes it now.
     """
     parameters = {"max_attempts": max_attempts, "limit": 1, "wanted_id": workflow_id, "reason": _DEATH}
+    # The lock comes first, in a statement of its own: the next one sees what whoever held the row has recorded.
+    scalars(session, _LOCK_ONE, parameters).all()
     row = execute(session, _RECLAIM_ONE, parameters).one_or_none()
     return None if row is None else _reclaimed(row)
 
@@ -99,7 +130,7 @@ def _expired() -> ColumnElement[bool]:
     return ~alive.exists()
 
 
-def _taken_back(*conditions: ColumnElement[bool], skip_locked: bool) -> CTE:
+def _taken_back(*conditions: ColumnElement[bool], skip_locked: bool, mine: ColumnElement[bool]) -> CTE:
     # Two CTEs: where a row has changed in between, PostgreSQL checks the row itself once more when it locks it, but
     # not what a sub-select says about another table. Reclaimed and claimed anew by somebody else, the workflow would
     # still look abandoned; by its token it does not.
@@ -108,6 +139,7 @@ def _taken_back(*conditions: ColumnElement[bool], skip_locked: bool) -> CTE:
         "seen",
     )
     columns = [WORKFLOW.c.id, case((_progress(), 0), else_=WORKFLOW.c.crashes + 1).label("crashes")]
+    columns.append(mine.label("mine"))
     return materialized(
         select(*columns, *([soon_over()] if skip_locked else []))
         .join(seen, and_(seen.c.id == WORKFLOW.c.id, seen.c.token == WORKFLOW.c.token))
@@ -119,6 +151,11 @@ def _taken_back(*conditions: ColumnElement[bool], skip_locked: bool) -> CTE:
     )
 
 
+def _among(column: ColumnElement[str], parameter: str) -> ColumnElement[bool]:
+    wanted = bindparam(parameter, type_=ARRAY(Text()))
+    return or_(wanted.is_(None), column == func.any(wanted))
+
+
 def _progress() -> ColumnElement[bool]:
     """Tell whether the attempt that ends here has recorded the outcome of a step."""
     recorded = select(STEP.c.key).where(STEP.c.workflow_id == WORKFLOW.c.id, STEP.c.attempt == WORKFLOW.c.attempt)
@@ -126,11 +163,11 @@ def _progress() -> ColumnElement[bool]:
 
 
 def _reclaim_statement(abandoned: CTE) -> Any:
-    return _back_statement(abandoned, suspect=abandoned.c.crashes > 1)
+    return _back_statement(abandoned, suspect=abandoned.c.crashes >= SUSPECT)
 
 
 def _back_statement(abandoned: CTE, *, suspect: ColumnElement[bool]) -> Any:
-    spent = abandoned.c.crashes >= bindparam("max_attempts", type_=Integer())
+    spent = and_(abandoned.c.mine, abandoned.c.crashes >= bindparam("max_attempts", type_=Integer()))
     return (
         update(WORKFLOW)
         .where(WORKFLOW.c.id == abandoned.c.id)
@@ -153,9 +190,11 @@ def _back_statement(abandoned: CTE, *, suspect: ColumnElement[bool]) -> Any:
 
 def _later(crashes: ColumnElement[int]) -> ColumnElement[Any]:
     """Give a time that doubles with each crash, spread by bits of the id: `random()` has no place in an UPDATE."""
-    doubled = func.least(func.power(2, func.least(crashes - 2, _DOUBLINGS)), _LONGEST_BACKOFF)
+    doubled = func.power(2, func.least(crashes - SUSPECT, _DOUBLINGS))
     bits = cast(cast(func.concat("x", func.right(cast(WORKFLOW.c.id, Text), 4)), BIT(16)), Integer)
-    return func.statement_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, doubled * (0.5 + bits / 65536.0))
+    return func.statement_timestamp() + func.make_interval(
+        0, 0, 0, 0, 0, 0, func.least(doubled * (0.5 + bits / 65536.0), _LONGEST_BACKOFF)
+    )
 
 
 def _max_attempts_error(crashes: ColumnElement[int]) -> Any:
@@ -178,7 +217,13 @@ def _max_attempts_error(crashes: ColumnElement[int]) -> Any:
 
 _WANTED = WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID())
 _WANTED_ATTEMPT = and_(_WANTED, WORKFLOW.c.token == bindparam("wanted_token", type_=PG_UUID()))
-_RECLAIM = _reclaim_statement(_taken_back(_expired(), skip_locked=True))
-_RECLAIM_ONE = _back_statement(_taken_back(_expired(), _WANTED, skip_locked=False), suspect=false())
-_ABANDON = _reclaim_statement(_taken_back(_WANTED_ATTEMPT, skip_locked=True))
+_MINE = and_(_among(WORKFLOW.c.name, "mine_names"), _among(WORKFLOW.c.queue, "mine_queues"))
+_RECLAIM = _reclaim_statement(_taken_back(_expired(), skip_locked=True, mine=_MINE))
+_LOCK_ONE = (
+    select(WORKFLOW.c.id)
+    .where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING), _expired(), _WANTED)
+    .with_for_update(key_share=True, of=WORKFLOW)
+)
+_RECLAIM_ONE = _back_statement(_taken_back(_expired(), _WANTED, skip_locked=False, mine=true()), suspect=false())
+_ABANDON = _reclaim_statement(_taken_back(_WANTED_ATTEMPT, skip_locked=True, mine=true()))
 _STILL_RUNNING = select(WORKFLOW.c.id).where(_WANTED_ATTEMPT, WORKFLOW.c.status == status(WorkflowStatus.RUNNING))

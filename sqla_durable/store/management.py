@@ -36,6 +36,7 @@ def resume(session: Session, wanted: Wanted) -> list[UUID]:
     """
     stopped = and_(
         WORKFLOW.c.status == status(WorkflowStatus.FAILED),
+        WORKFLOW.c.token.is_(None),  # one that failed by itself keeps its token, whatever its error is
         WORKFLOW.c.error["type"].astext == literal_column(f"'{MAX_ATTEMPTS_TYPE}'"),
     )
     condition = or_(WORKFLOW.c.status == status(WorkflowStatus.CANCELLED), stopped)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
+from typing import cast as as_type
 from uuid import UUID
 
 from sqlalchemy import (
@@ -19,11 +20,14 @@ from sqlalchemy import (
     Integer,
     SmallInteger,
     Text,
+    and_,
     bindparam,
     case,
     cast,
     func,
+    literal,
     null,
+    or_,
     select,
     tuple_,
     update,
@@ -36,6 +40,7 @@ from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.models import Workflow
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
+    SUSPECT,
     WORKFLOW,
     Columns,
     Completion,
@@ -82,16 +87,18 @@ def add(session: Session, new: NewWorkflow) -> Workflow:
 def insert_unless_known(session: Session, new: NewWorkflow) -> Workflow:
     """Insert a workflow with a key, or give the one that has it; the caller's transaction survives either way.
 
-    Waits for another transaction that is inserting the same name and key, and gives its record if it commits.
+    Waits for another transaction that is inserting the same name and key, and gives its record if it commits. One that
+    is there already is not inserted: ON CONFLICT would wait for whoever is changing it, a caller's open cancel too.
     Source: PostgreSQL manual, INSERT, ON CONFLICT clause.
     """
+    known = select(Workflow).where(Workflow.name == new.name, Workflow.key == new.key)
+    values = {name: _literal(name, value) for name, value in _values(new).items()}
     statement = (
         insert(Workflow)
-        .values(**_values(new))
+        .from_select(list(values), select(*values.values()).where(~known.exists()), include_defaults=False)
         .on_conflict_do_nothing(index_elements=["name", "key"], index_where=Workflow.key.is_not(None))
         .returning(Workflow)
     )
-    known = select(Workflow).where(Workflow.name == new.name, Workflow.key == new.key)
     while True:
         for attempt in (statement, known):
             found = session.scalars(attempt, execution_options=_FRESH).one_or_none()
@@ -104,7 +111,8 @@ def insert_many(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID
     """Insert workflows by one statement; give their ids in order, for known keys those of the known workflows."""
     ids: dict[UUID, UUID] = {}
     while missing := [each for each in workflows if each.id not in ids]:
-        inserted = scalars(session, _INSERT_MANY, arrays(_NEW, [_row(each) for each in missing]))
+        statement = _INSERT_MANY if all(each.key is None for each in missing) else _INSERT_MANY_UNLESS_KNOWN
+        inserted = scalars(session, statement, arrays(_NEW, [_row(each) for each in missing]))
         ids |= {each: each for each in inserted}
         known = _ids_by_key(session, [each for each in missing if each.id not in ids])
         ids |= {each.id: known[each.name, each.key] for each in missing if (each.name, each.key) in known}
@@ -181,6 +189,9 @@ def still_owned(session: Session, fences: Iterable[Fence]) -> set[Fence]:
 def wake_due(session: Session, *, limit: int) -> int:
     """Put suspended workflows whose time has come into their queues, placed by that time; give how many.
 
+    Of those that crashed several times in a row only one: together they would be executed side by side again, by the
+    same worker, and the one that kills it would take the others along once more.
+
     A time before they were enqueued counts as that: a workflow for the year 1990 does not stand before all others.
     """
     return len(scalars(session, _WAKE_DUE, {"limit": limit}).all())
@@ -213,6 +224,12 @@ def _values(new: NewWorkflow) -> dict[str, Any]:
         wake_at = func.statement_timestamp() + timedelta(seconds=new.delay)
         values |= {"status": WorkflowStatus.SUSPENDED, "wake_at": wake_at}
     return values
+
+
+def _literal(name: str, value: Any) -> ColumnElement[Any]:
+    if isinstance(value, ColumnElement):
+        return as_type("ColumnElement[Any]", value)
+    return literal(value, WORKFLOW.c[name].type)
 
 
 def _row(new: NewWorkflow) -> dict[str, Any]:
@@ -308,12 +325,14 @@ def _of_attempts() -> ColumnElement[bool]:
 
 
 def _wake_due_statement() -> Any:
+    is_due = and_(
+        WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at <= func.statement_timestamp()
+    )
+    suspect = WORKFLOW.c.crashes >= SUSPECT
+    first = select(WORKFLOW.c.id).where(is_due, suspect).order_by(WORKFLOW.c.wake_at, WORKFLOW.c.id).limit(1)
     due = materialized(
         select(WORKFLOW.c.id, soon_over())
-        .where(
-            WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
-            WORKFLOW.c.wake_at <= func.statement_timestamp(),
-        )
+        .where(is_due, or_(~suspect, WORKFLOW.c.id == first.correlate(None).scalar_subquery()))
         .order_by(WORKFLOW.c.wake_at)
         .limit(_LIMIT)
         .with_for_update(key_share=True, skip_locked=True),
@@ -331,8 +350,9 @@ def _wake_due_statement() -> Any:
     )
 
 
-def _insert_many_statement() -> Any:
+def _insert_many_statement(*, keyed: bool) -> Any:
     batch = table("batch", _NEW)
+    known = select(WORKFLOW.c.id).where(WORKFLOW.c.name == batch.c.name, WORKFLOW.c.key == batch.c.key)
     delayed = func.statement_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, batch.c.delay)
     wake_at = func.coalesce(batch.c.wake_at, delayed)
     columns = {
@@ -345,20 +365,20 @@ def _insert_many_statement() -> Any:
         "status": case((wake_at.is_(None), WorkflowStatus.PENDING.value), else_=WorkflowStatus.SUSPENDED.value),
         "wake_at": wake_at,
     }
+    source = select(*columns.values())
+    if keyed:
+        source = source.where(~known.exists())
     return (
         insert(WORKFLOW)
         # In the order of keys: two callers that start the same keys wait for each other in one direction only.
-        .from_select(
-            list(columns),
-            select(*columns.values()).order_by(batch.c.name, batch.c.key),
-            include_defaults=False,
-        )
+        .from_select(list(columns), source.order_by(batch.c.name, batch.c.key, batch.c.id), include_defaults=False)
         .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
         .returning(WORKFLOW.c.id)
     )
 
 
-_INSERT_MANY = _insert_many_statement()
+_INSERT_MANY = _insert_many_statement(keyed=False)
+_INSERT_MANY_UNLESS_KNOWN = _insert_many_statement(keyed=True)
 _FINISH = _finish_statement(skip_locked=False)
 _FINISH_UNLOCKED = _finish_statement(skip_locked=True)
 _RELEASE = _release_statement(skip_locked=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
@@ -17,7 +18,6 @@ from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Claimed, crashes, queues, workers, workflows
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.database import Database, in_short, persistently
-from sqla_durable.worker.heartbeat import Heartbeat
 
 log = logging.getLogger("sqla_durable.worker")
 
@@ -25,6 +25,14 @@ _BATCH = 200
 _MAINTAIN_LIMIT = 1_000
 _WARN_EVERY = 60.0
 _RECONCILE_EVERY = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Maintained:
+    """What one transaction of maintenance did, and when it began; it counts once it is committed."""
+
+    at: float
+    reclaimed: list[crashes.Reclaimed]
 
 
 class Claims:
@@ -43,11 +51,11 @@ class Claims:
         names: Sequence[str],
         poll_interval: timedelta,
         max_attempts: int,
-        heartbeat: Heartbeat,
+        renew: Callable[[Session], None],
         lease: timedelta,
     ) -> None:
         self._database = database
-        self._heartbeat = heartbeat
+        self._renew = renew
         self._attempts = attempts
         self._worker_id = worker_id
         self._queues = list(queues)
@@ -55,8 +63,9 @@ class Claims:
         self._interval = poll_interval.total_seconds()
         self._max_attempts = max_attempts
         self._patience = lease.total_seconds() / 3 + LONGEST_BACKOFF
+        self._long_ago = max(lease.total_seconds() / 2, 3 * self._interval)
         self._patient_from = float("-inf")
-        self._maintained_at = float("-inf")
+        self._maintained_at: float | None = None
         self._reconciled_at = time.monotonic()
         self._warned_at = float("-inf")
 
@@ -82,13 +91,13 @@ class Claims:
             async with asyncio.timeout(self._interval):
                 await self._attempts.slot_freed.wait()
         except TimeoutError:
-            await persistently(self._database, self._maintain, what="maintenance")
+            self._note(await persistently(self._database, self._maintain, what="maintenance"))
 
     async def _poll(self, limit: int) -> list[Claimed]:
         again = ObstacleRetry()
         while True:
             try:
-                return await self._database.transact(lambda session: self._claim(session, limit))
+                claimed, maintained = await self._database.transact(lambda session: self._claim(session, limit))
             except Exception as error:
                 seconds = again.wait_before_next(error)
                 if seconds is None:
@@ -96,10 +105,13 @@ class Claims:
                 log.warning("claim: %s; trying again in %.1f s", in_short(error), seconds)
                 await asyncio.sleep(seconds)
                 await self.release_strays()
+            else:
+                self._note(maintained)
+                return claimed
 
-    def _claim(self, session: Session, limit: int) -> list[Claimed]:
-        if time.monotonic() - self._maintained_at >= self._interval:
-            self._maintain(session)
+    def _claim(self, session: Session, limit: int) -> tuple[list[Claimed], Maintained | None]:
+        due = self._maintained_at is None or time.monotonic() - self._maintained_at >= self._interval
+        maintained = self._maintain(session) if due else None
         claimed = queues.claim(
             session,
             worker_id=self._worker_id,
@@ -110,25 +122,43 @@ class Claims:
         )
         if not claimed and time.monotonic() - self._warned_at > _WARN_EVERY:
             self._warn_of_unknown(session)
-        return claimed
+        return claimed, maintained
 
-    def _maintain(self, session: Session) -> None:
+    def _maintain(self, session: Session) -> Maintained:
         """Take back what dead workers had, and wake what is due: any worker does it, for all queues."""
-        self._maintained_at = time.monotonic()
-        # First: a claim without a live lease would be reclaimed at once. And where this worker's own lease has run out,
-        # as in an outage, those of others have too: they are given time to come back.
-        self._heartbeat.renew(session)
-        if self._maintained_at >= self._patient_since() + self._patience:
-            self._tell(crashes.reclaim(session, max_attempts=self._max_attempts, limit=_MAINTAIN_LIMIT))
+        now = time.monotonic()
+        self._renew(session)  # first: a claim without a live lease would be reclaimed at once
+        reclaimed = self._reclaim(session) if now >= self._patient_since(now) + self._patience else []
         workflows.wake_due(session, limit=_MAINTAIN_LIMIT)
-        if time.monotonic() - self._reconciled_at >= _RECONCILE_EVERY:
+        if now - self._reconciled_at >= _RECONCILE_EVERY:
             self._release_strays(session)
+        return Maintained(now, reclaimed)
 
-    def _patient_since(self) -> float:
-        """Tell since when others are given time: half of the time at most, however often one's own lease runs out."""
-        if self._heartbeat.lapsed_at > self._patient_from + 2 * self._patience:
-            self._patient_from = self._heartbeat.lapsed_at
+    def _reclaim(self, session: Session) -> list[crashes.Reclaimed]:
+        return crashes.reclaim(
+            session,
+            max_attempts=self._max_attempts,
+            limit=_MAINTAIN_LIMIT,
+            names=self._names,
+            queues=self._queues,
+        )
+
+    def _patient_since(self, now: float) -> float:
+        """Tell since when others are given time to come back, before their work is taken over.
+
+        Where this worker could not maintain for long, as in an outage, the leases of living ones have run out too. Half
+        of the time at most is given, however often that happens.
+        """
+        away = self._maintained_at is not None and now - self._maintained_at > self._long_ago
+        if away and now > self._patient_from + 2 * self._patience:
+            self._patient_from = now
         return self._patient_from
+
+    def _note(self, maintained: Maintained | None) -> None:
+        """Note and tell what has been committed."""
+        if maintained is not None:
+            self._maintained_at = maintained.at
+            self._tell(maintained.reclaimed)
 
     def _tell(self, reclaimed: list[crashes.Reclaimed]) -> None:
         if reclaimed:

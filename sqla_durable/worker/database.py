@@ -33,6 +33,7 @@ _MIXED_UP = (
     "a pooler such as PgBouncer in transaction mode is in between, and the driver prepares statements: turn that off, "
     'with connect_args={"prepare_threshold": None} for psycopg; for asyncpg see the page on connections'
 )
+_LAST_WAIT = 2.0  # seconds for a transaction to end by itself when nobody wants its answer any more
 _CUT_OFF = 1.0  # seconds in which a transaction ends once its connection is cut
 
 
@@ -254,7 +255,7 @@ async def _to_its_end(transaction: Coroutine[Any, Any, T], cut: Cut, *, limit: f
     try:
         ended = await _ended(task, limit)
     except asyncio.CancelledError:
-        if not await _ended(task, limit):
+        if not await _ended(task, min(limit, _LAST_WAIT)):
             await _cut_off(task, cut)
         raise
     if not ended and not await _cut_off(task, cut):
@@ -283,8 +284,9 @@ def _ignore(task: asyncio.Future[Any]) -> None:
 
 def _shut_down(connection: Any) -> None:
     """Shut a driver's connection down under whoever waits on it, in whatever thread."""
-    if not hasattr(connection, "fileno"):
-        connection.terminate()  # asyncpg
-        return
-    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as end:
-        end.shutdown(socket.SHUT_RDWR)
+    with suppress(Exception):  # the driver may have closed it already, and says so in its own way
+        if not hasattr(connection, "fileno"):
+            connection.terminate()  # asyncpg
+            return
+        with socket.socket(fileno=os.dup(connection.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import socket
-import time
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
@@ -22,11 +21,7 @@ log = logging.getLogger("sqla_durable.worker")
 
 
 class Heartbeat:
-    """One row in the worker table, extended three times in a lease, on a connection of its own.
-
-    Attributes:
-        lapsed_at: when the lease was last found to have run out, on the clock of `time.monotonic`.
-    """
+    """One row in the worker table, extended three times in a lease, on a connection of its own."""
 
     def __init__(
         self, database: Database, *, worker_id: UUID, queues: Sequence[str], lease: timedelta, name: str | None
@@ -36,8 +31,6 @@ class Heartbeat:
         self._queues = queues
         self._lease = lease
         self._name = name or f"{socket.gethostname()}:{os.getpid()}"
-        self._beat_at = time.monotonic()
-        self.lapsed_at = float("-inf")
 
     async def begin(self) -> None:
         """Begin the lease."""
@@ -49,28 +42,18 @@ class Heartbeat:
             await asyncio.sleep(self._lease.total_seconds() / 3)
             running = attempts.fences
             look = partial(self._beat_and_look, running=running)
-            owned = await persistently(self._database, look, what="heartbeat")
-            self._note_lapse()
-            attempts.drop_lost(owned, running)
+            attempts.drop_lost(await persistently(self._database, look, what="heartbeat"), running)
             await persistently(self._database, workers.forget_dead, what="heartbeat")
 
     def renew(self, session: Session) -> None:
         """Begin the lease anew if it has run out, as after a freeze: what nobody has taken over goes on."""
         if not workers.alive(session, self._worker_id):
+            log.warning("the lease of this worker has run out; it goes on with what nobody has taken over")
             self._beat(session)
-            self.lapsed_at = time.monotonic()
 
     async def end(self) -> None:
         """End the lease: once nothing extends it any more."""
         await persistently(self._database, lambda session: workers.leave(session, self._worker_id), what="leave")
-
-    def _note_lapse(self) -> None:
-        """Notice that the beat before this one was more than a lease ago."""
-        now = time.monotonic()
-        if now - self._beat_at > self._lease.total_seconds():
-            self.lapsed_at = now
-            log.warning("the lease of this worker had run out; it goes on with what nobody has taken over")
-        self._beat_at = now
 
     def _beat_and_look(self, session: Session, running: list[Fence]) -> set[Fence]:
         """Extend the lease, and give what is still this worker's.

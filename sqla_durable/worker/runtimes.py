@@ -21,7 +21,7 @@ from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.runtime import StepCall
 from sqla_durable.operations.transaction import ClosingTransaction, HeldTransaction, StepTransaction
-from sqla_durable.registry import SessionKind, StepDefinition
+from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Park
@@ -29,6 +29,7 @@ from sqla_durable.worker.writer import Writer
 
 T = TypeVar("T")
 
+_QUIET = 5.0
 _LOOK_EVERY = 1.0  # seconds after which a step that waits in memory looks whether the workflow can be parked
 
 
@@ -62,9 +63,18 @@ class Surroundings:
 
 
 class Parking(Protocol):
-    """What waiting needs of either runtime."""
+    """What waiting needs of either runtime.
+
+    Attributes:
+        quiet: how long the workflow must have been quiet before it is parked.
+    """
 
     attempt: Attempt
+
+    @property
+    def quiet(self) -> float:
+        """Give the seconds."""
+        ...
 
     async def pause(self, seconds: float) -> None:
         """Wait a moment in memory."""
@@ -84,7 +94,7 @@ async def wait_or_park(runtime: Parking, position: Position, wait: Wait) -> None
     attempt.wait(position, wait)
     try:
         while True:
-            seconds = attempt.begin_parking()
+            seconds = attempt.begin_parking(quiet=runtime.quiet)
             if seconds is not None:
                 await runtime.park(seconds)
                 raise Suspended
@@ -99,14 +109,16 @@ async def wait_or_park(runtime: Parking, position: Position, wait: Wait) -> None
 class ThreadRuntime(BlockingRuntime):
     """An attempt at a `def` workflow, or a sync step of an `async def` one, in a thread."""
 
-    def __init__(self, attempt: Attempt, surroundings: Surroundings) -> None:
+    def __init__(self, attempt: Attempt, surroundings: Surroundings, *, quiet: float = 0.0) -> None:
         super().__init__(attempt)
         self._surroundings = surroundings
         self._pending: list[concurrent.futures.Future[None]] = []
+        self.quiet = quiet
 
     async def pause(self, seconds: float) -> None:
-        """Wait, or until the worker stops."""
+        """Wait, or until the worker stops; then the attempt is told to end, or it would wait again and again."""
         self._surroundings.stopping.wait(seconds)
+        self._surroundings.stop_if_leaving(self.attempt)
 
     async def wait(self, position: Position, wait: Wait) -> None:
         """Wait in memory, or as a row."""
@@ -162,14 +174,29 @@ class LoopRuntime(AsyncRuntime):
         super().__init__(attempt)
         self._surroundings = surroundings
         self._pending: list[asyncio.Future[None]] = []
+        self._home: asyncio.Task[Any] | None = None
+
+    @property
+    def quiet(self) -> float:
+        """Whether the workflow itself waits for this operation, only its own task can tell.
+
+        In another one, of `gather` for example, the workflow's own code may be awaiting something else.
+        """
+        return 0.0 if asyncio.current_task() is self._home else _QUIET
+
+    async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
+        """Call the workflow's function."""
+        self._home = asyncio.current_task()
+        return await super().body(definition, arguments)
 
     async def pause(self, seconds: float) -> None:
-        """Wait, or until the worker stops."""
+        """Wait, or until the worker stops; then the attempt is told to end, or it would wait again and again."""
         try:
             async with asyncio.timeout(seconds):
                 await self._surroundings.stopping_async.wait()
         except TimeoutError:
             pass
+        self._surroundings.stop_if_leaving(self.attempt)
 
     async def wait(self, position: Position, wait: Wait) -> None:
         """Wait in memory, or as a row."""
@@ -223,7 +250,7 @@ class LoopRuntime(AsyncRuntime):
     async def perform_blocking(self, call: StepCall) -> Any:
         """Perform a step that takes a `Session` in a thread, as a whole."""
         await self.settle()
-        runtime = ThreadRuntime(self.attempt, self._surroundings)
+        runtime = ThreadRuntime(self.attempt, self._surroundings, quiet=self.quiet)
         return await self.in_thread(lambda: _performed(runtime, call))
 
     async def in_thread(self, function: Callable[[], T]) -> T:

@@ -330,7 +330,7 @@ class Worker:
             names=[each.name for each in self.durable.registry],
             poll_interval=self.poll_interval,
             max_attempts=self.max_attempts,
-            heartbeat=heartbeat,
+            renew=heartbeat.renew,
             lease=self.lease,
         )
 

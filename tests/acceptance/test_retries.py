@@ -166,7 +166,7 @@ def test_a_step_that_waits_does_not_end_one_that_is_executed_beside_it(shell: Sh
         races.wait_until(lambda: len(shell.one(workflow_id).steps) == 1)
         assert shell.one(workflow_id).status is WorkflowStatus.RUNNING
         go_on.set()
-        races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED)
+        races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, seconds=30)
         _make_due(shell, workflow_id)
         assert shell.result(workflow, workflow_id) == [2, 7]
     assert finished == [1]

@@ -69,8 +69,8 @@ class Start(Operation):
     waits: ClassVar[bool] = True
 
     def wants(self, view: View, now: int) -> list[Hashable]:
-        # ON CONFLICT DO NOTHING locks nothing, but waits for whoever is changing the row that is in its way.
-        return [self._known(view) or self._lock]
+        # A key that is known is not inserted, so that whoever is changing its row is not in the way.
+        return [] if self._known(view) else [self._lock]
 
     def takes(self, view: View, free: list[Hashable]) -> tuple[list[Hashable], list[Hashable]]:
         return ([], []) if self._known(view) else (free, free)

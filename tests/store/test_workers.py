@@ -123,9 +123,10 @@ def test_reclaim_one_waits_for_the_row_and_sees_what_became_of_it(engine: Engine
     (fence,) = races.claimed_fences(engine)
     races.expire_leases(engine)
     with races.transaction(engine) as other, races.transaction(engine) as mine:
-        workers.beat(other.session, worker_id=uuid7(), name="other", queues=[], lease=races.LEASE)
+        newcomer = uuid7()
+        workers.beat(other.session, worker_id=newcomer, name="other", queues=[], lease=races.LEASE)
         crashes.reclaim(other.session, max_attempts=9, limit=9)
-        races.claim(other.session)
+        races.claim(other.session, worker_id=newcomer)
         reclaiming = mine.begin_blocked(lambda session: crashes.reclaim_one(session, fence.workflow_id, max_attempts=9))
         other.session.commit()
         assert reclaiming.result() is None
