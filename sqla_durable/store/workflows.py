@@ -227,9 +227,8 @@ def _values(new: NewWorkflow) -> dict[str, Any]:
 
 
 def _literal(name: str, value: Any) -> ColumnElement[Any]:
-    if isinstance(value, ColumnElement):
-        return as_type("ColumnElement[Any]", value)
-    return literal(value, WORKFLOW.c[name].type)
+    expression: Any = value if isinstance(value, ColumnElement) else literal(value, WORKFLOW.c[name].type)
+    return as_type("ColumnElement[Any]", expression)
 
 
 def _row(new: NewWorkflow) -> dict[str, Any]:
