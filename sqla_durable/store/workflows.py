@@ -14,6 +14,7 @@ from typing import cast as as_type
 from uuid import UUID
 
 from sqlalchemy import (
+    ClauseElement,
     ColumnElement,
     DateTime,
     Float,
@@ -227,8 +228,9 @@ def _values(new: NewWorkflow) -> dict[str, Any]:
 
 
 def _literal(name: str, value: Any) -> ColumnElement[Any]:
-    expression: Any = value if isinstance(value, ColumnElement) else literal(value, WORKFLOW.c[name].type)
-    return as_type("ColumnElement[Any]", expression)
+    if isinstance(value, ClauseElement):
+        return as_type("ColumnElement[Any]", value)
+    return literal(value, WORKFLOW.c[name].type)
 
 
 def _row(new: NewWorkflow) -> dict[str, Any]:
