@@ -8,6 +8,7 @@ DurableError
 │   ├── SyncAsyncError                sync where async is needed, or the other way round
 │   ├── SessionError                  a session that is unbound, bound elsewhere, or not PostgreSQL
 │   ├── StepTransactionError          a step committed, rolled back or closed its own session
+│   ├── RetryPolicyError              what a step was given as retry, stop or wait fails itself
 │   └── UnfinishedStepError           a workflow returned while a step was not awaited to its end
 ├── PayloadError                  a value that cannot travel to the database and back
 │   ├── ArgumentError                 arguments that do not fit a workflow's annotations
@@ -80,6 +81,13 @@ class StepTransactionError(UsageError):
     def __init__(self, message: str, *, step: str) -> None:
         super().__init__(message)
         self.step = step
+
+
+class RetryPolicyError(UsageError):
+    """What a step was given as `retry`, `stop` or `wait` raised, or gave something that is no number of seconds.
+
+    It is the step's outcome, recorded like any other error: so a replay takes the same way.
+    """
 
 
 class UnfinishedStepError(UsageError):

@@ -120,7 +120,7 @@ def _wanted(workflows: Selected) -> management.Wanted:
 
 
 def _several(workflows: object) -> Iterable[object]:
-    if not isinstance(workflows, Iterable):
+    if not isinstance(workflows, Iterable) or isinstance(workflows, (str, bytes)):
         raise _refused(workflows)
     return cast("Iterable[object]", workflows)
 
@@ -136,6 +136,6 @@ def _id(workflow: object) -> UUID:
 
 def _refused(given: object) -> ArgumentError:
     return ArgumentError(
-        f"{given!r} is no workflow: give a Workflow record, its id as a UUID, several of them, or a select() of "
-        "Workflow."
+        f"{given!r} is no workflow: give a Workflow record, its id as a UUID (of a text: UUID(...)), several of "
+        "them, or a select() of Workflow."
     )

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import RetryCallState
 
-from sqla_durable.errors import DefinitionError
+from sqla_durable.errors import DefinitionError, RetryPolicyError
 
 RetryPredicate: TypeAlias = Callable[[RetryCallState], bool | Awaitable[bool]]
 StopPredicate: TypeAlias = Callable[[RetryCallState], bool]
@@ -34,9 +34,16 @@ _OUTAGES = ("08", "57P", "53300", _READ_ONLY, "25P03")
 # insufficient_resources, object_not_in_prerequisite_state (a lock_timeout), operator_intervention (query_canceled, a
 # statement_timeout), system_error, insufficient_privilege, undefined_table, invalid_schema_name: about the server and
 # its settings, and not about the values that a statement of ours carries.
-_OBSTACLES = ("53", "55", "57", "58", "42501", "42P01", "3F000")
+# invalid_authorization_specification, invalid_catalog_name: while somebody changes roles or databases.
+_OBSTACLES = ("53", "55", "57", "58", "42501", "42P01", "3F000", "28", "3D")
 
 _DRIVERS = ("psycopg", "asyncpg", "pg8000", "sqlalchemy.dialects.postgresql")
+_EXAMPLES = {
+    "retry": "tenacity.retry_if_exception_type(ConnectionError)",
+    "stop": "tenacity.stop_after_attempt(5)",
+    "wait": "tenacity.wait_fixed(5)",
+}
+_LONGEST_WAIT = 100 * 365 * 86_400.0
 LONGEST_BACKOFF = 2.0
 """How many seconds at most the engine waits before it tries a transaction again."""
 
@@ -68,17 +75,28 @@ class RetryPolicy:
         """
         given = {"retry": retry, "stop": stop, "wait": wait}
         for name, value in given.items():
-            if value is not None and not callable(value):
+            if value is not None and (not callable(value) or isinstance(value, type)):
                 raise DefinitionError(
-                    f"{name}={value!r} is not a tenacity object: pass, for example, "
-                    "stop=tenacity.stop_after_attempt(5)."
+                    f"{name}={value!r} is not a tenacity object: pass, for example, {name}={_EXAMPLES[name]}."
                 )
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return cls(**chosen) if chosen else None
 
     async def wait_before_next(self, tries: Tries) -> float | None:
-        """Give the seconds to wait before the next try, or None when the last outcome stands."""
+        """Give the seconds to wait before the next try, or None when the last outcome stands.
+
+        Raises:
+            RetryPolicyError: one of the three raised, or `wait` gave no number of seconds.
+        """
         state = tries.state()
+        try:
+            return await self._ask(tries, state)
+        except Exception as error:
+            outcome = state.outcome.exception() if state.outcome is not None else None
+            asked = "" if outcome is None else f", asked about {outcome!r}"
+            raise RetryPolicyError(f"the step's retry policy failed with {error!r}{asked}.") from error
+
+    async def _ask(self, tries: Tries, state: RetryCallState) -> float | None:
         if not tries.asked_again:
             verdict = self.retry(state)
             if inspect.isawaitable(verdict):
@@ -86,8 +104,14 @@ class RetryPolicy:
             if not verdict:
                 return None
         # In tenacity's order: `stop_before_delay` looks at the wait that is to come.
-        state.upcoming_sleep = self.wait(state)
+        state.upcoming_sleep = _seconds(self.wait(state))
         return None if self.stop(state) else state.upcoming_sleep
+
+
+def _seconds(given: object) -> float:
+    if not isinstance(given, (int, float)) or not given <= _LONGEST_WAIT:
+        raise ValueError(f"wait gave {given!r}: give seconds, {_LONGEST_WAIT:.0f} at most")
+    return max(0.0, float(given))
 
 
 class Tries:
@@ -229,7 +253,9 @@ def is_obstacle(error: BaseException) -> bool:
     """
     if is_transient(error) or isinstance(error, OSError):
         return True
-    return isinstance(error, DBAPIError) and (sqlstate(error) or "").startswith(_OBSTACLES)
+    # SQLAlchemy 2.0 hands what asyncpg raises while it connects on as it is.
+    state = sqlstate(error) if isinstance(error, DBAPIError) else getattr(error, "sqlstate", None)
+    return str(state or "").startswith((*_OBSTACLES, *_OUTAGES))
 
 
 def is_unreachable(error: BaseException) -> bool:

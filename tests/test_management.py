@@ -122,7 +122,7 @@ def test_what_can_be_given(engine: Engine, session: Session, choice: str) -> Non
     [
         (None, "None is no workflow"),
         (7, "7 is no workflow"),
-        ("0199a5be-0000-7000-8000-000000000000", "'0' is no workflow"),
+        ("0199a5be-0000-7000-8000-000000000000", "'0199a5be-0000-7000-8000-000000000000' is no workflow"),
         (["0199a5be-0000-7000-8000-000000000000"], "'0199a5be-.*' is no workflow"),
         ([uuid7(), None], "None is no workflow"),
         (Order, "Order.* is no workflow"),

@@ -49,6 +49,9 @@ def torture(
         faults=chosen(faults),
         outage=outage,
     )
+    if json is not None and not json.parent.is_dir():
+        raise CommandError(f"--json {json}: there is no directory {json.parent}.")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing is left behind
     console.print(f"seed {plan.seed}", highlight=False)
     with report.progress(console) as tell:
         outcome = driver.torture(plan, tell=tell, enough=_ended_by_interrupt())

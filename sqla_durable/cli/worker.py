@@ -15,6 +15,7 @@ import typer
 import sqla_durable.cli.database as database
 import sqla_durable.cli.target as target
 from sqla_durable.cli.errors import CommandError
+from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS
 from sqla_durable.worker import Worker
 
 DONE, INTERRUPTED = 0, 130
@@ -37,6 +38,9 @@ def worker(
     grace: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for steps being executed.")
     ] = 20,
+    max_attempts: Annotated[
+        int, typer.Option(min=1, help="How many attempts in a row may lose their worker without recording a step.")
+    ] = DEFAULT_MAX_ATTEMPTS,
     name: Annotated[str | None, typer.Option(help="Its name in the worker table; by default host:pid.")] = None,
     url: Annotated[
         str | None,
@@ -63,6 +67,7 @@ def worker(
             lease=timedelta(seconds=lease),
             poll_interval=timedelta(seconds=poll_interval),
             grace=timedelta(seconds=grace),
+            max_attempts=max_attempts,
             name=name,
         )
     except (ValueError, OverflowError) as error:

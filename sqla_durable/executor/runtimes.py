@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -66,7 +68,7 @@ class BlockingInline(BlockingRuntime):
     async def wait(self, position: Position, wait: Wait) -> None:
         while wait.seconds > 0:
             await self.pause(min(wait.seconds, self._story.longest_pause))
-            await self._story.write(_nothing, pause=self.pause)
+            await self._story.write(partial(_look, attempt=self.attempt), pause=self.pause)
 
     @override
     async def settle(self) -> None:
@@ -115,8 +117,8 @@ class AsyncInline(AsyncRuntime):
     async def wait(self, position: Position, wait: Wait) -> None:
         while wait.seconds > 0:
             await self.pause(min(wait.seconds, self._story.longest_pause))
-            async with self._lock:
-                await self._story.write(_nothing, pause=self.pause)
+            async with self._turn():
+                await self._story.write(partial(_look, attempt=self.attempt), pause=self.pause)
 
     @override
     async def settle(self) -> None:
@@ -124,12 +126,17 @@ class AsyncInline(AsyncRuntime):
 
     @override
     async def record(self, checkpoint: Checkpoint) -> None:
-        async with self._lock:
+        async with self._turn():
             await self._story.write(lambda session: _record(session, checkpoint), pause=self.pause)
 
     @override
     async def begin(self, step: StepDefinition) -> StepTransaction:
         await self._lock.acquire()
+        try:
+            self.attempt.proceed()
+        except BaseException:
+            self._lock.release()
+            raise
         inner = self._story.transaction(isolation_level=step.isolation_level)
         transaction = HeldTransaction(inner, self._lock.release)
         await transaction.begin()
@@ -138,6 +145,8 @@ class AsyncInline(AsyncRuntime):
     @override
     async def finish(self, completion: Completion) -> None:
         async with self._lock:
+            # A step that was called beside the others, and that nobody awaits any more, must not touch the session.
+            self.attempt.stop(partial(AttemptLost, self.attempt.workflow_id))
             await self._story.write(lambda session: _finish(session, completion, self._story), pause=self.pause)
 
     @override
@@ -145,16 +154,25 @@ class AsyncInline(AsyncRuntime):
         def perform(session: Session) -> Any:
             return GreenletInline(self._story.twin(session), self.attempt).perform(call)
 
-        async with self._lock:
+        async with self._turn():
             return await in_session(self._story.session, perform)
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncGenerator[None]:
+        """Have the session for oneself, as long as the attempt has not ended."""
+        async with self._lock:
+            self.attempt.proceed()
+            yield
 
     @override
     def transient_retry(self) -> TransientRetry:
         return self._story.transient_retry()
 
 
-def _nothing(_session: Session) -> None:
-    """Write nothing: the transaction extends the lease."""
+def _look(session: Session, attempt: Attempt) -> None:
+    """Look whether the workflow is still this attempt's; the transaction extends the lease."""
+    if not workflows.still_owned(session, [attempt.fence]):
+        raise AttemptLost(attempt.workflow_id)
 
 
 def _record(session: Session, checkpoint: Checkpoint) -> None:

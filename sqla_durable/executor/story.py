@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar
 from uuid import UUID
 
@@ -92,7 +93,7 @@ class Story:
         self.open_lease(session)
         claimed = queues.claim_one(session, workflow_id, worker_id=self.worker_id, token=uuid7())
         if claimed is not None:
-            return claimed
+            return queues.with_histories(session, [claimed])[0]
         raise WorkflowRunningError(
             f"workflow {standing.name!r} {workflow_id} is {standing.status}, and not to be claimed now: a worker or "
             "an executor holds a live lease on it, or it waits. Wait for its result with a handle.",
@@ -114,6 +115,8 @@ class Story:
         except BaseException:
             await self.hand_back(attempt)
             raise
+        finally:
+            attempt.stop(partial(AttemptLost, attempt.workflow_id))
         return Outcome.of(attempt.name, completion)
 
     def _runtime(self, attempt: Attempt) -> BlockingInline | AsyncInline:

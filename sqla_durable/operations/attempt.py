@@ -116,6 +116,11 @@ class Attempt:
         """Note that an operation waits no longer."""
         self._waits.pop(position.key, None)
 
+    @property
+    def executing(self) -> bool:
+        """Whether a step that the workflow has called is being executed now, and not waiting."""
+        return any(key not in self._waits for key in list(self._unfinished))
+
     def begin_parking(self, *, quiet: float) -> float | None:
         """Give the seconds for which the workflow can be parked now, once; None: it stays in memory.
 
@@ -132,6 +137,11 @@ class Attempt:
                 return None
             self.stop(Suspended)
             return min(each.seconds for each in waits if each is not None)
+
+    def end_parking(self) -> None:
+        """Take back that the workflow is parked: what was to be recorded with it was refused."""
+        if self._stop is Suspended:
+            self._stop = None
 
     def idempotency_key(self, position: Position) -> str:
         """Give a text that is the same on every execution of this step, and of no other step."""

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from enum import Enum, auto
 from functools import partial
 from typing import Any, NoReturn
 
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from sqla_durable.errors import AttemptLost, DefinitionError, Interrupted, PayloadError, StepFailedError, UsageError
+from sqla_durable.errors import (
+    AttemptLost,
+    DefinitionError,
+    Interrupted,
+    PayloadError,
+    RetryPolicyError,
+    StepFailedError,
+    UsageError,
+)
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Wait
 from sqla_durable.operations.boundary import Boundary
 from sqla_durable.operations.runtime import Runtime, StepCall
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import SessionKind, StepDefinition
-from sqla_durable.retry import is_conflict, is_transient, spoils_connection
+from sqla_durable.retry import is_conflict, is_obstacle, is_transient, spoils_connection
 from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint, Recorded, Verdict, steps
 
@@ -85,10 +92,11 @@ class _Later:
     seconds: float
 
 
-class _Final(Enum):
+@dataclass(frozen=True, slots=True)
+class _Final:
     """The error is the step's outcome."""
 
-    FINAL = auto()
+    error: Exception | SystemExit
 
 
 class _AlreadyRecorded(Exception):
@@ -128,8 +136,8 @@ class _Execution:
                     case _Later(seconds):
                         await self._record_try(error, seconds)
                         await self._wait(seconds)
-                    case _Final():
-                        return await self._record_failure(error)
+                    case _Final(outcome):
+                        return await self._record_failure(outcome)
 
     async def _take_up(self) -> None:
         """Go on with the tries where an earlier attempt has left them, and not before the next one is due."""
@@ -167,8 +175,11 @@ class _Execution:
     async def _begin(self) -> StepTransaction:
         try:
             return await self._runtime.begin(self._call.definition)
-        except OSError as error:  # asyncpg's, when it cannot connect: SQLAlchemy hands it on as it is
-            raise OperationalError("BEGIN", None, error) from error
+        except Exception as error:
+            if is_transient(error) or not is_obstacle(error):
+                raise
+            # Without a connection nothing of the step was executed, whatever the reason is.
+            raise OperationalError("BEGIN", None, error, connection_invalidated=True) from error
 
     async def _within(self, transaction: StepTransaction) -> Checkpoint:
         """Call the step's function and record its outcome, in one transaction."""
@@ -239,7 +250,7 @@ class _Execution:
             case _Again():
                 return _Later(error.seconds)
             case PayloadError() | UsageError() | DefinitionError():
-                return _Final.FINAL
+                return _Final(error)
             case _:
                 pass
         if self._call.definition.session is not SessionKind.NONE:
@@ -250,8 +261,11 @@ class _Execution:
                 raise Interrupted(error) from error  # an outage or an exhausted pool is not the step's outcome
         self._call.tries.failed(error)
         policy = self._call.definition.policy
-        seconds = None if policy is None else await policy.wait_before_next(self._call.tries)
-        return _Final.FINAL if seconds is None else _Later(seconds)
+        try:
+            seconds = None if policy is None else await policy.wait_before_next(self._call.tries)
+        except RetryPolicyError as broken:
+            return _Final(broken)
+        return _Final(error) if seconds is None else _Later(seconds)
 
     async def _success(self, value: object) -> Checkpoint:
         self._call.tries.returned(value)

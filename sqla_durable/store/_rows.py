@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum, auto
 from typing import Any, TypeAlias
@@ -117,13 +117,14 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A claimed workflow: what a worker needs to execute it. `input` is JSON text."""
+    """A claimed workflow: what a worker needs to execute it. `input` is JSON text; what was `started` has a history."""
 
     fence: Fence
     name: str
     attempt: int
     input: str
-    history: Mapping[str, Recorded]
+    started: bool = False
+    history: Mapping[str, Recorded] = field(default_factory=dict[str, Recorded])
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,11 @@ claim never waits for another one, nor for anybody's open transaction.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Integer, Text, bindparam, cast, column, func, select, true, update
+from sqlalchemy import Integer, Row, Text, bindparam, cast, column, func, select, true, update
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
@@ -33,27 +34,36 @@ def claim(
     names: Sequence[str],
     limit: int,
 ) -> list[Claimed]:
-    """Claim at most `limit` pending workflows of these queues and names, in their order, with their histories.
+    """Claim at most `limit` pending workflows of these queues and names, in their order.
 
-    Commit before executing them. The token fences every later write; it must be new for each claim.
+    Commit, and give them their histories, before executing them. The token fences every later write; it must be new for
+    each claim.
     """
     parameters = {"queues": queues, "names": names, "limit": limit, "new_token": token, "claimant": worker_id}
     returned = execute(session, _CLAIM, parameters)
     # RETURNING has no order of its own.
     rows = sorted(returned, key=lambda row: (row.priority, row.enqueued_at, row.id))
-    return _claimed(session, rows, token)
+    return [_claimed(row, token) for row in rows]
 
 
 def claim_one(session: Session, workflow_id: UUID, *, worker_id: UUID, token: UUID) -> Claimed | None:
     """Claim one pending workflow whatever its queue, waiting for whoever holds its row; None if it is not pending."""
     parameters = {"wanted_id": workflow_id, "new_token": token, "claimant": worker_id}
-    claimed = _claimed(session, execute(session, _CLAIM_ONE, parameters).all(), token)
-    return claimed[0] if claimed else None
+    row = execute(session, _CLAIM_ONE, parameters).one_or_none()
+    return None if row is None else _claimed(row, token)
 
 
-def _claimed(session: Session, rows: Sequence[Any], token: UUID) -> list[Claimed]:
-    histories = steps.histories(session, [row.id for row in rows if row.started])
-    return [Claimed(Fence(row.id, token), row.name, row.attempt, row.input, histories.get(row.id, {})) for row in rows]
+def with_histories(session: Session, claimed: Sequence[Claimed]) -> list[Claimed]:
+    """Give claimed workflows their histories; only those that were executed before have one.
+
+    Apart from the claim, whose transaction holds rows: histories may be long, and take their time.
+    """
+    histories = steps.histories(session, [each.fence.workflow_id for each in claimed if each.started])
+    return [replace(each, history=histories.get(each.fence.workflow_id, {})) for each in claimed]
+
+
+def _claimed(row: Row[Any], token: UUID) -> Claimed:
+    return Claimed(Fence(row.id, token), row.name, row.attempt, row.input, row.started)
 
 
 def _heads() -> Any:

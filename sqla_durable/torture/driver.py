@@ -64,6 +64,14 @@ class Plan:
     faults: tuple[Fault, ...] = tuple(Fault)
     outage: float = 4.0
 
+    def command(self) -> str:
+        """Give the command that does the same again."""
+        kinds = "" if self.faults == tuple(Fault) else f" --faults {','.join(self.faults)}"
+        length = "--forever" if self.seconds is None else f"--seconds {self.seconds:g}"
+        return (
+            f"sqla-durable torture --seed {self.seed} {length} --workers {self.workers} --outage {self.outage:g}{kinds}"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:

@@ -49,7 +49,7 @@ def show(console: Console, outcome: Outcome) -> None:
             console.print(json.dumps(each.rows, indent=1, default=str), markup=False, highlight=False)
     if outcome.directory is not None:
         console.print(f"The data directory and the logs are kept in {outcome.directory}", markup=False)
-        console.print(f"The same faults again: sqla-durable torture --seed {outcome.plan.seed}", markup=False)
+        console.print(f"The same faults again: {outcome.plan.command()}", markup=False)
 
 
 def table(outcome: Outcome) -> Table:

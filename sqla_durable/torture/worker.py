@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
+import sys
 from datetime import timedelta
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from sqlalchemy import create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
@@ -23,6 +26,7 @@ from sqla_durable.worker import Worker
 def main() -> None:
     """Run one worker until SIGTERM."""
     given = _arguments()
+    signal.signal(signal.SIGTERM, _leave)  # until the worker itself listens
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(threadName)s %(message)s")
     bank.introduce(given.name)
     connect: dict[str, Any] = {"application_name": given.name, "connect_timeout": 5}
@@ -48,6 +52,10 @@ def main() -> None:
         max_attempts=MAX_ATTEMPTS,
         name=given.name,
     ).run()
+
+
+def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(0)
 
 
 def _arguments() -> argparse.Namespace:

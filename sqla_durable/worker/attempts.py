@@ -21,6 +21,7 @@ from sqla_durable.worker.runtimes import LoopRuntime, Surroundings, ThreadRuntim
 log = logging.getLogger("sqla_durable.worker")
 
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # seconds between looks at a row that somebody holds
+_LOOK_EVERY = 0.05
 _CANCELLED_GRACE = 2.0  # seconds for async attempts to be released after they were cancelled
 
 
@@ -74,7 +75,11 @@ class Attempts:
         for fence in known:
             running = self._running.get(fence)
             if fence not in owned and running is not None and not running.attempt.parked:
-                log.warning("workflow %s is no longer this worker's: its attempt ends", fence.workflow_id)
+                if not running.attempt.stopped:
+                    log.warning(
+                        "workflow %s is no longer this worker's, taken over or cancelled: its attempt ends",
+                        fence.workflow_id,
+                    )
                 running.attempt.stop(partial(AttemptLost, fence.workflow_id))
                 self._cancel(running)
 
@@ -118,6 +123,7 @@ class Attempts:
             await self._to_its_end(attempt)
         except AttemptLost:
             log.info("workflow %s: its attempt %d lost the ownership", attempt.workflow_id, attempt.number)
+            await self._abandon_if_owned(attempt)
         except (Released, asyncio.CancelledError):
             await self._release([attempt.fence])
         except Suspended:
@@ -138,7 +144,9 @@ class Attempts:
         on_loop = LoopRuntime(attempt, self._surroundings)
         try:
             _tell(attempt, await run_workflow(on_loop, definition, lambda given: on_loop.body(definition, given)))
-        except (Released, asyncio.CancelledError):
+        except (Released, asyncio.CancelledError) as signal:
+            while isinstance(signal, Released) and attempt.executing:  # noqa: ASYNC110 (threads set no asyncio.Event)
+                await asyncio.sleep(_LOOK_EVERY)  # steps beside the one that has ended, in threads too
             await on_loop.flush()
             raise
 
@@ -153,6 +161,14 @@ class Attempts:
             await asyncio.sleep(pause)
         for each in fences:
             log.warning("workflow %s is not handed back: another transaction holds its row", each.workflow_id)
+
+    async def _abandon_if_owned(self, attempt: Attempt) -> None:
+        """Count an attempt that ended itself, by a step that cancels its own workflow for example, as a crash."""
+        if self._surroundings.stopping.is_set():
+            return  # the writer refuses everything then, and what is left is handed back
+        look = partial(workflows.still_owned, fences=[attempt.fence])
+        if await persistently(self._database, look, what="abandon"):
+            await self._abandon(attempt, AttemptLost("it lost its workflow, and nobody has taken it"))
 
     async def _abandon(self, attempt: Attempt, error: BaseException) -> None:
         reason = f"the engine broke with {type(error).__name__}: {error}".replace("\0", "\\0")

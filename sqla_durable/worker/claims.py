@@ -98,6 +98,8 @@ class Claims:
         while True:
             try:
                 claimed, maintained = await self._database.transact(lambda session: self._claim(session, limit))
+                self._note(maintained)
+                return await self._with_histories(claimed)
             except Exception as error:
                 seconds = again.wait_before_next(error)
                 if seconds is None:
@@ -105,9 +107,11 @@ class Claims:
                 log.warning("claim: %s; trying again in %.1f s", in_short(error), seconds)
                 await asyncio.sleep(seconds)
                 await self.release_strays()
-            else:
-                self._note(maintained)
-                return claimed
+
+    async def _with_histories(self, claimed: list[Claimed]) -> list[Claimed]:
+        if not any(each.started for each in claimed):
+            return claimed
+        return await self._database.transact(lambda session: queues.with_histories(session, claimed))
 
     def _claim(self, session: Session, limit: int) -> tuple[list[Claimed], Maintained | None]:
         due = self._maintained_at is None or time.monotonic() - self._maintained_at >= self._interval
@@ -164,6 +168,8 @@ class Claims:
         if reclaimed:
             log.warning("workflows reclaimed from dead workers: %d", len(reclaimed))
         for each in reclaimed:
+            if each.status is WorkflowStatus.SUSPENDED:
+                log.warning("workflow %s %s lost several workers in a row: it waits", each.name, each.workflow_id)
             if each.status is WorkflowStatus.FAILED:
                 log.error("workflow %s %s failed: too many of its workers died", each.name, each.workflow_id)
 

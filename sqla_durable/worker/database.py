@@ -59,9 +59,14 @@ class Database(Protocol):
 
 
 class Cut:
-    """One transaction's connection, so that it can be cut off from outside."""
+    """One transaction's connection, so that it can be cut off from outside.
+
+    Attributes:
+        failed: whether the transaction went on all the same, and nobody waits for it any more.
+    """
 
     def __init__(self) -> None:
+        self.failed = False
         self._connection: Any = None
         self._abandoned = False
         self._lock = threading.Lock()
@@ -147,12 +152,12 @@ class ThreadDatabase:
         cut = Cut()
         try:
             return await _to_its_end(self._in_thread(_attached(statement, cut)), cut, limit=self._limit)
-        except TimeoutError:
-            # The thread is stuck where nothing can wake it, in the middle of connecting: the others get its place.
-            self.stuck += 1
-            self._threads.shutdown(wait=False)
-            self._threads = self._new_threads()
-            raise
+        finally:
+            if cut.failed:
+                # The thread is stuck where nothing can wake it, in the middle of connecting: others get its place.
+                self.stuck += 1
+                self._threads.shutdown(wait=False)
+                self._threads = self._new_threads()
 
     async def close(self) -> None:
         """End the threads; none of them is waiting for user code."""
@@ -177,7 +182,7 @@ class HeldThreadDatabase(ThreadDatabase):
 
     @override
     async def close(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._threads, self._let_go)
+        await asyncio.wait([asyncio.get_running_loop().run_in_executor(self._threads, self._let_go)], timeout=_CUT_OFF)
         await super().close()
 
     @override
@@ -272,6 +277,7 @@ async def _cut_off(task: asyncio.Future[Any], cut: Cut) -> bool:
     cut.off()
     if await _ended(task, _CUT_OFF):
         return True
+    cut.failed = True
     task.add_done_callback(_ignore)
     task.cancel()
     return False

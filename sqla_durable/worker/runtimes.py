@@ -96,7 +96,11 @@ async def wait_or_park(runtime: Parking, position: Position, wait: Wait) -> None
         while True:
             seconds = attempt.begin_parking(quiet=runtime.quiet)
             if seconds is not None:
-                await runtime.park(seconds)
+                try:
+                    await runtime.park(seconds)
+                except EncodingError:  # the database refuses the try that was to be recorded with it
+                    attempt.end_parking()
+                    raise
                 raise Suspended
             if not wait.seconds:
                 return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import timedelta
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, SingletonThreadPool, StaticPool
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -63,6 +63,19 @@ def require_type(given: object, kind: type, name: str) -> None:
     if given is not None and not isinstance(given, kind):
         raise SessionError(
             f"{name}={given!r} is not a {kind.__name__}: pass the factory, such as {kind.__name__}(engine)."
+        )
+
+
+def require_pool(engine: Engine) -> None:
+    """Refuse a pool in which the worker's own statements would share a connection with those of steps.
+
+    Raises:
+        SessionError: it has one connection, or one for a thread.
+    """
+    if isinstance(engine.pool, (StaticPool, SingletonThreadPool)) or _pool_size(engine) == 1:
+        raise SessionError(
+            f"the pool of {engine!r} gives all the same connection: a worker needs several, for its heartbeat beside "
+            "the steps. Give it an engine with pool_size=5 or more."
         )
 
 

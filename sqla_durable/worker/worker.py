@@ -246,7 +246,8 @@ class Worker:
 
     async def _hand_back(self, attempts: Attempts, claims: Claims) -> None:
         await attempts.hand_back(grace=self._grace)
-        await claims.release_strays()
+        async with asyncio.timeout(_LAST_GRACE):
+            await claims.release_strays()
 
     async def _leaving(self, farewell: Coroutine[Any, Any, None], *, seconds: float) -> bool:
         """Do one of the last things, unless the database is out of reach: others reclaim what is not handed back."""
@@ -337,6 +338,8 @@ class Worker:
     def _surroundings(self, writer: Writer, threads: ThreadPoolExecutor) -> Surroundings:
         engines = [schema.engine_of(each().sync_session) for each in [self.async_sessionmaker] if each is not None]
         engines += [schema.engine_of(each()) for each in [self.sessionmaker] if each is not None]
+        for each in engines:
+            settings.require_pool(each)
         places = self.transactions or min(map(settings.pool_capacity, engines))
         return Surroundings(
             writer=writer,

@@ -15,7 +15,7 @@ WORKFLOW = UUID(int=7)
 
 @pytest.fixture
 def attempt() -> Attempt:
-    return Attempt(Claimed(Fence(WORKFLOW, UUID(int=8)), "ship", 2, "{}", {}))
+    return Attempt(Claimed(Fence(WORKFLOW, UUID(int=8)), "ship", 2, "{}"))
 
 
 def test_occurrences_are_counted_by_name(attempt: Attempt) -> None:
@@ -25,7 +25,7 @@ def test_occurrences_are_counted_by_name(attempt: Attempt) -> None:
 
 def test_other_steps_do_not_shift_an_occurrence() -> None:
     def keys(names: str) -> list[str]:
-        fresh = Attempt(Claimed(Fence(WORKFLOW, UUID(int=8)), "ship", 1, "{}", {}))
+        fresh = Attempt(Claimed(Fence(WORKFLOW, UUID(int=8)), "ship", 1, "{}"))
         return [fresh.visit(name, name).key for name in names.split() if name]
 
     assert [each for each in keys("a x a y a") if each.startswith("a")] == keys("a a a")

@@ -135,7 +135,7 @@ class Claim(OnWorkflows):
             names=[NAME],
             limit=self.limit,
         )
-        return [_claimed(each) for each in found]
+        return [_claimed(each) for each in queues.with_histories(session, found)]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class ClaimOne(OnWorkflows):
 
     def perform(self, session: Session) -> object:
         found = queues.claim_one(session, self.id, worker_id=self.worker_id, token=self.token)
-        return [] if found is None else [_claimed(found)]
+        return [] if found is None else [_claimed(each) for each in queues.with_histories(session, [found])]
 
 
 def _as_claimed(row: Row) -> tuple[Any, ...]:

@@ -127,7 +127,7 @@ def enqueue(session: Session, count: int = 1, **columns: Any) -> list[UUID]:
 def claim(session: Session, limit: int = 1, **options: Any) -> list[Claimed]:
     """Claim from the queue `default` what is named `checkout`."""
     settings: dict[str, Any] = {"worker_id": WORKER, "token": uuid7(), "queues": ["default"], "names": ["checkout"]}
-    return queues.claim(session, limit=limit, **{**settings, **options})
+    return queues.with_histories(session, queues.claim(session, limit=limit, **{**settings, **options}))
 
 
 def claimed_fences(engine: Engine, count: int = 1, *, worker_id: UUID = WORKER) -> list[Fence]:
