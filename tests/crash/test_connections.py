@@ -14,7 +14,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from sqlalchemy import Engine, NullPool, create_engine, make_url, select, text
+from sqlalchemy import Engine, create_engine, make_url, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -48,26 +48,23 @@ def working(url: str, driver: str, **options: Any) -> Generator[tuple[Engine, As
         poll_interval=child.POLL,
         **options,
     )
-    serving = races.Concurrent(lambda: asyncio.run(_serve(worker, on_loop)))
+    began, ended = threading.Event(), threading.Event()
+    serving = races.Concurrent(lambda: asyncio.run(_serve(worker, on_loop, began, ended)))
     try:
-        races.wait_until(lambda: _began(url, worker), what="the worker's begin")
+        assert began.wait(races.PATIENCE), "the worker did not begin"
         yield engine, on_loop
     finally:
-        worker.stop()
+        ended.set()
         serving.result()
         engine.dispose()
         gc.collect()  # what the server has ended is not closed by anybody; let it be noticed here
 
 
-async def _serve(worker: Worker, on_loop: AsyncEngine) -> None:
-    await worker.serve()
+async def _serve(worker: Worker, on_loop: AsyncEngine, began: threading.Event, ended: threading.Event) -> None:
+    async with worker:
+        began.set()
+        await asyncio.to_thread(ended.wait)
     await on_loop.dispose()
-
-
-def _began(url: str, worker: Worker) -> bool:
-    engine = create_engine(url, poolclass=NullPool)
-    with Session(engine) as session:
-        return races.workers.exists(session, worker.id)
 
 
 def terminate_others(engine: Engine) -> int:

@@ -75,7 +75,7 @@ def test_poison_in_the_only_slot_does_not_starve_its_queue(engine: Engine, datab
     good = [start(engine, "good", account=f"{number:02}")[0] for number in range(5)]
     with poison.supervised(database_url, concurrency=1, max_attempts=1_000) as supervisor:
         races.wait_until(lambda: succeeded(engine, good), what="the end of the others", seconds=LONG)
-        assert supervisor.deaths >= 2
+        assert supervisor.deaths >= 1
     assert not record(engine, poison_id).status.finished
 
 
