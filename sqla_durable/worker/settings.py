@@ -70,9 +70,9 @@ def require_pool(engine: Engine) -> None:
     """Refuse a pool in which the worker's own statements would share a connection with those of steps.
 
     Raises:
-        SessionError: it has one connection, or one for a thread.
+        SessionError: it is a StaticPool or a SingletonThreadPool.
     """
-    if isinstance(engine.pool, (StaticPool, SingletonThreadPool)) or _pool_size(engine) == 1:
+    if isinstance(engine.pool, (StaticPool, SingletonThreadPool)):
         raise SessionError(
             f"the pool of {engine!r} gives all the same connection: a worker needs several, for its heartbeat beside "
             "the steps. Give it an engine with pool_size=5 or more."

@@ -315,6 +315,7 @@ class Worker:
     def _databases(self) -> tuple[Database, Database]:
         """Give where the worker's own statements are executed, and where its heartbeat is."""
         engine = settings.engine_of(self.sessionmaker, self.async_sessionmaker)
+        settings.require_pool(engine)
         limit = settings.time_limit(self.lease)
         shared = LoopDatabase(engine, limit=limit) if engine.dialect.is_async else ThreadDatabase(engine, limit=limit)
         if not settings.can_hold_connection(engine):
@@ -338,8 +339,6 @@ class Worker:
     def _surroundings(self, writer: Writer, threads: ThreadPoolExecutor) -> Surroundings:
         engines = [schema.engine_of(each().sync_session) for each in [self.async_sessionmaker] if each is not None]
         engines += [schema.engine_of(each()) for each in [self.sessionmaker] if each is not None]
-        for each in engines:
-            settings.require_pool(each)
         places = self.transactions or min(map(settings.pool_capacity, engines))
         return Surroundings(
             writer=writer,
