@@ -21,7 +21,7 @@ from sqla_durable.operations.transaction import HeldTransaction, StepTransaction
 from sqla_durable.registry import StepDefinition
 from sqla_durable.retry import TransientRetry
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
-from sqla_durable.store import Checkpoint, Completion, Verdict, steps, workflows
+from sqla_durable.store import Checkpoint, Completion, Verdict, refresh_known, steps, workflows
 
 
 class Writing(Protocol):
@@ -183,5 +183,5 @@ def _record(session: Session, checkpoint: Checkpoint) -> None:
 def _finish(session: Session, completion: Completion, story: Writing) -> None:
     if not workflows.finish(session, completion):
         raise AttemptLost(completion.fence.workflow_id)
-    workflows.refresh_known(session, completion.fence.workflow_id)
+    refresh_known(session, [completion.fence.workflow_id])
     story.close_lease(session)

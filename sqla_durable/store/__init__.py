@@ -15,6 +15,18 @@ from sqla_durable.store._rows import (
     Recorded,
     Standing,
     Verdict,
+    refresh_known,
 )
 
-__all__ = ["Checkpoint", "Claimed", "Completion", "Fence", "NewWorkflow", "Park", "Recorded", "Standing", "Verdict"]
+__all__ = [
+    "Checkpoint",
+    "Claimed",
+    "Completion",
+    "Fence",
+    "NewWorkflow",
+    "Park",
+    "Recorded",
+    "Standing",
+    "Verdict",
+    "refresh_known",
+]

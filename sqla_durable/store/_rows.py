@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum, auto
@@ -24,6 +24,7 @@ from sqlalchemy import (
     cast,
     column,
     func,
+    literal,
     literal_column,
     select,
     text,
@@ -194,6 +195,24 @@ def _array(name: str) -> str:
 def status(value: WorkflowStatus) -> ColumnElement[str]:
     """Give a status as a literal: bound as a parameter, a generic plan cannot use a partial index."""
     return literal_column(f"'{value}'", type_=WORKFLOW.c.status.type)
+
+
+def retrying() -> ColumnElement[bool]:
+    """Tell the record of a step that is being tried again from an outcome."""
+    return STEP.c.status == literal_column(f"'{StepStatus.RETRYING}'", type_=STEP.c.status.type)
+
+
+def interval(seconds: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Make an interval of seconds; NULL stays NULL."""
+    return func.make_interval(0, 0, 0, 0, 0, 0, seconds)
+
+
+def refresh_known(session: Session, ids: Iterable[UUID]) -> None:
+    """Read anew the records that the session holds, which statements on the table have passed by."""
+    known = [each for each in ids if session.identity_key(Workflow, each) in session.identity_map]
+    if known:
+        wanted = WORKFLOW.c.id == func.any(literal(known, ARRAY(WORKFLOW.c.id.type)))
+        execute(session, select(Workflow).where(wanted).execution_options(populate_existing=True)).all()
 
 
 def owned(batch: TableValuedAlias, *, skip_locked: bool) -> CTE:

@@ -27,7 +27,6 @@ from sqlalchemy import (
     false,
     func,
     literal,
-    literal_column,
     null,
     or_,
     select,
@@ -38,7 +37,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, BIT, JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
-from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     STEP,
     SUSPECT,
@@ -46,7 +45,9 @@ from sqla_durable.store._rows import (
     WORKFLOW,
     Fence,
     execute,
+    interval,
     materialized,
+    retrying,
     scalars,
     soon_over,
     status,
@@ -159,7 +160,7 @@ def _among(column: ColumnElement[str], parameter: str) -> ColumnElement[bool]:
 def _progress() -> ColumnElement[bool]:
     """Tell whether the attempt that ends here has recorded the outcome of a step."""
     recorded = select(STEP.c.key).where(STEP.c.workflow_id == WORKFLOW.c.id, STEP.c.attempt == WORKFLOW.c.attempt)
-    return recorded.where(STEP.c.status != literal_column(f"'{StepStatus.RETRYING}'")).exists()
+    return recorded.where(~retrying()).exists()
 
 
 def _reclaim_statement(abandoned: CTE) -> Any:
@@ -192,9 +193,7 @@ def _later(crashes: ColumnElement[int]) -> ColumnElement[Any]:
     """Give a time that doubles with each crash, spread by bits of the id: `random()` has no place in an UPDATE."""
     doubled = func.power(2, func.least(crashes - SUSPECT, _DOUBLINGS))
     bits = cast(cast(func.concat("x", func.right(cast(WORKFLOW.c.id, Text), 4)), BIT(16)), Integer)
-    return func.statement_timestamp() + func.make_interval(
-        0, 0, 0, 0, 0, 0, func.least(doubled * (0.5 + bits / 65536.0), _LONGEST_BACKOFF)
-    )
+    return func.statement_timestamp() + interval(func.least(doubled * (0.5 + bits / 65536.0), _LONGEST_BACKOFF))
 
 
 def _max_attempts_error(crashes: ColumnElement[int]) -> Any:

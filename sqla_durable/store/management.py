@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 from sqla_durable.status import FINISHED, WorkflowStatus
-from sqla_durable.store._rows import WORKFLOW, execute, scalars, status
+from sqla_durable.store._rows import WORKFLOW, refresh_known, scalars, status
 from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
 
 Wanted: TypeAlias = "Iterable[UUID] | Select[Any]"
@@ -64,7 +64,7 @@ def _change(session: Session, wanted: Wanted, condition: ColumnElement[bool], va
     held = list(scalars(session, locked))
     statement = update(WORKFLOW).where(_among(held), meant).values(values).returning(WORKFLOW.c.id)
     changed = sorted(scalars(session, statement)) if held else []
-    _refresh_known(session, changed if isinstance(ids, Select) else ids)
+    refresh_known(session, changed if isinstance(ids, Select) else ids)
     return changed
 
 
@@ -88,11 +88,3 @@ def _ids_in(workflows: Select[Any]) -> Select[tuple[UUID]]:
                 f"a select of {given} does not say which workflows are meant: select Workflow, or one column of their "
                 "ids, such as Workflow.id."
             )
-
-
-def _refresh_known(session: Session, ids: Sequence[UUID]) -> None:
-    """Read anew the records that the session holds, which statements on the table have passed by."""
-    known = [each for each in ids if session.identity_key(Workflow, each) in session.identity_map]
-    if known:
-        fresh = select(Workflow).where(_among(known)).execution_options(populate_existing=True)
-        execute(session, fresh).all()

@@ -23,7 +23,6 @@ from sqlalchemy import (
     case,
     cast,
     func,
-    literal_column,
     or_,
     select,
 )
@@ -31,7 +30,6 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
-from sqla_durable.status import StepStatus
 from sqla_durable.store._rows import (
     STEP,
     WORKFLOW,
@@ -41,8 +39,10 @@ from sqla_durable.store._rows import (
     Verdict,
     arrays,
     execute,
+    interval,
     of_owner,
     owned,
+    retrying,
     soon_over,
     table,
 )
@@ -101,7 +101,7 @@ def recorded_among(session: Session, checkpoints: Sequence[Checkpoint]) -> set[t
 
 def find(session: Session, workflow_id: UUID, key: str) -> Recorded | None:
     """Read the outcome of one step, to settle what became of a commit whose acknowledgement was lost."""
-    wanted = _RECORDED.where(STEP.c.workflow_id == workflow_id, STEP.c.key == key, ~_retrying())
+    wanted = _RECORDED.where(STEP.c.workflow_id == workflow_id, STEP.c.key == key, ~retrying())
     row = execute(session, wanted).one_or_none()
     return None if row is None else _recorded(row)
 
@@ -118,10 +118,6 @@ def histories(session: Session, workflow_ids: Sequence[UUID]) -> dict[UUID, dict
 def _recorded(row: Row[Any]) -> Recorded:
     found = Recorded(row.key, row.name, row.position, row.status, row.output, row.error, row.attempts)
     return found if row.age is None else replace(found, age=float(row.age), due_in=float(row.due_in))
-
-
-def _retrying() -> ColumnElement[bool]:
-    return STEP.c.status == literal_column(f"'{StepStatus.RETRYING}'", type_=STEP.c.status.type)
 
 
 def _row(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -145,7 +141,7 @@ def _insert_owned(*, skip_locked: bool) -> tuple[Any, Any]:
     batch = table("batch", _CHECKPOINT)
     mine = owned(batch, skip_locked=skip_locked)
     # A step's duration is measured by its process; the two times stand on the database's clock.
-    started_at = func.statement_timestamp() - _seconds(batch.c.elapsed)
+    started_at = func.statement_timestamp() - interval(batch.c.elapsed)
     columns = {
         "workflow_id": batch.c.id,
         "key": batch.c.key,
@@ -158,7 +154,7 @@ def _insert_owned(*, skip_locked: bool) -> tuple[Any, Any]:
         "attempts": batch.c.attempts,
         "started_at": started_at,
         "finished_at": func.statement_timestamp(),
-        "wake_at": func.statement_timestamp() + _seconds(batch.c.delay),
+        "wake_at": func.statement_timestamp() + interval(batch.c.delay),
     }
     source = select(*columns.values()).join_from(batch, mine, of_owner(batch, mine))
     inserted = insert(STEP).from_select(list(columns), source, include_defaults=False)
@@ -168,13 +164,9 @@ def _insert_owned(*, skip_locked: bool) -> tuple[Any, Any]:
         # The first try may have been on another server, whose clock was ahead.
         set_={name: inserted.excluded[name] for name in columns if name not in kept}
         | {"finished_at": func.greatest(inserted.excluded.finished_at, STEP.c.started_at)},
-        where=_retrying(),
+        where=retrying(),
     ).returning(STEP.c.workflow_id, STEP.c.key)
     return mine, statement
-
-
-def _seconds(count: ColumnElement[float]) -> ColumnElement[Any]:
-    return func.make_interval(0, 0, 0, 0, 0, 0, count)
 
 
 def _record_statement(*more: ColumnElement[Any]) -> Any:
@@ -191,13 +183,13 @@ def _recorded_among_statement() -> Any:
         select(STEP.c.workflow_id, STEP.c.key)
         .join_from(batch, WORKFLOW, and_(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token))
         .join(STEP, and_(STEP.c.workflow_id == batch.c.id, STEP.c.key == batch.c.key))
-        .where(or_(~_retrying(), and_(batch.c.delay.is_not(None), STEP.c.attempts == batch.c.attempts)))
+        .where(or_(~retrying(), and_(batch.c.delay.is_not(None), STEP.c.attempts == batch.c.attempts)))
     )
 
 
 def _age_of(moment: ColumnElement[Any]) -> ColumnElement[Any]:
     """Give how many seconds ago that was, for a step that is being tried again."""
-    return case((_retrying(), func.extract("epoch", func.statement_timestamp() - moment)))
+    return case((retrying(), func.extract("epoch", func.statement_timestamp() - moment)))
 
 
 _RECORD = _record_statement()

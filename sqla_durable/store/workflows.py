@@ -51,6 +51,7 @@ from sqla_durable.store._rows import (
     Standing,
     arrays,
     execute,
+    interval,
     materialized,
     of_owner,
     owned,
@@ -135,13 +136,6 @@ def standing(session: Session, workflow_id: UUID) -> Standing:
             workflow_id=workflow_id,
         )
     return Standing(row.id, row.name, row.status, row.output, row.error)
-
-
-def refresh_known(session: Session, workflow_id: UUID) -> None:
-    """Read a workflow anew if the session holds its record, which statements of ours have passed by."""
-    known = session.identity_map.get(session.identity_key(Workflow, workflow_id))
-    if known is not None:
-        session.refresh(known)
 
 
 def finish(session: Session, completion: Completion) -> bool:
@@ -304,7 +298,7 @@ def _park_statement() -> Any:
             status=WorkflowStatus.SUSPENDED,
             token=null(),
             worker_id=null(),
-            wake_at=func.statement_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, batch.c.delay),
+            wake_at=func.statement_timestamp() + interval(batch.c.delay),
         )
         .returning(WORKFLOW.c.id)
     )
@@ -354,7 +348,7 @@ def _wake_due_statement() -> Any:
 def _insert_many_statement(*, keyed: bool) -> Any:
     batch = table("batch", _NEW)
     known = select(WORKFLOW.c.id).where(WORKFLOW.c.name == batch.c.name, WORKFLOW.c.key == batch.c.key)
-    delayed = func.statement_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, batch.c.delay)
+    delayed = func.statement_timestamp() + interval(batch.c.delay)
     wake_at = func.coalesce(batch.c.wake_at, delayed)
     columns = {
         "id": batch.c.id,

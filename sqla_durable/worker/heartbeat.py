@@ -43,7 +43,6 @@ class Heartbeat:
             running = attempts.fences
             look = partial(self._beat_and_look, running=running)
             attempts.drop_lost(await persistently(self._database, look, what="heartbeat"), running)
-            await persistently(self._database, workers.forget_dead, what="heartbeat")
 
     def renew(self, session: Session) -> None:
         """Begin the lease anew if it has run out, as after a freeze: what nobody has taken over goes on."""
@@ -56,11 +55,12 @@ class Heartbeat:
         await persistently(self._database, lambda session: workers.leave(session, self._worker_id), what="leave")
 
     def _beat_and_look(self, session: Session, running: list[Fence]) -> set[Fence]:
-        """Extend the lease, and give what is still this worker's.
+        """Extend the lease, give what is still this worker's, and forget the long dead.
 
         In one transaction that writes: a server that has been demoted would answer a mere question from the past.
         """
         self._beat(session)
+        workers.forget_dead(session)
         return workflows.still_owned(session, running) if running else set()
 
     def _beat(self, session: Session) -> None:

@@ -29,7 +29,7 @@ from sqla_durable.worker.writer import Writer
 
 T = TypeVar("T")
 
-_QUIET = 5.0
+_QUIET = 5.0  # seconds
 _LOOK_EVERY = 1.0  # seconds after which a step that waits in memory looks whether the workflow can be parked
 
 
@@ -182,9 +182,9 @@ class LoopRuntime(AsyncRuntime):
 
     @property
     def quiet(self) -> float:
-        """Whether the workflow itself waits for this operation, only its own task can tell.
+        """How long the workflow must have been quiet before it is parked: not at all where its own task waits.
 
-        In another one, of `gather` for example, the workflow's own code may be awaiting something else.
+        In another task, of `gather` for example, its own code may be awaiting something else than this operation.
         """
         return 0.0 if asyncio.current_task() is self._home else _QUIET
 

@@ -230,7 +230,7 @@ class Worker:
             await asyncio.wait(loops[:1])
             handed_back = await self._leaving(self._hand_back(attempts, claims), seconds=self._grace + _LAST_GRACE)
         finally:
-            self.left_behind = attempts.cancel() + database.stuck + beating.stuck
+            self.left_behind = attempts.cancel() + sum(each.stuck for each in {database, beating})
             for task in (*loops, stopping):
                 task.cancel()
             outcomes = await asyncio.gather(*loops, return_exceptions=True)

@@ -152,6 +152,31 @@ def held(account: str) -> None:
     credit(f"{account}/1")
 
 
+TRIES = 3
+
+
+@durable.step(stop=tenacity.stop_after_attempt(TRIES), wait=tenacity.wait_fixed(3600))
+def refuse(account: str) -> str:
+    _call("sync", account)
+    raise ConnectionError(account)
+
+
+@durable.step(stop=tenacity.stop_after_attempt(TRIES), wait=tenacity.wait_fixed(3600))
+async def refuse_async(account: str) -> str:
+    _call("async", account)
+    raise ConnectionError(account)
+
+
+@durable.workflow
+def stubborn(account: str) -> str:
+    return refuse(account)
+
+
+@durable.workflow
+async def stubborn_async(account: str) -> str:
+    return await refuse_async(account)
+
+
 @durable.step
 def hold_outside(account: str) -> str:
     """A plain step that waits there."""
