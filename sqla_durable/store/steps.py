@@ -37,8 +37,8 @@ from sqla_durable.store._rows import (
     Columns,
     Recorded,
     Verdict,
-    arrays,
     execute,
+    filled,
     interval,
     of_owner,
     owned,
@@ -77,7 +77,7 @@ def record_last(session: Session, checkpoint: Checkpoint) -> Verdict:
 
 
 def _verdict(session: Session, statement: Any, checkpoint: Checkpoint) -> Verdict:
-    row = execute(session, statement, arrays(_CHECKPOINT, [_row(checkpoint)])).one()
+    row = execute(session, statement, filled("batch", [_row(checkpoint)])).one()
     if not row.owns:
         return Verdict.LOST
     return Verdict.RECORDED if row.recorded else Verdict.DUPLICATE
@@ -85,7 +85,7 @@ def _verdict(session: Session, statement: Any, checkpoint: Checkpoint) -> Verdic
 
 def record_unlocked(session: Session, checkpoints: Sequence[Checkpoint]) -> set[tuple[UUID, str]]:
     """Record checkpoints of workflows whose rows nobody else holds and whose attempts own them; give their keys."""
-    rows = execute(session, _RECORD_UNLOCKED, arrays(_CHECKPOINT, [_row(each) for each in checkpoints]))
+    rows = execute(session, _RECORD_UNLOCKED, filled("batch", [_row(each) for each in checkpoints]))
     return {(row.workflow_id, row.key) for row in rows}
 
 
@@ -95,7 +95,7 @@ def recorded_among(session: Session, checkpoints: Sequence[Checkpoint]) -> set[t
     What another attempt recorded under the key is not this one's: it has lost the workflow. And what an earlier try
     recorded is not this one's.
     """
-    rows = execute(session, _RECORDED_AMONG, arrays(_CHECKPOINT, [_row(each) for each in checkpoints]))
+    rows = execute(session, _RECORDED_AMONG, filled("batch", [_row(each) for each in checkpoints]))
     return {(row.workflow_id, row.key) for row in rows}
 
 

@@ -49,8 +49,8 @@ from sqla_durable.store._rows import (
     NewWorkflow,
     Park,
     Standing,
-    arrays,
     execute,
+    filled,
     interval,
     materialized,
     of_owner,
@@ -114,7 +114,7 @@ def insert_many(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID
     ids: dict[UUID, UUID] = {}
     while missing := [each for each in workflows if each.id not in ids]:
         statement = _INSERT_MANY if all(each.key is None for each in missing) else _INSERT_MANY_UNLESS_KNOWN
-        inserted = scalars(session, statement, arrays(_NEW, [_row(each) for each in missing]))
+        inserted = scalars(session, statement, filled("batch", [_row(each) for each in missing]))
         ids |= {each: each for each in inserted}
         known = _ids_by_key(session, [each for each in missing if each.id not in ids])
         ids |= {each.id: known[each.name, each.key] for each in missing if (each.name, each.key) in known}
@@ -140,28 +140,28 @@ def standing(session: Session, workflow_id: UUID) -> Standing:
 
 def finish(session: Session, completion: Completion) -> bool:
     """Record an outcome; wait for whoever holds the row. False: the attempt no longer owns the workflow."""
-    return scalar(session, _FINISH, arrays(_COMPLETION, [_completion_row(completion)])) is not None
+    return scalar(session, _FINISH, filled("batch", [_completion_row(completion)])) is not None
 
 
 def finish_unlocked(session: Session, completions: Sequence[Completion]) -> set[UUID]:
     """Record outcomes of workflows whose rows nobody else holds and whose attempts own them; give their ids."""
-    return set(scalars(session, _FINISH_UNLOCKED, arrays(_COMPLETION, [_completion_row(each) for each in completions])))
+    return set(scalars(session, _FINISH_UNLOCKED, filled("batch", [_completion_row(each) for each in completions])))
 
 
 def finished_by(session: Session, fences: Iterable[Fence]) -> dict[UUID, WorkflowStatus]:
     """Give the workflows that these attempts have finished, to settle a commit whose acknowledgement was lost."""
-    rows = execute(session, _FINISHED_BY, arrays(_FENCE, [_fence_row(each) for each in fences]))
+    rows = execute(session, _FINISHED_BY, filled("batch", [_fence_row(each) for each in fences]))
     return {row.id: row.status for row in rows}
 
 
 def release(session: Session, fences: Iterable[Fence]) -> set[UUID]:
     """Hand running workflows back to their queues, in their old places; give the ids of those still owned."""
-    return set(scalars(session, _RELEASE, arrays(_FENCE, [_fence_row(each) for each in fences])))
+    return set(scalars(session, _RELEASE, filled("batch", [_fence_row(each) for each in fences])))
 
 
 def release_unlocked(session: Session, fences: Sequence[Fence]) -> list[Fence]:
     """Do the same with those whose rows nobody else holds; give the attempts that still own theirs."""
-    scalars(session, _RELEASE_UNLOCKED, arrays(_FENCE, [_fence_row(each) for each in fences])).all()
+    scalars(session, _RELEASE_UNLOCKED, filled("batch", [_fence_row(each) for each in fences])).all()
     owned = still_owned(session, fences)
     return [each for each in fences if each in owned]
 
@@ -172,12 +172,12 @@ def park_unlocked(session: Session, parks: Sequence[Park]) -> set[UUID]:
     The attempt ends with it: its token is gone, and the workflow's next claim has a new one.
     """
     rows = [{**_fence_row(each.fence), "delay": each.delay} for each in parks]
-    return set(scalars(session, _PARK_UNLOCKED, arrays(_PARK, rows)))
+    return set(scalars(session, _PARK_UNLOCKED, filled("batch", rows)))
 
 
 def still_owned(session: Session, fences: Iterable[Fence]) -> set[Fence]:
     """Give the attempts that still own their workflows. Takes no lock."""
-    rows = execute(session, _STILL_OWNED, arrays(_FENCE, [_fence_row(each) for each in fences]))
+    rows = execute(session, _STILL_OWNED, filled("batch", [_fence_row(each) for each in fences]))
     return {Fence(row.id, row.token) for row in rows}
 
 
