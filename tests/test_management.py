@@ -38,7 +38,7 @@ def in_every_state(engine: Engine) -> dict[str, UUID]:
     *fences, stopped = races.claimed_fences(engine, 6)
     running, parked, succeeded, failed, cancelled = fences
     with Session(engine) as session:
-        workflows.park_unlocked(session, [Park(parked, 3600)])
+        races.end(session, [Park(parked, 3600)])
         workflows.finish(session, races.success(succeeded))
         workflows.finish(session, Completion(failed, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}'))
         races.cancel(session, cancelled.workflow_id)

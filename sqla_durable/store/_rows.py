@@ -13,7 +13,9 @@ from uuid import UUID
 from sqlalchemy import (
     CTE,
     ColumnElement,
+    Connection,
     Executable,
+    FromClause,
     Interval,
     Result,
     ScalarResult,
@@ -43,6 +45,9 @@ WORKFLOW = Base.metadata.tables[f"{SCHEMA}.workflow"]
 STEP = Base.metadata.tables[f"{SCHEMA}.step"]
 QUEUE = Base.metadata.tables[f"{SCHEMA}.queue"]
 WORKER = Base.metadata.tables[f"{SCHEMA}.worker"]
+
+Connectable: TypeAlias = Session | Connection
+"""Where a statement is executed: a caller's session, or a connection of the engine's own."""
 
 Columns: TypeAlias = Mapping[str, TypeEngine[Any]]
 
@@ -163,19 +168,25 @@ class Verdict(Enum):
     LOST = auto()
 
 
-def execute(session: Session, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Result[Any]:
-    """Execute a statement where the session finds our tables, whatever else it is bound to."""
-    return session.execute(statement, parameters, bind_arguments={"mapper": Workflow})
+def execute(
+    connectable: Connectable, statement: Executable, parameters: Mapping[str, Any] | None = None
+) -> Result[Any]:
+    """Execute a statement; with a session, where it finds our tables, whatever else it is bound to."""
+    if isinstance(connectable, Connection):
+        return connectable.execute(statement, parameters)
+    return connectable.execute(statement, parameters, bind_arguments={"mapper": Workflow})
 
 
-def scalars(session: Session, statement: Executable, parameters: Mapping[str, Any] | None = None) -> ScalarResult[Any]:
+def scalars(
+    connectable: Connectable, statement: Executable, parameters: Mapping[str, Any] | None = None
+) -> ScalarResult[Any]:
     """Execute, and give the first column."""
-    return execute(session, statement, parameters).scalars()
+    return execute(connectable, statement, parameters).scalars()
 
 
-def scalar(session: Session, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Any:
+def scalar(connectable: Connectable, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Any:
     """Execute, and give the first column of the first row."""
-    return execute(session, statement, parameters).scalar()
+    return execute(connectable, statement, parameters).scalar()
 
 
 def table(name: str, columns: Columns) -> TableValuedAlias:
@@ -209,7 +220,8 @@ def retrying() -> ColumnElement[bool]:
 
 def interval(seconds: ColumnElement[Any]) -> ColumnElement[Any]:
     """Make an interval of seconds; NULL stays NULL."""
-    return func.make_interval(0, 0, 0, 0, 0, 0, seconds)
+    zero: ColumnElement[int] = literal_column("0")
+    return func.make_interval(zero, zero, zero, zero, zero, zero, seconds)
 
 
 def refresh_known(session: Session, ids: Iterable[UUID]) -> None:
@@ -220,19 +232,18 @@ def refresh_known(session: Session, ids: Iterable[UUID]) -> None:
         execute(session, select(Workflow).where(wanted).execution_options(populate_existing=True)).all()
 
 
-def owned(batch: TableValuedAlias, *, skip_locked: bool) -> CTE:
-    """Lock the workflows whose attempts a batch of rows (`id`, `token`) still owns, in the order of their ids.
+def owned(fences: FromClause, *, skip_locked: bool) -> CTE:
+    """Lock the workflows that these attempts (`id`, `token`) still own, in the order of their ids.
 
     Join with `of_owner`: a batch may hold rows of two attempts at one workflow.
 
     With the lock, a cancel or a takeover waits for this one commit and sees what it wrote; without it, either could
     commit between this check and the commit.
     """
-    fences = select(batch.c.id, batch.c.token)
-    columns = [WORKFLOW.c.id, WORKFLOW.c.token]
+    given = select(fences.c.id, fences.c.token)
     return materialized(
-        select(*columns, *([soon_over()] if skip_locked else []))
-        .where(tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(fences), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
+        select(WORKFLOW.c.id, WORKFLOW.c.token)
+        .where(tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(given), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
         .order_by(WORKFLOW.c.id)
         .with_for_update(key_share=True, skip_locked=skip_locked, of=WORKFLOW),
         "owned",
@@ -242,8 +253,8 @@ def owned(batch: TableValuedAlias, *, skip_locked: bool) -> CTE:
 def soon_over() -> ColumnElement[str]:
     """Let the server end the transaction if it is idle for long after this statement, evaluated once.
 
-    For statements that only a COMMIT, or others of the engine's own, can follow: without it, a worker that is frozen or
-    cut off between the two would hold the rows for as long as the server believes in the connection. A shorter limit
+    For the last statement of a step's transaction, which only the COMMIT follows: without it, a worker that is frozen
+    or cut off between the two would hold the row for as long as the server believes in the connection. A shorter limit
     of the application's own stays. Source: PostgreSQL manual, Client Connection Defaults,
     idle_in_transaction_session_timeout.
     """
@@ -253,7 +264,7 @@ def soon_over() -> ColumnElement[str]:
     return select(limit).scalar_subquery().label("idle_limit")
 
 
-def of_owner(batch: TableValuedAlias, mine: CTE) -> ColumnElement[bool]:
+def of_owner(batch: FromClause, mine: CTE) -> ColumnElement[bool]:
     """Join a batch with `owned`: by token too, so that no row of another attempt slips in."""
     return and_(mine.c.id == batch.c.id, mine.c.token == batch.c.token)
 

@@ -43,13 +43,13 @@ from sqla_durable.store._rows import (
     SUSPECT,
     WORKER,
     WORKFLOW,
+    Connectable,
     Fence,
     execute,
     interval,
     materialized,
     retrying,
     scalars,
-    soon_over,
     status,
 )
 
@@ -70,7 +70,7 @@ class Reclaimed:
 
 
 def reclaim(
-    session: Session,
+    connectable: Connectable,
     *,
     max_attempts: int,
     limit: int,
@@ -86,7 +86,7 @@ def reclaim(
         names, queues: None means all.
     """
     mine = {"mine_names": names, "mine_queues": queues}
-    rows = execute(session, _RECLAIM, {"max_attempts": max_attempts, "limit": limit, "reason": _DEATH, **mine})
+    rows = execute(connectable, _RECLAIM, {"max_attempts": max_attempts, "limit": limit, "reason": _DEATH, **mine})
     return [_reclaimed(row) for row in rows]
 
 
@@ -102,7 +102,7 @@ def reclaim_one(session: Session, workflow_id: UUID, *, max_attempts: int) -> Re
     return None if row is None else _reclaimed(row)
 
 
-def abandon(session: Session, fence: Fence, *, reason: str, max_attempts: int) -> bool:
+def abandon(connectable: Connectable, fence: Fence, *, reason: str, max_attempts: int) -> bool:
     """Take back a workflow from an attempt of one's own that broke, as if its worker had died.
 
     Returns:
@@ -115,9 +115,9 @@ def abandon(session: Session, fence: Fence, *, reason: str, max_attempts: int) -
         "wanted_token": fence.token,
         "reason": reason,
     }
-    if execute(session, _ABANDON, parameters).one_or_none() is not None:
+    if execute(connectable, _ABANDON, parameters).one_or_none() is not None:
         return True
-    return scalars(session, _STILL_RUNNING, parameters).one_or_none() is None
+    return scalars(connectable, _STILL_RUNNING, parameters).one_or_none() is None
 
 
 def _reclaimed(row: Row[Any]) -> Reclaimed:
@@ -142,7 +142,7 @@ def _taken_back(*conditions: ColumnElement[bool], skip_locked: bool, mine: Colum
     columns = [WORKFLOW.c.id, case((_progress(), 0), else_=WORKFLOW.c.crashes + 1).label("crashes")]
     columns.append(mine.label("mine"))
     return materialized(
-        select(*columns, *([soon_over()] if skip_locked else []))
+        select(*columns)
         .join(seen, and_(seen.c.id == WORKFLOW.c.id, seen.c.token == WORKFLOW.c.token))
         .where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
         .order_by(WORKFLOW.c.id)

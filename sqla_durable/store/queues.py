@@ -6,59 +6,114 @@ claim never waits for another one, nor for anybody's open transaction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Integer, Row, Text, bindparam, cast, column, func, select, true, update
+from sqlalchemy import (
+    DateTime,
+    Integer,
+    Row,
+    SmallInteger,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    func,
+    select,
+    true,
+    tuple_,
+    update,
+)
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
-from sqlalchemy.orm import Session
 
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import steps
-from sqla_durable.store._rows import QUEUE, WORKFLOW, Claimed, Fence, execute, materialized, soon_over, status
+from sqla_durable.store._rows import (
+    QUEUE,
+    WORKFLOW,
+    Claimed,
+    Columns,
+    Connectable,
+    Fence,
+    execute,
+    filled,
+    materialized,
+    status,
+    table,
+)
 
 _LIMIT = bindparam("limit", type_=Integer())
 _TOKEN = bindparam("new_token", type_=PG_UUID())
 _WORKER = bindparam("claimant", type_=PG_UUID())
+_NAMES = bindparam("names", type_=ARRAY(Text()))
+_PLACE: Columns = {"priority": SmallInteger(), "enqueued_at": DateTime(timezone=True), "id": PG_UUID()}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a workflow stands in its queue; the claim takes what comes after."""
+
+    priority: int
+    enqueued_at: datetime | str
+    id: UUID
+
+
+FRONT = Place(-32_768, "-infinity", UUID(int=0))
+"""The place before all others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one claim took, and the last place that it took from each queue."""
+
+    claimed: list[Claimed]
+    reached: dict[str, Place]
 
 
 def claim(
-    session: Session,
+    connectable: Connectable,
     *,
     worker_id: UUID,
     token: UUID,
-    queues: Sequence[str],
+    after: Mapping[str, Place],
     names: Sequence[str],
     limit: int,
-) -> list[Claimed]:
-    """Claim at most `limit` pending workflows of these queues and names, in their order.
+) -> Batch:
+    """Claim at most `limit` pending workflows of these names, in the order of their queues.
 
     Commit, and give them their histories, before executing them. The token fences every later write; it must be new for
     each claim.
+
+    Args:
+        after: the queues, and the place in each after which to begin. Beginning where the last claim ended passes over
+            what it left dead in the index, for as long as vacuum cannot remove it. But what commits late, or has a
+            higher priority, or is handed back, stands before that place: begin at the `FRONT` again now and then.
     """
-    parameters = {"queues": queues, "names": names, "limit": limit, "new_token": token, "claimant": worker_id}
-    returned = execute(session, _CLAIM, parameters)
+    parameters = {"names": names, "limit": limit, "new_token": token, "claimant": worker_id}
+    returned = execute(connectable, _CLAIM, parameters | listening(after))
     # RETURNING has no order of its own.
     rows = sorted(returned, key=lambda row: (row.priority, row.enqueued_at, row.id))
-    return [_claimed(row, token) for row in rows]
+    reached = {row.queue: Place(row.priority, row.enqueued_at, row.id) for row in rows}
+    return Batch([_claimed(row, token) for row in rows], reached)
 
 
-def claim_one(session: Session, workflow_id: UUID, *, worker_id: UUID, token: UUID) -> Claimed | None:
+def claim_one(connectable: Connectable, workflow_id: UUID, *, worker_id: UUID, token: UUID) -> Claimed | None:
     """Claim one pending workflow whatever its queue, waiting for whoever holds its row; None if it is not pending."""
     parameters = {"wanted_id": workflow_id, "new_token": token, "claimant": worker_id}
-    row = execute(session, _CLAIM_ONE, parameters).one_or_none()
+    row = execute(connectable, _CLAIM_ONE, parameters).one_or_none()
     return None if row is None else _claimed(row, token)
 
 
-def with_histories(session: Session, claimed: Sequence[Claimed]) -> list[Claimed]:
+def with_histories(connectable: Connectable, claimed: Sequence[Claimed]) -> list[Claimed]:
     """Give claimed workflows their histories; only those that were executed before have one.
 
     Apart from the claim, whose transaction holds rows: histories may be long, and take their time.
     """
-    histories = steps.histories(session, [each.fence.workflow_id for each in claimed if each.started])
+    histories = steps.histories(connectable, [each.fence.workflow_id for each in claimed if each.started])
     return [replace(each, history=histories.get(each.fence.workflow_id, {})) for each in claimed]
 
 
@@ -66,26 +121,41 @@ def _claimed(row: Row[Any], token: UUID) -> Claimed:
     return Claimed(Fence(row.id, token), row.name, row.attempt, row.input, row.started)
 
 
+def listening(after: Mapping[str, Place]) -> dict[str, str]:
+    """Give the parameter of `listened_queues`."""
+    return filled("wanted", [{"name": name, **asdict(place)} for name, place in after.items()])
+
+
+def listened_queues() -> Any:
+    """Give those of the `wanted` queues that are not paused, with the places to begin at."""
+    wanted = table("wanted", {"name": Text(), **_PLACE})
+    paused = select(QUEUE.c.name).where(QUEUE.c.name == wanted.c.name, QUEUE.c.paused_at.is_not(None)).exists()
+    return select(*wanted.c).where(~paused).subquery("listened")
+
+
+def pending_in(listened: Any) -> Any:
+    """Tell what can be claimed from a queue."""
+    return and_(
+        WORKFLOW.c.status == status(WorkflowStatus.PENDING),
+        WORKFLOW.c.queue == listened.c.name,
+        WORKFLOW.c.name == func.any(_NAMES),
+    )
+
+
 def _heads() -> Any:
     """Give the first workflows of each queue that is not paused."""
-    name = column("name", Text)
-    wanted = func.unnest(bindparam("queues", type_=ARRAY(Text()))).table_valued(name).render_derived(name="wanted")
-    paused = select(QUEUE.c.name).where(QUEUE.c.name == wanted.c.name, QUEUE.c.paused_at.is_not(None)).exists()
-    listened = select(wanted.c.name).where(~paused).subquery("listened")
+    listened = listened_queues()
+    place = WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id
     head = (
-        select(WORKFLOW.c.id, WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.started_at)
-        .where(
-            WORKFLOW.c.status == status(WorkflowStatus.PENDING),
-            WORKFLOW.c.queue == listened.c.name,
-            WORKFLOW.c.name == func.any(bindparam("names", type_=ARRAY(Text()))),
-        )
-        .order_by(WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id)
+        select(*place, WORKFLOW.c.started_at)
+        .where(pending_in(listened), tuple_(*place) > tuple_(*(listened.c[each] for each in _PLACE)))
+        .order_by(*place)
         .limit(_LIMIT)
         .with_for_update(key_share=True, skip_locked=True)
         .lateral("head")
     )
     return (
-        select(head.c.id, head.c.started_at, soon_over())
+        select(head.c.id, head.c.started_at)
         .select_from(listened.join(head, true()))
         .order_by(head.c.priority, head.c.enqueued_at, head.c.id)
         .limit(_LIMIT)
@@ -119,6 +189,7 @@ def _claim_statement(candidates: Any) -> Any:
             WORKFLOW.c.id,
             WORKFLOW.c.name,
             WORKFLOW.c.attempt,
+            WORKFLOW.c.queue,
             WORKFLOW.c.priority,
             WORKFLOW.c.enqueued_at,
             cast(WORKFLOW.c.input, Text).label("input"),

@@ -68,6 +68,12 @@ def schema_of(session: Session) -> str:
     return names.get(SCHEMA) or SCHEMA
 
 
+def is_read_committed(connection: Connection) -> bool:
+    """Tell whether statements by themselves are READ COMMITTED, as nearly everywhere."""
+    default: str = connection.execute(select(func.current_setting("default_transaction_isolation"))).scalar_one()
+    return default == "read committed"
+
+
 def _revision(session: Session, schema: str) -> str | None:
     """Give the table's comment; '' where the table has none, None where there is no table."""
     table = func.to_regclass(func.concat(func.quote_ident(schema), ".workflow"))

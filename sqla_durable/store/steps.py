@@ -1,4 +1,4 @@
-"""The statements on checkpoints: record one, record many, read a workflow's history.
+"""The statements on checkpoints: record one, read a workflow's history. Many are recorded by `batches`.
 
 A checkpoint is inserted only while its attempt owns the workflow, with the workflow's row locked in the same
 statement; the primary key `(workflow_id, key)` lets one of two executions of a step commit. Only the record of a step
@@ -13,8 +13,10 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    CTE,
     ColumnElement,
     Float,
+    FromClause,
     Integer,
     Row,
     Text,
@@ -35,6 +37,8 @@ from sqla_durable.store._rows import (
     WORKFLOW,
     Checkpoint,
     Columns,
+    Connectable,
+    Fence,
     Recorded,
     Verdict,
     execute,
@@ -47,7 +51,7 @@ from sqla_durable.store._rows import (
     table,
 )
 
-_CHECKPOINT: Columns = {
+CHECKPOINT: Columns = {
     "id": PG_UUID(),
     "token": PG_UUID(),
     "key": Text(),
@@ -77,26 +81,20 @@ def record_last(session: Session, checkpoint: Checkpoint) -> Verdict:
 
 
 def _verdict(session: Session, statement: Any, checkpoint: Checkpoint) -> Verdict:
-    row = execute(session, statement, filled("batch", [_row(checkpoint)])).one()
+    row = execute(session, statement, filled("batch", [checkpoint_row(checkpoint)])).one()
     if not row.owns:
         return Verdict.LOST
     return Verdict.RECORDED if row.recorded else Verdict.DUPLICATE
 
 
-def record_unlocked(session: Session, checkpoints: Sequence[Checkpoint]) -> set[tuple[UUID, str]]:
-    """Record checkpoints of workflows whose rows nobody else holds and whose attempts own them; give their keys."""
-    rows = execute(session, _RECORD_UNLOCKED, filled("batch", [_row(each) for each in checkpoints]))
-    return {(row.workflow_id, row.key) for row in rows}
-
-
-def recorded_among(session: Session, checkpoints: Sequence[Checkpoint]) -> set[tuple[UUID, str]]:
-    """Give the keys of those checkpoints that are recorded already, if their attempts own the workflow or ended it.
+def recorded_among(connectable: Connectable, checkpoints: Sequence[Checkpoint]) -> set[tuple[Fence, str]]:
+    """Give attempt and key of what is recorded already, if the attempt owns the workflow or ended it.
 
     What another attempt recorded under the key is not this one's: it has lost the workflow. And what an earlier try
     recorded is not this one's.
     """
-    rows = execute(session, _RECORDED_AMONG, filled("batch", [_row(each) for each in checkpoints]))
-    return {(row.workflow_id, row.key) for row in rows}
+    rows = execute(connectable, _RECORDED_AMONG, filled("batch", [checkpoint_row(each) for each in checkpoints]))
+    return {(Fence(row.workflow_id, row.token), row.key) for row in rows}
 
 
 def find(session: Session, workflow_id: UUID, key: str) -> Recorded | None:
@@ -106,11 +104,11 @@ def find(session: Session, workflow_id: UUID, key: str) -> Recorded | None:
     return None if row is None else _recorded(row)
 
 
-def histories(session: Session, workflow_ids: Sequence[UUID]) -> dict[UUID, dict[str, Recorded]]:
+def histories(connectable: Connectable, workflow_ids: Sequence[UUID]) -> dict[UUID, dict[str, Recorded]]:
     """Read the checkpoints of workflows, by workflow and key."""
     found: dict[UUID, dict[str, Recorded]] = {}
     if workflow_ids:
-        for row in execute(session, _HISTORIES, {"ids": list(workflow_ids)}):
+        for row in execute(connectable, _HISTORIES, {"ids": list(workflow_ids)}):
             found.setdefault(row.workflow_id, {})[row.key] = _recorded(row)
     return found
 
@@ -120,7 +118,8 @@ def _recorded(row: Row[Any]) -> Recorded:
     return found if row.age is None else replace(found, age=float(row.age), due_in=float(row.due_in))
 
 
-def _row(checkpoint: Checkpoint) -> dict[str, Any]:
+def checkpoint_row(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Give a checkpoint as a row of `CHECKPOINT`."""
     return {
         "id": checkpoint.fence.workflow_id,
         "token": checkpoint.fence.token,
@@ -137,9 +136,8 @@ def _row(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _insert_owned(*, skip_locked: bool) -> tuple[Any, Any]:
-    batch = table("batch", _CHECKPOINT)
-    mine = owned(batch, skip_locked=skip_locked)
+def insert_of(batch: FromClause, mine: CTE) -> Any:
+    """Insert the checkpoints of a batch whose workflows are `mine`; give the keys of those that are written."""
     # A step's duration is measured by its process; the two times stand on the database's clock.
     started_at = func.statement_timestamp() - interval(batch.c.elapsed)
     columns = {
@@ -159,28 +157,28 @@ def _insert_owned(*, skip_locked: bool) -> tuple[Any, Any]:
     source = select(*columns.values()).join_from(batch, mine, of_owner(batch, mine))
     inserted = insert(STEP).from_select(list(columns), source, include_defaults=False)
     kept = {"workflow_id", "key", "started_at"}
-    statement = inserted.on_conflict_do_update(
+    return inserted.on_conflict_do_update(
         index_elements=["workflow_id", "key"],
         # The first try may have been on another server, whose clock was ahead.
         set_={name: inserted.excluded[name] for name in columns if name not in kept}
         | {"finished_at": func.greatest(inserted.excluded.finished_at, STEP.c.started_at)},
         where=retrying(),
     ).returning(STEP.c.workflow_id, STEP.c.key)
-    return mine, statement
 
 
 def _record_statement(*more: ColumnElement[Any]) -> Any:
-    mine, statement = _insert_owned(skip_locked=False)
-    inserted = statement.cte("inserted")
+    batch = table("batch", CHECKPOINT)
+    mine = owned(batch, skip_locked=False)
+    inserted = insert_of(batch, mine).cte("inserted")
     owns = select(func.count()).select_from(mine).scalar_subquery()
     recorded = select(func.count()).select_from(inserted).scalar_subquery()
     return select(owns.label("owns"), recorded.label("recorded"), *more)
 
 
 def _recorded_among_statement() -> Any:
-    batch = table("batch", _CHECKPOINT)
+    batch = table("batch", CHECKPOINT)
     return (
-        select(STEP.c.workflow_id, STEP.c.key)
+        select(STEP.c.workflow_id, WORKFLOW.c.token, STEP.c.key)
         .join_from(batch, WORKFLOW, and_(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token))
         .join(STEP, and_(STEP.c.workflow_id == batch.c.id, STEP.c.key == batch.c.key))
         .where(or_(~retrying(), and_(batch.c.delay.is_not(None), STEP.c.attempts == batch.c.attempts)))
@@ -194,7 +192,6 @@ def _age_of(moment: ColumnElement[Any]) -> ColumnElement[Any]:
 
 _RECORD = _record_statement()
 _RECORD_LAST = _record_statement(soon_over())
-_RECORD_UNLOCKED = _insert_owned(skip_locked=True)[1]
 _RECORDED_AMONG = _recorded_among_statement()
 _RECORDED = select(
     STEP.c.workflow_id,

@@ -16,21 +16,23 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store._rows import WORKER, WORKFLOW, Fence, execute, materialized, scalar, status
+from sqla_durable.store._rows import WORKER, WORKFLOW, Connectable, Fence, execute, materialized, scalar, status
 
 _DEAD_FOR = timedelta(days=1)
 
 
-def beat(session: Session, *, worker_id: UUID, name: str, queues: Sequence[str], lease: timedelta) -> None:
+def beat(connectable: Connectable, *, worker_id: UUID, name: str, queues: Sequence[str], lease: timedelta) -> None:
     """Begin a lease or extend it to `lease` from now; one row, locked until the commit."""
     execute(
-        session, _BEAT, {"beating_id": worker_id, "beating_name": name, "listened_queues": list(queues), "lease": lease}
+        connectable,
+        _BEAT,
+        {"beating_id": worker_id, "beating_name": name, "listened_queues": list(queues), "lease": lease},
     )
 
 
-def leave(session: Session, worker_id: UUID) -> None:
+def leave(connectable: Connectable, worker_id: UUID) -> None:
     """End a lease. Release the running workflows first, or they are reclaimed as from a dead worker."""
-    execute(session, _LEAVE, {"beating_id": worker_id})
+    execute(connectable, _LEAVE, {"beating_id": worker_id})
 
 
 def exists(session: Session, worker_id: UUID) -> bool:
@@ -38,21 +40,15 @@ def exists(session: Session, worker_id: UUID) -> bool:
     return scalar(session, select(WORKER.c.id).where(WORKER.c.id == worker_id)) is not None
 
 
-def alive(session: Session, worker_id: UUID) -> bool:
-    """Tell whether the worker's lease is live."""
-    live = select(WORKER.c.id).where(WORKER.c.id == worker_id, WORKER.c.lease_expires_at > func.statement_timestamp())
-    return scalar(session, live) is not None
-
-
-def running_of(session: Session, worker_id: UUID) -> list[Fence]:
+def running_of(connectable: Connectable, worker_id: UUID) -> list[Fence]:
     """Give the attempts that the tables say this worker is executing."""
-    rows = execute(session, _RUNNING_OF, {"beating_id": worker_id})
+    rows = execute(connectable, _RUNNING_OF, {"beating_id": worker_id})
     return [Fence(row.id, row.token) for row in rows]
 
 
-def forget_dead(session: Session) -> None:
+def forget_dead(connectable: Connectable) -> None:
     """Delete the rows of workers that have been dead for a day; what they had running was reclaimed long before."""
-    execute(session, _FORGET_DEAD)
+    execute(connectable, _FORGET_DEAD)
 
 
 def _expires() -> Any:

@@ -1,4 +1,4 @@
-"""The statements on workflow records: start, find, finish, release, park, wake.
+"""The statements on workflow records: start, find, finish, release, wake; `batches` finishes and parks many.
 
 Whatever an attempt writes is fenced: its row is locked while its token is compared, in the same statement. Statements
 for many rows lock in the order of ids, and skip rows that another transaction holds.
@@ -45,9 +45,9 @@ from sqla_durable.store._rows import (
     WORKFLOW,
     Columns,
     Completion,
+    Connectable,
     Fence,
     NewWorkflow,
-    Park,
     Standing,
     execute,
     filled,
@@ -57,7 +57,6 @@ from sqla_durable.store._rows import (
     owned,
     scalar,
     scalars,
-    soon_over,
     status,
     table,
 )
@@ -73,7 +72,6 @@ _NEW: Columns = {
     "wake_at": DateTime(timezone=True),
 }
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
-_PARK: Columns = {**_FENCE, "delay": Float()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text()}
 _FRESH = {"populate_existing": True}
 _LIMIT = bindparam("limit", type_=Integer())
@@ -143,45 +141,31 @@ def finish(session: Session, completion: Completion) -> bool:
     return scalar(session, _FINISH, filled("batch", [_completion_row(completion)])) is not None
 
 
-def finish_unlocked(session: Session, completions: Sequence[Completion]) -> set[UUID]:
-    """Record outcomes of workflows whose rows nobody else holds and whose attempts own them; give their ids."""
-    return set(scalars(session, _FINISH_UNLOCKED, filled("batch", [_completion_row(each) for each in completions])))
+def finished_by(connectable: Connectable, fences: Iterable[Fence]) -> dict[Fence, WorkflowStatus]:
+    """Give those of the attempts that have finished their workflows: an acknowledgement may have been lost."""
+    rows = execute(connectable, _FINISHED_BY, filled("batch", [_fence_row(each) for each in fences]))
+    return {Fence(row.id, row.token): row.status for row in rows}
 
 
-def finished_by(session: Session, fences: Iterable[Fence]) -> dict[UUID, WorkflowStatus]:
-    """Give the workflows that these attempts have finished, to settle a commit whose acknowledgement was lost."""
-    rows = execute(session, _FINISHED_BY, filled("batch", [_fence_row(each) for each in fences]))
-    return {row.id: row.status for row in rows}
-
-
-def release(session: Session, fences: Iterable[Fence]) -> set[UUID]:
+def release(connectable: Connectable, fences: Iterable[Fence]) -> set[UUID]:
     """Hand running workflows back to their queues, in their old places; give the ids of those still owned."""
-    return set(scalars(session, _RELEASE, filled("batch", [_fence_row(each) for each in fences])))
+    return set(scalars(connectable, _RELEASE, filled("batch", [_fence_row(each) for each in fences])))
 
 
-def release_unlocked(session: Session, fences: Sequence[Fence]) -> list[Fence]:
+def release_unlocked(connectable: Connectable, fences: Sequence[Fence]) -> list[Fence]:
     """Do the same with those whose rows nobody else holds; give the attempts that still own theirs."""
-    scalars(session, _RELEASE_UNLOCKED, filled("batch", [_fence_row(each) for each in fences])).all()
-    owned = still_owned(session, fences)
+    scalars(connectable, _RELEASE_UNLOCKED, filled("batch", [_fence_row(each) for each in fences])).all()
+    owned = still_owned(connectable, fences)
     return [each for each in fences if each in owned]
 
 
-def park_unlocked(session: Session, parks: Sequence[Park]) -> set[UUID]:
-    """Suspend running workflows until their times, where nobody else holds the rows; give their ids.
-
-    The attempt ends with it: its token is gone, and the workflow's next claim has a new one.
-    """
-    rows = [{**_fence_row(each.fence), "delay": each.delay} for each in parks]
-    return set(scalars(session, _PARK_UNLOCKED, filled("batch", rows)))
-
-
-def still_owned(session: Session, fences: Iterable[Fence]) -> set[Fence]:
+def still_owned(connectable: Connectable, fences: Iterable[Fence]) -> set[Fence]:
     """Give the attempts that still own their workflows. Takes no lock."""
-    rows = execute(session, _STILL_OWNED, filled("batch", [_fence_row(each) for each in fences]))
+    rows = execute(connectable, _STILL_OWNED, filled("batch", [_fence_row(each) for each in fences]))
     return {Fence(row.id, row.token) for row in rows}
 
 
-def wake_due(session: Session, *, limit: int) -> int:
+def wake_due(connectable: Connectable, *, limit: int) -> int:
     """Put suspended workflows whose time has come into their queues, placed by that time; give how many.
 
     Of those that crashed several times in a row only one: together they would be executed side by side again, by the
@@ -189,10 +173,10 @@ def wake_due(session: Session, *, limit: int) -> int:
 
     A time before they were enqueued counts as that: a workflow for the year 1990 does not stand before all others.
     """
-    return len(scalars(session, _WAKE_DUE, {"limit": limit}).all())
+    return len(scalars(connectable, _WAKE_DUE, {"limit": limit}).all())
 
 
-def unknown_names(session: Session, *, queues: Sequence[str], names: Sequence[str]) -> list[str]:
+def unknown_names(connectable: Connectable, *, queues: Sequence[str], names: Sequence[str]) -> list[str]:
     """Give the names of workflows near the head of the queues that are not among `names`."""
     head = (
         select(WORKFLOW.c.name)
@@ -201,7 +185,7 @@ def unknown_names(session: Session, *, queues: Sequence[str], names: Sequence[st
         .limit(100)
         .subquery()
     )
-    return list(scalars(session, select(head.c.name).distinct().order_by(head.c.name)))
+    return list(scalars(connectable, select(head.c.name).distinct().order_by(head.c.name)))
 
 
 def _values(new: NewWorkflow) -> dict[str, Any]:
@@ -262,9 +246,9 @@ def _completion_row(completion: Completion) -> dict[str, Any]:
     }
 
 
-def _finish_statement(*, skip_locked: bool) -> Any:
+def _finish_statement() -> Any:
     batch = table("batch", _COMPLETION)
-    mine = owned(batch, skip_locked=skip_locked)
+    mine = owned(batch, skip_locked=False)
     return (
         update(WORKFLOW)
         .where(WORKFLOW.c.id == mine.c.id, of_owner(batch, mine))
@@ -288,22 +272,6 @@ def _release_statement(*, skip_locked: bool) -> Any:
     )
 
 
-def _park_statement() -> Any:
-    batch = table("batch", _PARK)
-    mine = owned(batch, skip_locked=True)
-    return (
-        update(WORKFLOW)
-        .where(WORKFLOW.c.id == mine.c.id, of_owner(batch, mine))
-        .values(
-            status=WorkflowStatus.SUSPENDED,
-            token=null(),
-            worker_id=null(),
-            wake_at=func.statement_timestamp() + interval(batch.c.delay),
-        )
-        .returning(WORKFLOW.c.id)
-    )
-
-
 def _still_owned_statement() -> Any:
     return select(WORKFLOW.c.id, WORKFLOW.c.token).where(
         _of_attempts(), WORKFLOW.c.status == status(WorkflowStatus.RUNNING)
@@ -311,7 +279,9 @@ def _still_owned_statement() -> Any:
 
 
 def _finished_by_statement() -> Any:
-    return select(WORKFLOW.c.id, WORKFLOW.c.status).where(_of_attempts(), WORKFLOW.c.finished_at.is_not(None))
+    return select(WORKFLOW.c.id, WORKFLOW.c.token, WORKFLOW.c.status).where(
+        _of_attempts(), WORKFLOW.c.finished_at.is_not(None)
+    )
 
 
 def _of_attempts() -> ColumnElement[bool]:
@@ -326,7 +296,7 @@ def _wake_due_statement() -> Any:
     suspect = WORKFLOW.c.crashes >= SUSPECT
     first = select(WORKFLOW.c.id).where(is_due, suspect).order_by(WORKFLOW.c.wake_at, WORKFLOW.c.id).limit(1)
     due = materialized(
-        select(WORKFLOW.c.id, soon_over())
+        select(WORKFLOW.c.id)
         .where(is_due, or_(~suspect, WORKFLOW.c.id == first.correlate(None).scalar_subquery()))
         .order_by(WORKFLOW.c.wake_at)
         .limit(_LIMIT)
@@ -374,11 +344,9 @@ def _insert_many_statement(*, keyed: bool) -> Any:
 
 _INSERT_MANY = _insert_many_statement(keyed=False)
 _INSERT_MANY_UNLESS_KNOWN = _insert_many_statement(keyed=True)
-_FINISH = _finish_statement(skip_locked=False)
-_FINISH_UNLOCKED = _finish_statement(skip_locked=True)
+_FINISH = _finish_statement()
 _RELEASE = _release_statement(skip_locked=False)
 _RELEASE_UNLOCKED = _release_statement(skip_locked=True)
-_PARK_UNLOCKED = _park_statement()
 _FINISHED_BY = _finished_by_statement()
 _STILL_OWNED = _still_owned_statement()
 _OUTCOME = select(

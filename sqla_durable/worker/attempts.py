@@ -51,12 +51,18 @@ class Attempts:
         self._concurrency = concurrency
         self._max_attempts = max_attempts
         self._running: dict[Fence, Running] = {}
-        self.slot_freed = asyncio.Event()
+        self._freed = asyncio.Event()
 
     @property
     def free(self) -> int:
         """How many more workflows can be executed now."""
         return self._concurrency - len(self._running)
+
+    async def slot(self) -> None:
+        """Wait until another workflow can be executed."""
+        while self.free <= 0:
+            self._freed.clear()
+            await self._freed.wait()
 
     @property
     def fences(self) -> list[Fence]:
@@ -70,11 +76,11 @@ class Attempts:
             task = asyncio.create_task(self._execute(attempt), name=f"{each.name} {attempt.workflow_id}")
             self._running[attempt.fence] = Running(attempt, task)
 
-    def drop_lost(self, owned: set[Fence], known: Iterable[Fence]) -> None:
-        """End the attempts of `known` that the tables no longer give to this worker."""
-        for fence in known:
+    def drop(self, lost: Iterable[Fence]) -> None:
+        """End the attempts that the tables no longer give to this worker, as far as they have not ended."""
+        for fence in lost:
             running = self._running.get(fence)
-            if fence not in owned and running is not None and not running.attempt.parked:
+            if running is not None and not running.attempt.parked:
                 if not running.attempt.stopped:
                     log.warning(
                         "workflow %s is no longer this worker's, taken over or cancelled: its attempt ends",
@@ -133,7 +139,7 @@ class Attempts:
             await self._abandon(attempt, error)
         finally:
             self._running.pop(attempt.fence, None)
-            self.slot_freed.set()
+            self._freed.set()
 
     async def _to_its_end(self, attempt: Attempt) -> None:
         definition = self._definition(attempt)

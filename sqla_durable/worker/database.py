@@ -1,8 +1,9 @@
 """Where the worker's own statements run: on the event loop with an async engine, otherwise in threads.
 
-They use plain sessions of this package on the user's engine, so that events and defaults of the user's own session
-class do not reach them, and READ COMMITTED, whatever the engine's default is. Each transaction has a time limit: a
-connection that swallows everything and answers nothing is cut off, and the transaction tried again on another one.
+Each statement is a transaction of its own, in one round trip: none is held open while the worker does something else,
+or when it is frozen. They use connections of the user's engine in AUTOCOMMIT, so that events and defaults of the user's
+own session class do not reach them. Each call has a time limit: a connection that swallows everything and answers
+nothing is cut off, and the statement tried again on another one.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from typing_extensions import override
 
 from sqla_durable.retry import ObstacleRetry, is_mixed_up, spoils_connection
@@ -38,16 +39,22 @@ _CUT_OFF = 1.0  # seconds in which a transaction ends once its connection is cut
 
 
 class Database(Protocol):
-    """Executes functions of a session, each in a transaction of its own."""
+    """Executes functions of a connection, whose statements are each a transaction of their own."""
 
-    async def transact(self, statement: Callable[[Session], T]) -> T:
-        """Call the function and commit.
+    async def execute(self, statement: Callable[[Connection], T]) -> T:
+        """Call the function.
 
         Raises:
             TimeoutError: there was no connection within the time limit.
             DBAPIError: likewise, where one was cut off.
         """
         ...
+
+    def use_transactions(self) -> None:
+        """Execute in READ COMMITTED transactions, where statements by themselves would have another level.
+
+        To be called before the first of them.
+        """
 
     @property
     def stuck(self) -> int:
@@ -71,17 +78,16 @@ class Cut:
         self._abandoned = False
         self._lock = threading.Lock()
 
-    def attach(self, session: Session) -> None:
+    def attach(self, connection: Connection) -> None:
         """Note the connection, in the thread that uses it.
 
         Raises:
             TimeoutError: nobody waits for the transaction any more.
         """
-        connection = session.connection().connection.driver_connection
         with self._lock:
             if self._abandoned:
                 raise TimeoutError("the connection came too late")
-            self._connection = connection
+            self._connection = connection.connection.driver_connection
 
     def off(self) -> None:
         """Let whoever waits on the connection see that it is lost; without one, do not let it begin."""
@@ -97,19 +103,25 @@ class LoopDatabase:
     stuck = 0
 
     def __init__(self, engine: Engine, *, limit: float) -> None:
-        self._engine = AsyncEngine(engine.execution_options(isolation_level="READ COMMITTED"))
+        self._given = engine
+        self._engine = AsyncEngine(engine.execution_options(isolation_level="AUTOCOMMIT"))
         self._limit = limit
 
-    async def transact(self, statement: Callable[[Session], T]) -> T:
-        """Call the function and commit."""
+    def use_transactions(self) -> None:
+        """Execute in READ COMMITTED transactions."""
+        self._engine = AsyncEngine(self._given.execution_options(isolation_level="READ COMMITTED"))
+
+    async def execute(self, statement: Callable[[Connection], T]) -> T:
+        """Call the function."""
         cut = Cut()
         return await _to_its_end(self._transact(_attached(statement, cut)), cut, limit=self._limit)
 
     async def close(self) -> None:
         """Nothing is held."""
 
-    async def _transact(self, statement: Callable[[Session], T]) -> T:
-        return await _on_loop(self._engine, statement)
+    async def _transact(self, statement: Callable[[Connection], T]) -> T:
+        async with self._engine.connect() as connection:
+            return await connection.run_sync(_ended, statement)
 
 
 class HeldLoopDatabase(LoopDatabase):
@@ -126,10 +138,10 @@ class HeldLoopDatabase(LoopDatabase):
             await connection.close()
 
     @override
-    async def _transact(self, statement: Callable[[Session], T]) -> T:
+    async def _transact(self, statement: Callable[[Connection], T]) -> T:
         connection, self._connection = self._connection or await self._engine.connect(), None
         try:
-            value = await _on_loop(connection, statement)
+            value = await connection.run_sync(_ended, statement)
         except BaseException:
             await connection.close()
             raise
@@ -141,14 +153,15 @@ class ThreadDatabase:
     """Executes in a few threads."""
 
     def __init__(self, engine: Engine, *, limit: float, threads: int = _THREADS) -> None:
-        self._engine = engine.execution_options(isolation_level="READ COMMITTED")
+        self._given = engine
+        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._limit = limit
         self._size = threads
         self.stuck = 0
         self._threads = self._new_threads()
 
-    async def transact(self, statement: Callable[[Session], T]) -> T:
-        """Call the function and commit."""
+    async def execute(self, statement: Callable[[Connection], T]) -> T:
+        """Call the function."""
         cut = Cut()
         try:
             return await _to_its_end(self._in_thread(_attached(statement, cut)), cut, limit=self._limit)
@@ -159,6 +172,10 @@ class ThreadDatabase:
                 self._threads.shutdown(wait=False)
                 self._threads = self._new_threads()
 
+    def use_transactions(self) -> None:
+        """Execute in READ COMMITTED transactions."""
+        self._engine = self._given.execution_options(isolation_level="READ COMMITTED")
+
     async def close(self) -> None:
         """End the threads; none of them is waiting for user code."""
         self._threads.shutdown(wait=False)
@@ -166,11 +183,12 @@ class ThreadDatabase:
     def _new_threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self._size, thread_name_prefix="sqla-durable-database")
 
-    async def _in_thread(self, statement: Callable[[Session], T]) -> T:
+    async def _in_thread(self, statement: Callable[[Connection], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._transact, statement)
 
-    def _transact(self, statement: Callable[[Session], T]) -> T:
-        return _in_session(self._engine, statement)
+    def _transact(self, statement: Callable[[Connection], T]) -> T:
+        with self._engine.connect() as connection:
+            return _ended(connection, statement)
 
 
 class HeldThreadDatabase(ThreadDatabase):
@@ -186,10 +204,10 @@ class HeldThreadDatabase(ThreadDatabase):
         await super().close()
 
     @override
-    def _transact(self, statement: Callable[[Session], T]) -> T:
+    def _transact(self, statement: Callable[[Connection], T]) -> T:
         connection, self._connection = self._connection or self._engine.connect(), None
         try:
-            value = _in_session(connection, statement)
+            value = _ended(connection, statement)
         except BaseException:
             connection.close()
             raise
@@ -202,12 +220,50 @@ class HeldThreadDatabase(ThreadDatabase):
             connection.close()
 
 
-async def persistently(database: Database, statement: Callable[[Session], T], *, what: str) -> T:
+@dataclass(frozen=True, slots=True)
+class Databases:
+    """Where a worker's own statements are executed.
+
+    Attributes:
+        shared: claims, maintenance and what else there is.
+        writing, beating: the writer and the heartbeat, each on a connection that it keeps where the pool has enough.
+    """
+
+    shared: Database
+    writing: Database
+    beating: Database
+
+    @property
+    def all(self) -> set[Database]:
+        """Each of them once."""
+        return {self.shared, self.writing, self.beating}
+
+    def use_transactions(self) -> None:
+        """Execute in READ COMMITTED transactions."""
+        for each in self.all:
+            each.use_transactions()
+
+
+def open_databases(engine: Engine, *, hold: bool, limit: float, beat_limit: float) -> Databases:
+    """Choose how statements are executed on this engine.
+
+    Args:
+        hold: whether the pool has connections to keep.
+        limit, beat_limit: the seconds after which a call, or one of the heartbeat's, is cut off.
+    """
+    shared, held = (LoopDatabase, HeldLoopDatabase) if engine.dialect.is_async else (ThreadDatabase, HeldThreadDatabase)
+    database = shared(engine, limit=limit)
+    if not hold:
+        return Databases(database, database, database)
+    return Databases(database, held(engine, limit=limit), held(engine, limit=beat_limit))
+
+
+async def persistently(database: Database, statement: Callable[[Connection], T], *, what: str) -> T:
     """Execute, and try again for as long as the database is out of reach or refuses for reasons of its own."""
     again = ObstacleRetry()
     while True:
         try:
-            return await database.transact(statement)
+            return await database.execute(statement)
         except Exception as error:
             seconds = again.wait_before_next(error)
             if seconds is None:
@@ -222,31 +278,22 @@ def in_short(error: BaseException) -> str:
     return f"{line} ({_MIXED_UP})" if is_mixed_up(error) else line
 
 
-def _attached(statement: Callable[[Session], T], cut: Cut) -> Callable[[Session], T]:
-    def execute(session: Session) -> T:
-        cut.attach(session)
-        return statement(session)
+def _attached(statement: Callable[[Connection], T], cut: Cut) -> Callable[[Connection], T]:
+    def execute(connection: Connection) -> T:
+        cut.attach(connection)
+        return statement(connection)
 
     return execute
 
 
-async def _on_loop(bind: AsyncEngine | AsyncConnection, statement: Callable[[Session], T]) -> T:
-    async with AsyncSession(bind, expire_on_commit=False) as session:
-        return await session.run_sync(_committed, statement)
-
-
-def _in_session(bind: Engine | Connection, statement: Callable[[Session], T]) -> T:
-    with Session(bind, expire_on_commit=False) as session:
-        return _committed(session, statement)
-
-
-def _committed(session: Session, statement: Callable[[Session], T]) -> T:
+def _ended(connection: Connection, statement: Callable[[Connection], T]) -> T:
+    """Call the function, and end what SQLAlchemy takes for a transaction; in AUTOCOMMIT the server has none."""
     try:
-        value = statement(session)
-        session.commit()
+        value = statement(connection)
+        connection.commit()
     except BaseException as error:
         # Before the connection goes back to its pool, where the next one would get it.
-        (session.invalidate if spoils_connection(error) else session.rollback)()
+        (connection.invalidate if spoils_connection(error) else connection.rollback)()
         raise
     return value
 
@@ -258,9 +305,9 @@ async def _to_its_end(transaction: Coroutine[Any, Any, T], cut: Cut, *, limit: f
     """
     task = asyncio.ensure_future(transaction)
     try:
-        ended = await _ended(task, limit)
+        ended = await _is_over(task, limit)
     except asyncio.CancelledError:
-        if not await _ended(task, min(limit, _LAST_WAIT)):
+        if not await _is_over(task, min(limit, _LAST_WAIT)):
             await _cut_off(task, cut)
         raise
     if not ended and not await _cut_off(task, cut):
@@ -268,14 +315,14 @@ async def _to_its_end(transaction: Coroutine[Any, Any, T], cut: Cut, *, limit: f
     return task.result()
 
 
-async def _ended(task: asyncio.Future[Any], seconds: float) -> bool:
+async def _is_over(task: asyncio.Future[Any], seconds: float) -> bool:
     return bool((await asyncio.wait([task], timeout=seconds))[0])
 
 
 async def _cut_off(task: asyncio.Future[Any], cut: Cut) -> bool:
     """Cut a transaction's connection off, and tell whether it has ended by that; if not, nobody waits for it."""
     cut.off()
-    if await _ended(task, _CUT_OFF):
+    if await _is_over(task, _CUT_OFF):
         return True
     cut.failed = True
     task.add_done_callback(_ignore)

@@ -1,4 +1,4 @@
-"""Holds the worker's lease, and notices which attempts it has lost."""
+"""Holds the worker's lease, and compares what the tables give to this worker with what it is executing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from uuid import UUID
 
-from sqlalchemy.orm import Session
+from sqlalchemy import Connection
 
 from sqla_durable.store import Fence, workers, workflows
 from sqla_durable.worker.attempts import Attempts
@@ -19,49 +21,111 @@ from sqla_durable.worker.database import Database, persistently
 
 log = logging.getLogger("sqla_durable.worker")
 
+BEATS = 3
+"""How often a worker beats in a lease."""
+
+_MOMENT = 0.1  # seconds
+
 
 class Heartbeat:
-    """One row in the worker table, extended three times in a lease, on a connection of its own."""
+    """One row in the worker table, extended three times in a lease, on a connection of its own.
+
+    Attributes:
+        interval: the seconds between two beats.
+    """
 
     def __init__(
-        self, database: Database, *, worker_id: UUID, queues: Sequence[str], lease: timedelta, name: str | None
+        self,
+        database: Database,
+        attempts: Attempts,
+        *,
+        worker_id: UUID,
+        queues: Sequence[str],
+        lease: timedelta,
+        name: str | None,
     ) -> None:
         self._database = database
+        self._attempts = attempts
         self._worker_id = worker_id
         self._queues = queues
         self._lease = lease
         self._name = name or f"{socket.gethostname()}:{os.getpid()}"
+        self._valid_until = float("-inf")
+        self._claiming: UUID | None = None
+        self._claimed_meanwhile: set[UUID] = set()
+        self.interval = lease.total_seconds() / BEATS
 
     async def begin(self) -> None:
         """Begin the lease."""
-        await self._database.transact(self._beat)
+        began = time.monotonic()
+        await self._database.execute(self._beat)
+        self._begun(began)
 
-    async def run(self, attempts: Attempts) -> None:
-        """Extend the lease until cancelled, and drop the attempts that are no longer this worker's."""
+    async def run(self) -> None:
+        """Extend the lease until cancelled; drop what is no longer this worker's, hand back what it does not know."""
         while True:
-            await asyncio.sleep(self._lease.total_seconds() / 3)
-            running = attempts.fences
-            look = partial(self._beat_and_look, running=running)
-            attempts.drop_lost(await persistently(self._database, look, what="heartbeat"), running)
+            await asyncio.sleep(self.interval)
+            began = time.monotonic()
+            await persistently(self._database, self._beat, what="heartbeat")
+            self._begun(began)
+            await self._compare()
 
-    def renew(self, session: Session) -> None:
+    async def require_lease(self) -> None:
         """Begin the lease anew if it has run out, as after a freeze: what nobody has taken over goes on."""
-        if not workers.alive(session, self._worker_id):
-            log.warning("the lease of this worker has run out; it goes on with what nobody has taken over")
-            self._beat(session)
+        if time.monotonic() >= self._valid_until:
+            await self.renew()
+
+    async def renew(self) -> None:
+        """Begin the lease anew: it has run out, or somebody has deleted it."""
+        log.warning("the lease of this worker has run out; it goes on with what nobody has taken over")
+        began = time.monotonic()
+        await persistently(self._database, self._beat, what="heartbeat")
+        self._begun(began)
+
+    @contextmanager
+    def claiming(self, token: UUID) -> Generator[None]:
+        """Note which claim is on its way, so that what it takes is not handed back as unknown."""
+        self._claiming = token
+        self._claimed_meanwhile.add(token)
+        try:
+            yield
+        finally:
+            self._claiming = None
+
+    async def release_strays(self) -> None:
+        """Hand back what a claim took and no attempt is executing: its acknowledgement was lost, or came too late."""
+        known = set(self._attempts.fences)
+        await self._release_unknown(await self._look(), known)
 
     async def end(self) -> None:
         """End the lease: once nothing extends it any more."""
-        await persistently(self._database, lambda session: workers.leave(session, self._worker_id), what="leave")
+        await persistently(self._database, partial(workers.leave, worker_id=self._worker_id), what="leave")
 
-    def _beat_and_look(self, session: Session, running: list[Fence]) -> set[Fence]:
-        """Extend the lease, give what is still this worker's, and forget the long dead.
+    async def _compare(self) -> None:
+        """Now and then, because the server may carry out a claim long after its connection was lost."""
+        running = self._attempts.fences
+        owned = await self._look()
+        await self._release_unknown(owned, set(running))
+        if lost := [each for each in running if each not in owned]:
+            await asyncio.sleep(_MOMENT)  # what has been finished by its own attempt is soon known to be
+            self._attempts.drop(lost)
 
-        In one transaction that writes: a server that has been demoted would answer a mere question from the past.
-        """
-        self._beat(session)
-        workers.forget_dead(session)
-        return workflows.still_owned(session, running) if running else set()
+    async def _look(self) -> set[Fence]:
+        self._claimed_meanwhile = set() if self._claiming is None else {self._claiming}
+        running_of = partial(workers.running_of, worker_id=self._worker_id)
+        return set(await persistently(self._database, running_of, what="heartbeat"))
 
-    def _beat(self, session: Session) -> None:
-        workers.beat(session, worker_id=self._worker_id, name=self._name, queues=self._queues, lease=self._lease)
+    async def _release_unknown(self, owned: set[Fence], known: set[Fence]) -> None:
+        """Hand back what is running here by the tables only; what was claimed since the look began is on its way."""
+        unknown = owned - known - set(self._attempts.fences)
+        strays = [each for each in unknown if each.token not in self._claimed_meanwhile]
+        if strays:
+            log.warning("%d workflows are claimed by this worker and not executed; they are handed back", len(strays))
+            release = partial(workflows.release_unlocked, fences=strays)
+            await persistently(self._database, release, what="release")
+
+    def _begun(self, began: float) -> None:
+        self._valid_until = began + self._lease.total_seconds()
+
+    def _beat(self, connection: Connection) -> None:
+        workers.beat(connection, worker_id=self._worker_id, name=self._name, queues=self._queues, lease=self._lease)

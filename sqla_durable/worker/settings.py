@@ -15,8 +15,8 @@ from sqla_durable.errors import SessionError
 from sqla_durable.registry import SessionKind
 from sqla_durable.store import schema
 
-_OWN_CONNECTIONS = 4  # claim, writer, heartbeat, release
-_ENOUGH_TO_HOLD_ONE = 3
+_OWN_CONNECTIONS = 5  # the writer, the heartbeat and the listener hold one each; claims, maintenance
+_ENOUGH_TO_HOLD_SOME = 8
 _SHORTEST_LIMIT = 5.0
 
 
@@ -95,10 +95,10 @@ def pool_capacity(engine: Engine) -> int:
     return int(max(1, min(32, size - _OWN_CONNECTIONS)))
 
 
-def can_hold_connection(engine: Engine) -> bool:
-    """Tell whether the pool is large enough for the heartbeat to keep one of its connections."""
+def can_hold_connections(engine: Engine) -> bool:
+    """Tell whether the pool is large enough for the worker to keep some of its connections."""
     size = _pool_size(engine)
-    return size is None or size >= _ENOUGH_TO_HOLD_ONE
+    return size is None or size >= _ENOUGH_TO_HOLD_SOME
 
 
 def time_limit(lease: timedelta) -> float:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 from uuid import UUID
 
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
@@ -29,14 +30,9 @@ from sqla_durable.store import schema, workers
 from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.claims import Claims
-from sqla_durable.worker.database import (
-    Database,
-    HeldLoopDatabase,
-    HeldThreadDatabase,
-    LoopDatabase,
-    ThreadDatabase,
-)
+from sqla_durable.worker.database import Database, Databases, open_databases
 from sqla_durable.worker.heartbeat import Heartbeat
+from sqla_durable.worker.maintenance import Maintenance
 from sqla_durable.worker.runtimes import Surroundings
 from sqla_durable.worker.writer import Writer
 
@@ -68,7 +64,7 @@ class Worker:
         transactions: how many transactional steps of each kind hold a connection at once; by default what the
             engine's pool can give, less the few connections that the worker needs for itself.
         lease: how long its workflows stay its own after its last heartbeat; it beats three times in a lease.
-        poll_interval: how long it waits after a claim that found less than was free.
+        poll_interval: how long it waits between two looks for what to do, where no hint comes sooner.
         grace: how long a stop waits for steps that are being executed before it hands their workflows back.
         max_attempts: how many attempts in a row may lose their worker without recording a step before the workflow
             fails.
@@ -90,7 +86,7 @@ class Worker:
         concurrency: int = 100,
         transactions: int | None = None,
         lease: timedelta = timedelta(seconds=30),
-        poll_interval: timedelta = timedelta(seconds=0.5),
+        poll_interval: timedelta = timedelta(seconds=1),
         grace: timedelta = timedelta(seconds=20),
         max_attempts: int = DEFAULT_MAX_ATTEMPTS,
         name: str | None = None,
@@ -140,15 +136,15 @@ class Worker:
         if self._loop is not None or self._started.done():
             raise UsageError(f"{self!r} has run already, and a worker runs once: make a new one.")
         self._loop = asyncio.get_running_loop()
-        database, heartbeat = self._databases()
+        databases = self._databases()
         threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="sqla-durable")
         try:
-            await self._serve(database, heartbeat, threads)
+            await self._serve(databases, threads)
         finally:
             self._loop = None
             threads.shutdown(wait=False, cancel_futures=True)
-            await database.close()
-            await heartbeat.close()
+            for each in databases.all:
+                await each.close()
 
     def stop(self) -> None:
         """Ask the worker to leave in good order; returns at once. Callable from any thread."""
@@ -201,23 +197,28 @@ class Worker:
         log.info("worker %s: stopping; steps that are being executed have %s", self.id, self.grace)
         self.stop()
 
-    async def _serve(self, database: Database, beating: Database, threads: ThreadPoolExecutor) -> None:
-        heartbeat = Heartbeat(beating, worker_id=self.id, queues=self.queues, lease=self.lease, name=self.name)
-        await self._begin(database, heartbeat)
-        self._started.set_result(None)
-        writer = Writer(database)
+    async def _serve(self, databases: Databases, threads: ThreadPoolExecutor) -> None:
+        writer = Writer(databases.writing)
         surroundings = self._surroundings(writer, threads)
         attempts = Attempts(
             self.durable.registry,
             surroundings,
-            database,
+            databases.shared,
             concurrency=self.concurrency,
             max_attempts=self.max_attempts,
         )
-        claims = self._claims(database, attempts, heartbeat)
+        heartbeat = Heartbeat(
+            databases.beating, attempts, worker_id=self.id, queues=self.queues, lease=self.lease, name=self.name
+        )
+        await self._begin(databases, heartbeat)
+        self._started.set_result(None)
+        claims = self._claims(databases.shared, attempts, heartbeat)
+        maintenance = self._maintenance(databases.shared, claims, heartbeat)
+        # In this order: what takes on work ends first, what records it last.
         loops = [
             asyncio.create_task(claims.run(), name="claims"),
-            asyncio.create_task(heartbeat.run(attempts), name="heartbeat"),
+            asyncio.create_task(maintenance.run(), name="maintenance"),
+            asyncio.create_task(heartbeat.run(), name="heartbeat"),
             asyncio.create_task(writer.run(), name="writer"),
         ]
         stopping = asyncio.create_task(self._stopping.wait(), name="stop")
@@ -226,11 +227,10 @@ class Worker:
         try:
             await asyncio.wait([*loops, stopping], return_when=asyncio.FIRST_COMPLETED)
             surroundings.stopping.set()
-            loops[0].cancel()
-            await asyncio.wait(loops[:1])
-            handed_back = await self._leaving(self._hand_back(attempts, claims), seconds=self._grace + _LAST_GRACE)
+            await _ended(loops[:2])
+            handed_back = await self._leaving(self._hand_back(attempts, heartbeat), seconds=self._grace + _LAST_GRACE)
         finally:
-            self.left_behind = attempts.cancel() + sum(each.stuck for each in {database, beating})
+            self.left_behind = attempts.cancel() + sum(each.stuck for each in databases.all)
             for task in (*loops, stopping):
                 task.cancel()
             outcomes = await asyncio.gather(*loops, return_exceptions=True)
@@ -244,10 +244,10 @@ class Worker:
     def _grace(self) -> float:
         return self.grace.total_seconds()
 
-    async def _hand_back(self, attempts: Attempts, claims: Claims) -> None:
+    async def _hand_back(self, attempts: Attempts, heartbeat: Heartbeat) -> None:
         await attempts.hand_back(grace=self._grace)
         async with asyncio.timeout(_LAST_GRACE):
-            await claims.release_strays()
+            await heartbeat.release_strays()
 
     async def _leaving(self, farewell: Coroutine[Any, Any, None], *, seconds: float) -> bool:
         """Do one of the last things, unless the database is out of reach: others reclaim what is not handed back."""
@@ -263,9 +263,11 @@ class Worker:
             return False
         return True
 
-    async def _begin(self, database: Database, heartbeat: Heartbeat) -> None:
+    async def _begin(self, databases: Databases, heartbeat: Heartbeat) -> None:
         try:
-            await database.transact(schema.require)
+            await databases.shared.execute(_require_schema)
+            if not await databases.shared.execute(schema.is_read_committed):
+                databases.use_transactions()
             await heartbeat.begin()
             await self._require_transactions()
             await self._require_one_database()
@@ -312,28 +314,38 @@ class Worker:
                 "not visible through both. Bind them to the same one."
             )
 
-    def _databases(self) -> tuple[Database, Database]:
-        """Give where the worker's own statements are executed, and where its heartbeat is."""
+    def _databases(self) -> Databases:
+        """Give where the worker's own statements are executed."""
         engine = settings.engine_of(self.sessionmaker, self.async_sessionmaker)
         settings.require_pool(engine)
-        limit = settings.time_limit(self.lease)
-        shared = LoopDatabase(engine, limit=limit) if engine.dialect.is_async else ThreadDatabase(engine, limit=limit)
-        if not settings.can_hold_connection(engine):
-            return shared, shared
-        held = HeldLoopDatabase if engine.dialect.is_async else HeldThreadDatabase
-        return shared, held(engine, limit=settings.heartbeat_limit(self.lease))
+        return open_databases(
+            engine,
+            hold=settings.can_hold_connections(engine),
+            limit=settings.time_limit(self.lease),
+            beat_limit=settings.heartbeat_limit(self.lease),
+        )
 
     def _claims(self, database: Database, attempts: Attempts, heartbeat: Heartbeat) -> Claims:
         return Claims(
             database,
             attempts,
+            heartbeat,
+            worker_id=self.id,
+            queues=self.queues,
+            names=[each.name for each in self.durable.registry],
+            poll_interval=self.poll_interval,
+        )
+
+    def _maintenance(self, database: Database, claims: Claims, heartbeat: Heartbeat) -> Maintenance:
+        return Maintenance(
+            database,
+            claims,
+            heartbeat,
             worker_id=self.id,
             queues=self.queues,
             names=[each.name for each in self.durable.registry],
             poll_interval=self.poll_interval,
             max_attempts=self.max_attempts,
-            renew=heartbeat.renew,
-            lease=self.lease,
         )
 
     def _surroundings(self, writer: Writer, threads: ThreadPoolExecutor) -> Surroundings:
@@ -350,6 +362,17 @@ class Worker:
             stopping=self._stop,
             stopping_async=self._stopping,
         )
+
+
+def _require_schema(connection: Connection) -> None:
+    with Session(connection) as session:
+        schema.require(session)
+
+
+async def _ended(loops: list[asyncio.Task[None]]) -> None:
+    for each in loops:
+        each.cancel()
+    await asyncio.wait(loops)
 
 
 class _Background:

@@ -1,4 +1,4 @@
-"""Group commit: what all workflows of a worker record goes through one writer, in one transaction after another.
+"""Group commit: what all workflows of a worker record goes through one writer, in one statement after another.
 
 It never waits to fill a batch: while one commit is on its way, the next batch gathers. Rows that another transaction
 holds are passed over and tried again in a later batch, so that only their own workflows wait for it.
@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 from uuid import UUID
 
-from sqlalchemy.orm import Session
+from sqlalchemy import Connection
 
 from sqla_durable.errors import AttemptLost, EncodingError
-from sqla_durable.store import Checkpoint, Completion, Fence, Park, steps, workflows
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store import Checkpoint, Completion, Fence, Park, batches, steps, workflows
 from sqla_durable.worker.database import Database, persistently
 
 log = logging.getLogger("sqla_durable.worker")
@@ -56,7 +57,7 @@ class Write:
 
 @dataclass(slots=True)
 class Settled:
-    """What one transaction did with a batch."""
+    """What became of a batch."""
 
     written: list[Write] = field(default_factory=list[Write])
     lost: list[Write] = field(default_factory=list[Write])
@@ -129,19 +130,9 @@ class Writer:
         del self._waiting[:_BATCH]
         if not self._waiting:
             self._arrived.clear()
-        batch = self._of_one_attempt_each(batch)
         waiting_for_row = {each.fence.workflow_id for each in self._delayed}
         self._delayed += [each for each in batch if each.fence.workflow_id in waiting_for_row]
         return [each for each in batch if each.fence.workflow_id not in waiting_for_row and not _refused_before(each)]
-
-    def _of_one_attempt_each(self, batch: list[Write]) -> list[Write]:
-        """Leave a second attempt at the same workflow for the next batch: the answers tell workflows, not attempts."""
-        first: dict[UUID, Fence] = {}
-        later = [each for each in batch if first.setdefault(each.fence.workflow_id, each.fence) != each.fence]
-        if later:
-            self._waiting[:0] = later
-            self._arrived.set()
-        return [each for each in batch if each.fence == first[each.fence.workflow_id]]
 
     def _delay(self, writes: list[Write]) -> None:
         if not self._delayed:
@@ -158,7 +149,7 @@ class Writer:
         if not batch:
             return
         try:
-            settled = await persistently(self._database, lambda session: _write(session, batch), what="writer")
+            settled = await persistently(self._database, lambda connection: _write(connection, batch), what="writer")
         except Exception as error:
             await self._split(batch, error)
             return
@@ -196,62 +187,46 @@ def _refused_before(write: Write) -> bool:
     return False
 
 
-def _write(session: Session, batch: Sequence[Write]) -> Settled:
-    """Write checkpoints, then what ends the attempts whose checkpoints are all there."""
-    settled = Settled()
-    behind = _write_checkpoints(session, [each for each in batch if isinstance(each.row, Checkpoint)], settled)
-    ends = [each for each in batch if not isinstance(each.row, Checkpoint)]
-    ready = [each for each in ends if each.fence.workflow_id not in behind]
-    _write_completions(session, [each for each in ready if isinstance(each.row, Completion)], settled)
-    _write_parks(session, [each for each in ready if isinstance(each.row, Park)], settled)
-    _place(session, [each for each in ends if each.fence.workflow_id in behind], settled)
+def _write(connection: Connection, batch: Sequence[Write]) -> Settled:
+    """Write checkpoints, and what ends the attempts whose checkpoints are all there."""
+    checkpoints = [each.row for each in batch if isinstance(each.row, Checkpoint)]
+    ends = [each.row for each in batch if not isinstance(each.row, Checkpoint)]
+    unwritten = batches.write(connection, checkpoints, ends)
+    left = [_is_left(each.row, unwritten) for each in batch]
+    settled = Settled(written=[each for each, is_left in zip(batch, left, strict=True) if not is_left])
+    if any(left):
+        _explain(connection, [each for each, is_left in zip(batch, left, strict=True) if is_left], settled)
     return settled
 
 
-def _write_checkpoints(session: Session, writes: list[Write], settled: Settled) -> set[UUID]:
-    """Write checkpoints; give the workflows of those that were not written."""
-    if not writes:
-        return set()
-    rows = [each.row for each in writes if isinstance(each.row, Checkpoint)]
-    written = steps.record_unlocked(session, rows)
-    if len(written) < len(rows):
-        written |= steps.recorded_among(session, [each for each in rows if _key(each) not in written])
-    rest = [each for each in writes if isinstance(each.row, Checkpoint) and _key(each.row) not in written]
-    behind = {each.fence.workflow_id for each in rest}
-    settled.written += [each for each in writes if isinstance(each.row, Checkpoint) and _key(each.row) in written]
-    _place(session, rest, settled)
-    return behind
+def _is_left(row: Row, unwritten: batches.Unwritten) -> bool:
+    if isinstance(row, Checkpoint):
+        return (row.fence, row.key) in unwritten.checkpoints
+    return row.fence in unwritten.ends
 
 
-def _write_completions(session: Session, writes: list[Write], settled: Settled) -> None:
-    if not writes:
-        return
-    rows = [each.row for each in writes if isinstance(each.row, Completion)]
-    finished = workflows.finish_unlocked(session, rows)
-    if len(finished) < len(rows):
-        reached = workflows.finished_by(session, [each.fence for each in rows])
-        finished |= {each.fence.workflow_id for each in rows if reached.get(each.fence.workflow_id) is each.status}
-    settled.written += [each for each in writes if each.fence.workflow_id in finished]
-    _place(session, [each for each in writes if each.fence.workflow_id not in finished], settled)
+def _explain(connection: Connection, left: list[Write], settled: Settled) -> None:
+    """Tell what an earlier try has written from rows that somebody holds, and from those that the attempt has lost."""
+    recorded = steps.recorded_among(connection, [each.row for each in left if isinstance(each.row, Checkpoint)])
+    reached = workflows.finished_by(connection, [each.fence for each in left if isinstance(each.row, Completion)])
+    owned = workflows.still_owned(connection, [each.fence for each in left])
+    for each in left:
+        if _is_there(each.row, recorded, reached):
+            settled.written.append(each)
+        elif each.fence in owned:
+            settled.locked.append(each)
+        else:
+            settled.lost.append(each)
 
 
-def _write_parks(session: Session, writes: list[Write], settled: Settled) -> None:
-    if writes:
-        parked = workflows.park_unlocked(session, [each.row for each in writes if isinstance(each.row, Park)])
-        settled.written += [each for each in writes if each.fence.workflow_id in parked]
-        _place(session, [each for each in writes if each.fence.workflow_id not in parked], settled)
-
-
-def _place(session: Session, writes: list[Write], settled: Settled) -> None:
-    """Tell rows that somebody holds from those that the attempt has lost."""
-    if writes:
-        owned = workflows.still_owned(session, [each.fence for each in writes])
-        settled.locked += [each for each in writes if each.fence in owned]
-        settled.lost += [each for each in writes if each.fence not in owned]
-
-
-def _key(checkpoint: Checkpoint) -> tuple[UUID, str]:
-    return checkpoint.fence.workflow_id, checkpoint.key
+def _is_there(row: Row, recorded: set[tuple[Fence, str]], reached: dict[Fence, WorkflowStatus]) -> bool:
+    match row:
+        case Checkpoint():
+            return (row.fence, row.key) in recorded
+        case Completion():
+            return reached.get(row.fence) is row.status
+        case Park():
+            return False
 
 
 def _by_workflow(writes: Iterable[Write]) -> dict[UUID, list[Write]]:

@@ -98,9 +98,9 @@ def _naive(sessions: sessionmaker[Session], count: int) -> Figure:
 
 def _one_at_a_time(session: Session, count: int) -> None:
     for _ in range(count):
-        (claimed,) = queues.claim(
-            session, worker_id=uuid7(), token=uuid7(), queues=["default"], names=["in_threads"], limit=1
-        )
+        front = {"default": queues.FRONT}
+        batch = queues.claim(session, worker_id=uuid7(), token=uuid7(), after=front, names=["in_threads"], limit=1)
+        (claimed,) = batch.claimed
         session.commit()
         recorded = Checkpoint(claimed.fence, "increment", "increment", 1, StepStatus.SUCCEEDED, "1", None, 1, 1, 0.0)
         steps.record(session, recorded)

@@ -533,7 +533,7 @@ def test_a_worker_whose_lease_ran_out_goes_on_with_what_nobody_took_over(
 
 def _is_alive(engine: Engine, worker_id: UUID) -> bool:
     with Session(engine) as session:
-        return races.workers.alive(session, worker_id)
+        return races.is_alive(session, worker_id)
 
 
 def test_a_row_that_nobody_executes_under_a_live_lease_is_handed_back(

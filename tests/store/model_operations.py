@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Fence, NewWorkflow, Park, Verdict, queues, steps, workflows
+from tests.store import races
 from tests.store.model import LATER, Operation, Record, Recording, Row, View, changed, rows_of
 
 NAME = "checkout"
@@ -131,11 +132,11 @@ class Claim(OnWorkflows):
             session,
             worker_id=self.worker_id,
             token=self.token,
-            queues=list(self.listened),
+            after=dict.fromkeys(self.listened, queues.FRONT),
             names=[NAME],
             limit=self.limit,
         )
-        return [_claimed(each) for each in queues.with_histories(session, found)]
+        return [_claimed(each) for each in queues.with_histories(session, found.claimed)]
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ class RecordBatch(OnWorkflows):
         }
 
     def perform(self, session: Session) -> object:
-        return steps.record_unlocked(session, [each.checkpoint for each in self.writes])
+        return races.record(session, [each.checkpoint for each in self.writes])
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ class RecordedAmong(Operation):
         return {}
 
     def answer(self, before: View, taken: list[Hashable], after: View) -> object:
-        return {(each.fence.workflow_id, each.key) for each in self.writes if self._recorded(each, before)}
+        return {(each.fence, each.key) for each in self.writes if self._recorded(each, before)}
 
     def perform(self, session: Session) -> object:
         return steps.recorded_among(session, [each.checkpoint for each in self.writes])
@@ -321,7 +322,7 @@ class FinishUnlocked(Finish):
     waits: ClassVar[bool] = False
 
     def perform(self, session: Session) -> object:
-        return bool(workflows.finish_unlocked(session, [self.completion]))
+        return bool(races.end(session, [self.completion]))
 
 
 @dataclass(frozen=True)
@@ -334,7 +335,7 @@ class Parked(_Fenced):
         return changed(row, status=WorkflowStatus.SUSPENDED, token=None, worker=None, wake=LATER)
 
     def perform(self, session: Session) -> object:
-        return workflows.park_unlocked(session, [Park(self.fence, HOUR.total_seconds())])
+        return races.end(session, [Park(self.fence, HOUR.total_seconds())])
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
@@ -17,10 +17,12 @@ from uuid_utils.compat import uuid7
 from sqla_durable.models import Workflow
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store import Checkpoint, Claimed, Completion, Fence, NewWorkflow
+from sqla_durable.store import batches as batches
 from sqla_durable.store import crashes as crashes
 from sqla_durable.store import queues as queues
 from sqla_durable.store import workers as workers
 from sqla_durable.store import workflows as workflows
+from sqla_durable.store.look import look
 
 T = TypeVar("T")
 
@@ -126,8 +128,27 @@ def enqueue(session: Session, count: int = 1, **columns: Any) -> list[UUID]:
 
 def claim(session: Session, limit: int = 1, **options: Any) -> list[Claimed]:
     """Claim from the queue `default` what is named `checkout`."""
-    settings: dict[str, Any] = {"worker_id": WORKER, "token": uuid7(), "queues": ["default"], "names": ["checkout"]}
-    return queues.with_histories(session, queues.claim(session, limit=limit, **{**settings, **options}))
+    settings: dict[str, Any] = {"worker_id": WORKER, "token": uuid7(), "names": ["checkout"]}
+    listened = dict.fromkeys(options.pop("queues", ["default"]), queues.FRONT)
+    batch = queues.claim(session, limit=limit, **{"after": listened, **settings, **options})
+    return queues.with_histories(session, batch.claimed)
+
+
+def record(session: Session, checkpoints: Sequence[Checkpoint]) -> set[tuple[UUID, str]]:
+    """Record checkpoints as the writer does, and give workflow and key of those that were written."""
+    unwritten = batches.write(session, checkpoints).checkpoints
+    return {(each.fence.workflow_id, each.key) for each in checkpoints if (each.fence, each.key) not in unwritten}
+
+
+def end(session: Session, ends: Sequence[batches.End]) -> set[UUID]:
+    """Finish or park as the writer does, and give the workflows whose attempts have ended."""
+    unwritten = batches.write(session, ends=ends).ends
+    return {each.fence.workflow_id for each in ends if each.fence not in unwritten}
+
+
+def is_alive(session: Session, worker_id: UUID) -> bool:
+    """Tell whether a worker's lease is live."""
+    return look(session, worker_id=worker_id, queues=[], names=[]).alive
 
 
 def claimed_fences(engine: Engine, count: int = 1, *, worker_id: UUID = WORKER) -> list[Fence]:

@@ -18,7 +18,7 @@ from sqla_durable import cancel, resume
 from sqla_durable.errors import EncodingError
 from sqla_durable.models import Step, Workflow
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import Fence, Park, crashes, steps, workers, workflows
+from sqla_durable.store import Fence, Park, crashes, workers, workflows
 from sqla_durable.worker.database import ThreadDatabase
 from sqla_durable.worker.writer import Row, Writer
 from tests.store import races
@@ -46,9 +46,9 @@ class Crowd:
             before = now
 
     def _record(self, session: Session, fences: list[Fence], number: int) -> None:
-        written = steps.record_unlocked(session, [races.checkpoint(each, str(each.token)) for each in fences])
-        parked = workflows.park_unlocked(session, [Park(each, 3600) for each in fences[number % 3 :: 3]])
-        finished = workflows.finish_unlocked(session, [races.success(each) for each in fences[number::ROUNDS]])
+        written = races.record(session, [races.checkpoint(each, str(each.token)) for each in fences])
+        parked = races.end(session, [Park(each, 3600) for each in fences[number % 3 :: 3]])
+        finished = races.end(session, [races.success(each) for each in fences[number::ROUNDS]])
         session.commit()
         with self._lock:
             self.acknowledged |= written

@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from sqla_durable.retry import is_outage
-from sqla_durable.store import Fence, Park, crashes, steps, workflows
+from sqla_durable.store import Verdict, crashes, steps
 from tests.store import races
 
-WRITES: dict[str, Callable[[Session, Fence], Any]] = {
-    "record_last": lambda session, fence: steps.record_last(session, races.checkpoint(fence)),
-    "record_unlocked": lambda session, fence: steps.record_unlocked(session, [races.checkpoint(fence)]),
-    "finish_unlocked": lambda session, fence: workflows.finish_unlocked(session, [races.success(fence)]),
-    "release_unlocked": lambda session, fence: workflows.release_unlocked(session, [fence]) == [],
-    "park_unlocked": lambda session, fence: workflows.park_unlocked(session, [Park(fence, 60)]),
-    "reclaim": lambda session, _: crashes.reclaim(session, max_attempts=9, limit=9),
-    "abandon": lambda session, fence: crashes.abandon(session, fence, reason="broke", max_attempts=9),
-    "claim": lambda session, _: races.claim(session, 9),
-    "wake_due": lambda session, _: workflows.wake_due(session, limit=9),
-}
 
-
-@pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize(("own", "limit"), [("0", "5s"), ("1min", "5s"), ("1500ms", "1500ms")])
-def test_what_locks_rows_sets_the_limit_for_its_transaction_alone(
-    engine: Engine, write: str, own: str, limit: str
+def test_the_last_statement_of_a_step_sets_the_limit_for_its_transaction_alone(
+    engine: Engine, own: str, limit: str
 ) -> None:
-    fence = _ready_for(write, engine)
+    (fence,) = races.claimed_fences(engine)
     with Session(engine) as session:
         session.execute(text(f"SET idle_in_transaction_session_timeout = '{own}'"))
         session.commit()
-        assert WRITES[write](session, fence)
+        assert steps.record_last(session, races.checkpoint(fence)) is Verdict.RECORDED
         assert _limit(session) == limit
         session.commit()
         assert _limit(session) == own
@@ -67,16 +51,3 @@ def test_a_takeover_does_not_wait_for_a_transaction_whose_client_is_frozen(engin
 
 def _limit(session: Session) -> str:
     return str(session.execute(text("SHOW idle_in_transaction_session_timeout")).scalar_one())
-
-
-def _ready_for(write: str, engine: Engine) -> Fence:
-    (fence,) = races.claimed_fences(engine)
-    with Session(engine) as session:
-        if write == "reclaim":
-            races.expire_leases(engine)
-        if write == "claim":
-            races.enqueue(session)
-        if write == "wake_due":
-            workflows.park_unlocked(session, [Park(fence, 0)])
-            session.commit()
-    return fence

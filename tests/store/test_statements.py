@@ -10,10 +10,10 @@ from sqlalchemy import Executable
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.sql import ClauseElement
 
-from sqla_durable.store import crashes, management, queues, steps, workers, workflows
+from sqla_durable.store import batches, crashes, look, management, queues, steps, workers, workflows
 
-_MODULES = (crashes, management, queues, steps, workers, workflows)
-_BATCHES = {"_RECORD", "_RECORD_UNLOCKED", "_FINISH", "_FINISH_UNLOCKED", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
+_MODULES = (batches, crashes, look, management, queues, steps, workers, workflows)
+_BATCHES = {"_RECORD", "_WRITE", "_FINISH", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
 
 
 def _statements() -> Iterator[tuple[str, str]]:
@@ -28,7 +28,7 @@ everyone = pytest.mark.parametrize("sql", STATEMENTS.values(), ids=STATEMENTS)
 
 
 def test_the_statements_are_found() -> None:
-    assert {"queues._CLAIM", "steps._RECORD", "crashes._RECLAIM", "workflows._FINISH_UNLOCKED"} <= STATEMENTS.keys()
+    assert {"queues._CLAIM", "steps._RECORD", "crashes._RECLAIM", "batches._WRITE"} <= STATEMENTS.keys()
 
 
 @everyone
@@ -64,7 +64,7 @@ def test_a_statement_for_many_workflows_locks_them_in_the_order_of_their_ids(nam
     assert re.search(r"MATERIALIZED[\s\S]*ORDER BY durable\.workflow\.id[\s\S]*FOR NO KEY UPDATE OF", sql)
 
 
-@pytest.mark.parametrize("name", ["_RECORD_UNLOCKED", "_FINISH_UNLOCKED", "_RELEASE_UNLOCKED", "_RECLAIM"])
+@pytest.mark.parametrize("name", ["_WRITE", "_RELEASE_UNLOCKED", "_RECLAIM"])
 def test_a_statement_for_many_workflows_waits_for_nobody(name: str) -> None:
     sql = next(text for key, text in STATEMENTS.items() if key.endswith(f".{name}"))
     assert "SKIP LOCKED" in sql

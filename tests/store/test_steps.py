@@ -27,11 +27,11 @@ def test_another_token_and_another_status_lose(engine: Engine) -> None:
     with Session(engine) as session:
         stranger = Fence(fence.workflow_id, uuid7())
         assert steps.record(session, races.checkpoint(stranger)) is Verdict.LOST
-        assert steps.record_unlocked(session, [races.checkpoint(stranger)]) == set()
+        assert races.record(session, [races.checkpoint(stranger)]) == set()
         assert not workflows.finish(session, races.success(stranger))
         races.cancel(session, fence.workflow_id)
         assert steps.record(session, races.checkpoint(fence)) is Verdict.LOST
-        assert steps.record_unlocked(session, [races.checkpoint(fence)]) == set()
+        assert races.record(session, [races.checkpoint(fence)]) == set()
         assert not workflows.finish(session, races.success(fence))
         assert workflows.release(session, [fence]) == set()
         assert session.scalars(select(Step)).all() == []
@@ -43,8 +43,8 @@ def test_a_row_of_a_lost_attempt_does_not_slip_in_beside_one_of_the_owner(engine
     lost = Fence(fence.workflow_id, uuid7())
     with Session(engine) as session:
         batch = [races.checkpoint(lost, "old", output="2"), races.checkpoint(fence, "new")]
-        assert steps.record_unlocked(session, batch) == {(fence.workflow_id, "new")}
-        assert workflows.finish_unlocked(session, [races.success(lost, "2"), races.success(fence, "1")])
+        assert races.record(session, batch) == {(fence.workflow_id, "new")}
+        assert races.end(session, [races.success(lost, "2"), races.success(fence, "1")])
         session.commit()
         assert session.scalars(select(Step.key)).all() == ["new"]
         assert session.scalars(select(Workflow.output)).all() == [1]
@@ -119,8 +119,8 @@ def test_a_batch_passes_over_locked_rows_and_writes_the_others(engine: Engine) -
     fences = races.claimed_fences(engine, 3)
     with races.transaction(engine) as caller, Session(engine) as session:
         races.lock(caller.session, fences[1].workflow_id)
-        written = steps.record_unlocked(session, [races.checkpoint(each) for each in fences])
-        finished = workflows.finish_unlocked(session, [races.success(each) for each in fences])
+        written = races.record(session, [races.checkpoint(each) for each in fences])
+        finished = races.end(session, [races.success(each) for each in fences])
         session.commit()
     free = {fences[0].workflow_id, fences[2].workflow_id}
     assert written == {(each, "charge") for each in free}
@@ -131,8 +131,8 @@ def test_a_foreign_key_of_an_open_transaction_does_not_delay_a_batch(engine: Eng
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as caller, Session(engine) as session:
         races.lock(caller.session, fence.workflow_id, "KEY SHARE")
-        assert steps.record_unlocked(session, [races.checkpoint(fence)])
-        assert workflows.finish_unlocked(session, [races.success(fence)])
+        assert races.record(session, [races.checkpoint(fence)])
+        assert races.end(session, [races.success(fence)])
 
 
 def test_what_is_recorded_already_counts_for_the_attempt_that_owns_or_ended_the_workflow(engine: Engine) -> None:
@@ -142,9 +142,9 @@ def test_what_is_recorded_already_counts_for_the_attempt_that_owns_or_ended_the_
     with Session(engine) as session:
         assert steps.recorded_among(session, [mine]) == set()
         steps.record(session, mine)
-        assert steps.recorded_among(session, [mine]) == {(fence.workflow_id, "charge")}
+        assert steps.recorded_among(session, [mine]) == {(fence, "charge")}
         workflows.finish(session, races.success(fence))
-        assert steps.recorded_among(session, [mine]) == {(fence.workflow_id, "charge")}
+        assert steps.recorded_among(session, [mine]) == {(fence, "charge")}
         assert steps.recorded_among(session, [foreign]) == set()
 
 
@@ -160,8 +160,8 @@ def test_the_writer_a_bulk_cancel_and_reclaim_at_the_same_rows_never_deadlock(
     def write() -> None:
         for number in range(rounds):
             with session_factory() as session:
-                steps.record_unlocked(session, [races.checkpoint(each, f"step-{number}") for each in fences])
-                workflows.finish_unlocked(session, [races.success(each) for each in fences[number::rounds]])
+                races.record(session, [races.checkpoint(each, f"step-{number}") for each in fences])
+                races.end(session, [races.success(each) for each in fences[number::rounds]])
                 session.commit()
 
     def reclaim() -> None:

@@ -24,7 +24,7 @@ def reclaimed(session: Session, max_attempts: int = 10) -> list[UUID]:
 def test_a_heartbeat_begins_a_lease_and_extends_it(engine: Engine) -> None:
     worker_id = uuid7()
     with Session(engine) as session:
-        assert not workers.alive(session, worker_id)
+        assert not races.is_alive(session, worker_id)
         workers.beat(session, worker_id=worker_id, name="w", queues=["a"], lease=timedelta(seconds=5))
         session.commit()
         first = session.scalars(select(Worker)).one()
@@ -32,7 +32,7 @@ def test_a_heartbeat_begins_a_lease_and_extends_it(engine: Engine) -> None:
         workers.beat(session, worker_id=worker_id, name="w", queues=["a"], lease=timedelta(seconds=50))
         session.commit()
         session.refresh(first)
-        assert workers.alive(session, worker_id)
+        assert races.is_alive(session, worker_id)
         assert first.started_at == began
         assert first.lease_expires_at - expires >= timedelta(seconds=45)
         workers.leave(session, worker_id)

@@ -95,7 +95,7 @@ def test_only_the_owner_finishes_and_only_once(engine: Engine) -> None:
         assert not workflows.finish(session, races.success(Fence(fence.workflow_id, uuid7())))
         assert workflows.finish(session, races.success(fence))
         assert not workflows.finish(session, races.success(fence))
-        assert workflows.finished_by(session, [fence]) == {fence.workflow_id: WorkflowStatus.SUCCEEDED}
+        assert workflows.finished_by(session, [fence]) == {fence: WorkflowStatus.SUCCEEDED}
         assert workflows.finished_by(session, [Fence(fence.workflow_id, uuid7())]) == {}
 
 

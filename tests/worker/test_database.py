@@ -8,12 +8,12 @@ from collections.abc import AsyncGenerator, Generator
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, NullPool, create_engine, make_url, text
+from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.orm import Session
 
 from sqla_durable.retry import is_outage
+from sqla_durable.store.schema import is_read_committed
 from sqla_durable.worker.database import (
     Database,
     HeldLoopDatabase,
@@ -53,53 +53,80 @@ def deaf() -> Generator[str]:
         yield f"postgresql+psycopg://nobody@127.0.0.1:{listener.getsockname()[1]}/none?connect_timeout=3"
 
 
-def _backend(session: Session) -> int:
-    return races.pid_of(session)
+def _backend(connection: Connection) -> int:
+    return int(connection.execute(text("SELECT pg_backend_pid()")).scalar_one())
 
 
-def _slow(session: Session) -> None:
-    session.execute(text("SELECT pg_sleep(60)"))
+def _slow(connection: Connection) -> None:
+    connection.execute(text("SELECT pg_sleep(60)"))
 
 
-async def test_a_transaction_that_gets_no_answer_is_cut_off_and_the_next_one_is_on_another_connection(
+async def test_a_call_that_gets_no_answer_is_cut_off_and_the_next_one_is_on_another_connection(
     database: Database,
 ) -> None:
-    before = await database.transact(_backend)
+    before = await database.execute(_backend)
     with pytest.raises(DBAPIError) as lost:
-        await database.transact(_slow)
+        await database.execute(_slow)
     assert is_outage(lost.value)
-    assert await database.transact(_backend) != before
+    assert await database.execute(_backend) != before
     assert database.stuck == 0
 
 
-async def test_a_transaction_that_is_cancelled_is_waited_for_and_not_for_ever(
-    database: Database, engine: Engine
-) -> None:
-    waiting = asyncio.create_task(database.transact(_slow))
+async def test_a_call_that_is_cancelled_is_waited_for_and_not_for_ever(database: Database, engine: Engine) -> None:
+    waiting = asyncio.create_task(database.execute(_slow))
     await asyncio.to_thread(races.wait_until, lambda: _sleeping(engine), what="the statement")
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert await database.transact(_backend)
+    assert await database.execute(_backend)
 
 
 @pytest.mark.parametrize("kind", ["held thread", "held psycopg", "held asyncpg"])
 async def test_a_held_connection_is_the_same_for_every_transaction(kind: str, database_url: str) -> None:
     database, engine = _database(kind, database_url, poolclass=NullPool)
-    assert len({await database.transact(_backend) for _ in range(3)}) == 1
+    assert len({await database.execute(_backend) for _ in range(3)}) == 1
     await database.close()
     engine.dispose()
 
 
-async def test_an_error_of_a_statement_rolls_back_and_leaves_the_database_usable(database: Database) -> None:
-    def broken(session: Session) -> None:
-        session.execute(text("CREATE TABLE half_done (id int)"))
-        session.execute(text("SELECT 1 / 0"))
+async def test_each_statement_is_a_transaction_of_its_own_and_none_is_left_open(
+    database: Database, engine: Engine
+) -> None:
+    def write(connection: Connection) -> int:
+        connection.execute(text("CREATE TABLE first (id int)"))
+        with engine.connect() as other:
+            assert other.execute(text("SELECT to_regclass('first')")).scalar_one() is not None
+        state, pid = text("SELECT state FROM pg_stat_activity WHERE pid = :pid"), _backend(connection)
+        with engine.connect() as other:
+            assert other.execute(state, {"pid": pid}).scalar_one() == "idle"
+        return pid
 
+    assert await database.execute(write)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_where_statements_by_themselves_would_be_serializable_they_are_read_committed_transactions(
+    kind: str, database_url: str, engine: Engine
+) -> None:
+    with engine.connect() as connection, connection.begin():
+        name = connection.engine.url.database
+        connection.execute(text(f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'serializable'"))
+    by_itself, first = _database(kind, database_url, poolclass=NullPool)
+    assert not await by_itself.execute(is_read_committed)
+    await by_itself.close()
+    first.dispose()
+    database, own = _database(kind, database_url, poolclass=NullPool)
+    database.use_transactions()
+    level = text("SHOW transaction_isolation")
+    assert await database.execute(lambda connection: connection.execute(level).scalar_one()) == "read committed"
+    await database.close()
+    own.dispose()
+
+
+async def test_an_error_of_a_statement_leaves_the_database_usable(database: Database) -> None:
     with pytest.raises(DBAPIError, match="division by zero"):
-        await database.transact(broken)
-    found = await database.transact(lambda session: session.scalar(text("SELECT to_regclass('half_done')::text")))
-    assert found is None
+        await database.execute(lambda connection: connection.execute(text("SELECT 1 / 0")))
+    assert await database.execute(_backend)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,7 +136,7 @@ async def test_a_server_that_never_answers_a_connection_holds_nobody_up(kind: st
     database, engine = _database(kind, url, poolclass=NullPool)
     for _ in range(2):
         with pytest.raises((TimeoutError, DBAPIError)):
-            await asyncio.wait_for(database.transact(_backend), 30)
+            await asyncio.wait_for(database.execute(_backend), 30)
     assert database.stuck == (2 if "thread" in kind else 0)
     await database.close()
     engine.dispose()
@@ -118,14 +145,14 @@ async def test_a_server_that_never_answers_a_connection_holds_nobody_up(kind: st
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_connection_that_is_spoilt_is_not_used_again(kind: str, database_url: str) -> None:
     database, engine = _database(kind, database_url, **({} if "asyncpg" in kind else {"pool_size": 3}))
-    before = await database.transact(_backend)
+    before = await database.execute(_backend)
 
-    def read_only(session: Session) -> None:
-        session.execute(text("DO $$ BEGIN RAISE EXCEPTION 'standby' USING ERRCODE = '25006'; END $$"))
+    def read_only(connection: Connection) -> None:
+        connection.execute(text("DO $$ BEGIN RAISE EXCEPTION 'standby' USING ERRCODE = '25006'; END $$"))
 
     with pytest.raises(DBAPIError, match="standby"):
-        await database.transact(read_only)
-    assert await database.transact(_backend) != before
+        await database.execute(read_only)
+    assert await database.execute(_backend) != before
     await database.close()
     if "thread" in kind:
         engine.dispose()
@@ -138,9 +165,9 @@ async def test_prepared_statements_that_a_pooler_mixes_up_are_explained(
 ) -> None:
     refusals = iter([True, False])
 
-    def mixed_up(session: Session) -> int:
+    def mixed_up(connection: Connection) -> int:
         if next(refusals):
-            session.execute(text("DO $$ BEGIN RAISE EXCEPTION 'no _pg3_0' USING ERRCODE = '26000'; END $$"))
+            connection.execute(text("DO $$ BEGIN RAISE EXCEPTION 'no _pg3_0' USING ERRCODE = '26000'; END $$"))
         return 7
 
     assert await persistently(database, mixed_up, what="claim") == 7

@@ -1,0 +1,87 @@
+"""One look at what there is to do for a worker, so that an idle one costs a statement a poll.
+
+Nothing here is locked or changed, and nothing is promised: what has been seen is claimed, woken and taken back by the
+statements that do it, each of which looks for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Float, bindparam, cast, func, select, true
+from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store._rows import WORKER, WORKFLOW, Connectable, execute, status
+from sqla_durable.store.queues import FRONT, listened_queues, listening, pending_in
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What there is to do.
+
+    Attributes:
+        claimable: something waits in the queues.
+        due: the time of something suspended has come.
+        next_due_in: seconds until the next time comes after that; None if there is none.
+        abandoned: a worker is dead and has left something running.
+        alive: the lease of the worker that looks is live.
+    """
+
+    claimable: bool
+    due: bool
+    next_due_in: float | None
+    abandoned: bool
+    alive: bool
+
+
+def look(connectable: Connectable, *, worker_id: UUID, queues: Sequence[str], names: Sequence[str]) -> Seen:
+    """Look, in one statement that takes no lock. Without queues nothing is claimable."""
+    parameters = {"names": names, "looking_id": worker_id} | listening(dict.fromkeys(queues, FRONT))
+    row = execute(connectable, _LOOK, parameters).one()
+    next_due_in = None if row.next_due_in is None else float(row.next_due_in)
+    return Seen(row.claimable, row.due, next_due_in, row.abandoned, row.alive)
+
+
+def _claimable() -> ColumnElement[bool]:
+    listened = listened_queues()
+    # Lateral and limited: no plan can read all that waits in order to see whether something does.
+    first = select(WORKFLOW.c.id).where(pending_in(listened)).limit(1).lateral("first")
+    return select(first.c.id).select_from(listened.join(first, true())).exists()
+
+
+def _due() -> ColumnElement[bool]:
+    return select(WORKFLOW.c.id).where(_suspended(), WORKFLOW.c.wake_at <= func.statement_timestamp()).exists()
+
+
+def _next_due_in() -> Any:
+    later = select(func.min(WORKFLOW.c.wake_at)).where(_suspended(), WORKFLOW.c.wake_at > func.statement_timestamp())
+    return cast(func.extract("epoch", later.scalar_subquery() - func.statement_timestamp()), Float)
+
+
+def _suspended() -> ColumnElement[bool]:
+    return WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED)
+
+
+def _abandoned() -> ColumnElement[bool]:
+    left = select(WORKFLOW.c.id).where(
+        WORKFLOW.c.status == status(WorkflowStatus.RUNNING), WORKFLOW.c.worker_id == WORKER.c.id
+    )
+    return select(WORKER.c.id).where(WORKER.c.lease_expires_at <= func.statement_timestamp(), left.exists()).exists()
+
+
+def _alive() -> ColumnElement[bool]:
+    mine = WORKER.c.id == bindparam("looking_id", type_=PG_UUID())
+    return select(WORKER.c.id).where(mine, WORKER.c.lease_expires_at > func.statement_timestamp()).exists()
+
+
+_LOOK = select(
+    _claimable().label("claimable"),
+    _due().label("due"),
+    _next_due_in().label("next_due_in"),
+    _abandoned().label("abandoned"),
+    _alive().label("alive"),
+)

@@ -1,0 +1,173 @@
+"""Looks for what there is to do, once a poll interval: timers that are due, what the dead have left, what waits.
+
+Any worker does it for all queues, and any number of them at any time: each action takes its own rows. Whatever a hint
+would have told is found here too, so that a lost one costs a poll interval and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from uuid import UUID
+
+from sqlalchemy import Connection
+
+from sqla_durable.retry import LONGEST_BACKOFF
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store import crashes, workers, workflows
+from sqla_durable.store.look import Seen, look
+from sqla_durable.worker.claims import Claims
+from sqla_durable.worker.database import Database, persistently
+from sqla_durable.worker.heartbeat import Heartbeat
+
+log = logging.getLogger("sqla_durable.worker")
+
+_LIMIT = 1_000  # rows that one statement changes
+_SHORTEST_PAUSE = 0.01  # seconds between two looks, however many timers there are
+_WARN_EVERY = 60.0
+_FORGET_EVERY = 3_600.0
+
+
+class Maintenance:
+    """Wakes what is due, at its time; takes back what dead workers had; tells `Claims` when something waits."""
+
+    def __init__(
+        self,
+        database: Database,
+        claims: Claims,
+        heartbeat: Heartbeat,
+        *,
+        worker_id: UUID,
+        queues: Sequence[str],
+        names: Sequence[str],
+        poll_interval: timedelta,
+        max_attempts: int,
+    ) -> None:
+        self._database = database
+        self._claims = claims
+        self._heartbeat = heartbeat
+        self._worker_id = worker_id
+        self._queues = list(queues)
+        self._names = list(names)
+        self._interval = poll_interval.total_seconds()
+        self._max_attempts = max_attempts
+        self._patience = heartbeat.interval + LONGEST_BACKOFF
+        self._long_ago = max(1.5 * heartbeat.interval, 3 * self._interval)
+        self._patient_from = float("-inf")
+        self._looked_at = time.monotonic()
+        self._reclaimed_at = float("-inf")
+        self._forgotten_at = float("-inf")
+        self._warned_at = float("-inf")
+        self._hinted = asyncio.Event()
+
+    def hint(self) -> None:
+        """Tell that a timer may be due sooner than is known here."""
+        self._hinted.set()
+
+    async def run(self) -> None:
+        """Look again and again until cancelled."""
+        while True:
+            self._hinted.clear()
+            seen = await persistently(self._database, self._look, what="maintenance")
+            self._be_patient(time.monotonic())
+            await self._act(seen)
+            await self._wait(seen)
+
+    def _look(self, connection: Connection) -> Seen:
+        queues = [] if self._claims.busy else self._queues
+        return look(connection, worker_id=self._worker_id, queues=queues, names=self._names)
+
+    async def _act(self, seen: Seen) -> None:
+        if not seen.alive:
+            await self._heartbeat.renew()
+        reclaimed = await self._reclaim(seen)
+        woken = await self._wake() if seen.due else 0
+        if seen.claimable or reclaimed or woken:
+            self._claims.hint()
+        else:
+            await self._warn_of_unknown()
+        await self._forget_dead()
+
+    async def _wait(self, seen: Seen) -> None:
+        """Wait for the next poll, for the next timer if that is sooner, or for a hint."""
+        next_due_in = self._interval if seen.next_due_in is None else seen.next_due_in
+        await asyncio.sleep(_SHORTEST_PAUSE)
+        try:
+            async with asyncio.timeout(min(self._interval, next_due_in)):
+                await self._hinted.wait()
+        except TimeoutError:
+            pass
+
+    async def _wake(self) -> int:
+        """Wake what is due; of many, all."""
+        woken = count = await persistently(self._database, self._wake_some, what="maintenance")
+        while count == _LIMIT:
+            self._claims.hint()
+            count = await persistently(self._database, self._wake_some, what="maintenance")
+            woken += count
+        return woken
+
+    def _wake_some(self, connection: Connection) -> int:
+        return workflows.wake_due(connection, limit=_LIMIT)
+
+    async def _reclaim(self, seen: Seen) -> int:
+        """Take back what dead workers had; at every beat also what belongs to workers that nobody remembers."""
+        now = time.monotonic()
+        is_time = seen.abandoned or now - self._reclaimed_at >= self._heartbeat.interval
+        if not is_time or now < self._patient_from + self._patience:
+            return 0
+        self._reclaimed_at = now
+        reclaimed = await persistently(self._database, self._reclaim_some, what="maintenance")
+        _tell(reclaimed)
+        return len(reclaimed)
+
+    def _reclaim_some(self, connection: Connection) -> list[crashes.Reclaimed]:
+        return crashes.reclaim(
+            connection, max_attempts=self._max_attempts, limit=_LIMIT, names=self._names, queues=self._queues
+        )
+
+    def _be_patient(self, now: float) -> None:
+        """Give others time to come back before their work is taken over, where this worker has been away for long.
+
+        As in an outage: the leases of living ones have run out too. Half of the time at most is given, however often
+        that happens.
+        """
+        away = now - self._looked_at > self._long_ago
+        if away and now > self._patient_from + 2 * self._patience:
+            self._patient_from = now
+        self._looked_at = now
+
+    async def _forget_dead(self) -> None:
+        if time.monotonic() - self._forgotten_at >= _FORGET_EVERY:
+            self._forgotten_at = time.monotonic()
+            await persistently(self._database, workers.forget_dead, what="maintenance")
+
+    async def _warn_of_unknown(self) -> None:
+        if self._claims.busy or time.monotonic() - self._warned_at < _WARN_EVERY:
+            return
+        self._warned_at = time.monotonic()
+        unknown = await persistently(self._database, self._unknown, what="maintenance")
+        if unknown:
+            log.warning(
+                "workflows named %s wait in the queues %s and are not registered here; a worker that knows them "
+                "will claim them. Registered are %s.",
+                ", ".join(map(repr, unknown)),
+                ", ".join(map(repr, self._queues)),
+                ", ".join(map(repr, self._names)),
+            )
+
+    def _unknown(self, connection: Connection) -> list[str]:
+        return workflows.unknown_names(connection, queues=self._queues, names=self._names)
+
+
+def _tell(reclaimed: list[crashes.Reclaimed]) -> None:
+    if reclaimed:
+        log.warning("workflows reclaimed from dead workers: %d", len(reclaimed))
+    for each in reclaimed:
+        if each.status is WorkflowStatus.SUSPENDED:
+            log.warning("workflow %s %s lost several workers in a row: it waits", each.name, each.workflow_id)
+        if each.status is WorkflowStatus.FAILED:
+            log.error("workflow %s %s failed: too many of its workers died", each.name, each.workflow_id)
