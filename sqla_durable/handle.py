@@ -24,13 +24,16 @@ from sqla_durable.store import schema, workflows
 
 R = TypeVar("R", covariant=True)
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.25
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.25  # seconds
+_SHARE = 0.25
+"""A pause is this share of the time waited so far, so that an outcome is seen with little delay, soon or late."""
 
 
 class _BaseHandle(Generic[R]):
     def __init__(self, definition: WorkflowDefinition, engine: Engine, workflow_id: UUID) -> None:
         self._definition = definition
-        self._engine = engine
+        # A poll is one statement in a transaction of its own: one round trip.
+        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self.workflow_id = workflow_id
 
     def __repr__(self) -> str:
@@ -47,11 +50,9 @@ class _BaseHandle(Generic[R]):
         """Give the pauses between polls; end with the error when the time is up."""
         if timeout is not None:
             require_duration(timeout, "timeout")
-        deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
-        pause = _FIRST_PAUSE
-        while deadline is None or time.monotonic() < deadline:
-            yield pause
-            pause = min(pause * 1.5, _LONGEST_PAUSE)
+        began = time.monotonic()
+        while timeout is None or time.monotonic() < began + timeout.total_seconds():
+            yield max(_FIRST_PAUSE, min(_SHARE * (time.monotonic() - began), _LONGEST_PAUSE))
         raise ResultTimeoutError(
             f"workflow {self._definition.name!r} {self.workflow_id} has no outcome after {timeout}; it goes on. "
             "Is a worker running for its queue?",

@@ -29,6 +29,7 @@ from sqla_durable.retry import is_unreachable
 from sqla_durable.store import schema, workers
 from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS
 from sqla_durable.worker.attempts import Attempts
+from sqla_durable.worker.background import Background
 from sqla_durable.worker.claims import Claims
 from sqla_durable.worker.database import Database, Databases, open_databases
 from sqla_durable.worker.heartbeat import Heartbeat
@@ -110,7 +111,7 @@ class Worker:
         self._stop = threading.Event()
         self._stopping = asyncio.Event()
         self._started: Future[None] = Future()
-        self._background: _Background | None = None
+        self._background: Background | None = None
         self._task: asyncio.Task[None] | None = None
         settings.require_sessionmakers(durable, self.sessionmaker, self.async_sessionmaker)
         settings.require_codecs(durable)
@@ -159,7 +160,7 @@ class Worker:
             self._started.set_exception(error)
 
     def __enter__(self) -> Self:
-        self._background = _Background(self)
+        self._background = Background(self)
         self._background.start()
         self._started.result()
         return self
@@ -373,30 +374,3 @@ async def _ended(loops: list[asyncio.Task[None]]) -> None:
     for each in loops:
         each.cancel()
     await asyncio.wait(loops)
-
-
-class _Background:
-    """A worker in a thread of its own, with its own event loop."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="sqla-durable worker", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop, wait, and raise what ended the worker."""
-        self._worker.stop()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        try:
-            self._worker.run()
-        except BaseException as error:
-            log.debug("the worker in the background ended", exc_info=True)
-            self._error = error
-            self._worker.refuse_start(error)
