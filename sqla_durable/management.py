@@ -10,6 +10,7 @@ from sqlalchemy import Select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from sqla_durable import hints
 from sqla_durable.errors import ArgumentError, SessionError
 from sqla_durable.functions import id_of
 from sqla_durable.models import Workflow
@@ -91,7 +92,14 @@ def resume(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
         ArgumentError: something else is given than workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables.
     """
-    return _perform(session, workflows, management.resume)
+    return _perform(session, workflows, _resume)
+
+
+def _resume(session: Session, wanted: management.Wanted) -> list[UUID]:
+    resumed = management.resume(session, wanted)
+    if resumed:
+        hints.announce(session, hints.EVERYWHERE)
+    return resumed
 
 
 def _perform(

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
+from sqla_durable import hints
 from sqla_durable.checks import fault_in, require_duration
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
@@ -95,6 +96,13 @@ def bind(
 
 def start(session: Session, bound: BoundWorkflow) -> Workflow:
     """Add a workflow to the caller's transaction and give its record; see `WorkflowFunction.start`."""
+    workflow = add(session, bound)
+    hints.announce(session, _where(bound.new))
+    return workflow
+
+
+def add(session: Session, bound: BoundWorkflow) -> Workflow:
+    """Do the same without a hint to workers: for who executes the workflow here."""
     schema.require(session)
     if bound.new.key is None:
         return workflows.add(session, bound.new)
@@ -145,7 +153,14 @@ def _start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]:
     ids: dict[UUID, UUID] = {}
     while batch := list(islice(ordered, _BATCH)):
         ids |= zip((new.id for new in batch), workflows.insert_many(session, batch), strict=True)
+    for where in {_where(new) for new in given}:
+        hints.announce(session, where)
     return [ids[new.id] for new in given]
+
+
+def _where(new: NewWorkflow) -> str:
+    """Tell where workers are to look: one with a delay is on no queue yet, and is the next timer perhaps."""
+    return hints.EVERYWHERE if new.delay is not None or new.wake_at is not None else new.queue
 
 
 def _checked(bound: BoundWorkflow) -> BoundWorkflow:

@@ -35,7 +35,7 @@ from sqla_durable.operations.transaction import SavepointTransaction, StepTransa
 from sqla_durable.operations.workflow import Outcome, run_workflow
 from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.retry import TransientRetry, is_transient
-from sqla_durable.start import BoundWorkflow, start
+from sqla_durable.start import BoundWorkflow, add
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Claimed, crashes, queues, schema, workers, workflows
 
@@ -63,7 +63,7 @@ class Story:
         """Start or find the workflow, and bring it to its end."""
         if bound.new.delay is not None or bound.new.wake_at is not None:
             raise ArgumentError("an executor executes now: start a workflow with delay= or at= for a worker.")
-        return await self._bring_to_end(definition, lambda session: start(session, bound).id)
+        return await self._bring_to_end(definition, lambda session: add(session, bound).id)
 
     async def execute_existing(self, definition: WorkflowDefinition, workflow_id: UUID) -> Any:
         """Bring a workflow that is there already to its end."""

@@ -1,0 +1,81 @@
+"""The statements of hints: what a notification carries, and on which channel."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import pytest
+from sqlalchemy import Connection, Engine, create_engine, event, text
+
+from sqla_durable.store import hints
+from tests.support import notifications
+from tests.support.databases import translated
+from tests.support.notifications import Ear
+
+
+@pytest.fixture
+def url(database_url: str, server_url: str) -> str:
+    return notifications.direct(database_url, server_url)
+
+
+@pytest.fixture
+def ear(url: str, durable_schema: str) -> Generator[Ear]:
+    with notifications.ear(url, schema=durable_schema) as ear:
+        yield ear
+
+
+@pytest.fixture
+def connection(url: str, durable_schema: str) -> Generator[Connection]:
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with translated(engine, durable_schema).connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+def test_channel_is_named_after_the_schema() -> None:
+    engine = create_engine("postgresql+psycopg://")
+    assert hints.channel_on(engine) == "sqla_durable.durable"
+    assert hints.channel_on(translated(engine, "tenant_7")) == "sqla_durable.tenant_7"
+
+
+@pytest.mark.parametrize("schema", ["s" * 63, "a b", 'a"b', "50%", "a:b", "größe"])
+def test_long_and_unusual_schemas_have_channels_of_their_own(schema: str) -> None:
+    channels = {hints.channel(each) for each in (schema, f"{schema}2", f"{schema}3")}
+    assert len(channels) == 3
+    assert all(each.isascii() and len(each) <= 63 for each in channels)
+
+
+def test_payload_is_the_queue_unless_it_is_too_long() -> None:
+    assert hints.hint("c", "ü" * 3_999) == ("c", "ü" * 3_999)
+    assert hints.hint("c", "ü" * 4_000) == ("c", hints.EVERYWHERE)
+
+
+def test_longest_payload_is_accepted(connection: Connection, ear: Ear) -> None:
+    hints.notify(connection, [hints.hint(hints.channel_on(connection), "q" * 7_999)])
+    assert ear.hears() == ["q" * 7_999]
+
+
+@pytest.mark.parametrize("durable_schema", ["durable", "tenant_7"], indirect=True)
+def test_hints_are_one_statement_and_each_comes_once(connection: Connection, ear: Ear) -> None:
+    statements: list[str] = []
+
+    @event.listens_for(connection, "before_cursor_execute")
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    channel = hints.channel_on(connection)
+    hints.notify(connection, [(channel, "mail"), (channel, "default"), (channel, "mail"), ("another", "default")])
+    assert len(statements) == 1
+    assert ear.hears(2) == ["default", "mail"]
+    hints.notify(connection, [(channel, "last")])
+    assert ear.hears() == ["last"]
+
+
+def test_connection_listens_on_the_channel_of_its_schema(engine: Engine) -> None:
+    with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        channels = text("SELECT pg_listening_channels()")
+        hints.listen(connection)
+        hints.probe(connection)
+        assert connection.scalars(channels).all() == ["sqla_durable.durable"]
+        hints.unlisten(connection)
+        assert connection.scalars(channels).all() == []
