@@ -33,11 +33,12 @@ def worker(
         float, typer.Option(metavar="SECONDS", help="How long its workflows stay its own after a heartbeat.")
     ] = 30,
     poll_interval: Annotated[
-        float, typer.Option(metavar="SECONDS", help="How long it waits after it found less than it could take.")
-    ] = 0.5,
+        float, typer.Option(metavar="SECONDS", help="How long it waits between two looks for what to do.")
+    ] = 1,
     grace: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for steps being executed.")
     ] = 20,
+    listen: Annotated[bool, typer.Option(help="Listen for hints, or find things by polling alone.")] = True,
     max_attempts: Annotated[
         int, typer.Option(min=1, help="How many attempts in a row may lose their worker without recording a step.")
     ] = DEFAULT_MAX_ATTEMPTS,
@@ -67,6 +68,7 @@ def worker(
             lease=timedelta(seconds=lease),
             poll_interval=timedelta(seconds=poll_interval),
             grace=timedelta(seconds=grace),
+            listen=listen,
             max_attempts=max_attempts,
             name=name,
         )

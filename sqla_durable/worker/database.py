@@ -94,7 +94,7 @@ class Cut:
         with self._lock:
             self._abandoned = True
             if self._connection is not None:
-                _shut_down(self._connection)
+                shut_down(self._connection)
 
 
 class LoopDatabase:
@@ -335,7 +335,7 @@ def _ignore(task: asyncio.Future[Any]) -> None:
         task.exception()
 
 
-def _shut_down(connection: Any) -> None:
+def shut_down(connection: Any) -> None:
     """Shut a driver's connection down under whoever waits on it, in whatever thread."""
     with suppress(Exception):  # the driver may have closed it already, and says so in its own way
         if not hasattr(connection, "fileno"):

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
-from sqla_durable.store import Fence, workers, workflows
+from sqla_durable.store import Fence, hints, workers, workflows
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.database import Database, persistently
 
@@ -98,8 +98,8 @@ class Heartbeat:
         await self._release_unknown(await self._look(), known)
 
     async def end(self) -> None:
-        """End the lease: once nothing extends it any more."""
-        await persistently(self._database, partial(workers.leave, worker_id=self._worker_id), what="leave")
+        """End the lease, once nothing extends it any more, and let others look for what was handed back."""
+        await persistently(self._database, self._leave, what="leave")
 
     async def _compare(self) -> None:
         """Now and then, because the server may carry out a claim long after its connection was lost."""
@@ -123,6 +123,10 @@ class Heartbeat:
             log.warning("%d workflows are claimed by this worker and not executed; they are handed back", len(strays))
             release = partial(workflows.release_unlocked, fences=strays)
             await persistently(self._database, release, what="release")
+
+    def _leave(self, connection: Connection) -> None:
+        workers.leave(connection, self._worker_id)
+        hints.notify(connection, [hints.hint(hints.channel_on(connection), hints.EVERYWHERE)])
 
     def _begun(self, began: float) -> None:
         self._valid_until = began + self._lease.total_seconds()

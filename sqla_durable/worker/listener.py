@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -22,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from sqla_durable.retry import LONGEST_BACKOFF, ObstacleRetry
 from sqla_durable.store import hints
-from sqla_durable.worker.database import in_short
+from sqla_durable.worker.database import in_short, shut_down
 
 log = logging.getLogger("sqla_durable.worker")
 
@@ -164,7 +162,7 @@ class _Line:
         with self._lock:
             self._ended = True
             if self._raw is not None:
-                _shut_down(self._raw)
+                shut_down(self._raw)
 
     def _extend(self) -> None:
         self._silent_until = self._loop.time() + self.check + self._limit
@@ -280,16 +278,6 @@ def _taken_out(connection: Connection) -> Any:
     raw = connection.connection.driver_connection
     connection.detach()
     return raw
-
-
-def _shut_down(raw: Any) -> None:
-    """Shut a driver's connection down under whoever waits on it, in whatever thread."""
-    with suppress(Exception):  # the driver may have closed it already, and says so in its own way
-        if not hasattr(raw, "fileno"):
-            raw.terminate()  # asyncpg
-            return
-        with socket.socket(fileno=os.dup(raw.fileno())) as end:
-            end.shutdown(socket.SHUT_RDWR)
 
 
 async def _is_set(event: asyncio.Event, *, within: float) -> bool:

@@ -15,7 +15,7 @@ from sqla_durable.errors import SessionError
 from sqla_durable.registry import SessionKind
 from sqla_durable.store import schema
 
-_OWN_CONNECTIONS = 5  # the writer, the heartbeat and the listener hold one each; claims, maintenance
+_OWN_CONNECTIONS = 5  # the writer and the heartbeat hold one each; claims, maintenance, what is handed back
 _ENOUGH_TO_HOLD_SOME = 8
 _SHORTEST_LIMIT = 5.0
 

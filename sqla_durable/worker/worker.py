@@ -28,11 +28,13 @@ from sqla_durable.operations.transaction import require_transaction
 from sqla_durable.retry import is_unreachable
 from sqla_durable.store import schema, workers
 from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS
+from sqla_durable.store.hints import EVERYWHERE
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.background import Background
 from sqla_durable.worker.claims import Claims
 from sqla_durable.worker.database import Database, Databases, open_databases
-from sqla_durable.worker.heartbeat import Heartbeat
+from sqla_durable.worker.heartbeat import BEATS, Heartbeat
+from sqla_durable.worker.listener import Listener
 from sqla_durable.worker.maintenance import Maintenance
 from sqla_durable.worker.runtimes import Surroundings
 from sqla_durable.worker.writer import Writer
@@ -67,6 +69,8 @@ class Worker:
         lease: how long its workflows stay its own after its last heartbeat; it beats three times in a lease.
         poll_interval: how long it waits between two looks for what to do, where no hint comes sooner.
         grace: how long a stop waits for steps that are being executed before it hands their workflows back.
+        listen: whether it listens for hints, on a connection beside the pool; without, it finds things a poll later.
+            Turn it off behind a pooler in transaction mode, where no hint arrives.
         max_attempts: how many attempts in a row may lose their worker without recording a step before the workflow
             fails.
         name: what the worker table shows; by default host and process id.
@@ -89,6 +93,7 @@ class Worker:
         lease: timedelta = timedelta(seconds=30),
         poll_interval: timedelta = timedelta(seconds=1),
         grace: timedelta = timedelta(seconds=20),
+        listen: bool = True,
         max_attempts: int = DEFAULT_MAX_ATTEMPTS,
         name: str | None = None,
     ) -> None:
@@ -104,6 +109,7 @@ class Worker:
         self.lease = settings.positive(lease, "lease")
         self.poll_interval = settings.positive(poll_interval, "poll_interval")
         self.grace = grace
+        self.listen = listen
         self.max_attempts = settings.at_least(max_attempts, 1, "max_attempts")
         self.name = name
         self.left_behind = 0
@@ -219,6 +225,7 @@ class Worker:
         loops = [
             asyncio.create_task(claims.run(), name="claims"),
             asyncio.create_task(maintenance.run(), name="maintenance"),
+            asyncio.create_task(self._listen(claims, maintenance), name="listener"),
             asyncio.create_task(heartbeat.run(), name="heartbeat"),
             asyncio.create_task(writer.run(), name="writer"),
         ]
@@ -228,7 +235,7 @@ class Worker:
         try:
             await asyncio.wait([*loops, stopping], return_when=asyncio.FIRST_COMPLETED)
             surroundings.stopping.set()
-            await _ended(loops[:2])
+            await _ended(loops[:3])
             handed_back = await self._leaving(self._hand_back(attempts, heartbeat), seconds=self._grace + _LAST_GRACE)
         finally:
             self.left_behind = attempts.cancel() + sum(each.stuck for each in databases.all)
@@ -348,6 +355,21 @@ class Worker:
             poll_interval=self.poll_interval,
             max_attempts=self.max_attempts,
         )
+
+    async def _listen(self, claims: Claims, maintenance: Maintenance) -> None:
+        """Hand hints on: to the claims for a queue, to the maintenance for everything else, timers too."""
+
+        def on_hint(queue: str) -> None:
+            if queue in self.queues:
+                claims.hint()
+            elif queue == EVERYWHERE:
+                maintenance.hint()
+
+        engine = settings.engine_of(self.sessionmaker, self.async_sessionmaker)
+        if self.listen:
+            await Listener(engine, on_hint, check=self.lease / BEATS).run()
+        else:
+            await asyncio.Event().wait()
 
     def _surroundings(self, writer: Writer, threads: ThreadPoolExecutor) -> Surroundings:
         engines = [schema.engine_of(each().sync_session) for each in [self.async_sessionmaker] if each is not None]

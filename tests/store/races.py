@@ -129,8 +129,8 @@ def enqueue(session: Session, count: int = 1, **columns: Any) -> list[UUID]:
 def claim(session: Session, limit: int = 1, **options: Any) -> list[Claimed]:
     """Claim from the queue `default` what is named `checkout`."""
     settings: dict[str, Any] = {"worker_id": WORKER, "token": uuid7(), "names": ["checkout"]}
-    listened = dict.fromkeys(options.pop("queues", ["default"]), queues.FRONT)
-    batch = queues.claim(session, limit=limit, **{"after": listened, **settings, **options})
+    settings["after"] = dict.fromkeys(options.pop("queues", ["default"]), queues.FRONT)
+    batch = queues.claim(session, limit=limit, **{**settings, **options})
     return queues.with_histories(session, batch.claimed)
 
 
