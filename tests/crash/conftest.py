@@ -12,12 +12,26 @@ from tests.support import postgres
 from tests.support.clusters import Cluster, Clusters, clusters
 
 
-@pytest.fixture
-def made(request: pytest.FixtureRequest) -> Generator[Clusters]:
-    """Makes servers of the version that `--pg` asks for."""
+@pytest.fixture(scope="session")
+def binaries(request: pytest.FixtureRequest) -> Path | None:
+    """The programs of the version that `--pg` asks for; None means those of the wheel."""
     version: str | None = request.config.getoption("--pg")
-    binaries = None if version in (None, "18") else postgres.debian_binaries(version)
+    return None if version in (None, "18") else postgres.debian_binaries(version)
+
+
+@pytest.fixture(scope="session")
+def pristine(binaries: Path | None) -> Generator[Cluster]:
+    """A server with our tables and the domain's that is stopped, to be copied."""
     with clusters(binaries) as made:
+        cluster = made.primary()
+        cluster.stop("fast")
+        yield cluster
+
+
+@pytest.fixture
+def made(binaries: Path | None, pristine: Cluster) -> Generator[Clusters]:
+    """Makes servers, copies of `pristine`."""
+    with clusters(binaries, pristine=pristine) as made:
         yield made
 
 

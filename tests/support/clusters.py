@@ -68,6 +68,13 @@ class Cluster:
             migrate(connection, models.SCHEMA)
             domain.Base.metadata.create_all(connection)
 
+    def copy(self, other: Cluster) -> None:
+        """Make its data directory as another one's that is stopped, and start it: a tenth of the time of `create`."""
+        done = _programs.execute(Path("/bin/cp"), "-a", str(other._data), str(self._data), user=self._user)
+        assert done.returncode == 0, done.stdout
+        self._configure()
+        self.start()
+
     def follow(self, primary: Cluster) -> None:
         """Make it a standby of a running primary, by pg_basebackup."""
         source = f"host={_HOST} port={primary.port} user=postgres application_name={self.name}"
@@ -123,15 +130,19 @@ class Cluster:
 class Clusters:
     """Makes the clusters of one test, and does away with them."""
 
-    def __init__(self, root: Path, *, binaries: Path | None = None) -> None:
+    def __init__(self, root: Path, *, binaries: Path | None = None, pristine: Cluster | None = None) -> None:
         self._root = root
         self._binaries = binaries
+        self._pristine = pristine
         self._made: list[Cluster] = []
 
     def primary(self) -> Cluster:
         """Make a server with our tables in it."""
         made = self._new("primary")
-        made.create()
+        if self._pristine is None:
+            made.create()
+        else:
+            made.copy(self._pristine)
         return made
 
     def standby_of(self, primary: Cluster) -> Cluster:
@@ -152,14 +163,18 @@ class Clusters:
 
 
 @contextmanager
-def clusters(binaries: Path | None = None) -> Generator[Clusters]:
-    """Give the maker of a test's clusters; the directory is one that the server's user, who is not root, may enter."""
+def clusters(binaries: Path | None = None, *, pristine: Cluster | None = None) -> Generator[Clusters]:
+    """Give the maker of a test's clusters; the directory is one that the server's user, who is not root, may enter.
+
+    Args:
+        pristine: a cluster that is stopped, whose copies they are; None means that each is made anew.
+    """
     root = Path(tempfile.mkdtemp(prefix="sqla-durable-cluster-")).resolve()
     user = _programs.server_user(root / "nothing")
     root.chmod(0o755)
     if user is not None:
         os.chown(root, user.pw_uid, user.pw_gid)
-    made = Clusters(root, binaries=binaries)
+    made = Clusters(root, binaries=binaries, pristine=pristine)
     try:
         yield made
     finally:
