@@ -83,6 +83,7 @@ class Leased:
 
 Record = Row | Leased
 View = Mapping[Hashable, Record]
+Recorded = Mapping[tuple[UUID, str], Recording]
 
 
 class WouldBlock(Exception):
@@ -182,18 +183,22 @@ def live(view: View, worker_id: UUID | None) -> bool:
     return isinstance(found, Leased) and found.lease is Lease.LIVE
 
 
-def compare(model: Model, session: Session) -> None:
-    """Prove that the committed tables are the model's: every column, every checkpoint, and the order of the queues."""
+def compare(model: Model, session: Session) -> Recorded:
+    """Prove that the committed tables are the model's: every column, every checkpoint, and the order of the queues.
+
+    Returns:
+        The checkpoints of the tables.
+    """
     records = list(session.scalars(select(Workflow).order_by(Workflow.id).execution_options(populate_existing=True)))
     assert [_shown(each) for each in records] == [_expected(each, model.now) for each in model.rows]
-    steps = {(each.workflow_id, each.key): each for each in session.scalars(select(Step))}
-    recorded = {(row.id, key): each for row in model.rows for key, each in row.steps.items()}
-    assert {name: _recording(each) for name, each in steps.items()} == recorded
+    steps = {(each.workflow_id, each.key): _recording(each) for each in session.scalars(select(Step))}
+    assert steps == {(row.id, key): each for row in model.rows for key, each in row.steps.items()}
     pending = sorted((each for each in records if each.status is WorkflowStatus.PENDING), key=_place)
     expected = sorted((each for each in model.rows if each.status is WorkflowStatus.PENDING), key=lambda row: row.place)
     assert [each.id for each in pending] == [each.id for each in expected]
     leases = {each for each in model.committed.values() if isinstance(each, Leased)}
     assert set(session.scalars(select(Worker.id))) == {each.id for each in leases}
+    return steps
 
 
 def _expected(row: Row, now: int) -> dict[str, Any]:
