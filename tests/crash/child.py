@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -18,12 +17,10 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqla_durable import Executor, Worker
 from sqla_durable.testing.points import CrashPoint, Fuse
 from tests.crash import application
+from tests.crash.processes import forked
 
 LEASE = timedelta(seconds=0.6)
 POLL = timedelta(seconds=0.02)
-
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.crash.child"])
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ def executor(url: str, plan: Plan, key: str) -> Generator[BaseProcess]:
 
 
 def _process(target: Any, *args: Any) -> Generator[BaseProcess]:
-    process = _processes.Process(target=target, args=args, daemon=True)
+    process = forked.Process(target=target, args=args, daemon=True)
     process.start()
     try:
         yield process

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Worker, current
 from tests.crash.application import die
+from tests.crash.processes import forked
 from tests.support.domain import Entry
 
 LEASE = timedelta(seconds=0.6)
@@ -23,7 +23,6 @@ POLL = timedelta(seconds=0.02)
 STAGES = 6
 
 durable = Durable()
-_processes = multiprocessing.get_context("forkserver")
 
 
 @durable.step
@@ -97,7 +96,7 @@ class Supervisor(threading.Thread):
         self._process.close()
 
     def _launched(self) -> BaseProcess:
-        process = _processes.Process(target=_work, args=self._arguments, daemon=True)
+        process = forked.Process(target=_work, args=self._arguments, daemon=True)
         process.start()
         return process
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Generator
@@ -27,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Worker, Workflow
+from tests.crash.processes import forked
 from tests.store import races
 from tests.support.domain import Entry
 
@@ -135,9 +135,6 @@ FORMS: dict[Kind, tuple[str, ...]] = {"sync": ("sync",), "psycopg": ("sync", "as
 
 # Processes
 
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.crash.survivors"])
-
 
 @contextmanager
 def worker(kind: Kind, url: str, **options: Any) -> Generator[BaseProcess]:
@@ -156,7 +153,7 @@ def client(url: str, forms: tuple[str, ...]) -> Generator[BaseProcess]:
 @contextmanager
 def _process(target: Callable[..., None], *args: Any) -> Generator[BaseProcess]:
     world = {name: os.environ[name] for name in ("OUTSIDE_URL", "GATE")}
-    process = _processes.Process(target=_enter, args=(world, target, args), daemon=True)
+    process = forked.Process(target=_enter, args=(world, target, args), daemon=True)
     process.start()
     try:
         yield process
