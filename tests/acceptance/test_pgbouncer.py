@@ -70,7 +70,7 @@ def _outcomes(
     if driver == "psycopg":
         engine = create_engine(url, connect_args=connect_args)
         with Worker(durable, sessionmaker=sessionmaker(engine), poll_interval=POLL):
-            races.wait_until(decided, what="the end of all", seconds=30)
+            races.wait_until(decided, what="the end of all", seconds=60)
         engine.dispose()
     else:
         asyncio.run(_work_on_loop(url, connect_args, decided))
@@ -83,5 +83,5 @@ def _outcomes(
 async def _work_on_loop(url: Any, connect_args: dict[str, Any], decided: Any) -> None:
     engine = create_async_engine(url, connect_args=connect_args)
     async with Worker(asynchronous, async_sessionmaker=async_sessionmaker(engine), poll_interval=POLL):
-        await asyncio.to_thread(races.wait_until, decided, what="the end of all", seconds=30)
+        await asyncio.to_thread(races.wait_until, decided, what="the end of all", seconds=60)
     await engine.dispose()

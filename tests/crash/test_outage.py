@@ -20,7 +20,7 @@ from tests.support.clusters import Cluster, StopMode
 
 SHORT: dict[str, Any] = {"lease": timedelta(seconds=2), "poll_interval": timedelta(seconds=0.05), "concurrency": 20}
 DEFAULTS: dict[str, Any] = {}
-SOON = 40.0
+SOON = 60.0
 """How many seconds after the server's return the tests are content with; measured were 0.2 to 8."""
 
 

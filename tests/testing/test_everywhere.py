@@ -274,10 +274,12 @@ def test_the_death_of_the_test_is_that_of_its_workers(
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import os\n"
+        "import os, signal\n"
         "from sqla_durable.testing import crash_everywhere\n"
         "from tests.testing import application\n"
         "if __name__ == '__main__':\n"
+        # What a shell starts in the background ignores it, and so does all that this starts.
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "    start = lambda session: application.stuck.start(session, 'a')\n"
         "    url = os.environ['CRASH_URL']\n"
         "    crash_everywhere(application.make_worker, url, start=start, end_state=lambda *_: 0)\n"
