@@ -110,7 +110,7 @@ class Databases:
 
     def _copy_of(self, template: Template) -> str:
         name = self._new_name()
-        # The files are copied as they are: a quarter of the time that writing every page to the log takes.
+        # The files are copied as they are, and not every page written to the log as well.
         self._execute("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy", name, template.name)
         return name
 
