@@ -14,6 +14,7 @@ import psycopg
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from psycopg import sql
+from pytest_postgresql.janitor import DatabaseJanitor
 from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url
 
 from sqla_durable import migrations, models
@@ -56,12 +57,15 @@ class Databases:
     @contextmanager
     def empty(self) -> Generator[str]:
         """Make an empty database for a while; gives its URL."""
-        name = self._new_name()
-        self._execute("CREATE DATABASE {}", name)
-        try:
-            yield self._url(name)
-        finally:
-            self._drop(name)
+        janitor = DatabaseJanitor(
+            user=self._server.username or "postgres",
+            password=self._server.password,
+            host=str(self._server.query.get("host", self._server.host or "")),
+            port=self._server.port or 5432,
+            dbname=self._new_name(),
+        )
+        with janitor:
+            yield self._url(janitor.dbname)
 
     @contextmanager
     def migrated(self, schema: str, *, used: bool = True) -> Generator[str]:
