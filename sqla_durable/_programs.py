@@ -40,6 +40,15 @@ def find(data: Path, *, user: pwd.struct_passwd | None, copies: Path) -> Path:
     return install / "bin"
 
 
+def newest() -> Path:
+    """Give the directory of the wheel's newest programs.
+
+    Raises:
+        UsageError: the wheel is not installed.
+    """
+    return _installed(None) / "bin"
+
+
 def server_user(data: Path) -> pwd.struct_passwd | None:
     """Give the user to run the server as, or None for the present one, who is not root.
 

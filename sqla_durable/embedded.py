@@ -68,6 +68,18 @@ def server(
     return EmbeddedServer(directory, settings=settings, binaries=binaries).start()
 
 
+def program(name: str) -> Path:
+    """Give the path of one of the wheel's programs, such as `pgbench`, for a server that is elsewhere.
+
+    Raises:
+        UsageError: the wheel is not installed, or has no such program.
+    """
+    path = _programs.newest() / name
+    if not path.exists():
+        raise UsageError(f"the embedded PostgreSQL has no program {name!r}: {path} does not exist.")
+    return path
+
+
 class EmbeddedServer:
     """A PostgreSQL server on a Unix socket; made by `server`, which has the example.
 

@@ -17,7 +17,7 @@ ROOT = Path(sqla_durable.__file__).parent
 FLOORS = (
     {"__init__", "__main__"},
     {"cli", "testing"},
-    {"torture"},
+    {"torture", "bench"},
     {"embedded"},
     {"worker"},
     {"executor"},
@@ -102,7 +102,9 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 def test_only_the_store_makes_statements(module: str) -> None:
     makers = {"select", "insert", "update", "delete", "text"}
     # The torture has tables of its own, and checks ours by SQL of its own: the store's statements are what it tests.
-    allowed = {"models": {"text"}, "migrations": {"text"}, "torture": {"text", "update"}}.get(_unit(module), set[str]())
+    # The bench measures them: it asks by SQL of its own, and does the same the naive way.
+    tools = {"torture": {"text", "update"}, "bench": {"text", "select"}}
+    allowed = {"models": {"text"}, "migrations": {"text"}, **tools}.get(_unit(module), set[str]())
     imported = {name.rpartition(".")[2] for name in _imported(module) if name.startswith("sqlalchemy.")} & makers
     assert imported - allowed == set()
 

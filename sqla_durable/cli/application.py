@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from sqla_durable.cli.bench import bench
 from sqla_durable.cli.errors import CommandError
 from sqla_durable.cli.torture import torture
 from sqla_durable.cli.worker import worker
@@ -68,3 +69,4 @@ def _reason(error: SQLAlchemyError) -> str:
 
 app.command("worker")(worker)
 app.command("torture")(torture)
+app.command("bench")(bench)

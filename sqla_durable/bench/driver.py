@@ -1,0 +1,68 @@
+"""The whole of it: a server, a schema on it, one workload after another, and the schema dropped again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from sqla_durable import embedded
+from sqla_durable.bench.figures import Figure, Machine
+from sqla_durable.bench.floors import Floors, pgbench
+from sqla_durable.bench.measuring import Bench, Status
+from sqla_durable.bench.place import place
+from sqla_durable.bench.plan import Plan
+from sqla_durable.bench.workloads import WORKLOADS
+
+_EMBEDDED = {"fsync": "on", "synchronous_commit": "on", "max_connections": "200", "timezone": "UTC"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What was measured, of what plan, and where."""
+
+    machine: Machine
+    plan: Plan
+    figures: tuple[Figure, ...]
+
+
+def bench(
+    workloads: Sequence[str] = tuple(WORKLOADS),
+    *,
+    plan: Plan,
+    url: str | None = None,
+    tell: Callable[[Status], None] = lambda status: None,
+    note: Callable[[Figure], None] = lambda figure: None,
+) -> Outcome:
+    """Measure workloads, and leave nothing behind on the server.
+
+    Args:
+        workloads: their names, measured in the order of `WORKLOADS`.
+        plan: how much of them.
+        url: the database; None starts the embedded server for a while, with `fsync` and `synchronous_commit` on.
+        tell: is told often how far it is.
+        note: is given each figure when it is known.
+
+    Raises:
+        BenchError: the schema is not the bench's own, a worker ended, a workflow failed, or nothing was finished.
+        UsageError: there is no URL, and the embedded server is not installed.
+    """
+    figures: list[Figure] = []
+    with _server(url) as found, place(found, plan.schema) as prepared:
+        floors = Floors(prepared, transactions=plan.floor, program=pgbench())
+        measuring = Bench(prepared, plan, floors, tell)
+        for name in (each for each in WORKLOADS if each in workloads):
+            measuring.workload = name
+            for figure in WORKLOADS[name](measuring):
+                figures.append(figure)
+                note(figure)
+        return Outcome(machine=measuring.meter.machine(), plan=plan, figures=tuple(figures))
+
+
+@contextmanager
+def _server(url: str | None) -> Generator[str]:
+    if url is not None:
+        yield url
+        return
+    with embedded.server(settings=_EMBEDDED) as server:
+        yield server.url

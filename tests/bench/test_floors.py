@@ -1,0 +1,53 @@
+"""The floors: pgbench carries out the work whose shape each of them has."""
+
+from __future__ import annotations
+
+import pytest
+
+from sqla_durable.bench import shapes
+from sqla_durable.bench.errors import BenchError
+from sqla_durable.bench.floors import Floors, pgbench
+from sqla_durable.bench.place import Place
+from sqla_durable.bench.shapes import Shape
+
+pytestmark = pytest.mark.skipif(pgbench() is None, reason="there is no pgbench here")
+
+
+def counted(place: Place, table: str, condition: str = "true") -> int:
+    return int(place.ask(f"SELECT count(*) FROM {{schema}}.{table} WHERE {condition}")[0][0])
+
+
+def test_one_step_is_claimed_checkpointed_and_finished(ground: Place, floors: Floors) -> None:
+    (floor,) = floors.measure(shapes.one_step(batch=1, clients=4))
+    assert floor.what == "SQL, 2 commits, 4 clients"
+    assert (floor.value or 0) > 0
+    assert counted(ground, "step") == counted(ground, "workflow", "status = 'succeeded'") == 64
+    assert counted(ground, "workflow", "status = 'running'") == 0
+
+
+def test_batches_carry_out_all_of_their_workflows(ground: Place, floors: Floors) -> None:
+    floors.measure(shapes.one_step(batch=5, clients=2))
+    assert counted(ground, "step") == counted(ground, "workflow", "status = 'succeeded'") == 2 * 3 * 5
+
+
+def test_three_entries_have_three_checkpoints(ground: Place, floors: Floors) -> None:
+    floors.measure(shapes.three_entries(clients=4))
+    assert counted(ground, "workflow", "status = 'succeeded'") == 32
+    assert counted(ground, "step") == counted(ground, "bench_entry") == 3 * 32
+
+
+@pytest.mark.parametrize(("clients", "steps"), [(1, 16), (4, 64)])
+def test_checkpoints_are_a_commit_each(ground: Place, floors: Floors, clients: int, steps: int) -> None:
+    floors.measure(shapes.checkpoint(clients=clients))
+    assert counted(ground, "step") == steps
+    assert len(ground.ask("SELECT DISTINCT xmin FROM {schema}.step")) == steps
+
+
+def test_bulk_inserts_pending_workflows(ground: Place, floors: Floors) -> None:
+    floors.measure(shapes.bulk(rows=100))
+    assert counted(ground, "workflow", "status = 'pending' AND input ? 'number'") == 100
+
+
+def test_failure_of_pgbench_is_told_in_its_words(floors: Floors) -> None:
+    with pytest.raises(BenchError, match=r"(?s)pgbench failed.*no_such_table"):
+        floors.measure(Shape(what="wrong", clients=1, script="SELECT * FROM no_such_table;"))

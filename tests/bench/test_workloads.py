@@ -1,0 +1,115 @@
+"""Each workload in tiny numbers, with a worker process, to its figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from sqlalchemy import event
+
+from sqla_durable.bench import application
+from sqla_durable.bench.errors import BenchError
+from sqla_durable.bench.figures import Figure
+from sqla_durable.bench.floors import MISSING
+from sqla_durable.bench.measuring import Bench, Status
+from sqla_durable.bench.naive import NAIVE
+from sqla_durable.bench.workloads import WORKLOADS
+from tests.bench.conftest import TINY
+
+STEPS = [("one plain step, async def", "workflows/s"), ("one plain step, def", "workflows/s")]
+EXPECTED = {
+    "sequential": [("1 workflow at a time", "steps/s"), ("20 workflows at a time", "steps/s")],
+    "transactional": [("three steps with an insert each", "workflows/s"), ("one step, one connection", "us")],
+    "depth": [("30 finished, 25 pending before", "workflows/s")],
+    "horizon": [
+        ("20 beside an open transaction", "workflows/s"),
+        ("in the last quarter of the time", "workflows/s"),
+    ],
+    "sleep": [("20 due at once", "s")],
+    "bulk": [("start_many of 20", "workflows/s")],
+}
+
+
+def measured(bench: Bench, name: str) -> list[Figure]:
+    bench.workload = name
+    return list(WORKLOADS[name](bench))
+
+
+def test_steps_are_measured_beside_the_naive_way_with_their_costs(bench: Bench, told: list[Status]) -> None:
+    figures = measured(bench, "steps")
+    assert [(each.what, each.unit) for each in figures] == STEPS
+    for figure in figures:
+        missing, naive = figure.beside
+        assert (missing.what, figure.ratio(missing)) == (MISSING, None)
+        assert naive.what == NAIVE
+        assert (figure.ratio(naive) or 0) > 0
+        costs = figure.costs
+        assert costs is not None
+        assert 0 < costs.commits < 3
+        assert costs.wal_bytes > 100
+        assert costs.worker_ms > 0
+        assert 20 < costs.worker_peak_mb < 1_000
+        assert costs.server_ms is None or costs.server_ms >= 0
+    assert bench.plain().rate == figures[0].value  # measured once
+    progress = [each.done for each in told if each.doing == "one step each, def"]
+    assert {each.workload for each in told} == {"steps"}
+    assert progress == sorted(progress)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_workload_gives_its_figures(bench: Bench, name: str) -> None:
+    figures = measured(bench, name)
+    assert [(each.what, each.unit) for each in figures] == EXPECTED[name]
+    assert {each.workload for each in figures} == {name}
+    assert all(each.value > 0 for each in figures)
+
+
+def test_every_workload_is_tested() -> None:
+    assert {*EXPECTED, "latency", "steps"} == set(WORKLOADS)
+
+
+def test_latency_is_told_by_its_percentiles(bench: Bench) -> None:
+    bench.plan = replace(TINY, count=4)
+    figures = measured(bench, "latency")
+    assert [each.what.split(",")[1].split()[0] for each in figures] == ["p50", "p99", "max"] * 2
+    assert [each.value for each in figures[:3]] == sorted(each.value for each in figures[:3])
+    assert 0 < figures[0].value < figures[3].value
+
+
+def test_several_workers_share_the_work(bench: Bench) -> None:
+    bench.fill(application.one_step.bind(number) for number in range(20))
+    with bench.crew(2) as crew:
+        crew.go()
+        bench.wait(crew, "with two", enough=None, seconds=30)
+        assert len(crew.stop()) == 2
+    assert bench.place.unfinished() == 0
+
+
+def test_failed_workflow_is_no_figure(bench: Bench) -> None:
+    bench.fill([])
+    bench.place.do(
+        "INSERT INTO {schema}.workflow (name, input) VALUES ('one_step', '{{\"number\": \"no number\"}}')",
+    )
+    with pytest.raises(BenchError, match="1 workflows of the bench have failed"):
+        bench.carry_out("one that fails")
+
+
+def test_nothing_finished_is_no_figure(bench: Bench) -> None:
+    bench.fill([])
+    with pytest.raises(BenchError, match=r"no workflow was finished in time \(nothing\)"):
+        bench.carry_out("nothing")
+
+
+def test_worker_that_ends_by_itself_is_reported_with_its_log(bench: Bench) -> None:
+    bench.fill([application.one_step.bind(1)])
+    bench.place.do("DROP TABLE {schema}.worker CASCADE")
+    with pytest.raises(BenchError, match=r"(?s)ended by itself.*worker"):
+        bench.carry_out("without a table")
+
+
+def test_commits_of_the_bench_itself_do_not_count(bench: Bench) -> None:
+    commits: list[object] = []
+    event.listen(bench.place.engine, "commit", commits.append)
+    bench.place.unfinished()
+    bench.meter.read()
+    assert commits == []
