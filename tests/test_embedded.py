@@ -269,3 +269,9 @@ def query(url: str, statement: str) -> object:
 def execute(url: str, statement: str) -> None:
     with create_engine(url, poolclass=NullPool).begin() as connection:
         connection.execute(text(statement))
+
+
+def test_programs_of_the_wheel_are_found_without_a_server() -> None:
+    assert os.access(embedded.program("pgbench"), os.X_OK)
+    with pytest.raises(UsageError, match="has no program 'pgbank'"):
+        embedded.program("pgbank")

@@ -67,7 +67,7 @@ class Floors:
         url = make_url(self._place.url)
         password = {"PGPASSWORD": url.password} if url.password else {}
         done = subprocess.run(  # noqa: S603 (no shell)
-            [program, *options, _conninfo(url)],
+            [program, *options, conninfo(url)],
             check=False,
             env={**os.environ, **password},
             stdin=subprocess.DEVNULL,
@@ -81,7 +81,7 @@ class Floors:
         return done.stdout
 
 
-def _conninfo(url: URL) -> str:
+def conninfo(url: URL) -> str:
     """Give the URL as libpq reads it, without the password, which all users of the machine would see."""
     given = url.translate_connect_args(username="user", database="dbname")
     given.pop("password", None)

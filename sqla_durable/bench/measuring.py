@@ -180,12 +180,14 @@ class Bench:
         """Give the seconds at which workflows were finished since then, the steps recorded, and the last of both.
 
         Raises:
-            BenchError: a workflow failed.
+            BenchError: a workflow failed, or nothing was finished.
         """
         rows = self.place.ask(_DONE, began=began)
         failed = [row for row in rows if row.status != "succeeded"]
         if failed:
             raise BenchError(f"{len(failed)} workflows of the bench have {failed[0].status}: {failed[0].error}")
         steps = self.place.ask(_STEPS, began=began)[0]
+        if not rows and not steps.recorded:
+            raise BenchError(f"nothing of {self.workload!r} was finished in time: give it more of it, --seconds N.")
         completions = [row.seconds for row in rows]
         return completions, steps.recorded, max([*completions, steps.seconds])

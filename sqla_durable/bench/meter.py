@@ -17,6 +17,7 @@ from sqla_durable.bench.place import MARK, Place
 from sqla_durable.bench.processes import Usage
 
 _FLUSH_SINCE = 150_000
+_READINGS = 1_000
 _SETTINGS = "fsync", "synchronous_commit", "full_page_writes", "shared_buffers", "max_wal_size", "wal_level"
 _LOCAL_HOSTS = "", "localhost", "127.0.0.1", "::1"
 
@@ -82,9 +83,12 @@ class Meter:
         if self._postmaster is None:
             return None
         with suppress(psutil.Error):
-            own = self._postmaster.cpu_times()
-            ended = own.children_user + own.children_system
-            return float(own.user + own.system + ended + sum(map(_seconds, self._postmaster.children(recursive=True))))
+            # A backend that ends in between would be counted twice or not at all: then all are read again.
+            for _ in range(_READINGS):
+                before = _ended(self._postmaster)
+                living = sum(map(_seconds, [self._postmaster, *self._postmaster.children()]))
+                if _ended(self._postmaster) == before:
+                    return before + living
         return None
 
 
@@ -128,6 +132,12 @@ def _postmaster(place: Place) -> psutil.Process | None:
         if "postgres" in backend.name():  # else the port leads into a container, whose process ids are its own
             return backend.parent()
     return None
+
+
+def _ended(postmaster: psutil.Process) -> float:
+    """Give the seconds of its children that have ended."""
+    times = postmaster.cpu_times()
+    return float(times.children_user + times.children_system)
 
 
 def _seconds(process: psutil.Process) -> float:

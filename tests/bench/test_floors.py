@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
+from sqlalchemy import make_url
 
 from sqla_durable.bench import shapes
 from sqla_durable.bench.errors import BenchError
-from sqla_durable.bench.floors import Floors, pgbench
+from sqla_durable.bench.floors import Floors, conninfo, pgbench
 from sqla_durable.bench.place import Place
 from sqla_durable.bench.shapes import Shape
 
@@ -51,3 +53,14 @@ def test_bulk_inserts_pending_workflows(ground: Place, floors: Floors) -> None:
 def test_failure_of_pgbench_is_told_in_its_words(floors: Floors) -> None:
     with pytest.raises(BenchError, match=r"(?s)pgbench failed.*no_such_table"):
         floors.measure(Shape(what="wrong", clients=1, script="SELECT * FROM no_such_table;"))
+
+
+def test_password_is_not_on_the_command_line_of_pgbench() -> None:
+    url = make_url("postgresql+psycopg://ada:secret@host:6432/name?sslmode=require")
+    assert conninfo_to_dict(conninfo(url)) == {
+        "user": "ada",
+        "host": "host",
+        "port": "6432",
+        "dbname": "name",
+        "sslmode": "require",
+    }

@@ -95,9 +95,16 @@ def test_failed_workflow_is_no_figure(bench: Bench) -> None:
 
 
 def test_nothing_finished_is_no_figure(bench: Bench) -> None:
+    bench.workload = "steps"
     bench.fill([])
-    with pytest.raises(BenchError, match=r"no workflow was finished in time \(nothing\)"):
+    with pytest.raises(BenchError, match=r"nothing of 'steps' was finished in time.*--seconds"):
         bench.carry_out("nothing")
+
+
+def test_steps_of_an_unfinished_workflow_are_no_figure_of_workflows(bench: Bench) -> None:
+    bench.fill([application.many_steps.bind(1_000_000)])
+    with pytest.raises(BenchError, match=r"no workflow was finished in time \(too many steps\)"):
+        bench.carry_out("too many steps", seconds=1)
 
 
 def test_worker_that_ends_by_itself_is_reported_with_its_log(bench: Bench) -> None:

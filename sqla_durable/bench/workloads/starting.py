@@ -25,7 +25,8 @@ def sleep(bench: Bench) -> Iterator[Figure]:
         sleeper = application.one_step.options(at=due)
         bench.place.fill(sleeper.bind(number) for number in range(count))
         before = bench.meter.read()
-        bench.wait(crew, "until all sleepers are done", enough=None, seconds=bench.seconds(60))
+        seconds = _AHEAD.total_seconds() + bench.seconds(60)
+        bench.wait(crew, "until all sleepers are done", enough=None, seconds=seconds)
         usages = crew.stop()
     completions, _, _ = bench.outcome(due)
     yield Figure(

@@ -1,0 +1,134 @@
+"""Draws docs/performance.svg and writes the table of docs/performance.md, from docs/performance.json.
+
+    python docs/plots.py --measure    # sqla-durable bench first, some five minutes; its options can follow
+    python docs/plots.py              # from the figures that are there
+
+Needs the extra `docs`; with `--measure` the extra `bench` too.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+FIGURES, PICTURE, PAGE = HERE / "performance.json", HERE / "performance.svg", HERE / "performance.md"
+BEGIN, END = "<!-- written by docs/plots.py -->", "<!-- until here -->"
+
+_OURS, _FLOOR, _OTHER = "#3f51b5", "#e65100", "#757575"
+
+Figure = dict[str, Any]
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--measure"]:
+        command = [sys.executable, "-m", "sqla_durable", "bench", "--json", str(FIGURES), *sys.argv[2:]]
+        subprocess.run(command, check=True)
+    outcome = json.loads(FIGURES.read_text())
+    draw(outcome)
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(outcome)}\n{END}{rest.split(END)[1]}")
+
+
+def table(outcome: dict[str, Any]) -> str:
+    """Give the machine and the figures as Markdown."""
+    machine = outcome["machine"]
+    settings = ", ".join(f"`{name}={machine['settings'][name]}`" for name in ("fsync", "synchronous_commit"))
+    where = "on the same machine" if machine["is_local"] else "elsewhere"
+    lines = [
+        f"{machine['cores']} cores, {machine['system']}, Python {machine['python']}; "
+        f"PostgreSQL {machine['server']} {where}, {settings}.",
+        "",
+        "| workload | measured | figure | beside it | ratio |",
+        "| --- | --- | ---: | --- | ---: |",
+    ]
+    for figure in outcome["figures"]:
+        beside = [f"{each['what']}: {_number(each['value'])}" for each in figure["beside"]]
+        ratios = [_number(each["ratio"]) for each in figure["beside"]]
+        cells = figure["workload"], figure["what"], f"{_number(figure['value'])} {_unit(figure)}"
+        lines.append(f"| `{cells[0]}` | {cells[1]} | {cells[2]} | {'<br>'.join(beside)} | {'<br>'.join(ratios)} |")
+    return "\n".join([*lines, "", *_costs(outcome["figures"])])
+
+
+def _costs(figures: list[Figure]) -> list[str]:
+    names = "commits", "statements", "wal_bytes", "worker_ms", "server_ms", "worker_peak_mb"
+    return [
+        "| what one costs | commits | statements | WAL bytes | worker CPU ms | server CPU ms | worker MB at most |",
+        f"| --- |{' ---: |' * len(names)}",
+        *(
+            f"| `{figure['workload']}`: {figure['what']}, each {figure['each']} | "
+            + " | ".join(_number(figure["costs"][name]) for name in names)
+            + " |"
+            for figure in figures
+            if figure["costs"] is not None
+        ),
+    ]
+
+
+def _unit(figure: Figure) -> str:
+    return {"workflows/s": "/s", "steps/s": "steps/s"}.get(figure["unit"], figure["unit"])
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def draw(outcome: dict[str, Any]) -> None:
+    """Draw what a second carries beside its floors, and how long an idle worker takes."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "sqla-durable", "font.size": 9})
+    rates = [each for each in outcome["figures"] if each["unit"].endswith("/s")]
+    times = [each for each in outcome["figures"] if each["unit"] == "ms"]
+    heights = [len(rates) + 1.5, len(times) + 1.5] if times else [len(rates) + 1.5]
+    picture, axes = plt.subplots(
+        len(heights), 1, figsize=(8.5, 0.34 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    _draw_rates(axes[0][0], rates)
+    if times:
+        _draw_times(axes[1][0], times)
+    picture.savefig(PICTURE, metadata={"Date": None})
+
+
+def _draw_rates(axes: Any, figures: list[Figure]) -> None:
+    rows = range(len(figures))
+    axes.barh(rows, [each["value"] for each in figures], color=_OURS, height=0.6, label="sqla-durable")
+    for row, figure in enumerate(figures):
+        axes.annotate(f" {_number(figure['value'])}", (figure["value"], row), va="center", fontsize=8)
+        for each in figure["beside"]:
+            if each["value"] is not None:
+                colour = _FLOOR if each["what"].startswith("SQL") else _OTHER
+                axes.plot([each["value"]] * 2, [row - 0.42, row + 0.42], color=colour, linewidth=2.5)
+    axes.plot([], [], color=_FLOOR, linewidth=2.5, label="the SQL floors, by pgbench")
+    axes.plot([], [], color=_OTHER, linewidth=2.5, label="the naive way; the figure it is compared with")
+    axes.set_yticks(rows, [f"{each['workload']}: {each['what']}" for each in figures])
+    axes.set_xscale("log")
+    axes.set_xlabel("workflows (in sequential: steps) a second")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=3, frameon=False, fontsize=8)
+    _tidy(axes)
+
+
+def _draw_times(axes: Any, figures: list[Figure]) -> None:
+    rows = range(len(figures))
+    axes.barh(rows, [each["value"] for each in figures], color=_OURS, height=0.6)
+    for row, figure in enumerate(figures):
+        axes.annotate(f" {_number(figure['value'])}", (figure["value"], row), va="center", fontsize=8)
+    axes.set_yticks(rows, [f"latency: {each['what']}" for each in figures])
+    axes.set_xlabel("milliseconds")
+    _tidy(axes)
+
+
+def _tidy(axes: Any) -> None:
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    main()
