@@ -100,7 +100,9 @@ def _draw_rates(axes: Any, figures: list[Figure]) -> None:
     rows = range(len(figures))
     axes.barh(rows, [each["value"] for each in figures], color=_OURS, height=0.6, label="sqla-durable")
     for row, figure in enumerate(figures):
-        axes.annotate(f" {_number(figure['value'])}", (figure["value"], row), va="center", fontsize=8)
+        axes.annotate(
+            f"{_number(figure['value'])} ", (figure["value"], row), va="center", ha="right", color="white", fontsize=8
+        )
         for each in figure["beside"]:
             if each["value"] is not None:
                 colour = _FLOOR if each["what"].startswith("SQL") else _OTHER
@@ -109,6 +111,7 @@ def _draw_rates(axes: Any, figures: list[Figure]) -> None:
     axes.plot([], [], color=_OTHER, linewidth=2.5, label="the naive way; the figure it is compared with")
     axes.set_yticks(rows, [f"{each['workload']}: {each['what']}" for each in figures])
     axes.set_xscale("log")
+    axes.set_xlim(left=10)
     axes.set_xlabel("workflows (in sequential: steps) a second")
     axes.legend(loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=3, frameon=False, fontsize=8)
     _tidy(axes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import event
@@ -20,11 +21,6 @@ STEPS = [("one plain step, async def", "workflows/s"), ("one plain step, def", "
 EXPECTED = {
     "sequential": [("1 workflow at a time", "steps/s"), ("20 workflows at a time", "steps/s")],
     "transactional": [("three steps with an insert each", "workflows/s"), ("one step, one connection", "us")],
-    "depth": [("30 finished, 25 pending before", "workflows/s")],
-    "horizon": [
-        ("20 beside an open transaction", "workflows/s"),
-        ("in the last quarter of the time", "workflows/s"),
-    ],
     "sleep": [("20 due at once", "s")],
     "bulk": [("start_many of 20", "workflows/s")],
 }
@@ -65,7 +61,17 @@ def test_workload_gives_its_figures(bench: Bench, name: str) -> None:
 
 
 def test_every_workload_is_tested() -> None:
-    assert {*EXPECTED, "latency", "steps"} == set(WORKLOADS)
+    assert {*EXPECTED, "steps", "depth", "horizon", "latency"} == set(WORKLOADS)
+
+
+def test_burdens_stand_beside_the_same_steps_without(bench: Bench) -> None:
+    (deep,) = measured(bench, "depth")
+    whole, last = measured(bench, "horizon")
+    assert deep.what == "30 finished, 25 pending before"
+    assert whole.what == "20 beside an open transaction"
+    assert deep.beside[0].value == whole.beside[0].value == bench.plain().rate
+    assert last.what == "in the last quarter of the time"
+    assert all(each.value > 0 for each in (deep, whole, last))
 
 
 def test_latency_is_told_by_its_percentiles(bench: Bench) -> None:
@@ -86,19 +92,18 @@ def test_several_workers_share_the_work(bench: Bench) -> None:
 
 
 def test_failed_workflow_is_no_figure(bench: Bench) -> None:
-    bench.fill([])
     bench.place.do(
-        "INSERT INTO {schema}.workflow (name, input) VALUES ('one_step', '{{\"number\": \"no number\"}}')",
+        "INSERT INTO {schema}.workflow (name, status, finished_at, error) "
+        "VALUES ('one_step', 'failed', statement_timestamp(), '{{\"type\": \"Mishap\"}}')"
     )
-    with pytest.raises(BenchError, match="1 workflows of the bench have failed"):
-        bench.carry_out("one that fails")
+    with pytest.raises(BenchError, match=r"1 workflows of the bench have failed.*Mishap"):
+        bench.outcome(bench.place.now() - timedelta(minutes=1))
 
 
 def test_nothing_finished_is_no_figure(bench: Bench) -> None:
     bench.workload = "steps"
-    bench.fill([])
     with pytest.raises(BenchError, match=r"nothing of 'steps' was finished in time.*--seconds"):
-        bench.carry_out("nothing")
+        bench.outcome(bench.place.now())
 
 
 def test_steps_of_an_unfinished_workflow_are_no_figure_of_workflows(bench: Bench) -> None:

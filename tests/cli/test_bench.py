@@ -61,13 +61,12 @@ def test_wrong_command_line_is_refused_before_anything_is_connected(given: dict[
 def test_bench_prints_a_table_writes_json_and_leaves_nothing(
     application: Application, empty_database_url: str, tmp_path: Path
 ) -> None:
-    done = application.run(
-        "bench", "bulk", "steps", "--count", "20", "--schema", SCHEMA, "--json", "f.json", "--url", empty_database_url
-    )
+    options = "--count", "20", "--schema", SCHEMA, "--json", "f.json", "--url", empty_database_url
+    done = application.run("bench", "bulk", "transactional", *options)
     assert done.returncode == 0, done.stderr
-    assert "one plain step" in done.stdout
+    assert "three steps with an insert each" in done.stdout
     figures = json.loads((tmp_path / "f.json").read_text())["figures"]
-    assert [each["workload"] for each in figures] == ["steps", "steps", "bulk"]
+    assert [each["workload"] for each in figures] == ["transactional", "transactional", "bulk"]
     assert all(each["beside"] for each in figures)
     assert not has_schema(empty_database_url)
 
