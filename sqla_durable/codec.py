@@ -29,6 +29,7 @@ DEFAULT_LIMIT = 1024 * 1024
 """The default limit of one payload: 1 MiB of UTF-8 JSON."""
 
 _CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants")
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
@@ -173,7 +174,7 @@ def dump(plain: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> str:
     Source: PostgreSQL manual, 8.14.1 (no NUL, no lone surrogates, numbers as `numeric`) and 8.14.4 (order of keys).
     """
     try:
-        text = json.dumps(_as_jsonb(plain), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = _ENCODER.encode(_as_jsonb(plain))
         size = len(text.encode())
     except UnicodeEncodeError as error:
         raise EncodingError(f"the {what} cannot be stored: lone surrogate in {_shown(error.object)}.") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -72,10 +72,6 @@ class Context:
     def at_home(self) -> bool:
         """Whether the code is in the workflow's own task or thread."""
         return self.whereabouts() == self.home
-
-    def within(self, step: StepCall) -> Context:
-        """Give the context of a step's function."""
-        return replace(self, step=step)
 
 
 _active: ContextVar[Context | None] = ContextVar("sqla_durable_context", default=None)

@@ -177,8 +177,14 @@ class WorkflowDefinition:
 
     def call(self, arguments: Mapping[str, object]) -> Any:
         """Call the function with arguments by name; for `async def` this gives the coroutine."""
+        if not self._has_positional_only:
+            return self.fn(**arguments)
         bound = inspect.BoundArguments(self.signature, dict(arguments))
         return self.fn(*bound.args, **bound.kwargs)
+
+    @functools.cached_property
+    def _has_positional_only(self) -> bool:
+        return any(each.kind is each.POSITIONAL_ONLY for each in self.signature.parameters.values())
 
     def require_record(self, name: str, workflow_id: UUID) -> None:
         """Refuse the record of another workflow.

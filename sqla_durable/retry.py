@@ -114,18 +114,22 @@ def _seconds(given: object) -> float:
     return max(0.0, float(given))
 
 
+_NOTHING = object()
+
+
 class Tries:
     """Counts the tries of one step and shows the last outcome to tenacity."""
 
     def __init__(self) -> None:
         self.count = 0
         self._began = time.monotonic()
-        self._outcome: tenacity.Future | None = None
+        self._error: BaseException | None = None
+        self._value: object = _NOTHING
 
     @property
     def asked_again(self) -> bool:
         """Whether the last try raised `tenacity.TryAgain`, which asks for another whatever the predicate says."""
-        return self._outcome is not None and isinstance(self._outcome.exception(), tenacity.TryAgain)
+        return isinstance(self._error, tenacity.TryAgain)
 
     def resume(self, *, count: int, age: float) -> None:
         """Go on counting where an earlier attempt was: `count` tries, the first of which began `age` seconds ago."""
@@ -142,22 +146,31 @@ class Tries:
 
     def failed(self, error: BaseException) -> None:
         """Note that the last try raised."""
-        self._outcome = tenacity.Future(self.count)
-        self._outcome.set_exception(error)
+        self._error, self._value = error, _NOTHING
 
     def returned(self, value: object) -> None:
         """Note that the last try returned."""
-        self._outcome = tenacity.Future(self.count)
-        self._outcome.set_result(value)
+        self._error, self._value = None, value
 
     def state(self) -> RetryCallState:
         """Give the state that tenacity's predicates read."""
         state = RetryCallState(tenacity.Retrying(), None, (), {})
         state.start_time = self._began
         state.attempt_number = self.count
-        state.outcome = self._outcome
+        state.outcome = self._outcome()
         state.outcome_timestamp = time.monotonic()
         return state
+
+    def _outcome(self) -> tenacity.Future | None:
+        """Build what tenacity reads: a future with a lock in it, for those only that ask."""
+        outcome = tenacity.Future(self.count)
+        if self._error is not None:
+            outcome.set_exception(self._error)
+        elif self._value is not _NOTHING:
+            outcome.set_result(self._value)
+        else:
+            return None
+        return outcome
 
 
 class TransientRetry:

@@ -63,11 +63,10 @@ class BaseRuntime(ABC):
 class BlockingRuntime(BaseRuntime):
     """The shell of `def` workflows: whatever waits blocks the thread."""
 
-    @property
-    def context(self) -> Context:
-        """The ambient context of the workflow's own code."""
+    def context(self, step: StepCall | None = None) -> Context:
+        """Give the ambient context of the workflow's own code, or of a step's function."""
         whereabouts = threading.get_ident
-        return Context(self.attempt, self.perform, is_async=False, whereabouts=whereabouts, home=whereabouts())
+        return Context(self.attempt, self.perform, False, whereabouts, home=whereabouts(), step=step)
 
     def perform(self, call: StepCall) -> Any:
         """Perform a step and give its outcome."""
@@ -75,23 +74,22 @@ class BlockingRuntime(BaseRuntime):
 
     async def call(self, call: StepCall, *injected: object) -> Any:
         """Call a step's function."""
-        with self.context.within(call).entered():
+        with self.context(call).entered():
             return call.definition.fn(*injected, *call.args, **call.kwargs)
 
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
         """Call the workflow's function."""
-        with self.context.entered():
+        with self.context().entered():
             return definition.call(arguments)
 
 
 class AsyncRuntime(BaseRuntime):
     """The shell of `async def` workflows: sync steps are executed in threads."""
 
-    @property
-    def context(self) -> Context:
-        """The ambient context of the workflow's own code."""
+    def context(self, step: StepCall | None = None) -> Context:
+        """Give the ambient context of the workflow's own code, or of a step's function."""
         whereabouts = asyncio.current_task
-        return Context(self.attempt, self.perform, is_async=True, whereabouts=whereabouts, home=whereabouts())
+        return Context(self.attempt, self.perform, True, whereabouts, home=whereabouts(), step=step)
 
     async def perform(self, call: StepCall) -> Any:
         """Perform a step and give its outcome."""
@@ -111,14 +109,14 @@ class AsyncRuntime(BaseRuntime):
     async def call(self, call: StepCall, *injected: object) -> Any:
         """Call a step's function."""
         function = call.definition.fn
-        with self.context.within(call).entered():
+        with self.context(call).entered():
             if call.definition.is_async:
                 return await function(*injected, *call.args, **call.kwargs)
             return await self.in_thread(lambda: _returned(lambda: function(*injected, *call.args, **call.kwargs)))
 
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
         """Call the workflow's function."""
-        with self.context.entered():
+        with self.context().entered():
             coroutine: Awaitable[Any] = definition.call(arguments)
             try:
                 return await coroutine

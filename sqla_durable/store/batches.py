@@ -39,6 +39,7 @@ from sqla_durable.store._rows import (
     Fence,
     Park,
     execute,
+    fence_row,
     filled,
     interval,
     materialized,
@@ -89,7 +90,7 @@ def write(connectable: Connectable, checkpoints: Sequence[Checkpoint] = (), ends
 
 
 def _end_row(end: End, checkpoints: int) -> dict[str, Any]:
-    fence = {"id": end.fence.workflow_id, "token": end.fence.token, "checkpoints": checkpoints}
+    fence = {**fence_row(end.fence), "checkpoints": checkpoints}
     match end:
         case Completion():
             return fence | {"status": end.status.value, "output": end.output, "error": end.error}

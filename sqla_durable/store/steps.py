@@ -42,6 +42,7 @@ from sqla_durable.store._rows import (
     Recorded,
     Verdict,
     execute,
+    fence_row,
     filled,
     interval,
     of_owner,
@@ -121,8 +122,7 @@ def _recorded(row: Row[Any]) -> Recorded:
 def checkpoint_row(checkpoint: Checkpoint) -> dict[str, Any]:
     """Give a checkpoint as a row of `CHECKPOINT`."""
     return {
-        "id": checkpoint.fence.workflow_id,
-        "token": checkpoint.fence.token,
+        **fence_row(checkpoint.fence),
         "key": checkpoint.key,
         "name": checkpoint.name,
         "position": checkpoint.position,

@@ -50,6 +50,7 @@ from sqla_durable.store._rows import (
     NewWorkflow,
     Standing,
     execute,
+    fence_row,
     filled,
     interval,
     materialized,
@@ -143,25 +144,25 @@ def finish(session: Session, completion: Completion) -> bool:
 
 def finished_by(connectable: Connectable, fences: Iterable[Fence]) -> dict[Fence, WorkflowStatus]:
     """Give those of the attempts that have finished their workflows: an acknowledgement may have been lost."""
-    rows = execute(connectable, _FINISHED_BY, filled("batch", [_fence_row(each) for each in fences]))
+    rows = execute(connectable, _FINISHED_BY, filled("batch", [fence_row(each) for each in fences]))
     return {Fence(row.id, row.token): row.status for row in rows}
 
 
 def release(connectable: Connectable, fences: Iterable[Fence]) -> set[UUID]:
     """Hand running workflows back to their queues, in their old places; give the ids of those still owned."""
-    return set(scalars(connectable, _RELEASE, filled("batch", [_fence_row(each) for each in fences])))
+    return set(scalars(connectable, _RELEASE, filled("batch", [fence_row(each) for each in fences])))
 
 
 def release_unlocked(connectable: Connectable, fences: Sequence[Fence]) -> list[Fence]:
     """Do the same with those whose rows nobody else holds; give the attempts that still own theirs."""
-    scalars(connectable, _RELEASE_UNLOCKED, filled("batch", [_fence_row(each) for each in fences])).all()
+    scalars(connectable, _RELEASE_UNLOCKED, filled("batch", [fence_row(each) for each in fences])).all()
     owned = still_owned(connectable, fences)
     return [each for each in fences if each in owned]
 
 
 def still_owned(connectable: Connectable, fences: Iterable[Fence]) -> set[Fence]:
     """Give the attempts that still own their workflows. Takes no lock."""
-    rows = execute(connectable, _STILL_OWNED, filled("batch", [_fence_row(each) for each in fences]))
+    rows = execute(connectable, _STILL_OWNED, filled("batch", [fence_row(each) for each in fences]))
     return {Fence(row.id, row.token) for row in rows}
 
 
@@ -233,13 +234,9 @@ def _ids_by_key(session: Session, workflows: Sequence[NewWorkflow]) -> dict[tupl
     return {(row.name, row.key): row.id for row in rows}
 
 
-def _fence_row(fence: Fence) -> dict[str, Any]:
-    return {"id": fence.workflow_id, "token": fence.token}
-
-
 def _completion_row(completion: Completion) -> dict[str, Any]:
     return {
-        **_fence_row(completion.fence),
+        **fence_row(completion.fence),
         "status": completion.status.value,
         "output": completion.output,
         "error": completion.error,

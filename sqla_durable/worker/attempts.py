@@ -73,7 +73,7 @@ class Attempts:
         """Begin to execute what was claimed."""
         for each in claimed:
             attempt = Attempt(each)
-            task = asyncio.create_task(self._execute(attempt), name=f"{each.name} {attempt.workflow_id}")
+            task = asyncio.create_task(self._execute(attempt), name=each.name)
             self._running[attempt.fence] = Running(attempt, task)
 
     def drop(self, lost: Iterable[Fence]) -> None:
