@@ -7,6 +7,8 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from sqla_durable.errors import StepTransactionError
 
+_KEY = "sqla_durable.boundary"  # in Session.info
+
 
 class Boundary:
     """Refuses that a step ends its own transaction, or lets it span two databases.
@@ -20,8 +22,8 @@ class Boundary:
         self._step = step
         self._transaction = _innermost(session)
         self._connections = 1  # the one for the checkpoint is there from the beginning
-        event.listen(session, "before_commit", self._refuse_commit)
-        event.listen(session, "after_begin", self._refuse_second)
+        self._outer: Boundary | None = session.info.get(_KEY)
+        session.info[_KEY] = self
 
     def check(self) -> None:
         """Give the transaction back to the engine.
@@ -39,15 +41,24 @@ class Boundary:
     def leave(self) -> None:
         """Stop watching."""
         if self._transaction is not None:
-            event.remove(self._session, "before_commit", self._refuse_commit)
-            event.remove(self._session, "after_begin", self._refuse_second)
             self._transaction = None
+            self._session.info[_KEY] = self._outer
 
-    def _refuse_commit(self, session: Session) -> None:
-        if _innermost(session) in (self._transaction, session.get_transaction()):
+    def refuse_commit(self) -> None:
+        """Refuse a commit of the step's transaction, or of the whole one around it.
+
+        Raises:
+            StepTransactionError: it is one of them.
+        """
+        if _innermost(self._session) in (self._transaction, self._session.get_transaction()):
             raise self._error("committed its session", "return, and the engine commits both together")
 
-    def _refuse_second(self, _session: Session, transaction: SessionTransaction, _connection: Connection) -> None:
+    def refuse_second(self, transaction: SessionTransaction) -> None:
+        """Refuse a second connection.
+
+        Raises:
+            StepTransactionError: this is one.
+        """
         self._connections += not transaction.nested
         if self._connections > 1:
             raise self._error("uses two databases in one session", "write to the second one in a step of its own")
@@ -56,6 +67,21 @@ class Boundary:
         return StepTransactionError(
             f"step {self._step!r} {what}, but its checkpoint must commit with its writes: {instead}.", step=self._step
         )
+
+
+# For all sessions: to listen to one, and to stop, takes forty microseconds, and every step would pay for it.
+@event.listens_for(Session, "before_commit")
+def _before_commit(session: Session) -> None:
+    boundary: Boundary | None = session.info.get(_KEY)
+    if boundary is not None:
+        boundary.refuse_commit()
+
+
+@event.listens_for(Session, "after_begin")
+def _after_begin(session: Session, transaction: SessionTransaction, _connection: Connection) -> None:
+    boundary: Boundary | None = session.info.get(_KEY)
+    if boundary is not None:
+        boundary.refuse_second(transaction)
 
 
 def _innermost(session: Session) -> SessionTransaction | None:

@@ -171,10 +171,13 @@ class Verdict(Enum):
 def execute(
     connectable: Connectable, statement: Executable, parameters: Mapping[str, Any] | None = None
 ) -> Result[Any]:
-    """Execute a statement; with a session, where it finds our tables, whatever else it is bound to."""
-    if isinstance(connectable, Connection):
-        return connectable.execute(statement, parameters)
-    return connectable.execute(statement, parameters, bind_arguments={"mapper": Workflow})
+    """Execute a statement; with a session, where it finds our tables, whatever else it is bound to.
+
+    On the session's connection, so that what the user's session class does to statements does not reach ours.
+    """
+    if isinstance(connectable, Session):
+        connectable = connectable.connection(bind_arguments={"mapper": Workflow})
+    return connectable.execute(statement, parameters)
 
 
 def scalars(
@@ -234,7 +237,8 @@ def refresh_known(session: Session, ids: Iterable[UUID]) -> None:
     known = [each for each in ids if session.identity_key(Workflow, each) in session.identity_map]
     if known:
         wanted = WORKFLOW.c.id == func.any(literal(known, ARRAY(WORKFLOW.c.id.type)))
-        execute(session, select(Workflow).where(wanted).execution_options(populate_existing=True)).all()
+        fresh = select(Workflow).where(wanted).execution_options(populate_existing=True)
+        session.execute(fresh, bind_arguments={"mapper": Workflow}).all()
 
 
 def owned(fences: FromClause, *, skip_locked: bool) -> CTE:

@@ -7,7 +7,7 @@ that is being tried again gives way to the next one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
@@ -19,6 +19,7 @@ from sqlalchemy import (
     FromClause,
     Integer,
     Row,
+    Select,
     Text,
     and_,
     bindparam,
@@ -31,7 +32,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
+from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     STEP,
     WORKFLOW,
@@ -46,9 +49,10 @@ from sqla_durable.store._rows import (
     filled,
     interval,
     of_owner,
-    owned,
     retrying,
+    scalar,
     soon_over,
+    status,
     table,
 )
 
@@ -82,10 +86,11 @@ def record_last(session: Session, checkpoint: Checkpoint) -> Verdict:
 
 
 def _verdict(session: Session, statement: Any, checkpoint: Checkpoint) -> Verdict:
-    row = execute(session, statement, filled("batch", [checkpoint_row(checkpoint)])).one()
-    if not row.owns:
-        return Verdict.LOST
-    return Verdict.RECORDED if row.recorded else Verdict.DUPLICATE
+    parameters = {_given(name): value for name, value in checkpoint_row(checkpoint).items()}
+    if execute(session, statement, parameters).first() is not None:
+        return Verdict.RECORDED
+    # The row is locked if this attempt owns it, so what is asked now cannot have changed in between.
+    return Verdict.LOST if scalar(session, _OWNED, parameters) is None else Verdict.DUPLICATE
 
 
 def recorded_among(connectable: Connectable, checkpoints: Sequence[Checkpoint]) -> set[tuple[Fence, str]]:
@@ -138,23 +143,32 @@ def checkpoint_row(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def insert_of(batch: FromClause, mine: CTE) -> Any:
     """Insert the checkpoints of a batch whose workflows are `mine`; give the keys of those that are written."""
-    # A step's duration is measured by its process; the two times stand on the database's clock.
-    started_at = func.statement_timestamp() - interval(batch.c.elapsed)
-    columns = {
-        "workflow_id": batch.c.id,
-        "key": batch.c.key,
-        "name": batch.c.name,
-        "position": batch.c.position,
-        "status": batch.c.status,
-        "output": cast(batch.c.output, JSONB),
-        "error": cast(batch.c.error, JSONB),
-        "attempt": batch.c.attempt,
-        "attempts": batch.c.attempts,
-        "started_at": started_at,
-        "finished_at": func.statement_timestamp(),
-        "wake_at": func.statement_timestamp() + interval(batch.c.delay),
-    }
+    columns = _columns(batch.c)
     source = select(*columns.values()).join_from(batch, mine, of_owner(batch, mine))
+    return _insert(columns, source).returning(STEP.c.workflow_id, STEP.c.key)
+
+
+def _columns(given: Mapping[str, ColumnElement[Any]] | ReadOnlyColumnCollection[str, Any]) -> dict[str, Any]:
+    """Give the columns of a checkpoint's record, made of those of `CHECKPOINT`."""
+    now = func.statement_timestamp()
+    return {
+        "workflow_id": given["id"],
+        "key": given["key"],
+        "name": given["name"],
+        "position": given["position"],
+        "status": given["status"],
+        "output": cast(given["output"], JSONB),
+        "error": cast(given["error"], JSONB),
+        "attempt": given["attempt"],
+        "attempts": given["attempts"],
+        # A step's duration is measured by its process; the two times stand on the database's clock.
+        "started_at": now - interval(given["elapsed"]),
+        "finished_at": now,
+        "wake_at": now + interval(given["delay"]),
+    }
+
+
+def _insert(columns: Mapping[str, Any], source: Select[Any]) -> Any:
     inserted = insert(STEP).from_select(list(columns), source, include_defaults=False)
     kept = {"workflow_id", "key", "started_at"}
     return inserted.on_conflict_do_update(
@@ -163,16 +177,31 @@ def insert_of(batch: FromClause, mine: CTE) -> Any:
         set_={name: inserted.excluded[name] for name in columns if name not in kept}
         | {"finished_at": func.greatest(inserted.excluded.finished_at, STEP.c.started_at)},
         where=retrying(),
-    ).returning(STEP.c.workflow_id, STEP.c.key)
+    )
+
+
+def _given(name: str) -> str:
+    return f"given_{name}"  # the bare name of a column is reserved in INSERT
+
+
+_GIVEN: dict[str, ColumnElement[Any]] = {
+    name: cast(bindparam(_given(name), type_=kind), kind) for name, kind in CHECKPOINT.items()
+}
+_MINE = (
+    WORKFLOW.c.id == _GIVEN["id"],
+    WORKFLOW.c.token == _GIVEN["token"],
+    WORKFLOW.c.status == status(WorkflowStatus.RUNNING),
+)
 
 
 def _record_statement(*more: ColumnElement[Any]) -> Any:
-    batch = table("batch", CHECKPOINT)
-    mine = owned(batch, skip_locked=False)
-    inserted = insert_of(batch, mine).cte("inserted")
-    owns = select(func.count()).select_from(mine).scalar_subquery()
-    recorded = select(func.count()).select_from(inserted).scalar_subquery()
-    return select(owns.label("owns"), recorded.label("recorded"), *more)
+    """Insert one checkpoint from the workflow's row, locked in the same statement.
+
+    Without the lock a cancel or a takeover could commit between this check and the commit.
+    """
+    columns = _columns(_GIVEN)
+    source = select(*columns.values()).where(*_MINE).with_for_update(key_share=True, of=WORKFLOW)
+    return _insert(columns, source).returning(STEP.c.key, *more)
 
 
 def _recorded_among_statement() -> Any:
@@ -190,6 +219,7 @@ def _age_of(moment: ColumnElement[Any]) -> ColumnElement[Any]:
     return case((retrying(), func.extract("epoch", func.statement_timestamp() - moment)))
 
 
+_OWNED = select(WORKFLOW.c.id).where(*_MINE)
 _RECORD = _record_statement()
 _RECORD_LAST = _record_statement(soon_over())
 _RECORDED_AMONG = _recorded_among_statement()
