@@ -25,7 +25,7 @@ from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinitio
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Park
-from sqla_durable.worker.writer import Writer
+from sqla_durable.worker.writer import Row, Writer
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ class ThreadRuntime(BlockingRuntime):
     def __init__(self, attempt: Attempt, surroundings: Surroundings, *, quiet: float = 0.0) -> None:
         super().__init__(attempt)
         self._surroundings = surroundings
-        self._pending: list[concurrent.futures.Future[None]] = []
+        self._last: concurrent.futures.Future[None] | None = None
         self.quiet = quiet
 
     async def pause(self, seconds: float) -> None:
@@ -130,8 +130,7 @@ class ThreadRuntime(BlockingRuntime):
 
     async def park(self, seconds: float) -> None:
         """Suspend the workflow in the same commit as what is still on its way."""
-        park = Park(self.attempt.fence, seconds)
-        self._pending.append(self._surroundings.writer.submit_from_thread(park, after=self._pending))
+        self._submit(Park(self.attempt.fence, seconds))
         self.flush()
 
     async def settle(self) -> None:
@@ -142,7 +141,7 @@ class ThreadRuntime(BlockingRuntime):
 
     async def record(self, checkpoint: Checkpoint) -> None:
         """Hand a checkpoint to the writer; the workflow's code goes on."""
-        self._pending.append(self._surroundings.writer.submit_from_thread(checkpoint, after=self._pending))
+        self._submit(checkpoint)
 
     async def begin(self, step: StepDefinition) -> StepTransaction:
         """Open a session of the user's own sessionmaker, used for this step only."""
@@ -159,16 +158,19 @@ class ThreadRuntime(BlockingRuntime):
     async def finish(self, completion: Completion) -> None:
         """Record the outcome, in the same commit as what is still on its way."""
         try:
-            self._pending.append(self._surroundings.writer.submit_from_thread(completion, after=self._pending))
+            self._submit(completion)
             self.flush()
         except EncodingError as error:
             self._surroundings.writer.submit_from_thread(refused(completion, error)).result()
 
     def flush(self) -> None:
-        """Wait for the commits on their way."""
-        for ticket in self._pending:
-            ticket.result()
-        self._pending = []  # not before: what was refused stops every later operation
+        """Wait for the commits on their way: for the last, because the writer keeps their order."""
+        if self._last is not None:
+            self._last.result()
+            self._last = None  # not before: what was refused stops every later operation
+
+    def _submit(self, row: Row) -> None:
+        self._last = self._surroundings.writer.submit_from_thread(row, after=self._last)
 
 
 class LoopRuntime(AsyncRuntime):
@@ -177,7 +179,7 @@ class LoopRuntime(AsyncRuntime):
     def __init__(self, attempt: Attempt, surroundings: Surroundings) -> None:
         super().__init__(attempt)
         self._surroundings = surroundings
-        self._pending: list[asyncio.Future[None]] = []
+        self._last: asyncio.Future[None] | None = None
         self._home: asyncio.Task[Any] | None = None
 
     @property
@@ -208,8 +210,7 @@ class LoopRuntime(AsyncRuntime):
 
     async def park(self, seconds: float) -> None:
         """Suspend the workflow in the same commit as what is still on its way."""
-        park = Park(self.attempt.fence, seconds)
-        self._pending.append(self._surroundings.writer.submit(park, after=self._pending))
+        self._submit(Park(self.attempt.fence, seconds))
         await self.flush()
 
     async def settle(self) -> None:
@@ -220,7 +221,7 @@ class LoopRuntime(AsyncRuntime):
 
     async def record(self, checkpoint: Checkpoint) -> None:
         """Hand a checkpoint to the writer; the workflow's code goes on."""
-        self._pending.append(self._surroundings.writer.submit(checkpoint, after=self._pending))
+        self._submit(checkpoint)
 
     async def begin(self, step: StepDefinition) -> StepTransaction:
         """Open a session of the user's own sessionmaker, used for this step only."""
@@ -237,19 +238,22 @@ class LoopRuntime(AsyncRuntime):
     async def finish(self, completion: Completion) -> None:
         """Record the outcome, in the same commit as what is still on its way."""
         try:
-            self._pending.append(self._surroundings.writer.submit(completion, after=self._pending))
+            self._submit(completion)
             await self.flush()
         except EncodingError as error:
             await self._surroundings.writer.submit(refused(completion, error))
 
     async def flush(self) -> None:
-        """Wait for the commits on their way."""
-        # Not taken out before they are done: steps that are called at the same time wait for the same commits, and
-        # what was refused stops every later operation.
-        waiting = list(self._pending)
-        for ticket in waiting:
-            await asyncio.shield(ticket)
-        self._pending = [each for each in self._pending if each not in waiting]
+        """Wait for the commits on their way: for the last, because the writer keeps their order."""
+        last = self._last
+        if last is None:
+            return
+        await asyncio.shield(last)  # steps that are called at the same time wait for the same commits
+        if self._last is last:
+            self._last = None  # not before: what was refused stops every later operation
+
+    def _submit(self, row: Row) -> None:
+        self._last = self._surroundings.writer.submit(row, after=self._last)
 
     async def perform_blocking(self, call: StepCall) -> Any:
         """Perform a step that takes a `Session` in a thread, as a whole."""

@@ -33,11 +33,11 @@ _SHORTEST_RETRY, _LONGEST_RETRY = 0.02, 1.0
 
 @dataclass(slots=True)
 class Write:
-    """Something to be recorded, who waits for it, and what must be recorded `after` which alone it makes sense."""
+    """Something to be recorded, who waits for it, and what the same attempt submitted just before."""
 
     row: Row
     ticket: Ticket
-    after: Sequence[Ticket] = ()
+    after: Ticket | None = None
 
     @property
     def fence(self) -> Fence:
@@ -79,19 +79,19 @@ class Writer:
         self._arrived = asyncio.Event()
         self._closed = False
 
-    def submit(self, row: Row, *, after: Sequence[Ticket] = ()) -> asyncio.Future[None]:
+    def submit(self, row: Row, *, after: Ticket | None = None) -> asyncio.Future[None]:
         """Record a row; the future ends when it is committed, with `AttemptLost`, or with `EncodingError`.
 
         Args:
-            after: what the same attempt submitted before; where one of it was refused, so is this row.
+            after: what the same attempt submitted just before; where that was refused, so is this row.
         """
         ticket: asyncio.Future[None] = self._loop.create_future()
-        self._add(Write(row, ticket, tuple(after)))
+        self._add(Write(row, ticket, after))
         return ticket
 
-    def submit_from_thread(self, row: Row, *, after: Sequence[Ticket] = ()) -> concurrent.futures.Future[None]:
+    def submit_from_thread(self, row: Row, *, after: Ticket | None = None) -> concurrent.futures.Future[None]:
         """The same from another thread."""
-        write = Write(row, ticket := concurrent.futures.Future[None](), tuple(after))
+        write = Write(row, ticket := concurrent.futures.Future[None](), after)
         try:
             self._loop.call_soon_threadsafe(self._add, write)
         except RuntimeError:  # the loop is closed: the worker has left this thread behind
@@ -179,12 +179,13 @@ class Writer:
 
 def _refused_before(write: Write) -> bool:
     """Refuse what follows on something that was refused: a workflow must not succeed with a hole in its history."""
-    for ticket in write.after:
-        error = ticket.exception() if ticket.done() and not ticket.cancelled() else None
-        if error is not None:
-            write.settle(error)
-            return True
-    return False
+    before = write.after
+    if before is None or not before.done() or before.cancelled():
+        return False
+    error = before.exception()
+    if error is not None:
+        write.settle(error)
+    return error is not None
 
 
 def _write(connection: Connection, batch: Sequence[Write]) -> Settled:

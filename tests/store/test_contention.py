@@ -122,7 +122,7 @@ async def test_a_bad_row_fails_its_own_workflow_and_none_that_is_parked_beside_i
         delay = float("inf") if (fence, bad) == (refused, "park") else 3600
         end: Row = Park(fence, delay) if number % 2 or fence == refused else races.success(fence)
         first = writer.submit(races.checkpoint(fence, key))
-        tickets[fence] = [first, writer.submit(end, after=[first])]
+        tickets[fence] = [first, writer.submit(end, after=first)]
     outcomes = {each: await asyncio.gather(*tickets[each], return_exceptions=True) for each in fences}
     running.cancel()
     await asyncio.wait([running])
