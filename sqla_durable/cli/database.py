@@ -18,8 +18,9 @@ from sqla_durable.registry import SessionKind
 ENVIRONMENT = "DATABASE_URL"
 DRIVER = "postgresql+psycopg"
 
-# Connections are kept: those that exceed a pool's size would be opened and closed for each step.
-_POOL = {"pool_size": 20, "max_overflow": 0, "pool_pre_ping": True}
+# Connections are kept: those that exceed a pool's size would be opened and closed for each step. They are not asked
+# first whether they are sound: what meets a lost one is tried again.
+_POOL = {"pool_size": 20, "max_overflow": 0}
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from sqlalchemy import (
     FromClause,
     Integer,
     Row,
-    Select,
+    SelectBase,
     Text,
     and_,
     bindparam,
@@ -168,7 +168,7 @@ def _columns(given: Mapping[str, ColumnElement[Any]] | ReadOnlyColumnCollection[
     }
 
 
-def _insert(columns: Mapping[str, Any], source: Select[Any]) -> Any:
+def _insert(columns: Mapping[str, Any], source: SelectBase) -> Any:
     inserted = insert(STEP).from_select(list(columns), source, include_defaults=False)
     kept = {"workflow_id", "key", "started_at"}
     return inserted.on_conflict_do_update(

@@ -17,13 +17,13 @@ from enum import StrEnum
 from typing import Any, NoReturn
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, ExceptionContext, event
 from sqlalchemy.orm import Session
 
 from sqla_durable.models import SCHEMA, Step, Worker, Workflow
 from sqla_durable.status import WorkflowStatus
 
-_WROTE = "sqla_durable.testing.wrote"
+_WROTE, _BEGUN = "sqla_durable.testing.wrote", "sqla_durable.testing.begun"
 _WRITES = re.compile(
     r"(?:\binsert\s+into|(?<!for )(?<!key )(?<!do )\bupdate|\bdelete\s+from|\bmerge\s+into)\s+(\S+)", re.I
 )
@@ -31,7 +31,7 @@ _QUERY_MESSAGE = b"Q" + struct.pack("!I", 11) + b"COMMIT\0"  # PostgreSQL manual
 
 
 class Moment(StrEnum):
-    """When a process dies, as seen from one of its commits.
+    """When a process dies, as seen from one of its commits; a statement in autocommit is one.
 
     `before` the COMMIT is sent; `inside`: it is sent, and the answer not read, so that the process cannot know what
     became of it; `after` its answer.
@@ -82,13 +82,25 @@ class Fuse:
     def light(self) -> None:
         """Watch from now on."""
         event.listen(Engine, "begin", _forget)
+        event.listen(Engine, "before_cursor_execute", _begin)
         event.listen(Engine, "after_cursor_execute", _note)
+        event.listen(Engine, "after_cursor_execute", self._on_statement)
+        event.listen(Engine, "handle_error", _roll_back)
         event.listen(Engine, "commit", self._on_commit)
 
     def _on_commit(self, connection: Connection) -> None:
         tables: set[str] = connection.info.pop(_WROTE, set())
-        if tables and not getattr(connection.connection.dbapi_connection, "autocommit", False) and self._due():
+        if tables and not _is_autocommit(connection) and self._due():
             self._die(connection, tables)
+
+    def _on_statement(self, connection: Connection, _cursor: object, statement: str, *_: object) -> None:
+        """Commit a statement that is a transaction of its own, or die around that."""
+        if not connection.info.pop(_BEGUN, False):
+            return
+        tables = _changed_by(connection, statement) if _has_written(connection) else set[str]()
+        if tables and self._due():
+            self._die(connection, tables)
+        _execute(connection, "COMMIT")
 
     def _due(self) -> bool:
         with self._lock:
@@ -105,7 +117,10 @@ class Fuse:
                 case Moment.INSIDE:
                     _send_commit(connection)
                 case Moment.AFTER:
-                    connection.dialect.do_commit(connection.connection)
+                    if _is_autocommit(connection):
+                        _execute(connection, "COMMIT")
+                    else:
+                        connection.dialect.do_commit(connection.connection)
         finally:
             die()
 
@@ -136,14 +151,49 @@ def _forget(connection: Connection) -> None:
 
 
 def _note(connection: Connection, cursor: Any, statement: str, *_: object) -> None:
-    """Remember the tables that a statement has changed; a data-modifying CTE hides in a SELECT."""
-    if cursor.rowcount == 0:
-        return
+    """Remember the tables that a statement has changed."""
+    if cursor.rowcount != 0 and not _is_autocommit(connection) and (tables := _changed_by(connection, statement)):
+        connection.info.setdefault(_WROTE, set()).update(tables)
+
+
+def _begin(connection: Connection, _cursor: object, statement: str, *_: object) -> None:
+    """Begin the transaction that a statement in autocommit is: so that there is a moment before its commit."""
+    if _is_autocommit(connection) and _changed_by(connection, statement):
+        _execute(connection, "BEGIN")
+        connection.info[_BEGUN] = True
+
+
+def _roll_back(context: ExceptionContext) -> None:
+    if context.connection is not None and context.connection.info.pop(_BEGUN, False):
+        with suppress(Exception):  # the connection may be lost
+            _execute(context.connection, "ROLLBACK")
+
+
+def _has_written(connection: Connection) -> bool:
+    """Tell whether the transaction has changed or locked anything; rows that it returns say nothing about that."""
+    return bool(_execute(connection, "SELECT pg_current_xact_id_if_assigned() IS NOT NULL"))
+
+
+def _execute(connection: Connection, statement: str) -> Any:
+    """Execute on the driver's cursor, past all listeners; give the first column of the first row."""
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute(statement)
+        row = cursor.fetchone() if cursor.description else None
+        return None if row is None else row[0]
+    finally:
+        cursor.close()
+
+
+def _is_autocommit(connection: Connection) -> bool:
+    return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
+
+
+def _changed_by(connection: Connection, statement: str) -> set[str]:
+    """Give the tables that a statement changes, but for that of the leases; a CTE that changes hides in a SELECT."""
     names: dict[str, str] = connection.get_execution_options().get("schema_translate_map") or {}
     lease = f"{names.get(SCHEMA) or SCHEMA}.{Worker.__tablename__}"
-    tables = {each.replace('"', "").partition("(")[0] for each in _WRITES.findall(statement)} - {lease}
-    if tables:
-        connection.info.setdefault(_WROTE, set()).update(tables)
+    return {each.replace('"', "").partition("(")[0] for each in _WRITES.findall(statement)} - {lease}
 
 
 def _described(connection: Connection, workflow_id: UUID | None, tables: set[str]) -> str:

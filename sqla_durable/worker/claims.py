@@ -26,6 +26,7 @@ log = logging.getLogger("sqla_durable.worker")
 
 _BATCH = 200
 _PAUSES = (0.01, 0.05, 0.25)  # seconds between claims after the last one that found something
+_SPACING = 0.005  # seconds between two hints that are followed: many of them are one claim
 
 
 class Claims:
@@ -82,6 +83,7 @@ class Claims:
             if len(claimed) < wanted:
                 self._after = self._front
                 if from_front:
+                    await asyncio.sleep(_SPACING)
                     await self._hint_within(next(pauses, None))
 
     def _restart_if_time(self) -> None:

@@ -226,7 +226,7 @@ class Databases:
 
     Attributes:
         shared: claims, maintenance and what else there is.
-        writing, beating: the writer and the heartbeat, each on a connection that it keeps where the pool has enough.
+        beating, writing: the heartbeat and the writer, each on a connection that it keeps where the pool has enough.
     """
 
     shared: Database
@@ -244,18 +244,18 @@ class Databases:
             each.use_transactions()
 
 
-def open_databases(engine: Engine, *, hold: bool, limit: float, beat_limit: float) -> Databases:
+def open_databases(engine: Engine, *, hold: int, limit: float, beat_limit: float) -> Databases:
     """Choose how statements are executed on this engine.
 
     Args:
-        hold: whether the pool has connections to keep.
+        hold: how many of the pool's connections may be kept: the first for the heartbeat, the second for the writer.
         limit, beat_limit: the seconds after which a call, or one of the heartbeat's, is cut off.
     """
     shared, held = (LoopDatabase, HeldLoopDatabase) if engine.dialect.is_async else (ThreadDatabase, HeldThreadDatabase)
     database = shared(engine, limit=limit)
-    if not hold:
-        return Databases(database, database, database)
-    return Databases(database, held(engine, limit=limit), held(engine, limit=beat_limit))
+    beating = held(engine, limit=beat_limit) if hold else database
+    writing = held(engine, limit=limit) if hold > 1 else database
+    return Databases(database, writing, beating)
 
 
 async def persistently(database: Database, statement: Callable[[Connection], T], *, what: str) -> T:

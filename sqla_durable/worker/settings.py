@@ -16,7 +16,8 @@ from sqla_durable.registry import SessionKind
 from sqla_durable.store import schema
 
 _OWN_CONNECTIONS = 5  # the writer and the heartbeat hold one each; claims, maintenance, what is handed back
-_ENOUGH_TO_HOLD_SOME = 8
+_ENOUGH_TO_HOLD_ONE = 3
+_ENOUGH_TO_HOLD_TWO = 8
 _SHORTEST_LIMIT = 5.0
 
 
@@ -95,10 +96,12 @@ def pool_capacity(engine: Engine) -> int:
     return int(max(1, min(32, size - _OWN_CONNECTIONS)))
 
 
-def can_hold_connections(engine: Engine) -> bool:
-    """Tell whether the pool is large enough for the worker to keep some of its connections."""
+def connections_to_hold(engine: Engine) -> int:
+    """Tell how many of the pool's connections the worker may keep: one for its heartbeat, one for its writer."""
     size = _pool_size(engine)
-    return size is None or size >= _ENOUGH_TO_HOLD_SOME
+    if size is None or size >= _ENOUGH_TO_HOLD_TWO:
+        return 2
+    return int(size >= _ENOUGH_TO_HOLD_ONE)
 
 
 def time_limit(lease: timedelta) -> float:

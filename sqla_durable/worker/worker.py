@@ -328,7 +328,7 @@ class Worker:
         settings.require_pool(engine)
         return open_databases(
             engine,
-            hold=settings.can_hold_connections(engine),
+            hold=settings.connections_to_hold(engine),
             limit=settings.time_limit(self.lease),
             beat_limit=settings.heartbeat_limit(self.lease),
         )

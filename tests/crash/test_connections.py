@@ -241,7 +241,8 @@ def test_a_step_whose_workflow_was_lost_meanwhile_leaves_no_business_write(
 
     (workflow_id,) = ledger.start(engine, [form])
     _without_input(engine)
-    with Worker(own, poll_interval=child.POLL, **refusing):
+    # What belongs to a worker that has no row is found at a beat.
+    with Worker(own, poll_interval=child.POLL, lease=timedelta(seconds=3), **refusing):
         expected = WorkflowStatus.CANCELLED if event == "cancel" else WorkflowStatus.SUCCEEDED
         races.wait_until(lambda: races.status_of(engine, workflow_id) is expected)
     accounts = [] if event == "cancel" else ["a"]

@@ -30,10 +30,18 @@ class Plan:
             each["Node Type"] == "Seq Scan" and each.get("Relation Name") == table for each in _nodes(self._root)
         )
 
-    def buffers(self, subplan: str) -> int:
-        """Give how many pages a CTE touches."""
-        (found,) = [each for each in _nodes(self._root) if each.get("Subplan Name") == subplan]
+    def buffers(self, subplan: str | None = None) -> int:
+        """Give how many pages a CTE touches, or the whole statement."""
+        found = self._root if subplan is None else self._subplan(subplan)
         return int(found["Shared Hit Blocks"]) + int(found["Shared Read Blocks"])
+
+    def rows(self, subplan: str) -> int:
+        """Give how many rows a CTE gave."""
+        return int(self._subplan(subplan)["Actual Rows"])
+
+    def _subplan(self, name: str) -> dict[str, Any]:
+        (found,) = [each for each in _nodes(self._root) if each.get("Subplan Name") == name]
+        return found
 
 
 def explain(session: Session, statement: Executable, parameters: Mapping[str, Any], *, mode: str) -> Plan:

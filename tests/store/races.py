@@ -216,6 +216,11 @@ def status_of(engine: Engine, workflow_id: UUID) -> WorkflowStatus:
         return session.get_one(Workflow, workflow_id).status
 
 
+def status_in(session: Session, workflow_id: UUID) -> WorkflowStatus:
+    """Give the status of a workflow as this session's transaction sees it."""
+    return session.get_one(Workflow, workflow_id, populate_existing=True).status
+
+
 def history_of(engine: Engine, workflow_id: UUID) -> list[str]:
     """Give the keys of a workflow's checkpoints in the order of their positions."""
     with Session(engine) as session:

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Queue, Workflow
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Verdict, queues, steps
+from sqla_durable.store.queues import FRONT
 from tests.store import races
 from tests.store.plans import explain, fill
 from tests.support.domain import Order
@@ -161,6 +163,60 @@ def test_claim_one_waits_for_the_row_and_sees_what_became_of_it(
         assert claiming.result() is None
 
 
+def test_a_claim_goes_on_after_the_place_that_the_last_one_reached(session_factory: sessionmaker[Session]) -> None:
+    with session_factory() as session:
+        ids = races.enqueue(session, 6)
+        first = _claim(session, FRONT, 2)
+        races.enqueue(session, priority=-1)
+        second = _claim(session, first.reached["default"], 2)
+        assert [each.fence.workflow_id for each in (*first.claimed, *second.claimed)] == ids[:4]
+        from_front = _claim(session, FRONT, 9)
+        assert [each.fence.workflow_id for each in from_front.claimed][1:] == ids[4:]
+        assert _claim(session, from_front.reached["default"], 9) == queues.Batch([], {})
+
+
+def test_each_queue_has_a_place_of_its_own(session_factory: sessionmaker[Session]) -> None:
+    with session_factory() as session:
+        for name in ("a", "b"):
+            races.enqueue(session, 3, queue=name)
+        batch = _claim(session, FRONT, 4, "a", "b")
+        assert set(batch.reached) == {"a", "b"}
+        rest = queues.claim(
+            session, worker_id=races.WORKER, token=uuid7(), after=batch.reached, names=["checkout"], limit=9
+        )
+        assert len(batch.claimed) + len(rest.claimed) == 6
+
+
+def _claim(session: Session, after: queues.Place, limit: int, *names: str) -> queues.Batch:
+    listened = dict.fromkeys(names or ("default",), after)
+    return queues.claim(session, worker_id=races.WORKER, token=uuid7(), after=listened, names=["checkout"], limit=limit)
+
+
+def test_what_an_open_transaction_keeps_dead_costs_a_claim_at_the_front_and_none_behind(engine: Engine) -> None:
+    """As pages of the index and the table, which do not depend on the machine."""
+    with Session(engine) as old, Session(engine) as session:
+        session.execute(text("ALTER TABLE durable.workflow SET (autovacuum_enabled = off)"))
+        races.enqueue(session, 3_000)
+        old.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+        old.execute(text("SELECT FROM durable.workflow LIMIT 1"))  # from here on, nothing that dies is removed
+        reached = _claim(session, FRONT, 2_900).reached["default"]
+        session.commit()
+        pages = {place: _pages(session, place) for place in (FRONT, reached)}
+    assert pages[reached] < 60, pages
+    assert pages[FRONT] > 5 * pages[reached], pages
+
+
+def _pages(session: Session, after: queues.Place) -> int:
+    return explain(session, queues._CLAIM, _parameters({"default": after}), mode="force_generic_plan").buffers(  # pyright: ignore[reportPrivateUsage]
+        "CTE claimable"
+    )
+
+
+def _parameters(after: dict[str, queues.Place]) -> dict[str, Any]:
+    claim = {"names": ["checkout"], "limit": 10, "new_token": uuid7(), "claimant": races.WORKER}
+    return claim | queues.listening(after)
+
+
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
 def test_the_claim_reads_the_head_of_its_index_and_nothing_else(
     session_factory: sessionmaker[Session], mode: str
@@ -168,14 +224,9 @@ def test_the_claim_reads_the_head_of_its_index_and_nothing_else(
     # behaviour: Q11
     with session_factory() as session:
         fill(session)
-        parameters = {
-            "queues": ["default", "other"],
-            "names": ["checkout"],
-            "limit": 10,
-            "new_token": uuid7(),
-            "claimant": races.WORKER,
-        }
+        parameters = _parameters(dict.fromkeys(["default", "other"], FRONT))
         plan = explain(session, queues._CLAIM, parameters, mode=mode)  # pyright: ignore[reportPrivateUsage]
     assert plan.uses("workflow_pending_idx"), plan
     assert not plan.scans("workflow"), plan
+    assert plan.rows("CTE claimable") == 10, plan
     assert plan.buffers("CTE claimable") < 120, plan

@@ -13,7 +13,7 @@ from sqlalchemy.sql import ClauseElement
 from sqla_durable.store import batches, crashes, look, management, queues, steps, workers, workflows
 
 _MODULES = (batches, crashes, look, management, queues, steps, workers, workflows)
-_BATCHES = {"_RECORD", "_WRITE", "_FINISH", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
+_BATCHES = {"_WRITE", "_FINISH", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
 
 
 def _statements() -> Iterator[tuple[str, str]]:

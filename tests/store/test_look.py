@@ -1,0 +1,90 @@
+"""The look of an idle worker: what it sees, and that it costs the same however much there is."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import Engine, text
+from sqlalchemy.orm import Session
+from uuid_utils.compat import uuid7
+
+from sqla_durable.models import Queue
+from sqla_durable.store import Park, workers
+from sqla_durable.store.look import _LOOK, Seen, look  # pyright: ignore[reportPrivateUsage]
+from sqla_durable.store.queues import FRONT, listening
+from tests.store import races
+from tests.store.plans import explain, fill
+
+NOTHING = Seen(claimable=False, due=False, next_due_in=None, abandoned=False, alive=False)
+
+
+def seen(session: Session, *queues: str) -> Seen:
+    return look(session, worker_id=races.WORKER, queues=queues or ["default"], names=["checkout"])
+
+
+def test_an_empty_database_holds_nothing_to_do(engine: Engine) -> None:
+    with Session(engine) as session:
+        assert seen(session) == NOTHING
+
+
+def test_what_waits_in_the_queues_under_a_known_name_is_claimable(engine: Engine) -> None:
+    with Session(engine) as session:
+        races.enqueue(session, name="unknown")
+        races.enqueue(session, queue="elsewhere")
+        assert not seen(session).claimable
+        assert seen(session, "default", "elsewhere").claimable
+        races.enqueue(session)
+        assert seen(session).claimable
+        assert not look(session, worker_id=races.WORKER, queues=[], names=["checkout"]).claimable
+
+
+def test_a_paused_queue_holds_nothing_to_claim(engine: Engine) -> None:
+    with Session(engine) as session:
+        races.enqueue(session)
+        session.add(Queue(name="default"))
+        session.flush()
+        assert seen(session).claimable
+        session.execute(text("UPDATE durable.queue SET paused_at = statement_timestamp()"))
+        assert not seen(session).claimable
+
+
+def test_timers_are_due_or_tell_when_the_next_one_is(engine: Engine) -> None:
+    first, second, third = races.claimed_fences(engine, 3)
+    with Session(engine) as session:
+        races.end(session, [Park(first, 50), Park(second, 500)])
+        session.commit()
+        assert not seen(session).due
+        assert 40 < (seen(session).next_due_in or 0) <= 50
+        races.end(session, [Park(third, 0)])
+        session.commit()
+        found = seen(session)
+        assert found.due
+        assert 40 < (found.next_due_in or 0) <= 50
+
+
+def test_a_dead_worker_counts_once_it_has_left_something(engine: Engine) -> None:
+    other = uuid7()
+    with Session(engine) as session:
+        workers.beat(session, worker_id=other, name="idle", queues=[], lease=races.LEASE)
+        session.commit()
+    races.claimed_fences(engine)
+    with Session(engine) as session:
+        assert (seen(session).abandoned, seen(session).alive) == (False, True)
+        races.expire_leases(engine)
+        session.rollback()
+        assert (seen(session).abandoned, seen(session).alive) == (True, False)
+        workers.leave(session, races.WORKER)  # what it left belongs to nobody that is remembered
+        assert not seen(session).abandoned
+
+
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+def test_a_look_costs_a_few_pages_among_many_rows(engine: Engine, mode: str) -> None:
+    with Session(engine) as session:
+        fill(session)
+        parameters = {"names": ["checkout"], "looking_id": races.WORKER} | listening(
+            dict.fromkeys(["a", "default"], FRONT)
+        )
+        plan = explain(session, _LOOK, parameters, mode=mode)
+    assert plan.uses("workflow_pending_idx"), plan
+    assert plan.uses("workflow_wake_idx"), plan
+    assert not plan.scans("workflow"), plan
+    assert plan.buffers() < 60, plan

@@ -1,0 +1,156 @@
+"""When a worker does what: at the moment that it is due, told by a hint, or found by a poll."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Engine, delete, text
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqla_durable import Durable, Worker, WorkflowStatus, cancel, resume
+from sqla_durable.models import Worker as WorkerRecord
+from tests.acceptance.shells import PATIENCE, POLL
+from tests.store import races
+
+Sessions = sessionmaker[Session]
+
+NEVER = timedelta(hours=1)  # no poll comes within a test
+
+durable = Durable()
+
+
+@durable.workflow
+def hello() -> str:
+    return "hello"
+
+
+def started(maker: Sessions, **options: Any) -> UUID:
+    with maker.begin() as session:
+        record = hello.options(**options).start(session)
+        session.flush()
+        return record.id
+
+
+def worker(maker: Sessions, **settings: object) -> Worker:
+    chosen = {"poll_interval": NEVER, **settings}
+    return Worker(durable, sessionmaker=maker, **chosen)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def finish(maker: Sessions, workflow_id: UUID) -> None:
+    assert hello.handle(maker, workflow_id).result(timeout=PATIENCE) == "hello"
+
+
+def test_what_is_started_is_executed_without_a_poll(session_factory: Sessions) -> None:
+    with worker(session_factory):
+        for _ in range(3):
+            finish(session_factory, started(session_factory))
+
+
+def test_a_timer_is_awaited_and_not_polled_for(session_factory: Sessions) -> None:
+    workflow_id = started(session_factory, delay=timedelta(seconds=0.5))
+    with worker(session_factory):
+        finish(session_factory, workflow_id)
+
+
+def test_a_timer_that_comes_before_the_next_one_known_is_told_by_a_hint(session_factory: Sessions) -> None:
+    started(session_factory, delay=NEVER)
+    with worker(session_factory):
+        finish(session_factory, started(session_factory, delay=timedelta(seconds=0.5)))
+
+
+def test_what_is_resumed_is_executed_without_a_poll(session_factory: Sessions) -> None:
+    workflow_id = started(session_factory, queue="elsewhere")
+    with session_factory.begin() as session:
+        cancel(session, workflow_id)
+    with worker(session_factory, queues=["elsewhere"]):
+        with session_factory.begin() as session:
+            resume(session, workflow_id)
+        finish(session_factory, workflow_id)
+
+
+def test_without_listening_a_poll_finds_it(session_factory: Sessions) -> None:
+    with worker(session_factory, listen=False, poll_interval=POLL):
+        finish(session_factory, started(session_factory))
+
+
+def test_what_a_stopping_worker_hands_back_is_taken_by_another_without_a_poll(session_factory: Sessions) -> None:
+    entered, gate = threading.Event(), threading.Event()
+    holding = Durable()
+
+    @holding.step
+    def hold() -> None:
+        entered.set()
+        assert gate.wait(60)
+
+    @holding.workflow(name="hold_twice")
+    def hold_twice() -> str:
+        hold()
+        hold()
+        return "done"
+
+    with session_factory.begin() as session:
+        record = hold_twice.start(session)
+        session.flush()
+        workflow_id = record.id
+    one = Worker(holding, sessionmaker=session_factory, poll_interval=NEVER)
+    with one:
+        assert entered.wait(60)
+        with Worker(holding, sessionmaker=session_factory, poll_interval=NEVER):
+            one.stop()
+            gate.set()
+            assert hold_twice.handle(session_factory, workflow_id).result(timeout=PATIENCE) == "done"
+
+
+def test_a_lease_that_somebody_has_deleted_is_begun_anew_at_the_next_look(
+    session_factory: Sessions, engine: Engine
+) -> None:
+    with worker(session_factory, poll_interval=POLL) as deleted:
+        with Session(engine) as session, session.begin():
+            session.execute(delete(WorkerRecord).where(WorkerRecord.id == deleted.id))
+        with Session(engine) as session:
+            races.wait_until(lambda: races.is_alive(session, deleted.id), what="the lease")
+
+
+def test_what_belongs_to_a_worker_that_nobody_remembers_is_reclaimed_at_a_beat(
+    session_factory: Sessions, engine: Engine
+) -> None:
+    with worker(session_factory, poll_interval=POLL, lease=timedelta(seconds=1)):
+        workflow_id = started(session_factory, queue="nobody's")
+        with Session(engine) as session, session.begin():
+            running = text(
+                "UPDATE durable.workflow SET status = 'running', token = gen_random_uuid(), "
+                "worker_id = gen_random_uuid(), started_at = statement_timestamp()"
+            )
+            session.execute(running)
+        races.wait_until(lambda: races.status_of(engine, workflow_id) is WorkflowStatus.PENDING, seconds=30)
+
+
+def test_what_commits_late_or_has_a_higher_priority_is_claimed_before_the_backlog_ends(
+    session_factory: Sessions, engine: Engine
+) -> None:
+    """Both stand before the place that the claims have reached; they begin at the front once a poll."""
+    counting = Durable()
+    order: list[str] = []
+
+    @counting.workflow
+    def note(name: str) -> None:
+        order.append(name)
+
+    with Session(engine) as late:
+        note.start(late, "late")
+        late.flush()
+        with session_factory.begin() as session:
+            for number in range(300):
+                note.start(session, str(number))
+        with Worker(counting, sessionmaker=session_factory, concurrency=1, poll_interval=POLL):
+            races.wait_until(lambda: len(order) > 5)
+            late.commit()
+            with session_factory.begin() as session:
+                note.options(priority=-1).start(session, "urgent")
+            races.wait_until(lambda: len(order) == 302, seconds=60)
+    assert order.index("late") < 301
+    assert order.index("urgent") < 301
+    assert {"late", "urgent"} & set(order[-50:]) == set()
