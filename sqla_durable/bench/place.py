@@ -108,6 +108,11 @@ def place(url: str, schema: str) -> Generator[Place]:
         engine.dispose()
 
 
+def in_schema(engine: Engine, schema: str) -> Engine:
+    """Lead an engine to the schema; to translate the name costs a little at each statement, so not in vain."""
+    return engine if schema == SCHEMA else engine.execution_options(schema_translate_map={SCHEMA: schema})
+
+
 def _reserve(connection: Connection, schema: str) -> None:
     """Keep other benches away for as long as the connection lasts."""
     found = text(
@@ -125,7 +130,7 @@ def _reserve(connection: Connection, schema: str) -> None:
 
 def _make(connection: Connection, engine: Engine, url: str, schema: str) -> Place:
     """Make the schema and the tables, in the place of what a killed bench has left."""
-    translated = engine.execution_options(schema_translate_map={SCHEMA: schema})
+    translated = in_schema(engine, schema)
     connection.execute(DropSchema(schema, cascade=True, if_exists=True))
     with translated.begin() as making:
         making.execute(CreateSchema(schema))

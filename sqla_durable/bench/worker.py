@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import create_engine
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
 from sqla_durable.bench.application import durable
+from sqla_durable.bench.place import in_schema
 from sqla_durable.bench.processes import Settings, Usage
-from sqla_durable.models import SCHEMA
 from sqla_durable.worker import Worker
 
 POOL: dict[str, Any] = {"pool_size": 20, "max_overflow": 0}
@@ -43,9 +43,8 @@ def main() -> None:
 
 
 def _worker(settings: Settings) -> Worker:
-    names = {SCHEMA: settings.schema}
-    engine = create_engine(settings.url, **POOL).execution_options(schema_translate_map=names)
-    async_engine = create_async_engine(settings.url, **POOL).execution_options(schema_translate_map=names)
+    engine = in_schema(create_engine(settings.url, **POOL), settings.schema)
+    async_engine = AsyncEngine(in_schema(create_async_engine(settings.url, **POOL).sync_engine, settings.schema))
     return Worker(
         durable,
         sessionmaker=sessionmaker(engine),

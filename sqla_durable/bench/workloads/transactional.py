@@ -13,8 +13,8 @@ from sqla_durable.bench import application, shapes
 from sqla_durable.bench.application import Entry
 from sqla_durable.bench.figures import Figure, Reference
 from sqla_durable.bench.measuring import Bench
+from sqla_durable.bench.place import in_schema
 from sqla_durable.executor import Executor
-from sqla_durable.models import SCHEMA
 
 _ROUNDS = 5
 
@@ -40,7 +40,7 @@ def _checkpointed(bench: Bench, count: int) -> Figure:
     bench.tell("one transactional step beside the same transaction without a checkpoint")
     bench.place.empty()
     engine = create_engine(bench.place.url, pool_size=1, max_overflow=0)
-    sessions = sessionmaker(engine.execution_options(schema_translate_map={SCHEMA: bench.place.schema}))
+    sessions = sessionmaker(in_schema(engine, bench.place.schema))
     try:
         times = [(_without(sessions, each), _with(sessions, each)) for each in (1, *[count] * _ROUNDS)][1:]
     finally:
