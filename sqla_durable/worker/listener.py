@@ -268,6 +268,7 @@ async def _own_async_connection(engine: Engine) -> AsyncGenerator[tuple[AsyncCon
     finally:
         with suppress(Exception):  # it may be lost
             await asyncio.wait_for(raw.close(), _CLOSING)
+        await asyncio.sleep(0)  # a transport that was aborted closes its socket in the loop's next turn
 
 
 def _taken_out(connection: Connection) -> Any:

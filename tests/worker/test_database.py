@@ -39,11 +39,12 @@ def _database(kind: str, url: str, **options: Any) -> tuple[Database, Engine]:
 
 
 @pytest.fixture(params=KINDS)
-async def database(request: pytest.FixtureRequest, database_url: str) -> AsyncGenerator[Database]:
-    database, engine = _database(str(request.param), database_url, poolclass=NullPool)
+async def database(request: pytest.FixtureRequest, database_url: str, engine: Engine) -> AsyncGenerator[Database]:
+    """Closed before `engine`, at whose end the threads of workers are waited for."""
+    database, own = _database(str(request.param), database_url, poolclass=NullPool)
     yield database
     await database.close()
-    engine.dispose()
+    own.dispose()
 
 
 @pytest.fixture
