@@ -32,6 +32,7 @@ from sqlalchemy import (
     literal_column,
     select,
     text,
+    true,
     tuple_,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSON
@@ -267,9 +268,11 @@ def soon_over() -> ColumnElement[str]:
     of the application's own stays. Source: PostgreSQL manual, Client Connection Defaults,
     idle_in_transaction_session_timeout.
     """
-    today = func.current_setting(_IDLE_TIMEOUT)
+    name: ColumnElement[str] = literal_column(f"'{_IDLE_TIMEOUT}'", type_=Text())
+    most: ColumnElement[str] = literal_column(f"'{_IDLE_LIMIT}'", type_=Text())
+    today = func.current_setting(name, type_=Text())
     shorter = cast(today, Interval).between(text("interval '1 millisecond'"), text(f"interval '{_IDLE_LIMIT}'"))
-    limit = func.set_config(_IDLE_TIMEOUT, case((shorter, today), else_=_IDLE_LIMIT), True)
+    limit = func.set_config(name, case((shorter, today), else_=most), true())
     return select(limit).scalar_subquery().label("idle_limit")
 
 

@@ -20,6 +20,7 @@ from sqlalchemy import (
     case,
     cast,
     func,
+    literal_column,
     null,
     select,
     union,
@@ -131,7 +132,7 @@ def _end_statement(ending: CTE, mine: CTE, recorded: CTE) -> Any:
         select(*ending.c)
         .join(mine, of_owner(ending, mine))
         .outerjoin(written, written.c.workflow_id == ending.c.id)
-        .where(func.coalesce(written.c.checkpoints, 0) == ending.c.checkpoints),
+        .where(func.coalesce(written.c.checkpoints, literal_column("0")) == ending.c.checkpoints),
         "ready",
     )
     parked = ready.c.delay.is_not(None)
