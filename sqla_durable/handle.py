@@ -21,6 +21,7 @@ from sqla_durable.errors import ResultTimeoutError, SyncAsyncError
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.store import schema, workflows
+from sqla_durable.store.drivers import alone
 
 R = TypeVar("R", covariant=True)
 
@@ -32,8 +33,7 @@ _SHARE = 0.25
 class _BaseHandle(Generic[R]):
     def __init__(self, definition: WorkflowDefinition, engine: Engine, workflow_id: UUID) -> None:
         self._definition = definition
-        # A poll is one statement in a transaction of its own: one round trip.
-        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._engine = alone(engine)
         self.workflow_id = workflow_id
 
     def __repr__(self) -> str:

@@ -25,6 +25,7 @@ from sqlalchemy.pool import Pool
 
 from sqla_durable.models import Workflow
 from sqla_durable.store import hints, schema
+from sqla_durable.store.drivers import alone
 from sqla_durable.store.hints import EVERYWHERE, Hint
 
 __all__ = ["EVERYWHERE", "INTERVAL", "announce"]
@@ -221,10 +222,11 @@ def _blocking(gathered: _Gathered) -> Coroutine[Any, Any, None]:
 def _deliver(way: _Way, found: set[Hint]) -> None:
     """Send, and leave no connection behind for which an engine that is disposed of meanwhile does not care any more."""
     try:
-        with way.engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        with alone(way.engine).connect() as connection:
             if way.engine.pool is not way.pool:
                 connection.detach()  # it may be the only one of a new pool, and is closed for good
             hints.notify(connection, found)
+            connection.commit()
     except Exception as error:
         _drop(error)
     finally:

@@ -38,7 +38,9 @@ def worker(
     grace: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for steps being executed.")
     ] = 20,
-    listen: Annotated[bool, typer.Option(help="Listen for hints, or find things by polling alone.")] = True,
+    listen: Annotated[
+        bool | None, typer.Option(help="Whether to listen for hints; by default, unless behind a pooler.")
+    ] = None,
     max_attempts: Annotated[
         int, typer.Option(min=1, help="How many attempts in a row may lose their worker without recording a step.")
     ] = DEFAULT_MAX_ATTEMPTS,

@@ -14,19 +14,18 @@ from types import TracebackType
 from typing import Any, Self
 from uuid import UUID
 
-from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
+import sqla_durable.worker.entry as entry
 import sqla_durable.worker.settings as settings
 from sqla_durable.durable import Durable
-from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, SessionError, UsageError
+from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, UsageError
 from sqla_durable.handle import refuse_event_loop
-from sqla_durable.operations.transaction import require_transaction
 from sqla_durable.retry import is_unreachable
-from sqla_durable.store import schema, workers
+from sqla_durable.store import schema
 from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS
 from sqla_durable.store.hints import EVERYWHERE
 from sqla_durable.worker.attempts import Attempts
@@ -69,8 +68,9 @@ class Worker:
         lease: how long its workflows stay its own after its last heartbeat; it beats three times in a lease.
         poll_interval: how long it waits between two looks for what to do, where no hint comes sooner.
         grace: how long a stop waits for steps that are being executed before it hands their workflows back.
-        listen: whether it listens for hints, on a connection beside the pool; without, it finds things a poll later.
-            Turn it off behind a pooler in transaction mode, where no hint arrives.
+        listen: whether it listens for hints, on a connection beside the pool; without, it finds things a poll later. By
+            default unless the driver keeps no prepared statements, as behind a pooler in transaction mode, where no
+            hint arrives.
         max_attempts: how many attempts in a row may lose their worker without recording a step before the workflow
             fails.
         name: what the worker table shows; by default host and process id.
@@ -93,7 +93,7 @@ class Worker:
         lease: timedelta = timedelta(seconds=30),
         poll_interval: timedelta = timedelta(seconds=1),
         grace: timedelta = timedelta(seconds=20),
-        listen: bool = True,
+        listen: bool | None = None,
         max_attempts: int = DEFAULT_MAX_ATTEMPTS,
         name: str | None = None,
     ) -> None:
@@ -113,6 +113,7 @@ class Worker:
         self.max_attempts = settings.at_least(max_attempts, 1, "max_attempts")
         self.name = name
         self.left_behind = 0
+        self._is_direct = True
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = threading.Event()
         self._stopping = asyncio.Event()
@@ -273,12 +274,11 @@ class Worker:
 
     async def _begin(self, databases: Databases, heartbeat: Heartbeat) -> None:
         try:
-            await databases.shared.execute(_require_schema)
-            if not await databases.shared.execute(schema.is_read_committed):
-                databases.use_transactions()
+            self._is_direct = await entry.prepare(databases)
             await heartbeat.begin()
-            await self._require_transactions()
-            await self._require_one_database()
+            makers = entry.Sessionmakers(self.sessionmaker, self.async_sessionmaker)
+            await entry.require_transactions(makers)
+            await entry.require_one_database(makers, self.id)
         except (DBAPIError, OSError) as error:
             if not is_unreachable(error):
                 raise
@@ -296,31 +296,6 @@ class Worker:
             ", ".join(each.name for each in self.durable.registry) or "nothing",
             ", ".join(self.queues),
         )
-
-    async def _require_transactions(self) -> None:
-        """Refuse engines in AUTOCOMMIT before any step meets them."""
-        if self.sessionmaker is not None:
-            with self.sessionmaker() as session:
-                await asyncio.to_thread(require_transaction, session)
-        if self.async_sessionmaker is not None:
-            async with self.async_sessionmaker() as session:
-                await session.run_sync(require_transaction)
-
-    async def _require_one_database(self) -> None:
-        """Refuse two sessionmakers that lead to two databases: the lease must be visible through both.
-
-        Raises:
-            SessionError: it is not.
-        """
-        if self.sessionmaker is None or self.async_sessionmaker is None:
-            return
-        with self.sessionmaker() as session:
-            visible = await asyncio.to_thread(workers.exists, session, self.id)
-        if not visible:
-            raise SessionError(
-                "sessionmaker and async_sessionmaker lead to different databases or schemas: the worker's lease is "
-                "not visible through both. Bind them to the same one."
-            )
 
     def _databases(self) -> Databases:
         """Give where the worker's own statements are executed."""
@@ -366,7 +341,7 @@ class Worker:
                 maintenance.hint()
 
         engine = settings.engine_of(self.sessionmaker, self.async_sessionmaker)
-        if self.listen:
+        if self._is_direct if self.listen is None else self.listen:
             await Listener(engine, on_hint, check=self.lease / BEATS).run()
         else:
             await asyncio.Event().wait()
@@ -385,11 +360,6 @@ class Worker:
             stopping=self._stop,
             stopping_async=self._stopping,
         )
-
-
-def _require_schema(connection: Connection) -> None:
-    with Session(connection) as session:
-        schema.require(session)
 
 
 async def _ended(loops: list[asyncio.Task[None]]) -> None:

@@ -7,7 +7,8 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Engine, delete, text
+import pytest
+from sqlalchemy import Engine, create_engine, delete, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Worker, WorkflowStatus, cancel, resume
@@ -154,3 +155,26 @@ def test_what_commits_late_or_has_a_higher_priority_is_claimed_before_the_backlo
     assert order.index("late") < 301
     assert order.index("urgent") < 301
     assert {"late", "urgent"} & set(order[-50:]) == set()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "listen", "listens"), [(5, None, True), (None, None, False), (None, True, True), (5, False, False)]
+)
+def test_a_worker_listens_unless_a_pooler_is_in_between_or_it_is_told(
+    database_url: str, engine: Engine, threshold: int | None, listen: bool | None, listens: bool
+) -> None:
+    own = create_engine(database_url, connect_args={"prepare_threshold": threshold, "application_name": "own"})
+    listening = text("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'own' AND query ~* '^listen'")
+    with worker(sessionmaker(translated(own, engine)), listen=listen), Session(engine) as session:
+        if listens:
+            races.wait_until(lambda: session.scalar(listening), what="the LISTEN")
+        else:
+            workflow_id = started(sessionmaker(translated(own, engine)))
+            with worker(sessionmaker(translated(own, engine)), poll_interval=POLL, listen=False):
+                finish(sessionmaker(translated(own, engine)), workflow_id)
+            assert not session.scalar(listening)
+    own.dispose()
+
+
+def translated(own: Engine, like: Engine) -> Engine:
+    return own.execution_options(**like.get_execution_options())

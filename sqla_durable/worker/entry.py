@@ -1,0 +1,80 @@
+"""What a worker finds out about its database before it claims anything."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqla_durable.errors import SessionError
+from sqla_durable.operations.transaction import require_transaction
+from sqla_durable.store import schema, workers
+from sqla_durable.store.drivers import keeps_statements
+from sqla_durable.worker.database import Databases
+
+
+@dataclass(frozen=True, slots=True)
+class Sessionmakers:
+    """What opens the sessions of steps, of either kind."""
+
+    sync: sessionmaker[Session] | None
+    asynchronous: async_sessionmaker[AsyncSession] | None
+
+
+async def prepare(databases: Databases) -> bool:
+    """Choose how the worker's statements are executed; tell whether notifications can arrive.
+
+    Raises:
+        SchemaError: the tables and this package do not fit together.
+    """
+    is_direct = await databases.shared.execute(keeps_statements)
+    if not is_direct and await databases.shared.execute(_is_asyncpg):
+        databases.use_transactions()
+    await databases.shared.execute(_require_schema)
+    if not await databases.shared.execute(schema.is_read_committed):
+        databases.use_transactions()
+    return is_direct
+
+
+async def require_transactions(makers: Sessionmakers) -> None:
+    """Refuse engines in AUTOCOMMIT before any step meets them.
+
+    Raises:
+        SessionError: one of them is.
+    """
+    if makers.sync is not None:
+        with makers.sync() as session:
+            await asyncio.to_thread(require_transaction, session)
+    if makers.asynchronous is not None:
+        async with makers.asynchronous() as session:
+            await session.run_sync(require_transaction)
+
+
+async def require_one_database(makers: Sessionmakers, worker_id: UUID) -> None:
+    """Refuse two sessionmakers that lead to two databases: the lease must be visible through both.
+
+    Raises:
+        SessionError: it is not.
+    """
+    if makers.sync is None or makers.asynchronous is None:
+        return
+    with makers.sync() as session:
+        visible = await asyncio.to_thread(workers.exists, session, worker_id)
+    if not visible:
+        raise SessionError(
+            "sessionmaker and async_sessionmaker lead to different databases or schemas: the worker's lease is "
+            "not visible through both. Bind them to the same one."
+        )
+
+
+def _is_asyncpg(connection: Connection) -> bool:
+    return connection.dialect.driver == "asyncpg"
+
+
+def _require_schema(connection: Connection) -> None:
+    with Session(connection) as session:
+        schema.require(session)
