@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import psutil
-from sqlalchemy import make_url, text
+from sqlalchemy import QueuePool, make_url, text
 
 from sqla_durable.bench.figures import Costs, Machine
 from sqla_durable.bench.place import MARK, Place
@@ -42,9 +42,9 @@ class Meter:
         self._postmaster = _postmaster(place)
 
     def read(self) -> Reading:
-        """Read all counters, now that the statistics of backends that have ended are complete."""
+        """Read all counters, now that the bench's own backends and those that have ended have reported theirs."""
         if self._version >= _FLUSH_SINCE:
-            self._place.ask("SELECT pg_stat_force_next_flush()")
+            self._flush()
         row = self._place.ask(
             "SELECT xact_commit, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0') AS wal FROM pg_stat_database "
             "WHERE datname = current_database()"
@@ -66,6 +66,15 @@ class Meter:
             is_local=self._postmaster is not None,
             settings={row.name: row.value for row in settings},
         )
+
+    def _flush(self) -> None:
+        """Let each idle connection report what it has counted, which would otherwise go to a later reading."""
+        pool = self._place.engine.pool
+        idle = pool.checkedin() if isinstance(pool, QueuePool) else 0
+        with ExitStack() as held:
+            for _ in range(max(1, idle)):
+                connection = held.enter_context(self._place.engine.connect())
+                connection.execute(text(f"{MARK} SELECT pg_stat_force_next_flush()"))
 
     def _statements(self) -> int | None:
         if not self._has_statements:
