@@ -61,8 +61,8 @@ def bench(
 
     chosen_workloads = chosen(workload or [])
     target = database.normalised(wanted).render_as_string(hide_password=False) if wanted else None
-    if json is not None and not json.parent.is_dir():
-        raise CommandError(f"--json {json}: there is no directory {json.parent}.")
+    if json is not None:
+        require_writable(json)
     plan = Plan(
         schema=schema or (OWN_SCHEMA if wanted else SCHEMA),
         count=count,
@@ -98,6 +98,20 @@ def require_extra(*, with_server: bool) -> None:
                 f"`bench` needs {module}, of the extra {extra!r}, which is not installed: "
                 f"pip install 'sqla-durable[bench]'{hint}."
             )
+
+
+def require_writable(file: Path) -> None:
+    """Refuse a file that could not be written after minutes of measuring.
+
+    Raises:
+        CommandError: it is a directory, its directory is not there, or there is no right to write it.
+    """
+    if not file.parent.is_dir():
+        raise CommandError(f"--json {file}: there is no directory {file.parent}.")
+    if file.is_dir():
+        raise CommandError(f"--json {file}: that is a directory, name a file.")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise CommandError(f"--json {file}: there is no right to write it.")
 
 
 def chosen(names: Sequence[str]) -> tuple[str, ...]:

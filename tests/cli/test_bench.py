@@ -50,6 +50,7 @@ def test_embedded_server_is_needed_only_without_a_url(monkeypatch: pytest.Monkey
         ({"workload": ["stairs"]}, "'stairs' is no workload"),
         ({"url": "mysql://host/name"}, "durable workflows need PostgreSQL"),
         ({"url": "postgresql://host/name", "json": Path("nowhere/figures.json")}, "there is no directory nowhere"),
+        ({"url": "postgresql://host/name", "json": Path()}, "that is a directory"),
         ({"url": "postgresql://host/name", "schema": "Not Plain"}, "is no name for the schema"),
     ],
 )
