@@ -57,3 +57,11 @@ def test_alembic_finds_our_branch_in_the_installed_wheel(wheel: Path, tmp_path: 
     assert "Rev: durable_0001 (head)" in shown
     assert "Branch names: sqla_durable" in shown
     assert f"Path: {tmp_path / 'site'}" in shown
+
+
+def test_package_alone_brings_what_importing_it_needs(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (each for each in archive.namelist() if each.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode().splitlines()
+    always = [line for line in lines if line.startswith("Requires-Dist: sqlalchemy") and "extra ==" not in line]
+    assert always == ["Requires-Dist: sqlalchemy[asyncio]>=2.0.40"]
