@@ -148,5 +148,12 @@ class _Member:
     def _ended(self) -> BenchError:
         assert self._log is not None  # noqa: S101 (set by `begin`)
         self._log.seek(0)
-        last = self._log.read()[-2_000:].decode(errors="replace")
-        return BenchError(f"a worker process of the bench has ended by itself: {last}")
+        printed = self._log.read().decode(errors="replace")
+        return BenchError(f"a worker process of the bench has ended by itself: {without_frames(printed)[-2_000:]}")
+
+
+def without_frames(printed: str) -> str:
+    """Give what follows the frames of the last traceback: the error alone, in as many lines as it has."""
+    lines = printed.splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
+    return "\n".join(lines[frames[-1] + 1 if frames else 0 :])
