@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, create_engine, delete, text
+from sqlalchemy import Engine, create_engine, delete, event, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Worker, WorkflowStatus, cancel, resume
 from sqla_durable.models import Worker as WorkerRecord
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
+from tests.support import notifications
 
 Sessions = sessionmaker[Session]
 
@@ -26,6 +29,20 @@ durable = Durable()
 @durable.workflow
 def hello() -> str:
     return "hello"
+
+
+@pytest.fixture
+def engine(database_url: str, server_url: str) -> Generator[Engine]:
+    """Past PgBouncer, through which no hint comes."""
+    engine = create_engine(notifications.direct(database_url, server_url), pool_size=20)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def one_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no claim follow on one that found nothing: what is started just then would be found by accident."""
+    monkeypatch.setattr("sqla_durable.worker.claims._PAUSES", ())
 
 
 def started(maker: Sessions, **options: Any) -> UUID:
@@ -40,12 +57,32 @@ def worker(maker: Sessions, **settings: object) -> Worker:
     return Worker(durable, sessionmaker=maker, **chosen)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
+@contextmanager
+def idle(engine: Engine, worker: Worker) -> Generator[None]:
+    """A worker that has claimed, looked at its start, and looked again after its LISTEN: only hints reach it now."""
+    claimed, looked = threading.Semaphore(0), threading.Semaphore(0)
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if "claimable AS" in statement:
+            claimed.release()
+        if "next_due_in" in statement:
+            looked.release()
+
+    event.listen(engine, "after_cursor_execute", note)
+    with worker:
+        for each in (claimed, looked, looked):
+            assert each.acquire(timeout=60)
+        yield
+    event.remove(engine, "after_cursor_execute", note)
+
+
 def finish(maker: Sessions, workflow_id: UUID) -> None:
     assert hello.handle(maker, workflow_id).result(timeout=PATIENCE) == "hello"
 
 
-def test_what_is_started_is_executed_without_a_poll(session_factory: Sessions) -> None:
-    with worker(session_factory):
+@pytest.mark.usefixtures("one_claim")
+def test_what_is_started_is_executed_without_a_poll(engine: Engine, session_factory: Sessions) -> None:
+    with idle(engine, worker(session_factory)):
         for _ in range(3):
             finish(session_factory, started(session_factory))
 
@@ -56,17 +93,21 @@ def test_a_timer_is_awaited_and_not_polled_for(session_factory: Sessions) -> Non
         finish(session_factory, workflow_id)
 
 
-def test_a_timer_that_comes_before_the_next_one_known_is_told_by_a_hint(session_factory: Sessions) -> None:
+@pytest.mark.usefixtures("one_claim")
+def test_a_timer_that_comes_before_the_next_one_known_is_told_by_a_hint(
+    engine: Engine, session_factory: Sessions
+) -> None:
     started(session_factory, delay=NEVER)
-    with worker(session_factory):
+    with idle(engine, worker(session_factory)):
         finish(session_factory, started(session_factory, delay=timedelta(seconds=0.5)))
 
 
-def test_what_is_resumed_is_executed_without_a_poll(session_factory: Sessions) -> None:
+@pytest.mark.usefixtures("one_claim")
+def test_what_is_resumed_is_executed_without_a_poll(engine: Engine, session_factory: Sessions) -> None:
     workflow_id = started(session_factory, queue="elsewhere")
     with session_factory.begin() as session:
         cancel(session, workflow_id)
-    with worker(session_factory, queues=["elsewhere"]):
+    with idle(engine, worker(session_factory, queues=["elsewhere"])):
         with session_factory.begin() as session:
             resume(session, workflow_id)
         finish(session_factory, workflow_id)
@@ -77,7 +118,10 @@ def test_without_listening_a_poll_finds_it(session_factory: Sessions) -> None:
         finish(session_factory, started(session_factory))
 
 
-def test_what_a_stopping_worker_hands_back_is_taken_by_another_without_a_poll(session_factory: Sessions) -> None:
+@pytest.mark.usefixtures("one_claim")
+def test_what_a_stopping_worker_hands_back_is_taken_by_another_without_a_poll(
+    engine: Engine, session_factory: Sessions
+) -> None:
     entered, gate = threading.Event(), threading.Event()
     holding = Durable()
 
@@ -97,9 +141,9 @@ def test_what_a_stopping_worker_hands_back_is_taken_by_another_without_a_poll(se
         session.flush()
         workflow_id = record.id
     one = Worker(holding, sessionmaker=session_factory, poll_interval=NEVER)
-    with one:
+    with idle(engine, one):
         assert entered.wait(60)
-        with Worker(holding, sessionmaker=session_factory, poll_interval=NEVER):
+        with idle(engine, Worker(holding, sessionmaker=session_factory, poll_interval=NEVER)):
             one.stop()
             gate.set()
             assert hold_twice.handle(session_factory, workflow_id).result(timeout=PATIENCE) == "done"
