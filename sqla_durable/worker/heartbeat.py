@@ -100,6 +100,8 @@ class Heartbeat:
     async def end(self) -> None:
         """End the lease, once nothing extends it any more, and let others look for what was handed back."""
         await persistently(self._database, self._leave, what="leave")
+        # By itself: where statements are in transactions, NOTIFY would hold its lock until the DELETE is on disk.
+        await persistently(self._database, _hint, what="leave")
 
     async def _compare(self) -> None:
         """Now and then, because the server may carry out a claim long after its connection was lost."""
@@ -126,10 +128,13 @@ class Heartbeat:
 
     def _leave(self, connection: Connection) -> None:
         workers.leave(connection, self._worker_id)
-        hints.notify(connection, [hints.hint(hints.channel_on(connection), hints.EVERYWHERE)])
 
     def _begun(self, began: float) -> None:
         self._valid_until = began + self._lease.total_seconds()
 
     def _beat(self, connection: Connection) -> None:
         workers.beat(connection, worker_id=self._worker_id, name=self._name, queues=self._queues, lease=self._lease)
+
+
+def _hint(connection: Connection) -> None:
+    hints.notify(connection, [hints.hint(hints.channel_on(connection), hints.EVERYWHERE)])

@@ -149,6 +149,27 @@ def test_what_a_stopping_worker_hands_back_is_taken_by_another_without_a_poll(
             assert hold_twice.handle(session_factory, workflow_id).result(timeout=PATIENCE) == "done"
 
 
+def test_a_worker_that_leaves_gives_its_hint_in_a_transaction_of_its_own(
+    engine: Engine, session_factory: Sessions
+) -> None:
+    """Also where the database's default makes them transactions: NOTIFY holds a lock of the whole database."""
+    done: list[str] = []
+
+    def execute(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        done.append(statement)
+
+    def commit(_connection: object) -> None:
+        done.append("COMMIT")
+
+    event.listen(engine, "after_cursor_execute", execute)
+    event.listen(engine, "commit", commit)
+    with worker(session_factory):
+        pass
+    *before, notify, last = done
+    assert "pg_notify" in notify
+    assert before[-1] == last == "COMMIT"
+
+
 def test_a_lease_that_somebody_has_deleted_is_begun_anew_at_the_next_look(
     session_factory: Sessions, engine: Engine
 ) -> None:
