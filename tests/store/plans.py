@@ -52,7 +52,9 @@ def explain(session: Session, statement: Executable, parameters: Mapping[str, An
     names: list[str] = sorted(compiled.params, key=len, reverse=True)
     for number, name in enumerate(names, start=1):
         sql = sql.replace(f":{name}", f"${number}")
+    assert set(parameters) <= set(names), "some of these would not reach the statement"
     values: dict[str, Any] = {**compiled.params, **parameters}
+    assert None not in values.values(), "the statement has others, which would be NULL"
     session.execute(text(f"SET LOCAL plan_cache_mode = {mode}"))
     types = ", ".join(_type(compiled.binds[each].type) for each in names)
     connection = session.connection()

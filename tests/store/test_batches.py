@@ -90,5 +90,6 @@ def test_a_batch_reads_no_table_from_end_to_end(engine: Engine, mode: str) -> No
         ends = [batches._end_row(races.success(each), 1) for each in fences]  # pyright: ignore[reportPrivateUsage]
         session.execute(text("ANALYZE durable.step"))
         plan = explain(session, batches._WRITE, parameters | filled("ending", ends), mode=mode)  # pyright: ignore[reportPrivateUsage]
+    assert plan.rows("CTE recorded") == plan.rows("CTE ended") == len(fences), plan
     assert plan.uses("workflow_pkey"), plan
     assert not plan.scans("workflow"), plan

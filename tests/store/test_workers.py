@@ -199,6 +199,8 @@ def test_workers_that_are_long_dead_are_forgotten(engine: Engine) -> None:
 def test_reclaim_reads_running_workflows_only(engine: Engine, mode: str) -> None:
     with Session(engine) as session:
         fill(session)
-        plan = explain(session, crashes._RECLAIM, {"max_attempts": 9, "limit": 10}, mode=mode)  # pyright: ignore[reportPrivateUsage]
+        mine = {"mine_names": ["checkout"], "mine_queues": ["default"]}
+        parameters = {"max_attempts": 9, "limit": 10, "reason": "its worker died", **mine}
+        plan = explain(session, crashes._RECLAIM, parameters, mode=mode)  # pyright: ignore[reportPrivateUsage]
     assert plan.uses("workflow_running_idx"), plan
     assert not plan.scans("workflow"), plan

@@ -182,8 +182,8 @@ async def test_worker_carries_out_many_workflows_in_few_commits(
     claims = [each for each in counts.statements if "claimable AS" in each]
     writes = [each for each in counts.statements if "ending(" in each]
     # 400 workflows by 100 slots: alone, each would take three commits, 1,200 of them.
-    assert len(writes) <= count / 10
-    assert len(claims) <= count / 10
+    assert count / 100 <= len(writes) <= count / 10
+    assert count / 100 <= len(claims) <= count / 10
 
 
 @pytest.mark.parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)
@@ -238,5 +238,5 @@ def test_idle_worker_costs_one_look_a_poll(engine: Engine, session_factory: Sess
     looks = [each for each in counts.statements if "next_due_in" in each]
     claims = [each for each in counts.statements if "claimable AS" in each]
     # The first claim and the three after it; the rest is the start, the end, and what is done once in a long while.
-    assert len(claims) <= 4
+    assert 1 <= len(claims) <= 4
     assert len(counts.statements) <= len(looks) + len(claims) + 16
