@@ -66,7 +66,9 @@ class BlockingRuntime(BaseRuntime):
     def context(self, step: StepCall | None = None) -> Context:
         """Give the ambient context of the workflow's own code, or of a step's function."""
         whereabouts = threading.get_ident
-        return Context(self.attempt, self.perform, False, whereabouts, home=whereabouts(), step=step)
+        return Context(
+            self.attempt, self.perform, is_async=False, whereabouts=whereabouts, home=whereabouts(), step=step
+        )
 
     def perform(self, call: StepCall) -> Any:
         """Perform a step and give its outcome."""
@@ -89,7 +91,9 @@ class AsyncRuntime(BaseRuntime):
     def context(self, step: StepCall | None = None) -> Context:
         """Give the ambient context of the workflow's own code, or of a step's function."""
         whereabouts = asyncio.current_task
-        return Context(self.attempt, self.perform, True, whereabouts, home=whereabouts(), step=step)
+        return Context(
+            self.attempt, self.perform, is_async=True, whereabouts=whereabouts, home=whereabouts(), step=step
+        )
 
     async def perform(self, call: StepCall) -> Any:
         """Perform a step and give its outcome."""

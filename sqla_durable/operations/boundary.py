@@ -42,7 +42,10 @@ class Boundary:
         """Stop watching."""
         if self._transaction is not None:
             self._transaction = None
-            self._session.info[_KEY] = self._outer
+            if self._outer is None:
+                self._session.info.pop(_KEY, None)
+            else:
+                self._session.info[_KEY] = self._outer
 
     def refuse_commit(self) -> None:
         """Refuse a commit of the step's transaction, or of the whole one around it.

@@ -62,11 +62,6 @@ def listen(connection: Connection) -> None:
     connection.execute(text(f"LISTEN {name}"))
 
 
-def unlisten(connection: Connection) -> None:
-    """Let a connection in autocommit not be notified any more."""
-    connection.execute(text("UNLISTEN *"))
-
-
 def probe(connection: Connection) -> None:
     """Ask for an answer, whatever it is."""
     connection.execute(select(1))

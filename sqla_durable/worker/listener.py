@@ -36,7 +36,7 @@ class Listener:
     Behind a pooler in transaction mode nothing arrives.
 
     ```python
-    listener = Listener(engine, lambda queue: claims.look(queue))
+    listener = Listener(engine, lambda queue: print("look at", queue or "all queues"))
     task = asyncio.create_task(listener.run())
     ```
 

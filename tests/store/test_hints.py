@@ -73,9 +73,7 @@ def test_hints_are_one_statement_and_each_comes_once(connection: Connection, ear
 
 def test_connection_listens_on_the_channel_of_its_schema(engine: Engine) -> None:
     with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
-        channels = text("SELECT pg_listening_channels()")
         hints.listen(connection)
         hints.probe(connection)
-        assert connection.scalars(channels).all() == ["sqla_durable.durable"]
-        hints.unlisten(connection)
-        assert connection.scalars(channels).all() == []
+        assert connection.scalars(text("SELECT pg_listening_channels()")).all() == ["sqla_durable.durable"]
+        connection.execute(text("UNLISTEN *"))  # behind PgBouncer the next one would get it
