@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sqla_durable import embedded
+from sqla_durable.bench.errors import BenchError
 from sqla_durable.bench.figures import Figure, Machine
 from sqla_durable.bench.floors import Floors, pgbench
 from sqla_durable.bench.measuring import Bench, Status
@@ -19,11 +20,12 @@ _EMBEDDED = {"fsync": "on", "synchronous_commit": "on", "max_connections": "200"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What was measured, of what plan, and where."""
+    """What was measured, of what plan, and where; and what ended it before all was."""
 
     machine: Machine
     plan: Plan
     figures: tuple[Figure, ...]
+    ended_by: KeyboardInterrupt | BenchError | None = None
 
 
 def bench(
@@ -32,31 +34,34 @@ def bench(
     plan: Plan,
     url: str | None = None,
     tell: Callable[[Status], None] = lambda status: None,
-    note: Callable[[Figure], None] = lambda figure: None,
 ) -> Outcome:
     """Measure workloads, and leave nothing behind on the server.
+
+    An interrupt, or a workload that cannot be measured, ends it with the figures that there are.
 
     Args:
         workloads: their names, measured in the order of `WORKLOADS`.
         plan: how much of them.
         url: the database; None starts the embedded server for a while, with `fsync` and `synchronous_commit` on.
         tell: is told often how far it is.
-        note: is given each figure when it is known.
 
     Raises:
-        BenchError: the schema is not the bench's own, a worker ended, a workflow failed, or nothing was finished.
+        BenchError: the schema is not the bench's own.
         UsageError: there is no URL, and the embedded server is not installed.
     """
     figures: list[Figure] = []
     with _server(url) as found, place(found, plan.schema) as prepared:
         floors = Floors(prepared, transactions=plan.floor, program=pgbench())
         measuring = Bench(prepared, plan, floors, tell)
-        for name in (each for each in WORKLOADS if each in workloads):
-            measuring.workload = name
-            for figure in WORKLOADS[name](measuring):
-                figures.append(figure)
-                note(figure)
-        return Outcome(machine=measuring.meter.machine(), plan=plan, figures=tuple(figures))
+        machine = measuring.meter.machine()
+        ended_by: KeyboardInterrupt | BenchError | None = None
+        try:
+            for name in (each for each in WORKLOADS if each in workloads):
+                measuring.workload = name
+                figures += WORKLOADS[name](measuring)
+        except (KeyboardInterrupt, BenchError) as error:
+            ended_by = error
+        return Outcome(machine=machine, plan=plan, figures=tuple(figures), ended_by=ended_by)
 
 
 @contextmanager

@@ -76,6 +76,7 @@ class Machine:
         python: the version of Python.
         package: the version of this package.
         server: the version of PostgreSQL.
+        database: the name of the database.
         is_local: whether the server is on the same machine.
         settings: what decides about the durability and the speed of its commits.
     """
@@ -85,5 +86,6 @@ class Machine:
     python: str
     package: str
     server: str
+    database: str
     is_local: bool
     settings: dict[str, str]

@@ -137,7 +137,13 @@ class Bench:
         return Crew(self.place.url, self.place.schema, workers=workers, concurrency=self.plan.concurrency)
 
     def carry_out(
-        self, doing: str, *, enough: int | None = None, seconds: float | None = None, each: str = "workflow"
+        self,
+        doing: str,
+        *,
+        enough: int | None = None,
+        seconds: float | None = None,
+        each: str = "workflow",
+        steps_each: int | None = None,
     ) -> Measured:
         """Let the workers carry out what is in the tables.
 
@@ -146,6 +152,8 @@ class Bench:
             enough: how many workflows are enough; by default all.
             seconds: when to end at the latest.
             each: what the costs are divided by, workflow or step.
+            steps_each: how many steps a workflow has, where the time may be up before all are finished: those that are
+                on their way cost something too.
 
         Raises:
             BenchError: a worker ended by itself, a workflow failed, or nothing was finished.
@@ -158,7 +166,7 @@ class Bench:
             usages = crew.stop()
         after = self.meter.read()
         completions, steps, ended = self.outcome(began)
-        units = steps if each == "step" else len(completions)
+        units = steps if each == "step" else steps / steps_each if steps_each else len(completions)
         if not units:
             raise BenchError(f"no {each} was finished in time ({doing}): give it more of it, --seconds N.")
         cost = costs(before, after, usages, units=units)

@@ -63,6 +63,7 @@ class Meter:
             python=platform.python_version(),
             package=version("sqla-durable"),
             server=self._place.ask("SELECT current_setting('server_version')")[0][0],
+            database=self._place.ask("SELECT current_database()")[0][0],
             is_local=self._postmaster is not None,
             settings={row.name: row.value for row in settings},
         )
@@ -101,7 +102,7 @@ class Meter:
         return None
 
 
-def costs(before: Reading, after: Reading, usages: Iterable[Usage], *, units: int) -> Costs:
+def costs(before: Reading, after: Reading, usages: Iterable[Usage], *, units: float) -> Costs:
     """Give what one of so many workflows or steps cost between two readings."""
     used = list(usages)
     statements = _difference(before.statements, after.statements)

@@ -49,7 +49,7 @@ def described(machine: Machine) -> str:
     settings = ", ".join(f"{name}={machine.settings.get(name, '?')}" for name in ("fsync", "synchronous_commit"))
     return (
         f"{machine.cores} cores, {machine.system}, Python {machine.python}, sqla-durable {machine.package}; "
-        f"PostgreSQL {machine.server} {where}, {settings}"
+        f"PostgreSQL {machine.server} {where}, database {machine.database!r}, {settings}"
     )
 
 
@@ -87,7 +87,13 @@ def costs(figure: Figure) -> str:
 
 def as_json(outcome: Outcome) -> str:
     """Give everything as JSON text, with the ratios."""
-    return json.dumps({**asdict(outcome), "figures": [_as_json(each) for each in outcome.figures]}, indent=2)
+    found = {
+        "machine": asdict(outcome.machine),
+        "plan": asdict(outcome.plan),
+        "complete": outcome.ended_by is None,
+        "figures": [_as_json(each) for each in outcome.figures],
+    }
+    return json.dumps(found, indent=2)
 
 
 def _as_json(figure: Figure) -> dict[str, Any]:

@@ -31,7 +31,8 @@ def bench(
         int | None, typer.Option(min=1, help="How many workflows a workload takes; by default its own number.")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="When a workload ends at the latest; by default its own time.")
+        float | None,
+        typer.Option(min=0.1, help="When a workload ends at the latest, floors aside; by default its own time."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="How many worker processes there are.")] = 1,
     concurrency: Annotated[int, typer.Option(min=1, help="How many workflows each executes at once.")] = 100,
@@ -51,6 +52,8 @@ def bench(
 
     Works in a schema of its own and drops it, whatever happens.
     """
+    if url is not None and not url.strip():
+        raise CommandError("--url is empty: name a database, or leave it out for a server that is started for it.")
     wanted = url or os.environ.get(database.ENVIRONMENT)
     require_extra(with_server=not wanted)
     from rich.console import Console
@@ -77,9 +80,12 @@ def bench(
     console = Console()
     with report.progress(console) as tell:
         outcome = driver.bench(chosen_workloads, plan=plan, url=target, tell=tell)
-    report.show(console, outcome)
-    if json is not None:
-        json.write_text(report.as_json(outcome) + "\n")
+    if outcome.figures:
+        report.show(console, outcome)
+        if json is not None:
+            json.write_text(report.as_json(outcome) + "\n")
+    if outcome.ended_by is not None:
+        raise outcome.ended_by
 
 
 def require_extra(*, with_server: bool) -> None:

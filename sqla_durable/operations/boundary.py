@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 
 from sqla_durable.errors import StepTransactionError
 
-_KEY = "sqla_durable.boundary"  # in Session.info
+# Not in Session.info, which is the user's: a step that clears it must not take its guard off.
+_watched: WeakKeyDictionary[Session, Boundary] = WeakKeyDictionary()
 
 
 class Boundary:
@@ -22,8 +25,8 @@ class Boundary:
         self._step = step
         self._transaction = _innermost(session)
         self._connections = 1  # the one for the checkpoint is there from the beginning
-        self._outer: Boundary | None = session.info.get(_KEY)
-        session.info[_KEY] = self
+        self._outer = _watched.get(session)
+        _watched[session] = self
 
     def check(self) -> None:
         """Give the transaction back to the engine.
@@ -43,9 +46,9 @@ class Boundary:
         if self._transaction is not None:
             self._transaction = None
             if self._outer is None:
-                self._session.info.pop(_KEY, None)
+                _watched.pop(self._session, None)
             else:
-                self._session.info[_KEY] = self._outer
+                _watched[self._session] = self._outer
 
     def refuse_commit(self) -> None:
         """Refuse a commit of the step's transaction, or of the whole one around it.
@@ -75,14 +78,14 @@ class Boundary:
 # For all sessions: to listen to one, and to stop, takes forty microseconds, and every step would pay for it.
 @event.listens_for(Session, "before_commit")
 def _before_commit(session: Session) -> None:
-    boundary: Boundary | None = session.info.get(_KEY)
+    boundary = _watched.get(session)
     if boundary is not None:
         boundary.refuse_commit()
 
 
 @event.listens_for(Session, "after_begin")
 def _after_begin(session: Session, transaction: SessionTransaction, _connection: Connection) -> None:
-    boundary: Boundary | None = session.info.get(_KEY)
+    boundary = _watched.get(session)
     if boundary is not None:
         boundary.refuse_second(transaction)
 

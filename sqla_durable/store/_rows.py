@@ -263,7 +263,7 @@ def owned(fences: FromClause, *, skip_locked: bool) -> CTE:
 def soon_over() -> ColumnElement[str]:
     """Let the server end the transaction if it is idle for long after this statement, evaluated once.
 
-    For the last statement of a step's transaction, which only the COMMIT follows: without it, a worker that is frozen
+    For what only the COMMIT, or statements of the engine's own, can follow: without it, a worker that is frozen
     or cut off between the two would hold the row for as long as the server believes in the connection. A shorter limit
     of the application's own stays. Source: PostgreSQL manual, Client Connection Defaults,
     idle_in_transaction_session_timeout.

@@ -16,6 +16,7 @@ from sqlalchemy.pool import Pool
 
 from sqla_durable.errors import SchemaMissingError, SchemaNewerError, SchemaOlderError, SessionError
 from sqla_durable.models import REVISION, SCHEMA, Workflow
+from sqla_durable.store._rows import soon_over
 
 _MIGRATE = "Run `alembic upgrade head` with a revision that calls sqla_durable.migrations.upgrade(...)."
 
@@ -66,6 +67,11 @@ def schema_of(session: Session) -> str:
     translated = session.connection(bind_arguments={"mapper": Workflow}).get_execution_options()
     names: dict[str, str] = translated.get("schema_translate_map") or {}
     return names.get(SCHEMA) or SCHEMA
+
+
+def end_idle(connection: Connection) -> None:
+    """Let the server end this transaction if it is idle for long; see `soon_over`."""
+    connection.execute(select(soon_over()))
 
 
 def is_read_committed(connection: Connection) -> bool:

@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from typing_extensions import override
 
 from sqla_durable.retry import ObstacleRetry, is_mixed_up, spoils_connection
+from sqla_durable.store import schema
 
 T = TypeVar("T")
 
@@ -39,7 +40,10 @@ _CUT_OFF = 1.0  # seconds in which a transaction ends once its connection is cut
 
 
 class Database(Protocol):
-    """Executes functions of a connection, whose statements are each a transaction of their own."""
+    """Executes functions of a connection, whose statements are each a transaction of their own.
+
+    Where they cannot be, the function is one transaction, which the server ends if it is idle for long.
+    """
 
     async def execute(self, statement: Callable[[Connection], T]) -> T:
         """Call the function.
@@ -281,6 +285,8 @@ def in_short(error: BaseException) -> str:
 def _attached(statement: Callable[[Connection], T], cut: Cut) -> Callable[[Connection], T]:
     def execute(connection: Connection) -> T:
         cut.attach(connection)
+        if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+            schema.end_idle(connection)
         return statement(connection)
 
     return execute

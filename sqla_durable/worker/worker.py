@@ -222,21 +222,23 @@ class Worker:
         self._started.set_result(None)
         claims = self._claims(databases.shared, attempts, heartbeat)
         maintenance = self._maintenance(databases.shared, claims, heartbeat)
-        # In this order: what takes on work ends first, what records it last.
-        loops = [
+        taking = [
             asyncio.create_task(claims.run(), name="claims"),
             asyncio.create_task(maintenance.run(), name="maintenance"),
             asyncio.create_task(self._listen(claims, maintenance), name="listener"),
+        ]
+        keeping = [
             asyncio.create_task(heartbeat.run(), name="heartbeat"),
             asyncio.create_task(writer.run(), name="writer"),
         ]
+        loops = [*taking, *keeping]
         stopping = asyncio.create_task(self._stopping.wait(), name="stop")
         if self._stop.is_set():
             self._stopping.set()
         try:
             await asyncio.wait([*loops, stopping], return_when=asyncio.FIRST_COMPLETED)
             surroundings.stopping.set()
-            await _ended(loops[:3])
+            await _ended(taking)
             handed_back = await self._leaving(self._hand_back(attempts, heartbeat), seconds=self._grace + _LAST_GRACE)
         finally:
             self.left_behind = attempts.cancel() + sum(each.stuck for each in databases.all)

@@ -32,15 +32,17 @@ def test_schema_is_gone_afterwards(outside: Engine, empty_database_url: str) -> 
     assert schemas(outside) == set()
 
 
-def test_schema_is_gone_after_an_exception_in_the_middle_of_a_workload(
-    outside: Engine, empty_database_url: str
+@pytest.mark.parametrize("error", [KeyboardInterrupt, BenchError])
+def test_what_was_measured_before_an_interrupt_or_an_error_is_kept_and_nothing_left_behind(
+    outside: Engine, empty_database_url: str, error: type[KeyboardInterrupt | BenchError]
 ) -> None:
     def fail(status: Status) -> None:
-        if status.total:
-            raise KeyboardInterrupt
+        if status.workload == "sequential" and status.total:
+            raise error
 
-    with pytest.raises(KeyboardInterrupt):
-        bench(["steps"], plan=TINY, url=empty_database_url, tell=fail)
+    outcome = bench(["bulk", "sequential"], plan=TINY, url=empty_database_url, tell=fail)
+    assert isinstance(outcome.ended_by, error)
+    assert outcome.machine.database in empty_database_url
     assert schemas(outside) == set()
     assert not [each for each in psutil.Process().children() if "sqla_durable.bench.worker" in each.cmdline()]
 

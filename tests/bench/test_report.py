@@ -28,6 +28,7 @@ MACHINE = Machine(
     python="3.11.7",
     package="0.1.0",
     server="18.4",
+    database="shop",
     is_local=True,
     settings={"fsync": "on", "synchronous_commit": "off"},
 )

@@ -118,8 +118,11 @@ async def test_where_statements_by_themselves_would_be_serializable_they_are_rea
     first.dispose()
     database, own = _database(kind, database_url, poolclass=NullPool)
     database.use_transactions()
-    level = text("SHOW transaction_isolation")
-    assert await database.execute(lambda connection: connection.execute(level).scalar_one()) == "read committed"
+    level = text(
+        "SELECT current_setting('transaction_isolation'), current_setting('idle_in_transaction_session_timeout')"
+    )
+    found = await database.execute(lambda connection: connection.execute(level).one())
+    assert tuple(found) == ("read committed", "5s")
     await database.close()
     own.dispose()
 

@@ -31,12 +31,16 @@ def sleep(bench: Bench) -> Iterator[Figure]:
     completions, _, _ = bench.outcome(due)
     yield Figure(
         workload="sleep",
-        what=f"{len(completions):,} due at once",
+        what=f"{_of(len(completions), count)} due at once",
         value=completions[-1],
         unit="s",
         beside=(Reference(f"{floor.what}, as many", floor.value and len(completions) / floor.value),),
         costs=costs(before, bench.meter.read(), usages, units=len(completions)),
     )
+
+
+def _of(done: int, count: int) -> str:
+    return f"{count:,}" if done == count else f"{done:,} of {count:,}, when the time was up,"
 
 
 def bulk(bench: Bench) -> Iterator[Figure]:

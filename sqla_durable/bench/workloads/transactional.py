@@ -23,7 +23,7 @@ def transactional(bench: Bench) -> Iterator[Figure]:
     """Workflows of three transactional steps, one insert each; and what the checkpoint adds to a transaction."""
     floors = bench.floors(shapes.three_entries(clients=16))
     bench.fill(application.three_entries.bind(number) for number in range(bench.count(3_000)))
-    measured = bench.carry_out("three transactional steps each")
+    measured = bench.carry_out("three transactional steps each", steps_each=3)
     yield Figure(
         workload="transactional",
         what="three steps with an insert each",
