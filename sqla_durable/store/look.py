@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Float, bindparam, cast, func, select, true
+from sqlalchemy import ColumnElement, Float, and_, bindparam, cast, func, select, text, true
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import WORKER, WORKFLOW, Connectable, execute, status
 from sqla_durable.store.queues import FRONT, listened_queues, listening, pending_in
+
+_NEVER = text("timestamptz 'infinity'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,9 @@ def _due() -> ColumnElement[bool]:
 
 
 def _next_due_in() -> Any:
-    later = select(func.min(WORKFLOW.c.wake_at)).where(_suspended(), WORKFLOW.c.wake_at > func.statement_timestamp())
+    # How long it is until "infinity", PostgreSQL 16 and older refuse to say.
+    ahead = and_(WORKFLOW.c.wake_at > func.statement_timestamp(), WORKFLOW.c.wake_at < _NEVER)
+    later = select(func.min(WORKFLOW.c.wake_at)).where(_suspended(), ahead)
     return cast(func.extract("epoch", later.scalar_subquery() - func.statement_timestamp()), Float)
 
 

@@ -23,6 +23,7 @@ from sqlalchemy import (
     cast,
     func,
     select,
+    text,
     true,
     tuple_,
     update,
@@ -51,6 +52,9 @@ _TOKEN = bindparam("new_token", type_=PG_UUID())
 _WORKER = bindparam("claimant", type_=PG_UUID())
 _NAMES = bindparam("names", type_=ARRAY(Text()))
 _PLACE: Columns = {"priority": SmallInteger(), "enqueued_at": DateTime(timezone=True), "id": PG_UUID()}
+
+# A driver cannot read what Python's datetime does not hold: "-infinity", which somebody wrote to be the first of all.
+_EARLIEST, _LATEST = text("timestamptz '0001-01-02 00:00Z'"), text("timestamptz '9999-12-30 00:00Z'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +195,7 @@ def _claim_statement(candidates: Any) -> Any:
             WORKFLOW.c.attempt,
             WORKFLOW.c.queue,
             WORKFLOW.c.priority,
-            WORKFLOW.c.enqueued_at,
+            func.least(func.greatest(WORKFLOW.c.enqueued_at, _EARLIEST), _LATEST).label("enqueued_at"),
             cast(WORKFLOW.c.input, Text).label("input"),
             claimable.c.started_at.is_not(None).label("started"),
         )

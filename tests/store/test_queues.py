@@ -49,6 +49,21 @@ def test_many_claims_at_once_take_each_row_once(engine: Engine, session_factory:
     assert set(taken) == set(ids)
 
 
+def test_places_that_python_has_no_date_for_are_claimed_in_their_order(engine: Engine) -> None:
+    places = ["-infinity", "0044-03-15 BC", "2026-01-01", "294000-01-01", "infinity"]
+    with Session(engine) as session:
+        for number, place in enumerate(places):
+            insert = "INSERT INTO durable.workflow (name, input, enqueued_at) VALUES ('checkout', :input, :place)"
+            session.execute(text(insert), {"input": f'{{"number": {number}}}', "place": place})
+        after = {"default": FRONT}
+        numbers: list[str] = []
+        while batch := queues.claim(
+            session, worker_id=races.WORKER, token=uuid7(), after=after, names=["checkout"], limit=1
+        ).claimed:
+            numbers += [each.input for each in batch]
+    assert numbers == [f'{{"number": {number}}}' for number in range(len(places))]
+
+
 def test_a_claim_takes_no_more_than_its_limit_over_all_queues(session_factory: sessionmaker[Session]) -> None:
     # behaviour: Q12
     with session_factory() as session:
