@@ -28,6 +28,7 @@ Ticket: TypeAlias = "asyncio.Future[None] | concurrent.futures.Future[None]"
 Row: TypeAlias = Checkpoint | Completion | Park
 
 _BATCH = 500
+_BATCH_SIZE = 4 * 1024 * 1024  # characters: what the server cannot take in within the time limit is never written
 _SHORTEST_RETRY, _LONGEST_RETRY = 0.02, 1.0
 
 
@@ -126,8 +127,9 @@ class Writer:
 
     def _next_batch(self) -> list[Write]:
         """Take what waits, but for workflows that wait for their own rows: nothing overtakes within a workflow."""
-        batch = self._waiting[:_BATCH]
-        del self._waiting[:_BATCH]
+        count = _fitting(self._waiting)
+        batch = self._waiting[:count]
+        del self._waiting[:count]
         if not self._waiting:
             self._arrived.clear()
         waiting_for_row = {each.fence.workflow_id for each in self._delayed}
@@ -175,6 +177,20 @@ class Writer:
             refused = EncodingError(f"the database refuses what the workflow records: {error}")
             refused.__cause__ = error
             write.settle(refused)
+
+
+def _fitting(waiting: Sequence[Write]) -> int:
+    """Give how many writes make a batch: one at least, and no more than its size allows."""
+    size = count = 0
+    for count, each in enumerate(waiting[:_BATCH], 1):
+        size += _size_of(each.row)
+        if size > _BATCH_SIZE:
+            return max(1, count - 1)
+    return count
+
+
+def _size_of(row: Row) -> int:
+    return 0 if isinstance(row, Park) else len(row.output or "") + len(row.error or "")
 
 
 def _refused_before(write: Write) -> bool:

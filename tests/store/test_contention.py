@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, Select, func, select, update
+from sqlalchemy import Engine, Select, event, func, select, update
 from sqlalchemy.orm import Session
 
 from sqla_durable import cancel, resume
@@ -135,3 +135,25 @@ async def test_a_bad_row_fails_its_own_workflow_and_none_that_is_parked_beside_i
     assert found.pop(refused.workflow_id) is WorkflowStatus.RUNNING
     assert set(found.values()) == {WorkflowStatus.SUSPENDED, WorkflowStatus.SUCCEEDED}
     assert recorded >= found.keys()
+
+
+async def test_what_is_large_is_written_in_several_statements(engine: Engine) -> None:
+    """A statement that the server cannot take in within the time limit would be tried again for ever."""
+    fences = races.claimed_fences(engine, 12)
+    database = ThreadDatabase(engine, limit=30)
+    sizes: list[int] = []
+
+    def measure(_connection: object, _cursor: object, _statement: str, parameters: Any, *_: object) -> None:
+        sizes.append(len(parameters.get("batch_rows", "")))
+
+    event.listen(engine, "before_cursor_execute", measure)
+    writer = Writer(database)
+    output = f'"{"x" * 1_000_000}"'
+    tickets = [writer.submit(races.checkpoint(each, output=output)) for each in fences]
+    running = asyncio.create_task(writer.run())
+    await asyncio.gather(*tickets)
+    running.cancel()
+    await asyncio.wait([running])
+    await database.close()
+    assert max(sizes) < 5_000_000
+    assert sum(sizes) < 13_000_000, "something was written twice"
