@@ -56,6 +56,7 @@ class Claims:
         self._front = dict.fromkeys(queues, FRONT)
         self._after = self._front
         self._restarted_at = float("-inf")
+        self._most = self._wanted = _BATCH
         self._hinted = asyncio.Event()
         self._hinted.set()
 
@@ -76,11 +77,10 @@ class Claims:
             self._hinted.clear()
             self._restart_if_time()
             from_front = self._after is self._front
-            wanted = min(self._attempts.free, _BATCH)
-            claimed = await self._claim(wanted)
+            claimed = await self._claim()
             if claimed:
                 pauses = iter(_PAUSES)
-            if len(claimed) < wanted:
+            if len(claimed) < self._wanted:
                 self._after = self._front
                 if from_front:
                     await asyncio.sleep(_SPACING)
@@ -101,19 +101,25 @@ class Claims:
         except TimeoutError:
             pass
 
-    async def _claim(self, limit: int) -> list[Claimed]:
-        """Claim, and begin to execute what was claimed."""
+    async def _claim(self) -> list[Claimed]:
+        """Claim, and begin to execute what was claimed; less at once after a failure.
+
+        The histories of a full batch may be longer than what arrives within the time limit.
+        """
         again = ObstacleRetry()
         while True:
             token = uuid7()
+            self._wanted = min(self._attempts.free, self._most)
             try:
                 with self._heartbeat.claiming(token):
-                    batch = await self._claim_once(token, limit)
+                    batch = await self._claim_once(token, self._wanted)
                     claimed = await self._with_histories(batch.claimed)
                     self._attempts.begin(claimed)
                 self._after = {**self._after, **batch.reached}
+                self._most = min(2 * self._most, _BATCH)
                 return claimed
             except Exception as error:
+                self._most = max(1, self._wanted // 2)
                 seconds = again.wait_before_next(error)
                 if seconds is None:
                     raise

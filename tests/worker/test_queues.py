@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
+from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import event, func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Queue, Worker, Workflow, WorkflowStatus, start_many
@@ -137,3 +138,24 @@ def test_claim_is_bounded_by_free_slots(session_factory: Sessions) -> None:
 def test_settings_out_of_range_are_refused(session_factory: Sessions, setting: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Worker(Durable(), sessionmaker=session_factory, **setting)  # type: ignore[arg-type]  # pyright: ignore
+
+
+def test_histories_that_are_too_long_to_arrive_together_are_read_of_fewer(session_factory: Sessions) -> None:
+    log = Log()
+    count = 40
+    with session_factory.begin() as session:
+        start_many(session, (log.note.bind(str(number)) for number in range(count)))
+        session.execute(update(Workflow).values(started_at=func.statement_timestamp()))
+        engine = session.get_bind().engine
+
+    def refuse(_connection: object, _cursor: object, _statement: str, parameters: Any, *_: object) -> None:
+        if len(parameters.get("ids", ())) > 10:
+            raise TimeoutError("no answer in time")
+
+    event.listen(engine, "before_cursor_execute", refuse)
+    with Worker(log.durable, sessionmaker=session_factory, poll_interval=POLL):
+        with session_factory() as session:
+            ids = session.scalars(select(Workflow.id)).all()
+        for each in ids:
+            log.note.handle(session_factory, each).result(timeout=PATIENCE)
+    assert len(log.order) == count
