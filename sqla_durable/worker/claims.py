@@ -26,6 +26,7 @@ log = logging.getLogger("sqla_durable.worker")
 
 _BATCH = 200
 _PAUSES = (0.01, 0.05, 0.25)  # seconds between claims after the last one that found something
+_LONGEST_WAY = 1.0  # seconds for which a cursor is followed at most: what is more urgent stands before it
 _SPACING = 0.005  # seconds between two hints that are followed: many of them are one claim
 
 
@@ -52,7 +53,7 @@ class Claims:
         self._heartbeat = heartbeat
         self._worker_id = worker_id
         self._names = list(names)
-        self._restart_every = poll_interval.total_seconds()
+        self._restart_every = min(poll_interval.total_seconds(), _LONGEST_WAY)
         self._front = dict.fromkeys(queues, FRONT)
         self._after = self._front
         self._restarted_at = float("-inf")

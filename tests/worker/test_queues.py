@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Queue, Worker, Workflow, WorkflowStatus, start_many
 from tests.acceptance.shells import PATIENCE, POLL
+from tests.store.races import wait_until
 
 Sessions = sessionmaker[Session]
 
@@ -159,3 +161,24 @@ def test_histories_that_are_too_long_to_arrive_together_are_read_of_fewer(sessio
         for each in ids:
             log.note.handle(session_factory, each).result(timeout=PATIENCE)
     assert len(log.order) == count
+
+
+def test_what_is_more_urgent_overtakes_a_backlog_however_seldom_the_worker_polls(session_factory: Sessions) -> None:
+    durable = Durable()
+    order: list[int] = []
+
+    @durable.workflow
+    def note(priority: int) -> None:
+        order.append(priority)
+        time.sleep(0.02)  # the backlog lasts for longer than a cursor is followed
+
+    with session_factory.begin() as session:
+        start_many(session, (note.bind(0) for _ in range(150)))
+    with Worker(durable, sessionmaker=session_factory, poll_interval=timedelta(hours=1), concurrency=1):
+        wait_until(lambda: len(order) > 5)
+        with session_factory.begin() as session:
+            record = note.options(priority=-1).start(session, -1)
+            session.flush()
+            urgent = record.id
+        note.handle(session_factory, urgent).result(timeout=PATIENCE)
+        assert len(order) < 140
