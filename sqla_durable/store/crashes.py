@@ -76,6 +76,7 @@ def reclaim(
     limit: int,
     names: Sequence[str] | None = None,
     queues: Sequence[str] | None = None,
+    besides: UUID | None = None,
 ) -> list[Reclaimed]:
     """Take back running workflows whose worker's lease ran out, as their next attempt.
 
@@ -84,8 +85,9 @@ def reclaim(
             because their own workers may allow them more.
         limit: how many at most.
         names, queues: None means all.
+        besides: the worker that asks: its own lease may run out between its last look and this.
     """
-    mine = {"mine_names": names, "mine_queues": queues}
+    mine = {"mine_names": names, "mine_queues": queues, "asking_id": besides}
     rows = execute(connectable, _RECLAIM, {"max_attempts": max_attempts, "limit": limit, "reason": _DEATH, **mine})
     return [_reclaimed(row) for row in rows]
 
@@ -217,7 +219,9 @@ def _max_attempts_error(crashes: ColumnElement[int]) -> Any:
 _WANTED = WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID())
 _WANTED_ATTEMPT = and_(_WANTED, WORKFLOW.c.token == bindparam("wanted_token", type_=PG_UUID()))
 _MINE = and_(_among(WORKFLOW.c.name, "mine_names"), _among(WORKFLOW.c.queue, "mine_queues"))
-_RECLAIM = _reclaim_statement(_taken_back(_expired(), skip_locked=True, mine=_MINE))
+_ASKING = bindparam("asking_id", type_=PG_UUID())
+_OF_OTHERS = or_(_ASKING.is_(None), WORKFLOW.c.worker_id != _ASKING)
+_RECLAIM = _reclaim_statement(_taken_back(_expired(), _OF_OTHERS, skip_locked=True, mine=_MINE))
 _LOCK_ONE = (
     select(WORKFLOW.c.id)
     .where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING), _expired(), _WANTED)

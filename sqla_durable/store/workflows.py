@@ -291,13 +291,21 @@ def _wake_due_statement() -> Any:
         WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at <= func.statement_timestamp()
     )
     suspect = WORKFLOW.c.crashes >= SUSPECT
-    first = select(WORKFLOW.c.id).where(is_due, suspect).order_by(WORKFLOW.c.wake_at, WORKFLOW.c.id).limit(1)
+    # Of those that nobody holds: one that is held must not keep the others.
+    first = materialized(
+        select(WORKFLOW.c.id)
+        .where(is_due, suspect)
+        .order_by(WORKFLOW.c.wake_at, WORKFLOW.c.id)
+        .limit(1)
+        .with_for_update(key_share=True, skip_locked=True),
+        "first",
+    )
     due = materialized(
         select(WORKFLOW.c.id)
-        .where(is_due, or_(~suspect, WORKFLOW.c.id == first.correlate(None).scalar_subquery()))
+        .where(is_due, or_(~suspect, WORKFLOW.c.id == select(first.c.id).scalar_subquery()))
         .order_by(WORKFLOW.c.wake_at)
         .limit(_LIMIT)
-        .with_for_update(key_share=True, skip_locked=True),
+        .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW),
         "due",
     )
     return (

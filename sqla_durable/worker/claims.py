@@ -77,14 +77,15 @@ class Claims:
             await self._attempts.slot()
             self._hinted.clear()
             self._restart_if_time()
-            from_front = self._after is self._front
+            from_front, began = self._after is self._front, time.monotonic()
             claimed = await self._claim()
             if claimed:
                 pauses = iter(_PAUSES)
             if len(claimed) < self._wanted:
                 self._after = self._front
                 if from_front:
-                    await asyncio.sleep(_SPACING)
+                    # Also for as long as it took: what it had to pass over would have to be passed over again.
+                    await asyncio.sleep(max(_SPACING, time.monotonic() - began))
                     await self._hint_within(next(pauses, None))
 
     def _restart_if_time(self) -> None:

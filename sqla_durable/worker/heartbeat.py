@@ -24,8 +24,6 @@ log = logging.getLogger("sqla_durable.worker")
 BEATS = 3
 """How often a worker beats in a lease."""
 
-_MOMENT = 0.1  # seconds
-
 
 class Heartbeat:
     """One row in the worker table, extended three times in a lease, on a connection of its own.
@@ -108,9 +106,11 @@ class Heartbeat:
         running = self._attempts.fences
         owned = await self._look()
         await self._release_unknown(owned, set(running))
-        if lost := [each for each in running if each not in owned]:
-            await asyncio.sleep(_MOMENT)  # what has been finished by its own attempt is soon known to be
-            self._attempts.drop(lost)
+        if missing := [each for each in running if each not in owned]:
+            # What its own attempt has finished is not lost, however late the acknowledgement comes.
+            finished_by = partial(workflows.finished_by, fences=missing)
+            finished = await persistently(self._database, finished_by, what="heartbeat")
+            self._attempts.drop(each for each in missing if each not in finished)
 
     async def _look(self) -> set[Fence]:
         self._claimed_meanwhile = set() if self._claiming is None else {self._claiming}

@@ -126,7 +126,12 @@ class Maintenance:
 
     def _reclaim_some(self, connection: Connection) -> list[crashes.Reclaimed]:
         return crashes.reclaim(
-            connection, max_attempts=self._max_attempts, limit=_LIMIT, names=self._names, queues=self._queues
+            connection,
+            max_attempts=self._max_attempts,
+            limit=_LIMIT,
+            names=self._names,
+            queues=self._queues,
+            besides=self._worker_id,
         )
 
     def _be_patient(self, now: float) -> None:

@@ -51,7 +51,7 @@ def test_figure_is_shown_with_what_stands_beside_it_and_its_costs() -> None:
 
 def test_machine_and_durability_are_shown() -> None:
     assert "2 cores" in printed(OUTCOME)
-    assert "PostgreSQL 18.4 on the same machine, fsync=on, synchronous_commit=off" in printed(OUTCOME)
+    assert "PostgreSQL 18.4 on the same machine, database 'shop', fsync=on, synchronous_commit=off" in printed(OUTCOME)
     elsewhere = replace(OUTCOME, machine=replace(MACHINE, is_local=False))
     assert "PostgreSQL 18.4 elsewhere" in printed(elsewhere)
 

@@ -15,7 +15,7 @@ from sqla_durable import management
 from sqla_durable.models import Workflow
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store import Fence, crashes, workers, workflows
-from tests.store.model import LATER, LONG_AGO, Lease, Leased, Operation, Record, Row, View, changed, live, rows_of
+from tests.store.model import LATER, LONG_AGO, Lease, Leased, Operation, Record, Row, View, changed, live
 from tests.store.model_operations import OnWorkflows, row_in
 
 MAX_ATTEMPTS = 3
@@ -27,14 +27,13 @@ class WakeDue(OnWorkflows):
     """Enqueue the suspended workflows whose time has come; of those that crashed several times only the first."""
 
     def wanted(self, row: Row, view: View, now: int) -> bool:
-        if not self._due(row, now):
-            return False
-        suspects = [(each.wake or 0, each.id) for each in rows_of(view) if self._due(each, now) and each.crashes >= 2]
-        return row.crashes < 2 or (row.wake or 0, row.id) == min(suspects)
-
-    @staticmethod
-    def _due(row: Row, now: int) -> bool:
         return row.status is WorkflowStatus.SUSPENDED and row.wake is not None and row.wake <= now
+
+    def takes(self, view: View, free: list[Hashable]) -> tuple[list[Hashable], list[Hashable]]:
+        rows = [row_in(view, name) for name in free]
+        suspects = sorted((each for each in rows if each.crashes >= 2), key=lambda row: (row.wake or 0, row.id))
+        taken: list[Hashable] = [each.id for each in (*(row for row in rows if row.crashes < 2), *suspects[:1])]
+        return taken, taken
 
     def version(self, row: Row, now: int) -> Row:
         return changed(row, status=WorkflowStatus.PENDING, wake=None, enqueued=max(row.wake or 0, row.enqueued))

@@ -4,13 +4,13 @@ from datetime import timedelta
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, select, text, update
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Worker, Workflow
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import Fence, crashes, workers, workflows
+from sqla_durable.store import Fence, Park, crashes, workers, workflows
 from tests.store import races
 from tests.store.plans import explain, fill
 
@@ -49,6 +49,30 @@ def test_a_workflow_is_reclaimed_after_the_lease_and_not_before(engine: Engine) 
         assert reclaimed(session) == []
         record = session.get_one(Workflow, fence.workflow_id)
         assert (record.status, record.attempt, record.token) == (WorkflowStatus.PENDING, 2, None)
+
+
+def test_a_suspect_that_somebody_holds_does_not_keep_the_others(engine: Engine) -> None:
+    fences = races.claimed_fences(engine, 2)
+    with Session(engine) as session:
+        races.end(session, [Park(each, 0) for each in fences])
+        session.execute(update(Workflow).values(attempt=3, crashes=2))
+        session.commit()
+        with races.transaction(engine) as caller:
+            races.lock(caller.session, fences[0].workflow_id)
+            assert workflows.wake_due(session, limit=9) == 1
+            assert races.status_in(session, fences[1].workflow_id) is WorkflowStatus.PENDING
+            session.rollback()
+        assert workflows.wake_due(session, limit=9) == 1  # one at a time, where both are free
+
+
+def test_a_worker_takes_nothing_back_from_itself(engine: Engine) -> None:
+    """Its lease may run out between its look and its reclaim; others may, and it goes on with what they left."""
+    (fence,) = races.claimed_fences(engine)
+    races.expire_leases(engine)
+    with Session(engine) as session:
+        assert crashes.reclaim(session, max_attempts=9, limit=9, besides=races.WORKER) == []
+        (found,) = crashes.reclaim(session, max_attempts=9, limit=9, besides=uuid7())
+        assert found.workflow_id == fence.workflow_id
 
 
 def test_a_workflow_whose_worker_has_no_row_is_reclaimed(engine: Engine) -> None:
@@ -199,7 +223,7 @@ def test_workers_that_are_long_dead_are_forgotten(engine: Engine) -> None:
 def test_reclaim_reads_running_workflows_only(engine: Engine, mode: str) -> None:
     with Session(engine) as session:
         fill(session)
-        mine = {"mine_names": ["checkout"], "mine_queues": ["default"]}
+        mine = {"mine_names": ["checkout"], "mine_queues": ["default"], "asking_id": races.WORKER}
         parameters = {"max_attempts": 9, "limit": 10, "reason": "its worker died", **mine}
         plan = explain(session, crashes._RECLAIM, parameters, mode=mode)  # pyright: ignore[reportPrivateUsage]
     assert plan.uses("workflow_running_idx"), plan

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, delete, event, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import Durable, Worker, WorkflowStatus, cancel, resume
+from sqla_durable import Durable, Worker, WorkflowStatus, cancel, resume, start_many
 from sqla_durable.models import Worker as WorkerRecord
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
@@ -246,3 +246,35 @@ def test_a_worker_listens_unless_a_pooler_is_in_between_or_it_is_told(
 
 def translated(own: Engine, like: Engine) -> Engine:
     return own.execution_options(**like.get_execution_options())
+
+
+def test_a_worker_whose_claims_follow_each_other_does_not_look_into_the_queues(
+    session_factory: Sessions, engine: Engine
+) -> None:
+    """Its claims begin at the front once a second; a look would pass over the same dead entries once more."""
+    holding, entered, gate = Durable(), threading.Event(), threading.Event()
+    looked: list[bool] = []
+
+    @holding.step
+    def hold() -> None:
+        entered.set()
+        assert gate.wait(60)
+
+    @holding.workflow(name="hold_once")
+    def hold_once() -> None:
+        hold()
+
+    def note(_connection: object, _cursor: object, statement: str, parameters: dict[str, str], *_: object) -> None:
+        if "next_due_in" in statement:
+            looked.append(parameters["wanted_rows"] != "[]")
+
+    with session_factory.begin() as session:
+        start_many(session, [hold_once.bind(), hold_once.bind()])
+    event.listen(engine, "before_cursor_execute", note)
+    with Worker(holding, sessionmaker=session_factory, poll_interval=POLL, concurrency=1):
+        assert entered.wait(60)
+        before = len(looked) + 1
+        races.wait_until(lambda: len(looked) > before + 3)
+        gate.set()
+    event.remove(engine, "before_cursor_execute", note)
+    assert not any(looked[before : before + 3])
