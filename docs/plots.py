@@ -1,4 +1,4 @@
-"""Draws docs/performance.svg and writes the table of docs/performance.md, from docs/performance.json.
+"""Draws docs/performance.svg and writes the tables of docs/performance.md and README.md, from docs/performance.json.
 
     python docs/plots.py --measure    # sqla-durable bench first, some five minutes; its options can follow
     python docs/plots.py              # from the figures that are there
@@ -16,7 +16,18 @@ from typing import Any
 
 HERE = Path(__file__).parent
 FIGURES, PICTURE, PAGE = HERE / "performance.json", HERE / "performance.svg", HERE / "performance.md"
+README = HERE.parent / "README.md"
 BEGIN, END = "<!-- written by docs/plots.py -->", "<!-- until here -->"
+
+SUMMARY = {
+    ("steps", "one plain step, async def"): "workflows of one step, one worker process, `async def`",
+    ("steps", "one plain step, def"): "the same, `def` in threads",
+    ("sequential", "20 workflows at a time"): "steps, 20 workflows at a time",
+    ("transactional", "three steps with an insert each"): "workflows of three transactional steps, an ORM insert each",
+    ("latency", "start to first step, p50"): "commit of a start to the first step, p50",
+    ("latency", "start to the caller's result, p50"): "the same to the caller's result",
+    ("bulk", "start_many"): "`start_many`",
+}
 
 _OURS, _FLOOR, _OTHER = "#3f51b5", "#e65100", "#757575"
 _LEFT = 10
@@ -30,8 +41,25 @@ def main() -> None:
         subprocess.run(command, check=True)
     outcome = json.loads(FIGURES.read_text())
     draw(outcome)
-    before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(outcome)}\n{END}{rest.split(END)[1]}")
+    write(PAGE, table(outcome))
+    write(README, summary(outcome))
+
+
+def write(page: Path, text: str) -> None:
+    """Put a text between the two marks of a page."""
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+def summary(outcome: dict[str, Any]) -> str:
+    """Give the figures that the README shows: what they are, the figure, and the SQL floor of the same run."""
+    lines = ["| what | figure | the least that SQL needs, by pgbench, in the same run |", "| --- | ---: | --- |"]
+    for figure in outcome["figures"]:
+        words = SUMMARY.get((figure["workload"], figure["what"].split(" of ")[0]))
+        if words is not None:
+            floors = [f"{each['what']}: {_number(each['value'])}" for each in figure["beside"] if "SQL" in each["what"]]
+            lines.append(f"| {words} | {_number(figure['value'])} {_unit(figure)} | {'; '.join(floors)} |")
+    return "\n".join(lines)
 
 
 def table(outcome: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Fence, hints, workers, workflows
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.database import Database, persistently
@@ -109,8 +110,9 @@ class Heartbeat:
         if missing := [each for each in running if each not in owned]:
             # What its own attempt has finished is not lost, however late the acknowledgement comes.
             finished_by = partial(workflows.finished_by, fences=missing)
-            finished = await persistently(self._database, finished_by, what="heartbeat")
-            self._attempts.drop(each for each in missing if each not in finished)
+            ends = await persistently(self._database, finished_by, what="heartbeat")
+            own = {each for each, end in ends.items() if end is not WorkflowStatus.CANCELLED}
+            self._attempts.drop(each for each in missing if each not in own)
 
     async def _look(self) -> set[Fence]:
         self._claimed_meanwhile = set() if self._claiming is None else {self._claiming}

@@ -120,14 +120,22 @@ class Databases:
 
     def _give_back(self, template: Template, name: str) -> None:
         """Keep a database for another test, under another name, or drop it if it is not what it was."""
-        if self._reused and self._is_left(name):
-            name, old = self._new_name(), name
-            self._execute("ALTER DATABASE {} RENAME TO {}", old, name)  # refused while anybody is connected
+        if self._reused and self._is_left(name) and (new := self._renamed(name)) is not None:
+            name = new
             with self._connected(name) as own:
                 is_blank = blank.make_blank(own, template.structure)
             if is_blank:
                 return template.idle.append(name)
         return self._drop(name)
+
+    def _renamed(self, name: str) -> str | None:
+        """Give a database another name; None if somebody is connected, such as a hint that is still being sent."""
+        new = self._new_name()
+        try:
+            self._execute("ALTER DATABASE {} RENAME TO {}", name, new)
+        except psycopg.errors.ObjectInUse:
+            return None
+        return new
 
     def _is_left(self, name: str) -> bool:
         """Tell whether nobody is connected; a backend ends a moment after its client."""
