@@ -250,14 +250,35 @@ def owned(fences: FromClause, *, skip_locked: bool) -> CTE:
     With the lock, a cancel or a takeover waits for this one commit and sees what it wrote; without it, either could
     commit between this check and the commit.
     """
-    given = select(fences.c.id, fences.c.token)
+    if skip_locked:
+        return _owned_unlocked(fences)
+    theirs = tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(select(fences.c.id, fences.c.token))
     return materialized(
         select(WORKFLOW.c.id, WORKFLOW.c.token)
-        .where(tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(given), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
+        .where(theirs, WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
         .order_by(WORKFLOW.c.id)
-        .with_for_update(key_share=True, skip_locked=skip_locked, of=WORKFLOW),
+        .with_for_update(key_share=True, of=WORKFLOW),
         "owned",
     )
+
+
+def _owned_unlocked(fences: FromClause) -> CTE:
+    """Do it row by row, by the primary key.
+
+    Any other plan reads what a batch is not about: the table while it is small, or the index of running workflows,
+    which is small too until somebody's open transaction keeps its dead entries. LIMIT keeps the status out of the
+    choice.
+    """
+    ordered = materialized(select(fences.c.id, fences.c.token).order_by(fences.c.id), "ordered")
+    held = (
+        select(WORKFLOW.c.status)
+        .where(WORKFLOW.c.id == ordered.c.id, WORKFLOW.c.token == ordered.c.token)
+        .limit(literal_column("1"))
+        .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW)
+        .lateral("held")
+    )
+    running = held.c.status == status(WorkflowStatus.RUNNING)
+    return materialized(select(ordered.c.id, ordered.c.token).join(held, running), "owned")
 
 
 def soon_over() -> ColumnElement[str]:
