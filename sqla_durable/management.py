@@ -10,7 +10,7 @@ from sqlalchemy import Select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable import hints
+import sqla_durable.hints as hints
 from sqla_durable.errors import ArgumentError, SessionError
 from sqla_durable.functions import id_of
 from sqla_durable.models import Workflow

@@ -47,6 +47,7 @@ _LONGEST_WAIT = 100 * 365 * 86_400.0
 LONGEST_BACKOFF = 2.0
 """How many seconds at most the engine waits before it tries a transaction again."""
 
+_NOTHING = object()  # where a try has not returned
 _backoff = tenacity.wait_random_exponential(multiplier=0.02, max=LONGEST_BACKOFF)
 
 
@@ -112,9 +113,6 @@ def _seconds(given: object) -> float:
     if not isinstance(given, (int, float)) or not given <= _LONGEST_WAIT:
         raise ValueError(f"wait gave {given!r}: give seconds, {_LONGEST_WAIT:.0f} at most")
     return max(0.0, float(given))
-
-
-_NOTHING = object()
 
 
 class Tries:

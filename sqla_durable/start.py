@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable import hints
+import sqla_durable.hints as hints
 from sqla_durable.checks import fault_in, require_duration
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow

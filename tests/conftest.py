@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.models import SCHEMA
-from tests.support import pgbouncer, postgres
+from tests.support import notifications, pgbouncer, postgres
 from tests.support.databases import Databases, translated
 
 SERVER = pytest.StashKey[postgres.Server]()
@@ -125,6 +125,19 @@ def database_url(databases: Databases, durable_schema: str) -> Generator[str]:
     """A fresh database with our tables in `durable_schema` and those of `tests.support.domain`."""
     with databases.migrated(durable_schema) as url:
         yield url
+
+
+@pytest.fixture
+def direct_url(database_url: str, server_url: str) -> str:
+    """The same database past PgBouncer, if one is in between: for what listens."""
+    return notifications.direct(database_url, server_url)
+
+
+@pytest.fixture
+def ear(direct_url: str, durable_schema: str) -> Generator[notifications.Ear]:
+    """A connection that hears the hints about the tables of this test."""
+    with notifications.ear(direct_url, schema=durable_schema) as ear:
+        yield ear
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from sqlalchemy.orm import Session
 from sqla_durable import Durable, Executor, cancel, resume, start_many
 from sqla_durable.hints import EVERYWHERE, announce
 from sqla_durable.models import Base
-from tests.support import notifications
 from tests.support.databases import translated
 from tests.support.notifications import PATIENCE, Ear
 
@@ -41,22 +40,11 @@ def mail() -> None: ...
 
 
 @pytest.fixture
-def url(database_url: str, server_url: str) -> str:
-    return notifications.direct(database_url, server_url)
-
-
-@pytest.fixture
-def ear(url: str, durable_schema: str) -> Generator[Ear]:
-    with notifications.ear(url, schema=durable_schema) as ear:
-        yield ear
-
-
-@pytest.fixture
-def make(url: str) -> Generator[Make]:
+def make(direct_url: str) -> Generator[Make]:
     made: list[Engine] = []
 
     def make(**options: Any) -> Engine:
-        made.append(create_engine(url, **options))
+        made.append(create_engine(direct_url, **options))
         return made[-1]
 
     yield make
@@ -69,8 +57,8 @@ def own(make: Make, durable_schema: str) -> Engine:
     return translated(make(), durable_schema)
 
 
-def asynchronous(url: str, driver: str) -> AsyncEngine:
-    return create_async_engine(make_url(url).set(drivername=f"postgresql+{driver}"))
+def asynchronous(direct_url: str, driver: str) -> AsyncEngine:
+    return create_async_engine(make_url(direct_url).set(drivername=f"postgresql+{driver}"))
 
 
 def commit_hint(engine: Engine, queue: str) -> None:
@@ -130,9 +118,9 @@ def test_hint_comes_after_the_commit_and_not_before(own: Engine, ear: Ear) -> No
 @pytest.mark.parametrize("durable_schema", ["durable", "tenant_7"], indirect=True)
 @DRIVERS
 async def test_hint_comes_after_the_commit_of_an_async_session(
-    url: str, ear: Ear, driver: str, durable_schema: str
+    direct_url: str, ear: Ear, driver: str, durable_schema: str
 ) -> None:
-    engine = asynchronous(url, driver)
+    engine = asynchronous(direct_url, driver)
     bind = AsyncEngine(translated(engine.sync_engine, durable_schema))
     async with AsyncSession(bind) as session, AsyncSession(bind) as other:
         await mail.start(session)
@@ -265,8 +253,10 @@ def test_hints_that_gather_are_sent_together_and_a_pool_of_one_connection_is_eno
 
 
 @DRIVERS
-async def test_async_hints_that_gather_are_sent_together(url: str, ear: Ear, driver: str) -> None:
-    engine = create_async_engine(make_url(url).set(drivername=f"postgresql+{driver}"), pool_size=1, max_overflow=0)
+async def test_async_hints_that_gather_are_sent_together(direct_url: str, ear: Ear, driver: str) -> None:
+    engine = create_async_engine(
+        make_url(direct_url).set(drivername=f"postgresql+{driver}"), pool_size=1, max_overflow=0
+    )
     statements = Statements(engine.sync_engine)
     queues = [f"queue {number}" for number in range(20)]
     async with engine.connect() as connection:
@@ -350,9 +340,9 @@ def test_engine_that_is_disposed_of_before_a_hint_is_sent_leaves_no_connection(m
 
 
 @DRIVERS
-def test_loop_that_ends_right_after_a_commit_leaves_nothing_behind(url: str, driver: str) -> None:
+def test_loop_that_ends_right_after_a_commit_leaves_nothing_behind(direct_url: str, driver: str) -> None:
     async def start() -> None:
-        engine = asynchronous(url, driver)
+        engine = asynchronous(direct_url, driver)
         async with AsyncSession(engine) as session:
             await mail.start(session)
             await session.commit()
@@ -364,8 +354,8 @@ def test_loop_that_ends_right_after_a_commit_leaves_nothing_behind(url: str, dri
 
 
 @DRIVERS
-def test_each_event_loop_sends_its_own(url: str, ear: Ear, driver: str) -> None:
-    engine = asynchronous(url, driver)
+def test_each_event_loop_sends_its_own(direct_url: str, ear: Ear, driver: str) -> None:
+    engine = asynchronous(direct_url, driver)
 
     async def start() -> None:
         async with AsyncSession(engine) as session:
@@ -378,8 +368,8 @@ def test_each_event_loop_sends_its_own(url: str, ear: Ear, driver: str) -> None:
     asyncio.run(start())
 
 
-def test_sender_keeps_no_engine(url: str, ear: Ear) -> None:
-    engine = create_engine(url)
+def test_sender_keeps_no_engine(direct_url: str, ear: Ear) -> None:
+    engine = create_engine(direct_url)
     commit_hint(engine, "mail")
     assert ear.hears() == ["mail"]
     join_senders()
@@ -390,10 +380,10 @@ def test_sender_keeps_no_engine(url: str, ear: Ear) -> None:
     assert kept() is None
 
 
-def test_script_that_starts_a_workflow_and_ends_gives_its_hint(url: str, ear: Ear) -> None:
+def test_script_that_starts_a_workflow_and_ends_gives_its_hint(direct_url: str, ear: Ear) -> None:
     _execute(
         f"""
-        engine = create_engine({url!r})
+        engine = create_engine({direct_url!r})
         with Session(engine) as session:
             announce(session, "from the script")
             session.commit()
@@ -402,10 +392,10 @@ def test_script_that_starts_a_workflow_and_ends_gives_its_hint(url: str, ear: Ea
     assert ear.hears() == ["from the script"]
 
 
-def test_forked_process_gives_its_own_hints(url: str, ear: Ear) -> None:
+def test_forked_process_gives_its_own_hints(direct_url: str, ear: Ear) -> None:
     _execute(
         f"""
-        engine = create_engine({url!r})
+        engine = create_engine({direct_url!r})
 
         def commit(queue):
             with Session(engine) as session:

@@ -8,25 +8,13 @@ import pytest
 from sqlalchemy import Connection, Engine, create_engine, event, text
 
 from sqla_durable.store import hints
-from tests.support import notifications
 from tests.support.databases import translated
 from tests.support.notifications import Ear
 
 
 @pytest.fixture
-def url(database_url: str, server_url: str) -> str:
-    return notifications.direct(database_url, server_url)
-
-
-@pytest.fixture
-def ear(url: str, durable_schema: str) -> Generator[Ear]:
-    with notifications.ear(url, schema=durable_schema) as ear:
-        yield ear
-
-
-@pytest.fixture
-def connection(url: str, durable_schema: str) -> Generator[Connection]:
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+def connection(direct_url: str, durable_schema: str) -> Generator[Connection]:
+    engine = create_engine(direct_url, isolation_level="AUTOCOMMIT")
     with translated(engine, durable_schema).connect() as connection:
         yield connection
     engine.dispose()

@@ -18,7 +18,6 @@ from sqlalchemy.orm import Session
 from sqla_durable import Durable
 from sqla_durable.hints import EVERYWHERE
 from sqla_durable.worker.listener import Listener
-from tests.support import notifications
 from tests.support.clusters import free_port
 from tests.support.databases import translated
 from tests.support.notifications import PATIENCE
@@ -38,25 +37,20 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def url(database_url: str, server_url: str) -> str:
-    return notifications.direct(database_url, server_url)
-
-
-@pytest.fixture
-def callers(url: str, durable_schema: str) -> Generator[Engine]:
-    engine = create_engine(url, poolclass=NullPool)
+def callers(direct_url: str, durable_schema: str) -> Generator[Engine]:
+    engine = create_engine(direct_url, poolclass=NullPool)
     yield translated(engine, durable_schema)
     engine.dispose()
 
 
 @asynccontextmanager
-async def engine_of(kind: str, url: str, **options: Any) -> AsyncGenerator[Engine]:
+async def engine_of(kind: str, direct_url: str, **options: Any) -> AsyncGenerator[Engine]:
     if kind == "sync":
-        engine = create_engine(url, **options)
+        engine = create_engine(direct_url, **options)
         yield engine
         engine.dispose()
     else:
-        outer = create_async_engine(make_url(url).set(drivername=f"postgresql+{kind}"), **options)
+        outer = create_async_engine(make_url(direct_url).set(drivername=f"postgresql+{kind}"), **options)
         yield outer.sync_engine
         await outer.dispose()
 
@@ -100,9 +94,9 @@ def end_listeners(callers: Engine) -> None:
 
 @pytest.mark.parametrize("durable_schema", ["durable", "tenant_7"], indirect=True)
 async def test_listener_says_look_and_then_hands_hints_on(
-    kind: str, url: str, callers: Engine, durable_schema: str
+    kind: str, direct_url: str, callers: Engine, durable_schema: str
 ) -> None:
-    async with engine_of(kind, url) as engine, listening(translated(engine, durable_schema)) as heard:
+    async with engine_of(kind, direct_url) as engine, listening(translated(engine, durable_schema)) as heard:
         assert await heard.next() == EVERYWHERE
         for _ in range(3):
             await asyncio.to_thread(start, callers)
@@ -110,9 +104,9 @@ async def test_listener_says_look_and_then_hands_hints_on(
 
 
 async def test_listener_goes_on_after_it_asked_whether_the_server_is_there(
-    kind: str, url: str, callers: Engine
+    kind: str, direct_url: str, callers: Engine
 ) -> None:
-    async with engine_of(kind, url) as engine:
+    async with engine_of(kind, direct_url) as engine:
         asked = threading.Semaphore(0)
 
         @event.listens_for(engine, "after_cursor_execute")
@@ -129,9 +123,9 @@ async def test_listener_goes_on_after_it_asked_whether_the_server_is_there(
 
 
 async def test_ended_connection_is_replaced_and_warned_of_once(
-    kind: str, url: str, callers: Engine, caplog: pytest.LogCaptureFixture
+    kind: str, direct_url: str, callers: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with engine_of(kind, url) as engine, listening(engine) as heard:
+    async with engine_of(kind, direct_url) as engine, listening(engine) as heard:
         assert await heard.next() == EVERYWHERE
         await asyncio.to_thread(end_listeners, callers)
         assert await heard.next() == EVERYWHERE
@@ -140,8 +134,8 @@ async def test_ended_connection_is_replaced_and_warned_of_once(
     assert [each.levelno for each in caplog.records if "listening for hints" in each.message] == [logging.WARNING]
 
 
-async def test_silent_connection_is_replaced(kind: str, url: str, callers: Engine) -> None:
-    proxy = Proxy(url)
+async def test_silent_connection_is_replaced(kind: str, direct_url: str, callers: Engine) -> None:
+    proxy = Proxy(direct_url)
     limits = {"check": timedelta(milliseconds=100), "limit": timedelta(seconds=1)}
     async with engine_of(kind, proxy.url) as engine, listening(engine, **limits) as heard:
         assert await heard.next() == EVERYWHERE
@@ -153,10 +147,12 @@ async def test_silent_connection_is_replaced(kind: str, url: str, callers: Engin
 
 
 async def test_listener_waits_for_a_server_and_warns_once(
-    kind: str, url: str, caplog: pytest.LogCaptureFixture
+    kind: str, direct_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "sqla_durable.worker")
-    nowhere = make_url(url).set(host="127.0.0.1", port=free_port(), query={}).render_as_string(hide_password=False)
+    nowhere = (
+        make_url(direct_url).set(host="127.0.0.1", port=free_port(), query={}).render_as_string(hide_password=False)
+    )
     tried = asyncio.Event()
 
     class Tries(logging.Handler):
@@ -175,8 +171,8 @@ async def test_listener_waits_for_a_server_and_warns_once(
     assert levels.count(logging.WARNING) == 1
 
 
-async def test_listener_takes_no_place_in_the_pool_and_closes_its_connection(kind: str, url: str) -> None:
-    async with engine_of(kind, url, pool_size=1, max_overflow=0, pool_timeout=PATIENCE) as engine:
+async def test_listener_takes_no_place_in_the_pool_and_closes_its_connection(kind: str, direct_url: str) -> None:
+    async with engine_of(kind, direct_url, pool_size=1, max_overflow=0, pool_timeout=PATIENCE) as engine:
         taken: list[Any] = []
 
         @event.listens_for(engine, "detach")
