@@ -240,3 +240,21 @@ def test_idle_worker_costs_one_look_a_poll(engine: Engine, session_factory: Sess
     # The first claim and the three after it; the rest is the start, the end, and what is done once in a long while.
     assert 1 <= len(claims) <= 4
     assert len(counts.statements) <= len(looks) + len(claims) + 16
+
+
+def test_a_transactional_step_in_a_worker_is_two_statements_and_the_group_commit_ends_its_workflow(
+    engine: Engine, session_factory: Sessions
+) -> None:
+    """The user's INSERT and the checkpoint for each; what else there is belongs to all of them."""
+    count = 20
+    with session_factory.begin() as session:
+        start_many(session, (booking.bind(number) for number in range(count)))
+    with counting(engine) as counts, Worker(durable, sessionmaker=session_factory):
+        races.wait_until(lambda: _unfinished(engine) == 0, seconds=60)
+    inserts = Counter(each.split()[2] for each in counts.statements if each.startswith("INSERT INTO"))
+    ends = [each for each in counts.statements if "ending(" in each]
+    assert {table: inserts[table] for table in inserts if not table.endswith(".worker")} == {
+        "entry": count,
+        "durable.step": count,
+    }
+    assert 1 <= len(ends) <= count
