@@ -27,6 +27,7 @@ from sqla_durable.models import Workflow
 from sqla_durable.store import hints, schema
 from sqla_durable.store.drivers import alone
 from sqla_durable.store.hints import EVERYWHERE, Hint
+from sqla_durable.undisturbed import LAST_MOMENT, Undisturbed
 
 __all__ = ["EVERYWHERE", "INTERVAL", "announce"]
 
@@ -36,7 +37,6 @@ INTERVAL = 0.01
 log = logging.getLogger("sqla_durable.hints")
 
 _IDLE = 2.0  # seconds until a thread without hints ends
-_LAST_MOMENT = 0.3  # seconds at the interpreter's exit
 _KEY = "sqla_durable.hints"  # in Session.info
 # Their one connection may be in the caller's transaction, or the caller may be refused while it is taken.
 _SHARED = (StaticPool, SingletonThreadPool, AssertionPool)
@@ -197,7 +197,7 @@ class _TaskSender:
         """Hand the hints to the task."""
         self._gathered.add(way, found)
         if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._work(), name="durable-hints")
+            self._task = Undisturbed(self._work(), name="durable-hints")
             self._task.add_done_callback(self._forget)
 
     async def _work(self) -> None:
@@ -223,10 +223,12 @@ def _deliver(way: _Way, found: set[Hint]) -> None:
     """Send, and leave no connection behind for which an engine that is disposed of meanwhile does not care any more."""
     try:
         with alone(way.engine).connect() as connection:
-            if way.engine.pool is not way.pool:
-                connection.detach()  # it may be the only one of a new pool, and is closed for good
-            hints.notify(connection, found)
-            connection.commit()
+            try:
+                hints.notify(connection, found)
+                connection.commit()
+            finally:
+                if way.engine.pool is not way.pool:
+                    connection.invalidate()  # it may be the only one of a new pool, and is closed for good
     except Exception as error:
         _drop(error)
     finally:
@@ -256,7 +258,7 @@ def _sender_of(way: _Way) -> _Sender:
 @atexit.register
 def _settle() -> None:
     """Let a script that starts a workflow and ends wake a worker all the same."""
-    until = time.monotonic() + _LAST_MOMENT
+    until = time.monotonic() + LAST_MOMENT  # of the interpreter
     for sender in list(_senders.values()):
         if isinstance(sender, _ThreadSender) and sender.is_at_home():
             sender.settle(max(0.0, until - time.monotonic()))

@@ -29,12 +29,12 @@ FLOORS = (
     {"operations"},
     {"hints"},
     {"registry", "store", "failure", "migrations"},
-    {"models", "codec", "retry", "_programs", "checks"},
+    {"models", "codec", "retry", "_programs", "checks", "undisturbed"},
     {"errors", "status"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 WRITES_SQL = {"store"}
-KNOWS_ASYNCIO = {"hints", "runtime", "handle", "executor", "worker", "cli", "torture"}
+KNOWS_ASYNCIO = {"hints", "runtime", "handle", "executor", "worker", "cli", "torture", "undisturbed"}
 MODULES = sorted(ROOT.rglob("*.py"))
 SOURCES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in MODULES}
 

@@ -12,10 +12,21 @@ import threading
 import weakref
 from collections.abc import Callable, Generator
 from datetime import timedelta
+from itertools import combinations_with_replacement
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, StaticPool, create_engine, event, make_url
+from sqlalchemy import (
+    AsyncAdaptedQueuePool,
+    Connection,
+    Engine,
+    NullPool,
+    Pool,
+    StaticPool,
+    create_engine,
+    event,
+    make_url,
+)
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -57,8 +68,15 @@ def own(make: Make, durable_schema: str) -> Engine:
     return translated(make(), durable_schema)
 
 
-def asynchronous(direct_url: str, driver: str) -> AsyncEngine:
-    return create_async_engine(make_url(direct_url).set(drivername=f"postgresql+{driver}"))
+def asynchronous(direct_url: str, driver: str, **options: Any) -> AsyncEngine:
+    return create_async_engine(make_url(direct_url).set(drivername=f"postgresql+{driver}"), **options)
+
+
+def _teller(come: asyncio.Event) -> Callable[..., None]:
+    def tell(*_args: object, **_options: object) -> None:
+        come.set()
+
+    return tell
 
 
 def commit_hint(engine: Engine, queue: str) -> None:
@@ -339,18 +357,38 @@ def test_engine_that_is_disposed_of_before_a_hint_is_sent_leaves_no_connection(m
     assert connections.opened == []
 
 
+MOMENTS = {
+    AsyncAdaptedQueuePool: ["commit", "checkout", "before_cursor_execute"],
+    NullPool: ["commit", "do_connect", "connect", "checkout", "before_cursor_execute"],
+}
+
+
 @DRIVERS
-def test_loop_that_ends_right_after_a_commit_leaves_nothing_behind(direct_url: str, driver: str) -> None:
+@pytest.mark.parametrize(
+    ("pool", "first", "last"),
+    [(pool, *pair) for pool, each in MOMENTS.items() for pair in combinations_with_replacement(each, 2)],
+)
+def test_loop_that_ends_while_a_hint_is_sent_leaves_nothing_behind(
+    direct_url: str, driver: str, pool: type[Pool], first: str, last: str
+) -> None:
+    """The engine is disposed of right after the commit, or at a moment of what follows; the loop ends then or later."""
+
     async def start() -> None:
-        engine = asynchronous(direct_url, driver)
+        engine = asynchronous(direct_url, driver, poolclass=pool)
+        come = {moment: asyncio.Event() for moment in (first, last)}
         async with AsyncSession(engine) as session:
             await mail.start(session)
+            for moment in come.keys() - {"commit"}:
+                event.listen(engine.sync_engine, moment, _teller(come[moment]))
             await session.commit()
-        await engine.dispose()
+        for moment in (first, last):
+            if moment != "commit":
+                await come[moment].wait()
+            await engine.dispose()
 
-    for _ in range(5):
+    for _ in range(2):
         asyncio.run(start())
-        gc.collect()  # what was left open warns, and a warning is an error
+    gc.collect()  # what was left open warns, and a warning is an error
 
 
 @DRIVERS

@@ -16,7 +16,9 @@ from uuid import UUID
 
 from sqlalchemy import (
     CTE,
+    BigInteger,
     ColumnElement,
+    Double,
     Integer,
     Row,
     Text,
@@ -27,13 +29,14 @@ from sqlalchemy import (
     false,
     func,
     literal,
+    literal_column,
     null,
     or_,
     select,
     true,
     update,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, BIT, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
@@ -57,6 +60,7 @@ DEFAULT_MAX_ATTEMPTS = 10
 MAX_ATTEMPTS_TYPE = "sqla_durable.errors:MaxAttemptsError"
 _DEATH = "its worker died"
 _LONGEST_BACKOFF = 300  # seconds; the first is one
+_SPREADS = 65_536
 _DOUBLINGS = 9  # more than it takes to the longest, and no overflow
 
 
@@ -192,10 +196,15 @@ def _back_statement(abandoned: CTE, *, suspect: ColumnElement[bool]) -> Any:
 
 
 def _later(crashes: ColumnElement[int]) -> ColumnElement[Any]:
-    """Give a time that doubles with each crash, spread by bits of the id: `random()` has no place in an UPDATE."""
+    """Give a time that doubles with each crash, spread by a hash: `random()` has no place in an UPDATE.
+
+    Of the id and the number of crashes, so that two that died together once are apart the next time.
+    """
     doubled = func.power(2, func.least(crashes - SUSPECT, _DOUBLINGS))
-    bits = cast(cast(func.concat("x", func.right(cast(WORKFLOW.c.id, Text), 4)), BIT(16)), Integer)
-    return func.statement_timestamp() + interval(func.least(doubled * (0.5 + bits / 65536.0), _LONGEST_BACKOFF))
+    hashed = func.hashtextextended(cast(WORKFLOW.c.id, Text), cast(crashes, BigInteger))
+    bits = hashed.op("&")(literal_column(str(_SPREADS - 1)))
+    spread = 0.5 + cast(bits, Double) / _SPREADS
+    return func.statement_timestamp() + interval(func.least(doubled * spread, _LONGEST_BACKOFF))
 
 
 def _max_attempts_error(crashes: ColumnElement[int]) -> Any:

@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from sqla_durable.retry import ObstacleRetry, is_mixed_up, spoils_connection
 from sqla_durable.store import schema
+from sqla_durable.undisturbed import Undisturbed
 
 T = TypeVar("T")
 
@@ -309,7 +310,7 @@ async def _to_its_end(transaction: Coroutine[Any, Any, T], cut: Cut, *, limit: f
 
     Cancelled in its middle it would leave a connection in an unknown state, and a commit that nobody knows of.
     """
-    task = asyncio.ensure_future(transaction)
+    task = Undisturbed(transaction)
     try:
         ended = await _is_over(task, limit)
     except asyncio.CancelledError:
@@ -321,18 +322,18 @@ async def _to_its_end(transaction: Coroutine[Any, Any, T], cut: Cut, *, limit: f
     return task.result()
 
 
-async def _is_over(task: asyncio.Future[Any], seconds: float) -> bool:
+async def _is_over(task: Undisturbed[Any], seconds: float) -> bool:
     return bool((await asyncio.wait([task], timeout=seconds))[0])
 
 
-async def _cut_off(task: asyncio.Future[Any], cut: Cut) -> bool:
+async def _cut_off(task: Undisturbed[Any], cut: Cut) -> bool:
     """Cut a transaction's connection off, and tell whether it has ended by that; if not, nobody waits for it."""
     cut.off()
     if await _is_over(task, _CUT_OFF):
         return True
     cut.failed = True
     task.add_done_callback(_ignore)
-    task.cancel()
+    task.cancel_now()
     return False
 
 

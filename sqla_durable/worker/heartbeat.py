@@ -30,6 +30,7 @@ class Heartbeat:
     """One row in the worker table, extended three times in a lease, on a connection of its own.
 
     Attributes:
+        lease: the seconds that a beat is good for.
         interval: the seconds between two beats.
     """
 
@@ -47,12 +48,12 @@ class Heartbeat:
         self._attempts = attempts
         self._worker_id = worker_id
         self._queues = queues
-        self._lease = lease
         self._name = name or f"{socket.gethostname()}:{os.getpid()}"
         self._valid_until = float("-inf")
         self._claiming: UUID | None = None
         self._claimed_meanwhile: set[UUID] = set()
-        self.interval = lease.total_seconds() / BEATS
+        self.lease = lease.total_seconds()
+        self.interval = self.lease / BEATS
 
     async def begin(self) -> None:
         """Begin the lease."""
@@ -132,10 +133,11 @@ class Heartbeat:
         workers.leave(connection, self._worker_id)
 
     def _begun(self, began: float) -> None:
-        self._valid_until = began + self._lease.total_seconds()
+        self._valid_until = began + self.lease
 
     def _beat(self, connection: Connection) -> None:
-        workers.beat(connection, worker_id=self._worker_id, name=self._name, queues=self._queues, lease=self._lease)
+        lease = timedelta(seconds=self.lease)
+        workers.beat(connection, worker_id=self._worker_id, name=self._name, queues=self._queues, lease=lease)
 
 
 def _hint(connection: Connection) -> None:

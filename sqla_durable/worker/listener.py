@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from sqla_durable.retry import LONGEST_BACKOFF, ObstacleRetry
 from sqla_durable.store import hints
+from sqla_durable.undisturbed import Undisturbed
 from sqla_durable.worker.database import in_short, shut_down
 
 log = logging.getLogger("sqla_durable.worker")
@@ -261,14 +262,21 @@ def _own_connection(engine: Engine) -> Generator[tuple[Connection, Any]]:
 
 @asynccontextmanager
 async def _own_async_connection(engine: Engine) -> AsyncGenerator[tuple[AsyncConnection, Any]]:
-    connection = await AsyncEngine(engine).connect()
-    raw = await connection.run_sync(_taken_out)
+    connecting = Undisturbed(_connected(engine))
     try:
-        yield connection, raw
+        yield await asyncio.shield(connecting)
     finally:
-        with suppress(Exception):  # it may be lost
-            await asyncio.wait_for(raw.close(), _CLOSING)
+        if not (await asyncio.wait([connecting], timeout=_CLOSING))[0]:
+            connecting.cancel_now()
+        elif not (connecting.cancelled() or connecting.exception()):
+            with suppress(Exception):  # it may be lost
+                await asyncio.wait_for(connecting.result()[1].close(), _CLOSING)
         await asyncio.sleep(0)  # a transport that was aborted closes its socket in the loop's next turn
+
+
+async def _connected(engine: Engine) -> tuple[AsyncConnection, Any]:
+    connection = await AsyncEngine(engine).connect()
+    return connection, await connection.run_sync(_taken_out)
 
 
 def _taken_out(connection: Connection) -> Any:

@@ -54,7 +54,7 @@ class Maintenance:
         self._names = list(names)
         self._interval = poll_interval.total_seconds()
         self._max_attempts = max_attempts
-        self._patience = heartbeat.interval + LONGEST_BACKOFF
+        self._patience = heartbeat.lease + LONGEST_BACKOFF
         self._long_ago = max(1.5 * heartbeat.interval, 3 * self._interval)
         self._patient_from = float("-inf")
         self._looked_at = time.monotonic()
@@ -137,8 +137,8 @@ class Maintenance:
     def _be_patient(self, now: float) -> None:
         """Give others time to come back before their work is taken over, where this worker has been away for long.
 
-        As in an outage: the leases of living ones have run out too. Half of the time at most is given, however often
-        that happens.
+        As in an outage: the leases of living ones have run out too. They get a whole one, as after a beat, from when
+        they try again. Half of the time at most is given, however often that happens.
         """
         away = now - self._looked_at > self._long_ago
         if away and now > self._patient_from + 2 * self._patience:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from itertools import pairwise
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, select, text, update
+from sqlalchemy import Engine, func, select, text, update
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
@@ -63,6 +64,31 @@ def test_a_suspect_that_somebody_holds_does_not_keep_the_others(engine: Engine) 
             assert races.status_in(session, fences[1].workflow_id) is WorkflowStatus.PENDING
             session.rollback()
         assert workflows.wake_due(session, limit=9) == 1  # one at a time, where both are free
+
+
+def test_suspects_that_died_together_wait_for_different_times_after_each_crash(engine: Engine) -> None:
+    """Two whose times are near once would otherwise be woken, claimed and killed together each time."""
+    fences = races.claimed_fences(engine, 2)
+    shares = []
+    for crashed in (2, 3, 4, 5):
+        with Session(engine) as session:
+            session.execute(
+                update(Workflow).values(
+                    status=WorkflowStatus.RUNNING,
+                    token=uuid7(),
+                    worker_id=races.WORKER,
+                    wake_at=None,
+                    attempt=crashed + 1,
+                    crashes=crashed,
+                )
+            )
+            workers.leave(session, races.WORKER)
+            assert len(reclaimed(session)) == len(fences)
+            woken = session.scalars(select(Workflow).order_by(Workflow.id)).all()
+            now = session.scalars(select(func.now())).one()
+            one, other = [(each.wake_at - now).total_seconds() for each in woken if each.wake_at]
+        shares.append(one / other)
+    assert all(abs(each - other) > 1e-5 for each, other in pairwise(shares))
 
 
 def test_a_worker_takes_nothing_back_from_itself(engine: Engine) -> None:

@@ -1,0 +1,38 @@
+"""Tasks that use connections: to cancel one in the middle of connecting would leave a connection that nobody closes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from typing_extensions import override
+
+T = TypeVar("T")
+
+LAST_MOMENT = 0.3
+"""How many seconds a task goes on that is cancelled."""
+
+
+class Undisturbed(asyncio.Task[T]):
+    """A task that has a last moment when it is cancelled, as all are at the end of `asyncio.run()`, which waits for it.
+
+    ```python
+    task = Undisturbed(send(hint), name="hints")
+    ```
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -> None:
+        super().__init__(coroutine, loop=asyncio.get_running_loop(), name=name)
+        self._last_moment: asyncio.TimerHandle | None = None
+
+    @override
+    def cancel(self, msg: Any = None) -> bool:
+        """Cancel it in `LAST_MOMENT` seconds, unless it has ended by then."""
+        if self._last_moment is None and not self.done():
+            self._last_moment = self.get_loop().call_later(LAST_MOMENT, self.cancel_now)
+        return not self.done()
+
+    def cancel_now(self) -> bool:
+        """Cancel it."""
+        return super().cancel()
