@@ -69,7 +69,7 @@ def test_a_suspect_that_somebody_holds_does_not_keep_the_others(engine: Engine) 
 def test_suspects_that_died_together_wait_for_different_times_after_each_crash(engine: Engine) -> None:
     """Two whose times are near once would otherwise be woken, claimed and killed together each time."""
     fences = races.claimed_fences(engine, 2)
-    shares = []
+    shares: list[float] = []
     for crashed in (2, 3, 4, 5):
         with Session(engine) as session:
             session.execute(
