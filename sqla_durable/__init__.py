@@ -4,7 +4,7 @@ The records `Workflow`, `Step` and `Queue` are ORM models in your own database (
 worker's lease); `Durable` makes functions durable; `Worker`, `Executor` and `AsyncExecutor` execute them.
 """
 
-from sqla_durable import errors, migrations, models
+from sqla_durable import errors, migrations, models, storage
 from sqla_durable.context import Execution, current
 from sqla_durable.durable import Durable, run_step
 from sqla_durable.executor import AsyncExecutor, Executor
@@ -18,7 +18,7 @@ from sqla_durable.functions import (
 )
 from sqla_durable.handle import AsyncHandle, Handle
 from sqla_durable.management import cancel, resume
-from sqla_durable.models import Queue, Step, Workflow, metadata
+from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.worker import Worker
@@ -31,14 +31,17 @@ __all__ = [
     "AsyncWorkflowFunction",
     "BoundWorkflow",
     "Durable",
+    "Event",
     "Execution",
     "Executor",
     "Handle",
     "Queue",
+    "Signal",
     "StartOptions",
     "Step",
     "StepFunction",
     "StepStatus",
+    "StreamItem",
     "TransactionalStep",
     "Worker",
     "Workflow",
@@ -53,4 +56,5 @@ __all__ = [
     "resume",
     "run_step",
     "start_many",
+    "storage",
 ]

@@ -1,4 +1,4 @@
-"""The database on one page: four declarative models in a schema of their own, `durable`.
+"""The database on one page: seven declarative models in a schema of their own, `durable`.
 
 An application refers to them by class, `ForeignKey(Workflow.id)` and `relationship(Workflow)`: the string form does
 not find a class of another metadata. The CHECK constraints hold the state machine, whoever writes the rows.
@@ -7,25 +7,25 @@ What the statements are is in `store`; how the tables come into a database is in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    BigInteger,
     CheckConstraint,
-    Connection,
     DateTime,
     Enum,
     ForeignKey,
+    Identity,
     Index,
     Integer,
+    Interval,
     MetaData,
     SmallInteger,
-    Table,
     Text,
-    event,
+    false,
     func,
     inspect,
     text,
@@ -33,7 +33,6 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import DeclarativeBase, Mapped, foreign, mapped_column, relationship, validates
-from sqlalchemy.schema import CreateSchema
 from uuid_utils.compat import uuid7
 
 from sqla_durable.status import StepStatus, WorkflowStatus
@@ -48,31 +47,10 @@ NAMING_CONVENTION = {
     "ck": "%(table_name)s_%(constraint_name)s_check",
 }
 
-# Workflows change several times in their short lives, and every claim walks over the index entries of rows that no
-# longer qualify until vacuum has removed them. So vacuum comes after a fixed number of changes instead of a share of a
-# growing table, and does not pause. Pages keep room for updates beside the row. Checkpoints are inserted,
-# and updated only while a step is tried again.
-STORAGE: dict[str, dict[str, float]] = {
-    "workflow": {
-        "fillfactor": 70,
-        "autovacuum_vacuum_scale_factor": 0.01,
-        "autovacuum_vacuum_threshold": 1000,
-        "autovacuum_vacuum_cost_delay": 0,
-        "autovacuum_analyze_scale_factor": 0.02,
-        "autovacuum_analyze_threshold": 1000,
-    },
-    "worker": {"fillfactor": 50, "autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 100},
-}
-"""The storage parameters of our tables, for which SQLAlchemy 2.0 has no place in a `Table`."""
-
 
 def _text_of(statuses: type[StrEnum]) -> Enum:
     """Store a status as short text; which texts are legal is a named CHECK constraint, not a PostgreSQL enum."""
-    return Enum(statuses, native_enum=False, length=16, values_callable=_values, validate_strings=True)
-
-
-def _values(statuses: type[StrEnum]) -> list[str]:
-    return [each.value for each in statuses]
+    return Enum(statuses, native_enum=False, length=16, values_callable=list, validate_strings=True)
 
 
 class Base(DeclarativeBase):
@@ -81,6 +59,7 @@ class Base(DeclarativeBase):
     metadata = MetaData(schema=SCHEMA, naming_convention=NAMING_CONVENTION)
     type_annotation_map = {  # noqa: RUF012 (SQLAlchemy declares it as an instance attribute)
         datetime: DateTime(timezone=True),
+        timedelta: Interval(native=True),
         dict[str, Any]: JSONB,
         str: Text,
         UUID: PG_UUID(as_uuid=True),
@@ -120,9 +99,27 @@ class Workflow(Base):
     wake_at: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+    awaits: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))
+    deadline_at: Mapped[datetime | None]
+    timeout: Mapped[timedelta | None]
+    parent_id: Mapped[UUID | None] = mapped_column(ForeignKey(f"{SCHEMA}.workflow.id", ondelete="SET NULL"))
+    parent_key: Mapped[str | None]
+    detached: Mapped[bool] = mapped_column(server_default=false())
+    forked_from: Mapped[UUID | None]
+    version: Mapped[str | None]
 
     steps: Mapped[list[Step]] = relationship(
         back_populates="workflow", order_by="Step.position", passive_deletes="all", viewonly=False
+    )
+    signals: Mapped[list[Signal]] = relationship(
+        back_populates="workflow", order_by="Signal.id", passive_deletes="all", viewonly=False
+    )
+    events: Mapped[list[Event]] = relationship(
+        back_populates="workflow", order_by="Event.id", passive_deletes="all", viewonly=False
+    )
+    parent: Mapped[Workflow | None] = relationship(back_populates="children", remote_side="Workflow.id")
+    children: Mapped[list[Workflow]] = relationship(
+        back_populates="parent", order_by="Workflow.created_at", passive_deletes="all", viewonly=False
     )
     # No foreign key: a claim would lock the worker's row once for each workflow, and a heartbeat updates that row.
     worker: Mapped[Worker | None] = relationship(
@@ -155,6 +152,9 @@ class Workflow(Base):
             name="error",
         ),
         CheckConstraint("wake_at IS NULL OR status = 'suspended'", name="wake"),
+        CheckConstraint("awaits IS NULL OR (status = 'suspended' AND jsonb_typeof(awaits) = 'array')", name="awaits"),
+        CheckConstraint("parent_key IS NULL OR parent_key ~ '[^[:space:]]'", name="parent"),
+        CheckConstraint("version ~ '[^[:space:]]'", name="version"),
         # The same workflow and key are the same workflow: this index refuses the second.
         Index("workflow_name_key_key", "name", "key", unique=True, postgresql_where=text("key IS NOT NULL")),
         # The claim: first in, first out within a priority.
@@ -173,6 +173,20 @@ class Workflow(Base):
             "workflow_wake_idx",
             "wake_at",
             postgresql_where=text("status = 'suspended' AND wake_at IS NOT NULL"),
+        ),
+        # What is to fail when its time has come.
+        Index(
+            "workflow_deadline_idx",
+            "deadline_at",
+            postgresql_where=text("finished_at IS NULL AND deadline_at IS NOT NULL"),
+        ),
+        # The tree under a workflow, and how many of its children are finished.
+        Index(
+            "workflow_parent_idx",
+            "parent_id",
+            "parent_key",
+            "finished_at",
+            postgresql_where=text("parent_id IS NOT NULL"),
         ),
         {"comment": f"sqla-durable {REVISION}"},
     )
@@ -193,7 +207,9 @@ class Step(Base):
     `key` is the step's identity in its workflow: name and occurrence (`charge`, `charge#2`), or an explicit key.
     `attempt` is the workflow's attempt that recorded it, `attempts` how many tries it took, those of earlier attempts
     included, `position` the order in which the workflow called it. While a step is `retrying`, `error` is that of its
-    last try and `wake_at` the time of the next one; the row becomes the outcome's when there is one.
+    last try and `wake_at` the time of the next one; while it is `waiting`, `wake_at` is the end of that, if it has one.
+    The row becomes the outcome's when there is one. A step that is `running` has a row once it has reported `details`,
+    at `finished_at` for the last time. `compensation` is the name of the step that undoes it.
     """
 
     __tablename__ = "step"
@@ -210,26 +226,124 @@ class Step(Base):
     started_at: Mapped[datetime]
     finished_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
     wake_at: Mapped[datetime | None]
+    details: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
+    compensation: Mapped[str | None]
 
     workflow: Mapped[Workflow] = relationship(back_populates="steps")
 
     __table_args__ = (
         CheckConstraint("key ~ '[^[:space:]]'", name="key"),
         CheckConstraint("name ~ '[^[:space:]]'", name="name"),
-        CheckConstraint("status IN ('retrying', 'succeeded', 'failed')", name="status"),
+        CheckConstraint("status IN ('running', 'retrying', 'waiting', 'succeeded', 'failed')", name="status"),
         CheckConstraint("(status = 'succeeded') = (output IS NOT NULL)", name="output"),
         CheckConstraint(
             "CASE WHEN error IS NULL THEN status <> 'failed' "
-            "ELSE status IN ('retrying', 'failed') AND jsonb_typeof(error -> 'type') IS NOT DISTINCT FROM 'string' END",
+            "ELSE status IN ('running', 'retrying', 'failed') "
+            "AND jsonb_typeof(error -> 'type') IS NOT DISTINCT FROM 'string' END",
             name="error",
         ),
-        CheckConstraint("(status = 'retrying') = (wake_at IS NOT NULL)", name="wake"),
+        CheckConstraint(
+            "CASE status WHEN 'retrying' THEN wake_at IS NOT NULL WHEN 'waiting' THEN true ELSE wake_at IS NULL END",
+            name="wake",
+        ),
         CheckConstraint("position >= 1 AND attempt >= 1 AND attempts >= 1", name="counts"),
         CheckConstraint("finished_at >= started_at", name="times"),
     )
 
     def __repr__(self) -> str:
         return _shown(self, "key", "status", "workflow_id")
+
+
+class Signal(Base):
+    """Something sent to a workflow: the oldest one of a name is consumed first, once.
+
+    A row is enough to send one: `INSERT INTO durable.signal (workflow_id, name, payload) VALUES (..., 'approved',
+    'true')`. `key` is an idempotency key. `delivered_at` is when a worker has seen it and woken the workflow if it
+    waited for it; `consumed_by` the key of the step that has taken it. Names that begin with `#` are the engine's own.
+    """
+
+    __tablename__ = "signal"
+
+    workflow_id: Mapped[UUID] = mapped_column(ForeignKey(Workflow.id, ondelete="CASCADE"), primary_key=True)
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    name: Mapped[str]
+    key: Mapped[str | None]
+    payload: Mapped[Any] = mapped_column(JSONB, server_default=text("'null'::jsonb"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
+    delivered_at: Mapped[datetime | None]
+    consumed_by: Mapped[str | None]
+
+    workflow: Mapped[Workflow] = relationship(back_populates="signals")
+
+    __table_args__ = (
+        CheckConstraint("name ~ '[^[:space:]]'", name="name"),
+        CheckConstraint("key ~ '[^[:space:]]'", name="key"),
+        # The same workflow, name and key are the same signal.
+        Index(
+            "signal_workflow_id_name_key_key",
+            "workflow_id",
+            "name",
+            "key",
+            unique=True,
+            postgresql_where=text("key IS NOT NULL"),
+        ),
+        # What no worker has seen yet.
+        Index("signal_new_idx", "id", postgresql_where=text("delivered_at IS NULL")),
+    )
+
+    def __repr__(self) -> str:
+        return _shown(self, "name", "id", "workflow_id")
+
+
+class Event(Base):
+    """A value that a workflow shows under a key: the row with the greatest id is the latest, the others are history.
+
+    `step_key` is the key of the step that set it.
+    """
+
+    __tablename__ = "event"
+
+    workflow_id: Mapped[UUID] = mapped_column(ForeignKey(Workflow.id, ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    value: Mapped[Any] = mapped_column(JSONB)
+    step_key: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
+
+    workflow: Mapped[Workflow] = relationship(back_populates="events")
+
+    __table_args__ = (CheckConstraint("key ~ '[^[:space:]]'", name="key"),)
+
+    def __repr__(self) -> str:
+        return _shown(self, "key", "id", "workflow_id")
+
+
+class StreamItem(Base):
+    """One item of a workflow's stream: `number` counts from 0; a `closed` one is the last, and has no value.
+
+    `step_key`, `attempt` and `step_attempt` tell which try of which step wrote it: those of a try that failed stay.
+    """
+
+    __tablename__ = "stream_item"
+
+    workflow_id: Mapped[UUID] = mapped_column(ForeignKey(Workflow.id, ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    value: Mapped[Any | None] = mapped_column(JSONB)
+    closed: Mapped[bool] = mapped_column(server_default=false())
+    step_key: Mapped[str | None]
+    attempt: Mapped[int] = mapped_column(Integer)
+    step_attempt: Mapped[int | None] = mapped_column(Integer)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
+
+    __table_args__ = (
+        CheckConstraint("name ~ '[^[:space:]]'", name="name"),
+        CheckConstraint("number >= 0 AND attempt >= 1 AND step_attempt >= 1", name="counts"),
+        CheckConstraint("closed = (value IS NULL)", name="closed"),
+    )
+
+    def __repr__(self) -> str:
+        return _shown(self, "name", "number", "workflow_id")
 
 
 class Queue(Base):
@@ -282,35 +396,4 @@ def _shown(record: Base, *attributes: str) -> str:
     return f"<{type(record).__name__} {' '.join(known)}>"
 
 
-metadata = Base.metadata
-"""The metadata of the models, for `target_metadata = [Base.metadata, sqla_durable.metadata]` in Alembic."""
-
-
-def storage_statements(schema: str = SCHEMA) -> list[str]:
-    """Give the statements that set the storage parameters, for a migration that autogenerate wrote."""
-    quoted = '"' + schema.replace('"', '""') + '"'
-    return [
-        f"ALTER TABLE {quoted}.{table} SET ({', '.join(f'{name} = {value}' for name, value in settings.items())})"
-        for table, settings in STORAGE.items()
-    ]
-
-
-@event.listens_for(metadata, "before_create")
-def _create_schema(_target: MetaData, connection: Connection, **_: object) -> None:
-    """Let `metadata.create_all` work in an empty database, under the translated name of the schema."""
-    name = _translated(connection)
-    # Asked first: IF NOT EXISTS needs the right to create schemas even where there is nothing to create.
-    if not inspect(connection).has_schema(name):
-        connection.execute(CreateSchema(name, if_not_exists=True))
-
-
-@event.listens_for(metadata, "after_create")
-def _set_storage(_target: MetaData, connection: Connection, *, tables: Sequence[Table], **_: object) -> None:
-    if Workflow.__table__ in tables:
-        for statement in storage_statements(_translated(connection)):
-            connection.exec_driver_sql(statement)
-
-
-def _translated(connection: Connection) -> str:
-    names: dict[str, str] = connection.get_execution_options().get("schema_translate_map") or {}
-    return names.get(SCHEMA) or SCHEMA
+metadata = Base.metadata  # for `target_metadata = [Base.metadata, sqla_durable.metadata]` in Alembic

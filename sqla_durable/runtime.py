@@ -20,7 +20,7 @@ from sqla_durable.operations.step import run_step
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition
 from sqla_durable.retry import TransientRetry
-from sqla_durable.store import Checkpoint, Completion
+from sqla_durable.store import Checkpoint, Completion, Connectable
 
 T = TypeVar("T")
 
@@ -46,6 +46,10 @@ class BaseRuntime(ABC):
     @abstractmethod
     async def record(self, checkpoint: Checkpoint) -> None:
         """Record a checkpoint."""
+
+    @abstractmethod
+    async def execute(self, statement: Callable[[Connectable], T]) -> T:
+        """Call a store function of one statement, in a transaction of its own."""
 
     @abstractmethod
     async def begin(self, step: StepDefinition) -> StepTransaction:

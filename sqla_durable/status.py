@@ -38,11 +38,21 @@ class WorkflowStatus(StrEnum):
 
 
 class StepStatus(StrEnum):
-    """Where a step stands. One without a row has not ended its first try; `retrying` waits for its next one."""
+    """Where a step stands. One without a row has not ended its first try.
 
+    `running` has reported details, `retrying` waits for its next try, `waiting` for what it is about.
+    """
+
+    RUNNING = "running"
     RETRYING = "retrying"
+    WAITING = "waiting"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is an outcome."""
+        return self in (StepStatus.SUCCEEDED, StepStatus.FAILED)
 
 
 FINISHED = frozenset({WorkflowStatus.SUCCEEDED, WorkflowStatus.FAILED, WorkflowStatus.CANCELLED})

@@ -28,7 +28,7 @@ FLOORS = (
     {"context"},
     {"operations"},
     {"hints"},
-    {"registry", "store", "failure", "migrations"},
+    {"registry", "store", "failure", "migrations", "storage"},
     {"models", "codec", "retry", "_programs", "checks", "undisturbed"},
     {"errors", "status"},
 )

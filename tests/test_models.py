@@ -96,7 +96,7 @@ def test_illegal_workflow_is_refused_by_a_named_constraint(
     ("constraint", "columns"),
     [
         ("step_key_check", {"key": " "}),
-        ("step_status_check", {"status": "running", "output": None}),
+        ("step_status_check", {"status": "suspended", "output": None}),
         ("step_error_check", {"status": "failed", "output": None, "error": '"type"'}),
         ("step_error_check", {"status": "failed", "output": None, "error": "{}"}),
         ("step_counts_check", {"position": 0}),

@@ -30,7 +30,7 @@ def test_wheel_contains_the_package_and_nothing_else(wheel: Path) -> None:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "sqla_durable").rglob("*.py")}
     assert modules <= names
     assert "sqla_durable/py.typed" in names
-    assert "sqla_durable/migrations/versions/durable_0001_workflow_step_queue_worker.py" in names
+    assert "sqla_durable/migrations/versions/durable_0001_first_tables.py" in names
     assert {name.split("/")[0] for name in names} == {"sqla_durable"}
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -21,7 +21,9 @@ from sqla_durable.operations.transaction import HeldTransaction, StepTransaction
 from sqla_durable.registry import StepDefinition
 from sqla_durable.retry import TransientRetry
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
-from sqla_durable.store import Checkpoint, Completion, Verdict, refresh_known, steps, workflows
+from sqla_durable.store import Checkpoint, Completion, Connectable, Verdict, refresh_known, steps, workflows
+
+T = TypeVar("T")
 
 
 class Writing(Protocol):
@@ -38,8 +40,9 @@ class Writing(Protocol):
         """Give a transaction that is not yet begun."""
         ...
 
-    async def write(self, statement: Callable[[Session], None], *, pause: Callable[[float], Awaitable[None]]) -> None:
+    async def write(self, statement: Callable[[Session], T], *, pause: Callable[[float], Awaitable[None]]) -> T:
         """Write what the engine records, and extend the lease if it is time."""
+        ...
 
     def close_lease(self, session: Session) -> None:
         """Own nothing any more."""
@@ -77,6 +80,10 @@ class BlockingInline(BlockingRuntime):
     @override
     async def record(self, checkpoint: Checkpoint) -> None:
         await self._story.write(lambda session: _record(session, checkpoint), pause=self.pause)
+
+    @override
+    async def execute(self, statement: Callable[[Connectable], T]) -> T:
+        return await self._story.write(statement, pause=self.pause)
 
     @override
     async def begin(self, step: StepDefinition) -> StepTransaction:
@@ -128,6 +135,11 @@ class AsyncInline(AsyncRuntime):
     async def record(self, checkpoint: Checkpoint) -> None:
         async with self._turn():
             await self._story.write(lambda session: _record(session, checkpoint), pause=self.pause)
+
+    @override
+    async def execute(self, statement: Callable[[Connectable], T]) -> T:
+        async with self._turn():
+            return await self._story.write(statement, pause=self.pause)
 
     @override
     async def begin(self, step: StepDefinition) -> StepTransaction:

@@ -134,19 +134,17 @@ class Story:
             raise
         return value
 
-    async def write(self, statement: Callable[[Session], None], *, pause: Pause) -> None:
+    async def write(self, statement: Callable[[Session], T], *, pause: Pause) -> T:
         """Write what the engine records; a lost database interrupts the workflow instead of failing it."""
         again = self.transient_retry()
         while True:
             try:
-                await self.transact(statement)
+                return await self.transact(statement)
             except Exception as error:
                 seconds = again.wait_before_next(error)
                 if seconds is None:
                     raise (Interrupted(error) if is_transient(error) else error) from error
                 await pause(seconds)
-            else:
-                return
 
     @property
     def longest_pause(self) -> float:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from sqla_durable.errors import ControlFlow, Suspended, UnfinishedStepError, UsageError
-from sqla_durable.status import StepStatus
 from sqla_durable.store import Claimed, Fence, Recorded
 
 
@@ -101,12 +100,12 @@ class Attempt:
     def recorded(self, position: Position) -> Recorded | None:
         """Give the operation's outcome from an earlier attempt."""
         found = self._history.get(position.key)
-        return None if found is None or found.status is StepStatus.RETRYING else found
+        return found if found is not None and found.status.finished else None
 
     def tried(self, position: Position) -> Recorded | None:
         """Give what earlier attempts recorded of an operation that has no outcome yet."""
         found = self._history.get(position.key)
-        return found if found is not None and found.status is StepStatus.RETRYING else None
+        return None if found is None or found.status.finished else found
 
     def wait(self, position: Position, wait: Wait) -> None:
         """Note that an operation waits."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -11,7 +11,7 @@ from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import StepDefinition
 from sqla_durable.retry import TransientRetry, Tries
-from sqla_durable.store import Checkpoint, Completion
+from sqla_durable.store import Checkpoint, Completion, Connectable
 
 T = TypeVar("T")
 
@@ -58,6 +58,16 @@ class Runtime(Protocol):
 
     async def record(self, checkpoint: Checkpoint) -> None:
         """Record a checkpoint, durable at the latest when the next `settle` or `finish` returns."""
+
+    async def execute(self, statement: Callable[[Connectable], T]) -> T:
+        """Call a store function of one statement, in a transaction of its own that is committed when this returns.
+
+        The statement is fenced, and may be carried out twice: after a lost acknowledgement it is tried again.
+
+        Raises:
+            AttemptLost: where the function raises it.
+        """
+        ...
 
     async def begin(self, step: StepDefinition) -> StepTransaction:
         """Open the transaction of a step, with the kind of session and the isolation level that it asks for."""

@@ -30,6 +30,7 @@ from sqlalchemy import (
     func,
     literal,
     literal_column,
+    or_,
     select,
     text,
     true,
@@ -222,9 +223,10 @@ def status(value: WorkflowStatus) -> ColumnElement[str]:
     return literal_column(f"'{value}'", type_=WORKFLOW.c.status.type)
 
 
-def retrying() -> ColumnElement[bool]:
-    """Tell the record of a step that is being tried again from an outcome."""
-    return STEP.c.status == literal_column(f"'{StepStatus.RETRYING}'", type_=STEP.c.status.type)
+def unfinished() -> ColumnElement[bool]:
+    """Tell the record of a step that runs, waits or is being tried again from an outcome."""
+    open_statuses = [each for each in StepStatus if not each.finished]
+    return or_(*(STEP.c.status == literal_column(f"'{each}'", type_=STEP.c.status.type) for each in open_statuses))
 
 
 def interval(seconds: ColumnElement[Any]) -> ColumnElement[Any]:

@@ -51,9 +51,9 @@ from sqla_durable.store._rows import (
     execute,
     interval,
     materialized,
-    retrying,
     scalars,
     status,
+    unfinished,
 )
 
 DEFAULT_MAX_ATTEMPTS = 10
@@ -166,7 +166,7 @@ def _among(column: ColumnElement[str], parameter: str) -> ColumnElement[bool]:
 def _progress() -> ColumnElement[bool]:
     """Tell whether the attempt that ends here has recorded the outcome of a step."""
     recorded = select(STEP.c.key).where(STEP.c.workflow_id == WORKFLOW.c.id, STEP.c.attempt == WORKFLOW.c.attempt)
-    return recorded.where(~retrying()).exists()
+    return recorded.where(~unfinished()).exists()
 
 
 def _reclaim_statement(abandoned: CTE) -> Any:

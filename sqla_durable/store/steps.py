@@ -49,11 +49,11 @@ from sqla_durable.store._rows import (
     filled,
     interval,
     of_owner,
-    retrying,
     scalar,
     soon_over,
     status,
     table,
+    unfinished,
 )
 
 CHECKPOINT: Columns = {
@@ -105,7 +105,7 @@ def recorded_among(connectable: Connectable, checkpoints: Sequence[Checkpoint]) 
 
 def find(session: Session, workflow_id: UUID, key: str) -> Recorded | None:
     """Read the outcome of one step, to settle what became of a commit whose acknowledgement was lost."""
-    wanted = _RECORDED.where(STEP.c.workflow_id == workflow_id, STEP.c.key == key, ~retrying())
+    wanted = _RECORDED.where(STEP.c.workflow_id == workflow_id, STEP.c.key == key, ~unfinished())
     row = execute(session, wanted).one_or_none()
     return None if row is None else _recorded(row)
 
@@ -121,7 +121,9 @@ def histories(connectable: Connectable, workflow_ids: Sequence[UUID]) -> dict[UU
 
 def _recorded(row: Row[Any]) -> Recorded:
     found = Recorded(row.key, row.name, row.position, row.status, row.output, row.error, row.attempts)
-    return found if row.age is None else replace(found, age=float(row.age), due_in=float(row.due_in))
+    if row.age is None:
+        return found
+    return replace(found, age=float(row.age), due_in=float("inf") if row.due_in is None else float(row.due_in))
 
 
 def checkpoint_row(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def _insert(columns: Mapping[str, Any], source: SelectBase) -> Any:
         # The first try may have been on another server, whose clock was ahead.
         set_={name: inserted.excluded[name] for name in columns if name not in kept}
         | {"finished_at": func.greatest(inserted.excluded.finished_at, STEP.c.started_at)},
-        where=retrying(),
+        where=unfinished(),
     )
 
 
@@ -206,17 +208,18 @@ def _record_statement(*more: ColumnElement[Any]) -> Any:
 
 def _recorded_among_statement() -> Any:
     batch = table("batch", CHECKPOINT)
+    is_open = or_(batch.c.delay.is_not(None), and_(batch.c.output.is_(None), batch.c.error.is_(None)))
     return (
         select(STEP.c.workflow_id, WORKFLOW.c.token, STEP.c.key)
         .join_from(batch, WORKFLOW, and_(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token))
         .join(STEP, and_(STEP.c.workflow_id == batch.c.id, STEP.c.key == batch.c.key))
-        .where(or_(~retrying(), and_(batch.c.delay.is_not(None), STEP.c.attempts == batch.c.attempts)))
+        .where(or_(~unfinished(), and_(is_open, STEP.c.attempts == batch.c.attempts)))
     )
 
 
 def _age_of(moment: ColumnElement[Any]) -> ColumnElement[Any]:
     """Give how many seconds ago that was, for a step that is being tried again."""
-    return case((retrying(), func.extract("epoch", func.statement_timestamp() - moment)))
+    return case((unfinished(), func.extract("epoch", func.statement_timestamp() - moment)))
 
 
 _OWNED = select(WORKFLOW.c.id).where(*_MINE)

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable.errors import EncodingError, Released, Suspended
+from sqla_durable.errors import AttemptLost, EncodingError, Released, Suspended
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.runtime import StepCall
@@ -24,7 +24,8 @@ from sqla_durable.operations.transaction import ClosingTransaction, HeldTransact
 from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import Checkpoint, Completion, Park
+from sqla_durable.store import Checkpoint, Completion, Connectable, Park
+from sqla_durable.worker.database import Database, persistently
 from sqla_durable.worker.writer import Row, Writer
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ class Surroundings:
         stopping: set in threads that pause when the worker is told to stop.
     """
 
+    database: Database
     writer: Writer
     threads: concurrent.futures.ThreadPoolExecutor
     sessionmaker: sessionmaker[Session] | None
@@ -50,11 +52,25 @@ class Surroundings:
     async_places: asyncio.Semaphore
     stopping: threading.Event
     stopping_async: asyncio.Event
+    loop: asyncio.AbstractEventLoop
 
     def stop_if_leaving(self, attempt: Attempt) -> None:
         """Let an attempt end here from the moment on in which the worker is told to stop."""
         if self.stopping.is_set():
             attempt.stop(Released)
+
+    def from_thread(self, statement: Callable[[Connectable], T]) -> T:
+        """Execute on a connection of the worker's own, from one of its threads.
+
+        Raises:
+            AttemptLost: the worker has left the thread behind.
+        """
+        execution = persistently(self.database, statement, what="operation")
+        try:
+            return asyncio.run_coroutine_threadsafe(execution, self.loop).result()
+        except (RuntimeError, concurrent.futures.CancelledError) as error:  # the loop is closed, or ends
+            execution.close()
+            raise AttemptLost from error
 
     async def in_thread(self, function: Callable[[], T]) -> T:
         """Call a function in one of the worker's threads, in a copy of the context."""
@@ -143,6 +159,10 @@ class ThreadRuntime(BlockingRuntime):
         """Hand a checkpoint to the writer; the workflow's code goes on."""
         self._submit(checkpoint)
 
+    async def execute(self, statement: Callable[[Connectable], T]) -> T:
+        """Call a store function on a connection of the worker's own."""
+        return self._surroundings.from_thread(statement)
+
     async def begin(self, step: StepDefinition) -> StepTransaction:
         """Open a session of the user's own sessionmaker, used for this step only."""
         maker = self._surroundings.sessionmaker
@@ -222,6 +242,10 @@ class LoopRuntime(AsyncRuntime):
     async def record(self, checkpoint: Checkpoint) -> None:
         """Hand a checkpoint to the writer; the workflow's code goes on."""
         self._submit(checkpoint)
+
+    async def execute(self, statement: Callable[[Connectable], T]) -> T:
+        """Call a store function on a connection of the worker's own."""
+        return await persistently(self._surroundings.database, statement, what="operation")
 
     async def begin(self, step: StepDefinition) -> StepTransaction:
         """Open a session of the user's own sessionmaker, used for this step only."""

@@ -207,7 +207,7 @@ class Worker:
 
     async def _serve(self, databases: Databases, threads: ThreadPoolExecutor) -> None:
         writer = Writer(databases.writing)
-        surroundings = self._surroundings(writer, threads)
+        surroundings = self._surroundings(databases.shared, writer, threads)
         attempts = Attempts(
             self.durable.registry,
             surroundings,
@@ -348,11 +348,12 @@ class Worker:
         else:
             await asyncio.Event().wait()
 
-    def _surroundings(self, writer: Writer, threads: ThreadPoolExecutor) -> Surroundings:
+    def _surroundings(self, database: Database, writer: Writer, threads: ThreadPoolExecutor) -> Surroundings:
         engines = [schema.engine_of(each().sync_session) for each in [self.async_sessionmaker] if each is not None]
         engines += [schema.engine_of(each()) for each in [self.sessionmaker] if each is not None]
         places = self.transactions or min(map(settings.pool_capacity, engines))
         return Surroundings(
+            database=database,
             writer=writer,
             threads=threads,
             sessionmaker=self.sessionmaker,
@@ -361,6 +362,7 @@ class Worker:
             async_places=asyncio.Semaphore(places),
             stopping=self._stop,
             stopping_async=self._stopping,
+            loop=asyncio.get_running_loop(),
         )
 
 

@@ -48,7 +48,7 @@ def _add_durable(application: Application) -> None:
     )
     text = text.replace(
         "\n\ndef downgrade",
-        "    for each in sqla_durable.models.storage_statements():\n        op.execute(each)\n\n\ndef downgrade",
+        "    for each in sqla_durable.storage.statements():\n        op.execute(each)\n\n\ndef downgrade",
     ).replace("from alembic import op\n", "from alembic import op\nimport sqla_durable\n")
     path.write_text(f'{text.rstrip()}\n    op.execute("DROP SCHEMA durable")\n')
     application.downgrade("base")

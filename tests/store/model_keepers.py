@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import management
 from sqla_durable.models import Workflow
-from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Fence, crashes, workers, workflows
 from tests.store.model import LATER, LONG_AGO, Lease, Leased, Operation, Record, Row, View, changed, live
 from tests.store.model_operations import OnWorkflows, row_in
@@ -71,9 +71,7 @@ class _TakenBack(OnWorkflows):
     suspends: ClassVar[bool] = True
 
     def version(self, row: Row, now: int) -> Row:
-        progress = any(
-            each.attempt == row.attempt and each.status is not StepStatus.RETRYING for each in row.steps.values()
-        )
+        progress = any(each.attempt == row.attempt and each.status.finished for each in row.steps.values())
         row = changed(row, crashes=0 if progress else row.crashes + 1, token=None)
         if row.crashes >= MAX_ATTEMPTS:
             return changed(row, status=WorkflowStatus.FAILED, error=crashes.MAX_ATTEMPTS_TYPE)

@@ -208,7 +208,7 @@ class Write:
 
     def fits(self, row: Row) -> bool:
         """Whether there is no outcome yet under this key."""
-        return self.key not in row.steps or row.steps[self.key].status is StepStatus.RETRYING
+        return self.key not in row.steps or not row.steps[self.key].status.finished
 
 
 def _written(row: Row, writes: Iterable[Write]) -> Row:
@@ -284,9 +284,9 @@ class RecordedAmong(Operation):
     def _recorded(self, write: Write, view: View) -> bool:
         row = view.get(write.fence.workflow_id)
         found = row.steps.get(write.key) if isinstance(row, Row) and row.token == write.fence.token else None
-        if found is None or found.status is not StepStatus.RETRYING:
+        if found is None or found.status.finished:
             return found is not None
-        return write.status is StepStatus.RETRYING and write.attempts == found.attempts
+        return write.status is found.status and write.attempts == found.attempts
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def threads() -> Generator[ThreadPoolExecutor]:
 
 def heartbeat_of(database: ThreadDatabase, engine: Engine, threads: ThreadPoolExecutor) -> Heartbeat:
     surroundings = Surroundings(
+        database=database,
         writer=Writer(database),
         threads=threads,
         sessionmaker=sessionmaker(engine),
@@ -37,6 +38,7 @@ def heartbeat_of(database: ThreadDatabase, engine: Engine, threads: ThreadPoolEx
         async_places=asyncio.Semaphore(1),
         stopping=threading.Event(),
         stopping_async=asyncio.Event(),
+        loop=asyncio.get_running_loop(),
     )
     attempts = Attempts(Durable().registry, surroundings, database, concurrency=1, max_attempts=9)
     return Heartbeat(database, attempts, worker_id=races.WORKER, queues=["default"], lease=races.LEASE, name=None)

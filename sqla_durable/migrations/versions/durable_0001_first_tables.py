@@ -1,4 +1,4 @@
-"""Create the tables workflow, step, queue and worker."""
+"""Create the tables workflow, step, signal, event, stream_item, queue and worker."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ def upgrade(schema: str | None = None) -> None:
         schemas.create(name)
         _create_workflow(name)
         _create_step(name)
+        _create_signal(name)
+        _create_event(name)
+        _create_stream_item(name)
         _create_queue(name)
         _create_worker(name)
         _set_storage(name)
@@ -26,7 +29,7 @@ def upgrade(schema: str | None = None) -> None:
 
 def downgrade(schema: str | None = None) -> None:
     with schemas.resolved(schema) as name:
-        for table in ("worker", "queue", "step", "workflow"):
+        for table in ("worker", "queue", "stream_item", "event", "signal", "step", "workflow"):
             op.drop_table(table, schema=name)
         schemas.drop(name)
 
@@ -52,7 +55,18 @@ def _create_workflow(schema: str) -> None:
         sa.Column("wake_at", _timestamp()),
         sa.Column("started_at", _timestamp()),
         sa.Column("finished_at", _timestamp()),
+        sa.Column("awaits", pg.JSONB()),
+        sa.Column("deadline_at", _timestamp()),
+        sa.Column("timeout", pg.INTERVAL()),
+        sa.Column("parent_id", pg.UUID()),
+        sa.Column("parent_key", sa.Text()),
+        sa.Column("detached", sa.Boolean(), server_default=sa.false(), nullable=False),
+        sa.Column("forked_from", pg.UUID()),
+        sa.Column("version", sa.Text()),
         sa.PrimaryKeyConstraint("id", name=op.f("workflow_pkey")),
+        sa.ForeignKeyConstraint(
+            ["parent_id"], [f"{schema}.workflow.id"], name=op.f("workflow_parent_id_fkey"), ondelete="SET NULL"
+        ),
         _check("workflow", "name", "name ~ '[^[:space:]]'"),
         _check("workflow", "key", "key ~ '[^[:space:]]'"),
         _check("workflow", "queue", "queue ~ '[^[:space:]]'"),
@@ -79,6 +93,9 @@ def _create_workflow(schema: str) -> None:
             "AND jsonb_typeof(error -> 'type') IS NOT DISTINCT FROM 'string' END",
         ),
         _check("workflow", "wake", "wake_at IS NULL OR status = 'suspended'"),
+        _check("workflow", "awaits", "awaits IS NULL OR (status = 'suspended' AND jsonb_typeof(awaits) = 'array')"),
+        _check("workflow", "parent", "parent_key IS NULL OR parent_key ~ '[^[:space:]]'"),
+        _check("workflow", "version", "version ~ '[^[:space:]]'"),
         schema=schema,
         comment="sqla-durable durable_0001",
     )
@@ -91,6 +108,8 @@ def _create_workflow(schema: str) -> None:
     )
     _index(schema, "workflow_running_idx", ["worker_id"], where="status = 'running'")
     _index(schema, "workflow_wake_idx", ["wake_at"], where="status = 'suspended' AND wake_at IS NOT NULL")
+    _index(schema, "workflow_deadline_idx", ["deadline_at"], where="finished_at IS NULL AND deadline_at IS NOT NULL")
+    _index(schema, "workflow_parent_idx", ["parent_id", "parent_key", "finished_at"], where="parent_id IS NOT NULL")
 
 
 def _create_step(schema: str) -> None:
@@ -108,23 +127,93 @@ def _create_step(schema: str) -> None:
         sa.Column("started_at", _timestamp(), nullable=False),
         sa.Column("finished_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
         sa.Column("wake_at", _timestamp()),
+        sa.Column("details", pg.JSONB()),
+        sa.Column("compensation", sa.Text()),
         sa.PrimaryKeyConstraint("workflow_id", "key", name=op.f("step_pkey")),
-        sa.ForeignKeyConstraint(
-            ["workflow_id"], [f"{schema}.workflow.id"], name=op.f("step_workflow_id_fkey"), ondelete="CASCADE"
-        ),
+        _of_workflow(schema, "step"),
         _check("step", "key", "key ~ '[^[:space:]]'"),
         _check("step", "name", "name ~ '[^[:space:]]'"),
-        _check("step", "status", "status IN ('retrying', 'succeeded', 'failed')"),
+        _check("step", "status", "status IN ('running', 'retrying', 'waiting', 'succeeded', 'failed')"),
         _check("step", "output", "(status = 'succeeded') = (output IS NOT NULL)"),
         _check(
             "step",
             "error",
             "CASE WHEN error IS NULL THEN status <> 'failed' "
-            "ELSE status IN ('retrying', 'failed') AND jsonb_typeof(error -> 'type') IS NOT DISTINCT FROM 'string' END",
+            "ELSE status IN ('running', 'retrying', 'failed') "
+            "AND jsonb_typeof(error -> 'type') IS NOT DISTINCT FROM 'string' END",
         ),
-        _check("step", "wake", "(status = 'retrying') = (wake_at IS NOT NULL)"),
+        _check(
+            "step",
+            "wake",
+            "CASE status WHEN 'retrying' THEN wake_at IS NOT NULL WHEN 'waiting' THEN true ELSE wake_at IS NULL END",
+        ),
         _check("step", "counts", "position >= 1 AND attempt >= 1 AND attempts >= 1"),
         _check("step", "times", "finished_at >= started_at"),
+        schema=schema,
+    )
+
+
+def _create_signal(schema: str) -> None:
+    op.create_table(
+        "signal",
+        sa.Column("workflow_id", pg.UUID(), nullable=False),
+        sa.Column("id", sa.BigInteger(), sa.Identity(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("key", sa.Text()),
+        sa.Column("payload", pg.JSONB(), server_default=sa.text("'null'::jsonb"), nullable=False),
+        sa.Column("created_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.Column("delivered_at", _timestamp()),
+        sa.Column("consumed_by", sa.Text()),
+        sa.PrimaryKeyConstraint("workflow_id", "id", name=op.f("signal_pkey")),
+        _of_workflow(schema, "signal"),
+        _check("signal", "name", "name ~ '[^[:space:]]'"),
+        _check("signal", "key", "key ~ '[^[:space:]]'"),
+        schema=schema,
+    )
+    _index(
+        schema,
+        "signal_workflow_id_name_key_key",
+        ["workflow_id", "name", "key"],
+        table="signal",
+        where="key IS NOT NULL",
+        unique=True,
+    )
+    _index(schema, "signal_new_idx", ["id"], table="signal", where="delivered_at IS NULL")
+
+
+def _create_event(schema: str) -> None:
+    op.create_table(
+        "event",
+        sa.Column("workflow_id", pg.UUID(), nullable=False),
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("id", sa.BigInteger(), sa.Identity(), nullable=False),
+        sa.Column("value", pg.JSONB(), nullable=False),
+        sa.Column("step_key", sa.Text()),
+        sa.Column("created_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.PrimaryKeyConstraint("workflow_id", "key", "id", name=op.f("event_pkey")),
+        _of_workflow(schema, "event"),
+        _check("event", "key", "key ~ '[^[:space:]]'"),
+        schema=schema,
+    )
+
+
+def _create_stream_item(schema: str) -> None:
+    op.create_table(
+        "stream_item",
+        sa.Column("workflow_id", pg.UUID(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("number", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("value", pg.JSONB()),
+        sa.Column("closed", sa.Boolean(), server_default=sa.false(), nullable=False),
+        sa.Column("step_key", sa.Text()),
+        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("step_attempt", sa.Integer()),
+        sa.Column("created_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.PrimaryKeyConstraint("workflow_id", "name", "number", name=op.f("stream_item_pkey")),
+        _of_workflow(schema, "stream_item"),
+        _check("stream_item", "name", "name ~ '[^[:space:]]'"),
+        _check("stream_item", "counts", "number >= 0 AND attempt >= 1 AND step_attempt >= 1"),
+        _check("stream_item", "closed", "closed = (value IS NULL)"),
         schema=schema,
     )
 
@@ -186,5 +275,13 @@ def _check(table: str, name: str, condition: str) -> sa.CheckConstraint:
     return sa.CheckConstraint(condition, name=op.f(f"{table}_{name}_check"))
 
 
-def _index(schema: str, name: str, columns: list[str], *, where: str, unique: bool = False) -> None:
-    op.create_index(op.f(name), "workflow", columns, schema=schema, unique=unique, postgresql_where=sa.text(where))
+def _of_workflow(schema: str, table: str) -> sa.ForeignKeyConstraint:
+    return sa.ForeignKeyConstraint(
+        ["workflow_id"], [f"{schema}.workflow.id"], name=op.f(f"{table}_workflow_id_fkey"), ondelete="CASCADE"
+    )
+
+
+def _index(
+    schema: str, name: str, columns: list[str], *, where: str, table: str = "workflow", unique: bool = False
+) -> None:
+    op.create_index(op.f(name), table, columns, schema=schema, unique=unique, postgresql_where=sa.text(where))
