@@ -19,8 +19,10 @@ from sqla_durable.functions import (
 from sqla_durable.handle import AsyncHandle, Handle
 from sqla_durable.management import cancel, resume
 from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
+from sqla_durable.signals import signal, start_with_signal, wait_signal
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
 from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.timers import now, random, sleep, sleep_until, uuid4
 from sqla_durable.worker import Worker
 
 __all__ = [
@@ -53,8 +55,16 @@ __all__ = [
     "metadata",
     "migrations",
     "models",
+    "now",
+    "random",
     "resume",
     "run_step",
+    "signal",
+    "sleep",
+    "sleep_until",
     "start_many",
+    "start_with_signal",
     "storage",
+    "uuid4",
+    "wait_signal",
 ]

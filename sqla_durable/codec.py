@@ -58,6 +58,11 @@ class Codec:
         """
         return cls(what=what, adapter=_adapter(annotation, what), limit=limit, native=annotation is Any)
 
+    @classmethod
+    def inferred(cls, *, what: str, limit: int = DEFAULT_LIMIT) -> Codec:
+        """Build one that encodes a value by its own type: a dataclass, a datetime, a model, what JSON knows."""
+        return cls(what=what, adapter=_adapter(Any, what), limit=limit)
+
     def encode(self, value: object) -> str:
         """Give the value's JSON text, as `jsonb` will give it back.
 

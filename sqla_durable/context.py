@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.runtime import StepCall
+from sqla_durable.operations.runtime import Operation, StepCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class Context:
     Attributes:
         attempt: the attempt at the workflow.
         perform: performs a step: gives its outcome in sync code, an awaitable of it in async code.
+        operate: carries out another durable operation in the same way.
         is_async: whether the workflow is `async def`.
         whereabouts: tells the task or thread that the code is in.
         home: the one that executes the workflow's own code. Steps that are called elsewhere would be counted in an
@@ -54,6 +55,7 @@ class Context:
 
     attempt: Attempt
     perform: Callable[[StepCall], Any]
+    operate: Callable[[Operation], Any]
     is_async: bool
     whereabouts: Callable[[], object]
     home: object

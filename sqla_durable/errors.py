@@ -19,6 +19,8 @@ DurableError
 ├── WorkflowNotFoundError         no such workflow record is visible
 ├── WorkflowRunningError          somebody else holds a live lease on the workflow
 ├── AttemptLostError              this execution no longer owns its workflow; nothing more of it commits
+├── WorkflowFinishedError         a signal cannot be sent to a workflow that has an outcome
+├── WaitTimeoutError              (also TimeoutError) what an operation waited for did not come in time
 ├── ResultTimeoutError            (also TimeoutError) no outcome within the time given
 ├── WorkflowError                 the outcome of a workflow that did not succeed
 │   ├── WorkflowFailedError           its own exception type cannot be rebuilt here
@@ -34,7 +36,7 @@ DurableError
 ControlFlow(BaseException)        unwinds a workflow function; never an error of the user's
 ├── AttemptLost                   the fence refused a write: another attempt owns the workflow, or it was cancelled
 ├── Interrupted                   an executor lost its database in the middle
-├── Suspended                     the workflow waits for a time, as a row
+├── Suspended                     the workflow waits, as a row
 └── Released                      the worker is stopping and hands the workflow back
 ```
 """
@@ -169,6 +171,14 @@ class AttemptLostError(_AboutWorkflow):
 
     What was committed before stands and is in the record; nothing of this attempt commits any more.
     """
+
+
+class WorkflowFinishedError(_AboutWorkflow):
+    """The workflow has an outcome: nobody will take what is sent to it. Nothing was sent."""
+
+
+class WaitTimeoutError(DurableError, TimeoutError):
+    """What an operation waited for did not come within its time. It is the operation's outcome, also on replay."""
 
 
 class ResultTimeoutError(_AboutWorkflow, TimeoutError):

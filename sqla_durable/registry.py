@@ -24,7 +24,7 @@ from sqla_durable.codec import DEFAULT_LIMIT, ArgumentsCodec, Codec
 from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError
 from sqla_durable.retry import RetryPolicy
 
-_FORBIDDEN = "#/"
+MARKS = "#/"
 IsolationLevel: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 ISOLATION_LEVELS: tuple[str, ...] = get_args(IsolationLevel)
 """What a transactional step may ask for, the weakest first."""
@@ -274,8 +274,8 @@ def require_name(name: str, *, what: str) -> None:
     fault = fault_in(name)
     if fault is not None:
         raise DefinitionError(f"the {what} is {name!r}, which {fault}: give it a name of its own.")
-    if any(character in name for character in _FORBIDDEN):
-        raise DefinitionError(f"the {what} {name!r} contains one of {_FORBIDDEN!r}, which mark occurrences.")
+    if any(character in name for character in MARKS):
+        raise DefinitionError(f"the {what} {name!r} contains one of {MARKS!r}, which mark occurrences.")
 
 
 def _function_of(fn: Callable[..., Any]) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from sqla_durable.context import Context
 from sqla_durable.errors import UsageError
 from sqla_durable.operations.attempt import Attempt, Position, Wait
-from sqla_durable.operations.runtime import StepCall, run_blocking
+from sqla_durable.operations.runtime import Operation, StepCall, run_blocking
 from sqla_durable.operations.step import run_step
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition
@@ -71,12 +71,22 @@ class BlockingRuntime(BaseRuntime):
         """Give the ambient context of the workflow's own code, or of a step's function."""
         whereabouts = threading.get_ident
         return Context(
-            self.attempt, self.perform, is_async=False, whereabouts=whereabouts, home=whereabouts(), step=step
+            self.attempt,
+            self.perform,
+            self.operate,
+            is_async=False,
+            whereabouts=whereabouts,
+            home=whereabouts(),
+            step=step,
         )
 
     def perform(self, call: StepCall) -> Any:
         """Perform a step and give its outcome."""
         return run_blocking(run_step(self, call))
+
+    def operate(self, operation: Operation) -> Any:
+        """Carry out an operation and give its outcome."""
+        return run_blocking(operation(self))
 
     async def call(self, call: StepCall, *injected: object) -> Any:
         """Call a step's function."""
@@ -96,7 +106,13 @@ class AsyncRuntime(BaseRuntime):
         """Give the ambient context of the workflow's own code, or of a step's function."""
         whereabouts = asyncio.current_task
         return Context(
-            self.attempt, self.perform, is_async=True, whereabouts=whereabouts, home=whereabouts(), step=step
+            self.attempt,
+            self.perform,
+            self.operate,
+            is_async=True,
+            whereabouts=whereabouts,
+            home=whereabouts(),
+            step=step,
         )
 
     async def perform(self, call: StepCall) -> Any:
@@ -105,6 +121,10 @@ class AsyncRuntime(BaseRuntime):
         if call.definition.session is SessionKind.SYNC and not replayed:
             return await self.perform_blocking(call)
         return await run_step(self, call)
+
+    async def operate(self, operation: Operation) -> Any:
+        """Carry out an operation and give its outcome."""
+        return await operation(self)
 
     @abstractmethod
     async def perform_blocking(self, call: StepCall) -> Any:

@@ -25,6 +25,8 @@ from sqla_durable.store import Checkpoint, Completion, Connectable, Verdict, ref
 
 T = TypeVar("T")
 
+_LOOK_EVERY = 0.1  # seconds between two looks for what is waited for
+
 
 class Writing(Protocol):
     """What the runtimes need of the executor's story; see `story.Story`."""
@@ -46,6 +48,13 @@ class Writing(Protocol):
 
     def close_lease(self, session: Session) -> None:
         """Own nothing any more."""
+
+    def refuse_waiting(self, key: str) -> None:
+        """Refuse to wait for what others do, where they cannot see the workflow.
+
+        Raises:
+            UsageError: nothing of it is committed before the caller commits.
+        """
 
     def transient_retry(self) -> TransientRetry:
         """Give the policy for transient errors."""
@@ -69,6 +78,10 @@ class BlockingInline(BlockingRuntime):
 
     @override
     async def wait(self, position: Position, wait: Wait) -> None:
+        if wait.awaits is not None:
+            self._story.refuse_waiting(position.key)
+            await self.pause(min(wait.seconds, _LOOK_EVERY))
+            return
         while wait.seconds > 0:
             await self.pause(min(wait.seconds, self._story.longest_pause))
             await self._story.write(partial(_look, attempt=self.attempt), pause=self.pause)
@@ -122,6 +135,10 @@ class AsyncInline(AsyncRuntime):
 
     @override
     async def wait(self, position: Position, wait: Wait) -> None:
+        if wait.awaits is not None:
+            self._story.refuse_waiting(position.key)
+            await self.pause(min(wait.seconds, _LOOK_EVERY))
+            return
         while wait.seconds > 0:
             await self.pause(min(wait.seconds, self._story.longest_pause))
             async with self._turn():

@@ -27,6 +27,7 @@ from sqla_durable.errors import (
     AttemptLostError,
     Interrupted,
     SessionError,
+    UsageError,
     WorkflowRunningError,
 )
 from sqla_durable.executor.runtimes import AsyncInline, BlockingInline
@@ -161,6 +162,9 @@ class Story:
     async def hand_back(self, attempt: Attempt) -> None:
         """Leave an attempt that ends without an outcome to others."""
 
+    def refuse_waiting(self, key: str) -> None:
+        """Refuse to wait for what others do, where they cannot see the workflow."""
+
     def open_lease(self, session: Session) -> None:
         """Own what is claimed in this transaction."""
 
@@ -251,6 +255,13 @@ class JoinedStory(Story):
     @override
     def transient_retry(self) -> TransientRetry:
         return TransientRetry(conflicts=0, outages=False)
+
+    @override
+    def refuse_waiting(self, key: str) -> None:
+        raise UsageError(
+            f"{key!r} would wait for what others do, and a joined executor's workflow is in the caller's transaction, "
+            "where nobody sees it: send what it waits for before, or give it to a worker."
+        )
 
     @override
     def twin(self, session: Session) -> Story:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from uuid import UUID
 
 from sqla_durable.errors import ControlFlow, Suspended, UnfinishedStepError, UsageError
-from sqla_durable.store import Claimed, Fence, Recorded
+from sqla_durable.store import Awaited, Claimed, Fence, Recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +28,34 @@ class Wait:
     """An operation that waits.
 
     Attributes:
-        until: when it goes on, on the clock of `time.monotonic`.
+        until: when it goes on, on the clock of `time.monotonic`; infinite if it has no time.
         in_memory_until: until when it may hold its place in the worker; what is longer is to be parked.
+        awaits: what else it goes on for.
     """
 
     until: float
     in_memory_until: float
+    awaits: Awaited | None = None
 
     @property
     def seconds(self) -> float:
         """How long it still waits."""
         return max(0.0, self.until - time.monotonic())
+
+
+@dataclass(frozen=True, slots=True)
+class Parking:
+    """How a workflow is to be parked: until what is due first, in `seconds`, or until one of what it `awaits`."""
+
+    seconds: float | None
+    awaits: tuple[Awaited, ...]
+
+    @classmethod
+    def of(cls, waits: Iterable[Wait]) -> Parking:
+        """Give how to park what waits for all of these."""
+        given = list(waits)
+        soonest = min(each.seconds for each in given)
+        return cls(soonest if isfinite(soonest) else None, tuple(each.awaits for each in given if each.awaits))
 
 
 class Attempt:
@@ -120,8 +138,8 @@ class Attempt:
         """Whether a step that the workflow has called is being executed now, and not waiting."""
         return any(key not in self._waits for key in list(self._unfinished))
 
-    def begin_parking(self, *, quiet: float) -> float | None:
-        """Give the seconds for which the workflow can be parked now, once; None: it stays in memory.
+    def begin_parking(self, *, quiet: float) -> Parking | None:
+        """Tell how the workflow can be parked now, once; None: it stays in memory.
 
         Only when every operation that it has called waits, and all of them for long enough: parking ends the others.
 
@@ -135,7 +153,7 @@ class Attempt:
             if self.stopped or any(each is None or each.until <= each.in_memory_until for each in waits):
                 return None
             self.stop(Suspended)
-            return min(each.seconds for each in waits if each is not None)
+            return Parking.of(each for each in waits if each is not None)
 
     def end_parking(self) -> None:
         """Take back that the workflow is parked: what was to be recorded with it was refused."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
@@ -16,15 +16,15 @@ from sqla_durable.errors import (
     Interrupted,
     PayloadError,
     RetryPolicyError,
-    StepFailedError,
     UsageError,
 )
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Wait
 from sqla_durable.operations.boundary import Boundary
+from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.runtime import Runtime, StepCall
 from sqla_durable.operations.transaction import StepTransaction
-from sqla_durable.registry import SessionKind, StepDefinition
+from sqla_durable.registry import SessionKind
 from sqla_durable.retry import is_conflict, is_obstacle, is_transient, spoils_connection
 from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint, Recorded, Verdict, steps
@@ -48,27 +48,9 @@ async def run_step(runtime: Runtime, call: StepCall) -> Any:
         if recorded is None:
             await runtime.settle()
             recorded = await _Execution(runtime, call).recorded()
-        return _outcome(call.definition, recorded)
+        return outcome_of(recorded, call.definition.result)
     finally:
         runtime.attempt.left(call.position)
-
-
-def _outcome(definition: StepDefinition, recorded: Recorded) -> Any:
-    if recorded.status is StepStatus.SUCCEEDED:
-        return definition.result.decode(recorded.output or "null")
-    _raise(recorded)
-
-
-def _raise(recorded: Recorded) -> NoReturn:
-    failure = Failure.from_text(recorded.error)
-    rebuilt = failure.rebuild()
-    if rebuilt is not None:
-        raise rebuilt
-    raise StepFailedError(
-        f"step {recorded.key!r} failed with {failure.type}: {failure.message}",
-        error_type=failure.type,
-        error_message=failure.message,
-    ) from failure.cause()
 
 
 class _Again(Exception):

@@ -1,11 +1,13 @@
 """Every SQL statement of this package, as functions of a `Session`; nothing here commits or opens a session.
 
 `schema` checks that the tables fit · `workflows` starts, finishes, releases, parks and wakes · `queues` claims ·
-`steps` records checkpoints · `workers` holds leases · `crashes` takes back what dead workers had · `management` cancels
+`steps` records checkpoints · `workers` holds leases · `crashes` takes back what dead workers had · `waits`
+begins to wait · `signals` sends, takes and delivers · `management` cancels
 and resumes. The values that go in and out are below.
 """
 
 from sqla_durable.store._rows import (
+    Awaited,
     Checkpoint,
     Claimed,
     Completion,
@@ -20,6 +22,7 @@ from sqla_durable.store._rows import (
 )
 
 __all__ = [
+    "Awaited",
     "Checkpoint",
     "Claimed",
     "Completion",

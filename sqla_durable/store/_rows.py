@@ -45,6 +45,7 @@ from sqla_durable.status import StepStatus, WorkflowStatus
 
 WORKFLOW = Base.metadata.tables[f"{SCHEMA}.workflow"]
 STEP = Base.metadata.tables[f"{SCHEMA}.step"]
+SIGNAL = Base.metadata.tables[f"{SCHEMA}.signal"]
 QUEUE = Base.metadata.tables[f"{SCHEMA}.queue"]
 WORKER = Base.metadata.tables[f"{SCHEMA}.worker"]
 
@@ -108,11 +109,28 @@ class Recorded:
 
 
 @dataclass(frozen=True, slots=True)
+class Awaited:
+    """What a workflow may wait for: a signal of this name, or `count` finished children of its step `children`."""
+
+    signal: str | None = None
+    children: str | None = None
+    count: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Give it as it stands in `awaits`."""
+        return {"signal": self.signal} if self.signal else {"children": self.children, "count": self.count}
+
+
+@dataclass(frozen=True, slots=True)
 class Park:
-    """A workflow to be suspended by its own attempt; it is due again after `delay` seconds."""
+    """A workflow to be suspended by its own attempt.
+
+    It is due again after `delay` seconds, if that is given, or when one of what it `awaits` is there.
+    """
 
     fence: Fence
-    delay: float
+    delay: float | None
+    awaits: Sequence[Awaited] = ()
 
 
 @dataclass(frozen=True, slots=True)

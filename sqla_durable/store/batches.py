@@ -48,6 +48,7 @@ from sqla_durable.store._rows import (
     owned,
     table,
 )
+from sqla_durable.store.signals import asking
 from sqla_durable.store.steps import CHECKPOINT, checkpoint_row, insert_of
 
 End: TypeAlias = Completion | Park
@@ -59,6 +60,7 @@ _END: Columns = {
     "output": Text(),
     "error": Text(),
     "delay": Float(),
+    "awaits": JSONB(),
     "checkpoints": Integer(),
 }
 
@@ -96,7 +98,8 @@ def _end_row(end: End, checkpoints: int) -> dict[str, Any]:
         case Completion():
             return fence | {"status": end.status.value, "output": end.output, "error": end.error}
         case Park():
-            return fence | {"status": WorkflowStatus.SUSPENDED.value, "delay": end.delay}
+            awaits = [each.to_json() for each in end.awaits] or None
+            return fence | {"status": WorkflowStatus.SUSPENDED.value, "delay": end.delay, "awaits": awaits}
 
 
 def _write_statement() -> Any:
@@ -105,13 +108,14 @@ def _write_statement() -> Any:
     mine = owned(union(_fences(batch), _fences(ending)).subquery("fences"), skip_locked=True)
     recorded = insert_of(batch, mine).cte("recorded")
     ended = _end_statement(ending, mine, recorded).cte("ended")
+    asked = asking(ended).cte("asked")
     left = select(batch.c.id, batch.c.token, batch.c.key).where(
         ~select(mine.c.id).where(of_owner(batch, mine), _in(recorded, batch)).exists()
     )
     open_ends = select(ending.c.id, ending.c.token, null()).where(
         ~select(ended.c.id).where(ended.c.id == ending.c.id, ended.c.token == ending.c.token).exists()
     )
-    return union_all(left, open_ends)
+    return union_all(left, open_ends).add_cte(asked)
 
 
 def _fences(rows: CTE) -> Any:
@@ -135,7 +139,7 @@ def _end_statement(ending: CTE, mine: CTE, recorded: CTE) -> Any:
         .where(func.coalesce(written.c.checkpoints, literal_column("0")) == ending.c.checkpoints),
         "ready",
     )
-    parked = ready.c.delay.is_not(None)
+    parked = ready.c.status == literal_column(f"'{WorkflowStatus.SUSPENDED}'")
     return (
         update(WORKFLOW)
         .where(WORKFLOW.c.id == ready.c.id)
@@ -147,8 +151,11 @@ def _end_statement(ending: CTE, mine: CTE, recorded: CTE) -> Any:
             token=case((~parked, WORKFLOW.c.token)),
             worker_id=case((~parked, WORKFLOW.c.worker_id)),
             wake_at=func.statement_timestamp() + interval(ready.c.delay),
+            awaits=case((parked, ready.c.awaits)),
         )
-        .returning(WORKFLOW.c.id, ready.c.token.label("token"))
+        .returning(
+            WORKFLOW.c.id, ready.c.token.label("token"), WORKFLOW.c.awaits, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at
+        )
     )
 
 

@@ -15,8 +15,9 @@ from sqlalchemy import ColumnElement, Float, and_, bindparam, cast, func, select
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store._rows import WORKER, WORKFLOW, Connectable, execute, status
+from sqla_durable.store._rows import SIGNAL, WORKER, WORKFLOW, Connectable, execute, status
 from sqla_durable.store.queues import FRONT, listened_queues, listening, pending_in
+from sqla_durable.store.signals import is_new
 
 _NEVER = text("timestamptz 'infinity'")
 
@@ -29,6 +30,7 @@ class Seen:
         claimable: something waits in the queues.
         due: the time of something suspended has come.
         next_due_in: seconds until the next time comes after that; None if there is none.
+        undelivered: signals are new, of senders or of the engine itself.
         abandoned: a worker is dead and has left something running.
         alive: the lease of the worker that looks is live.
     """
@@ -36,6 +38,7 @@ class Seen:
     claimable: bool
     due: bool
     next_due_in: float | None
+    undelivered: bool
     abandoned: bool
     alive: bool
 
@@ -45,7 +48,7 @@ def look(connectable: Connectable, *, worker_id: UUID, queues: Sequence[str], na
     parameters = {"names": names, "looking_id": worker_id} | listening(dict.fromkeys(queues, FRONT))
     row = execute(connectable, _LOOK, parameters).one()
     next_due_in = None if row.next_due_in is None else float(row.next_due_in)
-    return Seen(row.claimable, row.due, next_due_in, row.abandoned, row.alive)
+    return Seen(row.claimable, row.due, next_due_in, row.undelivered, row.abandoned, row.alive)
 
 
 def _claimable() -> ColumnElement[bool]:
@@ -88,6 +91,7 @@ _LOOK = select(
     _claimable().label("claimable"),
     _due().label("due"),
     _next_due_in().label("next_due_in"),
+    select(SIGNAL.c.id).where(is_new()).exists().label("undelivered"),
     _abandoned().label("abandoned"),
     _alive().label("alive"),
 )

@@ -315,6 +315,7 @@ def _wake_due_statement() -> Any:
             status=WorkflowStatus.PENDING,
             enqueued_at=func.greatest(WORKFLOW.c.wake_at, WORKFLOW.c.enqueued_at),
             wake_at=null(),
+            awaits=null(),
         )
         .returning(WORKFLOW.c.id)
     )

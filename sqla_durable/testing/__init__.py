@@ -1,8 +1,10 @@
-"""What tests of an application need to prove that its workflows survive: the crash at every point.
+"""What tests of an application need: the crash at every point, to prove that its workflows survive, and a clock.
 
-Needs no test framework: `crash_everywhere` is an ordinary function that raises an `AssertionError`.
+Needs no test framework: `crash_everywhere` is an ordinary function that raises an `AssertionError`; `advance` lets
+workflows wait for two weeks in an instant.
 """
 
+from sqla_durable.testing.clock import advance
 from sqla_durable.testing.errors import CrashTestError, CrashTimeoutError
 from sqla_durable.testing.everywhere import CrashReport, crash_everywhere
 from sqla_durable.testing.points import CrashPoint, Moment
@@ -16,5 +18,6 @@ __all__ = [
     "CrashTimeoutError",
     "EndState",
     "Moment",
+    "advance",
     "crash_everywhere",
 ]

@@ -1,4 +1,4 @@
-"""Looks for what there is to do, once a poll interval: timers that are due, what the dead have left, what waits.
+"""Looks for what there is to do, once a poll interval: timers, signals, what the dead have left, what waits.
 
 Any worker does it for all queues, and any number of them at any time: each action takes its own rows. Whatever a hint
 would have told is found here too, so that a lost one costs a poll interval and nothing else.
@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from sqla_durable.retry import LONGEST_BACKOFF
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import crashes, workers, workflows
+from sqla_durable.store import crashes, signals, workers, workflows
 from sqla_durable.store.look import Seen, look
 from sqla_durable.worker.claims import Claims
 from sqla_durable.worker.database import Database, persistently
@@ -64,7 +64,7 @@ class Maintenance:
         self._hinted = asyncio.Event()
 
     def hint(self) -> None:
-        """Tell that a timer may be due sooner than is known here."""
+        """Tell that there may be signals, or a timer that is due sooner than is known here."""
         self._hinted.set()
 
     async def run(self) -> None:
@@ -85,6 +85,7 @@ class Maintenance:
             await self._heartbeat.renew()
         reclaimed = await self._reclaim(seen)
         woken = await self._wake() if seen.due else 0
+        woken += await self._deliver() if seen.undelivered else 0
         if seen.claimable or reclaimed or woken:
             self._claims.hint()
         else:
@@ -112,6 +113,19 @@ class Maintenance:
 
     def _wake_some(self, connection: Connection) -> int:
         return workflows.wake_due(connection, limit=_LIMIT)
+
+    async def _deliver(self) -> int:
+        """Wake those that wait for what has been sent; of many, all."""
+        woken = 0
+        while True:
+            delivered, more = await persistently(self._database, self._deliver_some, what="maintenance")
+            woken += more
+            if delivered < _LIMIT:
+                return woken
+            self._claims.hint()
+
+    def _deliver_some(self, connection: Connection) -> tuple[int, int]:
+        return signals.deliver(connection, limit=_LIMIT)
 
     async def _reclaim(self, seen: Seen) -> int:
         """Take back what dead workers had; at every beat also what belongs to workers that nobody remembers."""

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.errors import AttemptLost, EncodingError, Released, Suspended
 from sqla_durable.failure import Failure
-from sqla_durable.operations.attempt import Attempt, Position, Wait
+from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
 from sqla_durable.operations.runtime import StepCall
 from sqla_durable.operations.transaction import ClosingTransaction, HeldTransaction, StepTransaction
 from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition
@@ -78,7 +78,7 @@ class Surroundings:
         return await asyncio.get_running_loop().run_in_executor(self.threads, context.run, function)
 
 
-class Parking(Protocol):
+class Parkable(Protocol):
     """What waiting needs of either runtime.
 
     Attributes:
@@ -95,12 +95,14 @@ class Parking(Protocol):
     async def pause(self, seconds: float) -> None:
         """Wait a moment in memory."""
 
-    async def park(self, seconds: float) -> None:
+    async def park(self, parking: Parking) -> None:
         """Suspend the workflow, and return when that is committed."""
 
 
-async def wait_or_park(runtime: Parking, position: Position, wait: Wait) -> None:
+async def wait_or_park(runtime: Parkable, position: Position, wait: Wait) -> None:
     """Wait as a row once everything in the workflow waits for long enough, until then in memory.
+
+    Returns when the time has come; in memory, what awaits something else looks for it now and then.
 
     Raises:
         Suspended: the workflow is parked.
@@ -110,10 +112,10 @@ async def wait_or_park(runtime: Parking, position: Position, wait: Wait) -> None
     attempt.wait(position, wait)
     try:
         while True:
-            seconds = attempt.begin_parking(quiet=runtime.quiet)
-            if seconds is not None:
+            parking = attempt.begin_parking(quiet=runtime.quiet)
+            if parking is not None:
                 try:
-                    await runtime.park(seconds)
+                    await runtime.park(parking)
                 except EncodingError:  # the database refuses the try that was to be recorded with it
                     attempt.end_parking()
                     raise
@@ -122,6 +124,8 @@ async def wait_or_park(runtime: Parking, position: Position, wait: Wait) -> None
                 return
             await runtime.pause(min(wait.seconds, _LOOK_EVERY))
             attempt.proceed()
+            if wait.awaits is not None:
+                return
     finally:
         attempt.go_on(position)
 
@@ -144,9 +148,9 @@ class ThreadRuntime(BlockingRuntime):
         """Wait in memory, or as a row."""
         await wait_or_park(self, position, wait)
 
-    async def park(self, seconds: float) -> None:
+    async def park(self, parking: Parking) -> None:
         """Suspend the workflow in the same commit as what is still on its way."""
-        self._submit(Park(self.attempt.fence, seconds))
+        self._submit(Park(self.attempt.fence, parking.seconds, parking.awaits))
         self.flush()
 
     async def settle(self) -> None:
@@ -228,9 +232,9 @@ class LoopRuntime(AsyncRuntime):
         """Wait in memory, or as a row."""
         await wait_or_park(self, position, wait)
 
-    async def park(self, seconds: float) -> None:
+    async def park(self, parking: Parking) -> None:
         """Suspend the workflow in the same commit as what is still on its way."""
-        self._submit(Park(self.attempt.fence, seconds))
+        self._submit(Park(self.attempt.fence, parking.seconds, parking.awaits))
         await self.flush()
 
     async def settle(self) -> None:

@@ -222,6 +222,7 @@ class Worker:
         self._started.set_result(None)
         claims = self._claims(databases.shared, attempts, heartbeat)
         maintenance = self._maintenance(databases.shared, claims, heartbeat)
+        writer.on_asked = maintenance.hint
         taking = [
             asyncio.create_task(claims.run(), name="claims"),
             asyncio.create_task(maintenance.run(), name="maintenance"),

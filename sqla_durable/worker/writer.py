@@ -10,7 +10,7 @@ import asyncio
 import concurrent.futures
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 from uuid import UUID
@@ -69,9 +69,14 @@ class Writer:
     """Commits what is submitted, in the order of submission for each workflow.
 
     Runs on the event loop; `submit` may be called there, `submit_from_thread` anywhere.
+
+    Attributes:
+        on_asked: called when what was committed is to be looked at: something was parked that waits for a signal, or
+            something ended for which a parent may wait.
     """
 
     def __init__(self, database: Database) -> None:
+        self.on_asked: Callable[[], None] = lambda: None
         self._database = database
         self._loop = asyncio.get_running_loop()
         self._waiting: list[Write] = []
@@ -157,6 +162,8 @@ class Writer:
             return
         for write in settled.written:
             write.settle()
+        if any(_asks(each.row) for each in settled.written):
+            self.on_asked()
         for write in settled.lost:
             write.settle(AttemptLost(write.fence.workflow_id))
         if settled.locked:
@@ -177,6 +184,10 @@ class Writer:
             refused = EncodingError(f"the database refuses what the workflow records: {error}")
             refused.__cause__ = error
             write.settle(refused)
+
+
+def _asks(row: Row) -> bool:
+    return isinstance(row, Park) and bool(row.awaits)
 
 
 def _fitting(waiting: Sequence[Write]) -> int:

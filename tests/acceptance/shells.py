@@ -23,6 +23,7 @@ from sqla_durable import (
     Workflow,
     WorkflowFunction,
     WorkflowStatus,
+    signal,
     start_many,
 )
 from tests.acceptance.application import AnyWorkflow, Application, Form
@@ -43,6 +44,9 @@ class Client(ABC):
 
     @abstractmethod
     def start_many(self, bound: Iterable[BoundWorkflow]) -> list[UUID]: ...
+
+    @abstractmethod
+    def signal(self, workflows: Any, name: str, payload: object = None, *, key: str | None = None) -> None: ...
 
     @abstractmethod
     def add(self, *instances: object) -> None: ...
@@ -69,6 +73,9 @@ class SyncClient(Client):
     def start_many(self, bound: Iterable[BoundWorkflow]) -> list[UUID]:
         return start_many(self.session, bound)
 
+    def signal(self, workflows: Any, name: str, payload: object = None, *, key: str | None = None) -> None:
+        signal(self.session, workflows, name, payload, key=key)
+
     def add(self, *instances: object) -> None:
         self.session.add_all(instances)
 
@@ -94,6 +101,9 @@ class AsyncClient(Client):
 
     def start_many(self, bound: Iterable[BoundWorkflow]) -> list[UUID]:
         return self._runner.run(start_many(self.session, bound))
+
+    def signal(self, workflows: Any, name: str, payload: object = None, *, key: str | None = None) -> None:
+        self._runner.run(signal(self.session, workflows, name, payload, key=key))
 
     def add(self, *instances: object) -> None:
         self.session.add_all(instances)
@@ -126,11 +136,16 @@ class Shell(ABC):
 
     def run(self, workflow: AnyWorkflow[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Start a workflow, bring it to its end, and give its result or raise its error."""
+        return self.finish(workflow, self.begin(workflow, *args, **kwargs))
+
+    def begin(self, workflow: AnyWorkflow[P, Any], *args: P.args, **kwargs: P.kwargs) -> UUID:
+        """Start a workflow and commit that; give its id."""
         with self.client() as client:
             workflow_id = client.start(workflow, *args, **kwargs).id
             client.flush()
             client.commit()
-        return self.finish(workflow, workflow_id)
+        assert isinstance(workflow_id, UUID)
+        return workflow_id
 
     @abstractmethod
     def finish(self, workflow: AnyWorkflow[..., R], workflow_id: UUID) -> R:
@@ -172,6 +187,8 @@ class Shell(ABC):
                     output=null(),
                     error=None,
                     finished_at=None,
+                    wake_at=None,
+                    awaits=None,
                     attempt=Workflow.attempt + 1,
                 ),
                 execution_options={"synchronize_session": False},

@@ -14,7 +14,7 @@ from sqla_durable.store.queues import FRONT, listening
 from tests.store import races
 from tests.store.plans import explain, fill
 
-NOTHING = Seen(claimable=False, due=False, next_due_in=None, abandoned=False, alive=False)
+NOTHING = Seen(claimable=False, due=False, next_due_in=None, undelivered=False, abandoned=False, alive=False)
 
 
 def seen(session: Session, *queues: str) -> Seen:

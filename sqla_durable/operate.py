@@ -1,0 +1,68 @@
+"""How the durable operations that are not steps are called in workflow code, in sync code and in async code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from sqla_durable.checks import fault_in
+from sqla_durable.context import Context, active
+from sqla_durable.errors import ArgumentError, UsageError
+from sqla_durable.operations.attempt import Position
+from sqla_durable.operations.runtime import Runtime
+from sqla_durable.registry import MARKS, require_name
+
+Operation = Callable[[Runtime, Position], Coroutine[Any, Any, Any]]
+
+
+def operate(name: str, operation: Operation, *, key: str | None = None) -> Any:
+    """Carry out an operation where the code is now: gives its outcome in `def` code, an awaitable in `async def` code.
+
+    Args:
+        name: its name; with its occurrence it is the identity in the history.
+        operation: what it does, on the workflow's runtime.
+        key: an explicit identity instead.
+
+    Raises:
+        UsageError: this is not a workflow's own code.
+    """
+    context = require_workflow(name)
+    if key is not None:
+        require_name(key, what=f"key of {name!r}")
+    position = context.attempt.visit(name, ("sqla_durable", name), key=key)
+    return context.operate(lambda runtime: operation(runtime, position))
+
+
+def require_workflow(name: str) -> Context:
+    """Give the context of the workflow's own code.
+
+    Raises:
+        UsageError: this is none.
+    """
+    context = active()
+    if context is None:
+        raise UsageError(f"{name!r} is for the code of a workflow, and this is outside of one: start the workflow.")
+    if context.step is not None:
+        raise UsageError(
+            f"{name!r} was called in step {context.step.position.key!r}, which is executed as a whole: call it in the "
+            f"code of workflow {context.attempt.name!r}, before or after the step."
+        )
+    if not context.at_home:
+        raise UsageError(
+            f"{name!r} was called in another task or thread than workflow {context.attempt.name!r}: its place in the "
+            "history would depend on which is faster. Call it in the workflow's own code."
+        )
+    return context
+
+
+def require_text(value: str, *, what: str) -> None:
+    """Refuse a name that cannot be stored, or could be taken for another.
+
+    Raises:
+        ArgumentError: it is one.
+    """
+    fault = fault_in(value)
+    if fault is not None:
+        raise ArgumentError(f"the {what} {value!r} {fault}: give a text that is not blank.")
+    if any(character in value for character in MARKS):
+        raise ArgumentError(f"the {what} {value!r} contains one of {MARKS!r}, which mark occurrences and branches.")

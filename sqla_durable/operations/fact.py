@@ -1,0 +1,54 @@
+"""Facts: the clock, a random number, asked once and recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from sqla_durable.codec import Codec
+from sqla_durable.operations.attempt import Position
+from sqla_durable.operations.outcome import outcome_of
+from sqla_durable.operations.runtime import Runtime
+from sqla_durable.status import StepStatus
+from sqla_durable.store import Checkpoint, Recorded, waits
+
+
+async def of_process(runtime: Runtime, position: Position, *, ask: Callable[[], Any], codec: Codec) -> Any:
+    """Ask this process; durable before the next effect."""
+    try:
+        recorded = runtime.attempt.recorded(position) or await _record(runtime, position, codec.encode(ask()))
+        return outcome_of(recorded, codec)
+    finally:
+        runtime.attempt.left(position)
+
+
+async def of_database(runtime: Runtime, position: Position, *, codec: Codec) -> Any:
+    """Ask for the database's clock."""
+    try:
+        recorded = runtime.attempt.recorded(position)
+        if recorded is None:
+            moment = await runtime.execute(waits.now)
+            recorded = await _record(runtime, position, json.dumps(moment.isoformat()))
+        return outcome_of(recorded, codec)
+    finally:
+        runtime.attempt.left(position)
+
+
+async def _record(runtime: Runtime, position: Position, output: str) -> Recorded:
+    attempt = runtime.attempt
+    await runtime.record(
+        Checkpoint(
+            fence=attempt.fence,
+            key=position.key,
+            name=position.name,
+            position=position.number,
+            status=StepStatus.SUCCEEDED,
+            output=output,
+            error=None,
+            attempt=attempt.number,
+            attempts=1,
+            elapsed=0.0,
+        )
+    )
+    return Recorded(position.key, position.name, position.number, StepStatus.SUCCEEDED, output, None)

@@ -1,0 +1,36 @@
+"""What a recorded outcome is to the workflow's code: a value, or an error that is raised."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from sqla_durable.codec import Codec
+from sqla_durable.errors import StepFailedError
+from sqla_durable.failure import Failure
+from sqla_durable.status import StepStatus
+from sqla_durable.store import Recorded
+
+
+def outcome_of(recorded: Recorded, result: Codec) -> Any:
+    """Give the value, or raise the error, the same on first execution and on replay.
+
+    Raises:
+        Exception: the recorded error.
+        StepFailedError: likewise, where its own type cannot be rebuilt.
+        DecodingError: the value does not fit the type that the code has now.
+    """
+    if recorded.status is StepStatus.SUCCEEDED:
+        return result.decode(recorded.output or "null")
+    _raise(recorded)
+
+
+def _raise(recorded: Recorded) -> NoReturn:
+    failure = Failure.from_text(recorded.error)
+    rebuilt = failure.rebuild()
+    if rebuilt is not None:
+        raise rebuilt
+    raise StepFailedError(
+        f"step {recorded.key!r} failed with {failure.type}: {failure.message}",
+        error_type=failure.type,
+        error_message=failure.message,
+    ) from failure.cause()

@@ -1,0 +1,230 @@
+"""Signals: sent to a workflow in the sender's transaction, taken by it once, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Iterable
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar, cast, overload
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+import sqla_durable.hints as hints
+from sqla_durable.checks import fault_in, require_duration
+from sqla_durable.codec import Codec
+from sqla_durable.errors import ArgumentError, SessionError, WorkflowFinishedError, WorkflowNotFoundError
+from sqla_durable.functions import id_of
+from sqla_durable.models import Workflow
+from sqla_durable.operate import operate, require_text
+from sqla_durable.operations import wait
+from sqla_durable.start import BoundWorkflow, start
+from sqla_durable.store import schema
+from sqla_durable.store import signals as statements
+
+T = TypeVar("T")
+
+
+@overload
+def signal(
+    session: Session,
+    workflows: Workflow | UUID | Iterable[Workflow | UUID],
+    name: str,
+    payload: object = None,
+    *,
+    key: str | None = None,
+) -> None: ...
+
+
+@overload
+def signal(
+    session: AsyncSession,
+    workflows: Workflow | UUID | Iterable[Workflow | UUID],
+    name: str,
+    payload: object = None,
+    *,
+    key: str | None = None,
+) -> Coroutine[Any, Any, None]: ...
+
+
+def signal(
+    session: Session | AsyncSession,
+    workflows: Workflow | UUID | Iterable[Workflow | UUID],
+    name: str,
+    payload: object = None,
+    *,
+    key: str | None = None,
+) -> Coroutine[Any, Any, None] | None:
+    """Send a signal to a workflow, or to several, in the caller's transaction.
+
+    ```python
+    signal(session, order.checkout, "approved", Approval(by="ada"), key=f"approval-{order.id}")
+    ```
+
+    Never commits: it is sent when the caller commits. The workflow may wait for it already, or come to wait for it
+    later, or not have begun. Signals of a name are taken first in, first out, each of them once. Sending waits for
+    nobody, and the receiver's worker does not wait for the sender. To several workflows it is one statement: all or
+    none. Flushes the session.
+
+    Args:
+        session: the caller's session; with an `AsyncSession`, await the call.
+        workflows: the receivers, records or ids.
+        name: what the workflow waits for.
+        payload: a value that goes into JSON: what JSON knows, a dataclass, a pydantic model, a datetime.
+        key: an idempotency key: the same workflow, name and key are the same signal, and the first one stands.
+
+    Raises:
+        WorkflowNotFoundError: there is no such workflow. Nothing was sent, and the transaction is usable.
+        WorkflowFinishedError: it has an outcome. Likewise.
+        EncodingError: the payload cannot be stored, or is too large.
+        ArgumentError: a name or key is blank, or what is given is no workflow.
+        SchemaError, SessionError: the session's database does not hold the tables.
+    """
+    require_text(name, what="signal name")
+    if key is not None and (fault := fault_in(key)):
+        raise ArgumentError(f"key={key!r} {fault}: give a text that is not blank.")
+    text = Codec.inferred(what=f"payload of signal {name!r}").encode(payload)
+    send = partial(_send, workflows=workflows, name=name, payload=text, key=key)
+    if isinstance(session, AsyncSession):
+        return session.run_sync(send)
+    if not isinstance(session, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SessionError(f"the caller's Session or AsyncSession comes first, got {session!r}.")
+    send(session)
+    return None
+
+
+def _send(
+    session: Session,
+    *,
+    workflows: Workflow | UUID | Iterable[Workflow | UUID],
+    name: str,
+    payload: str,
+    key: str | None,
+) -> None:
+    schema.require(session)
+    session.flush()  # a workflow that was only just started is not in the table yet
+    ids = sorted({_id(each) for each in _several(workflows)})
+    found = statements.standings(session, ids)
+    for each in ids:
+        if each not in found:
+            raise WorkflowNotFoundError(
+                f"signal {name!r} cannot be sent to workflow {each}: it is not visible here. Nothing was sent.",
+                workflow_id=each,
+            )
+        if found[each].finished:
+            raise WorkflowFinishedError(
+                f"signal {name!r} cannot be sent to workflow {each}, which has {found[each]}. Nothing was sent.",
+                workflow_id=each,
+            )
+    if ids:
+        statements.send(session, ids, name=name, payload=payload, key=key)
+        hints.announce(session, hints.EVERYWHERE)
+
+
+def _several(workflows: object) -> Iterable[object]:
+    if isinstance(workflows, Iterable) and not isinstance(workflows, (str, bytes)):
+        return cast("Iterable[object]", workflows)
+    return [workflows]
+
+
+def _id(workflow: object) -> UUID:
+    if not isinstance(workflow, (Workflow, UUID)) or not (found := id_of(workflow)):
+        raise ArgumentError(f"{workflow!r} is no workflow in a database: give a Workflow record, or its id as a UUID.")
+    return found
+
+
+@overload
+def start_with_signal(
+    session: Session, bound: BoundWorkflow, name: str, payload: object = None, *, key: str | None = None
+) -> Workflow: ...
+
+
+@overload
+def start_with_signal(
+    session: AsyncSession, bound: BoundWorkflow, name: str, payload: object = None, *, key: str | None = None
+) -> Coroutine[Any, Any, Workflow]: ...
+
+
+def start_with_signal(
+    session: Session | AsyncSession, bound: BoundWorkflow, name: str, payload: object = None, *, key: str | None = None
+) -> Workflow | Coroutine[Any, Any, Workflow]:
+    """Start a workflow, or find the one that has its key, and send it a signal, in the caller's transaction.
+
+    ```python
+    start_with_signal(session, cart.options(key=customer).bind(customer), "item added", item)
+    ```
+
+    See `WorkflowFunction.start` and `signal`.
+
+    Raises:
+        WorkflowFinishedError: the workflow with this key has an outcome. Nothing was sent.
+        Exception: as `start` and `signal`.
+    """
+
+    def both(blocking: Session) -> Workflow:
+        workflow = start(blocking, bound)
+        signal(blocking, workflow, name, payload, key=key)
+        return workflow
+
+    return session.run_sync(both) if isinstance(session, AsyncSession) else both(session)
+
+
+class _WaitSignal:
+    """`wait_signal`, with its other face for type checkers."""
+
+    @overload
+    def __call__(self, name: str, *, timeout: timedelta | None = None, key: str | None = None) -> Any: ...
+
+    @overload
+    def __call__(self, name: str, kind: type[T], *, timeout: timedelta | None = None, key: str | None = None) -> T: ...
+
+    def __call__(self, name: str, kind: Any = Any, *, timeout: timedelta | None = None, key: str | None = None) -> Any:
+        """Wait for a signal and give its payload; in `async def` code, await it.
+
+        ```python
+        approval = await wait_signal.aio("approved", Approval, timeout=timedelta(days=14))
+        ```
+
+        The oldest one of the name that was not taken before, also if it was sent before the workflow came here. Which
+        one it was is recorded: a replay finds the same. Meanwhile the workflow is a row and nothing else.
+
+        Args:
+            name: the signal's name.
+            kind: the type of its payload.
+            timeout: how long to wait at most, from when the workflow first comes here, on the database's clock.
+            key: an explicit identity in the history, instead of `signal:NAME` and its occurrence.
+
+        Raises:
+            WaitTimeoutError: none came in time; the same on every replay. One that comes later can still be taken.
+            DecodingError: the payload does not fit `kind`. It counts as taken.
+            UsageError: this is not a workflow's own code, or nobody could send one (a joined executor).
+            ArgumentError: the name is blank, or the timeout no timedelta.
+        """
+        require_text(name, what="signal name")
+        if timeout is not None:
+            require_duration(timeout, "timeout")
+        codec = Codec.of(kind, what=f"payload of signal {name!r}")
+        source = wait.Source.of_signal(name, timeout)
+        receive = partial(wait.receive, source=source, result=codec, within=timeout)
+        return operate(f"signal:{name}", receive, key=key)
+
+    @overload
+    def aio(
+        self, name: str, *, timeout: timedelta | None = None, key: str | None = None
+    ) -> Coroutine[Any, Any, Any]: ...
+
+    @overload
+    def aio(
+        self, name: str, kind: type[T], *, timeout: timedelta | None = None, key: str | None = None
+    ) -> Coroutine[Any, Any, T]: ...
+
+    def aio(
+        self, name: str, kind: Any = Any, *, timeout: timedelta | None = None, key: str | None = None
+    ) -> Coroutine[Any, Any, Any]:
+        """The same in an `async def` workflow, for type checkers."""
+        return cast("Coroutine[Any, Any, Any]", self(name, kind, timeout=timeout, key=key))
+
+
+wait_signal = _WaitSignal()
+"""Wait for a signal in a workflow's code."""

@@ -1,0 +1,30 @@
+"""The statements by which tests let time pass."""
+
+from __future__ import annotations
+
+from sqlalchemy import Float, bindparam, update
+from sqlalchemy.orm import Session
+
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store._rows import STEP, WORKFLOW, execute, interval, status
+
+_PASSED = interval(bindparam("seconds", type_=Float()))
+
+
+def advance(session: Session, seconds: float) -> None:
+    """Bring nearer whatever a workflow waits for."""
+    for statement in (_TIMERS, _DEADLINES, _STEPS):
+        execute(session, statement, {"seconds": seconds})
+
+
+_TIMERS = (
+    update(WORKFLOW)
+    .where(WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_not(None))
+    .values(wake_at=WORKFLOW.c.wake_at - _PASSED)
+)
+_DEADLINES = (
+    update(WORKFLOW)
+    .where(WORKFLOW.c.finished_at.is_(None), WORKFLOW.c.deadline_at.is_not(None))
+    .values(deadline_at=WORKFLOW.c.deadline_at - _PASSED)
+)
+_STEPS = update(STEP).where(STEP.c.wake_at.is_not(None)).values(wake_at=STEP.c.wake_at - _PASSED)

@@ -1,0 +1,249 @@
+"""The statements on signals: send, take, deliver.
+
+Who sends inserts a row and locks nothing of the receiver that its worker would wait for. Who waits has said so in its
+row when it was parked, and has asked to be looked at by a row of the engine's own, `#parked`; a child that ends leaves
+`#child` to its parent. Each new row is delivered once: the receiver's row is locked, and if it waits for what is there
+now, it is woken. So a signal and a parking may cross in any way: whichever is committed later finds the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Integer,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    column,
+    delete,
+    func,
+    literal_column,
+    null,
+    or_,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
+from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+from sqlalchemy.orm import Session
+
+from sqla_durable.errors import AttemptLost
+from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.store._rows import (
+    SIGNAL,
+    STEP,
+    WORKFLOW,
+    Checkpoint,
+    Connectable,
+    execute,
+    materialized,
+    status,
+)
+from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine
+
+PARKED, CHILD = "#parked", "#child"
+"""Names of rows that the engine sends to itself."""
+
+
+def standings(session: Session, workflow_ids: Sequence[UUID]) -> Mapping[UUID, WorkflowStatus]:
+    """Give the statuses of those of the workflows that there are."""
+    rows = execute(session, _STANDINGS, {"ids": list(workflow_ids)})
+    return {row.id: row.status for row in rows}
+
+
+def send(session: Session, workflow_ids: Sequence[UUID], *, name: str, payload: str, key: str | None) -> None:
+    """Send a signal to workflows, in the caller's transaction, by one statement; one of a known key is not sent again.
+
+    Waits for another transaction that is sending the same name and key to the same workflow.
+    """
+    parameters = {"ids": list(workflow_ids), "signal_name": name, "payload": payload, "signal_key": key}
+    execute(session, _SEND, parameters)
+
+
+def take(connectable: Connectable, checkpoint: Checkpoint, *, name: str) -> str | None:
+    """Take the oldest signal of a name and record it as the outcome of the step, or give None; JSON text.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow.
+    """
+    row = execute(connectable, _TAKE, given_row(checkpoint) | {"signal_name": name}).one()
+    found: str | None = row.taken if row.known is None else row.known
+    if found is None and not row.owned:
+        raise AttemptLost(checkpoint.fence.workflow_id)
+    return found
+
+
+def deliver(connectable: Connectable, *, limit: int) -> tuple[int, int]:
+    """Look at the receivers of new signals, and wake those that wait for what is there; give how many of both.
+
+    Receivers whose rows somebody holds are passed over.
+    """
+    row = execute(connectable, _DELIVER, {"limit": limit}).one()
+    return int(row.delivered), int(row.woken)
+
+
+def asking(ended: CTE) -> Any:
+    """Insert what those that were parked ask for, and what children that have ended leave to their parents."""
+    finished = ended.c.finished_at.is_not(None)
+    parent = WORKFLOW.alias("parent")
+    waits = select(parent.c.id).where(parent.c.id == ended.c.parent_id, parent.c.finished_at.is_(None)).exists()
+    source = select(case((finished, ended.c.parent_id), else_=ended.c.id), case((finished, CHILD), else_=PARKED)).where(
+        or_(ended.c.awaits.is_not(None), and_(finished, ended.c.parent_id.is_not(None), waits))
+    )
+    return insert(SIGNAL).from_select(["workflow_id", "name"], source, include_defaults=False).returning(SIGNAL.c.id)
+
+
+def is_new() -> ColumnElement[bool]:
+    """Tell a signal that has not been delivered."""
+    return SIGNAL.c.delivered_at.is_(None)
+
+
+def _engine_s_own() -> ColumnElement[bool]:
+    return SIGNAL.c.name.in_([literal_column(f"'{PARKED}'"), literal_column(f"'{CHILD}'")])
+
+
+def _send_statement() -> Any:
+    source = select(
+        func.unnest(bindparam("ids", type_=ARRAY(PG_UUID()))),
+        cast(bindparam("signal_name", type_=Text()), Text),
+        cast(bindparam("signal_key", type_=Text()), Text),
+        cast(cast(bindparam("payload", type_=Text()), Text), JSONB),
+    )
+    return (
+        insert(SIGNAL)
+        .from_select(["workflow_id", "name", "key", "payload"], source, include_defaults=False)
+        .on_conflict_do_nothing(index_elements=["workflow_id", "name", "key"], index_where=SIGNAL.c.key.is_not(None))
+    )
+
+
+def _take_statement() -> Any:
+    owned = materialized(select(WORKFLOW.c.id).where(*mine()).with_for_update(key_share=True, of=WORKFLOW), "owned")
+    oldest = materialized(
+        select(SIGNAL.c.workflow_id, SIGNAL.c.id)
+        .join(owned, owned.c.id == SIGNAL.c.workflow_id)
+        .where(SIGNAL.c.name == bindparam("signal_name", type_=Text()), SIGNAL.c.consumed_by.is_(None))
+        .order_by(SIGNAL.c.id)
+        .limit(1),
+        "oldest",
+    )
+    taken = (
+        update(SIGNAL)
+        .where(SIGNAL.c.workflow_id == oldest.c.workflow_id, SIGNAL.c.id == oldest.c.id)
+        .where(~_known().exists())
+        .values(
+            consumed_by=GIVEN["key"],
+            delivered_at=func.coalesce(SIGNAL.c.delivered_at, func.statement_timestamp()),
+        )
+        .returning(SIGNAL.c.payload)
+        .cte("taken")
+    )
+    columns = checkpoint_columns(GIVEN) | {"output": taken.c.payload}
+    recorded = insert_from(columns, select(*columns.values())).returning(STEP.c.output).cte("recorded")
+    return select(
+        select(owned.c.id).exists().label("owned"),
+        select(cast(recorded.c.output, Text)).scalar_subquery().label("taken"),
+        _known().scalar_subquery().label("known"),
+    )
+
+
+def _known() -> Any:
+    """The outcome that is there already: the acknowledgement of an earlier try was lost."""
+    succeeded = STEP.c.status == literal_column(f"'{StepStatus.SUCCEEDED}'", type_=STEP.c.status.type)
+    wanted = and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], succeeded)
+    return select(cast(STEP.c.output, Text)).where(wanted)
+
+
+def _satisfied(new: CTE) -> ColumnElement[bool]:
+    awaited = (
+        func.jsonb_to_recordset(new.c.awaits)
+        .table_valued(column("signal", Text()), column("children", Text()), column("count", Integer()))
+        .render_derived(name="awaited", with_types=True)
+    )
+    sent = (
+        select(SIGNAL.c.id)
+        .where(
+            SIGNAL.c.workflow_id == new.c.workflow_id,
+            SIGNAL.c.name == awaited.c.signal,
+            SIGNAL.c.consumed_by.is_(None),
+        )
+        .correlate(new, awaited)
+        .exists()
+    )
+    child = WORKFLOW.alias("child")
+    finished = (
+        select(func.count())
+        .where(
+            child.c.parent_id == new.c.workflow_id,
+            child.c.parent_key == awaited.c.children,
+            child.c.finished_at.is_not(None),
+        )
+        .correlate(new, awaited)
+        .scalar_subquery()
+    )
+    enough = and_(awaited.c.children.is_not(None), finished >= awaited.c["count"])
+    return select(literal_column("1")).select_from(awaited).where(or_(sent, enough)).exists()
+
+
+def _deliver_statement() -> Any:
+    receiver = (
+        select(WORKFLOW.c.status, WORKFLOW.c.awaits)
+        .where(WORKFLOW.c.id == SIGNAL.c.workflow_id)
+        .limit(literal_column("1"))
+        .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW)
+        .lateral("receiver")
+    )
+    new = materialized(
+        select(SIGNAL.c.workflow_id, SIGNAL.c.id, receiver.c.status, receiver.c.awaits)
+        .join(receiver, true())
+        .where(is_new())
+        .order_by(SIGNAL.c.id)
+        .limit(bindparam("limit", type_=Integer())),
+        "new",
+    )
+    same = and_(SIGNAL.c.workflow_id == new.c.workflow_id, SIGNAL.c.id == new.c.id)
+    gone = delete(SIGNAL).where(same, _engine_s_own()).returning(SIGNAL.c.id).cte("gone")
+    seen = (
+        update(SIGNAL)
+        .where(same, ~_engine_s_own())
+        .values(delivered_at=func.statement_timestamp())
+        .returning(SIGNAL.c.id)
+        .cte("seen")
+    )
+    receivers = materialized(
+        select(new.c.workflow_id, new.c.awaits)
+        .where(new.c.status == status(WorkflowStatus.SUSPENDED), new.c.awaits.is_not(None))
+        .distinct(),
+        "receivers",
+    )
+    due = materialized(select(receivers.c.workflow_id).where(_satisfied(receivers)), "due")
+    woken = (
+        update(WORKFLOW)
+        .where(WORKFLOW.c.id == due.c.workflow_id)
+        .values(status=WorkflowStatus.PENDING, enqueued_at=func.statement_timestamp(), wake_at=null(), awaits=null())
+        .returning(WORKFLOW.c.id)
+        .cte("woken")
+    )
+    return select(
+        (_count(gone) + _count(seen)).label("delivered"),
+        _count(woken).label("woken"),
+    )
+
+
+def _count(rows: CTE) -> Any:
+    return select(func.count()).select_from(rows).scalar_subquery()
+
+
+_STANDINGS = select(WORKFLOW.c.id, WORKFLOW.c.status).where(
+    WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID())))
+)
+_SEND = _send_statement()
+_TAKE = _take_statement()
+_DELIVER = _deliver_statement()

@@ -1,0 +1,55 @@
+"""The statements of operations that wait: they begin, and the clock is asked."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import DateTime, bindparam, cast, func, literal_column, select
+from sqlalchemy.dialects.postgresql import insert
+
+from sqla_durable.errors import AttemptLost
+from sqla_durable.status import StepStatus
+from sqla_durable.store._rows import STEP, WORKFLOW, Checkpoint, Connectable, execute, scalar
+from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, mine
+
+
+def begin(connectable: Connectable, checkpoint: Checkpoint, *, until: datetime | None = None) -> float:
+    """Record that an operation waits, once; give the seconds until its time comes, infinite without one.
+
+    Args:
+        checkpoint: of the status `waiting`; its `delay` says how long.
+        until: the time itself, instead of a delay.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow, or the operation has an outcome.
+    """
+    row = execute(connectable, _BEGIN, given_row(checkpoint) | {"until": until}).one_or_none()
+    if row is None:
+        raise AttemptLost(checkpoint.fence.workflow_id)
+    return float("inf") if row.due_in is None else float(row.due_in)
+
+
+def now(connectable: Connectable) -> datetime:
+    """Ask for the time on the database's clock."""
+    found: datetime = scalar(connectable, _NOW)
+    return found
+
+
+def _begin_statement() -> Any:
+    until = cast(bindparam("until", type_=DateTime(timezone=True)), DateTime(timezone=True))
+    columns = checkpoint_columns(GIVEN)
+    columns["wake_at"] = func.coalesce(until, columns["wake_at"])
+    source = select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
+    inserted = insert(STEP).from_select(list(columns), source, include_defaults=False)
+    # What waits already goes on waiting for the same time.
+    return inserted.on_conflict_do_update(
+        index_elements=["workflow_id", "key"],
+        set_={"position": inserted.excluded.position},
+        where=STEP.c.status == _WAITING,
+    ).returning(func.extract("epoch", STEP.c.wake_at - func.statement_timestamp()).label("due_in"))
+
+
+_WAITING = literal_column(f"'{StepStatus.WAITING}'", type_=STEP.c.status.type)
+_BEGIN = _begin_statement()
+_NOW = select(func.statement_timestamp())

@@ -1,0 +1,35 @@
+"""Moving the time: what a workflow waits for comes sooner, without anybody waiting for it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from sqlalchemy.orm import Session
+
+from sqla_durable.checks import require_duration
+from sqla_durable.store import clock, schema
+
+
+def advance(session: Session, duration: timedelta) -> None:
+    """Bring every time that workflows wait for nearer, as if so much time had passed, in the caller's transaction.
+
+    ```python
+    with SessionLocal.begin() as session:
+        advance(session, timedelta(days=14))
+    ```
+
+    Timers, time limits, delayed starts and the next tries of steps, of workflows that are parked; what a worker waits
+    for in memory, for a moment, it goes on waiting for. Locks the rows of the workflows that wait.
+
+    Args:
+        session: a session on the tables, of a database that is for tests.
+        duration: how much time is to pass.
+
+    Raises:
+        ArgumentError: the duration is no timedelta.
+        SchemaError, SessionError: the session's database does not hold the tables.
+    """
+    require_duration(duration, "duration")
+    schema.require(session)
+    session.flush()
+    clock.advance(session, duration.total_seconds())
