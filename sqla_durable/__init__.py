@@ -5,6 +5,7 @@ worker's lease); `Durable` makes functions durable; `Worker`, `Executor` and `As
 """
 
 from sqla_durable import errors, migrations, models, storage
+from sqla_durable.children import AsyncChild, Child, as_completed, wait_first
 from sqla_durable.context import Execution, current
 from sqla_durable.durable import Durable, run_step
 from sqla_durable.executor import AsyncExecutor, Executor
@@ -26,12 +27,14 @@ from sqla_durable.timers import now, random, sleep, sleep_until, uuid4
 from sqla_durable.worker import Worker
 
 __all__ = [
+    "AsyncChild",
     "AsyncExecutor",
     "AsyncHandle",
     "AsyncStepFunction",
     "AsyncTransactionalStep",
     "AsyncWorkflowFunction",
     "BoundWorkflow",
+    "Child",
     "Durable",
     "Event",
     "Execution",
@@ -49,6 +52,7 @@ __all__ = [
     "Workflow",
     "WorkflowFunction",
     "WorkflowStatus",
+    "as_completed",
     "cancel",
     "current",
     "errors",
@@ -66,5 +70,6 @@ __all__ = [
     "start_with_signal",
     "storage",
     "uuid4",
+    "wait_first",
     "wait_signal",
 ]

@@ -20,6 +20,7 @@ DurableError
 ├── WorkflowRunningError          somebody else holds a live lease on the workflow
 ├── AttemptLostError              this execution no longer owns its workflow; nothing more of it commits
 ├── WorkflowFinishedError         a signal cannot be sent to a workflow that has an outcome
+├── ChildrenFailedError           more children of a group failed than are tolerated
 ├── WaitTimeoutError              (also TimeoutError) what an operation waited for did not come in time
 ├── ResultTimeoutError            (also TimeoutError) no outcome within the time given
 ├── WorkflowError                 the outcome of a workflow that did not succeed
@@ -175,6 +176,10 @@ class AttemptLostError(_AboutWorkflow):
 
 class WorkflowFinishedError(_AboutWorkflow):
     """The workflow has an outcome: nobody will take what is sent to it. Nothing was sent."""
+
+
+class ChildrenFailedError(DurableError):
+    """More children of a group failed than are tolerated; those that were not finished are cancelled."""
 
 
 class WaitTimeoutError(DurableError, TimeoutError):

@@ -7,7 +7,7 @@ function is the plain function that it was made of.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Generic, NoReturn, ParamSpec, Self, TypeVar, cast, overload
@@ -17,6 +17,7 @@ from sqlalchemy import inspect
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+from sqla_durable.children import AsyncChild, Child, map_children, start_child
 from sqla_durable.context import Context, active
 from sqla_durable.errors import DefinitionError, SessionError, StepOutsideWorkflowError, SyncAsyncError, UsageError
 from sqla_durable.handle import AsyncHandle, Handle
@@ -24,7 +25,7 @@ from sqla_durable.models import Workflow
 from sqla_durable.operations.runtime import StepCall
 from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition, require_name
 from sqla_durable.retry import Tries
-from sqla_durable.start import BoundWorkflow, StartOptions, bind, start
+from sqla_durable.start import BoundWorkflow, StartOptions, bind, of_step, start
 from sqla_durable.store import schema
 
 P = ParamSpec("P")
@@ -151,6 +152,7 @@ class _WorkflowFunction(_Durable[P, R]):
         priority: int | None = None,
         delay: timedelta | None = None,
         at: datetime | None = None,
+        detached: bool | None = None,
     ) -> Self:
         """Give the workflow with options for its start, added to those that it has: see `StartOptions`.
 
@@ -161,7 +163,7 @@ class _WorkflowFunction(_Durable[P, R]):
         Raises:
             ArgumentError: an option is blank, out of range, or contradicts another.
         """
-        given = {"key": key, "queue": queue, "priority": priority, "delay": delay, "at": at}
+        given = {"key": key, "queue": queue, "priority": priority, "delay": delay, "at": at, "detached": detached}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return type(self)(self.definition, replace(self.start_options, **changes))
 
@@ -190,6 +192,7 @@ class _WorkflowFunction(_Durable[P, R]):
         assigned to a relationship before. With a key one INSERT is executed now; it waits for another transaction
         that is inserting the same key, takes its record if it commits, and leaves the caller's transaction usable.
         In REPEATABLE READ and SERIALIZABLE that wait can end in a serialization failure (40001), as any INSERT can.
+        In a step of another workflow the record is that one's child; see `start_child`.
 
         Args:
             session: the caller's session; with an `AsyncSession`, await the call.
@@ -209,10 +212,17 @@ class _WorkflowFunction(_Durable[P, R]):
                 f"{self.name}.start() takes the caller's Session or AsyncSession first, got {session!r}. A scoped "
                 "session is called to give one."
             )
-        bound = self.bind(*args, **kwargs)
+        bound = of_step(self.bind(*args, **kwargs))
         if isinstance(session, AsyncSession):
             return session.run_sync(start, bound)
         return start(session, bound)
+
+    def _start_child(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return start_child(self.definition, self.bind(*args, **kwargs))
+
+    def _map(self, items: Iterable[Any], *, max_concurrency: int | None, tolerate: int) -> Any:
+        bound = [each if isinstance(each, BoundWorkflow) else self.bind(each) for each in items]  # type: ignore[call-arg]
+        return map_children(self.definition, bound, max_concurrency=max_concurrency, tolerate=tolerate)
 
     @overload
     def handle(self, session: Session | sessionmaker[Session], workflow: Workflow | UUID) -> Handle[R]: ...
@@ -248,6 +258,59 @@ class WorkflowFunction(_WorkflowFunction[P, R]):
         """Call the plain function; inside another workflow its steps become that one's."""
         return cast("R", self.definition.fn(*args, **kwargs))
 
+    def start_child(self, *args: P.args, **kwargs: P.kwargs) -> Child[R]:
+        """Start a child in the code of a workflow, and give its handle.
+
+        ```python
+        children = [ship.start_child(order_id) for order_id in order_ids]
+        labels = [child.result() for child in children]
+        ```
+
+        The child's record and the parent's checkpoint are one commit: on a replay it is the same child. With a key, the
+        workflow that has the key. It is cancelled with its parent unless `options(detached=True)`, inherits its
+        deadline, and goes on if the parent ends before. Several are started one after the other; see `map` for many.
+
+        Raises:
+            ArgumentError, EncodingError: an argument does not fit the annotations, or cannot be stored.
+            UsageError: this is not a workflow's own code, or the child has the name and key of the workflow itself.
+        """
+        return cast("Child[R]", self._start_child(args, kwargs))
+
+    def start_child_aio(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, AsyncChild[R]]:
+        """Start a child in an `async def` workflow; the same as `start_child`, for type checkers."""
+        return cast("Coroutine[Any, Any, AsyncChild[R]]", self._start_child(args, kwargs))
+
+    @overload
+    def map(self, items: Iterable[Any], *, max_concurrency: int | None = None) -> list[R]: ...
+
+    @overload
+    def map(
+        self, items: Iterable[Any], *, max_concurrency: int | None = None, tolerate: int
+    ) -> list[R | Exception]: ...
+
+    def map(self, items: Iterable[Any], *, max_concurrency: int | None = None, tolerate: int = 0) -> Any:
+        """Start a child for each item, in the code of a workflow, and wait for all; give their results in order.
+
+        ```python
+        labels = ship.map(order_ids, max_concurrency=100)
+        ```
+
+        All children are started in one commit. The parent waits as a row, is looked at now and then while they end,
+        and records their results together when all have.
+
+        Args:
+            items: the only argument of each child, or what `bind(...)` gives.
+            max_concurrency: how many are executed or wait in their queue at once; by default all.
+            tolerate: how many may fail. Where one of these has failed, its error is in the list instead of a result.
+
+        Raises:
+            ChildrenFailedError: more than that failed. Those that were not finished are cancelled.
+            ArgumentError: an argument does not fit, there are too many items, or a child has a key or a delay.
+            PayloadTooLargeError: all the results together are too large to be recorded.
+            UsageError: this is not a workflow's own code.
+        """
+        return self._map(items, max_concurrency=max_concurrency, tolerate=tolerate)
+
 
 class AsyncWorkflowFunction(_WorkflowFunction[P, R]):
     """A workflow made of an `async def`. Called directly it is the plain function; `start` makes it durable."""
@@ -255,6 +318,22 @@ class AsyncWorkflowFunction(_WorkflowFunction[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Call the plain function; inside another workflow its steps become that one's."""
         return cast("Coroutine[Any, Any, R]", self.definition.fn(*args, **kwargs))
+
+    def start_child(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, AsyncChild[R]]:
+        """Start a child in the code of a workflow, and give its handle; see `WorkflowFunction.start_child`."""
+        return cast("Coroutine[Any, Any, AsyncChild[R]]", self._start_child(args, kwargs))
+
+    @overload
+    def map(self, items: Iterable[Any], *, max_concurrency: int | None = None) -> Coroutine[Any, Any, list[R]]: ...
+
+    @overload
+    def map(
+        self, items: Iterable[Any], *, max_concurrency: int | None = None, tolerate: int
+    ) -> Coroutine[Any, Any, list[R | Exception]]: ...
+
+    def map(self, items: Iterable[Any], *, max_concurrency: int | None = None, tolerate: int = 0) -> Any:
+        """Start a child for each item and wait for all; see `WorkflowFunction.map`."""
+        return self._map(items, max_concurrency=max_concurrency, tolerate=tolerate)
 
 
 def id_of(workflow: Workflow | UUID) -> UUID:

@@ -199,7 +199,9 @@ class WorkflowDefinition:
             )
 
     def _options_hint(self, kwargs: Mapping[str, object]) -> str:
-        options = sorted({"key", "queue", "priority", "delay", "at"} & kwargs.keys() - self.signature.parameters.keys())
+        options = sorted(
+            {"key", "queue", "priority", "delay", "at", "detached"} & kwargs.keys() - self.signature.parameters.keys()
+        )
         if not options:
             return ""
         given = ", ".join(f"{name}=..." for name in options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any, overload
@@ -15,6 +15,7 @@ from uuid_utils.compat import uuid7
 
 import sqla_durable.hints as hints
 from sqla_durable.checks import fault_in, require_duration
+from sqla_durable.context import active
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 from sqla_durable.registry import WorkflowDefinition
@@ -34,6 +35,7 @@ class StartOptions:
         priority: lower is served first; from -32,767 to 32,767, by default 0.
         delay: how long after now it becomes due. Not together with `at`.
         at: when it becomes due, with a time zone. A time in the past is now.
+        detached: as a child it is not cancelled with its parent.
 
     Raises:
         ArgumentError: an option is blank, out of range, or contradicts another.
@@ -44,6 +46,7 @@ class StartOptions:
     priority: int = 0
     delay: timedelta | None = None
     at: datetime | None = None
+    detached: bool = False
 
     def __post_init__(self) -> None:
         for name in ("key", "queue"):
@@ -90,8 +93,18 @@ def bind(
             key=options.key,
             delay=delay,
             wake_at=options.at,
+            detached=options.detached,
         )
     )
+
+
+def of_step(bound: BoundWorkflow) -> BoundWorkflow:
+    """Give what is started in a step of a workflow as that one's child; elsewhere the same."""
+    context = active()
+    if context is None or context.step is None:
+        return bound
+    attempt, step = context.attempt, context.step
+    return BoundWorkflow(replace(bound.new, parent_id=attempt.workflow_id, parent_key=step.position.key))
 
 
 def start(session: Session, bound: BoundWorkflow) -> Workflow:
@@ -147,7 +160,7 @@ def start_many(
 
 def _start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]:
     schema.require(session)
-    given = [_checked(each).new for each in bound]
+    given = [of_step(_checked(each)).new for each in bound]
     # In the order of keys over all statements: two callers with the same keys must not wait for each other.
     ordered = iter(sorted(given, key=lambda new: (new.key or "", new.name)))
     ids: dict[UUID, UUID] = {}

@@ -24,6 +24,7 @@ FLOORS = (
     {"durable"},
     {"management", "signals"},
     {"functions", "timers"},
+    {"children"},
     {"start", "handle", "runtime", "operate"},
     {"context"},
     {"operations"},

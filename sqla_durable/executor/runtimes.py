@@ -78,7 +78,7 @@ class BlockingInline(BlockingRuntime):
 
     @override
     async def wait(self, position: Position, wait: Wait) -> None:
-        if wait.awaits is not None:
+        if wait.awaits:
             self._story.refuse_waiting(position.key)
             await self.pause(min(wait.seconds, _LOOK_EVERY))
             return
@@ -135,7 +135,7 @@ class AsyncInline(AsyncRuntime):
 
     @override
     async def wait(self, position: Position, wait: Wait) -> None:
-        if wait.awaits is not None:
+        if wait.awaits:
             self._story.refuse_waiting(position.key)
             await self.pause(min(wait.seconds, _LOOK_EVERY))
             return

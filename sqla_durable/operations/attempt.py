@@ -30,12 +30,12 @@ class Wait:
     Attributes:
         until: when it goes on, on the clock of `time.monotonic`; infinite if it has no time.
         in_memory_until: until when it may hold its place in the worker; what is longer is to be parked.
-        awaits: what else it goes on for.
+        awaits: what else it goes on for: one of these is enough.
     """
 
     until: float
     in_memory_until: float
-    awaits: Awaited | None = None
+    awaits: tuple[Awaited, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -55,7 +55,7 @@ class Parking:
         """Give how to park what waits for all of these."""
         given = list(waits)
         soonest = min(each.seconds for each in given)
-        return cls(soonest if isfinite(soonest) else None, tuple(each.awaits for each in given if each.awaits))
+        return cls(soonest if isfinite(soonest) else None, tuple(awaited for each in given for awaited in each.awaits))
 
 
 class Attempt:
@@ -71,6 +71,7 @@ class Attempt:
         self.name: str = claimed.name
         self.number: int = claimed.attempt
         self.input: str = claimed.input
+        self.is_child: bool = claimed.is_child
         self._history: Mapping[str, Recorded] = claimed.history
         self._occurrences: Counter[str] = Counter()
         self._places: dict[str, object] = {}

@@ -21,10 +21,11 @@ def outcome_of(recorded: Recorded, result: Codec) -> Any:
     """
     if recorded.status is StepStatus.SUCCEEDED:
         return result.decode(recorded.output or "null")
-    _raise(recorded)
+    raise_recorded(recorded)
 
 
-def _raise(recorded: Recorded) -> NoReturn:
+def raise_recorded(recorded: Recorded) -> NoReturn:
+    """Raise the error of an operation that failed; see `outcome_of`."""
     failure = Failure.from_text(recorded.error)
     rebuilt = failure.rebuild()
     if rebuilt is not None:

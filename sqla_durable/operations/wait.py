@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
@@ -21,26 +21,30 @@ from sqla_durable.store import Awaited, Checkpoint, Connectable, Recorded, signa
 _MOMENT = 1.0
 """What takes no longer than this, in seconds, is waited for in memory."""
 
+_SHORTEST_LOOK, _LONGEST_LOOK, _SHARE = 0.05, 30.0, 0.25  # seconds, and a share of those waited so far
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """What an operation waits for besides a time.
 
     Attributes:
-        awaited: what the workflow's row says of it.
+        look: what the workflow's row is to say of it, seen before it is taken in vain; where that is nothing, nobody
+            tells when it comes, and it is looked for again and again.
         take: takes it if it is there, records it as the outcome, and gives its JSON text.
         late: the error for when it does not come in time.
     """
 
-    awaited: Awaited
+    look: Callable[[Connectable], tuple[Awaited, ...]] | None
     take: Callable[[Connectable, Checkpoint], str | None]
     late: str
+    awaits: tuple[Awaited, ...] = ()
 
     @classmethod
     def of_signal(cls, name: str, timeout: timedelta | None) -> Source:
         """Wait for a signal."""
         take = partial(_take_signal, name=name)
-        return cls(Awaited(signal=name), take, f"no signal {name!r} came within {timeout}.")
+        return cls(None, take, f"no signal {name!r} came within {timeout}.", (Awaited(signal=name),))
 
 
 def _take_signal(connectable: Connectable, checkpoint: Checkpoint, name: str) -> str | None:
@@ -68,12 +72,17 @@ async def receive(
         WaitTimeoutError: it did not come in time.
         DecodingError: it does not fit the type that it is wanted as.
     """
+    return outcome_of(await received(runtime, position, source, within=within), result)
+
+
+async def received(runtime: Runtime, position: Position, source: Source, *, within: timedelta | None) -> Recorded:
+    """Wait for something, take it, and give it as it is recorded."""
     try:
         recorded = runtime.attempt.recorded(position)
         if recorded is None:
             await runtime.settle()
             recorded = await _Waiting(runtime, position, within, None).receive(source)
-        return outcome_of(recorded, result)
+        return recorded
     finally:
         runtime.attempt.left(position)
 
@@ -87,10 +96,11 @@ class _Waiting:
         self._delay = delay
         self._until = until
         self._began = time.monotonic()
+        self._age = 0.0
 
     async def through(self) -> None:
         """Return when the time has come."""
-        wait = await self._begin(None)
+        wait = await self._begin(short=True)
         if wait.seconds > 0:
             await self._runtime.wait(self._position, wait)
             await self._runtime.settle()
@@ -104,14 +114,16 @@ class _Waiting:
 
         wait: Wait | None = None
         while True:
+            awaits = source.awaits if source.look is None else await self._runtime.execute(source.look)
             output = await self._runtime.execute(take)
             if output is not None:
                 return _recorded(taking, output=output)
-            if wait is None:
-                wait = await self._begin(source.awaited)
+            wait = wait or await self._begin(short=not awaits)
             if wait.seconds <= 0:
                 return await self._late(source.late)
-            await self._runtime.wait(self._position, wait)
+            await self._runtime.wait(
+                self._position, replace(wait, awaits=awaits) if awaits else self._until_next_look(wait)
+            )
             await self._runtime.settle()
 
     async def _late(self, message: str) -> Recorded:
@@ -120,16 +132,20 @@ class _Waiting:
         await self._runtime.record(failed)
         return _recorded(failed, error=error)
 
-    async def _begin(self, awaited: Awaited | None) -> Wait:
+    def _until_next_look(self, wait: Wait) -> Wait:
+        """Look again after a share of the time that it has waited for: soon at first, and then less and less often."""
+        pause = min(max(_SHORTEST_LOOK, _SHARE * (self._age + time.monotonic() - self._began)), _LONGEST_LOOK)
+        return Wait(min(wait.until, time.monotonic() + pause), self._began + _MOMENT)
+
+    async def _begin(self, *, short: bool) -> Wait:
         """Give for how long to wait; the row that says it outlives this attempt."""
         tried = self._runtime.attempt.tried(self._position)
         if tried is None:
             begin = partial(waits.begin, checkpoint=self.checkpoint(StepStatus.WAITING), until=self._until)
             due_in = await self._runtime.execute(begin)
         else:
-            due_in = tried.due_in
-        in_memory = _MOMENT if awaited is None else float("-inf")
-        return Wait(self._began + due_in, self._began + in_memory, awaited)
+            due_in, self._age = tried.due_in, tried.age
+        return Wait(self._began + due_in, self._began + _MOMENT if short else float("-inf"))
 
     def checkpoint(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Checkpoint:
         """Give the operation's record; of one that waits, how long."""

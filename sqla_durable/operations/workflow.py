@@ -40,10 +40,11 @@ async def _outcome(runtime: Runtime, definition: WorkflowDefinition, body: Body)
         output = definition.result.encode(value)
     except (Exception, SystemExit) as error:  # sys.exit() in a workflow ends the workflow, not its worker
         attempt.proceed()
-        return Completion(attempt.fence, WorkflowStatus.FAILED, error=Failure.of(error).to_json())
+        error_text = Failure.of(error).to_json()
+        return Completion(attempt.fence, WorkflowStatus.FAILED, error=error_text, is_child=attempt.is_child)
     except BaseException as error:
         raise _signal_in(error) or error from None  # a task group wraps the signals of its tasks
-    return Completion(attempt.fence, WorkflowStatus.SUCCEEDED, output=output)
+    return Completion(attempt.fence, WorkflowStatus.SUCCEEDED, output=output, is_child=attempt.is_child)
 
 
 def _signal_in(error: BaseException) -> ControlFlow | None:

@@ -141,6 +141,7 @@ class Completion:
     status: WorkflowStatus
     output: str | None = None
     error: str | None = None
+    is_child: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,7 @@ class Claimed:
     attempt: int
     input: str
     started: bool = False
+    is_child: bool = False
     history: Mapping[str, Recorded] = field(default_factory=dict[str, Recorded])
 
 
@@ -167,6 +169,9 @@ class NewWorkflow:
     key: str | None = None
     delay: float | None = None
     wake_at: datetime | None = None
+    parent_id: UUID | None = None
+    parent_key: str | None = None
+    detached: bool = False
 
 
 @dataclass(frozen=True, slots=True)

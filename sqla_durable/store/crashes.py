@@ -55,6 +55,7 @@ from sqla_durable.store._rows import (
     status,
     unfinished,
 )
+from sqla_durable.store.signals import asking
 
 DEFAULT_MAX_ATTEMPTS = 10
 MAX_ATTEMPTS_TYPE = "sqla_durable.errors:MaxAttemptsError"
@@ -175,7 +176,7 @@ def _reclaim_statement(abandoned: CTE) -> Any:
 
 def _back_statement(abandoned: CTE, *, suspect: ColumnElement[bool]) -> Any:
     spent = and_(abandoned.c.mine, abandoned.c.crashes >= bindparam("max_attempts", type_=Integer()))
-    return (
+    back = (
         update(WORKFLOW)
         .where(WORKFLOW.c.id == abandoned.c.id)
         .values(
@@ -191,8 +192,17 @@ def _back_statement(abandoned: CTE, *, suspect: ColumnElement[bool]) -> Any:
             finished_at=case((spent, func.statement_timestamp()), else_=null()),
             token=null(),
         )
-        .returning(WORKFLOW.c.id, WORKFLOW.c.name, WORKFLOW.c.status)
+        .returning(
+            WORKFLOW.c.id,
+            WORKFLOW.c.name,
+            WORKFLOW.c.status,
+            WORKFLOW.c.parent_id,
+            WORKFLOW.c.finished_at,
+            WORKFLOW.c.awaits,
+        )
+        .cte("back")
     )
+    return select(back.c.id, back.c.name, back.c.status).add_cte(asking(back).cte("asked"))
 
 
 def _later(crashes: ColumnElement[int]) -> ColumnElement[Any]:

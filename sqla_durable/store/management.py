@@ -25,7 +25,12 @@ _UNFINISHED = sorted(set(WorkflowStatus) - FINISHED)
 def cancel(session: Session, wanted: Wanted) -> list[UUID]:
     """Cancel those of the workflows that are not finished; give their ids. Waits for whoever holds a row."""
     condition = or_(*(WORKFLOW.c.status == status(each) for each in _UNFINISHED))
-    outcome = {"status": WorkflowStatus.CANCELLED, "finished_at": func.statement_timestamp(), "wake_at": null()}
+    outcome = {
+        "status": WorkflowStatus.CANCELLED,
+        "finished_at": func.statement_timestamp(),
+        "wake_at": null(),
+        "awaits": null(),
+    }
     return _change(session, wanted, condition, outcome)
 
 

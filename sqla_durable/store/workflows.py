@@ -14,6 +14,7 @@ from typing import cast as as_type
 from uuid import UUID
 
 from sqlalchemy import (
+    Boolean,
     ClauseElement,
     ColumnElement,
     DateTime,
@@ -61,8 +62,9 @@ from sqla_durable.store._rows import (
     status,
     table,
 )
+from sqla_durable.store.signals import asking
 
-_NEW: Columns = {
+NEW: Columns = {
     "id": PG_UUID(),
     "name": Text(),
     "key": Text(),
@@ -71,6 +73,9 @@ _NEW: Columns = {
     "input": Text(),
     "delay": Float(),
     "wake_at": DateTime(timezone=True),
+    "parent_id": PG_UUID(),
+    "parent_key": Text(),
+    "detached": Boolean(),
 }
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text()}
@@ -113,7 +118,7 @@ def insert_many(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID
     ids: dict[UUID, UUID] = {}
     while missing := [each for each in workflows if each.id not in ids]:
         statement = _INSERT_MANY if all(each.key is None for each in missing) else _INSERT_MANY_UNLESS_KNOWN
-        inserted = scalars(session, statement, filled("batch", [_row(each) for each in missing]))
+        inserted = scalars(session, statement, filled("batch", [new_row(each) for each in missing]))
         ids |= {each: each for each in inserted}
         known = _ids_by_key(session, [each for each in missing if each.id not in ids])
         ids |= {each.id: known[each.name, each.key] for each in missing if (each.name, each.key) in known}
@@ -200,7 +205,11 @@ def _values(new: NewWorkflow) -> dict[str, Any]:
     }
     if new.wake_at is not None:
         values |= {"status": WorkflowStatus.SUSPENDED, "wake_at": new.wake_at}
-    elif new.delay is not None:
+    if new.parent_id is not None:
+        values |= {"parent_id": new.parent_id, "parent_key": new.parent_key}
+    if new.detached:
+        values["detached"] = True
+    if new.wake_at is None and new.delay is not None:
         wake_at = func.statement_timestamp() + timedelta(seconds=new.delay)
         values |= {"status": WorkflowStatus.SUSPENDED, "wake_at": wake_at}
     return values
@@ -212,7 +221,8 @@ def _literal(name: str, value: Any) -> ColumnElement[Any]:
     return literal(value, WORKFLOW.c[name].type)
 
 
-def _row(new: NewWorkflow) -> dict[str, Any]:
+def new_row(new: NewWorkflow) -> dict[str, Any]:
+    """Give a workflow to be started as a row of `NEW`."""
     return {
         "id": new.id,
         "name": new.name,
@@ -222,6 +232,9 @@ def _row(new: NewWorkflow) -> dict[str, Any]:
         "input": json.dumps(new.input, ensure_ascii=False),
         "delay": new.delay,
         "wake_at": new.wake_at,
+        "parent_id": new.parent_id,
+        "parent_key": new.parent_key,
+        "detached": new.detached,
     }
 
 
@@ -246,7 +259,7 @@ def _completion_row(completion: Completion) -> dict[str, Any]:
 def _finish_statement() -> Any:
     batch = table("batch", _COMPLETION)
     mine = owned(batch, skip_locked=False)
-    return (
+    ended = (
         update(WORKFLOW)
         .where(WORKFLOW.c.id == mine.c.id, of_owner(batch, mine))
         .values(
@@ -255,8 +268,10 @@ def _finish_statement() -> Any:
             error=cast(batch.c.error, JSONB),
             finished_at=func.statement_timestamp(),
         )
-        .returning(WORKFLOW.c.id)
+        .returning(WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits)
+        .cte("ended")
     )
+    return select(ended.c.id).add_cte(asking(ended).cte("asked"))
 
 
 def _release_statement(*, skip_locked: bool) -> Any:
@@ -321,21 +336,29 @@ def _wake_due_statement() -> Any:
     )
 
 
-def _insert_many_statement(*, keyed: bool) -> Any:
-    batch = table("batch", _NEW)
-    known = select(WORKFLOW.c.id).where(WORKFLOW.c.name == batch.c.name, WORKFLOW.c.key == batch.c.key)
-    delayed = func.statement_timestamp() + interval(batch.c.delay)
-    wake_at = func.coalesce(batch.c.wake_at, delayed)
-    columns = {
-        "id": batch.c.id,
-        "name": batch.c.name,
-        "key": batch.c.key,
-        "queue": batch.c.queue,
-        "priority": batch.c.priority,
-        "input": cast(batch.c.input, JSONB),
+def new_columns(given: Any) -> dict[str, Any]:
+    """Give the columns of workflows to be started, made of those of `NEW`."""
+    delayed = func.statement_timestamp() + interval(given.delay)
+    wake_at = func.coalesce(given.wake_at, delayed)
+    return {
+        "id": given.id,
+        "name": given.name,
+        "key": given.key,
+        "queue": given.queue,
+        "priority": given.priority,
+        "input": cast(given.input, JSONB),
         "status": case((wake_at.is_(None), WorkflowStatus.PENDING.value), else_=WorkflowStatus.SUSPENDED.value),
         "wake_at": wake_at,
+        "parent_id": given.parent_id,
+        "parent_key": given.parent_key,
+        "detached": given.detached,
     }
+
+
+def _insert_many_statement(*, keyed: bool) -> Any:
+    batch = table("batch", NEW)
+    columns = new_columns(batch.c)
+    known = select(WORKFLOW.c.id).where(WORKFLOW.c.name == batch.c.name, WORKFLOW.c.key == batch.c.key)
     source = select(*columns.values())
     if keyed:
         source = source.where(~known.exists())

@@ -10,7 +10,7 @@ import concurrent.futures
 import contextvars
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -124,7 +124,7 @@ async def wait_or_park(runtime: Parkable, position: Position, wait: Wait) -> Non
                 return
             await runtime.pause(min(wait.seconds, _LOOK_EVERY))
             attempt.proceed()
-            if wait.awaits is not None:
+            if wait.awaits:
                 return
     finally:
         attempt.go_on(position)
@@ -303,4 +303,5 @@ def _performed(runtime: ThreadRuntime, call: StepCall) -> Any:
 
 def refused(completion: Completion, error: EncodingError) -> Completion:
     """Give the outcome of a workflow whose own outcome the database refuses."""
-    return Completion(completion.fence, WorkflowStatus.FAILED, error=Failure.of(error).to_json())
+    failure = Failure.of(error).to_json()
+    return replace(completion, status=WorkflowStatus.FAILED, output=None, error=failure)

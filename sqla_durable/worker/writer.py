@@ -187,7 +187,7 @@ class Writer:
 
 
 def _asks(row: Row) -> bool:
-    return isinstance(row, Park) and bool(row.awaits)
+    return (isinstance(row, Park) and bool(row.awaits)) or (isinstance(row, Completion) and row.is_child)
 
 
 def _fitting(waiting: Sequence[Write]) -> int:

@@ -1,0 +1,318 @@
+"""The statements on children: start them with the parent's checkpoint, look at them, take their outcomes.
+
+Each is one statement, fenced by the parent's attempt; carried out twice, it finds what the first one has recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    Integer,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    false,
+    func,
+    literal_column,
+    null,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+
+from sqla_durable.errors import AttemptLost, WorkflowNotFoundError
+from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.store._rows import (
+    STEP,
+    WORKFLOW,
+    Awaited,
+    Checkpoint,
+    Connectable,
+    NewWorkflow,
+    execute,
+    filled,
+    materialized,
+    status,
+    table,
+)
+from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine
+from sqla_durable.store.workflows import NEW, new_columns, new_row
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a group of children is.
+
+    Attributes:
+        finished: how many have an outcome; `failed` of them did not succeed.
+        held: how many wait for others of the group to end.
+        active: how many can be executed, or are.
+    """
+
+    finished: int
+    failed: int
+    held: int
+    active: int
+
+
+def start(connectable: Connectable, checkpoint: Checkpoint, children: Sequence[NewWorkflow], *, active: int) -> Any:
+    """Start children and record that as the outcome of the step: the list of their ids. JSON text.
+
+    Of known names and keys, the workflows that have them. Of many, those after the first `active` are held.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow.
+    """
+    parameters = given_row(checkpoint) | filled("batch", [new_row(each) for each in children]) | {"active": active}
+    while True:
+        row = execute(connectable, _START, parameters).one()
+        found = row.recorded if row.known is None else row.known
+        if found is not None:
+            return found
+        if not row.owned:
+            raise AttemptLost(checkpoint.fence.workflow_id)
+        # Another transaction has inserted one of the keys in between, and the next statement sees it.
+
+
+def progress(connectable: Connectable, parent_id: UUID, *, key: str) -> Progress:
+    """Look how far a group of children is."""
+    row = execute(connectable, _PROGRESS, {"parent": parent_id, "group": key}).one()
+    return Progress(int(row.finished), int(row.failed), int(row.held), int(row.active))
+
+
+def release(connectable: Connectable, parent_id: UUID, *, key: str, limit: int) -> int:
+    """Let held children go, the first ones first; those whose rows somebody holds are passed over."""
+    return len(execute(connectable, _LET_GO, {"parent": parent_id, "group": key, "limit": limit}).all())
+
+
+def outcomes(connectable: Connectable, parent_id: UUID, *, key: str) -> list[dict[str, Any]]:
+    """Read the outcomes of a group's children in the order in which they were started."""
+    rows = execute(connectable, _OUTCOMES, {"parent": parent_id, "group": key})
+    return [{"id": str(row.id), "status": row.status.value, "output": row.output, "error": row.error} for row in rows]
+
+
+def take_outcome(connectable: Connectable, checkpoint: Checkpoint, *, workflow_id: UUID) -> str | None:
+    """Record the outcome of a workflow that is finished as that of the step, or give None; JSON text."""
+    return _taken(connectable, checkpoint, _TAKE_OUTCOME, {"ids": [workflow_id]})
+
+
+def take_first(connectable: Connectable, checkpoint: Checkpoint, *, workflow_ids: Sequence[UUID]) -> str | None:
+    """Record the id of the one that finished first, or give None; JSON text."""
+    return _taken(connectable, checkpoint, _TAKE_FIRST, {"ids": list(workflow_ids)})
+
+
+def awaited(connectable: Connectable, parent_id: UUID, *, workflow_ids: Sequence[UUID]) -> tuple[Awaited, ...]:
+    """Give what a parent waits for that waits for one of these: the next one of their groups to be finished.
+
+    Nothing, if one of them is not its child: nobody would tell when that one is finished.
+
+    Raises:
+        WorkflowNotFoundError: one of them is not there.
+    """
+    rows = execute(connectable, _AWAITED, {"parent": parent_id, "ids": list(workflow_ids)}).all()
+    missing = set(workflow_ids) - {row.id for row in rows}
+    for each in missing:
+        raise WorkflowNotFoundError(f"no workflow {each} is there to wait for: was it deleted?", workflow_id=each)
+    if not all(row.is_child for row in rows):
+        return ()
+    return tuple({Awaited(children=row.parent_key, count=row.finished + 1) for row in rows})
+
+
+def cancel_rest(connectable: Connectable, parent_id: UUID, *, key: str) -> int:
+    """Cancel what is unfinished of a group, with the trees under it; wait for whoever holds a row."""
+    return len(execute(connectable, _CANCEL_REST, {"parent": parent_id, "group": key}).all())
+
+
+def _taken(connectable: Connectable, checkpoint: Checkpoint, statement: Any, more: dict[str, Any]) -> str | None:
+    row = execute(connectable, statement, given_row(checkpoint) | more).one()
+    found: str | None = row.recorded if row.known is None else row.known
+    if found is None and not row.owned:
+        raise AttemptLost(checkpoint.fence.workflow_id)
+    return found
+
+
+def _known() -> Any:
+    succeeded = STEP.c.status == literal_column(f"'{StepStatus.SUCCEEDED}'", type_=STEP.c.status.type)
+    wanted = and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], succeeded)
+    return select(cast(STEP.c.output, Text)).where(wanted)
+
+
+def _owned() -> Any:
+    locked = select(WORKFLOW.c.id, WORKFLOW.c.deadline_at).where(*mine())
+    return materialized(locked.with_for_update(key_share=True, of=WORKFLOW), "owned")
+
+
+def _recorded(output: Any, source: Any) -> Any:
+    """Record an output that a CTE gives, where it gives one."""
+    columns = checkpoint_columns(GIVEN) | {"output": output}
+    return insert_from(columns, select(*columns.values()).select_from(source)).returning(STEP.c.output)
+
+
+def _answer(owned: Any, recorded: Any) -> Any:
+    return select(
+        select(owned.c.id).exists().label("owned"),
+        select(cast(recorded.c.output, Text)).scalar_subquery().label("recorded"),
+        _known().scalar_subquery().label("known"),
+    )
+
+
+def _start_statement() -> Any:
+    owned = _owned()
+    batch = materialized(
+        select(*table("batch", NEW).c, func.row_number().over(order_by=literal_column("batch.id")).label("number")),
+        "new",
+    )
+    columns = new_columns(batch.c)
+    held = and_(columns["wake_at"].is_(None), batch.c.number > bindparam("active", type_=Integer()))
+    columns["status"] = case((held, WorkflowStatus.SUSPENDED.value), else_=columns["status"])
+    columns["deadline_at"] = owned.c.deadline_at
+    source = select(*columns.values()).select_from(batch.join(owned, true())).where(~_known().exists())
+    inserted = (
+        insert(WORKFLOW)
+        .from_select(list(columns), source.order_by(batch.c.name, batch.c.key, batch.c.id), include_defaults=False)
+        .on_conflict_do_nothing()
+        .returning(WORKFLOW.c.id)
+        .cte("inserted")
+    )
+    earlier, keyed = WORKFLOW.alias("earlier"), WORKFLOW.alias("keyed")
+    found = (
+        batch.outerjoin(inserted, inserted.c.id == batch.c.id)
+        .outerjoin(earlier, earlier.c.id == batch.c.id)
+        .outerjoin(keyed, and_(keyed.c.name == batch.c.name, keyed.c.key == batch.c.key))
+    )
+    child_id = func.coalesce(inserted.c.id, earlier.c.id, keyed.c.id)
+    ids = select(batch.c.number, child_id.label("id")).select_from(found).cte("ids")
+    listed = func.jsonb_agg(ids.c.id.op("ORDER BY")(ids.c.number))
+    every = select(listed.label("list")).having(func.count(ids.c.id) == func.count()).cte("every")
+    recorded = _recorded(every.c.list, every.join(owned, true())).cte("recorded")
+    return _answer(owned, recorded)
+
+
+def _take_outcome_statement() -> Any:
+    owned = _owned()
+    outcome = func.jsonb_build_object(
+        "id", WORKFLOW.c.id, "name", WORKFLOW.c.name, "status", WORKFLOW.c.status,
+        "output", WORKFLOW.c.output, "error", WORKFLOW.c.error,
+    )  # fmt: skip
+    finished = select(outcome.label("value")).where(_wanted(), WORKFLOW.c.finished_at.is_not(None)).cte("finished")
+    return _answer(owned, _recorded(finished.c.value, finished.join(owned, true())).cte("recorded"))
+
+
+def _take_first_statement() -> Any:
+    owned = _owned()
+    first = (
+        select(func.to_jsonb(WORKFLOW.c.id).label("value"))
+        .where(_wanted(), WORKFLOW.c.finished_at.is_not(None))
+        .order_by(WORKFLOW.c.finished_at, WORKFLOW.c.id)
+        .limit(literal_column("1"))
+        .cte("first")
+    )
+    return _answer(owned, _recorded(first.c.value, first.join(owned, true())).cte("recorded"))
+
+
+def _wanted() -> Any:
+    return WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID())))
+
+
+def _of_group() -> Any:
+    return and_(
+        WORKFLOW.c.parent_id == bindparam("parent", type_=PG_UUID()),
+        WORKFLOW.c.parent_key == bindparam("group", type_=Text()),
+    )
+
+
+def _held() -> Any:
+    return and_(
+        WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
+        WORKFLOW.c.wake_at.is_(None),
+        WORKFLOW.c.awaits.is_(None),
+        WORKFLOW.c.started_at.is_(None),
+    )
+
+
+def _progress_statement() -> Any:
+    finished = WORKFLOW.c.finished_at.is_not(None)
+    succeeded = WORKFLOW.c.status == status(WorkflowStatus.SUCCEEDED)
+    return select(
+        func.count().filter(finished).label("finished"),
+        func.count().filter(finished, ~succeeded).label("failed"),
+        func.count().filter(_held()).label("held"),
+        func.count().filter(~finished, ~_held()).label("active"),
+    ).where(_of_group())
+
+
+def _awaited_statement() -> Any:
+    sibling = WORKFLOW.alias("sibling")
+    finished = (
+        select(func.count())
+        .where(
+            sibling.c.parent_id == WORKFLOW.c.parent_id,
+            sibling.c.parent_key == WORKFLOW.c.parent_key,
+            sibling.c.finished_at.is_not(None),
+        )
+        .correlate(WORKFLOW)
+        .scalar_subquery()
+    )
+    is_child = func.coalesce(WORKFLOW.c.parent_id == bindparam("parent", type_=PG_UUID()), false())
+    return select(WORKFLOW.c.id, WORKFLOW.c.parent_key, is_child.label("is_child"), finished.label("finished")).where(
+        _wanted()
+    )
+
+
+def _cancel_rest_statement() -> Any:
+    tree = select(WORKFLOW.c.id).where(_of_group(), ~WORKFLOW.c.detached).cte("tree", recursive=True)
+    below = WORKFLOW.alias("below")
+    tree = tree.union_all(select(below.c.id).join(tree, below.c.parent_id == tree.c.id).where(~below.c.detached))
+    unfinished = WORKFLOW.c.finished_at.is_(None)
+    rest = materialized(
+        select(WORKFLOW.c.id)
+        .where(WORKFLOW.c.id.in_(select(tree.c.id)), unfinished)
+        .order_by(WORKFLOW.c.id)
+        .with_for_update(key_share=True, of=WORKFLOW),
+        "rest",
+    )
+    return (
+        update(WORKFLOW)
+        .where(WORKFLOW.c.id == rest.c.id, unfinished)
+        .values(status=WorkflowStatus.CANCELLED, finished_at=func.statement_timestamp(), wake_at=null(), awaits=null())
+        .returning(WORKFLOW.c.id)
+    )
+
+
+def _let_go_statement() -> Any:
+    first = materialized(
+        select(WORKFLOW.c.id)
+        .where(_of_group(), _held())
+        .order_by(WORKFLOW.c.id)
+        .limit(bindparam("limit", type_=Integer()))
+        .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW),
+        "first",
+    )
+    return (
+        update(WORKFLOW)
+        .where(WORKFLOW.c.id == first.c.id)
+        .values(status=WorkflowStatus.PENDING, enqueued_at=func.statement_timestamp(), wake_at=null())
+        .returning(WORKFLOW.c.id)
+    )
+
+
+_START = _start_statement()
+_PROGRESS = _progress_statement()
+_LET_GO = _let_go_statement()
+_OUTCOMES = (
+    select(WORKFLOW.c.id, WORKFLOW.c.status, WORKFLOW.c.output, WORKFLOW.c.error)
+    .where(_of_group(), WORKFLOW.c.finished_at.is_not(None))
+    .order_by(WORKFLOW.c.id)
+)
+_TAKE_OUTCOME = _take_outcome_statement()
+_TAKE_FIRST = _take_first_statement()
+_AWAITED = _awaited_statement()
+_CANCEL_REST = _cancel_rest_statement()
