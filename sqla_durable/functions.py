@@ -17,6 +17,7 @@ from sqlalchemy import inspect
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+from sqla_durable.checks import require_duration
 from sqla_durable.children import AsyncChild, Child, map_children, start_child
 from sqla_durable.context import Context, active
 from sqla_durable.errors import DefinitionError, SessionError, StepOutsideWorkflowError, SyncAsyncError, UsageError
@@ -24,7 +25,7 @@ from sqla_durable.handle import AsyncHandle, Handle
 from sqla_durable.models import Workflow
 from sqla_durable.operations.runtime import StepCall
 from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition, require_name
-from sqla_durable.retry import Tries
+from sqla_durable.retry import Tries, WaitFunction, until_true
 from sqla_durable.start import BoundWorkflow, StartOptions, bind, of_step, start
 from sqla_durable.store import schema
 
@@ -74,6 +75,29 @@ class _Step(_Durable[P, R]):
         """
         require_name(key, what=f"key of step {self.name!r}")
         return type(self)(self.definition, key)
+
+    def until(self, *, wait: WaitFunction | None = None, timeout: timedelta | None = None) -> Self:
+        """Give the step as one that is executed again and again until its result is true.
+
+        ```python
+        paid = await is_paid.until(wait=tenacity.wait_exponential(max=3600), timeout=timedelta(days=2))(order_id)
+        ```
+
+        The waits between are timers: longer than a moment, the workflow is a row meanwhile. The step has one row,
+        however often it is executed, and its own policy for errors.
+
+        Args:
+            wait: a tenacity object; by default that of the step, or exponential up to a minute.
+            timeout: when to give up, from the first try on; then the last result stands, which is false.
+
+        Raises:
+            DefinitionError: `wait` is not a tenacity object.
+            ArgumentError: the timeout is no timedelta.
+        """
+        if timeout is not None:
+            require_duration(timeout, "timeout")
+        policy = until_true(self.definition.policy, wait=wait, timeout=timeout)
+        return type(self)(replace(self.definition, policy=policy), self._key)
 
     def _perform(self, *args: Any, **kwargs: Any) -> Any:
         return perform(self.definition, self._key, args, kwargs)

@@ -9,6 +9,7 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeAlias, TypeGuard
 
 import tenacity
@@ -107,6 +108,28 @@ class RetryPolicy:
         # In tenacity's order: `stop_before_delay` looks at the wait that is to come.
         state.upcoming_sleep = _seconds(self.wait(state))
         return None if self.stop(state) else state.upcoming_sleep
+
+
+def until_true(policy: RetryPolicy | None, *, wait: WaitFunction | None, timeout: timedelta | None) -> RetryPolicy:
+    """Give the policy of a step that is tried until its result is true; errors are the business of its own policy.
+
+    Raises:
+        DefinitionError: `wait` is not a tenacity object.
+    """
+    given = RetryPolicy.of(retry=None, stop=None, wait=wait) or policy or RetryPolicy()
+    too_late = tenacity.stop_never if timeout is None else tenacity.stop_after_delay(timeout.total_seconds())
+
+    async def again(state: RetryCallState) -> bool:
+        if state.outcome is None or not state.outcome.failed:
+            return state.outcome is None or not state.outcome.result()
+        verdict = False if policy is None else policy.retry(state)
+        return bool(await verdict if inspect.isawaitable(verdict) else verdict)
+
+    def stop(state: RetryCallState) -> bool:
+        failed = state.outcome is not None and state.outcome.failed
+        return too_late(state) or (failed and policy is not None and policy.stop(state))
+
+    return RetryPolicy(retry=again, stop=stop, wait=given.wait)
 
 
 def _seconds(given: object) -> float:

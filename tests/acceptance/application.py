@@ -53,6 +53,9 @@ class Called(Generic[P, R]):
     def options(self, *, key: str) -> Called[P, R]:
         return Called(self.step.options(key=key))
 
+    def until(self, **options: Any) -> Called[P, R]:
+        return Called(self.step.until(**options))
+
 
 class Application:
     """A `Durable` and the functions that a story gives it."""

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
-from sqlalchemy import Engine, NullPool, create_engine, make_url, null, update
+from sqlalchemy import Engine, NullPool, create_engine, make_url, null, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -160,6 +160,12 @@ class Shell(ABC):
         """A worker of this way's kind beside the story, in a thread with an event loop and engines of its own."""
         with Worker(self.app.durable, sessionmaker=self.sessionmaker, poll_interval=POLL, **options) as worker:
             yield worker
+
+    @property
+    def only(self) -> UUID:
+        """The id of the only workflow there is."""
+        with self.sessionmaker() as session:
+            return session.scalars(select(Workflow.id)).one()
 
     def one(self, workflow_id: UUID) -> Workflow:
         """Read a record, with its steps."""

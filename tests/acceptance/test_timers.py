@@ -33,7 +33,7 @@ def test_short_sleep_is_over_and_recorded(shell: Shell, app: Application) -> Non
         return "awake"
 
     assert shell.run(app.workflow(nap)) == "awake"
-    record = shell.one(_only(shell))
+    record = shell.one(shell.only)
     assert [(each.key, each.status) for each in record.steps] == [
         ("sleep", StepStatus.SUCCEEDED),
         ("sleep#2", StepStatus.SUCCEEDED),
@@ -108,11 +108,11 @@ def test_facts_are_the_same_on_every_replay(shell: Shell, app: Application) -> N
     workflow = app.workflow(ask)
     with pytest.raises(LookupError):
         shell.run(workflow)
-    asked = {each.key: each.output for each in shell.one(_only(shell)).steps}
+    asked = {each.key: each.output for each in shell.one(shell.only).steps}
     fail.clear()
     _forget(shell, "fragile")
-    shell.crashed(_only(shell))
-    moment, identity, number = shell.finish(workflow, _only(shell))
+    shell.crashed(shell.only)
+    moment, identity, number = shell.finish(workflow, shell.only)
     assert moment == datetime.fromisoformat(str(asked["now"]))
     assert (str(identity), number) == (asked["uuid4"], asked["random"])
     assert abs(_from_now(shell, moment)) < 60
@@ -151,11 +151,6 @@ def test_sleep_until_takes_a_time_with_a_zone(moment: Any) -> None:
         sleep_until(moment)
 
 
-def _only(shell: Shell) -> UUID:
-    with shell.sessionmaker() as session:
-        return session.scalars(select(Workflow.id)).one()
-
-
 def _from_now(shell: Shell, moment: datetime) -> float:
     with shell.sessionmaker() as session:
         return (moment - session.scalars(select(func.now())).one()).total_seconds()
@@ -163,6 +158,6 @@ def _from_now(shell: Shell, moment: datetime) -> float:
 
 def _forget(shell: Shell, key: str) -> None:
     with shell.sessionmaker.begin() as session:
-        for each in session.get_one(Workflow, _only(shell)).steps:
+        for each in session.get_one(Workflow, shell.only).steps:
             if each.key == key:
                 session.delete(each)
