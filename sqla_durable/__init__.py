@@ -21,6 +21,7 @@ from sqla_durable.management import cancel, resume
 from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
 from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.threads import parallel
 from sqla_durable.worker import Worker
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "metadata",
     "migrations",
     "models",
+    "parallel",
     "resume",
     "run_step",
     "start_many",

@@ -24,7 +24,8 @@ FLOORS = (
     {"durable"},
     {"management"},
     {"functions"},
-    {"start", "handle", "runtime"},
+    {"start", "handle", "runtime", "threads"},
+    {"tasks"},
     {"context"},
     {"operations"},
     {"hints"},
@@ -34,7 +35,7 @@ FLOORS = (
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 WRITES_SQL = {"store"}
-KNOWS_ASYNCIO = {"hints", "runtime", "handle", "executor", "worker", "cli", "torture", "undisturbed"}
+KNOWS_ASYNCIO = {"hints", "runtime", "handle", "executor", "worker", "cli", "torture", "undisturbed", "tasks"}
 MODULES = sorted(ROOT.rglob("*.py"))
 SOURCES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in MODULES}
 
