@@ -6,7 +6,7 @@ import inspect
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -152,28 +152,41 @@ class _Crew:
         """Execute all, wait for all, and raise the first error."""
         place = self._place_of(self._first[0])
         if place is not None:
-            first = [each.branch for each in self._first if isinstance(each, _BranchLine)]
-            place.branches.begin_threads(place.parent, first)
+            place.branches.begin_threads(
+                place.parent, [each.branch for each in self._first if isinstance(each, _BranchLine)]
+            )
+        try:
+            self._execute(place)
+        finally:
+            if place is not None:
+                place.branches.end_threads(place.parent)
+        self._raise()
+
+    def _execute(self, place: _Place | None) -> None:
         with ThreadPoolExecutor(len(self._first), thread_name_prefix=_NAME) as pool:
             running = [pool.submit(self._work, each) for each in self._first]
             try:
-                for each in running:
-                    each.result()
+                wait(running)
             except BaseException:  # of this thread, such as a KeyboardInterrupt: theirs are kept
                 self._todo.clear()
                 if place is not None:
                     place.context.attempt.stop(Released)
                 raise
-        self._raise()
 
     def _work(self, line: _Line) -> None:
-        place = self._place_of(line)
         following: _Line | None = line
         while following is not None:
             following.run()
-            following = self._todo.popleft() if self._todo else None
+            following = self._next()
+        place = self._place_of(line)
         if place is not None:
             place.branches.end_thread(place.parent, threading.get_ident())
+
+    def _next(self) -> _Line | None:
+        try:
+            return self._todo.popleft()
+        except IndexError:
+            return None
 
     def _place_of(self, line: _Line) -> _Place | None:
         return line.place if isinstance(line, _BranchLine) else None

@@ -117,6 +117,13 @@ class Branches:
             self.leave(home)
             parent.awaited_threads -= 1
 
+    def end_threads(self, parent: Branch) -> None:
+        """Note that a branch goes on, although threads of its own may not have begun."""
+        with self.lock:
+            if parent.awaited_threads:
+                parent.awaited_threads = 0
+                self._starting.clear()
+
     @property
     def homes(self) -> dict[object, Branch]:
         """Where the live branches are executed, the workflow's own code included."""
