@@ -107,10 +107,15 @@ class AsyncRuntime(BaseRuntime):
         """Perform a step and give its outcome."""
         self.attempt.carried_here(call.position)
         replayed = self.attempt.recorded(call.position) is not None
-        with self.context(call).entered():
-            if call.definition.session is SessionKind.SYNC and not replayed:
-                return await self.perform_blocking(call)
-            return await run_step(self, call)
+        try:
+            with self.context(call).entered():
+                if not replayed:
+                    await tasks.let_replay_catch_up(self.attempt)
+                if call.definition.session is SessionKind.SYNC and not replayed:
+                    return await self.perform_blocking(call)
+                return await run_step(self, call)
+        finally:
+            self.attempt.left(call.position)  # cancelled before the step itself has begun
 
     @abstractmethod
     async def perform_blocking(self, call: StepCall) -> Any:

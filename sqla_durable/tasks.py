@@ -21,6 +21,7 @@ from sqla_durable.operations.branch import Branch, Branches, name_of
 Task: TypeAlias = "asyncio.Task[Any]"
 
 _HOLD_WORKFLOWS = {"sqla_durable.bench", "sqla_durable.torture", "sqla_durable.testing"}
+_TURNS = 20  # of the event loop: a task group takes three to cancel, and one in another as many again
 _users: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
 _starting: dict[object, tuple[Branches, Branch]] = {}  # by coroutine, while its task is being made
 
@@ -139,6 +140,20 @@ def _is_waited_for() -> bool:
     return frame is not None and frame.f_code is asyncio.wait_for.__code__
 
 
+async def let_replay_catch_up(attempt: Attempt) -> None:
+    """Let what is recorded of other branches take effect before a branch executes its first step that is not.
+
+    Recorded outcomes come at once: an error among them that has cancelled this branch before cancels it again here,
+    before it executes anew what it was cancelled in.
+    """
+    branch = attempt.branches.here()
+    if attempt.is_replaying and (branch is None or not branch.has_caught_up) and len(attempt.branches.homes) > 1:
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+        if branch is not None:
+            branch.has_caught_up = True
+
+
 async def until_cancelled_have_ended(attempt: Attempt) -> None:
     """Wait for the branches that the workflow itself has cancelled, as its last act perhaps."""
     while True:
@@ -152,9 +167,8 @@ async def until_cancelled_have_ended(attempt: Attempt) -> None:
 def abandon(attempt: Attempt) -> None:
     """Cancel what an attempt leaves behind: nobody awaits it any more, and nothing of it can be recorded."""
     here = asyncio.current_task()
-    carriers = (cast("Task", each) for each in attempt.carriers if isinstance(each, asyncio.Task))
-    for task in {*_live(attempt), *carriers}:
-        if task is not here and not task.done():
+    for task in {*_live(attempt), *attempt.carriers}:
+        if isinstance(task, asyncio.Task) and task is not here and not task.done():
             task.add_done_callback(_see)
             task.cancel()
 

@@ -114,7 +114,7 @@ class BlockingInline(BlockingRuntime):
     @override
     def fork(self) -> Fork:
         session = self._story.session
-        if schema.engine_of(session).dialect.is_async:
+        if isinstance(session, AsyncSession) or schema.engine_of(session).dialect.is_async:
             raise SyncAsyncError(
                 f"parallel() was called in a workflow on {session!r}, the inside of an AsyncSession, which threads "
                 "cannot use: execute the workflow on a Session of a sync engine, or in a worker."

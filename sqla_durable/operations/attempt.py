@@ -71,6 +71,11 @@ class Attempt:
         """The id of the workflow's record."""
         return self.fence.workflow_id
 
+    @property
+    def is_replaying(self) -> bool:
+        """Whether an earlier attempt has recorded anything."""
+        return bool(self._history)
+
     def visit(self, name: str, place: object, *, key: str | None = None) -> Position:
         """Give the identity of the operation that the workflow calls now, in the branch that the code is in.
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
@@ -136,6 +136,10 @@ def test_error_of_a_branch_is_the_workflows_and_the_same_on_a_replay(shell: Shel
     assert shell.finish(workflow, workflow_id) == "3 is odd"
 
 
+def _same(cents: int) -> int:
+    return cents
+
+
 def _refuse_odd(number: int) -> int:
     if number % 2:
         raise ValueError(f"{number} is odd")
@@ -155,7 +159,7 @@ def _named(name: str, branch: Branch) -> Branch:
 
 @on_loop
 def test_every_way_to_make_a_task_makes_a_branch(shell: Shell, app: Application) -> None:
-    charge = app.plain(lambda cents: cents, name="charge")
+    charge = app.plain(_same, name="charge")
 
     async def pay(cents: int) -> int:
         await charge(0)
@@ -181,7 +185,7 @@ def test_every_way_to_make_a_task_makes_a_branch(shell: Shell, app: Application)
 
 @on_loop
 def test_wait_for_in_a_branch_is_the_branch(shell: Shell, app: Application) -> None:
-    charge = app.plain(lambda cents: cents, name="charge")
+    charge = app.plain(_same, name="charge")
 
     async def pay(cents: int) -> int:
         return await asyncio.wait_for(asyncio.wait_for(charge(cents), 60), 60)
@@ -228,7 +232,7 @@ def test_failing_task_group_leaves_no_half_done_step(shell: Shell, app: Applicat
         in_step.set()
         await asyncio.Event().wait()
 
-    charge = app.plain(lambda cents: cents, name="charge")
+    charge = app.plain(_same, name="charge")
 
     async def checkout() -> str:
         async def pay() -> None:
@@ -251,6 +255,51 @@ def test_failing_task_group_leaves_no_half_done_step(shell: Shell, app: Applicat
     assert the_keys(shell) == ["charge", "pay/charge"]
     with shell.sessionmaker() as session:
         assert session.scalars(select(Entry)).all() == []
+
+
+@on_loop
+def test_cancelled_branch_executes_nothing_anew_on_a_replay(shell: Shell, app: Application) -> None:
+    """What cancelled it is recorded and comes at once: before the step that it was cancelled in begins again."""
+    executed: list[str] = []
+
+    @app.durable.step
+    async def hang() -> None:
+        executed.append("hang")
+        await asyncio.Event().wait()
+
+    fail = app.plain(_refuse_odd, name="fail")
+    charge = app.plain(lambda: executed.append("charge"), name="charge")
+
+    async def checkout() -> str:
+        async def inner() -> None:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(pay())
+
+        async def pay() -> None:
+            await charge()
+            await hang()
+
+        async def fails() -> None:
+            while len(executed) < 2:
+                await asyncio.sleep(0)
+            await fail(1)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(inner())
+                group.create_task(fails())
+        except ExceptionGroup as errors:
+            return str(errors.exceptions)
+        return "paid"
+
+    workflow = app.workflow(checkout)
+    with shell.client() as client:
+        workflow_id = client.start(workflow).id
+        client.commit()
+    first = shell.finish(workflow, workflow_id)
+    shell.crashed(workflow_id)
+    assert shell.finish(workflow, workflow_id) == first == "(ValueError('1 is odd'),)"
+    assert executed == ["charge", "hang"]
 
 
 @pytest.mark.parametrize("stays", [False, True], ids=["ends", "stays"])
@@ -327,7 +376,8 @@ def test_step_whose_task_is_cancelled_before_it_begins_is_not_left_behind(shell:
     charge = app.plain(lambda: 1, name="charge")
 
     async def checkout() -> int:
-        task = asyncio.ensure_future(charge.step())
+        call: Any = charge.step()
+        task: asyncio.Task[int] = asyncio.ensure_future(call)
         task.cancel()
         await asyncio.wait([task])
         return await charge()
@@ -518,7 +568,7 @@ def test_wrong_use_of_parallel_is_explained(shell: Shell, app: Application) -> N
         said: list[str] = []
         for functions, kind in [((7,), ArgumentError), ((coroutine,), SyncAsyncError)]:
             with pytest.raises(kind) as caught:
-                parallel(*functions)  # type: ignore[arg-type]
+                parallel(*cast("Any", functions))
             said.append(str(caught.value))
         with pytest.raises(ArgumentError) as caught:
             parallel(lambda: 1, max_workers=0)
