@@ -167,8 +167,9 @@ async def until_cancelled_have_ended(attempt: Attempt) -> None:
 def abandon(attempt: Attempt) -> None:
     """Cancel what an attempt leaves behind: nobody awaits it any more, and nothing of it can be recorded."""
     here = asyncio.current_task()
-    for task in {*_live(attempt), *attempt.carriers}:
-        if isinstance(task, asyncio.Task) and task is not here and not task.done():
+    left: list[Any] = [each for each in {*_live(attempt), *attempt.carriers} if isinstance(each, asyncio.Task)]
+    for task in left:
+        if task is not here and not task.done():
             task.add_done_callback(_see)
             task.cancel()
 

@@ -74,14 +74,14 @@ def the_keys(shell: Shell) -> list[str]:
 # behaviour: S7
 def test_branches_have_several_steps_each_and_may_call_the_same_ones(shell: Shell, app: Application) -> None:
     reserve = app.transactional(_reserve, name="reserve")
-    charge = app.plain(lambda cents: cents * 2, name="charge")
+    charge = app.plain(_double, name="charge")
 
     async def checkout() -> list[int]:
         async def pay() -> int:
-            return int(await charge(await reserve(1)) + await charge(10))
+            return await charge(await reserve(1)) + await charge(10)
 
         async def refund() -> int:
-            return int(await charge(await reserve(2)))
+            return await charge(await reserve(2))
 
         first = await reserve(100)
         return [first, *await beside(app, pay, refund, pay)]
@@ -134,6 +134,10 @@ def test_error_of_a_branch_is_the_workflows_and_the_same_on_a_replay(shell: Shel
     assert shell.finish(workflow, workflow_id) == "3 is odd"
     shell.crashed(workflow_id)
     assert shell.finish(workflow, workflow_id) == "3 is odd"
+
+
+def _double(cents: int) -> int:
+    return 2 * cents
 
 
 def _same(cents: int) -> int:
