@@ -125,8 +125,8 @@ async def test_branches_of_tasks_in_tasks_are_named_and_forgotten(attempt: Attem
         return [*await asyncio.gather(pay(), pay()), attempt.visit("charge", 1).key]
 
     attempt.branches.begin(tasks.whereabouts)
-    with Context(attempt, perform=lambda call: None, is_async=True).entered() as _, tasks.branching():
-        found = await asyncio.gather(both(), both())
+    with Context(attempt, perform=lambda call: None, is_async=True).entered(), tasks.branching():
+        found = list(await asyncio.gather(both(), both()))
     assert found == [
         ["both/pay/charge", "both/pay#2/charge", "both/charge"],
         ["both#2/pay/charge", "both#2/pay#2/charge", "both#2/charge"],
