@@ -23,6 +23,7 @@ from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow
 from sqla_durable.signals import signal, start_with_signal, wait_signal
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
 from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.threads import parallel
 from sqla_durable.timers import now, random, sleep, sleep_until, uuid4
 from sqla_durable.worker import Worker
 
@@ -60,6 +61,7 @@ __all__ = [
     "migrations",
     "models",
     "now",
+    "parallel",
     "random",
     "resume",
     "run_step",

@@ -5,14 +5,15 @@ Outside a workflow there is none, and decorated functions are plain functions.
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
-from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.attempt import Attempt, Position
 from sqla_durable.operations.runtime import Operation, StepCall
 
 
@@ -43,23 +44,22 @@ class Context:
     """What a decorated function finds when it is called in a workflow.
 
     Attributes:
-        attempt: the attempt at the workflow.
+        attempt: the attempt at the workflow; it knows in which branch the code is.
         perform: performs a step: gives its outcome in sync code, an awaitable of it in async code.
         operate: carries out another durable operation in the same way.
         is_async: whether the workflow is `async def`.
-        whereabouts: tells the task or thread that the code is in.
-        home: the one that executes the workflow's own code. Steps that are called elsewhere would be counted in an
-            order that depends on speed.
+        fork: gives the context of a branch that is to be executed in another thread; None in async code.
         step: the step whose function is being executed; calls in it are plain calls.
+        is_operating: whether the engine carries out an operation; tasks that it makes are no branches.
     """
 
     attempt: Attempt
     perform: Callable[[StepCall], Any]
-    operate: Callable[[Operation], Any]
+    operate: Callable[[Position, Operation], Any]
     is_async: bool
-    whereabouts: Callable[[], object]
-    home: object
+    fork: Callable[[], Fork] | None = None
     step: StepCall | None = None
+    is_operating: bool = False
 
     @contextmanager
     def entered(self) -> Generator[None]:
@@ -71,9 +71,26 @@ class Context:
             _active.reset(token)
 
     @property
-    def at_home(self) -> bool:
-        """Whether the code is in the workflow's own task or thread."""
-        return self.whereabouts() == self.home
+    def is_workflow_code(self) -> bool:
+        """Whether the code is the workflow's own, in whichever task or thread: not a step's, nor the engine's."""
+        return self.step is None and not self.is_operating
+
+    def operating(self) -> AbstractContextManager[None]:
+        """Mark that the engine carries out an operation: what it does meanwhile is not the workflow's own code."""
+        return replace(self, is_operating=True).entered()
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """How a branch is executed in another thread.
+
+    Attributes:
+        context: the ambient context there.
+        join: called in that thread at the branch's end: returns when everything that it has recorded is committed.
+    """
+
+    context: Context
+    join: Callable[[], None]
 
 
 _active: ContextVar[Context | None] = ContextVar("sqla_durable_context", default=None)
@@ -82,6 +99,11 @@ _active: ContextVar[Context | None] = ContextVar("sqla_durable_context", default
 def active() -> Context | None:
     """Give the ambient context, or None outside a workflow."""
     return _active.get()
+
+
+def active_in(context: contextvars.Context) -> Context | None:
+    """Give the ambient context in a context of variables, which a task may be made with."""
+    return context.get(_active)
 
 
 def current() -> Execution | None:

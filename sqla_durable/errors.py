@@ -9,7 +9,7 @@ DurableError
 │   ├── SessionError                  a session that is unbound, bound elsewhere, or not PostgreSQL
 │   ├── StepTransactionError          a step committed, rolled back or closed its own session
 │   ├── RetryPolicyError              what a step was given as retry, stop or wait fails itself
-│   └── UnfinishedStepError           a workflow returned while a step was not awaited to its end
+│   └── UnfinishedStepError           a workflow returned while a step or a branch was not awaited to its end
 ├── PayloadError                  a value that cannot travel to the database and back
 │   ├── ArgumentError                 arguments that do not fit a workflow's annotations
 │   ├── EncodingError                 a value that cannot be stored
@@ -94,10 +94,10 @@ class RetryPolicyError(UsageError):
 
 
 class UnfinishedStepError(UsageError):
-    """A workflow function returned while steps that it had called were not finished.
+    """A workflow function returned while steps that it had called, or branches of its code, were not finished.
 
     Attributes:
-        steps: the keys of those steps.
+        steps: the keys of those steps, or the branches.
     """
 
     def __init__(self, message: str, *, steps: list[str]) -> None:

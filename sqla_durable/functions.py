@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqla_durable.checks import require_duration
 from sqla_durable.children import AsyncChild, Child, map_children, start_child
 from sqla_durable.context import Context, active
-from sqla_durable.errors import DefinitionError, SessionError, StepOutsideWorkflowError, SyncAsyncError, UsageError
+from sqla_durable.errors import DefinitionError, SessionError, StepOutsideWorkflowError, SyncAsyncError
 from sqla_durable.handle import AsyncHandle, Handle
 from sqla_durable.models import Workflow
 from sqla_durable.operations.runtime import StepCall
@@ -378,12 +378,7 @@ def _require_session(definition: StepDefinition, args: tuple[Any, ...]) -> None:
 
 
 def _refuse_mismatch(context: Context, definition: StepDefinition, args: tuple[Any, ...]) -> None:
-    if not context.at_home:
-        raise UsageError(
-            f"step {definition.name!r} was called in another task or thread than workflow {context.attempt.name!r}: "
-            "its place in the history would depend on which is faster. Call it in the workflow's own code, and await "
-            f"several together: asyncio.gather({definition.name}(...), {definition.name}(...))."
-        )
+    context.attempt.branches.require_here(f"step {definition.name!r}", workflow=context.attempt.name)
     if definition.is_async and not context.is_async:
         raise SyncAsyncError(
             f"step {definition.name!r} is async def and workflow {context.attempt.name!r} is def, which cannot await "

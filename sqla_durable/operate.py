@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 from sqla_durable.checks import fault_in
 from sqla_durable.context import Context, active
 from sqla_durable.errors import ArgumentError, UsageError
-from sqla_durable.operations.attempt import Position
-from sqla_durable.operations.runtime import Runtime
+from sqla_durable.operations.runtime import Operation
 from sqla_durable.registry import MARKS, require_name
-
-Operation = Callable[[Runtime, Position], Coroutine[Any, Any, Any]]
 
 
 def operate(name: str, operation: Operation, *, key: str | None = None) -> Any:
@@ -30,7 +26,7 @@ def operate(name: str, operation: Operation, *, key: str | None = None) -> Any:
     if key is not None:
         require_name(key, what=f"key of {name!r}")
     position = context.attempt.visit(name, ("sqla_durable", name), key=key)
-    return context.operate(lambda runtime: operation(runtime, position))
+    return context.operate(position, operation)
 
 
 def require_workflow(name: str) -> Context:
@@ -46,11 +42,6 @@ def require_workflow(name: str) -> Context:
         raise UsageError(
             f"{name!r} was called in step {context.step.position.key!r}, which is executed as a whole: call it in the "
             f"code of workflow {context.attempt.name!r}, before or after the step."
-        )
-    if not context.at_home:
-        raise UsageError(
-            f"{name!r} was called in another task or thread than workflow {context.attempt.name!r}: its place in the "
-            "history would depend on which is faster. Call it in the workflow's own code."
         )
     return context
 

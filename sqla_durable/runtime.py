@@ -12,7 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from sqla_durable.context import Context
+import sqla_durable.tasks as tasks
+from sqla_durable.context import Context, Fork
 from sqla_durable.errors import UsageError
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.runtime import Operation, StepCall, run_blocking
@@ -69,24 +70,24 @@ class BlockingRuntime(BaseRuntime):
 
     def context(self, step: StepCall | None = None) -> Context:
         """Give the ambient context of the workflow's own code, or of a step's function."""
-        whereabouts = threading.get_ident
-        return Context(
-            self.attempt,
-            self.perform,
-            self.operate,
-            is_async=False,
-            whereabouts=whereabouts,
-            home=whereabouts(),
-            step=step,
-        )
+        return Context(self.attempt, self.perform, self.operate, is_async=False, fork=self.fork, step=step)
+
+    @abstractmethod
+    def fork(self) -> Fork:
+        """Give what executes a branch of the workflow in another thread."""
 
     def perform(self, call: StepCall) -> Any:
         """Perform a step and give its outcome."""
-        return run_blocking(run_step(self, call))
+        with self.context(call).entered():
+            return run_blocking(run_step(self, call))
 
-    def operate(self, operation: Operation) -> Any:
+    def operate(self, position: Position, operation: Operation) -> Any:
         """Carry out an operation and give its outcome."""
-        return run_blocking(operation(self))
+        try:
+            with self.context().operating():
+                return run_blocking(operation(self, position))
+        finally:
+            self.attempt.left(position)
 
     async def call(self, call: StepCall, *injected: object) -> Any:
         """Call a step's function."""
@@ -95,8 +96,12 @@ class BlockingRuntime(BaseRuntime):
 
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
         """Call the workflow's function."""
+        self.attempt.branches.begin(threading.get_ident)
         with self.context().entered():
             return definition.call(arguments)
+
+    def leave(self) -> None:
+        """Leave nothing behind at the attempt's end: the branches of sync code have ended before."""
 
 
 class AsyncRuntime(BaseRuntime):
@@ -104,27 +109,32 @@ class AsyncRuntime(BaseRuntime):
 
     def context(self, step: StepCall | None = None) -> Context:
         """Give the ambient context of the workflow's own code, or of a step's function."""
-        whereabouts = asyncio.current_task
-        return Context(
-            self.attempt,
-            self.perform,
-            self.operate,
-            is_async=True,
-            whereabouts=whereabouts,
-            home=whereabouts(),
-            step=step,
-        )
+        return Context(self.attempt, self.perform, self.operate, is_async=True, step=step)
 
     async def perform(self, call: StepCall) -> Any:
         """Perform a step and give its outcome."""
+        self.attempt.carried_here(call.position)
         replayed = self.attempt.recorded(call.position) is not None
-        if call.definition.session is SessionKind.SYNC and not replayed:
-            return await self.perform_blocking(call)
-        return await run_step(self, call)
+        try:
+            with self.context(call).entered():
+                if not replayed:
+                    await tasks.let_replay_catch_up(self.attempt)
+                if call.definition.session is SessionKind.SYNC and not replayed:
+                    return await self.perform_blocking(call)
+                return await run_step(self, call)
+        finally:
+            self.attempt.left(call.position)  # cancelled before the step itself has begun
 
-    async def operate(self, operation: Operation) -> Any:
+    async def operate(self, position: Position, operation: Operation) -> Any:
         """Carry out an operation and give its outcome."""
-        return await operation(self)
+        self.attempt.carried_here(position)
+        try:
+            with self.context().operating():
+                if self.attempt.recorded(position) is None:
+                    await tasks.let_replay_catch_up(self.attempt)
+                return await operation(self, position)
+        finally:
+            self.attempt.left(position)  # cancelled before the operation itself has begun
 
     @abstractmethod
     async def perform_blocking(self, call: StepCall) -> Any:
@@ -144,15 +154,22 @@ class AsyncRuntime(BaseRuntime):
 
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
         """Call the workflow's function."""
-        with self.context().entered():
+        self.attempt.branches.begin(tasks.whereabouts)
+        with self.context().entered(), tasks.branching():
             coroutine: Awaitable[Any] = definition.call(arguments)
             try:
-                return await coroutine
+                value = await coroutine
             except asyncio.CancelledError as error:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
                     raise
                 raise UsageError(f"workflow {definition.name!r} ended with a CancelledError of its own.") from error
+            await tasks.until_cancelled_have_ended(self.attempt)
+            return value
+
+    def leave(self) -> None:
+        """Cancel what the workflow leaves behind at the attempt's end."""
+        tasks.abandon(self.attempt)
 
 
 def _returned(function: Callable[[], T]) -> T:

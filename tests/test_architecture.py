@@ -25,7 +25,8 @@ FLOORS = (
     {"management", "signals"},
     {"functions", "timers"},
     {"children"},
-    {"start", "handle", "runtime", "operate"},
+    {"start", "handle", "runtime", "operate", "threads"},
+    {"tasks"},
     {"context"},
     {"operations"},
     {"hints"},
@@ -35,7 +36,7 @@ FLOORS = (
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 WRITES_SQL = {"store"}
-KNOWS_ASYNCIO = {"hints", "runtime", "handle", "executor", "worker", "cli", "torture", "undisturbed"}
+KNOWS_ASYNCIO = {"hints", "runtime", "handle", "executor", "worker", "cli", "torture", "undisturbed", "tasks"}
 MODULES = sorted(ROOT.rglob("*.py"))
 SOURCES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in MODULES}
 

@@ -39,7 +39,18 @@ def test_public_object_has_a_docstring(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["Durable", "Executor", "AsyncExecutor", "Handle", "AsyncHandle", "Worker", "run_step", "start_many", "current"],
+    [
+        "Durable",
+        "Executor",
+        "AsyncExecutor",
+        "Handle",
+        "AsyncHandle",
+        "Worker",
+        "run_step",
+        "start_many",
+        "current",
+        "parallel",
+    ],
 )
 def test_main_names_have_an_example(name: str) -> None:
     assert "```python" in (inspect.getdoc(getattr(sqla_durable, name)) or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -14,14 +15,15 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 from typing_extensions import override
 
-from sqla_durable.errors import AttemptLost
+from sqla_durable.context import Fork
+from sqla_durable.errors import AttemptLost, SyncAsyncError
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.runtime import StepCall
 from sqla_durable.operations.transaction import HeldTransaction, StepTransaction, in_session
 from sqla_durable.registry import StepDefinition
 from sqla_durable.retry import TransientRetry
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
-from sqla_durable.store import Checkpoint, Completion, Connectable, Verdict, refresh_known, steps, workflows
+from sqla_durable.store import Checkpoint, Completion, Connectable, Verdict, refresh_known, schema, steps, workflows
 
 T = TypeVar("T")
 
@@ -71,6 +73,7 @@ class BlockingInline(BlockingRuntime):
     def __init__(self, story: Writing, attempt: Attempt) -> None:
         super().__init__(attempt)
         self._story = story
+        self._lock = threading.Lock()
 
     @override
     async def pause(self, seconds: float) -> None:
@@ -84,7 +87,7 @@ class BlockingInline(BlockingRuntime):
             return
         while wait.seconds > 0:
             await self.pause(min(wait.seconds, self._story.longest_pause))
-            await self._story.write(partial(_look, attempt=self.attempt), pause=self.pause)
+            await self._write(partial(_look, attempt=self.attempt))
 
     @override
     async def settle(self) -> None:
@@ -92,21 +95,44 @@ class BlockingInline(BlockingRuntime):
 
     @override
     async def record(self, checkpoint: Checkpoint) -> None:
-        await self._story.write(lambda session: _record(session, checkpoint), pause=self.pause)
+        await self._write(lambda session: _record(session, checkpoint))
 
     @override
     async def execute(self, statement: Callable[[Connectable], T]) -> T:
-        return await self._story.write(statement, pause=self.pause)
+        return await self._write(statement)
 
     @override
     async def begin(self, step: StepDefinition) -> StepTransaction:
-        transaction = self._story.transaction(isolation_level=step.isolation_level)
+        self._lock.acquire()
+        try:
+            self.attempt.proceed()
+        except BaseException:
+            self._lock.release()
+            raise
+        inner = self._story.transaction(isolation_level=step.isolation_level)
+        transaction = HeldTransaction(inner, self._lock.release)
         await transaction.begin()
         return transaction
 
     @override
     async def finish(self, completion: Completion) -> None:
         await self._story.write(lambda session: _finish(session, completion, self._story), pause=self.pause)
+
+    async def _write(self, statement: Callable[[Session], T]) -> T:
+        """Write in a transaction of its own, and have the session for oneself meanwhile."""
+        with self._lock:
+            self.attempt.proceed()
+            return await self._story.write(statement, pause=self.pause)
+
+    @override
+    def fork(self) -> Fork:
+        session = self._story.session
+        if isinstance(session, AsyncSession) or schema.engine_of(session).dialect.is_async:
+            raise SyncAsyncError(
+                f"parallel() was called in a workflow on {session!r}, the inside of an AsyncSession, which threads "
+                "cannot use: execute the workflow on a Session of a sync engine, or in a worker."
+            )
+        return Fork(self.context(), join=_nothing)
 
     @override
     def transient_retry(self) -> TransientRetry:
@@ -196,6 +222,10 @@ class AsyncInline(AsyncRuntime):
     @override
     def transient_retry(self) -> TransientRetry:
         return self._story.transient_retry()
+
+
+def _nothing() -> None:
+    """Wait for nothing: every operation is committed when it returns."""
 
 
 def _look(session: Session, attempt: Attempt) -> None:

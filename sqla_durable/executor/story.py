@@ -118,6 +118,7 @@ class Story:
             raise
         finally:
             attempt.stop(partial(AttemptLost, attempt.workflow_id))
+            runtime.leave()
         return Outcome.of(attempt.name, completion)
 
     def _runtime(self, attempt: Attempt) -> BlockingInline | AsyncInline:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from uuid import UUID
 
 from sqla_durable.errors import ControlFlow, Suspended, UnfinishedStepError, UsageError
+from sqla_durable.operations.branch import Branches
 from sqla_durable.store import Awaited, Claimed, Fence, Recorded
 
 
@@ -61,9 +60,12 @@ class Parking:
 class Attempt:
     """One execution of a workflow function.
 
-    A step's key is its name and occurrence, given when the step is called and not when it ends, so that parallel
-    steps have the same keys on every replay, whichever is faster. The workflow's own code visits, in one thread; the
-    steps that it has called may wait and leave in others.
+    A step's key is its name and occurrence in its branch, given when the step is called and not when it ends, so that
+    parallel steps have the same keys on every replay, whichever is faster. Callable from any thread: branches visit,
+    and the steps that they have called wait and leave, at the same time.
+
+    Attributes:
+        branches: the live branches of the workflow's own code.
     """
 
     def __init__(self, claimed: Claimed) -> None:
@@ -73,13 +75,13 @@ class Attempt:
         self.input: str = claimed.input
         self.is_child: bool = claimed.is_child
         self._history: Mapping[str, Recorded] = claimed.history
-        self._occurrences: Counter[str] = Counter()
+        self.branches = Branches()
         self._places: dict[str, object] = {}
         self._keys: set[str] = set()
         self._visited = 0
-        self._unfinished: dict[str, None] = {}
+        self._unfinished: dict[str, object] = {}  # by key, the task or thread that is in the operation
         self._waits: dict[str, Wait] = {}
-        self._parking = threading.Lock()
+        self._lock = self.branches.lock
         self._active_at = time.monotonic()
         self._stop: Callable[[], ControlFlow] | None = None
 
@@ -88,33 +90,47 @@ class Attempt:
         """The id of the workflow's record."""
         return self.fence.workflow_id
 
+    @property
+    def is_replaying(self) -> bool:
+        """Whether an earlier attempt has recorded anything."""
+        return bool(self._history)
+
     def visit(self, name: str, place: object, *, key: str | None = None) -> Position:
-        """Give the identity of the operation that the workflow calls now.
+        """Give the identity of the operation that the workflow calls now, in the branch that the code is in.
+
+        An explicit key is the operation's identity in the workflow, whatever branch it is called in.
 
         Raises:
-            UsageError: an explicit key is used twice, or two functions share a step name.
+            UsageError: an explicit key is used twice, two functions share a step name, or the code is in no branch.
         """
-        if self._places.setdefault(name, place) != place:
-            raise UsageError(
-                f"two functions are called under the step name {name!r} in workflow {self.name!r}: a replay could "
-                "take one's outcome for the other's. Give one of them another name."
-            )
-        self._visited += 1
-        self._occurrences[key or name] += 1
-        position = Position(self._key(name, key), name, self._visited)
-        if position.key in self._keys:
-            raise UsageError(
-                f"the step key {position.key!r} is used twice in workflow {self.name!r}: change one of them."
-            )
-        self._keys.add(position.key)
-        self._unfinished[position.key] = None
-        self._active_at = time.monotonic()
-        return position
+        branch = self.branches.require_here(f"step {name!r}", workflow=self.name)
+        with self._lock:
+            if self._places.setdefault(name, place) != place:
+                raise UsageError(
+                    f"two functions are called under the step name {name!r} in workflow {self.name!r}: a replay could "
+                    "take one's outcome for the other's. Give one of them another name."
+                )
+            self._visited += 1
+            position = Position(branch.key(name, explicit=key), name, self._visited)
+            if position.key in self._keys:
+                raise UsageError(
+                    f"the step key {position.key!r} is used twice in workflow {self.name!r}: change one of them."
+                )
+            self._keys.add(position.key)
+            self._unfinished[position.key] = self.branches.home()
+            self._active_at = time.monotonic()
+            return position
+
+    def carried_here(self, position: Position) -> None:
+        """Note that an operation is carried out in this task or thread, wherever it was called."""
+        with self._lock:
+            self._unfinished[position.key] = self.branches.home()
 
     def left(self, position: Position) -> None:
         """Note that an operation ended, whichever way."""
-        self._unfinished.pop(position.key, None)
-        self._active_at = time.monotonic()
+        with self._lock:
+            self._unfinished.pop(position.key, None)
+            self._active_at = time.monotonic()
 
     def recorded(self, position: Position) -> Recorded | None:
         """Give the operation's outcome from an earlier attempt."""
@@ -128,30 +144,41 @@ class Attempt:
 
     def wait(self, position: Position, wait: Wait) -> None:
         """Note that an operation waits."""
-        self._waits[position.key] = wait
+        with self._lock:
+            self._waits[position.key] = wait
 
     def go_on(self, position: Position) -> None:
         """Note that an operation waits no longer."""
-        self._waits.pop(position.key, None)
+        with self._lock:
+            self._waits.pop(position.key, None)
 
     @property
     def executing(self) -> bool:
         """Whether a step that the workflow has called is being executed now, and not waiting."""
-        return any(key not in self._waits for key in list(self._unfinished))
+        with self._lock:
+            return any(key not in self._waits for key in self._unfinished)
 
-    def begin_parking(self, *, quiet: float) -> Parking | None:
+    @property
+    def carriers(self) -> set[object]:
+        """The tasks or threads that are in an operation now."""
+        with self._lock:
+            return set(self._unfinished.values())
+
+    def begin_parking(self, *, quiet: float, idle: Callable[[], bool]) -> Parking | None:
         """Tell how the workflow can be parked now, once; None: it stays in memory.
 
         Only when every operation that it has called waits, and all of them for long enough: parking ends the others.
 
         Args:
-            quiet: for how many seconds the workflow must have called nothing, and nothing of it must have ended.
+            quiet: for how many seconds the workflow must have called nothing, and nothing of it must have ended, where
+                nobody can tell that it is idle.
+            idle: tells whether all of the workflow's own code waits for its operations, and for nothing else.
         """
-        with self._parking:
-            if time.monotonic() - self._active_at < quiet:
-                return None
-            waits = [self._waits.get(key) for key in list(self._unfinished)]
+        with self._lock:
+            waits = [self._waits.get(key) for key in self._unfinished]
             if self.stopped or any(each is None or each.until <= each.in_memory_until for each in waits):
+                return None
+            if not idle() and time.monotonic() - self._active_at < quiet:
                 return None
             self.stop(Suspended)
             return Parking.of(each for each in waits if each is not None)
@@ -188,20 +215,19 @@ class Attempt:
         """Refuse to finish a workflow that leaves steps behind.
 
         Raises:
-            UnfinishedStepError: a step was called and not awaited, or is still running in another task.
+            UnfinishedStepError: a step was called and not awaited, or a branch of the workflow is still running.
         """
-        if self._unfinished:
-            steps = list(self._unfinished)
+        steps = list(self._unfinished)
+        if steps:
             raise UnfinishedStepError(
                 f"workflow {self.name!r} returned while {', '.join(map(repr, steps))} was not finished: "
                 "await every step, the sync ones too.",
                 steps=steps,
             )
-
-    def _key(self, name: str, explicit: str | None) -> str:
-        occurrence = self._occurrences[explicit or name]
-        if occurrence == 1:
-            return explicit or name
-        if explicit is None:
-            return f"{name}#{occurrence}"
-        raise UsageError(f"the step key {explicit!r} is used twice in workflow {self.name!r}: each needs its own.")
+        branches = self.branches.left_open
+        if branches:
+            raise UnfinishedStepError(
+                f"workflow {self.name!r} returned while {', '.join(map(repr, branches))} was still running beside it, "
+                "and what it would have done is lost: await every task that the workflow makes.",
+                steps=branches,
+            )

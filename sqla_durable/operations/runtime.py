@@ -85,8 +85,8 @@ class Runtime(Protocol):
         ...
 
 
-Operation: TypeAlias = Callable[[Runtime], Coroutine[Any, Any, Any]]
-"""What an operation does on whatever runtime it has."""
+Operation: TypeAlias = Callable[[Runtime, Position], Coroutine[Any, Any, Any]]
+"""What an operation does, under its identity and on whatever runtime it has."""
 
 
 def run_blocking(operation: Coroutine[Any, Any, T]) -> T:

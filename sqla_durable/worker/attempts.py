@@ -155,6 +155,8 @@ class Attempts:
                 await asyncio.sleep(_LOOK_EVERY)  # steps beside the one that has ended, in threads too
             await on_loop.flush()
             raise
+        finally:
+            on_loop.leave()
 
     async def _release(self, fences: list[Fence]) -> None:
         """Hand workflows back; those whose rows somebody holds for long are reclaimed when this worker has left."""

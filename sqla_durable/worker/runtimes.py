@@ -9,19 +9,21 @@ import asyncio
 import concurrent.futures
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.tasks as tasks
+from sqla_durable.context import Fork
 from sqla_durable.errors import AttemptLost, EncodingError, Released, Suspended
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
 from sqla_durable.operations.runtime import StepCall
 from sqla_durable.operations.transaction import ClosingTransaction, HeldTransaction, StepTransaction
-from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition
+from sqla_durable.registry import SessionKind, StepDefinition
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Connectable, Park
@@ -65,11 +67,18 @@ class Surroundings:
         Raises:
             AttemptLost: the worker has left the thread behind.
         """
-        execution = persistently(self.database, statement, what="operation")
+        return self.on_loop(persistently(self.database, statement, what="operation"))
+
+    def on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Execute a coroutine on the worker's event loop, from one of its threads.
+
+        Raises:
+            AttemptLost: the worker has left the thread behind.
+        """
         try:
-            return asyncio.run_coroutine_threadsafe(execution, self.loop).result()
+            return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
         except (RuntimeError, concurrent.futures.CancelledError) as error:  # the loop is closed, or ends
-            execution.close()
+            coroutine.close()
             raise AttemptLost from error
 
     async def in_thread(self, function: Callable[[], T]) -> T:
@@ -79,17 +88,12 @@ class Surroundings:
 
 
 class Parkable(Protocol):
-    """What waiting needs of either runtime.
-
-    Attributes:
-        quiet: how long the workflow must have been quiet before it is parked.
-    """
+    """What waiting needs of either runtime."""
 
     attempt: Attempt
 
-    @property
-    def quiet(self) -> float:
-        """Give the seconds."""
+    async def begin_parking(self) -> Parking | None:
+        """Tell how the workflow can be parked now, once; None: it stays in memory."""
         ...
 
     async def pause(self, seconds: float) -> None:
@@ -112,7 +116,7 @@ async def wait_or_park(runtime: Parkable, position: Position, wait: Wait) -> Non
     attempt.wait(position, wait)
     try:
         while True:
-            parking = attempt.begin_parking(quiet=runtime.quiet)
+            parking = await runtime.begin_parking()
             if parking is not None:
                 try:
                     await runtime.park(parking)
@@ -133,11 +137,30 @@ async def wait_or_park(runtime: Parkable, position: Position, wait: Wait) -> Non
 class ThreadRuntime(BlockingRuntime):
     """An attempt at a `def` workflow, or a sync step of an `async def` one, in a thread."""
 
-    def __init__(self, attempt: Attempt, surroundings: Surroundings, *, quiet: float = 0.0) -> None:
+    def __init__(self, attempt: Attempt, surroundings: Surroundings) -> None:
         super().__init__(attempt)
         self._surroundings = surroundings
         self._last: concurrent.futures.Future[None] | None = None
-        self.quiet = quiet
+
+    async def begin_parking(self) -> Parking | None:
+        """Park at once when every branch waits: what else a thread does, nobody can see."""
+        attempt = self.attempt
+        return attempt.begin_parking(
+            quiet=float("inf"), idle=lambda: attempt.branches.all_join_or_are_among(attempt.carriers)
+        )
+
+    def fork(self) -> Fork:
+        """Give a runtime of its own to a branch's thread: what the workflow has recorded comes before its effects."""
+        branch = ThreadRuntime(self.attempt, self._surroundings)
+        branch._last = self._last
+        return Fork(branch.context(), join=lambda: self._join(branch))
+
+    def _join(self, branch: ThreadRuntime) -> None:
+        try:
+            branch.flush()
+        except BaseException:
+            self._last = branch._last  # what was refused stops every later operation, of whichever branch
+            raise
 
     async def pause(self, seconds: float) -> None:
         """Wait, or until the worker stops; then the attempt is told to end, or it would wait again and again."""
@@ -204,20 +227,10 @@ class LoopRuntime(AsyncRuntime):
         super().__init__(attempt)
         self._surroundings = surroundings
         self._last: asyncio.Future[None] | None = None
-        self._home: asyncio.Task[Any] | None = None
 
-    @property
-    def quiet(self) -> float:
-        """How long the workflow must have been quiet before it is parked: not at all where its own task waits.
-
-        In another task, of `gather` for example, its own code may be awaiting something else than this operation.
-        """
-        return 0.0 if asyncio.current_task() is self._home else _QUIET
-
-    async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
-        """Call the workflow's function."""
-        self._home = asyncio.current_task()
-        return await super().body(definition, arguments)
+    async def begin_parking(self) -> Parking | None:
+        """Park at once when every branch is seen to wait; where one may await something else, after a quiet while."""
+        return self.attempt.begin_parking(quiet=_QUIET, idle=lambda: tasks.are_idle(self.attempt))
 
     async def pause(self, seconds: float) -> None:
         """Wait, or until the worker stops; then the attempt is told to end, or it would wait again and again."""
@@ -286,12 +299,38 @@ class LoopRuntime(AsyncRuntime):
     async def perform_blocking(self, call: StepCall) -> Any:
         """Perform a step that takes a `Session` in a thread, as a whole."""
         await self.settle()
-        runtime = ThreadRuntime(self.attempt, self._surroundings, quiet=self.quiet)
-        return await self.in_thread(lambda: _performed(runtime, call))
+        runtime = StepRuntime(self, self._surroundings)
+        thread = asyncio.ensure_future(self.in_thread(lambda: _performed(runtime, call)))
+        try:
+            return await asyncio.shield(thread)
+        except asyncio.CancelledError:
+            # Cancelled by the workflow itself, which must not go on while the step may still commit.
+            while not (thread.done() or self.attempt.stopped):
+                await asyncio.wait([thread], timeout=_LOOK_EVERY)
+            thread.add_done_callback(_see)
+            raise
 
     async def in_thread(self, function: Callable[[], T]) -> T:
         """Call a function in one of the worker's threads."""
         return await self._surroundings.in_thread(function)
+
+
+class StepRuntime(ThreadRuntime):
+    """A sync step of an `async def` workflow, in a thread: what the workflow's tasks wait for, the event loop knows."""
+
+    def __init__(self, workflow: LoopRuntime, surroundings: Surroundings) -> None:
+        super().__init__(workflow.attempt, surroundings)
+        self._workflow = workflow
+
+    async def begin_parking(self) -> Parking | None:
+        """Ask on the event loop, where nothing changes meanwhile."""
+        return self._surroundings.on_loop(self._workflow.begin_parking())
+
+
+def _see(thread: asyncio.Future[Any]) -> None:
+    """Look at the error of a thread that nobody awaits any more, so that asyncio does not complain."""
+    if not thread.cancelled():
+        thread.exception()
 
 
 def _performed(runtime: ThreadRuntime, call: StepCall) -> Any:

@@ -7,14 +7,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import tenacity
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable import Durable, current
+from sqla_durable import Durable, current, parallel
 from tests.support.domain import Entry
 
 ROUNDS = 3
@@ -137,6 +137,28 @@ async def small_async(account: str) -> str:
     await credit_async(f"{account}/0")
     await call_async(f"{account}/0")
     return await credit_async(f"{account}/1")
+
+
+def _branch(account: str) -> str:
+    call(account)
+    return credit(account)
+
+
+@durable.workflow
+def forked(account: str) -> list[str]:
+    """Two branches of two operations."""
+    return list(parallel(partial(_branch, f"{account}/0"), partial(_branch, f"{account}/1")))
+
+
+async def _branch_async(account: str) -> str:
+    await call_async(account)
+    return await credit_async(account)
+
+
+@durable.workflow
+async def forked_async(account: str) -> list[str]:
+    """The same."""
+    return list(await asyncio.gather(_branch_async(f"{account}/0"), _branch_async(f"{account}/1")))
 
 
 @durable.step

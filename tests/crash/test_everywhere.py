@@ -33,6 +33,29 @@ def test_a_worker_that_dies_around_any_commit_leaves_the_same_end_state(
     assert report.points >= 4 * len(Moment), "claim, three operations and the outcome have at least four commits"
 
 
+# behaviour: S7
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("workflow", [application.forked, application.forked_async], ids=lambda each: each.name)
+def test_a_worker_that_dies_around_any_commit_of_a_branch_leaves_the_same_end_state(
+    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, workflow: Any
+) -> None:
+    """The order in which the branches have called their steps may differ, and nothing else."""
+    monkeypatch.setenv("CRASH_URL", database_url)
+
+    def end_state(session: Session, record: Workflow) -> object:
+        *before, history, credited, calls = ledger.end_state(session, record.id)
+        steps = cast("list[tuple[Any, ...]]", history)
+        return *map(str, before[:1]), sorted((key, str(status)) for key, _, status, _ in steps), credited, calls
+
+    report = crash_everywhere(
+        child.make_worker,
+        database_url,
+        start=lambda session: workflow.start(session, str(uuid4())),
+        end_state=end_state,
+    )
+    assert report.points >= 4 * len(Moment)
+
+
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("moment", Moment)
 @pytest.mark.parametrize("successor", ["executor", "worker"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, assert_type
 
 import tenacity
@@ -23,6 +24,7 @@ from sqla_durable import (
     StepFunction,
     TransactionalStep,
     current,
+    parallel,
     run_step,
 )
 
@@ -133,6 +135,13 @@ def first_parameter_that_may_be_a_session(anything: Any, cents: int) -> Receipt:
 def limits() -> None:
     """Know a limit: a first parameter of type `Any` could take a session, so it is dropped. Annotate it better."""
     durable.step(first_parameter_that_may_be_a_session)(1)
+
+
+def branches(functions: list[Callable[[], int]]) -> None:
+    assert_type(parallel(lambda: charge(1), lambda: 7), tuple[Receipt, int])
+    assert_type(parallel(partial(charge, 1), max_workers=1), tuple[Receipt])
+    assert_type(parallel(*functions), tuple[int, ...])
+    parallel(charge(1))  # type: ignore[call-overload]
 
 
 def where() -> None:

@@ -1,0 +1,222 @@
+"""The asyncio tasks that workflow code makes: each is a branch, named and counted when it is made.
+
+A task factory sees them; it is installed on the event loop while workflows are executed there, around whatever factory
+there is. What tasks are waiting for, as far as that can be known, is told here too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias, cast
+from weakref import WeakKeyDictionary
+
+from sqla_durable.context import Context, active, active_in
+from sqla_durable.operations.attempt import Attempt, Position
+from sqla_durable.operations.branch import Branch, Branches, name_of
+
+Task: TypeAlias = "asyncio.Task[Any]"
+
+_HOLD_WORKFLOWS = {"sqla_durable.bench", "sqla_durable.torture", "sqla_durable.testing"}
+_TURNS = 20  # of the event loop: a task group takes three to cancel, and one in another as many again
+_users: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
+_starting: dict[object, tuple[Branches, Branch]] = {}  # by coroutine, while its task is being made
+
+
+def whereabouts() -> object:
+    """Give the current task; None in a thread without an event loop, and in a callback of the loop."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return None
+    if task is not None and _starting:  # a task that starts eagerly is executed before it is given to anybody
+        _settle_in(task.get_coro(), task)
+    return task
+
+
+@contextmanager
+def branching() -> Generator[None]:
+    """Make the tasks of workflow code branches, on the running event loop."""
+    loop = asyncio.get_running_loop()
+    if not isinstance(loop.get_task_factory(), _Factory):
+        loop.set_task_factory(cast("Any", _Factory(loop.get_task_factory())))
+    _users[loop] = _users.get(loop, 0) + 1
+    try:
+        yield
+    finally:
+        _users[loop] -= 1
+        ours = loop.get_task_factory()
+        if not _users[loop] and isinstance(ours, _Factory):  # a foreign one that is wrapped around ours stays
+            loop.set_task_factory(ours.inner)
+
+
+class _Factory:
+    """A task factory that counts the tasks of workflow code, and leaves all others alone."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Task:
+        context = _workflow_of(options.get("context"))
+        if context is None or coroutine in _starting:
+            return self._make(loop, coroutine, options)
+        if _is_engines_own(coroutine):
+            return self._operation(context.attempt, self._make(loop, coroutine, options), coroutine)
+        parent = context.attempt.branches.here()
+        if parent is None:
+            return self._make(loop, coroutine, options)
+        return self._branch(context.attempt.branches, parent, coroutine, lambda: self._make(loop, coroutine, options))
+
+    def _make(self, loop: asyncio.AbstractEventLoop, coroutine: Any, options: dict[str, Any]) -> Task:
+        if self.inner is None:
+            return asyncio.Task(coroutine, loop=loop, **options)
+        return cast("Task", self.inner(loop, coroutine, **options))
+
+    def _branch(self, branches: Branches, parent: Branch, coroutine: Any, make: Callable[[], Task]) -> Task:
+        branch = parent if _is_waited_for() else parent.open(name_of(coroutine))
+        _starting[coroutine] = branches, branch
+        try:
+            task = make()
+            _settle_in(coroutine, task)
+        finally:
+            _starting.pop(coroutine, None)
+        task.add_done_callback(branches.leave)
+        return task
+
+    def _operation(self, attempt: Attempt, task: Task, coroutine: Any) -> Task:
+        """Let a call that got its key before count as ended with its task, which may be cancelled before it starts."""
+        position = _position_in(coroutine)
+        if position is not None:
+            task.add_done_callback(lambda _: attempt.left(position))
+        return task
+
+
+def _settle_in(coroutine: object, task: Task) -> None:
+    found = _starting.pop(coroutine, None)
+    if found is not None:
+        branches, branch = found
+        branches.enter(branch, task)
+
+
+def _workflow_of(given: contextvars.Context | None) -> Context | None:
+    """Give the context of the workflow whose own code makes a task now, and is to be its code too."""
+    context = active()
+    if context is None or not (context.is_async and context.is_workflow_code):
+        return None
+    inside = context if given is None else active_in(given)
+    return context if inside is not None and inside.attempt is context.attempt else None
+
+
+def _is_engines_own(coroutine: Any) -> bool:
+    """Tell a call of an operation, whose key was given when it was called."""
+    frame = getattr(coroutine, "cr_frame", None)
+    module = "" if frame is None else str(frame.f_globals.get("__name__"))
+    return module.startswith("sqla_durable.") and ".".join(module.split(".")[:2]) not in _HOLD_WORKFLOWS
+
+
+def _position_in(coroutine: Any) -> Position | None:
+    """Give the identity of the operation that a coroutine of the engine's will carry out."""
+    for each in coroutine.cr_frame.f_locals.values():
+        found = getattr(each, "position", each)
+        if isinstance(found, Position):
+            return found
+    return None
+
+
+def _is_waited_for() -> bool:
+    """Tell whether the task is made by `asyncio.wait_for`.
+
+    Up to Python 3.11 that makes one and waits for it, where later versions wait in the caller's own task: it is the
+    same line of code, and its steps have the same keys with every version.
+    """
+    frame = inspect.currentframe()
+    for _ in range(6):
+        if frame is None or frame.f_code is asyncio.wait_for.__code__:
+            break
+        frame = frame.f_back
+    return frame is not None and frame.f_code is asyncio.wait_for.__code__
+
+
+async def let_replay_catch_up(attempt: Attempt) -> None:
+    """Let what is recorded of other branches take effect before a branch executes its first step that is not.
+
+    Recorded outcomes come at once: an error among them that has cancelled this branch before cancels it again here,
+    before it executes anew what it was cancelled in.
+    """
+    branch = attempt.branches.here()
+    if attempt.is_replaying and (branch is None or not branch.has_caught_up) and len(attempt.branches.homes) > 1:
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+        if branch is not None:
+            branch.has_caught_up = True
+
+
+async def until_cancelled_have_ended(attempt: Attempt) -> None:
+    """Wait for the branches that the workflow itself has cancelled, as its last act perhaps."""
+    while True:
+        ending = [each for each in _live(attempt) if each.cancelling()]
+        if not ending:
+            break
+        await asyncio.wait(ending)
+        await asyncio.sleep(0)  # for their callbacks
+
+
+def abandon(attempt: Attempt) -> None:
+    """Cancel what an attempt leaves behind: nobody awaits it any more, and nothing of it can be recorded."""
+    here = asyncio.current_task()
+    left: list[Any] = [each for each in {*_live(attempt), *attempt.carriers} if isinstance(each, asyncio.Task)]
+    for task in left:
+        if task is not here and not task.done():
+            task.add_done_callback(_see)
+            task.cancel()
+
+
+def are_idle(attempt: Attempt) -> bool:
+    """Tell whether every branch is in an operation, or waits for branches and operations and for nothing else.
+
+    Only what can be known counts: a branch that awaits anything else may have something to do.
+    """
+    carriers, homes = attempt.carriers, attempt.branches.homes
+    known = carriers | homes.keys()
+    return all(home in carriers or _waits_for(home, known, homes) for home in homes)
+
+
+def _waits_for(home: object, known: set[object], homes: Mapping[object, Branch]) -> bool:
+    """Tell whether a task waits for known ones; asyncio has no public way to ask what it waits for."""
+    waiter: Any = getattr(home, "_fut_waiter", None)
+    if waiter is None or waiter.done():
+        return False
+    if waiter in known:
+        return True
+    gathered: Any = getattr(waiter, "_children", None)
+    if gathered is not None:
+        return all(each.done() or each in known for each in gathered)
+    if not inspect.iscoroutine(cast("Task", home).get_coro()):
+        return False
+    last = _innermost(cast("Task", home).get_coro())
+    if last.cr_code is asyncio.wait_for.__code__:
+        return sum(each is homes[home] for each in homes.values()) > 1
+    if isinstance(last.cr_frame.f_locals.get("self"), asyncio.TaskGroup):
+        group: Any = last.cr_frame.f_locals["self"]
+        return all(each.done() or each in known for each in getattr(group, "_tasks", [None]))
+    return False
+
+
+def _innermost(coroutine: Any) -> Any:
+    while inspect.iscoroutine(coroutine.cr_await):
+        coroutine = coroutine.cr_await
+    return coroutine
+
+
+def _live(attempt: Attempt) -> list[Task]:
+    branches = attempt.branches
+    return [cast("Task", home) for home, each in branches.homes.items() if each is not branches.root]
+
+
+def _see(task: Task) -> None:
+    """Look at the error of a task that nobody awaits, so that asyncio does not complain."""
+    if not task.cancelled():
+        task.exception()
