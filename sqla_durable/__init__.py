@@ -5,8 +5,9 @@ worker's lease); `Durable` makes functions durable; `Worker`, `Executor` and `As
 """
 
 from sqla_durable import errors, migrations, models, storage
-from sqla_durable.context import Execution, current
+from sqla_durable.context import current
 from sqla_durable.durable import Durable, run_step
+from sqla_durable.execution import Execution
 from sqla_durable.executor import AsyncExecutor, Executor
 from sqla_durable.functions import (
     AsyncStepFunction,
@@ -17,6 +18,7 @@ from sqla_durable.functions import (
     WorkflowFunction,
 )
 from sqla_durable.handle import AsyncHandle, Handle
+from sqla_durable.interceptors import Interceptor
 from sqla_durable.management import cancel, resume
 from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
@@ -35,6 +37,7 @@ __all__ = [
     "Execution",
     "Executor",
     "Handle",
+    "Interceptor",
     "Queue",
     "Signal",
     "StartOptions",

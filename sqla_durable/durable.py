@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -18,6 +18,7 @@ from sqla_durable.functions import (
     WorkflowFunction,
     perform,
 )
+from sqla_durable.interceptors import Interceptor, Interceptors
 from sqla_durable.registry import IsolationLevel, Registry, SessionKind, StepDefinition, WorkflowDefinition
 from sqla_durable.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
 
@@ -51,6 +52,10 @@ class Durable:
         sessionmaker: opens the `Session` of sync steps, and the worker's own statements.
         async_sessionmaker: the same for `AsyncSession`. A worker needs at least one of the two, here or of its own.
         payload_limit: the largest input, result or step result in bytes of JSON; 1 MiB by default.
+        interceptors: what is around its workflows and their steps, the outermost first; see `Interceptor`.
+
+    Raises:
+        DefinitionError: an interceptor is none.
     """
 
     def __init__(
@@ -59,11 +64,23 @@ class Durable:
         sessionmaker: sessionmaker[Session] | None = None,
         async_sessionmaker: async_sessionmaker[AsyncSession] | None = None,
         payload_limit: int = DEFAULT_LIMIT,
+        interceptors: Iterable[Interceptor] = (),
     ) -> None:
         self.sessionmaker = sessionmaker
         self.async_sessionmaker = async_sessionmaker
         self.payload_limit = payload_limit
         self.registry = Registry()
+        self._interceptors = Interceptors(interceptors)
+
+    def intercept(self, *interceptors: Interceptor) -> None:
+        """Add interceptors inside those that are there: for what is only known when the application starts.
+
+        They are around what is started and executed from now on.
+
+        Raises:
+            DefinitionError: one is no `Interceptor`.
+        """
+        self._interceptors.add(interceptors)
 
     # A coroutine function is a function too, and a session a first argument like any other: the overloads overlap,
     # and the first that fits decides.
@@ -216,8 +233,15 @@ class WorkflowDecorator:
 
     def __call__(self, fn: Callable[..., Any], /) -> AsyncWorkflowFunction[..., Any] | WorkflowFunction[..., Any]:
         """Make the function a workflow."""
-        definition = WorkflowDefinition.of(fn, name=self._name, queue=self._queue, limit=self._durable.payload_limit)
-        self._durable.registry.add_workflow(definition)
+        durable = self._durable
+        definition = WorkflowDefinition.of(
+            fn,
+            name=self._name,
+            queue=self._queue,
+            limit=durable.payload_limit,
+            interceptors=durable._interceptors,  # pyright: ignore[reportPrivateUsage]
+        )
+        durable.registry.add_workflow(definition)
         return AsyncWorkflowFunction(definition) if definition.is_async else WorkflowFunction(definition)
 
 

@@ -11,7 +11,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, TypeAlias, get_args
 from uuid import UUID
@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 from sqla_durable.checks import fault_in
 from sqla_durable.codec import DEFAULT_LIMIT, ArgumentsCodec, Codec
 from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError
+from sqla_durable.interceptors import Interceptors
 from sqla_durable.retry import RetryPolicy
 
 _FORBIDDEN = "#/"
@@ -105,6 +106,7 @@ class WorkflowDefinition:
     is_async: bool
     queue: str = "default"
     limit: int = DEFAULT_LIMIT
+    interceptors: Interceptors = field(default_factory=Interceptors, compare=False)
 
     @classmethod
     def of(
@@ -114,13 +116,15 @@ class WorkflowDefinition:
         name: str | None = None,
         queue: str = "default",
         limit: int = DEFAULT_LIMIT,
+        interceptors: Interceptors | None = None,
     ) -> WorkflowDefinition:
         """Describe a workflow function.
 
         Raises:
             DefinitionError: its arguments cannot be stored by name, or it takes a session.
         """
-        definition = cls(_name_of(fn, name, what="workflow"), fn, _is_async(fn), queue, limit)
+        name = _name_of(fn, name, what="workflow")
+        definition = cls(name, fn, _is_async(fn), queue, limit, interceptors or Interceptors())
         for parameter in definition.signature.parameters.values():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise DefinitionError(

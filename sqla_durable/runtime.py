@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from sqla_durable.context import Context
 from sqla_durable.errors import UsageError
+from sqla_durable.interceptors import Around, entered, entered_async
 from sqla_durable.operations.attempt import Attempt, Position, Wait
-from sqla_durable.operations.runtime import StepCall, run_blocking
+from sqla_durable.operations.runtime import StepCall, execution_of, run_blocking
 from sqla_durable.operations.step import run_step
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition
@@ -63,6 +65,13 @@ class BaseRuntime(ABC):
         """Give the policy for transient database errors in a step's transaction."""
         return TransientRetry()
 
+    def around(self, step: StepCall | None) -> Iterator[Around]:
+        """Ask the interceptors one by one, each when those before it are entered."""
+        execution = execution_of(self.attempt, step)
+        if step is None:
+            return (each.workflow(execution) for each in self.attempt.interceptors.workflows)
+        return (each.step(execution) for each in self.attempt.interceptors.steps)
+
 
 class BlockingRuntime(BaseRuntime):
     """The shell of `def` workflows: whatever waits blocks the thread."""
@@ -77,6 +86,12 @@ class BlockingRuntime(BaseRuntime):
     def perform(self, call: StepCall) -> Any:
         """Perform a step and give its outcome."""
         return run_blocking(run_step(self, call))
+
+    @asynccontextmanager
+    async def intercepted(self, step: StepCall | None = None) -> AsyncGenerator[None]:
+        """Enter the interceptors; nothing here suspends."""
+        with self.context(step).entered(), entered(self.around(step)):
+            yield
 
     async def call(self, call: StepCall, *injected: object) -> Any:
         """Call a step's function."""
@@ -113,6 +128,13 @@ class AsyncRuntime(BaseRuntime):
     async def in_thread(self, function: Callable[[], T]) -> T:
         """Call a function in a thread, in a copy of the context."""
         return await asyncio.to_thread(function)
+
+    @asynccontextmanager
+    async def intercepted(self, step: StepCall | None = None) -> AsyncGenerator[None]:
+        """Enter the interceptors, those that are awaited too."""
+        with self.context(step).entered():
+            async with entered_async(self.around(step)):
+                yield
 
     async def call(self, call: StepCall, *injected: object) -> Any:
         """Call a step's function."""

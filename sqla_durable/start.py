@@ -90,8 +90,23 @@ def bind(
             key=options.key,
             delay=delay,
             wake_at=options.at,
+            headers=_headers(definition),
         )
     )
+
+
+def _headers(definition: WorkflowDefinition) -> dict[str, str] | None:
+    """Ask the interceptors, and refuse what cannot be stored."""
+    headers = definition.interceptors.headers(definition.name)
+    for name, value in (headers or {}).items():
+        for text in (name, value):
+            fault = fault_in(text)
+            if fault is not None:
+                raise ArgumentError(
+                    f"an interceptor gave workflow {definition.name!r} the header {name!r}: {value!r}, of which "
+                    f"{text!r} {fault}. Nothing was started."
+                )
+    return headers
 
 
 def start(session: Session, bound: BoundWorkflow) -> Workflow:

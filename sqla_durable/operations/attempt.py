@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from sqla_durable.errors import ControlFlow, Suspended, UnfinishedStepError, UsageError
+from sqla_durable.interceptors import Interceptors
 from sqla_durable.store import Claimed, Fence, Recorded
+
+_NONE = Interceptors()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,8 @@ class Attempt:
         self.name: str = claimed.name
         self.number: int = claimed.attempt
         self.input: str = claimed.input
+        self.headers: Mapping[str, str] = claimed.headers
+        self.interceptors = _NONE
         self._history: Mapping[str, Recorded] = claimed.history
         self._occurrences: Counter[str] = Counter()
         self._places: dict[str, object] = {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from sqla_durable.errors import SyncAsyncError
+from sqla_durable.execution import Execution
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import StepDefinition
@@ -27,6 +29,21 @@ class StepCall:
     tries: Tries
 
 
+def execution_of(attempt: Attempt, step: StepCall | None = None) -> Execution:
+    """Tell users' code where it is: in which workflow, attempt and step."""
+    if step is None:
+        return Execution(attempt.workflow_id, attempt.name, attempt.number, headers=attempt.headers)
+    return Execution(
+        attempt.workflow_id,
+        attempt.name,
+        attempt.number,
+        step=step.position.key,
+        step_attempt=step.tries.count,
+        idempotency_key=attempt.idempotency_key(step.position),
+        headers=attempt.headers,
+    )
+
+
 class Runtime(Protocol):
     """How one attempt waits, calls and records."""
 
@@ -37,6 +54,10 @@ class Runtime(Protocol):
 
     async def call(self, call: StepCall, *injected: object) -> Any:
         """Call the step's function, sync or async, with the injected arguments first."""
+
+    def intercepted(self, step: StepCall | None = None) -> AbstractAsyncContextManager[None]:
+        """Enter the interceptors around a workflow's function, or around a try of a step, in its ambient context."""
+        ...
 
     async def pause(self, seconds: float) -> None:
         """Wait a moment in memory; may end early when the attempt is told to stop."""

@@ -22,7 +22,7 @@ from sqla_durable.errors import (
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Wait
 from sqla_durable.operations.boundary import Boundary
-from sqla_durable.operations.runtime import Runtime, StepCall
+from sqla_durable.operations.runtime import Runtime, StepCall, execution_of
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import SessionKind, StepDefinition
 from sqla_durable.retry import is_conflict, is_obstacle, is_transient, spoils_connection
@@ -160,7 +160,7 @@ class _Execution:
 
     async def _try(self) -> Recorded:
         if self._call.definition.session is SessionKind.NONE:
-            value = await self._runtime.call(self._call)
+            value = await self._called()
             return await self._record_alone(await self._success(value))
         transaction = await self._begin()
         try:
@@ -187,13 +187,32 @@ class _Execution:
             await transaction.execute(self._refuse_recorded)
         boundary = Boundary(transaction.session, step=self._call.position.key)
         try:
-            value = await self._runtime.call(self._call, transaction.injected)
+            value = await self._called(transaction)
             boundary.check()
         finally:
             boundary.leave()
         checkpoint = await self._success(value)
         await transaction.execute(lambda session: self._flush_and_record(session, checkpoint, transaction))
         return checkpoint
+
+    async def _called(self, transaction: StepTransaction | None = None) -> Any:
+        """Call the step's function, inside the interceptors; what they are around includes the flush."""
+        interceptors = self._attempt.interceptors
+        injected = () if transaction is None else (transaction.injected,)
+        if not interceptors.steps and (transaction is None or not interceptors.transactions):
+            return await self._runtime.call(self._call, *injected)
+        async with self._runtime.intercepted(self._call):
+            if transaction is not None:
+                await transaction.execute(self._intercept_transaction)
+            value = await self._runtime.call(self._call, *injected)
+            if transaction is not None:
+                await transaction.execute(Session.flush)
+            return value
+
+    def _intercept_transaction(self, session: Session) -> None:
+        execution = execution_of(self._attempt, self._call)
+        for each in self._attempt.interceptors.transactions:
+            each.transaction(execution, session)
 
     def _flush_and_record(self, session: Session, checkpoint: Checkpoint, transaction: StepTransaction) -> None:
         session.flush()

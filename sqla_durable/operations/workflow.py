@@ -33,8 +33,9 @@ async def run_workflow(runtime: Runtime, definition: WorkflowDefinition, body: B
 
 async def _outcome(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
     attempt = runtime.attempt
+    attempt.interceptors = definition.interceptors
     try:
-        value = await body(definition.arguments.decode(attempt.input))
+        value = await _called(runtime, definition, body)
         attempt.proceed()
         attempt.refuse_unfinished()
         output = definition.result.encode(value)
@@ -44,6 +45,14 @@ async def _outcome(runtime: Runtime, definition: WorkflowDefinition, body: Body)
     except BaseException as error:
         raise _signal_in(error) or error from None  # a task group wraps the signals of its tasks
     return Completion(attempt.fence, WorkflowStatus.SUCCEEDED, output=output)
+
+
+async def _called(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Any:
+    arguments = definition.arguments.decode(runtime.attempt.input)
+    if not definition.interceptors.workflows:
+        return await body(arguments)
+    async with runtime.intercepted():
+        return await body(arguments)
 
 
 def _signal_in(error: BaseException) -> ControlFlow | None:

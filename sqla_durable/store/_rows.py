@@ -134,6 +134,7 @@ class Claimed:
     attempt: int
     input: str
     started: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
     history: Mapping[str, Recorded] = field(default_factory=dict[str, Recorded])
 
 
@@ -149,6 +150,7 @@ class NewWorkflow:
     key: str | None = None
     delay: float | None = None
     wake_at: datetime | None = None
+    headers: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,7 @@ def with_histories(connectable: Connectable, claimed: Sequence[Claimed]) -> list
 
 
 def _claimed(row: Row[Any], token: UUID) -> Claimed:
-    return Claimed(Fence(row.id, token), row.name, row.attempt, row.input, row.started)
+    return Claimed(Fence(row.id, token), row.name, row.attempt, row.input, row.started, row.headers or {})
 
 
 def listening(after: Mapping[str, Place]) -> dict[str, str]:
@@ -197,6 +197,7 @@ def _claim_statement(candidates: Any) -> Any:
             WORKFLOW.c.priority,
             func.least(func.greatest(WORKFLOW.c.enqueued_at, _EARLIEST), _LATEST).label("enqueued_at"),
             cast(WORKFLOW.c.input, Text).label("input"),
+            WORKFLOW.c.headers,
             claimable.c.started_at.is_not(None).label("started"),
         )
     )

@@ -71,6 +71,7 @@ _NEW: Columns = {
     "input": Text(),
     "delay": Float(),
     "wake_at": DateTime(timezone=True),
+    "headers": Text(),
 }
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text()}
@@ -198,6 +199,8 @@ def _values(new: NewWorkflow) -> dict[str, Any]:
         "priority": new.priority,
         "input": new.input,
     }
+    if new.headers is not None:
+        values["headers"] = new.headers
     if new.wake_at is not None:
         values |= {"status": WorkflowStatus.SUSPENDED, "wake_at": new.wake_at}
     elif new.delay is not None:
@@ -222,6 +225,7 @@ def _row(new: NewWorkflow) -> dict[str, Any]:
         "input": json.dumps(new.input, ensure_ascii=False),
         "delay": new.delay,
         "wake_at": new.wake_at,
+        "headers": None if new.headers is None else json.dumps(new.headers, ensure_ascii=False),
     }
 
 
@@ -334,6 +338,7 @@ def _insert_many_statement(*, keyed: bool) -> Any:
         "input": cast(batch.c.input, JSONB),
         "status": case((wake_at.is_(None), WorkflowStatus.PENDING.value), else_=WorkflowStatus.SUSPENDED.value),
         "wake_at": wake_at,
+        "headers": cast(batch.c.headers, JSONB),
     }
     source = select(*columns.values())
     if keyed:
