@@ -24,6 +24,7 @@ DurableError
 │   ├── WorkflowFailedError           its own exception type cannot be rebuilt here
 │   ├── WorkflowCancelledError
 │   └── MaxAttemptsError              its workers died too often
+├── StepTimeoutError              (also TimeoutError) a step was not done within its time
 ├── StepFailedError               a step's own exception type cannot be rebuilt here
 ├── SchemaError                   the tables and this package do not fit together
 │   ├── SchemaMissingError
@@ -200,6 +201,20 @@ class WorkflowCancelledError(WorkflowError):
 
 class MaxAttemptsError(WorkflowError):
     """The workflow was stopped because its workers died too often while executing it."""
+
+
+class StepTimeoutError(DurableError, TimeoutError):
+    """A step was not done within its `timeout` or `total_timeout`; nothing of a transactional one is written.
+
+    Attributes:
+        step: the key of the step.
+        seconds: the time that it had.
+    """
+
+    def __init__(self, message: str, *, step: str, seconds: float) -> None:
+        super().__init__(message)
+        self.step = step
+        self.seconds = seconds
 
 
 class StepFailedError(DurableError):

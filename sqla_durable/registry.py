@@ -23,6 +23,7 @@ from sqla_durable.checks import fault_in
 from sqla_durable.codec import DEFAULT_LIMIT, ArgumentsCodec, Codec
 from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError
 from sqla_durable.interceptors import Interceptors
+from sqla_durable.limits import TimeLimits
 from sqla_durable.retry import RetryPolicy
 
 _FORBIDDEN = "#/"
@@ -55,6 +56,7 @@ class StepDefinition:
     policy: RetryPolicy | None = None
     limit: int = DEFAULT_LIMIT
     isolation_level: str | None = None
+    time_limits: TimeLimits | None = None
 
     @classmethod
     def of(
@@ -65,6 +67,7 @@ class StepDefinition:
         policy: RetryPolicy | None = None,
         limit: int = DEFAULT_LIMIT,
         isolation_level: str | None = None,
+        time_limits: TimeLimits | None = None,
     ) -> StepDefinition:
         """Describe a function, a bound method or any other callable.
 
@@ -80,6 +83,7 @@ class StepDefinition:
             policy=policy,
             limit=limit,
             isolation_level=isolation_level,
+            time_limits=time_limits,
         )
         _refuse_mixed(definition)
         _refuse_isolation(definition)

@@ -10,12 +10,13 @@ import asyncio
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeVar
 
 from sqla_durable.context import Context
 from sqla_durable.errors import UsageError
 from sqla_durable.interceptors import Around, entered, entered_async
+from sqla_durable.limits import Limit
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.runtime import StepCall, execution_of, run_blocking
 from sqla_durable.operations.step import run_step
@@ -93,9 +94,9 @@ class BlockingRuntime(BaseRuntime):
         with self.context(step).entered(), entered(self.around(step)):
             yield
 
-    async def call(self, call: StepCall, *injected: object) -> Any:
-        """Call a step's function."""
-        with self.context(call).entered():
+    async def call(self, call: StepCall, *injected: object, limit: Limit | None = None) -> Any:
+        """Call a step's function; one that comes back too late has failed."""
+        with self.context(call).entered(), nullcontext() if limit is None else limit.measured():
             return call.definition.fn(*injected, *call.args, **call.kwargs)
 
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
@@ -136,13 +137,16 @@ class AsyncRuntime(BaseRuntime):
             async with entered_async(self.around(step)):
                 yield
 
-    async def call(self, call: StepCall, *injected: object) -> Any:
-        """Call a step's function."""
+    async def call(self, call: StepCall, *injected: object, limit: Limit | None = None) -> Any:
+        """Call a step's function, and cancel it in time; one in a thread has failed if it comes back too late."""
         function = call.definition.fn
         with self.context(call).entered():
             if call.definition.is_async:
-                return await function(*injected, *call.args, **call.kwargs)
-            return await self.in_thread(lambda: _returned(lambda: function(*injected, *call.args, **call.kwargs)))
+                awaited = function(*injected, *call.args, **call.kwargs)
+                return await (awaited if limit is None else _cut_off(awaited, limit))
+            # Never left to itself: the next try must not begin beside it.
+            with nullcontext() if limit is None else limit.measured():
+                return await self.in_thread(lambda: _returned(lambda: function(*injected, *call.args, **call.kwargs)))
 
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
         """Call the workflow's function."""
@@ -155,6 +159,21 @@ class AsyncRuntime(BaseRuntime):
                 if task is not None and task.cancelling():
                     raise
                 raise UsageError(f"workflow {definition.name!r} ended with a CancelledError of its own.") from error
+
+
+async def _cut_off(awaited: Awaitable[T], limit: Limit) -> T:
+    """Await, and cancel what is not done in time; also what catches its cancellation and returns is too late."""
+    timer = asyncio.timeout(limit.seconds)
+    try:
+        async with timer:
+            value = await awaited
+    except TimeoutError as error:
+        if timer.expired():
+            raise limit.exceeded() from error
+        raise
+    if timer.expired():
+        raise limit.exceeded()
+    return value
 
 
 def _returned(function: Callable[[], T]) -> T:

@@ -29,7 +29,7 @@ FLOORS = (
     {"operations"},
     {"hints"},
     {"registry", "store", "failure", "migrations", "storage"},
-    {"models", "codec", "retry", "_programs", "checks", "undisturbed", "interceptors"},
+    {"models", "codec", "retry", "_programs", "checks", "undisturbed", "interceptors", "limits"},
     {"errors", "status", "execution"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from sqla_durable.errors import SyncAsyncError
 from sqla_durable.execution import Execution
+from sqla_durable.limits import Limit
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import StepDefinition
@@ -52,8 +53,12 @@ class Runtime(Protocol):
         """The attempt that this runtime carries."""
         ...
 
-    async def call(self, call: StepCall, *injected: object) -> Any:
-        """Call the step's function, sync or async, with the injected arguments first."""
+    async def call(self, call: StepCall, *injected: object, limit: Limit | None = None) -> Any:
+        """Call the step's function, sync or async, with the injected arguments first.
+
+        Raises:
+            StepTimeoutError: it is not done within the limit.
+        """
 
     def intercepted(self, step: StepCall | None = None) -> AbstractAsyncContextManager[None]:
         """Enter the interceptors around a workflow's function, or around a try of a step, in its ambient context."""
