@@ -23,6 +23,7 @@ DurableError
 ├── WorkflowError                 the outcome of a workflow that did not succeed
 │   ├── WorkflowFailedError           its own exception type cannot be rebuilt here
 │   ├── WorkflowCancelledError
+│   ├── WorkflowTimeoutError          it was not finished at its deadline
 │   └── MaxAttemptsError              its workers died too often
 ├── StepTimeoutError              (also TimeoutError) a step was not done within its time
 ├── StepFailedError               a step's own exception type cannot be rebuilt here
@@ -197,6 +198,10 @@ class WorkflowFailedError(WorkflowError):
 
 class WorkflowCancelledError(WorkflowError):
     """The workflow was cancelled."""
+
+
+class WorkflowTimeoutError(WorkflowError, TimeoutError):
+    """The workflow was not finished at its deadline. What was committed before stands; `resume` gives it more time."""
 
 
 class MaxAttemptsError(WorkflowError):

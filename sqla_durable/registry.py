@@ -11,7 +11,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, TypeAlias, get_args
 from uuid import UUID
@@ -22,11 +22,12 @@ from sqlalchemy.orm import Session
 from sqla_durable.checks import fault_in
 from sqla_durable.codec import DEFAULT_LIMIT, ArgumentsCodec, Codec
 from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError
-from sqla_durable.interceptors import Interceptors
+from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
 from sqla_durable.limits import TimeLimits
 from sqla_durable.retry import RetryPolicy
 
 _FORBIDDEN = "#/"
+_START_OPTIONS = {"key", "queue", "priority", "delay", "at", "timeout", "deadline"}
 IsolationLevel: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 ISOLATION_LEVELS: tuple[str, ...] = get_args(IsolationLevel)
 """What a transactional step may ask for, the weakest first."""
@@ -110,7 +111,7 @@ class WorkflowDefinition:
     is_async: bool
     queue: str = "default"
     limit: int = DEFAULT_LIMIT
-    interceptors: Interceptors = field(default_factory=Interceptors, compare=False)
+    interceptors: Interceptors = NO_INTERCEPTORS
 
     @classmethod
     def of(
@@ -120,15 +121,14 @@ class WorkflowDefinition:
         name: str | None = None,
         queue: str = "default",
         limit: int = DEFAULT_LIMIT,
-        interceptors: Interceptors | None = None,
+        interceptors: Interceptors = NO_INTERCEPTORS,
     ) -> WorkflowDefinition:
         """Describe a workflow function.
 
         Raises:
             DefinitionError: its arguments cannot be stored by name, or it takes a session.
         """
-        name = _name_of(fn, name, what="workflow")
-        definition = cls(name, fn, _is_async(fn), queue, limit, interceptors or Interceptors())
+        definition = cls(_name_of(fn, name, what="workflow"), fn, _is_async(fn), queue, limit, interceptors)
         for parameter in definition.signature.parameters.values():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise DefinitionError(
@@ -207,7 +207,7 @@ class WorkflowDefinition:
             )
 
     def _options_hint(self, kwargs: Mapping[str, object]) -> str:
-        options = sorted({"key", "queue", "priority", "delay", "at"} & kwargs.keys() - self.signature.parameters.keys())
+        options = sorted(_START_OPTIONS & kwargs.keys() - self.signature.parameters.keys())
         if not options:
             return ""
         given = ", ".join(f"{name}=..." for name in options)

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from sqla_durable.errors import ControlFlow, Suspended, UnfinishedStepError, UsageError
-from sqla_durable.interceptors import Interceptors
+from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
 from sqla_durable.store import Claimed, Fence, Recorded
-
-_NONE = Interceptors()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,7 @@ class Attempt:
         self.number: int = claimed.attempt
         self.input: str = claimed.input
         self.headers: Mapping[str, str] = claimed.headers
-        self.interceptors = _NONE
+        self.interceptors: Interceptors = NO_INTERCEPTORS
         self._history: Mapping[str, Recorded] = claimed.history
         self._occurrences: Counter[str] = Counter()
         self._places: dict[str, object] = {}

@@ -7,12 +7,21 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqla_durable.errors import ControlFlow, MaxAttemptsError, WorkflowCancelledError, WorkflowFailedError
+from sqla_durable.errors import (
+    ControlFlow,
+    MaxAttemptsError,
+    WorkflowCancelledError,
+    WorkflowFailedError,
+    WorkflowTimeoutError,
+)
 from sqla_durable.failure import Failure
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Completion, Standing
+
+# What the engine ends a workflow with, by the type that is recorded.
+_OF_THE_ENGINE = {f"{kind.__module__}:{kind.__qualname__}": kind for kind in (MaxAttemptsError, WorkflowTimeoutError)}
 
 Body = Callable[[dict[str, Any]], Awaitable[Any]]
 
@@ -83,6 +92,7 @@ class Outcome:
             WorkflowFailedError: where it is not.
             WorkflowCancelledError: it was cancelled.
             MaxAttemptsError: its workers died too often.
+            WorkflowTimeoutError: it was not finished at its deadline.
         """
         match self.standing.status:
             case WorkflowStatus.SUCCEEDED:
@@ -98,8 +108,8 @@ class Outcome:
 
     def _error(self) -> Exception:
         failure = Failure.from_json(self.standing.error or {"type": "unknown"})
-        if failure.type == f"{MaxAttemptsError.__module__}:{MaxAttemptsError.__qualname__}":
-            return MaxAttemptsError(f"{self._label} failed: {failure.message}.", workflow_id=self.standing.workflow_id)
+        if (kind := _OF_THE_ENGINE.get(failure.type)) is not None:
+            return kind(f"{self._label} failed: {failure.message}.", workflow_id=self.standing.workflow_id)
         error = failure.rebuild()
         if error is None:
             error = WorkflowFailedError(

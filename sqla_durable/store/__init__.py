@@ -1,8 +1,8 @@
 """Every SQL statement of this package, as functions of a `Session`; nothing here commits or opens a session.
 
 `schema` checks that the tables fit · `workflows` starts, finishes, releases, parks and wakes · `queues` claims ·
-`steps` records checkpoints · `workers` holds leases · `crashes` takes back what dead workers had · `management` cancels
-and resumes. The values that go in and out are below.
+`steps` records checkpoints · `workers` holds leases · `crashes` takes back what dead workers had · `deadlines` fails
+what is overdue · `management` cancels and resumes. The values that go in and out are below.
 """
 
 from sqla_durable.store._rows import (

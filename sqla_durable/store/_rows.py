@@ -140,7 +140,10 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class NewWorkflow:
-    """A workflow to be started. `delay` is in seconds, `wake_at` a time; at most one of them is given."""
+    """A workflow to be started. `delay`, `timeout` and `deadline` are in seconds, `wake_at` and `deadline_at` times.
+
+    At most one of `delay` and `wake_at` is given, and of `deadline` and `deadline_at`.
+    """
 
     id: UUID
     name: str
@@ -151,6 +154,9 @@ class NewWorkflow:
     delay: float | None = None
     wake_at: datetime | None = None
     headers: dict[str, str] | None = None
+    timeout: float | None = None
+    deadline: float | None = None
+    deadline_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

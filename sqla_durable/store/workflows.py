@@ -72,6 +72,9 @@ _NEW: Columns = {
     "delay": Float(),
     "wake_at": DateTime(timezone=True),
     "headers": Text(),
+    "timeout": Float(),
+    "deadline": Float(),
+    "deadline_at": DateTime(timezone=True),
 }
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text()}
@@ -201,6 +204,12 @@ def _values(new: NewWorkflow) -> dict[str, Any]:
     }
     if new.headers is not None:
         values["headers"] = new.headers
+    if new.timeout is not None:
+        values["timeout"] = timedelta(seconds=new.timeout)
+    if new.deadline_at is not None:
+        values["deadline_at"] = new.deadline_at
+    elif new.deadline is not None:
+        values["deadline_at"] = func.statement_timestamp() + timedelta(seconds=new.deadline)
     if new.wake_at is not None:
         values |= {"status": WorkflowStatus.SUSPENDED, "wake_at": new.wake_at}
     elif new.delay is not None:
@@ -226,6 +235,9 @@ def _row(new: NewWorkflow) -> dict[str, Any]:
         "delay": new.delay,
         "wake_at": new.wake_at,
         "headers": None if new.headers is None else json.dumps(new.headers, ensure_ascii=False),
+        "timeout": new.timeout,
+        "deadline": new.deadline,
+        "deadline_at": new.deadline_at,
     }
 
 
@@ -339,6 +351,8 @@ def _insert_many_statement(*, keyed: bool) -> Any:
         "status": case((wake_at.is_(None), WorkflowStatus.PENDING.value), else_=WorkflowStatus.SUSPENDED.value),
         "wake_at": wake_at,
         "headers": cast(batch.c.headers, JSONB),
+        "timeout": interval(batch.c.timeout),
+        "deadline_at": func.coalesce(batch.c.deadline_at, func.statement_timestamp() + interval(batch.c.deadline)),
     }
     source = select(*columns.values())
     if keyed:
