@@ -172,12 +172,12 @@ def test_an_async_step_is_ended_by_the_heartbeat_after_the_deadline(shell: Shell
 
 
 @on_workers
-@pytest.mark.parametrize("why", ["parked", "delayed", "paused"])
+@pytest.mark.parametrize("why", ["parked", "delayed", "unserved"])
 def test_what_waits_fails_at_its_deadline_without_being_woken(shell: Shell, app: Application, why: str) -> None:
     counting = Counting(app, failing=True)
-    options = {"delay": 9 * HOUR} if why == "delayed" else {"queue": "nobody's"} if why == "paused" else {}
+    more: dict[str, dict[str, Any]] = {"delayed": {"delay": 9 * HOUR}, "unserved": {"queue": "nobody's"}, "parked": {}}
     with shell.background():
-        workflow_id = _started(shell, counting.workflow.options(deadline=HOUR, **options))  # type: ignore[arg-type]
+        workflow_id = _started(shell, counting.workflow.options(deadline=HOUR, **more[why]))
         if why == "parked":
             races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED)
         _overdue(shell, workflow_id)
