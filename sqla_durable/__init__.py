@@ -6,8 +6,9 @@ worker's lease); `Durable` makes functions durable; `Worker`, `Executor` and `As
 
 from sqla_durable import errors, migrations, models, storage
 from sqla_durable.children import AsyncChild, Child, as_completed, wait_first
-from sqla_durable.context import Execution, current
+from sqla_durable.context import current
 from sqla_durable.durable import Durable, run_step
+from sqla_durable.execution import Execution
 from sqla_durable.executor import AsyncExecutor, Executor
 from sqla_durable.functions import (
     AsyncStepFunction,
@@ -18,6 +19,7 @@ from sqla_durable.functions import (
     WorkflowFunction,
 )
 from sqla_durable.handle import AsyncHandle, Handle
+from sqla_durable.interceptors import Interceptor
 from sqla_durable.management import cancel, resume
 from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
 from sqla_durable.signals import signal, start_with_signal, wait_signal
@@ -41,6 +43,7 @@ __all__ = [
     "Execution",
     "Executor",
     "Handle",
+    "Interceptor",
     "Queue",
     "Signal",
     "StartOptions",

@@ -11,32 +11,10 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
-from uuid import UUID
 
+from sqla_durable.execution import Execution
 from sqla_durable.operations.attempt import Attempt, Position
-from sqla_durable.operations.runtime import Operation, StepCall
-
-
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """Where the code is.
-
-    Attributes:
-        workflow_id: the id of the workflow's record.
-        workflow: the workflow's name.
-        attempt: the workflow's attempt, from 1; it counts up when a worker died, and when it is resumed.
-        step: the key of the step that is being executed; None between steps.
-        step_attempt: the try of that step, from 1, those of earlier attempts included; None between steps.
-        idempotency_key: for the system that the step calls: the same on every execution of this step, and of no
-            other; None between steps.
-    """
-
-    workflow_id: UUID
-    workflow: str
-    attempt: int
-    step: str | None = None
-    step_attempt: int | None = None
-    idempotency_key: str | None = None
+from sqla_durable.operations.runtime import Operation, StepCall, execution_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +98,4 @@ def current() -> Execution | None:
     context = active()
     if context is None:
         return None
-    attempt, step = context.attempt, context.step
-    if step is None:
-        return Execution(attempt.workflow_id, attempt.name, attempt.number)
-    return Execution(
-        attempt.workflow_id,
-        attempt.name,
-        attempt.number,
-        step=step.position.key,
-        step_attempt=step.tries.count,
-        idempotency_key=attempt.idempotency_key(step.position),
-    )
+    return execution_of(context.attempt, context.step)

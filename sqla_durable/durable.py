@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
+from datetime import timedelta
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -18,6 +19,8 @@ from sqla_durable.functions import (
     WorkflowFunction,
     perform,
 )
+from sqla_durable.interceptors import Interceptor, Interceptors
+from sqla_durable.limits import TimeLimits
 from sqla_durable.registry import IsolationLevel, Registry, SessionKind, StepDefinition, WorkflowDefinition
 from sqla_durable.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
 
@@ -51,6 +54,10 @@ class Durable:
         sessionmaker: opens the `Session` of sync steps, and the worker's own statements.
         async_sessionmaker: the same for `AsyncSession`. A worker needs at least one of the two, here or of its own.
         payload_limit: the largest input, result or step result in bytes of JSON; 1 MiB by default.
+        interceptors: what is around its workflows and their steps, the outermost first; see `Interceptor`.
+
+    Raises:
+        DefinitionError: an interceptor is none.
     """
 
     def __init__(
@@ -59,11 +66,23 @@ class Durable:
         sessionmaker: sessionmaker[Session] | None = None,
         async_sessionmaker: async_sessionmaker[AsyncSession] | None = None,
         payload_limit: int = DEFAULT_LIMIT,
+        interceptors: Iterable[Interceptor] = (),
     ) -> None:
         self.sessionmaker = sessionmaker
         self.async_sessionmaker = async_sessionmaker
         self.payload_limit = payload_limit
         self.registry = Registry()
+        self._interceptors = Interceptors(interceptors)
+
+    def intercept(self, *interceptors: Interceptor) -> None:
+        """Add interceptors inside those that are there: for what is only known when the application starts.
+
+        They are around what is started and executed from now on.
+
+        Raises:
+            DefinitionError: one is no `Interceptor`.
+        """
+        self._interceptors.add(interceptors)
 
     # A coroutine function is a function too, and a session a first argument like any other: the overloads overlap,
     # and the first that fits decides.
@@ -110,6 +129,8 @@ class Durable:
         stop: StopPredicate | None = None,
         wait: WaitFunction | None = None,
         isolation_level: IsolationLevel | None = None,
+        timeout: timedelta | None = None,
+        total_timeout: timedelta | None = None,
     ) -> AsyncTransactionalStep[P, R]: ...
 
     @overload
@@ -123,6 +144,8 @@ class Durable:
         stop: StopPredicate | None = None,
         wait: WaitFunction | None = None,
         isolation_level: IsolationLevel | None = None,
+        timeout: timedelta | None = None,
+        total_timeout: timedelta | None = None,
     ) -> TransactionalStep[P, R]: ...
 
     @overload
@@ -136,6 +159,8 @@ class Durable:
         stop: StopPredicate | None = None,
         wait: WaitFunction | None = None,
         isolation_level: IsolationLevel | None = None,
+        timeout: timedelta | None = None,
+        total_timeout: timedelta | None = None,
     ) -> AsyncStepFunction[P, R]: ...
 
     @overload
@@ -149,6 +174,8 @@ class Durable:
         stop: StopPredicate | None = None,
         wait: WaitFunction | None = None,
         isolation_level: IsolationLevel | None = None,
+        timeout: timedelta | None = None,
+        total_timeout: timedelta | None = None,
     ) -> StepFunction[P, R]: ...
 
     @overload
@@ -161,6 +188,8 @@ class Durable:
         stop: StopPredicate | None = None,
         wait: WaitFunction | None = None,
         isolation_level: IsolationLevel | None = None,
+        timeout: timedelta | None = None,
+        total_timeout: timedelta | None = None,
     ) -> StepDecorator: ...
 
     def step(
@@ -173,6 +202,8 @@ class Durable:
         stop: StopPredicate | None = None,
         wait: WaitFunction | None = None,
         isolation_level: IsolationLevel | None = None,
+        timeout: timedelta | None = None,
+        total_timeout: timedelta | None = None,
     ) -> Any:
         """Make a function a step, as a decorator with or without options, or at run time of any callable.
 
@@ -189,12 +220,18 @@ class Durable:
                 tries are recorded, and after a second of failing the workflow waits as a row; see docs, "Retries".
             isolation_level: of a transactional step's transaction; by default the engine's. Serialization failures
                 and deadlocks are tried again in any case, the whole step each time.
+            timeout: how long each try may take. What is `async def` is cancelled then; a `def` cannot be, and its try
+                counts as failed when it comes back too late. The error is a `StepTimeoutError`, for the policy like
+                any other; a transactional step is rolled back.
+            total_timeout: how long all tries and the waits between them may take, from the beginning of the first, on
+                whatever workers. Then, or when the next try would begin later, the outcome is a `StepTimeoutError`.
 
         Raises:
             DefinitionError: the function cannot be a step, or another one has the name.
         """
         policy = RetryPolicy.of(retry=retry, stop=stop, wait=wait)
-        decorator = StepDecorator(self, name=name, policy=policy, isolation_level=isolation_level)
+        limits = TimeLimits.of(timeout=timeout, total_timeout=total_timeout)
+        decorator = StepDecorator(self, name=name, policy=policy, isolation_level=isolation_level, time_limits=limits)
         return decorator if fn is None else decorator(fn)
 
 
@@ -216,8 +253,15 @@ class WorkflowDecorator:
 
     def __call__(self, fn: Callable[..., Any], /) -> AsyncWorkflowFunction[..., Any] | WorkflowFunction[..., Any]:
         """Make the function a workflow."""
-        definition = WorkflowDefinition.of(fn, name=self._name, queue=self._queue, limit=self._durable.payload_limit)
-        self._durable.registry.add_workflow(definition)
+        durable = self._durable
+        definition = WorkflowDefinition.of(
+            fn,
+            name=self._name,
+            queue=self._queue,
+            limit=durable.payload_limit,
+            interceptors=durable._interceptors,  # pyright: ignore[reportPrivateUsage]
+        )
+        durable.registry.add_workflow(definition)
         return AsyncWorkflowFunction(definition) if definition.is_async else WorkflowFunction(definition)
 
 
@@ -231,11 +275,13 @@ class StepDecorator:
         name: str | None,
         policy: RetryPolicy | None,
         isolation_level: IsolationLevel | None,
+        time_limits: TimeLimits | None,
     ) -> None:
         self._durable = durable
         self._name = name
         self._policy = policy
         self._isolation_level = isolation_level
+        self._time_limits = time_limits
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
@@ -262,6 +308,7 @@ class StepDecorator:
             policy=self._policy,
             limit=durable.payload_limit,
             isolation_level=self._isolation_level,
+            time_limits=self._time_limits,
         )
         durable.registry.add_step(definition)
         return _STEP_CLASSES[definition.session, definition.is_async](definition)

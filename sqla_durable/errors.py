@@ -26,7 +26,9 @@ DurableError
 ├── WorkflowError                 the outcome of a workflow that did not succeed
 │   ├── WorkflowFailedError           its own exception type cannot be rebuilt here
 │   ├── WorkflowCancelledError
+│   ├── WorkflowTimeoutError          it was not finished at its deadline
 │   └── MaxAttemptsError              its workers died too often
+├── StepTimeoutError              (also TimeoutError) a step was not done within its time
 ├── StepFailedError               a step's own exception type cannot be rebuilt here
 ├── SchemaError                   the tables and this package do not fit together
 │   ├── SchemaMissingError
@@ -213,8 +215,26 @@ class WorkflowCancelledError(WorkflowError):
     """The workflow was cancelled."""
 
 
+class WorkflowTimeoutError(WorkflowError, TimeoutError):
+    """The workflow was not finished at its deadline. What was committed before stands; `resume` gives it more time."""
+
+
 class MaxAttemptsError(WorkflowError):
     """The workflow was stopped because its workers died too often while executing it."""
+
+
+class StepTimeoutError(DurableError, TimeoutError):
+    """A step was not done within its `timeout` or `total_timeout`; nothing of a transactional one is written.
+
+    Attributes:
+        step: the key of the step.
+        seconds: the time that it had.
+    """
+
+    def __init__(self, message: str, *, step: str, seconds: float) -> None:
+        super().__init__(message)
+        self.step = step
+        self.seconds = seconds
 
 
 class StepFailedError(DurableError):

@@ -177,6 +177,8 @@ class _WorkflowFunction(_Durable[P, R]):
         delay: timedelta | None = None,
         at: datetime | None = None,
         detached: bool | None = None,
+        timeout: timedelta | None = None,
+        deadline: timedelta | datetime | None = None,
     ) -> Self:
         """Give the workflow with options for its start, added to those that it has: see `StartOptions`.
 
@@ -188,6 +190,7 @@ class _WorkflowFunction(_Durable[P, R]):
             ArgumentError: an option is blank, out of range, or contradicts another.
         """
         given = {"key": key, "queue": queue, "priority": priority, "delay": delay, "at": at, "detached": detached}
+        given |= {"timeout": timeout, "deadline": deadline}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return type(self)(self.definition, replace(self.start_options, **changes))
 

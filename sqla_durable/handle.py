@@ -81,6 +81,7 @@ class Handle(_BaseHandle[R]):
             Exception: the workflow's own error, where its type is imported in this process.
             WorkflowFailedError: the same, where it is not.
             WorkflowCancelledError, MaxAttemptsError: it was cancelled, or its workers died too often.
+            WorkflowTimeoutError: it was not finished at its deadline.
             ResultTimeoutError: it has no outcome yet.
             WorkflowNotFoundError: there is no such workflow, or its start is not committed.
             ArgumentError: the record is of another workflow.

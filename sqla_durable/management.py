@@ -70,16 +70,16 @@ def resume(session: AsyncSession, workflows: Selected) -> Coroutine[Any, Any, li
 
 
 def resume(session: Session | AsyncSession, workflows: Selected) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
-    """Enqueue workflows again that were cancelled, or stopped because their workers died too often.
+    """Enqueue workflows again that were cancelled, or stopped for their crashes or their deadline.
 
     ```python
     resume(session, select(Workflow).where(Workflow.error["type"].astext == "sqla_durable.errors:MaxAttemptsError"))
     ```
 
     They go on after their last checkpoint, on their old queues, as their next attempt, and may again lose as many
-    workers as the worker's `max_attempts` allows. Never commits; locks as `cancel` does. A workflow that failed with an
-    error of its own is not resumed: it would meet the same recorded error. One that was cancelled before its delay was
-    over is enqueued now.
+    workers as the worker's `max_attempts` allows. A deadline that has come is lifted; one that is still to come stands.
+    Never commits; locks as `cancel` does. A workflow that failed with an error of its own is not resumed: it would meet
+    the same recorded error. One that was cancelled before its delay was over is enqueued now.
 
     Args:
         session: the caller's session; with an `AsyncSession`, await the call.

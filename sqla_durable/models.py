@@ -76,7 +76,7 @@ class Workflow(Base):
     Arguments are stored by parameter name. `token` identifies the attempt that may write while the workflow is running,
     and that finished it. `priority` is served lowest first. A suspended workflow with `wake_at` waits for that time.
     `attempt` counts up when a worker dies; `crashes` counts its last attempts in a row whose worker died before they
-    had recorded a step.
+    had recorded a step. `headers` are what interceptors gave to it when it was started.
     """
 
     __tablename__ = "workflow"
@@ -107,6 +107,7 @@ class Workflow(Base):
     detached: Mapped[bool] = mapped_column(server_default=false())
     forked_from: Mapped[UUID | None]
     version: Mapped[str | None]
+    headers: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
 
     steps: Mapped[list[Step]] = relationship(
         back_populates="workflow", order_by="Step.position", passive_deletes="all", viewonly=False
@@ -155,6 +156,7 @@ class Workflow(Base):
         CheckConstraint("awaits IS NULL OR (status = 'suspended' AND jsonb_typeof(awaits) = 'array')", name="awaits"),
         CheckConstraint("parent_key IS NULL OR parent_key ~ '[^[:space:]]'", name="parent"),
         CheckConstraint("version ~ '[^[:space:]]'", name="version"),
+        CheckConstraint("jsonb_typeof(headers) = 'object'", name="headers"),
         # The same workflow and key are the same workflow: this index refuses the second.
         Index("workflow_name_key_key", "name", "key", unique=True, postgresql_where=text("key IS NOT NULL")),
         # The claim: first in, first out within a priority.
@@ -169,11 +171,7 @@ class Workflow(Base):
         # Reclaim, heartbeat, and what a worker is doing now.
         Index("workflow_running_idx", "worker_id", postgresql_where=text("status = 'running'")),
         # Timers and delayed starts that are due.
-        Index(
-            "workflow_wake_idx",
-            "wake_at",
-            postgresql_where=text("status = 'suspended' AND wake_at IS NOT NULL"),
-        ),
+        Index("workflow_wake_idx", "wake_at", postgresql_where=text("status = 'suspended' AND wake_at IS NOT NULL")),
         # What is to fail when its time has come.
         Index(
             "workflow_deadline_idx",

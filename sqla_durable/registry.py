@@ -22,9 +22,12 @@ from sqlalchemy.orm import Session
 from sqla_durable.checks import fault_in
 from sqla_durable.codec import DEFAULT_LIMIT, ArgumentsCodec, Codec
 from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError
+from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
+from sqla_durable.limits import TimeLimits
 from sqla_durable.retry import RetryPolicy
 
 MARKS = "#/"
+_START_OPTIONS = {"key", "queue", "priority", "delay", "at", "detached", "timeout", "deadline"}
 IsolationLevel: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 ISOLATION_LEVELS: tuple[str, ...] = get_args(IsolationLevel)
 """What a transactional step may ask for, the weakest first."""
@@ -54,6 +57,7 @@ class StepDefinition:
     policy: RetryPolicy | None = None
     limit: int = DEFAULT_LIMIT
     isolation_level: str | None = None
+    time_limits: TimeLimits | None = None
 
     @classmethod
     def of(
@@ -64,6 +68,7 @@ class StepDefinition:
         policy: RetryPolicy | None = None,
         limit: int = DEFAULT_LIMIT,
         isolation_level: str | None = None,
+        time_limits: TimeLimits | None = None,
     ) -> StepDefinition:
         """Describe a function, a bound method or any other callable.
 
@@ -79,6 +84,7 @@ class StepDefinition:
             policy=policy,
             limit=limit,
             isolation_level=isolation_level,
+            time_limits=time_limits,
         )
         _refuse_mixed(definition)
         _refuse_isolation(definition)
@@ -105,6 +111,7 @@ class WorkflowDefinition:
     is_async: bool
     queue: str = "default"
     limit: int = DEFAULT_LIMIT
+    interceptors: Interceptors = NO_INTERCEPTORS
 
     @classmethod
     def of(
@@ -114,13 +121,14 @@ class WorkflowDefinition:
         name: str | None = None,
         queue: str = "default",
         limit: int = DEFAULT_LIMIT,
+        interceptors: Interceptors = NO_INTERCEPTORS,
     ) -> WorkflowDefinition:
         """Describe a workflow function.
 
         Raises:
             DefinitionError: its arguments cannot be stored by name, or it takes a session.
         """
-        definition = cls(_name_of(fn, name, what="workflow"), fn, _is_async(fn), queue, limit)
+        definition = cls(_name_of(fn, name, what="workflow"), fn, _is_async(fn), queue, limit, interceptors)
         for parameter in definition.signature.parameters.values():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise DefinitionError(
@@ -199,9 +207,7 @@ class WorkflowDefinition:
             )
 
     def _options_hint(self, kwargs: Mapping[str, object]) -> str:
-        options = sorted(
-            {"key", "queue", "priority", "delay", "at", "detached"} & kwargs.keys() - self.signature.parameters.keys()
-        )
+        options = sorted(_START_OPTIONS & kwargs.keys() - self.signature.parameters.keys())
         if not options:
             return ""
         given = ", ".join(f"{name}=..." for name in options)

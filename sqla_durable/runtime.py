@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeVar
 
 import sqla_durable.tasks as tasks
 from sqla_durable.context import Context, Fork
 from sqla_durable.errors import UsageError
+from sqla_durable.interceptors import Around, entered, entered_async
+from sqla_durable.limits import Limit
 from sqla_durable.operations.attempt import Attempt, Position, Wait
-from sqla_durable.operations.runtime import Operation, StepCall, run_blocking
+from sqla_durable.operations.runtime import Operation, StepCall, execution_of, run_blocking
 from sqla_durable.operations.step import run_step
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition
@@ -64,6 +67,13 @@ class BaseRuntime(ABC):
         """Give the policy for transient database errors in a step's transaction."""
         return TransientRetry()
 
+    def around(self, step: StepCall | None) -> Iterator[Around]:
+        """Ask the interceptors one by one, each when those before it are entered."""
+        execution = execution_of(self.attempt, step)
+        if step is None:
+            return (each.workflow(execution) for each in self.attempt.interceptors.workflows)
+        return (each.step(execution) for each in self.attempt.interceptors.steps)
+
 
 class BlockingRuntime(BaseRuntime):
     """The shell of `def` workflows: whatever waits blocks the thread."""
@@ -89,9 +99,15 @@ class BlockingRuntime(BaseRuntime):
         finally:
             self.attempt.left(position)
 
-    async def call(self, call: StepCall, *injected: object) -> Any:
-        """Call a step's function."""
-        with self.context(call).entered():
+    @asynccontextmanager
+    async def intercepted(self, step: StepCall | None = None) -> AsyncGenerator[None]:
+        """Enter the interceptors; nothing here suspends."""
+        with self.context(step).entered(), entered(self.around(step)):
+            yield
+
+    async def call(self, call: StepCall, *injected: object, limit: Limit | None = None) -> Any:
+        """Call a step's function; one that comes back too late has failed."""
+        with self.context(call).entered(), nullcontext() if limit is None else limit.measured():
             return call.definition.fn(*injected, *call.args, **call.kwargs)
 
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
@@ -144,13 +160,23 @@ class AsyncRuntime(BaseRuntime):
         """Call a function in a thread, in a copy of the context."""
         return await asyncio.to_thread(function)
 
-    async def call(self, call: StepCall, *injected: object) -> Any:
-        """Call a step's function."""
+    @asynccontextmanager
+    async def intercepted(self, step: StepCall | None = None) -> AsyncGenerator[None]:
+        """Enter the interceptors, those that are awaited too."""
+        with self.context(step).entered():
+            async with entered_async(self.around(step)):
+                yield
+
+    async def call(self, call: StepCall, *injected: object, limit: Limit | None = None) -> Any:
+        """Call a step's function, and cancel it in time; one in a thread has failed if it comes back too late."""
         function = call.definition.fn
         with self.context(call).entered():
             if call.definition.is_async:
-                return await function(*injected, *call.args, **call.kwargs)
-            return await self.in_thread(lambda: _returned(lambda: function(*injected, *call.args, **call.kwargs)))
+                awaited = function(*injected, *call.args, **call.kwargs)
+                return await (awaited if limit is None else _cut_off(awaited, limit))
+            # Never left to itself: the next try must not begin beside it.
+            with nullcontext() if limit is None else limit.measured():
+                return await self.in_thread(lambda: _returned(lambda: function(*injected, *call.args, **call.kwargs)))
 
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
         """Call the workflow's function."""
@@ -170,6 +196,21 @@ class AsyncRuntime(BaseRuntime):
     def leave(self) -> None:
         """Cancel what the workflow leaves behind at the attempt's end."""
         tasks.abandon(self.attempt)
+
+
+async def _cut_off(awaited: Awaitable[T], limit: Limit) -> T:
+    """Await, and cancel what is not done in time; also what catches its cancellation and returns is too late."""
+    timer = asyncio.timeout(limit.seconds)
+    try:
+        async with timer:
+            value = await awaited
+    except TimeoutError as error:
+        if timer.expired():
+            raise limit.exceeded() from error
+        raise
+    if timer.expired():
+        raise limit.exceeded()
+    return value
 
 
 def _returned(function: Callable[[], T]) -> T:

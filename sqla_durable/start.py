@@ -36,6 +36,10 @@ class StartOptions:
         delay: how long after now it becomes due. Not together with `at`.
         at: when it becomes due, with a time zone. A time in the past is now.
         detached: as a child it is not cancelled with its parent.
+        timeout: how long after its first claim it is to be finished, over all its attempts and waits.
+        deadline: when it is to be finished whether it was claimed or not: a time with a time zone, or how long after
+            this start. With both, the earlier one counts. A workflow that is not finished then fails with
+            `WorkflowTimeoutError`.
 
     Raises:
         ArgumentError: an option is blank, out of range, or contradicts another.
@@ -47,6 +51,8 @@ class StartOptions:
     delay: timedelta | None = None
     at: datetime | None = None
     detached: bool = False
+    timeout: timedelta | None = None
+    deadline: timedelta | datetime | None = None
 
     def __post_init__(self) -> None:
         for name in ("key", "queue"):
@@ -63,8 +69,19 @@ class StartOptions:
             raise ArgumentError(f"at={self.at!r} is not a datetime.")
         if self.delay is not None and self.at is not None:
             raise ArgumentError(f"delay={self.delay!r} and at={self.at!r} contradict each other: give one of them.")
-        if self.at is not None and self.at.tzinfo is None:
-            raise ArgumentError(f"at={self.at!r} has no time zone: give one, for example tzinfo=UTC.")
+        for name, value in {"at": self.at, "deadline": self.deadline}.items():
+            if isinstance(value, datetime) and value.tzinfo is None:
+                raise ArgumentError(f"{name}={value!r} has no time zone: give one, for example tzinfo=UTC.")
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        if self.timeout is not None:
+            require_duration(self.timeout, "timeout")
+        if self.deadline is not None and not isinstance(self.deadline, datetime):
+            require_duration(self.deadline, "deadline")
+        for name, value in {"timeout": self.timeout, "deadline": self.deadline}.items():
+            if isinstance(value, timedelta) and value <= timedelta():
+                raise ArgumentError(f"{name}={value!r} is no time to do anything in: write timedelta(hours=1).")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +99,7 @@ def bind(
     Raises:
         ArgumentError, EncodingError: the arguments do not fit, or cannot be stored.
     """
+    timeout, deadline = options.timeout, options.deadline
     delay = None if options.delay is None or options.delay <= timedelta() else options.delay.total_seconds()
     return BoundWorkflow(
         NewWorkflow(
@@ -94,6 +112,10 @@ def bind(
             delay=delay,
             wake_at=options.at,
             detached=options.detached,
+            headers=_headers(definition),
+            timeout=None if timeout is None else timeout.total_seconds(),
+            deadline=deadline.total_seconds() if isinstance(deadline, timedelta) else None,
+            deadline_at=deadline if isinstance(deadline, datetime) else None,
         )
     )
 
@@ -105,6 +127,20 @@ def of_step(bound: BoundWorkflow) -> BoundWorkflow:
         return bound
     attempt, step = context.attempt, context.step
     return BoundWorkflow(replace(bound.new, parent_id=attempt.workflow_id, parent_key=step.position.key))
+
+
+def _headers(definition: WorkflowDefinition) -> dict[str, str] | None:
+    """Ask the interceptors, and refuse what cannot be stored."""
+    headers = definition.interceptors.headers(definition.name)
+    for name, value in (headers or {}).items():
+        for text in (name, value):
+            fault = fault_in(text)
+            if fault is not None:
+                raise ArgumentError(
+                    f"an interceptor gave workflow {definition.name!r} the header {name!r}: {value!r}, of which "
+                    f"{text!r} {fault}. Nothing was started."
+                )
+    return headers
 
 
 def start(session: Session, bound: BoundWorkflow) -> Workflow:

@@ -31,8 +31,8 @@ FLOORS = (
     {"operations"},
     {"hints"},
     {"registry", "store", "failure", "migrations", "storage"},
-    {"models", "codec", "retry", "_programs", "checks", "undisturbed"},
-    {"errors", "status"},
+    {"models", "codec", "retry", "_programs", "checks", "undisturbed", "interceptors", "limits"},
+    {"errors", "status", "execution"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 WRITES_SQL = {"store"}

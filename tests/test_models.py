@@ -77,6 +77,8 @@ def test_name_alone_has_no_arguments(session_factory: sessionmaker[Session]) -> 
         ("workflow_status_check", {"status": "rescued"}),
         ("workflow_input_check", {"input": "[1]"}),
         ("workflow_input_check", {"input": "null"}),
+        ("workflow_headers_check", {"headers": "[1]"}),
+        ("workflow_headers_check", {"headers": "null"}),
         ("workflow_attempt_check", {"attempt": 0}),
         ("workflow_error_check", {"status": "failed", "finished_at": NOW, "error": "null"}),
         ("workflow_error_check", {"status": "failed", "finished_at": NOW, "error": '"type"'}),

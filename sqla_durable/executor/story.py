@@ -38,7 +38,7 @@ from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.retry import TransientRetry, is_transient
 from sqla_durable.start import BoundWorkflow, add
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import Claimed, crashes, queues, schema, workers, workflows
+from sqla_durable.store import Claimed, crashes, deadlines, queues, schema, workers, workflows
 
 T = TypeVar("T")
 Pause: TypeAlias = "Callable[[float], Awaitable[None]]"
@@ -95,6 +95,8 @@ class Story:
         claimed = queues.claim_one(session, workflow_id, worker_id=self.worker_id, token=uuid7())
         if claimed is not None:
             return queues.with_histories(session, [claimed])[0]
+        if deadlines.fail_one(session, workflow_id):
+            return Outcome(workflows.standing(session, workflow_id))
         raise WorkflowRunningError(
             f"workflow {standing.name!r} {workflow_id} is {standing.status}, and not to be claimed now: a worker or "
             "an executor holds a live lease on it, or it waits. Wait for its result with a handle.",

@@ -9,6 +9,7 @@ from math import isfinite
 from uuid import UUID
 
 from sqla_durable.errors import ControlFlow, Suspended, UnfinishedStepError, UsageError
+from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
 from sqla_durable.operations.branch import Branches
 from sqla_durable.store import Awaited, Claimed, Fence, Recorded
 
@@ -74,6 +75,8 @@ class Attempt:
         self.number: int = claimed.attempt
         self.input: str = claimed.input
         self.is_child: bool = claimed.is_child
+        self.headers: Mapping[str, str] = claimed.headers
+        self.interceptors: Interceptors = NO_INTERCEPTORS
         self._history: Mapping[str, Recorded] = claimed.history
         self.branches = Branches()
         self._places: dict[str, object] = {}

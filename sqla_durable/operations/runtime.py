@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from sqla_durable.errors import SyncAsyncError
+from sqla_durable.execution import Execution
+from sqla_durable.limits import Limit
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import StepDefinition
@@ -27,6 +30,21 @@ class StepCall:
     tries: Tries
 
 
+def execution_of(attempt: Attempt, step: StepCall | None = None) -> Execution:
+    """Tell users' code where it is: in which workflow, attempt and step."""
+    if step is None:
+        return Execution(attempt.workflow_id, attempt.name, attempt.number, headers=attempt.headers)
+    return Execution(
+        attempt.workflow_id,
+        attempt.name,
+        attempt.number,
+        step=step.position.key,
+        step_attempt=step.tries.count,
+        idempotency_key=attempt.idempotency_key(step.position),
+        headers=attempt.headers,
+    )
+
+
 class Runtime(Protocol):
     """How one attempt waits, calls and records."""
 
@@ -35,8 +53,16 @@ class Runtime(Protocol):
         """The attempt that this runtime carries."""
         ...
 
-    async def call(self, call: StepCall, *injected: object) -> Any:
-        """Call the step's function, sync or async, with the injected arguments first."""
+    async def call(self, call: StepCall, *injected: object, limit: Limit | None = None) -> Any:
+        """Call the step's function, sync or async, with the injected arguments first.
+
+        Raises:
+            StepTimeoutError: it is not done within the limit.
+        """
+
+    def intercepted(self, step: StepCall | None = None) -> AbstractAsyncContextManager[None]:
+        """Enter the interceptors around a workflow's function, or around a try of a step, in its ambient context."""
+        ...
 
     async def pause(self, seconds: float) -> None:
         """Wait a moment in memory; may end early when the attempt is told to stop."""

@@ -19,10 +19,11 @@ from sqla_durable.errors import (
     UsageError,
 )
 from sqla_durable.failure import Failure
+from sqla_durable.limits import TimeLimits
 from sqla_durable.operations.attempt import Wait
 from sqla_durable.operations.boundary import Boundary
 from sqla_durable.operations.outcome import outcome_of
-from sqla_durable.operations.runtime import Runtime, StepCall
+from sqla_durable.operations.runtime import Runtime, StepCall, execution_of
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import SessionKind
 from sqla_durable.retry import is_conflict, is_obstacle, is_transient, spoils_connection
@@ -99,18 +100,21 @@ class _Execution:
         self._uncertain = False
         self._began = time.monotonic()
         self._in_memory_until: float | None = None
+        self._limits = call.definition.time_limits
 
     async def recorded(self) -> Recorded:
         """Try, and try again as the policy says; give the outcome as it was recorded."""
         await self._take_up()
         while True:
+            if self._limits is not None and self._limits.left(self._call.tries.age) <= 0:
+                return await self._record_failure(self._limits.exceeded(self._call.position.key, None))
             self._call.tries.begin()
             try:
                 return await self._try()
             except _AlreadyRecorded as settled:
                 return settled.checkpoint
             except (Exception, SystemExit) as error:  # sys.exit() in a step is the step's failure
-                match await self._verdict(error):
+                match self._in_time(await self._verdict(error), error):
                     case _Soon(seconds):
                         self._call.tries.forget()
                         await self._runtime.pause(seconds)
@@ -124,10 +128,22 @@ class _Execution:
     async def _take_up(self) -> None:
         """Go on with the tries where an earlier attempt has left them, and not before the next one is due."""
         tried = self._attempt.tried(self._call.position)
-        if tried is not None:
+        if tried is None:
+            if self._limits is not None:
+                await self._record_begin(self._limits)
+        elif tried.status is StepStatus.RUNNING:  # the try that was running is to be made again
+            self._call.tries.resume(count=tried.attempts - 1, age=tried.age)
+        else:
             self._call.tries.resume(count=tried.attempts, age=tried.age)
             if tried.due_in > 0:
                 await self._wait(tried.due_in)
+
+    async def _record_begin(self, limits: TimeLimits) -> None:
+        """Record that the first try begins, and when: so that a crash in it does not give the step its time again."""
+        if limits.total_timeout is not None:
+            await self._runtime.record(self._checkpoint(StepStatus.RUNNING))
+            await self._runtime.settle()
+            self._call.tries.resume(count=0, age=0.0)  # what the database took before does not count
 
     async def _wait(self, seconds: float) -> None:
         """Wait before the next try: in the first second of failing in memory, later as a row.
@@ -142,7 +158,7 @@ class _Execution:
 
     async def _try(self) -> Recorded:
         if self._call.definition.session is SessionKind.NONE:
-            value = await self._runtime.call(self._call)
+            value = await self._called()
             return await self._record_alone(await self._success(value))
         transaction = await self._begin()
         try:
@@ -169,13 +185,34 @@ class _Execution:
             await transaction.execute(self._refuse_recorded)
         boundary = Boundary(transaction.session, step=self._call.position.key)
         try:
-            value = await self._runtime.call(self._call, transaction.injected)
+            value = await self._called(transaction)
             boundary.check()
         finally:
             boundary.leave()
         checkpoint = await self._success(value)
         await transaction.execute(lambda session: self._flush_and_record(session, checkpoint, transaction))
         return checkpoint
+
+    async def _called(self, transaction: StepTransaction | None = None) -> Any:
+        """Call the step's function, inside the interceptors; what they are around includes the flush."""
+        interceptors = self._attempt.interceptors
+        injected = () if transaction is None else (transaction.injected,)
+        age, key = self._call.tries.age, self._call.position.key
+        limit = None if self._limits is None else self._limits.of_try(key, age)
+        if not interceptors.steps and (transaction is None or not interceptors.transactions):
+            return await self._runtime.call(self._call, *injected, limit=limit)
+        async with self._runtime.intercepted(self._call):
+            if transaction is not None:
+                await transaction.execute(self._intercept_transaction)
+            value = await self._runtime.call(self._call, *injected, limit=limit)
+            if transaction is not None:
+                await transaction.execute(Session.flush)
+            return value
+
+    def _intercept_transaction(self, session: Session) -> None:
+        execution = execution_of(self._attempt, self._call)
+        for each in self._attempt.interceptors.transactions:
+            each.transaction(execution, session)
 
     def _flush_and_record(self, session: Session, checkpoint: Checkpoint, transaction: StepTransaction) -> None:
         session.flush()
@@ -226,6 +263,15 @@ class _Execution:
         text = None if isinstance(error, _Again) else Failure.of(error).to_json()
         await self._runtime.record(self._checkpoint(StepStatus.RETRYING, error=text, delay=seconds))
 
+    def _in_time(self, verdict: _Soon | _Later | _Final, error: Exception | SystemExit) -> _Soon | _Later | _Final:
+        """Let no try begin for which there is no time left."""
+        if self._limits is None or isinstance(verdict, _Final):
+            return verdict
+        if verdict.seconds < self._limits.left(self._call.tries.age):
+            return verdict
+        last = None if isinstance(error, _Again) else error
+        return _Final(self._limits.exceeded(self._call.position.key, last))
+
     async def _verdict(self, error: Exception | SystemExit) -> _Soon | _Later | _Final:
         """Decide on another try."""
         match error:
@@ -273,7 +319,7 @@ class _Execution:
             output=output,
             error=error,
             attempt=self._attempt.number,
-            attempts=self._call.tries.count,
+            attempts=max(1, self._call.tries.count),
             elapsed=time.monotonic() - self._began,
             delay=delay,
         )

@@ -7,12 +7,21 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqla_durable.errors import ControlFlow, MaxAttemptsError, WorkflowCancelledError, WorkflowFailedError
+from sqla_durable.errors import (
+    ControlFlow,
+    MaxAttemptsError,
+    WorkflowCancelledError,
+    WorkflowFailedError,
+    WorkflowTimeoutError,
+)
 from sqla_durable.failure import Failure
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Completion, Standing
+
+# What the engine ends a workflow with, by the type that is recorded.
+_OF_THE_ENGINE = {f"{kind.__module__}:{kind.__qualname__}": kind for kind in (MaxAttemptsError, WorkflowTimeoutError)}
 
 Body = Callable[[dict[str, Any]], Awaitable[Any]]
 
@@ -33,8 +42,9 @@ async def run_workflow(runtime: Runtime, definition: WorkflowDefinition, body: B
 
 async def _outcome(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
     attempt = runtime.attempt
+    attempt.interceptors = definition.interceptors
     try:
-        value = await body(definition.arguments.decode(attempt.input))
+        value = await _called(runtime, definition, body)
         attempt.proceed()
         attempt.refuse_unfinished()
         output = definition.result.encode(value)
@@ -45,6 +55,14 @@ async def _outcome(runtime: Runtime, definition: WorkflowDefinition, body: Body)
     except BaseException as error:
         raise _signal_in(error) or error from None  # a task group wraps the signals of its tasks
     return Completion(attempt.fence, WorkflowStatus.SUCCEEDED, output=output, is_child=attempt.is_child)
+
+
+async def _called(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Any:
+    arguments = definition.arguments.decode(runtime.attempt.input)
+    if not definition.interceptors.workflows:
+        return await body(arguments)
+    async with runtime.intercepted():
+        return await body(arguments)
 
 
 def _signal_in(error: BaseException) -> ControlFlow | None:
@@ -75,6 +93,7 @@ class Outcome:
             WorkflowFailedError: where it is not.
             WorkflowCancelledError: it was cancelled.
             MaxAttemptsError: its workers died too often.
+            WorkflowTimeoutError: it was not finished at its deadline.
         """
         match self.standing.status:
             case WorkflowStatus.SUCCEEDED:
@@ -90,8 +109,8 @@ class Outcome:
 
     def _error(self) -> Exception:
         failure = Failure.from_json(self.standing.error or {"type": "unknown"})
-        if failure.type == f"{MaxAttemptsError.__module__}:{MaxAttemptsError.__qualname__}":
-            return MaxAttemptsError(f"{self._label} failed: {failure.message}.", workflow_id=self.standing.workflow_id)
+        if (kind := _OF_THE_ENGINE.get(failure.type)) is not None:
+            return kind(f"{self._label} failed: {failure.message}.", workflow_id=self.standing.workflow_id)
         error = failure.rebuild()
         if error is None:
             error = WorkflowFailedError(

@@ -1,9 +1,9 @@
 """Every SQL statement of this package, as functions of a `Session`; nothing here commits or opens a session.
 
 `schema` checks that the tables fit · `workflows` starts, finishes, releases, parks and wakes · `queues` claims ·
-`steps` records checkpoints · `workers` holds leases · `crashes` takes back what dead workers had · `waits`
-begins to wait · `signals` sends, takes and delivers · `management` cancels
-and resumes. The values that go in and out are below.
+`steps` records checkpoints · `workers` holds leases · `crashes` takes back what dead workers had · `deadlines` fails
+what is overdue · `waits` begins to wait · `signals` sends, takes and delivers · `children` starts them and looks at
+them · `management` cancels and resumes. The values that go in and out are below.
 """
 
 from sqla_durable.store._rows import (

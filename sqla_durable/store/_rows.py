@@ -154,12 +154,16 @@ class Claimed:
     input: str
     started: bool = False
     is_child: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
     history: Mapping[str, Recorded] = field(default_factory=dict[str, Recorded])
 
 
 @dataclass(frozen=True, slots=True)
 class NewWorkflow:
-    """A workflow to be started. `delay` is in seconds, `wake_at` a time; at most one of them is given."""
+    """A workflow to be started. `delay`, `timeout` and `deadline` are in seconds, `wake_at` and `deadline_at` times.
+
+    At most one of `delay` and `wake_at` is given, and of `deadline` and `deadline_at`.
+    """
 
     id: UUID
     name: str
@@ -172,6 +176,10 @@ class NewWorkflow:
     parent_id: UUID | None = None
     parent_key: str | None = None
     detached: bool = False
+    headers: dict[str, str] | None = None
+    timeout: float | None = None
+    deadline: float | None = None
+    deadline_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

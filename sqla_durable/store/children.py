@@ -173,7 +173,7 @@ def _start_statement() -> Any:
     columns = new_columns(batch.c)
     held = and_(columns["wake_at"].is_(None), batch.c.number > bindparam("active", type_=Integer()))
     columns["status"] = case((held, WorkflowStatus.SUSPENDED.value), else_=columns["status"])
-    columns["deadline_at"] = owned.c.deadline_at
+    columns["deadline_at"] = func.least(columns["deadline_at"], owned.c.deadline_at)
     source = select(*columns.values()).select_from(batch.join(owned, true())).where(~_known().exists())
     inserted = (
         insert(WORKFLOW)

@@ -16,6 +16,7 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import SIGNAL, WORKER, WORKFLOW, Connectable, execute, status
+from sqla_durable.store.deadlines import is_overdue
 from sqla_durable.store.queues import FRONT, listened_queues, listening, pending_in
 from sqla_durable.store.signals import is_new
 
@@ -29,10 +30,11 @@ class Seen:
     Attributes:
         claimable: something waits in the queues.
         due: the time of something suspended has come.
-        next_due_in: seconds until the next time comes after that; None if there is none.
+        next_due_in: seconds until the next time or deadline comes after that; None if there is none.
         undelivered: signals are new, of senders or of the engine itself.
         abandoned: a worker is dead and has left something running.
         alive: the lease of the worker that looks is live.
+        overdue: the deadline of something unfinished has come.
     """
 
     claimable: bool
@@ -41,6 +43,7 @@ class Seen:
     undelivered: bool
     abandoned: bool
     alive: bool
+    overdue: bool = False
 
 
 def look(connectable: Connectable, *, worker_id: UUID, queues: Sequence[str], names: Sequence[str]) -> Seen:
@@ -48,7 +51,7 @@ def look(connectable: Connectable, *, worker_id: UUID, queues: Sequence[str], na
     parameters = {"names": names, "looking_id": worker_id} | listening(dict.fromkeys(queues, FRONT))
     row = execute(connectable, _LOOK, parameters).one()
     next_due_in = None if row.next_due_in is None else float(row.next_due_in)
-    return Seen(row.claimable, row.due, next_due_in, row.undelivered, row.abandoned, row.alive)
+    return Seen(row.claimable, row.due, next_due_in, row.undelivered, row.abandoned, row.alive, row.overdue)
 
 
 def _claimable() -> ColumnElement[bool]:
@@ -68,7 +71,12 @@ def _next_due_in() -> Any:
     # How long it is until "infinity", PostgreSQL 16 and older refuse to say.
     ahead = and_(WORKFLOW.c.wake_at > func.statement_timestamp(), WORKFLOW.c.wake_at < _NEVER)
     later = select(func.min(WORKFLOW.c.wake_at)).where(_suspended(), ahead)
-    return cast(func.extract("epoch", later.scalar_subquery() - func.statement_timestamp()), Float)
+    limited = and_(WORKFLOW.c.finished_at.is_(None), WORKFLOW.c.deadline_at < _NEVER)
+    deadline = select(func.min(WORKFLOW.c.deadline_at)).where(
+        limited, WORKFLOW.c.deadline_at > func.statement_timestamp()
+    )
+    next_at = func.least(later.scalar_subquery(), deadline.scalar_subquery())
+    return cast(func.extract("epoch", next_at - func.statement_timestamp()), Float)
 
 
 def _suspended() -> ColumnElement[bool]:
@@ -94,4 +102,5 @@ _LOOK = select(
     select(SIGNAL.c.id).where(is_new()).exists().label("undelivered"),
     _abandoned().label("abandoned"),
     _alive().label("alive"),
+    select(WORKFLOW.c.id).where(is_overdue()).exists().label("overdue"),
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Uuid, and_, func, literal, literal_column, null, or_, select, update
+from sqlalchemy import ColumnElement, Select, Uuid, and_, case, func, literal, literal_column, null, or_, select, update
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
@@ -16,6 +16,7 @@ from sqla_durable.models import Workflow
 from sqla_durable.status import FINISHED, WorkflowStatus
 from sqla_durable.store._rows import WORKFLOW, refresh_known, scalars, status
 from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
+from sqla_durable.store.deadlines import TIMEOUT_TYPE, in_time
 
 Wanted: TypeAlias = "Iterable[UUID] | Select[Any]"
 
@@ -35,14 +36,15 @@ def cancel(session: Session, wanted: Wanted) -> list[UUID]:
 
 
 def resume(session: Session, wanted: Wanted) -> list[UUID]:
-    """Enqueue those of the workflows that were cancelled or stopped for their crashes; give their ids.
+    """Enqueue those of the workflows that were cancelled or stopped for their crashes or deadlines; give their ids.
 
-    Their histories stand, and their crashes are forgiven. Waits for whoever holds a row.
+    Their histories stand, their crashes are forgiven, and a deadline that has come is lifted. Waits for whoever
+    holds a row.
     """
     stopped = and_(
         WORKFLOW.c.status == status(WorkflowStatus.FAILED),
         WORKFLOW.c.token.is_(None),  # one that failed by itself keeps its token, whatever its error is
-        WORKFLOW.c.error["type"].astext == literal_column(f"'{MAX_ATTEMPTS_TYPE}'"),
+        WORKFLOW.c.error["type"].astext.in_(literal_column(f"'{each}'") for each in (MAX_ATTEMPTS_TYPE, TIMEOUT_TYPE)),
     )
     condition = or_(WORKFLOW.c.status == status(WorkflowStatus.CANCELLED), stopped)
     again = {
@@ -54,6 +56,7 @@ def resume(session: Session, wanted: Wanted) -> list[UUID]:
         "error": null(),
         "enqueued_at": func.statement_timestamp(),
         "finished_at": null(),
+        "deadline_at": case((in_time(), WORKFLOW.c.deadline_at)),
     }
     return _change(session, wanted, condition, again)
 

@@ -13,6 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    ColumnElement,
     DateTime,
     Integer,
     Row,
@@ -20,6 +21,7 @@ from sqlalchemy import (
     Text,
     and_,
     bindparam,
+    case,
     cast,
     func,
     select,
@@ -32,7 +34,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import steps
+from sqla_durable.store import deadlines, steps
 from sqla_durable.store._rows import (
     QUEUE,
     WORKFLOW,
@@ -106,7 +108,10 @@ def claim(
 
 
 def claim_one(connectable: Connectable, workflow_id: UUID, *, worker_id: UUID, token: UUID) -> Claimed | None:
-    """Claim one pending workflow whatever its queue, waiting for whoever holds its row; None if it is not pending."""
+    """Claim one pending workflow whatever its queue, waiting for whoever holds its row.
+
+    None if it is not pending, or its deadline has come.
+    """
     parameters = {"wanted_id": workflow_id, "new_token": token, "claimant": worker_id}
     row = execute(connectable, _CLAIM_ONE, parameters).one_or_none()
     return None if row is None else _claimed(row, token)
@@ -122,7 +127,8 @@ def with_histories(connectable: Connectable, claimed: Sequence[Claimed]) -> list
 
 
 def _claimed(row: Row[Any], token: UUID) -> Claimed:
-    return Claimed(Fence(row.id, token), row.name, row.attempt, row.input, row.started, row.is_child)
+    fence, headers = Fence(row.id, token), row.headers or {}
+    return Claimed(fence, row.name, row.attempt, row.input, row.started, row.is_child, headers)
 
 
 def listening(after: Mapping[str, Place]) -> dict[str, str]:
@@ -143,6 +149,7 @@ def pending_in(listened: Any) -> Any:
         WORKFLOW.c.status == status(WorkflowStatus.PENDING),
         WORKFLOW.c.queue == listened.c.name,
         WORKFLOW.c.name == func.any(_NAMES),
+        deadlines.in_time(),
     )
 
 
@@ -172,9 +179,15 @@ def _one() -> Any:
         .where(
             WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()),
             WORKFLOW.c.status == status(WorkflowStatus.PENDING),
+            deadlines.in_time(),
         )
         .with_for_update(key_share=True)
     )
+
+
+def _deadline() -> ColumnElement[Any]:
+    """Give the deadline from the first claim on; LEAST passes over NULL."""
+    return func.least(WORKFLOW.c.deadline_at, func.statement_timestamp() + WORKFLOW.c.timeout)
 
 
 def _claim_statement(candidates: Any) -> Any:
@@ -188,6 +201,7 @@ def _claim_statement(candidates: Any) -> Any:
             token=_TOKEN,
             worker_id=_WORKER,
             started_at=func.coalesce(WORKFLOW.c.started_at, func.statement_timestamp()),
+            deadline_at=case((WORKFLOW.c.started_at.is_(None), _deadline()), else_=WORKFLOW.c.deadline_at),
         )
         .returning(
             WORKFLOW.c.id,
@@ -197,6 +211,7 @@ def _claim_statement(candidates: Any) -> Any:
             WORKFLOW.c.priority,
             func.least(func.greatest(WORKFLOW.c.enqueued_at, _EARLIEST), _LATEST).label("enqueued_at"),
             cast(WORKFLOW.c.input, Text).label("input"),
+            WORKFLOW.c.headers,
             claimable.c.started_at.is_not(None).label("started"),
             WORKFLOW.c.parent_id.is_not(None).label("is_child"),
         )

@@ -76,6 +76,10 @@ NEW: Columns = {
     "parent_id": PG_UUID(),
     "parent_key": Text(),
     "detached": Boolean(),
+    "headers": Text(),
+    "timeout": Float(),
+    "deadline": Float(),
+    "deadline_at": DateTime(timezone=True),
 }
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text()}
@@ -203,6 +207,14 @@ def _values(new: NewWorkflow) -> dict[str, Any]:
         "priority": new.priority,
         "input": new.input,
     }
+    if new.headers is not None:
+        values["headers"] = new.headers
+    if new.timeout is not None:
+        values["timeout"] = timedelta(seconds=new.timeout)
+    if new.deadline_at is not None:
+        values["deadline_at"] = new.deadline_at
+    elif new.deadline is not None:
+        values["deadline_at"] = func.statement_timestamp() + timedelta(seconds=new.deadline)
     if new.wake_at is not None:
         values |= {"status": WorkflowStatus.SUSPENDED, "wake_at": new.wake_at}
     if new.parent_id is not None:
@@ -235,6 +247,10 @@ def new_row(new: NewWorkflow) -> dict[str, Any]:
         "parent_id": new.parent_id,
         "parent_key": new.parent_key,
         "detached": new.detached,
+        "headers": None if new.headers is None else json.dumps(new.headers, ensure_ascii=False),
+        "timeout": new.timeout,
+        "deadline": new.deadline,
+        "deadline_at": new.deadline_at,
     }
 
 
@@ -352,6 +368,9 @@ def new_columns(given: Any) -> dict[str, Any]:
         "parent_id": given.parent_id,
         "parent_key": given.parent_key,
         "detached": given.detached,
+        "headers": cast(given.headers, JSONB),
+        "timeout": interval(given.timeout),
+        "deadline_at": func.coalesce(given.deadline_at, func.statement_timestamp() + interval(given.deadline)),
     }
 
 

@@ -15,9 +15,10 @@ from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable.context import Execution, current
+from sqla_durable.context import current
 from sqla_durable.durable import Durable
 from sqla_durable.errors import UsageError
+from sqla_durable.execution import Execution
 from sqla_durable.torture.tables import Account, Call, Entry
 
 durable = Durable()

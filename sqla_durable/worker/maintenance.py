@@ -11,13 +11,14 @@ import logging
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from uuid import UUID
 
 from sqlalchemy import Connection
 
 from sqla_durable.retry import LONGEST_BACKOFF
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import crashes, signals, workers, workflows
+from sqla_durable.store import crashes, deadlines, signals, workers, workflows
 from sqla_durable.store.look import Seen, look
 from sqla_durable.worker.claims import Claims
 from sqla_durable.worker.database import Database, persistently
@@ -83,6 +84,8 @@ class Maintenance:
     async def _act(self, seen: Seen) -> None:
         if not seen.alive:
             await self._heartbeat.renew()
+        if seen.overdue:
+            await self._fail_overdue()
         reclaimed = await self._reclaim(seen)
         woken = await self._wake() if seen.due else 0
         woken += await self._deliver() if seen.undelivered else 0
@@ -126,6 +129,12 @@ class Maintenance:
 
     def _deliver_some(self, connection: Connection) -> tuple[int, int]:
         return signals.deliver(connection, limit=_LIMIT)
+
+    async def _fail_overdue(self) -> None:
+        """Fail what has reached its deadline; of many, the others at the next looks."""
+        fail = partial(deadlines.fail_overdue, limit=_LIMIT)
+        for each in await persistently(self._database, fail, what="maintenance"):
+            log.warning("workflow %s %s failed: it was not finished at its deadline", each.name, each.workflow_id)
 
     async def _reclaim(self, seen: Seen) -> int:
         """Take back what dead workers had; at every beat also what belongs to workers that nobody remembers."""

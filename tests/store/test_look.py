@@ -95,5 +95,6 @@ def test_a_look_costs_a_few_pages_among_many_rows(engine: Engine, mode: str) -> 
         plan = explain(session, _LOOK, parameters, mode=mode)
     assert plan.uses("workflow_pending_idx"), plan
     assert plan.uses("workflow_wake_idx"), plan
+    assert plan.uses("workflow_deadline_idx"), plan
     assert not plan.scans("workflow"), plan
     assert plan.buffers() < 60, plan

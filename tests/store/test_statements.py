@@ -10,9 +10,9 @@ from sqlalchemy import Executable
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.sql import ClauseElement
 
-from sqla_durable.store import batches, crashes, look, management, queues, steps, workers, workflows
+from sqla_durable.store import batches, crashes, deadlines, look, management, queues, steps, workers, workflows
 
-_MODULES = (batches, crashes, look, management, queues, steps, workers, workflows)
+_MODULES = (batches, crashes, deadlines, look, management, queues, steps, workers, workflows)
 _BATCHES = {"_WRITE", "_FINISH", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
 
 
@@ -65,13 +65,13 @@ def test_a_statement_for_many_workflows_locks_them_in_the_order_of_their_ids(nam
     assert re.search(rf"MATERIALIZED[\s\S]*{rows}", sql)
 
 
-@pytest.mark.parametrize("name", ["_WRITE", "_RELEASE_UNLOCKED", "_RECLAIM"])
+@pytest.mark.parametrize("name", ["_WRITE", "_RELEASE_UNLOCKED", "_RECLAIM", "_FAIL_OVERDUE"])
 def test_a_statement_for_many_workflows_waits_for_nobody(name: str) -> None:
     sql = next(text for key, text in STATEMENTS.items() if key.endswith(f".{name}"))
     assert "SKIP LOCKED" in sql
 
 
-@pytest.mark.parametrize("name", ["_CLAIM", "_CLAIM_ONE", "_RECLAIM", "_WAKE_DUE"])
+@pytest.mark.parametrize("name", ["_CLAIM", "_CLAIM_ONE", "_RECLAIM", "_WAKE_DUE", "_FAIL_OVERDUE"])
 def test_a_limited_update_reads_its_candidates_once(name: str) -> None:
     """As a sub-select the planner may execute it again, and more rows than the limit are taken."""
     sql = next(text for key, text in STATEMENTS.items() if key.endswith(f".{name}"))

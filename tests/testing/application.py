@@ -98,6 +98,27 @@ async def transfer_async(account: str) -> dict[str, object]:
     }
 
 
+@durable.step(timeout=timedelta(minutes=1), total_timeout=timedelta(hours=1))
+def credit_in_time(session: Session, account: str, cents: int) -> int:
+    session.add(Entry(account=account, cents=cents))
+    session.flush()
+    return cents
+
+
+@durable.step(total_timeout=timedelta(hours=1))
+def call_in_time(account: str) -> str:
+    return account
+
+
+@durable.workflow
+def transfer_in_time(account: str) -> dict[str, object]:
+    return {
+        "credited": credit_in_time(account, 1),
+        "called": call_in_time(account),
+        "again": credit_in_time(account, 2),
+    }
+
+
 @durable.workflow
 def failing(account: str) -> None:
     """Fails, after it has taken back what it did."""

@@ -61,7 +61,7 @@ def reserve_with_options(session: Session, order_id: int) -> Receipt:
     raise NotImplementedError
 
 
-@durable.step(name="areserve_with_options")
+@durable.step(name="areserve_with_options", timeout=timedelta(seconds=5), total_timeout=timedelta(hours=1))
 async def areserve_with_options(session: AsyncSession, order_id: int) -> Receipt:
     raise NotImplementedError
 

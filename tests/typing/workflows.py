@@ -47,6 +47,8 @@ def starts(session: Session, workflow_id: UUID) -> None:
     keyed = checkout.options(key="order-1", priority=-1, queue="fast", delay=timedelta(days=1))
     assert_type(keyed.start(session, 1), Workflow)
     assert_type(acheckout.options(at=datetime.now(UTC)).start(session, 1), Workflow)
+    limited = checkout.options(timeout=timedelta(days=1), deadline=datetime.now(UTC))
+    assert_type(limited.options(deadline=timedelta(days=1)).start(session, 1), Workflow)
     assert_type(checkout.bind(1), BoundWorkflow)
     assert_type(start_many(session, [checkout.bind(1), acheckout.bind(2)]), list[UUID])
 

@@ -63,6 +63,7 @@ def _create_workflow(schema: str) -> None:
         sa.Column("detached", sa.Boolean(), server_default=sa.false(), nullable=False),
         sa.Column("forked_from", pg.UUID()),
         sa.Column("version", sa.Text()),
+        sa.Column("headers", pg.JSONB()),
         sa.PrimaryKeyConstraint("id", name=op.f("workflow_pkey")),
         sa.ForeignKeyConstraint(
             ["parent_id"], [f"{schema}.workflow.id"], name=op.f("workflow_parent_id_fkey"), ondelete="SET NULL"
@@ -96,6 +97,7 @@ def _create_workflow(schema: str) -> None:
         _check("workflow", "awaits", "awaits IS NULL OR (status = 'suspended' AND jsonb_typeof(awaits) = 'array')"),
         _check("workflow", "parent", "parent_key IS NULL OR parent_key ~ '[^[:space:]]'"),
         _check("workflow", "version", "version ~ '[^[:space:]]'"),
+        _check("workflow", "headers", "jsonb_typeof(headers) = 'object'"),
         schema=schema,
         comment="sqla-durable durable_0001",
     )
