@@ -298,7 +298,7 @@ def _let_go_statement() -> Any:
     )
     return (
         update(WORKFLOW)
-        .where(WORKFLOW.c.id == first.c.id)
+        .where(WORKFLOW.c.id == first.c.id, _held())
         .values(status=WorkflowStatus.PENDING, enqueued_at=func.statement_timestamp(), wake_at=null())
         .returning(WORKFLOW.c.id)
     )

@@ -226,7 +226,8 @@ def _deliver_statement() -> Any:
     due = materialized(select(receivers.c.workflow_id).where(_satisfied(receivers)), "due")
     woken = (
         update(WORKFLOW)
-        .where(WORKFLOW.c.id == due.c.workflow_id)
+        # Looked at again in the row that is locked, whatever the statement has seen of it before.
+        .where(WORKFLOW.c.id == due.c.workflow_id, WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED))
         .values(status=WorkflowStatus.PENDING, enqueued_at=func.statement_timestamp(), wake_at=null(), awaits=null())
         .returning(WORKFLOW.c.id)
         .cte("woken")
