@@ -19,6 +19,7 @@ from sqla_durable.functions import (
 from sqla_durable.handle import AsyncHandle, Handle
 from sqla_durable.management import cancel, resume
 from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
+from sqla_durable.patches import deprecate_patch, patched
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.worker import Worker
@@ -49,10 +50,12 @@ __all__ = [
     "WorkflowStatus",
     "cancel",
     "current",
+    "deprecate_patch",
     "errors",
     "metadata",
     "migrations",
     "models",
+    "patched",
     "resume",
     "run_step",
     "start_many",

@@ -14,6 +14,7 @@ from uuid import UUID
 
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import StepCall
+from sqla_durable.store import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Context:
         whereabouts: tells the task or thread that the code is in.
         home: the one that executes the workflow's own code. Steps that are called elsewhere would be counted in an
             order that depends on speed.
+        note: records a checkpoint of the workflow's own code before its next effect, without awaiting it.
         step: the step whose function is being executed; calls in it are plain calls.
     """
 
@@ -57,6 +59,7 @@ class Context:
     is_async: bool
     whereabouts: Callable[[], object]
     home: object
+    note: Callable[[Checkpoint], None]
     step: StepCall | None = None
 
     @contextmanager

@@ -8,7 +8,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+from sqla_durable.checks import fault_in
 from sqla_durable.codec import DEFAULT_LIMIT
+from sqla_durable.errors import DefinitionError
 from sqla_durable.functions import (
     AsyncStepFunction,
     AsyncTransactionalStep,
@@ -51,6 +53,11 @@ class Durable:
         sessionmaker: opens the `Session` of sync steps, and the worker's own statements.
         async_sessionmaker: the same for `AsyncSession`. A worker needs at least one of the two, here or of its own.
         payload_limit: the largest input, result or step result in bytes of JSON; 1 MiB by default.
+        version: the version of the code, which every start records. By itself it changes nothing: a worker with
+            `versions=` claims those only. See docs, "Changing code".
+
+    Raises:
+        DefinitionError: the version is blank, or cannot be stored.
     """
 
     def __init__(
@@ -59,29 +66,42 @@ class Durable:
         sessionmaker: sessionmaker[Session] | None = None,
         async_sessionmaker: async_sessionmaker[AsyncSession] | None = None,
         payload_limit: int = DEFAULT_LIMIT,
+        version: str | None = None,
     ) -> None:
+        fault = None if version is None else fault_in(version)
+        if fault is not None:
+            raise DefinitionError(f"version={version!r} {fault}: give a text that is not blank, or leave it out.")
         self.sessionmaker = sessionmaker
         self.async_sessionmaker = async_sessionmaker
         self.payload_limit = payload_limit
+        self.version = version
         self.registry = Registry()
 
     # A coroutine function is a function too, and a session a first argument like any other: the overloads overlap,
     # and the first that fits decides.
     @overload
     def workflow(  # type: ignore[overload-overlap]
-        self, fn: Callable[P, Async[R]], /, *, name: str | None = None, queue: str = "default"
+        self, fn: Callable[P, Async[R]], /, *, name: str | None = None, queue: str = "default", strict: bool = False
     ) -> AsyncWorkflowFunction[P, R]: ...
 
     @overload
     def workflow(
-        self, fn: Callable[P, R], /, *, name: str | None = None, queue: str = "default"
+        self, fn: Callable[P, R], /, *, name: str | None = None, queue: str = "default", strict: bool = False
     ) -> WorkflowFunction[P, R]: ...
 
     @overload
-    def workflow(self, /, *, name: str | None = None, queue: str = "default") -> WorkflowDecorator: ...
+    def workflow(
+        self, /, *, name: str | None = None, queue: str = "default", strict: bool = False
+    ) -> WorkflowDecorator: ...
 
     def workflow(
-        self, fn: Callable[..., Any] | None = None, /, *, name: str | None = None, queue: str = "default"
+        self,
+        fn: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        queue: str = "default",
+        strict: bool = False,
     ) -> AsyncWorkflowFunction[..., Any] | WorkflowFunction[..., Any] | WorkflowDecorator:
         """Make a function a workflow, as a decorator with or without options.
 
@@ -92,11 +112,13 @@ class Durable:
             fn: the function, `def` or `async def`.
             name: the name of its records; by default the function's own.
             queue: where it is enqueued by default.
+            strict: whether it has no outcome as long as the code does not visit what its history holds, in its order;
+                by default that is a warning in the log. See docs, "Changing code".
 
         Raises:
             DefinitionError: the function cannot be a workflow, or another one has the name.
         """
-        decorator = WorkflowDecorator(self, name=name, queue=queue)
+        decorator = WorkflowDecorator(self, name=name, queue=queue, strict=strict)
         return decorator if fn is None else decorator(fn)
 
     @overload
@@ -201,10 +223,11 @@ class Durable:
 class WorkflowDecorator:
     """What `durable.workflow(...)` gives when it has options only."""
 
-    def __init__(self, durable: Durable, *, name: str | None, queue: str) -> None:
+    def __init__(self, durable: Durable, *, name: str | None, queue: str, strict: bool) -> None:
         self._durable = durable
         self._name = name
         self._queue = queue
+        self._strict = strict
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
@@ -216,7 +239,14 @@ class WorkflowDecorator:
 
     def __call__(self, fn: Callable[..., Any], /) -> AsyncWorkflowFunction[..., Any] | WorkflowFunction[..., Any]:
         """Make the function a workflow."""
-        definition = WorkflowDefinition.of(fn, name=self._name, queue=self._queue, limit=self._durable.payload_limit)
+        definition = WorkflowDefinition.of(
+            fn,
+            name=self._name,
+            queue=self._queue,
+            limit=self._durable.payload_limit,
+            version=self._durable.version,
+            strict=self._strict,
+        )
         self._durable.registry.add_workflow(definition)
         return AsyncWorkflowFunction(definition) if definition.is_async else WorkflowFunction(definition)
 

@@ -19,6 +19,7 @@ DurableError
 ├── WorkflowNotFoundError         no such workflow record is visible
 ├── WorkflowRunningError          somebody else holds a live lease on the workflow
 ├── AttemptLostError              this execution no longer owns its workflow; nothing more of it commits
+├── HistoryMismatchError          today's code does not visit what a strict workflow has recorded
 ├── ResultTimeoutError            (also TimeoutError) no outcome within the time given
 ├── WorkflowError                 the outcome of a workflow that did not succeed
 │   ├── WorkflowFailedError           its own exception type cannot be rebuilt here
@@ -169,6 +170,23 @@ class AttemptLostError(_AboutWorkflow):
 
     What was committed before stands and is in the record; nothing of this attempt commits any more.
     """
+
+
+class HistoryMismatchError(_AboutWorkflow):
+    """Today's code does not visit what a strict workflow has recorded, or in another order.
+
+    The workflow has no outcome. A worker parks it and looks again in a minute; from an executor the error is raised.
+
+    Attributes:
+        workflow_id: the id of its record.
+        recorded: the keys of its history, in order.
+        visited: the keys that the code visited, in order.
+    """
+
+    def __init__(self, message: str, *, workflow_id: UUID, recorded: tuple[str, ...], visited: tuple[str, ...]) -> None:
+        super().__init__(message, workflow_id=workflow_id)
+        self.recorded = recorded
+        self.visited = visited
 
 
 class ResultTimeoutError(_AboutWorkflow, TimeoutError):

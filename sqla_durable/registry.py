@@ -98,13 +98,18 @@ class StepDefinition:
 
 @dataclass(frozen=True)
 class WorkflowDefinition:
-    """A workflow: its name, its function, and its default queue."""
+    """A workflow: its name, its function, its default queue, and how its code may change.
+
+    `version` is what a start records; `strict` holds the outcome back where the history was not visited.
+    """
 
     name: str
     fn: Callable[..., Any]
     is_async: bool
     queue: str = "default"
     limit: int = DEFAULT_LIMIT
+    version: str | None = None
+    strict: bool = False
 
     @classmethod
     def of(
@@ -114,13 +119,16 @@ class WorkflowDefinition:
         name: str | None = None,
         queue: str = "default",
         limit: int = DEFAULT_LIMIT,
+        version: str | None = None,
+        strict: bool = False,
     ) -> WorkflowDefinition:
         """Describe a workflow function.
 
         Raises:
             DefinitionError: its arguments cannot be stored by name, or it takes a session.
         """
-        definition = cls(_name_of(fn, name, what="workflow"), fn, _is_async(fn), queue, limit)
+        name = _name_of(fn, name, what="workflow")
+        definition = cls(name, fn, _is_async(fn), queue, limit, version, strict)
         for parameter in definition.signature.parameters.values():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise DefinitionError(

@@ -48,6 +48,10 @@ class BaseRuntime(ABC):
         """Record a checkpoint."""
 
     @abstractmethod
+    def note(self, checkpoint: Checkpoint) -> None:
+        """Record a checkpoint without awaiting it."""
+
+    @abstractmethod
     async def execute(self, statement: Callable[[Connectable], T]) -> T:
         """Call a store function of one statement, in a transaction of its own."""
 
@@ -71,7 +75,13 @@ class BlockingRuntime(BaseRuntime):
         """Give the ambient context of the workflow's own code, or of a step's function."""
         whereabouts = threading.get_ident
         return Context(
-            self.attempt, self.perform, is_async=False, whereabouts=whereabouts, home=whereabouts(), step=step
+            self.attempt,
+            self.perform,
+            is_async=False,
+            whereabouts=whereabouts,
+            home=whereabouts(),
+            note=self.note,
+            step=step,
         )
 
     def perform(self, call: StepCall) -> Any:
@@ -96,7 +106,13 @@ class AsyncRuntime(BaseRuntime):
         """Give the ambient context of the workflow's own code, or of a step's function."""
         whereabouts = asyncio.current_task
         return Context(
-            self.attempt, self.perform, is_async=True, whereabouts=whereabouts, home=whereabouts(), step=step
+            self.attempt,
+            self.perform,
+            is_async=True,
+            whereabouts=whereabouts,
+            home=whereabouts(),
+            note=self.note,
+            step=step,
         )
 
     async def perform(self, call: StepCall) -> Any:

@@ -24,7 +24,7 @@ FLOORS = (
     {"durable"},
     {"management"},
     {"functions"},
-    {"start", "handle", "runtime"},
+    {"start", "handle", "runtime", "patches"},
     {"context"},
     {"operations"},
     {"hints"},

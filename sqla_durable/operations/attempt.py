@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from sqla_durable.errors import ControlFlow, Suspended, UnfinishedStepError, UsageError
+from sqla_durable.operations.changes import Visits
 from sqla_durable.store import Claimed, Fence, Recorded
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """The identity of one operation: its key in the workflow, its name, and when it was called."""
+    """The identity of one operation: its key in the workflow, its name, and its place in the order of calls."""
 
     key: str
     name: str
@@ -54,10 +55,10 @@ class Attempt:
         self.number: int = claimed.attempt
         self.input: str = claimed.input
         self._history: Mapping[str, Recorded] = claimed.history
+        self.visits = Visits(claimed.history)
         self._occurrences: Counter[str] = Counter()
         self._places: dict[str, object] = {}
         self._keys: set[str] = set()
-        self._visited = 0
         self._unfinished: dict[str, None] = {}
         self._waits: dict[str, Wait] = {}
         self._parking = threading.Lock()
@@ -80,14 +81,12 @@ class Attempt:
                 f"two functions are called under the step name {name!r} in workflow {self.name!r}: a replay could "
                 "take one's outcome for the other's. Give one of them another name."
             )
-        self._visited += 1
         self._occurrences[key or name] += 1
-        position = Position(self._key(name, key), name, self._visited)
-        if position.key in self._keys:
-            raise UsageError(
-                f"the step key {position.key!r} is used twice in workflow {self.name!r}: change one of them."
-            )
-        self._keys.add(position.key)
+        identity = self._key(name, key)
+        if identity in self._keys:
+            raise UsageError(f"the step key {identity!r} is used twice in workflow {self.name!r}: change one of them.")
+        self._keys.add(identity)
+        position = Position(identity, name, self.visits.visit(identity, name))
         self._unfinished[position.key] = None
         self._active_at = time.monotonic()
         return position

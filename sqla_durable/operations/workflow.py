@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from sqla_durable.errors import ControlFlow, MaxAttemptsError, WorkflowCancelledError, WorkflowFailedError
 from sqla_durable.failure import Failure
+from sqla_durable.operations.patches import report
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.status import WorkflowStatus
@@ -25,8 +26,10 @@ async def run_workflow(runtime: Runtime, definition: WorkflowDefinition, body: B
 
     Raises:
         ControlFlow: the attempt ended without an outcome of its own.
+        HistoryMismatchError: likewise, because the workflow is strict and its history was not visited.
     """
     completion = await _outcome(runtime, definition, body)
+    report(runtime.attempt, strict=definition.strict)
     await runtime.finish(completion)
     return completion
 
