@@ -90,6 +90,7 @@ def bind(
             key=options.key,
             delay=delay,
             wake_at=options.at,
+            version=definition.version,
         )
     )
 

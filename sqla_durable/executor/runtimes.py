@@ -186,8 +186,7 @@ class AsyncInline(AsyncRuntime):
     async def _record_noted(self) -> None:
         """Record what was noted; whoever else settles meanwhile waits for the lock until it is committed."""
         while self._noted:
-            checkpoint = self._noted[0]
-            await self._story.write(lambda session: _record(session, checkpoint), pause=self.pause)
+            await self._story.write(partial(_record, checkpoint=self._noted[0]), pause=self.pause)
             self._noted.pop(0)
 
     @asynccontextmanager

@@ -47,8 +47,8 @@ def report(attempt: Attempt, *, strict: bool) -> None:
         log.warning("%s", what)
         return
     raise HistoryMismatchError(
-        f"{what}\nIt is strict and has no outcome for now: deploy code that visits its history, or mark the change with "
-        "patched().",
+        f"{what}\nIt is strict and has no outcome for now: deploy code that visits its history, or mark the change "
+        "with patched().",
         workflow_id=attempt.workflow_id,
         recorded=mismatch.recorded,
         visited=mismatch.visited,

@@ -149,6 +149,7 @@ class NewWorkflow:
     key: str | None = None
     delay: float | None = None
     wake_at: datetime | None = None
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from sqlalchemy import (
     or_,
     select,
     tuple_,
+    union,
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB, insert
@@ -71,6 +72,7 @@ _NEW: Columns = {
     "input": Text(),
     "delay": Float(),
     "wake_at": DateTime(timezone=True),
+    "version": Text(),
 }
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text()}
@@ -189,6 +191,20 @@ def unknown_names(connectable: Connectable, *, queues: Sequence[str], names: Seq
     return list(scalars(connectable, select(head.c.name).distinct().order_by(head.c.name)))
 
 
+def other_versions(connectable: Connectable, *, queues: Sequence[str], versions: Sequence[str]) -> list[str]:
+    """Give the versions of workflows near the head of each queue that are not among `versions`."""
+    heads = [
+        select(WORKFLOW.c.version)
+        .where(WORKFLOW.c.status == status(WorkflowStatus.PENDING), WORKFLOW.c.queue == queue)
+        .order_by(WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id)
+        .limit(1_000)
+        .subquery()
+        for queue in queues
+    ]
+    found = union(*(select(each.c.version).where(each.c.version.not_in(versions)) for each in heads))
+    return sorted(scalars(connectable, found))
+
+
 def _values(new: NewWorkflow) -> dict[str, Any]:
     values: dict[str, Any] = {
         "id": new.id,
@@ -197,6 +213,7 @@ def _values(new: NewWorkflow) -> dict[str, Any]:
         "queue": new.queue,
         "priority": new.priority,
         "input": new.input,
+        "version": new.version,
     }
     if new.wake_at is not None:
         values |= {"status": WorkflowStatus.SUSPENDED, "wake_at": new.wake_at}
@@ -222,6 +239,7 @@ def _row(new: NewWorkflow) -> dict[str, Any]:
         "input": json.dumps(new.input, ensure_ascii=False),
         "delay": new.delay,
         "wake_at": new.wake_at,
+        "version": new.version,
     }
 
 
@@ -334,6 +352,7 @@ def _insert_many_statement(*, keyed: bool) -> Any:
         "input": cast(batch.c.input, JSONB),
         "status": case((wake_at.is_(None), WorkflowStatus.PENDING.value), else_=WorkflowStatus.SUSPENDED.value),
         "wake_at": wake_at,
+        "version": batch.c.version,
     }
     source = select(*columns.values())
     if keyed:
