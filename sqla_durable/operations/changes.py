@@ -62,7 +62,7 @@ class Visits:
     """
 
     def __init__(self, history: Mapping[str, Recorded]) -> None:
-        self._history = history
+        self.history = history
         self._unvisited = {key: None for key, each in history.items() if each.name != PATCH}
         self._left_in = Counter(map(_branch, self._unvisited))
         self._last_in: dict[str, int] = {}
@@ -75,6 +75,16 @@ class Visits:
         """Whether everything recorded was visited, so that what comes now is new."""
         return not self._unvisited
 
+    @property
+    def count(self) -> int:
+        """How many operations were visited."""
+        return len(self._visited)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that were visited, in their order."""
+        return tuple(key for key, _ in self._visited)
+
     def visit(self, key: str, name: str) -> int:
         """Note that an operation is called, and give its place in the order of the history.
 
@@ -82,7 +92,7 @@ class Visits:
         that a step which was added there does not look like one that was moved.
         """
         self._visited.append((key, name))
-        branch, recorded = _branch(key), self._history.get(key)
+        branch, recorded = _branch(key), self.history.get(key)
         if recorded is None:
             before = self._last_in.get(branch, self._last)
             place = (before if self._left_in[branch] else max(before, self._last)) + 1
@@ -102,7 +112,7 @@ class Visits:
         if known is not None:
             return Patch(known)
         key = f"{PATCH}/{patch_id}"
-        marked = key in self._history
+        marked = key in self.history
         decided = self._patches[patch_id] = marked or self.all_visited
         if not decided:
             return Patch(False)
@@ -111,29 +121,29 @@ class Visits:
 
     def mismatch(self) -> Mismatch | None:
         """Compare, at the end of the workflow; None: everything recorded was visited, in its order."""
-        if not self._history:
+        if not self.history:
             return None
         moved, renamed = self._moved(), self._renamed()
         if not (self._unvisited or moved or renamed):
             return None
-        in_order = sorted(self._history.values(), key=lambda each: each.position)
+        in_order = sorted(self.history.values(), key=lambda each: each.position)
         return Mismatch(
             recorded=tuple(each.key for each in in_order),
-            visited=tuple(key for key, _ in self._visited),
+            visited=self.keys,
             not_visited=tuple(each.key for each in in_order if each.key in self._unvisited),
             moved=moved,
             renamed=renamed,
         )
 
     def _renamed(self) -> tuple[tuple[str, str, str], ...]:
-        known = [(self._history[key], name) for key, name in self._visited if key in self._history]
+        known = [(self.history[key], name) for key, name in self._visited if key in self.history]
         return tuple((was.key, was.name, now) for was, now in known if was.name != now)
 
     def _moved(self) -> tuple[str, ...]:
         branches: dict[str, list[Recorded]] = {}
         for key, name in self._visited:
-            if key in self._history and name != PATCH:
-                branches.setdefault(_branch(key), []).append(self._history[key])
+            if key in self.history and name != PATCH:
+                branches.setdefault(_branch(key), []).append(self.history[key])
         return tuple(key for visited in branches.values() for key in _moved_among(visited))
 
 

@@ -28,13 +28,18 @@ async def run_workflow(runtime: Runtime, definition: WorkflowDefinition, body: B
         ControlFlow: the attempt ended without an outcome of its own.
         HistoryMismatchError: likewise, because the workflow is strict and its history was not visited.
     """
-    completion = await _outcome(runtime, definition, body)
+    completion = await completion_of(runtime, definition, body)
     report(runtime.attempt, strict=definition.strict)
     await runtime.finish(completion)
     return completion
 
 
-async def _outcome(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
+async def completion_of(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
+    """Execute a workflow to its outcome, and record nothing of that.
+
+    Raises:
+        ControlFlow: the attempt ended without an outcome of its own.
+    """
     attempt = runtime.attempt
     try:
         value = await body(definition.arguments.decode(attempt.input))

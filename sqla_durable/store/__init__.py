@@ -2,7 +2,7 @@
 
 `schema` checks that the tables fit · `workflows` starts, finishes, releases, parks and wakes · `queues` claims ·
 `steps` records checkpoints · `workers` holds leases · `crashes` takes back what dead workers had · `management` cancels
-and resumes. The values that go in and out are below.
+and resumes · `exports` reads whole records. The values that go in and out are below.
 """
 
 from sqla_durable.store._rows import (
