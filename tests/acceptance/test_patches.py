@@ -86,7 +86,7 @@ def keys(shell: Shell, workflow_id: UUID) -> list[str]:
 def ran(shell: Shell, shop: Shop, *, until: str | None = None) -> UUID:
     """Execute the workflow with the code of now, and then take its outcome and what came after a step away."""
     with shell.client() as client:
-        workflow_id = client.start(shop.checkout).id
+        workflow_id: UUID = client.start(shop.checkout).id
         client.commit()
     shell.finish(shop.checkout, workflow_id)
     forget(shell, workflow_id, after=until)

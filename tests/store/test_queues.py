@@ -141,11 +141,11 @@ def test_versions_that_are_not_asked_for_stay_and_those_without_one_do_not(
         for version in ("1", None, "2", "3"):
             races.enqueue(session, version=version)
         known = {"queues": ["default", "empty"], "versions": ["2", "4"]}
-        assert races.workflows.other_versions(session, **known) == ["1", "3"]  # type: ignore[arg-type]  # pyright: ignore
+        assert races.workflows.other_versions(session, **known) == ["1", "3"]
         assert len(races.claim(session, 10, versions=["2", "4"])) == 2
         assert len(races.claim(session, 10, versions=["4"])) == 0
         assert len(races.claim(session, 10)) == 2
-        assert races.workflows.other_versions(session, **known) == []  # type: ignore[arg-type]  # pyright: ignore
+        assert races.workflows.other_versions(session, **known) == []
 
 
 def test_a_paused_queue_is_passed_over_until_it_is_resumed(session_factory: sessionmaker[Session]) -> None:

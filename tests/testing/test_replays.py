@@ -61,7 +61,8 @@ class Code:
 
         called.__annotations__["return"] = result
         called.__name__ = called.__qualname__ = name
-        return self.durable.step(called)
+        step: StepFunction[[], Any] = self.durable.step(called)
+        return step
 
 
 def first(code: Code, order_id: int) -> Any:
