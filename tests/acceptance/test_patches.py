@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from uuid import UUID
 
 import pytest
-from sqlalchemy import delete
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
 
 from sqla_durable import AsyncStepFunction, Durable, Step, WorkflowStatus, deprecate_patch, patched
 from sqla_durable.errors import ArgumentError, HistoryMismatchError, UsageError
@@ -203,6 +204,33 @@ def test_patched_beside_parallel_steps_is_recorded_before_what_follows(shell: Sh
         client.commit()
     assert shell.finish(both, workflow_id) is True
     assert keys(shell, workflow_id) == ["#patched/both", "one", "other", "last"]
+
+
+def test_marker_is_durable_before_the_next_step_begins(shell: Shell, app: Application) -> None:
+    def look(session: Session) -> list[str]:
+        return [*session.scalars(select(Step.key))]
+
+    look_at_it = app.transactional(look)
+
+    async def looks() -> list[str]:
+        patched("look")
+        return await look_at_it()
+
+    assert shell.run(app.workflow(looks)) == ["#patched/look"]
+
+
+@pytest.mark.shells(("async-executor", "async-joined"))
+def test_marker_is_durable_before_a_sync_step_of_an_async_executor_begins(shell: Shell) -> None:
+    @shell.app.durable.step
+    def look_at_it(session: Session) -> list[str]:
+        return [*session.scalars(select(Step.key))]
+
+    @shell.app.durable.workflow
+    async def looks() -> list[str]:
+        patched("look")
+        return await look_at_it.aio()
+
+    assert shell.run(looks) == ["#patched/look"]
 
 
 # What does not fit

@@ -97,7 +97,7 @@ def test_a_dead_worker_counts_once_it_has_left_something(engine: Engine) -> None
 def test_a_look_costs_a_few_pages_among_many_rows(engine: Engine, mode: str) -> None:
     with Session(engine) as session:
         fill(session)
-        parameters: dict[str, object] = {"looking_id": races.WORKER} | known(["checkout"], ["1"])
+        parameters: dict[str, object] = {"looking_id": races.WORKER, **known(["checkout"], ["1"])}
         parameters |= listening(dict.fromkeys(["a", "default"], FRONT))
         plan = explain(session, _LOOK, parameters, mode=mode)
     assert plan.uses("workflow_pending_idx"), plan

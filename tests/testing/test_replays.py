@@ -47,13 +47,14 @@ class Code:
             self._step(name, receipt if name == "charge" else None) for name in ("reserve", "check", "charge", "ship")
         )
 
-        def checkout(order_id: int) -> Any:
-            return body(self, order_id)
+        def checkout(order_id: int) -> int | dict[str, int]:
+            outcome: int | dict[str, int] = body(self, order_id)
+            return outcome
 
         self.checkout = self.durable.workflow(checkout)
 
-    def _step(self, name: str, result: Any) -> StepFunction[[], Any]:
-        def called() -> Any:
+    def _step(self, name: str, result: Any) -> StepFunction[[], Receipt | None]:
+        def called() -> Receipt | None:
             self.called.append(name)
             if self.fail == name:
                 raise LookupError(f"no {name}")
@@ -61,8 +62,7 @@ class Code:
 
         called.__annotations__["return"] = result
         called.__name__ = called.__qualname__ = name
-        step: StepFunction[[], Any] = self.durable.step(called)
-        return step
+        return self.durable.step(called)
 
 
 def first(code: Code, order_id: int) -> Any:
