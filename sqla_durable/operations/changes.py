@@ -64,7 +64,7 @@ class Visits:
     def __init__(self, history: Mapping[str, Recorded]) -> None:
         self.history = history
         self._unvisited = {key: None for key, each in history.items() if each.name != PATCH}
-        self._left_in = Counter(map(_branch, self._unvisited))
+        self._left_in = Counter(map(_branch, self._unvisited)) if history else None
         self._last_in: dict[str, int] = {}
         self._last = 0
         self._visited: list[tuple[str, str]] = []
@@ -92,6 +92,9 @@ class Visits:
         that a step which was added there does not look like one that was moved.
         """
         self._visited.append((key, name))
+        if self._left_in is None:  # a new workflow: nothing to compare with
+            self._last += 1
+            return self._last
         branch, recorded = _branch(key), self.history.get(key)
         if recorded is None:
             before = self._last_in.get(branch, self._last)
