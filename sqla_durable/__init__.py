@@ -22,6 +22,7 @@ from sqla_durable.handle import AsyncHandle, Handle
 from sqla_durable.interceptors import Interceptor
 from sqla_durable.management import cancel, resume
 from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
+from sqla_durable.patches import deprecate_patch, patched
 from sqla_durable.signals import signal, start_with_signal, wait_signal
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
 from sqla_durable.status import StepStatus, WorkflowStatus
@@ -59,12 +60,14 @@ __all__ = [
     "as_completed",
     "cancel",
     "current",
+    "deprecate_patch",
     "errors",
     "metadata",
     "migrations",
     "models",
     "now",
     "parallel",
+    "patched",
     "random",
     "resume",
     "run_step",

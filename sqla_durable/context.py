@@ -15,6 +15,7 @@ from typing import Any
 from sqla_durable.execution import Execution
 from sqla_durable.operations.attempt import Attempt, Position
 from sqla_durable.operations.runtime import Operation, StepCall, execution_of
+from sqla_durable.store import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Context:
         perform: performs a step: gives its outcome in sync code, an awaitable of it in async code.
         operate: carries out another durable operation in the same way.
         is_async: whether the workflow is `async def`.
+        note: records a checkpoint of the workflow's own code before its next effect, without awaiting it.
         fork: gives the context of a branch that is to be executed in another thread; None in async code.
         step: the step whose function is being executed; calls in it are plain calls.
         is_operating: whether the engine carries out an operation; tasks that it makes are no branches.
@@ -34,6 +36,7 @@ class Context:
     attempt: Attempt
     perform: Callable[[StepCall], Any]
     operate: Callable[[Position, Operation], Any]
+    note: Callable[[Checkpoint], None]
     is_async: bool
     fork: Callable[[], Fork] | None = None
     step: StepCall | None = None

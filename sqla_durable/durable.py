@@ -9,7 +9,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+from sqla_durable.checks import fault_in
 from sqla_durable.codec import DEFAULT_LIMIT
+from sqla_durable.errors import DefinitionError
 from sqla_durable.functions import (
     AsyncStepFunction,
     AsyncTransactionalStep,
@@ -55,9 +57,11 @@ class Durable:
         async_sessionmaker: the same for `AsyncSession`. A worker needs at least one of the two, here or of its own.
         payload_limit: the largest input, result or step result in bytes of JSON; 1 MiB by default.
         interceptors: what is around its workflows and their steps, the outermost first; see `Interceptor`.
+        version: the version of the code, which every start records. By itself it changes nothing: a worker with
+            `versions=` claims those only. See docs, "Changing code".
 
     Raises:
-        DefinitionError: an interceptor is none.
+        DefinitionError: an interceptor is none; or the version is blank, or cannot be stored.
     """
 
     def __init__(
@@ -67,10 +71,15 @@ class Durable:
         async_sessionmaker: async_sessionmaker[AsyncSession] | None = None,
         payload_limit: int = DEFAULT_LIMIT,
         interceptors: Iterable[Interceptor] = (),
+        version: str | None = None,
     ) -> None:
+        fault = None if version is None else fault_in(version)
+        if fault is not None:
+            raise DefinitionError(f"version={version!r} {fault}: give a text that is not blank, or leave it out.")
         self.sessionmaker = sessionmaker
         self.async_sessionmaker = async_sessionmaker
         self.payload_limit = payload_limit
+        self.version = version
         self.registry = Registry()
         self._interceptors = Interceptors(interceptors)
 
@@ -88,19 +97,27 @@ class Durable:
     # and the first that fits decides.
     @overload
     def workflow(  # type: ignore[overload-overlap]
-        self, fn: Callable[P, Async[R]], /, *, name: str | None = None, queue: str = "default"
+        self, fn: Callable[P, Async[R]], /, *, name: str | None = None, queue: str = "default", strict: bool = False
     ) -> AsyncWorkflowFunction[P, R]: ...
 
     @overload
     def workflow(
-        self, fn: Callable[P, R], /, *, name: str | None = None, queue: str = "default"
+        self, fn: Callable[P, R], /, *, name: str | None = None, queue: str = "default", strict: bool = False
     ) -> WorkflowFunction[P, R]: ...
 
     @overload
-    def workflow(self, /, *, name: str | None = None, queue: str = "default") -> WorkflowDecorator: ...
+    def workflow(
+        self, /, *, name: str | None = None, queue: str = "default", strict: bool = False
+    ) -> WorkflowDecorator: ...
 
     def workflow(
-        self, fn: Callable[..., Any] | None = None, /, *, name: str | None = None, queue: str = "default"
+        self,
+        fn: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        queue: str = "default",
+        strict: bool = False,
     ) -> AsyncWorkflowFunction[..., Any] | WorkflowFunction[..., Any] | WorkflowDecorator:
         """Make a function a workflow, as a decorator with or without options.
 
@@ -111,11 +128,13 @@ class Durable:
             fn: the function, `def` or `async def`.
             name: the name of its records; by default the function's own.
             queue: where it is enqueued by default.
+            strict: whether it has no outcome as long as the code does not visit what its history holds, in its order;
+                by default that is a warning in the log. See docs, "Changing code".
 
         Raises:
             DefinitionError: the function cannot be a workflow, or another one has the name.
         """
-        decorator = WorkflowDecorator(self, name=name, queue=queue)
+        decorator = WorkflowDecorator(self, name=name, queue=queue, strict=strict)
         return decorator if fn is None else decorator(fn)
 
     @overload
@@ -238,10 +257,11 @@ class Durable:
 class WorkflowDecorator:
     """What `durable.workflow(...)` gives when it has options only."""
 
-    def __init__(self, durable: Durable, *, name: str | None, queue: str) -> None:
+    def __init__(self, durable: Durable, *, name: str | None, queue: str, strict: bool) -> None:
         self._durable = durable
         self._name = name
         self._queue = queue
+        self._strict = strict
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
@@ -260,6 +280,8 @@ class WorkflowDecorator:
             queue=self._queue,
             limit=durable.payload_limit,
             interceptors=durable._interceptors,  # pyright: ignore[reportPrivateUsage]
+            version=durable.version,
+            strict=self._strict,
         )
         durable.registry.add_workflow(definition)
         return AsyncWorkflowFunction(definition) if definition.is_async else WorkflowFunction(definition)

@@ -22,6 +22,7 @@ DurableError
 ├── WorkflowFinishedError         a signal cannot be sent to a workflow that has an outcome
 ├── ChildrenFailedError           more children of a group failed than are tolerated
 ├── WaitTimeoutError              (also TimeoutError) what an operation waited for did not come in time
+├── HistoryMismatchError          today's code does not visit what a strict workflow has recorded
 ├── ResultTimeoutError            (also TimeoutError) no outcome within the time given
 ├── WorkflowError                 the outcome of a workflow that did not succeed
 │   ├── WorkflowFailedError           its own exception type cannot be rebuilt here
@@ -186,6 +187,23 @@ class ChildrenFailedError(DurableError):
 
 class WaitTimeoutError(DurableError, TimeoutError):
     """What an operation waited for did not come within its time. It is the operation's outcome, also on replay."""
+
+
+class HistoryMismatchError(_AboutWorkflow):
+    """Today's code does not visit what a strict workflow has recorded, or in another order.
+
+    The workflow has no outcome. A worker parks it and looks again in a minute; from an executor the error is raised.
+
+    Attributes:
+        workflow_id: the id of its record.
+        recorded: the keys of its history, in order.
+        visited: the keys that the code visited, in order.
+    """
+
+    def __init__(self, message: str, *, workflow_id: UUID, recorded: tuple[str, ...], visited: tuple[str, ...]) -> None:
+        super().__init__(message, workflow_id=workflow_id)
+        self.recorded = recorded
+        self.visited = visited
 
 
 class ResultTimeoutError(_AboutWorkflow, TimeoutError):

@@ -104,7 +104,10 @@ class StepDefinition:
 
 @dataclass(frozen=True)
 class WorkflowDefinition:
-    """A workflow: its name, its function, and its default queue."""
+    """A workflow: its name, its function, its default queue, and how its code may change.
+
+    `version` is what a start records; `strict` holds the outcome back where the history was not visited.
+    """
 
     name: str
     fn: Callable[..., Any]
@@ -112,6 +115,8 @@ class WorkflowDefinition:
     queue: str = "default"
     limit: int = DEFAULT_LIMIT
     interceptors: Interceptors = NO_INTERCEPTORS
+    version: str | None = None
+    strict: bool = False
 
     @classmethod
     def of(
@@ -122,13 +127,16 @@ class WorkflowDefinition:
         queue: str = "default",
         limit: int = DEFAULT_LIMIT,
         interceptors: Interceptors = NO_INTERCEPTORS,
+        version: str | None = None,
+        strict: bool = False,
     ) -> WorkflowDefinition:
         """Describe a workflow function.
 
         Raises:
             DefinitionError: its arguments cannot be stored by name, or it takes a session.
         """
-        definition = cls(_name_of(fn, name, what="workflow"), fn, _is_async(fn), queue, limit, interceptors)
+        name = _name_of(fn, name, what="workflow")
+        definition = cls(name, fn, _is_async(fn), queue, limit, interceptors, version, strict)
         for parameter in definition.signature.parameters.values():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise DefinitionError(

@@ -52,6 +52,10 @@ class BaseRuntime(ABC):
         """Record a checkpoint."""
 
     @abstractmethod
+    def note(self, checkpoint: Checkpoint) -> None:
+        """Record a checkpoint without awaiting it."""
+
+    @abstractmethod
     async def execute(self, statement: Callable[[Connectable], T]) -> T:
         """Call a store function of one statement, in a transaction of its own."""
 
@@ -80,7 +84,7 @@ class BlockingRuntime(BaseRuntime):
 
     def context(self, step: StepCall | None = None) -> Context:
         """Give the ambient context of the workflow's own code, or of a step's function."""
-        return Context(self.attempt, self.perform, self.operate, is_async=False, fork=self.fork, step=step)
+        return Context(self.attempt, self.perform, self.operate, self.note, is_async=False, fork=self.fork, step=step)
 
     @abstractmethod
     def fork(self) -> Fork:
@@ -125,7 +129,7 @@ class AsyncRuntime(BaseRuntime):
 
     def context(self, step: StepCall | None = None) -> Context:
         """Give the ambient context of the workflow's own code, or of a step's function."""
-        return Context(self.attempt, self.perform, self.operate, is_async=True, step=step)
+        return Context(self.attempt, self.perform, self.operate, self.note, is_async=True, step=step)
 
     async def perform(self, call: StepCall) -> Any:
         """Perform a step and give its outcome."""

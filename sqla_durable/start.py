@@ -116,6 +116,7 @@ def bind(
             timeout=None if timeout is None else timeout.total_seconds(),
             deadline=deadline.total_seconds() if isinstance(deadline, timedelta) else None,
             deadline_at=deadline if isinstance(deadline, datetime) else None,
+            version=definition.version,
         )
     )
 

@@ -25,7 +25,7 @@ FLOORS = (
     {"management", "signals"},
     {"functions", "timers"},
     {"children"},
-    {"start", "handle", "runtime", "operate", "threads"},
+    {"start", "handle", "runtime", "operate", "threads", "patches"},
     {"tasks"},
     {"context"},
     {"operations"},

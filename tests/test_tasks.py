@@ -17,6 +17,9 @@ from sqla_durable.store import Claimed, Fence
 Body = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
+def _nothing(*_given: object) -> None: ...
+
+
 async def joined_by_await(branch: Callable[[], Any]) -> None:
     await asyncio.create_task(branch())
 
@@ -81,7 +84,7 @@ async def _is_idle(attempt: Attempt, body: Body) -> bool:
     async def workflow() -> None:
         attempt.branches.begin(tasks.whereabouts)
         with (
-            Context(attempt, lambda call: None, lambda position, operation: None, is_async=True).entered(),
+            Context(attempt, _nothing, _nothing, _nothing, is_async=True).entered(),
             tasks.branching(),
         ):
             await body(branch)
@@ -129,7 +132,7 @@ async def test_branches_of_tasks_in_tasks_are_named_and_forgotten(attempt: Attem
 
     attempt.branches.begin(tasks.whereabouts)
     with (
-        Context(attempt, lambda call: None, lambda position, operation: None, is_async=True).entered(),
+        Context(attempt, _nothing, _nothing, _nothing, is_async=True).entered(),
         tasks.branching(),
     ):
         found = list(await asyncio.gather(both(), both()))
@@ -145,7 +148,7 @@ async def test_what_the_engine_makes_while_it_operates_is_no_branch(attempt: Att
         return attempt.branches.here()
 
     attempt.branches.begin(tasks.whereabouts)
-    context = Context(attempt, lambda call: None, lambda position, operation: None, is_async=True)
+    context = Context(attempt, _nothing, _nothing, _nothing, is_async=True)
     with context.entered(), tasks.branching():
         with context.operating():
             assert await asyncio.create_task(here()) is None
@@ -170,7 +173,7 @@ async def test_factory_that_somebody_wraps_around_ours_stays(attempt: Attempt) -
         return attempt.visit("charge", 1).key
 
     attempt.branches.begin(tasks.whereabouts)
-    with Context(attempt, lambda call: None, lambda position, operation: None, is_async=True).entered():
+    with Context(attempt, _nothing, _nothing, _nothing, is_async=True).entered():
         with tasks.branching():
             ours: Any = loop.get_task_factory()
 

@@ -28,6 +28,10 @@ def worker(
         list[str] | None,
         typer.Option(help="A queue to claim from, repeatable; by default those of its workflows, and 'default'."),
     ] = None,
+    version: Annotated[
+        list[str] | None,
+        typer.Option(help="A version of the code whose workflows it claims, repeatable; by default all of them."),
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="How many workflows it executes at once.")] = 100,
     lease: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long its workflows stay its own after a heartbeat.")
@@ -66,6 +70,7 @@ def worker(
             sessionmaker=opened.sync,
             async_sessionmaker=opened.asynchronous,
             queues=queue or None,
+            versions=version or None,
             concurrency=concurrency,
             lease=timedelta(seconds=lease),
             poll_interval=timedelta(seconds=poll_interval),

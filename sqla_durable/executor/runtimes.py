@@ -18,7 +18,7 @@ from typing_extensions import override
 from sqla_durable.context import Fork
 from sqla_durable.errors import AttemptLost, SyncAsyncError
 from sqla_durable.operations.attempt import Attempt, Position, Wait
-from sqla_durable.operations.runtime import StepCall
+from sqla_durable.operations.runtime import StepCall, run_blocking
 from sqla_durable.operations.transaction import HeldTransaction, StepTransaction, in_session
 from sqla_durable.registry import StepDefinition
 from sqla_durable.retry import TransientRetry
@@ -98,6 +98,10 @@ class BlockingInline(BlockingRuntime):
         await self._write(lambda session: _record(session, checkpoint))
 
     @override
+    def note(self, checkpoint: Checkpoint) -> None:
+        run_blocking(self.record(checkpoint))
+
+    @override
     async def execute(self, statement: Callable[[Connectable], T]) -> T:
         return await self._write(statement)
 
@@ -154,6 +158,7 @@ class AsyncInline(AsyncRuntime):
         super().__init__(attempt)
         self._story = story
         self._lock = asyncio.Lock()
+        self._noted: list[Checkpoint] = []
 
     @override
     async def pause(self, seconds: float) -> None:
@@ -172,12 +177,19 @@ class AsyncInline(AsyncRuntime):
 
     @override
     async def settle(self) -> None:
+        if self._noted:
+            async with self._turn():
+                await self._record_noted()
         self.attempt.proceed()
 
     @override
     async def record(self, checkpoint: Checkpoint) -> None:
         async with self._turn():
             await self._story.write(lambda session: _record(session, checkpoint), pause=self.pause)
+
+    @override
+    def note(self, checkpoint: Checkpoint) -> None:
+        self._noted.append(checkpoint)
 
     @override
     async def execute(self, statement: Callable[[Connectable], T]) -> T:
@@ -200,6 +212,7 @@ class AsyncInline(AsyncRuntime):
     @override
     async def finish(self, completion: Completion) -> None:
         async with self._lock:
+            await self._record_noted()
             # A step that was called beside the others, and that nobody awaits any more, must not touch the session.
             self.attempt.stop(partial(AttemptLost, self.attempt.workflow_id))
             await self._story.write(lambda session: _finish(session, completion, self._story), pause=self.pause)
@@ -209,8 +222,15 @@ class AsyncInline(AsyncRuntime):
         def perform(session: Session) -> Any:
             return GreenletInline(self._story.twin(session), self.attempt).perform(call)
 
+        await self.settle()
         async with self._turn():
             return await in_session(self._story.session, perform)
+
+    async def _record_noted(self) -> None:
+        """Record what was noted; whoever else settles meanwhile waits for the lock until it is committed."""
+        while self._noted:
+            await self._story.write(partial(_record, checkpoint=self._noted[0]), pause=self.pause)
+            self._noted.pop(0)
 
     @asynccontextmanager
     async def _turn(self) -> AsyncGenerator[None]:

@@ -11,12 +11,13 @@ from uuid import UUID
 from sqla_durable.errors import ControlFlow, Suspended, UnfinishedStepError, UsageError
 from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
 from sqla_durable.operations.branch import Branches
+from sqla_durable.operations.changes import Visits
 from sqla_durable.store import Awaited, Claimed, Fence, Recorded
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """The identity of one operation: its key in the workflow, its name, and when it was called."""
+    """The identity of one operation: its key in the workflow, its name, and its place in the order of calls."""
 
     key: str
     name: str
@@ -78,10 +79,10 @@ class Attempt:
         self.headers: Mapping[str, str] = claimed.headers
         self.interceptors: Interceptors = NO_INTERCEPTORS
         self._history: Mapping[str, Recorded] = claimed.history
+        self.visits = Visits(claimed.history)
         self.branches = Branches()
         self._places: dict[str, object] = {}
         self._keys: set[str] = set()
-        self._visited = 0
         self._unfinished: dict[str, object] = {}  # by key, the task or thread that is in the operation
         self._waits: dict[str, Wait] = {}
         self._lock = self.branches.lock
@@ -113,13 +114,13 @@ class Attempt:
                     f"two functions are called under the step name {name!r} in workflow {self.name!r}: a replay could "
                     "take one's outcome for the other's. Give one of them another name."
                 )
-            self._visited += 1
-            position = Position(branch.key(name, explicit=key), name, self._visited)
-            if position.key in self._keys:
+            identity = branch.key(name, explicit=key)
+            if identity in self._keys:
                 raise UsageError(
-                    f"the step key {position.key!r} is used twice in workflow {self.name!r}: change one of them."
+                    f"the step key {identity!r} is used twice in workflow {self.name!r}: change one of them."
                 )
-            self._keys.add(position.key)
+            self._keys.add(identity)
+            position = Position(identity, name, self.visits.visit(identity, name))
             self._unfinished[position.key] = self.branches.home()
             self._active_at = time.monotonic()
             return position

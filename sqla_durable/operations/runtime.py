@@ -85,6 +85,12 @@ class Runtime(Protocol):
     async def record(self, checkpoint: Checkpoint) -> None:
         """Record a checkpoint, durable at the latest when the next `settle` or `finish` returns."""
 
+    def note(self, checkpoint: Checkpoint) -> None:
+        """Record a checkpoint without awaiting it, durable at the latest when the next `settle` or `finish` returns.
+
+        Called by the workflow's own code only.
+        """
+
     async def execute(self, statement: Callable[[Connectable], T]) -> T:
         """Call a store function of one statement, in a transaction of its own that is committed when this returns.
 

@@ -15,6 +15,7 @@ from sqla_durable.errors import (
     WorkflowTimeoutError,
 )
 from sqla_durable.failure import Failure
+from sqla_durable.operations.patches import report
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.status import WorkflowStatus
@@ -34,13 +35,20 @@ async def run_workflow(runtime: Runtime, definition: WorkflowDefinition, body: B
 
     Raises:
         ControlFlow: the attempt ended without an outcome of its own.
+        HistoryMismatchError: likewise, because the workflow is strict and its history was not visited.
     """
-    completion = await _outcome(runtime, definition, body)
+    completion = await completion_of(runtime, definition, body)
+    report(runtime.attempt, strict=definition.strict)
     await runtime.finish(completion)
     return completion
 
 
-async def _outcome(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
+async def completion_of(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
+    """Execute a workflow to its outcome, and record nothing of that.
+
+    Raises:
+        ControlFlow: the attempt ended without an outcome of its own.
+    """
     attempt = runtime.attempt
     attempt.interceptors = definition.interceptors
     try:

@@ -180,6 +180,7 @@ class NewWorkflow:
     timeout: float | None = None
     deadline: float | None = None
     deadline_at: datetime | None = None
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

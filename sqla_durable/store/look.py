@@ -17,7 +17,7 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import SIGNAL, WORKER, WORKFLOW, Connectable, execute, status
 from sqla_durable.store.deadlines import is_overdue
-from sqla_durable.store.queues import FRONT, listened_queues, listening, pending_in
+from sqla_durable.store.queues import FRONT, known, listened_queues, listening, pending_in
 from sqla_durable.store.signals import is_new
 
 _NEVER = text("timestamptz 'infinity'")
@@ -46,9 +46,16 @@ class Seen:
     overdue: bool = False
 
 
-def look(connectable: Connectable, *, worker_id: UUID, queues: Sequence[str], names: Sequence[str]) -> Seen:
-    """Look, in one statement that takes no lock. Without queues nothing is claimable."""
-    parameters = {"names": names, "looking_id": worker_id} | listening(dict.fromkeys(queues, FRONT))
+def look(
+    connectable: Connectable,
+    *,
+    worker_id: UUID,
+    queues: Sequence[str],
+    names: Sequence[str],
+    versions: Sequence[str] = (),
+) -> Seen:
+    """Look, in one statement that takes no lock. Without queues nothing is claimable; no versions mean all of them."""
+    parameters = {"looking_id": worker_id} | known(names, versions) | listening(dict.fromkeys(queues, FRONT))
     row = execute(connectable, _LOOK, parameters).one()
     next_due_in = None if row.next_due_in is None else float(row.next_due_in)
     return Seen(row.claimable, row.due, next_due_in, row.undelivered, row.abandoned, row.alive, row.overdue)

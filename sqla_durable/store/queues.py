@@ -24,6 +24,8 @@ from sqlalchemy import (
     case,
     cast,
     func,
+    literal_column,
+    or_,
     select,
     text,
     true,
@@ -53,6 +55,7 @@ _LIMIT = bindparam("limit", type_=Integer())
 _TOKEN = bindparam("new_token", type_=PG_UUID())
 _WORKER = bindparam("claimant", type_=PG_UUID())
 _NAMES = bindparam("names", type_=ARRAY(Text()))
+_VERSIONS = bindparam("versions", type_=ARRAY(Text()))
 _PLACE: Columns = {"priority": SmallInteger(), "enqueued_at": DateTime(timezone=True), "id": PG_UUID()}
 
 # A driver cannot read what Python's datetime does not hold: "-infinity", which somebody wrote to be the first of all.
@@ -87,6 +90,7 @@ def claim(
     token: UUID,
     after: Mapping[str, Place],
     names: Sequence[str],
+    versions: Sequence[str] = (),
     limit: int,
 ) -> Batch:
     """Claim at most `limit` pending workflows of these names, in the order of their queues.
@@ -98,8 +102,9 @@ def claim(
         after: the queues, and the place in each after which to begin. Beginning where the last claim ended passes over
             what it left dead in the index, for as long as vacuum cannot remove it. But what commits late, or has a
             higher priority, or is handed back, stands before that place: begin at the `FRONT` again now and then.
+        versions: those that were started by these versions of the code only, and those without one; empty means all.
     """
-    parameters = {"names": names, "limit": limit, "new_token": token, "claimant": worker_id}
+    parameters = {"limit": limit, "new_token": token, "claimant": worker_id} | known(names, versions)
     returned = execute(connectable, _CLAIM, parameters | listening(after))
     # RETURNING has no order of its own.
     rows = sorted(returned, key=lambda row: (row.priority, row.enqueued_at, row.id))
@@ -143,13 +148,20 @@ def listened_queues() -> Any:
     return select(*wanted.c).where(~paused).subquery("listened")
 
 
+def known(names: Sequence[str], versions: Sequence[str]) -> dict[str, list[str]]:
+    """Give the parameters of `pending_in`; no versions mean all of them."""
+    return {"names": list(names), "versions": list(versions)}
+
+
 def pending_in(listened: Any) -> Any:
-    """Tell what can be claimed from a queue."""
+    """Tell what can be claimed from a queue: what is `known` and pending."""
+    all_versions = func.cardinality(_VERSIONS) == literal_column("0")
     return and_(
         WORKFLOW.c.status == status(WorkflowStatus.PENDING),
         WORKFLOW.c.queue == listened.c.name,
         WORKFLOW.c.name == func.any(_NAMES),
         deadlines.in_time(),
+        or_(all_versions, WORKFLOW.c.version.is_(None), WORKFLOW.c.version == func.any(_VERSIONS)),
     )
 
 

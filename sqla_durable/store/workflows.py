@@ -32,6 +32,7 @@ from sqlalchemy import (
     or_,
     select,
     tuple_,
+    union,
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB, insert
@@ -80,6 +81,7 @@ NEW: Columns = {
     "timeout": Float(),
     "deadline": Float(),
     "deadline_at": DateTime(timezone=True),
+    "version": Text(),
 }
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text()}
@@ -198,6 +200,20 @@ def unknown_names(connectable: Connectable, *, queues: Sequence[str], names: Seq
     return list(scalars(connectable, select(head.c.name).distinct().order_by(head.c.name)))
 
 
+def other_versions(connectable: Connectable, *, queues: Sequence[str], versions: Sequence[str]) -> list[str]:
+    """Give the versions of workflows near the head of each queue that are not among `versions`."""
+    heads = [
+        select(WORKFLOW.c.version)
+        .where(WORKFLOW.c.status == status(WorkflowStatus.PENDING), WORKFLOW.c.queue == queue)
+        .order_by(WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id)
+        .limit(1_000)
+        .subquery()
+        for queue in queues
+    ]
+    found = union(*(select(each.c.version).where(each.c.version.not_in(versions)) for each in heads))
+    return sorted(scalars(connectable, found))
+
+
 def _values(new: NewWorkflow) -> dict[str, Any]:
     values: dict[str, Any] = {
         "id": new.id,
@@ -206,6 +222,7 @@ def _values(new: NewWorkflow) -> dict[str, Any]:
         "queue": new.queue,
         "priority": new.priority,
         "input": new.input,
+        "version": new.version,
     }
     if new.headers is not None:
         values["headers"] = new.headers
@@ -251,6 +268,7 @@ def new_row(new: NewWorkflow) -> dict[str, Any]:
         "timeout": new.timeout,
         "deadline": new.deadline,
         "deadline_at": new.deadline_at,
+        "version": new.version,
     }
 
 
@@ -371,6 +389,7 @@ def new_columns(given: Any) -> dict[str, Any]:
         "headers": cast(given.headers, JSONB),
         "timeout": interval(given.timeout),
         "deadline_at": func.coalesce(given.deadline_at, func.statement_timestamp() + interval(given.deadline)),
+        "version": given.version,
     }
 
 

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from sqla_durable.errors import AttemptLost, Released, Suspended
+from sqla_durable.errors import AttemptLost, HistoryMismatchError, Released, Suspended
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import run_blocking
 from sqla_durable.operations.workflow import run_workflow
 from sqla_durable.registry import Registry, WorkflowDefinition
-from sqla_durable.store import Claimed, Completion, Fence, crashes, workflows
+from sqla_durable.store import Claimed, Completion, Fence, Park, batches, crashes, workflows
 from sqla_durable.worker.database import Database, persistently
 from sqla_durable.worker.runtimes import LoopRuntime, Surroundings, ThreadRuntime
 
@@ -22,6 +22,7 @@ log = logging.getLogger("sqla_durable.worker")
 
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # seconds between looks at a row that somebody holds
 _LOOK_EVERY = 0.05
+_HELD_BACK = 60.0  # seconds until a strict workflow whose history does not fit is tried again
 _CANCELLED_GRACE = 2.0  # seconds for async attempts to be released after they were cancelled
 
 
@@ -134,6 +135,9 @@ class Attempts:
             await self._release([attempt.fence])
         except Suspended:
             log.debug("workflow %s %s is parked in attempt %d", attempt.name, attempt.workflow_id, attempt.number)
+        except HistoryMismatchError as error:
+            log.error("%s", error)
+            await self._hold_back(attempt)
         except BaseException as error:
             log.exception("workflow %s: its attempt %d broke", attempt.workflow_id, attempt.number)
             await self._abandon(attempt, error)
@@ -155,6 +159,9 @@ class Attempts:
                 await asyncio.sleep(_LOOK_EVERY)  # steps beside the one that has ended, in threads too
             await on_loop.flush()
             raise
+        except HistoryMismatchError:
+            await on_loop.flush()
+            raise
         finally:
             on_loop.leave()
 
@@ -169,6 +176,18 @@ class Attempts:
             await asyncio.sleep(pause)
         for each in fences:
             log.warning("workflow %s is not handed back: another transaction holds its row", each.workflow_id)
+
+    async def _hold_back(self, attempt: Attempt) -> None:
+        """Park a workflow until another deploy may fit its history: not a crash, or a bad deploy would fail it."""
+        park = Park(attempt.fence, _HELD_BACK)
+        for pause in _PAUSES:
+            unwritten = await persistently(
+                self._database, lambda connection: batches.write(connection, [], [park]), what="hold back"
+            )
+            if not unwritten.ends:
+                return
+            await asyncio.sleep(pause)
+        log.warning("workflow %s is not parked: another transaction holds its row, or has it", attempt.workflow_id)
 
     async def _abandon_if_owned(self, attempt: Attempt) -> None:
         """Count an attempt that ended itself, by a step that cancels its own workflow for example, as a crash."""
@@ -200,6 +219,6 @@ def _tell(attempt: Attempt, completion: Completion) -> None:
 def _blocking(runtime: ThreadRuntime, definition: WorkflowDefinition) -> Completion:
     try:
         return run_blocking(run_workflow(runtime, definition, lambda given: runtime.body(definition, given)))
-    except Released:
+    except (Released, HistoryMismatchError):
         runtime.flush()
         raise

@@ -46,6 +46,7 @@ class Claims:
         worker_id: UUID,
         queues: Sequence[str],
         names: Sequence[str],
+        versions: Sequence[str],
         poll_interval: timedelta,
     ) -> None:
         self._database = database
@@ -53,6 +54,7 @@ class Claims:
         self._heartbeat = heartbeat
         self._worker_id = worker_id
         self._names = list(names)
+        self._versions = list(versions)
         self._restart_every = min(poll_interval.total_seconds(), _LONGEST_WAY)
         self._front = dict.fromkeys(queues, FRONT)
         self._after = self._front
@@ -140,6 +142,7 @@ class Claims:
                 token=token,
                 after=self._after,
                 names=self._names,
+                versions=self._versions,
                 limit=limit,
             )
 

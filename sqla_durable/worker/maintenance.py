@@ -44,6 +44,7 @@ class Maintenance:
         worker_id: UUID,
         queues: Sequence[str],
         names: Sequence[str],
+        versions: Sequence[str],
         poll_interval: timedelta,
         max_attempts: int,
     ) -> None:
@@ -53,6 +54,7 @@ class Maintenance:
         self._worker_id = worker_id
         self._queues = list(queues)
         self._names = list(names)
+        self._versions = list(versions)
         self._interval = poll_interval.total_seconds()
         self._max_attempts = max_attempts
         self._patience = heartbeat.lease + LONGEST_BACKOFF
@@ -62,6 +64,7 @@ class Maintenance:
         self._reclaimed_at = float("-inf")
         self._forgotten_at = float("-inf")
         self._warned_at = float("-inf")
+        self._warned_of_versions_at = float("-inf")
         self._hinted = asyncio.Event()
 
     def hint(self) -> None:
@@ -79,7 +82,7 @@ class Maintenance:
 
     def _look(self, connection: Connection) -> Seen:
         queues = [] if self._claims.busy else self._queues
-        return look(connection, worker_id=self._worker_id, queues=queues, names=self._names)
+        return look(connection, worker_id=self._worker_id, queues=queues, names=self._names, versions=self._versions)
 
     async def _act(self, seen: Seen) -> None:
         if not seen.alive:
@@ -93,6 +96,7 @@ class Maintenance:
             self._claims.hint()
         else:
             await self._warn_of_unknown()
+        await self._warn_of_versions()
         await self._forget_dead()
 
     async def _wait(self, seen: Seen) -> None:
@@ -186,6 +190,24 @@ class Maintenance:
                 ", ".join(map(repr, self._queues)),
                 ", ".join(map(repr, self._names)),
             )
+
+    async def _warn_of_versions(self) -> None:
+        """Name the versions that wait and are not claimed here, however busy this worker is: nobody else may tell."""
+        if not self._versions or time.monotonic() - self._warned_of_versions_at < _WARN_EVERY:
+            return
+        self._warned_of_versions_at = time.monotonic()
+        others = await persistently(self._database, self._other_versions, what="maintenance")
+        if others:
+            log.warning(
+                "workflows of the versions %s wait in the queues %s, and this worker claims %s only. If no other "
+                "worker claims them, let one do so (versions=), or give them another version.",
+                ", ".join(map(repr, others)),
+                ", ".join(map(repr, self._queues)),
+                ", ".join(map(repr, self._versions)),
+            )
+
+    def _other_versions(self, connection: Connection) -> list[str]:
+        return workflows.other_versions(connection, queues=self._queues, versions=self._versions)
 
     def _unknown(self, connection: Connection) -> list[str]:
         return workflows.unknown_names(connection, queues=self._queues, names=self._names)

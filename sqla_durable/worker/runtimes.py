@@ -186,6 +186,10 @@ class ThreadRuntime(BlockingRuntime):
         """Hand a checkpoint to the writer; the workflow's code goes on."""
         self._submit(checkpoint)
 
+    def note(self, checkpoint: Checkpoint) -> None:
+        """Hand a checkpoint to the writer."""
+        self._submit(checkpoint)
+
     async def execute(self, statement: Callable[[Connectable], T]) -> T:
         """Call a store function on a connection of the worker's own."""
         return self._surroundings.from_thread(statement)
@@ -258,6 +262,10 @@ class LoopRuntime(AsyncRuntime):
 
     async def record(self, checkpoint: Checkpoint) -> None:
         """Hand a checkpoint to the writer; the workflow's code goes on."""
+        self._submit(checkpoint)
+
+    def note(self, checkpoint: Checkpoint) -> None:
+        """Hand a checkpoint to the writer."""
         self._submit(checkpoint)
 
     async def execute(self, statement: Callable[[Connectable], T]) -> T:

@@ -39,6 +39,16 @@ def chosen_queues(durable: Durable, given: Iterable[str] | None) -> list[str]:
     return chosen
 
 
+def chosen_versions(given: Iterable[str] | None) -> list[str]:
+    """Give the versions to claim; none means all of them."""
+    if given is None:
+        return []
+    chosen = [given] if isinstance(given, str) else sorted(set(given))
+    if not chosen or not all(each.strip() for each in chosen):
+        raise ValueError(f"versions={given!r} names no version: give at least one, or leave it out to claim all.")
+    return chosen
+
+
 def require_sessionmakers(
     durable: Durable,
     sync: sessionmaker[Session] | None,

@@ -62,6 +62,8 @@ class Worker:
         sessionmaker: opens the sessions of steps that take a `Session`; by default the one of `durable`.
         async_sessionmaker: likewise for `AsyncSession`. With both, they must lead to the same database.
         queues: the queues it claims from; by default those of the workflows it knows, and `default`.
+        versions: claim only what was started by these versions of the code, and what has no version; by default
+            everything. See `Durable(version=...)`; a version that waits and is not claimed here is named in the log.
         concurrency: how many workflows it executes at once.
         transactions: how many transactional steps of each kind hold a connection at once; by default what the
             engine's pool can give, less the few connections that the worker needs for itself.
@@ -88,6 +90,7 @@ class Worker:
         sessionmaker: sessionmaker[Session] | None = None,
         async_sessionmaker: async_sessionmaker[AsyncSession] | None = None,
         queues: Iterable[str] | None = None,
+        versions: Iterable[str] | None = None,
         concurrency: int = 100,
         transactions: int | None = None,
         lease: timedelta = timedelta(seconds=30),
@@ -104,6 +107,7 @@ class Worker:
         self.sessionmaker = sessionmaker or durable.sessionmaker
         self.async_sessionmaker = async_sessionmaker or durable.async_sessionmaker
         self.queues = settings.chosen_queues(durable, queues)
+        self.versions = settings.chosen_versions(versions)
         self.concurrency = settings.at_least(concurrency, 1, "concurrency")
         self.transactions = transactions if transactions is None else settings.at_least(transactions, 1, "transactions")
         self.lease = settings.positive(lease, "lease")
@@ -319,6 +323,7 @@ class Worker:
             worker_id=self.id,
             queues=self.queues,
             names=[each.name for each in self.durable.registry],
+            versions=self.versions,
             poll_interval=self.poll_interval,
         )
 
@@ -330,6 +335,7 @@ class Worker:
             worker_id=self.id,
             queues=self.queues,
             names=[each.name for each in self.durable.registry],
+            versions=self.versions,
             poll_interval=self.poll_interval,
             max_attempts=self.max_attempts,
         )

@@ -65,16 +65,21 @@ class Application:
         self.durable = durable or Durable()
 
     def workflow(
-        self, fn: Callable[P, Coroutine[Any, Any, R]], *, name: str | None = None, queue: str = "default"
+        self,
+        fn: Callable[P, Coroutine[Any, Any, R]],
+        *,
+        name: str | None = None,
+        queue: str = "default",
+        strict: bool = False,
     ) -> AnyWorkflow[P, R]:
         """Make a workflow of a coroutine function."""
         if self.form is Form.ASYNC:
-            return self.durable.workflow(fn, name=name, queue=queue)
+            return self.durable.workflow(fn, name=name, queue=queue, strict=strict)
 
         def driven(*args: P.args, **kwargs: P.kwargs) -> R:
             return drive(fn(*args, **kwargs))
 
-        return self.durable.workflow(_like(driven, fn), name=name, queue=queue)
+        return self.durable.workflow(_like(driven, fn), name=name, queue=queue, strict=strict)
 
     def plain(self, fn: Callable[P, R], **policy: Any) -> Called[P, R]:
         """Make a plain step of a function."""

@@ -184,3 +184,19 @@ def test_console_script_is_the_same_program() -> None:
         check=True,
     )
     assert script.stdout.startswith("sqla-durable ")
+
+
+# behaviour: X6
+def test_only_the_versions_that_were_named_are_claimed(
+    application: Application, session_factory: sessionmaker[Session], database_url: str
+) -> None:
+    with session_factory.begin() as session:
+        left, done = (pay_later.options(priority=place).start(session, "ada") for place in (-1, 0))
+        session.flush()
+        left.version, done.version = "1", "2"
+        ids = left.id, done.id
+    worker = application.start("worker", "ledger:durable", "--version=2", "--version=3", "--url", database_url)
+    with stopped(worker):
+        pay_later.handle(session_factory, ids[1]).result(timeout=WAIT)
+        with session_factory() as session:
+            assert session.get_one(Workflow, ids[0]).status is WorkflowStatus.PENDING

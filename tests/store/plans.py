@@ -99,7 +99,7 @@ def _literals(values: list[Any]) -> list[str]:
 def _literal(value: Any) -> str:
     items: Any = value
     if isinstance(value, list):
-        return "ARRAY[" + ", ".join(_literals(items)) + "]"
+        return "ARRAY[" + ", ".join(_literals(items)) + "]" if items else "'{}'"
     if isinstance(value, int):
         return str(value)
     return "NULL" if value is None else "'" + str(value).replace("'", "''") + "'"

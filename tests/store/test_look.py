@@ -10,7 +10,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable.models import Queue
 from sqla_durable.store import Park, workers
 from sqla_durable.store.look import _LOOK, Seen, look  # pyright: ignore[reportPrivateUsage]
-from sqla_durable.store.queues import FRONT, listening
+from sqla_durable.store.queues import FRONT, known, listening
 from tests.store import races
 from tests.store.plans import explain, fill
 
@@ -35,6 +35,14 @@ def test_what_waits_in_the_queues_under_a_known_name_is_claimable(engine: Engine
         races.enqueue(session)
         assert seen(session).claimable
         assert not look(session, worker_id=races.WORKER, queues=[], names=["checkout"]).claimable
+
+
+def test_what_another_version_is_to_claim_is_not_claimable(engine: Engine) -> None:
+    with Session(engine) as session:
+        races.enqueue(session, version="1")
+        for versions, claimable in (([], True), (["1"], True), (["2"], False)):
+            found = look(session, worker_id=races.WORKER, queues=["default"], names=["checkout"], versions=versions)
+            assert found.claimable is claimable
 
 
 def test_a_paused_queue_holds_nothing_to_claim(engine: Engine) -> None:
@@ -89,9 +97,8 @@ def test_a_dead_worker_counts_once_it_has_left_something(engine: Engine) -> None
 def test_a_look_costs_a_few_pages_among_many_rows(engine: Engine, mode: str) -> None:
     with Session(engine) as session:
         fill(session)
-        parameters = {"names": ["checkout"], "looking_id": races.WORKER} | listening(
-            dict.fromkeys(["a", "default"], FRONT)
-        )
+        parameters: dict[str, object] = {"looking_id": races.WORKER, **known(["checkout"], ["1"])}
+        parameters |= listening(dict.fromkeys(["a", "default"], FRONT))
         plan = explain(session, _LOOK, parameters, mode=mode)
     assert plan.uses("workflow_pending_idx"), plan
     assert plan.uses("workflow_wake_idx"), plan

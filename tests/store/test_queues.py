@@ -134,6 +134,20 @@ def test_names_and_queues_that_are_not_asked_for_stay(session_factory: sessionma
         assert races.workflows.unknown_names(session, queues=["default"], names=["checkout"]) == ["unknown"]
 
 
+def test_versions_that_are_not_asked_for_stay_and_those_without_one_do_not(
+    session_factory: sessionmaker[Session],
+) -> None:
+    with session_factory() as session:
+        for version in ("1", None, "2", "3"):
+            races.enqueue(session, version=version)
+        known = {"queues": ["default", "empty"], "versions": ["2", "4"]}
+        assert races.workflows.other_versions(session, **known) == ["1", "3"]
+        assert len(races.claim(session, 10, versions=["2", "4"])) == 2
+        assert len(races.claim(session, 10, versions=["4"])) == 0
+        assert len(races.claim(session, 10)) == 2
+        assert races.workflows.other_versions(session, **known) == []
+
+
 def test_a_paused_queue_is_passed_over_until_it_is_resumed(session_factory: sessionmaker[Session]) -> None:
     # behaviour: Q8
     with session_factory() as session:
@@ -227,19 +241,20 @@ def _pages(session: Session, after: queues.Place) -> int:
     )
 
 
-def _parameters(after: dict[str, queues.Place]) -> dict[str, Any]:
-    claim = {"names": ["checkout"], "limit": 10, "new_token": uuid7(), "claimant": races.WORKER}
-    return claim | queues.listening(after)
+def _parameters(after: dict[str, queues.Place], *versions: str) -> dict[str, Any]:
+    claim = {"limit": 10, "new_token": uuid7(), "claimant": races.WORKER}
+    return claim | queues.known(["checkout"], versions) | queues.listening(after)
 
 
+@pytest.mark.parametrize("versions", [(), ("1", "2")], ids=["all versions", "some versions"])
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
 def test_the_claim_reads_the_head_of_its_index_and_nothing_else(
-    session_factory: sessionmaker[Session], mode: str
+    session_factory: sessionmaker[Session], mode: str, versions: tuple[str, ...]
 ) -> None:
     # behaviour: Q11
     with session_factory() as session:
         fill(session)
-        parameters = _parameters(dict.fromkeys(["default", "other"], FRONT))
+        parameters = _parameters(dict.fromkeys(["default", "other"], FRONT), *versions)
         plan = explain(session, queues._CLAIM, parameters, mode=mode)  # pyright: ignore[reportPrivateUsage]
     assert plan.uses("workflow_pending_idx"), plan
     assert not plan.scans("workflow"), plan

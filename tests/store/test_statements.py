@@ -10,9 +10,37 @@ from sqlalchemy import Executable
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.sql import ClauseElement
 
-from sqla_durable.store import batches, crashes, deadlines, look, management, queues, steps, workers, workflows
+from sqla_durable.store import (
+    batches,
+    children,
+    crashes,
+    deadlines,
+    exports,
+    look,
+    management,
+    queues,
+    signals,
+    steps,
+    waits,
+    workers,
+    workflows,
+)
 
-_MODULES = (batches, crashes, deadlines, look, management, queues, steps, workers, workflows)
+_MODULES = (
+    batches,
+    children,
+    crashes,
+    deadlines,
+    exports,
+    look,
+    management,
+    queues,
+    signals,
+    steps,
+    waits,
+    workers,
+    workflows,
+)
 _BATCHES = {"_WRITE", "_FINISH", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
 
 

@@ -1,0 +1,182 @@
+"""Code that changes under running workflows: what a history holds, beside what today's code visits.
+
+An attempt notes here what it visits. Nothing here stops it: the end of the workflow asks for the `Mismatch`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sqla_durable.store import Recorded
+
+PATCH = "#patched"
+"""The name of the steps that mark patches; no step of a user has one like it."""
+
+_SHOWN = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """How what an attempt visited differs from what earlier ones recorded.
+
+    Attributes:
+        recorded: the keys of the history, in its order.
+        visited: the keys that the attempt visited, in its order.
+        not_visited: recorded, and not visited.
+        moved: visited after what was recorded later.
+        renamed: keys with the name of the step that recorded them, and of the one that visits them now.
+    """
+
+    recorded: tuple[str, ...]
+    visited: tuple[str, ...]
+    not_visited: tuple[str, ...]
+    moved: tuple[str, ...]
+    renamed: tuple[tuple[str, str, str], ...]
+
+    def __str__(self) -> str:
+        found = [
+            _listed("recorded and not visited: ", self.not_visited),
+            _listed("visited in another order than recorded: ", self.moved),
+            "; ".join(f"{key!r} was recorded by step {was!r} and is now {now!r}" for key, was, now in self.renamed),
+        ]
+        histories = _listed("\n  recorded: ", self.recorded) + _listed("\n  visited:  ", self.visited)
+        return "; ".join(each for each in found if each) + histories
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """Whether the workflow goes the new way; with a key, the marker of that is still to be recorded in its place."""
+
+    is_new: bool
+    key: str | None = None
+    place: int = 0
+
+
+class Visits:
+    """What one attempt has visited, beside the history that it found.
+
+    Operations of one branch, which have the beginnings of their keys in common, are compared with each other only:
+    which branch is faster is no matter of the code.
+    """
+
+    def __init__(self, history: Mapping[str, Recorded]) -> None:
+        self.history = history
+        self._unvisited = {key: None for key, each in history.items() if each.name != PATCH}
+        self._left_in = Counter(map(_branch, self._unvisited)) if history else None
+        self._last_in: dict[str, int] = {}
+        self._last = 0
+        self._visited: list[tuple[str, str]] = []
+        self._patches: dict[str, bool] = {}
+
+    @property
+    def all_visited(self) -> bool:
+        """Whether everything recorded was visited, so that what comes now is new."""
+        return not self._unvisited
+
+    @property
+    def count(self) -> int:
+        """How many operations were visited."""
+        return len(self._visited)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that were visited, in their order."""
+        return tuple(key for key, _ in self._visited)
+
+    def visit(self, key: str, name: str) -> int:
+        """Note that an operation is called, and give its place in the order of the history.
+
+        That of its record; or the one after the operation before, also where that is in the middle of the history, so
+        that a step which was added there does not look like one that was moved.
+        """
+        self._visited.append((key, name))
+        if self._left_in is None:  # a new workflow: nothing to compare with
+            self._last += 1
+            return self._last
+        branch, recorded = _branch(key), self.history.get(key)
+        if recorded is None:
+            before = self._last_in.get(branch, self._last)
+            place = (before if self._left_in[branch] else max(before, self._last)) + 1
+        else:
+            place = recorded.position
+            self._unvisited.pop(key, None)
+            self._left_in[branch] -= name != PATCH
+        self._last_in[branch] = self._last = place
+        return place
+
+    def patched(self, patch_id: str) -> Patch:
+        """Decide once in an attempt whether the workflow goes the new way of a patch.
+
+        It does if an earlier attempt has gone it, or if no earlier attempt can have come past this point.
+        """
+        known = self._patches.get(patch_id)
+        if known is not None:
+            return Patch(known)
+        key = f"{PATCH}/{patch_id}"
+        marked = key in self.history
+        decided = self._patches[patch_id] = marked or self.all_visited
+        if not decided:
+            return Patch(False)
+        place = self.visit(key, PATCH)
+        return Patch(True) if marked else Patch(True, key, place)
+
+    def mismatch(self) -> Mismatch | None:
+        """Compare, at the end of the workflow; None: everything recorded was visited, in its order."""
+        if not self.history:
+            return None
+        moved, renamed = self._moved(), self._renamed()
+        if not (self._unvisited or moved or renamed):
+            return None
+        in_order = sorted(self.history.values(), key=lambda each: each.position)
+        return Mismatch(
+            recorded=tuple(each.key for each in in_order),
+            visited=self.keys,
+            not_visited=tuple(each.key for each in in_order if each.key in self._unvisited),
+            moved=moved,
+            renamed=renamed,
+        )
+
+    def _renamed(self) -> tuple[tuple[str, str, str], ...]:
+        known = [(self.history[key], name) for key, name in self._visited if key in self.history]
+        return tuple((was.key, was.name, now) for was, now in known if was.name != now)
+
+    def _moved(self) -> tuple[str, ...]:
+        branches: dict[str, list[Recorded]] = {}
+        for key, name in self._visited:
+            if key in self.history and name != PATCH:
+                branches.setdefault(_branch(key), []).append(self.history[key])
+        return tuple(key for visited in branches.values() for key in _moved_among(visited))
+
+
+def _moved_among(visited: Sequence[Recorded]) -> list[str]:
+    """Give what was visited after something that was recorded later."""
+    moved: list[str] = []
+    highest = 0
+    for number, each in enumerate(visited):
+        if each.position < highest and not _follows(visited, number):
+            moved.append(each.key)
+        highest = max(highest, each.position)
+    return moved
+
+
+def _follows(visited: Sequence[Recorded], number: int) -> bool:
+    """Tell whether one stands in its place nevertheless: behind steps that a later deploy has added before it.
+
+    The first of those has the same place: what is added cannot renumber what is there.
+    """
+    place = visited[number].position
+    for before in range(number - 1, -1, -1):
+        if visited[before].position <= place:
+            return visited[before].position == place or before == number - 1
+    return False
+
+
+def _branch(key: str) -> str:
+    return key.rpartition("/")[0]
+
+
+def _listed(label: str, keys: tuple[str, ...]) -> str:
+    more = f" and {len(keys) - _SHOWN:,} more" if len(keys) > _SHOWN else ""
+    return label + ", ".join(map(repr, keys[:_SHOWN])) + more if keys else ""

@@ -1,0 +1,281 @@
+"""Histories out of a database, and today's code on them: what a deploy would break, before it is one.
+
+`export` reads a database; `replay` needs none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias, overload
+from uuid import UUID
+
+from sqlalchemy import Select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from sqla_durable.errors import ArgumentError, DecodingError
+from sqla_durable.executor import replaying
+from sqla_durable.failure import Failure
+from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction, id_of
+from sqla_durable.models import Workflow
+from sqla_durable.operations.changes import Mismatch
+from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.store import Claimed, Completion, Fence, Recorded, exports, schema, steps
+from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
+
+History: TypeAlias = dict[str, Any]
+"""A workflow and its steps, as JSON holds them."""
+
+Selected: TypeAlias = "Workflow | UUID | Iterable[Workflow | UUID] | Select[Any]"
+
+_FORMAT = "sqla-durable history 1"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayReport:
+    """What today's code makes of a history. Its `str` is for people.
+
+    Attributes:
+        workflow_id: the id of the workflow that was exported.
+        name: its name.
+        differences: what would break, or is done otherwise than it was recorded, in words.
+        recorded: the keys of the history, in its order.
+        visited: the keys that today's code visited, in its order; what it calls anew is the last of them.
+    """
+
+    workflow_id: UUID
+    name: str
+    differences: tuple[str, ...]
+    recorded: tuple[str, ...]
+    visited: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether today's code does what was recorded, as far as that goes."""
+        return not self.differences
+
+    def __str__(self) -> str:
+        what = f"workflow {self.name!r} {self.workflow_id}"
+        if self.fits:
+            return f"{what}: today's code does what was recorded"
+        keys = [f"  recorded: {', '.join(self.recorded)}", f"  visited:  {', '.join(self.visited)}"]
+        return "\n".join((f"{what}: today's code differs", *(f"- {each}" for each in self.differences), *keys))
+
+
+@overload
+def export(session: Session, workflows: Selected) -> list[History]: ...
+
+
+@overload
+def export(session: AsyncSession, workflows: Selected) -> Coroutine[Any, Any, list[History]]: ...
+
+
+def export(session: Session | AsyncSession, workflows: Selected) -> list[History] | Coroutine[Any, Any, list[History]]:
+    """Read workflows with their histories, as values that `json.dump` takes.
+
+    ```python
+    json.dump(export(session, select(Workflow).where(Workflow.finished_at.is_(None)).limit(1000)), file)
+    ```
+
+    They hold what the workflows were given and what their steps returned: treat the file as you treat the database.
+    Reads in the caller's transaction and takes no lock.
+
+    Args:
+        session: the caller's session; with an `AsyncSession`, await the call.
+        workflows: a record or an id, several, or a `select()` of `Workflow` or of a column of ids.
+
+    Raises:
+        ArgumentError: something else is given than workflows.
+        SchemaError, SessionError: the session's database does not hold the tables.
+    """
+    if isinstance(session, AsyncSession):
+        return session.run_sync(_export, workflows)
+    return _export(session, workflows)
+
+
+def replay(
+    workflow: WorkflowFunction[..., Any] | AsyncWorkflowFunction[..., Any], history: Mapping[str, Any]
+) -> ReplayReport:
+    """Execute today's code of a workflow on an exported history, and tell what it does otherwise.
+
+    ```python
+    @pytest.mark.parametrize("history", json.loads(Path("histories.json").read_text()))
+    def test_deploy(history):
+        report = replay(workflows[history["name"]], history)
+        assert report.fits, str(report)
+    ```
+
+    No step is executed: each returns what was recorded. At the first that is not recorded, or at whatever else would
+    have an effect, the code is stopped: that is the end of a workflow that had not finished. The workflow's own code is
+    executed for real, so it must have no effects of its own. Needs no database.
+
+    A difference is: a recorded step that is not visited, or in another order, or under the name of another step; a new
+    one in the middle of the history, or in one that has ended; input or outcomes of steps that today's annotations do
+    not read; of a workflow that has ended, another result, or another type of error. A step that is added on purpose is
+    a difference too, and harmless if it may be executed late: then the report says what to look at.
+
+    Args:
+        workflow: the workflow, as it is in the code.
+        history: one of those that `export` gave.
+
+    Raises:
+        ArgumentError: it is no history, or one of another workflow.
+        SyncAsyncError: an event loop is running in this thread, and the workflow is `async def`.
+    """
+    recorded = _Recorded.of(history)
+    definition = workflow.definition
+    definition.require_record(recorded.claimed.name, recorded.claimed.fence.workflow_id)
+    try:
+        definition.arguments.decode(recorded.claimed.input)
+    except DecodingError as error:
+        return recorded.report([str(error)], ())
+    replayed = replaying.replay(definition, recorded.claimed)
+    visits = replayed.attempt.visits
+    if replayed.undecodable:  # whatever else there is may follow from that
+        return recorded.report(replayed.undecodable, visits.keys)
+    found = _in_words(visits.mismatch(), replayed, recorded)
+    if replayed.completion is not None and recorded.is_final:
+        found += recorded.other_outcome(replayed.completion)
+    return recorded.report(found, visits.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """An exported history, read."""
+
+    claimed: Claimed
+    status: WorkflowStatus
+    output: Any
+    error: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, history: Mapping[str, Any]) -> _Recorded:
+        if not isinstance(history, Mapping) or history.get("format") != _FORMAT:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError(f"{history!r:.200} is no history: give one of those in the list that export() gave.")
+        recorded = [_step(each) for each in history["steps"]]
+        claimed = Claimed(
+            fence=Fence(UUID(history["id"]), UUID(int=0)),
+            name=history["name"],
+            attempt=history["attempt"],
+            input=json.dumps(history["input"]),
+            started=True,
+            history={each.key: each for each in recorded},
+        )
+        return cls(claimed, WorkflowStatus(history["status"]), history["output"], history["error"])
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the workflow's code itself has come to an outcome."""
+        if self.status is WorkflowStatus.FAILED:
+            return self.error is not None and self.error.get("type") != MAX_ATTEMPTS_TYPE
+        return self.status is WorkflowStatus.SUCCEEDED
+
+    def other_outcome(self, completion: Completion) -> list[str]:
+        failure = None if completion.error is None else Failure.from_text(completion.error)
+        recorded = self.error["type"] if self.error else None
+        if failure is None and recorded is None:
+            output = json.loads(completion.output or "null")
+            return [] if output == self.output else [f"it returned {self.output!r:.500} and now {output!r:.500}"]
+        if failure is not None and failure.type == recorded:
+            return []
+        now = (
+            f"returns {completion.output:.500}" if failure is None else f"fails with {failure.type}: {failure.message}"
+        )
+        was = f"returned {self.output!r:.500}" if recorded is None else f"failed with {recorded}"
+        return [f"it {was} and now {now}"]
+
+    def report(self, differences: Iterable[str], visited: tuple[str, ...]) -> ReplayReport:
+        in_order = sorted(self.claimed.history.values(), key=lambda each: each.position)
+        return ReplayReport(
+            workflow_id=self.claimed.fence.workflow_id,
+            name=self.claimed.name,
+            differences=tuple(differences),
+            recorded=tuple(each.key for each in in_order),
+            visited=visited,
+        )
+
+
+def _in_words(mismatch: Mismatch | None, replayed: replaying.Replayed, recorded: _Recorded) -> list[str]:
+    found: list[str] = []
+    if mismatch is not None:
+        found += [f"{key!r} is visited after what was recorded later" for key in mismatch.moved]
+        found += [
+            f"{key!r} was recorded by step {was!r} and is now of step {now!r}" for key, was, now in mismatch.renamed
+        ]
+    left = mismatch.not_visited if mismatch is not None else ()
+    names = ", ".join(map(repr, left[:20])) + (f" and {len(left) - 20} more" if len(left) > 20 else "")
+    stopped = replayed.completion is None
+    if left and stopped:
+        found.append(f"{replayed.at!r} is called and has no recorded outcome, while the history goes on with {names}")
+    elif left:
+        found.append(f"recorded and not visited: {names}")
+    elif stopped and recorded.is_final:
+        found.append(f"{replayed.at!r} is called and has no recorded outcome, and the workflow had {recorded.status}")
+    return found
+
+
+def _export(session: Session, workflows: Selected) -> list[History]:
+    schema.require(session)
+    session.flush()
+    ids = _ids(session, workflows)
+    histories = steps.histories(session, ids)
+    return [_history(each, histories.get(each.id, {})) for each in exports.read(session, ids)]
+
+
+def _ids(session: Session, workflows: Selected) -> list[UUID]:
+    given: Iterable[Any]
+    match workflows:
+        case Select():
+            given = session.scalars(workflows)
+        case Workflow() | UUID():
+            given = [workflows]
+        case _:
+            given = workflows
+    found = list(given)
+    for each in found:
+        if not isinstance(each, (Workflow, UUID)):
+            raise ArgumentError(f"{each!r} is no workflow: give records, ids as UUIDs, or a select() of either.")
+    return [id_of(each) for each in found]
+
+
+def _history(workflow: exports.Exported, recorded: Mapping[str, Recorded]) -> History:
+    return {
+        "format": _FORMAT,
+        "id": str(workflow.id),
+        "name": workflow.name,
+        "version": workflow.version,
+        "status": workflow.status.value,
+        "attempt": workflow.attempt,
+        "input": _loaded(workflow.input),
+        "output": _loaded(workflow.output),
+        "error": _loaded(workflow.error),
+        "steps": [
+            {
+                "key": each.key,
+                "name": each.name,
+                "position": each.position,
+                "status": each.status.value,
+                "output": _loaded(each.output),
+                "error": _loaded(each.error),
+            }
+            for each in sorted(recorded.values(), key=lambda each: (each.position, each.key))
+        ],
+    }
+
+
+def _step(exported: Mapping[str, Any]) -> Recorded:
+    status = StepStatus(exported["status"])
+    return Recorded(
+        key=exported["key"],
+        name=exported["name"],
+        position=exported["position"],
+        status=status,
+        output=json.dumps(exported["output"]) if status is StepStatus.SUCCEEDED else None,
+        error=None if exported["error"] is None else json.dumps(exported["error"]),
+    )
+
+
+def _loaded(text: str | None) -> Any:
+    return None if text is None else json.loads(text)
