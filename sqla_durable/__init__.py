@@ -7,6 +7,7 @@ worker's lease); `Durable` makes functions durable; `Worker`, `Executor` and `As
 from sqla_durable import errors, migrations, models, storage
 from sqla_durable.context import Execution, current
 from sqla_durable.durable import Durable, run_step
+from sqla_durable.events import get_event, set_event
 from sqla_durable.executor import AsyncExecutor, Executor
 from sqla_durable.functions import (
     AsyncStepFunction,
@@ -19,8 +20,10 @@ from sqla_durable.functions import (
 from sqla_durable.handle import AsyncHandle, Handle
 from sqla_durable.management import cancel, resume
 from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
+from sqla_durable.progress import heartbeat
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
 from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.streams import StreamEntry, close_stream, read_stream, write_stream
 from sqla_durable.worker import Worker
 
 __all__ = [
@@ -41,6 +44,7 @@ __all__ = [
     "Step",
     "StepFunction",
     "StepStatus",
+    "StreamEntry",
     "StreamItem",
     "TransactionalStep",
     "Worker",
@@ -48,13 +52,19 @@ __all__ = [
     "WorkflowFunction",
     "WorkflowStatus",
     "cancel",
+    "close_stream",
     "current",
     "errors",
+    "get_event",
+    "heartbeat",
     "metadata",
     "migrations",
     "models",
+    "read_stream",
     "resume",
     "run_step",
+    "set_event",
     "start_many",
     "storage",
+    "write_stream",
 ]

@@ -5,6 +5,7 @@ Outside a workflow there is none, and decorated functions are plain functions.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
+from sqla_durable.codec import DEFAULT_LIMIT
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.runtime import StepCall
+from sqla_durable.operations.runtime import Operation, StepCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class Execution:
         step_attempt: the try of that step, from 1, those of earlier attempts included; None between steps.
         idempotency_key: for the system that the step calls: the same on every execution of this step, and of no
             other; None between steps.
+        details: what the step has last reported by `heartbeat`, in this try or in one before; None if nothing.
     """
 
     workflow_id: UUID
@@ -36,6 +39,7 @@ class Execution:
     step: str | None = None
     step_attempt: int | None = None
     idempotency_key: str | None = None
+    details: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +49,23 @@ class Context:
     Attributes:
         attempt: the attempt at the workflow.
         perform: performs a step: gives its outcome in sync code, an awaitable of it in async code.
+        operate: carries out another durable operation in the same way.
         is_async: whether the workflow is `async def`.
         whereabouts: tells the task or thread that the code is in.
         home: the one that executes the workflow's own code. Steps that are called elsewhere would be counted in an
             order that depends on speed.
         step: the step whose function is being executed; calls in it are plain calls.
+        limit: the largest payload in bytes.
     """
 
     attempt: Attempt
     perform: Callable[[StepCall], Any]
+    operate: Callable[[Operation], Any]
     is_async: bool
     whereabouts: Callable[[], object]
     home: object
     step: StepCall | None = None
+    limit: int = DEFAULT_LIMIT
 
     @contextmanager
     def entered(self) -> Generator[None]:
@@ -99,6 +107,7 @@ def current() -> Execution | None:
     attempt, step = context.attempt, context.step
     if step is None:
         return Execution(attempt.workflow_id, attempt.name, attempt.number)
+    details = attempt.progress(step.position).details
     return Execution(
         attempt.workflow_id,
         attempt.name,
@@ -106,4 +115,5 @@ def current() -> Execution | None:
         step=step.position.key,
         step_attempt=step.tries.count,
         idempotency_key=attempt.idempotency_key(step.position),
+        details=None if details is None else json.loads(details),
     )

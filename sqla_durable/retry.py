@@ -125,6 +125,11 @@ class Tries:
         self._value: object = _NOTHING
 
     @property
+    def elapsed(self) -> float:
+        """How many seconds ago the first try began."""
+        return time.monotonic() - self._began
+
+    @property
     def asked_again(self) -> bool:
         """Whether the last try raised `tenacity.TryAgain`, which asks for another whatever the predicate says."""
         return isinstance(self._error, tenacity.TryAgain)

@@ -7,15 +7,18 @@ from these classes.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
+from sqla_durable.codec import DEFAULT_LIMIT
 from sqla_durable.context import Context
-from sqla_durable.errors import UsageError
+from sqla_durable.errors import AttemptLost, UsageError
 from sqla_durable.operations.attempt import Attempt, Position, Wait
-from sqla_durable.operations.runtime import StepCall, run_blocking
+from sqla_durable.operations.runtime import Operation, StepCall, run_blocking
 from sqla_durable.operations.step import run_step
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition
@@ -71,12 +74,23 @@ class BlockingRuntime(BaseRuntime):
         """Give the ambient context of the workflow's own code, or of a step's function."""
         whereabouts = threading.get_ident
         return Context(
-            self.attempt, self.perform, is_async=False, whereabouts=whereabouts, home=whereabouts(), step=step
+            self.attempt,
+            self.perform,
+            self.operate,
+            is_async=False,
+            whereabouts=whereabouts,
+            home=whereabouts(),
+            step=step,
+            limit=DEFAULT_LIMIT if step is None else step.definition.limit,
         )
 
     def perform(self, call: StepCall) -> Any:
         """Perform a step and give its outcome."""
         return run_blocking(run_step(self, call))
+
+    def operate(self, operation: Operation) -> Any:
+        """Carry out an operation and give its outcome."""
+        return run_blocking(operation(self))
 
     async def call(self, call: StepCall, *injected: object) -> Any:
         """Call a step's function."""
@@ -85,7 +99,7 @@ class BlockingRuntime(BaseRuntime):
 
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
         """Call the workflow's function."""
-        with self.context().entered():
+        with replace(self.context(), limit=definition.result.limit).entered():
             return definition.call(arguments)
 
 
@@ -96,7 +110,14 @@ class AsyncRuntime(BaseRuntime):
         """Give the ambient context of the workflow's own code, or of a step's function."""
         whereabouts = asyncio.current_task
         return Context(
-            self.attempt, self.perform, is_async=True, whereabouts=whereabouts, home=whereabouts(), step=step
+            self.attempt,
+            self.perform,
+            self.operate,
+            is_async=True,
+            whereabouts=whereabouts,
+            home=whereabouts(),
+            step=step,
+            limit=DEFAULT_LIMIT if step is None else step.definition.limit,
         )
 
     async def perform(self, call: StepCall) -> Any:
@@ -105,6 +126,10 @@ class AsyncRuntime(BaseRuntime):
         if call.definition.session is SessionKind.SYNC and not replayed:
             return await self.perform_blocking(call)
         return await run_step(self, call)
+
+    async def operate(self, operation: Operation) -> Any:
+        """Carry out an operation and give its outcome."""
+        return await operation(self)
 
     @abstractmethod
     async def perform_blocking(self, call: StepCall) -> Any:
@@ -117,14 +142,26 @@ class AsyncRuntime(BaseRuntime):
     async def call(self, call: StepCall, *injected: object) -> Any:
         """Call a step's function."""
         function = call.definition.fn
-        with self.context(call).entered():
+        with replace(self.context(call), operate=self._operate_from(asyncio.get_running_loop())).entered():
             if call.definition.is_async:
                 return await function(*injected, *call.args, **call.kwargs)
             return await self.in_thread(lambda: _returned(lambda: function(*injected, *call.args, **call.kwargs)))
 
+    def _operate_from(self, loop: asyncio.AbstractEventLoop) -> Callable[[Operation], Any]:
+        """Give `operate` for a step's function, whose code may be in another thread: there it waits for the loop."""
+
+        def operate(operation: Operation) -> Any:
+            here = _running_loop()
+            if here is loop:
+                return self.operate(operation)
+            future = _submit(self.operate(operation), loop)
+            return _result(future) if here is None else asyncio.wrap_future(future)
+
+        return operate
+
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
         """Call the workflow's function."""
-        with self.context().entered():
+        with replace(self.context(), limit=definition.result.limit).entered():
             coroutine: Awaitable[Any] = definition.call(arguments)
             try:
                 return await coroutine
@@ -133,6 +170,28 @@ class AsyncRuntime(BaseRuntime):
                 if task is not None and task.cancelling():
                     raise
                 raise UsageError(f"workflow {definition.name!r} ended with a CancelledError of its own.") from error
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _submit(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> concurrent.futures.Future[T]:
+    try:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop)
+    except RuntimeError as error:  # the loop is closed
+        coroutine.close()
+        raise AttemptLost from error
+
+
+def _result(future: concurrent.futures.Future[T]) -> T:
+    try:
+        return future.result()
+    except concurrent.futures.CancelledError as error:  # the loop ends
+        raise AttemptLost from error
 
 
 def _returned(function: Callable[[], T]) -> T:

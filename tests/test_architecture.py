@@ -22,19 +22,30 @@ FLOORS = (
     {"worker"},
     {"executor"},
     {"durable"},
-    {"management"},
+    {"management", "events", "streams", "progress"},
     {"functions"},
-    {"start", "handle", "runtime"},
+    {"start", "handle", "runtime", "publishing"},
     {"context"},
     {"operations"},
-    {"hints"},
+    {"hints", "polling"},
     {"registry", "store", "failure", "migrations", "storage"},
     {"models", "codec", "retry", "_programs", "checks", "undisturbed"},
     {"errors", "status"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 WRITES_SQL = {"store"}
-KNOWS_ASYNCIO = {"hints", "runtime", "handle", "executor", "worker", "cli", "torture", "undisturbed"}
+KNOWS_ASYNCIO = {
+    "hints",
+    "runtime",
+    "handle",
+    "events",
+    "streams",
+    "executor",
+    "worker",
+    "cli",
+    "torture",
+    "undisturbed",
+}
 MODULES = sorted(ROOT.rglob("*.py"))
 SOURCES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in MODULES}
 

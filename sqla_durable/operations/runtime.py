@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from sqla_durable.errors import SyncAsyncError
 from sqla_durable.operations.attempt import Attempt, Position, Wait
@@ -83,6 +83,10 @@ class Runtime(Protocol):
     def transient_retry(self) -> TransientRetry:
         """Give the policy for transient database errors in a step's transaction."""
         ...
+
+
+Operation: TypeAlias = Callable[[Runtime], Coroutine[Any, Any, Any]]
+"""What an operation does on whatever runtime it has."""
 
 
 def run_blocking(operation: Coroutine[Any, Any, T]) -> T:

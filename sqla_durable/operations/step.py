@@ -22,6 +22,7 @@ from sqla_durable.errors import (
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Wait
 from sqla_durable.operations.boundary import Boundary
+from sqla_durable.operations.progress import send_unsent
 from sqla_durable.operations.runtime import Runtime, StepCall
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import SessionKind, StepDefinition
@@ -143,7 +144,8 @@ class _Execution:
         """Go on with the tries where an earlier attempt has left them, and not before the next one is due."""
         tried = self._attempt.tried(self._call.position)
         if tried is not None:
-            self._call.tries.resume(count=tried.attempts, age=tried.age)
+            interrupted = tried.status is StepStatus.RUNNING  # a try that no failure has ended does not count
+            self._call.tries.resume(count=tried.attempts - interrupted, age=tried.age)
             if tried.due_in > 0:
                 await self._wait(tried.due_in)
 
@@ -160,8 +162,7 @@ class _Execution:
 
     async def _try(self) -> Recorded:
         if self._call.definition.session is SessionKind.NONE:
-            value = await self._runtime.call(self._call)
-            return await self._record_alone(await self._success(value))
+            return await self._record_alone(await self._success(await self._call_plain()))
         transaction = await self._begin()
         try:
             checkpoint = await self._within(transaction)
@@ -171,6 +172,16 @@ class _Execution:
             await (transaction.discard() if spoils_connection(error) else transaction.rollback())
             raise
         return _as_recorded(checkpoint)
+
+    async def _call_plain(self) -> Any:
+        """Call the step's function; what it has reported last is kept, whichever way it ends."""
+        try:
+            value = await self._runtime.call(self._call)
+        except (Exception, SystemExit):
+            await send_unsent(self._runtime, self._call)
+            raise
+        await send_unsent(self._runtime, self._call)
+        return value
 
     async def _begin(self) -> StepTransaction:
         try:

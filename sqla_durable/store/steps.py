@@ -34,7 +34,7 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store._rows import (
     STEP,
     WORKFLOW,
@@ -86,7 +86,7 @@ def record_last(session: Session, checkpoint: Checkpoint) -> Verdict:
 
 
 def _verdict(session: Session, statement: Any, checkpoint: Checkpoint) -> Verdict:
-    parameters = {_given(name): value for name, value in checkpoint_row(checkpoint).items()}
+    parameters = given_row(checkpoint)
     if execute(session, statement, parameters).first() is not None:
         return Verdict.RECORDED
     # The row is locked if this attempt owns it, so what is asked now cannot have changed in between.
@@ -123,7 +123,9 @@ def _recorded(row: Row[Any]) -> Recorded:
     found = Recorded(row.key, row.name, row.position, row.status, row.output, row.error, row.attempts)
     if row.age is None:
         return found
-    return replace(found, age=float(row.age), due_in=float("inf") if row.due_in is None else float(row.due_in))
+    endless = 0.0 if row.status is StepStatus.RUNNING else float("inf")
+    due_in = endless if row.due_in is None else float(row.due_in)
+    return replace(found, age=float(row.age), due_in=due_in, details=row.details)
 
 
 def checkpoint_row(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -143,14 +145,19 @@ def checkpoint_row(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def given_row(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Give the parameters of `GIVEN`."""
+    return {_given(name): value for name, value in checkpoint_row(checkpoint).items()}
+
+
 def insert_of(batch: FromClause, mine: CTE) -> Any:
     """Insert the checkpoints of a batch whose workflows are `mine`; give the keys of those that are written."""
-    columns = _columns(batch.c)
+    columns = checkpoint_columns(batch.c)
     source = select(*columns.values()).join_from(batch, mine, of_owner(batch, mine))
-    return _insert(columns, source).returning(STEP.c.workflow_id, STEP.c.key)
+    return insert_from(columns, source).returning(STEP.c.workflow_id, STEP.c.key)
 
 
-def _columns(given: Mapping[str, ColumnElement[Any]] | ReadOnlyColumnCollection[str, Any]) -> dict[str, Any]:
+def checkpoint_columns(given: Mapping[str, ColumnElement[Any]] | ReadOnlyColumnCollection[str, Any]) -> dict[str, Any]:
     """Give the columns of a checkpoint's record, made of those of `CHECKPOINT`."""
     now = func.statement_timestamp()
     return {
@@ -170,7 +177,8 @@ def _columns(given: Mapping[str, ColumnElement[Any]] | ReadOnlyColumnCollection[
     }
 
 
-def _insert(columns: Mapping[str, Any], source: SelectBase) -> Any:
+def insert_from(columns: Mapping[str, Any], source: SelectBase) -> Any:
+    """Insert checkpoints, unless there is an outcome; the record of a step without one gives way."""
     inserted = insert(STEP).from_select(list(columns), source, include_defaults=False)
     kept = {"workflow_id", "key", "started_at"}
     return inserted.on_conflict_do_update(
@@ -186,14 +194,19 @@ def _given(name: str) -> str:
     return f"given_{name}"  # the bare name of a column is reserved in INSERT
 
 
-_GIVEN: dict[str, ColumnElement[Any]] = {
+GIVEN: dict[str, ColumnElement[Any]] = {
     name: cast(bindparam(_given(name), type_=kind), kind) for name, kind in CHECKPOINT.items()
 }
-_MINE = (
-    WORKFLOW.c.id == _GIVEN["id"],
-    WORKFLOW.c.token == _GIVEN["token"],
-    WORKFLOW.c.status == status(WorkflowStatus.RUNNING),
-)
+"""One checkpoint as parameters."""
+
+
+def mine() -> tuple[ColumnElement[bool], ...]:
+    """Give the conditions that the workflow is owned by the attempt of `GIVEN`."""
+    return (
+        WORKFLOW.c.id == GIVEN["id"],
+        WORKFLOW.c.token == GIVEN["token"],
+        WORKFLOW.c.status == status(WorkflowStatus.RUNNING),
+    )
 
 
 def _record_statement(*more: ColumnElement[Any]) -> Any:
@@ -201,19 +214,21 @@ def _record_statement(*more: ColumnElement[Any]) -> Any:
 
     Without the lock a cancel or a takeover could commit between this check and the commit.
     """
-    columns = _columns(_GIVEN)
-    source = select(*columns.values()).where(*_MINE).with_for_update(key_share=True, of=WORKFLOW)
-    return _insert(columns, source).returning(STEP.c.key, *more)
+    columns = checkpoint_columns(GIVEN)
+    source = select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
+    return insert_from(columns, source).returning(STEP.c.key, *more)
 
 
 def _recorded_among_statement() -> Any:
     batch = table("batch", CHECKPOINT)
+    # The same try of a step that is running has a row too, without a time.
+    is_timed, has_time = batch.c.delay.is_not(None), STEP.c.wake_at.is_not(None)
     is_open = or_(batch.c.delay.is_not(None), and_(batch.c.output.is_(None), batch.c.error.is_(None)))
     return (
         select(STEP.c.workflow_id, WORKFLOW.c.token, STEP.c.key)
         .join_from(batch, WORKFLOW, and_(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token))
         .join(STEP, and_(STEP.c.workflow_id == batch.c.id, STEP.c.key == batch.c.key))
-        .where(or_(~unfinished(), and_(is_open, STEP.c.attempts == batch.c.attempts)))
+        .where(or_(~unfinished(), and_(is_open, STEP.c.attempts == batch.c.attempts, is_timed == has_time)))
     )
 
 
@@ -222,7 +237,7 @@ def _age_of(moment: ColumnElement[Any]) -> ColumnElement[Any]:
     return case((unfinished(), func.extract("epoch", func.statement_timestamp() - moment)))
 
 
-_OWNED = select(WORKFLOW.c.id).where(*_MINE)
+_OWNED = select(WORKFLOW.c.id).where(*mine())
 _RECORD = _record_statement()
 _RECORD_LAST = _record_statement(soon_over())
 _RECORDED_AMONG = _recorded_among_statement()
@@ -234,6 +249,7 @@ _RECORDED = select(
     STEP.c.status,
     cast(STEP.c.output, Text).label("output"),
     cast(STEP.c.error, Text).label("error"),
+    cast(STEP.c.details, Text).label("details"),
     STEP.c.attempts,
     _age_of(STEP.c.started_at).label("age"),
     (-_age_of(STEP.c.wake_at)).label("due_in"),
