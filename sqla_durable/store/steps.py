@@ -72,7 +72,7 @@ CHECKPOINT: Columns = {
 }
 
 
-def record(session: Session, checkpoint: Checkpoint) -> Verdict:
+def record(session: Connectable, checkpoint: Checkpoint) -> Verdict:
     """Record one checkpoint in the session's transaction; wait for whoever holds the row.
 
     LOST and DUPLICATE wrote nothing: roll the transaction back, so that the step's own writes go with it.
@@ -85,7 +85,7 @@ def record_last(session: Session, checkpoint: Checkpoint) -> Verdict:
     return _verdict(session, _RECORD_LAST, checkpoint)
 
 
-def _verdict(session: Session, statement: Any, checkpoint: Checkpoint) -> Verdict:
+def _verdict(session: Connectable, statement: Any, checkpoint: Checkpoint) -> Verdict:
     parameters = given_row(checkpoint)
     if execute(session, statement, parameters).first() is not None:
         return Verdict.RECORDED

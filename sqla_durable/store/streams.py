@@ -33,6 +33,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
+import sqla_durable.store.steps as steps
 from sqla_durable.errors import AttemptLost
 from sqla_durable.store._rows import (
     STEP,
@@ -41,6 +42,7 @@ from sqla_durable.store._rows import (
     Checkpoint,
     Connectable,
     Origin,
+    Verdict,
     execute,
     fence_row,
     materialized,
@@ -87,10 +89,10 @@ class Page:
 
 
 def append(connectable: Connectable, origin: Origin, *, name: str, values: Sequence[str | None]) -> Appended:
-    """Append items to a stream, all or none; each time it is carried out. None as a value closes the stream.
+    """Append items to a stream, all or none; each time it is carried out. None as the only value closes the stream.
 
-    What an earlier try of the same step has closed is open again for the next one. Waits for whoever holds the
-    workflow's row.
+    Closing what is closed does nothing. What an earlier try of the same step has closed is open again for the next
+    one. Waits for whoever holds the workflow's row.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
@@ -98,7 +100,8 @@ def append(connectable: Connectable, origin: Origin, *, name: str, values: Seque
     fence = fence_row(origin.fence)
     parameters = {"given_id": fence["id"], "given_token": fence["token"], "given_key": origin.step_key}
     parameters |= {"given_attempt": origin.attempt, "step_attempt": origin.step_attempt}
-    return _append(connectable, _APPEND, origin.fence.workflow_id, parameters, name=name, values=values)
+    appended = _append(connectable, _APPEND, origin.fence.workflow_id, parameters, name=name, values=values)
+    return Appended.WRITTEN if _closes(values) else appended
 
 
 def record(connectable: Connectable, checkpoint: Checkpoint, *, name: str, values: Sequence[str | None]) -> Appended:
@@ -109,7 +112,16 @@ def record(connectable: Connectable, checkpoint: Checkpoint, *, name: str, value
     """
     parameters = given_row(checkpoint) | {"step_attempt": None}
     workflow_id = checkpoint.fence.workflow_id
-    return _append(connectable, _RECORD, workflow_id, parameters, name=name, values=values)
+    appended = _append(connectable, _RECORD, workflow_id, parameters, name=name, values=values)
+    if appended is Appended.WRITTEN or not _closes(values):
+        return appended
+    if steps.record(connectable, checkpoint) is Verdict.LOST:
+        raise AttemptLost(workflow_id)
+    return Appended.WRITTEN
+
+
+def _closes(values: Sequence[str | None]) -> bool:
+    return None in values
 
 
 def read(session: Session, workflow_id: UUID, name: str, *, start: int, limit: int) -> Page:
