@@ -26,10 +26,9 @@ _CODEC = replace(Codec.of(Any, what="value"), native=False)
 class Done:
     """What is done already; awaiting it does nothing. Sync code gets it, and has nothing to wait for."""
 
-    def __await__(self) -> Generator[None, None, None]:
+    def __await__(self) -> Generator[None]:
         """Return at once."""
-        return
-        yield
+        yield from ()
 
 
 DONE = Done()

@@ -166,7 +166,7 @@ def _append_statement(*, recorded: bool) -> Any:
     owned = materialized(select(WORKFLOW.c.id).where(*mine()).with_for_update(key_share=True, of=WORKFLOW), "owned")
     last = materialized(_last(GIVEN["id"]), "last")
     given = materialized(_given_items(), "given")
-    known = _known() if recorded else literal_column("false")
+    known: ColumnElement[bool] = _known() if recorded else literal_column("false")
     first = _first(owned, last, given, known)
     rest = _rest(given, first)
     statement = select(
@@ -245,7 +245,7 @@ def _known() -> Any:
     return select(STEP.c.key).where(same, ~unfinished()).exists()
 
 
-def _checkpoint(first: CTE) -> CTE:
+def _checkpoint(first: CTE) -> Any:
     columns = checkpoint_columns(GIVEN) | {"workflow_id": first.c.workflow_id}
     return insert_from(columns, select(*columns.values())).returning(STEP.c.key).cte("recorded")
 

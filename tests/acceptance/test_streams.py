@@ -38,10 +38,10 @@ def _only(shell: Shell) -> UUID:
 
 def _start(shell: Shell, workflow: AnyWorkflow[..., Any]) -> UUID:
     with shell.client() as client:
-        workflow_id = client.start(workflow).id
+        workflow_id: UUID = client.start(workflow).id
         client.flush()
         client.commit()
-        return workflow_id
+    return workflow_id
 
 
 # behaviour: C5
@@ -198,9 +198,10 @@ def test_a_closed_stream_is_closed(shell: Shell, app: Application) -> None:
     async def agent() -> str:
         await write_stream("log", 1)
         await close_stream("log")
-        for attempt in (write_stream, writing):
-            with pytest.raises(StreamClosedError, match="the stream 'log' is closed"):
-                await (attempt("log", 2) if attempt is write_stream else writing())
+        with pytest.raises(StreamClosedError, match="the stream 'log' is closed"):
+            await write_stream("log", 2)
+        with pytest.raises(StreamClosedError, match="the stream 'log' is closed"):
+            await writing()
         return "went on"
 
     assert shell.run(app.workflow(agent)) == "went on"

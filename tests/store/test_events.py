@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
@@ -82,16 +84,16 @@ def test_the_latest_value_is_that_of_the_last_commit(engine: Engine) -> None:
 
 def test_another_workflow_takes_the_latest_value_as_its_steps_outcome(engine: Engine) -> None:
     fence, other = races.claimed_fences(engine, 2)
-    take = {"workflow_id": other.workflow_id, "key": "status"}
+    take = partial(events.take, workflow_id=other.workflow_id, key="status")
     with Session(engine) as session:
         waiting = races.checkpoint(fence, "get_event")
-        assert events.take(session, waiting, **take) == Latest(None, WorkflowStatus.RUNNING)
+        assert take(session, waiting) == Latest(None, WorkflowStatus.RUNNING)
         assert events.take(session, waiting, workflow_id=uuid7(), key="status") is None
         events.put(session, Origin(other, 1, "a"), key="status", value="1")
-        assert events.take(session, waiting, **take) == Latest("1", WorkflowStatus.RUNNING)
+        assert take(session, waiting) == Latest("1", WorkflowStatus.RUNNING)
         events.put(session, Origin(other, 1, "a"), key="status", value="2")
-        assert events.take(session, waiting, **take) == Latest("1", WorkflowStatus.RUNNING)
+        assert take(session, waiting) == Latest("1", WorkflowStatus.RUNNING)
         with pytest.raises(AttemptLost):
-            events.take(session, races.checkpoint(Fence(fence.workflow_id, uuid7()), "b"), **take)
+            take(session, races.checkpoint(Fence(fence.workflow_id, uuid7()), "b"))
         session.commit()
     assert races.history_of(engine, fence.workflow_id) == ["get_event"]
