@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Coroutine, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar, overload
 from uuid import UUID
 
@@ -19,6 +20,7 @@ from sqla_durable.errors import EventNotSetError, ResultTimeoutError
 from sqla_durable.functions import id_of
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.models import Workflow
+from sqla_durable.operations.runtime import Runtime
 from sqla_durable.publishing import AnySession, encode, publish, require_text
 from sqla_durable.store import Checkpoint, Connectable, Origin, events
 
@@ -37,6 +39,9 @@ class _Setting:
 
     def write(self, connectable: Connectable, origin: Origin) -> None:
         events.put(connectable, origin, key=self.key, value=self.value)
+
+    async def write_at_once(self, runtime: Runtime, origin: Origin) -> None:
+        await runtime.execute(partial(self.write, origin=origin))
 
 
 @overload

@@ -27,8 +27,8 @@ def heartbeat(details: object = None) -> Awaitable[None]:
 
     The last details stand in the step's record, `Step.details`, and stay there; the next try of the step finds them in
     `current().details`, whichever worker executes it. The first call is committed when it returns; after that there is
-    at most one statement a second: details that come sooner wait for the next call, or for the end of the try. So a
-    worker that dies may lose those of its last second. Refused to an attempt that no longer owns its workflow: the
+    at most one statement a second: details that come sooner wait for the next call after it, or for the end of the try,
+    and a worker that dies before loses them. Refused to an attempt that no longer owns its workflow: the
     step of a cancelled workflow ends here. Outside a workflow nothing happens.
 
     Args:

@@ -12,6 +12,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from sqla_durable.codec import DEFAULT_LIMIT
@@ -23,7 +24,8 @@ from sqla_durable.operations.step import run_step
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition
 from sqla_durable.retry import TransientRetry
-from sqla_durable.store import Checkpoint, Completion, Connectable
+from sqla_durable.store import Checkpoint, Completion, Connectable, streams
+from sqla_durable.store.streams import Append, Appended
 
 T = TypeVar("T")
 
@@ -53,6 +55,10 @@ class BaseRuntime(ABC):
     @abstractmethod
     async def execute(self, statement: Callable[[Connectable], T]) -> T:
         """Call a store function of one statement, in a transaction of its own."""
+
+    async def append(self, append: Append) -> Appended:
+        """Append to a stream, in a transaction of its own."""
+        return await self.execute(partial(streams.append, origin=append.origin, name=append.name, values=append.values))
 
     @abstractmethod
     async def begin(self, step: StepDefinition) -> StepTransaction:

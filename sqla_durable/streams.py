@@ -19,9 +19,10 @@ from sqla_durable.errors import ArgumentError, ResultTimeoutError, StreamClosedE
 from sqla_durable.functions import id_of
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.models import Workflow
+from sqla_durable.operations.runtime import Runtime
 from sqla_durable.publishing import AnySession, encode, publish, require_text
 from sqla_durable.store import Checkpoint, Connectable, Origin, streams
-from sqla_durable.store.streams import Appended, Item, Page
+from sqla_durable.store.streams import Append, Appended, Item, Page
 
 T = TypeVar("T")
 
@@ -63,6 +64,9 @@ class _Items:
 
     def write(self, connectable: Connectable, origin: Origin) -> None:
         self._check(streams.append(connectable, origin, name=self.name, values=self.values))
+
+    async def write_at_once(self, runtime: Runtime, origin: Origin) -> None:
+        self._check(await runtime.append(Append(origin, self.name, self.values)))
 
     def _check(self, appended: Appended) -> None:
         if appended is Appended.CLOSED:

@@ -6,9 +6,9 @@ try; in a transactional one it is a part of the step's transaction, which needs 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from sqlalchemy.exc import DBAPIError
 
@@ -19,8 +19,6 @@ from sqla_durable.retry import is_transient
 from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint, Connectable, Origin
 
-T = TypeVar("T")
-
 
 class Publication(Protocol):
     """What is to be written."""
@@ -30,6 +28,9 @@ class Publication(Protocol):
 
     def write(self, connectable: Connectable, origin: Origin) -> None:
         """Write it."""
+
+    async def write_at_once(self, runtime: Runtime, origin: Origin) -> None:
+        """Write it in a transaction of its own, that of others perhaps."""
 
 
 async def publish_once(runtime: Runtime, position: Position, encode: Callable[[], Publication]) -> None:
@@ -45,7 +46,8 @@ async def publish_once(runtime: Runtime, position: Position, encode: Callable[[]
         if attempt.recorded(position) is None:
             publication = encode()
             await runtime.settle()
-            await _execute(runtime, partial(publication.record, checkpoint=_checkpoint(attempt, position)))
+            record = partial(publication.record, checkpoint=_checkpoint(attempt, position))
+            await _clearly(runtime, runtime.execute(record))
     finally:
         attempt.left(position)
 
@@ -56,7 +58,8 @@ async def publish_at_once(runtime: Runtime, call: StepCall, encode: Callable[[],
     Raises:
         EncodingError, UsageError, ControlFlow: as `publish_once`.
     """
-    await _execute(runtime, partial(encode().write, origin=origin_of(runtime.attempt, call)))
+    publication = encode()
+    await _clearly(runtime, publication.write_at_once(runtime, origin_of(runtime.attempt, call)))
 
 
 def origin_of(attempt: Attempt, call: StepCall) -> Origin:
@@ -64,9 +67,9 @@ def origin_of(attempt: Attempt, call: StepCall) -> Origin:
     return Origin(attempt.fence, attempt.number, call.position.key, call.tries.count)
 
 
-async def _execute(runtime: Runtime, statement: Callable[[Connectable], T]) -> T:
+async def _clearly(runtime: Runtime, writing: Awaitable[None]) -> None:
     try:
-        return await runtime.execute(statement)
+        await writing
     except DBAPIError as error:
         if is_transient(error):
             raise

@@ -12,6 +12,7 @@ from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import StepDefinition
 from sqla_durable.retry import TransientRetry, Tries
 from sqla_durable.store import Checkpoint, Completion, Connectable
+from sqla_durable.store.streams import Append, Appended
 
 T = TypeVar("T")
 
@@ -66,6 +67,14 @@ class Runtime(Protocol):
 
         Raises:
             AttemptLost: where the function raises it.
+        """
+        ...
+
+    async def append(self, append: Append) -> Appended:
+        """Append to a stream as `streams.append` does, committed when this returns, with what others append perhaps.
+
+        Raises:
+            AttemptLost: the attempt no longer owns the workflow.
         """
         ...
 

@@ -9,7 +9,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +25,9 @@ from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinitio
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Connectable, Park
+from sqla_durable.store.streams import Append, Appended
 from sqla_durable.worker.database import Database, persistently
+from sqla_durable.worker.gatherer import Gatherer
 from sqla_durable.worker.writer import Row, Writer
 
 T = TypeVar("T")
@@ -45,6 +47,7 @@ class Surroundings:
 
     database: Database
     writer: Writer
+    gatherer: Gatherer
     threads: concurrent.futures.ThreadPoolExecutor
     sessionmaker: sessionmaker[Session] | None
     async_sessionmaker: async_sessionmaker[AsyncSession] | None
@@ -65,7 +68,14 @@ class Surroundings:
         Raises:
             AttemptLost: the worker has left the thread behind.
         """
-        execution = persistently(self.database, statement, what="operation")
+        return self.wait_for(persistently(self.database, statement, what="operation"))
+
+    def wait_for(self, execution: Coroutine[Any, Any, T]) -> T:
+        """Execute on the worker's event loop, from one of its threads.
+
+        Raises:
+            AttemptLost: the worker has left the thread behind.
+        """
         try:
             return asyncio.run_coroutine_threadsafe(execution, self.loop).result()
         except (RuntimeError, concurrent.futures.CancelledError) as error:  # the loop is closed, or ends
@@ -163,6 +173,10 @@ class ThreadRuntime(BlockingRuntime):
         """Call a store function on a connection of the worker's own."""
         return self._surroundings.from_thread(statement)
 
+    async def append(self, append: Append) -> Appended:
+        """Append to a stream, with what others append."""
+        return self._surroundings.wait_for(self._surroundings.gatherer.append(append))
+
     async def begin(self, step: StepDefinition) -> StepTransaction:
         """Open a session of the user's own sessionmaker, used for this step only."""
         maker = self._surroundings.sessionmaker
@@ -246,6 +260,10 @@ class LoopRuntime(AsyncRuntime):
     async def execute(self, statement: Callable[[Connectable], T]) -> T:
         """Call a store function on a connection of the worker's own."""
         return await persistently(self._surroundings.database, statement, what="operation")
+
+    async def append(self, append: Append) -> Appended:
+        """Append to a stream, with what others append."""
+        return await self._surroundings.gatherer.append(append)
 
     async def begin(self, step: StepDefinition) -> StepTransaction:
         """Open a session of the user's own sessionmaker, used for this step only."""

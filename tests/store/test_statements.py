@@ -25,7 +25,7 @@ from sqla_durable.store import (
 )
 
 _MODULES = (batches, crashes, events, look, management, progress, queues, steps, streams, workers, workflows)
-_BATCHES = {"_WRITE", "_FINISH", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
+_BATCHES = {"_WRITE", "_APPEND_MANY", "_FINISH", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
 
 
 def _statements() -> Iterator[tuple[str, str]]:
@@ -77,7 +77,7 @@ def test_a_statement_for_many_workflows_locks_them_in_the_order_of_their_ids(nam
     assert re.search(rf"MATERIALIZED[\s\S]*{rows}", sql)
 
 
-@pytest.mark.parametrize("name", ["_WRITE", "_RELEASE_UNLOCKED", "_RECLAIM"])
+@pytest.mark.parametrize("name", ["_WRITE", "_APPEND_MANY", "_RELEASE_UNLOCKED", "_RECLAIM"])
 def test_a_statement_for_many_workflows_waits_for_nobody(name: str) -> None:
     sql = next(text for key, text in STATEMENTS.items() if key.endswith(f".{name}"))
     assert "SKIP LOCKED" in sql

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import pytest
 from sqlalchemy import Engine, select
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable.errors import AttemptLost, WorkflowNotFoundError
 from sqla_durable.models import Step, StreamItem
 from sqla_durable.store import Fence, Origin, streams
-from sqla_durable.store.streams import Appended
+from sqla_durable.store.streams import Append, Appended
 from tests.store import races
 
 
@@ -144,3 +145,40 @@ def test_a_look_gives_a_page_and_whether_the_stream_has_ended(engine: Engine) ->
         assert streams.read(session, workflow_id, "other", start=0, limit=9).ended
         with pytest.raises(WorkflowNotFoundError):
             streams.read(session, uuid7(), "log", start=0, limit=9)
+
+
+def test_a_batch_appends_to_the_streams_of_the_workflows_whose_rows_nobody_holds(engine: Engine) -> None:
+    # behaviour: C5
+    fences = races.claimed_fences(engine, 5)
+    lost = Fence(fences[4].workflow_id, uuid7())
+    appends = [Append(origin(each), "log", ["1", "2", "3"]) for each in (*fences[:4], lost)]
+    with races.transaction(engine) as caller, Session(engine) as session:
+        append(session, origin(fences[1]), "0")
+        append(session, origin(fences[2], step_key="b"), None)
+        session.commit()
+        races.lock(caller.session, fences[3].workflow_id)
+        found = streams.append_many(session, appends)
+        closing = streams.append_many(session, [Append(origin(fences[2]), "log", [None])])
+        session.commit()
+    assert found == [Appended.WRITTEN, Appended.WRITTEN, Appended.CLOSED, None, None]
+    assert closing == [Appended.WRITTEN]
+    assert [len(items_of(engine, each)) for each in fences] == [3, 4, 1, 0, 0]
+    assert items_of(engine, fences[1]) == [(0, 0), (1, 1), (2, 2), (3, 3)]
+
+
+def test_what_another_has_appended_since_a_batch_began_is_not_written_over(engine: Engine) -> None:
+    """It read the last number before the other's commit, and found the row free after it."""
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine.execution_options(isolation_level="REPEATABLE READ")) as old, Session(engine) as session:
+        assert not streams.read(old, fence.workflow_id, "log", start=0, limit=1).items
+        append(session, origin(fence), "1")
+        session.commit()
+        with pytest.raises(DBAPIError, match="could not serialize"):
+            streams.append_many(old, [Append(origin(fence), "log", ["2", "3"])])
+    assert written(engine) == [(0, 1)]
+
+
+def items_of(engine: Engine, fence: Fence) -> Sequence[tuple[int, object]]:
+    wanted = select(StreamItem).where(StreamItem.workflow_id == fence.workflow_id).order_by(StreamItem.number)
+    with Session(engine) as session:
+        return [(each.number, each.value) for each in session.scalars(wanted)]
