@@ -39,7 +39,7 @@ def item(fence: Fence, value: str = "1", *, step_key: str = "answer") -> Append:
     return Append(Origin(fence, 1, step_key, 1), "log", [value])
 
 
-def written(engine: Engine, fence: Fence) -> list[int]:
+def written(engine: Engine, fence: Fence) -> list[object]:
     wanted = select(StreamItem.value).where(StreamItem.workflow_id == fence.workflow_id).order_by(StreamItem.number)
     with Session(engine) as session:
         return list(session.scalars(wanted))
