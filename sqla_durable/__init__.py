@@ -8,6 +8,7 @@ from sqla_durable import errors, migrations, models, storage
 from sqla_durable.children import AsyncChild, Child, as_completed, wait_first
 from sqla_durable.context import current
 from sqla_durable.durable import Durable, run_step
+from sqla_durable.events import get_event, set_event
 from sqla_durable.execution import Execution
 from sqla_durable.executor import AsyncExecutor, Executor
 from sqla_durable.functions import (
@@ -23,9 +24,11 @@ from sqla_durable.interceptors import Interceptor
 from sqla_durable.management import cancel, resume
 from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
 from sqla_durable.patches import deprecate_patch, patched
+from sqla_durable.progress import heartbeat
 from sqla_durable.signals import signal, start_with_signal, wait_signal
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
 from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.streams import StreamEntry, close_stream, read_stream, write_stream
 from sqla_durable.threads import parallel
 from sqla_durable.timers import now, random, sleep, sleep_until, uuid4
 from sqla_durable.worker import Worker
@@ -51,6 +54,7 @@ __all__ = [
     "Step",
     "StepFunction",
     "StepStatus",
+    "StreamEntry",
     "StreamItem",
     "TransactionalStep",
     "Worker",
@@ -59,9 +63,12 @@ __all__ = [
     "WorkflowStatus",
     "as_completed",
     "cancel",
+    "close_stream",
     "current",
     "deprecate_patch",
     "errors",
+    "get_event",
+    "heartbeat",
     "metadata",
     "migrations",
     "models",
@@ -69,8 +76,10 @@ __all__ = [
     "parallel",
     "patched",
     "random",
+    "read_stream",
     "resume",
     "run_step",
+    "set_event",
     "signal",
     "sleep",
     "sleep_until",
@@ -80,4 +89,5 @@ __all__ = [
     "uuid4",
     "wait_first",
     "wait_signal",
+    "write_stream",
 ]

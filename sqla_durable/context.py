@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sqla_durable.codec import DEFAULT_LIMIT
 from sqla_durable.execution import Execution
 from sqla_durable.operations.attempt import Attempt, Position
 from sqla_durable.operations.runtime import Operation, StepCall, execution_of
@@ -31,6 +32,7 @@ class Context:
         fork: gives the context of a branch that is to be executed in another thread; None in async code.
         step: the step whose function is being executed; calls in it are plain calls.
         is_operating: whether the engine carries out an operation; tasks that it makes are no branches.
+        limit: the largest payload in bytes.
     """
 
     attempt: Attempt
@@ -41,6 +43,7 @@ class Context:
     fork: Callable[[], Fork] | None = None
     step: StepCall | None = None
     is_operating: bool = False
+    limit: int = DEFAULT_LIMIT
 
     @contextmanager
     def entered(self) -> Generator[None]:

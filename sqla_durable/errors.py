@@ -8,6 +8,7 @@ DurableError
 │   ├── SyncAsyncError                sync where async is needed, or the other way round
 │   ├── SessionError                  a session that is unbound, bound elsewhere, or not PostgreSQL
 │   ├── StepTransactionError          a step committed, rolled back or closed its own session
+│   ├── StreamClosedError             something is written to a stream that is closed
 │   ├── RetryPolicyError              what a step was given as retry, stop or wait fails itself
 │   └── UnfinishedStepError           a workflow returned while a step or a branch was not awaited to its end
 ├── PayloadError                  a value that cannot travel to the database and back
@@ -23,7 +24,8 @@ DurableError
 ├── ChildrenFailedError           more children of a group failed than are tolerated
 ├── WaitTimeoutError              (also TimeoutError) what an operation waited for did not come in time
 ├── HistoryMismatchError          today's code does not visit what a strict workflow has recorded
-├── ResultTimeoutError            (also TimeoutError) no outcome within the time given
+├── EventNotSetError              (also LookupError) a workflow has finished and has never set the event
+├── ResultTimeoutError            (also TimeoutError) no outcome, event or item within the time given
 ├── WorkflowError                 the outcome of a workflow that did not succeed
 │   ├── WorkflowFailedError           its own exception type cannot be rebuilt here
 │   ├── WorkflowCancelledError
@@ -87,6 +89,18 @@ class StepTransactionError(UsageError):
     def __init__(self, message: str, *, step: str) -> None:
         super().__init__(message)
         self.step = step
+
+
+class StreamClosedError(UsageError):
+    """Something is written to a stream that is closed. Nothing was written.
+
+    Attributes:
+        stream: the name of the stream.
+    """
+
+    def __init__(self, message: str, *, stream: str) -> None:
+        super().__init__(message)
+        self.stream = stream
 
 
 class RetryPolicyError(UsageError):
@@ -206,8 +220,21 @@ class HistoryMismatchError(_AboutWorkflow):
         self.visited = visited
 
 
+class EventNotSetError(_AboutWorkflow, LookupError):
+    """The workflow is finished and has never set the event: nobody will.
+
+    Attributes:
+        workflow_id: the id of its record.
+        key: the key of the event.
+    """
+
+    def __init__(self, message: str, *, workflow_id: UUID, key: str) -> None:
+        super().__init__(message, workflow_id=workflow_id)
+        self.key = key
+
+
 class ResultTimeoutError(_AboutWorkflow, TimeoutError):
-    """The workflow had no outcome within the time given. It goes on undisturbed."""
+    """The workflow had no outcome, or nothing new to read, within the time given. It goes on undisturbed."""
 
 
 class WorkflowError(_AboutWorkflow):

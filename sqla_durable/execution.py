@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from uuid import UUID
 
 
@@ -19,6 +20,7 @@ class Execution:
         step_attempt: the try of that step, from 1, those of earlier attempts included; None between steps.
         idempotency_key: for the system that the step calls: the same on every execution of this step, and of no
             other; None between steps.
+        details: what the step has last reported by `heartbeat`, in this try or in one before; None if nothing.
         headers: what interceptors gave to the workflow when it was started; see `Interceptor.start`.
     """
 
@@ -28,4 +30,5 @@ class Execution:
     step: str | None = None
     step_attempt: int | None = None
     idempotency_key: str | None = None
+    details: Any = field(default=None, hash=False)
     headers: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)

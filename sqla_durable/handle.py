@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable.checks import require_duration
+import sqla_durable.polling as polling
 from sqla_durable.errors import ResultTimeoutError, SyncAsyncError
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.registry import WorkflowDefinition
@@ -24,10 +24,6 @@ from sqla_durable.store import schema, workflows
 from sqla_durable.store.drivers import alone
 
 R = TypeVar("R", covariant=True)
-
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.25  # seconds
-_SHARE = 0.25
-"""A pause is this share of the time waited so far, so that an outcome is seen with little delay, soon or late."""
 
 
 class _BaseHandle(Generic[R]):
@@ -48,11 +44,7 @@ class _BaseHandle(Generic[R]):
 
     def _pauses(self, timeout: timedelta | None) -> Iterator[float]:
         """Give the pauses between polls; end with the error when the time is up."""
-        if timeout is not None:
-            require_duration(timeout, "timeout")
-        began = time.monotonic()
-        while timeout is None or time.monotonic() < began + timeout.total_seconds():
-            yield max(_FIRST_PAUSE, min(_SHARE * (time.monotonic() - began), _LONGEST_PAUSE))
+        yield from polling.pauses(timeout)
         raise ResultTimeoutError(
             f"workflow {self._definition.name!r} {self.workflow_id} has no outcome after {timeout}; it goes on. "
             "Is a worker running for its queue?",

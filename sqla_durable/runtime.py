@@ -7,15 +7,19 @@ from these classes.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import sqla_durable.tasks as tasks
+from sqla_durable.codec import DEFAULT_LIMIT
 from sqla_durable.context import Context, Fork
-from sqla_durable.errors import UsageError
+from sqla_durable.errors import AttemptLost, UsageError
 from sqla_durable.interceptors import Around, entered, entered_async
 from sqla_durable.limits import Limit
 from sqla_durable.operations.attempt import Attempt, Position, Wait
@@ -24,7 +28,8 @@ from sqla_durable.operations.step import run_step
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition
 from sqla_durable.retry import TransientRetry
-from sqla_durable.store import Checkpoint, Completion, Connectable
+from sqla_durable.store import Checkpoint, Completion, Connectable, streams
+from sqla_durable.store.streams import Append, Appended
 
 T = TypeVar("T")
 
@@ -34,6 +39,7 @@ class BaseRuntime(ABC):
 
     def __init__(self, attempt: Attempt) -> None:
         self.attempt = attempt
+        self.limit = DEFAULT_LIMIT
 
     @abstractmethod
     async def pause(self, seconds: float) -> None:
@@ -58,6 +64,10 @@ class BaseRuntime(ABC):
     @abstractmethod
     async def execute(self, statement: Callable[[Connectable], T]) -> T:
         """Call a store function of one statement, in a transaction of its own."""
+
+    async def append(self, append: Append) -> Appended:
+        """Append to a stream, in a transaction of its own."""
+        return await self.execute(partial(streams.append, origin=append.origin, name=append.name, values=append.values))
 
     @abstractmethod
     async def begin(self, step: StepDefinition) -> StepTransaction:
@@ -84,7 +94,16 @@ class BlockingRuntime(BaseRuntime):
 
     def context(self, step: StepCall | None = None) -> Context:
         """Give the ambient context of the workflow's own code, or of a step's function."""
-        return Context(self.attempt, self.perform, self.operate, self.note, is_async=False, fork=self.fork, step=step)
+        return Context(
+            self.attempt,
+            self.perform,
+            self.operate if step is None else self.operate_in_step,
+            self.note,
+            is_async=False,
+            fork=self.fork,
+            step=step,
+            limit=self.limit if step is None else step.definition.limit,
+        )
 
     @abstractmethod
     def fork(self) -> Fork:
@@ -103,6 +122,10 @@ class BlockingRuntime(BaseRuntime):
         finally:
             self.attempt.left(position)
 
+    def operate_in_step(self, position: Position, operation: Operation) -> Any:
+        """Carry out an operation of a step's function, which goes on after it."""
+        return run_blocking(operation(self, position))
+
     @asynccontextmanager
     async def intercepted(self, step: StepCall | None = None) -> AsyncGenerator[None]:
         """Enter the interceptors; nothing here suspends."""
@@ -116,6 +139,7 @@ class BlockingRuntime(BaseRuntime):
 
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
         """Call the workflow's function."""
+        self.limit = definition.limit
         self.attempt.branches.begin(threading.get_ident)
         with self.context().entered():
             return definition.call(arguments)
@@ -129,7 +153,15 @@ class AsyncRuntime(BaseRuntime):
 
     def context(self, step: StepCall | None = None) -> Context:
         """Give the ambient context of the workflow's own code, or of a step's function."""
-        return Context(self.attempt, self.perform, self.operate, self.note, is_async=True, step=step)
+        return Context(
+            self.attempt,
+            self.perform,
+            self.operate,
+            self.note,
+            is_async=True,
+            step=step,
+            limit=self.limit if step is None else step.definition.limit,
+        )
 
     async def perform(self, call: StepCall) -> Any:
         """Perform a step and give its outcome."""
@@ -174,7 +206,7 @@ class AsyncRuntime(BaseRuntime):
     async def call(self, call: StepCall, *injected: object, limit: Limit | None = None) -> Any:
         """Call a step's function, and cancel it in time; one in a thread has failed if it comes back too late."""
         function = call.definition.fn
-        with self.context(call).entered():
+        with replace(self.context(call), operate=self._operate_from(asyncio.get_running_loop())).entered():
             if call.definition.is_async:
                 awaited = function(*injected, *call.args, **call.kwargs)
                 return await (awaited if limit is None else _cut_off(awaited, limit))
@@ -182,8 +214,21 @@ class AsyncRuntime(BaseRuntime):
             with nullcontext() if limit is None else limit.measured():
                 return await self.in_thread(lambda: _returned(lambda: function(*injected, *call.args, **call.kwargs)))
 
+    def _operate_from(self, loop: asyncio.AbstractEventLoop) -> Callable[[Position, Operation], Any]:
+        """Give `operate` for a step's function, whose code may be in another thread: there it waits for the loop."""
+
+        def operate(position: Position, operation: Operation) -> Any:
+            here = _running_loop()
+            if here is loop:
+                return operation(self, position)
+            future = _submit(operation(self, position), loop)
+            return _result(future) if here is None else asyncio.wrap_future(future)
+
+        return operate
+
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
         """Call the workflow's function."""
+        self.limit = definition.limit
         self.attempt.branches.begin(tasks.whereabouts)
         with self.context().entered(), tasks.branching():
             coroutine: Awaitable[Any] = definition.call(arguments)
@@ -215,6 +260,28 @@ async def _cut_off(awaited: Awaitable[T], limit: Limit) -> T:
     if timer.expired():
         raise limit.exceeded()
     return value
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _submit(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> concurrent.futures.Future[T]:
+    try:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop)
+    except RuntimeError as error:  # the loop is closed
+        coroutine.close()
+        raise AttemptLost from error
+
+
+def _result(future: concurrent.futures.Future[T]) -> T:
+    try:
+        return future.result()
+    except concurrent.futures.CancelledError as error:  # the loop ends
+        raise AttemptLost from error
 
 
 def _returned(function: Callable[[], T]) -> T:

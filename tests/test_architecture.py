@@ -22,21 +22,33 @@ FLOORS = (
     {"worker"},
     {"executor"},
     {"durable"},
-    {"management", "signals"},
+    {"management", "signals", "events", "streams", "progress"},
     {"functions", "timers"},
     {"children"},
-    {"start", "handle", "runtime", "operate", "threads", "patches"},
+    {"start", "handle", "runtime", "operate", "threads", "patches", "publishing"},
     {"tasks"},
     {"context"},
     {"operations"},
-    {"hints"},
+    {"hints", "polling"},
     {"registry", "store", "failure", "migrations", "storage"},
     {"models", "codec", "retry", "_programs", "checks", "undisturbed", "interceptors", "limits"},
     {"errors", "status", "execution"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 WRITES_SQL = {"store"}
-KNOWS_ASYNCIO = {"hints", "runtime", "handle", "executor", "worker", "cli", "torture", "undisturbed", "tasks"}
+KNOWS_ASYNCIO = {
+    "hints",
+    "runtime",
+    "handle",
+    "events",
+    "streams",
+    "executor",
+    "worker",
+    "cli",
+    "torture",
+    "undisturbed",
+    "tasks",
+}
 MODULES = sorted(ROOT.rglob("*.py"))
 SOURCES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in MODULES}
 

@@ -59,6 +59,35 @@ class Parking:
         return cls(soonest if isfinite(soonest) else None, tuple(awaited for each in given for awaited in each.awaits))
 
 
+class Progress:
+    """What a step reports of itself while it is executed, in all tries of one attempt.
+
+    Attributes:
+        details: the last that it has reported, as JSON text, in an earlier attempt perhaps.
+    """
+
+    def __init__(self, details: str | None) -> None:
+        self.details = details
+        self._sent_at = float("-inf")
+        self._unsent = False
+
+    @property
+    def unsent(self) -> bool:
+        """Whether there is something newer than what was sent."""
+        return self._unsent
+
+    def report(self, details: str | None, *, interval: float) -> bool:
+        """Note details; tell whether they are to be sent now, `interval` seconds after the last ones."""
+        self.details = self.details if details is None else details
+        self._unsent = True
+        return time.monotonic() - self._sent_at >= interval
+
+    def sent(self) -> None:
+        """Note that the newest details are on their way."""
+        self._sent_at = time.monotonic()
+        self._unsent = False
+
+
 class Attempt:
     """One execution of a workflow function.
 
@@ -86,6 +115,7 @@ class Attempt:
         self._unfinished: dict[str, object] = {}  # by key, the task or thread that is in the operation
         self._waits: dict[str, Wait] = {}
         self._lock = self.branches.lock
+        self._progress: dict[str, Progress] = {}
         self._active_at = time.monotonic()
         self._stop: Callable[[], ControlFlow] | None = None
 
@@ -145,6 +175,11 @@ class Attempt:
         """Give what earlier attempts recorded of an operation that has no outcome yet."""
         found = self._history.get(position.key)
         return None if found is None or found.status.finished else found
+
+    def progress(self, position: Position) -> Progress:
+        """Give what a step has reported of itself, and reports."""
+        tried = self.tried(position)
+        return self._progress.setdefault(position.key, Progress(None if tried is None else tried.details))
 
     def wait(self, position: Position, wait: Wait) -> None:
         """Note that an operation waits."""

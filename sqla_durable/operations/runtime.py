@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import StepDefinition
 from sqla_durable.retry import TransientRetry, Tries
 from sqla_durable.store import Checkpoint, Completion, Connectable
+from sqla_durable.store.streams import Append, Appended
 
 T = TypeVar("T")
 
@@ -34,10 +36,12 @@ def execution_of(attempt: Attempt, step: StepCall | None = None) -> Execution:
     """Tell users' code where it is: in which workflow, attempt and step."""
     if step is None:
         return Execution(attempt.workflow_id, attempt.name, attempt.number, headers=attempt.headers)
+    details = attempt.progress(step.position).details
     return Execution(
         attempt.workflow_id,
         attempt.name,
         attempt.number,
+        details=None if details is None else json.loads(details),
         step=step.position.key,
         step_attempt=step.tries.count,
         idempotency_key=attempt.idempotency_key(step.position),
@@ -98,6 +102,14 @@ class Runtime(Protocol):
 
         Raises:
             AttemptLost: where the function raises it.
+        """
+        ...
+
+    async def append(self, append: Append) -> Appended:
+        """Append to a stream as `streams.append` does, committed when this returns, with what others append perhaps.
+
+        Raises:
+            AttemptLost: the attempt no longer owns the workflow.
         """
         ...
 

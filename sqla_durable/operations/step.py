@@ -23,6 +23,7 @@ from sqla_durable.limits import TimeLimits
 from sqla_durable.operations.attempt import Wait
 from sqla_durable.operations.boundary import Boundary
 from sqla_durable.operations.outcome import outcome_of
+from sqla_durable.operations.progress import send_unsent
 from sqla_durable.operations.runtime import Runtime, StepCall, execution_of
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import SessionKind
@@ -158,8 +159,7 @@ class _Execution:
 
     async def _try(self) -> Recorded:
         if self._call.definition.session is SessionKind.NONE:
-            value = await self._called()
-            return await self._record_alone(await self._success(value))
+            return await self._record_alone(await self._success(await self._call_plain()))
         transaction = await self._begin()
         try:
             checkpoint = await self._within(transaction)
@@ -169,6 +169,16 @@ class _Execution:
             await (transaction.discard() if spoils_connection(error) else transaction.rollback())
             raise
         return _as_recorded(checkpoint)
+
+    async def _call_plain(self) -> Any:
+        """Call the step's function; what it has reported last is kept, whichever way it ends."""
+        try:
+            value = await self._called()
+        except (Exception, SystemExit):
+            await send_unsent(self._runtime, self._call)
+            raise
+        await send_unsent(self._runtime, self._call)
+        return value
 
     async def _begin(self) -> StepTransaction:
         try:

@@ -1,10 +1,10 @@
 """Every SQL statement of this package, as functions of a `Session`; nothing here commits or opens a session.
 
 `schema` checks that the tables fit · `workflows` starts, finishes, releases, parks and wakes · `queues` claims ·
-`steps` records checkpoints · `workers` holds leases · `crashes` takes back what dead workers had · `deadlines` fails
-what is overdue · `waits` begins to wait · `signals` sends, takes and delivers · `children` starts them and looks at
-them · `management` cancels and resumes · `exports`
-reads whole records. The values that go in and out are below.
+`steps` records checkpoints, `progress` how far one is · `events` and `streams` publish and read · `workers` holds
+leases · `crashes` takes back what dead workers had · `deadlines` fails what is overdue · `waits` begins to wait ·
+`signals` sends, takes and delivers · `children` starts them and looks at them · `management` cancels and resumes ·
+`exports` reads whole records. The values that go in and out are below.
 """
 
 from sqla_durable.store._rows import (
@@ -15,6 +15,7 @@ from sqla_durable.store._rows import (
     Connectable,
     Fence,
     NewWorkflow,
+    Origin,
     Park,
     Recorded,
     Standing,
@@ -30,6 +31,7 @@ __all__ = [
     "Connectable",
     "Fence",
     "NewWorkflow",
+    "Origin",
     "Park",
     "Recorded",
     "Standing",

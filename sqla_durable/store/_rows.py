@@ -46,6 +46,8 @@ from sqla_durable.status import StepStatus, WorkflowStatus
 WORKFLOW = Base.metadata.tables[f"{SCHEMA}.workflow"]
 STEP = Base.metadata.tables[f"{SCHEMA}.step"]
 SIGNAL = Base.metadata.tables[f"{SCHEMA}.signal"]
+EVENT = Base.metadata.tables[f"{SCHEMA}.event"]
+STREAM_ITEM = Base.metadata.tables[f"{SCHEMA}.stream_item"]
 QUEUE = Base.metadata.tables[f"{SCHEMA}.queue"]
 WORKER = Base.metadata.tables[f"{SCHEMA}.worker"]
 
@@ -67,6 +69,16 @@ class Fence:
 
     workflow_id: UUID
     token: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who publishes: an attempt, in which step, and in which try of that; between steps there is no try."""
+
+    fence: Fence
+    attempt: int
+    step_key: str
+    step_attempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +106,8 @@ class Recorded:
     """A recorded checkpoint, as a replay reads it: JSON text, decoded when the step is visited.
 
     Of a step that is being tried again, `attempts` have failed, the first began `age` seconds before the record was
-    read, and the next is due in `due_in` seconds.
+    read, and the next is due in `due_in` seconds. Of one that is running, the last of `attempts` was interrupted, and
+    `details` is the JSON text that it has reported.
     """
 
     key: str
@@ -106,6 +119,7 @@ class Recorded:
     attempts: int = 1
     age: float = 0.0
     due_in: float = 0.0
+    details: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store._rows import (
     STEP,
     WORKFLOW,
@@ -72,7 +72,7 @@ CHECKPOINT: Columns = {
 }
 
 
-def record(session: Session, checkpoint: Checkpoint) -> Verdict:
+def record(session: Connectable, checkpoint: Checkpoint) -> Verdict:
     """Record one checkpoint in the session's transaction; wait for whoever holds the row.
 
     LOST and DUPLICATE wrote nothing: roll the transaction back, so that the step's own writes go with it.
@@ -85,7 +85,7 @@ def record_last(session: Session, checkpoint: Checkpoint) -> Verdict:
     return _verdict(session, _RECORD_LAST, checkpoint)
 
 
-def _verdict(session: Session, statement: Any, checkpoint: Checkpoint) -> Verdict:
+def _verdict(session: Connectable, statement: Any, checkpoint: Checkpoint) -> Verdict:
     parameters = given_row(checkpoint)
     if execute(session, statement, parameters).first() is not None:
         return Verdict.RECORDED
@@ -123,7 +123,9 @@ def _recorded(row: Row[Any]) -> Recorded:
     found = Recorded(row.key, row.name, row.position, row.status, row.output, row.error, row.attempts)
     if row.age is None:
         return found
-    return replace(found, age=float(row.age), due_in=float("inf") if row.due_in is None else float(row.due_in))
+    endless = 0.0 if row.status is StepStatus.RUNNING else float("inf")
+    due_in = endless if row.due_in is None else float(row.due_in)
+    return replace(found, age=float(row.age), due_in=due_in, details=row.details)
 
 
 def checkpoint_row(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -219,12 +221,14 @@ def _record_statement(*more: ColumnElement[Any]) -> Any:
 
 def _recorded_among_statement() -> Any:
     batch = table("batch", CHECKPOINT)
+    # The same try of a step that is running has a row too, without a time.
+    is_timed, has_time = batch.c.delay.is_not(None), STEP.c.wake_at.is_not(None)
     is_open = or_(batch.c.delay.is_not(None), and_(batch.c.output.is_(None), batch.c.error.is_(None)))
     return (
         select(STEP.c.workflow_id, WORKFLOW.c.token, STEP.c.key)
         .join_from(batch, WORKFLOW, and_(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token))
         .join(STEP, and_(STEP.c.workflow_id == batch.c.id, STEP.c.key == batch.c.key))
-        .where(or_(~unfinished(), and_(is_open, STEP.c.attempts == batch.c.attempts)))
+        .where(or_(~unfinished(), and_(is_open, STEP.c.attempts == batch.c.attempts, is_timed == has_time)))
     )
 
 
@@ -245,6 +249,7 @@ _RECORDED = select(
     STEP.c.status,
     cast(STEP.c.output, Text).label("output"),
     cast(STEP.c.error, Text).label("error"),
+    cast(STEP.c.details, Text).label("details"),
     STEP.c.attempts,
     _age_of(STEP.c.started_at).label("age"),
     (-_age_of(STEP.c.wake_at)).label("due_in"),

@@ -140,12 +140,17 @@ def standing(session: Session, workflow_id: UUID) -> Standing:
     """
     row = execute(session, _OUTCOME, {"wanted_id": workflow_id}).one_or_none()
     if row is None:
-        raise WorkflowNotFoundError(
-            f"no workflow {workflow_id} is visible in {session.get_bind(Workflow).engine.url.render_as_string()}: is "
-            "the transaction that started it committed?",
-            workflow_id=workflow_id,
-        )
+        raise not_found(session, workflow_id)
     return Standing(row.id, row.name, row.status, row.output, row.error)
+
+
+def not_found(session: Session, workflow_id: UUID) -> WorkflowNotFoundError:
+    """Give the error for a workflow that is not there."""
+    return WorkflowNotFoundError(
+        f"no workflow {workflow_id} is visible in {session.get_bind(Workflow).engine.url.render_as_string()}: is the "
+        "transaction that started it committed?",
+        workflow_id=workflow_id,
+    )
 
 
 def finish(session: Session, completion: Completion) -> bool:

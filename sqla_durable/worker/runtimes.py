@@ -27,7 +27,9 @@ from sqla_durable.registry import SessionKind, StepDefinition
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Connectable, Park
+from sqla_durable.store.streams import Append, Appended
 from sqla_durable.worker.database import Database, persistently
+from sqla_durable.worker.gatherer import Gatherer
 from sqla_durable.worker.writer import Row, Writer
 
 T = TypeVar("T")
@@ -47,6 +49,7 @@ class Surroundings:
 
     database: Database
     writer: Writer
+    gatherer: Gatherer
     threads: concurrent.futures.ThreadPoolExecutor
     sessionmaker: sessionmaker[Session] | None
     async_sessionmaker: async_sessionmaker[AsyncSession] | None
@@ -194,6 +197,10 @@ class ThreadRuntime(BlockingRuntime):
         """Call a store function on a connection of the worker's own."""
         return self._surroundings.from_thread(statement)
 
+    async def append(self, append: Append) -> Appended:
+        """Append to a stream, with what others append."""
+        return self._surroundings.on_loop(self._surroundings.gatherer.append(append))
+
     async def begin(self, step: StepDefinition) -> StepTransaction:
         """Open a session of the user's own sessionmaker, used for this step only."""
         maker = self._surroundings.sessionmaker
@@ -271,6 +278,10 @@ class LoopRuntime(AsyncRuntime):
     async def execute(self, statement: Callable[[Connectable], T]) -> T:
         """Call a store function on a connection of the worker's own."""
         return await persistently(self._surroundings.database, statement, what="operation")
+
+    async def append(self, append: Append) -> Appended:
+        """Append to a stream, with what others append."""
+        return await self._surroundings.gatherer.append(append)
 
     async def begin(self, step: StepDefinition) -> StepTransaction:
         """Open a session of the user's own sessionmaker, used for this step only."""

@@ -32,6 +32,7 @@ from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.background import Background
 from sqla_durable.worker.claims import Claims
 from sqla_durable.worker.database import Database, Databases, open_databases
+from sqla_durable.worker.gatherer import Gatherer
 from sqla_durable.worker.heartbeat import BEATS, Heartbeat
 from sqla_durable.worker.listener import Listener
 from sqla_durable.worker.maintenance import Maintenance
@@ -235,6 +236,7 @@ class Worker:
         keeping = [
             asyncio.create_task(heartbeat.run(), name="heartbeat"),
             asyncio.create_task(writer.run(), name="writer"),
+            asyncio.create_task(surroundings.gatherer.run(), name="gatherer"),
         ]
         loops = [*taking, *keeping]
         stopping = asyncio.create_task(self._stopping.wait(), name="stop")
@@ -362,6 +364,7 @@ class Worker:
         return Surroundings(
             database=database,
             writer=writer,
+            gatherer=Gatherer(database),
             threads=threads,
             sessionmaker=self.sessionmaker,
             async_sessionmaker=self.async_sessionmaker,

@@ -91,6 +91,16 @@ class Application:
 
         return Called(self.durable.step(_like(awaited, fn), **policy))
 
+    def publishing(self, fn: Callable[P, Coroutine[Any, Any, R]], **policy: Any) -> Called[P, R]:
+        """Make a plain step of a coroutine function, which awaits what steps call of the engine."""
+        if self.form is Form.ASYNC:
+            return Called(self.durable.step(fn, **policy))
+
+        def driven(*args: P.args, **kwargs: P.kwargs) -> R:
+            return drive(fn(*args, **kwargs))
+
+        return Called(self.durable.step(_like(driven, fn), **policy))
+
     def transactional(self, fn: Callable[Concatenate[Session, P], R], **policy: Any) -> Called[P, R]:
         """Make a transactional step of a function of a `Session`."""
         if self.form is Form.SYNC:

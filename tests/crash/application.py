@@ -14,7 +14,7 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable import Durable, current, parallel
+from sqla_durable import Durable, current, heartbeat, parallel, set_event, write_stream
 from tests.support.domain import Entry
 
 ROUNDS = 3
@@ -222,6 +222,46 @@ def held_outside(account: str) -> str:
 @durable.workflow
 async def held_outside_async(account: str) -> str:
     return await hold_outside_async(account)
+
+
+def _found() -> object:
+    execution = current()
+    assert execution is not None
+    return execution.details
+
+
+@durable.step
+def tell(account: str) -> object:
+    """Write a stream, and give what an earlier try has reported."""
+    found = _found()
+    for number in range(ROUNDS):
+        write_stream("story", f"{account}/{number}")
+        heartbeat(number)
+        fate.meet("sync tell")
+    return found
+
+
+@durable.step
+async def tell_async(account: str) -> object:
+    """The same."""
+    found = _found()
+    for number in range(ROUNDS):
+        await write_stream("story", f"{account}/{number}")
+        await heartbeat(number)
+        fate.meet("async tell")
+    return found
+
+
+@durable.workflow
+def told(account: str) -> object:
+    set_event("status", "telling")
+    return tell(account)
+
+
+@durable.workflow
+async def told_async(account: str) -> object:
+    await set_event("status", "telling")
+    return await tell_async(account)
 
 
 POINTS: list[str] = [

@@ -15,12 +15,15 @@ from sqla_durable.store import (
     children,
     crashes,
     deadlines,
+    events,
     exports,
     look,
     management,
+    progress,
     queues,
     signals,
     steps,
+    streams,
     waits,
     workers,
     workflows,
@@ -31,17 +34,20 @@ _MODULES = (
     children,
     crashes,
     deadlines,
+    events,
     exports,
     look,
     management,
+    progress,
     queues,
     signals,
     steps,
+    streams,
     waits,
     workers,
     workflows,
 )
-_BATCHES = {"_WRITE", "_FINISH", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
+_BATCHES = {"_WRITE", "_APPEND_MANY", "_FINISH", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
 
 
 def _statements() -> Iterator[tuple[str, str]]:
@@ -93,7 +99,7 @@ def test_a_statement_for_many_workflows_locks_them_in_the_order_of_their_ids(nam
     assert re.search(rf"MATERIALIZED[\s\S]*{rows}", sql)
 
 
-@pytest.mark.parametrize("name", ["_WRITE", "_RELEASE_UNLOCKED", "_RECLAIM", "_FAIL_OVERDUE"])
+@pytest.mark.parametrize("name", ["_WRITE", "_APPEND_MANY", "_RELEASE_UNLOCKED", "_RECLAIM", "_FAIL_OVERDUE"])
 def test_a_statement_for_many_workflows_waits_for_nobody(name: str) -> None:
     sql = next(text for key, text in STATEMENTS.items() if key.endswith(f".{name}"))
     assert "SKIP LOCKED" in sql

@@ -15,6 +15,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable import Durable, WorkflowStatus
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.database import ThreadDatabase
+from sqla_durable.worker.gatherer import Gatherer
 from sqla_durable.worker.heartbeat import Heartbeat
 from sqla_durable.worker.runtimes import Surroundings
 from sqla_durable.worker.writer import Writer
@@ -31,6 +32,7 @@ def heartbeat_of(database: ThreadDatabase, engine: Engine, threads: ThreadPoolEx
     surroundings = Surroundings(
         database=database,
         writer=Writer(database),
+        gatherer=Gatherer(database),
         threads=threads,
         sessionmaker=sessionmaker(engine),
         async_sessionmaker=None,

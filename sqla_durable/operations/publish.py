@@ -1,0 +1,93 @@
+"""What workflows and steps show to others while they are executed: events and items of streams.
+
+Between steps it is an operation of its own, recorded once. In a plain step it is written at once, and again by the next
+try; in a transactional one it is a part of the step's transaction, which needs nothing of this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Protocol
+
+from sqlalchemy.exc import DBAPIError
+
+from sqla_durable.errors import EncodingError
+from sqla_durable.operations.attempt import Attempt, Position
+from sqla_durable.operations.runtime import Runtime, StepCall
+from sqla_durable.retry import is_transient
+from sqla_durable.status import StepStatus
+from sqla_durable.store import Checkpoint, Connectable, Origin
+
+
+class Publication(Protocol):
+    """What is to be written."""
+
+    def record(self, connectable: Connectable, checkpoint: Checkpoint) -> None:
+        """Write it and record that as a step, in one statement."""
+
+    def write(self, connectable: Connectable, origin: Origin) -> None:
+        """Write it."""
+
+    async def write_at_once(self, runtime: Runtime, origin: Origin) -> None:
+        """Write it in a transaction of its own, that of others perhaps."""
+
+
+async def publish_once(runtime: Runtime, position: Position, encode: Callable[[], Publication]) -> None:
+    """Publish between steps, exactly once; committed when this returns.
+
+    Raises:
+        EncodingError: it cannot be stored; nothing was written.
+        UsageError: its stream is closed.
+        ControlFlow: the attempt ends here.
+    """
+    attempt = runtime.attempt
+    try:
+        if attempt.recorded(position) is None:
+            publication = encode()
+            await runtime.settle()
+            record = partial(publication.record, checkpoint=_checkpoint(attempt, position))
+            await _clearly(runtime, runtime.execute(record))
+    finally:
+        attempt.left(position)
+
+
+async def publish_at_once(runtime: Runtime, call: StepCall, encode: Callable[[], Publication]) -> None:
+    """Publish in a plain step; committed when this returns, whatever becomes of the step.
+
+    Raises:
+        EncodingError, UsageError, ControlFlow: as `publish_once`.
+    """
+    publication = encode()
+    await _clearly(runtime, publication.write_at_once(runtime, origin_of(runtime.attempt, call)))
+
+
+def origin_of(attempt: Attempt, call: StepCall) -> Origin:
+    """Give the try of the step that publishes."""
+    return Origin(attempt.fence, attempt.number, call.position.key, call.tries.count)
+
+
+async def _clearly(runtime: Runtime, writing: Awaitable[None]) -> None:
+    try:
+        await writing
+    except DBAPIError as error:
+        if is_transient(error):
+            raise
+        raise EncodingError(
+            f"the database refuses what workflow {runtime.attempt.name!r} publishes: {error}"
+        ) from error
+
+
+def _checkpoint(attempt: Attempt, position: Position) -> Checkpoint:
+    return Checkpoint(
+        fence=attempt.fence,
+        key=position.key,
+        name=position.name,
+        position=position.number,
+        status=StepStatus.SUCCEEDED,
+        output="null",
+        error=None,
+        attempt=attempt.number,
+        attempts=1,
+        elapsed=0.0,
+    )

@@ -1,0 +1,77 @@
+"""Looking again and again for what others commit, in short transactions that hold nothing open in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeAlias, TypeVar
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqla_durable.checks import require_duration
+from sqla_durable.errors import SessionError
+from sqla_durable.store import schema
+from sqla_durable.store.drivers import alone
+
+T = TypeVar("T")
+
+Source: TypeAlias = "Session | sessionmaker[Session] | AsyncSession | async_sessionmaker[AsyncSession]"
+"""Where to look: the engine of a session, which is not used itself, or of a sessionmaker."""
+
+SHORTEST, LONGEST = 0.001, 0.25  # seconds
+_SHARE = 0.25
+"""A pause is this share of the time waited so far, so that what comes is seen with little delay, soon or late."""
+
+
+def pauses(timeout: timedelta | None, *, shortest: float = SHORTEST) -> Iterator[float]:
+    """Give the seconds of the pauses between looks, until the time is up.
+
+    Raises:
+        ArgumentError: the timeout is no timedelta.
+    """
+    if timeout is not None:
+        require_duration(timeout, "timeout")
+    began = time.monotonic()
+    while timeout is None or time.monotonic() < began + timeout.total_seconds():
+        yield max(shortest, min(_SHARE * (time.monotonic() - began), LONGEST))
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """An engine on which to look, each time in a session and a transaction of its own."""
+
+    engine: Engine
+    is_async: bool
+
+    @classmethod
+    def of(cls, source: Source, *, what: str) -> Outlook:
+        """Find the engine.
+
+        Raises:
+            SessionError: there is none, or it is not PostgreSQL.
+        """
+        opened = source() if isinstance(source, (sessionmaker, async_sessionmaker)) else source
+        if isinstance(opened, AsyncSession):
+            return cls(alone(schema.engine_of(opened.sync_session)), is_async=True)
+        if isinstance(opened, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
+            return cls(alone(schema.engine_of(opened)), is_async=False)
+        raise SessionError(f"{what} takes a Session, an AsyncSession or a sessionmaker first, got {source!r}.")
+
+    def look(self, statement: Callable[[Session], T]) -> T:
+        """Call a function of a session."""
+        with Session(self.engine) as session:
+            return _required(session, statement)
+
+    async def look_async(self, statement: Callable[[Session], T]) -> T:
+        """Call a function of the session inside an `AsyncSession`."""
+        async with AsyncSession(AsyncEngine(self.engine)) as session:
+            return await session.run_sync(_required, statement)
+
+
+def _required(session: Session, statement: Callable[[Session], T]) -> T:
+    schema.require(session)
+    return statement(session)

@@ -1,0 +1,160 @@
+"""The statements on events: set one, read the latest. The history of an event stays; the greatest id is the latest.
+
+Whoever sets one owns the workflow, whose row is locked in the same statement: so ids come in the order of commits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Text, and_, bindparam, cast, func, literal_column, select, true
+from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+from sqlalchemy.orm import Session
+
+from sqla_durable.errors import AttemptLost
+from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.store._rows import (
+    EVENT,
+    STEP,
+    WORKFLOW,
+    Checkpoint,
+    Connectable,
+    Origin,
+    execute,
+    fence_row,
+    materialized,
+    scalar,
+)
+from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine
+from sqla_durable.store.workflows import not_found
+
+
+@dataclass(frozen=True, slots=True)
+class Latest:
+    """What a look for an event finds: its latest value as JSON text, if it has one, and where its workflow stands."""
+
+    value: str | None
+    status: WorkflowStatus
+
+
+def record(connectable: Connectable, checkpoint: Checkpoint, *, key: str, value: str) -> None:
+    """Set an event and record that as a step, in one statement; once, however often it is carried out.
+
+    Waits for whoever holds the workflow's row.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow; nothing was written.
+    """
+    parameters = given_row(checkpoint) | {"event_key": key, "event_value": value}
+    if not scalar(connectable, _RECORD, parameters):
+        raise AttemptLost(checkpoint.fence.workflow_id)
+
+
+def put(connectable: Connectable, origin: Origin, *, key: str, value: str) -> None:
+    """Set an event; each time it is carried out. Waits for whoever holds the workflow's row.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow; nothing was written.
+    """
+    fence = fence_row(origin.fence)
+    parameters = {"given_id": fence["id"], "given_token": fence["token"], "given_key": origin.step_key}
+    if scalar(connectable, _PUT, parameters | {"event_key": key, "event_value": value}) is None:
+        raise AttemptLost(origin.fence.workflow_id)
+
+
+def latest(session: Session, workflow_id: UUID, key: str) -> Latest:
+    """Read the latest value of an event and where the workflow stands, in one snapshot. Takes no lock.
+
+    Raises:
+        WorkflowNotFoundError: there is no such workflow.
+    """
+    row = execute(session, _LATEST, {"wanted_id": workflow_id, "event_key": key}).one_or_none()
+    if row is None:
+        raise not_found(session, workflow_id)
+    return Latest(row.value, row.status)
+
+
+def take(connectable: Connectable, checkpoint: Checkpoint, *, workflow_id: UUID, key: str) -> Latest | None:
+    """Record the latest value of another workflow's event as a step's outcome, if there is one; in one statement.
+
+    None: there is no such workflow. Without a value nothing is recorded. Locks the row of the attempt's own workflow,
+    and nothing of the other's.
+
+    Raises:
+        AttemptLost: the attempt no longer owns its workflow.
+    """
+    parameters = given_row(checkpoint) | {"wanted_id": workflow_id, "event_key": key}
+    row = execute(connectable, _TAKE, parameters).one()
+    if row.known is None and not row.owned:
+        raise AttemptLost(checkpoint.fence.workflow_id)
+    found: str | None = row.taken if row.known is None else row.known
+    return None if row.status is None else Latest(found, row.status)
+
+
+def _owned() -> Any:
+    return materialized(select(WORKFLOW.c.id).where(*mine()).with_for_update(key_share=True, of=WORKFLOW), "owned")
+
+
+def _columns() -> dict[str, Any]:
+    return {
+        "key": cast(bindparam("event_key", type_=Text()), Text),
+        "value": cast(cast(bindparam("event_value", type_=Text()), Text), JSONB),
+        "step_key": GIVEN["key"],
+        "created_at": func.statement_timestamp(),
+    }
+
+
+def _record_statement() -> Any:
+    owned = _owned()
+    checkpoint = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id}
+    recorded = insert_from(checkpoint, select(*checkpoint.values())).returning(STEP.c.workflow_id).cte("recorded")
+    columns = {"workflow_id": recorded.c.workflow_id, **_columns()}
+    event = insert(EVENT).from_select(list(columns), select(*columns.values()), include_defaults=False)
+    return select(select(owned.c.id).exists()).add_cte(event.returning(EVENT.c.id).cte("event"))
+
+
+def _put_statement() -> Any:
+    columns = {"workflow_id": WORKFLOW.c.id, **_columns()}
+    source = select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
+    return insert(EVENT).from_select(list(columns), source, include_defaults=False).returning(EVENT.c.id)
+
+
+def _newest() -> Any:
+    """Give the latest value of the event, as the primary key orders them."""
+    return (
+        select(EVENT.c.value)
+        .where(
+            EVENT.c.workflow_id == bindparam("wanted_id", type_=PG_UUID()),
+            EVENT.c.key == bindparam("event_key", type_=Text()),
+        )
+        .order_by(EVENT.c.id.desc())
+        .limit(literal_column("1"))
+    )
+
+
+def _take_statement() -> Any:
+    owned, newest = _owned(), materialized(_newest(), "newest")
+    succeeded = literal_column(f"'{StepStatus.SUCCEEDED}'", type_=STEP.c.status.type)
+    own = and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], STEP.c.status == succeeded)
+    known = select(cast(STEP.c.output, Text)).where(own)
+    columns = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id, "output": newest.c.value}
+    recorded = insert_from(columns, select(*columns.values()).select_from(owned.join(newest, true())))
+    taken = recorded.returning(STEP.c.output).cte("taken")
+    standing = select(WORKFLOW.c.status).where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()))
+    return select(
+        select(owned.c.id).exists().label("owned"),
+        select(cast(taken.c.output, Text)).scalar_subquery().label("taken"),
+        known.scalar_subquery().label("known"),
+        standing.scalar_subquery().label("status"),
+    )
+
+
+_RECORD = _record_statement()
+_PUT = _put_statement()
+_LATEST = select(WORKFLOW.c.status, cast(_newest().scalar_subquery(), Text).label("value")).where(
+    WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID())
+)
+_TAKE = _take_statement()

@@ -1,0 +1,57 @@
+"""The statement with which a step that is being executed reports that it lives, and how far it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Text, and_, bindparam, cast, func, literal_column, null, or_, select
+from sqlalchemy.dialects.postgresql import JSONB, insert
+
+from sqla_durable.errors import AttemptLost
+from sqla_durable.status import StepStatus
+from sqla_durable.store._rows import STEP, WORKFLOW, Checkpoint, Connectable, execute, materialized, unfinished
+from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, mine
+
+
+def report(connectable: Connectable, checkpoint: Checkpoint, *, details: str | None) -> None:
+    """Note in a running step's row that it lives, and its details if there are some; make the row if there is none.
+
+    Does nothing to a step that has an outcome, nor to one whose try has been recorded as failed. Waits for whoever
+    holds the workflow's row.
+
+    Args:
+        checkpoint: of the status `running`.
+        details: JSON text; None leaves those that are there.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow; nothing was written.
+    """
+    if not execute(connectable, _REPORT, given_row(checkpoint) | {"details": details}).scalar_one():
+        raise AttemptLost(checkpoint.fence.workflow_id)
+
+
+def _report_statement() -> Any:
+    owned = materialized(select(WORKFLOW.c.id).where(*mine()).with_for_update(key_share=True, of=WORKFLOW), "owned")
+    details = cast(cast(bindparam("details", type_=Text()), Text), JSONB)
+    columns = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id, "details": details}
+    inserted = insert(STEP).from_select(list(columns), select(*columns.values()), include_defaults=False)
+    given = inserted.excluded
+    same_or_later = or_(STEP.c.status == _RUNNING, STEP.c.attempts < given.attempts)
+    reported = inserted.on_conflict_do_update(
+        index_elements=["workflow_id", "key"],
+        set_={
+            "status": given.status,
+            "attempt": given.attempt,
+            "attempts": given.attempts,
+            "wake_at": null(),
+            # The first try may have been on another server, whose clock was ahead.
+            "finished_at": func.greatest(given.finished_at, STEP.c.started_at),
+            "details": func.coalesce(given.details, STEP.c.details),
+        },
+        where=and_(unfinished(), same_or_later),
+    ).returning(STEP.c.key)
+    return select(select(owned.c.id).exists()).add_cte(reported.cte("reported"))
+
+
+_RUNNING = literal_column(f"'{StepStatus.RUNNING}'", type_=STEP.c.status.type)
+_REPORT = _report_statement()

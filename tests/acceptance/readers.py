@@ -1,0 +1,38 @@
+"""Reading what workflows publish, in the way of each shell."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from sqla_durable import StreamEntry, get_event, read_stream
+from tests.acceptance.shells import AsyncShell, Shell
+
+PATIENCE = timedelta(seconds=30)
+
+
+def event(shell: Shell, workflow_id: UUID, key: str, *, timeout: timedelta = PATIENCE, wanted: Any = Any) -> Any:
+    """Give the latest value of an event."""
+    if isinstance(shell, AsyncShell):
+        return shell.runner.run(get_event(shell.async_sessionmaker, workflow_id, key, timeout=timeout, type=wanted))
+    return get_event(shell.sessionmaker, workflow_id, key, timeout=timeout, type=wanted)
+
+
+def stream(
+    shell: Shell, workflow_id: UUID, name: str, *, start: int = 0, timeout: timedelta = PATIENCE, wanted: Any = Any
+) -> list[StreamEntry[Any]]:
+    """Read a stream to its end."""
+    if not isinstance(shell, AsyncShell):
+        return list(read_stream(shell.sessionmaker, workflow_id, name, start=start, timeout=timeout, type=wanted))
+
+    async def read() -> list[StreamEntry[Any]]:
+        entries = read_stream(shell.async_sessionmaker, workflow_id, name, start=start, timeout=timeout, type=wanted)
+        return [entry async for entry in entries]
+
+    return shell.runner.run(read())
+
+
+def values(entries: list[StreamEntry[Any]]) -> list[Any]:
+    """Give what was written."""
+    return [entry.value for entry in entries]

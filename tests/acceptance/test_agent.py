@@ -1,0 +1,95 @@
+"""A story: an agent that asks a model in a loop, and streams what it answers while it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import tenacity
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from sqla_durable import Workflow, close_stream, heartbeat, set_event, write_stream
+from tests.acceptance.application import Application
+from tests.acceptance.readers import event, stream
+from tests.acceptance.shells import Shell
+from tests.support.domain import Entry
+
+ANSWERS = {
+    "what is in stock?": "look: stock",
+    "stock is 3": "look: price",
+    "price is 5": "three at five each",
+}
+
+
+class Model:
+    """Answers word by word, and breaks off in the middle of one answer, once."""
+
+    def __init__(self, breaks_at: str) -> None:
+        self.calls: list[str] = []
+        self._breaks_at = breaks_at
+
+    def answer(self, prompt: str) -> Iterator[str]:
+        self.calls.append(prompt)
+        for word in ANSWERS[prompt].split(" "):
+            if word == self._breaks_at:
+                self._breaks_at = ""
+                raise ConnectionError("the model is gone")
+            yield word
+
+
+# behaviour: C4 C5
+def test_an_agent_streams_what_it_thinks_and_a_broken_answer_is_told_apart(shell: Shell, app: Application) -> None:
+    model = Model(breaks_at="price")
+
+    async def ask(prompt: str) -> str:
+        words: list[str] = []
+        for word in model.answer(prompt):
+            words.append(word)
+            await write_stream("answers", word)
+            await heartbeat({"words": len(words)})
+        return " ".join(words)
+
+    def look_up(session: Session, what: str) -> str:
+        session.add(Entry(account=what, cents=1))
+        set_event(session, "looked up", what)
+        write_stream(session, "answers", f"[{what}]")
+        return f"{what} is {3 if what == 'stock' else 5}"
+
+    asking = app.publishing(ask, wait=tenacity.wait_none())
+    looking_up = app.transactional(look_up)
+
+    async def agent(prompt: str) -> str:
+        for turn in range(1, 9):
+            await set_event("turn", turn)
+            answer = await asking(prompt)
+            if not answer.startswith("look: "):
+                await close_stream("answers")
+                return answer
+            prompt = await looking_up(answer.removeprefix("look: "))
+        raise AssertionError("the agent does not come to an end")
+
+    workflow = app.workflow(agent)
+    assert shell.run(workflow, "what is in stock?") == "three at five each"
+    with shell.sessionmaker() as session:
+        (workflow_id,) = session.scalars(select(Workflow.id))
+        assert sorted(session.scalars(select(Entry.account))) == ["price", "stock"]
+    assert (event(shell, workflow_id, "turn"), event(shell, workflow_id, "looked up")) == (3, "price")
+
+    entries = stream(shell, workflow_id, "answers", wanted=str)
+    said = [(each.step_key, each.step_attempt, each.value) for each in entries]
+    assert said == [
+        ("ask", 1, "look:"),
+        ("ask", 1, "stock"),
+        ("look_up", 1, "[stock]"),
+        ("ask#2", 1, "look:"),
+        ("ask#2", 2, "look:"),
+        ("ask#2", 2, "price"),
+        ("look_up#2", 1, "[price]"),
+        *(("ask#3", 1, word) for word in ("three", "at", "five", "each")),
+    ]
+    assert [each.number for each in entries] == list(range(11))
+
+    shell.crashed(workflow_id)
+    assert shell.finish(workflow, workflow_id) == "three at five each"
+    assert len(model.calls) == 4
+    assert stream(shell, workflow_id, "answers", wanted=str) == entries
