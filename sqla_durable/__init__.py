@@ -17,7 +17,7 @@ from sqla_durable.functions import (
     WorkflowFunction,
 )
 from sqla_durable.handle import AsyncHandle, Handle
-from sqla_durable.management import cancel, resume
+from sqla_durable.management import cancel, delete, fork, resume, retry, rewind
 from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
 from sqla_durable.status import StepStatus, WorkflowStatus
@@ -49,11 +49,15 @@ __all__ = [
     "WorkflowStatus",
     "cancel",
     "current",
+    "delete",
     "errors",
+    "fork",
     "metadata",
     "migrations",
     "models",
     "resume",
+    "retry",
+    "rewind",
     "run_step",
     "start_many",
     "storage",

@@ -17,6 +17,7 @@ DurableError
 │   └── DecodingError                 a stored value that does not fit today's annotations
 ├── UnknownWorkflowError          no workflow of that name is registered
 ├── WorkflowNotFoundError         no such workflow record is visible
+├── WorkflowReferencedError       rows of the application refer to a workflow that was to be deleted
 ├── WorkflowRunningError          somebody else holds a live lease on the workflow
 ├── AttemptLostError              this execution no longer owns its workflow; nothing more of it commits
 ├── ResultTimeoutError            (also TimeoutError) no outcome within the time given
@@ -158,6 +159,10 @@ class _AboutWorkflow(DurableError):
 
 class WorkflowNotFoundError(_AboutWorkflow):
     """No record of this id is visible: wrong id, wrong database, or its start is not committed yet."""
+
+
+class WorkflowReferencedError(DurableError):
+    """Rows of the application refer to workflows that were to be deleted, by a foreign key that does not allow it."""
 
 
 class WorkflowRunningError(_AboutWorkflow):

@@ -47,6 +47,9 @@ WORKFLOW = Base.metadata.tables[f"{SCHEMA}.workflow"]
 STEP = Base.metadata.tables[f"{SCHEMA}.step"]
 QUEUE = Base.metadata.tables[f"{SCHEMA}.queue"]
 WORKER = Base.metadata.tables[f"{SCHEMA}.worker"]
+SIGNAL = Base.metadata.tables[f"{SCHEMA}.signal"]
+EVENT = Base.metadata.tables[f"{SCHEMA}.event"]
+STREAM_ITEM = Base.metadata.tables[f"{SCHEMA}.stream_item"]
 
 Connectable: TypeAlias = Session | Connection
 """Where a statement is executed: a caller's session, or a connection of the engine's own."""

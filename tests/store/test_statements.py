@@ -10,9 +10,9 @@ from sqlalchemy import Executable
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.sql import ClauseElement
 
-from sqla_durable.store import batches, crashes, look, management, queues, steps, workers, workflows
+from sqla_durable.store import batches, crashes, forks, look, management, queues, steps, workers, workflows
 
-_MODULES = (batches, crashes, look, management, queues, steps, workers, workflows)
+_MODULES = (batches, crashes, forks, look, management, queues, steps, workers, workflows)
 _BATCHES = {"_WRITE", "_FINISH", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
 
 
