@@ -48,6 +48,8 @@ from sqla_durable.store._rows import (
 from sqla_durable.store.selection import Wanted, among
 
 _FRESH = {"populate_existing": True}
+_STANDING = {"status", "output", "error", "crashes", "token", "worker_id", "wake_at", "awaits", "finished_at"}
+_NOT_COPIED = _STANDING | {"created_at", "enqueued_at", "parent_id", "parent_key", "detached"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,20 +160,18 @@ def _insert_workflows(cut: CTE, copied: CTE) -> Any:
     # As if its copied steps were of earlier attempts: what they recorded is no progress of the first one.
     attempts = select(func.max(copied.c.attempt)).where(copied.c.workflow_id == cut.c.id).scalar_subquery()
     now = func.statement_timestamp()
-    columns: dict[str, ColumnElement[Any]] = {
+    changed: dict[str, ColumnElement[Any]] = {
         "id": cut.c.id,
-        "name": WORKFLOW.c.name,
         "key": bindparam("new_key", type_=Text()),
         "queue": func.coalesce(bindparam("new_queue", type_=Text()), WORKFLOW.c.queue),
-        "priority": WORKFLOW.c.priority,
         "input": WORKFLOW.c.input.op("||")(cast(bindparam("new_input", type_=Text()), JSONB)),
         "attempt": func.coalesce(attempts, literal_column("0")) + literal_column("1"),
         "started_at": case((attempts.is_not(None), now)),  # only what was started before has a history to be read
-        "timeout": WORKFLOW.c.timeout,
         "deadline_at": now + WORKFLOW.c.timeout,
         "forked_from": cut.c.source,
         "version": func.coalesce(bindparam("new_version", type_=Text()), WORKFLOW.c.version),
     }
+    columns = {each.name: each for each in WORKFLOW.c if each.name not in _NOT_COPIED} | changed
     source = select(*columns.values()).join_from(cut, WORKFLOW, WORKFLOW.c.id == cut.c.source)
     return (
         insert(WORKFLOW)
