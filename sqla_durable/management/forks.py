@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, overload
 from uuid import UUID
 
@@ -135,8 +135,9 @@ def fork(
         key=key,
         queue=queue,
     )
-    verb: Callable[[Session, Wanted], Any] = _fork_one if one else _fork
-    return perform(session, workflows, lambda blocking, wanted: verb(blocking, wanted, change))
+    if one:
+        return perform(session, workflows, lambda blocking, wanted: _fork(blocking, wanted, change)[0])
+    return perform(session, workflows, lambda blocking, wanted: _fork(blocking, wanted, change))
 
 
 def _refuse_names(**names: str | None) -> None:
@@ -149,11 +150,6 @@ def _refuse_names(**names: str | None) -> None:
 def _json(what: str, value: object) -> str:
     # By the value's own type: the annotations are where the workflow's code is, and need not be here.
     return Codec.of(object, what=f"{what} of a fork").encode(value)
-
-
-def _fork_one(session: Session, wanted: Wanted, change: forks.Change) -> Workflow:
-    (record,) = _fork(session, wanted, change)
-    return record
 
 
 def _fork(session: Session, wanted: Wanted, change: forks.Change) -> list[Workflow]:

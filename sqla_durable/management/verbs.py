@@ -124,13 +124,13 @@ def retry(session: Session | AsyncSession, workflows: Selected) -> list[UUID] | 
     The failed outcomes that made a workflow fail are forgotten, and those steps are executed again, with all the tries
     of their policies; what succeeded is not. An outcome that the workflow had got over stays: a failed step after which
     it began another one that succeeded, unless its error is the one with which the workflow failed in the end, or is
-    shown in that one's traceback as a cause or as one of a group. Without a failed step, the workflow's function goes
-    on after its last one, with the code of today. Timers and waits that were not over go on as they stand; a step that
-    was being tried again begins its tries anew. Children are not retried with their parents: give them too, and the
-    parent asks again for their outcome.
+    shown in that one's traceback as a cause or as one of a group. A signal that a forgotten step had consumed is back
+    in the inbox. Without a failed step, the workflow's function goes on after its last one, with the code of today.
+    Timers and waits that were not over go on as they stand; a step that was being tried again begins its tries anew.
+    Children are not retried with their parents: give them too, and the parent asks again for their outcome.
 
-    Never commits; locks rows in the order of ids, as `cancel` does, and needs no more than the session. The workflows
-    keep their queues and count an attempt. A deadline that has passed gives way to the workflow's `timeout` from now.
+    Never commits; locks rows in the order of ids, as `cancel` does. The workflows keep their queues and count an
+    attempt. A deadline that has passed gives way to the workflow's `timeout` from now.
 
     Args:
         session: the caller's session; with an `AsyncSession`, await the call.

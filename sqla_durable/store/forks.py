@@ -15,6 +15,7 @@ from uuid import UUID
 from sqlalchemy import (
     CTE,
     ColumnElement,
+    FromClause,
     Text,
     and_,
     bindparam,
@@ -27,7 +28,7 @@ from sqlalchemy import (
     select,
     true,
 )
-from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
@@ -48,6 +49,8 @@ from sqla_durable.store._rows import (
 from sqla_durable.store.selection import Wanted, among
 
 _FRESH = {"populate_existing": True}
+_SUCCEEDED = literal_column(f"'{StepStatus.SUCCEEDED}'", type_=Text())
+_SOURCES = bindparam("sources", type_=ARRAY(PG_UUID()))
 _STANDING = {"status", "output", "error", "crashes", "token", "worker_id", "wake_at", "awaits", "finished_at"}
 _NOT_COPIED = _STANDING | {"created_at", "enqueued_at", "parent_id", "parent_key", "detached"}
 
@@ -94,16 +97,17 @@ def copy(session: Session, ids: Mapping[UUID, UUID], change: Change) -> set[UUID
 
     Nothing, if one of them has no record of a step that the change is about. A fork whose key is taken is left out.
     """
-    parameters = filled("batch", [{"source": source.hex, "id": new.hex} for source, new in ids.items()])
-    parameters |= filled("outcome", [{"key": key, "value": value} for key, value in change.outcomes.items()])
-    parameters |= filled("needed", [{"key": key} for key in change.steps])
-    parameters |= {
+    parameters: dict[str, Any] = {
+        "sources": list(ids),
         "new_input": json.dumps(dict(change.input)),
         "new_version": change.version,
         "new_key": change.key,
         "new_queue": change.queue,
         "from_step": change.from_step,
     }
+    parameters |= filled("batch", [{"source": source.hex, "id": new.hex} for source, new in ids.items()])
+    parameters |= filled("outcome", [{"key": key, "value": value} for key, value in change.outcomes.items()])
+    parameters |= filled("needed", [{"key": key} for key in change.steps])
     return set(scalars(session, _COPY, parameters))
 
 
@@ -123,11 +127,11 @@ def _cut() -> CTE:
     """Give the workflows with the position from which on nothing is copied; none if one lacks a step."""
     batch = table("batch", {"source": PG_UUID(), "id": PG_UUID()})
     needed = table("needed", {"key": Text()})
-    same = and_(STEP.c.workflow_id == batch.c.source, STEP.c.key == needed.c.key)
+    same = and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == needed.c.key)
     lacking = (
         select(batch.c.id).select_from(batch.join(needed, true()).outerjoin(STEP, same)).where(STEP.c.key.is_(None))
     )
-    at = and_(STEP.c.workflow_id == batch.c.source, STEP.c.key == bindparam("from_step", type_=Text()))
+    at = and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == bindparam("from_step", type_=Text()))
     chosen = select(batch.c.source, batch.c.id, STEP.c.position).select_from(batch.outerjoin(STEP, at))
     return materialized(chosen.where(~lacking.correlate(None).exists()), "cut")
 
@@ -143,14 +147,14 @@ def _copied(cut: CTE) -> CTE:
             cut.c.id.label("workflow_id"),
             cut.c.source,
             func.coalesce(before, literal_column("false")).label("is_before"),
-            case((replaced, literal_column(f"'{StepStatus.SUCCEEDED}'")), else_=cast(STEP.c.status, Text)).label(
-                "status"
-            ),
+            case((replaced, _SUCCEEDED), else_=cast(STEP.c.status, Text)).label("status"),
             case((replaced, cast(outcome.c.value, JSONB)), else_=STEP.c.output).label("output"),
             case((replaced, null()), else_=STEP.c.error).label("error"),
             *columns,
         )
-        .select_from(cut.join(STEP, STEP.c.workflow_id == cut.c.source).outerjoin(outcome, outcome.c.key == STEP.c.key))
+        .select_from(
+            cut.join(STEP, _of_source(STEP.c.workflow_id, cut)).outerjoin(outcome, outcome.c.key == STEP.c.key)
+        )
         .where(or_(before, replaced))
     )
     return materialized(rows, "copied")
@@ -172,7 +176,7 @@ def _insert_workflows(cut: CTE, copied: CTE) -> Any:
         "version": func.coalesce(bindparam("new_version", type_=Text()), WORKFLOW.c.version),
     }
     columns = {each.name: each for each in WORKFLOW.c if each.name not in _NOT_COPIED} | changed
-    source = select(*columns.values()).join_from(cut, WORKFLOW, WORKFLOW.c.id == cut.c.source)
+    source = select(*columns.values()).join_from(cut, WORKFLOW, _of_source(WORKFLOW.c.id, cut))
     return (
         insert(WORKFLOW)
         .from_select(list(columns), source.order_by(cut.c.source), include_defaults=False)
@@ -205,8 +209,13 @@ def _insert_stream_items(cut: CTE, copied: CTE, started: CTE) -> Any:
 def _shown(what: Any, cut: CTE, copied: CTE, started: CTE) -> Any:
     """Give what the copied steps before the cut have shown."""
     theirs = and_(copied.c.source == what.c.workflow_id, copied.c.key == what.c.step_key, copied.c.is_before)
-    own = and_(copied.c.workflow_id == cut.c.id, cut.c.source == what.c.workflow_id)
+    own = and_(copied.c.workflow_id == cut.c.id, _of_source(what.c.workflow_id, cut))
     return what.join(copied, theirs).join(cut, own).join(started, started.c.id == cut.c.id)
+
+
+def _of_source(column: ColumnElement[UUID], rows: FromClause) -> ColumnElement[bool]:
+    """Join with the workflows that are copied; by the array too, whose length the planner knows."""
+    return and_(column == rows.c.source, column == func.any(_SOURCES))
 
 
 _COPY = _copy_statement()

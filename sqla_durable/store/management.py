@@ -11,6 +11,7 @@ from uuid import UUID
 
 from sqlalchemy import (
     ColumnElement,
+    FromClause,
     Select,
     Text,
     and_,
@@ -73,6 +74,7 @@ def retry(session: Session, wanted: Wanted) -> list[UUID]:
     if held:
         gone = and_(_of(STEP, held), STEP.c.workflow_id == WORKFLOW.c.id, _made_it_fail())
         execute(session, delete(STEP).where(gone))
+        _give_back(session, held)
     return _enqueue(session, wanted, held)
 
 
@@ -88,7 +90,8 @@ def rewind(session: Session, wanted: Wanted, *, to_step: str) -> list[UUID]:
         cut = STEP.alias("cut")
         here = and_(cut.c.workflow_id == STEP.c.workflow_id, cut.c.key == literal(to_step, Text()))
         execute(session, delete(STEP).where(_of(STEP, held), here, STEP.c.position >= cut.c.position))
-        _forget_the_rest(session, held)
+        _hide(session, held)
+        _give_back(session, held)
     return _enqueue(session, wanted, held)
 
 
@@ -140,7 +143,7 @@ def _enqueue(session: Session, wanted: Wanted, held: Sequence[UUID]) -> list[UUI
     return list(held)
 
 
-def _of(table: Any, ids: Sequence[UUID]) -> ColumnElement[bool]:
+def _of(table: FromClause, ids: Sequence[UUID]) -> ColumnElement[bool]:
     return table.c.workflow_id == func.any(literal(list(ids), ARRAY(PG_UUID())))
 
 
@@ -177,15 +180,19 @@ def _last_shown_in_error() -> Any:
     return last.correlate(WORKFLOW).scalar_subquery()
 
 
-def _forget_the_rest(session: Session, held: Sequence[UUID]) -> None:
-    """Take back what steps without a record have shown, and put what they consumed back into the inbox."""
+def _hide(session: Session, held: Sequence[UUID]) -> None:
+    """Take back what steps without a record have shown."""
     for shown in (EVENT, STREAM_ITEM):
         execute(session, delete(shown).where(_of(shown, held), _has_no_step(shown, shown.c.step_key)))
-    given_back = update(SIGNAL).where(_of(SIGNAL, held), _has_no_step(SIGNAL, SIGNAL.c.consumed_by))
-    execute(session, given_back.values(consumed_by=null()))
 
 
-def _has_no_step(table: Any, key: ColumnElement[Any]) -> ColumnElement[bool]:
+def _give_back(session: Session, held: Sequence[UUID]) -> None:
+    """Put back into the inbox what steps without a record have consumed."""
+    consumed = update(SIGNAL).where(_of(SIGNAL, held), _has_no_step(SIGNAL, SIGNAL.c.consumed_by))
+    execute(session, consumed.values(consumed_by=null()))
+
+
+def _has_no_step(table: FromClause, key: ColumnElement[Any]) -> ColumnElement[bool]:
     step = select(STEP.c.key).where(STEP.c.workflow_id == table.c.workflow_id, STEP.c.key == key)
     return and_(key.is_not(None), ~step.exists())
 

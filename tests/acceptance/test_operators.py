@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from sqla_durable import Step, Workflow, WorkflowStatus, delete, fork, retry, rewind
+from sqla_durable import Step, Workflow, WorkflowStatus, cancel, delete, fork, retry, rewind
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.shells import Shell
 from tests.acceptance.test_cancelling import WORKERS, Gate, gated
@@ -112,8 +112,30 @@ def test_a_finished_workflow_is_deleted_with_its_history_and_not_its_business(sh
     with shell.sessionmaker.begin() as session:
         assert delete(session, workflow_id) == [workflow_id]
     with shell.sessionmaker() as session:
-        assert session.scalars(select(Workflow)).all() == session.scalars(select(Step)).all() == []
+        assert (session.scalars(select(Workflow)).all(), session.scalars(select(Step)).all()) == ([], [])
     assert accounts(shell) == ["reserved tea", "shipped tea"]
+
+
+def test_a_step_uses_the_verbs_in_its_own_transaction(shell: Shell, app: Application) -> None:
+    # behaviour: M1
+    bank = Bank(app)
+    checkout = checkout_of(app, bank)
+    shell.run(checkout)
+    original = only(shell)
+
+    def tidy(session: Session) -> list[int]:
+        made = fork(session, original, from_step="ship").id
+        done = [rewind(session, made, to_step="charge"), cancel(session, made), delete(session, made)]
+        return [len(each) for each in done]
+
+    step = app.transactional(tidy)
+
+    async def maintain() -> list[int]:
+        return await step()
+
+    assert shell.run(app.workflow(maintain)) == [1, 1, 1]
+    with shell.sessionmaker() as session:
+        assert sorted(session.scalars(select(Workflow.name))) == ["checkout", "maintain"]
 
 
 @pytest.mark.shells(WORKERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy import Column, Engine, ForeignKey, Integer, MetaData, Table, func, inspect, select
@@ -103,8 +104,9 @@ def referring(engine: Engine, **options: Any) -> Table:
     """Make a table of the application's whose foreign key keeps workflows."""
     metadata = MetaData()
     workflow = Base.metadata.tables["durable.workflow"]
-    columns = Column("id", Integer, primary_key=True), Column("workflow_id", ForeignKey(workflow.c.id, **options))
-    table = Table("invoice", metadata, *columns)
+    key: Column[int] = Column("id", Integer, primary_key=True)
+    reference: Column[UUID] = Column("workflow_id", ForeignKey(workflow.c.id, **options))
+    table = Table("invoice", metadata, key, reference)
     table.create(engine)
     return table
 

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Engine, func, select, update
 from sqlalchemy.orm import Session
 
-from sqla_durable import Step, StepStatus, Workflow, WorkflowStatus, cancel, resume, retry
+from sqla_durable import Signal, Step, StepStatus, Workflow, WorkflowStatus, cancel, resume, retry
 from sqla_durable.store import Fence, crashes
 from tests.management import histories
 from tests.management.histories import FAILED, OK, REFUSED, step
@@ -162,3 +162,15 @@ def test_the_steps_of_a_record_are_read_anew(session: Session) -> None:
     assert len(record.steps) == 2
     retry(session, record)
     assert [each.key for each in record.steps] == ["a"]
+
+
+def test_what_a_forgotten_step_consumed_is_back_in_the_inbox(session: Session) -> None:
+    """A payload that did not fit the code of yesterday may fit that of today."""
+    fence = histories.claimed(session)
+    histories.record(session, [step(fence, "a", 1), step(fence, "b", 2, FAILED)])
+    for key in ("a", "b"):
+        histories.shown(session, fence.workflow_id, key)
+    histories.fail(session, fence)
+    retry(session, fence.workflow_id)
+    assert session.scalars(select(Signal.payload).where(Signal.consumed_by.is_(None))).all() == ["b"]
+    assert histories.events(session, fence.workflow_id) == ["a", "b"], "what a failed try has shown stays"
