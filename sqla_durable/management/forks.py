@@ -153,20 +153,19 @@ def _json(what: str, value: object) -> str:
 
 
 def _fork(session: Session, wanted: Wanted, change: forks.Change) -> list[Workflow]:
-    names = forks.sources(session, wanted)
-    _refuse_missing(names, wanted)
-    while names:
+    while True:
+        names = forks.sources(session, wanted)
+        _refuse_missing(names, wanted)
         known = None if change.key is None else _known(session, names, change.key)
-        if known is not None:
-            return [known]
+        if known is not None or not names:
+            return [] if known is None else [known]
         ids = {source: uuid7() for source in names}
         made = forks.copy(session, ids, change)
         if made:
             hints.announce(session, hints.EVERYWHERE)
-            return forks.records(session, list(ids.values()))
-        # A step is missing, or somebody has just started one with the key.
+            return forks.records(session, [each for each in ids.values() if each in made])
         management.refuse_unrecorded(session, list(names), change.steps, verb="started")
-    return []
+        # Somebody has just started one with the key, or deleted what was to be forked: look again.
 
 
 def _refuse_missing(names: Mapping[UUID, str], wanted: Wanted) -> None:

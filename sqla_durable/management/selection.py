@@ -34,6 +34,7 @@ def perform(
 
     def blocking(sync_session: Session) -> T:
         schema.require(sync_session)
+        _require_transaction(sync_session)
         sync_session.flush()  # a record that was only just started is not in the table yet
         return verb(sync_session, _wanted(workflows))
 
@@ -42,6 +43,15 @@ def perform(
     if isinstance(session, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
         return blocking(session)
     raise SessionError(f"the caller's Session or AsyncSession comes first, got {session!r}.")
+
+
+def _require_transaction(session: Session) -> None:
+    connection = session.connection(bind_arguments={"mapper": Workflow})
+    if getattr(connection.connection.dbapi_connection, "autocommit", False):
+        raise SessionError(
+            f"{session!r} is bound to an engine in AUTOCOMMIT, which commits each statement by itself: what was locked "
+            "would be free again before it is changed. Give it an engine with transactions."
+        )
 
 
 def _wanted(workflows: Selected) -> Wanted:

@@ -164,6 +164,13 @@ def test_what_is_no_session_is_refused(verb: Any, session: Session) -> None:
 
 
 @every_verb
+def test_a_session_without_transactions_is_refused(engine: Engine, verb: Any) -> None:
+    careless = engine.execution_options(isolation_level="AUTOCOMMIT")
+    with Session(careless) as session, pytest.raises(SessionError, match="AUTOCOMMIT"):
+        verb(session, uuid7())
+
+
+@every_verb
 def test_a_database_without_the_tables_is_refused(empty_database_url: str, verb: Any) -> None:
     engine = create_engine(empty_database_url)
     with Session(engine) as session, pytest.raises(SchemaMissingError):
