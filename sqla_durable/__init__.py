@@ -21,7 +21,7 @@ from sqla_durable.functions import (
 )
 from sqla_durable.handle import AsyncHandle, Handle
 from sqla_durable.interceptors import Interceptor
-from sqla_durable.management import cancel, resume
+from sqla_durable.management import cancel, delete, fork, resume, retry, rewind
 from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
 from sqla_durable.patches import deprecate_patch, patched
 from sqla_durable.progress import heartbeat
@@ -65,8 +65,10 @@ __all__ = [
     "cancel",
     "close_stream",
     "current",
+    "delete",
     "deprecate_patch",
     "errors",
+    "fork",
     "get_event",
     "heartbeat",
     "metadata",
@@ -78,6 +80,8 @@ __all__ = [
     "random",
     "read_stream",
     "resume",
+    "retry",
+    "rewind",
     "run_step",
     "set_event",
     "signal",

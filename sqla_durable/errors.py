@@ -18,6 +18,7 @@ DurableError
 │   └── DecodingError                 a stored value that does not fit today's annotations
 ├── UnknownWorkflowError          no workflow of that name is registered
 ├── WorkflowNotFoundError         no such workflow record is visible
+├── WorkflowReferencedError       rows of the application refer to a workflow that was to be deleted
 ├── WorkflowRunningError          somebody else holds a live lease on the workflow
 ├── AttemptLostError              this execution no longer owns its workflow; nothing more of it commits
 ├── WorkflowFinishedError         a signal cannot be sent to a workflow that has an outcome
@@ -178,6 +179,10 @@ class _AboutWorkflow(DurableError):
 
 class WorkflowNotFoundError(_AboutWorkflow):
     """No record of this id is visible: wrong id, wrong database, or its start is not committed yet."""
+
+
+class WorkflowReferencedError(DurableError):
+    """Rows of the application refer to workflows that were to be deleted, by a foreign key that does not allow it."""
 
 
 class WorkflowRunningError(_AboutWorkflow):

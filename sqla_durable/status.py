@@ -21,6 +21,8 @@ class WorkflowStatus(StrEnum):
        └──── wake ── suspended
     pending, running, suspended ──cancel──► cancelled
     cancelled, failed for its crashes ──resume──► pending
+    failed by itself ──retry──► pending
+    any ──rewind──► pending
     ```
     """
 

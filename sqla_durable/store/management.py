@@ -1,98 +1,202 @@
-"""The statements of operators: cancel, resume. They lock rows in the order of ids until the caller commits."""
+"""The statements that put workflows back into their queues: resume, retry, rewind.
+
+They lock rows in the order of ids until the caller commits. Cancel and delete are in `trees`, copies in `forks`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Uuid, and_, case, func, literal, literal_column, null, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    FromClause,
+    Select,
+    Text,
+    and_,
+    case,
+    cast,
+    delete,
+    func,
+    literal,
+    literal_column,
+    not_,
+    null,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import ArgumentError
-from sqla_durable.models import Workflow
-from sqla_durable.status import FINISHED, WorkflowStatus
-from sqla_durable.store._rows import WORKFLOW, refresh_known, scalars, status
+from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.store._rows import (
+    EVENT,
+    SIGNAL,
+    STEP,
+    STREAM_ITEM,
+    WORKFLOW,
+    execute,
+    refresh_known,
+    scalars,
+    status,
+)
 from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
-from sqla_durable.store.deadlines import TIMEOUT_TYPE, in_time
+from sqla_durable.store.deadlines import TIMEOUT_TYPE
+from sqla_durable.store.selection import Wanted, among, hold, known
+from sqla_durable.store.trees import hold_cancelled_with
 
-Wanted: TypeAlias = "Iterable[UUID] | Select[Any]"
-
-_UNFINISHED = sorted(set(WorkflowStatus) - FINISHED)
-
-
-def cancel(session: Session, wanted: Wanted) -> list[UUID]:
-    """Cancel those of the workflows that are not finished; give their ids. Waits for whoever holds a row."""
-    condition = or_(*(WORKFLOW.c.status == status(each) for each in _UNFINISHED))
-    outcome = {
-        "status": WorkflowStatus.CANCELLED,
-        "finished_at": func.statement_timestamp(),
-        "wake_at": null(),
-        "awaits": null(),
-    }
-    return _change(session, wanted, condition, outcome)
+_STOPPED = and_(
+    WORKFLOW.c.token.is_(None),  # one that failed by itself keeps its token, whatever its error is
+    WORKFLOW.c.error["type"].astext.in_(literal_column(f"'{each}'") for each in (MAX_ATTEMPTS_TYPE, TIMEOUT_TYPE)),
+)
+_SHOWN_KEYS = 20
 
 
 def resume(session: Session, wanted: Wanted) -> list[UUID]:
-    """Enqueue those of the workflows that were cancelled or stopped for their crashes or deadlines; give their ids.
+    """Enqueue those of the workflows that were cancelled or stopped for their crashes or deadlines; give the ids.
 
-    Their histories stand, their crashes are forgiven, and a deadline that has come is lifted. Waits for whoever
-    holds a row.
+    With those of their trees that were cancelled with them. Their histories stand, and their crashes are forgiven.
+    Waits for whoever holds a row.
     """
-    stopped = and_(
-        WORKFLOW.c.status == status(WorkflowStatus.FAILED),
-        WORKFLOW.c.token.is_(None),  # one that failed by itself keeps its token, whatever its error is
-        WORKFLOW.c.error["type"].astext.in_(literal_column(f"'{each}'") for each in (MAX_ATTEMPTS_TYPE, TIMEOUT_TYPE)),
-    )
+    stopped = and_(WORKFLOW.c.status == status(WorkflowStatus.FAILED), _STOPPED)
     condition = or_(WORKFLOW.c.status == status(WorkflowStatus.CANCELLED), stopped)
+    held = hold_cancelled_with(session, and_(among(wanted), condition))
+    return _enqueue(session, wanted, held)
+
+
+def retry(session: Session, wanted: Wanted) -> list[UUID]:
+    """Enqueue those of the workflows that failed by themselves, without what made them fail; give the ids."""
+    failed = and_(WORKFLOW.c.status == status(WorkflowStatus.FAILED), not_(_STOPPED))
+    held = hold(session, and_(among(wanted), failed))
+    if held:
+        gone = and_(_of(STEP, held), STEP.c.workflow_id == WORKFLOW.c.id, _made_it_fail())
+        execute(session, delete(STEP).where(gone))
+        _give_back(session, held)
+    return _enqueue(session, wanted, held)
+
+
+def rewind(session: Session, wanted: Wanted, *, to_step: str) -> list[UUID]:
+    """Enqueue the workflows without that step and what they called after it; give the ids.
+
+    Raises:
+        ArgumentError: one of them has no record of that step; nothing is changed.
+    """
+    held = hold(session, among(wanted))
+    refuse_unrecorded(session, held, [to_step], verb="rewound")
+    if held:
+        cut = STEP.alias("cut")
+        here = and_(cut.c.workflow_id == STEP.c.workflow_id, cut.c.key == literal(to_step, Text()))
+        execute(session, delete(STEP).where(_of(STEP, held), here, STEP.c.position >= cut.c.position))
+        _hide(session, held)
+        _give_back(session, held)
+    return _enqueue(session, wanted, held)
+
+
+def refuse_unrecorded(session: Session, ids: Sequence[UUID], keys: Sequence[str], *, verb: str) -> None:
+    """Refuse workflows that have no record of one of the steps.
+
+    Raises:
+        ArgumentError: with the workflow, the step, and the steps that it has.
+    """
+    recorded: dict[UUID, list[str]] = {each: [] for each in ids}
+    for row in execute(session, select(STEP.c.workflow_id, STEP.c.key).where(_of(STEP, ids)).order_by(STEP.c.position)):
+        recorded[row.workflow_id].append(row.key)
+    for workflow_id, found in recorded.items():
+        missing = [key for key in keys if key not in found]
+        if missing:
+            more = ", …" if len(found) > _SHOWN_KEYS else ""
+            raise ArgumentError(
+                f"workflow {workflow_id} has no record of a step {missing[0]!r}: it has "
+                f"{', '.join(map(repr, found[:_SHOWN_KEYS])) or 'none'}{more}. Nothing was {verb}: give the key of a "
+                "step that is recorded, and only workflows that have it."
+            )
+
+
+def renewed_deadline() -> ColumnElement[Any]:
+    """Give the deadline of a workflow that is enqueued anew: one that has passed would end it again at once."""
+    now = func.statement_timestamp()
+    return case((WORKFLOW.c.deadline_at <= now, now + WORKFLOW.c.timeout), else_=WORKFLOW.c.deadline_at)
+
+
+def _enqueue(session: Session, wanted: Wanted, held: Sequence[UUID]) -> list[UUID]:
+    """Enqueue the workflows, whose rows are locked, as their next attempts."""
     again = {
         "status": WorkflowStatus.PENDING,
         "attempt": WORKFLOW.c.attempt + 1,
         "crashes": 0,
         "token": null(),
         "worker_id": null(),
+        "output": null(),
         "error": null(),
         "enqueued_at": func.statement_timestamp(),
+        "wake_at": null(),
+        "awaits": null(),
+        "deadline_at": renewed_deadline(),
         "finished_at": null(),
-        "deadline_at": case((in_time(), WORKFLOW.c.deadline_at)),
     }
-    return _change(session, wanted, condition, again)
+    if held:
+        scalars(session, update(WORKFLOW).where(among(held)).values(again).returning(WORKFLOW.c.id)).all()
+    refresh_known(session, known(wanted, held))
+    return list(held)
 
 
-def _change(session: Session, wanted: Wanted, condition: ColumnElement[bool], values: dict[str, Any]) -> list[UUID]:
-    """Lock, then look again and change: what was claimed, finished or moved meanwhile may no longer be meant.
+def _of(table: FromClause, ids: Sequence[UUID]) -> ColumnElement[bool]:
+    return table.c.workflow_id == func.any(literal(list(ids), ARRAY(PG_UUID())))
 
-    In one statement, a lock wait would be followed by a second look at the locked row only, and not at the sub-select.
+
+def _made_it_fail() -> ColumnElement[bool]:
+    """Tell which steps a workflow that failed is to execute again: its failed ones, except what it had got over.
+
+    It has got over a failed step if it went on: if it began another one after that, which succeeded. Unless it failed
+    with that step's error all the same, after cleaning up. Tries that were left are begun anew.
     """
-    ids = wanted if isinstance(wanted, Select) else list(wanted)
-    meant = and_(_among(ids), condition)
-    locked = select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id).with_for_update(key_share=True, of=WORKFLOW)
-    held = list(scalars(session, locked))
-    statement = update(WORKFLOW).where(_among(held), meant).values(values).returning(WORKFLOW.c.id)
-    changed = sorted(scalars(session, statement)) if held else []
-    refresh_known(session, changed if isinstance(ids, Select) else ids)
-    return changed
+    failed = STEP.c.status == _step_status(StepStatus.FAILED)
+    later = STEP.alias("later")
+    went_on = select(later.c.key).where(
+        later.c.workflow_id == STEP.c.workflow_id,
+        later.c.status == _step_status(StepStatus.SUCCEEDED),
+        later.c.position > STEP.c.position,
+        later.c.started_at >= STEP.c.finished_at,
+    )
+    raised = and_(failed, or_(~went_on.exists(), STEP.c.position == _last_shown_in_error()))
+    return or_(raised, STEP.c.status == _step_status(StepStatus.RETRYING))
 
 
-def _among(ids: Select[Any] | Sequence[UUID]) -> ColumnElement[bool]:
-    """Compare with one array, however many they are: a statement has 65,535 parameters at most."""
-    if isinstance(ids, Select):
-        return WORKFLOW.c.id.in_(_ids_in(ids))
-    return WORKFLOW.c.id == func.any(literal(list(ids), ARRAY(PG_UUID())))
+def _last_shown_in_error() -> Any:
+    """Give the position of the last failed step whose error is the workflow's, its cause, or one of its group."""
+    each = STEP.alias("each")
+    kind = func.split_part(each.c.error["type"].astext, ":", 2)
+    message = each.c.error["message"].astext
+    line = case((func.coalesce(message, "") == "", kind), else_=kind + ": " + message)
+    shown = func.strpos(func.coalesce(WORKFLOW.c.error["traceback"].astext, ""), cast(line, Text)) > 0
+    same = and_(
+        each.c.error["type"] == WORKFLOW.c.error["type"], each.c.error["message"] == WORKFLOW.c.error["message"]
+    )
+    of_failed = and_(each.c.workflow_id == WORKFLOW.c.id, each.c.status == _step_status(StepStatus.FAILED))
+    last: Select[Any] = select(func.max(each.c.position)).where(of_failed, or_(same, shown))
+    return last.correlate(WORKFLOW).scalar_subquery()
 
 
-def _ids_in(workflows: Select[Any]) -> Select[tuple[UUID]]:
-    """Give the ids that a select stands for: as a subquery, it may join, order, limit and alias what it likes."""
-    match workflows.column_descriptions:
-        case [{"type": kind}] if kind is Workflow:
-            return select(workflows.subquery().c.id)
-        case [{"type": Uuid()}]:
-            return select(*workflows.subquery().c)
-        case described:
-            given = ", ".join(str(each["name"]) for each in described)
-            raise ArgumentError(
-                f"a select of {given} does not say which workflows are meant: select Workflow, or one column of their "
-                "ids, such as Workflow.id."
-            )
+def _hide(session: Session, held: Sequence[UUID]) -> None:
+    """Take back what steps without a record have shown."""
+    for shown in (EVENT, STREAM_ITEM):
+        execute(session, delete(shown).where(_of(shown, held), _has_no_step(shown, shown.c.step_key)))
+
+
+def _give_back(session: Session, held: Sequence[UUID]) -> None:
+    """Put back into the inbox what steps without a record have consumed."""
+    consumed = update(SIGNAL).where(_of(SIGNAL, held), _has_no_step(SIGNAL, SIGNAL.c.consumed_by))
+    execute(session, consumed.values(consumed_by=null()))
+
+
+def _has_no_step(table: FromClause, key: ColumnElement[Any]) -> ColumnElement[bool]:
+    step = select(STEP.c.key).where(STEP.c.workflow_id == table.c.workflow_id, STEP.c.key == key)
+    return and_(key.is_not(None), ~step.exists())
+
+
+def _step_status(value: StepStatus) -> ColumnElement[Any]:
+    return literal_column(f"'{value}'", type_=STEP.c.status.type)

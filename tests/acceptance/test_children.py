@@ -20,6 +20,7 @@ from sqla_durable import (
     WorkflowFunction,
     WorkflowStatus,
     as_completed,
+    cancel,
     errors,
     wait_first,
     wait_signal,
@@ -246,6 +247,70 @@ def test_outcome_that_does_not_come_in_time_is_an_error_and_the_child_goes_on(sh
             advance(session, WEEK)
         assert shell.result(workflow, workflow_id) == "late"
     assert [each.status for each in all_of(shell, "wait")] == [WorkflowStatus.SUSPENDED]
+
+
+@WORKERS
+def test_parent_is_told_that_its_child_was_cancelled(shell: Shell, app: Application) -> None:
+    child = waiting(app)
+
+    async def parent() -> str:
+        started = await awaited(child.start_child())
+        try:
+            return str(await result_of(started))
+        except errors.WorkflowCancelledError:
+            return "cancelled"
+
+    workflow = app.workflow(parent)
+    workflow_id = shell.begin(workflow)
+    with shell.background():
+        races.wait_until(lambda: len(_parked(shell)) == 2, what="the parking of both")
+        with shell.sessionmaker.begin() as session:
+            assert len(cancel(session, all_of(shell, "wait")[0].id)) == 1
+        assert shell.result(workflow, workflow_id) == "cancelled"
+
+
+@WORKERS
+def test_tree_is_cancelled_with_its_root_but_for_what_is_detached(shell: Shell, app: Application) -> None:
+    # behaviour: M1
+    leaf = waiting(app)
+
+    async def middle() -> Any:
+        return await result_of(await awaited(leaf.start_child()))
+
+    branch = app.workflow(middle)
+
+    async def root() -> Any:
+        await awaited(leaf.options(detached=True).start_child())
+        return await result_of(await awaited(branch.start_child()))
+
+    workflow_id = shell.begin(app.workflow(root))
+    with shell.background():
+        races.wait_until(lambda: len(_parked(shell)) == 4, what="the parking of all")
+        with shell.sessionmaker.begin() as session:
+            assert len(cancel(session, workflow_id)) == 3
+    assert [(each.name, each.status) for each in all_of(shell) if not each.status.finished] == [
+        ("wait", WorkflowStatus.SUSPENDED)
+    ]
+
+
+@WORKERS
+def test_child_fails_at_its_parents_deadline(shell: Shell, app: Application) -> None:
+    # behaviour: R7
+    leaf = waiting(app)
+
+    async def parent() -> Any:
+        return await result_of(await awaited(leaf.start_child()))
+
+    workflow = app.workflow(parent).options(deadline=WEEK)
+    workflow_id = shell.begin(workflow)
+    with shell.background():
+        races.wait_until(lambda: len(_parked(shell)) == 2, what="the parking of both")
+        with shell.sessionmaker.begin() as session:
+            advance(session, WEEK)
+        with pytest.raises(errors.WorkflowTimeoutError):
+            shell.result(workflow, workflow_id)
+        races.wait_until(lambda: _finished(shell, all_of(shell, "wait")[0].id), what="the end of the child")
+    assert [each.status for each in all_of(shell)] == [WorkflowStatus.FAILED, WorkflowStatus.FAILED]
 
 
 @COMMITTING

@@ -1,8 +1,9 @@
-"""`cancel` and `resume` in the caller's transaction: what they accept, what they change, what they leave alone."""
+"""The verbs in the caller's transaction: what they accept, and what `cancel` and `resume` change and leave alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 from uuid import UUID
 
@@ -12,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, aliased, sessionmaker
 from uuid_utils.compat import uuid7
 
-from sqla_durable import Step, Workflow, WorkflowStatus, cancel, resume
+from sqla_durable import Step, Workflow, WorkflowStatus, cancel, delete, fork, resume, retry, rewind
 from sqla_durable.errors import ArgumentError, SchemaMissingError, SessionError
 from sqla_durable.store import Completion, NewWorkflow, Park, crashes, steps, workflows
 from tests.store import races
@@ -21,10 +22,15 @@ from tests.support.domain import Order
 CANCELLED, PENDING = WorkflowStatus.CANCELLED, WorkflowStatus.PENDING
 
 
-@pytest.fixture
-def session(engine: Engine) -> Generator[Session]:
-    with Session(engine) as session:
-        yield session
+VERBS: dict[str, Any] = {
+    "cancel": cancel,
+    "resume": resume,
+    "retry": retry,
+    "rewind": partial(rewind, to_step="charge"),
+    "delete": delete,
+    "fork": fork,
+}
+every_verb = pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
 
 
 def statuses(engine: Engine) -> list[WorkflowStatus]:
@@ -116,7 +122,7 @@ def test_what_can_be_given(engine: Engine, session: Session, choice: str) -> Non
     assert resume(session, choose(session, ids)) == [ids[number] for number in sorted(expected)]
 
 
-@pytest.mark.parametrize("verb", [cancel, resume])
+@every_verb
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -150,14 +156,21 @@ def test_what_is_no_workflow_is_refused_and_changes_nothing(
     assert statuses(engine) == [PENDING]
 
 
-@pytest.mark.parametrize("verb", [cancel, resume])
+@every_verb
 def test_what_is_no_session_is_refused(verb: Any, session: Session) -> None:
     for given in (None, uuid7(), session.get_bind(), sessionmaker()):
         with pytest.raises(SessionError, match="Session or AsyncSession comes first"):
             verb(given, uuid7())
 
 
-@pytest.mark.parametrize("verb", [cancel, resume])
+@every_verb
+def test_a_session_without_transactions_is_refused(engine: Engine, verb: Any) -> None:
+    careless = engine.execution_options(isolation_level="AUTOCOMMIT")
+    with Session(careless) as session, pytest.raises(SessionError, match="AUTOCOMMIT"):
+        verb(session, uuid7())
+
+
+@every_verb
 def test_a_database_without_the_tables_is_refused(empty_database_url: str, verb: Any) -> None:
     engine = create_engine(empty_database_url)
     with Session(engine) as session, pytest.raises(SchemaMissingError):

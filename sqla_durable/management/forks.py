@@ -1,0 +1,191 @@
+"""`fork`: new workflows that begin with a part of the history of others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Coroutine, Iterable, Mapping
+from typing import Any, overload
+from uuid import UUID
+
+from sqlalchemy import Select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+from uuid_utils.compat import uuid7
+
+import sqla_durable.hints as hints
+from sqla_durable.checks import fault_in
+from sqla_durable.codec import Codec
+from sqla_durable.errors import ArgumentError, WorkflowNotFoundError
+from sqla_durable.management.selection import Selected, perform
+from sqla_durable.models import Workflow
+from sqla_durable.store import forks, management
+from sqla_durable.store.selection import Wanted
+
+
+@overload
+def fork(
+    session: Session,
+    workflows: Workflow | UUID,
+    *,
+    from_step: str | None = None,
+    input: Mapping[str, object] | None = None,
+    outcomes: Mapping[str, object] | None = None,
+    version: str | None = None,
+    key: str | None = None,
+    queue: str | None = None,
+) -> Workflow: ...
+
+
+@overload
+def fork(
+    session: Session,
+    workflows: Iterable[Workflow | UUID] | Select[Any],
+    *,
+    from_step: str | None = None,
+    input: Mapping[str, object] | None = None,
+    outcomes: Mapping[str, object] | None = None,
+    version: str | None = None,
+    queue: str | None = None,
+) -> list[Workflow]: ...
+
+
+@overload
+def fork(
+    session: AsyncSession,
+    workflows: Workflow | UUID,
+    *,
+    from_step: str | None = None,
+    input: Mapping[str, object] | None = None,
+    outcomes: Mapping[str, object] | None = None,
+    version: str | None = None,
+    key: str | None = None,
+    queue: str | None = None,
+) -> Coroutine[Any, Any, Workflow]: ...
+
+
+@overload
+def fork(
+    session: AsyncSession,
+    workflows: Iterable[Workflow | UUID] | Select[Any],
+    *,
+    from_step: str | None = None,
+    input: Mapping[str, object] | None = None,
+    outcomes: Mapping[str, object] | None = None,
+    version: str | None = None,
+    queue: str | None = None,
+) -> Coroutine[Any, Any, list[Workflow]]: ...
+
+
+def fork(
+    session: Session | AsyncSession,
+    workflows: Selected,
+    *,
+    from_step: str | None = None,
+    input: Mapping[str, object] | None = None,  # noqa: A002 (the record's own word for it)
+    outcomes: Mapping[str, object] | None = None,
+    version: str | None = None,
+    key: str | None = None,
+    queue: str | None = None,
+) -> Any:
+    """Start new workflows that begin with a part of the history of others, which stay as they are.
+
+    ```python
+    fork(session, order.checkout, from_step="charge")
+    fork(session, order.checkout, from_step="ship", input={"address": "Elm Street 7"}, outcomes={"charge": receipt})
+    ```
+
+    Copied is what was recorded before `from_step`, by the `position` of the steps: outcomes, failed ones too, with the
+    events that these steps set and the items that they wrote to streams, which are numbered anew. Not copied are steps
+    without an outcome, signals, and children: a copied step that started a child has the old one. An outcome is copied
+    and not its effects: nothing is executed or written twice.
+
+    In the caller's transaction: they exist when it commits. From one snapshot, without a lock on what is copied, so a
+    running workflow goes on undisturbed. Flushes the session.
+
+    Args:
+        session: the caller's session; with an `AsyncSession`, await the call.
+        workflows: one record or id; or several, or a `select()`, as for `cancel`.
+        from_step: the key of a recorded step, which is the first to be executed; None begins from the beginning.
+        input: arguments that differ, by parameter name.
+        outcomes: by the key of a recorded step, the result that it is to have instead. Wherever the step stands: one
+            behind `from_step` is not executed when the workflow comes to it.
+        version: the version of the code that is to execute it; None keeps it.
+        key: an idempotency key, for one workflow: a fork of it that has the key already is given instead.
+        queue: the queue to enqueue to; None keeps it.
+
+    Returns:
+        The new record; of several, a list in the order of the ids of what they were made of.
+
+    Raises:
+        ArgumentError: a workflow has no record of one of the steps, a name is blank, several workflows are to have one
+            key, the key is another workflow's, or something else is given than workflows; nothing was started.
+        EncodingError: an argument or a result cannot be stored.
+        WorkflowNotFoundError: a workflow that was given by its record or id is not there.
+        SchemaError, SessionError: the session's database does not hold the tables.
+    """
+    one = isinstance(workflows, (Workflow, UUID))
+    _refuse_names(from_step=from_step, version=version, key=key, queue=queue)
+    if key is not None and not one:
+        raise ArgumentError(f"key={key!r} is of one workflow, and several were given: fork them one by one.")
+    change = forks.Change(
+        from_step=from_step,
+        input={name: json.loads(_json(f"argument {name!r}", value)) for name, value in (input or {}).items()},
+        outcomes={step: _json(f"result of step {step!r}", value) for step, value in (outcomes or {}).items()},
+        version=version,
+        key=key,
+        queue=queue,
+    )
+    if one:
+        return perform(session, workflows, lambda blocking, wanted: _fork(blocking, wanted, change)[0])
+    return perform(session, workflows, lambda blocking, wanted: _fork(blocking, wanted, change))
+
+
+def _refuse_names(**names: str | None) -> None:
+    for name, value in names.items():
+        fault = None if value is None else fault_in(value)
+        if fault is not None:
+            raise ArgumentError(f"{name}={value!r} {fault}: give a text that is not blank. Nothing was started.")
+
+
+def _json(what: str, value: object) -> str:
+    # By the value's own type: the annotations are where the workflow's code is, and need not be here.
+    return Codec.of(object, what=f"{what} of a fork").encode(value)
+
+
+def _fork(session: Session, wanted: Wanted, change: forks.Change) -> list[Workflow]:
+    while True:
+        names = forks.sources(session, wanted)
+        _refuse_missing(names, wanted)
+        known = None if change.key is None else _known(session, names, change.key)
+        if known is not None or not names:
+            return [] if known is None else [known]
+        ids = {source: uuid7() for source in names}
+        made = forks.copy(session, ids, change)
+        if made:
+            hints.announce(session, hints.EVERYWHERE)
+            return forks.records(session, [each for each in ids.values() if each in made])
+        management.refuse_unrecorded(session, list(names), change.steps, verb="started")
+        # Somebody has just started one with the key, or deleted what was to be forked: look again.
+
+
+def _refuse_missing(names: Mapping[UUID, str], wanted: Wanted) -> None:
+    if isinstance(wanted, Select):
+        return
+    for each in wanted:
+        if each not in names:
+            raise WorkflowNotFoundError(
+                f"no workflow {each} is visible to this session: is the transaction that started it committed? "
+                "Nothing was started.",
+                workflow_id=each,
+            )
+
+
+def _known(session: Session, names: Mapping[UUID, str], key: str) -> Workflow | None:
+    ((source, name),) = names.items()
+    found = forks.find(session, name, key)
+    if found is not None and found.forked_from != source:
+        raise ArgumentError(
+            f"key={key!r} is that of workflow {name!r} {found.id}, which is no fork of {source}: give another key. "
+            "Nothing was started."
+        )
+    return found

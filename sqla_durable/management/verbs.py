@@ -1,0 +1,274 @@
+"""Cancel, resume, retry, rewind and delete. `fork` is in `forks`."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from functools import partial
+from typing import Any, overload
+from uuid import UUID
+
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+import sqla_durable.hints as hints
+from sqla_durable.checks import fault_in
+from sqla_durable.errors import ArgumentError, WorkflowReferencedError
+from sqla_durable.management.selection import Selected, perform
+from sqla_durable.models import Workflow
+from sqla_durable.retry import sqlstate
+from sqla_durable.store import management, trees
+from sqla_durable.store.selection import Wanted
+
+_REFERENCED = ("23503", "23001")  # foreign_key_violation, restrict_violation
+
+
+@overload
+def cancel(session: Session, workflows: Selected) -> list[UUID]: ...
+
+
+@overload
+def cancel(session: AsyncSession, workflows: Selected) -> Coroutine[Any, Any, list[UUID]]: ...
+
+
+def cancel(session: Session | AsyncSession, workflows: Selected) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
+    """Cancel workflows that are pending, running or suspended, with their trees, in the caller's transaction.
+
+    ```python
+    cancel(session, order.checkout)
+    cancel(session, select(Workflow).where(Workflow.queue == "mail"))
+    ```
+
+    Never commits: they are cancelled when the caller commits, and are not when it rolls back. From that commit on,
+    nothing of an attempt that is executing one of them is committed any more: no checkpoint, no write of a
+    transactional step, no outcome; what was committed before is in its history. The attempt itself notices at its next
+    durable operation, or when its worker's heartbeat does. Of a cancel and an end in the same instant one is first: a
+    cancel that waited for the end gives no id, and an attempt that waited for the cancel is told that it has lost.
+
+    With a workflow its children are cancelled, and theirs, whatever is between them; those that were started detached
+    are not. A workflow that is finished is left alone with its tree.
+
+    Locks the rows, in the order of their ids, until the caller's transaction ends; waits for a transactional step that
+    is committing. A worker does not wait for these locks: only the workflows concerned do. What no longer fits the
+    `select()` once its row is locked, because it was claimed or finished meanwhile, is left alone. Sets a savepoint:
+    where a child appears between the look and the locks, they are given back and taken again, in order.
+
+    Flushes the session. Records in it that were given or changed are read anew.
+
+    Args:
+        session: the caller's session; with an `AsyncSession`, await the call.
+        workflows: one record or id, several, or a `select()` of `Workflow` or of one column of ids; it may join, order
+            and limit, and name `Workflow` by an alias.
+
+    Returns:
+        The ids of those that were cancelled, children too; the others are finished, or not there.
+
+    Raises:
+        ArgumentError: something else is given than workflows, or a record that is in no database.
+        SchemaError, SessionError: the session's database does not hold the tables.
+    """
+    return perform(session, workflows, _cancel)
+
+
+@overload
+def resume(session: Session, workflows: Selected) -> list[UUID]: ...
+
+
+@overload
+def resume(session: AsyncSession, workflows: Selected) -> Coroutine[Any, Any, list[UUID]]: ...
+
+
+def resume(session: Session | AsyncSession, workflows: Selected) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
+    """Enqueue workflows again that were cancelled, or stopped because their workers died too often.
+
+    ```python
+    resume(session, select(Workflow).where(Workflow.error["type"].astext == "sqla_durable.errors:MaxAttemptsError"))
+    ```
+
+    They go on after their last checkpoint, on their old queues, as their next attempt, and may again lose as many
+    workers as the worker's `max_attempts` allows. What was cancelled with one of them, by the same `cancel`, is resumed
+    with it: its tree goes on as a whole. Never commits; locks rows in the order of ids, as `cancel` does. A workflow
+    that failed with an error of its own is not resumed, because it would meet the same recorded error: `retry` it. One
+    that was cancelled before its delay was over is enqueued now. A deadline that has passed gives way to the workflow's
+    `timeout` from now.
+
+    Args:
+        session: the caller's session; with an `AsyncSession`, await the call.
+        workflows: one record or id, several, or a `select()`, as for `cancel`.
+
+    Returns:
+        The ids of those that were resumed, children too.
+
+    Raises:
+        ArgumentError: something else is given than workflows, or a record that is in no database.
+        SchemaError, SessionError: the session's database does not hold the tables.
+    """
+    return perform(session, workflows, _resume)
+
+
+@overload
+def retry(session: Session, workflows: Selected) -> list[UUID]: ...
+
+
+@overload
+def retry(session: AsyncSession, workflows: Selected) -> Coroutine[Any, Any, list[UUID]]: ...
+
+
+def retry(session: Session | AsyncSession, workflows: Selected) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
+    """Enqueue workflows again that failed with an error of their own, from the step that failed.
+
+    ```python
+    retry(session, select(Workflow).where(Workflow.status == WorkflowStatus.FAILED, Workflow.name == "checkout"))
+    ```
+
+    The failed outcomes that made a workflow fail are forgotten, and those steps are executed again, with all the tries
+    of their policies; what succeeded is not. An outcome that the workflow had got over stays: a failed step after which
+    it began another one that succeeded, unless its error is the one with which the workflow failed in the end, or is
+    shown in that one's traceback as a cause or as one of a group. A signal that a forgotten step had consumed is back
+    in the inbox. Without a failed step, the workflow's function goes on after its last one, with the code of today.
+    Timers and waits that were not over go on as they stand; a step that was being tried again begins its tries anew.
+    Children are not retried with their parents: give them too, and the parent asks again for their outcome.
+
+    Never commits; locks rows in the order of ids, as `cancel` does. The workflows keep their queues and count an
+    attempt. A deadline that has passed gives way to the workflow's `timeout` from now.
+
+    Args:
+        session: the caller's session; with an `AsyncSession`, await the call.
+        workflows: one record or id, several, or a `select()`, as for `cancel`.
+
+    Returns:
+        The ids of those that were retried. Not those that were cancelled, or stopped for their crashes: `resume` them.
+
+    Raises:
+        ArgumentError: something else is given than workflows, or a record that is in no database.
+        SchemaError, SessionError: the session's database does not hold the tables.
+    """
+    return perform(session, workflows, _retry)
+
+
+@overload
+def rewind(session: Session, workflows: Selected, *, to_step: str) -> list[UUID]: ...
+
+
+@overload
+def rewind(session: AsyncSession, workflows: Selected, *, to_step: str) -> Coroutine[Any, Any, list[UUID]]: ...
+
+
+def rewind(
+    session: Session | AsyncSession, workflows: Selected, *, to_step: str
+) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
+    """Take workflows back to before a step, wherever they stand, and enqueue them again.
+
+    ```python
+    rewind(session, order.checkout, to_step="charge#2")
+    ```
+
+    The record of that step and of those that were called after it, by their `position`, is deleted, with the events and
+    stream items that they wrote; signals that they had consumed are back in the inbox. The rest is replayed. **What the
+    deleted steps did is not undone**: their business writes stand, and so do the children that they started, which go
+    on; cancel those first where that is meant.
+
+    An attempt that is executing the workflow loses it, as by `cancel`: nothing more of it is committed. A finished
+    workflow loses its outcome. Never commits; locks rows in the order of ids, as `cancel` does. A deadline that has
+    passed gives way to the workflow's `timeout` from now.
+
+    Args:
+        session: the caller's session; with an `AsyncSession`, await the call.
+        workflows: one record or id, several, or a `select()`, as for `cancel`.
+        to_step: the key of a recorded step, which is the first to be executed again: `charge`, `charge#2`.
+
+    Returns:
+        The ids of those that were rewound, all that there are.
+
+    Raises:
+        ArgumentError: one of the workflows has no record of that step, and none was rewound; something else is given
+            than workflows, or a record that is in no database.
+        SchemaError, SessionError: the session's database does not hold the tables.
+    """
+    fault = fault_in(to_step)
+    if fault is not None:
+        raise ArgumentError(f"to_step={to_step!r} {fault}: give the key of a recorded step.")
+    return perform(session, workflows, partial(_rewind, to_step=to_step))
+
+
+@overload
+def delete(session: Session, workflows: Selected) -> list[UUID]: ...
+
+
+@overload
+def delete(session: AsyncSession, workflows: Selected) -> Coroutine[Any, Any, list[UUID]]: ...
+
+
+def delete(session: Session | AsyncSession, workflows: Selected) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
+    """Delete finished workflows with their trees, and with their steps, signals, events and streams.
+
+    ```python
+    delete(session, select(Workflow).where(Workflow.finished_at < func.now() - timedelta(days=90)))
+    ```
+
+    A workflow goes with its children, and theirs, if all of them are finished; detached ones stay, without a parent. A
+    child goes by itself once its parent is finished, which may ask for its outcome until then. What is not finished is
+    left alone: `cancel` it first.
+
+    Never commits; locks rows in the order of ids. Waits for transactions that refer to one of them by a foreign key.
+    Of the application's foreign keys, one with `ON DELETE SET NULL` or `CASCADE` is served, any other refuses; a
+    deferred one does that when the caller commits. Everything is in a savepoint: after an error the transaction goes
+    on, and nothing is deleted.
+
+    Args:
+        session: the caller's session; with an `AsyncSession`, await the call.
+        workflows: one record or id, several, or a `select()`, as for `cancel`.
+
+    Returns:
+        The ids of those that were deleted, children too; the others are not finished, or not there.
+
+    Raises:
+        WorkflowReferencedError: rows of the application refer to one of them.
+        ArgumentError: something else is given than workflows, or a record that is in no database.
+        SchemaError, SessionError: the session's database does not hold the tables.
+    """
+    return perform(session, workflows, _delete)
+
+
+def _cancel(session: Session, wanted: Wanted) -> list[UUID]:
+    connection = session.connection(bind_arguments={"mapper": Workflow})
+    while True:
+        with connection.begin_nested() as savepoint:
+            held, complete = trees.hold_unfinished(session, wanted)
+            if complete:
+                trees.cancel(session, held, wanted)
+                return held
+            savepoint.rollback()  # which gives the locks back
+
+
+def _resume(session: Session, wanted: Wanted) -> list[UUID]:
+    return _announced(session, management.resume(session, wanted))
+
+
+def _retry(session: Session, wanted: Wanted) -> list[UUID]:
+    return _announced(session, management.retry(session, wanted))
+
+
+def _rewind(session: Session, wanted: Wanted, *, to_step: str) -> list[UUID]:
+    return _announced(session, management.rewind(session, wanted, to_step=to_step))
+
+
+def _announced(session: Session, enqueued: list[UUID]) -> list[UUID]:
+    if enqueued:
+        hints.announce(session, hints.EVERYWHERE)
+    return enqueued
+
+
+def _delete(session: Session, wanted: Wanted) -> list[UUID]:
+    try:
+        with session.begin_nested():
+            held = trees.hold_deletable(session, wanted)
+            trees.erase(session, held)
+    except IntegrityError as error:
+        if sqlstate(error) not in _REFERENCED:
+            raise
+        raise WorkflowReferencedError(
+            f"rows of the application refer to workflows that were to be deleted: {error.orig}. Nothing was deleted: "
+            "delete or change those rows first, or give their foreign key ON DELETE SET NULL."
+        ) from error
+    return held

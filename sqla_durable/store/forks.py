@@ -1,0 +1,221 @@
+"""The statements that copy workflows: the record, and the steps, events and stream items up to a step.
+
+One statement copies all of it, from one snapshot, and locks none of the rows that it reads: a fork of a running
+workflow is of what it had committed by then.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    FromClause,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    func,
+    literal_column,
+    null,
+    or_,
+    select,
+    true,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
+from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+from sqlalchemy.orm import Session
+
+from sqla_durable.models import Workflow
+from sqla_durable.status import StepStatus
+from sqla_durable.store._rows import (
+    EVENT,
+    STEP,
+    STREAM_ITEM,
+    WORKFLOW,
+    execute,
+    filled,
+    materialized,
+    scalars,
+    table,
+    unfinished,
+)
+from sqla_durable.store.selection import Wanted, among
+
+_FRESH = {"populate_existing": True}
+_SUCCEEDED = literal_column(f"'{StepStatus.SUCCEEDED}'", type_=Text())
+_SOURCES = bindparam("sources", type_=ARRAY(PG_UUID()))
+_STANDING = {"status", "output", "error", "crashes", "token", "worker_id", "wake_at", "awaits", "finished_at"}
+_NOT_COPIED = _STANDING | {"created_at", "enqueued_at", "parent_id", "parent_key", "detached"}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How a fork differs from what it is a fork of. `input` and `outcomes` are JSON, the latter as text by key."""
+
+    from_step: str | None
+    input: Mapping[str, Any]
+    outcomes: Mapping[str, str]
+    version: str | None
+    key: str | None
+    queue: str | None
+
+    @property
+    def steps(self) -> list[str]:
+        """The keys of the steps that must be recorded."""
+        return list(dict.fromkeys([*([] if self.from_step is None else [self.from_step]), *self.outcomes]))
+
+
+def sources(session: Session, wanted: Wanted) -> dict[UUID, str]:
+    """Give the workflows that there are, in the order of their ids, with their names."""
+    rows = execute(session, select(WORKFLOW.c.id, WORKFLOW.c.name).where(among(wanted)).order_by(WORKFLOW.c.id))
+    return {row.id: row.name for row in rows}
+
+
+def find(session: Session, name: str, key: str) -> Workflow | None:
+    """Give the record that has this name and key."""
+    statement = select(Workflow).where(Workflow.name == name, Workflow.key == key)
+    return session.scalars(statement, execution_options=_FRESH, bind_arguments={"mapper": Workflow}).one_or_none()
+
+
+def records(session: Session, ids: Sequence[UUID]) -> list[Workflow]:
+    """Give records in the order of the ids."""
+    statement = select(Workflow).where(among(ids))
+    found = session.scalars(statement, execution_options=_FRESH, bind_arguments={"mapper": Workflow})
+    by_id = {each.id: each for each in found}
+    return [by_id[each] for each in ids]
+
+
+def copy(session: Session, ids: Mapping[UUID, UUID], change: Change) -> set[UUID]:
+    """Insert a fork of each workflow under its new id; give the new ids.
+
+    Nothing, if one of them has no record of a step that the change is about. A fork whose key is taken is left out.
+    """
+    parameters: dict[str, Any] = {
+        "sources": list(ids),
+        "new_input": json.dumps(dict(change.input)),
+        "new_version": change.version,
+        "new_key": change.key,
+        "new_queue": change.queue,
+        "from_step": change.from_step,
+    }
+    parameters |= filled("batch", [{"source": source.hex, "id": new.hex} for source, new in ids.items()])
+    parameters |= filled("outcome", [{"key": key, "value": value} for key, value in change.outcomes.items()])
+    parameters |= filled("needed", [{"key": key} for key in change.steps])
+    return set(scalars(session, _COPY, parameters))
+
+
+def _copy_statement() -> Any:
+    cut = _cut()
+    copied = _copied(cut)
+    started = _insert_workflows(cut, copied).cte("started")
+    effects = [
+        _insert_steps(copied, started),
+        _insert_events(cut, copied, started),
+        _insert_stream_items(cut, copied, started),
+    ]
+    return select(started.c.id).add_cte(*(each.cte(f"inserted_{number}") for number, each in enumerate(effects)))
+
+
+def _cut() -> CTE:
+    """Give the workflows with the position from which on nothing is copied; none if one lacks a step."""
+    batch = table("batch", {"source": PG_UUID(), "id": PG_UUID()})
+    needed = table("needed", {"key": Text()})
+    same = and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == needed.c.key)
+    lacking = (
+        select(batch.c.id).select_from(batch.join(needed, true()).outerjoin(STEP, same)).where(STEP.c.key.is_(None))
+    )
+    at = and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == bindparam("from_step", type_=Text()))
+    chosen = select(batch.c.source, batch.c.id, STEP.c.position).select_from(batch.outerjoin(STEP, at))
+    return materialized(chosen.where(~lacking.correlate(None).exists()), "cut")
+
+
+def _copied(cut: CTE) -> CTE:
+    """Give the outcomes before the cut, and those that are given."""
+    outcome = table("outcome", {"key": Text(), "value": Text()})
+    before = and_(~unfinished(), STEP.c.position < cut.c.position)
+    replaced = outcome.c.key.is_not(None)
+    columns = [each for each in STEP.c if each.name not in ("workflow_id", "status", "output", "error", "wake_at")]
+    rows = (
+        select(
+            cut.c.id.label("workflow_id"),
+            cut.c.source,
+            func.coalesce(before, literal_column("false")).label("is_before"),
+            case((replaced, _SUCCEEDED), else_=cast(STEP.c.status, Text)).label("status"),
+            case((replaced, cast(outcome.c.value, JSONB)), else_=STEP.c.output).label("output"),
+            case((replaced, null()), else_=STEP.c.error).label("error"),
+            *columns,
+        )
+        .select_from(
+            cut.join(STEP, _of_source(STEP.c.workflow_id, cut)).outerjoin(outcome, outcome.c.key == STEP.c.key)
+        )
+        .where(or_(before, replaced))
+    )
+    return materialized(rows, "copied")
+
+
+def _insert_workflows(cut: CTE, copied: CTE) -> Any:
+    # As if its copied steps were of earlier attempts: what they recorded is no progress of the first one.
+    attempts = select(func.max(copied.c.attempt)).where(copied.c.workflow_id == cut.c.id).scalar_subquery()
+    now = func.statement_timestamp()
+    changed: dict[str, ColumnElement[Any]] = {
+        "id": cut.c.id,
+        "key": bindparam("new_key", type_=Text()),
+        "queue": func.coalesce(bindparam("new_queue", type_=Text()), WORKFLOW.c.queue),
+        "input": WORKFLOW.c.input.op("||")(cast(bindparam("new_input", type_=Text()), JSONB)),
+        "attempt": func.coalesce(attempts, literal_column("0")) + literal_column("1"),
+        "started_at": case((attempts.is_not(None), now)),  # only what was started before has a history to be read
+        "deadline_at": now + WORKFLOW.c.timeout,
+        "forked_from": cut.c.source,
+        "version": func.coalesce(bindparam("new_version", type_=Text()), WORKFLOW.c.version),
+    }
+    columns = {each.name: each for each in WORKFLOW.c if each.name not in _NOT_COPIED} | changed
+    source = select(*columns.values()).join_from(cut, WORKFLOW, _of_source(WORKFLOW.c.id, cut))
+    return (
+        insert(WORKFLOW)
+        .from_select(list(columns), source.order_by(cut.c.source), include_defaults=False)
+        .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
+        .returning(WORKFLOW.c.id)
+    )
+
+
+def _insert_steps(copied: CTE, started: CTE) -> Any:
+    columns = [each for each in copied.c if each.name in STEP.c]
+    source = select(*columns).join_from(copied, started, started.c.id == copied.c.workflow_id)
+    return insert(STEP).from_select([each.name for each in columns], source, include_defaults=False)
+
+
+def _insert_events(cut: CTE, copied: CTE, started: CTE) -> Any:
+    names = ("key", "value", "step_key", "created_at")
+    source = select(cut.c.id, *(EVENT.c[name] for name in names)).select_from(_shown(EVENT, cut, copied, started))
+    return insert(EVENT).from_select(["workflow_id", *names], source.order_by(EVENT.c.id), include_defaults=False)
+
+
+def _insert_stream_items(cut: CTE, copied: CTE, started: CTE) -> Any:
+    """Numbered anew: what is left out may have stood in between."""
+    number = func.row_number().over(partition_by=(cut.c.id, STREAM_ITEM.c.name), order_by=STREAM_ITEM.c.number)
+    names = ("name", "value", "closed", "step_key", "attempt", "step_attempt", "created_at")
+    columns = [cut.c.id, number - literal_column("1"), *(STREAM_ITEM.c[name] for name in names)]
+    source = select(*columns).select_from(_shown(STREAM_ITEM, cut, copied, started))
+    return insert(STREAM_ITEM).from_select(["workflow_id", "number", *names], source, include_defaults=False)
+
+
+def _shown(what: Any, cut: CTE, copied: CTE, started: CTE) -> Any:
+    """Give what the copied steps before the cut have shown."""
+    theirs = and_(copied.c.source == what.c.workflow_id, copied.c.key == what.c.step_key, copied.c.is_before)
+    own = and_(copied.c.workflow_id == cut.c.id, _of_source(what.c.workflow_id, cut))
+    return what.join(copied, theirs).join(cut, own).join(started, started.c.id == cut.c.id)
+
+
+def _of_source(column: ColumnElement[UUID], rows: FromClause) -> ColumnElement[bool]:
+    """Join with the workflows that are copied; by the array too, whose length the planner knows."""
+    return and_(column == rows.c.source, column == func.any(_SOURCES))
+
+
+_COPY = _copy_statement()

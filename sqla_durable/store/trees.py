@@ -1,0 +1,116 @@
+"""The statements on trees of workflows: a workflow with its children, theirs, and so on, down to what is detached.
+
+A tree is followed through whatever is in it: what is finished may have children that go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Label,
+    Select,
+    and_,
+    delete,
+    false,
+    func,
+    null,
+    or_,
+    select,
+    true,
+    union,
+    update,
+)
+from sqlalchemy.orm import Session
+
+from sqla_durable.models import Workflow
+from sqla_durable.status import FINISHED, WorkflowStatus
+from sqla_durable.store._rows import WORKFLOW, refresh_known, scalars, status
+from sqla_durable.store.selection import Wanted, among, hold, known, lock, look_again
+from sqla_durable.store.signals import asking
+
+_UNFINISHED = sorted(set(WorkflowStatus) - FINISHED)
+
+
+def hold_unfinished(session: Session, wanted: Wanted) -> tuple[list[UUID], bool]:
+    """Lock what is unfinished of the trees under those of the workflows that are; give the ids that are to change.
+
+    Returns:
+        The ids, and whether they are all: False if an attempt has started another child before its row was locked.
+        To lock that one now, behind rows whose ids come after its own, may deadlock with whoever locks in the order of
+        ids: let go of the rows, and begin again.
+    """
+    held = lock(session, _unfinished_of(among(wanted)))
+    if not held:
+        return [], True
+    meant = _unfinished_of(and_(among(wanted), among(held)))
+    found = list(scalars(session, select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id)))
+    return found, set(found) <= set(held)
+
+
+def cancel(session: Session, held: Sequence[UUID], wanted: Wanted) -> None:
+    """Cancel the workflows, whose rows are locked, and tell the parents that may wait for them."""
+    outcome = {
+        "status": WorkflowStatus.CANCELLED,
+        "finished_at": func.statement_timestamp(),
+        "wake_at": null(),
+        "awaits": null(),
+    }
+    if held:
+        returned = WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits
+        ended = update(WORKFLOW).where(among(held)).values(outcome).returning(*returned).cte("ended")
+        scalars(session, select(ended.c.id).add_cte(asking(ended).cte("asked"))).all()
+    refresh_known(session, known(wanted, held))
+
+
+def hold_cancelled_with(session: Session, roots: ColumnElement[bool]) -> list[UUID]:
+    """Lock the workflows that a condition names, and what of their trees was cancelled together with them."""
+    tree = _tree(roots, WORKFLOW.c.finished_at.label("moment"))
+    together = and_(WORKFLOW.c.status == status(WorkflowStatus.CANCELLED), WORKFLOW.c.finished_at == tree.c.moment)
+    meant = select(WORKFLOW.c.id).join(tree, tree.c.id == WORKFLOW.c.id).where(or_(tree.c.is_root, together))
+    return hold(session, WORKFLOW.c.id.in_(meant))
+
+
+def hold_deletable(session: Session, wanted: Wanted) -> list[UUID]:
+    """Lock the trees of those of the workflows whose trees are finished to the last one; give the ids of all of it."""
+    deletable = _deletable(among(wanted))
+    child = WORKFLOW.alias("left")
+    # A detached child is written too: it loses its parent.
+    written = union(deletable, select(child.c.id).where(child.c.parent_id.in_(deletable)))
+    held = lock(session, WORKFLOW.c.id.in_(written))
+    return look_again(session, held, WORKFLOW.c.id.in_(_deletable(and_(among(wanted), among(held))))) if held else []
+
+
+def erase(session: Session, ids: Sequence[UUID]) -> None:
+    """Delete the workflows with everything that is theirs, and tell the session of those that it knows."""
+    statement = delete(Workflow).where(among(ids))
+    options = {"synchronize_session": "fetch"}
+    session.execute(statement, execution_options=options, bind_arguments={"mapper": Workflow})
+
+
+def _unfinished_of(roots: ColumnElement[bool]) -> ColumnElement[bool]:
+    open_ones = or_(*(WORKFLOW.c.status == status(each) for each in _UNFINISHED))
+    tree = _tree(and_(roots, open_ones))
+    return and_(WORKFLOW.c.id.in_(select(tree.c.id)), open_ones)
+
+
+def _deletable(roots: ColumnElement[bool]) -> Select[tuple[UUID]]:
+    """Give the trees that are finished, except those whose parent may still ask for their outcome."""
+    parent, member = WORKFLOW.alias("parent"), WORKFLOW.alias("member")
+    asked = select(parent.c.id).where(parent.c.id == WORKFLOW.c.parent_id, parent.c.finished_at.is_(None)).exists()
+    free = or_(WORKFLOW.c.detached, ~asked)
+    tree = _tree(and_(roots, WORKFLOW.c.finished_at.is_not(None), free), WORKFLOW.c.id.label("root_id"))
+    going_on = select(tree.c.root_id).join(member, member.c.id == tree.c.id).where(member.c.finished_at.is_(None))
+    return select(tree.c.id).where(tree.c.root_id.not_in(going_on))
+
+
+def _tree(roots: ColumnElement[bool], *carried: Label[Any]) -> CTE:
+    """Give the trees under the roots, with a column of the root in each row."""
+    tree = select(WORKFLOW.c.id, true().label("is_root"), *carried).where(roots).cte("tree", recursive=True)
+    child = WORKFLOW.alias("child")
+    below = select(child.c.id, false(), *(tree.c[each.name] for each in carried))
+    return tree.union(below.join(tree, child.c.parent_id == tree.c.id).where(~child.c.detached))
