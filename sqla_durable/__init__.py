@@ -25,12 +25,14 @@ from sqla_durable.management import cancel, delete, fork, resume, retry, rewind
 from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
 from sqla_durable.patches import deprecate_patch, patched
 from sqla_durable.progress import heartbeat
+from sqla_durable.saga import Saga
 from sqla_durable.signals import signal, start_with_signal, wait_signal
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.streams import StreamEntry, close_stream, read_stream, write_stream
 from sqla_durable.threads import parallel
 from sqla_durable.timers import now, random, sleep, sleep_until, uuid4
+from sqla_durable.watching import wait_event
 from sqla_durable.worker import Worker
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "Handle",
     "Interceptor",
     "Queue",
+    "Saga",
     "Signal",
     "StartOptions",
     "Step",
@@ -91,6 +94,7 @@ __all__ = [
     "start_with_signal",
     "storage",
     "uuid4",
+    "wait_event",
     "wait_first",
     "wait_signal",
     "write_stream",

@@ -21,9 +21,10 @@ from sqla_durable.functions import (
     WorkflowFunction,
     perform,
 )
+from sqla_durable.inspection import SessionKind
 from sqla_durable.interceptors import Interceptor, Interceptors
 from sqla_durable.limits import TimeLimits
-from sqla_durable.registry import IsolationLevel, Registry, SessionKind, StepDefinition, WorkflowDefinition
+from sqla_durable.registry import IsolationLevel, Registry, StepDefinition, WorkflowDefinition
 from sqla_durable.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
 
 P = ParamSpec("P")

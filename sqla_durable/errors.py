@@ -22,6 +22,7 @@ DurableError
 ├── WorkflowRunningError          somebody else holds a live lease on the workflow
 ├── AttemptLostError              this execution no longer owns its workflow; nothing more of it commits
 ├── WorkflowFinishedError         a signal cannot be sent to a workflow that has an outcome
+├── CompensationFailedError       a saga could not undo all that it did
 ├── ChildrenFailedError           more children of a group failed than are tolerated
 ├── WaitTimeoutError              (also TimeoutError) what an operation waited for did not come in time
 ├── HistoryMismatchError          today's code does not visit what a strict workflow has recorded
@@ -44,6 +45,7 @@ ControlFlow(BaseException)        unwinds a workflow function; never an error of
 ├── AttemptLost                   the fence refused a write: another attempt owns the workflow, or it was cancelled
 ├── Interrupted                   an executor lost its database in the middle
 ├── Suspended                     the workflow waits, as a row
+├── Cancelling                    the workflow was cancelled, and undoes what it did
 └── Released                      the worker is stopping and hands the workflow back
 ```
 """
@@ -200,6 +202,10 @@ class WorkflowFinishedError(_AboutWorkflow):
     """The workflow has an outcome: nobody will take what is sent to it. Nothing was sent."""
 
 
+class CompensationFailedError(DurableError):
+    """Some compensations of a saga failed, in spite of their retries; the others were carried out."""
+
+
 class ChildrenFailedError(DurableError):
     """More children of a group failed than are tolerated; those that were not finished are cancelled."""
 
@@ -348,6 +354,10 @@ class Interrupted(ControlFlow):
 
 class Suspended(ControlFlow):
     """The workflow is parked: its row says when it goes on, and its replay will come back to where it waits."""
+
+
+class Cancelling(ControlFlow):
+    """The workflow was cancelled: it ends at the first operation that is not recorded, and its sagas compensate."""
 
 
 class Released(ControlFlow):

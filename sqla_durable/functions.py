@@ -22,9 +22,10 @@ from sqla_durable.children import AsyncChild, Child, map_children, start_child
 from sqla_durable.context import Context, active
 from sqla_durable.errors import DefinitionError, SessionError, StepOutsideWorkflowError, SyncAsyncError
 from sqla_durable.handle import AsyncHandle, Handle
+from sqla_durable.inspection import SessionKind, require_name
 from sqla_durable.models import Workflow
 from sqla_durable.operations.runtime import StepCall
-from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition, require_name
+from sqla_durable.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.retry import Tries, WaitFunction, until_true
 from sqla_durable.start import BoundWorkflow, StartOptions, bind, of_step, start
 from sqla_durable.store import schema

@@ -50,7 +50,13 @@ NAMING_CONVENTION = {
 
 def _text_of(statuses: type[StrEnum]) -> Enum:
     """Store a status as short text; which texts are legal is a named CHECK constraint, not a PostgreSQL enum."""
-    return Enum(statuses, native_enum=False, length=16, values_callable=list, validate_strings=True)
+    return Enum(
+        statuses,
+        native_enum=False,
+        length=16,
+        values_callable=lambda statuses: [each.value for each in statuses],
+        validate_strings=True,
+    )
 
 
 class Base(DeclarativeBase):
@@ -107,6 +113,7 @@ class Workflow(Base):
     detached: Mapped[bool] = mapped_column(server_default=false())
     forked_from: Mapped[UUID | None]
     version: Mapped[str | None]
+    cancellation: Mapped[str | None]
     headers: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
 
     steps: Mapped[list[Step]] = relationship(
@@ -156,6 +163,7 @@ class Workflow(Base):
         CheckConstraint("awaits IS NULL OR (status = 'suspended' AND jsonb_typeof(awaits) = 'array')", name="awaits"),
         CheckConstraint("parent_key IS NULL OR parent_key ~ '[^[:space:]]'", name="parent"),
         CheckConstraint("version ~ '[^[:space:]]'", name="version"),
+        CheckConstraint("cancellation IN ('compensates', 'requested')", name="cancellation"),
         CheckConstraint("jsonb_typeof(headers) = 'object'", name="headers"),
         # The same workflow and key are the same workflow: this index refuses the second.
         Index("workflow_name_key_key", "name", "key", unique=True, postgresql_where=text("key IS NOT NULL")),
@@ -207,7 +215,7 @@ class Step(Base):
     included, `position` the order in which the workflow called it. While a step is `retrying`, `error` is that of its
     last try and `wake_at` the time of the next one; while it is `waiting`, `wake_at` is the end of that, if it has one.
     The row becomes the outcome's when there is one. A step that is `running` has a row once it has reported `details`,
-    at `finished_at` for the last time. `compensation` is the name of the step that undoes it.
+    at `finished_at` for the last time.
     """
 
     __tablename__ = "step"
@@ -225,7 +233,6 @@ class Step(Base):
     finished_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
     wake_at: Mapped[datetime | None]
     details: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
-    compensation: Mapped[str | None]
 
     workflow: Mapped[Workflow] = relationship(back_populates="steps")
 

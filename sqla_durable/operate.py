@@ -7,8 +7,8 @@ from typing import Any
 from sqla_durable.checks import fault_in
 from sqla_durable.context import Context, active
 from sqla_durable.errors import ArgumentError, UsageError
+from sqla_durable.inspection import MARKS, require_name
 from sqla_durable.operations.runtime import Operation
-from sqla_durable.registry import MARKS, require_name
 
 
 def operate(name: str, operation: Operation, *, key: str | None = None) -> Any:

@@ -6,9 +6,9 @@ from collections.abc import Awaitable
 
 from sqla_durable.context import active
 from sqla_durable.errors import UsageError
+from sqla_durable.inspection import SessionKind
 from sqla_durable.operations.progress import INTERVAL, send
 from sqla_durable.publishing import DONE, encode
-from sqla_durable.registry import SessionKind
 
 
 def heartbeat(details: object = None) -> Awaitable[None]:

@@ -14,9 +14,9 @@ from sqla_durable.checks import fault_in
 from sqla_durable.codec import Codec
 from sqla_durable.context import Context, active
 from sqla_durable.errors import ArgumentError, UsageError
+from sqla_durable.inspection import SessionKind
 from sqla_durable.operations.publish import Publication, origin_of, publish_at_once, publish_once
 from sqla_durable.operations.runtime import StepCall
-from sqla_durable.registry import SessionKind
 
 AnySession: TypeAlias = "Session | AsyncSession"
 

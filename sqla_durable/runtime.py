@@ -20,13 +20,14 @@ import sqla_durable.tasks as tasks
 from sqla_durable.codec import DEFAULT_LIMIT
 from sqla_durable.context import Context, Fork
 from sqla_durable.errors import AttemptLost, UsageError
+from sqla_durable.inspection import SessionKind
 from sqla_durable.interceptors import Around, entered, entered_async
 from sqla_durable.limits import Limit
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.runtime import Operation, StepCall, execution_of, run_blocking
 from sqla_durable.operations.step import run_step
 from sqla_durable.operations.transaction import StepTransaction
-from sqla_durable.registry import SessionKind, StepDefinition, WorkflowDefinition
+from sqla_durable.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.retry import TransientRetry
 from sqla_durable.store import Checkpoint, Completion, Connectable, streams
 from sqla_durable.store.streams import Append, Appended

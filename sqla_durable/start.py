@@ -19,7 +19,7 @@ from sqla_durable.context import active
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 from sqla_durable.registry import WorkflowDefinition
-from sqla_durable.store import NewWorkflow, schema, workflows
+from sqla_durable.store import NewWorkflow, schema, starts
 
 _BATCH = 5_000
 _SMALLINT = 32_767
@@ -155,8 +155,8 @@ def add(session: Session, bound: BoundWorkflow) -> Workflow:
     """Do the same without a hint to workers: for who executes the workflow here."""
     schema.require(session)
     if bound.new.key is None:
-        return workflows.add(session, bound.new)
-    return workflows.insert_unless_known(session, bound.new)
+        return starts.add(session, bound.new)
+    return starts.insert_unless_known(session, bound.new)
 
 
 @overload
@@ -202,7 +202,7 @@ def _start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]:
     ordered = iter(sorted(given, key=lambda new: (new.key or "", new.name)))
     ids: dict[UUID, UUID] = {}
     while batch := list(islice(ordered, _BATCH)):
-        ids |= zip((new.id for new in batch), workflows.insert_many(session, batch), strict=True)
+        ids |= zip((new.id for new in batch), starts.insert_many(session, batch), strict=True)
     for where in {_where(new) for new in given}:
         hints.announce(session, where)
     return [ids[new.id] for new in given]

@@ -22,8 +22,8 @@ FLOORS = (
     {"worker"},
     {"executor"},
     {"durable"},
-    {"management", "signals", "events", "streams", "progress"},
-    {"functions", "timers"},
+    {"management", "signals", "watching", "events", "streams", "progress"},
+    {"functions", "timers", "saga"},
     {"children"},
     {"start", "handle", "runtime", "operate", "threads", "patches", "publishing"},
     {"tasks"},
@@ -31,7 +31,7 @@ FLOORS = (
     {"operations"},
     {"hints", "polling"},
     {"registry", "store", "failure", "migrations", "storage"},
-    {"models", "codec", "retry", "_programs", "checks", "undisturbed", "interceptors", "limits"},
+    {"models", "codec", "retry", "_programs", "checks", "undisturbed", "interceptors", "limits", "inspection"},
     {"errors", "status", "execution"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import Durable
 from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError
-from sqla_durable.registry import Registry, SessionKind, StepDefinition, WorkflowDefinition
+from sqla_durable.inspection import SessionKind
+from sqla_durable.registry import Registry, StepDefinition, WorkflowDefinition
 
 
 class MySession(Session):

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.cli.errors import CommandError
 from sqla_durable.durable import Durable
-from sqla_durable.registry import SessionKind
+from sqla_durable.inspection import SessionKind
 
 ENVIRONMENT = "DATABASE_URL"
 DRIVER = "postgresql+psycopg"

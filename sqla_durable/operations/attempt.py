@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from uuid import UUID
 
-from sqla_durable.errors import ControlFlow, Suspended, UnfinishedStepError, UsageError
+from sqla_durable.errors import Cancelling, ControlFlow, Suspended, UnfinishedStepError, UsageError
 from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
 from sqla_durable.operations.branch import Branches
 from sqla_durable.operations.changes import Visits
@@ -117,7 +118,7 @@ class Attempt:
         self._lock = self.branches.lock
         self._progress: dict[str, Progress] = {}
         self._active_at = time.monotonic()
-        self._stop: Callable[[], ControlFlow] | None = None
+        self._stop: Callable[[], ControlFlow] | None = Cancelling if claimed.is_cancelling else None
 
     @property
     def workflow_id(self) -> UUID:
@@ -234,6 +235,17 @@ class Attempt:
     def stop(self, signal: Callable[[], ControlFlow]) -> None:
         """Let the attempt end at its next operation, with this signal; the first one given counts."""
         self._stop = self._stop or signal
+
+    @contextmanager
+    def compensating(self) -> Generator[None]:
+        """Let operations be executed although the workflow is being cancelled: those that undo what it did."""
+        cancelling = self._stop is Cancelling
+        self._stop = None if cancelling else self._stop
+        try:
+            yield
+        finally:
+            if cancelling:
+                self._stop = self._stop or Cancelling
 
     @property
     def stopped(self) -> bool:

@@ -19,6 +19,7 @@ from sqla_durable.errors import (
     UsageError,
 )
 from sqla_durable.failure import Failure
+from sqla_durable.inspection import SessionKind
 from sqla_durable.limits import TimeLimits
 from sqla_durable.operations.attempt import Wait
 from sqla_durable.operations.boundary import Boundary
@@ -26,7 +27,6 @@ from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.progress import send_unsent
 from sqla_durable.operations.runtime import Runtime, StepCall, execution_of
 from sqla_durable.operations.transaction import StepTransaction
-from sqla_durable.registry import SessionKind
 from sqla_durable.retry import is_conflict, is_obstacle, is_transient, spoils_connection
 from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint, Recorded, Verdict, steps

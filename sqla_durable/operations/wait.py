@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from sqla_durable.codec import Codec
-from sqla_durable.errors import WaitTimeoutError
+from sqla_durable.errors import EventNotSetError, WaitTimeoutError, WorkflowNotFoundError
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Position, Wait
 from sqla_durable.operations.outcome import outcome_of
@@ -114,8 +114,11 @@ class _Waiting:
 
         wait: Wait | None = None
         while True:
-            awaits = source.awaits if source.look is None else await self._runtime.execute(source.look)
-            output = await self._runtime.execute(take)
+            try:
+                awaits = source.awaits if source.look is None else await self._runtime.execute(source.look)
+                output = await self._runtime.execute(take)
+            except (WorkflowNotFoundError, EventNotSetError) as gone:
+                return await self._fail(gone)
             if output is not None:
                 return _recorded(taking, output=output)
             wait = wait or await self._begin(short=not awaits)
@@ -127,7 +130,10 @@ class _Waiting:
             await self._runtime.settle()
 
     async def _late(self, message: str) -> Recorded:
-        error = Failure.of(WaitTimeoutError(message)).to_json()
+        return await self._fail(WaitTimeoutError(message))
+
+    async def _fail(self, reason: Exception) -> Recorded:
+        error = Failure.of(reason).to_json()
         failed = self.checkpoint(StepStatus.FAILED, error=error)
         await self._runtime.record(failed)
         return _recorded(failed, error=error)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from sqla_durable.errors import (
+    Cancelling,
     ControlFlow,
     MaxAttemptsError,
     WorkflowCancelledError,
@@ -38,7 +39,8 @@ async def run_workflow(runtime: Runtime, definition: WorkflowDefinition, body: B
         HistoryMismatchError: likewise, because the workflow is strict and its history was not visited.
     """
     completion = await completion_of(runtime, definition, body)
-    report(runtime.attempt, strict=definition.strict)
+    if completion.status is not WorkflowStatus.CANCELLED:
+        report(runtime.attempt, strict=definition.strict)
     await runtime.finish(completion)
     return completion
 
@@ -49,6 +51,17 @@ async def completion_of(runtime: Runtime, definition: WorkflowDefinition, body: 
     Raises:
         ControlFlow: the attempt ended without an outcome of its own.
     """
+    try:
+        return await _completion_of(runtime, definition, body)
+    except BaseException as error:
+        signal = signal_in(error)  # a task group wraps the signals of its tasks
+        if isinstance(signal, Cancelling):
+            attempt = runtime.attempt
+            return Completion(attempt.fence, WorkflowStatus.CANCELLED, is_child=attempt.is_child)
+        raise signal or error from None
+
+
+async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
     attempt = runtime.attempt
     attempt.interceptors = definition.interceptors
     try:
@@ -60,8 +73,6 @@ async def completion_of(runtime: Runtime, definition: WorkflowDefinition, body: 
         attempt.proceed()
         error_text = Failure.of(error).to_json()
         return Completion(attempt.fence, WorkflowStatus.FAILED, error=error_text, is_child=attempt.is_child)
-    except BaseException as error:
-        raise _signal_in(error) or error from None  # a task group wraps the signals of its tasks
     return Completion(attempt.fence, WorkflowStatus.SUCCEEDED, output=output, is_child=attempt.is_child)
 
 
@@ -73,10 +84,11 @@ async def _called(runtime: Runtime, definition: WorkflowDefinition, body: Body) 
         return await body(arguments)
 
 
-def _signal_in(error: BaseException) -> ControlFlow | None:
+def signal_in(error: BaseException) -> ControlFlow | None:
+    """Give the signal that an error is, or that a group of errors holds."""
     if isinstance(error, BaseExceptionGroup):
         inner = cast("BaseExceptionGroup[BaseException]", error).exceptions
-        return next((found for each in inner if (found := _signal_in(each)) is not None), None)
+        return next((found for each in inner if (found := signal_in(each)) is not None), None)
     return error if isinstance(error, ControlFlow) else None
 
 

@@ -59,6 +59,10 @@ Columns: TypeAlias = Mapping[str, TypeEngine[Any]]
 SUSPECT = 2
 """From how many crashes in a row on a workflow is taken for what may have killed its workers."""
 
+COMPENSATES: ColumnElement[str] = literal_column("'compensates'", type_=Text())
+REQUESTED: ColumnElement[str] = literal_column("'requested'", type_=Text())
+"""What `cancellation` says: that there may be something to undo; and that it is to be undone now."""
+
 _IDLE_TIMEOUT = "idle_in_transaction_session_timeout"
 _IDLE_LIMIT = "5s"
 
@@ -168,6 +172,7 @@ class Claimed:
     input: str
     started: bool = False
     is_child: bool = False
+    is_cancelling: bool = False
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     history: Mapping[str, Recorded] = field(default_factory=dict[str, Recorded])
 
@@ -273,6 +278,11 @@ def unfinished() -> ColumnElement[bool]:
     """Tell the record of a step that runs, waits or is being tried again from an outcome."""
     open_statuses = [each for each in StepStatus if not each.finished]
     return or_(*(STEP.c.status == literal_column(f"'{each}'", type_=STEP.c.status.type) for each in open_statuses))
+
+
+def still_compensates() -> ColumnElement[Any]:
+    """Give what is to be known of sagas where a workflow begins anew: that it has one, and nothing to undo now."""
+    return case((WORKFLOW.c.cancellation.is_not(None), COMPENSATES))
 
 
 def interval(seconds: ColumnElement[Any]) -> ColumnElement[Any]:

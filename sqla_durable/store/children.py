@@ -43,8 +43,8 @@ from sqla_durable.store._rows import (
     status,
     table,
 )
+from sqla_durable.store.starts import NEW, new_columns, new_row
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine
-from sqla_durable.store.workflows import NEW, new_columns, new_row
 
 
 @dataclass(frozen=True, slots=True)

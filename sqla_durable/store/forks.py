@@ -43,6 +43,7 @@ from sqla_durable.store._rows import (
     filled,
     materialized,
     scalars,
+    still_compensates,
     table,
     unfinished,
 )
@@ -173,6 +174,7 @@ def _insert_workflows(cut: CTE, copied: CTE) -> Any:
         "started_at": case((attempts.is_not(None), now)),  # only what was started before has a history to be read
         "deadline_at": now + WORKFLOW.c.timeout,
         "forked_from": cut.c.source,
+        "cancellation": still_compensates(),
         "version": func.coalesce(bindparam("new_version", type_=Text()), WORKFLOW.c.version),
     }
     columns = {each.name: each for each in WORKFLOW.c if each.name not in _NOT_COPIED} | changed

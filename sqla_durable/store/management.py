@@ -43,6 +43,7 @@ from sqla_durable.store._rows import (
     refresh_known,
     scalars,
     status,
+    still_compensates,
 )
 from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
 from sqla_durable.store.deadlines import TIMEOUT_TYPE
@@ -137,6 +138,7 @@ def _enqueue(session: Session, wanted: Wanted, held: Sequence[UUID]) -> list[UUI
         "awaits": null(),
         "deadline_at": renewed_deadline(),
         "finished_at": null(),
+        "cancellation": still_compensates(),
     }
     if held:
         scalars(session, update(WORKFLOW).where(among(held)).values(again).returning(WORKFLOW.c.id)).all()

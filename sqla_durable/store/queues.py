@@ -23,6 +23,7 @@ from sqlalchemy import (
     bindparam,
     case,
     cast,
+    false,
     func,
     literal_column,
     or_,
@@ -39,6 +40,7 @@ from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import deadlines, steps
 from sqla_durable.store._rows import (
     QUEUE,
+    REQUESTED,
     WORKFLOW,
     Claimed,
     Columns,
@@ -133,7 +135,7 @@ def with_histories(connectable: Connectable, claimed: Sequence[Claimed]) -> list
 
 def _claimed(row: Row[Any], token: UUID) -> Claimed:
     fence, headers = Fence(row.id, token), row.headers or {}
-    return Claimed(fence, row.name, row.attempt, row.input, row.started, row.is_child, headers)
+    return Claimed(fence, row.name, row.attempt, row.input, row.started, row.is_child, row.is_cancelling, headers)
 
 
 def listening(after: Mapping[str, Place]) -> dict[str, str]:
@@ -226,6 +228,7 @@ def _claim_statement(candidates: Any) -> Any:
             WORKFLOW.c.headers,
             claimable.c.started_at.is_not(None).label("started"),
             WORKFLOW.c.parent_id.is_not(None).label("is_child"),
+            func.coalesce(WORKFLOW.c.cancellation == REQUESTED, false()).label("is_cancelling"),
         )
     )
 

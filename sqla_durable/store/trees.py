@@ -29,10 +29,20 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.models import Workflow
 from sqla_durable.status import FINISHED, WorkflowStatus
-from sqla_durable.store._rows import WORKFLOW, refresh_known, scalars, status
+from sqla_durable.store._rows import COMPENSATES, REQUESTED, WORKFLOW, refresh_known, scalars, status
 from sqla_durable.store.selection import Wanted, among, hold, known, lock, look_again
 from sqla_durable.store.signals import asking
 
+_COMPENSATION = {
+    "cancellation": REQUESTED,
+    "status": WorkflowStatus.PENDING,
+    "attempt": WORKFLOW.c.attempt + 1,
+    "token": null(),
+    "worker_id": null(),
+    "wake_at": null(),
+    "awaits": null(),
+    "enqueued_at": func.statement_timestamp(),
+}
 _UNFINISHED = sorted(set(WorkflowStatus) - FINISHED)
 
 
@@ -61,8 +71,12 @@ def cancel(session: Session, held: Sequence[UUID], wanted: Wanted) -> None:
         "awaits": null(),
     }
     if held:
+        # What may have something to undo is enqueued, for a worker that has the code to undo it.
+        undone = and_(among(held), WORKFLOW.c.cancellation == COMPENSATES)
+        scalars(session, update(WORKFLOW).where(undone).values(_COMPENSATION).returning(WORKFLOW.c.id)).all()
         returned = WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits
-        ended = update(WORKFLOW).where(among(held)).values(outcome).returning(*returned).cte("ended")
+        at_once = and_(among(held), WORKFLOW.c.cancellation.is_(None))
+        ended = update(WORKFLOW).where(at_once).values(outcome).returning(*returned).cte("ended")
         scalars(session, select(ended.c.id).add_cte(asking(ended).cte("asked"))).all()
     refresh_known(session, known(wanted, held))
 

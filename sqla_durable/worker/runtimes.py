@@ -20,10 +20,11 @@ import sqla_durable.tasks as tasks
 from sqla_durable.context import Fork
 from sqla_durable.errors import AttemptLost, EncodingError, Released, Suspended
 from sqla_durable.failure import Failure
+from sqla_durable.inspection import SessionKind
 from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
 from sqla_durable.operations.runtime import StepCall
 from sqla_durable.operations.transaction import ClosingTransaction, HeldTransaction, StepTransaction
-from sqla_durable.registry import SessionKind, StepDefinition
+from sqla_durable.registry import StepDefinition
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Connectable, Park

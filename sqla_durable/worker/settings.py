@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqla_durable.checks import require_duration
 from sqla_durable.durable import Durable
 from sqla_durable.errors import SessionError
-from sqla_durable.registry import SessionKind
+from sqla_durable.inspection import SessionKind
 from sqla_durable.store import schema
 
 _OWN_CONNECTIONS = 5  # the writer and the heartbeat hold one each; claims, maintenance, what is handed back

@@ -15,7 +15,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable import Step, Workflow, WorkflowStatus, cancel, delete, fork, resume, retry, rewind
 from sqla_durable.errors import ArgumentError, SchemaMissingError, SessionError
-from sqla_durable.store import Completion, NewWorkflow, Park, crashes, steps, workflows
+from sqla_durable.store import Completion, NewWorkflow, Park, crashes, starts, steps, workflows
 from tests.store import races
 from tests.support.domain import Order
 
@@ -49,7 +49,7 @@ def in_every_state(engine: Engine) -> dict[str, UUID]:
         workflows.finish(session, Completion(failed, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}'))
         races.cancel(session, cancelled.workflow_id)
         crashes.abandon(session, stopped, reason="it broke", max_attempts=1)
-        delayed = workflows.add(session, NewWorkflow(uuid7(), "checkout", {}, "default", delay=3600))
+        delayed = starts.add(session, NewWorkflow(uuid7(), "checkout", {}, "default", delay=3600))
         session.commit()
         (pending,) = races.enqueue(session)
         found = {"running": running, "parked": parked, "succeeded": succeeded, "failed": failed}
@@ -244,7 +244,7 @@ def test_a_workflow_cancelled_and_resumed_again_and_again_counts_its_attempts(se
 
 def test_a_delayed_workflow_that_is_cancelled_and_resumed_is_due_at_once(session: Session) -> None:
     # behaviour: Q7
-    record = workflows.add(session, NewWorkflow(uuid7(), "checkout", {}, "default", delay=3600))
+    record = starts.add(session, NewWorkflow(uuid7(), "checkout", {}, "default", delay=3600))
     assert cancel(session, record) == [record.id]
     assert resume(session, record) == [record.id]
     assert (record.status, record.wake_at) == (PENDING, None)

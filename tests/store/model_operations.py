@@ -11,7 +11,18 @@ from uuid import UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.status import StepStatus, WorkflowStatus
-from sqla_durable.store import Checkpoint, Completion, Fence, NewWorkflow, Park, Verdict, queues, steps, workflows
+from sqla_durable.store import (
+    Checkpoint,
+    Completion,
+    Fence,
+    NewWorkflow,
+    Park,
+    Verdict,
+    queues,
+    starts,
+    steps,
+    workflows,
+)
 from tests.store import races
 from tests.store.model import LATER, Operation, Record, Recording, Row, View, changed, rows_of
 
@@ -89,8 +100,8 @@ class Start(Operation):
         delay = HOUR.total_seconds() if self.delayed else None
         new = NewWorkflow(self.id, NAME, {}, self.queue, self.priority, self.key, delay)
         if self.key is not None:
-            return workflows.insert_unless_known(session, new).id
-        record = workflows.add(session, new)
+            return starts.insert_unless_known(session, new).id
+        record = starts.add(session, new)
         session.flush()
         return record.id
 

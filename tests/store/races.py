@@ -20,6 +20,7 @@ from sqla_durable.store import Checkpoint, Claimed, Completion, Fence, NewWorkfl
 from sqla_durable.store import batches as batches
 from sqla_durable.store import crashes as crashes
 from sqla_durable.store import queues as queues
+from sqla_durable.store import starts as starts
 from sqla_durable.store import workers as workers
 from sqla_durable.store import workflows as workflows
 from sqla_durable.store.look import look
@@ -229,4 +230,4 @@ def history_of(engine: Engine, workflow_id: UUID) -> list[str]:
 
 def one(new: NewWorkflow) -> Callable[[Session], UUID]:
     """Give the function that inserts a workflow with a key."""
-    return lambda session: workflows.insert_unless_known(session, new).id
+    return lambda session: starts.insert_unless_known(session, new).id

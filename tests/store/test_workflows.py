@@ -11,7 +11,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Workflow
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import Fence, NewWorkflow, workflows
+from sqla_durable.store import Fence, NewWorkflow, starts, workflows
 from tests.store import races
 from tests.store.plans import explain, fill
 
@@ -26,15 +26,15 @@ def count(session: Session) -> int:
 
 def test_the_same_key_gives_the_same_record(session_factory: sessionmaker[Session]) -> None:
     with session_factory.begin() as session:
-        first = workflows.insert_unless_known(session, new("k"))
-        assert workflows.insert_unless_known(session, new("k")) is first
-        assert workflows.insert_unless_known(session, new("k", name="refund")) is not first
+        first = starts.insert_unless_known(session, new("k"))
+        assert starts.insert_unless_known(session, new("k")) is first
+        assert starts.insert_unless_known(session, new("k", name="refund")) is not first
 
 
 def test_a_caller_that_lost_the_race_for_a_key_takes_the_winners_record(engine: Engine) -> None:
     # behaviour: T9
     with races.transaction(engine) as one, races.transaction(engine) as other:
-        winner = workflows.insert_unless_known(one.session, new("k")).id
+        winner = starts.insert_unless_known(one.session, new("k")).id
         starting = other.begin_blocked(races.one(new("k")))
         one.session.commit()
         assert starting.result() == winner
@@ -44,7 +44,7 @@ def test_a_caller_that_lost_the_race_for_a_key_takes_the_winners_record(engine: 
 
 def test_a_caller_whose_rival_rolls_back_starts_its_own(engine: Engine) -> None:
     with races.transaction(engine) as one, races.transaction(engine) as other:
-        rolled_back = workflows.insert_unless_known(one.session, new("k")).id
+        rolled_back = starts.insert_unless_known(one.session, new("k")).id
         mine = new("k")
         starting = other.begin_blocked(races.one(mine))
         one.session.rollback()
@@ -54,9 +54,9 @@ def test_a_caller_whose_rival_rolls_back_starts_its_own(engine: Engine) -> None:
 
 def test_many_are_inserted_in_order_with_known_keys_in_their_places(session_factory: sessionmaker[Session]) -> None:
     with session_factory.begin() as session:
-        known = workflows.insert_unless_known(session, new("b")).id
+        known = starts.insert_unless_known(session, new("b")).id
         batch = [new("c"), new(), new("b"), new("a"), new("c"), new()]
-        ids = workflows.insert_many(session, batch)
+        ids = starts.insert_many(session, batch)
         assert ids == [batch[0].id, batch[1].id, known, batch[3].id, batch[0].id, batch[5].id]
         assert count(session) == 5
 
@@ -67,7 +67,7 @@ def test_two_bulk_starts_of_the_same_keys_in_opposite_orders_do_not_deadlock(eng
 
     def start(order: list[str]) -> list[UUID]:
         with Session(engine) as session:
-            ids = workflows.insert_many(session, [new(each) for each in order])
+            ids = starts.insert_many(session, [new(each) for each in order])
             session.commit()
             return sorted(ids)
 
@@ -82,9 +82,9 @@ def test_two_bulk_starts_of_the_same_keys_in_opposite_orders_do_not_deadlock(eng
 
 def test_a_bulk_start_waits_for_another_transactions_key_and_takes_its_record(engine: Engine) -> None:
     with races.transaction(engine) as one, races.transaction(engine) as other:
-        winner = workflows.insert_unless_known(one.session, new("k")).id
+        winner = starts.insert_unless_known(one.session, new("k")).id
         mine = [new("j"), new("k")]
-        starting = other.begin_blocked(lambda session: workflows.insert_many(session, mine))
+        starting = other.begin_blocked(lambda session: starts.insert_many(session, mine))
         one.session.commit()
         assert starting.result() == [mine[0].id, winner]
 

@@ -63,6 +63,7 @@ def _create_workflow(schema: str) -> None:
         sa.Column("detached", sa.Boolean(), server_default=sa.false(), nullable=False),
         sa.Column("forked_from", pg.UUID()),
         sa.Column("version", sa.Text()),
+        sa.Column("cancellation", sa.Text()),
         sa.Column("headers", pg.JSONB()),
         sa.PrimaryKeyConstraint("id", name=op.f("workflow_pkey")),
         sa.ForeignKeyConstraint(
@@ -97,6 +98,7 @@ def _create_workflow(schema: str) -> None:
         _check("workflow", "awaits", "awaits IS NULL OR (status = 'suspended' AND jsonb_typeof(awaits) = 'array')"),
         _check("workflow", "parent", "parent_key IS NULL OR parent_key ~ '[^[:space:]]'"),
         _check("workflow", "version", "version ~ '[^[:space:]]'"),
+        _check("workflow", "cancellation", "cancellation IN ('compensates', 'requested')"),
         _check("workflow", "headers", "jsonb_typeof(headers) = 'object'"),
         schema=schema,
         comment="sqla-durable durable_0001",
@@ -130,7 +132,6 @@ def _create_step(schema: str) -> None:
         sa.Column("finished_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
         sa.Column("wake_at", _timestamp()),
         sa.Column("details", pg.JSONB()),
-        sa.Column("compensation", sa.Text()),
         sa.PrimaryKeyConstraint("workflow_id", "key", name=op.f("step_pkey")),
         _of_workflow(schema, "step"),
         _check("step", "key", "key ~ '[^[:space:]]'"),

@@ -1,0 +1,117 @@
+"""Sagas: what a workflow did is undone, step by step in reverse, when it fails or is cancelled."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import Any, ParamSpec, Self, cast
+
+from sqla_durable.errors import CompensationFailedError, UsageError
+from sqla_durable.operate import operate, require_workflow
+from sqla_durable.operations import saga as operations
+
+P = ParamSpec("P")
+
+log = logging.getLogger("sqla_durable.saga")
+
+
+class Saga:
+    """Undoes in reverse what was done in its block, if that ends with an error or the workflow is cancelled.
+
+    ```python
+    async with Saga() as saga:
+        await reserve(order_id)
+        saga.add(restock, order_id)
+        await charge(order_id)
+        saga.add(refund, order_id)
+        await ship(order_id)
+    ```
+
+    Each compensation is a step, recorded and retried by its own policy, and executed once where it succeeds: a worker
+    that dies in the middle is followed by one that goes on. After the last one the error goes on its way. With a saga a
+    cancelled workflow does not end at once: it is enqueued, stops at the first operation that it has not recorded, and
+    is `cancelled` when its compensations are done. Add a compensation after the step that it undoes, with what that one
+    returned; or before it, where it can be undone without having been done.
+
+    A workflow that is stopped for its crashes or at its deadline compensates nothing.
+    """
+
+    def __init__(self) -> None:
+        self._compensations: list[tuple[str, Callable[[], Any]]] = []
+        self._entered = False
+
+    def add(self, step: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Let a step be called with these arguments when the saga is undone.
+
+        Raises:
+            UsageError: the saga's block has not begun.
+        """
+        if not self._entered:
+            raise UsageError("a saga is used as a block: `with Saga() as saga:`, or `async with` in async def code.")
+        name = str(getattr(step, "name", getattr(step, "__name__", repr(step))))
+        self._compensations.append((name, partial(step, *args, **kwargs)))
+
+    def __enter__(self) -> Self:
+        if require_workflow("saga").is_async:
+            raise UsageError("in an async def workflow a saga is used by `async with Saga() as saga:`.")
+        operate("saga", operations.begin)
+        self._entered = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if operations.calls_for_compensation(error):
+            with require_workflow("saga").attempt.compensating():
+                failed = [each for name, undo in reversed(self._compensations) if (each := _failure(name, undo))]
+            self._refuse(failed, error)
+
+    async def __aenter__(self) -> Self:
+        if not require_workflow("saga").is_async:
+            raise UsageError("in a def workflow a saga is used by `with Saga() as saga:`.")
+        await operate("saga", operations.begin)
+        self._entered = True
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if operations.calls_for_compensation(error):
+            with require_workflow("saga").attempt.compensating():
+                failed: list[str] = []
+                for name, undo in reversed(self._compensations):
+                    failed += [each] if (each := await _failure_async(name, undo)) else []
+            self._refuse(failed, error)
+
+    def _refuse(self, failed: list[str], error: BaseException | None) -> None:
+        if failed:
+            raise CompensationFailedError(
+                f"{len(failed)} of {len(self._compensations)} compensations failed: {'; '.join(failed)}. The others "
+                f"were carried out. They followed on {error!r}."
+            ) from error
+
+
+def _failure(name: str, undo: Callable[[], Any]) -> str | None:
+    try:
+        undo()
+    except Exception as error:
+        return _told(name, error)
+    return None
+
+
+async def _failure_async(name: str, undo: Callable[[], Any]) -> str | None:
+    try:
+        outcome = undo()
+        if inspect.isawaitable(outcome):
+            await cast("Any", outcome)
+    except Exception as error:
+        return _told(name, error)
+    return None
+
+
+def _told(name: str, error: Exception) -> str:
+    log.warning("the compensation %s failed: %r", name, error)
+    return f"{name}: {error!r}"

@@ -1,0 +1,187 @@
+"""Sagas: what was done is undone in reverse, once, when the workflow fails or is cancelled."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import tenacity
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from sqla_durable import Saga, WorkflowStatus, cancel, errors, resume, wait_signal
+from tests.acceptance.application import AnyWorkflow, Application, Form
+from tests.acceptance.shells import Shell
+from tests.store import races
+from tests.support.domain import Entry
+
+WORKERS = pytest.mark.shells(("worker", "async-worker", "asyncpg-worker", "mixed-worker"))
+
+
+async def awaited(outcome: Any) -> Any:
+    """Give the outcome of an operation, in either form."""
+    return await outcome if inspect.isawaitable(outcome) else outcome
+
+
+class Block:
+    """A saga as either form writes it, for a story that is a coroutine."""
+
+    def __init__(self, form: Form) -> None:
+        self.form = form
+        self.saga = Saga()
+
+    async def __aenter__(self) -> Saga:
+        return await self.saga.__aenter__() if self.form is Form.ASYNC else self.saga.__enter__()
+
+    async def __aexit__(self, *error: Any) -> None:
+        if self.form is Form.ASYNC:
+            await self.saga.__aexit__(*error)
+        else:
+            self.saga.__exit__(*error)
+
+
+class Ledger:
+    """Steps that book, and steps that take it back."""
+
+    def __init__(self, app: Application, *, broken: str = "") -> None:
+        self.tries: list[str] = []
+
+        def do(session: Session, what: str) -> str:
+            if what == broken:
+                raise LookupError(what)
+            session.add(Entry(account=what, cents=1, note="do"))
+            return what
+
+        def undo(session: Session, what: str) -> None:
+            self.tries.append(what)
+            if self.tries.count(what) == 1 and what == "flaky":
+                raise ConnectionError(what)
+            if what == "hopeless":
+                raise ConnectionError(what)
+            session.add(Entry(account=what, cents=-1, note="undo"))
+
+        self.do = app.transactional(do)
+        self.undo = app.transactional(undo, stop=tenacity.stop_after_attempt(2), wait=tenacity.wait_none())
+
+
+def booked(shell: Shell) -> list[tuple[str, int]]:
+    with shell.sessionmaker() as session:
+        return [(each.account, each.cents) for each in session.scalars(select(Entry).order_by(Entry.id))]
+
+
+def trip(app: Application, ledger: Ledger, *, waits: bool = False) -> AnyWorkflow[[list[str]], str]:
+    async def travel(parts: list[str]) -> str:
+        async with Block(app.form) as saga:
+            for each in parts:
+                await ledger.do(each)
+                saga.add(ledger.undo.step, each)
+            if waits:
+                await awaited(wait_signal("go"))
+        return "travelled"
+
+    return app.workflow(travel)
+
+
+def test_saga_that_succeeds_undoes_nothing(shell: Shell, app: Application) -> None:
+    ledger = Ledger(app)
+    assert shell.run(trip(app, ledger), ["flight", "hotel"]) == "travelled"
+    assert booked(shell) == [("flight", 1), ("hotel", 1)]
+
+
+def test_failure_undoes_what_was_done_in_reverse(shell: Shell, app: Application) -> None:
+    ledger = Ledger(app, broken="car")
+    with pytest.raises(LookupError):
+        shell.run(trip(app, ledger), ["flight", "hotel", "car", "boat"])
+    assert booked(shell) == [("flight", 1), ("hotel", 1), ("hotel", -1), ("flight", -1)]
+
+
+def test_compensation_is_retried_by_its_own_policy(shell: Shell, app: Application) -> None:
+    ledger = Ledger(app, broken="car")
+    with pytest.raises(LookupError):
+        shell.run(trip(app, ledger), ["flaky", "car"])
+    assert booked(shell) == [("flaky", 1), ("flaky", -1)]
+
+
+def test_compensation_that_fails_keeps_none_of_the_others(shell: Shell, app: Application) -> None:
+    ledger = Ledger(app, broken="car")
+    with pytest.raises(errors.CompensationFailedError, match="1 of 3 compensations failed: undo: ConnectionError"):
+        shell.run(trip(app, ledger), ["flight", "hopeless", "hotel", "car"])
+    assert booked(shell) == [("flight", 1), ("hopeless", 1), ("hotel", 1), ("hotel", -1), ("flight", -1)]
+
+
+@WORKERS
+def test_cancel_undoes_what_was_done(shell: Shell, app: Application) -> None:
+    workflow = trip(app, Ledger(app), waits=True)
+    workflow_id = shell.begin(workflow, ["flight", "hotel"])
+    with shell.background():
+        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
+        with shell.sessionmaker.begin() as session:
+            assert cancel(session, workflow_id) == [workflow_id]
+        with pytest.raises(errors.WorkflowCancelledError):
+            shell.result(workflow, workflow_id)
+    assert booked(shell) == [("flight", 1), ("hotel", 1), ("hotel", -1), ("flight", -1)]
+    assert shell.one(workflow_id).status is WorkflowStatus.CANCELLED
+
+
+@WORKERS
+def test_second_cancel_changes_nothing_and_a_crash_neither(shell: Shell, app: Application) -> None:
+    workflow = trip(app, Ledger(app), waits=True)
+    workflow_id = shell.begin(workflow, ["flight", "hotel"])
+    with shell.background():
+        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
+    with shell.sessionmaker.begin() as session:
+        cancel(session, workflow_id)
+    with shell.sessionmaker.begin() as session:
+        cancel(session, workflow_id)
+    assert (shell.one(workflow_id).status, shell.one(workflow_id).attempt) == (WorkflowStatus.PENDING, 2)
+    with pytest.raises(errors.WorkflowCancelledError):
+        shell.finish(workflow, workflow_id)
+    shell.crashed(workflow_id)
+    with pytest.raises(errors.WorkflowCancelledError):
+        shell.finish(workflow, workflow_id)
+    assert booked(shell) == [("flight", 1), ("hotel", 1), ("hotel", -1), ("flight", -1)]
+
+
+@WORKERS
+def test_cancel_of_what_has_not_begun_undoes_nothing(shell: Shell, app: Application) -> None:
+    workflow_id = shell.begin(trip(app, Ledger(app)), ["flight"])
+    with shell.sessionmaker.begin() as session:
+        cancel(session, workflow_id)
+    assert shell.one(workflow_id).status is WorkflowStatus.CANCELLED
+
+
+@WORKERS
+def test_workflow_that_is_resumed_goes_on_and_can_be_undone_again(shell: Shell, app: Application) -> None:
+    workflow = trip(app, Ledger(app), waits=True)
+    workflow_id = shell.begin(workflow, ["flight"])
+    with shell.background():
+        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
+        with shell.sessionmaker.begin() as session:
+            cancel(session, workflow_id)
+            resume(session, workflow_id)
+        races.wait_until(lambda: shell.one(workflow_id).finished_at, what="the end")
+    assert shell.one(workflow_id).status is WorkflowStatus.CANCELLED
+    with shell.sessionmaker.begin() as session:
+        assert resume(session, workflow_id) == [workflow_id]
+    assert shell.one(workflow_id).cancellation == "compensates"
+
+
+def test_saga_is_for_the_code_of_a_workflow() -> None:
+    with pytest.raises(errors.UsageError, match="'saga' is for the code of a workflow"), Saga():
+        pass
+    with pytest.raises(errors.UsageError, match="a saga is used as a block"):
+        Saga().add(print)
+
+
+@pytest.mark.shells(("worker", "async-worker"))
+def test_saga_of_the_other_form_is_refused(shell: Shell, app: Application) -> None:
+    async def wrong() -> None:
+        saga = Saga()
+        if app.form is Form.ASYNC:
+            saga.__enter__()
+        else:
+            await saga.__aenter__()
+
+    with pytest.raises(errors.UsageError, match="a saga is used by"):
+        shell.run(app.workflow(wrong))

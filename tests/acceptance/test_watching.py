@@ -1,0 +1,81 @@
+"""A workflow that waits for what another one shows."""
+
+from __future__ import annotations
+
+import inspect
+from datetime import timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from sqla_durable import errors, set_event, wait_event, wait_signal
+from sqla_durable.testing import advance
+from tests.acceptance.application import AnyWorkflow, Application
+from tests.acceptance.shells import Shell
+from tests.store import races
+
+WORKERS = pytest.mark.shells(("worker", "async-worker", "asyncpg-worker", "mixed-worker"))
+
+
+async def awaited(outcome: Any) -> Any:
+    """Give the outcome of an operation, in either form."""
+    return await outcome if inspect.isawaitable(outcome) else outcome
+
+
+def watching(app: Application, **options: Any) -> AnyWorkflow[[UUID], int]:
+    async def watch(other: UUID) -> int:
+        found: int = await awaited(wait_event(other, "progress", int, **options))
+        return found
+
+    return app.workflow(watch)
+
+
+def showing(app: Application) -> AnyWorkflow[[], None]:
+    async def show() -> None:
+        await awaited(wait_signal("go"))
+        await awaited(set_event("progress", 7))
+
+    return app.workflow(show)
+
+
+@WORKERS
+def test_event_that_is_set_later_is_waited_for(shell: Shell, app: Application) -> None:
+    # behaviour: C4
+    other, watch = shell.begin(showing(app)), watching(app)
+    workflow_id = shell.begin(watch, other)
+    with shell.background():
+        races.wait_until(lambda: shell.one(workflow_id).wake_at, what="the parking")
+        with shell.client() as client:
+            client.signal(other, "go")
+            client.commit()
+        races.wait_until(lambda: shell.one(other).finished_at, what="the event")
+        with shell.sessionmaker.begin() as session:
+            advance(session, timedelta(seconds=30))
+        assert shell.result(watch, workflow_id) == 7
+    assert [each.key for each in shell.one(workflow_id).steps] == ["event:progress"]
+
+
+@WORKERS
+def test_event_that_nobody_will_set_is_an_error(shell: Shell, app: Application) -> None:
+    async def nothing() -> None: ...
+
+    other, watch = shell.begin(app.workflow(nothing)), watching(app)
+    with shell.background():
+        races.wait_until(lambda: shell.one(other).finished_at, what="the end of the other")
+    with pytest.raises(errors.EventNotSetError):
+        shell.run(watch, other)
+    with pytest.raises(errors.WorkflowNotFoundError):
+        shell.run(watch, uuid4())
+
+
+@WORKERS
+def test_event_that_is_not_set_in_time_is_an_error(shell: Shell, app: Application) -> None:
+    other, watch = shell.begin(showing(app)), watching(app, timeout=timedelta(days=1))
+    workflow_id = shell.begin(watch, other)
+    with shell.background():
+        races.wait_until(lambda: shell.one(workflow_id).wake_at, what="the parking")
+        with shell.sessionmaker.begin() as session:
+            advance(session, timedelta(days=1))
+        with pytest.raises(errors.WaitTimeoutError, match="event 'progress' was not set within 1 day"):
+            shell.result(watch, workflow_id)
