@@ -162,11 +162,12 @@ class as_completed(Generic[H]):  # noqa: N801 (used as a function, as in asyncio
 def start_child(definition: WorkflowDefinition, bound: BoundWorkflow) -> Any:
     """Start a child of the workflow whose code this is; see `WorkflowFunction.start_child`."""
 
+    kind: type[AsyncChild[Any]] | type[Child[Any]] = AsyncChild if require_workflow(definition.name).is_async else Child
+
     async def begin(runtime: Runtime, position: Position) -> _BaseChild[Any]:
         (workflow_id,) = await children.start(runtime, position, [bound.new])
         return kind(definition, workflow_id)
 
-    kind = AsyncChild if require_workflow(definition.name).is_async else Child
     return operate(f"start:{definition.name}", begin)
 
 

@@ -11,6 +11,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy.exc import DBAPIError
 
@@ -121,7 +122,7 @@ def _rebuilt(kind: type[Exception], args: list[Any], state: dict[str, Any]) -> E
         return kind(state.get("statement"), None, RecordedDriverError(state.get("text", ""), state.get("sqlstate")))
     error = kind.__new__(kind, *args)
     error.args = tuple(args)
-    error.__dict__.update(state)
+    error.__dict__.update({name: _read(value) for name, value in state.items()})
     return error
 
 
@@ -133,7 +134,20 @@ def _of_driver(error: DBAPIError) -> dict[str, Any]:
 
 
 def _attributes(error: BaseException) -> dict[str, Any]:
-    return {name: value for name, value in vars(error).items() if name != "__notes__"}
+    return {name: _written(value) for name, value in vars(error).items() if name != "__notes__"}
+
+
+def _written(value: Any) -> Any:
+    """Give what JSON holds of a value: errors of ours are about workflows, by their ids."""
+    return {"uuid": str(value)} if isinstance(value, UUID) else value
+
+
+def _read(value: Any) -> Any:
+    match value:
+        case {"uuid": str(text)} if len(value) == 1:
+            return UUID(text)
+        case _:
+            return value
 
 
 def _message(error: BaseException) -> str:

@@ -249,7 +249,8 @@ class _WorkflowFunction(_Durable[P, R]):
         return start_child(self.definition, self.bind(*args, **kwargs))
 
     def _map(self, items: Iterable[Any], *, max_concurrency: int | None, tolerate: int) -> Any:
-        bound = [each if isinstance(each, BoundWorkflow) else self.bind(each) for each in items]  # type: ignore[call-arg]
+        bind: Callable[..., BoundWorkflow] = self.bind
+        bound = [each if isinstance(each, BoundWorkflow) else bind(each) for each in items]
         return map_children(self.definition, bound, max_concurrency=max_concurrency, tolerate=tolerate)
 
     @overload

@@ -50,13 +50,11 @@ NAMING_CONVENTION = {
 
 def _text_of(statuses: type[StrEnum]) -> Enum:
     """Store a status as short text; which texts are legal is a named CHECK constraint, not a PostgreSQL enum."""
-    return Enum(
-        statuses,
-        native_enum=False,
-        length=16,
-        values_callable=lambda statuses: [each.value for each in statuses],
-        validate_strings=True,
-    )
+    return Enum(statuses, native_enum=False, length=16, values_callable=_values, validate_strings=True)
+
+
+def _values(statuses: type[StrEnum]) -> list[str]:
+    return [each.value for each in statuses]
 
 
 class Base(DeclarativeBase):
@@ -346,9 +344,6 @@ class StreamItem(Base):
         CheckConstraint("number >= 0 AND attempt >= 1 AND step_attempt >= 1", name="counts"),
         CheckConstraint("closed = (value IS NULL)", name="closed"),
     )
-
-    def __repr__(self) -> str:
-        return _shown(self, "name", "number", "workflow_id")
 
 
 class Queue(Base):

@@ -31,7 +31,8 @@ FLOORS = (
     {"operations"},
     {"hints", "polling"},
     {"registry", "store", "failure", "migrations", "storage"},
-    {"models", "codec", "retry", "_programs", "checks", "undisturbed", "interceptors", "limits", "inspection"},
+    {"inspection"},
+    {"models", "codec", "retry", "_programs", "checks", "undisturbed", "interceptors", "limits"},
     {"errors", "status", "execution"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

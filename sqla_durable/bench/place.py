@@ -71,7 +71,7 @@ class Place:
 
     def empty(self) -> None:
         """Remove all workflows and entries."""
-        self.do("TRUNCATE {schema}.workflow, {schema}.step, {schema}.bench_entry")
+        self.do("TRUNCATE {schema}.workflow, {schema}.bench_entry CASCADE")
 
     def fill(self, bound: Iterable[BoundWorkflow]) -> int:
         """Start workflows in one transaction; gives how many."""

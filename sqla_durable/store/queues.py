@@ -134,7 +134,8 @@ def with_histories(connectable: Connectable, claimed: Sequence[Claimed]) -> list
 
 
 def _claimed(row: Row[Any], token: UUID) -> Claimed:
-    fence, headers = Fence(row.id, token), row.headers or {}
+    fence = Fence(row.id, token)
+    headers: dict[str, str] = row.headers or {}
     return Claimed(fence, row.name, row.attempt, row.input, row.started, row.is_child, row.is_cancelling, headers)
 
 

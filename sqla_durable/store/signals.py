@@ -188,7 +188,8 @@ def _satisfied(new: CTE) -> ColumnElement[bool]:
         .correlate(new, awaited)
         .scalar_subquery()
     )
-    enough = and_(awaited.c.children.is_not(None), finished >= awaited.c["count"])
+    count: ColumnElement[int] = awaited.c["count"]
+    enough = and_(awaited.c.children.is_not(None), count <= finished)
     return select(literal_column("1")).select_from(awaited).where(or_(sent, enough)).exists()
 
 

@@ -27,6 +27,7 @@ _WROTE, _BEGUN = "sqla_durable.testing.wrote", "sqla_durable.testing.begun"
 _WRITES = re.compile(
     r"(?:\binsert\s+into|(?<!for )(?<!key )(?<!do )\bupdate|\bdelete\s+from|\bmerge\s+into)\s+(\S+)", re.I
 )
+_OF_THE_ENGINE = ("workflow", "step", "signal")  # its statements name all of them, whatever they write
 _QUERY_MESSAGE = b"Q" + struct.pack("!I", 11) + b"COMMIT\0"  # PostgreSQL manual, Message Formats: Query
 
 
@@ -199,7 +200,9 @@ def _changed_by(connection: Connection, statement: str) -> set[str]:
 def _described(connection: Connection, workflow_id: UUID | None, tables: set[str]) -> str:
     """Say what a transaction is about to commit; it is part of the message only, so no failure of it counts."""
     ours = {each.rpartition(".")[2] for each in tables}
-    words = [f"rows of {each}" for each in sorted(tables) if each.rpartition(".")[2] not in ("workflow", "step")]
+    words = [
+        f"rows of {each}" for each in sorted(tables) if each.rpartition(".")[2] not in ("workflow", "step", "signal")
+    ]
     with suppress(Exception):
         workflow = None if workflow_id is None else Session(connection).get(Workflow, workflow_id)
         if workflow is not None and Step.__tablename__ in ours:

@@ -29,7 +29,11 @@ async def awaited(outcome: Any) -> Any:
 def test_approval_waits_for_two_weeks(shell: Shell, app: Application) -> None:
     # behaviour: C1 C7
     sent: list[str] = []
-    remind = app.plain(lambda to: sent.append(to), name="remind")
+
+    def tell(to: str) -> None:
+        sent.append(to)
+
+    remind = app.plain(tell)
 
     def book(session: Session, cents: int) -> int:
         session.add(Entry(account="expense", cents=cents, note=None))

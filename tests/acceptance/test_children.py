@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -432,25 +431,34 @@ def test_fan_out_of_ten_thousand(shell: Shell, app: Application) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("items", "options", "message"),
     [
-        (lambda child: child.map([1], max_concurrency=0), "lets no child be executed"),
-        (lambda child: child.map([1], tolerate=-1), "is less than none"),
-        (lambda child: child.map([child.options(key="k").bind(1)]), "have no key= and no delay"),
-        (lambda child: child.map(range(100_001)), "over the limit of 100,000"),
-        (lambda child: child.map(["text"]), "argument 'number'"),
-        (lambda child: wait_first([]), "was given no workflows"),
+        ([1], {"max_concurrency": 0}, "lets no child be executed"),
+        ([1], {"tolerate": -1}, "is less than none"),
+        (["with a key"], {}, "have no key= and no delay"),
+        (range(100_001), {}, "over the limit of 100,000"),
+        (["text"], {}, "argument 'number'"),
     ],
 )
+@pytest.mark.shells(("worker", "async-worker", "executor", "async-joined"))
 def test_map_that_cannot_be_is_refused(
-    shell: Shell, app: Application, call: Callable[[Any], Any], message: str
+    shell: Shell, app: Application, items: Any, options: dict[str, Any], message: str
 ) -> None:
     child = doubling(app)
+    given: Any = [child.options(key="k").bind(1)] if items == ["with a key"] else items
 
     async def parent() -> Any:
-        return await awaited(call(child))
+        return await awaited(child.map(given, **options))
 
     with pytest.raises(errors.ArgumentError, match=message):
+        shell.run(app.workflow(parent))
+
+
+def test_first_of_no_children_is_refused(shell: Shell, app: Application) -> None:
+    async def parent() -> Any:
+        return await awaited(wait_first([]))
+
+    with pytest.raises(errors.ArgumentError, match="was given no workflows"):
         shell.run(app.workflow(parent))
 
 

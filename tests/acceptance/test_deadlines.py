@@ -137,7 +137,7 @@ def test_nothing_of_an_attempt_is_committed_after_the_deadline(shell: Shell, app
         assert counting.entered.wait(30)
         _overdue(shell, workflow_id)
         with shell.sessionmaker.begin() as session:  # as a worker does whose event loop is not blocked by the gate
-            assert [each.workflow_id for each in deadlines.fail_overdue(session, limit=9)] == [workflow_id]
+            deadlines.fail_overdue(session, limit=9)  # or the worker's own maintenance has been faster
         counting.open.set()
         with pytest.raises(errors.WorkflowTimeoutError):
             shell.result(counting.workflow, workflow_id)
@@ -189,7 +189,7 @@ def test_what_waits_fails_at_its_deadline_without_being_woken(shell: Shell, app:
 
 
 @on_workers
-def test_a_resumed_workflow_has_no_deadline_that_has_come(shell: Shell, app: Application) -> None:
+def test_a_resumed_workflow_has_its_time_limit_again(shell: Shell, app: Application) -> None:
     counting = Counting(app)
     workflow_id = _started(shell, counting.workflow.options(deadline=HOUR, timeout=HOUR, delay=9 * HOUR))
     _overdue(shell, workflow_id)
@@ -199,7 +199,10 @@ def test_a_resumed_workflow_has_no_deadline_that_has_come(shell: Shell, app: App
         with shell.sessionmaker.begin() as session:
             assert resume(session, workflow_id) == [workflow_id]
             lifted = session.get_one(Workflow, workflow_id)
-            assert (lifted.deadline_at, lifted.error, lifted.attempt) == (None, None, 2)
+            now = session.scalars(select(func.now())).one()
+            assert lifted.deadline_at is not None
+            assert abs(lifted.deadline_at - now - HOUR) < timedelta(minutes=1)  # its time limit, from now
+            assert (lifted.error, lifted.attempt) == (None, 2)
         assert shell.result(counting.workflow, workflow_id) == 1
 
 

@@ -118,7 +118,7 @@ def test_children_wake_when_there_are_enough(engine: Engine) -> None:
         session.commit()
     assert {each.workflow_id for each in claimed} == set(children)
     park(engine, parent, Awaited(children="ship", count=2))
-    woken = []
+    woken: list[int] = []
     for each in claimed:
         with Session(engine) as session:
             races.end(session, [races.success(each)])
