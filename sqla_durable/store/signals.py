@@ -178,7 +178,7 @@ def _satisfied(new: CTE) -> ColumnElement[bool]:
         .exists()
     )
     child = WORKFLOW.alias("child")
-    finished = (
+    finished: ColumnElement[Any] = (
         select(func.count())
         .where(
             child.c.parent_id == new.c.workflow_id,
@@ -188,8 +188,7 @@ def _satisfied(new: CTE) -> ColumnElement[bool]:
         .correlate(new, awaited)
         .scalar_subquery()
     )
-    count: ColumnElement[int] = awaited.c["count"]
-    enough = and_(awaited.c.children.is_not(None), count <= finished)
+    enough: ColumnElement[bool] = and_(awaited.c.children.is_not(None), finished >= awaited.c["count"])
     return select(literal_column("1")).select_from(awaited).where(or_(sent, enough)).exists()
 
 
