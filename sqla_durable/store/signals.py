@@ -162,7 +162,7 @@ def _known() -> Any:
 
 
 def _satisfied(new: CTE) -> ColumnElement[bool]:
-    awaited = (
+    awaited: Any = (
         func.jsonb_to_recordset(new.c.awaits)
         .table_valued(column("signal", Text()), column("children", Text()), column("count", Integer()))
         .render_derived(name="awaited", with_types=True)
