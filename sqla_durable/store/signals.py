@@ -188,8 +188,9 @@ def _satisfied(new: CTE) -> ColumnElement[bool]:
         .correlate(new, awaited)
         .scalar_subquery()
     )
-    enough: ColumnElement[bool] = and_(awaited.c.children.is_not(None), finished >= awaited.c["count"])
-    return select(literal_column("1")).select_from(awaited).where(or_(sent, enough)).exists()
+    enough = and_(awaited.c.children.is_not(None), finished >= awaited.c["count"])
+    anything = literal_column("1", type_=Integer())
+    return select(anything).select_from(awaited).where(or_(sent, enough)).exists()
 
 
 def _deliver_statement() -> Any:
