@@ -11,14 +11,7 @@ from sqla_durable.durable import Durable, run_step
 from sqla_durable.events import get_event, set_event
 from sqla_durable.execution import Execution
 from sqla_durable.executor import AsyncExecutor, Executor
-from sqla_durable.functions import (
-    AsyncStepFunction,
-    AsyncTransactionalStep,
-    AsyncWorkflowFunction,
-    StepFunction,
-    TransactionalStep,
-    WorkflowFunction,
-)
+from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction
 from sqla_durable.handle import AsyncHandle, Handle
 from sqla_durable.interceptors import Interceptor
 from sqla_durable.management import cancel, delete, fork, resume, retry, rewind
@@ -29,6 +22,7 @@ from sqla_durable.saga import Saga
 from sqla_durable.signals import signal, start_with_signal, wait_signal
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
 from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.step_functions import AsyncStepFunction, AsyncTransactionalStep, StepFunction, TransactionalStep
 from sqla_durable.streams import StreamEntry, close_stream, read_stream, write_stream
 from sqla_durable.threads import parallel
 from sqla_durable.timers import now, random, sleep, sleep_until, uuid4

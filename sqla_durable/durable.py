@@ -12,20 +12,19 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqla_durable.checks import fault_in
 from sqla_durable.codec import DEFAULT_LIMIT
 from sqla_durable.errors import DefinitionError
-from sqla_durable.functions import (
-    AsyncStepFunction,
-    AsyncTransactionalStep,
-    AsyncWorkflowFunction,
-    StepFunction,
-    TransactionalStep,
-    WorkflowFunction,
-    perform,
-)
+from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction
 from sqla_durable.inspection import SessionKind
 from sqla_durable.interceptors import Interceptor, Interceptors
 from sqla_durable.limits import TimeLimits
 from sqla_durable.registry import IsolationLevel, Registry, StepDefinition, WorkflowDefinition
 from sqla_durable.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
+from sqla_durable.step_functions import (
+    AsyncStepFunction,
+    AsyncTransactionalStep,
+    StepFunction,
+    TransactionalStep,
+    perform,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,11 +57,12 @@ class Durable:
         async_sessionmaker: the same for `AsyncSession`. A worker needs at least one of the two, here or of its own.
         payload_limit: the largest input, result or step result in bytes of JSON; 1 MiB by default.
         interceptors: what is around its workflows and their steps, the outermost first; see `Interceptor`.
+        history_limit: how many operations one workflow may call; 50,000 by default. See `continue_as_new`.
         version: the version of the code, which every start records. By itself it changes nothing: a worker with
             `versions=` claims those only. See docs, "Changing code".
 
     Raises:
-        DefinitionError: an interceptor is none; or the version is blank, or cannot be stored.
+        DefinitionError: an interceptor is none; or the version is blank, or cannot be stored; or the limit is no limit.
     """
 
     def __init__(
@@ -73,14 +73,18 @@ class Durable:
         payload_limit: int = DEFAULT_LIMIT,
         interceptors: Iterable[Interceptor] = (),
         version: str | None = None,
+        history_limit: int | None = None,
     ) -> None:
         fault = None if version is None else fault_in(version)
         if fault is not None:
             raise DefinitionError(f"version={version!r} {fault}: give a text that is not blank, or leave it out.")
+        if history_limit is not None and history_limit < 1:
+            raise DefinitionError(f"history_limit={history_limit!r} lets no workflow do anything: give 1 or more.")
         self.sessionmaker = sessionmaker
         self.async_sessionmaker = async_sessionmaker
         self.payload_limit = payload_limit
         self.version = version
+        self.history_limit = history_limit
         self.registry = Registry()
         self._interceptors = Interceptors(interceptors)
 
@@ -283,6 +287,7 @@ class WorkflowDecorator:
             interceptors=durable._interceptors,  # pyright: ignore[reportPrivateUsage]
             version=durable.version,
             strict=self._strict,
+            history_limit=durable.history_limit,
         )
         durable.registry.add_workflow(definition)
         return AsyncWorkflowFunction(definition) if definition.is_async else WorkflowFunction(definition)

@@ -9,6 +9,7 @@ DurableError
 │   ├── SessionError                  a session that is unbound, bound elsewhere, or not PostgreSQL
 │   ├── StepTransactionError          a step committed, rolled back or closed its own session
 │   ├── StreamClosedError             something is written to a stream that is closed
+│   ├── HistoryLimitError             a workflow calls more operations than it may
 │   ├── RetryPolicyError              what a step was given as retry, stop or wait fails itself
 │   └── UnfinishedStepError           a workflow returned while a step or a branch was not awaited to its end
 ├── PayloadError                  a value that cannot travel to the database and back
@@ -45,6 +46,7 @@ ControlFlow(BaseException)        unwinds a workflow function; never an error of
 ├── AttemptLost                   the fence refused a write: another attempt owns the workflow, or it was cancelled
 ├── Interrupted                   an executor lost its database in the middle
 ├── Suspended                     the workflow waits, as a row
+│   └── ContinuedAsNew                it begins anew, with another input and no history
 ├── Cancelling                    the workflow was cancelled, and undoes what it did
 └── Released                      the worker is stopping and hands the workflow back
 ```
@@ -111,6 +113,10 @@ class RetryPolicyError(UsageError):
 
     It is the step's outcome, recorded like any other error: so a replay takes the same way.
     """
+
+
+class HistoryLimitError(UsageError):
+    """A workflow calls more operations than its `Durable` allows: each replay would read all of them."""
 
 
 class UnfinishedStepError(UsageError):
@@ -354,6 +360,10 @@ class Interrupted(ControlFlow):
 
 class Suspended(ControlFlow):
     """The workflow is parked: its row says when it goes on, and its replay will come back to where it waits."""
+
+
+class ContinuedAsNew(Suspended):
+    """The workflow was enqueued to begin anew; this attempt is over."""
 
 
 class Cancelling(ControlFlow):

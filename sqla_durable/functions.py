@@ -6,164 +6,34 @@ function is the plain function that it was made of.
 
 from __future__ import annotations
 
-import functools
+import json
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any, Generic, NoReturn, ParamSpec, Self, TypeVar, cast, overload
+from functools import partial
+from typing import Any, NoReturn, ParamSpec, Self, TypeVar, cast, overload
 from uuid import UUID
 
 from sqlalchemy import inspect
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable.checks import require_duration
 from sqla_durable.children import AsyncChild, Child, map_children, start_child
-from sqla_durable.context import Context, active
-from sqla_durable.errors import DefinitionError, SessionError, StepOutsideWorkflowError, SyncAsyncError
+from sqla_durable.errors import SessionError, UsageError
 from sqla_durable.handle import AsyncHandle, Handle
-from sqla_durable.inspection import SessionKind, require_name
 from sqla_durable.models import Workflow
-from sqla_durable.operations.runtime import StepCall
-from sqla_durable.registry import StepDefinition, WorkflowDefinition
-from sqla_durable.retry import Tries, WaitFunction, until_true
+from sqla_durable.operate import operate, require_workflow
+from sqla_durable.operations.anew import begin_anew
+from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.start import BoundWorkflow, StartOptions, bind, of_step, start
+from sqla_durable.step_functions import DurableFunction
 from sqla_durable.store import schema
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
 
 
-def perform(definition: StepDefinition, key: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a step where the code is now: as a step in a workflow, as the plain function elsewhere."""
-    context = active()
-    if context is None or context.step is not None:
-        _require_session(definition, args)
-        return definition.fn(*args, **kwargs)
-    _refuse_mismatch(context, definition, args)
-    position = context.attempt.visit(definition.name, definition.place, key=key)
-    return context.perform(StepCall(definition, position, args, kwargs, Tries()))
-
-
-class _Durable(Generic[P, R]):
-    """Shares the name and the documentation of the function that it is made of."""
-
-    def __init__(self, fn: Callable[..., Any], name: str) -> None:
-        functools.update_wrapper(cast("Any", self), fn, updated=())
-        self.name = name
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r}>"
-
-
-class _Step(_Durable[P, R]):
-    def __init__(self, definition: StepDefinition, key: str | None = None) -> None:
-        super().__init__(definition.fn, definition.name)
-        self.definition = definition
-        self._key = key
-
-    def __set_name__(self, owner: type, name: str) -> NoReturn:
-        raise DefinitionError(
-            f"{owner.__name__}.{name} is decorated in its class, where it has no instance: make the step of the bound "
-            f"method instead, durable.step(instance.{name}, name={name!r})."
-        )
-
-    def options(self, *, key: str) -> Self:
-        """Give the step with an explicit key: its identity in the workflow, instead of name and occurrence.
-
-        Raises:
-            DefinitionError: the key is blank, or contains one of the marks of occurrences.
-        """
-        require_name(key, what=f"key of step {self.name!r}")
-        return type(self)(self.definition, key)
-
-    def until(self, *, wait: WaitFunction | None = None, timeout: timedelta | None = None) -> Self:
-        """Give the step as one that is executed again and again until its result is true.
-
-        ```python
-        paid = await is_paid.until(wait=tenacity.wait_exponential(max=3600), timeout=timedelta(days=2))(order_id)
-        ```
-
-        The waits between are timers: longer than a moment, the workflow is a row meanwhile. The step has one row,
-        however often it is executed, and its own policy for errors.
-
-        Args:
-            wait: a tenacity object; by default that of the step, or exponential up to a minute.
-            timeout: when to give up, from the first try on; then the last result stands, which is false.
-
-        Raises:
-            DefinitionError: `wait` is not a tenacity object.
-            ArgumentError: the timeout is no timedelta.
-        """
-        if timeout is not None:
-            require_duration(timeout, "timeout")
-        policy = until_true(self.definition.policy, wait=wait, timeout=timeout)
-        return type(self)(replace(self.definition, policy=policy), self._key)
-
-    def _perform(self, *args: Any, **kwargs: Any) -> Any:
-        return perform(self.definition, self._key, args, kwargs)
-
-
-class _SyncStep(_Step[P, R]):
-    def aio(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
-        """Call the step in an `async def` workflow; it is executed in a thread.
-
-        The same as calling it, for type checkers: they cannot see that the call gives an awaitable there.
-
-        Raises:
-            SyncAsyncError: this is not an `async def` workflow.
-        """
-        context = active()
-        if context is None or context.step is not None or not context.is_async:
-            raise SyncAsyncError(f"{self.name}.aio() is for async def workflows: call {self.name}(...) here.")
-        return cast("Coroutine[Any, Any, R]", self._perform(*args, **kwargs))
-
-
-class StepFunction(_SyncStep[P, R]):
-    """A plain step made of a `def`: its outcome is recorded, its effects happen at least once."""
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Execute the step, or return what it returned before; in an `async def` workflow, await the call."""
-        return cast("R", self._perform(*args, **kwargs))
-
-
-class AsyncStepFunction(_Step[P, R]):
-    """A plain step made of an `async def`: its outcome is recorded, its effects happen at least once."""
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
-        """Execute the step, or return what it returned before."""
-        return cast("Coroutine[Any, Any, R]", self._perform(*args, **kwargs))
-
-
-class TransactionalStep(_SyncStep[P, R]):
-    """A step that takes a `Session`: its writes and its checkpoint commit in one transaction, exactly once."""
-
-    @overload
-    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
-
-    @overload
-    def __call__(self, session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> R:
-        """Execute the step, or return what it returned before; outside a workflow, pass a session first."""
-        return cast("R", self._perform(*args, **kwargs))
-
-
-class AsyncTransactionalStep(_Step[P, R]):
-    """A step that takes an `AsyncSession`: its writes and its checkpoint commit in one transaction, exactly once."""
-
-    @overload
-    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]: ...
-
-    @overload
-    def __call__(self, session: AsyncSession, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]: ...
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, R]:
-        """Execute the step, or return what it returned before; outside a workflow, pass a session first."""
-        return cast("Coroutine[Any, Any, R]", self._perform(*args, **kwargs))
-
-
-class _WorkflowFunction(_Durable[P, R]):
+class _WorkflowFunction(DurableFunction[P, R]):
     def __init__(self, definition: WorkflowDefinition, options: StartOptions | None = None) -> None:
         super().__init__(definition.fn, definition.name)
         self.definition = definition
@@ -194,6 +64,16 @@ class _WorkflowFunction(_Durable[P, R]):
         given |= {"timeout": timeout, "deadline": deadline}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return type(self)(self.definition, replace(self.start_options, **changes))
+
+    def _continue_as_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        context = require_workflow("continue_as_new")
+        if context.attempt.name != self.name:
+            raise UsageError(
+                f"{self.name}.continue_as_new() was called in workflow {context.attempt.name!r}, which begins anew as "
+                "itself: call its own."
+            )
+        given = json.dumps(self.definition.encode(args, kwargs), ensure_ascii=False)
+        return operate("continue_as_new", partial(begin_anew, given=given))
 
     def bind(self, *args: P.args, **kwargs: P.kwargs) -> BoundWorkflow:
         """Check and keep the arguments, for `start_many`.
@@ -287,6 +167,29 @@ class WorkflowFunction(_WorkflowFunction[P, R]):
         """Call the plain function; inside another workflow its steps become that one's."""
         return cast("R", self.definition.fn(*args, **kwargs))
 
+    def continue_as_new(self, *args: P.args, **kwargs: P.kwargs) -> NoReturn:
+        """Begin the workflow anew with these arguments and no history: for one that runs for months.
+
+        ```python
+        @durable.workflow
+        def follow(customer: int, seen: int = 0) -> None:
+            for _ in range(100):
+                handle(wait_signal("event", Event))
+                seen += 1
+            follow.continue_as_new(customer, seen)
+        ```
+
+        In one statement its recorded steps are deleted and its input is replaced; its id, key, children, signals,
+        events and streams stay. This attempt ends here, and a worker begins the next one. Nothing of it may go on:
+        branches that are still open have lost the workflow.
+
+        Raises:
+            ArgumentError, EncodingError: an argument does not fit the annotations, or cannot be stored.
+            UsageError: this is not the workflow's own code.
+        """
+        self._continue_as_new(args, kwargs)
+        raise AssertionError("unreachable: the operation has unwound the workflow")
+
     def start_child(self, *args: P.args, **kwargs: P.kwargs) -> Child[R]:
         """Start a child in the code of a workflow, and give its handle.
 
@@ -348,6 +251,10 @@ class AsyncWorkflowFunction(_WorkflowFunction[P, R]):
         """Call the plain function; inside another workflow its steps become that one's."""
         return cast("Coroutine[Any, Any, R]", self.definition.fn(*args, **kwargs))
 
+    def continue_as_new(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, NoReturn]:
+        """Begin the workflow anew with these arguments; await it. See `WorkflowFunction.continue_as_new`."""
+        return cast("Coroutine[Any, Any, NoReturn]", self._continue_as_new(args, kwargs))
+
     def start_child(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, AsyncChild[R]]:
         """Start a child in the code of a workflow, and give its handle; see `WorkflowFunction.start_child`."""
         return cast("Coroutine[Any, Any, AsyncChild[R]]", self._start_child(args, kwargs))
@@ -371,30 +278,3 @@ def id_of(workflow: Workflow | UUID) -> UUID:
         return workflow
     identity = inspect(workflow).identity
     return workflow.id if identity is None else UUID(str(identity[0]))
-
-
-def _require_session(definition: StepDefinition, args: tuple[Any, ...]) -> None:
-    wanted = definition.session.type
-    if wanted is not None and not (args and isinstance(args[0], wanted)):
-        raise StepOutsideWorkflowError(
-            f"step {definition.name!r} takes {_a(wanted)}, which only a workflow injects, and was called outside a "
-            f"workflow's own code: pass one, {definition.name}(session, ...), or call it in a workflow."
-        )
-
-
-def _refuse_mismatch(context: Context, definition: StepDefinition, args: tuple[Any, ...]) -> None:
-    context.attempt.branches.require_here(f"step {definition.name!r}", workflow=context.attempt.name)
-    if definition.is_async and not context.is_async:
-        raise SyncAsyncError(
-            f"step {definition.name!r} is async def and workflow {context.attempt.name!r} is def, which cannot await "
-            "it: make the workflow async def, or the step a def."
-        )
-    if definition.session is not SessionKind.NONE and args and isinstance(args[0], (Session, AsyncSession)):
-        raise SessionError(
-            f"step {definition.name!r} was given {args[0]!r} in workflow {context.attempt.name!r}: its session is "
-            f"injected there, so that its checkpoint commits with its writes. Call {definition.name}(...) without."
-        )
-
-
-def _a(kind: type) -> str:
-    return f"a{'n' if kind.__name__[0] in 'AEIOU' else ''} {kind.__name__}"

@@ -104,6 +104,7 @@ class WorkflowDefinition:
     interceptors: Interceptors = NO_INTERCEPTORS
     version: str | None = None
     strict: bool = False
+    history_limit: int | None = None
 
     @classmethod
     def of(
@@ -116,6 +117,7 @@ class WorkflowDefinition:
         interceptors: Interceptors = NO_INTERCEPTORS,
         version: str | None = None,
         strict: bool = False,
+        history_limit: int | None = None,
     ) -> WorkflowDefinition:
         """Describe a workflow function.
 
@@ -123,7 +125,7 @@ class WorkflowDefinition:
             DefinitionError: its arguments cannot be stored by name, or it takes a session.
         """
         name = name_of(fn, name, what="workflow")
-        definition = cls(name, fn, is_coroutine(fn), queue, limit, interceptors, version, strict)
+        definition = cls(name, fn, is_coroutine(fn), queue, limit, interceptors, version, strict, history_limit)
         for parameter in definition.signature.parameters.values():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise DefinitionError(

@@ -24,7 +24,7 @@ FLOORS = (
     {"durable"},
     {"management", "signals", "watching", "events", "streams", "progress"},
     {"functions", "timers", "saga"},
-    {"children"},
+    {"children", "step_functions"},
     {"start", "handle", "runtime", "operate", "threads", "patches", "publishing"},
     {"tasks"},
     {"context"},

@@ -25,6 +25,7 @@ from sqla_durable.errors import (
     ArgumentError,
     AttemptLost,
     AttemptLostError,
+    ContinuedAsNew,
     Interrupted,
     SessionError,
     UsageError,
@@ -73,9 +74,17 @@ class Story:
     async def _bring_to_end(self, definition: WorkflowDefinition, find: Callable[[Session], UUID]) -> Any:
         self.require_usable()
         taken = await self.transact(lambda session: self._take(session, definition, find))
-        if isinstance(taken, Claimed):
-            taken = await self._execute(definition, Attempt(taken))
+        while isinstance(taken, Claimed):
+            workflow_id = taken.fence.workflow_id
+            try:
+                taken = await self._execute(definition, Attempt(taken))
+            except ContinuedAsNew:
+                taken = await self.transact(partial(self._take_up, definition=definition, workflow_id=workflow_id))
         return taken.value(definition)
+
+    def _take_up(self, session: Session, definition: WorkflowDefinition, workflow_id: UUID) -> Claimed | Outcome:
+        """Claim a workflow that has begun anew."""
+        return self._take(session, definition, lambda _: workflow_id)
 
     def _take(
         self, session: Session, definition: WorkflowDefinition, find: Callable[[Session], UUID]

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from math import isfinite
 from uuid import UUID
 
-from sqla_durable.errors import Cancelling, ControlFlow, Suspended, UnfinishedStepError, UsageError
+from sqla_durable.errors import Cancelling, ControlFlow, HistoryLimitError, Suspended, UnfinishedStepError, UsageError
 from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
 from sqla_durable.operations.branch import Branches
 from sqla_durable.operations.changes import Visits
 from sqla_durable.store import Awaited, Claimed, Fence, Recorded
+
+DEFAULT_HISTORY_LIMIT = 50_000
+"""How many operations one workflow may call, unless its `Durable` says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class Attempt:
         self.is_child: bool = claimed.is_child
         self.headers: Mapping[str, str] = claimed.headers
         self.interceptors: Interceptors = NO_INTERCEPTORS
+        self.history_limit = DEFAULT_HISTORY_LIMIT
         self._history: Mapping[str, Recorded] = claimed.history
         self.visits = Visits(claimed.history)
         self.branches = Branches()
@@ -144,6 +148,12 @@ class Attempt:
                 raise UsageError(
                     f"two functions are called under the step name {name!r} in workflow {self.name!r}: a replay could "
                     "take one's outcome for the other's. Give one of them another name."
+                )
+            if self.visits.count >= self.history_limit:
+                raise HistoryLimitError(
+                    f"workflow {self.name!r} has called {self.history_limit:,} operations, its limit: every replay "
+                    "reads all of them. Begin anew with continue_as_new(...), give parts of it to children, or raise "
+                    "Durable(history_limit=...)."
                 )
             identity = branch.key(name, explicit=key)
             if identity in self._keys:

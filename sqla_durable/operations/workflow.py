@@ -64,6 +64,7 @@ async def completion_of(runtime: Runtime, definition: WorkflowDefinition, body: 
 async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
     attempt = runtime.attempt
     attempt.interceptors = definition.interceptors
+    attempt.history_limit = definition.history_limit or attempt.history_limit
     try:
         value = await _called(runtime, definition, body)
         attempt.proceed()

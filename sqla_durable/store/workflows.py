@@ -17,6 +17,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     cast,
+    delete,
     func,
     null,
     or_,
@@ -33,6 +34,7 @@ from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.models import Workflow
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
+    STEP,
     SUSPECT,
     WORKFLOW,
     Columns,
@@ -91,6 +93,17 @@ def finished_by(connectable: Connectable, fences: Iterable[Fence]) -> dict[Fence
     """Give those of the attempts that have finished their workflows: an acknowledgement may have been lost."""
     rows = execute(connectable, _FINISHED_BY, filled("batch", [fence_row(each) for each in fences]))
     return {Fence(row.id, row.token): row.status for row in rows}
+
+
+def restart(connectable: Connectable, fence: Fence, *, given: str) -> bool:
+    """Begin a workflow anew with another input (JSON text) and no history, as its next attempt.
+
+    What it has published and what was sent to it stays. Waits for whoever holds the row.
+
+    Returns:
+        False if the attempt does not own the workflow: it has lost it, or this was carried out before.
+    """
+    return scalar(connectable, _RESTART, filled("batch", [fence_row(fence)]) | {"input": given}) is not None
 
 
 def release(connectable: Connectable, fences: Iterable[Fence]) -> set[UUID]:
@@ -185,6 +198,27 @@ def _release_statement(*, skip_locked: bool) -> Any:
     )
 
 
+def _restart_statement() -> Any:
+    mine = owned(table("batch", _FENCE), skip_locked=False)
+    forgotten = delete(STEP).where(STEP.c.workflow_id == mine.c.id).returning(STEP.c.key).cte("forgotten")
+    return (
+        update(WORKFLOW)
+        .where(WORKFLOW.c.id == mine.c.id)
+        .values(
+            status=WorkflowStatus.PENDING,
+            input=cast(cast(bindparam("input", type_=Text()), Text), JSONB),
+            attempt=WORKFLOW.c.attempt + 1,
+            crashes=0,
+            token=null(),
+            worker_id=null(),
+            cancellation=null(),
+            enqueued_at=func.statement_timestamp(),
+        )
+        .returning(WORKFLOW.c.id)
+        .add_cte(forgotten)
+    )
+
+
 def _still_owned_statement() -> Any:
     return select(WORKFLOW.c.id, WORKFLOW.c.token).where(
         _of_attempts(), WORKFLOW.c.status == status(WorkflowStatus.RUNNING)
@@ -240,6 +274,7 @@ def _wake_due_statement() -> Any:
 _FINISH = _finish_statement()
 _RELEASE = _release_statement(skip_locked=False)
 _RELEASE_UNLOCKED = _release_statement(skip_locked=True)
+_RESTART = _restart_statement()
 _FINISHED_BY = _finished_by_statement()
 _STILL_OWNED = _still_owned_statement()
 _OUTCOME = select(

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from sqla_durable.errors import AttemptLost, HistoryMismatchError, Released, Suspended
+from sqla_durable.errors import AttemptLost, ContinuedAsNew, HistoryMismatchError, Released, Suspended
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import run_blocking
@@ -133,6 +133,8 @@ class Attempts:
             await self._abandon_if_owned(attempt)
         except (Released, asyncio.CancelledError):
             await self._release([attempt.fence])
+        except ContinuedAsNew:
+            self._surroundings.writer.on_asked()
         except Suspended:
             log.debug("workflow %s %s is parked in attempt %d", attempt.name, attempt.workflow_id, attempt.number)
         except HistoryMismatchError as error:

@@ -1,0 +1,26 @@
+"""A workflow that begins anew: its history goes, and a new attempt begins with another input."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NoReturn
+
+from sqla_durable.errors import AttemptLost, ContinuedAsNew
+from sqla_durable.operations.attempt import Position
+from sqla_durable.operations.runtime import Runtime
+from sqla_durable.store import workflows
+
+
+async def begin_anew(runtime: Runtime, position: Position, *, given: str) -> NoReturn:
+    """Enqueue the workflow with this input, and unwind this attempt.
+
+    Raises:
+        ContinuedAsNew: that is done.
+        AttemptLost: the attempt no longer owns the workflow; or it was done, and the acknowledgement was lost.
+    """
+    attempt = runtime.attempt
+    await runtime.settle()
+    if not await runtime.execute(partial(workflows.restart, fence=attempt.fence, given=given)):
+        raise AttemptLost(attempt.workflow_id)
+    attempt.stop(ContinuedAsNew)
+    raise ContinuedAsNew

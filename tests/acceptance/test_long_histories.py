@@ -1,0 +1,100 @@
+"""A workflow that runs for months: it begins anew, and its history stays short."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+
+from sqla_durable import Durable, errors, wait_signal
+from tests.acceptance.application import Application
+from tests.acceptance.shells import Shell
+
+COMMITTING = pytest.mark.shells(("executor", "async-executor", "worker", "async-worker", "asyncpg-worker"))
+
+
+async def awaited(outcome: Any) -> Any:
+    """Give the outcome of an operation, in either form."""
+    return await outcome if inspect.isawaitable(outcome) else outcome
+
+
+def counting(app: Application) -> Any:
+    calls: list[int] = []
+
+    def count(number: int) -> int:
+        calls.append(number)
+        return number + 1
+
+    step = app.plain(count)
+    found: list[Any] = []
+
+    async def loop(until: int, number: int = 0) -> int:
+        for _ in range(3):
+            number = await step(number)
+            if number == until:
+                return len(calls)
+        await awaited(found[0].continue_as_new(until, number))
+        raise AssertionError("it went on")
+
+    found.append(app.workflow(loop))
+    return found[0]
+
+
+@COMMITTING
+def test_workflow_begins_anew_with_a_short_history(shell: Shell, app: Application) -> None:
+    workflow = counting(app)
+    workflow_id = shell.begin(workflow, 10)
+    assert shell.finish(workflow, workflow_id) == 10
+    record = shell.one(workflow_id)
+    assert [each.key for each in record.steps] == ["count"]
+    assert (record.input, record.attempt) == ({"until": 10, "number": 9}, 4)
+
+
+@COMMITTING
+def test_signals_are_taken_on_from_one_round_to_the_next(shell: Shell, app: Application) -> None:
+    found: list[Any] = []
+
+    async def collect(seen: list[int]) -> list[int]:
+        seen.append(await awaited(wait_signal("item", int)))
+        if len(seen) == 4:
+            return seen
+        await awaited(found[0].continue_as_new(seen))
+        raise AssertionError("it went on")
+
+    found.append(app.workflow(collect))
+    workflow_id = shell.begin(found[0], [])
+    with shell.client() as client:
+        for number in range(4):
+            client.signal(workflow_id, "item", number)
+        client.commit()
+    assert shell.finish(found[0], workflow_id) == [0, 1, 2, 3]
+
+
+def test_another_workflow_is_refused(shell: Shell, app: Application) -> None:
+    other = counting(app)
+
+    async def wrong() -> None:
+        await awaited(other.continue_as_new(1))
+
+    with pytest.raises(errors.UsageError, match="which begins anew as itself"):
+        shell.run(app.workflow(wrong))
+
+
+def test_too_many_operations_are_refused(shell: Shell) -> None:
+    app = Application(shell.form, Durable(history_limit=5))
+    shell.app = app
+    step = app.plain(lambda: None, name="nothing")
+
+    async def endless() -> None:
+        while True:
+            await step()
+
+    with pytest.raises(errors.HistoryLimitError, match="has called 5 operations, its limit"):
+        shell.run(app.workflow(endless))
+    assert len(shell.one(shell.only).steps) == 5
+
+
+def test_limit_that_is_none_is_refused() -> None:
+    with pytest.raises(errors.DefinitionError, match="history_limit=0 lets no workflow do anything"):
+        Durable(history_limit=0)
