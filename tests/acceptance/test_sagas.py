@@ -11,7 +11,7 @@ import tenacity
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from sqla_durable import Saga, Workflow, WorkflowStatus, cancel, errors, parallel, resume, wait_signal
+from sqla_durable import Saga, Workflow, WorkflowStatus, cancel, errors, parallel, resume, retry, wait_signal
 from tests.acceptance.application import AnyWorkflow, Application, Form, drive
 from tests.acceptance.shells import Shell
 from tests.store import races
@@ -281,3 +281,32 @@ def test_children_of_a_map_that_gives_up_undo_what_they_did(shell: Shell, app: A
 def all_children(shell: Shell) -> list[Workflow]:
     with shell.sessionmaker() as session:
         return list(session.scalars(select(Workflow).where(Workflow.name == "travel")))
+
+
+@WORKERS
+def test_retry_of_what_was_undone_does_it_again(shell: Shell, app: Application) -> None:
+    """Retried, the failed step succeeds: what was undone before it has to be done again."""
+    ledger = Ledger(app)
+    broken = [True]
+
+    def pay(session: Session) -> None:
+        if broken:
+            broken.clear()
+            raise LookupError("pay")
+
+    paying = app.transactional(pay)
+
+    async def travel() -> None:
+        async with Block(app.form) as saga:
+            await ledger.do("flight")
+            saga.add(ledger.undo.step, "flight")
+            await paying()
+
+    workflow = app.workflow(travel)
+    workflow_id = shell.begin(workflow)
+    with pytest.raises(LookupError):
+        shell.finish(workflow, workflow_id)
+    with shell.sessionmaker.begin() as session:
+        retry(session, workflow_id)
+    shell.finish(workflow, workflow_id)
+    assert sum(cents for _, cents in booked(shell)) == 1

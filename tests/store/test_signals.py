@@ -137,6 +137,7 @@ def test_child_of_a_finished_parent_leaves_nothing(engine: Engine) -> None:
         session.commit()
         races.end(session, [races.success(child.fence)])
         session.commit()
+    assert deliver(engine) == (1, 0)
     assert sent(engine) == []
 
 
