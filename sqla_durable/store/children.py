@@ -31,6 +31,8 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqla_durable.errors import AttemptLost, WorkflowNotFoundError
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store._rows import (
+    COMPENSATES,
+    REQUESTED,
     STEP,
     WORKFLOW,
     Awaited,
@@ -279,10 +281,23 @@ def _cancel_rest_statement() -> Any:
         .with_for_update(key_share=True, of=WORKFLOW),
         "rest",
     )
+    undone = WORKFLOW.c.cancellation == COMPENSATES
+    now = func.statement_timestamp()
     return (
         update(WORKFLOW)
-        .where(WORKFLOW.c.id == rest.c.id, unfinished)
-        .values(status=WorkflowStatus.CANCELLED, finished_at=func.statement_timestamp(), wake_at=null(), awaits=null())
+        # What is being undone already goes on with that.
+        .where(WORKFLOW.c.id == rest.c.id, unfinished, func.coalesce(WORKFLOW.c.cancellation, COMPENSATES) == COMPENSATES)
+        .values(
+            status=case((undone, WorkflowStatus.PENDING.value), else_=WorkflowStatus.CANCELLED.value),
+            finished_at=case((undone, null()), else_=now),
+            cancellation=case((undone, REQUESTED)),
+            attempt=case((undone, WORKFLOW.c.attempt + 1), else_=WORKFLOW.c.attempt),
+            token=case((undone, null()), else_=WORKFLOW.c.token),
+            worker_id=case((undone, null()), else_=WORKFLOW.c.worker_id),
+            enqueued_at=case((undone, now), else_=WORKFLOW.c.enqueued_at),
+            wake_at=null(),
+            awaits=null(),
+        )
         .returning(WORKFLOW.c.id)
     )
 

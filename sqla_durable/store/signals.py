@@ -93,10 +93,8 @@ def deliver(connectable: Connectable, *, limit: int) -> tuple[int, int]:
 def asking(ended: CTE) -> Any:
     """Insert what those that were parked ask for, and what children that have ended leave to their parents."""
     finished = ended.c.finished_at.is_not(None)
-    parent = WORKFLOW.alias("parent")
-    waits = select(parent.c.id).where(parent.c.id == ended.c.parent_id, parent.c.finished_at.is_(None)).exists()
     source = select(case((finished, ended.c.parent_id), else_=ended.c.id), case((finished, CHILD), else_=PARKED)).where(
-        or_(ended.c.awaits.is_not(None), and_(finished, ended.c.parent_id.is_not(None), waits))
+        or_(ended.c.awaits.is_not(None), and_(finished, ended.c.parent_id.is_not(None)))
     )
     return insert(SIGNAL).from_select(["workflow_id", "name"], source, include_defaults=False).returning(SIGNAL.c.id)
 
@@ -137,7 +135,8 @@ def _take_statement() -> Any:
     taken = (
         update(SIGNAL)
         .where(SIGNAL.c.workflow_id == oldest.c.workflow_id, SIGNAL.c.id == oldest.c.id)
-        .where(~_known().exists())
+        # Looked at again in the row as it is now: another branch may have taken it since this statement began.
+        .where(SIGNAL.c.consumed_by.is_(None), ~_known().exists())
         .values(
             consumed_by=GIVEN["key"],
             delivered_at=func.coalesce(SIGNAL.c.delivered_at, func.statement_timestamp()),

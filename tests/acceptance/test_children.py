@@ -20,6 +20,8 @@ from sqla_durable import (
     WorkflowStatus,
     as_completed,
     cancel,
+    fork,
+    rewind,
     errors,
     wait_first,
     wait_signal,
@@ -491,3 +493,41 @@ def _ready(shell: Shell, gone: set[UUID], count: int) -> list[UUID]:
     """Give the children that wait for their signal, once there are as many as there can be."""
     ready = [each.id for each in all_of(shell, "wait") if each.awaits and each.id not in gone]
     return ready if len(ready) >= count else []
+
+
+@WORKERS
+def test_map_that_is_rewound_waits_for_its_new_children(shell: Shell, app: Application) -> None:
+    calls: list[int] = []
+
+    async def child(number: int) -> int:
+        calls.append(number)
+        return len(calls)
+
+    each = app.workflow(child)
+
+    async def parent() -> list[int]:
+        found: list[int] = await awaited(each.map([1, 2, 3]))
+        return found
+
+    workflow = app.workflow(parent)
+    workflow_id = shell.begin(workflow)
+    assert sorted(finish(shell, workflow, workflow_id)) == [1, 2, 3]
+    with shell.sessionmaker.begin() as session:
+        rewind(session, workflow_id, to_step="start:child")
+    assert sorted(finish(shell, workflow, workflow_id)) == [4, 5, 6]
+
+
+@WORKERS
+def test_fork_in_the_middle_of_a_map_comes_to_an_end(shell: Shell, app: Application) -> None:
+    child = doubling(app)
+
+    async def parent() -> list[int]:
+        found: list[int] = await awaited(child.map([1, 2, 3]))
+        return found
+
+    workflow = app.workflow(parent)
+    workflow_id = shell.begin(workflow)
+    assert finish(shell, workflow, workflow_id) == [2, 4, 6]
+    with shell.sessionmaker.begin() as session:
+        forked = fork(session, workflow_id, from_step="map:double").id
+    assert finish(shell, workflow, forked) == [2, 4, 6]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from typing import Any
 
@@ -10,8 +11,8 @@ import tenacity
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from sqla_durable import Saga, WorkflowStatus, cancel, errors, resume, wait_signal
-from tests.acceptance.application import AnyWorkflow, Application, Form
+from sqla_durable import Saga, Workflow, WorkflowStatus, cancel, errors, parallel, resume, retry, wait_signal
+from tests.acceptance.application import AnyWorkflow, Application, Form, drive
 from tests.acceptance.shells import Shell
 from tests.store import races
 from tests.support.domain import Entry
@@ -185,3 +186,127 @@ def test_saga_of_the_other_form_is_refused(shell: Shell, app: Application) -> No
 
     with pytest.raises(errors.UsageError, match="a saga is used by"):
         shell.run(app.workflow(wrong))
+
+
+@WORKERS
+@pytest.mark.parametrize("grouped", [False, True])
+def test_sagas_of_branches_are_all_undone_when_the_workflow_is_cancelled(
+    shell: Shell, app: Application, grouped: bool
+) -> None:
+    ledger = Ledger(app)
+    forward: list[str] = []
+
+    def mark(session: Session, what: str) -> None:
+        forward.append(what)
+
+    marking = app.transactional(mark)
+
+    async def one(parts: list[str]) -> None:
+        async with Block(app.form) as saga:
+            for each in parts:
+                await ledger.do(each)
+                saga.add(ledger.undo.step, each)
+            await awaited(wait_signal(f"go {parts[0]}"))
+            await marking(parts[0])
+
+    async def first() -> None:
+        await one(["a"])
+
+    async def second() -> None:
+        await one(["b", "c", "d"])
+
+    async def travel() -> None:
+        if app.form is not Form.ASYNC:
+            parallel(lambda: drive(first()), lambda: drive(second()))
+        elif grouped:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(first())
+                group.create_task(second())
+        else:
+            await asyncio.gather(first(), second())
+
+    workflow = app.workflow(travel)
+    workflow_id = shell.begin(workflow)
+    with shell.background():
+        races.wait_until(lambda: len(shell.one(workflow_id).awaits or []) == 2, what="the parking")
+        with shell.sessionmaker.begin() as session:
+            cancel(session, workflow_id)
+        with pytest.raises(errors.WorkflowCancelledError):
+            shell.result(workflow, workflow_id)
+    sums: dict[str, int] = {}
+    for account, cents in booked(shell):
+        sums[account] = sums.get(account, 0) + cents
+    assert sums == {"a": 0, "b": 0, "c": 0, "d": 0}
+
+
+@WORKERS
+def test_children_of_a_map_that_gives_up_undo_what_they_did(shell: Shell, app: Application) -> None:
+    ledger = Ledger(app)
+
+    async def travel(part: str) -> None:
+        if part == "fails":
+            await awaited(wait_signal("fail"))
+            raise LookupError(part)
+        async with Block(app.form) as saga:
+            await ledger.do(part)
+            saga.add(ledger.undo.step, part)
+            await awaited(wait_signal("go"))
+
+    child = app.workflow(travel)
+
+    async def all_of() -> None:
+        await awaited(child.map(["fails", "flight"]))
+
+    workflow = app.workflow(all_of)
+    workflow_id = shell.begin(workflow)
+
+    def parked() -> dict[str, Workflow]:
+        with shell.sessionmaker() as session:
+            found = session.scalars(select(Workflow).where(Workflow.name == "travel"))
+            return {each.input["part"]: each for each in found if each.awaits}
+
+    with shell.background():
+        races.wait_until(lambda: len(parked()) == 2, what="the parking")
+        with shell.client() as client:
+            client.signal(parked()["fails"].id, "fail")
+            client.commit()
+        with pytest.raises(errors.ChildrenFailedError):
+            shell.result(workflow, workflow_id)
+        other = next(each for each in all_children(shell) if each.input["part"] == "flight")
+        races.wait_until(lambda: shell.one(other.id).finished_at, what="the end of the child")
+    assert shell.one(other.id).status is WorkflowStatus.CANCELLED
+    assert booked(shell) == [("flight", 1), ("flight", -1)]
+
+
+def all_children(shell: Shell) -> list[Workflow]:
+    with shell.sessionmaker() as session:
+        return list(session.scalars(select(Workflow).where(Workflow.name == "travel")))
+
+
+@WORKERS
+def test_retry_of_what_was_undone_does_it_again(shell: Shell, app: Application) -> None:
+    """Retried, the failed step succeeds: what was undone before it has to be done again."""
+    ledger = Ledger(app)
+    broken = [True]
+
+    def pay(session: Session) -> None:
+        if broken:
+            broken.clear()
+            raise LookupError("pay")
+
+    paying = app.transactional(pay)
+
+    async def travel() -> None:
+        async with Block(app.form) as saga:
+            await ledger.do("flight")
+            saga.add(ledger.undo.step, "flight")
+            await paying()
+
+    workflow = app.workflow(travel)
+    workflow_id = shell.begin(workflow)
+    with pytest.raises(LookupError):
+        shell.finish(workflow, workflow_id)
+    with shell.sessionmaker.begin() as session:
+        retry(session, workflow_id)
+    shell.finish(workflow, workflow_id)
+    assert sum(cents for _, cents in booked(shell)) == 1

@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable.errors import AttemptLost
 from sqla_durable.models import Signal, Step, Workflow
 from sqla_durable.status import StepStatus, WorkflowStatus
-from sqla_durable.store import Awaited, Fence, Park, signals, waits, workflows
+from sqla_durable.store import Awaited, Completion, Fence, Park, management, signals, trees, waits, workflows
 from sqla_durable.store.signals import _DELIVER  # pyright: ignore[reportPrivateUsage]
 from tests.store import races
 from tests.store.plans import explain, fill
@@ -137,6 +137,7 @@ def test_child_of_a_finished_parent_leaves_nothing(engine: Engine) -> None:
         session.commit()
         races.end(session, [races.success(child.fence)])
         session.commit()
+    assert deliver(engine) == (1, 0)
     assert sent(engine) == []
 
 
@@ -268,3 +269,52 @@ def test_delivery_costs_a_few_pages_among_many_rows(engine: Engine, mode: str) -
     assert not plan.scans("signal"), plan
     assert not plan.scans("workflow"), plan
     assert plan.buffers() < 60, plan
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_two_branches_never_take_the_same_signal(engine: Engine, count: int) -> None:
+    """The second waits for the row of their workflow, with a snapshot in which the signal is still there."""
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        for number in range(count):
+            signals.send(session, [fence.workflow_id], name="approved", payload=str(number), key=None)
+        session.commit()
+    with races.transaction(engine) as first:
+        begun = first.begin(
+            lambda session: signals.take(session, races.checkpoint(fence, "a/signal:approved"), name="approved")
+        )
+        assert begun.result() == "0"
+        with races.transaction(engine) as second:
+            other = second.begin_blocked(
+                lambda session: signals.take(session, races.checkpoint(fence, "b/signal:approved"), name="approved")
+            )
+            first.session.commit()
+            assert other.result() in (None, "1")
+
+
+def test_child_that_ends_is_told_to_a_parent_that_is_retried_meanwhile(engine: Engine) -> None:
+    """The parent has failed when a caller cancels its child, and waits for it again when the caller commits."""
+    (parent,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        (child,) = races.enqueue(session, 1, name="child", parent_id=parent.workflow_id, parent_key="ship")
+        races.end(session, [Completion(parent, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}')])
+        session.commit()
+    with Session(engine) as canceller:
+        held, _ = trees.hold_unfinished(canceller, [child])
+        trees.cancel(canceller, held, [child])
+        with Session(engine) as session:
+            management.retry(session, [parent.workflow_id])
+            session.commit()
+        (again,) = _claimed_again(engine)
+        park(engine, again, Awaited(children="ship", count=1))
+        deliver(engine)
+        canceller.commit()
+    deliver(engine)
+    assert races.status_of(engine, parent.workflow_id) is WorkflowStatus.PENDING
+
+
+def _claimed_again(engine: Engine) -> list[Fence]:
+    with Session(engine) as session:
+        found = [each.fence for each in races.claim(session, 1)]
+        session.commit()
+        return found
