@@ -47,8 +47,13 @@ class Saga:
         """Let a step be called with these arguments when the saga is undone.
 
         Raises:
-            UsageError: the saga's block has not begun.
+            UsageError: the saga's block has not begun; or the step was called here, where it is to be called later.
         """
+        if not callable(step):
+            raise UsageError(
+                f"a saga calls the step itself, when it undoes, and got {step!r}: give the step and its arguments, "
+                "saga.add(refund, order_id)."
+            )
         if not self._entered:
             raise UsageError("a saga is used as a block: `with Saga() as saga:`, or `async with` in async def code.")
         name = str(getattr(step, "name", getattr(step, "__name__", repr(step))))

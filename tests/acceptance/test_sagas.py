@@ -175,6 +175,16 @@ def test_saga_is_for_the_code_of_a_workflow() -> None:
 
 
 @pytest.mark.shells(("worker", "async-worker"))
+def test_compensation_that_was_called_already_is_refused(shell: Shell, app: Application) -> None:
+    async def wrong() -> None:
+        async with Block(app.form) as saga:
+            saga.add(None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+    with pytest.raises(errors.UsageError, match="give the step and its arguments"):
+        shell.run(app.workflow(wrong))
+
+
+@pytest.mark.shells(("worker", "async-worker"))
 def test_saga_of_the_other_form_is_refused(shell: Shell, app: Application) -> None:
     async def wrong() -> None:
         saga = Saga()
