@@ -1,8 +1,9 @@
-"""What names and durations that users give must be. Values of workflows and steps are the business of `codec`."""
+"""What names, durations and ids that users give must be. Values of workflows and steps are the business of `codec`."""
 
 from __future__ import annotations
 
 from datetime import timedelta
+from uuid import UUID
 
 from sqla_durable.errors import ArgumentError
 
@@ -30,3 +31,16 @@ def require_duration(value: object, name: str) -> None:
     """
     if not isinstance(value, timedelta):
         raise ArgumentError(f"{name}={value!r} is not a timedelta: write, for example, timedelta(seconds=5).")
+
+
+def workflow_id(given: object) -> UUID:
+    """Give the id of a workflow as it is.
+
+    Raises:
+        ArgumentError: it is something else, such as the text of an id.
+    """
+    if not isinstance(given, UUID):
+        raise ArgumentError(
+            f"{given!r} is no workflow: give a Workflow record, or its id as a UUID (of a text: UUID(...))."
+        )
+    return given

@@ -196,13 +196,11 @@ def map_children(
     start_at = require_workflow(beginning).attempt.visit(beginning, ("sqla_durable", beginning))
 
     async def all_of(runtime: Runtime, position: Position) -> list[Any]:
-        started = await children.start(runtime, start_at, ordered, active=max_concurrency)
+        ids = await children.start(runtime, start_at, ordered, active=max_concurrency)
         outcomes = await children.join(
             runtime,
             position,
-            start_at.key,
-            name=definition.name,
-            total=len(started),
+            children.Started(definition.name, start_at.key, ids),
             active=max_concurrency,
             tolerate=tolerate,
             limit=definition.limit,

@@ -18,6 +18,7 @@ from sqlalchemy import inspect
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+from sqla_durable.checks import workflow_id
 from sqla_durable.children import AsyncChild, Child, map_children, start_child
 from sqla_durable.errors import SessionError, UsageError
 from sqla_durable.handle import AsyncHandle, Handle
@@ -153,11 +154,11 @@ class _WorkflowFunction(DurableFunction[P, R]):
         Raises:
             SessionError: there is no PostgreSQL engine.
         """
-        workflow_id = id_of(workflow)
+        found = id_of(workflow)
         opened = session if isinstance(session, (Session, AsyncSession)) else session()
         if isinstance(opened, AsyncSession):
-            return AsyncHandle(self.definition, schema.engine_of(opened.sync_session), workflow_id)
-        return Handle(self.definition, schema.engine_of(opened), workflow_id)
+            return AsyncHandle(self.definition, schema.engine_of(opened.sync_session), found)
+        return Handle(self.definition, schema.engine_of(opened), found)
 
 
 class WorkflowFunction(_WorkflowFunction[P, R]):
@@ -275,6 +276,6 @@ class AsyncWorkflowFunction(_WorkflowFunction[P, R]):
 def id_of(workflow: Workflow | UUID) -> UUID:
     """Give a workflow's id; of a record also when its attributes are expired and its session is closed."""
     if not isinstance(workflow, Workflow):
-        return workflow
+        return workflow_id(workflow)
     identity = inspect(workflow).identity
     return workflow.id if identity is None else UUID(str(identity[0]))

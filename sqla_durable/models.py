@@ -32,6 +32,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+from sqlalchemy.ext.asyncio import AsyncAttrs
 from sqlalchemy.orm import DeclarativeBase, Mapped, foreign, mapped_column, relationship, validates
 from uuid_utils.compat import uuid7
 
@@ -57,7 +58,7 @@ def _values(statuses: type[StrEnum]) -> list[str]:
     return [each.value for each in statuses]
 
 
-class Base(DeclarativeBase):
+class Base(AsyncAttrs, DeclarativeBase):
     """The declarative base of this package; its metadata is `sqla_durable.metadata`."""
 
     metadata = MetaData(schema=SCHEMA, naming_convention=NAMING_CONVENTION)

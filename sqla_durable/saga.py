@@ -9,6 +9,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, ParamSpec, Self, cast
 
+from sqla_durable.context import Context
 from sqla_durable.errors import CompensationFailedError, UsageError
 from sqla_durable.operate import operate, require_workflow
 from sqla_durable.operations import saga as operations
@@ -36,7 +37,8 @@ class Saga:
     is `cancelled` when its compensations are done. Add a compensation after the step that it undoes, with what that one
     returned; or before it, where it can be undone without having been done.
 
-    A workflow that is stopped for its crashes or at its deadline compensates nothing.
+    A workflow that is stopped for its crashes or at its deadline compensates nothing. A saga is begun in the workflow's
+    own function and not in one of its branches, which may be inside it; it begins to undo when they have ended.
     """
 
     def __init__(self) -> None:
@@ -47,15 +49,20 @@ class Saga:
         """Let a step be called with these arguments when the saga is undone.
 
         Raises:
-            UsageError: the saga's block has not begun.
+            UsageError: the saga's block has not begun; or the step was called here, where it is to be called later.
         """
+        if not callable(step):
+            raise UsageError(
+                f"a saga calls the step itself, when it undoes, and got {step!r}: give the step and its arguments, "
+                "saga.add(refund, order_id)."
+            )
         if not self._entered:
             raise UsageError("a saga is used as a block: `with Saga() as saga:`, or `async with` in async def code.")
         name = str(getattr(step, "name", getattr(step, "__name__", repr(step))))
         self._compensations.append((name, partial(step, *args, **kwargs)))
 
     def __enter__(self) -> Self:
-        if require_workflow("saga").is_async:
+        if _context().is_async:
             raise UsageError("in an async def workflow a saga is used by `async with Saga() as saga:`.")
         operate("saga", operations.begin)
         self._entered = True
@@ -70,7 +77,7 @@ class Saga:
             self._refuse(failed, error)
 
     async def __aenter__(self) -> Self:
-        if not require_workflow("saga").is_async:
+        if not _context().is_async:
             raise UsageError("in a def workflow a saga is used by `with Saga() as saga:`.")
         await operate("saga", operations.begin)
         self._entered = True
@@ -92,6 +99,22 @@ class Saga:
                 f"{len(failed)} of {len(self._compensations)} compensations failed: {'; '.join(failed)}. The others "
                 f"were carried out. They followed on {error!r}."
             ) from error
+
+
+def _context() -> Context:
+    """Give the context of the workflow's own code, outside of branches: these go on while another one is undone.
+
+    Raises:
+        UsageError: this is a branch.
+    """
+    context = require_workflow("saga")
+    branches = context.attempt.branches
+    if branches.here() is not branches.root:
+        raise UsageError(
+            f"a saga was begun in a branch of workflow {context.attempt.name!r}, beside others that would go on while "
+            "it is undone: begin it in the workflow's function, around the branches, or in a child."
+        )
+    return context
 
 
 def _failure(name: str, undo: Callable[[], Any]) -> str | None:

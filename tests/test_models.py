@@ -10,6 +10,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import Connection, Engine, ForeignKeyConstraint, func, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, joinedload, selectinload, sessionmaker
 
 from sqla_durable.models import Queue, Step, Worker, Workflow, metadata
@@ -263,3 +264,14 @@ def insert(connection: Connection, table: str, row: dict[str, Any]) -> None:
     columns = ", ".join(json.dumps(name) for name in row)
     values = ", ".join(f":{name}" for name in row)
     connection.execute(text(f"INSERT INTO durable.{table} ({columns}) VALUES ({values})"), row)
+
+
+async def test_relationship_is_awaited_in_async_code(database_url: str) -> None:
+    engine = create_async_engine(database_url)
+    async with AsyncSession(engine) as session:
+        workflow = Workflow(name="w")
+        session.add(workflow)
+        await session.flush()
+        await session.refresh(workflow)
+        assert await workflow.awaitable_attrs.steps == []
+    await engine.dispose()

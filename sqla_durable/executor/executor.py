@@ -42,7 +42,10 @@ class Executor:
 
     def __init__(self, session: Session, *, lease: timedelta = DEFAULT_LEASE) -> None:
         if not isinstance(session, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise SessionError(f"Executor takes a Session, got {session!r}: use AsyncExecutor for an AsyncSession.")
+            raise SessionError(
+                f"Executor takes a Session, got {session!r}: open one by "
+                "`with sessionmaker() as session`, or use AsyncExecutor for an AsyncSession."
+            )
         self._story: Story = CommittingStory(session, lease)
 
     @classmethod
@@ -100,7 +103,10 @@ class AsyncExecutor:
 
     def __init__(self, session: AsyncSession, *, lease: timedelta = DEFAULT_LEASE) -> None:
         if not isinstance(session, AsyncSession):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise SessionError(f"AsyncExecutor takes an AsyncSession, got {session!r}: use Executor for a Session.")
+            raise SessionError(
+                f"AsyncExecutor takes an AsyncSession, got {session!r}: open one by "
+                "`async with async_sessionmaker() as session`, or use Executor for a Session."
+            )
         self._story: Story = CommittingStory(session, lease)
 
     @classmethod

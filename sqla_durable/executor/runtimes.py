@@ -81,7 +81,7 @@ class BlockingInline(BlockingRuntime):
 
     @override
     async def wait(self, position: Position, wait: Wait) -> None:
-        if wait.awaits:
+        if wait.awaits or wait.looks:
             self._story.refuse_waiting(position.key)
             await self.pause(min(wait.seconds, _LOOK_EVERY))
             return
@@ -166,7 +166,7 @@ class AsyncInline(AsyncRuntime):
 
     @override
     async def wait(self, position: Position, wait: Wait) -> None:
-        if wait.awaits:
+        if wait.awaits or wait.looks:
             self._story.refuse_waiting(position.key)
             await self.pause(min(wait.seconds, _LOOK_EVERY))
             return

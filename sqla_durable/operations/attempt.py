@@ -36,11 +36,13 @@ class Wait:
         until: when it goes on, on the clock of `time.monotonic`; infinite if it has no time.
         in_memory_until: until when it may hold its place in the worker; what is longer is to be parked.
         awaits: what else it goes on for: one of these is enough.
+        looks: whether it looks again and again for what others do.
     """
 
     until: float
     in_memory_until: float
     awaits: tuple[Awaited, ...] = ()
+    looks: bool = False
 
     @property
     def seconds(self) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -21,6 +22,7 @@ from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, Standing, children, waits
 
 _UNBOUNDED = 2**31 - 1
+_LOOK_EVERY = 5.0  # seconds between two looks at children that tell somebody else
 
 
 async def start(
@@ -86,18 +88,16 @@ async def first(runtime: Runtime, position: Position, workflow_ids: Sequence[UUI
 async def join(
     runtime: Runtime,
     position: Position,
-    group: str,
+    started: Started,
     *,
-    name: str,
-    total: int,
     active: int | None,
     tolerate: int,
     limit: int = DEFAULT_LIMIT,
 ) -> list[Outcome]:
-    """Wait for a group of children, letting held ones go as others end; give the outcomes in their order.
+    """Wait for children that were started together, letting held ones go as others end; give their outcomes in order.
 
     Raises:
-        ChildrenFailedError: more of them failed than are tolerated; the rest is cancelled.
+        ChildrenFailedError: more of them failed than are tolerated, and the rest is cancelled; or some were deleted.
         PayloadTooLargeError: all the outcomes together are too large to be recorded.
     """
     attempt = runtime.attempt
@@ -105,77 +105,90 @@ async def join(
         recorded = attempt.recorded(position)
         if recorded is None:
             await runtime.settle()
-            group_of = _Group(runtime, position, group, total=total, active=active, tolerate=tolerate)
-            recorded = await group_of.joined(name, limit)
+            joining = _Joining(runtime, position, started, active=active or _UNBOUNDED, tolerate=tolerate)
+            recorded = await joining.joined(limit)
     finally:
         attempt.left(position)
     if recorded.status is StepStatus.FAILED:
         raise_recorded(recorded)
-    return [_outcome({"name": name, **each}) for each in json.loads(recorded.output or "[]")]
+    return [_outcome({"name": started.name, **each}) for each in json.loads(recorded.output or "[]")]
 
 
-class _Group:
-    """Children that were started together, under one key."""
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Children of one name that were started together, under one key, in the order of their ids."""
 
-    def __init__(
-        self, runtime: Runtime, position: Position, key: str, *, total: int, active: int | None, tolerate: int
-    ) -> None:
+    name: str
+    key: str
+    ids: Sequence[UUID]
+
+
+class _Joining:
+    """One wait for children; how far they are is looked at as often as a share of them has ended."""
+
+    def __init__(self, runtime: Runtime, position: Position, started: Started, *, active: int, tolerate: int) -> None:
         self._runtime = runtime
         self._position = position
-        self._key = key
-        self._total = total
-        self._active = active or _UNBOUNDED
+        self._started = started
+        self._ids = started.ids
+        self._active = active
         self._tolerate = tolerate
         self._parent = runtime.attempt.workflow_id
+        self._began = time.monotonic()
 
-    async def joined(self, name: str, limit: int) -> Recorded:
+    async def joined(self, limit: int) -> Recorded:
         """Wait until all are finished, or too many have failed; record that."""
         begun = self._runtime.attempt.tried(self._position) is not None
+        look = partial(children.progress, parent_id=self._parent, key=self._started.key, ids=self._ids)
         while True:
-            found = await self._runtime.execute(partial(children.progress, parent_id=self._parent, key=self._key))
+            found = await self._runtime.execute(look)
+            if found.there < len(self._ids):
+                gone = len(self._ids) - found.there
+                return await self._fail(ChildrenFailedError(f"{gone} of {self._label} are there no longer: deleted?"))
             if found.failed > self._tolerate:
-                return await self._give_up(name)
-            if found.finished >= self._total:
-                return await self._record_all(name, limit)
+                return await self._give_up()
+            if found.finished >= len(self._ids):
+                return await self._record_all(limit)
             if found.held and found.active < self._active:
-                room = self._active - found.active
-                let_go = partial(children.release, parent_id=self._parent, key=self._key, limit=room)
-                await self._runtime.execute(let_go)
+                await self._runtime.execute(partial(children.release, ids=self._ids, limit=self._active - found.active))
             if not begun:
                 waiting = _checkpoint(self._runtime, self._position, StepStatus.WAITING)
                 await self._runtime.execute(partial(waits.begin, checkpoint=waiting))
                 begun = True
-            await self._wait(found)
+            await self._runtime.wait(self._position, self._wait_for(found))
+            await self._runtime.settle()
 
-    async def _wait(self, found: children.Progress) -> None:
+    @property
+    def _label(self) -> str:
+        return f"{len(self._ids)} children {self._started.name!r}"
+
+    def _wait_for(self, found: children.Progress) -> Wait:
         """Wait until a share of them is finished: replays are few, and a failure is seen before the end."""
-        rest = self._total - found.finished
+        rest = len(self._ids) - found.finished
+        if found.own < len(self._ids):  # a fork's, of another workflow, which is told instead of this one
+            return Wait(time.monotonic() + _LOOK_EVERY, self._began + _LOOK_EVERY / 2, looks=True)
         share = min(rest, self._active) if found.held else rest
-        count = found.finished + max(1, share // 4)
-        awaits = (Awaited(children=self._key, count=min(count, self._total)),)
-        await self._runtime.wait(self._position, Wait(float("inf"), float("-inf"), awaits))
-        await self._runtime.settle()
+        count = found.siblings + min(rest, max(1, share // 4))
+        return Wait(float("inf"), float("-inf"), (Awaited(children=self._started.key, count=count),))
 
-    async def _record_all(self, name: str, limit: int) -> Recorded:
-        found = await self._runtime.execute(partial(children.outcomes, parent_id=self._parent, key=self._key))
+    async def _record_all(self, limit: int) -> Recorded:
+        found = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
         output = json.dumps(found, ensure_ascii=False)
         try:
-            refuse_large(len(output.encode()), what=f"outcomes of {self._total} children {name!r}", limit=limit)
+            refuse_large(len(output.encode()), what=f"outcomes of {self._label}", limit=limit)
         except PayloadTooLargeError as error:
             return await self._fail(error)
         return await self._record(StepStatus.SUCCEEDED, output=output)
 
-    async def _give_up(self, name: str) -> Recorded:
-        await self._runtime.execute(partial(children.cancel_rest, parent_id=self._parent, key=self._key))
-        found = await self._runtime.execute(partial(children.outcomes, parent_id=self._parent, key=self._key))
+    async def _give_up(self) -> Recorded:
+        await self._runtime.execute(partial(children.cancel_rest, parent_id=self._parent, ids=self._ids))
+        found = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
         failed = [each for each in found if each["status"] == WorkflowStatus.FAILED.value]
-        first_one = (
-            f" The first: {failed[0]['error'].get('type')}: {failed[0]['error'].get('message')}" if failed else ""
-        )
+        first_error = failed[0]["error"] if failed else {}
+        shown = f" The first: {first_error.get('type')}: {first_error.get('message')}" if failed else ""
         return await self._fail(
             ChildrenFailedError(
-                f"{len(failed)} of {self._total} children {name!r} failed, {self._tolerate} are tolerated; the rest is "
-                f"cancelled.{first_one}"
+                f"{len(failed)} of {self._label} failed, {self._tolerate} are tolerated; the rest is cancelled.{shown}"
             )
         )
 

@@ -141,7 +141,7 @@ class _Waiting:
     def _until_next_look(self, wait: Wait) -> Wait:
         """Look again after a share of the time that it has waited for: soon at first, and then less and less often."""
         pause = min(max(_SHORTEST_LOOK, _SHARE * (self._age + time.monotonic() - self._began)), _LONGEST_LOOK)
-        return Wait(min(wait.until, time.monotonic() + pause), self._began + _MOMENT)
+        return Wait(min(wait.until, time.monotonic() + pause), self._began + _MOMENT, looks=True)
 
     async def _begin(self, *, short: bool) -> Wait:
         """Give for how long to wait; the row that says it outlives this attempt."""

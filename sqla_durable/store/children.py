@@ -48,21 +48,30 @@ from sqla_durable.store._rows import (
 from sqla_durable.store.starts import NEW, new_columns, new_row
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine
 
+_PARENT = bindparam("parent", type_=PG_UUID())
+_GROUP = bindparam("group", type_=Text())
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a group of children is.
+    """How far some workflows are.
 
     Attributes:
+        there: how many of them there are.
+        own: how many are children of the workflow that asks, which are told when they end.
         finished: how many have an outcome; `failed` of them did not succeed.
         held: how many wait for others of the group to end.
         active: how many can be executed, or are.
+        siblings: how many of their group have an outcome, those of an earlier history included.
     """
 
+    there: int
+    own: int
     finished: int
     failed: int
     held: int
     active: int
+    siblings: int
 
 
 def start(connectable: Connectable, checkpoint: Checkpoint, children: Sequence[NewWorkflow], *, active: int) -> Any:
@@ -84,20 +93,20 @@ def start(connectable: Connectable, checkpoint: Checkpoint, children: Sequence[N
         # Another transaction has inserted one of the keys in between, and the next statement sees it.
 
 
-def progress(connectable: Connectable, parent_id: UUID, *, key: str) -> Progress:
-    """Look how far a group of children is."""
-    row = execute(connectable, _PROGRESS, {"parent": parent_id, "group": key}).one()
-    return Progress(int(row.finished), int(row.failed), int(row.held), int(row.active))
+def progress(connectable: Connectable, parent_id: UUID, *, key: str, ids: Sequence[UUID]) -> Progress:
+    """Look how far the children are that were started under a key."""
+    row = execute(connectable, _PROGRESS, {"parent": parent_id, "group": key, "ids": list(ids)}).one()
+    return Progress(*(int(each) for each in row))
 
 
-def release(connectable: Connectable, parent_id: UUID, *, key: str, limit: int) -> int:
+def release(connectable: Connectable, *, ids: Sequence[UUID], limit: int) -> int:
     """Let held children go, the first ones first; those whose rows somebody holds are passed over."""
-    return len(execute(connectable, _LET_GO, {"parent": parent_id, "group": key, "limit": limit}).all())
+    return len(execute(connectable, _LET_GO, {"ids": list(ids), "limit": limit}).all())
 
 
-def outcomes(connectable: Connectable, parent_id: UUID, *, key: str) -> list[dict[str, Any]]:
-    """Read the outcomes of a group's children in the order in which they were started."""
-    rows = execute(connectable, _OUTCOMES, {"parent": parent_id, "group": key})
+def outcomes(connectable: Connectable, *, ids: Sequence[UUID]) -> list[dict[str, Any]]:
+    """Read the outcomes of children, in the order of their ids, in which they were started."""
+    rows = execute(connectable, _OUTCOMES, {"ids": list(ids)})
     return [{"id": str(row.id), "status": row.status.value, "output": row.output, "error": row.error} for row in rows]
 
 
@@ -128,9 +137,9 @@ def awaited(connectable: Connectable, parent_id: UUID, *, workflow_ids: Sequence
     return tuple({Awaited(children=row.parent_key, count=row.finished + 1) for row in rows})
 
 
-def cancel_rest(connectable: Connectable, parent_id: UUID, *, key: str) -> int:
-    """Cancel what is unfinished of a group, with the trees under it; wait for whoever holds a row."""
-    return len(execute(connectable, _CANCEL_REST, {"parent": parent_id, "group": key}).all())
+def cancel_rest(connectable: Connectable, parent_id: UUID, *, ids: Sequence[UUID]) -> int:
+    """Cancel what is unfinished of these children, with the trees under them; wait for whoever holds a row."""
+    return len(execute(connectable, _CANCEL_REST, {"parent": parent_id, "ids": list(ids)}).all())
 
 
 def _taken(connectable: Connectable, checkpoint: Checkpoint, statement: Any, more: dict[str, Any]) -> str | None:
@@ -224,13 +233,6 @@ def _wanted() -> Any:
     return WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID())))
 
 
-def _of_group() -> Any:
-    return and_(
-        WORKFLOW.c.parent_id == bindparam("parent", type_=PG_UUID()),
-        WORKFLOW.c.parent_key == bindparam("group", type_=Text()),
-    )
-
-
 def _held() -> Any:
     return and_(
         WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
@@ -243,12 +245,19 @@ def _held() -> Any:
 def _progress_statement() -> Any:
     finished = WORKFLOW.c.finished_at.is_not(None)
     succeeded = WORKFLOW.c.status == status(WorkflowStatus.SUCCEEDED)
+    sibling = WORKFLOW.alias("sibling")
+    siblings = select(func.count()).where(
+        sibling.c.parent_id == _PARENT, sibling.c.parent_key == _GROUP, sibling.c.finished_at.is_not(None)
+    )
     return select(
+        func.count().label("there"),
+        func.count().filter(WORKFLOW.c.parent_id == _PARENT).label("own"),
         func.count().filter(finished).label("finished"),
         func.count().filter(finished, ~succeeded).label("failed"),
         func.count().filter(_held()).label("held"),
         func.count().filter(~finished, ~_held()).label("active"),
-    ).where(_of_group())
+        siblings.scalar_subquery().label("siblings"),
+    ).where(_wanted())
 
 
 def _awaited_statement() -> Any:
@@ -270,7 +279,8 @@ def _awaited_statement() -> Any:
 
 
 def _cancel_rest_statement() -> Any:
-    tree = select(WORKFLOW.c.id).where(_of_group(), ~WORKFLOW.c.detached).cte("tree", recursive=True)
+    own = WORKFLOW.c.parent_id == _PARENT
+    tree = select(WORKFLOW.c.id).where(_wanted(), own, ~WORKFLOW.c.detached).cte("tree", recursive=True)
     below = WORKFLOW.alias("below")
     tree = tree.union_all(select(below.c.id).join(tree, below.c.parent_id == tree.c.id).where(~below.c.detached))
     unfinished = WORKFLOW.c.finished_at.is_(None)
@@ -286,7 +296,9 @@ def _cancel_rest_statement() -> Any:
     return (
         update(WORKFLOW)
         # What is being undone already goes on with that.
-        .where(WORKFLOW.c.id == rest.c.id, unfinished, func.coalesce(WORKFLOW.c.cancellation, COMPENSATES) == COMPENSATES)
+        .where(
+            WORKFLOW.c.id == rest.c.id, unfinished, func.coalesce(WORKFLOW.c.cancellation, COMPENSATES) == COMPENSATES
+        )
         .values(
             status=case((undone, WorkflowStatus.PENDING.value), else_=WorkflowStatus.CANCELLED.value),
             finished_at=case((undone, null()), else_=now),
@@ -305,7 +317,7 @@ def _cancel_rest_statement() -> Any:
 def _let_go_statement() -> Any:
     first = materialized(
         select(WORKFLOW.c.id)
-        .where(_of_group(), _held())
+        .where(_wanted(), _held())
         .order_by(WORKFLOW.c.id)
         .limit(bindparam("limit", type_=Integer()))
         .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW),
@@ -324,7 +336,7 @@ _PROGRESS = _progress_statement()
 _LET_GO = _let_go_statement()
 _OUTCOMES = (
     select(WORKFLOW.c.id, WORKFLOW.c.status, WORKFLOW.c.output, WORKFLOW.c.error)
-    .where(_of_group(), WORKFLOW.c.finished_at.is_not(None))
+    .where(_wanted(), WORKFLOW.c.finished_at.is_not(None))
     .order_by(WORKFLOW.c.id)
 )
 _TAKE_OUTCOME = _take_outcome_statement()

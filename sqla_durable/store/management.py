@@ -48,7 +48,7 @@ from sqla_durable.store._rows import (
 from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
 from sqla_durable.store.deadlines import TIMEOUT_TYPE
 from sqla_durable.store.selection import Wanted, among, hold, known
-from sqla_durable.store.trees import hold_cancelled_with
+from sqla_durable.store.trees import hold_cancelled_with, is_not_undone
 
 _STOPPED = and_(
     WORKFLOW.c.token.is_(None),  # one that failed by itself keeps its token, whatever its error is
@@ -64,14 +64,18 @@ def resume(session: Session, wanted: Wanted) -> list[UUID]:
     Waits for whoever holds a row.
     """
     stopped = and_(WORKFLOW.c.status == status(WorkflowStatus.FAILED), _STOPPED)
-    condition = or_(WORKFLOW.c.status == status(WorkflowStatus.CANCELLED), stopped)
+    cancelled = and_(WORKFLOW.c.status == status(WorkflowStatus.CANCELLED), is_not_undone())
+    condition = or_(cancelled, stopped)
     held = hold_cancelled_with(session, and_(among(wanted), condition))
     return _enqueue(session, wanted, held)
 
 
 def retry(session: Session, wanted: Wanted) -> list[UUID]:
-    """Enqueue those of the workflows that failed by themselves, without what made them fail; give the ids."""
-    failed = and_(WORKFLOW.c.status == status(WorkflowStatus.FAILED), not_(_STOPPED))
+    """Enqueue those of the workflows that failed by themselves, without what made them fail; give the ids.
+
+    Not those with a saga: what is recorded of them may have been undone.
+    """
+    failed = and_(WORKFLOW.c.status == status(WorkflowStatus.FAILED), not_(_STOPPED), WORKFLOW.c.cancellation.is_(None))
     held = hold(session, and_(among(wanted), failed))
     if held:
         gone = and_(_of(STEP, held), STEP.c.workflow_id == WORKFLOW.c.id, _made_it_fail())
@@ -94,7 +98,7 @@ def rewind(session: Session, wanted: Wanted, *, to_step: str) -> list[UUID]:
         execute(session, delete(STEP).where(_of(STEP, held), here, STEP.c.position >= cut.c.position))
         _hide(session, held)
         _give_back(session, held)
-    return _enqueue(session, wanted, held)
+    return _enqueue(session, wanted, held, cancellation=still_compensates())
 
 
 def refuse_unrecorded(session: Session, ids: Sequence[UUID], keys: Sequence[str], *, verb: str) -> None:
@@ -123,8 +127,8 @@ def renewed_deadline() -> ColumnElement[Any]:
     return case((WORKFLOW.c.deadline_at <= now, now + WORKFLOW.c.timeout), else_=WORKFLOW.c.deadline_at)
 
 
-def _enqueue(session: Session, wanted: Wanted, held: Sequence[UUID]) -> list[UUID]:
-    """Enqueue the workflows, whose rows are locked, as their next attempts."""
+def _enqueue(session: Session, wanted: Wanted, held: Sequence[UUID], **more: Any) -> list[UUID]:
+    """Enqueue the workflows, whose rows are locked, as their next attempts; with values of more columns."""
     again = {
         "status": WorkflowStatus.PENDING,
         "attempt": WORKFLOW.c.attempt + 1,
@@ -138,7 +142,7 @@ def _enqueue(session: Session, wanted: Wanted, held: Sequence[UUID]) -> list[UUI
         "awaits": null(),
         "deadline_at": renewed_deadline(),
         "finished_at": null(),
-        "cancellation": still_compensates(),
+        **more,
     }
     if held:
         scalars(session, update(WORKFLOW).where(among(held)).values(again).returning(WORKFLOW.c.id)).all()

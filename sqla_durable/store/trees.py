@@ -84,9 +84,15 @@ def cancel(session: Session, held: Sequence[UUID], wanted: Wanted) -> None:
 def hold_cancelled_with(session: Session, roots: ColumnElement[bool]) -> list[UUID]:
     """Lock the workflows that a condition names, and what of their trees was cancelled together with them."""
     tree = _tree(roots, WORKFLOW.c.finished_at.label("moment"))
-    together = and_(WORKFLOW.c.status == status(WorkflowStatus.CANCELLED), WORKFLOW.c.finished_at == tree.c.moment)
+    cancelled = and_(WORKFLOW.c.status == status(WorkflowStatus.CANCELLED), is_not_undone())
+    together = and_(cancelled, WORKFLOW.c.finished_at == tree.c.moment)
     meant = select(WORKFLOW.c.id).join(tree, tree.c.id == WORKFLOW.c.id).where(or_(tree.c.is_root, together))
     return hold(session, WORKFLOW.c.id.in_(meant))
+
+
+def is_not_undone() -> ColumnElement[bool]:
+    """Tell what was cancelled from what has undone besides what it did: nothing can go on from there."""
+    return WORKFLOW.c.cancellation.is_distinct_from(REQUESTED)
 
 
 def hold_deletable(session: Session, wanted: Wanted) -> list[UUID]:

@@ -70,11 +70,13 @@ def require_sessionmakers(
 
 
 def require_type(given: object, kind: type, name: str) -> None:
-    """Refuse an engine, a session or a scoped session where a factory of sessions is needed."""
-    if given is not None and not isinstance(given, kind):
-        raise SessionError(
-            f"{name}={given!r} is not a {kind.__name__}: pass the factory, such as {kind.__name__}(engine)."
-        )
+    """Refuse an engine, a session, or a factory of the other kind where a factory of sessions is needed."""
+    if given is None or isinstance(given, kind):
+        return
+    for other in (sessionmaker, async_sessionmaker):
+        if isinstance(given, other):
+            raise SessionError(f"{name}={given!r} is for the other kind of session: pass it as {other.__name__}=.")
+    raise SessionError(f"{name}={given!r} is no {kind.__name__}: pass the factory, such as {kind.__name__}(engine).")
 
 
 def require_pool(engine: Engine) -> None:

@@ -26,6 +26,7 @@ from sqla_durable import (
     Worker,
     Workflow,
     WorkflowStatus,
+    get_event,
     models,
     start_many,
 )
@@ -423,6 +424,26 @@ def test_executor_refuses_the_other_kind_of_session() -> None:
         Executor(AsyncSession())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     with pytest.raises(SessionError, match="use Executor for a Session"):
         AsyncExecutor(Session())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def test_factory_in_the_place_of_a_session_is_told_to_be_opened() -> None:
+    with pytest.raises(SessionError, match=r"open one by `with sessionmaker\(\)"):
+        Executor(sessionmaker())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SessionError, match=r"open one by `async with async_sessionmaker\(\)"):
+        AsyncExecutor(async_sessionmaker())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def test_worker_tells_where_a_factory_of_the_other_kind_belongs() -> None:
+    with pytest.raises(SessionError, match="pass it as async_sessionmaker="):
+        Worker(Durable(), sessionmaker=async_sessionmaker())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SessionError, match="pass it as sessionmaker="):
+        Worker(Durable(), async_sessionmaker=sessionmaker())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("given", [ship, "01a1ff9e-3ac3-73b6-a389-efb2572e1900", None, 7])
+def test_something_else_in_the_place_of_a_workflow_is_refused(given: Any) -> None:
+    with pytest.raises(ArgumentError, match="is no workflow: give a Workflow record, or its id as a UUID"):
+        get_event(sessionmaker(create_engine("postgresql+psycopg://")), given, "status")
 
 
 def test_step_over_two_databases_is_refused_and_writes_nothing(session_factory: Sessions, databases: Databases) -> None:

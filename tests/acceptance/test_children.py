@@ -20,9 +20,9 @@ from sqla_durable import (
     WorkflowStatus,
     as_completed,
     cancel,
+    errors,
     fork,
     rewind,
-    errors,
     wait_first,
     wait_signal,
 )

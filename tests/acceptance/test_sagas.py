@@ -153,19 +153,21 @@ def test_cancel_of_what_has_not_begun_undoes_nothing(shell: Shell, app: Applicat
 
 
 @WORKERS
-def test_workflow_that_is_resumed_goes_on_and_can_be_undone_again(shell: Shell, app: Application) -> None:
-    workflow = trip(app, Ledger(app), waits=True)
-    workflow_id = shell.begin(workflow, ["flight"])
+def test_what_has_been_undone_is_neither_resumed_nor_retried(shell: Shell, app: Application) -> None:
+    ledger = Ledger(app, broken="car")
+    workflow = trip(app, ledger, waits=True)
+    workflow_id, failed = shell.begin(workflow, ["flight"]), shell.begin(workflow, ["hotel", "car"])
     with shell.background():
         races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
         with shell.sessionmaker.begin() as session:
             cancel(session, workflow_id)
-            resume(session, workflow_id)
-        races.wait_until(lambda: shell.one(workflow_id).finished_at, what="the end")
-    assert shell.one(workflow_id).status is WorkflowStatus.CANCELLED
+        races.wait_until(lambda: shell.one(workflow_id).finished_at, what="the end of one")
+        races.wait_until(lambda: shell.one(failed).finished_at, what="the end of the other")
     with shell.sessionmaker.begin() as session:
-        assert resume(session, workflow_id) == [workflow_id]
-    assert shell.one(workflow_id).cancellation == "compensates"
+        assert resume(session, workflow_id) == []
+        assert retry(session, failed) == []
+        assert rewind(session, failed, to_step="saga") == [failed]
+    assert shell.one(failed).cancellation == "compensates"
 
 
 def test_saga_is_for_the_code_of_a_workflow() -> None:
@@ -173,6 +175,16 @@ def test_saga_is_for_the_code_of_a_workflow() -> None:
         pass
     with pytest.raises(errors.UsageError, match="a saga is used as a block"):
         Saga().add(print)
+
+
+@pytest.mark.shells(("worker", "async-worker"))
+def test_compensation_that_was_called_already_is_refused(shell: Shell, app: Application) -> None:
+    async def wrong() -> None:
+        async with Block(app.form) as saga:
+            saga.add(None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+    with pytest.raises(errors.UsageError, match="give the step and its arguments"):
+        shell.run(app.workflow(wrong))
 
 
 @pytest.mark.shells(("worker", "async-worker"))
@@ -188,55 +200,20 @@ def test_saga_of_the_other_form_is_refused(shell: Shell, app: Application) -> No
         shell.run(app.workflow(wrong))
 
 
-@WORKERS
-@pytest.mark.parametrize("grouped", [False, True])
-def test_sagas_of_branches_are_all_undone_when_the_workflow_is_cancelled(
-    shell: Shell, app: Application, grouped: bool
-) -> None:
-    ledger = Ledger(app)
-    forward: list[str] = []
-
-    def mark(session: Session, what: str) -> None:
-        forward.append(what)
-
-    marking = app.transactional(mark)
-
-    async def one(parts: list[str]) -> None:
-        async with Block(app.form) as saga:
-            for each in parts:
-                await ledger.do(each)
-                saga.add(ledger.undo.step, each)
-            await awaited(wait_signal(f"go {parts[0]}"))
-            await marking(parts[0])
-
-    async def first() -> None:
-        await one(["a"])
-
-    async def second() -> None:
-        await one(["b", "c", "d"])
+@pytest.mark.shells(("worker", "async-worker"))
+def test_saga_in_a_branch_is_refused(shell: Shell, app: Application) -> None:
+    async def one() -> None:
+        async with Block(app.form):
+            pass
 
     async def travel() -> None:
-        if app.form is not Form.ASYNC:
-            parallel(lambda: drive(first()), lambda: drive(second()))
-        elif grouped:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(first())
-                group.create_task(second())
+        if app.form is Form.ASYNC:
+            await asyncio.gather(one())
         else:
-            await asyncio.gather(first(), second())
+            parallel(lambda: drive(one()))
 
-    workflow = app.workflow(travel)
-    workflow_id = shell.begin(workflow)
-    with shell.background():
-        races.wait_until(lambda: len(shell.one(workflow_id).awaits or []) == 2, what="the parking")
-        with shell.sessionmaker.begin() as session:
-            cancel(session, workflow_id)
-        with pytest.raises(errors.WorkflowCancelledError):
-            shell.result(workflow, workflow_id)
-    sums: dict[str, int] = {}
-    for account, cents in booked(shell):
-        sums[account] = sums.get(account, 0) + cents
-    assert sums == {"a": 0, "b": 0, "c": 0, "d": 0}
+    with pytest.raises(errors.UsageError, match="a saga was begun in a branch"):
+        shell.run(app.workflow(travel))
 
 
 @WORKERS
@@ -281,32 +258,3 @@ def test_children_of_a_map_that_gives_up_undo_what_they_did(shell: Shell, app: A
 def all_children(shell: Shell) -> list[Workflow]:
     with shell.sessionmaker() as session:
         return list(session.scalars(select(Workflow).where(Workflow.name == "travel")))
-
-
-@WORKERS
-def test_retry_of_what_was_undone_does_it_again(shell: Shell, app: Application) -> None:
-    """Retried, the failed step succeeds: what was undone before it has to be done again."""
-    ledger = Ledger(app)
-    broken = [True]
-
-    def pay(session: Session) -> None:
-        if broken:
-            broken.clear()
-            raise LookupError("pay")
-
-    paying = app.transactional(pay)
-
-    async def travel() -> None:
-        async with Block(app.form) as saga:
-            await ledger.do("flight")
-            saga.add(ledger.undo.step, "flight")
-            await paying()
-
-    workflow = app.workflow(travel)
-    workflow_id = shell.begin(workflow)
-    with pytest.raises(LookupError):
-        shell.finish(workflow, workflow_id)
-    with shell.sessionmaker.begin() as session:
-        retry(session, workflow_id)
-    shell.finish(workflow, workflow_id)
-    assert sum(cents for _, cents in booked(shell)) == 1
