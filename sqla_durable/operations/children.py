@@ -184,7 +184,7 @@ class _Joining:
         await self._runtime.execute(partial(children.cancel_rest, parent_id=self._parent, ids=self._ids))
         found = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
         failed = [each for each in found if each["status"] == WorkflowStatus.FAILED.value]
-        first_error = failed[0]["error"] if failed else {}
+        first_error: dict[str, Any] = failed[0]["error"] if failed else {}
         shown = f" The first: {first_error.get('type')}: {first_error.get('message')}" if failed else ""
         return await self._fail(
             ChildrenFailedError(

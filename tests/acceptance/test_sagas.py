@@ -11,7 +11,7 @@ import tenacity
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from sqla_durable import Saga, Workflow, WorkflowStatus, cancel, errors, parallel, resume, retry, wait_signal
+from sqla_durable import Saga, Workflow, WorkflowStatus, cancel, errors, parallel, resume, retry, rewind, wait_signal
 from tests.acceptance.application import AnyWorkflow, Application, Form, drive
 from tests.acceptance.shells import Shell
 from tests.store import races
