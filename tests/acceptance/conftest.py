@@ -13,12 +13,18 @@ from tests.acceptance.shells import SHELLS, Shell
 IN_TENANT = ("executor", "mixed-worker", "asyncpg-worker")
 IN_DURABLE = tuple(name for name in SHELLS if name not in ("mixed-worker", "asyncpg-worker"))
 WAYS = [(name, "durable") for name in IN_DURABLE] + [(name, "tenant_7") for name in IN_TENANT]
+# Stories whose statements are told by others in all ways, once for each kind of surroundings.
+FEW = ("executor", "joined", "worker", "async-executor", "asyncpg-worker")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "shell" in metafunc.fixturenames:
         only = [mark.args[0] for mark in metafunc.definition.iter_markers("shells")]
-        chosen = [way for way in WAYS if not only or way[0] in only[0]]
+        few = list(metafunc.definition.iter_markers("few_shells"))
+        wanted = only[0] if only else FEW if few else SHELLS
+        chosen = [way for way in WAYS if way[0] in wanted]
+        if few:  # in one schema each
+            chosen = list({way[0]: way for way in chosen}.values())
         ids = [name if schema == "durable" else f"{name}-{schema}" for name, schema in chosen]
         metafunc.parametrize(("shell", "durable_schema"), chosen, ids=ids, indirect=True)
 
@@ -39,3 +45,4 @@ def app(shell: Shell) -> Application:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "shells(names): run a story in these ways only")
+    config.addinivalue_line("markers", "few_shells: run a story once for each kind of surroundings")

@@ -32,6 +32,8 @@ from tests.acceptance.readers import event
 from tests.acceptance.shells import Shell
 from tests.support.domain import Entry
 
+pytestmark = pytest.mark.few_shells
+
 SOON = timedelta(milliseconds=50)
 SYNC_EXECUTOR = pytest.mark.shells(("executor",))
 

@@ -14,6 +14,8 @@ from sqla_durable.errors import EncodingError, UsageError
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 
+pytestmark = pytest.mark.few_shells
+
 
 def _step(shell: Shell) -> Step:
     with shell.sessionmaker() as session:

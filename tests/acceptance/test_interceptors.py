@@ -18,6 +18,8 @@ from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 from tests.support.domain import Entry
 
+pytestmark = pytest.mark.few_shells
+
 on_one_async_way = pytest.mark.shells(("async-executor", "async-worker", "asyncpg-worker"))
 on_one_sync_way = pytest.mark.shells(("executor", "worker"))
 

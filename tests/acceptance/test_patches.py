@@ -17,6 +17,8 @@ from tests.acceptance.application import Application, Called
 from tests.acceptance.shells import AsyncShell, Shell
 from tests.store.races import wait_until
 
+pytestmark = pytest.mark.few_shells
+
 ASYNC = pytest.mark.shells(("async-executor", "async-joined", "async-worker", "asyncpg-worker"))
 EXECUTORS = pytest.mark.shells(("executor", "async-executor"))
 WORKERS = pytest.mark.shells(("worker", "async-worker", "asyncpg-worker", "mixed-worker"))

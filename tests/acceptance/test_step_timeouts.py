@@ -23,6 +23,8 @@ from tests.acceptance.shells import AsyncJoinedShell, Shell
 from tests.store import races
 from tests.support.domain import Entry
 
+pytestmark = pytest.mark.few_shells
+
 SHORT, LONG = timedelta(seconds=0.25), timedelta(hours=1)
 IN_ASYNC = ("async-executor", "async-joined", "async-worker", "asyncpg-worker")
 in_async = pytest.mark.shells(IN_ASYNC)

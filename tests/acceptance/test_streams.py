@@ -28,6 +28,8 @@ from tests.acceptance.readers import PATIENCE, stream, values
 from tests.acceptance.shells import AsyncShell, Shell
 from tests.store import races
 
+pytestmark = pytest.mark.few_shells
+
 SOON = timedelta(milliseconds=50)
 
 
