@@ -27,7 +27,7 @@ from sqla_durable.models import Workflow
 from sqla_durable.store import hints, schema
 from sqla_durable.store.drivers import alone
 from sqla_durable.store.hints import EVERYWHERE, Hint
-from sqla_durable.undisturbed import LAST_MOMENT, Undisturbed
+from sqla_durable.undisturbed import Undisturbed
 
 __all__ = ["EVERYWHERE", "INTERVAL", "announce"]
 
@@ -36,6 +36,7 @@ INTERVAL = 0.01
 
 log = logging.getLogger("sqla_durable.hints")
 
+_LAST_MOMENT = 0.3  # seconds at the interpreter's exit
 _IDLE = 2.0  # seconds until a thread without hints ends
 _KEY = "sqla_durable.hints"  # in Session.info
 # Their one connection may be in the caller's transaction, or the caller may be refused while it is taken.
@@ -258,7 +259,7 @@ def _sender_of(way: _Way) -> _Sender:
 @atexit.register
 def _settle() -> None:
     """Let a script that starts a workflow and ends wake a worker all the same."""
-    until = time.monotonic() + LAST_MOMENT  # of the interpreter
+    until = time.monotonic() + _LAST_MOMENT
     for sender in list(_senders.values()):
         if isinstance(sender, _ThreadSender) and sender.is_at_home():
             sender.settle(max(0.0, until - time.monotonic()))

@@ -10,8 +10,8 @@ from typing_extensions import override
 
 T = TypeVar("T")
 
-LAST_MOMENT = 0.3
-"""How many seconds a task goes on that is cancelled."""
+LAST_MOMENT = 3.0
+"""How many seconds a task goes on at most that is cancelled: on a busy machine connecting takes its time."""
 
 
 class Undisturbed(asyncio.Task[T]):
