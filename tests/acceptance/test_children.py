@@ -442,7 +442,7 @@ def test_fan_out_of_ten_thousand(shell: Shell, app: Application) -> None:
         (["text"], {}, "argument 'number'"),
     ],
 )
-@pytest.mark.shells(("worker", "async-worker", "executor", "async-joined"))
+@pytest.mark.shells(("worker",))
 def test_map_that_cannot_be_is_refused(
     shell: Shell, app: Application, items: Any, options: dict[str, Any], message: str
 ) -> None:

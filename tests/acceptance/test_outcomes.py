@@ -26,6 +26,8 @@ from sqla_durable.errors import (
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.shells import Shell
 
+pytestmark = pytest.mark.few_shells
+
 
 class Colour(Enum):
     RED = "red"

@@ -20,6 +20,8 @@ from tests.acceptance.shells import Shell
 from tests.store import races
 from tests.support.domain import Entry
 
+pytestmark = pytest.mark.few_shells
+
 WORKERS = ["worker", "async-worker", "asyncpg-worker", "mixed-worker"]
 on_workers = pytest.mark.shells(WORKERS)
 

@@ -35,7 +35,7 @@ def test_a_worker_that_dies_around_any_commit_leaves_the_same_end_state(
 
 # behaviour: S7
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("workflow", [application.forked, application.forked_async], ids=lambda each: each.name)
+@pytest.mark.parametrize("workflow", [application.forked_async], ids=lambda each: each.name)
 def test_a_worker_that_dies_around_any_commit_of_a_branch_leaves_the_same_end_state(
     database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, workflow: Any
 ) -> None:
