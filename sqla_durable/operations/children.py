@@ -14,6 +14,7 @@ from sqla_durable.codec import DEFAULT_LIMIT, refuse_large
 from sqla_durable.errors import ChildrenFailedError, PayloadTooLargeError, UsageError
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Position, Wait
+from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import raise_recorded
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.wait import Source, received
@@ -40,7 +41,7 @@ async def start(
         if text is None:
             await runtime.settle()
             own = [replace(each, parent_id=attempt.workflow_id, parent_key=position.key) for each in new]
-            checkpoint = _checkpoint(runtime, position, StepStatus.SUCCEEDED)
+            checkpoint = checkpoint_of(attempt, position, StepStatus.SUCCEEDED)
             limit = _UNBOUNDED if active is None else active
             text = await runtime.execute(partial(_start, checkpoint=checkpoint, new=own, active=limit))
         ids = [UUID(each) for each in json.loads(text)]
@@ -152,7 +153,7 @@ class _Joining:
             if found.held and found.active < self._active:
                 await self._runtime.execute(partial(children.release, ids=self._ids, limit=self._active - found.active))
             if not begun:
-                waiting = _checkpoint(self._runtime, self._position, StepStatus.WAITING)
+                waiting = checkpoint_of(self._runtime.attempt, self._position, StepStatus.WAITING)
                 await self._runtime.execute(partial(waits.begin, checkpoint=waiting))
                 begun = True
             await self._runtime.wait(self._position, self._wait_for(found))
@@ -196,7 +197,7 @@ class _Joining:
         return await self._record(StepStatus.FAILED, error=Failure.of(error).to_json())
 
     async def _record(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Recorded:
-        checkpoint = _checkpoint(self._runtime, self._position, status, output=output, error=error)
+        checkpoint = checkpoint_of(self._runtime.attempt, self._position, status, output=output, error=error)
         await self._runtime.record(checkpoint)
         return Recorded(checkpoint.key, checkpoint.name, checkpoint.position, status, output, error)
 
@@ -207,26 +208,3 @@ def _outcome(found: dict[str, Any]) -> Outcome:
     if status is WorkflowStatus.SUCCEEDED and output is None:
         output = "null"
     return Outcome(Standing(UUID(found["id"]), found["name"], status, output, found["error"]))
-
-
-def _checkpoint(
-    runtime: Runtime,
-    position: Position,
-    status: StepStatus,
-    *,
-    output: str | None = None,
-    error: str | None = None,
-) -> Checkpoint:
-    attempt = runtime.attempt
-    return Checkpoint(
-        fence=attempt.fence,
-        key=position.key,
-        name=position.name,
-        position=position.number,
-        status=status,
-        output=output,
-        error=error,
-        attempt=attempt.number,
-        attempts=1,
-        elapsed=0.0,
-    )

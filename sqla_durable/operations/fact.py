@@ -8,10 +8,11 @@ from typing import Any
 
 from sqla_durable.codec import Codec
 from sqla_durable.operations.attempt import Position
+from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.status import StepStatus
-from sqla_durable.store import Checkpoint, Recorded, waits
+from sqla_durable.store import Recorded, waits
 
 
 async def of_process(runtime: Runtime, position: Position, *, ask: Callable[[], Any], codec: Codec) -> Any:
@@ -36,19 +37,5 @@ async def of_database(runtime: Runtime, position: Position, *, codec: Codec) -> 
 
 
 async def _record(runtime: Runtime, position: Position, output: str) -> Recorded:
-    attempt = runtime.attempt
-    await runtime.record(
-        Checkpoint(
-            fence=attempt.fence,
-            key=position.key,
-            name=position.name,
-            position=position.number,
-            status=StepStatus.SUCCEEDED,
-            output=output,
-            error=None,
-            attempt=attempt.number,
-            attempts=1,
-            elapsed=0.0,
-        )
-    )
+    await runtime.record(checkpoint_of(runtime.attempt, position, output=output))
     return Recorded(position.key, position.name, position.number, StepStatus.SUCCEEDED, output, None)

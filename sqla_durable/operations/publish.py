@@ -14,9 +14,9 @@ from sqlalchemy.exc import DBAPIError
 
 from sqla_durable.errors import EncodingError
 from sqla_durable.operations.attempt import Attempt, Position
+from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.runtime import Runtime, StepCall
 from sqla_durable.retry import is_transient
-from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint, Connectable, Origin
 
 
@@ -46,7 +46,7 @@ async def publish_once(runtime: Runtime, position: Position, encode: Callable[[]
         if attempt.recorded(position) is None:
             publication = encode()
             await runtime.settle()
-            record = partial(publication.record, checkpoint=_checkpoint(attempt, position))
+            record = partial(publication.record, checkpoint=checkpoint_of(attempt, position, output="null"))
             await _clearly(runtime, runtime.execute(record))
     finally:
         attempt.left(position)
@@ -76,18 +76,3 @@ async def _clearly(runtime: Runtime, writing: Awaitable[None]) -> None:
         raise EncodingError(
             f"the database refuses what workflow {runtime.attempt.name!r} publishes: {error}"
         ) from error
-
-
-def _checkpoint(attempt: Attempt, position: Position) -> Checkpoint:
-    return Checkpoint(
-        fence=attempt.fence,
-        key=position.key,
-        name=position.name,
-        position=position.number,
-        status=StepStatus.SUCCEEDED,
-        output="null",
-        error=None,
-        attempt=attempt.number,
-        attempts=1,
-        elapsed=0.0,
-    )

@@ -6,10 +6,10 @@ from functools import partial
 
 from sqla_durable.errors import Cancelling
 from sqla_durable.operations.attempt import Position
+from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.workflow import signal_in
-from sqla_durable.status import StepStatus
-from sqla_durable.store import Checkpoint, sagas
+from sqla_durable.store import sagas
 
 
 async def begin(runtime: Runtime, position: Position) -> None:
@@ -18,18 +18,7 @@ async def begin(runtime: Runtime, position: Position) -> None:
     if attempt.recorded(position) is not None:
         return
     await runtime.settle()
-    checkpoint = Checkpoint(
-        fence=attempt.fence,
-        key=position.key,
-        name=position.name,
-        position=position.number,
-        status=StepStatus.SUCCEEDED,
-        output="null",
-        error=None,
-        attempt=attempt.number,
-        attempts=1,
-        elapsed=0.0,
-    )
+    checkpoint = checkpoint_of(attempt, position, output="null")
     await runtime.execute(partial(sagas.begin, checkpoint=checkpoint))
     await runtime.record(checkpoint)
 

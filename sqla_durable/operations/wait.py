@@ -13,6 +13,7 @@ from sqla_durable.codec import Codec
 from sqla_durable.errors import EventNotSetError, WaitTimeoutError, WorkflowNotFoundError
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Position, Wait
+from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.status import StepStatus
@@ -155,21 +156,11 @@ class _Waiting:
 
     def checkpoint(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Checkpoint:
         """Give the operation's record; of one that waits, how long."""
+        is_waiting = status is StepStatus.WAITING
+        delay = self._delay.total_seconds() if is_waiting and self._delay is not None else None
+        elapsed = 0.0 if is_waiting else time.monotonic() - self._began
         attempt = self._runtime.attempt
-        waiting = status is StepStatus.WAITING and self._delay is not None
-        return Checkpoint(
-            fence=attempt.fence,
-            key=self._position.key,
-            name=self._position.name,
-            position=self._position.number,
-            status=status,
-            output=output,
-            error=error,
-            attempt=attempt.number,
-            attempts=1,
-            elapsed=0.0 if status is StepStatus.WAITING else time.monotonic() - self._began,
-            delay=self._delay.total_seconds() if waiting and self._delay is not None else None,
-        )
+        return checkpoint_of(attempt, self._position, status, output=output, error=error, elapsed=elapsed, delay=delay)
 
 
 def _recorded(checkpoint: Checkpoint, *, output: str | None = None, error: str | None = None) -> Recorded:

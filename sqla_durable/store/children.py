@@ -29,7 +29,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.errors import AttemptLost, WorkflowNotFoundError
-from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     COMPENSATES,
     REQUESTED,
@@ -46,7 +46,7 @@ from sqla_durable.store._rows import (
     table,
 )
 from sqla_durable.store.starts import NEW, new_columns, new_row
-from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine
+from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, known_output, own_row
 
 _PARENT = bindparam("parent", type_=PG_UUID())
 _GROUP = bindparam("group", type_=Text())
@@ -150,17 +150,6 @@ def _taken(connectable: Connectable, checkpoint: Checkpoint, statement: Any, mor
     return found
 
 
-def _known() -> Any:
-    succeeded = STEP.c.status == literal_column(f"'{StepStatus.SUCCEEDED}'", type_=STEP.c.status.type)
-    wanted = and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], succeeded)
-    return select(cast(STEP.c.output, Text)).where(wanted)
-
-
-def _owned() -> Any:
-    locked = select(WORKFLOW.c.id, WORKFLOW.c.deadline_at).where(*mine())
-    return materialized(locked.with_for_update(key_share=True, of=WORKFLOW), "owned")
-
-
 def _recorded(output: Any, source: Any) -> Any:
     """Record an output that a CTE gives, where it gives one."""
     columns = checkpoint_columns(GIVEN) | {"output": output}
@@ -171,12 +160,12 @@ def _answer(owned: Any, recorded: Any) -> Any:
     return select(
         select(owned.c.id).exists().label("owned"),
         select(cast(recorded.c.output, Text)).scalar_subquery().label("recorded"),
-        _known().scalar_subquery().label("known"),
+        known_output().scalar_subquery().label("known"),
     )
 
 
 def _start_statement() -> Any:
-    owned = _owned()
+    owned = own_row()
     batch = materialized(
         select(*table("batch", NEW).c, func.row_number().over(order_by=literal_column("batch.id")).label("number")),
         "new",
@@ -185,7 +174,7 @@ def _start_statement() -> Any:
     held = and_(columns["wake_at"].is_(None), batch.c.number > bindparam("active", type_=Integer()))
     columns["status"] = case((held, WorkflowStatus.SUSPENDED.value), else_=columns["status"])
     columns["deadline_at"] = func.least(columns["deadline_at"], owned.c.deadline_at)
-    source = select(*columns.values()).select_from(batch.join(owned, true())).where(~_known().exists())
+    source = select(*columns.values()).select_from(batch.join(owned, true())).where(~known_output().exists())
     inserted = (
         insert(WORKFLOW)
         .from_select(list(columns), source.order_by(batch.c.name, batch.c.key, batch.c.id), include_defaults=False)
@@ -208,7 +197,7 @@ def _start_statement() -> Any:
 
 
 def _take_outcome_statement() -> Any:
-    owned = _owned()
+    owned = own_row()
     outcome = func.jsonb_build_object(
         "id", WORKFLOW.c.id, "name", WORKFLOW.c.name, "status", WORKFLOW.c.status,
         "output", WORKFLOW.c.output, "error", WORKFLOW.c.error,
@@ -218,7 +207,7 @@ def _take_outcome_statement() -> Any:
 
 
 def _take_first_statement() -> Any:
-    owned = _owned()
+    owned = own_row()
     first = (
         select(func.to_jsonb(WORKFLOW.c.id).label("value"))
         .where(_wanted(), WORKFLOW.c.finished_at.is_not(None))

@@ -28,7 +28,7 @@ from sqla_durable.store._rows import (
     materialized,
     scalar,
 )
-from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine
+from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine, own_row
 from sqla_durable.store.workflows import not_found
 
 
@@ -94,10 +94,6 @@ def take(connectable: Connectable, checkpoint: Checkpoint, *, workflow_id: UUID,
     return None if row.status is None else Latest(found, row.status)
 
 
-def _owned() -> Any:
-    return materialized(select(WORKFLOW.c.id).where(*mine()).with_for_update(key_share=True, of=WORKFLOW), "owned")
-
-
 def _columns() -> dict[str, Any]:
     return {
         "key": cast(bindparam("event_key", type_=Text()), Text),
@@ -108,7 +104,7 @@ def _columns() -> dict[str, Any]:
 
 
 def _record_statement() -> Any:
-    owned = _owned()
+    owned = own_row()
     checkpoint = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id}
     recorded = insert_from(checkpoint, select(*checkpoint.values())).returning(STEP.c.workflow_id).cte("recorded")
     columns = {"workflow_id": recorded.c.workflow_id, **_columns()}
@@ -136,7 +132,7 @@ def _newest() -> Any:
 
 
 def _take_statement() -> Any:
-    owned, newest = _owned(), materialized(_newest(), "newest")
+    owned, newest = own_row(), materialized(_newest(), "newest")
     succeeded = literal_column(f"'{StepStatus.SUCCEEDED}'", type_=STEP.c.status.type)
     own = and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], STEP.c.status == succeeded)
     known = select(cast(STEP.c.output, Text)).where(own)

@@ -36,7 +36,7 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import AttemptLost
-from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     SIGNAL,
     STEP,
@@ -47,7 +47,7 @@ from sqla_durable.store._rows import (
     materialized,
     status,
 )
-from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine
+from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, known_output, own_row
 
 PARKED, CHILD = "#parked", "#child"
 """Names of rows that the engine sends to itself."""
@@ -123,7 +123,7 @@ def _send_statement() -> Any:
 
 
 def _take_statement() -> Any:
-    owned = materialized(select(WORKFLOW.c.id).where(*mine()).with_for_update(key_share=True, of=WORKFLOW), "owned")
+    owned = own_row()
     oldest = materialized(
         select(SIGNAL.c.workflow_id, SIGNAL.c.id)
         .join(owned, owned.c.id == SIGNAL.c.workflow_id)
@@ -136,7 +136,7 @@ def _take_statement() -> Any:
         update(SIGNAL)
         .where(SIGNAL.c.workflow_id == oldest.c.workflow_id, SIGNAL.c.id == oldest.c.id)
         # Looked at again in the row as it is now: another branch may have taken it since this statement began.
-        .where(SIGNAL.c.consumed_by.is_(None), ~_known().exists())
+        .where(SIGNAL.c.consumed_by.is_(None), ~known_output().exists())
         .values(
             consumed_by=GIVEN["key"],
             delivered_at=func.coalesce(SIGNAL.c.delivered_at, func.statement_timestamp()),
@@ -149,15 +149,8 @@ def _take_statement() -> Any:
     return select(
         select(owned.c.id).exists().label("owned"),
         select(cast(recorded.c.output, Text)).scalar_subquery().label("taken"),
-        _known().scalar_subquery().label("known"),
+        known_output().scalar_subquery().label("known"),
     )
-
-
-def _known() -> Any:
-    """The outcome that is there already: the acknowledgement of an earlier try was lost."""
-    succeeded = STEP.c.status == literal_column(f"'{StepStatus.SUCCEEDED}'", type_=STEP.c.status.type)
-    wanted = and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], succeeded)
-    return select(cast(STEP.c.output, Text)).where(wanted)
 
 
 def _satisfied(new: CTE) -> ColumnElement[bool]:

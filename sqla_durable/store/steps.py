@@ -26,6 +26,7 @@ from sqlalchemy import (
     case,
     cast,
     func,
+    literal_column,
     or_,
     select,
 )
@@ -48,6 +49,7 @@ from sqla_durable.store._rows import (
     fence_row,
     filled,
     interval,
+    materialized,
     of_owner,
     scalar,
     soon_over,
@@ -143,6 +145,19 @@ def checkpoint_row(checkpoint: Checkpoint) -> dict[str, Any]:
         "elapsed": checkpoint.elapsed,
         "delay": checkpoint.delay,
     }
+
+
+def own_row() -> CTE:
+    """Lock the workflow of the attempt of `GIVEN`, if it owns it; give its id and its deadline."""
+    locked = select(WORKFLOW.c.id, WORKFLOW.c.deadline_at).where(*mine())
+    return materialized(locked.with_for_update(key_share=True, of=WORKFLOW), "owned")
+
+
+def known_output() -> Any:
+    """Give the outcome of the step of `GIVEN` that is there already: an earlier acknowledgement was lost. JSON text."""
+    succeeded = STEP.c.status == literal_column(f"'{StepStatus.SUCCEEDED}'", type_=STEP.c.status.type)
+    wanted = and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], succeeded)
+    return select(cast(STEP.c.output, Text)).where(wanted)
 
 
 def given_row(checkpoint: Checkpoint) -> dict[str, Any]:

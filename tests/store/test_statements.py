@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 from collections.abc import Iterator
 
@@ -10,49 +12,13 @@ from sqlalchemy import Executable
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.sql import ClauseElement
 
-from sqla_durable.store import (
-    batches,
-    children,
-    crashes,
-    deadlines,
-    events,
-    exports,
-    forks,
-    look,
-    management,
-    progress,
-    queues,
-    sagas,
-    signals,
-    starts,
-    steps,
-    streams,
-    waits,
-    workers,
-    workflows,
-)
+import sqla_durable.store as store
 
-_MODULES = (
-    batches,
-    children,
-    crashes,
-    deadlines,
-    events,
-    exports,
-    forks,
-    look,
-    management,
-    progress,
-    queues,
-    sagas,
-    signals,
-    starts,
-    steps,
-    streams,
-    waits,
-    workers,
-    workflows,
-)
+_MODULES = [
+    importlib.import_module(f"{store.__name__}.{each.name}")
+    for each in pkgutil.iter_modules(store.__path__)
+    if not each.name.startswith("_")
+]
 _BATCHES = {"_WRITE", "_APPEND_MANY", "_FINISH", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
 
 
