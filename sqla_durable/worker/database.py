@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -102,6 +102,38 @@ class Cut:
                 shut_down(self._connection)
 
 
+class _Held(Generic[T]):
+    """The one connection that is kept, while no transaction uses it.
+
+    Transactions may overlap, and one may outlast `end`: whoever cannot give a connection back closes it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._connection: T | None = None
+        self._has_ended = False
+
+    def take(self) -> T | None:
+        """Give the connection that is kept, if there is one: it is the caller's until `keep`."""
+        with self._lock:
+            taken, self._connection = self._connection, None
+            return taken
+
+    def keep(self, connection: T) -> bool:
+        """Keep a connection, or tell that the caller has to close it."""
+        with self._lock:
+            if self._has_ended or self._connection is not None:
+                return False
+            self._connection = connection
+            return True
+
+    def end(self) -> T | None:
+        """Keep none from now on; gives the one that was kept."""
+        with self._lock:
+            self._has_ended = True
+        return self.take()
+
+
 class LoopDatabase:
     """Executes on the event loop."""
 
@@ -134,23 +166,24 @@ class HeldLoopDatabase(LoopDatabase):
 
     def __init__(self, engine: Engine, *, limit: float) -> None:
         super().__init__(engine, limit=limit)
-        self._connection: AsyncConnection | None = None
+        self._held = _Held[AsyncConnection]()
 
     @override
     async def close(self) -> None:
-        connection, self._connection = self._connection, None
+        connection = self._held.end()
         if connection is not None:
             await connection.close()
 
     @override
     async def _transact(self, statement: Callable[[Connection], T]) -> T:
-        connection, self._connection = self._connection or await self._engine.connect(), None
+        connection = self._held.take() or await self._engine.connect()
         try:
             value = await connection.run_sync(_ended, statement)
         except BaseException:
             await connection.close()
             raise
-        self._connection = connection
+        if not self._held.keep(connection):
+            await connection.close()
         return value
 
 
@@ -201,7 +234,7 @@ class HeldThreadDatabase(ThreadDatabase):
 
     def __init__(self, engine: Engine, *, limit: float) -> None:
         super().__init__(engine, limit=limit, threads=1)
-        self._connection: Connection | None = None
+        self._held = _Held[Connection]()
 
     @override
     async def close(self) -> None:
@@ -210,17 +243,18 @@ class HeldThreadDatabase(ThreadDatabase):
 
     @override
     def _transact(self, statement: Callable[[Connection], T]) -> T:
-        connection, self._connection = self._connection or self._engine.connect(), None
+        connection = self._held.take() or self._engine.connect()
         try:
             value = _ended(connection, statement)
         except BaseException:
             connection.close()
             raise
-        self._connection = connection
+        if not self._held.keep(connection):
+            connection.close()
         return value
 
     def _let_go(self) -> None:
-        connection, self._connection = self._connection, None
+        connection = self._held.end()
         if connection is not None:
             connection.close()
 

@@ -90,6 +90,43 @@ async def test_a_held_connection_is_the_same_for_every_transaction(kind: str, da
     engine.dispose()
 
 
+@pytest.mark.parametrize("closes_first", [False, True])
+@pytest.mark.parametrize("kind", ["held thread", "held psycopg", "held asyncpg"])
+async def test_transactions_that_overlap_each_other_and_the_end_leave_no_connection_behind(
+    kind: str, closes_first: bool, database_url: str, engine: Engine
+) -> None:
+    """As when a worker claims after its lease has run out, while its heartbeat is under way."""
+    database, own = _database(kind, database_url)
+    database._limit = 30  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    with engine.connect() as holder:
+        holder.execute(_LOCK)
+        both = [asyncio.create_task(database.execute(_wait_for_lock)) for _ in range(2)]
+        expected = 1 if "thread" in kind else 2  # a held thread is one
+        await asyncio.to_thread(races.wait_until, lambda: _blocked(engine) == expected, what="the statements")
+        closing = asyncio.create_task(database.close()) if closes_first else None
+        if closing is not None and "thread" not in kind:
+            await closing
+        holder.rollback()
+    await asyncio.gather(*both)
+    await (closing or database.close())
+    left = own.pool.checkedout()  # type: ignore[attr-defined]
+    await (asyncio.to_thread(own.dispose) if "thread" in kind else AsyncEngine(own).dispose())
+    assert left == 0
+
+
+_LOCK = text("SELECT pg_advisory_xact_lock(1)")
+
+
+def _wait_for_lock(connection: Connection) -> None:
+    connection.execute(_LOCK)
+
+
+def _blocked(engine: Engine) -> int:
+    with engine.connect() as connection:
+        waiting = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+        return int(connection.execute(waiting).scalar_one())
+
+
 async def test_each_statement_is_a_transaction_of_its_own_and_none_is_left_open(
     database: Database, engine: Engine
 ) -> None:
