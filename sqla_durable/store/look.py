@@ -91,10 +91,15 @@ def _suspended() -> ColumnElement[bool]:
 
 
 def _abandoned() -> ColumnElement[bool]:
-    left = select(WORKFLOW.c.id).where(
-        WORKFLOW.c.status == status(WorkflowStatus.RUNNING), WORKFLOW.c.worker_id == WORKER.c.id
+    # Limited, so that each dead worker is looked up: else a plan may read whatever is running to find its worker.
+    left = (
+        select(WORKFLOW.c.id)
+        .where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING), WORKFLOW.c.worker_id == WORKER.c.id)
+        .limit(1)
+        .lateral("left_behind")
     )
-    return select(WORKER.c.id).where(WORKER.c.lease_expires_at <= func.statement_timestamp(), left.exists()).exists()
+    dead = WORKER.c.lease_expires_at <= func.statement_timestamp()
+    return select(left.c.id).select_from(WORKER.join(left, true())).where(dead).exists()
 
 
 def _alive() -> ColumnElement[bool]:
