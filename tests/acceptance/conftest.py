@@ -9,8 +9,8 @@ import pytest
 from tests.acceptance.application import Application
 from tests.acceptance.shells import SHELLS, Shell
 
-# Each way once, and in the other schema those that differ most: one session, a worker of each kind, the other driver.
-IN_TENANT = ("executor", "mixed-worker", "asyncpg-worker")
+# Each way once; in the other schema those that differ most: the other driver, sync and async sessions in one worker.
+IN_TENANT = ("mixed-worker", "asyncpg-worker")
 IN_DURABLE = tuple(name for name in SHELLS if name not in ("mixed-worker", "asyncpg-worker"))
 WAYS = [(name, "durable") for name in IN_DURABLE] + [(name, "tenant_7") for name in IN_TENANT]
 # Stories whose statements are told by others in all ways, once for each kind of surroundings.
@@ -21,10 +21,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "shell" in metafunc.fixturenames:
         only = [mark.args[0] for mark in metafunc.definition.iter_markers("shells")]
         few = list(metafunc.definition.iter_markers("few_shells"))
-        wanted = only[0] if only else FEW if few else SHELLS
+        wanted = only[0] if only else SHELLS
         chosen = [way for way in WAYS if way[0] in wanted]
-        if few:  # in one schema each
-            chosen = list({way[0]: way for way in chosen}.values())
+        if few:
+            chosen = [way for way in chosen if way[0] in FEW] or chosen
         ids = [name if schema == "durable" else f"{name}-{schema}" for name, schema in chosen]
         metafunc.parametrize(("shell", "durable_schema"), chosen, ids=ids, indirect=True)
 

@@ -52,6 +52,8 @@ from tests.acceptance.shells import POLL
 from tests.support.databases import Databases
 from tests.support.domain import Base, Entry, Order
 
+pytestmark = pytest.mark.few_shells
+
 Sessions = sessionmaker[Session]
 durable = Durable(payload_limit=10_000)
 

@@ -15,6 +15,8 @@ from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 from tests.support.domain import Entry
 
+pytestmark = pytest.mark.few_shells
+
 
 def _of_no_response(error: BaseException) -> bool:
     response: Any = getattr(error, "response")  # noqa: B009 (what a hurried user writes)

@@ -32,6 +32,8 @@ from tests.acceptance.shells import Shell
 from tests.store import races
 from tests.support.domain import Entry
 
+pytestmark = pytest.mark.few_shells
+
 WORKERS = pytest.mark.shells(("worker", "async-worker", "asyncpg-worker", "mixed-worker"))
 COMMITTING = pytest.mark.shells(
     ("executor", "async-executor", "worker", "async-worker", "asyncpg-worker", "mixed-worker")

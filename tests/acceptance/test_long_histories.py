@@ -11,6 +11,8 @@ from sqla_durable import Durable, errors, wait_signal
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 
+pytestmark = pytest.mark.few_shells
+
 COMMITTING = pytest.mark.shells(("executor", "async-executor", "worker", "async-worker", "asyncpg-worker"))
 
 

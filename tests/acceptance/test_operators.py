@@ -16,6 +16,8 @@ from tests.acceptance.shells import Shell
 from tests.acceptance.test_cancelling import WORKERS, Gate, gated
 from tests.support.domain import Entry
 
+pytestmark = pytest.mark.few_shells
+
 
 class Bank:
     """Steps that write and count, and a bank that may be closed."""

@@ -20,6 +20,8 @@ from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.shells import Shell
 from tests.store import races
 
+pytestmark = pytest.mark.few_shells
+
 WORKERS = pytest.mark.shells(("worker", "async-worker", "asyncpg-worker", "mixed-worker"))
 COMMITTING = pytest.mark.shells(("executor", "async-executor", "worker", "async-worker", "asyncpg-worker"))
 WEEK = timedelta(days=7)

@@ -17,6 +17,8 @@ from tests.acceptance.application import AnyWorkflow, Application, Form
 from tests.acceptance.shells import Shell
 from tests.support.domain import Order
 
+pytestmark = pytest.mark.few_shells
+
 CLIENTS = pytest.mark.shells(("executor", "async-worker", "asyncpg-worker"))
 
 

@@ -16,6 +16,8 @@ from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 from tests.store import races
 
+pytestmark = pytest.mark.few_shells
+
 WORKERS = pytest.mark.shells(("worker", "async-worker", "asyncpg-worker", "mixed-worker"))
 FORTNIGHT = timedelta(days=14)
 

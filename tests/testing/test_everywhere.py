@@ -113,7 +113,7 @@ def test_a_sound_workflow_is_killed_at_every_point_and_ends_the_same(
 def test_steps_with_a_total_timeout_are_killed_at_every_point_their_beginnings_included(
     database_url: str, engine: Engine
 ) -> None:
-    report = crash(application.transfer_in_time, database_url)
+    report = crash(application.transfer_in_time, database_url, moments=[Moment.BEFORE, Moment.AFTER])
     commits = max(each.commit for each in report.killed)
     assert commits >= 6, "a claim, three beginnings and two steps with a session"
     assert report.end_state.domain == [(1, ""), (2, "")]
