@@ -224,7 +224,7 @@ def _look_statement() -> Any:
     holding = and_(
         STEP.c.workflow_id == SIGNAL.c.workflow_id,
         STEP.c.key == SIGNAL.c.consumed_by,
-        STEP.c.output["id"].astext == cast(SIGNAL.c.id, Text),
+        STEP.c.output.op("->>", return_type=Text())(_ID) == cast(SIGNAL.c.id, Text),
     )
     rows = (
         SIGNAL.join(WORKFLOW, WORKFLOW.c.id == SIGNAL.c.workflow_id).outerjoin(EVENT, answer).outerjoin(STEP, holding)
@@ -274,12 +274,13 @@ def _put_statement() -> Any:
 
 
 def _shown(taken: Any) -> ColumnElement[Any]:
-    id_, payload = literal_column("'id'", type_=Text()), literal_column("'payload'", type_=Text())
-    return func.jsonb_build_object(id_, taken.c.id, payload, taken.c.payload, type_=JSONB())
+    return func.jsonb_build_object(_ID, taken.c.id, _PAYLOAD, taken.c.payload, type_=JSONB())
 
 
 _WANTED = bindparam("wanted_id", type_=PG_UUID())
 _IS_UPDATE = SIGNAL.c.id == bindparam("update_id", type_=BigInteger())
+_ID: ColumnElement[str] = literal_column("'id'", type_=Text())
+_PAYLOAD: ColumnElement[str] = literal_column("'payload'", type_=Text())
 _SIGNAL_LITERAL: ColumnElement[str] = literal_column(f"'{_SIGNAL}'", type_=Text())
 _RECEIVER = _receiver_statement()
 _SEND = sending().returning(SIGNAL.c.id)

@@ -7,14 +7,16 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable.errors import AttemptLost
 from sqla_durable.models import Event, Signal
 from sqla_durable.store import Fence, Origin, Verdict, updates
+from sqla_durable.store.updates import _LOOK  # pyright: ignore[reportPrivateUsage]
 from tests.store import races
+from tests.store.plans import explain
 
 NAME = "set_address"
 
@@ -110,6 +112,29 @@ def test_another_token_neither_takes_nor_refuses_nor_answers(engine: Engine) -> 
         session.commit()
         assert updates.oldest(session, workflow_id=fence.workflow_id, name=NAME) is not None
     assert answers(engine) == []
+
+
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+def test_a_look_at_an_update_costs_a_few_pages_among_many(engine: Engine, mode: str) -> None:
+    (fence,) = races.claimed_fences(engine)
+    update_id = send(engine, fence.workflow_id)
+    filling = (
+        "INSERT INTO durable.signal (workflow_id, name, consumed_by) SELECT :id, '#update:old', n FROM numbers",
+        "INSERT INTO durable.event (workflow_id, key, value) SELECT :id, '#reply:' || n, '{}' FROM numbers",
+        "INSERT INTO durable.step (workflow_id, key, name, position, status, output, attempt, started_at, finished_at) "
+        "SELECT :id, n, n, 1, 'succeeded', '{}', 1, statement_timestamp(), statement_timestamp() FROM numbers",
+    )
+    with Session(engine) as session:
+        for each in filling:
+            numbers = "WITH numbers AS (SELECT n::text FROM generate_series(1000, 5000) AS n) "
+            session.execute(text(numbers + each), {"id": fence.workflow_id})
+        session.commit()
+        session.execute(text("ANALYZE durable.signal, durable.event, durable.step"))
+        session.commit()
+        parameters = {"wanted_id": fence.workflow_id, "update_id": update_id, "answer_key": f"#reply:{update_id}"}
+        plan = explain(session, _LOOK, parameters, mode=mode)
+    assert not any(plan.scans(each) for each in ("signal", "event", "step")), plan
+    assert plan.buffers() < 20, plan
 
 
 def test_two_senders_of_one_key_send_one(engine: Engine) -> None:
