@@ -26,6 +26,9 @@ from sqla_durable.step_functions import AsyncStepFunction, AsyncTransactionalSte
 from sqla_durable.streams import StreamEntry, close_stream, read_stream, write_stream
 from sqla_durable.threads import parallel
 from sqla_durable.timers import now, random, sleep, sleep_until, uuid4
+from sqla_durable.update_handles import AsyncUpdate, Update, update_handle
+from sqla_durable.update_requests import UpdateRequest, wait_update
+from sqla_durable.updates import start_with_update, update
 from sqla_durable.watching import wait_event
 from sqla_durable.worker import Worker
 
@@ -35,6 +38,7 @@ __all__ = [
     "AsyncHandle",
     "AsyncStepFunction",
     "AsyncTransactionalStep",
+    "AsyncUpdate",
     "AsyncWorkflowFunction",
     "BoundWorkflow",
     "Child",
@@ -54,6 +58,8 @@ __all__ = [
     "StreamEntry",
     "StreamItem",
     "TransactionalStep",
+    "Update",
+    "UpdateRequest",
     "Worker",
     "Workflow",
     "WorkflowFunction",
@@ -86,10 +92,14 @@ __all__ = [
     "sleep_until",
     "start_many",
     "start_with_signal",
+    "start_with_update",
     "storage",
+    "update",
+    "update_handle",
     "uuid4",
     "wait_event",
     "wait_first",
     "wait_signal",
+    "wait_update",
     "write_stream",
 ]

@@ -98,7 +98,7 @@ class Codec:
             return self.adapter.validate_json(f"[{text}]")[0]
         except ValidationError as error:
             raise DecodingError(
-                f"the stored {self.what} does not fit the annotation that the code has now: {_reasons(error)}; "
+                f"the stored {self.what} does not fit the annotation that the code has now: {reasons(error)}; "
                 f"stored was {_shown(text)}. Bring back an annotation that reads it, or start a new workflow."
             ) from error
 
@@ -169,7 +169,7 @@ class ArgumentsCodec:
             return codec.encode(codec.check(value))
         except ValidationError as error:
             raise ArgumentError(
-                f"{codec.what} does not fit its annotation: {_reasons(error)}. Nothing was started."
+                f"{codec.what} does not fit its annotation: {reasons(error)}. Nothing was started."
             ) from error
 
 
@@ -275,7 +275,8 @@ def _as_numeric(value: float) -> float | int:
     return int(Decimal(repr(value))) if "e+" in repr(value) else value
 
 
-def _reasons(error: ValidationError) -> str:
+def reasons(error: ValidationError) -> str:
+    """Say in words why values do not fit."""
     return "; ".join(
         f"{_place(each['loc'])}{each['msg']}, got {_shown(each['input'])}" for each in error.errors(include_url=False)
     )

@@ -90,6 +90,16 @@ def active_in(context: contextvars.Context) -> Context | None:
     return context.get(_active)
 
 
+@contextmanager
+def outside() -> Generator[None]:
+    """Call a function of the user's that is no part of the workflow: what is durable does nothing or refuses there."""
+    token = _active.set(None)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
 def current() -> Execution | None:
     """Tell where the code is: in which workflow, attempt and step. None outside a workflow.
 

@@ -22,13 +22,16 @@ DurableError
 ├── WorkflowReferencedError       rows of the application refer to a workflow that was to be deleted
 ├── WorkflowRunningError          somebody else holds a live lease on the workflow
 ├── AttemptLostError              this execution no longer owns its workflow; nothing more of it commits
-├── WorkflowFinishedError         a signal cannot be sent to a workflow that has an outcome
+├── WorkflowFinishedError         a signal or update cannot be sent to a workflow that has an outcome
+├── UpdateRejectedError           a workflow has refused or rejected an update
+├── UpdateNotAnsweredError        a workflow has ended, or begun anew, without answering an update
+├── UpdateNotFoundError           no such update is visible
 ├── CompensationFailedError       a saga could not undo all that it did
 ├── ChildrenFailedError           more children of a group failed than are tolerated
 ├── WaitTimeoutError              (also TimeoutError) what an operation waited for did not come in time
 ├── HistoryMismatchError          today's code does not visit what a strict workflow has recorded
 ├── EventNotSetError              (also LookupError) a workflow has finished and has never set the event
-├── ResultTimeoutError            (also TimeoutError) no outcome, event or item within the time given
+├── ResultTimeoutError            (also TimeoutError) no outcome, event, item or answer within the time given
 ├── WorkflowError                 the outcome of a workflow that did not succeed
 │   ├── WorkflowFailedError           its own exception type cannot be rebuilt here
 │   ├── WorkflowCancelledError
@@ -206,6 +209,27 @@ class AttemptLostError(_AboutWorkflow):
 
 class WorkflowFinishedError(_AboutWorkflow):
     """The workflow has an outcome: nobody will take what is sent to it. Nothing was sent."""
+
+
+class _AboutUpdate(_AboutWorkflow):
+    """An error about one update: `update_id` is its id, `reason` what the workflow says of it."""
+
+    def __init__(self, message: str, *, workflow_id: UUID, update_id: int, reason: str | None = None) -> None:
+        super().__init__(message, workflow_id=workflow_id)
+        self.update_id = update_id
+        self.reason = reason
+
+
+class UpdateRejectedError(_AboutUpdate):
+    """The workflow has refused an update before it took it, or rejected it afterwards: `reason` says why."""
+
+
+class UpdateNotAnsweredError(_AboutUpdate):
+    """The workflow has ended without answering an update, or has begun anew and forgotten it."""
+
+
+class UpdateNotFoundError(_AboutUpdate):
+    """No such update is visible: wrong id, wrong database, or it is not committed yet."""
 
 
 class CompensationFailedError(DurableError):

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 import sqla_durable.polling as polling
 from sqla_durable.codec import Codec
-from sqla_durable.errors import EventNotSetError, ResultTimeoutError
+from sqla_durable.errors import ArgumentError, EventNotSetError, ResultTimeoutError
 from sqla_durable.functions import id_of
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.models import Workflow
@@ -73,13 +73,15 @@ def set_event(*given: Any) -> Awaitable[None]:
             stored as JSON: whoever reads it says of which type it is to be.
 
     Raises:
-        ArgumentError: the key cannot be stored.
+        ArgumentError: the key cannot be stored, or is the engine's own.
         EncodingError, PayloadTooLargeError: the value cannot be stored, or is too large; nothing was written.
         UsageError: a session is given where there is none of the workflow's, or is missing in a transactional step; or
             this is a task or thread of its own.
     """
     *session, key, value = given
     require_text(key, what="key of an event")
+    if key.startswith("#"):
+        raise ArgumentError(f"the key of an event is {key!r}, which begins with '#': such keys are the engine's own.")
 
     def publication(limit: int) -> _Setting:
         return _Setting(key, encode(value, what=f"value of event {key!r}", limit=limit))

@@ -262,8 +262,8 @@ class Signal(Base):
     """Something sent to a workflow: the oldest one of a name is consumed first, once.
 
     A row is enough to send one: `INSERT INTO durable.signal (workflow_id, name, payload) VALUES (..., 'approved',
-    'true')`. `key` is an idempotency key. `delivered_at` is when a worker has seen it and woken the workflow if it
-    waited for it; `consumed_by` the key of the step that has taken it. Names that begin with `#` are the engine's own.
+    'true')`. `key` is an idempotency key. `delivered_at` is when a worker has seen it and woken what waited for it;
+    `consumed_by` the key of the step that has taken it. Names that begin with `#` are the engine's: `#update:NAME`.
     """
 
     __tablename__ = "signal"
@@ -302,7 +302,7 @@ class Signal(Base):
 class Event(Base):
     """A value that a workflow shows under a key: the row with the greatest id is the latest, the others are history.
 
-    `step_key` is the key of the step that set it.
+    `step_key` is the key of the step that set it. The answer to an update has the key `#reply:ID` and the update's id.
     """
 
     __tablename__ = "event"

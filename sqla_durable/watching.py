@@ -59,7 +59,7 @@ class _WaitEvent:
         if timeout is not None:
             require_duration(timeout, "timeout")
         take = partial(_take, workflow_id=id_of(workflow), key=key)
-        source = wait.Source(None, take, f"event {key!r} was not set within {timeout}.")
+        source = wait.Source(None, wait.at_once(take), f"event {key!r} was not set within {timeout}.")
         codec = Codec.of(kind, what=f"value of event {key!r}")
         return operate(f"event:{key}", partial(wait.receive, source=source, result=codec, within=timeout))
 

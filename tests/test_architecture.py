@@ -21,8 +21,8 @@ FLOORS = (
     {"embedded"},
     {"worker"},
     {"executor"},
-    {"durable"},
-    {"management", "signals", "watching", "events", "streams", "progress"},
+    {"durable", "updates"},
+    {"management", "signals", "watching", "events", "streams", "progress", "update_handles", "update_requests"},
     {"functions", "timers", "saga"},
     {"children", "step_functions"},
     {"start", "handle", "runtime", "operate", "threads", "patches", "publishing"},
@@ -49,6 +49,7 @@ KNOWS_ASYNCIO = {
     "torture",
     "undisturbed",
     "tasks",
+    "update_handles",
 }
 MODULES = sorted(ROOT.rglob("*.py"))
 SOURCES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in MODULES}

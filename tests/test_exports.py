@@ -56,7 +56,9 @@ def test_main_names_have_an_example(name: str) -> None:
     assert "```python" in (inspect.getdoc(getattr(sqla_durable, name)) or "")
 
 
-@pytest.mark.parametrize(("sync", "twin"), [("Executor", "AsyncExecutor"), ("Handle", "AsyncHandle")])
+@pytest.mark.parametrize(
+    ("sync", "twin"), [("Executor", "AsyncExecutor"), ("Handle", "AsyncHandle"), ("Update", "AsyncUpdate")]
+)
 def test_twins_have_the_same_methods_and_parameters(sync: str, twin: str) -> None:
     ours, theirs = getattr(sqla_durable, sync), getattr(sqla_durable, twin)
     methods = {name for name in dir(ours) if not name.startswith("_")}

@@ -17,7 +17,7 @@ from sqla_durable.operations.attempt import Position, Wait
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import raise_recorded
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.operations.wait import Source, received
+from sqla_durable.operations.wait import Source, at_once, received
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, Standing, children, waits
@@ -69,7 +69,7 @@ async def result(runtime: Runtime, position: Position, workflow_id: UUID, **with
     take = partial(children.take_outcome, workflow_id=workflow_id)
     look = partial(children.awaited, parent_id=runtime.attempt.workflow_id, workflow_ids=[workflow_id])
     late = f"workflow {workflow_id} had no outcome in time; it goes on."
-    recorded = await received(runtime, position, Source(look, take, late), **within)
+    recorded = await received(runtime, position, Source(look, at_once(take), late), **within)
     if recorded.status is StepStatus.FAILED:
         raise_recorded(recorded)
     return _outcome(json.loads(recorded.output or "{}"))
@@ -80,7 +80,7 @@ async def first(runtime: Runtime, position: Position, workflow_ids: Sequence[UUI
     take = partial(children.take_first, workflow_ids=workflow_ids)
     look = partial(children.awaited, parent_id=runtime.attempt.workflow_id, workflow_ids=workflow_ids)
     late = f"none of {len(workflow_ids)} workflows had an outcome in time; they go on."
-    recorded = await received(runtime, position, Source(look, take, late), **within)
+    recorded = await received(runtime, position, Source(look, at_once(take), late), **within)
     if recorded.status is StepStatus.FAILED:
         raise_recorded(recorded)
     return UUID(json.loads(recorded.output or '""'))

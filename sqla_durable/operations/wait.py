@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from sqla_durable.codec import Codec
 from sqla_durable.errors import EventNotSetError, WaitTimeoutError, WorkflowNotFoundError
@@ -24,6 +24,9 @@ _MOMENT = 1.0
 
 _SHORTEST_LOOK, _LONGEST_LOOK, _SHARE = 0.05, 30.0, 0.25  # seconds, and a share of those waited so far
 
+Taking: TypeAlias = Callable[[Runtime, Checkpoint], Coroutine[Any, Any, str | None]]
+"""Takes what is waited for and records it as this outcome; gives that as JSON text, or None if it is not there."""
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -32,12 +35,13 @@ class Source:
     Attributes:
         look: what the workflow's row is to say of it, seen before it is taken in vain; where that is nothing, nobody
             tells when it comes, and it is looked for again and again.
-        take: takes it if it is there, records it as the outcome, and gives its JSON text.
+        take: takes it if it is there, records it as the outcome, and gives its JSON text; `at_once` does so by a
+            statement.
         late: the error for when it does not come in time.
     """
 
     look: Callable[[Connectable], tuple[Awaited, ...]] | None
-    take: Callable[[Connectable, Checkpoint], str | None]
+    take: Taking
     late: str
     awaits: tuple[Awaited, ...] = ()
 
@@ -45,7 +49,16 @@ class Source:
     def of_signal(cls, name: str, timeout: timedelta | None) -> Source:
         """Wait for a signal."""
         take = partial(_take_signal, name=name)
-        return cls(None, take, f"no signal {name!r} came within {timeout}.", (Awaited(signal=name),))
+        return cls(None, at_once(take), f"no signal {name!r} came within {timeout}.", (Awaited(signal=name),))
+
+
+def at_once(statement: Callable[[Connectable, Checkpoint], str | None]) -> Taking:
+    """Take by one statement, in a transaction of its own."""
+
+    async def take(runtime: Runtime, checkpoint: Checkpoint) -> str | None:
+        return await runtime.execute(lambda connectable: statement(connectable, checkpoint))
+
+    return take
 
 
 def _take_signal(connectable: Connectable, checkpoint: Checkpoint, name: str) -> str | None:
@@ -109,15 +122,11 @@ class _Waiting:
     async def receive(self, source: Source) -> Recorded:
         """Take what is waited for, now or when it comes, or record that it came too late."""
         taking = self.checkpoint(StepStatus.SUCCEEDED)
-
-        def take(connectable: Connectable) -> str | None:
-            return source.take(connectable, taking)
-
         wait: Wait | None = None
         while True:
             try:
                 awaits = source.awaits if source.look is None else await self._runtime.execute(source.look)
-                output = await self._runtime.execute(take)
+                output = await source.take(self._runtime, taking)
             except (WorkflowNotFoundError, EventNotSetError) as gone:
                 return await self._fail(gone)
             if output is not None:

@@ -48,6 +48,7 @@ from sqla_durable.store._rows import (
 from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
 from sqla_durable.store.deadlines import TIMEOUT_TYPE
 from sqla_durable.store.selection import Wanted, among, hold, known
+from sqla_durable.store.signals import REFUSED
 from sqla_durable.store.trees import hold_cancelled_with, is_not_undone
 
 _STOPPED = and_(
@@ -195,7 +196,8 @@ def _hide(session: Session, held: Sequence[UUID]) -> None:
 
 def _give_back(session: Session, held: Sequence[UUID]) -> None:
     """Put back into the inbox what steps without a record have consumed."""
-    consumed = update(SIGNAL).where(_of(SIGNAL, held), _has_no_step(SIGNAL, SIGNAL.c.consumed_by))
+    gone = and_(_has_no_step(SIGNAL, SIGNAL.c.consumed_by), SIGNAL.c.consumed_by != literal(REFUSED, Text()))
+    consumed = update(SIGNAL).where(_of(SIGNAL, held), gone)
     execute(session, consumed.values(consumed_by=null()))
 
 

@@ -8,7 +8,7 @@ now, it is woken. So a signal and a parking may cross in any way: whichever is c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -52,6 +52,9 @@ from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, inser
 PARKED, CHILD = "#parked", "#child"
 """Names of rows that the engine sends to itself."""
 
+REFUSED = "#refused"
+"""Stands for the step that has consumed it, where none ever will."""
+
 
 def standings(session: Session, workflow_ids: Sequence[UUID]) -> Mapping[UUID, WorkflowStatus]:
     """Give the statuses of those of the workflows that there are."""
@@ -74,7 +77,16 @@ def take(connectable: Connectable, checkpoint: Checkpoint, *, name: str) -> str 
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
     """
-    row = execute(connectable, _TAKE, given_row(checkpoint) | {"signal_name": name}).one()
+    return take_by(connectable, _TAKE, checkpoint, {"signal_name": name})
+
+
+def take_by(connectable: Connectable, statement: Any, checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> str | None:
+    """Execute a statement of `taking`; give what is recorded, or None if there is nothing to take; JSON text.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow.
+    """
+    row = execute(connectable, statement, {**given_row(checkpoint), **wanted}).one()
     found: str | None = row.taken if row.known is None else row.known
     if found is None and not row.owned:
         raise AttemptLost(checkpoint.fence.workflow_id)
@@ -108,7 +120,8 @@ def _engine_s_own() -> ColumnElement[bool]:
     return SIGNAL.c.name.in_([literal_column(f"'{PARKED}'"), literal_column(f"'{CHILD}'")])
 
 
-def _send_statement() -> Any:
+def sending() -> Any:
+    """Make a statement that inserts a signal for each of some workflows, unless its key is known."""
     source = select(
         func.unnest(bindparam("ids", type_=ARRAY(PG_UUID()))),
         cast(bindparam("signal_name", type_=Text()), Text),
@@ -122,12 +135,18 @@ def _send_statement() -> Any:
     )
 
 
-def _take_statement() -> Any:
+def taking(wanted: ColumnElement[bool], output: Callable[[CTE], ColumnElement[Any]]) -> Any:
+    """Make a statement that takes the oldest signal that is wanted, and records it as the outcome of a step.
+
+    Args:
+        wanted: a condition on the signal.
+        output: gives the outcome, of the `id` and the `payload` of what is taken.
+    """
     owned = own_row()
     oldest = materialized(
         select(SIGNAL.c.workflow_id, SIGNAL.c.id)
         .join(owned, owned.c.id == SIGNAL.c.workflow_id)
-        .where(SIGNAL.c.name == bindparam("signal_name", type_=Text()), SIGNAL.c.consumed_by.is_(None))
+        .where(wanted, SIGNAL.c.consumed_by.is_(None))
         .order_by(SIGNAL.c.id)
         .limit(1),
         "oldest",
@@ -141,10 +160,10 @@ def _take_statement() -> Any:
             consumed_by=GIVEN["key"],
             delivered_at=func.coalesce(SIGNAL.c.delivered_at, func.statement_timestamp()),
         )
-        .returning(SIGNAL.c.payload)
+        .returning(SIGNAL.c.id, SIGNAL.c.payload)
         .cte("taken")
     )
-    columns = checkpoint_columns(GIVEN) | {"output": taken.c.payload}
+    columns = checkpoint_columns(GIVEN) | {"output": output(taken)}
     recorded = insert_from(columns, select(*columns.values())).returning(STEP.c.output).cte("recorded")
     return select(
         select(owned.c.id).exists().label("owned"),
@@ -238,6 +257,6 @@ def _count(rows: CTE) -> Any:
 _STANDINGS = select(WORKFLOW.c.id, WORKFLOW.c.status).where(
     WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID())))
 )
-_SEND = _send_statement()
-_TAKE = _take_statement()
+_SEND = sending()
+_TAKE = taking(SIGNAL.c.name == bindparam("signal_name", type_=Text()), lambda taken: taken.c.payload)
 _DELIVER = _deliver_statement()

@@ -6,8 +6,8 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqla_durable import StreamEntry, get_event, read_stream
-from tests.acceptance.shells import AsyncShell, Shell
+from sqla_durable import AsyncUpdate, StreamEntry, get_event, read_stream
+from tests.acceptance.shells import AnyUpdate, AsyncShell, Shell
 
 PATIENCE = timedelta(seconds=30)
 
@@ -31,6 +31,23 @@ def stream(
         return [entry async for entry in entries]
 
     return shell.runner.run(read())
+
+
+def answer(shell: Shell, request: AnyUpdate, *, timeout: timedelta = PATIENCE) -> Any:
+    """Wait for the answer to an update."""
+    if isinstance(request, AsyncUpdate):
+        assert isinstance(shell, AsyncShell)
+        return shell.runner.run(request.result(timeout))
+    return request.result(timeout)
+
+
+def accepted(shell: Shell, request: AnyUpdate, *, timeout: timedelta = PATIENCE) -> None:
+    """Wait until an update is taken."""
+    if isinstance(request, AsyncUpdate):
+        assert isinstance(shell, AsyncShell)
+        shell.runner.run(request.accepted(timeout))
+    else:
+        request.accepted(timeout)
 
 
 def values(entries: list[StreamEntry[Any]]) -> list[Any]:

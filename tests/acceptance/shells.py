@@ -7,30 +7,35 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 from uuid import UUID
 
-from sqlalchemy import Engine, NullPool, create_engine, make_url, null, select, update
+from sqlalchemy import Engine, NullPool, create_engine, make_url, null, select
+from sqlalchemy import update as updating
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import (
     AsyncExecutor,
+    AsyncUpdate,
     AsyncWorkflowFunction,
     BoundWorkflow,
     Executor,
+    Update,
     Worker,
     Workflow,
     WorkflowFunction,
     WorkflowStatus,
     signal,
     start_many,
+    update,
 )
 from tests.acceptance.application import AnyWorkflow, Application, Form
 from tests.support.databases import translated
 
 P = ParamSpec("P")
 R = TypeVar("R")
+AnyUpdate: TypeAlias = Update[Any] | AsyncUpdate[Any]
 
 PATIENCE = timedelta(seconds=60)
 POLL = timedelta(seconds=0.02)
@@ -47,6 +52,9 @@ class Client(ABC):
 
     @abstractmethod
     def signal(self, workflows: Any, name: str, payload: object = None, *, key: str | None = None) -> None: ...
+
+    @abstractmethod
+    def update(self, workflow: Any, name: str, payload: object = None, **options: Any) -> AnyUpdate: ...
 
     @abstractmethod
     def add(self, *instances: object) -> None: ...
@@ -76,6 +84,9 @@ class SyncClient(Client):
     def signal(self, workflows: Any, name: str, payload: object = None, *, key: str | None = None) -> None:
         signal(self.session, workflows, name, payload, key=key)
 
+    def update(self, workflow: Any, name: str, payload: object = None, **options: Any) -> Update[Any]:
+        return update(self.session, workflow, name, payload, **options)
+
     def add(self, *instances: object) -> None:
         self.session.add_all(instances)
 
@@ -104,6 +115,9 @@ class AsyncClient(Client):
 
     def signal(self, workflows: Any, name: str, payload: object = None, *, key: str | None = None) -> None:
         self._runner.run(signal(self.session, workflows, name, payload, key=key))
+
+    def update(self, workflow: Any, name: str, payload: object = None, **options: Any) -> AsyncUpdate[Any]:
+        return self._runner.run(update(self.session, workflow, name, payload, **options))
 
     def add(self, *instances: object) -> None:
         self.session.add_all(instances)
@@ -184,7 +198,7 @@ class Shell(ABC):
         """Bring a record back to where a dead worker's is after its reclaim: pending, with its checkpoints."""
         with self.sessionmaker.begin() as session:
             session.execute(
-                update(Workflow)
+                updating(Workflow)
                 .where(Workflow.id == workflow_id)
                 .values(
                     status=WorkflowStatus.PENDING,

@@ -14,7 +14,16 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable import Durable, current, heartbeat, parallel, set_event, write_stream
+from sqla_durable import (
+    Durable,
+    UpdateRequest,
+    current,
+    heartbeat,
+    parallel,
+    set_event,
+    wait_update,
+    write_stream,
+)
 from tests.support.domain import Entry
 
 ROUNDS = 3
@@ -137,6 +146,22 @@ async def small_async(account: str) -> str:
     await credit_async(f"{account}/0")
     await call_async(f"{account}/0")
     return await credit_async(f"{account}/1")
+
+
+@durable.step
+def reply(session: Session, account: str, request: UpdateRequest[int]) -> None:
+    session.add(Entry(account=account, cents=request.payload))
+    request.reply(session, request.payload)
+
+
+def is_positive(cents: int) -> bool:
+    return cents > 0
+
+
+@durable.workflow
+def asked(account: str) -> None:
+    """Refuses one update, and answers another in a transaction."""
+    reply(account, wait_update("credit", int, validate=is_positive))
 
 
 def _branch(account: str) -> str:

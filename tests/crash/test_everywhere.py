@@ -12,10 +12,11 @@ import pytest
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
-from sqla_durable import Executor, Workflow
+from sqla_durable import Executor, Workflow, start_with_update, update
 from sqla_durable.testing import CrashPoint, Moment, crash_everywhere
 from tests.crash import application, child, ledger
 from tests.store import races
+from tests.support.domain import Entry
 
 
 @pytest.mark.timeout(180)
@@ -31,6 +32,30 @@ def test_a_worker_that_dies_around_any_commit_leaves_the_same_end_state(
         end_state=lambda session, record: ledger.end_state(session, record.id),
     )
     assert report.points >= 4 * len(Moment), "claim, three operations and the outcome have at least four commits"
+
+
+def test_a_worker_that_dies_in_any_commit_answers_an_update_once(
+    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # behaviour: E8
+    monkeypatch.setenv("CRASH_URL", database_url)
+
+    def start(session: Session) -> Workflow:
+        record, _ = start_with_update(session, application.asked.bind(str(uuid4())), "credit", -1)
+        update(session, record, "credit", 5)
+        update(session, record, "credit", 6)
+        return record
+
+    def end_state(session: Session, record: Workflow) -> object:
+        credited = session.scalars(select(Entry.cents).where(Entry.account == record.input["account"])).all()
+        return [each.value for each in record.events], [each.consumed_by for each in record.signals], list(credited)
+
+    report = crash_everywhere(
+        child.make_worker, database_url, start=start, end_state=end_state, moments=[Moment.INSIDE]
+    )
+    answers = [{"refused": "it was refused"}, {"reply": 5}]
+    assert report.end_state.domain == (answers, ["#refused", "update:credit", None], [5])
+    assert report.points >= 4, "claim, refusal, taking and the answer have a commit each"
 
 
 # behaviour: S7

@@ -10,7 +10,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-FILES = [str(HERE / name) for name in ("steps.py", "workflows.py", "publishing.py", "verbs.py")]
+FILES = [str(HERE / name) for name in ("steps.py", "workflows.py", "publishing.py", "verbs.py", "updates.py")]
 CHECKERS = {
     "mypy": ["mypy", "--strict", "--warn-unused-ignores", "--no-error-summary"],
     "pyright": ["pyright", "--pythonpath", sys.executable],

@@ -1,0 +1,307 @@
+"""The statements on updates: send one, look at it, take it, refuse it, answer it.
+
+An update is a signal whose name the engine has marked. Its answer is an event, whose key and id are made of the
+signal's id: so the primary key lets one of two answers commit.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    func,
+    literal_column,
+    null,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+from sqlalchemy.orm import Session
+
+from sqla_durable.errors import AttemptLost
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store._rows import (
+    EVENT,
+    SIGNAL,
+    STEP,
+    WORKFLOW,
+    Checkpoint,
+    Connectable,
+    Fence,
+    Origin,
+    Verdict,
+    execute,
+    fence_row,
+    scalar,
+)
+from sqla_durable.store.signals import REFUSED, sending, take_by, taking
+from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine, own_row
+
+_SIGNAL, _ANSWER = "#update:", "#reply:"
+"""What the names of signals that are updates begin with, and the keys of events that are answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receiver:
+    """Who an update is for.
+
+    Attributes:
+        status: where the workflow stands.
+        known: the id of the update that has the key already.
+    """
+
+    status: WorkflowStatus
+    known: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """An update as its sender sees it, in one snapshot.
+
+    Attributes:
+        name: its name.
+        status: where its workflow stands.
+        is_taken: whether the workflow has taken it, or refused it.
+        is_held: whether the workflow still knows that it has taken it.
+        answer: JSON text of `{"reply": value}`, `{"rejected": reason}` or `{"refused": reason}`.
+    """
+
+    name: str
+    status: WorkflowStatus
+    is_taken: bool
+    is_held: bool
+    answer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An update that nobody has taken; the payload is JSON text."""
+
+    id: int
+    payload: str
+
+
+def signal_of(name: str) -> str:
+    """Give the name of the signal that an update is."""
+    return _SIGNAL + name
+
+
+def receiver(session: Session, workflow_id: UUID, *, name: str, key: str | None) -> Receiver | None:
+    """Look at the workflow that an update is for; None if there is none. Takes no lock."""
+    parameters = {"wanted_id": workflow_id, "signal_name": signal_of(name), "signal_key": key}
+    row = execute(session, _RECEIVER, parameters).one_or_none()
+    return None if row is None else Receiver(row.status, row.known)
+
+
+def send(session: Session, workflow_id: UUID, *, name: str, payload: str, key: str | None) -> int | None:
+    """Send an update, in the caller's transaction; give its id. None: another of the key was there first.
+
+    Waits for another transaction that is sending the same name and key to the same workflow.
+    """
+    parameters = {"ids": [workflow_id], "signal_name": signal_of(name), "payload": payload, "signal_key": key}
+    found: int | None = scalar(session, _SEND, parameters)
+    return found
+
+
+def look(session: Session, workflow_id: UUID, update_id: int) -> Sent | None:
+    """Read what became of an update; None if it is not there. Takes no lock."""
+    parameters = {"wanted_id": workflow_id, "update_id": update_id, "answer_key": _answer_key(update_id)}
+    row = execute(session, _LOOK, parameters).one_or_none()
+    if row is None:
+        return None
+    return Sent(row.name.removeprefix(_SIGNAL), row.status, row.consumed_by is not None, row.is_held, row.answer)
+
+
+def oldest(connectable: Connectable, *, workflow_id: UUID, name: str) -> Candidate | None:
+    """Give the oldest update of a name that nobody has taken. Takes no lock."""
+    row = execute(connectable, _OLDEST, {"wanted_id": workflow_id, "signal_name": signal_of(name)}).one_or_none()
+    return None if row is None else Candidate(row.id, row.payload)
+
+
+def take(connectable: Connectable, checkpoint: Checkpoint, *, update_id: int) -> str | None:
+    """Take an update and record it as the outcome of the step: JSON text of its `id` and `payload`.
+
+    None: somebody has taken it before. Locks the workflow's row.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow.
+    """
+    return take_by(connectable, _TAKE, checkpoint, {"update_id": update_id})
+
+
+def refuse(connectable: Connectable, fence: Fence, *, update_id: int, reason: str) -> None:
+    """Answer an update that nobody has taken, and nobody will; nothing of it is recorded among the steps.
+
+    Locks the workflow's row.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow.
+    """
+    mine = fence_row(fence)
+    parameters = {"given_id": mine["id"], "given_token": mine["token"], "given_key": None}
+    if not scalar(connectable, _REFUSE, parameters | _answer_row(update_id, json.dumps({"refused": reason}))):
+        raise AttemptLost(fence.workflow_id)
+
+
+def record_answer(connectable: Connectable, checkpoint: Checkpoint, *, update_id: int, answer: str) -> Verdict:
+    """Answer an update and record that as a step, in one statement; once, however often it is carried out.
+
+    DUPLICATE wrote nothing: another step has answered it. Waits for whoever holds the workflow's row.
+    """
+    row = execute(connectable, _RECORD, given_row(checkpoint) | _answer_row(update_id, answer)).one()
+    if not row.owned:
+        return Verdict.LOST
+    if row.answered:
+        return Verdict.RECORDED
+    answered_by = {"wanted_id": checkpoint.fence.workflow_id, "answer_id": update_id}
+    by = scalar(connectable, _ANSWERED_BY, answered_by | {"answer_key": _answer_key(update_id)})
+    return Verdict.RECORDED if by == checkpoint.key else Verdict.DUPLICATE
+
+
+def put_answer(connectable: Connectable, origin: Origin, *, update_id: int, answer: str) -> Verdict:
+    """Answer an update in a step's transaction. DUPLICATE and LOST wrote nothing.
+
+    Waits for whoever holds the workflow's row.
+    """
+    fence = fence_row(origin.fence)
+    parameters = {"given_id": fence["id"], "given_token": fence["token"], "given_key": origin.step_key}
+    if scalar(connectable, _PUT, parameters | _answer_row(update_id, answer)) is not None:
+        return Verdict.RECORDED
+    # The row is locked if this attempt owns it, so what is asked now cannot have changed in between.
+    return Verdict.LOST if scalar(connectable, _OWNED, parameters) is None else Verdict.DUPLICATE
+
+
+def _answer_key(update_id: int) -> str:
+    return f"{_ANSWER}{update_id}"
+
+
+def _answer_row(update_id: int, answer: str) -> dict[str, Any]:
+    return {"update_id": update_id, "answer_id": update_id, "answer_key": _answer_key(update_id), "answer": answer}
+
+
+def _columns(workflow_id: ColumnElement[Any], step_key: Any) -> dict[str, Any]:
+    return {
+        "workflow_id": workflow_id,
+        "key": cast(bindparam("answer_key", type_=Text()), Text),
+        "id": cast(bindparam("answer_id", type_=BigInteger()), BigInteger),
+        "value": cast(cast(bindparam("answer", type_=Text()), Text), JSONB),
+        "step_key": step_key,
+        "created_at": func.statement_timestamp(),
+    }
+
+
+def _answering(columns: dict[str, Any], source: Any) -> Any:
+    inserted = insert(EVENT).from_select(list(columns), source, include_defaults=False)
+    return inserted.on_conflict_do_nothing(index_elements=["workflow_id", "key", "id"])
+
+
+def _receiver_statement() -> Any:
+    known = select(SIGNAL.c.id).where(
+        SIGNAL.c.workflow_id == WORKFLOW.c.id,
+        SIGNAL.c.name == bindparam("signal_name", type_=Text()),
+        SIGNAL.c.key == bindparam("signal_key", type_=Text()),
+    )
+    return select(WORKFLOW.c.status, known.scalar_subquery().label("known")).where(WORKFLOW.c.id == _WANTED)
+
+
+def _look_statement() -> Any:
+    answer = and_(
+        EVENT.c.workflow_id == SIGNAL.c.workflow_id,
+        EVENT.c.key == bindparam("answer_key", type_=Text()),
+        EVENT.c.id == SIGNAL.c.id,
+    )
+    # A workflow that began anew has forgotten what it had taken; another update may have the key of the step since.
+    holding = and_(
+        STEP.c.workflow_id == SIGNAL.c.workflow_id,
+        STEP.c.key == SIGNAL.c.consumed_by,
+        STEP.c.output.op("->>", return_type=Text())(_ID) == cast(SIGNAL.c.id, Text),
+    )
+    rows = (
+        SIGNAL.join(WORKFLOW, WORKFLOW.c.id == SIGNAL.c.workflow_id).outerjoin(EVENT, answer).outerjoin(STEP, holding)
+    )
+    return (
+        select(
+            SIGNAL.c.name,
+            SIGNAL.c.consumed_by,
+            WORKFLOW.c.status,
+            cast(EVENT.c.value, Text).label("answer"),
+            STEP.c.key.is_not(None).label("is_held"),
+        )
+        .select_from(rows)
+        .where(SIGNAL.c.workflow_id == _WANTED, _IS_UPDATE, SIGNAL.c.name.startswith(_SIGNAL_LITERAL))
+    )
+
+
+def _refuse_statement() -> Any:
+    owned = own_row()
+    refused = (
+        update(SIGNAL)
+        .where(SIGNAL.c.workflow_id == owned.c.id, _IS_UPDATE, SIGNAL.c.consumed_by.is_(None))
+        .values(consumed_by=REFUSED, delivered_at=func.coalesce(SIGNAL.c.delivered_at, func.statement_timestamp()))
+        .returning(SIGNAL.c.workflow_id)
+        .cte("refused")
+    )
+    columns = _columns(refused.c.workflow_id, null())
+    answered = _answering(columns, select(*columns.values())).returning(EVENT.c.id).cte("answered")
+    return select(select(owned.c.id).exists()).add_cte(answered)
+
+
+def _record_statement() -> Any:
+    owned = own_row()
+    columns = _columns(owned.c.id, GIVEN["key"])
+    answered = _answering(columns, select(*columns.values())).returning(EVENT.c.workflow_id).cte("answered")
+    checkpoint = checkpoint_columns(GIVEN) | {"workflow_id": answered.c.workflow_id}
+    recorded = insert_from(checkpoint, select(*checkpoint.values())).returning(STEP.c.key).cte("recorded")
+    return select(
+        select(owned.c.id).exists().label("owned"), select(answered.c.workflow_id).exists().label("answered")
+    ).add_cte(recorded)
+
+
+def _put_statement() -> Any:
+    columns = _columns(WORKFLOW.c.id, GIVEN["key"])
+    source = select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
+    return _answering(columns, source).returning(EVENT.c.id)
+
+
+def _shown(taken: Any) -> ColumnElement[Any]:
+    return func.jsonb_build_object(_ID, taken.c.id, _PAYLOAD, taken.c.payload, type_=JSONB())
+
+
+_WANTED = bindparam("wanted_id", type_=PG_UUID())
+_IS_UPDATE = SIGNAL.c.id == bindparam("update_id", type_=BigInteger())
+_ID: ColumnElement[str] = literal_column("'id'", type_=Text())
+_PAYLOAD: ColumnElement[str] = literal_column("'payload'", type_=Text())
+_SIGNAL_LITERAL: ColumnElement[str] = literal_column(f"'{_SIGNAL}'", type_=Text())
+_RECEIVER = _receiver_statement()
+_SEND = sending().returning(SIGNAL.c.id)
+_LOOK = _look_statement()
+_OLDEST = (
+    select(SIGNAL.c.id, cast(SIGNAL.c.payload, Text).label("payload"))
+    .where(
+        SIGNAL.c.workflow_id == _WANTED,
+        SIGNAL.c.name == bindparam("signal_name", type_=Text()),
+        SIGNAL.c.consumed_by.is_(None),
+    )
+    .order_by(SIGNAL.c.id)
+    .limit(literal_column("1"))
+)
+_TAKE = taking(_IS_UPDATE, _shown)
+_REFUSE = _refuse_statement()
+_RECORD = _record_statement()
+_PUT = _put_statement()
+_OWNED = select(WORKFLOW.c.id).where(*mine())
+_ANSWERED_BY = select(EVENT.c.step_key).where(
+    EVENT.c.workflow_id == _WANTED,
+    EVENT.c.key == bindparam("answer_key", type_=Text()),
+    EVENT.c.id == bindparam("answer_id", type_=BigInteger()),
+)

@@ -1,0 +1,266 @@
+"""Updates: sent to a workflow in the sender's transaction; it says whether it accepts them, and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar, overload
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+import sqla_durable.hints as hints
+import sqla_durable.polling as polling
+from sqla_durable.checks import fault_in
+from sqla_durable.codec import Codec
+from sqla_durable.errors import ArgumentError, SessionError, WorkflowFinishedError, WorkflowNotFoundError
+from sqla_durable.functions import id_of
+from sqla_durable.models import Workflow
+from sqla_durable.operate import require_text
+from sqla_durable.start import BoundWorkflow, start
+from sqla_durable.store import schema
+from sqla_durable.store import updates as statements
+from sqla_durable.update_handles import AsyncUpdate, Update, reply_codec
+
+S = TypeVar("S")
+
+
+@overload
+def update(
+    session: Session,
+    workflow: Workflow | UUID,
+    name: str,
+    payload: object = None,
+    *,
+    reply: type[S],
+    key: str | None = None,
+) -> Update[S]: ...
+
+
+@overload
+def update(
+    session: Session,
+    workflow: Workflow | UUID,
+    name: str,
+    payload: object = None,
+    *,
+    reply: Any = Any,
+    key: str | None = None,
+) -> Update[Any]: ...
+
+
+@overload
+def update(
+    session: AsyncSession,
+    workflow: Workflow | UUID,
+    name: str,
+    payload: object = None,
+    *,
+    reply: type[S],
+    key: str | None = None,
+) -> Coroutine[Any, Any, AsyncUpdate[S]]: ...
+
+
+@overload
+def update(
+    session: AsyncSession,
+    workflow: Workflow | UUID,
+    name: str,
+    payload: object = None,
+    *,
+    reply: Any = Any,
+    key: str | None = None,
+) -> Coroutine[Any, Any, AsyncUpdate[Any]]: ...
+
+
+def update(
+    session: Session | AsyncSession,
+    workflow: Workflow | UUID,
+    name: str,
+    payload: object = None,
+    *,
+    reply: Any = Any,
+    key: str | None = None,
+) -> Any:
+    """Ask a running workflow for something, in the caller's transaction; its answer comes after the commit.
+
+    ```python
+    with SessionLocal.begin() as session:
+        request = update(session, order.checkout, "set_address", Address("Elm Street 7"), reply=Saved, key=request_id)
+    saved = request.result(timeout=timedelta(seconds=10))
+    ```
+
+    Never commits: it is sent when the caller commits. The workflow may wait for it already, or come to wait for it
+    later, or not have begun. It takes updates of a name first in, first out, each once, and may refuse one. Sending
+    waits for nobody, and the receiver's worker does not wait for the sender. Flushes the session.
+
+    Args:
+        session: the caller's session; with an `AsyncSession`, await the call.
+        workflow: the receiver, its record or its id.
+        name: what the workflow waits for, with `wait_update`.
+        payload: a value that goes into JSON: what JSON knows, a dataclass, a pydantic model, a datetime.
+        reply: as what the reply is wanted.
+        key: an idempotency key: the same workflow, name and key are the same update. The first one stands, and both
+            senders get its answer, also after the workflow's end.
+
+    Raises:
+        WorkflowNotFoundError: there is no such workflow. Nothing was sent, and the transaction is usable.
+        WorkflowFinishedError: it has an outcome. Likewise.
+        EncodingError, PayloadTooLargeError: the payload cannot be stored, or is too large.
+        ArgumentError: a name or key is blank, or what is given is no workflow.
+        SchemaError, SessionError: the session's database does not hold the tables.
+    """
+    sending = _Sending.of(name, payload, key, reply)
+    if isinstance(session, AsyncSession):
+        return _send_async(session, sending, workflow)
+    outlook = _outlook(session)
+    sent: Update[Any] = Update(outlook, sending.reply, *sending.send(session, workflow))
+    return sent
+
+
+async def _send_async(session: AsyncSession, sending: _Sending, workflow: Workflow | UUID) -> AsyncUpdate[Any]:
+    return AsyncUpdate(_outlook(session), sending.reply, *await session.run_sync(sending.send, workflow))
+
+
+@overload
+def start_with_update(
+    session: Session,
+    bound: BoundWorkflow,
+    name: str,
+    payload: object = None,
+    *,
+    reply: type[S],
+    key: str | None = None,
+) -> tuple[Workflow, Update[S]]: ...
+
+
+@overload
+def start_with_update(
+    session: Session,
+    bound: BoundWorkflow,
+    name: str,
+    payload: object = None,
+    *,
+    reply: Any = Any,
+    key: str | None = None,
+) -> tuple[Workflow, Update[Any]]: ...
+
+
+@overload
+def start_with_update(
+    session: AsyncSession,
+    bound: BoundWorkflow,
+    name: str,
+    payload: object = None,
+    *,
+    reply: type[S],
+    key: str | None = None,
+) -> Coroutine[Any, Any, tuple[Workflow, AsyncUpdate[S]]]: ...
+
+
+@overload
+def start_with_update(
+    session: AsyncSession,
+    bound: BoundWorkflow,
+    name: str,
+    payload: object = None,
+    *,
+    reply: Any = Any,
+    key: str | None = None,
+) -> Coroutine[Any, Any, tuple[Workflow, AsyncUpdate[Any]]]: ...
+
+
+def start_with_update(
+    session: Session | AsyncSession,
+    bound: BoundWorkflow,
+    name: str,
+    payload: object = None,
+    *,
+    reply: Any = Any,
+    key: str | None = None,
+) -> Any:
+    """Start a workflow, or find the one that has its key, and send it an update, in the caller's transaction.
+
+    ```python
+    cart, request = start_with_update(session, shopping.options(key=customer).bind(customer), "add", item, reply=int)
+    ```
+
+    See `WorkflowFunction.start` and `update`.
+
+    Raises:
+        WorkflowFinishedError: the workflow with this key has an outcome. Nothing was sent.
+        Exception: as `start` and `update`.
+    """
+    sending = _Sending.of(name, payload, key, reply)
+    if isinstance(session, AsyncSession):
+        return _start_async(session, sending, bound)
+    outlook = _outlook(session)
+    workflow, ids = sending.start(session, bound)
+    return workflow, Update(outlook, sending.reply, *ids)
+
+
+async def _start_async(
+    session: AsyncSession, sending: _Sending, bound: BoundWorkflow
+) -> tuple[Workflow, AsyncUpdate[Any]]:
+    workflow, ids = await session.run_sync(sending.start, bound)
+    return workflow, AsyncUpdate(_outlook(session), sending.reply, *ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    """An update that is to be sent; the payload is JSON text."""
+
+    name: str
+    payload: str
+    key: str | None
+    reply: Codec
+
+    @classmethod
+    def of(cls, name: str, payload: object, key: str | None, reply: Any) -> _Sending:
+        require_text(name, what="update name")
+        if key is not None and (fault := fault_in(key)):
+            raise ArgumentError(f"key={key!r} {fault}: give a text that is not blank.")
+        text = Codec.inferred(what=f"payload of update {name!r}").encode(payload)
+        return cls(name, text, key, reply_codec(reply, f"update {name!r}"))
+
+    def start(self, session: Session, bound: BoundWorkflow) -> tuple[Workflow, tuple[UUID, int]]:
+        """Start the workflow and send; give its record, and the ids of both."""
+        workflow = start(session, bound)
+        return workflow, self.send(session, workflow)
+
+    def send(self, session: Session, workflow: Workflow | UUID) -> tuple[UUID, int]:
+        """Send; give the ids of workflow and update."""
+        schema.require(session)
+        session.flush()  # a workflow that was only just started is not in the table yet
+        workflow_id = id_of(workflow)
+        update_id = self._known(session, workflow_id)
+        while update_id is None:
+            sent = statements.send(session, workflow_id, name=self.name, payload=self.payload, key=self.key)
+            # None: somebody has just sent one of the key.
+            update_id = self._known(session, workflow_id) if sent is None else sent
+        hints.announce(session, hints.EVERYWHERE)
+        return workflow_id, update_id
+
+    def _known(self, session: Session, workflow_id: UUID) -> int | None:
+        """Give the id of the update that has the key already; refuse a receiver that will take none."""
+        found = statements.receiver(session, workflow_id, name=self.name, key=self.key)
+        if found is None:
+            raise WorkflowNotFoundError(
+                f"update {self.name!r} cannot be sent to workflow {workflow_id}: it is not visible here. Nothing was "
+                "sent.",
+                workflow_id=workflow_id,
+            )
+        if found.known is None and found.status.finished:
+            raise WorkflowFinishedError(
+                f"update {self.name!r} cannot be sent to workflow {workflow_id}, which has {found.status}. Nothing was "
+                "sent.",
+                workflow_id=workflow_id,
+            )
+        return found.known
+
+
+def _outlook(session: object) -> polling.Outlook:
+    if not isinstance(session, (Session, AsyncSession)):
+        raise SessionError(f"the caller's Session or AsyncSession comes first, got {session!r}.")
+    return polling.Outlook.of(session, what="update()")
