@@ -6,7 +6,7 @@
 """
 
 from shop.database import durable
-from shop.orders import fulfil
+from shop.orders import call_off, fulfil
 from shop.returns import take_back
 
-__all__ = ["durable", "fulfil", "take_back"]
+__all__ = ["call_off", "durable", "fulfil", "take_back"]

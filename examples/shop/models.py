@@ -21,6 +21,7 @@ class OrderStatus(StrEnum):
     REJECTED = "rejected"
     SHIPPED = "shipped"
     RETURNED = "returned"
+    CANCELLED = "cancelled"
 
 
 class Objection(StrEnum):

@@ -2,7 +2,8 @@
 
 `python -m shop.payment_service` prints its address and serves until SIGTERM. It remembers idempotency keys: the same
 request under a known key is answered with the first booking, a different one is refused. Now and then it fails, as
-such systems do: before it books (503), or after, so that the answer is lost.
+such systems do: before it books (503), or after, so that the answer is lost. What is voided is given back, and cannot
+be charged afterwards.
 """
 
 from __future__ import annotations
@@ -36,17 +37,37 @@ class Ledger:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._bookings: dict[str, Booking] = {}
+        self._voided: set[str] = set()
         self.counts = Counter[str]()
 
+    def take(self, kind: str, key: str, asked: dict[str, Any]) -> Booking | None:
+        """Do what a request asks for, once for each key; None: it is refused."""
+        if kind == "voids":
+            return self.void(key, asked["order"])
+        return self.book(kind, key, asked["order"], asked["pence"])
+
     def book(self, kind: str, key: str, order: str, pence: int) -> Booking | None:
-        """Book, or give what was booked under the key; None if that was something else."""
+        """Book, or give what was booked under the key; None if that was something else, or the order is voided."""
         with self._lock:
-            known = self._bookings.get(key)
-            if known is None:
-                known = self._bookings[key] = Booking(kind, order, pence, f"{kind[:2]}_{len(self._bookings) + 1:05}")
-            else:
-                self.counts["repeated"] += 1
-            return known if (known.kind, known.order, known.pence) == (kind, order, pence) else None
+            if key not in self._bookings and kind == "charges" and order in self._voided:
+                return None
+            booking = self._once(kind, key, order, pence)
+            return booking if (booking.kind, booking.order, booking.pence) == (kind, order, pence) else None
+
+    def void(self, key: str, order: str) -> Booking:
+        """Give back what was charged for an order, and charge nothing for it from now on."""
+        with self._lock:
+            self._voided.add(order)
+            of_order = [each for each in self._bookings.values() if each.order == order]
+            pence = sum(each.pence for each in of_order if each.kind == "charges")
+            return self._once("refunds" if pence else "voids", key, order, pence)
+
+    def _once(self, kind: str, key: str, order: str, pence: int) -> Booking:
+        if (known := self._bookings.get(key)) is not None:
+            self.counts["repeated"] += 1
+            return known
+        booking = Booking(kind, order, pence, f"{kind[:2]}_{len(self._bookings) + 1:05}")
+        return self._bookings.setdefault(key, booking)
 
     def as_json(self) -> dict[str, Any]:
         """Give everything."""
@@ -71,7 +92,7 @@ class Service(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """`POST /charges`, `POST /refunds`, `GET /ledger`."""
+    """`POST /charges`, `POST /refunds`, `POST /voids`, `GET /ledger`."""
 
     @property
     def service(self) -> Service:
@@ -88,13 +109,13 @@ class Handler(BaseHTTPRequestHandler):
         ledger, kind, key = self.service.ledger, self.path.strip("/"), self.headers.get("Idempotency-Key")
         asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
         ledger.counts["requests"] += 1
-        if kind not in ("charges", "refunds") or not key:
-            self._answer(400, {"error": "POST to /charges or /refunds, with an Idempotency-Key"})
+        if kind not in ("charges", "refunds", "voids") or not key:
+            self._answer(400, {"error": "POST to /charges, /refunds or /voids, with an Idempotency-Key"})
         elif self.service.fails():
             ledger.counts["unavailable"] += 1
             self._answer(503, {"error": "come back later"})
-        elif (booking := ledger.book(kind, key, asked["order"], asked["pence"])) is None:
-            self._answer(409, {"error": "this key was used for another request"})
+        elif (booking := ledger.take(kind, key, asked)) is None:
+            self._answer(409, {"error": "this key was used for another request, or the order is voided"})
         elif self.service.fails():
             ledger.counts["answers lost"] += 1
             self.close_connection = True  # booked, and not a byte of answer

@@ -42,9 +42,24 @@ def book(kind: Literal["charges", "refunds"], number: str, pence: int) -> Receip
         PaymentUnavailable: it may have been booked or not.
         PaymentRefused: it was not.
     """
+    return _ask(kind, {"order": number, "pence": pence})
+
+
+def void(number: str) -> Receipt:
+    """Give back what was charged for an order, which may be nothing, and let nothing be charged for it any more.
+
+    So it does not matter whether a charge was made, is being made, or is still to come from a worker that was slow.
+
+    Raises:
+        PaymentUnavailable: it may have been done or not.
+    """
+    return _ask("voids", {"order": number})
+
+
+def _ask(path: str, body: dict[str, str | int]) -> Receipt:
     request = Request(
-        f"{payments_url()}/{kind}",
-        data=json.dumps({"order": number, "pence": pence}).encode(),
+        f"{payments_url()}/{path}",
+        data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json", "Idempotency-Key": _idempotency_key()},
     )
     try:

@@ -25,9 +25,9 @@ async def take_back(number: str) -> Outcome:
     if inspected.objection is not None:
         return Outcome(OrderStatus.REJECTED, inspected.objection)
     for item in inspected.items:
-        await restock(item)
-    receipt = await refund(number, -inspected.pence)
-    await record_refund(number, receipt)
+        await take_in(item)
+    receipt = await pay_back(number, -inspected.pence)
+    await record_payback(number, receipt)
     await notify.aio(number, f"We have refunded £{receipt.pence / 100:,.2f} for {number}.")
     return Outcome(OrderStatus.RETURNED)
 
@@ -44,7 +44,7 @@ async def inspect(session: AsyncSession, number: str) -> Checked:
 
 
 @durable.step
-async def restock(session: AsyncSession, item: Item) -> int:
+async def take_in(session: AsyncSession, item: Item) -> int:
     """Put one line's goods back on the shelf; gives what is there now."""
     product = await session.get_one(Product, item.product_code, with_for_update=True)
     product.stock -= item.quantity  # a return's quantities are negative
@@ -57,13 +57,13 @@ async def restock(session: AsyncSession, item: Item) -> int:
     stop=stop_after_attempt(20),
     wait=wait_random_exponential(multiplier=0.05, max=2),
 )
-async def refund(number: str, pence: int) -> payments.Receipt:
+async def pay_back(number: str, pence: int) -> payments.Receipt:
     """Give the money back, by a client that blocks, so in a thread."""
     return await asyncio.to_thread(payments.book, "refunds", number, pence)
 
 
 @durable.step
-async def record_refund(session: AsyncSession, number: str, receipt: payments.Receipt) -> None:
+async def record_payback(session: AsyncSession, number: str, receipt: payments.Receipt) -> None:
     """Write down what was given back."""
     order = await session.get_one(Order, number)
     order.status = OrderStatus.RETURNED

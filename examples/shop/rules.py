@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from shop.models import Objection, Order
 
+NOT_SERVED = {"Atlantis"}
+"""The countries that no carrier delivers to."""
+
 
 def is_return(number: str) -> bool:
     """Tell whether this is the number of a return."""
@@ -26,6 +29,11 @@ def objection(order: Order) -> Objection | None:
     if order.customer_id is None:
         return Objection.NO_CUSTOMER
     return None
+
+
+def is_served(country: str) -> bool:
+    """Tell whether a parcel can be sent to this country."""
+    return country not in NOT_SERVED
 
 
 def total_pence(order: Order) -> int:

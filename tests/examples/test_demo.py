@@ -64,6 +64,8 @@ def test_killed_workers_leave_every_invoice_exactly_once(database: str, environm
     numbers = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines() if line.startswith(" "))
     assert numbers["invoices".rjust(9)] == "32"
     assert numbers[" workers killed"] == "3"
+    undone = [numbers[f" cancelled: {fate}"] for fate in ("sold out", "no carrier")]
+    assert (numbers[" orders that go wrong"], undone) == ("3", ["1", "1"])
     assert int(numbers[" workflows taken over"]) > 0
     assert still_running(database) == []
 

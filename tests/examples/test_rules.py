@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import datetime
 
 import pytest
 
-from shop.demo.expected import expected, numbers
-from shop.demo.facts import differences
+from shop.demo.expected import expected, lines_of_orders, numbers
+from shop.demo.facts import Facts, differences, settled
+from shop.demo.mishaps import Fate, choose
 from shop.invoices import Line, read
 from shop.models import Objection, Order, OrderLine
 from shop.rules import is_return, objection, total_pence
@@ -87,3 +89,29 @@ def test_difference_of_facts_tells_missing_and_surplus() -> None:
     never = {kind: counter for kind, counter in facts.items() if kind != "shipment"}
     (found,) = differences(facts, never)
     assert found.startswith("shipment: missing 3, such as ('536365', 40), ")
+
+
+def test_mishaps_are_copies_of_orders_that_would_be_shipped() -> None:
+    lines = lines_of_orders(numbers())
+    mishaps = choose(lines, seed=1)
+    assert len(lines) == 400
+    assert Counter(each.fate for each in mishaps) == dict.fromkeys(Fate, 7)
+    assert choose(dict(list(lines.items())[:2]), seed=1) == []
+
+
+def test_what_was_undone_is_settled_only_where_it_was_done_once() -> None:
+    done: Facts = {
+        "stock movement": Counter({("X", 1, -5): 1, ("X", 1, 5): 1, ("Y", 1, -5): 1, ("Y", 1, 5): 1}),
+        "payment": Counter({("X", 7): 1}),
+        "refund": Counter({("X", 7): 1}),
+        "charge": Counter({("X", 7): 1}),
+        "refund booked": Counter({("X", 7): 2}),
+        "steps": Counter({("X", 9): 1, ("Y", 9): 1}),
+    }
+    left = settled(done, {"X"})
+    assert left["stock movement"] == {("Y", 1, -5): 1, ("Y", 1, 5): 1}
+    assert (left["payment"], left["refund"], left["charge"]) == (Counter(), Counter(), Counter())
+    assert left["refund booked"] == {("X", 7): 1}
+    assert left["steps"] == {("Y", 9): 1}
+    twice = settled({**done, "stock movement": Counter({("X", 1, -5): 2, ("X", 1, 5): 2})}, {"X"})
+    assert twice["stock movement"] == {("X", 1, -5): 1, ("X", 1, 5): 1}

@@ -7,23 +7,25 @@ import subprocess
 import sys
 import threading
 from collections.abc import Generator
+from dataclasses import replace
 from itertools import islice
+from uuid import UUID
 
 import pytest
 from sqlalchemy import NullPool, create_engine, func, make_url, select
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from shop import fulfil, payments
+from shop import call_off, fulfil, orders, payments
 from shop.importer import OPENING_STOCK, import_all, import_catalogue, place
 from shop.invoices import Invoice, read
-from shop.models import Base, Objection, Order, OrderStatus, Payment, Product
-from shop.orders import charge
+from shop.models import Base, Objection, Order, OrderStatus, Payment, Product, StockMovement
+from shop.orders import OutOfStock, ParcelRefused, charge
 from shop.payment_service import Service
 from shop.report import orders_with_steps
 from shop.returns import take_back
 from shop.values import Outcome
-from sqla_durable import AsyncExecutor, Executor, Workflow, models
+from sqla_durable import AsyncExecutor, Executor, Workflow, errors, models
 from tests.examples.conftest import EXAMPLES
 
 ORDER, RETURN, NOBODYS = "536365", "C536379", "536414"
@@ -102,6 +104,93 @@ def _refunded(session: Session, number: str) -> list[int]:
     return [each.pence for each in session.get_one(Order, number).refunds]
 
 
+@pytest.mark.parametrize("service", [0, 0.4], indirect=True)
+def test_order_whose_goods_run_out_leaves_nothing_behind(sessions: sessionmaker[Session], service: Service) -> None:
+    (invoice,) = invoices(ORDER)
+    *lines, last = invoice.lines
+    import_all(sessions, [replace(invoice, lines=(*lines, replace(last, quantity=OPENING_STOCK + 1)))])
+    with sessions() as session, pytest.raises(OutOfStock):
+        Executor(session).execute(fulfil, workflow_of(session))
+    assert left_behind(sessions) == (len(lines), [], [])
+    assert bookings(service) == []
+
+
+@pytest.mark.parametrize("service", [0, 0.4], indirect=True)
+def test_order_whose_parcel_is_refused_is_refunded(sessions: sessionmaker[Session], service: Service) -> None:
+    import_all(sessions, [replace(each, country="Atlantis") for each in invoices(ORDER)])
+    with sessions() as session, pytest.raises(ParcelRefused, match="Atlantis"):
+        Executor(session).execute(fulfil, workflow_of(session))
+    assert left_behind(sessions) == (7, [13_912], [13_912])
+    assert bookings(service) == [("charges", ORDER, 13_912), ("refunds", ORDER, 13_912)]
+
+
+@pytest.mark.parametrize(("module", "name", "recorded"), [(payments, "book", []), (orders, "is_served", [13_912])])
+def test_order_that_is_called_off_in_a_step_is_undone_with_what_that_step_did(
+    sessions: sessionmaker[Session],
+    service: Service,
+    monkeypatch: pytest.MonkeyPatch,
+    module: object,
+    name: str,
+    recorded: list[int],
+) -> None:
+    import_all(sessions, invoices(ORDER))
+    original = getattr(module, name)
+
+    def called_off_meanwhile(*args: object) -> object:
+        outcome = original(*args)
+        with sessions.begin() as session:
+            assert call_off(session, ORDER)
+        return outcome
+
+    monkeypatch.setattr(module, name, called_off_meanwhile)
+    with sessions() as session:
+        with pytest.raises(errors.AttemptLostError):
+            Executor(session).execute(fulfil, workflow_of(session))
+        with pytest.raises(errors.WorkflowCancelledError):
+            Executor(session).execute(fulfil, workflow_of(session))
+    assert left_behind(sessions) == (7, recorded, recorded)
+    assert bookings(service) == [("charges", ORDER, 13_912), ("refunds", ORDER, 13_912)]
+
+
+def test_order_is_called_off_before_its_workflow_begins_and_not_after_its_parcel_has_left(
+    sessions: sessionmaker[Session], service: Service
+) -> None:
+    import_all(sessions, [*invoices(ORDER), *(replace(each, number="X") for each in invoices(ORDER))])
+    with sessions.begin() as session:
+        assert call_off(session, ORDER)
+        assert not call_off(session, ORDER)
+    assert left_behind(sessions) == (0, [], [])
+    with sessions() as session:
+        Executor(session).execute(fulfil, workflow_of(session, "X"))
+        assert not call_off(session, "X")
+        assert session.get_one(Order, "X").status is OrderStatus.SHIPPED
+    assert bookings(service) == [("charges", "X", 13_912)]
+
+
+def workflow_of(session: Session, number: str = ORDER) -> UUID:
+    workflow_id = session.get_one(Order, number).workflow_id
+    assert workflow_id is not None
+    return workflow_id
+
+
+def left_behind(sessions: sessionmaker[Session]) -> tuple[int, list[int], list[int]]:
+    """Require a cancelled order whose goods are back; give how many lines were moved, what was paid, and refunded."""
+    with sessions() as session:
+        order = session.get_one(Order, ORDER)
+        assert order.status is OrderStatus.CANCELLED
+        assert order.shipments == []
+        assert len(order.notifications) == 1
+        moved = session.scalars(
+            select(StockMovement.quantity)
+            .where(StockMovement.line_id.in_([line.id for line in order.lines]))
+            .order_by(StockMovement.id)
+        ).all()
+        out, back = moved[: len(moved) // 2], moved[len(moved) // 2 :]
+        assert [-each for each in reversed(back)] == list(out)
+        assert stock(session, ORDER) == {OPENING_STOCK + line.quantity for line in order.lines}
+        return len(out), [each.pence for each in order.payments], [each.pence for each in order.refunds]
+
+
 def test_what_cannot_be_an_order_ends_as_a_workflow_that_says_so(sessions: sessionmaker[Session]) -> None:
     with sessions() as session, session.begin():
         import_catalogue(session, invoices(NOBODYS))
@@ -140,7 +229,7 @@ def test_one_query_joins_orders_with_workflows_and_steps(sessions: sessionmaker[
     with sessions() as session:
         Executor(session).run(fulfil.options(key=ORDER), ORDER)
         row = session.execute(orders_with_steps(limit=5)).one()
-        assert row[:6] == (ORDER, "shipped", "succeeded", 1, 12, 0)
+        assert row[:6] == (ORDER, "shipped", "succeeded", 1, 13, 0)
 
 
 def test_payment_service_books_a_key_once(service: Service) -> None:
@@ -151,6 +240,16 @@ def test_payment_service_books_a_key_once(service: Service) -> None:
     assert ledger.book("charges", "key", ORDER, 200) is None
     assert ledger.book("charges", "other key", ORDER, 100) != first
     assert ledger.counts["repeated"] == 2
+
+
+def test_payment_service_gives_back_what_was_charged_once_and_charges_nothing_afterwards(service: Service) -> None:
+    ledger = service.ledger
+    ledger.book("charges", "key", ORDER, 100)
+    assert ledger.void("undo", ORDER) == ledger.void("undo", ORDER)
+    assert ledger.book("charges", "late", ORDER, 100) is None
+    assert ledger.book("charges", "key", ORDER, 100) is not None  # the answer to a charge that was made stays
+    assert ledger.void("other", "never charged").pence == 0
+    assert bookings(service) == [("charges", ORDER, 100), ("refunds", ORDER, 100), ("voids", "never charged", 0)]
 
 
 def test_charge_outside_a_workflow_is_refused_before_anything_is_sent(service: Service) -> None:

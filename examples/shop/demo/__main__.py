@@ -41,7 +41,8 @@ def demo(
         print("demo: not as the file says:", *differences, sep="\n  ", file=sys.stderr)
         raise typer.Exit(1)
     console.print(
-        "\nStock, payments, refunds and shipments of every invoice are exactly what the file says, each once."
+        "\nStock, payments, refunds and shipments of every invoice are exactly what the file says, each once; "
+        "of what failed or was called off, goods and money are back, each once."
     )
 
 

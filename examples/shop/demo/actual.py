@@ -24,21 +24,21 @@ class Progress:
 
     steps: int
     finished: int
-    failed: int
+    undone: int
     busy: list[str]
 
 
 def progress(session: Session) -> Progress:
     """Count the checkpoints, and the workflows that have ended."""
     steps = session.scalar(select(func.count()).select_from(Step))
-    finished, failed = session.execute(
+    finished, undone = session.execute(
         select(
             func.count(Workflow.finished_at),
-            func.count().filter(Workflow.status == WorkflowStatus.FAILED),
+            func.count().filter(Workflow.status.in_([WorkflowStatus.FAILED, WorkflowStatus.CANCELLED])),
         )
     ).one()
     busy = session.scalars(select(Worker.name).join(Worker.workflows).where(Workflow.status == WorkflowStatus.RUNNING))
-    return Progress(steps or 0, finished, failed, sorted(set(busy)))
+    return Progress(steps or 0, finished, undone, sorted(set(busy)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from shop.demo.facts import Fact, Facts
+from shop.demo.mishaps import Fate, Mishap
 
 FILE = Path(__file__).parents[1] / "data" / "online_retail.csv.gz"
 OPENING_STOCK = 10_000
@@ -25,8 +26,14 @@ def numbers() -> list[str]:
     return list(_rows_by_number())
 
 
-def expected(chosen: Collection[str]) -> Facts:
-    """Compute what these invoices must lead to."""
+def lines_of_orders(chosen: Collection[str]) -> dict[str, int]:
+    """Give how many lines those of the invoices have that are to be shipped."""
+    rows = {number: each for number, each in _rows_by_number().items() if number in chosen}
+    return {number: len(each) for number, each in rows.items() if number[0] != "C" and not _reason(number, each)}
+
+
+def expected(chosen: Collection[str], mishaps: Collection[Mishap] = (), called_off: Collection[str] = ()) -> Facts:
+    """Compute what these invoices must lead to, and the orders that go wrong on purpose."""
     facts: dict[str, Counter[Fact]] = {
         kind: Counter()
         for kind in ("order", "workflow", "payment", "charge", "refund", "refund booked", "shipment", "notification")
@@ -36,6 +43,11 @@ def expected(chosen: Collection[str]) -> Facts:
     for number, rows in _rows_by_number().items():
         if number in chosen:
             _add_invoice(facts, stock, number, rows)
+        for mishap in (each for each in mishaps if each.original == number):
+            if mishap.fate is Fate.CALLED_OFF and mishap.number not in called_off:
+                _add_invoice(facts, stock, mishap.number, rows)
+            else:
+                _add_mishap(facts, mishap, rows)
     facts["stock"] = Counter(dict.fromkeys(stock.items(), 1))
     return facts
 
@@ -49,7 +61,7 @@ def _add_invoice(facts: dict[str, Counter[Fact]], stock: Counter[str], number: s
     status = "rejected" if reason else "returned" if number[0] == "C" else "shipped"
     facts["order"][number, status, reason] += 1
     facts["workflow"][number, "succeeded", status, reason] += 1
-    facts["steps"][number, 1 if reason else len(rows) + (4 if number[0] == "C" else 5)] += 1
+    facts["steps"][number, 1 if reason else len(rows) + (4 if number[0] == "C" else 6)] += 1
     if reason:
         return
     facts["notification"][number,] += 1
@@ -63,6 +75,25 @@ def _add_invoice(facts: dict[str, Counter[Fact]], stock: Counter[str], number: s
         facts["payment"][number, pence] += 1
         facts["charge"][number, pence] += 1
         facts["shipment"][number, units] += 1
+
+
+def _add_mishap(facts: dict[str, Counter[Fact]], mishap: Mishap, rows: list[Row]) -> None:
+    """Add what is left of an order: whatever was done has its counterpart. What was called off is `settled` before."""
+    number, fate = mishap.number, mishap.fate
+    facts["order"][number, "cancelled", None] += 1
+    facts["workflow"][number, "cancelled" if fate is Fate.CALLED_OFF else "failed", None, None] += 1
+    facts["notification"][number,] += 1
+    if fate is Fate.CALLED_OFF:
+        return
+    reserved = rows if fate is Fate.NO_CARRIER else rows[:-1]
+    for position, row in enumerate(reserved, start=1):
+        facts["stock movement"][number, position, -int(row["Quantity"])] += 1
+        facts["stock movement"][number, position, int(row["Quantity"])] += 1
+    facts["steps"][number, len(rows) + len(reserved) + (8 if fate is Fate.NO_CARRIER else 3)] += 1
+    if fate is Fate.NO_CARRIER:
+        pence = round(sum(int(row["Quantity"]) * float(row["UnitPrice"]) * 100 for row in rows))
+        for kind in ("payment", "refund", "charge", "refund booked"):
+            facts[kind][number, pence] += 1
 
 
 def _reason(number: str, rows: list[Row]) -> str | None:

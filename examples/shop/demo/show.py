@@ -1,4 +1,4 @@
-"""The story of the demo: import, work, kill, go on, and check every invoice."""
+"""The story of the demo: import, work, kill, call off, go on, and check every invoice."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from shop.demo import actual
 from shop.demo.errors import DemoError
-from shop.demo.expected import expected, numbers
-from shop.demo.facts import Facts, differences
+from shop.demo.expected import expected, lines_of_orders, numbers
+from shop.demo.facts import Facts, differences, settled
+from shop.demo.mishaps import CallingOff, Mishap, choose
 from shop.demo.processes import Processes
 from shop.demo.server import database
 from shop.demo.summary import Run, print_numbers, print_query
 from shop.importer import import_catalogue, place
-from shop.invoices import read
+from shop.invoices import Invoice, read
 
 _DEADLINE = 600
 _POLL = 0.1
@@ -80,7 +81,8 @@ class _Show:
         self._processes = processes
         self._sessions = sessions
         self._chosen = plan.chosen()
-        self._expected = expected(self._chosen)
+        self._mishaps: list[Mishap] = choose(lines_of_orders(self._chosen), seed=plan.seed)
+        self._calling_off = CallingOff(self._mishaps)
 
     def run(self, payments: str) -> list[str]:
         """Import and execute everything; give the differences."""
@@ -95,11 +97,12 @@ class _Show:
         ledger = actual.read_ledger(payments)
         with self._sessions() as session:
             facts = actual.actual(session, ledger)
-            run = Run(facts, ledger, actual.recovery(session), self._processes.kills, seconds)
+            run = Run(facts, ledger, actual.recovery(session), self._mishaps, self._processes.kills, seconds)
             self._console.print("\nOrders, their workflows and their steps, in one query:\n")
             print_query(self._console, session, rows=5)
         print_numbers(self._console, run)
-        return differences(self._expected, facts)
+        called_off = self._calling_off.called_off
+        return differences(expected(self._chosen, self._mishaps, called_off), settled(facts, called_off))
 
     def _bars(self) -> Progress:
         return Progress(
@@ -113,8 +116,7 @@ class _Show:
 
     def _import(self, bars: Progress) -> None:
         """Place the orders, each with its workflow in one transaction."""
-        chosen = set(self._chosen)
-        invoices = [each for each in read() if each.number in chosen]
+        invoices = self._invoices()
         bar = bars.add_task("imported", total=len(invoices), note="")
         with self._sessions.begin() as session:
             import_catalogue(session, invoices)
@@ -123,11 +125,21 @@ class _Show:
                 place(session, invoice)
             bars.advance(bar)
 
+    def _invoices(self) -> list[Invoice]:
+        """Read the chosen invoices; what goes wrong comes after its original."""
+        chosen, spoilt = set(self._chosen), {each.original: each for each in self._mishaps}
+        found: list[Invoice] = []
+        for invoice in read():
+            found += [invoice] if invoice.number in chosen else []
+            found += [spoilt[invoice.number].spoilt(invoice)] if invoice.number in spoilt else []
+        return found
+
     def _watch(self, bars: Progress) -> None:
         """Follow the workers to the end of the last workflow, and kill some of them on the way."""
-        total = _steps(self._expected)
+        count = len(self._chosen) + len(self._mishaps)
+        total = _steps(expected(self._chosen, self._mishaps))
         steps = bars.add_task("steps", total=total, note="")
-        done = bars.add_task("workflows", total=len(self._chosen), note="")
+        done = bars.add_task("workflows", total=count, note="")
         kill_at = self._moments(total)
         deadline = time.monotonic() + _DEADLINE
         while True:
@@ -135,9 +147,10 @@ class _Show:
                 now = actual.progress(session)
             if kill_at and now.steps >= kill_at[0] and self._processes.kill_one_of(now.busy):
                 kill_at.pop(0)
+            self._calling_off.look(self._sessions)
             bars.update(steps, completed=now.steps, note=f"workers killed: {self._processes.kills}")
-            bars.update(done, completed=now.finished, note=f"failed: {now.failed}" if now.failed else "")
-            if now.finished >= len(self._chosen):
+            bars.update(done, completed=now.finished, note=f"undone: {now.undone}")
+            if now.finished >= count:
                 return
             self._processes.require_alive()
             if time.monotonic() > deadline:

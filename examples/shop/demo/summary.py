@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from shop.demo.actual import Recovery
 from shop.demo.facts import Facts
+from shop.demo.mishaps import Mishap
 from shop.report import orders_with_steps
 
 
@@ -23,6 +25,7 @@ class Run:
     facts: Facts
     ledger: dict[str, Any]
     recovery: Recovery
+    mishaps: Sequence[Mishap]
     kills: int
     seconds: float
 
@@ -51,14 +54,18 @@ def print_query(console: Console, session: Session, *, rows: int) -> None:
 
 def _numbers(run: Run) -> dict[str, int | str]:
     facts, counts = run.facts, run.ledger["counts"]
+    fates = {each.number: each.fate for each in run.mishaps}
+    undone = Counter(fates[str(number)] for number, status, _ in facts["order"].elements() if status == "cancelled")
     statuses = Counter(str(status) for _, status, _ in facts["order"].elements())
     objections = Counter(str(objection) for _, _, objection in facts["order"].elements() if objection)
     moved = Counter(quantity is not None and int(quantity) < 0 for _, _, quantity in facts["stock movement"].elements())
     return {
-        "invoices": facts["order"].total(),
+        "invoices": facts["order"].total() - len(fates),
+        "orders that go wrong": len(fates),
         "orders shipped": statuses["shipped"],
         "returns taken back": statuses["returned"],
         **{f"rejected: {reason}": count for reason, count in sorted(objections.items())},
+        **{f"cancelled: {fate}": count for fate, count in sorted(undone.items())},
         "lines reserved": moved[True],
         "lines restocked": moved[False],
         "payments": facts["payment"].total(),
