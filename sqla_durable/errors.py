@@ -50,7 +50,7 @@ ControlFlow(BaseException)        unwinds a workflow function; never an error of
 ├── Interrupted                   an executor lost its database in the middle
 ├── Suspended                     the workflow waits, as a row
 │   └── ContinuedAsNew                it begins anew, with another input and no history
-├── Cancelling                    the workflow was cancelled, and undoes what it did
+├── Cancelling                    the workflow was cancelled or is overdue, and undoes what it did
 └── Released                      the worker is stopping and hands the workflow back
 ```
 """
@@ -302,7 +302,10 @@ class WorkflowCancelledError(WorkflowError):
 
 
 class WorkflowTimeoutError(WorkflowError, TimeoutError):
-    """The workflow was not finished at its deadline. What was committed before stands; `resume` gives it more time."""
+    """The workflow was not finished at its deadline. What was committed before stands; `resume` gives it more time.
+
+    Not one with a saga, which has undone what it did.
+    """
 
 
 class MaxAttemptsError(WorkflowError):
@@ -391,7 +394,7 @@ class ContinuedAsNew(Suspended):
 
 
 class Cancelling(ControlFlow):
-    """The workflow was cancelled: it ends at the first operation that is not recorded, and its sagas compensate."""
+    """The workflow was cancelled, or its deadline has come: it ends at the first operation that is not recorded."""
 
 
 class Released(ControlFlow):

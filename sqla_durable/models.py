@@ -80,8 +80,8 @@ class Workflow(Base):
     A row is enough to start one: `INSERT INTO durable.workflow (name, input) VALUES ('checkout', '{"order_id": 1}')`.
     Arguments are stored by parameter name. `token` identifies the attempt that may write while the workflow is running,
     and that finished it. `priority` is served lowest first. A suspended workflow with `wake_at` waits for that time.
-    `attempt` counts up when a worker dies; `crashes` counts its last attempts in a row whose worker died before they
-    had recorded a step. `headers` are what interceptors gave to it when it was started.
+    `attempt` counts up when a worker dies; `crashes` its last attempts in a row that died before they recorded a step.
+    `headers` are what interceptors gave to it. `cancellation` tells of a saga: it `compensates`, or why it does now.
     """
 
     __tablename__ = "workflow"
@@ -162,7 +162,7 @@ class Workflow(Base):
         CheckConstraint("awaits IS NULL OR (status = 'suspended' AND jsonb_typeof(awaits) = 'array')", name="awaits"),
         CheckConstraint("parent_key IS NULL OR parent_key ~ '[^[:space:]]'", name="parent"),
         CheckConstraint("version ~ '[^[:space:]]'", name="version"),
-        CheckConstraint("cancellation IN ('compensates', 'requested')", name="cancellation"),
+        CheckConstraint("cancellation IN ('compensates', 'requested', 'overdue')", name="cancellation"),
         CheckConstraint("jsonb_typeof(headers) = 'object'", name="headers"),
         # The same workflow and key are the same workflow: this index refuses the second.
         Index("workflow_name_key_key", "name", "key", unique=True, postgresql_where=text("key IS NOT NULL")),

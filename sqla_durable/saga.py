@@ -20,7 +20,7 @@ log = logging.getLogger("sqla_durable.saga")
 
 
 class Saga:
-    """Undoes in reverse what was done in its block, if that ends with an error or the workflow is cancelled.
+    """Undoes in reverse what was done in its block, if that ends with an error or the workflow is ended from outside.
 
     ```python
     async with Saga() as saga:
@@ -33,11 +33,12 @@ class Saga:
 
     Each compensation is a step, recorded and retried by its own policy, and executed once where it succeeds: a worker
     that dies in the middle is followed by one that goes on. After the last one the error goes on its way. With a saga a
-    cancelled workflow does not end at once: it is enqueued, stops at the first operation that it has not recorded, and
-    is `cancelled` when its compensations are done. Add a compensation after the step that it undoes, with what that one
+    workflow that is cancelled, or whose deadline has come, does not end at once: it is enqueued, stops at the first
+    operation that it has not recorded, and is `cancelled` or `failed` when its compensations are done, which take as
+    long as they need. Add a compensation after the step that it undoes, with what that one
     returned; or before it, where it can be undone without having been done.
 
-    A workflow that is stopped for its crashes or at its deadline compensates nothing. A saga is begun in the workflow's
+    A workflow that is stopped for its crashes compensates nothing. A saga is begun in the workflow's
     own function and not in one of its branches, which may be inside it; it begins to undo when they have ended.
     """
 

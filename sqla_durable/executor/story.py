@@ -101,11 +101,15 @@ class Story:
         if standing.status.finished:
             return Outcome(standing)
         self.open_lease(session)
-        claimed = queues.claim_one(session, workflow_id, worker_id=self.worker_id, token=uuid7())
+        claim = partial(queues.claim_one, session, workflow_id, worker_id=self.worker_id, token=uuid7())
+        claimed = claim()
+        if claimed is None and deadlines.fail_one(session, workflow_id):
+            claimed = claim()  # to undo what it did
         if claimed is not None:
             return queues.with_histories(session, [claimed])[0]
-        if deadlines.fail_one(session, workflow_id):
-            return Outcome(workflows.standing(session, workflow_id))
+        standing = workflows.standing(session, workflow_id)
+        if standing.status.finished:
+            return Outcome(standing)
         raise WorkflowRunningError(
             f"workflow {standing.name!r} {workflow_id} is {standing.status}, and not to be claimed now: a worker or "
             "an executor holds a live lease on it, or it waits. Wait for its result with a handle.",

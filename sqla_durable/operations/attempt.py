@@ -111,6 +111,8 @@ class Attempt:
         self.number: int = claimed.attempt
         self.input: str = claimed.input
         self.is_child: bool = claimed.is_child
+        self.undoes: bool = claimed.is_cancelling
+        self.overdue: str | None = claimed.overdue
         self.headers: Mapping[str, str] = claimed.headers
         self.interceptors: Interceptors = NO_INTERCEPTORS
         self.history_limit = DEFAULT_HISTORY_LIMIT

@@ -16,11 +16,13 @@ from sqla_durable.errors import (
     WorkflowTimeoutError,
 )
 from sqla_durable.failure import Failure
+from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.patches import report
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Completion, Standing
+from sqla_durable.store.deadlines import TIMEOUT_TYPE
 
 # What the engine ends a workflow with, by the type that is recorded.
 _OF_THE_ENGINE = {f"{kind.__module__}:{kind.__qualname__}": kind for kind in (MaxAttemptsError, WorkflowTimeoutError)}
@@ -39,7 +41,7 @@ async def run_workflow(runtime: Runtime, definition: WorkflowDefinition, body: B
         HistoryMismatchError: likewise, because the workflow is strict and its history was not visited.
     """
     completion = await completion_of(runtime, definition, body)
-    if completion.status is not WorkflowStatus.CANCELLED:
+    if not runtime.attempt.undoes:
         report(runtime.attempt, strict=definition.strict)
     await runtime.finish(completion)
     return completion
@@ -56,8 +58,7 @@ async def completion_of(runtime: Runtime, definition: WorkflowDefinition, body: 
     except BaseException as error:
         signal = signal_in(error)  # a task group wraps the signals of its tasks
         if isinstance(signal, Cancelling):
-            attempt = runtime.attempt
-            return Completion(attempt.fence, WorkflowStatus.CANCELLED, is_child=attempt.is_child)
+            return _undone(runtime.attempt)
         raise signal or error from None
 
 
@@ -75,6 +76,14 @@ async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body:
         error_text = Failure.of(error).to_json()
         return Completion(attempt.fence, WorkflowStatus.FAILED, error=error_text, is_child=attempt.is_child)
     return Completion(attempt.fence, WorkflowStatus.SUCCEEDED, output=output, is_child=attempt.is_child)
+
+
+def _undone(attempt: Attempt) -> Completion:
+    """Give the outcome of a workflow that has undone what it did: it was cancelled, or its deadline has come."""
+    if attempt.overdue is None:
+        return Completion(attempt.fence, WorkflowStatus.CANCELLED, is_child=attempt.is_child)
+    error_text = Failure(type=TIMEOUT_TYPE, message=attempt.overdue).to_json()
+    return Completion(attempt.fence, WorkflowStatus.FAILED, error=error_text, is_child=attempt.is_child)
 
 
 async def _called(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Any:

@@ -27,6 +27,7 @@ from sqlalchemy import (
     case,
     cast,
     column,
+    false,
     func,
     literal,
     literal_column,
@@ -61,7 +62,8 @@ SUSPECT = 2
 
 COMPENSATES: ColumnElement[str] = literal_column("'compensates'", type_=Text())
 REQUESTED: ColumnElement[str] = literal_column("'requested'", type_=Text())
-"""What `cancellation` says: that there may be something to undo; and that it is to be undone now."""
+OVERDUE: ColumnElement[str] = literal_column("'overdue'", type_=Text())
+"""What `cancellation` says: that there may be something to undo; and that it is to be undone now, for which reason."""
 
 _IDLE_TIMEOUT = "idle_in_transaction_session_timeout"
 _IDLE_LIMIT = "5s"
@@ -164,7 +166,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A claimed workflow: what a worker needs to execute it. `input` is JSON text; what was `started` has a history."""
+    """A claimed workflow: what a worker needs to execute it. `input` is JSON text; what was `started` has a history.
+
+    One that `is_cancelling` is to undo what it did; if `overdue` says why, it fails with that, or else is cancelled.
+    """
 
     fence: Fence
     name: str
@@ -173,6 +178,7 @@ class Claimed:
     started: bool = False
     is_child: bool = False
     is_cancelling: bool = False
+    overdue: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     history: Mapping[str, Recorded] = field(default_factory=dict[str, Recorded])
 
@@ -278,6 +284,11 @@ def unfinished() -> ColumnElement[bool]:
     """Tell the record of a step that runs, waits or is being tried again from an outcome."""
     open_statuses = [each for each in StepStatus if not each.finished]
     return or_(*(STEP.c.status == literal_column(f"'{each}'", type_=STEP.c.status.type) for each in open_statuses))
+
+
+def undoes() -> ColumnElement[bool]:
+    """Tell that a workflow undoes what it did, or is to do so."""
+    return func.coalesce(WORKFLOW.c.cancellation.in_([REQUESTED, OVERDUE]), false())
 
 
 def still_compensates() -> ColumnElement[Any]:

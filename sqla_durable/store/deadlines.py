@@ -1,6 +1,7 @@
 """The statements that fail workflows whose deadline has come, whatever they are doing.
 
-An attempt that is executing one of them owns it no longer: its next write is refused, as after a cancel.
+An attempt that is executing one of them owns it no longer: its next write is refused, as after a cancel. One with a
+saga is enqueued, to undo what it did before it fails; for that it has all the time that it needs.
 """
 
 from __future__ import annotations
@@ -9,13 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Integer, Text, and_, bindparam, func, literal, null, or_, select, update
+from sqlalchemy import ColumnElement, Integer, Text, and_, bindparam, case, func, literal, null, or_, select, update
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store._rows import WORKFLOW, Connectable, execute, materialized, refresh_known
+from sqla_durable.store._rows import (
+    COMPENSATES,
+    OVERDUE,
+    WORKFLOW,
+    Connectable,
+    execute,
+    materialized,
+    refresh_known,
+    undoes,
+)
 from sqla_durable.store.signals import asking
 
 TIMEOUT_TYPE = "sqla_durable.errors:WorkflowTimeoutError"
@@ -23,19 +33,21 @@ TIMEOUT_TYPE = "sqla_durable.errors:WorkflowTimeoutError"
 
 @dataclass(frozen=True, slots=True)
 class Overdue:
-    """A workflow that was failed because its deadline had come."""
+    """A workflow that was failed because its deadline had come, or `undoes` what it did before."""
 
     workflow_id: UUID
     name: str
+    undoes: bool
 
 
 def fail_overdue(connectable: Connectable, *, limit: int) -> list[Overdue]:
     """Fail at most `limit` workflows whose deadline has come, those that nobody else holds; locks their rows."""
-    return [Overdue(row.id, row.name) for row in execute(connectable, _FAIL_OVERDUE, {"limit": limit})]
+    rows = execute(connectable, _FAIL_OVERDUE, {"limit": limit})
+    return [Overdue(row.id, row.name, row.finished_at is None) for row in rows]
 
 
 def fail_one(session: Session, workflow_id: UUID) -> bool:
-    """Fail one workflow if its deadline has come, waiting for whoever holds its row; tell whether it had."""
+    """Do it to one workflow if its deadline has come, waiting for whoever holds its row; tell whether it had."""
     failed = execute(session, _FAIL_ONE, {"wanted_id": workflow_id}).one_or_none() is not None
     if failed:
         refresh_known(session, [workflow_id])
@@ -44,12 +56,19 @@ def fail_one(session: Session, workflow_id: UUID) -> bool:
 
 def is_overdue() -> ColumnElement[bool]:
     """Tell that the deadline of an unfinished workflow has come: with the conditions of the index of deadlines."""
-    return and_(WORKFLOW.c.finished_at.is_(None), WORKFLOW.c.deadline_at <= func.statement_timestamp())
+    is_past = WORKFLOW.c.deadline_at <= func.statement_timestamp()
+    return and_(WORKFLOW.c.finished_at.is_(None), is_past, ~undoes())
 
 
 def in_time() -> ColumnElement[bool]:
-    """Tell that there is still time to begin."""
-    return or_(WORKFLOW.c.deadline_at.is_(None), WORKFLOW.c.deadline_at > func.statement_timestamp())
+    """Tell that there is still time to begin; to undo something there always is."""
+    is_ahead = WORKFLOW.c.deadline_at > func.statement_timestamp()
+    return or_(WORKFLOW.c.deadline_at.is_(None), is_ahead, undoes())
+
+
+def reason() -> Any:
+    """Give the words for what has happened to a workflow at its deadline."""
+    return func.concat(literal("it was not finished at its deadline, ", Text()), WORKFLOW.c.deadline_at)
 
 
 def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: bool) -> Any:
@@ -61,13 +80,19 @@ def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: b
         .with_for_update(key_share=True, skip_locked=skip_locked, of=WORKFLOW),
         "overdue",
     )
+    compensates = WORKFLOW.c.cancellation == COMPENSATES
+    now = func.statement_timestamp()
     failed = (
         update(WORKFLOW)
         .where(WORKFLOW.c.id == overdue.c.id)
         .values(
-            status=WorkflowStatus.FAILED,
-            error=_error(),
-            finished_at=func.statement_timestamp(),
+            status=case((compensates, WorkflowStatus.PENDING.value), else_=WorkflowStatus.FAILED.value),
+            error=case((compensates, null()), else_=_error()),
+            finished_at=case((compensates, null()), else_=now),
+            cancellation=case((compensates, OVERDUE)),
+            attempt=case((compensates, WORKFLOW.c.attempt + 1), else_=WORKFLOW.c.attempt),
+            enqueued_at=case((compensates, now), else_=WORKFLOW.c.enqueued_at),
+            worker_id=case((compensates, null()), else_=WORKFLOW.c.worker_id),
             token=null(),
             wake_at=null(),
             awaits=null(),
@@ -75,7 +100,7 @@ def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: b
         .returning(WORKFLOW.c.id, WORKFLOW.c.name, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits)
         .cte("failed")
     )
-    return select(failed.c.id, failed.c.name).add_cte(asking(failed).cte("asked"))
+    return select(failed.c.id, failed.c.name, failed.c.finished_at).add_cte(asking(failed).cte("asked"))
 
 
 def _error() -> Any:
@@ -83,7 +108,7 @@ def _error() -> Any:
         literal("type", Text()),
         literal(TIMEOUT_TYPE, Text()),
         literal("message", Text()),
-        func.concat(literal("it was not finished at its deadline, ", Text()), WORKFLOW.c.deadline_at),
+        reason(),
         type_=JSONB,
     )
 

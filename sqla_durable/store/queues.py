@@ -23,7 +23,6 @@ from sqlalchemy import (
     bindparam,
     case,
     cast,
-    false,
     func,
     literal_column,
     or_,
@@ -39,8 +38,8 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import deadlines, steps
 from sqla_durable.store._rows import (
+    OVERDUE,
     QUEUE,
-    REQUESTED,
     WORKFLOW,
     Claimed,
     Columns,
@@ -51,6 +50,7 @@ from sqla_durable.store._rows import (
     materialized,
     status,
     table,
+    undoes,
 )
 
 _LIMIT = bindparam("limit", type_=Integer())
@@ -136,7 +136,8 @@ def with_histories(connectable: Connectable, claimed: Sequence[Claimed]) -> list
 def _claimed(row: Row[Any], token: UUID) -> Claimed:
     fence = Fence(row.id, token)
     headers: dict[str, str] = row.headers or {}
-    return Claimed(fence, row.name, row.attempt, row.input, row.started, row.is_child, row.is_cancelling, headers)
+    ends = row.is_child, row.is_cancelling, row.overdue
+    return Claimed(fence, row.name, row.attempt, row.input, row.started, *ends, headers)
 
 
 def listening(after: Mapping[str, Place]) -> dict[str, str]:
@@ -229,7 +230,8 @@ def _claim_statement(candidates: Any) -> Any:
             WORKFLOW.c.headers,
             claimable.c.started_at.is_not(None).label("started"),
             WORKFLOW.c.parent_id.is_not(None).label("is_child"),
-            func.coalesce(WORKFLOW.c.cancellation == REQUESTED, false()).label("is_cancelling"),
+            undoes().label("is_cancelling"),
+            case((WORKFLOW.c.cancellation == OVERDUE, deadlines.reason())).label("overdue"),
         )
     )
 

@@ -55,6 +55,7 @@ from sqla_durable.store._rows import (
     soon_over,
     status,
     table,
+    undoes,
     unfinished,
 )
 
@@ -148,8 +149,9 @@ def checkpoint_row(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def own_row() -> CTE:
-    """Lock the workflow of the attempt of `GIVEN`, if it owns it; give its id and its deadline."""
-    locked = select(WORKFLOW.c.id, WORKFLOW.c.deadline_at).where(*mine())
+    """Lock the workflow of the attempt of `GIVEN`, if it owns it; give its id and the deadline that it still has."""
+    deadline_at = case((~undoes(), WORKFLOW.c.deadline_at)).label("deadline_at")
+    locked = select(WORKFLOW.c.id, deadline_at).where(*mine())
     return materialized(locked.with_for_update(key_share=True, of=WORKFLOW), "owned")
 
 

@@ -87,12 +87,11 @@ class Maintenance:
     async def _act(self, seen: Seen) -> None:
         if not seen.alive:
             await self._heartbeat.renew()
-        if seen.overdue:
-            await self._fail_overdue()
+        undoing = await self._fail_overdue() if seen.overdue else False
         reclaimed = await self._reclaim(seen)
         woken = await self._wake() if seen.due else 0
         woken += await self._deliver() if seen.undelivered else 0
-        if seen.claimable or reclaimed or woken:
+        if seen.claimable or reclaimed or woken or undoing:
             self._claims.hint()
         else:
             await self._warn_of_unknown()
@@ -134,11 +133,14 @@ class Maintenance:
     def _deliver_some(self, connection: Connection) -> tuple[int, int]:
         return signals.deliver(connection, limit=_LIMIT)
 
-    async def _fail_overdue(self) -> None:
-        """Fail what has reached its deadline; of many, the others at the next looks."""
+    async def _fail_overdue(self) -> bool:
+        """Fail what has reached its deadline; of many, the others at the next looks. Tell whether some undo first."""
         fail = partial(deadlines.fail_overdue, limit=_LIMIT)
-        for each in await persistently(self._database, fail, what="maintenance"):
-            log.warning("workflow %s %s failed: it was not finished at its deadline", each.name, each.workflow_id)
+        overdue = await persistently(self._database, fail, what="maintenance")
+        for each in overdue:
+            what = "undoes what it did, and fails" if each.undoes else "failed"
+            log.warning("workflow %s %s %s: it was not finished at its deadline", each.name, each.workflow_id, what)
+        return any(each.undoes for each in overdue)
 
     async def _reclaim(self, seen: Seen) -> int:
         """Take back what dead workers had; at every beat also what belongs to workers that nobody remembers."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 import tenacity
-from sqlalchemy import select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from sqla_durable import Saga, Workflow, WorkflowStatus, cancel, errors, parallel, resume, retry, rewind, wait_signal
@@ -144,6 +146,80 @@ def test_second_cancel_changes_nothing_and_a_crash_neither(shell: Shell, app: Ap
     with pytest.raises(errors.WorkflowCancelledError):
         shell.finish(workflow, workflow_id)
     assert booked(shell) == [("flight", 1), ("hotel", 1), ("hotel", -1), ("flight", -1)]
+
+
+# behaviour: R7
+@pytest.mark.shells(("worker", "async-worker"))
+def test_deadline_undoes_what_was_done(shell: Shell, app: Application) -> None:
+    workflow = trip(app, Ledger(app), waits=True)
+    workflow_id = shell.begin(workflow, ["flaky", "hotel"])
+    with shell.background():
+        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
+        overdue(shell, workflow_id)
+        with pytest.raises(errors.WorkflowTimeoutError, match="was not finished at its deadline"):
+            shell.result(workflow, workflow_id)
+        assert booked(shell) == [("flaky", 1), ("hotel", 1), ("hotel", -1), ("flaky", -1)]
+        assert shell.one(workflow_id).status is WorkflowStatus.FAILED
+        with shell.sessionmaker.begin() as session:
+            assert resume(session, workflow_id) == []
+            assert retry(session, workflow_id) == []
+            assert rewind(session, workflow_id, to_step="saga") == [workflow_id]
+            assert session.get_one(Workflow, workflow_id).cancellation == "compensates"
+
+
+@pytest.mark.shells(("worker", "async-worker"))
+def test_deadline_does_not_cut_off_what_a_cancel_undoes(shell: Shell, app: Application) -> None:
+    workflow = trip(app, Ledger(app), waits=True)
+    workflow_id = shell.begin(workflow, ["flight"])
+    with shell.background():
+        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
+    with shell.sessionmaker.begin() as session:
+        cancel(session, workflow_id)
+    overdue(shell, workflow_id)
+    with pytest.raises(errors.WorkflowCancelledError):
+        shell.finish(workflow, workflow_id)
+    assert booked(shell) == [("flight", 1), ("flight", -1)]
+
+
+@pytest.mark.shells(("executor", "async-executor"))
+def test_executor_undoes_what_it_takes_up_after_the_deadline(shell: Shell, app: Application) -> None:
+    ledger = Ledger(app)
+    dies = [KeyboardInterrupt]
+    helper = app.workflow(_nothing)
+
+    async def travel() -> None:
+        async with Block(app.form) as saga:
+            await ledger.do("flight")
+            saga.add(ledger.undo.step, "flight")
+            if dies:
+                raise dies.pop()
+            saga.add(start_helper)
+            await ledger.do("hotel")
+
+    def start_helper() -> Any:
+        return helper.start_child()  # which has time, although its parent has none left
+
+    workflow = app.workflow(travel)
+    workflow_id = shell.begin(workflow)
+    with pytest.raises(KeyboardInterrupt):
+        shell.finish(workflow, workflow_id)
+    overdue(shell, workflow_id)
+    with pytest.raises(errors.WorkflowTimeoutError):
+        shell.finish(workflow, workflow_id)
+    assert booked(shell) == [("flight", 1), ("flight", -1)]
+    with shell.sessionmaker() as session:
+        child = session.scalars(select(Workflow).where(Workflow.parent_id == workflow_id)).one()
+        assert child.deadline_at is None
+
+
+async def _nothing() -> None:
+    pass
+
+
+def overdue(shell: Shell, workflow_id: UUID) -> None:
+    past = func.statement_timestamp() - timedelta(seconds=1)
+    with shell.sessionmaker.begin() as session:
+        session.execute(update(Workflow).where(Workflow.id == workflow_id).values(deadline_at=past))
 
 
 @WORKERS

@@ -16,11 +16,13 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import (
     Durable,
+    Saga,
     UpdateRequest,
     current,
     heartbeat,
     parallel,
     set_event,
+    wait_signal,
     wait_update,
     write_stream,
 )
@@ -287,6 +289,23 @@ def told(account: str) -> object:
 async def told_async(account: str) -> object:
     await set_event("status", "telling")
     return await tell_async(account)
+
+
+@durable.step
+def debit(session: Session, account: str) -> None:
+    session.add(Entry(account=account, cents=-1))
+    session.flush()
+    fate.meet("compensation after")
+
+
+@durable.workflow
+def trip(account: str) -> None:
+    """Two credits, and a wait that only its deadline or a cancel ends."""
+    with Saga() as saga:
+        for number in range(2):
+            credit(f"{account}/{number}")
+            saga.add(debit, f"{account}/{number}")
+        wait_signal("never")
 
 
 POINTS: list[str] = [

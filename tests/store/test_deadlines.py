@@ -34,6 +34,19 @@ def test_only_what_is_unfinished_and_overdue_is_failed_and_only_once(engine: Eng
         assert failed(session) == set()
 
 
+def test_what_has_something_to_undo_is_enqueued_for_that_and_claimed_in_spite_of_its_deadline(engine: Engine) -> None:
+    with Session(engine) as session:
+        (overdue,) = races.enqueue(session, deadline_at=PAST, cancellation="compensates")
+        (undoing,) = races.enqueue(session, deadline_at=PAST, cancellation="requested")
+        assert deadlines.fail_overdue(session, limit=9) == [deadlines.Overdue(overdue, "checkout", undoes=True)]
+        assert not look(session, worker_id=races.WORKER, queues=[], names=[]).overdue
+        claimed = {each.fence.workflow_id: each for each in races.claim(session, 9)}
+        assert claimed.keys() == {overdue, undoing}
+        assert all(each.is_cancelling for each in claimed.values())
+        assert (claimed[overdue].overdue or "").startswith("it was not finished at its deadline, 2020-01-01")
+        assert claimed[undoing].overdue is None
+
+
 def test_the_earliest_deadlines_come_first(engine: Engine) -> None:
     with Session(engine) as session:
         (later,) = races.enqueue(session, deadline_at=PAST.replace(month=2))

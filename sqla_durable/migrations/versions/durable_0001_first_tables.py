@@ -98,7 +98,7 @@ def _create_workflow(schema: str) -> None:
         _check("workflow", "awaits", "awaits IS NULL OR (status = 'suspended' AND jsonb_typeof(awaits) = 'array')"),
         _check("workflow", "parent", "parent_key IS NULL OR parent_key ~ '[^[:space:]]'"),
         _check("workflow", "version", "version ~ '[^[:space:]]'"),
-        _check("workflow", "cancellation", "cancellation IN ('compensates', 'requested')"),
+        _check("workflow", "cancellation", "cancellation IN ('compensates', 'requested', 'overdue')"),
         _check("workflow", "headers", "jsonb_typeof(headers) = 'object'"),
         schema=schema,
         comment="sqla-durable durable_0001",
