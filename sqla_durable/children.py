@@ -193,7 +193,10 @@ def map_children(
     if not bound:
         return operate(f"map:{definition.name}", _nothing)
     beginning = f"start:{definition.name}"
-    start_at = require_workflow(beginning).attempt.visit(beginning, ("sqla_durable", beginning))
+    attempt = require_workflow(beginning).attempt
+    start_at = attempt.visit(beginning, ("sqla_durable", beginning))
+    attempt.holds_back |= max_concurrency is not None and max_concurrency < len(bound)
+    attempt.left(start_at)  # part of the map, which is the one to be finished, and may be cancelled before it begins
 
     async def all_of(runtime: Runtime, position: Position) -> list[Any]:
         ids = await children.start(runtime, start_at, ordered, active=max_concurrency)

@@ -103,6 +103,7 @@ class Attempt:
 
     Attributes:
         branches: the live branches of the workflow's own code.
+        holds_back: whether it has called a map that does not let all its children go at once.
     """
 
     def __init__(self, claimed: Claimed) -> None:
@@ -114,6 +115,7 @@ class Attempt:
         self.undoes: bool = claimed.is_cancelling
         self.overdue: str | None = claimed.overdue
         self.headers: Mapping[str, str] = claimed.headers
+        self.holds_back = False
         self.interceptors: Interceptors = NO_INTERCEPTORS
         self.history_limit = DEFAULT_HISTORY_LIMIT
         self._history: Mapping[str, Recorded] = claimed.history
@@ -132,6 +134,16 @@ class Attempt:
     def workflow_id(self) -> UUID:
         """The id of the workflow's record."""
         return self.fence.workflow_id
+
+    @property
+    def may_hold(self) -> bool:
+        """Whether children of a map may wait for others to end: of this attempt's, or of one in its history.
+
+        That one may not have been called again before the workflow ends.
+        """
+        return self.holds_back or any(
+            each.name.startswith("start:") and "," in (each.output or "") for each in self._history.values()
+        )
 
     @property
     def is_replaying(self) -> bool:

@@ -20,7 +20,7 @@ from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.wait import Source, at_once, received
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.status import StepStatus, WorkflowStatus
-from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, Standing, children, waits
+from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, Standing, children, held, waits
 
 _UNBOUNDED = 2**31 - 1
 _LOOK_EVERY = 5.0  # seconds between two looks at children that tell somebody else
@@ -151,7 +151,7 @@ class _Joining:
             if found.finished >= len(self._ids):
                 return await self._record_all(limit)
             if found.held and found.active < self._active:
-                await self._runtime.execute(partial(children.release, ids=self._ids, limit=self._active - found.active))
+                await self._runtime.execute(partial(held.release, ids=self._ids, limit=self._active - found.active))
             if not begun:
                 waiting = checkpoint_of(self._runtime.attempt, self._position, StepStatus.WAITING)
                 await self._runtime.execute(partial(waits.begin, checkpoint=waiting))
@@ -183,6 +183,7 @@ class _Joining:
 
     async def _give_up(self) -> Recorded:
         await self._runtime.execute(partial(children.cancel_rest, parent_id=self._parent, ids=self._ids))
+        await self._runtime.execute(partial(held.release, ids=self._ids, limit=_UNBOUNDED))  # what is detached
         found = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
         failed = [each for each in found if each["status"] == WorkflowStatus.FAILED.value]
         first_error: dict[str, Any] = failed[0]["error"] if failed else {}

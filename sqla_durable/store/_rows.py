@@ -155,13 +155,14 @@ class Park:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The outcome of a workflow, to be recorded. `output` is JSON text, or `error` is."""
+    """The outcome of a workflow, to be recorded. `output` is JSON text, or `error` is; it may hold children."""
 
     fence: Fence
     status: WorkflowStatus
     output: str | None = None
     error: str | None = None
     is_child: bool = False
+    holds: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import (
     CTE,
+    Boolean,
     Float,
     Integer,
     Text,
@@ -62,6 +63,7 @@ _END: Columns = {
     "delay": Float(),
     "awaits": JSONB(),
     "checkpoints": Integer(),
+    "holds": Boolean(),
 }
 
 
@@ -96,7 +98,8 @@ def _end_row(end: End, checkpoints: int) -> dict[str, Any]:
     fence = {**fence_row(end.fence), "checkpoints": checkpoints}
     match end:
         case Completion():
-            return fence | {"status": end.status.value, "output": end.output, "error": end.error}
+            outcome = {"status": end.status.value, "output": end.output, "error": end.error}
+            return fence | outcome | {"holds": end.holds}
         case Park():
             awaits = [each.to_json() for each in end.awaits] or None
             return fence | {"status": WorkflowStatus.SUSPENDED.value, "delay": end.delay, "awaits": awaits}
@@ -154,7 +157,12 @@ def _end_statement(ending: CTE, mine: CTE, recorded: CTE) -> Any:
             awaits=case((parked, ready.c.awaits)),
         )
         .returning(
-            WORKFLOW.c.id, ready.c.token.label("token"), WORKFLOW.c.awaits, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at
+            WORKFLOW.c.id,
+            ready.c.token.label("token"),
+            ready.c.holds,
+            WORKFLOW.c.awaits,
+            WORKFLOW.c.parent_id,
+            WORKFLOW.c.finished_at,
         )
     )
 

@@ -45,6 +45,7 @@ from sqla_durable.store._rows import (
     status,
     table,
 )
+from sqla_durable.store.held import is_held, leaving
 from sqla_durable.store.starts import NEW, new_columns, new_row
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, known_output, own_row
 
@@ -97,11 +98,6 @@ def progress(connectable: Connectable, parent_id: UUID, *, key: str, ids: Sequen
     """Look how far the children are that were started under a key."""
     row = execute(connectable, _PROGRESS, {"parent": parent_id, "group": key, "ids": list(ids)}).one()
     return Progress(*(int(each) for each in row))
-
-
-def release(connectable: Connectable, *, ids: Sequence[UUID], limit: int) -> int:
-    """Let held children go, the first ones first; those whose rows somebody holds are passed over."""
-    return len(execute(connectable, _LET_GO, {"ids": list(ids), "limit": limit}).all())
 
 
 def outcomes(connectable: Connectable, *, ids: Sequence[UUID]) -> list[dict[str, Any]]:
@@ -222,15 +218,6 @@ def _wanted() -> Any:
     return WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID())))
 
 
-def _held() -> Any:
-    return and_(
-        WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
-        WORKFLOW.c.wake_at.is_(None),
-        WORKFLOW.c.awaits.is_(None),
-        WORKFLOW.c.started_at.is_(None),
-    )
-
-
 def _progress_statement() -> Any:
     finished = WORKFLOW.c.finished_at.is_not(None)
     succeeded = WORKFLOW.c.status == status(WorkflowStatus.SUCCEEDED)
@@ -243,8 +230,8 @@ def _progress_statement() -> Any:
         func.count().filter(WORKFLOW.c.parent_id == _PARENT).label("own"),
         func.count().filter(finished).label("finished"),
         func.count().filter(finished, ~succeeded).label("failed"),
-        func.count().filter(_held()).label("held"),
-        func.count().filter(~finished, ~_held()).label("active"),
+        func.count().filter(is_held()).label("held"),
+        func.count().filter(~finished, ~is_held()).label("active"),
         siblings.scalar_subquery().label("siblings"),
     ).where(_wanted())
 
@@ -282,7 +269,7 @@ def _cancel_rest_statement() -> Any:
     )
     undone = WORKFLOW.c.cancellation == COMPENSATES
     now = func.statement_timestamp()
-    return (
+    cancelled = (
         update(WORKFLOW)
         # What is being undone already goes on with that.
         .where(
@@ -300,29 +287,13 @@ def _cancel_rest_statement() -> Any:
             awaits=null(),
         )
         .returning(WORKFLOW.c.id)
+        .cte("cancelled")
     )
-
-
-def _let_go_statement() -> Any:
-    first = materialized(
-        select(WORKFLOW.c.id)
-        .where(_wanted(), _held())
-        .order_by(WORKFLOW.c.id)
-        .limit(bindparam("limit", type_=Integer()))
-        .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW),
-        "first",
-    )
-    return (
-        update(WORKFLOW)
-        .where(WORKFLOW.c.id == first.c.id, _held())
-        .values(status=WorkflowStatus.PENDING, enqueued_at=func.statement_timestamp(), wake_at=null())
-        .returning(WORKFLOW.c.id)
-    )
+    return select(cancelled.c.id).add_cte(leaving(cancelled).cte("left"))
 
 
 _START = _start_statement()
 _PROGRESS = _progress_statement()
-_LET_GO = _let_go_statement()
 _OUTCOMES = (
     select(WORKFLOW.c.id, WORKFLOW.c.status, WORKFLOW.c.output, WORKFLOW.c.error)
     .where(_wanted(), WORKFLOW.c.finished_at.is_not(None))

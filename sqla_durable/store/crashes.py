@@ -55,6 +55,7 @@ from sqla_durable.store._rows import (
     status,
     unfinished,
 )
+from sqla_durable.store.held import leaving
 from sqla_durable.store.signals import asking
 
 DEFAULT_MAX_ATTEMPTS = 10
@@ -202,7 +203,9 @@ def _back_statement(abandoned: CTE, *, suspect: ColumnElement[bool]) -> Any:
         )
         .cte("back")
     )
-    return select(back.c.id, back.c.name, back.c.status).add_cte(asking(back).cte("asked"))
+    spent_ones = select(back.c.id).where(back.c.finished_at.is_not(None)).cte("spent")
+    left = leaving(spent_ones).cte("left")
+    return select(back.c.id, back.c.name, back.c.status).add_cte(asking(back).cte("asked"), left)
 
 
 def _later(crashes: ColumnElement[int]) -> ColumnElement[Any]:

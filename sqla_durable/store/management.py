@@ -47,6 +47,7 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
 from sqla_durable.store.deadlines import TIMEOUT_TYPE
+from sqla_durable.store.held import leave
 from sqla_durable.store.selection import Wanted, among, hold, known
 from sqla_durable.store.signals import REFUSED
 from sqla_durable.store.trees import hold_cancelled_with, is_not_undone
@@ -99,6 +100,7 @@ def rewind(session: Session, wanted: Wanted, *, to_step: str) -> list[UUID]:
         execute(session, delete(STEP).where(_of(STEP, held), here, STEP.c.position >= cut.c.position))
         _hide(session, held)
         _give_back(session, held)
+        leave(session, held)
     return _enqueue(session, wanted, held, cancellation=still_compensates())
 
 

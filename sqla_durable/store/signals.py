@@ -24,11 +24,13 @@ from sqlalchemy import (
     column,
     delete,
     func,
+    literal,
     literal_column,
     null,
     or_,
     select,
     true,
+    union_all,
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
@@ -49,8 +51,8 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, known_output, own_row
 
-PARKED, CHILD = "#parked", "#child"
-"""Names of rows that the engine sends to itself."""
+PARKED, CHILD, LEFT = "#parked", "#child", "#left"
+"""Names of rows that the engine sends to itself; the last one is for `held`."""
 
 REFUSED = "#refused"
 """Stands for the step that has consumed it, where none ever will."""
@@ -103,11 +105,16 @@ def deliver(connectable: Connectable, *, limit: int) -> tuple[int, int]:
 
 
 def asking(ended: CTE) -> Any:
-    """Insert what those that were parked ask for, and what children that have ended leave to their parents."""
+    """Insert what those that were parked ask for, and what children that have ended leave to their parents.
+
+    And where there is a column `holds`, what those that have ended leave of the children that they hold.
+    """
     finished = ended.c.finished_at.is_not(None)
-    source = select(case((finished, ended.c.parent_id), else_=ended.c.id), case((finished, CHILD), else_=PARKED)).where(
-        or_(ended.c.awaits.is_not(None), and_(finished, ended.c.parent_id.is_not(None)))
-    )
+    source: Any = select(
+        case((finished, ended.c.parent_id), else_=ended.c.id), case((finished, CHILD), else_=PARKED)
+    ).where(or_(ended.c.awaits.is_not(None), and_(finished, ended.c.parent_id.is_not(None))))
+    if "holds" in ended.c:
+        source = union_all(source, select(ended.c.id, literal(LEFT)).where(finished, ended.c.holds))
     return insert(SIGNAL).from_select(["workflow_id", "name"], source, include_defaults=False).returning(SIGNAL.c.id)
 
 
@@ -215,7 +222,7 @@ def _deliver_statement() -> Any:
     new = materialized(
         select(SIGNAL.c.workflow_id, SIGNAL.c.id, receiver.c.status, receiver.c.awaits)
         .join(receiver, true())
-        .where(is_new())
+        .where(is_new(), SIGNAL.c.name != literal_column(f"'{LEFT}'"))
         .order_by(SIGNAL.c.id)
         .limit(bindparam("limit", type_=Integer())),
         "new",

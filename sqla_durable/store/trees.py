@@ -30,6 +30,7 @@ from sqlalchemy.orm import Session
 from sqla_durable.models import Workflow
 from sqla_durable.status import FINISHED, WorkflowStatus
 from sqla_durable.store._rows import COMPENSATES, REQUESTED, WORKFLOW, refresh_known, scalars, status
+from sqla_durable.store.held import leaving
 from sqla_durable.store.selection import Wanted, among, hold, known, lock, look_again
 from sqla_durable.store.signals import asking
 
@@ -77,7 +78,7 @@ def cancel(session: Session, held: Sequence[UUID], wanted: Wanted) -> None:
         returned = WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits
         at_once = and_(among(held), WORKFLOW.c.cancellation.is_(None))
         ended = update(WORKFLOW).where(at_once).values(outcome).returning(*returned).cte("ended")
-        scalars(session, select(ended.c.id).add_cte(asking(ended).cte("asked"))).all()
+        scalars(session, select(ended.c.id).add_cte(asking(ended).cte("asked"), leaving(ended).cte("left"))).all()
     refresh_known(session, known(wanted, held))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    Boolean,
     ColumnElement,
     Integer,
     Text,
@@ -53,10 +54,11 @@ from sqla_durable.store._rows import (
     status,
     table,
 )
+from sqla_durable.store.held import leaving
 from sqla_durable.store.signals import asking
 
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
-_COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text()}
+_COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text(), "holds": Boolean()}
 _LIMIT = bindparam("limit", type_=Integer())
 
 
@@ -167,6 +169,7 @@ def _completion_row(completion: Completion) -> dict[str, Any]:
         "status": completion.status.value,
         "output": completion.output,
         "error": completion.error,
+        "holds": completion.holds,
     }
 
 
@@ -182,7 +185,7 @@ def _finish_statement() -> Any:
             error=cast(batch.c.error, JSONB),
             finished_at=func.statement_timestamp(),
         )
-        .returning(WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits)
+        .returning(WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits, batch.c.holds)
         .cte("ended")
     )
     return select(ended.c.id).add_cte(asking(ended).cte("asked"))
@@ -201,6 +204,7 @@ def _release_statement(*, skip_locked: bool) -> Any:
 def _restart_statement() -> Any:
     mine = owned(table("batch", _FENCE), skip_locked=False)
     forgotten = delete(STEP).where(STEP.c.workflow_id == mine.c.id).returning(STEP.c.key).cte("forgotten")
+    left = leaving(mine).cte("left")
     return (
         update(WORKFLOW)
         .where(WORKFLOW.c.id == mine.c.id)
@@ -215,7 +219,7 @@ def _restart_statement() -> Any:
             enqueued_at=func.statement_timestamp(),
         )
         .returning(WORKFLOW.c.id)
-        .add_cte(forgotten)
+        .add_cte(forgotten, left)
     )
 
 

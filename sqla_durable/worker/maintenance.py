@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 
 from sqla_durable.retry import LONGEST_BACKOFF
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import crashes, deadlines, signals, workers, workflows
+from sqla_durable.store import crashes, deadlines, held, signals, workers, workflows
 from sqla_durable.store.look import Seen, look
 from sqla_durable.worker.claims import Claims
 from sqla_durable.worker.database import Database, persistently
@@ -90,7 +90,7 @@ class Maintenance:
         undoing = await self._fail_overdue() if seen.overdue else False
         reclaimed = await self._reclaim(seen)
         woken = await self._wake() if seen.due else 0
-        woken += await self._deliver() if seen.undelivered else 0
+        woken += await self._deliver() + await self._release_left() if seen.undelivered else 0
         if seen.claimable or reclaimed or woken or undoing:
             self._claims.hint()
         else:
@@ -129,6 +129,10 @@ class Maintenance:
             if delivered < _LIMIT:
                 return woken
             self._claims.hint()
+
+    async def _release_left(self) -> int:
+        """Let go the held children that their parents have left behind; of many, the others at the next looks."""
+        return await persistently(self._database, partial(held.release_left, limit=_LIMIT), what="maintenance")
 
     def _deliver_some(self, connection: Connection) -> tuple[int, int]:
         return signals.deliver(connection, limit=_LIMIT)

@@ -187,7 +187,7 @@ class Writer:
 
 
 def _asks(row: Row) -> bool:
-    return (isinstance(row, Park) and bool(row.awaits)) or (isinstance(row, Completion) and row.is_child)
+    return (isinstance(row, Park) and bool(row.awaits)) or (isinstance(row, Completion) and (row.is_child or row.holds))
 
 
 def _fitting(waiting: Sequence[Write]) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
@@ -15,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import (
     AsyncWorkflowFunction,
+    Signal,
     Workflow,
     WorkflowFunction,
     WorkflowStatus,
@@ -533,3 +535,77 @@ def test_fork_in_the_middle_of_a_map_comes_to_an_end(shell: Shell, app: Applicat
     with shell.sessionmaker.begin() as session:
         forked = fork(session, workflow_id, from_step="map:double").id
     assert finish(shell, workflow, forked) == [2, 4, 6]
+
+
+@pytest.mark.shells(("async-worker",))
+def test_map_that_is_cancelled_before_it_begins_leaves_nothing_unfinished(shell: Shell, app: Application) -> None:
+    child = doubling(app)
+
+    async def parent() -> int:
+        for turns in range(3):
+            task: asyncio.Future[Any] = asyncio.ensure_future(cast("Any", child.map([1, 2])))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        return sum(await cast("Any", child.map([1, 2])))
+
+    assert run(shell, app.workflow(parent)) == 6
+
+
+@pytest.mark.shells(("async-worker",))
+@pytest.mark.parametrize("way", ["fails", "returns", "is cancelled"])
+def test_held_children_of_a_parent_that_ends_beside_their_map_go_on(shell: Shell, app: Application, way: str) -> None:
+    child = doubling(app)
+    others = child.options(queue="others", detached=way == "is cancelled")
+
+    async def parent() -> None:
+        task: asyncio.Future[Any] = asyncio.ensure_future(cast("Any", others.map([1, 2, 3], max_concurrency=1)))
+        await wait_signal("go")
+        if way == "fails":
+            raise LookupError(way)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    workflow = app.workflow(parent)
+    workflow_id = shell.begin(workflow)
+    with shell.background(queues=["default"]):
+        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
+        assert [each.status.value for each in all_of(shell, child.name)] == ["pending", "suspended", "suspended"]
+        if way == "is cancelled":
+            with shell.sessionmaker.begin() as session:
+                assert cancel(session, workflow_id) == [workflow_id]
+        else:
+            with shell.client() as client:
+                client.signal(workflow_id, "go")
+                client.commit()
+        races.wait_until(lambda: shell.one(workflow_id).finished_at, what="the parent's end")
+    with shell.background(queues=["others"]):
+        races.wait_until(lambda: all(each.finished_at for each in all_of(shell, child.name)), what="their ends")
+    assert {each.status for each in all_of(shell, child.name)} == {WorkflowStatus.SUCCEEDED}
+
+
+@pytest.mark.shells(("async-worker",))
+def test_held_children_of_an_earlier_history_are_let_go(shell: Shell, app: Application) -> None:
+    child = doubling(app)
+
+    async def parent() -> int:
+        return sum(await cast("Any", child.options(queue="others").map([1, 2, 3], max_concurrency=1)))
+
+    workflow = app.workflow(parent)
+    workflow_id = shell.begin(workflow)
+    with shell.background(queues=["default"]):
+        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
+        with shell.sessionmaker.begin() as session:
+            rewind(session, workflow_id, to_step="start:double")
+        races.wait_until(lambda: shell.one(workflow_id).awaits and not pending_signals(shell), what="the parking")
+    first, second = all_of(shell, child.name)[:3], all_of(shell, child.name)[3:]
+    assert [each.status.value for each in first] == ["pending", "pending", "pending"]
+    assert [each.status.value for each in second] == ["pending", "suspended", "suspended"]
+
+
+def pending_signals(shell: Shell) -> int:
+    with shell.sessionmaker() as session:
+        return len(session.scalars(select(Signal).where(Signal.delivered_at.is_(None))).all())

@@ -308,6 +308,21 @@ def trip(account: str) -> None:
         wait_signal("never")
 
 
+@durable.workflow
+async def gives_up(account: str) -> None:
+    """Fails beside its map, whose children are for another worker."""
+    accounts = [f"{account}/{number}" for number in range(3)]
+    async with asyncio.TaskGroup() as branches:
+        branches.create_task(_mapped(accounts))
+        await wait_signal("fail")
+        fate.meet("before the failure")
+        raise LookupError(account)
+
+
+async def _mapped(accounts: list[str]) -> None:
+    await small_async.options(queue="others").map(accounts, max_concurrency=1)
+
+
 POINTS: list[str] = [
     f"{form} {place}"
     for form in ("sync", "async")

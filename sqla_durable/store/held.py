@@ -1,0 +1,133 @@
+"""The statements on held children: those of a map with `max_concurrency` that wait for others of it to end.
+
+They are let go by their parent's attempt, as others end. What a parent leaves behind that goes on without them, because
+it has ended, begun anew or been rewound, is let go by the workers: a row of the engine's own, `#left`, asks for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    ColumnElement,
+    FromClause,
+    Integer,
+    and_,
+    bindparam,
+    delete,
+    func,
+    literal,
+    literal_column,
+    or_,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store._rows import SIGNAL, STEP, WORKFLOW, Connectable, execute, materialized, status
+from sqla_durable.store.signals import LEFT, is_new
+
+_LEAVERS = 100
+_ONE = literal_column("1", type_=Integer())
+
+
+def release(connectable: Connectable, *, ids: Sequence[UUID], limit: int) -> int:
+    """Let held children go, the first ones first; those whose rows somebody holds are passed over."""
+    return len(execute(connectable, _RELEASE, {"ids": list(ids), "limit": limit}).all())
+
+
+def release_left(connectable: Connectable, *, limit: int) -> int:
+    """Let go what parents have left behind, at most `limit` of each; give how many.
+
+    What does not go now, because somebody holds its row, goes another time.
+    """
+    return len(execute(connectable, _RELEASE_LEFT, {"limit": limit}).all())
+
+
+def leave(connectable: Connectable, parents: Sequence[UUID]) -> None:
+    """Ask that what these workflows hold is let go, as far as they will not do it themselves."""
+    execute(connectable, _LEAVE, {"ids": list(parents)})
+
+
+def leaving(parents: FromClause) -> Any:
+    """Insert the same for those of a statement's workflows that hold something."""
+    # LIMIT: probed by the index of children, whatever the planner believes of the number of parents.
+    holds = select(WORKFLOW.c.id).where(WORKFLOW.c.parent_id == parents.c.id, is_held()).limit(_ONE).lateral("holds")
+    source = select(parents.c.id, literal(LEFT)).select_from(parents.join(holds, true()))
+    return insert(SIGNAL).from_select(["workflow_id", "name"], source, include_defaults=False).returning(SIGNAL.c.id)
+
+
+def is_held(table: FromClause = WORKFLOW) -> ColumnElement[bool]:
+    """Tell a child that waits for others to end."""
+    return and_(
+        table.c.status == status(WorkflowStatus.SUSPENDED),
+        table.c.wake_at.is_(None),
+        table.c.awaits.is_(None),
+        table.c.started_at.is_(None),
+    )
+
+
+def _let_go(first: Any) -> Any:
+    return (
+        update(WORKFLOW)
+        .where(WORKFLOW.c.id == first.c.id, is_held())
+        .values(status=WorkflowStatus.PENDING, enqueued_at=func.statement_timestamp())
+        .returning(WORKFLOW.c.id)
+    )
+
+
+def _release_statement() -> Any:
+    first = (
+        select(WORKFLOW.c.id)
+        .where(WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID()))), is_held())
+        .order_by(WORKFLOW.c.id)
+        .limit(bindparam("limit", type_=Integer()))
+        .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW)
+    )
+    return _let_go(materialized(first, "first"))
+
+
+def _release_left_statement() -> Any:
+    left = materialized(
+        select(SIGNAL.c.workflow_id, SIGNAL.c.id)
+        .where(is_new(), SIGNAL.c.name == literal_column(f"'{LEFT}'"))
+        .order_by(SIGNAL.c.id)
+        .limit(literal_column(str(_LEAVERS)))
+        .with_for_update(key_share=True, skip_locked=True),
+        "left",
+    )
+    child = WORKFLOW.alias("child")
+    orphans = select(child.c.id).where(child.c.parent_id == left.c.workflow_id, is_held(child), _forgotten(child))
+    some = (
+        orphans.order_by(child.c.id)
+        .limit(bindparam("limit", type_=Integer()))
+        .with_for_update(key_share=True, skip_locked=True, of=child)
+        .lateral("some")
+    )
+    first = materialized(select(some.c.id).select_from(left.join(some, true())), "first")
+    rest = orphans.where(child.c.id.not_in(select(first.c.id))).correlate(left).exists()
+    same = and_(SIGNAL.c.workflow_id == left.c.workflow_id, SIGNAL.c.id == left.c.id)
+    return _let_go(first).add_cte(delete(SIGNAL).where(same, ~rest).returning(SIGNAL.c.id).cte("gone"))
+
+
+def _forgotten(child: FromClause) -> ColumnElement[bool]:
+    """Tell that the parent will not let it go: it has ended, or does not know any more that it has started it."""
+    parent = WORKFLOW.alias("parent")
+    ended = select(parent.c.id).where(parent.c.id == child.c.parent_id, parent.c.finished_at.is_not(None))
+    start = select(STEP.c.key).where(STEP.c.workflow_id == child.c.parent_id, STEP.c.key == child.c.parent_key)
+    return or_(ended.correlate(child).exists(), ~start.correlate(child).exists())
+
+
+def _leave_statement() -> Any:
+    given = select(WORKFLOW.c.id).where(WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID()))))
+    return leaving(given.cte("parents"))
+
+
+_RELEASE = _release_statement()
+_RELEASE_LEFT = _release_left_statement()
+_LEAVE = _leave_statement()

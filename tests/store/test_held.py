@@ -1,0 +1,102 @@
+"""Held children go once their parent is gone: beside whoever else is at their rows, and only then."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from sqlalchemy import Engine, func, select
+from sqlalchemy.orm import Session
+
+from sqla_durable import cancel
+from sqla_durable.models import Signal, Step
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store import batches, crashes, held, workflows
+from sqla_durable.store._rows import Completion, Fence
+from tests.store import races
+
+
+def parent_with_held(engine: Engine, count: int = 2, **columns: object) -> tuple[Fence, list[UUID]]:
+    """A parent that is running, has recorded the start of a map, and holds some of its children."""
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine) as session, session.begin():
+        races.record(session, [races.checkpoint(fence, "start:double")])
+        of_parent = {"parent_id": fence.workflow_id, "parent_key": "start:double", "status": "suspended"}
+        return fence, races.enqueue(session, count, **of_parent, **columns)
+
+
+def failure(fence: Fence) -> Completion:
+    return Completion(fence, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}', holds=True)
+
+
+def asked(session: Session) -> int:
+    return session.scalar(select(func.count()).select_from(Signal).where(Signal.name == "#left")) or 0
+
+
+def test_what_a_parent_leaves_goes_with_its_end_and_what_somebody_holds_goes_later(engine: Engine) -> None:
+    fence, (first, second) = parent_with_held(engine)
+    with Session(engine) as session, session.begin():
+        assert batches.write(session, [], [failure(fence)]) == batches.Unwritten()
+    with races.transaction(engine) as caller, Session(engine) as session:
+        races.lock(caller.session, first)
+        assert held.release_left(session, limit=9) == 1
+        assert (races.status_in(session, second), asked(session)) == (WorkflowStatus.PENDING, 1)
+        session.commit()
+        caller.session.rollback()
+        assert held.release_left(session, limit=9) == 1
+        assert (races.status_in(session, first), asked(session)) == (WorkflowStatus.PENDING, 0)
+
+
+def test_many_go_some_at_a_time(engine: Engine) -> None:
+    fence, _ = parent_with_held(engine, 3)
+    with Session(engine) as session:
+        assert workflows.finish(session, failure(fence))
+        assert [held.release_left(session, limit=2) for _ in range(3)] == [2, 1, 0]
+        assert asked(session) == 0
+
+
+def test_start_on_its_way_is_seen_after_the_end(engine: Engine) -> None:
+    """What an attempt starts while its end waits for the row is let go too: the look comes after both."""
+    (fence,) = races.claimed_fences(engine)
+    with races.transaction(engine) as starting, races.transaction(engine) as ending:
+        races.lock(starting.session, fence.workflow_id)
+        waiting = ending.begin_blocked(lambda session: workflows.finish(session, failure(fence)))
+        of_parent = {"parent_id": fence.workflow_id, "parent_key": "start:double", "status": "suspended"}
+        races.enqueue(starting.session, 2, **of_parent)
+        starting.session.commit()
+        assert waiting.result()
+        ending.session.commit()
+    with Session(engine) as session:
+        assert held.release_left(session, limit=9) == 2
+
+
+def test_children_of_a_parent_that_goes_on_stay_held(engine: Engine) -> None:
+    fence, _ = parent_with_held(engine)
+    with Session(engine) as session:
+        held.leave(session, [fence.workflow_id])
+        assert asked(session) == 1
+        assert held.release_left(session, limit=9) == 0
+        assert asked(session) == 0
+        session.delete(session.get_one(Step, (fence.workflow_id, "start:double")))
+        session.flush()
+        held.leave(session, [fence.workflow_id])
+        assert held.release_left(session, limit=9) == 2
+
+
+def test_what_begins_anew_or_dies_for_good_leaves_its_held_children(engine: Engine) -> None:
+    fence, _ = parent_with_held(engine)
+    with Session(engine) as session:
+        assert workflows.restart(session, fence, given="{}")
+        assert held.release_left(session, limit=9) == 2
+        session.commit()
+    parent_with_held(engine)
+    races.expire_leases(engine)
+    with Session(engine) as session:
+        assert [each.status for each in crashes.reclaim(session, max_attempts=0, limit=9)] == [WorkflowStatus.FAILED]
+        assert held.release_left(session, limit=9) == 2
+
+
+def test_a_cancel_lets_go_what_is_detached_and_held(engine: Engine) -> None:
+    fence, _ = parent_with_held(engine, detached=True)
+    with Session(engine) as session:
+        assert cancel(session, fence.workflow_id) == [fence.workflow_id]
+        assert held.release_left(session, limit=9) == 2
