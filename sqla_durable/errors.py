@@ -237,7 +237,29 @@ class CompensationFailedError(DurableError):
 
 
 class ChildrenFailedError(DurableError):
-    """More children of a group failed than are tolerated; those that were not finished are cancelled."""
+    """More children of a group failed than are tolerated; those that were not finished are cancelled.
+
+    Attributes:
+        count: how many have failed, or are there no longer. The lists are about the first 20 that failed.
+        indices: the places of their items among those of the map, from 0.
+        workflow_ids: the ids of their records.
+        errors: their errors, of their own types where these are imported; without tracebacks.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        count: int,
+        indices: list[int] | None = None,
+        workflow_ids: list[UUID] | None = None,
+        errors: list[Exception] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.count = count
+        self.indices = indices or []
+        self.workflow_ids = workflow_ids or []
+        self.errors = errors or []
 
 
 class WaitTimeoutError(DurableError, TimeoutError):

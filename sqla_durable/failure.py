@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy.exc import DBAPIError
 
 from sqla_durable.codec import dump
+from sqla_durable.errors import StepFailedError
 
 _TEXT_LIMIT = 32_000
 _STATE_LIMIT = 32_000
+_INNER_LIMIT = 500
 
 
 class RecordedTraceback(Exception):
@@ -133,21 +137,56 @@ def _of_driver(error: DBAPIError) -> dict[str, Any]:
     return {"statement": statement, "text": _clean(_message(error.orig or error)), "sqlstate": code}
 
 
-def _attributes(error: BaseException) -> dict[str, Any]:
-    return {name: _written(value) for name, value in vars(error).items() if name != "__notes__"}
+def _attributes(error: BaseException, *, inner: bool = False) -> dict[str, Any]:
+    return {name: _written(value, inner=inner) for name, value in vars(error).items() if name != "__notes__"}
 
 
-def _written(value: Any) -> Any:
-    """Give what JSON holds of a value: errors of ours are about workflows, by their ids."""
-    return {"uuid": str(value)} if isinstance(value, UUID) else value
+def _written(value: Any, *, inner: bool) -> Any:
+    """Give what JSON holds of a value: errors of ours are about workflows, by their ids, and about other errors."""
+    match value:
+        case UUID():
+            return {"uuid": str(value)}
+        case Exception() if not inner:
+            return {"error": _inner(value)}
+        case list():
+            return _each(value, partial(_written, inner=inner))
+        case _:
+            return value
+
+
+def _each(values: Any, change: Callable[[Any], Any]) -> list[Any]:
+    return [change(each) for each in values]
+
+
+def _inner(error: Exception) -> dict[str, Any]:
+    """Describe an error that is part of another one: briefly, for there may be many."""
+    kind = type(error)
+    described = {"args": _storable(list(error.args)), "state": _storable(_attributes(error, inner=True))}
+    if isinstance(error, DBAPIError) or len(json.dumps(described)) > _INNER_LIMIT:
+        described = {"args": None, "state": None}
+    message = _clean(_message(error))[:_INNER_LIMIT]
+    return {"type": f"{kind.__module__}:{kind.__qualname__}", "message": message, **described}
 
 
 def _read(value: Any) -> Any:
     match value:
         case {"uuid": str(text)} if len(value) == 1:
             return UUID(text)
+        case {"error": {"type": str(), "message": str()} as inner} if len(value) == 1:
+            return _read_inner(Failure.from_json(inner))
+        case list():
+            return _each(value, _read)
         case _:
             return value
+
+
+def _read_inner(failure: Failure) -> Exception:
+    error = failure.rebuild()
+    if error is None:
+        message = f"{failure.type}: {failure.message}"
+        return StepFailedError(message, error_type=failure.type, error_message=failure.message)
+    error.__cause__ = None
+    return error
 
 
 def _message(error: BaseException) -> str:

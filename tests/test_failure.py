@@ -8,7 +8,13 @@ from uuid import uuid4
 
 import pytest
 
-from sqla_durable.errors import PayloadTooLargeError, UnfinishedStepError, UnknownWorkflowError
+from sqla_durable.errors import (
+    ChildrenFailedError,
+    PayloadTooLargeError,
+    StepFailedError,
+    UnfinishedStepError,
+    UnknownWorkflowError,
+)
 from sqla_durable.failure import Failure
 
 
@@ -143,3 +149,28 @@ def test_notes_do_not_pile_up() -> None:
     rebuilt = _round_trip(error)
     assert rebuilt is not None
     assert not hasattr(rebuilt, "__notes__")
+
+
+class Unknown(Exception):
+    def __init__(self, text: str, value: object) -> None:
+        super().__init__(text)
+        self.value = value
+
+
+def test_errors_of_children_survive_whatever_they_are() -> None:
+    given = [ValueError("bad"), Unknown("odd", object()), KeyError("x" * 40_000)]
+    ids = [uuid4() for _ in given]
+    error = ChildrenFailedError("3 failed", count=3, indices=[0, 1, 2], workflow_ids=ids, errors=[*given])
+    again = Failure.from_text(Failure.of(error).to_json()).rebuild()
+    assert isinstance(again, ChildrenFailedError)
+    assert (str(again), again.count, again.indices, again.workflow_ids) == ("3 failed", 3, [0, 1, 2], ids)
+    first, second, third = again.errors
+    assert repr(first) == repr(given[0])
+    assert isinstance(second, StepFailedError)
+    assert second.error_type.endswith(":Unknown")
+    assert isinstance(third, StepFailedError)
+    assert third.error_type == "builtins:KeyError"
+    twenty = ChildrenFailedError("many", count=99, errors=[Unknown("é" * 40_000, 1) for _ in range(20)])
+    assert Failure.from_text(Failure.of(twenty).to_json()).rebuild() is not None
+    twenty.errors.append(twenty)
+    assert Failure.of(twenty).to_json()

@@ -23,6 +23,7 @@ from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, Standing, children, held, waits
 
 _UNBOUNDED = 2**31 - 1
+_SHOWN = 20  # errors of children in that of their map
 _LOOK_EVERY = 5.0  # seconds between two looks at children that tell somebody else
 
 
@@ -145,7 +146,8 @@ class _Joining:
             found = await self._runtime.execute(look)
             if found.there < len(self._ids):
                 gone = len(self._ids) - found.there
-                return await self._fail(ChildrenFailedError(f"{gone} of {self._label} are there no longer: deleted?"))
+                words = f"{gone} of {self._label} are there no longer: deleted?"
+                return await self._fail(ChildrenFailedError(words, count=gone))
             if found.failed > self._tolerate:
                 return await self._give_up()
             if found.finished >= len(self._ids):
@@ -188,9 +190,14 @@ class _Joining:
         failed = [each for each in found if each["status"] == WorkflowStatus.FAILED.value]
         first_error: dict[str, Any] = failed[0]["error"] if failed else {}
         shown = f" The first: {first_error.get('type')}: {first_error.get('message')}" if failed else ""
+        ids = [UUID(each["id"]) for each in failed[:_SHOWN]]
         return await self._fail(
             ChildrenFailedError(
-                f"{len(failed)} of {self._label} failed, {self._tolerate} are tolerated; the rest is cancelled.{shown}"
+                f"{len(failed)} of {self._label} failed, {self._tolerate} are tolerated; the rest is cancelled.{shown}",
+                count=len(failed),
+                indices=[self._ids.index(each) for each in ids],
+                workflow_ids=ids,
+                errors=[_outcome({"name": self._started.name, **each}).error() for each in failed[:_SHOWN]],
             )
         )
 

@@ -141,13 +141,14 @@ class Outcome:
             case WorkflowStatus.CANCELLED:
                 raise WorkflowCancelledError(f"{self._label} was cancelled.", workflow_id=self.standing.workflow_id)
             case _:
-                raise self._error()
+                raise self.error()
 
     @property
     def _label(self) -> str:
         return f"workflow {self.standing.name!r} {self.standing.workflow_id}"
 
-    def _error(self) -> Exception:
+    def error(self) -> Exception:
+        """Give the error of a workflow that failed."""
         failure = Failure.from_json(self.standing.error or {"type": "unknown"})
         if (kind := _OF_THE_ENGINE.get(failure.type)) is not None:
             return kind(f"{self._label} failed: {failure.message}.", workflow_id=self.standing.workflow_id)

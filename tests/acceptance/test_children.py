@@ -367,8 +367,12 @@ def test_map_gives_up_when_more_fail_than_it_tolerates(shell: Shell, app: Applic
 
     workflow = app.workflow(parent)
     assert run(shell, workflow, 2) == ["2", "-1 is negative", "4", "-2 is negative"]
-    with pytest.raises(errors.ChildrenFailedError, match="of 4 children 'double' failed, 1 are tolerated"):
+    with pytest.raises(errors.ChildrenFailedError, match="of 4 children 'double' failed, 1 are tolerated") as raised:
         run(shell, workflow, 1)
+    failed = raised.value  # as it was recorded, twice: for the map, and for the workflow
+    assert (failed.count, failed.indices) == (2, [1, 3])
+    assert [repr(each) for each in failed.errors] == [f"ValueError('{each} is negative')" for each in (-1, -2)]
+    assert {each.status for each in map(shell.one, failed.workflow_ids)} == {WorkflowStatus.FAILED}
 
 
 @WORKERS
