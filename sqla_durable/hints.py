@@ -99,6 +99,16 @@ class _Way:
     engine: Engine
     pool: Pool
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the engine was disposed of: what goes back to this pool from now on, nobody closes."""
+        return self.engine.pool is not self.pool
+
+    def close(self) -> None:
+        """Empty the pool of an engine that was disposed of."""
+        if self.is_closed:
+            self.pool.dispose()
+
 
 class _Sender(Protocol):
     """Sends the hints of one pool of connections."""
@@ -161,15 +171,16 @@ class _ThreadSender:
     def _work(self) -> None:
         while self._wait_for_hints():
             began = time.monotonic()
-            self._send_gathered()
+            way = self._send_gathered()
             time.sleep(_rest(time.monotonic() - began))
+            way.close()  # once more: an engine empties its pool before it takes another one, and both are done by now
 
     def _wait_for_hints(self) -> bool:
         with self._changed:
             self._has_thread = self._changed.wait_for(lambda: bool(self._gathered.hints), timeout=_IDLE)
             return self._has_thread
 
-    def _send_gathered(self) -> None:
+    def _send_gathered(self) -> _Way:
         with self._changed:
             way, found = self._gathered.take()
             self._sending = True
@@ -179,6 +190,7 @@ class _ThreadSender:
             with self._changed:
                 self._sending = False
                 self._changed.notify_all()
+        return way
 
 
 class _TaskSender:
@@ -228,13 +240,12 @@ def _deliver(way: _Way, found: set[Hint]) -> None:
                 hints.notify(connection, found)
                 connection.commit()
             finally:
-                if way.engine.pool is not way.pool:
+                if way.is_closed:
                     connection.invalidate()  # it may be the only one of a new pool, and is closed for good
     except Exception as error:
         _drop(error)
     finally:
-        if way.engine.pool is not way.pool:
-            way.pool.dispose()  # the connection may have gone back to the old one after that was emptied
+        way.close()  # the connection may have gone back to the old one after that was emptied
 
 
 def _drop(error: Exception) -> None:

@@ -22,6 +22,7 @@ from sqlalchemy import (
     Engine,
     NullPool,
     Pool,
+    QueuePool,
     StaticPool,
     create_engine,
     event,
@@ -30,7 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from sqla_durable import Durable, Executor, cancel, resume, start_many
+from sqla_durable import Durable, Executor, cancel, hints, resume, start_many
 from sqla_durable.hints import EVERYWHERE, announce
 from sqla_durable.models import Base
 from tests.support.databases import translated
@@ -353,6 +354,33 @@ def test_engine_that_is_disposed_of_before_a_hint_is_sent_leaves_no_connection(m
     engine.dispose()
     disposed.set()
     assert sorted(ear.hears(2)) == ["first", "second"]
+    join_senders()
+    assert connections.opened == []
+
+
+def test_connection_that_goes_back_between_the_emptying_of_a_pool_and_its_end_is_closed(make: Make, ear: Ear) -> None:
+    emptied = threading.Event()
+
+    class Slow(QueuePool):
+        def dispose(self) -> None:
+            super().dispose()
+            if threading.current_thread() is threading.main_thread() and not emptied.is_set():
+                emptied.set()
+                sender = hints._senders[self]  # pyright: ignore[reportPrivateUsage]
+                assert isinstance(sender, hints._ThreadSender)  # pyright: ignore[reportPrivateUsage]
+                sender.settle(PATIENCE)
+
+    engine = make(poolclass=Slow)
+    connections = Connections(engine)
+
+    @event.listens_for(engine, "checkin")
+    def wait(*_: object) -> None:
+        if threading.current_thread().name == "durable-hints":
+            assert emptied.wait(PATIENCE)
+
+    commit_hint(engine, "mail")
+    assert ear.hears() == ["mail"]
+    engine.dispose()
     join_senders()
     assert connections.opened == []
 
