@@ -80,8 +80,8 @@ class Workflow(Base):
     A row is enough to start one: `INSERT INTO durable.workflow (name, input) VALUES ('checkout', '{"order_id": 1}')`.
     Arguments are stored by parameter name. `token` identifies the attempt that may write while the workflow is running,
     and that finished it. `priority` is served lowest first. A suspended workflow with `wake_at` waits for that time.
-    `attempt` counts up when a worker dies; `crashes` counts its last attempts in a row whose worker died before they
-    had recorded a step. `headers` are what interceptors gave to it when it was started.
+    `attempt` counts up when a worker dies; `crashes` its last attempts in a row that had not recorded a step by then.
+    `begun_anew_at` is when its last round began, by `continue_as_new`. `headers` come from interceptors at its start.
     """
 
     __tablename__ = "workflow"
@@ -113,6 +113,7 @@ class Workflow(Base):
     forked_from: Mapped[UUID | None]
     version: Mapped[str | None]
     cancellation: Mapped[str | None]
+    begun_anew_at: Mapped[datetime | None]
     headers: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
 
     steps: Mapped[list[Step]] = relationship(

@@ -52,7 +52,7 @@ from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, inser
 PARKED, CHILD = "#parked", "#child"
 """Names of rows that the engine sends to itself."""
 
-REFUSED = "#refused"
+REFUSED, EARLIER = "#refused", "#earlier"
 """Stands for the step that has consumed it, where none ever will."""
 
 
