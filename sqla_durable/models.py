@@ -78,10 +78,10 @@ class Workflow(Base):
     """One durable workflow: what was asked, where it stands, and how it ended.
 
     A row is enough to start one: `INSERT INTO durable.workflow (name, input) VALUES ('checkout', '{"order_id": 1}')`.
-    Arguments are stored by parameter name. `token` identifies the attempt that may write while the workflow is running,
-    and that finished it. `priority` is served lowest first. A suspended workflow with `wake_at` waits for that time.
+    Arguments are stored by parameter name. `token` identifies the attempt that may write while it is running, and that
+    finished it. `priority` is served lowest first. One that is suspended with `wake_at` waits for that time.
     `attempt` counts up when a worker dies; `crashes` its last attempts in a row that died before they recorded a step.
-    `headers` are what interceptors gave to it. `cancellation` tells of a saga: it `compensates`, or why it does now.
+    `cancellation` tells of a saga: it `compensates`, or why it does now. `headers` are what interceptors gave to it.
     """
 
     __tablename__ = "workflow"
@@ -113,6 +113,7 @@ class Workflow(Base):
     forked_from: Mapped[UUID | None]
     version: Mapped[str | None]
     cancellation: Mapped[str | None]
+    begun_anew_at: Mapped[datetime | None]
     headers: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
 
     steps: Mapped[list[Step]] = relationship(
@@ -393,8 +394,7 @@ def _shown(record: Base, *attributes: str) -> str:
     state = inspect(record)
     values = {name: state.dict[name] for name in attributes if state.dict.get(name) is not None}
     loaded = [repr(value) if name in ("name", "key") else str(value) for name, value in values.items()]
-    known = loaded or [str(each) for each in state.identity or ()]
-    return f"<{type(record).__name__} {' '.join(known)}>"
+    return f"<{type(record).__name__} {' '.join(loaded or map(str, state.identity or ()))}>"
 
 
 metadata = Base.metadata  # for `target_metadata = [Base.metadata, sqla_durable.metadata]` in Alembic

@@ -49,7 +49,7 @@ from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
 from sqla_durable.store.deadlines import TIMEOUT_TYPE
 from sqla_durable.store.held import leave
 from sqla_durable.store.selection import Wanted, among, hold, known
-from sqla_durable.store.signals import REFUSED
+from sqla_durable.store.signals import EARLIER, REFUSED
 from sqla_durable.store.trees import hold_cancelled_with, is_not_undone
 
 _STOPPED = and_(
@@ -191,14 +191,17 @@ def _last_shown_in_error() -> Any:
 
 
 def _hide(session: Session, held: Sequence[UUID]) -> None:
-    """Take back what steps without a record have shown."""
+    """Take back what steps without a record have shown; not what those of earlier rounds have."""
+    began = select(WORKFLOW.c.begun_anew_at)
     for shown in (EVENT, STREAM_ITEM):
-        execute(session, delete(shown).where(_of(shown, held), _has_no_step(shown, shown.c.step_key)))
+        began_at = began.where(WORKFLOW.c.id == shown.c.workflow_id).scalar_subquery()
+        this_round = or_(began_at.is_(None), shown.c.created_at >= began_at)
+        execute(session, delete(shown).where(_of(shown, held), _has_no_step(shown, shown.c.step_key), this_round))
 
 
 def _give_back(session: Session, held: Sequence[UUID]) -> None:
     """Put back into the inbox what steps without a record have consumed."""
-    gone = and_(_has_no_step(SIGNAL, SIGNAL.c.consumed_by), SIGNAL.c.consumed_by != literal(REFUSED, Text()))
+    gone = and_(_has_no_step(SIGNAL, SIGNAL.c.consumed_by), SIGNAL.c.consumed_by.not_in([REFUSED, EARLIER]))
     consumed = update(SIGNAL).where(_of(SIGNAL, held), gone)
     execute(session, consumed.values(consumed_by=null()))
 

@@ -54,7 +54,7 @@ from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, inser
 PARKED, CHILD, LEFT = "#parked", "#child", "#left"
 """Names of rows that the engine sends to itself; the last one is for `held`."""
 
-REFUSED = "#refused"
+REFUSED, EARLIER = "#refused", "#earlier"
 """Stands for the step that has consumed it, where none ever will."""
 
 

@@ -35,6 +35,8 @@ from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.models import Workflow
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
+    EVENT,
+    SIGNAL,
     STEP,
     SUSPECT,
     WORKFLOW,
@@ -55,7 +57,7 @@ from sqla_durable.store._rows import (
     table,
 )
 from sqla_durable.store.held import leaving
-from sqla_durable.store.signals import asking
+from sqla_durable.store.signals import EARLIER, REFUSED, asking
 
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text(), "holds": Boolean()}
@@ -100,7 +102,8 @@ def finished_by(connectable: Connectable, fences: Iterable[Fence]) -> dict[Fence
 def restart(connectable: Connectable, fence: Fence, *, given: str) -> bool:
     """Begin a workflow anew with another input (JSON text) and no history, as its next attempt.
 
-    What it has published and what was sent to it stays. Waits for whoever holds the row.
+    What it shows and what was sent to it stays, but for signals that were taken and events that newer ones replace:
+    the rows of a workflow that runs for ever do not grow with its rounds. Waits for whoever holds the row.
 
     Returns:
         False if the attempt does not own the workflow: it has lost it, or this was carried out before.
@@ -205,6 +208,30 @@ def _restart_statement() -> Any:
     mine = owned(table("batch", _FENCE), skip_locked=False)
     forgotten = delete(STEP).where(STEP.c.workflow_id == mine.c.id).returning(STEP.c.key).cte("forgotten")
     left = leaving(mine).cte("left")
+    taken = and_(SIGNAL.c.workflow_id == mine.c.id, SIGNAL.c.consumed_by.is_not(None))
+    # One with a key is to be known when it is sent again, an update when its sender asks.
+    kept = or_(SIGNAL.c.key.is_not(None), SIGNAL.c.name.startswith("#"))
+    consumed = delete(SIGNAL).where(taken, ~kept).returning(SIGNAL.c.id).cte("consumed")
+    remembered = (
+        update(SIGNAL)
+        .where(taken, kept, SIGNAL.c.consumed_by.not_in([REFUSED, EARLIER]))
+        .values(consumed_by=EARLIER)
+        .returning(SIGNAL.c.id)
+        .cte("remembered")
+    )
+    newer = EVENT.alias("newer")
+    replaced = (
+        delete(EVENT)
+        .where(
+            EVENT.c.workflow_id == mine.c.id,
+            select(newer.c.id)
+            .where(newer.c.workflow_id == EVENT.c.workflow_id, newer.c.key == EVENT.c.key, newer.c.id > EVENT.c.id)
+            .correlate(EVENT)
+            .exists(),
+        )
+        .returning(EVENT.c.id)
+        .cte("replaced")
+    )
     return (
         update(WORKFLOW)
         .where(WORKFLOW.c.id == mine.c.id)
@@ -217,9 +244,10 @@ def _restart_statement() -> Any:
             worker_id=null(),
             cancellation=null(),
             enqueued_at=func.statement_timestamp(),
+            begun_anew_at=func.statement_timestamp(),
         )
         .returning(WORKFLOW.c.id)
-        .add_cte(forgotten, left)
+        .add_cte(forgotten, left, consumed, remembered, replaced)
     )
 
 

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
-from sqla_durable import Durable, errors, wait_signal
+from sqlalchemy import func, select
+
+from sqla_durable import Durable, errors, set_event, wait_signal, write_stream
+from sqla_durable.management import rewind
+from sqla_durable.models import Event, Signal, StreamItem
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 
@@ -71,6 +75,45 @@ def test_signals_are_taken_on_from_one_round_to_the_next(shell: Shell, app: Appl
             client.signal(workflow_id, "item", number)
         client.commit()
     assert shell.finish(found[0], workflow_id) == [0, 1, 2, 3]
+
+
+@COMMITTING
+def test_rows_of_a_workflow_do_not_grow_with_its_rounds_and_a_rewind_leaves_earlier_ones_alone(
+    shell: Shell, app: Application
+) -> None:
+    found: list[Any] = []
+
+    async def collect(until: int, seen: list[int]) -> list[int]:
+        seen.append(await awaited(wait_signal("item", int)))
+        await awaited(set_event("seen", seen))
+        await awaited(write_stream("items", seen[-1]))
+        if len(seen) == until:
+            return seen
+        await awaited(found[0].continue_as_new(until, seen))
+        raise AssertionError("it went on")
+
+    found.append(app.workflow(collect))
+    workflow_id = shell.begin(found[0], 5, [])
+    with shell.client() as client:
+        for number in range(5):
+            client.signal(workflow_id, "item", number, key="first" if number == 0 else None)
+        client.signal(workflow_id, "item", 9, key="first")
+        client.commit()
+    assert shell.finish(found[0], workflow_id) == [0, 1, 2, 3, 4]
+
+    def rows() -> tuple[list[str | None], list[Any], int]:
+        with shell.sessionmaker() as session:
+            signals = session.scalars(select(Signal.consumed_by).order_by(Signal.id))
+            events = session.scalars(select(Event.value).order_by(Event.id))
+            items = session.scalar(select(func.count()).select_from(StreamItem))
+            return list(signals), list(events), items or 0
+
+    # The newest event may be there beside the one of the round before.
+    assert rows() == (["#earlier", "signal:item"], [[0, 1, 2, 3], [0, 1, 2, 3, 4]], 5)
+    with shell.sessionmaker.begin() as session:
+        rewind(session, workflow_id, to_step="signal:item")
+    assert rows() == (["#earlier", None], [[0, 1, 2, 3]], 4)
+    assert shell.finish(found[0], workflow_id) == [0, 1, 2, 3, 4]
 
 
 def test_another_workflow_is_refused(shell: Shell, app: Application) -> None:

@@ -64,6 +64,7 @@ def _create_workflow(schema: str) -> None:
         sa.Column("forked_from", pg.UUID()),
         sa.Column("version", sa.Text()),
         sa.Column("cancellation", sa.Text()),
+        sa.Column("begun_anew_at", _timestamp()),
         sa.Column("headers", pg.JSONB()),
         sa.PrimaryKeyConstraint("id", name=op.f("workflow_pkey")),
         sa.ForeignKeyConstraint(
