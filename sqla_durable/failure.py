@@ -59,14 +59,19 @@ class Failure:
     traceback: str = ""
 
     @classmethod
-    def of(cls, error: BaseException) -> Failure:
-        """Describe an exception; never raises, whatever its arguments or its `str` do."""
+    def of(cls, error: BaseException, *, limit: int = _STATE_LIMIT) -> Failure:
+        """Describe an exception; never raises, whatever its arguments or its `str` do.
+
+        Args:
+            error: the exception.
+            limit: up to how many bytes of JSON its arguments are kept, and its attributes.
+        """
         kind = type(error)
         return cls(
             type=f"{kind.__module__}:{kind.__qualname__}",
             message=_clean(_message(error)),
-            args=[] if isinstance(error, DBAPIError) else _storable(list(error.args)),
-            state=_of_driver(error) if isinstance(error, DBAPIError) else _storable(_attributes(error)),
+            args=[] if isinstance(error, DBAPIError) else _storable(list(error.args), limit),
+            state=_of_driver(error) if isinstance(error, DBAPIError) else _storable(_attributes(error), limit),
             traceback=_clean("".join(traceback.format_exception(error, limit=-50))),
         )
 
@@ -139,13 +144,21 @@ def _attributes(error: BaseException) -> dict[str, Any]:
 
 def _written(value: Any) -> Any:
     """Give what JSON holds of a value: errors of ours are about workflows, by their ids."""
-    return {"uuid": str(value)} if isinstance(value, UUID) else value
+    match value:
+        case UUID():
+            return {"uuid": str(value)}
+        case {"uuid": _} if len(value) == 1:  # which is not to be read as one
+            return {"uuid": value}
+        case _:
+            return value
 
 
 def _read(value: Any) -> Any:
     match value:
         case {"uuid": str(text)} if len(value) == 1:
             return UUID(text)
+        case {"uuid": dict()} if len(value) == 1:
+            return value["uuid"]
         case _:
             return value
 
@@ -157,10 +170,10 @@ def _message(error: BaseException) -> str:
         return f"<its str() failed: {broken!r}>"
 
 
-def _storable(value: Any) -> Any:
+def _storable(value: Any, limit: int) -> Any:
     """Give the value if JSON gives back the same, else None; comparing calls the user's code, which may raise."""
     try:
-        text = dump(value, what="error", limit=_STATE_LIMIT)
+        text = dump(value, what="error", limit=limit)
         return value if json.loads(text) == value else None
     except Exception:
         return None
