@@ -29,6 +29,10 @@ DurableError
 ├── CompensationFailedError       a saga could not undo all that it did
 ├── ChildrenFailedError           more children of a group failed than are tolerated
 ├── WaitTimeoutError              (also TimeoutError) what an operation waited for did not come in time
+│   └── CallbackSilentError           a callback was not kept alive
+├── CallbackFailedError           a callback failed, says whoever has its token
+├── CallbackFinishedError         a callback has another outcome, or its time is over
+├── CallbackNotFoundError         (also LookupError) no callback has this token
 ├── HistoryMismatchError          today's code does not visit what a strict workflow has recorded
 ├── EventNotSetError              (also LookupError) a workflow has finished and has never set the event
 ├── ResultTimeoutError            (also TimeoutError) no outcome, event, item or answer within the time given
@@ -250,6 +254,26 @@ class ChildrenFailedError(DurableError):
 
 class WaitTimeoutError(DurableError, TimeoutError):
     """What an operation waited for did not come within its time. It is the operation's outcome, also on replay."""
+
+
+class CallbackSilentError(WaitTimeoutError):
+    """A callback was silent for longer than its `heartbeat`. It is the callback's outcome, also on replay."""
+
+
+class CallbackFailedError(DurableError):
+    """A callback failed, says whoever has its token; `details` is what they gave with the message, as JSON has it."""
+
+    def __init__(self, message: str, details: object = None) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+class CallbackFinishedError(_AboutWorkflow):
+    """A callback has an outcome, and it is another one: the first stands. Nothing was written."""
+
+
+class CallbackNotFoundError(DurableError, LookupError):
+    """No callback has this token, or nobody can answer it any more. Nothing was written."""
 
 
 class HistoryMismatchError(_AboutWorkflow):
