@@ -4,7 +4,15 @@ The records `Workflow`, `Step` and `Queue` are ORM models in your own database (
 worker's lease); `Durable` makes functions durable; `Worker`, `Executor` and `AsyncExecutor` execute them.
 """
 
-from sqla_durable import errors, migrations, models, storage
+from sqla_durable import errors, migrations, models, storage, unwinding
+from sqla_durable.callbacks import (
+    AsyncCallback,
+    Callback,
+    complete_callback,
+    create_callback,
+    fail_callback,
+    heartbeat_callback,
+)
 from sqla_durable.children import AsyncChild, Child, as_completed, wait_first
 from sqla_durable.context import current
 from sqla_durable.durable import Durable, run_step
@@ -33,6 +41,7 @@ from sqla_durable.watching import wait_event
 from sqla_durable.worker import Worker
 
 __all__ = [
+    "AsyncCallback",
     "AsyncChild",
     "AsyncExecutor",
     "AsyncHandle",
@@ -41,6 +50,7 @@ __all__ = [
     "AsyncUpdate",
     "AsyncWorkflowFunction",
     "BoundWorkflow",
+    "Callback",
     "Child",
     "Durable",
     "Event",
@@ -67,13 +77,17 @@ __all__ = [
     "as_completed",
     "cancel",
     "close_stream",
+    "complete_callback",
+    "create_callback",
     "current",
     "delete",
     "deprecate_patch",
     "errors",
+    "fail_callback",
     "fork",
     "get_event",
     "heartbeat",
+    "heartbeat_callback",
     "metadata",
     "migrations",
     "models",
@@ -94,6 +108,7 @@ __all__ = [
     "start_with_signal",
     "start_with_update",
     "storage",
+    "unwinding",
     "update",
     "update_handle",
     "uuid4",

@@ -1,4 +1,4 @@
-"""Every error that this package raises, and the signals that unwind a workflow. Standard library only.
+"""Every error that this package raises. Standard library only.
 
 ```
 DurableError
@@ -29,6 +29,10 @@ DurableError
 ├── CompensationFailedError       a saga could not undo all that it did
 ├── ChildrenFailedError           more children of a group failed than are tolerated
 ├── WaitTimeoutError              (also TimeoutError) what an operation waited for did not come in time
+│   └── CallbackSilentError           a callback was not kept alive
+├── CallbackFailedError           a callback failed, says whoever has its token
+├── CallbackFinishedError         a callback has another outcome, or its time is over
+├── CallbackNotFoundError         (also LookupError) no callback has this token
 ├── HistoryMismatchError          today's code does not visit what a strict workflow has recorded
 ├── EventNotSetError              (also LookupError) a workflow has finished and has never set the event
 ├── ResultTimeoutError            (also TimeoutError) no outcome, event, item or answer within the time given
@@ -44,28 +48,12 @@ DurableError
 │   ├── SchemaOlderError
 │   └── SchemaNewerError
 └── DatabaseUnavailableError      the server cannot be reached
-
-ControlFlow(BaseException)        unwinds a workflow function; never an error of the user's
-├── AttemptLost                   the fence refused a write: another attempt owns the workflow, or it was cancelled
-├── Interrupted                   an executor lost its database in the middle
-├── Suspended                     the workflow waits, as a row
-│   └── ContinuedAsNew                it begins anew, with another input and no history
-├── Cancelling                    the workflow was cancelled or is overdue, and undoes what it did
-└── Released                      the worker is stopping and hands the workflow back
 ```
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-
-from sqla_durable.unwinding import AttemptLost as AttemptLost
-from sqla_durable.unwinding import Cancelling as Cancelling
-from sqla_durable.unwinding import ContinuedAsNew as ContinuedAsNew
-from sqla_durable.unwinding import ControlFlow as ControlFlow
-from sqla_durable.unwinding import Interrupted as Interrupted
-from sqla_durable.unwinding import Released as Released
-from sqla_durable.unwinding import Suspended as Suspended
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -272,6 +260,26 @@ class ChildrenFailedError(DurableError):
 
 class WaitTimeoutError(DurableError, TimeoutError):
     """What an operation waited for did not come within its time. It is the operation's outcome, also on replay."""
+
+
+class CallbackSilentError(WaitTimeoutError):
+    """A callback was silent for longer than its `heartbeat`. It is the callback's outcome, also on replay."""
+
+
+class CallbackFailedError(DurableError):
+    """A callback failed, says whoever has its token; `details` is what they gave with the message, as JSON has it."""
+
+    def __init__(self, message: str, details: object = None) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+class CallbackFinishedError(_AboutWorkflow):
+    """A callback has an outcome, and it is another one: the first stands. Nothing was written."""
+
+
+class CallbackNotFoundError(DurableError, LookupError):
+    """No callback has this token, or nobody can answer it any more. Nothing was written."""
 
 
 class HistoryMismatchError(_AboutWorkflow):

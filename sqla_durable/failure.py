@@ -63,14 +63,19 @@ class Failure:
     traceback: str = ""
 
     @classmethod
-    def of(cls, error: BaseException) -> Failure:
-        """Describe an exception; never raises, whatever its arguments or its `str` do."""
+    def of(cls, error: BaseException, *, limit: int = _STATE_LIMIT) -> Failure:
+        """Describe an exception; never raises, whatever its arguments or its `str` do.
+
+        Args:
+            error: the exception.
+            limit: up to how many bytes of JSON its arguments are kept, and its attributes.
+        """
         kind = type(error)
         return cls(
             type=f"{kind.__module__}:{kind.__qualname__}",
             message=_clean(_message(error)),
-            args=[] if isinstance(error, DBAPIError) else _storable(list(error.args)),
-            state=_of_driver(error) if isinstance(error, DBAPIError) else _storable(_attributes(error)),
+            args=[] if isinstance(error, DBAPIError) else _storable(list(error.args), limit),
+            state=_of_driver(error) if isinstance(error, DBAPIError) else _storable(_attributes(error), limit),
             traceback=_clean("".join(traceback.format_exception(error, limit=-50))),
         )
 
@@ -146,6 +151,8 @@ def _written(value: Any, *, inner: bool) -> Any:
     match value:
         case UUID():
             return {"uuid": str(value)}
+        case {"uuid": _} | {"error": _} if len(value) == 1:  # which is not to be read as one
+            return {"uuid": value}
         case Exception() if not inner:
             return {"error": _inner(value)}
         case list():
@@ -161,7 +168,8 @@ def _each(values: Any, change: Callable[[Any], Any]) -> list[Any]:
 def _inner(error: Exception) -> dict[str, Any]:
     """Describe an error that is part of another one: briefly, for there may be many."""
     kind = type(error)
-    described = {"args": _storable(list(error.args)), "state": _storable(_attributes(error, inner=True))}
+    state = _attributes(error, inner=True)
+    described = {"args": _storable(list(error.args), _INNER_LIMIT), "state": _storable(state, _INNER_LIMIT)}
     if isinstance(error, DBAPIError) or len(json.dumps(described)) > _INNER_LIMIT:
         described = {"args": None, "state": None}
     message = _clean(_message(error))[:_INNER_LIMIT]
@@ -172,6 +180,8 @@ def _read(value: Any) -> Any:
     match value:
         case {"uuid": str(text)} if len(value) == 1:
             return UUID(text)
+        case {"uuid": dict()} if len(value) == 1:
+            return value["uuid"]
         case {"error": {"type": str(), "message": str()} as inner} if len(value) == 1:
             return _read_inner(Failure.from_json(inner))
         case list():
@@ -196,10 +206,10 @@ def _message(error: BaseException) -> str:
         return f"<its str() failed: {broken!r}>"
 
 
-def _storable(value: Any) -> Any:
+def _storable(value: Any, limit: int) -> Any:
     """Give the value if JSON gives back the same, else None; comparing calls the user's code, which may raise."""
     try:
-        text = dump(value, what="error", limit=_STATE_LIMIT)
+        text = dump(value, what="error", limit=limit)
         return value if json.loads(text) == value else None
     except Exception:
         return None

@@ -68,7 +68,7 @@ class Interceptor:
 
         An error raised here is the workflow's, as if its function had raised it. Where the function is unwound because
         the workflow waits, is cancelled or is handed back, what passes through is no `Exception` but a
-        `errors.ControlFlow` or an `asyncio.CancelledError`.
+        `unwinding.ControlFlow` or an `asyncio.CancelledError`.
 
         Args:
             execution: which workflow, in which attempt.

@@ -215,7 +215,7 @@ class Step(Base):
     included, `position` the order in which the workflow called it. While a step is `retrying`, `error` is that of its
     last try and `wake_at` the time of the next one; while it is `waiting`, `wake_at` is the end of that, if it has one.
     The row becomes the outcome's when there is one. A step that is `running` has a row once it has reported `details`,
-    at `finished_at` for the last time.
+    at `finished_at` for the last time; that of a callback is when it was last kept alive.
     """
 
     __tablename__ = "step"

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import sqla_durable.tasks as tasks
 from sqla_durable.codec import DEFAULT_LIMIT
 from sqla_durable.context import Context, Fork
-from sqla_durable.errors import AttemptLost, UsageError
+from sqla_durable.errors import UsageError
 from sqla_durable.inspection import SessionKind
 from sqla_durable.interceptors import Around, entered, entered_async
 from sqla_durable.limits import Limit
@@ -31,6 +31,7 @@ from sqla_durable.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.retry import TransientRetry
 from sqla_durable.store import Checkpoint, Completion, Connectable, streams
 from sqla_durable.store.streams import Append, Appended
+from sqla_durable.unwinding import AttemptLost
 
 T = TypeVar("T")
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 from sqla_durable.context import Context, Fork, active
-from sqla_durable.errors import ArgumentError, ControlFlow, Released, SyncAsyncError
+from sqla_durable.errors import ArgumentError, SyncAsyncError
 from sqla_durable.operations.branch import Branch, Branches, name_of
+from sqla_durable.unwinding import ControlFlow, Released
 
 A = TypeVar("A")
 B = TypeVar("B")

@@ -1,4 +1,15 @@
-"""The signals that unwind a workflow function; `errors` has their tree and hands them on."""
+"""The signals that unwind a workflow function; never an error of the user's.
+
+```
+ControlFlow(BaseException)
+├── AttemptLost                   the fence refused a write: another attempt owns the workflow, or it was cancelled
+├── Interrupted                   an executor lost its database in the middle
+├── Suspended                     the workflow waits, as a row
+│   └── ContinuedAsNew                it begins anew, with another input and no history
+├── Cancelling                    the workflow was cancelled or is overdue, and undoes what it did
+└── Released                      the worker is stopping and hands the workflow back
+```
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from sqla_durable.checks import fault_in, require_duration
 from sqla_durable.codec import Codec, reasons
 from sqla_durable.context import active, outside
-from sqla_durable.errors import ArgumentError, AttemptLost, DecodingError, UsageError
+from sqla_durable.errors import ArgumentError, DecodingError, UsageError
 from sqla_durable.failure import Failure
 from sqla_durable.operate import operate, require_text
 from sqla_durable.operations import update as operation
@@ -26,6 +26,7 @@ from sqla_durable.operations.attempt import Position
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.publishing import AnySession, encode, publish
 from sqla_durable.store import Checkpoint, Connectable, Origin, Verdict, updates
+from sqla_durable.unwinding import AttemptLost
 
 T = TypeVar("T")
 

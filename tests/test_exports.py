@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 import sqla_durable
-from sqla_durable import errors
+from sqla_durable import errors, unwinding
 
 
 def test_all_is_sorted_and_complete() -> None:
@@ -80,17 +80,18 @@ def test_steps_and_workflows_have_the_same_methods_in_both_forms() -> None:
         assert public - more == {name for name in dir(other) if not name.startswith("_")}
 
 
-def test_every_error_is_in_the_tree_of_the_docstring() -> None:
-    drawn = errors.__doc__ or ""
-    for name, value in vars(errors).items():
+@pytest.mark.parametrize(("module", "root"), [(errors, errors.DurableError), (unwinding, unwinding.ControlFlow)])
+def test_every_error_is_in_the_tree_of_the_docstring(module: ModuleType, root: type[BaseException]) -> None:
+    drawn = module.__doc__ or ""
+    for name, value in vars(module).items():
         if inspect.isclass(value) and issubclass(value, BaseException) and not name.startswith("_"):
             assert name in drawn, name
-            assert issubclass(value, errors.DurableError | errors.ControlFlow)
+            assert issubclass(value, root)
             assert inspect.getdoc(value)
 
 
 def test_control_flow_is_not_an_exception() -> None:
-    assert not issubclass(errors.ControlFlow, Exception)
+    assert not issubclass(unwinding.ControlFlow, Exception)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,12 @@ class WithData(Exception):
         self.hints = hints
 
 
+class Detailed(Exception):
+    def __init__(self, details: object) -> None:
+        super().__init__("declined")
+        self.details = details
+
+
 class Broken(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no text")
@@ -46,6 +52,8 @@ def _round_trip(error: Exception) -> Exception | None:
         ZeroDivisionError("division by zero"),
         LookupError("a", 1, None, [1.5]),
         WithData(code=7, hints=["a"]),
+        Detailed({"uuid": "no id"}),
+        Detailed({"uuid": {"uuid": "no id"}}),
         UnknownWorkflowError("no workflow", name="ship"),
         PayloadTooLargeError("too large", size=2, limit=1),
         UnfinishedStepError("left behind", steps=["charge"]),

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 from typing_extensions import override
 
 from sqla_durable.context import Fork
-from sqla_durable.errors import ControlFlow, DecodingError
+from sqla_durable.errors import DecodingError
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.changes import PATCH
@@ -21,6 +21,7 @@ from sqla_durable.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.runtime import AsyncRuntime, BaseRuntime, BlockingRuntime
 from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint, Claimed, Completion, Connectable
+from sqla_durable.unwinding import ControlFlow
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from sqlalchemy.util import await_only
 from typing_extensions import override
 
 from sqla_durable.context import Fork
-from sqla_durable.errors import AttemptLost, SyncAsyncError
+from sqla_durable.errors import SyncAsyncError
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.runtime import StepCall, run_blocking
 from sqla_durable.operations.transaction import HeldTransaction, StepTransaction, in_session
@@ -24,6 +24,7 @@ from sqla_durable.registry import StepDefinition
 from sqla_durable.retry import TransientRetry
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.store import Checkpoint, Completion, Connectable, Verdict, refresh_known, schema, steps, workflows
+from sqla_durable.unwinding import AttemptLost
 
 T = TypeVar("T")
 

@@ -21,16 +21,7 @@ from sqlalchemy.orm import Session
 from typing_extensions import override
 from uuid_utils.compat import uuid7
 
-from sqla_durable.errors import (
-    ArgumentError,
-    AttemptLost,
-    AttemptLostError,
-    ContinuedAsNew,
-    Interrupted,
-    SessionError,
-    UsageError,
-    WorkflowRunningError,
-)
+from sqla_durable.errors import ArgumentError, AttemptLostError, SessionError, UsageError, WorkflowRunningError
 from sqla_durable.executor.runtimes import AsyncInline, BlockingInline
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.transaction import SavepointTransaction, StepTransaction, in_session
@@ -40,6 +31,7 @@ from sqla_durable.retry import TransientRetry, is_transient
 from sqla_durable.start import BoundWorkflow, add
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Claimed, crashes, deadlines, queues, schema, workers, workflows
+from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Interrupted
 
 T = TypeVar("T")
 Pause: TypeAlias = "Callable[[float], Awaitable[None]]"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import NoReturn
 
-from sqla_durable.errors import AttemptLost, ContinuedAsNew
 from sqla_durable.operations.attempt import Position
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.store import workflows
+from sqla_durable.unwinding import AttemptLost, ContinuedAsNew
 
 
 async def begin_anew(runtime: Runtime, position: Position, *, given: str) -> NoReturn:

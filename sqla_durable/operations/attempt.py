@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from math import isfinite
 from uuid import UUID
 
-from sqla_durable.errors import Cancelling, ControlFlow, HistoryLimitError, Suspended, UnfinishedStepError, UsageError
+from sqla_durable.errors import HistoryLimitError, UnfinishedStepError, UsageError
 from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
 from sqla_durable.operations.branch import Branches
 from sqla_durable.operations.changes import Visits
 from sqla_durable.store import Awaited, Claimed, Fence, Recorded
+from sqla_durable.unwinding import Cancelling, ControlFlow, Suspended
 
 DEFAULT_HISTORY_LIMIT = 50_000
 """How many operations one workflow may call, unless its `Durable` says otherwise."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from sqla_durable.errors import Cancelling
 from sqla_durable.operations.attempt import Position
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.workflow import signal_in
 from sqla_durable.store import sagas
+from sqla_durable.unwinding import Cancelling
 
 
 async def begin(runtime: Runtime, position: Position) -> None:

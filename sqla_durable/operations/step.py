@@ -10,14 +10,7 @@ from typing import Any
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from sqla_durable.errors import (
-    AttemptLost,
-    DefinitionError,
-    Interrupted,
-    PayloadError,
-    RetryPolicyError,
-    UsageError,
-)
+from sqla_durable.errors import DefinitionError, PayloadError, RetryPolicyError, UsageError
 from sqla_durable.failure import Failure
 from sqla_durable.inspection import SessionKind
 from sqla_durable.limits import TimeLimits
@@ -30,6 +23,7 @@ from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.retry import is_conflict, is_obstacle, is_transient, spoils_connection
 from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint, Recorded, Verdict, steps
+from sqla_durable.unwinding import AttemptLost, Interrupted
 
 _MOMENT = 1.0
 """How long, in seconds, a failing step waits in memory before its waits become a row."""

@@ -7,14 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqla_durable.errors import (
-    Cancelling,
-    ControlFlow,
-    MaxAttemptsError,
-    WorkflowCancelledError,
-    WorkflowFailedError,
-    WorkflowTimeoutError,
-)
+from sqla_durable.errors import MaxAttemptsError, WorkflowCancelledError, WorkflowFailedError, WorkflowTimeoutError
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.patches import report
@@ -23,6 +16,7 @@ from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Completion, Standing
 from sqla_durable.store.deadlines import TIMEOUT_TYPE
+from sqla_durable.unwinding import Cancelling, ControlFlow
 
 # What the engine ends a workflow with, by the type that is recorded.
 _OF_THE_ENGINE = {f"{kind.__module__}:{kind.__qualname__}": kind for kind in (MaxAttemptsError, WorkflowTimeoutError)}

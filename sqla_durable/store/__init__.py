@@ -3,9 +3,9 @@
 `schema` checks that the tables fit · `workflows` starts, finishes, releases, parks and wakes · `queues` claims ·
 `steps` records checkpoints, `progress` how far one is · `events` and `streams` publish and read · `workers` holds
 leases · `crashes` takes back what dead workers had · `deadlines` fails what is overdue · `waits` begins to wait ·
-`signals` sends, takes and delivers · `updates` answers too · `children` starts them and looks at them · `management`
-resumes, retries and rewinds · `trees` cancels and deletes · `forks` copies · `selection` tells which workflows are
-meant · `exports` reads whole records. The values that go in and out are below.
+`signals` sends, takes and delivers · `updates` answers too · `callbacks` answers by token · `children` starts them and
+looks at them · `management` resumes, retries and rewinds · `trees` cancels and deletes · `forks` copies · `selection`
+tells which workflows are meant · `exports` reads whole records. The values that go in and out are below.
 """
 
 from sqla_durable.store._rows import (

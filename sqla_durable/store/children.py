@@ -28,7 +28,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
-from sqla_durable.errors import AttemptLost, WorkflowNotFoundError
+from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     COMPENSATES,
@@ -48,6 +48,7 @@ from sqla_durable.store._rows import (
 from sqla_durable.store.held import is_held, leaving
 from sqla_durable.store.starts import NEW, new_columns, new_row
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, known_output, own_row
+from sqla_durable.unwinding import AttemptLost
 
 _PARENT = bindparam("parent", type_=PG_UUID())
 _GROUP = bindparam("group", type_=Text())

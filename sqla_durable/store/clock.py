@@ -7,13 +7,14 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import STEP, WORKFLOW, execute, interval, status
+from sqla_durable.store.callbacks import is_callback
 
 _PASSED = interval(bindparam("seconds", type_=Float()))
 
 
 def advance(session: Session, seconds: float) -> None:
     """Bring nearer whatever a workflow waits for."""
-    for statement in (_TIMERS, _DEADLINES, _STEPS):
+    for statement in (_TIMERS, _DEADLINES, _STEPS, _CALLBACKS):
         execute(session, statement, {"seconds": seconds})
 
 
@@ -28,3 +29,8 @@ _DEADLINES = (
     .values(deadline_at=WORKFLOW.c.deadline_at - _PASSED)
 )
 _STEPS = update(STEP).where(STEP.c.wake_at.is_not(None)).values(wake_at=STEP.c.wake_at - _PASSED)
+_CALLBACKS = (
+    update(STEP)
+    .where(is_callback())
+    .values(started_at=STEP.c.started_at - _PASSED, finished_at=STEP.c.finished_at - _PASSED)
+)

@@ -14,7 +14,6 @@ from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
-from sqla_durable.errors import AttemptLost
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store._rows import (
     EVENT,
@@ -30,6 +29,7 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine, own_row
 from sqla_durable.store.workflows import not_found
+from sqla_durable.unwinding import AttemptLost
 
 
 @dataclass(frozen=True, slots=True)

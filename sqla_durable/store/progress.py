@@ -7,10 +7,10 @@ from typing import Any
 from sqlalchemy import Text, and_, bindparam, cast, func, literal_column, null, or_, select
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
-from sqla_durable.errors import AttemptLost
 from sqla_durable.status import StepStatus
 from sqla_durable.store._rows import STEP, WORKFLOW, Checkpoint, Connectable, execute, materialized, unfinished
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, mine
+from sqla_durable.unwinding import AttemptLost
 
 
 def report(connectable: Connectable, checkpoint: Checkpoint, *, details: str | None) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sqlalchemy import func, update
 
-from sqla_durable.errors import AttemptLost
 from sqla_durable.store._rows import COMPENSATES, WORKFLOW, Checkpoint, Connectable, scalar
 from sqla_durable.store.steps import given_row, mine
+from sqla_durable.unwinding import AttemptLost
 
 
 def begin(connectable: Connectable, checkpoint: Checkpoint) -> None:

@@ -37,7 +37,6 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
-from sqla_durable.errors import AttemptLost
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     SIGNAL,
@@ -50,6 +49,7 @@ from sqla_durable.store._rows import (
     status,
 )
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, known_output, own_row
+from sqla_durable.unwinding import AttemptLost
 
 PARKED, CHILD, LEFT = "#parked", "#child", "#left"
 """Names of rows that the engine sends to itself; the last one is for `held`."""

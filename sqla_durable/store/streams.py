@@ -35,7 +35,6 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 import sqla_durable.store.steps as steps
-from sqla_durable.errors import AttemptLost
 from sqla_durable.store._rows import (
     STEP,
     STREAM_ITEM,
@@ -56,6 +55,7 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine
 from sqla_durable.store.workflows import not_found
+from sqla_durable.unwinding import AttemptLost
 
 _ITEM = STREAM_ITEM.c
 _NAME = cast(bindparam("stream_name", type_=Text()), Text)

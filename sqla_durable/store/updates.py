@@ -28,7 +28,6 @@ from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
-from sqla_durable.errors import AttemptLost
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     EVENT,
@@ -46,6 +45,7 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.signals import REFUSED, sending, take_by, taking
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine, own_row
+from sqla_durable.unwinding import AttemptLost
 
 _SIGNAL, _ANSWER = "#update:", "#reply:"
 """What the names of signals that are updates begin with, and the keys of events that are answers."""

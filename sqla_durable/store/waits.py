@@ -8,10 +8,10 @@ from typing import Any
 from sqlalchemy import DateTime, bindparam, cast, func, literal_column, select
 from sqlalchemy.dialects.postgresql import insert
 
-from sqla_durable.errors import AttemptLost
 from sqla_durable.status import StepStatus
 from sqla_durable.store._rows import STEP, WORKFLOW, Checkpoint, Connectable, execute, scalar
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, mine
+from sqla_durable.unwinding import AttemptLost
 
 
 def begin(connectable: Connectable, checkpoint: Checkpoint, *, until: datetime | None = None) -> float:

@@ -18,8 +18,8 @@ def advance(session: Session, duration: timedelta) -> None:
         advance(session, timedelta(days=14))
     ```
 
-    Timers, time limits, delayed starts and the next tries of steps, of workflows that are parked; what a worker waits
-    for in memory, for a moment, it goes on waiting for. Locks the rows of the workflows that wait.
+    Timers, time limits, delayed starts and the next tries of steps, of workflows that are parked, and callbacks; what a
+    worker waits for in memory, for a moment, it goes on waiting for. Locks the rows of the workflows that wait.
 
     Args:
         session: a session on the tables, of a database that is for tests.

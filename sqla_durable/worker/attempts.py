@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from sqla_durable.errors import AttemptLost, ContinuedAsNew, HistoryMismatchError, Released, Suspended
+from sqla_durable.errors import HistoryMismatchError
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import run_blocking
 from sqla_durable.operations.workflow import run_workflow
 from sqla_durable.registry import Registry, WorkflowDefinition
 from sqla_durable.store import Claimed, Completion, Fence, Park, batches, crashes, workflows
+from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Released, Suspended
 from sqla_durable.worker.database import Database, persistently
 from sqla_durable.worker.runtimes import LoopRuntime, Surroundings, ThreadRuntime
 

@@ -13,9 +13,9 @@ from functools import partial
 
 from sqlalchemy.exc import DBAPIError
 
-from sqla_durable.errors import AttemptLost
 from sqla_durable.store import streams
 from sqla_durable.store.streams import Append, Appended
+from sqla_durable.unwinding import AttemptLost
 from sqla_durable.worker.database import Database, persistently
 
 _BATCH = 500

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 import sqla_durable.tasks as tasks
 from sqla_durable.context import Fork
-from sqla_durable.errors import AttemptLost, EncodingError, Released, Suspended
+from sqla_durable.errors import EncodingError
 from sqla_durable.failure import Failure
 from sqla_durable.inspection import SessionKind
 from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
@@ -29,6 +29,7 @@ from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Connectable, Park
 from sqla_durable.store.streams import Append, Appended
+from sqla_durable.unwinding import AttemptLost, Released, Suspended
 from sqla_durable.worker.database import Database, persistently
 from sqla_durable.worker.gatherer import Gatherer
 from sqla_durable.worker.writer import Row, Writer

@@ -17,9 +17,10 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
-from sqla_durable.errors import AttemptLost, EncodingError
+from sqla_durable.errors import EncodingError
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Fence, Park, batches, steps, workflows
+from sqla_durable.unwinding import AttemptLost
 from sqla_durable.worker.database import Database, persistently
 
 log = logging.getLogger("sqla_durable.worker")

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from hypothesis import strategies as st
 
 from sqla_durable import current, parallel
-from sqla_durable.errors import Released
+from sqla_durable.unwinding import Released
 from tests.acceptance.application import Form, drive
 
 

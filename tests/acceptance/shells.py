@@ -26,6 +26,7 @@ from sqla_durable import (
     Workflow,
     WorkflowFunction,
     WorkflowStatus,
+    complete_callback,
     signal,
     start_many,
     update,
@@ -55,6 +56,9 @@ class Client(ABC):
 
     @abstractmethod
     def update(self, workflow: Any, name: str, payload: object = None, **options: Any) -> AnyUpdate: ...
+
+    @abstractmethod
+    def complete_callback(self, token: str, value: object = None) -> None: ...
 
     @abstractmethod
     def add(self, *instances: object) -> None: ...
@@ -87,6 +91,9 @@ class SyncClient(Client):
     def update(self, workflow: Any, name: str, payload: object = None, **options: Any) -> Update[Any]:
         return update(self.session, workflow, name, payload, **options)
 
+    def complete_callback(self, token: str, value: object = None) -> None:
+        complete_callback(self.session, token, value)
+
     def add(self, *instances: object) -> None:
         self.session.add_all(instances)
 
@@ -118,6 +125,9 @@ class AsyncClient(Client):
 
     def update(self, workflow: Any, name: str, payload: object = None, **options: Any) -> AsyncUpdate[Any]:
         return self._runner.run(update(self.session, workflow, name, payload, **options))
+
+    def complete_callback(self, token: str, value: object = None) -> None:
+        self._runner.run(complete_callback(self.session, token, value))
 
     def add(self, *instances: object) -> None:
         self.session.add_all(instances)

@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 import pytest
-
 from sqlalchemy import func, select
 
 from sqla_durable import Durable, errors, set_event, wait_signal, write_stream

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sqla_durable.errors import Released
+from sqla_durable.unwinding import Released
 from tests.acceptance.application import Application, Called, Form
 from tests.acceptance.programs import STEPS, Block, Gate, Interpreter, expected, leaves, programs
 from tests.acceptance.shells import Shell

@@ -6,9 +6,10 @@ from uuid import UUID
 
 import pytest
 
-from sqla_durable.errors import AttemptLost, Released, UnfinishedStepError, UsageError
+from sqla_durable.errors import UnfinishedStepError, UsageError
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.store import Claimed, Fence
+from sqla_durable.unwinding import AttemptLost, Released
 
 WORKFLOW = UUID(int=7)
 

@@ -9,11 +9,12 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable.errors import AttemptLost, WorkflowNotFoundError
+from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.models import Event
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Fence, Origin, events
 from sqla_durable.store.events import Latest
+from sqla_durable.unwinding import AttemptLost
 from tests.store import races
 
 

@@ -10,11 +10,11 @@ from sqlalchemy import Engine, select, text, update
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable.errors import AttemptLost
 from sqla_durable.models import Signal, Step, Workflow
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store import Awaited, Completion, Fence, Park, management, signals, trees, waits, workflows
 from sqla_durable.store.signals import _DELIVER  # pyright: ignore[reportPrivateUsage]
+from sqla_durable.unwinding import AttemptLost
 from tests.store import races
 from tests.store.plans import explain, fill
 

@@ -10,10 +10,11 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable.errors import AttemptLost, WorkflowNotFoundError
+from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.models import Step, StreamItem
 from sqla_durable.store import Fence, Origin, streams
 from sqla_durable.store.streams import Append, Appended
+from sqla_durable.unwinding import AttemptLost
 from tests.store import races
 
 

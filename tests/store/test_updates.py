@@ -11,10 +11,10 @@ from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable.errors import AttemptLost
 from sqla_durable.models import Event, Signal
 from sqla_durable.store import Fence, Origin, Verdict, updates
 from sqla_durable.store.updates import _LOOK  # pyright: ignore[reportPrivateUsage]
+from sqla_durable.unwinding import AttemptLost
 from tests.store import races
 from tests.store.plans import explain
 

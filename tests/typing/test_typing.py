@@ -10,7 +10,9 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-FILES = [str(HERE / name) for name in ("steps.py", "workflows.py", "publishing.py", "verbs.py", "updates.py")]
+FILES = [
+    str(HERE / name) for name in ("steps.py", "workflows.py", "publishing.py", "callbacks.py", "verbs.py", "updates.py")
+]
 CHECKERS = {
     "mypy": ["mypy", "--strict", "--warn-unused-ignores", "--no-error-summary"],
     "pyright": ["pyright", "--pythonpath", sys.executable],

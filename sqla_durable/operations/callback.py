@@ -1,0 +1,214 @@
+"""Callbacks: made once, with a token that others answer by; the workflow waits for the answer as a row."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+from sqla_durable.codec import DEFAULT_LIMIT, Codec
+from sqla_durable.errors import (
+    CallbackFailedError,
+    CallbackNotFoundError,
+    CallbackSilentError,
+    DecodingError,
+    WaitTimeoutError,
+)
+from sqla_durable.failure import Failure
+from sqla_durable.operations.attempt import Position, Wait
+from sqla_durable.operations.checkpoint import checkpoint_of
+from sqla_durable.operations.outcome import outcome_of
+from sqla_durable.operations.runtime import Runtime
+from sqla_durable.status import StepStatus
+from sqla_durable.store import Awaited, Recorded, callbacks
+from sqla_durable.unwinding import AttemptLost
+
+_SECRET = 24  # bytes
+_SHORTEST_LOOK, _LONGEST_LOOK, _SHARE = 1.0, 30.0, 0.25  # seconds, and a share of those that have passed
+_LONGEST_WAIT = 365 * 86_400.0  # seconds: a time that is out of the server's range is none
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A callback as its step's record has it.
+
+    Attributes:
+        token: the id of the workflow that made it, and a secret.
+        signal: the name under which its outcome is in that workflow's inbox.
+        timeout: in seconds, from when it was made.
+        heartbeat: in seconds, how long it may be silent.
+    """
+
+    token: str
+    signal: str
+    timeout: float | None
+    heartbeat: float | None
+
+    @classmethod
+    def new(cls, workflow_id: UUID, *, within: timedelta | None, heartbeat: timedelta | None) -> Made:
+        """Make one."""
+        return cls(
+            token=f"{workflow_id.hex}.{secrets.token_hex(_SECRET)}",
+            signal=f"#callback:{secrets.token_hex(8)}",  # refused as a name by `signal`: nobody sends it by chance
+            timeout=None if within is None else within.total_seconds(),
+            heartbeat=None if heartbeat is None else heartbeat.total_seconds(),
+        )
+
+    @classmethod
+    def of(cls, recorded: Recorded) -> Made:
+        """Read a record, of which an operator may have made another one."""
+        try:
+            made = cls(**json.loads(recorded.output or "null"))
+            _ = made.workflow_id
+            return made
+        except (TypeError, ValueError, AttributeError) as error:
+            raise DecodingError(
+                f"the stored callback {recorded.key!r} is none: {error}. Fork from before it, or give its answer "
+                "instead of it, as the outcome of the step that waits."
+            ) from error
+
+    @property
+    def workflow_id(self) -> UUID:
+        """The id of the workflow that made it."""
+        return UUID(self.token.partition(".")[0])
+
+
+async def create(
+    runtime: Runtime, position: Position, *, within: timedelta | None, heartbeat: timedelta | None
+) -> Made:
+    """Make a callback, or find the one that was made before; committed when this returns.
+
+    Raises:
+        DecodingError: what is recorded is none.
+    """
+    attempt = runtime.attempt
+    try:
+        recorded = attempt.recorded(position)
+        if recorded is not None:
+            return Made.of(recorded)
+        await runtime.settle()
+        made = Made.new(attempt.workflow_id, within=within, heartbeat=heartbeat)
+        await runtime.record(checkpoint_of(attempt, position, output=json.dumps(asdict(made))))
+        await runtime.settle()  # nobody is to have a token that a crash makes another one of
+        return made
+    finally:
+        attempt.left(position)
+
+
+async def result(runtime: Runtime, position: Position, *, key: str, made: Made, kind: Codec) -> Any:
+    """Wait for the outcome of a callback, whose step has this key; give its value.
+
+    Raises:
+        CallbackFailedError: it has failed.
+        WaitTimeoutError, CallbackSilentError: its time was over.
+        CallbackNotFoundError: nobody can answer it any more.
+        DecodingError: the value does not fit.
+    """
+    try:
+        recorded = runtime.attempt.recorded(position)
+        if recorded is None:
+            await runtime.settle()
+            recorded = await _Waiting(runtime, position, key, made).outcome()
+        return outcome_of(recorded, kind)
+    finally:
+        runtime.attempt.left(position)
+
+
+class _Waiting:
+    """One wait for a callback's outcome. Nothing of it is recorded: its times are those of the callback."""
+
+    def __init__(self, runtime: Runtime, position: Position, key: str, made: Made) -> None:
+        self._runtime = runtime
+        self._position = position
+        self._key = key
+        self._made = made
+        self._owner = made.workflow_id
+        self._is_forked = made.workflow_id != runtime.attempt.workflow_id
+        self._began = time.monotonic()
+
+    async def outcome(self) -> Recorded:
+        """Record the outcome when it is there."""
+        look = partial(callbacks.look, workflow_id=self._owner, key=self._key, signal=self._made.signal)
+        while True:
+            found = await self._runtime.execute(look)
+            if found is None or found.signal is None:
+                return await self._gone()
+            if found.answer is not None:
+                return await self._record(found.answer)
+            if self._is_forked and (found.due_in <= 0 or found.workflow_status.finished):
+                return await (self._fail(self._expired(found.due_to)) if found.due_in <= 0 else self._gone())
+            if found.due_in > 0 or not await self._expire():
+                await self._runtime.wait(self._position, self._wait(found.due_in))
+                await self._runtime.settle()
+
+    async def _expire(self) -> bool:
+        checkpoint = checkpoint_of(self._runtime.attempt, self._position)
+        return await self._runtime.execute(partial(callbacks.expire, checkpoint=checkpoint, key=self._key))
+
+    def _wait(self, due_in: float) -> Wait:
+        """Wait for the outcome, or until it is too late; where somebody answers just then, for what becomes of that.
+
+        Nobody tells a fork that its original's callback was answered: it looks again and again.
+        """
+        awaits = () if self._is_forked else (Awaited(signal=self._made.signal),)
+        now = time.monotonic()
+        if due_in <= 0:
+            return Wait(now + _between(_SHARE * -due_in), float("-inf"), awaits)
+        seconds = due_in if due_in == float("inf") else min(due_in, _LONGEST_WAIT)
+        if self._is_forked:
+            seconds = min(seconds, _LONGEST_LOOK)
+        return Wait(now + seconds, float("-inf"), awaits, looks=self._is_forked)
+
+    async def _record(self, answer: callbacks.Answer) -> Recorded:
+        if answer.value is not None:
+            checkpoint = checkpoint_of(
+                self._runtime.attempt, self._position, output=answer.value, elapsed=time.monotonic() - self._began
+            )
+            await self._runtime.record(checkpoint)
+            return Recorded(
+                checkpoint.key, checkpoint.name, checkpoint.position, checkpoint.status, checkpoint.output, None
+            )
+        if answer.expired is not None:
+            return await self._fail(self._expired(answer.expired))
+        if answer.error is not None:
+            details = None if answer.details is None else json.loads(answer.details)
+            return await self._fail(CallbackFailedError(answer.error, details))
+        return await self._fail(
+            DecodingError(
+                f"the outcome of callback {self._key!r} has neither a value nor an error: it was so inserted."
+            )
+        )
+
+    def _expired(self, due_to: str) -> Exception:
+        if due_to == "heartbeat":
+            within = timedelta(seconds=self._made.heartbeat or 0)
+            return CallbackSilentError(f"callback {self._key!r} was silent for longer than {within}.")
+        within = timedelta(seconds=self._made.timeout or 0)
+        return WaitTimeoutError(f"callback {self._key!r} was not answered within {within}.")
+
+    async def _gone(self) -> Recorded:
+        if not self._is_forked:  # rewound or deleted
+            raise AttemptLost(self._owner)
+        return await self._fail(
+            CallbackNotFoundError(
+                f"callback {self._key!r} is that of workflow {self._owner}, of which this one is a fork, and which is "
+                "finished or has it no longer: nobody can answer it. Fork from before create_callback()."
+            )
+        )
+
+    async def _fail(self, error: Exception) -> Recorded:
+        # Kept whole, however long what the other system told.
+        failure = Failure.of(error, limit=2 * DEFAULT_LIMIT).to_json()
+        elapsed = time.monotonic() - self._began
+        failed = checkpoint_of(self._runtime.attempt, self._position, StepStatus.FAILED, error=failure, elapsed=elapsed)
+        await self._runtime.record(failed)
+        return Recorded(failed.key, failed.name, failed.position, failed.status, None, failure)
+
+
+def _between(seconds: float) -> float:
+    return min(max(_SHORTEST_LOOK, seconds), _LONGEST_LOOK)

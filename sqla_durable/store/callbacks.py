@@ -1,0 +1,284 @@
+"""The statements on callbacks: find one by its token, answer it, keep it alive, look at it, let it expire.
+
+A callback is the record of the step that made it; its outcome is a row of the inbox, under a key of which there can be
+one. Whoever answers locks the step's record, which nothing else of the workflow waits for; its own attempt lets it
+expire only if nobody holds that. So an answer and the end of its time may cross in any way: one of them is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Float,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    func,
+    literal_column,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+from sqlalchemy.orm import Session
+
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store._rows import SIGNAL, STEP, WORKFLOW, Checkpoint, Connectable, execute, materialized, scalar
+from sqla_durable.store.steps import given_row, own_row
+from sqla_durable.unwinding import AttemptLost
+
+NAME = "create_callback"
+"""The name of the step whose record is a callback."""
+
+OUTCOME = "outcome"
+"""The key of the row that is a callback's outcome."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A callback's outcome: `value` and `details` are JSON text; what is nothing of all that was written by SQL."""
+
+    value: str | None
+    error: str | None
+    details: str | None
+    expired: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Callback:
+    """Where a callback stands.
+
+    Attributes:
+        workflow_status: that of the workflow that made it.
+        signal: the name of the row that is its outcome; None if there is no such callback any more.
+        answer: its outcome.
+        is_same: whether the outcome is what was asked about.
+        due_in: seconds until it expires, infinite if it does not.
+        due_to: what it expires for first, `timeout` or `heartbeat`.
+    """
+
+    workflow_status: WorkflowStatus
+    signal: str | None
+    answer: Answer | None
+    is_same: bool
+    due_in: float
+    due_to: str
+
+
+def hold(session: Session, workflow_id: UUID, *, digest: str) -> str | None:
+    """Lock a callback's record and give the key of its step, or None if the workflow has no such callback.
+
+    Waits for whoever answers it or keeps it alive, and for nobody else. The workflow's row is locked against being
+    deleted, as a foreign key does it.
+
+    Args:
+        digest: SHA-256 of the token, in hexadecimal digits: so the token is in no log of statements.
+    """
+    key: str | None = scalar(session, _HOLD, {"owner_id": workflow_id, "digest": digest})
+    return key
+
+
+def look(
+    connectable: Connectable, workflow_id: UUID, key: str, *, signal: str | None = None, payload: str | None = None
+) -> Callback | None:
+    """Give where a callback stands, or None if there is no such workflow. Takes no lock.
+
+    Args:
+        signal: the name of its outcome, where a later callback may have the same key.
+        payload: JSON text of the outcome that is asked about.
+    """
+    parameters = {"owner_id": workflow_id, "callback_key": key, "signal_name": signal, "payload": payload}
+    row = execute(connectable, _LOOK, parameters).one_or_none()
+    if row is None:
+        return None
+    answer = Answer(row.value, row.error, row.details, row.expired) if row.is_answered else None
+    due_in = float("inf") if row.due_in is None else float(row.due_in)
+    return Callback(row.status, row.signal, answer, bool(row.is_same), due_in, row.due_to)
+
+
+def answer(session: Session, workflow_id: UUID, *, signal: str, payload: str) -> bool:
+    """Insert a callback's outcome (JSON text), in the caller's transaction; False if there is one.
+
+    Waits for another transaction that does the same without holding the callback.
+    """
+    parameters = {"owner_id": workflow_id, "signal_name": signal, "payload": payload}
+    return scalar(session, _ANSWER, parameters) is not None
+
+
+def beat(session: Session, workflow_id: UUID, key: str) -> None:
+    """Note that a callback is alive, in its own record."""
+    execute(session, _BEAT, {"owner_id": workflow_id, "callback_key": key})
+
+
+def expire(connectable: Connectable, checkpoint: Checkpoint, *, key: str) -> bool:
+    """Write that a callback's time is over, if it is; False if not, or if somebody is answering it just now.
+
+    Waits for whoever holds the workflow's row, and for nobody who answers. After True there is an outcome, this one or
+    another.
+
+    Args:
+        checkpoint: any of the attempt's, for its fence.
+        key: that of the callback's step.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow.
+    """
+    row = execute(connectable, _EXPIRE, given_row(checkpoint) | {"callback_key": key}).one()
+    if not row.owned:
+        raise AttemptLost(checkpoint.fence.workflow_id)
+    return bool(row.expired)
+
+
+def is_callback() -> ColumnElement[bool]:
+    """Tell the record of a callback from those of other steps."""
+    return STEP.c.name == _literal(NAME)
+
+
+def _made(name: str) -> ColumnElement[Any]:
+    return _text_in(STEP.c.output, name)
+
+
+def _text_in(value: ColumnElement[Any], name: str) -> ColumnElement[Any]:
+    return value.op("->>", return_type=Text())(_literal(name))
+
+
+def _json_in(value: ColumnElement[Any], name: str) -> ColumnElement[Any]:
+    return cast(value.op("->", return_type=JSONB())(_literal(name)), Text)
+
+
+def _literal(value: str) -> ColumnElement[str]:
+    return literal_column(f"'{value}'", type_=Text())
+
+
+def _left(name: str, since: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Give how many seconds are left of a time; in seconds, since a sum of times may be out of range."""
+    return cast(_made(name), Float) - func.extract("epoch", func.statement_timestamp() - since)
+
+
+def _timeout_in() -> ColumnElement[Any]:
+    return _left("timeout", STEP.c.started_at)
+
+
+def _silent_in() -> ColumnElement[Any]:
+    return _left("heartbeat", STEP.c.finished_at)
+
+
+def _due_in() -> ColumnElement[Any]:
+    return func.least(_timeout_in(), _silent_in())  # which passes over NULL
+
+
+def _due_to() -> ColumnElement[Any]:
+    silent_first = _silent_in() < func.coalesce(_timeout_in(), cast(_literal("infinity"), Float))
+    return case((silent_first, _literal("heartbeat")), else_=_literal("timeout"))
+
+
+def _given(name: str, kind: Any) -> Any:
+    return cast(bindparam(name, type_=kind), kind)
+
+
+def _payload() -> Any:
+    return cast(_given("payload", Text()), JSONB)
+
+
+def _hold_statement() -> Any:
+    # The workflow first, as whoever deletes it does.
+    owner = materialized(
+        select(WORKFLOW.c.id)
+        .where(WORKFLOW.c.id == _given("owner_id", PG_UUID()))
+        .with_for_update(read=True, key_share=True, of=WORKFLOW),
+        "owner",
+    )
+    digest = func.encode(func.sha256(func.convert_to(_made("token"), _literal("UTF8"))), _literal("hex"))
+    return (
+        select(STEP.c.key)
+        .join(owner, owner.c.id == STEP.c.workflow_id)
+        .where(is_callback(), digest == _given("digest", Text()))
+        .with_for_update(key_share=True, of=STEP)
+    )
+
+
+def _is_outcome() -> ColumnElement[bool]:
+    return SIGNAL.c.key == _literal(OUTCOME)
+
+
+def _look_statement() -> Any:
+    wanted = _given("signal_name", Text())
+    callback = and_(
+        STEP.c.workflow_id == WORKFLOW.c.id,
+        STEP.c.key == _given("callback_key", Text()),
+        is_callback(),
+        _made("signal") == func.coalesce(wanted, _made("signal")),
+    )
+    outcome = and_(SIGNAL.c.workflow_id == STEP.c.workflow_id, SIGNAL.c.name == _made("signal"), _is_outcome())
+    return (
+        select(
+            WORKFLOW.c.status,
+            _made("signal").label("signal"),
+            SIGNAL.c.id.is_not(None).label("is_answered"),
+            (SIGNAL.c.payload == _payload()).label("is_same"),
+            _json_in(SIGNAL.c.payload, "value").label("value"),
+            _text_in(SIGNAL.c.payload, "error").label("error"),
+            _json_in(SIGNAL.c.payload, "details").label("details"),
+            _text_in(SIGNAL.c.payload, "expired").label("expired"),
+            _due_in().label("due_in"),
+            _due_to().label("due_to"),
+        )
+        .select_from(WORKFLOW.outerjoin(STEP, callback).outerjoin(SIGNAL, outcome))
+        .where(WORKFLOW.c.id == _given("owner_id", PG_UUID()))
+    )
+
+
+def _insert_outcome(source: Any, *more: str) -> Any:
+    return (
+        insert(SIGNAL)
+        .from_select(["workflow_id", "name", "payload", "key", *more], source, include_defaults=False)
+        .on_conflict_do_nothing(index_elements=["workflow_id", "name", "key"], index_where=SIGNAL.c.key.is_not(None))
+        .returning(SIGNAL.c.id)
+    )
+
+
+def _answer_statement() -> Any:
+    given = _given("owner_id", PG_UUID()), _given("signal_name", Text()), _payload()
+    return _insert_outcome(select(*given, _literal(OUTCOME)))
+
+
+def _beat_statement() -> Any:
+    this = STEP.c.workflow_id == bindparam("owner_id", type_=PG_UUID())
+    return (
+        update(STEP)
+        .where(this, STEP.c.key == bindparam("callback_key", type_=Text()), is_callback())
+        .values(finished_at=func.greatest(func.statement_timestamp(), STEP.c.started_at))
+    )
+
+
+def _expire_statement() -> Any:
+    owned = own_row()
+    expired = materialized(
+        select(STEP.c.workflow_id, _made("signal").label("signal"), _due_to().label("due_to"))
+        .join(owned, owned.c.id == STEP.c.workflow_id)
+        .where(STEP.c.key == _given("callback_key", Text()), is_callback(), _due_in() <= literal_column("0"))
+        .with_for_update(key_share=True, skip_locked=True, of=STEP),
+        "expired",
+    )
+    payload = func.jsonb_build_object(_literal("expired"), expired.c.due_to)
+    source = select(expired.c.workflow_id, expired.c.signal, payload, _literal(OUTCOME), func.statement_timestamp())
+    written = _insert_outcome(source, "delivered_at").cte("written")
+    return select(_any(owned).label("owned"), _any(expired).label("expired")).add_cte(written)
+
+
+def _any(rows: CTE) -> Any:
+    return select(literal_column("1", type_=Text())).select_from(rows).exists()
+
+
+_HOLD = _hold_statement()
+_LOOK = _look_statement()
+_ANSWER = _answer_statement()
+_BEAT = _beat_statement()
+_EXPIRE = _expire_statement()
