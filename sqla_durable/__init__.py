@@ -15,7 +15,7 @@ from sqla_durable.callbacks import (
 )
 from sqla_durable.children import AsyncChild, Child, as_completed, wait_first
 from sqla_durable.context import current
-from sqla_durable.durable import Durable, run_step
+from sqla_durable.durable import Durable
 from sqla_durable.events import get_event, set_event
 from sqla_durable.execution import Execution
 from sqla_durable.executor import AsyncExecutor, Executor
@@ -30,7 +30,13 @@ from sqla_durable.saga import Saga
 from sqla_durable.signals import signal, start_with_signal, wait_signal
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
 from sqla_durable.status import StepStatus, WorkflowStatus
-from sqla_durable.step_functions import AsyncStepFunction, AsyncTransactionalStep, StepFunction, TransactionalStep
+from sqla_durable.step_functions import (
+    AsyncStepFunction,
+    AsyncTransactionalStep,
+    StepFunction,
+    TransactionalStep,
+    run_step,
+)
 from sqla_durable.streams import StreamEntry, close_stream, read_stream, write_stream
 from sqla_durable.threads import parallel
 from sqla_durable.timers import now, random, sleep, sleep_until, uuid4

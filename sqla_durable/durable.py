@@ -23,7 +23,6 @@ from sqla_durable.step_functions import (
     AsyncTransactionalStep,
     StepFunction,
     TransactionalStep,
-    perform,
 )
 
 P = ParamSpec("P")
@@ -155,6 +154,7 @@ class Durable:
         isolation_level: IsolationLevel | None = None,
         timeout: timedelta | None = None,
         total_timeout: timedelta | None = None,
+        heartbeat_timeout: timedelta | None = None,
     ) -> AsyncTransactionalStep[P, R]: ...
 
     @overload
@@ -170,6 +170,7 @@ class Durable:
         isolation_level: IsolationLevel | None = None,
         timeout: timedelta | None = None,
         total_timeout: timedelta | None = None,
+        heartbeat_timeout: timedelta | None = None,
     ) -> TransactionalStep[P, R]: ...
 
     @overload
@@ -185,6 +186,7 @@ class Durable:
         isolation_level: IsolationLevel | None = None,
         timeout: timedelta | None = None,
         total_timeout: timedelta | None = None,
+        heartbeat_timeout: timedelta | None = None,
     ) -> AsyncStepFunction[P, R]: ...
 
     @overload
@@ -200,6 +202,7 @@ class Durable:
         isolation_level: IsolationLevel | None = None,
         timeout: timedelta | None = None,
         total_timeout: timedelta | None = None,
+        heartbeat_timeout: timedelta | None = None,
     ) -> StepFunction[P, R]: ...
 
     @overload
@@ -214,6 +217,7 @@ class Durable:
         isolation_level: IsolationLevel | None = None,
         timeout: timedelta | None = None,
         total_timeout: timedelta | None = None,
+        heartbeat_timeout: timedelta | None = None,
     ) -> StepDecorator: ...
 
     def step(
@@ -228,6 +232,7 @@ class Durable:
         isolation_level: IsolationLevel | None = None,
         timeout: timedelta | None = None,
         total_timeout: timedelta | None = None,
+        heartbeat_timeout: timedelta | None = None,
     ) -> Any:
         """Make a function a step, as a decorator with or without options, or at run time of any callable.
 
@@ -249,12 +254,15 @@ class Durable:
                 any other; a transactional step is rolled back.
             total_timeout: how long all tries and the waits between them may take, from the beginning of the first, on
                 whatever workers. Then, or when the next try would begin later, the outcome is a `StepTimeoutError`.
+            heartbeat_timeout: of a plain step: how long each try may go on without calling `heartbeat`, from its
+                beginning on. What is `async def` is cancelled then; in a `def` the next `heartbeat` raises, and what
+                comes back without one has failed. The error is a `HeartbeatTimeoutError`, of which the same is true.
 
         Raises:
             DefinitionError: the function cannot be a step, or another one has the name.
         """
         policy = RetryPolicy.of(retry=retry, stop=stop, wait=wait)
-        limits = TimeLimits.of(timeout=timeout, total_timeout=total_timeout)
+        limits = TimeLimits.of(timeout=timeout, total_timeout=total_timeout, heartbeat_timeout=heartbeat_timeout)
         decorator = StepDecorator(self, name=name, policy=policy, isolation_level=isolation_level, time_limits=limits)
         return decorator if fn is None else decorator(fn)
 
@@ -348,45 +356,3 @@ _STEP_CLASSES: dict[tuple[SessionKind, bool], Callable[[StepDefinition], Any]] =
     (SessionKind.SYNC, False): TransactionalStep,
     (SessionKind.ASYNC, True): AsyncTransactionalStep,
 }
-
-
-@overload
-def run_step(
-    name: str, fn: Callable[Concatenate[AsyncSession, P], Async[R]], /, *args: P.args, **kwargs: P.kwargs
-) -> Async[R]: ...
-
-
-@overload
-def run_step(name: str, fn: Callable[Concatenate[Session, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
-
-
-@overload
-def run_step(name: str, fn: Callable[P, Async[R]], /, *args: P.args, **kwargs: P.kwargs) -> Async[R]: ...
-
-
-@overload
-def run_step(name: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
-
-
-def run_step(name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Call any function as a step of the workflow that the code is in, under this name.
-
-    ```python
-    answer = await run_step("ask", client.complete, prompt)
-    ```
-
-    Guarantees what a step of `durable.step` does; outside a workflow it is a plain call. In an `async def` workflow
-    await the call, of a sync function too.
-
-    Args:
-        name: the step's identity in the workflow, with its occurrence.
-        fn: a function, closure or bound method; a first parameter annotated as a session gets it injected.
-        *args: its arguments, which are not stored.
-        **kwargs: the same, by name.
-
-    Raises:
-        DefinitionError: the function cannot be a step.
-        UsageError: another function has the name in this workflow.
-        Exception: the step's own error.
-    """
-    return perform(StepDefinition.of(fn, name=name), None, args, kwargs)

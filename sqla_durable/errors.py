@@ -42,6 +42,7 @@ DurableError
 │   ├── WorkflowTimeoutError          it was not finished at its deadline
 │   └── MaxAttemptsError              its workers died too often
 ├── StepTimeoutError              (also TimeoutError) a step was not done within its time
+│   └── HeartbeatTimeoutError         a plain step reported nothing for too long
 ├── StepFailedError               a step's own exception type cannot be rebuilt here
 ├── SchemaError                   the tables and this package do not fit together
 │   ├── SchemaMissingError
@@ -108,10 +109,7 @@ class StreamClosedError(UsageError):
 
 
 class RetryPolicyError(UsageError):
-    """What a step was given as `retry`, `stop` or `wait` raised, or gave something that is no number of seconds.
-
-    It is the step's outcome, recorded like any other error: so a replay takes the same way.
-    """
+    """What a step was given as `retry`, `stop` or `wait` raised, or gave no number of seconds: the step's outcome."""
 
 
 class HistoryLimitError(UsageError):
@@ -340,10 +338,7 @@ class WorkflowCancelledError(WorkflowError):
 
 
 class WorkflowTimeoutError(WorkflowError, TimeoutError):
-    """The workflow was not finished at its deadline. What was committed before stands; `resume` gives it more time.
-
-    Not one with a saga, which has undone what it did.
-    """
+    """The workflow was not finished at its deadline; `resume` gives it more time, unless sagas have undone it."""
 
 
 class MaxAttemptsError(WorkflowError):
@@ -362,6 +357,10 @@ class StepTimeoutError(DurableError, TimeoutError):
         super().__init__(message)
         self.step = step
         self.seconds = seconds
+
+
+class HeartbeatTimeoutError(StepTimeoutError):
+    """A plain step was silent for longer than its `heartbeat_timeout`."""
 
 
 class StepFailedError(DurableError):

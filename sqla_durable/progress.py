@@ -29,13 +29,16 @@ def heartbeat(details: object = None) -> Awaitable[None]:
     `current().details`, whichever worker executes it. The first call is committed when it returns; after that there is
     at most one statement a second: details that come sooner wait for the next call after it, or for the end of the try,
     and a worker that dies before loses them. Refused to an attempt that no longer owns its workflow: the
-    step of a cancelled workflow ends here. Outside a workflow nothing happens.
+    step of a cancelled workflow ends here. With `heartbeat_timeout=` a step has failed that does not call this for so
+    long; a `def` one ends here then, and likewise when its `timeout` is over. Outside a workflow nothing happens.
 
     Args:
         details: of any type that can be stored as JSON, and read as what JSON knows; None leaves those that are there.
 
     Raises:
         EncodingError, PayloadTooLargeError: they cannot be stored, or are too large.
+        HeartbeatTimeoutError: the step has been silent for longer than its `heartbeat_timeout`; nothing is reported.
+        StepTimeoutError: the time of the try is over; likewise.
         UsageError: this is not a plain step.
     """
     context = active()

@@ -61,7 +61,7 @@ class StepDefinition:
 
         Raises:
             DefinitionError: it has no usable name, mixes a sync session with async code, or asks for an isolation
-                level that it cannot have.
+                level or a heartbeat timeout that it cannot have.
         """
         definition = cls(
             name=name_of(fn, name, what="step"),
@@ -75,6 +75,7 @@ class StepDefinition:
         )
         _refuse_mixed(definition)
         _refuse_isolation(definition)
+        _refuse_heartbeat(definition)
         return definition
 
     @functools.cached_property
@@ -285,6 +286,15 @@ def _refuse_isolation(definition: StepDefinition) -> None:
         raise DefinitionError(
             f"step {definition.name!r} asks for isolation_level={definition.isolation_level!r} and takes no session: "
             "only a step that takes a Session or an AsyncSession has a transaction."
+        )
+
+
+def _refuse_heartbeat(definition: StepDefinition) -> None:
+    given = None if definition.time_limits is None else definition.time_limits.heartbeat_timeout
+    if given is not None and definition.session is not SessionKind.NONE:
+        raise DefinitionError(
+            f"step {definition.name!r} has heartbeat_timeout={given!r} and takes a session: only a plain step gives "
+            "heartbeats. Give it a timeout, or do what takes long in a step without a session."
         )
 
 

@@ -10,8 +10,8 @@ import asyncio
 import concurrent.futures
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from sqla_durable.context import Context, Fork
 from sqla_durable.errors import UsageError
 from sqla_durable.inspection import SessionKind
 from sqla_durable.interceptors import Around, entered, entered_async
-from sqla_durable.limits import Limit
+from sqla_durable.limits import Watch
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.runtime import Operation, StepCall, execution_of, run_blocking
 from sqla_durable.operations.step import run_step
@@ -134,9 +134,9 @@ class BlockingRuntime(BaseRuntime):
         with self.context(step).entered(), entered(self.around(step)):
             yield
 
-    async def call(self, call: StepCall, *injected: object, limit: Limit | None = None) -> Any:
+    async def call(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Any:
         """Call a step's function; one that comes back too late has failed."""
-        with self.context(call).entered(), nullcontext() if limit is None else limit.measured():
+        with self.context(call).entered(), _measured(watch):
             return call.definition.fn(*injected, *call.args, **call.kwargs)
 
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
@@ -205,16 +205,16 @@ class AsyncRuntime(BaseRuntime):
             async with entered_async(self.around(step)):
                 yield
 
-    async def call(self, call: StepCall, *injected: object, limit: Limit | None = None) -> Any:
+    async def call(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Any:
         """Call a step's function, and cancel it in time; one in a thread has failed if it comes back too late."""
         function = call.definition.fn
         with replace(self.context(call), operate=self._operate_from(asyncio.get_running_loop())).entered():
             if call.definition.is_async:
                 awaited = function(*injected, *call.args, **call.kwargs)
-                return await (awaited if limit is None else _cut_off(awaited, limit))
+                return await (awaited if watch is None else _cut_off(awaited, watch))
             # Never left to itself: the next try must not begin beside it.
-            with nullcontext() if limit is None else limit.measured():
-                return await self.in_thread(lambda: _returned(lambda: function(*injected, *call.args, **call.kwargs)))
+            bound = partial(function, *injected, *call.args, **call.kwargs)
+            return await self.in_thread(lambda: _returned(bound, watch))
 
     def _operate_from(self, loop: asyncio.AbstractEventLoop) -> Callable[[Position, Operation], Any]:
         """Give `operate` for a step's function, whose code may be in another thread: there it waits for the loop."""
@@ -249,19 +249,47 @@ class AsyncRuntime(BaseRuntime):
         tasks.abandon(self.attempt)
 
 
-async def _cut_off(awaited: Awaitable[T], limit: Limit) -> T:
+async def _cut_off(awaited: Awaitable[T], watch: Watch) -> T:
     """Await, and cancel what is not done in time; also what catches its cancellation and returns is too late."""
-    timer = asyncio.timeout(limit.seconds)
+    watch.begin()
+    timer = asyncio.timeout(None)
     try:
         async with timer:
-            value = await awaited
-    except TimeoutError as error:
+            with _lookout(timer, watch):
+                value = await awaited
+    except TimeoutError:
         if timer.expired():
-            raise limit.exceeded() from error
+            watch.check()
         raise
     if timer.expired():
-        raise limit.exceeded()
+        watch.check()
     return value
+
+
+@contextmanager
+def _lookout(timer: asyncio.Timeout, watch: Watch) -> Generator[None]:
+    """Let a timer expire when a limit is reached; heartbeats put that off."""
+    loop = asyncio.get_running_loop()
+    next_look: asyncio.TimerHandle | None = None
+
+    def look() -> None:
+        nonlocal next_look
+        left = watch.left
+        if left > 0:
+            next_look = loop.call_later(left, look)
+        else:
+            timer.reschedule(loop.time())
+
+    look()
+    try:
+        yield
+    finally:
+        if next_look is not None:
+            next_look.cancel()
+
+
+def _measured(watch: Watch | None) -> AbstractContextManager[None]:
+    return nullcontext() if watch is None else watch.measured()
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -286,12 +314,13 @@ def _result(future: concurrent.futures.Future[T]) -> T:
         raise AttemptLost from error
 
 
-def _returned(function: Callable[[], T]) -> T:
+def _returned(function: Callable[[], T], watch: Watch | None) -> T:
     """Call a function in a thread; a StopIteration becomes what it becomes in a coroutine.
 
     A future does not take one, and an `await` of it would never end. Source: Python's PEP 479.
     """
     try:
-        return function()
+        with _measured(watch):
+            return function()
     except StopIteration as error:
         raise RuntimeError(f"the step raised {error!r}") from error

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, Generic, NoReturn, ParamSpec, Self, TypeVar, cast, overload
+from typing import Any, Concatenate, Generic, NoReturn, ParamSpec, Self, TypeVar, cast, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -21,6 +21,7 @@ from sqla_durable.retry import Tries, WaitFunction, until_true
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
+T = TypeVar("T")
 
 
 def perform(definition: StepDefinition, key: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -177,3 +178,47 @@ def _refuse_mismatch(context: Context, definition: StepDefinition, args: tuple[A
 
 def _a(kind: type) -> str:
     return f"a{'n' if kind.__name__[0] in 'AEIOU' else ''} {kind.__name__}"
+
+
+@overload
+def run_step(
+    name: str, fn: Callable[Concatenate[AsyncSession, P], Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs
+) -> Coroutine[Any, Any, T]: ...
+
+
+@overload
+def run_step(name: str, fn: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+
+
+@overload
+def run_step(
+    name: str, fn: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs
+) -> Coroutine[Any, Any, T]: ...
+
+
+@overload
+def run_step(name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+
+
+def run_step(name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call any function as a step of the workflow that the code is in, under this name.
+
+    ```python
+    answer = await run_step("ask", client.complete, prompt)
+    ```
+
+    Guarantees what a step of `durable.step` does; outside a workflow it is a plain call. In an `async def` workflow
+    await the call, of a sync function too.
+
+    Args:
+        name: the step's identity in the workflow, with its occurrence.
+        fn: a function, closure or bound method; a first parameter annotated as a session gets it injected.
+        *args: its arguments, which are not stored.
+        **kwargs: the same, by name.
+
+    Raises:
+        DefinitionError: the function cannot be a step.
+        UsageError: another function has the name in this workflow.
+        Exception: the step's own error.
+    """
+    return perform(StepDefinition.of(fn, name=name), None, args, kwargs)

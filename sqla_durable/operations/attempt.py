@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from uuid import UUID
 
 from sqla_durable.errors import HistoryLimitError, UnfinishedStepError, UsageError
 from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
+from sqla_durable.limits import Watch
 from sqla_durable.operations.branch import Branches
 from sqla_durable.operations.changes import Visits
 from sqla_durable.store import Awaited, Claimed, Fence, Recorded
@@ -71,10 +72,12 @@ class Progress:
 
     Attributes:
         details: the last that it has reported, as JSON text, in an earlier attempt perhaps.
+        watch: the limits of the try that is being made, if it has some.
     """
 
     def __init__(self, details: str | None) -> None:
         self.details = details
+        self.watch: Watch | None = None
         self._sent_at = float("-inf")
         self._unsent = False
 
@@ -84,15 +87,28 @@ class Progress:
         return self._unsent
 
     def report(self, details: str | None, *, interval: float) -> bool:
-        """Note details; tell whether they are to be sent now, `interval` seconds after the last ones."""
+        """Note details; tell whether they are to be sent now, `interval` seconds after the last ones.
+
+        Raises:
+            StepTimeoutError: the try has been silent for too long, or its time is over.
+        """
+        if self.watch is not None:
+            self.watch.hear()
         self.details = self.details if details is None else details
         self._unsent = True
         return time.monotonic() - self._sent_at >= interval
 
-    def sent(self) -> None:
-        """Note that the newest details are on their way."""
+    @contextmanager
+    def sending(self) -> Generator[None]:
+        """Send the newest details; if that is cut off, they are not sent yet."""
         self._sent_at = time.monotonic()
         self._unsent = False
+        try:
+            with nullcontext() if self.watch is None else self.watch.writing():
+                yield
+        except BaseException:
+            self._unsent = True
+            raise
 
 
 class Attempt:

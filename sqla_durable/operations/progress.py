@@ -29,8 +29,8 @@ async def send(runtime: Runtime, call: StepCall) -> None:
         AttemptLost: the attempt no longer owns the workflow.
     """
     reported = runtime.attempt.progress(call.position)
-    reported.sent()
-    await runtime.execute(partial(progress.report, checkpoint=_running(runtime, call), details=reported.details))
+    with reported.sending():
+        await runtime.execute(partial(progress.report, checkpoint=_running(runtime, call), details=reported.details))
 
 
 def _running(runtime: Runtime, call: StepCall) -> Checkpoint:

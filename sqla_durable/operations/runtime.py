@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 from sqla_durable.errors import SyncAsyncError
 from sqla_durable.execution import Execution
-from sqla_durable.limits import Limit
+from sqla_durable.limits import Watch
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import StepDefinition
@@ -57,11 +57,11 @@ class Runtime(Protocol):
         """The attempt that this runtime carries."""
         ...
 
-    async def call(self, call: StepCall, *injected: object, limit: Limit | None = None) -> Any:
+    async def call(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Any:
         """Call the step's function, sync or async, with the injected arguments first.
 
         Raises:
-            StepTimeoutError: it is not done within the limit.
+            StepTimeoutError: it is not done within its limits.
         """
 
     def intercepted(self, step: StepCall | None = None) -> AbstractAsyncContextManager[None]:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from sqla_durable.errors import DefinitionError, PayloadError, RetryPolicyError, UsageError
 from sqla_durable.failure import Failure
 from sqla_durable.inspection import SessionKind
-from sqla_durable.limits import TimeLimits
+from sqla_durable.limits import TimeLimits, Watch
 from sqla_durable.operations.attempt import Wait
 from sqla_durable.operations.boundary import Boundary
 from sqla_durable.operations.outcome import outcome_of
@@ -201,17 +201,20 @@ class _Execution:
         """Call the step's function, inside the interceptors; what they are around includes the flush."""
         interceptors = self._attempt.interceptors
         injected = () if transaction is None else (transaction.injected,)
-        age, key = self._call.tries.age, self._call.position.key
-        limit = None if self._limits is None else self._limits.of_try(key, age)
+        watch = self._attempt.progress(self._call.position).watch = self._watch()
         if not interceptors.steps and (transaction is None or not interceptors.transactions):
-            return await self._runtime.call(self._call, *injected, limit=limit)
+            return await self._runtime.call(self._call, *injected, watch=watch)
         async with self._runtime.intercepted(self._call):
             if transaction is not None:
                 await transaction.execute(self._intercept_transaction)
-            value = await self._runtime.call(self._call, *injected, limit=limit)
+            value = await self._runtime.call(self._call, *injected, watch=watch)
             if transaction is not None:
                 await transaction.execute(Session.flush)
             return value
+
+    def _watch(self) -> Watch | None:
+        limits = self._limits
+        return None if limits is None else limits.of_try(self._call.position.key, self._call.tries.age)
 
     def _intercept_transaction(self, session: Session) -> None:
         execution = execution_of(self._attempt, self._call)

@@ -324,7 +324,7 @@ def test_a_cancel_ends_a_step_before_its_timeout_and_a_resume_does_not_give_it_m
 
 
 @pytest.mark.parametrize("given", [timedelta(), timedelta(seconds=-1), 5])
-@pytest.mark.parametrize("name", ["timeout", "total_timeout"])
+@pytest.mark.parametrize("name", ["timeout", "total_timeout", "heartbeat_timeout"])
 def test_a_limit_that_is_no_time_is_refused(name: str, given: Any) -> None:
     with pytest.raises(errors.DefinitionError, match=rf"^{name}=.*timedelta\(seconds=30\)"):
         Durable().step(lambda: None, name="call", **{name: given})

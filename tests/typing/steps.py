@@ -51,6 +51,11 @@ def charge(order_id: int, cents: int = 0) -> Receipt:
     raise NotImplementedError
 
 
+@durable.step(heartbeat_timeout=timedelta(seconds=30))
+async def import_lines() -> int:
+    raise NotImplementedError
+
+
 @durable.step(name="acharge", stop=tenacity.stop_after_attempt(3), wait=tenacity.wait_exponential(max=60))
 async def acharge(order_id: int, cents: int = 0) -> Receipt:
     raise NotImplementedError
@@ -77,6 +82,7 @@ def only_session(session: Session) -> None: ...
 def kinds(session: Session, async_session: AsyncSession) -> None:
     assert_type(no_arguments, StepFunction[[], None])
     assert_type(only_session, TransactionalStep[[], None])
+    assert_type(import_lines, AsyncStepFunction[[], int])
     as_step: StepFunction[..., Receipt] = charge
     as_async: AsyncStepFunction[..., Receipt] = acharge
     as_transactional: TransactionalStep[..., Receipt] = reserve_with_options
