@@ -1,4 +1,4 @@
-"""Hints to workers: after the caller's transaction has committed, a NOTIFY says on which queue there is something.
+"""Hints to workers: after the caller's transaction has committed, a NOTIFY says where there is something to look at.
 
 Workers find everything by polling; a hint only hastens it, and losing one loses nothing. It is sent in nobody's
 transaction, on a connection of its own, at once and then at most every `INTERVAL` for each pool of connections.
@@ -26,10 +26,10 @@ from sqlalchemy.pool import Pool
 from sqla_durable.models import Workflow
 from sqla_durable.store import hints, schema
 from sqla_durable.store.drivers import alone
-from sqla_durable.store.hints import EVERYWHERE, Hint
+from sqla_durable.store.hints import EVERYWHERE, Hint, to_queue, to_worker
 from sqla_durable.undisturbed import Undisturbed
 
-__all__ = ["EVERYWHERE", "INTERVAL", "announce"]
+__all__ = ["EVERYWHERE", "INTERVAL", "announce", "to_queue", "to_worker"]
 
 INTERVAL = 0.01
 """How many seconds at least are between two notifications of one process on one pool of connections."""
@@ -43,8 +43,8 @@ _KEY = "sqla_durable.hints"  # in Session.info
 _SHARED = (StaticPool, SingletonThreadPool, AssertionPool)
 
 
-def announce(session: Session, queue: str) -> None:
-    """Tell workers of a queue once the session's transaction has committed; nothing if it rolls back.
+def announce(session: Session, *payloads: str) -> None:
+    """Tell workers something once the session's transaction has committed; nothing if it rolls back.
 
     Executes nothing in the transaction or on its connection, waits for nothing and never fails. At most once: what
     cannot be sent is dropped. A savepoint that is rolled back takes no hint with it, and a session that has joined an
@@ -53,14 +53,17 @@ def announce(session: Session, queue: str) -> None:
 
     Args:
         session: the caller's session, in the transaction that changed something.
-        queue: the queue to look at; `EVERYWHERE` for all of them, and for timers.
+        *payloads: `to_queue(...)` for one queue, `EVERYWHERE` for all of them and for timers; `to_worker(...)` for a
+            worker from which something was taken that it is executing.
     """
+    if not payloads:
+        return
     announced: _Announced | None = session.info.get(_KEY)
     if announced is None or announced.transaction is not session.get_transaction():
         channel = hints.channel(schema.schema_of(session))  # which begins the transaction, if nothing else has
         engine = session.get_bind(Workflow).engine
         session.info[_KEY] = announced = _Announced(session.get_transaction(), engine, channel)
-    announced.queues.add(queue)
+    announced.payloads.update(payloads)
 
 
 @dataclass(slots=True)
@@ -70,7 +73,7 @@ class _Announced:
     transaction: SessionTransaction | None
     engine: Engine
     channel: str
-    queues: set[str] = field(default_factory=set[str])
+    payloads: set[str] = field(default_factory=set[str])
 
 
 @event.listens_for(Session, "after_commit")
@@ -87,7 +90,7 @@ def _send(announced: _Announced) -> None:
     try:
         way = _Way(announced.engine, announced.engine.pool)
         if not isinstance(way.pool, _SHARED):
-            _sender_of(way).send(way, {hints.hint(announced.channel, queue) for queue in announced.queues})
+            _sender_of(way).send(way, {(announced.channel, each) for each in announced.payloads})
     except Exception as error:  # such as a thread that cannot be started any more: the caller has committed
         _drop(error)
 

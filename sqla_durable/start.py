@@ -203,14 +203,13 @@ def _start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]:
     ids: dict[UUID, UUID] = {}
     while batch := list(islice(ordered, _BATCH)):
         ids |= zip((new.id for new in batch), starts.insert_many(session, batch), strict=True)
-    for where in {_where(new) for new in given}:
-        hints.announce(session, where)
+    hints.announce(session, *{_where(new) for new in given})
     return [ids[new.id] for new in given]
 
 
 def _where(new: NewWorkflow) -> str:
     """Tell where workers are to look: one with a delay is on no queue yet, and is the next timer perhaps."""
-    return hints.EVERYWHERE if new.delay is not None or new.wake_at is not None else new.queue
+    return hints.EVERYWHERE if new.delay is not None or new.wake_at is not None else hints.to_queue(new.queue)
 
 
 def _checked(bound: BoundWorkflow) -> BoundWorkflow:

@@ -14,6 +14,19 @@ LAST_MOMENT = 3.0
 """How many seconds a task goes on at most that is cancelled: on a busy machine connecting takes its time."""
 
 
+async def undisturbed(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Await something to its end, also if this is cancelled meanwhile: then in its last moment, before that goes on."""
+    task = Undisturbed(coroutine)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # seen
+        raise
+
+
 class Undisturbed(asyncio.Task[T]):
     """A task that has a last moment when it is cancelled, as all are at the end of `asyncio.run()`, which waits for it.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator
 from datetime import timedelta
 from itertools import combinations_with_replacement
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import (
@@ -26,12 +27,15 @@ from sqlalchemy import (
     StaticPool,
     create_engine,
     event,
+    func,
     make_url,
+    select,
+    update,
 )
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from sqla_durable import Durable, Executor, cancel, hints, resume, start_many
+from sqla_durable import Durable, Executor, Workflow, cancel, hints, resume, start_many
 from sqla_durable.hints import EVERYWHERE, announce
 from sqla_durable.models import Base
 from tests.support.databases import translated
@@ -131,7 +135,7 @@ def test_hint_comes_after_the_commit_and_not_before(own: Engine, ear: Ear) -> No
         commit_hint(own, "meanwhile")
         assert ear.hears() == ["meanwhile"]
         session.commit()
-        assert ear.hears() == ["mail"]
+        assert ear.hears() == ["q:mail"]
 
 
 @pytest.mark.parametrize("durable_schema", ["durable", "tenant_7"], indirect=True)
@@ -145,9 +149,9 @@ async def test_hint_comes_after_the_commit_of_an_async_session(
         await mail.start(session)
         await plain.start(other)
         await other.commit()
-        assert await asyncio.to_thread(ear.hears) == ["default"]
+        assert await asyncio.to_thread(ear.hears) == ["q:default"]
         await session.commit()
-        assert await asyncio.to_thread(ear.hears) == ["mail"]
+        assert await asyncio.to_thread(ear.hears) == ["q:mail"]
     await engine.dispose()
 
 
@@ -157,7 +161,7 @@ def test_rolled_back_start_gives_no_hint(own: Engine, ear: Ear) -> None:
         session.rollback()
         plain.start(session)
         session.commit()
-    assert ear.hears() == ["default"]
+    assert ear.hears() == ["q:default"]
 
 
 def test_session_that_is_closed_or_resets_gives_no_hint(own: Engine, ear: Ear) -> None:
@@ -177,12 +181,12 @@ def test_released_savepoint_gives_no_hint_before_the_commit(own: Engine, ear: Ea
         commit_hint(own, "meanwhile")
         assert ear.hears() == ["meanwhile"]
         session.commit()
-    assert ear.hears() == ["mail"]
+    assert ear.hears() == ["q:mail"]
 
 
 def test_session_gives_hints_transaction_by_transaction(own: Engine, ear: Ear) -> None:
     with Session(own) as session:
-        for workflow, queue in ((mail, "mail"), (plain, "default"), (mail, "mail")):
+        for workflow, queue in ((mail, "q:mail"), (plain, "q:default"), (mail, "q:mail")):
             workflow.start(session)
             session.commit()
             assert ear.hears() == [queue]
@@ -195,7 +199,7 @@ def test_session_bound_to_a_connection_gives_hints(own: Engine, ear: Ear) -> Non
     with own.connect() as connection, Session(connection, join_transaction_mode="create_savepoint") as session:
         mail.start(session)
         session.commit()
-        assert ear.hears() == ["mail"]
+        assert ear.hears() == ["q:mail"]
 
 
 def test_session_of_several_engines_gives_hints_where_our_tables_are(own: Engine, ear: Ear) -> None:
@@ -204,7 +208,7 @@ def test_session_of_several_engines_gives_hints_where_our_tables_are(own: Engine
         mail.start(session)
         session.commit()
     elsewhere.dispose()
-    assert ear.hears() == ["mail"]
+    assert ear.hears() == ["q:mail"]
 
 
 def test_start_with_a_delay_tells_of_a_timer(own: Engine, ear: Ear) -> None:
@@ -218,7 +222,7 @@ def test_bulk_start_tells_of_each_queue_once(own: Engine, ear: Ear) -> None:
     with Session(own) as session:
         start_many(session, [mail.bind(), plain.bind(), mail.bind(), mail.options(delay=LATER).bind()])
         session.commit()
-    assert sorted(ear.hears(3)) == [EVERYWHERE, "default", "mail"]
+    assert sorted(ear.hears(3)) == [EVERYWHERE, "q:default", "q:mail"]
     commit_hint(own, "last")
     assert ear.hears() == ["last"]
 
@@ -227,13 +231,31 @@ def test_resumed_workflow_may_be_on_any_queue(own: Engine, ear: Ear) -> None:
     with Session(own) as session:
         record = mail.start(session)
         session.commit()
-        assert ear.hears() == ["mail"]
+        assert ear.hears() == ["q:mail"]
         cancel(session, record)
         session.commit()
         resume(session, record)
         session.commit()
         assert ear.hears() == [EVERYWHERE]
         assert resume(session, record) == []
+        session.commit()
+    commit_hint(own, "last")
+    assert ear.hears() == ["last"]
+
+
+def test_cancel_tells_each_worker_once_that_executes_something_of_it(own: Engine, ear: Ear) -> None:
+    worker_id = uuid4()
+    with Session(own) as session:
+        ids = start_many(session, [mail.bind() for _ in range(5)])
+        running = {"status": "running", "token": uuid4(), "worker_id": worker_id, "started_at": func.now()}
+        session.execute(update(Workflow).where(Workflow.id.in_(ids[:3])).values(running))
+        session.commit()
+        assert ear.hears() == ["q:mail"]
+        assert cancel(session, ids[3]) == [ids[3]]
+        assert len(cancel(session, select(Workflow))) == 4
+        session.commit()
+        assert ear.hears() == [f"w:{worker_id}"]
+        cancel(session, select(Workflow))
         session.commit()
     commit_hint(own, "last")
     assert ear.hears() == ["last"]
@@ -253,7 +275,7 @@ def test_caller_executes_nothing_for_a_hint(make: Make, ear: Ear) -> None:
         mail.start(session)
         own = session.connection()
         session.commit()
-        assert ear.hears() == ["mail"]
+        assert ear.hears() == ["q:mail"]
     assert len(statements.notifying) == 1
     assert own not in statements.notifying
 
@@ -330,11 +352,11 @@ def test_engine_that_is_disposed_of_while_a_hint_is_sent_leaves_no_connection(
             there.set()
             assert disposed.wait(PATIENCE)
 
-    commit_hint(engine, "mail")
+    commit_hint(engine, "q:mail")
     assert there.wait(PATIENCE)
     engine.dispose()
     disposed.set()
-    assert ear.hears() == ["mail"]
+    assert ear.hears() == ["q:mail"]
     join_senders()
     assert connections.opened == []
 
@@ -427,7 +449,7 @@ def test_each_event_loop_sends_its_own(direct_url: str, ear: Ear, driver: str) -
         async with AsyncSession(engine) as session:
             await mail.start(session)
             await session.commit()
-        assert await asyncio.to_thread(ear.hears) == ["mail"]
+        assert await asyncio.to_thread(ear.hears) == ["q:mail"]
         await engine.dispose()
 
     asyncio.run(start())
@@ -436,8 +458,8 @@ def test_each_event_loop_sends_its_own(direct_url: str, ear: Ear, driver: str) -
 
 def test_sender_keeps_no_engine(direct_url: str, ear: Ear) -> None:
     engine = create_engine(direct_url)
-    commit_hint(engine, "mail")
-    assert ear.hears() == ["mail"]
+    commit_hint(engine, "q:mail")
+    assert ear.hears() == ["q:mail"]
     join_senders()
     engine.dispose()
     kept = weakref.ref(engine)

@@ -18,7 +18,7 @@ from sqla_durable.management.selection import Selected, perform
 from sqla_durable.models import Workflow
 from sqla_durable.retry import sqlstate
 from sqla_durable.store import management, trees
-from sqla_durable.store.selection import Wanted
+from sqla_durable.store.selection import Wanted, workers_of
 
 _REFERENCED = ("23503", "23001")  # foreign_key_violation, restrict_violation
 
@@ -41,9 +41,12 @@ def cancel(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
 
     Never commits: they are cancelled when the caller commits, and are not when it rolls back. From that commit on,
     nothing of an attempt that is executing one of them is committed any more: no checkpoint, no write of a
-    transactional step, no outcome; what was committed before is in its history. The attempt itself notices at its next
-    durable operation, or when its worker's heartbeat does. Of a cancel and an end in the same instant one is first: a
-    cancel that waited for the end gives no id, and an attempt that waited for the cancel is told that it has lost.
+    transactional step, no outcome; what was committed before is in its history. After the commit a hint tells the
+    workers that execute some of them: async code is cancelled at once, sync code notices at its next durable operation.
+    Where the hint does not arrive, the worker's heartbeat finds out.
+
+    Of a cancel and an end in the same instant one is first: a cancel that waited for the end gives no id, and an
+    attempt that waited for the cancel is told that it has lost.
 
     With a workflow its children are cancelled, and theirs, whatever is between them; those that were started detached
     are not. A workflow that is finished is left alone with its tree.
@@ -168,7 +171,8 @@ def rewind(
     deleted steps did is not undone**: their business writes stand, and so do the children that they started, which go
     on; cancel those first where that is meant.
 
-    An attempt that is executing the workflow loses it, as by `cancel`: nothing more of it is committed. A finished
+    An attempt that is executing the workflow loses it, as by `cancel`: nothing more of it is committed, and async code
+    of it is cancelled at once. A finished
     workflow loses its outcome. Never commits; locks rows in the order of ids, as `cancel` does. A deadline that has
     passed gives way to the workflow's `timeout` from now.
 
@@ -236,7 +240,9 @@ def _cancel(session: Session, wanted: Wanted) -> list[UUID]:
         with connection.begin_nested() as savepoint:
             held, complete = trees.hold_unfinished(session, wanted)
             if complete:
-                trees.cancel(session, held, wanted)
+                workers = workers_of(session, held)
+                enqueued = [hints.EVERYWHERE] if trees.cancel(session, held, wanted) else []
+                hints.announce(session, *enqueued, *map(hints.to_worker, workers))
                 return held
             savepoint.rollback()  # which gives the locks back
 
@@ -250,7 +256,9 @@ def _retry(session: Session, wanted: Wanted) -> list[UUID]:
 
 
 def _rewind(session: Session, wanted: Wanted, *, to_step: str) -> list[UUID]:
-    return _announced(session, management.rewind(session, wanted, to_step=to_step))
+    rewound, workers = management.rewind(session, wanted, to_step=to_step)
+    hints.announce(session, *map(hints.to_worker, workers))
+    return _announced(session, rewound)
 
 
 def _announced(session: Session, enqueued: list[UUID]) -> list[UUID]:

@@ -33,17 +33,21 @@ TIMEOUT_TYPE = "sqla_durable.errors:WorkflowTimeoutError"
 
 @dataclass(frozen=True, slots=True)
 class Overdue:
-    """A workflow that was failed because its deadline had come, or `undoes` what it did before."""
+    """A workflow that was failed because its deadline had come, or `undoes` what it did before.
+
+    `worker_id` is the worker that was executing it, if one was.
+    """
 
     workflow_id: UUID
     name: str
     undoes: bool
+    worker_id: UUID | None
 
 
 def fail_overdue(connectable: Connectable, *, limit: int) -> list[Overdue]:
     """Fail at most `limit` workflows whose deadline has come, those that nobody else holds; locks their rows."""
     rows = execute(connectable, _FAIL_OVERDUE, {"limit": limit})
-    return [Overdue(row.id, row.name, row.finished_at is None) for row in rows]
+    return [Overdue(row.id, row.name, row.finished_at is None, row.executing_id) for row in rows]
 
 
 def fail_one(session: Session, workflow_id: UUID) -> bool:
@@ -73,7 +77,7 @@ def reason() -> Any:
 
 def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: bool) -> Any:
     overdue = materialized(
-        select(WORKFLOW.c.id)
+        select(WORKFLOW.c.id, WORKFLOW.c.worker_id)
         .where(is_overdue(), *conditions)
         .order_by(WORKFLOW.c.deadline_at)
         .limit(limit)
@@ -97,10 +101,18 @@ def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: b
             wake_at=null(),
             awaits=null(),
         )
-        .returning(WORKFLOW.c.id, WORKFLOW.c.name, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits)
+        .returning(
+            WORKFLOW.c.id,
+            WORKFLOW.c.name,
+            WORKFLOW.c.parent_id,
+            WORKFLOW.c.finished_at,
+            WORKFLOW.c.awaits,
+            overdue.c.worker_id.label("executing_id"),
+        )
         .cte("failed")
     )
-    return select(failed.c.id, failed.c.name, failed.c.finished_at).add_cte(asking(failed).cte("asked"))
+    told = failed.c.id, failed.c.name, failed.c.finished_at, failed.c.executing_id
+    return select(*told).add_cte(asking(failed).cte("asked"))
 
 
 def _error() -> Any:

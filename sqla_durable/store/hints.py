@@ -1,15 +1,18 @@
 """The statements of hints: NOTIFY and LISTEN, for connections in autocommit that are in nobody's transaction.
 
-A hint is a channel and a queue. The channel is named after the schema that holds the tables, because notifications
-reach the whole database. An empty queue means: look everywhere.
+A hint is a channel and a payload. The channel is named after the schema that holds the tables, because notifications
+reach the whole database. The payload says of what kind the hint is, and whom it concerns: `q:mail` is for whoever
+claims from the queue `mail`, `w:` and a worker's id for that worker. One of no kind, as the empty text, is for all.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from enum import StrEnum
 from hashlib import sha256
 from typing import Any, TypeAlias
+from uuid import UUID
 
 from sqlalchemy import Connection, Engine, Text, column, func, literal, select, text
 from sqlalchemy.dialects.postgresql import ARRAY
@@ -19,8 +22,19 @@ from sqla_durable.models import SCHEMA
 Hint: TypeAlias = tuple[str, str]
 
 EVERYWHERE = ""
-"""The payload of a hint that names no queue."""
+"""The payload of a hint for every worker: to look at all there is."""
 
+
+class Kind(StrEnum):
+    """What a hint says."""
+
+    QUEUE = "q"
+    """There is something in a queue."""
+    WORKER = "w"
+    """Something has been taken from a worker that it is executing."""
+
+
+_KINDS = frozenset(each.value for each in Kind)
 _PREFIX = "sqla_durable."
 _LONGEST_CHANNEL = 63  # bytes of an identifier
 _LONGEST_PAYLOAD = 7_999  # bytes; PostgreSQL manual, NOTIFY: shorter than 8000
@@ -38,9 +52,21 @@ def channel_on(bind: Engine | Connection) -> str:
     return channel(names.get(SCHEMA) or SCHEMA)
 
 
-def hint(on: str, queue: str) -> Hint:
-    """Give the hint for a queue on a channel; for a name that is too long for a notification, that for every queue."""
-    return on, queue if len(queue.encode(errors="replace")) <= _LONGEST_PAYLOAD else EVERYWHERE
+def to_queue(queue: str) -> str:
+    """Give the payload for a queue; for a name that is too long for a notification, that for every worker."""
+    payload = f"{Kind.QUEUE}:{queue}"
+    return payload if len(payload.encode(errors="replace")) <= _LONGEST_PAYLOAD else EVERYWHERE
+
+
+def to_worker(worker_id: UUID) -> str:
+    """Give the payload for one worker: something that it is executing is no longer its own."""
+    return f"{Kind.WORKER}:{worker_id}"
+
+
+def read(payload: str) -> tuple[Kind | None, str]:
+    """Give the kind of a payload, and the queue or the worker's id; None where it is for every worker."""
+    kind, colon, name = payload.partition(":")
+    return (Kind(kind), name) if colon and kind in _KINDS else (None, "")
 
 
 def notify(connection: Connection, hints: Iterable[Hint]) -> None:
@@ -50,10 +76,10 @@ def notify(connection: Connection, hints: Iterable[Hint]) -> None:
     waits for no fsync: a transaction that wrote nothing but its commit record is not flushed. Source: PostgreSQL,
     RecordTransactionCommit in xact.c.
     """
-    channels, queues = zip(*sorted(set(hints)), strict=True)
-    shape = column("channel", Text()), column("queue", Text())
-    each = func.unnest(_texts(channels), _texts(queues)).table_valued(*shape).render_derived(name="hint")
-    connection.execute(select(func.pg_notify(each.c.channel, each.c.queue)))
+    channels, payloads = zip(*sorted(set(hints)), strict=True)
+    shape = column("channel", Text()), column("payload", Text())
+    each = func.unnest(_texts(channels), _texts(payloads)).table_valued(*shape).render_derived(name="hint")
+    connection.execute(select(func.pg_notify(each.c.channel, each.c.payload)))
 
 
 def listen(connection: Connection) -> None:

@@ -48,7 +48,7 @@ from sqla_durable.store._rows import (
 from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
 from sqla_durable.store.deadlines import TIMEOUT_TYPE
 from sqla_durable.store.held import leave
-from sqla_durable.store.selection import Wanted, among, hold, known
+from sqla_durable.store.selection import Wanted, among, hold, known, workers_of
 from sqla_durable.store.signals import EARLIER, REFUSED
 from sqla_durable.store.trees import hold_cancelled_with, is_not_undone
 
@@ -86,14 +86,18 @@ def retry(session: Session, wanted: Wanted) -> list[UUID]:
     return _enqueue(session, wanted, held)
 
 
-def rewind(session: Session, wanted: Wanted, *, to_step: str) -> list[UUID]:
-    """Enqueue the workflows without that step and what they called after it; give the ids.
+def rewind(session: Session, wanted: Wanted, *, to_step: str) -> tuple[list[UUID], set[UUID]]:
+    """Enqueue the workflows without that step and what they called after it.
+
+    Returns:
+        The ids, and the workers that were executing some of them.
 
     Raises:
         ArgumentError: one of them has no record of that step; nothing is changed.
     """
     held = hold(session, among(wanted))
     refuse_unrecorded(session, held, [to_step], verb="rewound")
+    workers = workers_of(session, held)
     if held:
         cut = STEP.alias("cut")
         here = and_(cut.c.workflow_id == STEP.c.workflow_id, cut.c.key == literal(to_step, Text()))
@@ -101,7 +105,7 @@ def rewind(session: Session, wanted: Wanted, *, to_step: str) -> list[UUID]:
         _hide(session, held)
         _give_back(session, held)
         leave(session, held)
-    return _enqueue(session, wanted, held, cancellation=still_compensates())
+    return _enqueue(session, wanted, held, cancellation=still_compensates()), workers
 
 
 def refuse_unrecorded(session: Session, ids: Sequence[UUID], keys: Sequence[str], *, verb: str) -> None:

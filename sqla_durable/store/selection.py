@@ -6,14 +6,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Uuid, func, literal, select
+from sqlalchemy import ColumnElement, Select, Uuid, and_, func, literal, select
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
-from sqla_durable.store._rows import WORKFLOW, scalars
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store._rows import WORKFLOW, scalars, status
 
 Wanted: TypeAlias = "Sequence[UUID] | Select[Any]"
 
@@ -37,6 +38,12 @@ def lock(session: Session, meant: ColumnElement[bool]) -> list[UUID]:
 def look_again(session: Session, held: Sequence[UUID], meant: ColumnElement[bool]) -> list[UUID]:
     """Give those of the locked workflows that are meant as they are now, in the order of their ids."""
     return list(scalars(session, select(WORKFLOW.c.id).where(among(held), meant).order_by(WORKFLOW.c.id)))
+
+
+def workers_of(session: Session, held: Sequence[UUID]) -> set[UUID]:
+    """Give the workers that are executing these workflows, whose rows are locked."""
+    running = and_(among(held), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
+    return set(scalars(session, select(WORKFLOW.c.worker_id).where(running).distinct())) if held else set()
 
 
 def among(wanted: Wanted) -> ColumnElement[bool]:

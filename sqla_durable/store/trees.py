@@ -63,8 +63,13 @@ def hold_unfinished(session: Session, wanted: Wanted) -> tuple[list[UUID], bool]
     return found, set(found) <= set(held)
 
 
-def cancel(session: Session, held: Sequence[UUID], wanted: Wanted) -> None:
-    """Cancel the workflows, whose rows are locked, and tell the parents that may wait for them."""
+def cancel(session: Session, held: Sequence[UUID], wanted: Wanted) -> bool:
+    """Cancel the workflows, whose rows are locked, and tell the parents that may wait for them.
+
+    Returns:
+        Whether some of them are enqueued, to undo what they did.
+    """
+    enqueued = False
     outcome = {
         "status": WorkflowStatus.CANCELLED,
         "finished_at": func.statement_timestamp(),
@@ -74,12 +79,14 @@ def cancel(session: Session, held: Sequence[UUID], wanted: Wanted) -> None:
     if held:
         # What may have something to undo is enqueued, for a worker that has the code to undo it.
         undone = and_(among(held), WORKFLOW.c.cancellation == COMPENSATES)
-        scalars(session, update(WORKFLOW).where(undone).values(_COMPENSATION).returning(WORKFLOW.c.id)).all()
+        enqueue = update(WORKFLOW).where(undone).values(_COMPENSATION).returning(WORKFLOW.c.id)
+        enqueued = bool(scalars(session, enqueue).all())
         returned = WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits
         at_once = and_(among(held), WORKFLOW.c.cancellation.is_(None))
         ended = update(WORKFLOW).where(at_once).values(outcome).returning(*returned).cte("ended")
         scalars(session, select(ended.c.id).add_cte(asking(ended).cte("asked"), leaving(ended).cte("left"))).all()
     refresh_known(session, known(wanted, held))
+    return enqueued
 
 
 def hold_cancelled_with(session: Session, roots: ColumnElement[bool]) -> list[UUID]:

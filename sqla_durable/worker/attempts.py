@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -24,15 +25,23 @@ log = logging.getLogger("sqla_durable.worker")
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # seconds between looks at a row that somebody holds
 _LOOK_EVERY = 0.05
 _HELD_BACK = 60.0  # seconds until a strict workflow whose history does not fit is tried again
+_CLEANING = 10.0  # seconds until what was cancelled, and has not ended, is cancelled again
 _CANCELLED_GRACE = 2.0  # seconds for async attempts to be released after they were cancelled
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Running:
-    """An attempt and the task that executes it."""
+    """An attempt and the task that executes it.
+
+    Attributes:
+        is_lost: whether the tables no longer give it to this worker.
+        undisturbed_until: until when what was cancelled has time to clean up.
+    """
 
     attempt: Attempt
     task: asyncio.Task[None]
+    is_lost: bool = False
+    undisturbed_until: float = float("-inf")
 
 
 class Attempts:
@@ -89,7 +98,8 @@ class Attempts:
                         fence.workflow_id,
                     )
                 running.attempt.stop(partial(AttemptLost, fence.workflow_id))
-                self._cancel(running)
+                running.is_lost = True
+                self._cancel_once(running)
 
     async def hand_back(self, *, grace: float) -> None:
         """Let every attempt end at its next operation; after `grace` seconds, end those that are still in a step.
@@ -118,6 +128,13 @@ class Attempts:
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)
 
+    def _cancel_once(self, running: Running) -> None:
+        """End an async attempt, and not what it does in the end; one that swallows this is told again after a while."""
+        now = time.monotonic()
+        if now >= running.undisturbed_until:
+            running.undisturbed_until = now + _CLEANING
+            self._cancel(running)
+
     def _cancel(self, running: Running) -> None:
         """End an async attempt at once; a thread ends at its next operation."""
         if self._definition(running.attempt).is_async:
@@ -131,9 +148,11 @@ class Attempts:
             await self._to_its_end(attempt)
         except AttemptLost:
             log.info("workflow %s: its attempt %d lost the ownership", attempt.workflow_id, attempt.number)
-            await self._abandon_if_owned(attempt)
+            if not self._running[attempt.fence].is_lost:
+                await self._abandon_if_owned(attempt)
         except (Released, asyncio.CancelledError):
-            await self._release([attempt.fence])
+            if not self._running[attempt.fence].is_lost:
+                await self._release([attempt.fence])
         except ContinuedAsNew:
             self._surroundings.writer.on_asked()
         except Suspended:

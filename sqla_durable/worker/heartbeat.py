@@ -7,8 +7,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from uuid import UUID
@@ -24,6 +24,8 @@ log = logging.getLogger("sqla_durable.worker")
 
 BEATS = 3
 """How often a worker beats in a lease."""
+
+_SPACING = 0.01  # seconds between two hints that are followed: many cancels are one look
 
 
 class Heartbeat:
@@ -52,6 +54,7 @@ class Heartbeat:
         self._valid_until = float("-inf")
         self._claiming: UUID | None = None
         self._claimed_meanwhile: set[UUID] = set()
+        self._hinted = asyncio.Event()
         self.lease = lease.total_seconds()
         self.interval = self.lease / BEATS
 
@@ -62,13 +65,34 @@ class Heartbeat:
         self._begun(began)
 
     async def run(self) -> None:
-        """Extend the lease until cancelled; drop what is no longer this worker's, hand back what it does not know."""
+        """Extend the lease until cancelled; drop what is no longer this worker's, hand back what it does not know.
+
+        At each beat, and as soon as a hint says that something was taken from this worker.
+        """
+        beats_at = time.monotonic() + self.interval
         while True:
-            await asyncio.sleep(self.interval)
-            began = time.monotonic()
-            await persistently(self._database, self._beat, what="heartbeat")
-            self._begun(began)
+            hinted = await self._hint_within(beats_at - time.monotonic())
+            if time.monotonic() >= beats_at:
+                began = time.monotonic()
+                await persistently(self._database, self._beat, what="heartbeat")
+                self._begun(began)
+                beats_at = time.monotonic() + self.interval
             await self._compare()
+            if hinted:
+                await asyncio.sleep(_SPACING)
+
+    def hint(self) -> None:
+        """Tell that something that this worker executes may be its own no longer."""
+        self._hinted.set()
+
+    async def notify(self, workers: Iterable[UUID]) -> None:
+        """Give such hints to others, and to this worker itself without a detour."""
+        others = set(workers)
+        if self._worker_id in others:
+            self.hint()
+        if others := others - {self._worker_id}:
+            notify = partial(_hint, payloads=[hints.to_worker(each) for each in others])
+            await persistently(self._database, notify, what="hint")
 
     async def require_lease(self) -> None:
         """Begin the lease anew if it has run out, as after a freeze: what nobody has taken over goes on."""
@@ -101,7 +125,14 @@ class Heartbeat:
         """End the lease, once nothing extends it any more, and let others look for what was handed back."""
         await persistently(self._database, self._leave, what="leave")
         # By itself: where statements are in transactions, NOTIFY would hold its lock until the DELETE is on disk.
-        await persistently(self._database, _hint, what="leave")
+        await persistently(self._database, partial(_hint, payloads=[hints.EVERYWHERE]), what="leave")
+
+    async def _hint_within(self, seconds: float) -> bool:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._hinted.wait(), max(0.0, seconds))
+        hinted = self._hinted.is_set()
+        self._hinted.clear()
+        return hinted
 
     async def _compare(self) -> None:
         """Now and then, because the server may carry out a claim long after its connection was lost."""
@@ -140,5 +171,6 @@ class Heartbeat:
         workers.beat(connection, worker_id=self._worker_id, name=self._name, queues=self._queues, lease=lease)
 
 
-def _hint(connection: Connection) -> None:
-    hints.notify(connection, [hints.hint(hints.channel_on(connection), hints.EVERYWHERE)])
+def _hint(connection: Connection, payloads: Sequence[str]) -> None:
+    channel = hints.channel_on(connection)
+    hints.notify(connection, [(channel, each) for each in payloads])

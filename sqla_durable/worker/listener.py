@@ -37,14 +37,14 @@ class Listener:
     Behind a pooler in transaction mode nothing arrives.
 
     ```python
-    listener = Listener(engine, lambda queue: print("look at", queue or "all queues"))
+    listener = Listener(engine, lambda payload: print(hints.read(payload)))
     task = asyncio.create_task(listener.run())
     ```
 
     Args:
         engine: the sync face of the worker's engine, of psycopg or asyncpg, sync or async; with another driver it
             does not listen.
-        on_hint: called with the name of a queue, or with `EVERYWHERE` for all of them, as after each LISTEN.
+        on_hint: called with the payload of each hint, and with `EVERYWHERE` after each LISTEN.
         check: how often the server is asked whether it is still there.
         limit: how long it may take to answer that, and to connect.
     """
@@ -143,9 +143,9 @@ class _Line:
         """Note that the server is there."""
         self._loop.call_soon_threadsafe(self._extend)
 
-    def hint(self, queue: str) -> None:
+    def hint(self, payload: str) -> None:
         """Hand a hint on."""
-        self._loop.call_soon_threadsafe(self._hand_on, queue)
+        self._loop.call_soon_threadsafe(self._hand_on, payload)
 
     async def watch(self, hearing: asyncio.Future[None]) -> None:
         """Wait for the end of the hearing, for as long as it may be silent.
@@ -168,9 +168,9 @@ class _Line:
     def _extend(self) -> None:
         self._silent_until = self._loop.time() + self.check + self._limit
 
-    def _hand_on(self, queue: str) -> None:
+    def _hand_on(self, payload: str) -> None:
         if not self._ended:
-            self._on_hint(queue)
+            self._on_hint(payload)
 
 
 _Hear: TypeAlias = Callable[[Engine, _Line], "asyncio.Future[None]"]

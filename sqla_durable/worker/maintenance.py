@@ -141,6 +141,7 @@ class Maintenance:
         """Fail what has reached its deadline; of many, the others at the next looks. Tell whether some undo first."""
         fail = partial(deadlines.fail_overdue, limit=_LIMIT)
         overdue = await persistently(self._database, fail, what="maintenance")
+        await self._heartbeat.notify(each.worker_id for each in overdue if each.worker_id is not None)
         for each in overdue:
             what = "undoes what it did, and fails" if each.undoes else "failed"
             log.warning("workflow %s %s %s: it was not finished at its deadline", each.name, each.workflow_id, what)

@@ -29,6 +29,7 @@ from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Connectable, Park
 from sqla_durable.store.streams import Append, Appended
+from sqla_durable.undisturbed import undisturbed
 from sqla_durable.unwinding import AttemptLost, Released, Suspended
 from sqla_durable.worker.database import Database, persistently
 from sqla_durable.worker.gatherer import Gatherer
@@ -233,6 +234,18 @@ class ThreadRuntime(BlockingRuntime):
         self._last = self._surroundings.writer.submit_from_thread(row, after=self._last)
 
 
+class LoopTransaction(ClosingTransaction):
+    """A transaction on the event loop: cancelled in the middle of its end, it would leave a connection open."""
+
+    async def rollback(self) -> None:
+        """Roll back, and close the session for good, also when cancelled meanwhile."""
+        await undisturbed(super().rollback())
+
+    async def discard(self) -> None:
+        """Close the session and its connection for good, also when cancelled meanwhile."""
+        await undisturbed(super().discard())
+
+
 class LoopRuntime(AsyncRuntime):
     """An attempt at an `async def` workflow, on the worker's event loop."""
 
@@ -291,7 +304,7 @@ class LoopRuntime(AsyncRuntime):
         assert step.session is SessionKind.ASYNC  # noqa: S101 (sync sessions are performed in a thread)
         assert maker is not None  # noqa: S101 (the worker has checked it at its start)
         places = self._surroundings.async_places
-        inner = ClosingTransaction(maker(close_resets_only=False), isolation_level=step.isolation_level)
+        inner = LoopTransaction(maker(close_resets_only=False), isolation_level=step.isolation_level)
         transaction = HeldTransaction(inner, places.release)
         await places.acquire()
         await transaction.begin()

@@ -25,9 +25,8 @@ from sqla_durable.durable import Durable
 from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, UsageError
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.retry import is_unreachable
-from sqla_durable.store import schema
+from sqla_durable.store import hints, schema
 from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS
-from sqla_durable.store.hints import EVERYWHERE
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.background import Background
 from sqla_durable.worker.claims import Claims
@@ -231,7 +230,7 @@ class Worker:
         taking = [
             asyncio.create_task(claims.run(), name="claims"),
             asyncio.create_task(maintenance.run(), name="maintenance"),
-            asyncio.create_task(self._listen(claims, maintenance), name="listener"),
+            asyncio.create_task(self._listen(claims, maintenance, heartbeat), name="listener"),
         ]
         keeping = [
             asyncio.create_task(heartbeat.run(), name="heartbeat"),
@@ -342,14 +341,19 @@ class Worker:
             max_attempts=self.max_attempts,
         )
 
-    async def _listen(self, claims: Claims, maintenance: Maintenance) -> None:
-        """Hand hints on: to the claims for a queue, to the maintenance for everything else, timers too."""
+    async def _listen(self, claims: Claims, maintenance: Maintenance, heartbeat: Heartbeat) -> None:
+        """Hand hints on: for a queue, for what this worker is executing, and for everything else, timers too."""
 
-        def on_hint(queue: str) -> None:
-            if queue in self.queues:
-                claims.hint()
-            elif queue == EVERYWHERE:
-                maintenance.hint()
+        def on_hint(payload: str) -> None:
+            match hints.read(payload):
+                case hints.Kind.QUEUE, queue:
+                    if queue in self.queues:
+                        claims.hint()
+                case hints.Kind.WORKER, worker_id:
+                    if worker_id == str(self.id):
+                        heartbeat.hint()
+                case _:
+                    maintenance.hint()
 
         engine = settings.engine_of(self.sessionmaker, self.async_sessionmaker)
         if self._is_direct if self.listen is None else self.listen:

@@ -197,7 +197,9 @@ def test_a_failed_workflow_is_not_resumed(shell: Shell, app: Application) -> Non
 
 
 @pytest.mark.shells(["async-worker", "asyncpg-worker"])
-def test_an_async_step_of_a_cancelled_workflow_is_ended_by_the_heartbeat(shell: Shell, app: Application) -> None:
+def test_an_async_step_of_a_cancelled_workflow_is_ended_by_the_heartbeat_where_no_hint_arrives(
+    shell: Shell, app: Application
+) -> None:
     # behaviour: S4
     seen: list[str] = []
 
@@ -215,7 +217,7 @@ def test_an_async_step_of_a_cancelled_workflow_is_ended_by_the_heartbeat(shell: 
         await for_ever()
 
     beside = other(app)
-    with shell.background(concurrency=1, lease=timedelta(seconds=0.6)):
+    with shell.background(concurrency=1, lease=timedelta(seconds=0.6), listen=False):
         workflow_id = started(shell, pay)
         races.wait_until(lambda: seen == ["entered"])
         with shell.sessionmaker.begin() as session:

@@ -38,7 +38,9 @@ def test_what_has_something_to_undo_is_enqueued_for_that_and_claimed_in_spite_of
     with Session(engine) as session:
         (overdue,) = races.enqueue(session, deadline_at=PAST, cancellation="compensates")
         (undoing,) = races.enqueue(session, deadline_at=PAST, cancellation="requested")
-        assert deadlines.fail_overdue(session, limit=9) == [deadlines.Overdue(overdue, "checkout", undoes=True)]
+        assert deadlines.fail_overdue(session, limit=9) == [
+            deadlines.Overdue(overdue, "checkout", undoes=True, worker_id=None)
+        ]
         assert not look(session, worker_id=races.WORKER, queues=[], names=[]).overdue
         claimed = {each.fence.workflow_id: each for each in races.claim(session, 9)}
         assert claimed.keys() == {overdue, undoing}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, event, text
@@ -33,14 +34,22 @@ def test_long_and_unusual_schemas_have_channels_of_their_own(schema: str) -> Non
     assert all(each.isascii() and len(each) <= 63 for each in channels)
 
 
-def test_payload_is_the_queue_unless_it_is_too_long() -> None:
-    assert hints.hint("c", "ü" * 3_999) == ("c", "ü" * 3_999)
-    assert hints.hint("c", "ü" * 4_000) == ("c", hints.EVERYWHERE)
+def test_payload_names_the_queue_unless_it_is_too_long() -> None:
+    assert hints.to_queue("ü" * 3_998) == "q:" + "ü" * 3_998
+    assert hints.to_queue("ü" * 3_999) == hints.EVERYWHERE
+
+
+def test_payload_tells_whom_it_concerns() -> None:
+    worker_id = uuid4()
+    assert hints.read(hints.to_queue("w:mail")) == (hints.Kind.QUEUE, "w:mail")
+    assert hints.read(hints.to_worker(worker_id)) == (hints.Kind.WORKER, str(worker_id))
+    for everywhere in (hints.EVERYWHERE, "mail", "x:mail", "qmail"):
+        assert hints.read(everywhere) == (None, "")
 
 
 def test_longest_payload_is_accepted(connection: Connection, ear: Ear) -> None:
-    hints.notify(connection, [hints.hint(hints.channel_on(connection), "q" * 7_999)])
-    assert ear.hears() == ["q" * 7_999]
+    hints.notify(connection, [(hints.channel_on(connection), hints.to_queue("q" * 7_997))])
+    assert ear.hears() == ["q:" + "q" * 7_997]
 
 
 @pytest.mark.parametrize("durable_schema", ["durable", "tenant_7"], indirect=True)

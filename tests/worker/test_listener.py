@@ -100,7 +100,7 @@ async def test_listener_says_look_and_then_hands_hints_on(
         assert await heard.next() == EVERYWHERE
         for _ in range(3):
             await asyncio.to_thread(start, callers)
-            assert await heard.next() == "mail"
+            assert await heard.next() == "q:mail"
 
 
 async def test_listener_goes_on_after_it_asked_whether_the_server_is_there(
@@ -119,7 +119,7 @@ async def test_listener_goes_on_after_it_asked_whether_the_server_is_there(
             for _ in range(3):
                 assert await asyncio.to_thread(asked.acquire, timeout=PATIENCE)
             await asyncio.to_thread(start, callers)
-            assert await heard.next() == "mail"
+            assert await heard.next() == "q:mail"
 
 
 async def test_ended_connection_is_replaced_and_warned_of_once(
@@ -130,7 +130,7 @@ async def test_ended_connection_is_replaced_and_warned_of_once(
         await asyncio.to_thread(end_listeners, callers)
         assert await heard.next() == EVERYWHERE
         await asyncio.to_thread(start, callers)
-        assert await heard.next() == "mail"
+        assert await heard.next() == "q:mail"
     assert [each.levelno for each in caplog.records if "listening for hints" in each.message] == [logging.WARNING]
 
 
@@ -142,7 +142,7 @@ async def test_silent_connection_is_replaced(kind: str, direct_url: str, callers
         proxy.forget()
         assert await heard.next() == EVERYWHERE
         await asyncio.to_thread(start, callers)
-        assert await heard.next() == "mail"
+        assert await heard.next() == "q:mail"
     proxy.cut()
 
 

@@ -1,0 +1,226 @@
+"""What takes a workflow from its worker tells it so: async code is cancelled at once, where no heartbeat is near."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import NullPool, create_engine, event, func, make_url, select
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqla_durable import Durable, Saga, Worker, Workflow, WorkflowStatus, cancel, rewind
+from tests.support.databases import translated
+from tests.support.domain import Entry
+from tests.support.notifications import PATIENCE
+
+Callers = sessionmaker[Session]
+LONG = timedelta(hours=1)
+"""Neither a heartbeat nor a poll comes within the time of a test."""
+
+
+class Application:
+    """Workflows that wait for ever in a step, and what becomes of them, by their names."""
+
+    def __init__(self) -> None:
+        self.durable = Durable()
+        self.events: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+
+        @self.durable.step
+        async def first() -> None: ...
+
+        @self.durable.step
+        async def for_ever(name: str) -> None:
+            self.tell(f"{name} entered")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.tell(f"{name} cleans")
+                await self.hears("clean")
+                self.tell(f"{name} cleaned")
+
+        @self.durable.step
+        async def undo_first() -> None:
+            self.tell("undone")
+
+        @self.durable.workflow
+        async def wait(name: str) -> None:
+            await first()
+            await for_ever(name)
+
+        @self.durable.workflow
+        async def wait_in_saga(name: str) -> None:
+            async with Saga() as saga:
+                saga.add(undo_first)
+                await for_ever(name)
+
+        @self.durable.workflow
+        async def tell(name: str) -> None:
+            self.tell(name)
+
+        self.wait, self.wait_in_saga, self.told = wait, wait_in_saga, tell
+
+    def tell(self, what: str) -> None:
+        self.events[what].set()
+
+    async def hears(self, what: str) -> None:
+        await asyncio.wait_for(self.events[what].wait(), PATIENCE)
+
+
+@pytest.fixture
+def callers(direct_url: str, durable_schema: str) -> Generator[Callers]:
+    """What operators use: connections of their own."""
+    engine = create_engine(direct_url)
+    yield sessionmaker(translated(engine, durable_schema))
+    engine.dispose()
+
+
+@asynccontextmanager
+async def working(
+    app: Application, direct_url: str, driver: str = "psycopg", schema: str = "durable", **options: Any
+) -> AsyncGenerator[list[str]]:
+    """Let a worker work, and give the statements that it executes."""
+    outer = create_async_engine(make_url(direct_url).set(drivername=f"postgresql+{driver}"), poolclass=NullPool)
+    engine = translated(outer.sync_engine, schema)
+    executed: list[str] = []
+
+    @event.listens_for(outer.sync_engine, "before_cursor_execute")
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        executed.append(statement)
+
+    maker = async_sessionmaker(AsyncEngine(engine))
+    options = {"lease": LONG, "poll_interval": LONG, "grace": timedelta(), **options}
+    async with Worker(app.durable, async_sessionmaker=maker, **options):
+        yield executed
+    await outer.dispose()
+
+
+async def begin(callers: Callers, start: Callable[..., Workflow], name: str) -> UUID:
+    def begin() -> UUID:
+        with callers.begin() as session:
+            return start(session, name).id
+
+    return await asyncio.to_thread(begin)
+
+
+async def do(callers: Callers, verb: Callable[..., list[UUID]], workflow_id: UUID, **options: Any) -> int:
+    def do() -> int:
+        with callers.begin() as session:
+            return len(verb(session, workflow_id, **options))
+
+    return await asyncio.to_thread(do)
+
+
+def standing(callers: Callers, workflow_id: UUID) -> tuple[WorkflowStatus, list[str]]:
+    with callers() as session:
+        record = session.get_one(Workflow, workflow_id)
+        return record.status, [each.key for each in record.steps]
+
+
+# behaviour: S4 M1
+@pytest.mark.parametrize(
+    ("driver", "durable_schema"), [("psycopg", "durable"), ("asyncpg", "tenant_7")], indirect=["durable_schema"]
+)
+async def test_a_cancelled_async_step_ends_at_once_and_cleans_up_undisturbed(
+    direct_url: str, durable_schema: str, callers: Callers, driver: str
+) -> None:
+    app = Application()
+    async with working(app, direct_url, driver, durable_schema):
+        ids: list[UUID] = []
+        for name in ("a", "b"):  # when b is cancelled, a is still in its finally
+            ids.append(await begin(callers, app.wait.start, name))
+            await app.hears(f"{name} entered")
+            assert await do(callers, cancel, ids[-1]) == 1
+            await app.hears(f"{name} cleans")
+            assert await do(callers, cancel, ids[-1]) == 0
+        app.tell("clean")
+        await app.hears("a cleaned")
+        await app.hears("b cleaned")
+    assert [standing(callers, each) for each in ids] == [(WorkflowStatus.CANCELLED, ["first"])] * 2
+
+
+async def test_a_step_that_swallows_its_cancellation_commits_nothing(direct_url: str, callers: Callers) -> None:
+    app = Application()
+
+    @app.durable.step
+    async def stubborn(session: AsyncSession) -> None:
+        session.add(Entry(account="stubborn", cents=1))
+        app.tell("entered")
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            app.tell("swallowed")
+
+    @app.durable.workflow
+    async def swallow(name: str) -> None:
+        try:
+            await stubborn()
+        finally:
+            app.tell(name)
+
+    async with working(app, direct_url):
+        workflow_id = await begin(callers, swallow.start, "ended")
+        await app.hears("entered")
+        await do(callers, cancel, workflow_id)
+        await app.hears("swallowed")
+        await app.hears("ended")
+    assert standing(callers, workflow_id) == (WorkflowStatus.CANCELLED, [])
+    with callers() as session:
+        assert session.scalars(select(func.count()).select_from(Entry)).one() == 0
+
+
+async def test_a_rewind_a_deadline_and_a_cancel_that_is_to_undo_something_come_as_soon(
+    direct_url: str, callers: Callers
+) -> None:
+    app = Application()
+    app.tell("clean")
+    deadlines: dict[str, Any] = {"poll_interval": timedelta(seconds=0.2)}  # they are found by polling
+    async with (
+        working(app, direct_url, **deadlines),
+        working(app, direct_url, queues=["elsewhere"], **deadlines),
+    ):
+        rewound = await begin(callers, app.wait.start, "rewound")
+        await app.hears("rewound entered")
+        app.events["rewound entered"].clear()
+        assert await do(callers, rewind, rewound, to_step="first") == 1
+        await app.hears("rewound cleaned")
+        await app.hears("rewound entered")
+        undone = await begin(callers, app.wait_in_saga.start, "undone")
+        await app.hears("undone entered")
+        await do(callers, cancel, undone)
+        await app.hears("undone cleaned")
+        await app.hears("undone")
+        await begin(callers, app.wait.options(deadline=timedelta(seconds=1)).start, "late")
+        await app.hears("late entered")
+        await app.hears("late cleaned")
+
+
+async def test_a_cancel_costs_its_worker_two_statements_and_every_other_none(direct_url: str, callers: Callers) -> None:
+    app = Application()
+    app.tell("clean")
+    async with (
+        working(app, direct_url, concurrency=1) as owner,
+        working(app, direct_url, queues=["elsewhere"]) as bystander,
+    ):
+        workflow_id = await begin(callers, app.wait.start, "a")
+        await app.hears("a entered")
+        owner.clear()
+        bystander.clear()
+        await do(callers, cancel, workflow_id)
+        await app.hears("a cleaned")
+        # What is hinted at after that is executed when the hint before it was heard, and the slot is free.
+        await begin(callers, app.told.start, "slot")
+        await begin(callers, app.told.options(queue="elsewhere").start, "heard")
+        await app.hears("slot")
+        await app.hears("heard")
+        claims = ("claimable AS", "ending(", "next_due_in", "LISTEN")
+        looked, finished = (each for each in owner if not any(claim in each for claim in claims))
+        assert looked.startswith("SELECT durable.workflow.id, durable.workflow.token")
+        assert "finished_at IS NOT NULL" in finished
+        assert [each for each in bystander if not any(claim in each for claim in claims)] == []
