@@ -31,7 +31,7 @@ from sqla_durable.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.retry import TransientRetry
 from sqla_durable.store import Checkpoint, Completion, Connectable, streams
 from sqla_durable.store.streams import Append, Appended
-from sqla_durable.unwinding import AttemptLost
+from sqla_durable.unwinding import AttemptLost, ControlFlow
 
 T = TypeVar("T")
 
@@ -79,6 +79,15 @@ class BaseRuntime(ABC):
     async def finish(self, completion: Completion) -> None:
         """Record the workflow's outcome."""
 
+    @contextmanager
+    def telling(self) -> Generator[None]:
+        """Note that the workflow's own code is told of the attempt's end, by what an operation raises."""
+        try:
+            yield
+        except (ControlFlow, asyncio.CancelledError) as signal:
+            self.attempt.tell(signal)
+            raise
+
     def transient_retry(self) -> TransientRetry:
         """Give the policy for transient database errors in a step's transaction."""
         return TransientRetry()
@@ -113,13 +122,13 @@ class BlockingRuntime(BaseRuntime):
 
     def perform(self, call: StepCall) -> Any:
         """Perform a step and give its outcome."""
-        with self.context(call).entered():
+        with self.telling(), self.context(call).entered():
             return run_blocking(run_step(self, call))
 
     def operate(self, position: Position, operation: Operation) -> Any:
         """Carry out an operation and give its outcome."""
         try:
-            with self.context().operating():
+            with self.telling(), self.context().operating():
                 return run_blocking(operation(self, position))
         finally:
             self.attempt.left(position)
@@ -170,7 +179,7 @@ class AsyncRuntime(BaseRuntime):
         self.attempt.carried_here(call.position)
         replayed = self.attempt.recorded(call.position) is not None
         try:
-            with self.context(call).entered():
+            with self.telling(), self.context(call).entered():
                 if not replayed:
                     await tasks.let_replay_catch_up(self.attempt)
                 if call.definition.session is SessionKind.SYNC and not replayed:
@@ -183,7 +192,7 @@ class AsyncRuntime(BaseRuntime):
         """Carry out an operation and give its outcome."""
         self.attempt.carried_here(position)
         try:
-            with self.context().operating():
+            with self.telling(), self.context().operating():
                 if self.attempt.recorded(position) is None:
                     await tasks.let_replay_catch_up(self.attempt)
                 return await operation(self, position)

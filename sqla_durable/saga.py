@@ -72,8 +72,9 @@ class Saga:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if operations.calls_for_compensation(error):
-            with require_workflow("saga").attempt.compensating():
+        attempt = require_workflow("saga").attempt
+        if operations.calls_for_compensation(attempt, error):
+            with attempt.compensating():
                 failed = [each for name, undo in reversed(self._compensations) if (each := _failure(name, undo))]
             self._refuse(failed, error)
 
@@ -87,8 +88,9 @@ class Saga:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if operations.calls_for_compensation(error):
-            with require_workflow("saga").attempt.compensating():
+        attempt = require_workflow("saga").attempt
+        if operations.calls_for_compensation(attempt, error):
+            with attempt.compensating():
                 failed: list[str] = []
                 for name, undo in reversed(self._compensations):
                     failed += [each] if (each := await _failure_async(name, undo)) else []

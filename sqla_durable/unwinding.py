@@ -7,11 +7,17 @@ ControlFlow(BaseException)
 ├── Suspended                     the workflow waits, as a row
 │   └── ContinuedAsNew                it begins anew, with another input and no history
 ├── Cancelling                    the workflow was cancelled or is overdue, and undoes what it did
-└── Released                      the worker is stopping and hands the workflow back
+├── Released                      the worker is stopping and hands the workflow back
+└── CallRefused                   a durable call in a `finally` of an attempt that is ending for one of these reasons
 ```
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 
 class ControlFlow(BaseException):
@@ -51,3 +57,19 @@ class Cancelling(ControlFlow):
 
 class Released(ControlFlow):
     """The worker is stopping; the workflow is handed back at the boundary between two steps."""
+
+
+class CallRefused(ControlFlow):
+    """A durable call was made by code that goes on although its attempt is ending. Nothing was executed.
+
+    No `Exception` either, so that code which tries again and again is left too; the workflow ends as it would have.
+
+    Attributes:
+        workflow_id: the id of the workflow's record.
+        call: the key of the operation that was called.
+    """
+
+    def __init__(self, message: str, *, workflow_id: UUID, call: str) -> None:
+        super().__init__(message)
+        self.workflow_id = workflow_id
+        self.call = call

@@ -89,6 +89,7 @@ class _Replay(BaseRuntime):
 
     def __init__(self, attempt: Attempt) -> None:
         super().__init__(attempt)
+        self.attempt.warns_of_refusals = False  # at the end of a history nobody has done anything wrong
         self.undecodable: list[str] = []
 
     def end(self) -> NoReturn:

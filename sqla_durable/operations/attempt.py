@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,8 +15,9 @@ from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
 from sqla_durable.limits import Watch
 from sqla_durable.operations.branch import Branches
 from sqla_durable.operations.changes import Visits
+from sqla_durable.operations.leaving import refusal
 from sqla_durable.store import Awaited, Claimed, Fence, Recorded
-from sqla_durable.unwinding import Cancelling, ControlFlow, Suspended
+from sqla_durable.unwinding import CallRefused, Cancelling, ControlFlow, Suspended
 
 DEFAULT_HISTORY_LIMIT = 50_000
 """How many operations one workflow may call, unless its `Durable` says otherwise."""
@@ -121,6 +123,7 @@ class Attempt:
     Attributes:
         branches: the live branches of the workflow's own code.
         holds_back: whether it has called a map that does not let all its children go at once.
+        warns_of_refusals: whether a call that is refused at the attempt's end is logged; only the first one is.
     """
 
     def __init__(self, claimed: Claimed) -> None:
@@ -145,6 +148,7 @@ class Attempt:
         self._lock = self.branches.lock
         self._progress: dict[str, Progress] = {}
         self._active_at = time.monotonic()
+        self.warns_of_refusals = True
         self._stop: Callable[[], ControlFlow] | None = Cancelling if claimed.is_cancelling else None
 
     @property
@@ -174,6 +178,7 @@ class Attempt:
 
         Raises:
             UsageError: an explicit key is used twice, two functions share a step name, or the code is in no branch.
+            CallRefused: the code was told that the attempt ends, and the operation is not recorded.
         """
         branch = self.branches.require_here(f"step {name!r}", workflow=self.name)
         with self._lock:
@@ -193,6 +198,7 @@ class Attempt:
                 raise UsageError(
                     f"the step key {identity!r} is used twice in workflow {self.name!r}: change one of them."
                 )
+            self.refuse_if_told(identity)
             self._keys.add(identity)
             position = Position(identity, name, self.visits.visit(identity, name))
             self._unfinished[position.key] = self.branches.home()
@@ -294,6 +300,55 @@ class Attempt:
     def stopped(self) -> bool:
         """Whether the attempt was told to end."""
         return self._stop is not None
+
+    @property
+    def ending(self) -> ControlFlow | None:
+        """The signal with which the attempt ends, if it was told to."""
+        return None if self._stop is None else self._stop()
+
+    @property
+    def cancelling(self) -> bool:
+        """Whether the attempt ends because its workflow was cancelled, and is to undo what it did."""
+        return self._stop is Cancelling
+
+    @property
+    def told(self) -> bool:
+        """Whether the code that is executed here was told that the attempt ends: it goes on, or is being unwound."""
+        if self._stop is None:
+            return False
+        branch = self.branches.here()
+        if branch is not None and branch.told is self._stop:
+            return True
+        unwinding = sys.exception()
+        if isinstance(unwinding, ControlFlow):  # another one, where a saga undoes
+            return isinstance(unwinding, (CallRefused, type(self._stop())))
+        return unwinding is not None and not isinstance(unwinding, Exception)
+
+    def tell(self, signal: BaseException) -> None:
+        """Note that the code that is executed here gets a signal: the attempt is over."""
+        if isinstance(signal, ControlFlow):
+            self.stop(lambda: signal)
+        branch = self.branches.here()
+        if branch is not None:
+            branch.told = self._stop
+
+    def refuse_if_told(self, key: str) -> None:
+        """Refuse a call that is not recorded to code that was told that the attempt ends.
+
+        Raises:
+            CallRefused: it was. The first time in an attempt, that is logged.
+        """
+        found = self._history.get(key)
+        if (found is None or not found.status.finished) and self.told and (ending := self.ending) is not None:
+            warn, self.warns_of_refusals = self.warns_of_refusals, False
+            raise refusal(
+                ending,
+                call=key,
+                workflow=self.name,
+                workflow_id=self.workflow_id,
+                attempt=self.number,
+                warn=warn,
+            )
 
     @property
     def parked(self) -> bool:

@@ -24,12 +24,14 @@ class Branch:
         path: its names from the workflow's function downwards, with their occurrences.
         awaited_threads: how many threads with branches of its own it waits for, and for nothing else.
         has_caught_up: whether it has come to a step that is not recorded.
+        told: of which end of the attempt its code was told.
     """
 
     def __init__(self, path: str = "") -> None:
         self.path = path
         self.awaited_threads = 0
         self.has_caught_up = False
+        self.told: object = None
         self._operations: Counter[str] = Counter()
         self._children: Counter[str] = Counter()
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from sqla_durable.operations.attempt import Position
+from sqla_durable.operations.attempt import Attempt, Position
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.workflow import signal_in
 from sqla_durable.store import sagas
-from sqla_durable.unwinding import Cancelling
 
 
 async def begin(runtime: Runtime, position: Position) -> None:
@@ -23,12 +22,11 @@ async def begin(runtime: Runtime, position: Position) -> None:
     await runtime.record(checkpoint)
 
 
-def calls_for_compensation(error: BaseException | None) -> bool:
+def calls_for_compensation(attempt: Attempt, error: BaseException | None) -> bool:
     """Tell whether what ends a saga undoes it: an error, or that the workflow is cancelled.
 
-    Not a workflow that is parked, handed back or lost: it will come here again.
+    Not a workflow that is parked, handed back or lost, whatever error its code makes of that: it will come here again.
     """
-    if error is None:
-        return False
-    signal = signal_in(error)
-    return isinstance(signal, Cancelling) if signal is not None else isinstance(error, (Exception, SystemExit))
+    if attempt.stopped:
+        return attempt.cancelling and (error is not None or attempt.told)
+    return isinstance(error, (Exception, SystemExit)) and signal_in(error) is None

@@ -16,7 +16,7 @@ from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Completion, Standing
 from sqla_durable.store.deadlines import TIMEOUT_TYPE
-from sqla_durable.unwinding import Cancelling, ControlFlow
+from sqla_durable.unwinding import CallRefused, Cancelling, ControlFlow
 
 # What the engine ends a workflow with, by the type that is recorded.
 _OF_THE_ENGINE = {f"{kind.__module__}:{kind.__qualname__}": kind for kind in (MaxAttemptsError, WorkflowTimeoutError)}
@@ -51,6 +51,8 @@ async def completion_of(runtime: Runtime, definition: WorkflowDefinition, body: 
         return await _completion_of(runtime, definition, body)
     except BaseException as error:
         signal = signal_in(error)  # a task group wraps the signals of its tasks
+        if isinstance(signal, CallRefused):
+            signal = runtime.attempt.ending or signal  # the reason for it
         if isinstance(signal, Cancelling):
             return _undone(runtime.attempt)
         raise signal or error from None
