@@ -65,11 +65,12 @@ class Fuse:
     """Kills this process at a point, if it gets there.
 
     It watches every engine of the process. Commits that change nothing do not count, and neither do those that change
-    the lease of a worker only: when they come is a matter of time.
+    the lease of a worker only, or workflows of others, which any worker takes over: when they come is a matter of time.
 
     Args:
         point: where to die.
-        workflow_id: the workflow whose progress describes the commit; None where its id is not known before.
+        workflow_id: the workflow whose progress describes the commit; None where its id is not known before: then
+            commits count whatever they are about.
         tell: called with what the commit contains, before it is sent.
     """
 
@@ -91,7 +92,7 @@ class Fuse:
 
     def _on_commit(self, connection: Connection) -> None:
         tables: set[str] = connection.info.pop(_WROTE, set())
-        if tables and not _is_autocommit(connection) and self._due():
+        if tables and not _is_autocommit(connection) and self._counts(connection, tables) and self._due():
             self._die(connection, tables)
 
     def _on_statement(self, connection: Connection, _cursor: object, statement: str, *_: object) -> None:
@@ -99,9 +100,13 @@ class Fuse:
         if not connection.info.pop(_BEGUN, False):
             return
         tables = _changed_by(connection, statement) if _has_written(connection) else set[str]()
-        if tables and self._due():
+        if tables and self._counts(connection, tables) and self._due():
             self._die(connection, tables)
         _execute(connection, "COMMIT")
+
+    def _counts(self, connection: Connection, tables: set[str]) -> bool:
+        others = tables - {f"{_schema(connection)}.{each}" for each in _OF_THE_ENGINE}
+        return bool(others) or self._workflow_id is None or _has_changed(connection, self._workflow_id)
 
     def _due(self) -> bool:
         with self._lock:
@@ -175,6 +180,24 @@ def _has_written(connection: Connection) -> bool:
     return bool(_execute(connection, "SELECT pg_current_xact_id_if_assigned() IS NOT NULL"))
 
 
+def _has_changed(connection: Connection, workflow_id: UUID) -> bool:
+    """Tell whether the transaction has written rows of a workflow, or of its children and theirs."""
+    schema = _schema(connection)
+    rows = " UNION ALL ".join(
+        f"SELECT FROM {schema}.{name} AS row JOIN tree ON row.{key} = tree.id "
+        "WHERE row.xmin = pg_current_xact_id()::xid"
+        for name, key in (("workflow", "id"), ("step", "workflow_id"), ("signal", "workflow_id"))
+    )
+    return bool(
+        _execute(
+            connection,
+            f"WITH RECURSIVE tree AS (SELECT '{workflow_id}'::uuid AS id UNION "  # noqa: S608
+            f"SELECT child.id FROM {schema}.workflow AS child JOIN tree ON child.parent_id = tree.id) "
+            f"SELECT EXISTS ({rows})",
+        )
+    )
+
+
 def _execute(connection: Connection, statement: str) -> Any:
     """Execute on the driver's cursor, past all listeners; give the first column of the first row."""
     cursor = connection.connection.cursor()
@@ -192,17 +215,19 @@ def _is_autocommit(connection: Connection) -> bool:
 
 def _changed_by(connection: Connection, statement: str) -> set[str]:
     """Give the tables that a statement changes, but for that of the leases; a CTE that changes hides in a SELECT."""
-    names: dict[str, str] = connection.get_execution_options().get("schema_translate_map") or {}
-    lease = f"{names.get(SCHEMA) or SCHEMA}.{Worker.__tablename__}"
+    lease = f"{_schema(connection)}.{Worker.__tablename__}"
     return {each.replace('"', "").partition("(")[0] for each in _WRITES.findall(statement)} - {lease}
+
+
+def _schema(connection: Connection) -> str:
+    names: dict[str, str] = connection.get_execution_options().get("schema_translate_map") or {}
+    return names.get(SCHEMA) or SCHEMA
 
 
 def _described(connection: Connection, workflow_id: UUID | None, tables: set[str]) -> str:
     """Say what a transaction is about to commit; it is part of the message only, so no failure of it counts."""
     ours = {each.rpartition(".")[2] for each in tables}
-    words = [
-        f"rows of {each}" for each in sorted(tables) if each.rpartition(".")[2] not in ("workflow", "step", "signal")
-    ]
+    words = [f"rows of {each}" for each in sorted(tables) if each.rpartition(".")[2] not in _OF_THE_ENGINE]
     with suppress(Exception):
         workflow = None if workflow_id is None else Session(connection).get(Workflow, workflow_id)
         if workflow is not None and Step.__tablename__ in ours:
