@@ -11,11 +11,15 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    CTE,
     ColumnElement,
     FromClause,
     Integer,
+    Text,
     and_,
     bindparam,
+    case,
+    cast,
     delete,
     func,
     literal,
@@ -102,7 +106,10 @@ def _release_left_statement() -> Any:
         "left",
     )
     child = WORKFLOW.alias("child")
-    orphans = select(child.c.id).where(child.c.parent_id == left.c.workflow_id, is_held(child), _forgotten(child))
+    known = _known_statement(left).cte("known")
+    is_known = cast(child.c.id, Text).in_(select(known.c.child_id))
+    forgotten = or_(_has_ended(child), ~is_known)
+    orphans = select(child.c.id).where(child.c.parent_id == left.c.workflow_id, is_held(child), forgotten)
     some = (
         orphans.order_by(child.c.id)
         .limit(bindparam("limit", type_=Integer()))
@@ -115,12 +122,23 @@ def _release_left_statement() -> Any:
     return _let_go(first).add_cte(delete(SIGNAL).where(same, ~rest).returning(SIGNAL.c.id).cte("gone"))
 
 
-def _forgotten(child: FromClause) -> ColumnElement[bool]:
-    """Tell that the parent will not let it go: it has ended, or does not know any more that it has started it."""
+def _has_ended(child: FromClause) -> ColumnElement[bool]:
+    """Tell that the parent will not let it go, because it has ended."""
     parent = WORKFLOW.alias("parent")
     ended = select(parent.c.id).where(parent.c.id == child.c.parent_id, parent.c.finished_at.is_not(None))
-    start = select(STEP.c.key).where(STEP.c.workflow_id == child.c.parent_id, STEP.c.key == child.c.parent_key)
-    return or_(ended.correlate(child).exists(), ~start.correlate(child).exists())
+    return ended.correlate(child).exists()
+
+
+def _known_statement(left: CTE) -> Any:
+    """Give the children that the parents know to have started: of one key, only those that were started last.
+
+    By their ids: a parent that was rewound or has begun anew may have started others under the same key since.
+    """
+    listed = case((func.jsonb_typeof(STEP.c.output) == literal_column("'array'"), STEP.c.output))
+    children = func.jsonb_array_elements_text(listed).table_valued("value").render_derived(name="started")
+    starts = and_(STEP.c.workflow_id == left.c.workflow_id, STEP.c.name.startswith(literal_column("'start:'")))
+    known = select(children.c.value.label("child_id")).select_from(left.join(STEP, starts).join(children, true()))
+    return known.where(children.c.value.is_not(None))
 
 
 def _leave_statement() -> Any:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from uuid import UUID
 
 from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
 
-from sqla_durable import cancel
+from sqla_durable import cancel, rewind
 from sqla_durable.models import Signal, Step
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import batches, crashes, held, workflows
-from sqla_durable.store._rows import Completion, Fence
+from sqla_durable.store._rows import Checkpoint, Completion, Fence
 from tests.store import races
 
 
 def parent_with_held(engine: Engine, count: int = 2, **columns: object) -> tuple[Fence, list[UUID]]:
     """A parent that is running, has recorded the start of a map, and holds some of its children."""
     (fence,) = races.claimed_fences(engine)
-    with Session(engine) as session, session.begin():
-        races.record(session, [races.checkpoint(fence, "start:double")])
+    with Session(engine) as session:
         of_parent = {"parent_id": fence.workflow_id, "parent_key": "start:double", "status": "suspended"}
-        return fence, races.enqueue(session, count, **of_parent, **columns)
+        ids = races.enqueue(session, count, **of_parent, **columns)
+        races.record(session, [started(fence, ids)])
+        session.commit()
+        return fence, ids
+
+
+def started(fence: Fence, ids: list[UUID]) -> Checkpoint:
+    return races.checkpoint(fence, "start:double", output=json.dumps([str(each) for each in ids]))
 
 
 def failure(fence: Fence) -> Completion:
@@ -99,4 +106,29 @@ def test_a_cancel_lets_go_what_is_detached_and_held(engine: Engine) -> None:
     fence, _ = parent_with_held(engine, detached=True)
     with Session(engine) as session:
         assert cancel(session, fence.workflow_id) == [fence.workflow_id]
+        assert held.release_left(session, limit=9) == 2
+
+
+def test_what_a_rewind_leaves_goes_also_when_others_are_started_under_its_key(engine: Engine) -> None:
+    """By the time that a worker looks, the workflow may have come to its map again."""
+    fence, left = parent_with_held(engine)
+    with Session(engine) as session, session.begin():
+        assert rewind(session, fence.workflow_id, to_step="start:double") == [fence.workflow_id]
+    with Session(engine) as session:
+        (again,) = races.claim(session)
+        of_parent = {"parent_id": fence.workflow_id, "parent_key": "start:double", "status": "suspended"}
+        (new,) = races.enqueue(session, 1, **of_parent)
+        races.record(session, [started(again.fence, [new])])
+        assert held.release_left(session, limit=9) == 2
+        assert {races.status_in(session, each) for each in left} == {WorkflowStatus.PENDING}
+        assert (races.status_in(session, new), asked(session)) == (WorkflowStatus.SUSPENDED, 0)
+
+
+def test_a_start_whose_outcome_was_replaced_lets_all_go(engine: Engine) -> None:
+    """An operator may have given whatever instead of the list of children."""
+    fence, _ = parent_with_held(engine)
+    with Session(engine) as session:
+        session.get_one(Step, (fence.workflow_id, "start:double")).output = {"no": "list"}
+        session.flush()
+        held.leave(session, [fence.workflow_id])
         assert held.release_left(session, limit=9) == 2
