@@ -152,14 +152,20 @@ class _Joining:
                 return await self._give_up()
             if found.finished >= len(self._ids):
                 return await self._record_all(limit)
-            if found.held and found.active < self._active:
-                await self._runtime.execute(partial(held.release, ids=self._ids, limit=self._active - found.active))
+            places = min(found.held, self._active - found.active)
+            released = await self._release(places) if places > 0 else 0
             if not begun:
                 waiting = checkpoint_of(self._runtime.attempt, self._position, StepStatus.WAITING)
                 await self._runtime.execute(partial(waits.begin, checkpoint=waiting))
                 begun = True
-            await self._runtime.wait(self._position, self._wait_for(found))
+            wait = self._wait_for(found)
+            if released < places:  # somebody holds the others' rows, and nothing tells when he lets them go
+                wait = replace(wait, until=min(wait.until, time.monotonic() + _LOOK_EVERY))
+            await self._runtime.wait(self._position, wait)
             await self._runtime.settle()
+
+    async def _release(self, count: int) -> int:
+        return await self._runtime.execute(partial(held.release, ids=self._ids, limit=count))
 
     @property
     def _label(self) -> str:

@@ -608,3 +608,33 @@ def test_held_children_of_an_earlier_history_are_let_go(shell: Shell, app: Appli
             lambda: [each.status.value for each in all_of(shell, child.name)] == let_go + held,
             what="the release of the first children, and of one of the second ones",
         )
+
+
+@pytest.mark.shells(("worker", "async-worker"))
+def test_a_map_goes_on_when_somebody_held_the_row_of_the_child_whose_turn_it_was(
+    shell: Shell, app: Application
+) -> None:
+    """As a `cancel` does that is rolled back later, of which nobody tells."""
+    child = waiting(app)
+
+    async def parent() -> list[str]:
+        found: list[str] = await awaited(child.map([child.bind(), child.bind()], max_concurrency=1))
+        return found
+
+    workflow = app.workflow(parent)
+    workflow_id = shell.begin(workflow)
+    with shell.background():
+        (first,) = races.wait_until(partial(_ready, shell, set[UUID](), 1), what="the first child's wait")
+        (second,) = (each.id for each in all_of(shell, child.name) if each.id != first)
+        with shell.sessionmaker() as caller, shell.client() as client:
+            assert cancel(caller, second) == [second]
+            client.signal(first, "go")
+            client.commit()
+            races.wait_until(lambda: shell.one(workflow_id).wake_at, what="the parent that looks again")
+            caller.rollback()
+        with shell.sessionmaker.begin() as session:
+            advance(session, timedelta(seconds=5))
+        with shell.client() as client:
+            client.signal(second, "go")
+            client.commit()
+        assert shell.result(workflow, workflow_id) == ["None", "None"]
