@@ -25,7 +25,7 @@ from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.status import StepStatus
-from sqla_durable.store import Awaited, Recorded, callbacks
+from sqla_durable.store import Awaited, Recorded, callbacks, signals
 from sqla_durable.unwinding import AttemptLost
 
 _SECRET = 24  # bytes
@@ -54,7 +54,8 @@ class Made:
         """Make one."""
         return cls(
             token=f"{workflow_id.hex}.{secrets.token_hex(_SECRET)}",
-            signal=f"#callback:{secrets.token_hex(8)}",  # refused as a name by `signal`: nobody sends it by chance
+            # Refused as a name by `signal`: nobody sends it by chance.
+            signal=f"{signals.CALLBACK}{secrets.token_hex(8)}",
             timeout=None if within is None else within.total_seconds(),
             heartbeat=None if heartbeat is None else heartbeat.total_seconds(),
         )

@@ -54,6 +54,9 @@ from sqla_durable.unwinding import AttemptLost
 PARKED, CHILD, LEFT = "#parked", "#child", "#left"
 """Names of rows that the engine sends to itself; the last one is for `held`."""
 
+CALLBACK = "#callback:"
+"""What the names of signals that are outcomes of callbacks begin with."""
+
 REFUSED, EARLIER = "#refused", "#earlier"
 """Stands for the step that has consumed it, where none ever will."""
 

@@ -20,6 +20,7 @@ from sqlalchemy import (
     cast,
     delete,
     func,
+    literal_column,
     null,
     or_,
     select,
@@ -48,6 +49,7 @@ from sqla_durable.store._rows import (
     execute,
     fence_row,
     filled,
+    interval,
     materialized,
     of_owner,
     owned,
@@ -57,11 +59,13 @@ from sqla_durable.store._rows import (
     table,
 )
 from sqla_durable.store.held import leaving
-from sqla_durable.store.signals import EARLIER, REFUSED, asking
+from sqla_durable.store.signals import CALLBACK, EARLIER, REFUSED, asking
 
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text(), "holds": Boolean()}
 _LIMIT = bindparam("limit", type_=Integer())
+_PARTED = 30  # seconds
+_CALLBACK: ColumnElement[str] = literal_column(f"'{CALLBACK}'", type_=Text())
 
 
 # The one that was in the way was deleted between the two statements.
@@ -102,13 +106,22 @@ def finished_by(connectable: Connectable, fences: Iterable[Fence]) -> dict[Fence
 def restart(connectable: Connectable, fence: Fence, *, given: str) -> bool:
     """Begin a workflow anew with another input (JSON text) and no history, as its next attempt.
 
-    What it shows and what was sent to it stays, but for signals that were taken and events that newer ones replace:
-    the rows of a workflow that runs for ever do not grow with its rounds. Waits for whoever holds the row.
+    What it shows and what was sent to it stays, but for signals that were taken, outcomes of callbacks, and events that
+    newer ones replace: the rows of a workflow that runs for ever do not grow with its rounds. Waits for whoever holds
+    the row.
+
+    Two statements, each of which may be a transaction of its own: the first one takes the workflow from its attempt, so
+    that what a branch of it has recorded meanwhile is seen, and forgotten, by the second one. If that does not come,
+    the workflow goes on with its history after a while, and comes here again.
 
     Returns:
         False if the attempt does not own the workflow: it has lost it, or this was carried out before.
     """
-    return scalar(connectable, _RESTART, filled("batch", [fence_row(fence)]) | {"input": given}) is not None
+    parted = scalar(connectable, _PART, filled("batch", [fence_row(fence)]))
+    if parted is None:
+        return False
+    parameters = {"wanted_id": fence.workflow_id, "wanted_attempt": parted, "input": given}
+    return scalar(connectable, _RESTART, parameters) is not None
 
 
 def release(connectable: Connectable, fences: Iterable[Fence]) -> set[UUID]:
@@ -204,14 +217,38 @@ def _release_statement(*, skip_locked: bool) -> Any:
     )
 
 
-def _restart_statement() -> Any:
+def _part_statement() -> Any:
+    """Park, until the statement after this one."""
     mine = owned(table("batch", _FENCE), skip_locked=False)
+    wake_at = func.statement_timestamp() + interval(literal_column(str(_PARTED)))
+    return (
+        update(WORKFLOW)
+        .where(WORKFLOW.c.id == mine.c.id)
+        .values(status=WorkflowStatus.SUSPENDED, token=null(), worker_id=null(), wake_at=wake_at)
+        .returning(WORKFLOW.c.attempt)
+    )
+
+
+def _restart_statement() -> Any:
+    mine = materialized(
+        select(WORKFLOW.c.id)
+        .where(
+            WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()),
+            WORKFLOW.c.attempt == bindparam("wanted_attempt", type_=Integer()),
+            WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
+            WORKFLOW.c.awaits.is_(None),
+        )
+        .with_for_update(key_share=True, of=WORKFLOW),
+        "parted",
+    )
     forgotten = delete(STEP).where(STEP.c.workflow_id == mine.c.id).returning(STEP.c.key).cte("forgotten")
     left = leaving(mine).cte("left")
     taken = and_(SIGNAL.c.workflow_id == mine.c.id, SIGNAL.c.consumed_by.is_not(None))
     # One with a key is to be known when it is sent again, an update when its sender asks.
     kept = or_(SIGNAL.c.key.is_not(None), SIGNAL.c.name.startswith("#"))
-    consumed = delete(SIGNAL).where(taken, ~kept).returning(SIGNAL.c.id).cte("consumed")
+    # The steps that would read them are gone: those of earlier rounds too, whose answer crossed with their end.
+    answered = and_(SIGNAL.c.workflow_id == mine.c.id, SIGNAL.c.name.startswith(_CALLBACK))
+    consumed = delete(SIGNAL).where(or_(and_(taken, ~kept), answered)).returning(SIGNAL.c.id).cte("consumed")
     remembered = (
         update(SIGNAL)
         .where(taken, kept, SIGNAL.c.consumed_by.not_in([REFUSED, EARLIER]))
@@ -242,6 +279,7 @@ def _restart_statement() -> Any:
             crashes=0,
             token=null(),
             worker_id=null(),
+            wake_at=null(),
             cancellation=null(),
             enqueued_at=func.statement_timestamp(),
             begun_anew_at=func.statement_timestamp(),
@@ -306,6 +344,7 @@ def _wake_due_statement() -> Any:
 _FINISH = _finish_statement()
 _RELEASE = _release_statement(skip_locked=False)
 _RELEASE_UNLOCKED = _release_statement(skip_locked=True)
+_PART = _part_statement()
 _RESTART = _restart_statement()
 _FINISHED_BY = _finished_by_statement()
 _STILL_OWNED = _still_owned_statement()
