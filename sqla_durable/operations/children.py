@@ -190,7 +190,8 @@ class _Joining:
         return await self._record(StepStatus.SUCCEEDED, output=output)
 
     async def _give_up(self) -> Recorded:
-        await self._runtime.execute(partial(children.cancel_rest, parent_id=self._parent, ids=self._ids))
+        checkpoint = checkpoint_of(self._runtime.attempt, self._position)
+        await self._runtime.execute(partial(children.cancel_rest, checkpoint=checkpoint, ids=self._ids))
         await self._runtime.execute(partial(held.release, ids=self._ids, limit=_UNBOUNDED))  # what is detached
         found = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
         failed = [each for each in found if each["status"] == WorkflowStatus.FAILED.value]

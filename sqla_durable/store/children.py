@@ -47,7 +47,7 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.held import is_held, leaving
 from sqla_durable.store.starts import NEW, new_columns, new_row
-from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, known_output, own_row
+from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, known_output, mine, own_row
 from sqla_durable.unwinding import AttemptLost
 
 _PARENT = bindparam("parent", type_=PG_UUID())
@@ -134,9 +134,21 @@ def awaited(connectable: Connectable, parent_id: UUID, *, workflow_ids: Sequence
     return tuple({Awaited(children=row.parent_key, count=row.finished + 1) for row in rows})
 
 
-def cancel_rest(connectable: Connectable, parent_id: UUID, *, ids: Sequence[UUID]) -> int:
-    """Cancel what is unfinished of these children, with the trees under them; wait for whoever holds a row."""
-    return len(execute(connectable, _CANCEL_REST, {"parent": parent_id, "ids": list(ids)}).all())
+def cancel_rest(connectable: Connectable, checkpoint: Checkpoint, *, ids: Sequence[UUID]) -> int:
+    """Cancel what is unfinished of these children, with the trees under them; wait for whoever holds a row.
+
+    Raises:
+        AttemptLost: the attempt does not own the workflow: its children may go on with somebody else.
+    """
+    cancelled = 0
+    # Again until there is nothing: one of them may have started another child before its row was locked.
+    while True:
+        row = execute(connectable, _CANCEL_REST, given_row(checkpoint) | {"ids": list(ids)}).one()
+        if not row.owned:
+            raise AttemptLost(checkpoint.fence.workflow_id)
+        if not row.cancelled:
+            return cancelled
+        cancelled += row.cancelled
 
 
 def _taken(connectable: Connectable, checkpoint: Checkpoint, statement: Any, more: dict[str, Any]) -> str | None:
@@ -256,7 +268,9 @@ def _awaited_statement() -> Any:
 
 
 def _cancel_rest_statement() -> Any:
-    own = WORKFLOW.c.parent_id == _PARENT
+    # Not locked: it may come after its children in the order of ids.
+    owner = materialized(select(WORKFLOW.c.id).where(*mine()), "owner")
+    own = WORKFLOW.c.parent_id.in_(select(owner.c.id))
     tree = select(WORKFLOW.c.id).where(_wanted(), own, ~WORKFLOW.c.detached).cte("tree", recursive=True)
     below = WORKFLOW.alias("below")
     tree = tree.union_all(select(below.c.id).join(tree, below.c.parent_id == tree.c.id).where(~below.c.detached))
@@ -290,7 +304,9 @@ def _cancel_rest_statement() -> Any:
         .returning(WORKFLOW.c.id)
         .cte("cancelled")
     )
-    return select(cancelled.c.id).add_cte(leaving(cancelled).cte("left"))
+    count = select(func.count()).select_from(cancelled).scalar_subquery()
+    told = select(select(owner.c.id).exists().label("owned"), count.label("cancelled"))
+    return told.add_cte(leaving(cancelled).cte("left"))
 
 
 _START = _start_statement()

@@ -1,0 +1,56 @@
+"""Children under races: what is given up is cancelled to the last one, by whoever owns the parent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, update
+from sqlalchemy.orm import Session
+from uuid_utils.compat import uuid7
+
+from sqla_durable.models import Workflow
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store import Fence, NewWorkflow, children
+from sqla_durable.unwinding import AttemptLost
+from tests.store import races
+
+
+def parent_and_child(engine: Engine) -> tuple[Fence, Fence]:
+    """Two attempts that are running: at a workflow, and at its child."""
+    parent, child = races.claimed_fences(engine, 2)
+    with Session(engine) as session, session.begin():
+        of_parent = {"parent_id": parent.workflow_id, "parent_key": "start"}
+        session.execute(update(Workflow).where(Workflow.id == child.workflow_id).values(of_parent))
+    return parent, child
+
+
+def give_up(session: Session, parent: Fence, child: Fence) -> int:
+    return children.cancel_rest(session, races.checkpoint(parent, "map"), ids=[child.workflow_id])
+
+
+def test_what_a_child_starts_while_it_is_given_up_is_cancelled_with_it(engine: Engine) -> None:
+    parent, child = parent_and_child(engine)
+    of_child: dict[str, Any] = {"parent_id": child.workflow_id, "parent_key": "start:refund"}
+    grandchild = NewWorkflow(id=uuid7(), name="refund", input={}, queue="default", **of_child)
+    with races.transaction(engine) as starting, races.transaction(engine) as giving_up:
+        children.start(starting.session, races.checkpoint(child, "start:refund"), [grandchild], active=1)
+        cancelling = giving_up.begin_blocked(lambda session: give_up(session, parent, child))
+        starting.session.commit()
+        assert cancelling.result() == 2
+        giving_up.session.commit()
+    assert races.status_of(engine, child.workflow_id) is WorkflowStatus.CANCELLED
+    assert races.status_of(engine, grandchild.id) is WorkflowStatus.CANCELLED
+
+
+def test_an_attempt_that_has_lost_its_workflow_gives_up_none_of_its_children(engine: Engine) -> None:
+    """It was frozen after its look; since then an operator may have put right what had failed."""
+    parent, child = parent_and_child(engine)
+    with Session(engine) as session, session.begin():
+        stolen = replace(parent, token=uuid7())
+        session.execute(update(Workflow).where(Workflow.id == parent.workflow_id).values(token=stolen.token))
+        with pytest.raises(AttemptLost):
+            give_up(session, parent, child)
+        assert races.status_in(session, child.workflow_id) is WorkflowStatus.RUNNING
+        assert give_up(session, stolen, child) == 1
