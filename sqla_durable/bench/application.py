@@ -9,6 +9,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sqla_durable.durable import Durable
 from sqla_durable.models import SCHEMA
+from sqla_durable.signals import wait_signal
 
 durable = Durable()
 
@@ -94,3 +95,10 @@ def many_entries(steps: int) -> int:
 async def timed() -> float:
     """Give when its first step began."""
     return await look_at_clock()
+
+
+@durable.workflow
+async def signalled() -> float:
+    """Give when a signal had come for which it waited as a row."""
+    await wait_signal.aio("go")
+    return time.monotonic()

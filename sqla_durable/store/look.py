@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Float, and_, bindparam, cast, func, select, text, true
+from sqlalchemy import ColumnElement, Float, and_, bindparam, cast, func, literal_column, select, text, true
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import SIGNAL, WORKER, WORKFLOW, Connectable, execute, status
 from sqla_durable.store.deadlines import is_overdue
 from sqla_durable.store.queues import FRONT, known, listened_queues, listening, pending_in
-from sqla_durable.store.signals import is_new
+from sqla_durable.store.signals import LEFT, is_new
 
 _NEVER = text("timestamptz 'infinity'")
 
@@ -35,6 +35,7 @@ class Seen:
         abandoned: a worker is dead and has left something running.
         alive: the lease of the worker that looks is live.
         overdue: the deadline of something unfinished has come.
+        left: a parent has left held children behind; its row is one of the undelivered, too.
     """
 
     claimable: bool
@@ -44,6 +45,7 @@ class Seen:
     abandoned: bool
     alive: bool
     overdue: bool = False
+    left: bool = False
 
 
 def look(
@@ -58,7 +60,7 @@ def look(
     parameters = {"looking_id": worker_id} | known(names, versions) | listening(dict.fromkeys(queues, FRONT))
     row = execute(connectable, _LOOK, parameters).one()
     next_due_in = None if row.next_due_in is None else float(row.next_due_in)
-    return Seen(row.claimable, row.due, next_due_in, row.undelivered, row.abandoned, row.alive, row.overdue)
+    return Seen(row.claimable, row.due, next_due_in, row.undelivered, row.abandoned, row.alive, row.overdue, row.left)
 
 
 def _claimable() -> ColumnElement[bool]:
@@ -115,4 +117,5 @@ _LOOK = select(
     _abandoned().label("abandoned"),
     _alive().label("alive"),
     select(WORKFLOW.c.id).where(is_overdue()).exists().label("overdue"),
+    select(SIGNAL.c.id).where(is_new(), SIGNAL.c.name == literal_column(f"'{LEFT}'")).exists().label("left"),
 )

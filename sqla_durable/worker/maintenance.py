@@ -90,7 +90,8 @@ class Maintenance:
         undoing = await self._fail_overdue() if seen.overdue else False
         reclaimed = await self._reclaim(seen)
         woken = await self._wake() if seen.due else 0
-        woken += await self._deliver() + await self._release_left() if seen.undelivered else 0
+        woken += await self._deliver() if seen.undelivered else 0
+        woken += await self._release_left() if seen.left else 0
         if seen.claimable or reclaimed or woken or undoing:
             self._claims.hint()
         else:
@@ -126,9 +127,10 @@ class Maintenance:
         while True:
             delivered, more = await persistently(self._database, self._deliver_some, what="maintenance")
             woken += more
+            if more:
+                self._claims.hint()
             if delivered < _LIMIT:
                 return woken
-            self._claims.hint()
 
     async def _release_left(self) -> int:
         """Let go the held children that their parents have left behind; of many, the others at the next looks."""
