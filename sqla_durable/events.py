@@ -15,13 +15,14 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 import sqla_durable.polling as polling
+from sqla_durable.callers import AnySession, id_of
+from sqla_durable.checks import require_text
 from sqla_durable.codec import Codec
 from sqla_durable.errors import ArgumentError, EventNotSetError, ResultTimeoutError
-from sqla_durable.functions import id_of
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.models import Workflow
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.publishing import AnySession, encode, publish, require_text
+from sqla_durable.publishing import encode, publish
 from sqla_durable.store import Checkpoint, Connectable, Origin, events
 
 T = TypeVar("T")
