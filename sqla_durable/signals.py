@@ -77,8 +77,8 @@ def signal(
     Raises:
         WorkflowNotFoundError: there is no such workflow. Nothing was sent, and the transaction is usable.
         WorkflowFinishedError: it has an outcome. Likewise.
-        EncodingError: the payload cannot be stored, or is too large.
-        ArgumentError: a name or key is blank, or what is given is no workflow.
+        EncodingError, PayloadTooLargeError: the payload cannot be stored, or is too large.
+        ArgumentError: a name or key cannot be one, or what is given is no workflow.
         SchemaError, SessionError: the session's database does not hold the tables.
     """
     return perform(session, partial(_Signal.of(name, payload, key).send, workflows=workflows))
@@ -149,7 +149,7 @@ def start_with_signal(
     start_with_signal(session, cart.options(key=customer).bind(customer), "item added", item)
     ```
 
-    See `WorkflowFunction.start` and `signal`.
+    In a step of another workflow the record is that one's child. See `WorkflowFunction.start` and `signal`.
 
     Raises:
         WorkflowFinishedError: the workflow with this key has an outcome. Nothing was sent.
@@ -188,7 +188,7 @@ class _WaitSignal:
             WaitTimeoutError: none came in time; the same on every replay. One that comes later can still be taken.
             DecodingError: the payload does not fit `kind`. It counts as taken.
             UsageError: this is not a workflow's own code, or nobody could send one (a joined executor).
-            ArgumentError: the name is blank, or the timeout no timedelta.
+            ArgumentError: the name or the key cannot be one, or the timeout is no timedelta.
         """
         require_unmarked(name, what="signal name")
         if timeout is not None:

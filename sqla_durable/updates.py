@@ -108,7 +108,7 @@ def update(
         WorkflowNotFoundError: there is no such workflow. Nothing was sent, and the transaction is usable.
         WorkflowFinishedError: it has an outcome. Likewise.
         EncodingError, PayloadTooLargeError: the payload cannot be stored, or is too large.
-        ArgumentError: a name or key is blank, or what is given is no workflow.
+        ArgumentError: a name or key cannot be one, or what is given is no workflow.
         SchemaError, SessionError: the session's database does not hold the tables.
     """
     sending = _Sending.of(session, name, payload, key=key, reply=reply)
@@ -178,7 +178,7 @@ def start_with_update(
     cart, request = start_with_update(session, shopping.options(key=customer).bind(customer), "add", item, reply=int)
     ```
 
-    See `WorkflowFunction.start` and `update`.
+    In a step of another workflow the record is that one's child. See `WorkflowFunction.start` and `update`.
 
     Raises:
         WorkflowFinishedError: the workflow with this key has an outcome. Nothing was sent.
