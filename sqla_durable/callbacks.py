@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Coroutine, Generator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Generic, TypeAlias, TypeVar, cast, overload
+from typing import Any, Generic, TypeVar, cast, overload
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 import sqla_durable.hints as hints
+from sqla_durable.callers import AnySession, perform
 from sqla_durable.checks import require_duration
 from sqla_durable.codec import Codec
 from sqla_durable.errors import (
     ArgumentError,
     CallbackFinishedError,
     CallbackNotFoundError,
-    SessionError,
     WorkflowFinishedError,
 )
 from sqla_durable.operate import operate, require_workflow
@@ -29,11 +29,9 @@ from sqla_durable.operations import callback
 from sqla_durable.operations.attempt import Position
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.store import callbacks as statements
-from sqla_durable.store import schema
 
 T = TypeVar("T")
 R = TypeVar("R", covariant=True)
-AnySession: TypeAlias = "Session | AsyncSession"
 
 _TOKEN = re.compile(r"([0-9a-f]{32})\.[0-9a-f]{48}")
 
@@ -240,7 +238,7 @@ def complete_callback(session: AnySession, token: str, value: object = None) -> 
     """
     found = _Token.of(token)
     text = Codec.inferred(what="value of a callback").encode(value)
-    return _on(session, partial(_answer, token=found, payload=f'{{"value": {text}}}'))
+    return perform(session, partial(_answer, token=found, payload=f'{{"value": {text}}}'))
 
 
 @overload
@@ -271,7 +269,8 @@ def fail_callback(
     if not isinstance(message, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError(f"message={message!r} is no text: say what has happened, and give the rest as details=.")
     given = {"error": message} if details is None else {"error": message, "details": details}
-    return _on(session, partial(_answer, token=found, payload=Codec.inferred(what="error of a callback").encode(given)))
+    text = Codec.inferred(what="error of a callback").encode(given)
+    return perform(session, partial(_answer, token=found, payload=text))
 
 
 @overload
@@ -291,7 +290,7 @@ def heartbeat_callback(session: AnySession, token: str) -> Coroutine[Any, Any, N
     Raises:
         Exception: as `complete_callback`; CallbackFinishedError whatever the outcome is.
     """
-    return _on(session, partial(_beat, token=_Token.of(token)))
+    return perform(session, partial(_beat, token=_Token.of(token)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,15 +309,6 @@ class _Token:
             raise ArgumentError(f"{text} is no token of a callback: give what `Callback.token` has given, as it is.")
         text = found.string
         return cls(UUID(found[1]), hashlib.sha256(text.encode()).hexdigest(), f"{text[:37]}…")
-
-
-def _on(session: AnySession, function: Callable[[Session], None]) -> Coroutine[Any, Any, None] | None:
-    if isinstance(session, AsyncSession):
-        return session.run_sync(function)
-    if not isinstance(session, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise SessionError(f"the caller's Session or AsyncSession comes first, got {type(session).__name__}.")
-    function(session)
-    return None
 
 
 def _answer(session: Session, *, token: _Token, payload: str) -> None:
@@ -343,7 +333,6 @@ def _beat(session: Session, *, token: _Token) -> None:
 
 def _hold(session: Session, token: _Token) -> str:
     """Lock the callback: what is asked then is newer than all answers before."""
-    schema.require(session)
     return statements.hold(session, token.workflow_id, digest=token.digest) or _refuse_unknown(token)
 
 

@@ -1,9 +1,8 @@
-"""What names, durations and ids that users give must be. Values of workflows and steps are the business of `codec`."""
+"""What names and durations that users give must be. Values of workflows and steps are the business of `codec`."""
 
 from __future__ import annotations
 
 from datetime import timedelta
-from uuid import UUID
 
 from sqla_durable.errors import ArgumentError
 
@@ -23,6 +22,17 @@ def fault_in(text: object) -> str | None:
     return None
 
 
+def require_text(text: object, *, what: str) -> None:
+    """Refuse a name or a key that cannot be stored.
+
+    Raises:
+        ArgumentError: it is no text, is blank, or holds what PostgreSQL does not store.
+    """
+    fault = fault_in(text)
+    if fault is not None:
+        raise ArgumentError(f"the {what} is {text!r}, which {fault}: give a text that is not blank.")
+
+
 def require_duration(value: object, name: str) -> None:
     """Refuse what is not a `timedelta`.
 
@@ -31,16 +41,3 @@ def require_duration(value: object, name: str) -> None:
     """
     if not isinstance(value, timedelta):
         raise ArgumentError(f"{name}={value!r} is not a timedelta: write, for example, timedelta(seconds=5).")
-
-
-def workflow_id(given: object) -> UUID:
-    """Give the id of a workflow as it is.
-
-    Raises:
-        ArgumentError: it is something else, such as the text of an id.
-    """
-    if not isinstance(given, UUID):
-        raise ArgumentError(
-            f"{given!r} is no workflow: give a Workflow record, or its id as a UUID (of a text: UUID(...))."
-        )
-    return given

@@ -63,8 +63,12 @@ class Child(_BaseChild[R]):
             Exception: its own error, where its type is imported in this process.
             WorkflowFailedError: the same, where it is not.
             WorkflowCancelledError, MaxAttemptsError: it was cancelled, or its workers died too often.
+            WorkflowTimeoutError: it was not finished at its deadline.
             WaitTimeoutError: it had no outcome in time.
+            WorkflowNotFoundError: it was deleted.
+            DecodingError: its result does not fit the annotation that the code has now.
             UsageError: this is not a workflow's own code.
+            ArgumentError: the timeout is no timedelta.
         """
         return cast("R", self._result(timeout))
 
@@ -106,9 +110,13 @@ class _WaitFirst:
 
         Which one it was is recorded: a replay finds the same.
 
+        Args:
+            workflows: what `start_child` gave.
+            timeout: how long to wait at most; none is cancelled by that.
+
         Raises:
             WaitTimeoutError: none had an outcome in time.
-            ArgumentError: there are none.
+            ArgumentError: there are none, or the timeout is no timedelta.
             UsageError: this is not a workflow's own code.
         """
         given = {each.workflow_id: each for each in workflows}

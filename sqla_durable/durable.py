@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable
 from datetime import timedelta
-from typing import Any, Concatenate, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
@@ -28,6 +28,19 @@ from sqla_durable.step_functions import (
 P = ParamSpec("P")
 R = TypeVar("R")
 Async = Coroutine[Any, Any, R]
+
+
+class StepOptions(TypedDict, total=False):
+    """The options of a step, for type checkers; `Durable.step` says what each is."""
+
+    name: str | None
+    retry: RetryPredicate | None
+    stop: StopPredicate | None
+    wait: WaitFunction | None
+    isolation_level: IsolationLevel | None
+    timeout: timedelta | None
+    total_timeout: timedelta | None
+    heartbeat_timeout: timedelta | None
 
 
 class Durable:
@@ -146,31 +159,12 @@ class Durable:
         self,
         fn: Callable[Concatenate[AsyncSession, P], Async[R]],
         /,
-        *,
-        name: str | None = None,
-        retry: RetryPredicate | None = None,
-        stop: StopPredicate | None = None,
-        wait: WaitFunction | None = None,
-        isolation_level: IsolationLevel | None = None,
-        timeout: timedelta | None = None,
-        total_timeout: timedelta | None = None,
-        heartbeat_timeout: timedelta | None = None,
+        **options: Unpack[StepOptions],
     ) -> AsyncTransactionalStep[P, R]: ...
 
     @overload
     def step(
-        self,
-        fn: Callable[Concatenate[Session, P], R],
-        /,
-        *,
-        name: str | None = None,
-        retry: RetryPredicate | None = None,
-        stop: StopPredicate | None = None,
-        wait: WaitFunction | None = None,
-        isolation_level: IsolationLevel | None = None,
-        timeout: timedelta | None = None,
-        total_timeout: timedelta | None = None,
-        heartbeat_timeout: timedelta | None = None,
+        self, fn: Callable[Concatenate[Session, P], R], /, **options: Unpack[StepOptions]
     ) -> TransactionalStep[P, R]: ...
 
     @overload
@@ -178,47 +172,14 @@ class Durable:
         self,
         fn: Callable[P, Async[R]],
         /,
-        *,
-        name: str | None = None,
-        retry: RetryPredicate | None = None,
-        stop: StopPredicate | None = None,
-        wait: WaitFunction | None = None,
-        isolation_level: IsolationLevel | None = None,
-        timeout: timedelta | None = None,
-        total_timeout: timedelta | None = None,
-        heartbeat_timeout: timedelta | None = None,
+        **options: Unpack[StepOptions],
     ) -> AsyncStepFunction[P, R]: ...
 
     @overload
-    def step(
-        self,
-        fn: Callable[P, R],
-        /,
-        *,
-        name: str | None = None,
-        retry: RetryPredicate | None = None,
-        stop: StopPredicate | None = None,
-        wait: WaitFunction | None = None,
-        isolation_level: IsolationLevel | None = None,
-        timeout: timedelta | None = None,
-        total_timeout: timedelta | None = None,
-        heartbeat_timeout: timedelta | None = None,
-    ) -> StepFunction[P, R]: ...
+    def step(self, fn: Callable[P, R], /, **options: Unpack[StepOptions]) -> StepFunction[P, R]: ...
 
     @overload
-    def step(
-        self,
-        /,
-        *,
-        name: str | None = None,
-        retry: RetryPredicate | None = None,
-        stop: StopPredicate | None = None,
-        wait: WaitFunction | None = None,
-        isolation_level: IsolationLevel | None = None,
-        timeout: timedelta | None = None,
-        total_timeout: timedelta | None = None,
-        heartbeat_timeout: timedelta | None = None,
-    ) -> StepDecorator: ...
+    def step(self, /, **options: Unpack[StepOptions]) -> StepDecorator: ...
 
     def step(
         self,

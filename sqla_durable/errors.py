@@ -2,7 +2,7 @@
 
 ```
 DurableError
-├── DefinitionError               a decorator was given a function that cannot be made durable
+├── DefinitionError               (also TypeError) a decorator was given a function that cannot be made durable
 ├── UsageError                    an operation was called where it cannot work
 │   ├── StepOutsideWorkflowError      a transactional step without a session and without a workflow
 │   ├── SyncAsyncError                sync where async is needed, or the other way round
@@ -13,16 +13,16 @@ DurableError
 │   ├── RetryPolicyError              what a step was given as retry, stop or wait fails itself
 │   └── UnfinishedStepError           a workflow returned while a step or a branch was not awaited to its end
 ├── PayloadError                  a value that cannot travel to the database and back
-│   ├── ArgumentError                 arguments that do not fit a workflow's annotations
+│   ├── ArgumentError                 (also TypeError) an argument of a workflow, or of this package, that does not fit
 │   ├── EncodingError                 a value that cannot be stored
 │   │   └── PayloadTooLargeError          … because of its size
 │   └── DecodingError                 a stored value that does not fit today's annotations
-├── UnknownWorkflowError          no workflow of that name is registered
+├── UnknownWorkflowError          (also LookupError) no workflow of that name is registered
 ├── WorkflowNotFoundError         no such workflow record is visible
 ├── WorkflowReferencedError       rows of the application refer to a workflow that was to be deleted
 ├── WorkflowRunningError          somebody else holds a live lease on the workflow
 ├── AttemptLostError              this execution no longer owns its workflow; nothing more of it commits
-├── WorkflowFinishedError         a signal or update cannot be sent to a workflow that has an outcome
+├── WorkflowFinishedError         a signal, update or callback is for a workflow that has an outcome
 ├── UpdateRejectedError           a workflow has refused or rejected an update
 ├── UpdateNotAnsweredError        a workflow has ended, or begun anew, without answering an update
 ├── UpdateNotFoundError           no such update is visible
@@ -39,7 +39,7 @@ DurableError
 ├── WorkflowError                 the outcome of a workflow that did not succeed
 │   ├── WorkflowFailedError           its own exception type cannot be rebuilt here
 │   ├── WorkflowCancelledError
-│   ├── WorkflowTimeoutError          it was not finished at its deadline
+│   ├── WorkflowTimeoutError          (also TimeoutError) it was not finished at its deadline
 │   └── MaxAttemptsError              its workers died too often
 ├── StepTimeoutError              (also TimeoutError) a step was not done within its time
 │   └── HeartbeatTimeoutError         a plain step reported nothing for too long
@@ -133,7 +133,7 @@ class PayloadError(DurableError):
 
 
 class ArgumentError(PayloadError, TypeError):
-    """The arguments of a workflow do not fit its annotations. Nothing was started."""
+    """An argument does not fit: of a workflow its annotations, or another what is called. Nothing was done with it."""
 
 
 class EncodingError(PayloadError):

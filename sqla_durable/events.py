@@ -15,13 +15,14 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 import sqla_durable.polling as polling
+from sqla_durable.callers import AnySession, id_of
+from sqla_durable.checks import require_text
 from sqla_durable.codec import Codec
 from sqla_durable.errors import ArgumentError, EventNotSetError, ResultTimeoutError
-from sqla_durable.functions import id_of
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.models import Workflow
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.publishing import AnySession, encode, publish, require_text
+from sqla_durable.publishing import encode, publish
 from sqla_durable.store import Checkpoint, Connectable, Origin, events
 
 T = TypeVar("T")
@@ -91,35 +92,19 @@ def set_event(*given: Any) -> Awaitable[None]:
 
 @overload
 def get_event(
-    source: Session | sessionmaker[Session],
-    workflow: Workflow | UUID,
-    key: str,
-    *,
-    timeout: timedelta | None = None,
-    type: type[T],
-) -> T: ...
-
-
-@overload
-def get_event(
-    source: Session | sessionmaker[Session],
-    workflow: Workflow | UUID,
-    key: str,
-    *,
-    timeout: timedelta | None = None,
-    type: Any = Any,
+    source: Session | sessionmaker[Session], workflow: Workflow | UUID, key: str, *, timeout: timedelta | None = None
 ) -> Any: ...
 
 
 @overload
 def get_event(
-    source: AsyncSession | async_sessionmaker[AsyncSession],
+    source: Session | sessionmaker[Session],
     workflow: Workflow | UUID,
     key: str,
+    kind: type[T],
     *,
     timeout: timedelta | None = None,
-    type: type[T],
-) -> Coroutine[Any, Any, T]: ...
+) -> T: ...
 
 
 @overload
@@ -129,22 +114,32 @@ def get_event(
     key: str,
     *,
     timeout: timedelta | None = None,
-    type: Any = Any,
 ) -> Coroutine[Any, Any, Any]: ...
+
+
+@overload
+def get_event(
+    source: AsyncSession | async_sessionmaker[AsyncSession],
+    workflow: Workflow | UUID,
+    key: str,
+    kind: type[T],
+    *,
+    timeout: timedelta | None = None,
+) -> Coroutine[Any, Any, T]: ...
 
 
 def get_event(
     source: polling.Source,
     workflow: Workflow | UUID,
     key: str,
+    kind: Any = Any,
     *,
     timeout: timedelta | None = None,
-    type: Any = Any,  # noqa: A002 (what is wanted is a type)
 ) -> Any:
     """Give the latest value of a workflow's event, from outside the workflow; wait for the first one.
 
     ```python
-    status = get_event(SessionLocal, workflow.id, "status", type=str, timeout=timedelta(seconds=30))
+    status = get_event(SessionLocal, workflow.id, "status", str, timeout=timedelta(seconds=30))
     ```
 
     Polls in short transactions of its own, on the engine of the session or sessionmaker: a session that is given is
@@ -154,8 +149,8 @@ def get_event(
         source: a session or a sessionmaker, for its engine.
         workflow: the record, or its id.
         key: the key of the event.
+        kind: the type of its value.
         timeout: how long to wait for a value; None waits as long as it takes.
-        type: as what the value is wanted.
 
     Raises:
         EventNotSetError: the workflow is finished, and has never set it.
@@ -168,7 +163,7 @@ def get_event(
     """
     require_text(key, what="key of an event")
     outlook = polling.Outlook.of(source, what="get_event()")
-    search = _Search(id_of(workflow), key, Codec.of(type, what=f"value of event {key!r}"), timeout)
+    search = _Search(id_of(workflow), key, Codec.of(kind, what=f"value of event {key!r}"), timeout)
     return _wait_async(outlook, search) if outlook.is_async else _wait(outlook, search)
 
 

@@ -14,19 +14,18 @@ from functools import partial
 from typing import Any, NoReturn, ParamSpec, Self, TypeVar, cast, overload
 from uuid import UUID
 
-from sqlalchemy import inspect
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable.checks import workflow_id
+from sqla_durable.callers import id_of, perform, require_session
 from sqla_durable.children import AsyncChild, Child, map_children, start_child
-from sqla_durable.errors import SessionError, UsageError
+from sqla_durable.errors import UsageError
 from sqla_durable.handle import AsyncHandle, Handle
 from sqla_durable.models import Workflow
 from sqla_durable.operate import operate, require_workflow
 from sqla_durable.operations.anew import begin_anew
 from sqla_durable.registry import WorkflowDefinition
-from sqla_durable.start import BoundWorkflow, StartOptions, bind, of_step, start
+from sqla_durable.start import BoundWorkflow, StartOptions, bind, start
 from sqla_durable.step_functions import DurableFunction
 from sqla_durable.store import schema
 
@@ -116,15 +115,8 @@ class _WorkflowFunction(DurableFunction[P, R]):
             EncodingError: one cannot be stored, or is too large.
             SchemaError, SessionError: the session's database does not hold the tables.
         """
-        if not isinstance(session, (Session, AsyncSession)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise SessionError(
-                f"{self.name}.start() takes the caller's Session or AsyncSession first, got {session!r}. A scoped "
-                "session is called to give one."
-            )
-        bound = of_step(self.bind(*args, **kwargs))
-        if isinstance(session, AsyncSession):
-            return session.run_sync(start, bound)
-        return start(session, bound)
+        require_session(session)
+        return perform(session, partial(start, bound=self.bind(*args, **kwargs)))
 
     def _start_child(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return start_child(self.definition, self.bind(*args, **kwargs))
@@ -271,11 +263,3 @@ class AsyncWorkflowFunction(_WorkflowFunction[P, R]):
     def map(self, items: Iterable[Any], *, max_concurrency: int | None = None, tolerate: int = 0) -> Any:
         """Start a child for each item and wait for all; see `WorkflowFunction.map`."""
         return self._map(items, max_concurrency=max_concurrency, tolerate=tolerate)
-
-
-def id_of(workflow: Workflow | UUID) -> UUID:
-    """Give a workflow's id; of a record also when its attributes are expired and its session is closed."""
-    if not isinstance(workflow, Workflow):
-        return workflow_id(workflow)
-    identity = inspect(workflow).identity
-    return workflow.id if identity is None else UUID(str(identity[0]))

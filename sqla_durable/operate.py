@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqla_durable.checks import fault_in
+from sqla_durable.checks import require_text
 from sqla_durable.context import Context, active
 from sqla_durable.errors import ArgumentError, UsageError
 from sqla_durable.inspection import MARKS, require_name
@@ -46,14 +46,12 @@ def require_workflow(name: str) -> Context:
     return context
 
 
-def require_text(value: str, *, what: str) -> None:
-    """Refuse a name that cannot be stored, or could be taken for another.
+def require_unmarked(value: str, *, what: str) -> None:
+    """Refuse a name that cannot be stored, or that could be taken for another in the key of an operation.
 
     Raises:
         ArgumentError: it is one.
     """
-    fault = fault_in(value)
-    if fault is not None:
-        raise ArgumentError(f"the {what} {value!r} {fault}: give a text that is not blank.")
+    require_text(value, what=what)
     if any(character in value for character in MARKS):
         raise ArgumentError(f"the {what} {value!r} contains one of {MARKS!r}, which mark occurrences and branches.")

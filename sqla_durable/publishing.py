@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
 
-from sqla_durable.checks import fault_in
+from sqla_durable.callers import AnySession
 from sqla_durable.codec import Codec
 from sqla_durable.context import Context, active
-from sqla_durable.errors import ArgumentError, UsageError
+from sqla_durable.errors import UsageError
 from sqla_durable.inspection import SessionKind
 from sqla_durable.operations.publish import Publication, origin_of, publish_at_once, publish_once
 from sqla_durable.operations.runtime import StepCall
-
-AnySession: TypeAlias = "Session | AsyncSession"
 
 _CODEC = replace(Codec.of(Any, what="value"), native=False)
 
@@ -32,17 +29,6 @@ class Done:
 
 
 DONE = Done()
-
-
-def require_text(text: object, *, what: str) -> None:
-    """Refuse a name or a key that cannot be stored.
-
-    Raises:
-        ArgumentError: it is no text, is blank, or holds what PostgreSQL does not store.
-    """
-    fault = fault_in(text)
-    if fault is not None:
-        raise ArgumentError(f"the {what} is {text!r}, which {fault}: give a text that is not blank.")
 
 
 def encode(value: object, *, what: str, limit: int) -> str:

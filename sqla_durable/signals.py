@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar, cast, overload
@@ -12,15 +13,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 import sqla_durable.hints as hints
-from sqla_durable.checks import fault_in, require_duration
+from sqla_durable.callers import ids_of, perform
+from sqla_durable.checks import require_duration, require_text
 from sqla_durable.codec import Codec
-from sqla_durable.errors import ArgumentError, SessionError, WorkflowFinishedError, WorkflowNotFoundError
-from sqla_durable.functions import id_of
+from sqla_durable.errors import WorkflowFinishedError, WorkflowNotFoundError
 from sqla_durable.models import Workflow
-from sqla_durable.operate import operate, require_text
+from sqla_durable.operate import operate, require_unmarked
 from sqla_durable.operations import wait
 from sqla_durable.start import BoundWorkflow, start
-from sqla_durable.store import schema
 from sqla_durable.store import signals as statements
 
 T = TypeVar("T")
@@ -77,61 +77,55 @@ def signal(
     Raises:
         WorkflowNotFoundError: there is no such workflow. Nothing was sent, and the transaction is usable.
         WorkflowFinishedError: it has an outcome. Likewise.
-        EncodingError: the payload cannot be stored, or is too large.
-        ArgumentError: a name or key is blank, or what is given is no workflow.
+        EncodingError, PayloadTooLargeError: the payload cannot be stored, or is too large.
+        ArgumentError: a name or key cannot be one, or what is given is no workflow.
         SchemaError, SessionError: the session's database does not hold the tables.
     """
-    require_text(name, what="signal name")
-    if key is not None and (fault := fault_in(key)):
-        raise ArgumentError(f"key={key!r} {fault}: give a text that is not blank.")
-    text = Codec.inferred(what=f"payload of signal {name!r}").encode(payload)
-    send = partial(_send, workflows=workflows, name=name, payload=text, key=key)
-    if isinstance(session, AsyncSession):
-        return session.run_sync(send)
-    if not isinstance(session, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise SessionError(f"the caller's Session or AsyncSession comes first, got {session!r}.")
-    send(session)
-    return None
+    return perform(session, partial(_Signal.of(name, payload, key).send, workflows=workflows))
 
 
-def _send(
-    session: Session,
-    *,
-    workflows: Workflow | UUID | Iterable[Workflow | UUID],
-    name: str,
-    payload: str,
-    key: str | None,
-) -> None:
-    schema.require(session)
-    session.flush()  # a workflow that was only just started is not in the table yet
-    ids = sorted({_id(each) for each in _several(workflows)})
-    found = statements.standings(session, ids)
-    for each in ids:
-        if each not in found:
-            raise WorkflowNotFoundError(
-                f"signal {name!r} cannot be sent to workflow {each}: it is not visible here. Nothing was sent.",
-                workflow_id=each,
-            )
-        if found[each].finished:
-            raise WorkflowFinishedError(
-                f"signal {name!r} cannot be sent to workflow {each}, which has {found[each]}. Nothing was sent.",
-                workflow_id=each,
-            )
-    if ids:
-        statements.send(session, ids, name=name, payload=payload, key=key)
-        hints.announce(session, hints.EVERYWHERE)
+@dataclass(frozen=True, slots=True)
+class _Signal:
+    """A signal that is to be sent; the payload is JSON text."""
 
+    name: str
+    payload: str
+    key: str | None
 
-def _several(workflows: object) -> Iterable[object]:
-    if isinstance(workflows, Iterable) and not isinstance(workflows, (str, bytes)):
-        return cast("Iterable[object]", workflows)
-    return [workflows]
+    @classmethod
+    def of(cls, name: str, payload: object, key: str | None) -> _Signal:
+        require_unmarked(name, what="signal name")
+        if key is not None:
+            require_text(key, what="key")
+        return cls(name, Codec.inferred(what=f"payload of signal {name!r}").encode(payload), key)
 
+    def start(self, session: Session, *, bound: BoundWorkflow) -> Workflow:
+        """Start the workflow and send; give its record."""
+        workflow = start(session, bound)
+        self.send(session, workflows=workflow)
+        return workflow
 
-def _id(workflow: object) -> UUID:
-    if not isinstance(workflow, (Workflow, UUID)) or not (found := id_of(workflow)):
-        raise ArgumentError(f"{workflow!r} is no workflow in a database: give a Workflow record, or its id as a UUID.")
-    return found
+    def send(self, session: Session, *, workflows: Workflow | UUID | Iterable[Workflow | UUID]) -> None:
+        """Send, to all or none."""
+        session.flush()  # a workflow that was only just started is not in the table yet
+        ids = sorted(set(ids_of(workflows)))
+        found = statements.standings(session, ids)
+        for each in ids:
+            if each not in found:
+                raise WorkflowNotFoundError(
+                    f"signal {self.name!r} cannot be sent to workflow {each}: it is not visible here. Nothing was "
+                    "sent.",
+                    workflow_id=each,
+                )
+            if found[each].finished:
+                raise WorkflowFinishedError(
+                    f"signal {self.name!r} cannot be sent to workflow {each}, which has {found[each]}. Nothing was "
+                    "sent.",
+                    workflow_id=each,
+                )
+        if ids:
+            statements.send(session, ids, name=self.name, payload=self.payload, key=self.key)
+            hints.announce(session, hints.EVERYWHERE)
 
 
 @overload
@@ -155,19 +149,14 @@ def start_with_signal(
     start_with_signal(session, cart.options(key=customer).bind(customer), "item added", item)
     ```
 
-    See `WorkflowFunction.start` and `signal`.
+    In a step of another workflow the record is that one's child. See `WorkflowFunction.start` and `signal`.
 
     Raises:
         WorkflowFinishedError: the workflow with this key has an outcome. Nothing was sent.
         Exception: as `start` and `signal`.
     """
 
-    def both(blocking: Session) -> Workflow:
-        workflow = start(blocking, bound)
-        signal(blocking, workflow, name, payload, key=key)
-        return workflow
-
-    return session.run_sync(both) if isinstance(session, AsyncSession) else both(session)
+    return perform(session, partial(_Signal.of(name, payload, key).start, bound=bound))
 
 
 class _WaitSignal:
@@ -199,9 +188,9 @@ class _WaitSignal:
             WaitTimeoutError: none came in time; the same on every replay. One that comes later can still be taken.
             DecodingError: the payload does not fit `kind`. It counts as taken.
             UsageError: this is not a workflow's own code, or nobody could send one (a joined executor).
-            ArgumentError: the name is blank, or the timeout no timedelta.
+            ArgumentError: the name or the key cannot be one, or the timeout is no timedelta.
         """
-        require_text(name, what="signal name")
+        require_unmarked(name, what="signal name")
         if timeout is not None:
             require_duration(timeout, "timeout")
         codec = Codec.of(kind, what=f"payload of signal {name!r}")

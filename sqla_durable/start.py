@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import islice
 from typing import Any, overload
 from uuid import UUID
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 import sqla_durable.hints as hints
+from sqla_durable.callers import perform
 from sqla_durable.checks import fault_in, require_duration
 from sqla_durable.context import active
 from sqla_durable.errors import ArgumentError
@@ -121,15 +123,6 @@ def bind(
     )
 
 
-def of_step(bound: BoundWorkflow) -> BoundWorkflow:
-    """Give what is started in a step of a workflow as that one's child; elsewhere the same."""
-    context = active()
-    if context is None or context.step is None:
-        return bound
-    attempt, step = context.attempt, context.step
-    return BoundWorkflow(replace(bound.new, parent_id=attempt.workflow_id, parent_key=step.position.key))
-
-
 def _headers(definition: WorkflowDefinition) -> dict[str, str] | None:
     """Ask the interceptors, and refuse what cannot be stored."""
     headers = definition.interceptors.headers(definition.name)
@@ -145,8 +138,12 @@ def _headers(definition: WorkflowDefinition) -> dict[str, str] | None:
 
 
 def start(session: Session, bound: BoundWorkflow) -> Workflow:
-    """Add a workflow to the caller's transaction and give its record; see `WorkflowFunction.start`."""
-    workflow = add(session, bound)
+    """Add a workflow to the caller's transaction and give its record; see `WorkflowFunction.start`.
+
+    Raises:
+        ArgumentError: this is not what `bind` gives.
+    """
+    workflow = add(session, _of_step(_checked(bound)))
     hints.announce(session, _where(bound.new))
     return workflow
 
@@ -190,14 +187,11 @@ def start_many(
         ArgumentError, EncodingError: some arguments do not fit; nothing was started.
         SchemaError, SessionError: the session's database does not hold the tables.
     """
-    if isinstance(session, AsyncSession):
-        return session.run_sync(_start_many, bound)
-    return _start_many(session, bound)
+    return perform(session, partial(_start_many, bound=bound))
 
 
-def _start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]:
-    schema.require(session)
-    given = [of_step(_checked(each)).new for each in bound]
+def _start_many(session: Session, *, bound: Iterable[BoundWorkflow]) -> list[UUID]:
+    given = [_of_step(_checked(each)).new for each in bound]
     # In the order of keys over all statements: two callers with the same keys must not wait for each other.
     ordered = iter(sorted(given, key=lambda new: (new.key or "", new.name)))
     ids: dict[UUID, UUID] = {}
@@ -207,6 +201,15 @@ def _start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]:
     return [ids[new.id] for new in given]
 
 
+def _of_step(bound: BoundWorkflow) -> BoundWorkflow:
+    """Give what is started in a step of a workflow as that one's child; elsewhere the same."""
+    context = active()
+    if context is None or context.step is None:
+        return bound
+    attempt, step = context.attempt, context.step
+    return BoundWorkflow(replace(bound.new, parent_id=attempt.workflow_id, parent_key=step.position.key))
+
+
 def _where(new: NewWorkflow) -> str:
     """Tell where workers are to look: one with a delay is on no queue yet, and is the next timer perhaps."""
     return hints.EVERYWHERE if new.delay is not None or new.wake_at is not None else hints.to_queue(new.queue)
@@ -214,5 +217,5 @@ def _where(new: NewWorkflow) -> str:
 
 def _checked(bound: BoundWorkflow) -> BoundWorkflow:
     if not isinstance(bound, BoundWorkflow):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ArgumentError(f"start_many() takes what workflow.bind(...) gives, got {bound!r}. Nothing was started.")
+        raise ArgumentError(f"what is started is given as workflow.bind(...), got {bound!r}. Nothing was started.")
     return bound

@@ -14,13 +14,14 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 import sqla_durable.polling as polling
+from sqla_durable.callers import AnySession, id_of
+from sqla_durable.checks import require_text
 from sqla_durable.codec import Codec
 from sqla_durable.errors import ArgumentError, ResultTimeoutError, StreamClosedError
-from sqla_durable.functions import id_of
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.models import Workflow
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.publishing import AnySession, encode, publish, require_text
+from sqla_durable.publishing import encode, publish
 from sqla_durable.store import Checkpoint, Connectable, Origin, streams
 from sqla_durable.store.streams import Append, Appended, Item, Page
 
@@ -158,8 +159,7 @@ def read_stream(
     *,
     start: int = 0,
     timeout: timedelta | None = None,
-    type: type[T],
-) -> Iterator[StreamEntry[T]]: ...
+) -> Iterator[StreamEntry[Any]]: ...
 
 
 @overload
@@ -167,11 +167,11 @@ def read_stream(
     source: Session | sessionmaker[Session],
     workflow: Workflow | UUID,
     name: str,
+    kind: type[T],
     *,
     start: int = 0,
     timeout: timedelta | None = None,
-    type: Any = Any,
-) -> Iterator[StreamEntry[Any]]: ...
+) -> Iterator[StreamEntry[T]]: ...
 
 
 @overload
@@ -182,35 +182,34 @@ def read_stream(
     *,
     start: int = 0,
     timeout: timedelta | None = None,
-    type: type[T],
-) -> AsyncIterator[StreamEntry[T]]: ...
-
-
-@overload
-def read_stream(
-    source: AsyncSession | async_sessionmaker[AsyncSession],
-    workflow: Workflow | UUID,
-    name: str,
-    *,
-    start: int = 0,
-    timeout: timedelta | None = None,
-    type: Any = Any,
 ) -> AsyncIterator[StreamEntry[Any]]: ...
+
+
+@overload
+def read_stream(
+    source: AsyncSession | async_sessionmaker[AsyncSession],
+    workflow: Workflow | UUID,
+    name: str,
+    kind: type[T],
+    *,
+    start: int = 0,
+    timeout: timedelta | None = None,
+) -> AsyncIterator[StreamEntry[T]]: ...
 
 
 def read_stream(
     source: polling.Source,
     workflow: Workflow | UUID,
     name: str,
+    kind: Any = Any,
     *,
     start: int = 0,
     timeout: timedelta | None = None,
-    type: Any = Any,  # noqa: A002 (what is wanted is a type)
 ) -> Iterator[StreamEntry[Any]] | AsyncIterator[StreamEntry[Any]]:
     """Read a workflow's stream, item by item as they are committed, until it is closed or the workflow is finished.
 
     ```python
-    for entry in read_stream(SessionLocal, workflow.id, "answer", type=str):
+    for entry in read_stream(SessionLocal, workflow.id, "answer", str):
         print(entry.value, end="")
     ```
 
@@ -223,9 +222,9 @@ def read_stream(
         source: a session or a sessionmaker, for its engine.
         workflow: the record, or its id.
         name: the name of the stream; one that nobody has written to yet is waited for.
+        kind: the type of its values.
         start: the number of the first item that is wanted.
         timeout: how long to wait for the next item; None waits as long as it takes.
-        type: as what the values are wanted.
 
     Raises:
         ResultTimeoutError: no further item came in time. What was given before stands; read on from there.
@@ -239,7 +238,7 @@ def read_stream(
     if start < 0:
         raise ArgumentError(f"start={start!r} is negative: items are numbered from 0.")
     outlook = polling.Outlook.of(source, what="read_stream()")
-    reader = _Reader(id_of(workflow), name, start, Codec.of(type, what=f"item of stream {name!r}"), timeout)
+    reader = _Reader(id_of(workflow), name, start, Codec.of(kind, what=f"item of stream {name!r}"), timeout)
     return _read_async(outlook, reader) if outlook.is_async else _read(outlook, reader)
 
 

@@ -14,9 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 import sqla_durable.polling as polling
+from sqla_durable.callers import id_of
 from sqla_durable.codec import Codec
 from sqla_durable.errors import ResultTimeoutError, UpdateNotAnsweredError, UpdateNotFoundError, UpdateRejectedError
-from sqla_durable.functions import id_of
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.models import Workflow
 from sqla_durable.store import updates

@@ -15,16 +15,17 @@ from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from sqla_durable.callers import AnySession
 from sqla_durable.checks import fault_in, require_duration
 from sqla_durable.codec import Codec, reasons
 from sqla_durable.context import active, outside
 from sqla_durable.errors import ArgumentError, DecodingError, UsageError
 from sqla_durable.failure import Failure
-from sqla_durable.operate import operate, require_text
+from sqla_durable.operate import operate, require_unmarked
 from sqla_durable.operations import update as operation
 from sqla_durable.operations.attempt import Position
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.publishing import AnySession, encode, publish
+from sqla_durable.publishing import encode, publish
 from sqla_durable.store import Checkpoint, Connectable, Origin, Verdict, updates
 from sqla_durable.unwinding import AttemptLost
 
@@ -232,7 +233,7 @@ class _WaitUpdate:
             SyncAsyncError: the validator has to be awaited, and the workflow is `def`.
             ArgumentError: the name is blank, or the timeout no timedelta.
         """
-        require_text(name, what="update name")
+        require_unmarked(name, what="update name")
         if timeout is not None:
             require_duration(timeout, "timeout")
         receiving = _Receiving(name, Codec.of(kind, what=f"payload of update {name!r}"), validate, timeout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, overload
 from uuid import UUID
 
@@ -12,14 +13,13 @@ from sqlalchemy.orm import Session
 
 import sqla_durable.hints as hints
 import sqla_durable.polling as polling
-from sqla_durable.checks import fault_in
+from sqla_durable.callers import AnySession, id_of, perform, require_session
+from sqla_durable.checks import require_text
 from sqla_durable.codec import Codec
-from sqla_durable.errors import ArgumentError, SessionError, WorkflowFinishedError, WorkflowNotFoundError
-from sqla_durable.functions import id_of
+from sqla_durable.errors import WorkflowFinishedError, WorkflowNotFoundError
 from sqla_durable.models import Workflow
-from sqla_durable.operate import require_text
+from sqla_durable.operate import require_unmarked
 from sqla_durable.start import BoundWorkflow, start
-from sqla_durable.store import schema
 from sqla_durable.store import updates as statements
 from sqla_durable.update_handles import AsyncUpdate, Update, reply_codec
 
@@ -108,19 +108,11 @@ def update(
         WorkflowNotFoundError: there is no such workflow. Nothing was sent, and the transaction is usable.
         WorkflowFinishedError: it has an outcome. Likewise.
         EncodingError, PayloadTooLargeError: the payload cannot be stored, or is too large.
-        ArgumentError: a name or key is blank, or what is given is no workflow.
+        ArgumentError: a name or key cannot be one, or what is given is no workflow.
         SchemaError, SessionError: the session's database does not hold the tables.
     """
-    sending = _Sending.of(name, payload, key, reply)
-    if isinstance(session, AsyncSession):
-        return _send_async(session, sending, workflow)
-    outlook = _outlook(session)
-    sent: Update[Any] = Update(outlook, sending.reply, *sending.send(session, workflow))
-    return sent
-
-
-async def _send_async(session: AsyncSession, sending: _Sending, workflow: Workflow | UUID) -> AsyncUpdate[Any]:
-    return AsyncUpdate(_outlook(session), sending.reply, *await session.run_sync(sending.send, workflow))
+    sending = _Sending.of(session, name, payload, key=key, reply=reply)
+    return perform(session, partial(sending.send, workflow=workflow))
 
 
 @overload
@@ -186,52 +178,43 @@ def start_with_update(
     cart, request = start_with_update(session, shopping.options(key=customer).bind(customer), "add", item, reply=int)
     ```
 
-    See `WorkflowFunction.start` and `update`.
+    In a step of another workflow the record is that one's child. See `WorkflowFunction.start` and `update`.
 
     Raises:
         WorkflowFinishedError: the workflow with this key has an outcome. Nothing was sent.
         Exception: as `start` and `update`.
     """
-    sending = _Sending.of(name, payload, key, reply)
-    if isinstance(session, AsyncSession):
-        return _start_async(session, sending, bound)
-    outlook = _outlook(session)
-    workflow, ids = sending.start(session, bound)
-    return workflow, Update(outlook, sending.reply, *ids)
-
-
-async def _start_async(
-    session: AsyncSession, sending: _Sending, bound: BoundWorkflow
-) -> tuple[Workflow, AsyncUpdate[Any]]:
-    workflow, ids = await session.run_sync(sending.start, bound)
-    return workflow, AsyncUpdate(_outlook(session), sending.reply, *ids)
+    sending = _Sending.of(session, name, payload, key=key, reply=reply)
+    return perform(session, partial(sending.start, bound=bound))
 
 
 @dataclass(frozen=True, slots=True)
 class _Sending:
-    """An update that is to be sent; the payload is JSON text."""
+    """An update that is to be sent, and where its answer is looked for; the payload is JSON text."""
 
     name: str
     payload: str
     key: str | None
     reply: Codec
+    outlook: polling.Outlook
 
     @classmethod
-    def of(cls, name: str, payload: object, key: str | None, reply: Any) -> _Sending:
-        require_text(name, what="update name")
-        if key is not None and (fault := fault_in(key)):
-            raise ArgumentError(f"key={key!r} {fault}: give a text that is not blank.")
+    def of(cls, session: AnySession, name: str, payload: object, *, key: str | None, reply: Any) -> _Sending:
+        require_session(session)
+        require_unmarked(name, what="update name")
+        if key is not None:
+            require_text(key, what="key")
         text = Codec.inferred(what=f"payload of update {name!r}").encode(payload)
-        return cls(name, text, key, reply_codec(reply, f"update {name!r}"))
+        outlook = polling.Outlook.of(session, what="update()")
+        return cls(name, text, key, reply_codec(reply, f"update {name!r}"), outlook)
 
-    def start(self, session: Session, bound: BoundWorkflow) -> tuple[Workflow, tuple[UUID, int]]:
-        """Start the workflow and send; give its record, and the ids of both."""
+    def start(self, session: Session, *, bound: BoundWorkflow) -> tuple[Workflow, Update[Any] | AsyncUpdate[Any]]:
+        """Start the workflow and send; give its record, and the update."""
         workflow = start(session, bound)
-        return workflow, self.send(session, workflow)
+        return workflow, self.send(session, workflow=workflow)
 
-    def send(self, session: Session, workflow: Workflow | UUID) -> tuple[UUID, int]:
-        """Send; give the ids of workflow and update."""
-        schema.require(session)
+    def send(self, session: Session, *, workflow: Workflow | UUID) -> Update[Any] | AsyncUpdate[Any]:
+        """Send; give the update, to wait for its answer."""
         session.flush()  # a workflow that was only just started is not in the table yet
         workflow_id = id_of(workflow)
         update_id = self._known(session, workflow_id)
@@ -240,7 +223,8 @@ class _Sending:
             # None: somebody has just sent one of the key.
             update_id = self._known(session, workflow_id) if sent is None else sent
         hints.announce(session, hints.EVERYWHERE)
-        return workflow_id, update_id
+        face: type[AsyncUpdate[Any]] | type[Update[Any]] = AsyncUpdate if self.outlook.is_async else Update
+        return face(self.outlook, self.reply, workflow_id, update_id)
 
     def _known(self, session: Session, workflow_id: UUID) -> int | None:
         """Give the id of the update that has the key already; refuse a receiver that will take none."""
@@ -258,9 +242,3 @@ class _Sending:
                 workflow_id=workflow_id,
             )
         return found.known
-
-
-def _outlook(session: object) -> polling.Outlook:
-    if not isinstance(session, (Session, AsyncSession)):
-        raise SessionError(f"the caller's Session or AsyncSession comes first, got {session!r}.")
-    return polling.Outlook.of(session, what="update()")

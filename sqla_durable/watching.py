@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any, TypeVar, cast, overload
 from uuid import UUID
 
-from sqla_durable.checks import require_duration
+from sqla_durable.callers import id_of
+from sqla_durable.checks import require_duration, require_text
 from sqla_durable.codec import Codec
 from sqla_durable.errors import EventNotSetError, WorkflowNotFoundError
-from sqla_durable.functions import id_of
 from sqla_durable.models import Workflow
-from sqla_durable.operate import operate, require_text
+from sqla_durable.operate import operate
 from sqla_durable.operations import wait
 from sqla_durable.store import Checkpoint, Connectable, events
 
@@ -53,15 +53,17 @@ class _WaitEvent:
             WaitTimeoutError: it was not set in time.
             EventNotSetError: the other workflow is finished and has never set it.
             WorkflowNotFoundError: there is no such workflow.
+            DecodingError: the value does not fit `kind`.
             UsageError: this is not a workflow's own code, or nobody could set it (a joined executor).
+            ArgumentError: the key cannot be one, the timeout is no timedelta, or what is given is no workflow.
         """
-        require_text(key, what="event key")
+        require_text(key, what="key of an event")
         if timeout is not None:
             require_duration(timeout, "timeout")
         take = partial(_take, workflow_id=id_of(workflow), key=key)
         source = wait.Source(None, wait.at_once(take), f"event {key!r} was not set within {timeout}.")
         codec = Codec.of(kind, what=f"value of event {key!r}")
-        return operate(f"event:{key}", partial(wait.receive, source=source, result=codec, within=timeout))
+        return operate(f"wait_event({key})", partial(wait.receive, source=source, result=codec, within=timeout))
 
     @overload
     def aio(

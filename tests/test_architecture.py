@@ -39,7 +39,7 @@ FLOORS = (
     {"tasks"},
     {"context"},
     {"operations"},
-    {"hints", "polling"},
+    {"hints", "polling", "callers"},
     {"registry", "store", "failure", "migrations", "storage"},
     {"inspection"},
     {"models", "codec", "retry", "_programs", "checks", "undisturbed", "interceptors", "limits"},

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 import sqla_durable
 from sqla_durable import errors, unwinding
+from sqla_durable.durable import StepOptions
+from sqla_durable.management.forks import OneForkOptions
 
 
 def test_all_is_sorted_and_complete() -> None:
@@ -78,6 +81,15 @@ def test_steps_and_workflows_have_the_same_methods_in_both_forms() -> None:
     for one, other, more in pairs:
         public = {name for name in dir(one) if not name.startswith("_")}
         assert public - more == {name for name in dir(other) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("function", "options"), [(sqla_durable.Durable.step, StepOptions), (sqla_durable.fork, OneForkOptions)]
+)
+def test_options_for_type_checkers_are_those_of_the_function(function: Any, options: Any) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    keywords = {each.name: each.annotation for each in parameters if each.kind is each.KEYWORD_ONLY}
+    assert keywords == {name: each.__forward_arg__ for name, each in options.__annotations__.items()}
 
 
 @pytest.mark.parametrize(("module", "root"), [(errors, errors.DurableError), (unwinding, unwinding.ControlFlow)])

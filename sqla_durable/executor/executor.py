@@ -9,9 +9,10 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from sqla_durable.callers import id_of
 from sqla_durable.errors import ArgumentError, SessionError, SyncAsyncError
 from sqla_durable.executor.story import CommittingStory, JoinedStory, Story
-from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction, id_of
+from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.models import Workflow
 from sqla_durable.operations.runtime import run_blocking

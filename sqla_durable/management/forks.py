@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Coroutine, Iterable, Mapping
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 from uuid import UUID
 
 from sqlalchemy import Select
@@ -22,57 +22,41 @@ from sqla_durable.store import forks, management
 from sqla_durable.store.selection import Wanted
 
 
+class ForkOptions(TypedDict, total=False):
+    """The options of `fork` for several workflows, for type checkers; `fork` says what each is."""
+
+    from_step: str | None
+    input: Mapping[str, object] | None
+    outcomes: Mapping[str, object] | None
+    version: str | None
+    queue: str | None
+
+
+class OneForkOptions(ForkOptions, total=False):
+    """The options of `fork` for one workflow."""
+
+    key: str | None
+
+
 @overload
-def fork(
-    session: Session,
-    workflows: Workflow | UUID,
-    *,
-    from_step: str | None = None,
-    input: Mapping[str, object] | None = None,
-    outcomes: Mapping[str, object] | None = None,
-    version: str | None = None,
-    key: str | None = None,
-    queue: str | None = None,
-) -> Workflow: ...
+def fork(session: Session, workflows: Workflow | UUID, **options: Unpack[OneForkOptions]) -> Workflow: ...
 
 
 @overload
 def fork(
-    session: Session,
-    workflows: Iterable[Workflow | UUID] | Select[Any],
-    *,
-    from_step: str | None = None,
-    input: Mapping[str, object] | None = None,
-    outcomes: Mapping[str, object] | None = None,
-    version: str | None = None,
-    queue: str | None = None,
+    session: Session, workflows: Iterable[Workflow | UUID] | Select[Any], **options: Unpack[ForkOptions]
 ) -> list[Workflow]: ...
 
 
 @overload
 def fork(
-    session: AsyncSession,
-    workflows: Workflow | UUID,
-    *,
-    from_step: str | None = None,
-    input: Mapping[str, object] | None = None,
-    outcomes: Mapping[str, object] | None = None,
-    version: str | None = None,
-    key: str | None = None,
-    queue: str | None = None,
+    session: AsyncSession, workflows: Workflow | UUID, **options: Unpack[OneForkOptions]
 ) -> Coroutine[Any, Any, Workflow]: ...
 
 
 @overload
 def fork(
-    session: AsyncSession,
-    workflows: Iterable[Workflow | UUID] | Select[Any],
-    *,
-    from_step: str | None = None,
-    input: Mapping[str, object] | None = None,
-    outcomes: Mapping[str, object] | None = None,
-    version: str | None = None,
-    queue: str | None = None,
+    session: AsyncSession, workflows: Iterable[Workflow | UUID] | Select[Any], **options: Unpack[ForkOptions]
 ) -> Coroutine[Any, Any, list[Workflow]]: ...
 
 

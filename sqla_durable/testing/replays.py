@@ -15,10 +15,11 @@ from sqlalchemy import Select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from sqla_durable.callers import id_of
 from sqla_durable.errors import ArgumentError, DecodingError
 from sqla_durable.executor import replaying
 from sqla_durable.failure import Failure
-from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction, id_of
+from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction
 from sqla_durable.models import Workflow
 from sqla_durable.operations.changes import Mismatch
 from sqla_durable.status import StepStatus, WorkflowStatus

@@ -15,8 +15,8 @@ PATIENCE = timedelta(seconds=30)
 def event(shell: Shell, workflow_id: UUID, key: str, *, timeout: timedelta = PATIENCE, wanted: Any = Any) -> Any:
     """Give the latest value of an event."""
     if isinstance(shell, AsyncShell):
-        return shell.runner.run(get_event(shell.async_sessionmaker, workflow_id, key, timeout=timeout, type=wanted))
-    return get_event(shell.sessionmaker, workflow_id, key, timeout=timeout, type=wanted)
+        return shell.runner.run(get_event(shell.async_sessionmaker, workflow_id, key, timeout=timeout, kind=wanted))
+    return get_event(shell.sessionmaker, workflow_id, key, timeout=timeout, kind=wanted)
 
 
 def stream(
@@ -24,10 +24,10 @@ def stream(
 ) -> list[StreamEntry[Any]]:
     """Read a stream to its end."""
     if not isinstance(shell, AsyncShell):
-        return list(read_stream(shell.sessionmaker, workflow_id, name, start=start, timeout=timeout, type=wanted))
+        return list(read_stream(shell.sessionmaker, workflow_id, name, start=start, timeout=timeout, kind=wanted))
 
     async def read() -> list[StreamEntry[Any]]:
-        entries = read_stream(shell.async_sessionmaker, workflow_id, name, start=start, timeout=timeout, type=wanted)
+        entries = read_stream(shell.async_sessionmaker, workflow_id, name, start=start, timeout=timeout, kind=wanted)
         return [entry async for entry in entries]
 
     return shell.runner.run(read())

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import Session
 
-from sqla_durable import Signal, StepStatus, WorkflowStatus, errors, signal, start_with_signal, wait_signal
+from sqla_durable import Signal, StepStatus, Workflow, WorkflowStatus, errors, signal, start_with_signal, wait_signal
 from sqla_durable.testing import advance
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.shells import Shell
@@ -243,6 +243,40 @@ def test_start_with_a_signal_finds_the_workflow_of_a_known_key(shell: Shell, app
     assert shell.finish(workflow, first) == Approval("ada", 1)
     with shell.sessionmaker.begin() as session, pytest.raises(errors.WorkflowFinishedError):
         start_with_signal(session, workflow.bind(), "approved")
+
+
+@pytest.mark.parametrize(("name", "payload"), [("", None), ("a#2", None), ("approved", object())])
+def test_start_with_a_signal_that_cannot_be_sent_starts_nothing(
+    shell: Shell, app: Application, name: str, payload: object
+) -> None:
+    workflow = approving(app)
+    with shell.sessionmaker.begin() as session:
+        with pytest.raises(errors.PayloadError):
+            start_with_signal(session, workflow.bind(), name, payload)
+        assert session.scalars(select(Workflow)).all() == []
+
+
+def test_start_with_a_signal_takes_what_bind_gives(shell: Shell, app: Application) -> None:
+    with shell.sessionmaker() as session, pytest.raises(errors.ArgumentError, match=r"given as workflow.bind\(...\)"):
+        start_with_signal(session, approving(app), "approved")  # type: ignore[call-overload]
+
+
+@pytest.mark.shells(("worker", "async-worker"))
+def test_what_a_step_starts_with_a_signal_is_a_child(shell: Shell, app: Application) -> None:
+    approval = approving(app)
+
+    def ask(session: Session) -> None:
+        start_with_signal(session, approval.bind(), "approved", Approval("ada", 1))
+
+    asks = app.transactional(ask)
+
+    async def parent() -> None:
+        await asks()
+
+    shell.run(app.workflow(parent))
+    with shell.sessionmaker() as session:
+        child = session.scalars(select(Workflow).where(Workflow.parent_id.is_not(None))).one()
+        assert child.parent is not None
 
 
 # Bad input

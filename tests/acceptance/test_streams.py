@@ -115,7 +115,7 @@ def test_a_plain_steps_stream_is_read_while_the_step_runs(shell: Shell, app: App
         if isinstance(shell, AsyncShell):
             read = shell.runner.run(_read_and_let_go(shell, workflow_id, read_one))
         else:
-            entries = read_stream(shell.sessionmaker, workflow_id, "answer", type=str, timeout=PATIENCE)
+            entries = read_stream(shell.sessionmaker, workflow_id, "answer", str, timeout=PATIENCE)
             read = [next(entries).value]
             read_one.set()
             read += [each.value for each in entries]
@@ -124,7 +124,7 @@ def test_a_plain_steps_stream_is_read_while_the_step_runs(shell: Shell, app: App
 
 async def _read_and_let_go(shell: AsyncShell, workflow_id: UUID, read_one: threading.Event) -> list[str]:
     read: list[str] = []
-    async for entry in read_stream(shell.async_sessionmaker, workflow_id, "answer", type=str, timeout=PATIENCE):
+    async for entry in read_stream(shell.async_sessionmaker, workflow_id, "answer", str, timeout=PATIENCE):
         read.append(entry.value)
         read_one.set()
     return read

@@ -16,10 +16,12 @@ from sqla_durable import (
     Signal,
     Update,
     UpdateRequest,
+    Workflow,
     errors,
     set_event,
     signal,
     sleep,
+    start_with_update,
     update,
     update_handle,
     wait_update,
@@ -201,6 +203,10 @@ def test_what_cannot_be_sent_is_refused(session: Session) -> None:
         update(session, known, "set_address", "x" * 2_000_000)
     with pytest.raises(errors.ArgumentError, match="is no workflow"):
         update(session, "1234", "set_address")  # type: ignore[call-overload]
+    with pytest.raises(errors.ArgumentError, match="is in no database"):
+        update(session, Workflow(name="checkout"), "set_address")
+    with pytest.raises(errors.ArgumentError, match=r"given as workflow.bind\(...\)"):
+        start_with_update(session, known, "set_address")  # type: ignore[call-overload]
     with pytest.raises(errors.SessionError, match="the caller's Session or AsyncSession comes first"):
         update("nothing", known, "set_address")  # type: ignore[call-overload]
     assert session.scalars(select(Signal)).all() == []

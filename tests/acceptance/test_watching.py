@@ -53,7 +53,7 @@ def test_event_that_is_set_later_is_waited_for(shell: Shell, app: Application) -
         with shell.sessionmaker.begin() as session:
             advance(session, timedelta(seconds=30))
         assert shell.result(watch, workflow_id) == 7
-    assert [each.key for each in shell.one(workflow_id).steps] == ["event:progress"]
+    assert [each.key for each in shell.one(workflow_id).steps] == ["wait_event(progress)"]
 
 
 @WORKERS
@@ -79,3 +79,20 @@ def test_event_that_is_not_set_in_time_is_an_error(shell: Shell, app: Applicatio
             advance(session, timedelta(days=1))
         with pytest.raises(errors.WaitTimeoutError, match="event 'progress' was not set within 1 day"):
             shell.result(watch, workflow_id)
+
+
+@WORKERS
+def test_event_of_any_key_that_can_be_set_can_be_waited_for(shell: Shell, app: Application) -> None:
+    keys = ["a", "a#2", "a/b"]
+
+    async def show() -> None:
+        for key in keys:
+            await awaited(set_event(key, key))
+
+    async def watch(other: UUID) -> list[str]:
+        return [await awaited(wait_event(other, key, str)) for key in [*keys, "a"]]
+
+    other = shell.begin(app.workflow(show))
+    with shell.background():
+        races.wait_until(lambda: shell.one(other).finished_at, what="the end of the other")
+    assert shell.run(app.workflow(watch), other) == [*keys, "a"]

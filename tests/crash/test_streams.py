@@ -22,7 +22,7 @@ def test_what_the_try_of_a_killed_worker_wrote_is_told_apart(
         process.join(30)
         assert process.exitcode == -signal.SIGKILL
     with child.worker(database_url), Session(engine) as session:
-        entries = list(read_stream(session, workflow_id, "story", type=str))
+        entries = list(read_stream(session, workflow_id, "story", str))
         ledger.wait_until_finished(engine)
     written = [(each.number, each.attempt, each.step_attempt, each.value.partition("/")[2]) for each in entries]
     assert written == [(0, 1, 1, "0"), (1, 1, 1, "1"), (2, 2, 1, "0"), (3, 2, 1, "1"), (4, 2, 1, "2")]

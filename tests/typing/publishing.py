@@ -58,17 +58,17 @@ def sync_code() -> None:
 
 
 def reading(maker: sessionmaker[Session], session: Session, workflow: Workflow) -> None:
-    assert_type(get_event(maker, workflow, "status", type=str), str)
+    assert_type(get_event(maker, workflow, "status", str), str)
     assert_type(get_event(session, workflow.id, "status", timeout=timedelta(seconds=1)), Any)
-    assert_type(read_stream(maker, workflow, "answer", type=str, start=3), Iterator[StreamEntry[str]])
+    assert_type(read_stream(maker, workflow, "answer", str, start=3), Iterator[StreamEntry[str]])
     assert_type(read_stream(session, workflow, "answer"), Iterator[StreamEntry[Any]])
 
 
 async def areading(maker: async_sessionmaker[AsyncSession], session: AsyncSession, workflow: Workflow) -> None:
-    assert_type(await get_event(maker, workflow, "status", type=str), str)
+    assert_type(await get_event(maker, workflow, "status", str), str)
     assert_type(await get_event(session, workflow.id, "status"), Any)
-    assert_type(read_stream(maker, workflow, "answer", type=str), AsyncIterator[StreamEntry[str]])
-    async for entry in read_stream(session, workflow, "answer", type=int):
+    assert_type(read_stream(maker, workflow, "answer", str), AsyncIterator[StreamEntry[str]])
+    async for entry in read_stream(session, workflow, "answer", int):
         assert_type(entry.value, int)
 
 

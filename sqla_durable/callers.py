@@ -1,0 +1,84 @@
+"""What callers give first: a session of their own, of either kind, and the workflows that are meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, TypeAlias, TypeVar, cast
+from uuid import UUID
+
+from sqlalchemy import inspect
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from sqla_durable.errors import ArgumentError, SessionError
+from sqla_durable.models import Workflow
+from sqla_durable.store import schema
+
+T = TypeVar("T")
+
+AnySession: TypeAlias = "Session | AsyncSession"
+
+
+def perform(session: AnySession, function: Callable[[Session], T]) -> T | Coroutine[Any, Any, T]:
+    """Call a function with the caller's session, which holds the tables: of an `AsyncSession` with the one inside it.
+
+    Neither commits nor flushes. With an `AsyncSession`, await the call.
+
+    Raises:
+        SessionError: this is no session; or it has no PostgreSQL engine.
+        SchemaError: its database does not hold the tables.
+    """
+    require_session(session)
+    if isinstance(session, AsyncSession):
+        return session.run_sync(_required, function)
+    return _required(session, function)
+
+
+def require_session(session: object) -> None:
+    """Refuse what is no session.
+
+    Raises:
+        SessionError: it is something else, such as a sessionmaker.
+    """
+    if not isinstance(session, (Session, AsyncSession)):
+        shown = "a text" if isinstance(session, str) else repr(session)  # the token of a callback is secret
+        raise SessionError(
+            f"the caller's Session or AsyncSession comes first, got {shown}. A sessionmaker or a scoped session is "
+            "called to give one."
+        )
+
+
+def id_of(workflow: object) -> UUID:
+    """Give a workflow's id; of a record also when its attributes are expired and its session is closed.
+
+    Raises:
+        ArgumentError: this is no workflow, such as the text of an id; or a record that has no id yet.
+    """
+    if isinstance(workflow, UUID):
+        return workflow
+    if not isinstance(workflow, Workflow):
+        raise ArgumentError(
+            f"{workflow!r} is no workflow: give a Workflow record, or its id as a UUID (of a text: UUID(...))."
+        )
+    identity = inspect(workflow).identity
+    if identity is not None:
+        return UUID(str(identity[0]))
+    if not workflow.id:  # the column's default is applied when it is inserted
+        raise ArgumentError(f"{workflow!r} is in no database: add it to a session and flush, or start it.")
+    return workflow.id
+
+
+def ids_of(workflows: object) -> list[UUID]:
+    """Give the ids of one workflow or of several, in the order given.
+
+    Raises:
+        ArgumentError: one of them is no workflow.
+    """
+    if isinstance(workflows, Iterable) and not isinstance(workflows, (str, bytes)):
+        return [id_of(each) for each in cast("Iterable[object]", workflows)]
+    return [id_of(workflows)]
+
+
+def _required(session: Session, function: Callable[[Session], T]) -> T:
+    schema.require(session)
+    return function(session)
