@@ -135,7 +135,7 @@ def _headers(definition: WorkflowDefinition) -> dict[str, str] | None:
     headers = definition.interceptors.headers(definition.name)
     for name, value in (headers or {}).items():
         for text in (name, value):
-            fault = fault_in(text)
+            fault = fault_in(text, longest=None)
             if fault is not None:
                 raise ArgumentError(
                     f"an interceptor gave workflow {definition.name!r} the header {name!r}: {value!r}, of which "
