@@ -16,7 +16,7 @@ from uuid_utils.compat import uuid7
 import sqla_durable.hints as hints
 from sqla_durable.checks import fault_in, require_duration
 from sqla_durable.context import active
-from sqla_durable.errors import ArgumentError
+from sqla_durable.errors import ArgumentError, UsageError
 from sqla_durable.models import Workflow
 from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.store import NewWorkflow, schema, starts
@@ -122,11 +122,23 @@ def bind(
 
 
 def of_step(bound: BoundWorkflow) -> BoundWorkflow:
-    """Give what is started in a step of a workflow as that one's child; elsewhere the same."""
+    """Give what is started in a step of a workflow as that one's child; elsewhere the same.
+
+    Raises:
+        UsageError: in a workflow's own code it would be started again by each replay; with a key it is not.
+    """
     context = active()
-    if context is None or context.step is None:
+    if context is None:
         return bound
     attempt, step = context.attempt, context.step
+    if step is None:
+        if bound.new.key is None:
+            raise UsageError(
+                f"{bound.new.name!r} was started in the code of workflow {attempt.name!r}, which is executed again on "
+                f"each replay and would start another: call {bound.new.name}.start_child(...), start it in a step that "
+                "takes a Session, or give it a key. Nothing was started."
+            )
+        return bound
     return BoundWorkflow(replace(bound.new, parent_id=attempt.workflow_id, parent_key=step.position.key))
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Generator
 from datetime import timedelta
 from typing import Any, cast
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import Durable, Executor, signal, sleep, update_handle, wait_update
+from sqla_durable import Durable, Executor, Workflow, signal, sleep, start_many, update_handle, wait_update
 from sqla_durable.errors import ArgumentError, DefinitionError, EncodingError, UsageError
 from tests.support.domain import Order
 
@@ -23,6 +24,36 @@ TOO_LONG = "ä" * 501
 @durable.workflow
 def ship(order_id: int) -> int:
     return order_id
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_start_in_workflow_code_would_be_repeated_and_is_refused(
+    session_factory: sessionmaker[Session], many: bool
+) -> None:
+    app = Durable()
+
+    @app.workflow
+    def checkout() -> None:
+        with session_factory.begin() as own:
+            start_many(own, [ship.bind(1)]) if many else ship.start(own, 1)
+
+    with session_factory() as session:
+        with pytest.raises(UsageError, match=r"'ship' was started in .* 'checkout'.*ship\.start_child\("):
+            Executor(session).run(checkout)
+        assert session.scalar(select(func.count()).where(Workflow.name == "ship")) == 0
+
+
+def test_start_in_workflow_code_with_a_key_is_once(session_factory: sessionmaker[Session]) -> None:
+    app = Durable()
+
+    @app.workflow
+    def checkout() -> str:
+        with session_factory.begin() as own:
+            return str(ship.options(key="only").start(own, 1).id)
+
+    with session_factory() as session:
+        found = Executor(session).run(checkout)
+        assert session.scalars(select(Workflow.id).where(Workflow.key == "only")).all() == [UUID(found)]
 
 
 def test_name_that_no_index_holds_is_refused(session_factory: sessionmaker[Session]) -> None:
