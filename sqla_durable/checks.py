@@ -6,9 +6,12 @@ from datetime import timedelta
 
 from sqla_durable.errors import ArgumentError
 
+LONGEST_NAME = 1_000
+"""How many bytes of UTF-8 a name or key may have: two of them fit into an entry of a B-tree index (2,704 bytes)."""
 
-def fault_in(text: object) -> str | None:
-    """Say why something cannot be stored as a name; None when it can."""
+
+def fault_in(text: object, *, longest: int | None = LONGEST_NAME) -> str | None:
+    """Say why something cannot be stored as a name; None when it can. What is not indexed may have any length."""
     if not isinstance(text, str):
         return "is not a text"
     if not text.strip():
@@ -16,9 +19,11 @@ def fault_in(text: object) -> str | None:
     if "\0" in text:
         return "holds a NUL character, which PostgreSQL does not store"
     try:
-        text.encode()
+        size = len(text.encode())
     except UnicodeEncodeError:
         return "holds a lone surrogate, which UTF-8 does not have"
+    if longest is not None and size > longest:
+        return f"is {size:,} bytes long, and {longest:,} are the most (a hash of it is shorter)"
     return None
 
 

@@ -234,8 +234,18 @@ def _require_native(value: object, what: str) -> None:
     if not _is_native(value):
         raise EncodingError(
             f"the {what} has no annotation and is {_shown(value)}, which would come back from JSON as something "
-            f"else. Annotate it, for example with {type(value).__name__!r}."
+            f"else. {_instead_of(value)}"
         )
+
+
+def _instead_of(value: object) -> str:
+    if is_mapped(type(value)):
+        return "An ORM instance belongs to its session: give its primary key, and load it in the step that needs it."
+    try:
+        _adapter(type(value), "result")
+    except DefinitionError:
+        return "Give plain values, a dataclass or a pydantic model with what is needed of it."
+    return f"Annotate it, for example with {type(value).__name__!r}."
 
 
 def _is_native(value: Any) -> bool:

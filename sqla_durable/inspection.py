@@ -74,6 +74,20 @@ def is_coroutine(fn: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function_of(fn))
 
 
+def refuse_generator(fn: Callable[..., Any], *, what: str) -> None:
+    """Refuse a function that yields: calling it executes nothing, and what it gives cannot be recorded.
+
+    Raises:
+        DefinitionError: it yields.
+    """
+    function = function_of(fn)
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise DefinitionError(
+            f"{what} yields, and an iterator cannot be recorded: return a list, or publish each item with "
+            "write_stream(...)."
+        )
+
+
 def hints_of(fn: Callable[..., Any], what: str) -> dict[str, Any]:
     """Give its annotations, resolved.
 

@@ -163,7 +163,9 @@ class TimeLimits:
         for name, value in given.items():
             if value is None:
                 continue
-            if not isinstance(value, timedelta) or value <= timedelta():  # pyright: ignore[reportUnnecessaryIsInstance]
+            if not isinstance(value, timedelta):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise DefinitionError(f"{name}={value!r} is not a timedelta: write timedelta(seconds=30).")
+            if value <= timedelta():
                 raise DefinitionError(f"{name}={value!r} is no time to do anything in: write timedelta(seconds=30).")
         return cls(**given) if any(value is not None for value in given.values()) else None
 

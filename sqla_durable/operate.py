@@ -37,7 +37,10 @@ def require_workflow(name: str) -> Context:
     """
     context = active()
     if context is None:
-        raise UsageError(f"{name!r} is for the code of a workflow, and this is outside of one: start the workflow.")
+        raise UsageError(
+            f"{name!r} is for the code of a workflow, and this is outside of one: call it in a workflow's function, "
+            "and start that with .start(session, ...) or execute it with an Executor."
+        )
     if context.step is not None:
         raise UsageError(
             f"{name!r} was called in step {context.step.position.key!r}, which is executed as a whole: call it in the "

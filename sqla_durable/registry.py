@@ -21,6 +21,7 @@ from sqla_durable.inspection import (
     is_coroutine,
     name_of,
     place_of,
+    refuse_generator,
     session_kind,
 )
 from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
@@ -73,6 +74,7 @@ class StepDefinition:
             isolation_level=isolation_level,
             time_limits=time_limits,
         )
+        refuse_generator(fn, what=f"step {definition.name!r}")
         _refuse_mixed(definition)
         _refuse_isolation(definition)
         _refuse_heartbeat(definition)
@@ -126,6 +128,7 @@ class WorkflowDefinition:
             DefinitionError: its arguments cannot be stored by name, or it takes a session.
         """
         name = name_of(fn, name, what="workflow")
+        refuse_generator(fn, what=f"workflow {name!r}")
         definition = cls(name, fn, is_coroutine(fn), queue, limit, interceptors, version, strict, history_limit)
         for parameter in definition.signature.parameters.values():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

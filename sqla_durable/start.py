@@ -18,7 +18,7 @@ import sqla_durable.hints as hints
 from sqla_durable.callers import perform
 from sqla_durable.checks import fault_in, require_duration
 from sqla_durable.context import active
-from sqla_durable.errors import ArgumentError
+from sqla_durable.errors import ArgumentError, UsageError
 from sqla_durable.models import Workflow
 from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.store import NewWorkflow, schema, starts
@@ -128,7 +128,7 @@ def _headers(definition: WorkflowDefinition) -> dict[str, str] | None:
     headers = definition.interceptors.headers(definition.name)
     for name, value in (headers or {}).items():
         for text in (name, value):
-            fault = fault_in(text)
+            fault = fault_in(text, longest=None)
             if fault is not None:
                 raise ArgumentError(
                     f"an interceptor gave workflow {definition.name!r} the header {name!r}: {value!r}, of which "
@@ -142,6 +142,7 @@ def start(session: Session, bound: BoundWorkflow) -> Workflow:
 
     Raises:
         ArgumentError: this is not what `bind` gives.
+        UsageError: this is a workflow's own code, and there is no key.
     """
     workflow = add(session, _of_step(_checked(bound)))
     hints.announce(session, _where(bound.new))
@@ -202,11 +203,23 @@ def _start_many(session: Session, *, bound: Iterable[BoundWorkflow]) -> list[UUI
 
 
 def _of_step(bound: BoundWorkflow) -> BoundWorkflow:
-    """Give what is started in a step of a workflow as that one's child; elsewhere the same."""
+    """Give what is started in a step of a workflow as that one's child; elsewhere the same.
+
+    Raises:
+        UsageError: in a workflow's own code it would be started again by each replay; with a key it is not.
+    """
     context = active()
-    if context is None or context.step is None:
+    if context is None:
         return bound
     attempt, step = context.attempt, context.step
+    if step is None:
+        if bound.new.key is None:
+            raise UsageError(
+                f"{bound.new.name!r} was started in the code of workflow {attempt.name!r}, which is executed again on "
+                f"each replay and would start another: call {bound.new.name}.start_child(...), start it in a step that "
+                "takes a Session, or give it a key. Nothing was started."
+            )
+        return bound
     return BoundWorkflow(replace(bound.new, parent_id=attempt.workflow_id, parent_key=step.position.key))
 
 

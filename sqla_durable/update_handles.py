@@ -16,7 +16,13 @@ from sqlalchemy.orm import Session, sessionmaker
 import sqla_durable.polling as polling
 from sqla_durable.callers import id_of
 from sqla_durable.codec import Codec
-from sqla_durable.errors import ResultTimeoutError, UpdateNotAnsweredError, UpdateNotFoundError, UpdateRejectedError
+from sqla_durable.errors import (
+    ArgumentError,
+    ResultTimeoutError,
+    UpdateNotAnsweredError,
+    UpdateNotFoundError,
+    UpdateRejectedError,
+)
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.models import Workflow
 from sqla_durable.store import updates
@@ -218,9 +224,11 @@ def update_handle(source: polling.Source, workflow: Workflow | UUID, update_id: 
         reply: as what the reply is wanted.
 
     Raises:
-        ArgumentError: what is given is no workflow.
+        ArgumentError: what is given is no workflow, or no id of an update.
         SessionError: the source is none, or its engine is not PostgreSQL's.
     """
+    if not isinstance(update_id, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentError(f"{update_id!r} is no id of an update: give the integer that `update(...).id` has.")
     outlook = polling.Outlook.of(source, what="update_handle()")
     kind: Any = AsyncUpdate if outlook.is_async else Update
     return kind(outlook, reply_codec(reply, f"update {update_id}"), id_of(workflow), update_id)

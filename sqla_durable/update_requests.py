@@ -110,7 +110,7 @@ class UpdateRequest(Generic[T]):
             UsageError: as `reply`.
         """
         session, reason = _split(given, "")
-        if fault := fault_in(reason):
+        if fault := fault_in(reason, longest=None):
             raise ArgumentError(f"reject({reason!r}): the reason {fault}: say in words why.")
         return self._answer("reject", session, lambda _: json.dumps({"rejected": reason[:_REASON_LIMIT]}))
 
@@ -231,9 +231,11 @@ class _WaitUpdate:
             DecodingError: on a replay, what was taken does not fit the type that the code has now.
             UsageError: this is not a workflow's own code, or nobody could send one (a joined executor).
             SyncAsyncError: the validator has to be awaited, and the workflow is `def`.
-            ArgumentError: the name is blank, or the timeout no timedelta.
+            ArgumentError: the name is blank, the timeout no timedelta, or the validator no function.
         """
         require_unmarked(name, what="update name")
+        if validate is not None and not callable(validate):  # pyright: ignore[reportUnnecessaryComparison]
+            raise ArgumentError(f"validate={validate!r} is no function: give one that takes the payload.")
         if timeout is not None:
             require_duration(timeout, "timeout")
         receiving = _Receiving(name, Codec.of(kind, what=f"payload of update {name!r}"), validate, timeout)
