@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from datetime import timedelta
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from uuid import UUID
 
 from sqlalchemy import Engine
@@ -100,6 +100,8 @@ class AsyncHandle(_BaseHandle[R]):
     handle = checkout.handle(AsyncSessionLocal, workflow.id)
     receipt = await handle.result(timeout=timedelta(seconds=30))
     ```
+
+    `await handle` is `await handle.result()`.
     """
 
     async def result(self, timeout: timedelta | None = None) -> R:  # noqa: ASYNC109 (durable work is not cancelled by it)
@@ -109,6 +111,9 @@ class AsyncHandle(_BaseHandle[R]):
             await asyncio.sleep(next(pauses))
         value: R = outcome.value(self._definition)
         return value
+
+    def __await__(self) -> Generator[Any, None, R]:
+        return self.result().__await__()
 
     async def _poll(self) -> Outcome | None:
         async with AsyncSession(AsyncEngine(self._engine)) as session:

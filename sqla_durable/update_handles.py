@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from datetime import timedelta
 from typing import Any, Generic, TypeVar, overload
 from uuid import UUID
@@ -161,7 +161,7 @@ class AsyncUpdate(_BaseUpdate[R]):
     saved = await request.result(timeout=timedelta(seconds=10))
     ```
 
-    See `Update`.
+    `await request` is `await request.result()`. See `Update`.
     """
 
     async def result(self, timeout: timedelta | None = None) -> R:  # noqa: ASYNC109 (durable work is not cancelled by it)
@@ -176,6 +176,9 @@ class AsyncUpdate(_BaseUpdate[R]):
         pauses = self._pauses(timeout, what="accepted")
         while not await self._outlook.look_async(self._is_accepted):  # noqa: ASYNC110 (likewise)
             await asyncio.sleep(next(pauses))
+
+    def __await__(self) -> Generator[Any, None, R]:
+        return self.result().__await__()
 
 
 @overload

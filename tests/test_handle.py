@@ -72,7 +72,7 @@ async def test_async_handle_times_out_and_gives_the_result_later(
     assert caught.value.workflow_id == workflow_id
     async with async_session_factory() as session:
         await session.run_sync(lambda inner: Executor(inner).execute(double, workflow_id))
-    assert await handle.result() == 42
+    assert await handle.result() == await handle == 42
 
 
 def test_handle_shows_what_it_waits_for(session_factory: Sessions) -> None:

@@ -42,7 +42,7 @@ def test_a_fork_copies_what_was_before_the_step(engine: Engine, session: Session
     assert histories.keys(engine, fence.workflow_id) == ["a", "b", "c"]
     assert histories.standing(session, fence.workflow_id).status is WorkflowStatus.FAILED
     (again,) = races.claim(session)
-    assert (again.fence.workflow_id, list(again.history)) == (made.id, ["a", "b"])
+    assert (again.fence.workflow_id, sorted(again.history)) == (made.id, ["a", "b"])
 
 
 def test_from_the_beginning_nothing_is_copied(engine: Engine, session: Session) -> None:
@@ -108,7 +108,7 @@ def test_an_outcome_alone_is_no_cut(engine: Engine, session: Session) -> None:
     session.commit()
     assert histories.keys(engine, made.id) == ["b"]
     (again,) = races.claim(session)
-    assert list(again.history) == ["b"]
+    assert sorted(again.history) == ["b"]
 
 
 def test_version_queue_and_key(session: Session) -> None:

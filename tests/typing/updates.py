@@ -90,5 +90,6 @@ async def asending(maker: async_sessionmaker[AsyncSession], session: AsyncSessio
     request = await update(session, workflow, "set_address", Address("Elm"), reply=Saved)
     assert_type(request, AsyncUpdate[Saved])
     assert_type(await request.result(), Saved)
+    assert_type(await request, Saved)
     assert_type(await update(session, workflow, "set_address"), AsyncUpdate[Any])
     assert_type(update_handle(maker, workflow, request.id, reply=Saved), AsyncUpdate[Saved])
