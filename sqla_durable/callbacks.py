@@ -221,7 +221,7 @@ def complete_callback(session: AnySession, token: str, value: object = None) -> 
     Never commits: it is answered when the caller commits. The workflow may wait for it already, or come to wait for it
     later. Of several that answer at once one is the first; the others wait until it commits, and learn what came of it.
     The same answer again is accepted and changes nothing. Inserts a row and locks the callback's own record, for which
-    the workflow's worker does not wait.
+    the workflow's worker does not wait, but for `continue_as_new`, which deletes that record: so commit soon.
 
     Args:
         session: the caller's session.
