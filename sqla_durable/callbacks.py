@@ -318,7 +318,7 @@ def _answer(session: Session, *, token: _Token, payload: str) -> None:
         return
     _refuse_finished(token, found)
     if statements.answer(session, token.workflow_id, signal=found.signal or "", payload=payload):
-        hints.announce(session, hints.EVERYWHERE)
+        hints.announce(session, hints.SENT)
         return
     found = _look(session, token, key, payload)  # inserted meanwhile by who does not hold the callback
     if not found.is_same:

@@ -26,10 +26,10 @@ from sqlalchemy.pool import Pool
 from sqla_durable.models import Workflow
 from sqla_durable.store import hints, schema
 from sqla_durable.store.drivers import alone
-from sqla_durable.store.hints import EVERYWHERE, Hint, to_queue, to_worker
+from sqla_durable.store.hints import EVERYWHERE, SENT, Hint, to_queue, to_worker
 from sqla_durable.undisturbed import Undisturbed
 
-__all__ = ["EVERYWHERE", "INTERVAL", "announce", "to_queue", "to_worker"]
+__all__ = ["EVERYWHERE", "INTERVAL", "SENT", "announce", "to_queue", "to_worker"]
 
 INTERVAL = 0.01
 """How many seconds at least are between two notifications of one process on one pool of connections."""

@@ -125,7 +125,7 @@ class _Signal:
                 )
         if ids:
             statements.send(session, ids, name=self.name, payload=self.payload, key=self.key)
-            hints.announce(session, hints.EVERYWHERE)
+            hints.announce(session, hints.SENT)
 
 
 @overload

@@ -222,7 +222,7 @@ class _Sending:
             sent = statements.send(session, workflow_id, name=self.name, payload=self.payload, key=self.key)
             # None: somebody has just sent one of the key.
             update_id = self._known(session, workflow_id) if sent is None else sent
-        hints.announce(session, hints.EVERYWHERE)
+        hints.announce(session, hints.SENT)
         face: type[AsyncUpdate[Any]] | type[Update[Any]] = AsyncUpdate if self.outlook.is_async else Update
         return face(self.outlook, self.reply, workflow_id, update_id)
 

@@ -2,7 +2,8 @@
 
 A hint is a channel and a payload. The channel is named after the schema that holds the tables, because notifications
 reach the whole database. The payload says of what kind the hint is, and whom it concerns: `q:mail` is for whoever
-claims from the queue `mail`, `w:` and a worker's id for that worker. One of no kind, as the empty text, is for all.
+claims from the queue `mail`, `w:` and a worker's id for that worker, `s:` for every worker, which deliver what was sent
+to workflows. One of no kind, as the empty text, is for all: to look at everything.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ class Kind(StrEnum):
     """There is something in a queue."""
     WORKER = "w"
     """Something has been taken from a worker that it is executing."""
+    SENT = "s"
+    """Something was sent to a workflow."""
+
+
+SENT = f"{Kind.SENT}:"
+"""The payload of a hint for every worker: to deliver what was sent."""
 
 
 _KINDS = frozenset(each.value for each in Kind)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from uuid import UUID
@@ -66,15 +67,22 @@ class Maintenance:
         self._warned_at = float("-inf")
         self._warned_of_versions_at = float("-inf")
         self._hinted = asyncio.Event()
+        self._is_to_look = False
 
     def hint(self) -> None:
-        """Tell that there may be signals, or a timer that is due sooner than is known here."""
+        """Tell that there may be something, such as a timer that is due sooner than is known here."""
+        self._is_to_look = True
+        self._hinted.set()
+
+    def hint_of_signals(self) -> None:
+        """Tell that there may be signals, and nothing else that is new."""
         self._hinted.set()
 
     async def run(self) -> None:
         """Look again and again until cancelled."""
         while True:
             self._hinted.clear()
+            self._is_to_look = False
             seen = await persistently(self._database, self._look, what="maintenance")
             self._be_patient(time.monotonic())
             await self._act(seen)
@@ -100,14 +108,22 @@ class Maintenance:
         await self._forget_dead()
 
     async def _wait(self, seen: Seen) -> None:
-        """Wait for the next poll, for the next timer if that is sooner, or for a hint."""
+        """Wait for the next poll, for the next timer if that is sooner, or for a hint; deliver signals meanwhile."""
         next_due_in = self._interval if seen.next_due_in is None else seen.next_due_in
         await asyncio.sleep(_SHORTEST_PAUSE)
-        try:
-            async with asyncio.timeout(min(self._interval, next_due_in)):
+        until = time.monotonic() + min(self._interval, next_due_in)
+        while await self._is_hinted(until - time.monotonic()) and not self._is_to_look:
+            self._hinted.clear()
+            await self._deliver()
+            await asyncio.sleep(_SHORTEST_PAUSE)
+
+    async def _is_hinted(self, within: float) -> bool:
+        if within <= 0:  # however many hints come
+            return False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within):
                 await self._hinted.wait()
-        except TimeoutError:
-            pass
+        return self._hinted.is_set()
 
     async def _wake(self) -> int:
         """Wake what is due; of many, all."""

@@ -352,6 +352,8 @@ class Worker:
                 case hints.Kind.WORKER, worker_id:
                     if worker_id == str(self.id):
                         heartbeat.hint()
+                case hints.Kind.SENT, _:
+                    maintenance.hint_of_signals()
                 case _:
                     maintenance.hint()
 

@@ -43,6 +43,7 @@ def test_payload_tells_whom_it_concerns() -> None:
     worker_id = uuid4()
     assert hints.read(hints.to_queue("w:mail")) == (hints.Kind.QUEUE, "w:mail")
     assert hints.read(hints.to_worker(worker_id)) == (hints.Kind.WORKER, str(worker_id))
+    assert hints.read(hints.SENT) == (hints.Kind.SENT, "")
     for everywhere in (hints.EVERYWHERE, "mail", "x:mail", "qmail"):
         assert hints.read(everywhere) == (None, "")
 

@@ -10,11 +10,23 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, create_engine, delete, event, text
+from sqlalchemy import Engine, create_engine, delete, event, func, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import Durable, Worker, WorkflowStatus, cancel, resume, start_many
+from sqla_durable import (
+    Durable,
+    Signal,
+    Worker,
+    Workflow,
+    WorkflowStatus,
+    cancel,
+    resume,
+    signal,
+    start_many,
+    wait_signal,
+)
 from sqla_durable.models import Worker as WorkerRecord
+from sqla_durable.store import hints
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
 from tests.support import notifications
@@ -111,6 +123,61 @@ def test_what_is_resumed_is_executed_without_a_poll(engine: Engine, session_fact
         with session_factory.begin() as session:
             resume(session, workflow_id)
         finish(session_factory, workflow_id)
+
+
+@pytest.mark.usefixtures("one_claim")
+def test_a_signal_is_delivered_at_once_and_nothing_else_is_looked_for(
+    engine: Engine, session_factory: Sessions
+) -> None:
+    waiting = Durable()
+
+    @waiting.workflow(name="wait_twice")
+    def wait_twice() -> list[int]:
+        return [wait_signal("go", int), wait_signal("go", int)]
+
+    with session_factory.begin() as session:
+        record = wait_twice.start(session)
+        session.flush()
+        workflow_id = record.id
+    looks: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if "next_due_in" in statement:
+            looks.append(statement)
+
+    def is_parked() -> bool:
+        with session_factory() as session:
+            asked = session.scalar(select(func.count()).select_from(Signal).where(Signal.delivered_at.is_(None)))
+            return asked == 0 and session.get_one(Workflow, workflow_id).awaits is not None
+
+    with idle(engine, Worker(waiting, sessionmaker=session_factory, poll_interval=NEVER)):
+        races.wait_until(is_parked, what="the parking, and the look at it")
+        event.listen(engine, "before_cursor_execute", note)
+        with session_factory.begin() as session:
+            signal(session, workflow_id, "go", 1)
+            signal(session, workflow_id, "go", 2)
+        assert wait_twice.handle(session_factory, workflow_id).result(timeout=PATIENCE) == [1, 2]
+        event.remove(engine, "before_cursor_execute", note)
+    assert looks == []
+
+
+def test_hints_of_signals_that_keep_coming_keep_nothing_else_waiting(engine: Engine, session_factory: Sessions) -> None:
+    """A timer is due, and hints come faster than they are acted on."""
+    workflow_id = started(session_factory, delay=timedelta(seconds=0.3))
+    over = threading.Event()
+
+    def keep_hinting() -> None:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            while not over.is_set():
+                hints.notify(connection, [(hints.channel_on(connection), hints.SENT)])
+
+    with worker(session_factory):
+        hinting = races.Concurrent(keep_hinting)
+        try:
+            finish(session_factory, workflow_id)
+        finally:
+            over.set()
+            hinting.result()
 
 
 def test_without_listening_a_poll_finds_it(session_factory: Sessions) -> None:
