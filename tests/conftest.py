@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import AsyncGenerator, Generator
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import pytest
@@ -20,6 +21,10 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqla_durable.models import SCHEMA
 from tests.support import notifications, pgbouncer, postgres
 from tests.support.databases import Databases, translated
+
+HERE = Path(__file__).parent
+LONG = frozenset({"crash", "testing", "cli", "bench", "examples", "docs", "typing", "test_embedded.py"})
+"""Where tests take seconds."""
 
 SERVER = pytest.StashKey[postgres.Server]()
 BOUNCER = pytest.StashKey[pgbouncer.Bouncer]()
@@ -50,6 +55,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """Twice as many processes as processors for `-n auto`: many tests wait, for leases and servers."""
     return 2 * (os.cpu_count() or 1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin each process's share with tests that take long: at the end one process would be left alone with them."""
+    if not (workers := getattr(config, "workerinput", {}).get("workercount")):
+        return
+    long = [each for each in items if each.path.relative_to(HERE).parts[0] in LONG]
+    short = [each for each in items if each not in set(long)]
+    size = -(-len(short) // workers)
+    shares = [long[number::workers] + short[number * size :][:size] for number in range(workers)]
+    items[:] = [each for share in shares for each in share]
 
 
 def pytest_configure(config: pytest.Config) -> None:

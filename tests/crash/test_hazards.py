@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from sqla_durable import Durable, Executor, Worker, Workflow, WorkflowStatus, mo
 from sqla_durable.worker.database import ThreadDatabase
 from sqla_durable.worker.writer import Writer
 from tests.store import races
+from tests.support import refusals
 from tests.support.domain import Entry
 
 POLL = timedelta(milliseconds=20)
@@ -98,11 +98,11 @@ async def test_steps_at_the_same_time_wait_for_the_same_checkpoint(engine: Engin
 
 @pytest.mark.parametrize("turns", [0, 1, 5, 50])
 def test_a_workflow_does_not_succeed_without_a_checkpoint_that_was_refused(
-    outcome: Callable[..., Workflow], turns: int
+    outcome: Callable[..., Workflow], engine: Engine, turns: int
 ) -> None:
     """The completion may be submitted before, while and after the database refuses the checkpoint."""
     durable = Durable()
-    too_long = secrets.token_hex(3_000)  # random, so that compression does not bring it under the limit of an index row
+    refusals.refuse(engine)
 
     async def one() -> int:
         return 1
@@ -110,7 +110,7 @@ def test_a_workflow_does_not_succeed_without_a_checkpoint_that_was_refused(
     @durable.workflow
     async def unrecordable() -> int:
         await run_step("fine", one)
-        await run_step(too_long, one)
+        await run_step(refusals.UNSTORABLE, one)
         for _ in range(turns):
             await asyncio.sleep(0.0005)
         return 1
@@ -122,30 +122,34 @@ def test_a_workflow_does_not_succeed_without_a_checkpoint_that_was_refused(
     assert [each.key for each in record.steps] in (["fine"], [])
 
 
-def test_a_sync_workflow_does_not_succeed_without_a_refused_checkpoint(outcome: Callable[..., Workflow]) -> None:
+def test_a_sync_workflow_does_not_succeed_without_a_refused_checkpoint(
+    outcome: Callable[..., Workflow], engine: Engine
+) -> None:
     durable = Durable()
-    too_long = secrets.token_hex(3_000)
+    refusals.refuse(engine)
 
     @durable.workflow
     def unrecordable(pause: float = 0.0) -> int:
-        run_step(too_long, int)
+        run_step(refusals.UNSTORABLE, int)
         threading.Event().wait(pause)
         return 1
 
-    assert outcome(durable, "unrecordable").status is WorkflowStatus.FAILED
+    record = outcome(durable, "unrecordable")
+    assert record.error is not None
+    assert (record.status, record.error["type"]) == (WorkflowStatus.FAILED, "sqla_durable.errors:EncodingError")
 
 
 def test_a_row_that_the_database_refuses_fails_its_own_workflow_only(
     session_factory: sessionmaker[Session], engine: Engine
 ) -> None:
     durable = Durable()
-    too_long = secrets.token_hex(3_000)
+    refusals.refuse(engine)
     gate = threading.Barrier(20)
 
     @durable.workflow
     def mixed(bad: bool) -> int:
         gate.wait(races.PATIENCE)  # so that all of them record at once
-        return run_step(too_long if bad else "fine", int)
+        return run_step(refusals.UNSTORABLE if bad else "fine", int)
 
     with session_factory() as session:
         good = [races.enqueue(session, name="mixed", input={"bad": False})[0] for _ in range(19)]

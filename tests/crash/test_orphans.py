@@ -26,6 +26,7 @@ from sqla_durable import (
 )
 from tests.acceptance.shells import POLL
 from tests.store import races
+from tests.support import refusals
 from tests.support.domain import Entry
 
 
@@ -169,18 +170,18 @@ def test_an_executor_does_not_try_a_step_again_after_its_workflow_was_cancelled(
 def test_a_try_that_the_database_refuses_to_record_fails_its_workflow(
     engine: Engine, session_factory: sessionmaker[Session], wait: float
 ) -> None:
-    """Its key is longer than an index takes; it is neither parked nor tried for ever."""
+    """It is neither parked nor tried for ever."""
     durable = Durable()
 
     @durable.step(wait=tenacity.wait_fixed(wait))
     def call() -> None:
         raise ConnectionError
 
-    long_key = "".join(f"{number:x}" for number in range(3_000))
+    refusals.refuse(engine, "call")
 
     @durable.workflow
     def pay() -> None:
-        call.options(key=long_key)()
+        call()
 
     with session_factory.begin() as session:
         workflow_id = pay.start(session).id

@@ -101,6 +101,13 @@ async def working(
     await outer.dispose()
 
 
+async def begun(executed: list[str]) -> None:
+    """Wait until a worker listens, and its maintenance has done what it does at first: dead workers come last."""
+    async with asyncio.timeout(PATIENCE):
+        while not all(any(each in statement for statement in executed) for each in ("LISTEN", "WITH dead")):
+            await asyncio.sleep(0.01)
+
+
 async def begin(callers: Callers, start: Callable[..., Workflow], name: str) -> UUID:
     def begin() -> UUID:
         with callers.begin() as session:
@@ -210,8 +217,9 @@ async def test_a_cancel_costs_its_worker_two_statements_and_every_other_none(dir
     ):
         workflow_id = await begin(callers, app.wait.start, "a")
         await app.hears("a entered")
-        owner.clear()
-        bystander.clear()
+        for executed in (owner, bystander):
+            await begun(executed)
+            executed.clear()
         await do(callers, cancel, workflow_id)
         await app.hears("a cleaned")
         # What is hinted at after that is executed when the hint before it was heard, and the slot is free.
