@@ -14,7 +14,7 @@ IN_TENANT = ("mixed-worker", "asyncpg-worker")
 IN_DURABLE = tuple(name for name in SHELLS if name not in ("mixed-worker", "asyncpg-worker"))
 WAYS = [(name, "durable") for name in IN_DURABLE] + [(name, "tenant_7") for name in IN_TENANT]
 # Stories whose statements are told by others in all ways, once for each kind of surroundings.
-FEW = ("executor", "joined", "worker", "async-executor", "asyncpg-worker")
+FEW = ("executor", "worker", "async-executor", "asyncpg-worker")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -17,6 +17,8 @@ from sqla_durable.errors import SyncAsyncError, UnfinishedStepError, UsageError
 from tests.acceptance.application import Application
 from tests.acceptance.shells import AsyncShell, Shell
 
+pytestmark = pytest.mark.few_shells
+
 ASYNC = pytest.mark.shells(("async-executor", "async-joined", "async-worker", "asyncpg-worker"))
 
 

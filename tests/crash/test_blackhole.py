@@ -35,7 +35,7 @@ def proxy(own: Engine) -> Generator[Proxy]:
     proxy.cut()
 
 
-@pytest.mark.parametrize("kind", ["sync", "psycopg", "asyncpg"])
+@pytest.mark.parametrize("kind", ["sync", "asyncpg"])
 @pytest.mark.parametrize("ending", ["resumed", "cut"])
 @pytest.mark.usefixtures("gate")
 def test_a_worker_goes_on_after_a_silence_that_is_longer_than_its_lease(
@@ -63,7 +63,7 @@ def test_a_worker_goes_on_after_a_silence_that_is_longer_than_its_lease(
     assert verdict.workflows == 8 + 20 * len(forms)
 
 
-@pytest.mark.parametrize("kind", ["sync", "psycopg", "asyncpg"])
+@pytest.mark.parametrize("kind", ["sync", "asyncpg"])
 def test_a_worker_goes_on_when_its_connections_stay_silent_for_ever_and_new_ones_are_answered(
     own: Engine, outside: Engine, gate: Any, proxy: Proxy, kind: Kind
 ) -> None:

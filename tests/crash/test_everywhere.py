@@ -20,7 +20,7 @@ from tests.support.domain import Entry
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("workflow", [application.small, application.small_async], ids=lambda each: each.name)
+@pytest.mark.parametrize("workflow", [application.small], ids=lambda each: each.name)
 def test_a_worker_that_dies_around_any_commit_leaves_the_same_end_state(
     database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, workflow: Any
 ) -> None:

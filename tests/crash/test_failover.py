@@ -120,10 +120,8 @@ def test_a_primary_that_comes_back_as_a_standby_is_left_for_the_new_primary(
     ("kind", "attributes"),
     [
         ("sync", "any"),
-        ("psycopg", "any"),
         ("asyncpg", "any"),
         ("psycopg", "read-write"),
-        ("asyncpg", "read-write"),
     ],
 )
 def test_a_server_that_turns_read_only_for_a_while_is_waited_for(

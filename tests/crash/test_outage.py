@@ -76,9 +76,7 @@ def elapse(seconds: float) -> None:
     threading.Event().wait(seconds)
 
 
-@pytest.mark.parametrize(
-    ("kind", "mode"), [("sync", "immediate"), ("psycopg", "fast"), ("asyncpg", "immediate"), ("asyncpg", "fast")]
-)
+@pytest.mark.parametrize(("kind", "mode"), [("sync", "immediate"), ("asyncpg", "fast")])
 def test_workers_live_through_an_outage_that_is_longer_than_their_lease(
     outage: Outage, kind: Kind, mode: StopMode
 ) -> None:

@@ -293,7 +293,7 @@ def histories(databases: Databases) -> Generator[type[Histories]]:
 @pytest.mark.timeout(0 if EXAMPLES else 300)
 def test_the_tables_follow_the_model_through_random_histories(histories: type[Histories]) -> None:
     # behaviour: E8 R3 R4 Q1 T8
-    chosen: dict[str, Any] = {"max_examples": int(EXAMPLES)} if EXAMPLES else {"max_examples": 40, "derandomize": True}
+    chosen: dict[str, Any] = {"max_examples": int(EXAMPLES)} if EXAMPLES else {"max_examples": 30, "derandomize": True}
     run_state_machine_as_test(
         histories,
         settings=settings(

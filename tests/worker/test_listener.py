@@ -184,7 +184,10 @@ async def test_listener_takes_no_place_in_the_pool_and_closes_its_connection(kin
             assert await _answer(engine) == 1
         (own,) = taken
         assert own.is_closed() if kind == "asyncpg" else own.closed
-    assert not [each for each in threading.enumerate() if each.name == "sqla-durable-listener"]
+    for thread in threading.enumerate():
+        if thread.name == "sqla-durable-listener":
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
 
 
 async def test_unknown_driver_is_not_listened_on(caplog: pytest.LogCaptureFixture) -> None:
