@@ -10,8 +10,9 @@ from sqlalchemy import inspect
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable.errors import ArgumentError, SessionError
+from sqla_durable.errors import ArgumentError, SessionError, WorkflowFinishedError, WorkflowNotFoundError
 from sqla_durable.models import Workflow
+from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import schema
 
 T = TypeVar("T")
@@ -77,6 +78,30 @@ def ids_of(workflows: object) -> list[UUID]:
     if isinstance(workflows, Iterable) and not isinstance(workflows, (str, bytes)):
         return [id_of(each) for each in cast("Iterable[object]", workflows)]
     return [id_of(workflows)]
+
+
+def require_receiver(what: str, workflow_id: UUID, status: WorkflowStatus | None) -> None:
+    """Refuse to send something to a workflow that will not take it.
+
+    Args:
+        what: the signal or the update, for the message.
+        workflow_id: the receiver.
+        status: where it stands; None if it is not there.
+
+    Raises:
+        WorkflowNotFoundError: it is not there.
+        WorkflowFinishedError: it has an outcome.
+    """
+    if status is None:
+        raise WorkflowNotFoundError(
+            f"{what} cannot be sent to workflow {workflow_id}: it is not visible here. Nothing was sent.",
+            workflow_id=workflow_id,
+        )
+    if status.finished:
+        raise WorkflowFinishedError(
+            f"{what} cannot be sent to workflow {workflow_id}, which has {status}. Nothing was sent.",
+            workflow_id=workflow_id,
+        )
 
 
 def _required(session: Session, function: Callable[[Session], T]) -> T:

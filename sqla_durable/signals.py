@@ -13,10 +13,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 import sqla_durable.hints as hints
-from sqla_durable.callers import ids_of, perform
+from sqla_durable.callers import ids_of, perform, require_receiver
 from sqla_durable.checks import require_duration, require_text
 from sqla_durable.codec import Codec
-from sqla_durable.errors import WorkflowFinishedError, WorkflowNotFoundError
 from sqla_durable.models import Workflow
 from sqla_durable.operate import operate, require_unmarked
 from sqla_durable.operations import wait
@@ -111,18 +110,7 @@ class _Signal:
         ids = sorted(set(ids_of(workflows)))
         found = statements.standings(session, ids)
         for each in ids:
-            if each not in found:
-                raise WorkflowNotFoundError(
-                    f"signal {self.name!r} cannot be sent to workflow {each}: it is not visible here. Nothing was "
-                    "sent.",
-                    workflow_id=each,
-                )
-            if found[each].finished:
-                raise WorkflowFinishedError(
-                    f"signal {self.name!r} cannot be sent to workflow {each}, which has {found[each]}. Nothing was "
-                    "sent.",
-                    workflow_id=each,
-                )
+            require_receiver(f"signal {self.name!r}", each, found.get(each))
         if ids:
             statements.send(session, ids, name=self.name, payload=self.payload, key=self.key)
             hints.announce(session, hints.SENT)

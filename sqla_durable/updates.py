@@ -13,10 +13,9 @@ from sqlalchemy.orm import Session
 
 import sqla_durable.hints as hints
 import sqla_durable.polling as polling
-from sqla_durable.callers import AnySession, id_of, perform, require_session
+from sqla_durable.callers import AnySession, id_of, perform, require_receiver, require_session
 from sqla_durable.checks import require_text
 from sqla_durable.codec import Codec
-from sqla_durable.errors import WorkflowFinishedError, WorkflowNotFoundError
 from sqla_durable.models import Workflow
 from sqla_durable.operate import require_unmarked
 from sqla_durable.start import BoundWorkflow, start
@@ -229,16 +228,7 @@ class _Sending:
     def _known(self, session: Session, workflow_id: UUID) -> int | None:
         """Give the id of the update that has the key already; refuse a receiver that will take none."""
         found = statements.receiver(session, workflow_id, name=self.name, key=self.key)
-        if found is None:
-            raise WorkflowNotFoundError(
-                f"update {self.name!r} cannot be sent to workflow {workflow_id}: it is not visible here. Nothing was "
-                "sent.",
-                workflow_id=workflow_id,
-            )
-        if found.known is None and found.status.finished:
-            raise WorkflowFinishedError(
-                f"update {self.name!r} cannot be sent to workflow {workflow_id}, which has {found.status}. Nothing was "
-                "sent.",
-                workflow_id=workflow_id,
-            )
+        if found is None or found.known is None:
+            require_receiver(f"update {self.name!r}", workflow_id, None if found is None else found.status)
+            return None
         return found.known

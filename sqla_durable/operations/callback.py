@@ -167,13 +167,7 @@ class _Waiting:
 
     async def _record(self, answer: callbacks.Answer) -> Recorded:
         if answer.value is not None:
-            checkpoint = checkpoint_of(
-                self._runtime.attempt, self._position, output=answer.value, elapsed=time.monotonic() - self._began
-            )
-            await self._runtime.record(checkpoint)
-            return Recorded(
-                checkpoint.key, checkpoint.name, checkpoint.position, checkpoint.status, checkpoint.output, None
-            )
+            return await self._end(StepStatus.SUCCEEDED, output=answer.value)
         if answer.expired is not None:
             return await self._fail(self._expired(answer.expired))
         if answer.error is not None:
@@ -204,11 +198,13 @@ class _Waiting:
 
     async def _fail(self, error: Exception) -> Recorded:
         # Kept whole, however long what the other system told.
-        failure = Failure.of(error, limit=2 * DEFAULT_LIMIT).to_json()
-        elapsed = time.monotonic() - self._began
-        failed = checkpoint_of(self._runtime.attempt, self._position, StepStatus.FAILED, error=failure, elapsed=elapsed)
-        await self._runtime.record(failed)
-        return Recorded(failed.key, failed.name, failed.position, failed.status, None, failure)
+        return await self._end(StepStatus.FAILED, error=Failure.of(error, limit=2 * DEFAULT_LIMIT).to_json())
+
+    async def _end(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Recorded:
+        attempt, elapsed = self._runtime.attempt, time.monotonic() - self._began
+        checkpoint = checkpoint_of(attempt, self._position, status, output=output, error=error, elapsed=elapsed)
+        await self._runtime.record(checkpoint)
+        return checkpoint.recorded
 
 
 def _between(seconds: float) -> float:

@@ -214,7 +214,7 @@ class _Joining:
     async def _record(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Recorded:
         checkpoint = checkpoint_of(self._runtime.attempt, self._position, status, output=output, error=error)
         await self._runtime.record(checkpoint)
-        return Recorded(checkpoint.key, checkpoint.name, checkpoint.position, status, output, error)
+        return checkpoint.recorded
 
 
 def _outcome(found: dict[str, Any]) -> Outcome:

@@ -11,7 +11,6 @@ from sqla_durable.operations.attempt import Position
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.status import StepStatus
 from sqla_durable.store import Recorded, waits
 
 
@@ -37,5 +36,6 @@ async def of_database(runtime: Runtime, position: Position, *, codec: Codec) -> 
 
 
 async def _record(runtime: Runtime, position: Position, output: str) -> Recorded:
-    await runtime.record(checkpoint_of(runtime.attempt, position, output=output))
-    return Recorded(position.key, position.name, position.number, StepStatus.SUCCEEDED, output, None)
+    checkpoint = checkpoint_of(runtime.attempt, position, output=output)
+    await runtime.record(checkpoint)
+    return checkpoint.recorded

@@ -162,7 +162,7 @@ class _Execution:
         except BaseException as error:
             await (transaction.discard() if spoils_connection(error) else transaction.rollback())
             raise
-        return _as_recorded(checkpoint)
+        return checkpoint.recorded
 
     async def _call_plain(self) -> Any:
         """Call the step's function; what it has reported last is kept, whichever way it ends."""
@@ -239,7 +239,7 @@ class _Execution:
 
     async def _record_alone(self, checkpoint: Checkpoint) -> Recorded:
         await self._runtime.record(checkpoint)
-        return _as_recorded(checkpoint)
+        return checkpoint.recorded
 
     async def _record_failure(self, error: Exception | SystemExit) -> Recorded:
         recorded = await self._record_alone(self._failure(error))
@@ -330,14 +330,3 @@ class _Execution:
             elapsed=time.monotonic() - self._began,
             delay=delay,
         )
-
-
-def _as_recorded(checkpoint: Checkpoint) -> Recorded:
-    return Recorded(
-        key=checkpoint.key,
-        name=checkpoint.name,
-        position=checkpoint.position,
-        status=checkpoint.status,
-        output=checkpoint.output,
-        error=checkpoint.error,
-    )

@@ -130,7 +130,7 @@ class _Waiting:
             except (WorkflowNotFoundError, EventNotSetError) as gone:
                 return await self._fail(gone)
             if output is not None:
-                return _recorded(taking, output=output)
+                return replace(taking, output=output).recorded
             wait = wait or await self._begin(short=not awaits)
             if wait.seconds <= 0:
                 return await self._late(source.late)
@@ -146,7 +146,7 @@ class _Waiting:
         error = Failure.of(reason).to_json()
         failed = self.checkpoint(StepStatus.FAILED, error=error)
         await self._runtime.record(failed)
-        return _recorded(failed, error=error)
+        return failed.recorded
 
     def _until_next_look(self, wait: Wait) -> Wait:
         """Look again after a share of the time that it has waited for: soon at first, and then less and less often."""
@@ -170,7 +170,3 @@ class _Waiting:
         elapsed = 0.0 if is_waiting else time.monotonic() - self._began
         attempt = self._runtime.attempt
         return checkpoint_of(attempt, self._position, status, output=output, error=error, elapsed=elapsed, delay=delay)
-
-
-def _recorded(checkpoint: Checkpoint, *, output: str | None = None, error: str | None = None) -> Recorded:
-    return Recorded(checkpoint.key, checkpoint.name, checkpoint.position, checkpoint.status, output, error)

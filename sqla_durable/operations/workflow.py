@@ -69,27 +69,21 @@ async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body:
         output = definition.result.encode(value)
     except (Exception, SystemExit) as error:  # sys.exit() in a workflow ends the workflow, not its worker
         attempt.proceed()
-        error_text = Failure.of(error).to_json()
-        return Completion(
-            attempt.fence,
-            WorkflowStatus.FAILED,
-            error=error_text,
-            is_child=attempt.is_child,
-            holds=attempt.may_hold,
-        )
-    return Completion(
-        attempt.fence, WorkflowStatus.SUCCEEDED, output=output, is_child=attempt.is_child, holds=attempt.may_hold
-    )
+        return _ended(attempt, WorkflowStatus.FAILED, error=Failure.of(error).to_json())
+    return _ended(attempt, WorkflowStatus.SUCCEEDED, output=output)
 
 
 def _undone(attempt: Attempt) -> Completion:
     """Give the outcome of a workflow that has undone what it did: it was cancelled, or its deadline has come."""
     if attempt.overdue is None:
-        return Completion(attempt.fence, WorkflowStatus.CANCELLED, is_child=attempt.is_child, holds=attempt.may_hold)
-    error_text = Failure(type=TIMEOUT_TYPE, message=attempt.overdue).to_json()
-    return Completion(
-        attempt.fence, WorkflowStatus.FAILED, error=error_text, is_child=attempt.is_child, holds=attempt.may_hold
-    )
+        return _ended(attempt, WorkflowStatus.CANCELLED)
+    return _ended(attempt, WorkflowStatus.FAILED, error=Failure(type=TIMEOUT_TYPE, message=attempt.overdue).to_json())
+
+
+def _ended(
+    attempt: Attempt, status: WorkflowStatus, *, output: str | None = None, error: str | None = None
+) -> Completion:
+    return Completion(attempt.fence, status, output, error, is_child=attempt.is_child, holds=attempt.may_hold)
 
 
 async def _called(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Any:

@@ -106,6 +106,11 @@ class Checkpoint:
     elapsed: float
     delay: float | None = None
 
+    @property
+    def recorded(self) -> Recorded:
+        """The same as a replay reads it."""
+        return Recorded(self.key, self.name, self.position, self.status, self.output, self.error)
+
 
 @dataclass(frozen=True, slots=True)
 class Recorded:

@@ -1,4 +1,6 @@
-"""The statements on workflow records: find, finish, release, wake; `starts` inserts, `batches` finishes and parks many.
+"""The statements on workflow records: find, finish, release, wake.
+
+`starts` inserts them, `batches` finishes and suspends many, `rounds` continues one as new.
 
 Whatever an attempt writes is fenced: its row is locked while its token is compared, in the same statement. Statements
 for many rows lock in the order of ids, and skip rows that another transaction holds.
@@ -18,9 +20,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     cast,
-    delete,
     func,
-    literal_column,
     null,
     or_,
     select,
@@ -36,9 +36,6 @@ from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.models import Workflow
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
-    EVENT,
-    SIGNAL,
-    STEP,
     SUSPECT,
     WORKFLOW,
     Columns,
@@ -49,7 +46,6 @@ from sqla_durable.store._rows import (
     execute,
     fence_row,
     filled,
-    interval,
     materialized,
     of_owner,
     owned,
@@ -58,14 +54,11 @@ from sqla_durable.store._rows import (
     status,
     table,
 )
-from sqla_durable.store.held import leaving
-from sqla_durable.store.signals import CALLBACK, EARLIER, REFUSED, asking
+from sqla_durable.store.signals import asking
 
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text(), "holds": Boolean()}
 _LIMIT = bindparam("limit", type_=Integer())
-_PARTED = 30  # seconds
-_CALLBACK: ColumnElement[str] = literal_column(f"'{CALLBACK}'", type_=Text())
 
 
 # The one that was in the way was deleted between the two statements.
@@ -101,27 +94,6 @@ def finished_by(connectable: Connectable, fences: Iterable[Fence]) -> dict[Fence
     """Give those of the attempts that have finished their workflows: an acknowledgement may have been lost."""
     rows = execute(connectable, _FINISHED_BY, filled("batch", [fence_row(each) for each in fences]))
     return {Fence(row.id, row.token): row.status for row in rows}
-
-
-def restart(connectable: Connectable, fence: Fence, *, given: str) -> bool:
-    """Begin a workflow anew with another input (JSON text) and no history, as its next attempt.
-
-    What it shows and what was sent to it stays, but for signals that were taken, outcomes of callbacks, and events that
-    newer ones replace: the rows of a workflow that runs for ever do not grow with its rounds. Waits for whoever holds
-    the row.
-
-    Two statements, each of which may be a transaction of its own: the first one takes the workflow from its attempt, so
-    that what a branch of it has recorded meanwhile is seen, and forgotten, by the second one. If that does not come,
-    the workflow goes on with its history after a while, and comes here again.
-
-    Returns:
-        False if the attempt does not own the workflow: it has lost it, or this was carried out before.
-    """
-    parted = scalar(connectable, _PART, filled("batch", [fence_row(fence)]))
-    if parted is None:
-        return False
-    parameters = {"wanted_id": fence.workflow_id, "wanted_attempt": parted, "input": given}
-    return scalar(connectable, _RESTART, parameters) is not None
 
 
 def release(connectable: Connectable, fences: Iterable[Fence]) -> set[UUID]:
@@ -217,78 +189,6 @@ def _release_statement(*, skip_locked: bool) -> Any:
     )
 
 
-def _part_statement() -> Any:
-    """Park, until the statement after this one."""
-    mine = owned(table("batch", _FENCE), skip_locked=False)
-    wake_at = func.statement_timestamp() + interval(literal_column(str(_PARTED)))
-    return (
-        update(WORKFLOW)
-        .where(WORKFLOW.c.id == mine.c.id)
-        .values(status=WorkflowStatus.SUSPENDED, token=null(), worker_id=null(), wake_at=wake_at)
-        .returning(WORKFLOW.c.attempt)
-    )
-
-
-def _restart_statement() -> Any:
-    mine = materialized(
-        select(WORKFLOW.c.id)
-        .where(
-            WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()),
-            WORKFLOW.c.attempt == bindparam("wanted_attempt", type_=Integer()),
-            WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
-            WORKFLOW.c.awaits.is_(None),
-        )
-        .with_for_update(key_share=True, of=WORKFLOW),
-        "parted",
-    )
-    forgotten = delete(STEP).where(STEP.c.workflow_id == mine.c.id).returning(STEP.c.key).cte("forgotten")
-    left = leaving(mine).cte("left")
-    taken = and_(SIGNAL.c.workflow_id == mine.c.id, SIGNAL.c.consumed_by.is_not(None))
-    # One with a key is to be known when it is sent again, an update when its sender asks.
-    kept = or_(SIGNAL.c.key.is_not(None), SIGNAL.c.name.startswith("#"))
-    # The steps that would read them are gone: those of earlier rounds too, whose answer crossed with their end.
-    answered = and_(SIGNAL.c.workflow_id == mine.c.id, SIGNAL.c.name.startswith(_CALLBACK))
-    consumed = delete(SIGNAL).where(or_(and_(taken, ~kept), answered)).returning(SIGNAL.c.id).cte("consumed")
-    remembered = (
-        update(SIGNAL)
-        .where(taken, kept, SIGNAL.c.consumed_by.not_in([REFUSED, EARLIER]))
-        .values(consumed_by=EARLIER)
-        .returning(SIGNAL.c.id)
-        .cte("remembered")
-    )
-    newer = EVENT.alias("newer")
-    replaced = (
-        delete(EVENT)
-        .where(
-            EVENT.c.workflow_id == mine.c.id,
-            select(newer.c.id)
-            .where(newer.c.workflow_id == EVENT.c.workflow_id, newer.c.key == EVENT.c.key, newer.c.id > EVENT.c.id)
-            .correlate(EVENT)
-            .exists(),
-        )
-        .returning(EVENT.c.id)
-        .cte("replaced")
-    )
-    return (
-        update(WORKFLOW)
-        .where(WORKFLOW.c.id == mine.c.id)
-        .values(
-            status=WorkflowStatus.PENDING,
-            input=cast(cast(bindparam("input", type_=Text()), Text), JSONB),
-            attempt=WORKFLOW.c.attempt + 1,
-            crashes=0,
-            token=null(),
-            worker_id=null(),
-            wake_at=null(),
-            cancellation=null(),
-            enqueued_at=func.statement_timestamp(),
-            begun_anew_at=func.statement_timestamp(),
-        )
-        .returning(WORKFLOW.c.id)
-        .add_cte(forgotten, left, consumed, remembered, replaced)
-    )
-
-
 def _still_owned_statement() -> Any:
     return select(WORKFLOW.c.id, WORKFLOW.c.token).where(
         _of_attempts(), WORKFLOW.c.status == status(WorkflowStatus.RUNNING)
@@ -344,8 +244,6 @@ def _wake_due_statement() -> Any:
 _FINISH = _finish_statement()
 _RELEASE = _release_statement(skip_locked=False)
 _RELEASE_UNLOCKED = _release_statement(skip_locked=True)
-_PART = _part_statement()
-_RESTART = _restart_statement()
 _FINISHED_BY = _finished_by_statement()
 _STILL_OWNED = _still_owned_statement()
 _OUTCOME = select(

@@ -16,7 +16,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable import complete_callback, delete, errors, fail_callback, heartbeat_callback, unwinding
 from sqla_durable.models import Signal, Step
 from sqla_durable.operations.callback import Made
-from sqla_durable.store import Awaited, Checkpoint, Fence, Park, callbacks, signals, workflows
+from sqla_durable.store import Awaited, Checkpoint, Fence, Park, callbacks, rounds, signals
 from sqla_durable.store.callbacks import _HOLD, _LOOK  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.testing import advance
 from tests.store import races
@@ -224,7 +224,7 @@ def test_outcomes_go_when_the_workflow_begins_anew(engine: Engine) -> None:
     with Session(engine) as session, session.begin():
         complete_callback(session, made.token, 1)
     with Session(engine) as session, session.begin():
-        assert workflows.restart(session, fence, given="{}")
+        assert rounds.restart(session, fence, given="{}")
     assert outcomes(engine) == []
     with Session(engine) as session, pytest.raises(errors.CallbackNotFoundError):
         complete_callback(session, made.token, 1)

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from sqla_durable import cancel, rewind
 from sqla_durable.models import Signal, Step
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import batches, crashes, held, workflows
+from sqla_durable.store import batches, crashes, held, rounds, workflows
 from sqla_durable.store._rows import Checkpoint, Completion, Fence
 from tests.store import races
 
@@ -92,7 +92,7 @@ def test_children_of_a_parent_that_goes_on_stay_held(engine: Engine) -> None:
 def test_what_begins_anew_or_dies_for_good_leaves_its_held_children(engine: Engine) -> None:
     fence, _ = parent_with_held(engine)
     with Session(engine) as session:
-        assert workflows.restart(session, fence, given="{}")
+        assert rounds.restart(session, fence, given="{}")
         assert held.release_left(session, limit=9) == 2
         session.commit()
     parent_with_held(engine)

@@ -11,7 +11,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Workflow
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import Fence, NewWorkflow, starts, workflows
+from sqla_durable.store import Fence, NewWorkflow, rounds, starts, workflows
 from sqla_durable.store._rows import fence_row, filled
 from sqla_durable.testing import advance
 from tests.store import races
@@ -174,7 +174,7 @@ def test_what_is_recorded_while_a_workflow_begins_anew_is_forgotten_too(engine: 
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as branch, races.transaction(engine) as anew:
         races.record(branch.session, [races.checkpoint(fence, "charge")])
-        waiting = anew.begin_blocked(lambda session: workflows.restart(session, fence, given="{}"))
+        waiting = anew.begin_blocked(lambda session: rounds.restart(session, fence, given="{}"))
         branch.session.commit()
         assert waiting.result()
         anew.session.commit()
@@ -185,13 +185,13 @@ def test_who_is_gone_in_the_middle_of_beginning_anew_leaves_a_workflow_that_come
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as session:
         races.record(session, [races.checkpoint(fence, "charge")])
-        assert session.scalar(workflows._PART, filled("batch", [fence_row(fence)])) == 1  # pyright: ignore[reportPrivateUsage]
+        assert session.scalar(rounds._PART, filled("batch", [fence_row(fence)])) == 1  # pyright: ignore[reportPrivateUsage]
         session.commit()
-        assert not workflows.restart(session, fence, given="{}")
+        assert not rounds.restart(session, fence, given="{}")
         assert races.record(session, [races.checkpoint(fence, "refund")]) == set()
         advance(session, timedelta(minutes=1))
         assert workflows.wake_due(session, limit=9) == 1
         (again,) = races.claim(session)
         assert list(again.history) == ["charge"]
-        assert workflows.restart(session, again.fence, given="{}")
+        assert rounds.restart(session, again.fence, given="{}")
         assert races.status_in(session, fence.workflow_id) is WorkflowStatus.PENDING

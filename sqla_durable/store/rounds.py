@@ -1,0 +1,154 @@
+"""The statements with which a workflow begins anew: its history goes, and what it does not need any more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    FromClause,
+    Integer,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    delete,
+    func,
+    literal_column,
+    null,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+
+from sqla_durable.status import WorkflowStatus
+from sqla_durable.store._rows import (
+    EVENT,
+    SIGNAL,
+    STEP,
+    WORKFLOW,
+    Columns,
+    Connectable,
+    Fence,
+    fence_row,
+    filled,
+    interval,
+    materialized,
+    owned,
+    scalar,
+    status,
+    table,
+)
+from sqla_durable.store.held import leaving
+from sqla_durable.store.signals import CALLBACK, EARLIER, REFUSED
+
+_FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
+_PARTED = 30  # seconds
+_CALLBACK: ColumnElement[str] = literal_column(f"'{CALLBACK}'", type_=Text())
+
+
+def restart(connectable: Connectable, fence: Fence, *, given: str) -> bool:
+    """Begin a workflow anew with another input (JSON text) and no history, as its next attempt.
+
+    What it shows and what was sent to it stays, but for signals that were taken, outcomes of callbacks, and events that
+    newer ones replace: the rows of a workflow that runs for ever do not grow with its rounds. Waits for whoever holds
+    the row.
+
+    Two statements, each of which may be a transaction of its own: the first one takes the workflow from its attempt, so
+    that what a branch of it has recorded meanwhile is seen, and forgotten, by the second one. If that does not come,
+    the workflow goes on with its history after a while, and comes here again.
+
+    Returns:
+        False if the attempt does not own the workflow: it has lost it, or this was carried out before.
+    """
+    parted = scalar(connectable, _PART, filled("batch", [fence_row(fence)]))
+    if parted is None:
+        return False
+    parameters = {"wanted_id": fence.workflow_id, "wanted_attempt": parted, "input": given}
+    return scalar(connectable, _RESTART, parameters) is not None
+
+
+def _part_statement() -> Any:
+    """Park, until the statement after this one."""
+    mine = owned(table("batch", _FENCE), skip_locked=False)
+    wake_at = func.statement_timestamp() + interval(literal_column(str(_PARTED)))
+    return (
+        update(WORKFLOW)
+        .where(WORKFLOW.c.id == mine.c.id)
+        .values(status=WorkflowStatus.SUSPENDED, token=null(), worker_id=null(), wake_at=wake_at)
+        .returning(WORKFLOW.c.attempt)
+    )
+
+
+def _restart_statement() -> Any:
+    parted = materialized(
+        select(WORKFLOW.c.id)
+        .where(
+            WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()),
+            WORKFLOW.c.attempt == bindparam("wanted_attempt", type_=Integer()),
+            WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
+            WORKFLOW.c.awaits.is_(None),
+        )
+        .with_for_update(key_share=True, of=WORKFLOW),
+        "parted",
+    )
+    forgotten = delete(STEP).where(STEP.c.workflow_id == parted.c.id).returning(STEP.c.key).cte("forgotten")
+    return (
+        update(WORKFLOW)
+        .where(WORKFLOW.c.id == parted.c.id)
+        .values(
+            status=WorkflowStatus.PENDING,
+            input=cast(cast(bindparam("input", type_=Text()), Text), JSONB),
+            attempt=WORKFLOW.c.attempt + 1,
+            crashes=0,
+            token=null(),
+            worker_id=null(),
+            wake_at=null(),
+            cancellation=null(),
+            enqueued_at=func.statement_timestamp(),
+            begun_anew_at=func.statement_timestamp(),
+        )
+        .returning(WORKFLOW.c.id)
+        .add_cte(forgotten, leaving(parted).cte("left"), *_forget_signals(parted), _forget_events(parted))
+    )
+
+
+def _forget_signals(parted: FromClause) -> tuple[CTE, CTE]:
+    """Delete the signals that were taken; one with a key is to be known when it is sent again, an update to its sender.
+
+    Outcomes of callbacks go too: the steps that would read them are gone, those of earlier rounds whose answer crossed
+    with their end as well.
+    """
+    mine: ColumnElement[bool] = SIGNAL.c.workflow_id == parted.c.id
+    taken = and_(mine, SIGNAL.c.consumed_by.is_not(None))
+    kept = or_(SIGNAL.c.key.is_not(None), SIGNAL.c.name.startswith("#"))
+    answers = and_(mine, SIGNAL.c.name.startswith(_CALLBACK))
+    consumed = delete(SIGNAL).where(or_(and_(taken, ~kept), answers)).returning(SIGNAL.c.id).cte("consumed")
+    remembered = (
+        update(SIGNAL)
+        .where(taken, kept, SIGNAL.c.consumed_by.not_in([REFUSED, EARLIER]))
+        .values(consumed_by=EARLIER)
+        .returning(SIGNAL.c.id)
+        .cte("remembered")
+    )
+    return consumed, remembered
+
+
+def _forget_events(parted: FromClause) -> CTE:
+    """Delete the events that newer ones replace."""
+    newer = EVENT.alias("newer")
+    is_replaced = (
+        select(newer.c.id)
+        .where(newer.c.workflow_id == EVENT.c.workflow_id, newer.c.key == EVENT.c.key, newer.c.id > EVENT.c.id)
+        .correlate(EVENT)
+        .exists()
+    )
+    replaced = delete(EVENT).where(EVENT.c.workflow_id == parted.c.id, is_replaced)
+    return replaced.returning(EVENT.c.id).cte("replaced")
+
+
+_PART = _part_statement()
+_RESTART = _restart_statement()
