@@ -28,35 +28,19 @@ def test_all_is_sorted_and_complete() -> None:
     assert sqla_durable.__all__ == sorted(sqla_durable.__all__)
 
 
-@pytest.mark.parametrize("name", sqla_durable.__all__)
-def test_public_object_has_a_docstring(name: str) -> None:
-    value = getattr(sqla_durable, name)
-    if name == "metadata":  # a MetaData, documented where it is defined
-        return
-    assert inspect.getdoc(value)
-    if inspect.isclass(value):
-        for method, function in inspect.getmembers(value, inspect.isfunction):
+def test_public_objects_have_docstrings() -> None:
+    for name in set(sqla_durable.__all__) - {"metadata"}:  # a MetaData, documented where it is defined
+        value = getattr(sqla_durable, name)
+        assert inspect.getdoc(value), name
+        for method, function in inspect.getmembers(value, inspect.isfunction) if inspect.isclass(value) else ():
             if not method.startswith("_") and function.__module__.startswith("sqla_durable"):
                 assert inspect.getdoc(function), f"{name}.{method}"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "Durable",
-        "Executor",
-        "AsyncExecutor",
-        "Handle",
-        "AsyncHandle",
-        "Worker",
-        "run_step",
-        "start_many",
-        "current",
-        "parallel",
-    ],
-)
-def test_main_names_have_an_example(name: str) -> None:
-    assert "```python" in (inspect.getdoc(getattr(sqla_durable, name)) or "")
+def test_main_names_have_an_example() -> None:
+    executors = ["Executor", "AsyncExecutor", "Worker", "Handle", "AsyncHandle"]
+    for name in ["Durable", *executors, "run_step", "start_many", "current", "parallel"]:
+        assert "```python" in (inspect.getdoc(getattr(sqla_durable, name)) or ""), name
 
 
 @pytest.mark.parametrize(
@@ -106,12 +90,10 @@ def test_control_flow_is_not_an_exception() -> None:
     assert not issubclass(unwinding.ControlFlow, Exception)
 
 
-@pytest.mark.parametrize(
-    "module", [each.name for each in pkgutil.walk_packages(sqla_durable.__path__, "sqla_durable.")]
-)
-def test_every_module_can_be_imported(module: str) -> None:
-    if module != "sqla_durable.__main__":
-        import_module(module)
+def test_every_module_can_be_imported() -> None:
+    for each in pkgutil.walk_packages(sqla_durable.__path__, "sqla_durable."):
+        if each.name != "sqla_durable.__main__":
+            import_module(each.name)
 
 
 def test_import_needs_no_optional_dependency() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from sqlalchemy import Executable
@@ -30,38 +30,49 @@ def _statements() -> Iterator[tuple[str, str]]:
 
 
 STATEMENTS = dict(_statements())
-everyone = pytest.mark.parametrize("sql", STATEMENTS.values(), ids=STATEMENTS)
+
+
+def _breaking(breaks: Callable[[str], object]) -> list[str]:
+    """Return the names of the statements that break a rule."""
+    return [name for name, sql in STATEMENTS.items() if breaks(sql)]
 
 
 def test_the_statements_are_found() -> None:
     assert {"queues._CLAIM", "steps._RECORD", "crashes._RECLAIM", "batches._WRITE"} <= STATEMENTS.keys()
 
 
-@everyone
-def test_the_only_clock_is_that_of_the_statement(sql: str) -> None:
+def test_the_only_clock_is_that_of_the_statement() -> None:
     """`now()` stands still in a transaction; `clock_timestamp()` is volatile and bounds no index scan."""
-    assert not re.search(r"\b(now|clock_timestamp|current_timestamp|transaction_timestamp)\b", sql, re.IGNORECASE)
+    other = re.compile(r"\b(now|clock_timestamp|current_timestamp|transaction_timestamp)\b", re.IGNORECASE)
+    assert _breaking(other.search) == []
 
 
-@everyone
-def test_no_volatile_function_is_in_an_update(sql: str) -> None:
+def test_no_volatile_function_is_in_an_update() -> None:
     """A sharded engine refuses it."""
-    assert not re.search(r"\b(gen_random_uuid|random|uuidv?7|nextval)\s*\(", sql, re.IGNORECASE)
+    volatile = re.compile(r"\b(gen_random_uuid|random|uuidv?7|nextval)\s*\(", re.IGNORECASE)
+    assert _breaking(volatile.search) == []
 
 
-@everyone
-def test_a_status_that_is_compared_is_a_literal(sql: str) -> None:
+def test_a_status_that_is_compared_is_a_literal() -> None:
     """As a parameter a generic plan cannot use the partial index."""
-    compared = re.findall(r"status = (\S+)", sql.partition(" SET ")[0])
-    assert all(each.strip("()").startswith("'") for each in compared), compared
-    assert not re.search(r"status (IN|=) ?\(?%\(", sql.partition(" SET ")[0])
+
+    def breaks(sql: str) -> bool:
+        before = sql.partition(" SET ")[0]
+        compared = re.findall(r"status = (\S+)", before)
+        parameter = re.search(r"status (IN|=) ?\(?%\(", before)
+        return parameter is not None or not all(each.strip("()").startswith("'") for each in compared)
+
+    assert _breaking(breaks) == []
 
 
-@everyone
-def test_a_lock_never_conflicts_with_a_foreign_keys_lock(sql: str) -> None:
+def test_a_lock_never_conflicts_with_a_foreign_keys_lock() -> None:
     """A caller's open transaction that refers to the workflow holds KEY SHARE; FOR UPDATE would wait for it."""
-    locks = re.findall(r"FOR (?:NO KEY )?(?:UPDATE|SHARE)", sql)
-    assert all(each == "FOR NO KEY UPDATE" for each in locks) or "durable.worker" in sql.partition("FOR UPDATE")[0]
+
+    def breaks(sql: str) -> bool:
+        locks = re.findall(r"FOR (?:NO KEY )?(?:UPDATE|SHARE)", sql)
+        return bool(set(locks) - {"FOR NO KEY UPDATE"}) and "durable.worker" not in sql.partition("FOR UPDATE")[0]
+
+    assert _breaking(breaks) == []
 
 
 @pytest.mark.parametrize("name", sorted(_BATCHES))
