@@ -7,7 +7,7 @@ from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypedDict, Unpack, overload
 from uuid import UUID
 
-from sqlalchemy import Select
+from sqlalchemy import CompoundSelect, Select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
@@ -44,7 +44,9 @@ def fork(session: Session, workflows: Workflow | UUID, **options: Unpack[OneFork
 
 @overload
 def fork(
-    session: Session, workflows: Iterable[Workflow | UUID] | Select[Any], **options: Unpack[ForkOptions]
+    session: Session,
+    workflows: Iterable[Workflow | UUID] | Select[Any] | CompoundSelect[Any],
+    **options: Unpack[ForkOptions],
 ) -> list[Workflow]: ...
 
 
@@ -56,7 +58,9 @@ def fork(
 
 @overload
 def fork(
-    session: AsyncSession, workflows: Iterable[Workflow | UUID] | Select[Any], **options: Unpack[ForkOptions]
+    session: AsyncSession,
+    workflows: Iterable[Workflow | UUID] | Select[Any] | CompoundSelect[Any],
+    **options: Unpack[ForkOptions],
 ) -> Coroutine[Any, Any, list[Workflow]]: ...
 
 
@@ -153,9 +157,9 @@ def _fork(session: Session, wanted: Wanted, change: forks.Change) -> list[Workfl
 
 
 def _refuse_missing(names: Mapping[UUID, str], wanted: Wanted) -> None:
-    if isinstance(wanted, Select):
+    if wanted.query is not None:
         return
-    for each in wanted:
+    for each in wanted.ids:
         if each not in names:
             raise WorkflowNotFoundError(
                 f"no workflow {each} is visible to this session: is the transaction that started it committed? "

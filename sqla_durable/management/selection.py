@@ -7,16 +7,16 @@ from functools import partial
 from typing import Any, TypeAlias, TypeVar
 from uuid import UUID
 
-from sqlalchemy import Select
+from sqlalchemy import CompoundSelect, Select
 from sqlalchemy.orm import Session
 
 import sqla_durable.callers as callers
 from sqla_durable.errors import SessionError
 from sqla_durable.models import Workflow
-from sqla_durable.store.selection import Wanted
+from sqla_durable.store.selection import Wanted, evaluate
 
-Selected: TypeAlias = "Workflow | UUID | Iterable[Workflow | UUID] | Select[Any]"
-"""Which workflows: one record or id, several, or a `select()` of `Workflow` or of one column of ids."""
+Selected: TypeAlias = "Workflow | UUID | Iterable[Workflow | UUID] | Select[Any] | CompoundSelect[Any]"
+"""Which workflows: one record or id, several, or a `select()` or union of `Workflow` or of one column of ids."""
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def perform(
 def _perform(session: Session, *, workflows: Selected, verb: Callable[[Session, Wanted], T]) -> T:
     _require_transaction(session)
     session.flush()  # a record that was only just started is not in the table yet
-    return verb(session, _wanted(workflows))
+    return verb(session, _wanted(session, workflows))
 
 
 def _require_transaction(session: Session) -> None:
@@ -48,5 +48,7 @@ def _require_transaction(session: Session) -> None:
         )
 
 
-def _wanted(workflows: Selected) -> Wanted:
-    return workflows if isinstance(workflows, Select) else callers.ids_of(workflows)
+def _wanted(session: Session, workflows: Selected) -> Wanted:
+    if isinstance(workflows, (Select, CompoundSelect)):
+        return evaluate(session, workflows)
+    return Wanted(callers.ids_of(workflows))

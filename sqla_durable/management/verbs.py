@@ -52,16 +52,20 @@ def cancel(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
     are not. A workflow that is finished is left alone with its tree.
 
     Locks the rows, in the order of their ids, until the caller's transaction ends; waits for a transactional step that
-    is committing. A worker does not wait for these locks: only the workflows concerned do. What no longer fits the
-    `select()` once its row is locked, because it was claimed or finished meanwhile, is left alone. Sets a savepoint:
+    is committing. A worker does not wait for these locks: only the workflows concerned do. Sets a savepoint:
     where a child appears between the look and the locks, they are given back and taken again, in order.
+
+    A `select()` is evaluated once, before the locks. A row that another transaction has changed by the time it is
+    locked is compared with the select again, without LIMIT and OFFSET; if it no longer fits, it is left alone, and no
+    other row takes its place.
 
     Flushes the session. Records in it that were given or changed are read anew.
 
     Args:
         session: the caller's session; with an `AsyncSession`, await the call.
-        workflows: one record or id, several, or a `select()` of `Workflow` or of one column of ids; it may join, order
-            and limit, and name `Workflow` by an alias.
+        workflows: one record or id, several, or a `select()` of `Workflow` or of one column of ids; it may join, order,
+            limit, lock, be a union, and name `Workflow` by an alias. The ids that it selects are held in memory, some
+            250 bytes each: change millions in portions, by its `limit()`.
 
     Returns:
         The ids of those that were cancelled, children too; the others are finished, or not there.

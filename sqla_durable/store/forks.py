@@ -75,7 +75,7 @@ class Change:
 
 def sources(session: Session, wanted: Wanted) -> dict[UUID, str]:
     """Give the workflows that there are, in the order of their ids, with their names."""
-    rows = execute(session, select(WORKFLOW.c.id, WORKFLOW.c.name).where(among(wanted)).order_by(WORKFLOW.c.id))
+    rows = execute(session, select(WORKFLOW.c.id, WORKFLOW.c.name).where(among(wanted.ids)).order_by(WORKFLOW.c.id))
     return {row.id: row.name for row in rows}
 
 

@@ -67,8 +67,7 @@ def resume(session: Session, wanted: Wanted) -> list[UUID]:
     """
     stopped = and_(WORKFLOW.c.status == status(WorkflowStatus.FAILED), _STOPPED)
     cancelled = and_(WORKFLOW.c.status == status(WorkflowStatus.CANCELLED), is_not_undone())
-    condition = or_(cancelled, stopped)
-    held = hold_cancelled_with(session, and_(among(wanted), condition))
+    held = hold_cancelled_with(session, wanted, or_(cancelled, stopped))
     return _enqueue(session, wanted, held)
 
 
@@ -78,7 +77,7 @@ def retry(session: Session, wanted: Wanted) -> list[UUID]:
     Not those with a saga: what is recorded of them may have been undone.
     """
     failed = and_(WORKFLOW.c.status == status(WorkflowStatus.FAILED), not_(_STOPPED), WORKFLOW.c.cancellation.is_(None))
-    held = hold(session, and_(among(wanted), failed))
+    held = hold(session, wanted, lambda meant: and_(meant, failed))
     if held:
         gone = and_(_of(STEP, held), STEP.c.workflow_id == WORKFLOW.c.id, _made_it_fail())
         execute(session, delete(STEP).where(gone))
@@ -95,7 +94,7 @@ def rewind(session: Session, wanted: Wanted, *, to_step: str) -> tuple[list[UUID
     Raises:
         ArgumentError: one of them has no record of that step; nothing is changed.
     """
-    held = hold(session, among(wanted))
+    held = hold(session, wanted, lambda meant: meant)
     refuse_unrecorded(session, held, [to_step], verb="rewound")
     workers = workers_of(session, held)
     if held:

@@ -1,32 +1,83 @@
-"""Which workflows a statement of an operator is about: by ids or by a `select()`, locked in the order of their ids."""
+"""Which workflows a statement of an operator is about: by ids or by a `select()`, locked in the order of their ids.
+
+A select is evaluated once: without an order, or beside other transactions, a second evaluation may give other rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Uuid, and_, func, literal, select
+from sqlalchemy import (
+    ColumnElement,
+    CompoundSelect,
+    Integer,
+    Select,
+    SelectBase,
+    Uuid,
+    and_,
+    func,
+    literal,
+    literal_column,
+    select,
+)
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.selectable import SelectStatementGrouping
 
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store._rows import WORKFLOW, scalars, status
+from sqla_durable.store._rows import WORKFLOW, execute, scalars, status
 
-Wanted: TypeAlias = "Sequence[UUID] | Select[Any]"
+Query: TypeAlias = "Select[Any] | CompoundSelect[Any]"
+
+# Another one after each UPDATE, and the same under a lock. Source: PostgreSQL manual, System Columns.
+_VERSION: ColumnElement[int] = literal_column("CAST(CAST(xmin AS text) AS bigint)", type_=Integer()).label("version")
 
 
-def hold(session: Session, meant: ColumnElement[bool]) -> list[UUID]:
-    """Lock the workflows that are meant, in the order of their ids, then look again; give those that are still meant.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The workflows that a verb is about.
+
+    Attributes:
+        ids: their ids.
+        query: the select that gave them, if one did.
+        versions: of each row that the select gave, the version that it has seen.
+    """
+
+    ids: Sequence[UUID]
+    query: Query | None = None
+    versions: Mapping[UUID, int] | None = None
+
+
+def evaluate(session: Session, query: Query) -> Wanted:
+    """Evaluate a select, in one statement that takes no lock of its own.
+
+    Raises:
+        ArgumentError: it does not say which workflows are meant.
+    """
+    # MATERIALIZED: executed once; as a subquery, the planner may execute it again for each row.
+    meant = _ids_in(query).cte().prefix_with("MATERIALIZED")
+    seen = select(WORKFLOW.c.id, _VERSION).where(WORKFLOW.c.id.in_(select(*meant.c)))
+    versions = {row.id: row.version for row in execute(session, seen)}
+    return Wanted(list(versions), query, versions)
+
+
+def hold(session: Session, wanted: Wanted, meant: Callable[[ColumnElement[bool]], ColumnElement[bool]]) -> list[UUID]:
+    """Lock the workflows that are meant, in the order of their ids, then look again; return those still meant.
 
     Waits for whoever holds a row. What was claimed, finished or moved meanwhile may no longer be meant: in one
     statement, a lock wait would be followed by a second look at the locked row only, and not at the sub-selects.
+
+    Args:
+        meant: makes the condition of the verb, of one that says which workflows are wanted.
     """
-    held = lock(session, meant)
-    return look_again(session, held, meant) if held else []
+    held = lock(session, meant(among(wanted.ids)))
+    return look_again(session, held, meant(among(still_wanted(session, wanted)))) if held else []
 
 
 def lock(session: Session, meant: ColumnElement[bool]) -> list[UUID]:
@@ -40,34 +91,63 @@ def look_again(session: Session, held: Sequence[UUID], meant: ColumnElement[bool
     return list(scalars(session, select(WORKFLOW.c.id).where(among(held), meant).order_by(WORKFLOW.c.id)))
 
 
+def still_wanted(session: Session, wanted: Wanted) -> Sequence[UUID]:
+    """Return the ids without those of rows that were changed since the select gave them, and no longer fit it.
+
+    Only a row that was changed is compared with the select again, without its LIMIT and OFFSET: of others it could
+    give another choice.
+    """
+    if wanted.query is None or not wanted.versions:
+        return wanted.ids
+    versions = wanted.versions
+    today = execute(session, select(WORKFLOW.c.id, _VERSION).where(among(wanted.ids)))
+    changed = {row.id for row in today if row.version != versions[row.id]}
+    if not changed:
+        return wanted.ids
+    again = _ids_in(wanted.query.limit(None).offset(None))
+    fitting = set(scalars(session, select(WORKFLOW.c.id).where(among([*changed]), WORKFLOW.c.id.in_(again))))
+    return [each for each in wanted.ids if each not in changed or each in fitting]
+
+
 def workers_of(session: Session, held: Sequence[UUID]) -> set[UUID]:
     """Give the workers that are executing these workflows, whose rows are locked."""
     running = and_(among(held), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
     return set(scalars(session, select(WORKFLOW.c.worker_id).where(running).distinct())) if held else set()
 
 
-def among(wanted: Wanted) -> ColumnElement[bool]:
+def among(ids: Sequence[UUID]) -> ColumnElement[bool]:
     """Compare with one array, however many they are: a statement has 65,535 parameters at most."""
-    if isinstance(wanted, Select):
-        return WORKFLOW.c.id.in_(_ids_in(wanted))
-    return WORKFLOW.c.id == func.any(literal(list(wanted), ARRAY(PG_UUID())))
+    return WORKFLOW.c.id == func.any(literal(list(ids), ARRAY(PG_UUID())))
 
 
 def known(wanted: Wanted, changed: Iterable[UUID]) -> set[UUID]:
     """Give the ids of the records that the caller will look at: those given by id, and those that were changed."""
-    return {*changed, *(() if isinstance(wanted, Select) else wanted)}
+    return {*changed, *(wanted.ids if wanted.query is None else ())}
 
 
-def _ids_in(workflows: Select[Any]) -> Select[tuple[UUID]]:
+def _ids_in(query: Query) -> Select[tuple[UUID]]:
     """Give the ids that a select stands for: as a subquery, it may join, order, limit and alias what it likes."""
-    match workflows.column_descriptions:
+    match _described(query):
         case [{"type": kind}] if kind is Workflow:
-            return select(workflows.subquery().c.id)
+            return select(query.subquery().c.id)
         case [{"type": Uuid()}]:
-            return select(*workflows.subquery().c)
+            return select(*query.subquery().c)
         case described:
             given = ", ".join(str(each["name"]) for each in described)
             raise ArgumentError(
                 f"a select of {given} does not say which workflows are meant: select Workflow, or one column of their "
                 "ids, such as Workflow.id."
             )
+
+
+def _described(query: SelectBase) -> list[Any]:
+    """Describe the columns; those of a union are named and typed by its first select."""
+    match query:
+        case CompoundSelect():
+            return _described(query.selects[0])
+        case SelectStatementGrouping():
+            return _described(query.element)
+        case Select():
+            return list(query.column_descriptions)
+        case _:
+            return []

@@ -31,7 +31,7 @@ from sqla_durable.models import Workflow
 from sqla_durable.status import FINISHED, WorkflowStatus
 from sqla_durable.store._rows import COMPENSATES, REQUESTED, WORKFLOW, refresh_known, scalars, status
 from sqla_durable.store.held import leaving
-from sqla_durable.store.selection import Wanted, among, hold, known, lock, look_again
+from sqla_durable.store.selection import Wanted, among, hold, known, lock, look_again, still_wanted
 from sqla_durable.store.signals import asking
 
 _COMPENSATION = {
@@ -55,10 +55,10 @@ def hold_unfinished(session: Session, wanted: Wanted) -> tuple[list[UUID], bool]
         To lock that one now, behind rows whose ids come after its own, may deadlock with whoever locks in the order of
         ids: let go of the rows, and begin again.
     """
-    held = lock(session, _unfinished_of(among(wanted)))
+    held = lock(session, _unfinished_of(among(wanted.ids)))
     if not held:
         return [], True
-    meant = _unfinished_of(and_(among(wanted), among(held)))
+    meant = _unfinished_of(and_(among(still_wanted(session, wanted)), among(held)))
     found = list(scalars(session, select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id)))
     return found, set(found) <= set(held)
 
@@ -89,13 +89,17 @@ def cancel(session: Session, held: Sequence[UUID], wanted: Wanted) -> bool:
     return enqueued
 
 
-def hold_cancelled_with(session: Session, roots: ColumnElement[bool]) -> list[UUID]:
-    """Lock the workflows that a condition names, and what of their trees was cancelled together with them."""
-    tree = _tree(roots, WORKFLOW.c.finished_at.label("moment"))
+def hold_cancelled_with(session: Session, wanted: Wanted, condition: ColumnElement[bool]) -> list[UUID]:
+    """Lock those of the workflows that fit a condition, and what of their trees was cancelled together with them."""
     cancelled = and_(WORKFLOW.c.status == status(WorkflowStatus.CANCELLED), is_not_undone())
-    together = and_(cancelled, WORKFLOW.c.finished_at == tree.c.moment)
-    meant = select(WORKFLOW.c.id).join(tree, tree.c.id == WORKFLOW.c.id).where(or_(tree.c.is_root, together))
-    return hold(session, WORKFLOW.c.id.in_(meant))
+
+    def meant(roots: ColumnElement[bool]) -> ColumnElement[bool]:
+        tree = _tree(and_(roots, condition), WORKFLOW.c.finished_at.label("moment"))
+        together = and_(cancelled, WORKFLOW.c.finished_at == tree.c.moment)
+        found = select(WORKFLOW.c.id).join(tree, tree.c.id == WORKFLOW.c.id).where(or_(tree.c.is_root, together))
+        return WORKFLOW.c.id.in_(found)
+
+    return hold(session, wanted, meant)
 
 
 def is_not_undone() -> ColumnElement[bool]:
@@ -105,12 +109,15 @@ def is_not_undone() -> ColumnElement[bool]:
 
 def hold_deletable(session: Session, wanted: Wanted) -> list[UUID]:
     """Lock the trees of those of the workflows whose trees are finished to the last one; give the ids of all of it."""
-    deletable = _deletable(among(wanted))
+    deletable = _deletable(among(wanted.ids))
     child = WORKFLOW.alias("left")
     # A detached child is written too: it loses its parent.
     written = union(deletable, select(child.c.id).where(child.c.parent_id.in_(deletable)))
     held = lock(session, WORKFLOW.c.id.in_(written))
-    return look_again(session, held, WORKFLOW.c.id.in_(_deletable(and_(among(wanted), among(held))))) if held else []
+    if not held:
+        return []
+    still = and_(among(still_wanted(session, wanted)), among(held))
+    return look_again(session, held, WORKFLOW.c.id.in_(_deletable(still)))
 
 
 def erase(session: Session, ids: Sequence[UUID]) -> None:

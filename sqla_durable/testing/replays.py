@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, overload
 from uuid import UUID
 
-from sqlalchemy import Select
+from sqlalchemy import CompoundSelect, Select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -29,7 +29,7 @@ from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
 History: TypeAlias = dict[str, Any]
 """A workflow and its steps, as JSON holds them."""
 
-Selected: TypeAlias = "Workflow | UUID | Iterable[Workflow | UUID] | Select[Any]"
+Selected: TypeAlias = "Workflow | UUID | Iterable[Workflow | UUID] | Select[Any] | CompoundSelect[Any]"
 
 _FORMAT = "sqla-durable history 1"
 
@@ -228,7 +228,7 @@ def _export(session: Session, workflows: Selected) -> list[History]:
 def _ids(session: Session, workflows: Selected) -> list[UUID]:
     given: Iterable[Any]
     match workflows:
-        case Select():
+        case Select() | CompoundSelect():
             given = session.scalars(workflows)
         case Workflow() | UUID():
             given = [workflows]

@@ -141,7 +141,7 @@ def test_what_can_be_given(engine: Engine, session: Session, choice: str) -> Non
         (select(Workflow.id, Workflow.name), "a select of id, name does not say"),
         (select(Workflow.name), "a select of name does not say"),
         (select(Step), "a select of Step does not say"),
-        (union_all(select(Workflow.id), select(Workflow.id)), "is no workflow"),
+        (union_all(select(Workflow.name), select(Workflow.key)), "a select of name does not say"),
         (text("SELECT id FROM durable.workflow"), "is no workflow"),
         (update(Workflow), "is no workflow"),
     ],
