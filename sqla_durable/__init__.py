@@ -22,7 +22,7 @@ from sqla_durable.executor import AsyncExecutor, Executor
 from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction
 from sqla_durable.handle import AsyncHandle, Handle
 from sqla_durable.interceptors import Interceptor
-from sqla_durable.management import cancel, delete, fork, resume, retry, rewind
+from sqla_durable.management import cancel, delete, fork, id_at, resume, retry, rewind
 from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
 from sqla_durable.patches import deprecate_patch, patched
 from sqla_durable.progress import heartbeat
@@ -94,6 +94,7 @@ __all__ = [
     "get_event",
     "heartbeat",
     "heartbeat_callback",
+    "id_at",
     "metadata",
     "migrations",
     "models",

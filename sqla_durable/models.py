@@ -58,6 +58,13 @@ def _values(statuses: type[StrEnum]) -> list[str]:
     return [each.value for each in statuses]
 
 
+_NEW_ID = text(
+    "CAST(lpad(to_hex(CAST(floor(extract(epoch FROM statement_timestamp()) * 1000) AS bigint)), 12, '0') || '7' || "
+    "substr(replace(CAST(gen_random_uuid() AS text), '-', ''), 14) AS uuid)"
+)
+"""A UUID of version 7, whose order is that of time: `uuidv7()` is there from PostgreSQL 18 on."""
+
+
 class Base(AsyncAttrs, DeclarativeBase):
     """The declarative base of this package; its metadata is `sqla_durable.metadata`."""
 
@@ -81,12 +88,13 @@ class Workflow(Base):
     Arguments are stored by parameter name. `token` identifies the attempt that may write while it is running, and that
     finished it. `priority` is served lowest first. One that is suspended with `wake_at` waits for that time.
     `attempt` counts up when a worker dies; `crashes` its last attempts in a row that died before they recorded a step.
+    An `id` begins with the time of its start, so their order is that of the starts; see `id_at`.
     `cancellation` tells of a saga: it `compensates`, or why it does now. `headers` are what interceptors gave to it.
     """
 
     __tablename__ = "workflow"
 
-    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7, server_default=func.gen_random_uuid())
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7, server_default=_NEW_ID)
     name: Mapped[str]
     key: Mapped[str | None]
     queue: Mapped[str] = mapped_column(server_default="default")
@@ -178,8 +186,10 @@ class Workflow(Base):
         ),
         # Reclaim, heartbeat, and what a worker is doing now.
         Index("workflow_running_idx", "worker_id", postgresql_where=text("status = 'running'")),
-        # Timers and delayed starts that are due.
-        Index("workflow_wake_idx", "wake_at", postgresql_where=text("status = 'suspended' AND wake_at IS NOT NULL")),
+        # Timers and delayed starts that are due; and, to be counted, what waits for something else.
+        Index("workflow_suspended_idx", "wake_at", postgresql_where=text("status = 'suspended'")),
+        # What has failed lately.
+        Index("workflow_failed_idx", "finished_at", postgresql_where=text("status = 'failed'")),
         # What is to fail when its time has come.
         Index(
             "workflow_deadline_idx",

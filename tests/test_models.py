@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -13,6 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, joinedload, selectinload, sessionmaker
 
+from sqla_durable import id_at
 from sqla_durable.models import Queue, Step, Worker, Workflow, metadata
 from sqla_durable.status import StepStatus, WorkflowStatus
 from tests.support.domain import Order
@@ -51,7 +52,8 @@ def test_name_and_input_alone_are_a_pending_workflow(engine: Engine) -> None:
     assert workflow.status is WorkflowStatus.PENDING
     assert (workflow.queue, workflow.priority, workflow.attempt) == ("default", 0, 1)
     assert workflow.input == {"order_id": 1}
-    assert workflow.id.version == 4
+    assert workflow.id.version == 7
+    assert id_at(workflow.created_at) <= workflow.id < id_at(workflow.created_at + timedelta(milliseconds=1))
     assert workflow.created_at == workflow.enqueued_at <= now
     assert [workflow.key, workflow.token, workflow.worker_id, workflow.wake_at] == [None] * 4
     assert [workflow.output, workflow.error, workflow.started_at, workflow.finished_at] == [None] * 4

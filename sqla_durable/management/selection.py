@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 from uuid import UUID
@@ -11,7 +12,7 @@ from sqlalchemy import CompoundSelect, Select
 from sqlalchemy.orm import Session
 
 import sqla_durable.callers as callers
-from sqla_durable.errors import SessionError
+from sqla_durable.errors import ArgumentError, SessionError
 from sqla_durable.models import Workflow
 from sqla_durable.store.selection import Wanted, evaluate
 
@@ -19,6 +20,30 @@ Selected: TypeAlias = "Workflow | UUID | Iterable[Workflow | UUID] | Select[Any]
 """Which workflows: one record or id, several, or a `select()` or union of `Workflow` or of one column of ids."""
 
 T = TypeVar("T")
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_VERSION_7 = (7 << 76) | (2 << 62)  # and the variant. Source: RFC 9562, section 5.7.
+
+
+def id_at(moment: datetime) -> UUID:
+    """Return the least id of a workflow that was started at this time.
+
+    ```python
+    select(Workflow).where(Workflow.id >= id_at(datetime.now(UTC) - timedelta(days=1)))
+    ```
+
+    Ids begin with the time of the start, to the millisecond, so the primary key finds what was started in a period.
+    The time is that of the clock of whoever started the workflow; the database's, for a plain `INSERT`.
+
+    Args:
+        moment: a time with a time zone.
+
+    Raises:
+        ArgumentError: it has no time zone, or lies before 1970.
+    """
+    if moment.tzinfo is None or moment < _EPOCH:
+        raise ArgumentError(f"id_at({moment!r}): give a time with a time zone, 1970 or later.")
+    return UUID(int=((moment - _EPOCH) // timedelta(milliseconds=1) << 80) | _VERSION_7)
 
 
 def perform(

@@ -211,7 +211,8 @@ def delete(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
     """Delete finished workflows with their trees, and with their steps, signals, events and streams.
 
     ```python
-    delete(session, select(Workflow).where(Workflow.finished_at < func.now() - timedelta(days=90)))
+    old = select(Workflow).where(Workflow.id < id_at(cutoff), Workflow.finished_at < cutoff)
+    delete(session, old.order_by(Workflow.id).limit(1000))
     ```
 
     A workflow goes with its children, and theirs, if all of them are finished; detached ones stay, without a parent. A

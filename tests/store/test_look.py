@@ -115,7 +115,7 @@ def test_a_look_costs_a_few_pages_among_many_rows(
         plans = [explain(session, _LOOK, parameters, mode=mode) for _ in range(2)]
     plan = min(plans, key=Plan.buffers)
     assert plan.uses("workflow_pending_idx"), plan
-    assert plan.uses("workflow_wake_idx"), plan
+    assert plan.uses("workflow_suspended_idx"), plan
     assert plan.uses("workflow_deadline_idx"), plan
     assert not plan.scans("workflow"), plan
     assert plan.buffers() < 60, plan

@@ -164,7 +164,7 @@ def test_waking_reads_what_is_due_and_nothing_else(session_factory: sessionmaker
     with session_factory() as session:
         fill(session)
         plan = explain(session, workflows._WAKE_DUE, {"limit": 10}, mode=mode)  # pyright: ignore[reportPrivateUsage]
-    assert plan.uses("workflow_wake_idx"), plan
+    assert plan.uses("workflow_suspended_idx"), plan
     assert not plan.scans("workflow"), plan
     assert plan.buffers("CTE due") < 60, plan
 

@@ -13,6 +13,11 @@ down_revision = None
 branch_labels = ("sqla_durable",)
 depends_on = None
 
+_NEW_ID = sa.text(
+    "CAST(lpad(to_hex(CAST(floor(extract(epoch FROM statement_timestamp()) * 1000) AS bigint)), 12, '0') || '7' || "
+    "substr(replace(CAST(gen_random_uuid() AS text), '-', ''), 14) AS uuid)"
+)
+
 
 def upgrade(schema: str | None = None) -> None:
     with schemas.resolved(schema) as name:
@@ -37,7 +42,7 @@ def downgrade(schema: str | None = None) -> None:
 def _create_workflow(schema: str) -> None:
     op.create_table(
         "workflow",
-        sa.Column("id", pg.UUID(), server_default=sa.text("gen_random_uuid()"), nullable=False),
+        sa.Column("id", pg.UUID(), server_default=_NEW_ID, nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("key", sa.Text()),
         sa.Column("queue", sa.Text(), server_default="default", nullable=False),
@@ -112,7 +117,8 @@ def _create_workflow(schema: str) -> None:
         where="status = 'pending'",
     )
     _index(schema, "workflow_running_idx", ["worker_id"], where="status = 'running'")
-    _index(schema, "workflow_wake_idx", ["wake_at"], where="status = 'suspended' AND wake_at IS NOT NULL")
+    _index(schema, "workflow_suspended_idx", ["wake_at"], where="status = 'suspended'")
+    _index(schema, "workflow_failed_idx", ["finished_at"], where="status = 'failed'")
     _index(schema, "workflow_deadline_idx", ["deadline_at"], where="finished_at IS NULL AND deadline_at IS NOT NULL")
     _index(schema, "workflow_parent_idx", ["parent_id", "parent_key", "finished_at"], where="parent_id IS NOT NULL")
 

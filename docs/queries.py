@@ -1,0 +1,121 @@
+"""Queries of dashboards and retention, and what they read of a million finished workflows.
+
+`python docs/queries.py [ROWS]` starts a server, fills its tables, and prints what each query costs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Engine, Select, create_engine, func, select, text
+from sqlalchemy.schema import CreateSchema
+
+from sqla_durable import Workflow, WorkflowStatus, embedded, id_at, metadata
+
+_FILL = """
+INSERT INTO durable.workflow
+    (id, name, status, input, output, error, token, worker_id,
+    created_at, enqueued_at, started_at, finished_at, wake_at)
+SELECT CAST(lpad(to_hex(CAST(floor(extract(epoch FROM began) * 1000) AS bigint)), 12, '0') || '7'
+    || substr(md5(number::text), 14) AS uuid),
+    'checkout', status, jsonb_build_object('order_id', number),
+    CASE WHEN status = 'succeeded' THEN to_jsonb(number) END,
+    CASE WHEN status = 'failed' THEN jsonb_build_object('type', 'builtins:ValueError', 'message', 'no') END,
+    CASE WHEN status IN ('running', 'succeeded', 'failed') THEN gen_random_uuid() END,
+    CASE WHEN status = 'running' THEN gen_random_uuid() END,
+    began, began, began,
+    CASE WHEN status IN ('succeeded', 'failed', 'cancelled') THEN began + interval '1 second' END,
+    CASE WHEN status = 'suspended' AND number % 2 = 0 THEN statement_timestamp() + interval '1 day' END
+FROM (
+    SELECT number, statement_timestamp() - interval '100 days' * (CAST(:rows AS float) - number) / :rows AS began,
+        CASE WHEN number % 1000 = 1 THEN 'suspended' WHEN number > :rows - 20 THEN 'running'
+        WHEN number > :rows - 120 THEN 'pending' WHEN number % 100 = 0 THEN 'failed' ELSE 'succeeded' END AS status
+    FROM generate_series(1, :rows) AS number
+) AS made
+"""
+
+
+def count_of(status: WorkflowStatus) -> Any:
+    """Count by the index of that status; a condition on several of them reads the whole table."""
+    return select(func.count()).where(Workflow.status == status).scalar_subquery().label(status.value)
+
+
+def queries(now: datetime) -> Mapping[str, Select[Any]]:
+    """Make the queries that the documentation shows."""
+    yesterday, cutoff = now - timedelta(days=1), now - timedelta(days=90)
+    return {
+        "unfinished by status": select(
+            *map(count_of, (WorkflowStatus.PENDING, WorkflowStatus.RUNNING, WorkflowStatus.SUSPENDED))
+        ),
+        "waiting by queue, and since when": select(Workflow.queue, func.count(), func.min(Workflow.enqueued_at))
+        .where(Workflow.status == WorkflowStatus.PENDING)
+        .group_by(Workflow.queue),
+        "failures of the last day": select(Workflow)
+        .where(Workflow.status == WorkflowStatus.FAILED, Workflow.finished_at > yesterday)
+        .order_by(Workflow.finished_at.desc()),
+        "started in the last day, by status": select(Workflow.status, func.count())
+        .where(Workflow.id >= id_at(yesterday))
+        .group_by(Workflow.status),
+        "the newest 50": select(Workflow).order_by(Workflow.id.desc()).limit(50),
+        "the next 1,000 to delete after 90 days": select(Workflow.id)
+        .where(Workflow.id > UUID(int=0), Workflow.id < id_at(cutoff), Workflow.finished_at < cutoff)
+        .order_by(Workflow.id)
+        .limit(1_000),
+        "for comparison: by status, all of them": select(Workflow.status, func.count()).group_by(Workflow.status),
+        "for comparison: the newest 50 by created_at": select(Workflow).order_by(Workflow.created_at.desc()).limit(50),
+    }
+
+
+def fill(engine: Engine, rows: int) -> None:
+    """Insert workflows of the last hundred days, nearly all of them finished."""
+    with engine.begin() as connection:
+        connection.execute(text(_FILL), {"rows": rows})
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM (ANALYZE) durable.workflow"))
+
+
+def explained(engine: Engine, query: Select[Any]) -> tuple[int, float, list[str]]:
+    """Execute a query; give the pages that it touches, its milliseconds, and what it scans."""
+    with engine.connect() as connection:
+        compiled = query.compile(connection)
+        sql = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {compiled}"
+        (plan,) = connection.exec_driver_sql(sql, dict(compiled.params)).scalar_one()
+    scans: list[str] = []
+    _collect(plan["Plan"], scans)
+    root = plan["Plan"]
+    return root["Shared Hit Blocks"] + root["Shared Read Blocks"], plan["Execution Time"], scans
+
+
+def _collect(node: dict[str, Any], scans: list[str]) -> None:
+    if "Scan" in node["Node Type"]:
+        scans.append(node.get("Index Name") or f"all of {node['Relation Name']}")
+    for each in node.get("Plans", []):
+        _collect(each, scans)
+
+
+def main() -> None:
+    rows = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
+    with embedded.server() as server:
+        engine = create_engine(server.url)
+        with engine.begin() as connection:
+            connection.execute(CreateSchema("durable"))
+            metadata.create_all(connection)
+        fill(engine, rows)
+        print("| query | by | pages | ms |\n| --- | --- | ---: | ---: |")
+        for name, query in queries(datetime.now(UTC)).items():
+            pages, _, scans = explained(engine, query)
+            milliseconds = min(explained(engine, query)[1] for _ in range(5))
+            print(f"| {name} | {', '.join(f'`{each}`' for each in scans)} | {pages:,} | {milliseconds:.2f} |")
+        with engine.connect() as connection:
+            sizes = "SELECT relname, pg_size_pretty(pg_relation_size(oid)) FROM pg_class WHERE relname ~ '^workflow'"
+            for name, size in connection.execute(text(f"{sizes} ORDER BY relname")):
+                print(f"{name}: {size}")
+        engine.dispose()
+
+
+if __name__ == "__main__":
+    main()
