@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from decimal import Decimal
+from functools import lru_cache
 from types import GenericAlias
 from typing import Any, cast, get_args
 
 import pydantic_core
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from sqla_durable.errors import (
     ArgumentError,
@@ -30,6 +32,7 @@ DEFAULT_LIMIT = 1024 * 1024
 
 _CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants")
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_KEPT = 512  # adapters: building one takes milliseconds, and most are wanted again at the next call
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
@@ -210,13 +213,73 @@ def is_mapped(kind: object) -> bool:
 def _adapter(annotation: Any, what: str) -> TypeAdapter[Any]:
     _refuse_mapped(annotation, what)
     try:
-        wrapped: Any = GenericAlias(tuple, (annotation,))
-        return TypeAdapter(wrapped, config=_CONFIG)
+        adapter = _kept(_Annotation(annotation))
+        # One that refers to a class that is not defined yet is built again: by then it may be.
+        return adapter if adapter.pydantic_complete else _built(annotation)
     except (PydanticUserError, NameError, TypeError) as error:
         raise DefinitionError(
             f"{what} is annotated {annotation!r}, which cannot be stored as JSON: {error}. "
             "Annotate it with a dataclass, a pydantic model, or plain values."
         ) from error
+
+
+class _Annotation:
+    """An annotation as a key: two are the same if they consist of the same objects in the same order.
+
+    Equality is not enough: `A | B` equals `B | A`, which prefers another class, `Annotated[int, 1]` equals
+    `Annotated[int, True]`, and some annotations cannot be hashed. Holds the annotation, so that no identity in the key
+    is taken by another object.
+    """
+
+    __slots__ = ("_identity", "value")
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._identity = _identity(value)
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Annotation) and self._identity == other._identity
+
+
+@lru_cache(maxsize=_KEPT)
+def _kept(annotation: _Annotation) -> TypeAdapter[Any]:
+    return _built(annotation.value)
+
+
+def _built(annotation: Any) -> TypeAdapter[Any]:
+    wrapped: Any = GenericAlias(tuple, (annotation,))
+    return TypeAdapter(wrapped, config=_CONFIG)
+
+
+def _identity(value: Any) -> Hashable:
+    """Return what tells an annotation, or a part of one, from others: a class by itself, a composed one by its parts.
+
+    Constraints are compared by their parts too: an annotation that is written in a call is made anew by each call.
+    """
+    kind = cast("type[object]", type(value))
+    if isinstance(value, (str, bytes, int, float)):
+        return kind, value
+    parts = None if isinstance(value, type) else _parts(value)
+    return id(value) if parts is None else (id(kind), *map(_identity, parts))
+
+
+def _parts(value: Any) -> Iterable[Any] | None:
+    match value:
+        case tuple() | list() | set() | frozenset():
+            return cast("Iterable[Any]", value)
+        case dict():
+            return list(cast("Any", value).items())
+        case FieldInfo():
+            return [getattr(value, name, None) for name in FieldInfo.__slots__]
+        case _ if is_dataclass(value):
+            return [getattr(value, each.name) for each in fields(value)]
+        case _ if isinstance(getattr(value, "__args__", None), tuple):
+            return [getattr(value, name, None) for name in ("__origin__", "__args__", "__metadata__")]
+        case _:
+            return None
 
 
 def _refuse_mapped(annotation: Any, what: str) -> None:

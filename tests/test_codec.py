@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import threading
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 from sqlalchemy import Engine, cast, literal, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import Text
@@ -236,3 +241,129 @@ def test_plain_sql_may_write_numbers_for_decimals(arguments: ArgumentsCodec) -> 
 
 def test_order_of_keys_is_that_of_jsonb() -> None:
     assert dump({"bb": 1, "a": 2, "ä": 3, "c": 4}, what="value") == '{"a":2,"c":4,"bb":1,"ä":3}'
+
+
+class Counted:
+    """A value whose adapters are counted as pydantic builds them."""
+
+    built = 0
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        cls.built += 1
+        return core_schema.int_schema()
+
+
+def counted() -> type[Counted]:
+    return type("Counted", (Counted,), {})
+
+
+def plain(kind: Any) -> Any:
+    return kind
+
+
+def composed(kind: Any) -> Any:
+    return list[kind] | None
+
+
+def annotated(kind: Any) -> Any:
+    return Annotated[dict[str, kind], Field(max_length=3)]
+
+
+# behaviour: G1
+@pytest.mark.parametrize("annotation", [plain, composed, annotated])
+def test_a_thousand_codecs_of_an_annotation_build_one_adapter(annotation: Callable[[Any], Any]) -> None:
+    kind = counted()
+    for number in range(1_000):
+        Codec.of(annotation(kind), what=f"payload {number}")
+    assert kind.built == 1
+
+
+def test_codecs_of_threads_agree_on_one_adapter() -> None:
+    kind = counted()
+    barrier = threading.Barrier(4)
+
+    def build() -> None:
+        barrier.wait()
+        for _ in range(100):
+            assert Codec.of(composed(kind), what="payload").decode("[1]") == [1]
+
+    threads = [threading.Thread(target=build) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert 1 <= kind.built <= 4
+
+
+def test_classes_of_one_name_have_codecs_of_their_own() -> None:
+    def defined(kind: Any) -> Any:
+        return dataclass(type("Payload", (), {"__annotations__": {"value": kind}}))
+
+    number, text = defined(int), defined(str)
+    assert Codec.of(number, what="payload").decode('{"value": 1}').value == 1
+    assert Codec.of(text, what="payload").decode('{"value": "1"}').value == "1"
+    with pytest.raises(DecodingError):
+        Codec.of(number, what="payload").decode('{"value": "one"}')
+
+
+@dataclass(frozen=True)
+class Left:
+    x: int
+
+
+@dataclass(frozen=True)
+class Right:
+    x: int
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "stored"),
+    [
+        (Left | Right, Right | Left, '{"x": 1}'),
+        (list[Left | Right], list[Right | Left], '[{"x": 1}]'),
+        (Annotated[int, Field(ge=2)], Annotated[int, Field(ge=3)], "2"),
+        (Literal[1], Literal[True], "true"),
+    ],
+)
+def test_annotations_that_are_equal_in_python_only_are_told_apart(first: Any, second: Any, stored: str) -> None:
+    assert first != second or hash(first) == hash(second)  # as a dictionary would take one for the other
+
+    def outcome(annotation: Any) -> object:
+        try:
+            return Codec.of(annotation, what="payload").decode(stored)
+        except DecodingError:
+            return DecodingError
+
+    assert repr(outcome(first)) != repr(outcome(second))
+
+
+def test_annotation_that_cannot_be_hashed_has_a_codec() -> None:
+    annotation = Annotated[int, {"unit": ["cm"]}]
+    with pytest.raises(TypeError):
+        hash(annotation)
+    assert Codec.of(annotation, what="payload").decode("1") == 1
+
+
+def test_class_that_is_defined_later_is_found_then() -> None:
+    globals().pop("File", None)
+    folder: Any = dataclass(type("Folder", (), {"__annotations__": {"file": "File"}, "__module__": __name__}))
+    with pytest.raises(Exception, match="not fully defined"):
+        Codec.of(folder, what="payload").decode('{"file": 1}')
+    globals()["File"] = int
+    assert Codec.of(folder, what="payload").decode('{"file": 1}').file == 1
+    globals().pop("File")
+
+
+def kept_by_nobody() -> type:
+    kind = counted()
+    Codec.of(kind, what="payload")
+    return kind
+
+
+def test_classes_made_in_functions_are_let_go() -> None:
+    alive: weakref.WeakSet[type] = weakref.WeakSet()
+    for _ in range(600):
+        alive.add(kept_by_nobody())
+    gc.collect()
+    assert len(alive) <= 512
