@@ -304,6 +304,8 @@ class Signal(Base):
         ),
         # What no worker has seen yet.
         Index("signal_new_idx", "id", postgresql_where=text("delivered_at IS NULL")),
+        # What nobody has taken: the oldest of a name is the first, however many were taken before.
+        Index("signal_untaken_idx", "workflow_id", "name", "id", postgresql_where=text("consumed_by IS NULL")),
     )
 
     def __repr__(self) -> str:

@@ -66,8 +66,9 @@ class _BaseUpdate(Generic[R]):
         sent = updates.look(session, self.workflow_id, self.id)
         if sent is None:
             raise UpdateNotFoundError(
-                f"no update {self.id} of workflow {self.workflow_id} is visible: is the transaction that sent it "
-                "committed?",
+                f"no update {self.id} of workflow {self.workflow_id} is visible. The transaction that sent it is "
+                "not committed, or the workflow was deleted, or it has continued as new since it took this update "
+                "without a key.",
                 workflow_id=self.workflow_id,
                 update_id=self.id,
             )

@@ -31,6 +31,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import SIGNAL, STEP, WORKFLOW, Checkpoint, Connectable, execute, materialized, scalar
+from sqla_durable.store.signals import first_keyed
 from sqla_durable.store.steps import given_row, own_row
 from sqla_durable.unwinding import AttemptLost
 
@@ -204,10 +205,6 @@ def _hold_statement() -> Any:
     )
 
 
-def _is_outcome() -> ColumnElement[bool]:
-    return SIGNAL.c.key == _literal(OUTCOME)
-
-
 def _look_statement() -> Any:
     wanted = _given("signal_name", Text())
     callback = and_(
@@ -216,21 +213,22 @@ def _look_statement() -> Any:
         is_callback(),
         _made("signal") == func.coalesce(wanted, _made("signal")),
     )
-    outcome = and_(SIGNAL.c.workflow_id == STEP.c.workflow_id, SIGNAL.c.name == _made("signal"), _is_outcome())
+    first = first_keyed(STEP.c.workflow_id, _made("signal"), _literal(OUTCOME), SIGNAL.c.payload).lateral("outcome")
+    outcome = and_(first.c.name == _made("signal"), first.c.key == _literal(OUTCOME))
     return (
         select(
             WORKFLOW.c.status,
             _made("signal").label("signal"),
-            SIGNAL.c.id.is_not(None).label("is_answered"),
-            (SIGNAL.c.payload == _payload()).label("is_same"),
-            _json_in(SIGNAL.c.payload, "value").label("value"),
-            _text_in(SIGNAL.c.payload, "error").label("error"),
-            _json_in(SIGNAL.c.payload, "details").label("details"),
-            _text_in(SIGNAL.c.payload, "expired").label("expired"),
+            first.c.id.is_not(None).label("is_answered"),
+            (first.c.payload == _payload()).label("is_same"),
+            _json_in(first.c.payload, "value").label("value"),
+            _text_in(first.c.payload, "error").label("error"),
+            _json_in(first.c.payload, "details").label("details"),
+            _text_in(first.c.payload, "expired").label("expired"),
             _due_in().label("due_in"),
             _due_to().label("due_to"),
         )
-        .select_from(WORKFLOW.outerjoin(STEP, callback).outerjoin(SIGNAL, outcome))
+        .select_from(WORKFLOW.outerjoin(STEP, callback).outerjoin(first, outcome))
         .where(WORKFLOW.c.id == _given("owner_id", PG_UUID()))
     )
 

@@ -192,13 +192,13 @@ def _start_statement() -> Any:
         .cte("inserted")
     )
     earlier, keyed = WORKFLOW.alias("earlier"), WORKFLOW.alias("keyed")
-    found = (
-        batch.outerjoin(inserted, inserted.c.id == batch.c.id)
-        .outerjoin(earlier, earlier.c.id == batch.c.id)
-        .outerjoin(keyed, and_(keyed.c.name == batch.c.name, keyed.c.key == batch.c.key))
+    # Each looked up by an index: as joins, the planner would read the table for them.
+    known = (
+        select(earlier.c.id).where(earlier.c.id == batch.c.id).scalar_subquery(),
+        select(keyed.c.id).where(keyed.c.name == batch.c.name, keyed.c.key == batch.c.key).scalar_subquery(),
     )
-    child_id = func.coalesce(inserted.c.id, earlier.c.id, keyed.c.id)
-    ids = select(batch.c.number, child_id.label("id")).select_from(found).cte("ids")
+    child_id = func.coalesce(inserted.c.id, *known).label("id")
+    ids = select(batch.c.number, child_id).outerjoin_from(batch, inserted, inserted.c.id == batch.c.id).cte("ids")
     listed = func.jsonb_agg(ids.c.id.op("ORDER BY")(ids.c.number))
     every = select(listed.label("list")).having(func.count(ids.c.id) == func.count()).cte("every")
     recorded = _recorded(every.c.list, every.join(owned, true())).cte("recorded")

@@ -19,6 +19,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    text,
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -43,19 +44,23 @@ from sqla_durable.store._rows import (
     table,
 )
 from sqla_durable.store.held import leaving
-from sqla_durable.store.signals import CALLBACK, EARLIER, REFUSED
+from sqla_durable.store.signals import ANSWER, CALLBACK, EARLIER, REFUSED, UPDATE
 
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
 _PARTED = 30  # seconds
+_READ_WITHIN = 5  # seconds in which a sender who waits for an answer has read it: it looks four times a second
 _CALLBACK: ColumnElement[str] = literal_column(f"'{CALLBACK}'", type_=Text())
+_UPDATE: ColumnElement[str] = literal_column(f"'{UPDATE}'", type_=Text())
+_ANSWER: ColumnElement[str] = literal_column(f"'{ANSWER}'", type_=Text())
 
 
 def restart(connectable: Connectable, fence: Fence, *, given: str) -> bool:
     """Begin a workflow anew with another input (JSON text) and no history, as its next attempt.
 
-    What it shows and what was sent to it stays, but for signals that were taken, outcomes of callbacks, and events that
-    newer ones replace: the rows of a workflow that runs for ever do not grow with its rounds. Waits for whoever holds
-    the row.
+    What it shows and what was sent to it stays, but for signals and updates that were taken, answers that were given
+    some seconds ago, outcomes of callbacks, and events that newer ones replace. Of what was sent with a key, the key
+    and the answer stay, so that it is known when it is sent again: the rows of a workflow that runs for ever grow with
+    these only. Waits for whoever holds the row.
 
     Two statements, each of which may be a transaction of its own: the first one takes the workflow from its attempt, so
     that what a branch of it has recorded meanwhile is seen, and forgotten, by the second one. If that does not come,
@@ -112,29 +117,50 @@ def _restart_statement() -> Any:
             begun_anew_at=func.statement_timestamp(),
         )
         .returning(WORKFLOW.c.id)
-        .add_cte(forgotten, leaving(parted).cte("left"), *_forget_signals(parted), _forget_events(parted))
+        .add_cte(forgotten, leaving(parted).cte("left"), *_forget_sent(parted), _forget_events(parted))
     )
 
 
-def _forget_signals(parted: FromClause) -> tuple[CTE, CTE]:
-    """Delete the signals that were taken; one with a key is to be known when it is sent again, an update to its sender.
+def _forget_sent(parted: FromClause) -> tuple[CTE, CTE, CTE]:
+    """Delete what was taken, with the answers; what has a key stays, without its payload.
 
     Outcomes of callbacks go too: the steps that would read them are gone, those of earlier rounds whose answer crossed
     with their end as well.
     """
     mine: ColumnElement[bool] = SIGNAL.c.workflow_id == parted.c.id
     taken = and_(mine, SIGNAL.c.consumed_by.is_not(None))
-    kept = or_(SIGNAL.c.key.is_not(None), SIGNAL.c.name.startswith("#"))
-    answers = and_(mine, SIGNAL.c.name.startswith(_CALLBACK))
-    consumed = delete(SIGNAL).where(or_(and_(taken, ~kept), answers)).returning(SIGNAL.c.id).cte("consumed")
+    kept = or_(SIGNAL.c.key.is_not(None), and_(SIGNAL.c.name.startswith(_UPDATE), ~_is_known_to_sender()))
+    outcomes = and_(mine, SIGNAL.c.name.startswith(_CALLBACK))
+    gone = delete(SIGNAL).where(or_(and_(taken, ~kept), outcomes)).returning(SIGNAL.c.workflow_id, SIGNAL.c.id)
+    consumed = gone.cte("consumed")
     remembered = (
         update(SIGNAL)
-        .where(taken, kept, SIGNAL.c.consumed_by.not_in([REFUSED, EARLIER]))
-        .values(consumed_by=EARLIER)
+        .where(taken, kept, ~outcomes, SIGNAL.c.consumed_by.not_in([REFUSED, EARLIER]))
+        .values(consumed_by=EARLIER, payload=text("'null'::jsonb"))
         .returning(SIGNAL.c.id)
         .cte("remembered")
     )
-    return consumed, remembered
+    answers = (
+        delete(EVENT)
+        .where(EVENT.c.workflow_id == consumed.c.workflow_id, EVENT.c.id == consumed.c.id)
+        .where(EVENT.c.key == _ANSWER + cast(consumed.c.id, Text))
+        .returning(EVENT.c.id)
+        .cte("answers")
+    )
+    return consumed, remembered, answers
+
+
+def _is_known_to_sender() -> ColumnElement[bool]:
+    """Return whether an update was answered, or forgotten, so long ago that a sender who waits for that has read it."""
+    before = func.statement_timestamp() - interval(literal_column(str(_READ_WITHIN)))
+    answered = (
+        select(EVENT.c.id)
+        .where(EVENT.c.workflow_id == SIGNAL.c.workflow_id, EVENT.c.key == _ANSWER + cast(SIGNAL.c.id, Text))
+        .where(EVENT.c.id == SIGNAL.c.id, EVENT.c.created_at < before)
+        .correlate(SIGNAL)
+        .exists()
+    )
+    return or_(answered, and_(SIGNAL.c.consumed_by == EARLIER, SIGNAL.c.delivered_at < before))
 
 
 def _forget_events(parted: FromClause) -> CTE:

@@ -15,6 +15,7 @@ from uuid import UUID
 from sqlalchemy import (
     CTE,
     ColumnElement,
+    FromClause,
     Integer,
     Text,
     and_,
@@ -30,6 +31,7 @@ from sqlalchemy import (
     or_,
     select,
     true,
+    tuple_,
     union_all,
     update,
 )
@@ -56,6 +58,9 @@ PARKED, CHILD, LEFT = "#parked", "#child", "#left"
 
 CALLBACK = "#callback:"
 """What the names of signals that are outcomes of callbacks begin with."""
+
+UPDATE, ANSWER = "#update:", "#reply:"
+"""What the names of signals that are updates begin with, and the keys of events that are answers."""
 
 REFUSED, EARLIER = "#refused", "#earlier"
 """Stands for the step that has consumed it, where none ever will."""
@@ -145,27 +150,63 @@ def sending() -> Any:
     )
 
 
-def taking(wanted: ColumnElement[bool], output: Callable[[CTE], ColumnElement[Any]]) -> Any:
-    """Make a statement that takes the oldest signal that is wanted, and records it as the outcome of a step.
+def first_untaken(workflow_id: ColumnElement[Any], name: ColumnElement[Any], *columns: ColumnElement[Any]) -> Any:
+    """Select the first signal, from a name on, that nobody has taken: whoever reads it compares its name.
+
+    In the order of the index of what is untaken, which is the only one that gives it. Were the name compared here, the
+    primary key would have the same order, and all that was ever taken would be read; so does a plan without an order,
+    while the table is small or has no statistics.
+    """
+    return (
+        select(SIGNAL.c.workflow_id, SIGNAL.c.name, SIGNAL.c.id, *columns)
+        .where(SIGNAL.c.workflow_id == workflow_id, SIGNAL.c.name >= name, SIGNAL.c.consumed_by.is_(None))
+        .order_by(SIGNAL.c.name, SIGNAL.c.id)
+        .limit(literal_column("1"))
+    )
+
+
+def first_keyed(
+    workflow_id: ColumnElement[Any], name: ColumnElement[Any], key: ColumnElement[Any], *columns: ColumnElement[Any]
+) -> Any:
+    """Select the first signal that has a key, from a name and key on: whoever reads it compares both.
+
+    In the order of the index of keys, for the same reason.
+    """
+    return (
+        select(SIGNAL.c.id, SIGNAL.c.name, SIGNAL.c.key, *columns)
+        .where(SIGNAL.c.workflow_id == workflow_id, SIGNAL.c.key.is_not(None))
+        .where(tuple_(SIGNAL.c.name, SIGNAL.c.key) >= tuple_(name, key))
+        .order_by(SIGNAL.c.name, SIGNAL.c.key)
+        .limit(literal_column("1"))
+    )
+
+
+def is_untaken() -> ColumnElement[bool]:
+    """Return whether nobody has taken a signal that is found by its id.
+
+    In words that match no index's condition: the primary key leads to one row, the index of what is untaken to many.
+    """
+    return func.num_nonnulls(SIGNAL.c.consumed_by) == literal_column("0")
+
+
+def taking(wanted: FromClause, output: Callable[[CTE], ColumnElement[Any]], *conditions: ColumnElement[bool]) -> Any:
+    """Make a statement that takes the signal that is wanted, and records it as the outcome of a step.
 
     Args:
-        wanted: a condition on the signal.
+        wanted: its `id`, of the workflow of `GIVEN`.
         output: gives the outcome, of the `id` and the `payload` of what is taken.
+        conditions: on what is wanted.
     """
     owned = own_row()
-    oldest = materialized(
-        select(SIGNAL.c.workflow_id, SIGNAL.c.id)
-        .join(owned, owned.c.id == SIGNAL.c.workflow_id)
-        .where(wanted, SIGNAL.c.consumed_by.is_(None))
-        .order_by(SIGNAL.c.id)
-        .limit(1),
-        "oldest",
+    found = materialized(
+        select(owned.c.id.label("workflow_id"), wanted.c.id).select_from(owned.join(wanted, true())).where(*conditions),
+        "found",
     )
     taken = (
         update(SIGNAL)
-        .where(SIGNAL.c.workflow_id == oldest.c.workflow_id, SIGNAL.c.id == oldest.c.id)
-        # Looked at again in the row as it is now: another branch may have taken it since this statement began.
-        .where(SIGNAL.c.consumed_by.is_(None), ~known_output().exists())
+        .where(SIGNAL.c.workflow_id == found.c.workflow_id, SIGNAL.c.id == found.c.id)
+        # Looked at in the row as it is now: another branch may have taken it since this statement began.
+        .where(is_untaken(), ~known_output().exists())
         .values(
             consumed_by=GIVEN["key"],
             delivered_at=func.coalesce(SIGNAL.c.delivered_at, func.statement_timestamp()),
@@ -188,16 +229,8 @@ def _satisfied(new: CTE) -> ColumnElement[bool]:
         .table_valued(column("signal", Text()), column("children", Text()), column("count", Integer()))
         .render_derived(name="awaited", with_types=True)
     )
-    sent = (
-        select(SIGNAL.c.id)
-        .where(
-            SIGNAL.c.workflow_id == new.c.workflow_id,
-            SIGNAL.c.name == awaited.c.signal,
-            SIGNAL.c.consumed_by.is_(None),
-        )
-        .correlate(new, awaited)
-        .exists()
-    )
+    first = first_untaken(new.c.workflow_id, awaited.c.signal).with_only_columns(SIGNAL.c.name)
+    sent: ColumnElement[bool] = first.correlate(new, awaited).scalar_subquery() == awaited.c.signal
     child = WORKFLOW.alias("child")
     finished: ColumnElement[Any] = (
         select(func.count())
@@ -268,5 +301,7 @@ _STANDINGS = select(WORKFLOW.c.id, WORKFLOW.c.status).where(
     WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID())))
 )
 _SEND = sending()
-_TAKE = taking(SIGNAL.c.name == bindparam("signal_name", type_=Text()), lambda taken: taken.c.payload)
+_NAME = cast(bindparam("signal_name", type_=Text()), Text)
+_OLDEST = materialized(first_untaken(GIVEN["id"], _NAME), "oldest")
+_TAKE = taking(_OLDEST, lambda taken: taken.c.payload, _OLDEST.c.name == _NAME)
 _DELIVER = _deliver_statement()

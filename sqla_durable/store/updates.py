@@ -43,12 +43,19 @@ from sqla_durable.store._rows import (
     fence_row,
     scalar,
 )
-from sqla_durable.store.signals import REFUSED, sending, take_by, taking
+from sqla_durable.store.signals import (
+    ANSWER,
+    REFUSED,
+    UPDATE,
+    first_keyed,
+    first_untaken,
+    is_untaken,
+    sending,
+    take_by,
+    taking,
+)
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine, own_row
 from sqla_durable.unwinding import AttemptLost
-
-_SIGNAL, _ANSWER = "#update:", "#reply:"
-"""What the names of signals that are updates begin with, and the keys of events that are answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ class Candidate:
 
 def signal_of(name: str) -> str:
     """Give the name of the signal that an update is."""
-    return _SIGNAL + name
+    return UPDATE + name
 
 
 def receiver(session: Session, workflow_id: UUID, *, name: str, key: str | None) -> Receiver | None:
@@ -119,7 +126,7 @@ def look(session: Session, workflow_id: UUID, update_id: int) -> Sent | None:
     row = execute(session, _LOOK, parameters).one_or_none()
     if row is None:
         return None
-    return Sent(row.name.removeprefix(_SIGNAL), row.status, row.consumed_by is not None, row.is_held, row.answer)
+    return Sent(row.name.removeprefix(UPDATE), row.status, row.consumed_by is not None, row.is_held, row.answer)
 
 
 def oldest(connectable: Connectable, *, workflow_id: UUID, name: str) -> Candidate | None:
@@ -182,7 +189,7 @@ def put_answer(connectable: Connectable, origin: Origin, *, update_id: int, answ
 
 
 def _answer_key(update_id: int) -> str:
-    return f"{_ANSWER}{update_id}"
+    return f"{ANSWER}{update_id}"
 
 
 def _answer_row(update_id: int, answer: str) -> dict[str, Any]:
@@ -206,11 +213,9 @@ def _answering(columns: dict[str, Any], source: Any) -> Any:
 
 
 def _receiver_statement() -> Any:
-    known = select(SIGNAL.c.id).where(
-        SIGNAL.c.workflow_id == WORKFLOW.c.id,
-        SIGNAL.c.name == bindparam("signal_name", type_=Text()),
-        SIGNAL.c.key == bindparam("signal_key", type_=Text()),
-    )
+    key = cast(bindparam("signal_key", type_=Text()), Text)
+    first = first_keyed(_WANTED, _NAME, key).subquery("first")
+    known = select(first.c.id).where(first.c.name == _NAME, first.c.key == key)
     return select(WORKFLOW.c.status, known.scalar_subquery().label("known")).where(WORKFLOW.c.id == _WANTED)
 
 
@@ -238,7 +243,7 @@ def _look_statement() -> Any:
             STEP.c.key.is_not(None).label("is_held"),
         )
         .select_from(rows)
-        .where(SIGNAL.c.workflow_id == _WANTED, _IS_UPDATE, SIGNAL.c.name.startswith(_SIGNAL_LITERAL))
+        .where(SIGNAL.c.workflow_id == _WANTED, _IS_UPDATE, SIGNAL.c.name.startswith(_UPDATE_LITERAL))
     )
 
 
@@ -246,7 +251,7 @@ def _refuse_statement() -> Any:
     owned = own_row()
     refused = (
         update(SIGNAL)
-        .where(SIGNAL.c.workflow_id == owned.c.id, _IS_UPDATE, SIGNAL.c.consumed_by.is_(None))
+        .where(SIGNAL.c.workflow_id == owned.c.id, _IS_UPDATE, is_untaken())
         .values(consumed_by=REFUSED, delivered_at=func.coalesce(SIGNAL.c.delivered_at, func.statement_timestamp()))
         .returning(SIGNAL.c.workflow_id)
         .cte("refused")
@@ -278,24 +283,18 @@ def _shown(taken: Any) -> ColumnElement[Any]:
 
 
 _WANTED = bindparam("wanted_id", type_=PG_UUID())
+_NAME = cast(bindparam("signal_name", type_=Text()), Text)
 _IS_UPDATE = SIGNAL.c.id == bindparam("update_id", type_=BigInteger())
 _ID: ColumnElement[str] = literal_column("'id'", type_=Text())
 _PAYLOAD: ColumnElement[str] = literal_column("'payload'", type_=Text())
-_SIGNAL_LITERAL: ColumnElement[str] = literal_column(f"'{_SIGNAL}'", type_=Text())
+_UPDATE_LITERAL: ColumnElement[str] = literal_column(f"'{UPDATE}'", type_=Text())
 _RECEIVER = _receiver_statement()
 _SEND = sending().returning(SIGNAL.c.id)
 _LOOK = _look_statement()
-_OLDEST = (
-    select(SIGNAL.c.id, cast(SIGNAL.c.payload, Text).label("payload"))
-    .where(
-        SIGNAL.c.workflow_id == _WANTED,
-        SIGNAL.c.name == bindparam("signal_name", type_=Text()),
-        SIGNAL.c.consumed_by.is_(None),
-    )
-    .order_by(SIGNAL.c.id)
-    .limit(literal_column("1"))
-)
-_TAKE = taking(_IS_UPDATE, _shown)
+_FIRST = first_untaken(_WANTED, _NAME, cast(SIGNAL.c.payload, Text).label("payload")).subquery("first")
+_OLDEST = select(_FIRST.c.id, _FIRST.c.payload).where(_FIRST.c.name == _NAME)
+_WANTED_UPDATE = select(cast(bindparam("update_id", type_=BigInteger()), BigInteger).label("id")).subquery("wanted")
+_TAKE = taking(_WANTED_UPDATE, _shown)
 _REFUSE = _refuse_statement()
 _RECORD = _record_statement()
 _PUT = _put_statement()

@@ -194,7 +194,7 @@ def test_update_of_a_known_key_is_the_same_and_has_the_same_answer(shell: Shell,
     with shell.client() as client:
         lost = client.update(workflow_id, "set_address", Address("Ash"), key="once")
         client.rollback()
-    with pytest.raises(errors.UpdateNotFoundError, match="is the transaction that sent it committed"):
+    with pytest.raises(errors.UpdateNotFoundError, match="The transaction that sent it is not committed"):
         answer(shell, lost)
     one, other = (ask(shell, workflow_id, Address(street), key="once") for street in ("Elm", "Oak"))
     assert one.id == other.id

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from sqlalchemy import Executable, text
@@ -66,6 +66,23 @@ def explain(session: Session, statement: Executable, parameters: Mapping[str, An
     connection.exec_driver_sql("DEALLOCATE explained")
     session.rollback()
     return Plan(plan["Plan"])
+
+
+def pages(session: Session, call: Callable[[], object]) -> int:
+    """Call what executes statements in the session's transaction; return how many pages of our tables it touches."""
+    before = _fetched(session)
+    call()
+    return _fetched(session) - before
+
+
+def _fetched(session: Session) -> int:
+    counted = session.execute(
+        text(
+            "SELECT sum(pg_stat_get_xact_blocks_fetched(pg_class.oid)) FROM pg_class "
+            "WHERE relnamespace = 'durable'::regnamespace AND relkind IN ('r', 'i')"
+        )
+    )
+    return int(counted.scalar_one())
 
 
 def fill(session: Session, pending: int = 20_000) -> None:

@@ -189,6 +189,8 @@ def _create_signal(schema: str) -> None:
         unique=True,
     )
     _index(schema, "signal_new_idx", ["id"], table="signal", where="delivered_at IS NULL")
+    untaken = ["workflow_id", "name", "id"]
+    _index(schema, "signal_untaken_idx", untaken, table="signal", where="consumed_by IS NULL")
 
 
 def _create_event(schema: str) -> None:
