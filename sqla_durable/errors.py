@@ -43,6 +43,7 @@ DurableError
 │   └── MaxAttemptsError              its workers died too often
 ├── StepTimeoutError              (also TimeoutError) a step was not done within its time
 │   └── HeartbeatTimeoutError         a plain step reported nothing for too long
+├── TransactionLostError          a transactional step lost its connection every time it was executed
 ├── StepFailedError               a step's own exception type cannot be rebuilt here
 ├── SchemaError                   the tables and this package do not fit together
 │   ├── SchemaMissingError
@@ -361,6 +362,24 @@ class StepTimeoutError(DurableError, TimeoutError):
 
 class HeartbeatTimeoutError(StepTimeoutError):
     """A plain step was silent for longer than its `heartbeat_timeout`."""
+
+
+class TransactionLostError(DurableError):
+    """A transactional step was executed again and again, and each time its transaction was lost before its COMMIT.
+
+    Nothing of it is written. While a step is tried again, this is the error in its record.
+
+    Attributes:
+        step: the key of the step.
+        count: how many times in a row.
+        sqlstate: PostgreSQL's code of the last error, or None where the driver gave none.
+    """
+
+    def __init__(self, message: str, *, step: str, count: int, sqlstate: str | None) -> None:
+        super().__init__(message)
+        self.step = step
+        self.count = count
+        self.sqlstate = sqlstate
 
 
 class StepFailedError(DurableError):

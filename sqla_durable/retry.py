@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeAlias, TypeGuard
@@ -29,9 +30,10 @@ _MIXED_UP = frozenset({"26000", "42P05"})
 # serialization_failure, deadlock_detected: the transaction was right, its timing was not.
 _CONFLICTS = frozenset({"40001", "40P01"}) | _MIXED_UP
 # connection_exception, operator_intervention but for query_canceled, too_many_connections, read_only_sql_transaction
-# (a primary that was replaced), idle_in_transaction_session_timeout. Source: PostgreSQL manual, appendix A.
+# (a primary that was replaced), idle_in_transaction_session_timeout, transaction_timeout.
+# Source: PostgreSQL manual, appendix A.
 _READ_ONLY = "25006"
-_OUTAGES = ("08", "57P", "53300", _READ_ONLY, "25P03")
+_OUTAGES = ("08", "57P", "53300", _READ_ONLY, "25P03", "25P04")
 # insufficient_resources, object_not_in_prerequisite_state (a lock_timeout), operator_intervention (query_canceled, a
 # statement_timeout), system_error, insufficient_privilege, undefined_table, invalid_schema_name: about the server and
 # its settings, and not about the values that a statement of ours carries.
@@ -44,6 +46,10 @@ _EXAMPLES = {
     "stop": "tenacity.stop_after_attempt(5)",
     "wait": "tenacity.wait_fixed(5)",
 }
+_POOLER = (
+    "a pooler such as PgBouncer in transaction mode is in between, and the driver prepares statements: turn that off, "
+    'with connect_args={"prepare_threshold": None} for psycopg; for asyncpg see the page on connections'
+)
 _LONGEST_WAIT = 100 * 365 * 86_400.0
 LONGEST_BACKOFF = 2.0
 """How many seconds at most the engine waits before it tries a transaction again."""
@@ -91,12 +97,19 @@ class RetryPolicy:
             RetryPolicyError: one of the three raised, or `wait` gave no number of seconds.
         """
         state = tries.state()
-        try:
+        with _refusing(state):
             return await self._ask(tries, state)
-        except Exception as error:
-            outcome = state.outcome.exception() if state.outcome is not None else None
-            asked = "" if outcome is None else f", asked about {outcome!r}"
-            raise RetryPolicyError(f"the step's retry policy failed with {error!r}{asked}.") from error
+
+    def stops(self, tries: Tries, *, upcoming: float) -> bool:
+        """Tell whether there is to be no other try, whatever the last outcome was, after a wait of so many seconds.
+
+        Raises:
+            RetryPolicyError: `stop` raised.
+        """
+        state = tries.state()
+        state.upcoming_sleep = upcoming
+        with _refusing(state):
+            return self.stop(state)
 
     async def _ask(self, tries: Tries, state: RetryCallState) -> float | None:
         if not tries.asked_again:
@@ -108,6 +121,16 @@ class RetryPolicy:
         # In tenacity's order: `stop_before_delay` looks at the wait that is to come.
         state.upcoming_sleep = _seconds(self.wait(state))
         return None if self.stop(state) else state.upcoming_sleep
+
+
+@contextmanager
+def _refusing(state: RetryCallState) -> Generator[None]:
+    try:
+        yield
+    except Exception as error:
+        outcome = state.outcome.exception() if state.outcome is not None else None
+        asked = "" if outcome is None else f", asked about {outcome!r}"
+        raise RetryPolicyError(f"the step's retry policy failed with {error!r}{asked}.") from error
 
 
 def until_true(policy: RetryPolicy | None, *, wait: WaitFunction | None, timeout: timedelta | None) -> RetryPolicy:
@@ -199,33 +222,6 @@ class Tries:
         return outcome
 
 
-class TransientRetry:
-    """Decides how one transaction is tried again after transient database errors.
-
-    Args:
-        conflicts: how many serialization failures and deadlocks are tried again.
-        outages: whether lost connections are tried again, without an end: the fence stops an attempt that no longer
-            owns its workflow.
-    """
-
-    def __init__(self, *, conflicts: int = 20, outages: bool = True) -> None:
-        self._conflicts = conflicts
-        self._outages = outages
-        self._tries = Tries()
-
-    def wait_before_next(self, error: BaseException) -> float | None:
-        """Give the seconds to wait, or None when the error is to stand."""
-        if is_conflict(error):
-            self._conflicts -= 1
-            again = self._conflicts >= 0
-        else:
-            again = self._outages and is_transient(error)
-        if not again:
-            return None
-        self._tries.begin()
-        return _backoff(self._tries.state())
-
-
 class ObstacleRetry:
     """Decides how a statement of the engine's own is tried again: for as long as the obstacle is there."""
 
@@ -237,7 +233,18 @@ class ObstacleRetry:
         if not is_obstacle(error):
             return None
         self._tries.begin()
-        return _backoff(self._tries.state())
+        return backoff(self._tries)
+
+
+def backoff(tries: Tries) -> float:
+    """Return the seconds after which the engine tries a transaction again: at random, and more after each try."""
+    return float(_backoff(tries.state()))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its repr, and what to do about it where that is known."""
+    line = next(iter(str(error).splitlines()), "") or repr(error)
+    return f"{line} ({_POOLER})" if is_mixed_up(error) else line
 
 
 def is_transient(error: BaseException) -> bool:

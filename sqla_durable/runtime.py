@@ -28,7 +28,7 @@ from sqla_durable.operations.runtime import Operation, StepCall, execution_of, r
 from sqla_durable.operations.step import run_step
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import StepDefinition, WorkflowDefinition
-from sqla_durable.retry import TransientRetry
+from sqla_durable.setbacks import TransactionRetry
 from sqla_durable.store import Checkpoint, Completion, Connectable, streams
 from sqla_durable.store.streams import Append, Appended
 from sqla_durable.unwinding import AttemptLost, ControlFlow
@@ -88,9 +88,9 @@ class BaseRuntime(ABC):
             self.attempt.tell(signal)
             raise
 
-    def transient_retry(self) -> TransientRetry:
-        """Give the policy for transient database errors in a step's transaction."""
-        return TransientRetry()
+    def transaction_retry(self) -> TransactionRetry:
+        """Return the policy for what undoes a step's transaction."""
+        return TransactionRetry()
 
     def around(self, step: StepCall | None) -> Iterator[Around]:
         """Ask the interceptors one by one, each when those before it are entered."""

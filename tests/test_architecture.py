@@ -40,7 +40,7 @@ FLOORS = (
     {"operations"},
     {"hints", "polling", "callers"},
     {"registry", "store", "failure", "migrations", "storage"},
-    {"inspection"},
+    {"inspection", "setbacks"},
     {"models", "codec", "retry", "_programs", "checks", "undisturbed", "interceptors", "limits"},
     {"errors", "status", "execution"},
     {"unwinding"},

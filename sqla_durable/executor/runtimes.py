@@ -21,8 +21,8 @@ from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.runtime import StepCall, run_blocking
 from sqla_durable.operations.transaction import HeldTransaction, StepTransaction, in_session
 from sqla_durable.registry import StepDefinition
-from sqla_durable.retry import TransientRetry
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
+from sqla_durable.setbacks import TransactionRetry
 from sqla_durable.store import Checkpoint, Completion, Connectable, Verdict, refresh_known, schema, steps, workflows
 from sqla_durable.unwinding import AttemptLost
 
@@ -59,8 +59,8 @@ class Writing(Protocol):
             UsageError: nothing of it is committed before the caller commits.
         """
 
-    def transient_retry(self) -> TransientRetry:
-        """Give the policy for transient errors."""
+    def transaction_retry(self) -> TransactionRetry:
+        """Return the policy for what undoes a transaction."""
         ...
 
     def twin(self, session: Session) -> Writing:
@@ -140,8 +140,8 @@ class BlockingInline(BlockingRuntime):
         return Fork(self.context(), join=_nothing)
 
     @override
-    def transient_retry(self) -> TransientRetry:
-        return self._story.transient_retry()
+    def transaction_retry(self) -> TransactionRetry:
+        return self._story.transaction_retry()
 
 
 class GreenletInline(BlockingInline):
@@ -241,8 +241,8 @@ class AsyncInline(AsyncRuntime):
             yield
 
     @override
-    def transient_retry(self) -> TransientRetry:
-        return self._story.transient_retry()
+    def transaction_retry(self) -> TransactionRetry:
+        return self._story.transaction_retry()
 
 
 def _nothing() -> None:

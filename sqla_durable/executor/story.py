@@ -27,7 +27,7 @@ from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.transaction import SavepointTransaction, StepTransaction, in_session
 from sqla_durable.operations.workflow import Outcome, run_workflow
 from sqla_durable.registry import WorkflowDefinition
-from sqla_durable.retry import TransientRetry, is_transient
+from sqla_durable.setbacks import Place, Setback, TransactionRetry
 from sqla_durable.start import BoundWorkflow, add
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Claimed, crashes, deadlines, queues, schema, workers, workflows
@@ -145,14 +145,17 @@ class Story:
 
     async def write(self, statement: Callable[[Session], T], *, pause: Pause) -> T:
         """Write what the engine records; a lost database interrupts the workflow instead of failing it."""
-        again = self.transient_retry()
+        again = self.transaction_retry()
         while True:
             try:
                 return await self.transact(statement)
             except Exception as error:
-                seconds = again.wait_before_next(error)
+                setback = Setback.of(error, Place.RECORD)
+                if setback is None:
+                    raise
+                seconds = again.wait_before_next(setback, error, what="an executor's record")
                 if seconds is None:
-                    raise (Interrupted(error) if is_transient(error) else error) from error
+                    raise Interrupted(error) from error
                 await pause(seconds)
 
     @property
@@ -179,9 +182,9 @@ class Story:
     def close_lease(self, session: Session) -> None:
         """Own nothing any more."""
 
-    def transient_retry(self) -> TransientRetry:
-        """Give the policy for transient errors: a lost connection is the caller's to see."""
-        return TransientRetry(outages=False)
+    def transaction_retry(self) -> TransactionRetry:
+        """Return the policy for what undoes a transaction: a lost connection is the caller's to see."""
+        return TransactionRetry(outages=False)
 
     def twin(self, session: Session) -> Story:
         """Give the same story on the `Session` inside an `AsyncSession`."""
@@ -261,8 +264,9 @@ class JoinedStory(Story):
         return SavepointTransaction(self.session, isolation_level=isolation_level)
 
     @override
-    def transient_retry(self) -> TransientRetry:
-        return TransientRetry(conflicts=0, outages=False)
+    def transaction_retry(self) -> TransactionRetry:
+        # Its pauses hold the caller's transaction open, so not without an end.
+        return TransactionRetry(conflicts=0, obstacles=10, outages=False)
 
     @override
     def refuse_waiting(self, key: str) -> None:

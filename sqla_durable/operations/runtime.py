@@ -14,7 +14,8 @@ from sqla_durable.limits import Watch
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import StepDefinition
-from sqla_durable.retry import TransientRetry, Tries
+from sqla_durable.retry import Tries
+from sqla_durable.setbacks import TransactionRetry
 from sqla_durable.store import Checkpoint, Completion, Connectable
 from sqla_durable.store.streams import Append, Appended
 
@@ -124,8 +125,8 @@ class Runtime(Protocol):
             ControlFlow: the attempt no longer owns the workflow, or is to end without an outcome.
         """
 
-    def transient_retry(self) -> TransientRetry:
-        """Give the policy for transient database errors in a step's transaction."""
+    def transaction_retry(self) -> TransactionRetry:
+        """Return the policy for what undoes a step's transaction."""
         ...
 
 

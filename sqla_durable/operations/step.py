@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from sqla_durable.errors import DefinitionError, PayloadError, RetryPolicyError, UsageError
+from sqla_durable.errors import DefinitionError, PayloadError, RetryPolicyError, TransactionLostError, UsageError
 from sqla_durable.failure import Failure
 from sqla_durable.inspection import SessionKind
 from sqla_durable.limits import TimeLimits, Watch
@@ -20,7 +20,8 @@ from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.progress import send_unsent
 from sqla_durable.operations.runtime import Runtime, StepCall, execution_of
 from sqla_durable.operations.transaction import StepTransaction
-from sqla_durable.retry import is_conflict, is_obstacle, is_transient, spoils_connection
+from sqla_durable.retry import is_obstacle, is_transient, spoils_connection
+from sqla_durable.setbacks import LOSSES, Place, Setback, described, log, sqlstate_of, wait_after_loss
 from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint, Recorded, Verdict, steps
 from sqla_durable.unwinding import AttemptLost, Interrupted
@@ -65,9 +66,10 @@ class _Soon:
 
 @dataclass(frozen=True, slots=True)
 class _Later:
-    """The policy asks for another try in `seconds`; the failed one is recorded."""
+    """Another try follows in `seconds`; the last one is recorded, with its error unless it returned."""
 
     seconds: float
+    error: Exception | SystemExit | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,9 @@ class _Execution:
         self._runtime = runtime
         self._attempt = runtime.attempt
         self._call = call
-        self._transient = runtime.transient_retry()
+        self._retry = runtime.transaction_retry()
+        self._place = Place.BEFORE
+        self._losses = 0  # in a row, those of earlier attempts included
         self._uncertain = False
         self._began = time.monotonic()
         self._in_memory_until: float | None = None
@@ -114,8 +118,8 @@ class _Execution:
                         self._call.tries.forget()
                         await self._runtime.pause(seconds)
                         self._attempt.proceed()
-                    case _Later(seconds):
-                        await self._record_try(error, seconds)
+                    case _Later(seconds, recorded):
+                        await self._record_try(recorded, seconds)
                         await self._wait(seconds)
                     case _Final(outcome):
                         return await self._record_failure(outcome)
@@ -130,6 +134,7 @@ class _Execution:
             self._call.tries.resume(count=tried.attempts - 1, age=tried.age)
         else:
             self._call.tries.resume(count=tried.attempts, age=tried.age)
+            self._losses = _losses_in(tried)
             if tried.due_in > 0:
                 await self._wait(tried.due_in)
 
@@ -154,9 +159,11 @@ class _Execution:
     async def _try(self) -> Recorded:
         if self._call.definition.session is SessionKind.NONE:
             return await self._record_alone(await self._success(await self._call_plain()))
+        self._place = Place.BEFORE
         transaction = await self._begin()
         try:
             checkpoint = await self._within(transaction)
+            self._place = Place.COMMIT
             self._uncertain = True  # from here on, an error may come after the commit
             await transaction.commit()
         except BaseException as error:
@@ -187,6 +194,7 @@ class _Execution:
         """Call the step's function and record its outcome, in one transaction."""
         if self._uncertain:
             await transaction.execute(self._refuse_recorded)
+        self._place = Place.FUNCTION
         boundary = Boundary(transaction.session, step=self._call.position.key)
         try:
             value = await self._called(transaction)
@@ -223,6 +231,7 @@ class _Execution:
 
     def _flush_and_record(self, session: Session, checkpoint: Checkpoint, transaction: StepTransaction) -> None:
         session.flush()
+        self._place = Place.RECORD
         match transaction.record(session, checkpoint):
             case Verdict.LOST:
                 raise AttemptLost(self._attempt.workflow_id)
@@ -259,15 +268,16 @@ class _Execution:
                 finally:
                     await transaction.rollback()
             except Exception as error:
-                seconds = self._transient.wait_before_next(error)
+                setback = Setback.of(error, Place.BEFORE)
+                seconds = None if setback is None else self._retry.wait_before_next(setback, error, what=self._what)
                 if seconds is None:
                     raise Interrupted(error) from error
             await self._runtime.pause(seconds)
             self._attempt.proceed()
 
-    async def _record_try(self, error: Exception | SystemExit, seconds: float) -> None:
+    async def _record_try(self, error: Exception | SystemExit | None, seconds: float) -> None:
         """Record a failed try, so that a crash does not forget how many there were."""
-        text = None if isinstance(error, _Again) else Failure.of(error).to_json()
+        text = None if error is None else Failure.of(error).to_json()
         await self._runtime.record(self._checkpoint(StepStatus.RETRYING, error=text, delay=seconds))
 
     def _in_time(self, verdict: _Soon | _Later | _Final, error: Exception | SystemExit) -> _Soon | _Later | _Final:
@@ -283,24 +293,70 @@ class _Execution:
         """Decide on another try."""
         match error:
             case _Again():
-                return _Later(error.seconds)
+                self._losses = 0
+                return _Later(error.seconds, None)
             case PayloadError() | UsageError() | DefinitionError():
                 return _Final(error)
             case _:
                 pass
-        if self._call.definition.session is not SessionKind.NONE:
-            seconds = self._transient.wait_before_next(error)
-            if seconds is not None:
-                return _Soon(seconds)
-            if isinstance(error, Exception) and is_transient(error) and not is_conflict(error):
-                raise Interrupted(error) from error  # an outage or an exhausted pool is not the step's outcome
+        if self._call.definition.session is not SessionKind.NONE and isinstance(error, Exception):
+            setback = Setback.of(error, self._place)
+            again = None if setback is None else self._after(setback, error)
+            if again is not None:
+                return again
+        self._losses = 0
         self._call.tries.failed(error)
         policy = self._call.definition.policy
         try:
             seconds = None if policy is None else await policy.wait_before_next(self._call.tries)
         except RetryPolicyError as broken:
             return _Final(broken)
-        return _Final(error) if seconds is None else _Later(seconds)
+        return _Final(error) if seconds is None else _Later(seconds, error)
+
+    def _after(self, setback: Setback, error: Exception) -> _Soon | _Later | _Final | None:
+        """Decide on another try after what was not the doing of the step; None where its policy is to decide."""
+        seconds = self._retry.wait_before_next(setback, error, what=self._what)
+        match setback, seconds:
+            case Setback.CONFLICT, None:
+                return None
+            case _, None:
+                raise Interrupted(error) from error  # not the outcome of the step, and its caller is at hand
+            case Setback.LOSS, _:
+                return self._after_loss(error)
+            case _:
+                return _Soon(seconds)
+
+    def _after_loss(self, error: Exception) -> _Later | _Final:
+        """Count a lost transaction. One alone ends no step; from the second in a row on, its policy may."""
+        self._losses += 1
+        lost = self._lost(error)
+        policy, seconds = self._call.definition.policy, wait_after_loss(self._losses)
+        self._call.tries.failed(error)
+        try:
+            stops = policy is not None and self._losses > 1 and policy.stops(self._call.tries, upcoming=seconds)
+        except RetryPolicyError as broken:
+            return _Final(broken)
+        if stops or self._losses >= LOSSES:
+            return _Final(lost)
+        log.warning("workflow %s: %s It is tried again in %.1f s.", self._attempt.workflow_id, lost, seconds)
+        return _Later(seconds, lost)
+
+    def _lost(self, error: Exception) -> TransactionLostError:
+        key, count = self._call.position.key, self._losses
+        times = "once" if count == 1 else f"{count} times in a row"
+        lost = TransactionLostError(
+            f"step {key!r} lost its transaction {times} after its function was called: "
+            f"{described(error, self._place)}.",
+            step=key,
+            count=count,
+            sqlstate=sqlstate_of(error),
+        )
+        lost.__cause__ = error
+        return lost
+
+    @property
+    def _what(self) -> str:
+        return f"workflow {self._attempt.workflow_id}, step {self._call.position.key!r}"
 
     async def _success(self, value: object) -> Checkpoint:
         self._call.tries.returned(value)
@@ -330,3 +386,9 @@ class _Execution:
             elapsed=time.monotonic() - self._began,
             delay=delay,
         )
+
+
+def _losses_in(tried: Recorded) -> int:
+    """Return how many transactions were lost in a row when this try was recorded."""
+    error = None if tried.error is None else Failure.from_text(tried.error).rebuild()
+    return error.count if isinstance(error, TransactionLostError) else 0

@@ -38,10 +38,12 @@ from sqlalchemy import (
     tuple_,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSON
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeEngine
 
 from sqla_durable.models import SCHEMA, Base, Workflow
+from sqla_durable.setbacks import mark
 from sqla_durable.status import StepStatus, WorkflowStatus
 
 WORKFLOW = Base.metadata.tables[f"{SCHEMA}.workflow"]
@@ -238,11 +240,16 @@ def execute(
 ) -> Result[Any]:
     """Execute a statement; with a session, where it finds our tables, whatever else it is bound to.
 
-    On the session's connection, so that what the user's session class does to statements does not reach ours.
+    On the session's connection, so that what the user's session class does to statements does not reach ours. An
+    error is marked as met by a statement of the engine's: it may be raised through a step's function.
     """
-    if isinstance(connectable, Session):
-        connectable = connectable.connection(bind_arguments={"mapper": Workflow})
-    return connectable.execute(statement, parameters)
+    try:
+        if isinstance(connectable, Session):
+            connectable = connectable.connection(bind_arguments={"mapper": Workflow})
+        return connectable.execute(statement, parameters)
+    except DBAPIError as error:
+        mark(error)
+        raise
 
 
 def scalars(

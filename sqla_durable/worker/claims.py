@@ -15,11 +15,11 @@ from uuid import UUID
 from sqlalchemy import Connection
 from uuid_utils.compat import uuid7
 
-from sqla_durable.retry import ObstacleRetry
+from sqla_durable.retry import ObstacleRetry, first_line
 from sqla_durable.store import Claimed, queues
 from sqla_durable.store.queues import FRONT
 from sqla_durable.worker.attempts import Attempts
-from sqla_durable.worker.database import Database, in_short
+from sqla_durable.worker.database import Database
 from sqla_durable.worker.heartbeat import Heartbeat
 
 log = logging.getLogger("sqla_durable.worker")
@@ -127,7 +127,7 @@ class Claims:
                 seconds = again.wait_before_next(error)
                 if seconds is None:
                     raise
-                log.warning("claim: %s; trying again in %.1f s", in_short(error), seconds)
+                log.warning("claim: %s; trying again in %.1f s", first_line(error), seconds)
                 await asyncio.sleep(seconds)
                 # The claim may have been carried out, and its acknowledgement lost.
                 await self._heartbeat.release_strays()

@@ -23,7 +23,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from typing_extensions import override
 
-from sqla_durable.retry import ObstacleRetry, is_mixed_up, spoils_connection
+from sqla_durable.retry import ObstacleRetry, first_line, spoils_connection
 from sqla_durable.store import schema
 from sqla_durable.undisturbed import Undisturbed
 
@@ -32,10 +32,6 @@ T = TypeVar("T")
 log = logging.getLogger("sqla_durable.worker")
 
 _THREADS = 4
-_MIXED_UP = (
-    "a pooler such as PgBouncer in transaction mode is in between, and the driver prepares statements: turn that off, "
-    'with connect_args={"prepare_threshold": None} for psycopg; for asyncpg see the page on connections'
-)
 _LAST_WAIT = 2.0  # seconds for a transaction to end by itself when nobody wants its answer any more
 _CUT_OFF = 1.0  # seconds in which a transaction ends once its connection is cut
 
@@ -307,14 +303,8 @@ async def persistently(database: Database, statement: Callable[[Connection], T],
             seconds = again.wait_before_next(error)
             if seconds is None:
                 raise
-            log.warning("%s: %s; trying again in %.1f s", what, in_short(error), seconds)
+            log.warning("%s: %s; trying again in %.1f s", what, first_line(error), seconds)
             await asyncio.sleep(seconds)
-
-
-def in_short(error: BaseException) -> str:
-    """Give the first line of an error's text, or its repr, and what to do about it where that is known."""
-    line = next(iter(str(error).splitlines()), "") or repr(error)
-    return f"{line} ({_MIXED_UP})" if is_mixed_up(error) else line
 
 
 def _attached(statement: Callable[[Connection], T], cut: Cut) -> Callable[[Connection], T]:

@@ -18,10 +18,10 @@ from typing import Any, TypeAlias
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from sqla_durable.retry import LONGEST_BACKOFF, ObstacleRetry
+from sqla_durable.retry import LONGEST_BACKOFF, ObstacleRetry, first_line
 from sqla_durable.store import hints
 from sqla_durable.undisturbed import Undisturbed
-from sqla_durable.worker.database import in_short, shut_down
+from sqla_durable.worker.database import shut_down
 
 log = logging.getLogger("sqla_durable.worker")
 
@@ -311,4 +311,4 @@ def _ignore(hearing: asyncio.Future[None]) -> None:
 
 def _report(error: Exception, *, warned: bool) -> None:
     level = logging.DEBUG if warned else logging.WARNING
-    log.log(level, "listening for hints: %s; workflows are found by polling meanwhile", in_short(error))
+    log.log(level, "listening for hints: %s; workflows are found by polling meanwhile", first_line(error))
