@@ -56,11 +56,9 @@ class Place(Enum):
     """Where in the transaction of a step an error was raised."""
 
     BEFORE = auto()
-    """Before the function was called: at BEGIN, or looking whether an outcome is recorded."""
+    """Before a function of the user's was called, if one is at all."""
     FUNCTION = auto()
-    """In the function, or in the flush of what it has written."""
-    RECORD = auto()
-    """In a statement of the engine's own."""
+    """In the function or after it; statements of the engine's own mark what they meet, see `mark`."""
     COMMIT = auto()
     """At COMMIT, where deferred constraints and triggers of the application are executed too."""
 
@@ -87,13 +85,13 @@ class Setback(Enum):
             return cls.OBSTACLE
         if _is_loss(error, code):
             return cls.LOSS
-        if place is Place.FUNCTION and not is_marked(error):
+        ours = is_marked(error)
+        if place is Place.FUNCTION and not ours:
             return None
         if code.startswith(_DELAYS):
             return cls.OBSTACLE
         # Of the rest, the step may be the reason: it can change its session's role.
-        at_our_statement = place is not Place.COMMIT or isinstance(error, OSError)
-        return cls.LOSS if at_our_statement and is_obstacle(error) else None
+        return cls.LOSS if (ours and is_obstacle(error)) or isinstance(error, OSError) else None
 
 
 class TransactionRetry:
@@ -158,7 +156,7 @@ def sqlstate_of(error: BaseException) -> str | None:
     return sqlstate(error) if isinstance(error, DBAPIError) else None
 
 
-def mark(error: DBAPIError) -> None:
+def mark(error: Exception) -> None:
     """Mark what a statement of the engine's own met, wherever it was executed: in a step's function too."""
     error._sqla_durable = True  # type: ignore[attr-defined]  # pyright: ignore
 
@@ -173,8 +171,8 @@ def _code(error: BaseException) -> str:
 
 
 def _is_delay(error: BaseException) -> bool:
-    """Tell whether the database can be reached and only keeps its answer waiting."""
-    return _code(error).startswith(_DELAYS) and not is_outage(error)
+    """Tell whether the database can be reached all the same."""
+    return is_mixed_up(error) or (_code(error).startswith(_DELAYS) and not is_outage(error))
 
 
 def _is_loss(error: BaseException, code: str) -> bool:

@@ -10,7 +10,7 @@ from sqla_durable.setbacks import LOSSES, Place, Setback, TransactionRetry, desc
 from tests.test_retry import Driver
 
 CONFLICT, LOSS, OBSTACLE = Setback.CONFLICT, Setback.LOSS, Setback.OBSTACLE
-BEFORE, FUNCTION, RECORD, COMMIT = Place.BEFORE, Place.FUNCTION, Place.RECORD, Place.COMMIT
+BEFORE, FUNCTION, COMMIT = Place.BEFORE, Place.FUNCTION, Place.COMMIT
 
 
 def _error(state: str | None, *, lost: bool = False) -> DBAPIError:
@@ -19,7 +19,7 @@ def _error(state: str | None, *, lost: bool = False) -> DBAPIError:
 
 # behaviour: O1
 @pytest.mark.parametrize(
-    ("state", "before", "function", "record", "commit"),
+    ("state", "before", "function", "engine", "commit"),
     [
         ("55P03", OBSTACLE, None, OBSTACLE, OBSTACLE),  # lock_timeout
         ("57014", OBSTACLE, None, OBSTACLE, OBSTACLE),  # statement_timeout, pg_cancel_backend
@@ -42,10 +42,13 @@ def _error(state: str | None, *, lost: bool = False) -> DBAPIError:
     ],
 )
 def test_the_same_code_is_the_steps_error_at_its_own_statement_only(
-    state: str, before: Setback | None, function: Setback | None, record: Setback | None, commit: Setback | None
+    state: str, before: Setback | None, function: Setback | None, engine: Setback | None, commit: Setback | None
 ) -> None:
-    found = [Setback.of(_error(state), place) for place in (BEFORE, FUNCTION, RECORD, COMMIT)]
-    assert found == [before, function, record, commit]
+    ours = _error(state)
+    mark(ours)
+    found = [Setback.of(_error(state), place) for place in (BEFORE, FUNCTION, COMMIT)]
+    assert found == [before, function, commit]
+    assert Setback.of(ours, FUNCTION) is engine
 
 
 def test_errors_without_a_code() -> None:
@@ -54,14 +57,8 @@ def test_errors_without_a_code() -> None:
         assert Setback.of(error, FUNCTION) is LOSS
     assert Setback.of(PendingRollbackError("a failed flush", code="7s2a"), FUNCTION) is None
     assert Setback.of(OSError("of the function"), FUNCTION) is None
-    assert [Setback.of(OSError("of asyncpg"), place) for place in (BEFORE, RECORD, COMMIT)] == [OBSTACLE, LOSS, LOSS]
-    assert Setback.of(ValueError("x"), RECORD) is None
-
-
-def test_what_a_statement_of_the_engines_meets_in_a_step_is_not_the_steps_error() -> None:
-    error = _error("55P03")
-    mark(error)
-    assert Setback.of(error, FUNCTION) is OBSTACLE
+    assert [Setback.of(OSError("of asyncpg"), place) for place in (BEFORE, COMMIT)] == [OBSTACLE, LOSS]
+    assert Setback.of(ValueError("x"), COMMIT) is None
 
 
 # behaviour: T4
@@ -101,7 +98,7 @@ def test_obstacles_are_logged_and_more_and_more_seldom(caplog: pytest.LogCapture
     [
         ("25P03", FUNCTION, "idle_in_transaction_session_timeout is shorter"),
         ("25P03", COMMIT, "before_commit listener"),
-        ("25P04", RECORD, "transaction_timeout is shorter"),
+        ("25P04", FUNCTION, "transaction_timeout is shorter"),
         ("57P05", FUNCTION, "idle_session_timeout is shorter"),
         ("57P01", FUNCTION, "pg_terminate_backend"),
         (None, FUNCTION, "idle_in_transaction_session_timeout, transaction_timeout and idle_session_timeout"),

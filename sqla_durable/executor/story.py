@@ -150,7 +150,7 @@ class Story:
             try:
                 return await self.transact(statement)
             except Exception as error:
-                setback = Setback.of(error, Place.RECORD)
+                setback = Setback.of(error, Place.BEFORE)
                 if setback is None:
                     raise
                 seconds = again.wait_before_next(setback, error, what="an executor's record")

@@ -231,7 +231,6 @@ class _Execution:
 
     def _flush_and_record(self, session: Session, checkpoint: Checkpoint, transaction: StepTransaction) -> None:
         session.flush()
-        self._place = Place.RECORD
         match transaction.record(session, checkpoint):
             case Verdict.LOST:
                 raise AttemptLost(self._attempt.workflow_id)

@@ -247,7 +247,7 @@ def execute(
         if isinstance(connectable, Session):
             connectable = connectable.connection(bind_arguments={"mapper": Workflow})
         return connectable.execute(statement, parameters)
-    except DBAPIError as error:
+    except (DBAPIError, OSError) as error:  # asyncpg's connections raise the latter too
         mark(error)
         raise
 

@@ -18,7 +18,7 @@ from sqla_durable import Durable, Saga, Step, StepStatus, WorkflowStatus, cancel
 from sqla_durable.context import current
 from sqla_durable.errors import StepTimeoutError, TransactionLostError
 from tests.acceptance.application import Application
-from tests.acceptance.shells import AsyncWorkerShell, Shell
+from tests.acceptance.shells import AsyncShell, AsyncWorkerShell, Shell
 from tests.store import races
 from tests.support import faults
 from tests.support.domain import Entry
@@ -209,6 +209,36 @@ def test_a_compensation_waits_an_obstacle_out(shell: Shell) -> None:
         shell.run(buy)
     assert _accounts(shell) == ["booked", "undone"]
     assert _steps(shell)["undo"].attempts == 1
+
+
+# behaviour: O1
+@pytest.mark.shells(["async-worker", "async-executor"])
+def test_a_sync_step_of_an_async_workflow_waits_obstacles_out(shell: Shell) -> None:
+    assert isinstance(shell, AsyncShell)
+    faults.at_statement(shell.engine, "55P03", times=2, table="durable.step", when="NEW.name = 'book'")
+    faults.at_commit(shell.engine, "53100", times=2)
+    durable, executions = shell.app.durable, list[int]()
+
+    @durable.step
+    def book(session: Session) -> int:
+        executions.append(1)
+        session.add(Entry(account="a", cents=1))
+        if isinstance(shell, AsyncWorkerShell) and len(executions) == 1:
+            session.execute(TERMINATE)  # an executor gives that to its caller
+        return 7
+
+    @durable.workflow
+    async def buy() -> int:
+        return await book.aio()
+
+    workflow_id = shell.begin(buy)
+    if isinstance(shell, AsyncWorkerShell):
+        with shell.background():
+            assert shell.result(buy, workflow_id) == 7
+    else:
+        assert shell.finish(buy, workflow_id) == 7
+    assert _accounts(shell) == ["a"]
+    assert _steps(shell)["book"].attempts == 1 + isinstance(shell, AsyncWorkerShell)
 
 
 def _step_table(shell: Shell) -> str:

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url, te
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from sqla_durable.retry import is_outage
+from sqla_durable.retry import first_line, is_outage
 from sqla_durable.store.schema import is_read_committed
 from sqla_durable.worker.database import (
     Database,
@@ -20,7 +20,6 @@ from sqla_durable.worker.database import (
     HeldThreadDatabase,
     LoopDatabase,
     ThreadDatabase,
-    in_short,
     persistently,
 )
 from tests.store import races
@@ -217,7 +216,7 @@ async def test_prepared_statements_that_a_pooler_mixes_up_are_explained(
 
 
 def test_an_error_without_a_text_is_shown_by_its_repr() -> None:
-    assert in_short(ConnectionError()) == "ConnectionError()"
+    assert first_line(ConnectionError()) == "ConnectionError()"
 
 
 def _sleeping(engine: Engine) -> bool:
