@@ -13,6 +13,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable.models import Signal, Step, Workflow
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store import Awaited, Completion, Fence, Park, management, signals, trees, waits, workflows
+from sqla_durable.store.selection import Wanted
 from sqla_durable.store.signals import _DELIVER  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races
@@ -300,10 +301,10 @@ def test_child_that_ends_is_told_to_a_parent_that_is_retried_meanwhile(engine: E
         races.end(session, [Completion(parent, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}')])
         session.commit()
     with Session(engine) as canceller:
-        held, _ = trees.hold_unfinished(canceller, [child])
-        trees.cancel(canceller, held, [child])
+        held, _ = trees.hold_unfinished(canceller, Wanted([child]))
+        trees.cancel(canceller, held, Wanted([child]))
         with Session(engine) as session:
-            management.retry(session, [parent.workflow_id])
+            management.retry(session, Wanted([parent.workflow_id]))
             session.commit()
         (again,) = _claimed_again(engine)
         park(engine, again, Awaited(children="ship", count=1))
