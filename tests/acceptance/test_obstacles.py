@@ -256,11 +256,16 @@ def _waits_until_ended(shell: Shell, session: Session) -> None:
         races.wait_until(lambda: connection.scalar(alive, {"pid": pid}) == 0, what="the end of the connection")
 
 
+def _limits_transactions(shell: Shell) -> bool:
+    """Tell whether the server has `transaction_timeout`."""
+    with shell.engine.connect() as connection:
+        return int(connection.scalar(text("SHOW server_version_num")) or 0) >= 170000
+
+
 def _loses_its_session(shell: Shell, executions: list[int]) -> Callable[[Session], int]:
     """A step that loses its session every time, each time in another way; the last one it does not notice."""
 
-    with shell.engine.connect() as connection:
-        has_limit = int(connection.scalar(text("SHOW server_version_num")) or 0) >= 170000
+    has_limit = _limits_transactions(shell)
 
     def lose(session: Session) -> int:
         executions.append(1)
@@ -307,7 +312,8 @@ def test_a_step_that_loses_its_session_every_time_is_counted_logged_and_ends(
     said = [each.getMessage() for each in caplog.records if each.name == "sqla_durable.step"]
     assert len(said) == 3
     assert all(str(record.id) in line and "step 'lose'" in line for line in said)
-    named = ["idle_in_transaction_session_timeout", "transaction_timeout", "ended its server process"]
+    second = "transaction_timeout" if _limits_transactions(shell) else "ended its server process"
+    named = ["idle_in_transaction_session_timeout", second, "ended its server process"]
     assert all(each in line or "or one of idle_in_transaction" in line for each, line in zip(named, said, strict=True))
 
 
@@ -378,7 +384,7 @@ def test_a_total_timeout_ends_a_step_that_loses_its_session(shell: Shell, app: A
     async def buy() -> None:
         await step()
 
-    with pytest.raises(StepTimeoutError, match="the timeout of all its tries; its last try failed with"):
+    with pytest.raises(StepTimeoutError, match="the timeout of all its tries"):
         shell.run(app.workflow(buy))
 
 
