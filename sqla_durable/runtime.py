@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import sqla_durable.tasks as tasks
 from sqla_durable.codec import DEFAULT_LIMIT
 from sqla_durable.context import Context, Fork
-from sqla_durable.errors import UsageError
 from sqla_durable.inspection import SessionKind
 from sqla_durable.interceptors import Around, entered, entered_async
 from sqla_durable.limits import Watch
@@ -243,13 +242,7 @@ class AsyncRuntime(BaseRuntime):
         self.attempt.branches.begin(tasks.whereabouts)
         with self.context().entered(), tasks.branching():
             coroutine: Awaitable[Any] = definition.call(arguments)
-            try:
-                value = await coroutine
-            except asyncio.CancelledError as error:
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    raise
-                raise UsageError(f"workflow {definition.name!r} ended with a CancelledError of its own.") from error
+            value = await coroutine
             await tasks.until_cancelled_have_ended(self.attempt)
             return value
 
@@ -324,12 +317,13 @@ def _result(future: concurrent.futures.Future[T]) -> T:
 
 
 def _returned(function: Callable[[], T], watch: Watch | None) -> T:
-    """Call a function in a thread; a StopIteration becomes what it becomes in a coroutine.
+    """Call a function in a thread; a StopIteration becomes what it becomes in a coroutine, and so does Ctrl-C's error.
 
-    A future does not take one, and an `await` of it would never end. Source: Python's PEP 479.
+    A future does not take the one, and an `await` of it would never end. Source: Python's PEP 479. The other would end
+    the event loop of a task that awaits it, although nobody has pressed Ctrl-C: that interrupts the main thread only.
     """
     try:
         with _measured(watch):
             return function()
-    except StopIteration as error:
+    except (StopIteration, KeyboardInterrupt) as error:
         raise RuntimeError(f"the step raised {error!r}") from error

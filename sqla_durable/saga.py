@@ -13,6 +13,8 @@ from sqla_durable.context import Context
 from sqla_durable.errors import CompensationFailedError, UsageError
 from sqla_durable.operate import operate, require_workflow
 from sqla_durable.operations import saga as operations
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.raised import is_own_failure
 
 P = ParamSpec("P")
 
@@ -75,7 +77,9 @@ class Saga:
         attempt = require_workflow("saga").attempt
         if operations.calls_for_compensation(attempt, error):
             with attempt.compensating():
-                failed = [each for name, undo in reversed(self._compensations) if (each := _failure(name, undo))]
+                failed = [
+                    each for name, undo in reversed(self._compensations) if (each := _failure(attempt, name, undo))
+                ]
             self._refuse(failed, error)
 
     async def __aenter__(self) -> Self:
@@ -93,7 +97,7 @@ class Saga:
             with attempt.compensating():
                 failed: list[str] = []
                 for name, undo in reversed(self._compensations):
-                    failed += [each] if (each := await _failure_async(name, undo)) else []
+                    failed += [each] if (each := await _failure_async(attempt, name, undo)) else []
             self._refuse(failed, error)
 
     def _refuse(self, failed: list[str], error: BaseException | None) -> None:
@@ -120,24 +124,28 @@ def _context() -> Context:
     return context
 
 
-def _failure(name: str, undo: Callable[[], Any]) -> str | None:
+def _failure(attempt: Attempt, name: str, undo: Callable[[], Any]) -> str | None:
     try:
         undo()
-    except Exception as error:
+    except BaseException as error:
+        if not is_own_failure(attempt, error):
+            raise
         return _told(name, error)
     return None
 
 
-async def _failure_async(name: str, undo: Callable[[], Any]) -> str | None:
+async def _failure_async(attempt: Attempt, name: str, undo: Callable[[], Any]) -> str | None:
     try:
         outcome = undo()
         if inspect.isawaitable(outcome):
             await cast("Any", outcome)
-    except Exception as error:
+    except BaseException as error:
+        if not is_own_failure(attempt, error):
+            raise
         return _told(name, error)
     return None
 
 
-def _told(name: str, error: Exception) -> str:
+def _told(name: str, error: BaseException) -> str:
     log.warning("the compensation %s failed: %r", name, error)
     return f"{name}: {error!r}"

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, overload
 from sqla_durable.context import Context, Fork, active
 from sqla_durable.errors import ArgumentError, SyncAsyncError
 from sqla_durable.operations.branch import Branch, Branches, name_of
+from sqla_durable.operations.raised import is_own_failure
 from sqla_durable.unwinding import ControlFlow, Released
 
 A = TypeVar("A")
@@ -130,9 +131,9 @@ class _BranchLine(_Line):
         """Call the function here, as the branch."""
         self.place.branches.enter(self.branch, threading.get_ident())
         super().run()
-        signal = self.error
-        if isinstance(signal, ControlFlow):
-            self.place.context.attempt.stop(lambda: signal)
+        signal, attempt = self.error, self.place.context.attempt
+        if isinstance(signal, ControlFlow) and not is_own_failure(attempt, signal):
+            attempt.stop(lambda: signal)
 
     def _call(self) -> Any:
         with ExitStack() as stack:

@@ -1,4 +1,7 @@
-"""Tasks that use connections: to cancel one in the middle of connecting would leave a connection that nobody closes."""
+"""What is cancelled, and what is not to be: a task that was, and tasks that use connections.
+
+To cancel one of those in the middle of connecting would leave a connection that nobody closes.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,18 @@ T = TypeVar("T")
 
 LAST_MOMENT = 3.0
 """How many seconds a task goes on at most that is cancelled: on a busy machine connecting takes its time."""
+
+
+CancelledError = asyncio.CancelledError
+
+
+def is_cancelled_here() -> bool:
+    """Return whether the task that executes this was cancelled; a thread without an event loop cannot be."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return False
+    return task is not None and task.cancelling() > 0
 
 
 async def undisturbed(coroutine: Coroutine[Any, Any, T]) -> T:

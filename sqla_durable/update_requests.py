@@ -23,7 +23,8 @@ from sqla_durable.errors import ArgumentError, DecodingError, UsageError
 from sqla_durable.failure import Failure
 from sqla_durable.operate import operate, require_unmarked
 from sqla_durable.operations import update as operation
-from sqla_durable.operations.attempt import Position
+from sqla_durable.operations.attempt import Attempt, Position
+from sqla_durable.operations.raised import is_own_failure
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.publishing import encode, publish
 from sqla_durable.store import Checkpoint, Connectable, Origin, Verdict, updates
@@ -287,11 +288,13 @@ class _Receiving:
     timeout: timedelta | None
 
     async def request(self, runtime: Runtime, position: Position) -> UpdateRequest[Any]:
-        receive = partial(operation.receive, name=self.name, consider=self._consider, within=self.timeout)
+        receive = partial(
+            operation.receive, name=self.name, consider=partial(self._consider, runtime.attempt), within=self.timeout
+        )
         taken = await receive(runtime, position)
         return UpdateRequest(runtime.attempt.workflow_id, taken.id, self.name, self.codec.decode(taken.payload))
 
-    async def _consider(self, payload: str) -> str | None:
+    async def _consider(self, attempt: Attempt, payload: str) -> str | None:
         """Say why a payload is refused; None if it is not."""
         try:
             value = self.codec.decode(payload)
@@ -300,12 +303,14 @@ class _Receiving:
             with outside():
                 verdict = self.validate(value)
                 verdict = await verdict if inspect.isawaitable(verdict) else verdict
-        except Exception as error:
+        except BaseException as error:
+            if not is_own_failure(attempt, error):
+                raise
             return _reason_of(error)
         return "it was refused" if verdict is False else None
 
 
-def _reason_of(error: Exception) -> str:
+def _reason_of(error: BaseException) -> str:
     if isinstance(error, DecodingError) and isinstance(error.__cause__, ValidationError):
         return f"the payload does not fit: {reasons(error.__cause__)}"[:_REASON_LIMIT]
     failure = Failure.of(error)

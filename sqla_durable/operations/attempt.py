@@ -17,7 +17,7 @@ from sqla_durable.operations.branch import Branches
 from sqla_durable.operations.changes import Visits
 from sqla_durable.operations.leaving import refusal
 from sqla_durable.store import Awaited, Claimed, Fence, Recorded
-from sqla_durable.unwinding import CallRefused, Cancelling, ControlFlow, Suspended
+from sqla_durable.unwinding import CallRefused, Cancelling, ContinuedAsNew, ControlFlow, Suspended
 
 DEFAULT_HISTORY_LIMIT = 50_000
 """How many operations one workflow may call, unless its `Durable` says otherwise."""
@@ -354,6 +354,11 @@ class Attempt:
     def parked(self) -> bool:
         """Whether the attempt ends because its workflow is parked."""
         return self._stop is Suspended
+
+    @property
+    def suspended_by_engine(self) -> bool:
+        """Return whether the engine has suspended the workflow, or begun it anew, and not code that raised the same."""
+        return self._stop in (Suspended, ContinuedAsNew)
 
     def proceed(self) -> None:
         """Raise the signal with which the attempt is to end, if there is one."""

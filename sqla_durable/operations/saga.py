@@ -6,8 +6,8 @@ from functools import partial
 
 from sqla_durable.operations.attempt import Attempt, Position
 from sqla_durable.operations.checkpoint import checkpoint_of
+from sqla_durable.operations.raised import is_own_failure
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.operations.workflow import signal_in
 from sqla_durable.store import sagas
 
 
@@ -29,4 +29,4 @@ def calls_for_compensation(attempt: Attempt, error: BaseException | None) -> boo
     """
     if attempt.stopped:
         return attempt.cancelling and (error is not None or attempt.told)
-    return isinstance(error, (Exception, SystemExit)) and signal_in(error) is None
+    return error is not None and is_own_failure(attempt, error)

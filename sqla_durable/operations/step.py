@@ -18,6 +18,7 @@ from sqla_durable.operations.attempt import Wait
 from sqla_durable.operations.boundary import Boundary
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.progress import send_unsent
+from sqla_durable.operations.raised import failure_of_step, is_own_failure
 from sqla_durable.operations.runtime import Runtime, StepCall, execution_of
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.retry import is_obstacle, is_transient, spoils_connection
@@ -76,7 +77,7 @@ class _Later:
 class _Final:
     """The error is the step's outcome."""
 
-    error: Exception | SystemExit
+    error: BaseException
 
 
 class _AlreadyRecorded(Exception):
@@ -112,7 +113,10 @@ class _Execution:
                 return await self._try()
             except _AlreadyRecorded as settled:
                 return settled.checkpoint
-            except (Exception, SystemExit) as error:  # sys.exit() in a step is the step's failure
+            except BaseException as raised:
+                if not is_own_failure(self._attempt, raised):
+                    raise
+                error = failure_of_step(raised, self._call.position.key)
                 match self._in_time(await self._verdict(error), error):
                     case _Soon(seconds):
                         self._call.tries.forget()
@@ -175,8 +179,9 @@ class _Execution:
         """Call the step's function; what it has reported last is kept, whichever way it ends."""
         try:
             value = await self._called()
-        except (Exception, SystemExit):
-            await send_unsent(self._runtime, self._call)
+        except BaseException as error:
+            if is_own_failure(self._attempt, error):
+                await send_unsent(self._runtime, self._call)
             raise
         await send_unsent(self._runtime, self._call)
         return value
@@ -249,7 +254,7 @@ class _Execution:
         await self._runtime.record(checkpoint)
         return checkpoint.recorded
 
-    async def _record_failure(self, error: Exception | SystemExit) -> Recorded:
+    async def _record_failure(self, error: BaseException) -> Recorded:
         recorded = await self._record_alone(self._failure(error))
         if not self._uncertain:
             return recorded
@@ -274,12 +279,12 @@ class _Execution:
             await self._runtime.pause(seconds)
             self._attempt.proceed()
 
-    async def _record_try(self, error: Exception | SystemExit | None, seconds: float) -> None:
+    async def _record_try(self, error: BaseException | None, seconds: float) -> None:
         """Record a failed try, so that a crash does not forget how many there were."""
         text = None if error is None else Failure.of(error).to_json()
         await self._runtime.record(self._checkpoint(StepStatus.RETRYING, error=text, delay=seconds))
 
-    def _in_time(self, verdict: _Soon | _Later | _Final, error: Exception | SystemExit) -> _Soon | _Later | _Final:
+    def _in_time(self, verdict: _Soon | _Later | _Final, error: BaseException) -> _Soon | _Later | _Final:
         """Let no try begin for which there is no time left."""
         if self._limits is None or isinstance(verdict, _Final):
             return verdict
@@ -288,7 +293,7 @@ class _Execution:
         last = None if isinstance(error, _Again) else error
         return _Final(self._limits.exceeded(self._call.position.key, last))
 
-    async def _verdict(self, error: Exception | SystemExit) -> _Soon | _Later | _Final:
+    async def _verdict(self, error: BaseException) -> _Soon | _Later | _Final:
         """Decide on another try."""
         match error:
             case _Again():
@@ -366,7 +371,7 @@ class _Execution:
         output = self._call.definition.result.encode(value)
         return self._checkpoint(StepStatus.SUCCEEDED, output=output)
 
-    def _failure(self, error: Exception | SystemExit) -> Checkpoint:
+    def _failure(self, error: BaseException) -> Checkpoint:
         return self._checkpoint(StepStatus.FAILED, error=Failure.of(error).to_json())
 
     def _checkpoint(

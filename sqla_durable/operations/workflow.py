@@ -11,6 +11,7 @@ from sqla_durable.errors import MaxAttemptsError, WorkflowCancelledError, Workfl
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.patches import report
+from sqla_durable.operations.raised import failure_of_workflow, is_own_failure
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.status import WorkflowStatus
@@ -67,9 +68,12 @@ async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body:
         attempt.proceed()
         attempt.refuse_unfinished()
         output = definition.result.encode(value)
-    except (Exception, SystemExit) as error:  # sys.exit() in a workflow ends the workflow, not its worker
+    except BaseException as error:
+        if not is_own_failure(attempt, error):
+            raise
         attempt.proceed()
-        return _ended(attempt, WorkflowStatus.FAILED, error=Failure.of(error).to_json())
+        failure = failure_of_workflow(error, attempt.name)
+        return _ended(attempt, WorkflowStatus.FAILED, error=Failure.of(failure).to_json())
     return _ended(attempt, WorkflowStatus.SUCCEEDED, output=output)
 
 

@@ -150,13 +150,11 @@ class Attempts:
             log.info("workflow %s: its attempt %d lost the ownership", attempt.workflow_id, attempt.number)
             if not self._running[attempt.fence].is_lost:
                 await self._abandon_if_owned(attempt)
-        except (Released, asyncio.CancelledError):
+        except (Released, asyncio.CancelledError) as signal:
             if not self._running[attempt.fence].is_lost:
-                await self._release([attempt.fence])
-        except ContinuedAsNew:
-            self._surroundings.writer.on_asked()
-        except Suspended:
-            log.debug("workflow %s %s is parked in attempt %d", attempt.name, attempt.workflow_id, attempt.number)
+                await self._release_or_count(attempt, signal)
+        except Suspended as signal:
+            await self._suspended(attempt, signal)
         except HistoryMismatchError as error:
             log.error("%s", error)
             await self._hold_back(attempt)
@@ -186,6 +184,22 @@ class Attempts:
             raise
         finally:
             on_loop.leave()
+
+    async def _release_or_count(self, attempt: Attempt, signal: BaseException) -> None:
+        """Release a workflow because the worker stops; without that, count a crash, or it would be claimed at once."""
+        await asyncio.sleep(0)  # at the end of asyncio.run() all tasks are cancelled, and this one before the worker's
+        if self._surroundings.stopping.is_set():
+            await self._release([attempt.fence])
+        else:
+            log.error("workflow %s: its attempt %d ended by itself: %r", attempt.workflow_id, attempt.number, signal)
+            await self._abandon(attempt, signal)
+
+    async def _suspended(self, attempt: Attempt, signal: Suspended) -> None:
+        if isinstance(signal, ContinuedAsNew):
+            self._surroundings.writer.on_asked()
+        log.debug("workflow %s %s is suspended in attempt %d", attempt.name, attempt.workflow_id, attempt.number)
+        if not attempt.suspended_by_engine:
+            await self._abandon_if_owned(attempt)
 
     async def _release(self, fences: list[Fence]) -> None:
         """Hand workflows back; those whose rows somebody holds for long are reclaimed when this worker has left."""

@@ -247,6 +247,7 @@ class Worker:
             await _ended(taking)
             handed_back = await self._leaving(self._hand_back(attempts, heartbeat), seconds=self._grace + _LAST_GRACE)
         finally:
+            surroundings.stopping.set()
             self.left_behind = attempts.cancel() + sum(each.stuck for each in databases.all)
             for task in (*loops, stopping):
                 task.cancel()
