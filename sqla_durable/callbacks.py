@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 import sqla_durable.hints as hints
-from sqla_durable.callers import AnySession, perform
+from sqla_durable.callers import AnySession, in_savepoint, perform
 from sqla_durable.checks import require_duration
 from sqla_durable.codec import Codec
 from sqla_durable.errors import (
@@ -29,6 +29,7 @@ from sqla_durable.operations import callback
 from sqla_durable.operations.attempt import Position
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.store import callbacks as statements
+from sqla_durable.store import keys
 
 T = TypeVar("T")
 R = TypeVar("R", covariant=True)
@@ -317,12 +318,21 @@ def _answer(session: Session, *, token: _Token, payload: str) -> None:
     if found.is_same:
         return
     _refuse_finished(token, found)
-    if statements.answer(session, token.workflow_id, signal=found.signal or "", payload=payload):
+    if _insert(session, token, key, signal=found.signal or "", payload=payload):
         hints.announce(session, hints.SENT)
         return
     found = _look(session, token, key, payload)  # inserted meanwhile by who does not hold the callback
     if not found.is_same:
         _refuse_finished(token, found)
+        raise keys.unseen("the outcome of callback", name=token.shown, key=key)
+
+
+def _insert(session: Session, token: _Token, key: str, *, signal: str, payload: str) -> bool:
+    try:
+        return statements.answer(session, token.workflow_id, signal=signal, payload=payload)
+    except keys.SnapshotKept:
+        with in_savepoint(session, what="the outcome of callback", name=token.shown, key=key):
+            return statements.answer_in_snapshot(session, token.workflow_id, signal=signal, payload=payload)
 
 
 def _beat(session: Session, *, token: _Token) -> None:

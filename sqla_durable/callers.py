@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 from sqlalchemy import inspect
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import ArgumentError, SessionError, WorkflowFinishedError, WorkflowNotFoundError
 from sqla_durable.models import Workflow
+from sqla_durable.retry import sqlstate
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import schema
+from sqla_durable.store import connection_of, keys, schema
 
 T = TypeVar("T")
+
+_SERIALIZATION_FAILURE = "40001"
 
 AnySession: TypeAlias = "Session | AsyncSession"
 
@@ -47,6 +52,22 @@ def require_session(session: object) -> None:
             f"the caller's Session or AsyncSession comes first, got {shown}. A sessionmaker or a scoped session is "
             "called to give one."
         )
+
+
+@contextmanager
+def in_savepoint(session: Session, *, what: str, name: str, key: str | None) -> Generator[None]:
+    """Insert under a key in a savepoint, so that the transaction goes on after a conflict with a row that is newer.
+
+    Raises:
+        KeyNotVisibleError: there is a row with the key that is newer than the transaction's snapshot.
+    """
+    try:
+        with connection_of(session).begin_nested():
+            yield
+    except DBAPIError as error:
+        if sqlstate(error) != _SERIALIZATION_FAILURE:
+            raise
+        raise keys.newer(what, name=name, key=key or "") from error
 
 
 def id_of(workflow: object) -> UUID:

@@ -19,6 +19,7 @@ DurableError
 │   └── DecodingError                 a stored value that does not fit today's annotations
 ├── UnknownWorkflowError          (also LookupError) no workflow of that name is registered
 ├── WorkflowNotFoundError         no such workflow record is visible
+├── KeyNotVisibleError            a key is taken by a row that the session cannot see
 ├── WorkflowReferencedError       rows of the application refer to a workflow that was to be deleted
 ├── WorkflowRunningError          somebody else holds a live lease on the workflow
 ├── AttemptLostError              this execution no longer owns its workflow; nothing more of it commits
@@ -185,6 +186,25 @@ class _AboutWorkflow(DurableError):
 
 class WorkflowNotFoundError(_AboutWorkflow):
     """No record of this id is visible: wrong id, wrong database, or its start is not committed yet."""
+
+
+class KeyNotVisibleError(DurableError):
+    """A key is taken, and the row that has it cannot be seen: nothing was written, and the transaction is usable.
+
+    A policy of row level security hides it, it is newer than the snapshot of a REPEATABLE READ or SERIALIZABLE
+    transaction, or somebody deletes it again and again. A transactional step that meets a newer one is executed again.
+
+    Attributes:
+        name: the name of the workflow, update, signal, callback or stream.
+        key: the key.
+        is_newer: whether it was inserted after the transaction's snapshot: a new transaction sees it.
+    """
+
+    def __init__(self, message: str, *, name: str, key: str, is_newer: bool = False) -> None:
+        super().__init__(message)
+        self.name = name
+        self.key = key
+        self.is_newer = is_newer
 
 
 class WorkflowReferencedError(DurableError):

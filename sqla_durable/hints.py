@@ -23,8 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import Pool
 
-from sqla_durable.models import Workflow
-from sqla_durable.store import hints, schema
+from sqla_durable.store import connection_of, hints, schema
 from sqla_durable.store.drivers import alone
 from sqla_durable.store.hints import EVERYWHERE, SENT, Hint, to_queue, to_worker
 from sqla_durable.undisturbed import Undisturbed
@@ -61,7 +60,7 @@ def announce(session: Session, *payloads: str) -> None:
     announced: _Announced | None = session.info.get(_KEY)
     if announced is None or announced.transaction is not session.get_transaction():
         channel = hints.channel(schema.schema_of(session))  # which begins the transaction, if nothing else has
-        engine = session.get_bind(Workflow).engine
+        engine = connection_of(session).engine
         session.info[_KEY] = announced = _Announced(session.get_transaction(), engine, channel)
     announced.payloads.update(payloads)
 

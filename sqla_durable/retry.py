@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import RetryCallState
 
-from sqla_durable.errors import DefinitionError, RetryPolicyError
+from sqla_durable.errors import DefinitionError, KeyNotVisibleError, RetryPolicyError
 
 RetryPredicate: TypeAlias = Callable[[RetryCallState], bool | Awaitable[bool]]
 StopPredicate: TypeAlias = Callable[[RetryCallState], bool]
@@ -254,6 +254,8 @@ def is_transient(error: BaseException) -> bool:
 
 def is_conflict(error: BaseException) -> bool:
     """Tell whether PostgreSQL chose this transaction to lose against another, or a pooler has spoilt it."""
+    if isinstance(error, KeyNotVisibleError):
+        return error.is_newer
     return isinstance(error, DBAPIError) and sqlstate(error) in _CONFLICTS
 
 

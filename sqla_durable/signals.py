@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -13,14 +14,16 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 import sqla_durable.hints as hints
-from sqla_durable.callers import ids_of, perform, require_receiver
+from sqla_durable.callers import ids_of, in_savepoint, perform, require_receiver
 from sqla_durable.checks import require_duration, require_text
 from sqla_durable.codec import Codec
+from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models import Workflow
 from sqla_durable.operate import operate, require_unmarked
 from sqla_durable.operations import wait
 from sqla_durable.start import BoundWorkflow, start
 from sqla_durable.store import signals as statements
+from sqla_durable.store.keys import SnapshotKept
 
 T = TypeVar("T")
 
@@ -112,8 +115,18 @@ class _Signal:
         for each in ids:
             require_receiver(f"signal {self.name!r}", each, found.get(each))
         if ids:
-            statements.send(session, ids, name=self.name, payload=self.payload, key=self.key)
+            self._insert(session, ids)
             hints.announce(session, hints.SENT)
+
+    def _insert(self, session: Session, ids: Sequence[UUID]) -> None:
+        given: dict[str, Any] = {"name": self.name, "payload": self.payload, "key": self.key}
+        try:
+            statements.send(session, ids, **given)
+        except SnapshotKept:
+            for each in ids:
+                # One that is newer than the snapshot is known all the same.
+                with suppress(KeyNotVisibleError), in_savepoint(session, what="signal", name=self.name, key=self.key):
+                    statements.send_in_snapshot(session, each, **given)
 
 
 @overload

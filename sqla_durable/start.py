@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -15,13 +15,14 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 import sqla_durable.hints as hints
-from sqla_durable.callers import perform
+from sqla_durable.callers import in_savepoint, perform
 from sqla_durable.checks import fault_in, require_duration
 from sqla_durable.context import active
-from sqla_durable.errors import ArgumentError, UsageError
+from sqla_durable.errors import ArgumentError, KeyNotVisibleError, UsageError
 from sqla_durable.models import Workflow
 from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.store import NewWorkflow, schema, starts
+from sqla_durable.store.keys import SnapshotKept
 
 _BATCH = 5_000
 _SMALLINT = 32_767
@@ -142,6 +143,7 @@ def start(session: Session, bound: BoundWorkflow) -> Workflow:
 
     Raises:
         ArgumentError: this is not what `bind` gives.
+        KeyNotVisibleError: the workflow that has the key cannot be seen.
         UsageError: this is a workflow's own code, and there is no key.
     """
     workflow = add(session, _of_step(_checked(bound)))
@@ -154,7 +156,11 @@ def add(session: Session, bound: BoundWorkflow) -> Workflow:
     schema.require(session)
     if bound.new.key is None:
         return starts.add(session, bound.new)
-    return starts.insert_unless_known(session, bound.new)
+    try:
+        return starts.insert_unless_known(session, bound.new)
+    except SnapshotKept:
+        with in_savepoint(session, what="workflow", name=bound.new.name, key=bound.new.key):
+            return starts.insert_in_snapshot(session, bound.new)
 
 
 @overload
@@ -186,6 +192,7 @@ def start_many(
 
     Raises:
         ArgumentError, EncodingError: some arguments do not fit; nothing was started.
+        KeyNotVisibleError: a workflow that has one of the keys cannot be seen; likewise.
         SchemaError, SessionError: the session's database does not hold the tables.
     """
     return perform(session, partial(_start_many, bound=bound))
@@ -196,10 +203,24 @@ def _start_many(session: Session, *, bound: Iterable[BoundWorkflow]) -> list[UUI
     # In the order of keys over all statements: two callers with the same keys must not wait for each other.
     ordered = iter(sorted(given, key=lambda new: (new.key or "", new.name)))
     ids: dict[UUID, UUID] = {}
-    while batch := list(islice(ordered, _BATCH)):
-        ids |= zip((new.id for new in batch), starts.insert_many(session, batch), strict=True)
+    try:
+        while batch := list(islice(ordered, _BATCH)):
+            ids |= zip((new.id for new in batch), _inserted(session, batch), strict=True)
+    except KeyNotVisibleError:
+        starts.undo(session, given)
+        raise
     hints.announce(session, *{_where(new) for new in given})
     return [ids[new.id] for new in given]
+
+
+def _inserted(session: Session, batch: Sequence[NewWorkflow]) -> list[UUID]:
+    try:
+        return starts.insert_many(session, batch)
+    except SnapshotKept:
+        first = next(each for each in batch if each.key is not None)
+        what = "workflow" if len(batch) == 1 else f"one of {len(batch)} workflows, the first of which is"
+        with in_savepoint(session, what=what, name=first.name, key=first.key or ""):
+            return starts.insert_many_in_snapshot(session, batch)
 
 
 def _of_step(bound: BoundWorkflow) -> BoundWorkflow:

@@ -13,12 +13,13 @@ from sqlalchemy.orm import Session
 
 import sqla_durable.hints as hints
 import sqla_durable.polling as polling
-from sqla_durable.callers import AnySession, id_of, perform, require_receiver, require_session
+from sqla_durable.callers import AnySession, id_of, in_savepoint, perform, require_receiver, require_session
 from sqla_durable.checks import require_text
 from sqla_durable.codec import Codec
 from sqla_durable.models import Workflow
 from sqla_durable.operate import require_unmarked
 from sqla_durable.start import BoundWorkflow, start
+from sqla_durable.store import keys
 from sqla_durable.store import updates as statements
 from sqla_durable.update_handles import AsyncUpdate, Update, reply_codec
 
@@ -216,14 +217,27 @@ class _Sending:
         """Send; give the update, to wait for its answer."""
         session.flush()  # a workflow that was only just started is not in the table yet
         workflow_id = id_of(workflow)
-        update_id = self._known(session, workflow_id)
-        while update_id is None:
-            sent = statements.send(session, workflow_id, name=self.name, payload=self.payload, key=self.key)
-            # None: somebody has just sent one of the key.
-            update_id = self._known(session, workflow_id) if sent is None else sent
+        update_id = self._sent(session, workflow_id)
         hints.announce(session, hints.SENT)
         face: type[AsyncUpdate[Any]] | type[Update[Any]] = AsyncUpdate if self.outlook.is_async else Update
         return face(self.outlook, self.reply, workflow_id, update_id)
+
+    def _sent(self, session: Session, workflow_id: UUID) -> int:
+        for _ in range(keys.ROUNDS):
+            update_id = self._known(session, workflow_id)
+            if update_id is None:  # and None again: somebody has just sent one of the key
+                update_id = self._insert(session, workflow_id)
+            if update_id is not None:
+                return update_id
+        raise keys.unseen("update", name=self.name, key=self.key or "")
+
+    def _insert(self, session: Session, workflow_id: UUID) -> int | None:
+        given: dict[str, Any] = {"name": self.name, "payload": self.payload, "key": self.key}
+        try:
+            return statements.send(session, workflow_id, **given)
+        except keys.SnapshotKept:
+            with in_savepoint(session, what="update", name=self.name, key=self.key):
+                return statements.send_in_snapshot(session, workflow_id, **given)
 
     def _known(self, session: Session, workflow_id: UUID) -> int | None:
         """Give the id of the update that has the key already; refuse a receiver that will take none."""

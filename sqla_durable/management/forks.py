@@ -13,12 +13,13 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 import sqla_durable.hints as hints
+from sqla_durable.callers import in_savepoint
 from sqla_durable.checks import fault_in
 from sqla_durable.codec import Codec
 from sqla_durable.errors import ArgumentError, WorkflowNotFoundError
 from sqla_durable.management.selection import Selected, perform
 from sqla_durable.models import Workflow
-from sqla_durable.store import forks, management
+from sqla_durable.store import forks, keys, management
 from sqla_durable.store.selection import Wanted
 
 
@@ -141,19 +142,32 @@ def _json(what: str, value: object) -> str:
 
 
 def _fork(session: Session, wanted: Wanted, change: forks.Change) -> list[Workflow]:
-    while True:
+    names: Mapping[UUID, str] = {}
+    for _ in range(keys.ROUNDS):
         names = forks.sources(session, wanted)
         _refuse_missing(names, wanted)
         known = None if change.key is None else _known(session, names, change.key)
         if known is not None or not names:
             return [] if known is None else [known]
         ids = {source: uuid7() for source in names}
-        made = forks.copy(session, ids, change)
+        made = _copied(session, names, ids, change)
         if made:
             hints.announce(session, hints.EVERYWHERE)
             return forks.records(session, [each for each in ids.values() if each in made])
         management.refuse_unrecorded(session, list(names), change.steps, verb="started")
         # Somebody has just started one with the key, or deleted what was to be forked: look again.
+    raise keys.unseen("workflow", name=next(iter(names.values())), key=change.key or "")
+
+
+def _copied(session: Session, names: Mapping[UUID, str], ids: Mapping[UUID, UUID], change: forks.Change) -> set[UUID]:
+    if change.key is not None:
+        try:
+            keys.require_the_latest(session)
+        except keys.SnapshotKept:
+            (name,) = names.values()
+            with in_savepoint(session, what="workflow", name=name, key=change.key):
+                return forks.copy(session, ids, change)
+    return forks.copy(session, ids, change)
 
 
 def _refuse_missing(names: Mapping[UUID, str], wanted: Wanted) -> None:

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 import sqla_durable.callers as callers
 from sqla_durable.errors import ArgumentError, SessionError
 from sqla_durable.models import Workflow
+from sqla_durable.store import connection_of
 from sqla_durable.store.selection import Wanted, evaluate
 
 Selected: TypeAlias = "Workflow | UUID | Iterable[Workflow | UUID] | Select[Any] | CompoundSelect[Any]"
@@ -65,7 +66,7 @@ def _perform(session: Session, *, workflows: Selected, verb: Callable[[Session, 
 
 
 def _require_transaction(session: Session) -> None:
-    connection = session.connection(bind_arguments={"mapper": Workflow})
+    connection = connection_of(session)
     if getattr(connection.connection.dbapi_connection, "autocommit", False):
         raise SessionError(
             f"{session!r} is bound to an engine in AUTOCOMMIT, which commits each statement by itself: what was locked "

@@ -15,9 +15,8 @@ import sqla_durable.hints as hints
 from sqla_durable.checks import fault_in
 from sqla_durable.errors import ArgumentError, WorkflowReferencedError
 from sqla_durable.management.selection import Selected, perform
-from sqla_durable.models import Workflow
 from sqla_durable.retry import sqlstate
-from sqla_durable.store import management, trees
+from sqla_durable.store import connection_of, management, trees
 from sqla_durable.store.selection import Wanted, workers_of
 
 _REFERENCED = ("23503", "23001")  # foreign_key_violation, restrict_violation
@@ -240,7 +239,7 @@ def delete(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
 
 
 def _cancel(session: Session, wanted: Wanted) -> list[UUID]:
-    connection = session.connection(bind_arguments={"mapper": Workflow})
+    connection = connection_of(session)
     while True:
         with connection.begin_nested() as savepoint:
             held, complete = trees.hold_unfinished(session, wanted)

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from sqla_durable.codec import DEFAULT_LIMIT, refuse_large
-from sqla_durable.errors import ChildrenFailedError, PayloadTooLargeError, UsageError
+from sqla_durable.errors import ChildrenFailedError, KeyNotVisibleError, PayloadTooLargeError, UsageError
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Position, Wait
 from sqla_durable.operations.checkpoint import checkpoint_of
@@ -38,13 +38,19 @@ async def start(
     attempt = runtime.attempt
     try:
         recorded = attempt.recorded(position)
+        if recorded is not None and recorded.status is StepStatus.FAILED:
+            raise_recorded(recorded)
         text = None if recorded is None else recorded.output
         if text is None:
             await runtime.settle()
             own = [replace(each, parent_id=attempt.workflow_id, parent_key=position.key) for each in new]
             checkpoint = checkpoint_of(attempt, position, StepStatus.SUCCEEDED)
             limit = _UNBOUNDED if active is None else active
-            text = await runtime.execute(partial(_start, checkpoint=checkpoint, new=own, active=limit))
+            try:
+                text = await runtime.execute(partial(_start, checkpoint=checkpoint, new=own, active=limit))
+            except KeyNotVisibleError as error:
+                await _record_hidden(runtime, position, [each.id for each in new], error)
+                raise
         ids = [UUID(each) for each in json.loads(text)]
     finally:
         attempt.left(position)
@@ -54,6 +60,15 @@ async def start(
             "its own end. Give the child another key."
         )
     return ids
+
+
+async def _record_hidden(
+    runtime: Runtime, position: Position, started: Sequence[UUID], error: KeyNotVisibleError
+) -> None:
+    """Record that a child has a key whose workflow cannot be seen; those that were started beside it are cancelled."""
+    failed = checkpoint_of(runtime.attempt, position, StepStatus.FAILED, error=Failure.of(error).to_json())
+    await runtime.execute(partial(children.cancel_rest, checkpoint=failed, ids=started))
+    await runtime.record(failed)
 
 
 def _start(connectable: Any, checkpoint: Checkpoint, new: Sequence[NewWorkflow], active: int) -> str:

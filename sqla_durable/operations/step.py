@@ -70,7 +70,7 @@ class _Later:
     """Another try follows in `seconds`; the last one is recorded, with its error unless it returned."""
 
     seconds: float
-    error: Exception | SystemExit | None
+    error: BaseException | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from sqla_durable.errors import SessionError
-from sqla_durable.models import Workflow
 from sqla_durable.registry import ISOLATION_LEVELS
-from sqla_durable.store import Checkpoint, Verdict, steps
+from sqla_durable.store import Checkpoint, Verdict, bind_arguments, connection_of, steps
 
 T = TypeVar("T")
 
@@ -158,7 +157,7 @@ def _begin(session: Session, *, isolation_level: str | None) -> None:
 
 def _require_isolation(session: Session, *, isolation_level: str) -> None:
     """Refuse a transaction that has begun with a weaker level: PostgreSQL changes it only at the beginning."""
-    begun_with = session.connection(bind_arguments={"mapper": Workflow}).get_isolation_level()
+    begun_with = connection_of(session).get_isolation_level()
     strong_enough = ISOLATION_LEVELS[ISOLATION_LEVELS.index(isolation_level) :]
     if begun_with not in strong_enough:
         raise SessionError(
@@ -174,7 +173,7 @@ def require_transaction(session: Session, *, isolation_level: str | None = None)
         SessionError: its engine is in AUTOCOMMIT.
     """
     options = None if isolation_level is None else {"isolation_level": isolation_level}
-    connection = session.connection(bind_arguments={"mapper": Workflow}, execution_options=options)
+    connection = session.connection(bind_arguments=bind_arguments(), execution_options=options)
     if getattr(connection.connection.dbapi_connection, "autocommit", False):
         raise SessionError(
             f"{session!r} is bound to an engine in AUTOCOMMIT, which commits each statement by itself: a step's writes "

@@ -5,7 +5,8 @@
 leases · `crashes` takes back what dead workers had · `deadlines` fails what is overdue · `waits` begins to wait ·
 `signals` sends, takes and delivers · `updates` answers too · `callbacks` answers by token · `children` starts them and
 looks at them · `management` resumes, retries and rewinds · `trees` cancels and deletes · `forks` copies · `selection`
-tells which workflows are meant · `exports` reads whole records. The values that go in and out are below.
+tells which workflows are meant · `keys` is what inserts under a key share · `exports` reads whole records. The values
+that go in and out are below.
 """
 
 from sqla_durable.store._rows import (
@@ -21,6 +22,8 @@ from sqla_durable.store._rows import (
     Recorded,
     Standing,
     Verdict,
+    bind_arguments,
+    connection_of,
     refresh_known,
 )
 
@@ -37,5 +40,7 @@ __all__ = [
     "Recorded",
     "Standing",
     "Verdict",
+    "bind_arguments",
+    "connection_of",
     "refresh_known",
 ]

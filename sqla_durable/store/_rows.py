@@ -18,6 +18,7 @@ from sqlalchemy import (
     FromClause,
     Interval,
     Result,
+    Row,
     ScalarResult,
     SelectBase,
     TableValuedAlias,
@@ -36,10 +37,11 @@ from sqlalchemy import (
     text,
     true,
     tuple_,
+    update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSON
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.types import TypeEngine
 
 from sqla_durable.models import SCHEMA, Base, Workflow
@@ -53,6 +55,8 @@ EVENT = Base.metadata.tables[f"{SCHEMA}.event"]
 STREAM_ITEM = Base.metadata.tables[f"{SCHEMA}.stream_item"]
 QUEUE = Base.metadata.tables[f"{SCHEMA}.queue"]
 WORKER = Base.metadata.tables[f"{SCHEMA}.worker"]
+
+_WRITE = update(WORKFLOW)
 
 Connectable: TypeAlias = Session | Connection
 """Where a statement is executed: a caller's session, or a connection of the engine's own."""
@@ -235,6 +239,26 @@ class Verdict(Enum):
     LOST = auto()
 
 
+def bind_arguments() -> dict[str, Any]:
+    """Return what leads a session to where our tables are written: its `get_bind` may send reads to a replica."""
+    return {"mapper": Workflow.__mapper__, "clause": _WRITE}
+
+
+def connection_of(session: Session) -> Connection:
+    """Return the session's connection to where our tables are written, in its transaction."""
+    return session.connection(bind_arguments=bind_arguments())
+
+
+def record_of(session: Session, row: Row[Any]) -> Workflow:
+    """Return the record of a row with all columns of a workflow; one that the session knows has the row's values.
+
+    Not loaded by a query of the session, which its `get_bind` or its events could lead elsewhere.
+    """
+    record = Workflow(**dict(zip(WORKFLOW.c.keys(), row, strict=True)))
+    make_transient_to_detached(record)
+    return session.merge(record, load=False)
+
+
 def execute(
     connectable: Connectable, statement: Executable, parameters: Mapping[str, Any] | None = None
 ) -> Result[Any]:
@@ -245,7 +269,7 @@ def execute(
     """
     try:
         if isinstance(connectable, Session):
-            connectable = connectable.connection(bind_arguments={"mapper": Workflow})
+            connectable = connection_of(connectable)
         return connectable.execute(statement, parameters)
     except (DBAPIError, OSError) as error:  # asyncpg's connections raise the latter too
         mark(error)
@@ -320,8 +344,8 @@ def refresh_known(session: Session, ids: Iterable[UUID]) -> None:
     known = [each for each in ids if session.identity_key(Workflow, each) in session.identity_map]
     if known:
         wanted = WORKFLOW.c.id == func.any(literal(known, ARRAY(WORKFLOW.c.id.type)))
-        fresh = select(Workflow).where(wanted).execution_options(populate_existing=True)
-        session.execute(fresh, bind_arguments={"mapper": Workflow}).all()
+        for row in execute(session, select(*WORKFLOW.c).where(wanted)):
+            record_of(session, row)
 
 
 def owned(fences: FromClause, *, skip_locked: bool) -> CTE:

@@ -31,6 +31,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import SIGNAL, STEP, WORKFLOW, Checkpoint, Connectable, execute, materialized, scalar
+from sqla_durable.store.keys import require_the_latest, sees_the_latest
 from sqla_durable.store.signals import first_keyed
 from sqla_durable.store.steps import given_row, own_row
 from sqla_durable.unwinding import AttemptLost
@@ -108,9 +109,25 @@ def answer(session: Session, workflow_id: UUID, *, signal: str, payload: str) ->
     """Insert a callback's outcome (JSON text), in the caller's transaction; False if there is one.
 
     Waits for another transaction that does the same without holding the callback.
+
+    Raises:
+        SnapshotKept: nothing was inserted: do it with `answer_in_snapshot`, in a savepoint.
     """
     parameters = {"owner_id": workflow_id, "signal_name": signal, "payload": payload}
-    return scalar(session, _ANSWER, parameters) is not None
+    if scalar(session, _ANSWER, parameters) is not None:
+        return True
+    require_the_latest(session)
+    return False
+
+
+def answer_in_snapshot(session: Session, workflow_id: UUID, *, signal: str, payload: str) -> bool:
+    """Do the same where the transaction keeps a snapshot, in a savepoint.
+
+    Raises:
+        DBAPIError: the outcome is newer than the snapshot: roll back to the savepoint.
+    """
+    parameters = {"owner_id": workflow_id, "signal_name": signal, "payload": payload}
+    return scalar(session, _ANSWER_IN_SNAPSHOT, parameters) is not None
 
 
 def beat(session: Session, workflow_id: UUID, key: str) -> None:
@@ -242,9 +259,9 @@ def _insert_outcome(source: Any, *more: str) -> Any:
     )
 
 
-def _answer_statement() -> Any:
+def _answer_statement(*conditions: ColumnElement[bool]) -> Any:
     given = _given("owner_id", PG_UUID()), _given("signal_name", Text()), _payload()
-    return _insert_outcome(select(*given, _literal(OUTCOME)))
+    return _insert_outcome(select(*given, _literal(OUTCOME)).where(*conditions))
 
 
 def _beat_statement() -> Any:
@@ -277,6 +294,7 @@ def _any(rows: CTE) -> Any:
 
 _HOLD = _hold_statement()
 _LOOK = _look_statement()
-_ANSWER = _answer_statement()
+_ANSWER = _answer_statement(sees_the_latest())
+_ANSWER_IN_SNAPSHOT = _answer_statement()
 _BEAT = _beat_statement()
 _EXPIRE = _expire_statement()

@@ -46,7 +46,8 @@ from sqla_durable.store._rows import (
     table,
 )
 from sqla_durable.store.held import is_held, leaving
-from sqla_durable.store.starts import NEW, new_columns, new_row
+from sqla_durable.store.keys import ROUNDS
+from sqla_durable.store.starts import NEW, hidden_among, new_columns, new_row
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, known_output, mine, own_row
 from sqla_durable.unwinding import AttemptLost
 
@@ -83,9 +84,10 @@ def start(connectable: Connectable, checkpoint: Checkpoint, children: Sequence[N
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
+        KeyNotVisibleError: the workflow that has one of the keys cannot be seen; others may have been started.
     """
     parameters = given_row(checkpoint) | filled("batch", [new_row(each) for each in children]) | {"active": active}
-    while True:
+    for _ in range(ROUNDS):
         row = execute(connectable, _START, parameters).one()
         found = row.recorded if row.known is None else row.known
         if found is not None:
@@ -93,6 +95,7 @@ def start(connectable: Connectable, checkpoint: Checkpoint, children: Sequence[N
         if not row.owned:
             raise AttemptLost(checkpoint.fence.workflow_id)
         # Another transaction has inserted one of the keys in between, and the next statement sees it.
+    raise hidden_among(connectable, children)
 
 
 def progress(connectable: Connectable, parent_id: UUID, *, key: str, ids: Sequence[UUID]) -> Progress:

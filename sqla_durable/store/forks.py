@@ -42,6 +42,7 @@ from sqla_durable.store._rows import (
     execute,
     filled,
     materialized,
+    record_of,
     scalars,
     still_compensates,
     table,
@@ -49,7 +50,6 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.selection import Wanted, among
 
-_FRESH = {"populate_existing": True}
 _SUCCEEDED = literal_column(f"'{StepStatus.SUCCEEDED}'", type_=Text())
 _SOURCES = bindparam("sources", type_=ARRAY(PG_UUID()))
 _STANDING = {"status", "output", "error", "crashes", "token", "worker_id", "wake_at", "awaits", "finished_at"}
@@ -81,15 +81,14 @@ def sources(session: Session, wanted: Wanted) -> dict[UUID, str]:
 
 def find(session: Session, name: str, key: str) -> Workflow | None:
     """Give the record that has this name and key."""
-    statement = select(Workflow).where(Workflow.name == name, Workflow.key == key)
-    return session.scalars(statement, execution_options=_FRESH, bind_arguments={"mapper": Workflow}).one_or_none()
+    statement = select(*WORKFLOW.c).where(WORKFLOW.c.name == name, WORKFLOW.c.key == key)
+    row = execute(session, statement).one_or_none()
+    return None if row is None else record_of(session, row)
 
 
 def records(session: Session, ids: Sequence[UUID]) -> list[Workflow]:
     """Give records in the order of the ids."""
-    statement = select(Workflow).where(among(ids))
-    found = session.scalars(statement, execution_options=_FRESH, bind_arguments={"mapper": Workflow})
-    by_id = {each.id: each for each in found}
+    by_id = {row.id: record_of(session, row) for row in execute(session, select(*WORKFLOW.c).where(among(ids)))}
     return [by_id[each] for each in ids]
 
 

@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
 from sqla_durable.errors import SchemaMissingError, SchemaNewerError, SchemaOlderError, SessionError
-from sqla_durable.models import REVISION, SCHEMA, Workflow
-from sqla_durable.store._rows import soon_over
+from sqla_durable.models import REVISION, SCHEMA
+from sqla_durable.store._rows import bind_arguments, connection_of, scalar, soon_over
 
 _MIGRATE = "Run `alembic upgrade head` with a revision that calls sqla_durable.migrations.upgrade(...)."
 
@@ -47,7 +47,7 @@ def engine_of(session: Session) -> Engine:
         SessionError: there is none, or it is not PostgreSQL.
     """
     try:
-        bind: Engine | Connection = session.get_bind(Workflow)
+        bind: Engine | Connection = session.get_bind(**bind_arguments())
     except UnboundExecutionError as error:
         raise SessionError(
             f"{session!r} has no engine for the durable tables: bind the sessionmaker to an engine, or add "
@@ -64,7 +64,7 @@ def engine_of(session: Session) -> Engine:
 
 def schema_of(session: Session) -> str:
     """Give the name under which the session's connection finds our schema."""
-    translated = session.connection(bind_arguments={"mapper": Workflow}).get_execution_options()
+    translated = connection_of(session).get_execution_options()
     names: dict[str, str] = translated.get("schema_translate_map") or {}
     return names.get(SCHEMA) or SCHEMA
 
@@ -84,7 +84,7 @@ def _revision(session: Session, schema: str) -> str | None:
     """Give the table's comment; '' where the table has none, None where there is no table."""
     table = func.to_regclass(func.concat(func.quote_ident(schema), ".workflow"))
     statement = select(func.coalesce(func.obj_description(table, "pg_class"), "")).where(table.is_not(None))
-    comment: str | None = session.scalar(statement, bind_arguments={"mapper": Workflow})
+    comment: str | None = scalar(session, statement)
     return comment
 
 

@@ -48,8 +48,10 @@ from sqla_durable.store._rows import (
     Connectable,
     execute,
     materialized,
+    scalars,
     status,
 )
+from sqla_durable.store.keys import require_the_latest, sees_the_latest
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, known_output, own_row
 from sqla_durable.unwinding import AttemptLost
 
@@ -76,9 +78,24 @@ def send(session: Session, workflow_ids: Sequence[UUID], *, name: str, payload: 
     """Send a signal to workflows, in the caller's transaction, by one statement; one of a known key is not sent again.
 
     Waits for another transaction that is sending the same name and key to the same workflow.
+
+    Raises:
+        SnapshotKept: nothing was sent: do it with `send_in_snapshot`, in savepoints.
     """
     parameters = {"ids": list(workflow_ids), "signal_name": name, "payload": payload, "signal_key": key}
-    execute(session, _SEND, parameters)
+    sent = scalars(session, _SEND, parameters).all()
+    if key is not None and len(sent) < len(workflow_ids):
+        require_the_latest(session)
+
+
+def send_in_snapshot(session: Session, workflow_id: UUID, *, name: str, payload: str, key: str | None) -> None:
+    """Do the same to one workflow where the transaction keeps a snapshot, in a savepoint.
+
+    Raises:
+        DBAPIError: one of the key is newer than the snapshot: roll back to the savepoint.
+    """
+    parameters = {"ids": [workflow_id], "signal_name": name, "payload": payload, "signal_key": key}
+    execute(session, _SEND_IN_SNAPSHOT, parameters)
 
 
 def take(connectable: Connectable, checkpoint: Checkpoint, *, name: str) -> str | None:
@@ -135,18 +152,24 @@ def _engine_s_own() -> ColumnElement[bool]:
     return SIGNAL.c.name.in_([literal_column(f"'{PARKED}'"), literal_column(f"'{CHILD}'")])
 
 
-def sending() -> Any:
-    """Make a statement that inserts a signal for each of some workflows, unless its key is known."""
+def sending(*, in_snapshot: bool = False) -> Any:
+    """Make a statement that inserts a signal for each of some workflows, unless its key is known; returns their ids.
+
+    Where the transaction keeps a snapshot, one with a key is inserted by the statement made for that only.
+    """
+    key = cast(bindparam("signal_key", type_=Text()), Text)
     source = select(
         func.unnest(bindparam("ids", type_=ARRAY(PG_UUID()))),
         cast(bindparam("signal_name", type_=Text()), Text),
-        cast(bindparam("signal_key", type_=Text()), Text),
+        key,
         cast(cast(bindparam("payload", type_=Text()), Text), JSONB),
     )
+    source = source if in_snapshot else source.where(or_(key.is_(None), sees_the_latest()))
     return (
         insert(SIGNAL)
         .from_select(["workflow_id", "name", "key", "payload"], source, include_defaults=False)
         .on_conflict_do_nothing(index_elements=["workflow_id", "name", "key"], index_where=SIGNAL.c.key.is_not(None))
+        .returning(SIGNAL.c.id)
     )
 
 
@@ -301,6 +324,7 @@ _STANDINGS = select(WORKFLOW.c.id, WORKFLOW.c.status).where(
     WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID())))
 )
 _SEND = sending()
+_SEND_IN_SNAPSHOT = sending(in_snapshot=True)
 _NAME = cast(bindparam("signal_name", type_=Text()), Text)
 _OLDEST = materialized(first_untaken(GIVEN["id"], _NAME), "oldest")
 _TAKE = taking(_OLDEST, lambda taken: taken.c.payload, _OLDEST.c.name == _NAME)

@@ -17,29 +17,36 @@ from sqlalchemy import (
     Float,
     SmallInteger,
     Text,
+    bindparam,
     case,
     cast,
+    delete,
     func,
     literal,
+    or_,
     select,
     tuple_,
 )
-from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
+from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models import Workflow
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     WORKFLOW,
     Columns,
+    Connectable,
     NewWorkflow,
     execute,
     filled,
     interval,
+    record_of,
     scalars,
     table,
 )
+from sqla_durable.store.keys import ROUNDS, require_the_latest, sees_the_latest, unseen
 
 NEW: Columns = {
     "id": PG_UUID(),
@@ -60,8 +67,6 @@ NEW: Columns = {
     "version": Text(),
 }
 
-_FRESH = {"populate_existing": True}
-
 
 def add(session: Session, new: NewWorkflow) -> Workflow:
     """Add a workflow without a key to the session; it is inserted with the session's next flush."""
@@ -71,38 +76,115 @@ def add(session: Session, new: NewWorkflow) -> Workflow:
 
 
 def insert_unless_known(session: Session, new: NewWorkflow) -> Workflow:
-    """Insert a workflow with a key, or give the one that has it; the caller's transaction survives either way.
+    """Insert a workflow with a key, or return the one that has it; the caller's transaction survives either way.
 
-    Waits for another transaction that is inserting the same name and key, and gives its record if it commits. One that
-    is there already is not inserted: ON CONFLICT would wait for whoever is changing it, a caller's open cancel too.
+    Waits for another transaction that is inserting the same name and key, and returns its record if it commits. One
+    that is there already is not inserted: ON CONFLICT would wait for whoever is changing it, such as an open cancel.
     Source: PostgreSQL manual, INSERT, ON CONFLICT clause.
+
+    Raises:
+        KeyNotVisibleError: the record that has the key cannot be seen.
+        SnapshotKept: nothing was inserted: do it with `insert_in_snapshot`, in a savepoint.
     """
-    known = select(Workflow).where(Workflow.name == new.name, Workflow.key == new.key)
+    if session.autoflush:
+        session.flush()
+    name, key = new.name, new.key or ""
+    for _ in range(ROUNDS):
+        for statement in (_inserting(new, sees_the_latest()), _with_key(new)):
+            row = execute(session, statement).one_or_none()
+            if row is not None:
+                return record_of(session, row)
+        require_the_latest(session)
+    raise unseen("workflow", name=name, key=key)
+
+
+def insert_in_snapshot(session: Session, new: NewWorkflow) -> Workflow:
+    """Insert a workflow whose key is not known in the transaction's snapshot.
+
+    Raises:
+        KeyNotVisibleError: the record that has the key is hidden.
+        DBAPIError: it is newer than the snapshot: roll back to a savepoint.
+    """
+    row = execute(session, _inserting(new)).one_or_none()
+    if row is None:
+        raise unseen("workflow", name=new.name, key=new.key or "")
+    return record_of(session, row)
+
+
+def _with_key(new: NewWorkflow) -> Any:
+    return select(*WORKFLOW.c).where(WORKFLOW.c.name == new.name, WORKFLOW.c.key == new.key)
+
+
+def _inserting(new: NewWorkflow, *conditions: ColumnElement[bool]) -> Any:
     values = {name: _literal(name, value) for name, value in _values(new).items()}
-    statement = (
-        insert(Workflow)
-        .from_select(list(values), select(*values.values()).where(~known.exists()), include_defaults=False)
-        .on_conflict_do_nothing(index_elements=["name", "key"], index_where=Workflow.key.is_not(None))
-        .returning(Workflow)
+    source = select(*values.values()).where(~_with_key(new).exists(), *conditions)
+    return (
+        insert(WORKFLOW)
+        .from_select(list(values), source, include_defaults=False)
+        .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
+        .returning(*WORKFLOW.c)
     )
-    while True:
-        for attempt in (statement, known):
-            found = session.scalars(attempt, execution_options=_FRESH).one_or_none()
-            if found is not None:
-                return found
 
 
 def insert_many(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID]:
-    """Insert workflows by one statement; give their ids in order, for known keys those of the known workflows."""
+    """Insert workflows by one statement; return their ids in order, for known keys those of the known workflows.
+
+    Raises:
+        KeyNotVisibleError: the record that has one of the keys cannot be seen. Others may be inserted: `undo` that.
+        SnapshotKept: as `insert_unless_known`, with `insert_many_in_snapshot`, for all of them.
+    """
     ids: dict[UUID, UUID] = {}
-    while missing := [each for each in workflows if each.id not in ids]:
-        statement = _INSERT_MANY if all(each.key is None for each in missing) else _INSERT_MANY_UNLESS_KNOWN
-        inserted = scalars(session, statement, filled("batch", [new_row(each) for each in missing]))
-        ids |= {each: each for each in inserted}
-        known = _ids_by_key(session, [each for each in missing if each.id not in ids])
-        ids |= {each.id: known[each.name, each.key] for each in missing if (each.name, each.key) in known}
-        # Still missing: one that was in the way was deleted between the two statements.
+    for _ in range(ROUNDS):
+        missing = [each for each in workflows if each.id not in ids]
+        if missing:
+            statement = _INSERT_MANY if all(each.key is None for each in missing) else _INSERT_MANY_UNLESS_KNOWN
+            ids |= _inserted(session, statement, missing)
+            ids |= _known(session, [each for each in missing if each.id not in ids])
+            # Still missing: one that was in the way was deleted between the two statements, or cannot be seen.
+            if len(ids) < len(workflows):
+                require_the_latest(session)
+    if len(ids) < len(workflows):
+        raise hidden_among(session, workflows)
     return [ids[each.id] for each in workflows]
+
+
+def insert_many_in_snapshot(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID]:
+    """Do the same where the transaction keeps a snapshot, with those that are not inserted; in a savepoint.
+
+    Raises:
+        KeyNotVisibleError, DBAPIError: as `insert_in_snapshot`.
+    """
+    own = [each.id for each in workflows]
+    there = scalars(session, select(WORKFLOW.c.id).where(WORKFLOW.c.id == func.any(literal(own, ARRAY(PG_UUID())))))
+    ids = {each: each for each in there}
+    ids |= _inserted(session, _INSERT_MANY_IN_SNAPSHOT, [each for each in workflows if each.id not in ids])
+    ids |= _known(session, [each for each in workflows if each.id not in ids])
+    if len(ids) < len(workflows):
+        raise hidden_among(session, workflows)
+    return [ids[each.id] for each in workflows]
+
+
+def undo(session: Session, workflows: Sequence[NewWorkflow]) -> None:
+    """Delete those of the workflows that this transaction has inserted, by their new ids."""
+    ids = bindparam("ids", [each.id for each in workflows], type_=ARRAY(PG_UUID()))
+    execute(session, delete(WORKFLOW).where(WORKFLOW.c.id == func.any(ids)))
+
+
+def hidden_among(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> KeyNotVisibleError:
+    """Return the error for the first of the workflows whose key is taken by a record that cannot be seen."""
+    found = _ids_by_key(connectable, workflows)
+    hidden = [each for each in workflows if each.key is not None and (each.name, each.key) not in found]
+    first = (hidden or workflows)[0]
+    return unseen("workflow", name=first.name, key=first.key or "")
+
+
+def _inserted(session: Session, statement: Any, workflows: Sequence[NewWorkflow]) -> dict[UUID, UUID]:
+    return {each: each for each in scalars(session, statement, filled("batch", [new_row(each) for each in workflows]))}
+
+
+def _known(session: Session, workflows: Sequence[NewWorkflow]) -> dict[UUID, UUID]:
+    known = _ids_by_key(session, workflows)
+    return {each.id: known[each.name, each.key] for each in workflows if (each.name, each.key) in known}
 
 
 def _values(new: NewWorkflow) -> dict[str, Any]:
@@ -163,12 +245,12 @@ def new_row(new: NewWorkflow) -> dict[str, Any]:
     }
 
 
-def _ids_by_key(session: Session, workflows: Sequence[NewWorkflow]) -> dict[tuple[str, str | None], UUID]:
+def _ids_by_key(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> dict[tuple[str, str | None], UUID]:
     if not workflows:
         return {}
     keys = [(each.name, each.key) for each in workflows]
     columns = WORKFLOW.c.name, WORKFLOW.c.key, WORKFLOW.c.id
-    rows = execute(session, select(*columns).where(tuple_(WORKFLOW.c.name, WORKFLOW.c.key).in_(keys)))
+    rows = execute(connectable, select(*columns).where(tuple_(WORKFLOW.c.name, WORKFLOW.c.key).in_(keys)))
     return {(row.name, row.key): row.id for row in rows}
 
 
@@ -195,13 +277,10 @@ def new_columns(given: Any) -> dict[str, Any]:
     }
 
 
-def _insert_many_statement(*, keyed: bool) -> Any:
-    batch = table("batch", NEW)
+def _insert_many_statement(*conditions: ColumnElement[bool]) -> Any:
+    batch = _BATCH
     columns = new_columns(batch.c)
-    known = select(WORKFLOW.c.id).where(WORKFLOW.c.name == batch.c.name, WORKFLOW.c.key == batch.c.key)
-    source = select(*columns.values())
-    if keyed:
-        source = source.where(~known.exists())
+    source = select(*columns.values()).where(*conditions)
     return (
         insert(WORKFLOW)
         # In the order of keys: two callers that start the same keys wait for each other in one direction only.
@@ -211,6 +290,8 @@ def _insert_many_statement(*, keyed: bool) -> Any:
     )
 
 
-_INSERT_MANY = _insert_many_statement(keyed=False)
-
-_INSERT_MANY_UNLESS_KNOWN = _insert_many_statement(keyed=True)
+_BATCH = table("batch", NEW)
+_IS_UNKNOWN = ~select(WORKFLOW.c.id).where(WORKFLOW.c.name == _BATCH.c.name, WORKFLOW.c.key == _BATCH.c.key).exists()
+_INSERT_MANY = _insert_many_statement()
+_INSERT_MANY_UNLESS_KNOWN = _insert_many_statement(_IS_UNKNOWN, or_(_BATCH.c.key.is_(None), sees_the_latest()))
+_INSERT_MANY_IN_SNAPSHOT = _insert_many_statement(_IS_UNKNOWN)

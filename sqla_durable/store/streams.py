@@ -35,6 +35,7 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 import sqla_durable.store.steps as steps
+from sqla_durable.store import keys
 from sqla_durable.store._rows import (
     STEP,
     STREAM_ITEM,
@@ -57,6 +58,7 @@ from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, inser
 from sqla_durable.store.workflows import not_found
 from sqla_durable.unwinding import AttemptLost
 
+_ROUNDS = 1_000  # each is lost to another step that has appended
 _ITEM = STREAM_ITEM.c
 _NAME = cast(bindparam("stream_name", type_=Text()), Text)
 _ONE: ColumnElement[int] = literal_column("1")
@@ -211,7 +213,7 @@ def _append(
     name: str,
     values: Sequence[str | None],
 ) -> Appended:
-    while True:
+    for _ in range(_ROUNDS):
         row = execute(connectable, statement, parameters | {"stream_name": name, "items": list(values)}).one()
         if not row.owned:
             raise AttemptLost(workflow_id)
@@ -220,6 +222,7 @@ def _append(
         if row.closed:
             return Appended.CLOSED
         # Another step of this workflow has appended since the statement began.
+    raise keys.unseen("stream", name=name, key="the next item")
 
 
 def _append_statement(*, recorded: bool) -> Any:

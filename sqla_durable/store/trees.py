@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.models import Workflow
 from sqla_durable.status import FINISHED, WorkflowStatus
-from sqla_durable.store._rows import COMPENSATES, REQUESTED, WORKFLOW, refresh_known, scalars, status
+from sqla_durable.store._rows import COMPENSATES, REQUESTED, WORKFLOW, bind_arguments, refresh_known, scalars, status
 from sqla_durable.store.held import leaving
 from sqla_durable.store.selection import Wanted, among, hold, known, lock, look_again, still_wanted
 from sqla_durable.store.signals import asking
@@ -124,7 +124,7 @@ def erase(session: Session, ids: Sequence[UUID]) -> None:
     """Delete the workflows with everything that is theirs, and tell the session of those that it knows."""
     statement = delete(Workflow).where(among(ids))
     options = {"synchronize_session": "fetch"}
-    session.execute(statement, execution_options=options, bind_arguments={"mapper": Workflow})
+    session.execute(statement, execution_options=options, bind_arguments=bind_arguments())
 
 
 def _unfinished_of(roots: ColumnElement[bool]) -> ColumnElement[bool]:

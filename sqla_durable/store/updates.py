@@ -43,6 +43,7 @@ from sqla_durable.store._rows import (
     fence_row,
     scalar,
 )
+from sqla_durable.store.keys import require_the_latest
 from sqla_durable.store.signals import (
     ANSWER,
     REFUSED,
@@ -114,9 +115,25 @@ def send(session: Session, workflow_id: UUID, *, name: str, payload: str, key: s
     """Send an update, in the caller's transaction; give its id. None: another of the key was there first.
 
     Waits for another transaction that is sending the same name and key to the same workflow.
+
+    Raises:
+        SnapshotKept: nothing was sent: do it with `send_in_snapshot`, in a savepoint.
     """
     parameters = {"ids": [workflow_id], "signal_name": signal_of(name), "payload": payload, "signal_key": key}
     found: int | None = scalar(session, _SEND, parameters)
+    if found is None:
+        require_the_latest(session)
+    return found
+
+
+def send_in_snapshot(session: Session, workflow_id: UUID, *, name: str, payload: str, key: str | None) -> int | None:
+    """Do the same where the transaction keeps a snapshot, in a savepoint.
+
+    Raises:
+        DBAPIError: another of the key is newer than the snapshot: roll back to the savepoint.
+    """
+    parameters = {"ids": [workflow_id], "signal_name": signal_of(name), "payload": payload, "signal_key": key}
+    found: int | None = scalar(session, _SEND_IN_SNAPSHOT, parameters)
     return found
 
 
@@ -289,7 +306,8 @@ _ID: ColumnElement[str] = literal_column("'id'", type_=Text())
 _PAYLOAD: ColumnElement[str] = literal_column("'payload'", type_=Text())
 _UPDATE_LITERAL: ColumnElement[str] = literal_column(f"'{UPDATE}'", type_=Text())
 _RECEIVER = _receiver_statement()
-_SEND = sending().returning(SIGNAL.c.id)
+_SEND = sending()
+_SEND_IN_SNAPSHOT = sending(in_snapshot=True)
 _LOOK = _look_statement()
 _FIRST = first_untaken(_WANTED, _NAME, cast(SIGNAL.c.payload, Text).label("payload")).subquery("first")
 _OLDEST = select(_FIRST.c.id, _FIRST.c.payload).where(_FIRST.c.name == _NAME)

@@ -33,7 +33,6 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import WorkflowNotFoundError
-from sqla_durable.models import Workflow
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     SUSPECT,
@@ -43,6 +42,7 @@ from sqla_durable.store._rows import (
     Connectable,
     Fence,
     Standing,
+    connection_of,
     execute,
     fence_row,
     filled,
@@ -79,7 +79,7 @@ def standing(session: Session, workflow_id: UUID) -> Standing:
 def not_found(session: Session, workflow_id: UUID) -> WorkflowNotFoundError:
     """Give the error for a workflow that is not there."""
     return WorkflowNotFoundError(
-        f"no workflow {workflow_id} is visible in {session.get_bind(Workflow).engine.url.render_as_string()}: is the "
+        f"no workflow {workflow_id} is visible in {connection_of(session).engine.url.render_as_string()}: is the "
         "transaction that started it committed?",
         workflow_id=workflow_id,
     )

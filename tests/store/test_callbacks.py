@@ -69,6 +69,20 @@ def test_of_two_answers_at_once_one_stands_and_both_learn_which(engine: Engine) 
     assert outcomes(engine) == [{"value": 1}]
 
 
+# behaviour: O3 T9
+def test_answer_that_is_newer_than_the_snapshot_is_an_error_and_the_transaction_goes_on(engine: Engine) -> None:
+    _, made = make(engine)
+    with Session(engine.execution_options(isolation_level="REPEATABLE READ")) as session, Session(engine) as other:
+        session.execute(text("SELECT 1"))
+        complete_callback(other, made.token, 1)
+        other.commit()
+        with pytest.raises(errors.KeyNotVisibleError, match="snapshot") as caught:
+            complete_callback(session, made.token, 1)
+        assert made.token not in str(caught.value)
+        session.execute(text("SELECT 1"))
+    assert outcomes(engine) == [{"value": 1}]
+
+
 def test_answer_that_is_rolled_back_leaves_the_callback_to_the_other(engine: Engine) -> None:
     _, made = make(engine)
     with races.transaction(engine) as one, races.transaction(engine) as other:

@@ -1,0 +1,61 @@
+"""What all inserts under a key share: whoever has the key is found, and where he cannot be seen there is an error.
+
+In READ COMMITTED a statement sees what another transaction has inserted as soon as that is committed. In a stronger
+isolation level it sees what its snapshot has, and `ON CONFLICT DO NOTHING` of a newer row aborts the transaction
+(40001): there the caller sets a savepoint first. Source: PostgreSQL manual, Transaction Isolation; INSERT, ON CONFLICT.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import ColumnElement, Text, func, literal_column, select
+from sqlalchemy.orm import Session
+
+from sqla_durable.errors import KeyNotVisibleError
+from sqla_durable.store._rows import scalar
+
+ROUNDS = 5
+"""How often an insert and a search under a key are repeated: whoever has the key may be deleted between the two."""
+
+
+class SnapshotKept(Exception):
+    """Nothing was inserted, because the transaction keeps a snapshot: to be inserted in a savepoint."""
+
+
+def sees_the_latest() -> ColumnElement[bool]:
+    """Return the condition that each statement of the transaction has a snapshot of its own."""
+    setting: ColumnElement[str] = literal_column("'transaction_isolation'", type_=Text())
+    return func.current_setting(setting, type_=Text()) == literal_column("'read committed'", type_=Text())
+
+
+def require_the_latest(session: Session) -> None:
+    """Refuse to go on in a transaction that keeps a snapshot: an insert under a key needs a savepoint there.
+
+    Raises:
+        SnapshotKept: it does.
+    """
+    if not scalar(session, select(sees_the_latest())):
+        raise SnapshotKept
+
+
+def unseen(what: str, *, name: str, key: str) -> KeyNotVisibleError:
+    """Return the error for a key that is taken by a row which is found nowhere."""
+    return KeyNotVisibleError(
+        f"{what} {name!r} with the key {key!r} is there, for it cannot be inserted, and this session cannot see it: a "
+        "policy of row level security hides it, as where two tenants have one key, or somebody deletes it again and "
+        "again. Nothing was written, and the transaction is usable. Make the tenant a part of the key, or let the "
+        "policy show the row.",
+        name=name,
+        key=key,
+    )
+
+
+def newer(what: str, *, name: str, key: str) -> KeyNotVisibleError:
+    """Return the error for a key that is taken by a row newer than the transaction's snapshot."""
+    return KeyNotVisibleError(
+        f"{what} {name!r} with the key {key!r} was inserted by another transaction after this one had its snapshot "
+        "(REPEATABLE READ or SERIALIZABLE), which cannot see it. Nothing was written, and the transaction is usable. "
+        "Do it in a new transaction, or in READ COMMITTED.",
+        name=name,
+        key=key,
+        is_newer=True,
+    )
