@@ -19,6 +19,7 @@ from sqla_durable.retry import sqlstate
 from sqla_durable.store import connection_of, management, trees
 from sqla_durable.store.selection import Wanted, workers_of
 
+_ROUNDS = 5  # in which a cancel begins again with its locks, to take them in the order of ids
 _REFERENCED = ("23503", "23001")  # foreign_key_violation, restrict_violation
 
 
@@ -240,15 +241,24 @@ def delete(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
 
 def _cancel(session: Session, wanted: Wanted) -> list[UUID]:
     connection = connection_of(session)
-    while True:
+    held: list[UUID] = []
+    for _ in range(_ROUNDS):
         with connection.begin_nested() as savepoint:
             held, complete = trees.hold_unfinished(session, wanted)
             if complete:
-                workers = workers_of(session, held)
-                enqueued = [hints.EVERYWHERE] if trees.cancel(session, held, wanted) else []
-                hints.announce(session, *enqueued, *map(hints.to_worker, workers))
-                return held
+                return _cancelled(session, held, wanted)
             savepoint.rollback()  # which gives the locks back
+    complete = False
+    while not complete:  # a tree that grows all the time: what is held starts nothing more
+        held, complete = trees.hold_unfinished(session, wanted)
+    return _cancelled(session, held, wanted)
+
+
+def _cancelled(session: Session, held: list[UUID], wanted: Wanted) -> list[UUID]:
+    workers = workers_of(session, held)
+    enqueued = [hints.EVERYWHERE] if trees.cancel(session, held, wanted) else []
+    hints.announce(session, *enqueued, *map(hints.to_worker, workers))
+    return held
 
 
 def _resume(session: Session, wanted: Wanted) -> list[UUID]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, repeat
+
+from sqlalchemy import Connection
 
 from sqla_durable.errors import HistoryMismatchError
 from sqla_durable.failure import Failure
@@ -216,14 +219,12 @@ class Attempts:
     async def _hold_back(self, attempt: Attempt) -> None:
         """Park a workflow until another deploy may fit its history: not a crash, or a bad deploy would fail it."""
         park = Park(attempt.fence, _HELD_BACK)
-        for pause in _PAUSES:
-            unwritten = await persistently(
-                self._database, lambda connection: batches.write(connection, [], [park]), what="hold back"
-            )
-            if not unwritten.ends:
-                return
-            await asyncio.sleep(pause)
-        log.warning("workflow %s is not parked: another transaction holds its row, or has it", attempt.workflow_id)
+
+        def suspend(connection: Connection) -> bool:
+            fences = [attempt.fence]
+            return not batches.write(connection, [], [park]).ends or not workflows.still_owned(connection, fences)
+
+        await self._until_written(attempt.fence, suspend, what="hold back")
 
     async def _abandon_if_owned(self, attempt: Attempt) -> None:
         """Count an attempt that ended itself, by a step that cancels its own workflow for example, as a crash."""
@@ -235,12 +236,25 @@ class Attempts:
 
     async def _abandon(self, attempt: Attempt, error: BaseException) -> None:
         reason = f"the engine broke with {type(error).__name__}: {error}".replace("\0", "\\0")
-        abandon = partial(crashes.abandon, fence=attempt.fence, reason=reason, max_attempts=self._max_attempts)
-        for pause in _PAUSES:
-            if await persistently(self._database, abandon, what="abandon"):
+        await self._count(attempt.fence, reason)
+
+    async def count_unread(self, fence: Fence) -> None:
+        """Count a crash of a claimed workflow whose history does not arrive within the time limit."""
+        log.error("workflow %s: its history does not arrive within the time limit of a claim", fence.workflow_id)
+        await self._count(fence, "its history did not arrive within the time limit")
+
+    async def _count(self, fence: Fence, reason: str) -> None:
+        abandon = partial(crashes.abandon, fence=fence, reason=reason, max_attempts=self._max_attempts)
+        await self._until_written(fence, abandon, what="abandon")
+
+    async def _until_written(self, fence: Fence, write: Callable[[Connection], bool], *, what: str) -> None:
+        """Write how an attempt ended, however long somebody holds the row: else it would be released uncounted."""
+        for number, pause in enumerate(chain(_PAUSES, repeat(_PAUSES[-1]))):
+            if await persistently(self._database, write, what=what) or self._surroundings.stopping.is_set():
                 return
+            if number == len(_PAUSES):
+                log.warning("workflow %s: %s waits for a transaction that holds its row", fence.workflow_id, what)
             await asyncio.sleep(pause)
-        log.warning("workflow %s is not handed back: another transaction holds its row", attempt.workflow_id)
 
 
 def _tell(attempt: Attempt, completion: Completion) -> None:

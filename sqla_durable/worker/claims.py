@@ -17,6 +17,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.retry import ObstacleRetry, first_line
 from sqla_durable.store import Claimed, queues
+from sqla_durable.store import Claimed, Fence, queues
 from sqla_durable.store.queues import FRONT
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.database import Database
@@ -108,12 +109,15 @@ class Claims:
     async def _claim(self) -> list[Claimed]:
         """Claim, and begin to execute what was claimed; less at once after a failure.
 
-        The histories of a full batch may be longer than what arrives within the time limit.
+        The histories of a full batch may be longer than what arrives within the time limit. A workflow whose own one is
+        so for the second time has crashed: it is claimed later, and others before it.
         """
         again = ObstacleRetry()
+        unread: Fence | None = None
         while True:
             token = uuid7()
             self._wanted = min(self._attempts.free, self._most)
+            batch = queues.Batch([], {})
             try:
                 with self._heartbeat.claiming(token):
                     batch = await self._claim_once(token, self._wanted)
@@ -128,6 +132,9 @@ class Claims:
                 if seconds is None:
                     raise
                 log.warning("claim: %s; trying again in %.1f s", first_line(error), seconds)
+                before, unread = unread, batch.claimed[0].fence if len(batch.claimed) == 1 else None
+                if before is not None and unread is not None and before.workflow_id == unread.workflow_id:
+                    await self._attempts.count_unread(unread)
                 await asyncio.sleep(seconds)
                 # The claim may have been carried out, and its acknowledgement lost.
                 await self._heartbeat.release_strays()

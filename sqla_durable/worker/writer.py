@@ -31,6 +31,7 @@ Row: TypeAlias = Checkpoint | Completion | Park
 _BATCH = 500
 _BATCH_SIZE = 4 * 1024 * 1024  # characters: what the server cannot take in within the time limit is never written
 _SHORTEST_RETRY, _LONGEST_RETRY = 0.02, 1.0
+_SHOWN = 5  # workflows in a line of the log
 
 
 @dataclass(slots=True)
@@ -145,6 +146,9 @@ class Writer:
     def _delay(self, writes: list[Write]) -> None:
         if not self._delayed:
             self._loop.call_later(self._retry, self._try_delayed)
+            if self._retry < _LONGEST_RETRY <= 2 * self._retry:
+                held = ", ".join(sorted({str(each.fence.workflow_id) for each in writes})[:_SHOWN])
+                log.warning("what %s record waits for transactions that hold their rows, such as an open cancel", held)
             self._retry = min(2 * self._retry, _LONGEST_RETRY)
         self._delayed += writes
 

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, event, select, text
+from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
@@ -172,6 +172,30 @@ def test_a_child_that_is_started_before_the_lock_is_cancelled_too(engine: Engine
         assert cancelling.result() == [low, fence.workflow_id]
         operator.session.commit()
     assert races.status_of(engine, low) is CANCELLED
+
+
+def test_a_tree_that_grows_all_the_time_is_cancelled_all_the_same(engine: Engine, session: Session) -> None:
+    """Each look finds another child; after a few rounds the locks are kept: what is held starts nothing more."""
+    # behaviour: M1
+    parent = histories.claimed(session).workflow_id
+    session.commit()
+    begun_again: list[None] = []
+    started: list[UUID] = []
+
+    def interfere(_connection: Any, _cursor: Any, statement: str, *_more: Any) -> None:
+        if statement.startswith("ROLLBACK TO"):
+            begun_again.append(None)
+        if len(started) < 10 and "FROM durable.workflow" in statement and "FOR NO KEY UPDATE" not in statement:
+            with Session(engine) as other:
+                started.append(histories.child(other, parent))
+
+    canceller = create_engine(engine.url)
+    event.listen(canceller, "before_cursor_execute", interfere)
+    with Session(canceller) as own:
+        assert cancel(own, parent) == [parent, *started]
+        own.commit()
+    canceller.dispose()
+    assert (len(started), len(begun_again)) == (10, 5)
 
 
 def test_rows_are_given_back_before_they_are_taken_again(engine: Engine, session: Session) -> None:

@@ -1,0 +1,85 @@
+"""What a worker claims and cannot begin, or cannot end: it is counted, and does not keep the others."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, event, func
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqla_durable import Durable, Worker, Workflow, WorkflowStatus
+from sqla_durable.worker import attempts, settings
+from tests.store import races
+
+
+def _short(_lease: timedelta) -> float:
+    return 0.3
+
+
+# behaviour: O2 R4
+def test_a_history_that_does_not_arrive_is_counted_and_lets_others_go_first(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server takes longer for it than a claim may last, every time."""
+    monkeypatch.setattr(settings, "time_limit", _short)
+    durable = Durable()
+
+    @durable.workflow
+    def checkout() -> str:
+        return "done"
+
+    with Session(engine) as session:
+        (long,) = races.enqueue(session, attempt=2, started_at=func.statement_timestamp())
+        (other,) = races.enqueue(session)
+        session.commit()
+    slow = create_engine(engine.url)
+
+    def delay(_connection: Any, cursor: Any, statement: str, parameters: Any, *_more: Any) -> None:
+        if statement.startswith("SELECT durable.step.workflow_id") and str(long) in repr(parameters):
+            cursor.execute("SELECT pg_sleep(3)")
+
+    event.listen(slow, "before_cursor_execute", delay)
+    poll = timedelta(seconds=0.02)
+    with Worker(durable, sessionmaker=sessionmaker(slow), poll_interval=poll, concurrency=2, max_attempts=1):
+        races.wait_until(lambda: races.status_of(engine, other) is WorkflowStatus.SUCCEEDED)
+        races.wait_until(lambda: races.status_of(engine, long) is WorkflowStatus.FAILED)
+    with Session(engine) as session:
+        error = session.get_one(Workflow, long).error
+    assert error is not None
+    assert "its history did not arrive within the time limit" in error["message"]
+    assert "does not arrive" in caplog.text
+    slow.dispose()
+
+
+class Odd(BaseException):
+    """What ends an attempt without an outcome."""
+
+
+# behaviour: O4 R4
+def test_an_attempt_that_ended_itself_is_counted_however_long_somebody_holds_its_row(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Given up, it would be released by a heartbeat, as unknown, and executed again and again at that pace."""
+    monkeypatch.setattr(attempts, "_PAUSES", (0.01, 0.01))
+    durable = Durable()
+    holders: list[races.Transaction] = []
+
+    @durable.workflow
+    def checkout() -> None:
+        holders.append(races.Transaction(engine))
+        races.lock(holders[-1].session, workflow_id)
+        raise Odd
+
+    with Session(engine) as session:
+        (workflow_id,) = races.enqueue(session)
+    poll, lease = timedelta(seconds=0.02), timedelta(seconds=0.3)
+    with Worker(
+        durable, sessionmaker=sessionmaker(engine), poll_interval=poll, lease=lease, listen=False, max_attempts=1
+    ):
+        races.wait_until(lambda: "waits for a transaction that holds its row" in caplog.text)
+        assert races.status_of(engine, workflow_id) is WorkflowStatus.RUNNING
+        holders[0].session.close()
+        races.wait_until(lambda: races.status_of(engine, workflow_id) is WorkflowStatus.FAILED)
+    assert len(holders) == 1
