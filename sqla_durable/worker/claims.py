@@ -16,7 +16,6 @@ from sqlalchemy import Connection
 from uuid_utils.compat import uuid7
 
 from sqla_durable.retry import ObstacleRetry, first_line
-from sqla_durable.store import Claimed, queues
 from sqla_durable.store import Claimed, Fence, queues
 from sqla_durable.store.queues import FRONT
 from sqla_durable.worker.attempts import Attempts
