@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 from hypothesis import strategies as st
 
 from sqla_durable import current, parallel
-from sqla_durable.unwinding import Released
 from tests.acceptance.application import Form, drive
 
 
@@ -88,6 +87,10 @@ def leaves(found: Any) -> Iterator[str]:
             yield from leaves(each)
 
 
+class PowerCut(BaseException):
+    """Ends an attempt in the middle of its steps."""
+
+
 @dataclass
 class Gate:
     """Where steps wait until every live branch has come, or has ended; then one of them goes on, as drawn.
@@ -145,7 +148,7 @@ class Gate:
 
     def _leave(self, key: str) -> str:
         if self.killed:
-            raise Released
+            raise PowerCut
         self.executed[key] += 1
         return key
 

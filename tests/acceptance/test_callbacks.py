@@ -37,7 +37,6 @@ from sqla_durable import (
     parallel,
     rewind,
     signal,
-    unwinding,
     uuid4,
     wait_signal,
 )
@@ -329,6 +328,10 @@ def test_joined_executor_does_not_wait_for_what_nobody_can_answer(shell: Shell, 
 # What operators do. Executed by executors, where what is looked for is looked for ten times a second.
 
 
+class PowerCut(BaseException):
+    """Ends an executor in the middle of a workflow."""
+
+
 @pytest.fixture
 def durable() -> Durable:
     return Durable()
@@ -344,12 +347,12 @@ def waiting(session: Session, durable: Durable) -> tuple[Any, UUID, str]:
         uuid4()  # which a fork may be from
         if leaves:
             leaves.clear()
-            raise unwinding.Released
+            raise PowerCut
         return callback.result()
 
     workflow_id = pay.start(session).id
     session.commit()
-    with pytest.raises(unwinding.Released):
+    with pytest.raises(PowerCut):
         Executor(session).execute(pay, workflow_id)
     return pay, workflow_id, made(session, workflow_id)
 
