@@ -25,7 +25,7 @@ from sqlalchemy.pool import Pool
 
 from sqla_durable.store import connection_of, hints, schema
 from sqla_durable.store.drivers import alone
-from sqla_durable.store.hints import EVERYWHERE, SENT, Hint, to_queue, to_worker
+from sqla_durable.store.hints import EVERYWHERE, LATE, SENT, Hint, to_queue, to_worker
 from sqla_durable.undisturbed import Undisturbed
 
 __all__ = ["EVERYWHERE", "INTERVAL", "SENT", "announce", "to_queue", "to_worker"]
@@ -36,6 +36,7 @@ INTERVAL = 0.01
 log = logging.getLogger("sqla_durable.hints")
 
 _LAST_MOMENT = 0.3  # seconds at the interpreter's exit
+_LONG = 1.0  # seconds between a change and its commit, after which workers are to look back
 _IDLE = 2.0  # seconds until a thread without hints ends
 _KEY = "sqla_durable.hints"  # in Session.info
 # Their one connection may be in the caller's transaction, or the caller may be refused while it is taken.
@@ -73,6 +74,7 @@ class _Announced:
     engine: Engine
     channel: str
     payloads: set[str] = field(default_factory=set[str])
+    began: float = field(default_factory=time.monotonic)
 
 
 @event.listens_for(Session, "after_commit")
@@ -82,6 +84,8 @@ def _after_commit(session: Session) -> None:
         return
     announced: _Announced = session.info.pop(_KEY)
     if announced.transaction is session.get_transaction():
+        if time.monotonic() - announced.began > _LONG:
+            announced.payloads.add(LATE)
         _send(announced)
 
 

@@ -303,7 +303,7 @@ class Signal(Base):
             postgresql_where=text("key IS NOT NULL"),
         ),
         # What no worker has seen yet.
-        Index("signal_new_idx", "id", postgresql_where=text("delivered_at IS NULL")),
+        Index("signal_new_idx", "created_at", postgresql_where=text("delivered_at IS NULL")),
         # What nobody has taken: the oldest of a name is the first, however many were taken before.
         Index("signal_untaken_idx", "workflow_id", "name", "id", postgresql_where=text("consumed_by IS NULL")),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 
 from sqlalchemy import BigInteger, Identity, MetaData, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -10,8 +11,11 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqla_durable.durable import Durable
 from sqla_durable.models import SCHEMA
 from sqla_durable.signals import wait_signal
+from sqla_durable.timers import sleep
 
 durable = Durable()
+
+_AS_A_ROW = timedelta(seconds=1.5)  # longer than what is waited for in memory
 
 
 class Base(DeclarativeBase):
@@ -57,6 +61,13 @@ async def look_at_clock() -> float:
 @durable.workflow
 async def one_step(number: int) -> int:
     """Take one plain step."""
+    return await increment(number)
+
+
+@durable.workflow
+async def suspended_once(number: int) -> int:
+    """Wait as a row, then take one plain step."""
+    await sleep(_AS_A_ROW)
     return await increment(number)
 
 

@@ -14,6 +14,7 @@ from sqlalchemy import (
     CTE,
     ColumnElement,
     Connection,
+    DateTime,
     Executable,
     FromClause,
     Interval,
@@ -62,6 +63,9 @@ Connectable: TypeAlias = Session | Connection
 """Where a statement is executed: a caller's session, or a connection of the engine's own."""
 
 Columns: TypeAlias = Mapping[str, TypeEngine[Any]]
+
+BEGINNING = "-infinity"
+"""The time before all others: a statement that takes `since` passes over nothing."""
 
 SUSPECT = 2
 """From how many crashes in a row on a workflow is taken for what may have killed its workers."""
@@ -315,6 +319,20 @@ def _rows_of(name: str) -> str:
 def status(value: WorkflowStatus) -> ColumnElement[str]:
     """Give a status as a literal: bound as a parameter, a generic plan cannot use a partial index."""
     return literal_column(f"'{value}'", type_=WORKFLOW.c.status.type)
+
+
+def has_status(table: FromClause, value: WorkflowStatus) -> ColumnElement[bool]:
+    """Compare the status of rows that are found otherwise, such as by their ids.
+
+    As an expression that fits no index: that of a status is small, and would be read whole, until a snapshot that is
+    open elsewhere keeps what is dead in it.
+    """
+    return func.concat(table.c.status) == literal_column(f"'{value}'", type_=Text())
+
+
+def beginning(name: str = "since") -> ColumnElement[datetime]:
+    """Return the parameter of the time at which a scan begins; as text, because a driver cannot send `-infinity`."""
+    return cast(cast(bindparam(name, type_=Text()), Text), DateTime(timezone=True))
 
 
 def unfinished() -> ColumnElement[bool]:

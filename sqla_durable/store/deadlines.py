@@ -17,10 +17,12 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
+    BEGINNING,
     COMPENSATES,
     OVERDUE,
     WORKFLOW,
     Connectable,
+    beginning,
     execute,
     materialized,
     refresh_known,
@@ -44,9 +46,12 @@ class Overdue:
     worker_id: UUID | None
 
 
-def fail_overdue(connectable: Connectable, *, limit: int) -> list[Overdue]:
-    """Fail at most `limit` workflows whose deadline has come, those that nobody else holds; locks their rows."""
-    rows = execute(connectable, _FAIL_OVERDUE, {"limit": limit})
+def fail_overdue(connectable: Connectable, *, limit: int, since: str = BEGINNING) -> list[Overdue]:
+    """Fail at most `limit` workflows whose deadline has come, those that nobody else holds; locks their rows.
+
+    What was to be finished before `since` is passed over.
+    """
+    rows = execute(connectable, _FAIL_OVERDUE, {"limit": limit, "since": since})
     return [Overdue(row.id, row.name, row.finished_at is None, row.executing_id) for row in rows]
 
 
@@ -125,5 +130,7 @@ def _error() -> Any:
     )
 
 
-_FAIL_OVERDUE = _fail_statement(limit=bindparam("limit", type_=Integer()), skip_locked=True)
+_FAIL_OVERDUE = _fail_statement(
+    WORKFLOW.c.deadline_at >= beginning(), limit=bindparam("limit", type_=Integer()), skip_locked=True
+)
 _FAIL_ONE = _fail_statement(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), limit=1, skip_locked=False)

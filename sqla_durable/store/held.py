@@ -33,7 +33,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store._rows import SIGNAL, STEP, WORKFLOW, Connectable, execute, materialized, status
+from sqla_durable.store._rows import BEGINNING, SIGNAL, STEP, WORKFLOW, Connectable, execute, has_status, materialized
 from sqla_durable.store.signals import LEFT, is_new
 
 _LEAVERS = 100
@@ -45,12 +45,13 @@ def release(connectable: Connectable, *, ids: Sequence[UUID], limit: int) -> int
     return len(execute(connectable, _RELEASE, {"ids": list(ids), "limit": limit}).all())
 
 
-def release_left(connectable: Connectable, *, limit: int) -> int:
+def release_left(connectable: Connectable, *, limit: int, since: str = BEGINNING) -> int:
     """Let go what parents have left behind, at most `limit` of each; give how many.
 
-    What does not go now, because somebody holds its row, goes another time.
+    What does not go now, because somebody holds its row, goes another time. What was left before `since` is passed
+    over.
     """
-    return len(execute(connectable, _RELEASE_LEFT, {"limit": limit}).all())
+    return len(execute(connectable, _RELEASE_LEFT, {"limit": limit, "since": since}).all())
 
 
 def leave(connectable: Connectable, parents: Sequence[UUID]) -> None:
@@ -69,7 +70,7 @@ def leaving(parents: FromClause) -> Any:
 def is_held(table: FromClause = WORKFLOW) -> ColumnElement[bool]:
     """Tell a child that waits for others to end."""
     return and_(
-        table.c.status == status(WorkflowStatus.SUSPENDED),
+        has_status(table, WorkflowStatus.SUSPENDED),
         table.c.wake_at.is_(None),
         table.c.awaits.is_(None),
         table.c.started_at.is_(None),
@@ -100,7 +101,7 @@ def _release_left_statement() -> Any:
     left = materialized(
         select(SIGNAL.c.workflow_id, SIGNAL.c.id)
         .where(is_new(), SIGNAL.c.name == literal_column(f"'{LEFT}'"))
-        .order_by(SIGNAL.c.id)
+        .order_by(SIGNAL.c.created_at)
         .limit(literal_column(str(_LEAVERS)))
         .with_for_update(key_share=True, skip_locked=True),
         "left",

@@ -3,7 +3,8 @@
 A hint is a channel and a payload. The channel is named after the schema that holds the tables, because notifications
 reach the whole database. The payload says of what kind the hint is, and whom it concerns: `q:mail` is for whoever
 claims from the queue `mail`, `w:` and a worker's id for that worker, `s:` for every worker, which deliver what was sent
-to workflows. One of no kind, as the empty text, is for all: to look at everything.
+to workflows; `l:` says that something was committed late or released. One of no kind, as the empty text, is for all:
+to look at everything.
 """
 
 from __future__ import annotations
@@ -33,8 +34,14 @@ class Kind(StrEnum):
     """There is something in a queue."""
     WORKER = "w"
     """Something has been taken from a worker that it is executing."""
+    LATE = "l"
+    """Something stands where workers do not look at each poll: it was committed late, or released."""
     SENT = "s"
     """Something was sent to a workflow."""
+
+
+LATE = f"{Kind.LATE}:"
+"""The payload of a hint for every worker: to look at all there is, from the beginning of each index."""
 
 
 SENT = f"{Kind.SENT}:"

@@ -7,7 +7,8 @@ statements that do it, each of which looks for itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -15,12 +16,44 @@ from sqlalchemy import ColumnElement, Float, and_, bindparam, cast, func, litera
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store._rows import SIGNAL, WORKER, WORKFLOW, Connectable, execute, status
+from sqla_durable.store._rows import BEGINNING, QUEUE, SIGNAL, WORKER, WORKFLOW, Connectable, beginning, execute, status
 from sqla_durable.store.deadlines import is_overdue
-from sqla_durable.store.queues import FRONT, known, listened_queues, listening, pending_in
+from sqla_durable.store.queues import Stretches, known, listened_queues, listening, pending_in
 from sqla_durable.store.signals import LEFT, is_new
 
-_NEVER = text("timestamptz 'infinity'")
+LATE = timedelta(seconds=2)
+"""How long after its statement a transaction may commit, and still be seen by looks that do not read everything."""
+
+_LATE = text("interval '2 seconds'")
+_DEAD_LATELY = text("interval '1 minute'")
+_EARLIEST = text("timestamptz '0001-01-02 00:00Z'")  # the first that Python's datetime holds in every time zone
+_MONTH = 30 * 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """The times before which looks have found nothing that is to be done; the next look begins there.
+
+    What is dead in the indexes before them is not passed over again. It stays there for as long as a snapshot is open
+    elsewhere, because vacuum cannot remove it.
+
+    Attributes:
+        wake_at: of what is suspended.
+        deadline_at: of deadlines that have come.
+        sent_at: of signals that are not delivered.
+        expired_at: of leases of dead workers.
+        looked_at: when these were found out; None where they are the beginning.
+    """
+
+    wake_at: str = BEGINNING
+    deadline_at: str = BEGINNING
+    sent_at: str = BEGINNING
+    expired_at: str = BEGINNING
+    looked_at: datetime | None = None
+
+
+EVERYTHING = Marks()
+"""The marks with which everything is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +69,8 @@ class Seen:
         alive: the lease of the worker that looks is live.
         overdue: the deadline of something unfinished has come.
         left: a parent has left held children behind; its row is one of the undelivered, too.
+        paused: the names of the queues that are paused, in order.
+        marks: where the next look may begin.
     """
 
     claimable: bool
@@ -46,21 +81,59 @@ class Seen:
     alive: bool
     overdue: bool = False
     left: bool = False
+    paused: tuple[str, ...] = ()
+    marks: Marks = field(default=EVERYTHING, compare=False)
 
 
 def look(
     connectable: Connectable,
     *,
     worker_id: UUID,
-    queues: Sequence[str],
+    stretches: Stretches,
     names: Sequence[str],
     versions: Sequence[str] = (),
+    marks: Marks = EVERYTHING,
+    within: float = _MONTH,
 ) -> Seen:
-    """Look, in one statement that takes no lock. Without queues nothing is claimable; no versions mean all of them."""
-    parameters = {"looking_id": worker_id} | known(names, versions) | listening(dict.fromkeys(queues, FRONT))
-    row = execute(connectable, _LOOK, parameters).one()
-    next_due_in = None if row.next_due_in is None else float(row.next_due_in)
-    return Seen(row.claimable, row.due, next_due_in, row.undelivered, row.abandoned, row.alive, row.overdue, row.left)
+    """Look, in one statement that takes no lock.
+
+    Args:
+        worker_id: the worker that looks.
+        stretches: the parts of queues in which something may be claimable; without any, nothing is.
+        names: the workflows that it may claim.
+        versions: and their versions; none mean all of them.
+        marks: where to begin.
+        within: how many seconds ahead the next time or deadline is looked for.
+    """
+    parameters = {"looking_id": worker_id} | known(names, versions) | listening(stretches)
+    row = execute(connectable, _LOOK, parameters | _beginning(marks) | {"within": within}).one()
+    return Seen(
+        claimable=row.claimable,
+        due=row.due,
+        next_due_in=None if row.next_due_in is None else float(row.next_due_in),
+        undelivered=row.undelivered,
+        abandoned=row.abandoned,
+        alive=row.alive,
+        overdue=row.overdue,
+        left=row.left,
+        paused=tuple(sorted(row.paused or ())),
+        marks=Marks(
+            wake_at=row.wake_mark.isoformat(),
+            deadline_at=row.deadline_mark.isoformat(),
+            sent_at=row.sent_mark.isoformat(),
+            expired_at=row.expired_mark.isoformat(),
+            looked_at=row.looked_at,
+        ),
+    )
+
+
+def _beginning(marks: Marks) -> dict[str, str]:
+    return {
+        "since_wake": marks.wake_at,
+        "since_deadline": marks.deadline_at,
+        "since_sent": marks.sent_at,
+        "since_expired": marks.expired_at,
+    }
 
 
 def _claimable() -> ColumnElement[bool]:
@@ -72,24 +145,24 @@ def _claimable() -> ColumnElement[bool]:
     return select(first.c.id).select_from(listened.join(first, true())).exists()
 
 
-def _due() -> ColumnElement[bool]:
-    return select(WORKFLOW.c.id).where(_suspended(), WORKFLOW.c.wake_at <= func.statement_timestamp()).exists()
+def _first(column: ColumnElement[datetime], *conditions: ColumnElement[bool]) -> Any:
+    return select(func.min(column)).where(*conditions).scalar_subquery()
+
+
+def _mark(first: Any) -> Any:
+    """Return the time before which there is nothing, less what may be committed late."""
+    return func.greatest(func.coalesce(first, func.statement_timestamp()), _EARLIEST) - _LATE
 
 
 def _next_due_in() -> Any:
-    # How long it is until "infinity", PostgreSQL 16 and older refuse to say.
-    ahead = and_(WORKFLOW.c.wake_at > func.statement_timestamp(), WORKFLOW.c.wake_at < _NEVER)
-    later = select(func.min(WORKFLOW.c.wake_at)).where(_suspended(), ahead)
-    limited = and_(WORKFLOW.c.finished_at.is_(None), WORKFLOW.c.deadline_at < _NEVER)
-    deadline = select(func.min(WORKFLOW.c.deadline_at)).where(
-        limited, WORKFLOW.c.deadline_at > func.statement_timestamp()
-    )
-    next_at = func.least(later.scalar_subquery(), deadline.scalar_subquery())
-    return cast(func.extract("epoch", next_at - func.statement_timestamp()), Float)
+    ahead = func.statement_timestamp() + func.make_interval(*[literal_column("0")] * 6, _WITHIN)
+    later = _first(WORKFLOW.c.wake_at, _SUSPENDED, _between(WORKFLOW.c.wake_at, ahead))
+    deadline = _first(WORKFLOW.c.deadline_at, WORKFLOW.c.finished_at.is_(None), _between(WORKFLOW.c.deadline_at, ahead))
+    return cast(func.extract("epoch", func.least(later, deadline) - func.statement_timestamp()), Float)
 
 
-def _suspended() -> ColumnElement[bool]:
-    return WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED)
+def _between(column: ColumnElement[datetime], ahead: Any) -> ColumnElement[bool]:
+    return and_(column > func.statement_timestamp(), column <= ahead)
 
 
 def _abandoned() -> ColumnElement[bool]:
@@ -100,7 +173,7 @@ def _abandoned() -> ColumnElement[bool]:
         .limit(1)
         .lateral("left_behind")
     )
-    dead = WORKER.c.lease_expires_at <= func.statement_timestamp()
+    dead = WORKER.c.lease_expires_at.between(beginning("since_expired"), func.statement_timestamp())
     return select(left.c.id).select_from(WORKER.join(left, true())).where(dead).exists()
 
 
@@ -109,13 +182,34 @@ def _alive() -> ColumnElement[bool]:
     return select(WORKER.c.id).where(mine, WORKER.c.lease_expires_at > func.statement_timestamp()).exists()
 
 
-_LOOK = select(
-    _claimable().label("claimable"),
-    _due().label("due"),
-    _next_due_in().label("next_due_in"),
-    select(SIGNAL.c.id).where(is_new()).exists().label("undelivered"),
-    _abandoned().label("abandoned"),
-    _alive().label("alive"),
-    select(WORKFLOW.c.id).where(is_overdue()).exists().label("overdue"),
-    select(SIGNAL.c.id).where(is_new(), SIGNAL.c.name == literal_column(f"'{LEFT}'")).exists().label("left"),
-)
+def _look_statement() -> Any:
+    due = WORKFLOW.c.wake_at.between(beginning("since_wake"), func.statement_timestamp())
+    firsts = select(
+        _first(WORKFLOW.c.wake_at, _SUSPENDED, due).label("first_wake_at"),
+        _first(WORKFLOW.c.deadline_at, is_overdue(), WORKFLOW.c.deadline_at >= beginning("since_deadline")).label(
+            "first_deadline_at"
+        ),
+        _first(SIGNAL.c.created_at, is_new("since_sent")).label("first_sent_at"),
+    ).cte("firsts")
+    is_left = SIGNAL.c.name == literal_column(f"'{LEFT}'")
+    return select(
+        firsts.c.first_wake_at.is_not(None).label("due"),
+        _claimable().label("claimable"),
+        _next_due_in().label("next_due_in"),
+        _abandoned().label("abandoned"),
+        _alive().label("alive"),
+        select(SIGNAL.c.id).where(is_new("since_sent"), is_left).exists().label("left"),
+        select(func.array_agg(QUEUE.c.name)).where(QUEUE.c.paused_at.is_not(None)).scalar_subquery().label("paused"),
+        firsts.c.first_deadline_at.is_not(None).label("overdue"),
+        firsts.c.first_sent_at.is_not(None).label("undelivered"),
+        _mark(firsts.c.first_wake_at).label("wake_mark"),
+        _mark(firsts.c.first_deadline_at).label("deadline_mark"),
+        _mark(firsts.c.first_sent_at).label("sent_mark"),
+        (func.statement_timestamp() - _DEAD_LATELY).label("expired_mark"),
+        func.statement_timestamp().label("looked_at"),
+    )
+
+
+_WITHIN = bindparam("within", type_=Float())
+_SUSPENDED = WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED)
+_LOOK = _look_statement()

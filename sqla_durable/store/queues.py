@@ -6,10 +6,11 @@ claim never waits for another one, nor for anybody's open transaction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 
 from sqlalchemy import (
@@ -64,6 +65,9 @@ _PLACE: Columns = {"priority": SmallInteger(), "enqueued_at": DateTime(timezone=
 _EARLIEST, _LATEST = text("timestamptz '0001-01-02 00:00Z'"), text("timestamptz '9999-12-30 00:00Z'")
 
 
+_NO_PRIORITY = 32_768  # more than a smallint holds
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a workflow stands in its queue; the claim takes what comes after."""
@@ -78,11 +82,24 @@ FRONT = Place(-32_768, "-infinity", UUID(int=0))
 
 
 @dataclass(frozen=True, slots=True)
+class Stretch:
+    """A part of a queue: what comes after a place, and has a lower `priority` than `until`."""
+
+    after: Place
+    until: int = _NO_PRIORITY
+
+
+Stretches: TypeAlias = Mapping[str, Sequence[Stretch]]
+"""The queues, and the parts of each that a scan reads."""
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """What one claim took, and the last place that it took from each queue."""
+    """What one claim took and when, and the last place that it took from each queue and priority."""
 
     claimed: list[Claimed]
-    reached: dict[str, Place]
+    reached: dict[str, dict[int, Place]]
+    claimed_at: datetime | None = None
 
 
 def claim(
@@ -90,7 +107,7 @@ def claim(
     *,
     worker_id: UUID,
     token: UUID,
-    after: Mapping[str, Place],
+    stretches: Stretches,
     names: Sequence[str],
     versions: Sequence[str] = (),
     limit: int,
@@ -101,17 +118,19 @@ def claim(
     each claim.
 
     Args:
-        after: the queues, and the place in each after which to begin. Beginning where the last claim ended passes over
-            what it left dead in the index, for as long as vacuum cannot remove it. But what commits late, or has a
-            higher priority, or is handed back, stands before that place: begin at the `FRONT` again now and then.
+        stretches: the queues, and the parts of each to read. To leave out what was read before passes over what it left
+            dead in the index, for as long as vacuum cannot remove it. But what is committed late, or released, may
+            stand there: read all of the queue, from the `FRONT`, now and then.
         versions: those that were started by these versions of the code only, and those without one; empty means all.
     """
     parameters = {"limit": limit, "new_token": token, "claimant": worker_id} | known(names, versions)
-    returned = execute(connectable, _CLAIM, parameters | listening(after))
+    returned = execute(connectable, _CLAIM, parameters | listening(stretches))
     # RETURNING has no order of its own.
     rows = sorted(returned, key=lambda row: (row.priority, row.enqueued_at, row.id))
-    reached = {row.queue: Place(row.priority, row.enqueued_at, row.id) for row in rows}
-    return Batch([_claimed(row, token) for row in rows], reached)
+    reached: dict[str, dict[int, Place]] = defaultdict(dict)
+    for row in rows:
+        reached[row.queue][row.priority] = Place(row.priority, row.enqueued_at, row.id)
+    return Batch([_claimed(row, token) for row in rows], reached, rows[0].claimed_at if rows else None)
 
 
 def claim_one(connectable: Connectable, workflow_id: UUID, *, worker_id: UUID, token: UUID) -> Claimed | None:
@@ -140,14 +159,20 @@ def _claimed(row: Row[Any], token: UUID) -> Claimed:
     return Claimed(fence, row.name, row.attempt, row.input, row.started, *ends, headers)
 
 
-def listening(after: Mapping[str, Place]) -> dict[str, str]:
+def whole(queues: Iterable[str]) -> Stretches:
+    """Return all of these queues."""
+    return {each: [Stretch(FRONT)] for each in queues}
+
+
+def listening(stretches: Stretches) -> dict[str, str]:
     """Give the parameter of `listened_queues`."""
-    return filled("wanted", [{"name": name, **asdict(place)} for name, place in after.items()])
+    rows = [(name, each) for name, parts in stretches.items() for each in parts]
+    return filled("wanted", [{"name": name, **asdict(each.after), "until": each.until} for name, each in rows])
 
 
 def listened_queues() -> Any:
-    """Give those of the `wanted` queues that are not paused, with the places to begin at."""
-    wanted = table("wanted", {"name": Text(), **_PLACE})
+    """Give the `wanted` parts of those queues that are not paused."""
+    wanted = table("wanted", {"name": Text(), **_PLACE, "until": Integer()})
     paused = select(QUEUE.c.name).where(QUEUE.c.name == wanted.c.name, QUEUE.c.paused_at.is_not(None)).exists()
     return select(*wanted.c).where(~paused).subquery("listened")
 
@@ -163,6 +188,8 @@ def pending_in(listened: Any) -> Any:
     return and_(
         WORKFLOW.c.status == status(WorkflowStatus.PENDING),
         WORKFLOW.c.queue == listened.c.name,
+        tuple_(*_place()) > tuple_(*(listened.c[each] for each in _PLACE)),
+        WORKFLOW.c.priority < listened.c.until,
         WORKFLOW.c.name == func.any(_NAMES),
         deadlines.in_time(),
         or_(all_versions, WORKFLOW.c.version.is_(None), WORKFLOW.c.version == func.any(_VERSIONS)),
@@ -172,10 +199,10 @@ def pending_in(listened: Any) -> Any:
 def _heads() -> Any:
     """Give the first workflows of each queue that is not paused."""
     listened = listened_queues()
-    place = WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id
+    place = _place()
     head = (
         select(*place, WORKFLOW.c.started_at)
-        .where(pending_in(listened), tuple_(*place) > tuple_(*(listened.c[each] for each in _PLACE)))
+        .where(pending_in(listened))
         .order_by(*place)
         .limit(_LIMIT)
         .with_for_update(key_share=True, skip_locked=True)
@@ -187,6 +214,10 @@ def _heads() -> Any:
         .order_by(head.c.priority, head.c.enqueued_at, head.c.id)
         .limit(_LIMIT)
     )
+
+
+def _place() -> tuple[ColumnElement[Any], ...]:
+    return tuple(WORKFLOW.c[each] for each in _PLACE)
 
 
 def _one() -> Any:
@@ -229,6 +260,7 @@ def _claim_statement(candidates: Any) -> Any:
             cast(WORKFLOW.c.input, Text).label("input"),
             WORKFLOW.c.headers,
             claimable.c.started_at.is_not(None).label("started"),
+            func.statement_timestamp().label("claimed_at"),
             WORKFLOW.c.parent_id.is_not(None).label("is_child"),
             undoes().label("is_cancelling"),
             case((WORKFLOW.c.cancellation == OVERDUE, deadlines.reason())).label("overdue"),

@@ -41,12 +41,15 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
+    BEGINNING,
     SIGNAL,
     STEP,
     WORKFLOW,
     Checkpoint,
     Connectable,
+    beginning,
     execute,
+    has_status,
     materialized,
     scalars,
     status,
@@ -120,12 +123,12 @@ def take_by(connectable: Connectable, statement: Any, checkpoint: Checkpoint, wa
     return found
 
 
-def deliver(connectable: Connectable, *, limit: int) -> tuple[int, int]:
+def deliver(connectable: Connectable, *, limit: int, since: str = BEGINNING) -> tuple[int, int]:
     """Look at the receivers of new signals, and wake those that wait for what is there; give how many of both.
 
-    Receivers whose rows somebody holds are passed over.
+    Receivers whose rows somebody holds are passed over, and so is what was sent before `since`.
     """
-    row = execute(connectable, _DELIVER, {"limit": limit}).one()
+    row = execute(connectable, _DELIVER, {"limit": limit, "since": since}).one()
     return int(row.delivered), int(row.woken)
 
 
@@ -143,9 +146,9 @@ def asking(ended: CTE) -> Any:
     return insert(SIGNAL).from_select(["workflow_id", "name"], source, include_defaults=False).returning(SIGNAL.c.id)
 
 
-def is_new() -> ColumnElement[bool]:
-    """Tell a signal that has not been delivered."""
-    return SIGNAL.c.delivered_at.is_(None)
+def is_new(begin: str = "since") -> ColumnElement[bool]:
+    """Tell a signal that has not been delivered, among those sent since the time that is the parameter `begin`."""
+    return and_(SIGNAL.c.delivered_at.is_(None), SIGNAL.c.created_at >= beginning(begin))
 
 
 def _engine_s_own() -> ColumnElement[bool]:
@@ -282,7 +285,7 @@ def _deliver_statement() -> Any:
         select(SIGNAL.c.workflow_id, SIGNAL.c.id, receiver.c.status, receiver.c.awaits)
         .join(receiver, true())
         .where(is_new(), SIGNAL.c.name != literal_column(f"'{LEFT}'"))
-        .order_by(SIGNAL.c.id)
+        .order_by(SIGNAL.c.created_at)
         .limit(bindparam("limit", type_=Integer())),
         "new",
     )
@@ -305,7 +308,7 @@ def _deliver_statement() -> Any:
     woken = (
         update(WORKFLOW)
         # Looked at again in the row that is locked, whatever the statement has seen of it before.
-        .where(WORKFLOW.c.id == due.c.workflow_id, WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED))
+        .where(WORKFLOW.c.id == due.c.workflow_id, has_status(WORKFLOW, WorkflowStatus.SUSPENDED))
         .values(status=WorkflowStatus.PENDING, enqueued_at=func.statement_timestamp(), wake_at=null(), awaits=null())
         .returning(WORKFLOW.c.id)
         .cte("woken")

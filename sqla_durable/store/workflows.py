@@ -21,9 +21,11 @@ from sqlalchemy import (
     bindparam,
     cast,
     func,
+    literal_column,
     null,
     or_,
     select,
+    text,
     tuple_,
     union,
     update,
@@ -35,6 +37,7 @@ from sqlalchemy.orm import Session
 from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
+    BEGINNING,
     SUSPECT,
     WORKFLOW,
     Columns,
@@ -42,6 +45,7 @@ from sqla_durable.store._rows import (
     Connectable,
     Fence,
     Standing,
+    beginning,
     connection_of,
     execute,
     fence_row,
@@ -59,6 +63,7 @@ from sqla_durable.store.signals import asking
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text(), "holds": Boolean()}
 _LIMIT = bindparam("limit", type_=Integer())
+_A_SECOND = text("interval '1 second'")
 
 
 # The one that was in the way was deleted between the two statements.
@@ -114,15 +119,17 @@ def still_owned(connectable: Connectable, fences: Iterable[Fence]) -> set[Fence]
     return {Fence(row.id, row.token) for row in rows}
 
 
-def wake_due(connectable: Connectable, *, limit: int) -> int:
+def wake_due(connectable: Connectable, *, limit: int, since: str = BEGINNING) -> int:
     """Put suspended workflows whose time has come into their queues, placed by that time; give how many.
 
     Of those that crashed several times in a row only one: together they would be executed side by side again, by the
     same worker, and the one that kills it would take the others along once more.
 
-    A time before they were enqueued counts as that: a workflow for the year 1990 does not stand before all others.
+    A time more than a second ago counts as that: a workflow for the year 1990 does not stand before all others, and
+    claims do not begin so far back.
+    What was due before `since` is passed over.
     """
-    return len(scalars(connectable, _WAKE_DUE, {"limit": limit}).all())
+    return len(scalars(connectable, _WAKE_DUE, {"limit": limit, "since": since}).all())
 
 
 def unknown_names(connectable: Connectable, *, queues: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -190,9 +197,16 @@ def _release_statement(*, skip_locked: bool) -> Any:
 
 
 def _still_owned_statement() -> Any:
-    return select(WORKFLOW.c.id, WORKFLOW.c.token).where(
-        _of_attempts(), WORKFLOW.c.status == status(WorkflowStatus.RUNNING)
+    # Row by row, by the primary key: the index of what is running keeps dead entries while a snapshot is open.
+    batch = table("batch", _FENCE)
+    found = (
+        select(WORKFLOW.c.status)
+        .where(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token)
+        .limit(literal_column("1"))
+        .lateral("found")
     )
+    running = found.c.status == status(WorkflowStatus.RUNNING)
+    return select(batch.c.id, batch.c.token).select_from(batch.join(found, running))
 
 
 def _finished_by_statement() -> Any:
@@ -208,9 +222,11 @@ def _of_attempts() -> ColumnElement[bool]:
 
 def _wake_due_statement() -> Any:
     is_due = and_(
-        WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at <= func.statement_timestamp()
+        WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
+        WORKFLOW.c.wake_at.between(beginning(), func.statement_timestamp()),
     )
     suspect = WORKFLOW.c.crashes >= SUSPECT
+    placed_at = func.greatest(WORKFLOW.c.wake_at, WORKFLOW.c.enqueued_at, func.statement_timestamp() - _A_SECOND)
     # Of those that nobody holds: one that is held must not keep the others.
     first = materialized(
         select(WORKFLOW.c.id)
@@ -221,7 +237,7 @@ def _wake_due_statement() -> Any:
         "first",
     )
     due = materialized(
-        select(WORKFLOW.c.id)
+        select(WORKFLOW.c.id, placed_at.label("placed_at"))
         .where(is_due, or_(~suspect, WORKFLOW.c.id == select(first.c.id).scalar_subquery()))
         .order_by(WORKFLOW.c.wake_at)
         .limit(_LIMIT)
@@ -233,7 +249,7 @@ def _wake_due_statement() -> Any:
         .where(WORKFLOW.c.id == due.c.id)
         .values(
             status=WorkflowStatus.PENDING,
-            enqueued_at=func.greatest(WORKFLOW.c.wake_at, WORKFLOW.c.enqueued_at),
+            enqueued_at=due.c.placed_at,
             wake_at=null(),
             awaits=null(),
         )

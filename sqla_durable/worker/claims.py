@@ -9,7 +9,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from uuid import UUID
 
 from sqlalchemy import Connection
@@ -17,8 +16,8 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.retry import ObstacleRetry, first_line
 from sqla_durable.store import Claimed, Fence, queues
-from sqla_durable.store.queues import FRONT
 from sqla_durable.worker.attempts import Attempts
+from sqla_durable.worker.cursors import Cursors
 from sqla_durable.worker.database import Database
 from sqla_durable.worker.heartbeat import Heartbeat
 
@@ -26,7 +25,6 @@ log = logging.getLogger("sqla_durable.worker")
 
 _BATCH = 200
 _PAUSES = (0.01, 0.05, 0.25)  # seconds between claims after the last one that found something
-_LONGEST_WAY = 1.0  # seconds for which a cursor is followed at most: what is more urgent stands before it
 _SPACING = 0.005  # seconds between two hints that are followed: many of them are one claim
 
 
@@ -42,12 +40,11 @@ class Claims:
         database: Database,
         attempts: Attempts,
         heartbeat: Heartbeat,
+        cursors: Cursors,
         *,
         worker_id: UUID,
-        queues: Sequence[str],
         names: Sequence[str],
         versions: Sequence[str],
-        poll_interval: timedelta,
     ) -> None:
         self._database = database
         self._attempts = attempts
@@ -55,10 +52,7 @@ class Claims:
         self._worker_id = worker_id
         self._names = list(names)
         self._versions = list(versions)
-        self._restart_every = min(poll_interval.total_seconds(), _LONGEST_WAY)
-        self._front = dict.fromkeys(queues, FRONT)
-        self._after = self._front
-        self._restarted_at = float("-inf")
+        self._cursors = cursors
         self._most = self._wanted = _BATCH
         self._hinted = asyncio.Event()
         self._hinted.set()
@@ -70,7 +64,7 @@ class Claims:
     @property
     def busy(self) -> bool:
         """Whether a claim follows without a hint."""
-        return self._after is not self._front or self._hinted.is_set()
+        return self._cursors.in_burst or self._hinted.is_set()
 
     async def run(self) -> None:
         """Claim until cancelled."""
@@ -78,25 +72,15 @@ class Claims:
         while True:
             await self._attempts.slot()
             self._hinted.clear()
-            self._restart_if_time()
-            from_front, began = self._after is self._front, time.monotonic()
+            self._cursors.restart_if_time()
+            in_burst, began = self._cursors.in_burst, time.monotonic()
             claimed = await self._claim()
             if claimed:
                 pauses = iter(_PAUSES)
-            if len(claimed) < self._wanted:
-                self._after = self._front
-                if from_front:
-                    # Also for as long as it took: what it had to pass over would have to be passed over again.
-                    await asyncio.sleep(max(_SPACING, time.monotonic() - began))
-                    await self._hint_within(next(pauses, None))
-
-    def _restart_if_time(self) -> None:
-        """Begin at the front now and then: what commits late or is handed back stands before the cursor."""
-        now = time.monotonic()
-        if now - self._restarted_at >= self._restart_every:
-            self._after = self._front
-        if self._after is self._front:
-            self._restarted_at = now
+            if len(claimed) < self._wanted and not in_burst:
+                # Also for as long as it took: what it had to pass over would have to be passed over again.
+                await asyncio.sleep(max(_SPACING, time.monotonic() - began))
+                await self._hint_within(next(pauses, None))
 
     async def _hint_within(self, seconds: float | None) -> None:
         try:
@@ -114,7 +98,7 @@ class Claims:
         again = ObstacleRetry()
         unread: Fence | None = None
         while True:
-            token = uuid7()
+            token, restarts = uuid7(), self._cursors.restarts
             self._wanted = min(self._attempts.free, self._most)
             batch = queues.Batch([], {})
             try:
@@ -122,7 +106,7 @@ class Claims:
                     batch = await self._claim_once(token, self._wanted)
                     claimed = await self._with_histories(batch.claimed)
                     self._attempts.begin(claimed)
-                self._after = {**self._after, **batch.reached}
+                self._cursors.note_claim(batch, restarts=restarts, is_full=len(claimed) >= self._wanted)
                 self._most = min(2 * self._most, _BATCH)
                 return claimed
             except Exception as error:
@@ -146,7 +130,7 @@ class Claims:
                 connection,
                 worker_id=self._worker_id,
                 token=token,
-                after=self._after,
+                stretches=self._cursors.stretches(),
                 names=self._names,
                 versions=self._versions,
                 limit=limit,

@@ -25,6 +25,7 @@ log = logging.getLogger("sqla_durable.worker")
 BEATS = 3
 """How often a worker beats in a lease."""
 
+_LOOK_EVERY = 10  # beats, of which one looks for what this worker does not know to have claimed
 _SPACING = 0.01  # seconds between two hints that are followed: many cancels are one look
 
 
@@ -55,6 +56,7 @@ class Heartbeat:
         self._claiming: UUID | None = None
         self._claimed_meanwhile: set[UUID] = set()
         self._hinted = asyncio.Event()
+        self._looks_at = float("-inf")
         self.lease = lease.total_seconds()
         self.interval = self.lease / BEATS
 
@@ -125,7 +127,7 @@ class Heartbeat:
         """End the lease, once nothing extends it any more, and let others look for what was handed back."""
         await persistently(self._database, self._leave, what="leave")
         # By itself: where statements are in transactions, NOTIFY would hold its lock until the DELETE is on disk.
-        await persistently(self._database, partial(_hint, payloads=[hints.EVERYWHERE]), what="leave")
+        await persistently(self._database, partial(_hint, payloads=[hints.LATE]), what="leave")
 
     async def _hint_within(self, seconds: float) -> bool:
         with suppress(TimeoutError):
@@ -137,8 +139,13 @@ class Heartbeat:
     async def _compare(self) -> None:
         """Now and then, because the server may carry out a claim long after its connection was lost."""
         running = self._attempts.fences
-        owned = await self._look()
-        await self._release_unknown(owned, set(running))
+        if time.monotonic() >= self._looks_at:
+            self._looks_at = time.monotonic() + _LOOK_EVERY * self.interval
+            owned = await self._look()
+            await self._release_unknown(owned, set(running))
+        else:
+            still_owned = partial(workflows.still_owned, fences=running)
+            owned = await persistently(self._database, still_owned, what="heartbeat") if running else set[Fence]()
         if missing := [each for each in running if each not in owned]:
             # What its own attempt has finished is not lost, however late the acknowledgement comes.
             finished_by = partial(workflows.finished_by, fences=missing)

@@ -21,7 +21,9 @@ from sqla_durable.retry import LONGEST_BACKOFF
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import crashes, deadlines, held, signals, workers, workflows
 from sqla_durable.store.look import Seen, look
+from sqla_durable.store.queues import Stretches
 from sqla_durable.worker.claims import Claims
+from sqla_durable.worker.cursors import Cursors
 from sqla_durable.worker.database import Database, persistently
 from sqla_durable.worker.heartbeat import Heartbeat
 
@@ -29,6 +31,7 @@ log = logging.getLogger("sqla_durable.worker")
 
 _LIMIT = 1_000  # rows that one statement changes
 _SHORTEST_PAUSE = 0.01  # seconds between two looks, however many timers there are
+_RECLAIM_EVERY = 10  # beats: what is seen to be abandoned is reclaimed at once
 _WARN_EVERY = 60.0
 _FORGET_EVERY = 3_600.0
 
@@ -41,6 +44,7 @@ class Maintenance:
         database: Database,
         claims: Claims,
         heartbeat: Heartbeat,
+        cursors: Cursors,
         *,
         worker_id: UUID,
         queues: Sequence[str],
@@ -52,6 +56,7 @@ class Maintenance:
         self._database = database
         self._claims = claims
         self._heartbeat = heartbeat
+        self._cursors = cursors
         self._worker_id = worker_id
         self._queues = list(queues)
         self._names = list(names)
@@ -68,6 +73,7 @@ class Maintenance:
         self._warned_of_versions_at = float("-inf")
         self._hinted = asyncio.Event()
         self._is_to_look = False
+        self._marks = cursors.marks
 
     def hint(self) -> None:
         """Tell that there may be something, such as a timer that is due sooner than is known here."""
@@ -83,16 +89,34 @@ class Maintenance:
         while True:
             self._hinted.clear()
             self._is_to_look = False
-            seen = await persistently(self._database, self._look, what="maintenance")
+            seen = await self._look()
             self._be_patient(time.monotonic())
             await self._act(seen)
             await self._wait(seen)
 
-    def _look(self, connection: Connection) -> Seen:
-        queues = [] if self._claims.busy else self._queues
-        return look(connection, worker_id=self._worker_id, queues=queues, names=self._names, versions=self._versions)
+    async def _look(self) -> Seen:
+        self._cursors.restart_if_time()
+        asked, restarts, self._marks = not self._claims.busy, self._cursors.restarts, self._cursors.marks
+        stretches: Stretches = self._cursors.stretches() if asked else {}
+        began = time.monotonic()
+
+        def look_once(connection: Connection) -> Seen:
+            return look(
+                connection,
+                worker_id=self._worker_id,
+                stretches=stretches,
+                names=self._names,
+                versions=self._versions,
+                marks=self._marks,
+                within=self._interval,
+            )
+
+        seen = await persistently(self._database, look_once, what="maintenance")
+        self._cursors.note_look(seen, restarts=restarts, asked=asked, took=time.monotonic() - began)
+        return seen
 
     async def _act(self, seen: Seen) -> None:
+        """Do what was seen, from where it was looked for."""
         if not seen.alive:
             await self._heartbeat.renew()
         undoing = await self._fail_overdue() if seen.overdue else False
@@ -104,6 +128,7 @@ class Maintenance:
             self._claims.hint()
         else:
             await self._warn_of_unknown()
+        self._marks = self._cursors.marks
         await self._warn_of_versions()
         await self._forget_dead()
 
@@ -135,7 +160,7 @@ class Maintenance:
         return woken
 
     def _wake_some(self, connection: Connection) -> int:
-        return workflows.wake_due(connection, limit=_LIMIT)
+        return workflows.wake_due(connection, limit=_LIMIT, since=self._marks.wake_at)
 
     async def _deliver(self) -> int:
         """Wake those that wait for what has been sent; of many, all."""
@@ -150,14 +175,16 @@ class Maintenance:
 
     async def _release_left(self) -> int:
         """Let go the held children that their parents have left behind; of many, the others at the next looks."""
-        return await persistently(self._database, partial(held.release_left, limit=_LIMIT), what="maintenance")
+        return await persistently(
+            self._database, partial(held.release_left, limit=_LIMIT, since=self._marks.sent_at), what="maintenance"
+        )
 
     def _deliver_some(self, connection: Connection) -> tuple[int, int]:
-        return signals.deliver(connection, limit=_LIMIT)
+        return signals.deliver(connection, limit=_LIMIT, since=self._marks.sent_at)
 
     async def _fail_overdue(self) -> bool:
         """Fail what has reached its deadline; of many, the others at the next looks. Tell whether some undo first."""
-        fail = partial(deadlines.fail_overdue, limit=_LIMIT)
+        fail = partial(deadlines.fail_overdue, limit=_LIMIT, since=self._marks.deadline_at)
         overdue = await persistently(self._database, fail, what="maintenance")
         await self._heartbeat.notify(each.worker_id for each in overdue if each.worker_id is not None)
         for each in overdue:
@@ -166,14 +193,16 @@ class Maintenance:
         return any(each.undoes for each in overdue)
 
     async def _reclaim(self, seen: Seen) -> int:
-        """Take back what dead workers had; at every beat also what belongs to workers that nobody remembers."""
+        """Take back what dead workers had; now and then also what belongs to workers that nobody remembers."""
         now = time.monotonic()
-        is_time = seen.abandoned or now - self._reclaimed_at >= self._heartbeat.interval
+        is_time = seen.abandoned or now - self._reclaimed_at >= _RECLAIM_EVERY * self._heartbeat.interval
         if not is_time or now < self._patient_from + self._patience:
             return 0
         self._reclaimed_at = now
         reclaimed = await persistently(self._database, self._reclaim_some, what="maintenance")
         _tell(reclaimed)
+        if reclaimed:
+            self._cursors.restart()  # they stand in their old places
         return len(reclaimed)
 
     def _reclaim_some(self, connection: Connection) -> list[crashes.Reclaimed]:

@@ -30,6 +30,7 @@ from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.background import Background
 from sqla_durable.worker.claims import Claims
+from sqla_durable.worker.cursors import Cursors
 from sqla_durable.worker.database import Database, Databases, open_databases
 from sqla_durable.worker.gatherer import Gatherer
 from sqla_durable.worker.heartbeat import BEATS, Heartbeat
@@ -224,13 +225,14 @@ class Worker:
         )
         await self._begin(databases, heartbeat)
         self._started.set_result(None)
-        claims = self._claims(databases.shared, attempts, heartbeat)
-        maintenance = self._maintenance(databases.shared, claims, heartbeat)
+        cursors = Cursors(self.queues, poll_interval=self.poll_interval.total_seconds())
+        claims = self._claims(databases.shared, attempts, heartbeat, cursors)
+        maintenance = self._maintenance(databases.shared, claims, heartbeat, cursors)
         writer.on_asked = maintenance.hint
         taking = [
             asyncio.create_task(claims.run(), name="claims"),
             asyncio.create_task(maintenance.run(), name="maintenance"),
-            asyncio.create_task(self._listen(claims, maintenance, heartbeat), name="listener"),
+            asyncio.create_task(self._listen(claims, maintenance, heartbeat, cursors), name="listener"),
         ]
         keeping = [
             asyncio.create_task(heartbeat.run(), name="heartbeat"),
@@ -317,23 +319,23 @@ class Worker:
             beat_limit=settings.heartbeat_limit(self.lease),
         )
 
-    def _claims(self, database: Database, attempts: Attempts, heartbeat: Heartbeat) -> Claims:
+    def _claims(self, database: Database, attempts: Attempts, heartbeat: Heartbeat, cursors: Cursors) -> Claims:
         return Claims(
             database,
             attempts,
             heartbeat,
+            cursors,
             worker_id=self.id,
-            queues=self.queues,
             names=[each.name for each in self.durable.registry],
             versions=self.versions,
-            poll_interval=self.poll_interval,
         )
 
-    def _maintenance(self, database: Database, claims: Claims, heartbeat: Heartbeat) -> Maintenance:
+    def _maintenance(self, database: Database, claims: Claims, heartbeat: Heartbeat, cursors: Cursors) -> Maintenance:
         return Maintenance(
             database,
             claims,
             heartbeat,
+            cursors,
             worker_id=self.id,
             queues=self.queues,
             names=[each.name for each in self.durable.registry],
@@ -342,7 +344,7 @@ class Worker:
             max_attempts=self.max_attempts,
         )
 
-    async def _listen(self, claims: Claims, maintenance: Maintenance, heartbeat: Heartbeat) -> None:
+    async def _listen(self, claims: Claims, maintenance: Maintenance, heartbeat: Heartbeat, cursors: Cursors) -> None:
         """Hand hints on: for a queue, for what this worker is executing, and for everything else, timers too."""
 
         def on_hint(payload: str) -> None:
@@ -355,6 +357,9 @@ class Worker:
                         heartbeat.hint()
                 case hints.Kind.SENT, _:
                     maintenance.hint_of_signals()
+                case hints.Kind.LATE, _:
+                    cursors.restart()
+                    maintenance.hint()
                 case _:
                     maintenance.hint()
 

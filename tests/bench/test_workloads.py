@@ -66,12 +66,14 @@ def test_every_workload_is_tested() -> None:
 
 def test_burdens_stand_beside_the_same_steps_without(bench: Bench) -> None:
     (deep,) = measured(bench, "depth")
-    whole, last = measured(bench, "horizon")
+    whole, last, suspending, last_suspending = measured(bench, "horizon")
     assert deep.what == "30 finished, 25 pending before"
     assert whole.what == "20 beside an open transaction"
     assert deep.beside[0].value == whole.beside[0].value == bench.plain().rate
     assert last.what == "in the last quarter of the time"
-    assert all(each.value > 0 for each in (deep, whole, last))
+    assert suspending.what == "20 that suspend beside an open transaction"
+    assert last_suspending.what == "in the last quarter of the time, of those that suspend"
+    assert all(each.value > 0 for each in (deep, whole, last, suspending, last_suspending))
 
 
 def test_latency_is_told_by_its_percentiles(bench: Bench) -> None:

@@ -14,6 +14,7 @@ from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import deadlines, workflows
 from sqla_durable.store.deadlines import _FAIL_OVERDUE  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.store.look import look
+from sqla_durable.store.queues import whole
 from tests.store import races
 from tests.store.plans import explain, fill
 
@@ -41,7 +42,7 @@ def test_what_has_something_to_undo_is_enqueued_for_that_and_claimed_in_spite_of
         assert deadlines.fail_overdue(session, limit=9) == [
             deadlines.Overdue(overdue, "checkout", undoes=True, worker_id=None)
         ]
-        assert not look(session, worker_id=races.WORKER, queues=[], names=[]).overdue
+        assert not look(session, worker_id=races.WORKER, stretches={}, names=[]).overdue
         claimed = {each.fence.workflow_id: each for each in races.claim(session, 9)}
         assert claimed.keys() == {overdue, undoing}
         assert all(each.is_cancelling for each in claimed.values())
@@ -61,18 +62,18 @@ def test_a_look_tells_of_what_is_overdue_and_of_the_next_deadline(engine: Engine
     with Session(engine) as session:
         races.enqueue(session, deadline_at=text("statement_timestamp() + interval '50 s'"))
         races.enqueue(session, deadline_at=text("'infinity'"))
-        seen = look(session, worker_id=races.WORKER, queues=[], names=[])
+        seen = look(session, worker_id=races.WORKER, stretches={}, names=[])
         assert not seen.overdue
         assert 40 < (seen.next_due_in or 0) <= 50
         races.enqueue(session, deadline_at=PAST)
-        assert look(session, worker_id=races.WORKER, queues=[], names=[]).overdue
+        assert look(session, worker_id=races.WORKER, stretches={}, names=[]).overdue
 
 
 def test_what_is_overdue_is_neither_claimed_nor_claimable(engine: Engine) -> None:
     with Session(engine) as session:
         (overdue,) = races.enqueue(session, deadline_at=PAST)
         assert races.claim(session) == []
-        assert not look(session, worker_id=races.WORKER, queues=["default"], names=["checkout"]).claimable
+        assert not look(session, worker_id=races.WORKER, stretches=whole(["default"]), names=["checkout"]).claimable
         (other,) = races.enqueue(session)
         assert [each.fence.workflow_id for each in races.claim(session, 9)] == [other]
         assert races.status_in(session, overdue) is WorkflowStatus.PENDING
@@ -119,7 +120,7 @@ def test_the_overdue_among_many_rows_are_found_by_their_index(engine: Engine, mo
     with Session(engine) as session:
         races.enqueue(session, 3, deadline_at=PAST)
         fill(session)
-        plan = explain(session, _FAIL_OVERDUE, {"limit": 1_000}, mode=mode)
+        plan = explain(session, _FAIL_OVERDUE, {"limit": 1_000, "since": "-infinity"}, mode=mode)
     assert plan.uses("workflow_deadline_idx"), plan
     assert not plan.scans("workflow"), plan
     assert plan.rows("CTE overdue") == 3

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Queue
-from sqla_durable.store import Park, workers
-from sqla_durable.store.look import _LOOK, Seen, look  # pyright: ignore[reportPrivateUsage]
-from sqla_durable.store.queues import FRONT, known, listening
+from sqla_durable.store import Park, workers, workflows
+from sqla_durable.store.look import _LOOK, LATE, Marks, Seen, look  # pyright: ignore[reportPrivateUsage]
+from sqla_durable.store.queues import known, listening, whole
 from tests.store import races
 from tests.store.plans import Plan, explain, fill
 
+BEGIN: dict[str, object] = dict.fromkeys(["since_wake", "since_deadline", "since_sent", "since_expired"], "-infinity")
+BEGIN["within"] = 60.0
 NOTHING = Seen(claimable=False, due=False, next_due_in=None, undelivered=False, abandoned=False, alive=False)
 
 
 def seen(session: Session, *queues: str) -> Seen:
-    return look(session, worker_id=races.WORKER, queues=queues or ["default"], names=["checkout"])
+    return look(session, worker_id=races.WORKER, stretches=whole(queues or ["default"]), names=["checkout"])
 
 
 def test_an_empty_database_holds_nothing_to_do(engine: Engine) -> None:
@@ -34,14 +38,16 @@ def test_what_waits_in_the_queues_under_a_known_name_is_claimable(engine: Engine
         assert seen(session, "default", "elsewhere").claimable
         races.enqueue(session)
         assert seen(session).claimable
-        assert not look(session, worker_id=races.WORKER, queues=[], names=["checkout"]).claimable
+        assert not look(session, worker_id=races.WORKER, stretches={}, names=["checkout"]).claimable
 
 
 def test_what_another_version_is_to_claim_is_not_claimable(engine: Engine) -> None:
     with Session(engine) as session:
         races.enqueue(session, version="1")
         for versions, claimable in (([], True), (["1"], True), (["2"], False)):
-            found = look(session, worker_id=races.WORKER, queues=["default"], names=["checkout"], versions=versions)
+            found = look(
+                session, worker_id=races.WORKER, stretches=whole(["default"]), names=["checkout"], versions=versions
+            )
             assert found.claimable is claimable
 
 
@@ -61,7 +67,7 @@ def test_a_time_that_never_comes_is_no_time_to_wait_for(engine: Engine) -> None:
             insert = "INSERT INTO durable.workflow (name, status, wake_at) VALUES ('checkout', 'suspended', :time)"
             session.execute(text(insert), {"time": time})
             next_due_in = seen(session).next_due_in
-            assert next_due_in is None if time == "infinity" else next_due_in is not None
+            assert next_due_in is None, "or lies beyond what is looked for"
 
 
 def test_timers_are_due_or_tell_when_the_next_one_is(engine: Engine) -> None:
@@ -110,7 +116,7 @@ def test_a_look_costs_a_few_pages_among_many_rows(
             connection.execute(text("VACUUM ANALYZE"))
     with Session(engine) as session:
         parameters: dict[str, object] = {"looking_id": races.WORKER, **known(["checkout"], ["1"])}
-        parameters |= listening(dict.fromkeys(["a", "default"], FRONT))
+        parameters |= listening(whole(["a", "default"])) | BEGIN
         # The less of two: a session whose catalogue caches were reset meanwhile reads the catalogue's pages, too.
         plans = [explain(session, _LOOK, parameters, mode=mode) for _ in range(2)]
     plan = min(plans, key=Plan.buffers)
@@ -119,3 +125,30 @@ def test_a_look_costs_a_few_pages_among_many_rows(
     assert plan.uses("workflow_deadline_idx"), plan
     assert not plan.scans("workflow"), plan
     assert plan.buffers() < 60, plan
+
+
+def test_the_next_look_begins_two_seconds_before_what_is_left(engine: Engine) -> None:
+    """What is committed within that time after its statement is seen, and nothing that is due is passed over."""
+    with Session(engine) as session:
+        for seconds in (-3_600, -60, 30):
+            session.execute(
+                text(
+                    "INSERT INTO durable.workflow (name, status, wake_at) VALUES "
+                    "('checkout', 'suspended', statement_timestamp() + make_interval(secs => :seconds))"
+                ),
+                {"seconds": seconds},
+            )
+        first = look(session, worker_id=races.WORKER, stretches={}, names=[])
+        second = look(session, worker_id=races.WORKER, stretches={}, names=[], marks=first.marks)
+        assert first.marks.looked_at is not None
+        ago = {name: first.marks.looked_at - datetime.fromisoformat(at) for name, at in ages(first.marks).items()}
+        assert 3_600 < ago["wake_at"].total_seconds() < 3_700
+        assert ago["sent_at"] == ago["deadline_at"] == LATE
+        assert second.due
+        assert second.marks.wake_at == first.marks.wake_at
+        assert workflows.wake_due(session, limit=9, since=first.marks.wake_at) == 2
+        assert not look(session, worker_id=races.WORKER, stretches={}, names=[], marks=first.marks).due
+
+
+def ages(marks: Marks) -> dict[str, str]:
+    return {"wake_at": marks.wake_at, "sent_at": marks.sent_at, "deadline_at": marks.deadline_at}

@@ -11,7 +11,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable.models import Queue, Workflow
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Verdict, queues, steps
-from sqla_durable.store.queues import FRONT
+from sqla_durable.store.queues import FRONT, Stretch
 from tests.store import races
 from tests.store.plans import explain, fill
 from tests.support.domain import Order
@@ -55,10 +55,10 @@ def test_places_that_python_has_no_date_for_are_claimed_in_their_order(engine: E
         for number, place in enumerate(places):
             insert = "INSERT INTO durable.workflow (name, input, enqueued_at) VALUES ('checkout', :input, :place)"
             session.execute(text(insert), {"input": f'{{"number": {number}}}', "place": place})
-        after = {"default": FRONT}
+        stretches = queues.whole(["default"])
         numbers: list[str] = []
         while batch := queues.claim(
-            session, worker_id=races.WORKER, token=uuid7(), after=after, names=["checkout"], limit=1
+            session, worker_id=races.WORKER, token=uuid7(), stretches=stretches, names=["checkout"], limit=1
         ).claimed:
             numbers += [each.input for each in batch]
     assert numbers == [f'{{"number": {number}}}' for number in range(len(places))]
@@ -197,11 +197,11 @@ def test_a_claim_goes_on_after_the_place_that_the_last_one_reached(session_facto
         ids = races.enqueue(session, 6)
         first = _claim(session, FRONT, 2)
         races.enqueue(session, priority=-1)
-        second = _claim(session, first.reached["default"], 2)
+        second = _claim(session, first.reached["default"][0], 2)
         assert [each.fence.workflow_id for each in (*first.claimed, *second.claimed)] == ids[:4]
         from_front = _claim(session, FRONT, 9)
         assert [each.fence.workflow_id for each in from_front.claimed][1:] == ids[4:]
-        assert _claim(session, from_front.reached["default"], 9) == queues.Batch([], {})
+        assert _claim(session, from_front.reached["default"][0], 9) == queues.Batch([], {})
 
 
 def test_each_queue_has_a_place_of_its_own(session_factory: sessionmaker[Session]) -> None:
@@ -210,15 +210,18 @@ def test_each_queue_has_a_place_of_its_own(session_factory: sessionmaker[Session
             races.enqueue(session, 3, queue=name)
         batch = _claim(session, FRONT, 4, "a", "b")
         assert set(batch.reached) == {"a", "b"}
+        after = {name: [Stretch(place)] for name, reached in batch.reached.items() for place in reached.values()}
         rest = queues.claim(
-            session, worker_id=races.WORKER, token=uuid7(), after=batch.reached, names=["checkout"], limit=9
+            session, worker_id=races.WORKER, token=uuid7(), stretches=after, names=["checkout"], limit=9
         )
         assert len(batch.claimed) + len(rest.claimed) == 6
 
 
 def _claim(session: Session, after: queues.Place, limit: int, *names: str) -> queues.Batch:
-    listened = dict.fromkeys(names or ("default",), after)
-    return queues.claim(session, worker_id=races.WORKER, token=uuid7(), after=listened, names=["checkout"], limit=limit)
+    listened = {each: [Stretch(after)] for each in names or ("default",)}
+    return queues.claim(
+        session, worker_id=races.WORKER, token=uuid7(), stretches=listened, names=["checkout"], limit=limit
+    )
 
 
 def test_what_an_open_transaction_keeps_dead_costs_a_claim_at_the_front_and_none_behind(engine: Engine) -> None:
@@ -228,7 +231,7 @@ def test_what_an_open_transaction_keeps_dead_costs_a_claim_at_the_front_and_none
         races.enqueue(session, 3_000)
         old.connection(execution_options={"isolation_level": "REPEATABLE READ"})
         old.execute(text("SELECT FROM durable.workflow LIMIT 1"))  # from here on, nothing that dies is removed
-        reached = _claim(session, FRONT, 2_900).reached["default"]
+        reached = _claim(session, FRONT, 2_900).reached["default"][0]
         session.commit()
         pages = {place: _pages(session, place) for place in (FRONT, reached)}
     assert pages[reached] < 60, pages
@@ -236,14 +239,14 @@ def test_what_an_open_transaction_keeps_dead_costs_a_claim_at_the_front_and_none
 
 
 def _pages(session: Session, after: queues.Place) -> int:
-    return explain(session, queues._CLAIM, _parameters({"default": after}), mode="force_generic_plan").buffers(  # pyright: ignore[reportPrivateUsage]
-        "CTE claimable"
-    )
+    parameters = _parameters({"default": [Stretch(after)]})
+    plan = explain(session, queues._CLAIM, parameters, mode="force_generic_plan")  # pyright: ignore[reportPrivateUsage]
+    return plan.buffers("CTE claimable")
 
 
-def _parameters(after: dict[str, queues.Place], *versions: str) -> dict[str, Any]:
+def _parameters(stretches: queues.Stretches, *versions: str) -> dict[str, Any]:
     claim = {"limit": 10, "new_token": uuid7(), "claimant": races.WORKER}
-    return claim | queues.known(["checkout"], versions) | queues.listening(after)
+    return claim | queues.known(["checkout"], versions) | queues.listening(stretches)
 
 
 @pytest.mark.parametrize("versions", [(), ("1", "2")], ids=["all versions", "some versions"])
@@ -254,7 +257,7 @@ def test_the_claim_reads_the_head_of_its_index_and_nothing_else(
     # behaviour: Q11
     with session_factory() as session:
         fill(session)
-        parameters = _parameters(dict.fromkeys(["default", "other"], FRONT), *versions)
+        parameters = _parameters(queues.whole(["default", "other"]), *versions)
         plan = explain(session, queues._CLAIM, parameters, mode=mode)  # pyright: ignore[reportPrivateUsage]
     assert plan.uses("workflow_pending_idx"), plan
     assert not plan.scans("workflow"), plan

@@ -9,6 +9,7 @@ from sqlalchemy import text
 from sqla_durable.bench import application, seeds
 from sqla_durable.bench.figures import Figure, Reference
 from sqla_durable.bench.measuring import Bench, Measured
+from sqla_durable.functions import AsyncWorkflowFunction
 
 _PARTS = 4
 
@@ -33,24 +34,35 @@ def depth(bench: Bench) -> Iterator[Figure]:
 
 
 def horizon(bench: Bench) -> Iterator[Figure]:
-    """`steps` while somebody's transaction stays open, so that nothing that dies meanwhile can be removed."""
-    plain = bench.plain()
-    bench.fill(application.one_step.bind(number) for number in range(bench.count(100_000)))
+    """Workflows while somebody's transaction stays open, so that nothing that dies meanwhile can be removed.
+
+    Those of `steps`, and others that wait as rows first: each is claimed twice, suspended and woken.
+    """
+    plain = Reference("steps, without it", bench.plain().rate)
+    yield from _beside_a_snapshot(bench, application.one_step, "", plain)
+    yield from _beside_a_snapshot(bench, application.suspended_once, " that suspend", plain)
+
+
+def _beside_a_snapshot(
+    bench: Bench, workflow: AsyncWorkflowFunction[[int], int], which: str, plain: Reference
+) -> Iterator[Figure]:
+    bench.fill(workflow.bind(number) for number in range(bench.count(100_000)))
     with bench.place.engine.connect().execution_options(isolation_level="REPEATABLE READ") as elsewhere:
         elsewhere.execute(text("SELECT 1"))  # takes the snapshot
-        measured = bench.carry_out("one step each, beside an open transaction", seconds=bench.seconds(30))
+        doing = f"one step each{which}, beside an open transaction"
+        measured = bench.carry_out(doing, seconds=bench.seconds(30))
     first, last = _first_and_last(measured)
     yield Figure(
         workload="horizon",
-        what=f"{len(measured.completions):,} beside an open transaction",
+        what=f"{len(measured.completions):,}{which} beside an open transaction",
         value=measured.rate,
         unit="workflows/s",
-        beside=(Reference("steps, without it", plain.rate),),
+        beside=(plain,),
         costs=measured.costs,
     )
     yield Figure(
         workload="horizon",
-        what="in the last quarter of the time",
+        what=f"in the last quarter of the time{which and ', of those'}{which}",
         value=last,
         unit="workflows/s",
         beside=(Reference("in the first quarter", first),),
@@ -58,11 +70,12 @@ def horizon(bench: Bench) -> Iterator[Figure]:
 
 
 def _first_and_last(measured: Measured) -> tuple[float, float]:
-    """Give the rates in the first and in the last part of the time."""
-    seconds = measured.completions
-    part = seconds[-1] / _PARTS
+    """Give the rates in the first and in the last part of the time, from the first completion on."""
+    began = measured.completions[0]
+    seconds = [each - began for each in measured.completions]
+    part = max(seconds[-1], 0.001) / _PARTS
     first = sum(each <= part for each in seconds)
-    last = sum(each > seconds[-1] - part for each in seconds)
+    last = sum(each >= seconds[-1] - part for each in seconds)
     return first / part, last / part
 
 

@@ -188,7 +188,7 @@ def _create_signal(schema: str) -> None:
         where="key IS NOT NULL",
         unique=True,
     )
-    _index(schema, "signal_new_idx", ["id"], table="signal", where="delivered_at IS NULL")
+    _index(schema, "signal_new_idx", ["created_at"], table="signal", where="delivered_at IS NULL")
     untaken = ["workflow_id", "name", "id"]
     _index(schema, "signal_untaken_idx", untaken, table="signal", where="consumed_by IS NULL")
 

@@ -1,0 +1,155 @@
+"""From where on a worker reads the indexes of what is to be done.
+
+While a snapshot is open elsewhere, vacuum cannot remove what is dead in them: reading each from its beginning would
+cost more with each workflow that was claimed, woken or delivered since. So a look begins where the last one found
+nothing, and a claim where the last one ended. What was committed late stands before that: now and then all is read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from uuid import UUID
+
+from sqla_durable.store.look import EVERYTHING, LATE, Marks, Seen
+from sqla_durable.store.queues import FRONT, Batch, Place, Stretch, Stretches
+
+_EVERY = 10  # polls, of which one reads everything
+_LONGEST_POLL = 1.0  # seconds that count as a poll at most
+_SHARE = 20  # of the time, one part at most is spent on reading everything
+_MOST_PRIORITIES = 16  # of a queue, each of which is read from a place of its own
+_LONGEST_BURST = 1.0  # seconds after which claims begin again where something may have been committed late
+
+
+@dataclass(slots=True)
+class _Queue:
+    """What is known of a queue.
+
+    Attributes:
+        places: by priority, the place before which nothing waits; None where that is not known.
+        reached: the place that the last claim reached, if it took as many as it could.
+    """
+
+    places: dict[int, Place | None] = field(default_factory=lambda: {0: None})
+    reached: Place | None = None
+
+    def pass_until(self, moment: datetime) -> None:
+        """Note that nothing has waited here at a time."""
+        self.places = {each: _place(each, moment) for each in self.places}
+
+    def take(self, reached: dict[int, Place], moment: datetime) -> None:
+        """Note that a claim took as many as it could, up to these places."""
+        last = max(reached)
+        for priority in sorted(self.places.keys() | reached.keys()):
+            if priority < last:
+                self.places[priority] = _place(priority, moment)
+        self.places[last] = min(reached[last], _place(last, moment), key=_order)
+        self.reached = reached[last]
+
+    def stretches(self) -> Iterator[Stretch]:
+        """Read each known priority from its place on, and whatever else there is from its beginning."""
+        after = self.reached or FRONT
+        for priority, place in sorted(self.places.items()):
+            if place is None or priority < after.priority:
+                continue
+            if priority > after.priority:
+                yield Stretch(after, until=priority)
+                after = place
+            elif after is FRONT:
+                after = place
+        yield Stretch(after)
+
+
+class Cursors:
+    """The marks of the looks and the places of the claims of one worker.
+
+    Args:
+        queues: those that it claims from.
+        poll_interval: the seconds between two looks.
+
+    Attributes:
+        marks: where a look begins, and what acts between two of them.
+        restarts: how often everything was to be read; what has begun before the last time, is not noted.
+    """
+
+    def __init__(self, queues: Sequence[str], *, poll_interval: float) -> None:
+        self.marks: Marks = EVERYTHING
+        self.restarts = 0
+        self._queues = {each: _Queue() for each in queues}
+        self._every = _EVERY * min(poll_interval, _LONGEST_POLL)
+        self._paused: tuple[str, ...] = ()
+        self._restart_at = float("-inf")
+        self._burst_began = 0.0
+
+    def restart(self) -> None:
+        """Let the next look and the next claim read everything."""
+        self.restarts += 1
+        self.marks = EVERYTHING
+        for each in self._queues.values():
+            each.places = dict.fromkeys(each.places)
+            each.reached = None
+
+    def restart_if_time(self) -> None:
+        """Do so if it was not done for a while."""
+        now = time.monotonic()
+        if now >= self._restart_at:
+            self._restart_at = now + self._every
+            self.restart()
+
+    def note_look(self, seen: Seen, *, restarts: int, asked: bool, took: float) -> None:
+        """Adopt what a look has found out.
+
+        Args:
+            seen: what it saw.
+            restarts: their number when it began.
+            asked: whether it looked for what is claimable.
+            took: how many seconds it took; the longer it took to read everything, the more seldom that is done.
+        """
+        if restarts != self.restarts:
+            return
+        if self.marks is EVERYTHING:
+            pause = min(_SHARE * took, _EVERY * self._every)
+            self._restart_at = max(self._restart_at, time.monotonic() + pause)
+        self.marks = seen.marks
+        if seen.paused != self._paused:  # what waits in a queue that goes on stands before the places
+            self._paused = seen.paused
+            self.restart()
+        elif asked and not seen.claimable and seen.marks.looked_at is not None:
+            for each in self._queues.values():
+                each.pass_until(seen.marks.looked_at)
+
+    @property
+    def in_burst(self) -> bool:
+        """Whether a claim goes on where the last one ended."""
+        return any(each.reached is not None for each in self._queues.values())
+
+    def stretches(self) -> Stretches:
+        """Return the parts of the queues in which something may wait."""
+        return {name: list(queue.stretches()) for name, queue in self._queues.items()}
+
+    def note_claim(self, batch: Batch, *, restarts: int, is_full: bool) -> None:
+        """Adopt where a claim has ended; after a full one, the next goes on there for a while."""
+        if restarts != self.restarts:
+            return
+        now = time.monotonic()
+        if not self.in_burst:
+            self._burst_began = now
+        if batch.claimed_at is not None:
+            for name, reached in batch.reached.items():
+                self._queues[name].take(reached, batch.claimed_at)
+        if not is_full or now - self._burst_began > _LONGEST_BURST:
+            for each in self._queues.values():
+                each.reached = None
+        if not is_full and batch.claimed_at is not None:
+            for each in self._queues.values():
+                each.pass_until(batch.claimed_at)
+
+
+def _place(priority: int, moment: datetime) -> Place:
+    return Place(priority, moment - LATE, UUID(int=0))
+
+
+def _order(place: Place) -> tuple[object, UUID]:
+    return place.enqueued_at, place.id
