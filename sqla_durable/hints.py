@@ -36,7 +36,7 @@ INTERVAL = 0.01
 log = logging.getLogger("sqla_durable.hints")
 
 _LAST_MOMENT = 0.3  # seconds at the interpreter's exit
-_LONG = 1.0  # seconds between a change and its commit, after which workers are to look back
+_LONG = 1.5  # seconds between a change and its commit, after which workers are to look back
 _IDLE = 2.0  # seconds until a thread without hints ends
 _KEY = "sqla_durable.hints"  # in Session.info
 # Their one connection may be in the caller's transaction, or the caller may be refused while it is taken.

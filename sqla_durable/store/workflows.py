@@ -25,7 +25,6 @@ from sqlalchemy import (
     null,
     or_,
     select,
-    text,
     tuple_,
     union,
     update,
@@ -63,7 +62,6 @@ from sqla_durable.store.signals import asking
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text(), "holds": Boolean()}
 _LIMIT = bindparam("limit", type_=Integer())
-_A_SECOND = text("interval '1 second'")
 
 
 # The one that was in the way was deleted between the two statements.
@@ -120,13 +118,12 @@ def still_owned(connectable: Connectable, fences: Iterable[Fence]) -> set[Fence]
 
 
 def wake_due(connectable: Connectable, *, limit: int, since: str = BEGINNING) -> int:
-    """Put suspended workflows whose time has come into their queues, placed by that time; give how many.
+    """Put suspended workflows whose time has come into their queues, behind what waits there; return how many.
 
     Of those that crashed several times in a row only one: together they would be executed side by side again, by the
     same worker, and the one that kills it would take the others along once more.
 
-    A time more than a second ago counts as that: a workflow for the year 1990 does not stand before all others, and
-    claims do not begin so far back.
+    They are enqueued as of now, however long they have been due: claims do not look again at what was enqueued before.
     What was due before `since` is passed over.
     """
     return len(scalars(connectable, _WAKE_DUE, {"limit": limit, "since": since}).all())
@@ -226,7 +223,6 @@ def _wake_due_statement() -> Any:
         WORKFLOW.c.wake_at.between(beginning(), func.statement_timestamp()),
     )
     suspect = WORKFLOW.c.crashes >= SUSPECT
-    placed_at = func.greatest(WORKFLOW.c.wake_at, WORKFLOW.c.enqueued_at, func.statement_timestamp() - _A_SECOND)
     # Of those that nobody holds: one that is held must not keep the others.
     first = materialized(
         select(WORKFLOW.c.id)
@@ -237,7 +233,7 @@ def _wake_due_statement() -> Any:
         "first",
     )
     due = materialized(
-        select(WORKFLOW.c.id, placed_at.label("placed_at"))
+        select(WORKFLOW.c.id)
         .where(is_due, or_(~suspect, WORKFLOW.c.id == select(first.c.id).scalar_subquery()))
         .order_by(WORKFLOW.c.wake_at)
         .limit(_LIMIT)
@@ -249,7 +245,7 @@ def _wake_due_statement() -> Any:
         .where(WORKFLOW.c.id == due.c.id)
         .values(
             status=WorkflowStatus.PENDING,
-            enqueued_at=due.c.placed_at,
+            enqueued_at=func.statement_timestamp(),
             wake_at=null(),
             awaits=null(),
         )

@@ -36,7 +36,7 @@ class WakeDue(OnWorkflows):
         return taken, taken
 
     def version(self, row: Row, now: int) -> Row:
-        return changed(row, status=WorkflowStatus.PENDING, wake=None, enqueued=max(row.wake or 0, row.enqueued))
+        return changed(row, status=WorkflowStatus.PENDING, wake=None, enqueued=now)
 
     def answer(self, before: View, taken: list[Hashable], after: View) -> object:
         return len(taken)
