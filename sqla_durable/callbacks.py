@@ -319,7 +319,7 @@ def _answer(session: Session, *, token: _Token, payload: str) -> None:
         return
     _refuse_finished(token, found)
     if _insert(session, token, key, signal=found.signal or "", payload=payload):
-        hints.announce(session, hints.SENT)
+        hints.announce(session, hints.sent_to(token.workflow_id, found.signal or ""))
         return
     found = _look(session, token, key, payload)  # inserted meanwhile by who does not hold the callback
     if not found.is_same:

@@ -218,7 +218,7 @@ class _Sending:
         session.flush()  # a workflow that was only just started is not in the table yet
         workflow_id = id_of(workflow)
         update_id = self._sent(session, workflow_id)
-        hints.announce(session, hints.SENT)
+        hints.announce(session, hints.sent_to(workflow_id, statements.signal_of(self.name)))
         face: type[AsyncUpdate[Any]] | type[Update[Any]] = AsyncUpdate if self.outlook.is_async else Update
         return face(self.outlook, self.reply, workflow_id, update_id)
 

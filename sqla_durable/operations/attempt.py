@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
@@ -13,6 +13,7 @@ from uuid import UUID
 from sqla_durable.errors import HistoryLimitError, UnfinishedStepError, UsageError
 from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
 from sqla_durable.limits import Watch
+from sqla_durable.operations.arrivals import Arrivals, Bell
 from sqla_durable.operations.branch import Branches
 from sqla_durable.operations.changes import Visits
 from sqla_durable.operations.leaving import refusal
@@ -41,12 +42,19 @@ class Wait:
         in_memory_until: until when it may hold its place in the worker; what is longer is to be parked.
         awaits: what else it goes on for: one of these is enough.
         looks: whether it looks again and again for what others do.
+        bell: is rung when something that it awaits may be there.
     """
 
     until: float
     in_memory_until: float
     awaits: tuple[Awaited, ...] = ()
     looks: bool = False
+    bell: Bell | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it is to end before the workflow may be suspended."""
+        return self.until <= self.in_memory_until
 
     @property
     def seconds(self) -> float:
@@ -124,6 +132,8 @@ class Attempt:
         branches: the live branches of the workflow's own code.
         holds_back: whether it has called a map that does not let all its children go at once.
         warns_of_refusals: whether a call that is refused at the attempt's end is logged; only the first one is.
+        arrivals: what learns in this process of signals and of workflows that end.
+        is_crowded: returns whether another workflow may be waiting for this one's slot.
     """
 
     def __init__(self, claimed: Claimed) -> None:
@@ -145,6 +155,9 @@ class Attempt:
         self._keys: set[str] = set()
         self._unfinished: dict[str, object] = {}  # by key, the task or thread that is in the operation
         self._waits: dict[str, Wait] = {}
+        self._bells: set[Bell] = set()
+        self.arrivals: Arrivals | None = None
+        self.is_crowded: Callable[[], bool] = bool
         self._lock = self.branches.lock
         self._progress: dict[str, Progress] = {}
         self._active_at = time.monotonic()
@@ -241,6 +254,32 @@ class Attempt:
         with self._lock:
             self._waits.pop(position.key, None)
 
+    @contextmanager
+    def listening(self, names: Collection[Hashable]) -> Generator[Bell]:
+        """Return a bell that is rung when one of these may be there, or the attempt is to end."""
+        bell, arrivals = Bell(), self.arrivals
+        with self._lock:
+            self._bells.add(bell)
+        if arrivals is not None:
+            arrivals.listen(bell, names)
+        try:
+            yield bell
+        finally:
+            if arrivals is not None:
+                arrivals.leave(bell, names)
+            with self._lock:
+                self._bells.discard(bell)
+
+    @property
+    def listens(self) -> bool:
+        """Whether an operation waits for what others do."""
+        return bool(self._bells)
+
+    def ring(self) -> None:
+        """Wake the operations that wait for what others do: they look whether they are to go on waiting in memory."""
+        for bell in tuple(self._bells):
+            bell.ring()
+
     @property
     def executing(self) -> bool:
         """Whether a step that the workflow has called is being executed now, and not waiting."""
@@ -265,7 +304,7 @@ class Attempt:
         """
         with self._lock:
             waits = [self._waits.get(key) for key in self._unfinished]
-            if self.stopped or any(each is None or each.until <= each.in_memory_until for each in waits):
+            if self.stopped or any(each is None or each.in_memory for each in waits):
                 return None
             if not idle() and time.monotonic() - self._active_at < quiet:
                 return None
@@ -284,6 +323,7 @@ class Attempt:
     def stop(self, signal: Callable[[], ControlFlow]) -> None:
         """Let the attempt end at its next operation, with this signal; the first one given counts."""
         self._stop = self._stop or signal
+        self.ring()
 
     @contextmanager
     def compensating(self) -> Generator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -20,12 +20,14 @@ from sqla_durable.errors import (
     WaitTimeoutError,
 )
 from sqla_durable.failure import Failure
+from sqla_durable.operations.arrivals import Bell
 from sqla_durable.operations.attempt import Position, Wait
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.runtime import Runtime
+from sqla_durable.operations.wait import Hold
 from sqla_durable.status import StepStatus
-from sqla_durable.store import Awaited, Recorded, callbacks, signals
+from sqla_durable.store import Awaited, Recorded, callbacks, hints, signals
 from sqla_durable.unwinding import AttemptLost
 
 _SECRET = 24  # bytes
@@ -134,8 +136,14 @@ class _Waiting:
 
     async def outcome(self) -> Recorded:
         """Record the outcome when it is there."""
+        hint = hints.sent_to(self._owner, self._made.signal)
+        with self._runtime.attempt.listening([hint]) as bell:
+            return await self._outcome(Hold(self._runtime.attempt, bell), bell)
+
+    async def _outcome(self, hold: Hold, bell: Bell) -> Recorded:
         look = partial(callbacks.look, workflow_id=self._owner, key=self._key, signal=self._made.signal)
         while True:
+            bell.rung.clear()  # before the look: what comes during it rings again
             found = await self._runtime.execute(look)
             if found is None or found.signal is None:
                 return await self._gone()
@@ -144,7 +152,9 @@ class _Waiting:
             if self._is_forked and (found.due_in <= 0 or found.workflow_status.finished):
                 return await (self._fail(self._expired(found.due_to)) if found.due_in <= 0 else self._gone())
             if found.due_in > 0 or not await self._expire():
-                await self._runtime.wait(self._position, self._wait(found.due_in))
+                wait = replace(self._wait(found.due_in), bell=bell)
+                is_held = found.due_in > 0 and not (self._is_forked or hold.is_over)
+                await self._runtime.wait(self._position, hold.wait(wait.awaits, wait.until) if is_held else wait)
                 await self._runtime.settle()
 
     async def _expire(self) -> bool:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, TypeAlias
+from uuid import UUID
 
 from sqla_durable.codec import Codec
 from sqla_durable.errors import EventNotSetError, WaitTimeoutError, WorkflowNotFoundError
 from sqla_durable.failure import Failure
-from sqla_durable.operations.attempt import Position, Wait
+from sqla_durable.operations.arrivals import Bell
+from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.status import StepStatus
-from sqla_durable.store import Awaited, Checkpoint, Connectable, Recorded, signals, waits
+from sqla_durable.store import Awaited, Checkpoint, Connectable, Recorded, hints, signals, waits
 
 _MOMENT = 1.0
 """What takes no longer than this, in seconds, is waited for in memory."""
+
+_SHORTEST_HOLD, _HOLD_PER_OPERATION, _LONGEST_HOLD = 0.05, 0.005, 5.0
+"""For how long what others do is awaited in memory first, in seconds: for longer where a replay costs more."""
+
+_LOOKS = (0.05, 0.25, 1.25)
+"""After how many seconds in memory a wait looks by itself: whoever sends by SQL, or ends elsewhere, rings no bell."""
 
 _SHORTEST_LOOK, _LONGEST_LOOK, _SHARE = 0.05, 30.0, 0.25  # seconds, and a share of those waited so far
 
@@ -38,18 +46,56 @@ class Source:
         take: takes it if it is there, records it as the outcome, and gives its JSON text; `at_once` does so by a
             statement.
         late: the error for when it does not come in time.
+        workflows: those whose ends it may wait for.
     """
 
     look: Callable[[Connectable], tuple[Awaited, ...]] | None
     take: Taking
     late: str
     awaits: tuple[Awaited, ...] = ()
+    workflows: Sequence[UUID] = ()
+
+    def names(self, workflow_id: UUID) -> set[str | UUID]:
+        """Return for what a bell is rung."""
+        return {hint_of(workflow_id, each) for each in self.awaits} | set(self.workflows)
 
     @classmethod
     def of_signal(cls, name: str, timeout: timedelta | None) -> Source:
         """Wait for a signal."""
         take = partial(_take_signal, name=name)
         return cls(None, at_once(take), f"no signal {name!r} came within {timeout}.", (Awaited(signal=name),))
+
+
+class Hold:
+    """The moment for which an operation waits in memory, before its workflow is suspended.
+
+    A workflow that is suspended is replayed when it goes on, which costs more the longer its history is. It keeps its
+    slot for the moment, unless another workflow may need it.
+    """
+
+    def __init__(self, attempt: Attempt, bell: Bell) -> None:
+        self._attempt = attempt
+        self._bell = bell
+        self._began = time.monotonic()
+        replayed = _SHORTEST_HOLD + _HOLD_PER_OPERATION * attempt.visits.count
+        self._until = self._began + min(replayed, _LONGEST_HOLD)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the workflow is to be suspended now."""
+        return time.monotonic() >= self._until or self._attempt.is_crowded()
+
+    def wait(self, awaits: tuple[Awaited, ...], until: float = float("inf")) -> Wait:
+        """Return how to wait in memory until the next look, and not beyond a time."""
+        now = time.monotonic()
+        next_look = next((at for each in _LOOKS if (at := self._began + each) > now), self._until)
+        end = min(next_look, self._until, until)
+        return Wait(end, end, awaits, bell=self._bell)
+
+
+def hint_of(workflow_id: UUID, awaited: Awaited) -> str:
+    """Return the hint that says that something awaited was sent."""
+    return hints.sent_to(workflow_id, awaited.signal or "")
 
 
 def at_once(statement: Callable[[Connectable, Checkpoint], str | None]) -> Taking:
@@ -121,23 +167,36 @@ class _Waiting:
 
     async def receive(self, source: Source) -> Recorded:
         """Take what is waited for, now or when it comes, or record that it came too late."""
+        attempt = self._runtime.attempt
+        with attempt.listening(source.names(attempt.workflow_id)) as bell:
+            return await self._received(source, Hold(attempt, bell), bell)
+
+    async def _received(self, source: Source, hold: Hold, bell: Bell) -> Recorded:
         taking = self.checkpoint(StepStatus.SUCCEEDED)
-        wait: Wait | None = None
+        awaits, wait = source.awaits, None
         while True:
+            bell.rung.clear()  # before the look: what comes during it rings again
             try:
-                awaits = source.awaits if source.look is None else await self._runtime.execute(source.look)
+                if source.look is not None and (not awaits or hold.is_over):
+                    awaits = await self._runtime.execute(source.look)
                 output = await source.take(self._runtime, taking)
             except (WorkflowNotFoundError, EventNotSetError) as gone:
                 return await self._fail(gone)
             if output is not None:
                 return replace(taking, output=output).recorded
-            wait = wait or await self._begin(short=not awaits)
-            if wait.seconds <= 0:
+            held = bool(awaits) and not hold.is_over
+            if wait is None and not (held and self._delay is None):
+                wait = await self._begin(short=not awaits)
+            if wait is not None and wait.seconds <= 0:
                 return await self._late(source.late)
-            await self._runtime.wait(
-                self._position, replace(wait, awaits=awaits) if awaits else self._until_next_look(wait)
-            )
+            await self._runtime.wait(self._position, self._next(wait, awaits, hold if held else None, bell))
             await self._runtime.settle()
+
+    def _next(self, wait: Wait | None, awaits: tuple[Awaited, ...], hold: Hold | None, bell: Bell) -> Wait:
+        if hold is not None:
+            return hold.wait(awaits, float("inf") if wait is None else wait.until)
+        assert wait is not None  # noqa: S101 (what is not held has begun)
+        return replace(wait, awaits=awaits, bell=bell) if awaits else self._until_next_look(wait)
 
     async def _late(self, message: str) -> Recorded:
         return await self._fail(WaitTimeoutError(message))

@@ -51,6 +51,7 @@ SENT = f"{Kind.SENT}:"
 _KINDS = frozenset(each.value for each in Kind)
 _PREFIX = "sqla_durable."
 _LONGEST_CHANNEL = 63  # bytes of an identifier
+_MOST_SENT = 20  # signals that are told one by one
 _LONGEST_PAYLOAD = 7_999  # bytes; PostgreSQL manual, NOTIFY: shorter than 8000
 
 
@@ -70,6 +71,19 @@ def to_queue(queue: str) -> str:
     """Give the payload for a queue; for a name that is too long for a notification, that for every worker."""
     payload = f"{Kind.QUEUE}:{queue}"
     return payload if len(payload.encode(errors="replace")) <= _LONGEST_PAYLOAD else EVERYWHERE
+
+
+def sent_to(workflow_id: UUID, name: str) -> str:
+    """Return the payload for a signal to one workflow: every worker delivers, and what waits for it looks at once."""
+    payload = f"{SENT}{workflow_id}:{name}"
+    return payload if len(payload.encode(errors="replace")) <= _LONGEST_PAYLOAD else SENT
+
+
+def few(payloads: Iterable[str]) -> set[str]:
+    """Return the payloads, with one for all signals in place of many for one each."""
+    found = set(payloads)
+    sent = {each for each in found if each.startswith(SENT)}
+    return found if len(sent) <= _MOST_SENT else (found - sent) | {SENT}
 
 
 def to_worker(worker_id: UUID) -> str:

@@ -74,9 +74,20 @@ class Attempts:
 
     async def slot(self) -> None:
         """Wait until another workflow can be executed."""
-        while self.free <= 0:
+        while self.is_full():
             self._freed.clear()
+            self._suspend_some()
             await self._freed.wait()
+
+    def is_full(self) -> bool:
+        """Return whether another workflow would have to wait for a slot."""
+        return self.free <= 0
+
+    def _suspend_some(self) -> None:
+        """Let half of what waits in memory be suspended, the oldest first."""
+        listening = [each.attempt for each in self._running.values() if each.attempt.listens]
+        for each in listening[: (len(listening) + 1) // 2]:
+            each.ring()
 
     @property
     def fences(self) -> list[Fence]:
@@ -87,6 +98,8 @@ class Attempts:
         """Begin to execute what was claimed."""
         for each in claimed:
             attempt = Attempt(each)
+            attempt.arrivals = self._surroundings.arrivals
+            attempt.is_crowded = self.is_full
             task = asyncio.create_task(self._execute(attempt), name=each.name)
             self._running[attempt.fence] = Running(attempt, task)
 

@@ -11,6 +11,7 @@ import contextvars
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -21,6 +22,7 @@ from sqla_durable.context import Fork
 from sqla_durable.errors import EncodingError
 from sqla_durable.failure import Failure
 from sqla_durable.inspection import SessionKind
+from sqla_durable.operations.arrivals import Arrivals, Bell
 from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
 from sqla_durable.operations.runtime import StepCall
 from sqla_durable.operations.transaction import ClosingTransaction, HeldTransaction, StepTransaction
@@ -61,6 +63,7 @@ class Surroundings:
     stopping: threading.Event
     stopping_async: asyncio.Event
     loop: asyncio.AbstractEventLoop
+    arrivals: Arrivals
 
     def stop_if_leaving(self, attempt: Attempt) -> None:
         """Let an attempt end here from the moment on in which the worker is told to stop."""
@@ -105,6 +108,9 @@ class Parkable(Protocol):
     async def pause(self, seconds: float) -> None:
         """Wait a moment in memory."""
 
+    async def listen(self, bell: Bell, seconds: float) -> None:
+        """Wait a moment in memory, or until the bell is rung."""
+
     async def park(self, parking: Parking) -> None:
         """Suspend the workflow, and return when that is committed."""
 
@@ -132,7 +138,11 @@ async def wait_or_park(runtime: Parkable, position: Position, wait: Wait) -> Non
                 raise Suspended
             if not wait.seconds:
                 return
-            await runtime.pause(min(wait.seconds, _LOOK_EVERY))
+            seconds = min(wait.seconds, _LOOK_EVERY)
+            if wait.bell is None:
+                await runtime.pause(seconds)
+            else:
+                await runtime.listen(wait.bell, wait.seconds if wait.in_memory else seconds)
             attempt.proceed()
             if wait.awaits:
                 return
@@ -172,6 +182,10 @@ class ThreadRuntime(BlockingRuntime):
         """Wait, or until the worker stops; then the attempt is told to end, or it would wait again and again."""
         self._surroundings.stopping.wait(seconds)
         self._surroundings.stop_if_leaving(self.attempt)
+
+    async def listen(self, bell: Bell, seconds: float) -> None:
+        """Block the thread until the bell is rung, as it is when the attempt is to end."""
+        bell.rung.wait(seconds)
 
     async def wait(self, position: Position, wait: Wait) -> None:
         """Wait in memory, or as a row."""
@@ -266,6 +280,19 @@ class LoopRuntime(AsyncRuntime):
         except TimeoutError:
             pass
         self._surroundings.stop_if_leaving(self.attempt)
+
+    async def listen(self, bell: Bell, seconds: float) -> None:
+        """Wait until the bell is rung, as it is when the attempt is to end."""
+        woken = asyncio.Event()
+        bell.wake = partial(self._surroundings.loop.call_soon_threadsafe, woken.set)
+        try:
+            if not bell.rung.is_set():
+                async with asyncio.timeout(seconds):
+                    await woken.wait()
+        except TimeoutError:
+            pass
+        finally:
+            bell.wake = None
 
     async def wait(self, position: Position, wait: Wait) -> None:
         """Wait in memory, or as a row."""

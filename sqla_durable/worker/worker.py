@@ -24,6 +24,7 @@ import sqla_durable.worker.settings as settings
 from sqla_durable.durable import Durable
 from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, UsageError
 from sqla_durable.handle import refuse_event_loop
+from sqla_durable.operations.arrivals import Arrivals
 from sqla_durable.retry import is_unreachable
 from sqla_durable.store import hints, schema
 from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS
@@ -229,10 +230,13 @@ class Worker:
         claims = self._claims(databases.shared, attempts, heartbeat, cursors)
         maintenance = self._maintenance(databases.shared, claims, heartbeat, cursors)
         writer.on_asked = maintenance.hint
+        writer.on_ended = surroundings.arrivals.ring
         taking = [
             asyncio.create_task(claims.run(), name="claims"),
             asyncio.create_task(maintenance.run(), name="maintenance"),
-            asyncio.create_task(self._listen(claims, maintenance, heartbeat, cursors), name="listener"),
+            asyncio.create_task(
+                self._listen(claims, maintenance, heartbeat, cursors, surroundings.arrivals), name="listener"
+            ),
         ]
         keeping = [
             asyncio.create_task(heartbeat.run(), name="heartbeat"),
@@ -344,7 +348,9 @@ class Worker:
             max_attempts=self.max_attempts,
         )
 
-    async def _listen(self, claims: Claims, maintenance: Maintenance, heartbeat: Heartbeat, cursors: Cursors) -> None:
+    async def _listen(
+        self, claims: Claims, maintenance: Maintenance, heartbeat: Heartbeat, cursors: Cursors, arrivals: Arrivals
+    ) -> None:
         """Hand hints on: for a queue, for what this worker is executing, and for everything else, timers too."""
 
         def on_hint(payload: str) -> None:
@@ -357,6 +363,7 @@ class Worker:
                         heartbeat.hint()
                 case hints.Kind.SENT, _:
                     maintenance.hint_of_signals()
+                    arrivals.ring(payload)
                 case hints.Kind.LATE, _:
                     cursors.restart()
                     maintenance.hint()
@@ -385,6 +392,7 @@ class Worker:
             stopping=self._stop,
             stopping_async=self._stopping,
             loop=asyncio.get_running_loop(),
+            arrivals=Arrivals(),
         )
 
 

@@ -75,10 +75,12 @@ class Writer:
     Attributes:
         on_asked: called when what was committed is to be looked at: something was parked that waits for a signal, or
             something ended for which a parent may wait.
+        on_ended: called with the id of each workflow whose outcome was committed.
     """
 
     def __init__(self, database: Database) -> None:
         self.on_asked: Callable[[], None] = lambda: None
+        self.on_ended: Callable[[UUID], None] = lambda _: None
         self._database = database
         self._loop = asyncio.get_running_loop()
         self._waiting: list[Write] = []
@@ -167,6 +169,8 @@ class Writer:
             return
         for write in settled.written:
             write.settle()
+            if isinstance(write.row, Completion):
+                self.on_ended(write.fence.workflow_id)
         if any(_asks(each.row) for each in settled.written):
             self.on_asked()
         for write in settled.lost:
