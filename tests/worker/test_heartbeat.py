@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
 from sqla_durable import Durable, WorkflowStatus
+from sqla_durable.operations.arrivals import Arrivals
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.database import ThreadDatabase
 from sqla_durable.worker.gatherer import Gatherer
@@ -33,6 +34,7 @@ def heartbeat_of(database: ThreadDatabase, engine: Engine, threads: ThreadPoolEx
         database=database,
         writer=Writer(database),
         gatherer=Gatherer(database),
+        arrivals=Arrivals(),
         threads=threads,
         sessionmaker=sessionmaker(engine),
         async_sessionmaker=None,
