@@ -203,7 +203,8 @@ def map_children(
     beginning = f"start:{definition.name}"
     attempt = require_workflow(beginning).attempt
     start_at = attempt.visit(beginning, ("sqla_durable", beginning))
-    attempt.holds_back |= max_concurrency is not None and max_concurrency < len(bound)
+    if max_concurrency is not None and max_concurrency < len(bound):
+        attempt.holding.add(start_at.key)
     attempt.left(start_at)  # part of the map, which is the one to be finished, and may be cancelled before it begins
 
     async def all_of(runtime: Runtime, position: Position) -> list[Any]:

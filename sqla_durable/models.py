@@ -186,8 +186,8 @@ class Workflow(Base):
         ),
         # Reclaim, heartbeat, and what a worker is doing now.
         Index("workflow_running_idx", "worker_id", postgresql_where=text("status = 'running'")),
-        # Timers and delayed starts that are due; and, to be counted, what waits for something else.
-        Index("workflow_suspended_idx", "wake_at", postgresql_where=text("status = 'suspended'")),
+        # Timers and delayed starts that are due; and, by id and to be counted, what waits without a time.
+        Index("workflow_suspended_idx", "wake_at", "id", postgresql_where=text("status = 'suspended'")),
         # What has failed lately.
         Index("workflow_failed_idx", "finished_at", postgresql_where=text("status = 'failed'")),
         # What is to fail when its time has come.
@@ -196,14 +196,8 @@ class Workflow(Base):
             "deadline_at",
             postgresql_where=text("finished_at IS NULL AND deadline_at IS NOT NULL"),
         ),
-        # The tree under a workflow, and how many of its children are finished.
-        Index(
-            "workflow_parent_idx",
-            "parent_id",
-            "parent_key",
-            "finished_at",
-            postgresql_where=text("parent_id IS NOT NULL"),
-        ),
+        # The tree under a workflow.
+        Index("workflow_parent_idx", "parent_id", "id", postgresql_where=text("parent_id IS NOT NULL")),
         {"comment": f"sqla-durable {REVISION}"},
     )
 

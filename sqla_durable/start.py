@@ -241,6 +241,7 @@ def _of_step(bound: BoundWorkflow) -> BoundWorkflow:
                 "takes a Session, or give it a key. Nothing was started."
             )
         return bound
+    attempt.has_children = True
     return BoundWorkflow(replace(bound.new, parent_id=attempt.workflow_id, parent_key=step.position.key))
 
 

@@ -130,7 +130,9 @@ class Attempt:
 
     Attributes:
         branches: the live branches of the workflow's own code.
-        holds_back: whether it has called a map that does not let all its children go at once.
+        has_children: whether it has started a child.
+        holding: the keys under which maps have started children and do not let all of them go at once.
+        joined: those of the maps that have an outcome, which hold none any more.
         warns_of_refusals: whether a call that is refused at the attempt's end is logged; only the first one is.
         arrivals: what learns in this process of signals and of workflows that end.
         is_crowded: returns whether another workflow may be waiting for this one's slot.
@@ -145,7 +147,9 @@ class Attempt:
         self.undoes: bool = claimed.is_cancelling
         self.overdue: str | None = claimed.overdue
         self.headers: Mapping[str, str] = claimed.headers
-        self.holds_back = False
+        self.has_children = False
+        self.holding: set[str] = set()
+        self.joined: set[str] = set()
         self.interceptors: Interceptors = NO_INTERCEPTORS
         self.history_limit = DEFAULT_HISTORY_LIMIT
         self._history: Mapping[str, Recorded] = claimed.history
@@ -175,9 +179,13 @@ class Attempt:
 
         That one may not have been called again before the workflow ends.
         """
-        return self.holds_back or any(
-            each.name.startswith("start:") and "," in (each.output or "") for each in self._history.values()
-        )
+        recorded = {key for key, each in self._history.items() if _starts_several(each)}
+        return bool((self.holding | recorded) - self.joined)
+
+    @property
+    def may_have_notices(self) -> bool:
+        """Whether rows of the engine's own may be left to it: of children, or of an earlier wait."""
+        return self.has_children or self.is_replaying
 
     @property
     def is_replaying(self) -> bool:
@@ -425,3 +433,7 @@ class Attempt:
                 "and what it would have done is lost: await every task that the workflow makes.",
                 steps=branches,
             )
+
+
+def _starts_several(recorded: Recorded) -> bool:
+    return recorded.name.startswith("start:") and "," in (recorded.output or "")

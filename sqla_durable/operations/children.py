@@ -38,6 +38,7 @@ async def start(
         UsageError: one of them has the name and key of a workflow that is this one itself.
     """
     attempt = runtime.attempt
+    attempt.has_children = True
     try:
         recorded = attempt.recorded(position)
         if recorded is not None and recorded.status is StepStatus.FAILED:
@@ -126,6 +127,7 @@ async def join(
             await runtime.settle()
             joining = _Joining(runtime, position, started, active=active or _UNBOUNDED, tolerate=tolerate)
             recorded = await joining.joined(limit)
+        attempt.joined.add(started.key)
     finally:
         attempt.left(position)
     if recorded.status is StepStatus.FAILED:
@@ -143,7 +145,7 @@ class Started:
 
 
 class _Joining:
-    """One wait for children; how far they are is looked at as often as a share of them has ended."""
+    """One wait for children; how far they are is looked at whenever a share of them has ended."""
 
     def __init__(self, runtime: Runtime, position: Position, started: Started, *, active: int, tolerate: int) -> None:
         self._runtime = runtime
@@ -163,47 +165,51 @@ class _Joining:
 
     async def _joined(self, limit: int, hold: Hold, bell: Bell) -> Recorded:
         begun = self._runtime.attempt.tried(self._position) is not None
-        look = partial(children.progress, parent_id=self._parent, key=self._started.key, ids=self._ids)
+        look = partial(children.progress, parent_id=self._parent, ids=self._ids)
         while True:
             bell.rung.clear()  # before the look: what comes during it rings again
             found = await self._runtime.execute(look)
             if found.there < len(self._ids):
                 gone = len(self._ids) - found.there
                 words = f"{gone} of {self._label} are there no longer: deleted?"
+                await self._release_rest()
                 return await self._fail(ChildrenFailedError(words, count=gone))
             if found.failed > self._tolerate:
                 return await self._give_up()
             if found.finished >= len(self._ids):
                 return await self._record_all(limit)
             places = min(found.held, self._active - found.active)
-            released = await self._release(places) if places > 0 else 0
+            released = await self._release(places) if places > 0 else []
             if not begun:
                 waiting = checkpoint_of(self._runtime.attempt, self._position, StepStatus.WAITING)
                 await self._runtime.execute(partial(waits.begin, checkpoint=waiting))
                 begun = True
-            wait = self._wait_for(found)
-            if released < places:  # somebody holds the others' rows, and nothing tells when he lets them go
+            wait = self._wait_for(found, released)
+            if len(released) < places:  # somebody holds the others' rows, and nothing tells when he lets them go
                 wait = replace(wait, until=min(wait.until, time.monotonic() + _LOOK_EVERY))
             if wait.awaits and not hold.is_over:
                 wait = hold.wait(wait.awaits, wait.until)
             await self._runtime.wait(self._position, wait)
             await self._runtime.settle()
 
-    async def _release(self, count: int) -> int:
+    async def _release(self, count: int) -> list[UUID]:
         return await self._runtime.execute(partial(held.release, ids=self._ids, limit=count))
+
+    async def _release_rest(self) -> None:
+        checkpoint = checkpoint_of(self._runtime.attempt, self._position)
+        await self._runtime.execute(partial(held.release_rest, checkpoint=checkpoint, ids=self._ids))
 
     @property
     def _label(self) -> str:
         return f"{len(self._ids)} children {self._started.name!r}"
 
-    def _wait_for(self, found: children.Progress) -> Wait:
-        """Wait until a share of them is finished: replays are few, and a failure is seen before the end."""
-        rest = len(self._ids) - found.finished
-        if found.own < len(self._ids):  # a fork's, of another workflow, which is told instead of this one
+    def _wait_for(self, found: children.Progress, released: Sequence[UUID]) -> Wait:
+        """Wait until a quarter of what can be executed has ended: replays are few, and a failure is seen early."""
+        if found.own < len(self._ids):  # a fork's, of another workflow, to which they leave their notices
             return Wait(time.monotonic() + _LOOK_EVERY, self._began + _LOOK_EVERY / 2, looks=True)
-        share = min(rest, self._active) if found.held else rest
-        count = found.siblings + min(rest, max(1, share // 4))
-        return Wait(float("inf"), float("-inf"), (Awaited(children=self._started.key, count=count),))
+        named = children.sample([*found.named, *released])
+        awaited = Awaited(children=named, open=len(named) - max(1, len(named) // 4))
+        return Wait(float("inf"), float("-inf"), (awaited,) if named else ())
 
     async def _record_all(self, limit: int) -> Recorded:
         found = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
@@ -217,7 +223,7 @@ class _Joining:
     async def _give_up(self) -> Recorded:
         checkpoint = checkpoint_of(self._runtime.attempt, self._position)
         await self._runtime.execute(partial(children.cancel_rest, checkpoint=checkpoint, ids=self._ids))
-        await self._runtime.execute(partial(held.release, ids=self._ids, limit=_UNBOUNDED))  # what is detached
+        await self._release_rest()  # what is detached
         found = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
         failed = [each for each in found if each["status"] == WorkflowStatus.FAILED.value]
         first_error: dict[str, Any] = failed[0]["error"] if failed else {}

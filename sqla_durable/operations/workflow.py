@@ -87,7 +87,15 @@ def _undone(attempt: Attempt) -> Completion:
 def _ended(
     attempt: Attempt, status: WorkflowStatus, *, output: str | None = None, error: str | None = None
 ) -> Completion:
-    return Completion(attempt.fence, status, output, error, is_child=attempt.is_child, holds=attempt.may_hold)
+    return Completion(
+        attempt.fence,
+        status,
+        output,
+        error,
+        is_child=attempt.is_child,
+        holds=attempt.may_hold,
+        has_notices=attempt.may_have_notices,
+    )
 
 
 async def _called(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Any:

@@ -145,15 +145,26 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """What a workflow may wait for: a signal of this name, or `count` finished children of its step `children`."""
+    """What a workflow may wait for: a signal of this name, or that at most `open` of these children are unfinished.
+
+    Of children it is said what is still open, never how many have ended: that number falls when some are deleted or
+    retried. A child that is not there is not unfinished.
+    """
 
     signal: str | None = None
-    children: str | None = None
-    count: int = 0
+    children: Sequence[UUID] = ()
+    open: int = 0
+
+    @classmethod
+    def any_of(cls, children: Sequence[UUID]) -> Awaited:
+        """Wait for the first of some children."""
+        return cls(children=children, open=len(children) - 1)
 
     def to_json(self) -> dict[str, Any]:
-        """Give it as it stands in `awaits`."""
-        return {"signal": self.signal} if self.signal else {"children": self.children, "count": self.count}
+        """Return it as it stands in `awaits`."""
+        if self.signal:
+            return {"signal": self.signal}
+        return {"children": [str(each) for each in self.children], "open": self.open}
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +181,10 @@ class Park:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The outcome of a workflow, to be recorded. `output` is JSON text, or `error` is; it may hold children."""
+    """The outcome of a workflow, to be recorded. `output` is JSON text, or `error` is.
+
+    It may hold children, and notices of the engine's own may be left to it.
+    """
 
     fence: Fence
     status: WorkflowStatus
@@ -178,6 +192,7 @@ class Completion:
     error: str | None = None
     is_child: bool = False
     holds: bool = False
+    has_notices: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ from sqla_durable.store._rows import (
     owned,
     table,
 )
-from sqla_durable.store.signals import asking
+from sqla_durable.store.signals import asking, clearing
 from sqla_durable.store.steps import CHECKPOINT, checkpoint_row, insert_of
 
 End: TypeAlias = Completion | Park
@@ -64,6 +64,7 @@ _END: Columns = {
     "awaits": JSONB(),
     "checkpoints": Integer(),
     "holds": Boolean(),
+    "has_notices": Boolean(),
 }
 
 
@@ -99,7 +100,7 @@ def _end_row(end: End, checkpoints: int) -> dict[str, Any]:
     match end:
         case Completion():
             outcome = {"status": end.status.value, "output": end.output, "error": end.error}
-            return fence | outcome | {"holds": end.holds}
+            return fence | outcome | {"holds": end.holds, "has_notices": end.has_notices}
         case Park():
             awaits = [each.to_json() for each in end.awaits] or None
             return fence | {"status": WorkflowStatus.SUSPENDED.value, "delay": end.delay, "awaits": awaits}
@@ -111,14 +112,14 @@ def _write_statement() -> Any:
     mine = owned(union(_fences(batch), _fences(ending)).subquery("fences"), skip_locked=True)
     recorded = insert_of(batch, mine).cte("recorded")
     ended = _end_statement(ending, mine, recorded).cte("ended")
-    asked = asking(ended).cte("asked")
+    of_ended = asking(ended).cte("asked"), clearing(ended, ended.c.has_notices).cte("cleared")
     left = select(batch.c.id, batch.c.token, batch.c.key).where(
         ~select(mine.c.id).where(of_owner(batch, mine), _in(recorded, batch)).exists()
     )
     open_ends = select(ending.c.id, ending.c.token, null()).where(
         ~select(ended.c.id).where(ended.c.id == ending.c.id, ended.c.token == ending.c.token).exists()
     )
-    return union_all(left, open_ends).add_cte(asked)
+    return union_all(left, open_ends).add_cte(*of_ended)
 
 
 def _fences(rows: CTE) -> Any:
@@ -160,6 +161,7 @@ def _end_statement(ending: CTE, mine: CTE, recorded: CTE) -> Any:
             WORKFLOW.c.id,
             ready.c.token.label("token"),
             ready.c.holds,
+            ready.c.has_notices,
             WORKFLOW.c.awaits,
             WORKFLOW.c.parent_id,
             WORKFLOW.c.finished_at,

@@ -47,12 +47,16 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.held import is_held, leaving
 from sqla_durable.store.keys import ROUNDS
+from sqla_durable.store.signals import asking, clearing
 from sqla_durable.store.starts import NEW, hidden_among, new_columns, new_row
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, known_output, mine, own_row
 from sqla_durable.unwinding import AttemptLost
 
+MOST_NAMED = 1_000
+"""How many workflows a parent may wait for by name; to wait for the first of more, it looks again and again."""
+
+_SAMPLE = 100
 _PARENT = bindparam("parent", type_=PG_UUID())
-_GROUP = bindparam("group", type_=Text())
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ class Progress:
         finished: how many have an outcome; `failed` of them did not succeed.
         held: how many wait for others of the group to end.
         active: how many can be executed, or are.
-        siblings: how many of their group have an outcome, those of an earlier history included.
+        named: some of the active ones, from all over their order: what happens to these stands for what happens to all.
     """
 
     there: int
@@ -74,7 +78,7 @@ class Progress:
     failed: int
     held: int
     active: int
-    siblings: int
+    named: Sequence[UUID]
 
 
 def start(connectable: Connectable, checkpoint: Checkpoint, children: Sequence[NewWorkflow], *, active: int) -> Any:
@@ -98,10 +102,15 @@ def start(connectable: Connectable, checkpoint: Checkpoint, children: Sequence[N
     raise hidden_among(connectable, children)
 
 
-def progress(connectable: Connectable, parent_id: UUID, *, key: str, ids: Sequence[UUID]) -> Progress:
-    """Look how far the children are that were started under a key."""
-    row = execute(connectable, _PROGRESS, {"parent": parent_id, "group": key, "ids": list(ids)}).one()
-    return Progress(*(int(each) for each in row))
+def progress(connectable: Connectable, parent_id: UUID, *, ids: Sequence[UUID]) -> Progress:
+    """Look how far these children are."""
+    row = execute(connectable, _PROGRESS, {"parent": parent_id, "ids": list(ids)}).one()
+    return Progress(row.there, row.own, row.finished, row.failed, row.held, row.active, row.named or ())
+
+
+def sample(ids: Sequence[UUID]) -> list[UUID]:
+    """Return some of the ids, from all over their order."""
+    return sorted(ids)[:: -(-len(ids) // _SAMPLE) or 1]
 
 
 def outcomes(connectable: Connectable, *, ids: Sequence[UUID]) -> list[dict[str, Any]]:
@@ -121,9 +130,9 @@ def take_first(connectable: Connectable, checkpoint: Checkpoint, *, workflow_ids
 
 
 def awaited(connectable: Connectable, parent_id: UUID, *, workflow_ids: Sequence[UUID]) -> tuple[Awaited, ...]:
-    """Give what a parent waits for that waits for one of these: the next one of their groups to be finished.
+    """Return what a parent waits for that waits for the first of these.
 
-    Nothing, if one of them is not its child: nobody would tell when that one is finished.
+    Nothing, if one of them is not its child: its end leaves no notice to this one. Nor if they are too many to name.
 
     Raises:
         WorkflowNotFoundError: one of them is not there.
@@ -132,9 +141,9 @@ def awaited(connectable: Connectable, parent_id: UUID, *, workflow_ids: Sequence
     missing = set(workflow_ids) - {row.id for row in rows}
     for each in missing:
         raise WorkflowNotFoundError(f"no workflow {each} is there to wait for: was it deleted?", workflow_id=each)
-    if not all(row.is_child for row in rows):
+    if len(rows) > MOST_NAMED or not all(row.is_child for row in rows):
         return ()
-    return tuple({Awaited(children=row.parent_key, count=row.finished + 1) for row in rows})
+    return (Awaited.any_of([row.id for row in rows]),)
 
 
 def cancel_rest(connectable: Connectable, checkpoint: Checkpoint, *, ids: Sequence[UUID]) -> int:
@@ -237,37 +246,33 @@ def _wanted() -> Any:
 def _progress_statement() -> Any:
     finished = WORKFLOW.c.finished_at.is_not(None)
     succeeded = WORKFLOW.c.status == status(WorkflowStatus.SUCCEEDED)
-    sibling = WORKFLOW.alias("sibling")
-    siblings = select(func.count()).where(
-        sibling.c.parent_id == _PARENT, sibling.c.parent_key == _GROUP, sibling.c.finished_at.is_not(None)
+    active = and_(~finished, ~is_held())
+    place = func.row_number().over(partition_by=active, order_by=WORKFLOW.c.id)
+    seen = materialized(
+        select(
+            WORKFLOW.c.id,
+            (WORKFLOW.c.parent_id == _PARENT).label("own"),
+            finished.label("finished"),
+            and_(finished, ~succeeded).label("failed"),
+            is_held().label("held"),
+            active.label("active"),
+            place.label("place"),
+        ).where(_wanted()),
+        "seen",
     )
+    count = select(func.count()).select_from(seen).where(seen.c.active).scalar_subquery()
+    apart = func.greatest((count + (_SAMPLE - 1)) // _SAMPLE, 1)
+    named = select(func.array_agg(seen.c.id)).where(seen.c.active, (seen.c.place - 1) % apart == 0)
     return select(
         func.count().label("there"),
-        func.count().filter(WORKFLOW.c.parent_id == _PARENT).label("own"),
-        func.count().filter(finished).label("finished"),
-        func.count().filter(finished, ~succeeded).label("failed"),
-        func.count().filter(is_held()).label("held"),
-        func.count().filter(~finished, ~is_held()).label("active"),
-        siblings.scalar_subquery().label("siblings"),
-    ).where(_wanted())
+        *(func.count().filter(seen.c[each]).label(each) for each in ("own", "finished", "failed", "held", "active")),
+        named.scalar_subquery().label("named"),
+    ).select_from(seen)
 
 
 def _awaited_statement() -> Any:
-    sibling = WORKFLOW.alias("sibling")
-    finished = (
-        select(func.count())
-        .where(
-            sibling.c.parent_id == WORKFLOW.c.parent_id,
-            sibling.c.parent_key == WORKFLOW.c.parent_key,
-            sibling.c.finished_at.is_not(None),
-        )
-        .correlate(WORKFLOW)
-        .scalar_subquery()
-    )
-    is_child = func.coalesce(WORKFLOW.c.parent_id == bindparam("parent", type_=PG_UUID()), false())
-    return select(WORKFLOW.c.id, WORKFLOW.c.parent_key, is_child.label("is_child"), finished.label("finished")).where(
-        _wanted()
-    )
+    is_child = func.coalesce(WORKFLOW.c.parent_id == _PARENT, false())
+    return select(WORKFLOW.c.id, is_child.label("is_child")).where(_wanted()).order_by(WORKFLOW.c.id)
 
 
 def _cancel_rest_statement() -> Any:
@@ -304,12 +309,14 @@ def _cancel_rest_statement() -> Any:
             wake_at=null(),
             awaits=null(),
         )
-        .returning(WORKFLOW.c.id)
+        .returning(WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits)
         .cte("cancelled")
     )
     count = select(func.count()).select_from(cancelled).scalar_subquery()
-    told = select(select(owner.c.id).exists().label("owned"), count.label("cancelled"))
-    return told.add_cte(leaving(cancelled).cte("left"))
+    answer = select(select(owner.c.id).exists().label("owned"), count.label("cancelled"))
+    # To their parent too: while this waited for a row, another attempt may have taken it over, and wait.
+    of_ended = asking(cancelled).cte("asked"), clearing(cancelled).cte("cleared"), leaving(cancelled).cte("left")
+    return answer.add_cte(*of_ended)
 
 
 _START = _start_statement()

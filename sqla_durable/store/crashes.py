@@ -56,7 +56,7 @@ from sqla_durable.store._rows import (
     unfinished,
 )
 from sqla_durable.store.held import leaving
-from sqla_durable.store.signals import asking
+from sqla_durable.store.signals import asking, clearing
 
 DEFAULT_MAX_ATTEMPTS = 10
 MAX_ATTEMPTS_TYPE = "sqla_durable.errors:MaxAttemptsError"
@@ -204,8 +204,8 @@ def _back_statement(abandoned: CTE, *, suspect: ColumnElement[bool]) -> Any:
         .cte("back")
     )
     spent_ones = select(back.c.id).where(back.c.finished_at.is_not(None)).cte("spent")
-    left = leaving(spent_ones).cte("left")
-    return select(back.c.id, back.c.name, back.c.status).add_cte(asking(back).cte("asked"), left)
+    of_ended = asking(back).cte("asked"), clearing(back).cte("cleared"), leaving(spent_ones).cte("left")
+    return select(back.c.id, back.c.name, back.c.status).add_cte(*of_ended)
 
 
 def _later(crashes: ColumnElement[int]) -> ColumnElement[Any]:

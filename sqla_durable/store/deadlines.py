@@ -28,7 +28,7 @@ from sqla_durable.store._rows import (
     refresh_known,
     undoes,
 )
-from sqla_durable.store.signals import asking
+from sqla_durable.store.signals import asking, clearing
 
 TIMEOUT_TYPE = "sqla_durable.errors:WorkflowTimeoutError"
 
@@ -117,7 +117,7 @@ def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: b
         .cte("failed")
     )
     told = failed.c.id, failed.c.name, failed.c.finished_at, failed.c.executing_id
-    return select(*told).add_cte(asking(failed).cte("asked"))
+    return select(*told).add_cte(asking(failed).cte("asked"), clearing(failed).cte("cleared"))
 
 
 def _error() -> Any:

@@ -15,6 +15,7 @@ from sqlalchemy import (
     ColumnElement,
     FromClause,
     Integer,
+    Select,
     Text,
     and_,
     bindparam,
@@ -33,16 +34,38 @@ from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store._rows import BEGINNING, SIGNAL, STEP, WORKFLOW, Connectable, execute, has_status, materialized
+from sqla_durable.store._rows import (
+    BEGINNING,
+    SIGNAL,
+    STEP,
+    WORKFLOW,
+    Checkpoint,
+    Connectable,
+    execute,
+    has_status,
+    materialized,
+    scalars,
+)
 from sqla_durable.store.signals import LEFT, is_new
+from sqla_durable.store.steps import given_row, mine
 
 _LEAVERS = 100
 _ONE = literal_column("1", type_=Integer())
 
 
-def release(connectable: Connectable, *, ids: Sequence[UUID], limit: int) -> int:
-    """Let held children go, the first ones first; those whose rows somebody holds are passed over."""
-    return len(execute(connectable, _RELEASE, {"ids": list(ids), "limit": limit}).all())
+def release(connectable: Connectable, *, ids: Sequence[UUID], limit: int) -> list[UUID]:
+    """Let held children go, the first ones first; return their ids. Those whose rows somebody holds are passed over."""
+    return list(scalars(connectable, _RELEASE, {"ids": list(ids), "limit": limit}))
+
+
+def release_rest(connectable: Connectable, checkpoint: Checkpoint, *, ids: Sequence[UUID]) -> None:
+    """Let all that are held of these children go; wait for whoever holds a row. Nothing, if the attempt is lost."""
+    execute(connectable, _RELEASE_REST, given_row(checkpoint) | {"ids": list(ids)})
+
+
+def release_of(connectable: Connectable, parents: Sequence[UUID]) -> None:
+    """Let go what these workflows hold, whose children's rows are locked."""
+    execute(connectable, _RELEASE_OF, {"ids": list(parents)})
 
 
 def release_left(connectable: Connectable, *, limit: int, since: str = BEGINNING) -> int:
@@ -87,14 +110,24 @@ def _let_go(first: Any) -> Any:
 
 
 def _release_statement() -> Any:
-    first = (
-        select(WORKFLOW.c.id)
-        .where(WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID()))), is_held())
-        .order_by(WORKFLOW.c.id)
-        .limit(bindparam("limit", type_=Integer()))
-        .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW)
-    )
-    return _let_go(materialized(first, "first"))
+    first = _held_ones().limit(bindparam("limit", type_=Integer()))
+    return _let_go(materialized(first.with_for_update(key_share=True, skip_locked=True, of=WORKFLOW), "first"))
+
+
+def _release_rest_statement() -> Any:
+    owner = WORKFLOW.alias("owner")
+    owned = select(owner.c.id).where(*mine(owner)).exists()
+    return _let_go(materialized(_held_ones().where(owned).with_for_update(key_share=True, of=WORKFLOW), "first"))
+
+
+def _release_of_statement() -> Any:
+    parents = func.any(bindparam("ids", type_=ARRAY(PG_UUID())))
+    return _let_go(materialized(select(WORKFLOW.c.id).where(WORKFLOW.c.parent_id == parents, is_held()), "first"))
+
+
+def _held_ones() -> Select[tuple[UUID]]:
+    given = WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID())))
+    return select(WORKFLOW.c.id).where(given, is_held()).order_by(WORKFLOW.c.id)
 
 
 def _release_left_statement() -> Any:
@@ -148,5 +181,7 @@ def _leave_statement() -> Any:
 
 
 _RELEASE = _release_statement()
+_RELEASE_REST = _release_rest_statement()
+_RELEASE_OF = _release_of_statement()
 _RELEASE_LEFT = _release_left_statement()
 _LEAVE = _leave_statement()

@@ -4,6 +4,11 @@ Who sends inserts a row and locks nothing of the receiver that its worker would 
 row when it was parked, and has asked to be looked at by a row of the engine's own, `#parked`; a child that ends leaves
 `#child` to its parent. Each new row is delivered once: the receiver's row is locked, and if it waits for what is there
 now, it is woken. So a signal and a parking may cross in any way: whichever is committed later finds the other.
+
+A parent waits until no more than some of its children are unfinished. Only an end lowers that number, and each one
+leaves a notice in its own transaction; a child that was deleted had ended before. So a parent whose children are as it
+waits for is woken, or has a notice that is not delivered. What SQL of other hands did to a child leaves none: that is
+found by `look_over`, in its time.
 """
 
 from __future__ import annotations
@@ -51,6 +56,7 @@ from sqla_durable.store._rows import (
     execute,
     has_status,
     materialized,
+    scalar,
     scalars,
     status,
 )
@@ -132,18 +138,40 @@ def deliver(connectable: Connectable, *, limit: int, since: str = BEGINNING) -> 
     return int(row.delivered), int(row.woken)
 
 
-def asking(ended: CTE) -> Any:
-    """Insert what those that were parked ask for, and what children that have ended leave to their parents.
+def look_over(connectable: Connectable, *, after: UUID, limit: int) -> UUID | None:
+    """Leave notices to those that wait for what is there already, among the next `limit` in the order of their ids.
 
-    And where there is a column `holds`, what those that have ended leave of the children that they hold.
+    For what nobody told: children that were deleted, or ended, by SQL of other hands. Takes no lock; to be delivered.
+
+    Returns:
+        The last id that was looked at, or None if there are no more.
+    """
+    found: UUID | None = scalar(connectable, _LOOK_OVER, {"after": after, "limit": limit})
+    return found
+
+
+def asking(ended: CTE) -> Any:
+    """Insert what those that were suspended ask for, and what children that have ended leave to their parents.
+
+    To a parent that is finished too: it may be retried in a transaction that this statement does not see. Of several
+    children of one parent, one notice. And where there is a column `holds`, what those that have ended leave of the
+    children that they hold.
     """
     finished = ended.c.finished_at.is_not(None)
-    source: Any = select(
-        case((finished, ended.c.parent_id), else_=ended.c.id), case((finished, CHILD), else_=PARKED)
-    ).where(or_(ended.c.awaits.is_not(None), and_(finished, ended.c.parent_id.is_not(None))))
+    source: Any = (
+        select(case((finished, ended.c.parent_id), else_=ended.c.id), case((finished, CHILD), else_=PARKED))
+        .where(or_(ended.c.awaits.is_not(None), and_(finished, ended.c.parent_id.is_not(None))))
+        .distinct()
+    )
     if "holds" in ended.c:
         source = union_all(source, select(ended.c.id, literal(LEFT)).where(finished, ended.c.holds))
     return insert(SIGNAL).from_select(["workflow_id", "name"], source, include_defaults=False).returning(SIGNAL.c.id)
+
+
+def clearing(ended: FromClause, *conditions: ColumnElement[bool]) -> Any:
+    """Delete the notices to those that have ended: there is nothing to be woken any more."""
+    theirs = and_(SIGNAL.c.workflow_id == ended.c.id, SIGNAL.c.delivered_at.is_(None), _engine_s_own())
+    return delete(SIGNAL).where(theirs, ended.c.finished_at.is_not(None), *conditions).returning(SIGNAL.c.id)
 
 
 def is_new(begin: str = "since") -> ColumnElement[bool]:
@@ -252,25 +280,21 @@ def taking(wanted: FromClause, output: Callable[[CTE], ColumnElement[Any]], *con
 def _satisfied(new: CTE) -> ColumnElement[bool]:
     awaited: Any = (
         func.jsonb_to_recordset(new.c.awaits)
-        .table_valued(column("signal", Text()), column("children", Text()), column("count", Integer()))
+        .table_valued(column("signal", Text()), column("children", ARRAY(PG_UUID())), column("open", Integer()))
         .render_derived(name="awaited", with_types=True)
     )
     first = first_untaken(new.c.workflow_id, awaited.c.signal).with_only_columns(SIGNAL.c.name)
     sent: ColumnElement[bool] = first.correlate(new, awaited).scalar_subquery() == awaited.c.signal
     child = WORKFLOW.alias("child")
-    finished: ColumnElement[Any] = (
+    unfinished: ColumnElement[Any] = (
         select(func.count())
-        .where(
-            child.c.parent_id == new.c.workflow_id,
-            child.c.parent_key == awaited.c.children,
-            child.c.finished_at.is_not(None),
-        )
-        .correlate(new, awaited)
+        .where(child.c.id == func.any(awaited.c.children), child.c.finished_at.is_(None))
+        .correlate(awaited)
         .scalar_subquery()
     )
-    enough = and_(awaited.c.children.is_not(None), finished >= awaited.c["count"])
+    few = and_(awaited.c.children.is_not(None), unfinished <= awaited.c.open)
     anything = literal_column("1", type_=Integer())
-    return select(anything).select_from(awaited).where(or_(sent, enough)).exists()
+    return select(anything).select_from(awaited).where(or_(sent, few)).exists()
 
 
 def _deliver_statement() -> Any:
@@ -298,12 +322,10 @@ def _deliver_statement() -> Any:
         .returning(SIGNAL.c.id)
         .cte("seen")
     )
-    receivers = materialized(
-        select(new.c.workflow_id, new.c.awaits)
-        .where(new.c.status == status(WorkflowStatus.SUSPENDED), new.c.awaits.is_not(None))
-        .distinct(),
-        "receivers",
-    )
+    waiting = and_(new.c.status == status(WorkflowStatus.SUSPENDED), new.c.awaits.is_not(None))
+    # By id: to compare what they await would cost more than to look for it.
+    first = select(func.min(new.c.id)).where(waiting).group_by(new.c.workflow_id)
+    receivers = materialized(select(new.c.workflow_id, new.c.awaits).where(new.c.id.in_(first)), "receivers")
     due = materialized(select(receivers.c.workflow_id).where(_satisfied(receivers)), "due")
     woken = (
         update(WORKFLOW)
@@ -319,6 +341,22 @@ def _deliver_statement() -> Any:
     )
 
 
+def _look_over_statement() -> Any:
+    # What has a time looks for itself when that has come.
+    endless = WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_(None)
+    some = materialized(
+        select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.awaits)
+        .where(*endless, WORKFLOW.c.id > bindparam("after", type_=PG_UUID()))
+        .order_by(WORKFLOW.c.wake_at, WORKFLOW.c.id)
+        .limit(bindparam("limit", type_=Integer())),
+        "some",
+    )
+    due = select(some.c.workflow_id, literal(CHILD)).where(some.c.awaits.is_not(None), _satisfied(some))
+    noted = insert(SIGNAL).from_select(["workflow_id", "name"], due, include_defaults=False).returning(SIGNAL.c.id)
+    last = select(some.c.workflow_id).order_by(some.c.workflow_id.desc()).limit(literal_column("1"))
+    return last.add_cte(noted.cte("noted"))
+
+
 def _count(rows: CTE) -> Any:
     return select(func.count()).select_from(rows).scalar_subquery()
 
@@ -332,3 +370,4 @@ _NAME = cast(bindparam("signal_name", type_=Text()), Text)
 _OLDEST = materialized(first_untaken(GIVEN["id"], _NAME), "oldest")
 _TAKE = taking(_OLDEST, lambda taken: taken.c.payload, _OLDEST.c.name == _NAME)
 _DELIVER = _deliver_statement()
+_LOOK_OVER = _look_over_statement()

@@ -217,12 +217,12 @@ GIVEN: dict[str, ColumnElement[Any]] = {
 """One checkpoint as parameters."""
 
 
-def mine() -> tuple[ColumnElement[bool], ...]:
-    """Give the conditions that the workflow is owned by the attempt of `GIVEN`."""
+def mine(table: FromClause = WORKFLOW) -> tuple[ColumnElement[bool], ...]:
+    """Return the conditions that the workflow is owned by the attempt of `GIVEN`."""
     return (
-        WORKFLOW.c.id == GIVEN["id"],
-        WORKFLOW.c.token == GIVEN["token"],
-        WORKFLOW.c.status == status(WorkflowStatus.RUNNING),
+        table.c.id == GIVEN["id"],
+        table.c.token == GIVEN["token"],
+        table.c.status == status(WorkflowStatus.RUNNING),
     )
 
 

@@ -30,9 +30,9 @@ from sqlalchemy.orm import Session
 from sqla_durable.models import Workflow
 from sqla_durable.status import FINISHED, WorkflowStatus
 from sqla_durable.store._rows import COMPENSATES, REQUESTED, WORKFLOW, bind_arguments, refresh_known, scalars, status
-from sqla_durable.store.held import leaving
+from sqla_durable.store.held import leaving, release_of
 from sqla_durable.store.selection import Wanted, among, hold, known, lock, look_again, still_wanted
-from sqla_durable.store.signals import asking
+from sqla_durable.store.signals import asking, clearing
 
 _COMPENSATION = {
     "cancellation": REQUESTED,
@@ -84,7 +84,8 @@ def cancel(session: Session, held: Sequence[UUID], wanted: Wanted) -> bool:
         returned = WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits
         at_once = and_(among(held), WORKFLOW.c.cancellation.is_(None))
         ended = update(WORKFLOW).where(at_once).values(outcome).returning(*returned).cte("ended")
-        scalars(session, select(ended.c.id).add_cte(asking(ended).cte("asked"), leaving(ended).cte("left"))).all()
+        of_ended = asking(ended).cte("asked"), clearing(ended).cte("cleared"), leaving(ended).cte("left")
+        scalars(session, select(ended.c.id).add_cte(*of_ended)).all()
     refresh_known(session, known(wanted, held))
     return enqueued
 
@@ -121,7 +122,11 @@ def hold_deletable(session: Session, wanted: Wanted) -> list[UUID]:
 
 
 def erase(session: Session, ids: Sequence[UUID]) -> None:
-    """Delete the workflows with everything that is theirs, and tell the session of those that it knows."""
+    """Delete the workflows with everything that is theirs, and tell the session of those that it knows.
+
+    Children that they hold, which are detached, are let go: nobody could do that later.
+    """
+    release_of(session, ids)
     statement = delete(Workflow).where(among(ids))
     options = {"synchronize_session": "fetch"}
     session.execute(statement, execution_options=options, bind_arguments=bind_arguments())

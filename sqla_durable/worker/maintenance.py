@@ -34,6 +34,8 @@ _SHORTEST_PAUSE = 0.01  # seconds between two looks, however many timers there a
 _RECLAIM_EVERY = 10  # beats: what is seen to be abandoned is reclaimed at once
 _WARN_EVERY = 60.0
 _FORGET_EVERY = 3_600.0
+_LOOK_OVER_EVERY = 60.0
+_FRONT = UUID(int=0)
 
 
 class Maintenance:
@@ -69,6 +71,8 @@ class Maintenance:
         self._looked_at = time.monotonic()
         self._reclaimed_at = float("-inf")
         self._forgotten_at = float("-inf")
+        self._looked_over_at = float("-inf")
+        self._looked_over = _FRONT
         self._warned_at = float("-inf")
         self._warned_of_versions_at = float("-inf")
         self._hinted = asyncio.Event()
@@ -130,6 +134,7 @@ class Maintenance:
             await self._warn_of_unknown()
         self._marks = self._cursors.marks
         await self._warn_of_versions()
+        await self._look_over()
         await self._forget_dead()
 
     async def _wait(self, seen: Seen) -> None:
@@ -230,6 +235,17 @@ class Maintenance:
         if time.monotonic() - self._forgotten_at >= _FORGET_EVERY:
             self._forgotten_at = time.monotonic()
             await persistently(self._database, workers.forget_dead, what="maintenance")
+
+    async def _look_over(self) -> None:
+        """Look whether some of those that wait wait for what is there: a part of them each time, then from the front.
+
+        Their senders and children leave notices; SQL that deletes a child, or ends it, does not.
+        """
+        if time.monotonic() - self._looked_over_at >= _LOOK_OVER_EVERY:
+            self._looked_over_at = time.monotonic()
+            look_over = partial(signals.look_over, after=self._looked_over, limit=_LIMIT)
+            last: UUID | None = await persistently(self._database, look_over, what="maintenance")
+            self._looked_over = last or _FRONT
 
     async def _warn_of_unknown(self) -> None:
         if self._claims.busy or time.monotonic() - self._warned_at < _WARN_EVERY:

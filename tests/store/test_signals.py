@@ -118,7 +118,7 @@ def test_children_wake_when_there_are_enough(engine: Engine) -> None:
         claimed = [each.fence for each in races.claim(session, 3, names=["child"])]
         session.commit()
     assert {each.workflow_id for each in claimed} == set(children)
-    park(engine, parent, Awaited(children="ship", count=2))
+    park(engine, parent, Awaited(children=children, open=1))
     woken: list[int] = []
     for each in claimed:
         with Session(engine) as session:
@@ -307,7 +307,7 @@ def test_child_that_ends_is_told_to_a_parent_that_is_retried_meanwhile(engine: E
             management.retry(session, Wanted([parent.workflow_id]))
             session.commit()
         (again,) = _claimed_again(engine)
-        park(engine, again, Awaited(children="ship", count=1))
+        park(engine, again, Awaited.any_of([child]))
         deliver(engine)
         canceller.commit()
     deliver(engine)

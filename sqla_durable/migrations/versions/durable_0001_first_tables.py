@@ -117,10 +117,10 @@ def _create_workflow(schema: str) -> None:
         where="status = 'pending'",
     )
     _index(schema, "workflow_running_idx", ["worker_id"], where="status = 'running'")
-    _index(schema, "workflow_suspended_idx", ["wake_at"], where="status = 'suspended'")
+    _index(schema, "workflow_suspended_idx", ["wake_at", "id"], where="status = 'suspended'")
     _index(schema, "workflow_failed_idx", ["finished_at"], where="status = 'failed'")
     _index(schema, "workflow_deadline_idx", ["deadline_at"], where="finished_at IS NULL AND deadline_at IS NOT NULL")
-    _index(schema, "workflow_parent_idx", ["parent_id", "parent_key", "finished_at"], where="parent_id IS NOT NULL")
+    _index(schema, "workflow_parent_idx", ["parent_id", "id"], where="parent_id IS NOT NULL")
 
 
 def _create_step(schema: str) -> None:
