@@ -126,7 +126,7 @@ class Maintenance:
         undoing = await self._fail_overdue() if seen.overdue else False
         reclaimed = await self._reclaim(seen)
         woken = await self._wake() if seen.due else 0
-        woken += await self._deliver() if seen.undelivered else 0
+        woken += await self.deliver() if seen.undelivered else 0
         woken += await self._release_left() if seen.left else 0
         if seen.claimable or reclaimed or woken or undoing:
             self._claims.hint()
@@ -144,7 +144,7 @@ class Maintenance:
         until = time.monotonic() + min(self._interval, next_due_in)
         while await self._is_hinted(until - time.monotonic()) and not self._is_to_look:
             self._hinted.clear()
-            await self._deliver()
+            await self.deliver()
             await asyncio.sleep(_SHORTEST_PAUSE)
 
     async def _is_hinted(self, within: float) -> bool:
@@ -167,7 +167,7 @@ class Maintenance:
     def _wake_some(self, connection: Connection) -> int:
         return workflows.wake_due(connection, limit=_LIMIT, since=self._marks.wake_at)
 
-    async def _deliver(self) -> int:
+    async def deliver(self) -> int:
         """Wake those that wait for what has been sent; of many, all."""
         woken = 0
         while True:

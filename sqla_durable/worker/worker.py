@@ -251,7 +251,9 @@ class Worker:
             await asyncio.wait([*loops, stopping], return_when=asyncio.FIRST_COMPLETED)
             surroundings.stopping.set()
             await _ended(taking)
-            handed_back = await self._leaving(self._hand_back(attempts, heartbeat), seconds=self._grace + _LAST_GRACE)
+            handed_back = await self._leaving(
+                self._hand_back(attempts, heartbeat, maintenance), seconds=self._grace + _LAST_GRACE
+            )
         finally:
             surroundings.stopping.set()
             self.left_behind = attempts.cancel() + sum(each.stuck for each in databases.all)
@@ -268,10 +270,11 @@ class Worker:
     def _grace(self) -> float:
         return self.grace.total_seconds()
 
-    async def _hand_back(self, attempts: Attempts, heartbeat: Heartbeat) -> None:
+    async def _hand_back(self, attempts: Attempts, heartbeat: Heartbeat, maintenance: Maintenance) -> None:
         await attempts.hand_back(grace=self._grace)
         async with asyncio.timeout(_LAST_GRACE):
             await heartbeat.release_strays()
+            await maintenance.deliver()
 
     async def _leaving(self, farewell: Coroutine[Any, Any, None], *, seconds: float) -> bool:
         """Do one of the last things, unless the database is out of reach: others reclaim what is not handed back."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from uuid import UUID
 
 from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
+from uuid_utils.compat import uuid7
 
-from sqla_durable import cancel, rewind
+from sqla_durable import cancel, delete, rewind
 from sqla_durable.models import Signal, Step
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import batches, crashes, held, rounds, workflows
@@ -132,3 +135,32 @@ def test_a_start_whose_outcome_was_replaced_lets_all_go(engine: Engine) -> None:
         session.flush()
         held.leave(session, [fence.workflow_id])
         assert held.release_left(session, limit=9) == 2
+
+
+def test_all_that_are_held_go_and_nobody_who_holds_a_row_is_passed_over(engine: Engine) -> None:
+    fence, ids = parent_with_held(engine)
+    release = partial(held.release_rest, checkpoint=races.checkpoint(fence, "map:double"), ids=ids)
+    with races.transaction(engine) as caller, races.transaction(engine) as giving_up:
+        races.lock(caller.session, ids[1])
+        waiting = giving_up.begin_blocked(release)
+        caller.session.rollback()
+        waiting.result()
+        assert [races.status_in(giving_up.session, each) for each in ids] == [WorkflowStatus.PENDING] * 2
+
+
+def test_an_attempt_that_has_lost_its_workflow_lets_nothing_go(engine: Engine) -> None:
+    fence, ids = parent_with_held(engine, 1)
+    with Session(engine) as session:
+        stolen = races.checkpoint(replace(fence, token=uuid7()), "map:double")
+        held.release_rest(session, stolen, ids=ids)
+        assert races.status_in(session, ids[0]) is WorkflowStatus.SUSPENDED
+
+
+def test_detached_children_that_a_deleted_parent_has_held_go(engine: Engine) -> None:
+    """Before any worker has seen that it has ended; afterwards they would be nobody's."""
+    fence, ids = parent_with_held(engine, detached=True)
+    with Session(engine) as session:
+        batches.write(session, [], [failure(fence)])
+        session.commit()
+        assert delete(session, fence.workflow_id) == [fence.workflow_id]
+        assert [races.status_in(session, each) for each in ids] == [WorkflowStatus.PENDING] * 2
