@@ -170,7 +170,8 @@ def asking(ended: CTE) -> Any:
 
 def clearing(ended: FromClause, *conditions: ColumnElement[bool]) -> Any:
     """Delete the notices to those that have ended: there is nothing to be woken any more."""
-    theirs = and_(SIGNAL.c.workflow_id == ended.c.id, SIGNAL.c.delivered_at.is_(None), _engine_s_own())
+    # None of them is ever taken: the index of what is not taken leads past all that the workflow has taken.
+    theirs = and_(SIGNAL.c.workflow_id == ended.c.id, SIGNAL.c.consumed_by.is_(None), _engine_s_own())
     return delete(SIGNAL).where(theirs, ended.c.finished_at.is_not(None), *conditions).returning(SIGNAL.c.id)
 
 

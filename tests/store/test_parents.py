@@ -21,6 +21,8 @@ from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.models import Signal, Workflow
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Awaited, Completion, Fence, Park, children, crashes, deadlines, signals, workflows
+from sqla_durable.store._rows import BEGINNING, filled
+from sqla_durable.store.batches import _WRITE  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.store.signals import _DELIVER, _LOOK_OVER  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races
@@ -322,10 +324,29 @@ def test_a_parent_of_many_children_is_looked_at_once_for_all_their_notices(engin
         session.execute(notice, {"id": parent.workflow_id})
         session.execute(text("ANALYZE durable.workflow, durable.signal"))
         session.commit()
-        plan = explain(session, _DELIVER, {"limit": 1000}, mode=mode)
+        plan = explain(session, _DELIVER, {"limit": 1000, "since": BEGINNING}, mode=mode)
     assert plan.rows("CTE receivers") == 1
     assert plan.buffers("CTE due") < 600, plan
     assert not plan.scans("workflow"), plan
+
+
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+def test_an_end_costs_the_same_however_many_signals_were_taken(engine: Engine, mode: str) -> None:
+    # behaviour: G1
+    (ending,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        taken = (
+            "INSERT INTO durable.signal (workflow_id, name, delivered_at, consumed_by) "
+            "SELECT :id, 'approved', statement_timestamp(), 'step' FROM generate_series(1, 5000)"
+        )
+        session.execute(text(taken), {"id": ending.workflow_id})
+        session.execute(text("ANALYZE durable.signal"))
+        session.commit()
+        row = {"id": ending.workflow_id.hex, "token": ending.token.hex, "checkpoints": 0, "has_notices": True}
+        parameters = filled("batch", []) | filled("ending", [row | {"status": "succeeded", "output": "1"}])
+        plan = explain(session, _WRITE, parameters, mode=mode)
+    assert plan.uses("signal_untaken_idx"), plan
+    assert plan.buffers() < 100, plan
 
 
 class Family:
