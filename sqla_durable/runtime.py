@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import sqla_durable.tasks as tasks
 from sqla_durable.codec import DEFAULT_LIMIT
@@ -23,16 +24,25 @@ from sqla_durable.inspection import SessionKind
 from sqla_durable.interceptors import Around, entered, entered_async
 from sqla_durable.limits import Watch
 from sqla_durable.operations.attempt import Attempt, Position, Wait
+from sqla_durable.operations.cancelled import Cancelled, cancelled_in, settle
 from sqla_durable.operations.runtime import Operation, StepCall, execution_of, run_blocking
 from sqla_durable.operations.step import run_step
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.setbacks import TransactionRetry
-from sqla_durable.store import Checkpoint, Completion, Connectable, streams
+from sqla_durable.store import Checkpoint, Completion, Connectable, Recorded, streams
 from sqla_durable.store.streams import Append, Appended
+from sqla_durable.undisturbed import Undisturbed, ended
 from sqla_durable.unwinding import AttemptLost, ControlFlow
 
 T = TypeVar("T")
+Work: TypeAlias = Callable[[], Awaitable[Any]]
+
+log = logging.getLogger("sqla_durable.workflow")
+
+_LOOK_EVERY = 0.5  # seconds between two looks whether a replay goes on
+_QUIET = 5.0  # seconds without anything that could cancel a call again
+_STAYS = Wait(until=float("inf"), in_memory_until=float("inf"))
 
 
 class BaseRuntime(ABC):
@@ -154,12 +164,20 @@ class BlockingRuntime(BaseRuntime):
         with self.context().entered():
             return definition.call(arguments)
 
+    async def drive(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Bring an attempt to its end, here."""
+        return await coroutine
+
     def leave(self) -> None:
         """Leave nothing behind at the attempt's end: the branches of sync code have ended before."""
 
 
 class AsyncRuntime(BaseRuntime):
     """The shell of `async def` workflows: sync steps are executed in threads."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        super().__init__(attempt)
+        self._owed: dict[asyncio.Task[Any], int] = {}  # how many cancels a task had met when its code was not told
 
     def context(self, step: StepCall | None = None) -> Context:
         """Give the ambient context of the workflow's own code, or of a step's function."""
@@ -173,30 +191,102 @@ class AsyncRuntime(BaseRuntime):
             limit=self.limit if step is None else step.definition.limit,
         )
 
-    async def perform(self, call: StepCall) -> Any:
-        """Perform a step and give its outcome."""
-        self.attempt.carried_here(call.position)
-        replayed = self.attempt.recorded(call.position) is not None
-        try:
-            with self.telling(), self.context(call).entered():
-                if not replayed:
-                    await tasks.let_replay_catch_up(self.attempt)
-                if call.definition.session is SessionKind.SYNC and not replayed:
-                    return await self.perform_blocking(call)
-                return await run_step(self, call)
-        finally:
-            self.attempt.left(call.position)  # cancelled before the step itself has begun
+    def perform(self, call: StepCall) -> Coroutine[Any, Any, Any]:
+        """Perform a step and return its outcome, when awaited."""
+        again = partial(run_step, self, call)
+        is_in_thread = call.definition.session is SessionKind.SYNC and self.attempt.recorded(call.position) is None
+        work = partial(self.perform_blocking, call) if is_in_thread else again
+        return self._carry_out(call.position, self.context(call), work, again)
 
-    async def operate(self, position: Position, operation: Operation) -> Any:
-        """Carry out an operation and give its outcome."""
-        self.attempt.carried_here(position)
+    def operate(self, position: Position, operation: Operation) -> Coroutine[Any, Any, Any]:
+        """Carry out an operation and return its outcome, when awaited."""
+        work = partial(operation, self, position)
+        return self._carry_out(position, replace(self.context(), is_operating=True), work, work)
+
+    async def _carry_out(self, position: Position, context: Context, work: Work, again: Work) -> Any:
+        """Do the work; cancelled by the workflow's own code, see to it that the code sees what is recorded.
+
+        Args:
+            context: the ambient context of the work.
+            again: returns the outcome once that is recorded.
+        """
+        attempt = self.attempt
+        attempt.carried_here(position)
+        recorded = attempt.recorded(position)
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        met = tasks.cancels_met(task)
+        is_told = False
         try:
-            with self.telling(), self.context().operating():
-                if self.attempt.recorded(position) is None:
-                    await tasks.let_replay_catch_up(self.attempt)
-                return await operation(self, position)
+            with self.telling(), context.entered():
+                if recorded is not None and (cancelled := cancelled_in(recorded)) is not None:
+                    await self._until_cancelled(position, cancelled)
+                try:
+                    if self._owed and self._owes(task, recorded):
+                        met = -1
+                        raise asyncio.CancelledError
+                    if recorded is None:
+                        await tasks.let_replay_catch_up(attempt)
+                    if attempt.branches.has_new:
+                        await tasks.let_new_tasks_begin(attempt)
+                    return await work()
+                except asyncio.CancelledError:
+                    if attempt.stopped or task.cancelling() <= met or await self._is_cancelled(position):
+                        raise
+                    return await again()
+        except asyncio.CancelledError:
+            is_told = True
+            raise
         finally:
-            self.attempt.left(position)  # cancelled before the operation itself has begun
+            if not is_told and task.cancelling() > met and attempt.branches.here() is not None:
+                self._owed[task] = task.cancelling()
+            attempt.left(position)  # cancelled before the operation itself has begun
+
+    def _owes(self, task: asyncio.Task[Any], recorded: Recorded | None) -> bool:
+        """Return whether the code is still to learn of a cancel that came too late for its last operation."""
+        return recorded is None and task.cancelling() >= self._owed.pop(task, task.cancelling() + 1)
+
+    async def _is_cancelled(self, position: Position) -> bool:
+        """Settle what became of an operation whose call was cancelled, however often it is cancelled meanwhile."""
+        attempt = self.attempt
+        found = attempt.recorded(position)
+        if found is None:
+            settling = Undisturbed(settle(self, position, Cancelled(attempt.visits.count)))
+            # What an attempt that is ending would still record is not needed: its successor finds nothing, or that.
+            await ended(settling, on_cancel=lambda: attempt.stopped and settling.cancel_now())
+            found = settling.result()
+            attempt.learn(found)
+        is_cancelled = cancelled_in(found) is not None
+        if is_cancelled:
+            attempt.cancelled_calls.add(position.key)
+        return is_cancelled
+
+    async def _until_cancelled(self, position: Position, cancelled: Cancelled) -> NoReturn:
+        """Wait until the workflow's code cancels the call again, as it did in an earlier attempt."""
+        attempt = self.attempt
+        attempt.wait(position, _STAYS)
+        try:
+            while not attempt.is_quiet(quiet=_QUIET, idle=lambda: tasks.are_idle(attempt)):
+                await self.moment()
+                if not attempt.cancelling:  # what it did before is yet to be found, so that it can be undone
+                    attempt.proceed()
+        finally:
+            attempt.go_on(position)
+        log.warning(
+            "workflow %r %s: an earlier attempt cancelled the call %r, and today's code does not: it is cancelled all "
+            "the same",
+            attempt.name,
+            attempt.workflow_id,
+            position.key,
+        )
+        raise asyncio.CancelledError
+
+    async def moment(self) -> None:
+        """Wait a moment of a replay."""
+        await self.pause(_LOOK_EVERY)
+
+    async def drive(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Bring an attempt to its end, in a task that knows a cancel from outside."""
+        return await tasks.in_attempt_task(coroutine, self.attempt)
 
     @abstractmethod
     async def perform_blocking(self, call: StepCall) -> Any:
@@ -229,6 +319,8 @@ class AsyncRuntime(BaseRuntime):
 
         def operate(position: Position, operation: Operation) -> Any:
             here = _running_loop()
+            if position.key in self.attempt.cancelled_calls:
+                raise AttemptLost(self.attempt.workflow_id)
             if here is loop:
                 return operation(self, position)
             future = _submit(operation(self, position), loop)
@@ -247,7 +339,9 @@ class AsyncRuntime(BaseRuntime):
             return value
 
     def leave(self) -> None:
-        """Cancel what the workflow leaves behind at the attempt's end."""
+        """Cancel what the workflow leaves behind at the attempt's end; nothing of it is recorded any more."""
+        self.attempt.stop(partial(AttemptLost, self.attempt.workflow_id))
+        self._owed.clear()
         tasks.abandon(self.attempt)
 
 

@@ -9,15 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary
+
+from typing_extensions import override
 
 from sqla_durable.context import Context, active, active_in
 from sqla_durable.operations.attempt import Attempt, Position
 from sqla_durable.operations.branch import Branch, Branches, name_of
+from sqla_durable.operations.workflow import signal_in
+from sqla_durable.undisturbed import ended, see, until_done
+from sqla_durable.unwinding import Released
 
+T = TypeVar("T")
 Task: TypeAlias = "asyncio.Task[Any]"
 
 _HOLD_WORKFLOWS = {"sqla_durable.bench", "sqla_durable.torture", "sqla_durable.testing"}
@@ -67,7 +73,7 @@ class _Factory:
             return self._operation(context.attempt, self._make(loop, coroutine, options), coroutine)
         parent = context.attempt.branches.here()
         if parent is None:
-            return self._make(loop, coroutine, options)
+            return _overseen(self._make(loop, coroutine, options))
         return self._branch(context.attempt.branches, parent, coroutine, lambda: self._make(loop, coroutine, options))
 
     def _make(self, loop: asyncio.AbstractEventLoop, coroutine: Any, options: dict[str, Any]) -> Task:
@@ -84,14 +90,65 @@ class _Factory:
         finally:
             _starting.pop(coroutine, None)
         task.add_done_callback(branches.leave)
-        return task
+        return _overseen(task)
 
     def _operation(self, attempt: Attempt, task: Task, coroutine: Any) -> Task:
         """Let a call that got its key before count as ended with its task, which may be cancelled before it starts."""
         position = _position_in(coroutine)
         if position is not None:
             task.add_done_callback(lambda _: attempt.left(position))
-        return task
+        attempt.branches.enter_call(task)
+        task.add_done_callback(attempt.branches.leave_call)
+        return _overseen(task)
+
+
+class AttemptTask(asyncio.Task[T]):
+    """The task that an attempt's own code begins in: cancelled from outside, the attempt ends.
+
+    A cancel by the workflow's own code, a timeout of asyncio's for example, is that code's affair.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T], attempt: Attempt, *, name: str | None = None) -> None:
+        super().__init__(coroutine, loop=asyncio.get_running_loop(), name=name)
+        self._attempt = attempt
+
+    @override
+    def cancel(self, msg: Any = None) -> bool:
+        """Cancel it."""
+        context = active()
+        if context is None or context.attempt is not self._attempt:
+            self._attempt.stop(Released)
+        return super().cancel(msg)
+
+
+async def in_attempt_task(coroutine: Coroutine[Any, Any, T], attempt: Attempt) -> T:
+    """Await a coroutine in an `AttemptTask`; cancelled meanwhile, it is cancelled from outside and waited for."""
+    task = AttemptTask(coroutine, attempt)
+    try:
+        await until_done(task)
+    except asyncio.CancelledError:
+        task.cancel()
+        await ended(task, on_cancel=task.cancel)
+        raise
+    return task.result()
+
+
+def cancels_met(task: Task) -> int:
+    """Return how many cancels a task has met; asyncio counts one that is yet to be thrown into it, too."""
+    requested = task.cancelling()
+    return requested - 1 if requested and getattr(task, "_must_cancel", False) else requested
+
+
+def _overseen(task: Task) -> Task:
+    """Let asyncio not report signals of the engine's that nobody retrieves: they are meant for the attempt."""
+    task.add_done_callback(_see_signal)
+    return task
+
+
+def _see_signal(task: Task) -> None:
+    error: BaseException | None = getattr(task, "_exception", None)  # task.exception() would mark the user's errors too
+    if error is not None and signal_in(error) is not None:
+        task.exception()
 
 
 def _settle_in(coroutine: object, task: Task) -> None:
@@ -140,6 +197,16 @@ def _is_waited_for() -> bool:
     return frame is not None and frame.f_code is asyncio.wait_for.__code__
 
 
+async def let_new_tasks_begin(attempt: Attempt) -> None:
+    """Let tasks that the workflow's code has made begin before one of its operations is over.
+
+    On the first execution most operations take time, and on a replay none: what is cancelled after one must have begun
+    in both.
+    """
+    attempt.branches.has_new = False
+    await asyncio.sleep(0)
+
+
 async def let_replay_catch_up(attempt: Attempt) -> None:
     """Let what is recorded of other branches take effect before a branch executes its first step that is not.
 
@@ -155,9 +222,10 @@ async def let_replay_catch_up(attempt: Attempt) -> None:
 
 
 async def until_cancelled_have_ended(attempt: Attempt) -> None:
-    """Wait for the branches that the workflow itself has cancelled, as its last act perhaps."""
+    """Wait for the branches and calls that the workflow itself has cancelled, as its last act perhaps."""
     while True:
-        ending = [each for each in _live(attempt) if each.cancelling()]
+        left = [*_live(attempt), *_calls(attempt)]
+        ending = [each for each in left if each.done() or each.cancelling()]
         if not ending:
             break
         await asyncio.wait(ending)
@@ -167,11 +235,26 @@ async def until_cancelled_have_ended(attempt: Attempt) -> None:
 def abandon(attempt: Attempt) -> None:
     """Cancel what an attempt leaves behind: nobody awaits it any more, and nothing of it can be recorded."""
     here = asyncio.current_task()
-    left: list[Any] = [each for each in {*_live(attempt), *attempt.carriers} if isinstance(each, asyncio.Task)]
-    for task in left:
+    carriers: set[Any] = {each for each in attempt.carriers if isinstance(each, asyncio.Task)}
+    for task in carriers.union(_live(attempt), _calls(attempt)):
         if task is not here and not task.done():
-            task.add_done_callback(_see)
+            for each in (task, *_futures_of(task)):
+                each.add_done_callback(see)
             task.cancel()
+
+
+def _futures_of(task: Task) -> list[asyncio.Future[Any]]:
+    """Return the futures that get a task's outcome, of `gather` and `shield`; asyncio has no public way to ask."""
+    callbacks: list[tuple[Any, Any]] = getattr(task, "_callbacks", None) or []
+    cells = [cell for callback, _ in callbacks for cell in getattr(callback, "__closure__", None) or ()]
+    return [each.cell_contents for each in cells if _holds_future(each)]
+
+
+def _holds_future(cell: Any) -> bool:
+    try:
+        return isinstance(cell.cell_contents, asyncio.Future)
+    except ValueError:  # it is empty
+        return False
 
 
 def are_idle(attempt: Attempt) -> bool:
@@ -216,7 +299,5 @@ def _live(attempt: Attempt) -> list[Task]:
     return [cast("Task", home) for home, each in branches.homes.items() if each is not branches.root]
 
 
-def _see(task: Task) -> None:
-    """Look at the error of a task that nobody awaits, so that asyncio does not complain."""
-    if not task.cancelled():
-        task.exception()
+def _calls(attempt: Attempt) -> list[Task]:
+    return [cast("Task", each) for each in list(attempt.branches.calls)]

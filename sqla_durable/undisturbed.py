@@ -6,7 +6,7 @@ To cancel one of those in the middle of connecting would leave a connection that
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from typing_extensions import override
@@ -30,16 +30,55 @@ def is_cancelled_here() -> bool:
 
 
 async def undisturbed(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Await something to its end, also if this is cancelled meanwhile: then in its last moment, before that goes on."""
+    """Await something to its end, however often this is cancelled meanwhile: then in its last moment."""
     task = Undisturbed(coroutine)
     try:
-        return await asyncio.shield(task)
+        await until_done(task)
     except asyncio.CancelledError:
         task.cancel()
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()  # seen
+        await ended(task)
         raise
+    return task.result()
+
+
+async def until_done(future: asyncio.Future[Any]) -> None:
+    """Wait until a future is done, and leave it alone when this is cancelled.
+
+    What becomes of it afterwards is the affair of those who still wait: `asyncio.shield` would report an error of it.
+    """
+    if future.done():
+        return
+    waiter: asyncio.Future[None] = future.get_loop().create_future()
+
+    def wake(_: asyncio.Future[Any]) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    future.add_done_callback(wake)
+    try:
+        await waiter
+    finally:
+        future.remove_done_callback(wake)
+
+
+async def ended(task: asyncio.Future[Any], *, on_cancel: Callable[[], object] = lambda: None) -> None:
+    """Wait until a task has ended, however often this is cancelled meanwhile, and mark its error as seen.
+
+    Args:
+        on_cancel: called each time that this is cancelled.
+    """
+    while not task.done():
+        try:
+            await until_done(task)
+        except asyncio.CancelledError:
+            on_cancel()
+    see(task)
+
+
+def see(task: asyncio.Future[Any]) -> None:
+    """Mark the error of a task that nobody awaits as seen, so that asyncio does not report it."""
+    if not task.cancelled():
+        task.exception()
 
 
 class Undisturbed(asyncio.Task[T]):

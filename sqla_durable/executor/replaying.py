@@ -166,6 +166,10 @@ class AsyncReplay(_Replay, AsyncRuntime):
         self.end()
 
     @override
+    async def moment(self) -> None:
+        await asyncio.sleep(0.01)
+
+    @override
     async def perform(self, call: StepCall) -> Any:
         try:
             return await super().perform(call)

@@ -24,6 +24,7 @@ from sqla_durable.registry import StepDefinition
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.setbacks import TransactionRetry
 from sqla_durable.store import Checkpoint, Completion, Connectable, Verdict, refresh_known, schema, steps, workflows
+from sqla_durable.undisturbed import undisturbed
 from sqla_durable.unwinding import AttemptLost
 
 T = TypeVar("T")
@@ -152,6 +153,22 @@ class GreenletInline(BlockingInline):
         await_only(asyncio.sleep(seconds))
 
 
+class _UndisturbedTransaction(HeldTransaction):
+    """A step's transaction on the caller's `AsyncSession`: cancelled in the middle of its end, it still ends."""
+
+    @override
+    async def commit(self) -> None:
+        await undisturbed(super().commit())
+
+    @override
+    async def rollback(self) -> None:
+        await undisturbed(super().rollback())
+
+    @override
+    async def discard(self) -> None:
+        await undisturbed(super().discard())
+
+
 class AsyncInline(AsyncRuntime):
     """An attempt on an `AsyncSession`, which one operation uses at a time."""
 
@@ -174,7 +191,7 @@ class AsyncInline(AsyncRuntime):
         while wait.seconds > 0:
             await self.pause(min(wait.seconds, self._story.longest_pause))
             async with self._turn():
-                await self._story.write(partial(_look, attempt=self.attempt), pause=self.pause)
+                await self._write(partial(_look, attempt=self.attempt), pause=self.pause)
 
     @override
     async def settle(self) -> None:
@@ -186,7 +203,7 @@ class AsyncInline(AsyncRuntime):
     @override
     async def record(self, checkpoint: Checkpoint) -> None:
         async with self._turn():
-            await self._story.write(lambda session: _record(session, checkpoint), pause=self.pause)
+            await self._write(lambda session: _record(session, checkpoint), pause=self.pause)
 
     @override
     def note(self, checkpoint: Checkpoint) -> None:
@@ -195,7 +212,7 @@ class AsyncInline(AsyncRuntime):
     @override
     async def execute(self, statement: Callable[[Connectable], T]) -> T:
         async with self._turn():
-            return await self._story.write(statement, pause=self.pause)
+            return await self._write(statement, pause=self.pause)
 
     @override
     async def begin(self, step: StepDefinition) -> StepTransaction:
@@ -206,7 +223,7 @@ class AsyncInline(AsyncRuntime):
             self._lock.release()
             raise
         inner = self._story.transaction(isolation_level=step.isolation_level)
-        transaction = HeldTransaction(inner, self._lock.release)
+        transaction = _UndisturbedTransaction(inner, self._lock.release)
         await transaction.begin()
         return transaction
 
@@ -216,7 +233,11 @@ class AsyncInline(AsyncRuntime):
             await self._record_noted()
             # A step that was called beside the others, and that nobody awaits any more, must not touch the session.
             self.attempt.stop(partial(AttemptLost, self.attempt.workflow_id))
-            await self._story.write(lambda session: _finish(session, completion, self._story), pause=self.pause)
+            await self._write(lambda session: _finish(session, completion, self._story), pause=self.pause)
+
+    async def _write(self, statement: Callable[[Session], T], *, pause: Callable[[float], Awaitable[None]]) -> T:
+        """Write to its end, also when cancelled meanwhile, which would spoil the session's connection."""
+        return await undisturbed(self._story.write(statement, pause=pause))
 
     @override
     async def perform_blocking(self, call: StepCall) -> Any:
@@ -230,7 +251,7 @@ class AsyncInline(AsyncRuntime):
     async def _record_noted(self) -> None:
         """Record what was noted; whoever else settles meanwhile waits for the lock until it is committed."""
         while self._noted:
-            await self._story.write(partial(_record, checkpoint=self._noted[0]), pause=self.pause)
+            await self._write(partial(_record, checkpoint=self._noted[0]), pause=self.pause)
             self._noted.pop(0)
 
     @asynccontextmanager

@@ -111,7 +111,8 @@ class Story:
     async def _execute(self, definition: WorkflowDefinition, attempt: Attempt) -> Outcome:
         runtime = self._runtime(attempt)
         try:
-            completion = await run_workflow(runtime, definition, lambda given: runtime.body(definition, given))
+            running = run_workflow(runtime, definition, lambda given: runtime.body(definition, given))
+            completion = await runtime.drive(running)
         except AttemptLost:
             raise AttemptLostError(
                 f"workflow {attempt.name!r} {attempt.workflow_id} is no longer this executor's: {self.loss}",

@@ -133,6 +133,7 @@ class Attempt:
         has_children: whether it has started a child.
         holding: the keys under which maps have started children and do not let all of them go at once.
         joined: those of the maps that have an outcome, which hold none any more.
+        cancelled_calls: keys of operations that the workflow's code has cancelled in this attempt.
         warns_of_refusals: whether a call that is refused at the attempt's end is logged; only the first one is.
         arrivals: what learns in this process of signals and of workflows that end.
         is_crowded: returns whether another workflow may be waiting for this one's slot.
@@ -153,6 +154,8 @@ class Attempt:
         self.interceptors: Interceptors = NO_INTERCEPTORS
         self.history_limit = DEFAULT_HISTORY_LIMIT
         self._history: Mapping[str, Recorded] = claimed.history
+        self._learned: dict[str, Recorded] = {}  # outcomes that this attempt has read again
+        self.cancelled_calls: set[str] = set()
         self.visits = Visits(claimed.history)
         self.branches = Branches()
         self._places: dict[str, object] = {}
@@ -238,9 +241,13 @@ class Attempt:
             self._active_at = time.monotonic()
 
     def recorded(self, position: Position) -> Recorded | None:
-        """Give the operation's outcome from an earlier attempt."""
+        """Return the operation's outcome, as an earlier attempt has recorded it, or as it was read again."""
         found = self._history.get(position.key)
-        return found if found is not None and found.status.finished else None
+        return found if found is not None and found.status.finished else self._learned.get(position.key)
+
+    def learn(self, outcome: Recorded) -> None:
+        """Note an outcome that stands in the database, whoever has recorded it."""
+        self._learned[outcome.key] = outcome
 
     def tried(self, position: Position) -> Recorded | None:
         """Give what earlier attempts recorded of an operation that has no outcome yet."""
@@ -323,6 +330,12 @@ class Attempt:
         """Take back that the workflow is parked: what was to be recorded with it was refused."""
         if self._stop is Suspended:
             self._stop = None
+
+    def is_quiet(self, *, quiet: float, idle: Callable[[], bool]) -> bool:
+        """Return whether nothing but time, or what others do, can let the workflow go on; see `begin_parking`."""
+        with self._lock:
+            waits = all(key in self._waits for key in self._unfinished)
+            return waits and idle() and time.monotonic() - self._active_at >= quiet
 
     def idempotency_key(self, position: Position) -> str:
         """Give a text that is the same on every execution of this step, and of no other step."""

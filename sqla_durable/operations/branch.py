@@ -53,13 +53,20 @@ class Branch:
 
 
 class Branches:
-    """The live branches of one attempt, and where each of them is executed. Callable from any thread."""
+    """The live branches of one attempt, and where each of them is executed. Callable from any thread.
+
+    Attributes:
+        calls: the tasks that are one call of an operation each, and no branch.
+        has_new: whether tasks were made since the workflow's code last let them begin.
+    """
 
     def __init__(self) -> None:
         self.root = Branch()
         self.lock = threading.RLock()
         self._whereabouts: Callable[[], object] | None = None
         self._at: dict[object, Branch] = {}
+        self.calls: set[object] = set()
+        self.has_new = False
         self._starting: list[Branch] = []
 
     def begin(self, whereabouts: Callable[[], object]) -> None:
@@ -105,6 +112,7 @@ class Branches:
 
     def enter(self, branch: Branch, home: object) -> None:
         """Let a branch be executed there, beside where it is already."""
+        self.has_new = True
         with self.lock:
             self._at[home] = branch
             with suppress(ValueError):
@@ -114,6 +122,17 @@ class Branches:
         """Forget a task or thread that has ended."""
         with self.lock:
             self._at.pop(home, None)
+
+    def enter_call(self, home: object) -> None:
+        """Note a task that is one call of an operation."""
+        self.has_new = True
+        with self.lock:
+            self.calls.add(home)
+
+    def leave_call(self, home: object) -> None:
+        """Forget one that has ended."""
+        with self.lock:
+            self.calls.discard(home)
 
     def end_thread(self, parent: Branch, home: object) -> None:
         """Forget a thread that a branch waits for; after the last it goes on."""

@@ -34,6 +34,13 @@ def is_own_failure(attempt: Attempt, error: BaseException) -> bool:
             return isinstance(error, (Exception, SystemExit))
 
 
+def is_own_failure_of_workflow(attempt: Attempt, error: BaseException) -> bool:
+    """Return the same of code of the workflow: a cancel that it has asked for itself, and lets out, is its own."""
+    if isinstance(error, CancelledError):
+        return not attempt.stopped
+    return is_own_failure(attempt, error)
+
+
 def failure_of_step(error: BaseException, key: str) -> BaseException:
     """Return the error to record for a step's own failure; where it is none that code can catch, one that is.
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from sqla_durable.operations.attempt import Attempt, Position
 from sqla_durable.operations.checkpoint import checkpoint_of
-from sqla_durable.operations.raised import is_own_failure
+from sqla_durable.operations.raised import is_own_failure_of_workflow
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.store import sagas
 
@@ -29,4 +29,4 @@ def calls_for_compensation(attempt: Attempt, error: BaseException | None) -> boo
     """
     if attempt.stopped:
         return attempt.cancelling and (error is not None or attempt.told)
-    return error is not None and is_own_failure(attempt, error)
+    return error is not None and is_own_failure_of_workflow(attempt, error)

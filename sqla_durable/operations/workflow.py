@@ -11,7 +11,7 @@ from sqla_durable.errors import MaxAttemptsError, WorkflowCancelledError, Workfl
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.patches import report
-from sqla_durable.operations.raised import failure_of_workflow, is_own_failure
+from sqla_durable.operations.raised import failure_of_workflow, is_own_failure_of_workflow
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.status import WorkflowStatus
@@ -69,7 +69,7 @@ async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body:
         attempt.refuse_unfinished()
         output = definition.result.encode(value)
     except BaseException as error:
-        if not is_own_failure(attempt, error):
+        if not is_own_failure_of_workflow(attempt, error):
             raise
         attempt.proceed()
         failure = failure_of_workflow(error, attempt.name)

@@ -58,6 +58,7 @@ from sqla_durable.store._rows import (
     undoes,
     unfinished,
 )
+from sqla_durable.unwinding import AttemptLost
 
 CHECKPOINT: Columns = {
     "id": PG_UUID(),
@@ -96,6 +97,19 @@ def _verdict(session: Connectable, statement: Any, checkpoint: Checkpoint) -> Ve
     return Verdict.LOST if scalar(session, _OWNED, parameters) is None else Verdict.DUPLICATE
 
 
+def settle(connectable: Connectable, checkpoint: Checkpoint) -> Recorded:
+    """Record an outcome, unless the step has one; return the one that stands. Waits for whoever holds the row.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow.
+    """
+    verdict = record(connectable, checkpoint)
+    found = find(connectable, checkpoint.fence.workflow_id, checkpoint.key)
+    if verdict is Verdict.LOST or found is None:
+        raise AttemptLost(checkpoint.fence.workflow_id)
+    return found
+
+
 def recorded_among(connectable: Connectable, checkpoints: Sequence[Checkpoint]) -> set[tuple[Fence, str]]:
     """Give attempt and key of what is recorded already, if the attempt owns the workflow or ended it.
 
@@ -106,7 +120,7 @@ def recorded_among(connectable: Connectable, checkpoints: Sequence[Checkpoint]) 
     return {(Fence(row.workflow_id, row.token), row.key) for row in rows}
 
 
-def find(session: Session, workflow_id: UUID, key: str) -> Recorded | None:
+def find(session: Connectable, workflow_id: UUID, key: str) -> Recorded | None:
     """Read the outcome of one step, to settle what became of a commit whose acknowledgement was lost."""
     wanted = _RECORDED.where(STEP.c.workflow_id == workflow_id, STEP.c.key == key, ~unfinished())
     row = execute(session, wanted).one_or_none()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -19,6 +20,7 @@ from sqla_durable.operations.runtime import run_blocking
 from sqla_durable.operations.workflow import run_workflow
 from sqla_durable.registry import Registry, WorkflowDefinition
 from sqla_durable.store import Claimed, Completion, Fence, Park, batches, crashes, workflows
+from sqla_durable.tasks import AttemptTask
 from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Released, Suspended
 from sqla_durable.worker.database import Database, persistently
 from sqla_durable.worker.runtimes import LoopRuntime, Surroundings, ThreadRuntime
@@ -100,7 +102,7 @@ class Attempts:
             attempt = Attempt(each)
             attempt.arrivals = self._surroundings.arrivals
             attempt.is_crowded = self.is_full
-            task = asyncio.create_task(self._execute(attempt), name=each.name)
+            task = AttemptTask(self._execute(attempt), attempt, name=each.name)
             self._running[attempt.fence] = Running(attempt, task)
 
     def drop(self, lost: Iterable[Fence]) -> None:
@@ -124,23 +126,24 @@ class Attempts:
         """
         for each in self._running.values():
             each.attempt.stop(Released)
-        await self._wait_for([each.task for each in self._running.values()], grace)
+        in_threads = self._surroundings.left_to_themselves
+        await self._wait_for([*(each.task for each in self._running.values()), *in_threads], grace)
         left = list(self._running.values())
         for each in left:
             self._cancel(each)
-        in_threads = [each for each in left if not self._definition(each.attempt).is_async]
-        if in_threads:
-            log.warning("%d sync workflows are still in a step; they are handed back", len(in_threads))
-            await self._release([each.attempt.fence for each in in_threads])
-        await self._wait_for([each.task for each in left if each not in in_threads], _CANCELLED_GRACE)
+        sync = [each for each in left if not self._definition(each.attempt).is_async]
+        if sync:
+            log.warning("%d sync workflows are still in a step; they are handed back", len(sync))
+            await self._release([each.attempt.fence for each in sync])
+        await self._wait_for([each.task for each in left if each not in sync], _CANCELLED_GRACE)
 
     def cancel(self) -> int:
-        """Cancel what is still there, and give how many attempts that is."""
+        """Cancel what is still there, and return how many attempts that is, and steps that were left to themselves."""
         for each in self._running.values():
             each.task.cancel()
-        return len(self._running)
+        return len(self._running) + len(self._surroundings.left_to_themselves)
 
-    async def _wait_for(self, tasks: list[asyncio.Task[None]], seconds: float) -> None:
+    async def _wait_for(self, tasks: list[asyncio.Future[Any]], seconds: float) -> None:
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)
 

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from sqla_durable.retry import ObstacleRetry, first_line, spoils_connection
 from sqla_durable.store import schema
-from sqla_durable.undisturbed import Undisturbed
+from sqla_durable.undisturbed import Undisturbed, see
 
 T = TypeVar("T")
 
@@ -338,6 +338,7 @@ async def _to_its_end(transaction: Coroutine[Any, Any, T], cut: Cut, *, limit: f
     try:
         ended = await _is_over(task, limit)
     except asyncio.CancelledError:
+        task.add_done_callback(see)
         if not await _is_over(task, min(limit, _LAST_WAIT)):
             await _cut_off(task, cut)
         raise
@@ -356,14 +357,9 @@ async def _cut_off(task: Undisturbed[Any], cut: Cut) -> bool:
     if await _is_over(task, _CUT_OFF):
         return True
     cut.failed = True
-    task.add_done_callback(_ignore)
+    task.add_done_callback(see)
     task.cancel_now()
     return False
-
-
-def _ignore(task: asyncio.Future[Any]) -> None:
-    if not task.cancelled():
-        task.exception()
 
 
 def shut_down(connection: Any) -> None:

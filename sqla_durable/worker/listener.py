@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from sqla_durable.retry import LONGEST_BACKOFF, ObstacleRetry, first_line
 from sqla_durable.store import hints
-from sqla_durable.undisturbed import Undisturbed
+from sqla_durable.undisturbed import Undisturbed, until_done
 from sqla_durable.worker.database import shut_down
 
 log = logging.getLogger("sqla_durable.worker")
@@ -264,7 +264,8 @@ def _own_connection(engine: Engine) -> Generator[tuple[Connection, Any]]:
 async def _own_async_connection(engine: Engine) -> AsyncGenerator[tuple[AsyncConnection, Any]]:
     connecting = Undisturbed(_connected(engine))
     try:
-        yield await asyncio.shield(connecting)
+        await until_done(connecting)
+        yield connecting.result()
     finally:
         if not (await asyncio.wait([connecting], timeout=_CLOSING))[0]:
             connecting.cancel_now()

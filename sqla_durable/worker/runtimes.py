@@ -10,12 +10,13 @@ import concurrent.futures
 import contextvars
 import threading
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
+from typing_extensions import override
 
 import sqla_durable.tasks as tasks
 from sqla_durable.context import Fork
@@ -31,7 +32,7 @@ from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Connectable, Park
 from sqla_durable.store.streams import Append, Appended
-from sqla_durable.undisturbed import undisturbed
+from sqla_durable.undisturbed import see, undisturbed, until_done
 from sqla_durable.unwinding import AttemptLost, Released, Suspended
 from sqla_durable.worker.database import Database, persistently
 from sqla_durable.worker.gatherer import Gatherer
@@ -50,6 +51,7 @@ class Surroundings:
     Attributes:
         sync_places, async_places: bound the connections that transactional steps hold at once.
         stopping: set in threads that pause when the worker is told to stop.
+        left_to_themselves: steps in threads whose calls were cancelled; they can commit nothing.
     """
 
     database: Database
@@ -64,6 +66,7 @@ class Surroundings:
     stopping_async: asyncio.Event
     loop: asyncio.AbstractEventLoop
     arrivals: Arrivals
+    left_to_themselves: set[asyncio.Future[Any]] = field(default_factory=set[asyncio.Future[Any]])
 
     def stop_if_leaving(self, attempt: Attempt) -> None:
         """Let an attempt end here from the moment on in which the worker is told to stop."""
@@ -92,8 +95,18 @@ class Surroundings:
 
     async def in_thread(self, function: Callable[[], T]) -> T:
         """Call a function in one of the worker's threads, in a copy of the context."""
+        return await self.begin_in_thread(function)
+
+    def begin_in_thread(self, function: Callable[[], T]) -> asyncio.Future[T]:
+        """Begin to call a function in one of the worker's threads, in a copy of the context."""
         context = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(self.threads, context.run, function)
+        return asyncio.get_running_loop().run_in_executor(self.threads, context.run, function)
+
+    def leave_to_itself(self, thread: asyncio.Future[Any]) -> None:
+        """Let a step in a thread come to its end, which nobody waits for but the worker when it stops."""
+        self.left_to_themselves.add(thread)
+        thread.add_done_callback(self.left_to_themselves.discard)
+        thread.add_done_callback(see)
 
 
 class Parkable(Protocol):
@@ -350,7 +363,8 @@ class LoopRuntime(AsyncRuntime):
         last = self._last
         if last is None:
             return
-        await asyncio.shield(last)  # steps that are called at the same time wait for the same commits
+        await until_done(last)  # steps that are called at the same time wait for the same commits
+        last.result()
         if self._last is last:
             self._last = None  # not before: what was refused stops every later operation
 
@@ -361,15 +375,14 @@ class LoopRuntime(AsyncRuntime):
         """Perform a step that takes a `Session` in a thread, as a whole."""
         await self.settle()
         runtime = StepRuntime(self, self._surroundings)
-        thread = asyncio.ensure_future(self.in_thread(lambda: _performed(runtime, call)))
+        thread = self._surroundings.begin_in_thread(lambda: _performed(runtime, call))
         try:
-            return await asyncio.shield(thread)
+            await until_done(thread)
         except asyncio.CancelledError:
-            # Cancelled by the workflow itself, which must not go on while the step may still commit.
-            while not (thread.done() or self.attempt.stopped):
-                await asyncio.wait([thread], timeout=_LOOK_EVERY)
-            thread.add_done_callback(_see)
+            runtime.is_cancelled = True
+            self._surroundings.leave_to_itself(thread)
             raise
+        return thread.result()
 
     async def in_thread(self, function: Callable[[], T]) -> T:
         """Call a function in one of the worker's threads."""
@@ -382,19 +395,40 @@ class StepRuntime(ThreadRuntime):
     def __init__(self, workflow: LoopRuntime, surroundings: Surroundings) -> None:
         super().__init__(workflow.attempt, surroundings)
         self._workflow = workflow
+        self.is_cancelled = False
 
+    @override
     async def begin_parking(self) -> Parking | None:
         """Ask on the event loop, where nothing changes meanwhile."""
+        self._end_if_cancelled()
         return self._surroundings.on_loop(self._workflow.begin_parking())
 
+    @override
+    async def pause(self, seconds: float) -> None:
+        """Wait; a call that was cancelled ends here, and makes no other try."""
+        await super().pause(seconds)
+        self._end_if_cancelled()
 
-def _see(thread: asyncio.Future[Any]) -> None:
-    """Look at the error of a thread that nobody awaits any more, so that asyncio does not complain."""
-    if not thread.cancelled():
-        thread.exception()
+    @override
+    async def settle(self) -> None:
+        """Wait for the commits on their way; a call that was cancelled ends here."""
+        self._end_if_cancelled()
+        await super().settle()
+
+    @override
+    async def record(self, checkpoint: Checkpoint) -> None:
+        """Record a failed try, or an outcome; of a call that was cancelled, none."""
+        self._end_if_cancelled()
+        await super().record(checkpoint)
+
+    def _end_if_cancelled(self) -> None:
+        if self.is_cancelled:
+            raise asyncio.CancelledError  # no signal: the attempt goes on
 
 
-def _performed(runtime: ThreadRuntime, call: StepCall) -> Any:
+def _performed(runtime: StepRuntime, call: StepCall) -> Any:
+    if runtime.is_cancelled:  # while it waited for a thread
+        return None
     try:
         return runtime.perform(call)
     finally:
