@@ -90,6 +90,19 @@ def active_in(context: contextvars.Context) -> Context | None:
     return context.get(_active)
 
 
+def workflow_code(given: contextvars.Context | None = None) -> Context | None:
+    """Return the context of the async workflow whose own code makes something now; None elsewhere.
+
+    Args:
+        given: the variables that what is made will have, instead of these: it is to be that workflow's code too.
+    """
+    context = active()
+    if context is None or not (context.is_async and context.is_workflow_code):
+        return None
+    inside = context if given is None else active_in(given)
+    return context if inside is not None and inside.attempt is context.attempt else None
+
+
 @contextmanager
 def outside() -> Generator[None]:
     """Call a function of the user's that is no part of the workflow: what is durable does nothing or refuses there."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import json
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -23,14 +24,17 @@ from sqla_durable.context import Context, Fork
 from sqla_durable.inspection import SessionKind
 from sqla_durable.interceptors import Around, entered, entered_async
 from sqla_durable.limits import Watch
-from sqla_durable.operations.attempt import Attempt, Position, Wait
+from sqla_durable.loop_timers import Timers, watching
+from sqla_durable.operations.attempt import TIMERS, Attempt, Position, Wait
 from sqla_durable.operations.cancelled import Cancelled, cancelled_in, settle
+from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.runtime import Operation, StepCall, execution_of, run_blocking
 from sqla_durable.operations.step import run_step
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.setbacks import TransactionRetry
-from sqla_durable.store import Checkpoint, Completion, Connectable, Recorded, streams
+from sqla_durable.status import StepStatus
+from sqla_durable.store import Checkpoint, Completion, Connectable, streams, waits
 from sqla_durable.store.streams import Append, Appended
 from sqla_durable.undisturbed import Undisturbed, ended
 from sqla_durable.unwinding import AttemptLost, ControlFlow
@@ -177,7 +181,9 @@ class AsyncRuntime(BaseRuntime):
 
     def __init__(self, attempt: Attempt) -> None:
         super().__init__(attempt)
-        self._owed: dict[asyncio.Task[Any], int] = {}  # how many cancels a task had met when its code was not told
+        self.timers: Timers
+        # How many cancels a task had met when its code was not told of them, and which timers had fired before.
+        self._owed: dict[asyncio.Task[Any], tuple[int, int]] = {}
 
     def context(self, step: StepCall | None = None) -> Context:
         """Give the ambient context of the workflow's own code, or of a step's function."""
@@ -214,23 +220,27 @@ class AsyncRuntime(BaseRuntime):
         attempt.carried_here(position)
         recorded = attempt.recorded(position)
         task = cast("asyncio.Task[Any]", asyncio.current_task())
-        met = tasks.cancels_met(task)
+        met, mark = tasks.cancels_met(task), self.timers.mark
         is_told = False
         try:
             with self.telling(), context.entered():
                 if recorded is not None and (cancelled := cancelled_in(recorded)) is not None:
                     await self._until_cancelled(position, cancelled)
                 try:
-                    if self._owed and self._owes(task, recorded):
-                        met = -1
+                    if self._owed and recorded is None and (owed := self._pay(task)) is not None:
+                        met, mark = -1, owed
                         raise asyncio.CancelledError
                     if recorded is None:
                         await tasks.let_replay_catch_up(attempt)
+                        if self.timers.is_looking:
+                            await self.timers.settled()
+                    else:
+                        self.timers.replayed()
                     if attempt.branches.has_new:
                         await tasks.let_new_tasks_begin(attempt)
                     return await work()
                 except asyncio.CancelledError:
-                    if attempt.stopped or task.cancelling() <= met or await self._is_cancelled(position):
+                    if attempt.stopped or task.cancelling() <= met or await self._is_cancelled(position, mark):
                         raise
                     return await again()
         except asyncio.CancelledError:
@@ -238,21 +248,24 @@ class AsyncRuntime(BaseRuntime):
             raise
         finally:
             if not is_told and task.cancelling() > met and attempt.branches.here() is not None:
-                self._owed[task] = task.cancelling()
+                self._owed[task] = task.cancelling(), mark
             attempt.left(position)  # cancelled before the operation itself has begun
 
-    def _owes(self, task: asyncio.Task[Any], recorded: Recorded | None) -> bool:
-        """Return whether the code is still to learn of a cancel that came too late for its last operation."""
-        return recorded is None and task.cancelling() >= self._owed.pop(task, task.cancelling() + 1)
+    def _pay(self, task: asyncio.Task[Any]) -> int | None:
+        """Return the mark of a cancel that came too late for the last operation and that the code is to learn of."""
+        count, mark = self._owed.pop(task, (0, 0))
+        return mark if count and task.cancelling() >= count else None
 
-    async def _is_cancelled(self, position: Position) -> bool:
+    async def _is_cancelled(self, position: Position, mark: int) -> bool:
         """Settle what became of an operation whose call was cancelled, however often it is cancelled meanwhile."""
         attempt = self.attempt
         found = attempt.recorded(position)
         if found is None:
-            settling = Undisturbed(settle(self, position, Cancelled(attempt.visits.count)))
-            # What an attempt that is ending would still record is not needed: its successor finds nothing, or that.
-            await ended(settling, on_cancel=lambda: attempt.stopped and settling.cancel_now())
+            cancelled = Cancelled(attempt.visits.count, self.timers.fired_since(mark))
+            with self.timers.deciding():
+                settling = Undisturbed(settle(self, position, cancelled))
+                # What an attempt that is ending would still record is not needed: its successor finds that or nothing.
+                await ended(settling, on_cancel=lambda: attempt.stopped and settling.cancel_now())
             found = settling.result()
             attempt.learn(found)
         is_cancelled = cancelled_in(found) is not None
@@ -263,12 +276,18 @@ class AsyncRuntime(BaseRuntime):
     async def _until_cancelled(self, position: Position, cancelled: Cancelled) -> NoReturn:
         """Wait until the workflow's code cancels the call again, as it did in an earlier attempt."""
         attempt = self.attempt
+
+        def idle() -> bool:
+            return not self.timers.seconds or tasks.are_idle(attempt)
+
         attempt.wait(position, _STAYS)
         try:
-            while not attempt.is_quiet(quiet=_QUIET, idle=lambda: tasks.are_idle(attempt)):
-                await self.moment()
-                if not attempt.cancelling:  # what it did before is yet to be found, so that it can be undone
-                    attempt.proceed()
+            with self.timers.cancelling(cancelled):
+                while not attempt.is_quiet(quiet=_QUIET, idle=idle):
+                    await self.moment()
+                    self.timers.let_fire_next()
+                    if not attempt.cancelling:  # what it did before is yet to be found, so that it can be undone
+                        attempt.proceed()
         finally:
             attempt.go_on(position)
         log.warning(
@@ -332,16 +351,35 @@ class AsyncRuntime(BaseRuntime):
         """Call the workflow's function."""
         self.limit = definition.limit
         self.attempt.branches.begin(tasks.whereabouts)
-        with self.context().entered(), tasks.branching():
+        self.timers = Timers(self.attempt)
+        await self.recall()
+        with self.context().entered(), tasks.branching(), watching():
             coroutine: Awaitable[Any] = definition.call(arguments)
             value = await coroutine
             await tasks.until_cancelled_have_ended(self.attempt)
             return value
 
+    async def recall(self) -> None:
+        """Let timers be due when they were when the workflow was suspended."""
+        deadlines = self.attempt.deadlines
+        if deadlines:
+            now = (await self.execute(waits.now)).timestamp()
+            self.timers.remember({key: due - now for key, due in deadlines.items()})
+
+    async def remember_timers(self, position: Position) -> None:
+        """Let the row of an operation that waits keep when timers are due."""
+        if seconds := self.timers.seconds:
+            now = (await self.execute(waits.now)).timestamp()
+            details = json.dumps({TIMERS: {key: now + due_in for key, due_in in seconds.items()}})
+            waiting = checkpoint_of(self.attempt, position, StepStatus.WAITING)
+            await self.execute(partial(waits.remember, checkpoint=waiting, details=details))
+
     def leave(self) -> None:
         """Cancel what the workflow leaves behind at the attempt's end; nothing of it is recorded any more."""
         self.attempt.stop(partial(AttemptLost, self.attempt.workflow_id))
         self._owed.clear()
+        if hasattr(self, "timers"):
+            self.timers.abandon()
         tasks.abandon(self.attempt)
 
 

@@ -7,16 +7,15 @@ there is. What tasks are waiting for, as far as that can be known, is told here 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import inspect
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from typing_extensions import override
 
-from sqla_durable.context import Context, active, active_in
+from sqla_durable.context import active, workflow_code
 from sqla_durable.operations.attempt import Attempt, Position
 from sqla_durable.operations.branch import Branch, Branches, name_of
 from sqla_durable.operations.workflow import signal_in
@@ -66,7 +65,7 @@ class _Factory:
         self.inner = inner
 
     def __call__(self, loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Task:
-        context = _workflow_of(options.get("context"))
+        context = workflow_code(options.get("context"))
         if context is None or coroutine in _starting:
             return self._make(loop, coroutine, options)
         if _is_engines_own(coroutine):
@@ -123,14 +122,25 @@ class AttemptTask(asyncio.Task[T]):
 
 async def in_attempt_task(coroutine: Coroutine[Any, Any, T], attempt: Attempt) -> T:
     """Await a coroutine in an `AttemptTask`; cancelled meanwhile, it is cancelled from outside and waited for."""
-    task = AttemptTask(coroutine, attempt)
+    task = AttemptTask(_caught(coroutine), attempt)
     try:
         await until_done(task)
     except asyncio.CancelledError:
         task.cancel()
         await ended(task, on_cancel=task.cancel)
         raise
-    return task.result()
+    value, ends_process = task.result()
+    if ends_process is not None:
+        raise ends_process
+    return cast("T", value)
+
+
+async def _caught(coroutine: Coroutine[Any, Any, T]) -> tuple[T | None, BaseException | None]:
+    """Keep from the event loop what asyncio hands to it and not to who awaits a task."""
+    try:
+        return await coroutine, None
+    except (KeyboardInterrupt, SystemExit) as error:
+        return None, error
 
 
 def cancels_met(task: Task) -> int:
@@ -156,15 +166,6 @@ def _settle_in(coroutine: object, task: Task) -> None:
     if found is not None:
         branches, branch = found
         branches.enter(branch, task)
-
-
-def _workflow_of(given: contextvars.Context | None) -> Context | None:
-    """Give the context of the workflow whose own code makes a task now, and is to be its code too."""
-    context = active()
-    if context is None or not (context.is_async and context.is_workflow_code):
-        return None
-    inside = context if given is None else active_in(given)
-    return context if inside is not None and inside.attempt is context.attempt else None
 
 
 def _is_engines_own(coroutine: Any) -> bool:
@@ -264,10 +265,10 @@ def are_idle(attempt: Attempt) -> bool:
     """
     carriers, homes = attempt.carriers, attempt.branches.homes
     known = carriers | homes.keys()
-    return all(home in carriers or _waits_for(home, known, homes) for home in homes)
+    return all(home in carriers or _waits_for(home, known) for home in homes)
 
 
-def _waits_for(home: object, known: set[object], homes: Mapping[object, Branch]) -> bool:
+def _waits_for(home: object, known: set[object]) -> bool:
     """Tell whether a task waits for known ones; asyncio has no public way to ask what it waits for."""
     waiter: Any = getattr(home, "_fut_waiter", None)
     if waiter is None or waiter.done():
@@ -281,7 +282,7 @@ def _waits_for(home: object, known: set[object], homes: Mapping[object, Branch])
         return False
     last = _innermost(cast("Task", home).get_coro())
     if last.cr_code is asyncio.wait_for.__code__:
-        return sum(each is homes[home] for each in homes.values()) > 1
+        return last.cr_frame.f_locals.get("fut") in known
     if isinstance(last.cr_frame.f_locals.get("self"), asyncio.TaskGroup):
         group: Any = last.cr_frame.f_locals["self"]
         return all(each.done() or each in known for each in getattr(group, "_tasks", [None]))

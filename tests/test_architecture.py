@@ -35,7 +35,7 @@ FLOORS = (
     {"functions", "timers", "saga"},
     {"children", "step_functions"},
     {"start", "handle", "runtime", "operate", "threads", "patches", "publishing"},
-    {"tasks"},
+    {"tasks", "loop_timers"},
     {"context"},
     {"operations"},
     {"hints", "polling", "callers"},
@@ -59,6 +59,7 @@ KNOWS_ASYNCIO = {
     "torture",
     "undisturbed",
     "tasks",
+    "loop_timers",
     "update_handles",
 }
 LONGEST = 500

@@ -9,8 +9,9 @@ from uuid import UUID
 
 import pytest
 
-from sqla_durable import tasks
+from sqla_durable import loop_timers, tasks
 from sqla_durable.context import Context
+from sqla_durable.errors import UsageError
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.store import Claimed, Fence
 
@@ -164,6 +165,28 @@ async def test_two_workflows_on_a_loop_share_a_factory_and_the_last_takes_it_awa
         assert loop.get_task_factory() is ours
     assert ours is not None
     assert loop.get_task_factory() is None
+
+
+async def test_an_event_loop_whose_timers_cannot_be_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed:
+        __slots__ = ("__weakref__",)
+
+        call_at = call_later = time = _nothing
+
+    monkeypatch.setattr(asyncio, "get_running_loop", Closed)
+    words = r"does not let its timers be seen.*asyncio's own event loop, or uvloop"
+    with pytest.raises(UsageError, match=words), loop_timers.watching():
+        pass
+
+
+async def test_the_event_loop_is_as_it_was_when_the_last_workflow_has_ended() -> None:
+    loop = asyncio.get_running_loop()
+    before = dict(vars(loop))
+    with loop_timers.watching():
+        with loop_timers.watching():
+            assert loop.call_at != before.get("call_at")
+        assert "call_at" in vars(loop)
+    assert not {"call_at", "call_later", "time"} & vars(loop).keys()
 
 
 async def test_factory_that_somebody_wraps_around_ours_stays(attempt: Attempt) -> None:

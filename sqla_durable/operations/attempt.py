@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from uuid import UUID
 
@@ -19,6 +20,9 @@ from sqla_durable.operations.changes import Visits
 from sqla_durable.operations.leaving import refusal
 from sqla_durable.store import Awaited, Claimed, Fence, Recorded
 from sqla_durable.unwinding import CallRefused, Cancelling, ContinuedAsNew, ControlFlow, Suspended
+
+TIMERS = "#timers"
+"""The name of the details in which an operation that waits keeps the deadlines of asyncio's timers."""
 
 DEFAULT_HISTORY_LIMIT = 50_000
 """How many operations one workflow may call, unless its `Durable` says otherwise."""
@@ -43,6 +47,7 @@ class Wait:
         awaits: what else it goes on for: one of these is enough.
         looks: whether it looks again and again for what others do.
         bell: is rung when something that it awaits may be there.
+        has_row: whether the operation's row can keep what outlives this attempt: that of a failed try has its own.
     """
 
     until: float
@@ -50,6 +55,7 @@ class Wait:
     awaits: tuple[Awaited, ...] = ()
     looks: bool = False
     bell: Bell | None = None
+    has_row: bool = True
 
     @property
     def in_memory(self) -> bool:
@@ -75,6 +81,10 @@ class Parking:
         given = list(waits)
         soonest = min(each.seconds for each in given)
         return cls(soonest if isfinite(soonest) else None, tuple(awaited for each in given for awaited in each.awaits))
+
+    def within(self, seconds: float) -> Parking:
+        """Return the same, but for no longer than that."""
+        return self if self.seconds is not None and self.seconds <= seconds else replace(self, seconds=seconds)
 
 
 class Progress:
@@ -133,6 +143,7 @@ class Attempt:
         has_children: whether it has started a child.
         holding: the keys under which maps have started children and do not let all of them go at once.
         joined: those of the maps that have an outcome, which hold none any more.
+        timers: those of asyncio that the workflow's code has armed; see `loop_timers`.
         cancelled_calls: keys of operations that the workflow's code has cancelled in this attempt.
         warns_of_refusals: whether a call that is refused at the attempt's end is logged; only the first one is.
         arrivals: what learns in this process of signals and of workflows that end.
@@ -156,6 +167,7 @@ class Attempt:
         self._history: Mapping[str, Recorded] = claimed.history
         self._learned: dict[str, Recorded] = {}  # outcomes that this attempt has read again
         self.cancelled_calls: set[str] = set()
+        self.timers: object = None
         self.visits = Visits(claimed.history)
         self.branches = Branches()
         self._places: dict[str, object] = {}
@@ -189,6 +201,15 @@ class Attempt:
     def may_have_notices(self) -> bool:
         """Whether rows of the engine's own may be left to it: of children, or of an earlier wait."""
         return self.has_children or self.is_replaying
+
+    @property
+    def deadlines(self) -> dict[str, float]:
+        """When timers of asyncio are due with which the workflow was suspended, by key, in the database's seconds."""
+        found: dict[str, float] = {}
+        for each in self._history.values():
+            if each.details is not None and TIMERS in each.details:
+                found |= json.loads(each.details)[TIMERS]
+        return found
 
     @property
     def is_replaying(self) -> bool:

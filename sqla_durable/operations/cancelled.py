@@ -27,9 +27,11 @@ class Cancelled:
 
     Attributes:
         order: grows from one cancelled call of a workflow to the next.
+        fired: the timers of asyncio that fired meanwhile, by their keys.
     """
 
-    order: int = 0
+    order: int
+    fired: tuple[str, ...] = ()
 
 
 async def settle(runtime: Runtime, position: Position, cancelled: Cancelled) -> Recorded:
@@ -59,4 +61,4 @@ def cancelled_in(recorded: Recorded) -> Cancelled | None:
     if recorded.status is not StepStatus.FAILED or f'"{_MARK}"' not in (recorded.error or ""):
         return None
     found: Any = json.loads(recorded.error or "{}").get(_MARK)
-    return Cancelled(order=found["order"]) if found else None
+    return Cancelled(found["order"], tuple(found["fired"])) if found else None

@@ -156,7 +156,7 @@ class _Execution:
         """
         now = time.monotonic()
         self._in_memory_until = self._in_memory_until or now + _MOMENT
-        wait = Wait(until=now + seconds, in_memory_until=self._in_memory_until)
+        wait = Wait(until=now + seconds, in_memory_until=self._in_memory_until, has_row=False)
         await self._runtime.wait(self._call.position, wait)
         await self._runtime.settle()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Float, bindparam, update
+from sqlalchemy import Float, bindparam, cast, func, select, update
 from sqlalchemy.orm import Session
 
 from sqla_durable.status import WorkflowStatus
@@ -14,7 +14,7 @@ _PASSED = interval(bindparam("seconds", type_=Float()))
 
 def advance(session: Session, seconds: float) -> None:
     """Bring nearer whatever a workflow waits for."""
-    for statement in (_TIMERS, _DEADLINES, _STEPS, _CALLBACKS):
+    for statement in (_TIMERS, _DEADLINES, _STEPS, _CALLBACKS, _LOOP_TIMERS):
         execute(session, statement, {"seconds": seconds})
 
 
@@ -29,6 +29,19 @@ _DEADLINES = (
     .values(deadline_at=WORKFLOW.c.deadline_at - _PASSED)
 )
 _STEPS = update(STEP).where(STEP.c.wake_at.is_not(None)).values(wake_at=STEP.c.wake_at - _PASSED)
+_EACH = func.jsonb_each_text(STEP.c.details["#timers"]).table_valued("key", "value")
+_LOOP_TIMERS = (
+    update(STEP)
+    .where(STEP.c.details.has_key("#timers"))
+    .values(
+        details=func.jsonb_build_object(
+            "#timers",
+            select(
+                func.jsonb_object_agg(_EACH.c.key, cast(_EACH.c.value, Float) - bindparam("seconds", type_=Float()))
+            ).scalar_subquery(),
+        )
+    )
+)
 _CALLBACKS = (
     update(STEP)
     .where(is_callback())

@@ -139,7 +139,7 @@ def histories(connectable: Connectable, workflow_ids: Sequence[UUID]) -> dict[UU
 def _recorded(row: Row[Any]) -> Recorded:
     found = Recorded(row.key, row.name, row.position, row.status, row.output, row.error, row.attempts)
     if row.age is None:
-        return found
+        return found if row.details is None else replace(found, details=row.details)
     endless = 0.0 if row.status is StepStatus.RUNNING else float("inf")
     due_in = endless if row.due_in is None else float(row.due_in)
     return replace(found, age=float(row.age), due_in=due_in, details=row.details)

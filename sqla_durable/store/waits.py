@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import DateTime, bindparam, cast, func, literal_column, select
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import DateTime, Text, bindparam, cast, func, literal_column, select
+from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from sqla_durable.status import StepStatus
 from sqla_durable.store._rows import STEP, WORKFLOW, Checkpoint, Connectable, execute, scalar
@@ -30,6 +30,16 @@ def begin(connectable: Connectable, checkpoint: Checkpoint, *, until: datetime |
     return float("inf") if row.due_in is None else float(row.due_in)
 
 
+def remember(connectable: Connectable, checkpoint: Checkpoint, *, details: str) -> None:
+    """Keep details, as JSON text, in the row of an operation that waits; make the row if there is none.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow, or the operation has an outcome.
+    """
+    if execute(connectable, _REMEMBER, given_row(checkpoint) | {"details": details}).first() is None:
+        raise AttemptLost(checkpoint.fence.workflow_id)
+
+
 def now(connectable: Connectable) -> datetime:
     """Ask for the time on the database's clock."""
     found: datetime = scalar(connectable, _NOW)
@@ -50,6 +60,19 @@ def _begin_statement() -> Any:
     ).returning(func.extract("epoch", STEP.c.wake_at - func.statement_timestamp()).label("due_in"))
 
 
+def _remember_statement() -> Any:
+    columns = checkpoint_columns(GIVEN)
+    columns["details"] = cast(cast(bindparam("details", type_=Text()), Text), JSONB)
+    source = select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
+    inserted = insert(STEP).from_select(list(columns), source, include_defaults=False)
+    return inserted.on_conflict_do_update(
+        index_elements=["workflow_id", "key"],
+        set_={"details": inserted.excluded.details},
+        where=STEP.c.status == _WAITING,
+    ).returning(STEP.c.key)
+
+
 _WAITING = literal_column(f"'{StepStatus.WAITING}'", type_=STEP.c.status.type)
 _BEGIN = _begin_statement()
+_REMEMBER = _remember_statement()
 _NOW = select(func.statement_timestamp())

@@ -114,8 +114,8 @@ class Parkable(Protocol):
 
     attempt: Attempt
 
-    async def begin_parking(self) -> Parking | None:
-        """Tell how the workflow can be parked now, once; None: it stays in memory."""
+    async def begin_parking(self, wait: Wait) -> Parking | None:
+        """Return how the workflow can be suspended now, once; None: it stays in memory."""
         ...
 
     async def pause(self, seconds: float) -> None:
@@ -124,8 +124,8 @@ class Parkable(Protocol):
     async def listen(self, bell: Bell, seconds: float) -> None:
         """Wait a moment in memory, or until the bell is rung."""
 
-    async def park(self, parking: Parking) -> None:
-        """Suspend the workflow, and return when that is committed."""
+    async def park(self, parking: Parking, position: Position) -> None:
+        """Suspend the workflow at an operation, and return when that is committed."""
 
 
 async def wait_or_park(runtime: Parkable, position: Position, wait: Wait) -> None:
@@ -141,10 +141,10 @@ async def wait_or_park(runtime: Parkable, position: Position, wait: Wait) -> Non
     attempt.wait(position, wait)
     try:
         while True:
-            parking = await runtime.begin_parking()
+            parking = await runtime.begin_parking(wait)
             if parking is not None:
                 try:
-                    await runtime.park(parking)
+                    await runtime.park(parking, position)
                 except EncodingError:  # the database refuses the try that was to be recorded with it
                     attempt.end_parking()
                     raise
@@ -171,7 +171,7 @@ class ThreadRuntime(BlockingRuntime):
         self._surroundings = surroundings
         self._last: concurrent.futures.Future[None] | None = None
 
-    async def begin_parking(self) -> Parking | None:
+    async def begin_parking(self, wait: Wait) -> Parking | None:
         """Park at once when every branch waits: what else a thread does, nobody can see."""
         attempt = self.attempt
         return attempt.begin_parking(
@@ -204,7 +204,7 @@ class ThreadRuntime(BlockingRuntime):
         """Wait in memory, or as a row."""
         await wait_or_park(self, position, wait)
 
-    async def park(self, parking: Parking) -> None:
+    async def park(self, parking: Parking, position: Position) -> None:
         """Suspend the workflow in the same commit as what is still on its way."""
         self._submit(Park(self.attempt.fence, parking.seconds, parking.awaits))
         self.flush()
@@ -281,9 +281,16 @@ class LoopRuntime(AsyncRuntime):
         self._surroundings = surroundings
         self._last: asyncio.Future[None] | None = None
 
-    async def begin_parking(self) -> Parking | None:
-        """Park at once when every branch is seen to wait; where one may await something else, after a quiet while."""
-        return self.attempt.begin_parking(quiet=_QUIET, idle=lambda: tasks.are_idle(self.attempt))
+    async def begin_parking(self, wait: Wait) -> Parking | None:
+        """Suspend at once when every branch is seen to wait; where one may await something else, after a quiet while.
+
+        With timers of asyncio until the first of them is due, if the operation's row can keep their deadlines.
+        """
+        due_in = min(self.timers.seconds.values(), default=None)
+        if due_in is not None and (due_in <= _LOOK_EVERY or not wait.has_row):
+            return None
+        parking = self.attempt.begin_parking(quiet=_QUIET, idle=lambda: tasks.are_idle(self.attempt))
+        return parking if parking is None or due_in is None else parking.within(due_in)
 
     async def pause(self, seconds: float) -> None:
         """Wait, or until the worker stops; then the attempt is told to end, or it would wait again and again."""
@@ -311,10 +318,12 @@ class LoopRuntime(AsyncRuntime):
         """Wait in memory, or as a row."""
         await wait_or_park(self, position, wait)
 
-    async def park(self, parking: Parking) -> None:
+    async def park(self, parking: Parking, position: Position) -> None:
         """Suspend the workflow in the same commit as what is still on its way."""
-        self._submit(Park(self.attempt.fence, parking.seconds, parking.awaits))
-        await self.flush()
+        with self.timers.deciding():
+            await self.remember_timers(position)
+            self._submit(Park(self.attempt.fence, parking.seconds, parking.awaits))
+            await self.flush()
 
     async def settle(self) -> None:
         """Wait for the commits on their way; then end here if the attempt was told to."""
@@ -398,10 +407,10 @@ class StepRuntime(ThreadRuntime):
         self.is_cancelled = False
 
     @override
-    async def begin_parking(self) -> Parking | None:
+    async def begin_parking(self, wait: Wait) -> Parking | None:
         """Ask on the event loop, where nothing changes meanwhile."""
         self._end_if_cancelled()
-        return self._surroundings.on_loop(self._workflow.begin_parking())
+        return self._surroundings.on_loop(self._workflow.begin_parking(wait))
 
     @override
     async def pause(self, seconds: float) -> None:

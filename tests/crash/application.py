@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -321,6 +322,26 @@ async def gives_up(account: str) -> None:
 
 async def _mapped(accounts: list[str]) -> None:
     await small_async.options(queue="others").map(accounts, max_concurrency=1)
+
+
+@durable.step
+def ship(session: Session, account: str) -> None:
+    session.add(Entry(account=f"{account}/shipped", cents=1))
+    session.flush()
+    time.sleep(0.3)
+
+
+@durable.workflow
+async def called_off(account: str) -> str:
+    """Calls an order off, and once more, in the middle of a step that nothing can end; stays until that has ended."""
+    try:
+        async with asyncio.timeout(0.15), asyncio.timeout(0.1):
+            await ship.aio(account)
+    except TimeoutError:
+        await credit_async(f"{account}/called off")
+        await asyncio.sleep(0.3)
+        return await call_async(f"{account}/called off")
+    return "shipped"
 
 
 POINTS: list[str] = [

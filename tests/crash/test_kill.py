@@ -6,10 +6,13 @@ import random
 import signal
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
 
+from sqla_durable import Workflow, WorkflowStatus
 from tests.crash import child, ledger
 from tests.crash.application import POINTS
+from tests.support.domain import Entry
 
 SEED = 20
 
@@ -41,3 +44,23 @@ def test_workers_killed_at_every_point_lose_nothing_and_repeat_nothing(database_
     workflows = ledger.check_transfers(engine)
     assert len(workflows) == 4 * len(plans) + 40 * 10
     assert max(each.attempt for each in workflows) > 1
+
+
+# behaviour: A1 A2
+def test_what_was_called_off_is_not_shipped_after_a_kill(database_url: str, engine: Engine) -> None:
+    (workflow_id,) = ledger.start(engine, ["called_off"])
+    with child.worker(database_url, child.Plan("async plain before")) as process:
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
+    with child.worker(database_url):
+        ledger.wait_until_finished(engine)
+    with Session(engine) as session:
+        written = session.scalars(select(Entry.account).where(Entry.note.is_(None))).all()
+        workflow = session.get_one(Workflow, workflow_id)
+        assert (workflow.status, workflow.attempt) == (WorkflowStatus.SUCCEEDED, 2)
+        assert [(each.key, str(each.status)) for each in workflow.steps] == [
+            ("ship", "failed"),
+            ("credit_async", "succeeded"),
+            ("call_async", "succeeded"),
+        ]
+    assert list(written) == [f"{workflow_id}/called off"]
