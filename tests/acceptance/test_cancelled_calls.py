@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 import sqla_durable.runtime
-from sqla_durable import AsyncExecutor, Event, Step, StepStatus, WorkflowStatus, set_event, sleep, wait_signal
+from sqla_durable import AsyncExecutor, Event, Saga, Step, StepStatus, WorkflowStatus, set_event, sleep, wait_signal
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.branches import on_loop
 from tests.acceptance.shells import AsyncShell, AsyncWorkerShell, Shell
@@ -445,3 +445,29 @@ def test_a_call_that_todays_code_does_not_cancel_any_more_ends_all_the_same(
     shell.crashed(workflow_id)
     assert shell.finish(workflow, workflow_id) == "cancelled"
     assert "an earlier attempt cancelled the call 'hang', and today's code does not" in caplog.text
+
+
+@on_worker
+def test_a_saga_that_the_codes_own_timeout_ends_undoes_what_was_done(shell: Shell, app: Application) -> None:
+    done: list[int] = []
+
+    @app.durable.step
+    async def book(cents: int) -> None:
+        done.append(cents)
+
+    @app.durable.step
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    async def travel() -> str:
+        try:
+            async with asyncio.timeout(0.1), Saga() as saga:
+                saga.add(book, -1)
+                await book(1)
+                await hang()
+        except TimeoutError:
+            return "too late"
+        return "never"
+
+    assert agreed(shell, app.workflow(travel)) == "too late"
+    assert done in ([1, -1], [-1])  # on a busy machine the time is over before

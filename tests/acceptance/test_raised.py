@@ -15,7 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from sqla_durable import Execution, Interceptor, Saga, Workflow, WorkflowStatus, errors, parallel, unwinding
-from sqla_durable.errors import MaxAttemptsError, WorkflowFailedError
+from sqla_durable.errors import MaxAttemptsError, UsageError, WorkflowFailedError
 from tests.acceptance.application import Application, Form
 from tests.acceptance.shells import Shell
 
@@ -253,9 +253,7 @@ def test_what_ends_an_attempt_of_an_executor_is_raised_as_it_is(shell: Shell, ap
 
 # behaviour: O4
 @pytest.mark.shells(("asyncpg-worker",))
-def test_a_workflow_that_cancels_its_own_task_is_counted_and_not_claimed_again_at_once(
-    shell: Shell, app: Application
-) -> None:
+def test_a_workflow_that_cancels_its_own_task_fails(shell: Shell, app: Application) -> None:
     executed: list[None] = []
 
     async def self_cancelled() -> None:
@@ -265,11 +263,9 @@ def test_a_workflow_that_cancels_its_own_task_is_counted_and_not_claimed_again_a
         task.cancel()
         await asyncio.sleep(3600)
 
-    workflow = app.workflow(self_cancelled)
-    workflow_id = shell.begin(workflow)
-    with shell.background(max_attempts=2), pytest.raises(MaxAttemptsError, match="CancelledError"):
-        shell.result(workflow, workflow_id)
-    assert len(executed) == 2
+    with pytest.raises(UsageError, match="ended with a CancelledError of its own"):
+        shell.run(app.workflow(self_cancelled))
+    assert len(executed) == 1
 
 
 # behaviour: O4
