@@ -76,7 +76,7 @@ class Branches:
             whereabouts: gives the task or thread that the code is in, or None.
         """
         self._whereabouts = whereabouts
-        self.enter(self.root, whereabouts())
+        self._at[whereabouts()] = self.root
 
     def here(self) -> Branch | None:
         """Give the branch that the code is in; None in a task or thread that is none of the workflow's."""
