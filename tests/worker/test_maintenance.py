@@ -21,7 +21,6 @@ from sqla_durable import (
     WorkflowStatus,
     cancel,
     resume,
-    signal,
     start_many,
     wait_signal,
 )
@@ -153,9 +152,10 @@ def test_a_signal_is_delivered_at_once_and_nothing_else_is_looked_for(
     with idle(engine, Worker(waiting, sessionmaker=session_factory, poll_interval=NEVER)):
         races.wait_until(is_parked, what="the parking, and the look at it")
         event.listen(engine, "before_cursor_execute", note)
-        with session_factory.begin() as session:
-            signal(session, workflow_id, "go", 1)
-            signal(session, workflow_id, "go", 2)
+        with session_factory.begin() as session:  # by SQL: after a slow commit a sender asks for a look, too
+            session.add_all([Signal(workflow_id=workflow_id, name="go", payload=each) for each in (1, 2)])
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            hints.notify(connection, [(hints.channel_on(connection), hints.sent_to(workflow_id, "go"))])
         assert wait_twice.handle(session_factory, workflow_id).result(timeout=PATIENCE) == [1, 2]
         event.remove(engine, "before_cursor_execute", note)
     assert looks == []
