@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -19,9 +20,12 @@ from typing_extensions import override
 
 from sqla_durable.context import workflow_code
 from sqla_durable.errors import UsageError
-from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.attempt import Attempt, Position
 from sqla_durable.operations.branch import Branch
 from sqla_durable.operations.cancelled import Cancelled
+from sqla_durable.operations.changes import FIRED
+from sqla_durable.operations.checkpoint import checkpoint_of
+from sqla_durable.store import Checkpoint
 
 TURNS = 20
 """Turns of the event loop in which no recorded outcome is returned: after that nothing is being replayed."""
@@ -78,9 +82,13 @@ class Timers:
     cancelled waits for its cancel, unless it is the one that cancelled it.
     """
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, attempt: Attempt, note: Callable[[Checkpoint], None]) -> None:
         self.loop = asyncio.get_running_loop()
         self._attempt = attempt
+        self._note = note
+        self._firings = attempt.fired_timers
+        self._unfired = dict.fromkeys(self._firings)  # recorded, and not fired yet in this attempt
+        self._until_fired: list[asyncio.Future[None]] = []
         self._armed: dict[str, Timer] = {}
         self._counts: Counter[str] = Counter()
         self._deadlines: Mapping[str, float] = {}
@@ -151,6 +159,32 @@ class Timers:
         """Return when everything that is due has fired, as far as it may."""
         while self.is_looking:  # noqa: ASYNC110 (turns of the loop are counted, no time)
             await asyncio.sleep(0)
+
+    def unfired_before(self, call: str) -> Generator[tuple[str, Cancelled]]:
+        """Iterate over the timers that are still to fire and did so, in an earlier attempt, while a call was open."""
+        for key in list(self._unfired):
+            order, calls = self._firings[key]
+            if call in calls and key in self._unfired:
+                yield key, Cancelled(order, (key,))
+
+    async def fired(self, key: str, *, within: float) -> bool:
+        """Wait until a timer has fired, for so many seconds at most; return whether it has."""
+        if key in self._unfired:
+            waiter = self.loop.create_future()
+            self._until_fired.append(waiter)
+            await asyncio.wait([waiter], timeout=within)
+        return key not in self._unfired
+
+    async def caught_up(self) -> None:
+        """Return when what a timer has led to is replayed, too."""
+        seen, turns = self._replayed, 0
+        while turns < TURNS:
+            await asyncio.sleep(0)
+            seen, turns = (seen, turns + 1) if seen == self._replayed else (self._replayed, 0)
+
+    def give_up(self, key: str) -> None:
+        """Wait no longer for a timer that today's code does not arm."""
+        self._unfired.pop(key, None)
 
     def replayed(self) -> None:
         """Note that a recorded outcome is returned."""
@@ -228,11 +262,27 @@ class Timers:
             self._ahead[timer.branch] = early
         self._fired.append(timer.key)
         self._fired_count += 1
+        self._record(timer.key)
         self._firing = timer.branch
         try:
             timer.fire()
         finally:
             self._firing = None
+            waiting, self._until_fired = self._until_fired, []
+            for each in waiting:
+                if not each.done():
+                    each.set_result(None)
+
+    def _record(self, key: str) -> None:
+        """Record which operations are open when a timer fires: on a replay they are over after it, as they are now."""
+        attempt = self._attempt
+        self._unfired.pop(key, None)
+        if key in self._firings or attempt.stopped or not (calls := attempt.open_calls):
+            return
+        self._firings[key] = order, _ = attempt.visits.count, calls
+        firing = {"timer": key, "number": len(self._firings), "order": order, "open": calls}
+        position = Position(f"{FIRED}:{key}", FIRED, max(1, order))
+        self._note(checkpoint_of(attempt, position, output=json.dumps(firing)))
 
 
 @contextmanager

@@ -230,6 +230,8 @@ class AsyncRuntime(BaseRuntime):
                     if self._owed and recorded is None and (owed := self._pay(task)) is not None:
                         met, mark = -1, owed
                         raise asyncio.CancelledError
+                    for timer, firing in self.timers.unfired_before(position.key):
+                        await self._until_fired(position, timer, firing)
                     if recorded is None:
                         await tasks.let_replay_catch_up(attempt)
                         if self.timers.is_looking:
@@ -276,14 +278,10 @@ class AsyncRuntime(BaseRuntime):
     async def _until_cancelled(self, position: Position, cancelled: Cancelled) -> NoReturn:
         """Wait until the workflow's code cancels the call again, as it did in an earlier attempt."""
         attempt = self.attempt
-
-        def idle() -> bool:
-            return not self.timers.seconds or tasks.are_idle(attempt)
-
         attempt.wait(position, _STAYS)
         try:
             with self.timers.cancelling(cancelled):
-                while not attempt.is_quiet(quiet=_QUIET, idle=idle):
+                while not attempt.is_quiet(quiet=_QUIET, idle=self._is_idle):
                     await self.moment()
                     self.timers.let_fire_next()
                     if not attempt.cancelling:  # what it did before is yet to be found, so that it can be undone
@@ -298,6 +296,23 @@ class AsyncRuntime(BaseRuntime):
             position.key,
         )
         raise asyncio.CancelledError
+
+    def _is_idle(self) -> bool:
+        return not self.timers.seconds or tasks.are_idle(self.attempt)
+
+    async def _until_fired(self, position: Position, timer: str, firing: Cancelled) -> None:
+        """Wait until a timer has fired that did so in an earlier attempt, while this operation was open."""
+        attempt = self.attempt
+        attempt.wait(position, _STAYS)
+        try:
+            with self.timers.cancelling(firing):
+                while not await self.timers.fired(timer, within=_LOOK_EVERY):
+                    attempt.proceed()
+                    if attempt.is_quiet(quiet=_QUIET, idle=self._is_idle):
+                        self.timers.give_up(timer)
+            await self.timers.caught_up()
+        finally:
+            attempt.go_on(position)
 
     async def moment(self) -> None:
         """Wait a moment of a replay."""
@@ -351,7 +366,7 @@ class AsyncRuntime(BaseRuntime):
         """Call the workflow's function."""
         self.limit = definition.limit
         self.attempt.branches.begin(tasks.whereabouts)
-        self.timers = Timers(self.attempt)
+        self.timers = Timers(self.attempt, self.note)
         await self.recall()
         with self.context().entered(), tasks.branching(), watching():
             coroutine: Awaitable[Any] = definition.call(arguments)

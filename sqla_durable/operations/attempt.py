@@ -16,7 +16,7 @@ from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
 from sqla_durable.limits import Watch
 from sqla_durable.operations.arrivals import Arrivals, Bell
 from sqla_durable.operations.branch import Branches
-from sqla_durable.operations.changes import Visits
+from sqla_durable.operations.changes import FIRED, Visits
 from sqla_durable.operations.leaving import refusal
 from sqla_durable.store import Awaited, Claimed, Fence, Recorded
 from sqla_durable.unwinding import CallRefused, Cancelling, ContinuedAsNew, ControlFlow, Suspended
@@ -210,6 +210,22 @@ class Attempt:
             if each.details is not None and TIMERS in each.details:
                 found |= json.loads(each.details)[TIMERS]
         return found
+
+    @property
+    def fired_timers(self) -> dict[str, tuple[int, list[str]]]:
+        """The timers of asyncio that fired in earlier attempts while operations were open, in that order, by key.
+
+        Each with how many operations had been called before, and the keys of those that were open.
+        """
+        found = (json.loads(each.output or "{}") for each in self._history.values() if each.name == FIRED)
+        return {each["timer"]: (each["order"], each["open"]) for each in sorted(found, key=lambda each: each["number"])}
+
+    @property
+    def open_calls(self) -> list[str]:
+        """The keys of the operations that were called and have no outcome yet."""
+        with self._lock:
+            found = {key: self._history.get(key) for key in self._unfinished}
+            return [key for key, each in found.items() if each is None or not each.status.finished]
 
     @property
     def is_replaying(self) -> bool:

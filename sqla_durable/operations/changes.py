@@ -14,6 +14,9 @@ from sqla_durable.store import Recorded
 PATCH = "#patched"
 """The name of the steps that mark patches; no step of a user has one like it."""
 
+FIRED = "#timer"
+"""The name of the records of timers that have fired; when they do is no matter of the code."""
+
 _SHOWN = 100
 
 
@@ -63,7 +66,7 @@ class Visits:
 
     def __init__(self, history: Mapping[str, Recorded]) -> None:
         self.history = history
-        self._unvisited = {key: None for key, each in history.items() if each.name != PATCH}
+        self._unvisited = {key: None for key, each in history.items() if each.name not in (PATCH, FIRED)}
         self._left_in = Counter(map(_branch, self._unvisited)) if history else None
         self._last_in: dict[str, int] = {}
         self._last = 0

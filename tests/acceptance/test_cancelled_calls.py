@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 import sqla_durable.runtime
 from sqla_durable import AsyncExecutor, Event, Saga, Step, StepStatus, WorkflowStatus, set_event, sleep, wait_signal
+from sqla_durable.operations.changes import FIRED
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.branches import on_loop
 from tests.acceptance.shells import AsyncShell, AsyncWorkerShell, Shell
@@ -49,7 +50,8 @@ def finish(shell: Shell, workflow: AnyWorkflow[[], R], workflow_id: UUID) -> R:
 def history(shell: Shell, workflow_id: UUID) -> dict[str, tuple[Any, ...]]:
     with shell.sessionmaker() as session:
         found = session.scalars(select(Step).where(Step.workflow_id == workflow_id))
-        return {each.key: (each.status, each.output, each.error) for each in found}
+        calls = (each for each in found if each.name != FIRED)
+        return {each.key: (each.status, each.output, each.error) for each in calls}
 
 
 def entries(shell: Shell) -> list[str]:
