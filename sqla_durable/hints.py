@@ -25,10 +25,10 @@ from sqlalchemy.pool import Pool
 
 from sqla_durable.store import connection_of, hints, schema
 from sqla_durable.store.drivers import alone
-from sqla_durable.store.hints import EVERYWHERE, LATE, Hint, few, sent_to, to_queue, to_worker
+from sqla_durable.store.hints import EVERYWHERE, LATE, Hint, merged, sent_to, to_queue, to_worker
 from sqla_durable.undisturbed import Undisturbed
 
-__all__ = ["EVERYWHERE", "INTERVAL", "announce", "few", "sent_to", "to_queue", "to_worker"]
+__all__ = ["EVERYWHERE", "INTERVAL", "announce", "merged", "sent_to", "to_queue", "to_worker"]
 
 INTERVAL = 0.01
 """How many seconds at least are between two notifications of one process on one pool of connections."""
@@ -63,7 +63,7 @@ def announce(session: Session, *payloads: str) -> None:
         channel = hints.channel(schema.schema_of(session))  # which begins the transaction, if nothing else has
         engine = connection_of(session).engine
         session.info[_KEY] = announced = _Announced(session.get_transaction(), engine, channel)
-    announced.payloads = few(announced.payloads.union(payloads))
+    announced.payloads = merged(announced.payloads.union(payloads))
 
 
 @dataclass(slots=True)

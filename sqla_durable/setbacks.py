@@ -52,13 +52,13 @@ log = logging.getLogger("sqla_durable.step")
 _loss_backoff = tenacity.wait_random_exponential(multiplier=0.1, max=5)
 
 
-class Place(Enum):
+class Phase(Enum):
     """Where in the transaction of a step an error was raised."""
 
     BEFORE = auto()
     """Before a function of the user's was called, if one is at all."""
     FUNCTION = auto()
-    """In the function or after it; statements of the engine's own mark what they meet, see `mark`."""
+    """In the function or after it. Errors of the engine's own statements are marked there: see `mark_engine_error`."""
     COMMIT = auto()
     """At COMMIT, where deferred constraints and triggers of the application are executed too."""
 
@@ -74,19 +74,19 @@ class Setback(Enum):
     """The database is away, full, or busy. It is tried again until the obstacle is gone."""
 
     @classmethod
-    def of(cls, error: BaseException, place: Place) -> Setback | None:
+    def of(cls, error: BaseException, phase: Phase) -> Setback | None:
         """Return what an error was; None if it is the error of the step itself."""
         code = _code(error)
-        if is_conflict(error) and not (place is Place.BEFORE and is_mixed_up(error)):
+        if is_conflict(error) and not (phase is Phase.BEFORE and is_mixed_up(error)):
             return cls.CONFLICT
-        if place is Place.BEFORE:
+        if phase is Phase.BEFORE:
             return cls.OBSTACLE if is_obstacle(error) else None
         if code in _DISABLED:
             return cls.OBSTACLE
         if _is_loss(error, code):
             return cls.LOSS
-        ours = is_marked(error)
-        if place is Place.FUNCTION and not ours:
+        ours = is_engine_error(error)
+        if phase is Phase.FUNCTION and not ours:
             return None
         if code.startswith(_DELAYS):
             return cls.OBSTACLE
@@ -144,10 +144,10 @@ def wait_after_loss(count: int) -> float:
     return float(_loss_backoff(tries.state()))
 
 
-def described(error: BaseException, place: Place) -> str:
+def describe(error: BaseException, phase: Phase) -> str:
     """Describe an error that undid a transaction in one line: PostgreSQL's code, its text, and the likely reason."""
     code = _code(error)
-    likely = _AT_COMMIT if (place, code) == (Place.COMMIT, "25P03") else _REASONS.get(code, _ANY_REASON)
+    likely = _AT_COMMIT if (phase, code) == (Phase.COMMIT, "25P03") else _REASONS.get(code, _ANY_REASON)
     return f"{first_line(error)} [{code or 'no SQLSTATE'}]. The likely reason: {likely}"
 
 
@@ -156,13 +156,13 @@ def sqlstate_of(error: BaseException) -> str | None:
     return sqlstate(error) if isinstance(error, DBAPIError) else None
 
 
-def mark(error: Exception) -> None:
+def mark_engine_error(error: Exception) -> None:
     """Mark what a statement of the engine's own met, wherever it was executed: in a step's function too."""
     error._sqla_durable = True  # type: ignore[attr-defined]  # pyright: ignore
 
 
-def is_marked(error: BaseException) -> bool:
-    """Tell whether a statement of the engine's own met this."""
+def is_engine_error(error: BaseException) -> bool:
+    """Return whether a statement of the engine's own met this."""
     return getattr(error, "_sqla_durable", False)
 
 
@@ -171,7 +171,7 @@ def _code(error: BaseException) -> str:
 
 
 def _is_delay(error: BaseException) -> bool:
-    """Tell whether the database can be reached all the same."""
+    """Return whether the database can be reached all the same."""
     return is_mixed_up(error) or (_code(error).startswith(_DELAYS) and not is_outage(error))
 
 

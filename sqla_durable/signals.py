@@ -116,7 +116,7 @@ class _Signal:
             require_receiver(f"signal {self.name!r}", each, found.get(each))
         if ids:
             self._insert(session, ids)
-            hints.announce(session, *hints.few(hints.sent_to(each, self.name) for each in ids))
+            hints.announce(session, *hints.merged(hints.sent_to(each, self.name) for each in ids))
 
     def _insert(self, session: Session, ids: Sequence[UUID]) -> None:
         given: dict[str, Any] = {"name": self.name, "payload": self.payload, "key": self.key}

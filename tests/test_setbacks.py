@@ -6,11 +6,11 @@ import pytest
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from sqla_durable.setbacks import LOSSES, Place, Setback, TransactionRetry, described, mark, wait_after_loss
+from sqla_durable.setbacks import LOSSES, Phase, Setback, TransactionRetry, describe, mark_engine_error, wait_after_loss
 from tests.test_retry import Driver
 
 CONFLICT, LOSS, OBSTACLE = Setback.CONFLICT, Setback.LOSS, Setback.OBSTACLE
-BEFORE, FUNCTION, COMMIT = Place.BEFORE, Place.FUNCTION, Place.COMMIT
+BEFORE, FUNCTION, COMMIT = Phase.BEFORE, Phase.FUNCTION, Phase.COMMIT
 
 
 def _error(state: str | None, *, lost: bool = False) -> DBAPIError:
@@ -45,8 +45,8 @@ def test_the_same_code_is_the_steps_error_at_its_own_statement_only(
     state: str, before: Setback | None, function: Setback | None, engine: Setback | None, commit: Setback | None
 ) -> None:
     ours = _error(state)
-    mark(ours)
-    found = [Setback.of(_error(state), place) for place in (BEFORE, FUNCTION, COMMIT)]
+    mark_engine_error(ours)
+    found = [Setback.of(_error(state), phase) for phase in (BEFORE, FUNCTION, COMMIT)]
     assert found == [before, function, commit]
     assert Setback.of(ours, FUNCTION) is engine
 
@@ -57,7 +57,7 @@ def test_errors_without_a_code() -> None:
         assert Setback.of(error, FUNCTION) is LOSS
     assert Setback.of(PendingRollbackError("a failed flush", code="7s2a"), FUNCTION) is None
     assert Setback.of(OSError("of the function"), FUNCTION) is None
-    assert [Setback.of(OSError("of asyncpg"), place) for place in (BEFORE, COMMIT)] == [OBSTACLE, LOSS]
+    assert [Setback.of(OSError("of asyncpg"), phase) for phase in (BEFORE, COMMIT)] == [OBSTACLE, LOSS]
     assert Setback.of(ValueError("x"), COMMIT) is None
 
 
@@ -94,7 +94,7 @@ def test_obstacles_are_logged_and_more_and_more_seldom(caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize(
-    ("state", "place", "said"),
+    ("state", "phase", "said"),
     [
         ("25P03", FUNCTION, "idle_in_transaction_session_timeout is shorter"),
         ("25P03", COMMIT, "before_commit listener"),
@@ -104,8 +104,8 @@ def test_obstacles_are_logged_and_more_and_more_seldom(caplog: pytest.LogCapture
         (None, FUNCTION, "idle_in_transaction_session_timeout, transaction_timeout and idle_session_timeout"),
     ],
 )
-def test_the_likely_setting_is_named(state: str | None, place: Place, said: str) -> None:
-    line = described(_error(state, lost=True), place)
+def test_the_likely_setting_is_named(state: str | None, phase: Phase, said: str) -> None:
+    line = describe(_error(state, lost=True), phase)
     assert said in line
     assert state is None or f"[{state}]" in line
     assert "\n" not in line

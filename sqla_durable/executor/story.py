@@ -27,7 +27,7 @@ from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.transaction import SavepointTransaction, StepTransaction, in_session
 from sqla_durable.operations.workflow import Outcome, run_workflow
 from sqla_durable.registry import WorkflowDefinition
-from sqla_durable.setbacks import Place, Setback, TransactionRetry
+from sqla_durable.setbacks import Phase, Setback, TransactionRetry
 from sqla_durable.start import BoundWorkflow, add
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Claimed, crashes, deadlines, queues, schema, workers, workflows
@@ -151,7 +151,7 @@ class Story:
             try:
                 return await self.transact(statement)
             except Exception as error:
-                setback = Setback.of(error, Place.BEFORE)
+                setback = Setback.of(error, Phase.BEFORE)
                 if setback is None:
                     raise
                 seconds = again.wait_before_next(setback, error, what="an executor's record")

@@ -1,7 +1,7 @@
-"""What operations that wait in memory listen for: signals, updates, outcomes of callbacks, ends of other workflows.
+"""Wakes operations that wait in memory: for signals, updates, outcomes of callbacks, and ends of other workflows.
 
-Whoever learns of one in this process rings, and what waits for it looks at once. Nothing depends on that: what is there
-is what the tables say, and a wait that hears nothing looks by itself after a while, or is suspended.
+Whatever in this process learns of one wakes the operations that wait for it, and they look at the tables at once.
+Correctness does not depend on that: an operation that is not woken looks after a while, or its workflow is suspended.
 """
 
 from __future__ import annotations
@@ -10,49 +10,49 @@ import threading
 from collections.abc import Callable, Hashable, Iterable
 
 
-class Bell:
-    """Wakes one operation that waits. Rung from any thread.
+class Waker:
+    """Wakes one operation that waits, from any thread.
 
     Attributes:
-        rung: set when it is rung, for a thread to wait for.
-        wake: called when it is rung, from whatever thread.
+        woken: set when the operation is woken; what a thread waits for.
+        on_wake: called when the operation is woken, from whatever thread.
     """
 
     def __init__(self) -> None:
-        self.rung = threading.Event()
-        self.wake: Callable[[], object] | None = None
+        self.woken = threading.Event()
+        self.on_wake: Callable[[], object] | None = None
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Wake the operation now, or as soon as it waits."""
-        self.rung.set()
-        wake = self.wake
-        if wake is not None:
-            wake()
+        self.woken.set()
+        on_wake = self.on_wake  # the event loop may reset it at any time
+        if on_wake is not None:
+            on_wake()
 
 
 class Arrivals:
-    """Which bells are rung for what: for the hint of a signal, or for the id of a workflow that ends."""
+    """Which operations wait for what: the payload of a signal's hint, or the id of a workflow that ends."""
 
     def __init__(self) -> None:
-        self._bells: dict[Hashable, list[Bell]] = {}
+        self._wakers: dict[Hashable, list[Waker]] = {}
         self._lock = threading.Lock()
 
-    def listen(self, bell: Bell, names: Iterable[Hashable]) -> None:
-        """Ring a bell for each of these names from now on."""
+    def subscribe(self, waker: Waker, names: Iterable[Hashable]) -> None:
+        """Wake an operation for each of these names from now on."""
         with self._lock:
             for name in names:
-                self._bells.setdefault(name, []).append(bell)
+                self._wakers.setdefault(name, []).append(waker)
 
-    def leave(self, bell: Bell, names: Iterable[Hashable]) -> None:
-        """Ring it for these no longer."""
+    def unsubscribe(self, waker: Waker, names: Iterable[Hashable]) -> None:
+        """Wake it for these no longer."""
         with self._lock:
             for name in names:
-                bells = self._bells[name]
-                bells.remove(bell)
-                if not bells:
-                    del self._bells[name]
+                wakers = self._wakers[name]
+                wakers.remove(waker)
+                if not wakers:
+                    del self._wakers[name]
 
-    def ring(self, name: Hashable) -> None:
-        """Wake what listens for this."""
-        for bell in tuple(self._bells.get(name, ())):
-            bell.ring()
+    def announce(self, name: Hashable) -> None:
+        """Wake what waits for this."""
+        for waker in tuple(self._wakers.get(name, ())):
+            waker.wake()

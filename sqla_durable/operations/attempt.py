@@ -14,7 +14,7 @@ from uuid import UUID
 from sqla_durable.errors import HistoryLimitError, UnfinishedStepError, UsageError
 from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
 from sqla_durable.limits import Watch
-from sqla_durable.operations.arrivals import Arrivals, Bell
+from sqla_durable.operations.arrivals import Arrivals, Waker
 from sqla_durable.operations.branch import Branches
 from sqla_durable.operations.changes import FIRED, Visits
 from sqla_durable.operations.leaving import refusal
@@ -46,7 +46,7 @@ class Wait:
         in_memory_until: until when it may hold its place in the worker; what is longer is to be parked.
         awaits: what else it goes on for: one of these is enough.
         looks: whether it looks again and again for what others do.
-        bell: is rung when something that it awaits may be there.
+        waker: wakes it when something that it awaits may be there.
         has_row: whether the operation's row can keep what outlives this attempt: that of a failed try has its own.
     """
 
@@ -54,7 +54,7 @@ class Wait:
     in_memory_until: float
     awaits: tuple[Awaited, ...] = ()
     looks: bool = False
-    bell: Bell | None = None
+    waker: Waker | None = None
     has_row: bool = True
 
     @property
@@ -174,7 +174,7 @@ class Attempt:
         self._keys: set[str] = set()
         self._unfinished: dict[str, object] = {}  # by key, the task or thread that is in the operation
         self._waits: dict[str, Wait] = {}
-        self._bells: set[Bell] = set()
+        self._wakers: set[Waker] = set()
         self.arrivals: Arrivals | None = None
         self.is_crowded: Callable[[], bool] = bool
         self._lock = self.branches.lock
@@ -307,30 +307,30 @@ class Attempt:
             self._waits.pop(position.key, None)
 
     @contextmanager
-    def listening(self, names: Collection[Hashable]) -> Generator[Bell]:
-        """Return a bell that is rung when one of these may be there, or the attempt is to end."""
-        bell, arrivals = Bell(), self.arrivals
+    def listening(self, names: Collection[Hashable]) -> Generator[Waker]:
+        """Return what wakes an operation when one of these may be there, or the attempt is to end."""
+        waker, arrivals = Waker(), self.arrivals
         with self._lock:
-            self._bells.add(bell)
+            self._wakers.add(waker)
         if arrivals is not None:
-            arrivals.listen(bell, names)
+            arrivals.subscribe(waker, names)
         try:
-            yield bell
+            yield waker
         finally:
             if arrivals is not None:
-                arrivals.leave(bell, names)
+                arrivals.unsubscribe(waker, names)
             with self._lock:
-                self._bells.discard(bell)
+                self._wakers.discard(waker)
 
     @property
     def listens(self) -> bool:
         """Whether an operation waits for what others do."""
-        return bool(self._bells)
+        return bool(self._wakers)
 
-    def ring(self) -> None:
+    def wake_waiting(self) -> None:
         """Wake the operations that wait for what others do: they look whether they are to go on waiting in memory."""
-        for bell in tuple(self._bells):
-            bell.ring()
+        for waker in tuple(self._wakers):
+            waker.wake()
 
     @property
     def executing(self) -> bool:
@@ -381,7 +381,7 @@ class Attempt:
     def stop(self, signal: Callable[[], ControlFlow]) -> None:
         """Let the attempt end at its next operation, with this signal; the first one given counts."""
         self._stop = self._stop or signal
-        self.ring()
+        self.wake_waiting()
 
     @contextmanager
     def compensating(self) -> Generator[None]:

@@ -20,12 +20,11 @@ from sqla_durable.errors import (
     WaitTimeoutError,
 )
 from sqla_durable.failure import Failure
-from sqla_durable.operations.arrivals import Bell
 from sqla_durable.operations.attempt import Position, Wait
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.operations.wait import Hold
+from sqla_durable.operations.wait import GracePeriod
 from sqla_durable.status import StepStatus
 from sqla_durable.store import Awaited, Recorded, callbacks, hints, signals
 from sqla_durable.unwinding import AttemptLost
@@ -137,13 +136,13 @@ class _Waiting:
     async def outcome(self) -> Recorded:
         """Record the outcome when it is there."""
         hint = hints.sent_to(self._owner, self._made.signal)
-        with self._runtime.attempt.listening([hint]) as bell:
-            return await self._outcome(Hold(self._runtime.attempt, bell), bell)
+        with self._runtime.attempt.listening([hint]) as waker:
+            return await self._outcome(GracePeriod(self._runtime.attempt, waker))
 
-    async def _outcome(self, hold: Hold, bell: Bell) -> Recorded:
+    async def _outcome(self, grace: GracePeriod) -> Recorded:
         look = partial(callbacks.look, workflow_id=self._owner, key=self._key, signal=self._made.signal)
         while True:
-            bell.rung.clear()  # before the look: what comes during it rings again
+            grace.waker.woken.clear()  # before the look: what comes during it wakes again
             found = await self._runtime.execute(look)
             if found is None or found.signal is None:
                 return await self._gone()
@@ -152,9 +151,9 @@ class _Waiting:
             if self._is_forked and (found.due_in <= 0 or found.workflow_status.finished):
                 return await (self._fail(self._expired(found.due_to)) if found.due_in <= 0 else self._gone())
             if found.due_in > 0 or not await self._expire():
-                wait = replace(self._wait(found.due_in), bell=bell)
-                is_held = found.due_in > 0 and not (self._is_forked or hold.is_over)
-                await self._runtime.wait(self._position, hold.wait(wait.awaits, wait.until) if is_held else wait)
+                wait = replace(self._wait(found.due_in), waker=grace.waker)
+                is_held = found.due_in > 0 and not (self._is_forked or grace.is_over)
+                await self._runtime.wait(self._position, grace.wait(wait.awaits, wait.until) if is_held else wait)
                 await self._runtime.settle()
 
     async def _expire(self) -> bool:

@@ -13,19 +13,18 @@ from uuid import UUID
 from sqla_durable.codec import DEFAULT_LIMIT, refuse_large
 from sqla_durable.errors import ChildrenFailedError, KeyNotVisibleError, PayloadTooLargeError, UsageError
 from sqla_durable.failure import Failure
-from sqla_durable.operations.arrivals import Bell
 from sqla_durable.operations.attempt import Position, Wait
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import raise_recorded
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.operations.wait import Hold, Source, at_once, received
+from sqla_durable.operations.wait import GracePeriod, Source, at_once, received
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, Standing, children, held, waits
 
 _UNBOUNDED = 2**31 - 1
 _SHOWN = 20  # errors of children in that of their map
-_RUNG = 20  # children each of whose ends is looked at, while their parent waits in memory
+_MOST_WATCHED = 20  # children, of which each end wakes a parent that waits in memory
 _LOOK_EVERY = 5.0  # seconds between two looks at children that tell somebody else
 
 
@@ -160,14 +159,14 @@ class _Joining:
     async def joined(self, limit: int) -> Recorded:
         """Wait until all are finished, or too many have failed; record that."""
         # Of many, not each that ends: how far they are is a statement that reads them all.
-        with self._runtime.attempt.listening(self._ids if len(self._ids) <= _RUNG else ()) as bell:
-            return await self._joined(limit, Hold(self._runtime.attempt, bell), bell)
+        with self._runtime.attempt.listening(self._ids if len(self._ids) <= _MOST_WATCHED else ()) as waker:
+            return await self._joined(limit, GracePeriod(self._runtime.attempt, waker))
 
-    async def _joined(self, limit: int, hold: Hold, bell: Bell) -> Recorded:
+    async def _joined(self, limit: int, grace: GracePeriod) -> Recorded:
         begun = self._runtime.attempt.tried(self._position) is not None
         look = partial(children.progress, parent_id=self._parent, ids=self._ids)
         while True:
-            bell.rung.clear()  # before the look: what comes during it rings again
+            grace.waker.woken.clear()  # before the look: what comes during it wakes again
             found = await self._runtime.execute(look)
             if found.there < len(self._ids):
                 gone = len(self._ids) - found.there
@@ -187,8 +186,8 @@ class _Joining:
             wait = self._wait_for(found, released)
             if len(released) < places:  # somebody holds the others' rows, and nothing tells when he lets them go
                 wait = replace(wait, until=min(wait.until, time.monotonic() + _LOOK_EVERY))
-            if wait.awaits and not hold.is_over:
-                wait = hold.wait(wait.awaits, wait.until)
+            if wait.awaits and not grace.is_over:
+                wait = grace.wait(wait.awaits, wait.until)
             await self._runtime.wait(self._position, wait)
             await self._runtime.settle()
 

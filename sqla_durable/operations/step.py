@@ -22,7 +22,7 @@ from sqla_durable.operations.raised import failure_of_step, is_own_failure
 from sqla_durable.operations.runtime import Runtime, StepCall, execution_of
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.retry import is_obstacle, is_transient, spoils_connection
-from sqla_durable.setbacks import LOSSES, Place, Setback, described, log, sqlstate_of, wait_after_loss
+from sqla_durable.setbacks import LOSSES, Phase, Setback, describe, log, sqlstate_of, wait_after_loss
 from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint, Recorded, Verdict, steps
 from sqla_durable.unwinding import AttemptLost, Interrupted
@@ -95,7 +95,7 @@ class _Execution:
         self._attempt = runtime.attempt
         self._call = call
         self._retry = runtime.transaction_retry()
-        self._place = Place.BEFORE
+        self._phase = Phase.BEFORE
         self._losses = 0  # in a row, those of earlier attempts included
         self._uncertain = False
         self._began = time.monotonic()
@@ -163,11 +163,11 @@ class _Execution:
     async def _try(self) -> Recorded:
         if self._call.definition.session is SessionKind.NONE:
             return await self._record_alone(await self._success(await self._call_plain()))
-        self._place = Place.BEFORE
+        self._phase = Phase.BEFORE
         transaction = await self._begin()
         try:
             checkpoint = await self._within(transaction)
-            self._place = Place.COMMIT
+            self._phase = Phase.COMMIT
             self._uncertain = True  # from here on, an error may come after the commit
             await transaction.commit()
         except BaseException as error:
@@ -199,7 +199,7 @@ class _Execution:
         """Call the step's function and record its outcome, in one transaction."""
         if self._uncertain:
             await transaction.execute(self._refuse_recorded)
-        self._place = Place.FUNCTION
+        self._phase = Phase.FUNCTION
         boundary = Boundary(transaction.session, step=self._call.position.key)
         try:
             value = await self._called(transaction)
@@ -272,7 +272,7 @@ class _Execution:
                 finally:
                     await transaction.rollback()
             except Exception as error:
-                setback = Setback.of(error, Place.BEFORE)
+                setback = Setback.of(error, Phase.BEFORE)
                 seconds = None if setback is None else self._retry.wait_before_next(setback, error, what=self._what)
                 if seconds is None:
                     raise Interrupted(error) from error
@@ -304,7 +304,7 @@ class _Execution:
             case _:
                 pass
         if self._call.definition.session is not SessionKind.NONE and isinstance(error, Exception):
-            setback = Setback.of(error, self._place)
+            setback = Setback.of(error, self._phase)
             again = None if setback is None else self._after(setback, error)
             if again is not None:
                 return again
@@ -349,8 +349,7 @@ class _Execution:
         key, count = self._call.position.key, self._losses
         times = "once" if count == 1 else f"{count} times in a row"
         lost = TransactionLostError(
-            f"step {key!r} lost its transaction {times} after its function was called: "
-            f"{described(error, self._place)}.",
+            f"step {key!r} lost its transaction {times} after its function was called: {describe(error, self._phase)}.",
             step=key,
             count=count,
             sqlstate=sqlstate_of(error),

@@ -13,7 +13,7 @@ from uuid import UUID
 from sqla_durable.codec import Codec
 from sqla_durable.errors import EventNotSetError, WaitTimeoutError, WorkflowNotFoundError
 from sqla_durable.failure import Failure
-from sqla_durable.operations.arrivals import Bell
+from sqla_durable.operations.arrivals import Waker
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import outcome_of
@@ -28,7 +28,7 @@ _SHORTEST_HOLD, _HOLD_PER_OPERATION, _LONGEST_HOLD = 0.05, 0.005, 5.0
 """For how long what others do is awaited in memory first, in seconds: for longer where a replay costs more."""
 
 _LOOKS = (0.05, 0.25, 1.25)
-"""After how many seconds in memory a wait looks by itself: whoever sends by SQL, or ends elsewhere, rings no bell."""
+"""After how many seconds in memory a wait looks by itself: what SQL sends, or another worker ends, does not wake it."""
 
 _SHORTEST_LOOK, _LONGEST_LOOK, _SHARE = 0.05, 30.0, 0.25  # seconds, and a share of those waited so far
 
@@ -56,7 +56,7 @@ class Source:
     workflows: Sequence[UUID] = ()
 
     def names(self, workflow_id: UUID) -> set[str | UUID]:
-        """Return for what a bell is rung."""
+        """Return the names under which what wakes the operation is announced."""
         return {hint_of(workflow_id, each) for each in self.awaits} | set(self.workflows)
 
     @classmethod
@@ -66,16 +66,19 @@ class Source:
         return cls(None, at_once(take), f"no signal {name!r} came within {timeout}.", (Awaited(signal=name),))
 
 
-class Hold:
+class GracePeriod:
     """The moment for which an operation waits in memory, before its workflow is suspended.
 
     A workflow that is suspended is replayed when it goes on, which costs more the longer its history is. It keeps its
-    slot for the moment, unless another workflow may need it.
+    slot for that moment, unless another workflow may need the slot.
+
+    Attributes:
+        waker: wakes the operation before its next look.
     """
 
-    def __init__(self, attempt: Attempt, bell: Bell) -> None:
+    def __init__(self, attempt: Attempt, waker: Waker) -> None:
         self._attempt = attempt
-        self._bell = bell
+        self.waker = waker
         self._began = time.monotonic()
         replayed = _SHORTEST_HOLD + _HOLD_PER_OPERATION * attempt.visits.count
         self._until = self._began + min(replayed, _LONGEST_HOLD)
@@ -90,7 +93,7 @@ class Hold:
         now = time.monotonic()
         next_look = next((at for each in _LOOKS if (at := self._began + each) > now), self._until)
         end = min(next_look, self._until, until)
-        return Wait(end, end, awaits, bell=self._bell)
+        return Wait(end, end, awaits, waker=self.waker)
 
 
 def hint_of(workflow_id: UUID, awaited: Awaited) -> str:
@@ -168,35 +171,35 @@ class _Waiting:
     async def receive(self, source: Source) -> Recorded:
         """Take what is waited for, now or when it comes, or record that it came too late."""
         attempt = self._runtime.attempt
-        with attempt.listening(source.names(attempt.workflow_id)) as bell:
-            return await self._received(source, Hold(attempt, bell), bell)
+        with attempt.listening(source.names(attempt.workflow_id)) as waker:
+            return await self._received(source, GracePeriod(attempt, waker))
 
-    async def _received(self, source: Source, hold: Hold, bell: Bell) -> Recorded:
+    async def _received(self, source: Source, grace: GracePeriod) -> Recorded:
         taking = self.checkpoint(StepStatus.SUCCEEDED)
         awaits, wait = source.awaits, None
         while True:
-            bell.rung.clear()  # before the look: what comes during it rings again
+            grace.waker.woken.clear()  # before the look: what comes during it wakes again
             try:
-                if source.look is not None and (not awaits or hold.is_over):
+                if source.look is not None and (not awaits or grace.is_over):
                     awaits = await self._runtime.execute(source.look)
                 output = await source.take(self._runtime, taking)
             except (WorkflowNotFoundError, EventNotSetError) as gone:
                 return await self._fail(gone)
             if output is not None:
                 return replace(taking, output=output).recorded
-            held = bool(awaits) and not hold.is_over
+            held = bool(awaits) and not grace.is_over
             if wait is None and not (held and self._delay is None):
                 wait = await self._begin(short=not awaits)
             if wait is not None and wait.seconds <= 0:
                 return await self._late(source.late)
-            await self._runtime.wait(self._position, self._next(wait, awaits, hold if held else None, bell))
+            await self._runtime.wait(self._position, self._next(wait, awaits, grace if held else None, grace.waker))
             await self._runtime.settle()
 
-    def _next(self, wait: Wait | None, awaits: tuple[Awaited, ...], hold: Hold | None, bell: Bell) -> Wait:
-        if hold is not None:
-            return hold.wait(awaits, float("inf") if wait is None else wait.until)
+    def _next(self, wait: Wait | None, awaits: tuple[Awaited, ...], grace: GracePeriod | None, waker: Waker) -> Wait:
+        if grace is not None:
+            return grace.wait(awaits, float("inf") if wait is None else wait.until)
         assert wait is not None  # noqa: S101 (what is not held has begun)
-        return replace(wait, awaits=awaits, bell=bell) if awaits else self._until_next_look(wait)
+        return replace(wait, awaits=awaits, waker=waker) if awaits else self._until_next_look(wait)
 
     async def _late(self, message: str) -> Recorded:
         return await self._fail(WaitTimeoutError(message))

@@ -46,7 +46,7 @@ from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.types import TypeEngine
 
 from sqla_durable.models import SCHEMA, Base, Workflow
-from sqla_durable.setbacks import mark
+from sqla_durable.setbacks import mark_engine_error
 from sqla_durable.status import StepStatus, WorkflowStatus
 
 WORKFLOW = Base.metadata.tables[f"{SCHEMA}.workflow"]
@@ -291,7 +291,7 @@ def execute(
             connectable = connection_of(connectable)
         return connectable.execute(statement, parameters)
     except (DBAPIError, OSError) as error:  # asyncpg's connections raise the latter too
-        mark(error)
+        mark_engine_error(error)
         raise
 
 

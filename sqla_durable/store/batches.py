@@ -49,7 +49,7 @@ from sqla_durable.store._rows import (
     owned,
     table,
 )
-from sqla_durable.store.signals import asking, clearing
+from sqla_durable.store.signals import asking, deleting_notices
 from sqla_durable.store.steps import CHECKPOINT, checkpoint_row, insert_of
 
 End: TypeAlias = Completion | Park
@@ -112,7 +112,7 @@ def _write_statement() -> Any:
     mine = owned(union(_fences(batch), _fences(ending)).subquery("fences"), skip_locked=True)
     recorded = insert_of(batch, mine).cte("recorded")
     ended = _end_statement(ending, mine, recorded).cte("ended")
-    of_ended = asking(ended).cte("asked"), clearing(ended, ended.c.has_notices).cte("cleared")
+    of_ended = asking(ended).cte("asked"), deleting_notices(ended, ended.c.has_notices).cte("cleared")
     left = select(batch.c.id, batch.c.token, batch.c.key).where(
         ~select(mine.c.id).where(of_owner(batch, mine), _in(recorded, batch)).exists()
     )

@@ -47,7 +47,7 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.held import is_held, leaving
 from sqla_durable.store.keys import ROUNDS
-from sqla_durable.store.signals import asking, clearing
+from sqla_durable.store.signals import asking, deleting_notices
 from sqla_durable.store.starts import NEW, hidden_among, new_columns, new_row
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, known_output, mine, own_row
 from sqla_durable.unwinding import AttemptLost
@@ -315,7 +315,11 @@ def _cancel_rest_statement() -> Any:
     count = select(func.count()).select_from(cancelled).scalar_subquery()
     answer = select(select(owner.c.id).exists().label("owned"), count.label("cancelled"))
     # To their parent too: while this waited for a row, another attempt may have taken it over, and wait.
-    of_ended = asking(cancelled).cte("asked"), clearing(cancelled).cte("cleared"), leaving(cancelled).cte("left")
+    of_ended = (
+        asking(cancelled).cte("asked"),
+        deleting_notices(cancelled).cte("cleared"),
+        leaving(cancelled).cte("left"),
+    )
     return answer.add_cte(*of_ended)
 
 

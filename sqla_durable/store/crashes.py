@@ -56,7 +56,7 @@ from sqla_durable.store._rows import (
     unfinished,
 )
 from sqla_durable.store.held import leaving
-from sqla_durable.store.signals import asking, clearing
+from sqla_durable.store.signals import asking, deleting_notices
 
 DEFAULT_MAX_ATTEMPTS = 10
 MAX_ATTEMPTS_TYPE = "sqla_durable.errors:MaxAttemptsError"
@@ -204,7 +204,7 @@ def _back_statement(abandoned: CTE, *, suspect: ColumnElement[bool]) -> Any:
         .cte("back")
     )
     spent_ones = select(back.c.id).where(back.c.finished_at.is_not(None)).cte("spent")
-    of_ended = asking(back).cte("asked"), clearing(back).cte("cleared"), leaving(spent_ones).cte("left")
+    of_ended = asking(back).cte("asked"), deleting_notices(back).cte("cleared"), leaving(spent_ones).cte("left")
     return select(back.c.id, back.c.name, back.c.status).add_cte(*of_ended)
 
 

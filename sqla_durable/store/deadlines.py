@@ -28,7 +28,7 @@ from sqla_durable.store._rows import (
     refresh_known,
     undoes,
 )
-from sqla_durable.store.signals import asking, clearing
+from sqla_durable.store.signals import asking, deleting_notices
 
 TIMEOUT_TYPE = "sqla_durable.errors:WorkflowTimeoutError"
 
@@ -117,7 +117,7 @@ def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: b
         .cte("failed")
     )
     told = failed.c.id, failed.c.name, failed.c.finished_at, failed.c.executing_id
-    return select(*told).add_cte(asking(failed).cte("asked"), clearing(failed).cte("cleared"))
+    return select(*told).add_cte(asking(failed).cte("asked"), deleting_notices(failed).cte("cleared"))
 
 
 def _error() -> Any:

@@ -51,7 +51,7 @@ SENT = f"{Kind.SENT}:"
 _KINDS = frozenset(each.value for each in Kind)
 _PREFIX = "sqla_durable."
 _LONGEST_CHANNEL = 63  # bytes of an identifier
-_MOST_SENT = 20  # signals that are told one by one
+_MOST_SENT = 20  # signals that have a payload each
 _LONGEST_PAYLOAD = 7_999  # bytes; PostgreSQL manual, NOTIFY: shorter than 8000
 
 
@@ -79,8 +79,8 @@ def sent_to(workflow_id: UUID, name: str) -> str:
     return payload if len(payload.encode(errors="replace")) <= _LONGEST_PAYLOAD else SENT
 
 
-def few(payloads: Iterable[str]) -> set[str]:
-    """Return the payloads, with one for all signals in place of many for one each."""
+def merged(payloads: Iterable[str]) -> set[str]:
+    """Return the payloads; where many of them are for one signal each, one for all signals instead."""
     found = set(payloads)
     sent = {each for each in found if each.startswith(SENT)}
     return found if len(sent) <= _MOST_SENT else (found - sent) | {SENT}

@@ -18,7 +18,7 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import BEGINNING, QUEUE, SIGNAL, WORKER, WORKFLOW, Connectable, beginning, execute, status
 from sqla_durable.store.deadlines import is_overdue
-from sqla_durable.store.queues import Stretches, known, listened_queues, listening, pending_in
+from sqla_durable.store.queues import Ranges, known, listened_queues, listening, pending_in
 from sqla_durable.store.signals import LEFT, is_new
 
 LATE = timedelta(seconds=2)
@@ -89,7 +89,7 @@ def look(
     connectable: Connectable,
     *,
     worker_id: UUID,
-    stretches: Stretches,
+    ranges: Ranges,
     names: Sequence[str],
     versions: Sequence[str] = (),
     marks: Marks = EVERYTHING,
@@ -99,13 +99,13 @@ def look(
 
     Args:
         worker_id: the worker that looks.
-        stretches: the parts of queues in which something may be claimable; without any, nothing is.
+        ranges: the parts of queues in which something may be claimable; without any, nothing is.
         names: the workflows that it may claim.
         versions: and their versions; none mean all of them.
         marks: where to begin.
         within: how many seconds ahead the next time or deadline is looked for.
     """
-    parameters = {"looking_id": worker_id} | known(names, versions) | listening(stretches)
+    parameters = {"looking_id": worker_id} | known(names, versions) | listening(ranges)
     row = execute(connectable, _LOOK, parameters | _beginning(marks) | {"within": within}).one()
     return Seen(
         claimable=row.claimable,

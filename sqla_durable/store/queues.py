@@ -82,15 +82,15 @@ FRONT = Place(-32_768, "-infinity", UUID(int=0))
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
-    """A part of a queue: what comes after a place, and has a lower `priority` than `until`."""
+class Range:
+    """A part of a queue: what comes after a place, and has a `priority` below `until`."""
 
     after: Place
     until: int = _NO_PRIORITY
 
 
-Stretches: TypeAlias = Mapping[str, Sequence[Stretch]]
-"""The queues, and the parts of each that a scan reads."""
+Ranges: TypeAlias = Mapping[str, Sequence[Range]]
+"""The queues, and the ranges of each that a scan reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def claim(
     *,
     worker_id: UUID,
     token: UUID,
-    stretches: Stretches,
+    ranges: Ranges,
     names: Sequence[str],
     versions: Sequence[str] = (),
     limit: int,
@@ -118,13 +118,13 @@ def claim(
     each claim.
 
     Args:
-        stretches: the queues, and the parts of each to read. To leave out what was read before passes over what it left
-            dead in the index, for as long as vacuum cannot remove it. But what is committed late, or released, may
-            stand there: read all of the queue, from the `FRONT`, now and then.
+        ranges: the queues, and the ranges of each to read. One that begins after what was read before does not read
+            what is dead in the index, which vacuum cannot remove while a snapshot is open elsewhere. But what was
+            committed late, or released, may stand there: now and then, read all of a queue from the `FRONT`.
         versions: those that were started by these versions of the code only, and those without one; empty means all.
     """
     parameters = {"limit": limit, "new_token": token, "claimant": worker_id} | known(names, versions)
-    returned = execute(connectable, _CLAIM, parameters | listening(stretches))
+    returned = execute(connectable, _CLAIM, parameters | listening(ranges))
     # RETURNING has no order of its own.
     rows = sorted(returned, key=lambda row: (row.priority, row.enqueued_at, row.id))
     reached: dict[str, dict[int, Place]] = defaultdict(dict)
@@ -159,19 +159,19 @@ def _claimed(row: Row[Any], token: UUID) -> Claimed:
     return Claimed(fence, row.name, row.attempt, row.input, row.started, *ends, headers)
 
 
-def whole(queues: Iterable[str]) -> Stretches:
+def whole(queues: Iterable[str]) -> Ranges:
     """Return all of these queues."""
-    return {each: [Stretch(FRONT)] for each in queues}
+    return {each: [Range(FRONT)] for each in queues}
 
 
-def listening(stretches: Stretches) -> dict[str, str]:
+def listening(ranges: Ranges) -> dict[str, str]:
     """Give the parameter of `listened_queues`."""
-    rows = [(name, each) for name, parts in stretches.items() for each in parts]
+    rows = [(name, each) for name, parts in ranges.items() for each in parts]
     return filled("wanted", [{"name": name, **asdict(each.after), "until": each.until} for name, each in rows])
 
 
 def listened_queues() -> Any:
-    """Give the `wanted` parts of those queues that are not paused."""
+    """Return the `wanted` ranges of those queues that are not paused."""
     wanted = table("wanted", {"name": Text(), **_PLACE, "until": Integer()})
     paused = select(QUEUE.c.name).where(QUEUE.c.name == wanted.c.name, QUEUE.c.paused_at.is_not(None)).exists()
     return select(*wanted.c).where(~paused).subquery("listened")

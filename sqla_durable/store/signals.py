@@ -7,8 +7,8 @@ now, it is woken. So a signal and a parking may cross in any way: whichever is c
 
 A parent waits until no more than some of its children are unfinished. Only an end lowers that number, and each one
 leaves a notice in its own transaction; a child that was deleted had ended before. So a parent whose children are as it
-waits for is woken, or has a notice that is not delivered. What SQL of other hands did to a child leaves none: that is
-found by `look_over`, in its time.
+waits for is woken, or has a notice that is not delivered. An application's own SQL on a child leaves none: that is
+found by `renotify`, now and then.
 """
 
 from __future__ import annotations
@@ -138,15 +138,16 @@ def deliver(connectable: Connectable, *, limit: int, since: str = BEGINNING) -> 
     return int(row.delivered), int(row.woken)
 
 
-def look_over(connectable: Connectable, *, after: UUID, limit: int) -> UUID | None:
+def renotify(connectable: Connectable, *, after: UUID, limit: int) -> UUID | None:
     """Leave notices to those that wait for what is there already, among the next `limit` in the order of their ids.
 
-    For what nobody told: children that were deleted, or ended, by SQL of other hands. Takes no lock; to be delivered.
+    For children that an application's own SQL has deleted or ended, which leaves no notice. Takes no lock. The notices
+    are delivered as any others are.
 
     Returns:
         The last id that was looked at, or None if there are no more.
     """
-    found: UUID | None = scalar(connectable, _LOOK_OVER, {"after": after, "limit": limit})
+    found: UUID | None = scalar(connectable, _RENOTIFY, {"after": after, "limit": limit})
     return found
 
 
@@ -168,15 +169,15 @@ def asking(ended: CTE) -> Any:
     return insert(SIGNAL).from_select(["workflow_id", "name"], source, include_defaults=False).returning(SIGNAL.c.id)
 
 
-def clearing(ended: FromClause, *conditions: ColumnElement[bool]) -> Any:
-    """Delete the notices to those that have ended: there is nothing to be woken any more."""
+def deleting_notices(ended: FromClause, *conditions: ColumnElement[bool]) -> Any:
+    """Make the statement that deletes the notices to workflows that have ended, which nothing wakes any more."""
     # None of them is ever taken: the index of what is not taken leads past all that the workflow has taken.
     theirs = and_(SIGNAL.c.workflow_id == ended.c.id, SIGNAL.c.consumed_by.is_(None), _engine_s_own())
     return delete(SIGNAL).where(theirs, ended.c.finished_at.is_not(None), *conditions).returning(SIGNAL.c.id)
 
 
 def is_new(begin: str = "since") -> ColumnElement[bool]:
-    """Tell a signal that has not been delivered, among those sent since the time that is the parameter `begin`."""
+    """Return the condition for a signal that is not delivered, among those sent since the parameter named `begin`."""
     return and_(SIGNAL.c.delivered_at.is_(None), SIGNAL.c.created_at >= beginning(begin))
 
 
@@ -293,9 +294,9 @@ def _satisfied(new: CTE) -> ColumnElement[bool]:
         .correlate(awaited)
         .scalar_subquery()
     )
-    few = and_(awaited.c.children.is_not(None), unfinished <= awaited.c.open)
+    enough = and_(awaited.c.children.is_not(None), unfinished <= awaited.c.open)
     anything = literal_column("1", type_=Integer())
-    return select(anything).select_from(awaited).where(or_(sent, few)).exists()
+    return select(anything).select_from(awaited).where(or_(sent, enough)).exists()
 
 
 def _deliver_statement() -> Any:
@@ -342,7 +343,7 @@ def _deliver_statement() -> Any:
     )
 
 
-def _look_over_statement() -> Any:
+def _renotify_statement() -> Any:
     # What has a time looks for itself when that has come.
     endless = WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_(None)
     some = materialized(
@@ -371,4 +372,4 @@ _NAME = cast(bindparam("signal_name", type_=Text()), Text)
 _OLDEST = materialized(first_untaken(GIVEN["id"], _NAME), "oldest")
 _TAKE = taking(_OLDEST, lambda taken: taken.c.payload, _OLDEST.c.name == _NAME)
 _DELIVER = _deliver_statement()
-_LOOK_OVER = _look_over_statement()
+_RENOTIFY = _renotify_statement()

@@ -32,7 +32,7 @@ from sqla_durable.status import FINISHED, WorkflowStatus
 from sqla_durable.store._rows import COMPENSATES, REQUESTED, WORKFLOW, bind_arguments, refresh_known, scalars, status
 from sqla_durable.store.held import leaving, release_of
 from sqla_durable.store.selection import Wanted, among, hold, known, lock, look_again, still_wanted
-from sqla_durable.store.signals import asking, clearing
+from sqla_durable.store.signals import asking, deleting_notices
 
 _COMPENSATION = {
     "cancellation": REQUESTED,
@@ -84,7 +84,7 @@ def cancel(session: Session, held: Sequence[UUID], wanted: Wanted) -> bool:
         returned = WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits
         at_once = and_(among(held), WORKFLOW.c.cancellation.is_(None))
         ended = update(WORKFLOW).where(at_once).values(outcome).returning(*returned).cte("ended")
-        of_ended = asking(ended).cte("asked"), clearing(ended).cte("cleared"), leaving(ended).cte("left")
+        of_ended = asking(ended).cte("asked"), deleting_notices(ended).cte("cleared"), leaving(ended).cte("left")
         scalars(session, select(ended.c.id).add_cte(*of_ended)).all()
     refresh_known(session, known(wanted, held))
     return enqueued

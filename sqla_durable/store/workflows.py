@@ -57,7 +57,7 @@ from sqla_durable.store._rows import (
     status,
     table,
 )
-from sqla_durable.store.signals import asking, clearing
+from sqla_durable.store.signals import asking, deleting_notices
 
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text(), "holds": Boolean()}
@@ -180,7 +180,7 @@ def _finish_statement() -> Any:
         .returning(WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits, batch.c.holds)
         .cte("ended")
     )
-    return select(ended.c.id).add_cte(asking(ended).cte("asked"), clearing(ended).cte("cleared"))
+    return select(ended.c.id).add_cte(asking(ended).cte("asked"), deleting_notices(ended).cte("cleared"))
 
 
 def _release_statement(*, skip_locked: bool) -> Any:

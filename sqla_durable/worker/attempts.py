@@ -89,7 +89,7 @@ class Attempts:
         """Let half of what waits in memory be suspended, the oldest first."""
         listening = [each.attempt for each in self._running.values() if each.attempt.listens]
         for each in listening[: (len(listening) + 1) // 2]:
-            each.ring()
+            each.wake_waiting()
 
     @property
     def fences(self) -> list[Fence]:

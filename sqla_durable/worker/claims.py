@@ -130,7 +130,7 @@ class Claims:
                 connection,
                 worker_id=self._worker_id,
                 token=token,
-                stretches=self._cursors.stretches(),
+                ranges=self._cursors.ranges(),
                 names=self._names,
                 versions=self._versions,
                 limit=limit,

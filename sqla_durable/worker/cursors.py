@@ -14,7 +14,7 @@ from datetime import datetime
 from uuid import UUID
 
 from sqla_durable.store.look import EVERYTHING, LATE, Marks, Seen
-from sqla_durable.store.queues import FRONT, Batch, Place, Stretch, Stretches
+from sqla_durable.store.queues import FRONT, Batch, Place, Range, Ranges
 
 _EVERY = 10  # polls, of which one reads everything
 _LONGEST_POLL = 1.0  # seconds that count as a poll at most
@@ -48,18 +48,18 @@ class _Queue:
         self.places[last] = min(reached[last], _place(last, moment), key=_order)
         self.reached = reached[last]
 
-    def stretches(self) -> Iterator[Stretch]:
+    def ranges(self) -> Iterator[Range]:
         """Read each known priority from its place on, and whatever else there is from its beginning."""
         after = self.reached or FRONT
         for priority, place in sorted(self.places.items()):
             if place is None or priority < after.priority:
                 continue
             if priority > after.priority:
-                yield Stretch(after, until=priority)
+                yield Range(after, until=priority)
                 after = place
             elif after is FRONT:
                 after = place
-        yield Stretch(after)
+        yield Range(after)
 
 
 class Cursors:
@@ -125,9 +125,9 @@ class Cursors:
         """Whether a claim goes on where the last one ended."""
         return any(each.reached is not None for each in self._queues.values())
 
-    def stretches(self) -> Stretches:
+    def ranges(self) -> Ranges:
         """Return the parts of the queues in which something may wait."""
-        return {name: list(queue.stretches()) for name, queue in self._queues.items()}
+        return {name: list(queue.ranges()) for name, queue in self._queues.items()}
 
     def note_claim(self, batch: Batch, *, restarts: int, is_full: bool) -> None:
         """Adopt where a claim has ended; after a full one, the next goes on there for a while."""

@@ -21,7 +21,7 @@ from sqla_durable.retry import LONGEST_BACKOFF
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import crashes, deadlines, held, signals, workers, workflows
 from sqla_durable.store.look import Seen, look
-from sqla_durable.store.queues import Stretches
+from sqla_durable.store.queues import Ranges
 from sqla_durable.worker.claims import Claims
 from sqla_durable.worker.cursors import Cursors
 from sqla_durable.worker.database import Database, persistently
@@ -34,7 +34,7 @@ _SHORTEST_PAUSE = 0.01  # seconds between two looks, however many timers there a
 _RECLAIM_EVERY = 10  # beats: what is seen to be abandoned is reclaimed at once
 _WARN_EVERY = 60.0
 _FORGET_EVERY = 3_600.0
-_LOOK_OVER_EVERY = 60.0
+_RENOTIFY_EVERY = 60.0
 _FRONT = UUID(int=0)
 
 
@@ -71,8 +71,8 @@ class Maintenance:
         self._looked_at = time.monotonic()
         self._reclaimed_at = float("-inf")
         self._forgotten_at = float("-inf")
-        self._looked_over_at = float("-inf")
-        self._looked_over = _FRONT
+        self._renotified_at = float("-inf")
+        self._renotified_up_to = _FRONT
         self._warned_at = float("-inf")
         self._warned_of_versions_at = float("-inf")
         self._hinted = asyncio.Event()
@@ -101,14 +101,14 @@ class Maintenance:
     async def _look(self) -> Seen:
         self._cursors.restart_if_time()
         asked, restarts, self._marks = not self._claims.busy, self._cursors.restarts, self._cursors.marks
-        stretches: Stretches = self._cursors.stretches() if asked else {}
+        ranges: Ranges = self._cursors.ranges() if asked else {}
         began = time.monotonic()
 
         def look_once(connection: Connection) -> Seen:
             return look(
                 connection,
                 worker_id=self._worker_id,
-                stretches=stretches,
+                ranges=ranges,
                 names=self._names,
                 versions=self._versions,
                 marks=self._marks,
@@ -134,7 +134,7 @@ class Maintenance:
             await self._warn_of_unknown()
         self._marks = self._cursors.marks
         await self._warn_of_versions()
-        await self._look_over()
+        await self._renotify()
         await self._forget_dead()
 
     async def _wait(self, seen: Seen) -> None:
@@ -236,16 +236,16 @@ class Maintenance:
             self._forgotten_at = time.monotonic()
             await persistently(self._database, workers.forget_dead, what="maintenance")
 
-    async def _look_over(self) -> None:
-        """Look whether some of those that wait wait for what is there: a part of them each time, then from the front.
+    async def _renotify(self) -> None:
+        """Leave the notices that are missing: to a part of what waits each time, then from the front again.
 
-        Their senders and children leave notices; SQL that deletes a child, or ends it, does not.
+        Senders and children leave notices; an application's own SQL that deletes or ends a child does not.
         """
-        if time.monotonic() - self._looked_over_at >= _LOOK_OVER_EVERY:
-            self._looked_over_at = time.monotonic()
-            look_over = partial(signals.look_over, after=self._looked_over, limit=_LIMIT)
-            last: UUID | None = await persistently(self._database, look_over, what="maintenance")
-            self._looked_over = last or _FRONT
+        if time.monotonic() - self._renotified_at >= _RENOTIFY_EVERY:
+            self._renotified_at = time.monotonic()
+            renotify = partial(signals.renotify, after=self._renotified_up_to, limit=_LIMIT)
+            last: UUID | None = await persistently(self._database, renotify, what="maintenance")
+            self._renotified_up_to = last or _FRONT
 
     async def _warn_of_unknown(self) -> None:
         if self._claims.busy or time.monotonic() - self._warned_at < _WARN_EVERY:

@@ -23,7 +23,7 @@ from sqla_durable.context import Fork
 from sqla_durable.errors import EncodingError
 from sqla_durable.failure import Failure
 from sqla_durable.inspection import SessionKind
-from sqla_durable.operations.arrivals import Arrivals, Bell
+from sqla_durable.operations.arrivals import Arrivals, Waker
 from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
 from sqla_durable.operations.runtime import StepCall
 from sqla_durable.operations.transaction import ClosingTransaction, HeldTransaction, StepTransaction
@@ -121,8 +121,8 @@ class Parkable(Protocol):
     async def pause(self, seconds: float) -> None:
         """Wait a moment in memory."""
 
-    async def listen(self, bell: Bell, seconds: float) -> None:
-        """Wait a moment in memory, or until the bell is rung."""
+    async def listen(self, waker: Waker, seconds: float) -> None:
+        """Wait a moment in memory, or until the operation is woken."""
 
     async def park(self, parking: Parking, position: Position) -> None:
         """Suspend the workflow at an operation, and return when that is committed."""
@@ -152,10 +152,10 @@ async def wait_or_park(runtime: Parkable, position: Position, wait: Wait) -> Non
             if not wait.seconds:
                 return
             seconds = min(wait.seconds, _LOOK_EVERY)
-            if wait.bell is None:
+            if wait.waker is None:
                 await runtime.pause(seconds)
             else:
-                await runtime.listen(wait.bell, wait.seconds if wait.in_memory else seconds)
+                await runtime.listen(wait.waker, wait.seconds if wait.in_memory else seconds)
             attempt.proceed()
             if wait.awaits:
                 return
@@ -196,9 +196,9 @@ class ThreadRuntime(BlockingRuntime):
         self._surroundings.stopping.wait(seconds)
         self._surroundings.stop_if_leaving(self.attempt)
 
-    async def listen(self, bell: Bell, seconds: float) -> None:
-        """Block the thread until the bell is rung, as it is when the attempt is to end."""
-        bell.rung.wait(seconds)
+    async def listen(self, waker: Waker, seconds: float) -> None:
+        """Block the thread until the operation is woken, as it is when the attempt is to end."""
+        waker.woken.wait(seconds)
 
     async def wait(self, position: Position, wait: Wait) -> None:
         """Wait in memory, or as a row."""
@@ -301,18 +301,18 @@ class LoopRuntime(AsyncRuntime):
             pass
         self._surroundings.stop_if_leaving(self.attempt)
 
-    async def listen(self, bell: Bell, seconds: float) -> None:
-        """Wait until the bell is rung, as it is when the attempt is to end."""
+    async def listen(self, waker: Waker, seconds: float) -> None:
+        """Wait until the operation is woken, as it is when the attempt is to end."""
         woken = asyncio.Event()
-        bell.wake = partial(self._surroundings.loop.call_soon_threadsafe, woken.set)
+        waker.on_wake = partial(self._surroundings.loop.call_soon_threadsafe, woken.set)
         try:
-            if not bell.rung.is_set():
+            if not waker.woken.is_set():
                 async with asyncio.timeout(seconds):
                     await woken.wait()
         except TimeoutError:
             pass
         finally:
-            bell.wake = None
+            waker.on_wake = None
 
     async def wait(self, position: Position, wait: Wait) -> None:
         """Wait in memory, or as a row."""

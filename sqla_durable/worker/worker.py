@@ -230,7 +230,7 @@ class Worker:
         claims = self._claims(databases.shared, attempts, heartbeat, cursors)
         maintenance = self._maintenance(databases.shared, claims, heartbeat, cursors)
         writer.on_asked = maintenance.hint
-        writer.on_ended = surroundings.arrivals.ring
+        writer.on_ended = surroundings.arrivals.announce
         taking = [
             asyncio.create_task(claims.run(), name="claims"),
             asyncio.create_task(maintenance.run(), name="maintenance"),
@@ -366,7 +366,7 @@ class Worker:
                         heartbeat.hint()
                 case hints.Kind.SENT, _:
                     maintenance.hint_of_signals()
-                    arrivals.ring(payload)
+                    arrivals.announce(payload)
                 case hints.Kind.LATE, _:
                     cursors.restart()
                     maintenance.hint()

@@ -143,7 +143,7 @@ class Claim(OnWorkflows):
             session,
             worker_id=self.worker_id,
             token=self.token,
-            stretches=queues.whole(self.listened),
+            ranges=queues.whole(self.listened),
             names=[NAME],
             limit=self.limit,
         )

@@ -130,7 +130,7 @@ def enqueue(session: Session, count: int = 1, **columns: Any) -> list[UUID]:
 def claim(session: Session, limit: int = 1, **options: Any) -> list[Claimed]:
     """Claim from the queue `default` what is named `checkout`."""
     settings: dict[str, Any] = {"worker_id": WORKER, "token": uuid7(), "names": ["checkout"]}
-    settings["stretches"] = queues.whole(options.pop("queues", ["default"]))
+    settings["ranges"] = queues.whole(options.pop("queues", ["default"]))
     batch = queues.claim(session, limit=limit, **{**settings, **options})
     return queues.with_histories(session, batch.claimed)
 
@@ -149,7 +149,7 @@ def end(session: Session, ends: Sequence[batches.End]) -> set[UUID]:
 
 def is_alive(session: Session, worker_id: UUID) -> bool:
     """Tell whether a worker's lease is live."""
-    return look(session, worker_id=worker_id, stretches={}, names=[]).alive
+    return look(session, worker_id=worker_id, ranges={}, names=[]).alive
 
 
 def claimed_fences(engine: Engine, count: int = 1, *, worker_id: UUID = WORKER) -> list[Fence]:

@@ -42,7 +42,7 @@ def test_what_has_something_to_undo_is_enqueued_for_that_and_claimed_in_spite_of
         assert deadlines.fail_overdue(session, limit=9) == [
             deadlines.Overdue(overdue, "checkout", undoes=True, worker_id=None)
         ]
-        assert not look(session, worker_id=races.WORKER, stretches={}, names=[]).overdue
+        assert not look(session, worker_id=races.WORKER, ranges={}, names=[]).overdue
         claimed = {each.fence.workflow_id: each for each in races.claim(session, 9)}
         assert claimed.keys() == {overdue, undoing}
         assert all(each.is_cancelling for each in claimed.values())
@@ -62,18 +62,18 @@ def test_a_look_tells_of_what_is_overdue_and_of_the_next_deadline(engine: Engine
     with Session(engine) as session:
         races.enqueue(session, deadline_at=text("statement_timestamp() + interval '50 s'"))
         races.enqueue(session, deadline_at=text("'infinity'"))
-        seen = look(session, worker_id=races.WORKER, stretches={}, names=[])
+        seen = look(session, worker_id=races.WORKER, ranges={}, names=[])
         assert not seen.overdue
         assert 40 < (seen.next_due_in or 0) <= 50
         races.enqueue(session, deadline_at=PAST)
-        assert look(session, worker_id=races.WORKER, stretches={}, names=[]).overdue
+        assert look(session, worker_id=races.WORKER, ranges={}, names=[]).overdue
 
 
 def test_what_is_overdue_is_neither_claimed_nor_claimable(engine: Engine) -> None:
     with Session(engine) as session:
         (overdue,) = races.enqueue(session, deadline_at=PAST)
         assert races.claim(session) == []
-        assert not look(session, worker_id=races.WORKER, stretches=whole(["default"]), names=["checkout"]).claimable
+        assert not look(session, worker_id=races.WORKER, ranges=whole(["default"]), names=["checkout"]).claimable
         (other,) = races.enqueue(session)
         assert [each.fence.workflow_id for each in races.claim(session, 9)] == [other]
         assert races.status_in(session, overdue) is WorkflowStatus.PENDING

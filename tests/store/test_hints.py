@@ -51,8 +51,8 @@ def test_payload_tells_whom_it_concerns() -> None:
 def test_signals_are_told_one_by_one_unless_there_are_many() -> None:
     ids = [uuid4() for _ in range(21)]
     told = [hints.sent_to(each, "go") for each in ids]
-    assert hints.few([*told[:20], "q:mail"]) == {*told[:20], "q:mail"}
-    assert hints.few([*told, "q:mail"]) == {hints.SENT, "q:mail"}
+    assert hints.merged([*told[:20], "q:mail"]) == {*told[:20], "q:mail"}
+    assert hints.merged([*told, "q:mail"]) == {hints.SENT, "q:mail"}
     assert hints.read(told[0]) == (hints.Kind.SENT, f"{ids[0]}:go")
     assert hints.sent_to(ids[0], "g" * 8_000) == hints.SENT
 

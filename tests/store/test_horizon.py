@@ -65,7 +65,7 @@ class Life:
             self._session,
             worker_id=races.WORKER,
             token=uuid7(),
-            stretches={"default": [queues.Stretch(self._place)]},
+            ranges={"default": [queues.Range(self._place)]},
             names=["checkout"],
             limit=size,
         )
@@ -104,9 +104,9 @@ def now(session: Session) -> datetime:
     return moment
 
 
-def pages(session: Session, marks: Marks, stretches: queues.Stretches) -> dict[str, int]:
+def pages(session: Session, marks: Marks, ranges: queues.Ranges) -> dict[str, int]:
     """Measure what a worker repeats."""
-    known = queues.known(["checkout"], []) | queues.listening(stretches)
+    known = queues.known(["checkout"], []) | queues.listening(ranges)
     statements: dict[str, tuple[Any, dict[str, Any]]] = {
         "look": (looks._LOOK, {"looking_id": races.WORKER, "within": 1.0, **known, **looks._beginning(marks)}),
         "claim": (queues._CLAIM, {"limit": 100, "new_token": uuid7(), "claimant": races.WORKER, **known}),
@@ -138,7 +138,7 @@ def test_what_a_worker_repeats_does_not_read_what_is_dead(burdened: Engine) -> N
     with Session(burdened) as session:
         moment = now(session)
         everything = pages(session, EVERYTHING, queues.whole(["default"]))
-        after = pages(session, marks_at(moment), cursors_at(moment).stretches())
+        after = pages(session, marks_at(moment), cursors_at(moment).ranges())
     assert after["look"] < 40, after
     assert all(count < 15 for name, count in after.items() if name != "look"), after
     dead = {name for name, count in everything.items() if count > 5 * max(after[name], 10)}
@@ -154,7 +154,7 @@ def test_a_woken_workflow_is_claimed_past_what_is_dead(burdened: Engine) -> None
         plan = explain(
             session,
             queues._CLAIM,
-            claim | queues.listening(cursors_at(moment).stretches()),
+            claim | queues.listening(cursors_at(moment).ranges()),
             mode="force_generic_plan",
         )
         races.cancel(session, workflow_id)

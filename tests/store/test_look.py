@@ -22,7 +22,7 @@ NOTHING = Seen(claimable=False, due=False, next_due_in=None, undelivered=False, 
 
 
 def seen(session: Session, *queues: str) -> Seen:
-    return look(session, worker_id=races.WORKER, stretches=whole(queues or ["default"]), names=["checkout"])
+    return look(session, worker_id=races.WORKER, ranges=whole(queues or ["default"]), names=["checkout"])
 
 
 def test_an_empty_database_holds_nothing_to_do(engine: Engine) -> None:
@@ -38,7 +38,7 @@ def test_what_waits_in_the_queues_under_a_known_name_is_claimable(engine: Engine
         assert seen(session, "default", "elsewhere").claimable
         races.enqueue(session)
         assert seen(session).claimable
-        assert not look(session, worker_id=races.WORKER, stretches={}, names=["checkout"]).claimable
+        assert not look(session, worker_id=races.WORKER, ranges={}, names=["checkout"]).claimable
 
 
 def test_what_another_version_is_to_claim_is_not_claimable(engine: Engine) -> None:
@@ -46,7 +46,7 @@ def test_what_another_version_is_to_claim_is_not_claimable(engine: Engine) -> No
         races.enqueue(session, version="1")
         for versions, claimable in (([], True), (["1"], True), (["2"], False)):
             found = look(
-                session, worker_id=races.WORKER, stretches=whole(["default"]), names=["checkout"], versions=versions
+                session, worker_id=races.WORKER, ranges=whole(["default"]), names=["checkout"], versions=versions
             )
             assert found.claimable is claimable
 
@@ -138,8 +138,8 @@ def test_the_next_look_begins_two_seconds_before_what_is_left(engine: Engine) ->
                 ),
                 {"seconds": seconds},
             )
-        first = look(session, worker_id=races.WORKER, stretches={}, names=[])
-        second = look(session, worker_id=races.WORKER, stretches={}, names=[], marks=first.marks)
+        first = look(session, worker_id=races.WORKER, ranges={}, names=[])
+        second = look(session, worker_id=races.WORKER, ranges={}, names=[], marks=first.marks)
         assert first.marks.looked_at is not None
         ago = {name: first.marks.looked_at - datetime.fromisoformat(at) for name, at in ages(first.marks).items()}
         assert 3_600 < ago["wake_at"].total_seconds() < 3_700
@@ -147,7 +147,7 @@ def test_the_next_look_begins_two_seconds_before_what_is_left(engine: Engine) ->
         assert second.due
         assert second.marks.wake_at == first.marks.wake_at
         assert workflows.wake_due(session, limit=9, since=first.marks.wake_at) == 2
-        assert not look(session, worker_id=races.WORKER, stretches={}, names=[], marks=first.marks).due
+        assert not look(session, worker_id=races.WORKER, ranges={}, names=[], marks=first.marks).due
 
 
 def ages(marks: Marks) -> dict[str, str]:

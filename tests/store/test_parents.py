@@ -23,7 +23,7 @@ from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Awaited, Completion, Fence, Park, children, crashes, deadlines, signals, workflows
 from sqla_durable.store._rows import BEGINNING, filled
 from sqla_durable.store.batches import _WRITE  # pyright: ignore[reportPrivateUsage]
-from sqla_durable.store.signals import _DELIVER, _LOOK_OVER  # pyright: ignore[reportPrivateUsage]
+from sqla_durable.store.signals import _DELIVER, _RENOTIFY  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races
 from tests.store.plans import explain, fill
@@ -281,7 +281,7 @@ def test_what_nobody_told_is_found_in_parts(engine: Engine) -> None:
         session.commit()
         assert deliver(engine) == 0
         seen = [FRONT]
-        while (last := signals.look_over(session, after=seen[-1], limit=2)) is not None:
+        while (last := signals.renotify(session, after=seen[-1], limit=2)) is not None:
             seen.append(last)
         session.commit()
         assert seen == [FRONT, parents[1].workflow_id, parents[2].workflow_id]
@@ -304,7 +304,7 @@ def test_looking_over_costs_what_is_looked_at_and_no_more(engine: Engine, mode: 
         )
         session.execute(text("ANALYZE durable.workflow"))
         session.commit()
-        plan = explain(session, _LOOK_OVER, {"after": FRONT, "limit": 100}, mode=mode)
+        plan = explain(session, _RENOTIFY, {"after": FRONT, "limit": 100}, mode=mode)
     assert plan.uses("workflow_suspended_idx"), plan
     assert not plan.scans("workflow"), plan
     assert plan.buffers() < 600, plan  # a row, and a child of it that is not there

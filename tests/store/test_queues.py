@@ -11,7 +11,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable.models import Queue, Workflow
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Verdict, queues, steps
-from sqla_durable.store.queues import FRONT, Stretch
+from sqla_durable.store.queues import FRONT, Range
 from tests.store import races
 from tests.store.plans import explain, fill
 from tests.support.domain import Order
@@ -55,10 +55,10 @@ def test_places_that_python_has_no_date_for_are_claimed_in_their_order(engine: E
         for number, place in enumerate(places):
             insert = "INSERT INTO durable.workflow (name, input, enqueued_at) VALUES ('checkout', :input, :place)"
             session.execute(text(insert), {"input": f'{{"number": {number}}}', "place": place})
-        stretches = queues.whole(["default"])
+        ranges = queues.whole(["default"])
         numbers: list[str] = []
         while batch := queues.claim(
-            session, worker_id=races.WORKER, token=uuid7(), stretches=stretches, names=["checkout"], limit=1
+            session, worker_id=races.WORKER, token=uuid7(), ranges=ranges, names=["checkout"], limit=1
         ).claimed:
             numbers += [each.input for each in batch]
     assert numbers == [f'{{"number": {number}}}' for number in range(len(places))]
@@ -210,17 +210,15 @@ def test_each_queue_has_a_place_of_its_own(session_factory: sessionmaker[Session
             races.enqueue(session, 3, queue=name)
         batch = _claim(session, FRONT, 4, "a", "b")
         assert set(batch.reached) == {"a", "b"}
-        after = {name: [Stretch(place)] for name, reached in batch.reached.items() for place in reached.values()}
-        rest = queues.claim(
-            session, worker_id=races.WORKER, token=uuid7(), stretches=after, names=["checkout"], limit=9
-        )
+        after = {name: [Range(place)] for name, reached in batch.reached.items() for place in reached.values()}
+        rest = queues.claim(session, worker_id=races.WORKER, token=uuid7(), ranges=after, names=["checkout"], limit=9)
         assert len(batch.claimed) + len(rest.claimed) == 6
 
 
 def _claim(session: Session, after: queues.Place, limit: int, *names: str) -> queues.Batch:
-    listened = {each: [Stretch(after)] for each in names or ("default",)}
+    listened = {each: [Range(after)] for each in names or ("default",)}
     return queues.claim(
-        session, worker_id=races.WORKER, token=uuid7(), stretches=listened, names=["checkout"], limit=limit
+        session, worker_id=races.WORKER, token=uuid7(), ranges=listened, names=["checkout"], limit=limit
     )
 
 
@@ -239,14 +237,14 @@ def test_what_an_open_transaction_keeps_dead_costs_a_claim_at_the_front_and_none
 
 
 def _pages(session: Session, after: queues.Place) -> int:
-    parameters = _parameters({"default": [Stretch(after)]})
+    parameters = _parameters({"default": [Range(after)]})
     plan = explain(session, queues._CLAIM, parameters, mode="force_generic_plan")  # pyright: ignore[reportPrivateUsage]
     return plan.buffers("CTE claimable")
 
 
-def _parameters(stretches: queues.Stretches, *versions: str) -> dict[str, Any]:
+def _parameters(ranges: queues.Ranges, *versions: str) -> dict[str, Any]:
     claim = {"limit": 10, "new_token": uuid7(), "claimant": races.WORKER}
-    return claim | queues.known(["checkout"], versions) | queues.listening(stretches)
+    return claim | queues.known(["checkout"], versions) | queues.listening(ranges)
 
 
 @pytest.mark.parametrize("versions", [(), ("1", "2")], ids=["all versions", "some versions"])

@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable import Durable, Worker
 from sqla_durable.store import hints
 from sqla_durable.store.look import EVERYTHING, LATE, Marks, Seen
-from sqla_durable.store.queues import FRONT, Batch, Place, Stretch
+from sqla_durable.store.queues import FRONT, Batch, Place, Range
 from sqla_durable.worker.cursors import Cursors
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.support.notifications import Ear
@@ -44,41 +44,41 @@ def claimed(cursors: Cursors, *places: Place, is_full: bool = False) -> None:
 def test_at_first_everything_is_read() -> None:
     cursors = Cursors(["default"], poll_interval=1.0)
     assert cursors.marks is EVERYTHING
-    assert cursors.stretches() == {"default": [Stretch(FRONT)]}
+    assert cursors.ranges() == {"default": [Range(FRONT)]}
 
 
 def test_after_a_look_that_found_nothing_other_priorities_are_read_and_this_one_from_there_on() -> None:
     cursors = Cursors(["default"], poll_interval=1.0)
     looked(cursors, seen())
     assert cursors.marks.wake_at == "then"
-    assert cursors.stretches() == {"default": [Stretch(FRONT, until=0), Stretch(place(0))]}
+    assert cursors.ranges() == {"default": [Range(FRONT, until=0), Range(place(0))]}
     claimed(cursors, place(5, NOW))
-    assert cursors.stretches()["default"] == [Stretch(FRONT, until=0), Stretch(place(0), until=5), Stretch(place(5))]
+    assert cursors.ranges()["default"] == [Range(FRONT, until=0), Range(place(0), until=5), Range(place(5))]
 
 
 def test_a_look_that_did_not_ask_or_found_something_moves_no_claim() -> None:
     cursors = Cursors(["default"], poll_interval=1.0)
     looked(cursors, seen(), asked=False)
     looked(cursors, seen(claimable=True))
-    assert cursors.stretches() == {"default": [Stretch(FRONT)]}
+    assert cursors.ranges() == {"default": [Range(FRONT)]}
 
 
 def test_a_full_claim_is_followed_from_the_place_that_it_reached() -> None:
     cursors = Cursors(["default"], poll_interval=1.0)
     last = place(0, LONG_AGO, 7)
     claimed(cursors, place(-1, NOW), last, is_full=True)
-    assert cursors.stretches()["default"] == [Stretch(last)]
+    assert cursors.ranges()["default"] == [Range(last)]
     claimed(cursors)
-    assert cursors.stretches()["default"] == [Stretch(FRONT, until=-1), Stretch(place(-1), until=0), Stretch(last)]
+    assert cursors.ranges()["default"] == [Range(FRONT, until=-1), Range(place(-1), until=0), Range(last)]
 
 
 def test_a_queue_that_is_resumed_is_read_from_its_front() -> None:
     cursors = Cursors(["default"], poll_interval=1.0)
     looked(cursors, seen(paused=("default",)))
     looked(cursors, seen(paused=("default",)))
-    assert cursors.stretches() != {"default": [Stretch(FRONT)]}
+    assert cursors.ranges() != {"default": [Range(FRONT)]}
     looked(cursors, seen())
-    assert cursors.stretches() == {"default": [Stretch(FRONT)]}
+    assert cursors.ranges() == {"default": [Range(FRONT)]}
 
 
 def test_a_look_that_began_before_a_restart_is_not_noted() -> None:
@@ -88,7 +88,7 @@ def test_a_look_that_began_before_a_restart_is_not_noted() -> None:
     cursors.note_look(seen(), restarts=before, asked=True, took=0.0)
     cursors.note_claim(Batch([], {"default": {0: place(0)}}, NOW), restarts=before, is_full=True)
     assert cursors.marks is EVERYTHING
-    assert cursors.stretches() == {"default": [Stretch(FRONT)]}
+    assert cursors.ranges() == {"default": [Range(FRONT)]}
 
 
 def test_everything_is_read_again_after_ten_polls(monkeypatch: pytest.MonkeyPatch) -> None:
