@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
 from typing import Any, TypeVar
 from uuid import UUID
@@ -364,16 +364,22 @@ def test_a_step_in_a_thread_publishes_nothing_after_its_call_was_cancelled(shell
         assert session.scalar(select(func.count()).select_from(Event)) == 0
 
 
-@pytest.mark.shells(["async-executor"])
-def test_an_executor_that_is_cancelled_from_outside_records_no_cancelled_call(shell: Shell, app: Application) -> None:
-    begun = asyncio.Event()
+def hanging_once(begun: asyncio.Event | threading.Event) -> Callable[[], Coroutine[Any, Any, str]]:
+    """Return a step whose first execution says that it has begun, and does not end."""
 
-    @app.durable.step
     async def charge() -> str:
         if not begun.is_set():
             begun.set()
             await asyncio.Event().wait()
         return "charged"
+
+    return charge
+
+
+@pytest.mark.shells(["async-executor"])
+def test_an_executor_that_is_cancelled_from_outside_records_no_cancelled_call(shell: Shell, app: Application) -> None:
+    begun = asyncio.Event()
+    charge = app.durable.step(hanging_once(begun))
 
     async def checkout() -> str:
         return await charge()
@@ -399,13 +405,7 @@ def test_an_executor_that_is_cancelled_from_outside_records_no_cancelled_call(sh
 @on_worker
 def test_a_worker_that_stops_records_no_cancelled_call(shell: Shell, app: Application) -> None:
     begun = threading.Event()
-
-    @app.durable.step
-    async def charge() -> str:
-        if not begun.is_set():
-            begun.set()
-            await asyncio.Event().wait()
-        return "charged"
+    charge = app.durable.step(hanging_once(begun))
 
     async def checkout() -> str:
         async with asyncio.timeout(3600):

@@ -28,7 +28,8 @@ from tests.acceptance.shells import Shell
 from tests.acceptance.test_children import all_of, awaited, result_of, waiting
 from tests.store import races
 
-pytestmark = pytest.mark.shells(("worker", "async-worker"))
+# Who wakes a parent is the store's business: that its code sees the error is tested in both forms below.
+pytestmark = pytest.mark.shells(("worker",))
 
 WAYS = ["result", "first", "completed", "map"]
 
@@ -81,6 +82,7 @@ def engine_s_own(shell: Shell) -> list[str]:
         return list(session.scalars(text("SELECT name FROM durable.signal WHERE name LIKE '#%'")))
 
 
+@pytest.mark.shells(("worker", "async-worker"))
 @pytest.mark.parametrize("way", WAYS)
 def test_a_child_that_is_deleted_before_its_parent_has_looked_is_an_error(
     shell: Shell, app: Application, way: str

@@ -352,8 +352,8 @@ def _losses(shell: Shell) -> int:
 
 
 # behaviour: O2
-@on_workers
-def test_one_loss_ends_no_step_whatever_its_policy_says(shell: Shell, app: Application) -> None:
+def losing_once() -> Callable[[Session], int]:
+    """Return a step whose first execution loses its connection; it returns how often it was executed."""
     executions: list[int] = []
 
     def lose_once(session: Session) -> int:
@@ -363,6 +363,12 @@ def test_one_loss_ends_no_step_whatever_its_policy_says(shell: Shell, app: Appli
             session.execute(TERMINATE)
         return len(executions)
 
+    return lose_once
+
+
+@on_workers
+def test_one_loss_ends_no_step_whatever_its_policy_says(shell: Shell, app: Application) -> None:
+    lose_once = losing_once()
     step = app.transactional(
         lose_once, retry=tenacity.retry_if_exception_type(KeyError), stop=tenacity.stop_after_attempt(1)
     )
@@ -393,15 +399,7 @@ def test_a_total_timeout_ends_a_step_that_loses_its_session(shell: Shell, app: A
 def test_an_executor_gives_a_loss_to_its_caller_and_leaves_the_workflow_to_the_next(
     shell: Shell, app: Application
 ) -> None:
-    executions: list[int] = []
-
-    def lose_once(session: Session) -> int:
-        executions.append(1)
-        session.add(Entry(account="a", cents=1))
-        if len(executions) == 1:
-            session.execute(TERMINATE)
-        return len(executions)
-
+    lose_once = losing_once()
     step = app.transactional(lose_once)
 
     async def buy() -> int:

@@ -453,7 +453,7 @@ class Family:
 @pytest.mark.timeout(0 if EXAMPLES else 120)
 def test_parents_go_on_through_random_histories(engine: Engine, hasty: Engine) -> None:
     # behaviour: C7 G3 M1
-    for seed in range(int(EXAMPLES or 10)):
+    for seed in range(int(EXAMPLES or 4)):
         family = Family(engine, hasty, seed)
         try:
             family.live(40)
