@@ -324,7 +324,7 @@ def _answer(session: Session, *, token: _Token, payload: str) -> None:
     found = _look(session, token, key, payload)  # inserted meanwhile by who does not hold the callback
     if not found.is_same:
         _refuse_finished(token, found)
-        raise keys.unseen("the outcome of callback", name=token.shown, key=key)
+        raise keys.not_visible("the outcome of callback", name=token.shown, key=key)
 
 
 def _insert(session: Session, token: _Token, key: str, *, signal: str, payload: str) -> bool:

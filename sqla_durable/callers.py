@@ -67,7 +67,7 @@ def in_savepoint(session: Session, *, what: str, name: str, key: str | None) -> 
     except DBAPIError as error:
         if sqlstate(error) != _SERIALIZATION_FAILURE:
             raise
-        raise keys.newer(what, name=name, key=key or "") from error
+        raise keys.newer_than_snapshot(what, name=name, key=key or "") from error
 
 
 def id_of(workflow: object) -> UUID:

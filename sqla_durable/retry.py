@@ -101,7 +101,7 @@ class RetryPolicy:
             return await self._ask(tries, state)
 
     def stops(self, tries: Tries, *, upcoming: float) -> bool:
-        """Tell whether there is to be no other try, whatever the last outcome was, after a wait of so many seconds.
+        """Return whether there is to be no other try, whatever the last outcome was, after a wait of so many seconds.
 
         Raises:
             RetryPolicyError: `stop` raised.

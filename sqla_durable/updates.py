@@ -223,13 +223,13 @@ class _Sending:
         return face(self.outlook, self.reply, workflow_id, update_id)
 
     def _sent(self, session: Session, workflow_id: UUID) -> int:
-        for _ in range(keys.ROUNDS):
+        for _ in range(keys.MOST_REPEATS):
             update_id = self._known(session, workflow_id)
             if update_id is None:  # and None again: somebody has just sent one of the key
                 update_id = self._insert(session, workflow_id)
             if update_id is not None:
                 return update_id
-        raise keys.unseen("update", name=self.name, key=self.key or "")
+        raise keys.not_visible("update", name=self.name, key=self.key or "")
 
     def _insert(self, session: Session, workflow_id: UUID) -> int | None:
         given: dict[str, Any] = {"name": self.name, "payload": self.payload, "key": self.key}

@@ -143,7 +143,7 @@ def _json(what: str, value: object) -> str:
 
 def _fork(session: Session, wanted: Wanted, change: forks.Change) -> list[Workflow]:
     names: Mapping[UUID, str] = {}
-    for _ in range(keys.ROUNDS):
+    for _ in range(keys.MOST_REPEATS):
         names = forks.sources(session, wanted)
         _refuse_missing(names, wanted)
         known = None if change.key is None else _known(session, names, change.key)
@@ -156,7 +156,7 @@ def _fork(session: Session, wanted: Wanted, change: forks.Change) -> list[Workfl
             return forks.records(session, [each for each in ids.values() if each in made])
         management.refuse_unrecorded(session, list(names), change.steps, verb="started")
         # Somebody has just started one with the key, or deleted what was to be forked: look again.
-    raise keys.unseen("workflow", name=next(iter(names.values())), key=change.key or "")
+    raise keys.not_visible("workflow", name=next(iter(names.values())), key=change.key or "")
 
 
 def _copied(session: Session, names: Mapping[UUID, str], ids: Mapping[UUID, UUID], change: forks.Change) -> set[UUID]:

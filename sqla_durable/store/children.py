@@ -46,7 +46,7 @@ from sqla_durable.store._rows import (
     table,
 )
 from sqla_durable.store.held import is_held, leaving
-from sqla_durable.store.keys import ROUNDS
+from sqla_durable.store.keys import MOST_REPEATS
 from sqla_durable.store.signals import asking, deleting_notices
 from sqla_durable.store.starts import NEW, hidden_among, new_columns, new_row
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, known_output, mine, own_row
@@ -91,7 +91,7 @@ def start(connectable: Connectable, checkpoint: Checkpoint, children: Sequence[N
         KeyNotVisibleError: the workflow that has one of the keys cannot be seen; others may have been started.
     """
     parameters = given_row(checkpoint) | filled("batch", [new_row(each) for each in children]) | {"active": active}
-    for _ in range(ROUNDS):
+    for _ in range(MOST_REPEATS):
         row = execute(connectable, _START, parameters).one()
         found = row.recorded if row.known is None else row.known
         if found is not None:

@@ -1,4 +1,4 @@
-"""What all inserts under a key share: whoever has the key is found, and where he cannot be seen there is an error.
+"""What all inserts under a key share: they find the row that has the key, or raise an error where it is not visible.
 
 In READ COMMITTED a statement sees what another transaction has inserted as soon as that is committed. In a stronger
 isolation level it sees what its snapshot has, and `ON CONFLICT DO NOTHING` of a newer row aborts the transaction
@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.store._rows import scalar
 
-ROUNDS = 5
-"""How often an insert and a search under a key are repeated: whoever has the key may be deleted between the two."""
+MOST_REPEATS = 5
+"""How often an insert and a search under a key are repeated: between the two, the row may be deleted."""
 
 
 class SnapshotKept(Exception):
@@ -37,19 +37,19 @@ def require_the_latest(session: Session) -> None:
         raise SnapshotKept
 
 
-def unseen(what: str, *, name: str, key: str) -> KeyNotVisibleError:
+def not_visible(what: str, *, name: str, key: str) -> KeyNotVisibleError:
     """Return the error for a key that is taken by a row which is found nowhere."""
     return KeyNotVisibleError(
-        f"{what} {name!r} with the key {key!r} is there, for it cannot be inserted, and this session cannot see it: a "
-        "policy of row level security hides it, as where two tenants have one key, or somebody deletes it again and "
-        "again. Nothing was written, and the transaction is usable. Make the tenant a part of the key, or let the "
+        f"{what} {name!r} with the key {key!r} exists, for it cannot be inserted, but this session cannot see it: a "
+        "policy of row level security hides it, as where two tenants use one key, or it is deleted again and again. "
+        "Nothing was written, and the transaction is usable. Make the tenant a part of the key, or let the "
         "policy show the row.",
         name=name,
         key=key,
     )
 
 
-def newer(what: str, *, name: str, key: str) -> KeyNotVisibleError:
+def newer_than_snapshot(what: str, *, name: str, key: str) -> KeyNotVisibleError:
     """Return the error for a key that is taken by a row newer than the transaction's snapshot."""
     return KeyNotVisibleError(
         f"{what} {name!r} with the key {key!r} was inserted by another transaction after this one had its snapshot "

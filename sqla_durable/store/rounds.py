@@ -1,4 +1,4 @@
-"""The statements with which a workflow begins anew: its history goes, and what it does not need any more."""
+"""The statements of continue as new: they delete a history, and whatever else the next round does not need."""
 
 from __future__ import annotations
 
@@ -47,39 +47,39 @@ from sqla_durable.store.held import leaving
 from sqla_durable.store.signals import ANSWER, CALLBACK, EARLIER, REFUSED, UPDATE
 
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
-_PARTED = 30  # seconds
-_READ_WITHIN = 5  # seconds in which a sender who waits for an answer has read it: it looks four times a second
+_SUSPENDED_FOR = 30  # seconds, after which the workflow is replayed if the second statement has not come
+_READ_WITHIN = 5  # seconds in which a sender who waits for an answer has read it, because it looks four times a second
 _CALLBACK: ColumnElement[str] = literal_column(f"'{CALLBACK}'", type_=Text())
 _UPDATE: ColumnElement[str] = literal_column(f"'{UPDATE}'", type_=Text())
 _ANSWER: ColumnElement[str] = literal_column(f"'{ANSWER}'", type_=Text())
 
 
 def restart(connectable: Connectable, fence: Fence, *, given: str) -> bool:
-    """Begin a workflow anew with another input (JSON text) and no history, as its next attempt.
+    """Enqueue a workflow with another input (JSON text) and no history, as its next attempt.
 
     What it shows and what was sent to it stays, but for signals and updates that were taken, answers that were given
     some seconds ago, outcomes of callbacks, and events that newer ones replace. Of what was sent with a key, the key
     and the answer stay, so that it is known when it is sent again: the rows of a workflow that runs for ever grow with
     these only. Waits for whoever holds the row.
 
-    Two statements, each of which may be a transaction of its own: the first one takes the workflow from its attempt, so
-    that what a branch of it has recorded meanwhile is seen, and forgotten, by the second one. If that does not come,
-    the workflow goes on with its history after a while, and comes here again.
+    Two statements, each of which may be a transaction of its own. The first one takes the workflow from its attempt, so
+    that the second one sees, and deletes, what a branch has recorded meanwhile. If the second one does not come, the
+    workflow is replayed after a while, and calls this again.
 
     Returns:
         False if the attempt does not own the workflow: it has lost it, or this was carried out before.
     """
-    parted = scalar(connectable, _PART, filled("batch", [fence_row(fence)]))
-    if parted is None:
+    suspended = scalar(connectable, _SUSPEND, filled("batch", [fence_row(fence)]))
+    if suspended is None:
         return False
-    parameters = {"wanted_id": fence.workflow_id, "wanted_attempt": parted, "input": given}
+    parameters = {"wanted_id": fence.workflow_id, "wanted_attempt": suspended, "input": given}
     return scalar(connectable, _RESTART, parameters) is not None
 
 
-def _part_statement() -> Any:
-    """Park, until the statement after this one."""
+def _suspend_statement() -> Any:
+    """Suspend the workflow until the second statement."""
     mine = owned(table("batch", _FENCE), skip_locked=False)
-    wake_at = func.statement_timestamp() + interval(literal_column(str(_PARTED)))
+    wake_at = func.statement_timestamp() + interval(literal_column(str(_SUSPENDED_FOR)))
     return (
         update(WORKFLOW)
         .where(WORKFLOW.c.id == mine.c.id)
@@ -89,7 +89,7 @@ def _part_statement() -> Any:
 
 
 def _restart_statement() -> Any:
-    parted = materialized(
+    suspended = materialized(
         select(WORKFLOW.c.id)
         .where(
             WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()),
@@ -98,12 +98,12 @@ def _restart_statement() -> Any:
             WORKFLOW.c.awaits.is_(None),
         )
         .with_for_update(key_share=True, of=WORKFLOW),
-        "parted",
+        "suspended",
     )
-    forgotten = delete(STEP).where(STEP.c.workflow_id == parted.c.id).returning(STEP.c.key).cte("forgotten")
+    forgotten = delete(STEP).where(STEP.c.workflow_id == suspended.c.id).returning(STEP.c.key).cte("forgotten")
     return (
         update(WORKFLOW)
-        .where(WORKFLOW.c.id == parted.c.id)
+        .where(WORKFLOW.c.id == suspended.c.id)
         .values(
             status=WorkflowStatus.PENDING,
             input=cast(cast(bindparam("input", type_=Text()), Text), JSONB),
@@ -117,17 +117,17 @@ def _restart_statement() -> Any:
             begun_anew_at=func.statement_timestamp(),
         )
         .returning(WORKFLOW.c.id)
-        .add_cte(forgotten, leaving(parted).cte("left"), *_forget_sent(parted), _forget_events(parted))
+        .add_cte(forgotten, leaving(suspended).cte("left"), *_forget_sent(suspended), _forget_events(suspended))
     )
 
 
-def _forget_sent(parted: FromClause) -> tuple[CTE, CTE, CTE]:
+def _forget_sent(suspended: FromClause) -> tuple[CTE, CTE, CTE]:
     """Delete what was taken, with the answers; what has a key stays, without its payload.
 
     Outcomes of callbacks go too: the steps that would read them are gone, those of earlier rounds whose answer crossed
     with their end as well.
     """
-    mine: ColumnElement[bool] = SIGNAL.c.workflow_id == parted.c.id
+    mine: ColumnElement[bool] = SIGNAL.c.workflow_id == suspended.c.id
     taken = and_(mine, SIGNAL.c.consumed_by.is_not(None))
     kept = or_(SIGNAL.c.key.is_not(None), and_(SIGNAL.c.name.startswith(_UPDATE), ~_is_known_to_sender()))
     outcomes = and_(mine, SIGNAL.c.name.startswith(_CALLBACK))
@@ -163,7 +163,7 @@ def _is_known_to_sender() -> ColumnElement[bool]:
     return or_(answered, and_(SIGNAL.c.consumed_by == EARLIER, SIGNAL.c.delivered_at < before))
 
 
-def _forget_events(parted: FromClause) -> CTE:
+def _forget_events(suspended: FromClause) -> CTE:
     """Delete the events that newer ones replace."""
     newer = EVENT.alias("newer")
     is_replaced = (
@@ -172,9 +172,9 @@ def _forget_events(parted: FromClause) -> CTE:
         .correlate(EVENT)
         .exists()
     )
-    replaced = delete(EVENT).where(EVENT.c.workflow_id == parted.c.id, is_replaced)
+    replaced = delete(EVENT).where(EVENT.c.workflow_id == suspended.c.id, is_replaced)
     return replaced.returning(EVENT.c.id).cte("replaced")
 
 
-_PART = _part_statement()
+_SUSPEND = _suspend_statement()
 _RESTART = _restart_statement()

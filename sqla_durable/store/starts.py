@@ -46,7 +46,7 @@ from sqla_durable.store._rows import (
     scalars,
     table,
 )
-from sqla_durable.store.keys import ROUNDS, require_the_latest, sees_the_latest, unseen
+from sqla_durable.store.keys import MOST_REPEATS, not_visible, require_the_latest, sees_the_latest
 
 NEW: Columns = {
     "id": PG_UUID(),
@@ -89,13 +89,13 @@ def insert_unless_known(session: Session, new: NewWorkflow) -> Workflow:
     if session.autoflush:
         session.flush()
     name, key = new.name, new.key or ""
-    for _ in range(ROUNDS):
+    for _ in range(MOST_REPEATS):
         for statement in (_inserting(new, sees_the_latest()), _with_key(new)):
             row = execute(session, statement).one_or_none()
             if row is not None:
                 return record_of(session, row)
         require_the_latest(session)
-    raise unseen("workflow", name=name, key=key)
+    raise not_visible("workflow", name=name, key=key)
 
 
 def insert_in_snapshot(session: Session, new: NewWorkflow) -> Workflow:
@@ -107,7 +107,7 @@ def insert_in_snapshot(session: Session, new: NewWorkflow) -> Workflow:
     """
     row = execute(session, _inserting(new)).one_or_none()
     if row is None:
-        raise unseen("workflow", name=new.name, key=new.key or "")
+        raise not_visible("workflow", name=new.name, key=new.key or "")
     return record_of(session, row)
 
 
@@ -134,7 +134,7 @@ def insert_many(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID
         SnapshotKept: as `insert_unless_known`, with `insert_many_in_snapshot`, for all of them.
     """
     ids: dict[UUID, UUID] = {}
-    for _ in range(ROUNDS):
+    for _ in range(MOST_REPEATS):
         missing = [each for each in workflows if each.id not in ids]
         if missing:
             statement = _INSERT_MANY if all(each.key is None for each in missing) else _INSERT_MANY_UNLESS_KNOWN
@@ -175,7 +175,7 @@ def hidden_among(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> 
     found = _ids_by_key(connectable, workflows)
     hidden = [each for each in workflows if each.key is not None and (each.name, each.key) not in found]
     first = (hidden or workflows)[0]
-    return unseen("workflow", name=first.name, key=first.key or "")
+    return not_visible("workflow", name=first.name, key=first.key or "")
 
 
 def _inserted(session: Session, statement: Any, workflows: Sequence[NewWorkflow]) -> dict[UUID, UUID]:

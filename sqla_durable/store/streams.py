@@ -222,7 +222,7 @@ def _append(
         if row.closed:
             return Appended.CLOSED
         # Another step of this workflow has appended since the statement began.
-    raise keys.unseen("stream", name=name, key="the next item")
+    raise keys.not_visible("stream", name=name, key="the next item")
 
 
 def _append_statement(*, recorded: bool) -> Any:

@@ -163,7 +163,7 @@ class Heartbeat:
         unknown = owned - known - set(self._attempts.fences)
         strays = [each for each in unknown if each.token not in self._claimed_meanwhile]
         if strays:
-            log.warning("%d workflows are claimed by this worker and not executed; they are handed back", len(strays))
+            log.warning("%d workflows are claimed by this worker and not executed; they are released", len(strays))
             release = partial(workflows.release_unlocked, fences=strays)
             await persistently(self._database, release, what="release")
 

@@ -198,7 +198,7 @@ class Maintenance:
         return any(each.undoes for each in overdue)
 
     async def _reclaim(self, seen: Seen) -> int:
-        """Take back what dead workers had; now and then also what belongs to workers that nobody remembers."""
+        """Reclaim what dead workers had; now and then also what belongs to workers whose rows are gone."""
         now = time.monotonic()
         is_time = seen.abandoned or now - self._reclaimed_at >= _RECLAIM_EVERY * self._heartbeat.interval
         if not is_time or now < self._patient_from + self._patience:

@@ -258,7 +258,7 @@ def _waits_until_ended(shell: Shell, session: Session) -> None:
 
 
 def _limits_transactions(shell: Shell) -> bool:
-    """Tell whether the server has `transaction_timeout`."""
+    """Return whether the server has `transaction_timeout`."""
     with shell.engine.connect() as connection:
         return int(connection.scalar(text("SHOW server_version_num")) or 0) >= 170000
 

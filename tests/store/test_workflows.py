@@ -185,7 +185,7 @@ def test_who_is_gone_in_the_middle_of_beginning_anew_leaves_a_workflow_that_come
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as session:
         races.record(session, [races.checkpoint(fence, "charge")])
-        assert session.scalar(rounds._PART, filled("batch", [fence_row(fence)])) == 1  # pyright: ignore[reportPrivateUsage]
+        assert session.scalar(rounds._SUSPEND, filled("batch", [fence_row(fence)])) == 1  # pyright: ignore[reportPrivateUsage]
         session.commit()
         assert not rounds.restart(session, fence, given="{}")
         assert races.record(session, [races.checkpoint(fence, "refund")]) == set()

@@ -70,7 +70,7 @@ def _beside_a_snapshot(
 
 
 def _first_and_last(measured: Measured) -> tuple[float, float]:
-    """Give the rates in the first and in the last part of the time, from the first completion on."""
+    """Return the rates in the first and in the last part of the time, from the first completion on."""
     began = measured.completions[0]
     seconds = [each - began for each in measured.completions]
     part = max(seconds[-1], 0.001) / _PARTS
