@@ -11,7 +11,7 @@ import asyncio
 import contextvars
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -26,6 +26,7 @@ from sqla_durable.operations.cancelled import Cancelled
 from sqla_durable.operations.changes import FIRED
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.store import Checkpoint
+from sqla_durable.undisturbed import ended
 
 TURNS = 20
 """Turns of the event loop in which no recorded outcome is returned: after that nothing is being replayed."""
@@ -283,6 +284,17 @@ class Timers:
         firing = {"timer": key, "number": len(self._firings), "order": order, "open": calls}
         position = Position(f"{FIRED}:{key}", FIRED, max(1, order))
         self._note(checkpoint_of(attempt, position, output=json.dumps(firing)))
+
+
+async def carried_through(attempt: Attempt, call: Awaitable[Any]) -> None:
+    """Await a call of an operation, whatever the workflow's code cancels meanwhile: timers fire when it is over.
+
+    It may follow on a cancel itself, as what a saga undoes; and a scope of anyio cancels again and again.
+    """
+    task = asyncio.ensure_future(call)
+    with cast("Timers", attempt.timers).deciding():
+        await ended(task, on_cancel=lambda: attempt.stopped and task.cancel())
+    task.result()
 
 
 @contextmanager

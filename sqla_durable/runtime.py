@@ -249,8 +249,9 @@ class AsyncRuntime(BaseRuntime):
             is_told = True
             raise
         finally:
-            if not is_told and task.cancelling() > met and attempt.branches.here() is not None:
-                self._owed[task] = task.cancelling(), mark
+            # One that is yet to be thrown into the task is not owed.
+            if not is_told and (count := tasks.cancels_met(task)) > met and attempt.branches.here() is not None:
+                self._owed[task] = count, mark
             attempt.left(position)  # cancelled before the operation itself has begun
 
     def _pay(self, task: asyncio.Task[Any]) -> int | None:

@@ -11,10 +11,12 @@ from typing import Any, ParamSpec, Self, cast
 
 from sqla_durable.context import Context
 from sqla_durable.errors import CompensationFailedError, UsageError
+from sqla_durable.loop_timers import carried_through
 from sqla_durable.operate import operate, require_workflow
 from sqla_durable.operations import saga as operations
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.raised import is_own_failure
+from sqla_durable.tasks import is_engines_own
 
 P = ParamSpec("P")
 
@@ -138,7 +140,7 @@ async def _failure_async(attempt: Attempt, name: str, undo: Callable[[], Any]) -
     try:
         outcome = undo()
         if inspect.isawaitable(outcome):
-            await cast("Any", outcome)
+            await (carried_through(attempt, outcome) if is_engines_own(outcome) else cast("Any", outcome))
     except BaseException as error:
         if not is_own_failure(attempt, error):
             raise

@@ -68,7 +68,7 @@ class _Factory:
         context = workflow_code(options.get("context"))
         if context is None or coroutine in _starting:
             return self._make(loop, coroutine, options)
-        if _is_engines_own(coroutine):
+        if is_engines_own(coroutine):
             return self._operation(context.attempt, self._make(loop, coroutine, options), coroutine)
         parent = context.attempt.branches.here()
         if parent is None:
@@ -168,8 +168,8 @@ def _settle_in(coroutine: object, task: Task) -> None:
         branches.enter(branch, task)
 
 
-def _is_engines_own(coroutine: Any) -> bool:
-    """Tell a call of an operation, whose key was given when it was called."""
+def is_engines_own(coroutine: Any) -> bool:
+    """Return whether this is a call of an operation, whose key was given when it was called."""
     frame = getattr(coroutine, "cr_frame", None)
     module = "" if frame is None else str(frame.f_globals.get("__name__"))
     return module.startswith("sqla_durable.") and ".".join(module.split(".")[:2]) not in _HOLD_WORKFLOWS
@@ -283,6 +283,8 @@ def _waits_for(home: object, known: set[object]) -> bool:
     last = _innermost(cast("Task", home).get_coro())
     if last.cr_code is asyncio.wait_for.__code__:
         return last.cr_frame.f_locals.get("fut") in known
+    if last.cr_code is until_done.__code__:  # a saga, for a compensation
+        return last.cr_frame.f_locals.get("future") in known
     if isinstance(last.cr_frame.f_locals.get("self"), asyncio.TaskGroup):
         group: Any = last.cr_frame.f_locals["self"]
         return all(each.done() or each in known for each in getattr(group, "_tasks", [None]))

@@ -475,3 +475,88 @@ def test_a_saga_that_the_codes_own_timeout_ends_undoes_what_was_done(shell: Shel
 
     assert agreed(shell, app.workflow(travel)) == "too late"
     assert done == [1, -1]
+
+
+@on_loop
+def test_a_scope_that_cancels_again_and_again_does_not_cancel_what_a_saga_undoes(
+    shell: Shell, app: Application
+) -> None:
+    scopes: list[anyio.CancelScope] = []
+    done: list[int] = []
+
+    @app.durable.step
+    async def book(cents: int) -> None:
+        await asyncio.sleep(0.01)
+        done.append(cents)
+
+    @app.durable.step
+    async def hang() -> None:
+        scopes[-1].cancel()
+        await asyncio.Event().wait()
+
+    async def travel() -> str:
+        with anyio.CancelScope() as scope:
+            scopes.append(scope)
+            async with Saga() as saga:
+                saga.add(book, -1)
+                saga.add(book, -2)
+                await hang()
+        return "called off" if scope.cancelled_caught else "never"
+
+    assert shell.run(app.workflow(travel)) == "called off"
+    assert done == [-2, -1]
+
+
+@on_worker
+def test_a_timeout_that_comes_while_a_saga_undoes_is_for_what_follows(shell: Shell, app: Application) -> None:
+    done: list[int] = []
+
+    @app.durable.step
+    async def book(cents: int) -> None:
+        await asyncio.sleep(0.1)
+        done.append(cents)
+
+    @app.durable.step
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    async def travel() -> str:
+        try:
+            async with asyncio.timeout(1.02):
+                try:
+                    async with asyncio.timeout(1), Saga() as saga:
+                        saga.add(book, -1)
+                        await hang()
+                except TimeoutError:
+                    await book(2)
+        except TimeoutError:
+            return "too late"
+        return "never"
+
+    assert agreed(shell, app.workflow(travel)) == "too late"
+    assert done == [-1]
+
+
+@on_worker
+def test_a_cancel_that_is_met_between_two_operations_is_met_once(shell: Shell, app: Application) -> None:
+    @app.durable.step
+    async def ship() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()  # thrown into it at its next await, which is the code's own
+        return "shipped"
+
+    clean = app.plain(lambda: "cleaned", name="clean")
+
+    async def checkout() -> str:
+        async def pay() -> str:
+            try:
+                await ship()
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                return await clean()
+            return "never"
+
+        return await asyncio.create_task(pay())
+
+    assert shell.run(app.workflow(checkout)) == "cleaned"
