@@ -49,7 +49,16 @@ from sqla_durable.store.held import is_held, leaving
 from sqla_durable.store.keys import MOST_REPEATS
 from sqla_durable.store.signals import asking, deleting_notices
 from sqla_durable.store.starts import NEW, hidden_among, new_columns, new_row
-from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, known_output, mine, own_row
+from sqla_durable.store.steps import (
+    GIVEN,
+    checkpoint_columns,
+    given_row,
+    has_outcome,
+    insert_from,
+    known_output,
+    mine,
+    own_row,
+)
 from sqla_durable.unwinding import AttemptLost
 
 MOST_NAMED = 1_000
@@ -195,7 +204,7 @@ def _start_statement() -> Any:
     held = and_(columns["wake_at"].is_(None), batch.c.number > bindparam("active", type_=Integer()))
     columns["status"] = case((held, WorkflowStatus.SUSPENDED.value), else_=columns["status"])
     columns["deadline_at"] = func.least(columns["deadline_at"], owned.c.deadline_at)
-    source = select(*columns.values()).select_from(batch.join(owned, true())).where(~known_output().exists())
+    source = select(*columns.values()).select_from(batch.join(owned, true())).where(~has_outcome())
     inserted = (
         insert(WORKFLOW)
         .from_select(list(columns), source.order_by(batch.c.name, batch.c.key, batch.c.id), include_defaults=False)

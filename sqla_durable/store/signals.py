@@ -61,7 +61,15 @@ from sqla_durable.store._rows import (
     status,
 )
 from sqla_durable.store.keys import require_the_latest, sees_the_latest
-from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, known_output, own_row
+from sqla_durable.store.steps import (
+    GIVEN,
+    checkpoint_columns,
+    given_row,
+    has_outcome,
+    insert_from,
+    known_output,
+    own_row,
+)
 from sqla_durable.unwinding import AttemptLost
 
 PARKED, CHILD, LEFT = "#parked", "#child", "#left"
@@ -262,7 +270,7 @@ def taking(wanted: FromClause, output: Callable[[CTE], ColumnElement[Any]], *con
         update(SIGNAL)
         .where(SIGNAL.c.workflow_id == found.c.workflow_id, SIGNAL.c.id == found.c.id)
         # Looked at in the row as it is now: another branch may have taken it since this statement began.
-        .where(is_untaken(), ~known_output().exists())
+        .where(is_untaken(), ~has_outcome())
         .values(
             consumed_by=GIVEN["key"],
             delivered_at=func.coalesce(SIGNAL.c.delivered_at, func.statement_timestamp()),

@@ -176,6 +176,15 @@ def known_output() -> Any:
     return select(cast(STEP.c.output, Text)).where(wanted)
 
 
+def has_outcome() -> ColumnElement[bool]:
+    """Tell that the step of `GIVEN` has an outcome: what its call would take or start is not wanted any more.
+
+    A statement may reach the server long after its call was cancelled, and that was recorded.
+    """
+    wanted = and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], ~unfinished())
+    return select(STEP.c.key).where(wanted).exists()
+
+
 def given_row(checkpoint: Checkpoint) -> dict[str, Any]:
     """Give the parameters of `GIVEN`."""
     return {_given(name): value for name, value in checkpoint_row(checkpoint).items()}

@@ -430,6 +430,17 @@ class StepRuntime(ThreadRuntime):
         self._end_if_cancelled()
         await super().record(checkpoint)
 
+    @override
+    async def begin(self, step: StepDefinition) -> StepTransaction:
+        """Open a session; a call that was cancelled while it waited for a place does not call its function."""
+        transaction = await super().begin(step)
+        try:
+            self._end_if_cancelled()
+        except BaseException:
+            await transaction.rollback()
+            raise
+        return transaction
+
     def _end_if_cancelled(self) -> None:
         if self.is_cancelled:
             raise asyncio.CancelledError  # no signal: the attempt goes on

@@ -10,9 +10,10 @@ from sqlalchemy import Engine, update
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
+from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models import Workflow
-from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import Fence, NewWorkflow, children
+from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.store import Fence, NewWorkflow, children, steps
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races
 
@@ -54,3 +55,19 @@ def test_an_attempt_that_has_lost_its_workflow_gives_up_none_of_its_children(eng
             give_up(session, parent, child)
         assert races.status_in(session, child.workflow_id) is WorkflowStatus.RUNNING
         assert give_up(session, stolen, child) == 1
+
+
+# behaviour: A1
+def test_a_start_that_reaches_the_server_after_its_call_was_cancelled_starts_nothing(engine: Engine) -> None:
+    (parent,) = races.claimed_fences(engine)
+    checkpoint = races.checkpoint(parent, "start:refund")
+    child = NewWorkflow(
+        id=uuid7(), name="refund", input={}, queue="default", parent_id=parent.workflow_id, parent_key="start:refund"
+    )
+    with Session(engine) as session:
+        failed = replace(checkpoint, status=StepStatus.FAILED, output=None, error='{"type": "cancelled"}')
+        steps.settle(session, failed)
+        session.commit()
+        with pytest.raises(KeyNotVisibleError):  # nobody waits for it any more
+            children.start(session, checkpoint, [child], active=1)
+        assert session.get(Workflow, child.id) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from uuid import UUID
 
 import pytest
@@ -12,7 +13,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Signal, Step, Workflow
 from sqla_durable.status import StepStatus, WorkflowStatus
-from sqla_durable.store import Awaited, Completion, Fence, Park, management, signals, trees, waits, workflows
+from sqla_durable.store import Awaited, Completion, Fence, Park, management, signals, steps, trees, waits, workflows
 from sqla_durable.store.selection import Wanted
 from sqla_durable.store.signals import _DELIVER  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.unwinding import AttemptLost
@@ -319,3 +320,18 @@ def _claimed_again(engine: Engine) -> list[Fence]:
         found = [each.fence for each in races.claim(session, 1)]
         session.commit()
         return found
+
+
+# behaviour: A1
+def test_a_take_that_reaches_the_server_after_its_call_was_cancelled_takes_nothing(engine: Engine) -> None:
+    (fence,) = races.claimed_fences(engine)
+    cancelled = replace(
+        races.checkpoint(fence, "signal:approved"), status=StepStatus.FAILED, output=None, error='{"type": "cancelled"}'
+    )
+    with Session(engine) as session:
+        send(session, fence.workflow_id)
+        session.commit()
+        assert steps.settle(session, cancelled).status is StepStatus.FAILED
+        session.commit()
+    assert take(engine, fence) is None
+    assert take(engine, fence, key="signal:approved#2") == "7"
