@@ -19,7 +19,7 @@ from sqla_durable.store.queues import FRONT, Batch, Place, Range, Ranges
 _EVERY = 10  # polls, of which one reads everything
 _LONGEST_POLL = 1.0  # seconds that count as a poll at most
 _SHARE = 20  # of the time, one part at most is spent on reading everything
-_MOST_PRIORITIES = 16  # of a queue, each of which is read from a place of its own
+_MOST_PRIORITIES = 16  # of a queue, each of which is a scan from a place of its own
 _LONGEST_BURST = 1.0  # seconds after which claims begin again where something may have been committed late
 
 
@@ -47,6 +47,10 @@ class _Queue:
                 self.places[priority] = _place(priority, moment)
         self.places[last] = min(reached[last], _place(last, moment), key=_order)
         self.reached = reached[last]
+        # Of too many, those that this claim has not met: without a place, a priority is read from its beginning.
+        by_use = sorted(self.places, key=lambda each: (each in reached, -each))
+        for each in by_use[: max(0, len(by_use) - _MOST_PRIORITIES)]:
+            del self.places[each]
 
     def ranges(self) -> Iterator[Range]:
         """Read each known priority from its place on, and whatever else there is from its beginning."""

@@ -102,10 +102,10 @@ class Maintenance:
         self._cursors.restart_if_time()
         asked, restarts, self._marks = not self._claims.busy, self._cursors.restarts, self._cursors.marks
         ranges: Ranges = self._cursors.ranges() if asked else {}
-        began = time.monotonic()
 
-        def look_once(connection: Connection) -> Seen:
-            return look(
+        def look_once(connection: Connection) -> tuple[Seen, float]:
+            began = time.monotonic()  # an outage before it says nothing of how much there is to read
+            seen = look(
                 connection,
                 worker_id=self._worker_id,
                 ranges=ranges,
@@ -114,9 +114,10 @@ class Maintenance:
                 marks=self._marks,
                 within=self._interval,
             )
+            return seen, time.monotonic() - began
 
-        seen = await persistently(self._database, look_once, what="maintenance")
-        self._cursors.note_look(seen, restarts=restarts, asked=asked, took=time.monotonic() - began)
+        seen, took = await persistently(self._database, look_once, what="maintenance")
+        self._cursors.note_look(seen, restarts=restarts, asked=asked, took=took)
         return seen
 
     async def _act(self, seen: Seen) -> None:

@@ -72,6 +72,18 @@ def test_a_full_claim_is_followed_from_the_place_that_it_reached() -> None:
     assert cursors.ranges()["default"] == [Range(FRONT, until=-1), Range(place(-1), until=0), Range(last)]
 
 
+def test_of_many_priorities_a_few_have_places_of_their_own() -> None:
+    cursors = Cursors(["default"], poll_interval=1.0)
+    for each in range(1, 1000):
+        claimed(cursors, place(each, NOW))
+    claimed(cursors, *(place(each, NOW) for each in range(200)), is_full=True)
+    claimed(cursors)
+    stretches = cursors.stretches()["default"]
+    assert len(stretches) == 17
+    assert stretches[0] == Stretch(FRONT, until=stretches[1].after.priority)
+    assert [each.until for each in stretches[:-1]] == [each.after.priority for each in stretches[1:]]
+
+
 def test_a_queue_that_is_resumed_is_read_from_its_front() -> None:
     cursors = Cursors(["default"], poll_interval=1.0)
     looked(cursors, seen(paused=("default",)))
