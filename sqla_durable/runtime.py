@@ -46,6 +46,7 @@ log = logging.getLogger("sqla_durable.workflow")
 
 _LOOK_EVERY = 0.5  # seconds between two looks whether a replay goes on
 _QUIET = 5.0  # seconds without anything that could cancel a call again
+_SILENT = 64  # such looks before it is logged that a replay does not go on
 _STAYS = Wait(until=float("inf"), in_memory_until=float("inf"))
 
 
@@ -279,10 +280,14 @@ class AsyncRuntime(BaseRuntime):
     async def _until_cancelled(self, position: Position, cancelled: Cancelled) -> NoReturn:
         """Wait until the workflow's code cancels the call again, as it did in an earlier attempt."""
         attempt = self.attempt
+        looks, told = 0, "workflow %r %s: the call %r waits to be cancelled, as it was in an earlier attempt"
         attempt.wait(position, _STAYS)
         try:
             with self.timers.cancelling(cancelled):
                 while not attempt.is_quiet(quiet=_QUIET, idle=self._is_idle):
+                    looks += 1
+                    if looks >= _SILENT and not looks & (looks - 1):  # more and more seldom
+                        log.warning(told, attempt.name, attempt.workflow_id, position.key)
                     await self.moment()
                     self.timers.let_fire_next()
                     if not attempt.cancelling:  # what it did before is yet to be found, so that it can be undone

@@ -560,3 +560,72 @@ def test_a_cancel_that_is_met_between_two_operations_is_met_once(shell: Shell, a
         return await asyncio.create_task(pay())
 
     assert shell.run(app.workflow(checkout)) == "cleaned"
+
+
+# behaviour: A1
+@on_worker
+def test_a_sync_step_whose_call_was_cancelled_while_it_waited_for_a_place_is_not_called(
+    shell: Shell, app: Application
+) -> None:
+    holds, called_off, shipped = threading.Event(), threading.Event(), threading.Event()
+
+    @app.durable.step
+    def hold(session: Session) -> None:
+        holds.set()
+        assert called_off.wait(30)
+
+    @app.durable.step
+    def ship(session: Session) -> None:
+        shipped.set()
+
+    async def checkout() -> str:
+        holding = asyncio.create_task(hold.aio())
+        assert await asyncio.to_thread(holds.wait, 30)
+        try:
+            async with asyncio.timeout(0.1):
+                await ship.aio()
+        except TimeoutError:
+            called_off.set()
+            await holding
+            return "called off"
+        return "never"
+
+    workflow = app.workflow(checkout)
+    workflow_id = shell.begin(workflow)
+    with shell.background(transactions=1):
+        assert shell.result(workflow, workflow_id) == "called off"
+    assert not shipped.is_set()
+
+
+@on_worker
+def test_a_call_that_waits_for_long_to_be_cancelled_again_is_named_in_the_log(
+    shell: Shell, app: Application, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sqla_durable.runtime, "_LOOK_EVERY", 0.01)
+    cancels = [True]
+
+    @app.durable.step
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    async def checkout() -> str:
+        async def tick() -> None:  # so that nobody can know that nothing will cancel the call
+            while cancels or "waits to be cancelled" not in caplog.text:
+                await asyncio.sleep(0.01)
+            call.cancel()
+
+        call, ticking = asyncio.create_task(hang()), asyncio.create_task(tick())
+        await asyncio.sleep(0.05)
+        if cancels:
+            call.cancel()
+            ticking.cancel()
+        await asyncio.wait([call])
+        return "cancelled"
+
+    workflow = app.workflow(checkout)
+    workflow_id = shell.begin(workflow)
+    assert shell.finish(workflow, workflow_id) == "cancelled"
+    cancels.clear()
+    shell.crashed(workflow_id)
+    assert shell.finish(workflow, workflow_id) == "cancelled"
+    assert "the call 'hang' waits to be cancelled, as it was in an earlier attempt" in caplog.text
