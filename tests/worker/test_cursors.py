@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable import Durable, Worker
 from sqla_durable.store import hints
 from sqla_durable.store.look import EVERYTHING, LATE, Marks, Seen
-from sqla_durable.store.queues import FRONT, Batch, Place, Range
+from sqla_durable.store.queues import FRONT, Range, Batch, Place, Range
 from sqla_durable.worker.cursors import Cursors
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.support.notifications import Ear
@@ -78,10 +78,10 @@ def test_of_many_priorities_a_few_have_places_of_their_own() -> None:
         claimed(cursors, place(each, NOW))
     claimed(cursors, *(place(each, NOW) for each in range(200)), is_full=True)
     claimed(cursors)
-    stretches = cursors.stretches()["default"]
-    assert len(stretches) == 17
-    assert stretches[0] == Stretch(FRONT, until=stretches[1].after.priority)
-    assert [each.until for each in stretches[:-1]] == [each.after.priority for each in stretches[1:]]
+    ranges = cursors.ranges()["default"]
+    assert len(ranges) == 17
+    assert ranges[0] == Range(FRONT, until=ranges[1].after.priority)
+    assert [each.until for each in ranges[:-1]] == [each.after.priority for each in ranges[1:]]
 
 
 def test_a_queue_that_is_resumed_is_read_from_its_front() -> None:
