@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable import Durable, Worker
 from sqla_durable.store import hints
 from sqla_durable.store.look import EVERYTHING, LATE, Marks, Seen
-from sqla_durable.store.queues import FRONT, Range, Batch, Place, Range
+from sqla_durable.store.queues import FRONT, Batch, Place, Range
 from sqla_durable.worker.cursors import Cursors
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.support.notifications import Ear
