@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from sqla_durable.context import active, workflow_code
 from sqla_durable.operations.attempt import Attempt, Position
-from sqla_durable.operations.branch import Branch, Branches, name_of
+from sqla_durable.operations.branch import Branch, Branches, name_of, unwrapped
 from sqla_durable.operations.workflow import signal_in
 from sqla_durable.undisturbed import ended, see, until_done
 from sqla_durable.unwinding import Released
@@ -68,8 +68,9 @@ class _Factory:
         context = workflow_code(options.get("context"))
         if context is None or coroutine in _starting:
             return self._make(loop, coroutine, options)
-        if is_engines_own(coroutine):
-            return self._operation(context.attempt, self._make(loop, coroutine, options), coroutine)
+        code = unwrapped(coroutine)
+        if is_engines_own(code):
+            return self._operation(context.attempt, self._make(loop, coroutine, options), code)
         parent = context.attempt.branches.here()
         if parent is None:
             return _overseen(self._make(loop, coroutine, options))
@@ -81,7 +82,7 @@ class _Factory:
         return cast("Task", self.inner(loop, coroutine, **options))
 
     def _branch(self, branches: Branches, parent: Branch, coroutine: Any, make: Callable[[], Task]) -> Task:
-        branch = parent if _is_waited_for() else parent.open(name_of(coroutine))
+        branch = parent if _is_waited_for() else parent.open(name_of(unwrapped(coroutine)))
         _starting[coroutine] = branches, branch
         try:
             task = make()

@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from typing import Any
 
 from sqla_durable.errors import UsageError
 
@@ -163,6 +164,16 @@ class Branches:
         with self.lock:
             among = set(carriers)
             return not self._starting and all(each.awaited_threads or home in among for home, each in self._at.items())
+
+
+def unwrapped(coroutine: Any) -> Any:
+    """Return the coroutine that one of anyio's executes: newer versions of anyio put one of their own around it."""
+    while getattr(coroutine, "__qualname__", None) == "TaskHandle._run_coro" and coroutine.cr_frame is not None:
+        inner = getattr(coroutine.cr_frame.f_locals.get("self"), "_coro", None)
+        if inner is None:
+            break
+        coroutine = inner
+    return coroutine
 
 
 def name_of(code: object) -> str:

@@ -221,12 +221,15 @@ class _Joining:
 
     async def _give_up(self) -> Recorded:
         checkpoint = checkpoint_of(self._runtime.attempt, self._position)
+        ended = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
+        cancelled = {each["id"] for each in ended if each["status"] == WorkflowStatus.CANCELLED.value}  # by others
         await self._runtime.execute(partial(children.cancel_rest, checkpoint=checkpoint, ids=self._ids))
         await self._release_rest()  # what is detached
         found = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
-        failed = [each for each in found if each["status"] == WorkflowStatus.FAILED.value]
-        first_error: dict[str, Any] = failed[0]["error"] if failed else {}
-        shown = f" The first: {first_error.get('type')}: {first_error.get('message')}" if failed else ""
+        failed = [each for each in found if each["status"] == WorkflowStatus.FAILED.value or each["id"] in cancelled]
+        first_error: dict[str, Any] = (failed[0]["error"] or {}) if failed else {}
+        shown = f" The first: {first_error['type']}: {first_error.get('message')}" if first_error else ""
+        shown = shown or (" The first was cancelled." if failed else "")
         ids = [UUID(each["id"]) for each in failed[:_SHOWN]]
         return await self._fail(
             ChildrenFailedError(

@@ -140,8 +140,6 @@ class Outcome:
         match self.standing.status:
             case WorkflowStatus.SUCCEEDED:
                 return definition.result.decode(self.standing.output or "null")
-            case WorkflowStatus.CANCELLED:
-                raise WorkflowCancelledError(f"{self._label} was cancelled.", workflow_id=self.standing.workflow_id)
             case _:
                 raise self.error()
 
@@ -150,7 +148,9 @@ class Outcome:
         return f"workflow {self.standing.name!r} {self.standing.workflow_id}"
 
     def error(self) -> Exception:
-        """Give the error of a workflow that failed."""
+        """Return the error of a workflow that failed or was cancelled."""
+        if self.standing.status is WorkflowStatus.CANCELLED:
+            return WorkflowCancelledError(f"{self._label} was cancelled.", workflow_id=self.standing.workflow_id)
         failure = Failure.from_json(self.standing.error or {"type": "unknown"})
         if (kind := _OF_THE_ENGINE.get(failure.type)) is not None:
             return kind(f"{self._label} failed: {failure.message}.", workflow_id=self.standing.workflow_id)

@@ -384,14 +384,17 @@ class LoopRuntime(AsyncRuntime):
         """Perform a step that takes a `Session` in a thread, as a whole."""
         await self.settle()
         runtime = StepRuntime(self, self._surroundings)
-        thread = self._surroundings.begin_in_thread(lambda: _performed(runtime, call))
+        thread = self._surroundings.begin_in_thread(lambda: _outcome(runtime, call))
         try:
             await until_done(thread)
         except asyncio.CancelledError:
             runtime.is_cancelled = True
             self._surroundings.leave_to_itself(thread)
             raise
-        return thread.result()
+        value, error = thread.result()
+        if error is not None:
+            raise error
+        return value
 
     async def in_thread(self, function: Callable[[], T]) -> T:
         """Call a function in one of the worker's threads."""
@@ -444,6 +447,14 @@ class StepRuntime(ThreadRuntime):
     def _end_if_cancelled(self) -> None:
         if self.is_cancelled:
             raise asyncio.CancelledError  # no signal: the attempt goes on
+
+
+def _outcome(runtime: StepRuntime, call: StepCall) -> tuple[Any, concurrent.futures.CancelledError | None]:
+    """Return what a step returned, or that it failed with this error: a future would make a cancel of it."""
+    try:
+        return _performed(runtime, call), None
+    except concurrent.futures.CancelledError as error:
+        return None, error
 
 
 def _performed(runtime: StepRuntime, call: StepCall) -> Any:

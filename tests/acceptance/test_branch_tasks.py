@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import anyio
 import pytest
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -42,6 +43,22 @@ def test_every_way_to_make_a_task_makes_a_branch(shell: Shell, app: Application)
     roots = ["charge", *(f"charge#{occurrence}" for occurrence in (2, 3, 4))]
     names = ["pay", *(f"pay#{occurrence}" for occurrence in range(2, 7))]
     assert the_keys(shell) == sorted([*roots, *(f"{name}/charge{each}" for name in names for each in ("", "#2"))])
+
+
+@on_loop
+def test_branch_of_a_task_group_of_anyio_has_the_name_of_its_function(shell: Shell, app: Application) -> None:
+    charge = app.plain(branches.same, name="charge")
+
+    async def pay(cents: int) -> None:
+        await charge(cents)
+
+    async def checkout() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(pay, 1)
+            group.start_soon(pay, 2)
+
+    shell.run(app.workflow(checkout))
+    assert the_keys(shell) == ["pay#2/charge", "pay/charge"]
 
 
 @on_loop

@@ -300,3 +300,22 @@ def test_an_executor_goes_on_when_the_child_that_it_waits_for_is_deleted(shell: 
         delete(session, gone.id)
     with pytest.raises(errors.WorkflowNotFoundError, match="deleted"):
         finishing.result()
+
+
+def test_a_child_that_somebody_cancels_is_among_those_that_a_map_names(shell: Shell, app: Application) -> None:
+    child = waiting(app)
+
+    async def parent() -> Any:
+        return await awaited(child.map([child.bind() for _ in range(4)]))
+
+    workflow = app.workflow(parent)
+    workflow_id = shell.begin(workflow)
+    children = sorted(suspended(shell, 5), key=lambda each: each.id)
+    with shell.sessionmaker.begin() as session:
+        cancel(session, children[1].id)
+    with pytest.raises(
+        errors.ChildrenFailedError, match=r"1 of 4 children .* failed.* The first was cancelled"
+    ) as raised:
+        ends(shell, workflow, workflow_id)
+    assert (raised.value.count, raised.value.indices, raised.value.workflow_ids) == (1, [1], [children[1].id])
+    assert isinstance(raised.value.errors[0], errors.WorkflowCancelledError)
