@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 import sqla_durable.hints as hints
 from sqla_durable.callers import AnySession, in_savepoint, perform
-from sqla_durable.checks import require_duration
+from sqla_durable.checks import require_length
 from sqla_durable.codec import Codec
 from sqla_durable.errors import (
     ArgumentError,
@@ -151,7 +151,8 @@ class _CreateCallback:
             ArgumentError: a time is no timedelta, or none to do anything in.
         """
         for name, value in {"timeout": timeout, "heartbeat": heartbeat}.items():
-            _require_time(name, value)
+            if value is not None:
+                require_length(value, name)
         name = key or statements.NAME
         codec = Codec.of(kind, what=f"value of callback {name!r}")
         is_async = require_workflow(statements.NAME).is_async
@@ -193,14 +194,6 @@ class _CreateCallback:
 
 create_callback = _CreateCallback()
 """Make a callback in a workflow's code."""
-
-
-def _require_time(name: str, value: timedelta | None) -> None:
-    if value is None:
-        return
-    require_duration(value, name)
-    if value <= timedelta():
-        raise ArgumentError(f"{name}={value!r} is no time to do anything in: write timedelta(hours=1).")
 
 
 @overload

@@ -1,13 +1,21 @@
-"""What names and durations that users give must be. Values of workflows and steps are the business of `codec`."""
+"""What names, durations and times that users give must be. Values of workflows and steps are handled by `codec`."""
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from sqla_durable.errors import ArgumentError
 
 LONGEST_NAME = 1_000
 """How many bytes of UTF-8 a name or key may have: two of them fit into an entry of a B-tree index (2,704 bytes)."""
+
+LONGEST = timedelta(days=36_500)
+"""The longest duration, a hundred years: added to any time of today, it is one that every driver and clock can read."""
+
+LATEST = datetime(9999, 1, 1, tzinfo=UTC)
+"""The time before which every time that is given must lie. The tables keep some months more, for delays that add up."""
+
+_EARLIEST = datetime(1, 1, 2, tzinfo=UTC)  # the first that a datetime holds in every time zone
 
 
 def fault_in(text: object, *, longest: int | None = LONGEST_NAME) -> str | None:
@@ -39,10 +47,37 @@ def require_text(text: object, *, what: str) -> None:
 
 
 def require_duration(value: object, name: str) -> None:
-    """Refuse what is not a `timedelta`.
+    """Refuse what is not a `timedelta`, or longer than `LONGEST`.
 
     Raises:
-        ArgumentError: it is something else, such as a number of seconds.
+        ArgumentError: it is something else, such as a number of seconds, or too long.
     """
     if not isinstance(value, timedelta):
         raise ArgumentError(f"{name}={value!r} is not a timedelta: write, for example, timedelta(seconds=5).")
+    if not -LONGEST <= value <= LONGEST:
+        raise ArgumentError(f"{name}={value!r} is longer than {LONGEST.days:,} days, the longest duration.")
+
+
+def require_length(value: object, name: str) -> None:
+    """Refuse what is not a duration that is longer than zero.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    require_duration(value, name)
+    if isinstance(value, timedelta) and value <= timedelta():
+        raise ArgumentError(f"{name}={value!r} is no time to do anything in: write, for example, timedelta(hours=1).")
+
+
+def require_moment(value: object, name: str) -> None:
+    """Refuse what is not a time with a time zone before `LATEST`.
+
+    Raises:
+        ArgumentError: it is something else, has no time zone, or is too late.
+    """
+    if not isinstance(value, datetime):
+        raise ArgumentError(f"{name}={value!r} is not a datetime.")
+    if value.utcoffset() is None:
+        raise ArgumentError(f"{name}={value!r} has no time zone: give one, for example tzinfo=UTC.")
+    if not _EARLIEST <= value < LATEST:
+        raise ArgumentError(f"{name}={value!r} is out of range: give a time before the year {LATEST.year}.")

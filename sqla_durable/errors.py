@@ -41,7 +41,8 @@ DurableError
 │   ├── WorkflowFailedError           its own exception type cannot be rebuilt here
 │   ├── WorkflowCancelledError
 │   ├── WorkflowTimeoutError          (also TimeoutError) it was not finished at its deadline
-│   └── MaxAttemptsError              its workers died too often
+│   ├── MaxAttemptsError              its workers died too often
+│   └── RowRefusedError               the database refuses what workers have to do with its row
 ├── StepTimeoutError              (also TimeoutError) a step was not done within its time
 │   └── HeartbeatTimeoutError         a plain step reported nothing for too long
 ├── TransactionLostError          a transactional step lost its connection every time it was executed
@@ -364,6 +365,13 @@ class WorkflowTimeoutError(WorkflowError, TimeoutError):
 
 class MaxAttemptsError(WorkflowError):
     """The workflow was stopped because its workers died too often while executing it."""
+
+
+class RowRefusedError(WorkflowError):
+    """The database refuses what workers have to do with the workflow's row, because of what is in it or of a trigger.
+
+    When that has been mended, `resume` lets the workflow go on.
+    """
 
 
 class StepTimeoutError(DurableError, TimeoutError):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+from sqla_durable.checks import require_duration
 from sqla_durable.errors import DefinitionError, HeartbeatTimeoutError, StepTimeoutError
 
 
@@ -158,6 +159,7 @@ class TimeLimits:
 
         Raises:
             DefinitionError: one is not a `timedelta`, or not longer than nothing.
+            ArgumentError: one is too long.
         """
         given = {"timeout": timeout, "total_timeout": total_timeout, "heartbeat_timeout": heartbeat_timeout}
         for name, value in given.items():
@@ -167,6 +169,7 @@ class TimeLimits:
                 raise DefinitionError(f"{name}={value!r} is not a timedelta: write timedelta(seconds=30).")
             if value <= timedelta():
                 raise DefinitionError(f"{name}={value!r} is no time to do anything in: write timedelta(seconds=30).")
+            require_duration(value, name)
         return cls(**given) if any(value is not None for value in given.values()) else None
 
     def left(self, age: float) -> float:

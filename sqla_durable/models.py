@@ -65,6 +65,32 @@ _NEW_ID = text(
 """A UUID of version 7, whose order is that of time: `uuidv7()` is there from PostgreSQL 18 on."""
 
 
+def _name(column: str, *, longest: int = 1_000) -> CheckConstraint:
+    """Refuse a blank name, and one that is too long for an index or a line of a log."""
+    condition = f"{column} ~ '[^[:space:]]' AND octet_length({column}) <= {longest}"
+    return CheckConstraint(condition, name=column.removesuffix("_key"))
+
+
+def _times(*columns: str, more: str = "") -> CheckConstraint:
+    """Refuse times that no driver can read in every time zone, infinity among them."""
+    every = ", ".join(columns)
+    earliest, latest = "timestamptz '0001-01-02 00:00:00Z'", "timestamptz '9999-12-30 00:00:00Z'"
+    return CheckConstraint(f"{more}least({every}) >= {earliest} AND greatest({every}) <= {latest}", name="times")
+
+
+_LONGEST_KEY = 2_500
+"""How many bytes the key of a step may have, which branches make longer: what fits into an index beside an id."""
+
+
+_UNREADABLE_WAIT = (
+    '$[*] ? (@.type() <> "object" || @.signal.type() <> "string" || @.children.type() <> "array" || '
+    '@.open.type() <> "number" || @.open < 0 || @.open > 1000000 || @.open.floor() <> @.open || '
+    'exists(@.children[*] ? (@.type() <> "string")) || '
+    'exists(@.children[*] ? (!(@ like_regex "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"))))'
+)
+"""What no worker could read in `awaits`, as an SQL/JSON path."""
+
+
 class Base(AsyncAttrs, DeclarativeBase):
     """The declarative base of this package; its metadata is `sqla_durable.metadata`."""
 
@@ -143,9 +169,9 @@ class Workflow(Base):
     )
 
     __table_args__ = (
-        CheckConstraint("name ~ '[^[:space:]]'", name="name"),
-        CheckConstraint("key ~ '[^[:space:]]'", name="key"),
-        CheckConstraint("queue ~ '[^[:space:]]'", name="queue"),
+        _name("name"),
+        _name("key"),
+        _name("queue"),
         CheckConstraint(
             "status IN ('pending', 'running', 'suspended', 'succeeded', 'failed', 'cancelled')", name="status"
         ),
@@ -168,11 +194,35 @@ class Workflow(Base):
             name="error",
         ),
         CheckConstraint("wake_at IS NULL OR status = 'suspended'", name="wake"),
-        CheckConstraint("awaits IS NULL OR (status = 'suspended' AND jsonb_typeof(awaits) = 'array')", name="awaits"),
-        CheckConstraint("parent_key IS NULL OR parent_key ~ '[^[:space:]]'", name="parent"),
-        CheckConstraint("version ~ '[^[:space:]]'", name="version"),
+        CheckConstraint(
+            "awaits IS NULL OR (status = 'suspended' AND jsonb_typeof(awaits) = 'array' "
+            f"AND NOT jsonb_path_exists(awaits, '{_UNREADABLE_WAIT}'))",
+            name="awaits",
+        ),
+        _name("parent_key", longest=_LONGEST_KEY),
+        CheckConstraint("parent_id <> id", name="parent_id"),
+        _name("version"),
         CheckConstraint("cancellation IN ('compensates', 'requested', 'overdue')", name="cancellation"),
-        CheckConstraint("jsonb_typeof(headers) = 'object'", name="headers"),
+        CheckConstraint(
+            "jsonb_typeof(headers) = 'object' "
+            """AND NOT jsonb_path_exists(headers, '$.* ? (@.type() <> "string")')""",
+            name="headers",
+        ),
+        _times(
+            "created_at",
+            "enqueued_at",
+            "wake_at",
+            "started_at",
+            "finished_at",
+            "deadline_at",
+            "begun_anew_at",
+        ),
+        # Each part of it: together they may be short, and add up to a time that is out of range on the way.
+        CheckConstraint(
+            "timeout BETWEEN interval '0' AND interval '36500 days' "
+            "AND extract(year FROM timeout) BETWEEN 0 AND 100 AND extract(day FROM timeout) BETWEEN 0 AND 36500",
+            name="timeout",
+        ),
         # The same workflow and key are the same workflow: this index refuses the second.
         Index("workflow_name_key_key", "name", "key", unique=True, postgresql_where=text("key IS NOT NULL")),
         # The claim: first in, first out within a priority.
@@ -241,8 +291,8 @@ class Step(Base):
     workflow: Mapped[Workflow] = relationship(back_populates="steps")
 
     __table_args__ = (
-        CheckConstraint("key ~ '[^[:space:]]'", name="key"),
-        CheckConstraint("name ~ '[^[:space:]]'", name="name"),
+        _name("key", longest=_LONGEST_KEY),
+        _name("name", longest=_LONGEST_KEY),
         CheckConstraint("status IN ('running', 'retrying', 'waiting', 'succeeded', 'failed')", name="status"),
         CheckConstraint("(status = 'succeeded') = (output IS NOT NULL)", name="output"),
         CheckConstraint(
@@ -256,7 +306,7 @@ class Step(Base):
             name="wake",
         ),
         CheckConstraint("position >= 1 AND attempt >= 1 AND attempts >= 1", name="counts"),
-        CheckConstraint("finished_at >= started_at", name="times"),
+        _times("started_at", "finished_at", "wake_at", more="finished_at >= started_at AND "),
     )
 
     def __repr__(self) -> str:
@@ -285,8 +335,10 @@ class Signal(Base):
     workflow: Mapped[Workflow] = relationship(back_populates="signals")
 
     __table_args__ = (
-        CheckConstraint("name ~ '[^[:space:]]'", name="name"),
-        CheckConstraint("key ~ '[^[:space:]]'", name="key"),
+        _name("name", longest=_LONGEST_KEY),
+        _name("key"),
+        CheckConstraint(f"octet_length(consumed_by) <= {_LONGEST_KEY}", name="consumed_by"),
+        _times("created_at", "delivered_at"),
         # The same workflow, name and key are the same signal.
         Index(
             "signal_workflow_id_name_key_key",
@@ -323,7 +375,11 @@ class Event(Base):
 
     workflow: Mapped[Workflow] = relationship(back_populates="events")
 
-    __table_args__ = (CheckConstraint("key ~ '[^[:space:]]'", name="key"),)
+    __table_args__ = (
+        _name("key", longest=_LONGEST_KEY),
+        CheckConstraint(f"octet_length(step_key) <= {_LONGEST_KEY}", name="step_key"),
+        _times("created_at"),
+    )
 
     def __repr__(self) -> str:
         return _shown(self, "key", "id", "workflow_id")
@@ -348,7 +404,9 @@ class StreamItem(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
 
     __table_args__ = (
-        CheckConstraint("name ~ '[^[:space:]]'", name="name"),
+        _name("name", longest=_LONGEST_KEY),
+        CheckConstraint(f"octet_length(step_key) <= {_LONGEST_KEY}", name="step_key"),
+        _times("created_at"),
         CheckConstraint("number >= 0 AND attempt >= 1 AND step_attempt >= 1", name="counts"),
         CheckConstraint("closed = (value IS NULL)", name="closed"),
     )
@@ -363,7 +421,7 @@ class Queue(Base):
     paused_at: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
 
-    __table_args__ = (CheckConstraint("name ~ '[^[:space:]]'", name="name"),)
+    __table_args__ = (_name("name"), _times("created_at", "paused_at"))
 
     def __repr__(self) -> str:
         return _shown(self, "name", "paused_at")
@@ -389,7 +447,11 @@ class Worker(Base):
         primaryjoin=lambda: Worker.id == foreign(Workflow.worker_id), viewonly=True
     )
 
-    __table_args__ = (CheckConstraint("lease_expires_at > heartbeat_at", name="lease"),)
+    __table_args__ = (
+        CheckConstraint("octet_length(name) <= 1000", name="name"),
+        CheckConstraint("lease_expires_at > heartbeat_at", name="lease"),
+        _times("started_at", "heartbeat_at", "lease_expires_at"),
+    )
 
     def __repr__(self) -> str:
         return _shown(self, "name", "id")

@@ -14,10 +14,11 @@ from datetime import timedelta
 from typing import Any, TypeAlias, TypeGuard
 
 import tenacity
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import RetryCallState
 
+from sqla_durable.checks import LONGEST
 from sqla_durable.errors import DefinitionError, KeyNotVisibleError, RetryPolicyError
 
 RetryPredicate: TypeAlias = Callable[[RetryCallState], bool | Awaitable[bool]]
@@ -39,6 +40,8 @@ _OUTAGES = ("08", "57P", "53300", _READ_ONLY, "25P03", "25P04")
 # its settings, and not about the values that a statement of ours carries.
 # invalid_authorization_specification, invalid_catalog_name: while somebody changes roles or databases.
 _OBSTACLES = ("53", "55", "57", "58", "42501", "42P01", "3F000", "28", "3D")
+# data_exception, integrity_constraint_violation, program_limit_exceeded, and what PL/pgSQL raises.
+_DATA = ("22", "23", "54", "P0")
 
 _DRIVERS = ("psycopg", "asyncpg", "pg8000", "sqlalchemy.dialects.postgresql")
 _EXAMPLES = {
@@ -50,7 +53,7 @@ _POOLER = (
     "a pooler such as PgBouncer in transaction mode is in between, and the driver prepares statements: turn that off, "
     'with connect_args={"prepare_threshold": None} for psycopg; for asyncpg see the page on connections'
 )
-_LONGEST_WAIT = 100 * 365 * 86_400.0
+_LONGEST_WAIT = LONGEST.total_seconds()
 LONGEST_BACKOFF = 2.0
 """How many seconds at most the engine waits before it tries a transaction again."""
 
@@ -304,6 +307,17 @@ def is_obstacle(error: BaseException) -> bool:
     # SQLAlchemy 2.0 hands what asyncpg raises while it connects on as it is.
     state = sqlstate(error) if isinstance(error, DBAPIError) else getattr(error, "sqlstate", None)
     return str(state or "").startswith((*_OBSTACLES, *_OUTAGES))
+
+
+def is_about_data(error: BaseException) -> bool:
+    """Tell whether a value in a row made a statement fail: the server refuses it, or the driver cannot read it.
+
+    A constraint or a trigger of the application that refuses a row is about that row, too.
+    """
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, (ValueError, ArithmeticError, RecursionError))
+    state = sqlstate(error)
+    return isinstance(error, DataError) if state is None else state.startswith(_DATA)
 
 
 def is_unreachable(error: BaseException) -> bool:

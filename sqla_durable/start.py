@@ -16,7 +16,7 @@ from uuid_utils.compat import uuid7
 
 import sqla_durable.hints as hints
 from sqla_durable.callers import in_savepoint, perform
-from sqla_durable.checks import fault_in, require_duration
+from sqla_durable.checks import fault_in, require_duration, require_length, require_moment
 from sqla_durable.context import active
 from sqla_durable.errors import ArgumentError, KeyNotVisibleError, UsageError
 from sqla_durable.models import Workflow
@@ -68,23 +68,16 @@ class StartOptions:
             raise ArgumentError(f"priority={self.priority!r} is not an integer from {-_SMALLINT:,} to {_SMALLINT:,}.")
         if self.delay is not None:
             require_duration(self.delay, "delay")
-        if self.at is not None and not isinstance(self.at, datetime):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentError(f"at={self.at!r} is not a datetime.")
+        if self.at is not None:
+            require_moment(self.at, "at")
         if self.delay is not None and self.at is not None:
             raise ArgumentError(f"delay={self.delay!r} and at={self.at!r} contradict each other: give one of them.")
-        for name, value in {"at": self.at, "deadline": self.deadline}.items():
-            if isinstance(value, datetime) and value.tzinfo is None:
-                raise ArgumentError(f"{name}={value!r} has no time zone: give one, for example tzinfo=UTC.")
-        self._check_limits()
-
-    def _check_limits(self) -> None:
         if self.timeout is not None:
-            require_duration(self.timeout, "timeout")
-        if self.deadline is not None and not isinstance(self.deadline, datetime):
-            require_duration(self.deadline, "deadline")
-        for name, value in {"timeout": self.timeout, "deadline": self.deadline}.items():
-            if isinstance(value, timedelta) and value <= timedelta():
-                raise ArgumentError(f"{name}={value!r} is no time to do anything in: write timedelta(hours=1).")
+            require_length(self.timeout, "timeout")
+        if isinstance(self.deadline, datetime):
+            require_moment(self.deadline, "deadline")
+        elif self.deadline is not None:
+            require_length(self.deadline, "deadline")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,9 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
-from sqla_durable.checks import require_duration
+from sqla_durable.checks import require_duration, require_moment
 from sqla_durable.codec import Codec
 from sqla_durable.context import active
-from sqla_durable.errors import ArgumentError
 from sqla_durable.operate import operate
 from sqla_durable.operations import fact, wait
 
@@ -34,7 +33,7 @@ def sleep(duration: timedelta, *, key: str | None = None) -> Awaitable[None]:
         key: an explicit identity in the history, instead of `sleep` and its occurrence.
 
     Raises:
-        ArgumentError: the duration is no timedelta.
+        ArgumentError: the duration is no timedelta, or longer than a hundred years.
         UsageError: this is not a workflow's own code.
     """
     require_duration(duration, "duration")
@@ -45,11 +44,10 @@ def sleep_until(moment: datetime, *, key: str | None = None) -> Awaitable[None]:
     """Let the workflow wait until a time; one in the past is over at once. See `sleep`.
 
     Raises:
-        ArgumentError: the time has no time zone.
+        ArgumentError: the time has no time zone, or is not before the year 9999.
         UsageError: this is not a workflow's own code.
     """
-    if not isinstance(moment, datetime) or moment.tzinfo is None:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ArgumentError(f"{moment!r} is no time with a time zone: give one, for example tzinfo=UTC.")
+    require_moment(moment, "moment")
     return cast("Awaitable[None]", operate("sleep", partial(wait.sleep, delay=None, until=moment), key=key))
 
 

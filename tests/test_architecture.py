@@ -41,7 +41,8 @@ FLOORS = (
     {"hints", "polling", "callers"},
     {"registry", "store", "failure", "migrations", "storage"},
     {"inspection", "setbacks"},
-    {"models", "codec", "retry", "_programs", "checks", "undisturbed", "interceptors", "limits"},
+    {"models", "codec", "retry", "_programs", "undisturbed", "interceptors", "limits"},
+    {"checks"},
     {"errors", "status", "execution"},
     {"unwinding"},
 )

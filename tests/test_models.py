@@ -82,7 +82,21 @@ def test_name_alone_has_no_arguments(session_factory: sessionmaker[Session]) -> 
         ("workflow_input_check", {"input": "null"}),
         ("workflow_headers_check", {"headers": "[1]"}),
         ("workflow_headers_check", {"headers": "null"}),
+        ("workflow_headers_check", {"headers": '{"tenant": 1}'}),
         ("workflow_attempt_check", {"attempt": 0}),
+        ("workflow_name_check", {"name": "n" * 1_001}),
+        ("workflow_times_check", {"enqueued_at": "-infinity"}),
+        ("workflow_times_check", {"deadline_at": "infinity"}),
+        ("workflow_times_check", {"created_at": "0044-03-15 BC"}),
+        ("workflow_times_check", {"status": "suspended", "wake_at": "10000-01-01"}),
+        ("workflow_timeout_check", {"timeout": "293000 years"}),
+        ("workflow_timeout_check", {"timeout": "-1 second"}),
+        ("workflow_timeout_check", {"timeout": "71582788 months -2147483640 days"}),
+        ("workflow_timeout_check", {"timeout": "-1000000 days 24000001 hours"}),
+        ("workflow_awaits_check", {"status": "suspended", "awaits": "[1]"}),
+        ("workflow_awaits_check", {"status": "suspended", "awaits": '[{"signal": 1}]'}),
+        ("workflow_awaits_check", {"status": "suspended", "awaits": '[{"children": ["x"], "open": 0}]'}),
+        ("workflow_awaits_check", {"status": "suspended", "awaits": '[{"children": [], "open": 1e20}]'}),
         ("workflow_error_check", {"status": "failed", "finished_at": NOW, "error": "null"}),
         ("workflow_error_check", {"status": "failed", "finished_at": NOW, "error": '"type"'}),
         ("workflow_error_check", {"status": "failed", "finished_at": NOW, "error": '["type"]'}),
@@ -108,6 +122,8 @@ def test_illegal_workflow_is_refused_by_a_named_constraint(
         ("step_counts_check", {"attempt": 0}),
         ("step_counts_check", {"attempts": 0}),
         ("step_times_check", {"finished_at": datetime(2025, 1, 1, tzinfo=UTC)}),
+        ("step_times_check", {"finished_at": "infinity"}),
+        ("step_key_check", {"key": "k" * 2_501}),
         ("step_workflow_id_fkey", {"workflow_id": uuid4()}),
     ],
 )
@@ -123,6 +139,7 @@ def test_illegal_step_is_refused_by_a_named_constraint(
 def test_illegal_queue_and_worker_are_refused(engine: Engine) -> None:
     with engine.connect() as connection:
         assert not accepts(connection, "queue", {"name": " "})
+        assert not accepts(connection, "queue", {"name": "mail", "paused_at": "infinity"})
         worker = {"id": uuid4(), "name": "a", "queues": ["default"], "heartbeat_at": NOW}
         assert not accepts(connection, "worker", worker | {"lease_expires_at": NOW})
         assert accepts(connection, "worker", worker | {"lease_expires_at": datetime(2026, 1, 2, tzinfo=UTC)})

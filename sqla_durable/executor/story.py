@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from typing_extensions import override
 from uuid_utils.compat import uuid7
 
+from sqla_durable.checks import require_length
 from sqla_durable.errors import ArgumentError, AttemptLostError, SessionError, UsageError, WorkflowRunningError
 from sqla_durable.executor.runtimes import AsyncInline, BlockingInline
 from sqla_durable.operations.attempt import Attempt
@@ -197,6 +198,7 @@ class CommittingStory(Story):
 
     def __init__(self, session: Session | AsyncSession, lease: timedelta) -> None:
         super().__init__(session)
+        require_length(lease, "lease")
         self._lease = lease
         self._beat_at = 0.0
 

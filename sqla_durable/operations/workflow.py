@@ -7,7 +7,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqla_durable.errors import MaxAttemptsError, WorkflowCancelledError, WorkflowFailedError, WorkflowTimeoutError
+from sqla_durable.errors import (
+    MaxAttemptsError,
+    RowRefusedError,
+    WorkflowCancelledError,
+    WorkflowFailedError,
+    WorkflowTimeoutError,
+)
 from sqla_durable.failure import Failure
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.patches import report
@@ -20,7 +26,9 @@ from sqla_durable.store.deadlines import TIMEOUT_TYPE
 from sqla_durable.unwinding import CallRefused, Cancelling, ControlFlow
 
 # What the engine ends a workflow with, by the type that is recorded.
-_OF_THE_ENGINE = {f"{kind.__module__}:{kind.__qualname__}": kind for kind in (MaxAttemptsError, WorkflowTimeoutError)}
+_OF_THE_ENGINE = {
+    f"{kind.__module__}:{kind.__qualname__}": kind for kind in (MaxAttemptsError, RowRefusedError, WorkflowTimeoutError)
+}
 
 Body = Callable[[dict[str, Any]], Awaitable[Any]]
 
@@ -135,6 +143,7 @@ class Outcome:
             WorkflowFailedError: where it is not.
             WorkflowCancelledError: it was cancelled.
             MaxAttemptsError: its workers died too often.
+            RowRefusedError: the database refused what a worker had to do with its row.
             WorkflowTimeoutError: it was not finished at its deadline.
         """
         match self.standing.status:

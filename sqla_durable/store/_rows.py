@@ -67,6 +67,9 @@ Columns: TypeAlias = Mapping[str, TypeEngine[Any]]
 BEGINNING = "-infinity"
 """The time before all others: a statement that takes `since` passes over nothing."""
 
+MOST_ATTEMPTS = 2_147_483_647
+"""What the column of attempts holds at most."""
+
 SUSPECT = 2
 """From how many crashes in a row on a workflow is taken for what may have killed its workers."""
 
@@ -354,6 +357,11 @@ def unfinished() -> ColumnElement[bool]:
     """Tell the record of a step that runs, waits or is being tried again from an outcome."""
     open_statuses = [each for each in StepStatus if not each.finished]
     return or_(*(STEP.c.status == literal_column(f"'{each}'", type_=STEP.c.status.type) for each in open_statuses))
+
+
+def next_attempt(attempt: ColumnElement[int] = WORKFLOW.c.attempt) -> ColumnElement[int]:
+    """Return the number of the attempt after this one; the last one that the column holds is its own next."""
+    return func.least(attempt, literal_column(str(MOST_ATTEMPTS - 1))) + literal_column("1")
 
 
 def undoes() -> ColumnElement[bool]:

@@ -42,6 +42,7 @@ from sqla_durable.store._rows import (
     execute,
     filled,
     materialized,
+    next_attempt,
     status,
     table,
 )
@@ -290,7 +291,7 @@ def _cancel_rest_statement() -> Any:
     own = WORKFLOW.c.parent_id.in_(select(owner.c.id))
     tree = select(WORKFLOW.c.id).where(_wanted(), own, ~WORKFLOW.c.detached).cte("tree", recursive=True)
     below = WORKFLOW.alias("below")
-    tree = tree.union_all(select(below.c.id).join(tree, below.c.parent_id == tree.c.id).where(~below.c.detached))
+    tree = tree.union(select(below.c.id).join(tree, below.c.parent_id == tree.c.id).where(~below.c.detached))
     unfinished = WORKFLOW.c.finished_at.is_(None)
     rest = materialized(
         select(WORKFLOW.c.id)
@@ -311,7 +312,7 @@ def _cancel_rest_statement() -> Any:
             status=case((undone, WorkflowStatus.PENDING.value), else_=WorkflowStatus.CANCELLED.value),
             finished_at=case((undone, null()), else_=now),
             cancellation=case((undone, REQUESTED)),
-            attempt=case((undone, WORKFLOW.c.attempt + 1), else_=WORKFLOW.c.attempt),
+            attempt=case((undone, next_attempt()), else_=WORKFLOW.c.attempt),
             token=case((undone, null()), else_=WORKFLOW.c.token),
             worker_id=case((undone, null()), else_=WORKFLOW.c.worker_id),
             enqueued_at=case((undone, now), else_=WORKFLOW.c.enqueued_at),

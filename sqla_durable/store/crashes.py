@@ -42,6 +42,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
+    MOST_ATTEMPTS,
     STEP,
     SUSPECT,
     WORKER,
@@ -51,14 +52,19 @@ from sqla_durable.store._rows import (
     execute,
     interval,
     materialized,
+    next_attempt,
     scalars,
     status,
     unfinished,
 )
 from sqla_durable.store.held import leaving
+from sqla_durable.store.parts import WHOLE, Part, Within, divided
 from sqla_durable.store.signals import asking, deleting_notices
 
 DEFAULT_MAX_ATTEMPTS = 10
+MOST_CRASHES = 32_767
+"""What the column of crashes holds at most."""
+
 MAX_ATTEMPTS_TYPE = "sqla_durable.errors:MaxAttemptsError"
 _DEATH = "its worker died"
 _LONGEST_BACKOFF = 300  # seconds; the first is one
@@ -83,6 +89,7 @@ def reclaim(
     names: Sequence[str] | None = None,
     queues: Sequence[str] | None = None,
     besides: UUID | None = None,
+    part: Part = WHOLE,
 ) -> list[Reclaimed]:
     """Take back running workflows whose worker's lease ran out, as their next attempt.
 
@@ -92,10 +99,17 @@ def reclaim(
         limit: how many at most.
         names, queues: None means all.
         besides: the worker that asks: its own lease may run out between its last look and this.
+        part: which of those that it finds.
     """
-    mine = {"mine_names": names, "mine_queues": queues, "asking_id": besides}
-    rows = execute(connectable, _RECLAIM, {"max_attempts": max_attempts, "limit": limit, "reason": _DEATH, **mine})
+    mine = {"mine_names": names, "mine_queues": queues, "asking_id": besides, **part.parameters}
+    parameters = {"max_attempts": max_attempts, "limit": limit, "reason": _DEATH, **mine}
+    rows = execute(connectable, part.choose(_RECLAIM, _RECLAIM_PART), parameters)
     return [_reclaimed(row) for row in rows]
+
+
+def abandoned(connectable: Connectable, *, limit: int, besides: UUID | None = None, part: Part = WHOLE) -> list[UUID]:
+    """Return the ids of those that this would take back."""
+    return part.found(connectable, _ABANDONED, {"limit": limit, "asking_id": besides})
 
 
 def reclaim_one(session: Session, workflow_id: UUID, *, max_attempts: int) -> Reclaimed | None:
@@ -147,7 +161,9 @@ def _taken_back(*conditions: ColumnElement[bool], skip_locked: bool, mine: Colum
         select(WORKFLOW.c.id, WORKFLOW.c.token).where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING), *conditions),
         "seen",
     )
-    columns = [WORKFLOW.c.id, case((_progress(), 0), else_=WORKFLOW.c.crashes + 1).label("crashes")]
+    # At most what the columns hold and allow: of a row that nobody but SQL can have written.
+    more = func.least(WORKFLOW.c.crashes + literal_column("1"), WORKFLOW.c.attempt, literal_column(str(MOST_CRASHES)))
+    columns = [WORKFLOW.c.id, case((_progress(), 0), else_=more).label("crashes")]
     columns.append(mine.label("mine"))
     return materialized(
         select(*columns)
@@ -168,11 +184,18 @@ def _among(column: ColumnElement[str], parameter: str) -> ColumnElement[bool]:
 def _progress() -> ColumnElement[bool]:
     """Tell whether the attempt that ends here has recorded the outcome of a step."""
     recorded = select(STEP.c.key).where(STEP.c.workflow_id == WORKFLOW.c.id, STEP.c.attempt == WORKFLOW.c.attempt)
-    return recorded.where(~unfinished()).exists()
+    # The last number is that of more than one attempt.
+    return recorded.where(~unfinished(), WORKFLOW.c.attempt < MOST_ATTEMPTS).exists()
 
 
 def _reclaim_statement(abandoned: CTE) -> Any:
     return _back_statement(abandoned, suspect=abandoned.c.crashes >= SUSPECT)
+
+
+def _reclaim_all_statement(within: Within) -> tuple[Any, Any]:
+    conditions = _expired(), _OF_OTHERS, within(WORKFLOW.c.id)
+    ids = _taken_back(*conditions, skip_locked=True, mine=true())
+    return _reclaim_statement(_taken_back(*conditions, skip_locked=True, mine=_MINE)), select(ids.c.id)
 
 
 def _back_statement(abandoned: CTE, *, suspect: ColumnElement[bool]) -> Any:
@@ -186,7 +209,7 @@ def _back_statement(abandoned: CTE, *, suspect: ColumnElement[bool]) -> Any:
                 (suspect, WorkflowStatus.SUSPENDED.value),
                 else_=WorkflowStatus.PENDING.value,
             ),
-            attempt=case((spent, WORKFLOW.c.attempt), else_=WORKFLOW.c.attempt + 1),
+            attempt=case((spent, WORKFLOW.c.attempt), else_=next_attempt()),
             crashes=abandoned.c.crashes,
             error=case((spent, _max_attempts_error(abandoned.c.crashes)), else_=null()),
             wake_at=case((and_(suspect, ~spent), _later(abandoned.c.crashes)), else_=null()),
@@ -243,7 +266,7 @@ _WANTED_ATTEMPT = and_(_WANTED, WORKFLOW.c.token == bindparam("wanted_token", ty
 _MINE = and_(_among(WORKFLOW.c.name, "mine_names"), _among(WORKFLOW.c.queue, "mine_queues"))
 _ASKING = bindparam("asking_id", type_=PG_UUID())
 _OF_OTHERS = or_(_ASKING.is_(None), WORKFLOW.c.worker_id != _ASKING)
-_RECLAIM = _reclaim_statement(_taken_back(_expired(), _OF_OTHERS, skip_locked=True, mine=_MINE))
+_RECLAIM, _RECLAIM_PART, _ABANDONED = divided(_reclaim_all_statement)
 _LOCK_ONE = (
     select(WORKFLOW.c.id)
     .where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING), _expired(), _WANTED)

@@ -25,9 +25,11 @@ from sqla_durable.store._rows import (
     beginning,
     execute,
     materialized,
+    next_attempt,
     refresh_known,
     undoes,
 )
+from sqla_durable.store.parts import WHOLE, Part, Within, divided
 from sqla_durable.store.signals import asking, deleting_notices
 
 TIMEOUT_TYPE = "sqla_durable.errors:WorkflowTimeoutError"
@@ -46,13 +48,19 @@ class Overdue:
     worker_id: UUID | None
 
 
-def fail_overdue(connectable: Connectable, *, limit: int, since: str = BEGINNING) -> list[Overdue]:
+def fail_overdue(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Part = WHOLE) -> list[Overdue]:
     """Fail at most `limit` workflows whose deadline has come, those that nobody else holds; locks their rows.
 
     What was to be finished before `since` is passed over.
     """
-    rows = execute(connectable, _FAIL_OVERDUE, {"limit": limit, "since": since})
+    parameters = {"limit": limit, "since": since, **part.parameters}
+    rows = execute(connectable, part.choose(_FAIL_OVERDUE, _FAIL_PART), parameters)
     return [Overdue(row.id, row.name, row.finished_at is None, row.executing_id) for row in rows]
+
+
+def overdue(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Part = WHOLE) -> list[UUID]:
+    """Return the ids of those that this would fail."""
+    return part.found(connectable, _OVERDUE, {"limit": limit, "since": since})
 
 
 def fail_one(session: Session, workflow_id: UUID) -> bool:
@@ -80,7 +88,7 @@ def reason() -> Any:
     return func.concat(literal("it was not finished at its deadline, ", Text()), WORKFLOW.c.deadline_at)
 
 
-def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: bool) -> Any:
+def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: bool) -> tuple[Any, Any]:
     overdue = materialized(
         select(WORKFLOW.c.id, WORKFLOW.c.worker_id)
         .where(is_overdue(), *conditions)
@@ -99,7 +107,7 @@ def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: b
             error=case((compensates, null()), else_=_error()),
             finished_at=case((compensates, null()), else_=now),
             cancellation=case((compensates, OVERDUE)),
-            attempt=case((compensates, WORKFLOW.c.attempt + 1), else_=WORKFLOW.c.attempt),
+            attempt=case((compensates, next_attempt()), else_=WORKFLOW.c.attempt),
             enqueued_at=case((compensates, now), else_=WORKFLOW.c.enqueued_at),
             worker_id=case((compensates, null()), else_=WORKFLOW.c.worker_id),
             token=null(),
@@ -117,7 +125,14 @@ def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: b
         .cte("failed")
     )
     told = failed.c.id, failed.c.name, failed.c.finished_at, failed.c.executing_id
-    return select(*told).add_cte(asking(failed).cte("asked"), deleting_notices(failed).cte("cleared"))
+    return select(*told).add_cte(asking(failed).cte("asked"), deleting_notices(failed).cte("cleared")), select(
+        overdue.c.id
+    )
+
+
+def _fail_overdue_statement(within: Within) -> tuple[Any, Any]:
+    conditions = WORKFLOW.c.deadline_at >= beginning(), within(WORKFLOW.c.id)
+    return _fail_statement(*conditions, limit=bindparam("limit", type_=Integer()), skip_locked=True)
 
 
 def _error() -> Any:
@@ -130,7 +145,5 @@ def _error() -> Any:
     )
 
 
-_FAIL_OVERDUE = _fail_statement(
-    WORKFLOW.c.deadline_at >= beginning(), limit=bindparam("limit", type_=Integer()), skip_locked=True
-)
-_FAIL_ONE = _fail_statement(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), limit=1, skip_locked=False)
+_FAIL_OVERDUE, _FAIL_PART, _OVERDUE = divided(_fail_overdue_statement)
+_FAIL_ONE, _ = _fail_statement(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), limit=1, skip_locked=False)

@@ -42,6 +42,7 @@ from sqla_durable.store._rows import (
     execute,
     filled,
     materialized,
+    next_attempt,
     record_of,
     scalars,
     still_compensates,
@@ -169,7 +170,7 @@ def _insert_workflows(cut: CTE, copied: CTE) -> Any:
         "key": bindparam("new_key", type_=Text()),
         "queue": func.coalesce(bindparam("new_queue", type_=Text()), WORKFLOW.c.queue),
         "input": WORKFLOW.c.input.op("||")(cast(bindparam("new_input", type_=Text()), JSONB)),
-        "attempt": func.coalesce(attempts, literal_column("0")) + literal_column("1"),
+        "attempt": next_attempt(func.coalesce(attempts, literal_column("0"))),
         "started_at": case((attempts.is_not(None), now)),  # only what was started before has a history to be read
         "deadline_at": now + WORKFLOW.c.timeout,
         "forked_from": cut.c.source,

@@ -46,10 +46,11 @@ from sqla_durable.store._rows import (
     materialized,
     scalars,
 )
+from sqla_durable.store.parts import WHOLE, Part, Within, divided
 from sqla_durable.store.signals import LEFT, is_new
 from sqla_durable.store.steps import given_row, mine
 
-_LEAVERS = 100
+_MOST_LEAVERS = 100
 _ONE = literal_column("1", type_=Integer())
 
 
@@ -68,13 +69,19 @@ def release_of(connectable: Connectable, parents: Sequence[UUID]) -> None:
     execute(connectable, _RELEASE_OF, {"ids": list(parents)})
 
 
-def release_left(connectable: Connectable, *, limit: int, since: str = BEGINNING) -> int:
+def release_left(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Part = WHOLE) -> int:
     """Let go what parents have left behind, at most `limit` of each; give how many.
 
     What does not go now, because somebody holds its row, goes another time. What was left before `since` is passed
     over.
     """
-    return len(execute(connectable, _RELEASE_LEFT, {"limit": limit, "since": since}).all())
+    parameters = {"limit": limit, "since": since, **part.parameters}
+    return len(execute(connectable, part.choose(_RELEASE_LEFT, _RELEASE_PART), parameters).all())
+
+
+def leavers(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Part = WHOLE) -> list[UUID]:
+    """Return the ids of the parents whose children this would let go."""
+    return part.found(connectable, _LEAVERS, {"limit": limit, "since": since})
 
 
 def leave(connectable: Connectable, parents: Sequence[UUID]) -> None:
@@ -130,12 +137,12 @@ def _held_ones() -> Select[tuple[UUID]]:
     return select(WORKFLOW.c.id).where(given, is_held()).order_by(WORKFLOW.c.id)
 
 
-def _release_left_statement() -> Any:
+def _release_left_statement(within: Within) -> tuple[Any, Any]:
     left = materialized(
         select(SIGNAL.c.workflow_id, SIGNAL.c.id)
-        .where(is_new(), SIGNAL.c.name == literal_column(f"'{LEFT}'"))
+        .where(is_new(), SIGNAL.c.name == literal_column(f"'{LEFT}'"), within(SIGNAL.c.workflow_id))
         .order_by(SIGNAL.c.created_at)
-        .limit(literal_column(str(_LEAVERS)))
+        .limit(literal_column(str(_MOST_LEAVERS)))
         .with_for_update(key_share=True, skip_locked=True),
         "left",
     )
@@ -153,7 +160,8 @@ def _release_left_statement() -> Any:
     first = materialized(select(some.c.id).select_from(left.join(some, true())), "first")
     rest = orphans.where(child.c.id.not_in(select(first.c.id))).correlate(left).exists()
     same = and_(SIGNAL.c.workflow_id == left.c.workflow_id, SIGNAL.c.id == left.c.id)
-    return _let_go(first).add_cte(delete(SIGNAL).where(same, ~rest).returning(SIGNAL.c.id).cte("gone"))
+    gone = delete(SIGNAL).where(same, ~rest).returning(SIGNAL.c.id).cte("gone")
+    return _let_go(first).add_cte(gone), select(left.c.workflow_id)
 
 
 def _has_ended(child: FromClause) -> ColumnElement[bool]:
@@ -183,5 +191,5 @@ def _leave_statement() -> Any:
 _RELEASE = _release_statement()
 _RELEASE_REST = _release_rest_statement()
 _RELEASE_OF = _release_of_statement()
-_RELEASE_LEFT = _release_left_statement()
+_RELEASE_LEFT, _RELEASE_PART, _LEAVERS = divided(_release_left_statement)
 _LEAVE = _leave_statement()

@@ -150,8 +150,11 @@ def _first(column: ColumnElement[datetime], *conditions: ColumnElement[bool]) ->
 
 
 def _mark(first: Any) -> Any:
-    """Return the time before which there is nothing, less what may be committed late."""
-    return func.greatest(func.coalesce(first, func.statement_timestamp()), _EARLIEST) - _LATE
+    """Return the time before which there is nothing, less what may be committed late.
+
+    What is of a later time than now does not keep the next look from what comes before it.
+    """
+    return func.greatest(func.least(first, func.statement_timestamp()), _EARLIEST) - _LATE
 
 
 def _next_due_in() -> Any:

@@ -40,6 +40,7 @@ from sqla_durable.store._rows import (
     STREAM_ITEM,
     WORKFLOW,
     execute,
+    next_attempt,
     refresh_known,
     scalars,
     status,
@@ -48,13 +49,16 @@ from sqla_durable.store._rows import (
 from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
 from sqla_durable.store.deadlines import TIMEOUT_TYPE
 from sqla_durable.store.held import leave
+from sqla_durable.store.refused import REFUSED_TYPE
 from sqla_durable.store.selection import Wanted, among, hold, known, workers_of
 from sqla_durable.store.signals import EARLIER, REFUSED
 from sqla_durable.store.trees import hold_cancelled_with, is_not_undone
 
 _STOPPED = and_(
     WORKFLOW.c.token.is_(None),  # one that failed by itself keeps its token, whatever its error is
-    WORKFLOW.c.error["type"].astext.in_(literal_column(f"'{each}'") for each in (MAX_ATTEMPTS_TYPE, TIMEOUT_TYPE)),
+    WORKFLOW.c.error["type"].astext.in_(
+        literal_column(f"'{each}'") for each in (MAX_ATTEMPTS_TYPE, REFUSED_TYPE, TIMEOUT_TYPE)
+    ),
 )
 _SHOWN_KEYS = 20
 
@@ -137,7 +141,7 @@ def _enqueue(session: Session, wanted: Wanted, held: Sequence[UUID], **more: Any
     """Enqueue the workflows, whose rows are locked, as their next attempts; with values of more columns."""
     again = {
         "status": WorkflowStatus.PENDING,
-        "attempt": WORKFLOW.c.attempt + 1,
+        "attempt": next_attempt(),
         "crashes": 0,
         "token": null(),
         "worker_id": null(),

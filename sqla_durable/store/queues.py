@@ -28,7 +28,6 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
-    text,
     true,
     tuple_,
     update,
@@ -53,6 +52,7 @@ from sqla_durable.store._rows import (
     table,
     undoes,
 )
+from sqla_durable.store.parts import WHOLE, Part, Within, divided
 
 _LIMIT = bindparam("limit", type_=Integer())
 _TOKEN = bindparam("new_token", type_=PG_UUID())
@@ -60,9 +60,6 @@ _WORKER = bindparam("claimant", type_=PG_UUID())
 _NAMES = bindparam("names", type_=ARRAY(Text()))
 _VERSIONS = bindparam("versions", type_=ARRAY(Text()))
 _PLACE: Columns = {"priority": SmallInteger(), "enqueued_at": DateTime(timezone=True), "id": PG_UUID()}
-
-# A driver cannot read what Python's datetime does not hold: "-infinity", which somebody wrote to be the first of all.
-_EARLIEST, _LATEST = text("timestamptz '0001-01-02 00:00Z'"), text("timestamptz '9999-12-30 00:00Z'")
 
 
 _NO_PRIORITY = 32_768  # more than a smallint holds
@@ -111,6 +108,7 @@ def claim(
     names: Sequence[str],
     versions: Sequence[str] = (),
     limit: int,
+    part: Part = WHOLE,
 ) -> Batch:
     """Claim at most `limit` pending workflows of these names, in the order of their queues.
 
@@ -122,15 +120,29 @@ def claim(
             what is dead in the index, which vacuum cannot remove while a snapshot is open elsewhere. But what was
             committed late, or released, may stand there: now and then, read all of a queue from the `FRONT`.
         versions: those that were started by these versions of the code only, and those without one; empty means all.
+        part: which of those that it finds.
     """
-    parameters = {"limit": limit, "new_token": token, "claimant": worker_id} | known(names, versions)
-    returned = execute(connectable, _CLAIM, parameters | listening(ranges))
+    parameters = {"limit": limit, "new_token": token, "claimant": worker_id} | known(names, versions) | part.parameters
+    returned = execute(connectable, part.choose(_CLAIM, _CLAIM_PART), parameters | listening(ranges))
     # RETURNING has no order of its own.
     rows = sorted(returned, key=lambda row: (row.priority, row.enqueued_at, row.id))
     reached: dict[str, dict[int, Place]] = defaultdict(dict)
     for row in rows:
         reached[row.queue][row.priority] = Place(row.priority, row.enqueued_at, row.id)
     return Batch([_claimed(row, token) for row in rows], reached, rows[0].claimed_at if rows else None)
+
+
+def claimable(
+    connectable: Connectable,
+    *,
+    ranges: Ranges,
+    names: Sequence[str],
+    versions: Sequence[str] = (),
+    limit: int,
+    part: Part = WHOLE,
+) -> list[UUID]:
+    """Return the ids of those that this would claim, in the order of their queues."""
+    return part.found(connectable, _CLAIMABLE, {"limit": limit} | known(names, versions) | listening(ranges))
 
 
 def claim_one(connectable: Connectable, workflow_id: UUID, *, worker_id: UUID, token: UUID) -> Claimed | None:
@@ -196,13 +208,13 @@ def pending_in(listened: Any) -> Any:
     )
 
 
-def _heads() -> Any:
+def _heads(within: Within) -> Any:
     """Give the first workflows of each queue that is not paused."""
     listened = listened_queues()
     place = _place()
     head = (
         select(*place, WORKFLOW.c.started_at)
-        .where(pending_in(listened))
+        .where(pending_in(listened), within(WORKFLOW.c.id))
         .order_by(*place)
         .limit(_LIMIT)
         .with_for_update(key_share=True, skip_locked=True)
@@ -237,6 +249,11 @@ def _deadline() -> ColumnElement[Any]:
     return func.least(WORKFLOW.c.deadline_at, func.statement_timestamp() + WORKFLOW.c.timeout)
 
 
+def _claim_many_statement(within: Within) -> tuple[Any, Any]:
+    heads = materialized(_heads(within), "heads")
+    return _claim_statement(_heads(within)), select(heads.c.id)
+
+
 def _claim_statement(candidates: Any) -> Any:
     # MATERIALIZED: as a subquery in WHERE the planner may execute it again and claim more than the limit.
     claimable = materialized(candidates, "claimable")
@@ -256,7 +273,7 @@ def _claim_statement(candidates: Any) -> Any:
             WORKFLOW.c.attempt,
             WORKFLOW.c.queue,
             WORKFLOW.c.priority,
-            func.least(func.greatest(WORKFLOW.c.enqueued_at, _EARLIEST), _LATEST).label("enqueued_at"),
+            WORKFLOW.c.enqueued_at,
             cast(WORKFLOW.c.input, Text).label("input"),
             WORKFLOW.c.headers,
             claimable.c.started_at.is_not(None).label("started"),
@@ -268,5 +285,5 @@ def _claim_statement(candidates: Any) -> Any:
     )
 
 
-_CLAIM = _claim_statement(_heads())
+_CLAIM, _CLAIM_PART, _CLAIMABLE = divided(_claim_many_statement)
 _CLAIM_ONE = _claim_statement(_one())

@@ -38,6 +38,7 @@ from sqla_durable.store._rows import (
     filled,
     interval,
     materialized,
+    next_attempt,
     owned,
     scalar,
     status,
@@ -107,7 +108,7 @@ def _restart_statement() -> Any:
         .values(
             status=WorkflowStatus.PENDING,
             input=cast(cast(bindparam("input", type_=Text()), Text), JSONB),
-            attempt=WORKFLOW.c.attempt + 1,
+            attempt=next_attempt(),
             crashes=0,
             token=null(),
             worker_id=null(),

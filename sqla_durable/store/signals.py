@@ -61,6 +61,7 @@ from sqla_durable.store._rows import (
     status,
 )
 from sqla_durable.store.keys import require_the_latest, sees_the_latest
+from sqla_durable.store.parts import WHOLE, Part, Within, divided
 from sqla_durable.store.steps import (
     GIVEN,
     checkpoint_columns,
@@ -137,16 +138,22 @@ def take_by(connectable: Connectable, statement: Any, checkpoint: Checkpoint, wa
     return found
 
 
-def deliver(connectable: Connectable, *, limit: int, since: str = BEGINNING) -> tuple[int, int]:
+def deliver(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Part = WHOLE) -> tuple[int, int]:
     """Look at the receivers of new signals, and wake those that wait for what is there; give how many of both.
 
     Receivers whose rows somebody holds are passed over, and so is what was sent before `since`.
     """
-    row = execute(connectable, _DELIVER, {"limit": limit, "since": since}).one()
+    parameters = {"limit": limit, "since": since, **part.parameters}
+    row = execute(connectable, part.choose(_DELIVER, _DELIVER_PART), parameters).one()
     return int(row.delivered), int(row.woken)
 
 
-def renotify(connectable: Connectable, *, after: UUID, limit: int) -> UUID | None:
+def receivers(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Part = WHOLE) -> list[UUID]:
+    """Return the ids of the receivers that this would look at."""
+    return part.found(connectable, _RECEIVERS, {"limit": limit, "since": since})
+
+
+def renotify(connectable: Connectable, *, after: UUID, limit: int, part: Part = WHOLE) -> UUID | None:
     """Leave notices to those that wait for what is there already, among the next `limit` in the order of their ids.
 
     For children that an application's own SQL has deleted or ended, which leaves no notice. Takes no lock. The notices
@@ -155,8 +162,14 @@ def renotify(connectable: Connectable, *, after: UUID, limit: int) -> UUID | Non
     Returns:
         The last id that was looked at, or None if there are no more.
     """
-    found: UUID | None = scalar(connectable, _RENOTIFY, {"after": after, "limit": limit})
+    parameters = {"after": after, "limit": limit, **part.parameters}
+    found: UUID | None = scalar(connectable, part.choose(_RENOTIFY, _RENOTIFY_PART), parameters)
     return found
+
+
+def waiting(connectable: Connectable, *, after: UUID, limit: int, part: Part = WHOLE) -> list[UUID]:
+    """Return the ids of those that this would look at."""
+    return part.found(connectable, _WAITING, {"after": after, "limit": limit})
 
 
 def asking(ended: CTE) -> Any:
@@ -307,7 +320,7 @@ def _satisfied(new: CTE) -> ColumnElement[bool]:
     return select(anything).select_from(awaited).where(or_(sent, enough)).exists()
 
 
-def _deliver_statement() -> Any:
+def _deliver_statement(within: Within) -> tuple[Any, Any]:
     receiver = (
         select(WORKFLOW.c.status, WORKFLOW.c.awaits)
         .where(WORKFLOW.c.id == SIGNAL.c.workflow_id)
@@ -318,7 +331,7 @@ def _deliver_statement() -> Any:
     new = materialized(
         select(SIGNAL.c.workflow_id, SIGNAL.c.id, receiver.c.status, receiver.c.awaits)
         .join(receiver, true())
-        .where(is_new(), SIGNAL.c.name != literal_column(f"'{LEFT}'"))
+        .where(is_new(), SIGNAL.c.name != literal_column(f"'{LEFT}'"), within(SIGNAL.c.workflow_id))
         .order_by(SIGNAL.c.created_at)
         .limit(bindparam("limit", type_=Integer())),
         "new",
@@ -345,18 +358,16 @@ def _deliver_statement() -> Any:
         .returning(WORKFLOW.c.id)
         .cte("woken")
     )
-    return select(
-        (_count(gone) + _count(seen)).label("delivered"),
-        _count(woken).label("woken"),
-    )
+    delivered = (_count(gone) + _count(seen)).label("delivered")
+    return select(delivered, _count(woken).label("woken")), select(new.c.workflow_id)
 
 
-def _renotify_statement() -> Any:
+def _renotify_statement(within: Within) -> tuple[Any, Any]:
     # What has a time looks for itself when that has come.
     endless = WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_(None)
     some = materialized(
         select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.awaits)
-        .where(*endless, WORKFLOW.c.id > bindparam("after", type_=PG_UUID()))
+        .where(*endless, within(WORKFLOW.c.id), WORKFLOW.c.id > bindparam("after", type_=PG_UUID()))
         .order_by(WORKFLOW.c.wake_at, WORKFLOW.c.id)
         .limit(bindparam("limit", type_=Integer())),
         "some",
@@ -364,7 +375,7 @@ def _renotify_statement() -> Any:
     due = select(some.c.workflow_id, literal(CHILD)).where(some.c.awaits.is_not(None), _satisfied(some))
     noted = insert(SIGNAL).from_select(["workflow_id", "name"], due, include_defaults=False).returning(SIGNAL.c.id)
     last = select(some.c.workflow_id).order_by(some.c.workflow_id.desc()).limit(literal_column("1"))
-    return last.add_cte(noted.cte("noted"))
+    return last.add_cte(noted.cte("noted")), select(some.c.workflow_id)
 
 
 def _count(rows: CTE) -> Any:
@@ -379,5 +390,5 @@ _SEND_IN_SNAPSHOT = sending(in_snapshot=True)
 _NAME = cast(bindparam("signal_name", type_=Text()), Text)
 _OLDEST = materialized(first_untaken(GIVEN["id"], _NAME), "oldest")
 _TAKE = taking(_OLDEST, lambda taken: taken.c.payload, _OLDEST.c.name == _NAME)
-_DELIVER = _deliver_statement()
-_RENOTIFY = _renotify_statement()
+_DELIVER, _DELIVER_PART, _RECEIVERS = divided(_deliver_statement)
+_RENOTIFY, _RENOTIFY_PART, _WAITING = divided(_renotify_statement)

@@ -29,7 +29,16 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.models import Workflow
 from sqla_durable.status import FINISHED, WorkflowStatus
-from sqla_durable.store._rows import COMPENSATES, REQUESTED, WORKFLOW, bind_arguments, refresh_known, scalars, status
+from sqla_durable.store._rows import (
+    COMPENSATES,
+    REQUESTED,
+    WORKFLOW,
+    bind_arguments,
+    next_attempt,
+    refresh_known,
+    scalars,
+    status,
+)
 from sqla_durable.store.held import leaving, release_of
 from sqla_durable.store.selection import Wanted, among, hold, known, lock, look_again, still_wanted
 from sqla_durable.store.signals import asking, deleting_notices
@@ -37,7 +46,7 @@ from sqla_durable.store.signals import asking, deleting_notices
 _COMPENSATION = {
     "cancellation": REQUESTED,
     "status": WorkflowStatus.PENDING,
-    "attempt": WORKFLOW.c.attempt + 1,
+    "attempt": next_attempt(),
     "token": null(),
     "worker_id": null(),
     "wake_at": null(),

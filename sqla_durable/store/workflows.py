@@ -57,6 +57,7 @@ from sqla_durable.store._rows import (
     status,
     table,
 )
+from sqla_durable.store.parts import WHOLE, Part, Within, divided
 from sqla_durable.store.signals import asking, deleting_notices
 
 _FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
@@ -117,7 +118,7 @@ def still_owned(connectable: Connectable, fences: Iterable[Fence]) -> set[Fence]
     return {Fence(row.id, row.token) for row in rows}
 
 
-def wake_due(connectable: Connectable, *, limit: int, since: str = BEGINNING) -> int:
+def wake_due(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Part = WHOLE) -> int:
     """Put suspended workflows whose time has come into their queues, behind what waits there; return how many.
 
     Of those that crashed several times in a row only one: together they would be executed side by side again, by the
@@ -126,7 +127,13 @@ def wake_due(connectable: Connectable, *, limit: int, since: str = BEGINNING) ->
     They are enqueued as of now, however long they have been due: claims do not look again at what was enqueued before.
     What was due before `since` is passed over.
     """
-    return len(scalars(connectable, _WAKE_DUE, {"limit": limit, "since": since}).all())
+    parameters = {"limit": limit, "since": since, **part.parameters}
+    return len(scalars(connectable, part.choose(_WAKE_DUE, _WAKE_PART), parameters).all())
+
+
+def due(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Part = WHOLE) -> list[UUID]:
+    """Return the ids of those that this would put into their queues."""
+    return part.found(connectable, _DUE, {"limit": limit, "since": since})
 
 
 def unknown_names(connectable: Connectable, *, queues: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -217,8 +224,9 @@ def _of_attempts() -> ColumnElement[bool]:
     return tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(select(batch.c.id, batch.c.token))
 
 
-def _wake_due_statement() -> Any:
+def _wake_due_statement(within: Within) -> tuple[Any, Any]:
     is_due = and_(
+        within(WORKFLOW.c.id),
         WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
         WORKFLOW.c.wake_at.between(beginning(), func.statement_timestamp()),
     )
@@ -240,7 +248,7 @@ def _wake_due_statement() -> Any:
         .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW),
         "due",
     )
-    return (
+    woken = (
         update(WORKFLOW)
         .where(WORKFLOW.c.id == due.c.id)
         .values(
@@ -251,6 +259,7 @@ def _wake_due_statement() -> Any:
         )
         .returning(WORKFLOW.c.id)
     )
+    return woken, select(due.c.id)
 
 
 _FINISH = _finish_statement()
@@ -261,4 +270,4 @@ _STILL_OWNED = _still_owned_statement()
 _OUTCOME = select(
     WORKFLOW.c.id, WORKFLOW.c.name, WORKFLOW.c.status, cast(WORKFLOW.c.output, Text), WORKFLOW.c.error
 ).where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()))
-_WAKE_DUE = _wake_due_statement()
+_WAKE_DUE, _WAKE_PART, _DUE = divided(_wake_due_statement)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy import Connection
 
@@ -19,10 +20,12 @@ from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import run_blocking
 from sqla_durable.operations.workflow import run_workflow
 from sqla_durable.registry import Registry, WorkflowDefinition
+from sqla_durable.retry import is_about_data
 from sqla_durable.store import Claimed, Completion, Fence, Park, batches, crashes, workflows
 from sqla_durable.tasks import AttemptTask
 from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Released, Suspended
 from sqla_durable.worker.database import Database, persistently
+from sqla_durable.worker.isolation import Isolation
 from sqla_durable.worker.runtimes import LoopRuntime, Surroundings, ThreadRuntime
 
 log = logging.getLogger("sqla_durable.worker")
@@ -50,7 +53,11 @@ class Running:
 
 
 class Attempts:
-    """The workflows that this worker is executing, at most `concurrency` of them."""
+    """The workflows that this worker is executing, at most `concurrency` of them.
+
+    Attributes:
+        isolation: keeps a row that makes the worker's statements fail from the other workflows.
+    """
 
     def __init__(
         self,
@@ -66,6 +73,7 @@ class Attempts:
         self._database = database
         self._concurrency = concurrency
         self._max_attempts = max_attempts
+        self.isolation = Isolation(database)
         self._running: dict[Fence, Running] = {}
         self._freed = asyncio.Event()
 
@@ -223,14 +231,22 @@ class Attempts:
     async def _release(self, fences: list[Fence]) -> None:
         """Hand workflows back; those whose rows somebody holds for long are reclaimed when this worker has left."""
         for pause in (*_PAUSES, None):
-            fences = await persistently(
-                self._database, partial(workflows.release_unlocked, fences=fences), what="release"
-            )
+            fences = await self.release(fences)
             if not fences or pause is None:
                 break
             await asyncio.sleep(pause)
         for each in fences:
             log.warning("workflow %s is not handed back: another transaction holds its row", each.workflow_id)
+
+    async def release(self, fences: Sequence[Fence]) -> list[Fence]:
+        """Release workflows whose rows nobody else holds; return the attempts that still own theirs."""
+        by_id = {each.workflow_id: each for each in fences}
+
+        async def of_some(ids: Sequence[UUID]) -> list[Fence]:
+            statement = partial(workflows.release_unlocked, fences=[by_id[each] for each in ids])
+            return await persistently(self._database, statement, what="release")
+
+        return [*chain(*await self.isolation.each(list(by_id), of_some, what="release"))]
 
     async def _hold_back(self, attempt: Attempt) -> None:
         """Park a workflow until another deploy may fit its history: not a crash, or a bad deploy would fail it."""
@@ -266,8 +282,14 @@ class Attempts:
     async def _until_written(self, fence: Fence, write: Callable[[Connection], bool], *, what: str) -> None:
         """Write how an attempt ended, however long somebody holds the row: else it would be released uncounted."""
         for number, pause in enumerate(chain(_PAUSES, repeat(_PAUSES[-1]))):
-            if await persistently(self._database, write, what=what) or self._surroundings.stopping.is_set():
-                return
+            try:
+                written = await persistently(self._database, write, what=what)
+            except Exception as error:
+                if not is_about_data(error):
+                    raise
+                return await self.isolation.condemn(fence.workflow_id, error, what=what)
+            if written or self._surroundings.stopping.is_set():
+                return None
             if number == len(_PAUSES):
                 log.warning("workflow %s: %s waits for a transaction that holds its row", fence.workflow_id, what)
             await asyncio.sleep(pause)

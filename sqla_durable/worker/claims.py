@@ -9,13 +9,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from itertools import chain
 from uuid import UUID
 
 from sqlalchemy import Connection
 from uuid_utils.compat import uuid7
 
-from sqla_durable.retry import ObstacleRetry, first_line
+from sqla_durable.retry import ObstacleRetry, first_line, is_about_data
 from sqla_durable.store import Claimed, Fence, queues
+from sqla_durable.store.parts import Part
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.cursors import Cursors
 from sqla_durable.worker.database import Database
@@ -54,6 +56,7 @@ class Claims:
         self._versions = list(versions)
         self._cursors = cursors
         self._most = self._wanted = _BATCH
+        self._batch = queues.Batch([], {})
         self._hinted = asyncio.Event()
         self._hinted.set()
 
@@ -97,19 +100,22 @@ class Claims:
         """
         again = ObstacleRetry()
         unread: Fence | None = None
+        claim = self._claim_some
         while True:
-            token, restarts = uuid7(), self._cursors.restarts
+            restarts = self._cursors.restarts
             self._wanted = min(self._attempts.free, self._most)
-            batch = queues.Batch([], {})
+            self._batch = queues.Batch([], {})
             try:
-                with self._heartbeat.claiming(token):
-                    batch = await self._claim_once(token, self._wanted)
-                    claimed = await self._with_histories(batch.claimed)
-                    self._attempts.begin(claimed)
-                self._cursors.note_claim(batch, restarts=restarts, is_full=len(claimed) >= self._wanted)
+                claimed = await claim(self._attempts.isolation.part)
+                self._cursors.note_claim(self._batch, restarts=restarts, is_full=len(claimed) >= self._wanted)
                 self._most = min(2 * self._most, _BATCH)
                 return claimed
             except Exception as error:
+                if is_about_data(error) and claim == self._claim_some:
+                    log.warning("claim: %s; trying for one workflow after another", first_line(error))
+                    claim = self._claim_apart
+                    continue
+                batch = self._batch
                 self._most = max(1, self._wanted // 2)
                 seconds = again.wait_before_next(error)
                 if seconds is None:
@@ -122,7 +128,42 @@ class Claims:
                 # The claim may have been carried out, and its acknowledgement lost.
                 await self._heartbeat.release_strays()
 
-    async def _claim_once(self, token: UUID, limit: int) -> queues.Batch:
+    async def _claim_some(self, part: Part) -> list[Claimed]:
+        """Claim, and begin to execute what was claimed."""
+        token = uuid7()
+        with self._heartbeat.claiming(token):
+            self._batch = await self._claim_once(token, part)
+            claimed = await self._with_histories(self._batch.claimed)
+            self._attempts.begin(claimed)
+        return claimed
+
+    async def _claim_apart(self, part: Part) -> list[Claimed]:
+        """Do it so that a workflow whose row, or history, makes it fail does so alone."""
+        await self._heartbeat.release_strays()  # what was claimed, and could not be read
+        ids = await self._database.execute(lambda connection: self._claimable(connection, part))
+        claimed = await self._attempts.isolation.each(ids, self._claim_these, what="claim")
+        self._batch = queues.Batch([], {})  # which says nothing of what comes before it
+        return [*chain(*claimed)]
+
+    async def _claim_these(self, ids: Sequence[UUID]) -> list[Claimed]:
+        try:
+            return await self._claim_some(Part(ids))
+        except Exception as error:
+            if is_about_data(error):
+                await self._heartbeat.release_strays()
+            raise
+
+    def _claimable(self, connection: Connection, part: Part) -> list[UUID]:
+        return queues.claimable(
+            connection,
+            ranges=self._cursors.ranges(),
+            names=self._names,
+            versions=self._versions,
+            limit=self._wanted,
+            part=part,
+        )
+
+    async def _claim_once(self, token: UUID, part: Part) -> queues.Batch:
         await self._heartbeat.require_lease()
 
         def claim(connection: Connection) -> queues.Batch:
@@ -133,7 +174,8 @@ class Claims:
                 ranges=self._cursors.ranges(),
                 names=self._names,
                 versions=self._versions,
-                limit=limit,
+                limit=self._wanted,
+                part=part,
             )
 
         return await self._database.execute(claim)

@@ -162,10 +162,10 @@ class Heartbeat:
         """Hand back what is running here by the tables only; what was claimed since the look began is on its way."""
         unknown = owned - known - set(self._attempts.fences)
         strays = [each for each in unknown if each.token not in self._claimed_meanwhile]
+        strays = [each for each in strays if not self._attempts.isolation.is_aside(each.workflow_id)]
         if strays:
             log.warning("%d workflows are claimed by this worker and not executed; they are released", len(strays))
-            release = partial(workflows.release_unlocked, fences=strays)
-            await persistently(self._database, release, what="release")
+            await self._attempts.release(strays)
 
     def _leave(self, connection: Connection) -> None:
         workers.leave(connection, self._worker_id)

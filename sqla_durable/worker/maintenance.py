@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from itertools import chain
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection
@@ -26,6 +28,7 @@ from sqla_durable.worker.claims import Claims
 from sqla_durable.worker.cursors import Cursors
 from sqla_durable.worker.database import Database, persistently
 from sqla_durable.worker.heartbeat import Heartbeat
+from sqla_durable.worker.isolation import Isolation
 
 log = logging.getLogger("sqla_durable.worker")
 
@@ -47,6 +50,7 @@ class Maintenance:
         claims: Claims,
         heartbeat: Heartbeat,
         cursors: Cursors,
+        isolation: Isolation,
         *,
         worker_id: UUID,
         queues: Sequence[str],
@@ -59,6 +63,7 @@ class Maintenance:
         self._claims = claims
         self._heartbeat = heartbeat
         self._cursors = cursors
+        self._isolation = isolation
         self._worker_id = worker_id
         self._queues = list(queues)
         self._names = list(names)
@@ -158,21 +163,24 @@ class Maintenance:
 
     async def _wake(self) -> int:
         """Wake what is due; of many, all."""
-        woken = count = await persistently(self._database, self._wake_some, what="maintenance")
+        woken = count = await self._wake_some()
         while count == _LIMIT:
             self._claims.hint()
-            count = await persistently(self._database, self._wake_some, what="maintenance")
+            count = await self._wake_some()
             woken += count
         return woken
 
-    def _wake_some(self, connection: Connection) -> int:
-        return workflows.wake_due(connection, limit=_LIMIT, since=self._marks.wake_at)
+    async def _wake_some(self) -> int:
+        bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._marks.wake_at}
+        wake, due = partial(workflows.wake_due, **bounds), partial(workflows.due, **bounds)
+        return sum(await self._isolation.sweep(wake, due, what="wake"))
 
     async def deliver(self) -> int:
         """Wake those that wait for what has been sent; of many, all."""
         woken = 0
         while True:
-            delivered, more = await persistently(self._database, self._deliver_some, what="maintenance")
+            counts = await self._deliver_some()
+            delivered, more = sum(each for each, _ in counts), sum(each for _, each in counts)
             woken += more
             if more:
                 self._claims.hint()
@@ -181,17 +189,20 @@ class Maintenance:
 
     async def _release_left(self) -> int:
         """Let go the held children that their parents have left behind; of many, the others at the next looks."""
-        return await persistently(
-            self._database, partial(held.release_left, limit=_LIMIT, since=self._marks.sent_at), what="maintenance"
-        )
+        bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._marks.sent_at}
+        release, leavers = partial(held.release_left, **bounds), partial(held.leavers, **bounds)
+        return sum(await self._isolation.sweep(release, leavers, what="release the children of"))
 
-    def _deliver_some(self, connection: Connection) -> tuple[int, int]:
-        return signals.deliver(connection, limit=_LIMIT, since=self._marks.sent_at)
+    async def _deliver_some(self) -> list[tuple[int, int]]:
+        bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._marks.sent_at}
+        deliver, receivers = partial(signals.deliver, **bounds), partial(signals.receivers, **bounds)
+        return await self._isolation.sweep(deliver, receivers, what="deliver to")
 
     async def _fail_overdue(self) -> bool:
         """Fail what has reached its deadline; of many, the others at the next looks. Tell whether some undo first."""
-        fail = partial(deadlines.fail_overdue, limit=_LIMIT, since=self._marks.deadline_at)
-        overdue = await persistently(self._database, fail, what="maintenance")
+        bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._marks.deadline_at}
+        fail, found = partial(deadlines.fail_overdue, **bounds), partial(deadlines.overdue, **bounds)
+        overdue = [*chain(*await self._isolation.sweep(fail, found, what="fail"))]
         await self._heartbeat.notify(each.worker_id for each in overdue if each.worker_id is not None)
         for each in overdue:
             what = "undoes what it did, and fails" if each.undoes else "failed"
@@ -205,21 +216,18 @@ class Maintenance:
         if not is_time or now < self._patient_from + self._patience:
             return 0
         self._reclaimed_at = now
-        reclaimed = await persistently(self._database, self._reclaim_some, what="maintenance")
+        reclaimed = await self._reclaim_some()
         _tell(reclaimed)
         if reclaimed:
             self._cursors.restart()  # they stand in their old places
         return len(reclaimed)
 
-    def _reclaim_some(self, connection: Connection) -> list[crashes.Reclaimed]:
-        return crashes.reclaim(
-            connection,
-            max_attempts=self._max_attempts,
-            limit=_LIMIT,
-            names=self._names,
-            queues=self._queues,
-            besides=self._worker_id,
+    async def _reclaim_some(self) -> list[crashes.Reclaimed]:
+        bounds: dict[str, Any] = {"limit": _LIMIT, "besides": self._worker_id}
+        reclaim = partial(
+            crashes.reclaim, max_attempts=self._max_attempts, names=self._names, queues=self._queues, **bounds
         )
+        return [*chain(*await self._isolation.sweep(reclaim, partial(crashes.abandoned, **bounds), what="reclaim"))]
 
     def _be_patient(self, now: float) -> None:
         """Give others time to come back before their work is taken over, where this worker has been away for long.
@@ -244,9 +252,10 @@ class Maintenance:
         """
         if time.monotonic() - self._renotified_at >= _RENOTIFY_EVERY:
             self._renotified_at = time.monotonic()
-            renotify = partial(signals.renotify, after=self._renotified_up_to, limit=_LIMIT)
-            last: UUID | None = await persistently(self._database, renotify, what="maintenance")
-            self._renotified_up_to = last or _FRONT
+            bounds: dict[str, Any] = {"limit": _LIMIT, "after": self._renotified_up_to}
+            renotify, waiting = partial(signals.renotify, **bounds), partial(signals.waiting, **bounds)
+            seen = await self._isolation.sweep(renotify, waiting, what="look at")
+            self._renotified_up_to = max((last for last in seen if last is not None), default=_FRONT)
 
     async def _warn_of_unknown(self) -> None:
         if self._claims.busy or time.monotonic() - self._warned_at < _WARN_EVERY:

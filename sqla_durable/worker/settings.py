@@ -141,6 +141,13 @@ def at_least(value: int, least: int, name: str) -> int:
     return value
 
 
+def within(value: int, least: int, most: int, name: str) -> int:
+    """Refuse a number that is too small or too large."""
+    if at_least(value, least, name) > most:
+        raise ValueError(f"{name}={value!r} is too large: at most {most:,}.")
+    return value
+
+
 def positive(value: timedelta, name: str) -> timedelta:
     """Refuse what is not a duration."""
     require_duration(value, name)

@@ -21,13 +21,14 @@ from uuid_utils.compat import uuid7
 
 import sqla_durable.worker.entry as entry
 import sqla_durable.worker.settings as settings
+from sqla_durable.checks import require_duration, require_text
 from sqla_durable.durable import Durable
 from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, UsageError
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.operations.arrivals import Arrivals
 from sqla_durable.retry import is_unreachable
 from sqla_durable.store import hints, schema
-from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS
+from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS, MOST_CRASHES
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.background import Background
 from sqla_durable.worker.claims import Claims
@@ -35,6 +36,7 @@ from sqla_durable.worker.cursors import Cursors
 from sqla_durable.worker.database import Database, Databases, open_databases
 from sqla_durable.worker.gatherer import Gatherer
 from sqla_durable.worker.heartbeat import BEATS, Heartbeat
+from sqla_durable.worker.isolation import Isolation
 from sqla_durable.worker.listener import Listener
 from sqla_durable.worker.maintenance import Maintenance
 from sqla_durable.worker.runtimes import Surroundings
@@ -82,7 +84,8 @@ class Worker:
     Raises:
         SessionError: there is no sessionmaker, or none for a kind of session that a step takes.
         DefinitionError: an annotation of a workflow or step cannot be stored as JSON.
-        ValueError: a setting is out of range.
+        ArgumentError: a duration is none, or longer than a hundred years, or the name cannot be stored.
+        ValueError: another setting is out of range.
     """
 
     def __init__(
@@ -114,9 +117,12 @@ class Worker:
         self.transactions = transactions if transactions is None else settings.at_least(transactions, 1, "transactions")
         self.lease = settings.positive(lease, "lease")
         self.poll_interval = settings.positive(poll_interval, "poll_interval")
+        require_duration(grace, "grace")
         self.grace = grace
         self.listen = listen
-        self.max_attempts = settings.at_least(max_attempts, 1, "max_attempts")
+        self.max_attempts = settings.within(max_attempts, 1, MOST_CRASHES, "max_attempts")
+        if name is not None:
+            require_text(name, what="name of the worker")
         self.name = name
         self.left_behind = 0
         self._is_direct = True
@@ -228,7 +234,7 @@ class Worker:
         self._started.set_result(None)
         cursors = Cursors(self.queues, poll_interval=self.poll_interval.total_seconds())
         claims = self._claims(databases.shared, attempts, heartbeat, cursors)
-        maintenance = self._maintenance(databases.shared, claims, heartbeat, cursors)
+        maintenance = self._maintenance(databases.shared, claims, heartbeat, cursors, attempts.isolation)
         writer.on_asked = maintenance.hint
         writer.on_ended = surroundings.arrivals.announce
         taking = [
@@ -337,12 +343,15 @@ class Worker:
             versions=self.versions,
         )
 
-    def _maintenance(self, database: Database, claims: Claims, heartbeat: Heartbeat, cursors: Cursors) -> Maintenance:
+    def _maintenance(
+        self, database: Database, claims: Claims, heartbeat: Heartbeat, cursors: Cursors, isolation: Isolation
+    ) -> Maintenance:
         return Maintenance(
             database,
             claims,
             heartbeat,
             cursors,
+            isolation,
             worker_id=self.id,
             queues=self.queues,
             names=[each.name for each in self.durable.registry],

@@ -61,15 +61,6 @@ def test_a_paused_queue_holds_nothing_to_claim(engine: Engine) -> None:
         assert not seen(session).claimable
 
 
-def test_a_time_that_never_comes_is_no_time_to_wait_for(engine: Engine) -> None:
-    with Session(engine) as session:
-        for time in ("infinity", "294000-01-01"):
-            insert = "INSERT INTO durable.workflow (name, status, wake_at) VALUES ('checkout', 'suspended', :time)"
-            session.execute(text(insert), {"time": time})
-            next_due_in = seen(session).next_due_in
-            assert next_due_in is None, "or lies beyond what is looked for"
-
-
 def test_timers_are_due_or_tell_when_the_next_one_is(engine: Engine) -> None:
     first, second, third = races.claimed_fences(engine, 3)
     with Session(engine) as session:

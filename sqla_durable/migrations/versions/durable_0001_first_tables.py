@@ -18,6 +18,14 @@ _NEW_ID = sa.text(
     "substr(replace(CAST(gen_random_uuid() AS text), '-', ''), 14) AS uuid)"
 )
 
+_LONGEST_KEY = 2_500
+_UNREADABLE_WAIT = (
+    '$[*] ? (@.type() <> "object" || @.signal.type() <> "string" || @.children.type() <> "array" || '
+    '@.open.type() <> "number" || @.open < 0 || @.open > 1000000 || @.open.floor() <> @.open || '
+    'exists(@.children[*] ? (@.type() <> "string")) || '
+    'exists(@.children[*] ? (!(@ like_regex "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"))))'
+)
+
 
 def upgrade(schema: str | None = None) -> None:
     with schemas.resolved(schema) as name:
@@ -75,9 +83,9 @@ def _create_workflow(schema: str) -> None:
         sa.ForeignKeyConstraint(
             ["parent_id"], [f"{schema}.workflow.id"], name=op.f("workflow_parent_id_fkey"), ondelete="SET NULL"
         ),
-        _check("workflow", "name", "name ~ '[^[:space:]]'"),
-        _check("workflow", "key", "key ~ '[^[:space:]]'"),
-        _check("workflow", "queue", "queue ~ '[^[:space:]]'"),
+        _name("workflow", "name"),
+        _name("workflow", "key"),
+        _name("workflow", "queue"),
         _check(
             "workflow",
             "status",
@@ -101,11 +109,38 @@ def _create_workflow(schema: str) -> None:
             "AND jsonb_typeof(error -> 'type') IS NOT DISTINCT FROM 'string' END",
         ),
         _check("workflow", "wake", "wake_at IS NULL OR status = 'suspended'"),
-        _check("workflow", "awaits", "awaits IS NULL OR (status = 'suspended' AND jsonb_typeof(awaits) = 'array')"),
-        _check("workflow", "parent", "parent_key IS NULL OR parent_key ~ '[^[:space:]]'"),
-        _check("workflow", "version", "version ~ '[^[:space:]]'"),
+        _check(
+            "workflow",
+            "awaits",
+            "awaits IS NULL OR (status = 'suspended' AND jsonb_typeof(awaits) = 'array' "
+            f"AND NOT jsonb_path_exists(awaits, '{_UNREADABLE_WAIT}'))",
+        ),
+        _name("workflow", "parent_key", longest=_LONGEST_KEY),
+        _check("workflow", "parent_id", "parent_id <> id"),
+        _name("workflow", "version"),
         _check("workflow", "cancellation", "cancellation IN ('compensates', 'requested', 'overdue')"),
-        _check("workflow", "headers", "jsonb_typeof(headers) = 'object'"),
+        _check(
+            "workflow",
+            "headers",
+            "jsonb_typeof(headers) = 'object' "
+            """AND NOT jsonb_path_exists(headers, '$.* ? (@.type() <> "string")')""",
+        ),
+        _times(
+            "workflow",
+            "created_at",
+            "enqueued_at",
+            "wake_at",
+            "started_at",
+            "finished_at",
+            "deadline_at",
+            "begun_anew_at",
+        ),
+        _check(
+            "workflow",
+            "timeout",
+            "timeout BETWEEN interval '0' AND interval '36500 days' "
+            "AND extract(year FROM timeout) BETWEEN 0 AND 100 AND extract(day FROM timeout) BETWEEN 0 AND 36500",
+        ),
         schema=schema,
         comment="sqla-durable durable_0001",
     )
@@ -141,8 +176,8 @@ def _create_step(schema: str) -> None:
         sa.Column("details", pg.JSONB()),
         sa.PrimaryKeyConstraint("workflow_id", "key", name=op.f("step_pkey")),
         _of_workflow(schema, "step"),
-        _check("step", "key", "key ~ '[^[:space:]]'"),
-        _check("step", "name", "name ~ '[^[:space:]]'"),
+        _name("step", "key", longest=_LONGEST_KEY),
+        _name("step", "name", longest=_LONGEST_KEY),
         _check("step", "status", "status IN ('running', 'retrying', 'waiting', 'succeeded', 'failed')"),
         _check("step", "output", "(status = 'succeeded') = (output IS NOT NULL)"),
         _check(
@@ -158,7 +193,7 @@ def _create_step(schema: str) -> None:
             "CASE status WHEN 'retrying' THEN wake_at IS NOT NULL WHEN 'waiting' THEN true ELSE wake_at IS NULL END",
         ),
         _check("step", "counts", "position >= 1 AND attempt >= 1 AND attempts >= 1"),
-        _check("step", "times", "finished_at >= started_at"),
+        _times("step", "started_at", "finished_at", "wake_at", more="finished_at >= started_at AND "),
         schema=schema,
     )
 
@@ -176,8 +211,10 @@ def _create_signal(schema: str) -> None:
         sa.Column("consumed_by", sa.Text()),
         sa.PrimaryKeyConstraint("workflow_id", "id", name=op.f("signal_pkey")),
         _of_workflow(schema, "signal"),
-        _check("signal", "name", "name ~ '[^[:space:]]'"),
-        _check("signal", "key", "key ~ '[^[:space:]]'"),
+        _name("signal", "name", longest=_LONGEST_KEY),
+        _name("signal", "key"),
+        _check("signal", "consumed_by", f"octet_length(consumed_by) <= {_LONGEST_KEY}"),
+        _times("signal", "created_at", "delivered_at"),
         schema=schema,
     )
     _index(
@@ -204,7 +241,9 @@ def _create_event(schema: str) -> None:
         sa.Column("created_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
         sa.PrimaryKeyConstraint("workflow_id", "key", "id", name=op.f("event_pkey")),
         _of_workflow(schema, "event"),
-        _check("event", "key", "key ~ '[^[:space:]]'"),
+        _name("event", "key", longest=_LONGEST_KEY),
+        _check("event", "step_key", f"octet_length(step_key) <= {_LONGEST_KEY}"),
+        _times("event", "created_at"),
         schema=schema,
     )
 
@@ -223,7 +262,9 @@ def _create_stream_item(schema: str) -> None:
         sa.Column("created_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
         sa.PrimaryKeyConstraint("workflow_id", "name", "number", name=op.f("stream_item_pkey")),
         _of_workflow(schema, "stream_item"),
-        _check("stream_item", "name", "name ~ '[^[:space:]]'"),
+        _name("stream_item", "name", longest=_LONGEST_KEY),
+        _check("stream_item", "step_key", f"octet_length(step_key) <= {_LONGEST_KEY}"),
+        _times("stream_item", "created_at"),
         _check("stream_item", "counts", "number >= 0 AND attempt >= 1 AND step_attempt >= 1"),
         _check("stream_item", "closed", "closed = (value IS NULL)"),
         schema=schema,
@@ -237,7 +278,8 @@ def _create_queue(schema: str) -> None:
         sa.Column("paused_at", _timestamp()),
         sa.Column("created_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("queue_pkey")),
-        _check("queue", "name", "name ~ '[^[:space:]]'"),
+        _name("queue", "name"),
+        _times("queue", "created_at", "paused_at"),
         schema=schema,
     )
 
@@ -252,7 +294,9 @@ def _create_worker(schema: str) -> None:
         sa.Column("heartbeat_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
         sa.Column("lease_expires_at", _timestamp(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("worker_pkey")),
+        _check("worker", "name", "octet_length(name) <= 1000"),
         _check("worker", "lease", "lease_expires_at > heartbeat_at"),
+        _times("worker", "started_at", "heartbeat_at", "lease_expires_at"),
         schema=schema,
     )
 
@@ -285,6 +329,17 @@ def _timestamp() -> sa.DateTime:
 def _check(table: str, name: str, condition: str) -> sa.CheckConstraint:
     # op.f: the application's naming convention must not be put on top.
     return sa.CheckConstraint(condition, name=op.f(f"{table}_{name}_check"))
+
+
+def _name(table: str, column: str, *, longest: int = 1_000) -> sa.CheckConstraint:
+    condition = f"{column} ~ '[^[:space:]]' AND octet_length({column}) <= {longest}"
+    return _check(table, column.removesuffix("_key"), condition)
+
+
+def _times(table: str, *columns: str, more: str = "") -> sa.CheckConstraint:
+    every = ", ".join(columns)
+    earliest, latest = "timestamptz '0001-01-02 00:00:00Z'", "timestamptz '9999-12-30 00:00:00Z'"
+    return _check(table, "times", f"{more}least({every}) >= {earliest} AND greatest({every}) <= {latest}")
 
 
 def _of_workflow(schema: str, table: str) -> sa.ForeignKeyConstraint:
