@@ -26,23 +26,23 @@ def load() -> bool:
     return True
 
 
-@pytest.mark.parametrize(
-    ("name", "give"),
-    [
-        ("timeout", lambda long: ship.options(timeout=long)),
-        ("deadline", lambda long: ship.options(deadline=long)),
-        ("delay", lambda long: ship.options(delay=long)),
-        ("duration", lambda long: sleep(long)),
-        ("timeout", lambda long: wait_signal("go", timeout=long)),
-        ("timeout", lambda long: load.until(timeout=long)),
-        ("timeout", lambda long: next(pauses(long))),
-        ("total_timeout", lambda long: durable.step(total_timeout=long)),
-        ("heartbeat_timeout", lambda long: durable.step(heartbeat_timeout=long)),
-        ("lease", lambda long: Executor(Session(), lease=long)),
-        ("lease", lambda long: Worker(durable, sessionmaker=sessionmaker(), lease=long)),
-        ("grace", lambda long: Worker(durable, sessionmaker=sessionmaker(), grace=long)),
-    ],
-)
+GIVEN: list[tuple[str, Callable[[timedelta], object]]] = [
+    ("timeout", lambda long: ship.options(timeout=long)),
+    ("deadline", lambda long: ship.options(deadline=long)),
+    ("delay", lambda long: ship.options(delay=long)),
+    ("duration", lambda long: sleep(long)),
+    ("timeout", lambda long: wait_signal("go", timeout=long)),
+    ("timeout", lambda long: load.until(timeout=long)),
+    ("timeout", lambda long: next(pauses(long))),
+    ("total_timeout", lambda long: durable.step(total_timeout=long)),
+    ("heartbeat_timeout", lambda long: durable.step(heartbeat_timeout=long)),
+    ("lease", lambda long: Executor(Session(), lease=long)),
+    ("lease", lambda long: Worker(durable, sessionmaker=sessionmaker(), lease=long)),
+    ("grace", lambda long: Worker(durable, sessionmaker=sessionmaker(), grace=long)),
+]
+
+
+@pytest.mark.parametrize(("name", "give"), GIVEN)
 def test_a_duration_that_no_clock_can_hold_is_refused_by_name(name: str, give: Callable[[timedelta], object]) -> None:
     for long in (LONG, timedelta.max):
         with pytest.raises(ArgumentError, match=rf"^{name}=.* is longer than 36,500 days"):
