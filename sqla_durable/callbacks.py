@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Coroutine, Generator
 from dataclasses import dataclass
@@ -38,12 +37,23 @@ _TOKEN = re.compile(r"([0-9a-f]{32})\.[0-9a-f]{48}")
 
 
 class _BaseCallback(Generic[R]):
-    def __init__(self, made: callback.Made, position: Position, kind: Codec, name: str) -> None:
-        self.token = made.token
+    def __init__(
+        self, made: callback.Made, position: Position, kind: Codec, name: str, secrets: tuple[bytes, ...]
+    ) -> None:
         self._made = made
+        self._secrets = secrets
         self._key = position.key
         self._kind = kind
         self._name = name
+
+    @property
+    def token(self) -> str:
+        """Return what the foreign system answers by.
+
+        Raises:
+            UsageError: it was made with a secret that this worker does not have.
+        """
+        return self._made.reveal(self._secrets)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._key!r} of workflow {self._made.workflow_id}>"  # the token is secret
@@ -160,7 +170,7 @@ class _CreateCallback:
 
         async def create(runtime: Runtime, position: Position) -> _BaseCallback[Any]:
             made = await callback.create(runtime, position, within=timeout, heartbeat=heartbeat)
-            return face(made, position, codec, name)
+            return face(made, position, codec, name, runtime.attempt.secrets)
 
         return operate(statements.NAME, create, key=key)
 
@@ -302,7 +312,7 @@ class _Token:
             text = f"a text of {len(token):,} characters" if isinstance(token, str) else f"a {type(token).__name__}"
             raise ArgumentError(f"{text} is no token of a callback: give what `Callback.token` has given, as it is.")
         text = found.string
-        return cls(UUID(found[1]), hashlib.sha256(text.encode()).hexdigest(), f"{text[:37]}…")
+        return cls(UUID(found[1]), callback.digest_of(text), f"{text[:37]}…")
 
 
 def _answer(session: Session, *, token: _Token, payload: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar, cast
 from uuid import UUID
 
 from sqla_durable.checks import require_duration
+from sqla_durable.classes import Find
 from sqla_durable.errors import ArgumentError
 from sqla_durable.operate import operate, require_workflow
 from sqla_durable.operations import children
@@ -60,7 +61,7 @@ class Child(_BaseChild[R]):
             timeout: how long to wait at most; it is not cancelled by that.
 
         Raises:
-            Exception: its own error, where its type is imported in this process.
+            Exception: its own error, where its type is known and imported here.
             WorkflowFailedError: the same, where it is not.
             WorkflowCancelledError, MaxAttemptsError: it was cancelled, or its workers died too often.
             WorkflowTimeoutError: it was not finished at its deadline.
@@ -99,7 +100,7 @@ async def _value(
     within: timedelta | None,
 ) -> Any:
     outcome: Outcome = await children.result(runtime, position, workflow_id, within=within)
-    return outcome.value(definition)
+    return outcome.value(definition, find=runtime.attempt.errors.inside)
 
 
 class _WaitFirst:
@@ -217,7 +218,7 @@ def map_children(
             tolerate=tolerate,
             limit=definition.limit,
         )
-        return [_value_or_error(each, definition) for each in outcomes]
+        return [_value_or_error(each, definition, runtime.attempt.errors.inside) for each in outcomes]
 
     return operate(f"map:{definition.name}", all_of)
 
@@ -227,8 +228,8 @@ async def _nothing(runtime: Runtime, position: Position) -> list[Any]:
     return []
 
 
-def _value_or_error(outcome: Outcome, definition: WorkflowDefinition) -> Any:
+def _value_or_error(outcome: Outcome, definition: WorkflowDefinition, find: Find) -> Any:
     try:
-        return outcome.value(definition)
+        return outcome.value(definition, find=find)
     except Exception as error:
         return error

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from decimal import Decimal
 from functools import lru_cache
+from math import isfinite
 from types import GenericAlias
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeGuard, cast, get_args
 
 import pydantic_core
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PydanticUserError,
+    Secret,
+    SecretBytes,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.fields import FieldInfo
 
 from sqla_durable.errors import (
@@ -26,6 +36,10 @@ from sqla_durable.errors import (
     EncodingError,
     PayloadTooLargeError,
 )
+from sqla_durable.redaction import problems_of, without_values
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 DEFAULT_LIMIT = 1024 * 1024
 """The default limit of one payload: 1 MiB of UTF-8 JSON."""
@@ -33,6 +47,10 @@ DEFAULT_LIMIT = 1024 * 1024
 _CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants")
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _KEPT = 512  # adapters: building one takes milliseconds, and most are wanted again at the next call
+_DEPTH = 50  # of values in values, where one is looked for
+_MASK = "**********"
+"""What pydantic writes for a secret."""
+_UNKNOWN_TYPE = re.compile(r"unknown type: <class '[^']*'>")
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
@@ -78,10 +96,26 @@ class Codec:
                 _require_native(value, self.what)
             (plain,) = self.adapter.dump_python((value,), mode="json", warnings="error")
         except (pydantic_core.PydanticSerializationError, ValueError, RecursionError) as error:
+            # Without a cause: pydantic's own text shows the value.
+            raise EncodingError(f"the {self.what} cannot be stored: {self._misfit(value, error)}.") from None
+        text = dump(plain, what=self.what, limit=self.limit)
+        if _MASK in text and (path := path_to(value, _is_secret)) is not None:
             raise EncodingError(
-                f"the {self.what} cannot be stored: {_shown(value)} does not fit its annotation. {error}"
-            ) from error
-        return dump(plain, what=self.what, limit=self.limit)
+                f"the {self.what} cannot be stored: {path or 'it'} is a secret of pydantic's, which JSON shows as "
+                "asterisks: keep it in a vault or a table of yours, and pass its key."
+            )
+        return text
+
+    def _misfit(self, value: object, error: Exception) -> str:
+        """Say what of a value cannot be stored, and where, without the value."""
+        try:
+            self.check(value)
+        except ValidationError as found:
+            return f"{type(value).__name__} does not fit its annotation: {problems_of(found, below=1)}"
+        except Exception:
+            return f"{type(value).__name__} does not fit its annotation"
+        unknown = _UNKNOWN_TYPE.search(str(error))
+        return f"{type(value).__name__} is not for JSON" + (f": {unknown[0]}" if unknown else "")
 
     def check(self, value: object) -> Any:
         """Give the value if it has the annotated type, without converting anything.
@@ -101,8 +135,8 @@ class Codec:
             return self.adapter.validate_json(f"[{text}]")[0]
         except ValidationError as error:
             raise DecodingError(
-                f"the stored {self.what} does not fit the annotation that the code has now: {reasons(error)}; "
-                f"stored was {_shown(text)}. Bring back an annotation that reads it, or start a new workflow."
+                f"the stored {self.what} does not fit the annotation that the code has now: "
+                f"{problems_of(error, below=1)}. Bring back an annotation that reads it, or start a new workflow."
             ) from error
 
 
@@ -156,8 +190,8 @@ class ArgumentsCodec:
         missing, unknown = self.required - stored.keys(), stored.keys() - self.codecs.keys()
         if missing or unknown:
             raise DecodingError(
-                f"the stored input of workflow {self.workflow!r} is {_shown(text)}: "
-                f"missing {sorted(missing)}, unknown {sorted(unknown)}. Its parameters are {sorted(self.codecs)}."
+                f"the stored input of workflow {self.workflow!r} does not fit: missing {sorted(missing)}, "
+                f"unknown {[each[:100] for each in sorted(unknown)[:20]]}. Its parameters are {sorted(self.codecs)}."
             )
         return {name: self.codecs[name].decode(json.dumps(value)) for name, value in stored.items()}
 
@@ -165,14 +199,14 @@ class ArgumentsCodec:
         codec = self.codecs[name]
         if is_mapped(type(value)):
             raise ArgumentError(
-                f"{codec.what} is the ORM instance {_shown(value)}: "
+                f"{codec.what} is an ORM instance of {type(value).__name__}: "
                 "pass its primary key and load it in the step that needs it. Nothing was started."
             )
         try:
             return codec.encode(codec.check(value))
         except ValidationError as error:
             raise ArgumentError(
-                f"{codec.what} does not fit its annotation: {reasons(error)}. Nothing was started."
+                f"{codec.what} does not fit its annotation: {problems_of(error, below=1)}. Nothing was started."
             ) from error
 
 
@@ -185,11 +219,13 @@ def dump(plain: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> str:
         text = _ENCODER.encode(_as_jsonb(plain))
         size = len(text.encode())
     except UnicodeEncodeError as error:
-        raise EncodingError(f"the {what} cannot be stored: lone surrogate in {_shown(error.object)}.") from error
-    except (TypeError, ValueError) as error:
-        raise EncodingError(f"the {what} cannot be stored: {error} in {_shown(plain)}.") from error
+        del error  # which shows the text
+        raise EncodingError(f"the {what} cannot be stored: lone surrogate{_at(plain, _has_surrogate)}.") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = without_values(str(error))
+        raise EncodingError(f"the {what} cannot be stored: {reason}{_at(plain, _is_not_finite)}.") from None
     if "\\u0000" in text and _NUL.search(text):
-        raise EncodingError(f"the {what} cannot be stored: PostgreSQL keeps no NUL character, in {_shown(plain)}.")
+        raise EncodingError(f"the {what} cannot be stored: PostgreSQL keeps no NUL character{_at(plain, _has_nul)}.")
     refuse_large(size, what=what, limit=limit)
     return text
 
@@ -296,8 +332,8 @@ def _require_native(value: object, what: str) -> None:
     """Refuse what JSON would give back as something else."""
     if not _is_native(value):
         raise EncodingError(
-            f"the {what} has no annotation and is {_shown(value)}, which would come back from JSON as something "
-            f"else. {_instead_of(value)}"
+            f"the {what} has no annotation and is {_an(value)}, which would come back from JSON as something else. "
+            f"{_instead_of(value)}"
         )
 
 
@@ -348,21 +384,55 @@ def _as_numeric(value: float) -> float | int:
     return int(Decimal(repr(value))) if "e+" in repr(value) else value
 
 
-def reasons(error: ValidationError) -> str:
-    """Say in words why values do not fit."""
-    return "; ".join(
-        f"{_place(each['loc'])}{each['msg']}, got {_shown(each['input'])}" for each in error.errors(include_url=False)
-    )
+def path_to(value: object, wanted: Callable[[object], bool], *, depth: int = _DEPTH) -> str | None:
+    """Return where in a value something is, such as `cards[2].number`; "" for the value itself, None for nowhere."""
+    if wanted(value):
+        return ""
+    if depth:
+        for place, inner in _inside(value):
+            path = path_to(inner, wanted, depth=depth - 1)
+            if path is not None:
+                return f"{place}{path}" if not path or path[0] == "[" else f"{place}.{path}"
+    return None
 
 
-def _place(location: tuple[int | str, ...]) -> str:
-    inner = ".".join(map(str, location[1:]))
-    return f"{inner}: " if inner else ""
+def _inside(value: object) -> Iterable[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        mapping = cast("Mapping[object, object]", value)
+        return [(str(key)[:100], inner) for key, inner in mapping.items()] + [
+            (f"[{number}]", key) for number, key in enumerate(mapping)
+        ]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [(f"[{number}]", inner) for number, inner in enumerate(cast("Iterable[object]", value))]
+    if isinstance(value, BaseModel):
+        return [*value.__dict__.items(), *(value.__pydantic_extra__ or {}).items()]
+    return [(each.name, getattr(value, each.name, None)) for each in fields(value)] if _is_dataclass(value) else []
 
 
-def _shown(value: object, length: int = 200) -> str:
-    try:
-        text = repr(value)
-    except Exception as error:
-        text = f"<{type(value).__name__} whose repr failed: {error!r}>"
-    return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"
+def _is_dataclass(value: object) -> TypeGuard[DataclassInstance]:
+    return is_dataclass(value) and not isinstance(value, type)
+
+
+def _is_secret(value: object) -> bool:
+    return isinstance(value, Secret | SecretStr | SecretBytes)
+
+
+def _has_surrogate(value: object) -> bool:
+    return isinstance(value, str) and any("\ud800" <= each <= "\udfff" for each in value)
+
+
+def _has_nul(value: object) -> bool:
+    return isinstance(value, str) and "\0" in value
+
+
+def _is_not_finite(value: object) -> bool:
+    return isinstance(value, float) and not isfinite(value)
+
+
+def _at(plain: object, wanted: Callable[[object], bool]) -> str:
+    path = path_to(plain, wanted)
+    return f" in {path}" if path else ""
+
+
+def _an(value: object) -> str:
+    return f"of type {type(value).__name__}"

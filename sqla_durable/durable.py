@@ -10,10 +10,11 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.checks import fault_in
+from sqla_durable.classes import KnownErrors
 from sqla_durable.codec import DEFAULT_LIMIT
 from sqla_durable.errors import DefinitionError
 from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction
-from sqla_durable.inspection import SessionKind
+from sqla_durable.inspection import SessionKind, place_of
 from sqla_durable.interceptors import Interceptor, Interceptors
 from sqla_durable.limits import TimeLimits
 from sqla_durable.registry import IsolationLevel, Registry, StepDefinition, WorkflowDefinition
@@ -28,6 +29,8 @@ from sqla_durable.step_functions import (
 P = ParamSpec("P")
 R = TypeVar("R")
 Async = Coroutine[Any, Any, R]
+
+_SHORTEST_SECRET = 16
 
 
 class StepOptions(TypedDict, total=False):
@@ -70,11 +73,19 @@ class Durable:
         payload_limit: the largest input, result or step result in bytes of JSON; 1 MiB by default.
         interceptors: what is around its workflows and their steps, the outermost first; see `Interceptor`.
         history_limit: how many operations one workflow may call; 50,000 by default. See `continue_as_new`.
+        errors: classes of exceptions that recorded errors may come back as, subclasses included, besides the builtin
+            ones and those that the application's own packages define. See docs, "Security".
+        strict_errors: whether only the builtin ones, a short list of common ones, and `errors` come back as what they
+            were; others are `StepFailedError` and `WorkflowFailedError`.
+        error_details: whether what is recorded of errors shows the values of SQL statements and payloads.
+        secret: makes the tokens of callbacks, so that the tables do not hold them: 16 characters or more, the same in
+            every worker, and known to workers only. To change it, give a list, the new one first.
         version: the version of the code, which every start records. By itself it changes nothing: a worker with
             `versions=` claims those only. See docs, "Changing code".
 
     Raises:
-        DefinitionError: an interceptor is none; or the version is blank, or cannot be stored; or the limit is no limit.
+        DefinitionError: an interceptor is none; or the version is blank, or cannot be stored; or the limit is no limit;
+            or one of `errors` is no class of exceptions; or a secret is too short.
     """
 
     def __init__(
@@ -86,6 +97,10 @@ class Durable:
         interceptors: Iterable[Interceptor] = (),
         version: str | None = None,
         history_limit: int | None = None,
+        errors: Iterable[type[Exception]] = (),
+        strict_errors: bool = False,
+        error_details: bool = False,
+        secret: str | list[str] | None = None,
     ) -> None:
         fault = None if version is None else fault_in(version)
         if fault is not None:
@@ -98,6 +113,8 @@ class Durable:
         self.version = version
         self.history_limit = history_limit
         self.registry = Registry()
+        self.known_errors = KnownErrors(errors, strict=strict_errors, details=error_details)
+        self._secrets = _encoded(secret)
         self._interceptors = Interceptors(interceptors)
 
     def intercept(self, *interceptors: Interceptor) -> None:
@@ -257,8 +274,11 @@ class WorkflowDecorator:
             version=durable.version,
             strict=self._strict,
             history_limit=durable.history_limit,
+            errors=durable.known_errors,
+            secrets=durable._secrets,  # pyright: ignore[reportPrivateUsage]
         )
         durable.registry.add_workflow(definition)
+        durable.known_errors.add_module(place_of(definition.fn)[0])
         return AsyncWorkflowFunction(definition) if definition.is_async else WorkflowFunction(definition)
 
 
@@ -308,7 +328,15 @@ class StepDecorator:
             time_limits=self._time_limits,
         )
         durable.registry.add_step(definition)
+        durable.known_errors.add_module(definition.place[0])
         return _STEP_CLASSES[definition.session, definition.is_async](definition)
+
+
+def _encoded(secret: str | list[str] | None) -> tuple[bytes, ...]:
+    given = [] if secret is None else [secret] if isinstance(secret, str) else secret
+    if any(len(each) < _SHORTEST_SECRET for each in given):
+        raise DefinitionError(f"a secret is shorter than {_SHORTEST_SECRET} characters: take secrets.token_hex().")
+    return tuple(each.encode() for each in given)
 
 
 _STEP_CLASSES: dict[tuple[SessionKind, bool], Callable[[StepDefinition], Any]] = {

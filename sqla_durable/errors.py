@@ -259,7 +259,7 @@ class ChildrenFailedError(DurableError):
         count: how many have failed, or are there no longer. The lists are about the first 20 that failed.
         indices: the places of their items among those of the map, from 0.
         workflow_ids: the ids of their records.
-        errors: their errors, of their own types where these are imported; without tracebacks.
+        errors: their errors, of their own types where these are known and imported; without tracebacks.
     """
 
     def __init__(
@@ -341,7 +341,9 @@ class WorkflowError(_AboutWorkflow):
 
 
 class WorkflowFailedError(WorkflowError):
-    """A workflow failed with an exception whose type cannot be rebuilt in this process.
+    """A workflow failed with an exception whose type is not known, or cannot be rebuilt in this process.
+
+    `Durable(errors=[...])` makes types known; see docs, "Security".
 
     Attributes:
         workflow_id: the id of its record.
@@ -411,9 +413,10 @@ class TransactionLostError(DurableError):
 
 
 class StepFailedError(DurableError):
-    """A step failed with an exception whose type cannot be rebuilt in this process.
+    """A step failed with an exception whose type is not known, or cannot be rebuilt in this process.
 
-    Raised on the first execution as well as on replay, so that both take the same path.
+    Raised on the first execution as well as on replay, so that both take the same path. `Durable(errors=[...])` makes
+    types known; see docs, "Security".
 
     Attributes:
         error_type: the recorded type, `module:qualified_name`.

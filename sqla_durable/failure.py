@@ -1,28 +1,44 @@
 """Exceptions on their way to the database and back.
 
-A failure is stored as JSON: type, message, arguments and attributes as far as JSON holds them, and the traceback as
-text. It is rebuilt only from exception classes that this process has already imported: a row never imports a module.
+A failure is stored as JSON: class, message, arguments and attributes as far as they can be kept, notes, and traceback.
+`classes` decides which classes it is rebuilt of. Rebuilding runs no constructor and no other code of a class:
+the exception is made as Python makes one, with the recorded arguments, and gets the attributes that its class declares.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from typing import Any, cast
 from uuid import UUID
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, StatementError
 
+from sqla_durable.classes import (
+    DEFAULT,
+    Find,
+    KnownErrors,
+    declared_by,
+    is_subclass,
+    members_of,
+    name_of_class,
+    native_base,
+)
 from sqla_durable.codec import dump
 from sqla_durable.errors import StepFailedError
+from sqla_durable.redaction import driver_message, message_of, notes_of, traceback_of, without_values
 
 _TEXT_LIMIT = 32_000
 _STATE_LIMIT = 32_000
 _INNER_LIMIT = 500
+_NOTES = 20
+_NOTE_LIMIT = 2_000
+_TAG = "$"
+"""The key of an object in JSON that stands for a value which JSON does not have: `{"$": ["uuid", "0190..."]}`."""
 
 
 class RecordedTraceback(Exception):
@@ -50,10 +66,11 @@ class Failure:
 
     Attributes:
         type: `module:qualified_name` of its class.
-        message: its `str`.
+        message: its text, without the values of SQL statements and payloads unless they are wanted.
         args: its arguments, or None where JSON does not hold them.
-        state: its attributes, likewise.
+        state: the attributes that its class declares, likewise.
         traceback: the formatted traceback.
+        notes: its notes.
     """
 
     type: str
@@ -61,42 +78,52 @@ class Failure:
     args: list[Any] | None = None
     state: dict[str, Any] | None = None
     traceback: str = ""
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, error: BaseException, *, limit: int = _STATE_LIMIT) -> Failure:
+    def of(cls, error: BaseException, *, limit: int = _STATE_LIMIT, details: bool = False) -> Failure:
         """Describe an exception; never raises, whatever its arguments or its `str` do.
 
         Args:
             error: the exception.
             limit: up to how many bytes of JSON its arguments are kept, and its attributes.
+            details: whether the values of SQL statements and payloads are wanted.
         """
-        kind = type(error)
+        args, state = _contents(error, limit, details)
         return cls(
-            type=f"{kind.__module__}:{kind.__qualname__}",
-            message=_clean(_message(error)),
-            args=[] if isinstance(error, DBAPIError) else _storable(list(error.args), limit),
-            state=_of_driver(error) if isinstance(error, DBAPIError) else _storable(_attributes(error), limit),
-            traceback=_clean("".join(traceback.format_exception(error, limit=-50))),
+            type=_clean(name_of_class(type(error))),
+            message=_clean(message_of(error, details=details)),
+            args=args,
+            state=state,
+            traceback=_clean(traceback_of(error, details=details)),
+            notes=tuple(_clean(each)[-_NOTE_LIMIT:] for each in _notes(error, details)),
         )
 
     @classmethod
     def from_text(cls, text: str | None) -> Failure:
-        """Read a stored failure's JSON text."""
-        return cls.from_json(json.loads(text or '{"type": "unknown"}'))
+        """Read a stored failure's JSON text, whoever has written it."""
+        try:
+            stored: object = json.loads(text or "null")
+        except (ValueError, RecursionError):
+            stored = None
+        return cls.from_json(stored)
 
     @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> Failure:
-        """Read a stored failure; one written by SQL needs no more than a type."""
+    def from_json(cls, stored: object) -> Failure:
+        """Read a stored failure, whoever has written it; one written by SQL needs no more than a type."""
+        given: dict[str, Any] = _of_kind(dict, stored) or {}
+        notes: list[object] = _of_kind(list, given.get("notes")) or []
         return cls(
-            type=str(stored["type"]),
-            message=str(stored.get("message", "")),
-            args=stored.get("args"),
-            state=stored.get("state"),
-            traceback=str(stored.get("traceback", "")),
+            type=_text(given.get("type"), "unknown"),
+            message=_text(given.get("message")),
+            args=_of_kind(list, given.get("args")),
+            state=_of_kind(dict, given.get("state")),
+            traceback=_text(given.get("traceback")),
+            notes=tuple(_text(each) for each in notes[:_NOTES]),
         )
 
     def to_json(self) -> str:
-        """Give the JSON text to store."""
+        """Return the JSON text to store."""
         return json.dumps(
             {
                 "type": self.type,
@@ -104,128 +131,254 @@ class Failure:
                 "args": self.args,
                 "state": self.state,
                 "traceback": self.traceback,
+                "notes": list(self.notes),
             },
             ensure_ascii=False,
         )
 
-    def rebuild(self) -> Exception | None:
-        """Make the exception again, or give None where its class or its arguments cannot be had here."""
-        kind = _imported(self.type)
-        if kind is None or self.args is None or self.state is None:
+    def rebuild(self, find: Find = DEFAULT.outside, *, inner: bool = False) -> Exception | None:
+        """Make the exception again, or return None where its class or its arguments cannot be had here.
+
+        Args:
+            find: returns the classes that may be rebuilt, by name.
+            inner: whether it is part of another one.
+        """
+        if self.args is None or self.state is None:
             return None
         try:
-            error = _rebuilt(kind, self.args, self.state)
+            kind = find(self.type)
+            if not is_subclass(kind, Exception):
+                return None
+            error = _rebuilt(cast("type[Exception]", kind), self.args, self.state, _Reading(find, inner))
             str(error)
         except Exception:
             return None
-        error.__cause__ = self.cause()
+        self.complete(error)
         return error
 
-    def cause(self) -> RecordedTraceback:
-        """Give the recorded traceback as an exception to raise from."""
-        return RecordedTraceback(self.traceback)
+    def complete(self, error: Exception) -> None:
+        """Give an exception the recorded traceback as its cause, and the notes, although it may be frozen."""
+        Exception.__setattr__(error, "__cause__", RecordedTraceback(self.traceback))
+        add_notes(error, *self.notes)
 
 
-def _rebuilt(kind: type[Exception], args: list[Any], state: dict[str, Any]) -> Exception:
-    if issubclass(kind, DBAPIError):
-        return kind(state.get("statement"), None, RecordedDriverError(state.get("text", ""), state.get("sqlstate")))
-    error = kind.__new__(kind, *args)
-    error.args = tuple(args)
-    error.__dict__.update({name: _read(value) for name, value in state.items()})
+def add_notes(error: Exception, *notes: str) -> None:
+    """Add notes to an exception, although it may be frozen."""
+    if notes:
+        Exception.__setattr__(error, "__notes__", [*notes_of(error), *notes])
+
+
+def record(error: BaseException, known: KnownErrors = DEFAULT) -> str:
+    """Return the JSON text to store of an exception that was raised by the code of a `Durable`."""
+    return Failure.of(error, details=known.details).to_json()
+
+
+def _rebuilt(kind: type[Exception], args: list[Any], state: dict[str, Any], reading: _Reading) -> Exception:
+    if is_subclass(kind, StatementError):
+        return _rebuilt_statement(kind, state)
+    given = [reading.value(each) for each in args]
+    native = native_base(kind)
+    error = native.__new__(kind, *given)
+    native.__init__(error, *given)
+    declared = declared_by(kind)
+    attributes = {name: reading.value(value) for name, value in state.items() if name in declared}
+    cast("dict[str, Any]", _instance_dict(error)).update(attributes)
     return error
 
 
-def _of_driver(error: DBAPIError) -> dict[str, Any]:
-    """Give what is kept of a database error: not its parameters, which may be secret."""
-    code = getattr(error.orig, "sqlstate", None)
+def _rebuilt_statement(kind: type[Exception], state: dict[str, Any]) -> Exception:
+    text, statement = _text(state.get("text")), _text(state.get("statement")) or None
+    error: Any = Exception.__new__(kind)
+    if is_subclass(kind, DBAPIError):
+        orig = RecordedDriverError(text, _text(state.get("sqlstate")) or None)
+        DBAPIError.__init__(error, cast("str", statement), None, orig)
+    else:
+        StatementError.__init__(error, text, statement, None, None)
+    return cast("Exception", error)
+
+
+_instance_dict: Callable[[BaseException], Any] = BaseException.__dict__["__dict__"].__get__
+
+
+def _contents(error: BaseException, limit: int, details: bool) -> tuple[list[Any] | None, dict[str, Any] | None]:
+    """Return what is kept of the arguments and the attributes."""
+    try:
+        if isinstance(error, StatementError):
+            return [], _of_statement(error, details)
+        written = _Writing(details)
+        args = written.value(_arguments(error), limit)
+        return args, written.value(_attributes(error), limit)
+    except Exception:  # what is wrong with them is the business of who raised it
+        return None, None
+
+
+def _of_statement(error: StatementError, details: bool) -> dict[str, Any]:
+    """Return what is kept of the error of a statement: not its parameters, which may be secret."""
+    orig = error.orig
+    if orig is None or not isinstance(error, DBAPIError):
+        text = without_values(str(error.args[0])) if error.args else ""
+    else:
+        text = str(orig) if details else driver_message(orig)
+    code = getattr(orig, "sqlstate", None) or getattr(orig, "pgcode", None)
     statement = None if error.statement is None else _clean(error.statement)
-    return {"statement": statement, "text": _clean(_message(error.orig or error)), "sqlstate": code}
+    return {"statement": statement, "text": _clean(text), "sqlstate": code if isinstance(code, str) else None}
 
 
-def _attributes(error: BaseException, *, inner: bool = False) -> dict[str, Any]:
-    return {name: _written(value, inner=inner) for name, value in vars(error).items() if name != "__notes__"}
+def _arguments(error: BaseException) -> list[Any]:
+    """Return the arguments; Python takes the file names of an `OSError` out of them."""
+    args = list(error.args)
+    if isinstance(error, OSError) and len(args) == 2 and error.filename is not None:
+        args.append(error.filename)
+        if error.filename2 is not None:
+            args += [None, error.filename2]
+    return args
 
 
-def _written(value: Any, *, inner: bool) -> Any:
-    """Give what JSON holds of a value: errors of ours are about workflows, by their ids, and about other errors."""
-    match value:
-        case UUID():
-            return {"uuid": str(value)}
-        case {"uuid": _} | {"error": _} if len(value) == 1:  # which is not to be read as one
-            return {"uuid": value}
-        case Exception() if not inner:
-            return {"error": _inner(value)}
-        case list():
-            return _each(value, partial(_written, inner=inner))
-        case _:
+def _attributes(error: BaseException) -> dict[str, Any]:
+    declared = declared_by(type(error))
+    held: dict[str, Any] = _instance_dict(error)
+    return {name: value for name, value in held.items() if name in declared}
+
+
+def _notes(error: BaseException, details: bool) -> list[str]:
+    notes = notes_of(error)[-_NOTES:]
+    return notes if details else [without_values(each) for each in notes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    """Brings values into the form in which JSON holds them, with tags where it does not have their types."""
+
+    details: bool
+    inner: bool = False
+
+    def value(self, value: Any, limit: int) -> Any:
+        """Return the form of a value, or None if there is none, or it is too large."""
+        try:
+            written = self._written(value)
+            dump(written, what="error", limit=limit)
+        except Exception:
+            return None
+        return written
+
+    def _written(self, value: Any) -> Any:
+        kind = cast("type[object]", type(value))
+        if value is None or kind in (bool, int, float):
             return value
+        if kind is str:
+            return value if self.details else without_values(value)
+        if kind is list:
+            return [self._written(each) for each in value]
+        if kind is dict:
+            return self._mapping(value)
+        return {_TAG: self._tagged(value)}
+
+    def _mapping(self, value: dict[Any, Any]) -> dict[str, Any]:
+        if any(type(key) is not str for key in value):
+            raise TypeError("the keys of an object in JSON are texts")
+        written = {key: self._written(each) for key, each in value.items()}
+        return {_TAG: ["dict", written]} if _TAG in written else written
+
+    def _tagged(self, value: Any) -> list[Any]:
+        kind = cast("type[object]", type(value))
+        if isinstance(value, Enum):
+            return ["enum", _member(value)]
+        if isinstance(value, Exception) and not self.inner:
+            return ["error", self._error(value)]
+        if kind is tuple:
+            return ["tuple", [self._written(each) for each in cast("tuple[Any, ...]", value)]]
+        tag, write, _ = _FORMS[kind]
+        return [tag, write(value)]
+
+    def _error(self, error: Exception) -> dict[str, Any]:
+        """Describe an error that is part of another one: briefly, for there may be many."""
+        inner = _Writing(self.details, inner=True)
+        described: dict[str, Any] = {"args": None, "state": None}
+        if not isinstance(error, StatementError):
+            described = {
+                "args": inner.value(_arguments(error), _INNER_LIMIT),
+                "state": inner.value(_attributes(error), _INNER_LIMIT),
+            }
+        if len(json.dumps(described)) > _INNER_LIMIT:
+            described = {"args": None, "state": None}
+        message = _clean(message_of(error, details=self.details))[:_INNER_LIMIT]
+        return {"type": name_of_class(type(error)), "message": message, **described}
 
 
-def _each(values: Any, change: Callable[[Any], Any]) -> list[Any]:
-    return [change(each) for each in values]
+def _member(value: Enum) -> list[str]:
+    kind: type = type(value)
+    name: Any = value.name  # a combination of flags may have none
+    if members_of(kind).get(name) is not value:
+        raise TypeError("this is no member of its own")
+    return [name_of_class(kind), name]
 
 
-def _inner(error: Exception) -> dict[str, Any]:
-    """Describe an error that is part of another one: briefly, for there may be many."""
-    kind = type(error)
-    state = _attributes(error, inner=True)
-    described = {"args": _storable(list(error.args), _INNER_LIMIT), "state": _storable(state, _INNER_LIMIT)}
-    if isinstance(error, DBAPIError) or len(json.dumps(described)) > _INNER_LIMIT:
-        described = {"args": None, "state": None}
-    message = _clean(_message(error))[:_INNER_LIMIT]
-    return {"type": f"{kind.__module__}:{kind.__qualname__}", "message": message, **described}
+_FORMS: Mapping[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    UUID: ("uuid", str, UUID),
+    Decimal: ("decimal", str, Decimal),
+    datetime: ("datetime", datetime.isoformat, datetime.fromisoformat),
+    date: ("date", date.isoformat, date.fromisoformat),
+    time: ("time", time.isoformat, time.fromisoformat),
+    timedelta: ("seconds", lambda value: [value.days, value.seconds, value.microseconds], lambda of: timedelta(*of)),
+    bytes: ("bytes", bytes.hex, bytes.fromhex),
+}
+_READERS = {tag: read for tag, _, read in _FORMS.values()}
 
 
-def _read(value: Any) -> Any:
-    match value:
-        case {"uuid": str(text)} if len(value) == 1:
-            return UUID(text)
-        case {"uuid": dict()} if len(value) == 1:
-            return value["uuid"]
-        case {"error": {"type": str(), "message": str()} as inner} if len(value) == 1:
-            return _read_inner(Failure.from_json(inner))
-        case list():
-            return _each(value, _read)
-        case _:
-            return value
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Brings values back from the form in which JSON holds them; an error in an error holds none itself."""
+
+    find: Find
+    inner: bool = False
+
+    def value(self, value: Any) -> Any:
+        match value:
+            case {"$": [str(tag), content]} if len(value) == 1:
+                return self._tagged(tag, content)
+            case list():
+                return [self.value(each) for each in cast("Any", value)]
+            case dict():
+                return {key: self.value(each) for key, each in cast("dict[str, Any]", value).items()}
+            case _:
+                return value
+
+    def _tagged(self, tag: str, content: Any) -> Any:
+        match tag:
+            case "tuple":
+                return tuple(self.value(each) for each in content)
+            case "dict":
+                return {key: self.value(each) for key, each in content.items()}
+            case "error" if not self.inner:
+                return _read_inner(Failure.from_json(content), self.find)
+            case "enum":
+                name, member = content
+                kind = self.find(name)
+                if kind is None or not is_subclass(kind, Enum):
+                    raise LookupError(name)
+                return members_of(kind)[member]
+            case _:
+                return _READERS[tag](content)
 
 
-def _read_inner(failure: Failure) -> Exception:
-    error = failure.rebuild()
+def _read_inner(failure: Failure, find: Find) -> Exception:
+    error = failure.rebuild(find, inner=True)
     if error is None:
         message = f"{failure.type}: {failure.message}"
         return StepFailedError(message, error_type=failure.type, error_message=failure.message)
-    error.__cause__ = None
+    Exception.__setattr__(error, "__cause__", None)
     return error
 
 
-def _message(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as broken:
-        return f"<its str() failed: {broken!r}>"
+def _of_kind(kind: type, value: Any) -> Any:
+    return value if isinstance(value, kind) else None
 
 
-def _storable(value: Any, limit: int) -> Any:
-    """Give the value if JSON gives back the same, else None; comparing calls the user's code, which may raise."""
-    try:
-        text = dump(value, what="error", limit=limit)
-        return value if json.loads(text) == value else None
-    except Exception:
-        return None
+def _text(value: object, default: str = "") -> str:
+    return _clean(value) if isinstance(value, str) else default
 
 
 def _clean(text: str) -> str:
     """Make any text storable: no NUL, no lone surrogates, bounded, its end kept (where the cause stands)."""
     kept = text if len(text) <= _TEXT_LIMIT else "… " + text[-_TEXT_LIMIT:]
     return kept.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
-
-
-def _imported(name: str) -> type[Exception] | None:
-    module_name, _, qualified = name.partition(":")
-    found: Any = sys.modules.get(module_name)
-    for part in qualified.split("."):
-        found = getattr(found, part, None)
-    if isinstance(found, type) and issubclass(found, Exception):
-        return found
-    return None

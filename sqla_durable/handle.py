@@ -70,7 +70,7 @@ class Handle(_BaseHandle[R]):
             timeout: how long to wait; None waits as long as it takes.
 
         Raises:
-            Exception: the workflow's own error, where its type is imported in this process.
+            Exception: the workflow's own error, where its type is known and imported here.
             WorkflowFailedError: the same, where it is not.
             WorkflowCancelledError, MaxAttemptsError: it was cancelled, or its workers died too often.
             WorkflowTimeoutError: it was not finished at its deadline.

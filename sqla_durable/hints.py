@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import logging
 import os
 import threading
 import time
@@ -23,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import Pool
 
+from sqla_durable.log import Log
 from sqla_durable.store import connection_of, hints, schema
 from sqla_durable.store.drivers import alone
 from sqla_durable.store.hints import EVERYWHERE, LATE, Hint, merged, sent_to, to_queue, to_worker
@@ -33,7 +33,7 @@ __all__ = ["EVERYWHERE", "INTERVAL", "announce", "merged", "sent_to", "to_queue"
 INTERVAL = 0.01
 """How many seconds at least are between two notifications of one process on one pool of connections."""
 
-log = logging.getLogger("sqla_durable.hints")
+log = Log("sqla_durable.hints")
 
 _LAST_MOMENT = 0.3  # seconds at the interpreter's exit
 _LONG = 1.5  # seconds between a change and its commit, after which workers are to look back

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 from sqla_durable.checks import require_duration
 from sqla_durable.errors import DefinitionError, HeartbeatTimeoutError, StepTimeoutError
+from sqla_durable.redaction import message_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,7 @@ class TimeLimits:
             return limit.exceeded()
         if type(last) is StepTimeoutError and last.seconds == limit.given.total_seconds():
             return last
-        error = limit.exceeded(f"; its last try failed with {type(last).__name__}: {last}")
+        error = limit.exceeded(f"; its last try failed with {type(last).__name__}: {message_of(last)}")
         error.__cause__ = last
         return error
 

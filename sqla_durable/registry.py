@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 from uuid import UUID
 
+from sqla_durable.classes import DEFAULT as DEFAULT_ERRORS
+from sqla_durable.classes import KnownErrors
 from sqla_durable.codec import DEFAULT_LIMIT, ArgumentsCodec, Codec
 from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError
 from sqla_durable.inspection import (
@@ -96,7 +98,8 @@ class StepDefinition:
 class WorkflowDefinition:
     """A workflow: its name, its function, its default queue, and how its code may change.
 
-    `version` is what a start records; `strict` holds the outcome back where the history was not visited.
+    `version` is what a start records; `strict` holds the outcome back where the history was not visited; `errors` are
+    the classes that its recorded errors come back as; `secrets` make the tokens of its callbacks.
     """
 
     name: str
@@ -108,6 +111,8 @@ class WorkflowDefinition:
     version: str | None = None
     strict: bool = False
     history_limit: int | None = None
+    errors: KnownErrors = DEFAULT_ERRORS
+    secrets: tuple[bytes, ...] = ()
 
     @classmethod
     def of(
@@ -121,6 +126,8 @@ class WorkflowDefinition:
         version: str | None = None,
         strict: bool = False,
         history_limit: int | None = None,
+        errors: KnownErrors = DEFAULT_ERRORS,
+        secrets: tuple[bytes, ...] = (),
     ) -> WorkflowDefinition:
         """Describe a workflow function.
 
@@ -129,7 +136,9 @@ class WorkflowDefinition:
         """
         name = name_of(fn, name, what="workflow")
         refuse_generator(fn, what=f"workflow {name!r}")
-        definition = cls(name, fn, is_coroutine(fn), queue, limit, interceptors, version, strict, history_limit)
+        definition = cls(
+            name, fn, is_coroutine(fn), queue, limit, interceptors, version, strict, history_limit, errors, secrets
+        )
         for parameter in definition.signature.parameters.values():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise DefinitionError(

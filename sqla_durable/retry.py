@@ -20,6 +20,7 @@ from tenacity import RetryCallState
 
 from sqla_durable.checks import LONGEST
 from sqla_durable.errors import DefinitionError, KeyNotVisibleError, RetryPolicyError
+from sqla_durable.redaction import brief, message_of
 
 RetryPredicate: TypeAlias = Callable[[RetryCallState], bool | Awaitable[bool]]
 StopPredicate: TypeAlias = Callable[[RetryCallState], bool]
@@ -132,8 +133,8 @@ def _refusing(state: RetryCallState) -> Generator[None]:
         yield
     except Exception as error:
         outcome = state.outcome.exception() if state.outcome is not None else None
-        asked = "" if outcome is None else f", asked about {outcome!r}"
-        raise RetryPolicyError(f"the step's retry policy failed with {error!r}{asked}.") from error
+        asked = "" if outcome is None else f", asked about {brief(outcome)}"
+        raise RetryPolicyError(f"the step's retry policy failed with {brief(error)}{asked}.") from error
 
 
 def until_true(policy: RetryPolicy | None, *, wait: WaitFunction | None, timeout: timedelta | None) -> RetryPolicy:
@@ -245,8 +246,8 @@ def backoff(tries: Tries) -> float:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its repr, and what to do about it where that is known."""
-    line = next(iter(str(error).splitlines()), "") or repr(error)
+    """Return the first line of an error's text, without values, and what to do about it where that is known."""
+    line = next(iter(message_of(error).splitlines()), "") or brief(error)
     return f"{line} ({_POOLER})" if is_mixed_up(error) else line
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
-import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator
@@ -24,6 +23,7 @@ from sqla_durable.context import Context, Fork
 from sqla_durable.inspection import SessionKind
 from sqla_durable.interceptors import Around, entered, entered_async
 from sqla_durable.limits import Watch
+from sqla_durable.log import Log
 from sqla_durable.loop_timers import Timers, watching
 from sqla_durable.operations.attempt import TIMERS, Attempt, Position, Wait
 from sqla_durable.operations.cancelled import Cancelled, cancelled_in, settle
@@ -31,6 +31,7 @@ from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.runtime import Operation, StepCall, execution_of, run_blocking
 from sqla_durable.operations.step import run_step
 from sqla_durable.operations.transaction import StepTransaction
+from sqla_durable.redaction import brief
 from sqla_durable.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.setbacks import TransactionRetry
 from sqla_durable.status import StepStatus
@@ -42,7 +43,7 @@ from sqla_durable.unwinding import AttemptLost, ControlFlow
 T = TypeVar("T")
 Work: TypeAlias = Callable[[], Awaitable[Any]]
 
-log = logging.getLogger("sqla_durable.workflow")
+log = Log("sqla_durable.workflow")
 
 _LOOK_EVERY = 0.5  # seconds between two looks whether a replay goes on
 _QUIET = 5.0  # seconds without anything that could cancel a call again
@@ -479,4 +480,4 @@ def _returned(function: Callable[[], T], watch: Watch | None) -> T:
         with _measured(watch):
             return function()
     except (StopIteration, KeyboardInterrupt) as error:
-        raise RuntimeError(f"the step raised {error!r}") from error
+        raise RuntimeError(f"the step raised {brief(error)}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
@@ -11,16 +10,18 @@ from typing import Any, ParamSpec, Self, cast
 
 from sqla_durable.context import Context
 from sqla_durable.errors import CompensationFailedError, UsageError
+from sqla_durable.log import Log
 from sqla_durable.loop_timers import carried_through
 from sqla_durable.operate import operate, require_workflow
 from sqla_durable.operations import saga as operations
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.raised import is_own_failure
+from sqla_durable.redaction import brief
 from sqla_durable.tasks import is_engines_own
 
 P = ParamSpec("P")
 
-log = logging.getLogger("sqla_durable.saga")
+log = Log("sqla_durable.saga")
 
 
 class Saga:
@@ -106,7 +107,7 @@ class Saga:
         if failed:
             raise CompensationFailedError(
                 f"{len(failed)} of {len(self._compensations)} compensations failed: {'; '.join(failed)}. The others "
-                f"were carried out. They followed on {error!r}."
+                f"were carried out.{_after(error)}"
             ) from error
 
 
@@ -148,6 +149,10 @@ async def _failure_async(attempt: Attempt, name: str, undo: Callable[[], Any]) -
     return None
 
 
+def _after(error: BaseException | None) -> str:
+    return "" if error is None else f" They followed on {brief(error)}."
+
+
 def _told(name: str, error: BaseException) -> str:
-    log.warning("the compensation %s failed: %r", name, error)
-    return f"{name}: {error!r}"
+    log.warning("the compensation %s failed: %s", name, brief(error))
+    return f"{name}: {brief(error)}"

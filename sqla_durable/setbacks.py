@@ -6,13 +6,13 @@ the engine's. Decides and computes; nothing here waits.
 
 from __future__ import annotations
 
-import logging
 from enum import Enum, auto
 
 import tenacity
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from sqla_durable.log import Log
 from sqla_durable.retry import Tries, backoff, first_line, is_conflict, is_mixed_up, is_obstacle, is_outage, sqlstate
 
 LOSSES = 20
@@ -47,7 +47,7 @@ _AT_COMMIT = (
     "a before_commit listener takes longer than the five seconds that the server waits between checkpoint and COMMIT: "
     "do what takes long in the step"
 )
-log = logging.getLogger("sqla_durable.step")
+log = Log("sqla_durable.step")
 
 _loss_backoff = tenacity.wait_random_exponential(multiplier=0.1, max=5)
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.callers import AnySession
 from sqla_durable.checks import fault_in, require_duration
-from sqla_durable.codec import Codec, reasons
+from sqla_durable.codec import Codec
 from sqla_durable.context import active, outside
 from sqla_durable.errors import ArgumentError, DecodingError, UsageError
 from sqla_durable.failure import Failure
@@ -27,6 +27,7 @@ from sqla_durable.operations.attempt import Attempt, Position
 from sqla_durable.operations.raised import is_own_failure
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.publishing import encode, publish
+from sqla_durable.redaction import problems_of
 from sqla_durable.store import Checkpoint, Connectable, Origin, Verdict, updates
 from sqla_durable.unwinding import AttemptLost
 
@@ -312,6 +313,5 @@ class _Receiving:
 
 def _reason_of(error: BaseException) -> str:
     if isinstance(error, DecodingError) and isinstance(error.__cause__, ValidationError):
-        return f"the payload does not fit: {reasons(error.__cause__)}"[:_REASON_LIMIT]
-    failure = Failure.of(error)
-    return (failure.message.strip() or failure.type.rpartition(":")[2])[:_REASON_LIMIT]
+        return f"the payload does not fit: {problems_of(error.__cause__, below=1)}"[:_REASON_LIMIT]
+    return (Failure.of(error).message.strip() or type(error).__name__)[:_REASON_LIMIT]

@@ -41,8 +41,8 @@ FLOORS = (
     {"hints", "polling", "callers"},
     {"registry", "store", "failure", "migrations", "storage"},
     {"inspection", "setbacks"},
-    {"models", "codec", "retry", "_programs", "undisturbed", "interceptors", "limits"},
-    {"checks"},
+    {"models", "codec", "retry", "_programs", "undisturbed", "interceptors", "limits", "classes", "log"},
+    {"checks", "redaction"},
     {"errors", "status", "execution"},
     {"unwinding"},
 )

@@ -17,7 +17,7 @@ from uuid import UUID
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field, GetCoreSchemaHandler
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, Secret, SecretBytes, SecretStr
 from pydantic_core import CoreSchema, core_schema
 from sqlalchemy import Engine, cast, literal, select
 from sqlalchemy.dialects.postgresql import JSONB
@@ -31,6 +31,7 @@ from sqla_durable.errors import (
     EncodingError,
     PayloadTooLargeError,
 )
+from sqla_durable.redaction import traceback_of
 from tests.support.domain import Order
 
 
@@ -148,7 +149,10 @@ def test_circle_is_refused() -> None:
 
 
 def test_value_of_another_type_is_refused() -> None:
-    with pytest.raises(EncodingError, match="the value cannot be stored: 'seven' does not fit its annotation"):
+    with pytest.raises(
+        EncodingError,
+        match="the value cannot be stored: str does not fit its annotation: Input should be",
+    ):
         _codec(int).encode("seven")
     with pytest.raises(EncodingError, match="does not fit its annotation"):
         _codec(Point).encode({"x": 1})
@@ -169,12 +173,11 @@ def test_limit_is_in_bytes_of_utf8() -> None:
         _codec(str, limit=10).encode("öööö1")
 
 
-def test_stored_value_that_no_longer_fits_says_what_was_stored() -> None:
+def test_stored_value_that_no_longer_fits_says_where_and_not_what() -> None:
     with pytest.raises(
-        DecodingError, match=r"does not fit the annotation that the code has now: x: .*got 'a'"
+        DecodingError, match=r"does not fit the annotation that the code has now: x: .*got str"
     ) as caught:
         _codec(Point).decode('{"x": "a"}')
-    assert """stored was '{"x": "a"}'""" in str(caught.value)
     assert "Bring back an annotation that reads it" in str(caught.value)
 
 
@@ -188,13 +191,83 @@ def test_annotation_that_cannot_be_stored_is_refused(annotation: Any) -> None:
         _codec(annotation)
 
 
-def test_value_whose_repr_fails_is_still_reported() -> None:
+def test_value_is_reported_without_its_repr() -> None:
     class Hostile:
         def __repr__(self) -> str:
             raise RuntimeError("no repr")
 
-    with pytest.raises(EncodingError, match="<Hostile whose repr failed: RuntimeError"):
+    with pytest.raises(EncodingError, match="is of type Hostile"):
         _codec(Any).encode(Hostile())
+
+
+class Login(BaseModel):
+    user: str
+    password: SecretStr
+
+
+class Vault(BaseModel):
+    logins: dict[str, list[Login]]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "path"),
+    [
+        (SecretStr, SecretStr("hunter2"), "it"),
+        (SecretBytes, SecretBytes(b"hunter2"), "it"),
+        (Secret[int], Secret[int](7), "it"),
+        (Login, Login(user="a", password=SecretStr("hunter2")), "password"),
+        (list[SecretStr | None], [None, SecretStr("hunter2")], r"\[1\]"),
+        (Vault, Vault(logins={"a": [Login(user="a", password=SecretStr("x"))]}), r"logins.a\[0\].password"),
+        (object, {"token": SecretStr("hunter2")}, "token"),
+    ],
+    ids=["str", "bytes", "any", "field", "list", "nested", "inferred"],
+)
+def test_secret_that_would_be_stored_as_asterisks_is_refused(annotation: Any, value: object, path: str) -> None:
+    with pytest.raises(EncodingError, match=f"the value cannot be stored: {path} is a secret") as caught:
+        _codec(annotation).encode(value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_asterisks_and_no_secret_are_stored() -> None:
+    assert _codec(str).encode("**********") == '"**********"'
+    assert _codec(SecretStr | None).encode(None) == "null"
+    assert _codec(SecretStr).decode(_codec(SecretStr).encode(SecretStr(""))) == SecretStr("")
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        (int, "hunter2"),
+        (Point, {"x": "hunter2"}),
+        (list[int], [1, "hunter2"]),
+        (Any, ("hunter2",)),
+        (Any, {"a": ["hunter2\0"]}),
+        (Any, {"a": ["hunter2\ud800"]}),
+        (Any, {"a": [{"hunter2": float("nan")}]}),
+        (object, {"a": [object()], "b": "hunter2"}),
+        (dict[str, int], {"a": "hunter2"}),
+    ],
+    ids=["int", "dataclass", "list", "tuple", "nul", "surrogate", "nan", "object", "dict"],
+)
+def test_value_that_cannot_be_stored_is_not_in_the_error(annotation: Any, value: object) -> None:
+    with pytest.raises(EncodingError) as caught:
+        _codec(annotation).encode(value)
+    text = traceback_of(caught.value)
+    assert "hunter2" not in text.replace('"hunter2"', "").replace("a[0].hunter2", "")
+
+
+def test_stored_value_that_does_not_fit_is_in_no_traceback() -> None:
+    for text in ('{"x": "hunter2"}', '["hunter2"]', '{"x": 1, "weight": "hunter2"}'):
+        with pytest.raises(DecodingError) as caught:
+            _codec(Point).decode(text)
+        assert "hunter2" not in traceback_of(caught.value)
+
+
+def test_path_names_where_the_fault_is() -> None:
+    for value, path in [({"a": ["x\0"]}, "a[0]"), ({"a": {"b": float("inf")}}, "a.b"), (["\ud800"], "[0]")]:
+        with pytest.raises(EncodingError) as caught:
+            _codec(Any).encode(value)
+        assert str(caught.value).endswith(f" in {path}.")
 
 
 def test_long_value_is_cut_in_the_message() -> None:

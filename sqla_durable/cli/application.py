@@ -17,6 +17,8 @@ from sqla_durable.cli.errors import CommandError
 from sqla_durable.cli.torture import torture
 from sqla_durable.cli.worker import worker
 from sqla_durable.errors import DurableError
+from sqla_durable.log import one_line
+from sqla_durable.redaction import driver_message, message_of
 
 FAILED, WRONG_COMMAND = 1, 2
 
@@ -57,14 +59,14 @@ def _options(
 
 def _fail(message: str, code: int) -> NoReturn:
     """Print one paragraph to stderr and leave."""
-    paragraph = " ".join(message.split())
+    paragraph = one_line(" ".join(message.split()), limit=10_000)
     print(f"sqla-durable: {paragraph}", file=sys.stderr)
     sys.exit(code)
 
 
 def _reason(error: SQLAlchemyError) -> str:
     """Give the driver's own words, without the statement and its parameters, which may hold secrets."""
-    return str(error.orig if isinstance(error, DBAPIError) else error)
+    return driver_message(error.orig) if isinstance(error, DBAPIError) and error.orig else message_of(error)
 
 
 app.command("worker")(worker)

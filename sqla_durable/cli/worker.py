@@ -51,7 +51,9 @@ def worker(
     name: Annotated[str | None, typer.Option(help="Its name in the worker table; by default host:pid.")] = None,
     url: Annotated[
         str | None,
-        typer.Option(help="The database; by default that of the Durable object, else DATABASE_URL."),
+        typer.Option(
+            help="The database; by default that of the Durable object, else DATABASE_URL, which hides the password."
+        ),
     ] = None,
     log_level: Annotated[str, typer.Option(help=f"What to log to stderr: {', '.join(_LEVELS)}.")] = "info",
 ) -> None:

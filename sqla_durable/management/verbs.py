@@ -15,7 +15,7 @@ import sqla_durable.hints as hints
 from sqla_durable.checks import fault_in
 from sqla_durable.errors import ArgumentError, WorkflowReferencedError
 from sqla_durable.management.selection import Selected, perform
-from sqla_durable.retry import sqlstate
+from sqla_durable.retry import first_line, sqlstate
 from sqla_durable.store import connection_of, management, trees
 from sqla_durable.store.selection import Wanted, workers_of
 
@@ -290,7 +290,7 @@ def _delete(session: Session, wanted: Wanted) -> list[UUID]:
         if sqlstate(error) not in _REFERENCED:
             raise
         raise WorkflowReferencedError(
-            f"rows of the application refer to workflows that were to be deleted: {error.orig}. Nothing was deleted: "
-            "delete or change those rows first, or give their foreign key ON DELETE SET NULL."
+            f"rows of the application refer to workflows that were to be deleted: {first_line(error)}. "
+            "Nothing was deleted: delete or change those rows first, or give their foreign key ON DELETE SET NULL."
         ) from error
     return held

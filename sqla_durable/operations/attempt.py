@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from uuid import UUID
 
+from sqla_durable.classes import DEFAULT as DEFAULT_ERRORS
+from sqla_durable.classes import KnownErrors
 from sqla_durable.errors import HistoryLimitError, UnfinishedStepError, UsageError
 from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
 from sqla_durable.limits import Watch
@@ -164,6 +166,8 @@ class Attempt:
         self.joined: set[str] = set()
         self.interceptors: Interceptors = NO_INTERCEPTORS
         self.history_limit = DEFAULT_HISTORY_LIMIT
+        self.errors: KnownErrors = DEFAULT_ERRORS
+        self.secrets: tuple[bytes, ...] = ()
         self._history: Mapping[str, Recorded] = claimed.history
         self._learned: dict[str, Recorded] = {}  # outcomes that this attempt has read again
         self.cancelled_calls: set[str] = set()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import secrets
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
 from uuid import UUID
+
+from pydantic import TypeAdapter, ValidationError
 
 from sqla_durable.codec import DEFAULT_LIMIT, Codec
 from sqla_durable.errors import (
@@ -17,6 +21,7 @@ from sqla_durable.errors import (
     CallbackNotFoundError,
     CallbackSilentError,
     DecodingError,
+    UsageError,
     WaitTimeoutError,
 )
 from sqla_durable.failure import Failure
@@ -25,6 +30,7 @@ from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.wait import GracePeriod
+from sqla_durable.redaction import problems_of
 from sqla_durable.status import StepStatus
 from sqla_durable.store import Awaited, Recorded, callbacks, hints, signals
 from sqla_durable.unwinding import AttemptLost
@@ -38,23 +44,40 @@ _LONGEST_WAIT = 365 * 86_400.0  # seconds: a time that is out of the server's ra
 class Made:
     """A callback as its step's record has it.
 
+    The record has the hash of the token, by which it is found, and not the token: that is made again of a secret that
+    only workers have. Without such a secret the record has the token too, or a replay would not have it.
+
     Attributes:
-        token: the id of the workflow that made it, and a secret.
+        workflow_id: the id of the workflow that made it.
+        digest: SHA-256 of the token, in hexadecimal digits.
+        nonce: what is random in a token that is made of a secret.
+        token: the token itself, where there was no secret.
         signal: the name under which its outcome is in that workflow's inbox.
         timeout: in seconds, from when it was made.
         heartbeat: in seconds, how long it may be silent.
     """
 
-    token: str
+    workflow_id: UUID
+    digest: str
+    nonce: str
+    token: str | None
     signal: str
     timeout: float | None
     heartbeat: float | None
 
     @classmethod
-    def new(cls, workflow_id: UUID, *, within: timedelta | None, heartbeat: timedelta | None) -> Made:
+    def new(
+        cls, workflow_id: UUID, known: tuple[bytes, ...] = (), *, within: timedelta | None, heartbeat: timedelta | None
+    ) -> Made:
         """Make one."""
+        nonce = secrets.token_hex(_SECRET)
+        made = _tokens(workflow_id, nonce, known)
+        token = made[0] if made else f"{workflow_id.hex}.{secrets.token_hex(_SECRET)}"
         return cls(
-            token=f"{workflow_id.hex}.{secrets.token_hex(_SECRET)}",
+            workflow_id=workflow_id,
+            digest=digest_of(token),
+            nonce=nonce,
+            token=None if made else token,
             # Refused as a name by `signal`: nobody sends it by chance.
             signal=f"{signals.CALLBACK}{secrets.token_hex(8)}",
             timeout=None if within is None else within.total_seconds(),
@@ -65,19 +88,47 @@ class Made:
     def of(cls, recorded: Recorded) -> Made:
         """Read a record, of which an operator may have made another one."""
         try:
-            made = cls(**json.loads(recorded.output or "null"))
-            _ = made.workflow_id
-            return made
-        except (TypeError, ValueError, AttributeError) as error:
+            return _ADAPTER.validate_json(recorded.output or "null")
+        except ValidationError as error:
             raise DecodingError(
-                f"the stored callback {recorded.key!r} is none: {error}. Fork from before it, or give its answer "
-                "instead of it, as the outcome of the step that waits."
+                f"the stored callback {recorded.key!r} is none: {problems_of(error)}. Fork from before it, or give its "
+                "answer instead of it, as the outcome of the step that waits."
             ) from error
 
-    @property
-    def workflow_id(self) -> UUID:
-        """The id of the workflow that made it."""
-        return UUID(self.token.partition(".")[0])
+    def to_json(self) -> str:
+        """Return the JSON text to store."""
+        return _ADAPTER.dump_json(self).decode()
+
+    def reveal(self, known: tuple[bytes, ...] = ()) -> str:
+        """Return the token, by which others answer.
+
+        Args:
+            known: the secrets of this worker, one of which may have made it.
+
+        Raises:
+            UsageError: none of them has.
+        """
+        given = [self.token] if self.token is not None else _tokens(self.workflow_id, self.nonce, known)
+        found = next((each for each in given if hmac.compare_digest(digest_of(each), self.digest)), None)
+        if found is None:
+            raise UsageError(
+                f"the token of a callback of workflow {self.workflow_id} was made with a secret that this worker does "
+                "not have: give Durable(secret=[...]) the old one beside the new one, for as long as workflows wait."
+            )
+        return found
+
+
+_ADAPTER = TypeAdapter(Made)
+
+
+def digest_of(token: str) -> str:
+    """Return what a callback's record holds of its token, and what it is found by."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _tokens(workflow_id: UUID, nonce: str, known: tuple[bytes, ...]) -> list[str]:
+    made = [hmac.digest(each, f"callback/{workflow_id.hex}/{nonce}".encode(), "sha256") for each in known]
+    return [f"{workflow_id.hex}.{each[:_SECRET].hex()}" for each in made]
 
 
 async def create(
@@ -94,8 +145,8 @@ async def create(
         if recorded is not None:
             return Made.of(recorded)
         await runtime.settle()
-        made = Made.new(attempt.workflow_id, within=within, heartbeat=heartbeat)
-        await runtime.record(checkpoint_of(attempt, position, output=json.dumps(asdict(made))))
+        made = Made.new(attempt.workflow_id, attempt.secrets, within=within, heartbeat=heartbeat)
+        await runtime.record(checkpoint_of(attempt, position, output=made.to_json()))
         await runtime.settle()  # nobody is to have a token that a crash makes another one of
         return made
     finally:
@@ -116,7 +167,7 @@ async def result(runtime: Runtime, position: Position, *, key: str, made: Made, 
         if recorded is None:
             await runtime.settle()
             recorded = await _Waiting(runtime, position, key, made).outcome()
-        return outcome_of(recorded, kind)
+        return outcome_of(recorded, kind, runtime.attempt.errors)
     finally:
         runtime.attempt.left(position)
 

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from sqla_durable.codec import DEFAULT_LIMIT, refuse_large
 from sqla_durable.errors import ChildrenFailedError, KeyNotVisibleError, PayloadTooLargeError, UsageError
-from sqla_durable.failure import Failure
+from sqla_durable.failure import Failure, record
 from sqla_durable.operations.attempt import Position, Wait
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import raise_recorded
@@ -41,7 +41,7 @@ async def start(
     try:
         recorded = attempt.recorded(position)
         if recorded is not None and recorded.status is StepStatus.FAILED:
-            raise_recorded(recorded)
+            raise_recorded(recorded, attempt.errors)
         text = None if recorded is None else recorded.output
         if text is None:
             await runtime.settle()
@@ -68,7 +68,7 @@ async def _record_hidden(
     runtime: Runtime, position: Position, started: Sequence[UUID], error: KeyNotVisibleError
 ) -> None:
     """Record that a child has a key whose workflow cannot be seen; those that were started beside it are cancelled."""
-    failed = checkpoint_of(runtime.attempt, position, StepStatus.FAILED, error=Failure.of(error).to_json())
+    failed = checkpoint_of(runtime.attempt, position, StepStatus.FAILED, error=record(error))
     await runtime.execute(partial(children.cancel_rest, checkpoint=failed, ids=started))
     await runtime.record(failed)
 
@@ -89,7 +89,7 @@ async def result(runtime: Runtime, position: Position, workflow_id: UUID, **with
     late = f"workflow {workflow_id} had no outcome in time; it goes on."
     recorded = await received(runtime, position, Source(look, at_once(take), late, workflows=[workflow_id]), **within)
     if recorded.status is StepStatus.FAILED:
-        raise_recorded(recorded)
+        raise_recorded(recorded, runtime.attempt.errors)
     return _outcome(json.loads(recorded.output or "{}"))
 
 
@@ -100,7 +100,7 @@ async def first(runtime: Runtime, position: Position, workflow_ids: Sequence[UUI
     late = f"none of {len(workflow_ids)} workflows had an outcome in time; they go on."
     recorded = await received(runtime, position, Source(look, at_once(take), late, workflows=workflow_ids), **within)
     if recorded.status is StepStatus.FAILED:
-        raise_recorded(recorded)
+        raise_recorded(recorded, runtime.attempt.errors)
     return UUID(json.loads(recorded.output or '""'))
 
 
@@ -130,7 +130,7 @@ async def join(
     finally:
         attempt.left(position)
     if recorded.status is StepStatus.FAILED:
-        raise_recorded(recorded)
+        raise_recorded(recorded, runtime.attempt.errors)
     return [_outcome({"name": started.name, **each}) for each in json.loads(recorded.output or "[]")]
 
 
@@ -227,22 +227,24 @@ class _Joining:
         await self._release_rest()  # what is detached
         found = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
         failed = [each for each in found if each["status"] == WorkflowStatus.FAILED.value or each["id"] in cancelled]
-        first_error: dict[str, Any] = (failed[0]["error"] or {}) if failed else {}
-        shown = f" The first: {first_error['type']}: {first_error.get('message')}" if first_error else ""
+        error = failed[0]["error"] if failed else None
+        first = Failure.from_json(error)
+        shown = f" The first: {first.type}: {first.message}" if error else ""
         shown = shown or (" The first was cancelled." if failed else "")
         ids = [UUID(each["id"]) for each in failed[:_SHOWN]]
+        find = self._runtime.attempt.errors.inside
         return await self._fail(
             ChildrenFailedError(
                 f"{len(failed)} of {self._label} failed, {self._tolerate} are tolerated; the rest is cancelled.{shown}",
                 count=len(failed),
                 indices=[self._ids.index(each) for each in ids],
                 workflow_ids=ids,
-                errors=[_outcome({"name": self._started.name, **each}).error() for each in failed[:_SHOWN]],
+                errors=[_outcome({"name": self._started.name, **each}).error(find) for each in failed[:_SHOWN]],
             )
         )
 
     async def _fail(self, error: Exception) -> Recorded:
-        return await self._record(StepStatus.FAILED, error=Failure.of(error).to_json())
+        return await self._record(StepStatus.FAILED, error=record(error))
 
     async def _record(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Recorded:
         checkpoint = checkpoint_of(self._runtime.attempt, self._position, status, output=output, error=error)

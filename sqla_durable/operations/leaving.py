@@ -5,9 +5,9 @@ Such code cannot be kept from being executed, but from having durable effects: e
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
+from sqla_durable.log import Log
 from sqla_durable.unwinding import (
     AttemptLost,
     CallRefused,
@@ -22,7 +22,7 @@ from sqla_durable.unwinding import (
 if TYPE_CHECKING:
     from uuid import UUID
 
-log = logging.getLogger("sqla_durable.workflow")
+log = Log("sqla_durable.workflow")
 
 _AGAIN = "The code comes here again when the workflow goes on; what is to be done once belongs after the wait"
 _UNDO = "What is to be done when a workflow is cancelled is a compensation of a Saga"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from sqla_durable.classes import KnownErrors
 from sqla_durable.codec import Codec
 from sqla_durable.errors import StepFailedError
 from sqla_durable.failure import Failure
@@ -11,8 +12,13 @@ from sqla_durable.status import StepStatus
 from sqla_durable.store import Recorded
 
 
-def outcome_of(recorded: Recorded, result: Codec) -> Any:
+def outcome_of(recorded: Recorded, result: Codec, known: KnownErrors) -> Any:
     """Give the value, or raise the error, the same on first execution and on replay.
+
+    Args:
+        recorded: the outcome.
+        result: reads the value.
+        known: the classes of errors that may be raised.
 
     Raises:
         Exception: the recorded error.
@@ -21,17 +27,19 @@ def outcome_of(recorded: Recorded, result: Codec) -> Any:
     """
     if recorded.status is StepStatus.SUCCEEDED:
         return result.decode(recorded.output or "null")
-    raise_recorded(recorded)
+    raise_recorded(recorded, known)
 
 
-def raise_recorded(recorded: Recorded) -> NoReturn:
+def raise_recorded(recorded: Recorded, known: KnownErrors) -> NoReturn:
     """Raise the error of an operation that failed; see `outcome_of`."""
     failure = Failure.from_text(recorded.error)
-    rebuilt = failure.rebuild()
+    rebuilt = failure.rebuild(known.inside)
     if rebuilt is not None:
         raise rebuilt
-    raise StepFailedError(
+    error = StepFailedError(
         f"step {recorded.key!r} failed with {failure.type}: {failure.message}",
         error_type=failure.type,
         error_message=failure.message,
-    ) from failure.cause()
+    )
+    failure.complete(error)
+    raise error

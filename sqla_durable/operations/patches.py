@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-
 from sqla_durable.errors import HistoryMismatchError
+from sqla_durable.log import Log, joined
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.changes import PATCH
 from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint
 
-log = logging.getLogger("sqla_durable.changes")
+log = Log("sqla_durable.changes")
 
 
 def patched(attempt: Attempt, patch_id: str) -> tuple[bool, Checkpoint | None]:
@@ -46,7 +45,7 @@ def report(attempt: Attempt, *, strict: bool) -> None:
         return
     what = f"workflow {attempt.name!r} {attempt.workflow_id} was recorded by other code than today's: {mismatch}"
     if not strict:
-        log.warning("%s", what)
+        log.warning("%s", joined(what))
         return
     raise HistoryMismatchError(
         f"{what}\nIt is strict and has no outcome for now: deploy code that visits its history, or mark the change "

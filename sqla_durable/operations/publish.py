@@ -16,7 +16,7 @@ from sqla_durable.errors import EncodingError
 from sqla_durable.operations.attempt import Attempt, Position
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.runtime import Runtime, StepCall
-from sqla_durable.retry import is_transient
+from sqla_durable.retry import first_line, is_transient
 from sqla_durable.store import Checkpoint, Connectable, Origin
 
 
@@ -74,5 +74,5 @@ async def _clearly(runtime: Runtime, writing: Awaitable[None]) -> None:
         if is_transient(error):
             raise
         raise EncodingError(
-            f"the database refuses what workflow {runtime.attempt.name!r} publishes: {error}"
+            f"the database refuses what workflow {runtime.attempt.name!r} publishes: {first_line(error)}"
         ) from error

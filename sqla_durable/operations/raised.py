@@ -65,6 +65,8 @@ def failure_of_workflow(error: BaseException, name: str) -> BaseException:
 def _stated(error: BaseException, what: str) -> BaseException:
     if not isinstance(error, ControlFlow):
         return error
-    stated = UsageError(f"{what} raised {error!r} by itself, which only the engine does, to end an attempt.")
+    stated = UsageError(
+        f"{what} raised {type(error).__name__} by itself, which only the engine does, to end an attempt."
+    )
     stated.__cause__ = error
     return stated

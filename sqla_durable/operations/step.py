@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import DefinitionError, PayloadError, RetryPolicyError, TransactionLostError, UsageError
-from sqla_durable.failure import Failure
+from sqla_durable.failure import Failure, record
 from sqla_durable.inspection import SessionKind
 from sqla_durable.limits import TimeLimits, Watch
 from sqla_durable.operations.attempt import Wait
@@ -46,7 +46,7 @@ async def run_step(runtime: Runtime, call: StepCall) -> Any:
         if recorded is None:
             await runtime.settle()
             recorded = await _Execution(runtime, call).recorded()
-        return outcome_of(recorded, call.definition.result)
+        return outcome_of(recorded, call.definition.result, runtime.attempt.errors)
     finally:
         runtime.attempt.left(call.position)
 
@@ -281,7 +281,7 @@ class _Execution:
 
     async def _record_try(self, error: BaseException | None, seconds: float) -> None:
         """Record a failed try, so that a crash does not forget how many there were."""
-        text = None if error is None else Failure.of(error).to_json()
+        text = None if error is None else record(error, self._attempt.errors)
         await self._runtime.record(self._checkpoint(StepStatus.RETRYING, error=text, delay=seconds))
 
     def _in_time(self, verdict: _Soon | _Later | _Final, error: BaseException) -> _Soon | _Later | _Final:
@@ -371,7 +371,7 @@ class _Execution:
         return self._checkpoint(StepStatus.SUCCEEDED, output=output)
 
     def _failure(self, error: BaseException) -> Checkpoint:
-        return self._checkpoint(StepStatus.FAILED, error=Failure.of(error).to_json())
+        return self._checkpoint(StepStatus.FAILED, error=record(error, self._attempt.errors))
 
     def _checkpoint(
         self, status: StepStatus, *, output: str | None = None, error: str | None = None, delay: float | None = None
@@ -394,4 +394,6 @@ class _Execution:
 def _losses_in(tried: Recorded) -> int:
     """Return how many transactions were lost in a row when this try was recorded."""
     error = None if tried.error is None else Failure.from_text(tried.error).rebuild()
-    return error.count if isinstance(error, TransactionLostError) else 0
+    count = error.count if isinstance(error, TransactionLostError) else 0
+    is_number = isinstance(count, int)  # pyright: ignore[reportUnnecessaryIsInstance]  # a row may say anything
+    return min(max(0, count), LOSSES) if is_number else 0

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from sqla_durable.codec import Codec
 from sqla_durable.errors import EventNotSetError, WaitTimeoutError, WorkflowNotFoundError
-from sqla_durable.failure import Failure
+from sqla_durable.failure import record
 from sqla_durable.operations.arrivals import Waker
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.checkpoint import checkpoint_of
@@ -135,7 +135,8 @@ async def receive(
         WaitTimeoutError: it did not come in time.
         DecodingError: it does not fit the type that it is wanted as.
     """
-    return outcome_of(await received(runtime, position, source, within=within), result)
+    recorded = await received(runtime, position, source, within=within)
+    return outcome_of(recorded, result, runtime.attempt.errors)
 
 
 async def received(runtime: Runtime, position: Position, source: Source, *, within: timedelta | None) -> Recorded:
@@ -205,8 +206,7 @@ class _Waiting:
         return await self._fail(WaitTimeoutError(message))
 
     async def _fail(self, reason: Exception) -> Recorded:
-        error = Failure.of(reason).to_json()
-        failed = self.checkpoint(StepStatus.FAILED, error=error)
+        failed = self.checkpoint(StepStatus.FAILED, error=record(reason))
         await self._runtime.record(failed)
         return failed.recorded
 

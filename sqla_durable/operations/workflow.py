@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+from sqla_durable.classes import Find
 from sqla_durable.errors import (
     MaxAttemptsError,
     RowRefusedError,
@@ -14,7 +15,7 @@ from sqla_durable.errors import (
     WorkflowFailedError,
     WorkflowTimeoutError,
 )
-from sqla_durable.failure import Failure
+from sqla_durable.failure import Failure, add_notes, record
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.patches import report
 from sqla_durable.operations.raised import failure_of_workflow, is_own_failure_of_workflow
@@ -71,6 +72,7 @@ async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body:
     attempt = runtime.attempt
     attempt.interceptors = definition.interceptors
     attempt.history_limit = definition.history_limit or attempt.history_limit
+    attempt.errors, attempt.secrets = definition.errors, definition.secrets
     try:
         value = await _called(runtime, definition, body)
         attempt.proceed()
@@ -81,7 +83,7 @@ async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body:
             raise
         attempt.proceed()
         failure = failure_of_workflow(error, attempt.name)
-        return _ended(attempt, WorkflowStatus.FAILED, error=Failure.of(failure).to_json())
+        return _ended(attempt, WorkflowStatus.FAILED, error=record(failure, attempt.errors))
     return _ended(attempt, WorkflowStatus.SUCCEEDED, output=output)
 
 
@@ -135,11 +137,15 @@ class Outcome:
         workflow_id = completion.fence.workflow_id
         return cls(Standing(workflow_id, name, completion.status, completion.output, error))
 
-    def value(self, definition: WorkflowDefinition) -> Any:
+    def value(self, definition: WorkflowDefinition, *, find: Find | None = None) -> Any:
         """Return the workflow's result, or raise its error.
 
+        Args:
+            definition: the workflow's.
+            find: returns the classes that may be raised; by default what may be raised outside of workflows.
+
         Raises:
-            Exception: the workflow's own error, where its type is imported in this process.
+            Exception: the workflow's own error, where its class is known to its `Durable`, and imported here.
             WorkflowFailedError: where it is not.
             WorkflowCancelledError: it was cancelled.
             MaxAttemptsError: its workers died too often.
@@ -150,20 +156,20 @@ class Outcome:
             case WorkflowStatus.SUCCEEDED:
                 return definition.result.decode(self.standing.output or "null")
             case _:
-                raise self.error()
+                raise self.error(find or definition.errors.outside)
 
     @property
     def _label(self) -> str:
         return f"workflow {self.standing.name!r} {self.standing.workflow_id}"
 
-    def error(self) -> Exception:
-        """Return the error of a workflow that failed or was cancelled."""
+    def error(self, find: Find) -> Exception:
+        """Return the error of a workflow that failed or was cancelled, of a class that may be raised here."""
         if self.standing.status is WorkflowStatus.CANCELLED:
             return WorkflowCancelledError(f"{self._label} was cancelled.", workflow_id=self.standing.workflow_id)
         failure = Failure.from_json(self.standing.error or {"type": "unknown"})
         if (kind := _OF_THE_ENGINE.get(failure.type)) is not None:
             return kind(f"{self._label} failed: {failure.message}.", workflow_id=self.standing.workflow_id)
-        error = failure.rebuild()
+        error = failure.rebuild(find)
         if error is None:
             error = WorkflowFailedError(
                 f"{self._label} failed with {failure.type}: {failure.message}",
@@ -171,6 +177,6 @@ class Outcome:
                 error_type=failure.type,
                 error_message=failure.message,
             )
-            error.__cause__ = failure.cause()
-        error.add_note(f"raised in {self._label}")
+            failure.complete(error)
+        add_notes(error, f"raised in {self._label}")
         return error

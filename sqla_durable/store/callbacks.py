@@ -213,11 +213,10 @@ def _hold_statement() -> Any:
         .with_for_update(read=True, key_share=True, of=WORKFLOW),
         "owner",
     )
-    digest = func.encode(func.sha256(func.convert_to(_made("token"), _literal("UTF8"))), _literal("hex"))
     return (
         select(STEP.c.key)
         .join(owner, owner.c.id == STEP.c.workflow_id)
-        .where(is_callback(), digest == _given("digest", Text()))
+        .where(is_callback(), _made("digest") == _given("digest", Text()))
         .with_for_update(key_share=True, of=STEP)
     )
 

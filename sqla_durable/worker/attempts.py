@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ from sqlalchemy import Connection
 
 from sqla_durable.errors import HistoryMismatchError
 from sqla_durable.failure import Failure
+from sqla_durable.log import Log, joined, one_line
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import run_blocking
 from sqla_durable.operations.workflow import run_workflow
+from sqla_durable.redaction import message_of
 from sqla_durable.registry import Registry, WorkflowDefinition
 from sqla_durable.retry import is_about_data
 from sqla_durable.store import Claimed, Completion, Fence, Park, batches, crashes, workflows
@@ -28,7 +29,7 @@ from sqla_durable.worker.database import Database, persistently
 from sqla_durable.worker.isolation import Isolation
 from sqla_durable.worker.runtimes import LoopRuntime, Surroundings, ThreadRuntime
 
-log = logging.getLogger("sqla_durable.worker")
+log = Log("sqla_durable.worker")
 
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # seconds between looks at a row that somebody holds
 _LOOK_EVERY = 0.05
@@ -183,7 +184,7 @@ class Attempts:
         except Suspended as signal:
             await self._suspended(attempt, signal)
         except HistoryMismatchError as error:
-            log.error("%s", error)
+            log.error("%s", joined(str(error)))
             await self._hold_back(attempt)
         except BaseException as error:
             log.exception("workflow %s: its attempt %d broke", attempt.workflow_id, attempt.number)
@@ -267,7 +268,7 @@ class Attempts:
             await self._abandon(attempt, AttemptLost("it lost its workflow, and nobody has taken it"))
 
     async def _abandon(self, attempt: Attempt, error: BaseException) -> None:
-        reason = f"the engine broke with {type(error).__name__}: {error}".replace("\0", "\\0")
+        reason = one_line(f"the engine broke with {type(error).__name__}: {message_of(error)}")
         await self._count(attempt.fence, reason)
 
     async def count_unread(self, fence: Fence) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from typing import Protocol
 
-log = logging.getLogger("sqla_durable.worker")
+from sqla_durable.log import Log
+
+log = Log("sqla_durable.worker")
 
 
 class Stoppable(Protocol):

@@ -6,7 +6,6 @@ It never polls by itself: `Maintenance` and the listener tell it when something 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 from itertools import chain
@@ -15,6 +14,7 @@ from uuid import UUID
 from sqlalchemy import Connection
 from uuid_utils.compat import uuid7
 
+from sqla_durable.log import Log
 from sqla_durable.retry import ObstacleRetry, first_line, is_about_data
 from sqla_durable.store import Claimed, Fence, queues
 from sqla_durable.store.parts import Part
@@ -23,7 +23,7 @@ from sqla_durable.worker.cursors import Cursors
 from sqla_durable.worker.database import Database
 from sqla_durable.worker.heartbeat import Heartbeat
 
-log = logging.getLogger("sqla_durable.worker")
+log = Log("sqla_durable.worker")
 
 _BATCH = 200
 _PAUSES = (0.01, 0.05, 0.25)  # seconds between claims after the last one that found something

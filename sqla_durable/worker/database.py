@@ -9,7 +9,6 @@ nothing is cut off, and the statement tried again on another one.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import socket
 import threading
@@ -23,13 +22,14 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from typing_extensions import override
 
+from sqla_durable.log import Log
 from sqla_durable.retry import ObstacleRetry, first_line, spoils_connection
 from sqla_durable.store import schema
 from sqla_durable.undisturbed import Undisturbed, see
 
 T = TypeVar("T")
 
-log = logging.getLogger("sqla_durable.worker")
+log = Log("sqla_durable.worker")
 
 _THREADS = 4
 _LAST_WAIT = 2.0  # seconds for a transaction to end by itself when nobody wants its answer any more

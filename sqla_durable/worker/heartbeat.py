@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import socket
 import time
@@ -15,12 +14,13 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from sqla_durable.log import Log
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Fence, hints, workers, workflows
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.database import Database, persistently
 
-log = logging.getLogger("sqla_durable.worker")
+log = Log("sqla_durable.worker")
 
 BEATS = 3
 """How often a worker beats in a lease."""

@@ -18,12 +18,13 @@ from typing import Any, TypeAlias
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from sqla_durable.log import Log
 from sqla_durable.retry import LONGEST_BACKOFF, ObstacleRetry, first_line
 from sqla_durable.store import hints
 from sqla_durable.undisturbed import Undisturbed, until_done
 from sqla_durable.worker.database import shut_down
 
-log = logging.getLogger("sqla_durable.worker")
+log = Log("sqla_durable.worker")
 
 _CHECK = timedelta(seconds=10)
 _LIMIT = timedelta(seconds=5)

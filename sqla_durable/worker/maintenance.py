@@ -7,7 +7,6 @@ would have told is found here too, so that a lost one costs a poll interval and 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from sqla_durable.log import Log
 from sqla_durable.retry import LONGEST_BACKOFF
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import crashes, deadlines, held, signals, workers, workflows
@@ -30,7 +30,7 @@ from sqla_durable.worker.database import Database, persistently
 from sqla_durable.worker.heartbeat import Heartbeat
 from sqla_durable.worker.isolation import Isolation
 
-log = logging.getLogger("sqla_durable.worker")
+log = Log("sqla_durable.worker")
 
 _LIMIT = 1_000  # rows that one statement changes
 _SHORTEST_PAUSE = 0.01  # seconds between two looks, however many timers there are

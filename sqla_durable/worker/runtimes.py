@@ -21,7 +21,7 @@ from typing_extensions import override
 import sqla_durable.tasks as tasks
 from sqla_durable.context import Fork
 from sqla_durable.errors import EncodingError
-from sqla_durable.failure import Failure
+from sqla_durable.failure import record
 from sqla_durable.inspection import SessionKind
 from sqla_durable.operations.arrivals import Arrivals, Waker
 from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
@@ -468,5 +468,4 @@ def _performed(runtime: StepRuntime, call: StepCall) -> Any:
 
 def refused(completion: Completion, error: EncodingError) -> Completion:
     """Give the outcome of a workflow whose own outcome the database refuses."""
-    failure = Failure.of(error).to_json()
-    return replace(completion, status=WorkflowStatus.FAILED, output=None, error=failure)
+    return replace(completion, status=WorkflowStatus.FAILED, output=None, error=record(error))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import threading
 from collections.abc import Coroutine, Iterable
@@ -25,8 +24,9 @@ from sqla_durable.checks import require_duration, require_text
 from sqla_durable.durable import Durable
 from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, UsageError
 from sqla_durable.handle import refuse_event_loop
+from sqla_durable.log import Log
 from sqla_durable.operations.arrivals import Arrivals
-from sqla_durable.retry import is_unreachable
+from sqla_durable.retry import first_line, is_unreachable
 from sqla_durable.store import hints, schema
 from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS, MOST_CRASHES
 from sqla_durable.worker.attempts import Attempts
@@ -42,7 +42,7 @@ from sqla_durable.worker.maintenance import Maintenance
 from sqla_durable.worker.runtimes import Surroundings
 from sqla_durable.worker.writer import Writer
 
-log = logging.getLogger("sqla_durable.worker")
+log = Log("sqla_durable.worker")
 
 _LAST_GRACE = 5.0  # seconds after the grace in which the database must be reached to leave in good order
 
@@ -310,7 +310,8 @@ class Worker:
                 hide_password=True
             )
             raise DatabaseUnavailableError(
-                f"the database {url} cannot be reached: {error}. Check the URL, and that the server is running."
+                f"the database {url} cannot be reached: {first_line(error)}. "
+                "Check the URL, and that the server is running."
             ) from error
         if not list(self.durable.registry):
             log.warning("no workflows are registered here: is the module that defines them imported?")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,14 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from sqla_durable.errors import EncodingError
+from sqla_durable.log import Log
+from sqla_durable.retry import first_line
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Fence, Park, batches, steps, workflows
 from sqla_durable.unwinding import AttemptLost
 from sqla_durable.worker.database import Database, persistently
 
-log = logging.getLogger("sqla_durable.worker")
+log = Log("sqla_durable.worker")
 
 Ticket: TypeAlias = "asyncio.Future[None] | concurrent.futures.Future[None]"
 Row: TypeAlias = Checkpoint | Completion | Park
@@ -190,7 +191,7 @@ class Writer:
             return
         log.error("the database refuses what workflow %s records: %s", batch[0].fence.workflow_id, error)
         for write in batch:
-            refused = EncodingError(f"the database refuses what the workflow records: {error}")
+            refused = EncodingError(f"the database refuses what the workflow records: {first_line(error)}")
             refused.__cause__ = error
             write.settle(refused)
 

@@ -158,12 +158,12 @@ def test_worker_warns_of_names_that_it_does_not_know(session_factory: Sessions) 
 @pytest.mark.parametrize(
     ("args", "kwargs", "said"),
     [
-        (("seven",), {}, "argument 'order_id' of workflow 'ship' does not fit its annotation: .*, got 'seven'"),
-        (("7",), {}, "got '7'"),
-        ((7.0,), {}, "got 7.0"),
-        ((True,), {}, "got True"),
-        ((1, "free"), {}, "argument 'price' of workflow 'ship' .*, got 'free'"),
-        ((1,), {"note": 7}, "argument 'note' of workflow 'ship' .*, got 7"),
+        (("seven",), {}, "argument 'order_id' of workflow 'ship' does not fit its annotation: .*, got str"),
+        (("7",), {}, "got str"),
+        ((7.0,), {}, "got float"),
+        ((True,), {}, "got bool"),
+        ((1, "free"), {}, "argument 'price' of workflow 'ship' .*, got str"),
+        ((1,), {"note": 7}, "argument 'note' of workflow 'ship' .*, got int"),
         ((), {}, r"workflow 'ship' takes \(order_id: .*missing a required argument: 'order_id'"),
         ((1,), {"colour": "red"}, "unexpected keyword argument 'colour'"),
         ((1, Decimal(1), "", 1.0, 5), {}, "too many positional arguments"),
@@ -209,7 +209,7 @@ def test_orm_instance_as_an_argument_is_refused(session_factory: Sessions) -> No
     with caller_survives(session_factory) as session:
         order = session.scalars(select(Order)).one()
         with pytest.raises(
-            ArgumentError, match=r"argument 'anything' .* is the ORM instance <.*Order.*>: pass its primary"
+            ArgumentError, match=r"argument 'anything' .* is an ORM instance of Order: pass its primary"
         ):
             carry.start(session, order)
         with pytest.raises((ArgumentError, EncodingError)):
@@ -230,16 +230,16 @@ def test_orm_class_as_an_annotation_is_refused() -> None:
 @pytest.mark.parametrize(
     ("bound", "said"),
     [
-        (lambda: ship.bind(1, note="a\0b"), r"argument 'note' .*PostgreSQL keeps no NUL character, in 'a\\x00b'"),
+        (lambda: ship.bind(1, note="a\0b"), r"argument 'note' .*PostgreSQL keeps no NUL character"),
         (lambda: carry.bind({"a\0": 1}), "NUL"),
         (lambda: ship.bind(1, note="\ud800"), "argument 'note' .*surrogate"),
         (lambda: carry.bind(["\udfff"]), "surrogate"),
         (lambda: ship.bind(1, weight=float("nan")), "argument 'weight' .*(nan|NaN|float)"),
         (lambda: ship.bind(1, weight=float("-inf")), "argument 'weight' .*(inf|float)"),
         (lambda: carry.bind([float("inf")]), "argument 'anything' .*(inf|float)"),
-        (lambda: carry.bind(b"bytes"), "no annotation and is b'bytes'.*Annotate it, for example with 'bytes'"),
-        (lambda: carry.bind(object()), "no annotation and is <object object"),
-        (lambda: carry.bind({1: 2}), "no annotation and is {1: 2}"),
+        (lambda: carry.bind(b"bytes"), "no annotation and is of type bytes.*Annotate it, for example with 'bytes'"),
+        (lambda: carry.bind(object()), "no annotation and is of type object"),
+        (lambda: carry.bind({1: 2}), "no annotation and is of type dict"),
     ],
 )
 def test_value_that_jsonb_cannot_hold_is_refused(

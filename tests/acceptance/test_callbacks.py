@@ -15,7 +15,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import Session
 
 from sqla_durable import (
@@ -432,6 +432,79 @@ def test_answer_that_does_not_fit_counts(session: Session, durable: Durable) -> 
         Executor(session).execute(pay, workflow_id)
     with pytest.raises(errors.CallbackFinishedError):
         complete_callback(session, token, 7)
+
+
+# Secrets
+
+OLD, NEW = "an old secret of a worker", "a new secret of a worker"
+
+
+def asking(secret: str | list[str], tokens: list[str]) -> Any:
+    durable = Durable(secret=secret)
+
+    @durable.workflow
+    def pay() -> int:
+        callback = create_callback(int)
+        tokens.append(callback.token)
+        if len(tokens) == 1:
+            raise PowerCut
+        return callback.result()
+
+    return pay
+
+
+# behaviour: C2
+def test_token_that_is_made_of_a_secret_is_in_no_table(session: Session) -> None:
+    tokens: list[str] = []
+    pay = asking(OLD, tokens)
+    workflow_id = pay.start(session).id
+    session.commit()
+    with pytest.raises(PowerCut):
+        Executor(session).execute(pay, workflow_id)
+    for name in ("workflow", "step", "signal", "event"):
+        rows = session.scalars(text(f"SELECT CAST(t AS text) FROM durable.{name} AS t"))
+        assert tokens[0].partition(".")[2] not in "".join(rows)
+    (made,) = session.scalars(select(Step.output).where(Step.key == "create_callback"))
+    assert made is not None
+    for guess in (made["digest"], made["nonce"], made["signal"].rpartition(":")[2]):
+        with pytest.raises((errors.ArgumentError, errors.CallbackNotFoundError)):
+            complete_callback(session, f"{workflow_id.hex}.{guess[:48]}", 6)
+    complete_callback(session, tokens[0], 7)
+    session.commit()
+    # A worker with another secret, which knows the old one too, replays it.
+    assert Executor(session).execute(asking([NEW, OLD], tokens), workflow_id) == 7
+    assert tokens[0] == tokens[1]
+
+
+def test_token_of_another_secret_is_refused_and_its_answer_is_not(session: Session) -> None:
+    tokens: list[str] = []
+    pay = asking(OLD, tokens)
+    workflow_id = pay.start(session).id
+    session.commit()
+    with pytest.raises(PowerCut):
+        Executor(session).execute(pay, workflow_id)
+    complete_callback(session, tokens[0], 7)
+    session.commit()
+    durable = Durable(secret=NEW)
+    refused: list[str] = []
+
+    @durable.workflow
+    def pay_again() -> int:
+        callback = create_callback(int)
+        with pytest.raises(errors.UsageError, match="was made with a secret that this worker does not have") as caught:
+            _ = callback.token
+        refused.append(str(caught.value))
+        return callback.result()
+
+    renamed: Any = durable.workflow(pay_again.definition.fn, name="pay")
+    assert Executor(session).execute(renamed, workflow_id) == 7
+    assert tokens[0] not in refused[0]
+
+
+@pytest.mark.parametrize("secret", ["short", [OLD, ""]])
+def test_short_secret_is_refused(secret: Any) -> None:
+    with pytest.raises(errors.DefinitionError, match="is shorter than 16 characters"):
+        Durable(secret=secret)
 
 
 # Bad input

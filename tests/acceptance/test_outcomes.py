@@ -282,11 +282,11 @@ def test_step_error_that_the_workflow_lets_out_is_the_workflows(shell: Shell, ap
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (object(), "has no annotation and is <object object at"),
-        (float("nan"), "nan"),
+        (object(), "has no annotation and is of type object"),
+        (float("nan"), "not JSON compliant"),
         ("a\0b", "NUL"),
         ("\ud800", "surrogate"),
-        ({1: "one"}, "has no annotation and is {1: 'one'}"),
+        ({1: "one"}, "has no annotation and is of type dict"),
     ],
     ids=["object", "nan", "nul", "surrogate", "keys"],
 )
@@ -431,7 +431,7 @@ def test_wrong_json_in_a_step_is_a_clear_error_on_replay(shell: Shell, app: Appl
         session.execute(update(Step).values(output="not a number"))
     with pytest.raises(Exception, match="the stored result of step 'number' does not fit the annotation") as caught:
         shell.finish(counting, workflow_id)
-    assert "'\"not a number\"'" in str(caught.value)
+    assert "got str" in str(caught.value)
 
 
 def _start(shell: Shell, workflow: AnyWorkflow[[], Any]) -> UUID:

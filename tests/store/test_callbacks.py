@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -38,8 +37,7 @@ def make(engine: Engine, *, due: bool = False) -> tuple[Fence, Made]:
 
 
 def checkpoint(fence: Fence, made: Made) -> Checkpoint:
-    output = {"token": made.token, "signal": made.signal, "timeout": made.timeout, "heartbeat": made.heartbeat}
-    return races.checkpoint(fence, "create_callback", output=json.dumps(output))
+    return races.checkpoint(fence, "create_callback", output=made.to_json())
 
 
 def expire(engine: Engine, fence: Fence) -> bool:
@@ -58,9 +56,9 @@ def outcomes(engine: Engine) -> list[object]:
 def test_of_two_answers_at_once_one_stands_and_both_learn_which(engine: Engine) -> None:
     _, made = make(engine)
     with races.transaction(engine) as one, races.transaction(engine) as other, races.transaction(engine) as same:
-        complete_callback(one.session, made.token, 1)
-        second = other.begin_blocked(lambda session: fail_callback(session, made.token, "no"))
-        third = same.begin_blocked(lambda session: complete_callback(session, made.token, 1))
+        complete_callback(one.session, made.reveal(), 1)
+        second = other.begin_blocked(lambda session: fail_callback(session, made.reveal(), "no"))
+        third = same.begin_blocked(lambda session: complete_callback(session, made.reveal(), 1))
         one.session.commit()
         with pytest.raises(errors.CallbackFinishedError, match="was completed already"):
             second.result()
@@ -86,8 +84,8 @@ def test_answer_that_is_newer_than_the_snapshot_is_an_error_and_the_transaction_
 def test_answer_that_is_rolled_back_leaves_the_callback_to_the_other(engine: Engine) -> None:
     _, made = make(engine)
     with races.transaction(engine) as one, races.transaction(engine) as other:
-        complete_callback(one.session, made.token, 1)
-        second = other.begin_blocked(lambda session: complete_callback(session, made.token, 2))
+        complete_callback(one.session, made.reveal(), 1)
+        second = other.begin_blocked(lambda session: complete_callback(session, made.reveal(), 2))
         one.session.rollback()
         second.result()
         other.session.commit()
@@ -99,7 +97,7 @@ def test_answer_by_sql_that_holds_nothing_is_waited_for_too(engine: Engine) -> N
     insert = text("INSERT INTO durable.signal (workflow_id, name, key, payload) VALUES (:id, :name, 'outcome', '7')")
     with races.transaction(engine) as one, races.transaction(engine) as other:
         one.session.execute(insert, {"id": fence.workflow_id, "name": made.signal})
-        second = other.begin_blocked(lambda session: complete_callback(session, made.token, 2))
+        second = other.begin_blocked(lambda session: complete_callback(session, made.reveal(), 2))
         one.session.commit()
         with pytest.raises(errors.CallbackFinishedError, match="was completed already"):
             second.result()
@@ -120,7 +118,7 @@ def test_answer_in_an_open_transaction_is_not_overtaken_by_the_time(engine: Engi
 
 
 def hold(session: Session, made: Made) -> str | None:
-    digest = hashlib.sha256(made.token.encode()).hexdigest()
+    digest = hashlib.sha256(made.reveal().encode()).hexdigest()
     return callbacks.hold(session, made.workflow_id, digest=digest)
 
 
@@ -147,7 +145,7 @@ def test_what_comes_too_late_is_refused_before_and_after_that_is_written(
     fence, made = make(engine, due=True)
     for _ in range(2):
         with Session(engine) as session, pytest.raises(errors.CallbackFinishedError, match="not answered in time"):
-            call(session, made.token)
+            call(session, made.reveal())
         assert expire(engine, fence)
     assert outcomes(engine) == [{"expired": "timeout"}]
 
@@ -162,7 +160,7 @@ def test_attempt_that_lost_its_workflow_lets_nothing_expire(engine: Engine) -> N
 def test_open_answer_holds_up_nobody_and_wakes_when_it_is_committed(engine: Engine) -> None:
     fence, made = make(engine)
     with races.transaction(engine) as foreign:
-        complete_callback(foreign.session, made.token, 1)
+        complete_callback(foreign.session, made.reveal(), 1)
         with Session(engine) as session:
             session.execute(text("SET lock_timeout = '1s'"))
             assert races.record(session, [races.checkpoint(fence)]) == {(fence.workflow_id, "charge")}
@@ -188,7 +186,7 @@ def test_deletion_and_answer_wait_for_each_other_and_never_in_a_circle(engine: E
         deleting.result()
         operator.session.commit()
     with Session(engine) as session, pytest.raises(errors.CallbackNotFoundError):
-        complete_callback(session, made.token, 1)
+        complete_callback(session, made.reveal(), 1)
 
 
 def test_heartbeats_are_one_row_and_change_no_other(engine: Engine) -> None:
@@ -196,7 +194,7 @@ def test_heartbeats_are_one_row_and_change_no_other(engine: Engine) -> None:
     with Session(engine) as session:
         before = session.get_one(Step, (fence.workflow_id, "create_callback")).finished_at
         for _ in range(3):
-            heartbeat_callback(session, made.token)
+            heartbeat_callback(session, made.reveal())
             session.commit()
         (record,) = session.scalars(select(Step).execution_options(populate_existing=True))
         assert record.started_at <= before < record.finished_at
@@ -236,9 +234,9 @@ def test_outcomes_go_when_the_workflow_begins_anew(engine: Engine) -> None:
     """Nobody would read them, and the rows of a workflow that runs for ever do not grow with its rounds."""
     fence, made = make(engine)
     with Session(engine) as session, session.begin():
-        complete_callback(session, made.token, 1)
+        complete_callback(session, made.reveal(), 1)
     with Session(engine) as session, session.begin():
         assert rounds.restart(session, fence, given="{}")
     assert outcomes(engine) == []
     with Session(engine) as session, pytest.raises(errors.CallbackNotFoundError):
-        complete_callback(session, made.token, 1)
+        complete_callback(session, made.reveal(), 1)
