@@ -31,6 +31,7 @@ from sqlalchemy import (
     column,
     false,
     func,
+    inspect,
     literal,
     literal_column,
     or_,
@@ -386,7 +387,7 @@ def refresh_known(session: Session, ids: Iterable[UUID]) -> None:
     if known:
         wanted = WORKFLOW.c.id == func.any(literal(known, ARRAY(WORKFLOW.c.id.type)))
         for row in execute(session, select(*WORKFLOW.c).where(wanted)):
-            record_of(session, row)
+            session.expire(record_of(session, row), inspect(Workflow).relationships.keys())
 
 
 def owned(fences: FromClause, *, skip_locked: bool) -> CTE:

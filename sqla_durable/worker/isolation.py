@@ -7,7 +7,6 @@ why. If even that is refused, by a trigger for example, the workflow is set asid
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from sqla_durable.log import Log
 from sqla_durable.retry import first_line, is_about_data
 from sqla_durable.setbacks import sqlstate_of
 from sqla_durable.store import refused
@@ -25,7 +25,7 @@ from sqla_durable.worker.database import Database, persistently
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-log = logging.getLogger("sqla_durable.worker")
+log = Log("sqla_durable.worker")
 
 _SHORTEST_ASIDE, _LONGEST_ASIDE = 60.0, 3_600.0  # seconds
 

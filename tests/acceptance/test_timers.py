@@ -149,7 +149,7 @@ def test_sleep_takes_a_timedelta(duration: Any) -> None:
 
 @pytest.mark.parametrize("moment", [datetime(2030, 1, 1), "2030-01-01", None])
 def test_sleep_until_takes_a_time_with_a_zone(moment: Any) -> None:
-    with pytest.raises(errors.ArgumentError, match="is not a datetime|has no time zone"):
+    with pytest.raises(errors.ArgumentError, match=r"is not a datetime|has no time zone"):
         sleep_until(moment)
 
 

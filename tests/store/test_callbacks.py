@@ -72,11 +72,11 @@ def test_answer_that_is_newer_than_the_snapshot_is_an_error_and_the_transaction_
     _, made = make(engine)
     with Session(engine.execution_options(isolation_level="REPEATABLE READ")) as session, Session(engine) as other:
         session.execute(text("SELECT 1"))
-        complete_callback(other, made.token, 1)
+        complete_callback(other, made.reveal(), 1)
         other.commit()
         with pytest.raises(errors.KeyNotVisibleError, match="snapshot") as caught:
-            complete_callback(session, made.token, 1)
-        assert made.token not in str(caught.value)
+            complete_callback(session, made.reveal(), 1)
+        assert made.reveal() not in str(caught.value)
         session.execute(text("SELECT 1"))
     assert outcomes(engine) == [{"value": 1}]
 
