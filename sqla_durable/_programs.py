@@ -7,6 +7,7 @@ import os
 import pwd
 import re
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +37,7 @@ def find(data: Path, *, user: pwd.struct_passwd | None, copies: Path) -> Path:
     """
     install = _installed(_version_of(data))
     if user is not None and not _is_readable(install, user):
-        install = _copy(install, copies, user)
+        install = _copy(install, copies)
     return install / "bin"
 
 
@@ -121,8 +122,11 @@ def _is_readable(install: Path, user: pwd.struct_passwd) -> bool:
         return False
 
 
-def _copy(install: Path, target: Path, user: pwd.struct_passwd) -> Path:
-    """Copy the programs, and the libraries beside their package, which they find by relative path."""
+def _copy(install: Path, target: Path) -> Path:
+    """Copy the programs, and the libraries beside their package, which they find by relative path.
+
+    Everybody can read the copies; they stay root's, which may execute them too.
+    """
     package = install.parent
     if not target.exists():
         fresh = target.with_suffix(".new")
@@ -132,6 +136,7 @@ def _copy(install: Path, target: Path, user: pwd.struct_passwd) -> Path:
         if libraries.exists():
             shutil.copytree(libraries, fresh / libraries.name, symlinks=True)
         for path in (fresh, *fresh.rglob("*")):
-            os.lchown(path, user.pw_uid, user.pw_gid)
+            if not path.is_symlink():
+                path.chmod(0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644)
         fresh.rename(target)
     return target / package.name / install.name

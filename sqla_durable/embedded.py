@@ -3,6 +3,8 @@
 The programs come from the wheel; starting and stopping is done here, because the wheel's own `get_server`
 keeps one lock file for all users of a machine, as root opens directories up for everybody, and never stops a
 server one of whose clients was killed. Here the kernel's file locks tell who still uses a server.
+Other users of the machine cannot connect: the socket is in a directory that only the server's user can enter,
+and every address that `settings` may open asks for a password, which the superuser does not have.
 Not for production, not for Windows.
 """
 
@@ -12,10 +14,11 @@ import atexit
 import fcntl
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Generator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal, Self
@@ -28,13 +31,14 @@ from sqla_durable import _programs
 from sqla_durable.errors import DatabaseUnavailableError, UsageError
 
 SUPERUSER = "postgres"
-"""The database role that the server is made with; it needs no password, its socket is the owner's alone."""
+"""The database role that the server is made with; it needs no password at the socket, which is the owner's alone."""
 
 PORT = 5432
 START_TIMEOUT = 60
 """How long a server may take to start or to stop, in seconds."""
 
 _LONGEST_SOCKET = 103  # bytes of a socket's path: 107 on Linux, 103 on macOS (unix(7), unix(4))
+_SHORT_SOCKET_DIRECTORY = "sqla-durable-socket-"
 
 
 def server(
@@ -62,7 +66,8 @@ def server(
         binaries: the directory of initdb, pg_ctl and postgres; None means those of the wheel.
 
     Raises:
-        UsageError: the wheel is not installed, or has no PostgreSQL of the version that the directory holds.
+        UsageError: the wheel is not installed, or has no PostgreSQL of the version that the directory holds; or the
+            directory belongs to another user, or others may write to it.
         DatabaseUnavailableError: the server does not start; the message holds the end of its log.
     """
     return EmbeddedServer(directory, settings=settings, binaries=binaries).start()
@@ -100,6 +105,7 @@ class EmbeddedServer:
         self._data = self.directory / "data"
         self._settings = dict(settings or {})
         self._user = _programs.server_user(self._data)
+        _require_private(self.directory, owner=os.geteuid())
         self._binaries = binaries
         self._in_use: IO[bytes] | None = None
         self._process_id = os.getpid()
@@ -220,17 +226,20 @@ class EmbeddedServer:
         if self._is_running():
             socket_directory = self.socket_directory
             self._pg_ctl("stop", "-m", "fast")
-            if socket_directory.parent != self.directory:
-                shutil.rmtree(socket_directory, ignore_errors=True)
+            if socket_directory.name.startswith(_SHORT_SOCKET_DIRECTORY):
+                with suppress(OSError):
+                    socket_directory.rmdir()  # nothing more: the path comes from a file of the server's user
 
     def _initialise(self) -> None:
         """Make the data directory, all or nothing: a start that was killed must not leave half of one."""
         fresh = self.directory / "data.new"
         shutil.rmtree(fresh, ignore_errors=True)
         self._make_private(fresh)
-        self._run("initdb", "-D", str(fresh), "-U", SUPERUSER, "-A", "trust", "-E", "UTF8", "--no-locale")
-        with (fresh / "postgresql.conf").open("a") as configuration:
-            configuration.write("\ninclude_if_exists = 'embedded.conf'\n")
+        # The socket's directory lets in the owner alone; an address that the settings open is open to everybody.
+        authentication = ["--auth-local=trust", "--auth-host=scram-sha-256"]
+        self._run("initdb", "-D", str(fresh), "-U", SUPERUSER, *authentication, "-E", "UTF8", "--no-locale")
+        with _opened(fresh / "postgresql.conf", os.O_WRONLY | os.O_APPEND) as configuration:
+            configuration.write(b"\ninclude_if_exists = '../embedded.conf'\n")
         fresh.rename(self._data)
 
     def _configure(self) -> None:
@@ -238,23 +247,29 @@ class EmbeddedServer:
             "listen_addresses": "",
             "port": str(PORT),
             "unix_socket_directories": str(self._make_socket_directory()),
+            "unix_socket_permissions": "0700",
             **self._settings,
         }
-        path = self._data / "embedded.conf"
-        path.write_text("".join(f"{name} = {_quoted(value)}\n" for name, value in settings.items()))
-        path.chmod(0o644)  # inside a private directory; as root the server is another user
+        lines = "".join(f"{name} = {_quoted(value)}\n" for name, value in settings.items())
+        with _opened(self.directory / "embedded.conf", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file:
+            file.write(lines.encode())
+            if self._user is not None:  # root: the server is another user
+                os.fchown(file.fileno(), self._user.pw_uid, self._user.pw_gid)
 
     def _make_socket_directory(self) -> Path:
         path = self.directory / "socket"
         if len(os.fsencode(path / f".s.PGSQL.{PORT}")) > _LONGEST_SOCKET:
-            path = Path(tempfile.mkdtemp(prefix="sqla-durable-"))
+            path = Path(tempfile.mkdtemp(prefix=_SHORT_SOCKET_DIRECTORY))
         self._make_private(path)
         return path
 
     def _make_private(self, path: Path) -> None:
-        path.mkdir(mode=0o700, exist_ok=True)
+        """Make a directory that only the server's user can enter, or see that it is one."""
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
         if self._user is not None:
-            os.chown(path, self._user.pw_uid, self._user.pw_gid)
+            os.chown(path, self._user.pw_uid, self._user.pw_gid, follow_symlinks=False)
+        _require_private(path, owner=self._user.pw_uid if self._user else os.geteuid(), mode=0o077)
 
     def _is_running(self) -> bool:
         """Tell whether a postmaster runs; while it recovers from a crash it does not answer yet."""
@@ -299,14 +314,43 @@ class EmbeddedServer:
 
 def _directory(directory: Path) -> Path:
     directory = directory.expanduser().resolve()
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(mode=_entrance(), parents=True, exist_ok=True)
     return directory
 
 
 def _temporary_directory() -> Path:
     path = Path(tempfile.mkdtemp(prefix="sqla-durable-")).resolve()
-    path.chmod(0o711)  # as root, the server's user must get through to the data, which are private
+    path.chmod(_entrance())
     return path
+
+
+def _entrance() -> int:
+    """Return the mode of a directory of ours: as root, the server's user must get through it to its data."""
+    return 0o711 if os.geteuid() == 0 else 0o700
+
+
+def _require_private(path: Path, *, owner: int, mode: int = 0o022) -> None:
+    """Refuse a directory in which another user may put files of their own, or links to ours.
+
+    Args:
+        mode: what others must not have; writing, or anything.
+
+    Raises:
+        UsageError: it is no directory, it belongs to somebody else, or others have what they must not.
+    """
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise UsageError(f"{str(path)!r} is not a directory: choose another one for the server.")
+    if found.st_uid != owner:
+        raise UsageError(
+            f"the directory {str(path)!r} belongs to user {found.st_uid}, who could replace the server's data: "
+            "choose one of your own."
+        )
+    if found.st_mode & mode:
+        raise UsageError(
+            f"other users have access to the directory {str(path)!r}, its mode is {stat.S_IMODE(found.st_mode):03o}: "
+            f"chmod go-{'w' if mode == 0o022 else 'rwx'} it, or choose another one."
+        )
 
 
 def _listening(data: Path) -> Path | None:
@@ -319,14 +363,22 @@ def _listening(data: Path) -> Path | None:
 
 
 def _lock(path: Path, kind: int) -> IO[bytes]:
-    """Lock a file until it is closed or the process is gone; a killed one loses its lock."""
-    file = path.open("ab")
+    """Lock a file until it is closed or the process is gone; a killed one loses its lock.
+
+    Its mode is 0600: whoever can open a file can lock it.
+    """
+    file = _opened(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(file, kind)
     except OSError:
         file.close()
         raise
     return file
+
+
+def _opened(path: Path, flags: int) -> IO[bytes]:
+    """Open a file of ours with mode 0600, and never the target of a link: as root, it could be any file."""
+    return os.fdopen(os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "ab" if flags & os.O_APPEND else "wb")
 
 
 def _is_free(path: Path) -> bool:

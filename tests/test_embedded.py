@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import site
+import stat
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import psycopg
 import pytest
 from sqlalchemy import NullPool, create_engine, text
 
@@ -28,6 +30,32 @@ from sqla_durable import embedded
 server = embedded.server(Path(sys.argv[1]), settings={"fsync": "off"})
 print(server.url, flush=True)
 sys.stdin.readline()
+"""
+OTHER_USER = 65_533
+"""Neither root nor whom root's servers run as; it needs no name."""
+ATTACK = """
+import fcntl, os, socket, sys
+directory = sys.argv[1]
+def connect():
+    socket.socket(socket.AF_UNIX).connect(f"{directory}/socket/.s.PGSQL.5432")
+def lock(name):
+    fcntl.flock(os.open(f"{directory}/{name}", os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+attacks = {
+    "list": lambda: os.listdir(directory),
+    "connect": connect,
+    "hold start.lock": lambda: lock("start.lock"),
+    "hold in_use.lock": lambda: lock("in_use.lock"),
+    "read the settings": lambda: open(f"{directory}/embedded.conf"),
+    "read the data": lambda: os.listdir(f"{directory}/data"),
+    "put a file there": lambda: open(f"{directory}/file", "w"),
+}
+for name, attack in attacks.items():
+    try:
+        attack()
+    except PermissionError:
+        print("refused")
+    else:
+        print("possible:", name)
 """
 
 
@@ -213,7 +241,7 @@ def test_ordinary_user_runs_the_server_as_itself(directory: Path) -> None:
         [interpreter_for(65534), "-c", CLIENT, directory / "postgres"],
         input="leave\n",
         cwd="/",
-        env={"PYTHONPATH": os.pathsep.join([str(ROOT), *site.getsitepackages()])},
+        env={"PYTHONPATH": os.pathsep.join([str(ROOT), *(each for each in sys.path if "site-packages" in each)])},
         user=65534,
         group=65534,
         extra_groups=[],
@@ -225,6 +253,69 @@ def test_ordinary_user_runs_the_server_as_itself(directory: Path) -> None:
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("postgresql+psycopg://")
     assert (directory / "postgres" / "data").stat().st_uid == 65534
+
+
+@only_root
+def test_another_user_can_neither_connect_nor_hold_a_lock(directory: Path) -> None:
+    with embedded.server(directory, settings=SETTINGS) as server:
+        assert server.socket_directory == directory / "socket"
+        done = subprocess.run(
+            [interpreter_for(OTHER_USER), "-c", ATTACK, directory],
+            cwd="/",
+            user=OTHER_USER,
+            group=OTHER_USER,
+            extra_groups=[],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.stdout.split("\n") == ["refused"] * 7 + [""]
+
+
+def test_an_address_that_settings_open_asks_for_a_password_and_a_directory_that_they_name_is_left_alone(
+    directory: Path,
+) -> None:
+    sockets = directory / "sockets"
+    sockets.mkdir()
+    sockets.chmod(0o777)
+    (sockets / "kept").touch()
+    address = f"127.{secrets.randbelow(200) + 1}.{secrets.randbelow(256)}.1"  # every address of 127/8 is this machine's
+    opened = {**SETTINGS, "unix_socket_directories": str(sockets), "listen_addresses": address}
+    with embedded.server(directory / "postgres", settings=opened) as server:
+        assert query(server.url, "SELECT 1") == 1
+        assert stat.S_IMODE(server.socket_file.stat().st_mode) == 0o700
+        with pytest.raises(psycopg.OperationalError, match="no password supplied"):
+            psycopg.connect(host=address, port=embedded.PORT, user=embedded.SUPERUSER, dbname="postgres")
+    assert [each.name for each in sockets.iterdir()] == ["kept"]
+
+
+def test_directory_that_others_may_write_to_is_refused(directory: Path) -> None:
+    directory.chmod(0o777)
+    with pytest.raises(UsageError, match=r"other users have access .* its mode is 777: chmod go-w it"):
+        embedded.server(directory)
+
+
+@only_root
+def test_directory_of_another_user_is_refused(directory: Path) -> None:
+    os.chown(directory, OTHER_USER, OTHER_USER)
+    with pytest.raises(UsageError, match="belongs to user 65533, who could replace the server's data"):
+        embedded.server(directory)
+
+
+def test_a_link_in_the_place_of_a_file_of_ours_is_not_followed(directory: Path) -> None:
+    (directory / "start.lock").symlink_to(directory / "target")
+    with pytest.raises(OSError, match="symbolic link"):
+        embedded.server(directory)
+    assert not (directory / "target").exists()
+
+
+def test_a_link_in_the_place_of_the_sockets_directory_is_not_followed(directory: Path) -> None:
+    (directory / "elsewhere").mkdir(mode=0o755)
+    (directory / "socket").symlink_to(directory / "elsewhere")
+    with pytest.raises(UsageError, match="is not a directory"):
+        embedded.server(directory, settings=SETTINGS)
+    assert (directory / "elsewhere").stat().st_uid == os.geteuid()
 
 
 def interpreter_for(user: int) -> str:
