@@ -102,7 +102,7 @@ class _Member:
     def begin(self) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `end`)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "sqla_durable.bench.worker"],
+            [sys.executable, "-P", "-m", "sqla_durable.bench.worker"],  # not what is in the current directory
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -165,7 +165,7 @@ class _Torture:
         self._clock = _Clock()
         self._violations: list[Violation] = []
         self._logs = server.directory / "logs"
-        self._logs.mkdir(exist_ok=True)
+        self._logs.mkdir(mode=0o700, exist_ok=True)
 
     def run(self) -> Outcome:
         """Open the bank, torture, drain, check."""

@@ -46,12 +46,12 @@ class Place:
         url = URL.create(
             "postgresql+psycopg",
             username=SUPERUSER,
-            host="127.0.0.1",
             port=self.proxy.port,
             database="postgres",
-            query={"sslmode": "disable", "gssencmode": "disable"},
+            query={"host": str(self.proxy.directory)},
         )
-        command = [sys.executable, "-m", "sqla_durable.torture.worker", "--url", url.render_as_string()]
+        # -P: not what happens to be in the current directory.
+        command = [sys.executable, "-P", "-m", "sqla_durable.torture.worker", "--url", url.render_as_string()]
         command += ["--name", self.name, *(["--guarded"] if is_guarded(self.number) else [])]
         with (self._logs / f"{self.name}.log").open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603 (our own module, no shell)

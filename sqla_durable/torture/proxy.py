@@ -1,12 +1,17 @@
-"""A TCP proxy before the server's socket, one for each worker: cuts, delays, swallows and refuses.
+"""A proxy in front of the server's socket, one for each worker: cuts, delays, swallows and refuses.
 
+The server asks for no password at its socket, so a proxy is a socket too, in a directory that only this user can
+enter: through a TCP port every user of the machine would be a superuser of the server.
 All proxies live on one event loop in a thread of their own; their methods may be called from any other thread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import shutil
 import socket
+import tempfile
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
@@ -26,21 +31,28 @@ class Proxies:
     ```python
     with Proxies(socket) as proxies:
         proxy = proxies.open()
-        ...  # connect to 127.0.0.1, proxy.port
+        ...  # connect with host=proxies.directory, port=proxy.port
         proxy.cut()
     ```
 
     Args:
         server: the path of the server's Unix socket.
+
+    Attributes:
+        directory: where the sockets of the proxies are while the block lasts.
     """
+
+    directory: Path
 
     def __init__(self, server: Path) -> None:
         self._server = server
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="torture proxies", daemon=True)
         self._proxies: list[Proxy] = []
+        self._numbers = itertools.count(1)
 
     def __enter__(self) -> Self:
+        self.directory = Path(tempfile.mkdtemp(prefix="sqla-durable-proxies-"))
         self._thread.start()
         return self
 
@@ -52,23 +64,27 @@ class Proxies:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def open(self) -> Proxy:
-        """Listen on a free port of 127.0.0.1."""
-        proxy = Proxy(self._loop, self._server)
+        """Listen on a socket of its own, under the next number."""
+        proxy = Proxy(self._loop, self._server, directory=self.directory, port=next(self._numbers))
         proxy.listen()
         self._proxies.append(proxy)
         return proxy
 
 
 class Proxy:
-    """One port through which the server is reached.
+    """One socket through which the server is reached.
 
     Attributes:
-        port: where it listens, also after it has refused connections for a while.
+        directory: where its socket is.
+        port: the number in the socket's name, which libpq calls a port.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, server: Path) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, server: Path, *, directory: Path, port: int) -> None:
+        self.directory = directory
+        self.port = port
         self._loop = loop
         self._server = server
         self._listening: socket.socket | None = None
@@ -77,7 +93,11 @@ class Proxy:
         self._delay = 0.0
         self._passing = asyncio.Event()
         self._passing.set()
-        self.port = 0
+
+    @property
+    def path(self) -> Path:
+        """Its socket, also while it refuses connections."""
+        return self.directory / f".s.PGSQL.{self.port}"
 
     def listen(self) -> None:
         """Accept connections."""
@@ -117,9 +137,11 @@ class Proxy:
 
     async def _listen(self) -> None:
         if self._listening is None:
-            self._listening = socket.create_server(("127.0.0.1", self.port))
+            self.path.unlink(missing_ok=True)  # that of a socket which no longer listens
+            self._listening = socket.socket(socket.AF_UNIX)
+            self._listening.bind(str(self.path))
+            self._listening.listen()
             self._listening.setblocking(False)
-            self.port = self._listening.getsockname()[1]
             self._loop.add_reader(self._listening, self._welcome, self._listening)
 
     def _welcome(self, listening: socket.socket) -> None:

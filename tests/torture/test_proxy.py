@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import stat
 import threading
 import time
 from collections.abc import Generator
@@ -49,7 +50,14 @@ def proxy(echo: Path) -> Generator[Proxy]:
 
 
 def connect(proxy: Proxy, *, timeout: float = 10.0) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", proxy.port), timeout)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(timeout)
+    try:
+        connection.connect(str(proxy.path))
+    except OSError:
+        connection.close()
+        raise
+    return connection
 
 
 def answer(connection: socket.socket, data: bytes = b"hello") -> bytes:
@@ -81,8 +89,8 @@ def test_cut_resets_what_is_open_and_accepts_what_is_new(proxy: Proxy) -> None:
         assert answer(connection) == b"hello"
 
 
-def test_refusing_resets_and_lets_nobody_in_until_it_listens_again_on_the_same_port(proxy: Proxy) -> None:
-    port = proxy.port
+def test_refusing_resets_and_lets_nobody_in_until_it_listens_again_at_the_same_path(proxy: Proxy) -> None:
+    path = proxy.path
     with closing(connect(proxy)) as connection:
         assert answer(connection) == b"hello"
         proxy.refuse()
@@ -90,7 +98,7 @@ def test_refusing_resets_and_lets_nobody_in_until_it_listens_again_on_the_same_p
     with pytest.raises(ConnectionRefusedError):
         connect(proxy)
     proxy.listen()
-    assert proxy.port == port
+    assert proxy.path == path
     with closing(connect(proxy)) as connection:
         assert answer(connection) == b"hello"
 
@@ -126,3 +134,10 @@ def test_black_hole_answers_nothing_not_even_an_end_and_then_resets(proxy: Proxy
 def test_no_server_is_a_lost_connection(tmp_path: Path) -> None:
     with Proxies(tmp_path / "nobody") as proxies, closing(connect(proxies.open())) as connection:
         assert is_lost(connection)
+
+
+def test_only_this_user_can_enter_the_directory_of_the_proxies_and_it_is_gone_afterwards(echo: Path) -> None:
+    with Proxies(echo) as proxies:
+        proxies.open()
+        assert stat.S_IMODE(proxies.directory.stat().st_mode) == 0o700
+    assert not proxies.directory.exists()
