@@ -44,7 +44,8 @@ def of_both(cluster: Cluster, standby: Cluster) -> URL:
     """The URL of whichever of the two accepts writes; SQLAlchemy hands it to psycopg and to asyncpg."""
     hosts = tuple(f"127.0.0.1:{each.port}" for each in (cluster, standby))
     query = {"host": hosts, "target_session_attrs": "read-write"}
-    return URL.create("postgresql+psycopg", "postgres", database="postgres", query=query)
+    one = cluster.url()
+    return URL.create(one.drivername, one.username, one.password, database=one.database, query=query)
 
 
 @pytest.fixture

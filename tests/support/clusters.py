@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
 import shutil
 import socket
 import tempfile
@@ -21,6 +22,9 @@ from tests.support.databases import migrate
 StopMode = Literal["fast", "immediate"]
 
 _HOST = "127.0.0.1"
+_PASSWORD = secrets.token_hex(16)
+"""Of this run's superusers: every user of the machine can reach a port."""
+
 _SETTINGS = {
     "listen_addresses": _HOST,
     "unix_socket_directories": "",
@@ -51,7 +55,7 @@ class Cluster:
 
     def url(self, database: str = "postgres") -> URL:
         """Give the URL of a database, with psycopg."""
-        return URL.create("postgresql+psycopg", "postgres", host=_HOST, port=self.port, database=database)
+        return URL.create("postgresql+psycopg", "postgres", _PASSWORD, host=_HOST, port=self.port, database=database)
 
     @property
     def text(self) -> str:
@@ -60,7 +64,8 @@ class Cluster:
 
     def create(self) -> None:
         """Make its data directory and start it, with our tables and the domain's in the database `postgres`."""
-        self._run("initdb", "-D", str(self._data), "-U", "postgres", "-A", "trust", "--no-locale", "-E", "UTF8", "-N")
+        password = ["-A", "scram-sha-256", "--pwfile", str(self._private("password", _PASSWORD))]
+        self._run("initdb", "-D", str(self._data), "-U", "postgres", *password, "--no-locale", "-E", "UTF8", "-N")
         self._configure()
         self.start()
         engine = create_engine(self.url(), poolclass=NullPool)
@@ -77,7 +82,8 @@ class Cluster:
 
     def follow(self, primary: Cluster) -> None:
         """Make it a standby of a running primary, by pg_basebackup."""
-        source = f"host={_HOST} port={primary.port} user=postgres application_name={self.name}"
+        passwords = self._private("passwords", f"*:*:*:*:{_PASSWORD}")  # not as an argument, which all users see
+        source = f"host={_HOST} port={primary.port} user=postgres application_name={self.name} passfile={passwords}"
         self._run("pg_basebackup", "-D", str(self._data), "-d", source, "-R", "-c", "fast", "-X", "stream", "-N")
         self._configure()
         self.start()
@@ -113,6 +119,15 @@ class Cluster:
             _programs.execute(
                 self._binaries / "pg_ctl", "stop", "-D", str(self._data), "-w", "-m", "immediate", user=self._user
             )
+
+    def _private(self, name: str, text: str) -> Path:
+        """Write a file that the server's user alone can read."""
+        path = self._root / name
+        path.touch(mode=0o600)
+        path.write_text(f"{text}\n")
+        if self._user is not None:
+            os.chown(path, self._user.pw_uid, self._user.pw_gid)
+        return path
 
     def _configure(self) -> None:
         settings = {**_SETTINGS, "port": str(self.port)}

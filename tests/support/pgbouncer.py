@@ -1,4 +1,7 @@
-"""PgBouncer in transaction mode in front of a server: the one on PATH, or Debian's, downloaded and unpacked."""
+"""PgBouncer in transaction mode in front of a server: the one on PATH, or Debian's, downloaded and unpacked.
+
+It listens on a socket in a directory of its user's alone: behind it is a superuser who needs no password.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from sqlalchemy.exc import OperationalError
 
 from sqla_durable import _programs
 from tests.support.clusters import free_port
+from tests.support.proxy import at_socket
 
 PACKAGES = ("pgbouncer", "libc-ares2", "libevent-2.1-7")
 """What is unpacked: PgBouncer, and the libraries that a slim Debian does not have."""
@@ -45,11 +49,11 @@ class Bouncer:
     """A PgBouncer that runs.
 
     Attributes:
-        host, port: where it listens.
+        directory, port: where its socket is, and the number in the socket's name.
         server: the URL of the server behind it.
     """
 
-    host: str
+    directory: Path
     port: int
     server: URL
     stop: Callable[[], None]
@@ -61,7 +65,7 @@ class Bouncer:
 
     def url(self, database: str) -> URL:
         """Give the URL of a database through it."""
-        return self.server.set(host=self.host, port=self.port, database=database, query={})
+        return at_socket(self.server.set(database=database), self.directory, self.port)
 
 
 def start(server_url: str, **settings: str) -> Bouncer:
@@ -78,7 +82,7 @@ def start(server_url: str, **settings: str) -> Bouncer:
     _configure(directory, server, port, settings)
     _give(directory, user)
     process = _launch(program, directory, user)
-    bouncer = Bouncer("127.0.0.1", port, server, stop=lambda: _stop(process, directory))
+    bouncer = Bouncer(directory, port, server, stop=lambda: _stop(process, directory))
     try:
         _await_answer(process, bouncer, directory)
     except BaseException:
@@ -151,9 +155,9 @@ def _run(*command: str, cwd: str) -> None:
 def _configure(directory: Path, server: URL, port: int, settings: dict[str, str]) -> None:
     host, backend = server.query.get("host", server.host), server.port or 5432
     chosen = {
-        "listen_addr": "127.0.0.1",
+        "listen_addr": "",
         "listen_port": str(port),
-        "unix_socket_dir": "",
+        "unix_socket_dir": str(directory),
         "auth_type": "trust",
         "auth_file": str(directory / "users.txt"),
         "pool_mode": "transaction",

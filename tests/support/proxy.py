@@ -1,12 +1,21 @@
-"""A TCP proxy in front of the server: cut, it refuses; silent, it takes what is sent and forwards nothing."""
+"""A proxy in front of the server: cut, it refuses; silent, it takes what is sent and forwards nothing.
+
+It is a socket in a directory of this user's alone: behind it is a superuser who needs no password.
+"""
 
 from __future__ import annotations
 
+import shutil
 import socket
+import tempfile
 import threading
+import weakref
 from contextlib import suppress
+from pathlib import Path
 
-from sqlalchemy import make_url
+from sqlalchemy import URL, make_url
+
+_PORT = 5432
 
 
 class Way:
@@ -22,20 +31,21 @@ class Way:
 
 
 class Proxy:
-    """Forwards TCP to the server of a URL, from a port of its own.
+    """Forwards to the server of a URL, from a socket of its own.
 
     Attributes:
         url: the database's URL through the proxy.
     """
 
     def __init__(self, url: str) -> None:
-        target = make_url(url)
         self.lead_to(url)
         self._listener: socket.socket | None = None
         self._open: list[socket.socket] = []
         self._way = Way()
+        self._directory = Path(tempfile.mkdtemp(prefix="sqla-durable-proxy-"))
+        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         self.open()
-        self.url: str = target.set(host="127.0.0.1", port=self.port, query={}).render_as_string(hide_password=False)
+        self.url: str = at_socket(make_url(url), self._directory, _PORT).render_as_string(hide_password=False)
 
     def lead_to(self, url: str) -> None:
         """Forward new connections to the server of this URL; those that there are stay where they are."""
@@ -44,9 +54,12 @@ class Proxy:
         self._port = target.port or 5432
 
     def open(self) -> None:
-        """Listen, at the same port as before."""
-        listener = socket.create_server(("127.0.0.1", getattr(self, "port", 0)))
-        self.port: int = listener.getsockname()[1]
+        """Listen, at the same path as before."""
+        path = self._directory / f".s.PGSQL.{_PORT}"
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen()
         self._listener = listener
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
@@ -101,6 +114,12 @@ class Proxy:
         server = socket.socket(socket.AF_UNIX)
         server.connect(f"{self._path}/.s.PGSQL.{self._port}")
         return server
+
+
+def at_socket(url: URL, directory: Path, port: int) -> URL:
+    """Return a database's URL with the socket of this directory and number instead of its server."""
+    query = {"host": str(directory)}
+    return URL.create(url.drivername, url.username, url.password, port=port, database=url.database, query=query)
 
 
 def _ignored() -> suppress:
