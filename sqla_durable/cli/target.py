@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import stat
 import sys
 import traceback
 from difflib import get_close_matches
@@ -14,10 +16,11 @@ from sqla_durable.durable import Durable
 
 
 def load(target: str) -> Durable:
-    """Import what `module:attribute` names, with the current directory on the path.
+    """Import what `module:attribute` names, with the current directory first on the path.
 
     Raises:
-        CommandError: there is no such module or attribute, it does not import, or it is no `Durable`.
+        CommandError: there is no such module or attribute, it does not import, it is no `Durable`, or the current
+            directory is another user's and everybody may write to it.
     """
     module_name, colon, attribute = target.partition(":")
     if not (module_name and colon and attribute):
@@ -34,20 +37,37 @@ def load(target: str) -> Durable:
 
 
 def _import(name: str) -> ModuleType:
-    directory = str(Path.cwd())
-    if directory not in sys.path:
-        sys.path.insert(0, directory)
+    if not sys.flags.safe_path:
+        _look_here_first(Path.cwd())
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-            raise CommandError(
-                f"there is no module {error.name!r} in {directory!r} or where Python is installed: run the command "
-                "in the directory that holds it, or add that to PYTHONPATH."
-            ) from error
+            raise CommandError(f"there is no module {error.name!r} {_where_to_put_it()}") from error
         raise _broken(name, error) from error
     except Exception as error:
         raise _broken(name, error) from error
+
+
+def _look_here_first(directory: Path) -> None:
+    found = directory.stat()
+    if found.st_mode & stat.S_IWOTH and found.st_uid != os.geteuid():
+        raise CommandError(
+            f"the current directory {str(directory)!r} is another user's and everybody may write to it, so any user "
+            "can put modules there that this command would execute: run it elsewhere, or set PYTHONSAFEPATH=1 and "
+            "name the directory of your modules in PYTHONPATH."
+        )
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+
+
+def _where_to_put_it() -> str:
+    if sys.flags.safe_path:  # PYTHONSAFEPATH or `python -P`
+        return "on the path, which is without the current directory: add the directory that holds it to PYTHONPATH."
+    return (
+        f"in {str(Path.cwd())!r} or where Python is installed: run the command in the directory that holds it, or "
+        "add that to PYTHONPATH."
+    )
 
 
 def _broken(name: str, error: Exception) -> CommandError:

@@ -60,6 +60,9 @@ def worker(
     """Claim workflows and execute them.
 
     SIGTERM and SIGINT stop it in good order: what runs is finished or handed back. A second one ends it at once.
+
+    Modules are looked for in the current directory first, so run it only where nobody else may write; with
+    PYTHONSAFEPATH=1 they are looked for in PYTHONPATH and where Python is installed.
     """
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, _stop_before_start)  # until the worker itself listens

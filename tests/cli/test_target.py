@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.cli.conftest import Application
@@ -38,3 +40,20 @@ def test_help_and_version_need_no_application(application: Application) -> None:
     assert "worker" in application.run("--help").stdout
     assert "--poll-interval" in application.run("worker", "--help").stdout
     assert application.run("--version").stdout.startswith("sqla-durable ")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory another user's")
+def test_modules_are_not_taken_from_another_users_directory_that_everybody_may_write_to(
+    application: Application,
+) -> None:
+    os.chown(application.directory, 65_533, 65_533)
+    application.directory.chmod(0o1777)
+    done = application.run("worker", "ledger:durable", "--url", USELESS)
+    assert "any user can put modules there that this command would execute" in done.stderr
+    assert done.returncode == 2
+
+
+def test_the_current_directory_is_not_on_the_path_where_python_is_told_so(application: Application) -> None:
+    done = application.run("worker", "ledger:durable", "--url", USELESS, environment={"PYTHONSAFEPATH": "1"})
+    assert "there is no module 'ledger' on the path, which is without the current directory" in done.stderr
+    assert done.returncode == 2
