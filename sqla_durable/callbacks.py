@@ -369,8 +369,8 @@ def _refuse_finished(token: _Token, found: statements.Callback) -> None:
         )
     if found.workflow_status.finished:
         raise WorkflowFinishedError(
-            f"callback {token.shown} is that of workflow {token.workflow_id}, which has {found.workflow_status}. "
-            "Nothing was written.",
+            f"callback {token.shown} is that of workflow {token.workflow_id}, which "
+            f"{found.workflow_status.as_predicate}. Nothing was written.",
             workflow_id=token.workflow_id,
         )
 

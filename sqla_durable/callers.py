@@ -120,7 +120,7 @@ def require_receiver(what: str, workflow_id: UUID, status: WorkflowStatus | None
         )
     if status.finished:
         raise WorkflowFinishedError(
-            f"{what} cannot be sent to workflow {workflow_id}, which has {status}. Nothing was sent.",
+            f"{what} cannot be sent to workflow {workflow_id}, which {status.as_predicate}. Nothing was sent.",
             workflow_id=workflow_id,
         )
 

@@ -38,6 +38,11 @@ class WorkflowStatus(StrEnum):
         """Whether the workflow has an outcome that will not change by itself."""
         return self in FINISHED
 
+    @property
+    def as_predicate(self) -> str:
+        """How a workflow of this status came to its end, for messages: "has succeeded", "was cancelled"."""
+        return f"{'was' if self is WorkflowStatus.CANCELLED else 'has'} {self}"
+
 
 class StepStatus(StrEnum):
     """Where a step stands. One without a row has not ended its first try.

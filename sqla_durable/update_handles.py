@@ -47,7 +47,7 @@ class _BaseUpdate(Generic[R]):
         sent = self._sent(session)
         self._refuse_rejected(sent, only_refused=True)
         if not sent.is_taken and sent.status.finished:
-            raise self._not_answered(f"has {sent.status} without taking update {sent.name!r} {self.id}.")
+            raise self._not_answered(f"{sent.status.as_predicate} without taking update {sent.name!r} {self.id}.")
         return sent.is_taken
 
     def _answer(self, session: Session) -> str | None:

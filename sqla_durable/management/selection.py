@@ -42,7 +42,8 @@ def id_at(moment: datetime) -> UUID:
     Raises:
         ArgumentError: it has no time zone, or lies before 1970.
     """
-    if moment.tzinfo is None or moment < _EPOCH:
+    is_time = isinstance(moment, datetime)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not is_time or moment.tzinfo is None or moment < _EPOCH:
         raise ArgumentError(f"id_at({moment!r}): give a time with a time zone, 1970 or later.")
     return UUID(int=((moment - _EPOCH) // timedelta(milliseconds=1) << 80) | _VERSION_7)
 

@@ -418,7 +418,7 @@ def test_rewound_workflow_has_another_token(session: Session, durable: Durable) 
 def test_cancelled_workflow_cannot_be_answered(session: Session, durable: Durable) -> None:
     _, workflow_id, token = waiting(session, durable)
     cancel(session, workflow_id)
-    with pytest.raises(errors.WorkflowFinishedError, match="which has cancelled"):
+    with pytest.raises(errors.WorkflowFinishedError, match="which was cancelled"):
         complete_callback(session, token, 7)
     with pytest.raises(errors.WorkflowFinishedError):
         heartbeat_callback(session, token)

@@ -294,7 +294,7 @@ def test_unknown_workflow_is_not_found_and_the_transaction_goes_on(session: Sess
 def test_finished_workflow_takes_no_signal(session: Session) -> None:
     (known,) = races.enqueue(session)
     session.execute(text("UPDATE durable.workflow SET status = 'cancelled', finished_at = now()"))
-    with pytest.raises(errors.WorkflowFinishedError, match="which has cancelled"):
+    with pytest.raises(errors.WorkflowFinishedError, match="which was cancelled"):
         signal(session, known, "approved")
 
 

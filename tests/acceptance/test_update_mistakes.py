@@ -183,7 +183,7 @@ def test_unknown_and_finished_workflows_take_no_update_and_the_transaction_goes_
         update(session, uuid4(), "set_address")
     (known,) = races.enqueue(session)
     races.cancel(session, known)
-    with pytest.raises(errors.WorkflowFinishedError, match="which has cancelled"):
+    with pytest.raises(errors.WorkflowFinishedError, match="which was cancelled"):
         update(session, known, "set_address")
     assert session.scalars(select(Signal)).all() == []
 

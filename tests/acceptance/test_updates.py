@@ -247,7 +247,7 @@ def test_cancelled_workflow_answers_nothing(shell: Shell, app: Application) -> N
     request = ask(shell, workflow_id, Address("Elm"))
     with shell.sessionmaker.begin() as session:
         cancel(session, workflow_id)
-    with pytest.raises(errors.UpdateNotAnsweredError, match="has cancelled without taking"):
+    with pytest.raises(errors.UpdateNotAnsweredError, match="was cancelled without taking"):
         accepted(shell, request)
 
 
