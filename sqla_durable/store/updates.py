@@ -15,7 +15,6 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Text,
-    and_,
     bindparam,
     cast,
     func,
@@ -41,6 +40,7 @@ from sqla_durable.store._rows import (
     Verdict,
     execute,
     fence_row,
+    materialized,
     scalar,
 )
 from sqla_durable.store.keys import require_the_latest
@@ -237,30 +237,29 @@ def _receiver_statement() -> Any:
 
 
 def _look_statement() -> Any:
-    answer = and_(
-        EVENT.c.workflow_id == SIGNAL.c.workflow_id,
+    """Read each row by its primary key: joined, a plan may read all steps of the workflow."""
+    sent = materialized(select(SIGNAL).where(SIGNAL.c.workflow_id == _WANTED, _IS_UPDATE), "sent")
+    answer = select(cast(EVENT.c.value, Text)).where(
+        EVENT.c.workflow_id == sent.c.workflow_id,
         EVENT.c.key == bindparam("answer_key", type_=Text()),
-        EVENT.c.id == SIGNAL.c.id,
+        EVENT.c.id == sent.c.id,
     )
-    # A workflow that began anew has forgotten what it had taken; another update may have the key of the step since.
-    holding = and_(
-        STEP.c.workflow_id == SIGNAL.c.workflow_id,
-        STEP.c.key == SIGNAL.c.consumed_by,
-        STEP.c.output.op("->>", return_type=Text())(_ID) == cast(SIGNAL.c.id, Text),
-    )
-    rows = (
-        SIGNAL.join(WORKFLOW, WORKFLOW.c.id == SIGNAL.c.workflow_id).outerjoin(EVENT, answer).outerjoin(STEP, holding)
+    # A workflow that continued as new has forgotten what it had taken; another update may have the key of the step since.
+    holding = select(STEP.c.key).where(
+        STEP.c.workflow_id == sent.c.workflow_id,
+        STEP.c.key == sent.c.consumed_by,
+        STEP.c.output.op("->>", return_type=Text())(_ID) == cast(sent.c.id, Text),
     )
     return (
         select(
-            SIGNAL.c.name,
-            SIGNAL.c.consumed_by,
+            sent.c.name,
+            sent.c.consumed_by,
             WORKFLOW.c.status,
-            cast(EVENT.c.value, Text).label("answer"),
-            STEP.c.key.is_not(None).label("is_held"),
+            answer.scalar_subquery().label("answer"),
+            holding.scalar_subquery().is_not(None).label("is_held"),
         )
-        .select_from(rows)
-        .where(SIGNAL.c.workflow_id == _WANTED, _IS_UPDATE, SIGNAL.c.name.startswith(_UPDATE_LITERAL))
+        .select_from(sent.join(WORKFLOW, WORKFLOW.c.id == sent.c.workflow_id))
+        .where(sent.c.name.startswith(_UPDATE_LITERAL))
     )
 
 
