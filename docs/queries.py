@@ -31,7 +31,7 @@ SELECT CAST(lpad(to_hex(CAST(floor(extract(epoch FROM began) * 1000) AS bigint))
     CASE WHEN status IN ('succeeded', 'failed', 'cancelled') THEN began + interval '1 second' END,
     CASE WHEN status = 'suspended' AND number % 2 = 0 THEN statement_timestamp() + interval '1 day' END
 FROM (
-    SELECT number, statement_timestamp() - interval '100 days' * (CAST(:rows AS float) - number) / :rows AS began,
+    SELECT number, statement_timestamp() - interval '100 days' * (CAST(:rows AS float) - number + 0.5) / :rows AS began,
         CASE WHEN number % 1000 = 1 THEN 'suspended' WHEN number > :rows - 20 THEN 'running'
         WHEN number > :rows - 120 THEN 'pending' WHEN number % 100 = 0 THEN 'failed' ELSE 'succeeded' END AS status
     FROM generate_series(1, :rows) AS number
