@@ -244,7 +244,7 @@ def _look_statement() -> Any:
         EVENT.c.key == bindparam("answer_key", type_=Text()),
         EVENT.c.id == sent.c.id,
     )
-    # A workflow that continued as new has forgotten what it had taken; another update may have the key of the step since.
+    # A workflow that continued as new has forgotten what it had taken; another update may have that step's key since.
     holding = select(STEP.c.key).where(
         STEP.c.workflow_id == sent.c.workflow_id,
         STEP.c.key == sent.c.consumed_by,

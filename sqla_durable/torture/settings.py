@@ -4,7 +4,7 @@ from __future__ import annotations
 
 CONCURRENCY = 12
 LEASE, POLL, GRACE = 1.5, 0.1, 10.0
-MAX_ATTEMPTS = 1_000_000
+MAX_ATTEMPTS = 32_767
 """So many: here workers die all the time, and no workflow is to fail for it."""
 
 POOL, OUTSIDE = 8, 3

@@ -40,6 +40,7 @@ from sqla_durable import (
     uuid4,
     wait_signal,
 )
+from sqla_durable.checks import LONGEST
 from sqla_durable.testing import advance
 from tests.acceptance.application import AnyWorkflow, Application, Form
 from tests.acceptance.shells import Shell
@@ -571,10 +572,10 @@ def test_callback_is_for_the_code_of_a_workflow(session: Session, durable: Durab
         Executor(session).run(outer)
 
 
-def test_longest_times_are_none(session: Session, durable: Durable) -> None:
+def test_longest_times_are_none_that_end(session: Session, durable: Durable) -> None:
     @durable.workflow
     def patient() -> int:
-        callback = create_callback(int, timeout=timedelta.max, heartbeat=timedelta.max)
+        callback = create_callback(int, timeout=LONGEST, heartbeat=LONGEST)
         with Session(session.get_bind()) as other:
             heartbeat_callback(other, callback.token)
             complete_callback(other, callback.token, 7)

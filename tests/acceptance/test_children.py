@@ -432,7 +432,7 @@ def test_fan_out_of_ten_thousand(shell: Shell, app: Application) -> None:
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow, 10_000)
     with shell.background(concurrency=400):
-        assert shell.result(workflow, workflow_id) == 99_990_000
+        assert shell.result(workflow, workflow_id, timedelta(seconds=100)) == 99_990_000
     with shell.sessionmaker() as session:
         assert session.scalars(select(func.count()).select_from(Workflow)).one() == 10_001
         assert session.execute(text("SELECT count(*) FROM durable.signal")).scalar_one() == 0

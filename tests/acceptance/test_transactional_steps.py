@@ -350,7 +350,7 @@ def test_result_of_a_step_that_cannot_be_stored_leaves_no_writes(shell: Shell, a
     async def wrong() -> None:
         await step()
 
-    with pytest.raises(EncodingError, match=r"result of step 'nothing_to_store'.*<object object at"):
+    with pytest.raises(EncodingError, match=r"result of step 'nothing_to_store'.*cannot be stored.*unknown type"):
         shell.run(app.workflow(wrong))
     assert _entries(shell) == []
     assert shell.one(_only_workflow(shell)).status is WorkflowStatus.FAILED

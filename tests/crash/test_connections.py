@@ -241,10 +241,10 @@ def test_a_step_whose_workflow_was_lost_meanwhile_leaves_no_business_write(
 
     (workflow_id,) = ledger.start(engine, [form])
     _without_input(engine)
-    # What belongs to a worker that has no row is found at a beat.
+    # What belongs to a worker that has no row is found at a tenth beat.
     with Worker(own, poll_interval=child.POLL, lease=timedelta(seconds=3), **refusing):
         expected = WorkflowStatus.CANCELLED if event == "cancel" else WorkflowStatus.SUCCEEDED
-        races.wait_until(lambda: races.status_of(engine, workflow_id) is expected)
+        races.wait_until(lambda: races.status_of(engine, workflow_id) is expected, seconds=40)
     accounts = [] if event == "cancel" else ["a"]
     assert _left_behind(engine, workflow_id) == (expected, ["write"][: len(accounts)], accounts)
     assert len(executions) == 1 + len(accounts)
