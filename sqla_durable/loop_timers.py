@@ -203,7 +203,7 @@ class Timers:
 
     @contextmanager
     def cancelling(self, cancelled: Cancelled) -> Generator[None]:
-        """Let no timers fire but those that have cancelled a call, which is to be cancelled again."""
+        """Let no timers fire but those that fired while a call was open: it is to see the same again."""
         self._waiting.append(cancelled)
         self._look()
         try:

@@ -316,6 +316,10 @@ class AsyncRuntime(BaseRuntime):
                 while not await self.timers.fired(timer, within=_LOOK_EVERY):
                     attempt.proceed()
                     if attempt.is_quiet(quiet=_QUIET, idle=self._is_idle):
+                        told = (
+                            "workflow %r %s: a timer fired before %r in an earlier attempt, and today's code arms none"
+                        )
+                        log.warning(told, attempt.name, attempt.workflow_id, position.key)
                         self.timers.give_up(timer)
             await self.timers.caught_up()
         finally:
