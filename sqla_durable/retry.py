@@ -44,6 +44,8 @@ _OBSTACLES = ("53", "55", "57", "58", "42501", "42P01", "3F000", "28", "3D")
 # data_exception, integrity_constraint_violation, program_limit_exceeded, and what PL/pgSQL raises.
 _DATA = ("22", "23", "54", "P0")
 
+_CANCELLED = "57014"  # query_canceled
+
 _DRIVERS = ("psycopg", "asyncpg", "pg8000", "sqlalchemy.dialects.postgresql")
 _EXAMPLES = {
     "retry": "tenacity.retry_if_exception_type(ConnectionError)",
@@ -308,6 +310,11 @@ def is_obstacle(error: BaseException) -> bool:
     # SQLAlchemy 2.0 hands what asyncpg raises while it connects on as it is.
     state = sqlstate(error) if isinstance(error, DBAPIError) else getattr(error, "sqlstate", None)
     return str(state or "").startswith((*_OBSTACLES, *_OUTAGES))
+
+
+def is_out_of_time(error: BaseException) -> bool:
+    """Tell whether the time limit of a statement is over: the worker's own, or the server's `statement_timeout`."""
+    return isinstance(error, TimeoutError) or (isinstance(error, DBAPIError) and sqlstate(error) == _CANCELLED)
 
 
 def is_about_data(error: BaseException) -> bool:

@@ -271,10 +271,10 @@ class Attempts:
         reason = one_line(f"the engine broke with {type(error).__name__}: {message_of(error)}")
         await self._count(attempt.fence, reason)
 
-    async def count_unread(self, fence: Fence) -> None:
-        """Count a crash of a claimed workflow whose history does not arrive within the time limit."""
-        log.error("workflow %s: its history does not arrive within the time limit of a claim", fence.workflow_id)
-        await self._count(fence, "its history did not arrive within the time limit")
+    async def count_unread(self, fence: Fence, reason: str) -> None:
+        """Count a crash of a claimed workflow whose history cannot be read."""
+        log.error("workflow %s: its history cannot be read when it is claimed: %s", fence.workflow_id, reason)
+        await self._count(fence, one_line(f"its history could not be read: {reason}"))
 
     async def _count(self, fence: Fence, reason: str) -> None:
         abandon = partial(crashes.abandon, fence=fence, reason=reason, max_attempts=self._max_attempts)

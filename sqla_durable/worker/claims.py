@@ -15,8 +15,8 @@ from sqlalchemy import Connection
 from uuid_utils.compat import uuid7
 
 from sqla_durable.log import Log
-from sqla_durable.retry import ObstacleRetry, first_line, is_about_data
-from sqla_durable.store import Claimed, Fence, queues
+from sqla_durable.retry import ObstacleRetry, first_line, is_about_data, is_out_of_time
+from sqla_durable.store import Claimed, queues
 from sqla_durable.store.parts import Part
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.cursors import Cursors
@@ -27,6 +27,7 @@ log = Log("sqla_durable.worker")
 
 _BATCH = 200
 _PAUSES = (0.01, 0.05, 0.25)  # seconds between claims after the last one that found something
+_UNREAD = 10  # times in a row that a history is lost with its connection
 _SPACING = 0.005  # seconds between two hints that are followed: many of them are one claim
 
 
@@ -96,10 +97,11 @@ class Claims:
         """Claim, and begin to execute what was claimed; less at once after a failure.
 
         The histories of a full batch may be longer than what arrives within the time limit. A workflow whose own one is
-        so for the second time has crashed: it is claimed later, and others before it.
+        so for the second time has crashed: it is claimed later, and others before it. A connection that is lost says
+        little of the workflow: that counts when it comes many times in a row.
         """
         again = ObstacleRetry()
-        unread: Fence | None = None
+        unread, times = None, 0
         claim = self._claim_some
         while True:
             restarts = self._cursors.restarts
@@ -121,9 +123,11 @@ class Claims:
                 if seconds is None:
                     raise
                 log.warning("claim: %s; trying again in %.1f s", first_line(error), seconds)
-                before, unread = unread, batch.claimed[0].fence if len(batch.claimed) == 1 else None
-                if before is not None and unread is not None and before.workflow_id == unread.workflow_id:
-                    await self._attempts.count_unread(unread)
+                alone = batch.claimed[0].fence if len(batch.claimed) == 1 else None
+                times = times + 1 if alone and alone.workflow_id == unread else 1
+                unread = alone and alone.workflow_id
+                if alone and times >= (2 if is_out_of_time(error) else _UNREAD):
+                    await self._attempts.count_unread(alone, first_line(error))
                 await asyncio.sleep(seconds)
                 # The claim may have been carried out, and its acknowledgement lost.
                 await self._heartbeat.release_strays()

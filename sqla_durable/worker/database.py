@@ -46,8 +46,7 @@ class Database(Protocol):
         """Call the function.
 
         Raises:
-            TimeoutError: there was no connection within the time limit.
-            DBAPIError: likewise, where one was cut off.
+            TimeoutError: there was no connection, or no answer, within the time limit.
         """
         ...
 
@@ -342,9 +341,14 @@ async def _to_its_end(transaction: Coroutine[Any, Any, T], cut: Cut, *, limit: f
         if not await _is_over(task, min(limit, _LAST_WAIT)):
             await _cut_off(task, cut)
         raise
-    if not ended and not await _cut_off(task, cut):
+    if ended:
+        return task.result()
+    if not await _cut_off(task, cut):
         raise TimeoutError(f"no connection to the database within {limit:.1f} s")
-    return task.result()
+    try:
+        return task.result()
+    except Exception as error:
+        raise TimeoutError(f"no answer from the database within {limit:.1f} s") from error
 
 
 async def _is_over(task: Undisturbed[Any], seconds: float) -> bool:

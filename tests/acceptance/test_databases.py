@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, NullPool, create_engine, make_url, select
+from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url, select
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -117,7 +119,7 @@ def test_pool_that_is_exhausted_for_a_while_is_waited_for(database_url: str) -> 
     with worker:
         pay.handle(watcher, workflow_id).result(timeout=PATIENCE)
         for number in range(3):
-            with engine.connect(), watcher.begin() as session:  # nothing is left for the worker
+            with _only_connection(engine), watcher.begin() as session:  # nothing is left for the worker
                 waiting = pay.start(session, number).id
             assert pay.handle(watcher, waiting).result(timeout=PATIENCE) == number
     engine.dispose()
@@ -233,6 +235,13 @@ def test_async_engine_of_a_stricter_isolation_level_works(database_url: str, dri
             await engine.dispose()
 
     asyncio.run(carry_out())
+
+
+def _only_connection(engine: Engine) -> Connection:
+    """Take the pool's only connection, when the worker that uses it gives it back."""
+    while True:
+        with suppress(PoolTimeoutError):
+            return engine.connect()
 
 
 def _carry_out(maker: Sessions, count: int) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncGenerator, Generator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from sqla_durable.retry import first_line, is_outage
+from sqla_durable.retry import first_line, is_obstacle, is_outage
 from sqla_durable.store.schema import is_read_committed
 from sqla_durable.worker.database import (
     Database,
@@ -65,9 +65,10 @@ async def test_a_call_that_gets_no_answer_is_cut_off_and_the_next_one_is_on_anot
     database: Database,
 ) -> None:
     before = await database.execute(_backend)
-    with pytest.raises(DBAPIError) as lost:
+    with pytest.raises(TimeoutError, match=r"no answer from the database within 0\.5 s") as lost:
         await database.execute(_slow)
-    assert is_outage(lost.value)
+    assert is_obstacle(lost.value)
+    assert is_outage(cast("DBAPIError", lost.value.__cause__))
     assert await database.execute(_backend) != before
     assert database.stuck == 0
 
