@@ -91,8 +91,9 @@ class GracePeriod:
     def wait(self, awaits: tuple[Awaited, ...], until: float = float("inf")) -> Wait:
         """Return how to wait in memory until the next look, and not beyond a time."""
         now = time.monotonic()
-        next_look = next((at for each in _LOOKS if (at := self._began + each) > now), self._until)
-        end = min(next_look, self._until, until)
+        half = (self._began + self._until) / 2  # a look later than that would come shortly before the last one
+        next_look = next((at for each in _LOOKS if now < (at := self._began + each) <= half), self._until)
+        end = min(next_look, until)
         return Wait(end, end, awaits, waker=self.waker)
 
 
