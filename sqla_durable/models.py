@@ -8,7 +8,6 @@ What the statements are is in `store`; how the tables come into a database is in
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +15,6 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     DateTime,
-    Enum,
     ForeignKey,
     Identity,
     Index,
@@ -24,7 +22,6 @@ from sqlalchemy import (
     Interval,
     MetaData,
     SmallInteger,
-    Text,
     false,
     func,
     inspect,
@@ -36,6 +33,7 @@ from sqlalchemy.ext.asyncio import AsyncAttrs
 from sqlalchemy.orm import DeclarativeBase, Mapped, foreign, mapped_column, relationship, validates
 from uuid_utils.compat import uuid7
 
+from sqla_durable.column_types import StatusText, Text
 from sqla_durable.status import StepStatus, WorkflowStatus
 
 SCHEMA = "durable"
@@ -49,25 +47,17 @@ NAMING_CONVENTION = {
 }
 
 
-def _text_of(statuses: type[StrEnum]) -> Enum:
-    """Store a status as short text; which texts are legal is a named CHECK constraint, not a PostgreSQL enum."""
-    return Enum(statuses, native_enum=False, length=16, values_callable=_values, validate_strings=True)
-
-
-def _values(statuses: type[StrEnum]) -> list[str]:
-    return [each.value for each in statuses]
-
-
 _NEW_ID = text(
-    "CAST(lpad(to_hex(CAST(floor(extract(epoch FROM statement_timestamp()) * 1000) AS bigint)), 12, '0') || '7' || "
-    "substr(replace(CAST(gen_random_uuid() AS text), '-', ''), 14) AS uuid)"
+    "CAST(pg_catalog.lpad(pg_catalog.to_hex(CAST(pg_catalog.floor("
+    "extract(epoch FROM pg_catalog.statement_timestamp()) * 1000.0) AS bigint)), 12, '0') || '7' || "
+    "pg_catalog.substr(pg_catalog.replace(CAST(pg_catalog.gen_random_uuid() AS text), '-', ''), 14) AS uuid)"
 )
 """A UUID of version 7, whose order is that of time: `uuidv7()` is there from PostgreSQL 18 on."""
 
 
 def _name(column: str, *, longest: int = 1_000) -> CheckConstraint:
     """Refuse a blank name, and one that is too long for an index or a line of a log."""
-    condition = f"{column} ~ '[^[:space:]]' AND octet_length({column}) <= {longest}"
+    condition = f"{column} ~ '[^[:space:]]' AND pg_catalog.octet_length({column}) <= {longest}"
     return CheckConstraint(condition, name=column.removesuffix("_key"))
 
 
@@ -102,8 +92,8 @@ class Base(AsyncAttrs, DeclarativeBase):
         str: Text,
         UUID: PG_UUID(as_uuid=True),
         list[str]: ARRAY(Text),
-        WorkflowStatus: _text_of(WorkflowStatus),
-        StepStatus: _text_of(StepStatus),
+        WorkflowStatus: StatusText(WorkflowStatus),
+        StepStatus: StatusText(StepStatus),
     }
 
 
@@ -133,8 +123,8 @@ class Workflow(Base):
     crashes: Mapped[int] = mapped_column(SmallInteger, server_default="0")
     token: Mapped[UUID | None]
     worker_id: Mapped[UUID | None]
-    created_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
-    enqueued_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
+    created_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
+    enqueued_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
     wake_at: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -175,7 +165,7 @@ class Workflow(Base):
         CheckConstraint(
             "status IN ('pending', 'running', 'suspended', 'succeeded', 'failed', 'cancelled')", name="status"
         ),
-        CheckConstraint("jsonb_typeof(input) = 'object'", name="input"),
+        CheckConstraint("pg_catalog.jsonb_typeof(input) = 'object'", name="input"),
         CheckConstraint("attempt >= 1 AND crashes BETWEEN 0 AND attempt", name="attempt"),
         CheckConstraint(
             "CASE status WHEN 'running' THEN token IS NOT NULL "
@@ -190,13 +180,13 @@ class Workflow(Base):
         CheckConstraint(
             "CASE WHEN error IS NULL THEN status <> 'failed' "
             "ELSE status IN ('failed', 'cancelled') "
-            "AND jsonb_typeof(error -> 'type') IS NOT DISTINCT FROM 'string' END",
+            "AND pg_catalog.jsonb_typeof(error -> text 'type') IS NOT DISTINCT FROM 'string' END",
             name="error",
         ),
         CheckConstraint("wake_at IS NULL OR status = 'suspended'", name="wake"),
         CheckConstraint(
-            "awaits IS NULL OR (status = 'suspended' AND jsonb_typeof(awaits) = 'array' "
-            f"AND NOT jsonb_path_exists(awaits, '{_UNREADABLE_WAIT}'))",
+            "awaits IS NULL OR (status = 'suspended' AND pg_catalog.jsonb_typeof(awaits) = 'array' "
+            f"AND NOT pg_catalog.jsonb_path_exists(awaits, '{_UNREADABLE_WAIT}'))",
             name="awaits",
         ),
         _name("parent_key", longest=_LONGEST_KEY),
@@ -204,8 +194,8 @@ class Workflow(Base):
         _name("version"),
         CheckConstraint("cancellation IN ('compensates', 'requested', 'overdue')", name="cancellation"),
         CheckConstraint(
-            "jsonb_typeof(headers) = 'object' "
-            """AND NOT jsonb_path_exists(headers, '$.* ? (@.type() <> "string")')""",
+            "pg_catalog.jsonb_typeof(headers) = 'object' "
+            """AND NOT pg_catalog.jsonb_path_exists(headers, '$.* ? (@.type() <> "string")')""",
             name="headers",
         ),
         _times(
@@ -220,7 +210,8 @@ class Workflow(Base):
         # Each part of it: together they may be short, and add up to a time that is out of range on the way.
         CheckConstraint(
             "timeout BETWEEN interval '0' AND interval '36500 days' "
-            "AND extract(year FROM timeout) BETWEEN 0 AND 100 AND extract(day FROM timeout) BETWEEN 0 AND 36500",
+            "AND extract(year FROM timeout) BETWEEN 0.0 AND 100.0 "
+            "AND extract(day FROM timeout) BETWEEN 0.0 AND 36500.0",
             name="timeout",
         ),
         # The same workflow and key are the same workflow: this index refuses the second.
@@ -284,7 +275,7 @@ class Step(Base):
     attempt: Mapped[int] = mapped_column(Integer)
     attempts: Mapped[int] = mapped_column(Integer, server_default="1")
     started_at: Mapped[datetime]
-    finished_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
+    finished_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
     wake_at: Mapped[datetime | None]
     details: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
 
@@ -298,7 +289,7 @@ class Step(Base):
         CheckConstraint(
             "CASE WHEN error IS NULL THEN status <> 'failed' "
             "ELSE status IN ('running', 'retrying', 'failed') "
-            "AND jsonb_typeof(error -> 'type') IS NOT DISTINCT FROM 'string' END",
+            "AND pg_catalog.jsonb_typeof(error -> text 'type') IS NOT DISTINCT FROM 'string' END",
             name="error",
         ),
         CheckConstraint(
@@ -328,7 +319,7 @@ class Signal(Base):
     name: Mapped[str]
     key: Mapped[str | None]
     payload: Mapped[Any] = mapped_column(JSONB, server_default=text("'null'::jsonb"))
-    created_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
+    created_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
     delivered_at: Mapped[datetime | None]
     consumed_by: Mapped[str | None]
 
@@ -337,7 +328,7 @@ class Signal(Base):
     __table_args__ = (
         _name("name", longest=_LONGEST_KEY),
         _name("key"),
-        CheckConstraint(f"octet_length(consumed_by) <= {_LONGEST_KEY}", name="consumed_by"),
+        CheckConstraint(f"pg_catalog.octet_length(consumed_by) <= {_LONGEST_KEY}", name="consumed_by"),
         _times("created_at", "delivered_at"),
         # The same workflow, name and key are the same signal.
         Index(
@@ -371,13 +362,13 @@ class Event(Base):
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     value: Mapped[Any] = mapped_column(JSONB)
     step_key: Mapped[str | None]
-    created_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
+    created_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
 
     workflow: Mapped[Workflow] = relationship(back_populates="events")
 
     __table_args__ = (
         _name("key", longest=_LONGEST_KEY),
-        CheckConstraint(f"octet_length(step_key) <= {_LONGEST_KEY}", name="step_key"),
+        CheckConstraint(f"pg_catalog.octet_length(step_key) <= {_LONGEST_KEY}", name="step_key"),
         _times("created_at"),
     )
 
@@ -401,11 +392,11 @@ class StreamItem(Base):
     step_key: Mapped[str | None]
     attempt: Mapped[int] = mapped_column(Integer)
     step_attempt: Mapped[int | None] = mapped_column(Integer)
-    created_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
+    created_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
 
     __table_args__ = (
         _name("name", longest=_LONGEST_KEY),
-        CheckConstraint(f"octet_length(step_key) <= {_LONGEST_KEY}", name="step_key"),
+        CheckConstraint(f"pg_catalog.octet_length(step_key) <= {_LONGEST_KEY}", name="step_key"),
         _times("created_at"),
         CheckConstraint("number >= 0 AND attempt >= 1 AND step_attempt >= 1", name="counts"),
         CheckConstraint("closed = (value IS NULL)", name="closed"),
@@ -419,7 +410,7 @@ class Queue(Base):
 
     name: Mapped[str] = mapped_column(primary_key=True)
     paused_at: Mapped[datetime | None]
-    created_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
+    created_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
 
     __table_args__ = (_name("name"), _times("created_at", "paused_at"))
 
@@ -439,8 +430,8 @@ class Worker(Base):
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
     name: Mapped[str]
     queues: Mapped[list[str]]
-    started_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
-    heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
+    started_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
+    heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
     lease_expires_at: Mapped[datetime]
 
     workflows: Mapped[list[Workflow]] = relationship(
@@ -448,7 +439,7 @@ class Worker(Base):
     )
 
     __table_args__ = (
-        CheckConstraint("octet_length(name) <= 1000", name="name"),
+        CheckConstraint("pg_catalog.octet_length(name) <= 1000", name="name"),
         CheckConstraint("lease_expires_at > heartbeat_at", name="lease"),
         _times("started_at", "heartbeat_at", "lease_expires_at"),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, MetaData, Table, event, inspect
+from sqlalchemy import Connection, MetaData, Table, event, func
 from sqlalchemy.schema import CreateSchema
 
 from sqla_durable.models import SCHEMA, Workflow, metadata
@@ -41,7 +41,8 @@ def _create_schema(_target: MetaData, connection: Connection, **_: object) -> No
     """Let `metadata.create_all` work in an empty database, under the translated name of the schema."""
     name = _translated(connection)
     # Asked first: IF NOT EXISTS needs the right to create schemas even where there is nothing to create.
-    if not inspect(connection).has_schema(name):
+    found = func.pg_catalog.to_regnamespace(func.pg_catalog.quote_ident(name))
+    if connection.scalar(found) is None:
         connection.execute(CreateSchema(name, if_not_exists=True))
 
 

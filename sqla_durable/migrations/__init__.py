@@ -93,7 +93,7 @@ def lock(connection: Connection) -> None:
             "migrations.lock(connection) was called outside a transaction, where it would lock nothing: call it "
             "inside `with context.begin_transaction():`, or with transaction_per_migration on a connection of its own."
         )
-    connection.scalar(func.pg_advisory_xact_lock(LOCK))
+    connection.scalar(func.pg_catalog.pg_advisory_xact_lock(LOCK))
 
 
 def not_ours(*schemas: str) -> Callable[[str | None, str, Mapping[str, str | None]], bool]:

@@ -12,6 +12,7 @@ from uuid import UUID
 
 from sqlalchemy import (
     CTE,
+    BigInteger,
     ColumnElement,
     Connection,
     DateTime,
@@ -23,7 +24,6 @@ from sqlalchemy import (
     ScalarResult,
     SelectBase,
     TableValuedAlias,
-    Text,
     and_,
     bindparam,
     case,
@@ -46,6 +46,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.types import TypeEngine
 
+from sqla_durable.column_types import Text
 from sqla_durable.models import SCHEMA, Base, Workflow
 from sqla_durable.setbacks import mark_engine_error
 from sqla_durable.status import StepStatus, WorkflowStatus
@@ -59,6 +60,13 @@ QUEUE = Base.metadata.tables[f"{SCHEMA}.queue"]
 WORKER = Base.metadata.tables[f"{SCHEMA}.worker"]
 
 _WRITE = update(WORKFLOW)
+
+pg = func.pg_catalog
+"""PostgreSQL's own functions: a name without a schema could be another role's function, wherever one may create them.
+
+`func` is left for what the grammar knows without a look-up: COALESCE, GREATEST, LEAST, EXTRACT, ANY, ALL, and UNNEST
+of several arrays.
+"""
 
 Connectable: TypeAlias = Session | Connection
 """Where a statement is executed: a caller's session, or a connection of the engine's own."""
@@ -318,7 +326,7 @@ def table(name: str, columns: Columns) -> TableValuedAlias:
     """
     parameter = cast(bindparam(_rows_of(name), type_=Text()), JSON)
     shape = [column(each, kind) for each, kind in columns.items()]
-    return func.json_to_recordset(parameter).table_valued(*shape).render_derived(name=name, with_types=True)
+    return pg.json_to_recordset(parameter).table_valued(*shape).render_derived(name=name, with_types=True)
 
 
 def filled(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -346,7 +354,7 @@ def has_status(table: FromClause, value: WorkflowStatus) -> ColumnElement[bool]:
     As an expression that fits no index: that of a status is small, and would be read whole, until a snapshot that is
     open elsewhere keeps what is dead in it.
     """
-    return func.concat(table.c.status) == literal_column(f"'{value}'", type_=Text())
+    return pg.concat(table.c.status) == literal_column(f"'{value}'", type_=Text())
 
 
 def beginning(name: str = "since") -> ColumnElement[datetime]:
@@ -378,7 +386,17 @@ def still_compensates() -> ColumnElement[Any]:
 def interval(seconds: ColumnElement[Any]) -> ColumnElement[Any]:
     """Make an interval of seconds; NULL stays NULL."""
     zero: ColumnElement[int] = literal_column("0")
-    return func.make_interval(zero, zero, zero, zero, zero, zero, seconds)
+    return pg.make_interval(zero, zero, zero, zero, zero, zero, seconds)
+
+
+def words(value: str) -> ColumnElement[str]:
+    """Return a text as a literal of that type; one of no type is taken for what stands on the operator's other side."""
+    return literal_column(f"text '{value}'", type_=Text())
+
+
+def count_rows() -> ColumnElement[int]:
+    """Return `count(*)`."""
+    return pg.count(literal_column("*"), type_=BigInteger())
 
 
 def refresh_known(session: Session, ids: Iterable[UUID]) -> None:
@@ -439,9 +457,9 @@ def soon_over() -> ColumnElement[str]:
     """
     name: ColumnElement[str] = literal_column(f"'{_IDLE_TIMEOUT}'", type_=Text())
     most: ColumnElement[str] = literal_column(f"'{_IDLE_LIMIT}'", type_=Text())
-    today = func.current_setting(name, type_=Text())
+    today = pg.current_setting(name, type_=Text())
     shorter = cast(today, Interval).between(text("interval '1 millisecond'"), text(f"interval '{_IDLE_LIMIT}'"))
-    limit = func.set_config(name, case((shorter, today), else_=most), true())
+    limit = pg.set_config(name, case((shorter, today), else_=most), true())
     return select(limit).scalar_subquery().label("idle_limit")
 
 

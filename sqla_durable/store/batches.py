@@ -16,7 +16,6 @@ from sqlalchemy import (
     Boolean,
     Float,
     Integer,
-    Text,
     and_,
     case,
     cast,
@@ -31,6 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
+from sqla_durable.column_types import Text
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     WORKFLOW,
@@ -40,6 +40,7 @@ from sqla_durable.store._rows import (
     Connectable,
     Fence,
     Park,
+    count_rows,
     execute,
     fence_row,
     filled,
@@ -47,6 +48,7 @@ from sqla_durable.store._rows import (
     materialized,
     of_owner,
     owned,
+    pg,
     table,
 )
 from sqla_durable.store.signals import asking, deleting_notices
@@ -132,7 +134,7 @@ def _in(recorded: CTE, batch: CTE) -> Any:
 
 def _end_statement(ending: CTE, mine: CTE, recorded: CTE) -> Any:
     written = (
-        select(recorded.c.workflow_id, func.count().label("checkpoints"))
+        select(recorded.c.workflow_id, count_rows().label("checkpoints"))
         .group_by(recorded.c.workflow_id)
         .cte("written")
     )
@@ -151,10 +153,10 @@ def _end_statement(ending: CTE, mine: CTE, recorded: CTE) -> Any:
             status=ready.c.status,
             output=cast(ready.c.output, JSONB),
             error=cast(ready.c.error, JSONB),
-            finished_at=case((~parked, func.statement_timestamp())),
+            finished_at=case((~parked, pg.statement_timestamp())),
             token=case((~parked, WORKFLOW.c.token)),
             worker_id=case((~parked, WORKFLOW.c.worker_id)),
-            wake_at=func.statement_timestamp() + interval(ready.c.delay),
+            wake_at=pg.statement_timestamp() + interval(ready.c.delay),
             awaits=case((parked, ready.c.awaits)),
         )
         .returning(

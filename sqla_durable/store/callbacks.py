@@ -15,7 +15,6 @@ from sqlalchemy import (
     CTE,
     ColumnElement,
     Float,
-    Text,
     and_,
     bindparam,
     case,
@@ -29,8 +28,20 @@ from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
+from sqla_durable.column_types import Text
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store._rows import SIGNAL, STEP, WORKFLOW, Checkpoint, Connectable, execute, materialized, scalar
+from sqla_durable.store._rows import (
+    SIGNAL,
+    STEP,
+    WORKFLOW,
+    Checkpoint,
+    Connectable,
+    execute,
+    materialized,
+    pg,
+    scalar,
+    words,
+)
 from sqla_durable.store.keys import require_the_latest, sees_the_latest
 from sqla_durable.store.signals import first_keyed
 from sqla_durable.store.steps import given_row, own_row
@@ -156,7 +167,7 @@ def expire(connectable: Connectable, checkpoint: Checkpoint, *, key: str) -> boo
 
 def is_callback() -> ColumnElement[bool]:
     """Tell the record of a callback from those of other steps."""
-    return STEP.c.name == _literal(NAME)
+    return STEP.c.name == words(NAME)
 
 
 def _made(name: str) -> ColumnElement[Any]:
@@ -164,20 +175,16 @@ def _made(name: str) -> ColumnElement[Any]:
 
 
 def _text_in(value: ColumnElement[Any], name: str) -> ColumnElement[Any]:
-    return value.op("->>", return_type=Text())(_literal(name))
+    return value.op("->>", return_type=Text())(words(name))
 
 
 def _json_in(value: ColumnElement[Any], name: str) -> ColumnElement[Any]:
-    return cast(value.op("->", return_type=JSONB())(_literal(name)), Text)
-
-
-def _literal(value: str) -> ColumnElement[str]:
-    return literal_column(f"'{value}'", type_=Text())
+    return cast(value.op("->", return_type=JSONB())(words(name)), Text)
 
 
 def _left(name: str, since: ColumnElement[Any]) -> ColumnElement[Any]:
     """Give how many seconds are left of a time; in seconds, since a sum of times may be out of range."""
-    return cast(_made(name), Float) - func.extract("epoch", func.statement_timestamp() - since)
+    return cast(_made(name), Float) - cast(func.extract("epoch", pg.statement_timestamp() - since), Float)
 
 
 def _timeout_in() -> ColumnElement[Any]:
@@ -193,8 +200,8 @@ def _due_in() -> ColumnElement[Any]:
 
 
 def _due_to() -> ColumnElement[Any]:
-    silent_first = _silent_in() < func.coalesce(_timeout_in(), cast(_literal("infinity"), Float))
-    return case((silent_first, _literal("heartbeat")), else_=_literal("timeout"))
+    silent_first = _silent_in() < func.coalesce(_timeout_in(), cast(words("infinity"), Float))
+    return case((silent_first, words("heartbeat")), else_=words("timeout"))
 
 
 def _given(name: str, kind: Any) -> Any:
@@ -229,8 +236,8 @@ def _look_statement() -> Any:
         is_callback(),
         _made("signal") == func.coalesce(wanted, _made("signal")),
     )
-    first = first_keyed(STEP.c.workflow_id, _made("signal"), _literal(OUTCOME), SIGNAL.c.payload).lateral("outcome")
-    outcome = and_(first.c.name == _made("signal"), first.c.key == _literal(OUTCOME))
+    first = first_keyed(STEP.c.workflow_id, _made("signal"), words(OUTCOME), SIGNAL.c.payload).lateral("outcome")
+    outcome = and_(first.c.name == _made("signal"), first.c.key == words(OUTCOME))
     return (
         select(
             WORKFLOW.c.status,
@@ -260,7 +267,7 @@ def _insert_outcome(source: Any, *more: str) -> Any:
 
 def _answer_statement(*conditions: ColumnElement[bool]) -> Any:
     given = _given("owner_id", PG_UUID()), _given("signal_name", Text()), _payload()
-    return _insert_outcome(select(*given, _literal(OUTCOME)).where(*conditions))
+    return _insert_outcome(select(*given, words(OUTCOME)).where(*conditions))
 
 
 def _beat_statement() -> Any:
@@ -268,7 +275,7 @@ def _beat_statement() -> Any:
     return (
         update(STEP)
         .where(this, STEP.c.key == bindparam("callback_key", type_=Text()), is_callback())
-        .values(finished_at=func.greatest(func.statement_timestamp(), STEP.c.started_at))
+        .values(finished_at=func.greatest(pg.statement_timestamp(), STEP.c.started_at))
     )
 
 
@@ -277,12 +284,14 @@ def _expire_statement() -> Any:
     expired = materialized(
         select(STEP.c.workflow_id, _made("signal").label("signal"), _due_to().label("due_to"))
         .join(owned, owned.c.id == STEP.c.workflow_id)
-        .where(STEP.c.key == _given("callback_key", Text()), is_callback(), _due_in() <= literal_column("0"))
+        .where(
+            STEP.c.key == _given("callback_key", Text()), is_callback(), _due_in() <= cast(literal_column("0"), Float)
+        )
         .with_for_update(key_share=True, skip_locked=True, of=STEP),
         "expired",
     )
-    payload = func.jsonb_build_object(_literal("expired"), expired.c.due_to)
-    source = select(expired.c.workflow_id, expired.c.signal, payload, _literal(OUTCOME), func.statement_timestamp())
+    payload = pg.jsonb_build_object(words("expired"), expired.c.due_to)
+    source = select(expired.c.workflow_id, expired.c.signal, payload, words(OUTCOME), pg.statement_timestamp())
     written = _insert_outcome(source, "delivered_at").cte("written")
     return select(_any(owned).label("owned"), _any(expired).label("expired")).add_cte(written)
 

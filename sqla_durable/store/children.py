@@ -12,7 +12,6 @@ from uuid import UUID
 
 from sqlalchemy import (
     Integer,
-    Text,
     and_,
     bindparam,
     case,
@@ -28,6 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
+from sqla_durable.column_types import Text
 from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
@@ -39,10 +39,12 @@ from sqla_durable.store._rows import (
     Checkpoint,
     Connectable,
     NewWorkflow,
+    count_rows,
     execute,
     filled,
     materialized,
     next_attempt,
+    pg,
     status,
     table,
 )
@@ -198,7 +200,7 @@ def _answer(owned: Any, recorded: Any) -> Any:
 def _start_statement() -> Any:
     owned = own_row()
     batch = materialized(
-        select(*table("batch", NEW).c, func.row_number().over(order_by=literal_column("batch.id")).label("number")),
+        select(*table("batch", NEW).c, pg.row_number().over(order_by=literal_column("batch.id")).label("number")),
         "new",
     )
     columns = new_columns(batch.c)
@@ -221,15 +223,15 @@ def _start_statement() -> Any:
     )
     child_id = func.coalesce(inserted.c.id, *known).label("id")
     ids = select(batch.c.number, child_id).outerjoin_from(batch, inserted, inserted.c.id == batch.c.id).cte("ids")
-    listed = func.jsonb_agg(ids.c.id.op("ORDER BY")(ids.c.number))
-    every = select(listed.label("list")).having(func.count(ids.c.id) == func.count()).cte("every")
+    listed = pg.jsonb_agg(ids.c.id.op("ORDER BY")(ids.c.number))
+    every = select(listed.label("list")).having(pg.count(ids.c.id) == count_rows()).cte("every")
     recorded = _recorded(every.c.list, every.join(owned, true())).cte("recorded")
     return _answer(owned, recorded)
 
 
 def _take_outcome_statement() -> Any:
     owned = own_row()
-    outcome = func.jsonb_build_object(
+    outcome = pg.jsonb_build_object(
         "id", WORKFLOW.c.id, "name", WORKFLOW.c.name, "status", WORKFLOW.c.status,
         "output", WORKFLOW.c.output, "error", WORKFLOW.c.error,
     )  # fmt: skip
@@ -240,7 +242,7 @@ def _take_outcome_statement() -> Any:
 def _take_first_statement() -> Any:
     owned = own_row()
     first = (
-        select(func.to_jsonb(WORKFLOW.c.id).label("value"))
+        select(pg.to_jsonb(WORKFLOW.c.id).label("value"))
         .where(_wanted(), WORKFLOW.c.finished_at.is_not(None))
         .order_by(WORKFLOW.c.finished_at, WORKFLOW.c.id)
         .limit(literal_column("1"))
@@ -257,7 +259,7 @@ def _progress_statement() -> Any:
     finished = WORKFLOW.c.finished_at.is_not(None)
     succeeded = WORKFLOW.c.status == status(WorkflowStatus.SUCCEEDED)
     active = and_(~finished, ~is_held())
-    place = func.row_number().over(partition_by=active, order_by=WORKFLOW.c.id)
+    place = pg.row_number().over(partition_by=active, order_by=WORKFLOW.c.id)
     seen = materialized(
         select(
             WORKFLOW.c.id,
@@ -270,12 +272,12 @@ def _progress_statement() -> Any:
         ).where(_wanted()),
         "seen",
     )
-    count = select(func.count()).select_from(seen).where(seen.c.active).scalar_subquery()
+    count = select(count_rows()).select_from(seen).where(seen.c.active).scalar_subquery()
     apart = func.greatest((count + (_SAMPLE - 1)) // _SAMPLE, 1)
-    named = select(func.array_agg(seen.c.id)).where(seen.c.active, (seen.c.place - 1) % apart == 0)
+    named = select(pg.array_agg(seen.c.id)).where(seen.c.active, (seen.c.place - 1) % apart == 0)
     return select(
-        func.count().label("there"),
-        *(func.count().filter(seen.c[each]).label(each) for each in ("own", "finished", "failed", "held", "active")),
+        count_rows().label("there"),
+        *(count_rows().filter(seen.c[each]).label(each) for each in ("own", "finished", "failed", "held", "active")),
         named.scalar_subquery().label("named"),
     ).select_from(seen)
 
@@ -301,7 +303,7 @@ def _cancel_rest_statement() -> Any:
         "rest",
     )
     undone = WORKFLOW.c.cancellation == COMPENSATES
-    now = func.statement_timestamp()
+    now = pg.statement_timestamp()
     cancelled = (
         update(WORKFLOW)
         # What is being undone already goes on with that.
@@ -322,7 +324,7 @@ def _cancel_rest_statement() -> Any:
         .returning(WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits)
         .cte("cancelled")
     )
-    count = select(func.count()).select_from(cancelled).scalar_subquery()
+    count = select(count_rows()).select_from(cancelled).scalar_subquery()
     answer = select(select(owner.c.id).exists().label("owned"), count.label("cancelled"))
     # To their parent too: while this waited for a row, another attempt may have taken it over, and wait.
     of_ended = (

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Float, bindparam, cast, func, select, update
+from sqlalchemy import Float, bindparam, cast, select, update
 from sqlalchemy.orm import Session
 
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store._rows import STEP, WORKFLOW, execute, interval, status
+from sqla_durable.store._rows import (
+    STEP,
+    WORKFLOW,
+    execute,
+    interval,
+    pg,
+    status,
+    words,
+)
 from sqla_durable.store.callbacks import is_callback
 
 _PASSED = interval(bindparam("seconds", type_=Float()))
@@ -29,15 +37,15 @@ _DEADLINES = (
     .values(deadline_at=WORKFLOW.c.deadline_at - _PASSED)
 )
 _STEPS = update(STEP).where(STEP.c.wake_at.is_not(None)).values(wake_at=STEP.c.wake_at - _PASSED)
-_EACH = func.jsonb_each_text(STEP.c.details["#timers"]).table_valued("key", "value")
+_EACH = pg.jsonb_each_text(STEP.c.details["#timers"]).table_valued("key", "value")
 _LOOP_TIMERS = (
     update(STEP)
-    .where(STEP.c.details.has_key("#timers"))
+    .where(STEP.c.details.has_key(words("#timers")))
     .values(
-        details=func.jsonb_build_object(
-            "#timers",
+        details=pg.jsonb_build_object(
+            words("#timers"),
             select(
-                func.jsonb_object_agg(_EACH.c.key, cast(_EACH.c.value, Float) - bindparam("seconds", type_=Float()))
+                pg.jsonb_object_agg(_EACH.c.key, cast(_EACH.c.value, Float) - bindparam("seconds", type_=Float()))
             ).scalar_subquery(),
         )
     )

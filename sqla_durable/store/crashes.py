@@ -21,7 +21,6 @@ from sqlalchemy import (
     Double,
     Integer,
     Row,
-    Text,
     and_,
     bindparam,
     case,
@@ -40,6 +39,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
+from sqla_durable.column_types import Text
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     MOST_ATTEMPTS,
@@ -53,6 +53,7 @@ from sqla_durable.store._rows import (
     interval,
     materialized,
     next_attempt,
+    pg,
     scalars,
     status,
     unfinished,
@@ -148,7 +149,7 @@ def _reclaimed(row: Row[Any]) -> Reclaimed:
 
 def _expired() -> ColumnElement[bool]:
     alive = select(WORKER.c.id).where(
-        WORKER.c.id == WORKFLOW.c.worker_id, WORKER.c.lease_expires_at > func.statement_timestamp()
+        WORKER.c.id == WORKFLOW.c.worker_id, WORKER.c.lease_expires_at > pg.statement_timestamp()
     )
     return ~alive.exists()
 
@@ -213,7 +214,7 @@ def _back_statement(abandoned: CTE, *, suspect: ColumnElement[bool]) -> Any:
             crashes=abandoned.c.crashes,
             error=case((spent, _max_attempts_error(abandoned.c.crashes)), else_=null()),
             wake_at=case((and_(suspect, ~spent), _later(abandoned.c.crashes)), else_=null()),
-            finished_at=case((spent, func.statement_timestamp()), else_=null()),
+            finished_at=case((spent, pg.statement_timestamp()), else_=null()),
             token=null(),
         )
         .returning(
@@ -236,15 +237,15 @@ def _later(crashes: ColumnElement[int]) -> ColumnElement[Any]:
 
     Of the id and the number of crashes, so that two that died together once are apart the next time.
     """
-    doubled = func.power(2, func.least(crashes - SUSPECT, _DOUBLINGS))
-    hashed = func.hashtextextended(cast(WORKFLOW.c.id, Text), cast(crashes, BigInteger))
-    bits = hashed.op("&")(literal_column(str(_SPREADS - 1)))
-    spread = 0.5 + cast(bits, Double) / _SPREADS
-    return func.statement_timestamp() + interval(func.least(doubled * spread, _LONGEST_BACKOFF))
+    doubled = pg.power(2, func.least(crashes - SUSPECT, _DOUBLINGS))
+    hashed = pg.hashtextextended(cast(WORKFLOW.c.id, Text), cast(crashes, BigInteger))
+    bits = hashed.op("&")(cast(literal_column(str(_SPREADS - 1)), BigInteger))
+    spread = 0.5 + cast(bits, Double) / cast(literal_column(str(_SPREADS)), Double)
+    return pg.statement_timestamp() + interval(func.least(doubled * spread, _LONGEST_BACKOFF))
 
 
 def _max_attempts_error(crashes: ColumnElement[int]) -> Any:
-    message = func.concat(
+    message = pg.concat(
         bindparam("reason", type_=Text()),
         " in attempt ",
         WORKFLOW.c.attempt,
@@ -252,7 +253,7 @@ def _max_attempts_error(crashes: ColumnElement[int]) -> Any:
         crashes,
         " in a row recorded no step",
     )
-    return func.jsonb_build_object(
+    return pg.jsonb_build_object(
         literal("type", Text()),
         literal(MAX_ATTEMPTS_TYPE, Text()),
         literal("message", Text()),

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Integer, Text, and_, bindparam, case, func, literal, null, or_, select, update
+from sqlalchemy import ColumnElement, Integer, and_, bindparam, case, literal, null, or_, select, update
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
+from sqla_durable.column_types import Text
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     BEGINNING,
@@ -26,6 +27,7 @@ from sqla_durable.store._rows import (
     execute,
     materialized,
     next_attempt,
+    pg,
     refresh_known,
     undoes,
 )
@@ -73,19 +75,19 @@ def fail_one(session: Session, workflow_id: UUID) -> bool:
 
 def is_overdue() -> ColumnElement[bool]:
     """Tell that the deadline of an unfinished workflow has come: with the conditions of the index of deadlines."""
-    is_past = WORKFLOW.c.deadline_at <= func.statement_timestamp()
+    is_past = WORKFLOW.c.deadline_at <= pg.statement_timestamp()
     return and_(WORKFLOW.c.finished_at.is_(None), is_past, ~undoes())
 
 
 def in_time() -> ColumnElement[bool]:
     """Tell that there is still time to begin; to undo something there always is."""
-    is_ahead = WORKFLOW.c.deadline_at > func.statement_timestamp()
+    is_ahead = WORKFLOW.c.deadline_at > pg.statement_timestamp()
     return or_(WORKFLOW.c.deadline_at.is_(None), is_ahead, undoes())
 
 
 def reason() -> Any:
     """Give the words for what has happened to a workflow at its deadline."""
-    return func.concat(literal("it was not finished at its deadline, ", Text()), WORKFLOW.c.deadline_at)
+    return pg.concat(literal("it was not finished at its deadline, ", Text()), WORKFLOW.c.deadline_at)
 
 
 def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: bool) -> tuple[Any, Any]:
@@ -98,7 +100,7 @@ def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: b
         "overdue",
     )
     compensates = WORKFLOW.c.cancellation == COMPENSATES
-    now = func.statement_timestamp()
+    now = pg.statement_timestamp()
     failed = (
         update(WORKFLOW)
         .where(WORKFLOW.c.id == overdue.c.id)
@@ -136,7 +138,7 @@ def _fail_overdue_statement(within: Within) -> tuple[Any, Any]:
 
 
 def _error() -> Any:
-    return func.jsonb_build_object(
+    return pg.jsonb_build_object(
         literal("type", Text()),
         literal(TIMEOUT_TYPE, Text()),
         literal("message", Text()),

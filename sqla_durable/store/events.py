@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Text, and_, bindparam, cast, func, literal_column, select, true
+from sqlalchemy import and_, bindparam, cast, literal_column, select, true
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
+from sqla_durable.column_types import Text
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store._rows import (
     EVENT,
@@ -25,6 +26,7 @@ from sqla_durable.store._rows import (
     execute,
     fence_row,
     materialized,
+    pg,
     scalar,
 )
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine, own_row
@@ -99,7 +101,7 @@ def _columns() -> dict[str, Any]:
         "key": cast(bindparam("event_key", type_=Text()), Text),
         "value": cast(cast(bindparam("event_value", type_=Text()), Text), JSONB),
         "step_key": GIVEN["key"],
-        "created_at": func.statement_timestamp(),
+        "created_at": pg.statement_timestamp(),
     }
 
 

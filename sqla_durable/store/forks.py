@@ -16,7 +16,6 @@ from sqlalchemy import (
     CTE,
     ColumnElement,
     FromClause,
-    Text,
     and_,
     bindparam,
     case,
@@ -32,6 +31,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
+from sqla_durable.column_types import Text
 from sqla_durable.models import Workflow
 from sqla_durable.status import StepStatus
 from sqla_durable.store._rows import (
@@ -43,6 +43,7 @@ from sqla_durable.store._rows import (
     filled,
     materialized,
     next_attempt,
+    pg,
     record_of,
     scalars,
     still_compensates,
@@ -163,8 +164,8 @@ def _copied(cut: CTE) -> CTE:
 
 def _insert_workflows(cut: CTE, copied: CTE) -> Any:
     # As if its copied steps were of earlier attempts: what they recorded is no progress of the first one.
-    attempts = select(func.max(copied.c.attempt)).where(copied.c.workflow_id == cut.c.id).scalar_subquery()
-    now = func.statement_timestamp()
+    attempts = select(pg.max(copied.c.attempt)).where(copied.c.workflow_id == cut.c.id).scalar_subquery()
+    now = pg.statement_timestamp()
     changed: dict[str, ColumnElement[Any]] = {
         "id": cut.c.id,
         "key": bindparam("new_key", type_=Text()),
@@ -201,7 +202,7 @@ def _insert_events(cut: CTE, copied: CTE, started: CTE) -> Any:
 
 def _insert_stream_items(cut: CTE, copied: CTE, started: CTE) -> Any:
     """Numbered anew: what is left out may have stood in between."""
-    number = func.row_number().over(partition_by=(cut.c.id, STREAM_ITEM.c.name), order_by=STREAM_ITEM.c.number)
+    number = pg.row_number().over(partition_by=(cut.c.id, STREAM_ITEM.c.name), order_by=STREAM_ITEM.c.number)
     names = ("name", "value", "closed", "step_key", "attempt", "step_attempt", "created_at")
     columns = [cut.c.id, number - literal_column("1"), *(STREAM_ITEM.c[name] for name in names)]
     source = select(*columns).select_from(_shown(STREAM_ITEM, cut, copied, started))

@@ -16,7 +16,6 @@ from sqlalchemy import (
     FromClause,
     Integer,
     Select,
-    Text,
     and_,
     bindparam,
     case,
@@ -33,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
+from sqla_durable.column_types import Text
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     BEGINNING,
@@ -44,6 +44,7 @@ from sqla_durable.store._rows import (
     execute,
     has_status,
     materialized,
+    pg,
     scalars,
 )
 from sqla_durable.store.parts import WHOLE, Part, Within, divided
@@ -111,7 +112,7 @@ def _let_go(first: Any) -> Any:
     return (
         update(WORKFLOW)
         .where(WORKFLOW.c.id == first.c.id, is_held())
-        .values(status=WorkflowStatus.PENDING, enqueued_at=func.statement_timestamp())
+        .values(status=WorkflowStatus.PENDING, enqueued_at=pg.statement_timestamp())
         .returning(WORKFLOW.c.id)
     )
 
@@ -176,8 +177,8 @@ def _known_statement(left: CTE) -> Any:
 
     By their ids: a parent that was rewound or has begun anew may have started others under the same key since.
     """
-    listed = case((func.jsonb_typeof(STEP.c.output) == literal_column("'array'"), STEP.c.output))
-    children = func.jsonb_array_elements_text(listed).table_valued("value").render_derived(name="started")
+    listed = case((pg.jsonb_typeof(STEP.c.output) == literal_column("'array'"), STEP.c.output))
+    children = pg.jsonb_array_elements_text(listed).table_valued("value").render_derived(name="started")
     starts = and_(STEP.c.workflow_id == left.c.workflow_id, STEP.c.name.startswith(literal_column("'start:'")))
     known = select(children.c.value.label("child_id")).select_from(left.join(STEP, starts).join(children, true()))
     return known.where(children.c.value.is_not(None))

@@ -16,10 +16,12 @@ from hashlib import sha256
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine, Text, column, func, literal, select, text
+from sqlalchemy import Connection, Engine, column, func, literal, select, text
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from sqla_durable.column_types import Text
 from sqla_durable.models import SCHEMA
+from sqla_durable.store._rows import pg
 
 Hint: TypeAlias = tuple[str, str]
 
@@ -107,7 +109,7 @@ def notify(connection: Connection, hints: Iterable[Hint]) -> None:
     channels, payloads = zip(*sorted(set(hints)), strict=True)
     shape = column("channel", Text()), column("payload", Text())
     each = func.unnest(_texts(channels), _texts(payloads)).table_valued(*shape).render_derived(name="hint")
-    connection.execute(select(func.pg_notify(each.c.channel, each.c.payload)))
+    connection.execute(select(pg.pg_notify(each.c.channel, each.c.payload)))
 
 
 def listen(connection: Connection) -> None:

@@ -7,11 +7,12 @@ isolation level it sees what its snapshot has, and `ON CONFLICT DO NOTHING` of a
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, Text, func, literal_column, select
+from sqlalchemy import ColumnElement, literal_column, select
 from sqlalchemy.orm import Session
 
+from sqla_durable.column_types import Text
 from sqla_durable.errors import KeyNotVisibleError
-from sqla_durable.store._rows import scalar
+from sqla_durable.store._rows import pg, scalar
 
 MOST_REPEATS = 5
 """How often an insert and a search under a key are repeated: between the two, the row may be deleted."""
@@ -24,7 +25,7 @@ class SnapshotKept(Exception):
 def sees_the_latest() -> ColumnElement[bool]:
     """Return the condition that each statement of the transaction has a snapshot of its own."""
     setting: ColumnElement[str] = literal_column("'transaction_isolation'", type_=Text())
-    return func.current_setting(setting, type_=Text()) == literal_column("'read committed'", type_=Text())
+    return pg.current_setting(setting, type_=Text()) == literal_column("'read committed'", type_=Text())
 
 
 def require_the_latest(session: Session) -> None:

@@ -16,7 +16,18 @@ from sqlalchemy import ColumnElement, Float, and_, bindparam, cast, func, litera
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store._rows import BEGINNING, QUEUE, SIGNAL, WORKER, WORKFLOW, Connectable, beginning, execute, status
+from sqla_durable.store._rows import (
+    BEGINNING,
+    QUEUE,
+    SIGNAL,
+    WORKER,
+    WORKFLOW,
+    Connectable,
+    beginning,
+    execute,
+    pg,
+    status,
+)
 from sqla_durable.store.deadlines import is_overdue
 from sqla_durable.store.queues import Ranges, known, listened_queues, listening, pending_in
 from sqla_durable.store.signals import LEFT, is_new
@@ -146,7 +157,7 @@ def _claimable() -> ColumnElement[bool]:
 
 
 def _first(column: ColumnElement[datetime], *conditions: ColumnElement[bool]) -> Any:
-    return select(func.min(column)).where(*conditions).scalar_subquery()
+    return select(pg.min(column)).where(*conditions).scalar_subquery()
 
 
 def _mark(first: Any) -> Any:
@@ -154,18 +165,18 @@ def _mark(first: Any) -> Any:
 
     What is of a later time than now does not keep the next look from what comes before it.
     """
-    return func.greatest(func.least(first, func.statement_timestamp()), _EARLIEST) - _LATE
+    return func.greatest(func.least(first, pg.statement_timestamp()), _EARLIEST) - _LATE
 
 
 def _next_due_in() -> Any:
-    ahead = func.statement_timestamp() + func.make_interval(*[literal_column("0")] * 6, _WITHIN)
+    ahead = pg.statement_timestamp() + pg.make_interval(*[literal_column("0")] * 6, _WITHIN)
     later = _first(WORKFLOW.c.wake_at, _SUSPENDED, _between(WORKFLOW.c.wake_at, ahead))
     deadline = _first(WORKFLOW.c.deadline_at, WORKFLOW.c.finished_at.is_(None), _between(WORKFLOW.c.deadline_at, ahead))
-    return cast(func.extract("epoch", func.least(later, deadline) - func.statement_timestamp()), Float)
+    return cast(func.extract("epoch", func.least(later, deadline) - pg.statement_timestamp()), Float)
 
 
 def _between(column: ColumnElement[datetime], ahead: Any) -> ColumnElement[bool]:
-    return and_(column > func.statement_timestamp(), column <= ahead)
+    return and_(column > pg.statement_timestamp(), column <= ahead)
 
 
 def _abandoned() -> ColumnElement[bool]:
@@ -176,17 +187,17 @@ def _abandoned() -> ColumnElement[bool]:
         .limit(1)
         .lateral("left_behind")
     )
-    dead = WORKER.c.lease_expires_at.between(beginning("since_expired"), func.statement_timestamp())
+    dead = WORKER.c.lease_expires_at.between(beginning("since_expired"), pg.statement_timestamp())
     return select(left.c.id).select_from(WORKER.join(left, true())).where(dead).exists()
 
 
 def _alive() -> ColumnElement[bool]:
     mine = WORKER.c.id == bindparam("looking_id", type_=PG_UUID())
-    return select(WORKER.c.id).where(mine, WORKER.c.lease_expires_at > func.statement_timestamp()).exists()
+    return select(WORKER.c.id).where(mine, WORKER.c.lease_expires_at > pg.statement_timestamp()).exists()
 
 
 def _look_statement() -> Any:
-    due = WORKFLOW.c.wake_at.between(beginning("since_wake"), func.statement_timestamp())
+    due = WORKFLOW.c.wake_at.between(beginning("since_wake"), pg.statement_timestamp())
     firsts = select(
         _first(WORKFLOW.c.wake_at, _SUSPENDED, due).label("first_wake_at"),
         _first(WORKFLOW.c.deadline_at, is_overdue(), WORKFLOW.c.deadline_at >= beginning("since_deadline")).label(
@@ -202,14 +213,14 @@ def _look_statement() -> Any:
         _abandoned().label("abandoned"),
         _alive().label("alive"),
         select(SIGNAL.c.id).where(is_new("since_sent"), is_left).exists().label("left"),
-        select(func.array_agg(QUEUE.c.name)).where(QUEUE.c.paused_at.is_not(None)).scalar_subquery().label("paused"),
+        select(pg.array_agg(QUEUE.c.name)).where(QUEUE.c.paused_at.is_not(None)).scalar_subquery().label("paused"),
         firsts.c.first_deadline_at.is_not(None).label("overdue"),
         firsts.c.first_sent_at.is_not(None).label("undelivered"),
         _mark(firsts.c.first_wake_at).label("wake_mark"),
         _mark(firsts.c.first_deadline_at).label("deadline_mark"),
         _mark(firsts.c.first_sent_at).label("sent_mark"),
-        (func.statement_timestamp() - _DEAD_LATELY).label("expired_mark"),
-        func.statement_timestamp().label("looked_at"),
+        (pg.statement_timestamp() - _DEAD_LATELY).label("expired_mark"),
+        pg.statement_timestamp().label("looked_at"),
     )
 
 

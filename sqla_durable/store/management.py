@@ -13,10 +13,8 @@ from sqlalchemy import (
     ColumnElement,
     FromClause,
     Select,
-    Text,
     and_,
     case,
-    cast,
     delete,
     func,
     literal,
@@ -31,6 +29,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
+from sqla_durable.column_types import Text
 from sqla_durable.errors import ArgumentError
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store._rows import (
@@ -41,10 +40,12 @@ from sqla_durable.store._rows import (
     WORKFLOW,
     execute,
     next_attempt,
+    pg,
     refresh_known,
     scalars,
     status,
     still_compensates,
+    words,
 )
 from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
 from sqla_durable.store.deadlines import TIMEOUT_TYPE
@@ -133,7 +134,7 @@ def refuse_unrecorded(session: Session, ids: Sequence[UUID], keys: Sequence[str]
 
 def renewed_deadline() -> ColumnElement[Any]:
     """Give the deadline of a workflow that is enqueued anew: one that has passed would end it again at once."""
-    now = func.statement_timestamp()
+    now = pg.statement_timestamp()
     return case((WORKFLOW.c.deadline_at <= now, now + WORKFLOW.c.timeout), else_=WORKFLOW.c.deadline_at)
 
 
@@ -147,7 +148,7 @@ def _enqueue(session: Session, wanted: Wanted, held: Sequence[UUID], **more: Any
         "worker_id": null(),
         "output": null(),
         "error": null(),
-        "enqueued_at": func.statement_timestamp(),
+        "enqueued_at": pg.statement_timestamp(),
         "wake_at": null(),
         "awaits": null(),
         "deadline_at": renewed_deadline(),
@@ -185,15 +186,15 @@ def _made_it_fail() -> ColumnElement[bool]:
 def _last_shown_in_error() -> Any:
     """Give the position of the last failed step whose error is the workflow's, its cause, or one of its group."""
     each = STEP.alias("each")
-    kind = func.split_part(each.c.error["type"].astext, ":", 2)
-    message = each.c.error["message"].astext
-    line = case((func.coalesce(message, "") == "", kind), else_=kind + ": " + message)
-    shown = func.strpos(func.coalesce(WORKFLOW.c.error["traceback"].astext, ""), cast(line, Text)) > 0
+    kind = pg.split_part(each.c.error["type"].astext, ":", 2, type_=Text())
+    message = func.coalesce(each.c.error["message"].astext, words(""))
+    line = case((message == words(""), kind), else_=kind + words(": ") + message)
+    shown = pg.strpos(func.coalesce(WORKFLOW.c.error["traceback"].astext, words("")), line) > 0
     same = and_(
         each.c.error["type"] == WORKFLOW.c.error["type"], each.c.error["message"] == WORKFLOW.c.error["message"]
     )
     of_failed = and_(each.c.workflow_id == WORKFLOW.c.id, each.c.status == _step_status(StepStatus.FAILED))
-    last: Select[Any] = select(func.max(each.c.position)).where(of_failed, or_(same, shown))
+    last: Select[Any] = select(pg.max(each.c.position)).where(of_failed, or_(same, shown))
     return last.correlate(WORKFLOW).scalar_subquery()
 
 
@@ -208,7 +209,9 @@ def _hide(session: Session, held: Sequence[UUID]) -> None:
 
 def _give_back(session: Session, held: Sequence[UUID]) -> None:
     """Put back into the inbox what steps without a record have consumed."""
-    gone = and_(_has_no_step(SIGNAL, SIGNAL.c.consumed_by), SIGNAL.c.consumed_by.not_in([REFUSED, EARLIER]))
+    gone = and_(
+        _has_no_step(SIGNAL, SIGNAL.c.consumed_by), SIGNAL.c.consumed_by.not_in([words(REFUSED), words(EARLIER)])
+    )
     consumed = update(SIGNAL).where(_of(SIGNAL, held), gone)
     execute(session, consumed.values(consumed_by=null()))
 

@@ -19,7 +19,6 @@ from sqlalchemy import (
     Integer,
     Row,
     SmallInteger,
-    Text,
     and_,
     bindparam,
     case,
@@ -35,6 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
+from sqla_durable.column_types import Text
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import deadlines, steps
 from sqla_durable.store._rows import (
@@ -48,6 +48,7 @@ from sqla_durable.store._rows import (
     execute,
     filled,
     materialized,
+    pg,
     status,
     table,
     undoes,
@@ -196,7 +197,7 @@ def known(names: Sequence[str], versions: Sequence[str]) -> dict[str, list[str]]
 
 def pending_in(listened: Any) -> Any:
     """Tell what can be claimed from a queue: what is `known` and pending."""
-    all_versions = func.cardinality(_VERSIONS) == literal_column("0")
+    all_versions = pg.cardinality(_VERSIONS) == literal_column("0")
     return and_(
         WORKFLOW.c.status == status(WorkflowStatus.PENDING),
         WORKFLOW.c.queue == listened.c.name,
@@ -246,7 +247,7 @@ def _one() -> Any:
 
 def _deadline() -> ColumnElement[Any]:
     """Give the deadline from the first claim on; LEAST passes over NULL."""
-    return func.least(WORKFLOW.c.deadline_at, func.statement_timestamp() + WORKFLOW.c.timeout)
+    return func.least(WORKFLOW.c.deadline_at, pg.statement_timestamp() + WORKFLOW.c.timeout)
 
 
 def _claim_many_statement(within: Within) -> tuple[Any, Any]:
@@ -264,7 +265,7 @@ def _claim_statement(candidates: Any) -> Any:
             status=WorkflowStatus.RUNNING,
             token=_TOKEN,
             worker_id=_WORKER,
-            started_at=func.coalesce(WORKFLOW.c.started_at, func.statement_timestamp()),
+            started_at=func.coalesce(WORKFLOW.c.started_at, pg.statement_timestamp()),
             deadline_at=case((WORKFLOW.c.started_at.is_(None), _deadline()), else_=WORKFLOW.c.deadline_at),
         )
         .returning(
@@ -277,7 +278,7 @@ def _claim_statement(candidates: Any) -> Any:
             cast(WORKFLOW.c.input, Text).label("input"),
             WORKFLOW.c.headers,
             claimable.c.started_at.is_not(None).label("started"),
-            func.statement_timestamp().label("claimed_at"),
+            pg.statement_timestamp().label("claimed_at"),
             WORKFLOW.c.parent_id.is_not(None).label("is_child"),
             undoes().label("is_cancelling"),
             case((WORKFLOW.c.cancellation == OVERDUE, deadlines.reason())).label("overdue"),

@@ -12,9 +12,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     ColumnElement,
-    Text,
     bindparam,
-    func,
     literal,
     literal_column,
     null,
@@ -25,8 +23,9 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
+from sqla_durable.column_types import Text
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store._rows import WORKFLOW, Connectable, execute, materialized, scalar
+from sqla_durable.store._rows import WORKFLOW, Connectable, execute, materialized, pg, scalar
 from sqla_durable.store.held import leaving
 from sqla_durable.store.signals import asking, deleting_notices
 
@@ -67,8 +66,8 @@ def _fail_statement() -> tuple[Any, Any]:
         .where(WORKFLOW.c.id == unfinished.c.id)
         .values(
             status=WorkflowStatus.FAILED,
-            error=func.jsonb_build_object(*described, type_=JSONB),
-            finished_at=func.statement_timestamp(),
+            error=pg.jsonb_build_object(*described, type_=JSONB),
+            finished_at=pg.statement_timestamp(),
             token=null(),
             wake_at=null(),
             awaits=null(),

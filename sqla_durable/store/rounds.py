@@ -9,12 +9,10 @@ from sqlalchemy import (
     ColumnElement,
     FromClause,
     Integer,
-    Text,
     and_,
     bindparam,
     cast,
     delete,
-    func,
     literal_column,
     null,
     or_,
@@ -25,6 +23,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
+from sqla_durable.column_types import Text
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     EVENT,
@@ -40,9 +39,11 @@ from sqla_durable.store._rows import (
     materialized,
     next_attempt,
     owned,
+    pg,
     scalar,
     status,
     table,
+    words,
 )
 from sqla_durable.store.held import leaving
 from sqla_durable.store.signals import ANSWER, CALLBACK, EARLIER, REFUSED, UPDATE
@@ -80,7 +81,7 @@ def restart(connectable: Connectable, fence: Fence, *, given: str) -> bool:
 def _suspend_statement() -> Any:
     """Suspend the workflow until the second statement."""
     mine = owned(table("batch", _FENCE), skip_locked=False)
-    wake_at = func.statement_timestamp() + interval(literal_column(str(_SUSPENDED_FOR)))
+    wake_at = pg.statement_timestamp() + interval(literal_column(str(_SUSPENDED_FOR)))
     return (
         update(WORKFLOW)
         .where(WORKFLOW.c.id == mine.c.id)
@@ -114,8 +115,8 @@ def _restart_statement() -> Any:
             worker_id=null(),
             wake_at=null(),
             cancellation=null(),
-            enqueued_at=func.statement_timestamp(),
-            begun_anew_at=func.statement_timestamp(),
+            enqueued_at=pg.statement_timestamp(),
+            begun_anew_at=pg.statement_timestamp(),
         )
         .returning(WORKFLOW.c.id)
         .add_cte(forgotten, leaving(suspended).cte("left"), *_forget_sent(suspended), _forget_events(suspended))
@@ -136,7 +137,7 @@ def _forget_sent(suspended: FromClause) -> tuple[CTE, CTE, CTE]:
     consumed = gone.cte("consumed")
     remembered = (
         update(SIGNAL)
-        .where(taken, kept, ~outcomes, SIGNAL.c.consumed_by.not_in([REFUSED, EARLIER]))
+        .where(taken, kept, ~outcomes, SIGNAL.c.consumed_by.not_in([words(REFUSED), words(EARLIER)]))
         .values(consumed_by=EARLIER, payload=text("'null'::jsonb"))
         .returning(SIGNAL.c.id)
         .cte("remembered")
@@ -153,7 +154,7 @@ def _forget_sent(suspended: FromClause) -> tuple[CTE, CTE, CTE]:
 
 def _is_known_to_sender() -> ColumnElement[bool]:
     """Return whether an update was answered, or forgotten, so long ago that a sender who waits for that has read it."""
-    before = func.statement_timestamp() - interval(literal_column(str(_READ_WITHIN)))
+    before = pg.statement_timestamp() - interval(literal_column(str(_READ_WITHIN)))
     answered = (
         select(EVENT.c.id)
         .where(EVENT.c.workflow_id == SIGNAL.c.workflow_id, EVENT.c.key == _ANSWER + cast(SIGNAL.c.id, Text))

@@ -16,7 +16,7 @@ from sqlalchemy.pool import Pool
 
 from sqla_durable.errors import SchemaMissingError, SchemaNewerError, SchemaOlderError, SessionError
 from sqla_durable.models import REVISION, SCHEMA
-from sqla_durable.store._rows import bind_arguments, connection_of, scalar, soon_over
+from sqla_durable.store._rows import bind_arguments, connection_of, pg, scalar, soon_over
 
 _MIGRATE = "Run `alembic upgrade head` with a revision that calls sqla_durable.migrations.upgrade(...)."
 
@@ -76,14 +76,14 @@ def end_idle(connection: Connection) -> None:
 
 def is_read_committed(connection: Connection) -> bool:
     """Tell whether statements by themselves are READ COMMITTED, as nearly everywhere."""
-    default: str = connection.execute(select(func.current_setting("default_transaction_isolation"))).scalar_one()
+    default: str = connection.execute(select(pg.current_setting("default_transaction_isolation"))).scalar_one()
     return default == "read committed"
 
 
 def _revision(session: Session, schema: str) -> str | None:
     """Give the table's comment; '' where the table has none, None where there is no table."""
-    table = func.to_regclass(func.concat(func.quote_ident(schema), ".workflow"))
-    statement = select(func.coalesce(func.obj_description(table, "pg_class"), "")).where(table.is_not(None))
+    table = pg.to_regclass(pg.concat(pg.quote_ident(schema), ".workflow"))
+    statement = select(func.coalesce(pg.obj_description(table, "pg_class"), "")).where(table.is_not(None))
     comment: str | None = scalar(session, statement)
     return comment
 

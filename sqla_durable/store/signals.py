@@ -22,7 +22,6 @@ from sqlalchemy import (
     ColumnElement,
     FromClause,
     Integer,
-    Text,
     and_,
     bindparam,
     case,
@@ -44,6 +43,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
+from sqla_durable.column_types import Text
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     BEGINNING,
@@ -53,9 +53,11 @@ from sqla_durable.store._rows import (
     Checkpoint,
     Connectable,
     beginning,
+    count_rows,
     execute,
     has_status,
     materialized,
+    pg,
     scalar,
     scalars,
     status,
@@ -213,7 +215,7 @@ def sending(*, in_snapshot: bool = False) -> Any:
     """
     key = cast(bindparam("signal_key", type_=Text()), Text)
     source = select(
-        func.unnest(bindparam("ids", type_=ARRAY(PG_UUID()))),
+        pg.unnest(bindparam("ids", type_=ARRAY(PG_UUID()))),
         cast(bindparam("signal_name", type_=Text()), Text),
         key,
         cast(cast(bindparam("payload", type_=Text()), Text), JSONB),
@@ -263,7 +265,7 @@ def is_untaken() -> ColumnElement[bool]:
 
     In words that match no index's condition: the primary key leads to one row, the index of what is untaken to many.
     """
-    return func.num_nonnulls(SIGNAL.c.consumed_by) == literal_column("0")
+    return pg.num_nonnulls(SIGNAL.c.consumed_by) == literal_column("0")
 
 
 def taking(wanted: FromClause, output: Callable[[CTE], ColumnElement[Any]], *conditions: ColumnElement[bool]) -> Any:
@@ -286,7 +288,7 @@ def taking(wanted: FromClause, output: Callable[[CTE], ColumnElement[Any]], *con
         .where(is_untaken(), ~has_outcome())
         .values(
             consumed_by=GIVEN["key"],
-            delivered_at=func.coalesce(SIGNAL.c.delivered_at, func.statement_timestamp()),
+            delivered_at=func.coalesce(SIGNAL.c.delivered_at, pg.statement_timestamp()),
         )
         .returning(SIGNAL.c.id, SIGNAL.c.payload)
         .cte("taken")
@@ -302,7 +304,7 @@ def taking(wanted: FromClause, output: Callable[[CTE], ColumnElement[Any]], *con
 
 def _satisfied(new: CTE) -> ColumnElement[bool]:
     awaited: Any = (
-        func.jsonb_to_recordset(new.c.awaits)
+        pg.jsonb_to_recordset(new.c.awaits)
         .table_valued(column("signal", Text()), column("children", ARRAY(PG_UUID())), column("open", Integer()))
         .render_derived(name="awaited", with_types=True)
     )
@@ -310,7 +312,7 @@ def _satisfied(new: CTE) -> ColumnElement[bool]:
     sent: ColumnElement[bool] = first.correlate(new, awaited).scalar_subquery() == awaited.c.signal
     child = WORKFLOW.alias("child")
     unfinished: ColumnElement[Any] = (
-        select(func.count())
+        select(count_rows())
         .where(child.c.id == func.any(awaited.c.children), child.c.finished_at.is_(None))
         .correlate(awaited)
         .scalar_subquery()
@@ -341,20 +343,20 @@ def _deliver_statement(within: Within) -> tuple[Any, Any]:
     seen = (
         update(SIGNAL)
         .where(same, ~_engine_s_own())
-        .values(delivered_at=func.statement_timestamp())
+        .values(delivered_at=pg.statement_timestamp())
         .returning(SIGNAL.c.id)
         .cte("seen")
     )
     waiting = and_(new.c.status == status(WorkflowStatus.SUSPENDED), new.c.awaits.is_not(None))
     # By id: to compare what they await would cost more than to look for it.
-    first = select(func.min(new.c.id)).where(waiting).group_by(new.c.workflow_id)
+    first = select(pg.min(new.c.id)).where(waiting).group_by(new.c.workflow_id)
     receivers = materialized(select(new.c.workflow_id, new.c.awaits).where(new.c.id.in_(first)), "receivers")
     due = materialized(select(receivers.c.workflow_id).where(_satisfied(receivers)), "due")
     woken = (
         update(WORKFLOW)
         # Looked at again in the row that is locked, whatever the statement has seen of it before.
         .where(WORKFLOW.c.id == due.c.workflow_id, has_status(WORKFLOW, WorkflowStatus.SUSPENDED))
-        .values(status=WorkflowStatus.PENDING, enqueued_at=func.statement_timestamp(), wake_at=null(), awaits=null())
+        .values(status=WorkflowStatus.PENDING, enqueued_at=pg.statement_timestamp(), wake_at=null(), awaits=null())
         .returning(WORKFLOW.c.id)
         .cte("woken")
     )
@@ -379,7 +381,7 @@ def _renotify_statement(within: Within) -> tuple[Any, Any]:
 
 
 def _count(rows: CTE) -> Any:
-    return select(func.count()).select_from(rows).scalar_subquery()
+    return select(count_rows()).select_from(rows).scalar_subquery()
 
 
 _STANDINGS = select(WORKFLOW.c.id, WORKFLOW.c.status).where(

@@ -16,7 +16,6 @@ from sqlalchemy import (
     DateTime,
     Float,
     SmallInteger,
-    Text,
     bindparam,
     case,
     cast,
@@ -31,6 +30,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
+from sqla_durable.column_types import Text
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models import Workflow
 from sqla_durable.status import WorkflowStatus
@@ -42,6 +42,7 @@ from sqla_durable.store._rows import (
     execute,
     filled,
     interval,
+    pg,
     record_of,
     scalars,
     table,
@@ -204,7 +205,7 @@ def _values(new: NewWorkflow) -> dict[str, Any]:
     if new.deadline_at is not None:
         values["deadline_at"] = new.deadline_at
     elif new.deadline is not None:
-        values["deadline_at"] = func.statement_timestamp() + timedelta(seconds=new.deadline)
+        values["deadline_at"] = pg.statement_timestamp() + timedelta(seconds=new.deadline)
     if new.wake_at is not None:
         values |= {"status": WorkflowStatus.SUSPENDED, "wake_at": new.wake_at}
     if new.parent_id is not None:
@@ -212,7 +213,7 @@ def _values(new: NewWorkflow) -> dict[str, Any]:
     if new.detached:
         values["detached"] = True
     if new.wake_at is None and new.delay is not None:
-        wake_at = func.statement_timestamp() + timedelta(seconds=new.delay)
+        wake_at = pg.statement_timestamp() + timedelta(seconds=new.delay)
         values |= {"status": WorkflowStatus.SUSPENDED, "wake_at": wake_at}
     return values
 
@@ -256,7 +257,7 @@ def _ids_by_key(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> d
 
 def new_columns(given: Any) -> dict[str, Any]:
     """Give the columns of workflows to be started, made of those of `NEW`."""
-    delayed = func.statement_timestamp() + interval(given.delay)
+    delayed = pg.statement_timestamp() + interval(given.delay)
     wake_at = func.coalesce(given.wake_at, delayed)
     return {
         "id": given.id,
@@ -272,7 +273,7 @@ def new_columns(given: Any) -> dict[str, Any]:
         "detached": given.detached,
         "headers": cast(given.headers, JSONB),
         "timeout": interval(given.timeout),
-        "deadline_at": func.coalesce(given.deadline_at, func.statement_timestamp() + interval(given.deadline)),
+        "deadline_at": func.coalesce(given.deadline_at, pg.statement_timestamp() + interval(given.deadline)),
         "version": given.version,
     }
 

@@ -20,7 +20,6 @@ from sqlalchemy import (
     Integer,
     Row,
     SelectBase,
-    Text,
     and_,
     bindparam,
     case,
@@ -35,6 +34,7 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
+from sqla_durable.column_types import Text
 from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store._rows import (
     STEP,
@@ -51,6 +51,7 @@ from sqla_durable.store._rows import (
     interval,
     materialized,
     of_owner,
+    pg,
     scalar,
     soon_over,
     status,
@@ -199,7 +200,7 @@ def insert_of(batch: FromClause, mine: CTE) -> Any:
 
 def checkpoint_columns(given: Mapping[str, ColumnElement[Any]] | ReadOnlyColumnCollection[str, Any]) -> dict[str, Any]:
     """Give the columns of a checkpoint's record, made of those of `CHECKPOINT`."""
-    now = func.statement_timestamp()
+    now = pg.statement_timestamp()
     return {
         "workflow_id": given["id"],
         "key": given["key"],
@@ -274,7 +275,7 @@ def _recorded_among_statement() -> Any:
 
 def _age_of(moment: ColumnElement[Any]) -> ColumnElement[Any]:
     """Give how many seconds ago that was, for a step that is being tried again."""
-    return case((unfinished(), func.extract("epoch", func.statement_timestamp() - moment)))
+    return case((unfinished(), func.extract("epoch", pg.statement_timestamp() - moment)))
 
 
 _OWNED = select(WORKFLOW.c.id).where(*mine())

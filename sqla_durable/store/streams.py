@@ -19,7 +19,6 @@ from sqlalchemy import (
     ColumnElement,
     Integer,
     Row,
-    Text,
     and_,
     bindparam,
     cast,
@@ -35,6 +34,7 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 import sqla_durable.store.steps as steps
+from sqla_durable.column_types import Text
 from sqla_durable.store import keys
 from sqla_durable.store._rows import (
     STEP,
@@ -51,6 +51,7 @@ from sqla_durable.store._rows import (
     materialized,
     of_owner,
     owned,
+    pg,
     table,
     unfinished,
 )
@@ -263,7 +264,7 @@ def _is_closed(last: Any, writer: _Writer) -> ColumnElement[bool]:
 def _given_items() -> Any:
     items = cast(bindparam("items", type_=ARRAY(Text())), ARRAY(Text()))
     each = (
-        func.unnest(items)
+        pg.unnest(items)
         .table_valued(column("value", Text()), with_ordinality="place", name="each")
         .render_derived(name="each")
     )
@@ -300,7 +301,7 @@ def _columns(writer: _Writer, workflow_id: Any, number: Any, value: Any) -> dict
         "step_key": writer.step_key,
         "attempt": writer.attempt,
         "step_attempt": writer.step_attempt,
-        "created_at": func.statement_timestamp(),
+        "created_at": pg.statement_timestamp(),
     }
 
 

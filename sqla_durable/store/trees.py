@@ -17,7 +17,6 @@ from sqlalchemy import (
     and_,
     delete,
     false,
-    func,
     null,
     or_,
     select,
@@ -35,6 +34,7 @@ from sqla_durable.store._rows import (
     WORKFLOW,
     bind_arguments,
     next_attempt,
+    pg,
     refresh_known,
     scalars,
     status,
@@ -51,7 +51,7 @@ _COMPENSATION = {
     "worker_id": null(),
     "wake_at": null(),
     "awaits": null(),
-    "enqueued_at": func.statement_timestamp(),
+    "enqueued_at": pg.statement_timestamp(),
 }
 _UNFINISHED = sorted(set(WorkflowStatus) - FINISHED)
 
@@ -81,7 +81,7 @@ def cancel(session: Session, held: Sequence[UUID], wanted: Wanted) -> bool:
     enqueued = False
     outcome = {
         "status": WorkflowStatus.CANCELLED,
-        "finished_at": func.statement_timestamp(),
+        "finished_at": pg.statement_timestamp(),
         "wake_at": null(),
         "awaits": null(),
     }

@@ -14,7 +14,6 @@ from uuid import UUID
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
-    Text,
     bindparam,
     cast,
     func,
@@ -27,6 +26,7 @@ from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
+from sqla_durable.column_types import Text
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
     EVENT,
@@ -41,7 +41,9 @@ from sqla_durable.store._rows import (
     execute,
     fence_row,
     materialized,
+    pg,
     scalar,
+    words,
 )
 from sqla_durable.store.keys import require_the_latest
 from sqla_durable.store.signals import (
@@ -220,7 +222,7 @@ def _columns(workflow_id: ColumnElement[Any], step_key: Any) -> dict[str, Any]:
         "id": cast(bindparam("answer_id", type_=BigInteger()), BigInteger),
         "value": cast(cast(bindparam("answer", type_=Text()), Text), JSONB),
         "step_key": step_key,
-        "created_at": func.statement_timestamp(),
+        "created_at": pg.statement_timestamp(),
     }
 
 
@@ -268,7 +270,7 @@ def _refuse_statement() -> Any:
     refused = (
         update(SIGNAL)
         .where(SIGNAL.c.workflow_id == owned.c.id, _IS_UPDATE, is_untaken())
-        .values(consumed_by=REFUSED, delivered_at=func.coalesce(SIGNAL.c.delivered_at, func.statement_timestamp()))
+        .values(consumed_by=REFUSED, delivered_at=func.coalesce(SIGNAL.c.delivered_at, pg.statement_timestamp()))
         .returning(SIGNAL.c.workflow_id)
         .cte("refused")
     )
@@ -295,14 +297,14 @@ def _put_statement() -> Any:
 
 
 def _shown(taken: Any) -> ColumnElement[Any]:
-    return func.jsonb_build_object(_ID, taken.c.id, _PAYLOAD, taken.c.payload, type_=JSONB())
+    return pg.jsonb_build_object(_ID, taken.c.id, _PAYLOAD, taken.c.payload, type_=JSONB())
 
 
 _WANTED = bindparam("wanted_id", type_=PG_UUID())
 _NAME = cast(bindparam("signal_name", type_=Text()), Text)
 _IS_UPDATE = SIGNAL.c.id == bindparam("update_id", type_=BigInteger())
-_ID: ColumnElement[str] = literal_column("'id'", type_=Text())
-_PAYLOAD: ColumnElement[str] = literal_column("'payload'", type_=Text())
+_ID: ColumnElement[str] = words("id")
+_PAYLOAD: ColumnElement[str] = words("payload")
 _UPDATE_LITERAL: ColumnElement[str] = literal_column(f"'{UPDATE}'", type_=Text())
 _RECEIVER = _receiver_statement()
 _SEND = sending()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import DateTime, Text, bindparam, cast, func, literal_column, select
+from sqlalchemy import DateTime, bindparam, cast, func, literal_column, select
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
+from sqla_durable.column_types import Text
 from sqla_durable.status import StepStatus
-from sqla_durable.store._rows import STEP, WORKFLOW, Checkpoint, Connectable, execute, scalar
+from sqla_durable.store._rows import STEP, WORKFLOW, Checkpoint, Connectable, execute, pg, scalar
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, mine
 from sqla_durable.unwinding import AttemptLost
 
@@ -57,7 +58,7 @@ def _begin_statement() -> Any:
         index_elements=["workflow_id", "key"],
         set_={"position": inserted.excluded.position},
         where=STEP.c.status == _WAITING,
-    ).returning(func.extract("epoch", STEP.c.wake_at - func.statement_timestamp()).label("due_in"))
+    ).returning(func.extract("epoch", STEP.c.wake_at - pg.statement_timestamp()).label("due_in"))
 
 
 def _remember_statement() -> Any:
@@ -75,4 +76,4 @@ def _remember_statement() -> Any:
 _WAITING = literal_column(f"'{StepStatus.WAITING}'", type_=STEP.c.status.type)
 _BEGIN = _begin_statement()
 _REMEMBER = _remember_statement()
-_NOW = select(func.statement_timestamp())
+_NOW = select(pg.statement_timestamp())

@@ -10,13 +10,24 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Interval, Text, bindparam, delete, func, select
+from sqlalchemy import Interval, bindparam, delete, select
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
+from sqla_durable.column_types import Text
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store._rows import WORKER, WORKFLOW, Connectable, Fence, execute, materialized, scalar, status
+from sqla_durable.store._rows import (
+    WORKER,
+    WORKFLOW,
+    Connectable,
+    Fence,
+    execute,
+    materialized,
+    pg,
+    scalar,
+    status,
+)
 
 _DEAD_FOR = timedelta(days=1)
 
@@ -52,7 +63,7 @@ def forget_dead(connectable: Connectable) -> None:
 
 
 def _expires() -> Any:
-    return func.statement_timestamp() + bindparam("lease", type_=Interval())
+    return pg.statement_timestamp() + bindparam("lease", type_=Interval())
 
 
 def _beat_statement() -> Any:
@@ -65,7 +76,7 @@ def _beat_statement() -> Any:
     return statement.on_conflict_do_update(
         index_elements=["id"],
         set_={
-            "heartbeat_at": func.statement_timestamp(),
+            "heartbeat_at": pg.statement_timestamp(),
             "lease_expires_at": statement.excluded.lease_expires_at,
         },
     )
@@ -74,7 +85,7 @@ def _beat_statement() -> Any:
 def _forget_dead_statement() -> Any:
     dead = materialized(
         select(WORKER.c.id)
-        .where(WORKER.c.lease_expires_at < func.statement_timestamp() - _DEAD_FOR)
+        .where(WORKER.c.lease_expires_at < pg.statement_timestamp() - _DEAD_FOR)
         .order_by(WORKER.c.id)
         .with_for_update(skip_locked=True),
         "dead",

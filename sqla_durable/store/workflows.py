@@ -16,11 +16,9 @@ from sqlalchemy import (
     Boolean,
     ColumnElement,
     Integer,
-    Text,
     and_,
     bindparam,
     cast,
-    func,
     literal_column,
     null,
     or_,
@@ -33,6 +31,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
+from sqla_durable.column_types import Text
 from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store._rows import (
@@ -52,6 +51,7 @@ from sqla_durable.store._rows import (
     materialized,
     of_owner,
     owned,
+    pg,
     scalar,
     scalars,
     status,
@@ -182,7 +182,7 @@ def _finish_statement() -> Any:
             status=batch.c.status,
             output=cast(batch.c.output, JSONB),
             error=cast(batch.c.error, JSONB),
-            finished_at=func.statement_timestamp(),
+            finished_at=pg.statement_timestamp(),
         )
         .returning(WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits, batch.c.holds)
         .cte("ended")
@@ -228,7 +228,7 @@ def _wake_due_statement(within: Within) -> tuple[Any, Any]:
     is_due = and_(
         within(WORKFLOW.c.id),
         WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
-        WORKFLOW.c.wake_at.between(beginning(), func.statement_timestamp()),
+        WORKFLOW.c.wake_at.between(beginning(), pg.statement_timestamp()),
     )
     suspect = WORKFLOW.c.crashes >= SUSPECT
     # Of those that nobody holds: one that is held must not keep the others.
@@ -253,7 +253,7 @@ def _wake_due_statement(within: Within) -> tuple[Any, Any]:
         .where(WORKFLOW.c.id == due.c.id)
         .values(
             status=WorkflowStatus.PENDING,
-            enqueued_at=func.statement_timestamp(),
+            enqueued_at=pg.statement_timestamp(),
             wake_at=null(),
             awaits=null(),
         )

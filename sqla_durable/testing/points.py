@@ -177,7 +177,7 @@ def _roll_back(context: ExceptionContext) -> None:
 
 def _has_written(connection: Connection) -> bool:
     """Tell whether the transaction has changed or locked anything; rows that it returns say nothing about that."""
-    return bool(_execute(connection, "SELECT pg_current_xact_id_if_assigned() IS NOT NULL"))
+    return bool(_execute(connection, "SELECT pg_catalog.pg_current_xact_id_if_assigned() IS NOT NULL"))
 
 
 def _has_changed(connection: Connection, workflow_id: UUID) -> bool:
@@ -185,7 +185,7 @@ def _has_changed(connection: Connection, workflow_id: UUID) -> bool:
     schema = _schema(connection)
     rows = " UNION ALL ".join(
         f"SELECT FROM {schema}.{name} AS row JOIN tree ON row.{key} = tree.id "
-        "WHERE row.xmin = pg_current_xact_id()::xid"
+        "WHERE row.xmin = pg_catalog.pg_current_xact_id()::xid"
         for name, key in (("workflow", "id"), ("step", "workflow_id"), ("signal", "workflow_id"))
     )
     return bool(

@@ -68,7 +68,7 @@ class Entry(Base):
     cents: Mapped[int]
     attempt: Mapped[int]
     worker: Mapped[str]
-    entered_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
+    entered_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
 
     __table_args__ = (Index("entry_worker_idx", "worker", "id"), Index("entry_transfer_idx", "transfer_id", "kind"))
 
@@ -84,4 +84,4 @@ class Call(Base):
     step: Mapped[str]
     key: Mapped[str]
     worker: Mapped[str]
-    called_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
+    called_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())

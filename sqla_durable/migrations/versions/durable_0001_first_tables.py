@@ -14,9 +14,11 @@ branch_labels = ("sqla_durable",)
 depends_on = None
 
 _NEW_ID = sa.text(
-    "CAST(lpad(to_hex(CAST(floor(extract(epoch FROM statement_timestamp()) * 1000) AS bigint)), 12, '0') || '7' || "
-    "substr(replace(CAST(gen_random_uuid() AS text), '-', ''), 14) AS uuid)"
+    "CAST(pg_catalog.lpad(pg_catalog.to_hex(CAST(pg_catalog.floor("
+    "extract(epoch FROM pg_catalog.statement_timestamp()) * 1000.0) AS bigint)), 12, '0') || '7' || "
+    "pg_catalog.substr(pg_catalog.replace(CAST(pg_catalog.gen_random_uuid() AS text), '-', ''), 14) AS uuid)"
 )
+_NOW = sa.text("pg_catalog.statement_timestamp()")
 
 _LONGEST_KEY = 2_500
 _UNREADABLE_WAIT = (
@@ -55,7 +57,7 @@ def _create_workflow(schema: str) -> None:
         sa.Column("key", sa.Text()),
         sa.Column("queue", sa.Text(), server_default="default", nullable=False),
         sa.Column("priority", sa.SmallInteger(), server_default="0", nullable=False),
-        sa.Column("status", sa.String(16), server_default="pending", nullable=False),
+        sa.Column("status", sa.Text(), server_default="pending", nullable=False),
         sa.Column("input", pg.JSONB(), server_default=sa.text("'{}'::jsonb"), nullable=False),
         sa.Column("output", pg.JSONB()),
         sa.Column("error", pg.JSONB()),
@@ -63,8 +65,8 @@ def _create_workflow(schema: str) -> None:
         sa.Column("crashes", sa.SmallInteger(), server_default="0", nullable=False),
         sa.Column("token", pg.UUID()),
         sa.Column("worker_id", pg.UUID()),
-        sa.Column("created_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
-        sa.Column("enqueued_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.Column("created_at", _timestamp(), server_default=_NOW, nullable=False),
+        sa.Column("enqueued_at", _timestamp(), server_default=_NOW, nullable=False),
         sa.Column("wake_at", _timestamp()),
         sa.Column("started_at", _timestamp()),
         sa.Column("finished_at", _timestamp()),
@@ -91,7 +93,7 @@ def _create_workflow(schema: str) -> None:
             "status",
             "status IN ('pending', 'running', 'suspended', 'succeeded', 'failed', 'cancelled')",
         ),
-        _check("workflow", "input", "jsonb_typeof(input) = 'object'"),
+        _check("workflow", "input", "pg_catalog.jsonb_typeof(input) = 'object'"),
         _check("workflow", "attempt", "attempt >= 1 AND crashes BETWEEN 0 AND attempt"),
         _check(
             "workflow",
@@ -106,14 +108,14 @@ def _create_workflow(schema: str) -> None:
             "workflow",
             "error",
             "CASE WHEN error IS NULL THEN status <> 'failed' ELSE status IN ('failed', 'cancelled') "
-            "AND jsonb_typeof(error -> 'type') IS NOT DISTINCT FROM 'string' END",
+            "AND pg_catalog.jsonb_typeof(error -> text 'type') IS NOT DISTINCT FROM 'string' END",
         ),
         _check("workflow", "wake", "wake_at IS NULL OR status = 'suspended'"),
         _check(
             "workflow",
             "awaits",
-            "awaits IS NULL OR (status = 'suspended' AND jsonb_typeof(awaits) = 'array' "
-            f"AND NOT jsonb_path_exists(awaits, '{_UNREADABLE_WAIT}'))",
+            "awaits IS NULL OR (status = 'suspended' AND pg_catalog.jsonb_typeof(awaits) = 'array' "
+            f"AND NOT pg_catalog.jsonb_path_exists(awaits, '{_UNREADABLE_WAIT}'))",
         ),
         _name("workflow", "parent_key", longest=_LONGEST_KEY),
         _check("workflow", "parent_id", "parent_id <> id"),
@@ -122,8 +124,8 @@ def _create_workflow(schema: str) -> None:
         _check(
             "workflow",
             "headers",
-            "jsonb_typeof(headers) = 'object' "
-            """AND NOT jsonb_path_exists(headers, '$.* ? (@.type() <> "string")')""",
+            "pg_catalog.jsonb_typeof(headers) = 'object' "
+            """AND NOT pg_catalog.jsonb_path_exists(headers, '$.* ? (@.type() <> "string")')""",
         ),
         _times(
             "workflow",
@@ -139,7 +141,8 @@ def _create_workflow(schema: str) -> None:
             "workflow",
             "timeout",
             "timeout BETWEEN interval '0' AND interval '36500 days' "
-            "AND extract(year FROM timeout) BETWEEN 0 AND 100 AND extract(day FROM timeout) BETWEEN 0 AND 36500",
+            "AND extract(year FROM timeout) BETWEEN 0.0 AND 100.0 "
+            "AND extract(day FROM timeout) BETWEEN 0.0 AND 36500.0",
         ),
         schema=schema,
         comment="sqla-durable durable_0001",
@@ -165,13 +168,13 @@ def _create_step(schema: str) -> None:
         sa.Column("key", sa.Text(), nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("position", sa.Integer(), nullable=False),
-        sa.Column("status", sa.String(16), nullable=False),
+        sa.Column("status", sa.Text(), nullable=False),
         sa.Column("output", pg.JSONB()),
         sa.Column("error", pg.JSONB()),
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("attempts", sa.Integer(), server_default="1", nullable=False),
         sa.Column("started_at", _timestamp(), nullable=False),
-        sa.Column("finished_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.Column("finished_at", _timestamp(), server_default=_NOW, nullable=False),
         sa.Column("wake_at", _timestamp()),
         sa.Column("details", pg.JSONB()),
         sa.PrimaryKeyConstraint("workflow_id", "key", name=op.f("step_pkey")),
@@ -185,7 +188,7 @@ def _create_step(schema: str) -> None:
             "error",
             "CASE WHEN error IS NULL THEN status <> 'failed' "
             "ELSE status IN ('running', 'retrying', 'failed') "
-            "AND jsonb_typeof(error -> 'type') IS NOT DISTINCT FROM 'string' END",
+            "AND pg_catalog.jsonb_typeof(error -> text 'type') IS NOT DISTINCT FROM 'string' END",
         ),
         _check(
             "step",
@@ -206,14 +209,14 @@ def _create_signal(schema: str) -> None:
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("key", sa.Text()),
         sa.Column("payload", pg.JSONB(), server_default=sa.text("'null'::jsonb"), nullable=False),
-        sa.Column("created_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.Column("created_at", _timestamp(), server_default=_NOW, nullable=False),
         sa.Column("delivered_at", _timestamp()),
         sa.Column("consumed_by", sa.Text()),
         sa.PrimaryKeyConstraint("workflow_id", "id", name=op.f("signal_pkey")),
         _of_workflow(schema, "signal"),
         _name("signal", "name", longest=_LONGEST_KEY),
         _name("signal", "key"),
-        _check("signal", "consumed_by", f"octet_length(consumed_by) <= {_LONGEST_KEY}"),
+        _check("signal", "consumed_by", f"pg_catalog.octet_length(consumed_by) <= {_LONGEST_KEY}"),
         _times("signal", "created_at", "delivered_at"),
         schema=schema,
     )
@@ -238,11 +241,11 @@ def _create_event(schema: str) -> None:
         sa.Column("id", sa.BigInteger(), sa.Identity(), nullable=False),
         sa.Column("value", pg.JSONB(), nullable=False),
         sa.Column("step_key", sa.Text()),
-        sa.Column("created_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.Column("created_at", _timestamp(), server_default=_NOW, nullable=False),
         sa.PrimaryKeyConstraint("workflow_id", "key", "id", name=op.f("event_pkey")),
         _of_workflow(schema, "event"),
         _name("event", "key", longest=_LONGEST_KEY),
-        _check("event", "step_key", f"octet_length(step_key) <= {_LONGEST_KEY}"),
+        _check("event", "step_key", f"pg_catalog.octet_length(step_key) <= {_LONGEST_KEY}"),
         _times("event", "created_at"),
         schema=schema,
     )
@@ -259,11 +262,11 @@ def _create_stream_item(schema: str) -> None:
         sa.Column("step_key", sa.Text()),
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("step_attempt", sa.Integer()),
-        sa.Column("created_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.Column("created_at", _timestamp(), server_default=_NOW, nullable=False),
         sa.PrimaryKeyConstraint("workflow_id", "name", "number", name=op.f("stream_item_pkey")),
         _of_workflow(schema, "stream_item"),
         _name("stream_item", "name", longest=_LONGEST_KEY),
-        _check("stream_item", "step_key", f"octet_length(step_key) <= {_LONGEST_KEY}"),
+        _check("stream_item", "step_key", f"pg_catalog.octet_length(step_key) <= {_LONGEST_KEY}"),
         _times("stream_item", "created_at"),
         _check("stream_item", "counts", "number >= 0 AND attempt >= 1 AND step_attempt >= 1"),
         _check("stream_item", "closed", "closed = (value IS NULL)"),
@@ -276,7 +279,7 @@ def _create_queue(schema: str) -> None:
         "queue",
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("paused_at", _timestamp()),
-        sa.Column("created_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.Column("created_at", _timestamp(), server_default=_NOW, nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("queue_pkey")),
         _name("queue", "name"),
         _times("queue", "created_at", "paused_at"),
@@ -290,11 +293,11 @@ def _create_worker(schema: str) -> None:
         sa.Column("id", pg.UUID(), nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("queues", pg.ARRAY(sa.Text()), nullable=False),
-        sa.Column("started_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
-        sa.Column("heartbeat_at", _timestamp(), server_default=sa.text("statement_timestamp()"), nullable=False),
+        sa.Column("started_at", _timestamp(), server_default=_NOW, nullable=False),
+        sa.Column("heartbeat_at", _timestamp(), server_default=_NOW, nullable=False),
         sa.Column("lease_expires_at", _timestamp(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("worker_pkey")),
-        _check("worker", "name", "octet_length(name) <= 1000"),
+        _check("worker", "name", "pg_catalog.octet_length(name) <= 1000"),
         _check("worker", "lease", "lease_expires_at > heartbeat_at"),
         _times("worker", "started_at", "heartbeat_at", "lease_expires_at"),
         schema=schema,
@@ -332,7 +335,7 @@ def _check(table: str, name: str, condition: str) -> sa.CheckConstraint:
 
 
 def _name(table: str, column: str, *, longest: int = 1_000) -> sa.CheckConstraint:
-    condition = f"{column} ~ '[^[:space:]]' AND octet_length({column}) <= {longest}"
+    condition = f"{column} ~ '[^[:space:]]' AND pg_catalog.octet_length({column}) <= {longest}"
     return _check(table, column.removesuffix("_key"), condition)
 
 
