@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 import re
@@ -10,9 +11,12 @@ from collections.abc import Callable, Iterator
 import pytest
 from sqlalchemy import Executable
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateTable
 from sqlalchemy.sql import ClauseElement
 
 import sqla_durable.store as store
+from sqla_durable.models import metadata
+from tests.test_architecture import SOURCES
 
 _MODULES = [
     importlib.import_module(f"{store.__name__}.{each.name}")
@@ -22,14 +26,15 @@ _MODULES = [
 _BATCHES = {"_WRITE", "_APPEND_MANY", "_FINISH", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
 
 
-def _statements() -> Iterator[tuple[str, str]]:
+def statements() -> Iterator[tuple[str, ClauseElement]]:
+    """Give what the modules of the store keep, by name: statements, and a few parts of them."""
     for module in _MODULES:
         for name, value in vars(module).items():
             if isinstance(value, Executable) and isinstance(value, ClauseElement):
-                yield f"{module.__name__.rpartition('.')[2]}.{name}", str(value.compile(dialect=postgresql.dialect()))
+                yield f"{module.__name__.rpartition('.')[2]}.{name}", value
 
 
-STATEMENTS = dict(_statements())
+STATEMENTS = {name: str(each.compile(dialect=postgresql.dialect())) for name, each in statements()}
 
 
 def _breaking(breaks: Callable[[str], object]) -> list[str]:
@@ -95,3 +100,44 @@ def test_a_limited_update_reads_its_candidates_once(name: str) -> None:
     assert sql.startswith("WITH")
     assert "MATERIALIZED" in sql
     assert " IN (SELECT" not in sql.partition("UPDATE")[2]
+
+
+_GRAMMAR = {"coalesce", "greatest", "least", "extract", "any", "all", "exists", "unnest"}
+"""What is no look-up: the parser knows it, and leads `unnest` of several arrays to pg_catalog."""
+
+
+def _unqualified(sql: str) -> set[str]:
+    """Return the functions that are called by a name without a schema; not aliases with columns, nor keywords."""
+    plain = re.sub(r"'(?:[^']|'')*'", "''", sql)
+    called = re.findall(r"(?<![\w.])(?<!AS )([a-z_]\w*)\((?![\w, ]*\) AS\s*\n)", plain)
+    return set(called) - _GRAMMAR
+
+
+def test_every_function_is_pg_catalogs() -> None:
+    """Without a schema, one that another role has made may fit the types of the arguments better."""
+    assert {name: found for name, sql in STATEMENTS.items() if (found := _unqualified(sql))} == {}
+    assert _unqualified("SELECT count(*), now() FROM a AS b(c) WHERE pg_catalog.lower(d) IN ('e(')") == {"count", "now"}
+
+
+def test_every_function_of_the_tables_definitions_is_pg_catalogs() -> None:
+    tables = {
+        table.name: str(CreateTable(table).compile(dialect=postgresql.dialect())) for table in metadata.sorted_tables
+    }
+    assert {name: found for name, sql in tables.items() if (found := _unqualified(sql))} == {}
+    assert "pg_catalog.octet_length(" in tables["workflow"]
+
+
+def test_no_function_is_named_without_a_schema_in_the_source() -> None:
+    """What is made in a function of the store is found too: `func.name(...)`, and a text in the place of one."""
+    calls = [
+        (module, node)
+        for module in SOURCES
+        for node in ast.walk(ast.parse(SOURCES[module].read_text()))
+        if isinstance(node, ast.Call)
+        if isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "func"
+    ]
+    names = {(module, node.func.attr) for module, node in calls if isinstance(node.func, ast.Attribute)}
+    assert {each for each in names if each[1] not in _GRAMMAR} == set()
+    assert {len(node.args) > 1 for _, node in calls if getattr(node.func, "attr", "") == "unnest"} == {True}
