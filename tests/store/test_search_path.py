@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -177,7 +177,7 @@ def fail(item: str) -> None:
 
 
 @contextmanager
-def recorded(engine: Engine) -> Iterator[dict[str, Any]]:
+def recorded(engine: Engine) -> Generator[dict[str, Any]]:
     """Record what is executed, once each."""
     statements: dict[str, Any] = {}
 

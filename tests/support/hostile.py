@@ -108,7 +108,8 @@ def traps_of(connection: Connection, compiled: Any, *, text: str | None = None) 
     statement, types = _numbered(compiled, text or str(compiled))
     connection.exec_driver_sql(f"SET LOCAL search_path = {SCHEMA}, public")
     with connection.begin_nested() as savepoint:
-        connection.connection.driver_connection.execute(
+        driver: Any = connection.connection.driver_connection
+        driver.execute(
             f"CREATE FUNCTION probe.statement({', '.join(types)}) RETURNS void "
             f"LANGUAGE sql BEGIN ATOMIC {statement}; END".encode()
         )
