@@ -18,6 +18,7 @@ from sqlalchemy import (
     DateTime,
     Enum,
     ForeignKey,
+    FromClause,
     Identity,
     Index,
     Integer,
@@ -128,7 +129,7 @@ class Workflow(Base):
     status: Mapped[WorkflowStatus] = mapped_column(server_default=WorkflowStatus.PENDING.value)
     input: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
     output: Mapped[Any | None] = mapped_column(JSONB)
-    error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
     attempt: Mapped[int] = mapped_column(Integer, server_default="1")
     crashes: Mapped[int] = mapped_column(SmallInteger, server_default="0")
     token: Mapped[UUID | None]
@@ -138,7 +139,7 @@ class Workflow(Base):
     wake_at: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
-    awaits: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))
+    awaits: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB)
     deadline_at: Mapped[datetime | None]
     timeout: Mapped[timedelta | None]
     parent_id: Mapped[UUID | None] = mapped_column(ForeignKey(f"{SCHEMA}.workflow.id", ondelete="SET NULL"))
@@ -148,7 +149,7 @@ class Workflow(Base):
     version: Mapped[str | None]
     cancellation: Mapped[str | None]
     begun_anew_at: Mapped[datetime | None]
-    headers: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
+    headers: Mapped[dict[str, str] | None] = mapped_column(JSONB)
 
     steps: Mapped[list[Step]] = relationship(
         back_populates="workflow", order_by="Step.position", passive_deletes="all", viewonly=False
@@ -259,6 +260,19 @@ class Workflow(Base):
 
     def __repr__(self) -> str:
         return _shown(self, "name", "status", "id")
+
+
+def _write_only_what_is_given(table: FromClause) -> None:
+    """Leave out of an ORM's INSERT what has no value: with NULL for it, a role would need the right to write it.
+
+    JSON is left out anyway; None that is given is JSON's null there. Source: SQLAlchemy, `TypeEngine.evaluates_none`.
+    """
+    for each in table.c:
+        if each.nullable and not each.type.should_evaluate_none:
+            each.type = each.type.evaluates_none()
+
+
+_write_only_what_is_given(Workflow.__table__)
 
 
 class Step(Base):

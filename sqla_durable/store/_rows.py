@@ -272,12 +272,13 @@ def connection_of(session: Session) -> Connection:
     return session.connection(bind_arguments=bind_arguments())
 
 
-def record_of(session: Session, row: Row[Any]) -> Workflow:
-    """Return the record of a row with all columns of a workflow; one that the session knows has the row's values.
+def record_of(session: Session, row: Row[Any], more: Mapping[str, Any] | None = None) -> Workflow:
+    """Return the record of a row with columns of a workflow; one that the session knows has the row's values.
 
-    Not loaded by a query of the session, which its `get_bind` or its events could lead elsewhere.
+    What is in neither the row nor `more` is loaded when it is asked for. Not loaded by a query of the session, which
+    its `get_bind` or its events could lead elsewhere.
     """
-    record = Workflow(**dict(zip(WORKFLOW.c.keys(), row, strict=True)))
+    record = Workflow(**{**(more or {}), **row._mapping})
     make_transient_to_detached(record)
     return session.merge(record, load=False)
 
