@@ -338,13 +338,16 @@ class Signal(Base):
     __tablename__ = "signal"
 
     workflow_id: Mapped[UUID] = mapped_column(ForeignKey(Workflow.id, ondelete="CASCADE"), primary_key=True)
-    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
     name: Mapped[str]
     key: Mapped[str | None]
     payload: Mapped[Any] = mapped_column(JSONB, server_default=text("'null'::jsonb"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.statement_timestamp())
     delivered_at: Mapped[datetime | None]
     consumed_by: Mapped[str | None]
+    is_answer: Mapped[bool | None]
+    is_update: Mapped[bool | None]
+    is_notice: Mapped[bool | None]
 
     workflow: Mapped[Workflow] = relationship(back_populates="signals")
 
@@ -353,6 +356,14 @@ class Signal(Base):
         _name("key"),
         CheckConstraint(f"octet_length(consumed_by) <= {_LONGEST_KEY}", name="consumed_by"),
         _times("created_at", "delivered_at"),
+        # Names of the engine's need a column that not everybody may write.
+        CheckConstraint(
+            "(is_answer IS NOT NULL) = pg_catalog.starts_with(name, '#callback:') "
+            "AND (is_update IS NOT NULL) = pg_catalog.starts_with(name, '#update:') "
+            "AND (is_notice IS NOT NULL) = "
+            "(pg_catalog.starts_with(name, '#') AND is_answer IS NULL AND is_update IS NULL)",
+            name="engine",
+        ),
         # The same workflow, name and key are the same signal.
         Index(
             "signal_workflow_id_name_key_key",

@@ -23,6 +23,7 @@ from sqlalchemy import (
     func,
     literal_column,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB, insert
@@ -252,7 +253,7 @@ def _look_statement() -> Any:
 def _insert_outcome(source: Any, *more: str) -> Any:
     return (
         insert(SIGNAL)
-        .from_select(["workflow_id", "name", "payload", "key", *more], source, include_defaults=False)
+        .from_select(["workflow_id", "name", "payload", "key", "is_answer", *more], source, include_defaults=False)
         .on_conflict_do_nothing(index_elements=["workflow_id", "name", "key"], index_where=SIGNAL.c.key.is_not(None))
         .returning(SIGNAL.c.id)
     )
@@ -260,7 +261,7 @@ def _insert_outcome(source: Any, *more: str) -> Any:
 
 def _answer_statement(*conditions: ColumnElement[bool]) -> Any:
     given = _given("owner_id", PG_UUID()), _given("signal_name", Text()), _payload()
-    return _insert_outcome(select(*given, _literal(OUTCOME)).where(*conditions))
+    return _insert_outcome(select(*given, _literal(OUTCOME), true()).where(*conditions))
 
 
 def _beat_statement() -> Any:
@@ -282,7 +283,9 @@ def _expire_statement() -> Any:
         "expired",
     )
     payload = func.jsonb_build_object(_literal("expired"), expired.c.due_to)
-    source = select(expired.c.workflow_id, expired.c.signal, payload, _literal(OUTCOME), func.statement_timestamp())
+    source = select(
+        expired.c.workflow_id, expired.c.signal, payload, _literal(OUTCOME), true(), func.statement_timestamp()
+    )
     written = _insert_outcome(source, "delivered_at").cte("written")
     return select(_any(owned).label("owned"), _any(expired).label("expired")).add_cte(written)
 
