@@ -79,6 +79,10 @@ def _times(*columns: str, more: str = "") -> CheckConstraint:
     return CheckConstraint(f"{more}least({every}) >= {earliest} AND greatest({every}) <= {latest}", name="times")
 
 
+_JSON = JSONB().with_variant(JSONB(none_as_null=True), "postgresql")
+"""JSON that is left out of an INSERT where it has no value, and NULL where it is None."""
+
+
 _LONGEST_KEY = 2_500
 """How many bytes the key of a step may have, which branches make longer: what fits into an index beside an id."""
 
@@ -129,7 +133,7 @@ class Workflow(Base):
     status: Mapped[WorkflowStatus] = mapped_column(server_default=WorkflowStatus.PENDING.value)
     input: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
     output: Mapped[Any | None] = mapped_column(JSONB)
-    error: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    error: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
     attempt: Mapped[int] = mapped_column(Integer, server_default="1")
     crashes: Mapped[int] = mapped_column(SmallInteger, server_default="0")
     token: Mapped[UUID | None]
@@ -139,7 +143,7 @@ class Workflow(Base):
     wake_at: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
-    awaits: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB)
+    awaits: Mapped[list[dict[str, Any]] | None] = mapped_column(_JSON)
     deadline_at: Mapped[datetime | None]
     timeout: Mapped[timedelta | None]
     parent_id: Mapped[UUID | None] = mapped_column(ForeignKey(f"{SCHEMA}.workflow.id", ondelete="SET NULL"))
@@ -149,7 +153,7 @@ class Workflow(Base):
     version: Mapped[str | None]
     cancellation: Mapped[str | None]
     begun_anew_at: Mapped[datetime | None]
-    headers: Mapped[dict[str, str] | None] = mapped_column(JSONB)
+    headers: Mapped[dict[str, str] | None] = mapped_column(_JSON)
 
     steps: Mapped[list[Step]] = relationship(
         back_populates="workflow", order_by="Step.position", passive_deletes="all", viewonly=False
@@ -265,7 +269,7 @@ class Workflow(Base):
 def _write_only_what_is_given(table: FromClause) -> None:
     """Leave out of an ORM's INSERT what has no value: with NULL for it, a role would need the right to write it.
 
-    JSON is left out anyway; None that is given is JSON's null there. Source: SQLAlchemy, `TypeEngine.evaluates_none`.
+    Source: SQLAlchemy, `TypeEngine.evaluates_none`.
     """
     for each in table.c:
         if each.nullable and not each.type.should_evaluate_none:

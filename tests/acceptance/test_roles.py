@@ -178,13 +178,13 @@ VERBS: Mapping[str, Mapping[str, Verb]] = {
         "read queues": lambda session, _: session.execute(select(Queue)),
     },
 }
-WITH_POLICIES = {"operator": {"reader", "starter"}}
-ALSO = WITH_POLICIES | {"updater": {"signaller"}, "answerer": {"signaller"}}
+WITH_POLICIES = {"operator": {*VERBS["reader"], "start", "start many", "start under a known key"}}
+ALSO = WITH_POLICIES | {"updater": {*VERBS["signaller"]}, "answerer": {*VERBS["signaller"]}}
 
 
 def expected(role: str, also: Mapping[str, set[str]] = ALSO) -> dict[str, str]:
-    allowed = {role} | also.get(role, set())
-    return {verb: "" if of in allowed else DENIED for of, verbs in VERBS.items() for verb in verbs}
+    allowed = {*VERBS[role], *also.get(role, set())}
+    return {verb: "" if verb in allowed else DENIED for verbs in VERBS.values() for verb in verbs}
 
 
 def sqlstate_of(error: DBAPIError) -> str:
@@ -240,6 +240,7 @@ async def test_the_roles_in_async_code(granted: Roles, world: World) -> None:
         found = {
             name: await tried_async(engine, verb, world) for verbs in VERBS.values() for name, verb in verbs.items()
         }
+        await engine.dispose()
         assert found == expected(role), role
 
 
@@ -281,7 +282,7 @@ def test_a_worker_s_role_works(engine: Engine, granted: Roles) -> None:
     with Worker(durable, sessionmaker=sessionmaker(granted.engine("worker")), poll_interval=POLL):
         assert sent.result(timeout=PATIENCE) == 2
         with Session(reader) as session:
-            token = races.wait_until(lambda: token_in(session, workflow_id), seconds=PATIENCE.total_seconds())
+            token = races.wait_until(lambda: token_in(session, workflow_id), seconds=PATIENCE.total_seconds()) or ""
         with sessionmaker(granted.engine("answerer")).begin() as session:
             complete_callback(session, token, "answered")
         result = everything.handle(sessionmaker(reader), workflow_id).result(timeout=PATIENCE)
@@ -352,15 +353,40 @@ def test_a_starter_forges_nothing(granted: Roles, world: World) -> None:
         assert refused(engine, each) == DENIED, each
 
 
+def test_nobody_inserts_a_forged_state(granted: Roles) -> None:
+    states = {
+        "running": {"token": "gen_random_uuid()", "worker_id": "gen_random_uuid()", "started_at": "now()"},
+        "succeeded": {"output": "'1'", "finished_at": "now()"},
+        "failed": {"error": """'{"type": "builtins:ValueError"}'""", "finished_at": "now()"},
+        "cancelled": {"finished_at": "now()"},
+    }
+    for role in NAMES:
+        engine = granted.engine(role)
+        for status, columns in states.items():
+            names, values = ", ".join(columns), ", ".join(columns.values()).replace(":", r"\:")
+            new = f"INSERT INTO durable.workflow (name, status, {names}) VALUES ('greet', '{status}', {values})"
+            assert refused(engine, new) == DENIED, (role, status)
+            alone = refused(engine, f"INSERT INTO durable.workflow (name, status) VALUES ('greet', '{status}')")
+            assert alone in (DENIED, CHECKED), (role, status)
+
+
+def starting(**options: Any) -> Verb:
+    return lambda session, _: greet.options(**options).start(session, "x")
+
+
+def starting_many(**options: Any) -> Verb:
+    return lambda session, _: start_many(session, [greet.options(**options).bind("x")])
+
+
 def test_what_is_left_out_of_the_grant_cannot_be_chosen(granted: Roles, world: World) -> None:
     granted.execute("REVOKE INSERT (headers, priority, queue, status, key) ON durable.workflow FROM starter")
     engine = granted.engine("starter")
     assert tried(engine, lambda session, _: greet.start(session, "x"), world) == ""
     assert tried(engine, lambda session, _: start_many(session, [greet.bind("x")]), world) == ""
-    for each in ({"priority": 1}, {"queue": "mail"}, {"delay": DAY}, {"key": "k"}):
-        bound = greet.options(**each)
-        assert tried(engine, lambda session, _, to=bound: to.start(session, "x"), world) == DENIED, each
-        assert tried(engine, lambda session, _, to=bound: start_many(session, [to.bind("x")]), world) == DENIED, each
+    options: tuple[dict[str, Any], ...] = ({"priority": 1}, {"queue": "mail"}, {"delay": DAY}, {"key": "k"})
+    for each in options:
+        assert tried(engine, starting(**each), world) == DENIED, each
+        assert tried(engine, starting_many(**each), world) == DENIED, each
     headers = "INSERT INTO durable.workflow (name, headers) VALUES ('greet', '{}')"
     assert refused(engine, headers.replace(":", r"\:")) == DENIED
 

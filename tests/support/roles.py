@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import Engine, NullPool, create_engine, text
+from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 _PAGE = Path(__file__).parents[2] / "docs" / "security.md"
@@ -43,26 +43,24 @@ class Roles:
             for each in statements:
                 connection.execute(text(self._named(each).replace(":", r"\:")))
 
-    def engine(self, name: str, **options: str) -> Engine:
-        """Return an engine whose connections have this role, and these settings."""
-        given = {"options": self._options(name, options)}
-        engine = create_engine(self._engine.url, connect_args=given)
+    def engine(self, name: str) -> Engine:
+        """Return an engine whose connections have this role."""
+        engine = create_engine(self._engine.url, connect_args={"options": self.options(name)})
         self._engines.append(engine)
         return engine
 
-    def async_engine(self, name: str, **options: str) -> AsyncEngine:
-        """Return the same for async code."""
-        given = {"options": self._options(name, options)}
-        return create_async_engine(self._engine.url, connect_args=given, poolclass=NullPool)
+    def async_engine(self, name: str) -> AsyncEngine:
+        """Return the same for async code, to be disposed of."""
+        return create_async_engine(self._engine.url, connect_args={"options": self.options(name)})
 
-    def _options(self, name: str, options: dict[str, str]) -> str:
-        settings = {"role": self._named(name)} | {each.replace("__", "."): value for each, value in options.items()}
-        return " ".join(f"-c {each}={value}" for each, value in settings.items())
+    def options(self, name: str) -> str:
+        """Return the options of a connection that has a role."""
+        return f"-c role={self._named(name)}"
 
     def _named(self, statement: str) -> str:
         names = "|".join(self._names)
         return re.sub(
-            rf"(?<![.\w])({names})\b(?!')", lambda found: f"{found[0]}_{self._engine.url.database}", statement
+            rf"(?<![.\w])({names})\b(?!['.])", lambda found: f"{found[0]}_{self._engine.url.database}", statement
         )
 
 
