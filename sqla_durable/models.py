@@ -337,6 +337,7 @@ class Signal(Base):
     A row is enough to send one: `INSERT INTO durable.signal (workflow_id, name, payload) VALUES (..., 'approved',
     'true')`. `key` is an idempotency key. `delivered_at` is when a worker has seen it and woken what waited for it;
     `consumed_by` the key of the step that has taken it. Names that begin with `#` are the engine's: `#update:NAME`.
+    They need `is_answer`, `is_update` or `is_notice`, each of which is a right of its own for a role.
     """
 
     __tablename__ = "signal"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -11,6 +10,7 @@ from itertools import islice
 from typing import Any, overload
 from uuid import UUID
 
+from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
@@ -19,10 +19,10 @@ import sqla_durable.hints as hints
 from sqla_durable.callers import in_savepoint, perform
 from sqla_durable.checks import fault_in, require_duration, require_length, require_moment
 from sqla_durable.context import active
-from sqla_durable.errors import ArgumentError, UsageError
+from sqla_durable.errors import ArgumentError, KeyNotVisibleError, UsageError
 from sqla_durable.models import Workflow
 from sqla_durable.registry import WorkflowDefinition
-from sqla_durable.store import NewWorkflow, connection_of, schema, starts
+from sqla_durable.store import NewWorkflow, schema, starts
 from sqla_durable.store.keys import SnapshotKept
 
 _BATCH = 5_000
@@ -186,7 +186,8 @@ def start_many(
 
     Raises:
         ArgumentError, EncodingError: some arguments do not fit; nothing was started.
-        KeyNotVisibleError: a workflow that has one of the keys cannot be seen; likewise.
+        KeyNotVisibleError: a workflow that has one of the keys cannot be seen; likewise. A role that may not delete
+            has to roll back then.
         SchemaError, SessionError: the session's database does not hold the tables.
     """
     return perform(session, partial(_start_many, bound=bound))
@@ -197,11 +198,15 @@ def _start_many(session: Session, *, bound: Iterable[BoundWorkflow]) -> list[UUI
     # In the order of keys over all statements: two callers with the same keys must not wait for each other.
     ordered = iter(sorted(given, key=lambda new: (new.key or "", new.name)))
     ids: dict[UUID, UUID] = {}
-    # All or none, where a key may be taken by a workflow that cannot be seen.
-    has_keys = any(new.key is not None for new in given)
-    with connection_of(session).begin_nested() if has_keys else nullcontext():
+    try:
         while batch := list(islice(ordered, _BATCH)):
             ids |= zip((new.id for new in batch), _inserted(session, batch), strict=True)
+    except KeyNotVisibleError as error:
+        try:
+            starts.undo(session, given)
+        except ProgrammingError as denied:
+            raise error from denied  # the transaction is aborted, with all that it has started
+        raise
     hints.announce(session, *{_where(new) for new in given})
     return [ids[new.id] for new in given]
 

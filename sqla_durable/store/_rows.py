@@ -278,7 +278,7 @@ def record_of(session: Session, row: Row[Any], more: Mapping[str, Any] | None = 
     What is in neither the row nor `more` is loaded when it is asked for. Not loaded by a query of the session, which
     its `get_bind` or its events could lead elsewhere.
     """
-    record = Workflow(**{**(more or {}), **row._mapping})
+    record = Workflow(**{**(more or {}), **row._asdict()})
     make_transient_to_detached(record)
     return session.merge(record, load=False)
 

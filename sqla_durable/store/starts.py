@@ -20,8 +20,10 @@ from sqlalchemy import (
     Row,
     SmallInteger,
     Text,
+    bindparam,
     case,
     cast,
+    delete,
     func,
     literal,
     or_,
@@ -163,8 +165,7 @@ def insert_many(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID
     """Insert workflows by one statement; return their ids in order, for known keys those of the known workflows.
 
     Raises:
-        KeyNotVisibleError: the record that has one of the keys cannot be seen. Others may be inserted: roll back to a
-            savepoint.
+        KeyNotVisibleError: the record that has one of the keys cannot be seen. Others may be inserted: `undo` that.
         SnapshotKept: as `insert_unless_known`, with `insert_many_in_snapshot`, for all of them.
     """
     ids: dict[UUID, UUID] = {}
@@ -195,6 +196,12 @@ def insert_many_in_snapshot(session: Session, workflows: Sequence[NewWorkflow]) 
     if len(ids) < len(workflows):
         raise hidden_among(session, workflows)
     return [ids[each.id] for each in workflows]
+
+
+def undo(session: Session, workflows: Sequence[NewWorkflow]) -> None:
+    """Delete those of the workflows that this transaction has inserted, by their new ids."""
+    ids = bindparam("ids", [each.id for each in workflows], type_=ARRAY(PG_UUID()))
+    execute(session, delete(WORKFLOW).where(WORKFLOW.c.id == func.any(ids)))
 
 
 def hidden_among(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> KeyNotVisibleError:

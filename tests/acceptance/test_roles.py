@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 from uuid import UUID
 
 import pytest
 from sqlalchemy import Engine, create_engine, event, func, select, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import (
@@ -61,7 +61,7 @@ DENIED, CHECKED, GENERATED = "42501", "23514", "428C9"
 DAY = timedelta(days=1)
 durable = Durable(version="7")
 
-Verb: TypeAlias = Callable[[Any, "World"], Any]
+Verb: TypeAlias = Callable[[Session, "World"], object]
 
 
 @durable.step
@@ -130,7 +130,7 @@ def world(engine: Engine) -> World:
     return World(pending, failed, cancelled, done, owner.workflow_id, made.reveal())
 
 
-def pause(session: Any, _: World) -> None:
+def pause(session: Session, _: World) -> None:
     session.add(Queue(name="mail", paused_at=func.now()))
 
 
@@ -202,10 +202,10 @@ def tried(engine: Engine, verb: Verb, world: World) -> str:
     return ""
 
 
-async def tried_async(engine: Any, verb: Verb, world: World) -> str:
+async def tried_async(engine: AsyncEngine, verb: Verb, world: World) -> str:
     async with AsyncSession(engine) as session:
         try:
-            called = verb(session, world)
+            called = verb(cast("Any", session), world)
             if inspect.isawaitable(called):
                 await called
             await session.flush()
@@ -391,6 +391,20 @@ def test_what_is_left_out_of_the_grant_cannot_be_chosen(granted: Roles, world: W
     assert refused(engine, headers.replace(":", r"\:")) == DENIED
 
 
+def test_a_hidden_key_starts_nothing_for_who_may_not_delete(granted: Roles, world: World, engine: Engine) -> None:
+    granted.execute(
+        "ALTER TABLE durable.workflow ENABLE ROW LEVEL SECURITY",
+        f"CREATE POLICY hides ON durable.workflow TO starter USING (id <> '{world.done}') WITH CHECK (true)",
+    )
+    with Session(granted.engine("starter")) as session:
+        bound = [greet.options(key=each).bind("x") for each in ("free", "known")]
+        with pytest.raises(errors.KeyNotVisibleError, match="'known'"):
+            start_many(session, bound)
+        session.commit()
+    with Session(engine) as session:
+        assert session.scalars(select(Workflow.key).where(Workflow.key.is_not(None))).all() == ["known"]
+
+
 ENGINE_NAMES = ("#parked", "#child", "#left", "#callback:{}", "#update:change", "#", "#whatever")
 INSERT = "INSERT INTO durable.signal (workflow_id, name{}) VALUES (:id, :name{})"
 
@@ -398,9 +412,10 @@ INSERT = "INSERT INTO durable.signal (workflow_id, name{}) VALUES (:id, :name{})
 def test_a_signaller_sends_nothing_of_the_engine_s(granted: Roles, world: World, engine: Engine) -> None:
     signaller = granted.engine("signaller")
     with Session(engine) as session:
-        made = session.scalars(select(Step.output).where(Step.workflow_id == world.owner)).one()
-    assert made["signal"].startswith("#callback:")
-    for name in (*ENGINE_NAMES, made["signal"]):
+        signalled = Step.output["signal"].astext
+        name_of_callback: str = session.scalars(select(signalled).where(Step.workflow_id == world.owner)).one()
+    assert name_of_callback.startswith("#callback:")
+    for name in (*ENGINE_NAMES, name_of_callback):
         given = {"id": world.owner, "name": name}
         assert refused(signaller, INSERT.format("", ""), **given) == CHECKED, name
         for column in ("is_answer", "is_update", "is_notice"):
