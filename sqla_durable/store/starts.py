@@ -17,7 +17,7 @@ from sqlalchemy import (
     ColumnElement,
     DateTime,
     Float,
-    Row,
+    RowMapping,
     SmallInteger,
     Text,
     bindparam,
@@ -116,10 +116,10 @@ def insert_unless_known(session: Session, new: NewWorkflow) -> Workflow:
         session.flush()
     name, key = new.name, new.key or ""
     for _ in range(MOST_REPEATS):
-        inserted = execute(session, _inserting(new, sees_the_latest())).one_or_none()
+        inserted = execute(session, _inserting(new, sees_the_latest())).mappings().one_or_none()
         if inserted is not None:
             return _inserted_record(session, new, inserted)
-        known = execute(session, _with_key(new)).one_or_none()
+        known = execute(session, _with_key(new)).mappings().one_or_none()
         if known is not None:
             return record_of(session, known)
         require_the_latest(session)
@@ -133,13 +133,13 @@ def insert_in_snapshot(session: Session, new: NewWorkflow) -> Workflow:
         KeyNotVisibleError: the record that has the key is hidden.
         DBAPIError: it is newer than the snapshot: roll back to a savepoint.
     """
-    row = execute(session, _inserting(new)).one_or_none()
+    row = execute(session, _inserting(new)).mappings().one_or_none()
     if row is None:
         raise not_visible("workflow", name=new.name, key=new.key or "")
     return _inserted_record(session, new, row)
 
 
-def _inserted_record(session: Session, new: NewWorkflow, row: Row[Any]) -> Workflow:
+def _inserted_record(session: Session, new: NewWorkflow, row: RowMapping) -> Workflow:
     """Return the record of a row that is new: what is not returned of it is what was given, or NULL."""
     given = {name: value for name, value in _values(new).items() if not isinstance(value, ClauseElement)}
     return record_of(session, row, dict.fromkeys(WORKFLOW.c.keys()) | given)
