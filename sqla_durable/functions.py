@@ -108,7 +108,8 @@ class _WorkflowFunction(DurableFunction[P, R]):
             **kwargs: the same, by name.
 
         Returns:
-            The record; for a known key the one that has it, whatever its status.
+            The record; for a known key the one that has it, whatever its status. Of that, name, queue, status and the
+            times of its start are read; its payloads are loaded when they are asked for.
 
         Raises:
             ArgumentError: the arguments do not fit the annotations, or one is an ORM instance.

@@ -16,6 +16,7 @@ from sqlalchemy import (
     CheckConstraint,
     DateTime,
     ForeignKey,
+    FromClause,
     Identity,
     Index,
     Integer,
@@ -68,6 +69,10 @@ def _times(*columns: str, more: str = "") -> CheckConstraint:
     return CheckConstraint(f"{more}least({every}) >= {earliest} AND greatest({every}) <= {latest}", name="times")
 
 
+_JSON = JSONB().with_variant(JSONB(none_as_null=True), "postgresql")
+"""JSON that is left out of an INSERT where it has no value, and NULL where it is None."""
+
+
 _LONGEST_KEY = 2_500
 """How many bytes the key of a step may have, which branches make longer: what fits into an index beside an id."""
 
@@ -118,7 +123,7 @@ class Workflow(Base):
     status: Mapped[WorkflowStatus] = mapped_column(server_default=WorkflowStatus.PENDING.value)
     input: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
     output: Mapped[Any | None] = mapped_column(JSONB)
-    error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    error: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
     attempt: Mapped[int] = mapped_column(Integer, server_default="1")
     crashes: Mapped[int] = mapped_column(SmallInteger, server_default="0")
     token: Mapped[UUID | None]
@@ -128,7 +133,7 @@ class Workflow(Base):
     wake_at: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
-    awaits: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))
+    awaits: Mapped[list[dict[str, Any]] | None] = mapped_column(_JSON)
     deadline_at: Mapped[datetime | None]
     timeout: Mapped[timedelta | None]
     parent_id: Mapped[UUID | None] = mapped_column(ForeignKey(f"{SCHEMA}.workflow.id", ondelete="SET NULL"))
@@ -138,7 +143,7 @@ class Workflow(Base):
     version: Mapped[str | None]
     cancellation: Mapped[str | None]
     begun_anew_at: Mapped[datetime | None]
-    headers: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
+    headers: Mapped[dict[str, str] | None] = mapped_column(_JSON)
 
     steps: Mapped[list[Step]] = relationship(
         back_populates="workflow", order_by="Step.position", passive_deletes="all", viewonly=False
@@ -252,6 +257,19 @@ class Workflow(Base):
         return _shown(self, "name", "status", "id")
 
 
+def _write_only_what_is_given(table: FromClause) -> None:
+    """Leave out of an ORM's INSERT what has no value: with NULL for it, a role would need the right to write it.
+
+    Source: SQLAlchemy, `TypeEngine.evaluates_none`.
+    """
+    for each in table.c:
+        if each.nullable and not each.type.should_evaluate_none:
+            each.type = each.type.evaluates_none()
+
+
+_write_only_what_is_given(Workflow.__table__)
+
+
 class Step(Base):
     """The checkpoint of one step: its outcome, recorded once and returned on every replay.
 
@@ -310,18 +328,22 @@ class Signal(Base):
     A row is enough to send one: `INSERT INTO durable.signal (workflow_id, name, payload) VALUES (..., 'approved',
     'true')`. `key` is an idempotency key. `delivered_at` is when a worker has seen it and woken what waited for it;
     `consumed_by` the key of the step that has taken it. Names that begin with `#` are the engine's: `#update:NAME`.
+    They need `is_answer`, `is_update` or `is_notice`, each of which is a right of its own for a role.
     """
 
     __tablename__ = "signal"
 
     workflow_id: Mapped[UUID] = mapped_column(ForeignKey(Workflow.id, ondelete="CASCADE"), primary_key=True)
-    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
     name: Mapped[str]
     key: Mapped[str | None]
     payload: Mapped[Any] = mapped_column(JSONB, server_default=text("'null'::jsonb"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
     delivered_at: Mapped[datetime | None]
     consumed_by: Mapped[str | None]
+    is_answer: Mapped[bool | None]
+    is_update: Mapped[bool | None]
+    is_notice: Mapped[bool | None]
 
     workflow: Mapped[Workflow] = relationship(back_populates="signals")
 
@@ -330,6 +352,14 @@ class Signal(Base):
         _name("key"),
         CheckConstraint(f"pg_catalog.octet_length(consumed_by) <= {_LONGEST_KEY}", name="consumed_by"),
         _times("created_at", "delivered_at"),
+        # Names of the engine's need a column that not everybody may write.
+        CheckConstraint(
+            "(is_answer IS NOT NULL) = pg_catalog.starts_with(name, '#callback:') "
+            "AND (is_update IS NOT NULL) = pg_catalog.starts_with(name, '#update:') "
+            "AND (is_notice IS NOT NULL) = "
+            "(pg_catalog.starts_with(name, '#') AND is_answer IS NULL AND is_update IS NULL)",
+            name="engine",
+        ),
         # The same workflow, name and key are the same signal.
         Index(
             "signal_workflow_id_name_key_key",

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any, overload
 from uuid import UUID
 
+from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
@@ -185,7 +186,8 @@ def start_many(
 
     Raises:
         ArgumentError, EncodingError: some arguments do not fit; nothing was started.
-        KeyNotVisibleError: a workflow that has one of the keys cannot be seen; likewise.
+        KeyNotVisibleError: a workflow that has one of the keys cannot be seen; likewise. A role that may not delete
+            has to roll back then.
         SchemaError, SessionError: the session's database does not hold the tables.
     """
     return perform(session, partial(_start_many, bound=bound))
@@ -199,8 +201,11 @@ def _start_many(session: Session, *, bound: Iterable[BoundWorkflow]) -> list[UUI
     try:
         while batch := list(islice(ordered, _BATCH)):
             ids |= zip((new.id for new in batch), _inserted(session, batch), strict=True)
-    except KeyNotVisibleError:
-        starts.undo(session, given)
+    except KeyNotVisibleError as error:
+        try:
+            starts.undo(session, given)
+        except ProgrammingError as denied:
+            raise error from denied  # the transaction is aborted, with all that it has started
         raise
     hints.announce(session, *{_where(new) for new in given})
     return [ids[new.id] for new in given]

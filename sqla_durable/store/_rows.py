@@ -20,7 +20,7 @@ from sqlalchemy import (
     FromClause,
     Interval,
     Result,
-    Row,
+    RowMapping,
     ScalarResult,
     SelectBase,
     TableValuedAlias,
@@ -280,12 +280,13 @@ def connection_of(session: Session) -> Connection:
     return session.connection(bind_arguments=bind_arguments())
 
 
-def record_of(session: Session, row: Row[Any]) -> Workflow:
-    """Return the record of a row with all columns of a workflow; one that the session knows has the row's values.
+def record_of(session: Session, row: RowMapping, more: Mapping[str, Any] | None = None) -> Workflow:
+    """Return the record of a row with columns of a workflow; one that the session knows has the row's values.
 
-    Not loaded by a query of the session, which its `get_bind` or its events could lead elsewhere.
+    What is in neither the row nor `more` is loaded when it is asked for. Not loaded by a query of the session, which
+    its `get_bind` or its events could lead elsewhere.
     """
-    record = Workflow(**dict(zip(WORKFLOW.c.keys(), row, strict=True)))
+    record = Workflow(**{**(more or {}), **row})
     make_transient_to_detached(record)
     return session.merge(record, load=False)
 
@@ -404,7 +405,7 @@ def refresh_known(session: Session, ids: Iterable[UUID]) -> None:
     known = [each for each in ids if session.identity_key(Workflow, each) in session.identity_map]
     if known:
         wanted = WORKFLOW.c.id == func.any(literal(known, ARRAY(WORKFLOW.c.id.type)))
-        for row in execute(session, select(*WORKFLOW.c).where(wanted)):
+        for row in execute(session, select(*WORKFLOW.c).where(wanted)).mappings():
             session.expire(record_of(session, row), inspect(Workflow).relationships.keys())
 
 

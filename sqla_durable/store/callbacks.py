@@ -22,6 +22,7 @@ from sqlalchemy import (
     func,
     literal_column,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB, insert
@@ -259,7 +260,7 @@ def _look_statement() -> Any:
 def _insert_outcome(source: Any, *more: str) -> Any:
     return (
         insert(SIGNAL)
-        .from_select(["workflow_id", "name", "payload", "key", *more], source, include_defaults=False)
+        .from_select(["workflow_id", "name", "payload", "key", "is_answer", *more], source, include_defaults=False)
         .on_conflict_do_nothing(index_elements=["workflow_id", "name", "key"], index_where=SIGNAL.c.key.is_not(None))
         .returning(SIGNAL.c.id)
     )
@@ -267,7 +268,7 @@ def _insert_outcome(source: Any, *more: str) -> Any:
 
 def _answer_statement(*conditions: ColumnElement[bool]) -> Any:
     given = _given("owner_id", PG_UUID()), _given("signal_name", Text()), _payload()
-    return _insert_outcome(select(*given, words(OUTCOME)).where(*conditions))
+    return _insert_outcome(select(*given, words(OUTCOME), true()).where(*conditions))
 
 
 def _beat_statement() -> Any:
@@ -291,7 +292,9 @@ def _expire_statement() -> Any:
         "expired",
     )
     payload = pg.jsonb_build_object(words("expired"), expired.c.due_to)
-    source = select(expired.c.workflow_id, expired.c.signal, payload, words(OUTCOME), pg.statement_timestamp())
+    source = select(
+        expired.c.workflow_id, expired.c.signal, payload, words(OUTCOME), true(), pg.statement_timestamp()
+    )
     written = _insert_outcome(source, "delivered_at").cte("written")
     return select(_any(owned).label("owned"), _any(expired).label("expired")).add_cte(written)
 

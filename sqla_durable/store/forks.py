@@ -84,13 +84,14 @@ def sources(session: Session, wanted: Wanted) -> dict[UUID, str]:
 def find(session: Session, name: str, key: str) -> Workflow | None:
     """Give the record that has this name and key."""
     statement = select(*WORKFLOW.c).where(WORKFLOW.c.name == name, WORKFLOW.c.key == key)
-    row = execute(session, statement).one_or_none()
+    row = execute(session, statement).mappings().one_or_none()
     return None if row is None else record_of(session, row)
 
 
 def records(session: Session, ids: Sequence[UUID]) -> list[Workflow]:
     """Give records in the order of the ids."""
-    by_id = {row.id: record_of(session, row) for row in execute(session, select(*WORKFLOW.c).where(among(ids)))}
+    rows = execute(session, select(*WORKFLOW.c).where(among(ids))).mappings()
+    by_id = {row["id"]: record_of(session, row) for row in rows}
     return [by_id[each] for each in ids]
 
 

@@ -29,7 +29,7 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.column_types import Text
@@ -48,7 +48,7 @@ from sqla_durable.store._rows import (
     scalars,
 )
 from sqla_durable.store.parts import WHOLE, Part, Within, divided
-from sqla_durable.store.signals import LEFT, is_new
+from sqla_durable.store.signals import LEFT, is_new, noting
 from sqla_durable.store.steps import given_row, mine
 
 _MOST_LEAVERS = 100
@@ -94,8 +94,7 @@ def leaving(parents: FromClause) -> Any:
     """Insert the same for those of a statement's workflows that hold something."""
     # LIMIT: probed by the index of children, whatever the planner believes of the number of parents.
     holds = select(WORKFLOW.c.id).where(WORKFLOW.c.parent_id == parents.c.id, is_held()).limit(_ONE).lateral("holds")
-    source = select(parents.c.id, literal(LEFT)).select_from(parents.join(holds, true()))
-    return insert(SIGNAL).from_select(["workflow_id", "name"], source, include_defaults=False).returning(SIGNAL.c.id)
+    return noting(select(parents.c.id, literal(LEFT), true()).select_from(parents.join(holds, true())))
 
 
 def is_held(table: FromClause = WORKFLOW) -> ColumnElement[bool]:

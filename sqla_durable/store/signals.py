@@ -183,13 +183,19 @@ def asking(ended: CTE) -> Any:
     """
     finished = ended.c.finished_at.is_not(None)
     source: Any = (
-        select(case((finished, ended.c.parent_id), else_=ended.c.id), case((finished, CHILD), else_=PARKED))
+        select(case((finished, ended.c.parent_id), else_=ended.c.id), case((finished, CHILD), else_=PARKED), true())
         .where(or_(ended.c.awaits.is_not(None), and_(finished, ended.c.parent_id.is_not(None))))
         .distinct()
     )
     if "holds" in ended.c:
-        source = union_all(source, select(ended.c.id, literal(LEFT)).where(finished, ended.c.holds))
-    return insert(SIGNAL).from_select(["workflow_id", "name"], source, include_defaults=False).returning(SIGNAL.c.id)
+        source = union_all(source, select(ended.c.id, literal(LEFT), true()).where(finished, ended.c.holds))
+    return noting(source)
+
+
+def noting(source: Any) -> Any:
+    """Insert notices of the engine's own: of each the workflow, the name, and true."""
+    columns = ["workflow_id", "name", "is_notice"]
+    return insert(SIGNAL).from_select(columns, source, include_defaults=False).returning(SIGNAL.c.id)
 
 
 def deleting_notices(ended: FromClause, *conditions: ColumnElement[bool]) -> Any:
@@ -208,7 +214,7 @@ def _engine_s_own() -> ColumnElement[bool]:
     return SIGNAL.c.name.in_([literal_column(f"'{PARKED}'"), literal_column(f"'{CHILD}'")])
 
 
-def sending(*, in_snapshot: bool = False) -> Any:
+def sending(*, in_snapshot: bool = False, is_update: bool = False) -> Any:
     """Make a statement that inserts a signal for each of some workflows, unless its key is known; returns their ids.
 
     Where the transaction keeps a snapshot, one with a key is inserted by the statement made for that only.
@@ -221,9 +227,12 @@ def sending(*, in_snapshot: bool = False) -> Any:
         cast(cast(bindparam("payload", type_=Text()), Text), JSONB),
     )
     source = source if in_snapshot else source.where(or_(key.is_(None), sees_the_latest()))
+    columns = ["workflow_id", "name", "key", "payload"]
+    if is_update:
+        source, columns = source.add_columns(true()), [*columns, "is_update"]
     return (
         insert(SIGNAL)
-        .from_select(["workflow_id", "name", "key", "payload"], source, include_defaults=False)
+        .from_select(columns, source, include_defaults=False)
         .on_conflict_do_nothing(index_elements=["workflow_id", "name", "key"], index_where=SIGNAL.c.key.is_not(None))
         .returning(SIGNAL.c.id)
     )
@@ -374,10 +383,9 @@ def _renotify_statement(within: Within) -> tuple[Any, Any]:
         .limit(bindparam("limit", type_=Integer())),
         "some",
     )
-    due = select(some.c.workflow_id, literal(CHILD)).where(some.c.awaits.is_not(None), _satisfied(some))
-    noted = insert(SIGNAL).from_select(["workflow_id", "name"], due, include_defaults=False).returning(SIGNAL.c.id)
+    due = select(some.c.workflow_id, literal(CHILD), true()).where(some.c.awaits.is_not(None), _satisfied(some))
     last = select(some.c.workflow_id).order_by(some.c.workflow_id.desc()).limit(literal_column("1"))
-    return last.add_cte(noted.cte("noted")), select(some.c.workflow_id)
+    return last.add_cte(noting(due).cte("noted")), select(some.c.workflow_id)
 
 
 def _count(rows: CTE) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 from typing import cast as as_type
 from uuid import UUID
@@ -15,6 +17,7 @@ from sqlalchemy import (
     ColumnElement,
     DateTime,
     Float,
+    RowMapping,
     SmallInteger,
     bindparam,
     case,
@@ -69,6 +72,29 @@ NEW: Columns = {
 }
 
 
+_DEFAULT_QUEUE = "default"  # of the column
+
+_DEFAULTS = ("id", "queue", "priority", "status", "attempt", "crashes", "created_at", "enqueued_at", "detached")
+
+_SHOWN = [WORKFLOW.c[each] for each in ("name", "key", *_DEFAULTS)]
+"""What is read of a workflow that has a key: no payload, which who starts workflows may have no right to read."""
+
+_OPTIONS: Mapping[str, Sequence[str]] = {
+    "key": ("key",),
+    "priority": ("priority",),
+    "status": ("delay", "wake_at"),
+    "wake_at": ("delay", "wake_at"),
+    "parent_id": ("parent_id",),
+    "parent_key": ("parent_id",),
+    "detached": ("detached",),
+    "headers": ("headers",),
+    "timeout": ("timeout",),
+    "deadline_at": ("deadline", "deadline_at"),
+    "version": ("version",),
+}
+"""The columns that are written only where a workflow has one of these options."""
+
+
 def add(session: Session, new: NewWorkflow) -> Workflow:
     """Add a workflow without a key to the session; it is inserted with the session's next flush."""
     workflow = Workflow(**_values(new))
@@ -91,10 +117,12 @@ def insert_unless_known(session: Session, new: NewWorkflow) -> Workflow:
         session.flush()
     name, key = new.name, new.key or ""
     for _ in range(MOST_REPEATS):
-        for statement in (_inserting(new, sees_the_latest()), _with_key(new)):
-            row = execute(session, statement).one_or_none()
-            if row is not None:
-                return record_of(session, row)
+        inserted = execute(session, _inserting(new, sees_the_latest())).mappings().one_or_none()
+        if inserted is not None:
+            return _inserted_record(session, new, inserted)
+        known = execute(session, _with_key(new)).mappings().one_or_none()
+        if known is not None:
+            return record_of(session, known)
         require_the_latest(session)
     raise not_visible("workflow", name=name, key=key)
 
@@ -106,24 +134,31 @@ def insert_in_snapshot(session: Session, new: NewWorkflow) -> Workflow:
         KeyNotVisibleError: the record that has the key is hidden.
         DBAPIError: it is newer than the snapshot: roll back to a savepoint.
     """
-    row = execute(session, _inserting(new)).one_or_none()
+    row = execute(session, _inserting(new)).mappings().one_or_none()
     if row is None:
         raise not_visible("workflow", name=new.name, key=new.key or "")
-    return record_of(session, row)
+    return _inserted_record(session, new, row)
+
+
+def _inserted_record(session: Session, new: NewWorkflow, row: RowMapping) -> Workflow:
+    """Return the record of a row that is new: what is not returned of it is what was given, or NULL."""
+    given = {name: value for name, value in _values(new).items() if not isinstance(value, ClauseElement)}
+    return record_of(session, row, dict.fromkeys(WORKFLOW.c.keys()) | given)
 
 
 def _with_key(new: NewWorkflow) -> Any:
-    return select(*WORKFLOW.c).where(WORKFLOW.c.name == new.name, WORKFLOW.c.key == new.key)
+    return select(*_SHOWN).where(WORKFLOW.c.name == new.name, WORKFLOW.c.key == new.key)
 
 
 def _inserting(new: NewWorkflow, *conditions: ColumnElement[bool]) -> Any:
     values = {name: _literal(name, value) for name, value in _values(new).items()}
+    computed = [WORKFLOW.c[name] for name, value in _values(new).items() if isinstance(value, ClauseElement)]
     source = select(*values.values()).where(~_with_key(new).exists(), *conditions)
     return (
         insert(WORKFLOW)
         .from_select(list(values), source, include_defaults=False)
         .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
-        .returning(*WORKFLOW.c)
+        .returning(*_SHOWN, *computed)
     )
 
 
@@ -138,8 +173,7 @@ def insert_many(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID
     for _ in range(MOST_REPEATS):
         missing = [each for each in workflows if each.id not in ids]
         if missing:
-            statement = _INSERT_MANY if all(each.key is None for each in missing) else _INSERT_MANY_UNLESS_KNOWN
-            ids |= _inserted(session, statement, missing)
+            ids |= _inserted(session, missing)
             ids |= _known(session, [each for each in missing if each.id not in ids])
             # Still missing: one that was in the way was deleted between the two statements, or cannot be seen.
             if len(ids) < len(workflows):
@@ -158,7 +192,7 @@ def insert_many_in_snapshot(session: Session, workflows: Sequence[NewWorkflow]) 
     own = [each.id for each in workflows]
     there = scalars(session, select(WORKFLOW.c.id).where(WORKFLOW.c.id == func.any(literal(own, ARRAY(PG_UUID())))))
     ids = {each: each for each in there}
-    ids |= _inserted(session, _INSERT_MANY_IN_SNAPSHOT, [each for each in workflows if each.id not in ids])
+    ids |= _inserted(session, [each for each in workflows if each.id not in ids], in_snapshot=True)
     ids |= _known(session, [each for each in workflows if each.id not in ids])
     if len(ids) < len(workflows):
         raise hidden_among(session, workflows)
@@ -179,7 +213,8 @@ def hidden_among(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> 
     return not_visible("workflow", name=first.name, key=first.key or "")
 
 
-def _inserted(session: Session, statement: Any, workflows: Sequence[NewWorkflow]) -> dict[UUID, UUID]:
+def _inserted(session: Session, workflows: Sequence[NewWorkflow], *, in_snapshot: bool = False) -> dict[UUID, UUID]:
+    statement = _insert_many(_given_by(workflows), in_snapshot=in_snapshot)
     return {each: each for each in scalars(session, statement, filled("batch", [new_row(each) for each in workflows]))}
 
 
@@ -189,16 +224,16 @@ def _known(session: Session, workflows: Sequence[NewWorkflow]) -> dict[UUID, UUI
 
 
 def _values(new: NewWorkflow) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "id": new.id,
-        "name": new.name,
-        "key": new.key,
-        "queue": new.queue,
-        "priority": new.priority,
-        "input": new.input,
-        "version": new.version,
-    }
-    if new.headers is not None:
+    values: dict[str, Any] = {"id": new.id, "name": new.name, "input": new.input}
+    if new.key is not None:
+        values["key"] = new.key
+    if new.queue != _DEFAULT_QUEUE:
+        values["queue"] = new.queue
+    if new.priority:
+        values["priority"] = new.priority
+    if new.version is not None:
+        values["version"] = new.version
+    if new.headers:
         values["headers"] = new.headers
     if new.timeout is not None:
         values["timeout"] = timedelta(seconds=new.timeout)
@@ -278,10 +313,23 @@ def new_columns(given: Any) -> dict[str, Any]:
     }
 
 
-def _insert_many_statement(*conditions: ColumnElement[bool]) -> Any:
+def _given_by(workflows: Sequence[NewWorkflow]) -> frozenset[str]:
+    """Return the columns that are needed for these workflows: those of which all have the default are not written."""
+    options = {
+        column for column, fields in _OPTIONS.items() if any(any(map(attrgetter(each), workflows)) for each in fields)
+    }
+    queue = {"queue"} if any(each.queue != _DEFAULT_QUEUE for each in workflows) else set[str]()
+    return frozenset({"id", "name", "input"} | options | queue)
+
+
+@lru_cache(maxsize=128)
+def _insert_many(given: frozenset[str], *, in_snapshot: bool) -> Any:
     batch = _BATCH
-    columns = new_columns(batch.c)
-    source = select(*columns.values()).where(*conditions)
+    columns = {name: value for name, value in new_columns(batch.c).items() if name in given}
+    source = select(*columns.values())
+    if "key" in given:
+        source = source.where(_IS_UNKNOWN)
+        source = source if in_snapshot else source.where(or_(batch.c.key.is_(None), sees_the_latest()))
     return (
         insert(WORKFLOW)
         # In the order of keys: two callers that start the same keys wait for each other in one direction only.
@@ -293,6 +341,3 @@ def _insert_many_statement(*conditions: ColumnElement[bool]) -> Any:
 
 _BATCH = table("batch", NEW)
 _IS_UNKNOWN = ~select(WORKFLOW.c.id).where(WORKFLOW.c.name == _BATCH.c.name, WORKFLOW.c.key == _BATCH.c.key).exists()
-_INSERT_MANY = _insert_many_statement()
-_INSERT_MANY_UNLESS_KNOWN = _insert_many_statement(_IS_UNKNOWN, or_(_BATCH.c.key.is_(None), sees_the_latest()))
-_INSERT_MANY_IN_SNAPSHOT = _insert_many_statement(_IS_UNKNOWN)

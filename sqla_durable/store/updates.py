@@ -240,7 +240,12 @@ def _receiver_statement() -> Any:
 
 def _look_statement() -> Any:
     """Read each row by its primary key: joined, a plan may read all steps of the workflow."""
-    sent = materialized(select(SIGNAL).where(SIGNAL.c.workflow_id == _WANTED, _IS_UPDATE), "sent")
+    sent = materialized(
+        select(SIGNAL.c.workflow_id, SIGNAL.c.id, SIGNAL.c.name, SIGNAL.c.consumed_by).where(
+            SIGNAL.c.workflow_id == _WANTED, _IS_UPDATE
+        ),
+        "sent",
+    )
     answer = select(cast(EVENT.c.value, Text)).where(
         EVENT.c.workflow_id == sent.c.workflow_id,
         EVENT.c.key == bindparam("answer_key", type_=Text()),
@@ -307,8 +312,8 @@ _ID: ColumnElement[str] = words("id")
 _PAYLOAD: ColumnElement[str] = words("payload")
 _UPDATE_LITERAL: ColumnElement[str] = literal_column(f"'{UPDATE}'", type_=Text())
 _RECEIVER = _receiver_statement()
-_SEND = sending()
-_SEND_IN_SNAPSHOT = sending(in_snapshot=True)
+_SEND = sending(is_update=True)
+_SEND_IN_SNAPSHOT = sending(in_snapshot=True, is_update=True)
 _LOOK = _look_statement()
 _FIRST = first_untaken(_WANTED, _NAME, cast(SIGNAL.c.payload, Text).label("payload")).subquery("first")
 _OLDEST = select(_FIRST.c.id, _FIRST.c.payload).where(_FIRST.c.name == _NAME)

@@ -94,7 +94,10 @@ def test_answer_that_is_rolled_back_leaves_the_callback_to_the_other(engine: Eng
 
 def test_answer_by_sql_that_holds_nothing_is_waited_for_too(engine: Engine) -> None:
     fence, made = make(engine)
-    insert = text("INSERT INTO durable.signal (workflow_id, name, key, payload) VALUES (:id, :name, 'outcome', '7')")
+    insert = text(
+        "INSERT INTO durable.signal (workflow_id, name, key, payload, is_answer) "
+        "VALUES (:id, :name, 'outcome', '7', true)"
+    )
     with races.transaction(engine) as one, races.transaction(engine) as other:
         one.session.execute(insert, {"id": fence.workflow_id, "name": made.signal})
         second = other.begin_blocked(lambda session: complete_callback(session, made.reveal(), 2))

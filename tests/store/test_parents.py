@@ -319,7 +319,8 @@ def test_a_parent_of_many_children_is_looked_at_once_for_all_their_notices(engin
         ids = children_of(session, parent.workflow_id, 2_000)
         suspend(session, parent, Awaited(children=children.sample(ids), open=75))
         notice = text(
-            "INSERT INTO durable.signal (workflow_id, name) SELECT :id, '#child' FROM generate_series(1, 300)"
+            "INSERT INTO durable.signal (workflow_id, name, is_notice) "
+            "SELECT :id, '#child', true FROM generate_series(1, 300)"
         )
         session.execute(notice, {"id": parent.workflow_id})
         session.execute(text("ANALYZE durable.workflow, durable.signal"))

@@ -119,7 +119,8 @@ def test_a_look_at_an_update_costs_a_few_pages_among_many(engine: Engine, mode: 
     (fence,) = races.claimed_fences(engine)
     update_id = send(engine, fence.workflow_id)
     filling = (
-        "INSERT INTO durable.signal (workflow_id, name, consumed_by) SELECT :id, '#update:old', n FROM numbers",
+        "INSERT INTO durable.signal (workflow_id, name, consumed_by, is_update) "
+        "SELECT :id, '#update:old', n, true FROM numbers",
         "INSERT INTO durable.event (workflow_id, key, value) SELECT :id, '#reply:' || n, '{}' FROM numbers",
         "INSERT INTO durable.step (workflow_id, key, name, position, status, output, attempt, started_at, finished_at) "
         "SELECT :id, n, n, 1, 'succeeded', '{}', 1, statement_timestamp(), statement_timestamp() FROM numbers",

@@ -150,7 +150,7 @@ AWAITS = (
 NEEDED = frozenset(
     {"id", "name", "key", "status", "output", "error", "token", "worker_id", "finished_at", "workflow_id", "position"}
     | {"attempt", "started_at", "payload", "value", "number", "wake_at", "closed", "queues"}
-    | {"heartbeat_at", "lease_expires_at"}
+    | {"heartbeat_at", "lease_expires_at", "is_answer", "is_update", "is_notice"}
 )
 
 
@@ -177,7 +177,8 @@ class Fuzzer:
         kept = NEEDED.union(self._chance.sample(spare, min(3, len(spare))))
         row = {name: value for name, value in given.items() if value is not None and name in kept}
         statement = text(
-            f"INSERT INTO durable.{table} ({', '.join(row)}) VALUES ({', '.join(f':{each}' for each in row)})"
+            f"INSERT INTO durable.{table} ({', '.join(row)}) OVERRIDING SYSTEM VALUE "
+            f"VALUES ({', '.join(f':{each}' for each in row)})"
         )
         try:
             with self._engine.begin() as connection:
@@ -254,10 +255,14 @@ class Fuzzer:
         }
 
     def _signal(self) -> tuple[str, dict[str, Any]]:
+        name = self._chance.choice([*SIGNALS, *TEXTS])
         return "signal", {
             "workflow_id": self._of_workflow(),
             "id": self._maybe(-(2**63), 2**63 - 1, 0, self._chance.randrange(200)),
-            "name": self._chance.choice([*SIGNALS, *TEXTS]),
+            "name": name,
+            "is_answer": name.startswith("#callback:") or None,
+            "is_update": name.startswith("#update:") or None,
+            "is_notice": name in ("#parked", "#child", "#left") or None,
             "key": self._maybe("outcome", *TEXTS),
             "payload": self._chance.choice(JSON),
             "created_at": self._maybe(*TIMES),

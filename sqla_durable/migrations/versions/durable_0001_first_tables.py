@@ -205,19 +205,30 @@ def _create_signal(schema: str) -> None:
     op.create_table(
         "signal",
         sa.Column("workflow_id", pg.UUID(), nullable=False),
-        sa.Column("id", sa.BigInteger(), sa.Identity(), nullable=False),
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("key", sa.Text()),
         sa.Column("payload", pg.JSONB(), server_default=sa.text("'null'::jsonb"), nullable=False),
         sa.Column("created_at", _timestamp(), server_default=_NOW, nullable=False),
         sa.Column("delivered_at", _timestamp()),
         sa.Column("consumed_by", sa.Text()),
+        sa.Column("is_answer", sa.Boolean()),
+        sa.Column("is_update", sa.Boolean()),
+        sa.Column("is_notice", sa.Boolean()),
         sa.PrimaryKeyConstraint("workflow_id", "id", name=op.f("signal_pkey")),
         _of_workflow(schema, "signal"),
         _name("signal", "name", longest=_LONGEST_KEY),
         _name("signal", "key"),
         _check("signal", "consumed_by", f"pg_catalog.octet_length(consumed_by) <= {_LONGEST_KEY}"),
         _times("signal", "created_at", "delivered_at"),
+        _check(
+            "signal",
+            "engine",
+            "(is_answer IS NOT NULL) = pg_catalog.starts_with(name, '#callback:') "
+            "AND (is_update IS NOT NULL) = pg_catalog.starts_with(name, '#update:') "
+            "AND (is_notice IS NOT NULL) = "
+            "(pg_catalog.starts_with(name, '#') AND is_answer IS NULL AND is_update IS NULL)",
+        ),
         schema=schema,
     )
     _index(

@@ -1,0 +1,76 @@
+"""Roles with the rights that docs/security.md grants, as the page has them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+_PAGE = Path(__file__).parents[2] / "docs" / "security.md"
+
+
+def recipe(test: str, number: int = 0) -> str:
+    """Give the SQL that the page shows under the name of a test file: the first of its blocks, or a later one."""
+    blocks = re.findall(rf"<!-- tested in {re.escape(test)} -->\n```sql\n(.*?)```", _PAGE.read_text(), re.S)
+    return str(blocks[number])
+
+
+class Roles:
+    """Roles of one database, whose names are those of the page with the database's behind."""
+
+    def __init__(self, engine: Engine, names: Sequence[str]) -> None:
+        self._engine = engine
+        self._names = names
+        self._engines: list[Engine] = []
+
+    def create(self) -> None:
+        """Make the roles, without any rights."""
+        self.execute(*(f"CREATE ROLE {each}" for each in self._names))
+
+    def drop(self) -> None:
+        """Drop the roles and their rights."""
+        for each in self._engines:
+            each.dispose()
+        self.execute(*(f"{verb} {each}" for each in self._names for verb in ("DROP OWNED BY", "DROP ROLE")))
+
+    def execute(self, *statements: str) -> None:
+        """Execute statements of the page as the superuser."""
+        with self._engine.begin() as connection:
+            for each in statements:
+                connection.execute(text(self._named(each).replace(":", r"\:")))
+
+    def engine(self, name: str) -> Engine:
+        """Return an engine whose connections have this role."""
+        engine = create_engine(self._engine.url, connect_args={"options": self.options(name)})
+        self._engines.append(engine)
+        return engine
+
+    def async_engine(self, name: str) -> AsyncEngine:
+        """Return the same for async code, to be disposed of."""
+        return create_async_engine(self._engine.url, connect_args={"options": self.options(name)})
+
+    def options(self, name: str) -> str:
+        """Return the options of a connection that has a role."""
+        return f"-c role={self._named(name)}"
+
+    def _named(self, statement: str) -> str:
+        names = "|".join(self._names)
+        return re.sub(
+            rf"(?<![.\w])({names})\b(?!['.])", lambda found: f"{found[0]}_{self._engine.url.database}", statement
+        )
+
+
+@contextmanager
+def roles(engine: Engine, *names: str, sql: str) -> Generator[Roles]:
+    """Make roles in a database for a while, and execute SQL of the page."""
+    made = Roles(engine, names)
+    made.create()
+    try:
+        made.execute(sql)
+        yield made
+    finally:
+        made.drop()
