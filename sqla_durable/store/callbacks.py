@@ -292,9 +292,7 @@ def _expire_statement() -> Any:
         "expired",
     )
     payload = pg.jsonb_build_object(words("expired"), expired.c.due_to)
-    source = select(
-        expired.c.workflow_id, expired.c.signal, payload, words(OUTCOME), true(), pg.statement_timestamp()
-    )
+    source = select(expired.c.workflow_id, expired.c.signal, payload, words(OUTCOME), true(), pg.statement_timestamp())
     written = _insert_outcome(source, "delivered_at").cte("written")
     return select(_any(owned).label("owned"), _any(expired).label("expired")).add_cte(written)
 
