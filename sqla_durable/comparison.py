@@ -1,0 +1,249 @@
+"""Whether a value is the same after its way through JSON, part by part, and where it is not.
+
+Compared is structure and not `__eq__`: dataclasses, models, named tuples and containers by their parts, whatever they
+say of equality themselves. Types count: `1`, `1.0` and `True` are three values. Nothing here shows a value.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, fields, is_dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from typing import Any, cast
+from uuid import UUID
+
+from pydantic import BaseModel
+
+_SHOWN = 100  # characters of a key in a path
+_KINDS = 3  # of elements that an annotation is proposed for
+_ABSENT = object()
+
+_ATOMS = frozenset({type(None), bool, int, str, bytes, Decimal, UUID, date, timedelta})
+"""Types whose values are the same if they are equal."""
+
+_BASES = (datetime, date, time, timedelta, Decimal, UUID)
+"""Classes that come back in place of their subclasses: drivers and test tools have their own, and other than text and
+numbers, one of these is read only where an annotation names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A part of a value that is another one after its way through JSON.
+
+    Attributes:
+        path: where it is, such as `cards[2].number`; "" for the value itself.
+        given: the part that went in.
+        kept: the part that came out.
+    """
+
+    path: str
+    given: object
+    kept: object
+
+    def below(self, place: str) -> Difference:
+        """Return the same, seen from what has the compared part at a place."""
+        joint = "" if not self.path or self.path[0] == "[" else "."
+        return Difference(f"{place}{joint}{self.path}", self.given, self.kept)
+
+
+def difference(given: Any, kept: Any) -> Difference | None:
+    """Return the first part that differs between what went in and what came out, or None if all is the same.
+
+    Raises:
+        RecursionError: the value is nested too deeply.
+    """
+    if given is kept:
+        return None
+    kind = type(given)
+    if kind is not type(kept):
+        return _between_types(given, kept)
+    if kind in _ATOMS:
+        return None if given == kept else Difference("", given, kept)
+    return (_COMPARISONS.get(kind) or _comparison_of(given))(given, kept)
+
+
+def annotation_for(value: object) -> str:
+    """Return the annotation that a value could have: `dict[str, Decimal]`."""
+    kind = type(value)
+    if value is None:
+        return "None"
+    if kind is dict:
+        mapping = cast("dict[object, object]", value)
+        return f"dict[{_kinds(mapping)}, {_kinds(mapping.values())}]" if mapping else "dict[str, int]"
+    if kind in (list, set, frozenset, tuple):
+        elements = cast("Collection[object]", value)
+        return f"{kind.__name__}[{_kinds(elements) if elements else 'int'}{', ...' if kind is tuple else ''}]"
+    return kind.__name__
+
+
+def _kinds(values: Iterable[object]) -> str:
+    found = list(dict.fromkeys(annotation_for(each) for each in values))
+    return " | ".join(found[:_KINDS]) + (" | ..." if len(found) > _KINDS else "")
+
+
+def _unless(same: bool, given: object, kept: object) -> Difference | None:
+    return None if same else Difference("", given, kept)
+
+
+def _between_types(given: Any, kept: Any) -> Difference | None:
+    """Compare two values of different types, a few of which say the same."""
+    kinds = type(given), type(kept)
+    if kinds == (int, float):  # an int may stand where a float is wanted
+        return _unless(given == kept, given, kept)
+    if kinds == (float, int):  # `numeric` writes 1e22 as 10000000000000000000000
+        return _unless("e+" in repr(given) and given == kept, given, kept)
+    if kinds[1] in (dict, list) and isinstance(given, kinds[1]) and not getattr(given, "__dict__", None):
+        return _COMPARISONS[kinds[1]](given, kept)
+    base = next((each for each in kinds[0].__mro__ if each in _BASES), None)
+    return _of_dates(given, kept) if base is kinds[1] else Difference("", given, kept)
+
+
+def _comparison_of(value: object) -> Callable[[Any, Any], Difference | None]:
+    match value:
+        case Enum():
+            return _of_members
+        case BaseModel():
+            return _of_models
+        case _ if is_dataclass(value):
+            return _of_dataclasses
+        case Mapping():
+            return _of_mappings
+        case AbstractSet():
+            return _of_sets
+        case tuple() | list() | deque():
+            return _of_named_tuples if hasattr(value, "_fields") else _of_sequences
+        case _:
+            return _of_objects
+
+
+def _of_members(given: Enum, kept: Enum) -> Difference | None:
+    return _unless(given == kept, given, kept)
+
+
+def _of_dates(given: Any, kept: Any) -> Difference | None:
+    same = given == kept
+    if same and isinstance(given, datetime):
+        same = given.utcoffset() == kept.utcoffset()
+    return _unless(same, given, kept)
+
+
+def _of_floats(given: float, kept: float) -> Difference | None:
+    return _unless(given == kept or (given != given and kept != kept), given, kept)
+
+
+def _of_sequences(given: Collection[Any], kept: Collection[Any]) -> Difference | None:
+    if len(given) != len(kept):
+        return Difference("", given, kept)
+    for number, (one, other) in enumerate(zip(given, kept, strict=True)):
+        if (found := difference(one, other)) is not None:
+            return found.below(f"[{number}]")
+    return None
+
+
+def _of_named_tuples(given: Any, kept: Any) -> Difference | None:
+    return _of_parts(zip(given._fields, given, kept, strict=True))
+
+
+def _of_mappings(given: Mapping[Any, Any], kept: Mapping[Any, Any]) -> Difference | None:
+    if len(given) != len(kept):
+        return Difference("", given, kept)
+    keys = None if all(type(key) is str for key in kept) else {key: key for key in kept}
+    for number, (key, value) in enumerate(given.items()):
+        other = kept.get(key, _ABSENT)
+        same_key = type(key) is str if keys is None else difference(key, keys.get(key, _ABSENT)) is None
+        if other is _ABSENT or not same_key:
+            return _of_keys(number, key, kept)
+        if (found := difference(value, other)) is not None:
+            return found.below(str(key)[:_SHOWN])
+    return None
+
+
+def _of_keys(number: int, key: object, kept: Iterable[object]) -> Difference:
+    """Return the difference of a key that has none like it: of the one that its text has become, if that is there."""
+    found = next((each for each in kept if each == key or each == str(key)), _ABSENT)
+    return Difference(f"[key {number}]", key, found)
+
+
+def _of_sets(given: AbstractSet[Any], kept: AbstractSet[Any]) -> Difference | None:
+    """Compare sets: by equality as they do, and what is equal only to itself by its structure."""
+    if len(given) != len(kept):
+        return Difference("", given, kept)
+    same = {each: each for each in kept}
+    left = [each for each in given if difference(each, same.get(each, _ABSENT)) is not None]
+    others = [each for each in kept if each not in given] if left else []
+    for each in left:
+        match = next((other for other in others if difference(each, other) is None), _ABSENT)
+        if match is _ABSENT:
+            return Difference("[element]", each, next(iter(others), _ABSENT))
+        others.remove(match)
+    return None
+
+
+def _of_dataclasses(given: Any, kept: Any) -> Difference | None:
+    # A field that is neither given nor compared is what the object keeps for itself, such as a cache.
+    names = [each.name for each in fields(given) if each.init or each.compare]
+    return _of_attributes(given, kept, names)
+
+
+def _of_models(given: BaseModel, kept: BaseModel) -> Difference | None:
+    return (
+        _of_attributes(given, kept, type(given).model_fields)
+        or _of_mappings(given.__pydantic_extra__ or {}, kept.__pydantic_extra__ or {})
+        or _of_mappings(given.__pydantic_private__ or {}, kept.__pydantic_private__ or {})
+    )
+
+
+def _of_objects(given: Any, kept: Any) -> Difference | None:
+    """Compare two objects of some class: as it says, and by their attributes where it says nothing."""
+    if not _is_by_identity(type(given)):
+        try:
+            return _unless(_is_true(given == kept), given, kept)
+        except Exception:  # noqa: S110 (a comparison that fails says nothing)
+            pass
+    # Without attributes nothing can be told: a lock is like any other.
+    return _of_mappings(getattr(given, "__dict__", {}), getattr(kept, "__dict__", {})) or _of_slots(given, kept)
+
+
+def _is_by_identity(kind: type) -> bool:
+    return cast("Any", kind).__eq__ is object.__eq__
+
+
+def _is_true(found: Any) -> bool:
+    """Return what a comparison has found; that of arrays and frames is one for each element."""
+    for _ in range(2):
+        found = found.all() if hasattr(found, "all") else found
+    return bool(found)
+
+
+def _of_slots(given: Any, kept: Any) -> Difference | None:
+    slots = [getattr(each, "__slots__", ()) for each in type(given).__mro__]
+    names = [name for each in slots for name in ([each] if isinstance(each, str) else each)]
+    return _of_attributes(given, kept, [each for each in names if not each.startswith("__")])
+
+
+def _of_attributes(given: Any, kept: Any, names: Iterable[str]) -> Difference | None:
+    return _of_parts((each, getattr(given, each, _ABSENT), getattr(kept, each, _ABSENT)) for each in names)
+
+
+def _of_parts(parts: Iterable[tuple[str, Any, Any]]) -> Difference | None:
+    for name, one, other in parts:
+        if (found := difference(one, other)) is not None:
+            return found.below(name)
+    return None
+
+
+_COMPARISONS: Mapping[type, Callable[[Any, Any], Difference | None]] = {
+    float: _of_floats,
+    list: _of_sequences,
+    tuple: _of_sequences,
+    deque: _of_sequences,
+    dict: _of_mappings,
+    set: _of_sets,
+    frozenset: _of_sets,
+    datetime: _of_dates,
+    time: _of_dates,
+}
