@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from math import isfinite
 from types import GenericAlias
@@ -46,6 +46,8 @@ _JSON = frozenset({*_SURE, float, list, dict})
 """The types of what is read where an annotation leaves it to JSON."""
 _READABLE = frozenset({*_SURE, float, bytes, date, UUID})
 """Types that are read again by their own name, whatever the value is."""
+_ZONES = (None, UTC)
+"""Zones of times that are, too: the offset of another may have seconds."""
 _MASK = "**********"
 """What pydantic writes for a secret."""
 _INSTEAD_OF_ROWS = (
@@ -341,7 +343,7 @@ def _instead_of(value: object) -> str:
 def _require_readable(value: object, what: str, path: str = "") -> None:
     """Refuse what nobody can read again as what it is: each part by its own type."""
     kind = type(value)
-    if kind in _READABLE:
+    if kind in _READABLE or (kind is datetime and cast("datetime", value).tzinfo in _ZONES):
         return
     if is_mapped(kind):
         raise EncodingError(f"the {what} cannot be stored: {path or 'it'} is {_an(value)}. {_INSTEAD_OF_ROWS}")

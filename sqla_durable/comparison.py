@@ -13,14 +13,18 @@ from dataclasses import dataclass, fields, is_dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
-from typing import Any, cast
+from functools import lru_cache, partial
+from typing import Any, TypeAlias, cast
 from uuid import UUID
 
 from pydantic import BaseModel
 
 _SHOWN = 100  # characters of a key in a path
 _KINDS = 3  # of elements that an annotation is proposed for
+_CLASSES = 512  # of which it is known how they are compared
 _ABSENT = object()
+
+_Comparison: TypeAlias = Callable[[Any, Any], "Difference | None"]
 
 _ATOMS = frozenset({type(None), bool, int, str, bytes, Decimal, UUID, date, timedelta})
 """Types whose values are the same if they are equal."""
@@ -58,12 +62,12 @@ def difference(given: Any, kept: Any) -> Difference | None:
     """
     if given is kept:
         return None
-    kind = type(given)
+    kind: Any = type(given)
     if kind is not type(kept):
         return _between_types(given, kept)
     if kind in _ATOMS:
         return None if given == kept else Difference("", given, kept)
-    return (_COMPARISONS.get(kind) or _comparison_of(given))(given, kept)
+    return _comparison_of(kind)(given, kept)
 
 
 def annotation_for(value: object) -> str:
@@ -97,27 +101,31 @@ def _between_types(given: Any, kept: Any) -> Difference | None:
     if kinds == (float, int):  # `numeric` writes 1e22 as 10000000000000000000000
         return _unless("e+" in repr(given) and given == kept, given, kept)
     if kinds[1] in (dict, list) and isinstance(given, kinds[1]) and not getattr(given, "__dict__", None):
-        return _COMPARISONS[kinds[1]](given, kept)
+        return _comparison_of(kinds[1])(given, kept)
     base = next((each for each in kinds[0].__mro__ if each in _BASES), None)
     return _of_dates(given, kept) if base is kinds[1] else Difference("", given, kept)
 
 
-def _comparison_of(value: object) -> Callable[[Any, Any], Difference | None]:
-    match value:
-        case Enum():
-            return _of_members
-        case BaseModel():
-            return _of_models
-        case _ if is_dataclass(value):
-            return _of_dataclasses
-        case Mapping():
-            return _of_mappings
-        case AbstractSet():
-            return _of_sets
-        case tuple() | list() | deque():
-            return _of_named_tuples if hasattr(value, "_fields") else _of_sequences
-        case _:
-            return _of_objects
+@lru_cache(maxsize=_CLASSES)
+def _comparison_of(kind: type) -> _Comparison:
+    if kind in (datetime, time):
+        return _of_dates
+    if kind is float:
+        return _of_floats
+    if issubclass(kind, Enum):
+        return _of_members
+    if issubclass(kind, BaseModel):
+        return partial(_of_models, list(kind.model_fields))
+    if is_dataclass(kind):
+        # A field that is neither given nor compared is what the object keeps for itself, such as a cache.
+        return partial(_of_attributes, [each.name for each in fields(kind) if each.init or each.compare])
+    if issubclass(kind, Mapping):
+        return _of_mappings
+    if issubclass(kind, AbstractSet):
+        return _of_sets
+    if issubclass(kind, (tuple, list, deque)):
+        return _of_named_tuples if hasattr(kind, "_fields") else _of_sequences
+    return _of_objects
 
 
 def _of_members(given: Enum, kept: Enum) -> Difference | None:
@@ -139,13 +147,13 @@ def _of_sequences(given: Collection[Any], kept: Collection[Any]) -> Difference |
     if len(given) != len(kept):
         return Difference("", given, kept)
     for number, (one, other) in enumerate(zip(given, kept, strict=True)):
-        if (found := difference(one, other)) is not None:
+        if one is not other and (found := difference(one, other)) is not None:
             return found.below(f"[{number}]")
     return None
 
 
 def _of_named_tuples(given: Any, kept: Any) -> Difference | None:
-    return _of_parts(zip(given._fields, given, kept, strict=True))
+    return _of_attributes(given._fields, given, kept)
 
 
 def _of_mappings(given: Mapping[Any, Any], kept: Mapping[Any, Any]) -> Difference | None:
@@ -157,7 +165,7 @@ def _of_mappings(given: Mapping[Any, Any], kept: Mapping[Any, Any]) -> Differenc
         same_key = type(key) is str if keys is None else difference(key, keys.get(key, _ABSENT)) is None
         if other is _ABSENT or not same_key:
             return _of_keys(number, key, kept)
-        if (found := difference(value, other)) is not None:
+        if value is not other and (found := difference(value, other)) is not None:
             return found.below(str(key)[:_SHOWN])
     return None
 
@@ -183,15 +191,9 @@ def _of_sets(given: AbstractSet[Any], kept: AbstractSet[Any]) -> Difference | No
     return None
 
 
-def _of_dataclasses(given: Any, kept: Any) -> Difference | None:
-    # A field that is neither given nor compared is what the object keeps for itself, such as a cache.
-    names = [each.name for each in fields(given) if each.init or each.compare]
-    return _of_attributes(given, kept, names)
-
-
-def _of_models(given: BaseModel, kept: BaseModel) -> Difference | None:
+def _of_models(names: list[str], given: BaseModel, kept: BaseModel) -> Difference | None:
     return (
-        _of_attributes(given, kept, type(given).model_fields)
+        _of_attributes(names, given, kept)
         or _of_mappings(given.__pydantic_extra__ or {}, kept.__pydantic_extra__ or {})
         or _of_mappings(given.__pydantic_private__ or {}, kept.__pydantic_private__ or {})
     )
@@ -222,28 +224,12 @@ def _is_true(found: Any) -> bool:
 def _of_slots(given: Any, kept: Any) -> Difference | None:
     slots = [getattr(each, "__slots__", ()) for each in type(given).__mro__]
     names = [name for each in slots for name in ([each] if isinstance(each, str) else each)]
-    return _of_attributes(given, kept, [each for each in names if not each.startswith("__")])
+    return _of_attributes([each for each in names if not each.startswith("__")], given, kept)
 
 
-def _of_attributes(given: Any, kept: Any, names: Iterable[str]) -> Difference | None:
-    return _of_parts((each, getattr(given, each, _ABSENT), getattr(kept, each, _ABSENT)) for each in names)
-
-
-def _of_parts(parts: Iterable[tuple[str, Any, Any]]) -> Difference | None:
-    for name, one, other in parts:
-        if (found := difference(one, other)) is not None:
+def _of_attributes(names: Iterable[str], given: Any, kept: Any) -> Difference | None:
+    for name in names:
+        one, other = getattr(given, name, _ABSENT), getattr(kept, name, _ABSENT)
+        if one is not other and (found := difference(one, other)) is not None:
             return found.below(name)
     return None
-
-
-_COMPARISONS: Mapping[type, Callable[[Any, Any], Difference | None]] = {
-    float: _of_floats,
-    list: _of_sequences,
-    tuple: _of_sequences,
-    deque: _of_sequences,
-    dict: _of_mappings,
-    set: _of_sets,
-    frozenset: _of_sets,
-    datetime: _of_dates,
-    time: _of_dates,
-}
