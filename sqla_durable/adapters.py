@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from sqla_durable.errors import DefinitionError
 
 _CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants")
-_REVALIDATING = ConfigDict(**_CONFIG, revalidate_instances="always", extra="forbid")
+_REVALIDATING: ConfigDict = {**_CONFIG, "revalidate_instances": "always", "extra": "forbid"}
 _KEPT = 512  # adapters: building one takes milliseconds, and most are wanted again at the next call
 
 _NATIVE = (str, int, float, bool, type(None))

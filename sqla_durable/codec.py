@@ -347,13 +347,13 @@ def _require_readable(value: object, what: str, path: str = "") -> None:
         return
     if is_mapped(kind):
         raise EncodingError(f"the {what} cannot be stored: {path or 'it'} is {_an(value)}. {_INSTEAD_OF_ROWS}")
-    if isinstance(value, (dict, list, tuple, set, frozenset)) and not hasattr(value, "_fields"):
-        if isinstance(value, dict):
-            _require_readable_keys(cast("dict[object, object]", value), what, path)
-        for place, inner in _elements(value):
-            _require_readable(inner, what, f"{path}{'.' if path and place[0] != '[' else ''}{place}")
+    if hasattr(kind, "_fields") or not issubclass(kind, (dict, list, tuple, set, frozenset)):
+        _encode_alone(kind, value, what, path)
         return
-    _encode_alone(kind, value, what, path)
+    if isinstance(value, dict):
+        _require_readable_keys(cast("dict[object, object]", value), what, path)
+    for place, inner in _elements(cast("Iterable[object]", value)):
+        _require_readable(inner, what, f"{path}{'.' if path and place[0] != '[' else ''}{place}")
 
 
 def _require_readable_keys(mapping: dict[object, object], what: str, path: str) -> None:

@@ -62,7 +62,7 @@ def difference(given: Any, kept: Any) -> Difference | None:
     """
     if given is kept:
         return None
-    kind: Any = type(given)
+    kind = cast("type[object]", type(given))
     if kind is not type(kept):
         return _between_types(given, kept)
     if kind in _ATOMS:
@@ -95,19 +95,24 @@ def _unless(same: bool, given: object, kept: object) -> Difference | None:
 
 def _between_types(given: Any, kept: Any) -> Difference | None:
     """Compare two values of different types, a few of which say the same."""
-    kinds = type(given), type(kept)
+    kinds = cast("type[object]", type(given)), cast("type[object]", type(kept))
     if kinds == (int, float):  # an int may stand where a float is wanted
         return _unless(given == kept, given, kept)
     if kinds == (float, int):  # `numeric` writes 1e22 as 10000000000000000000000
         return _unless("e+" in repr(given) and given == kept, given, kept)
-    if kinds[1] in (dict, list) and isinstance(given, kinds[1]) and not getattr(given, "__dict__", None):
+    if kinds[1] in (dict, list) and issubclass(kinds[0], kinds[1]) and not _has_attributes(given):
         return _comparison_of(kinds[1])(given, kept)
     base = next((each for each in kinds[0].__mro__ if each in _BASES), None)
     return _of_dates(given, kept) if base is kinds[1] else Difference("", given, kept)
 
 
-@lru_cache(maxsize=_CLASSES)
-def _comparison_of(kind: type) -> _Comparison:
+def _has_attributes(value: object) -> bool:
+    """Tell whether a container holds more than its elements; `OrderedDict[str, int]()` notes its type parameters."""
+    held: Iterable[str] = getattr(value, "__dict__", ())
+    return any(name != "__orig_class__" for name in held)
+
+
+def _find_comparison(kind: type[Any]) -> _Comparison:
     if kind in (datetime, time):
         return _of_dates
     if kind is float:
@@ -123,9 +128,14 @@ def _comparison_of(kind: type) -> _Comparison:
         return _of_mappings
     if issubclass(kind, AbstractSet):
         return _of_sets
+    if issubclass(kind, tuple) and hasattr(cast("type[object]", kind), "_fields"):
+        return _of_named_tuples
     if issubclass(kind, (tuple, list, deque)):
-        return _of_named_tuples if hasattr(kind, "_fields") else _of_sequences
+        return _of_sequences
     return _of_objects
+
+
+_comparison_of = cast("Callable[[type], _Comparison]", lru_cache(maxsize=_CLASSES)(_find_comparison))
 
 
 def _of_members(given: Enum, kept: Enum) -> Difference | None:
@@ -201,7 +211,7 @@ def _of_models(names: list[str], given: BaseModel, kept: BaseModel) -> Differenc
 
 def _of_objects(given: Any, kept: Any) -> Difference | None:
     """Compare two objects of some class: as it says, and by their attributes where it says nothing."""
-    if not _is_by_identity(type(given)):
+    if not _is_by_identity(given):
         try:
             return _unless(_is_true(given == kept), given, kept)
         except Exception:  # noqa: S110 (a comparison that fails says nothing)
@@ -210,8 +220,8 @@ def _of_objects(given: Any, kept: Any) -> Difference | None:
     return _of_mappings(getattr(given, "__dict__", {}), getattr(kept, "__dict__", {})) or _of_slots(given, kept)
 
 
-def _is_by_identity(kind: type) -> bool:
-    return cast("Any", kind).__eq__ is object.__eq__
+def _is_by_identity(value: object) -> bool:
+    return cast("Any", type(value)).__eq__ is object.__eq__
 
 
 def _is_true(found: Any) -> bool:

@@ -104,7 +104,7 @@ class Id(UUID):
 
 def with_token(token: object) -> Model:
     model = Model()
-    model._token = token
+    model._token = token  # pyright: ignore[reportPrivateUsage]
     return model
 
 
@@ -123,7 +123,7 @@ def cached(name: str) -> Node:
         (Moment(2026, 1, 1, tzinfo=UTC), datetime(2026, 1, 1, tzinfo=UTC)),
         (Id(int=7), UUID(int=7)),
         (defaultdict(int, a=1), {"a": 1}),
-        ([OrderedDict(a=1), Counter("a")], [{"a": 1}, {"a": 1}]),
+        ([OrderedDict[str, int](a=1), Counter("a")], [{"a": 1}, {"a": 1}]),
         ({"b": 1, "a": 2}, {"a": 2, "b": 1}),
         (Node("a", [Node("b")]), Node("a", [Node("b")])),
         (cached("a"), Node("a")),

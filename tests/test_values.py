@@ -63,7 +63,7 @@ class TwoAliases(BaseModel):
 
 class Aliased(BaseModel):
     number: int = Field(alias="No.")
-    below: list[Aliased] = Field(default_factory=list, alias="children")
+    below: list[Aliased] = Field(default=[], alias="children")
 
 
 class SerializedByAlias(BaseModel):
@@ -198,7 +198,7 @@ def counted(start: int) -> Counting:
 
 def tokened() -> WithPrivate:
     model = WithPrivate(x=1)
-    model._token = "hunter2"
+    model._token = "hunter2"  # pyright: ignore[reportPrivateUsage]
     return model
 
 
