@@ -26,6 +26,7 @@ _COMMON = frozenset(
         "concurrent.futures._base",
         "decimal",
         "json.decoder",
+        "pydantic_core._pydantic_core",
         "socket",
         "sqlalchemy.exc",
         "sqlalchemy.orm.exc",

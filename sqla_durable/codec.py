@@ -8,27 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from datetime import UTC, date, datetime
 from decimal import Decimal
-from functools import lru_cache
 from math import isfinite
 from types import GenericAlias
-from typing import TYPE_CHECKING, Any, TypeGuard, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from uuid import UUID
 
 import pydantic_core
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    PydanticUserError,
-    Secret,
-    SecretBytes,
-    SecretStr,
-    TypeAdapter,
-    ValidationError,
-)
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, Secret, SecretBytes, SecretStr, TypeAdapter, ValidationError
 
+from sqla_durable.adapters import adapter_of, is_mapped
+from sqla_durable.comparison import Difference, annotation_for, difference
 from sqla_durable.errors import (
     ArgumentError,
     DecodingError,
@@ -44,31 +38,57 @@ if TYPE_CHECKING:
 DEFAULT_LIMIT = 1024 * 1024
 """The default limit of one payload: 1 MiB of UTF-8 JSON."""
 
-_CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants")
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_KEPT = 512  # adapters: building one takes milliseconds, and most are wanted again at the next call
 _DEPTH = 50  # of values in values, where one is looked for
+_SURE = frozenset({str, int, bool, type(None)})
+"""Annotations that read exactly what was written, if that was of the same type."""
+_JSON = frozenset({*_SURE, float, list, dict})
+"""The types of what is read where an annotation leaves it to JSON."""
+_READABLE = frozenset({*_SURE, float, bytes, date, UUID})
+"""Types that are read again by their own name, whatever the value is."""
+_ZONES = (None, UTC)
+"""Zones of times that are, too: the offset of another may have seconds."""
 _MASK = "**********"
 """What pydantic writes for a secret."""
+_INSTEAD_OF_ROWS = (
+    "An ORM instance belongs to its session: give its primary key, and load it in the step that needs it."
+)
 _UNKNOWN_TYPE = re.compile(r"unknown type: <class '[^']*'>")
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A value as it is stored, and as it will be read.
+
+    Attributes:
+        text: the JSON text.
+        value: what reading the text gives; equal to what went in, and no part of it.
+    """
+
+    text: str
+    value: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
     """Encodes and decodes values of one annotation.
 
+    What is encoded is read again and compared with what went in: it comes back equal, or it is refused here.
+
     Args:
         what: what the value is, for messages: `result of step 'charge'`.
-        adapter: pydantic's adapter of a tuple of one such value: inside it, the configuration reaches dataclasses.
+        annotation: the annotation; `Any` admits only what JSON itself knows.
+        adapter: pydantic's adapter of it.
         limit: the largest payload in bytes of UTF-8 JSON.
-        native: the annotation says nothing, so only what JSON itself knows is accepted.
+        is_inferred: a value is encoded by its own type; who reads it says of which type it is to be.
     """
 
     what: str
+    annotation: Any
     adapter: TypeAdapter[tuple[Any]]
     limit: int = DEFAULT_LIMIT
-    native: bool = False
+    is_inferred: bool = False
 
     @classmethod
     def of(cls, annotation: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> Codec:
@@ -77,24 +97,64 @@ class Codec:
         Raises:
             DefinitionError: pydantic knows no way to and from JSON for it.
         """
-        return cls(what=what, adapter=_adapter(annotation, what), limit=limit, native=annotation is Any)
+        return cls(what, annotation, adapter_of(annotation, what), limit)
 
     @classmethod
     def inferred(cls, *, what: str, limit: int = DEFAULT_LIMIT) -> Codec:
         """Build one that encodes a value by its own type: a dataclass, a datetime, a model, what JSON knows."""
-        return cls(what=what, adapter=_adapter(Any, what), limit=limit)
+        return cls(what, Any, adapter_of(Any, what), limit, is_inferred=True)
 
     def encode(self, value: object) -> str:
-        """Give the value's JSON text, as `jsonb` will give it back.
+        """Return the value's JSON text, as `jsonb` will give it back.
 
         Raises:
-            EncodingError: it does not fit the annotation, or holds NUL, a lone surrogate, NaN or infinity.
+            EncodingError: it does not fit the annotation, would come back as something else, or holds NUL, a lone
+                surrogate, NaN or infinity.
             PayloadTooLargeError: it is larger than the limit.
         """
+        return self.encoded(value).text
+
+    def encoded(self, value: object) -> Encoded:
+        """Return the value's JSON text, and what reading it gives. Raises as `encode`."""
+        text = self._text(value)
+        return Encoded(text, self._read_back(text, value))
+
+    def encode_argument(self, value: object) -> str:
+        """Return the JSON text of a value that must have the annotated type. Raises as `encode` and `check`."""
+        text = self._text(self.check(value))
+        self._read_back(text, value)
+        return text
+
+    def check(self, value: object) -> Any:
+        """Return the value if it has the annotated type, without converting anything.
+
+        Raises:
+            pydantic.ValidationError: it has another.
+        """
+        return self.adapter.validate_python((value,), strict=True)[0]
+
+    def decode(self, text: str) -> Any:
+        """Return the value of a JSON text.
+
+        Raises:
+            DecodingError: it does not fit the annotation.
+        """
         try:
-            if self.native:
+            return self._read(text)
+        except ValidationError as error:
+            raise DecodingError(
+                f"the stored {self.what} does not fit the annotation that the code has now: "
+                f"{problems_of(error, below=1)}. Bring back an annotation that reads it, or start a new workflow."
+            ) from error
+
+    def _text(self, value: object) -> str:
+        try:
+            if self.annotation is Any and not self.is_inferred:
                 _require_native(value, self.what)
-            (plain,) = self.adapter.dump_python((value,), mode="json", warnings="error")
+            # By the names of fields and without what is computed: so that whatever is written can be read.
+            (plain,) = self.adapter.dump_python(
+                (value,), mode="json", by_alias=False, round_trip=True, warnings="error"
+            )
         except (pydantic_core.PydanticSerializationError, ValueError, RecursionError) as error:
             # Without a cause: pydantic's own text shows the value.
             raise EncodingError(f"the {self.what} cannot be stored: {self._misfit(value, error)}.") from None
@@ -106,10 +166,13 @@ class Codec:
             )
         return text
 
+    def _read(self, text: str) -> Any:
+        return self.adapter.validate_json(f"[{text}]", by_alias=True, by_name=True)[0]
+
     def _misfit(self, value: object, error: Exception) -> str:
         """Say what of a value cannot be stored, and where, without the value."""
         try:
-            self.check(value)
+            self._normal(value)
         except ValidationError as found:
             return f"{type(value).__name__} does not fit its annotation: {problems_of(found, below=1)}"
         except Exception:
@@ -117,27 +180,44 @@ class Codec:
         unknown = _UNKNOWN_TYPE.search(str(error))
         return f"{type(value).__name__} is not for JSON" + (f": {unknown[0]}" if unknown else "")
 
-    def check(self, value: object) -> Any:
-        """Give the value if it has the annotated type, without converting anything.
+    def _read_back(self, text: str, value: object) -> Any:
+        """Return what will be read, if it is the value that went in."""
+        if type(value) is self.annotation and self.annotation in _SURE:
+            return value
+        try:
+            kept = self._read(text)
+        except Exception as error:  # a validator may raise anything
+            reason = problems_of(error, below=1) if isinstance(error, ValidationError) else type(error).__name__
+            raise EncodingError(
+                f"the {self.what} cannot be stored: {type(value).__name__} becomes JSON that its annotation does not "
+                f"read: {reason}. Annotate it with what can be read, such as plain values, a dataclass or a model."
+            ) from None
+        if self.is_inferred:
+            _require_readable(value, self.what)
+        elif self.annotation is not Any:
+            self._require_same(value, kept)
+        return kept
 
-        Raises:
-            pydantic.ValidationError: it has another.
-        """
-        return self.adapter.validate_python((value,), strict=True)[0]
+    def _require_same(self, value: object, kept: object) -> None:
+        found = difference(value, kept)
+        if found is not None and not self._is_normal(value, kept):
+            raise EncodingError(f"the {self.what} cannot be stored as it is: {_changed(found)}")
 
-    def decode(self, text: str) -> Any:
-        """Give back the value of a JSON text.
+    def _is_normal(self, value: object, kept: object) -> bool:
+        """Tell whether what is read is what the annotation itself makes of a value, once and for all.
 
-        Raises:
-            DecodingError: it does not fit the annotation.
+        A `StrEnum` is a text where `str` is annotated, a validator strips blanks. What changes a value each time that
+        it is read makes nothing normal; nor is an object of another class.
         """
         try:
-            return self.adapter.validate_json(f"[{text}]")[0]
-        except ValidationError as error:
-            raise DecodingError(
-                f"the stored {self.what} does not fit the annotation that the code has now: "
-                f"{problems_of(error, below=1)}. Bring back an annotation that reads it, or start a new workflow."
-            ) from error
+            same = difference(self._normal(value), kept) is None and difference(self._normal(kept), kept) is None
+        except Exception:
+            return False
+        return same and Counter(_structures(value)) == Counter(_structures(kept))
+
+    def _normal(self, value: object) -> Any:
+        adapter = adapter_of(self.annotation, self.what, revalidating=True)
+        return adapter.validate_python((value,), strict=True, by_alias=True, by_name=True)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +283,7 @@ class ArgumentsCodec:
                 "pass its primary key and load it in the step that needs it. Nothing was started."
             )
         try:
-            return codec.encode(codec.check(value))
+            return codec.encode_argument(value)
         except ValidationError as error:
             raise ArgumentError(
                 f"{codec.what} does not fit its annotation: {problems_of(error, below=1)}. Nothing was started."
@@ -241,93 +321,6 @@ def refuse_large(size: int, *, what: str, limit: int) -> None:
         )
 
 
-def is_mapped(kind: object) -> bool:
-    """Tell whether a class is mapped by SQLAlchemy's ORM."""
-    return isinstance(kind, type) and hasattr(kind, "__mapper__")
-
-
-def _adapter(annotation: Any, what: str) -> TypeAdapter[Any]:
-    _refuse_mapped(annotation, what)
-    try:
-        adapter = _kept(_Annotation(annotation))
-        # One that refers to a class that is not defined yet is built again: by then it may be.
-        return adapter if adapter.pydantic_complete else _built(annotation)
-    except (PydanticUserError, NameError, TypeError) as error:
-        raise DefinitionError(
-            f"{what} is annotated {annotation!r}, which cannot be stored as JSON: {error}. "
-            "Annotate it with a dataclass, a pydantic model, or plain values."
-        ) from error
-
-
-class _Annotation:
-    """An annotation as a key: two are the same if they consist of the same objects in the same order.
-
-    Equality is not enough: `A | B` equals `B | A`, which prefers another class, `Annotated[int, 1]` equals
-    `Annotated[int, True]`, and some annotations cannot be hashed. Holds the annotation, so that no identity in the key
-    is taken by another object.
-    """
-
-    __slots__ = ("_identity", "value")
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-        self._identity = _identity(value)
-
-    def __hash__(self) -> int:
-        return hash(self._identity)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Annotation) and self._identity == other._identity
-
-
-@lru_cache(maxsize=_KEPT)
-def _kept(annotation: _Annotation) -> TypeAdapter[Any]:
-    return _built(annotation.value)
-
-
-def _built(annotation: Any) -> TypeAdapter[Any]:
-    wrapped: Any = GenericAlias(tuple, (annotation,))
-    return TypeAdapter(wrapped, config=_CONFIG)
-
-
-def _identity(value: Any) -> Hashable:
-    """Return what tells an annotation, or a part of one, from others: a class by itself, a composed one by its parts.
-
-    Constraints are compared by their parts too: an annotation that is written in a call is made anew by each call.
-    """
-    kind = cast("type[object]", type(value))
-    if isinstance(value, (str, bytes, int, float)):
-        return kind, value
-    parts = None if isinstance(value, type) else _parts(value)
-    return id(value) if parts is None else (id(kind), *map(_identity, parts))
-
-
-def _parts(value: Any) -> Iterable[Any] | None:
-    match value:
-        case tuple() | list() | set() | frozenset():
-            return cast("Iterable[Any]", value)
-        case dict():
-            return list(cast("Any", value).items())
-        case FieldInfo():
-            return [getattr(value, name, None) for name in FieldInfo.__slots__]
-        case _ if is_dataclass(value):
-            return [getattr(value, each.name) for each in fields(value)]
-        case _ if isinstance(getattr(value, "__args__", None), tuple):
-            return [getattr(value, name, None) for name in ("__origin__", "__args__", "__metadata__")]
-        case _:
-            return None
-
-
-def _refuse_mapped(annotation: Any, what: str) -> None:
-    if is_mapped(annotation):
-        raise DefinitionError(
-            f"{what} is annotated with the ORM class {annotation.__name__}: an instance belongs to its session "
-            "and cannot be stored. Pass its primary key and load it in the step that needs it."
-        )
-    for inner in get_args(annotation):
-        _refuse_mapped(inner, what)
-
-
 def _require_native(value: object, what: str) -> None:
     """Refuse what JSON would give back as something else."""
     if not _is_native(value):
@@ -338,13 +331,71 @@ def _require_native(value: object, what: str) -> None:
 
 
 def _instead_of(value: object) -> str:
-    if is_mapped(type(value)):
-        return "An ORM instance belongs to its session: give its primary key, and load it in the step that needs it."
+    if path_to(value, _is_mapped_instance) is not None:
+        return _INSTEAD_OF_ROWS
     try:
-        _adapter(type(value), "result")
+        adapter_of(type(value), "result")
     except DefinitionError:
         return "Give plain values, a dataclass or a pydantic model with what is needed of it."
-    return f"Annotate it, for example with {type(value).__name__!r}."
+    return f"Annotate it, for example with {annotation_for(value)!r}."
+
+
+def _require_readable(value: object, what: str, path: str = "") -> None:
+    """Refuse what nobody can read again as what it is: each part by its own type."""
+    kind = type(value)
+    if kind in _READABLE or (kind is datetime and cast("datetime", value).tzinfo in _ZONES):
+        return
+    if is_mapped(kind):
+        raise EncodingError(f"the {what} cannot be stored: {path or 'it'} is {_an(value)}. {_INSTEAD_OF_ROWS}")
+    if hasattr(kind, "_fields") or not issubclass(kind, (dict, list, tuple, set, frozenset)):
+        _encode_alone(kind, value, what, path)
+        return
+    if isinstance(value, dict):
+        _require_readable_keys(cast("dict[object, object]", value), what, path)
+    for place, inner in _elements(cast("Iterable[object]", value)):
+        _require_readable(inner, what, f"{path}{'.' if path and place[0] != '[' else ''}{place}")
+
+
+def _require_readable_keys(mapping: dict[object, object], what: str, path: str) -> None:
+    for key in mapping:
+        if type(key) not in _READABLE:
+            _encode_alone(GenericAlias(dict, (type(key), int)), {key: 0}, what, path)
+
+
+def _encode_alone(annotation: Any, value: object, what: str, path: str) -> None:
+    try:
+        Codec.of(annotation, what=f"{what}, at {path}," if path else what).encode(value)
+    except DefinitionError as error:
+        raise EncodingError(f"the {what} cannot be stored: {error}") from None
+
+
+def _changed(found: Difference) -> str:
+    """Say what of a value would come back as what, and what to do, without the value."""
+    kinds = type(found.given), type(found.kept)
+    where = found.path or "it"
+    if is_mapped(kinds[0]):
+        return f"{where} is {_an(found.given)}. {_INSTEAD_OF_ROWS}"
+    if kinds[0] is kinds[1]:
+        return (
+            f"{where} would come back as another {kinds[0].__name__}. Private attributes, fields with `init=False` or "
+            "`exclude=True`, keys that are not declared, and what a serializer leaves out are not stored: pass it to "
+            "the constructor, or keep it elsewhere."
+        )
+    changed = f"{where} is {_an(found.given)} and would come back as one of type {kinds[1].__name__}."
+    if isinstance(found.given, kinds[1]):
+        return f"{changed} Annotate it with {kinds[0].__name__}, or give a {kinds[1].__name__}."
+    if kinds[1] in _JSON:
+        wanted = annotation_for(found.given)
+        return f"{changed} Annotate it with {wanted} where a dict, list, object, Any, a TypeVar or a union stands."
+    return f"{changed} Tell the members of the union apart with a discriminator, or annotate one of them only."
+
+
+def _structures(value: object) -> Iterable[type]:
+    """Return the classes of the dataclasses and models in a value."""
+    if _is_dataclass(value) or isinstance(value, BaseModel):
+        yield type(value)
+    for _, inner in _inside(value):
+        yield from _structures(inner)
 
 
 def _is_native(value: Any) -> bool:
@@ -355,7 +406,7 @@ def _is_native(value: Any) -> bool:
         case list():
             return all(map(_is_native, cast("list[object]", value)))
         case _:
-            return type(value) in (type(None), bool, int, float, str)
+            return type(value) in _JSON
 
 
 def _as_jsonb(value: Any) -> Any:
@@ -399,18 +450,26 @@ def path_to(value: object, wanted: Callable[[object], bool], *, depth: int = _DE
 def _inside(value: object) -> Iterable[tuple[str, object]]:
     if isinstance(value, Mapping):
         mapping = cast("Mapping[object, object]", value)
-        return [(str(key)[:100], inner) for key, inner in mapping.items()] + [
-            (f"[{number}]", key) for number, key in enumerate(mapping)
-        ]
+        return [*_elements(mapping), *((f"[{number}]", key) for number, key in enumerate(mapping))]
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [(f"[{number}]", inner) for number, inner in enumerate(cast("Iterable[object]", value))]
+        return _elements(cast("Iterable[object]", value))
     if isinstance(value, BaseModel):
         return [*value.__dict__.items(), *(value.__pydantic_extra__ or {}).items()]
     return [(each.name, getattr(value, each.name, None)) for each in fields(value)] if _is_dataclass(value) else []
 
 
+def _elements(value: Iterable[object]) -> Iterable[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        return [(str(key)[:100], inner) for key, inner in cast("Mapping[object, object]", value).items()]
+    return [(f"[{number}]", inner) for number, inner in enumerate(value)]
+
+
 def _is_dataclass(value: object) -> TypeGuard[DataclassInstance]:
     return is_dataclass(value) and not isinstance(value, type)
+
+
+def _is_mapped_instance(value: object) -> bool:
+    return is_mapped(type(value))
 
 
 def _is_secret(value: object) -> bool:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from typing import Any, cast
 from uuid import UUID
 
+from pydantic import ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from sqlalchemy.exc import DBAPIError, StatementError
 
 from sqla_durable.classes import (
@@ -31,14 +33,19 @@ from sqla_durable.classes import (
 from sqla_durable.codec import dump
 from sqla_durable.errors import StepFailedError
 from sqla_durable.redaction import driver_message, message_of, notes_of, traceback_of, without_values
+from sqla_durable.retry import sqlstate
 
 _TEXT_LIMIT = 32_000
 _STATE_LIMIT = 32_000
 _INNER_LIMIT = 500
+_GROUPS = 3  # groups in groups, whose members are rebuilt
+_PROBLEMS = 100  # of a validation error
 _NOTES = 20
 _NOTE_LIMIT = 2_000
 _TAG = "$"
 """The key of an object in JSON that stands for a value which JSON does not have: `{"$": ["uuid", "0190..."]}`."""
+_LOST: Any = {_TAG: ["lost", None]}
+"""What stands for an attribute that cannot be recorded."""
 
 
 class RecordedTraceback(Exception):
@@ -136,12 +143,14 @@ class Failure:
             ensure_ascii=False,
         )
 
-    def rebuild(self, find: Find = DEFAULT.outside, *, inner: bool = False) -> Exception | None:
+    def rebuild(self, find: Find = DEFAULT.outside, *, levels: int = _GROUPS) -> Exception | None:
         """Make the exception again, or return None where its class or its arguments cannot be had here.
+
+        An attribute that could not be recorded is None then, and a note says so.
 
         Args:
             find: returns the classes that may be rebuilt, by name.
-            inner: whether it is part of another one.
+            levels: how many exceptions may be parts of each other in it.
         """
         if self.args is None or self.state is None:
             return None
@@ -149,12 +158,23 @@ class Failure:
             kind = find(self.type)
             if not is_subclass(kind, Exception):
                 return None
-            error = _rebuilt(cast("type[Exception]", kind), self.args, self.state, _Reading(find, inner))
+            depth = levels if is_subclass(kind, ExceptionGroup) else min(levels, 1)
+            error = _rebuilt(cast("type[Exception]", kind), self.args, self.state, _Reading(find, depth))
+            lost = [name for name, value in self.state.items() if value == _LOST]
+            if lost and not self._is_text_of(error):
+                return None
             str(error)
         except Exception:
             return None
         self.complete(error)
+        if lost:
+            add_notes(error, f"{', '.join(lost)}: not recorded, and None here.")
         return error
+
+    def _is_text_of(self, error: Exception) -> bool:
+        """Tell whether an exception says what was recorded, although some of its attributes are lost."""
+        texts = (message_of(error), message_of(error, details=True))
+        return any(_clean(each)[: len(self.message)] == self.message for each in texts)
 
     def complete(self, error: Exception) -> None:
         """Give an exception the recorded traceback as its cause, and the notes, although it may be frozen."""
@@ -176,6 +196,8 @@ def record(error: BaseException, known: KnownErrors = DEFAULT) -> str:
 def _rebuilt(kind: type[Exception], args: list[Any], state: dict[str, Any], reading: _Reading) -> Exception:
     if is_subclass(kind, StatementError):
         return _rebuilt_statement(kind, state)
+    if kind is ValidationError:
+        return _rebuilt_validation(state)
     given = [reading.value(each) for each in args]
     native = native_base(kind)
     error = native.__new__(kind, *given)
@@ -197,17 +219,22 @@ def _rebuilt_statement(kind: type[Exception], state: dict[str, Any]) -> Exceptio
     return cast("Exception", error)
 
 
+def _rebuilt_validation(state: dict[str, Any]) -> Exception:
+    """Make pydantic's error again, which has no constructor: what was wrong, and where; not what was given."""
+    problems: list[InitErrorDetails] = [
+        {"type": PydanticCustomError(kind, message), "loc": tuple(location), "input": None}
+        for kind, location, message in state["problems"]
+    ]
+    return ValidationError.from_exception_data(_text(state.get("title")), problems, hide_input=True)
+
+
 _instance_dict: Callable[[BaseException], Any] = BaseException.__dict__["__dict__"].__get__
 
 
 def _contents(error: BaseException, limit: int, details: bool) -> tuple[list[Any] | None, dict[str, Any] | None]:
     """Return what is kept of the arguments and the attributes."""
     try:
-        if isinstance(error, StatementError):
-            return [], _of_statement(error, details)
-        written = _Writing(details)
-        args = written.value(_arguments(error), limit)
-        return args, written.value(_attributes(error), limit)
+        return _Writing(details, _GROUPS if isinstance(error, ExceptionGroup) else 1).contents(error, limit)
     except Exception:  # what is wrong with them is the business of who raised it
         return None, None
 
@@ -219,9 +246,17 @@ def _of_statement(error: StatementError, details: bool) -> dict[str, Any]:
         text = without_values(str(error.args[0])) if error.args else ""
     else:
         text = str(orig) if details else driver_message(orig)
-    code = getattr(orig, "sqlstate", None) or getattr(orig, "pgcode", None)
+    code = sqlstate(error) if isinstance(error, DBAPIError) else None
     statement = None if error.statement is None else _clean(error.statement)
     return {"statement": statement, "text": _clean(text), "sqlstate": code if isinstance(code, str) else None}
+
+
+def _of_validation(error: ValidationError, details: bool) -> dict[str, Any]:
+    """Return what is kept of pydantic's error: what is wrong, and where, but not what was given."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)[:_PROBLEMS]
+    shown = [(each["type"], [*each["loc"]], each["msg"]) for each in found]
+    problems = [[kind, where, text if details else without_values(text)] for kind, where, text in shown]
+    return {"title": error.title, "problems": problems}
 
 
 def _arguments(error: BaseException) -> list[Any]:
@@ -247,10 +282,39 @@ def _notes(error: BaseException, details: bool) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Writing:
-    """Brings values into the form in which JSON holds them, with tags where it does not have their types."""
+    """Brings values into the form in which JSON holds them, with tags where it does not have their types.
+
+    Attributes:
+        details: whether the values of SQL statements and payloads are wanted.
+        levels: how many exceptions may still be parts of each other.
+        room: up to how many bytes of JSON the arguments of such a part are kept, and its attributes.
+    """
 
     details: bool
-    inner: bool = False
+    levels: int
+    room: int = _INNER_LIMIT
+
+    def contents(self, error: BaseException, limit: int) -> tuple[list[Any] | None, dict[str, Any] | None]:
+        """Return what is kept of the arguments and the attributes of an exception, each within the limit."""
+        match error:
+            case StatementError():
+                return [], self.value(_of_statement(error, self.details), limit)
+            case ValidationError():
+                return [], self.value(_of_validation(error, self.details), limit)
+            case ExceptionGroup():
+                shared = replace(self, room=max(_INNER_LIMIT, limit // (2 * len(error.exceptions))))
+                return shared.value(_arguments(error), limit), shared.state(error, limit)
+            case _:
+                return self.value(_arguments(error), limit), self.state(error, limit)
+
+    def state(self, error: BaseException, limit: int) -> dict[str, Any]:
+        """Return the attributes; in the place of one that JSON does not hold, or has no room for, that it is lost."""
+        state: dict[str, Any] = {}
+        for name, value in _attributes(error).items():
+            written = None if value is None else self.value(value, limit)
+            state[name] = written if written is not None or value is None else _LOST
+            limit -= len(json.dumps(state[name]))
+        return state
 
     def value(self, value: Any, limit: int) -> Any:
         """Return the form of a value, or None if there is none, or it is too large."""
@@ -283,7 +347,7 @@ class _Writing:
         kind = cast("type[object]", type(value))
         if isinstance(value, Enum):
             return ["enum", _member(value)]
-        if isinstance(value, Exception) and not self.inner:
+        if isinstance(value, Exception) and self.levels:
             return ["error", self._error(value)]
         if kind is tuple:
             return ["tuple", [self._written(each) for each in cast("tuple[Any, ...]", value)]]
@@ -292,17 +356,14 @@ class _Writing:
 
     def _error(self, error: Exception) -> dict[str, Any]:
         """Describe an error that is part of another one: briefly, for there may be many."""
-        inner = _Writing(self.details, inner=True)
-        described: dict[str, Any] = {"args": None, "state": None}
-        if not isinstance(error, StatementError):
-            described = {
-                "args": inner.value(_arguments(error), _INNER_LIMIT),
-                "state": inner.value(_attributes(error), _INNER_LIMIT),
-            }
-        if len(json.dumps(described)) > _INNER_LIMIT:
-            described = {"args": None, "state": None}
+        levels = self.levels - 1 if isinstance(error, ExceptionGroup) else 0
+        args, state = replace(self, levels=levels).contents(error, self.room)
+        notes = [each[:_INNER_LIMIT] for each in _notes(error, self.details)[-1:]]
+        if len(json.dumps([args, state, notes])) > self.room:
+            args, state, notes = None, None, []
         message = _clean(message_of(error, details=self.details))[:_INNER_LIMIT]
-        return {"type": name_of_class(type(error)), "message": message, **described}
+        name = name_of_class(type(error))
+        return {"type": name, "message": message, "args": args, "state": state, "notes": [*map(_clean, notes)]}
 
 
 def _member(value: Enum) -> list[str]:
@@ -327,10 +388,15 @@ _READERS = {tag: read for tag, _, read in _FORMS.values()}
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """Brings values back from the form in which JSON holds them; an error in an error holds none itself."""
+    """Brings values back from the form in which JSON holds them.
+
+    Attributes:
+        find: returns the classes that may be rebuilt, by name.
+        levels: how many exceptions may still be parts of each other.
+    """
 
     find: Find
-    inner: bool = False
+    levels: int
 
     def value(self, value: Any) -> Any:
         match value:
@@ -349,8 +415,10 @@ class _Reading:
                 return tuple(self.value(each) for each in content)
             case "dict":
                 return {key: self.value(each) for key, each in content.items()}
-            case "error" if not self.inner:
-                return _read_inner(Failure.from_json(content), self.find)
+            case "error" if self.levels:
+                return self._error(Failure.from_json(content))
+            case "lost":
+                return None
             case "enum":
                 name, member = content
                 kind = self.find(name)
@@ -360,14 +428,13 @@ class _Reading:
             case _:
                 return _READERS[tag](content)
 
-
-def _read_inner(failure: Failure, find: Find) -> Exception:
-    error = failure.rebuild(find, inner=True)
-    if error is None:
-        message = f"{failure.type}: {failure.message}"
-        return StepFailedError(message, error_type=failure.type, error_message=failure.message)
-    Exception.__setattr__(error, "__cause__", None)
-    return error
+    def _error(self, failure: Failure) -> Exception:
+        error = failure.rebuild(self.find, levels=self.levels - 1)
+        if error is None:
+            message = f"{failure.type}: {failure.message}"
+            return StepFailedError(message, error_type=failure.type, error_message=failure.message)
+        Exception.__setattr__(error, "__cause__", None)
+        return error
 
 
 def _of_kind(kind: type, value: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -17,7 +16,7 @@ from sqla_durable.inspection import SessionKind
 from sqla_durable.operations.publish import Publication, origin_of, publish_at_once, publish_once
 from sqla_durable.operations.runtime import StepCall
 
-_CODEC = replace(Codec.of(Any, what="value"), native=False)
+_CODEC = Codec.inferred(what="value")
 
 
 class Done:

@@ -42,7 +42,7 @@ FLOORS = (
     {"registry", "store", "failure", "migrations", "storage"},
     {"inspection", "setbacks"},
     {"models", "codec", "retry", "_programs", "undisturbed", "interceptors", "limits", "classes", "log"},
-    {"checks", "redaction", "column_types"},
+    {"checks", "redaction", "column_types", "adapters", "comparison"},
     {"errors", "status", "execution"},
     {"unwinding"},
 )

@@ -12,8 +12,10 @@ from subprocess import CalledProcessError
 from uuid import UUID, uuid4
 
 import pytest
+from pydantic import BaseModel, ValidationError
+from sqlalchemy.exc import IntegrityError
 
-from sqla_durable.classes import KnownErrors
+from sqla_durable.classes import KnownErrors, name_of_class
 from sqla_durable.errors import (
     ChildrenFailedError,
     PayloadTooLargeError,
@@ -37,6 +39,61 @@ class Detailed(Exception):
     def __init__(self, details: object) -> None:
         super().__init__("declined")
         self.details = details
+
+
+class Speaking(Exception):
+    """Says what it has."""
+
+    def __init__(self, about: object) -> None:
+        super().__init__()
+        self.about = about
+
+    def __str__(self) -> str:
+        return f"about {self.about}"
+
+
+class StatusError(Exception):
+    """As those of httpx: with a request that must have been set, and a response."""
+
+    def __init__(self, message: str, *, request: object, response: object) -> None:
+        super().__init__(message)
+        self._request = request
+        self.response = response
+
+    @property
+    def request(self) -> object:
+        if self._request is None:
+            raise RuntimeError("The .request property has not been set.")
+        return self._request
+
+
+class Line(BaseModel):
+    price: int
+
+
+class Order(BaseModel):
+    id: int
+    lines: list[Line]
+
+
+class PsycopgError(Exception):
+    """As those of psycopg."""
+
+    def __init__(self, text: str, sqlstate: str) -> None:
+        super().__init__(text)
+        self.sqlstate = sqlstate
+
+
+class Psycopg2Error(Exception):
+    """As those of psycopg2: https://www.psycopg.org/docs/module.html#psycopg2.Error.pgcode."""
+
+    def __init__(self, text: str, pgcode: str) -> None:
+        super().__init__(text)
+        self.pgcode = pgcode
+
+
+class Pg8000Error(Exception):
+    """As those of pg8000, whose only argument is what the server has sent."""
 
 
 class Broken(Exception):
@@ -132,8 +189,112 @@ def test_exception_whose_arguments_json_does_not_hold_is_not_rebuilt(error: Exce
     assert Failure.of(error).message == str(error)
 
 
-def test_declared_attribute_that_json_does_not_hold_keeps_the_exception_from_being_rebuilt() -> None:
-    assert _round_trip(Detailed(object())) is None
+# behaviour: V3
+def test_attribute_that_json_does_not_hold_is_none_and_a_note_says_so() -> None:
+    for lost in (object(), "x" * 40_000, {1: 2}):
+        rebuilt = _round_trip(Detailed(lost))
+        assert isinstance(rebuilt, Detailed)
+        assert (str(rebuilt), rebuilt.details) == ("declined", None)
+        assert rebuilt.__notes__ == ["details: not recorded, and None here."]
+    rebuilt = _round_trip(Detailed(None))
+    assert isinstance(rebuilt, Detailed)
+    assert not hasattr(rebuilt, "__notes__")
+
+
+def test_exception_whose_text_needs_a_lost_attribute_is_not_rebuilt() -> None:
+    assert isinstance(_round_trip(Speaking("seven")), Speaking)
+    assert _round_trip(Speaking(object())) is None
+
+
+# behaviour: V3
+@pytest.mark.parametrize("with_request", [True, False])
+def test_error_of_an_http_client_comes_back_without_its_request(with_request: bool) -> None:
+    error = StatusError("503", request=object() if with_request else None, response=object())
+    rebuilt = _round_trip(error)
+    assert isinstance(rebuilt, StatusError)
+    assert (str(rebuilt), rebuilt.response) == ("503", None)
+    with pytest.raises(RuntimeError, match="has not been set"):
+        _ = rebuilt.request
+
+
+# behaviour: V3
+def test_validation_error_of_pydantic_comes_back_without_what_was_given() -> None:
+    secret = "-".join(["hunter", "2"])
+    with pytest.raises(ValidationError) as caught:
+        Order.model_validate({"id": secret, "lines": [{}, {"price": f"{{{secret}}}"}]})
+    rebuilt = _round_trip(caught.value)
+    assert isinstance(rebuilt, ValidationError)
+    assert rebuilt.title == "Order"
+    kept = [(each["type"], each["loc"], each["msg"]) for each in caught.value.errors()]
+    assert [(each["type"], each["loc"], each["msg"]) for each in rebuilt.errors()] == kept
+    assert len(kept) == 3
+    assert secret not in Failure.of(caught.value).to_json() + str(rebuilt)
+
+
+@pytest.mark.parametrize("problems", [7, [7], [["int_parsing", []]], [[1, [], "text"]], [["x", 7, "text"]]])
+def test_forged_validation_error_is_none(problems: object) -> None:
+    forged = {"type": name_of_class(ValidationError), "args": [], "state": {"title": "Order", "problems": problems}}
+    assert Failure.from_json(forged).rebuild() is None
+
+
+# behaviour: V3
+def test_members_of_a_group_come_back_as_what_they_were() -> None:
+    noted = ValueError(UUID(int=7))
+    noted.add_note("a note")
+    duplicate = IntegrityError("INSERT INTO book", {"a": 1}, PsycopgError("duplicate key", "23505"))
+    inner = ExceptionGroup("inner", [WithData(code=7, hints=["a"]), ExceptionGroup("innermost", [Frozen(1, "x")])])
+    rebuilt = _round_trip(ExceptionGroup("several", [noted, inner, duplicate, ValueError(object())]))
+    assert isinstance(rebuilt, ExceptionGroup)
+    first, second, third, fourth = rebuilt.exceptions
+    assert (repr(first), first.__notes__) == (repr(noted), ["a note"])
+    assert isinstance(second, ExceptionGroup)
+    assert repr(second) == repr(inner)
+    assert isinstance(third, IntegrityError)
+    assert third.orig is not None
+    assert getattr(third.orig, "sqlstate", None) == "23505"
+    assert isinstance(fourth, StepFailedError)
+    matched, rest = rebuilt.split(Frozen)
+    assert matched is not None
+    assert rest is not None
+    assert str(rebuilt) == "several (4 sub-exceptions)"
+
+
+def test_groups_are_bounded() -> None:
+    group: Exception = ValueError("x")
+    for _ in range(100):
+        group = ExceptionGroup("deep", [group])
+    assert isinstance(_round_trip(group), ExceptionGroup)
+    wide = ExceptionGroup("wide", [ValueError("x" * 10_000) for _ in range(1_000)])
+    assert len(Failure.of(wide).to_json()) < 100_000
+
+
+# behaviour: V3
+@pytest.mark.parametrize("error", ["psycopg", "psycopg2", "pg8000"])
+def test_recorded_error_of_any_driver_has_its_sqlstate(error: str) -> None:
+    orig = {
+        "psycopg": PsycopgError("duplicate key", "23505"),
+        "psycopg2": Psycopg2Error("duplicate key", "23505"),
+        "pg8000": Pg8000Error({"S": "ERROR", "C": "23505", "M": "duplicate key", "D": "Key (a)=(4111) exists."}),
+    }[error]
+    rebuilt = _round_trip(IntegrityError("INSERT INTO book", {"a": 4111}, orig))
+    assert isinstance(rebuilt, IntegrityError)
+    assert getattr(rebuilt.orig, "sqlstate", None) == "23505"
+    assert "duplicate key" in str(rebuilt)
+    assert "4111" not in str(rebuilt)
+
+
+# behaviour: V3
+def test_what_an_error_was_raised_from_is_part_of_the_recorded_traceback() -> None:
+    try:
+        try:
+            raise KeyError("the cause")
+        except KeyError as cause:
+            raise ValueError("seven") from cause
+    except ValueError as error:
+        rebuilt = _round_trip(error)
+    assert rebuilt is not None
+    assert "KeyError: 'the cause'" in str(rebuilt.__cause__)
+    assert "direct cause" in str(rebuilt.__cause__)
 
 
 def test_attribute_that_the_class_does_not_declare_is_left_out() -> None:
@@ -227,8 +388,8 @@ def test_errors_of_children_survive_whatever_they_are() -> None:
     assert (str(again), again.count, again.indices, again.workflow_ids) == ("3 failed", 3, [0, 1, 2], ids)
     first, second, third = again.errors
     assert repr(first) == repr(given[0])
-    assert isinstance(second, StepFailedError)
-    assert second.error_type.endswith(":Unknown")
+    assert isinstance(second, Unknown)
+    assert second.value is None
     assert isinstance(third, StepFailedError)
     assert third.error_type == "builtins:KeyError"
     twenty = ChildrenFailedError("many", count=99, errors=[Unknown("é" * 40_000, 1) for _ in range(20)])

@@ -97,7 +97,7 @@ def test_result_annotation_is_found_through_partials_methods_and_wrappers() -> N
 
     for fn in (wrapped, functools.partial(base, 1), Client().fetch, Client()):
         assert StepDefinition.of(fn, name="x").result.decode("7") == 7
-        assert not StepDefinition.of(fn, name="x").result.native
+        assert StepDefinition.of(fn, name="x").result.annotation is int
 
 
 def test_annotation_may_name_a_class_defined_further_down() -> None:

@@ -138,7 +138,7 @@ def _refuse_names(**names: str | None) -> None:
 
 def _json(what: str, value: object) -> str:
     # By the value's own type: the annotations are where the workflow's code is, and need not be here.
-    return Codec.of(object, what=f"{what} of a fork").encode(value)
+    return Codec.inferred(what=f"{what} of a fork").encode(value)
 
 
 def _fork(session: Session, wanted: Wanted, change: forks.Change) -> list[Workflow]:

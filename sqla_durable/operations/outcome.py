@@ -25,6 +25,8 @@ def outcome_of(recorded: Recorded, result: Codec, known: KnownErrors) -> Any:
         StepFailedError: likewise, where its own type cannot be rebuilt.
         DecodingError: the value does not fit the type that the code has now.
     """
+    if recorded.value is not None:
+        return recorded.value[0]
     if recorded.status is StepStatus.SUCCEEDED:
         return result.decode(recorded.output or "null")
     raise_recorded(recorded, known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -161,6 +161,7 @@ class _Execution:
         await self._runtime.settle()
 
     async def _try(self) -> Recorded:
+        _ = self._call.definition.result  # one that cannot be stored is refused before the function is called
         if self._call.definition.session is SessionKind.NONE:
             return await self._record_alone(await self._success(await self._call_plain()))
         self._phase = Phase.BEFORE
@@ -367,8 +368,9 @@ class _Execution:
         seconds = None if policy is None else await policy.wait_before_next(self._call.tries)
         if seconds is not None:
             raise _Again(seconds)
-        output = self._call.definition.result.encode(value)
-        return self._checkpoint(StepStatus.SUCCEEDED, output=output)
+        encoded = self._call.definition.result.encoded(value)
+        checkpoint = self._checkpoint(StepStatus.SUCCEEDED, output=encoded.text)
+        return replace(checkpoint, value=(encoded.value,))
 
     def _failure(self, error: BaseException) -> Checkpoint:
         return self._checkpoint(StepStatus.FAILED, error=record(error, self._attempt.errors))

@@ -113,7 +113,8 @@ class Origin:
 class Checkpoint:
     """The outcome of a step, or of a try that will be followed by another after `delay`, to be recorded.
 
-    `output` is JSON text, or `error` is; `elapsed` and `delay` are in seconds.
+    `output` is JSON text, or `error` is; `elapsed` and `delay` are in seconds. `value` is what reading `output` gives,
+    where that was done already.
     """
 
     fence: Fence
@@ -127,11 +128,12 @@ class Checkpoint:
     attempts: int
     elapsed: float
     delay: float | None = None
+    value: tuple[Any] | None = None
 
     @property
     def recorded(self) -> Recorded:
         """The same as a replay reads it."""
-        return Recorded(self.key, self.name, self.position, self.status, self.output, self.error)
+        return Recorded(self.key, self.name, self.position, self.status, self.output, self.error, value=self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,8 @@ class Recorded:
 
     Of a step that is being tried again, `attempts` have failed, the first began `age` seconds before the record was
     read, and the next is due in `due_in` seconds. Of one that is running, the last of `attempts` was interrupted, and
-    `details` is the JSON text that it has reported.
+    `details` is the JSON text that it has reported. Of one that was recorded just now, `value` is what reading `output`
+    gave when it was encoded: for one reader.
     """
 
     key: str
@@ -153,6 +156,7 @@ class Recorded:
     age: float = 0.0
     due_in: float = 0.0
     details: str | None = None
+    value: tuple[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

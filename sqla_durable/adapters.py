@@ -1,0 +1,188 @@
+"""pydantic's adapters of annotations: built once for each, and refused where no value could come back.
+
+An adapter is of a tuple of one such value: inside it, the configuration reaches dataclasses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import lru_cache
+from types import GenericAlias
+from typing import Any, TypeAlias, cast, get_args
+
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter
+from pydantic.fields import FieldInfo
+
+from sqla_durable.errors import DefinitionError
+
+_CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants")
+_REVALIDATING: ConfigDict = {**_CONFIG, "revalidate_instances": "always", "extra": "forbid"}
+_KEPT = 512  # adapters: building one takes milliseconds, and most are wanted again at the next call
+
+_NATIVE = (str, int, float, bool, type(None))
+_NO_KEYS = {
+    "call": "named tuples",
+    "dataclass": "dataclasses",
+    "dict": "dicts",
+    "frozenset": "sets",
+    "list": "lists",
+    "model": "models",
+    "named-tuple": "named tuples",
+    "set": "sets",
+    "tuple": "tuples",
+    "typed-dict": "dicts",
+}
+_UNRELATED = frozenset({"metadata", "config", "default", "serialization"})
+
+_Schema: TypeAlias = Mapping[str, Any]
+
+
+def adapter_of(annotation: Any, what: str, *, revalidating: bool = False) -> TypeAdapter[tuple[Any]]:
+    """Return the adapter of an annotation.
+
+    Args:
+        annotation: the annotation.
+        what: whose it is, for messages.
+        revalidating: whether it validates what instances hold, too, and refuses keys that nobody has declared.
+
+    Raises:
+        DefinitionError: pydantic knows no way to JSON for it, or nothing that it could stand for would come back.
+    """
+    _refuse_mapped(annotation, what)
+    try:
+        adapter = _kept(_Annotation(annotation), revalidating)
+        # One that refers to a class that is not defined yet is built again: by then it may be.
+        return adapter if adapter.pydantic_complete else _built(annotation, revalidating)
+    except (PydanticUserError, NameError, TypeError) as error:
+        raise DefinitionError(
+            f"{what} is annotated {annotation!r}, which cannot be stored as JSON: {error}. "
+            "Annotate it with a dataclass, a pydantic model, or plain values."
+        ) from error
+
+
+def is_mapped(kind: object) -> bool:
+    """Tell whether a class is mapped by SQLAlchemy's ORM."""
+    return isinstance(kind, type) and hasattr(kind, "__mapper__")
+
+
+class _Annotation:
+    """An annotation as a key: two are the same if they consist of the same objects in the same order.
+
+    Equality is not enough: `A | B` equals `B | A`, which prefers another class, `Annotated[int, 1]` equals
+    `Annotated[int, True]`, and some annotations cannot be hashed. Holds the annotation, so that no identity in the key
+    is taken by another object.
+    """
+
+    __slots__ = ("_identity", "value")
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._identity = _identity(value)
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Annotation) and self._identity == other._identity
+
+
+@lru_cache(maxsize=_KEPT)
+def _kept(annotation: _Annotation, revalidating: bool) -> TypeAdapter[tuple[Any]]:
+    return _built(annotation.value, revalidating)
+
+
+def _built(annotation: Any, revalidating: bool) -> TypeAdapter[tuple[Any]]:
+    wrapped: Any = GenericAlias(tuple, (annotation,))
+    adapter: TypeAdapter[tuple[Any]] = TypeAdapter(wrapped, config=_REVALIDATING if revalidating else _CONFIG)
+    if adapter.pydantic_complete:
+        fault = next(_faults(adapter.core_schema), None)
+        if fault is not None:
+            raise TypeError(fault)
+    return adapter
+
+
+def _identity(value: Any) -> Hashable:
+    """Return what tells an annotation, or a part of one, from others: a class by itself, a composed one by its parts.
+
+    Constraints are compared by their parts too: an annotation that is written in a call is made anew by each call.
+    """
+    kind = cast("type[object]", type(value))
+    if isinstance(value, (str, bytes, int, float)):
+        return kind, value
+    parts = None if isinstance(value, type) else _parts(value)
+    return id(value) if parts is None else (id(kind), *map(_identity, parts))
+
+
+def _parts(value: Any) -> Iterable[Any] | None:
+    match value:
+        case tuple() | list() | set() | frozenset():
+            return cast("Iterable[Any]", value)
+        case dict():
+            return list(cast("Any", value).items())
+        case FieldInfo():
+            return [getattr(value, name, None) for name in FieldInfo.__slots__]
+        case _ if is_dataclass(value):
+            return [getattr(value, each.name) for each in fields(value)]
+        case _ if isinstance(getattr(value, "__args__", None), tuple):
+            return [getattr(value, name, None) for name in ("__origin__", "__args__", "__metadata__")]
+        case _:
+            return None
+
+
+def _refuse_mapped(annotation: Any, what: str) -> None:
+    if is_mapped(annotation):
+        raise DefinitionError(
+            f"{what} is annotated with the ORM class {annotation.__name__}: an instance belongs to its session "
+            "and cannot be stored. Pass its primary key and load it in the step that needs it."
+        )
+    for inner in get_args(annotation):
+        _refuse_mapped(inner, what)
+
+
+def _faults(schema: _Schema) -> Iterator[str]:
+    """Say of which parts of an annotation no value could come back."""
+    referred = {each["ref"]: each for each in _schemas_in(schema) if "ref" in each}
+    for each in _schemas_in(schema):
+        if is_mapped(each.get("cls")):
+            yield f"it holds instances of the ORM class {each['cls'].__name__}, which belong to their session"
+        match each:
+            case {"type": "generator"}:
+                yield "an iterator can be read only once, so use list[...]"
+            case {"type": "dict", "keys_schema": keys} if (kind := _no_key(keys, referred)) is not None:
+                yield f"{kind} as the keys of a dict become texts that cannot be read, so use a list of pairs"
+            case {"type": "enum", "cls": kind, "members": members} if _has_unreadable(kind, members):
+                yield f"the enum {kind.__name__} has members that are not text or numbers, which cannot be read"
+            case _:
+                pass
+
+
+def _has_unreadable(kind: type[Enum], members: Iterable[Enum]) -> bool:
+    if vars(kind).get("_missing_") is not None:
+        return False  # it may read them itself
+    return any(not isinstance(each.value, _NATIVE) for each in members)
+
+
+def _no_key(schema: _Schema, referred: Mapping[str, _Schema]) -> str | None:
+    while "serialization" not in schema and not schema.get("root_model"):
+        if schema["type"] in _NO_KEYS:
+            return _NO_KEYS[schema["type"]]
+        inner = referred.get(schema.get("schema_ref", ""), schema.get("schema"))
+        if inner is None:
+            return None
+        schema = inner
+    return None
+
+
+def _schemas_in(value: Any) -> Iterator[_Schema]:
+    if isinstance(value, dict):
+        schema = cast("dict[str, Any]", value)
+        if isinstance(schema.get("type"), str):
+            yield schema
+        for name, each in schema.items():
+            if name not in _UNRELATED:
+                yield from _schemas_in(each)
+    elif isinstance(value, (list, tuple)):
+        for each in cast("Iterable[Any]", value):
+            yield from _schemas_in(each)
