@@ -92,6 +92,11 @@ def standings(session: Session, workflow_ids: Sequence[UUID]) -> Mapping[UUID, W
     return {row.id: row.status for row in rows}
 
 
+def known(session: Session, workflow_ids: Sequence[UUID], *, name: str, key: str) -> set[UUID]:
+    """Return those of the workflows to which a signal of this name and key was sent, taken or not. Takes no lock."""
+    return set(scalars(session, _KNOWN, {"ids": list(workflow_ids), "signal_name": name, "signal_key": key}))
+
+
 def send(session: Session, workflow_ids: Sequence[UUID], *, name: str, payload: str, key: str | None) -> None:
     """Send a signal to workflows, in the caller's transaction, by one statement; one of a known key is not sent again.
 
@@ -378,6 +383,16 @@ def _renotify_statement(within: Within) -> tuple[Any, Any]:
     return last.add_cte(noted.cte("noted")), select(some.c.workflow_id)
 
 
+def _known_statement() -> Any:
+    key = cast(bindparam("signal_key", type_=Text()), Text)
+    first = first_keyed(WORKFLOW.c.id, _NAME, key).lateral("first")
+    return (
+        select(WORKFLOW.c.id)
+        .join(first, and_(first.c.name == _NAME, first.c.key == key))
+        .where(WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID()))))
+    )
+
+
 def _count(rows: CTE) -> Any:
     return select(func.count()).select_from(rows).scalar_subquery()
 
@@ -388,6 +403,7 @@ _STANDINGS = select(WORKFLOW.c.id, WORKFLOW.c.status).where(
 _SEND = sending()
 _SEND_IN_SNAPSHOT = sending(in_snapshot=True)
 _NAME = cast(bindparam("signal_name", type_=Text()), Text)
+_KNOWN = _known_statement()
 _OLDEST = materialized(first_untaken(GIVEN["id"], _NAME), "oldest")
 _TAKE = taking(_OLDEST, lambda taken: taken.c.payload, _OLDEST.c.name == _NAME)
 _DELIVER, _DELIVER_PART, _RECEIVERS = divided(_deliver_statement)
