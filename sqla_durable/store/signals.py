@@ -153,6 +153,14 @@ def deliver(connectable: Connectable, *, limit: int, since: str = BEGINNING, par
     return int(row.delivered), int(row.woken)
 
 
+def wake_one(session: Session, workflow_id: UUID) -> None:
+    """Put a suspended workflow into its queue if its time has come, or if what it waits for is there.
+
+    Waits for whoever holds its row.
+    """
+    execute(session, _WAKE_ONE, {"wanted_id": workflow_id})
+
+
 def receivers(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Part = WHOLE) -> list[UUID]:
     """Return the ids of the receivers that this would look at."""
     return part.found(connectable, _RECEIVERS, {"limit": limit, "since": since})
@@ -367,6 +375,25 @@ def _deliver_statement(within: Within) -> tuple[Any, Any]:
     return select(delivered, _count(woken).label("woken")), select(new.c.workflow_id)
 
 
+def _wake_one_statement() -> Any:
+    waiting = materialized(
+        select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.wake_at, WORKFLOW.c.awaits)
+        .where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), has_status(WORKFLOW, WorkflowStatus.SUSPENDED))
+        .with_for_update(key_share=True, of=WORKFLOW),
+        "waiting",
+    )
+    is_there = and_(waiting.c.awaits.is_not(None), _satisfied(waiting))
+    due = materialized(
+        select(waiting.c.workflow_id).where(or_(waiting.c.wake_at <= func.statement_timestamp(), is_there)), "due"
+    )
+    return (
+        update(WORKFLOW)
+        .where(WORKFLOW.c.id == due.c.workflow_id)
+        .values(status=WorkflowStatus.PENDING, enqueued_at=func.statement_timestamp(), wake_at=null(), awaits=null())
+        .returning(WORKFLOW.c.id)
+    )
+
+
 def _renotify_statement(within: Within) -> tuple[Any, Any]:
     # What has a time looks for itself when that has come.
     endless = WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_(None)
@@ -407,4 +434,5 @@ _KNOWN = _known_statement()
 _OLDEST = materialized(first_untaken(GIVEN["id"], _NAME), "oldest")
 _TAKE = taking(_OLDEST, lambda taken: taken.c.payload, _OLDEST.c.name == _NAME)
 _DELIVER, _DELIVER_PART, _RECEIVERS = divided(_deliver_statement)
+_WAKE_ONE = _wake_one_statement()
 _RENOTIFY, _RENOTIFY_PART, _WAITING = divided(_renotify_statement)
