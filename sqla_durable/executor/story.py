@@ -144,7 +144,7 @@ class Story:
             return queues.with_histories(session, [claimed])[0]
         outcome = _standing(session, workflow_id)
         if not aim.is_reached(outcome.standing.status):
-            raise _not_claimable(outcome.standing)
+            raise _not_claimable(session, outcome.standing)
         self.close_lease(session)
         return outcome
 
@@ -344,9 +344,20 @@ def _record(session: Session, workflow_id: UUID) -> Workflow:
     return session.get_one(Workflow, workflow_id, populate_existing=True)
 
 
-def _not_claimable(standing: Standing) -> WorkflowRunningError:
+def _not_claimable(session: Session, standing: Standing) -> WorkflowRunningError:
+    label = f"workflow {standing.name!r} {standing.workflow_id} is {standing.status}"
+    holder = workers.holder(session, standing.workflow_id)
+    if holder is None:
+        return WorkflowRunningError(
+            f"{label}, and not to be claimed now: it waits, or somebody else has just claimed it. Wait for its result "
+            "with a handle.",
+            workflow_id=standing.workflow_id,
+        )
     return WorkflowRunningError(
-        f"workflow {standing.name!r} {standing.workflow_id} is {standing.status}, and not to be claimed now: a worker "
-        "or an executor holds a live lease on it, or it waits. Wait for its result with a handle.",
+        f"{label}, and not to be claimed now: {holder.name!r} holds a lease on it until "
+        f"{holder.lease_expires_at.isoformat(sep=' ', timespec='seconds')}. If that process is dead, the workflow can "
+        "be executed again then; a shorter lease, such as Executor(session, lease=timedelta(seconds=30)), must be "
+        "longer than the longest step. If it is alive, wait for its result with a handle.",
         workflow_id=standing.workflow_id,
+        lease_expires_at=holder.lease_expires_at,
     )

@@ -6,7 +6,8 @@ All times are the database's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -16,9 +17,27 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store._rows import WORKER, WORKFLOW, Connectable, Fence, execute, materialized, scalar, status
+from sqla_durable.store._rows import (
+    WORKER,
+    WORKFLOW,
+    Connectable,
+    Fence,
+    execute,
+    has_status,
+    materialized,
+    scalar,
+    status,
+)
 
 _DEAD_FOR = timedelta(days=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who executes a workflow: the name of the worker or the executor, and the end of its lease."""
+
+    name: str
+    lease_expires_at: datetime
 
 
 def beat(connectable: Connectable, *, worker_id: UUID, name: str, queues: Sequence[str], lease: timedelta) -> None:
@@ -38,6 +57,12 @@ def leave(connectable: Connectable, worker_id: UUID) -> None:
 def exists(session: Session, worker_id: UUID) -> bool:
     """Tell whether the worker's row is visible here."""
     return scalar(session, select(WORKER.c.id).where(WORKER.c.id == worker_id)) is not None
+
+
+def holder(session: Session, workflow_id: UUID) -> Holder | None:
+    """Return who executes a workflow, and until when it may; None if nobody does. Takes no lock."""
+    row = execute(session, _HOLDER, {"wanted_id": workflow_id}).one_or_none()
+    return None if row is None else Holder(row.name, row.lease_expires_at)
 
 
 def running_of(connectable: Connectable, worker_id: UUID) -> list[Fence]:
@@ -87,5 +112,10 @@ _LEAVE = delete(WORKER).where(WORKER.c.id == bindparam("beating_id", type_=PG_UU
 _RUNNING_OF = select(WORKFLOW.c.id, WORKFLOW.c.token).where(
     WORKFLOW.c.status == status(WorkflowStatus.RUNNING),
     WORKFLOW.c.worker_id == bindparam("beating_id", type_=PG_UUID()),
+)
+_HOLDER = (
+    select(WORKER.c.name, WORKER.c.lease_expires_at)
+    .join(WORKFLOW, WORKFLOW.c.worker_id == WORKER.c.id)
+    .where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), has_status(WORKFLOW, WorkflowStatus.RUNNING))
 )
 _FORGET_DEAD = _forget_dead_statement()
