@@ -14,10 +14,10 @@ from sqla_durable.callbacks import (
     heartbeat_callback,
 )
 from sqla_durable.children import AsyncChild, Child, as_completed, wait_first
-from sqla_durable.context import current
+from sqla_durable.context import current, current_step
 from sqla_durable.durable import Durable
 from sqla_durable.events import get_event, set_event
-from sqla_durable.execution import Execution
+from sqla_durable.execution import Execution, StepExecution
 from sqla_durable.executor import AsyncExecutor, Executor
 from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction
 from sqla_durable.handle import AsyncHandle, Handle
@@ -69,6 +69,7 @@ __all__ = [
     "Signal",
     "StartOptions",
     "Step",
+    "StepExecution",
     "StepFunction",
     "StepStatus",
     "StreamEntry",
@@ -86,6 +87,7 @@ __all__ = [
     "complete_callback",
     "create_callback",
     "current",
+    "current_step",
     "delete",
     "deprecate_patch",
     "errors",
