@@ -115,7 +115,13 @@ def outside() -> Generator[None]:
 
 
 def current() -> Execution | None:
-    """Return where the code is: in which workflow, attempt and step. None outside a workflow. See `current_step`."""
+    """Return where the code is: in which workflow, attempt and step. None outside a workflow. See `current_step`.
+
+    ```python
+    execution = current()
+    log.info("order %s is packed", order_id, extra={"workflow": execution.workflow_id if execution else None})
+    ```
+    """
     context = active()
     if context is None:
         return None

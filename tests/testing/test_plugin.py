@@ -44,7 +44,16 @@ def test_nothing_is_imported():
 def run(directory: Path, *options: str, url: str | None = None, **files: str) -> str:
     for name, content in files.items():
         (directory / f"{name}.py").write_text(content)
-    arguments = ["-p", "sqla_durable_pytest", "-W", "error", "-o", "asyncio_default_fixture_loop_scope=function"]
+    arguments = [
+        "-p",
+        "sqla_durable_pytest",
+        "-p",
+        "no:hypothesispytest",
+        "-W",
+        "error",
+        "-o",
+        "asyncio_default_fixture_loop_scope=function",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, *options],
         cwd=directory,
