@@ -25,7 +25,7 @@ from sqla_durable.interceptors import Interceptor
 from sqla_durable.management import cancel, delete, fork, id_at, resume, retry, rewind
 from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
 from sqla_durable.patches import deprecate_patch, patched
-from sqla_durable.progress import heartbeat
+from sqla_durable.progress import RunningStep, heartbeat, running_steps
 from sqla_durable.saga import Saga
 from sqla_durable.signals import signal, start_with_signal, wait_signal
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
@@ -65,6 +65,7 @@ __all__ = [
     "Handle",
     "Interceptor",
     "Queue",
+    "RunningStep",
     "Saga",
     "Signal",
     "StartOptions",
@@ -109,6 +110,7 @@ __all__ = [
     "retry",
     "rewind",
     "run_step",
+    "running_steps",
     "set_event",
     "signal",
     "sleep",

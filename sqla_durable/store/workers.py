@@ -5,14 +5,14 @@ All times are the database's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Interval, Text, bindparam, delete, func, select
-from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy import Interval, Text, bindparam, cast, delete, func, select
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
@@ -40,13 +40,32 @@ class Holder:
     lease_expires_at: datetime
 
 
-def beat(connectable: Connectable, *, worker_id: UUID, name: str, queues: Sequence[str], lease: timedelta) -> None:
-    """Begin a lease or extend it to `lease` from now; one row, locked until the commit."""
-    execute(
-        connectable,
-        _BEAT,
-        {"beating_id": worker_id, "beating_name": name, "listened_queues": list(queues), "lease": lease},
-    )
+@dataclass(frozen=True, slots=True)
+class Doing:
+    """What a worker has said at its last beat: by step, its try and the seconds for which that was executed."""
+
+    name: str
+    heartbeat_at: datetime
+    lease_expires_at: datetime
+    steps: Mapping[str, tuple[int, float]]
+
+
+def beat(
+    connectable: Connectable,
+    *,
+    worker_id: UUID,
+    name: str,
+    queues: Sequence[str],
+    lease: timedelta,
+    doing: str | None = None,
+) -> None:
+    """Begin a lease or extend it to `lease` from now; one row, locked until the commit.
+
+    Args:
+        doing: JSON text of what it executes for long, `{workflow: {step: [try, seconds]}}`.
+    """
+    given = {"beating_id": worker_id, "beating_name": name, "listened_queues": list(queues), "lease": lease}
+    execute(connectable, _BEAT, given | {"doing": doing})
 
 
 def leave(connectable: Connectable, worker_id: UUID) -> None:
@@ -63,6 +82,12 @@ def holder(session: Session, workflow_id: UUID) -> Holder | None:
     """Return who executes a workflow, and until when it may; None if nobody does. Takes no lock."""
     row = execute(session, _HOLDER, {"wanted_id": workflow_id}).one_or_none()
     return None if row is None else Holder(row.name, row.lease_expires_at)
+
+
+def doing(session: Session, workflow_id: UUID) -> Doing | None:
+    """Return what a worker has said at its last beat of its steps of a workflow; None if nobody executes that."""
+    row = execute(session, _DOING, {"wanted_id": workflow_id, "wanted_text": str(workflow_id)}).one_or_none()
+    return None if row is None else Doing(row.name, row.heartbeat_at, row.lease_expires_at, row.steps or {})
 
 
 def running_of(connectable: Connectable, worker_id: UUID) -> list[Fence]:
@@ -86,12 +111,14 @@ def _beat_statement() -> Any:
         name=bindparam("beating_name", type_=Text()),
         queues=bindparam("listened_queues", type_=ARRAY(Text())),
         lease_expires_at=_expires(),
+        doing=cast(cast(bindparam("doing", type_=Text()), Text), JSONB),
     )
     return statement.on_conflict_do_update(
         index_elements=["id"],
         set_={
             "heartbeat_at": func.statement_timestamp(),
             "lease_expires_at": statement.excluded.lease_expires_at,
+            "doing": statement.excluded.doing,
         },
     )
 
@@ -115,6 +142,16 @@ _RUNNING_OF = select(WORKFLOW.c.id, WORKFLOW.c.token).where(
 )
 _HOLDER = (
     select(WORKER.c.name, WORKER.c.lease_expires_at)
+    .join(WORKFLOW, WORKFLOW.c.worker_id == WORKER.c.id)
+    .where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), has_status(WORKFLOW, WorkflowStatus.RUNNING))
+)
+_DOING = (
+    select(
+        WORKER.c.name,
+        WORKER.c.heartbeat_at,
+        WORKER.c.lease_expires_at,
+        WORKER.c.doing.op("->")(cast(bindparam("wanted_text", type_=Text()), Text)).label("steps"),
+    )
     .join(WORKFLOW, WORKFLOW.c.worker_id == WORKER.c.id)
     .where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), has_status(WORKFLOW, WorkflowStatus.RUNNING))
 )
