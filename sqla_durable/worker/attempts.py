@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from sqla_durable.worker.isolation import Isolation
 from sqla_durable.worker.runtimes import LoopRuntime, Surroundings, ThreadRuntime
 
 log = Log("sqla_durable.worker")
+finished = Log("sqla_durable.finished")
+finished.setLevel(logging.WARNING)  # turned on by its level
 
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # seconds between looks at a row that somebody holds
 _LOOK_EVERY = 0.05
@@ -313,7 +316,8 @@ class Attempts:
 def _tell(attempt: Attempt, completion: Completion) -> None:
     failure = None if completion.error is None else Failure.from_text(completion.error)
     if failure is None:
-        log.debug("workflow %s %s succeeded in attempt %d", attempt.name, attempt.workflow_id, attempt.number)
+        tell = finished.info if finished.isEnabledFor(logging.INFO) else log.debug
+        tell("workflow %s %s succeeded in attempt %d", attempt.name, attempt.workflow_id, attempt.number)
     else:
         where = attempt.name, attempt.workflow_id, attempt.number
         log.warning("workflow %s %s failed in attempt %d: %s: %s", *where, failure.type, failure.message)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import socket
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
@@ -46,13 +44,13 @@ class Heartbeat:
         worker_id: UUID,
         queues: Sequence[str],
         lease: timedelta,
-        name: str | None,
+        name: str,
     ) -> None:
         self._database = database
         self._attempts = attempts
         self._worker_id = worker_id
         self._queues = queues
-        self._name = name or f"{socket.gethostname()}:{os.getpid()}"
+        self._name = name
         self._valid_until = float("-inf")
         self._claiming: UUID | None = None
         self._claimed_meanwhile: set[UUID] = set()
