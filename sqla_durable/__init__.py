@@ -14,10 +14,10 @@ from sqla_durable.callbacks import (
     heartbeat_callback,
 )
 from sqla_durable.children import AsyncChild, Child, as_completed, wait_first
-from sqla_durable.context import current
+from sqla_durable.context import current, current_step
 from sqla_durable.durable import Durable
 from sqla_durable.events import get_event, set_event
-from sqla_durable.execution import Execution
+from sqla_durable.execution import Execution, StepExecution
 from sqla_durable.executor import AsyncExecutor, Executor
 from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction
 from sqla_durable.handle import AsyncHandle, Handle
@@ -25,7 +25,7 @@ from sqla_durable.interceptors import Interceptor
 from sqla_durable.management import cancel, delete, fork, id_at, resume, retry, rewind
 from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
 from sqla_durable.patches import deprecate_patch, patched
-from sqla_durable.progress import heartbeat
+from sqla_durable.progress import RunningStep, heartbeat, running_steps
 from sqla_durable.saga import Saga
 from sqla_durable.signals import signal, start_with_signal, wait_signal
 from sqla_durable.start import BoundWorkflow, StartOptions, start_many
@@ -65,10 +65,12 @@ __all__ = [
     "Handle",
     "Interceptor",
     "Queue",
+    "RunningStep",
     "Saga",
     "Signal",
     "StartOptions",
     "Step",
+    "StepExecution",
     "StepFunction",
     "StepStatus",
     "StreamEntry",
@@ -86,6 +88,7 @@ __all__ = [
     "complete_callback",
     "create_callback",
     "current",
+    "current_step",
     "delete",
     "deprecate_patch",
     "errors",
@@ -107,6 +110,7 @@ __all__ = [
     "retry",
     "rewind",
     "run_step",
+    "running_steps",
     "set_event",
     "signal",
     "sleep",

@@ -55,7 +55,7 @@ def require_duration(value: object, name: str) -> None:
     if not isinstance(value, timedelta):
         raise ArgumentError(f"{name}={value!r} is not a timedelta: write, for example, timedelta(seconds=5).")
     if not -LONGEST <= value <= LONGEST:
-        raise ArgumentError(f"{name}={value!r} is longer than {LONGEST.days:,} days, the longest duration.")
+        raise ArgumentError(f"{name}={value} is longer than {LONGEST.days:,} days, the longest duration.")
 
 
 def require_length(value: object, name: str) -> None:
@@ -66,7 +66,7 @@ def require_length(value: object, name: str) -> None:
     """
     require_duration(value, name)
     if isinstance(value, timedelta) and value <= timedelta():
-        raise ArgumentError(f"{name}={value!r} is no time to do anything in: write, for example, timedelta(hours=1).")
+        raise ArgumentError(f"{name}={value} is no time to do anything in: write, for example, timedelta(hours=1).")
 
 
 def require_moment(value: object, name: str) -> None:

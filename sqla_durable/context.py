@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sqla_durable.codec import DEFAULT_LIMIT
-from sqla_durable.execution import Execution
+from sqla_durable.errors import UsageError
+from sqla_durable.execution import Execution, StepExecution
 from sqla_durable.operations.attempt import Attempt, Position
 from sqla_durable.operations.runtime import Operation, StepCall, execution_of
 from sqla_durable.store import Checkpoint
@@ -114,17 +115,36 @@ def outside() -> Generator[None]:
 
 
 def current() -> Execution | None:
-    """Tell where the code is: in which workflow, attempt and step. None outside a workflow.
+    """Return where the code is: in which workflow, attempt and step. None outside a workflow. See `current_step`.
 
     ```python
-    @durable.step
-    def charge(order_id: int) -> str:
-        execution = current()
-        headers = {"Idempotency-Key": execution.idempotency_key} if execution else {}
-        ...
+    execution = current()
+    log.info("order %s is packed", order_id, extra={"workflow": execution.workflow_id if execution else None})
     ```
     """
     context = active()
     if context is None:
         return None
     return execution_of(context.attempt, context.step)
+
+
+def current_step() -> StepExecution:
+    """Return which step is being executed, in which try of it, and its idempotency key.
+
+    ```python
+    @durable.step
+    def charge(order_id: int, cents: int) -> Receipt:
+        return payments.charge(cents, idempotency_key=current_step().idempotency_key)
+    ```
+
+    Raises:
+        UsageError: no step of a workflow is being executed.
+    """
+    found = current()
+    if not isinstance(found, StepExecution):
+        where = "outside a workflow" if found is None else f"in the own code of workflow {found.workflow!r}"
+        raise UsageError(
+            f"current_step() was called {where}, where no step is being executed: call it in a step's function, while "
+            "a workflow executes that. current() does not raise."
+        )
+    return found

@@ -60,6 +60,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from uuid import UUID
 
 
@@ -213,7 +214,16 @@ class WorkflowReferencedError(DurableError):
 
 
 class WorkflowRunningError(_AboutWorkflow):
-    """Another executor or worker is executing the workflow under a live lease."""
+    """The workflow is not to be claimed now: another executor or worker holds a live lease on it, or it waits.
+
+    Attributes:
+        lease_expires_at: until when the lease is, if there is one. If its holder is dead, the workflow can be taken up
+            then.
+    """
+
+    def __init__(self, message: str, *, workflow_id: UUID, lease_expires_at: datetime | None = None) -> None:
+        super().__init__(message, workflow_id=workflow_id)
+        self.lease_expires_at = lease_expires_at
 
 
 class AttemptLostError(_AboutWorkflow):

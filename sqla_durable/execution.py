@@ -1,4 +1,4 @@
-"""`Execution`: what code is told of where it is. Standard library only."""
+"""`Execution` and `StepExecution`: where the code is. Standard library only."""
 
 from __future__ import annotations
 
@@ -32,3 +32,12 @@ class Execution:
     idempotency_key: str | None = None
     details: Any = field(default=None, hash=False)
     headers: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class StepExecution(Execution):
+    """Where the code of a step is: an `Execution` whose step, try and idempotency key are there; see `current_step`."""
+
+    step: str = ""
+    step_attempt: int = 1
+    idempotency_key: str = ""

@@ -7,6 +7,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -150,7 +151,13 @@ def _evaluated(annotation: str, function: Callable[..., Any]) -> Any:
 
 
 def _closure(function: Callable[..., Any]) -> Mapping[str, Any]:
-    return inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
+    if not inspect.isfunction(function):
+        return {}
+    found: dict[str, Any] = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # empty: the function refers to itself, and is not bound to its name yet
+            found[name] = cell.cell_contents
+    return found
 
 
 def place_of(fn: Callable[..., Any]) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextvars import ContextVar
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -17,11 +18,17 @@ from sqla_durable.redaction import message_of, traceback_of
 LONGEST = 2_000
 """How many characters of a text a line of the log shows."""
 
+worker_name: ContextVar[str] = ContextVar("sqla_durable_worker", default="-")
+"""The name of the worker that executes this code."""
+
 _PLAIN = (bool, int, float, UUID, timedelta, datetime, type(None))
 
 
 class Log(logging.LoggerAdapter[logging.Logger]):
-    """A logger that escapes and cuts what it is given to show; the only kind that this package uses."""
+    """A logger that escapes and cuts what it is given to show; the only kind that this package uses.
+
+    Its records have the name of the worker, `%(worker)s` of a format.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(logging.getLogger(name), {})
@@ -35,7 +42,7 @@ class Log(logging.LoggerAdapter[logging.Logger]):
         if error is not None:
             lines = "\n".join(one_line(each) for each in traceback_of(error).splitlines())
             msg, shown = f"{msg}\n%s", [*shown, lines]
-        self.logger.log(level, msg, *shown, stacklevel=2, **options)
+        self.logger.log(level, msg, *shown, stacklevel=2, extra={"worker": worker_name.get()}, **options)
 
 
 def one_line(text: str, *, limit: int = LONGEST) -> str:

@@ -452,7 +452,9 @@ class Worker(Base):
     """One live worker or executor and its lease.
 
     While `lease_expires_at` lies in the future on the database's clock, its running workflows are its own;
-    afterwards any worker reclaims them. A worker that leaves in good order deletes its row.
+    afterwards any worker reclaims them. A worker that leaves in good order deletes its row. `doing` names the steps
+    that it has been executing for longer than a beat at `heartbeat_at`: `{workflow: {step: [try, seconds]}}`; see
+    `running_steps`.
     """
 
     __tablename__ = "worker"
@@ -463,6 +465,7 @@ class Worker(Base):
     started_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
     heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
     lease_expires_at: Mapped[datetime]
+    doing: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
 
     workflows: Mapped[list[Workflow]] = relationship(
         primaryjoin=lambda: Worker.id == foreign(Workflow.worker_id), viewonly=True
@@ -471,6 +474,7 @@ class Worker(Base):
     __table_args__ = (
         CheckConstraint("pg_catalog.octet_length(name) <= 1000", name="name"),
         CheckConstraint("lease_expires_at > heartbeat_at", name="lease"),
+        CheckConstraint("jsonb_typeof(doing) = 'object'", name="doing"),
         _times("started_at", "heartbeat_at", "lease_expires_at"),
     )
 

@@ -172,7 +172,7 @@ class Tries:
 
     def __init__(self) -> None:
         self.count = 0
-        self._began = time.monotonic()
+        self._began = self._try_began = time.monotonic()
         self._error: BaseException | None = None
         self._value: object = _NOTHING
 
@@ -180,6 +180,11 @@ class Tries:
     def age(self) -> float:
         """How many seconds ago the first try began."""
         return time.monotonic() - self._began
+
+    @property
+    def age_of_try(self) -> float:
+        """How many seconds ago the last try began."""
+        return time.monotonic() - self._try_began
 
     @property
     def asked_again(self) -> bool:
@@ -194,6 +199,7 @@ class Tries:
     def begin(self) -> None:
         """Count another try."""
         self.count += 1
+        self._try_began = time.monotonic()
 
     def forget(self) -> None:
         """Count the last try out again: the database undid it, and it was not the step's doing."""

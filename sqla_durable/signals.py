@@ -74,11 +74,12 @@ def signal(
         workflows: the receivers, records or ids.
         name: what the workflow waits for.
         payload: a value that goes into JSON: what JSON knows, a dataclass, a pydantic model, a datetime.
-        key: an idempotency key: the same workflow, name and key are the same signal, and the first one stands.
+        key: an idempotency key: the same workflow, name and key are the same signal, and the first one stands. Sending
+            it again changes nothing and is no error, also after the workflow's end.
 
     Raises:
         WorkflowNotFoundError: there is no such workflow. Nothing was sent, and the transaction is usable.
-        WorkflowFinishedError: it has an outcome. Likewise.
+        WorkflowFinishedError: it has an outcome, and this signal was not sent before. Likewise.
         EncodingError, PayloadTooLargeError: the payload cannot be stored, or is too large.
         ArgumentError: a name or key cannot be one, or what is given is no workflow.
         SchemaError, SessionError: the session's database does not hold the tables.
@@ -110,13 +111,25 @@ class _Signal:
     def send(self, session: Session, *, workflows: Workflow | UUID | Iterable[Workflow | UUID]) -> None:
         """Send, to all or none."""
         session.flush()  # a workflow that was only just started is not in the table yet
-        ids = sorted(set(ids_of(workflows)))
-        found = statements.standings(session, ids)
-        for each in ids:
-            require_receiver(f"signal {self.name!r}", each, found.get(each))
+        ids = self._receivers(session, sorted(set(ids_of(workflows))))
         if ids:
             self._insert(session, ids)
             hints.announce(session, *hints.merged(hints.sent_to(each, self.name) for each in ids))
+
+    def _receivers(self, session: Session, ids: Sequence[UUID]) -> list[UUID]:
+        """Return to whom it is to be sent: not to one that has ended since the same signal was sent to it."""
+        statuses = statements.standings(session, ids)
+        ended = [each for each, status in statuses.items() if status.finished]
+        known = self._known(session, ended)
+        receivers = [each for each in ids if each not in known]
+        for each in receivers:
+            require_receiver(f"signal {self.name!r}", each, statuses.get(each))
+        return receivers
+
+    def _known(self, session: Session, ids: Sequence[UUID]) -> set[UUID]:
+        if not ids or self.key is None:
+            return set()
+        return statements.known(session, ids, name=self.name, key=self.key)
 
     def _insert(self, session: Session, ids: Sequence[UUID]) -> None:
         given: dict[str, Any] = {"name": self.name, "payload": self.payload, "key": self.key}
@@ -153,7 +166,8 @@ def start_with_signal(
     In a step of another workflow the record is that one's child. See `WorkflowFunction.start` and `signal`.
 
     Raises:
-        WorkflowFinishedError: the workflow with this key has an outcome. Nothing was sent.
+        WorkflowFinishedError: the workflow with this key has an outcome, and this signal was not sent to it before.
+            Nothing was sent.
         Exception: as `start` and `signal`.
     """
 

@@ -106,7 +106,7 @@ def update(
 
     Raises:
         WorkflowNotFoundError: there is no such workflow. Nothing was sent, and the transaction is usable.
-        WorkflowFinishedError: it has an outcome. Likewise.
+        WorkflowFinishedError: it has an outcome, and this update was not sent before. Likewise.
         EncodingError, PayloadTooLargeError: the payload cannot be stored, or is too large.
         ArgumentError: a name or key cannot be one, or what is given is no workflow.
         SchemaError, SessionError: the session's database does not hold the tables.
@@ -181,7 +181,8 @@ def start_with_update(
     In a step of another workflow the record is that one's child. See `WorkflowFunction.start` and `update`.
 
     Raises:
-        WorkflowFinishedError: the workflow with this key has an outcome. Nothing was sent.
+        WorkflowFinishedError: the workflow with this key has an outcome, and this update was not sent to it before.
+            Nothing was sent.
         Exception: as `start` and `update`.
     """
     sending = _Sending.of(session, name, payload, key=key, reply=reply)

@@ -162,11 +162,12 @@ def test_running_workflow_of_a_live_lease_is_refused(
     def again() -> int:
         with (
             session_factory() as other,
-            pytest.raises(WorkflowRunningError, match="is running, and not to be") as caught,
+            pytest.raises(WorkflowRunningError, match=r"is running, .* until .* a shorter lease") as caught,
         ):
             Executor(other).run(keyed, 5)
         with session_factory() as other:
             assert caught.value.workflow_id == other.scalars(select(Workflow.id)).one()
+            assert caught.value.lease_expires_at == other.scalars(select(models.Worker.lease_expires_at)).one()
         return 0
 
     react(again)
@@ -239,5 +240,6 @@ def test_suspended_workflow_is_not_executed_before_its_time(session_factory: Ses
     with session_factory() as session:
         record = pay.options(delay=timedelta(hours=1)).start(session, 5)
         session.commit()
-        with pytest.raises(WorkflowRunningError, match="is suspended, and not to be claimed now"):
+        with pytest.raises(WorkflowRunningError, match="is suspended, and not to be claimed now: it waits") as caught:
             Executor(session).execute(pay, record)
+        assert caught.value.lease_expires_at is None

@@ -216,3 +216,15 @@ class Later:
 def test_session_that_might_be_none_is_refused() -> None:
     with pytest.raises(DefinitionError, match=r"the first parameter of .*optional.* is annotated .*Session.*None"):
         Durable().step(optional)
+
+
+def test_nested_workflow_may_refer_to_itself() -> None:
+    durable = Durable()
+
+    @durable.workflow
+    def countdown(number: int) -> int:
+        if number:
+            countdown.continue_as_new(number - 1)
+        return number
+
+    assert countdown(0) == 0

@@ -14,7 +14,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from shop.settings import payments_url
-from sqla_durable import current
+from sqla_durable import current_step
 
 TIMEOUT = 5.0
 
@@ -74,7 +74,4 @@ def _ask(path: str, body: dict[str, str | int]) -> Receipt:
 
 
 def _idempotency_key() -> str:
-    execution = current()
-    if execution is None or execution.idempotency_key is None:
-        raise RuntimeError("money is moved in a step of a workflow only, whose key makes it happen once")
-    return execution.idempotency_key
+    return current_step().idempotency_key

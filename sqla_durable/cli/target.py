@@ -25,6 +25,12 @@ def load(target: str) -> Durable:
     module_name, colon, attribute = target.partition(":")
     if not (module_name and colon and attribute):
         raise CommandError(f"{target!r} is not module:attribute: write, for example, shop:durable.")
+    if not all(each.isidentifier() for each in module_name.split(".")) or module_name.endswith(".py"):
+        raise CommandError(
+            f"{module_name!r} is no name of a module, such as `import` takes: write shop:durable or "
+            "shop.workflows:durable, without a path and without .py, and run the command in the directory that holds "
+            "it."
+        )
     found: object = _import(module_name)
     for name in attribute.split("."):
         found = _attribute(found, name, target)

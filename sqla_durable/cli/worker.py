@@ -15,6 +15,7 @@ import typer
 import sqla_durable.cli.database as database
 import sqla_durable.cli.target as target
 from sqla_durable.cli.errors import CommandError
+from sqla_durable.log import one_line, worker_name
 from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS
 from sqla_durable.worker import Worker
 
@@ -56,6 +57,9 @@ def worker(
         ),
     ] = None,
     log_level: Annotated[str, typer.Option(help=f"What to log to stderr: {', '.join(_LEVELS)}.")] = "info",
+    log_finished: Annotated[
+        bool, typer.Option("--log-finished", help="Log a line for each workflow that succeeds, too.")
+    ] = False,
 ) -> None:
     """Claim workflows and execute them.
 
@@ -68,6 +72,8 @@ def worker(
         signal.signal(each, _stop_before_start)  # until the worker itself listens
     application = target.load(durable)
     _set_up_logging(log_level)
+    if log_finished:
+        logging.getLogger("sqla_durable.finished").setLevel(logging.INFO)
     opened = database.sessionmakers(application, url)
     try:
         chosen = Worker(
@@ -111,5 +117,14 @@ def _set_up_logging(level: str) -> None:
     """Log to stderr, unless the application has set up its own logging when it was imported."""
     if level.lower() not in _LEVELS:
         raise CommandError(f"--log-level {level!r} is none of {', '.join(_LEVELS)}.")
-    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(worker)s %(message)s"))
+    handler.addFilter(_name_worker)
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("sqla_durable").setLevel(level.upper())
+
+
+def _name_worker(record: logging.LogRecord) -> bool:
+    """Let each line have the worker's name, those of the application's steps too."""
+    record.worker = one_line(worker_name.get())
+    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -83,12 +83,48 @@ class Executor:
         return value
 
     def execute(self, workflow: WorkflowFunction[..., R], record: Workflow | UUID) -> R:
-        """Execute a workflow that was started before and that nobody has claimed; see `run`."""
+        """Execute a workflow that was started before and that nobody has claimed; see `run`.
+
+        One that is suspended goes on if what it waits for is there, or its time has come.
+        """
         _require_kind(workflow, WorkflowFunction, instead="AsyncExecutor(async_session)")
         if not _on_async_engine(self._story.sync_session):
             refuse_event_loop("Executor.execute()", "use AsyncExecutor, or asyncio.to_thread")
         value: R = run_blocking(self._story.execute_existing(workflow.definition, id_of(record)))
         return value
+
+    def run_until_waiting(self, workflow: WorkflowFunction[P, Any], *args: P.args, **kwargs: P.kwargs) -> Workflow:
+        """Start the workflow, or take up the one with its key, execute it until it waits, and return its record.
+
+        ```python
+        record = executor.run_until_waiting(approval, order.id)
+        assert record.awaits == [{"signal": "approved"}]
+        signal(session, record, "approved", "Ada")
+        assert executor.execute(approval, record) == "approved by Ada"
+        ```
+
+        It waits for a signal, an update, a callback, a child, or for a time of more than a second: then it is a row, as
+        it would be with a worker, and this returns, at once. `execute` or `execute_until_waiting` go on when what it
+        waits for was sent, or the time has come (`testing.advance`). If it does not wait, the record is that of a
+        workflow that has succeeded. The record is read in the session's transaction.
+
+        Raises:
+            Exception: as `run`.
+        """
+        _require_kind(workflow, WorkflowFunction, instead="AsyncExecutor(async_session)")
+        if not _on_async_engine(self._story.sync_session):
+            refuse_event_loop("Executor.run_until_waiting()", "use AsyncExecutor, or asyncio.to_thread")
+        return run_blocking(self._story.run_until_waiting(workflow.definition, workflow.bind(*args, **kwargs)))
+
+    def execute_until_waiting(self, workflow: WorkflowFunction[..., Any], record: Workflow | UUID) -> Workflow:
+        """Execute a workflow that was started before until it waits again; see `run_until_waiting`.
+
+        Returns its record as it is, if what it waits for is not there.
+        """
+        _require_kind(workflow, WorkflowFunction, instead="AsyncExecutor(async_session)")
+        if not _on_async_engine(self._story.sync_session):
+            refuse_event_loop("Executor.execute_until_waiting()", "use AsyncExecutor, or asyncio.to_thread")
+        return run_blocking(self._story.execute_until_waiting(workflow.definition, id_of(record)))
 
 
 class AsyncExecutor:
@@ -128,6 +164,20 @@ class AsyncExecutor:
         _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
         value: R = await self._story.execute_existing(workflow.definition, id_of(record))
         return value
+
+    async def run_until_waiting(
+        self, workflow: AsyncWorkflowFunction[P, Any], *args: P.args, **kwargs: P.kwargs
+    ) -> Workflow:
+        """Start the workflow, execute it until it waits, and return its record. See `Executor.run_until_waiting`."""
+        _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
+        return await self._story.run_until_waiting(workflow.definition, workflow.bind(*args, **kwargs))
+
+    async def execute_until_waiting(
+        self, workflow: AsyncWorkflowFunction[..., Any], record: Workflow | UUID
+    ) -> Workflow:
+        """Execute a workflow that was started before until it waits again. See `Executor.execute_until_waiting`."""
+        _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
+        return await self._story.execute_until_waiting(workflow.definition, id_of(record))
 
 
 def _on_async_engine(session: Session) -> bool:

@@ -15,15 +15,29 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 from typing_extensions import override
 
+import sqla_durable.tasks as tasks
 from sqla_durable.context import Fork
 from sqla_durable.errors import SyncAsyncError
-from sqla_durable.operations.attempt import Attempt, Position, Wait
+from sqla_durable.operations.arrivals import Waker
+from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
+from sqla_durable.operations.parking import LOOK_EVERY, QUIET, wait_or_park
 from sqla_durable.operations.runtime import StepCall, run_blocking
 from sqla_durable.operations.transaction import HeldTransaction, StepTransaction, in_session
 from sqla_durable.registry import StepDefinition
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.setbacks import TransactionRetry
-from sqla_durable.store import Checkpoint, Completion, Connectable, Verdict, refresh_known, schema, steps, workflows
+from sqla_durable.store import (
+    Checkpoint,
+    Completion,
+    Connectable,
+    Park,
+    Verdict,
+    batches,
+    refresh_known,
+    schema,
+    steps,
+    workflows,
+)
 from sqla_durable.undisturbed import undisturbed
 from sqla_durable.unwinding import AttemptLost
 
@@ -145,12 +159,64 @@ class BlockingInline(BlockingRuntime):
         return self._story.transaction_retry()
 
 
+class BlockingUntilWaiting(BlockingInline):
+    """The same, which suspends the workflow where it waits."""
+
+    def __init__(self, story: Writing, attempt: Attempt) -> None:
+        super().__init__(story, attempt)
+        attempt.is_crowded = _always
+
+    @override
+    async def wait(self, position: Position, wait: Wait) -> None:
+        await wait_or_park(self, position, wait)
+
+    async def begin_parking(self, wait: Wait) -> Parking | None:
+        """Return how the workflow can be suspended now: every branch waits."""
+        attempt = self.attempt
+        return attempt.begin_parking(
+            quiet=float("inf"), idle=lambda: attempt.branches.all_join_or_are_among(attempt.carriers)
+        )
+
+    async def listen(self, waker: Waker, seconds: float) -> None:
+        """Block the thread until the operation is woken, as it is when the attempt is to end."""
+        waker.woken.wait(seconds)
+
+    async def park(self, parking: Parking, position: Position) -> None:
+        """Suspend the workflow, in a transaction of its own."""
+        with self._lock:
+            await self._story.write(partial(_suspend, attempt=self.attempt, parking=parking), pause=self.pause)
+
+
 class GreenletInline(BlockingInline):
     """A sync step on the `Session` inside an `AsyncSession`, which SQLAlchemy calls in a greenlet."""
 
     @override
     async def pause(self, seconds: float) -> None:
         await_only(asyncio.sleep(seconds))
+
+
+class GreenletUntilWaiting(GreenletInline):
+    """The same, of a workflow that is suspended where it waits: between two tries of the step."""
+
+    def __init__(self, story: Writing, workflow: AsyncUntilWaiting) -> None:
+        super().__init__(story, workflow.attempt)
+        self._workflow = workflow
+
+    @override
+    async def wait(self, position: Position, wait: Wait) -> None:
+        await wait_or_park(self, position, wait)
+
+    async def begin_parking(self, wait: Wait) -> Parking | None:
+        """Return how the workflow can be suspended now."""
+        return self._workflow.how_to_park(wait)
+
+    async def listen(self, waker: Waker, seconds: float) -> None:
+        """Wait a moment."""
+        await self.pause(seconds)
+
+    async def park(self, parking: Parking, position: Position) -> None:
+        """Suspend the workflow; the session is this step's own."""
+        await self._story.write(partial(_suspend, attempt=self.attempt, parking=parking), pause=self.pause)
 
 
 class _UndisturbedTransaction(HeldTransaction):
@@ -242,11 +308,15 @@ class AsyncInline(AsyncRuntime):
     @override
     async def perform_blocking(self, call: StepCall) -> Any:
         def perform(session: Session) -> Any:
-            return GreenletInline(self._story.twin(session), self.attempt).perform(call)
+            return self.in_greenlet(self._story.twin(session)).perform(call)
 
         await self.settle()
         async with self._turn():
             return await in_session(self._story.session, perform)
+
+    def in_greenlet(self, twin: Writing) -> GreenletInline:
+        """Return the runtime of a sync step that takes a `Session`."""
+        return GreenletInline(twin, self.attempt)
 
     async def _record_noted(self) -> None:
         """Record what was noted; whoever else settles meanwhile waits for the lock until it is committed."""
@@ -266,6 +336,56 @@ class AsyncInline(AsyncRuntime):
         return self._story.transaction_retry()
 
 
+class AsyncUntilWaiting(AsyncInline):
+    """The same, which suspends the workflow where it waits."""
+
+    def __init__(self, story: Writing, attempt: Attempt) -> None:
+        super().__init__(story, attempt)
+        attempt.is_crowded = _always
+
+    @override
+    def in_greenlet(self, twin: Writing) -> GreenletInline:
+        return GreenletUntilWaiting(twin, self)
+
+    @override
+    async def wait(self, position: Position, wait: Wait) -> None:
+        await wait_or_park(self, position, wait)
+
+    async def begin_parking(self, wait: Wait) -> Parking | None:
+        """Return how the workflow can be suspended now."""
+        return self.how_to_park(wait)
+
+    def how_to_park(self, wait: Wait) -> Parking | None:
+        """Return how the workflow can be suspended now, with timers of asyncio until the first of them is due."""
+        due_in = min(self.timers.seconds.values(), default=None)
+        if due_in is not None and (due_in <= LOOK_EVERY or not wait.has_row):
+            return None
+        parking = self.attempt.begin_parking(quiet=QUIET, idle=lambda: tasks.are_idle(self.attempt))
+        return parking if parking is None or due_in is None else parking.within(due_in)
+
+    async def listen(self, waker: Waker, seconds: float) -> None:
+        """Wait a moment."""
+        await self.pause(seconds)
+
+    @override
+    async def execute(self, statement: Callable[[Connectable], T]) -> T:
+        if self.attempt.parked:  # by `park`, which has the session
+            return await self._write(statement, pause=self.pause)
+        return await super().execute(statement)
+
+    async def park(self, parking: Parking, position: Position) -> None:
+        """Suspend the workflow, in a transaction of its own."""
+        async with self._lock:
+            await self._record_noted()
+            with self.timers.deciding():
+                await self.remember_timers(position)
+                await self._write(partial(_suspend, attempt=self.attempt, parking=parking), pause=self.pause)
+
+
+def _always() -> bool:
+    return True
+
+
 def _nothing() -> None:
     """Wait for nothing: every operation is committed when it returns."""
 
@@ -279,6 +399,14 @@ def _look(session: Session, attempt: Attempt) -> None:
 def _record(session: Session, checkpoint: Checkpoint) -> None:
     if steps.record(session, checkpoint) is Verdict.LOST:
         raise AttemptLost(checkpoint.fence.workflow_id)
+
+
+def _suspend(session: Session, attempt: Attempt, parking: Parking) -> None:
+    """Suspend the workflow; wait for whoever holds its row."""
+    workflows.lock(session, attempt.fence)
+    if batches.write(session, ends=[Park(attempt.fence, parking.seconds, parking.awaits)]).ends:
+        raise AttemptLost(attempt.workflow_id)
+    refresh_known(session, [attempt.workflow_id])
 
 
 def _finish(session: Session, completion: Completion, story: Writing) -> None:

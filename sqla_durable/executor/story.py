@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -23,7 +24,8 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.checks import require_length
 from sqla_durable.errors import ArgumentError, AttemptLostError, SessionError, UsageError, WorkflowRunningError
-from sqla_durable.executor.runtimes import AsyncInline, BlockingInline
+from sqla_durable.executor.runtimes import AsyncInline, AsyncUntilWaiting, BlockingInline, BlockingUntilWaiting
+from sqla_durable.models import Workflow
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.transaction import SavepointTransaction, StepTransaction, in_session
 from sqla_durable.operations.workflow import Outcome, run_workflow
@@ -31,11 +33,26 @@ from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.setbacks import Phase, Setback, TransactionRetry
 from sqla_durable.start import BoundWorkflow, add
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import Claimed, crashes, deadlines, queues, schema, workers, workflows
-from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Interrupted
+from sqla_durable.store import Claimed, Standing, crashes, deadlines, queues, schema, signals, workers, workflows
+from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Interrupted, Suspended
 
 T = TypeVar("T")
 Pause: TypeAlias = "Callable[[float], Awaitable[None]]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Aim:
+    """How far a workflow is brought, and on which runtimes: that of a `Session`, that of an `AsyncSession`."""
+
+    blocking: type[BlockingInline]
+    on_loop: type[AsyncInline]
+    is_reached: Callable[[WorkflowStatus], bool]
+
+
+_TO_END = _Aim(BlockingInline, AsyncInline, lambda status: status.finished)
+_TO_WAIT = _Aim(
+    BlockingUntilWaiting, AsyncUntilWaiting, lambda status: status.finished or status is WorkflowStatus.SUSPENDED
+)
 
 
 class Story:
@@ -64,23 +81,46 @@ class Story:
         """Bring a workflow that is there already to its end."""
         return await self._bring_to_end(definition, lambda _: workflow_id)
 
+    async def run_until_waiting(self, definition: WorkflowDefinition, bound: BoundWorkflow) -> Workflow:
+        """Start or find the workflow, and execute it until it waits or has ended."""
+        return await self._bring_to_wait(definition, lambda session: add(session, bound).id)
+
+    async def execute_until_waiting(self, definition: WorkflowDefinition, workflow_id: UUID) -> Workflow:
+        """Execute a workflow that is there already until it waits or has ended."""
+        return await self._bring_to_wait(definition, lambda _: workflow_id)
+
     async def _bring_to_end(self, definition: WorkflowDefinition, find: Callable[[Session], UUID]) -> Any:
+        return (await self._bring(definition, find, _TO_END)).value(definition)
+
+    async def _bring_to_wait(self, definition: WorkflowDefinition, find: Callable[[Session], UUID]) -> Workflow:
+        outcome = await self._bring(definition, find, _TO_WAIT)
+        if outcome.standing.status.finished:
+            outcome.value(definition)  # raises its error
+        read = partial(_record, workflow_id=outcome.standing.workflow_id)
+        return await in_session(self.session, read)
+
+    async def _bring(self, definition: WorkflowDefinition, find: Callable[[Session], UUID], aim: _Aim) -> Outcome:
         self.require_usable()
-        taken = await self.transact(lambda session: self._take(session, definition, find))
+        taken = await self.transact(lambda session: self._take(session, definition, find, aim))
         while isinstance(taken, Claimed):
             workflow_id = taken.fence.workflow_id
+            again = partial(self._take_up, definition=definition, workflow_id=workflow_id, aim=aim)
             try:
-                taken = await self._execute(definition, Attempt(taken))
+                taken = await self._execute(definition, Attempt(taken), aim)
             except ContinuedAsNew:
-                taken = await self.transact(partial(self._take_up, definition=definition, workflow_id=workflow_id))
-        return taken.value(definition)
+                taken = await self.transact(again)
+            except Suspended:
+                taken = await self.transact(partial(_standing, workflow_id=workflow_id))
+        return taken
 
-    def _take_up(self, session: Session, definition: WorkflowDefinition, workflow_id: UUID) -> Claimed | Outcome:
+    def _take_up(
+        self, session: Session, definition: WorkflowDefinition, workflow_id: UUID, aim: _Aim
+    ) -> Claimed | Outcome:
         """Claim a workflow that has begun anew."""
-        return self._take(session, definition, lambda _: workflow_id)
+        return self._take(session, definition, lambda _: workflow_id, aim)
 
     def _take(
-        self, session: Session, definition: WorkflowDefinition, find: Callable[[Session], UUID]
+        self, session: Session, definition: WorkflowDefinition, find: Callable[[Session], UUID], aim: _Aim
     ) -> Claimed | Outcome:
         """Claim the workflow, or give the outcome that it has."""
         schema.require(session)
@@ -93,6 +133,8 @@ class Story:
             standing = workflows.standing(session, workflow_id)
         if standing.status.finished:
             return Outcome(standing)
+        if standing.status is WorkflowStatus.SUSPENDED:
+            signals.wake_one(session, workflow_id)
         self.open_lease(session)
         claim = partial(queues.claim_one, session, workflow_id, worker_id=self.worker_id, token=uuid7())
         claimed = claim()
@@ -100,17 +142,14 @@ class Story:
             claimed = claim()  # to undo what it did
         if claimed is not None:
             return queues.with_histories(session, [claimed])[0]
-        standing = workflows.standing(session, workflow_id)
-        if standing.status.finished:
-            return Outcome(standing)
-        raise WorkflowRunningError(
-            f"workflow {standing.name!r} {workflow_id} is {standing.status}, and not to be claimed now: a worker or "
-            "an executor holds a live lease on it, or it waits. Wait for its result with a handle.",
-            workflow_id=workflow_id,
-        )
+        outcome = _standing(session, workflow_id)
+        if not aim.is_reached(outcome.standing.status):
+            raise _not_claimable(session, outcome.standing)
+        self.close_lease(session)
+        return outcome
 
-    async def _execute(self, definition: WorkflowDefinition, attempt: Attempt) -> Outcome:
-        runtime = self._runtime(attempt)
+    async def _execute(self, definition: WorkflowDefinition, attempt: Attempt, aim: _Aim) -> Outcome:
+        runtime = (aim.on_loop if isinstance(self.session, AsyncSession) else aim.blocking)(self, attempt)
         try:
             running = run_workflow(runtime, definition, lambda given: runtime.body(definition, given))
             completion = await runtime.drive(running)
@@ -129,9 +168,6 @@ class Story:
             attempt.stop(partial(AttemptLost, attempt.workflow_id))
             runtime.leave()
         return Outcome.of(attempt.name, completion)
-
-    def _runtime(self, attempt: Attempt) -> BlockingInline | AsyncInline:
-        return (AsyncInline if isinstance(self.session, AsyncSession) else BlockingInline)(self, attempt)
 
     async def transact(self, statement: Callable[[Session], T]) -> T:
         """Call a function of the session in a transaction of its own."""
@@ -275,7 +311,8 @@ class JoinedStory(Story):
     def refuse_waiting(self, key: str) -> None:
         raise UsageError(
             f"{key!r} would wait for what others do, and a joined executor's workflow is in the caller's transaction, "
-            "where nobody sees it: send what it waits for before, or give it to a worker."
+            "where nobody sees it: send what it waits for before, let run_until_waiting() return where it waits, or "
+            "give it to a worker."
         )
 
     @override
@@ -297,3 +334,30 @@ class _LeasedTransaction(StepTransaction):
     async def commit(self) -> None:
         await self.execute(self._extend_lease)
         await super().commit()
+
+
+def _standing(session: Session, workflow_id: UUID) -> Outcome:
+    return Outcome(workflows.standing(session, workflow_id))
+
+
+def _record(session: Session, workflow_id: UUID) -> Workflow:
+    return session.get_one(Workflow, workflow_id, populate_existing=True)
+
+
+def _not_claimable(session: Session, standing: Standing) -> WorkflowRunningError:
+    label = f"workflow {standing.name!r} {standing.workflow_id} is {standing.status}"
+    holder = workers.holder(session, standing.workflow_id)
+    if holder is None:
+        return WorkflowRunningError(
+            f"{label}, and not to be claimed now: it waits, or somebody else has just claimed it. Wait for its result "
+            "with a handle.",
+            workflow_id=standing.workflow_id,
+        )
+    return WorkflowRunningError(
+        f"{label}, and not to be claimed now: {holder.name!r} holds a lease on it until "
+        f"{holder.lease_expires_at.isoformat(sep=' ', timespec='seconds')}. If that process is dead, the workflow can "
+        "be executed again then; a shorter lease, such as Executor(session, lease=timedelta(seconds=30)), must be "
+        "longer than the longest step. If it is alive, wait for its result with a handle.",
+        workflow_id=standing.workflow_id,
+        lease_expires_at=holder.lease_expires_at,
+    )

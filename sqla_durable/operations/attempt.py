@@ -20,6 +20,7 @@ from sqla_durable.operations.arrivals import Arrivals, Waker
 from sqla_durable.operations.branch import Branches
 from sqla_durable.operations.changes import FIRED, Visits
 from sqla_durable.operations.leaving import refusal
+from sqla_durable.retry import Tries
 from sqla_durable.store import Awaited, Claimed, Fence, Recorded
 from sqla_durable.unwinding import CallRefused, Cancelling, ContinuedAsNew, ControlFlow, Suspended
 
@@ -155,8 +156,7 @@ class Attempt:
     def __init__(self, claimed: Claimed) -> None:
         self.fence: Fence = claimed.fence
         self.name: str = claimed.name
-        self.number: int = claimed.attempt
-        self.input: str = claimed.input
+        self.number, self.input = claimed.attempt, claimed.input
         self.is_child: bool = claimed.is_child
         self.undoes: bool = claimed.is_cancelling
         self.overdue: str | None = claimed.overdue
@@ -177,6 +177,7 @@ class Attempt:
         self._places: dict[str, object] = {}
         self._keys: set[str] = set()
         self._unfinished: dict[str, object] = {}  # by key, the task or thread that is in the operation
+        self.steps: dict[str, Tries] = {}  # by key, those that are being executed
         self._waits: dict[str, Wait] = {}
         self._wakers: set[Waker] = set()
         self.arrivals: Arrivals | None = None
@@ -279,7 +280,13 @@ class Attempt:
         """Note that an operation ended, whichever way."""
         with self._lock:
             self._unfinished.pop(position.key, None)
+            self.steps.pop(position.key, None)
             self._active_at = time.monotonic()
+
+    def executed_steps(self) -> dict[str, Tries]:
+        """Return the tries of the steps that are being executed now, and not waiting, by key."""
+        with self._lock:
+            return {key: each for key, each in self.steps.items() if key not in self._waits}
 
     def recorded(self, position: Position) -> Recorded | None:
         """Return the operation's outcome, as an earlier attempt has recorded it, or as it was read again."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from sqla_durable.errors import SyncAsyncError
-from sqla_durable.execution import Execution
+from sqla_durable.execution import Execution, StepExecution
 from sqla_durable.limits import Watch
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.transaction import StepTransaction
@@ -34,11 +34,11 @@ class StepCall:
 
 
 def execution_of(attempt: Attempt, step: StepCall | None = None) -> Execution:
-    """Tell users' code where it is: in which workflow, attempt and step."""
+    """Return where users' code is: in which workflow, attempt and step; of a step, a `StepExecution`."""
     if step is None:
         return Execution(attempt.workflow_id, attempt.name, attempt.number, headers=attempt.headers)
     details = attempt.progress(step.position).details
-    return Execution(
+    return StepExecution(
         attempt.workflow_id,
         attempt.name,
         attempt.number,

@@ -18,7 +18,7 @@ from sqla_durable.errors import SchemaMissingError, SchemaNewerError, SchemaOlde
 from sqla_durable.models import REVISION, SCHEMA
 from sqla_durable.store._rows import bind_arguments, connection_of, pg, scalar, soon_over
 
-_MIGRATE = "Run `alembic upgrade head` with a revision that calls sqla_durable.migrations.upgrade(...)."
+_MIGRATE = "Run `alembic upgrade heads` with a revision that calls sqla_durable.migrations.upgrade(...)."
 
 _fitting: WeakKeyDictionary[Pool, set[str]] = WeakKeyDictionary()
 

@@ -94,6 +94,11 @@ def standings(session: Session, workflow_ids: Sequence[UUID]) -> Mapping[UUID, W
     return {row.id: row.status for row in rows}
 
 
+def known(session: Session, workflow_ids: Sequence[UUID], *, name: str, key: str) -> set[UUID]:
+    """Return those of the workflows to which a signal of this name and key was sent, taken or not. Takes no lock."""
+    return set(scalars(session, _KNOWN, {"ids": list(workflow_ids), "signal_name": name, "signal_key": key}))
+
+
 def send(session: Session, workflow_ids: Sequence[UUID], *, name: str, payload: str, key: str | None) -> None:
     """Send a signal to workflows, in the caller's transaction, by one statement; one of a known key is not sent again.
 
@@ -148,6 +153,14 @@ def deliver(connectable: Connectable, *, limit: int, since: str = BEGINNING, par
     parameters = {"limit": limit, "since": since, **part.parameters}
     row = execute(connectable, part.choose(_DELIVER, _DELIVER_PART), parameters).one()
     return int(row.delivered), int(row.woken)
+
+
+def wake_one(session: Session, workflow_id: UUID) -> None:
+    """Put a suspended workflow into its queue if its time has come, or if what it waits for is there.
+
+    Waits for whoever holds its row.
+    """
+    execute(session, _WAKE_ONE, {"wanted_id": workflow_id})
 
 
 def receivers(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Part = WHOLE) -> list[UUID]:
@@ -373,6 +386,25 @@ def _deliver_statement(within: Within) -> tuple[Any, Any]:
     return select(delivered, _count(woken).label("woken")), select(new.c.workflow_id)
 
 
+def _wake_one_statement() -> Any:
+    waiting = materialized(
+        select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.wake_at, WORKFLOW.c.awaits)
+        .where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), has_status(WORKFLOW, WorkflowStatus.SUSPENDED))
+        .with_for_update(key_share=True, of=WORKFLOW),
+        "waiting",
+    )
+    is_there = and_(waiting.c.awaits.is_not(None), _satisfied(waiting))
+    due = materialized(
+        select(waiting.c.workflow_id).where(or_(waiting.c.wake_at <= func.statement_timestamp(), is_there)), "due"
+    )
+    return (
+        update(WORKFLOW)
+        .where(WORKFLOW.c.id == due.c.workflow_id)
+        .values(status=WorkflowStatus.PENDING, enqueued_at=func.statement_timestamp(), wake_at=null(), awaits=null())
+        .returning(WORKFLOW.c.id)
+    )
+
+
 def _renotify_statement(within: Within) -> tuple[Any, Any]:
     # What has a time looks for itself when that has come.
     endless = WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_(None)
@@ -388,6 +420,16 @@ def _renotify_statement(within: Within) -> tuple[Any, Any]:
     return last.add_cte(noting(due).cte("noted")), select(some.c.workflow_id)
 
 
+def _known_statement() -> Any:
+    key = cast(bindparam("signal_key", type_=Text()), Text)
+    first = first_keyed(WORKFLOW.c.id, _NAME, key).lateral("first")
+    return (
+        select(WORKFLOW.c.id)
+        .join(first, and_(first.c.name == _NAME, first.c.key == key))
+        .where(WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID()))))
+    )
+
+
 def _count(rows: CTE) -> Any:
     return select(count_rows()).select_from(rows).scalar_subquery()
 
@@ -398,7 +440,9 @@ _STANDINGS = select(WORKFLOW.c.id, WORKFLOW.c.status).where(
 _SEND = sending()
 _SEND_IN_SNAPSHOT = sending(in_snapshot=True)
 _NAME = cast(bindparam("signal_name", type_=Text()), Text)
+_KNOWN = _known_statement()
 _OLDEST = materialized(first_untaken(GIVEN["id"], _NAME), "oldest")
 _TAKE = taking(_OLDEST, lambda taken: taken.c.payload, _OLDEST.c.name == _NAME)
 _DELIVER, _DELIVER_PART, _RECEIVERS = divided(_deliver_statement)
+_WAKE_ONE = _wake_one_statement()
 _RENOTIFY, _RENOTIFY_PART, _WAITING = divided(_renotify_statement)

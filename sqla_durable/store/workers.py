@@ -5,13 +5,14 @@ All times are the database's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Interval, bindparam, delete, select
-from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy import Interval, bindparam, cast, delete, select
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
@@ -23,6 +24,7 @@ from sqla_durable.store._rows import (
     Connectable,
     Fence,
     execute,
+    has_status,
     materialized,
     pg,
     scalar,
@@ -32,13 +34,40 @@ from sqla_durable.store._rows import (
 _DEAD_FOR = timedelta(days=1)
 
 
-def beat(connectable: Connectable, *, worker_id: UUID, name: str, queues: Sequence[str], lease: timedelta) -> None:
-    """Begin a lease or extend it to `lease` from now; one row, locked until the commit."""
-    execute(
-        connectable,
-        _BEAT,
-        {"beating_id": worker_id, "beating_name": name, "listened_queues": list(queues), "lease": lease},
-    )
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who executes a workflow: the name of the worker or the executor, and the end of its lease."""
+
+    name: str
+    lease_expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Doing:
+    """What a worker has said at its last beat: by step, its try and the seconds for which that was executed."""
+
+    name: str
+    heartbeat_at: datetime
+    lease_expires_at: datetime
+    steps: Mapping[str, tuple[int, float]]
+
+
+def beat(
+    connectable: Connectable,
+    *,
+    worker_id: UUID,
+    name: str,
+    queues: Sequence[str],
+    lease: timedelta,
+    doing: str | None = None,
+) -> None:
+    """Begin a lease or extend it to `lease` from now; one row, locked until the commit.
+
+    Args:
+        doing: JSON text of what it executes for long, `{workflow: {step: [try, seconds]}}`.
+    """
+    given = {"beating_id": worker_id, "beating_name": name, "listened_queues": list(queues), "lease": lease}
+    execute(connectable, _BEAT, given | {"doing": doing})
 
 
 def leave(connectable: Connectable, worker_id: UUID) -> None:
@@ -49,6 +78,18 @@ def leave(connectable: Connectable, worker_id: UUID) -> None:
 def exists(session: Session, worker_id: UUID) -> bool:
     """Tell whether the worker's row is visible here."""
     return scalar(session, select(WORKER.c.id).where(WORKER.c.id == worker_id)) is not None
+
+
+def holder(session: Session, workflow_id: UUID) -> Holder | None:
+    """Return who executes a workflow, and until when it may; None if nobody does. Takes no lock."""
+    row = execute(session, _HOLDER, {"wanted_id": workflow_id}).one_or_none()
+    return None if row is None else Holder(row.name, row.lease_expires_at)
+
+
+def doing(session: Session, workflow_id: UUID) -> Doing | None:
+    """Return what a worker has said at its last beat of its steps of a workflow; None if nobody executes that."""
+    row = execute(session, _DOING, {"wanted_id": workflow_id, "wanted_text": str(workflow_id)}).one_or_none()
+    return None if row is None else Doing(row.name, row.heartbeat_at, row.lease_expires_at, row.steps or {})
 
 
 def running_of(connectable: Connectable, worker_id: UUID) -> list[Fence]:
@@ -72,12 +113,14 @@ def _beat_statement() -> Any:
         name=bindparam("beating_name", type_=Text()),
         queues=bindparam("listened_queues", type_=ARRAY(Text())),
         lease_expires_at=_expires(),
+        doing=cast(cast(bindparam("doing", type_=Text()), Text), JSONB),
     )
     return statement.on_conflict_do_update(
         index_elements=["id"],
         set_={
             "heartbeat_at": pg.statement_timestamp(),
             "lease_expires_at": statement.excluded.lease_expires_at,
+            "doing": statement.excluded.doing,
         },
     )
 
@@ -98,5 +141,20 @@ _LEAVE = delete(WORKER).where(WORKER.c.id == bindparam("beating_id", type_=PG_UU
 _RUNNING_OF = select(WORKFLOW.c.id, WORKFLOW.c.token).where(
     WORKFLOW.c.status == status(WorkflowStatus.RUNNING),
     WORKFLOW.c.worker_id == bindparam("beating_id", type_=PG_UUID()),
+)
+_HOLDER = (
+    select(WORKER.c.name, WORKER.c.lease_expires_at)
+    .join(WORKFLOW, WORKFLOW.c.worker_id == WORKER.c.id)
+    .where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), has_status(WORKFLOW, WorkflowStatus.RUNNING))
+)
+_DOING = (
+    select(
+        WORKER.c.name,
+        WORKER.c.heartbeat_at,
+        WORKER.c.lease_expires_at,
+        WORKER.c.doing.op("->")(cast(bindparam("wanted_text", type_=Text()), Text)).label("steps"),
+    )
+    .join(WORKFLOW, WORKFLOW.c.worker_id == WORKER.c.id)
+    .where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), has_status(WORKFLOW, WorkflowStatus.RUNNING))
 )
 _FORGET_DEAD = _forget_dead_statement()

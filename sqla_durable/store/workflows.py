@@ -94,6 +94,11 @@ def finish(session: Session, completion: Completion) -> bool:
     return scalar(session, _FINISH, filled("batch", [_completion_row(completion)])) is not None
 
 
+def lock(session: Session, fence: Fence) -> bool:
+    """Lock the row of a running workflow; wait for whoever holds it. False: the attempt no longer owns it."""
+    return scalar(session, _LOCK, filled("batch", [fence_row(fence)])) is not None
+
+
 def finished_by(connectable: Connectable, fences: Iterable[Fence]) -> dict[Fence, WorkflowStatus]:
     """Give those of the attempts that have finished their workflows: an acknowledgement may have been lost."""
     rows = execute(connectable, _FINISHED_BY, filled("batch", [fence_row(each) for each in fences]))
@@ -263,6 +268,7 @@ def _wake_due_statement(within: Within) -> tuple[Any, Any]:
 
 
 _FINISH = _finish_statement()
+_LOCK = select(owned(table("batch", _FENCE), skip_locked=False).c.id)
 _RELEASE = _release_statement(skip_locked=False)
 _RELEASE_UNLOCKED = _release_statement(skip_locked=True)
 _FINISHED_BY = _finished_by_statement()

@@ -15,10 +15,8 @@ from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable.context import current
+from sqla_durable.context import current_step
 from sqla_durable.durable import Durable
-from sqla_durable.errors import UsageError
-from sqla_durable.execution import Execution
 from sqla_durable.torture.tables import Account, Call, Entry
 
 durable = Durable()
@@ -142,7 +140,7 @@ def _journal(session: Session, order: Order) -> int:
 
 def _call(session: Session, order: Order) -> str:
     _stumble(order)
-    step = _execution()
+    step = current_step()
     session.add(
         Call(
             transfer_id=order.transfer,
@@ -153,16 +151,16 @@ def _call(session: Session, order: Order) -> str:
         )
     )
     session.commit()
-    return str(step.idempotency_key)
+    return step.idempotency_key
 
 
 def _enter(session: Session, order: Order, *, account_id: int, cents: int) -> None:
-    step = _execution()
+    step = current_step()
     entry = Entry(
         transfer_id=order.transfer,
         workflow_id=step.workflow_id,
         step=step.step,
-        kind=str(step.step).removeprefix("async_"),
+        kind=step.step.removeprefix("async_"),
         account=account_id,
         cents=cents,
         attempt=step.attempt,
@@ -173,13 +171,6 @@ def _enter(session: Session, order: Order, *, account_id: int, cents: int) -> No
 
 
 def _stumble(order: Order) -> None:
-    tries = _execution().step_attempt or 1
+    tries = current_step().step_attempt
     if tries <= order.stumbles:
         raise Stumble(f"transfer {order.transfer} stumbles for the {tries}. time")
-
-
-def _execution() -> Execution:
-    found = current()
-    if found is None:
-        raise UsageError("the bank's steps are executed in workflows: start one of `transfer` and `async_transfer`.")
-    return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from typing import Any
 from uuid import UUID
 
@@ -30,9 +31,12 @@ from sqla_durable.worker.isolation import Isolation
 from sqla_durable.worker.runtimes import LoopRuntime, Surroundings, ThreadRuntime
 
 log = Log("sqla_durable.worker")
+finished = Log("sqla_durable.finished")
+finished.setLevel(logging.WARNING)  # turned on by its level
 
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # seconds between looks at a row that somebody holds
 _LOOK_EVERY = 0.05
+_MOST_TOLD = 1_000  # steps that a heartbeat names
 _HELD_BACK = 60.0  # seconds until a strict workflow whose history does not fit is tried again
 _CLEANING = 10.0  # seconds until what was cancelled, and has not ended, is cancelled again
 _CANCELLED_GRACE = 2.0  # seconds for async attempts to be released after they were cancelled
@@ -104,6 +108,19 @@ class Attempts:
     def fences(self) -> list[Fence]:
         """The attempts that are running here; of one workflow there may be two, one of which has lost it."""
         return list(self._running)
+
+    def steps_longer_than(self, seconds: float) -> dict[str, dict[str, tuple[int, float]]]:
+        """Return what is being executed for longer than that, by workflow and step; of very many steps, some."""
+        found: dict[str, dict[str, tuple[int, float]]] = {}
+        left = _MOST_TOLD
+        for each in self._running.values():
+            executed = each.attempt.executed_steps().items()
+            steps = {key: (tries.count, tries.age_of_try) for key, tries in executed if tries.age_of_try > seconds}
+            steps = dict(islice(steps.items(), left))
+            left -= len(steps)
+            if steps:
+                found[str(each.attempt.workflow_id)] = steps
+        return found
 
     def begin(self, claimed: Iterable[Claimed]) -> None:
         """Begin to execute what was claimed."""
@@ -299,7 +316,8 @@ class Attempts:
 def _tell(attempt: Attempt, completion: Completion) -> None:
     failure = None if completion.error is None else Failure.from_text(completion.error)
     if failure is None:
-        log.debug("workflow %s %s succeeded in attempt %d", attempt.name, attempt.workflow_id, attempt.number)
+        tell = finished.info if finished.isEnabledFor(logging.INFO) else log.debug
+        tell("workflow %s %s succeeded in attempt %d", attempt.name, attempt.workflow_id, attempt.number)
     else:
         where = attempt.name, attempt.workflow_id, attempt.number
         log.warning("workflow %s %s failed in attempt %d: %s: %s", *where, failure.type, failure.message)

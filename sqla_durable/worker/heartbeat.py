@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
+import json
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -45,13 +44,13 @@ class Heartbeat:
         worker_id: UUID,
         queues: Sequence[str],
         lease: timedelta,
-        name: str | None,
+        name: str,
     ) -> None:
         self._database = database
         self._attempts = attempts
         self._worker_id = worker_id
         self._queues = queues
-        self._name = name or f"{socket.gethostname()}:{os.getpid()}"
+        self._name = name
         self._valid_until = float("-inf")
         self._claiming: UUID | None = None
         self._claimed_meanwhile: set[UUID] = set()
@@ -63,7 +62,7 @@ class Heartbeat:
     async def begin(self) -> None:
         """Begin the lease."""
         began = time.monotonic()
-        await self._database.execute(self._beat)
+        await self._database.execute(self._beat())
         self._begun(began)
 
     async def run(self) -> None:
@@ -76,7 +75,7 @@ class Heartbeat:
             hinted = await self._hint_within(beats_at - time.monotonic())
             if time.monotonic() >= beats_at:
                 began = time.monotonic()
-                await persistently(self._database, self._beat, what="heartbeat")
+                await persistently(self._database, self._beat(), what="heartbeat")
                 self._begun(began)
                 beats_at = time.monotonic() + self.interval
             await self._compare()
@@ -105,7 +104,7 @@ class Heartbeat:
         """Begin the lease anew: it has run out, or somebody has deleted it."""
         log.warning("the lease of this worker has run out; it goes on with what nobody has taken over")
         began = time.monotonic()
-        await persistently(self._database, self._beat, what="heartbeat")
+        await persistently(self._database, self._beat(), what="heartbeat")
         self._begun(began)
 
     @contextmanager
@@ -173,9 +172,17 @@ class Heartbeat:
     def _begun(self, began: float) -> None:
         self._valid_until = began + self.lease
 
-    def _beat(self, connection: Connection) -> None:
-        lease = timedelta(seconds=self.lease)
-        workers.beat(connection, worker_id=self._worker_id, name=self._name, queues=self._queues, lease=lease)
+    def _beat(self) -> Callable[[Connection], None]:
+        """Return the statement; it tells of the steps that are longer than a beat, for whoever looks at them."""
+        doing = self._attempts.steps_longer_than(self.interval)
+        return partial(
+            workers.beat,
+            worker_id=self._worker_id,
+            name=self._name,
+            queues=self._queues,
+            lease=timedelta(seconds=self.lease),
+            doing=json.dumps(doing) if doing else None,
+        )
 
 
 def _hint(connection: Connection, payloads: Sequence[str]) -> None:

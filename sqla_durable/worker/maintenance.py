@@ -265,10 +265,10 @@ class Maintenance:
         if unknown:
             log.warning(
                 "workflows named %s wait in the queues %s and are not registered here; a worker that knows them "
-                "will claim them. Registered are %s.",
+                "will claim them. Registered here: %s.",
                 ", ".join(map(repr, unknown)),
                 ", ".join(map(repr, self._queues)),
-                ", ".join(map(repr, self._names)),
+                ", ".join(map(repr, self._names)) or "nothing: import the modules that define them",
             )
 
     async def _warn_of_versions(self) -> None:

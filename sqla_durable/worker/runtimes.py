@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
@@ -25,6 +25,7 @@ from sqla_durable.failure import record
 from sqla_durable.inspection import SessionKind
 from sqla_durable.operations.arrivals import Arrivals, Waker
 from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
+from sqla_durable.operations.parking import LOOK_EVERY, QUIET, wait_or_park
 from sqla_durable.operations.runtime import StepCall
 from sqla_durable.operations.transaction import ClosingTransaction, HeldTransaction, StepTransaction
 from sqla_durable.registry import StepDefinition
@@ -33,15 +34,12 @@ from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Connectable, Park
 from sqla_durable.store.streams import Append, Appended
 from sqla_durable.undisturbed import see, undisturbed, until_done
-from sqla_durable.unwinding import AttemptLost, Released, Suspended
+from sqla_durable.unwinding import AttemptLost, Released
 from sqla_durable.worker.database import Database, persistently
 from sqla_durable.worker.gatherer import Gatherer
 from sqla_durable.worker.writer import Row, Writer
 
 T = TypeVar("T")
-
-_QUIET = 5.0  # seconds
-_LOOK_EVERY = 1.0  # seconds after which a step that waits in memory looks whether the workflow can be parked
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,60 +105,6 @@ class Surroundings:
         self.left_to_themselves.add(thread)
         thread.add_done_callback(self.left_to_themselves.discard)
         thread.add_done_callback(see)
-
-
-class Parkable(Protocol):
-    """What waiting needs of either runtime."""
-
-    attempt: Attempt
-
-    async def begin_parking(self, wait: Wait) -> Parking | None:
-        """Return how the workflow can be suspended now, once; None: it stays in memory."""
-        ...
-
-    async def pause(self, seconds: float) -> None:
-        """Wait a moment in memory."""
-
-    async def listen(self, waker: Waker, seconds: float) -> None:
-        """Wait a moment in memory, or until the operation is woken."""
-
-    async def park(self, parking: Parking, position: Position) -> None:
-        """Suspend the workflow at an operation, and return when that is committed."""
-
-
-async def wait_or_park(runtime: Parkable, position: Position, wait: Wait) -> None:
-    """Wait as a row once everything in the workflow waits for long enough, until then in memory.
-
-    Returns when the time has come; in memory, what awaits something else looks for it now and then.
-
-    Raises:
-        Suspended: the workflow is parked.
-        ControlFlow: the attempt is to end.
-    """
-    attempt = runtime.attempt
-    attempt.wait(position, wait)
-    try:
-        while True:
-            parking = await runtime.begin_parking(wait)
-            if parking is not None:
-                try:
-                    await runtime.park(parking, position)
-                except EncodingError:  # the database refuses the try that was to be recorded with it
-                    attempt.end_parking()
-                    raise
-                raise Suspended
-            if not wait.seconds:
-                return
-            seconds = min(wait.seconds, _LOOK_EVERY)
-            if wait.waker is None:
-                await runtime.pause(seconds)
-            else:
-                await runtime.listen(wait.waker, wait.seconds if wait.in_memory else seconds)
-            attempt.proceed()
-            if wait.awaits:
-                return
-    finally:
-        attempt.go_on(position)
 
 
 class ThreadRuntime(BlockingRuntime):
@@ -287,9 +231,9 @@ class LoopRuntime(AsyncRuntime):
         With timers of asyncio until the first of them is due, if the operation's row can keep their deadlines.
         """
         due_in = min(self.timers.seconds.values(), default=None)
-        if due_in is not None and (due_in <= _LOOK_EVERY or not wait.has_row):
+        if due_in is not None and (due_in <= LOOK_EVERY or not wait.has_row):
             return None
-        parking = self.attempt.begin_parking(quiet=_QUIET, idle=lambda: tasks.are_idle(self.attempt))
+        parking = self.attempt.begin_parking(quiet=QUIET, idle=lambda: tasks.are_idle(self.attempt))
         return parking if parking is None or due_in is None else parking.within(due_in)
 
     async def pause(self, seconds: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -27,6 +29,11 @@ def engine_of(sync: sessionmaker[Session] | None, asynchronous: async_sessionmak
         return schema.engine_of(asynchronous().sync_session)
     assert sync is not None  # noqa: S101 (checked when the worker was made)
     return schema.engine_of(sync())
+
+
+def shown_name(given: str | None) -> str:
+    """Return the name of a worker; by default host and process id."""
+    return given or f"{socket.gethostname()}:{os.getpid()}"
 
 
 def chosen_queues(durable: Durable, given: Iterable[str] | None) -> list[str]:
@@ -152,5 +159,5 @@ def positive(value: timedelta, name: str) -> timedelta:
     """Refuse what is not a duration."""
     require_duration(value, name)
     if value <= timedelta():
-        raise ValueError(f"{name}={value!r} is not a duration: give a timedelta longer than zero.")
+        raise ValueError(f"{name} must be longer than zero, got {value.total_seconds():g} seconds.")
     return value

@@ -24,7 +24,7 @@ from sqla_durable.checks import require_duration, require_text
 from sqla_durable.durable import Durable
 from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, UsageError
 from sqla_durable.handle import refuse_event_loop
-from sqla_durable.log import Log
+from sqla_durable.log import Log, worker_name
 from sqla_durable.operations.arrivals import Arrivals
 from sqla_durable.retry import first_line, is_unreachable
 from sqla_durable.store import hints, schema
@@ -158,9 +158,11 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         databases = self._databases()
         threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="sqla-durable")
+        named = worker_name.set(settings.shown_name(self.name))
         try:
             await self._serve(databases, threads)
         finally:
+            worker_name.reset(named)
             self._loop = None
             threads.shutdown(wait=False, cancel_futures=True)
             for each in databases.all:
@@ -205,6 +207,7 @@ class Worker:
             await self._task
 
     async def _serve_until_signal(self) -> None:
+        worker_name.set(settings.shown_name(self.name))  # for the handlers too
         loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
             for each in (signal.SIGTERM, signal.SIGINT):
@@ -228,7 +231,12 @@ class Worker:
             max_attempts=self.max_attempts,
         )
         heartbeat = Heartbeat(
-            databases.beating, attempts, worker_id=self.id, queues=self.queues, lease=self.lease, name=self.name
+            databases.beating,
+            attempts,
+            worker_id=self.id,
+            queues=self.queues,
+            lease=self.lease,
+            name=settings.shown_name(self.name),
         )
         await self._begin(databases, heartbeat)
         self._started.set_result(None)

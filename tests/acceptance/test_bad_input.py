@@ -149,7 +149,7 @@ def test_worker_warns_of_names_that_it_does_not_know(session_factory: Sessions) 
     finally:
         log.removeHandler(handler)
     assert "workflows named 'stranger' wait in the queues 'default' and are not registered here" in warning
-    assert "a worker that knows them will claim them. Registered are 'familiar'" in warning
+    assert "a worker that knows them will claim them. Registered here: 'familiar'." in warning
 
 
 # --- an argument that does not fit
@@ -325,7 +325,7 @@ def test_unmigrated_database_is_named(unmigrated: Sessions, use: str) -> None:
         SchemaMissingError, match=r"the durable tables are not in postgresql.*schema 'durable'"
     ) as caught:
         _uses(unmigrated)[use]()
-    assert "Run `alembic upgrade head`" in str(caught.value)
+    assert "Run `alembic upgrade heads`" in str(caught.value)
 
 
 def test_callers_transaction_survives_an_unmigrated_database(unmigrated: Sessions) -> None:

@@ -12,7 +12,17 @@ import pytest
 import tenacity
 from sqlalchemy import select
 
-from sqla_durable import AsyncWorkflowFunction, Durable, Step, StepStatus, Workflow, WorkflowStatus, current, run_step
+from sqla_durable import (
+    AsyncWorkflowFunction,
+    Durable,
+    Step,
+    StepStatus,
+    Workflow,
+    WorkflowStatus,
+    current,
+    current_step,
+    run_step,
+)
 from sqla_durable.errors import SyncAsyncError, UnfinishedStepError, UsageError
 from tests.acceptance.application import Application
 from tests.acceptance.shells import AsyncShell, Shell
@@ -54,12 +64,13 @@ class Service:
         self.calls = 0
         self.failures = failures
         self.error = error
-        self.keys: list[str | None] = []
+        self.keys: list[str] = []
 
     def charge(self) -> Receipt:
         self.calls += 1
-        execution = current()
-        self.keys.append(execution.idempotency_key if execution else None)
+        if current() is not None:
+            assert current_step() == current()
+            self.keys.append(current_step().idempotency_key)
         if self.calls <= self.failures:
             raise self.error()
         return Receipt(self.calls, ("a", "b"))
@@ -85,6 +96,16 @@ def test_outcome_is_recorded_and_replayed_typed(shell: Shell, app: Application) 
     assert service.keys == [f"{workflow_id}/charge", f"{workflow_id}/charge#2"]
     assert [each.attempt for each in _steps(shell)] == [1, 1]
     assert shell.one(workflow_id).attempt == 2
+
+
+def test_there_is_no_step_between_steps_and_outside_of_workflows(shell: Shell, app: Application) -> None:
+    async def between() -> None:
+        with pytest.raises(UsageError, match="in the own code of workflow 'between'"):
+            current_step()
+
+    shell.run(app.workflow(between))
+    with pytest.raises(UsageError, match="outside a workflow"):
+        current_step()
 
 
 # behaviour: E2
@@ -258,7 +279,7 @@ def test_outside_a_workflow_a_step_is_a_plain_call(app: Application) -> None:
     outcome = charge()
     receipt = asyncio.run(outcome) if asyncio.iscoroutine(outcome) else outcome
     assert receipt == Receipt(1, ("a", "b"))
-    assert service.keys == [None]
+    assert service.keys == []
     assert current() is None
 
 

@@ -14,7 +14,18 @@ import pytest
 from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import Session
 
-from sqla_durable import Signal, StepStatus, Workflow, WorkflowStatus, errors, signal, start_with_signal, wait_signal
+from sqla_durable import (
+    Durable,
+    Executor,
+    Signal,
+    StepStatus,
+    Workflow,
+    WorkflowStatus,
+    errors,
+    signal,
+    start_with_signal,
+    wait_signal,
+)
 from sqla_durable.testing import advance
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.shells import Shell
@@ -133,6 +144,43 @@ def test_signal_of_a_known_key_is_sent_once(shell: Shell, app: Application) -> N
     assert len(signals_of(shell)) == 1
 
 
+def test_signal_of_a_known_key_is_the_same_after_the_end(shell: Shell, app: Application) -> None:
+    # behaviour: C2
+    workflow = approving(app)
+    workflow_id = shell.begin(workflow)
+    send(shell, workflow_id, "approved", Approval("ada", 1), key="once")
+    send(shell, workflow_id, "unread", key="once")
+    shell.finish(workflow, workflow_id)
+    for name in ("approved", "unread"):
+        send(shell, workflow_id, name, Approval("ada", 2), key="once")
+    for name, key in (("approved", None), ("approved", "another"), ("other", "once")):
+        with pytest.raises(errors.WorkflowFinishedError, match="Nothing was sent"):
+            send(shell, workflow_id, name, key=key)
+    assert [(each.name, each.consumed_by) for each in signals_of(shell)] == [
+        ("approved", "signal:approved"),
+        ("unread", None),
+    ]
+
+
+@pytest.mark.shells(("worker", "async-worker"))
+def test_step_sends_a_signal_of_a_known_key_after_the_end(shell: Shell, app: Application) -> None:
+    receiver = approving(app)
+    receiver_id = shell.begin(receiver)
+    send(shell, receiver_id, "approved", Approval("ada", 1), key="once")
+    shell.finish(receiver, receiver_id)
+
+    def approve(session: Session) -> None:
+        signal(session, receiver_id, "approved", Approval("ada", 2), key="once")
+
+    step = app.transactional(approve)
+
+    async def sender() -> str:
+        await step()
+        return "sent"
+
+    assert shell.run(app.workflow(sender)) == "sent"
+
+
 @WORKERS
 def test_signal_that_does_not_come_in_time_is_an_error_also_on_replay(shell: Shell, app: Application) -> None:
     # behaviour: C1
@@ -245,6 +293,15 @@ def test_start_with_a_signal_finds_the_workflow_of_a_known_key(shell: Shell, app
         start_with_signal(session, workflow.bind(), "approved")
 
 
+def test_start_with_a_signal_of_a_known_key_finds_the_workflow_that_has_ended(shell: Shell, app: Application) -> None:
+    workflow = approving(app).options(key="order 7")
+    found = set[UUID]()
+    for cents in (1, 2):
+        with shell.sessionmaker.begin() as session:
+            found.add(start_with_signal(session, workflow.bind(), "approved", Approval("ada", cents), key="once").id)
+        assert shell.finish(workflow, *found) == Approval("ada", 1)
+
+
 @pytest.mark.parametrize(("name", "payload"), [("", None), ("a#2", None), ("approved", object())])
 def test_start_with_a_signal_that_cannot_be_sent_starts_nothing(
     shell: Shell, app: Application, name: str, payload: object
@@ -296,6 +353,54 @@ def test_finished_workflow_takes_no_signal(session: Session) -> None:
     session.execute(text("UPDATE durable.workflow SET status = 'cancelled', finished_at = now()"))
     with pytest.raises(errors.WorkflowFinishedError, match="which was cancelled"):
         signal(session, known, "approved")
+
+
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+def test_known_signal_to_several_is_sent_to_the_others(engine: Engine, level: str) -> None:
+    with Session(engine) as session:
+        ended, open_ = races.enqueue(session, 2)
+        signal(session, ended, "approved", 1, key="once")
+        races.cancel(session, ended)
+        session.commit()
+    with Session(engine.execution_options(isolation_level=level)) as session:
+        signal(session, [ended, open_], "approved", 2, key="once")
+        signal(session, [ended, open_], "approved", 3, key="once")
+        found = session.execute(select(Signal.workflow_id, Signal.payload).where(Signal.name == "approved"))
+        assert {each.workflow_id: each.payload for each in found} == {ended: 1, open_: 2}
+
+
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ"])
+def test_workflow_that_ends_while_a_known_signal_is_sent_again(engine: Engine, level: str) -> None:
+    """Whether the sender's snapshot is older than the end, or newer."""
+    with Session(engine) as session:
+        (known,) = races.enqueue(session)
+        signal(session, known, "approved", 1, key="once")
+        session.commit()
+    with Session(engine.execution_options(isolation_level=level)) as session, Session(engine) as other:
+        session.execute(text("SELECT 1"))
+        races.cancel(other, known)
+        other.commit()
+        signal(session, known, "approved", 2, key="once")
+        assert session.scalars(select(Signal.payload).where(Signal.name == "approved")).all() == [1]
+
+
+def test_workflow_that_continued_as_new_knows_the_key_of_what_it_took_before(session: Session) -> None:
+    durable = Durable()
+
+    @durable.workflow
+    def approve(number: int) -> int:
+        if number == 1:
+            found: int = wait_signal("approved", int)
+            approve.continue_as_new(found + 1)
+        return number
+
+    with session:
+        approval = approve.start(session, 1).id
+        signal(session, approval, "approved", 6, key="once")
+        session.commit()
+        assert Executor(session).execute(approve, approval) == 7
+        signal(session, approval, "approved", 8, key="once")
+        session.commit()
 
 
 def test_signal_to_several_is_one_statement(session: Session) -> None:

@@ -52,7 +52,7 @@ def test_unmigrated_database_is_explained(application: Application, empty_databa
     # behaviour: X2
     done = application.run("worker", "ledger:durable", environment={"DATABASE_URL": empty_database_url})
     assert "the durable tables are not in" in done.stderr
-    assert "Run `alembic upgrade head`" in done.stderr
+    assert "Run `alembic upgrade heads`" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.returncode == 1
 
@@ -73,7 +73,7 @@ def test_other_schema_version_is_explained(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--lease", "0"], "lease="),
+        (["--lease", "0"], "lease must be longer than zero, got 0 seconds"),
         (["--poll-interval", "-1"], "poll_interval="),
         (["--queue", " "], "names no queue"),
         (["--lease", "1e300"], "too large"),

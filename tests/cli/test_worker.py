@@ -139,13 +139,18 @@ def test_sync_and_async_workflows_run_on_a_url(
     with session_factory.begin() as session:
         workflow = pay_later.start(session, "bob").id
     plain = database_url.replace("postgresql+psycopg", "postgres")
-    worker = application.start("worker", "ledger:durable", "--name", "mine", environment={"DATABASE_URL": plain})
+    options = ("--name", "mine", "--log-finished")
+    worker = application.start("worker", "ledger:durable", *options, environment={"DATABASE_URL": plain})
     with stopped(worker):
         assert pay_later.handle(session_factory, workflow).result(timeout=WAIT) == "bob"
         with session_factory() as session:
             assert session.scalars(select(Worker.name)).all() == ["mine"]
         worker.terminate()
         assert worker.wait(30) == 0
+        assert worker.stderr is not None
+        lines = worker.stderr.readlines()
+    assert [line for line in lines if " mine " not in line] == []
+    assert any(f"INFO    mine workflow pay_later {workflow} succeeded in attempt 1" in line for line in lines)
 
 
 def test_only_the_queues_that_were_named_are_served(

@@ -21,9 +21,11 @@ from sqla_durable import (
     AsyncTransactionalStep,
     Durable,
     Execution,
+    StepExecution,
     StepFunction,
     TransactionalStep,
     current,
+    current_step,
     parallel,
     run_step,
 )
@@ -156,6 +158,11 @@ def where() -> None:
     if execution is not None:
         assert_type(execution.idempotency_key, str | None)
         assert_type(execution.attempt, int)
+    step = current_step()
+    assert_type(step, StepExecution)
+    assert_type(step.step, str)
+    assert_type(step.step_attempt, int)
+    assert_type(step.idempotency_key, str)
 
 
 async def wrong_calls(session: Session, async_session: AsyncSession) -> None:

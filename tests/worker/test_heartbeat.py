@@ -45,7 +45,7 @@ def heartbeat_of(database: ThreadDatabase, engine: Engine, threads: ThreadPoolEx
         loop=asyncio.get_running_loop(),
     )
     attempts = Attempts(Durable().registry, surroundings, database, concurrency=1, max_attempts=9)
-    return Heartbeat(database, attempts, worker_id=races.WORKER, queues=["default"], lease=races.LEASE, name=None)
+    return Heartbeat(database, attempts, worker_id=races.WORKER, queues=["default"], lease=races.LEASE, name="ada")
 
 
 async def test_what_a_claim_takes_is_not_handed_back_before_its_answer_and_is_after_it_was_lost(

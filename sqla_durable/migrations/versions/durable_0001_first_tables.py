@@ -307,9 +307,11 @@ def _create_worker(schema: str) -> None:
         sa.Column("started_at", _timestamp(), server_default=_NOW, nullable=False),
         sa.Column("heartbeat_at", _timestamp(), server_default=_NOW, nullable=False),
         sa.Column("lease_expires_at", _timestamp(), nullable=False),
+        sa.Column("doing", pg.JSONB()),
         sa.PrimaryKeyConstraint("id", name=op.f("worker_pkey")),
         _check("worker", "name", "pg_catalog.octet_length(name) <= 1000"),
         _check("worker", "lease", "lease_expires_at > heartbeat_at"),
+        _check("worker", "doing", "jsonb_typeof(doing) = 'object'"),
         _times("worker", "started_at", "heartbeat_at", "lease_expires_at"),
         schema=schema,
     )

@@ -1,0 +1,70 @@
+"""Waiting in memory at first, then as a row: in a worker, and in an executor that returns where its workflow waits."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from sqla_durable.errors import EncodingError
+from sqla_durable.operations.arrivals import Waker
+from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
+from sqla_durable.unwinding import Suspended
+
+QUIET = 5.0
+"""For how many seconds an attempt must have done nothing, where nobody can tell that all of its code waits."""
+
+LOOK_EVERY = 1.0
+"""After how many seconds an operation that waits in memory looks whether the workflow can be suspended."""
+
+
+class Parkable(Protocol):
+    """What waiting needs of either runtime."""
+
+    attempt: Attempt
+
+    async def begin_parking(self, wait: Wait) -> Parking | None:
+        """Return how the workflow can be suspended now, once; None: it stays in memory."""
+        ...
+
+    async def pause(self, seconds: float) -> None:
+        """Wait a moment in memory."""
+
+    async def listen(self, waker: Waker, seconds: float) -> None:
+        """Wait a moment in memory, or until the operation is woken."""
+
+    async def park(self, parking: Parking, position: Position) -> None:
+        """Suspend the workflow at an operation, and return when that is committed."""
+
+
+async def wait_or_park(runtime: Parkable, position: Position, wait: Wait) -> None:
+    """Wait as a row once everything in the workflow waits for long enough, until then in memory.
+
+    Returns when the time has come; in memory, what awaits something else looks for it now and then.
+
+    Raises:
+        Suspended: the workflow is parked.
+        ControlFlow: the attempt is to end.
+    """
+    attempt = runtime.attempt
+    attempt.wait(position, wait)
+    try:
+        while True:
+            parking = await runtime.begin_parking(wait)
+            if parking is not None:
+                try:
+                    await runtime.park(parking, position)
+                except EncodingError:  # the database refuses the try that was to be recorded with it
+                    attempt.end_parking()
+                    raise
+                raise Suspended
+            if not wait.seconds:
+                return
+            seconds = min(wait.seconds, LOOK_EVERY)
+            if wait.waker is None:
+                await runtime.pause(seconds)
+            else:
+                await runtime.listen(wait.waker, wait.seconds if wait.in_memory else seconds)
+            attempt.proceed()
+            if wait.awaits:
+                return
+    finally:
+        attempt.go_on(position)

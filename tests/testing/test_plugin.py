@@ -1,0 +1,100 @@
+"""The pytest plugin, in a pytest of its own: the tests of docs/testing.md, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from sqlalchemy import NullPool, create_engine, text
+
+ROOT = Path(__file__).parents[2]
+SHOWN = re.compile(r"<!-- shown, tested in tests/testing/test_plugin.py -->\n```python\n(.*?)```", re.S)
+CRASHING = """
+from sqlalchemy import create_engine
+from sqlalchemy.orm import sessionmaker
+from sqla_durable import Durable, Worker
+from sqla_durable.testing import Moment
+
+durable = Durable()
+
+@durable.workflow
+def nothing() -> int:
+    return 7
+
+def make_worker(url: str) -> Worker:
+    return Worker(durable, sessionmaker=sessionmaker(create_engine(url)))
+
+def test_crash(sqla_durable_crash_everywhere, sqla_durable_engine):
+    report = sqla_durable_crash_everywhere(
+        make_worker, start=nothing.start, end_state=lambda session, workflow: 1, moments=[Moment.BEFORE]
+    )
+    assert report.points
+"""
+LATE = """
+import sys
+
+def test_nothing_is_imported():
+    assert not [name for name in ("sqla_durable", "sqlalchemy", "alembic", "psycopg") if name in sys.modules]
+"""
+
+
+def run(directory: Path, *options: str, url: str | None = None, **files: str) -> str:
+    for name, content in files.items():
+        (directory / f"{name}.py").write_text(content)
+    arguments = [
+        "-p",
+        "sqla_durable_pytest",
+        "-p",
+        "no:hypothesispytest",
+        "-W",
+        "error",
+        "-o",
+        "asyncio_default_fixture_loop_scope=function",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, *options],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TEST_SERVER_URL": url or ""},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def databases_of(url: str) -> set[str]:
+    with create_engine(url, poolclass=NullPool).connect() as connection:
+        return set(connection.scalars(text("SELECT datname FROM pg_database WHERE datname LIKE 'sqla\\_durable\\_%'")))
+
+
+def test_tests_of_the_page_pass_on_a_server_of_ones_own(tmp_path: Path, server_url: str) -> None:
+    tests, conftest = SHOWN.findall((ROOT / "docs" / "testing.md").read_text())
+    found = run(tmp_path, url=server_url, test_shown=tests, test_crash=CRASHING, conftest=conftest)
+    assert "4 passed" in found
+    pattern = re.compile(r"sqla_durable_[0-9a-f]{12}(_\d+)?$")
+    assert [each for each in databases_of(server_url) if pattern.match(each)] == []
+
+
+def test_server_is_embedded_and_shared_by_the_processes_of_xdist(tmp_path: Path) -> None:
+    tests = """
+import pytest
+from sqlalchemy import text
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_server(number, sqla_durable_session, sqla_durable_server_url):
+    sqla_durable_session.execute(text("SELECT FROM durable.workflow"))
+    (Path(__file__).parent / f"url_{number}").write_text(sqla_durable_server_url)
+"""
+    run(tmp_path, "-n", "2", test_server="from pathlib import Path\n" + tests)
+    (url,) = {(tmp_path / f"url_{number}").read_text() for number in (1, 2)}
+    directory = Path(re.findall(r"host=([^&]+)", url)[0].replace("%2F", "/"))
+    assert not directory.exists()
+
+
+def test_package_is_imported_when_a_test_asks_for_it(tmp_path: Path) -> None:
+    assert "1 passed" in run(tmp_path, "-p", "no:xdist", "-p", "no:pytest_postgresql", test_late=LATE)
