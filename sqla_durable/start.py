@@ -235,7 +235,9 @@ def _of_step(bound: BoundWorkflow) -> BoundWorkflow:
             )
         return bound
     attempt.has_children = True
-    return BoundWorkflow(replace(bound.new, parent_id=attempt.workflow_id, parent_key=step.position.key))
+    detached = bound.new.detached or attempt.is_compensating
+    new = replace(bound.new, parent_id=attempt.workflow_id, parent_key=step.position.key, detached=detached)
+    return BoundWorkflow(new)
 
 
 def _where(new: NewWorkflow) -> str:

@@ -49,7 +49,8 @@ def cancel(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
     attempt that waited for the cancel is told that it has lost.
 
     With a workflow its children are cancelled, and theirs, whatever is between them; those that were started detached
-    are not. A workflow that is finished is left alone with its tree.
+    are not, nor those that a compensation has started. A workflow that is finished is left alone with its tree, and one
+    that compensates already is left alone itself: a repeated cancel changes nothing.
 
     Locks the rows, in the order of their ids, until the caller's transaction ends; waits for a transactional step that
     is committing. A worker does not wait for these locks: only the workflows concerned do. Sets a savepoint:
@@ -68,7 +69,8 @@ def cancel(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
             250 bytes each: change millions in portions, by its `limit()`.
 
     Returns:
-        The ids of those that were cancelled, children too; the others are finished, or not there.
+        The ids of those that were cancelled, children too; the others are finished, compensate already, or are not
+        there.
 
     Raises:
         ArgumentError: something else is given than workflows, or a record that is in no database.
