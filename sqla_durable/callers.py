@@ -31,7 +31,7 @@ def perform(session: AnySession, function: Callable[[Session], T]) -> T | Corout
     Neither commits nor flushes. With an `AsyncSession`, await the call.
 
     Raises:
-        SessionError: this is no session; or it has no PostgreSQL engine.
+        SessionError: this is no session; or it has no PostgreSQL engine; or it is in AUTOCOMMIT.
         SchemaError: its database does not hold the tables.
     """
     require_session(session)
@@ -127,4 +127,5 @@ def require_receiver(what: str, workflow_id: UUID, status: WorkflowStatus | None
 
 def _required(session: Session, function: Callable[[Session], T]) -> T:
     schema.require(session)
+    schema.require_transaction(session)
     return function(session)

@@ -113,7 +113,7 @@ class _WorkflowFunction(DurableFunction[P, R]):
         Raises:
             ArgumentError: the arguments do not fit the annotations, or one is an ORM instance.
             EncodingError: one cannot be stored, or is too large.
-            SchemaError, SessionError: the session's database does not hold the tables.
+            SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
         """
         require_session(session)
         return perform(session, partial(start, bound=self.bind(*args, **kwargs)))

@@ -186,7 +186,7 @@ def start_many(
     Raises:
         ArgumentError, EncodingError: some arguments do not fit; nothing was started.
         KeyNotVisibleError: a workflow that has one of the keys cannot be seen; likewise.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     return perform(session, partial(_start_many, bound=bound))
 

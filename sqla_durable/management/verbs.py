@@ -74,7 +74,7 @@ def cancel(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
 
     Raises:
         ArgumentError: something else is given than workflows, or a record that is in no database.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     return perform(session, workflows, _cancel)
 
@@ -110,7 +110,7 @@ def resume(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
 
     Raises:
         ArgumentError: something else is given than workflows, or a record that is in no database.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     return perform(session, workflows, _resume)
 
@@ -150,7 +150,7 @@ def retry(session: Session | AsyncSession, workflows: Selected) -> list[UUID] | 
 
     Raises:
         ArgumentError: something else is given than workflows, or a record that is in no database.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     return perform(session, workflows, _retry)
 
@@ -193,7 +193,7 @@ def rewind(
     Raises:
         ArgumentError: one of the workflows has no record of that step, and none was rewound; something else is given
             than workflows, or a record that is in no database.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     fault = fault_in(to_step)
     if fault is not None:
@@ -236,7 +236,7 @@ def delete(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
     Raises:
         WorkflowReferencedError: rows of the application refer to one of them.
         ArgumentError: something else is given than workflows, or a record that is in no database.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     return perform(session, workflows, _delete)
 

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from sqla_durable.errors import SessionError
 from sqla_durable.registry import ISOLATION_LEVELS
-from sqla_durable.store import Checkpoint, Verdict, bind_arguments, connection_of, steps
+from sqla_durable.store import Checkpoint, Verdict, bind_arguments, connection_of, schema, steps
 
 T = TypeVar("T")
 
@@ -87,6 +87,7 @@ class SavepointTransaction(StepTransaction):
 
     async def begin(self) -> None:
         """Set the savepoint, after flushing what the caller has pending."""
+        await self.execute(schema.require_transaction)
         self._savepoint: SessionTransaction = await self.execute(Session.begin_nested)
         if self.isolation_level is not None:
             try:
@@ -173,12 +174,8 @@ def require_transaction(session: Session, *, isolation_level: str | None = None)
         SessionError: its engine is in AUTOCOMMIT.
     """
     options = None if isolation_level is None else {"isolation_level": isolation_level}
-    connection = session.connection(bind_arguments=bind_arguments(), execution_options=options)
-    if getattr(connection.connection.dbapi_connection, "autocommit", False):
-        raise SessionError(
-            f"{session!r} is bound to an engine in AUTOCOMMIT, which commits each statement by itself: a step's writes "
-            "would stand without its checkpoint. Give it an engine with transactions."
-        )
+    session.connection(bind_arguments=bind_arguments(), execution_options=options)
+    schema.require_transaction(session)
 
 
 def _commit_and_close(session: Session) -> None:

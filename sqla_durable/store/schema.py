@@ -40,6 +40,20 @@ def require(session: Session) -> None:
         fitting.add(schema)
 
 
+def require_transaction(session: Session) -> None:
+    """Refuse a session whose statements commit by themselves. Begins its transaction; executes nothing.
+
+    Raises:
+        SessionError: its connection is in AUTOCOMMIT, by its engine, its options or its driver.
+    """
+    if getattr(connection_of(session).connection.dbapi_connection, "autocommit", False):
+        raise SessionError(
+            f"the connection of {session!r} is in AUTOCOMMIT, which commits each statement by itself: what is written "
+            "would stand after a rollback, without what belongs to it, and what is locked would be free at once. Give "
+            "it an engine with transactions, engine.execution_options(isolation_level='READ COMMITTED') for example."
+        )
+
+
 def engine_of(session: Session) -> Engine:
     """Give the engine on which a session finds our tables.
 
