@@ -9,13 +9,14 @@ from uuid import UUID
 
 import pytest
 from sqlalchemy import Engine, create_engine, event, func, make_url, select
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import (
     AsyncExecutor,
     Durable,
     Executor,
+    Worker,
     Workflow,
     complete_callback,
     fail_callback,
@@ -28,6 +29,7 @@ from sqla_durable import (
     update,
 )
 from sqla_durable.errors import SessionError
+from tests.acceptance.shells import PATIENCE, POLL
 from tests.support.domain import Entry
 
 durable = Durable()
@@ -53,6 +55,14 @@ async def abook(session: AsyncSession, cents: int) -> int:
 @durable.workflow
 async def apay(cents: int) -> int:
     return await abook(cents)
+
+
+without_async = Durable()
+
+
+@without_async.workflow
+def greet(number: int) -> int:
+    return number
 
 
 @contextmanager
@@ -158,3 +168,130 @@ async def test_an_async_session_in_autocommit_is_refused(engine: Engine, async_c
         with pytest.raises(SessionError, match="is in AUTOCOMMIT"):
             await executor.run(apay, 1)
     assert nothing_was_written(engine)
+
+
+# Hooks
+
+
+class HookError(Exception):
+    """Raised by the application's hook."""
+
+
+@pytest.fixture
+def after_commit() -> Generator[list[bool]]:
+    """Let a listener of the application's raise after each commit; note whether it was called."""
+    called: list[bool] = []
+
+    def raise_(_session: Session) -> None:
+        called.append(True)
+        raise HookError("the mail server is away")
+
+    event.listen(Hooking, "after_commit", raise_)
+    yield called
+    event.remove(Hooking, "after_commit", raise_)
+
+
+class Hooking(Session):
+    """The session class of an application with hooks."""
+
+
+def outcome_of(engine: Engine) -> tuple[str, int, list[int]]:
+    with Session(engine) as session:
+        record = session.scalars(select(Workflow)).one()
+        return record.status.value, record.attempt, list(session.scalars(select(Entry.cents)))
+
+
+DONE = ("succeeded", 1, [5])
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_hook_that_raises_after_the_commit_undoes_nothing(
+    engine: Engine, after_commit: list[bool], joined: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Hooking(engine) as session:
+        executor = Executor.joined(session) if joined else Executor(session)
+        assert executor.run(pay.options(key="k"), 5) == 5
+        assert executor.run(pay.options(key="k"), 5) == 5
+        assert after_commit
+        assert "a listener of after_commit has raised HookError('the mail server is away')" in caplog.text
+        if joined:
+            with pytest.raises(HookError):  # the caller's own commit is the caller's
+                session.commit()
+            session.close()
+    assert outcome_of(engine) == DONE
+
+
+@pytest.mark.parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)
+@pytest.mark.parametrize("joined", [False, True])
+async def test_an_async_hook_that_raises_after_the_commit_undoes_nothing(
+    engine: Engine, async_engine: AsyncEngine, after_commit: list[bool], joined: bool
+) -> None:
+    async with AsyncSession(async_engine, sync_session_class=Hooking) as session:
+        executor = AsyncExecutor.joined(session) if joined else AsyncExecutor(session)
+        assert await executor.run(apay.options(key="k"), 5) == 5
+        assert after_commit
+        if joined:
+            with pytest.raises(HookError):
+                await session.commit()
+            await session.close()
+    assert outcome_of(engine) == DONE
+
+
+def test_a_hook_that_ends_the_process_leaves_a_session_that_can_be_used(engine: Engine) -> None:
+    def stop(_session: Session) -> None:
+        raise KeyboardInterrupt
+
+    event.listen(Hooking, "after_commit", stop)
+    with Hooking(engine) as session:
+        with pytest.raises(KeyboardInterrupt):
+            Executor(session).run(pay, 5)
+        event.remove(Hooking, "after_commit", stop)
+        assert session.scalars(select(Workflow.status)).one() == "running"
+
+
+async def test_a_worker_whose_hooks_raise_after_the_commit_goes_on(
+    engine: Engine, async_engine: AsyncEngine, after_commit: list[bool]
+) -> None:
+    makers = sessionmaker(engine, class_=Hooking), async_sessionmaker(async_engine, sync_session_class=Hooking)
+    with Session(engine) as session:
+        ids = pay.start(session, 5).id, apay.start(session, 5).id
+        session.commit()
+    async with Worker(durable, sessionmaker=makers[0], async_sessionmaker=makers[1], poll_interval=POLL):
+        assert await pay.handle(makers[1], ids[0]).result(timeout=PATIENCE) == 5
+        assert await apay.handle(makers[1], ids[1]).result(timeout=PATIENCE) == 5
+    with Session(engine) as session:
+        assert session.scalars(select(Entry.cents)).all() == [5, 5]
+    assert len(after_commit) == 2
+
+
+# Sessions that begin nothing by themselves
+
+
+@pytest.mark.parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)
+async def test_sessions_without_autobegin_serve_workers_executors_and_callers(
+    engine: Engine, async_engine: AsyncEngine
+) -> None:
+    maker, async_maker = sessionmaker(engine, autobegin=False), async_sessionmaker(async_engine, autobegin=False)
+    with maker.begin() as session:
+        first = pay.start(session, 1).id
+    async with async_maker.begin() as async_session:
+        second = (await apay.options(key="k").start(async_session, 2)).id
+    async with Worker(durable, sessionmaker=maker, async_sessionmaker=async_maker, poll_interval=POLL):
+        assert await pay.handle(async_maker, first).result(timeout=PATIENCE) == 1
+        assert await apay.handle(async_maker, second).result(timeout=PATIENCE) == 2
+    async with async_maker() as async_session:
+        assert await AsyncExecutor(async_session).run(apay, 3) == 3
+    with Session(engine) as session:
+        assert sorted(session.scalars(select(Entry.cents))) == [1, 2, 3]
+
+
+def test_a_session_without_autobegin_serves_sync_code(engine: Engine) -> None:
+    maker = sessionmaker(engine, autobegin=False)
+    with maker.begin() as session:
+        first = greet.start(session, 1).id
+    with Worker(without_async, sessionmaker=maker, poll_interval=POLL):
+        assert greet.handle(maker, first).result(timeout=PATIENCE) == 1
+    with maker() as session:
+        assert Executor(session).run(pay, 2) == 2
+    with maker.begin() as session:
+        assert Executor.joined(session).run(pay, 3) == 3

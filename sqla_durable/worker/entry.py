@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 from uuid import UUID
 
 from sqlalchemy import Connection
@@ -15,6 +18,8 @@ from sqla_durable.operations.transaction import require_transaction
 from sqla_durable.store import schema, workers
 from sqla_durable.store.drivers import keeps_statements
 from sqla_durable.worker.database import Databases
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +53,10 @@ async def require_transactions(makers: Sessionmakers) -> None:
     """
     if makers.sync is not None:
         with makers.sync() as session:
-            await asyncio.to_thread(require_transaction, session)
+            await asyncio.to_thread(_begun, session, require_transaction)
     if makers.asynchronous is not None:
         async with makers.asynchronous() as session:
-            await session.run_sync(require_transaction)
+            await session.run_sync(_begun, require_transaction)
 
 
 async def require_one_database(makers: Sessionmakers, worker_id: UUID) -> None:
@@ -63,12 +68,18 @@ async def require_one_database(makers: Sessionmakers, worker_id: UUID) -> None:
     if makers.sync is None or makers.asynchronous is None:
         return
     with makers.sync() as session:
-        visible = await asyncio.to_thread(workers.exists, session, worker_id)
+        visible = await asyncio.to_thread(_begun, session, partial(workers.exists, worker_id=worker_id))
     if not visible:
         raise SessionError(
             "sessionmaker and async_sessionmaker lead to different databases or schemas: the worker's lease is "
             "not visible through both. Bind them to the same one."
         )
+
+
+def _begun(session: Session, function: Callable[[Session], T]) -> T:
+    """Call a function in a transaction of the session, which may be one that begins none by itself."""
+    session.begin()
+    return function(session)
 
 
 def _is_asyncpg(connection: Connection) -> bool:
