@@ -8,9 +8,9 @@ from typing import Any, Literal
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, create_engine, event, func, make_url, select
+from sqlalchemy import Delete, Engine, Insert, Update, create_engine, event, func, make_url, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Mapper, Session, sessionmaker
 
 from sqla_durable import (
     AsyncExecutor,
@@ -18,10 +18,15 @@ from sqla_durable import (
     Executor,
     Worker,
     Workflow,
+    cancel,
     complete_callback,
+    delete,
     fail_callback,
+    fork,
     heartbeat_callback,
     models,
+    resume,
+    retry,
     signal,
     start_many,
     start_with_signal,
@@ -295,3 +300,58 @@ def test_a_session_without_autobegin_serves_sync_code(engine: Engine) -> None:
         assert Executor(session).run(pay, 2) == 2
     with maker.begin() as session:
         assert Executor.joined(session).run(pay, 3) == 3
+
+
+# Sessions that choose an engine for each statement
+
+
+class Choosing(Session):
+    """Sends reads elsewhere, as SQLAlchemy's own documentation shows it: there, nobody can connect."""
+
+    primary: Engine
+    elsewhere = create_engine("postgresql+psycopg://nobody@/nowhere?host=/nonexistent")
+
+    def get_bind(self, mapper: Any = None, clause: Any = None) -> Engine:  # type: ignore[override]
+        assert mapper is None or isinstance(mapper, Mapper)
+        if mapper is not None and issubclass(mapper.class_, (models.Base, Entry)):
+            return self.primary if self._flushing or isinstance(clause, (Update, Delete, Insert)) else self.elsewhere
+        raise AssertionError(f"nothing tells where to find {clause}")
+
+
+@pytest.fixture
+def choosing(engine: Engine) -> type[Choosing]:
+    return type("Chosen", (Choosing,), {"primary": engine})
+
+
+def test_each_statement_of_the_engine_is_known_as_a_write(engine: Engine, choosing: type[Choosing]) -> None:
+    workflow_id = there(engine)
+    with Session(engine) as other:
+        assert cancel(other, workflow_id)
+        other.commit()
+    maker = sessionmaker(class_=choosing)
+    verbs: list[Callable[[Session], object]] = [
+        lambda session: resume(session, workflow_id),
+        lambda session: signal(session, workflow_id, "go", key="k"),
+        lambda session: update(session, workflow_id, "change", key="k"),
+        lambda session: start_many(session, [pay.options(key="m").bind(1), pay.bind(2)]),
+        lambda session: start_with_signal(session, pay.options(key="s").bind(3), "go"),
+        lambda session: pay.options(key="k").start(session, 4),
+        lambda session: pay.start(session, 5),
+        lambda session: Executor.joined(session).run(pay, 6),
+        lambda session: fork(session, workflow_id, key="f"),
+        lambda session: cancel(session, workflow_id),
+        lambda session: delete(session, workflow_id),
+    ]
+    for verb in verbs:
+        with maker() as session:
+            verb(session)
+            session.commit()
+    with maker() as session:
+        assert Executor(session).run(pay, 7) == 7
+        assert retry(session, []) == []
+        session.rollback()
+    with Worker(without_async, sessionmaker=maker, poll_interval=POLL), maker.begin() as session:
+        started = greet.start(session, 8)
+        session.flush()
+        session.commit()
+        assert greet.handle(maker, started).result(timeout=PATIENCE) == 8
