@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import pytest
@@ -33,6 +33,7 @@ from sqla_durable import (
     start_with_update,
     update,
 )
+from sqla_durable.cli.database import connect
 from sqla_durable.errors import SessionError
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.support.domain import Entry
@@ -257,7 +258,10 @@ def test_a_hook_that_ends_the_process_leaves_a_session_that_can_be_used(engine: 
 async def test_a_worker_whose_hooks_raise_after_the_commit_goes_on(
     engine: Engine, async_engine: AsyncEngine, after_commit: list[bool]
 ) -> None:
-    makers = sessionmaker(engine, class_=Hooking), async_sessionmaker(async_engine, sync_session_class=Hooking)
+    makers: tuple[Any, Any] = (
+        sessionmaker(engine, class_=Hooking),
+        async_sessionmaker(async_engine, sync_session_class=Hooking),
+    )
     with Session(engine) as session:
         ids = pay.start(session, 5).id, apay.start(session, 5).id
         session.commit()
@@ -328,7 +332,7 @@ def test_each_statement_of_the_engine_is_known_as_a_write(engine: Engine, choosi
     with Session(engine) as other:
         assert cancel(other, workflow_id)
         other.commit()
-    maker = sessionmaker(class_=choosing)
+    maker: Any = sessionmaker(class_=choosing)
     verbs: list[Callable[[Session], object]] = [
         lambda session: resume(session, workflow_id),
         lambda session: signal(session, workflow_id, "go", key="k"),
@@ -355,3 +359,103 @@ def test_each_statement_of_the_engine_is_known_as_a_write(engine: Engine, choosi
         session.flush()
         session.commit()
         assert greet.handle(maker, started).result(timeout=PATIENCE) == 8
+
+
+# Session classes
+
+
+class RichSession(Session):
+    """Like SQLModel's: with a method that SQLAlchemy's class does not have."""
+
+    def exec(self, cents: int) -> None:
+        self.add(Entry(account="rich", cents=cents, note=None))
+
+
+class AsyncRichSession(AsyncSession):
+    """The same for async code."""
+
+    async def exec(self, cents: int) -> None:
+        self.add(Entry(account="rich", cents=cents, note=None))
+
+
+rich = Durable()
+SessionDep = Annotated[RichSession, "what a web framework depends on"]
+
+
+@rich.step
+def book_richly(session: SessionDep, cents: int) -> int:
+    session.exec(cents)
+    return cents
+
+
+@rich.workflow
+def pay_richly(cents: int) -> int:
+    booking: Any = book_richly  # type checkers know the methods of SQLAlchemy's classes only
+    return int(booking(cents))
+
+
+async_rich = Durable()
+
+
+@async_rich.step
+async def abook_richly(session: AsyncRichSession, cents: int) -> int:
+    await session.exec(cents)
+    return cents
+
+
+@async_rich.workflow
+async def apay_richly(cents: int) -> int:
+    booking: Any = abook_richly
+    return int(await booking(cents))
+
+
+async def test_a_worker_has_sessions_of_the_class_that_its_steps_take(
+    engine: Engine, async_engine: AsyncEngine
+) -> None:
+    with pytest.raises(SessionError, match=r"RichSession, and .* give it sessionmaker\(engine, class_=RichSession\)"):
+        Worker(rich, sessionmaker=sessionmaker(engine))
+    with pytest.raises(SessionError, match=r"give it async_sessionmaker\(engine, class_=AsyncRichSession\)"):
+        Worker(async_rich, async_sessionmaker=async_sessionmaker(async_engine))
+    maker: Any = sessionmaker(engine, class_=RichSession)
+    async_maker: Any = async_sessionmaker(async_engine, class_=AsyncRichSession)
+    with maker.begin() as session:
+        ids = pay_richly.start(session, 1).id, apay_richly.start(session, 2).id
+    async with Worker(rich, sessionmaker=maker), Worker(async_rich, async_sessionmaker=async_maker):
+        assert await pay_richly.handle(async_maker, ids[0]).result(timeout=PATIENCE) == 1
+        assert await apay_richly.handle(async_maker, ids[1]).result(timeout=PATIENCE) == 2
+
+
+def test_an_executor_needs_a_session_of_the_class_that_its_steps_take(engine: Engine) -> None:
+    for make in (Executor, Executor.joined):
+        with Session(engine) as session, pytest.raises(SessionError, match=r"takes a .*RichSession, and its session"):
+            make(session).run(pay_richly, 1)
+        with RichSession(engine) as session:
+            assert make(session).run(pay_richly, 1) == 1
+            session.commit()
+    assert [each.cents for each in entries(engine)] == [1, 1]
+
+
+async def test_an_async_executor_needs_a_session_of_the_class_that_its_steps_take(
+    engine: Engine, async_engine: AsyncEngine
+) -> None:
+    async with AsyncSession(async_engine) as async_session:
+        with pytest.raises(SessionError, match=r"takes a .*AsyncRichSession, and its session"):
+            await AsyncExecutor(async_session).run(apay_richly, 1)
+    async with AsyncRichSession(async_engine) as async_session:
+        assert await AsyncExecutor(async_session).run(apay_richly, 1) == 1
+    assert [each.cents for each in entries(engine)] == [1]
+
+
+def entries(engine: Engine) -> list[Entry]:
+    with Session(engine) as session:
+        return list(session.scalars(select(Entry)))
+
+
+def test_the_command_line_makes_sessions_of_the_class_that_steps_take(database_url: str) -> None:
+    for durable_object, name in ((rich, "sync"), (async_rich, "asynchronous")):
+        made = connect(durable_object, make_url(database_url))
+        assert made.sync is not None
+        assert issubclass(made.sync.class_, RichSession) is (name == "sync")
+        assert made.asynchronous is not None
+        assert issubclass(made.asynchronous.class_, AsyncRichSession) is (name == "asynchronous")
+        Worker(durable_object, sessionmaker=made.sync, async_sessionmaker=made.asynchronous)

@@ -49,8 +49,9 @@ async def start(
         if text is None:
             await runtime.settle()
             undoes = attempt.is_compensating
-            parent = {"parent_id": attempt.workflow_id, "parent_key": position.key}
-            own = [replace(each, **parent, detached=each.detached or undoes) for each in new]
+            own = [replace(each, parent_id=attempt.workflow_id, parent_key=position.key) for each in new]
+            if undoes:
+                own = [replace(each, detached=True) for each in own]
             checkpoint = checkpoint_of(attempt, position, StepStatus.SUCCEEDED)
             limit = _UNBOUNDED if active is None else active
             try:

@@ -67,6 +67,14 @@ def require_sessionmakers(
             raise SessionError(f"step {step.name!r} takes a Session: give the worker a sessionmaker.")
         if step.session is SessionKind.ASYNC and asynchronous is None:
             raise SessionError(f"step {step.name!r} takes an AsyncSession: give the worker an async_sessionmaker.")
+        maker = sync if step.session is SessionKind.SYNC else asynchronous
+        wanted = step.session_class
+        if wanted is not None and maker is not None and not issubclass(maker.class_, wanted):
+            raise SessionError(
+                f"step {step.name!r} takes a {wanted.__module__}.{wanted.__qualname__}, and the worker's sessions are "
+                f"of {maker.class_.__module__}.{maker.class_.__qualname__}: give it "
+                f"{type(maker).__name__}(engine, class_={wanted.__qualname__})."
+            )
 
 
 def require_type(given: object, kind: type, name: str) -> None:
