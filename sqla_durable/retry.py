@@ -291,7 +291,12 @@ def spoils_connection(error: BaseException) -> bool:
 
     Its server has become a standby, or its driver and the server no longer agree on what is prepared.
     """
-    return isinstance(error, DBAPIError) and (sqlstate(error) == _READ_ONLY or is_mixed_up(error))
+    return is_read_only(error) or is_mixed_up(error)
+
+
+def is_read_only(error: BaseException) -> bool:
+    """Tell whether the server takes no writes: it is a standby, or was told so."""
+    return isinstance(error, DBAPIError) and sqlstate(error) == _READ_ONLY
 
 
 def is_mixed_up(error: BaseException) -> bool:
@@ -336,5 +341,7 @@ def is_unreachable(error: BaseException) -> bool:
 
 
 def sqlstate(error: DBAPIError) -> str | None:
-    """Give the five characters of PostgreSQL's error code, from psycopg's or asyncpg's exception."""
-    return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+    """Give the five characters of PostgreSQL's error code, from the exception of any driver."""
+    found = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)  # the latter of psycopg2
+    first = next(iter(getattr(error.orig, "args", ())), None)
+    return first.get("C") if found is None and isinstance(first, dict) else found  # of pg8000: the server's fields

@@ -375,7 +375,7 @@ def test_worker_with_a_wrong_url_says_which(database_url: str, change: str, valu
         url = url.set(**{change: value})
     engine = create_engine(url.set(password="secret"))
     with pytest.raises(DatabaseUnavailableError, match=r"(?s)cannot be reached: .*Check the URL") as caught:
-        Worker(bare, sessionmaker=sessionmaker(engine)).run()
+        Worker(bare, sessionmaker=sessionmaker(engine), start_timeout=timedelta()).run()
     assert "secret" not in str(caught.value)
     engine.dispose()
 
@@ -388,7 +388,7 @@ def test_async_worker_with_a_wrong_url_says_which(database_url: str, driver: str
         engine = create_async_engine(url)
         try:
             with pytest.raises(DatabaseUnavailableError, match=r"(?s)not_there.*cannot be reached: .*Check the URL"):
-                await Worker(bare, async_sessionmaker=async_sessionmaker(engine)).serve()
+                await Worker(bare, async_sessionmaker=async_sessionmaker(engine), start_timeout=timedelta()).serve()
         finally:
             await engine.dispose()
 
