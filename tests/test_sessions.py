@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Delete, Engine, Insert, Update, create_engine, event, func, make_url, select
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import Mapper, Session, sessionmaker
+from sqlalchemy import Delete, Engine, Insert, Update, create_engine, event, func, make_url, select, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Mapper, Session, scoped_session, sessionmaker
 
 from sqla_durable import (
     AsyncExecutor,
@@ -34,8 +42,10 @@ from sqla_durable import (
     update,
 )
 from sqla_durable.cli.database import connect
-from sqla_durable.errors import SessionError
+from sqla_durable.errors import KeyNotVisibleError, SessionError
+from sqla_durable.retry import sqlstate
 from tests.acceptance.shells import PATIENCE, POLL
+from tests.store import races
 from tests.support.domain import Entry
 
 durable = Durable()
@@ -459,3 +469,103 @@ def test_the_command_line_makes_sessions_of_the_class_that_steps_take(database_u
         assert made.asynchronous is not None
         assert issubclass(made.asynchronous.class_, AsyncRichSession) is (name == "asynchronous")
         Worker(durable_object, sessionmaker=made.sync, async_sessionmaker=made.asynchronous)
+
+
+# Scoped sessions, as Flask-SQLAlchemy's `db.session`
+
+
+def test_a_scoped_session_is_called_for_its_session(engine: Engine) -> None:
+    db_session: Any = scoped_session(sessionmaker(engine))
+    for refused in (lambda: pay.start(db_session, 1), lambda: Executor(db_session)):
+        with pytest.raises(SessionError, match=r"write db.session\(\) for db.session"):
+            refused()
+    workflow = pay.start(db_session(), 1)
+    db_session.commit()
+    assert Executor(db_session()).execute(pay, workflow) == 1
+    assert pay.handle(db_session, workflow).result() == 1
+    db_session.remove()
+
+
+async def test_an_async_scoped_session_is_called_for_its_session(async_engine: AsyncEngine) -> None:
+    db_session: Any = async_scoped_session(async_sessionmaker(async_engine), scopefunc=lambda: 1)
+    for refused in (lambda: start_many(db_session, []), lambda: AsyncExecutor(db_session)):
+        with pytest.raises(SessionError, match=r"write db.session\(\) for db.session"):
+            refused()
+    await apay.start(db_session(), 1)
+    await db_session.commit()
+    await db_session.remove()
+
+
+# Servers that take no writes
+
+
+async def test_writing_on_a_standby_is_a_clear_error(engine: Engine, async_engine: AsyncEngine) -> None:
+    workflow_id = there(engine)
+    replica = create_engine(engine.url, connect_args={"options": "-c default_transaction_read_only=on"})
+    async_replica = async_engine.execution_options(postgresql_readonly=True)
+    for name, write in WRITES.items():
+        if name in ("start", "complete_callback", "fail_callback", "heartbeat_callback"):
+            continue  # inserted with the caller's own flush; no such token
+        with Session(replica) as session, pytest.raises(SessionError, match="its server is a standby, or its trans"):
+            write(session, workflow_id)
+        async with AsyncSession(async_replica) as async_session:
+            with pytest.raises(SessionError, match="its server is a standby, or its transaction is read only"):
+                await write(async_session, workflow_id)
+    for verb in (cancel, resume, retry, delete):
+        with Session(replica) as session, pytest.raises(SessionError, match="its server is a standby"):
+            verb(session, workflow_id)
+    assert nothing_was_written(engine)
+    replica.dispose()
+
+
+# Drivers of callers
+
+
+@pytest.mark.parametrize("driver", ["psycopg2", "pg8000"])
+def test_callers_may_have_another_driver_than_workers(engine: Engine, driver: str) -> None:
+    pytest.importorskip(driver)
+    socket = make_url(engine.url).query["host"]
+    port = engine.url.port or 5432
+    url = make_url(engine.url).set(drivername=f"postgresql+{driver}")
+    connect: dict[str, Any] = {}
+    if driver == "pg8000":
+        url, connect = url.set(query={}), {"unix_sock": f"{socket}/.s.PGSQL.{port}"}
+    other = create_engine(url, connect_args=connect)
+    with Session(other) as session:
+        workflow = pay.options(key="k").start(session, 1)
+        assert pay.options(key="k").start(session, 2) is workflow
+        signal(session, workflow, "go")
+        update(session, workflow, "change")
+        started = start_many(session, [pay.bind(2)])
+        session.commit()
+        assert cancel(session, started) == started
+        session.commit()
+        with pytest.raises(DBAPIError) as caught:
+            session.execute(text("SELECT 1 / 0"))
+        assert sqlstate(caught.value) == "22012"
+        session.rollback()
+        assert Executor(session).run(pay, 3) == 3
+    assert [each.cents for each in entries(engine)] == [3]
+    other.dispose()
+
+
+# Two starts under one key in transactions that keep their snapshot
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_the_second_of_two_starts_under_a_key_is_told_to_begin_anew(engine: Engine, level: Any) -> None:
+    stricter = engine.execution_options(isolation_level=level)
+    with Session(stricter) as first, Session(stricter) as second, ThreadPoolExecutor(1) as thread:
+        second.add(Entry(account="second", cents=1, note=None))
+        second.flush()
+        pid = second.scalars(select(func.pg_backend_pid())).one()
+        mine = pay.options(key="k").start(first, 1)
+        waiting = thread.submit(lambda: pay.options(key="k").start(second, 2))
+        races.wait_until_blocked(engine, pid)
+        first.commit()
+        with pytest.raises(KeyNotVisibleError) as caught:
+            waiting.result(timeout=30)
+        assert caught.value.is_newer
+        assert second.scalars(select(Entry.cents)).all() == [1]  # the transaction is usable
+        second.rollback()
+        assert pay.options(key="k").start(second, 2).id == mine.id
