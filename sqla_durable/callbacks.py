@@ -238,7 +238,7 @@ def complete_callback(session: AnySession, token: str, value: object = None) -> 
         WorkflowFinishedError: its workflow has an outcome, and it has none. Likewise.
         EncodingError, PayloadTooLargeError: the value cannot be stored, or is too large.
         ArgumentError: this is no token.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     found = _Token.of(token)
     text = Codec.inferred(what="value of a callback").encode(value)

@@ -9,12 +9,13 @@ from uuid import UUID
 
 from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
 
+from sqla_durable.context import active
 from sqla_durable.errors import ArgumentError, SessionError, WorkflowFinishedError, WorkflowNotFoundError
 from sqla_durable.models import Workflow
-from sqla_durable.retry import sqlstate
+from sqla_durable.retry import is_read_only, sqlstate
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import connection_of, keys, schema
 
@@ -31,7 +32,7 @@ def perform(session: AnySession, function: Callable[[Session], T]) -> T | Corout
     Neither commits nor flushes. With an `AsyncSession`, await the call.
 
     Raises:
-        SessionError: this is no session; or it has no PostgreSQL engine.
+        SessionError: this is no session; or it has no PostgreSQL engine; or it is in AUTOCOMMIT.
         SchemaError: its database does not hold the tables.
     """
     require_session(session)
@@ -48,10 +49,14 @@ def require_session(session: object) -> None:
     """
     if not isinstance(session, (Session, AsyncSession)):
         shown = "a text" if isinstance(session, str) else repr(session)  # the token of a callback is secret
-        raise SessionError(
-            f"the caller's Session or AsyncSession comes first, got {shown}. A sessionmaker or a scoped session is "
-            "called to give one."
-        )
+        raise SessionError(f"the caller's Session or AsyncSession comes first, got {shown}. {cure(session)}")
+
+
+def cure(session: object) -> str:
+    """Say what to give instead of what is no session."""
+    if isinstance(session, (scoped_session, async_scoped_session)):  # such as `db.session` of Flask-SQLAlchemy
+        return "Of a scoped session, call it for the session of this scope: write db.session() for db.session."
+    return "Of a sessionmaker, open one: with sessionmaker() as session."
 
 
 @contextmanager
@@ -127,4 +132,13 @@ def require_receiver(what: str, workflow_id: UUID, status: WorkflowStatus | None
 
 def _required(session: Session, function: Callable[[Session], T]) -> T:
     schema.require(session)
-    return function(session)
+    schema.require_transaction(session)
+    try:
+        return function(session)
+    except DBAPIError as error:
+        if not is_read_only(error) or active() is not None:  # a step is tried again, on the new primary
+            raise
+        raise SessionError(
+            f"nothing can be written with {session!r}: its server is a standby, or its transaction is read only. Give "
+            "a session of the primary, and roll this one back."
+        ) from error

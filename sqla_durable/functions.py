@@ -99,7 +99,7 @@ class _WorkflowFunction(DurableFunction[P, R]):
         the record is added to the session like any other object and inserted with its next flush, so it can be
         assigned to a relationship before. With a key one INSERT is executed now; it waits for another transaction
         that is inserting the same key, takes its record if it commits, and leaves the caller's transaction usable.
-        In REPEATABLE READ and SERIALIZABLE that wait can end in a serialization failure (40001), as any INSERT can.
+        In REPEATABLE READ and SERIALIZABLE that wait ends with `KeyNotVisibleError` if the other one commits.
         In a step of another workflow the record is that one's child; see `start_child`.
 
         Args:
@@ -114,7 +114,8 @@ class _WorkflowFunction(DurableFunction[P, R]):
         Raises:
             ArgumentError: the arguments do not fit the annotations, or one is an ORM instance.
             EncodingError: one cannot be stored, or is too large.
-            SchemaError, SessionError: the session's database does not hold the tables.
+            KeyNotVisibleError: the workflow that has the key cannot be seen.
+            SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
         """
         require_session(session)
         return perform(session, partial(start, bound=self.bind(*args, **kwargs)))

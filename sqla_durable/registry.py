@@ -18,17 +18,22 @@ from sqla_durable.classes import KnownErrors
 from sqla_durable.codec import DEFAULT_LIMIT, ArgumentsCodec, Codec
 from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError
 from sqla_durable.inspection import (
+    SessionClass,
     SessionKind,
     hints_of,
     is_coroutine,
     name_of,
     place_of,
     refuse_generator,
-    session_kind,
+    refuse_misread,
+    session_class,
 )
 from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
 from sqla_durable.limits import TimeLimits
+from sqla_durable.log import Log
 from sqla_durable.retry import RetryPolicy
+
+log = Log("sqla_durable.registry")
 
 _START_OPTIONS = {"key", "queue", "priority", "delay", "at", "detached", "timeout", "deadline"}
 IsolationLevel: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
@@ -44,6 +49,7 @@ class StepDefinition:
     fn: Callable[..., Any]
     is_async: bool
     session: SessionKind
+    session_class: SessionClass | None = None
     policy: RetryPolicy | None = None
     limit: int = DEFAULT_LIMIT
     isolation_level: str | None = None
@@ -66,17 +72,21 @@ class StepDefinition:
             DefinitionError: it has no usable name, mixes a sync session with async code, or asks for an isolation
                 level or a heartbeat timeout that it cannot have.
         """
+        name = name_of(fn, name, what="step")
+        refuse_generator(fn, what=f"step {name!r}")
+        refuse_misread(fn, what=f"step {name!r}")
+        wanted = session_class(fn, what=f"step {name!r}")
         definition = cls(
-            name=name_of(fn, name, what="step"),
+            name=name,
             fn=fn,
             is_async=is_coroutine(fn),
-            session=session_kind(fn),
+            session=SessionKind.of(wanted),
+            session_class=wanted,
             policy=policy,
             limit=limit,
             isolation_level=isolation_level,
             time_limits=time_limits,
         )
-        refuse_generator(fn, what=f"step {definition.name!r}")
         _refuse_mixed(definition)
         _refuse_isolation(definition)
         _refuse_heartbeat(definition)
@@ -90,6 +100,17 @@ class StepDefinition:
     @functools.cached_property
     def result(self) -> Codec:
         """The codec of the return annotation."""
+        return self._result()
+
+    def refuse_unstorable(self) -> None:
+        """Refuse a return annotation that cannot be stored, as far as it is known by now.
+
+        Raises:
+            DefinitionError: it cannot be.
+        """
+        _refuse_unstorable(self._result)
+
+    def _result(self) -> Codec:
         what = f"result of step {self.name!r}"
         return Codec.of(hints_of(self.fn, what).get("return", Any), what=what, limit=self.limit)
 
@@ -136,20 +157,21 @@ class WorkflowDefinition:
         """
         name = name_of(fn, name, what="workflow")
         refuse_generator(fn, what=f"workflow {name!r}")
+        refuse_misread(fn, what=f"workflow {name!r}")
         definition = cls(
             name, fn, is_coroutine(fn), queue, limit, interceptors, version, strict, history_limit, errors, secrets
         )
+        if _takes_session(fn, name):
+            raise DefinitionError(
+                f"workflow {definition.name!r} takes a session: a workflow lives longer than any transaction. "
+                "Take the session in its steps."
+            )
         for parameter in definition.signature.parameters.values():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise DefinitionError(
                     f"workflow {definition.name!r} takes {parameter}: arguments are stored by parameter name, so "
                     "name each of them, or take one list or dict."
                 )
-        if session_kind(fn) is not SessionKind.NONE:
-            raise DefinitionError(
-                f"workflow {definition.name!r} takes a session: a workflow lives longer than any transaction. "
-                "Take the session in its steps."
-            )
         if not queue.strip():
             raise DefinitionError(f"workflow {definition.name!r} has the blank queue {queue!r}: name one.")
         return definition
@@ -162,6 +184,23 @@ class WorkflowDefinition:
     @functools.cached_property
     def arguments(self) -> ArgumentsCodec:
         """The codec of the arguments."""
+        return self._arguments()
+
+    @functools.cached_property
+    def result(self) -> Codec:
+        """The codec of the return annotation."""
+        return self._result()
+
+    def refuse_unstorable(self) -> None:
+        """Refuse annotations that cannot be stored, as far as they are known by now.
+
+        Raises:
+            DefinitionError: one of them cannot be.
+        """
+        _refuse_unstorable(self._arguments)
+        _refuse_unstorable(self._result)
+
+    def _arguments(self) -> ArgumentsCodec:
         hints = hints_of(self.fn, f"workflow {self.name!r}")
         parameters = self.signature.parameters
         return ArgumentsCodec.of(
@@ -171,9 +210,7 @@ class WorkflowDefinition:
             limit=self.limit,
         )
 
-    @functools.cached_property
-    def result(self) -> Codec:
-        """The codec of the return annotation."""
+    def _result(self) -> Codec:
         what = f"result of workflow {self.name!r}"
         return Codec.of(hints_of(self.fn, what).get("return", Any), what=what, limit=self.limit)
 
@@ -235,18 +272,20 @@ class Registry:
         """Register a workflow.
 
         Raises:
-            DefinitionError: another function has the name.
+            DefinitionError: another function has the name, or an annotation cannot be stored.
         """
         _refuse_other(self._workflows.get(definition.name), definition, what="workflow")
+        definition.refuse_unstorable()
         self._workflows[definition.name] = definition
 
     def add_step(self, definition: StepDefinition) -> None:
         """Register a step under its function's own name, so that two of them cannot be taken for each other.
 
         Raises:
-            DefinitionError: another function has the name.
+            DefinitionError: another function has the name, or its result cannot be stored.
         """
         _refuse_other(self._steps.get(definition.name), definition, what="step")
+        definition.refuse_unstorable()
         self._steps[definition.name] = definition
 
     def workflow(self, name: str) -> WorkflowDefinition:
@@ -271,6 +310,26 @@ class Registry:
     def steps(self) -> Iterator[StepDefinition]:
         """Iterate over the registered steps."""
         return iter(self._steps.values())
+
+
+def _takes_session(fn: Callable[..., Any], name: str) -> bool:
+    try:
+        return session_class(fn, what=f"workflow {name!r}") is not None
+    except DefinitionError:  # in a way in which none would be injected into a step
+        return True
+
+
+def _refuse_unstorable(codec: Callable[[], object]) -> None:
+    """Make a codec for nothing but its error; what may be defined further down is told when it is needed."""
+    try:
+        codec()
+    except DefinitionError as error:
+        cause = error.__cause__
+        if isinstance(cause, NameError) or getattr(cause, "code", None) == "class-not-fully-defined":
+            return
+        raise
+    except Exception:
+        log.debug("an annotation cannot be resolved yet", exc_info=True)  # as in modules that import each other
 
 
 def _refuse_mixed(definition: StepDefinition) -> None:

@@ -297,7 +297,12 @@ def spoils_connection(error: BaseException) -> bool:
 
     Its server has become a standby, or its driver and the server no longer agree on what is prepared.
     """
-    return isinstance(error, DBAPIError) and (sqlstate(error) == _READ_ONLY or is_mixed_up(error))
+    return is_read_only(error) or is_mixed_up(error)
+
+
+def is_read_only(error: BaseException) -> bool:
+    """Tell whether the server takes no writes: it is a standby, or was told so."""
+    return isinstance(error, DBAPIError) and sqlstate(error) == _READ_ONLY
 
 
 def is_mixed_up(error: BaseException) -> bool:

@@ -82,7 +82,7 @@ def signal(
         WorkflowFinishedError: it has an outcome, and this signal was not sent before. Likewise.
         EncodingError, PayloadTooLargeError: the payload cannot be stored, or is too large.
         ArgumentError: a name or key cannot be one, or what is given is no workflow.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     return perform(session, partial(_Signal.of(name, payload, key).send, workflows=workflows))
 

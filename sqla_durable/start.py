@@ -188,7 +188,7 @@ def start_many(
         ArgumentError, EncodingError: some arguments do not fit; nothing was started.
         KeyNotVisibleError: a workflow that has one of the keys cannot be seen; likewise. A role that may not delete
             has to roll back then.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     return perform(session, partial(_start_many, bound=bound))
 
@@ -240,7 +240,9 @@ def _of_step(bound: BoundWorkflow) -> BoundWorkflow:
             )
         return bound
     attempt.has_children = True
-    return BoundWorkflow(replace(bound.new, parent_id=attempt.workflow_id, parent_key=step.position.key))
+    detached = bound.new.detached or attempt.is_compensating
+    new = replace(bound.new, parent_id=attempt.workflow_id, parent_key=step.position.key, detached=detached)
+    return BoundWorkflow(new)
 
 
 def _where(new: NewWorkflow) -> str:

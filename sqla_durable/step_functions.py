@@ -55,7 +55,8 @@ class _Step(DurableFunction[P, R]):
     def __set_name__(self, owner: type, name: str) -> NoReturn:
         raise DefinitionError(
             f"{owner.__name__}.{name} is decorated in its class, where it has no instance: make the step of the bound "
-            f"method instead, durable.step(instance.{name}, name={name!r})."
+            f"method instead, durable.step(instance.{name}, name={name!r}); or, if it needs none, write @staticmethod "
+            "above the decorator."
         )
 
     def options(self, *, key: str) -> Self:

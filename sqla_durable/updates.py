@@ -109,7 +109,7 @@ def update(
         WorkflowFinishedError: it has an outcome, and this update was not sent before. Likewise.
         EncodingError, PayloadTooLargeError: the payload cannot be stored, or is too large.
         ArgumentError: a name or key cannot be one, or what is given is no workflow.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     sending = _Sending.of(session, name, payload, key=key, reply=reply)
     return perform(session, partial(sending.send, workflow=workflow))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, NewType, TypeVar
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
+from typing_extensions import TypeAliasType
 
-from sqla_durable import Durable
+from sqla_durable import AsyncStepFunction, AsyncWorkflowFunction, Durable, run_step
 from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError
 from sqla_durable.inspection import SessionKind
 from sqla_durable.registry import Registry, StepDefinition, WorkflowDefinition
@@ -36,12 +38,34 @@ class Client:
         return len(url)
 
 
+class Depends:
+    """What a web framework injects by."""
+
+
+SessionDep = Annotated[Session, Depends()]
+AsyncSessionDep = TypeAliasType("AsyncSessionDep", Annotated["AsyncSession", Depends()])
+DbSession = NewType("DbSession", Session)
+S = TypeVar("S", bound=Session)
+
+
+def annotated(session: SessionDep, a: int) -> None: ...
+async def aliased(session: AsyncSessionDep) -> None: ...
+def quoted_dependency(db: "SessionDep") -> None: ...  # noqa: UP037
+def renamed(session: DbSession) -> None: ...
+def generic(session: S) -> None: ...
 def sync_step(session: Session, a: int) -> None: ...
 async def async_step(session: AsyncSession, a: int) -> None: ...
 def own_session(session: MySession) -> None: ...
 def postponed(session: "Session") -> None: ...  # noqa: UP037
-def plain(a: int, session: Session) -> None: ...
+def plain(a: int) -> None: ...
+def second(a: int, session: Session) -> None: ...
+def dependency_second(a: int, session: AsyncSession = Depends()) -> None: ...  # type: ignore[assignment]  # noqa: B008
+def optional_second(a: int, session: Session | None = None) -> None: ...
+def both(session: Session, other: AsyncSession) -> None: ...
 def unannotated(session) -> None: ...  # type: ignore[no-untyped-def]  # pyright: ignore
+def unresolved(session: "SessionDependency") -> None: ...  # type: ignore[name-defined]  # noqa: F821, UP037
+def registry_of_sessions(session: scoped_session[Session]) -> None: ...
+def async_registry(session: async_scoped_session[AsyncSession]) -> None: ...
 def keyword_only(*, session: Session) -> None: ...
 def variadic(*session: Session) -> None: ...
 def optional(session: Session | None) -> None: ...
@@ -54,17 +78,21 @@ def optional(session: Session | None) -> None: ...
         (async_step, SessionKind.ASYNC),
         (own_session, SessionKind.SYNC),
         (postponed, SessionKind.SYNC),
+        (annotated, SessionKind.SYNC),
+        (aliased, SessionKind.ASYNC),
+        (quoted_dependency, SessionKind.SYNC),
+        (renamed, SessionKind.SYNC),
+        (generic, SessionKind.SYNC),
+        (functools.partial(keyword_only, session=Session()), SessionKind.NONE),
+        (functools.partial(sync_step, Session()), SessionKind.NONE),
         (plain, SessionKind.NONE),
-        (unannotated, SessionKind.NONE),  # pyright: ignore[reportUnknownArgumentType]
-        (keyword_only, SessionKind.NONE),
-        (variadic, SessionKind.NONE),
         (Client().book, SessionKind.SYNC),
         (Client().fetch, SessionKind.NONE),
         (len, SessionKind.NONE),
     ],
 )
 def test_first_parameter_says_which_session_a_step_takes(fn: Callable[..., Any], kind: SessionKind) -> None:
-    assert StepDefinition.of(fn).session is kind
+    assert StepDefinition.of(fn, name="given").session is kind
 
 
 @pytest.mark.parametrize(
@@ -214,7 +242,7 @@ class Later:
 
 
 def test_session_that_might_be_none_is_refused() -> None:
-    with pytest.raises(DefinitionError, match=r"the first parameter of .*optional.* is annotated .*Session.*None"):
+    with pytest.raises(DefinitionError, match=r"'session' of step 'optional' is annotated .*Session.*None"):
         Durable().step(optional)
 
 
@@ -228,3 +256,164 @@ def test_nested_workflow_may_refer_to_itself() -> None:
         return number
 
     assert countdown(0) == 0
+
+
+@pytest.mark.parametrize(
+    ("fn", "what"),
+    [
+        (second, r"step 'second' takes its Session as session: .*: a session is injected as the first parameter only"),
+        (dependency_second, "takes its AsyncSession as .*write def dependency_second"),
+        (optional_second, "the parameter 'session' of step .* is annotated .*injected always and as the first"),
+        (keyword_only, r"takes its Session as .*write def keyword_only\(session: Session, ...\)"),
+        (variadic, "takes its Session as .*first parameter only"),
+        (both, "takes its AsyncSession as other"),
+        (unannotated, "takes 'session' without an annotation, .*write session: Session"),  # pyright: ignore
+        (unresolved, "whose annotation .*SessionDependency.* cannot be resolved.*import its names at run time"),
+        (registry_of_sessions, "a session is injected, and not a registry of sessions"),
+        (async_registry, "a session is injected, and not a registry of sessions"),
+        (lambda session: None, "takes 'session' without an annotation"),  # pyright: ignore
+    ],
+)
+def test_session_that_would_not_be_injected_is_refused_where_it_is_written(fn: Callable[..., Any], what: str) -> None:
+    with pytest.raises(DefinitionError, match=what):
+        Durable().step(fn, name=None if fn.__name__ != "<lambda>" else "lambda")
+    with pytest.raises(DefinitionError, match="takes a session: a workflow lives longer than any transaction"):
+        Durable().workflow(fn, name="workflow")
+
+
+async def fetch(url: str) -> int:
+    return len(url)
+
+
+def load(url: str) -> int:
+    return len(url)
+
+
+def asyncify(fn: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    async def awaited(*args: Any) -> Any:
+        return fn(*args)
+
+    return awaited
+
+
+def blocking(fn: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    def called(*args: Any) -> Any:
+        return asyncio.run(fn(*args))
+
+    return called
+
+
+class Remote:
+    """A callable whose call is a coroutine."""
+
+    async def __call__(self, url: str) -> int:
+        return len(url)
+
+
+@pytest.mark.parametrize("fn", [asyncify(load), functools.partial(asyncify(load)), Remote(), asyncify(blocking(load))])
+def test_what_is_called_decides_whether_it_is_async(fn: Callable[..., Any]) -> None:
+    durable = Durable()
+    step, workflow = durable.step(fn, name="load"), durable.workflow(fn, name="load")
+    assert isinstance(step, AsyncStepFunction)
+    assert isinstance(workflow, AsyncWorkflowFunction)
+    assert step.definition.result.decode("7") == 7
+
+
+@pytest.mark.parametrize("fn", [blocking(fetch), functools.partial(blocking(fetch)), functools.cache(fetch)])
+def test_def_that_wraps_an_async_def_is_refused(fn: Callable[..., Any]) -> None:
+    durable = Durable()
+    for decorate in (durable.step, durable.workflow):
+        with pytest.raises(DefinitionError, match=r"wraps an async def, .*write the wrapper as an `async def`"):
+            decorate(fn, name="fetch")
+    with pytest.raises(DefinitionError, match="is a def that wraps an async def"):
+        run_step("fetch", fn)
+
+
+def _charge(self: Any, cents: int) -> int:
+    return cents
+
+
+def _charge_of_class(cls: Any, cents: int) -> int:
+    return cents
+
+
+def _static(cents: int) -> int:
+    return cents
+
+
+@pytest.mark.parametrize("kind", ["step", "workflow"])
+def test_methods_are_refused_with_what_to_write(kind: str) -> None:
+    durable = Durable()
+    decorate: Callable[..., Any] = getattr(durable, kind)
+    bound = f"make the {kind} of the bound method instead, durable.{kind}"
+    for fn, what in [
+        (_charge, f"is a method and takes 'self'.*{bound}"),
+        (_charge_of_class, f"is a method and takes 'cls'.*{bound}"),
+        (classmethod(_charge_of_class), f"decorated above @classmethod.*{bound}"),
+        (staticmethod(_static), f"decorated above @staticmethod: write @staticmethod above @durable.{kind}"),
+    ]:
+        with pytest.raises(DefinitionError, match=what):
+            decorate(fn, name="charge")
+
+
+def test_methods_are_decorated_in_these_ways() -> None:
+    durable = Durable()
+
+    class Shop:
+        rate = 2
+
+        @staticmethod
+        @durable.step
+        def static(cents: int) -> int:
+            return cents
+
+        @staticmethod
+        @durable.workflow
+        def flow(cents: int) -> int:
+            return cents
+
+        @classmethod
+        def of_class(cls, cents: int) -> int:
+            return cents * cls.rate
+
+        def of_instance(self, cents: int) -> int:
+            return cents * self.rate
+
+    assert (Shop.static(1), Shop().static(1), Shop.flow(1)) == (1, 1, 1)
+    assert durable.step(Shop.of_class)(1) == 2
+    assert durable.workflow(Shop().of_instance)(1) == 2
+
+
+def ranged() -> range:
+    return range(3)
+
+
+def takes_range(numbers: range) -> None: ...
+
+
+def test_annotation_that_cannot_be_stored_is_refused_where_it_is_written() -> None:
+    durable = Durable()
+    for decorate in (durable.step, durable.workflow):
+        with pytest.raises(DefinitionError, match=r"'ranged' is annotated .*range.*cannot be stored as JSON"):
+            decorate(ranged)
+    with pytest.raises(DefinitionError, match=r"argument 'numbers' of workflow 'takes_range' is annotated .*range"):
+        durable.workflow(takes_range)
+    durable.step(takes_range)  # whose arguments are not stored
+
+
+def test_annotation_may_name_a_class_defined_further_down_where_it_is_decorated() -> None:
+    durable = Durable()
+    step = durable.step(_refers)
+    workflow = durable.workflow(_refers)
+    globals()["Referred"] = Later
+    try:
+        assert step.definition.result.decode('{"x": 1}') == Later(1)
+        assert workflow.definition.result.decode('{"x": 1}') == Later(1)
+    finally:
+        del globals()["Referred"]
+
+
+def _refers() -> "Referred":  # type: ignore[name-defined]  # noqa: F821, UP037  # pyright: ignore
+    raise NotImplementedError

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.exc import ArgumentError
@@ -14,6 +16,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqla_durable.cli.errors import CommandError
 from sqla_durable.durable import Durable
 from sqla_durable.inspection import SessionKind
+
+S = TypeVar("S", Session, AsyncSession)
 
 ENVIRONMENT = "DATABASE_URL"
 DRIVER = "postgresql+psycopg"
@@ -54,15 +58,26 @@ def connect(durable: Durable, url: URL) -> Sessionmakers:
     Raises:
         CommandError: greenlet is not installed and a step takes an `AsyncSession`.
     """
-    sync = sessionmaker(create_engine(url, **_POOL))
+    classes = [each.session_class for each in durable.registry.steps()]
+    sync = sessionmaker(create_engine(url, **_POOL), class_=_narrowest(Session, classes))
     if importlib.util.find_spec("greenlet") is not None:
-        return Sessionmakers(sync, async_sessionmaker(create_async_engine(url, **_POOL)))
+        asynchronous = create_async_engine(url, **_POOL)
+        return Sessionmakers(sync, async_sessionmaker(asynchronous, class_=_narrowest(AsyncSession, classes)))
     needy = [step.name for step in durable.registry.steps() if step.session is SessionKind.ASYNC]
     if needy:
         raise CommandError(
             f"step {needy[0]!r} takes an AsyncSession, which needs greenlet: pip install 'sqla-durable[asyncio]'."
         )
     return Sessionmakers(sync, None)
+
+
+def _narrowest(base: type[S], classes: Iterable[type[object] | None]) -> type[S]:
+    """Return the class as which the steps take their sessions, such as SQLModel's; the worker checks that it fits."""
+    found = base
+    for each in classes:
+        if each is not None and issubclass(each, found):
+            found = each
+    return found
 
 
 def normalised(url: str) -> URL:

@@ -43,6 +43,10 @@ def worker(
     grace: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for steps being executed.")
     ] = 20,
+    start_timeout: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=0, help="How long it waits at its start for a database that is away."),
+    ] = 60,
     listen: Annotated[
         bool | None, typer.Option(help="Whether to listen for hints; by default, unless behind a pooler.")
     ] = None,
@@ -86,6 +90,7 @@ def worker(
             lease=timedelta(seconds=lease),
             poll_interval=timedelta(seconds=poll_interval),
             grace=timedelta(seconds=grace),
+            start_timeout=timedelta(seconds=start_timeout),
             listen=listen,
             max_attempts=max_attempts,
             name=name,

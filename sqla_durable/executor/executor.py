@@ -9,7 +9,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable.callers import id_of
+from sqla_durable.callers import cure, id_of
 from sqla_durable.errors import ArgumentError, SessionError, SyncAsyncError
 from sqla_durable.executor.story import CommittingStory, JoinedStory, Story
 from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction
@@ -44,8 +44,7 @@ class Executor:
     def __init__(self, session: Session, *, lease: timedelta = DEFAULT_LEASE) -> None:
         if not isinstance(session, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SessionError(
-                f"Executor takes a Session, got {session!r}: open one by "
-                "`with sessionmaker() as session`, or use AsyncExecutor for an AsyncSession."
+                f"Executor takes a Session, got {session!r}: use AsyncExecutor for an AsyncSession. {cure(session)}"
             )
         self._story: Story = CommittingStory(session, lease)
 
@@ -141,8 +140,7 @@ class AsyncExecutor:
     def __init__(self, session: AsyncSession, *, lease: timedelta = DEFAULT_LEASE) -> None:
         if not isinstance(session, AsyncSession):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SessionError(
-                f"AsyncExecutor takes an AsyncSession, got {session!r}: open one by "
-                "`async with async_sessionmaker() as session`, or use Executor for a Session."
+                f"AsyncExecutor takes an AsyncSession, got {session!r}: use Executor for a Session. {cure(session)}"
             )
         self._story: Story = CommittingStory(session, lease)
 

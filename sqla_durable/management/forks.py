@@ -110,7 +110,7 @@ def fork(
             key, the key is another workflow's, or something else is given than workflows; nothing was started.
         EncodingError: an argument or a result cannot be stored.
         WorkflowNotFoundError: a workflow that was given by its record or id is not there.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     one = isinstance(workflows, (Workflow, UUID))
     _refuse_names(from_step=from_step, version=version, key=key, queue=queue)

@@ -12,9 +12,8 @@ from sqlalchemy import CompoundSelect, Select
 from sqlalchemy.orm import Session
 
 import sqla_durable.callers as callers
-from sqla_durable.errors import ArgumentError, SessionError
+from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
-from sqla_durable.store import connection_of
 from sqla_durable.store.selection import Wanted, evaluate
 
 Selected: TypeAlias = "Workflow | UUID | Iterable[Workflow | UUID] | Select[Any] | CompoundSelect[Any]"
@@ -55,24 +54,14 @@ def perform(
 
     Raises:
         ArgumentError: something else is given than workflows, or a record that is in no database.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     return callers.perform(session, partial(_perform, workflows=workflows, verb=verb))
 
 
 def _perform(session: Session, *, workflows: Selected, verb: Callable[[Session, Wanted], T]) -> T:
-    _require_transaction(session)
     session.flush()  # a record that was only just started is not in the table yet
     return verb(session, _wanted(session, workflows))
-
-
-def _require_transaction(session: Session) -> None:
-    connection = connection_of(session)
-    if getattr(connection.connection.dbapi_connection, "autocommit", False):
-        raise SessionError(
-            f"{session!r} is bound to an engine in AUTOCOMMIT, which commits each statement by itself: what was locked "
-            "would be free again before it is changed. Give it an engine with transactions."
-        )
 
 
 def _wanted(session: Session, workflows: Selected) -> Wanted:

@@ -49,7 +49,8 @@ def cancel(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
     attempt that waited for the cancel is told that it has lost.
 
     With a workflow its children are cancelled, and theirs, whatever is between them; those that were started detached
-    are not. A workflow that is finished is left alone with its tree.
+    are not, nor those that a compensation has started. A workflow that is finished is left alone with its tree, and one
+    that compensates already is left alone itself: a repeated cancel changes nothing.
 
     Locks the rows, in the order of their ids, until the caller's transaction ends; waits for a transactional step that
     is committing. A worker does not wait for these locks: only the workflows concerned do. Sets a savepoint:
@@ -68,11 +69,12 @@ def cancel(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
             250 bytes each: change millions in portions, by its `limit()`.
 
     Returns:
-        The ids of those that were cancelled, children too; the others are finished, or not there.
+        The ids of those that were cancelled, children too; the others are finished, compensate already, or are not
+        there.
 
     Raises:
         ArgumentError: something else is given than workflows, or a record that is in no database.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     return perform(session, workflows, _cancel)
 
@@ -108,7 +110,7 @@ def resume(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
 
     Raises:
         ArgumentError: something else is given than workflows, or a record that is in no database.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     return perform(session, workflows, _resume)
 
@@ -148,7 +150,7 @@ def retry(session: Session | AsyncSession, workflows: Selected) -> list[UUID] | 
 
     Raises:
         ArgumentError: something else is given than workflows, or a record that is in no database.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     return perform(session, workflows, _retry)
 
@@ -191,7 +193,7 @@ def rewind(
     Raises:
         ArgumentError: one of the workflows has no record of that step, and none was rewound; something else is given
             than workflows, or a record that is in no database.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     fault = fault_in(to_step)
     if fault is not None:
@@ -234,7 +236,7 @@ def delete(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
     Raises:
         WorkflowReferencedError: rows of the application refer to one of them.
         ArgumentError: something else is given than workflows, or a record that is in no database.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     return perform(session, workflows, _delete)
 

@@ -151,6 +151,7 @@ class Attempt:
         warns_of_refusals: whether a call that is refused at the attempt's end is logged; only the first one is.
         arrivals: what learns in this process of signals and of workflows that end.
         is_crowded: returns whether another workflow may be waiting for this one's slot.
+        is_compensating: whether a saga is undoing what was done in its block.
     """
 
     def __init__(self, claimed: Claimed) -> None:
@@ -187,6 +188,7 @@ class Attempt:
         self._active_at = time.monotonic()
         self.warns_of_refusals = True
         self._stop: Callable[[], ControlFlow] | None = Cancelling if claimed.is_cancelling else None
+        self.is_compensating = False
 
     @property
     def workflow_id(self) -> UUID:
@@ -397,11 +399,13 @@ class Attempt:
     @contextmanager
     def compensating(self) -> Generator[None]:
         """Let operations be executed although the workflow is being cancelled: those that undo what it did."""
-        cancelling = self._stop is Cancelling
+        cancelling, outer = self._stop is Cancelling, self.is_compensating
         self._stop = None if cancelling else self._stop
+        self.is_compensating = True
         try:
             yield
         finally:
+            self.is_compensating = outer
             if cancelling:
                 self._stop = self._stop or Cancelling
 

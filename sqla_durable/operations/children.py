@@ -33,6 +33,9 @@ async def start(
 ) -> list[UUID]:
     """Start children, or find those that were started before; give their ids.
 
+    Those that a compensation starts are detached, and their parent's deadline is not theirs: nothing that ends the
+    parent may end what undoes its work.
+
     Raises:
         UsageError: one of them has the name and key of a workflow that is this one itself.
     """
@@ -45,11 +48,16 @@ async def start(
         text = None if recorded is None else recorded.output
         if text is None:
             await runtime.settle()
+            undoes = attempt.is_compensating
             own = [replace(each, parent_id=attempt.workflow_id, parent_key=position.key) for each in new]
+            if undoes:
+                own = [replace(each, detached=True) for each in own]
             checkpoint = checkpoint_of(attempt, position, StepStatus.SUCCEEDED)
             limit = _UNBOUNDED if active is None else active
             try:
-                text = await runtime.execute(partial(_start, checkpoint=checkpoint, new=own, active=limit))
+                text = await runtime.execute(
+                    partial(_start, checkpoint=checkpoint, new=own, active=limit, undoes=undoes)
+                )
             except KeyNotVisibleError as error:
                 await _record_hidden(runtime, position, [each.id for each in new], error)
                 raise
@@ -73,8 +81,8 @@ async def _record_hidden(
     await runtime.record(failed)
 
 
-def _start(connectable: Any, checkpoint: Checkpoint, new: Sequence[NewWorkflow], active: int) -> str:
-    return str(children.start(connectable, checkpoint, new, active=active))
+def _start(connectable: Any, checkpoint: Checkpoint, new: Sequence[NewWorkflow], active: int, undoes: bool) -> str:
+    return str(children.start(connectable, checkpoint, new, active=active, undoes=undoes))
 
 
 async def result(runtime: Runtime, position: Position, workflow_id: UUID, **within: Any) -> Outcome:

@@ -8,9 +8,17 @@ from functools import partial
 from typing import Any
 
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable.errors import DefinitionError, PayloadError, RetryPolicyError, TransactionLostError, UsageError
+from sqla_durable.errors import (
+    DefinitionError,
+    PayloadError,
+    RetryPolicyError,
+    SessionError,
+    TransactionLostError,
+    UsageError,
+)
 from sqla_durable.failure import Failure, record
 from sqla_durable.inspection import SessionKind
 from sqla_durable.limits import TimeLimits, Watch
@@ -162,7 +170,7 @@ class _Execution:
         await self._runtime.settle()
 
     async def _try(self) -> Recorded:
-        _ = self._call.definition.result  # one that cannot be stored is refused before the function is called
+        _ = self._call.definition.result  # what could not be recorded is not executed
         if self._call.definition.session is SessionKind.NONE:
             return await self._record_alone(await self._success(await self._call_plain()))
         self._phase = Phase.BEFORE
@@ -202,6 +210,7 @@ class _Execution:
         if self._uncertain:
             await transaction.execute(self._refuse_recorded)
         self._phase = Phase.FUNCTION
+        self._require_class(transaction.injected)
         boundary = Boundary(transaction.session, step=self._call.position.key)
         try:
             value = await self._called(transaction)
@@ -211,6 +220,15 @@ class _Execution:
         checkpoint = await self._success(value)
         await transaction.execute(lambda session: self._flush_and_record(session, checkpoint, transaction))
         return checkpoint
+
+    def _require_class(self, session: Session | AsyncSession) -> None:
+        wanted = self._call.definition.session_class
+        if wanted is not None and not isinstance(session, wanted):
+            raise SessionError(
+                f"step {self._call.definition.name!r} takes a {wanted.__module__}.{wanted.__qualname__}, and its "
+                f"session would be a {type(session).__module__}.{type(session).__qualname__}: give the executor such a "
+                f"session, or the worker a sessionmaker with class_={wanted.__qualname__}."
+            )
 
     async def _called(self, transaction: StepTransaction | None = None) -> Any:
         """Call the step's function, inside the interceptors; what they are around includes the flush."""

@@ -12,12 +12,17 @@ from typing import TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm.session import SessionTransactionState
 
 from sqla_durable.errors import SessionError
+from sqla_durable.log import Log
+from sqla_durable.redaction import brief
 from sqla_durable.registry import ISOLATION_LEVELS
-from sqla_durable.store import Checkpoint, Verdict, bind_arguments, connection_of, steps
+from sqla_durable.store import Checkpoint, Verdict, bind_arguments, connection_of, schema, steps
 
 T = TypeVar("T")
+
+log = Log("sqla_durable.step")
 
 
 async def in_session(session: Session | AsyncSession, statement: Callable[[Session], T]) -> T:
@@ -53,7 +58,7 @@ class StepTransaction:
 
     async def commit(self) -> None:
         """Commit."""
-        await self.execute(Session.commit)
+        await self.execute(_commit)
 
     async def rollback(self) -> None:
         """Roll back."""
@@ -87,6 +92,7 @@ class SavepointTransaction(StepTransaction):
 
     async def begin(self) -> None:
         """Set the savepoint, after flushing what the caller has pending."""
+        await self.execute(schema.require_transaction)
         self._savepoint: SessionTransaction = await self.execute(Session.begin_nested)
         if self.isolation_level is not None:
             try:
@@ -97,7 +103,7 @@ class SavepointTransaction(StepTransaction):
 
     async def commit(self) -> None:
         """Release the savepoint; durable when the caller commits."""
-        await self.execute(lambda _: self._savepoint.commit())
+        await self.execute(lambda _: _end(self._savepoint, self._savepoint.commit))
 
     async def rollback(self) -> None:
         """Roll back to the savepoint; the caller's transaction goes on."""
@@ -173,14 +179,34 @@ def require_transaction(session: Session, *, isolation_level: str | None = None)
         SessionError: its engine is in AUTOCOMMIT.
     """
     options = None if isolation_level is None else {"isolation_level": isolation_level}
-    connection = session.connection(bind_arguments=bind_arguments(), execution_options=options)
-    if getattr(connection.connection.dbapi_connection, "autocommit", False):
-        raise SessionError(
-            f"{session!r} is bound to an engine in AUTOCOMMIT, which commits each statement by itself: a step's writes "
-            "would stand without its checkpoint. Give it an engine with transactions."
-        )
+    session.connection(bind_arguments=bind_arguments(), execution_options=options)
+    schema.require_transaction(session)
 
 
 def _commit_and_close(session: Session) -> None:
-    session.commit()
+    _commit(session)
     session.close()
+
+
+def _commit(session: Session) -> None:
+    _end(session.get_transaction(), session.commit)
+
+
+def _end(transaction: SessionTransaction | None, commit: Callable[[], None]) -> None:
+    """Commit; what a listener of `after_commit` raises undoes nothing, and is logged.
+
+    SQLAlchemy leaves such a session in its transaction, where nothing can be done any more, not even a rollback.
+    """
+    try:
+        commit()
+    except BaseException as error:
+        # There is no public way to ask.
+        if transaction is None or getattr(transaction, "_state", None) is not SessionTransactionState.COMMITTED:
+            raise
+        session = transaction.session
+        transaction.close()
+        if session.expire_on_commit and not transaction.nested:
+            session.expire_all()
+        if not isinstance(error, Exception):
+            raise
+        log.warning("a listener of after_commit has raised %s; what was committed stands", brief(error), exc_info=True)

@@ -74,6 +74,7 @@ async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body:
     attempt.history_limit = definition.history_limit or attempt.history_limit
     attempt.errors, attempt.secrets = definition.errors, definition.secrets
     try:
+        _ = definition.result  # what could not be recorded is not executed
         value = await _called(runtime, definition, body)
         attempt.proceed()
         attempt.refuse_unfinished()

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    Boolean,
     Integer,
     and_,
     bindparam,
@@ -93,16 +94,25 @@ class Progress:
     named: Sequence[UUID]
 
 
-def start(connectable: Connectable, checkpoint: Checkpoint, children: Sequence[NewWorkflow], *, active: int) -> Any:
+def start(
+    connectable: Connectable,
+    checkpoint: Checkpoint,
+    children: Sequence[NewWorkflow],
+    *,
+    active: int,
+    undoes: bool = False,
+) -> Any:
     """Start children and record that as the outcome of the step: the list of their ids. JSON text.
 
-    Of known names and keys, the workflows that have them. Of many, those after the first `active` are held.
+    Of known names and keys, the workflows that have them. Of many, those after the first `active` are held. Those that
+    undo what their parent did do not inherit its deadline.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
         KeyNotVisibleError: the workflow that has one of the keys cannot be seen; others may have been started.
     """
-    parameters = given_row(checkpoint) | filled("batch", [new_row(each) for each in children]) | {"active": active}
+    parameters = given_row(checkpoint) | filled("batch", [new_row(each) for each in children])
+    parameters |= {"active": active, "undoes": undoes}
     for _ in range(MOST_REPEATS):
         row = execute(connectable, _START, parameters).one()
         found = row.recorded if row.known is None else row.known
@@ -206,7 +216,8 @@ def _start_statement() -> Any:
     columns = new_columns(batch.c)
     held = and_(columns["wake_at"].is_(None), batch.c.number > bindparam("active", type_=Integer()))
     columns["status"] = case((held, WorkflowStatus.SUSPENDED.value), else_=columns["status"])
-    columns["deadline_at"] = func.least(columns["deadline_at"], owned.c.deadline_at)
+    inherited = case((bindparam("undoes", type_=Boolean()), null()), else_=owned.c.deadline_at)
+    columns["deadline_at"] = func.least(columns["deadline_at"], inherited)
     source = select(*columns.values()).select_from(batch.join(owned, true())).where(~has_outcome())
     inserted = (
         insert(WORKFLOW)

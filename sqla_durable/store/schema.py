@@ -7,16 +7,17 @@ migrations, an application's autogenerate, and `metadata.create_all`.
 from __future__ import annotations
 
 import re
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy import Connection, Engine, Row, case, func, select
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
 from sqla_durable.errors import SchemaMissingError, SchemaNewerError, SchemaOlderError, SessionError
 from sqla_durable.models import REVISION, SCHEMA
-from sqla_durable.store._rows import bind_arguments, connection_of, pg, scalar, soon_over
+from sqla_durable.store._rows import bind_arguments, connection_of, execute, pg, soon_over
 
 _MIGRATE = "Run `alembic upgrade heads` with a revision that calls sqla_durable.migrations.upgrade(...)."
 
@@ -29,15 +30,31 @@ def require(session: Session) -> None:
     Executes one statement in the session's transaction the first time for each engine and schema, then none.
 
     Raises:
-        SessionError: it has no engine, or one that is not PostgreSQL.
+        SessionError: it has no engine, or one that is not PostgreSQL; or its driver cannot read times in this style.
         SchemaMissingError, SchemaOlderError, SchemaNewerError: the tables and this package do not fit together.
     """
     engine = engine_of(session)
     schema = schema_of(session)
     fitting = _fitting.setdefault(engine.pool, set())
     if schema not in fitting:
-        _require_revision(_revision(session, schema), schema, engine)
+        found = _look(session, schema)
+        _require_styles(found, engine)
+        _require_revision(found.comment, schema, engine)
         fitting.add(schema)
+
+
+def require_transaction(session: Session) -> None:
+    """Refuse a session whose statements commit by themselves. Begins its transaction; executes nothing.
+
+    Raises:
+        SessionError: its connection is in AUTOCOMMIT, by its engine, its options or its driver.
+    """
+    if getattr(connection_of(session).connection.dbapi_connection, "autocommit", False):
+        raise SessionError(
+            f"the connection of {session!r} is in AUTOCOMMIT, which commits each statement by itself: what is written "
+            "would stand after a rollback, without what belongs to it, and what is locked would be free at once. Give "
+            "it an engine with transactions, engine.execution_options(isolation_level='READ COMMITTED') for example."
+        )
 
 
 def engine_of(session: Session) -> Engine:
@@ -80,12 +97,23 @@ def is_read_committed(connection: Connection) -> bool:
     return default == "read committed"
 
 
-def _revision(session: Session, schema: str) -> str | None:
-    """Give the table's comment; '' where the table has none, None where there is no table."""
+def _look(session: Session, schema: str) -> Row[Any]:
+    """Return the table's comment, '' where it has none and None where there is no table; and how times are written."""
     table = pg.to_regclass(pg.concat(pg.quote_ident(schema), ".workflow"))
-    statement = select(func.coalesce(pg.obj_description(table, "pg_class"), "")).where(table.is_not(None))
-    comment: str | None = scalar(session, statement)
-    return comment
+    comment = case((table.is_not(None), func.coalesce(pg.obj_description(table, "pg_class"), "")))
+    styles = [pg.current_setting(each).label(each) for each in ("DateStyle", "IntervalStyle")]
+    return execute(session, select(comment.label("comment"), *styles)).one()
+
+
+def _require_styles(found: Row[Any], engine: Engine) -> None:
+    """Refuse what psycopg cannot read; asyncpg reads the binary form, which has no style."""
+    odd = not found.DateStyle.startswith("ISO") or found.IntervalStyle != "postgres"
+    if odd and engine.dialect.driver == "psycopg":
+        raise SessionError(
+            f"psycopg reads no times in the style of this connection, DateStyle {found.DateStyle!r} and IntervalStyle "
+            f"{found.IntervalStyle!r}, which the server, the database or the role has set: make the engine with "
+            "connect_args={'options': '-c datestyle=ISO -c intervalstyle=postgres'}, or set them so for the role."
+        )
 
 
 def _require_revision(comment: str | None, schema: str, engine: Engine) -> None:

@@ -38,6 +38,7 @@ from sqla_durable.store._rows import (
     refresh_known,
     scalars,
     status,
+    undoes,
 )
 from sqla_durable.store.held import leaving, release_of
 from sqla_durable.store.selection import Wanted, among, hold, known, lock, look_again, still_wanted
@@ -142,9 +143,10 @@ def erase(session: Session, ids: Sequence[UUID]) -> None:
 
 
 def _unfinished_of(roots: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Tell what a cancel changes: not what was cancelled before, and undoes what it did."""
     open_ones = or_(*(WORKFLOW.c.status == status(each) for each in _UNFINISHED))
     tree = _tree(and_(roots, open_ones))
-    return and_(WORKFLOW.c.id.in_(select(tree.c.id)), open_ones)
+    return and_(WORKFLOW.c.id.in_(select(tree.c.id)), open_ones, ~undoes())
 
 
 def _deletable(roots: ColumnElement[bool]) -> Select[tuple[UUID]]:

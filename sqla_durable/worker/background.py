@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
+from sqla_durable.errors import UsageError
 from sqla_durable.log import Log
 
 log = Log("sqla_durable.worker")
@@ -49,3 +50,5 @@ class Background:
             log.debug("the worker in the background ended", exc_info=True)
             self._error = error
             self._worker.refuse_start(error)
+        else:
+            self._worker.refuse_start(UsageError("the worker was stopped before it had started."))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterable
 from datetime import timedelta
+from uuid import UUID
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Engine, SingletonThreadPool, StaticPool
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import Pool
 
 from sqla_durable.checks import require_duration
 from sqla_durable.durable import Durable
@@ -21,6 +25,10 @@ _OWN_CONNECTIONS = 5  # the writer and the heartbeat hold one each; claims, main
 _ENOUGH_TO_HOLD_ONE = 3
 _ENOUGH_TO_HOLD_TWO = 8
 _SHORTEST_LIMIT = 5.0
+_DRIVERS = ("psycopg", "asyncpg")
+
+_lock = threading.Lock()
+_reserved: WeakKeyDictionary[Pool, dict[UUID, int]] = WeakKeyDictionary()
 
 
 def engine_of(sync: sessionmaker[Session] | None, asynchronous: async_sessionmaker[AsyncSession] | None) -> Engine:
@@ -74,6 +82,14 @@ def require_sessionmakers(
             raise SessionError(f"step {step.name!r} takes a Session: give the worker a sessionmaker.")
         if step.session is SessionKind.ASYNC and asynchronous is None:
             raise SessionError(f"step {step.name!r} takes an AsyncSession: give the worker an async_sessionmaker.")
+        maker = sync if step.session is SessionKind.SYNC else asynchronous
+        wanted = step.session_class
+        if wanted is not None and maker is not None and not issubclass(maker.class_, wanted):
+            raise SessionError(
+                f"step {step.name!r} takes a {wanted.__module__}.{wanted.__qualname__}, and the worker's sessions are "
+                f"of {maker.class_.__module__}.{maker.class_.__qualname__}: give it "
+                f"{type(maker).__name__}(engine, class_={wanted.__qualname__})."
+            )
 
 
 def require_type(given: object, kind: type, name: str) -> None:
@@ -107,20 +123,67 @@ def require_codecs(durable: Durable) -> None:
         _ = step.result
 
 
+def require_driver(engine: Engine) -> None:
+    """Refuse a driver on which no worker is tested.
+
+    Raises:
+        SessionError: it is neither psycopg nor asyncpg.
+    """
+    driver = engine.dialect.driver
+    if driver not in _DRIVERS:
+        raise SessionError(
+            f"{engine!r} uses the driver {driver!r}: a worker needs psycopg or asyncpg. Give it an engine of its own, "
+            "create_engine('postgresql+psycopg://...'); what starts workflows may keep its driver."
+        )
+
+
 def pool_capacity(engine: Engine) -> int:
-    """Give how many connections steps may hold so that the pool has some left for the worker itself."""
-    size = _pool_size(engine)
+    """Give how many connections steps may hold so that the pool has some left for workers themselves."""
+    size = _left_in(engine)
     if size is None:
         return 10  # NullPool and its like set no limit of their own
     return int(max(1, min(32, size - _OWN_CONNECTIONS)))
 
 
-def connections_to_hold(engine: Engine) -> int:
-    """Tell how many of the pool's connections the worker may keep: one for its heartbeat, one for its writer."""
+def reserve(engine: Engine, worker_id: UUID) -> int:
+    """Reserve connections of the pool for a worker; return how many it may keep, for its heartbeat and its writer.
+
+    Workers that share a pool would otherwise keep all of it, and wait for each other in silence.
+
+    Raises:
+        SessionError: other workers of this process have reserved too many of them.
+    """
+    with _lock:
+        left = _left_in(engine)
+        hold = 2 if left is None or left >= _ENOUGH_TO_HOLD_TWO else int(left >= _ENOUGH_TO_HOLD_ONE)
+        others = _reserved.setdefault(engine.pool, {})
+        if others and not hold:
+            raise SessionError(
+                f"the pool of {engine!r} has {_pool_size(engine):.0f} connections, and {len(others)} workers of this "
+                f"process share it, which need {sum(others.values())} of them: {left:.0f} are too few for another one. "
+                f"Raise pool_size, by {_needs(2)} for each worker, or give it an engine of its own; one worker "
+                "with a higher concurrency needs no more connections."
+            )
+        others[worker_id] = _needs(hold)
+        return hold
+
+
+def _needs(hold: int) -> int:
+    """Return how many connections a worker needs that keeps so many: one for its other statements, one for a step."""
+    return hold + 2
+
+
+def give_back(worker_id: UUID) -> None:
+    """Give back what a worker has reserved."""
+    with _lock:
+        for each in list(_reserved.values()):
+            each.pop(worker_id, None)
+
+
+def _left_in(engine: Engine) -> float | None:
+    """Return how many connections of the pool no worker has reserved; None where it has no limit."""
     size = _pool_size(engine)
-    if size is None or size >= _ENOUGH_TO_HOLD_TWO:
-        return 2
-    return int(size >= _ENOUGH_TO_HOLD_ONE)
+    return None if size is None else size - sum(_reserved.get(engine.pool, {}).values())
 
 
 def time_limit(lease: timedelta) -> float:

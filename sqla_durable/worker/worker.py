@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 from uuid import UUID
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
@@ -26,7 +26,6 @@ from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, Usage
 from sqla_durable.handle import refuse_event_loop
 from sqla_durable.log import Log, worker_name
 from sqla_durable.operations.arrivals import Arrivals
-from sqla_durable.retry import first_line, is_unreachable
 from sqla_durable.store import hints, schema
 from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS, MOST_CRASHES
 from sqla_durable.worker.attempts import Attempts
@@ -74,6 +73,8 @@ class Worker:
         lease: how long its workflows stay its own after its last heartbeat; it beats three times in a lease.
         poll_interval: how long it waits between two looks for what to do, where no hint comes sooner.
         grace: how long a stop waits for steps that are being executed before it hands their workflows back.
+        start_timeout: how long it waits at its start for a database that cannot be reached, as in an outage or a
+            failover; later ones are waited out without an end.
         listen: whether it listens for hints, on a connection beside the pool; without, it finds things a poll later. By
             default unless the driver keeps no prepared statements, as behind a pooler in transaction mode, where no
             hint arrives.
@@ -101,6 +102,7 @@ class Worker:
         lease: timedelta = timedelta(seconds=30),
         poll_interval: timedelta = timedelta(seconds=1),
         grace: timedelta = timedelta(seconds=20),
+        start_timeout: timedelta = timedelta(seconds=60),
         listen: bool | None = None,
         max_attempts: int = DEFAULT_MAX_ATTEMPTS,
         name: str | None = None,
@@ -119,6 +121,8 @@ class Worker:
         self.poll_interval = settings.positive(poll_interval, "poll_interval")
         require_duration(grace, "grace")
         self.grace = grace
+        require_duration(start_timeout, "start_timeout")
+        self.start_timeout = start_timeout
         self.listen = listen
         self.max_attempts = settings.within(max_attempts, 1, MOST_CRASHES, "max_attempts")
         if name is not None:
@@ -126,6 +130,7 @@ class Worker:
         self.name = name
         self.left_behind = 0
         self._is_direct = True
+        self._places = 1
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = threading.Event()
         self._stopping = asyncio.Event()
@@ -142,8 +147,10 @@ class Worker:
 
         Raises:
             SchemaError: the tables and this package do not fit together.
-            DatabaseUnavailableError: the database cannot be reached at the start. Later outages are waited out.
-            SessionError: an engine is in AUTOCOMMIT, or the two sessionmakers lead to two databases.
+            DatabaseUnavailableError: the database could not be reached at the start, for `start_timeout`. Later outages
+                are waited out.
+            SessionError: an engine is in AUTOCOMMIT, or has another driver than psycopg or asyncpg; its pool has no
+                connections left beside those of other workers; or the two sessionmakers lead to two databases.
             SyncAsyncError: an event loop is running in this thread.
             UsageError: this worker has run already.
         """
@@ -164,6 +171,7 @@ class Worker:
         finally:
             worker_name.reset(named)
             self._loop = None
+            settings.give_back(self.id)
             threads.shutdown(wait=False, cancel_futures=True)
             for each in databases.all:
                 await each.close()
@@ -212,7 +220,12 @@ class Worker:
         if threading.current_thread() is threading.main_thread():
             for each in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(each, self._on_signal, loop)
-        await self.serve()
+        try:
+            await self.serve()
+        except DatabaseUnavailableError:
+            if not self._stop.is_set():
+                raise
+            log.warning("worker %s: stopped before it could reach the database", self.id)
 
     def _on_signal(self, loop: asyncio.AbstractEventLoop) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
@@ -305,22 +318,18 @@ class Worker:
         return True
 
     async def _begin(self, databases: Databases, heartbeat: Heartbeat) -> None:
-        try:
+        async def begin() -> None:
             self._is_direct = await entry.prepare(databases)
             await heartbeat.begin()
             makers = entry.Sessionmakers(self.sessionmaker, self.async_sessionmaker)
             await entry.require_transactions(makers)
             await entry.require_one_database(makers, self.id)
-        except (DBAPIError, OSError) as error:
-            if not is_unreachable(error):
-                raise
-            url = settings.engine_of(self.sessionmaker, self.async_sessionmaker).url.render_as_string(
-                hide_password=True
-            )
-            raise DatabaseUnavailableError(
-                f"the database {url} cannot be reached: {first_line(error)}. "
-                "Check the URL, and that the server is running."
-            ) from error
+
+        if self._stop.is_set():
+            self._stopping.set()
+        url = settings.engine_of(self.sessionmaker, self.async_sessionmaker).url.render_as_string(hide_password=True)
+        seconds = self.start_timeout.total_seconds()
+        await entry.begin_within(begin, url=url, seconds=seconds, stopping=self._stopping)
         if not list(self.durable.registry):
             log.warning("no workflows are registered here: is the module that defines them imported?")
         log.info(
@@ -332,14 +341,22 @@ class Worker:
 
     def _databases(self) -> Databases:
         """Give where the worker's own statements are executed."""
+        for each in self._engines():
+            settings.require_driver(each)
         engine = settings.engine_of(self.sessionmaker, self.async_sessionmaker)
         settings.require_pool(engine)
+        self._places = min(map(settings.pool_capacity, self._engines()))
         return open_databases(
             engine,
-            hold=settings.connections_to_hold(engine),
+            hold=settings.reserve(engine, self.id),
             limit=settings.time_limit(self.lease),
             beat_limit=settings.heartbeat_limit(self.lease),
         )
+
+    def _engines(self) -> list[Engine]:
+        """Return the engines of steps of either kind."""
+        engines = [schema.engine_of(each().sync_session) for each in [self.async_sessionmaker] if each is not None]
+        return engines + [schema.engine_of(each()) for each in [self.sessionmaker] if each is not None]
 
     def _claims(self, database: Database, attempts: Attempts, heartbeat: Heartbeat, cursors: Cursors) -> Claims:
         return Claims(
@@ -398,9 +415,7 @@ class Worker:
             await asyncio.Event().wait()
 
     def _surroundings(self, database: Database, writer: Writer, threads: ThreadPoolExecutor) -> Surroundings:
-        engines = [schema.engine_of(each().sync_session) for each in [self.async_sessionmaker] if each is not None]
-        engines += [schema.engine_of(each()) for each in [self.sessionmaker] if each is not None]
-        places = self.transactions or min(map(settings.pool_capacity, engines))
+        places = self.transactions or self._places
         return Surroundings(
             database=database,
             writer=writer,

@@ -219,9 +219,8 @@ def test_orm_instance_as_an_argument_is_refused(session_factory: Sessions) -> No
 def test_orm_class_as_an_annotation_is_refused() -> None:
     def wrong(order: Order) -> None: ...
 
-    workflow = Durable().workflow(wrong)
     with pytest.raises(DefinitionError, match=r"annotated with the ORM class Order: .*Pass its primary key"):
-        workflow.bind(Order())
+        Durable().workflow(wrong)
 
 
 # --- what PostgreSQL's jsonb cannot hold, and what is too large
@@ -376,7 +375,7 @@ def test_worker_with_a_wrong_url_says_which(database_url: str, change: str, valu
         url = url.set(**{change: value})
     engine = create_engine(url.set(password="secret"))
     with pytest.raises(DatabaseUnavailableError, match=r"(?s)cannot be reached: .*Check the URL") as caught:
-        Worker(bare, sessionmaker=sessionmaker(engine)).run()
+        Worker(bare, sessionmaker=sessionmaker(engine), start_timeout=timedelta()).run()
     assert "secret" not in str(caught.value)
     engine.dispose()
 
@@ -389,7 +388,7 @@ def test_async_worker_with_a_wrong_url_says_which(database_url: str, driver: str
         engine = create_async_engine(url)
         try:
             with pytest.raises(DatabaseUnavailableError, match=r"(?s)not_there.*cannot be reached: .*Check the URL"):
-                await Worker(bare, async_sessionmaker=async_sessionmaker(engine)).serve()
+                await Worker(bare, async_sessionmaker=async_sessionmaker(engine), start_timeout=timedelta()).serve()
         finally:
             await engine.dispose()
 
@@ -590,17 +589,26 @@ def test_definitions_that_cannot_work_are_refused() -> None:
         bad.step(lambda: None, name="x", stop=3)  # type: ignore[call-overload]  # pyright: ignore
 
 
-def test_result_annotation_that_cannot_be_stored_stops_the_worker_at_its_start(session_factory: Sessions) -> None:
+def test_result_annotation_that_cannot_be_stored_is_found_when_its_name_is_known(session_factory: Sessions) -> None:
+    def connect() -> "Connected":  # type: ignore[name-defined]  # noqa: F821, UP037  # pyright: ignore
+        called.append(True)
+
+    called: list[bool] = []
     bad = Durable()
+    step = bad.step(connect)  # pyright: ignore
 
-    @bad.step
-    def connect() -> Engine:
-        raise NotImplementedError
+    @bad.workflow
+    def connecting() -> None:
+        ignored: Any = step  # pyright: ignore
+        ignored()
 
-    with pytest.raises(
-        DefinitionError, match=r"result of step 'connect' is annotated .*Engine.*cannot be stored as JSON"
-    ):
+    globals()["Connected"] = Engine
+    with pytest.raises(DefinitionError, match=r"result of step 'connect' is annotated .*Engine.*cannot be stored"):
         Worker(bad, sessionmaker=session_factory)
+    with session_factory() as session, pytest.raises(DefinitionError, match="result of step 'connect'"):
+        Executor(session).run(connecting)
+    assert not called
+    del globals()["Connected"]
 
 
 def test_step_arguments_may_be_anything(session_factory: Sessions) -> None:

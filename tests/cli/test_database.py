@@ -35,7 +35,7 @@ def test_every_form_of_a_postgresql_url_is_understood(url: str) -> None:
     ],
 )
 def test_wrong_url_is_explained_without_its_password(application: Application, url: str, said: str, code: int) -> None:
-    done = application.run("worker", "ledger:durable", "--url", url)
+    done = application.run("worker", "ledger:durable", "--start-timeout", "0", "--url", url)
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert SECRET not in done.stderr
