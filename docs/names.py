@@ -70,9 +70,10 @@ def _parameters(value: Any) -> str:
 
 
 def _mark(parameter: inspect.Parameter) -> str:
-    stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    star = next((text for kind, text in stars.items() if kind is parameter.kind), "")
     has_default = parameter.default is not parameter.empty
-    return f"{stars}{parameter.name}{'=' if has_default else ''}"
+    return f"{star}{parameter.name}{'=' if has_default else ''}"
 
 
 def _first_sentence(value: Any) -> str:
