@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def test_page_runs_as_a_script_and_prints_what_it_says(
 ) -> None:
     script = tmp_path / "page.py"
     script.write_text("\n\n".join(blocks(page, "python")))
-    makes_tables = re.search(r"^metadata\.create_all", script.read_text(), re.M)
+    makes_tables = re.search(r"^metadata\.create_all|run_sync\(metadata\.create_all\)", script.read_text(), re.M)
     database_url: str = request.getfixturevalue("empty_database_url" if makes_tables else "database_url")
 
     done = subprocess.run(
@@ -77,3 +78,9 @@ def test_reference_shows_every_public_name() -> None:
     shown = set(re.findall(r"\w+", " ".join(re.findall(r"members: \[(.*?)\]", page))))
     shown |= set(re.findall(r"^::: sqla_durable\.(\w+)", page, re.M))
     assert set(sqla_durable.__all__) - shown == {"metadata", "storage"}  # of Alembic's
+
+
+def test_page_of_names_is_what_the_package_exports() -> None:
+    """`python docs/names.py` writes it."""
+    page = ROOT / "docs" / "names.md"
+    assert page.read_text() == runpy.run_path(str(page.with_suffix(".py")))["page"]()
