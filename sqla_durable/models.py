@@ -474,7 +474,7 @@ class Worker(Base):
     __table_args__ = (
         CheckConstraint("pg_catalog.octet_length(name) <= 1000", name="name"),
         CheckConstraint("lease_expires_at > heartbeat_at", name="lease"),
-        CheckConstraint("jsonb_typeof(doing) = 'object'", name="doing"),
+        CheckConstraint("pg_catalog.jsonb_typeof(doing) = 'object'", name="doing"),
         _times("started_at", "heartbeat_at", "lease_expires_at"),
     )
 

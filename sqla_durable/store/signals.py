@@ -395,12 +395,12 @@ def _wake_one_statement() -> Any:
     )
     is_there = and_(waiting.c.awaits.is_not(None), _satisfied(waiting))
     due = materialized(
-        select(waiting.c.workflow_id).where(or_(waiting.c.wake_at <= func.statement_timestamp(), is_there)), "due"
+        select(waiting.c.workflow_id).where(or_(waiting.c.wake_at <= pg.statement_timestamp(), is_there)), "due"
     )
     return (
         update(WORKFLOW)
         .where(WORKFLOW.c.id == due.c.workflow_id)
-        .values(status=WorkflowStatus.PENDING, enqueued_at=func.statement_timestamp(), wake_at=null(), awaits=null())
+        .values(status=WorkflowStatus.PENDING, enqueued_at=pg.statement_timestamp(), wake_at=null(), awaits=null())
         .returning(WORKFLOW.c.id)
     )
 

@@ -311,7 +311,7 @@ def _create_worker(schema: str) -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("worker_pkey")),
         _check("worker", "name", "pg_catalog.octet_length(name) <= 1000"),
         _check("worker", "lease", "lease_expires_at > heartbeat_at"),
-        _check("worker", "doing", "jsonb_typeof(doing) = 'object'"),
+        _check("worker", "doing", "pg_catalog.jsonb_typeof(doing) = 'object'"),
         _times("worker", "started_at", "heartbeat_at", "lease_expires_at"),
         schema=schema,
     )
