@@ -56,9 +56,12 @@ def test_a_worker_that_is_started_during_an_outage_waits_for_its_end(
 ) -> None:
     proxy = Proxy(database_url)
     proxy.cut()
-    end = threading.Thread(
-        target=lambda: (races.wait_until(lambda: warnings_of(caplog, "cannot be reached"), what="a try"), proxy.open())
-    )
+
+    def open_later() -> None:
+        races.wait_until(lambda: warnings_of(caplog, "cannot be reached"), what="a try")
+        proxy.open()
+
+    end = threading.Thread(target=open_later)
     end.start()
     with worker_of(proxy.url, driver):
         assert greet.handle(sessionmaker(engine), workflow_id).result(timeout=PATIENCE) == "hello Ada"
