@@ -80,19 +80,21 @@ _SHOWN = [WORKFLOW.c[each] for each in ("name", "key", *_DEFAULTS)]
 """What is read of a workflow that has a key: no payload, which who starts workflows may have no right to read."""
 
 _OPTIONS: Mapping[str, Sequence[str]] = {
-    "key": ("key",),
-    "priority": ("priority",),
-    "status": ("delay", "wake_at"),
-    "wake_at": ("delay", "wake_at"),
-    "parent_id": ("parent_id",),
-    "parent_key": ("parent_id",),
-    "detached": ("detached",),
-    "headers": ("headers",),
-    "timeout": ("timeout",),
-    "deadline_at": ("deadline", "deadline_at"),
-    "version": ("version",),
+    "key": ["key"],
+    "priority": ["priority"],
+    "delay": ["status", "wake_at"],
+    "wake_at": ["status", "wake_at"],
+    "parent_id": ["parent_id", "parent_key"],
+    "detached": ["detached"],
+    "headers": ["headers"],
+    "timeout": ["timeout"],
+    "deadline": ["deadline_at"],
+    "deadline_at": ["deadline_at"],
+    "version": ["version"],
 }
 """The columns that are written only where a workflow has one of these options."""
+
+_OPTIONS_OF = attrgetter(*_OPTIONS)
 
 
 def add(session: Session, new: NewWorkflow) -> Workflow:
@@ -214,6 +216,8 @@ def hidden_among(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> 
 
 
 def _inserted(session: Session, workflows: Sequence[NewWorkflow], *, in_snapshot: bool = False) -> dict[UUID, UUID]:
+    if not workflows:
+        return {}
     statement = _insert_many(_given_by(workflows), in_snapshot=in_snapshot)
     return {each: each for each in scalars(session, statement, filled("batch", [new_row(each) for each in workflows]))}
 
@@ -315,11 +319,13 @@ def new_columns(given: Any) -> dict[str, Any]:
 
 def _given_by(workflows: Sequence[NewWorkflow]) -> frozenset[str]:
     """Return the columns that are needed for these workflows: those of which all have the default are not written."""
-    options = {
-        column for column, fields in _OPTIONS.items() if any(any(map(attrgetter(each), workflows)) for each in fields)
-    }
-    queue = {"queue"} if any(each.queue != _DEFAULT_QUEUE for each in workflows) else set[str]()
-    return frozenset({"id", "name", "input"} | options | queue)
+    given = {"id", "name", "input"}
+    for columns, values in zip(_OPTIONS.values(), zip(*map(_OPTIONS_OF, workflows), strict=True), strict=True):
+        if any(values):
+            given.update(columns)
+    if {new.queue for new in workflows} != {_DEFAULT_QUEUE}:
+        given.add("queue")
+    return frozenset(given)
 
 
 @lru_cache(maxsize=128)

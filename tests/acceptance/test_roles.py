@@ -102,9 +102,9 @@ class World:
 
 
 @pytest.fixture
-def granted(engine: Engine) -> Generator[Roles]:
+def granted(engine: Engine, direct_url: str) -> Generator[Roles]:
     """The roles of the page."""
-    with roles(engine, *NAMES, sql=recipe(HERE)) as made:
+    with roles(engine, direct_url, *NAMES, sql=recipe(HERE)) as made:
         yield made
 
 

@@ -14,7 +14,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import Connection, Engine, event, select, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import (
@@ -118,8 +118,8 @@ def set_tenant(connection: Connection) -> None:
 
 
 @contextmanager
-def made(engine: Engine, sql: str) -> Generator[Roles]:
-    with roles(engine, *NAMES, sql=recipe(test_roles.HERE)) as given:
+def made(engine: Engine, url: str, sql: str) -> Generator[Roles]:
+    with roles(engine, url, *NAMES, sql=recipe(test_roles.HERE)) as given:
         given.execute(
             *(f"ALTER TABLE durable.{each} OWNER TO owner" for each in TABLES),
             "GRANT USAGE ON SCHEMA durable TO owner",
@@ -138,8 +138,8 @@ def made(engine: Engine, sql: str) -> Generator[Roles]:
 
 
 @pytest.fixture
-def place(engine: Engine) -> Generator[Place]:
-    with made(engine, recipe(HERE)) as given:
+def place(engine: Engine, direct_url: str) -> Generator[Place]:
+    with made(engine, direct_url, recipe(HERE)) as given:
         app = given.engine("app")
         event.listen(app, "begin", set_tenant)
         yield Place(given, sessionmaker(app), sessionmaker(given.engine("worker")))
@@ -241,8 +241,8 @@ def test_two_tenants_have_the_same_keys(place: Place) -> None:
             assert len(place.run(lambda session: session.scalars(select(Workflow.id)).all())) == 2
 
 
-async def test_a_tenant_starts_in_async_code(place: Place, engine: Engine) -> None:
-    app = create_async_engine(engine.url, connect_args={"options": place.roles.options("app")})
+async def test_a_tenant_starts_in_async_code(place: Place) -> None:
+    app = place.roles.async_engine("app")
     event.listen(app.sync_engine, "begin", set_tenant)
     for name in ("acme", "globex"):
         with acting(name):
@@ -322,8 +322,9 @@ def test_a_worker_serves_all_tenants(place: Place, reports: dict[str, UUID]) -> 
         assert len(delete(session, select(Workflow))) == 4
 
 
-def test_a_role_for_each_tenant(engine: Engine) -> None:
-    with made(engine, recipe(HERE).replace("current_setting('app.tenant', true)", "current_user")) as given:
+def test_a_role_for_each_tenant(engine: Engine, direct_url: str) -> None:
+    by_role = recipe(HERE).replace("current_setting('app.tenant', true)", "current_user")
+    with made(engine, direct_url, by_role) as given:
         given.execute("GRANT app TO acme, globex")
         for role in ("acme", "globex"):
             own = given.engine(role)

@@ -20,10 +20,17 @@ def recipe(test: str, number: int = 0) -> str:
 
 
 class Roles:
-    """Roles of one database, whose names are those of the page with the database's behind."""
+    """Roles of one database, whose names are those of the page with the database's behind.
 
-    def __init__(self, engine: Engine, names: Sequence[str]) -> None:
+    Args:
+        engine: the superuser's.
+        url: the database past PgBouncer, which refuses the option that gives a connection its role.
+        names: as the page has them.
+    """
+
+    def __init__(self, engine: Engine, url: str, names: Sequence[str]) -> None:
         self._engine = engine
+        self._url = url
         self._names = names
         self._engines: list[Engine] = []
 
@@ -45,13 +52,13 @@ class Roles:
 
     def engine(self, name: str) -> Engine:
         """Return an engine whose connections have this role."""
-        engine = create_engine(self._engine.url, connect_args={"options": self.options(name)})
+        engine = create_engine(self._url, connect_args={"options": self.options(name)})
         self._engines.append(engine)
         return engine
 
     def async_engine(self, name: str) -> AsyncEngine:
         """Return the same for async code, to be disposed of."""
-        return create_async_engine(self._engine.url, connect_args={"options": self.options(name)})
+        return create_async_engine(self._url, connect_args={"options": self.options(name)})
 
     def options(self, name: str) -> str:
         """Return the options of a connection that has a role."""
@@ -65,9 +72,9 @@ class Roles:
 
 
 @contextmanager
-def roles(engine: Engine, *names: str, sql: str) -> Generator[Roles]:
+def roles(engine: Engine, url: str, *names: str, sql: str) -> Generator[Roles]:
     """Make roles in a database for a while, and execute SQL of the page."""
-    made = Roles(engine, names)
+    made = Roles(engine, url, names)
     made.create()
     try:
         made.execute(sql)
