@@ -4,6 +4,8 @@ The records `Workflow`, `Step` and `Queue` are ORM models in your own database (
 worker's lease); `Durable` makes functions durable; `Worker`, `Executor` and `AsyncExecutor` execute them.
 """
 
+import typing as _typing
+
 from sqla_durable import errors, migrations, models, storage, unwinding
 from sqla_durable.callbacks import (
     AsyncCallback,
@@ -45,6 +47,20 @@ from sqla_durable.update_requests import UpdateRequest, wait_update
 from sqla_durable.updates import start_with_update, update
 from sqla_durable.watching import wait_event
 from sqla_durable.worker import Worker
+
+__version__: str
+
+
+if not _typing.TYPE_CHECKING:  # or every misspelled name would be a str
+
+    def __getattr__(name: str) -> str:
+        """Return the version of the package that is installed, when it is asked for."""
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("sqla-durable")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "AsyncCallback",

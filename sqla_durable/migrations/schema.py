@@ -25,6 +25,11 @@ def resolved(schema: str | None) -> Generator[str]:
         schema: what the application asks for; None means the option `durable_schema` of its env.py, or `durable`.
     """
     context = op.get_context()
+    if context.dialect.name != "postgresql":
+        raise UsageError(
+            f"these migrations are for PostgreSQL, and this database is {context.dialect.name}: durable workflows need "
+            "PostgreSQL, in the same database as the application's tables."
+        )
     wanted = schema or str(context.opts.get("durable_schema") or SCHEMA)
     with _untranslated(None if context.as_sql else context.connection) as names:
         name = names.get(wanted, wanted)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -60,4 +62,11 @@ def test_modules_are_not_taken_from_another_users_directory_that_everybody_may_w
 def test_the_current_directory_is_not_on_the_path_where_python_is_told_so(application: Application) -> None:
     done = application.run("worker", "ledger:durable", "--url", USELESS, environment={"PYTHONSAFEPATH": "1"})
     assert "there is no module 'ledger' on the path, which is without the current directory" in done.stderr
+    assert done.returncode == 2
+
+
+def test_command_says_that_it_is_an_extra_where_typer_is_not_installed() -> None:
+    without = "import sys; sys.modules['typer'] = None; from sqla_durable.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True, check=False)
+    assert done.stderr == "sqla-durable: the command line is an extra: pip install 'sqla-durable[cli]'.\n"
     assert done.returncode == 2
