@@ -74,7 +74,7 @@ def test_other_schema_version_is_explained(
     ("arguments", "said"),
     [
         (["--lease", "0"], "lease must be longer than zero, got 0 seconds"),
-        (["--poll-interval", "-1"], "poll_interval="),
+        (["--poll-interval", "-1"], "poll_interval must be longer than zero"),
         (["--queue", " "], "names no queue"),
         (["--lease", "1e300"], "too large"),
         (["--log-level", "loud"], "--log-level 'loud' is none of"),
