@@ -5,5 +5,5 @@ import tomllib
 from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-for each in project["dependencies"]:
+for each in [*project["dependencies"], *project["optional-dependencies"]["cli"]]:
     print(re.sub(r"(\[.*\])?>=", "==", each))

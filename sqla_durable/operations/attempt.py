@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
 from uuid import UUID
@@ -15,11 +15,11 @@ from sqla_durable.classes import DEFAULT as DEFAULT_ERRORS
 from sqla_durable.classes import KnownErrors
 from sqla_durable.errors import HistoryLimitError, UnfinishedStepError, UsageError
 from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
-from sqla_durable.limits import Watch
 from sqla_durable.operations.arrivals import Arrivals, Waker
 from sqla_durable.operations.branch import Branches
 from sqla_durable.operations.changes import FIRED, Visits
 from sqla_durable.operations.leaving import refusal
+from sqla_durable.operations.reports import Progress
 from sqla_durable.retry import Tries
 from sqla_durable.store import Awaited, Claimed, Fence, Recorded
 from sqla_durable.unwinding import CallRefused, Cancelling, ContinuedAsNew, ControlFlow, Suspended
@@ -88,50 +88,6 @@ class Parking:
     def within(self, seconds: float) -> Parking:
         """Return the same, but for no longer than that."""
         return self if self.seconds is not None and self.seconds <= seconds else replace(self, seconds=seconds)
-
-
-class Progress:
-    """What a step reports of itself while it is executed, in all tries of one attempt.
-
-    Attributes:
-        details: the last that it has reported, as JSON text, in an earlier attempt perhaps.
-        watch: the limits of the try that is being made, if it has some.
-    """
-
-    def __init__(self, details: str | None) -> None:
-        self.details = details
-        self.watch: Watch | None = None
-        self._sent_at = float("-inf")
-        self._unsent = False
-
-    @property
-    def unsent(self) -> bool:
-        """Whether there is something newer than what was sent."""
-        return self._unsent
-
-    def report(self, details: str | None, *, interval: float) -> bool:
-        """Note details; tell whether they are to be sent now, `interval` seconds after the last ones.
-
-        Raises:
-            StepTimeoutError: the try has been silent for too long, or its time is over.
-        """
-        if self.watch is not None:
-            self.watch.hear()
-        self.details = self.details if details is None else details
-        self._unsent = True
-        return time.monotonic() - self._sent_at >= interval
-
-    @contextmanager
-    def sending(self) -> Generator[None]:
-        """Send the newest details; if that is cut off, they are not sent yet."""
-        self._sent_at = time.monotonic()
-        self._unsent = False
-        try:
-            with nullcontext() if self.watch is None else self.watch.writing():
-                yield
-        except BaseException:
-            self._unsent = True
-            raise
 
 
 class Attempt:
