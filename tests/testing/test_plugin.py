@@ -44,20 +44,17 @@ def test_nothing_is_imported():
 def run(directory: Path, *options: str, url: str | None = None, **files: str) -> str:
     for name, content in files.items():
         (directory / f"{name}.py").write_text(content)
-    arguments = [
-        "-p",
-        "sqla_durable_pytest",
-        "-p",
-        "no:hypothesispytest",
-        "-W",
-        "error",
-        "-o",
-        "asyncio_default_fixture_loop_scope=function",
-    ]
+    # Whether the package is installed, and with what else, does not matter: no other plugin is loaded.
+    arguments = ["-p", "sqla_durable_pytest", "-W", "error", "-p", "no:cacheprovider", *options]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, *options],
+        [sys.executable, "-m", "pytest", *arguments],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TEST_SERVER_URL": url or ""},
+        env={
+            **os.environ,
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTHONPATH": str(ROOT),
+            "TEST_SERVER_URL": url or "",
+        },
         capture_output=True,
         text=True,
         timeout=100,
@@ -90,11 +87,11 @@ def test_server(number, sqla_durable_session, sqla_durable_server_url):
     sqla_durable_session.execute(text("SELECT FROM durable.workflow"))
     (Path(__file__).parent / f"url_{number}").write_text(sqla_durable_server_url)
 """
-    run(tmp_path, "-n", "2", test_server="from pathlib import Path\n" + tests)
+    run(tmp_path, "-p", "xdist.plugin", "-n", "2", test_server="from pathlib import Path\n" + tests)
     (url,) = {(tmp_path / f"url_{number}").read_text() for number in (1, 2)}
     directory = Path(re.findall(r"host=([^&]+)", url)[0].replace("%2F", "/"))
     assert not directory.exists()
 
 
 def test_package_is_imported_when_a_test_asks_for_it(tmp_path: Path) -> None:
-    assert "1 passed" in run(tmp_path, "-p", "no:xdist", "-p", "no:pytest_postgresql", test_late=LATE)
+    assert "1 passed" in run(tmp_path, test_late=LATE)
