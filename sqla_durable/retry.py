@@ -44,6 +44,8 @@ _OBSTACLES = ("53", "55", "57", "58", "42501", "42P01", "3F000", "28", "3D")
 # data_exception, integrity_constraint_violation, program_limit_exceeded, and what PL/pgSQL raises.
 _DATA = ("22", "23", "54", "P0")
 
+_UNTRANSLATABLE = ("22P05", "22021")  # untranslatable_character, character_not_in_repertoire
+
 _CANCELLED = "57014"  # query_canceled
 
 _DRIVERS = ("psycopg", "asyncpg", "pg8000", "sqlalchemy.dialects.postgresql")
@@ -298,6 +300,11 @@ def spoils_connection(error: BaseException) -> bool:
     Its server has become a standby, or its driver and the server no longer agree on what is prepared.
     """
     return is_read_only(error) or is_mixed_up(error)
+
+
+def is_untranslatable(error: BaseException) -> bool:
+    """Tell whether a text holds characters that the encoding of the database does not have."""
+    return isinstance(error, DBAPIError) and sqlstate(error) in _UNTRANSLATABLE
 
 
 def is_read_only(error: BaseException) -> bool:
