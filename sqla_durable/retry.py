@@ -356,5 +356,5 @@ def is_unreachable(error: BaseException) -> bool:
 def sqlstate(error: DBAPIError) -> str | None:
     """Give the five characters of PostgreSQL's error code, from the exception of any driver."""
     found = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)  # the latter of psycopg2
-    first = next(iter(getattr(error.orig, "args", ())), None)
+    first: Any = next(iter(getattr(error.orig, "args", ())), None)
     return first.get("C") if found is None and isinstance(first, dict) else found  # of pg8000: the server's fields

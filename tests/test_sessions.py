@@ -1,4 +1,7 @@
 """Sessions as applications make them: what callers and executors take, and what they refuse."""
+# The sessions here are of classes of the application, which the types of sessionmakers do not let through.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
 
 from __future__ import annotations
 
