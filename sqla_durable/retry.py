@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import tenacity
 from sqlalchemy.exc import DataError, DBAPIError, OperationalError
@@ -357,4 +357,6 @@ def sqlstate(error: DBAPIError) -> str | None:
     """Give the five characters of PostgreSQL's error code, from the exception of any driver."""
     found = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)  # the latter of psycopg2
     first: Any = next(iter(getattr(error.orig, "args", ())), None)
-    return first.get("C") if found is None and isinstance(first, dict) else found  # of pg8000: the server's fields
+    if found is None and isinstance(first, dict):  # of pg8000: the server's fields
+        found = cast("dict[str, str]", first).get("C")
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -49,6 +48,7 @@ from sqlalchemy.types import TypeEngine
 
 from sqla_durable.column_types import Text
 from sqla_durable.models import SCHEMA, Base, Workflow
+from sqla_durable.redaction import escaped
 from sqla_durable.setbacks import mark_engine_error
 from sqla_durable.status import StepStatus, WorkflowStatus
 
@@ -87,9 +87,6 @@ COMPENSATES: ColumnElement[str] = literal_column("'compensates'", type_=Text())
 REQUESTED: ColumnElement[str] = literal_column("'requested'", type_=Text())
 OVERDUE: ColumnElement[str] = literal_column("'overdue'", type_=Text())
 """What `cancellation` says: that there may be something to undo; and that it is to be undone now, for which reason."""
-
-_ASCII = 0x80
-_CHARACTER = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)|[^\x00-\x7f]", re.DOTALL)
 
 _IDLE_TIMEOUT = "idle_in_transaction_session_timeout"
 _IDLE_LIMIT = "5s"
@@ -137,7 +134,7 @@ class Checkpoint:
     @property
     def escaped(self) -> Checkpoint:
         """The same with an error that every database can store."""
-        return self if self.error is None else replace(self, error=_escaped(self.error))
+        return self if self.error is None else replace(self, error=escaped(self.error))
 
     @property
     def recorded(self) -> Recorded:
@@ -222,7 +219,7 @@ class Completion:
     @property
     def escaped(self) -> Completion:
         """The same with an error that every database can store."""
-        return self if self.error is None else replace(self, error=_escaped(self.error))
+        return self if self.error is None else replace(self, error=escaped(self.error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,19 +283,6 @@ class Verdict(Enum):
     RECORDED = auto()
     DUPLICATE = auto()
     LOST = auto()
-
-
-def _escaped(text: str) -> str:
-    """Write the characters of JSON text that are not ASCII as readers see them escaped: ``\\u20ac`` for the euro sign.
-
-    A database that is not in UTF-8 refuses others, as themselves and as escapes of JSON.
-    """
-
-    def shown(found: re.Match[str]) -> str:
-        number = int(found[1], 16) if found[1] else ord(found[0][-1])
-        return found[0] if number < _ASCII else f"\\\\u{number:04x}"
-
-    return _CHARACTER.sub(shown, text)
 
 
 def bind_arguments() -> dict[str, Any]:
