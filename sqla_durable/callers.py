@@ -6,14 +6,20 @@ from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar, cast
 from uuid import UUID
+from weakref import WeakSet
 
 from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
-from sqla_durable.context import active
-from sqla_durable.errors import ArgumentError, SessionError, WorkflowFinishedError, WorkflowNotFoundError
+from sqla_durable.errors import (
+    ArgumentError,
+    DatabaseUnavailableError,
+    SessionError,
+    WorkflowFinishedError,
+    WorkflowNotFoundError,
+)
 from sqla_durable.models import Workflow
 from sqla_durable.retry import is_read_only, sqlstate
 from sqla_durable.status import WorkflowStatus
@@ -22,6 +28,9 @@ from sqla_durable.store import connection_of, keys, schema
 T = TypeVar("T")
 
 _SERIALIZATION_FAILURE = "40001"
+
+of_steps: WeakSet[Session] = WeakSet()
+"""The sessions that steps of the engine have now."""
 
 AnySession: TypeAlias = "Session | AsyncSession"
 
@@ -136,9 +145,9 @@ def _required(session: Session, function: Callable[[Session], T]) -> T:
     try:
         return function(session)
     except DBAPIError as error:
-        if not is_read_only(error) or active() is not None:  # a step is tried again, on the new primary
+        if not is_read_only(error) or session in of_steps:  # a step is tried again, on the new primary
             raise
-        raise SessionError(
+        raise DatabaseUnavailableError(
             f"nothing can be written with {session!r}: its server is a standby, or its transaction is read only. Give "
             "a session of the primary, and roll this one back."
         ) from error

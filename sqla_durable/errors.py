@@ -456,4 +456,4 @@ class SchemaNewerError(SchemaError):
 
 
 class DatabaseUnavailableError(DurableError):
-    """The database server cannot be reached with the URL given."""
+    """The database server cannot be reached with the URL given, or takes no writes."""

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
@@ -54,7 +54,7 @@ def name_of(fn: Callable[..., Any], given: str | None, *, what: str) -> str:
         DefinitionError: it has no usable name.
     """
     if isinstance(fn, (staticmethod, classmethod)):
-        raise DefinitionError(_order_of(fn, what))
+        raise DefinitionError(_order_of(cast("Any", fn), what))
     if not callable(fn):
         raise DefinitionError(f"a {what} is made of a function, got {fn!r}.")
     name = given if given is not None else getattr(fn, "__name__", "")

@@ -197,3 +197,20 @@ def brief(error: BaseException) -> str:
     """Return the class and the text of an exception in one line, without values, to be part of another message."""
     text = message_of(error)
     return f"{type(error).__name__}({text!r})" if text else f"{type(error).__name__}()"
+
+
+def escaped(text: str) -> str:
+    """Write the characters of JSON text that are not ASCII as readers see them escaped: ``\\u20ac`` for the euro sign.
+
+    A database that is not in UTF-8 refuses others, as themselves and as escapes of JSON.
+    """
+
+    def shown(found: re.Match[str]) -> str:
+        number = int(found[1], 16) if found[1] else ord(found[0][-1])
+        return found[0] if number < _ASCII else f"\\\\u{number:04x}"
+
+    return _CHARACTER.sub(shown, text)
+
+
+_ASCII = 0x80
+_CHARACTER = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)|[^\x00-\x7f]", re.DOTALL)

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import tenacity
 from sqlalchemy.exc import DataError, DBAPIError, OperationalError
@@ -43,6 +43,8 @@ _OUTAGES = ("08", "57P", "53300", _READ_ONLY, "25P03", "25P04")
 _OBSTACLES = ("53", "55", "57", "58", "42501", "42P01", "3F000", "28", "3D")
 # data_exception, integrity_constraint_violation, program_limit_exceeded, and what PL/pgSQL raises.
 _DATA = ("22", "23", "54", "P0")
+
+_UNTRANSLATABLE = ("22P05", "22021")  # untranslatable_character, character_not_in_repertoire
 
 _CANCELLED = "57014"  # query_canceled
 
@@ -300,6 +302,11 @@ def spoils_connection(error: BaseException) -> bool:
     return is_read_only(error) or is_mixed_up(error)
 
 
+def is_untranslatable(error: BaseException) -> bool:
+    """Tell whether a text holds characters that the encoding of the database does not have."""
+    return isinstance(error, DBAPIError) and sqlstate(error) in _UNTRANSLATABLE
+
+
 def is_read_only(error: BaseException) -> bool:
     """Tell whether the server takes no writes: it is a standby, or was told so."""
     return isinstance(error, DBAPIError) and sqlstate(error) == _READ_ONLY
@@ -349,5 +356,7 @@ def is_unreachable(error: BaseException) -> bool:
 def sqlstate(error: DBAPIError) -> str | None:
     """Give the five characters of PostgreSQL's error code, from the exception of any driver."""
     found = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)  # the latter of psycopg2
-    first = next(iter(getattr(error.orig, "args", ())), None)
-    return first.get("C") if found is None and isinstance(first, dict) else found  # of pg8000: the server's fields
+    first: Any = next(iter(getattr(error.orig, "args", ())), None)
+    if found is None and isinstance(first, dict):  # of pg8000: the server's fields
+        found = cast("dict[str, str]", first).get("C")
+    return found

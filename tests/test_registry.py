@@ -52,7 +52,7 @@ def annotated(session: SessionDep, a: int) -> None: ...
 async def aliased(session: AsyncSessionDep) -> None: ...
 def quoted_dependency(db: "SessionDep") -> None: ...  # noqa: UP037
 def renamed(session: DbSession) -> None: ...
-def generic(session: S) -> None: ...
+def generic(session: S) -> None: ...  # pyright: ignore[reportInvalidTypeVarUse]
 def sync_step(session: Session, a: int) -> None: ...
 async def async_step(session: AsyncSession, a: int) -> None: ...
 def own_session(session: MySession) -> None: ...
@@ -324,11 +324,12 @@ def test_what_is_called_decides_whether_it_is_async(fn: Callable[..., Any]) -> N
 @pytest.mark.parametrize("fn", [blocking(fetch), functools.partial(blocking(fetch)), functools.cache(fetch)])
 def test_def_that_wraps_an_async_def_is_refused(fn: Callable[..., Any]) -> None:
     durable = Durable()
-    for decorate in (durable.step, durable.workflow):
+    decorators: list[Callable[..., object]] = [durable.step, durable.workflow]
+    for decorate in decorators:
         with pytest.raises(DefinitionError, match=r"wraps an async def, .*write the wrapper as an `async def`"):
             decorate(fn, name="fetch")
     with pytest.raises(DefinitionError, match="is a def that wraps an async def"):
-        run_step("fetch", fn)
+        _: object = run_step("fetch", fn)
 
 
 def _charge(self: Any, cents: int) -> int:
@@ -405,8 +406,9 @@ def test_annotation_that_cannot_be_stored_is_refused_where_it_is_written() -> No
 
 def test_annotation_may_name_a_class_defined_further_down_where_it_is_decorated() -> None:
     durable = Durable()
-    step = durable.step(_refers)
-    workflow = durable.workflow(_refers)
+    refers: Any = _refers  # pyright: ignore[reportUnknownVariableType]
+    decorators: tuple[Any, Any] = durable.step, durable.workflow
+    step, workflow = (each(refers) for each in decorators)
     globals()["Referred"] = Later
     try:
         assert step.definition.result.decode('{"x": 1}') == Later(1)

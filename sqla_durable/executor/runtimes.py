@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
@@ -24,6 +25,7 @@ from sqla_durable.operations.parking import LOOK_EVERY, QUIET, wait_or_park
 from sqla_durable.operations.runtime import StepCall, run_blocking
 from sqla_durable.operations.transaction import HeldTransaction, StepTransaction, in_session
 from sqla_durable.registry import StepDefinition
+from sqla_durable.retry import is_untranslatable
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.setbacks import TransactionRetry
 from sqla_durable.store import (
@@ -42,6 +44,7 @@ from sqla_durable.undisturbed import undisturbed
 from sqla_durable.unwinding import AttemptLost
 
 T = TypeVar("T")
+Row = TypeVar("Row", Checkpoint, Completion)
 
 _LOOK_EVERY = 0.1  # seconds between two looks for what is waited for
 
@@ -111,7 +114,7 @@ class BlockingInline(BlockingRuntime):
 
     @override
     async def record(self, checkpoint: Checkpoint) -> None:
-        await self._write(lambda session: _record(session, checkpoint))
+        await _escaping(lambda given: self._write(partial(_record, checkpoint=given)), checkpoint)
 
     @override
     def note(self, checkpoint: Checkpoint) -> None:
@@ -136,7 +139,10 @@ class BlockingInline(BlockingRuntime):
 
     @override
     async def finish(self, completion: Completion) -> None:
-        await self._story.write(lambda session: _finish(session, completion, self._story), pause=self.pause)
+        await _escaping(
+            lambda given: self._story.write(partial(_finish, completion=given, story=self._story), pause=self.pause),
+            completion,
+        )
 
     async def _write(self, statement: Callable[[Session], T]) -> T:
         """Write in a transaction of its own, and have the session for oneself meanwhile."""
@@ -269,7 +275,7 @@ class AsyncInline(AsyncRuntime):
     @override
     async def record(self, checkpoint: Checkpoint) -> None:
         async with self._turn():
-            await self._write(lambda session: _record(session, checkpoint), pause=self.pause)
+            await self._recording(checkpoint)
 
     @override
     def note(self, checkpoint: Checkpoint) -> None:
@@ -299,7 +305,10 @@ class AsyncInline(AsyncRuntime):
             await self._record_noted()
             # A step that was called beside the others, and that nobody awaits any more, must not touch the session.
             self.attempt.stop(partial(AttemptLost, self.attempt.workflow_id))
-            await self._write(lambda session: _finish(session, completion, self._story), pause=self.pause)
+            await _escaping(
+                lambda given: self._write(partial(_finish, completion=given, story=self._story), pause=self.pause),
+                completion,
+            )
 
     async def _write(self, statement: Callable[[Session], T], *, pause: Callable[[float], Awaitable[None]]) -> T:
         """Write to its end, also when cancelled meanwhile, which would spoil the session's connection."""
@@ -321,8 +330,11 @@ class AsyncInline(AsyncRuntime):
     async def _record_noted(self) -> None:
         """Record what was noted; whoever else settles meanwhile waits for the lock until it is committed."""
         while self._noted:
-            await self._write(partial(_record, checkpoint=self._noted[0]), pause=self.pause)
+            await self._recording(self._noted[0])
             self._noted.pop(0)
+
+    async def _recording(self, checkpoint: Checkpoint) -> None:
+        await _escaping(lambda given: self._write(partial(_record, checkpoint=given), pause=self.pause), checkpoint)
 
     @asynccontextmanager
     async def _turn(self) -> AsyncGenerator[None]:
@@ -384,6 +396,16 @@ class AsyncUntilWaiting(AsyncInline):
 
 def _always() -> bool:
     return True
+
+
+async def _escaping(write: Callable[[Row], Awaitable[None]], row: Row) -> None:
+    """Write a row; where the database does not have the characters of its error, with these escaped."""
+    try:
+        await write(row)
+    except DBAPIError as error:
+        if not is_untranslatable(error) or row.escaped == row:
+            raise
+        await write(row.escaped)
 
 
 def _nothing() -> None:

@@ -153,10 +153,7 @@ class Attempt:
 
     @property
     def may_hold(self) -> bool:
-        """Whether children of a map may wait for others to end: of this attempt's, or of one in its history.
-
-        That one may not have been called again before the workflow ends.
-        """
+        """Whether children of a map may wait for others to end: also of one in its history, not called again yet."""
         recorded = {key for key, each in self._history.items() if _starts_several(each)}
         return bool((self.holding | recorded) - self.joined)
 
@@ -362,8 +359,7 @@ class Attempt:
             yield
         finally:
             self.is_compensating = outer
-            if cancelling:
-                self._stop = self._stop or Cancelling
+            self._stop = self._stop or (Cancelling if cancelling else None)
 
     @property
     def stopped(self) -> bool:

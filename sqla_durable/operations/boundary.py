@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 
+from sqla_durable.callers import of_steps
 from sqla_durable.errors import StepTransactionError
 
 # Not in Session.info, which is the user's: a step that clears it must not take its guard off.
@@ -27,6 +28,7 @@ class Boundary:
         self._connections = 1  # the one for the checkpoint is there from the beginning
         self._outer = _watched.get(session)
         _watched[session] = self
+        of_steps.add(session)
 
     def check(self) -> None:
         """Give the transaction back to the engine.
@@ -47,6 +49,7 @@ class Boundary:
             self._transaction = None
             if self._outer is None:
                 _watched.pop(self._session, None)
+                of_steps.discard(self._session)
             else:
                 _watched[self._session] = self._outer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum, auto
 from typing import Any, TypeAlias
@@ -48,6 +48,7 @@ from sqlalchemy.types import TypeEngine
 
 from sqla_durable.column_types import Text
 from sqla_durable.models import SCHEMA, Base, Workflow
+from sqla_durable.redaction import escaped
 from sqla_durable.setbacks import mark_engine_error
 from sqla_durable.status import StepStatus, WorkflowStatus
 
@@ -131,6 +132,11 @@ class Checkpoint:
     value: tuple[Any] | None = None
 
     @property
+    def escaped(self) -> Checkpoint:
+        """The same with an error that every database can store."""
+        return self if self.error is None else replace(self, error=escaped(self.error))
+
+    @property
     def recorded(self) -> Recorded:
         """The same as a replay reads it."""
         return Recorded(self.key, self.name, self.position, self.status, self.output, self.error, value=self.value)
@@ -209,6 +215,11 @@ class Completion:
     is_child: bool = False
     holds: bool = False
     has_notices: bool = False
+
+    @property
+    def escaped(self) -> Completion:
+        """The same with an error that every database can store."""
+        return self if self.error is None else replace(self, error=escaped(self.error))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import asyncio
 import concurrent.futures
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 from uuid import UUID
 
@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 
 from sqla_durable.errors import EncodingError
 from sqla_durable.log import Log
-from sqla_durable.retry import first_line
+from sqla_durable.retry import first_line, is_untranslatable
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Fence, Park, batches, steps, workflows
 from sqla_durable.unwinding import AttemptLost
@@ -188,6 +188,10 @@ class Writer:
             half = len(groups) // 2
             await self._commit([write for group in groups[:half] for write in group])
             await self._commit([write for group in groups[half:] for write in group])
+            return
+        shown = [each if isinstance(each.row, Park) else replace(each, row=each.row.escaped) for each in batch]
+        if is_untranslatable(error) and any(one.row != other.row for one, other in zip(shown, batch, strict=True)):
+            await self._commit(shown)
             return
         log.error("the database refuses what workflow %s records: %s", batch[0].fence.workflow_id, error)
         for write in batch:

@@ -126,8 +126,9 @@ def test_workers_that_share_a_pool_leave_each_other_connections(database_url: st
         with pytest.raises(SessionError, match=r"9 connections, and 2 workers .* need 7 of them: 2 are too few"):
             Worker(durable, sessionmaker=maker).run()
         other = create_engine(database_url)
+        other_maker = sessionmaker(other)
         for each in ids:
-            greet.handle(other_maker := sessionmaker(other), each).result(timeout=PATIENCE)
+            greet.handle(other_maker, each).result(timeout=PATIENCE)
         with other_maker() as session:
             assert len(set(session.scalars(select(Workflow.worker_id)))) >= 1
         other.dispose()
