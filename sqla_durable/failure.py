@@ -234,7 +234,7 @@ _instance_dict: Callable[[BaseException], Any] = BaseException.__dict__["__dict_
 def _contents(error: BaseException, limit: int, details: bool) -> tuple[list[Any] | None, dict[str, Any] | None]:
     """Return what is kept of the arguments and the attributes."""
     try:
-        return _Writing(details, _GROUPS if isinstance(error, ExceptionGroup) else 1).contents(error, limit)
+        return _Writing(details, _GROUPS if _is_group(error) else 1).contents(error, limit)
     except Exception:  # what is wrong with them is the business of who raised it
         return None, None
 
@@ -257,6 +257,10 @@ def _of_validation(error: ValidationError, details: bool) -> dict[str, Any]:
     shown = [(each["type"], [*each["loc"]], each["msg"]) for each in found]
     problems = [[kind, where, text if details else without_values(text)] for kind, where, text in shown]
     return {"title": error.title, "problems": problems}
+
+
+def _is_group(error: BaseException) -> bool:
+    return isinstance(error, ExceptionGroup)
 
 
 def _arguments(error: BaseException) -> list[Any]:
@@ -356,7 +360,7 @@ class _Writing:
 
     def _error(self, error: Exception) -> dict[str, Any]:
         """Describe an error that is part of another one: briefly, for there may be many."""
-        levels = self.levels - 1 if isinstance(error, ExceptionGroup) else 0
+        levels = self.levels - 1 if _is_group(error) else 0
         args, state = replace(self, levels=levels).contents(error, self.room)
         notes = [each[:_INNER_LIMIT] for each in _notes(error, self.details)[-1:]]
         if len(json.dumps([args, state, notes])) > self.room:

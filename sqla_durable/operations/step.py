@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from sqla_durable.codec import Encoded
 from sqla_durable.errors import (
     DefinitionError,
     PayloadError,
@@ -388,14 +389,18 @@ class _Execution:
         if seconds is not None:
             raise _Again(seconds)
         encoded = self._call.definition.result.encoded(value)
-        checkpoint = self._checkpoint(StepStatus.SUCCEEDED, output=encoded.text)
-        return replace(checkpoint, value=(encoded.value,))
+        return self._checkpoint(StepStatus.SUCCEEDED, encoded=encoded)
 
     def _failure(self, error: BaseException) -> Checkpoint:
         return self._checkpoint(StepStatus.FAILED, error=record(error, self._attempt.errors))
 
     def _checkpoint(
-        self, status: StepStatus, *, output: str | None = None, error: str | None = None, delay: float | None = None
+        self,
+        status: StepStatus,
+        *,
+        encoded: Encoded | None = None,
+        error: str | None = None,
+        delay: float | None = None,
     ) -> Checkpoint:
         return Checkpoint(
             fence=self._attempt.fence,
@@ -403,12 +408,13 @@ class _Execution:
             name=self._call.position.name,
             position=self._call.position.number,
             status=status,
-            output=output,
+            output=None if encoded is None else encoded.text,
             error=error,
             attempt=self._attempt.number,
             attempts=max(1, self._call.tries.count),
             elapsed=time.monotonic() - self._began,
             delay=delay,
+            value=None if encoded is None else (encoded.value,),
         )
 
 

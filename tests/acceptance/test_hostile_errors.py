@@ -129,6 +129,60 @@ def test_error_comes_back_the_same_on_replay(shell: Shell, app: Application) -> 
     assert met == [((UUID(int=7), Decimal("1.10")), Decimal("1.10"), ["a note"])] * 2
 
 
+class StatusError(Exception):
+    """As those of HTTP clients: with a response, which JSON does not hold."""
+
+    def __init__(self, text: str, response: object) -> None:
+        super().__init__(text)
+        self.response = response
+
+
+def unfit() -> ValidationError:
+    try:
+        Model.model_validate({"number": "x"})
+    except ValidationError as error:
+        return error
+    raise AssertionError
+
+
+# behaviour: V3
+def test_error_is_caught_by_its_class_on_replay_and_outside(shell: Shell, app: Application) -> None:
+    raised: list[Exception] = [
+        StatusError("503", response=object()),
+        unfit(),
+        ExceptionGroup("both", [Priced(UUID(int=7), Decimal(1)), KeyError("x")]),
+    ]
+    met: list[str] = []
+
+    def refuse(number: int) -> None:
+        raise raised[number]
+
+    step = app.plain(refuse)
+
+    async def ship() -> None:
+        try:
+            await step(0)
+        except StatusError as caught:
+            met.append(f"{caught} {caught.response}")
+        try:
+            await step(1)
+        except ValidationError as caught:
+            met.append(f"{caught.title} {caught.errors()[0]['loc']}")
+        try:
+            await step(2)
+        except* Priced as caught:
+            met.append(str(caught.exceptions[0]))
+
+    workflow = app.workflow(ship)
+    with pytest.raises(ExceptionGroup, match="both") as first:
+        shell.run(workflow)
+    shell.crashed(shell.only)
+    with pytest.raises(ExceptionGroup, match="both") as second:
+        shell.finish(workflow, shell.only)
+    assert repr(first.value.exceptions) == repr(second.value.exceptions) == "(KeyError('x'),)"
+    assert met == ["503 None", "Model ('number',)", f"({UUID(int=7)!r}, {Decimal(1)!r})"] * 2
+
+
 class Priced(Exception):
     def __init__(self, order_id: UUID, price: Decimal) -> None:
         super().__init__(order_id, price)

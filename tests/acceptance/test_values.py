@@ -14,6 +14,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from sqla_durable import (
+    Durable,
     Workflow,
     WorkflowStatus,
     current,
@@ -232,18 +233,13 @@ def test_what_nobody_could_read_is_not_sent(shell: Shell, app: Application) -> N
 
 
 # behaviour: V2
-def test_step_whose_result_cannot_come_back_is_refused_before_it_is_called(shell: Shell, app: Application) -> None:
-    called: list[int] = []
-
+def test_step_and_workflow_whose_values_cannot_come_back_are_refused_at_definition() -> None:
     def price() -> dict[tuple[int, int], int]:
-        called.append(1)
         return {(1, 2): 3}
 
-    step = app.plain(price)
+    async def ship(prices: dict[tuple[int, int], int]) -> int:
+        return len(prices)
 
-    async def ship() -> None:
-        await step()
-
-    with pytest.raises(DefinitionError, match="tuples as the keys of a dict"):
-        shell.run(app.workflow(ship))
-    assert called == []
+    for define in (lambda: Durable().step(price), lambda: Durable().workflow(ship).bind({})):
+        with pytest.raises(DefinitionError, match="tuples as the keys of a dict"):
+            define()
