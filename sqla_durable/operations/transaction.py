@@ -6,7 +6,7 @@ differ in one line. Source: SQLAlchemy, "Synopsis - Core / ORM", Asynchronous I/
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
@@ -111,40 +111,50 @@ class SavepointTransaction(StepTransaction):
 
 
 class HeldTransaction(StepTransaction):
-    """A transaction that holds a lock or a place in a semaphore until it ends."""
+    """A transaction that holds a lock or a place in a semaphore until it ends.
+
+    What has ended holds nothing, and its session may be in another's transaction by then: to end it again does nothing,
+    as where a task is cancelled while it commits, and goes on to roll back.
+    """
 
     def __init__(self, inner: StepTransaction, release: Callable[[], None]) -> None:
         super().__init__(inner.injected)
         self.record = inner.record
         self._inner = inner
         self._release = release
+        self._holds = True
 
     async def begin(self) -> None:
         """Begin; give the place back if that fails."""
         try:
             await self._inner.begin()
         except BaseException:
-            self._release()
+            self._give_back()
             raise
 
     async def commit(self) -> None:
         """Commit, and give the place back if that succeeds: otherwise `rollback` does."""
         await self._inner.commit()
-        self._release()
+        self._give_back()
 
     async def rollback(self) -> None:
         """Roll back, and give the place back."""
-        try:
-            await self._inner.rollback()
-        finally:
-            self._release()
+        await self._end(self._inner.rollback)
 
     async def discard(self) -> None:
         """Discard, and give the place back."""
-        try:
-            await self._inner.discard()
-        finally:
-            self._release()
+        await self._end(self._inner.discard)
+
+    async def _end(self, end: Callable[[], Awaitable[None]]) -> None:
+        if self._holds:
+            try:
+                await end()
+            finally:
+                self._give_back()
+
+    def _give_back(self) -> None:
+        self._holds = False
+        self._release()
 
 
 def _begin(session: Session, *, isolation_level: str | None) -> None:
