@@ -18,7 +18,6 @@ from types import GenericAlias
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 from uuid import UUID
 
-import pydantic_core
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr, TypeAdapter, ValidationError
 
 from sqla_durable.adapters import adapter_of, is_mapped
@@ -152,10 +151,11 @@ class Codec:
             if self.annotation is Any and not self.is_inferred:
                 _require_native(value, self.what)
             # By the names of fields and without what is computed: so that whatever is written can be read.
-            (plain,) = self.adapter.dump_python(
-                (value,), mode="json", by_alias=False, round_trip=True, warnings="error"
-            )
-        except (pydantic_core.PydanticSerializationError, ValueError, RecursionError) as error:
+            encode = self.adapter.dump_python
+            (plain,) = encode((value,), mode="json", by_alias=False, round_trip=True, warnings="error")
+        except EncodingError:
+            raise
+        except Exception as error:  # a property or a serializer may raise anything
             # Without a cause: pydantic's own text shows the value.
             raise EncodingError(f"the {self.what} cannot be stored: {self._misfit(value, error)}.") from None
         text = dump(plain, what=self.what, limit=self.limit)
@@ -199,7 +199,10 @@ class Codec:
         return kept
 
     def _require_same(self, value: object, kept: object) -> None:
-        found = difference(value, kept)
+        try:
+            found = difference(value, kept)
+        except Exception as error:  # a class of the user's may raise anything; RecursionError
+            raise EncodingError(f"the {self.what} cannot be compared: {type(error).__name__} is raised.") from None
         if found is not None and not self._is_normal(value, kept):
             raise EncodingError(f"the {self.what} cannot be stored as it is: {_changed(found)}")
 

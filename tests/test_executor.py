@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
-from sqlalchemy import func, select, update
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+import tenacity
+from sqlalchemy import event, func, select, text, update
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import AsyncExecutor, Durable, Executor, Step, Workflow, WorkflowStatus, models
-from sqla_durable.errors import AttemptLostError, SessionError, WorkflowRunningError
+from sqla_durable.errors import AttemptLostError, EncodingError, SessionError, WorkflowRunningError
 from tests.support.domain import Entry, Order
 
 Sessions = sessionmaker[Session]
@@ -243,3 +246,77 @@ def test_suspended_workflow_is_not_executed_before_its_time(session_factory: Ses
         with pytest.raises(WorkflowRunningError, match="is suspended, and not to be claimed now: it waits") as caught:
             Executor(session).execute(pay, record)
         assert caught.value.lease_expires_at is None
+
+
+calls: list[Any] = []
+
+
+@durable.step
+async def book_in_turn(session: AsyncSession, cents: int) -> int:
+    calls.append(cents)
+    session.add(Entry(account="book", cents=cents, note=None))
+    await session.flush()
+    return cents
+
+
+@durable.workflow
+async def book_at_once(tasks: list[int]) -> list[int]:
+    branches.extend(asyncio.create_task(book_in_turn(each)) for each in tasks)
+    return await asyncio.gather(*branches)
+
+
+branches: list[asyncio.Task[int]] = []
+
+
+async def test_cancel_during_a_commit_leaves_the_session_to_the_step_that_follows(async_engine: AsyncEngine) -> None:
+    calls.clear()
+    branches.clear()
+    cancelled: list[int] = []
+
+    def cancel_what_commits(_: Session) -> None:
+        if calls and not cancelled:
+            cancelled.append(calls[-1])
+            asyncio.get_running_loop().call_soon(branches[calls[-1]].cancel)
+
+    async with AsyncSession(async_engine) as session:
+        event.listen(session.sync_session, "before_commit", cancel_what_commits)
+        assert await AsyncExecutor(session).run(book_at_once, [0, 1, 2, 3]) == [0, 1, 2, 3]
+    assert len(cancelled) == 1
+    async with AsyncSession(async_engine) as session:
+        assert sorted(await session.scalars(select(Entry.cents))) == [0, 1, 2, 3]
+        assert set(await session.scalars(select(Step.status))) == {"succeeded"}
+
+
+@durable.step(stop=tenacity.stop_after_attempt(3), wait=tenacity.wait_none())
+def charge() -> str:
+    calls.append("charge")
+    return "refused"
+
+
+@durable.workflow
+def order() -> str:
+    return charge()
+
+
+@durable.workflow
+async def order_async() -> str:
+    return await charge.aio()
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_plain_step_is_not_executed_again_when_the_database_refuses_its_result(
+    session_factory: Sessions, async_engine: AsyncEngine, is_async: bool, joined: bool
+) -> None:
+    calls.clear()
+    with session_factory() as session:
+        refuse = "ALTER TABLE durable.step ADD CONSTRAINT refuses CHECK (output IS DISTINCT FROM '\"refused\"')"
+        session.execute(text(refuse))
+        session.commit()
+        async with AsyncSession(async_engine) as async_session:
+            executor = (Executor.joined if joined else Executor)(session)
+            async_executor = (AsyncExecutor.joined if joined else AsyncExecutor)(async_session)
+            running = async_executor.run(order_async) if is_async else asyncio.to_thread(executor.run, order)
+            with pytest.raises(EncodingError, match="the database refuses what the workflow records"):
+                await running
+    assert calls == ["charge"]

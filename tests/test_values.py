@@ -433,6 +433,34 @@ def test_value_that_is_nested_too_deeply_to_be_read_is_refused() -> None:
         Codec.inferred(what="payload").encode(deep)
 
 
+class _Guard:
+    def __getattribute__(self, name: str) -> Any:
+        if name == "number":
+            raise PermissionError
+        return super().__getattribute__(name)
+
+
+@dataclass
+class GuardedDataclass(_Guard):
+    number: int
+
+
+class GuardedModel(_Guard, BaseModel):
+    number: int
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (GuardedDataclass, "GuardedDataclass does not fit its annotation"),
+        (GuardedModel, "value cannot be compared: PermissionError is raised"),
+    ],
+)
+def test_value_whose_class_raises_while_it_is_encoded_or_compared_is_refused(kind: Any, said: str) -> None:
+    with pytest.raises(EncodingError, match=said):
+        _codec(kind).encode(kind(number=1))
+
+
 def test_what_is_given_on_is_no_part_of_what_went_in() -> None:
     value = {"a": [1]}
     encoded = _codec(dict[str, Any]).encoded(value)

@@ -18,14 +18,14 @@ from typing_extensions import override
 
 import sqla_durable.tasks as tasks
 from sqla_durable.context import Fork
-from sqla_durable.errors import SyncAsyncError
+from sqla_durable.errors import EncodingError, SyncAsyncError
 from sqla_durable.operations.arrivals import Waker
 from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
 from sqla_durable.operations.parking import LOOK_EVERY, QUIET, wait_or_park
 from sqla_durable.operations.runtime import StepCall, run_blocking
 from sqla_durable.operations.transaction import HeldTransaction, StepTransaction, in_session
 from sqla_durable.registry import StepDefinition
-from sqla_durable.retry import is_untranslatable
+from sqla_durable.retry import first_line, is_about_data, is_untranslatable
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
 from sqla_durable.setbacks import TransactionRetry
 from sqla_durable.store import (
@@ -399,13 +399,20 @@ def _always() -> bool:
 
 
 async def _escaping(write: Callable[[Row], Awaitable[None]], row: Row) -> None:
-    """Write a row; where the database does not have the characters of its error, with these escaped."""
+    """Write a row; where the database does not have the characters of its error, with these escaped.
+
+    Raises:
+        EncodingError: the database refuses what the row holds, and would do so again.
+    """
     try:
         await write(row)
     except DBAPIError as error:
-        if not is_untranslatable(error) or row.escaped == row:
+        if is_untranslatable(error) and row.escaped != row:
+            await write(row.escaped)
+        elif is_about_data(error):
+            raise EncodingError(f"the database refuses what the workflow records: {first_line(error)}") from error
+        else:
             raise
-        await write(row.escaped)
 
 
 def _nothing() -> None:
