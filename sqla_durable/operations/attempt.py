@@ -134,7 +134,7 @@ class Attempt:
         self._places: dict[str, object] = {}
         self._keys: set[str] = set()
         self._unfinished: dict[str, object] = {}  # by key, the task or thread that is in the operation
-        self.steps: dict[str, Tries] = {}  # by key, those that are being executed
+        self._steps: dict[str, Tries] = {}  # by key, those that are being executed
         self._waits: dict[str, Wait] = {}
         self._wakers: set[Waker] = set()
         self.arrivals: Arrivals | None = None
@@ -235,13 +235,18 @@ class Attempt:
         """Note that an operation ended, whichever way."""
         with self._lock:
             self._unfinished.pop(position.key, None)
-            self.steps.pop(position.key, None)
+            self._steps.pop(position.key, None)
             self._active_at = time.monotonic()
+
+    def executes(self, position: Position, tries: Tries) -> None:
+        """Note that a step is being executed; `left` ends that."""
+        with self._lock:
+            self._steps[position.key] = tries
 
     def executed_steps(self) -> dict[str, Tries]:
         """Return the tries of the steps that are being executed now, and not waiting, by key."""
         with self._lock:
-            return {key: each for key, each in self.steps.items() if key not in self._waits}
+            return {key: each for key, each in self._steps.items() if key not in self._waits}
 
     def recorded(self, position: Position) -> Recorded | None:
         """Return the operation's outcome, as an earlier attempt has recorded it, or as it was read again."""

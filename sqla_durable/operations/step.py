@@ -113,7 +113,7 @@ class _Execution:
 
     async def recorded(self) -> Recorded:
         """Try, and try again as the policy says; give the outcome as it was recorded."""
-        self._attempt.steps[self._call.position.key] = self._call.tries
+        self._attempt.executes(self._call.position, self._call.tries)
         await self._take_up()
         while True:
             if self._limits is not None and self._limits.left(self._call.tries.age) <= 0:

@@ -12,8 +12,10 @@ from functools import partial
 from uuid import UUID
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
 from sqla_durable.log import Log
+from sqla_durable.retry import is_about_data
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Fence, hints, workers, workflows
 from sqla_durable.worker.attempts import Attempts
@@ -74,9 +76,7 @@ class Heartbeat:
         while True:
             hinted = await self._hint_within(beats_at - time.monotonic())
             if time.monotonic() >= beats_at:
-                began = time.monotonic()
-                await persistently(self._database, self._beat(), what="heartbeat")
-                self._begun(began)
+                await self._extend()
                 beats_at = time.monotonic() + self.interval
             await self._compare()
             if hinted:
@@ -103,9 +103,7 @@ class Heartbeat:
     async def renew(self) -> None:
         """Begin the lease anew: it has run out, or somebody has deleted it."""
         log.warning("the lease of this worker has run out; it goes on with what nobody has taken over")
-        began = time.monotonic()
-        await persistently(self._database, self._beat(), what="heartbeat")
-        self._begun(began)
+        await self._extend()
 
     @contextmanager
     def claiming(self, token: UUID) -> Generator[None]:
@@ -172,9 +170,20 @@ class Heartbeat:
     def _begun(self, began: float) -> None:
         self._valid_until = began + self.lease
 
-    def _beat(self) -> Callable[[Connection], None]:
+    async def _extend(self) -> None:
+        """Extend the lease; also where the database refuses what is to be told of the steps, such as a key's text."""
+        began = time.monotonic()
+        try:
+            await persistently(self._database, self._beat(), what="heartbeat")
+        except DBAPIError as error:
+            if not is_about_data(error):
+                raise
+            await persistently(self._database, self._beat(tells=False), what="heartbeat")
+        self._begun(began)
+
+    def _beat(self, *, tells: bool = True) -> Callable[[Connection], None]:
         """Return the statement; it tells of the steps that are longer than a beat, for whoever looks at them."""
-        doing = self._attempts.steps_longer_than(self.interval)
+        doing = self._attempts.steps_longer_than(self.interval) if tells else None
         return partial(
             workers.beat,
             worker_id=self._worker_id,

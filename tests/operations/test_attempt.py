@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from uuid import UUID
 
 import pytest
 
 from sqla_durable.errors import UnfinishedStepError, UsageError
 from sqla_durable.operations.attempt import Attempt
+from sqla_durable.retry import Tries
 from sqla_durable.store import Claimed, Fence
 from sqla_durable.unwinding import AttemptLost, Released
 
@@ -41,6 +44,30 @@ def test_explicit_key_that_is_another_steps_name_is_refused(attempt: Attempt) ->
     attempt.visit("charge", 1)
     with pytest.raises(UsageError, match="the step key 'charge' is used twice in workflow 'ship'"):
         attempt.visit("ship", 2, key="charge")
+
+
+def test_steps_begin_and_end_in_threads_while_a_heartbeat_reads_what_is_executed(attempt: Attempt) -> None:
+    over = threading.Event()
+    positions = [attempt.visit(f"step{number}", number) for number in range(50)]
+
+    def execute() -> None:
+        while not over.is_set():
+            for each in positions:
+                attempt.executes(each, Tries())
+            for each in positions:
+                attempt.left(each)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=execute)
+    thread.start()
+    try:
+        for _ in range(2_000):
+            assert attempt.executed_steps().keys() <= {each.key for each in positions}
+    finally:
+        over.set()
+        thread.join()
+        sys.setswitchinterval(interval)
 
 
 def test_idempotency_key_is_the_same_in_every_attempt(attempt: Attempt) -> None:

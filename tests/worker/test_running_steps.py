@@ -100,6 +100,25 @@ def test_long_step_is_seen_with_the_heartbeat_until_it_ends(
         races.wait_until(lambda: doing(engine) is None, what="a heartbeat without it")
 
 
+def test_lease_is_extended_although_the_database_refuses_what_is_told_of_the_steps(
+    engine: Engine, worker: None
+) -> None:
+    with Session(engine) as session:  # as one that is not in UTF-8 refuses the key of a step
+        session.execute(text("ALTER TABLE durable.worker ADD CONSTRAINT silent CHECK (doing IS NULL)"))
+        workflow_id = sync_workflow.start(session, False).id
+        session.commit()
+        long = models.Worker.heartbeat_at > Workflow.started_at + LEASE
+        beaten = select(Workflow.id).join(models.Worker, models.Worker.id == Workflow.worker_id).where(long)
+
+        def look() -> object:
+            session.rollback()
+            return session.scalars(beaten).all()
+
+        races.wait_until(look, what="a heartbeat of a long step")
+    over.set()
+    assert sync_workflow.handle(sessionmaker(engine), workflow_id).result(timeout=PATIENCE) is None
+
+
 def doing(engine: Engine) -> object:
     with Session(engine) as session:
         return session.scalars(select(models.Worker.doing)).one()
