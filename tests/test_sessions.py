@@ -365,6 +365,7 @@ def test_each_statement_of_the_engine_is_known_as_a_write(engine: Engine, choosi
             session.commit()
     with maker() as session:
         assert Executor(session).run(pay, 7) == 7
+        assert Executor(session).run_until_waiting(pay, 7).output == 7
         assert retry(session, []) == []
         session.rollback()
     with Worker(without_async, sessionmaker=maker, poll_interval=POLL), maker.begin() as session:

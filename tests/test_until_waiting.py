@@ -300,3 +300,13 @@ def test_joined_executor_says_how_to_test_what_waits(session_factory: sessionmak
 @durable.workflow
 def _waiting() -> None:
     wait_signal("never")
+
+
+async def test_record_is_read_on_a_session_that_begins_nothing_by_itself(engine: Engine) -> None:
+    with sessionmaker(engine, autobegin=False)() as session:
+        record = await asyncio.to_thread(Executor(session).run_until_waiting, approval, 5)
+        assert record.status is WorkflowStatus.SUSPENDED
+    async_engine = create_async_engine(engine.url, poolclass=NullPool)
+    async with AsyncSession(async_engine, autobegin=False) as async_session:
+        record = await AsyncExecutor(async_session).run_until_waiting(approval_async, 5)
+        assert (record.status, record.awaits) == (WorkflowStatus.SUSPENDED, None)

@@ -105,7 +105,7 @@ class Executor:
         It waits for a signal, an update, a callback, a child, or for a time of more than a second: then it is a row, as
         it would be with a worker, and this returns, at once. `execute` or `execute_until_waiting` go on when what it
         waits for was sent, or the time has come (`testing.advance`). If it does not wait, the record is that of a
-        workflow that has succeeded. The record is read in the session's transaction.
+        workflow that has succeeded. The record is read in the session's transaction, which is left open.
 
         Raises:
             Exception: as `run`.

@@ -33,7 +33,18 @@ from sqla_durable.registry import WorkflowDefinition
 from sqla_durable.setbacks import Phase, Setback, TransactionRetry
 from sqla_durable.start import BoundWorkflow, add
 from sqla_durable.status import WorkflowStatus
-from sqla_durable.store import Claimed, Standing, crashes, deadlines, queues, schema, signals, workers, workflows
+from sqla_durable.store import (
+    Claimed,
+    Standing,
+    crashes,
+    current_record,
+    deadlines,
+    queues,
+    schema,
+    signals,
+    workers,
+    workflows,
+)
 from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Interrupted, Suspended
 
 T = TypeVar("T")
@@ -341,7 +352,9 @@ def _standing(session: Session, workflow_id: UUID) -> Outcome:
 
 
 def _record(session: Session, workflow_id: UUID) -> Workflow:
-    return session.get_one(Workflow, workflow_id, populate_existing=True)
+    if not session.in_transaction():
+        session.begin()
+    return current_record(session, workflow_id)
 
 
 def _not_claimable(session: Session, standing: Standing) -> WorkflowRunningError:

@@ -24,6 +24,7 @@ from sqla_durable.store._rows import (
     Verdict,
     bind_arguments,
     connection_of,
+    current_record,
     refresh_known,
 )
 
@@ -42,5 +43,6 @@ __all__ = [
     "Verdict",
     "bind_arguments",
     "connection_of",
+    "current_record",
     "refresh_known",
 ]

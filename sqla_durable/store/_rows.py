@@ -421,7 +421,18 @@ def refresh_known(session: Session, ids: Iterable[UUID]) -> None:
     if known:
         wanted = WORKFLOW.c.id == func.any(literal(known, ARRAY(WORKFLOW.c.id.type)))
         for row in execute(session, select(*WORKFLOW.c).where(wanted)).mappings():
-            session.expire(record_of(session, row), inspect(Workflow).relationships.keys())
+            _renew(session, row)
+
+
+def current_record(session: Session, workflow_id: UUID) -> Workflow:
+    """Return the record of a workflow as it is now."""
+    return _renew(session, execute(session, select(*WORKFLOW.c).where(WORKFLOW.c.id == workflow_id)).mappings().one())
+
+
+def _renew(session: Session, row: RowMapping) -> Workflow:
+    record = record_of(session, row)
+    session.expire(record, inspect(Workflow).relationships.keys())
+    return record
 
 
 def owned(fences: FromClause, *, skip_locked: bool) -> CTE:
