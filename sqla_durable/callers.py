@@ -6,7 +6,6 @@ from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar, cast
 from uuid import UUID
-from weakref import WeakSet
 
 from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError
@@ -21,6 +20,7 @@ from sqla_durable.errors import (
     WorkflowNotFoundError,
 )
 from sqla_durable.models import Workflow
+from sqla_durable.operations import boundary
 from sqla_durable.retry import is_read_only, sqlstate
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import connection_of, keys, schema
@@ -28,9 +28,6 @@ from sqla_durable.store import connection_of, keys, schema
 T = TypeVar("T")
 
 _SERIALIZATION_FAILURE = "40001"
-
-of_steps: WeakSet[Session] = WeakSet()
-"""The sessions that steps of the engine have now."""
 
 AnySession: TypeAlias = "Session | AsyncSession"
 
@@ -62,7 +59,7 @@ def require_session(session: object) -> None:
 
 
 def cure(session: object) -> str:
-    """Say what to give instead of what is no session."""
+    """Return the advice on what to give instead of what is no session."""
     if isinstance(session, (scoped_session, async_scoped_session)):  # such as `db.session` of Flask-SQLAlchemy
         return "Of a scoped session, call it for the session of this scope: write db.session() for db.session."
     return "Of a sessionmaker, open one: with sessionmaker() as session."
@@ -145,7 +142,7 @@ def _required(session: Session, function: Callable[[Session], T]) -> T:
     try:
         return function(session)
     except DBAPIError as error:
-        if not is_read_only(error) or session in of_steps:  # a step is tried again, on the new primary
+        if not is_read_only(error) or boundary.is_of_step(session):  # a step is tried again, on the new primary
             raise
         raise DatabaseUnavailableError(
             f"nothing can be written with {session!r}: its server is a standby, or its transaction is read only. Give "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -82,19 +81,6 @@ without_async = Durable()
 @without_async.workflow
 def greet(number: int) -> int:
     return number
-
-
-@contextmanager
-def statements_of(engine: Engine) -> Generator[list[str]]:
-    """Note the statements that are executed on an engine."""
-    executed: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_more: Any) -> None:
-        executed.append(statement)
-
-    event.listen(engine, "before_cursor_execute", note)
-    yield executed
-    event.remove(engine, "before_cursor_execute", note)
 
 
 # AUTOCOMMIT
