@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias, TypeVar, cast
 from uuid import UUID
 
@@ -33,18 +34,26 @@ AnySession: TypeAlias = "Session | AsyncSession"
 
 
 def perform(session: AnySession, function: Callable[[Session], T]) -> T | Coroutine[Any, Any, T]:
-    """Call a function with the caller's session, which holds the tables: of an `AsyncSession` with the one inside it.
+    """Call a function that writes in the caller's transaction: of an `AsyncSession` with the `Session` inside it.
 
     Neither commits nor flushes. With an `AsyncSession`, await the call.
 
     Raises:
         SessionError: this is no session; or it has no PostgreSQL engine; or it is in AUTOCOMMIT.
         SchemaError: its database does not hold the tables.
+        DatabaseUnavailableError: its server takes no writes.
     """
-    require_session(session)
-    if isinstance(session, AsyncSession):
-        return session.run_sync(_required, function)
-    return _required(session, function)
+    return _call(session, partial(_write, function=function))
+
+
+def read(session: AnySession, function: Callable[[Session], T]) -> T | Coroutine[Any, Any, T]:
+    """Call a function that only reads, as `perform` does; the session may be in AUTOCOMMIT, or of a standby.
+
+    Raises:
+        SessionError: this is no session; or it has no PostgreSQL engine.
+        SchemaError: its database does not hold the tables.
+    """
+    return _call(session, partial(_read, function=function))
 
 
 def require_session(session: object) -> None:
@@ -136,7 +145,17 @@ def require_receiver(what: str, workflow_id: UUID, status: WorkflowStatus | None
         )
 
 
-def _required(session: Session, function: Callable[[Session], T]) -> T:
+def _call(session: AnySession, function: Callable[[Session], T]) -> T | Coroutine[Any, Any, T]:
+    require_session(session)
+    return session.run_sync(function) if isinstance(session, AsyncSession) else function(session)
+
+
+def _read(session: Session, function: Callable[[Session], T]) -> T:
+    schema.require(session)
+    return function(session)
+
+
+def _write(session: Session, function: Callable[[Session], T]) -> T:
     schema.require(session)
     schema.require_transaction(session)
     try:

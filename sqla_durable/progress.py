@@ -12,7 +12,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable.callers import AnySession, id_of, perform
+from sqla_durable.callers import AnySession, id_of, read
 from sqla_durable.context import active
 from sqla_durable.errors import UsageError
 from sqla_durable.inspection import SessionKind
@@ -116,7 +116,7 @@ def running_steps(
         ArgumentError: this is no workflow.
         SchemaError, SessionError: the session's database does not hold the tables.
     """
-    return perform(session, partial(_running_steps, workflow_id=id_of(workflow)))
+    return read(session, partial(_running_steps, workflow_id=id_of(workflow)))
 
 
 def _running_steps(session: Session, workflow_id: UUID) -> list[RunningStep]:

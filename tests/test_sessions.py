@@ -37,6 +37,7 @@ from sqla_durable import (
     models,
     resume,
     retry,
+    running_steps,
     signal,
     start_many,
     start_with_signal,
@@ -142,6 +143,10 @@ def test_a_session_in_autocommit_is_refused_before_anything_is_written(
     assert nothing_was_written(engine)
 
 
+def test_what_only_reads_takes_a_session_in_autocommit(engine: Engine, careless: Session) -> None:
+    assert running_steps(careless, there(engine)) == []
+
+
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("joined", [False, True])
 def test_an_executor_refuses_a_session_in_autocommit(
@@ -172,6 +177,7 @@ async def test_an_async_session_in_autocommit_is_refused(engine: Engine, async_c
     for executor in (AsyncExecutor(async_careless), AsyncExecutor.joined(async_careless)):
         with pytest.raises(SessionError, match="is in AUTOCOMMIT"):
             await executor.run(apay, 1)
+    assert await running_steps(async_careless, workflow_id) == []
     assert nothing_was_written(engine)
 
 
