@@ -28,8 +28,7 @@ def heartbeat(details: object = None) -> Awaitable[None]:
     ```python
     @durable.step
     def import_file(path: str) -> int:
-        execution = current()
-        done = execution.details or 0 if execution else 0
+        done = current_step().details or 0
         for number, line in enumerate(lines_of(path, after=done), done + 1):
             ...
             heartbeat(number)
@@ -37,7 +36,7 @@ def heartbeat(details: object = None) -> Awaitable[None]:
     ```
 
     The last details stand in the step's record, `Step.details`, and stay there; the next try of the step finds them in
-    `current().details`, whichever worker executes it. The first call is committed when it returns; after that there is
+    `current_step().details`, whichever worker executes it. The first call is committed when it returns; after that there is
     at most one statement a second: details that come sooner wait for the next call after it, or for the end of the try,
     and a worker that dies before loses them. Refused to an attempt that no longer owns its workflow: the
     step of a cancelled workflow ends here. With `heartbeat_timeout=` a step has failed that does not call this for so
