@@ -36,10 +36,10 @@ def heartbeat(details: object = None) -> Awaitable[None]:
     ```
 
     The last details stand in the step's record, `Step.details`, and stay there; the next try of the step finds them in
-    `current_step().details`, whichever worker executes it. The first call is committed when it returns; after that there is
-    at most one statement a second: details that come sooner wait for the next call after it, or for the end of the try,
-    and a worker that dies before loses them. Refused to an attempt that no longer owns its workflow: the
-    step of a cancelled workflow ends here. With `heartbeat_timeout=` a step has failed that does not call this for so
+    `current_step().details`, whichever worker executes it. The first call is committed when it returns; after that
+    there is at most one statement a second: details that come sooner wait for the next call after it, or for the end of
+    the try, and a worker that dies before loses them. Refused to an attempt that no longer owns its workflow: the step
+    of a cancelled workflow ends here. With `heartbeat_timeout=` a step has failed that does not call this for so
     long; a `def` one ends here then, and likewise when its `timeout` is over. Outside a workflow nothing happens.
 
     Args:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -33,8 +34,10 @@ from sqla_durable import (
     delete,
     fail_callback,
     fork,
+    get_event,
     heartbeat_callback,
     models,
+    read_stream,
     resume,
     retry,
     running_steps,
@@ -45,7 +48,7 @@ from sqla_durable import (
     update,
 )
 from sqla_durable.cli.database import connect
-from sqla_durable.errors import DatabaseUnavailableError, KeyNotVisibleError, SessionError
+from sqla_durable.errors import DatabaseUnavailableError, EventNotSetError, KeyNotVisibleError, SessionError
 from sqla_durable.retry import sqlstate
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
@@ -478,6 +481,8 @@ def test_a_scoped_session_is_called_for_its_session(engine: Engine) -> None:
     db_session.commit()
     assert Executor(db_session()).execute(pay, workflow) == 1
     assert pay.handle(db_session, workflow).result() == 1
+    with pytest.raises(EventNotSetError):
+        get_event(db_session, workflow, "progress")
     db_session.remove()
 
 
@@ -489,6 +494,13 @@ async def test_an_async_scoped_session_is_called_for_its_session(async_engine: A
     await apay.start(db_session(), 1)
     await db_session.commit()
     await db_session.remove()
+
+
+@pytest.mark.parametrize("look", [pay.handle, partial(get_event, key="progress"), partial(read_stream, name="lines")])
+def test_what_leads_to_no_session_is_refused_by_what_looks(engine: Engine, look: Callable[..., object]) -> None:
+    for source in (engine, lambda: engine):
+        with pytest.raises(SessionError, match="takes a Session, an AsyncSession or a sessionmaker first"):
+            look(source, UUID(int=7))
 
 
 # Servers that take no writes
