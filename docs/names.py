@@ -30,9 +30,7 @@ def page() -> str:
     """Return the page's text."""
     sections = [
         _section("sqla_durable", sqla_durable, sqla_durable.__all__),
-        _section(
-            "sqla_durable.models", models, ["Workflow", "Step", "Signal", "Event", "StreamItem", "Queue", "Worker"]
-        ),
+        _section("sqla_durable.models", models, RECORDS),
         _section("sqla_durable.testing", testing, testing.__all__),
         _section("sqla_durable.errors", errors, [name for name in vars(errors) if name.endswith("Error")]),
     ]

@@ -26,7 +26,7 @@ SUMMARY = {
     ("transactional", "three steps with an insert each"): "workflows of three transactional steps, an ORM insert each",
     ("latency", "start to first step, p50"): "commit of a start to the first step, p50",
     ("latency", "start to the caller's result, p50"): "the same to the caller's result",
-    ("latency", "signal to a waiting workflow, p50"): "commit of a signal to the parked workflow that goes on, p50",
+    ("latency", "signal to a waiting workflow, p50"): "commit of a signal to the suspended workflow that goes on, p50",
     ("bulk", "start_many"): "`start_many`",
 }
 

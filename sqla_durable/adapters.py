@@ -63,7 +63,7 @@ def adapter_of(annotation: Any, what: str, *, revalidating: bool = False) -> Typ
 
 
 def is_mapped(kind: object) -> bool:
-    """Tell whether a class is mapped by SQLAlchemy's ORM."""
+    """Return whether a class is mapped by SQLAlchemy's ORM."""
     return isinstance(kind, type) and hasattr(kind, "__mapper__")
 
 
@@ -142,7 +142,7 @@ def _refuse_mapped(annotation: Any, what: str) -> None:
 
 
 def _faults(schema: _Schema) -> Iterator[str]:
-    """Say of which parts of an annotation no value could come back."""
+    """Return what is wrong with each part of an annotation of which no value could come back."""
     referred = {each["ref"]: each for each in _schemas_in(schema) if "ref" in each}
     for each in _schemas_in(schema):
         if is_mapped(each.get("cls")):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias, TypeVar, cast
 from uuid import UUID
-from weakref import WeakSet
 
 from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError
@@ -21,6 +21,7 @@ from sqla_durable.errors import (
     WorkflowNotFoundError,
 )
 from sqla_durable.models import Workflow
+from sqla_durable.operations import boundary
 from sqla_durable.retry import is_read_only, sqlstate
 from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import connection_of, keys, schema
@@ -29,25 +30,30 @@ T = TypeVar("T")
 
 _SERIALIZATION_FAILURE = "40001"
 
-of_steps: WeakSet[Session] = WeakSet()
-"""The sessions that steps of the engine have now."""
-
 AnySession: TypeAlias = "Session | AsyncSession"
 
 
 def perform(session: AnySession, function: Callable[[Session], T]) -> T | Coroutine[Any, Any, T]:
-    """Call a function with the caller's session, which holds the tables: of an `AsyncSession` with the one inside it.
+    """Call a function that writes in the caller's transaction: of an `AsyncSession` with the `Session` inside it.
 
     Neither commits nor flushes. With an `AsyncSession`, await the call.
 
     Raises:
         SessionError: this is no session; or it has no PostgreSQL engine; or it is in AUTOCOMMIT.
         SchemaError: its database does not hold the tables.
+        DatabaseUnavailableError: its server takes no writes.
     """
-    require_session(session)
-    if isinstance(session, AsyncSession):
-        return session.run_sync(_required, function)
-    return _required(session, function)
+    return _call(session, partial(_write, function=function))
+
+
+def read(session: AnySession, function: Callable[[Session], T]) -> T | Coroutine[Any, Any, T]:
+    """Call a function that only reads, as `perform` does; the session may be in AUTOCOMMIT, or of a standby.
+
+    Raises:
+        SessionError: this is no session; or it has no PostgreSQL engine.
+        SchemaError: its database does not hold the tables.
+    """
+    return _call(session, partial(_read, function=function))
 
 
 def require_session(session: object) -> None:
@@ -62,7 +68,7 @@ def require_session(session: object) -> None:
 
 
 def cure(session: object) -> str:
-    """Say what to give instead of what is no session."""
+    """Return the advice on what to give instead of what is no session."""
     if isinstance(session, (scoped_session, async_scoped_session)):  # such as `db.session` of Flask-SQLAlchemy
         return "Of a scoped session, call it for the session of this scope: write db.session() for db.session."
     return "Of a sessionmaker, open one: with sessionmaker() as session."
@@ -139,13 +145,23 @@ def require_receiver(what: str, workflow_id: UUID, status: WorkflowStatus | None
         )
 
 
-def _required(session: Session, function: Callable[[Session], T]) -> T:
+def _call(session: AnySession, function: Callable[[Session], T]) -> T | Coroutine[Any, Any, T]:
+    require_session(session)
+    return session.run_sync(function) if isinstance(session, AsyncSession) else function(session)
+
+
+def _read(session: Session, function: Callable[[Session], T]) -> T:
+    schema.require(session)
+    return function(session)
+
+
+def _write(session: Session, function: Callable[[Session], T]) -> T:
     schema.require(session)
     schema.require_transaction(session)
     try:
         return function(session)
     except DBAPIError as error:
-        if not is_read_only(error) or session in of_steps:  # a step is tried again, on the new primary
+        if not is_read_only(error) or boundary.is_of_step(session):  # a step is tried again, on the new primary
             raise
         raise DatabaseUnavailableError(
             f"nothing can be written with {session!r}: its server is a standby, or its transaction is read only. Give "

@@ -21,7 +21,7 @@ from uuid import UUID
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr, TypeAdapter, ValidationError
 
 from sqla_durable.adapters import adapter_of, is_mapped
-from sqla_durable.comparison import Difference, annotation_for, difference
+from sqla_durable.comparison import Difference, annotation_for, difference, joined_path
 from sqla_durable.errors import (
     ArgumentError,
     DecodingError,
@@ -207,10 +207,10 @@ class Codec:
             raise EncodingError(f"the {self.what} cannot be stored as it is: {_changed(found)}")
 
     def _is_normal(self, value: object, kept: object) -> bool:
-        """Tell whether what is read is what the annotation itself makes of a value, once and for all.
+        """Return whether what is read is what the annotation itself makes of a value, once and for all.
 
         A `StrEnum` is a text where `str` is annotated, a validator strips blanks. What changes a value each time that
-        it is read makes nothing normal; nor is an object of another class.
+        it is read is not normal, and neither is an object of another class.
         """
         try:
             same = difference(self._normal(value), kept) is None and difference(self._normal(kept), kept) is None
@@ -356,7 +356,7 @@ def _require_readable(value: object, what: str, path: str = "") -> None:
     if isinstance(value, dict):
         _require_readable_keys(cast("dict[object, object]", value), what, path)
     for place, inner in _elements(cast("Iterable[object]", value)):
-        _require_readable(inner, what, f"{path}{'.' if path and place[0] != '[' else ''}{place}")
+        _require_readable(inner, what, joined_path(path, place))
 
 
 def _require_readable_keys(mapping: dict[object, object], what: str, path: str) -> None:
@@ -373,7 +373,7 @@ def _encode_alone(annotation: Any, value: object, what: str, path: str) -> None:
 
 
 def _changed(found: Difference) -> str:
-    """Say what of a value would come back as what, and what to do, without the value."""
+    """Return which part of a value would come back as what, and what to do, without the value."""
     kinds = type(found.given), type(found.kept)
     where = found.path or "it"
     if is_mapped(kinds[0]):
@@ -446,7 +446,7 @@ def path_to(value: object, wanted: Callable[[object], bool], *, depth: int = _DE
         for place, inner in _inside(value):
             path = path_to(inner, wanted, depth=depth - 1)
             if path is not None:
-                return f"{place}{path}" if not path or path[0] == "[" else f"{place}.{path}"
+                return joined_path(place, path)
     return None
 
 

@@ -50,8 +50,13 @@ class Difference:
 
     def below(self, place: str) -> Difference:
         """Return the same, seen from what has the compared part at a place."""
-        joint = "" if not self.path or self.path[0] == "[" else "."
-        return Difference(f"{place}{joint}{self.path}", self.given, self.kept)
+        return Difference(joined_path(place, self.path), self.given, self.kept)
+
+
+def joined_path(place: str, path: str) -> str:
+    """Return the path of a part, below the place of what has it: `cards[2].number`."""
+    joint = "." if place and path and path[0] != "[" else ""
+    return f"{place}{joint}{path}"
 
 
 def difference(given: Any, kept: Any) -> Difference | None:
@@ -107,7 +112,7 @@ def _between_types(given: Any, kept: Any) -> Difference | None:
 
 
 def _has_attributes(value: object) -> bool:
-    """Tell whether a container holds more than its elements; `OrderedDict[str, int]()` notes its type parameters."""
+    """Return whether a container holds more than its elements; `OrderedDict[str, int]()` notes its type parameters."""
     held: Iterable[str] = getattr(value, "__dict__", ())
     return any(name != "__orig_class__" for name in held)
 

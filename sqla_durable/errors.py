@@ -51,7 +51,7 @@ DurableError
 │   ├── SchemaMissingError
 │   ├── SchemaOlderError
 │   └── SchemaNewerError
-└── DatabaseUnavailableError      the server cannot be reached
+└── DatabaseUnavailableError      the server cannot be reached, or takes no writes
 ```
 """
 

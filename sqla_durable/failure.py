@@ -172,7 +172,7 @@ class Failure:
         return error
 
     def _is_text_of(self, error: Exception) -> bool:
-        """Tell whether an exception says what was recorded, although some of its attributes are lost."""
+        """Return whether an exception says what was recorded, although some of its attributes are lost."""
         texts = (message_of(error), message_of(error, details=True))
         return any(_clean(each)[: len(self.message)] == self.message for each in texts)
 

@@ -17,6 +17,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.polling as polling
 from sqla_durable.callers import id_of, perform, require_session
 from sqla_durable.children import AsyncChild, Child, map_children, start_child
 from sqla_durable.errors import UsageError
@@ -146,10 +147,10 @@ class _WorkflowFunction(DurableFunction[P, R]):
         The session itself is not used: the handle opens short transactions of its own.
 
         Raises:
-            SessionError: there is no PostgreSQL engine.
+            SessionError: this is no session or sessionmaker, or its engine is not PostgreSQL's.
         """
         found = id_of(workflow)
-        opened = session if isinstance(session, (Session, AsyncSession)) else session()
+        opened = polling.session_of(session, what="handle()")
         if isinstance(opened, AsyncSession):
             return AsyncHandle(self.definition, schema.engine_of(opened.sync_session), found)
         return Handle(self.definition, schema.engine_of(opened), found)

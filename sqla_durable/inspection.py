@@ -94,12 +94,12 @@ def _called(fn: Callable[..., Any]) -> Any:
 
 
 def is_coroutine(fn: Callable[..., Any]) -> bool:
-    """Tell whether calling it gives a coroutine: what is called decides, and not what that wraps."""
+    """Return whether calling it returns a coroutine: the function that is called decides, not what that wraps."""
     return inspect.iscoroutinefunction(_called(fn))
 
 
 def refuse_misread(fn: Callable[..., Any], *, what: str) -> None:
-    """Refuse a function of which it cannot be told how it is called.
+    """Refuse a function where nothing shows how it is to be called.
 
     Raises:
         DefinitionError: it is a method without its instance, or a `def` that wraps an `async def`.
@@ -166,13 +166,13 @@ def session_class(fn: Callable[..., Any], *, what: str) -> SessionClass | None:
         elif wanted is not None and not isinstance(each.default, (Session, AsyncSession)):
             raise DefinitionError(
                 f"{what} takes its {wanted.__name__} as {each}: a session is injected as the first parameter only, so "
-                f"write def {fn_name(fn)}(session: {wanted.__name__}, ...)."
+                f"write def {_fn_name(fn)}(session: {wanted.__name__}, ...)."
             )
     return found
 
 
-def fn_name(fn: Callable[..., Any]) -> str:
-    """Return a name for messages."""
+def _fn_name(fn: Callable[..., Any]) -> str:
+    """Return the name of the function, for messages."""
     return getattr(function_of(fn), "__name__", "step")
 
 
@@ -273,7 +273,7 @@ def place_of(fn: Callable[..., Any]) -> tuple[str, str]:
 
 
 def _order_of(fn: staticmethod[..., Any] | classmethod[Any, ..., Any], what: str) -> str:
-    """Say how a method is decorated that was decorated in the wrong order."""
+    """Return how a static method or a class method is decorated in the right order."""
     name = fn.__name__
     if isinstance(fn, staticmethod):
         return f"{what} {name!r} is decorated above @staticmethod: write @staticmethod above @{_way(what)}."

@@ -40,6 +40,18 @@ def pauses(timeout: timedelta | None, *, shortest: float = SHORTEST) -> Iterator
         yield max(shortest, min(_SHARE * (time.monotonic() - began), LONGEST))
 
 
+def session_of(source: Source, *, what: str) -> Session | AsyncSession:
+    """Return a session of the source, for its engine; scoped sessions and the like are sources too.
+
+    Raises:
+        SessionError: there is none.
+    """
+    found: object = source() if callable(source) else source
+    if not isinstance(found, (Session, AsyncSession)):
+        raise SessionError(f"{what} takes a Session, an AsyncSession or a sessionmaker first, got {source!r}.")
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """An engine on which to look, each time in a session and a transaction of its own."""
@@ -54,12 +66,10 @@ class Outlook:
         Raises:
             SessionError: there is none, or it is not PostgreSQL.
         """
-        opened = source() if isinstance(source, (sessionmaker, async_sessionmaker)) else source
-        if isinstance(opened, AsyncSession):
-            return cls(alone(schema.engine_of(opened.sync_session)), is_async=True)
-        if isinstance(opened, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
-            return cls(alone(schema.engine_of(opened)), is_async=False)
-        raise SessionError(f"{what} takes a Session, an AsyncSession or a sessionmaker first, got {source!r}.")
+        session = session_of(source, what=what)
+        if isinstance(session, AsyncSession):
+            return cls(alone(schema.engine_of(session.sync_session)), is_async=True)
+        return cls(alone(schema.engine_of(session)), is_async=False)
 
     def look(self, statement: Callable[[Session], T]) -> T:
         """Call a function of a session."""

@@ -12,7 +12,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable.callers import AnySession, id_of, perform
+from sqla_durable.callers import AnySession, id_of, read
 from sqla_durable.context import active
 from sqla_durable.errors import UsageError
 from sqla_durable.inspection import SessionKind
@@ -28,8 +28,7 @@ def heartbeat(details: object = None) -> Awaitable[None]:
     ```python
     @durable.step
     def import_file(path: str) -> int:
-        execution = current()
-        done = execution.details or 0 if execution else 0
+        done = current_step().details or 0
         for number, line in enumerate(lines_of(path, after=done), done + 1):
             ...
             heartbeat(number)
@@ -37,10 +36,10 @@ def heartbeat(details: object = None) -> Awaitable[None]:
     ```
 
     The last details stand in the step's record, `Step.details`, and stay there; the next try of the step finds them in
-    `current().details`, whichever worker executes it. The first call is committed when it returns; after that there is
-    at most one statement a second: details that come sooner wait for the next call after it, or for the end of the try,
-    and a worker that dies before loses them. Refused to an attempt that no longer owns its workflow: the
-    step of a cancelled workflow ends here. With `heartbeat_timeout=` a step has failed that does not call this for so
+    `current_step().details`, whichever worker executes it. The first call is committed when it returns; after that
+    there is at most one statement a second: details that come sooner wait for the next call after it, or for the end of
+    the try, and a worker that dies before loses them. Refused to an attempt that no longer owns its workflow: the step
+    of a cancelled workflow ends here. With `heartbeat_timeout=` a step has failed that does not call this for so
     long; a `def` one ends here then, and likewise when its `timeout` is over. Outside a workflow nothing happens.
 
     Args:
@@ -116,7 +115,7 @@ def running_steps(
         ArgumentError: this is no workflow.
         SchemaError, SessionError: the session's database does not hold the tables.
     """
-    return perform(session, partial(_running_steps, workflow_id=id_of(workflow)))
+    return read(session, partial(_running_steps, workflow_id=id_of(workflow)))
 
 
 def _running_steps(session: Session, workflow_id: UUID) -> list[RunningStep]:

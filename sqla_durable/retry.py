@@ -303,12 +303,12 @@ def spoils_connection(error: BaseException) -> bool:
 
 
 def is_untranslatable(error: BaseException) -> bool:
-    """Tell whether a text holds characters that the encoding of the database does not have."""
+    """Return whether a text holds characters that the encoding of the database does not have."""
     return isinstance(error, DBAPIError) and sqlstate(error) in _UNTRANSLATABLE
 
 
 def is_read_only(error: BaseException) -> bool:
-    """Tell whether the server takes no writes: it is a standby, or was told so."""
+    """Return whether the server takes no writes: it is a standby, or its transactions are read only by a setting."""
     return isinstance(error, DBAPIError) and sqlstate(error) == _READ_ONLY
 
 
@@ -331,7 +331,7 @@ def is_obstacle(error: BaseException) -> bool:
 
 
 def is_out_of_time(error: BaseException) -> bool:
-    """Tell whether the time limit of a statement is over: the worker's own, or the server's `statement_timeout`."""
+    """Return whether the time limit of a statement is over: the worker's own, or the server's `statement_timeout`."""
     return isinstance(error, TimeoutError) or (isinstance(error, DBAPIError) and sqlstate(error) == _CANCELLED)
 
 
@@ -354,7 +354,7 @@ def is_unreachable(error: BaseException) -> bool:
 
 
 def sqlstate(error: DBAPIError) -> str | None:
-    """Give the five characters of PostgreSQL's error code, from the exception of any driver."""
+    """Return the five characters of PostgreSQL's error code, from the exception of any driver."""
     found = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)  # the latter of psycopg2
     first: Any = next(iter(getattr(error.orig, "args", ())), None)
     if found is None and isinstance(first, dict):  # of pg8000: the server's fields

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -16,8 +16,9 @@ from weakref import WeakKeyDictionary
 from typing_extensions import override
 
 from sqla_durable.context import active, workflow_code
-from sqla_durable.operations.attempt import Attempt, Position
+from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
 from sqla_durable.operations.branch import Branch, Branches, name_of, unwrapped
+from sqla_durable.operations.parking import LOOK_EVERY, QUIET
 from sqla_durable.operations.workflow import signal_in
 from sqla_durable.undisturbed import ended, see, until_done
 from sqla_durable.unwinding import Released
@@ -257,6 +258,23 @@ def _holds_future(cell: Any) -> bool:
         return isinstance(cell.cell_contents, asyncio.Future)
     except ValueError:  # it is empty
         return False
+
+
+def parking_of_tasks(attempt: Attempt, wait: Wait, *, timers: Iterable[float]) -> Parking | None:
+    """Return how an `async def` workflow can be suspended now.
+
+    At once when every branch is seen to wait; where one may await something else, after a quiet while.
+
+    Args:
+        wait: what the operation waits for.
+        timers: in how many seconds the timers of asyncio are due. The workflow is suspended until the first of them, if
+            the operation's row can keep their deadlines.
+    """
+    due_in = min(timers, default=None)
+    if due_in is not None and (due_in <= LOOK_EVERY or not wait.has_row):
+        return None
+    parking = attempt.begin_parking(quiet=QUIET, idle=lambda: are_idle(attempt))
+    return parking if parking is None or due_in is None else parking.within(due_in)
 
 
 def are_idle(attempt: Attempt) -> bool:

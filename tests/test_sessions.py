@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -34,10 +34,13 @@ from sqla_durable import (
     delete,
     fail_callback,
     fork,
+    get_event,
     heartbeat_callback,
     models,
+    read_stream,
     resume,
     retry,
+    running_steps,
     signal,
     start_many,
     start_with_signal,
@@ -45,7 +48,7 @@ from sqla_durable import (
     update,
 )
 from sqla_durable.cli.database import connect
-from sqla_durable.errors import DatabaseUnavailableError, KeyNotVisibleError, SessionError
+from sqla_durable.errors import DatabaseUnavailableError, EventNotSetError, KeyNotVisibleError, SessionError
 from sqla_durable.retry import sqlstate
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
@@ -82,19 +85,6 @@ without_async = Durable()
 @without_async.workflow
 def greet(number: int) -> int:
     return number
-
-
-@contextmanager
-def statements_of(engine: Engine) -> Generator[list[str]]:
-    """Note the statements that are executed on an engine."""
-    executed: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_more: Any) -> None:
-        executed.append(statement)
-
-    event.listen(engine, "before_cursor_execute", note)
-    yield executed
-    event.remove(engine, "before_cursor_execute", note)
 
 
 # AUTOCOMMIT
@@ -156,6 +146,10 @@ def test_a_session_in_autocommit_is_refused_before_anything_is_written(
     assert nothing_was_written(engine)
 
 
+def test_what_only_reads_takes_a_session_in_autocommit(engine: Engine, careless: Session) -> None:
+    assert running_steps(careless, there(engine)) == []
+
+
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("joined", [False, True])
 def test_an_executor_refuses_a_session_in_autocommit(
@@ -186,6 +180,7 @@ async def test_an_async_session_in_autocommit_is_refused(engine: Engine, async_c
     for executor in (AsyncExecutor(async_careless), AsyncExecutor.joined(async_careless)):
         with pytest.raises(SessionError, match="is in AUTOCOMMIT"):
             await executor.run(apay, 1)
+    assert await running_steps(async_careless, workflow_id) == []
     assert nothing_was_written(engine)
 
 
@@ -487,6 +482,8 @@ def test_a_scoped_session_is_called_for_its_session(engine: Engine) -> None:
     db_session.commit()
     assert Executor(db_session()).execute(pay, workflow) == 1
     assert pay.handle(db_session, workflow).result() == 1
+    with pytest.raises(EventNotSetError):
+        get_event(db_session, workflow, "progress")
     db_session.remove()
 
 
@@ -498,6 +495,13 @@ async def test_an_async_scoped_session_is_called_for_its_session(async_engine: A
     await apay.start(db_session(), 1)
     await db_session.commit()
     await db_session.remove()
+
+
+@pytest.mark.parametrize("look", [pay.handle, partial(get_event, key="progress"), partial(read_stream, name="lines")])
+def test_what_leads_to_no_session_is_refused_by_what_looks(engine: Engine, look: Callable[..., object]) -> None:
+    for source in (engine, lambda: engine):
+        with pytest.raises(SessionError, match="takes a Session, an AsyncSession or a sessionmaker first"):
+            look(source, UUID(int=7))
 
 
 # Servers that take no writes

@@ -130,6 +130,6 @@ def _set_up_logging(level: str) -> None:
 
 
 def _name_worker(record: logging.LogRecord) -> bool:
-    """Let each line have the worker's name, those of the application's steps too."""
+    """Add the worker's name to a record, also of the application's own loggers."""
     record.worker = one_line(worker_name.get())
     return True

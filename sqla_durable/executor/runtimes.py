@@ -21,7 +21,7 @@ from sqla_durable.context import Fork
 from sqla_durable.errors import EncodingError, SyncAsyncError
 from sqla_durable.operations.arrivals import Waker
 from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
-from sqla_durable.operations.parking import LOOK_EVERY, QUIET, wait_or_park
+from sqla_durable.operations.parking import parking_of_threads, wait_or_park
 from sqla_durable.operations.runtime import StepCall, run_blocking
 from sqla_durable.operations.transaction import HeldTransaction, StepTransaction, in_session
 from sqla_durable.registry import StepDefinition
@@ -177,11 +177,8 @@ class BlockingUntilWaiting(BlockingInline):
         await wait_or_park(self, position, wait)
 
     async def begin_parking(self, wait: Wait) -> Parking | None:
-        """Return how the workflow can be suspended now: every branch waits."""
-        attempt = self.attempt
-        return attempt.begin_parking(
-            quiet=float("inf"), idle=lambda: attempt.branches.all_join_or_are_among(attempt.carriers)
-        )
+        """Return how the workflow can be suspended now."""
+        return parking_of_threads(self.attempt)
 
     async def listen(self, waker: Waker, seconds: float) -> None:
         """Block the thread until the operation is woken, as it is when the attempt is to end."""
@@ -214,7 +211,7 @@ class GreenletUntilWaiting(GreenletInline):
 
     async def begin_parking(self, wait: Wait) -> Parking | None:
         """Return how the workflow can be suspended now."""
-        return self._workflow.how_to_park(wait)
+        return await self._workflow.begin_parking(wait)
 
     async def listen(self, waker: Waker, seconds: float) -> None:
         """Wait a moment."""
@@ -365,15 +362,7 @@ class AsyncUntilWaiting(AsyncInline):
 
     async def begin_parking(self, wait: Wait) -> Parking | None:
         """Return how the workflow can be suspended now."""
-        return self.how_to_park(wait)
-
-    def how_to_park(self, wait: Wait) -> Parking | None:
-        """Return how the workflow can be suspended now, with timers of asyncio until the first of them is due."""
-        due_in = min(self.timers.seconds.values(), default=None)
-        if due_in is not None and (due_in <= LOOK_EVERY or not wait.has_row):
-            return None
-        parking = self.attempt.begin_parking(quiet=QUIET, idle=lambda: tasks.are_idle(self.attempt))
-        return parking if parking is None or due_in is None else parking.within(due_in)
+        return tasks.parking_of_tasks(self.attempt, wait, timers=self.timers.seconds.values())
 
     async def listen(self, waker: Waker, seconds: float) -> None:
         """Wait a moment."""

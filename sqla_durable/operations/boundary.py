@@ -7,7 +7,6 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 
-from sqla_durable.callers import of_steps
 from sqla_durable.errors import StepTransactionError
 
 # Not in Session.info, which is the user's: a step that clears it must not take its guard off.
@@ -28,7 +27,6 @@ class Boundary:
         self._connections = 1  # the one for the checkpoint is there from the beginning
         self._outer = _watched.get(session)
         _watched[session] = self
-        of_steps.add(session)
 
     def check(self) -> None:
         """Give the transaction back to the engine.
@@ -49,7 +47,6 @@ class Boundary:
             self._transaction = None
             if self._outer is None:
                 _watched.pop(self._session, None)
-                of_steps.discard(self._session)
             else:
                 _watched[self._session] = self._outer
 
@@ -76,6 +73,11 @@ class Boundary:
         return StepTransactionError(
             f"step {self._step!r} {what}, but its checkpoint must commit with its writes: {instead}.", step=self._step
         )
+
+
+def is_of_step(session: Session) -> bool:
+    """Return whether a step that is being executed has this session."""
+    return session in _watched
 
 
 # For all sessions: to listen to one, and to stop, takes forty microseconds, and every step would pay for it.

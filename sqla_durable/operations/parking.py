@@ -35,6 +35,16 @@ class Parkable(Protocol):
         """Suspend the workflow at an operation, and return when that is committed."""
 
 
+def parking_of_threads(attempt: Attempt) -> Parking | None:
+    """Return how a `def` workflow can be suspended now: once every branch waits.
+
+    What else a thread does, nobody can see; so there is no suspending after a quiet while.
+    """
+    return attempt.begin_parking(
+        quiet=float("inf"), idle=lambda: attempt.branches.all_join_or_are_among(attempt.carriers)
+    )
+
+
 async def wait_or_park(runtime: Parkable, position: Position, wait: Wait) -> None:
     """Wait as a row once everything in the workflow waits for long enough, until then in memory.
 

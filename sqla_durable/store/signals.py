@@ -87,6 +87,14 @@ UPDATE, ANSWER = "#update:", "#reply:"
 REFUSED, EARLIER = "#refused", "#earlier"
 """Stands for the step that has consumed it, where none ever will."""
 
+_WOKEN: dict[str, Any] = {
+    "status": WorkflowStatus.PENDING,
+    "enqueued_at": pg.statement_timestamp(),
+    "wake_at": null(),
+    "awaits": null(),
+}
+"""What becomes of a suspended workflow that goes on."""
+
 
 def standings(session: Session, workflow_ids: Sequence[UUID]) -> Mapping[UUID, WorkflowStatus]:
     """Give the statuses of those of the workflows that there are."""
@@ -378,7 +386,7 @@ def _deliver_statement(within: Within) -> tuple[Any, Any]:
         update(WORKFLOW)
         # Looked at again in the row that is locked, whatever the statement has seen of it before.
         .where(WORKFLOW.c.id == due.c.workflow_id, has_status(WORKFLOW, WorkflowStatus.SUSPENDED))
-        .values(status=WorkflowStatus.PENDING, enqueued_at=pg.statement_timestamp(), wake_at=null(), awaits=null())
+        .values(_WOKEN)
         .returning(WORKFLOW.c.id)
         .cte("woken")
     )
@@ -397,12 +405,7 @@ def _wake_one_statement() -> Any:
     due = materialized(
         select(waiting.c.workflow_id).where(or_(waiting.c.wake_at <= pg.statement_timestamp(), is_there)), "due"
     )
-    return (
-        update(WORKFLOW)
-        .where(WORKFLOW.c.id == due.c.workflow_id)
-        .values(status=WorkflowStatus.PENDING, enqueued_at=pg.statement_timestamp(), wake_at=null(), awaits=null())
-        .returning(WORKFLOW.c.id)
-    )
+    return update(WORKFLOW).where(WORKFLOW.c.id == due.c.workflow_id).values(_WOKEN).returning(WORKFLOW.c.id)
 
 
 def _renotify_statement(within: Within) -> tuple[Any, Any]:

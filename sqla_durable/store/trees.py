@@ -143,7 +143,7 @@ def erase(session: Session, ids: Sequence[UUID]) -> None:
 
 
 def _unfinished_of(roots: ColumnElement[bool]) -> ColumnElement[bool]:
-    """Tell what a cancel changes: not what was cancelled before, and undoes what it did."""
+    """Return the condition of what a cancel changes: unfinished workflows, without those that compensate already."""
     open_ones = or_(*(WORKFLOW.c.status == status(each) for each in _UNFINISHED))
     tree = _tree(and_(roots, open_ones))
     return and_(WORKFLOW.c.id.in_(select(tree.c.id)), open_ones, ~undoes())

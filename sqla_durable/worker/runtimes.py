@@ -25,7 +25,7 @@ from sqla_durable.failure import record
 from sqla_durable.inspection import SessionKind
 from sqla_durable.operations.arrivals import Arrivals, Waker
 from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
-from sqla_durable.operations.parking import LOOK_EVERY, QUIET, wait_or_park
+from sqla_durable.operations.parking import parking_of_threads, wait_or_park
 from sqla_durable.operations.runtime import StepCall
 from sqla_durable.operations.transaction import ClosingTransaction, HeldTransaction, StepTransaction
 from sqla_durable.registry import StepDefinition
@@ -116,11 +116,8 @@ class ThreadRuntime(BlockingRuntime):
         self._last: concurrent.futures.Future[None] | None = None
 
     async def begin_parking(self, wait: Wait) -> Parking | None:
-        """Park at once when every branch waits: what else a thread does, nobody can see."""
-        attempt = self.attempt
-        return attempt.begin_parking(
-            quiet=float("inf"), idle=lambda: attempt.branches.all_join_or_are_among(attempt.carriers)
-        )
+        """Return how the workflow can be suspended now."""
+        return parking_of_threads(self.attempt)
 
     def fork(self) -> Fork:
         """Give a runtime of its own to a branch's thread: what the workflow has recorded comes before its effects."""
@@ -226,15 +223,8 @@ class LoopRuntime(AsyncRuntime):
         self._last: asyncio.Future[None] | None = None
 
     async def begin_parking(self, wait: Wait) -> Parking | None:
-        """Suspend at once when every branch is seen to wait; where one may await something else, after a quiet while.
-
-        With timers of asyncio until the first of them is due, if the operation's row can keep their deadlines.
-        """
-        due_in = min(self.timers.seconds.values(), default=None)
-        if due_in is not None and (due_in <= LOOK_EVERY or not wait.has_row):
-            return None
-        parking = self.attempt.begin_parking(quiet=QUIET, idle=lambda: tasks.are_idle(self.attempt))
-        return parking if parking is None or due_in is None else parking.within(due_in)
+        """Return how the workflow can be suspended now."""
+        return tasks.parking_of_tasks(self.attempt, wait, timers=self.timers.seconds.values())
 
     async def pause(self, seconds: float) -> None:
         """Wait, or until the worker stops; then the attempt is told to end, or it would wait again and again."""

@@ -138,7 +138,7 @@ def require_driver(engine: Engine) -> None:
 
 
 def pool_capacity(engine: Engine) -> int:
-    """Give how many connections steps may hold so that the pool has some left for workers themselves."""
+    """Return how many connections steps may hold, so that the pool has some left for the workers themselves."""
     size = _left_in(engine)
     if size is None:
         return 10  # NullPool and its like set no limit of their own
@@ -174,7 +174,7 @@ def _needs(hold: int) -> int:
 
 
 def give_back(worker_id: UUID) -> None:
-    """Give back what a worker has reserved."""
+    """Free the connections that a worker has reserved."""
     with _lock:
         for each in list(_reserved.values()):
             each.pop(worker_id, None)
