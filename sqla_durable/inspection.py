@@ -106,15 +106,15 @@ def refuse_misread(fn: Callable[..., Any], *, what: str) -> None:
     """
     if inspect.isfunction(fn) and (first := next(iter(_parameters(fn)), None)) and first.name in ("self", "cls"):
         raise DefinitionError(
-            f"{what} is a method and takes {first.name!r}, which it would not get: of a class or of an instance, make "
+            f"{what} is a method and takes {first.name!r}, which it would not get: make "
             f"the {what.partition(' ')[0]} of the bound method instead, {_way(what)}(instance.{fn.__name__}, "
-            f"name={fn.__name__!r}). Without {first.name!r}, write @staticmethod above the decorator."
+            f"name={fn.__name__!r}). If it does not use {first.name!r}, write @staticmethod above the decorator."
         )
     if inspect.iscoroutinefunction(function_of(fn)) and not is_coroutine(fn):
         raise DefinitionError(
-            f"{what} is a def that wraps an async def, so it cannot be told whether calling it gives a value or a "
-            "coroutine: write the wrapper as an `async def` that awaits what it wraps; or, if it gives a value, write "
-            "a def that calls it, without functools.wraps."
+            f"{what} is a def that wraps an async def, so nothing shows whether calling it returns a value or a "
+            "coroutine: write the wrapper as an `async def` that awaits what it wraps; or, if it returns a value, "
+            "write a def that calls it, without functools.wraps."
         )
 
 

@@ -47,7 +47,7 @@ def session_of(source: Source, *, what: str) -> Session | AsyncSession:
         SessionError: there is none.
     """
     found: object = source() if callable(source) else source
-    if not isinstance(found, (Session, AsyncSession)):
+    if not isinstance(found, (Session, AsyncSession)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SessionError(f"{what} takes a Session, an AsyncSession or a sessionmaker first, got {source!r}.")
     return found
 
