@@ -1,10 +1,10 @@
-"""The storage parameters of our tables, and what `metadata.create_all` does besides."""
+"""What our tables have and a SQLAlchemy `Table` has no place for: storage parameters, and the check of new rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, Dialect, MetaData, Table, event, func
+from sqlalchemy import DDL, Connection, Dialect, MetaData, Table, event, func
 from sqlalchemy.schema import CreateSchema
 
 from sqla_durable.errors import SessionError
@@ -27,14 +27,35 @@ STORAGE: dict[str, dict[str, float]] = {
 }
 """The storage parameters of our tables, for which SQLAlchemy 2.0 has no place in a `Table`."""
 
+# A CHECK does not know whether a row is new. With the CHECKs of the table these two columns say it: a workflow that is
+# running has a token, and one that is finished has a time. Each condition more costs every INSERT, and calls of
+# functions cost most; so nothing is called for a row that passes.
+_CHECK_OF_NEW_ROWS = (
+    """CREATE OR REPLACE FUNCTION {schema}.check_new_workflow() RETURNS trigger LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION USING
+        ERRCODE = 'check_violation', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME, CONSTRAINT = TG_NAME,
+        MESSAGE = 'a new workflow is pending, or suspended until wake_at: insert it without token and finished_at, '
+            || 'got status ' || pg_catalog.quote_nullable(NEW.status),
+        HINT = 'To load rows from elsewhere, the owner of the table disables this trigger meanwhile.';
+END $$""",
+    """CREATE TRIGGER workflow_new_check BEFORE INSERT ON {schema}.workflow FOR EACH ROW
+WHEN (NEW.token IS NOT NULL OR NEW.finished_at IS NOT NULL) EXECUTE FUNCTION {schema}.check_new_workflow()""",
+)
+
 
 def statements(schema: str = SCHEMA) -> list[str]:
-    """Give the statements that set the storage parameters, for a migration that autogenerate wrote."""
-    quoted = '"' + schema.replace('"', '""') + '"'
-    return [
+    """Give the statements that complete our tables, for a migration that autogenerate wrote.
+
+    They set the storage parameters, and make the trigger that refuses new workflows which run or have an outcome.
+    """
+    quoted = _quoted(schema)
+    parameters = [
         f"ALTER TABLE {quoted}.{table} SET ({', '.join(f'{name} = {value}' for name, value in settings.items())})"
         for table, settings in STORAGE.items()
     ]
+    return [*parameters, *(each.format(schema=quoted) for each in _CHECK_OF_NEW_ROWS)]
 
 
 @event.listens_for(metadata, "before_create")
@@ -49,10 +70,25 @@ def _create_schema(_target: MetaData, connection: Connection, **_: object) -> No
 
 
 @event.listens_for(metadata, "after_create")
-def _set_storage(_target: MetaData, connection: Connection, *, tables: Sequence[Table], **_: object) -> None:
+def _complete(_target: MetaData, connection: Connection, *, tables: Sequence[Table], **_: object) -> None:
     if Workflow.__table__ in tables:
         for statement in statements(_translated(connection)):
-            connection.exec_driver_sql(statement)
+            _execute(connection, statement)
+
+
+@event.listens_for(metadata, "after_drop")
+def _drop_function(_target: MetaData, connection: Connection, *, tables: Sequence[Table], **_: object) -> None:
+    if Workflow.__table__ in tables:
+        _execute(connection, f"DROP FUNCTION IF EXISTS {_quoted(_translated(connection))}.check_new_workflow()")
+
+
+def _execute(connection: Connection, statement: str) -> None:
+    escaped = statement.replace("%", "%%")  # of the schema's name
+    connection.execute(DDL(escaped))  # type: ignore[no-untyped-call]  # SQLAlchemy has left it without types
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 def require_postgresql(dialect: Dialect) -> None:

@@ -20,6 +20,7 @@ from sqla_durable.errors import SessionError, UsageError
 from sqla_durable.models import REVISION, Queue, Step, Worker, Workflow, metadata
 from sqla_durable.status import StepStatus, WorkflowStatus
 from tests.support.domain import Order
+from tests.support.forged import forged
 
 every_schema = pytest.mark.parametrize("durable_schema", ["durable", "tenant_7"], indirect=True)
 
@@ -285,7 +286,8 @@ def insert(connection: Connection, table: str, row: dict[str, Any]) -> None:
     """Insert by SQL, as any language would."""
     columns = ", ".join(json.dumps(name) for name in row)
     values = ", ".join(f":{name}" for name in row)
-    connection.execute(text(f"INSERT INTO durable.{table} ({columns}) VALUES ({values})"), row)
+    with forged(connection, row if table == "workflow" else ()):
+        connection.execute(text(f"INSERT INTO durable.{table} ({columns}) VALUES ({values})"), row)
 
 
 async def test_relationship_is_awaited_in_async_code(database_url: str) -> None:

@@ -69,6 +69,11 @@ def set_storage(name: str, table: str, settings: Mapping[str, float]) -> None:
     op.execute(f"ALTER TABLE {_quoted(name)}.{table} SET ({listed})".replace(":", r"\:"))
 
 
+def execute(name: str, statement: str) -> None:
+    """Execute a statement that has `{schema}` where the schema's name stands."""
+    op.execute(statement.format(schema=_quoted(name)).replace(":", r"\:"))
+
+
 @contextmanager
 def _untranslated(connection: Connection | None) -> Generator[Mapping[str | None, str | None]]:
     """Give the connection's `schema_translate_map` and suspend it; offline there is none."""

@@ -11,8 +11,9 @@ from datetime import timedelta
 from typing import Any, TypeAlias, cast
 from uuid import UUID
 
+import psycopg
 import pytest
-from sqlalchemy import Engine, create_engine, event, func, select, text
+from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, sessionmaker
@@ -353,21 +354,108 @@ def test_a_starter_forges_nothing(granted: Roles, world: World) -> None:
         assert refused(engine, each) == DENIED, each
 
 
+_ID, _TIME = "0190a0a0-0000-7000-8000-000000000001", "2026-01-01 00:00:00Z"
+STATES: Mapping[str, Mapping[str, str]] = {
+    "running": {"token": _ID, "worker_id": _ID, "started_at": _TIME},
+    "succeeded": {"output": '"gold"', "finished_at": _TIME},
+    "failed": {"error": '{"type": "builtins:ValueError"}', "finished_at": _TIME},
+    "cancelled": {"finished_at": _TIME},
+}
+
+
+def new_row(status: str) -> str:
+    """Return the columns and values of a new row of a status, for an INSERT."""
+    given = {"name": "greet", "key": "forged", "status": status, **STATES.get(status, {})}
+    values = ", ".join(f"'{each}'" for each in given.values()).replace(":", r"\:")
+    return f"({', '.join(given)}) VALUES ({values})"
+
+
 def test_nobody_inserts_a_forged_state(granted: Roles) -> None:
-    states = {
-        "running": {"token": "gen_random_uuid()", "worker_id": "gen_random_uuid()", "started_at": "now()"},
-        "succeeded": {"output": "'1'", "finished_at": "now()"},
-        "failed": {"error": """'{"type": "builtins:ValueError"}'""", "finished_at": "now()"},
-        "cancelled": {"finished_at": "now()"},
-    }
     for role in NAMES:
         engine = granted.engine(role)
-        for status, columns in states.items():
-            names, values = ", ".join(columns), ", ".join(columns.values()).replace(":", r"\:")
-            new = f"INSERT INTO durable.workflow (name, status, {names}) VALUES ('greet', '{status}', {values})"
-            assert refused(engine, new) == DENIED, (role, status)
+        for status in STATES:
+            assert refused(engine, f"INSERT INTO durable.workflow {new_row(status)}") == DENIED, (role, status)
             alone = refused(engine, f"INSERT INTO durable.workflow (name, status) VALUES ('greet', '{status}')")
             assert alone in (DENIED, CHECKED), (role, status)
+
+
+WAYS: Mapping[str, str] = {
+    "INSERT": "INSERT INTO durable.workflow {row}",
+    "DO NOTHING": "INSERT INTO durable.workflow {row} ON CONFLICT DO NOTHING",
+    "DO UPDATE": "INSERT INTO durable.workflow {row} ON CONFLICT (id) DO UPDATE SET priority = 1",
+    "WITH": "WITH new AS (INSERT INTO durable.workflow {row} RETURNING id) SELECT id FROM new",
+    "MERGE": "MERGE INTO durable.workflow USING (SELECT) AS one ON false WHEN NOT MATCHED THEN INSERT {row}",
+    "view": "INSERT INTO public.workflows {row}",
+}
+
+
+def inserted(connection: Connection, statement: str) -> None:
+    connection.execute(text(statement))
+
+
+def copied(connection: Connection, status: str) -> None:
+    """Insert a row of a status by COPY."""
+    given = {"name": "greet", "key": "forged", "status": status, **STATES.get(status, {})}
+    driver: Any = connection.connection.driver_connection
+    with driver.cursor() as cursor, cursor.copy(f"COPY durable.workflow ({', '.join(given)}) FROM STDIN") as copy:
+        copy.write_row(list(given.values()))
+
+
+def refusal(engine: Engine, insert: Callable[[Connection, str], None], what: str) -> tuple[str, ...]:
+    """Insert and roll back; return what PostgreSQL says of the refusal."""
+    with engine.connect() as connection:
+        try:
+            insert(connection, what)
+        except (DBAPIError, psycopg.Error) as error:
+            said = cast("Any", getattr(error, "orig", error)).diag
+            return said.sqlstate, f"{said.schema_name}.{said.table_name}", said.constraint_name, said.message_primary
+    return ()
+
+
+def test_whoever_may_insert_whole_rows_forges_no_state(granted: Roles, world: World, engine: Engine) -> None:
+    """A role with INSERT on the table, and its owner, a superuser: a later start would return the outcome."""
+    granted.execute(
+        "GRANT INSERT, SELECT, UPDATE ON durable.workflow TO starter",
+        "CREATE VIEW public.workflows AS SELECT * FROM durable.workflow",
+        "GRANT INSERT ON public.workflows TO starter",
+    )
+    wanted = {"pending": (), **{status: refused_by_the_trigger(status) for status in STATES}}
+    for each in (granted.engine("starter"), engine):
+        for way, statement in WAYS.items():
+            new = {status: statement.format(row=new_row(status)) for status in wanted}
+            assert {status: refusal(each, inserted, new[status]) for status in wanted} == wanted, way
+        assert {status: refusal(each, copied, status) for status in wanted} == wanted
+    with Session(granted.engine("starter")) as session:
+        assert greet.options(key="forged").start(session, "x").status == "pending"
+
+
+def refused_by_the_trigger(status: str) -> tuple[str, ...]:
+    message = (
+        "a new workflow is pending, or suspended until wake_at: insert it without token and finished_at, got status"
+    )
+    return CHECKED, "durable.workflow", "workflow_new_check", f"{message} '{status}'"
+
+
+def test_what_a_new_row_may_be_goes_in_and_old_rows_are_changed_as_before(world: World, engine: Engine) -> None:
+    again = "INSERT INTO durable.workflow (id, name) VALUES (:id, 'greet') ON CONFLICT (id) DO UPDATE SET {} "
+    delayed = (
+        "INSERT INTO durable.workflow (name, status, wake_at, started_at) VALUES ('greet', 'suspended', now(), now())"
+    )
+    with engine.connect() as connection:
+        connection.execute(text(delayed))
+        for change in ("priority = 1", "status = 'succeeded', output = '1', finished_at = now()"):
+            status = connection.scalar(text(f"{again.format(change)} RETURNING status"), {"id": world.done})
+            assert status == "succeeded"
+
+
+def test_the_owner_loads_rows_from_elsewhere_while_the_trigger_is_disabled(engine: Engine) -> None:
+    disable, enable = recipe(HERE, 2).strip().split("-- load\n")
+    succeeded = f"INSERT INTO durable.workflow {new_row('succeeded')}"
+    with engine.begin() as connection:
+        connection.execute(text(disable))
+        connection.execute(text(succeeded))
+        connection.execute(text(enable))
+    assert refused(engine, succeeded) == CHECKED
 
 
 def starting(**options: Any) -> Verb:

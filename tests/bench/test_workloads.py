@@ -95,8 +95,9 @@ def test_several_workers_share_the_work(bench: Bench) -> None:
 
 def test_failed_workflow_is_no_figure(bench: Bench) -> None:
     bench.place.do(
-        "INSERT INTO {schema}.workflow (name, status, finished_at, error) "
-        "VALUES ('one_step', 'failed', statement_timestamp(), '{{\"type\": \"Mishap\"}}')"
+        "INSERT INTO {schema}.workflow (name) VALUES ('one_step')",
+        "UPDATE {schema}.workflow SET status = 'failed', finished_at = statement_timestamp(), "
+        'error = \'{{"type": "Mishap"}}\'',
     )
     with pytest.raises(BenchError, match=r"1 workflows of the bench have failed.*Mishap"):
         bench.outcome(bench.place.now() - timedelta(minutes=1))

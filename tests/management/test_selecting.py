@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session, aliased
 
 from sqla_durable import Workflow, WorkflowStatus, cancel, delete, fork, resume, retry, rewind
 from tests.store import races
+from tests.support.forged import forged
 
 COUNT, LIMIT = 200, 5
 VERBS: dict[str, tuple[Any, str]] = {
@@ -28,15 +29,17 @@ every_verb = pytest.mark.parametrize(("verb", "status"), VERBS.values(), ids=VER
 
 def enqueued(session: Session, status: str, count: int = COUNT) -> list[UUID]:
     """Insert workflows of a status, each with a step, and give their ids in order."""
-    session.execute(
-        text(
-            "INSERT INTO durable.workflow (name, status, finished_at, error) SELECT 'checkout', CAST(:status AS text), "
-            "CASE WHEN CAST(:status AS text) <> 'pending' THEN statement_timestamp() END, "
-            "CASE WHEN CAST(:status AS text) = 'failed' THEN jsonb_build_object('type', 'ValueError') END "
-            "FROM generate_series(1, :count)"
-        ),
-        {"status": status, "count": count},
-    )
+    with forged(session):
+        session.execute(
+            text(
+                "INSERT INTO durable.workflow (name, status, finished_at, error) "
+                "SELECT 'checkout', CAST(:status AS text), "
+                "CASE WHEN CAST(:status AS text) <> 'pending' THEN statement_timestamp() END, "
+                "CASE WHEN CAST(:status AS text) = 'failed' THEN jsonb_build_object('type', 'ValueError') END "
+                "FROM generate_series(1, :count)"
+            ),
+            {"status": status, "count": count},
+        )
     session.execute(
         text(
             "INSERT INTO durable.step (workflow_id, key, name, position, status, output, attempt, started_at) "

@@ -39,7 +39,7 @@ def application(
 
 
 def _add_durable(application: Application) -> None:
-    """Do what docs/migrations.md tells: autogenerate, then add the schema and the storage parameters by hand."""
+    """Do what docs/migrations.md tells: autogenerate, then add by hand what Alembic does not make."""
     application.upgrade("app_0001")
     path = application.autogenerate("app_0002", "add durable")
     text = path.read_text()
@@ -50,5 +50,6 @@ def _add_durable(application: Application) -> None:
         "\n\ndef downgrade",
         "    for each in sqla_durable.storage.statements():\n        op.execute(each)\n\n\ndef downgrade",
     ).replace("from alembic import op\n", "from alembic import op\nimport sqla_durable\n")
-    path.write_text(f'{text.rstrip()}\n    op.execute("DROP SCHEMA durable")\n')
+    dropped = ("FUNCTION durable.check_new_workflow()", "SCHEMA durable")
+    path.write_text(text.rstrip() + "".join(f'\n    op.execute("DROP {each}")' for each in dropped) + "\n")
     application.downgrade("base")

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import migrations
 from sqla_durable.errors import UsageError
-from sqla_durable.models import REVISION, Workflow
+from sqla_durable.models import REVISION, Workflow, metadata
 from tests.migrations.application import run_script
 from tests.support.catalogue import Catalogue, catalogue, schemas
 
@@ -95,6 +95,17 @@ def test_any_name_of_a_schema_works(empty_engine: Engine, expected: Catalogue, n
         assert catalogue(connection, name) == expected
         migrations.downgrade(REVISION, schema=name)
         assert schemas(connection) == {"public"}
+
+
+@odd_names
+def test_create_all_and_drop_all_work_in_a_schema_of_any_name(
+    empty_engine: Engine, expected: Catalogue, name: str
+) -> None:
+    with empty_engine.execution_options(schema_translate_map={"durable": name}).begin() as connection:
+        metadata.create_all(connection)
+        assert catalogue(connection, name) == expected
+        metadata.drop_all(connection)
+        assert not any(catalogue(connection, name).values())
 
 
 @odd_names

@@ -10,6 +10,8 @@ from sqlalchemy import Executable, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
+from tests.support.forged import forged
+
 
 class Plan:
     """An executed plan."""
@@ -87,19 +89,22 @@ def _fetched(session: Session) -> int:
 
 def fill(session: Session, pending: int = 20_000) -> None:
     """Many rows in every status, with the statistics that autovacuum would have made."""
-    session.execute(
-        text(
-            "INSERT INTO durable.workflow (name, status, token, worker_id, started_at, finished_at, output, wake_at) "
-            "SELECT 'checkout', status, CASE status WHEN 'running' THEN gen_random_uuid() END, "
-            "CASE status WHEN 'running' THEN gen_random_uuid() END, statement_timestamp(), "
-            "CASE status WHEN 'succeeded' THEN statement_timestamp() END, "
-            "CASE status WHEN 'succeeded' THEN '1'::jsonb END, "
-            "CASE status WHEN 'suspended' THEN statement_timestamp() + (n - 500) * interval '1 second' END "
-            "FROM (SELECT n, (ARRAY['pending', 'pending', 'succeeded', 'suspended', 'running'])[n % 5 + 1] AS status "
-            "FROM generate_series(0, :count) AS n WHERE n % 5 <> 4 OR n % 100 = 4) AS rows"
-        ),
-        {"count": pending},
-    )
+    with forged(session):
+        session.execute(
+            text(
+                "INSERT INTO durable.workflow (name, status, token, worker_id, started_at, finished_at, output, "
+                "wake_at) "
+                "SELECT 'checkout', status, CASE status WHEN 'running' THEN gen_random_uuid() END, "
+                "CASE status WHEN 'running' THEN gen_random_uuid() END, statement_timestamp(), "
+                "CASE status WHEN 'succeeded' THEN statement_timestamp() END, "
+                "CASE status WHEN 'succeeded' THEN '1'::jsonb END, "
+                "CASE status WHEN 'suspended' THEN statement_timestamp() + (n - 500) * interval '1 second' END "
+                "FROM (SELECT n, (ARRAY['pending', 'pending', 'succeeded', 'suspended', 'running'])[n % 5 + 1] "
+                "AS status "
+                "FROM generate_series(0, :count) AS n WHERE n % 5 <> 4 OR n % 100 = 4) AS rows"
+            ),
+            {"count": pending},
+        )
     session.commit()
     session.execute(text("ANALYZE durable.workflow"))
     session.commit()

@@ -24,6 +24,7 @@ from sqla_durable.store import starts as starts
 from sqla_durable.store import workers as workers
 from sqla_durable.store import workflows as workflows
 from sqla_durable.store.look import look
+from tests.support.forged import forged
 
 T = TypeVar("T")
 
@@ -120,8 +121,9 @@ def blocked_statements(engine: Engine) -> dict[int, object]:
 def enqueue(session: Session, count: int = 1, **columns: Any) -> list[UUID]:
     """Insert pending workflows named `checkout` and commit them."""
     records = [Workflow(**{"name": "checkout", **columns}) for _ in range(count)]
-    session.add_all(records)
-    session.flush()
+    with forged(session, columns):
+        session.add_all(records)
+        session.flush()
     ids = [each.id for each in records]
     session.commit()
     return ids

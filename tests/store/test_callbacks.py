@@ -20,6 +20,7 @@ from sqla_durable.store.callbacks import _HOLD, _LOOK  # pyright: ignore[reportP
 from sqla_durable.testing import advance
 from tests.store import races
 from tests.store.plans import explain
+from tests.support.forged import forged
 
 MINUTE = timedelta(minutes=1)
 
@@ -217,8 +218,9 @@ def test_finding_a_callback_reads_its_own_workflow_only(engine: Engine, mode: st
         "FROM durable.workflow WHERE name = 'old'"
     )
     with Session(engine) as session:
-        for each in (others, steps):
-            session.execute(each)
+        with forged(session):
+            for each in (others, steps):
+                session.execute(each)
         session.commit()
         session.execute(text("ANALYZE durable.step, durable.workflow, durable.signal"))
         session.commit()

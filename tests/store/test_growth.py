@@ -32,6 +32,7 @@ from sqla_durable.store import (
 )
 from tests.store import races
 from tests.store.plans import pages
+from tests.support.forged import forged
 
 Operation: TypeAlias = Callable[[Session, Fence], object]
 
@@ -141,9 +142,10 @@ def given(engine: Engine) -> dict[str, tuple[Fence, int, UUID]]:
     with engine.begin() as connection:
         for table in ("workflow", "step", "signal", "event", "stream_item"):
             connection.execute(text(f"ALTER TABLE durable.{table} SET (autovacuum_enabled = off)"))
-        _execute(connection, _OLD, old=old.workflow_id, more=MORE)
-        for fence, update_id, child in found.values():
-            _execute(connection, _WAITING, id=fence.workflow_id, update=update_id, child=child)
+        with forged(connection):
+            _execute(connection, _OLD, old=old.workflow_id, more=MORE)
+            for fence, update_id, child in found.values():
+                _execute(connection, _WAITING, id=fence.workflow_id, update=update_id, child=child)
     return found
 
 

@@ -13,7 +13,7 @@ from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import ColumnElement, Engine, SelectBase, TextClause, UpdateBase, create_engine, event, select, text
 from sqlalchemy.dialects.postgresql import asyncpg, psycopg
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 from sqlalchemy.orm import Session, joinedload, selectinload, sessionmaker
 
 from sqla_durable import (
@@ -120,6 +120,8 @@ def test_tables_that_are_made_with_such_a_path_refer_to_no_trap(trapped: Engine,
             connection.execution_options(schema_translate_map={})
         assert hostile.referring_to_traps(connection) == []
         connection.exec_driver_sql(f"INSERT INTO {route}.workflow (name, timeout) VALUES ('checkout', '1 day')")
+        with pytest.raises(IntegrityError, match="got status 'pending'"), connection.begin_nested():
+            connection.exec_driver_sql(f"INSERT INTO {route}.workflow (name, finished_at) VALUES ('checkout', now())")
         if route == "migrations":
             with Operations.context(MigrationContext.configure(connection)):
                 migrations.downgrade(models.REVISION, schema=route)

@@ -15,6 +15,7 @@ from sqlalchemy.schema import CreateTable
 from sqlalchemy.sql import ClauseElement
 
 import sqla_durable.store as store
+from sqla_durable import storage
 from sqla_durable.models import metadata
 from tests.test_architecture import SOURCES
 
@@ -125,6 +126,15 @@ def test_every_function_of_the_tables_definitions_is_pg_catalogs() -> None:
     }
     assert {name: found for name, sql in tables.items() if (found := _unqualified(sql))} == {}
     assert "pg_catalog.octet_length(" in tables["workflow"]
+
+
+def test_the_check_of_new_workflows_calls_pg_catalogs_functions_and_nothing_for_a_row_that_passes() -> None:
+    (function, trigger) = (each for each in storage.statements() if each.startswith("CREATE"))
+    assert _unqualified(function) == set()
+    assert "pg_catalog.quote_nullable(" in function
+    assert "SET search_path = pg_catalog, pg_temp" in function
+    condition = trigger.partition("WHEN (")[2].partition(") EXECUTE")[0]
+    assert condition == "NEW.token IS NOT NULL OR NEW.finished_at IS NOT NULL"
 
 
 def test_no_function_is_named_without_a_schema_in_the_source() -> None:

@@ -28,15 +28,33 @@ _RELATIONS = """
 SELECT c.relname, c.relkind, c.reloptions, obj_description(c.oid, 'pg_class')
 FROM pg_class c WHERE c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = :schema) ORDER BY c.relname
 """
+_TRIGGERS = """
+SELECT c.relname, t.tgname, t.tgenabled, pg_get_triggerdef(t.oid, true)
+FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
+WHERE c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = :schema) AND NOT t.tgisinternal
+ORDER BY c.relname, t.tgname
+"""
+_FUNCTIONS = """
+SELECT p.proname, pg_get_function_arguments(p.oid), pg_get_function_result(p.oid), p.prolang, p.prosecdef,
+       p.provolatile, p.proconfig, p.prosrc
+FROM pg_proc p WHERE p.pronamespace = (SELECT oid FROM pg_namespace WHERE nspname = :schema) ORDER BY p.proname
+"""
+_QUERIES = {
+    "columns": _COLUMNS,
+    "constraints": _CONSTRAINTS,
+    "indexes": _INDEXES,
+    "relations": _RELATIONS,
+    "triggers": _TRIGGERS,
+    "functions": _FUNCTIONS,
+}
 
 Catalogue = dict[str, Sequence[Row[Any]]]
 
 
 def catalogue(connection: Connection, schema: str) -> Catalogue:
-    """Read columns, constraints, indexes and relations of a schema, without its name in them."""
+    """Read what there is in a schema, without its name in it."""
     connection.execute(text("SELECT set_config('search_path', quote_ident(:schema), true)"), {"schema": schema})
-    queries = {"columns": _COLUMNS, "constraints": _CONSTRAINTS, "indexes": _INDEXES, "relations": _RELATIONS}
-    found = {name: connection.execute(text(query), {"schema": schema}).all() for name, query in queries.items()}
+    found = {name: connection.execute(text(query), {"schema": schema}).all() for name, query in _QUERIES.items()}
     connection.execute(text("SET LOCAL search_path TO DEFAULT"))
     return found
 

@@ -39,6 +39,7 @@ _FUNCTIONS = (
     "pg_notify(varchar, varchar)",
     "power(int, int)",
     "quote_ident(varchar)",
+    "quote_nullable(varchar)",
     "set_config(text, text, int)",
     "split_part(text, varchar, int)",
     "statement_timestamp(int DEFAULT 1)",

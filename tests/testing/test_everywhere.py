@@ -28,6 +28,7 @@ from sqla_durable.testing import (
 )
 from tests.store import races
 from tests.support.domain import Entry
+from tests.support.forged import forged
 from tests.testing import application
 
 ROOT = Path(__file__).parents[2]
@@ -126,12 +127,14 @@ def test_executions_in_parallel_find_the_same_points(database_url: str, engine: 
     start_one = starting(application.transfer)
 
     def start(session: Session) -> Workflow:
-        session.execute(
-            text(
-                "INSERT INTO durable.workflow (name, queue, status, token, worker_id, started_at) "
-                "VALUES ('left', 'elsewhere', 'running', gen_random_uuid(), gen_random_uuid(), statement_timestamp())"
+        with forged(session):
+            session.execute(
+                text(
+                    "INSERT INTO durable.workflow (name, queue, status, token, worker_id, started_at) "
+                    "VALUES ('left', 'elsewhere', 'running', gen_random_uuid(), gen_random_uuid(), "
+                    "statement_timestamp())"
+                )
             )
-        )
         return start_one(session)
 
     report = crash(

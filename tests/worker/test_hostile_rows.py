@@ -23,6 +23,7 @@ from sqla_durable.store import children
 from sqla_durable.unwinding import AttemptLost
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
+from tests.support.forged import forged
 
 Sessions = sessionmaker[Session]
 
@@ -51,7 +52,8 @@ def insert(engine: Engine, table: str = "workflow", **columns: Any) -> UUID:
     returned = "id" if table in ("workflow", "worker") else "NULL"
     with engine.begin() as connection:
         statement = text(f"INSERT INTO durable.{table} ({names}) VALUES ({values}) RETURNING {returned}")
-        found: UUID = connection.execute(statement, columns).scalar_one()
+        with forged(connection, columns if table == "workflow" else ()):
+            found: UUID = connection.execute(statement, columns).scalar_one()
     return found
 
 

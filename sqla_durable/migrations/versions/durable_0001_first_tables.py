@@ -40,12 +40,14 @@ def upgrade(schema: str | None = None) -> None:
         _create_queue(name)
         _create_worker(name)
         _set_storage(name)
+        _check_new_workflows(name)
 
 
 def downgrade(schema: str | None = None) -> None:
     with schemas.resolved(schema) as name:
         for table in ("worker", "queue", "stream_item", "event", "signal", "step", "workflow"):
             op.drop_table(table, schema=name)
+        schemas.execute(name, "DROP FUNCTION IF EXISTS {schema}.check_new_workflow()")
         schemas.drop(name)
 
 
@@ -335,6 +337,27 @@ def _set_storage(schema: str) -> None:
         schema,
         "worker",
         {"fillfactor": 50, "autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 100},
+    )
+
+
+def _check_new_workflows(schema: str) -> None:
+    # Nothing is called for a row that passes: each condition costs every INSERT.
+    schemas.execute(
+        schema,
+        """CREATE OR REPLACE FUNCTION {schema}.check_new_workflow() RETURNS trigger LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION USING
+        ERRCODE = 'check_violation', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME, CONSTRAINT = TG_NAME,
+        MESSAGE = 'a new workflow is pending, or suspended until wake_at: insert it without token and finished_at, '
+            || 'got status ' || pg_catalog.quote_nullable(NEW.status),
+        HINT = 'To load rows from elsewhere, the owner of the table disables this trigger meanwhile.';
+END $$""",
+    )
+    schemas.execute(
+        schema,
+        """CREATE TRIGGER workflow_new_check BEFORE INSERT ON {schema}.workflow FOR EACH ROW
+WHEN (NEW.token IS NOT NULL OR NEW.finished_at IS NOT NULL) EXECUTE FUNCTION {schema}.check_new_workflow()""",
     )
 
 
