@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import AsyncExecutor, Durable, Executor, Step, Workflow, WorkflowStatus, models
+from sqla_durable import AsyncExecutor, Durable, Executor, Step, Workflow, WorkflowStatus, heartbeat, models
 from sqla_durable.errors import AttemptLostError, EncodingError, SessionError, WorkflowRunningError
 from tests.support.domain import Entry, Order
 
@@ -276,7 +277,7 @@ async def test_cancel_during_a_commit_leaves_the_session_to_the_step_that_follow
     def cancel_what_commits(_: Session) -> None:
         if calls and not cancelled:
             cancelled.append(calls[-1])
-            asyncio.get_running_loop().call_soon(branches[calls[-1]].cancel)
+            asyncio.get_running_loop().call_soon(branches[cancelled[0]].cancel)
 
     async with AsyncSession(async_engine) as session:
         event.listen(session.sync_session, "before_commit", cancel_what_commits)
@@ -293,30 +294,40 @@ def charge() -> str:
     return "refused"
 
 
-@durable.workflow
-def order() -> str:
-    return charge()
+@durable.step(stop=tenacity.stop_after_attempt(3), wait=tenacity.wait_none())
+def report() -> None:
+    calls.append("report")
+    heartbeat("kept")
+    heartbeat("refused")  # sent when the function has returned
 
 
 @durable.workflow
-async def order_async() -> str:
-    return await charge.aio()
+def order(*, reports: bool) -> str:
+    return str(report()) if reports else charge()
+
+
+@durable.workflow
+async def order_async(*, reports: bool) -> str:
+    return str(await report.aio()) if reports else await charge.aio()
 
 
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("is_async", [False, True])
-async def test_plain_step_is_not_executed_again_when_the_database_refuses_its_result(
-    session_factory: Sessions, async_engine: AsyncEngine, is_async: bool, joined: bool
+@pytest.mark.parametrize("reports", [False, True])
+async def test_plain_step_is_not_executed_again_when_the_database_refuses_its_result_or_its_details(
+    session_factory: Sessions, async_engine: AsyncEngine, is_async: bool, joined: bool, reports: bool
 ) -> None:
     calls.clear()
     with session_factory() as session:
-        refuse = "ALTER TABLE durable.step ADD CONSTRAINT refuses CHECK (output IS DISTINCT FROM '\"refused\"')"
-        session.execute(text(refuse))
+        column = "details" if reports else "output"
+        refuses = f"ADD CONSTRAINT refuses CHECK ({column} IS DISTINCT FROM '\"refused\"')"
+        session.execute(text(f"ALTER TABLE durable.step {refuses}"))
         session.commit()
         async with AsyncSession(async_engine) as async_session:
             executor = (Executor.joined if joined else Executor)(session)
             async_executor = (AsyncExecutor.joined if joined else AsyncExecutor)(async_session)
-            running = async_executor.run(order_async) if is_async else asyncio.to_thread(executor.run, order)
-            with pytest.raises(EncodingError, match="the database refuses what the workflow records"):
+            in_thread = partial(asyncio.to_thread, executor.run, order)
+            running = async_executor.run(order_async, reports=reports) if is_async else in_thread(reports=reports)
+            with pytest.raises(EncodingError, match="the database refuses"):
                 await running
-    assert calls == ["charge"]
+    assert calls == ["report" if reports else "charge"]

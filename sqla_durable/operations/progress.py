@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
+from sqlalchemy.exc import DBAPIError
+
+from sqla_durable.errors import EncodingError
 from sqla_durable.operations.runtime import Runtime, StepCall
+from sqla_durable.retry import first_line, is_about_data
 from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint, progress
 
@@ -27,10 +31,19 @@ async def send(runtime: Runtime, call: StepCall) -> None:
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
+        EncodingError: the database refuses the details.
     """
     reported = runtime.attempt.progress(call.position)
-    with reported.sending():
-        await runtime.execute(partial(progress.report, checkpoint=_running(runtime, call), details=reported.details))
+    report = partial(progress.report, checkpoint=_running(runtime, call), details=reported.details)
+    try:
+        with reported.sending():
+            await runtime.execute(report)
+    except DBAPIError as error:
+        if not is_about_data(error):
+            raise
+        raise EncodingError(
+            f"the database refuses the details that step {call.position.key!r} reports: {first_line(error)}"
+        ) from error
 
 
 def _running(runtime: Runtime, call: StepCall) -> Checkpoint:

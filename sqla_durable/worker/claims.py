@@ -20,7 +20,7 @@ from sqla_durable.store import Claimed, queues
 from sqla_durable.store.parts import Part
 from sqla_durable.worker.attempts import Attempts
 from sqla_durable.worker.cursors import Cursors
-from sqla_durable.worker.database import Database
+from sqla_durable.worker.database import Database, NoConnectionError
 from sqla_durable.worker.heartbeat import Heartbeat
 
 log = Log("sqla_durable.worker")
@@ -98,7 +98,7 @@ class Claims:
 
         The histories of a full batch may be longer than what arrives within the time limit. A workflow whose own one is
         so for the second time has crashed: it is claimed later, and others before it. A connection that is lost says
-        little of the workflow: that counts when it comes many times in a row.
+        little of the workflow: that counts when it comes many times in a row. A pool that is used up says nothing.
         """
         again = ObstacleRetry()
         unread, times = None, 0
@@ -123,7 +123,8 @@ class Claims:
                 if seconds is None:
                     raise
                 log.warning("claim: %s; trying again in %.1f s", first_line(error), seconds)
-                alone = batch.claimed[0].fence if len(batch.claimed) == 1 else None
+                is_asked = len(batch.claimed) == 1 and not isinstance(error, NoConnectionError)
+                alone = batch.claimed[0].fence if is_asked else None
                 times = times + 1 if alone and alone.workflow_id == unread else 1
                 unread = alone and alone.workflow_id
                 if alone and times >= (2 if is_out_of_time(error) else _UNREAD):

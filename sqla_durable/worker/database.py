@@ -36,6 +36,10 @@ _LAST_WAIT = 2.0  # seconds for a transaction to end by itself when nobody wants
 _CUT_OFF = 1.0  # seconds in which a transaction ends once its connection is cut
 
 
+class NoConnectionError(TimeoutError):
+    """There was no connection within the time limit: the pool is used up, or the server cannot be reached."""
+
+
 class Database(Protocol):
     """Executes functions of a connection, whose statements are each a transaction of their own.
 
@@ -46,7 +50,8 @@ class Database(Protocol):
         """Call the function.
 
         Raises:
-            TimeoutError: there was no connection, or no answer, within the time limit.
+            NoConnectionError: there was no connection within the time limit.
+            TimeoutError: there was no answer within it.
         """
         ...
 
@@ -344,7 +349,7 @@ async def _to_its_end(transaction: Coroutine[Any, Any, T], cut: Cut, *, limit: f
     if ended:
         return task.result()
     if not await _cut_off(task, cut):
-        raise TimeoutError(f"no connection to the database within {limit:.1f} s")
+        raise NoConnectionError(f"no connection to the database within {limit:.1f} s")
     try:
         return task.result()
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -51,6 +52,42 @@ def test_a_history_that_does_not_arrive_is_counted_and_lets_others_go_first(
     assert "its history could not be read: no answer from the database within 0.3 s" in error["message"]
     assert "its history cannot be read" in caplog.text
     slow.dispose()
+
+
+# behaviour: O2 R4
+def test_a_history_for_which_there_is_no_connection_is_not_counted(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pool that is used up after each of the first two claims says nothing of the workflow."""
+    monkeypatch.setattr(settings, "time_limit", _short)
+    durable = Durable()
+
+    @durable.workflow
+    def checkout() -> str:
+        return "done"
+
+    with Session(engine) as session:
+        (claimed,) = races.enqueue(session, attempt=2, started_at=func.statement_timestamp())
+        session.commit()
+    scarce = create_engine(engine.url)
+    used_up: list[threading.Timer] = []
+    free = threading.Event()
+    free.set()
+
+    def use_up(_connection: Any, cursor: Any, statement: str, *_more: Any) -> None:
+        if len(used_up) < 2 and statement.startswith("WITH claimable") and cursor.rowcount == 1:
+            free.clear()
+            used_up.append(threading.Timer(1.5, free.set))
+            used_up[-1].start()
+
+    event.listen(scarce, "after_cursor_execute", use_up)
+    event.listen(scarce, "checkout", lambda *_: free.wait(races.PATIENCE))
+    poll = timedelta(seconds=0.02)
+    with Worker(durable, sessionmaker=sessionmaker(scarce), poll_interval=poll, concurrency=1, max_attempts=1):
+        races.wait_until(lambda: races.status_of(engine, claimed).finished)
+    assert races.status_of(engine, claimed) is WorkflowStatus.SUCCEEDED
+    assert caplog.text.count("claim: no connection to the database within 0.3 s") >= 2
+    scarce.dispose()
 
 
 class Odd(BaseException):
