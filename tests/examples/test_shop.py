@@ -253,7 +253,7 @@ def test_payment_service_gives_back_what_was_charged_once_and_charges_nothing_af
 
 
 def test_charge_outside_a_workflow_is_refused_before_anything_is_sent(service: Service) -> None:
-    with pytest.raises(RuntimeError, match="in a step of a workflow only"):
+    with pytest.raises(errors.UsageError, match="no step is being executed"):
         charge(ORDER, 100)
     assert service.ledger.counts.total() == 0
 
