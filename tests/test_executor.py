@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import pytest
@@ -295,20 +294,21 @@ def charge() -> str:
 
 
 @durable.step(stop=tenacity.stop_after_attempt(3), wait=tenacity.wait_none())
-def report() -> None:
+def report() -> str:
     calls.append("report")
     heartbeat("kept")
     heartbeat("refused")  # sent when the function has returned
+    return "reported"
 
 
 @durable.workflow
 def order(*, reports: bool) -> str:
-    return str(report()) if reports else charge()
+    return report() if reports else charge()
 
 
 @durable.workflow
 async def order_async(*, reports: bool) -> str:
-    return str(await report.aio()) if reports else await charge.aio()
+    return await report.aio() if reports else await charge.aio()
 
 
 @pytest.mark.parametrize("joined", [False, True])
@@ -326,8 +326,11 @@ async def test_plain_step_is_not_executed_again_when_the_database_refuses_its_re
         async with AsyncSession(async_engine) as async_session:
             executor = (Executor.joined if joined else Executor)(session)
             async_executor = (AsyncExecutor.joined if joined else AsyncExecutor)(async_session)
-            in_thread = partial(asyncio.to_thread, executor.run, order)
-            running = async_executor.run(order_async, reports=reports) if is_async else in_thread(reports=reports)
+            running: Awaitable[str] = (
+                async_executor.run(order_async, reports=reports)
+                if is_async
+                else asyncio.to_thread(lambda: executor.run(order, reports=reports))
+            )
             with pytest.raises(EncodingError, match="the database refuses"):
                 await running
     assert calls == ["report" if reports else "charge"]
