@@ -35,6 +35,7 @@ from sqla_durable import (
     errors,
     fail_callback,
     fork,
+    get_event,
     heartbeat_callback,
     resume,
     retry,
@@ -57,7 +58,7 @@ from tests.support.domain import Entry
 from tests.support.roles import Roles, recipe, roles
 
 HERE = "tests/acceptance/test_roles.py"
-NAMES = ("starter", "signaller", "updater", "answerer", "worker", "operator", "reader")
+NAMES = ("starter", "caller", "signaller", "updater", "answerer", "canceller", "worker", "operator", "reader")
 DENIED, CHECKED, GENERATED = "42501", "23514", "428C9"
 DAY = timedelta(days=1)
 durable = Durable(version="7")
@@ -126,7 +127,8 @@ def world(engine: Engine) -> World:
             {"id": failed, "error": error},
         )
         session.execute(text(f"{finished} status = 'cancelled' WHERE id = :id"), {"id": cancelled})
-        session.execute(text(f"{finished} status = 'succeeded', output = '1' WHERE id = :id"), {"id": done})
+        session.execute(text(f"{finished} status = 'succeeded', output = '\"d\"' WHERE id = :id"), {"id": done})
+        session.add(Event(workflow_id=done, key="status", value="booked"))
         session.commit()
     return World(pending, failed, cancelled, done, owner.workflow_id, made.reveal())
 
@@ -148,6 +150,10 @@ VERBS: Mapping[str, Mapping[str, Verb]] = {
             session, [greet.options(key=each, delay=DAY).bind("x") for each in ("known", "new")]
         ),
     },
+    "caller": {
+        "result": lambda session, world: greet.handle(session, world.done).result(),
+        "event": lambda session, world: get_event(session, world.done, "status"),
+    },
     "signaller": {
         "signal": lambda session, world: signal(session, world.pending, "go", 1),
         "signal under a key": lambda session, world: signal(session, [world.pending, world.owner], "go", 1, key="k"),
@@ -161,8 +167,10 @@ VERBS: Mapping[str, Mapping[str, Verb]] = {
         "fail": lambda session, world: fail_callback(session, world.token, "no"),
         "keep alive": lambda session, world: heartbeat_callback(session, world.token),
     },
-    "operator": {
+    "canceller": {
         "cancel": lambda session, world: cancel(session, [world.pending, world.owner]),
+    },
+    "operator": {
         "resume": lambda session, world: resume(session, world.cancelled),
         "retry": lambda session, world: retry(session, world.failed),
         "rewind": lambda session, world: rewind(session, world.owner, to_step="create_callback"),
@@ -179,8 +187,12 @@ VERBS: Mapping[str, Mapping[str, Verb]] = {
         "read queues": lambda session, _: session.execute(select(Queue)),
     },
 }
-WITH_POLICIES = {"operator": {*VERBS["reader"], "start", "start many", "start under a known key"}}
-ALSO = WITH_POLICIES | {"updater": {*VERBS["signaller"]}, "answerer": {*VERBS["signaller"]}}
+WITH_POLICIES = {
+    "operator": {*VERBS["reader"], *VERBS["caller"], "cancel", "start", "start many", "start under a known key"},
+    "reader": {*VERBS["caller"]},
+    "updater": {"event"},
+}
+ALSO = WITH_POLICIES | {"updater": {*VERBS["signaller"], "event"}, "answerer": {*VERBS["signaller"]}}
 
 
 def expected(role: str, also: Mapping[str, set[str]] = ALSO) -> dict[str, str]:
@@ -257,6 +269,25 @@ def test_a_started_record_is_whole_for_who_may_not_read_payloads(granted: Roles,
         assert (known.id, known.status) == (world.done, "succeeded")
         with pytest.raises(DBAPIError, match="permission denied"):
             _ = known.output
+
+
+def test_an_application_starts_signals_waits_and_cancels(granted: Roles, world: World) -> None:
+    """With the sets that the page names for an application, and without those of a reader."""
+    granted.execute("GRANT caller, signaller, canceller TO starter")
+    sessions = sessionmaker(granted.engine("starter"), expire_on_commit=False)
+    with sessions.begin() as session:
+        workflow = greet.start(session, "x")
+        signal(session, workflow.id, "go", key="once")
+    with sessions() as session:
+        assert session.scalars(select(Workflow.status).where(Workflow.id == workflow.id)).one() == "pending"
+        with pytest.raises(DBAPIError, match="permission denied"):
+            session.get(Workflow, workflow.id)
+    with sessions.begin() as session:
+        assert cancel(session, workflow.id) == [workflow.id]
+    with pytest.raises(errors.WorkflowCancelledError):
+        greet.handle(sessions, workflow.id).result()
+    with pytest.raises(errors.WorkflowFailedError):
+        greet.handle(sessions, world.failed).result()
 
 
 def test_a_service_with_two_roles_starts_with_a_signal_or_an_update(granted: Roles) -> None:
@@ -491,6 +522,28 @@ def test_a_hidden_key_starts_nothing_for_who_may_not_delete(granted: Roles, worl
         session.commit()
     with Session(engine) as session:
         assert session.scalars(select(Workflow.key).where(Workflow.key.is_not(None))).all() == ["known"]
+
+
+def test_a_canceller_gives_no_outcome(granted: Roles, world: World) -> None:
+    engine = granted.engine("canceller")
+    change = "UPDATE durable.workflow SET {} WHERE finished_at IS NULL"
+    for status in ("succeeded", "failed"):
+        assert refused(engine, change.format(f"status = '{status}', finished_at = now()")) == CHECKED, status
+    for each in (
+        *(change.format(f"{column} = NULL") for column in ("output", "error", "key", "deadline_at", "headers")),
+        change.format("queue = 'mail'"),
+        change.format("priority = 1"),
+        "DELETE FROM durable.workflow",
+        "SELECT input FROM durable.workflow",
+        "SELECT output FROM durable.workflow",
+        "SELECT payload FROM durable.signal",
+        "UPDATE durable.signal SET consumed_by = 'x'",
+        "SELECT key FROM durable.step",
+        INSERT.format(", key", ", 'x'").replace(":id", f"'{world.owner}'").replace(":name", "'go'"),
+    ):
+        assert refused(engine, each) == DENIED, each
+    notice = INSERT.format(", is_notice", ", true")
+    assert refused(engine, notice, id=world.owner, name="go") == CHECKED
 
 
 ENGINE_NAMES = ("#parked", "#child", "#left", "#callback:{}", "#update:change", "#", "#whatever")
