@@ -91,7 +91,8 @@ def lock(connection: Connection) -> None:
     if not connection.in_transaction():
         raise UsageError(
             "migrations.lock(connection) was called outside a transaction, where it would lock nothing: call it "
-            "inside `with context.begin_transaction():`, or with transaction_per_migration on a connection of its own."
+            "inside `with context.begin_transaction():`, or with transaction_per_migration on a connection of its own. "
+            "With --sql there is no transaction: leave it out in context.is_offline_mode()."
         )
     connection.scalar(func.pg_catalog.pg_advisory_xact_lock(LOCK))
 
