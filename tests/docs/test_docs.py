@@ -39,7 +39,7 @@ def test_page_runs_as_a_script_and_prints_what_it_says(
 ) -> None:
     script = tmp_path / "page.py"
     script.write_text("\n\n".join(blocks(page, "python")))
-    makes_tables = re.search(r"^metadata\.create_all|run_sync\(metadata\.create_all\)", script.read_text(), re.M)
+    makes_tables = re.search(r"^\s*metadata\.create_all|run_sync\(metadata\.create_all\)", script.read_text(), re.M)
     database_url: str = request.getfixturevalue("empty_database_url" if makes_tables else "database_url")
 
     done = subprocess.run(
