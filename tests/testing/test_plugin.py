@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from sqlalchemy import NullPool, create_engine, text
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,38 @@ def test_crash(sqla_durable_crash_everywhere, sqla_durable_engine):
         make_worker, start=nothing.start, end_state=lambda session, workflow: 1, moments=[Moment.BEFORE]
     )
     assert report.points
+"""
+APPLICATION = """
+from collections.abc import Callable, Iterator
+
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from orders import Base, SessionLocal, app, engine
+from sqla_durable.testing.databases import migrate
+
+@pytest.fixture(scope="session")
+def sqla_durable_migrate() -> Callable[[Connection], None]:
+    def both(connection: Connection) -> None:
+        migrate(connection)
+        Base.metadata.create_all(connection)
+
+    return both
+
+"""
+ORDERING = """
+import asyncio
+import httpx
+
+def test_order(app_on_test_database):
+    async def order() -> httpx.Response:
+        transport = httpx.ASGITransport(app_on_test_database)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/orders", json={"cents": 1250})
+
+    assert asyncio.run(order()).json()["id"] == 1
 """
 LATE = """
 import sys
@@ -75,6 +108,20 @@ def test_tests_of_the_page_pass_on_a_server_of_ones_own(tmp_path: Path, server_u
     assert "4 passed" in found
     pattern = re.compile(r"sqla_durable_[0-9a-f]{12}(_\d+)?$")
     assert [each for each in databases_of(server_url) if pattern.match(each)] == []
+
+
+def test_application_whose_engine_is_made_at_import_uses_the_database_of_the_test(
+    tmp_path: Path, server_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "fastapi.md").read_text()
+    (fixture,) = SHOWN.findall(page)
+    orders = "\n".join(re.findall(r"\n\n```python\n(.*?)```", page.split("## Errors")[0], re.S))
+    monkeypatch.setenv("DATABASE_URL", "postgresql+psycopg://nobody@nowhere.invalid/none")
+    own_server = (
+        f"@pytest.fixture(scope='session')\ndef sqla_durable_server_url() -> str:\n    return {server_url!r}\n\n"
+    )
+    conftest = APPLICATION + own_server + fixture
+    assert "1 passed" in run(tmp_path, orders=orders, conftest=conftest, test_order=ORDERING)
 
 
 def test_server_is_embedded_and_shared_by_the_processes_of_xdist(tmp_path: Path) -> None:
