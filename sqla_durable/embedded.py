@@ -306,7 +306,12 @@ class EmbeddedServer:
     def _unavailable(self, what: str) -> DatabaseUnavailableError:
         log = self._data / "server.log"
         lines = log.read_text(errors="replace").splitlines()[-10:] if log.exists() else []
-        owner = f" It runs as user {self._user.pw_name!r}, who must be able to enter it." if self._user else ""
+        owner = (
+            f" It runs as user {self._user.pw_name!r}, who must be able to enter it and the directories above it: "
+            "chmod o+x them, or choose one such as /tmp/try."
+            if self._user
+            else ""
+        )
         return DatabaseUnavailableError(
             "\n".join([f"the PostgreSQL server in {str(self.directory)!r} {what}.{owner}", *lines])
         )
