@@ -47,7 +47,7 @@ def test_page_runs_as_a_script_and_prints_what_it_says(
         env={**os.environ, "DATABASE_URL": database_url},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
 
