@@ -64,8 +64,16 @@ async def approval_async(cents: int) -> str:
 class Bench:
     """An executor of either kind, with the session that it works on."""
 
-    def __init__(self, session: Session | AsyncSession, executor: Executor | AsyncExecutor, runner: asyncio.Runner):
+    def __init__(
+        self,
+        session: Session | AsyncSession,
+        executor: Executor | AsyncExecutor,
+        runner: asyncio.Runner,
+        *,
+        joined: bool,
+    ) -> None:
         self.session = session
+        self.joined = joined
         self.executor: Any = executor
         self.runner = runner
         self.is_async = isinstance(session, AsyncSession)
@@ -86,16 +94,17 @@ class Bench:
 @pytest.fixture(params=["joined", "committing", "async-joined", "async-committing"])
 def bench(request: pytest.FixtureRequest, engine: Engine) -> Generator[Bench]:
     kind: type[Any] = AsyncExecutor if request.param.startswith("async") else Executor
-    make = kind.joined if request.param.endswith("joined") else kind
+    joined = request.param.endswith("joined")
+    make = kind.joined if joined else kind
     async_engine = create_async_engine(engine.url, poolclass=NullPool)
     with asyncio.Runner() as runner:
         if kind is AsyncExecutor:
             async_session = AsyncSession(async_engine, expire_on_commit=False)
-            yield Bench(async_session, make(async_session), runner)
+            yield Bench(async_session, make(async_session), runner, joined=joined)
             runner.run(async_session.close())
         else:
             with Session(engine) as session:
-                yield Bench(session, make(session), runner)
+                yield Bench(session, make(session), runner, joined=joined)
 
 
 def step_of(session: Session, record: Workflow, key: str) -> Any:
@@ -141,8 +150,23 @@ def test_workflow_of_a_known_key_is_taken_up_where_it_waits(bench: Bench) -> Non
     record = bench.call("run_until_waiting", workflow, 5)
     assert bench.call("run_until_waiting", workflow, 5) is record
     assert bench.do(lambda session: session.query(Entry).count()) == 1
-    with pytest.raises(WorkflowRunningError, match="it waits"):
+    with pytest.raises(WorkflowRunningError, match=r"is suspended and waits until .*: let the time pass with"):
         bench.call("execute", workflow, record)
+
+
+def test_message_says_what_a_workflow_waits_for_and_how_it_goes_on(bench: Bench) -> None:
+    workflow = bench.choose(approval, approval_async)
+    record = bench.call("run_until_waiting", workflow, 5)
+    bench.do(lambda session: advance(session, DAY))
+    bench.call("execute_until_waiting", workflow, record)
+    bench.do(lambda session: signal(session, record, "aproved", "Ada"))
+    with pytest.raises(WorkflowRunningError) as caught:
+        bench.call("execute", workflow, record)
+    message = str(caught.value)
+    assert "is suspended and waits for signal 'approved' or until 2" in message
+    assert "send it (sent and not taken: 'aproved'), let the time pass with sqla_durable.testing.advance" in message
+    assert ("with a handle" in message) is not message.endswith("or give it to a worker.")
+    assert ("with a handle" in message) is not bench.joined
 
 
 def test_what_is_cancelled_while_it_waits_is_not_executed(bench: Bench) -> None:
@@ -206,12 +230,18 @@ async def asking_async() -> list[Any]:
 def test_updates_callbacks_and_children_are_waited_for(bench: Bench) -> None:
     workflow = bench.choose(asking, asking_async)
     record = bench.call("run_until_waiting", workflow)
+    with pytest.raises(WorkflowRunningError, match="waits for update 'add': send it, or give it"):
+        bench.call("execute", workflow, record)
     bench.do(lambda session: update(session, record, "add", 1))
     bench.call("execute_until_waiting", workflow, record)
     assert record.status is WorkflowStatus.SUSPENDED
+    with pytest.raises(WorkflowRunningError, match="waits for the outcome of a callback: send it, or give it"):
+        bench.call("execute", workflow, record)
     token = bench.do(lambda session: step_of(session, record, "create_callback").output["token"])
     bench.do(lambda session: complete_callback(session, token, 2))
     bench.call("execute_until_waiting", workflow, record)
+    with pytest.raises(WorkflowRunningError, match="waits for its children: execute the children, or give it"):
+        bench.call("execute", workflow, record)
     (started,) = bench.do(lambda session: list(session.query(Workflow).filter_by(parent_id=record.id)))
     assert bench.call("execute", bench.choose(child, child_async), started) == 4
     assert bench.call("execute", workflow, record) == [1, 2, 4]

@@ -73,6 +73,9 @@ class Story:
         "its lease ran out and another took over, or it was cancelled. What was committed before stands."
     )
 
+    others: ClassVar[str] = " and wait for its result with a handle"
+    """What a message adds where other processes see the workflow."""
+
     def __init__(self, session: Session | AsyncSession) -> None:
         self.session = session
         self.worker_id = uuid7()
@@ -155,7 +158,7 @@ class Story:
             return queues.with_histories(session, [claimed])[0]
         outcome = _standing(session, workflow_id)
         if not aim.is_reached(outcome.standing.status):
-            raise _not_claimable(session, outcome.standing)
+            raise _not_claimable(session, outcome.standing, self.others)
         self.close_lease(session)
         return outcome
 
@@ -308,6 +311,7 @@ class JoinedStory(Story):
         "a step has rolled back or closed the session, and with it the transaction that the caller had open. Leave "
         "both to the caller, or use begin_nested()."
     )
+    others = ""
 
     @override
     def transaction(self, *, isolation_level: str | None = None) -> StepTransaction:
@@ -357,13 +361,19 @@ def _record(session: Session, workflow_id: UUID) -> Workflow:
     return current_record(session, workflow_id)
 
 
-def _not_claimable(session: Session, standing: Standing) -> WorkflowRunningError:
+def _not_claimable(session: Session, standing: Standing, others: str) -> WorkflowRunningError:
     label = f"workflow {standing.name!r} {standing.workflow_id} is {standing.status}"
     holder = workers.holder(session, standing.workflow_id)
+    waiting = signals.waited_for(session, standing.workflow_id)
+    if waiting is not None:
+        return WorkflowRunningError(
+            f"{label} and waits {_waits_for(waiting)}: {_ways_on(waiting)}give it to a worker{others}.",
+            workflow_id=standing.workflow_id,
+        )
     if holder is None:
         return WorkflowRunningError(
-            f"{label}, and not to be claimed now: it waits, or somebody else has just claimed it. Wait for its result "
-            "with a handle.",
+            f"{label}, and not to be claimed now: somebody else has just claimed it. Wait for its result with a "
+            "handle.",
             workflow_id=standing.workflow_id,
         )
     return WorkflowRunningError(
@@ -374,3 +384,33 @@ def _not_claimable(session: Session, standing: Standing) -> WorkflowRunningError
         workflow_id=standing.workflow_id,
         lease_expires_at=holder.lease_expires_at,
     )
+
+
+def _waits_for(waiting: signals.WaitedFor) -> str:
+    found = [f"for {_shown(each)}" for each in waiting.signals]
+    if waiting.waits_for_children:
+        found.append("for its children")
+    if waiting.wake_at is not None:
+        found.append(f"until {waiting.wake_at.isoformat(sep=' ', timespec='seconds')}")
+    return " or ".join(found) or "for nothing that it has recorded"
+
+
+def _shown(name: str) -> str:
+    """Return what a signal is to who sends it."""
+    if name.startswith(signals.CALLBACK):
+        return "the outcome of a callback"
+    if name.startswith(signals.UPDATE):
+        return f"update {name.removeprefix(signals.UPDATE)!r}"
+    return f"signal {name!r}"
+
+
+def _ways_on(waiting: signals.WaitedFor) -> str:
+    ways: list[str] = []
+    if waiting.signals:
+        untaken = ", ".join(map(repr, waiting.untaken))
+        ways.append(f"send it (sent and not taken: {untaken})" if untaken else "send it")
+    if waiting.waits_for_children:
+        ways.append("execute the children")
+    if waiting.wake_at is not None:
+        ways.append("let the time pass with sqla_durable.testing.advance(session, timedelta(...))")
+    return "".join(f"{each}, " for each in ways) + ("or " if ways else "")

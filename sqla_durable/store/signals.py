@@ -14,6 +14,8 @@ found by `renotify`, now and then.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -61,6 +63,7 @@ from sqla_durable.store._rows import (
     scalar,
     scalars,
     status,
+    words,
 )
 from sqla_durable.store.keys import require_the_latest, sees_the_latest
 from sqla_durable.store.parts import WHOLE, Part, Within, divided
@@ -94,6 +97,26 @@ _WOKEN: dict[str, Any] = {
     "awaits": null(),
 }
 """What becomes of a suspended workflow that goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class WaitedFor:
+    """What a suspended workflow waits for, and the names of the senders' signals that nobody has taken."""
+
+    signals: Sequence[str]
+    waits_for_children: bool
+    wake_at: datetime | None
+    untaken: Sequence[str]
+
+
+def waited_for(session: Session, workflow_id: UUID) -> WaitedFor | None:
+    """Return what a workflow waits for; None if it is not suspended. Takes no lock."""
+    row = execute(session, _WAITING_FOR, {"wanted_id": workflow_id}).one_or_none()
+    if row is None:
+        return None
+    awaits: list[dict[str, Any]] = row.awaits or []
+    names = [each["signal"] for each in awaits if "signal" in each]
+    return WaitedFor(names, any("children" in each for each in awaits), row.wake_at, row.untaken or [])
 
 
 def standings(session: Session, workflow_ids: Sequence[UUID]) -> Mapping[UUID, WorkflowStatus]:
@@ -437,6 +460,14 @@ def _count(rows: CTE) -> Any:
     return select(count_rows()).select_from(rows).scalar_subquery()
 
 
+_WAITING_FOR = select(
+    WORKFLOW.c.wake_at,
+    WORKFLOW.c.awaits,
+    select(pg.array_agg(SIGNAL.c.name.distinct()))
+    .where(SIGNAL.c.workflow_id == WORKFLOW.c.id, SIGNAL.c.consumed_by.is_(None), ~SIGNAL.c.name.startswith(words("#")))
+    .scalar_subquery()
+    .label("untaken"),
+).where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED))
 _STANDINGS = select(WORKFLOW.c.id, WORKFLOW.c.status).where(
     WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID())))
 )
