@@ -149,13 +149,13 @@ def sqla_durable_worker(
 
 
 @pytest.fixture
-def sqla_durable_advance(sqla_durable_sessionmaker: sessionmaker[Session]) -> Callable[[timedelta], None]:
-    """Lets time pass for what waits in the test's database, and commits that."""
+def sqla_durable_advance(sqla_durable_sessionmaker: sessionmaker[Session]) -> Callable[[timedelta], int]:
+    """Lets time pass for what waits in the test's database, and commits; returns how many workflows it concerns."""
     from sqla_durable.testing import advance
 
-    def let_pass(duration: timedelta) -> None:
+    def let_pass(duration: timedelta) -> int:
         with sqla_durable_sessionmaker.begin() as session:
-            advance(session, duration)
+            return advance(session, duration)
 
     return let_pass
 

@@ -242,7 +242,7 @@ def complete_callback(session: AnySession, token: str, value: object = None) -> 
     """
     found = _Token.of(token)
     text = Codec.inferred(what="value of a callback").encode(value)
-    return perform(session, partial(_answer, token=found, payload=f'{{"value": {text}}}'))
+    return perform(session, partial(_answer, token=found, payload=f'{{"value": {text}}}'), rights="answerer")
 
 
 @overload
@@ -274,7 +274,7 @@ def fail_callback(
         raise ArgumentError(f"message={message!r} is no text: say what has happened, and give the rest as details=.")
     given = {"error": message} if details is None else {"error": message, "details": details}
     text = Codec.inferred(what="error of a callback").encode(given)
-    return perform(session, partial(_answer, token=found, payload=text))
+    return perform(session, partial(_answer, token=found, payload=text), rights="answerer")
 
 
 @overload
@@ -294,7 +294,7 @@ def heartbeat_callback(session: AnySession, token: str) -> Coroutine[Any, Any, N
     Raises:
         Exception: as `complete_callback`; CallbackFinishedError whatever the outcome is.
     """
-    return perform(session, partial(_beat, token=_Token.of(token)))
+    return perform(session, partial(_beat, token=_Token.of(token)), rights="answerer")
 
 
 @dataclass(frozen=True, slots=True)

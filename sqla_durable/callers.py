@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from sqla_durable.errors import (
     WorkflowFinishedError,
     WorkflowNotFoundError,
 )
-from sqla_durable.models import Workflow
+from sqla_durable.models import Base, Workflow
 from sqla_durable.operations import boundary
 from sqla_durable.retry import is_read_only, sqlstate
 from sqla_durable.status import WorkflowStatus
@@ -28,22 +29,28 @@ from sqla_durable.store import connection_of, keys, schema
 
 T = TypeVar("T")
 
-_SERIALIZATION_FAILURE = "40001"
+_SERIALIZATION_FAILURE, _DENIED = "40001", "42501"
+_OUR_TABLES = re.compile(rf"to_regclass|\.({'|'.join(each.name for each in Base.metadata.tables.values())})\b")
 
 AnySession: TypeAlias = "Session | AsyncSession"
 
 
-def perform(session: AnySession, function: Callable[[Session], T]) -> T | Coroutine[Any, Any, T]:
+def perform(session: AnySession, function: Callable[[Session], T], *, rights: str) -> T | Coroutine[Any, Any, T]:
     """Call a function that writes in the caller's transaction: of an `AsyncSession` with the `Session` inside it.
 
     Neither commits nor flushes. With an `AsyncSession`, await the call.
+
+    Args:
+        session: the caller's.
+        function: what is called.
+        rights: which set of rights in docs/security.md it needs, for who lacks them.
 
     Raises:
         SessionError: this is no session; or it has no PostgreSQL engine; or it is in AUTOCOMMIT.
         SchemaError: its database does not hold the tables.
         DatabaseUnavailableError: its server takes no writes.
     """
-    return _call(session, partial(_write, function=function))
+    return _call(session, partial(_write, function=function, rights=rights))
 
 
 def read(session: AnySession, function: Callable[[Session], T]) -> T | Coroutine[Any, Any, T]:
@@ -72,6 +79,18 @@ def cure(session: object) -> str:
     if isinstance(session, (scoped_session, async_scoped_session)):  # such as `db.session` of Flask-SQLAlchemy
         return "Of a scoped session, call it for the session of this scope: write db.session() for db.session."
     return "Of a sessionmaker, open one: with sessionmaker() as session."
+
+
+@contextmanager
+def noting_rights(rights: str, *, user: str | None = None) -> Generator[None]:
+    """Add to an error that a right on the durable tables is missing in which set of rights it is."""
+    try:
+        yield
+    except DBAPIError as error:
+        if sqlstate(error) == _DENIED and _OUR_TABLES.search(error.statement or ""):
+            who = "the session's role" if user is None else f"the role of {user!r}"
+            error.add_note(f"{who} needs the rights of `{rights}`: see docs/security.md, Roles and tenants.")
+        raise
 
 
 @contextmanager
@@ -151,15 +170,17 @@ def _call(session: AnySession, function: Callable[[Session], T]) -> T | Coroutin
 
 
 def _read(session: Session, function: Callable[[Session], T]) -> T:
-    schema.require(session)
-    return function(session)
-
-
-def _write(session: Session, function: Callable[[Session], T]) -> T:
-    schema.require(session)
-    schema.require_transaction(session)
-    try:
+    with noting_rights("reader"):
+        schema.require(session)
         return function(session)
+
+
+def _write(session: Session, function: Callable[[Session], T], *, rights: str) -> T:
+    try:
+        with noting_rights(rights):
+            schema.require(session)
+            schema.require_transaction(session)
+            return function(session)
     except DBAPIError as error:
         if not is_read_only(error) or boundary.is_of_step(session):  # a step is tried again, on the new primary
             raise

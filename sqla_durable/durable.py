@@ -168,6 +168,7 @@ class Durable:
         Raises:
             DefinitionError: the function cannot be a workflow, or another one has the name.
         """
+        _require_object(self, "workflow")
         decorator = WorkflowDecorator(self, name=name, queue=queue, strict=strict)
         return decorator if fn is None else decorator(fn)
 
@@ -239,6 +240,7 @@ class Durable:
         Raises:
             DefinitionError: the function cannot be a step, or another one has the name.
         """
+        _require_object(self, "step")
         policy = RetryPolicy.of(retry=retry, stop=stop, wait=wait)
         limits = TimeLimits.of(timeout=timeout, total_timeout=total_timeout, heartbeat_timeout=heartbeat_timeout)
         decorator = StepDecorator(self, name=name, policy=policy, isolation_level=isolation_level, time_limits=limits)
@@ -330,6 +332,15 @@ class StepDecorator:
         durable.registry.add_step(definition)
         durable.known_errors.add_module(definition.place[0])
         return _STEP_CLASSES[definition.session, definition.is_async](definition)
+
+
+def _require_object(durable: object, decorator: str) -> None:
+    """Refuse a decorator of the class, which gets the function in place of the object."""
+    if not isinstance(durable, Durable):
+        raise DefinitionError(
+            f"{decorator} is a method of a Durable object, and was called on the class, with {durable!r}: write "
+            f"durable = Durable(), and @durable.{decorator}."
+        )
 
 
 def _encoded(secret: str | list[str] | None) -> tuple[bytes, ...]:

@@ -119,7 +119,7 @@ class _WorkflowFunction(DurableFunction[P, R]):
             SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
         """
         require_session(session)
-        return perform(session, partial(start, bound=self.bind(*args, **kwargs)))
+        return perform(session, partial(start, bound=self.bind(*args, **kwargs)), rights="starter")
 
     def _start_child(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return start_child(self.definition, self.bind(*args, **kwargs))

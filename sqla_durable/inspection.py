@@ -21,7 +21,7 @@ MARKS = "#/"
 
 SessionClass: TypeAlias = type[Session] | type[AsyncSession]
 
-_SESSION_NAMES = {"session", "db_session", "async_session"}
+_SESSION_NAMES = {"session", "db_session", "async_session", "db"}
 _SCOPED = (scoped_session, async_scoped_session)
 _DEEPEST = 10  # annotations in each other: `type SessionDep = Annotated["Session", ...]`
 _UNKNOWN = object()

@@ -204,12 +204,12 @@ class AsyncRuntime(BaseRuntime):
         again = partial(run_step, self, call)
         is_in_thread = call.definition.session is SessionKind.SYNC and self.attempt.recorded(call.position) is None
         work = partial(self.perform_blocking, call) if is_in_thread else again
-        return self._carry_out(call.position, self.context(call), work, again)
+        return _named(self._carry_out(call.position, self.context(call), work, again), call.position)
 
     def operate(self, position: Position, operation: Operation) -> Coroutine[Any, Any, Any]:
         """Carry out an operation and return its outcome, when awaited."""
         work = partial(operation, self, position)
-        return self._carry_out(position, replace(self.context(), is_operating=True), work, work)
+        return _named(self._carry_out(position, replace(self.context(), is_operating=True), work, work), position)
 
     async def _carry_out(self, position: Position, context: Context, work: Work, again: Work) -> Any:
         """Do the work; cancelled by the workflow's own code, see to it that the code sees what is recorded.
@@ -407,6 +407,11 @@ class AsyncRuntime(BaseRuntime):
         if hasattr(self, "timers"):
             self.timers.abandon()
         tasks.abandon(self.attempt)
+
+
+def _named(coroutine: Coroutine[Any, Any, T], position: Position) -> Coroutine[Any, Any, T]:
+    coroutine.__qualname__ = position.key  # for Python's warning that it was never awaited
+    return coroutine
 
 
 async def _cut_off(awaited: Awaitable[T], watch: Watch) -> T:

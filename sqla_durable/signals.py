@@ -84,7 +84,7 @@ def signal(
         ArgumentError: a name or key cannot be one, or what is given is no workflow.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return perform(session, partial(_Signal.of(name, payload, key).send, workflows=workflows))
+    return perform(session, partial(_Signal.of(name, payload, key).send, workflows=workflows), rights="signaller")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ def start_with_signal(
         Exception: as `start` and `signal`.
     """
 
-    return perform(session, partial(_Signal.of(name, payload, key).start, bound=bound))
+    return perform(session, partial(_Signal.of(name, payload, key).start, bound=bound), rights="signaller")
 
 
 class _WaitSignal:

@@ -190,7 +190,7 @@ def start_many(
             has to roll back then.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return perform(session, partial(_start_many, bound=bound))
+    return perform(session, partial(_start_many, bound=bound), rights="starter")
 
 
 def _start_many(session: Session, *, bound: Iterable[BoundWorkflow]) -> list[UUID]:

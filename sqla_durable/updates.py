@@ -112,7 +112,7 @@ def update(
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     sending = _Sending.of(session, name, payload, key=key, reply=reply)
-    return perform(session, partial(sending.send, workflow=workflow))
+    return perform(session, partial(sending.send, workflow=workflow), rights="updater")
 
 
 @overload
@@ -186,7 +186,7 @@ def start_with_update(
         Exception: as `start` and `update`.
     """
     sending = _Sending.of(session, name, payload, key=key, reply=reply)
-    return perform(session, partial(sending.start, bound=bound))
+    return perform(session, partial(sending.start, bound=bound), rights="updater")
 
 
 @dataclass(frozen=True, slots=True)

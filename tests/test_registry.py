@@ -272,6 +272,7 @@ def test_nested_workflow_may_refer_to_itself() -> None:
         (registry_of_sessions, "a session is injected, and not a registry of sessions"),
         (async_registry, "a session is injected, and not a registry of sessions"),
         (lambda session: None, "takes 'session' without an annotation"),  # pyright: ignore
+        (lambda db: None, "takes 'db' without an annotation.*write db: Session"),  # pyright: ignore
     ],
 )
 def test_session_that_would_not_be_injected_is_refused_where_it_is_written(fn: Callable[..., Any], what: str) -> None:
@@ -279,6 +280,13 @@ def test_session_that_would_not_be_injected_is_refused_where_it_is_written(fn: C
         Durable().step(fn, name=None if fn.__name__ != "<lambda>" else "lambda")
     with pytest.raises(DefinitionError, match="takes a session: a workflow lives longer than any transaction"):
         Durable().workflow(fn, name="workflow")
+
+
+@pytest.mark.parametrize("name", ["step", "workflow"])
+def test_decorator_of_the_class_is_refused(name: str) -> None:
+    decorator: Any = getattr(Durable, name)
+    with pytest.raises(DefinitionError, match=rf"write durable = Durable\(\), and @durable.{name}"):
+        decorator(load)
 
 
 async def fetch(url: str) -> int:

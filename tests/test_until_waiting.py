@@ -33,7 +33,7 @@ from sqla_durable import (
     wait_signal,
     wait_update,
 )
-from sqla_durable.errors import UsageError, WorkflowRunningError, WorkflowTimeoutError
+from sqla_durable.errors import SessionError, UsageError, WorkflowRunningError, WorkflowTimeoutError
 from sqla_durable.testing import advance
 from tests.support.domain import Entry
 
@@ -137,12 +137,19 @@ def test_time_limit_of_a_wait_is_over_when_the_clock_was_advanced(bench: Bench) 
     workflow = bench.choose(approval, approval_async)
     record = bench.call("run_until_waiting", workflow, 5)
     for _ in range(2):
-        bench.do(lambda session: advance(session, DAY))
+        assert bench.do(lambda session: advance(session, DAY)) == 1
         if record.awaits is None:
             bench.call("execute_until_waiting", workflow, record)
     with pytest.raises(TimeoutError, match="no signal 'approved' came"):
         bench.call("execute_until_waiting", workflow, record)
     assert record.status is WorkflowStatus.FAILED
+
+
+@pytest.mark.parametrize("bench", ["async-joined"], indirect=True)
+def test_clock_is_moved_on_a_blocking_session(bench: Bench) -> None:
+    assert bench.do(lambda session: advance(session, DAY)) == 0
+    with pytest.raises(SessionError, match=r"await session.run_sync\(advance, timedelta\(...\)\)"):
+        advance(bench.session, DAY)  # type: ignore[arg-type]
 
 
 def test_workflow_of_a_known_key_is_taken_up_where_it_waits(bench: Bench) -> None:

@@ -18,7 +18,7 @@ from sqla_durable.cli.torture import torture
 from sqla_durable.cli.worker import worker
 from sqla_durable.errors import DurableError
 from sqla_durable.log import one_line
-from sqla_durable.redaction import driver_message, message_of
+from sqla_durable.redaction import driver_message, message_of, notes_of
 
 FAILED, WRONG_COMMAND = 1, 2
 
@@ -45,7 +45,7 @@ def main() -> None:
     except DurableError as error:
         _fail(str(error), FAILED)
     except SQLAlchemyError as error:
-        _fail(f"the database refused: {_reason(error)}", FAILED)
+        _fail(" ".join([f"the database refused: {_reason(error)}", *notes_of(error)]), FAILED)
 
 
 @app.callback(invoke_without_command=True)

@@ -34,6 +34,8 @@ def load(target: str) -> Durable:
     found: object = _import(module_name)
     for name in attribute.split("."):
         found = _attribute(found, name, target)
+    if found is Durable:
+        raise CommandError(f"{target!r} is the class: write durable = Durable(), and name that object.")
     if not isinstance(found, Durable):
         raise CommandError(
             f"{target!r} is {_described(found)}, not a Durable object: name the object whose decorators make the "

@@ -56,7 +56,7 @@ def perform(
         ArgumentError: something else is given than workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return callers.perform(session, partial(_perform, workflows=workflows, verb=verb))
+    return callers.perform(session, partial(_perform, workflows=workflows, verb=verb), rights="operator")
 
 
 def _perform(session: Session, *, workflows: Selected, verb: Callable[[Session, Wanted], T]) -> T:

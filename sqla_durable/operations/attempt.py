@@ -445,7 +445,8 @@ class Attempt:
         if steps:
             raise UnfinishedStepError(
                 f"workflow {self.name!r} returned while {', '.join(map(repr, steps))} was not finished: "
-                "await every step, the sync ones too.",
+                "await it where it is called (steps, the sync ones too, waits, sleeps, events). What stood behind it "
+                "has been executed already.",
                 steps=steps,
             )
         branches = self.branches.left_open

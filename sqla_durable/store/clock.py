@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from uuid import UUID
+
 from sqlalchemy import Float, bindparam, cast, select, update
 from sqlalchemy.orm import Session
 
@@ -12,6 +14,7 @@ from sqla_durable.store._rows import (
     execute,
     interval,
     pg,
+    scalars,
     status,
     words,
 )
@@ -20,23 +23,34 @@ from sqla_durable.store.callbacks import is_callback
 _PASSED = interval(bindparam("seconds", type_=Float()))
 
 
-def advance(session: Session, seconds: float) -> None:
-    """Bring nearer whatever a workflow waits for."""
-    for statement in (_TIMERS, _DEADLINES, _STEPS, _CALLBACKS, _LOOP_TIMERS):
+def advance(session: Session, seconds: float) -> int:
+    """Bring nearer whatever a workflow waits for; return how many workflows had a time to wait for, or a deadline."""
+    moved: set[UUID] = set()
+    for statement in (_TIMERS, _DEADLINES, _STEPS):
+        moved.update(scalars(session, statement, {"seconds": seconds}))
+    for statement in (_CALLBACKS, _LOOP_TIMERS):
         execute(session, statement, {"seconds": seconds})
+    return len(moved)
 
 
 _TIMERS = (
     update(WORKFLOW)
     .where(WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_not(None))
     .values(wake_at=WORKFLOW.c.wake_at - _PASSED)
+    .returning(WORKFLOW.c.id)
 )
 _DEADLINES = (
     update(WORKFLOW)
     .where(WORKFLOW.c.finished_at.is_(None), WORKFLOW.c.deadline_at.is_not(None))
     .values(deadline_at=WORKFLOW.c.deadline_at - _PASSED)
+    .returning(WORKFLOW.c.id)
 )
-_STEPS = update(STEP).where(STEP.c.wake_at.is_not(None)).values(wake_at=STEP.c.wake_at - _PASSED)
+_STEPS = (
+    update(STEP)
+    .where(STEP.c.wake_at.is_not(None))
+    .values(wake_at=STEP.c.wake_at - _PASSED)
+    .returning(STEP.c.workflow_id)
+)
 _EACH = pg.jsonb_each_text(STEP.c.details["#timers"]).table_valued("key", "value")
 _LOOP_TIMERS = (
     update(STEP)

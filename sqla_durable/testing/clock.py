@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from sqla_durable.callers import require_session
 from sqla_durable.checks import require_duration
+from sqla_durable.errors import SessionError
 from sqla_durable.store import clock, schema
 
 
-def advance(session: Session, duration: timedelta) -> None:
+def advance(session: Session, duration: timedelta) -> int:
     """Bring every time that workflows wait for nearer, as if so much time had passed, in the caller's transaction.
 
     ```python
@@ -25,11 +28,19 @@ def advance(session: Session, duration: timedelta) -> None:
         session: a session on the tables, of a database that is for tests.
         duration: how much time is to pass.
 
+    Returns:
+        How many workflows had a time to wait for, or a deadline.
+
     Raises:
         ArgumentError: the duration is no timedelta.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        SchemaError, SessionError: the session's database does not hold the tables; or this is no `Session`.
     """
     require_duration(duration, "duration")
+    if isinstance(session, AsyncSession):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SessionError(
+            "advance() takes a Session: of an AsyncSession, await session.run_sync(advance, timedelta(...))."
+        )
+    require_session(session)
     schema.require(session)
     session.flush()
-    clock.advance(session, duration.total_seconds())
+    return clock.advance(session, duration.total_seconds())

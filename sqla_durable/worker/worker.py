@@ -20,6 +20,7 @@ from uuid_utils.compat import uuid7
 
 import sqla_durable.worker.entry as entry
 import sqla_durable.worker.settings as settings
+from sqla_durable.callers import noting_rights
 from sqla_durable.checks import require_duration, require_text
 from sqla_durable.durable import Durable
 from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, UsageError
@@ -327,9 +328,10 @@ class Worker:
 
         if self._stop.is_set():
             self._stopping.set()
-        url = settings.engine_of(self.sessionmaker, self.async_sessionmaker).url.render_as_string(hide_password=True)
-        seconds = self.start_timeout.total_seconds()
-        await entry.begin_within(begin, url=url, seconds=seconds, stopping=self._stopping)
+        url = settings.engine_of(self.sessionmaker, self.async_sessionmaker).url
+        shown, seconds = url.render_as_string(hide_password=True), self.start_timeout.total_seconds()
+        with noting_rights("worker", user=url.username or "the worker"):
+            await entry.begin_within(begin, url=shown, seconds=seconds, stopping=self._stopping)
         if not list(self.durable.registry):
             log.warning("no workflows are registered here: is the module that defines them imported?")
         log.info(

@@ -22,6 +22,7 @@ from sqla_durable import (
     current,
     current_step,
     run_step,
+    wait_signal,
 )
 from sqla_durable.errors import SyncAsyncError, UnfinishedStepError, UsageError
 from tests.acceptance.application import Application
@@ -418,13 +419,15 @@ def test_step_that_is_not_awaited_is_a_clear_error(shell: Shell, app: Applicatio
 
     async def forget() -> str:
         kept.append(charge.step())
+        kept.append(wait_signal("approved", bool))
         return "paid"
 
     service = Service()
     charge = app.plain(service.charge)
-    with pytest.raises(UnfinishedStepError, match="'charge' was not finished: await every step") as caught:
+    with pytest.raises(UnfinishedStepError, match="'signal:approved' was not finished: await it where") as caught:
         shell.run(app.workflow(forget))
-    assert caught.value.steps == ["charge"]
+    assert caught.value.steps == ["charge", "signal:approved"]
+    assert [getattr(each, "__qualname__", "") for each in kept] == ["charge", "signal:approved"]
     for each in kept:
         each.close()  # type: ignore[attr-defined]
 

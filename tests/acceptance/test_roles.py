@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -245,6 +246,24 @@ def test_each_role_does_what_it_is_for_and_nothing_else(granted: Roles, world: W
         engine = granted.engine(role)
         found = {name: tried(engine, verb, world) for verbs in VERBS.values() for name, verb in verbs.items()}
         assert found == expected(role), role
+
+
+def test_error_says_which_rights_are_missing(granted: Roles, world: World) -> None:
+    wanted = {
+        "starter": lambda session: greet.options(key="new").start(session, "x"),
+        "signaller": lambda session: signal(session, world.pending, "go", 1),
+        "updater": lambda session: update(session, world.pending, "change", 1),
+        "answerer": lambda session: complete_callback(session, world.token, 1),
+        "operator": lambda session: cancel(session, world.pending),
+    }
+    for rights, verb in wanted.items():
+        with Session(granted.engine("reader")) as session, pytest.raises(DBAPIError) as caught:
+            verb(session)
+        assert f"the session's role needs the rights of `{rights}`" in caught.value.__notes__[0]
+    worker = Worker(durable, sessionmaker=sessionmaker(granted.engine("reader")))
+    with pytest.raises(DBAPIError) as caught, worker:
+        pass
+    assert re.match(r"the role of '\w+' needs the rights of `worker`", caught.value.__notes__[0])
 
 
 async def test_the_roles_in_async_code(granted: Roles, world: World) -> None:

@@ -7,6 +7,7 @@ from sqlalchemy import Engine, make_url, text
 
 from sqla_durable.cli.database import normalised
 from tests.cli.conftest import Application
+from tests.support.roles import roles
 
 SECRET = "hunter2"
 
@@ -55,6 +56,15 @@ def test_unmigrated_database_is_explained(application: Application, empty_databa
     assert "Run `alembic upgrade heads`" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.returncode == 1
+
+
+def test_missing_rights_are_explained(application: Application, engine: Engine, direct_url: str) -> None:
+    with roles(engine, direct_url, "reader", sql="GRANT USAGE ON SCHEMA durable TO reader") as made:
+        options = {"PGOPTIONS": made.options("reader")}
+        done = application.run("worker", "ledger:durable", "--url", direct_url, environment=options)
+    assert "the database refused: permission denied for table" in done.stderr
+    assert "needs the rights of `worker`: see docs/security.md, Roles and tenants." in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("revision", "said"), [("durable_9999", "newer than this package"), ("", "needs 'durable_")])

@@ -21,6 +21,7 @@ USELESS = "postgresql://nobody@127.0.0.1:1/none"
         ("ledger:durabel", "module 'ledger' has no attribute 'durabel': did you mean 'durable'?"),
         ("ledger:durable.registre", "has no attribute 'registre': did you mean 'registry'?"),
         ("ledger:pay", "is a WorkflowFunction, not a Durable object"),
+        ("ledger:Durable", "'ledger:Durable' is the class: write durable = Durable()"),
         ("ledger:socket", "is module 'socket', not a Durable object"),
         ("ledger", "'ledger' is not module:attribute: write, for example, shop:durable."),
         ("../app:durable", "'../app' is no name of a module"),
