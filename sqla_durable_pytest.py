@@ -51,11 +51,17 @@ def sqla_durable_server_url(request: pytest.FixtureRequest) -> Generator[str]:
     By default an embedded one, which all processes of xdist share.
     """
     from sqla_durable import embedded
+    from sqla_durable.errors import UsageError
 
     given: dict[str, Any] = getattr(request.config, "workerinput", {})
     directory = Path(given[_DIRECTORY]) if _DIRECTORY in given else None
     settings = {"fsync": "off", "full_page_writes": "off", "max_connections": "300"}
-    with embedded.server(directory, settings=settings) as server:
+    try:
+        started = embedded.server(directory, settings=settings)
+    except UsageError as error:
+        error.add_note("Or override the fixture sqla_durable_server_url with the URL of a server of your own.")
+        raise
+    with started as server:
         yield server.url
 
 

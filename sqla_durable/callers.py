@@ -9,10 +9,16 @@ from functools import partial
 from typing import Any, TypeAlias, TypeVar, cast
 from uuid import UUID
 
-from sqlalchemy import inspect
+from sqlalchemy import Connection, Engine, inspect
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
-from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+)
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from sqla_durable.errors import (
     ArgumentError,
@@ -78,7 +84,16 @@ def cure(session: object) -> str:
     """Return the advice on what to give instead of what is no session."""
     if isinstance(session, (scoped_session, async_scoped_session)):  # such as `db.session` of Flask-SQLAlchemy
         return "Of a scoped session, call it for the session of this scope: write db.session() for db.session."
-    return "Of a sessionmaker, open one: with sessionmaker() as session."
+    if isinstance(session, (sessionmaker, async_sessionmaker)):
+        start = "with" if isinstance(session, sessionmaker) else "async with"
+        return f"Of a sessionmaker, open one by `{start} {type(session).__name__}() as session`."
+    if isinstance(session, (Engine, Connection)):
+        return f"Of an engine or a connection, make one: Session({type(session).__name__.lower()})."
+    if isinstance(session, (AsyncEngine, AsyncConnection)):
+        return "Of an engine or a connection, make one: AsyncSession(...) of it."
+    if hasattr(session, "session"):  # Flask-SQLAlchemy's `db`
+        return "Of Flask-SQLAlchemy's db, write db.session()."
+    return "Write, for example, workflow.start(session, 1) for workflow.start(1)."
 
 
 @contextmanager

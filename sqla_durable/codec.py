@@ -22,13 +22,7 @@ from pydantic import BaseModel, Secret, SecretBytes, SecretStr, TypeAdapter, Val
 
 from sqla_durable.adapters import adapter_of, is_mapped
 from sqla_durable.comparison import Difference, annotation_for, difference, joined_path
-from sqla_durable.errors import (
-    ArgumentError,
-    DecodingError,
-    DefinitionError,
-    EncodingError,
-    PayloadTooLargeError,
-)
+from sqla_durable.errors import ArgumentError, DecodingError, DefinitionError, EncodingError, PayloadTooLargeError
 from sqla_durable.redaction import problems_of, without_values
 
 if TYPE_CHECKING:
@@ -52,6 +46,8 @@ _MASK = "**********"
 _INSTEAD_OF_ROWS = (
     "An ORM instance belongs to its session: give its primary key, and load it in the step that needs it."
 )
+_BRING_BACK = "Bring back an annotation that reads it, or start a new workflow."
+_SEND = "Send what fits, or wait with the type that is sent."
 _UNKNOWN_TYPE = re.compile(r"unknown type: <class '[^']*'>")
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
@@ -143,7 +139,7 @@ class Codec:
         except ValidationError as error:
             raise DecodingError(
                 f"the stored {self.what} does not fit the annotation that the code has now: "
-                f"{problems_of(error, below=1)}. Bring back an annotation that reads it, or start a new workflow."
+                f"{problems_of(error, below=1)}. {_SEND if self.what.startswith('payload') else _BRING_BACK}"
             ) from error
 
     def _text(self, value: object) -> str:

@@ -20,6 +20,7 @@ import sqla_durable.polling as polling
 from sqla_durable.errors import ResultTimeoutError, SyncAsyncError
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.registry import WorkflowDefinition
+from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import schema, workflows
 from sqla_durable.store.drivers import alone
 
@@ -31,6 +32,7 @@ class _BaseHandle(Generic[R]):
         self._definition = definition
         self._engine = alone(engine)
         self.workflow_id = workflow_id
+        self._seen: WorkflowStatus | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of workflow {self._definition.name!r} {self.workflow_id}>"
@@ -40,14 +42,16 @@ class _BaseHandle(Generic[R]):
         schema.require(session)
         standing = workflows.standing(session, self.workflow_id)
         self._definition.require_record(standing.name, self.workflow_id)
+        self._seen = standing.status
         return Outcome(standing) if standing.status.finished else None
 
     def _pauses(self, timeout: timedelta | None) -> Iterator[float]:
         """Give the pauses between polls; end with the error when the time is up."""
         yield from polling.pauses(timeout)
         raise ResultTimeoutError(
-            f"workflow {self._definition.name!r} {self.workflow_id} has no outcome after {timeout}; it goes on. "
-            "Is a worker running for its queue?",
+            f"workflow {self._definition.name!r} {self.workflow_id} has no outcome after {timeout}; it is "
+            f"{self._seen}, and goes on. Is a worker running for its queue, "
+            f"{self._definition.queue!r} by default?",
             workflow_id=self.workflow_id,
         )
 
@@ -81,7 +85,8 @@ class Handle(_BaseHandle[R]):
             SchemaError, SessionError: the database does not hold the tables.
             SyncAsyncError: this was called in a running event loop, which it would block.
         """
-        refuse_event_loop("Handle.result()", "await AsyncHandle.result(), from checkout.handle(async_session, ...)")
+        name = self._definition.name
+        refuse_event_loop("Handle.result()", f"await {name}.handle(async_sessionmaker, ...).result()")
         pauses = self._pauses(timeout)
         while (outcome := self._poll()) is None:
             time.sleep(next(pauses))

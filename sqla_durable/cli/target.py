@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pkgutil
 import stat
 import sys
 import traceback
@@ -37,9 +38,11 @@ def load(target: str) -> Durable:
     if found is Durable:
         raise CommandError(f"{target!r} is the class: write durable = Durable(), and name that object.")
     if not isinstance(found, Durable):
+        others = _durables_in(sys.modules[module_name])
+        hint = f": did you mean {_either(others)}?" if others else ""
         raise CommandError(
             f"{target!r} is {_described(found)}, not a Durable object: name the object whose decorators make the "
-            "workflows."
+            f"workflows{hint or '.'}"
         )
     return found
 
@@ -51,7 +54,7 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-            raise CommandError(f"there is no module {error.name!r} {_where_to_put_it()}") from error
+            raise CommandError(f"there is no module {error.name!r} {_where_to_put_it(error.name)}") from error
         raise _broken(name, error) from error
     except Exception as error:
         raise _broken(name, error) from error
@@ -69,7 +72,10 @@ def _look_here_first(directory: Path) -> None:
         sys.path.insert(0, str(directory))
 
 
-def _where_to_put_it() -> str:
+def _where_to_put_it(name: str) -> str:
+    close = _like(name)
+    if close:
+        return f"to import: did you mean {_either(close)}?"
     if sys.flags.safe_path:  # PYTHONSAFEPATH or `python -P`
         return "on the path, which is without the current directory: add the directory that holds it to PYTHONPATH."
     return (
@@ -78,12 +84,23 @@ def _where_to_put_it() -> str:
     )
 
 
+def _like(name: str) -> list[str]:
+    """Return the modules beside a missing one whose names are like its own."""
+    package, dot, _ = name.rpartition(".")
+    here = [] if sys.flags.safe_path else [str(Path.cwd())]
+    paths = getattr(sys.modules.get(package), "__path__", []) if package else here
+    return get_close_matches(name, [f"{package}{dot}{each.name}" for each in pkgutil.iter_modules(paths)])
+
+
 def _broken(name: str, error: Exception) -> CommandError:
     """Say what the import raised and where; the traceback is one command away."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else name
+    hint = ""
+    if isinstance(error, ModuleNotFoundError) and error.name == "psycopg2":
+        hint = "`postgresql://` means psycopg2 in SQLAlchemy 2.0: write `postgresql+psycopg://`. "
     return CommandError(
-        f"module {name!r} does not import: {type(error).__name__}: {error} ({where}). "
+        f"module {name!r} does not import: {type(error).__name__}: {error} ({where}). {hint}"
         f"`python -c 'import {name}'` shows the whole traceback."
     )
 
@@ -93,12 +110,23 @@ def _attribute(holder: object, name: str, target: str) -> object:
         found: object = getattr(holder, name)
     except AttributeError:
         names = vars(holder) if hasattr(holder, "__dict__") else {}
-        durables = [each for each, value in names.items() if isinstance(value, Durable)]
-        close = durables or get_close_matches(name, [each for each in names if not each.startswith("_")])
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "name a Durable object."
+        close = _durables_in(holder) or get_close_matches(name, [each for each in names if not each.startswith("_")])
+        hint = f"did you mean {_either(close)}?" if close else "name a Durable object."
         raise CommandError(f"{target!r}: {_described(holder)} has no attribute {name!r}: {hint}") from None
     return found
 
 
 def _described(value: object) -> str:
-    return f"module {value.__name__!r}" if isinstance(value, ModuleType) else f"a {type(value).__name__}"
+    if isinstance(value, ModuleType):
+        return f"module {value.__name__!r}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def _durables_in(holder: object) -> list[str]:
+    names = vars(holder) if hasattr(holder, "__dict__") else {}
+    return [each for each, value in names.items() if isinstance(value, Durable)]
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join(map(repr, names))

@@ -43,9 +43,9 @@ class Executor:
 
     def __init__(self, session: Session, *, lease: timedelta = DEFAULT_LEASE) -> None:
         if not isinstance(session, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise SessionError(
-                f"Executor takes a Session, got {session!r}: use AsyncExecutor for an AsyncSession. {cure(session)}"
-            )
+            other = isinstance(session, AsyncSession)
+            advice = "Use AsyncExecutor for an AsyncSession." if other else cure(session)
+            raise SessionError(f"Executor takes a Session, got {session!r}. {advice}")
         self._story: Story = CommittingStory(session, lease)
 
     @classmethod
@@ -139,9 +139,8 @@ class AsyncExecutor:
 
     def __init__(self, session: AsyncSession, *, lease: timedelta = DEFAULT_LEASE) -> None:
         if not isinstance(session, AsyncSession):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise SessionError(
-                f"AsyncExecutor takes an AsyncSession, got {session!r}: use Executor for a Session. {cure(session)}"
-            )
+            advice = "Use Executor for a Session." if isinstance(session, Session) else cure(session)
+            raise SessionError(f"AsyncExecutor takes an AsyncSession, got {session!r}. {advice}")
         self._story: Story = CommittingStory(session, lease)
 
     @classmethod

@@ -19,7 +19,7 @@ from sqla_durable.errors import SchemaMissingError, SchemaNewerError, SchemaOlde
 from sqla_durable.models import REVISION, SCHEMA
 from sqla_durable.store._rows import bind_arguments, connection_of, execute, pg, soon_over
 
-_MIGRATE = "Run `alembic upgrade heads` with a revision that calls sqla_durable.migrations.upgrade(...)."
+_MIGRATE = f"Run `alembic upgrade heads` with a revision that calls sqla_durable.migrations.upgrade({REVISION!r})"
 
 _fitting: WeakKeyDictionary[Pool, set[str]] = WeakKeyDictionary()
 
@@ -119,13 +119,15 @@ def _require_styles(found: Row[Any], engine: Engine) -> None:
 def _require_revision(comment: str | None, schema: str, engine: Engine) -> None:
     where = f"{engine.url.render_as_string(hide_password=True)}, schema {schema!r}"
     if comment is None:
-        raise SchemaMissingError(f"the durable tables are not in {where}. {_MIGRATE}")
+        raise SchemaMissingError(
+            f"the durable tables are not in {where}. {_MIGRATE}, or for a try sqla_durable.metadata.create_all(engine)."
+        )
     found = re.search(r"durable_(\d+)", comment)
     ours = int(REVISION.removeprefix("durable_"))
     if found is None or int(found[1]) < ours:
         raise SchemaOlderError(
             f"the durable tables in {where} are at {comment or 'an unknown revision'!r}; this package needs "
-            f"{REVISION!r}. {_MIGRATE}"
+            f"{REVISION!r}. {_MIGRATE}."
         )
     if int(found[1]) > ours:
         raise SchemaNewerError(

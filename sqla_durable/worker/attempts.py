@@ -192,7 +192,7 @@ class Attempts:
         try:
             await self._to_its_end(attempt)
         except AttemptLost:
-            log.info("workflow %s: its attempt %d lost the ownership", attempt.workflow_id, attempt.number)
+            log.info("workflow %s: was cancelled, or taken over, in attempt %d", attempt.workflow_id, attempt.number)
             if not self._running[attempt.fence].is_lost:
                 await self._abandon_if_owned(attempt)
         except (Released, asyncio.CancelledError) as signal:

@@ -36,6 +36,7 @@ _LIMIT = 1_000  # rows that one statement changes
 _SHORTEST_PAUSE = 0.01  # seconds between two looks, however many timers there are
 _RECLAIM_EVERY = 10  # beats: what is seen to be abandoned is reclaimed at once
 _WARN_EVERY = 60.0
+_SHOWN = 5  # ids in a line of the log
 _FORGET_EVERY = 3_600.0
 _RENOTIFY_EVERY = 60.0
 _FRONT = UUID(int=0)
@@ -295,7 +296,9 @@ class Maintenance:
 
 def _tell(reclaimed: list[crashes.Reclaimed]) -> None:
     if reclaimed:
-        log.warning("workflows reclaimed from dead workers: %d", len(reclaimed))
+        shown = ", ".join(f"{each.name} {each.workflow_id}" for each in reclaimed[:_SHOWN])
+        more = ", ..." if len(reclaimed) > _SHOWN else ""
+        log.warning("workflows reclaimed from dead workers: %d: %s%s", len(reclaimed), shown, more)
     for each in reclaimed:
         if each.status is WorkflowStatus.SUSPENDED:
             log.warning("workflow %s %s lost several workers in a row: it waits", each.name, each.workflow_id)

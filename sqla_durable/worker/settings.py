@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import Engine, SingletonThreadPool, StaticPool
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import Pool
 
 from sqla_durable.checks import require_duration
@@ -99,7 +99,8 @@ def require_type(given: object, kind: type, name: str) -> None:
     for other in (sessionmaker, async_sessionmaker):
         if isinstance(given, other):
             raise SessionError(f"{name}={given!r} is for the other kind of session: pass it as {other.__name__}=.")
-    raise SessionError(f"{name}={given!r} is no {kind.__name__}: pass the factory, such as {kind.__name__}(engine).")
+    engine = "db.engine" if isinstance(given, scoped_session) else "engine"  # of Flask-SQLAlchemy
+    raise SessionError(f"{name}={given!r} is no {kind.__name__}: pass the factory, such as {kind.__name__}({engine}).")
 
 
 def require_pool(engine: Engine) -> None:

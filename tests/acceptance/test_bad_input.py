@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from decimal import Decimal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -315,6 +316,7 @@ def _uses(maker: Sessions) -> dict[str, Callable[[], object]]:
 
 bare = Durable()
 bare.workflow(lambda: None, name="bare")
+UPGRADE = f"sqla_durable.migrations.upgrade({models.REVISION!r})"
 USES = pytest.mark.parametrize("use", ["start", "executor", "worker", "handle"])
 
 
@@ -324,7 +326,7 @@ def test_unmigrated_database_is_named(unmigrated: Sessions, use: str) -> None:
         SchemaMissingError, match=r"the durable tables are not in postgresql.*schema 'durable'"
     ) as caught:
         _uses(unmigrated)[use]()
-    assert "Run `alembic upgrade heads`" in str(caught.value)
+    assert f"Run `alembic upgrade heads` with a revision that calls {UPGRADE}, or for a try " in str(caught.value)
 
 
 def test_callers_transaction_survives_an_unmigrated_database(unmigrated: Sessions) -> None:
@@ -414,16 +416,28 @@ def test_session_on_another_database_product_is_refused() -> None:
     engine.dispose()
 
 
-@pytest.mark.parametrize("given", [None, "session", 7, sessionmaker(), scoped_session(sessionmaker())])
-def test_something_else_in_the_place_of_the_session_is_refused(given: Any) -> None:
-    with pytest.raises(SessionError, match="the caller's Session or AsyncSession comes first, got"):
+@pytest.mark.parametrize(
+    ("given", "cure"),
+    [
+        (None, r"workflow.start\(session, 1\)"),
+        ("session", r"workflow.start\(session, 1\)"),
+        (7, r"workflow.start\(session, 1\)"),
+        (sessionmaker(), r"open one by `with sessionmaker\(\)"),
+        (scoped_session(sessionmaker()), r"write db.session\(\)"),
+        (SimpleNamespace(session=scoped_session(sessionmaker())), r"write db.session\(\)"),
+        (create_engine("sqlite://"), r"make one: Session\(engine\)"),
+        (create_async_engine("postgresql+asyncpg://"), r"make one: AsyncSession\("),
+    ],
+)
+def test_something_else_in_the_place_of_the_session_is_refused(given: Any, cure: str) -> None:
+    with pytest.raises(SessionError, match=f"the caller's Session or AsyncSession comes first, got .*{cure}"):
         ship.start(given, 1)
 
 
 def test_executor_refuses_the_other_kind_of_session() -> None:
-    with pytest.raises(SessionError, match="use AsyncExecutor for an AsyncSession"):
+    with pytest.raises(SessionError, match="Use AsyncExecutor for an AsyncSession"):
         Executor(AsyncSession())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    with pytest.raises(SessionError, match="use Executor for a Session"):
+    with pytest.raises(SessionError, match="Use Executor for a Session"):
         AsyncExecutor(Session())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
@@ -437,6 +451,8 @@ def test_factory_in_the_place_of_a_session_is_told_to_be_opened() -> None:
 def test_worker_tells_where_a_factory_of_the_other_kind_belongs() -> None:
     with pytest.raises(SessionError, match="pass it as async_sessionmaker="):
         Worker(Durable(), sessionmaker=async_sessionmaker())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SessionError, match=r"such as sessionmaker\(db.engine\)"):
+        Worker(Durable(), sessionmaker=scoped_session(sessionmaker()))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     with pytest.raises(SessionError, match="pass it as sessionmaker="):
         Worker(Durable(), async_sessionmaker=sessionmaker())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 

@@ -304,7 +304,7 @@ def test_handle_without_an_outcome_times_out(shell: Shell, greeting: AnyWorkflow
         shell.result(greeting, workflow_id, timeout=timedelta(milliseconds=10))
     assert isinstance(caught.value, TimeoutError)
     assert caught.value.workflow_id == workflow_id
-    assert "Is a worker running for its queue?" in str(caught.value)
+    assert "it is pending, and goes on. Is a worker running for its queue, 'default' by default?" in str(caught.value)
     assert shell.finish(greeting, workflow_id) == "hello Ada"
     assert shell.result(greeting, workflow_id, timeout=timedelta()) == "hello Ada"
 
