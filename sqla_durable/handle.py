@@ -94,7 +94,7 @@ class Handle(_BaseHandle[R]):
         return value
 
     def _poll(self) -> Outcome | None:
-        with Session(self._engine) as session:
+        with polling.noting_pool(), Session(self._engine) as session:
             return self._outcome(session)
 
 
@@ -121,8 +121,9 @@ class AsyncHandle(_BaseHandle[R]):
         return self.result().__await__()
 
     async def _poll(self) -> Outcome | None:
-        async with AsyncSession(AsyncEngine(self._engine)) as session:
-            return await session.run_sync(self._outcome)
+        with polling.noting_pool():
+            async with AsyncSession(AsyncEngine(self._engine)) as session:
+                return await session.run_sync(self._outcome)
 
 
 def refuse_event_loop(what: str, instead: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeAlias, TypeVar
 
 from sqlalchemy import Engine
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -38,6 +40,19 @@ def pauses(timeout: timedelta | None, *, shortest: float = SHORTEST) -> Iterator
     began = time.monotonic()
     while timeout is None or time.monotonic() < began + timeout.total_seconds():
         yield max(shortest, min(_SHARE * (time.monotonic() - began), LONGEST))
+
+
+@contextmanager
+def noting_pool() -> Generator[None]:
+    """Add to the error of a pool that is used up why a connection was needed."""
+    try:
+        yield
+    except PoolTimeoutError as error:
+        error.add_note(
+            "This looks from outside, with a connection of its own from the pool: close the session before, or raise "
+            "pool_size."
+        )
+        raise
 
 
 def session_of(source: Source, *, what: str) -> Session | AsyncSession:
@@ -73,13 +88,14 @@ class Outlook:
 
     def look(self, statement: Callable[[Session], T]) -> T:
         """Call a function of a session."""
-        with Session(self.engine) as session:
+        with noting_pool(), Session(self.engine) as session:
             return _required(session, statement)
 
     async def look_async(self, statement: Callable[[Session], T]) -> T:
         """Call a function of the session inside an `AsyncSession`."""
-        async with AsyncSession(AsyncEngine(self.engine)) as session:
-            return await session.run_sync(_required, statement)
+        with noting_pool():
+            async with AsyncSession(AsyncEngine(self.engine)) as session:
+                return await session.run_sync(_required, statement)
 
 
 def _required(session: Session, statement: Callable[[Session], T]) -> T:

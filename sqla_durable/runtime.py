@@ -410,7 +410,7 @@ class AsyncRuntime(BaseRuntime):
 
 
 def _named(coroutine: Coroutine[Any, Any, T], position: Position) -> Coroutine[Any, Any, T]:
-    coroutine.__qualname__ = position.key  # for Python's warning that it was never awaited
+    cast("Any", coroutine).__qualname__ = position.key  # for Python's warning that it was never awaited
     return coroutine
 
 

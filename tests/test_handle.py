@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import Engine, event, select
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy import Engine, create_engine, event, select
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import Durable, Executor, Workflow
+from sqla_durable import Durable, Executor, Workflow, get_event
 from sqla_durable.errors import ResultTimeoutError
 
 Sessions = sessionmaker[Session]
@@ -81,3 +83,27 @@ def test_handle_shows_what_it_waits_for(session_factory: Sessions) -> None:
         session.flush()
         assert repr(double.handle(session, record)) == f"<Handle of workflow 'double' {record.id}>"
         assert session.scalars(select(Workflow.id)).all() == [record.id]
+
+
+async def test_pool_that_is_used_up_is_explained(engine: Engine) -> None:
+    small = create_engine(engine.url, pool_size=1, max_overflow=0, pool_timeout=0.01)
+    with Session(small) as session:
+        workflow_id = double.start(session, 1).id
+        session.commit()
+        session.connection()
+        for look in (double.handle(session, workflow_id).result, lambda: get_event(session, workflow_id, "progress")):
+            with pytest.raises(PoolTimeoutError) as caught:
+                await asyncio.to_thread(look)
+            assert "close the session before, or raise pool_size" in caught.value.__notes__[0]
+    small.dispose()
+    async_small = create_async_engine(engine.url, pool_size=1, max_overflow=0, pool_timeout=0.01)
+    async with AsyncSession(async_small) as async_session:
+        await async_session.connection()
+        for wait in (
+            double.handle(async_session, workflow_id).result(),
+            get_event(async_session, workflow_id, "progress"),
+        ):
+            with pytest.raises(PoolTimeoutError) as caught:
+                await wait
+            assert "close the session before, or raise pool_size" in caught.value.__notes__[0]
+    await async_small.dispose()

@@ -42,10 +42,11 @@ class Executor:
     """
 
     def __init__(self, session: Session, *, lease: timedelta = DEFAULT_LEASE) -> None:
-        if not isinstance(session, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
-            other = isinstance(session, AsyncSession)
-            advice = "Use AsyncExecutor for an AsyncSession." if other else cure(session)
-            raise SessionError(f"Executor takes a Session, got {session!r}. {advice}")
+        given: object = session
+        if not isinstance(given, Session):
+            other = isinstance(given, AsyncSession)
+            advice = "Use AsyncExecutor for an AsyncSession." if other else cure(given)
+            raise SessionError(f"Executor takes a Session, got {given!r}. {advice}")
         self._story: Story = CommittingStory(session, lease)
 
     @classmethod
@@ -138,9 +139,10 @@ class AsyncExecutor:
     """
 
     def __init__(self, session: AsyncSession, *, lease: timedelta = DEFAULT_LEASE) -> None:
-        if not isinstance(session, AsyncSession):  # pyright: ignore[reportUnnecessaryIsInstance]
-            advice = "Use Executor for a Session." if isinstance(session, Session) else cure(session)
-            raise SessionError(f"AsyncExecutor takes an AsyncSession, got {session!r}. {advice}")
+        given: object = session
+        if not isinstance(given, AsyncSession):
+            advice = "Use Executor for a Session." if isinstance(given, Session) else cure(given)
+            raise SessionError(f"AsyncExecutor takes an AsyncSession, got {given!r}. {advice}")
         self._story: Story = CommittingStory(session, lease)
 
     @classmethod

@@ -26,8 +26,8 @@ _PASSED = interval(bindparam("seconds", type_=Float()))
 def advance(session: Session, seconds: float) -> int:
     """Bring nearer whatever a workflow waits for; return how many workflows had a time to wait for, or a deadline."""
     moved: set[UUID] = set()
-    for statement in (_TIMERS, _DEADLINES, _STEPS):
-        moved.update(scalars(session, statement, {"seconds": seconds}))
+    for moving in (_TIMERS, _DEADLINES, _STEPS):
+        moved.update(scalars(session, moving, {"seconds": seconds}))
     for statement in (_CALLBACKS, _LOOP_TIMERS):
         execute(session, statement, {"seconds": seconds})
     return len(moved)

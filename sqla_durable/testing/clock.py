@@ -36,11 +36,12 @@ def advance(session: Session, duration: timedelta) -> int:
         SchemaError, SessionError: the session's database does not hold the tables; or this is no `Session`.
     """
     require_duration(duration, "duration")
-    if isinstance(session, AsyncSession):  # pyright: ignore[reportUnnecessaryIsInstance]
+    given: object = session
+    if isinstance(given, AsyncSession):
         raise SessionError(
             "advance() takes a Session: of an AsyncSession, await session.run_sync(advance, timedelta(...))."
         )
-    require_session(session)
+    require_session(given)
     schema.require(session)
     session.flush()
     return clock.advance(session, duration.total_seconds())

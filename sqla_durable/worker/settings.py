@@ -19,6 +19,7 @@ from sqla_durable.checks import require_duration
 from sqla_durable.durable import Durable
 from sqla_durable.errors import SessionError
 from sqla_durable.inspection import SessionKind
+from sqla_durable.log import Log
 from sqla_durable.store import schema
 
 _OWN_CONNECTIONS = 5  # the writer and the heartbeat hold one each; claims, maintenance, what is handed back
@@ -26,6 +27,8 @@ _ENOUGH_TO_HOLD_ONE = 3
 _ENOUGH_TO_HOLD_TWO = 8
 _SHORTEST_LIMIT = 5.0
 _DRIVERS = ("psycopg", "asyncpg")
+
+log = Log("sqla_durable.worker")
 
 _lock = threading.Lock()
 _reserved: WeakKeyDictionary[Pool, dict[UUID, int]] = WeakKeyDictionary()
@@ -106,6 +109,8 @@ def require_type(given: object, kind: type, name: str) -> None:
 def require_pool(engine: Engine) -> None:
     """Refuse a pool in which the worker's own statements would share a connection with those of steps.
 
+    Warns of one that is so small that they would wait for each other.
+
     Raises:
         SessionError: it is a StaticPool or a SingletonThreadPool.
     """
@@ -113,6 +118,15 @@ def require_pool(engine: Engine) -> None:
         raise SessionError(
             f"the pool of {engine!r} gives all the same connection: a worker needs several, for its heartbeat beside "
             "the steps. Give it an engine with pool_size=5 or more."
+        )
+    size = _pool_size(engine)
+    if size is not None and size < _ENOUGH_TO_HOLD_ONE:
+        log.warning(
+            "the pool of %r has %d connection(s), so steps may keep the heartbeat and the claims waiting until the "
+            "lease runs out: give the worker an engine with pool_size=%d or more",
+            engine,
+            size,
+            _ENOUGH_TO_HOLD_TWO,
         )
 
 
@@ -160,10 +174,10 @@ def reserve(engine: Engine, worker_id: UUID) -> int:
         others = _reserved.setdefault(engine.pool, {})
         if others and not hold:
             raise SessionError(
-                f"the pool of {engine!r} has {_pool_size(engine):.0f} connections, and {len(others)} workers of this "
-                f"process share it, which need {sum(others.values())} of them: {left:.0f} are too few for another one. "
-                f"Raise pool_size, by {_needs(2)} for each worker, or give it an engine of its own; one worker "
-                "with a higher concurrency needs no more connections."
+                f"the pool of {engine!r} has {_pool_size(engine):.0f} connections, and {len(others)} running worker(s) "
+                f"of this process need {sum(others.values())} of them: {left:.0f} are left, and another worker needs "
+                f"{_needs(1)}, or better {_needs(2)}. Raise pool_size by as many for each worker, or give it an engine "
+                "of its own; one worker with a higher concurrency needs no more connections."
             )
         others[worker_id] = _needs(hold)
         return hold

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Worker, Workflow, start_many
 from sqla_durable.errors import DatabaseUnavailableError, SessionError, UsageError
+from sqla_durable.worker import settings
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
 from tests.support.proxy import Proxy
@@ -123,7 +124,10 @@ def test_workers_that_share_a_pool_leave_each_other_connections(database_url: st
     with ExitStack() as running:
         for _ in range(2):
             running.enter_context(Worker(durable, sessionmaker=maker, poll_interval=POLL, concurrency=3))
-        with pytest.raises(SessionError, match=r"9 connections, and 2 workers .* need 7 of them: 2 are too few"):
+        with pytest.raises(
+            SessionError,
+            match=r"9 connections, and 2 running .* need 7 of them: 2 are left, and .* needs 3, or better 4",
+        ):
             Worker(durable, sessionmaker=maker).run()
         other = create_engine(database_url)
         other_maker = sessionmaker(other)
@@ -138,12 +142,21 @@ def test_workers_that_share_a_pool_leave_each_other_connections(database_url: st
 
 
 # behaviour: O5
+@pytest.mark.parametrize(("size", "warned"), [(2, True), (3, False)])
+def test_pool_in_which_steps_keep_the_heartbeat_waiting_is_named(
+    size: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings.require_pool(create_engine("postgresql+psycopg://", pool_size=size, max_overflow=0))
+    assert any(f"has {size} connection(s), so steps may keep" in each for each in caplog.messages) is warned
+
+
+# behaviour: O5
 async def test_async_workers_that_share_a_pool_are_counted_too(database_url: str) -> None:
     url = make_url(database_url).set(drivername="postgresql+asyncpg")
     engine = create_async_engine(url, pool_size=4, max_overflow=0)
     maker = async_sessionmaker(engine)
     async with Worker(durable, async_sessionmaker=maker):
-        with pytest.raises(SessionError, match="1 workers of this process share it"):
+        with pytest.raises(SessionError, match=r"1 running worker\(s\) of this process need 3 of them: 1 are left"):
             await Worker(durable, async_sessionmaker=maker).serve()
     await asyncio.sleep(0)
     await engine.dispose()
