@@ -85,8 +85,10 @@ def cure(session: object) -> str:
     if isinstance(session, (scoped_session, async_scoped_session)):  # such as `db.session` of Flask-SQLAlchemy
         return "Of a scoped session, call it for the session of this scope: write db.session() for db.session."
     if isinstance(session, (sessionmaker, async_sessionmaker)):
-        start = "with" if isinstance(session, sessionmaker) else "async with"
-        return f"Of a sessionmaker, open one by `{start} {type(session).__name__}() as session`."
+        start, kind = (
+            ("with", "sessionmaker") if isinstance(session, sessionmaker) else ("async with", "async_sessionmaker")
+        )
+        return f"Of a sessionmaker, open one by `{start} {kind}() as session`."
     if isinstance(session, (Engine, Connection)):
         return f"Of an engine or a connection, make one: Session({type(session).__name__.lower()})."
     if isinstance(session, (AsyncEngine, AsyncConnection)):

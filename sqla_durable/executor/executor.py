@@ -43,7 +43,7 @@ class Executor:
 
     def __init__(self, session: Session, *, lease: timedelta = DEFAULT_LEASE) -> None:
         given: object = session
-        if not isinstance(given, Session):
+        if not isinstance(given, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
             other = isinstance(given, AsyncSession)
             advice = "Use AsyncExecutor for an AsyncSession." if other else cure(given)
             raise SessionError(f"Executor takes a Session, got {given!r}. {advice}")
@@ -140,7 +140,7 @@ class AsyncExecutor:
 
     def __init__(self, session: AsyncSession, *, lease: timedelta = DEFAULT_LEASE) -> None:
         given: object = session
-        if not isinstance(given, AsyncSession):
+        if not isinstance(given, AsyncSession):  # pyright: ignore[reportUnnecessaryIsInstance]
             advice = "Use Executor for a Session." if isinstance(given, Session) else cure(given)
             raise SessionError(f"AsyncExecutor takes an AsyncSession, got {given!r}. {advice}")
         self._story: Story = CommittingStory(session, lease)

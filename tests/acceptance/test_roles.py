@@ -249,7 +249,7 @@ def test_each_role_does_what_it_is_for_and_nothing_else(granted: Roles, world: W
 
 
 def test_error_says_which_rights_are_missing(granted: Roles, world: World) -> None:
-    wanted = {
+    wanted: dict[str, Callable[[Session], object]] = {
         "starter": lambda session: greet.options(key="new").start(session, "x"),
         "signaller": lambda session: signal(session, world.pending, "go", 1),
         "updater": lambda session: update(session, world.pending, "change", 1),
