@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 import sqla_durable.polling as polling
+from sqla_durable.callers import noting_rights
 from sqla_durable.errors import ResultTimeoutError, SyncAsyncError
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.registry import WorkflowDefinition
@@ -94,7 +95,7 @@ class Handle(_BaseHandle[R]):
         return value
 
     def _poll(self) -> Outcome | None:
-        with polling.noting_pool(), Session(self._engine) as session:
+        with noting_rights("caller"), polling.noting_pool(), Session(self._engine) as session:
             return self._outcome(session)
 
 
@@ -121,7 +122,7 @@ class AsyncHandle(_BaseHandle[R]):
         return self.result().__await__()
 
     async def _poll(self) -> Outcome | None:
-        with polling.noting_pool():
+        with noting_rights("caller"), polling.noting_pool():
             async with AsyncSession(AsyncEngine(self._engine)) as session:
                 return await session.run_sync(self._outcome)
 

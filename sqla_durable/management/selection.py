@@ -48,7 +48,7 @@ def id_at(moment: datetime) -> UUID:
 
 
 def perform(
-    session: callers.AnySession, workflows: Selected, verb: Callable[[Session, Wanted], T]
+    session: callers.AnySession, workflows: Selected, verb: Callable[[Session, Wanted], T], *, rights: str = "operator"
 ) -> T | Coroutine[Any, Any, T]:
     """Call a verb with the blocking session and what is meant.
 
@@ -56,7 +56,7 @@ def perform(
         ArgumentError: something else is given than workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return callers.perform(session, partial(_perform, workflows=workflows, verb=verb), rights="operator")
+    return callers.perform(session, partial(_perform, workflows=workflows, verb=verb), rights=rights)
 
 
 def _perform(session: Session, *, workflows: Selected, verb: Callable[[Session, Wanted], T]) -> T:

@@ -76,7 +76,7 @@ def cancel(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
         ArgumentError: something else is given than workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return perform(session, workflows, _cancel)
+    return perform(session, workflows, _cancel, rights="canceller")
 
 
 @overload

@@ -254,7 +254,8 @@ def test_error_says_which_rights_are_missing(granted: Roles, world: World) -> No
         "signaller": lambda session: signal(session, world.pending, "go", 1),
         "updater": lambda session: update(session, world.pending, "change", 1),
         "answerer": lambda session: complete_callback(session, world.token, 1),
-        "operator": lambda session: cancel(session, world.pending),
+        "canceller": lambda session: cancel(session, world.pending),
+        "operator": lambda session: retry(session, world.failed),
     }
     for rights, verb in wanted.items():
         with Session(granted.engine("reader")) as session, pytest.raises(DBAPIError) as caught:
