@@ -545,7 +545,7 @@ async def test_sync_calls_in_a_running_event_loop_are_refused(session_factory: S
             Executor(session).run(ship, 1)
         with pytest.raises(SyncAsyncError, match=r"Executor.execute\(\) would block"):
             Executor(session).execute(ship, record)
-    with pytest.raises(SyncAsyncError, match=r"Handle.result\(\) would block .*await AsyncHandle.result"):
+    with pytest.raises(SyncAsyncError, match=r"Handle.result\(\) would block .*await ship.handle"):
         ship.handle(session_factory, record).result()
     with pytest.raises(SyncAsyncError, match=r"Worker.run\(\) would block .*async with worker"):
         Worker(bare, sessionmaker=session_factory).run()
