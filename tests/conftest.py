@@ -44,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("SQLA_DURABLE_TEST_PG"),
         help="PostgreSQL to test on: 18 (embedded, the default) or a version of Debian's, such as 15",
     )
+    parser.addoption("--all", action="store_true", help="every interleaving of two operations, not half of them")
     parser.addoption(
         "--pgbouncer",
         action="store_true",
