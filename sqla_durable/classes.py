@@ -144,7 +144,7 @@ def name_of_class(kind: type) -> str:
 
 
 def is_subclass(kind: type | None, base: type) -> bool:
-    """Tell whether a class derives from another, whatever its metaclass says."""
+    """Return whether a class derives from another, whatever its metaclass says."""
     return kind is not None and base in _class_mro(kind)
 
 

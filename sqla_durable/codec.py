@@ -166,7 +166,7 @@ class Codec:
         return self.adapter.validate_json(f"[{text}]", by_alias=True, by_name=True)[0]
 
     def _misfit(self, value: object, error: Exception) -> str:
-        """Say what of a value cannot be stored, and where, without the value."""
+        """Return what of a value cannot be stored, and where, without the value."""
         try:
             self._normal(value)
         except ValidationError as found:

@@ -177,7 +177,7 @@ class Failure:
         return any(_clean(each)[: len(self.message)] == self.message for each in texts)
 
     def complete(self, error: Exception) -> None:
-        """Give an exception the recorded traceback as its cause, and the notes, although it may be frozen."""
+        """Set the recorded traceback as the cause of an exception, and add its notes, although it may be frozen."""
         Exception.__setattr__(error, "__cause__", RecordedTraceback(self.traceback))
         add_notes(error, *self.notes)
 

@@ -50,7 +50,7 @@ def without_values(text: str) -> str:
 
 
 def problems_of(error: ValidationError, *, below: int = 0) -> str:
-    """Say in words what does not fit, by path and type and without the values.
+    """Return in words what does not fit, by path and type and without the values.
 
     Args:
         error: what pydantic has found.

@@ -336,7 +336,7 @@ def is_out_of_time(error: BaseException) -> bool:
 
 
 def is_about_data(error: BaseException) -> bool:
-    """Tell whether a value in a row made a statement fail: the server refuses it, or the driver cannot read it.
+    """Return whether a value in a row made a statement fail: the server refuses it, or the driver cannot read it.
 
     A constraint or a trigger of the application that refuses a row is about that row, too.
     """

@@ -46,7 +46,7 @@ WHEN (NEW.token IS NOT NULL OR NEW.finished_at IS NOT NULL) EXECUTE FUNCTION {sc
 
 
 def statements(schema: str = SCHEMA) -> list[str]:
-    """Give the statements that complete our tables, for a migration that autogenerate wrote.
+    """Return the statements that complete our tables, for a migration that autogenerate wrote.
 
     They set the storage parameters, and make the trigger that refuses new workflows which run or have an outcome.
     """

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from math import isfinite
 from uuid import UUID
@@ -90,6 +91,10 @@ class Parking:
         return self if self.seconds is not None and self.seconds <= seconds else replace(self, seconds=seconds)
 
 
+_compensating: ContextVar[Attempt | None] = ContextVar("compensating", default=None)
+"""The attempt whose saga is undoing what was done in its block, for the code that does so."""
+
+
 class Attempt:
     """One execution of a workflow function.
 
@@ -107,7 +112,6 @@ class Attempt:
         warns_of_refusals: whether a call that is refused at the attempt's end is logged; only the first one is.
         arrivals: what learns in this process of signals and of workflows that end.
         is_crowded: returns whether another workflow may be waiting for this one's slot.
-        is_compensating: whether a saga is undoing what was done in its block.
     """
 
     def __init__(self, claimed: Claimed) -> None:
@@ -144,7 +148,6 @@ class Attempt:
         self._active_at = time.monotonic()
         self.warns_of_refusals = True
         self._stop: Callable[[], ControlFlow] | None = Cancelling if claimed.is_cancelling else None
-        self.is_compensating = False
 
     @property
     def workflow_id(self) -> UUID:
@@ -357,14 +360,18 @@ class Attempt:
     @contextmanager
     def compensating(self) -> Generator[None]:
         """Let operations be executed although the workflow is being cancelled: those that undo what it did."""
-        cancelling, outer = self._stop is Cancelling, self.is_compensating
+        cancelling, outer = self._stop is Cancelling, _compensating.set(self)
         self._stop = None if cancelling else self._stop
-        self.is_compensating = True
         try:
             yield
         finally:
-            self.is_compensating = outer
+            _compensating.reset(outer)
             self._stop = self._stop or (Cancelling if cancelling else None)
+
+    @property
+    def is_compensating(self) -> bool:
+        """Whether the code that asks is undoing what was done in a saga's block; a branch beside that is not."""
+        return _compensating.get() is self
 
     @property
     def stopped(self) -> bool:

@@ -122,6 +122,7 @@ class Runtime(Protocol):
         """Record the workflow's outcome; durable when it returns.
 
         Raises:
+            EncodingError: the database refuses it, or what was to be recorded before it; another outcome can be given.
             ControlFlow: the attempt no longer owns the workflow, or is to end without an outcome.
         """
 

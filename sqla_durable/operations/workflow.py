@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from sqla_durable.classes import Find
 from sqla_durable.errors import (
+    EncodingError,
     MaxAttemptsError,
     RowRefusedError,
     WorkflowCancelledError,
@@ -47,7 +48,11 @@ async def run_workflow(runtime: Runtime, definition: WorkflowDefinition, body: B
     completion = await completion_of(runtime, definition, body)
     if not runtime.attempt.undoes:
         report(runtime.attempt, strict=definition.strict)
-    await runtime.finish(completion)
+    try:
+        await runtime.finish(completion)
+    except EncodingError as refused:
+        completion = replace(completion, status=WorkflowStatus.FAILED, output=None, error=record(refused))
+        await runtime.finish(completion)
     return completion
 
 

@@ -80,7 +80,7 @@ def _fail_statement() -> tuple[Any, Any]:
 
 
 def _checks() -> Iterator[tuple[str, str]]:
-    """Give for each check the columns that it is about, and its condition; those of times for each column."""
+    """Yield for each check the columns that it is about, and its condition; those of times for each column."""
     for each in sorted(WORKFLOW.constraints, key=lambda constraint: str(constraint.name)):
         if isinstance(each, CheckConstraint):
             condition = str(each.sqltext)

@@ -178,7 +178,7 @@ def known_output() -> Any:
 
 
 def has_outcome() -> ColumnElement[bool]:
-    """Tell that the step of `GIVEN` has an outcome: what its call would take or start is not wanted any more.
+    """Return whether the step of `GIVEN` has an outcome: what its call would take or start is not wanted any more.
 
     A statement may reach the server long after its call was cancelled, and that was recorded.
     """

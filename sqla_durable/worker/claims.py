@@ -101,7 +101,8 @@ class Claims:
         little of the workflow: that counts when it comes many times in a row. A pool that is used up says nothing.
         """
         again = ObstacleRetry()
-        unread, times = None, 0
+        unread: object = None
+        times = 0
         claim = self._claim_some
         while True:
             restarts = self._cursors.restarts
@@ -125,8 +126,9 @@ class Claims:
                 log.warning("claim: %s; trying again in %.1f s", first_line(error), seconds)
                 is_asked = len(batch.claimed) == 1 and not isinstance(error, NoConnectionError)
                 alone = batch.claimed[0].fence if is_asked else None
-                times = times + 1 if alone and alone.workflow_id == unread else 1
-                unread = alone and alone.workflow_id
+                reason = alone and (alone.workflow_id, is_out_of_time(error))
+                times = times + 1 if reason and reason == unread else 1
+                unread = reason
                 if alone and times >= (2 if is_out_of_time(error) else _UNREAD):
                     await self._attempts.count_unread(alone, first_line(error))
                 await asyncio.sleep(seconds)

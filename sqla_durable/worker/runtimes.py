@@ -10,7 +10,7 @@ import concurrent.futures
 import contextvars
 import threading
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,7 +21,6 @@ from typing_extensions import override
 import sqla_durable.tasks as tasks
 from sqla_durable.context import Fork
 from sqla_durable.errors import EncodingError
-from sqla_durable.failure import record
 from sqla_durable.inspection import SessionKind
 from sqla_durable.operations.arrivals import Arrivals, Waker
 from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
@@ -30,7 +29,6 @@ from sqla_durable.operations.runtime import StepCall
 from sqla_durable.operations.transaction import ClosingTransaction, HeldTransaction, StepTransaction
 from sqla_durable.registry import StepDefinition
 from sqla_durable.runtime import AsyncRuntime, BlockingRuntime
-from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Connectable, Park
 from sqla_durable.store.streams import Append, Appended
 from sqla_durable.undisturbed import see, undisturbed, until_done
@@ -189,8 +187,9 @@ class ThreadRuntime(BlockingRuntime):
         try:
             self._submit(completion)
             self.flush()
-        except EncodingError as error:
-            self._surroundings.writer.submit_from_thread(refused(completion, error)).result()
+        except EncodingError:
+            self._last = None  # another outcome waits for none of them
+            raise
 
     def flush(self) -> None:
         """Wait for the commits on their way: for the last, because the writer keeps their order."""
@@ -298,8 +297,9 @@ class LoopRuntime(AsyncRuntime):
         try:
             self._submit(completion)
             await self.flush()
-        except EncodingError as error:
-            await self._surroundings.writer.submit(refused(completion, error))
+        except EncodingError:
+            self._last = None  # another outcome waits for none of them
+            raise
 
     async def flush(self) -> None:
         """Wait for the commits on their way: for the last, because the writer keeps their order."""
@@ -398,8 +398,3 @@ def _performed(runtime: StepRuntime, call: StepCall) -> Any:
         return runtime.perform(call)
     finally:
         runtime.flush()
-
-
-def refused(completion: Completion, error: EncodingError) -> Completion:
-    """Give the outcome of a workflow whose own outcome the database refuses."""
-    return replace(completion, status=WorkflowStatus.FAILED, output=None, error=record(error))

@@ -164,18 +164,20 @@ class Worker:
         if self._loop is not None or self._started.done():
             raise UsageError(f"{self!r} has run already, and a worker runs once: make a new one.")
         self._loop = asyncio.get_running_loop()
-        databases = self._databases()
         threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="sqla-durable")
         named = worker_name.set(settings.shown_name(self.name))
         try:
-            await self._serve(databases, threads)
+            databases = self._databases()
+            try:
+                await self._serve(databases, threads)
+            finally:
+                for each in databases.all:
+                    await each.close()
         finally:
             worker_name.reset(named)
             self._loop = None
             settings.give_back(self.id)
             threads.shutdown(wait=False, cancel_futures=True)
-            for each in databases.all:
-                await each.close()
 
     def stop(self) -> None:
         """Ask the worker to leave in good order; returns at once. Callable from any thread."""

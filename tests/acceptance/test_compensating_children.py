@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from sqla_durable import Workflow, cancel, wait_signal
+from sqla_durable import Saga, Workflow, cancel, wait_signal
 from tests.acceptance.application import AnyWorkflow, Application, Form, drive
 from tests.acceptance.shells import Shell
 from tests.acceptance.test_sagas import Block, Ledger, awaited, booked
@@ -142,3 +143,39 @@ def test_what_a_compensation_has_started_is_not_taken_from_it(
     assert booked(shell) == [("flight", 1), ("flight", -1)]
     error = shell.one(travel_id).error
     assert error is None or "CompensationFailed" not in str(error)
+
+
+# behaviour: M1
+def test_what_a_branch_beside_a_compensation_has_started_belongs_to_the_workflow(
+    shell: Shell, app: Application
+) -> None:
+    undoing, started = asyncio.Event(), asyncio.Event()
+
+    @app.durable.workflow
+    async def ship() -> None: ...
+
+    @app.durable.step
+    async def undo() -> None:
+        undoing.set()
+        await started.wait()
+
+    @app.durable.workflow
+    async def travel() -> None:
+        async def beside() -> None:
+            await undoing.wait()
+            await ship.start_child()
+            started.set()
+
+        branch = asyncio.create_task(beside())
+        try:
+            async with Saga() as saga:
+                saga.add(undo)
+                raise LookupError("hotel")
+        finally:
+            await branch
+
+    workflow_id = shell.begin(travel)
+    with shell.background():
+        races.wait_until(lambda: shell.one(workflow_id).finished_at, what="the end of the workflow")
+    with shell.sessionmaker() as session:
+        assert not session.scalars(select(Workflow).where(Workflow.name == "ship")).one().detached

@@ -140,3 +140,20 @@ def test_a_value_that_the_database_cannot_store_fails_its_workflow(encoded: Engi
         assert echo_all.handle(maker, good).result(timeout=PATIENCE) == "\u00e9"
         with pytest.raises(EncodingError, match="the database refuses what the workflow records"):
             euro.handle(maker, bad).result(timeout=PATIENCE)
+
+
+# behaviour: V5
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_result_that_the_database_cannot_store_is_the_outcome_under_an_executor_too(
+    encoded: Engine, joined: bool
+) -> None:
+    if "latin1" not in str(encoded.url.database):
+        pytest.skip("SQL_ASCII takes all bytes")
+    with sessionmaker(encoded)() as session:
+        workflow_id = euro.start(session).id
+        session.flush()
+        executor = Executor.joined(session) if joined else Executor(session)
+        with pytest.raises(EncodingError, match="the database refuses what the workflow records"):
+            executor.execute(euro, workflow_id)
+        record = session.get_one(Workflow, workflow_id)
+        assert (record.status, record.output) == (WorkflowStatus.FAILED, None)
