@@ -261,18 +261,9 @@ class Worker:
         maintenance = self._maintenance(databases.shared, claims, heartbeat, cursors, attempts.isolation)
         writer.on_asked = maintenance.hint
         writer.on_ended = surroundings.arrivals.announce
-        taking = [
-            asyncio.create_task(claims.run(), name="claims"),
-            asyncio.create_task(maintenance.run(), name="maintenance"),
-            asyncio.create_task(
-                self._listen(claims, maintenance, heartbeat, cursors, surroundings.arrivals), name="listener"
-            ),
-        ]
-        keeping = [
-            asyncio.create_task(heartbeat.run(), name="heartbeat"),
-            asyncio.create_task(writer.run(), name="writer"),
-            asyncio.create_task(surroundings.gatherer.run(), name="gatherer"),
-        ]
+        listening = self._listen(claims, maintenance, heartbeat, cursors, surroundings.arrivals)
+        taking = _tasks(claims=claims.run(), maintenance=maintenance.run(), listener=listening)
+        keeping = _tasks(heartbeat=heartbeat.run(), writer=writer.run(), gatherer=surroundings.gatherer.run())
         loops = [*taking, *keeping]
         stopping = asyncio.create_task(self._stopping.wait(), name="stop")
         if self._stop.is_set():
@@ -434,6 +425,11 @@ class Worker:
             loop=asyncio.get_running_loop(),
             arrivals=Arrivals(),
         )
+
+
+def _tasks(**loops: Coroutine[Any, Any, None]) -> list[asyncio.Task[None]]:
+    """Begin tasks with these names."""
+    return [asyncio.create_task(each, name=name) for name, each in loops.items()]
 
 
 async def _ended(loops: list[asyncio.Task[None]]) -> None:
