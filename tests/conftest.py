@@ -139,9 +139,13 @@ def async_driver(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def database_url(databases: Databases, durable_schema: str) -> Generator[str]:
-    """A fresh database with our tables in `durable_schema` and those of `tests.support.domain`."""
-    with databases.migrated(durable_schema) as url:
+def database_url(request: pytest.FixtureRequest, databases: Databases, durable_schema: str) -> Generator[str]:
+    """A blank database with our tables in `durable_schema` and those of `tests.support.domain`.
+
+    It may have rows of earlier tests that are deleted and not vacuumed, except for `pytest.mark.new_database`.
+    """
+    used = request.node.get_closest_marker("new_database") is None
+    with databases.migrated(durable_schema, used=used) as url:
         yield url
 
 

@@ -80,6 +80,7 @@ def test_an_empty_batch_is_nothing(engine: Engine) -> None:
         assert batches.write(session) == batches.Unwritten()
 
 
+@pytest.mark.new_database
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
 def test_a_batch_reads_no_table_from_end_to_end(engine: Engine, mode: str) -> None:
     with Session(engine) as session:

@@ -205,6 +205,7 @@ def test_heartbeats_are_one_row_and_change_no_other(engine: Engine) -> None:
         assert session.scalars(select(Signal)).all() == []
 
 
+@pytest.mark.new_database
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
 def test_finding_a_callback_reads_its_own_workflow_only(engine: Engine, mode: str) -> None:
     fence, made = make(engine)

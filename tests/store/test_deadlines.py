@@ -114,6 +114,7 @@ def test_a_completion_after_the_deadline_is_refused(engine: Engine) -> None:
     assert races.status_of(engine, fence.workflow_id) is WorkflowStatus.FAILED
 
 
+@pytest.mark.new_database
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
 def test_the_overdue_among_many_rows_are_found_by_their_index(engine: Engine, mode: str) -> None:
     with Session(engine) as session:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TypeAlias
 from uuid import UUID
 
+import pytest
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
@@ -156,6 +157,7 @@ def _execute(connection: Connection, statements: str, **parameters: object) -> N
 
 
 # behaviour: G1
+@pytest.mark.new_database
 def test_the_ten_thousandth_costs_what_the_first_does(engine: Engine) -> None:
     """With and without statistics, with custom and generic plans."""
     found = given(engine)

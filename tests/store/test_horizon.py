@@ -82,7 +82,7 @@ class Life:
 @pytest.fixture(scope="module")
 def burdened(databases: Databases) -> Generator[Engine]:
     """A database in which 900 workflows have passed by since a snapshot that is open."""
-    with databases.migrated("durable") as url:
+    with databases.migrated("durable", used=False) as url:
         engine = create_engine(url)
         with Session(engine) as old, Session(engine) as session:
             workers.beat(session, worker_id=races.WORKER, name="w", queues=["default"], lease=races.LEASE)

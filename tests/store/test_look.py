@@ -90,6 +90,7 @@ def test_a_dead_worker_counts_once_it_has_left_something(engine: Engine) -> None
         assert not seen(session).abandoned
 
 
+@pytest.mark.new_database
 @pytest.mark.parametrize("dead_workers", [0, 3])
 @pytest.mark.parametrize("is_vacuumed", [False, True])
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])

@@ -290,6 +290,7 @@ def test_what_nobody_told_is_found_in_parts(engine: Engine) -> None:
         assert races.status_in(session, parents[2].workflow_id) is WorkflowStatus.SUSPENDED
 
 
+@pytest.mark.new_database
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
 def test_looking_over_costs_what_is_looked_at_and_no_more(engine: Engine, mode: str) -> None:
     # behaviour: G2
@@ -331,6 +332,7 @@ def test_a_parent_of_many_children_is_looked_at_once_for_all_their_notices(engin
     assert not plan.scans("workflow"), plan
 
 
+@pytest.mark.new_database
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
 def test_an_end_costs_the_same_however_many_signals_were_taken(engine: Engine, mode: str) -> None:
     # behaviour: G1

@@ -222,6 +222,7 @@ def _claim(session: Session, after: queues.Place, limit: int, *names: str) -> qu
     )
 
 
+@pytest.mark.new_database
 def test_what_an_open_transaction_keeps_dead_costs_a_claim_at_the_front_and_none_behind(engine: Engine) -> None:
     """As pages of the index and the table, which do not depend on the machine."""
     with Session(engine) as old, Session(engine) as session:

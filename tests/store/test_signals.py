@@ -246,6 +246,7 @@ def test_waking_by_time_forgets_what_else_was_waited_for(engine: Engine) -> None
     assert deliver(engine) == (1, 0)
 
 
+@pytest.mark.new_database
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
 def test_delivery_costs_a_few_pages_among_many_rows(engine: Engine, mode: str) -> None:
     with Session(engine) as session:

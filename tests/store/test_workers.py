@@ -245,6 +245,7 @@ def test_workers_that_are_long_dead_are_forgotten(engine: Engine) -> None:
         assert not workers.exists(session, races.WORKER)
 
 
+@pytest.mark.new_database
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
 def test_reclaim_reads_running_workflows_only(engine: Engine, mode: str) -> None:
     with Session(engine) as session:

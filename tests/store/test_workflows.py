@@ -159,6 +159,7 @@ def test_what_is_due_is_woken_once_in_its_place(engine: Engine) -> None:
     assert early.enqueued_at == late.enqueued_at > early.created_at
 
 
+@pytest.mark.new_database
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
 def test_waking_reads_what_is_due_and_nothing_else(session_factory: sessionmaker[Session], mode: str) -> None:
     with session_factory() as session:
