@@ -6,8 +6,8 @@ worker's lease); `Durable` makes functions durable; `Worker`, `Executor` and `As
 
 import typing as _typing
 
-from sqla_durable import errors, migrations, models, storage, unwinding
-from sqla_durable.callbacks import (
+from sqla_durable import errors, migrations, models, unwinding
+from sqla_durable.api.callbacks import (
     AsyncCallback,
     Callback,
     complete_callback,
@@ -15,38 +15,38 @@ from sqla_durable.callbacks import (
     fail_callback,
     heartbeat_callback,
 )
-from sqla_durable.children import AsyncChild, Child, as_completed, wait_first
-from sqla_durable.context import current, current_step
-from sqla_durable.durable import Durable
-from sqla_durable.events import get_event, set_event
-from sqla_durable.execution import Execution, StepExecution
-from sqla_durable.executor import AsyncExecutor, Executor
-from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction
-from sqla_durable.handle import AsyncHandle, Handle
-from sqla_durable.interceptors import Interceptor
-from sqla_durable.management import cancel, delete, fork, id_at, resume, retry, rewind
-from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata
-from sqla_durable.patches import deprecate_patch, patched
-from sqla_durable.progress import RunningStep, heartbeat, running_steps
-from sqla_durable.saga import Saga
-from sqla_durable.signals import signal, start_with_signal, wait_signal
-from sqla_durable.start import BoundWorkflow, StartOptions, start_many
-from sqla_durable.status import StepStatus, WorkflowStatus
-from sqla_durable.step_functions import (
+from sqla_durable.api.children import AsyncChild, Child, as_completed, wait_first
+from sqla_durable.api.durable import Durable
+from sqla_durable.api.events import get_event, set_event
+from sqla_durable.api.functions import AsyncWorkflowFunction, WorkflowFunction
+from sqla_durable.api.handle import AsyncHandle, Handle
+from sqla_durable.api.parallel import parallel
+from sqla_durable.api.patches import deprecate_patch, patched
+from sqla_durable.api.progress import RunningStep, heartbeat, running_steps
+from sqla_durable.api.saga import Saga
+from sqla_durable.api.signals import signal, start_with_signal, wait_signal
+from sqla_durable.api.start import BoundWorkflow, StartOptions, start_many
+from sqla_durable.api.steps import (
     AsyncStepFunction,
     AsyncTransactionalStep,
     StepFunction,
     TransactionalStep,
     run_step,
 )
-from sqla_durable.streams import StreamEntry, close_stream, read_stream, write_stream
-from sqla_durable.threads import parallel
-from sqla_durable.timers import now, random, sleep, sleep_until, uuid4
-from sqla_durable.update_handles import AsyncUpdate, Update, update_handle
-from sqla_durable.update_requests import UpdateRequest, wait_update
-from sqla_durable.updates import start_with_update, update
-from sqla_durable.watching import wait_event
-from sqla_durable.worker import Worker
+from sqla_durable.api.streams import StreamEntry, close_stream, read_stream, write_stream
+from sqla_durable.api.timers import now, random, sleep, sleep_until, uuid4
+from sqla_durable.api.update_handles import AsyncUpdate, Update, update_handle
+from sqla_durable.api.update_requests import UpdateRequest, wait_update
+from sqla_durable.api.updates import start_with_update, update
+from sqla_durable.api.watching import wait_event
+from sqla_durable.definitions.execution import Execution, StepExecution
+from sqla_durable.definitions.interceptors import Interceptor
+from sqla_durable.execution import AsyncExecutor, Executor
+from sqla_durable.execution.worker import Worker
+from sqla_durable.management import cancel, delete, fork, id_at, resume, retry, rewind
+from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata, storage
+from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.runtime.context import current, current_step
 
 __version__: str
 

@@ -15,7 +15,7 @@ import pytest
 
 import sqla_durable
 from sqla_durable import errors, unwinding
-from sqla_durable.durable import StepOptions
+from sqla_durable.api.durable import StepOptions
 from sqla_durable.management.forks import OneForkOptions
 
 

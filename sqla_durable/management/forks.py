@@ -12,10 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-import sqla_durable.hints as hints
-from sqla_durable.callers import in_savepoint
-from sqla_durable.checks import fault_in
-from sqla_durable.codec import Codec
+import sqla_durable.api.hints as hints
+from sqla_durable.api.callers import in_savepoint
+from sqla_durable.definitions.checks import fault_in
+from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import ArgumentError, WorkflowNotFoundError
 from sqla_durable.management.selection import Selected, perform
 from sqla_durable.models import Workflow

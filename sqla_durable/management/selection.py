@@ -11,7 +11,7 @@ from uuid import UUID
 from sqlalchemy import CompoundSelect, Select
 from sqlalchemy.orm import Session
 
-import sqla_durable.callers as callers
+import sqla_durable.api.callers as callers
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 from sqla_durable.store.selection import Wanted, evaluate

@@ -11,11 +11,11 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-import sqla_durable.hints as hints
-from sqla_durable.checks import fault_in
+import sqla_durable.api.hints as hints
+from sqla_durable.definitions.checks import fault_in
+from sqla_durable.definitions.retry import first_line, sqlstate
 from sqla_durable.errors import ArgumentError, WorkflowReferencedError
 from sqla_durable.management.selection import Selected, perform
-from sqla_durable.retry import first_line, sqlstate
 from sqla_durable.store import connection_of, management, trees
 from sqla_durable.store.selection import Wanted, workers_of
 

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from uuid import UUID
 
-from sqla_durable.classes import DEFAULT as DEFAULT_ERRORS
-from sqla_durable.classes import KnownErrors
+from sqla_durable.definitions.classes import DEFAULT as DEFAULT_ERRORS
+from sqla_durable.definitions.classes import KnownErrors
+from sqla_durable.definitions.interceptors import NO_INTERCEPTORS, Interceptors
+from sqla_durable.definitions.retry import Tries
 from sqla_durable.errors import HistoryLimitError, UnfinishedStepError, UsageError
-from sqla_durable.interceptors import NO_INTERCEPTORS, Interceptors
 from sqla_durable.operations.arrivals import Arrivals, Waker
 from sqla_durable.operations.branch import Branches
 from sqla_durable.operations.changes import FIRED, Visits
 from sqla_durable.operations.leaving import refusal
 from sqla_durable.operations.reports import Progress
-from sqla_durable.retry import Tries
 from sqla_durable.store import Awaited, Claimed, Fence, Recorded
 from sqla_durable.unwinding import CallRefused, Cancelling, ContinuedAsNew, ControlFlow, Suspended
 

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from sqla_durable.models.status import StepStatus
 from sqla_durable.operations.attempt import Position
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.status import StepStatus
 from sqla_durable.store import Recorded, steps
 
 _TYPE = "asyncio.exceptions:CancelledError"

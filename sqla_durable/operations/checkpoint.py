@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from sqla_durable.models.status import StepStatus
 from sqla_durable.operations.attempt import Attempt, Position
-from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint
 
 

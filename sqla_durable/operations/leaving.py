@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sqla_durable.log import Log
+from sqla_durable.definitions.log import Log
 from sqla_durable.unwinding import (
     AttemptLost,
     CallRefused,

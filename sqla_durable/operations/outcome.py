@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from sqla_durable.classes import KnownErrors
-from sqla_durable.codec import Codec
+from sqla_durable.definitions.classes import KnownErrors
+from sqla_durable.definitions.codec import Codec
+from sqla_durable.definitions.failure import Failure
 from sqla_durable.errors import StepFailedError
-from sqla_durable.failure import Failure
-from sqla_durable.status import StepStatus
+from sqla_durable.models.status import StepStatus
 from sqla_durable.store import Recorded
 
 

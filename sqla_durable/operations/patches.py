@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from sqla_durable.definitions.log import Log, joined
 from sqla_durable.errors import HistoryMismatchError
-from sqla_durable.log import Log, joined
+from sqla_durable.models.status import StepStatus
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.changes import PATCH
-from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint
 
 log = Log("sqla_durable.changes")

@@ -6,10 +6,10 @@ from functools import partial
 
 from sqlalchemy.exc import DBAPIError
 
+from sqla_durable.definitions.retry import first_line, is_about_data
 from sqla_durable.errors import EncodingError
+from sqla_durable.models.status import StepStatus
 from sqla_durable.operations.runtime import Runtime, StepCall
-from sqla_durable.retry import first_line, is_about_data
-from sqla_durable.status import StepStatus
 from sqla_durable.store import Checkpoint, progress
 
 INTERVAL = 1.0

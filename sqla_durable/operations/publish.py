@@ -12,11 +12,11 @@ from typing import Protocol
 
 from sqlalchemy.exc import DBAPIError
 
+from sqla_durable.definitions.retry import first_line, is_transient
 from sqla_durable.errors import EncodingError
 from sqla_durable.operations.attempt import Attempt, Position
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.runtime import Runtime, StepCall
-from sqla_durable.retry import first_line, is_transient
 from sqla_durable.store import Checkpoint, Connectable, Origin
 
 

@@ -11,7 +11,7 @@ import threading
 
 from sqla_durable.errors import UsageError
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.undisturbed import CancelledError, is_cancelled_here
+from sqla_durable.operations.undisturbed import CancelledError, is_cancelled_here
 from sqla_durable.unwinding import AttemptLost, ControlFlow, Interrupted
 
 

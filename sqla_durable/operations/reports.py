@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 
-from sqla_durable.limits import Watch
+from sqla_durable.definitions.limits import Watch
 
 
 class Progress:

@@ -9,11 +9,11 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, TypeAlias
 
+from sqla_durable.models.status import StepStatus
 from sqla_durable.operations.attempt import Position
 from sqla_durable.operations.outcome import raise_recorded
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.wait import Source, received
-from sqla_durable.status import StepStatus
 from sqla_durable.store import Awaited, Checkpoint, updates
 
 Consider: TypeAlias = Callable[[str], Coroutine[Any, Any, str | None]]

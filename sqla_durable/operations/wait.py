@@ -10,15 +10,15 @@ from functools import partial
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqla_durable.codec import Codec
+from sqla_durable.definitions.codec import Codec
+from sqla_durable.definitions.failure import record
 from sqla_durable.errors import EventNotSetError, WaitTimeoutError, WorkflowNotFoundError
-from sqla_durable.failure import record
+from sqla_durable.models.status import StepStatus
 from sqla_durable.operations.arrivals import Waker
 from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.status import StepStatus
 from sqla_durable.store import Awaited, Checkpoint, Connectable, Recorded, hints, signals, waits
 
 _MOMENT = 1.0

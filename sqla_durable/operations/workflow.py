@@ -7,7 +7,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from sqla_durable.classes import Find
+from sqla_durable.definitions.classes import Find
+from sqla_durable.definitions.failure import Failure, add_notes, record
+from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import (
     EncodingError,
     MaxAttemptsError,
@@ -16,13 +18,11 @@ from sqla_durable.errors import (
     WorkflowFailedError,
     WorkflowTimeoutError,
 )
-from sqla_durable.failure import Failure, add_notes, record
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.patches import report
 from sqla_durable.operations.raised import failure_of_workflow, is_own_failure_of_workflow
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.registry import WorkflowDefinition
-from sqla_durable.status import WorkflowStatus
 from sqla_durable.store import Completion, Standing
 from sqla_durable.store.deadlines import TIMEOUT_TYPE
 from sqla_durable.unwinding import CallRefused, Cancelling, ControlFlow

@@ -29,8 +29,8 @@ from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
-from sqla_durable.column_types import Text
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.column_types import Text
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     SIGNAL,
     STEP,

@@ -28,9 +28,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
-from sqla_durable.column_types import Text
 from sqla_durable.errors import WorkflowNotFoundError
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.column_types import Text
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     COMPENSATES,
     REQUESTED,

@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy import Float, bindparam, cast, select, update
 from sqlalchemy.orm import Session
 
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     STEP,
     WORKFLOW,

@@ -19,8 +19,8 @@ from uuid import UUID
 from sqlalchemy import Connection, Engine, column, func, literal, select, text
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from sqla_durable.column_types import Text
 from sqla_durable.models import SCHEMA
+from sqla_durable.models.column_types import Text
 from sqla_durable.store._rows import pg
 
 Hint: TypeAlias = tuple[str, str]

@@ -10,8 +10,8 @@ from __future__ import annotations
 from sqlalchemy import ColumnElement, literal_column, select
 from sqlalchemy.orm import Session
 
-from sqla_durable.column_types import Text
 from sqla_durable.errors import KeyNotVisibleError
+from sqla_durable.models.column_types import Text
 from sqla_durable.store._rows import pg, scalar
 
 MOST_REPEATS = 5

@@ -15,7 +15,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Float, and_, bindparam, cast, func, literal_column, select, text, true
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     BEGINNING,
     QUEUE,

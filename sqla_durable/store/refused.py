@@ -23,8 +23,8 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
-from sqla_durable.column_types import Text
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.column_types import Text
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import WORKFLOW, Connectable, execute, materialized, pg, scalar
 from sqla_durable.store.held import leaving
 from sqla_durable.store.signals import asking, deleting_notices

@@ -23,8 +23,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
-from sqla_durable.column_types import Text
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.column_types import Text
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     EVENT,
     SIGNAL,

@@ -30,7 +30,7 @@ from sqlalchemy.sql.selectable import SelectStatementGrouping
 
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import WORKFLOW, execute, scalars, status
 
 Query: TypeAlias = "Select[Any] | CompoundSelect[Any]"

@@ -34,8 +34,8 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
-from sqla_durable.column_types import Text
-from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.models.column_types import Text
+from sqla_durable.models.status import StepStatus, WorkflowStatus
 from sqla_durable.store._rows import (
     STEP,
     WORKFLOW,

@@ -34,7 +34,7 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 import sqla_durable.store.steps as steps
-from sqla_durable.column_types import Text
+from sqla_durable.models.column_types import Text
 from sqla_durable.store import keys
 from sqla_durable.store._rows import (
     STEP,

@@ -27,7 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from sqla_durable.models import Workflow
-from sqla_durable.status import FINISHED, WorkflowStatus
+from sqla_durable.models.status import FINISHED, WorkflowStatus
 from sqla_durable.store._rows import (
     COMPENSATES,
     REQUESTED,

@@ -8,8 +8,8 @@ from typing import Any
 from sqlalchemy import DateTime, bindparam, cast, func, literal_column, select
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
-from sqla_durable.column_types import Text
-from sqla_durable.status import StepStatus
+from sqla_durable.models.column_types import Text
+from sqla_durable.models.status import StepStatus
 from sqla_durable.store._rows import STEP, WORKFLOW, Checkpoint, Connectable, execute, pg, scalar
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, mine
 from sqla_durable.unwinding import AttemptLost

@@ -7,8 +7,8 @@ from datetime import timedelta
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable.callers import require_session
-from sqla_durable.checks import require_duration
+from sqla_durable.api.callers import require_session
+from sqla_durable.definitions.checks import require_duration
 from sqla_durable.errors import SessionError
 from sqla_durable.store import clock, schema
 

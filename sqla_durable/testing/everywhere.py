@@ -16,9 +16,9 @@ from pathlib import Path
 from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable.checks import require_duration
+from sqla_durable.definitions.checks import require_duration
 from sqla_durable.models import Workflow
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.testing.books import Books
 from sqla_durable.testing.errors import CrashTestError
 from sqla_durable.testing.executions import Execution

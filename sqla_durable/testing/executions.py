@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import timedelta
 from uuid import UUID
 
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.testing.books import Books, Started
 from sqla_durable.testing.errors import CrashTestError, CrashTimeoutError
 from sqla_durable.testing.lanes import Begun, Dying, Ended, Lane, Order, Ready

@@ -25,10 +25,10 @@ from uuid import UUID
 
 from sqlalchemy import Engine, create_engine
 
+from sqla_durable.execution.worker import Worker
 from sqla_durable.store import schema
 from sqla_durable.testing.errors import CrashTestError
 from sqla_durable.testing.points import CrashPoint, Fuse, Moment, can_die_inside
-from sqla_durable.worker import Worker
 
 MakeWorker: TypeAlias = Callable[[str], Worker]
 Pipe: TypeAlias = "Connection[Any, Any]"

@@ -15,14 +15,14 @@ from sqlalchemy import CompoundSelect, Select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable.callers import id_of
+from sqla_durable.api.callers import id_of
+from sqla_durable.api.functions import AsyncWorkflowFunction, WorkflowFunction
+from sqla_durable.definitions.failure import Failure
 from sqla_durable.errors import ArgumentError, DecodingError
-from sqla_durable.executor import replaying
-from sqla_durable.failure import Failure
-from sqla_durable.functions import AsyncWorkflowFunction, WorkflowFunction
+from sqla_durable.execution import replaying
 from sqla_durable.models import Workflow
+from sqla_durable.models.status import StepStatus, WorkflowStatus
 from sqla_durable.operations.changes import Mismatch
-from sqla_durable.status import StepStatus, WorkflowStatus
 from sqla_durable.store import Claimed, Completion, Fence, Recorded, exports, schema, steps
 from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
 

@@ -12,7 +12,7 @@ from uuid import UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.models import Step, Workflow
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.testing.errors import CrashTestError
 from sqla_durable.testing.points import CrashPoint
 

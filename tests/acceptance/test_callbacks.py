@@ -40,7 +40,7 @@ from sqla_durable import (
     uuid4,
     wait_signal,
 )
-from sqla_durable.checks import LONGEST
+from sqla_durable.definitions.checks import LONGEST
 from sqla_durable.testing import advance
 from tests.acceptance.application import AnyWorkflow, Application, Form
 from tests.acceptance.shells import Shell

@@ -15,7 +15,7 @@ from sqlalchemy import event, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-import sqla_durable.runtime
+import sqla_durable.runtime.shells
 from sqla_durable import AsyncExecutor, Event, Step, StepStatus, WorkflowStatus, set_event, sleep, wait_signal
 from sqla_durable.operations.changes import FIRED
 from tests.acceptance.application import AnyWorkflow, Application
@@ -423,8 +423,8 @@ def test_a_worker_that_stops_records_no_cancelled_call(shell: Shell, app: Applic
 def test_a_call_that_todays_code_does_not_cancel_any_more_ends_all_the_same(
     shell: Shell, app: Application, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sqla_durable.runtime, "_QUIET", 0.1)
-    monkeypatch.setattr(sqla_durable.runtime, "_LOOK_EVERY", 0.02)
+    monkeypatch.setattr(sqla_durable.runtime.shells, "_QUIET", 0.1)
+    monkeypatch.setattr(sqla_durable.runtime.shells, "_LOOK_EVERY", 0.02)
     cancels = [True]
 
     @app.durable.step

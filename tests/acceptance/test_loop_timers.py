@@ -13,7 +13,7 @@ import pytest
 import tenacity
 from sqlalchemy import select
 
-import sqla_durable.tasks
+import sqla_durable.runtime.tasks
 from sqla_durable import Step, WorkflowStatus, create_callback, sleep, wait_signal, wait_update
 from sqla_durable.testing import advance, export, replay
 from tests.acceptance.application import AnyWorkflow, Application
@@ -218,7 +218,7 @@ def test_what_comes_in_time_disarms_the_timeout(shell: Shell, app: Application) 
 def test_a_sleep_of_asyncio_beside_a_durable_wait_is_over_at_its_time(
     shell: Shell, app: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqla_durable.tasks, "QUIET", 0.0)
+    monkeypatch.setattr(sqla_durable.runtime.tasks, "QUIET", 0.0)
 
     async def approval() -> str:
         async def remind() -> str:

@@ -15,8 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sqla_durable import Durable, Saga, Step, StepStatus, WorkflowStatus, cancel, set_event, write_stream
-from sqla_durable.context import current
 from sqla_durable.errors import StepTimeoutError, TransactionLostError
+from sqla_durable.runtime.context import current
 from tests.acceptance.application import Application
 from tests.acceptance.shells import AsyncShell, AsyncWorkerShell, Shell
 from tests.store import races

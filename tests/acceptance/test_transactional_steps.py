@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from sqla_durable import Step, StepStatus, Workflow, WorkflowStatus, current
+from sqla_durable.definitions.failure import RecordedDriverError
 from sqla_durable.errors import (
     AttemptLostError,
     EncodingError,
@@ -19,7 +20,6 @@ from sqla_durable.errors import (
     StepOutsideWorkflowError,
     StepTransactionError,
 )
-from sqla_durable.failure import RecordedDriverError
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 from tests.support.domain import Entry

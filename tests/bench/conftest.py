@@ -6,10 +6,10 @@ from collections.abc import Generator
 
 import pytest
 
-from sqla_durable.bench.floors import Floors, pgbench
-from sqla_durable.bench.measuring import Bench, Status
-from sqla_durable.bench.place import Place, place
-from sqla_durable.bench.plan import Plan
+from sqla_durable.tools.bench.floors import Floors, pgbench
+from sqla_durable.tools.bench.measuring import Bench, Status
+from sqla_durable.tools.bench.place import Place, place
+from sqla_durable.tools.bench.plan import Plan
 
 TINY = Plan(count=20, seconds=30, finished=30, pending=25, floor=64)
 

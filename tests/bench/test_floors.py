@@ -6,11 +6,11 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import make_url
 
-from sqla_durable.bench import shapes
-from sqla_durable.bench.errors import BenchError
-from sqla_durable.bench.floors import Floors, conninfo, pgbench
-from sqla_durable.bench.place import Place
-from sqla_durable.bench.shapes import Shape
+from sqla_durable.tools.bench import shapes
+from sqla_durable.tools.bench.errors import BenchError
+from sqla_durable.tools.bench.floors import Floors, conninfo, pgbench
+from sqla_durable.tools.bench.place import Place
+from sqla_durable.tools.bench.shapes import Shape
 
 pytestmark = pytest.mark.skipif(pgbench() is None, reason="there is no pgbench here")
 

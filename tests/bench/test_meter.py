@@ -6,8 +6,8 @@ from contextlib import ExitStack
 
 from sqlalchemy import text
 
-from sqla_durable.bench.meter import Meter
-from sqla_durable.bench.place import Place
+from sqla_durable.tools.bench.meter import Meter
+from sqla_durable.tools.bench.place import Place
 
 CONNECTIONS, COMMITS = 3, 50
 

@@ -8,10 +8,10 @@ import psutil
 import pytest
 from sqlalchemy import Engine, create_engine, inspect, text
 
-from sqla_durable.bench.driver import bench
-from sqla_durable.bench.errors import BenchError
-from sqla_durable.bench.measuring import Status
-from sqla_durable.bench.place import OURS, place
+from sqla_durable.tools.bench.driver import bench
+from sqla_durable.tools.bench.errors import BenchError
+from sqla_durable.tools.bench.measuring import Status
+from sqla_durable.tools.bench.place import OURS, place
 from tests.bench.conftest import TINY
 
 
@@ -44,7 +44,7 @@ def test_what_was_measured_before_an_interrupt_or_an_error_is_kept_and_nothing_l
     assert isinstance(outcome.ended_by, error)
     assert outcome.machine.database in empty_database_url
     assert schemas(outside) == set()
-    assert not [each for each in psutil.Process().children() if "sqla_durable.bench.worker" in each.cmdline()]
+    assert not [each for each in psutil.Process().children() if "sqla_durable.tools.bench.worker" in each.cmdline()]
 
 
 def test_schema_that_no_bench_made_is_refused_and_left_as_it_is(outside: Engine, empty_database_url: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sqla_durable.bench.processes import without_frames
+from sqla_durable.tools.bench.processes import without_frames
 
 TRACEBACK = """\
 worker: claims one_step from default

@@ -8,10 +8,10 @@ from io import StringIO
 
 from rich.console import Console
 
-from sqla_durable.bench.driver import Outcome
-from sqla_durable.bench.figures import Costs, Figure, Machine, Reference
-from sqla_durable.bench.plan import Plan
-from sqla_durable.bench.report import as_json, show
+from sqla_durable.tools.bench.driver import Outcome
+from sqla_durable.tools.bench.figures import Costs, Figure, Machine, Reference
+from sqla_durable.tools.bench.plan import Plan
+from sqla_durable.tools.bench.report import as_json, show
 
 COSTS = Costs(commits=0.02, statements=None, wal_bytes=1_212.4, worker_ms=0.3, server_ms=0.2, worker_peak_mb=73.4)
 FIGURE = Figure(

@@ -8,13 +8,13 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import event
 
-from sqla_durable.bench import application
-from sqla_durable.bench.errors import BenchError
-from sqla_durable.bench.figures import Figure
-from sqla_durable.bench.floors import MISSING
-from sqla_durable.bench.measuring import Bench, Status
-from sqla_durable.bench.naive import NAIVE
-from sqla_durable.bench.workloads import WORKLOADS
+from sqla_durable.tools.bench import application
+from sqla_durable.tools.bench.errors import BenchError
+from sqla_durable.tools.bench.figures import Figure
+from sqla_durable.tools.bench.floors import MISSING
+from sqla_durable.tools.bench.measuring import Bench, Status
+from sqla_durable.tools.bench.naive import NAIVE
+from sqla_durable.tools.bench.workloads import WORKLOADS
 from tests.bench.conftest import TINY
 
 STEPS = [("one plain step, async def", "workflows/s"), ("one plain step, def", "workflows/s")]

@@ -13,10 +13,10 @@ import pytest
 from sqlalchemy import Connection, create_engine, inspect, text
 from sqlalchemy.exc import ProgrammingError
 
-from sqla_durable.bench.workloads import WORKLOADS
-from sqla_durable.cli.bench import bench, chosen, require_extra
-from sqla_durable.cli.errors import CommandError
 from sqla_durable.errors import DurableError
+from sqla_durable.tools.bench.workloads import WORKLOADS
+from sqla_durable.tools.cli.bench import bench, chosen, require_extra
+from sqla_durable.tools.cli.errors import CommandError
 from tests.cli.conftest import Application
 
 SCHEMA = "bench_cli"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import Engine, make_url, text
 
-from sqla_durable.cli.database import normalised
+from sqla_durable.tools.cli.database import normalised
 from tests.cli.conftest import Application
 from tests.support.roles import roles
 

@@ -73,7 +73,7 @@ def test_the_current_directory_is_not_on_the_path_where_python_is_told_so(applic
 
 
 def test_command_says_that_it_is_an_extra_where_typer_is_not_installed() -> None:
-    without = "import sys; sys.modules['typer'] = None; from sqla_durable.cli import main; main()"
+    without = "import sys; sys.modules['typer'] = None; from sqla_durable.tools.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True, check=False)
     assert done.stderr == "sqla-durable: the command line is an extra: pip install 'sqla-durable[cli]'.\n"
     assert done.returncode == 2

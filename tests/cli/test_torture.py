@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from sqla_durable.cli.errors import CommandError
-from sqla_durable.cli.torture import chosen, require_extra
-from sqla_durable.torture.schedule import Fault
+from sqla_durable.tools.cli.errors import CommandError
+from sqla_durable.tools.cli.torture import chosen, require_extra
+from sqla_durable.tools.torture.schedule import Fault
 
 
 def test_no_name_means_all_faults() -> None:

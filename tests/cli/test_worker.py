@@ -183,7 +183,7 @@ def test_signal_before_the_worker_listens_ends_it_in_good_order(application: App
 
 def test_console_script_is_the_same_program() -> None:
     script = subprocess.run(
-        [sys.executable, "-c", "from sqla_durable.cli import main; main()", "--version"],
+        [sys.executable, "-c", "from sqla_durable.tools.cli import main; main()", "--version"],
         capture_output=True,
         text=True,
         check=True,

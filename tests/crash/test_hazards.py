@@ -17,8 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Executor, Worker, Workflow, WorkflowStatus, models, run_step
-from sqla_durable.worker.database import ThreadDatabase
-from sqla_durable.worker.writer import Writer
+from sqla_durable.execution.worker.database import ThreadDatabase
+from sqla_durable.execution.worker.writer import Writer
 from tests.store import races
 from tests.support import refusals
 from tests.support.domain import Entry

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sqla_durable.torture.driver import Plan, Status, torture
-from sqla_durable.torture.recovery import DEADLINE
-from sqla_durable.torture.schedule import Fault
+from sqla_durable.tools.torture.driver import Plan, Status, torture
+from sqla_durable.tools.torture.recovery import DEADLINE
+from sqla_durable.tools.torture.schedule import Fault
 
 SEED = 20
 

@@ -10,7 +10,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from sqla_durable import Event, Signal, Step, StepStatus, StreamItem, Workflow, WorkflowStatus
-from sqla_durable.failure import Failure
+from sqla_durable.definitions.failure import Failure
 from sqla_durable.store import Checkpoint, Completion, Fence, workflows
 from tests.store import races
 

@@ -8,9 +8,9 @@ from uuid import UUID
 
 import pytest
 
+from sqla_durable.definitions.retry import Tries
 from sqla_durable.errors import UnfinishedStepError, UsageError
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.retry import Tries
 from sqla_durable.store import Claimed, Fence
 from sqla_durable.unwinding import AttemptLost, Released
 

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.models.status import StepStatus, WorkflowStatus
 from sqla_durable.store import (
     Checkpoint,
     Completion,

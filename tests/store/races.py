@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Workflow
-from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.models.status import StepStatus, WorkflowStatus
 from sqla_durable.store import Checkpoint, Claimed, Completion, Fence, NewWorkflow
 from sqla_durable.store import batches as batches
 from sqla_durable.store import crashes as crashes

@@ -16,11 +16,11 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import cancel, resume
 from sqla_durable.errors import EncodingError
+from sqla_durable.execution.worker.database import ThreadDatabase
+from sqla_durable.execution.worker.writer import Row, Writer
 from sqla_durable.models import Step, Workflow
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store import Fence, Park, crashes, workers, workflows
-from sqla_durable.worker.database import ThreadDatabase
-from sqla_durable.worker.writer import Row, Writer
 from tests.store import races
 
 ROWS = 30

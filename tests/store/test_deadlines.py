@@ -10,7 +10,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from sqla_durable.models import Workflow
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store import deadlines, workflows
 from sqla_durable.store.deadlines import _FAIL_OVERDUE  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.store.look import look

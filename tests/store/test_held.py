@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable import cancel, delete, rewind
 from sqla_durable.models import Signal, Step
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store import batches, crashes, held, rounds, workflows
 from sqla_durable.store._rows import Checkpoint, Completion, Fence
 from tests.store import races

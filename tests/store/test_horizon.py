@@ -14,6 +14,7 @@ from sqlalchemy import Engine, create_engine, func, select, text
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
+from sqla_durable.execution.worker.cursors import Cursors
 from sqla_durable.store import (
     Awaited,
     Fence,
@@ -29,7 +30,6 @@ from sqla_durable.store import (
 )
 from sqla_durable.store import look as looks
 from sqla_durable.store.look import EVERYTHING, LATE, Marks
-from sqla_durable.worker.cursors import Cursors
 from tests.store import races
 from tests.store.plans import Plan, explain
 from tests.support.databases import Databases

@@ -19,7 +19,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable import cancel, delete, resume, retry
 from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.models import Signal, Workflow
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store import Awaited, Completion, Fence, Park, children, crashes, deadlines, signals, workflows
 from sqla_durable.store._rows import BEGINNING, filled
 from sqla_durable.store.batches import _WRITE  # pyright: ignore[reportPrivateUsage]

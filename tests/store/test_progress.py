@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Step
-from sqla_durable.status import StepStatus
+from sqla_durable.models.status import StepStatus
 from sqla_durable.store import Checkpoint, Fence, Verdict, progress, steps
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races

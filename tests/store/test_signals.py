@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Signal, Step, Workflow
-from sqla_durable.status import StepStatus, WorkflowStatus
+from sqla_durable.models.status import StepStatus, WorkflowStatus
 from sqla_durable.store import Awaited, Completion, Fence, Park, management, signals, steps, trees, waits, workflows
 from sqla_durable.store.selection import Wanted
 from sqla_durable.store.signals import _DELIVER  # pyright: ignore[reportPrivateUsage]

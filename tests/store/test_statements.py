@@ -15,8 +15,7 @@ from sqlalchemy.schema import CreateTable
 from sqlalchemy.sql import ClauseElement
 
 import sqla_durable.store as store
-from sqla_durable import storage
-from sqla_durable.models import metadata
+from sqla_durable.models import metadata, storage
 from tests.test_architecture import SOURCES
 
 _MODULES = [

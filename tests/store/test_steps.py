@@ -5,7 +5,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Step, Workflow
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store import Fence, Verdict, crashes, steps, workers, workflows
 from tests.store import races
 

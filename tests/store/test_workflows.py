@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Workflow
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store import Fence, NewWorkflow, rounds, starts, workflows
 from sqla_durable.store._rows import fence_row, filled
 from sqla_durable.testing import advance

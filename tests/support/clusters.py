@@ -15,7 +15,8 @@ from typing import Literal
 
 from sqlalchemy import URL, NullPool, create_engine, text
 
-from sqla_durable import _programs, models
+from sqla_durable import models
+from sqla_durable.embedded import programs as _programs
 from tests.support import domain
 from tests.support.databases import migrate
 

@@ -22,7 +22,7 @@ from sqlalchemy import URL, Engine, NullPool, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.exc import OperationalError
 
-from sqla_durable import _programs
+from sqla_durable.embedded import programs as _programs
 from tests.support.clusters import free_port
 from tests.support.proxy import at_socket
 

@@ -14,12 +14,12 @@ from sqlalchemy import Row, create_engine, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
-from sqla_durable.torture import bank, traffic
-from sqla_durable.torture.bank import Order
-from sqla_durable.torture.books import Books
-from sqla_durable.torture.invariants import ALWAYS, AT_THE_END, contradictions, lost, revenants
-from sqla_durable.torture.traffic import Batch
-from sqla_durable.worker import Worker
+from sqla_durable.execution.worker import Worker
+from sqla_durable.tools.torture import bank, traffic
+from sqla_durable.tools.torture.bank import Order
+from sqla_durable.tools.torture.books import Books
+from sqla_durable.tools.torture.invariants import ALWAYS, AT_THE_END, contradictions, lost, revenants
+from sqla_durable.tools.torture.traffic import Batch
 from tests.store.races import wait_until
 from tests.support.databases import Databases
 

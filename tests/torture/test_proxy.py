@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sqla_durable.torture.proxy import Proxies, Proxy
+from sqla_durable.tools.torture.proxy import Proxies, Proxy
 from tests.store.races import wait_until
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import islice
 
-from sqla_durable.torture.schedule import Fault, Injection, is_guarded, schedule
-from sqla_durable.torture.traffic import batches
+from sqla_durable.tools.torture.schedule import Fault, Injection, is_guarded, schedule
+from sqla_durable.tools.torture.traffic import batches
 
 
 def first(count: int, seed: int, *, kinds: tuple[Fault, ...] = tuple(Fault), workers: int = 4) -> list[Injection]:

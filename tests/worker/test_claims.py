@@ -11,7 +11,7 @@ from sqlalchemy import Engine, create_engine, event, func
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Worker, Workflow, WorkflowStatus
-from sqla_durable.worker import attempts, settings
+from sqla_durable.execution.worker import attempts, settings
 from tests.store import races
 
 

@@ -11,10 +11,10 @@ from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
 from sqla_durable import Durable, Worker
+from sqla_durable.execution.worker.cursors import Cursors
 from sqla_durable.store import hints
 from sqla_durable.store.look import EVERYTHING, LATE, Marks, Seen
 from sqla_durable.store.queues import FRONT, Batch, Place, Range
-from sqla_durable.worker.cursors import Cursors
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.support.notifications import Ear
 
@@ -105,7 +105,7 @@ def test_a_look_that_began_before_a_restart_is_not_noted() -> None:
 
 def test_everything_is_read_again_after_ten_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 9.9, 10.1])
-    monkeypatch.setattr("sqla_durable.worker.cursors.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("sqla_durable.execution.worker.cursors.time.monotonic", lambda: next(clock))
     cursors = Cursors(["default"], poll_interval=1.0)
     cursors.restart_if_time()
     looked(cursors, seen())
@@ -117,7 +117,7 @@ def test_everything_is_read_again_after_ten_polls(monkeypatch: pytest.MonkeyPatc
 
 def test_everything_is_read_more_seldom_if_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 3.0, 62.0, 64.0])
-    monkeypatch.setattr("sqla_durable.worker.cursors.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("sqla_durable.execution.worker.cursors.time.monotonic", lambda: next(clock))
     cursors = Cursors(["default"], poll_interval=1.0)
     cursors.restart_if_time()
     looked(cursors, seen(), took=3.0)
@@ -157,7 +157,7 @@ def test_a_start_whose_transaction_was_long_says_so(
     @durable.workflow
     def hello() -> None: ...
 
-    monkeypatch.setattr("sqla_durable.hints._LONG", 0.0)
+    monkeypatch.setattr("sqla_durable.api.hints._LONG", 0.0)
     with session_factory.begin() as session:
         hello.start(session)
     assert set(ear.hears(2)) == {"q:default", hints.LATE}

@@ -12,9 +12,8 @@ from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url, te
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from sqla_durable.retry import first_line, is_obstacle, is_outage
-from sqla_durable.store.schema import is_read_committed
-from sqla_durable.worker.database import (
+from sqla_durable.definitions.retry import first_line, is_obstacle, is_outage
+from sqla_durable.execution.worker.database import (
     Database,
     HeldLoopDatabase,
     HeldThreadDatabase,
@@ -22,6 +21,7 @@ from sqla_durable.worker.database import (
     ThreadDatabase,
     persistently,
 )
+from sqla_durable.store.schema import is_read_committed
 from tests.store import races
 
 LIMIT = 0.5

@@ -13,11 +13,11 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable import StreamItem
+from sqla_durable.execution.worker.database import ThreadDatabase
+from sqla_durable.execution.worker.gatherer import Gatherer
 from sqla_durable.store import Fence, Origin
 from sqla_durable.store.streams import Append, Appended
 from sqla_durable.unwinding import AttemptLost
-from sqla_durable.worker.database import ThreadDatabase
-from sqla_durable.worker.gatherer import Gatherer
 from tests.store import races
 
 

@@ -13,13 +13,13 @@ from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
 from sqla_durable import Durable, WorkflowStatus
+from sqla_durable.execution.worker.attempts import Attempts
+from sqla_durable.execution.worker.database import ThreadDatabase
+from sqla_durable.execution.worker.gatherer import Gatherer
+from sqla_durable.execution.worker.heartbeat import Heartbeat
+from sqla_durable.execution.worker.runtimes import Surroundings
+from sqla_durable.execution.worker.writer import Writer
 from sqla_durable.operations.arrivals import Arrivals
-from sqla_durable.worker.attempts import Attempts
-from sqla_durable.worker.database import ThreadDatabase
-from sqla_durable.worker.gatherer import Gatherer
-from sqla_durable.worker.heartbeat import Heartbeat
-from sqla_durable.worker.runtimes import Surroundings
-from sqla_durable.worker.writer import Writer
 from tests.store import races
 
 

@@ -53,7 +53,7 @@ def engine(database_url: str, server_url: str) -> Generator[Engine]:
 @pytest.fixture
 def one_claim(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no claim follow on one that found nothing: what is started just then would be found by accident."""
-    monkeypatch.setattr("sqla_durable.worker.claims._PAUSES", ())
+    monkeypatch.setattr("sqla_durable.execution.worker.claims._PAUSES", ())
 
 
 def started(maker: Sessions, **options: Any) -> UUID:

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Worker, Workflow, start_many
 from sqla_durable.errors import DatabaseUnavailableError, SessionError, UsageError
-from sqla_durable.worker import settings
+from sqla_durable.execution.worker import settings
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
 from tests.support.proxy import Proxy

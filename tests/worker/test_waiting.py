@@ -25,7 +25,7 @@ from sqla_durable import (
     wait_signal,
     wait_update,
 )
-from sqla_durable.status import WorkflowStatus
+from sqla_durable.models.status import WorkflowStatus
 from tests.acceptance.shells import POLL
 from tests.store import races
 from tests.worker.test_counts import Counts, counting

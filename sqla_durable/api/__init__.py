@@ -1,0 +1,1 @@
+"""What users call: `Durable` and what it makes, functions of workflow code, and functions of a caller's transaction."""

@@ -1,0 +1,394 @@
+"""Callbacks: a token for a foreign system, which answers a workflow by it alone, from any session."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Coroutine, Generator
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any, Generic, TypeVar, cast, overload
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+import sqla_durable.api.hints as hints
+from sqla_durable.api.callers import AnySession, in_savepoint, perform
+from sqla_durable.api.operate import operate, require_workflow
+from sqla_durable.definitions.checks import require_length
+from sqla_durable.definitions.codec import Codec
+from sqla_durable.errors import (
+    ArgumentError,
+    CallbackFinishedError,
+    CallbackNotFoundError,
+    WorkflowFinishedError,
+)
+from sqla_durable.operations import callback
+from sqla_durable.operations.attempt import Position
+from sqla_durable.operations.runtime import Runtime
+from sqla_durable.store import callbacks as statements
+from sqla_durable.store import keys
+
+T = TypeVar("T")
+R = TypeVar("R", covariant=True)
+
+_TOKEN = re.compile(r"([0-9a-f]{32})\.[0-9a-f]{48}")
+
+
+class _BaseCallback(Generic[R]):
+    def __init__(
+        self, made: callback.Made, position: Position, kind: Codec, name: str, secrets: tuple[bytes, ...]
+    ) -> None:
+        self._made = made
+        self._secrets = secrets
+        self._key = position.key
+        self._kind = kind
+        self._name = name
+
+    @property
+    def token(self) -> str:
+        """Return what the foreign system answers by.
+
+        Raises:
+            UsageError: it was made with a secret that this worker does not have.
+        """
+        return self._made.reveal(self._secrets)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._key!r} of workflow {self._made.workflow_id}>"  # the token is secret
+
+    def _result(self) -> Any:
+        receive = partial(callback.result, key=self._key, made=self._made, kind=self._kind)
+        return operate(f"result:{self._name}", receive)
+
+
+class Callback(_BaseCallback[R]):
+    """What a `def` workflow waits for, and a foreign system answers.
+
+    ```python
+    payment = create_callback(Receipt, timeout=timedelta(hours=1))
+    ask_provider(order_id, payment.token)
+    receipt = payment.result()
+    ```
+
+    Attributes:
+        token: what the foreign system answers by: 81 letters, digits and a dot, of which 192 bits are random. Whoever
+            has it can answer.
+    """
+
+    def result(self) -> R:
+        """Wait for the outcome: return the value or raise the error, the same on every replay and for every call.
+
+        Meanwhile the workflow is a row and nothing else; with a `heartbeat` it is woken once in that time to see that
+        the callback is alive.
+
+        Raises:
+            CallbackFailedError: it has failed, says whoever has the token.
+            WaitTimeoutError: it was not answered within its `timeout`.
+            CallbackSilentError: the same, because it was silent for longer than its `heartbeat`.
+            CallbackNotFoundError: this workflow is a fork, and nobody can answer the original any more.
+            DecodingError: the value does not fit the callback's type. It counts as taken.
+            UsageError: this is not a workflow's own code, or nobody could answer (a joined executor).
+        """
+        return cast("R", self._result())
+
+
+class AsyncCallback(_BaseCallback[R]):
+    """What an `async def` workflow waits for: await it, or its `result()`. See `Callback`.
+
+    ```python
+    payment = await create_callback.aio(Receipt, timeout=timedelta(hours=1))
+    await ask_provider(order_id, payment.token)
+    receipt = await payment
+    ```
+    """
+
+    def result(self) -> Coroutine[Any, Any, R]:
+        """Wait for the outcome; see `Callback.result`."""
+        return cast("Coroutine[Any, Any, R]", self._result())
+
+    def __await__(self) -> Generator[Any, None, R]:
+        return self.result().__await__()
+
+
+class _CreateCallback:
+    """`create_callback`, with its other face for type checkers."""
+
+    @overload
+    def __call__(
+        self, *, timeout: timedelta | None = None, heartbeat: timedelta | None = None, key: str | None = None
+    ) -> Callback[Any]: ...
+
+    @overload
+    def __call__(
+        self,
+        kind: type[T],
+        *,
+        timeout: timedelta | None = None,
+        heartbeat: timedelta | None = None,
+        key: str | None = None,
+    ) -> Callback[T]: ...
+
+    def __call__(
+        self,
+        kind: Any = Any,
+        *,
+        timeout: timedelta | None = None,
+        heartbeat: timedelta | None = None,
+        key: str | None = None,
+    ) -> Any:
+        """Make a callback in a workflow's code, to be answered by its token; in `async def` code, await it.
+
+        ```python
+        payment = create_callback(Receipt, timeout=timedelta(hours=1))
+        ask_provider(order_id, payment.token)
+        receipt = payment.result()
+        ```
+
+        It is an operation, recorded once: a replay has the same token, which is committed when this returns. From then
+        on it can be answered, before the workflow waits for it too. The first answer stands. Its times are on the
+        database's clock and run from when it is made, whoever waits; when one is over, it cannot be answered any more.
+
+        Args:
+            kind: the type of the value that it is completed with.
+            timeout: how long it can be answered.
+            heartbeat: how long it may be silent: `heartbeat_callback` is to be called more often than that.
+            key: an explicit identity in the history, instead of `create_callback` and its occurrence.
+
+        Raises:
+            UsageError: this is not a workflow's own code.
+            ArgumentError: a time is no timedelta, or none to do anything in.
+        """
+        for name, value in {"timeout": timeout, "heartbeat": heartbeat}.items():
+            if value is not None:
+                require_length(value, name)
+        name = key or statements.NAME
+        codec = Codec.of(kind, what=f"value of callback {name!r}")
+        is_async = require_workflow(statements.NAME).is_async
+        face: type[AsyncCallback[Any]] | type[Callback[Any]] = AsyncCallback if is_async else Callback
+
+        async def create(runtime: Runtime, position: Position) -> _BaseCallback[Any]:
+            made = await callback.create(runtime, position, within=timeout, heartbeat=heartbeat)
+            return face(made, position, codec, name, runtime.attempt.secrets)
+
+        return operate(statements.NAME, create, key=key)
+
+    @overload
+    def aio(
+        self, *, timeout: timedelta | None = None, heartbeat: timedelta | None = None, key: str | None = None
+    ) -> Coroutine[Any, Any, AsyncCallback[Any]]: ...
+
+    @overload
+    def aio(
+        self,
+        kind: type[T],
+        *,
+        timeout: timedelta | None = None,
+        heartbeat: timedelta | None = None,
+        key: str | None = None,
+    ) -> Coroutine[Any, Any, AsyncCallback[T]]: ...
+
+    def aio(
+        self,
+        kind: Any = Any,
+        *,
+        timeout: timedelta | None = None,
+        heartbeat: timedelta | None = None,
+        key: str | None = None,
+    ) -> Coroutine[Any, Any, AsyncCallback[Any]]:
+        """The same in an `async def` workflow, for type checkers."""
+        given: Any = self(kind, timeout=timeout, heartbeat=heartbeat, key=key)
+        return cast("Coroutine[Any, Any, AsyncCallback[Any]]", given)
+
+
+create_callback = _CreateCallback()
+"""Make a callback in a workflow's code."""
+
+
+@overload
+def complete_callback(session: Session, token: str, value: object = None) -> None: ...
+
+
+@overload
+def complete_callback(session: AsyncSession, token: str, value: object = None) -> Coroutine[Any, Any, None]: ...
+
+
+def complete_callback(session: AnySession, token: str, value: object = None) -> Coroutine[Any, Any, None] | None:
+    """Answer a callback with a value, by its token, in the caller's transaction. With an `AsyncSession`, await it.
+
+    ```python
+    with SessionLocal.begin() as session:
+        complete_callback(session, request["reference"], Receipt(request["charge"]))
+    ```
+
+    Never commits: it is answered when the caller commits. The workflow may wait for it already, or come to wait for it
+    later. Of several that answer at once one is the first; the others wait until it commits, and learn what came of it.
+    The same answer again is accepted and changes nothing. Inserts a row and locks the callback's own record, for which
+    the workflow's worker does not wait, but for `continue_as_new`, which deletes that record: so commit soon.
+
+    Args:
+        session: the caller's session.
+        token: what `Callback.token` has given.
+        value: what goes into JSON: what JSON knows, a dataclass, a pydantic model, a datetime.
+
+    Raises:
+        CallbackNotFoundError: there is no such callback. Nothing was written, and the transaction is usable.
+        CallbackFinishedError: it has another outcome, or its time is over. Likewise.
+        WorkflowFinishedError: its workflow has an outcome, and it has none. Likewise.
+        EncodingError, PayloadTooLargeError: the value cannot be stored, or is too large.
+        ArgumentError: this is no token.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
+    """
+    found = _Token.of(token)
+    text = Codec.inferred(what="value of a callback").encode(value)
+    return perform(session, partial(_answer, token=found, payload=f'{{"value": {text}}}'), rights="answerer")
+
+
+@overload
+def fail_callback(session: Session, token: str, message: str, *, details: object = None) -> None: ...
+
+
+@overload
+def fail_callback(
+    session: AsyncSession, token: str, message: str, *, details: object = None
+) -> Coroutine[Any, Any, None]: ...
+
+
+def fail_callback(
+    session: AnySession, token: str, message: str, *, details: object = None
+) -> Coroutine[Any, Any, None] | None:
+    """Answer a callback with an error: the workflow gets a `CallbackFailedError`. Otherwise as `complete_callback`.
+
+    Args:
+        session: the caller's session.
+        token: what `Callback.token` has given.
+        message: what has happened.
+        details: what else there is to know, which goes into JSON.
+
+    Raises:
+        Exception: as `complete_callback`; ArgumentError also where the message is no text.
+    """
+    found = _Token.of(token)
+    if not isinstance(message, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentError(f"message={message!r} is no text: say what has happened, and give the rest as details=.")
+    given = {"error": message} if details is None else {"error": message, "details": details}
+    text = Codec.inferred(what="error of a callback").encode(given)
+    return perform(session, partial(_answer, token=found, payload=text), rights="answerer")
+
+
+@overload
+def heartbeat_callback(session: Session, token: str) -> None: ...
+
+
+@overload
+def heartbeat_callback(session: AsyncSession, token: str) -> Coroutine[Any, Any, None]: ...
+
+
+def heartbeat_callback(session: AnySession, token: str) -> Coroutine[Any, Any, None] | None:
+    """Tell that whoever is to answer a callback is alive, by its token. With an `AsyncSession`, await it.
+
+    Never commits: it counts when the caller commits, as of now. Updates the callback's own record, one row however
+    often; wakes nobody. Without a `heartbeat` of the callback it changes nothing for the workflow.
+
+    Raises:
+        Exception: as `complete_callback`; CallbackFinishedError whatever the outcome is.
+    """
+    return perform(session, partial(_beat, token=_Token.of(token)), rights="answerer")
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """A token that is well formed; where it is shown, its secret is not."""
+
+    workflow_id: UUID
+    digest: str
+    shown: str
+
+    @classmethod
+    def of(cls, token: object) -> _Token:
+        found = _TOKEN.fullmatch(token) if isinstance(token, str) else None
+        if found is None:
+            text = f"a text of {len(token):,} characters" if isinstance(token, str) else f"a {type(token).__name__}"
+            raise ArgumentError(f"{text} is no token of a callback: give what `Callback.token` has given, as it is.")
+        text = found.string
+        return cls(UUID(found[1]), callback.digest_of(text), f"{text[:37]}…")
+
+
+def _answer(session: Session, *, token: _Token, payload: str) -> None:
+    key = _hold(session, token)
+    found = _look(session, token, key, payload)
+    if found.is_same:
+        return
+    _refuse_finished(token, found)
+    if _insert(session, token, key, signal=found.signal or "", payload=payload):
+        hints.announce(session, hints.sent_to(token.workflow_id, found.signal or ""))
+        return
+    found = _look(session, token, key, payload)  # inserted meanwhile by who does not hold the callback
+    if not found.is_same:
+        _refuse_finished(token, found)
+        raise keys.not_visible("the outcome of callback", name=token.shown, key=key)
+
+
+def _insert(session: Session, token: _Token, key: str, *, signal: str, payload: str) -> bool:
+    try:
+        return statements.answer(session, token.workflow_id, signal=signal, payload=payload)
+    except keys.SnapshotKept:
+        with in_savepoint(session, what="the outcome of callback", name=token.shown, key=key):
+            return statements.answer_in_snapshot(session, token.workflow_id, signal=signal, payload=payload)
+
+
+def _beat(session: Session, *, token: _Token) -> None:
+    key = _hold(session, token)
+    _refuse_finished(token, _look(session, token, key))
+    statements.beat(session, token.workflow_id, key)
+
+
+def _hold(session: Session, token: _Token) -> str:
+    """Lock the callback: what is asked then is newer than all answers before."""
+    return statements.hold(session, token.workflow_id, digest=token.digest) or _refuse_unknown(token)
+
+
+def _look(session: Session, token: _Token, key: str, payload: str | None = None) -> statements.Callback:
+    return statements.look(session, token.workflow_id, key, payload=payload) or _refuse_unknown(token)
+
+
+def _refuse_unknown(token: _Token) -> Any:
+    raise CallbackNotFoundError(
+        f"no callback has the token {token.shown}: its workflow is not in this database, was deleted, rewound or begun "
+        "anew, or the token was changed on its way. Nothing was written."
+    )
+
+
+def _refuse_finished(token: _Token, found: statements.Callback) -> None:
+    past = _past(found)
+    if past is not None:
+        raise CallbackFinishedError(
+            f"callback {token.shown} {past}, and the first outcome stands. Nothing was written.",
+            workflow_id=token.workflow_id,
+        )
+    if found.workflow_status.finished:
+        raise WorkflowFinishedError(
+            f"callback {token.shown} is that of workflow {token.workflow_id}, which "
+            f"{found.workflow_status.as_predicate}. Nothing was written.",
+            workflow_id=token.workflow_id,
+        )
+
+
+def _past(found: statements.Callback) -> str | None:
+    """Say what has become of a callback, if anything has."""
+    match found.answer:
+        case None if found.due_in <= 0:
+            return _expired(found.due_to)
+        case None:
+            return None
+        case statements.Answer(expired=str(due_to)):
+            return _expired(due_to)
+        case statements.Answer(error=str()):
+            return "has failed already"
+        case _:
+            return "was completed already"
+
+
+def _expired(due_to: str) -> str:
+    return "was silent for too long" if due_to == "heartbeat" else "was not answered in time"

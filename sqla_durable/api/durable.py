@@ -1,0 +1,358 @@
+"""`Durable`: the decorators that make functions durable, and the registry of an application's workflows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterable
+from datetime import timedelta
+from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar, Unpack, overload
+
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqla_durable.api.functions import AsyncWorkflowFunction, WorkflowFunction
+from sqla_durable.api.steps import (
+    AsyncStepFunction,
+    AsyncTransactionalStep,
+    StepFunction,
+    TransactionalStep,
+)
+from sqla_durable.definitions.checks import fault_in
+from sqla_durable.definitions.classes import KnownErrors
+from sqla_durable.definitions.codec import DEFAULT_LIMIT
+from sqla_durable.definitions.inspection import SessionKind, place_of
+from sqla_durable.definitions.interceptors import Interceptor, Interceptors
+from sqla_durable.definitions.limits import TimeLimits
+from sqla_durable.definitions.registry import IsolationLevel, Registry, StepDefinition, WorkflowDefinition
+from sqla_durable.definitions.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
+from sqla_durable.errors import DefinitionError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Async = Coroutine[Any, Any, R]
+
+_SHORTEST_SECRET = 16
+
+
+class StepOptions(TypedDict, total=False):
+    """The options of a step, for type checkers; `Durable.step` says what each is."""
+
+    name: str | None
+    retry: RetryPredicate | None
+    stop: StopPredicate | None
+    wait: WaitFunction | None
+    isolation_level: IsolationLevel | None
+    timeout: timedelta | None
+    total_timeout: timedelta | None
+    heartbeat_timeout: timedelta | None
+
+
+class Durable:
+    """The durable functions of an application.
+
+    ```python
+    durable = Durable()
+
+    @durable.step
+    def reserve(session: Session, order_id: int) -> int:
+        order = session.get_one(Order, order_id)
+        ...
+
+    @durable.workflow
+    def checkout(order_id: int) -> int:
+        return reserve(order_id)
+
+    with SessionLocal.begin() as session:
+        workflow = checkout.start(session, order_id)
+    ```
+
+    An ordinary object: a process may have several, for several databases.
+
+    Args:
+        sessionmaker: opens the `Session` of sync steps, and the worker's own statements.
+        async_sessionmaker: the same for `AsyncSession`. A worker needs at least one of the two, here or of its own.
+        payload_limit: the largest input, result or step result in bytes of JSON; 1 MiB by default.
+        interceptors: what is around its workflows and their steps, the outermost first; see `Interceptor`.
+        history_limit: how many operations one workflow may call; 50,000 by default. See `continue_as_new`.
+        errors: classes of exceptions that recorded errors may come back as, subclasses included, besides the builtin
+            ones and those that the application's own packages define. See docs, "Security".
+        strict_errors: whether only the builtin ones, a short list of common ones, and `errors` come back as what they
+            were; others are `StepFailedError` and `WorkflowFailedError`.
+        error_details: whether what is recorded of errors shows the values of SQL statements and payloads.
+        secret: makes the tokens of callbacks, so that the tables do not hold them: 16 characters or more, the same in
+            every worker, and known to workers only. To change it, give a list, the new one first.
+        version: the version of the code, which every start records. By itself it changes nothing: a worker with
+            `versions=` claims those only. See docs, "Changing code".
+
+    Raises:
+        DefinitionError: an interceptor is none; or the version is blank, or cannot be stored; or the limit is no limit;
+            or one of `errors` is no class of exceptions; or a secret is too short.
+    """
+
+    def __init__(
+        self,
+        *,
+        sessionmaker: sessionmaker[Session] | None = None,
+        async_sessionmaker: async_sessionmaker[AsyncSession] | None = None,
+        payload_limit: int = DEFAULT_LIMIT,
+        interceptors: Iterable[Interceptor] = (),
+        version: str | None = None,
+        history_limit: int | None = None,
+        errors: Iterable[type[Exception]] = (),
+        strict_errors: bool = False,
+        error_details: bool = False,
+        secret: str | list[str] | None = None,
+    ) -> None:
+        fault = None if version is None else fault_in(version)
+        if fault is not None:
+            raise DefinitionError(f"version={version!r} {fault}: give a text that is not blank, or leave it out.")
+        if history_limit is not None and history_limit < 1:
+            raise DefinitionError(f"history_limit={history_limit!r} lets no workflow do anything: give 1 or more.")
+        self.sessionmaker = sessionmaker
+        self.async_sessionmaker = async_sessionmaker
+        self.payload_limit = payload_limit
+        self.version = version
+        self.history_limit = history_limit
+        self.registry = Registry()
+        self.known_errors = KnownErrors(errors, strict=strict_errors, details=error_details)
+        self._secrets = _encoded(secret)
+        self._interceptors = Interceptors(interceptors)
+
+    def intercept(self, *interceptors: Interceptor) -> None:
+        """Add interceptors inside those that are there: for what is only known when the application starts.
+
+        They are around what is started and executed from now on.
+
+        Raises:
+            DefinitionError: one is no `Interceptor`.
+        """
+        self._interceptors.add(interceptors)
+
+    # A coroutine function is a function too, and a session a first argument like any other: the overloads overlap,
+    # and the first that fits decides.
+    @overload
+    def workflow(  # type: ignore[overload-overlap]
+        self, fn: Callable[P, Async[R]], /, *, name: str | None = None, queue: str = "default", strict: bool = False
+    ) -> AsyncWorkflowFunction[P, R]: ...
+
+    @overload
+    def workflow(
+        self, fn: Callable[P, R], /, *, name: str | None = None, queue: str = "default", strict: bool = False
+    ) -> WorkflowFunction[P, R]: ...
+
+    @overload
+    def workflow(
+        self, /, *, name: str | None = None, queue: str = "default", strict: bool = False
+    ) -> WorkflowDecorator: ...
+
+    def workflow(
+        self,
+        fn: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        queue: str = "default",
+        strict: bool = False,
+    ) -> AsyncWorkflowFunction[..., Any] | WorkflowFunction[..., Any] | WorkflowDecorator:
+        """Make a function a workflow, as a decorator with or without options.
+
+        Its arguments and its result are stored as JSON by their annotations. It must take the same way on every
+        execution with the same outcomes of its steps: whatever is not so belongs in a step.
+
+        Args:
+            fn: the function, `def` or `async def`.
+            name: the name of its records; by default the function's own.
+            queue: where it is enqueued by default.
+            strict: whether it has no outcome as long as the code does not visit what its history holds, in its order;
+                by default that is a warning in the log. See docs, "Changing code".
+
+        Raises:
+            DefinitionError: the function cannot be a workflow, or another one has the name.
+        """
+        _require_object(self, "workflow")
+        decorator = WorkflowDecorator(self, name=name, queue=queue, strict=strict)
+        return decorator if fn is None else decorator(fn)
+
+    @overload
+    def step(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self,
+        fn: Callable[Concatenate[AsyncSession, P], Async[R]],
+        /,
+        **options: Unpack[StepOptions],
+    ) -> AsyncTransactionalStep[P, R]: ...
+
+    @overload
+    def step(
+        self, fn: Callable[Concatenate[Session, P], R], /, **options: Unpack[StepOptions]
+    ) -> TransactionalStep[P, R]: ...
+
+    @overload
+    def step(  # type: ignore[overload-overlap]
+        self,
+        fn: Callable[P, Async[R]],
+        /,
+        **options: Unpack[StepOptions],
+    ) -> AsyncStepFunction[P, R]: ...
+
+    @overload
+    def step(self, fn: Callable[P, R], /, **options: Unpack[StepOptions]) -> StepFunction[P, R]: ...
+
+    @overload
+    def step(self, /, **options: Unpack[StepOptions]) -> StepDecorator: ...
+
+    def step(
+        self,
+        fn: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        retry: RetryPredicate | None = None,
+        stop: StopPredicate | None = None,
+        wait: WaitFunction | None = None,
+        isolation_level: IsolationLevel | None = None,
+        timeout: timedelta | None = None,
+        total_timeout: timedelta | None = None,
+        heartbeat_timeout: timedelta | None = None,
+    ) -> Any:
+        """Make a function a step, as a decorator with or without options, or at run time of any callable.
+
+        With a first parameter annotated `Session` or `AsyncSession` it is transactional: the session is injected, and
+        the step's writes and its checkpoint commit in one transaction, exactly once. Any other step is plain: its
+        outcome is recorded, its effects happen at least once. Arguments may be anything; only the result is stored.
+
+        Args:
+            fn: the function, `def` or `async def`; or, with a name, a closure or a bound method.
+            name: the step's identity in its workflow, with its occurrence; by default the function's own name.
+            retry: a tenacity predicate: which outcomes call for another try. By default any `Exception`.
+            stop: a tenacity stop: when to give up. By default never, once any of the three is given.
+            wait: a tenacity wait: seconds before the next try. By default exponential with jitter, up to 60 s. Failed
+                tries are recorded, and after a second of failing the workflow waits as a row; see docs, "Retries".
+            isolation_level: of a transactional step's transaction; by default the engine's. Serialization failures
+                and deadlocks are tried again in any case, the whole step each time.
+            timeout: how long each try may take. What is `async def` is cancelled then; a `def` cannot be, and its try
+                counts as failed when it comes back too late. The error is a `StepTimeoutError`, for the policy like
+                any other; a transactional step is rolled back.
+            total_timeout: how long all tries and the waits between them may take, from the beginning of the first, on
+                whatever workers. Then, or when the next try would begin later, the outcome is a `StepTimeoutError`.
+            heartbeat_timeout: of a plain step: how long each try may go on without calling `heartbeat`, from its
+                beginning on. What is `async def` is cancelled then; in a `def` the next `heartbeat` raises, and what
+                comes back without one has failed. The error is a `HeartbeatTimeoutError`, of which the same is true.
+
+        Raises:
+            DefinitionError: the function cannot be a step, or another one has the name.
+        """
+        _require_object(self, "step")
+        policy = RetryPolicy.of(retry=retry, stop=stop, wait=wait)
+        limits = TimeLimits.of(timeout=timeout, total_timeout=total_timeout, heartbeat_timeout=heartbeat_timeout)
+        decorator = StepDecorator(self, name=name, policy=policy, isolation_level=isolation_level, time_limits=limits)
+        return decorator if fn is None else decorator(fn)
+
+
+class WorkflowDecorator:
+    """What `durable.workflow(...)` gives when it has options only."""
+
+    def __init__(self, durable: Durable, *, name: str | None, queue: str, strict: bool) -> None:
+        self._durable = durable
+        self._name = name
+        self._queue = queue
+        self._strict = strict
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self, fn: Callable[P, Async[R]], /
+    ) -> AsyncWorkflowFunction[P, R]: ...
+
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> WorkflowFunction[P, R]: ...
+
+    def __call__(self, fn: Callable[..., Any], /) -> AsyncWorkflowFunction[..., Any] | WorkflowFunction[..., Any]:
+        """Make the function a workflow."""
+        durable = self._durable
+        definition = WorkflowDefinition.of(
+            fn,
+            name=self._name,
+            queue=self._queue,
+            limit=durable.payload_limit,
+            interceptors=durable._interceptors,  # pyright: ignore[reportPrivateUsage]
+            version=durable.version,
+            strict=self._strict,
+            history_limit=durable.history_limit,
+            errors=durable.known_errors,
+            secrets=durable._secrets,  # pyright: ignore[reportPrivateUsage]
+        )
+        durable.registry.add_workflow(definition)
+        durable.known_errors.add_module(place_of(definition.fn)[0])
+        return AsyncWorkflowFunction(definition) if definition.is_async else WorkflowFunction(definition)
+
+
+class StepDecorator:
+    """What `durable.step(...)` gives when it has options only."""
+
+    def __init__(
+        self,
+        durable: Durable,
+        *,
+        name: str | None,
+        policy: RetryPolicy | None,
+        isolation_level: IsolationLevel | None,
+        time_limits: TimeLimits | None,
+    ) -> None:
+        self._durable = durable
+        self._name = name
+        self._policy = policy
+        self._isolation_level = isolation_level
+        self._time_limits = time_limits
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self, fn: Callable[Concatenate[AsyncSession, P], Async[R]], /
+    ) -> AsyncTransactionalStep[P, R]: ...
+
+    @overload
+    def __call__(self, fn: Callable[Concatenate[Session, P], R], /) -> TransactionalStep[P, R]: ...
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, fn: Callable[P, Async[R]], /
+    ) -> AsyncStepFunction[P, R]: ...
+
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> StepFunction[P, R]: ...
+
+    def __call__(self, fn: Callable[..., Any], /) -> Any:
+        """Make the function a step."""
+        durable = self._durable
+        definition = StepDefinition.of(
+            fn,
+            name=self._name,
+            policy=self._policy,
+            limit=durable.payload_limit,
+            isolation_level=self._isolation_level,
+            time_limits=self._time_limits,
+        )
+        durable.registry.add_step(definition)
+        durable.known_errors.add_module(definition.place[0])
+        return _STEP_CLASSES[definition.session, definition.is_async](definition)
+
+
+def _require_object(durable: object, decorator: str) -> None:
+    """Refuse a decorator of the class, which gets the function in place of the object."""
+    if not isinstance(durable, Durable):
+        raise DefinitionError(
+            f"{decorator} is a method of a Durable object, and was called on the class, with {durable!r}: write "
+            f"durable = Durable(), and @durable.{decorator}."
+        )
+
+
+def _encoded(secret: str | list[str] | None) -> tuple[bytes, ...]:
+    given = [] if secret is None else [secret] if isinstance(secret, str) else secret
+    if any(len(each) < _SHORTEST_SECRET for each in given):
+        raise DefinitionError(f"a secret is shorter than {_SHORTEST_SECRET} characters: take secrets.token_hex().")
+    return tuple(each.encode() for each in given)
+
+
+_STEP_CLASSES: dict[tuple[SessionKind, bool], Callable[[StepDefinition], Any]] = {
+    (SessionKind.NONE, False): StepFunction,
+    (SessionKind.NONE, True): AsyncStepFunction,
+    (SessionKind.SYNC, False): TransactionalStep,
+    (SessionKind.ASYNC, True): AsyncTransactionalStep,
+}

@@ -1,0 +1,256 @@
+"""Starting workflows in the caller's transaction: the options, one workflow, and many."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from functools import partial
+from itertools import islice
+from typing import Any, overload
+from uuid import UUID
+
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+from uuid_utils.compat import uuid7
+
+import sqla_durable.api.hints as hints
+from sqla_durable.api.callers import in_savepoint, perform
+from sqla_durable.definitions.checks import fault_in, require_duration, require_length, require_moment
+from sqla_durable.definitions.registry import WorkflowDefinition
+from sqla_durable.errors import ArgumentError, KeyNotVisibleError, UsageError
+from sqla_durable.models import Workflow
+from sqla_durable.runtime.context import active
+from sqla_durable.store import NewWorkflow, schema, starts
+from sqla_durable.store.keys import SnapshotKept
+
+_BATCH = 5_000
+_SMALLINT = 32_767
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartOptions:
+    """How a workflow is started.
+
+    Args:
+        key: an idempotency key: the same workflow and key are the same record.
+        queue: the queue to enqueue to; by default the workflow's own.
+        priority: lower is served first; from -32,767 to 32,767, by default 0.
+        delay: how long after now it becomes due. Not together with `at`.
+        at: when it becomes due, with a time zone. A time in the past is now.
+        detached: as a child it is not cancelled with its parent.
+        timeout: how long after its first claim it is to be finished, over all its attempts and waits.
+        deadline: when it is to be finished whether it was claimed or not: a time with a time zone, or how long after
+            this start. With both, the earlier one counts. A workflow that is not finished then fails with
+            `WorkflowTimeoutError`.
+
+    Raises:
+        ArgumentError: an option is blank, out of range, or contradicts another.
+    """
+
+    key: str | None = None
+    queue: str | None = None
+    priority: int = 0
+    delay: timedelta | None = None
+    at: datetime | None = None
+    detached: bool = False
+    timeout: timedelta | None = None
+    deadline: timedelta | datetime | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("key", "queue"):
+            value = getattr(self, name)
+            fault = None if value is None else fault_in(value)
+            if fault is not None:
+                raise ArgumentError(f"{name}={value!r} {fault}: give a text that is not blank.")
+        integral = isinstance(self.priority, int)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not integral or abs(self.priority) > _SMALLINT:
+            raise ArgumentError(f"priority={self.priority!r} is not an integer from {-_SMALLINT:,} to {_SMALLINT:,}.")
+        if self.delay is not None:
+            require_duration(self.delay, "delay")
+        if self.at is not None:
+            require_moment(self.at, "at")
+        if self.delay is not None and self.at is not None:
+            raise ArgumentError(f"delay={self.delay!r} and at={self.at!r} contradict each other: give one of them.")
+        if self.timeout is not None:
+            require_length(self.timeout, "timeout")
+        if isinstance(self.deadline, datetime):
+            require_moment(self.deadline, "deadline")
+        elif self.deadline is not None:
+            require_length(self.deadline, "deadline")
+
+
+@dataclass(frozen=True, slots=True)
+class BoundWorkflow:
+    """A workflow with its arguments and options, checked and ready to be started."""
+
+    new: NewWorkflow
+
+
+def bind(
+    definition: WorkflowDefinition, options: StartOptions, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> BoundWorkflow:
+    """Check the arguments and give them with the options, under a new id.
+
+    Raises:
+        ArgumentError, EncodingError: the arguments do not fit, or cannot be stored.
+    """
+    timeout, deadline = options.timeout, options.deadline
+    delay = None if options.delay is None or options.delay <= timedelta() else options.delay.total_seconds()
+    return BoundWorkflow(
+        NewWorkflow(
+            id=uuid7(),
+            name=definition.name,
+            input=definition.encode(args, kwargs),
+            queue=options.queue or definition.queue,
+            priority=options.priority,
+            key=options.key,
+            delay=delay,
+            wake_at=options.at,
+            detached=options.detached,
+            headers=_headers(definition),
+            timeout=None if timeout is None else timeout.total_seconds(),
+            deadline=deadline.total_seconds() if isinstance(deadline, timedelta) else None,
+            deadline_at=deadline if isinstance(deadline, datetime) else None,
+            version=definition.version,
+        )
+    )
+
+
+def _headers(definition: WorkflowDefinition) -> dict[str, str] | None:
+    """Ask the interceptors, and refuse what cannot be stored."""
+    headers = definition.interceptors.headers(definition.name)
+    for name, value in (headers or {}).items():
+        for text in (name, value):
+            fault = fault_in(text, longest=None)
+            if fault is not None:
+                raise ArgumentError(
+                    f"an interceptor gave workflow {definition.name!r} the header {name!r}: {value!r}, of which "
+                    f"{text!r} {fault}. Nothing was started."
+                )
+    return headers
+
+
+def start(session: Session, bound: BoundWorkflow) -> Workflow:
+    """Add a workflow to the caller's transaction and give its record; see `WorkflowFunction.start`.
+
+    Raises:
+        ArgumentError: this is not what `bind` gives.
+        KeyNotVisibleError: the workflow that has the key cannot be seen.
+        UsageError: this is a workflow's own code, and there is no key.
+    """
+    workflow = add(session, _of_step(_checked(bound)))
+    hints.announce(session, _where(bound.new))
+    return workflow
+
+
+def add(session: Session, bound: BoundWorkflow) -> Workflow:
+    """Do the same without a hint to workers: for who executes the workflow here."""
+    schema.require(session)
+    if bound.new.key is None:
+        return starts.add(session, bound.new)
+    try:
+        return starts.insert_unless_known(session, bound.new)
+    except SnapshotKept:
+        with in_savepoint(session, what="workflow", name=bound.new.name, key=bound.new.key):
+            return starts.insert_in_snapshot(session, bound.new)
+
+
+@overload
+def start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]: ...
+
+
+@overload
+def start_many(session: AsyncSession, bound: Iterable[BoundWorkflow]) -> Coroutine[Any, Any, list[UUID]]: ...
+
+
+def start_many(
+    session: Session | AsyncSession, bound: Iterable[BoundWorkflow]
+) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
+    """Start many workflows in the caller's transaction, one statement for each 5,000.
+
+    ```python
+    start_many(session, (checkout.bind(order.id) for order in orders))
+    ```
+
+    Never commits. Up to 5,000 workflows are due in the order given, more of them with keys in the order of keys from
+    statement to statement. Waits for another transaction that is inserting one of the same keys.
+
+    Args:
+        session: the caller's session; with an `AsyncSession`, await the call.
+        bound: what `checkout.bind(...)` gives, of any workflows.
+
+    Returns:
+        The ids of the records in order; for a known key the id of the record that has it.
+
+    Raises:
+        ArgumentError, EncodingError: some arguments do not fit; nothing was started.
+        KeyNotVisibleError: a workflow that has one of the keys cannot be seen; likewise. A role that may not delete
+            has to roll back then.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
+    """
+    return perform(session, partial(_start_many, bound=bound), rights="starter")
+
+
+def _start_many(session: Session, *, bound: Iterable[BoundWorkflow]) -> list[UUID]:
+    given = [_of_step(_checked(each)).new for each in bound]
+    # In the order of keys over all statements: two callers with the same keys must not wait for each other.
+    ordered = iter(sorted(given, key=lambda new: (new.key or "", new.name)))
+    ids: dict[UUID, UUID] = {}
+    try:
+        while batch := list(islice(ordered, _BATCH)):
+            ids |= zip((new.id for new in batch), _inserted(session, batch), strict=True)
+    except KeyNotVisibleError as error:
+        try:
+            starts.undo(session, given)
+        except ProgrammingError as denied:
+            raise error from denied  # the transaction is aborted, with all that it has started
+        raise
+    hints.announce(session, *{_where(new) for new in given})
+    return [ids[new.id] for new in given]
+
+
+def _inserted(session: Session, batch: Sequence[NewWorkflow]) -> list[UUID]:
+    try:
+        return starts.insert_many(session, batch)
+    except SnapshotKept:
+        first = next(each for each in batch if each.key is not None)
+        what = "workflow" if len(batch) == 1 else f"one of {len(batch)} workflows, the first of which is"
+        with in_savepoint(session, what=what, name=first.name, key=first.key or ""):
+            return starts.insert_many_in_snapshot(session, batch)
+
+
+def _of_step(bound: BoundWorkflow) -> BoundWorkflow:
+    """Give what is started in a step of a workflow as that one's child; elsewhere the same.
+
+    Raises:
+        UsageError: in a workflow's own code it would be started again by each replay; with a key it is not.
+    """
+    context = active()
+    if context is None:
+        return bound
+    attempt, step = context.attempt, context.step
+    if step is None:
+        if bound.new.key is None:
+            raise UsageError(
+                f"{bound.new.name!r} was started in the code of workflow {attempt.name!r}, which is executed again on "
+                f"each replay and would start another: call {bound.new.name}.start_child(...), start it in a step that "
+                "takes a Session, or give it a key. Nothing was started."
+            )
+        return bound
+    attempt.has_children = True
+    detached = bound.new.detached or attempt.is_compensating
+    new = replace(bound.new, parent_id=attempt.workflow_id, parent_key=step.position.key, detached=detached)
+    return BoundWorkflow(new)
+
+
+def _where(new: NewWorkflow) -> str:
+    """Tell where workers are to look: one with a delay is on no queue yet, and is the next timer perhaps."""
+    return hints.EVERYWHERE if new.delay is not None or new.wake_at is not None else hints.to_queue(new.queue)
+
+
+def _checked(bound: BoundWorkflow) -> BoundWorkflow:
+    if not isinstance(bound, BoundWorkflow):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentError(f"what is started is given as workflow.bind(...), got {bound!r}. Nothing was started.")
+    return bound

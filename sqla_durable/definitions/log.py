@@ -1,0 +1,76 @@
+"""The loggers of this package: whatever a row or an exception says is one line, of bounded length, without values.
+
+A name with a newline in it would otherwise look like a line of the log, one with an escape sequence would change what a
+terminal shows, and one of three megabytes would fill the disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextvars import ContextVar
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqla_durable.definitions.redaction import message_of, traceback_of
+
+LONGEST = 2_000
+"""How many characters of a text a line of the log shows."""
+
+worker_name: ContextVar[str] = ContextVar("sqla_durable_worker", default="-")
+"""The name of the worker that executes this code."""
+
+_PLAIN = (bool, int, float, UUID, timedelta, datetime, type(None))
+
+
+class Log(logging.LoggerAdapter[logging.Logger]):
+    """A logger that escapes and cuts what it is given to show; the only kind that this package uses.
+
+    Its records have the name of the worker, `%(worker)s` of a format.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(logging.getLogger(name), {})
+
+    def log(self, level: int, msg: object, *args: object, exc_info: Any = None, **options: Any) -> None:
+        """Log a message of ours with what others have written."""
+        if not self.logger.isEnabledFor(level):
+            return
+        shown = [_shown(each) for each in args]
+        error = _error_in(exc_info)
+        if error is not None:
+            lines = "\n".join(one_line(each) for each in traceback_of(error).splitlines())
+            msg, shown = f"{msg}\n%s", [*shown, lines]
+        self.logger.log(level, msg, *shown, stacklevel=2, extra={"worker": worker_name.get()}, **options)
+
+
+def one_line(text: str, *, limit: int = LONGEST) -> str:
+    """Return a text in one line: what is not printable as its escape sequence, what is too long cut."""
+    kept = text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
+    if kept.isprintable():
+        return kept
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in kept)
+
+
+def joined(text: str) -> str:
+    """Return the lines of a text of ours as one line that is easy to read."""
+    return "; ".join(each.strip() for each in text.splitlines())
+
+
+def _shown(value: object) -> object:
+    if isinstance(value, _PLAIN):
+        return value
+    return one_line(message_of(value) if isinstance(value, BaseException) else str(value))
+
+
+def _error_in(exc_info: Any) -> BaseException | None:
+    match exc_info:
+        case BaseException():
+            return exc_info
+        case None | False:
+            return None
+        case (_, error, _):
+            return error if isinstance(error, BaseException) else None
+        case _:
+            return sys.exception()

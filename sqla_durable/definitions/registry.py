@@ -1,0 +1,379 @@
+"""What the decorators know about a function: its name, its signature, its annotations, and whether it takes a session.
+
+Annotations become codecs when they are first needed, so that a function may name a class defined further down.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+from uuid import UUID
+
+from sqla_durable.definitions.classes import DEFAULT as DEFAULT_ERRORS
+from sqla_durable.definitions.classes import KnownErrors
+from sqla_durable.definitions.codec import DEFAULT_LIMIT, ArgumentsCodec, Codec
+from sqla_durable.definitions.inspection import (
+    SessionClass,
+    SessionKind,
+    hints_of,
+    is_coroutine,
+    name_of,
+    place_of,
+    refuse_generator,
+    refuse_misread,
+    session_class,
+)
+from sqla_durable.definitions.interceptors import NO_INTERCEPTORS, Interceptors
+from sqla_durable.definitions.limits import TimeLimits
+from sqla_durable.definitions.log import Log
+from sqla_durable.definitions.retry import RetryPolicy
+from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError
+
+log = Log("sqla_durable.registry")
+
+_START_OPTIONS = {"key", "queue", "priority", "delay", "at", "detached", "timeout", "deadline"}
+IsolationLevel: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
+ISOLATION_LEVELS: tuple[str, ...] = get_args(IsolationLevel)
+"""What a transactional step may ask for, the weakest first."""
+
+
+@dataclass(frozen=True)
+class StepDefinition:
+    """A step: its name, its function, and how to try it again."""
+
+    name: str
+    fn: Callable[..., Any]
+    is_async: bool
+    session: SessionKind
+    session_class: SessionClass | None = None
+    policy: RetryPolicy | None = None
+    limit: int = DEFAULT_LIMIT
+    isolation_level: str | None = None
+    time_limits: TimeLimits | None = None
+
+    @classmethod
+    def of(
+        cls,
+        fn: Callable[..., Any],
+        *,
+        name: str | None = None,
+        policy: RetryPolicy | None = None,
+        limit: int = DEFAULT_LIMIT,
+        isolation_level: str | None = None,
+        time_limits: TimeLimits | None = None,
+    ) -> StepDefinition:
+        """Describe a function, a bound method or any other callable.
+
+        Raises:
+            DefinitionError: it has no usable name, mixes a sync session with async code, or asks for an isolation
+                level or a heartbeat timeout that it cannot have.
+        """
+        name = name_of(fn, name, what="step")
+        refuse_generator(fn, what=f"step {name!r}")
+        refuse_misread(fn, what=f"step {name!r}")
+        wanted = session_class(fn, what=f"step {name!r}")
+        definition = cls(
+            name=name,
+            fn=fn,
+            is_async=is_coroutine(fn),
+            session=SessionKind.of(wanted),
+            session_class=wanted,
+            policy=policy,
+            limit=limit,
+            isolation_level=isolation_level,
+            time_limits=time_limits,
+        )
+        _refuse_mixed(definition)
+        _refuse_isolation(definition)
+        _refuse_heartbeat(definition)
+        return definition
+
+    @functools.cached_property
+    def place(self) -> tuple[str, str]:
+        """Where the function is defined: module and qualified name."""
+        return place_of(self.fn)
+
+    @functools.cached_property
+    def result(self) -> Codec:
+        """The codec of the return annotation."""
+        return self._result()
+
+    def refuse_unstorable(self) -> None:
+        """Refuse a return annotation that cannot be stored, as far as it is known by now.
+
+        Raises:
+            DefinitionError: it cannot be.
+        """
+        _refuse_unstorable(self._result)
+
+    def _result(self) -> Codec:
+        what = f"result of step {self.name!r}"
+        return Codec.of(hints_of(self.fn, what).get("return", Any), what=what, limit=self.limit)
+
+
+@dataclass(frozen=True)
+class WorkflowDefinition:
+    """A workflow: its name, its function, its default queue, and how its code may change.
+
+    `version` is what a start records; `strict` holds the outcome back where the history was not visited; `errors` are
+    the classes that its recorded errors come back as; `secrets` make the tokens of its callbacks.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    is_async: bool
+    queue: str = "default"
+    limit: int = DEFAULT_LIMIT
+    interceptors: Interceptors = NO_INTERCEPTORS
+    version: str | None = None
+    strict: bool = False
+    history_limit: int | None = None
+    errors: KnownErrors = DEFAULT_ERRORS
+    secrets: tuple[bytes, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        fn: Callable[..., Any],
+        *,
+        name: str | None = None,
+        queue: str = "default",
+        limit: int = DEFAULT_LIMIT,
+        interceptors: Interceptors = NO_INTERCEPTORS,
+        version: str | None = None,
+        strict: bool = False,
+        history_limit: int | None = None,
+        errors: KnownErrors = DEFAULT_ERRORS,
+        secrets: tuple[bytes, ...] = (),
+    ) -> WorkflowDefinition:
+        """Describe a workflow function.
+
+        Raises:
+            DefinitionError: its arguments cannot be stored by name, or it takes a session.
+        """
+        name = name_of(fn, name, what="workflow")
+        refuse_generator(fn, what=f"workflow {name!r}")
+        refuse_misread(fn, what=f"workflow {name!r}")
+        definition = cls(
+            name, fn, is_coroutine(fn), queue, limit, interceptors, version, strict, history_limit, errors, secrets
+        )
+        if _takes_session(fn, name):
+            raise DefinitionError(
+                f"workflow {definition.name!r} takes a session: a workflow lives longer than any transaction. "
+                "Take the session in its steps."
+            )
+        for parameter in definition.signature.parameters.values():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise DefinitionError(
+                    f"workflow {definition.name!r} takes {parameter}: arguments are stored by parameter name, so "
+                    "name each of them, or take one list or dict."
+                )
+        if not queue.strip():
+            raise DefinitionError(f"workflow {definition.name!r} has the blank queue {queue!r}: name one.")
+        return definition
+
+    @functools.cached_property
+    def signature(self) -> inspect.Signature:
+        """The signature, for binding arguments to names."""
+        return inspect.signature(self.fn)
+
+    @functools.cached_property
+    def arguments(self) -> ArgumentsCodec:
+        """The codec of the arguments."""
+        return self._arguments()
+
+    @functools.cached_property
+    def result(self) -> Codec:
+        """The codec of the return annotation."""
+        return self._result()
+
+    def refuse_unstorable(self) -> None:
+        """Refuse annotations that cannot be stored, as far as they are known by now.
+
+        Raises:
+            DefinitionError: one of them cannot be.
+        """
+        _refuse_unstorable(self._arguments)
+        _refuse_unstorable(self._result)
+
+    def _arguments(self) -> ArgumentsCodec:
+        hints = hints_of(self.fn, f"workflow {self.name!r}")
+        parameters = self.signature.parameters
+        return ArgumentsCodec.of(
+            {name: hints.get(name, Any) for name in parameters},
+            required=frozenset(name for name, each in parameters.items() if each.default is each.empty),
+            workflow=self.name,
+            limit=self.limit,
+        )
+
+    def _result(self) -> Codec:
+        what = f"result of workflow {self.name!r}"
+        return Codec.of(hints_of(self.fn, what).get("return", Any), what=what, limit=self.limit)
+
+    def encode(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Any]:
+        """Give the JSON object of a call's arguments by parameter name.
+
+        Raises:
+            ArgumentError: they do not fit the signature or the annotations.
+            EncodingError: one of them cannot be stored.
+        """
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            hint = self._options_hint(kwargs)
+            raise ArgumentError(
+                f"workflow {self.name!r} takes {self.signature}: {error}.{hint} Nothing was started."
+            ) from None
+        return self.arguments.encode(bound.arguments)
+
+    def call(self, arguments: Mapping[str, object]) -> Any:
+        """Call the function with arguments by name; for `async def` this gives the coroutine."""
+        if not self._has_positional_only:
+            return self.fn(**arguments)
+        bound = inspect.BoundArguments(self.signature, dict(arguments))
+        return self.fn(*bound.args, **bound.kwargs)
+
+    @functools.cached_property
+    def _has_positional_only(self) -> bool:
+        return any(each.kind is each.POSITIONAL_ONLY for each in self.signature.parameters.values())
+
+    def require_record(self, name: str, workflow_id: UUID) -> None:
+        """Refuse the record of another workflow.
+
+        Raises:
+            ArgumentError: the record has another name.
+        """
+        if name != self.name:
+            raise ArgumentError(
+                f"the record {workflow_id} is of workflow {name!r}, not of {self.name!r}: use the function that it was "
+                "started with."
+            )
+
+    def _options_hint(self, kwargs: Mapping[str, object]) -> str:
+        options = sorted(_START_OPTIONS & kwargs.keys() - self.signature.parameters.keys())
+        if not options:
+            return ""
+        given = ", ".join(f"{name}=..." for name in options)
+        return f" Options go before the call: {self.name}.options({given}).start(session, ...)."
+
+
+class Registry:
+    """The workflows of one `Durable`, by name."""
+
+    def __init__(self) -> None:
+        self._workflows: dict[str, WorkflowDefinition] = {}
+        self._steps: dict[str, StepDefinition] = {}
+
+    def add_workflow(self, definition: WorkflowDefinition) -> None:
+        """Register a workflow.
+
+        Raises:
+            DefinitionError: another function has the name, or an annotation cannot be stored.
+        """
+        _refuse_other(self._workflows.get(definition.name), definition, what="workflow")
+        definition.refuse_unstorable()
+        self._workflows[definition.name] = definition
+
+    def add_step(self, definition: StepDefinition) -> None:
+        """Register a step under its function's own name, so that two of them cannot be taken for each other.
+
+        Raises:
+            DefinitionError: another function has the name, or its result cannot be stored.
+        """
+        _refuse_other(self._steps.get(definition.name), definition, what="step")
+        definition.refuse_unstorable()
+        self._steps[definition.name] = definition
+
+    def workflow(self, name: str) -> WorkflowDefinition:
+        """Give the workflow of this name.
+
+        Raises:
+            UnknownWorkflowError: there is none.
+        """
+        found = self._workflows.get(name)
+        if found is None:
+            near = difflib.get_close_matches(name, self._workflows, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"registered are {sorted(self._workflows)}."
+            raise UnknownWorkflowError(
+                f"no workflow named {name!r} is registered: {hint} Import the module that defines it.",
+                name=name,
+            )
+        return found
+
+    def __iter__(self) -> Iterator[WorkflowDefinition]:
+        return iter(self._workflows.values())
+
+    def steps(self) -> Iterator[StepDefinition]:
+        """Iterate over the registered steps."""
+        return iter(self._steps.values())
+
+
+def _takes_session(fn: Callable[..., Any], name: str) -> bool:
+    try:
+        return session_class(fn, what=f"workflow {name!r}") is not None
+    except DefinitionError:  # in a way in which none would be injected into a step
+        return True
+
+
+def _refuse_unstorable(codec: Callable[[], object]) -> None:
+    """Make a codec for nothing but its error; what may be defined further down is told when it is needed."""
+    try:
+        codec()
+    except DefinitionError as error:
+        cause = error.__cause__
+        if isinstance(cause, NameError) or getattr(cause, "code", None) == "class-not-fully-defined":
+            return
+        raise
+    except Exception:
+        log.debug("an annotation cannot be resolved yet", exc_info=True)  # as in modules that import each other
+
+
+def _refuse_mixed(definition: StepDefinition) -> None:
+    if definition.session is SessionKind.SYNC and definition.is_async:
+        raise DefinitionError(
+            f"step {definition.name!r} is async def and takes a Session, whose calls would block the event loop: "
+            "take an AsyncSession, or make it a plain def."
+        )
+    if definition.session is SessionKind.ASYNC and not definition.is_async:
+        raise DefinitionError(
+            f"step {definition.name!r} is def and takes an AsyncSession, which can only be awaited: "
+            "make it async def, or take a Session."
+        )
+
+
+def _refuse_isolation(definition: StepDefinition) -> None:
+    if definition.isolation_level is None:
+        return
+    if definition.isolation_level not in ISOLATION_LEVELS:
+        raise DefinitionError(
+            f"step {definition.name!r} asks for isolation_level={definition.isolation_level!r}: it can have "
+            f"{', '.join(map(repr, ISOLATION_LEVELS))}."
+        )
+    if definition.session is SessionKind.NONE:
+        raise DefinitionError(
+            f"step {definition.name!r} asks for isolation_level={definition.isolation_level!r} and takes no session: "
+            "only a step that takes a Session or an AsyncSession has a transaction."
+        )
+
+
+def _refuse_heartbeat(definition: StepDefinition) -> None:
+    given = None if definition.time_limits is None else definition.time_limits.heartbeat_timeout
+    if given is not None and definition.session is not SessionKind.NONE:
+        raise DefinitionError(
+            f"step {definition.name!r} has heartbeat_timeout={given!r} and takes a session: only a plain step gives "
+            "heartbeats. Give it a timeout, or do what takes long in a step without a session."
+        )
+
+
+def _refuse_other(
+    known: StepDefinition | WorkflowDefinition | None, new: StepDefinition | WorkflowDefinition, *, what: str
+) -> None:
+    if known is not None and place_of(known.fn) != place_of(new.fn):
+        raise DefinitionError(
+            f"two functions are named {what} {new.name!r}: {'.'.join(place_of(known.fn))} and "
+            f"{'.'.join(place_of(new.fn))}. Records refer to it by name: give one of them another with name=..."
+        )

@@ -1,0 +1,193 @@
+"""Keeps a worker's slots filled: claims in batches, as long as there may be something to claim.
+
+It never polls by itself: `Maintenance` and the listener tell it when something waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from itertools import chain
+from uuid import UUID
+
+from sqlalchemy import Connection
+from uuid_utils.compat import uuid7
+
+from sqla_durable.definitions.log import Log
+from sqla_durable.definitions.retry import ObstacleRetry, first_line, is_about_data, is_out_of_time
+from sqla_durable.execution.worker.attempts import Attempts
+from sqla_durable.execution.worker.cursors import Cursors
+from sqla_durable.execution.worker.database import Database, NoConnectionError
+from sqla_durable.execution.worker.heartbeat import Heartbeat
+from sqla_durable.store import Claimed, queues
+from sqla_durable.store.parts import Part
+
+log = Log("sqla_durable.worker")
+
+_BATCH = 200
+_PAUSES = (0.01, 0.05, 0.25)  # seconds between claims after the last one that found something
+_UNREAD = 10  # times in a row that a history is lost with its connection
+_SPACING = 0.005  # seconds between two hints that are followed: many of them are one claim
+
+
+class Claims:
+    """Claims workflows of these queues and names whenever a slot is free.
+
+    A full batch is followed by the next at once. After one that came back short, others may have held what this one
+    passed over: a few more claims follow, then it waits for a hint.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        attempts: Attempts,
+        heartbeat: Heartbeat,
+        cursors: Cursors,
+        *,
+        worker_id: UUID,
+        names: Sequence[str],
+        versions: Sequence[str],
+    ) -> None:
+        self._database = database
+        self._attempts = attempts
+        self._heartbeat = heartbeat
+        self._worker_id = worker_id
+        self._names = list(names)
+        self._versions = list(versions)
+        self._cursors = cursors
+        self._most = self._wanted = _BATCH
+        self._batch = queues.Batch([], {})
+        self._hinted = asyncio.Event()
+        self._hinted.set()
+
+    def hint(self) -> None:
+        """Tell that something may wait in the queues."""
+        self._hinted.set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a claim follows without a hint."""
+        return self._cursors.in_burst or self._hinted.is_set()
+
+    async def run(self) -> None:
+        """Claim until cancelled."""
+        pauses = iter(_PAUSES)
+        while True:
+            await self._attempts.slot()
+            self._hinted.clear()
+            self._cursors.restart_if_time()
+            in_burst, began = self._cursors.in_burst, time.monotonic()
+            claimed = await self._claim()
+            if claimed:
+                pauses = iter(_PAUSES)
+            if len(claimed) < self._wanted and not in_burst:
+                # Also for as long as it took: what it had to pass over would have to be passed over again.
+                await asyncio.sleep(max(_SPACING, time.monotonic() - began))
+                await self._hint_within(next(pauses, None))
+
+    async def _hint_within(self, seconds: float | None) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._hinted.wait()
+        except TimeoutError:
+            pass
+
+    async def _claim(self) -> list[Claimed]:
+        """Claim, and begin to execute what was claimed; less at once after a failure.
+
+        The histories of a full batch may be longer than what arrives within the time limit. A workflow whose own one is
+        so for the second time has crashed: it is claimed later, and others before it. A connection that is lost says
+        little of the workflow: that counts when it comes many times in a row. A pool that is used up says nothing.
+        """
+        again = ObstacleRetry()
+        unread: object = None
+        times = 0
+        claim = self._claim_some
+        while True:
+            restarts = self._cursors.restarts
+            self._wanted = min(self._attempts.free, self._most)
+            self._batch = queues.Batch([], {})
+            try:
+                claimed = await claim(self._attempts.isolation.part)
+                self._cursors.note_claim(self._batch, restarts=restarts, is_full=len(claimed) >= self._wanted)
+                self._most = min(2 * self._most, _BATCH)
+                return claimed
+            except Exception as error:
+                if is_about_data(error) and claim == self._claim_some:
+                    log.warning("claim: %s; trying for one workflow after another", first_line(error))
+                    claim = self._claim_apart
+                    continue
+                batch = self._batch
+                self._most = max(1, self._wanted // 2)
+                seconds = again.wait_before_next(error)
+                if seconds is None:
+                    raise
+                log.warning("claim: %s; trying again in %.1f s", first_line(error), seconds)
+                is_asked = len(batch.claimed) == 1 and not isinstance(error, NoConnectionError)
+                alone = batch.claimed[0].fence if is_asked else None
+                reason = alone and (alone.workflow_id, is_out_of_time(error))
+                times = times + 1 if reason and reason == unread else 1
+                unread = reason
+                if alone and times >= (2 if is_out_of_time(error) else _UNREAD):
+                    await self._attempts.count_unread(alone, first_line(error))
+                await asyncio.sleep(seconds)
+                # The claim may have been carried out, and its acknowledgement lost.
+                await self._heartbeat.release_strays()
+
+    async def _claim_some(self, part: Part) -> list[Claimed]:
+        """Claim, and begin to execute what was claimed."""
+        token = uuid7()
+        with self._heartbeat.claiming(token):
+            self._batch = await self._claim_once(token, part)
+            claimed = await self._with_histories(self._batch.claimed)
+            self._attempts.begin(claimed)
+        return claimed
+
+    async def _claim_apart(self, part: Part) -> list[Claimed]:
+        """Do it so that a workflow whose row, or history, makes it fail does so alone."""
+        await self._heartbeat.release_strays()  # what was claimed, and could not be read
+        ids = await self._database.execute(lambda connection: self._claimable(connection, part))
+        claimed = await self._attempts.isolation.each(ids, self._claim_these, what="claim")
+        self._batch = queues.Batch([], {})  # which says nothing of what comes before it
+        return [*chain(*claimed)]
+
+    async def _claim_these(self, ids: Sequence[UUID]) -> list[Claimed]:
+        try:
+            return await self._claim_some(Part(ids))
+        except Exception as error:
+            if is_about_data(error):
+                await self._heartbeat.release_strays()
+            raise
+
+    def _claimable(self, connection: Connection, part: Part) -> list[UUID]:
+        return queues.claimable(
+            connection,
+            ranges=self._cursors.ranges(),
+            names=self._names,
+            versions=self._versions,
+            limit=self._wanted,
+            part=part,
+        )
+
+    async def _claim_once(self, token: UUID, part: Part) -> queues.Batch:
+        await self._heartbeat.require_lease()
+
+        def claim(connection: Connection) -> queues.Batch:
+            return queues.claim(
+                connection,
+                worker_id=self._worker_id,
+                token=token,
+                ranges=self._cursors.ranges(),
+                names=self._names,
+                versions=self._versions,
+                limit=self._wanted,
+                part=part,
+            )
+
+        return await self._database.execute(claim)
+
+    async def _with_histories(self, claimed: list[Claimed]) -> list[Claimed]:
+        if not any(each.started for each in claimed):
+            return claimed
+        return await self._database.execute(lambda connection: queues.with_histories(connection, claimed))

@@ -1,0 +1,199 @@
+"""Holds the worker's lease, and compares what the tables give to this worker with what it is executing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from uuid import UUID
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from sqla_durable.definitions.log import Log
+from sqla_durable.definitions.retry import is_about_data
+from sqla_durable.execution.worker.attempts import Attempts
+from sqla_durable.execution.worker.database import Database, persistently
+from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.store import Fence, hints, workers, workflows
+
+log = Log("sqla_durable.worker")
+
+BEATS = 3
+"""How often a worker beats in a lease."""
+
+_LOOK_EVERY = 10  # beats, of which one looks for what this worker does not know to have claimed
+_SPACING = 0.01  # seconds between two hints that are followed: many cancels are one look
+
+
+class Heartbeat:
+    """One row in the worker table, extended three times in a lease, on a connection of its own.
+
+    Attributes:
+        lease: the seconds that a beat is good for.
+        interval: the seconds between two beats.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        attempts: Attempts,
+        *,
+        worker_id: UUID,
+        queues: Sequence[str],
+        lease: timedelta,
+        name: str,
+    ) -> None:
+        self._database = database
+        self._attempts = attempts
+        self._worker_id = worker_id
+        self._queues = queues
+        self._name = name
+        self._valid_until = float("-inf")
+        self._claiming: UUID | None = None
+        self._claimed_meanwhile: set[UUID] = set()
+        self._hinted = asyncio.Event()
+        self._looks_at = float("-inf")
+        self.lease = lease.total_seconds()
+        self.interval = self.lease / BEATS
+
+    async def begin(self) -> None:
+        """Begin the lease."""
+        began = time.monotonic()
+        await self._database.execute(self._beat())
+        self._begun(began)
+
+    async def run(self) -> None:
+        """Extend the lease until cancelled; drop what is no longer this worker's, hand back what it does not know.
+
+        At each beat, and as soon as a hint says that something was taken from this worker.
+        """
+        beats_at = time.monotonic() + self.interval
+        while True:
+            hinted = await self._hint_within(beats_at - time.monotonic())
+            if time.monotonic() >= beats_at:
+                await self._extend()
+                beats_at = time.monotonic() + self.interval
+            await self._compare()
+            if hinted:
+                await asyncio.sleep(_SPACING)
+
+    def hint(self) -> None:
+        """Tell that something that this worker executes may be its own no longer."""
+        self._hinted.set()
+
+    async def notify(self, workers: Iterable[UUID]) -> None:
+        """Give such hints to others, and to this worker itself without a detour."""
+        others = set(workers)
+        if self._worker_id in others:
+            self.hint()
+        if others := others - {self._worker_id}:
+            notify = partial(_hint, payloads=[hints.to_worker(each) for each in others])
+            await persistently(self._database, notify, what="hint")
+
+    async def require_lease(self) -> None:
+        """Begin the lease anew if it has run out, as after a freeze: what nobody has taken over goes on."""
+        if time.monotonic() >= self._valid_until:
+            await self.renew()
+
+    async def renew(self) -> None:
+        """Begin the lease anew: it has run out, or somebody has deleted it."""
+        log.warning("the lease of this worker has run out; it goes on with what nobody has taken over")
+        await self._extend()
+
+    @contextmanager
+    def claiming(self, token: UUID) -> Generator[None]:
+        """Note which claim is on its way, so that what it takes is not handed back as unknown."""
+        self._claiming = token
+        self._claimed_meanwhile.add(token)
+        try:
+            yield
+        finally:
+            self._claiming = None
+
+    async def release_strays(self) -> None:
+        """Hand back what a claim took and no attempt is executing: its acknowledgement was lost, or came too late."""
+        known = set(self._attempts.fences)
+        await self._release_unknown(await self._look(), known)
+
+    async def end(self) -> None:
+        """End the lease, once nothing extends it any more, and let others look for what was handed back."""
+        await persistently(self._database, self._leave, what="leave")
+        # By itself: where statements are in transactions, NOTIFY would hold its lock until the DELETE is on disk.
+        await persistently(self._database, partial(_hint, payloads=[hints.LATE]), what="leave")
+
+    async def _hint_within(self, seconds: float) -> bool:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._hinted.wait(), max(0.0, seconds))
+        hinted = self._hinted.is_set()
+        self._hinted.clear()
+        return hinted
+
+    async def _compare(self) -> None:
+        """Now and then, because the server may carry out a claim long after its connection was lost."""
+        running = self._attempts.fences
+        if time.monotonic() >= self._looks_at:
+            self._looks_at = time.monotonic() + _LOOK_EVERY * self.interval
+            owned = await self._look()
+            await self._release_unknown(owned, set(running))
+        else:
+            still_owned = partial(workflows.still_owned, fences=running)
+            owned = await persistently(self._database, still_owned, what="heartbeat") if running else set[Fence]()
+        if missing := [each for each in running if each not in owned]:
+            # What its own attempt has finished is not lost, however late the acknowledgement comes.
+            finished_by = partial(workflows.finished_by, fences=missing)
+            ends = await persistently(self._database, finished_by, what="heartbeat")
+            own = {each for each, end in ends.items() if end is not WorkflowStatus.CANCELLED}
+            self._attempts.drop(each for each in missing if each not in own)
+
+    async def _look(self) -> set[Fence]:
+        self._claimed_meanwhile = set() if self._claiming is None else {self._claiming}
+        running_of = partial(workers.running_of, worker_id=self._worker_id)
+        return set(await persistently(self._database, running_of, what="heartbeat"))
+
+    async def _release_unknown(self, owned: set[Fence], known: set[Fence]) -> None:
+        """Hand back what is running here by the tables only; what was claimed since the look began is on its way."""
+        unknown = owned - known - set(self._attempts.fences)
+        strays = [each for each in unknown if each.token not in self._claimed_meanwhile]
+        strays = [each for each in strays if not self._attempts.isolation.is_aside(each.workflow_id)]
+        if strays:
+            log.warning("%d workflows are claimed by this worker and not executed; they are released", len(strays))
+            await self._attempts.release(strays)
+
+    def _leave(self, connection: Connection) -> None:
+        workers.leave(connection, self._worker_id)
+
+    def _begun(self, began: float) -> None:
+        self._valid_until = began + self.lease
+
+    async def _extend(self) -> None:
+        """Extend the lease; also where the database refuses what is to be told of the steps, such as a key's text."""
+        began = time.monotonic()
+        try:
+            await persistently(self._database, self._beat(), what="heartbeat")
+        except DBAPIError as error:
+            if not is_about_data(error):
+                raise
+            await persistently(self._database, self._beat(tells=False), what="heartbeat")
+        self._begun(began)
+
+    def _beat(self, *, tells: bool = True) -> Callable[[Connection], None]:
+        """Return the statement; it tells of the steps that are longer than a beat, for whoever looks at them."""
+        doing = self._attempts.steps_longer_than(self.interval) if tells else None
+        return partial(
+            workers.beat,
+            worker_id=self._worker_id,
+            name=self._name,
+            queues=self._queues,
+            lease=timedelta(seconds=self.lease),
+            doing=json.dumps(doing) if doing else None,
+        )
+
+
+def _hint(connection: Connection, payloads: Sequence[str]) -> None:
+    channel = hints.channel_on(connection)
+    hints.notify(connection, [(channel, each) for each in payloads])

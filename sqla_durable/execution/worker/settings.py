@@ -1,0 +1,241 @@
+"""What a worker's settings must be, and what follows from them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterable
+from datetime import timedelta
+from uuid import UUID
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Engine, SingletonThreadPool, StaticPool
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.pool import Pool
+
+from sqla_durable.api.durable import Durable
+from sqla_durable.definitions.checks import require_duration
+from sqla_durable.definitions.inspection import SessionKind
+from sqla_durable.definitions.log import Log
+from sqla_durable.errors import SessionError
+from sqla_durable.store import schema
+
+_OWN_CONNECTIONS = 5  # the writer and the heartbeat hold one each; claims, maintenance, what is handed back
+_ENOUGH_TO_HOLD_ONE = 3
+_ENOUGH_TO_HOLD_TWO = 8
+_SHORTEST_LIMIT = 5.0
+_DRIVERS = ("psycopg", "asyncpg")
+
+log = Log("sqla_durable.worker")
+
+_lock = threading.Lock()
+_reserved: WeakKeyDictionary[Pool, dict[UUID, int]] = WeakKeyDictionary()
+
+
+def engine_of(sync: sessionmaker[Session] | None, asynchronous: async_sessionmaker[AsyncSession] | None) -> Engine:
+    """Give the engine for the worker's own statements: the async one if there is one, so that no thread is needed."""
+    if asynchronous is not None:
+        return schema.engine_of(asynchronous().sync_session)
+    assert sync is not None  # noqa: S101 (checked when the worker was made)
+    return schema.engine_of(sync())
+
+
+def shown_name(given: str | None) -> str:
+    """Return the name of a worker; by default host and process id."""
+    return given or f"{socket.gethostname()}:{os.getpid()}"
+
+
+def chosen_queues(durable: Durable, given: Iterable[str] | None) -> list[str]:
+    """Give the queues to claim from; by default those of the workflows that are known."""
+    if given is None:
+        return sorted({"default"} | {each.queue for each in durable.registry})
+    chosen = [given] if isinstance(given, str) else sorted(set(given))
+    if not chosen or not all(each.strip() for each in chosen):
+        raise ValueError(f"queues={given!r} names no queue: give at least one, or leave it out.")
+    return chosen
+
+
+def chosen_versions(given: Iterable[str] | None) -> list[str]:
+    """Give the versions to claim; none means all of them."""
+    if given is None:
+        return []
+    chosen = [given] if isinstance(given, str) else sorted(set(given))
+    if not chosen or not all(each.strip() for each in chosen):
+        raise ValueError(f"versions={given!r} names no version: give at least one, or leave it out to claim all.")
+    return chosen
+
+
+def require_sessionmakers(
+    durable: Durable,
+    sync: sessionmaker[Session] | None,
+    asynchronous: async_sessionmaker[AsyncSession] | None,
+) -> None:
+    """Refuse a worker that could not open the sessions that its steps take."""
+    require_type(sync, sessionmaker, "sessionmaker")
+    require_type(asynchronous, async_sessionmaker, "async_sessionmaker")
+    if sync is None and asynchronous is None:
+        raise SessionError(
+            "a worker needs a sessionmaker or an async_sessionmaker, here or in Durable(...): without, it has no "
+            "database."
+        )
+    for step in durable.registry.steps():
+        if step.session is SessionKind.SYNC and sync is None:
+            raise SessionError(f"step {step.name!r} takes a Session: give the worker a sessionmaker.")
+        if step.session is SessionKind.ASYNC and asynchronous is None:
+            raise SessionError(f"step {step.name!r} takes an AsyncSession: give the worker an async_sessionmaker.")
+        maker = sync if step.session is SessionKind.SYNC else asynchronous
+        wanted = step.session_class
+        if wanted is not None and maker is not None and not issubclass(maker.class_, wanted):
+            raise SessionError(
+                f"step {step.name!r} takes a {wanted.__module__}.{wanted.__qualname__}, and the worker's sessions are "
+                f"of {maker.class_.__module__}.{maker.class_.__qualname__}: give it "
+                f"{type(maker).__name__}(engine, class_={wanted.__qualname__})."
+            )
+
+
+def require_type(given: object, kind: type, name: str) -> None:
+    """Refuse an engine, a session, or a factory of the other kind where a factory of sessions is needed."""
+    if given is None or isinstance(given, kind):
+        return
+    for other in (sessionmaker, async_sessionmaker):
+        if isinstance(given, other):
+            raise SessionError(f"{name}={given!r} is for the other kind of session: pass it as {other.__name__}=.")
+    engine = "db.engine" if isinstance(given, scoped_session) else "engine"  # of Flask-SQLAlchemy
+    raise SessionError(f"{name}={given!r} is no {kind.__name__}: pass the factory, such as {kind.__name__}({engine}).")
+
+
+def require_pool(engine: Engine) -> None:
+    """Refuse a pool in which the worker's own statements would share a connection with those of steps.
+
+    Warns of one that is so small that they would wait for each other.
+
+    Raises:
+        SessionError: it is a StaticPool or a SingletonThreadPool.
+    """
+    if isinstance(engine.pool, (StaticPool, SingletonThreadPool)):
+        raise SessionError(
+            f"the pool of {engine!r} gives all the same connection: a worker needs several, for its heartbeat beside "
+            "the steps. Give it an engine with pool_size=5 or more."
+        )
+    size = _pool_size(engine)
+    if size is not None and size < _ENOUGH_TO_HOLD_ONE:
+        log.warning(
+            "the pool of %r has %d connection(s), so steps may keep the heartbeat and the claims waiting until the "
+            "lease runs out: give the worker an engine with pool_size=%d or more",
+            engine,
+            size,
+            _ENOUGH_TO_HOLD_TWO,
+        )
+
+
+def require_codecs(durable: Durable) -> None:
+    """Find annotations that cannot be stored now, and not in the middle of a workflow."""
+    for workflow in durable.registry:
+        _ = workflow.arguments, workflow.result
+    for step in durable.registry.steps():
+        _ = step.result
+
+
+def require_driver(engine: Engine) -> None:
+    """Refuse a driver on which no worker is tested.
+
+    Raises:
+        SessionError: it is neither psycopg nor asyncpg.
+    """
+    driver = engine.dialect.driver
+    if driver not in _DRIVERS:
+        raise SessionError(
+            f"{engine!r} uses the driver {driver!r}: a worker needs psycopg or asyncpg. Give it an engine of its own, "
+            "create_engine('postgresql+psycopg://...'); what starts workflows may keep its driver."
+        )
+
+
+def pool_capacity(engine: Engine) -> int:
+    """Return how many connections steps may hold, so that the pool has some left for the workers themselves."""
+    size = _left_in(engine)
+    if size is None:
+        return 10  # NullPool and its like set no limit of their own
+    return int(max(1, min(32, size - _OWN_CONNECTIONS)))
+
+
+def reserve(engine: Engine, worker_id: UUID) -> int:
+    """Reserve connections of the pool for a worker; return how many it may keep, for its heartbeat and its writer.
+
+    Workers that share a pool would otherwise keep all of it, and wait for each other in silence.
+
+    Raises:
+        SessionError: other workers of this process have reserved too many of them.
+    """
+    with _lock:
+        left = _left_in(engine)
+        hold = 2 if left is None or left >= _ENOUGH_TO_HOLD_TWO else int(left >= _ENOUGH_TO_HOLD_ONE)
+        others = _reserved.setdefault(engine.pool, {})
+        if others and not hold:
+            raise SessionError(
+                f"the pool of {engine!r} has {_pool_size(engine):.0f} connections, and {len(others)} running worker(s) "
+                f"of this process need {sum(others.values())} of them: {left:.0f} are left, and another worker needs "
+                f"{_needs(1)}, or better {_needs(2)}. Raise pool_size by as many for each worker, or give it an engine "
+                "of its own; one worker with a higher concurrency needs no more connections."
+            )
+        others[worker_id] = _needs(hold)
+        return hold
+
+
+def _needs(hold: int) -> int:
+    """Return how many connections a worker needs that keeps so many: one for its other statements, one for a step."""
+    return hold + 2
+
+
+def give_back(worker_id: UUID) -> None:
+    """Free the connections that a worker has reserved."""
+    with _lock:
+        for each in list(_reserved.values()):
+            each.pop(worker_id, None)
+
+
+def _left_in(engine: Engine) -> float | None:
+    """Return how many connections of the pool no worker has reserved; None where it has no limit."""
+    size = _pool_size(engine)
+    return None if size is None else size - sum(_reserved.get(engine.pool, {}).values())
+
+
+def time_limit(lease: timedelta) -> float:
+    """Give the seconds after which a transaction of the worker's own is cut off: a lease, and not too few."""
+    return max(_SHORTEST_LIMIT, lease.total_seconds())
+
+
+def heartbeat_limit(lease: timedelta) -> float:
+    """Give the same for a heartbeat: short enough for another one within the lease."""
+    return max(_SHORTEST_LIMIT / 3, lease.total_seconds() / 3)
+
+
+def _pool_size(engine: Engine) -> float | None:
+    size = getattr(engine.pool, "size", None)
+    if size is None:
+        return None
+    overflow = int(getattr(engine.pool, "_max_overflow", 0))
+    return float("inf") if overflow < 0 else size() + overflow
+
+
+def at_least(value: int, least: int, name: str) -> int:
+    """Refuse a number that is too small."""
+    if value < least:
+        raise ValueError(f"{name}={value!r} is too small: at least {least}.")
+    return value
+
+
+def within(value: int, least: int, most: int, name: str) -> int:
+    """Refuse a number that is too small or too large."""
+    if at_least(value, least, name) > most:
+        raise ValueError(f"{name}={value!r} is too large: at most {most:,}.")
+    return value
+
+
+def positive(value: timedelta, name: str) -> timedelta:
+    """Refuse what is not a duration."""
+    require_duration(value, name)
+    if value <= timedelta():
+        raise ValueError(f"{name} must be longer than zero, got {value.total_seconds():g} seconds.")
+    return value

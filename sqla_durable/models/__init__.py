@@ -1,0 +1,36 @@
+"""The database on one page: seven declarative models in a schema of their own, `durable`.
+
+An application refers to them by class, `ForeignKey(Workflow.id)` and `relationship(Workflow)`: the string form does
+not find a class of another metadata. `storage` has what a SQLAlchemy `Table` has no place for. The statements are in
+`store`; how the tables come into a database is in `migrations`.
+"""
+
+from sqla_durable.models import storage
+from sqla_durable.models.tables import (
+    REVISION,
+    SCHEMA,
+    Base,
+    Event,
+    Queue,
+    Signal,
+    Step,
+    StreamItem,
+    Worker,
+    Workflow,
+    metadata,
+)
+
+__all__ = [
+    "REVISION",
+    "SCHEMA",
+    "Base",
+    "Event",
+    "Queue",
+    "Signal",
+    "Step",
+    "StreamItem",
+    "Worker",
+    "Workflow",
+    "metadata",
+    "storage",
+]

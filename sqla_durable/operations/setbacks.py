@@ -1,0 +1,184 @@
+"""What undid the transaction of a step although the step did nothing wrong, and whether it is tried again.
+
+The same error means one thing at a statement of the step's own, where it is the step's error, and another at one of
+the engine's. Decides and computes; nothing here waits.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+import tenacity
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from sqla_durable.definitions.log import Log
+from sqla_durable.definitions.retry import (
+    Tries,
+    backoff,
+    first_line,
+    is_conflict,
+    is_engine_error,
+    is_mixed_up,
+    is_obstacle,
+    is_outage,
+    sqlstate,
+)
+
+LOSSES = 20
+"""How many transactions of one step may be lost in a row after its function was called."""
+
+# disk_full and its class, system_error, io_error, read_only_sql_transaction: no statement can be right meanwhile.
+# Not configuration_limit_exceeded (temp_file_limit) nor undefined_file, which are about what the statement asks for.
+_DISABLED = frozenset({"53000", "53100", "58000", "58030", "25006"})
+# What a statement that waits for a lock meets, or one that the server has no means for.
+_DELAYS = ("53", "55P03", "57014", "58")
+# The memory may be short because of what the step asks for, so that is not waited for without an end.
+_OUT_OF_MEMORY = "53200"
+_INVALID_TRANSACTION = "8s2b"
+"""SQLAlchemy's code: the connection is lost, and what went on with it has caught the error that said so."""
+
+_SHORTEN = "raise it for the role of the worker, or do what takes long in a plain step before this one"
+_REASONS = {
+    "25P03": f"idle_in_transaction_session_timeout is shorter than a pause between two of its statements: {_SHORTEN}",
+    "25P04": f"transaction_timeout is shorter than the step: {_SHORTEN}",
+    "57P05": f"idle_session_timeout is shorter than the time before its first statement: {_SHORTEN}",
+    "57P01": "the step or somebody else ended its server process with pg_terminate_backend(), or stopped the server",
+    "57P02": "the server crashed, perhaps by a statement of the step: see the log of the server",
+    "42501": "the step or an interceptor changed the role of its session, or a privilege was revoked: grant it",
+    _OUT_OF_MEMORY: "the server has too little memory for what the step asks for: let it ask for less at a time",
+}
+_ANY_REASON = (
+    "the step ends its own server process, the server, a proxy or the network ended the connection, or one of "
+    "idle_in_transaction_session_timeout, transaction_timeout and idle_session_timeout is shorter than the step: "
+    f"{_SHORTEN}"
+)
+_AT_COMMIT = (
+    "a before_commit listener takes longer than the five seconds that the server waits between checkpoint and COMMIT: "
+    "do what takes long in the step"
+)
+log = Log("sqla_durable.step")
+
+_loss_backoff = tenacity.wait_random_exponential(multiplier=0.1, max=5)
+
+
+class Phase(Enum):
+    """Where in the transaction of a step an error was raised."""
+
+    BEFORE = auto()
+    """Before a function of the user's was called, if one is at all."""
+    FUNCTION = auto()
+    """In the function or after it. Errors of the engine's own statements are marked there: see `mark_engine_error`."""
+    COMMIT = auto()
+    """At COMMIT, where deferred constraints and triggers of the application are executed too."""
+
+
+class Setback(Enum):
+    """What undid a transaction."""
+
+    CONFLICT = auto()
+    """It lost against another one. A limited number is tried again."""
+    LOSS = auto()
+    """Its function was called, and then its connection was lost. That is recorded and counted."""
+    OBSTACLE = auto()
+    """The database is away, full, or busy. It is tried again until the obstacle is gone."""
+
+    @classmethod
+    def of(cls, error: BaseException, phase: Phase) -> Setback | None:
+        """Return what an error was; None if it is the error of the step itself."""
+        code = _code(error)
+        if is_conflict(error) and not (phase is Phase.BEFORE and is_mixed_up(error)):
+            return cls.CONFLICT
+        if phase is Phase.BEFORE:
+            return cls.OBSTACLE if is_obstacle(error) else None
+        if code in _DISABLED:
+            return cls.OBSTACLE
+        if _is_loss(error, code):
+            return cls.LOSS
+        ours = is_engine_error(error)
+        if phase is Phase.FUNCTION and not ours:
+            return None
+        if code.startswith(_DELAYS):
+            return cls.OBSTACLE
+        # Of the rest, the step may be the reason: it can change its session's role.
+        return cls.LOSS if (ours and is_obstacle(error)) or isinstance(error, OSError) else None
+
+
+class TransactionRetry:
+    """Decides how the transaction of one step, or of one write of the engine's, is tried again.
+
+    Args:
+        conflicts: how many conflicts are tried again.
+        obstacles: how many obstacles are, while the database can be reached.
+        outages: whether a database that cannot be reached is waited for, without an end: the fence stops an attempt
+            that no longer owns its workflow.
+    """
+
+    def __init__(self, *, conflicts: int = 20, obstacles: float = float("inf"), outages: bool = True) -> None:
+        self._conflicts = conflicts
+        self._obstacles = obstacles
+        self._outages = outages
+        self._tries = Tries()
+
+    def wait_before_next(self, setback: Setback, error: BaseException, *, what: str) -> float | None:
+        """Return the seconds to wait, or None when it is not tried again. Warns of obstacles, and more and more seldom.
+
+        Args:
+            setback: what undid the transaction.
+            error: the error that says so.
+            what: whose transaction it is, for the log.
+        """
+        match setback:
+            case Setback.CONFLICT:
+                self._conflicts -= 1
+                again = self._conflicts >= 0
+            case Setback.OBSTACLE if _is_delay(error):
+                self._obstacles -= 1
+                again = self._obstacles >= 0
+            case _:
+                again = self._outages
+        if not again:
+            return None
+        self._tries.begin()
+        seconds = backoff(self._tries)
+        count = self._tries.count
+        if setback is Setback.OBSTACLE and not count & (count - 1):  # the first, second, fourth, eighth ...
+            log.warning("%s: %s; trying again in %.1f s, repeat %d", what, first_line(error), seconds, count)
+        return seconds
+
+
+def wait_after_loss(count: int) -> float:
+    """Return the seconds to wait after so many losses in a row: 5 at most."""
+    tries = Tries()
+    tries.resume(count=count, age=0.0)
+    return float(_loss_backoff(tries.state()))
+
+
+def describe(error: BaseException, phase: Phase) -> str:
+    """Describe an error that undid a transaction in one line: PostgreSQL's code, its text, and the likely reason."""
+    code = _code(error)
+    likely = _AT_COMMIT if (phase, code) == (Phase.COMMIT, "25P03") else _REASONS.get(code, _ANY_REASON)
+    return f"{first_line(error)} [{code or 'no SQLSTATE'}]. The likely reason: {likely}"
+
+
+def sqlstate_of(error: BaseException) -> str | None:
+    """Return PostgreSQL's code of an error, if it is one of the database and has one."""
+    return sqlstate(error) if isinstance(error, DBAPIError) else None
+
+
+def _code(error: BaseException) -> str:
+    return sqlstate_of(error) or ""
+
+
+def _is_delay(error: BaseException) -> bool:
+    """Return whether the database can be reached all the same."""
+    return is_mixed_up(error) or (_code(error).startswith(_DELAYS) and not is_outage(error))
+
+
+def _is_loss(error: BaseException, code: str) -> bool:
+    pool_or_connection = isinstance(error, PoolTimeoutError) or _is_invalid(error) or is_outage(error)
+    return pool_or_connection or code == _OUT_OF_MEMORY
+
+
+def _is_invalid(error: BaseException) -> bool:
+    return isinstance(error, PendingRollbackError) and error.code == _INVALID_TRANSACTION

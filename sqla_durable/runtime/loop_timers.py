@@ -1,0 +1,380 @@
+"""The timers of asyncio that workflow code arms: `asyncio.timeout`, `wait_for`, `call_later`, and the scopes of anyio.
+
+All of them go through `call_at` and `call_later` of the event loop, which see them: both are replaced on the loop while
+workflows are executed there. A timer has an identity in its branch, as an operation has. So its deadline can outlive
+the attempt, and a replay lets fire what fired before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import json
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+from typing_extensions import override
+
+from sqla_durable.errors import UsageError
+from sqla_durable.operations.attempt import Attempt, Position
+from sqla_durable.operations.branch import Branch
+from sqla_durable.operations.cancelled import Cancelled
+from sqla_durable.operations.changes import FIRED
+from sqla_durable.operations.checkpoint import checkpoint_of
+from sqla_durable.operations.undisturbed import ended
+from sqla_durable.runtime.context import workflow_code
+from sqla_durable.store import Checkpoint
+
+TURNS = 20
+"""Turns of the event loop in which no recorded outcome is returned: after that nothing is being replayed."""
+
+_REMEMBERED = 100  # fired timers of an attempt; one operation is cancelled by few
+_users: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
+
+
+class Timer(asyncio.TimerHandle):
+    """A timer of a workflow's own code.
+
+    Attributes:
+        key: its identity in the workflow.
+        due: when it fires, on the clock of the event loop; its `when` is the time that the code has asked for.
+        is_due: whether that time has come.
+    """
+
+    def __init__(self, timers: Timers, key: str, branch: Branch, when: float, due: float, given: _Given) -> None:
+        super().__init__(when, given.callback, given.args, timers.loop, given.context)
+        self.key, self.branch, self.due, self.is_due = key, branch, due, False
+        self._timers = timers
+        self._inner = timers.loop.call_at(due, timers.expire, self, context=contextvars.Context())
+
+    @override
+    def cancel(self) -> None:
+        """Disarm it."""
+        self.disarm()
+        asyncio.Handle.cancel(self)  # TimerHandle would count it among those that the loop itself has
+
+    def disarm(self) -> None:
+        """Let it not fire by itself."""
+        self._inner.cancel()
+        self._timers.forget(self)
+
+    def fire(self) -> None:
+        """Call its callback now."""
+        self.disarm()
+        self._run()
+
+
+class _Given:
+    """What a timer is to call."""
+
+    def __init__(
+        self, callback: Callable[..., object], args: tuple[Any, ...], context: contextvars.Context | None
+    ) -> None:
+        self.callback, self.args, self.context = callback, args, context
+
+
+class Timers:
+    """The timers of one attempt.
+
+    On a replay a timer does not fire while recorded outcomes are still being returned, nor while a call that was
+    cancelled waits for its cancel, unless it is the one that cancelled it.
+    """
+
+    def __init__(self, attempt: Attempt, note: Callable[[Checkpoint], None]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._attempt = attempt
+        self._note = note
+        self._firings = attempt.fired_timers
+        self._unfired = dict.fromkeys(self._firings)  # recorded, and not fired yet in this attempt
+        self._until_fired: list[asyncio.Future[None]] = []
+        self._armed: dict[str, Timer] = {}
+        self._counts: Counter[str] = Counter()
+        self._deadlines: Mapping[str, float] = {}
+        self._ahead: dict[Branch, float] = {}
+        self._fired: deque[str] = deque(maxlen=_REMEMBERED)
+        self._fired_count = 0
+        self._firing: Branch | None = None
+        self._deciding = 0
+        self._waiting: list[Cancelled] = []
+        self._replayed = self._seen = self._quiet = 0
+        self.is_looking = False
+        attempt.timers = self
+
+    @property
+    def ahead(self) -> float:
+        """By how many seconds the code that is executed here is ahead of the clock: a timer was let fire early."""
+        return self._ahead.get(self._branch, 0.0)
+
+    @property
+    def _branch(self) -> Branch:
+        branches = self._attempt.branches
+        return branches.here() or self._firing or branches.root
+
+    def arm(self, when: float, given: _Given) -> Timer:
+        """Arm a timer; `when` is on the clock of the code that is executed here."""
+        branch = self._branch
+        self._counts[branch.path] += 1
+        key = f"{branch.path}#{self._counts[branch.path]}"
+        timer = Timer(self, key, branch, when, self._deadlines.get(key, when - self.ahead), given)
+        self._armed[key] = timer
+        if timer.due <= self._now():
+            self.expire(timer)
+        elif self._waiting:
+            self._look()
+        return timer
+
+    def forget(self, timer: Timer) -> None:
+        """Forget a timer that has fired, or is not to fire any more."""
+        self._armed.pop(timer.key, None)
+
+    def remember(self, seconds: Mapping[str, float]) -> None:
+        """Let timers fire in so many seconds, by key, whenever the code arms them."""
+        now = self._now()
+        self._deadlines = {key: now + each for key, each in seconds.items()}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """In how many seconds timers are due, by key."""
+        now = self._now()
+        return {key: each.due - now for key, each in self._armed.items()}
+
+    @property
+    def mark(self) -> int:
+        """How many timers have fired."""
+        return self._fired_count
+
+    def fired_since(self, mark: int) -> tuple[str, ...]:
+        """Return which timers have fired since then."""
+        fired = list(self._fired)
+        return tuple(fired[max(0, len(fired) - (self._fired_count - mark)) :])
+
+    def expire(self, timer: Timer) -> None:
+        """Let a timer fire as soon as it may."""
+        timer.is_due = True
+        self._look()
+
+    async def settled(self) -> None:
+        """Return when everything that is due has fired, as far as it may."""
+        while self.is_looking:  # noqa: ASYNC110 (turns of the loop are counted, no time)
+            await asyncio.sleep(0)
+
+    def unfired_before(self, call: str) -> Generator[tuple[str, Cancelled]]:
+        """Iterate over the timers that are still to fire and did so, in an earlier attempt, while a call was open."""
+        for key in list(self._unfired):
+            order, calls = self._firings[key]
+            if call in calls and key in self._unfired:
+                yield key, Cancelled(order, (key,))
+
+    async def fired(self, key: str, *, within: float) -> bool:
+        """Wait until a timer has fired, for so many seconds at most; return whether it has."""
+        if key in self._unfired:
+            waiter = self.loop.create_future()
+            self._until_fired.append(waiter)
+            await asyncio.wait([waiter], timeout=within)
+        return key not in self._unfired
+
+    async def caught_up(self) -> None:
+        """Return when what a timer has led to is replayed, too."""
+        seen, turns = self._replayed, 0
+        while turns < TURNS:
+            await asyncio.sleep(0)
+            seen, turns = (seen, turns + 1) if seen == self._replayed else (self._replayed, 0)
+
+    def give_up(self, key: str) -> None:
+        """Wait no longer for a timer that today's code does not arm."""
+        self._unfired.pop(key, None)
+
+    def replayed(self) -> None:
+        """Note that a recorded outcome is returned."""
+        self._replayed += 1
+
+    @contextmanager
+    def deciding(self) -> Generator[None]:
+        """Let no timer fire meanwhile."""
+        self._deciding += 1
+        try:
+            yield
+        finally:
+            self._deciding -= 1
+            self._look()
+
+    @contextmanager
+    def cancelling(self, cancelled: Cancelled) -> Generator[None]:
+        """Let no timers fire but those that fired while a call was open: it is to see the same again."""
+        self._waiting.append(cancelled)
+        self._look()
+        try:
+            yield
+        finally:
+            self._waiting.remove(cancelled)
+            self.replayed()
+            self._look()
+
+    def let_fire_next(self) -> None:
+        """Let the timer fire that has been due for longest, although it may be another one than the first time."""
+        due = self._due()
+        if due and not self._deciding:
+            self.loop.call_soon(self._fire, due[0], context=contextvars.Context())
+
+    def abandon(self) -> None:
+        """Disarm all."""
+        for each in list(self._armed.values()):
+            each.cancel()
+
+    def _now(self) -> float:
+        return contextvars.Context().run(self.loop.time)  # as it is for everybody else
+
+    def _look(self) -> None:
+        if not self.is_looking and self._to_fire():
+            self.is_looking, self._quiet = True, 0
+            self.loop.call_soon(self._turn, context=contextvars.Context())
+
+    def _turn(self) -> None:
+        """Wait until nothing is being replayed; then let fire what may."""
+        if self._seen != self._replayed:
+            self._seen, self._quiet = self._replayed, 0
+        self._quiet += 1
+        if self._attempt.is_replaying and self._quiet < TURNS:
+            self.loop.call_soon(self._turn)
+            return
+        self.is_looking = False
+        for each in self._to_fire():
+            self._fire(each)
+
+    def _to_fire(self) -> list[Timer]:
+        if self._deciding:
+            return []
+        if not self._waiting:
+            return self._due()
+        first = min(self._waiting, key=lambda each: each.order)  # what was cancelled first, has had its consequences
+        return [each for key, each in self._armed.items() if key in first.fired]
+
+    def _due(self) -> list[Timer]:
+        return sorted((each for each in self._armed.values() if each.is_due), key=lambda each: each.due)
+
+    def _fire(self, timer: Timer) -> None:
+        if timer.key not in self._armed:  # one that fired just before has disarmed it
+            return
+        early = timer.when() - self._now()
+        if early > self._ahead.get(timer.branch, 0.0):
+            self._ahead[timer.branch] = early
+        self._fired.append(timer.key)
+        self._fired_count += 1
+        self._record(timer.key)
+        self._firing = timer.branch
+        try:
+            timer.fire()
+        finally:
+            self._firing = None
+            waiting, self._until_fired = self._until_fired, []
+            for each in waiting:
+                if not each.done():
+                    each.set_result(None)
+
+    def _record(self, key: str) -> None:
+        """Record which operations are open when a timer fires: on a replay they are over after it, as they are now."""
+        attempt = self._attempt
+        self._unfired.pop(key, None)
+        if key in self._firings or attempt.stopped or not (calls := attempt.open_calls):
+            return
+        self._firings[key] = order, _ = attempt.visits.count, calls
+        firing = {"timer": key, "number": len(self._firings), "order": order, "open": calls}
+        position = Position(f"{FIRED}:{key}", FIRED, max(1, order))
+        self._note(checkpoint_of(attempt, position, output=json.dumps(firing)))
+
+
+async def carried_through(attempt: Attempt, call: Awaitable[Any]) -> None:
+    """Await a call of an operation, whatever the workflow's code cancels meanwhile: timers fire when it is over.
+
+    It may follow on a cancel itself, as what a saga undoes; and a scope of anyio cancels again and again.
+    """
+    task = asyncio.ensure_future(call)
+    with cast("Timers", attempt.timers).deciding():
+        await ended(task, on_cancel=lambda: attempt.stopped and task.cancel())
+    task.result()
+
+
+@contextmanager
+def watching() -> Generator[None]:
+    """See the timers of workflow code on the running event loop.
+
+    Raises:
+        UsageError: the loop cannot be watched.
+    """
+    loop = asyncio.get_running_loop()
+    if not _users.get(loop):
+        _install(loop)
+    _users[loop] = _users.get(loop, 0) + 1
+    try:
+        yield
+    finally:
+        _users[loop] -= 1
+        if not _users[loop]:
+            _uninstall(loop)
+
+
+class _Watch:
+    """The methods of an event loop that see the timers of workflow code, and those that they replace."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.replaced = {name: each for name, each in vars(loop).items() if name in _REPLACED}
+        self._call_at, self._call_later, self._time = loop.call_at, loop.call_later, loop.time
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        timers = _timers_in(context)
+        if timers is None:
+            return self._call_at(when, callback, *args, context=context)
+        return timers.arm(when, _Given(callback, args, context))
+
+    def call_later(
+        self,
+        delay: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        timers = _timers_in(context)
+        if timers is None:
+            return self._call_later(delay, callback, *args, context=context)
+        return timers.arm(self.time() + delay, _Given(callback, args, context))
+
+    def time(self) -> float:
+        timers = _timers_in(None)
+        return self._time() + (0.0 if timers is None else timers.ahead)
+
+
+_REPLACED = ("call_at", "call_later", "time")
+
+
+def _install(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        watch = _Watch(loop)
+        for name in _REPLACED:
+            setattr(loop, name, getattr(watch, name))
+    except (AttributeError, TypeError) as error:
+        raise UsageError(
+            f"the event loop {loop!r} does not let its timers be seen, and a timeout of asyncio in a workflow would be "
+            "lost while that waits: use asyncio's own event loop, or uvloop."
+        ) from error
+
+
+def _uninstall(loop: asyncio.AbstractEventLoop) -> None:
+    for name in _REPLACED:
+        watch = getattr(vars(loop).get(name), "__self__", None)
+        if isinstance(watch, _Watch):  # a foreign one that is wrapped around ours stays
+            delattr(loop, name)
+            vars(loop).update({name: watch.replaced[name]} if name in watch.replaced else {})
+
+
+def _timers_in(given: contextvars.Context | None) -> Timers | None:
+    context = workflow_code(given)
+    return None if context is None else cast("Timers | None", context.attempt.timers)

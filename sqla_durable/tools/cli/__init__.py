@@ -1,0 +1,26 @@
+"""The command line: `sqla-durable`, or `python -m sqla_durable`; of the extra `cli`.
+
+`application` is the whole of it and turns errors into messages · one module for each verb, such as `worker` ·
+`target` imports what `module:attribute` names · `database` makes sessionmakers of a URL · `errors` its own errors.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line of this process and exit.
+
+    Raises:
+        SystemExit: always, with the exit code; 2 where typer is not installed.
+    """
+    if find_spec("typer") is None:
+        print("sqla-durable: the command line is an extra: pip install 'sqla-durable[cli]'.", file=sys.stderr)
+        raise SystemExit(2)
+    from sqla_durable.tools.cli.application import main as run
+
+    run()

@@ -1,0 +1,515 @@
+"""Hints to workers: after the caller's commit, on another connection, and whatever becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import subprocess
+import sys
+import textwrap
+import threading
+import weakref
+from collections.abc import Callable, Generator
+from datetime import timedelta
+from itertools import combinations_with_replacement
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import (
+    AsyncAdaptedQueuePool,
+    Connection,
+    Engine,
+    NullPool,
+    Pool,
+    QueuePool,
+    StaticPool,
+    create_engine,
+    event,
+    func,
+    make_url,
+    select,
+    update,
+)
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+
+from sqla_durable import Durable, Executor, Workflow, cancel, resume, start_many
+from sqla_durable.api import hints
+from sqla_durable.api.hints import EVERYWHERE, announce
+from sqla_durable.models import Base
+from tests.support.databases import translated
+from tests.support.notifications import PATIENCE, Ear
+
+durable = Durable()
+Make = Callable[..., Engine]
+DRIVERS = pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+LATER = timedelta(days=1)
+
+
+@durable.workflow
+def plain() -> None: ...
+
+
+@durable.workflow(queue="mail")
+def mail() -> None: ...
+
+
+@pytest.fixture
+def make(direct_url: str) -> Generator[Make]:
+    made: list[Engine] = []
+
+    def make(**options: Any) -> Engine:
+        made.append(create_engine(direct_url, **options))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.dispose()
+
+
+@pytest.fixture
+def own(make: Make, durable_schema: str) -> Engine:
+    return translated(make(), durable_schema)
+
+
+def asynchronous(direct_url: str, driver: str, **options: Any) -> AsyncEngine:
+    return create_async_engine(make_url(direct_url).set(drivername=f"postgresql+{driver}"), **options)
+
+
+def _teller(come: asyncio.Event) -> Callable[..., None]:
+    def tell(*_args: object, **_options: object) -> None:
+        come.set()
+
+    return tell
+
+
+def commit_hint(engine: Engine, queue: str) -> None:
+    with Session(engine) as session:
+        announce(session, queue)
+        session.commit()
+
+
+def join_senders() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "durable-hints":
+            thread.join(PATIENCE)
+
+
+class Statements:
+    """What is executed on an engine, by the connection that it is executed on."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.seen: list[tuple[Connection, str]] = []
+        event.listen(engine, "before_cursor_execute", self._note)
+
+    @property
+    def notifying(self) -> list[Connection]:
+        return [connection for connection, statement in self.seen if "pg_notify" in statement]
+
+    def _note(self, connection: Connection, _cursor: object, statement: str, *_: object) -> None:
+        self.seen.append((connection, statement))
+
+
+class Connections:
+    """The driver's connections that an engine has opened and not closed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.opened: list[object] = []
+        event.listen(engine, "connect", self._note)
+        for end in ("close", "close_detached"):
+            event.listen(engine, end, self._forget)
+
+    def _note(self, connection: object, _record: object) -> None:
+        self.opened.append(connection)
+
+    def _forget(self, connection: object, *_: object) -> None:
+        self.opened.remove(connection)
+
+
+@pytest.mark.parametrize("durable_schema", ["durable", "tenant_7"], indirect=True)
+def test_hint_comes_after_the_commit_and_not_before(own: Engine, ear: Ear) -> None:
+    with Session(own) as session:
+        mail.start(session)
+        session.flush()
+        commit_hint(own, "meanwhile")
+        assert ear.hears() == ["meanwhile"]
+        session.commit()
+        assert ear.hears() == ["q:mail"]
+
+
+@pytest.mark.parametrize("durable_schema", ["durable", "tenant_7"], indirect=True)
+@DRIVERS
+async def test_hint_comes_after_the_commit_of_an_async_session(
+    direct_url: str, ear: Ear, driver: str, durable_schema: str
+) -> None:
+    engine = asynchronous(direct_url, driver)
+    bind = AsyncEngine(translated(engine.sync_engine, durable_schema))
+    async with AsyncSession(bind) as session, AsyncSession(bind) as other:
+        await mail.start(session)
+        await plain.start(other)
+        await other.commit()
+        assert await asyncio.to_thread(ear.hears) == ["q:default"]
+        await session.commit()
+        assert await asyncio.to_thread(ear.hears) == ["q:mail"]
+    await engine.dispose()
+
+
+def test_rolled_back_start_gives_no_hint(own: Engine, ear: Ear) -> None:
+    with Session(own) as session:
+        mail.start(session)
+        session.rollback()
+        plain.start(session)
+        session.commit()
+    assert ear.hears() == ["q:default"]
+
+
+def test_session_that_is_closed_or_resets_gives_no_hint(own: Engine, ear: Ear) -> None:
+    session = Session(own)
+    for end in (session.close, session.reset, session.invalidate):
+        mail.start(session)
+        end()
+        session.commit()
+    commit_hint(own, "last")
+    assert ear.hears() == ["last"]
+
+
+def test_released_savepoint_gives_no_hint_before_the_commit(own: Engine, ear: Ear) -> None:
+    with Session(own) as session:
+        with session.begin_nested():
+            mail.start(session)
+        commit_hint(own, "meanwhile")
+        assert ear.hears() == ["meanwhile"]
+        session.commit()
+    assert ear.hears() == ["q:mail"]
+
+
+def test_session_gives_hints_transaction_by_transaction(own: Engine, ear: Ear) -> None:
+    with Session(own) as session:
+        for workflow, queue in ((mail, "q:mail"), (plain, "q:default"), (mail, "q:mail")):
+            workflow.start(session)
+            session.commit()
+            assert ear.hears() == [queue]
+        session.commit()
+    commit_hint(own, "last")
+    assert ear.hears() == ["last"]
+
+
+def test_session_bound_to_a_connection_gives_hints(own: Engine, ear: Ear) -> None:
+    with own.connect() as connection, Session(connection, join_transaction_mode="create_savepoint") as session:
+        mail.start(session)
+        session.commit()
+        assert ear.hears() == ["q:mail"]
+
+
+def test_session_of_several_engines_gives_hints_where_our_tables_are(own: Engine, ear: Ear) -> None:
+    elsewhere = create_engine("sqlite://")
+    with Session(elsewhere, binds={Base: own}) as session:
+        mail.start(session)
+        session.commit()
+    elsewhere.dispose()
+    assert ear.hears() == ["q:mail"]
+
+
+def test_start_with_a_delay_tells_of_a_timer(own: Engine, ear: Ear) -> None:
+    with Session(own) as session:
+        mail.options(delay=LATER).start(session)
+        session.commit()
+    assert ear.hears() == [EVERYWHERE]
+
+
+def test_bulk_start_tells_of_each_queue_once(own: Engine, ear: Ear) -> None:
+    with Session(own) as session:
+        start_many(session, [mail.bind(), plain.bind(), mail.bind(), mail.options(delay=LATER).bind()])
+        session.commit()
+    assert sorted(ear.hears(3)) == [EVERYWHERE, "q:default", "q:mail"]
+    commit_hint(own, "last")
+    assert ear.hears() == ["last"]
+
+
+def test_resumed_workflow_may_be_on_any_queue(own: Engine, ear: Ear) -> None:
+    with Session(own) as session:
+        record = mail.start(session)
+        session.commit()
+        assert ear.hears() == ["q:mail"]
+        cancel(session, record)
+        session.commit()
+        resume(session, record)
+        session.commit()
+        assert ear.hears() == [EVERYWHERE]
+        assert resume(session, record) == []
+        session.commit()
+    commit_hint(own, "last")
+    assert ear.hears() == ["last"]
+
+
+def test_cancel_tells_each_worker_once_that_executes_something_of_it(own: Engine, ear: Ear) -> None:
+    worker_id = uuid4()
+    with Session(own) as session:
+        ids = start_many(session, [mail.bind() for _ in range(5)])
+        running = {"status": "running", "token": uuid4(), "worker_id": worker_id, "started_at": func.now()}
+        session.execute(update(Workflow).where(Workflow.id.in_(ids[:3])).values(running))
+        session.commit()
+        assert ear.hears() == ["q:mail"]
+        assert cancel(session, ids[3]) == [ids[3]]
+        assert len(cancel(session, select(Workflow))) == 4
+        session.commit()
+        assert ear.hears() == [f"w:{worker_id}"]
+        cancel(session, select(Workflow))
+        session.commit()
+    commit_hint(own, "last")
+    assert ear.hears() == ["last"]
+
+
+def test_executor_needs_no_worker_and_gives_no_hint(own: Engine, ear: Ear) -> None:
+    with Session(own) as session:
+        Executor(session).run(mail)
+    commit_hint(own, "last")
+    assert ear.hears() == ["last"]
+
+
+def test_caller_executes_nothing_for_a_hint(make: Make, ear: Ear) -> None:
+    engine = make()
+    statements = Statements(engine)
+    with Session(engine) as session:
+        mail.start(session)
+        own = session.connection()
+        session.commit()
+        assert ear.hears() == ["q:mail"]
+    assert len(statements.notifying) == 1
+    assert own not in statements.notifying
+
+
+def test_hints_that_gather_are_sent_together_and_a_pool_of_one_connection_is_enough(make: Make, ear: Ear) -> None:
+    engine = make(pool_size=1, max_overflow=0)
+    statements = Statements(engine)
+    queues = [f"queue {number}" for number in range(20)]
+    with engine.connect() as connection:
+        for queue in queues:
+            with Session(connection) as session:
+                announce(session, queue)
+                session.commit()
+    assert sorted(ear.hears(20)) == sorted(queues)
+    assert len(statements.notifying) <= 2  # the first may have gone ahead
+
+
+@DRIVERS
+async def test_async_hints_that_gather_are_sent_together(direct_url: str, ear: Ear, driver: str) -> None:
+    engine = create_async_engine(
+        make_url(direct_url).set(drivername=f"postgresql+{driver}"), pool_size=1, max_overflow=0
+    )
+    statements = Statements(engine.sync_engine)
+    queues = [f"queue {number}" for number in range(20)]
+    async with engine.connect() as connection:
+        for queue in queues:
+            async with AsyncSession(connection) as session:
+                await session.run_sync(announce, queue)
+                await session.commit()
+    assert sorted(await asyncio.to_thread(ear.hears, 20)) == sorted(queues)
+    assert len(statements.notifying) <= 2
+    await engine.dispose()
+
+
+def test_hint_that_cannot_be_sent_is_logged_and_forgotten(
+    make: Make, ear: Ear, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make(pool_size=1, max_overflow=0, pool_timeout=0.01)
+    caplog.set_level(logging.DEBUG, "sqla_durable")
+    with engine.connect() as connection:
+        with Session(connection) as session:
+            announce(session, "lost")
+            session.commit()
+        join_senders()
+    assert [(each.levelno, each.message[:23]) for each in caplog.records] == [
+        (logging.DEBUG, "a hint was not sent, wo")
+    ]
+    commit_hint(engine, "next")
+    assert ear.hears() == ["next"]
+
+
+def test_pool_that_shares_its_connection_gives_no_hints(make: Make, own: Engine, ear: Ear) -> None:
+    engine = make(poolclass=StaticPool)
+    statements = Statements(engine)
+    with Session(engine) as session:
+        mail.start(session)
+        session.commit()
+    commit_hint(own, "last")
+    assert ear.hears() == ["last"]
+    assert statements.notifying == []
+
+
+@pytest.mark.parametrize("moment", ["checkout", "before_cursor_execute", "checkin"])
+def test_engine_that_is_disposed_of_while_a_hint_is_sent_leaves_no_connection(
+    make: Make, ear: Ear, moment: str
+) -> None:
+    engine = make()
+    there, disposed = threading.Event(), threading.Event()
+    connections = Connections(engine)
+
+    @event.listens_for(engine, moment)
+    def wait(*_: object) -> None:
+        if threading.current_thread().name == "durable-hints":
+            there.set()
+            assert disposed.wait(PATIENCE)
+
+    commit_hint(engine, "q:mail")
+    assert there.wait(PATIENCE)
+    engine.dispose()
+    disposed.set()
+    assert ear.hears() == ["q:mail"]
+    join_senders()
+    assert connections.opened == []
+
+
+def test_engine_that_is_disposed_of_before_a_hint_is_sent_leaves_no_connection(make: Make, ear: Ear) -> None:
+    engine = make()
+    disposed = threading.Event()
+    connections = Connections(engine)
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def wait(_connection: object, _cursor: object, statement: str, parameters: Any, *_: object) -> None:
+        if "pg_notify" in statement and "first" in str(parameters):
+            assert disposed.wait(PATIENCE)
+
+    commit_hint(engine, "first")
+    commit_hint(engine, "second")  # gathers while the first is held up
+    engine.dispose()
+    disposed.set()
+    assert sorted(ear.hears(2)) == ["first", "second"]
+    join_senders()
+    assert connections.opened == []
+
+
+def test_connection_that_goes_back_between_the_emptying_of_a_pool_and_its_end_is_closed(make: Make, ear: Ear) -> None:
+    emptied = threading.Event()
+
+    class Slow(QueuePool):
+        def dispose(self) -> None:
+            super().dispose()
+            if threading.current_thread() is threading.main_thread() and not emptied.is_set():
+                emptied.set()
+                sender = hints._senders[self]  # pyright: ignore[reportPrivateUsage]
+                assert isinstance(sender, hints._ThreadSender)  # pyright: ignore[reportPrivateUsage]
+                sender.settle(PATIENCE)
+
+    engine = make(poolclass=Slow)
+    connections = Connections(engine)
+
+    @event.listens_for(engine, "checkin")
+    def wait(*_: object) -> None:
+        if threading.current_thread().name == "durable-hints":
+            assert emptied.wait(PATIENCE)
+
+    commit_hint(engine, "mail")
+    assert ear.hears() == ["mail"]
+    engine.dispose()
+    join_senders()
+    assert connections.opened == []
+
+
+MOMENTS = {
+    AsyncAdaptedQueuePool: ["commit", "checkout", "before_cursor_execute"],
+    NullPool: ["commit", "do_connect", "connect", "checkout", "before_cursor_execute"],
+}
+
+
+@DRIVERS
+@pytest.mark.parametrize(
+    ("pool", "first", "last"),
+    [(pool, *pair) for pool, each in MOMENTS.items() for pair in combinations_with_replacement(each, 2)],
+)
+def test_loop_that_ends_while_a_hint_is_sent_leaves_nothing_behind(
+    direct_url: str, driver: str, pool: type[Pool], first: str, last: str
+) -> None:
+    """The engine is disposed of right after the commit, or at a moment of what follows; the loop ends then or later."""
+
+    async def start() -> None:
+        engine = asynchronous(direct_url, driver, poolclass=pool)
+        come = {moment: asyncio.Event() for moment in (first, last)}
+        async with AsyncSession(engine) as session:
+            await mail.start(session)
+            for moment in come.keys() - {"commit"}:
+                event.listen(engine.sync_engine, moment, _teller(come[moment]))
+            await session.commit()
+        for moment in (first, last):
+            if moment != "commit":
+                await come[moment].wait()
+            await engine.dispose()
+
+    for _ in range(2):
+        asyncio.run(start())
+    gc.collect()  # what was left open warns, and a warning is an error
+
+
+@DRIVERS
+def test_each_event_loop_sends_its_own(direct_url: str, ear: Ear, driver: str) -> None:
+    engine = asynchronous(direct_url, driver)
+
+    async def start() -> None:
+        async with AsyncSession(engine) as session:
+            await mail.start(session)
+            await session.commit()
+        assert await asyncio.to_thread(ear.hears) == ["q:mail"]
+        await engine.dispose()
+
+    asyncio.run(start())
+    asyncio.run(start())
+
+
+def test_sender_keeps_no_engine(direct_url: str, ear: Ear) -> None:
+    engine = create_engine(direct_url)
+    commit_hint(engine, "q:mail")
+    assert ear.hears() == ["q:mail"]
+    join_senders()
+    engine.dispose()
+    kept = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert kept() is None
+
+
+def test_script_that_starts_a_workflow_and_ends_gives_its_hint(direct_url: str, ear: Ear) -> None:
+    _execute(
+        f"""
+        engine = create_engine({direct_url!r})
+        with Session(engine) as session:
+            announce(session, "from the script")
+            session.commit()
+        """
+    )
+    assert ear.hears() == ["from the script"]
+
+
+def test_forked_process_gives_its_own_hints(direct_url: str, ear: Ear) -> None:
+    _execute(
+        f"""
+        engine = create_engine({direct_url!r})
+
+        def commit(queue):
+            with Session(engine) as session:
+                announce(session, queue)
+                session.commit()
+
+        commit("parent")
+        child = os.fork()
+        if child == 0:
+            engine.dispose(close=False)
+            commit("child")
+        else:
+            assert os.waitpid(child, 0)[1] == 0
+        """
+    )
+    assert sorted(ear.hears(2)) == ["child", "parent"]
+
+
+def _execute(code: str) -> None:
+    header = """
+        import os
+        from sqlalchemy import create_engine
+        from sqlalchemy.orm import Session
+        from sqla_durable.api.hints import announce
+    """
+    script = textwrap.dedent(header) + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

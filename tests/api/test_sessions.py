@@ -1,0 +1,582 @@
+"""Sessions as applications make them: what callers and executors take, and what they refuse."""
+# The sessions here are of classes of the application, which the types of sessionmakers do not let through.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import pytest
+from sqlalchemy import Delete, Engine, Insert, Update, create_engine, event, func, make_url, select, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Mapper, Session, scoped_session, sessionmaker
+
+from sqla_durable import (
+    AsyncExecutor,
+    Durable,
+    Executor,
+    Worker,
+    Workflow,
+    cancel,
+    complete_callback,
+    delete,
+    fail_callback,
+    fork,
+    get_event,
+    heartbeat_callback,
+    models,
+    read_stream,
+    resume,
+    retry,
+    running_steps,
+    signal,
+    start_many,
+    start_with_signal,
+    start_with_update,
+    update,
+)
+from sqla_durable.definitions.retry import sqlstate
+from sqla_durable.errors import DatabaseUnavailableError, EventNotSetError, KeyNotVisibleError, SessionError
+from sqla_durable.tools.cli.database import connect
+from tests.acceptance.shells import PATIENCE, POLL
+from tests.store import races
+from tests.support.domain import Entry
+
+durable = Durable()
+
+
+@durable.step
+def book(session: Session, cents: int) -> int:
+    session.add(Entry(account="book", cents=cents, note=None))
+    return cents
+
+
+@durable.workflow
+def pay(cents: int) -> int:
+    return book(cents)
+
+
+@durable.step
+async def abook(session: AsyncSession, cents: int) -> int:
+    session.add(Entry(account="book", cents=cents, note=None))
+    return cents
+
+
+@durable.workflow
+async def apay(cents: int) -> int:
+    return await abook(cents)
+
+
+without_async = Durable()
+
+
+@without_async.workflow
+def greet(number: int) -> int:
+    return number
+
+
+# AUTOCOMMIT
+
+TOKEN = f"{UUID(int=7).hex}.{'0' * 48}"
+
+WRITES: dict[str, Callable[[Any, UUID], Any]] = {
+    "start": lambda session, _: pay.start(session, 1),
+    "start with a key": lambda session, _: pay.options(key="k").start(session, 1),
+    "start_many": lambda session, _: start_many(session, [pay.bind(1)]),
+    "signal": lambda session, there: signal(session, there, "go"),
+    "start_with_signal": lambda session, _: start_with_signal(session, pay.options(key="k").bind(1), "go"),
+    "update": lambda session, there: update(session, there, "change"),
+    "start_with_update": lambda session, _: start_with_update(
+        session, pay.options(key="k").bind(1), "change", reply=int
+    ),
+    "complete_callback": lambda session, _: complete_callback(session, TOKEN),
+    "fail_callback": lambda session, _: fail_callback(session, TOKEN, "no"),
+    "heartbeat_callback": lambda session, _: heartbeat_callback(session, TOKEN),
+}
+
+
+def there(engine: Engine) -> UUID:
+    """Start a workflow, and let the engine know the schema."""
+    with Session(engine) as session:
+        workflow_id = pay.start(session, 7).id
+        session.commit()
+    return workflow_id
+
+
+def nothing_was_written(engine: Engine) -> bool:
+    with Session(engine) as session:
+        counts = [session.scalar(select(func.count()).select_from(each)) for each in (Workflow, models.Signal, Entry)]
+    return counts == [1, 0, 0]
+
+
+@pytest.fixture(params=["engine", "options", "transaction"])
+def careless(request: pytest.FixtureRequest, engine: Engine) -> Generator[Session]:
+    """A session in AUTOCOMMIT, in one of the ways to get there."""
+    way: Literal["engine", "options", "transaction"] = request.param
+    other = create_engine(engine.url, isolation_level="AUTOCOMMIT")
+    options = engine.execution_options(isolation_level="AUTOCOMMIT")
+    with Session({"engine": other, "options": options, "transaction": engine}[way]) as session:
+        if way == "transaction":
+            session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        yield session
+    other.dispose()
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_session_in_autocommit_is_refused_before_anything_is_written(
+    engine: Engine, careless: Session, write: str
+) -> None:
+    workflow_id = there(engine)
+    pay.handle(careless, workflow_id)  # which only reads
+    with pytest.raises(SessionError, match="is in AUTOCOMMIT"):
+        WRITES[write](careless, workflow_id)
+    careless.rollback()
+    assert nothing_was_written(engine)
+
+
+def test_what_only_reads_takes_a_session_in_autocommit(engine: Engine, careless: Session) -> None:
+    assert running_steps(careless, there(engine)) == []
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("joined", [False, True])
+def test_an_executor_refuses_a_session_in_autocommit(
+    engine: Engine, careless: Session, joined: bool, existing: bool
+) -> None:
+    workflow_id = there(engine)
+    executor = Executor.joined(careless) if joined else Executor(careless)
+    with pytest.raises(SessionError, match="is in AUTOCOMMIT"):
+        executor.execute(pay, workflow_id) if existing else executor.run(pay, 1)
+    assert nothing_was_written(engine)
+
+
+@pytest.fixture
+async def async_careless(engine: Engine, async_driver: str) -> AsyncGenerator[AsyncSession]:
+    url = make_url(engine.url).set(drivername=f"postgresql+{async_driver}")
+    other: AsyncEngine = create_async_engine(url, isolation_level="AUTOCOMMIT")
+    async with AsyncSession(other) as session:
+        yield session
+    await other.dispose()
+
+
+@pytest.mark.parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)
+async def test_an_async_session_in_autocommit_is_refused(engine: Engine, async_careless: AsyncSession) -> None:
+    workflow_id = there(engine)
+    for write in WRITES.values():
+        with pytest.raises(SessionError, match="is in AUTOCOMMIT"):
+            await write(async_careless, workflow_id)
+    for executor in (AsyncExecutor(async_careless), AsyncExecutor.joined(async_careless)):
+        with pytest.raises(SessionError, match="is in AUTOCOMMIT"):
+            await executor.run(apay, 1)
+    assert await running_steps(async_careless, workflow_id) == []
+    assert nothing_was_written(engine)
+
+
+# Hooks
+
+
+class HookError(Exception):
+    """Raised by the application's hook."""
+
+
+@pytest.fixture
+def after_commit() -> Generator[list[bool]]:
+    """Let a listener of the application's raise after each commit; note whether it was called."""
+    called: list[bool] = []
+
+    def raise_(_session: Session) -> None:
+        called.append(True)
+        raise HookError("the mail server is away")
+
+    event.listen(Hooking, "after_commit", raise_)
+    yield called
+    event.remove(Hooking, "after_commit", raise_)
+
+
+class Hooking(Session):
+    """The session class of an application with hooks."""
+
+
+def outcome_of(engine: Engine) -> tuple[str, int, list[int]]:
+    with Session(engine) as session:
+        record = session.scalars(select(Workflow)).one()
+        return record.status.value, record.attempt, list(session.scalars(select(Entry.cents)))
+
+
+DONE = ("succeeded", 1, [5])
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_hook_that_raises_after_the_commit_undoes_nothing(
+    engine: Engine, after_commit: list[bool], joined: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Hooking(engine) as session:
+        executor = Executor.joined(session) if joined else Executor(session)
+        assert executor.run(pay.options(key="k"), 5) == 5
+        assert executor.run(pay.options(key="k"), 5) == 5
+        assert after_commit
+        assert "a listener of after_commit has raised HookError('the mail server is away')" in caplog.text
+        if joined:
+            with pytest.raises(HookError):  # the caller's own commit is the caller's
+                session.commit()
+            session.close()
+    assert outcome_of(engine) == DONE
+
+
+@pytest.mark.parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)
+@pytest.mark.parametrize("joined", [False, True])
+async def test_an_async_hook_that_raises_after_the_commit_undoes_nothing(
+    engine: Engine, async_engine: AsyncEngine, after_commit: list[bool], joined: bool
+) -> None:
+    async with AsyncSession(async_engine, sync_session_class=Hooking) as session:
+        executor = AsyncExecutor.joined(session) if joined else AsyncExecutor(session)
+        assert await executor.run(apay.options(key="k"), 5) == 5
+        assert after_commit
+        if joined:
+            with pytest.raises(HookError):
+                await session.commit()
+            await session.close()
+    assert outcome_of(engine) == DONE
+
+
+def test_a_hook_that_ends_the_process_leaves_a_session_that_can_be_used(engine: Engine) -> None:
+    def stop(_session: Session) -> None:
+        raise KeyboardInterrupt
+
+    event.listen(Hooking, "after_commit", stop)
+    with Hooking(engine) as session:
+        with pytest.raises(KeyboardInterrupt):
+            Executor(session).run(pay, 5)
+        event.remove(Hooking, "after_commit", stop)
+        assert session.scalars(select(Workflow.status)).one() == "running"
+
+
+async def test_a_worker_whose_hooks_raise_after_the_commit_goes_on(
+    engine: Engine, async_engine: AsyncEngine, after_commit: list[bool]
+) -> None:
+    makers: tuple[Any, Any] = (
+        sessionmaker(engine, class_=Hooking),
+        async_sessionmaker(async_engine, sync_session_class=Hooking),
+    )
+    with Session(engine) as session:
+        ids = pay.start(session, 5).id, apay.start(session, 5).id
+        session.commit()
+    async with Worker(durable, sessionmaker=makers[0], async_sessionmaker=makers[1], poll_interval=POLL):
+        assert await pay.handle(makers[1], ids[0]).result(timeout=PATIENCE) == 5
+        assert await apay.handle(makers[1], ids[1]).result(timeout=PATIENCE) == 5
+    with Session(engine) as session:
+        assert session.scalars(select(Entry.cents)).all() == [5, 5]
+    assert len(after_commit) == 2
+
+
+# Sessions that begin nothing by themselves
+
+
+@pytest.mark.parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)
+async def test_sessions_without_autobegin_serve_workers_executors_and_callers(
+    engine: Engine, async_engine: AsyncEngine
+) -> None:
+    maker, async_maker = sessionmaker(engine, autobegin=False), async_sessionmaker(async_engine, autobegin=False)
+    with maker.begin() as session:
+        first = pay.start(session, 1).id
+    async with async_maker.begin() as async_session:
+        second = (await apay.options(key="k").start(async_session, 2)).id
+    async with Worker(durable, sessionmaker=maker, async_sessionmaker=async_maker, poll_interval=POLL):
+        assert await pay.handle(async_maker, first).result(timeout=PATIENCE) == 1
+        assert await apay.handle(async_maker, second).result(timeout=PATIENCE) == 2
+    async with async_maker() as async_session:
+        assert await AsyncExecutor(async_session).run(apay, 3) == 3
+    with Session(engine) as session:
+        assert sorted(session.scalars(select(Entry.cents))) == [1, 2, 3]
+
+
+def test_a_session_without_autobegin_serves_sync_code(engine: Engine) -> None:
+    maker = sessionmaker(engine, autobegin=False)
+    with maker.begin() as session:
+        first = greet.start(session, 1).id
+    with Worker(without_async, sessionmaker=maker, poll_interval=POLL):
+        assert greet.handle(maker, first).result(timeout=PATIENCE) == 1
+    with maker() as session:
+        assert Executor(session).run(pay, 2) == 2
+    with maker.begin() as session:
+        assert Executor.joined(session).run(pay, 3) == 3
+
+
+# Sessions that choose an engine for each statement
+
+
+class Choosing(Session):
+    """Sends reads elsewhere, as SQLAlchemy's own documentation shows it: there, nobody can connect."""
+
+    primary: Engine
+    elsewhere = create_engine("postgresql+psycopg://nobody@/nowhere?host=/nonexistent")
+
+    def get_bind(self, mapper: Any = None, clause: Any = None) -> Engine:  # type: ignore[override]
+        assert mapper is None or isinstance(mapper, Mapper)
+        if mapper is not None and issubclass(mapper.class_, (models.Base, Entry)):
+            return self.primary if self._flushing or isinstance(clause, (Update, Delete, Insert)) else self.elsewhere
+        raise AssertionError(f"nothing tells where to find {clause}")
+
+
+@pytest.fixture
+def choosing(engine: Engine) -> type[Choosing]:
+    return type("Chosen", (Choosing,), {"primary": engine})
+
+
+def test_each_statement_of_the_engine_is_known_as_a_write(engine: Engine, choosing: type[Choosing]) -> None:
+    workflow_id = there(engine)
+    with Session(engine) as other:
+        assert cancel(other, workflow_id)
+        other.commit()
+    maker: Any = sessionmaker(class_=choosing)
+    verbs: list[Callable[[Session], object]] = [
+        lambda session: resume(session, workflow_id),
+        lambda session: signal(session, workflow_id, "go", key="k"),
+        lambda session: update(session, workflow_id, "change", key="k"),
+        lambda session: start_many(session, [pay.options(key="m").bind(1), pay.bind(2)]),
+        lambda session: start_with_signal(session, pay.options(key="s").bind(3), "go"),
+        lambda session: pay.options(key="k").start(session, 4),
+        lambda session: pay.start(session, 5),
+        lambda session: Executor.joined(session).run(pay, 6),
+        lambda session: fork(session, workflow_id, key="f"),
+        lambda session: cancel(session, workflow_id),
+        lambda session: delete(session, workflow_id),
+    ]
+    for verb in verbs:
+        with maker() as session:
+            verb(session)
+            session.commit()
+    with maker() as session:
+        assert Executor(session).run(pay, 7) == 7
+        assert Executor(session).run_until_waiting(pay, 7).output == 7
+        assert retry(session, []) == []
+        session.rollback()
+    with Worker(without_async, sessionmaker=maker, poll_interval=POLL), maker.begin() as session:
+        started = greet.start(session, 8)
+        session.flush()
+        session.commit()
+        assert greet.handle(maker, started).result(timeout=PATIENCE) == 8
+
+
+# Session classes
+
+
+class RichSession(Session):
+    """Like SQLModel's: with a method that SQLAlchemy's class does not have."""
+
+    def exec(self, cents: int) -> None:
+        self.add(Entry(account="rich", cents=cents, note=None))
+
+
+class AsyncRichSession(AsyncSession):
+    """The same for async code."""
+
+    async def exec(self, cents: int) -> None:
+        self.add(Entry(account="rich", cents=cents, note=None))
+
+
+rich = Durable()
+SessionDep = Annotated[RichSession, "what a web framework depends on"]
+
+
+@rich.step
+def book_richly(session: SessionDep, cents: int) -> int:
+    session.exec(cents)
+    return cents
+
+
+@rich.workflow
+def pay_richly(cents: int) -> int:
+    booking: Any = book_richly  # type checkers know the methods of SQLAlchemy's classes only
+    return int(booking(cents))
+
+
+async_rich = Durable()
+
+
+@async_rich.step
+async def abook_richly(session: AsyncRichSession, cents: int) -> int:
+    await session.exec(cents)
+    return cents
+
+
+@async_rich.workflow
+async def apay_richly(cents: int) -> int:
+    booking: Any = abook_richly
+    return int(await booking(cents))
+
+
+async def test_a_worker_has_sessions_of_the_class_that_its_steps_take(
+    engine: Engine, async_engine: AsyncEngine
+) -> None:
+    with pytest.raises(SessionError, match=r"RichSession, and .* give it sessionmaker\(engine, class_=RichSession\)"):
+        Worker(rich, sessionmaker=sessionmaker(engine))
+    with pytest.raises(SessionError, match=r"give it async_sessionmaker\(engine, class_=AsyncRichSession\)"):
+        Worker(async_rich, async_sessionmaker=async_sessionmaker(async_engine))
+    maker: Any = sessionmaker(engine, class_=RichSession)
+    async_maker: Any = async_sessionmaker(async_engine, class_=AsyncRichSession)
+    with maker.begin() as session:
+        ids = pay_richly.start(session, 1).id, apay_richly.start(session, 2).id
+    async with Worker(rich, sessionmaker=maker), Worker(async_rich, async_sessionmaker=async_maker):
+        assert await pay_richly.handle(async_maker, ids[0]).result(timeout=PATIENCE) == 1
+        assert await apay_richly.handle(async_maker, ids[1]).result(timeout=PATIENCE) == 2
+
+
+def test_an_executor_needs_a_session_of_the_class_that_its_steps_take(engine: Engine) -> None:
+    for make in (Executor, Executor.joined):
+        with Session(engine) as session, pytest.raises(SessionError, match=r"takes a .*RichSession, and its session"):
+            make(session).run(pay_richly, 1)
+        with RichSession(engine) as session:
+            assert make(session).run(pay_richly, 1) == 1
+            session.commit()
+    assert [each.cents for each in entries(engine)] == [1, 1]
+
+
+async def test_an_async_executor_needs_a_session_of_the_class_that_its_steps_take(
+    engine: Engine, async_engine: AsyncEngine
+) -> None:
+    async with AsyncSession(async_engine) as async_session:
+        with pytest.raises(SessionError, match=r"takes a .*AsyncRichSession, and its session"):
+            await AsyncExecutor(async_session).run(apay_richly, 1)
+    async with AsyncRichSession(async_engine) as async_session:
+        assert await AsyncExecutor(async_session).run(apay_richly, 1) == 1
+    assert [each.cents for each in entries(engine)] == [1]
+
+
+def entries(engine: Engine) -> list[Entry]:
+    with Session(engine) as session:
+        return list(session.scalars(select(Entry)))
+
+
+def test_the_command_line_makes_sessions_of_the_class_that_steps_take(database_url: str) -> None:
+    for durable_object, name in ((rich, "sync"), (async_rich, "asynchronous")):
+        made = connect(durable_object, make_url(database_url))
+        assert made.sync is not None
+        assert issubclass(made.sync.class_, RichSession) is (name == "sync")
+        assert made.asynchronous is not None
+        assert issubclass(made.asynchronous.class_, AsyncRichSession) is (name == "asynchronous")
+        Worker(durable_object, sessionmaker=made.sync, async_sessionmaker=made.asynchronous)
+
+
+# Scoped sessions, as Flask-SQLAlchemy's `db.session`
+
+
+def test_a_scoped_session_is_called_for_its_session(engine: Engine) -> None:
+    db_session: Any = scoped_session(sessionmaker(engine))
+    for refused in (lambda: pay.start(db_session, 1), lambda: Executor(db_session)):
+        with pytest.raises(SessionError, match=r"write db.session\(\) for db.session"):
+            refused()
+    workflow = pay.start(db_session(), 1)
+    db_session.commit()
+    assert Executor(db_session()).execute(pay, workflow) == 1
+    assert pay.handle(db_session, workflow).result() == 1
+    with pytest.raises(EventNotSetError):
+        get_event(db_session, workflow, "progress")
+    db_session.remove()
+
+
+async def test_an_async_scoped_session_is_called_for_its_session(async_engine: AsyncEngine) -> None:
+    db_session: Any = async_scoped_session(async_sessionmaker(async_engine), scopefunc=lambda: 1)
+    for refused in (lambda: start_many(db_session, []), lambda: AsyncExecutor(db_session)):
+        with pytest.raises(SessionError, match=r"write db.session\(\) for db.session"):
+            refused()
+    await apay.start(db_session(), 1)
+    await db_session.commit()
+    await db_session.remove()
+
+
+@pytest.mark.parametrize("look", [pay.handle, partial(get_event, key="progress"), partial(read_stream, name="lines")])
+def test_what_leads_to_no_session_is_refused_by_what_looks(engine: Engine, look: Callable[..., object]) -> None:
+    for source in (engine, lambda: engine):
+        with pytest.raises(SessionError, match="takes a Session, an AsyncSession or a sessionmaker first"):
+            look(source, UUID(int=7))
+
+
+# Servers that take no writes
+
+
+async def test_writing_on_a_standby_is_a_clear_error(engine: Engine, async_engine: AsyncEngine) -> None:
+    workflow_id = there(engine)
+    replica = create_engine(engine.url, connect_args={"options": "-c default_transaction_read_only=on"})
+    async_replica = async_engine.execution_options(postgresql_readonly=True)
+    for name, write in WRITES.items():
+        if name in ("start", "complete_callback", "fail_callback", "heartbeat_callback"):
+            continue  # inserted with the caller's own flush; no such token
+        with (
+            Session(replica) as session,
+            pytest.raises(DatabaseUnavailableError, match="its server is a standby"),
+        ):
+            write(session, workflow_id)
+        async with AsyncSession(async_replica) as async_session:
+            with pytest.raises(DatabaseUnavailableError, match="its server is a standby"):
+                await write(async_session, workflow_id)
+    for verb in (cancel, resume, retry, delete):
+        with Session(replica) as session, pytest.raises(DatabaseUnavailableError, match="its server is a standby"):
+            verb(session, workflow_id)
+    assert nothing_was_written(engine)
+    replica.dispose()
+
+
+# Drivers of callers
+
+
+@pytest.mark.parametrize("driver", ["psycopg2", "pg8000"])
+def test_callers_may_have_another_driver_than_workers(engine: Engine, driver: str) -> None:
+    pytest.importorskip(driver)
+    socket = make_url(engine.url).query["host"]
+    port = engine.url.port or 5432
+    url = make_url(engine.url).set(drivername=f"postgresql+{driver}")
+    connect: dict[str, Any] = {}
+    if driver == "pg8000":
+        url, connect = url.set(query={}), {"unix_sock": f"{socket}/.s.PGSQL.{port}"}
+    other = create_engine(url, connect_args=connect)
+    with Session(other) as session:
+        workflow = pay.options(key="k").start(session, 1)
+        assert pay.options(key="k").start(session, 2) is workflow
+        signal(session, workflow, "go")
+        update(session, workflow, "change")
+        started = start_many(session, [pay.bind(2)])
+        session.commit()
+        assert cancel(session, started) == started
+        session.commit()
+        with pytest.raises(DBAPIError) as caught:
+            session.execute(text("SELECT 1 / 0"))
+        assert sqlstate(caught.value) == "22012"
+        session.rollback()
+        assert Executor(session).run(pay, 3) == 3
+    assert [each.cents for each in entries(engine)] == [3]
+    other.dispose()
+
+
+# Two starts under one key in transactions that keep their snapshot
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_the_second_of_two_starts_under_a_key_is_told_to_begin_anew(engine: Engine, level: Any) -> None:
+    stricter = engine.execution_options(isolation_level=level)
+    with Session(stricter) as first, Session(stricter) as second, ThreadPoolExecutor(1) as thread:
+        second.add(Entry(account="second", cents=1, note=None))
+        second.flush()
+        pid = second.scalars(select(func.pg_backend_pid())).one()
+        mine = pay.options(key="k").start(first, 1)
+        waiting = thread.submit(lambda: pay.options(key="k").start(second, 2))
+        races.wait_until_blocked(engine, pid)
+        first.commit()
+        with pytest.raises(KeyNotVisibleError) as caught:
+            waiting.result(timeout=30)
+        assert caught.value.is_newer
+        assert second.scalars(select(Entry.cents)).all() == [1]  # the transaction is usable
+        second.rollback()
+        assert pay.options(key="k").start(second, 2).id == mine.id
