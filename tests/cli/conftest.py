@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -83,6 +84,7 @@ class Application:
             env=self._environment(environment),
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_accept_interrupts,
         )
 
     def _environment(self, given: Mapping[str, str] | None) -> dict[str, str]:
@@ -102,3 +104,8 @@ def calls() -> Generator[socket.socket]:
 @pytest.fixture
 def application(tmp_path: Path, calls: socket.socket) -> Application:
     return Application(tmp_path, calls.getsockname()[1])
+
+
+def _accept_interrupts() -> None:
+    """Restore SIGINT, which a shell has ignored by what it executes in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -32,7 +32,7 @@ from tests.support.forged import forged
 from tests.testing import application
 
 ROOT = Path(__file__).parents[2]
-SHORT = timedelta(seconds=8)
+SHORT = timedelta(seconds=15)
 
 
 @pytest.fixture(autouse=True)
@@ -247,7 +247,7 @@ def test_a_worker_that_does_not_know_the_workflow_is_an_error(database_url: str)
 
 
 def test_a_workflow_that_hangs_is_an_error_in_time(database_url: str, engine: Engine) -> None:
-    with pytest.raises(CrashTimeoutError, match=r"(?s)within 0:00:08.*'stuck' .*: running.*stuck for account"):
+    with pytest.raises(CrashTimeoutError, match=r"(?s)within 0:00:15.*'stuck' .*: running.*stuck for account"):
         crash(application.stuck, database_url, timeout=SHORT)
     require_nothing_left(engine)
 
