@@ -15,7 +15,7 @@ import pytest
 
 import sqla_durable
 from sqla_durable import errors, unwinding
-from sqla_durable.api.durable import StepOptions
+from sqla_durable.definitions.options import StepKeywords
 from sqla_durable.management.forks import OneForkOptions
 
 
@@ -69,7 +69,7 @@ def test_steps_and_workflows_have_the_same_methods_in_both_forms() -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "options"), [(sqla_durable.Durable.step, StepOptions), (sqla_durable.fork, OneForkOptions)]
+    ("function", "options"), [(sqla_durable.Durable.step, StepKeywords), (sqla_durable.fork, OneForkOptions)]
 )
 def test_options_for_type_checkers_are_those_of_the_function(function: Any, options: Any) -> None:
     parameters = inspect.signature(function).parameters.values()

@@ -170,7 +170,7 @@ class _CreateCallback:
 
         async def create(runtime: Runtime, position: Position) -> _BaseCallback[Any]:
             made = await callback.create(runtime, position, within=timeout, heartbeat=heartbeat)
-            return face(made, position, codec, name, runtime.attempt.secrets)
+            return face(made, position, codec, name, runtime.attempt.options.secrets)
 
         return operate(statements.NAME, create, key=key)
 

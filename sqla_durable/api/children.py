@@ -100,7 +100,7 @@ async def _value(
     within: timedelta | None,
 ) -> Any:
     outcome: Outcome = await children.result(runtime, position, workflow_id, within=within)
-    return outcome.value(definition, find=runtime.attempt.errors.inside)
+    return outcome.value(definition, find=runtime.attempt.options.errors.inside)
 
 
 class _WaitFirst:
@@ -216,9 +216,9 @@ def map_children(
             children.Started(definition.name, start_at.key, ids),
             active=max_concurrency,
             tolerate=tolerate,
-            limit=definition.limit,
+            limit=definition.durable.payload_limit,
         )
-        return [_value_or_error(each, definition, runtime.attempt.errors.inside) for each in outcomes]
+        return [_value_or_error(each, definition, runtime.attempt.options.errors.inside) for each in outcomes]
 
     return operate(f"map:{definition.name}", all_of)
 

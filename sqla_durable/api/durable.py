@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable
 from datetime import timedelta
-from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
@@ -16,34 +16,26 @@ from sqla_durable.api.steps import (
     StepFunction,
     TransactionalStep,
 )
-from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.classes import KnownErrors
 from sqla_durable.definitions.codec import DEFAULT_LIMIT
 from sqla_durable.definitions.inspection import SessionKind, place_of
 from sqla_durable.definitions.interceptors import Interceptor, Interceptors
 from sqla_durable.definitions.limits import TimeLimits
-from sqla_durable.definitions.registry import IsolationLevel, Registry, StepDefinition, WorkflowDefinition
+from sqla_durable.definitions.options import (
+    DurableOptions,
+    IsolationLevel,
+    StepKeywords,
+    StepOptions,
+    WorkflowOptions,
+    encode_secrets,
+)
+from sqla_durable.definitions.registry import Registry, StepDefinition, WorkflowDefinition
 from sqla_durable.definitions.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
 from sqla_durable.errors import DefinitionError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Async = Coroutine[Any, Any, R]
-
-_SHORTEST_SECRET = 16
-
-
-class StepOptions(TypedDict, total=False):
-    """The options of a step, for type checkers; `Durable.step` says what each is."""
-
-    name: str | None
-    retry: RetryPredicate | None
-    stop: StopPredicate | None
-    wait: WaitFunction | None
-    isolation_level: IsolationLevel | None
-    timeout: timedelta | None
-    total_timeout: timedelta | None
-    heartbeat_timeout: timedelta | None
 
 
 class Durable:
@@ -102,20 +94,17 @@ class Durable:
         error_details: bool = False,
         secret: str | list[str] | None = None,
     ) -> None:
-        fault = None if version is None else fault_in(version)
-        if fault is not None:
-            raise DefinitionError(f"version={version!r} {fault}: give a text that is not blank, or leave it out.")
-        if history_limit is not None and history_limit < 1:
-            raise DefinitionError(f"history_limit={history_limit!r} lets no workflow do anything: give 1 or more.")
         self.sessionmaker = sessionmaker
         self.async_sessionmaker = async_sessionmaker
-        self.payload_limit = payload_limit
-        self.version = version
-        self.history_limit = history_limit
         self.registry = Registry()
-        self.known_errors = KnownErrors(errors, strict=strict_errors, details=error_details)
-        self._secrets = _encoded(secret)
-        self._interceptors = Interceptors(interceptors)
+        self.options = DurableOptions(
+            payload_limit=payload_limit,
+            version=version,
+            history_limit=history_limit,
+            errors=KnownErrors(errors, strict=strict_errors, details=error_details),
+            secrets=encode_secrets(secret),
+            interceptors=Interceptors(interceptors),
+        )
 
     def intercept(self, *interceptors: Interceptor) -> None:
         """Add interceptors inside those that are there: for what is only known when the application starts.
@@ -125,7 +114,7 @@ class Durable:
         Raises:
             DefinitionError: one is no `Interceptor`.
         """
-        self._interceptors.add(interceptors)
+        self.options.interceptors.add(interceptors)
 
     # A coroutine function is a function too, and a session a first argument like any other: the overloads overlap,
     # and the first that fits decides.
@@ -169,7 +158,7 @@ class Durable:
             DefinitionError: the function cannot be a workflow, or another one has the name.
         """
         _require_object(self, "workflow")
-        decorator = WorkflowDecorator(self, name=name, queue=queue, strict=strict)
+        decorator = WorkflowDecorator(self, WorkflowOptions(name, queue, strict))
         return decorator if fn is None else decorator(fn)
 
     @overload
@@ -177,12 +166,12 @@ class Durable:
         self,
         fn: Callable[Concatenate[AsyncSession, P], Async[R]],
         /,
-        **options: Unpack[StepOptions],
+        **options: Unpack[StepKeywords],
     ) -> AsyncTransactionalStep[P, R]: ...
 
     @overload
     def step(
-        self, fn: Callable[Concatenate[Session, P], R], /, **options: Unpack[StepOptions]
+        self, fn: Callable[Concatenate[Session, P], R], /, **options: Unpack[StepKeywords]
     ) -> TransactionalStep[P, R]: ...
 
     @overload
@@ -190,14 +179,14 @@ class Durable:
         self,
         fn: Callable[P, Async[R]],
         /,
-        **options: Unpack[StepOptions],
+        **options: Unpack[StepKeywords],
     ) -> AsyncStepFunction[P, R]: ...
 
     @overload
-    def step(self, fn: Callable[P, R], /, **options: Unpack[StepOptions]) -> StepFunction[P, R]: ...
+    def step(self, fn: Callable[P, R], /, **options: Unpack[StepKeywords]) -> StepFunction[P, R]: ...
 
     @overload
-    def step(self, /, **options: Unpack[StepOptions]) -> StepDecorator: ...
+    def step(self, /, **options: Unpack[StepKeywords]) -> StepDecorator: ...
 
     def step(
         self,
@@ -241,20 +230,22 @@ class Durable:
             DefinitionError: the function cannot be a step, or another one has the name.
         """
         _require_object(self, "step")
-        policy = RetryPolicy.of(retry=retry, stop=stop, wait=wait)
-        limits = TimeLimits.of(timeout=timeout, total_timeout=total_timeout, heartbeat_timeout=heartbeat_timeout)
-        decorator = StepDecorator(self, name=name, policy=policy, isolation_level=isolation_level, time_limits=limits)
+        options = StepOptions(
+            name,
+            RetryPolicy.of(retry=retry, stop=stop, wait=wait),
+            isolation_level,
+            TimeLimits.of(timeout=timeout, total_timeout=total_timeout, heartbeat_timeout=heartbeat_timeout),
+        )
+        decorator = StepDecorator(self, options)
         return decorator if fn is None else decorator(fn)
 
 
 class WorkflowDecorator:
     """What `durable.workflow(...)` gives when it has options only."""
 
-    def __init__(self, durable: Durable, *, name: str | None, queue: str, strict: bool) -> None:
+    def __init__(self, durable: Durable, options: WorkflowOptions) -> None:
         self._durable = durable
-        self._name = name
-        self._queue = queue
-        self._strict = strict
+        self._options = options
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
@@ -267,40 +258,18 @@ class WorkflowDecorator:
     def __call__(self, fn: Callable[..., Any], /) -> AsyncWorkflowFunction[..., Any] | WorkflowFunction[..., Any]:
         """Make the function a workflow."""
         durable = self._durable
-        definition = WorkflowDefinition.of(
-            fn,
-            name=self._name,
-            queue=self._queue,
-            limit=durable.payload_limit,
-            interceptors=durable._interceptors,  # pyright: ignore[reportPrivateUsage]
-            version=durable.version,
-            strict=self._strict,
-            history_limit=durable.history_limit,
-            errors=durable.known_errors,
-            secrets=durable._secrets,  # pyright: ignore[reportPrivateUsage]
-        )
+        definition = WorkflowDefinition.of(fn, self._options, durable.options)
         durable.registry.add_workflow(definition)
-        durable.known_errors.add_module(place_of(definition.fn)[0])
+        durable.options.errors.add_module(place_of(definition.fn)[0])
         return AsyncWorkflowFunction(definition) if definition.is_async else WorkflowFunction(definition)
 
 
 class StepDecorator:
     """What `durable.step(...)` gives when it has options only."""
 
-    def __init__(
-        self,
-        durable: Durable,
-        *,
-        name: str | None,
-        policy: RetryPolicy | None,
-        isolation_level: IsolationLevel | None,
-        time_limits: TimeLimits | None,
-    ) -> None:
+    def __init__(self, durable: Durable, options: StepOptions) -> None:
         self._durable = durable
-        self._name = name
-        self._policy = policy
-        self._isolation_level = isolation_level
-        self._time_limits = time_limits
+        self._options = options
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
@@ -321,16 +290,9 @@ class StepDecorator:
     def __call__(self, fn: Callable[..., Any], /) -> Any:
         """Make the function a step."""
         durable = self._durable
-        definition = StepDefinition.of(
-            fn,
-            name=self._name,
-            policy=self._policy,
-            limit=durable.payload_limit,
-            isolation_level=self._isolation_level,
-            time_limits=self._time_limits,
-        )
+        definition = StepDefinition.of(fn, self._options, limit=durable.options.payload_limit)
         durable.registry.add_step(definition)
-        durable.known_errors.add_module(definition.place[0])
+        durable.options.errors.add_module(definition.place[0])
         return _STEP_CLASSES[definition.session, definition.is_async](definition)
 
 
@@ -341,13 +303,6 @@ def _require_object(durable: object, decorator: str) -> None:
             f"{decorator} is a method of a Durable object, and was called on the class, with {durable!r}: write "
             f"durable = Durable(), and @durable.{decorator}."
         )
-
-
-def _encoded(secret: str | list[str] | None) -> tuple[bytes, ...]:
-    given = [] if secret is None else [secret] if isinstance(secret, str) else secret
-    if any(len(each) < _SHORTEST_SECRET for each in given):
-        raise DefinitionError(f"a secret is shorter than {_SHORTEST_SECRET} characters: take secrets.token_hex().")
-    return tuple(each.encode() for each in given)
 
 
 _STEP_CLASSES: dict[tuple[SessionKind, bool], Callable[[StepDefinition], Any]] = {

@@ -52,7 +52,7 @@ class _BaseHandle(Generic[R]):
         raise ResultTimeoutError(
             f"workflow {self._definition.name!r} {self.workflow_id} has no outcome after {timeout}; it is "
             f"{self._seen}, and goes on. Is a worker running for its queue, "
-            f"{self._definition.queue!r} by default?",
+            f"{self._definition.options.queue!r} by default?",
             workflow_id=self.workflow_id,
         )
 

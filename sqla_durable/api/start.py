@@ -103,7 +103,7 @@ def bind(
             id=uuid7(),
             name=definition.name,
             input=definition.encode(args, kwargs),
-            queue=options.queue or definition.queue,
+            queue=options.queue or definition.options.queue,
             priority=options.priority,
             key=options.key,
             delay=delay,
@@ -113,14 +113,14 @@ def bind(
             timeout=None if timeout is None else timeout.total_seconds(),
             deadline=deadline.total_seconds() if isinstance(deadline, timedelta) else None,
             deadline_at=deadline if isinstance(deadline, datetime) else None,
-            version=definition.version,
+            version=definition.durable.version,
         )
     )
 
 
 def _headers(definition: WorkflowDefinition) -> dict[str, str] | None:
     """Ask the interceptors, and refuse what cannot be stored."""
-    headers = definition.interceptors.headers(definition.name)
+    headers = definition.durable.interceptors.headers(definition.name)
     for name, value in (headers or {}).items():
         for text in (name, value):
             fault = fault_in(text, longest=None)

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.definitions.checks import require_duration
 from sqla_durable.definitions.inspection import SessionKind, require_name
+from sqla_durable.definitions.options import StepOptions
 from sqla_durable.definitions.registry import StepDefinition
 from sqla_durable.definitions.retry import Tries, WaitFunction, until_true
 from sqla_durable.errors import DefinitionError, SessionError, StepOutsideWorkflowError, SyncAsyncError
@@ -88,8 +89,9 @@ class _Step(DurableFunction[P, R]):
         """
         if timeout is not None:
             require_duration(timeout, "timeout")
-        policy = until_true(self.definition.policy, wait=wait, timeout=timeout)
-        return type(self)(replace(self.definition, policy=policy), self._key)
+        definition = self.definition
+        policy = until_true(definition.options.policy, wait=wait, timeout=timeout)
+        return type(self)(replace(definition, options=replace(definition.options, policy=policy)), self._key)
 
     def _perform(self, *args: Any, **kwargs: Any) -> Any:
         return perform(self.definition, self._key, args, kwargs)
@@ -222,4 +224,4 @@ def run_step(name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) ->
         UsageError: another function has the name in this workflow.
         Exception: the step's own error.
     """
-    return perform(StepDefinition.of(fn, name=name), None, args, kwargs)
+    return perform(StepDefinition.of(fn, StepOptions(name)), None, args, kwargs)

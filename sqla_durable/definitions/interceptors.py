@@ -136,10 +136,6 @@ class Interceptors:
         return headers or None
 
 
-NO_INTERCEPTORS = Interceptors()
-"""Those of functions that belong to no `Durable`; never added to."""
-
-
 @contextmanager
 def entered(around: Iterable[Around]) -> Generator[None]:
     """Enter in order, leave in reverse; an error that one of them swallows goes on all the same.

@@ -10,11 +10,9 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 from uuid import UUID
 
-from sqla_durable.definitions.classes import DEFAULT as DEFAULT_ERRORS
-from sqla_durable.definitions.classes import KnownErrors
 from sqla_durable.definitions.codec import DEFAULT_LIMIT, ArgumentsCodec, Codec
 from sqla_durable.definitions.inspection import (
     SessionClass,
@@ -27,65 +25,50 @@ from sqla_durable.definitions.inspection import (
     refuse_misread,
     session_class,
 )
-from sqla_durable.definitions.interceptors import NO_INTERCEPTORS, Interceptors
-from sqla_durable.definitions.limits import TimeLimits
 from sqla_durable.definitions.log import Log
-from sqla_durable.definitions.retry import RetryPolicy
+from sqla_durable.definitions.options import ISOLATION_LEVELS, DurableOptions, StepOptions, WorkflowOptions
 from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError
 
 log = Log("sqla_durable.registry")
 
 _START_OPTIONS = {"key", "queue", "priority", "delay", "at", "detached", "timeout", "deadline"}
-IsolationLevel: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
-ISOLATION_LEVELS: tuple[str, ...] = get_args(IsolationLevel)
-"""What a transactional step may ask for, the weakest first."""
 
 
 @dataclass(frozen=True)
 class StepDefinition:
-    """A step: its name, its function, and how to try it again."""
+    """A step: its name, its function, its options, and the session that the function takes."""
 
     name: str
     fn: Callable[..., Any]
+    options: StepOptions
     is_async: bool
     session: SessionKind
-    session_class: SessionClass | None = None
-    policy: RetryPolicy | None = None
-    limit: int = DEFAULT_LIMIT
-    isolation_level: str | None = None
-    time_limits: TimeLimits | None = None
+    session_class: SessionClass | None
+    limit: int
 
     @classmethod
     def of(
-        cls,
-        fn: Callable[..., Any],
-        *,
-        name: str | None = None,
-        policy: RetryPolicy | None = None,
-        limit: int = DEFAULT_LIMIT,
-        isolation_level: str | None = None,
-        time_limits: TimeLimits | None = None,
+        cls, fn: Callable[..., Any], options: StepOptions | None = None, *, limit: int = DEFAULT_LIMIT
     ) -> StepDefinition:
-        """Describe a function, a bound method or any other callable.
+        """Describe a function, a bound method or any other callable; `limit` is that of its recorded result, in bytes.
 
         Raises:
             DefinitionError: it has no usable name, mixes a sync session with async code, or asks for an isolation
                 level or a heartbeat timeout that it cannot have.
         """
-        name = name_of(fn, name, what="step")
+        options = options or StepOptions()
+        name = name_of(fn, options.name, what="step")
         refuse_generator(fn, what=f"step {name!r}")
         refuse_misread(fn, what=f"step {name!r}")
         wanted = session_class(fn, what=f"step {name!r}")
         definition = cls(
             name=name,
             fn=fn,
+            options=options,
             is_async=is_coroutine(fn),
             session=SessionKind.of(wanted),
             session_class=wanted,
-            policy=policy,
             limit=limit,
-            isolation_level=isolation_level,
-            time_limits=time_limits,
         )
         _refuse_mixed(definition)
         _refuse_isolation(definition)
@@ -117,50 +100,28 @@ class StepDefinition:
 
 @dataclass(frozen=True)
 class WorkflowDefinition:
-    """A workflow: its name, its function, its default queue, and how its code may change.
-
-    `version` is what a start records; `strict` holds the outcome back where the history was not visited; `errors` are
-    the classes that its recorded errors come back as; `secrets` make the tokens of its callbacks.
-    """
+    """A workflow: its name, its function, its options, and those of the `Durable` that it belongs to."""
 
     name: str
     fn: Callable[..., Any]
+    options: WorkflowOptions
+    durable: DurableOptions
     is_async: bool
-    queue: str = "default"
-    limit: int = DEFAULT_LIMIT
-    interceptors: Interceptors = NO_INTERCEPTORS
-    version: str | None = None
-    strict: bool = False
-    history_limit: int | None = None
-    errors: KnownErrors = DEFAULT_ERRORS
-    secrets: tuple[bytes, ...] = ()
 
     @classmethod
     def of(
-        cls,
-        fn: Callable[..., Any],
-        *,
-        name: str | None = None,
-        queue: str = "default",
-        limit: int = DEFAULT_LIMIT,
-        interceptors: Interceptors = NO_INTERCEPTORS,
-        version: str | None = None,
-        strict: bool = False,
-        history_limit: int | None = None,
-        errors: KnownErrors = DEFAULT_ERRORS,
-        secrets: tuple[bytes, ...] = (),
+        cls, fn: Callable[..., Any], options: WorkflowOptions | None = None, durable: DurableOptions | None = None
     ) -> WorkflowDefinition:
         """Describe a workflow function.
 
         Raises:
             DefinitionError: its arguments cannot be stored by name, or it takes a session.
         """
-        name = name_of(fn, name, what="workflow")
+        options = options or WorkflowOptions()
+        name = name_of(fn, options.name, what="workflow")
         refuse_generator(fn, what=f"workflow {name!r}")
         refuse_misread(fn, what=f"workflow {name!r}")
-        definition = cls(
-            name, fn, is_coroutine(fn), queue, limit, interceptors, version, strict, history_limit, errors, secrets
-        )
+        definition = cls(name, fn, options, durable or DurableOptions(), is_coroutine(fn))
         if _takes_session(fn, name):
             raise DefinitionError(
                 f"workflow {definition.name!r} takes a session: a workflow lives longer than any transaction. "
@@ -172,8 +133,8 @@ class WorkflowDefinition:
                     f"workflow {definition.name!r} takes {parameter}: arguments are stored by parameter name, so "
                     "name each of them, or take one list or dict."
                 )
-        if not queue.strip():
-            raise DefinitionError(f"workflow {definition.name!r} has the blank queue {queue!r}: name one.")
+        if not options.queue.strip():
+            raise DefinitionError(f"workflow {definition.name!r} has the blank queue {options.queue!r}: name one.")
         return definition
 
     @functools.cached_property
@@ -207,12 +168,12 @@ class WorkflowDefinition:
             {name: hints.get(name, Any) for name in parameters},
             required=frozenset(name for name, each in parameters.items() if each.default is each.empty),
             workflow=self.name,
-            limit=self.limit,
+            limit=self.durable.payload_limit,
         )
 
     def _result(self) -> Codec:
         what = f"result of workflow {self.name!r}"
-        return Codec.of(hints_of(self.fn, what).get("return", Any), what=what, limit=self.limit)
+        return Codec.of(hints_of(self.fn, what).get("return", Any), what=what, limit=self.durable.payload_limit)
 
     def encode(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Any]:
         """Give the JSON object of a call's arguments by parameter name.
@@ -346,26 +307,28 @@ def _refuse_mixed(definition: StepDefinition) -> None:
 
 
 def _refuse_isolation(definition: StepDefinition) -> None:
-    if definition.isolation_level is None:
+    level = definition.options.isolation_level
+    if level is None:
         return
-    if definition.isolation_level not in ISOLATION_LEVELS:
+    if level not in ISOLATION_LEVELS:
         raise DefinitionError(
-            f"step {definition.name!r} asks for isolation_level={definition.isolation_level!r}: it can have "
+            f"step {definition.name!r} asks for isolation_level={level!r}: it can have "
             f"{', '.join(map(repr, ISOLATION_LEVELS))}."
         )
     if definition.session is SessionKind.NONE:
         raise DefinitionError(
-            f"step {definition.name!r} asks for isolation_level={definition.isolation_level!r} and takes no session: "
+            f"step {definition.name!r} asks for isolation_level={level!r} and takes no session: "
             "only a step that takes a Session or an AsyncSession has a transaction."
         )
 
 
 def _refuse_heartbeat(definition: StepDefinition) -> None:
-    given = None if definition.time_limits is None else definition.time_limits.heartbeat_timeout
+    limits = definition.options.time_limits
+    given = None if limits is None else limits.heartbeat_timeout
     if given is not None and definition.session is not SessionKind.NONE:
         raise DefinitionError(
-            f"step {definition.name!r} has heartbeat_timeout={given!r} and takes a session: only a plain step gives "
-            "heartbeats. Give it a timeout, or do what takes long in a step without a session."
+            f"step {definition.name!r} has heartbeat_timeout={given!r} and takes a session: only a plain step sends "
+            "heartbeats. Use timeout=... instead, or do what takes long in a step without a session."
         )
 
 

@@ -132,7 +132,7 @@ class BlockingInline(BlockingRuntime):
         except BaseException:
             self._lock.release()
             raise
-        inner = self._story.transaction(isolation_level=step.isolation_level)
+        inner = self._story.transaction(isolation_level=step.options.isolation_level)
         transaction = HeldTransaction(inner, self._lock.release)
         await transaction.begin()
         return transaction
@@ -291,7 +291,7 @@ class AsyncInline(AsyncRuntime):
         except BaseException:
             self._lock.release()
             raise
-        inner = self._story.transaction(isolation_level=step.isolation_level)
+        inner = self._story.transaction(isolation_level=step.options.isolation_level)
         transaction = _UndisturbedTransaction(inner, self._lock.release)
         await transaction.begin()
         return transaction

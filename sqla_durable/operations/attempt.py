@@ -12,9 +12,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from uuid import UUID
 
-from sqla_durable.definitions.classes import DEFAULT as DEFAULT_ERRORS
-from sqla_durable.definitions.classes import KnownErrors
-from sqla_durable.definitions.interceptors import NO_INTERCEPTORS, Interceptors
+from sqla_durable.definitions.options import DurableOptions
 from sqla_durable.definitions.retry import Tries
 from sqla_durable.errors import HistoryLimitError, UnfinishedStepError, UsageError
 from sqla_durable.operations.arrivals import Arrivals, Waker
@@ -91,6 +89,8 @@ class Parking:
         return self if self.seconds is not None and self.seconds <= seconds else replace(self, seconds=seconds)
 
 
+_NO_OPTIONS = DurableOptions()
+
 _compensating: ContextVar[Attempt | None] = ContextVar("compensating", default=None)
 """The attempt whose saga is undoing what was done in its block, for the code that does so."""
 
@@ -103,6 +103,7 @@ class Attempt:
     and the steps that they have called wait and leave, at the same time.
 
     Attributes:
+        options: those of the `Durable` that the workflow belongs to.
         branches: the live branches of the workflow's own code.
         has_children: whether it has started a child.
         holding: the keys under which maps have started children and do not let all of them go at once.
@@ -125,10 +126,7 @@ class Attempt:
         self.has_children = False
         self.holding: set[str] = set()
         self.joined: set[str] = set()
-        self.interceptors: Interceptors = NO_INTERCEPTORS
-        self.history_limit = DEFAULT_HISTORY_LIMIT
-        self.errors: KnownErrors = DEFAULT_ERRORS
-        self.secrets: tuple[bytes, ...] = ()
+        self.options = _NO_OPTIONS
         self._history: Mapping[str, Recorded] = claimed.history
         self._learned: dict[str, Recorded] = {}  # outcomes that this attempt has read again
         self.cancelled_calls: set[str] = set()
@@ -211,9 +209,10 @@ class Attempt:
                     f"two functions are called under the step name {name!r} in workflow {self.name!r}: a replay could "
                     "take one's outcome for the other's. Give one of them another name."
                 )
-            if self.visits.count >= self.history_limit:
+            limit = self.options.history_limit or DEFAULT_HISTORY_LIMIT
+            if self.visits.count >= limit:
                 raise HistoryLimitError(
-                    f"workflow {self.name!r} has called {self.history_limit:,} operations, its limit: every replay "
+                    f"workflow {self.name!r} has called {limit:,} operations, its limit: every replay "
                     "reads all of them. Begin anew with continue_as_new(...), give parts of it to children, or raise "
                     "Durable(history_limit=...)."
                 )

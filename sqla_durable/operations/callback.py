@@ -145,7 +145,7 @@ async def create(
         if recorded is not None:
             return Made.of(recorded)
         await runtime.settle()
-        made = Made.new(attempt.workflow_id, attempt.secrets, within=within, heartbeat=heartbeat)
+        made = Made.new(attempt.workflow_id, attempt.options.secrets, within=within, heartbeat=heartbeat)
         await runtime.record(checkpoint_of(attempt, position, output=made.to_json()))
         await runtime.settle()  # nobody is to have a token that a crash makes another one of
         return made
@@ -167,7 +167,7 @@ async def result(runtime: Runtime, position: Position, *, key: str, made: Made, 
         if recorded is None:
             await runtime.settle()
             recorded = await _Waiting(runtime, position, key, made).outcome()
-        return outcome_of(recorded, kind, runtime.attempt.errors)
+        return outcome_of(recorded, kind, runtime.attempt.options.errors)
     finally:
         runtime.attempt.left(position)
 

@@ -44,7 +44,7 @@ async def start(
     try:
         recorded = attempt.recorded(position)
         if recorded is not None and recorded.status is StepStatus.FAILED:
-            raise_recorded(recorded, attempt.errors)
+            raise_recorded(recorded, attempt.options.errors)
         text = None if recorded is None else recorded.output
         if text is None:
             await runtime.settle()
@@ -97,7 +97,7 @@ async def result(runtime: Runtime, position: Position, workflow_id: UUID, **with
     late = f"workflow {workflow_id} had no outcome in time; it goes on."
     recorded = await received(runtime, position, Source(look, at_once(take), late, workflows=[workflow_id]), **within)
     if recorded.status is StepStatus.FAILED:
-        raise_recorded(recorded, runtime.attempt.errors)
+        raise_recorded(recorded, runtime.attempt.options.errors)
     return _outcome(json.loads(recorded.output or "{}"))
 
 
@@ -108,7 +108,7 @@ async def first(runtime: Runtime, position: Position, workflow_ids: Sequence[UUI
     late = f"none of {len(workflow_ids)} workflows had an outcome in time; they go on."
     recorded = await received(runtime, position, Source(look, at_once(take), late, workflows=workflow_ids), **within)
     if recorded.status is StepStatus.FAILED:
-        raise_recorded(recorded, runtime.attempt.errors)
+        raise_recorded(recorded, runtime.attempt.options.errors)
     return UUID(json.loads(recorded.output or '""'))
 
 
@@ -138,7 +138,7 @@ async def join(
     finally:
         attempt.left(position)
     if recorded.status is StepStatus.FAILED:
-        raise_recorded(recorded, runtime.attempt.errors)
+        raise_recorded(recorded, runtime.attempt.options.errors)
     return [_outcome({"name": started.name, **each}) for each in json.loads(recorded.output or "[]")]
 
 
@@ -240,7 +240,7 @@ class _Joining:
         shown = f" The first: {first.type}: {first.message}" if error else ""
         shown = shown or (" The first was cancelled." if failed else "")
         ids = [UUID(each["id"]) for each in failed[:_SHOWN]]
-        find = self._runtime.attempt.errors.inside
+        find = self._runtime.attempt.options.errors.inside
         return await self._fail(
             ChildrenFailedError(
                 f"{len(failed)} of {self._label} failed, {self._tolerate} are tolerated; the rest is cancelled.{shown}",

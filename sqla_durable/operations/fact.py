@@ -18,7 +18,7 @@ async def of_process(runtime: Runtime, position: Position, *, ask: Callable[[], 
     """Ask this process; durable before the next effect."""
     try:
         recorded = runtime.attempt.recorded(position) or await _record(runtime, position, codec.encode(ask()))
-        return outcome_of(recorded, codec, runtime.attempt.errors)
+        return outcome_of(recorded, codec, runtime.attempt.options.errors)
     finally:
         runtime.attempt.left(position)
 
@@ -30,7 +30,7 @@ async def of_database(runtime: Runtime, position: Position, *, codec: Codec) -> 
         if recorded is None:
             moment = await runtime.execute(waits.now)
             recorded = await _record(runtime, position, json.dumps(moment.isoformat()))
-        return outcome_of(recorded, codec, runtime.attempt.errors)
+        return outcome_of(recorded, codec, runtime.attempt.options.errors)
     finally:
         runtime.attempt.left(position)
 

@@ -55,7 +55,7 @@ async def run_step(runtime: Runtime, call: StepCall) -> Any:
         if recorded is None:
             await runtime.settle()
             recorded = await _Execution(runtime, call).recorded()
-        return outcome_of(recorded, call.definition.result, runtime.attempt.errors)
+        return outcome_of(recorded, call.definition.result, runtime.attempt.options.errors)
     finally:
         runtime.attempt.left(call.position)
 
@@ -109,7 +109,7 @@ class _Execution:
         self._uncertain = False
         self._began = time.monotonic()
         self._in_memory_until: float | None = None
-        self._limits = call.definition.time_limits
+        self._limits = call.definition.options.time_limits
 
     async def recorded(self) -> Recorded:
         """Try, and try again as the policy says; give the outcome as it was recorded."""
@@ -233,7 +233,7 @@ class _Execution:
 
     async def _called(self, transaction: StepTransaction | None = None) -> Any:
         """Call the step's function, inside the interceptors; what they are around includes the flush."""
-        interceptors = self._attempt.interceptors
+        interceptors = self._attempt.options.interceptors
         injected = () if transaction is None else (transaction.injected,)
         watch = self._attempt.progress(self._call.position).watch = self._watch()
         if not interceptors.steps and (transaction is None or not interceptors.transactions):
@@ -252,7 +252,7 @@ class _Execution:
 
     def _intercept_transaction(self, session: Session) -> None:
         execution = execution_of(self._attempt, self._call)
-        for each in self._attempt.interceptors.transactions:
+        for each in self._attempt.options.interceptors.transactions:
             each.transaction(execution, session)
 
     def _flush_and_record(self, session: Session, checkpoint: Checkpoint, transaction: StepTransaction) -> None:
@@ -302,7 +302,7 @@ class _Execution:
 
     async def _record_try(self, error: BaseException | None, seconds: float) -> None:
         """Record a failed try, so that a crash does not forget how many there were."""
-        text = None if error is None else record(error, self._attempt.errors)
+        text = None if error is None else record(error, self._attempt.options.errors)
         await self._runtime.record(self._checkpoint(StepStatus.RETRYING, error=text, delay=seconds))
 
     def _in_time(self, verdict: _Soon | _Later | _Final, error: BaseException) -> _Soon | _Later | _Final:
@@ -331,7 +331,7 @@ class _Execution:
                 return again
         self._losses = 0
         self._call.tries.failed(error)
-        policy = self._call.definition.policy
+        policy = self._call.definition.options.policy
         try:
             seconds = None if policy is None else await policy.wait_before_next(self._call.tries)
         except RetryPolicyError as broken:
@@ -355,7 +355,7 @@ class _Execution:
         """Count a lost transaction. One alone ends no step; from the second in a row on, its policy may."""
         self._losses += 1
         lost = self._lost(error)
-        policy, seconds = self._call.definition.policy, wait_after_loss(self._losses)
+        policy, seconds = self._call.definition.options.policy, wait_after_loss(self._losses)
         self._call.tries.failed(error)
         try:
             stops = policy is not None and self._losses > 1 and policy.stops(self._call.tries, upcoming=seconds)
@@ -384,7 +384,7 @@ class _Execution:
 
     async def _success(self, value: object) -> Checkpoint:
         self._call.tries.returned(value)
-        policy = self._call.definition.policy
+        policy = self._call.definition.options.policy
         seconds = None if policy is None else await policy.wait_before_next(self._call.tries)
         if seconds is not None:
             raise _Again(seconds)
@@ -392,7 +392,7 @@ class _Execution:
         return self._checkpoint(StepStatus.SUCCEEDED, encoded=encoded)
 
     def _failure(self, error: BaseException) -> Checkpoint:
-        return self._checkpoint(StepStatus.FAILED, error=record(error, self._attempt.errors))
+        return self._checkpoint(StepStatus.FAILED, error=record(error, self._attempt.options.errors))
 
     def _checkpoint(
         self,

@@ -41,7 +41,7 @@ async def receive(
     source = Source(None, take, late, (Awaited(signal=updates.signal_of(name)),))
     recorded = await received(runtime, position, source, within=within)
     if recorded.status is StepStatus.FAILED:
-        raise_recorded(recorded, runtime.attempt.errors)
+        raise_recorded(recorded, runtime.attempt.options.errors)
     output = json.loads(recorded.output or "{}")
     return Taken(output["id"], json.dumps(output["payload"]))
 

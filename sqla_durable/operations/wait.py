@@ -137,7 +137,7 @@ async def receive(
         DecodingError: it does not fit the type that it is wanted as.
     """
     recorded = await received(runtime, position, source, within=within)
-    return outcome_of(recorded, result, runtime.attempt.errors)
+    return outcome_of(recorded, result, runtime.attempt.options.errors)
 
 
 async def received(runtime: Runtime, position: Position, source: Source, *, within: timedelta | None) -> Recorded:

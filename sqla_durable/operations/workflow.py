@@ -47,7 +47,7 @@ async def run_workflow(runtime: Runtime, definition: WorkflowDefinition, body: B
     """
     completion = await completion_of(runtime, definition, body)
     if not runtime.attempt.undoes:
-        report(runtime.attempt, strict=definition.strict)
+        report(runtime.attempt, strict=definition.options.strict)
     try:
         await runtime.finish(completion)
     except EncodingError as refused:
@@ -75,9 +75,7 @@ async def completion_of(runtime: Runtime, definition: WorkflowDefinition, body: 
 
 async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
     attempt = runtime.attempt
-    attempt.interceptors = definition.interceptors
-    attempt.history_limit = definition.history_limit or attempt.history_limit
-    attempt.errors, attempt.secrets = definition.errors, definition.secrets
+    attempt.options = definition.durable
     try:
         _ = definition.result  # what could not be recorded is not executed
         value = await _called(runtime, definition, body)
@@ -89,7 +87,7 @@ async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body:
             raise
         attempt.proceed()
         failure = failure_of_workflow(error, attempt.name)
-        return _ended(attempt, WorkflowStatus.FAILED, error=record(failure, attempt.errors))
+        return _ended(attempt, WorkflowStatus.FAILED, error=record(failure, attempt.options.errors))
     return _ended(attempt, WorkflowStatus.SUCCEEDED, output=output)
 
 
@@ -116,7 +114,7 @@ def _ended(
 
 async def _called(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Any:
     arguments = definition.arguments.decode(runtime.attempt.input)
-    if not definition.interceptors.workflows:
+    if not definition.durable.interceptors.workflows:
         return await body(arguments)
     async with runtime.intercepted():
         return await body(arguments)
@@ -162,7 +160,7 @@ class Outcome:
             case WorkflowStatus.SUCCEEDED:
                 return definition.result.decode(self.standing.output or "null")
             case _:
-                raise self.error(find or definition.errors.outside)
+                raise self.error(find or definition.durable.errors.outside)
 
     @property
     def _label(self) -> str:

@@ -111,8 +111,8 @@ class BaseRuntime(ABC):
         """Ask the interceptors one by one, each when those before it are entered."""
         execution = execution_of(self.attempt, step)
         if step is None:
-            return (each.workflow(execution) for each in self.attempt.interceptors.workflows)
-        return (each.step(execution) for each in self.attempt.interceptors.steps)
+            return (each.workflow(execution) for each in self.attempt.options.interceptors.workflows)
+        return (each.step(execution) for each in self.attempt.options.interceptors.steps)
 
 
 class BlockingRuntime(BaseRuntime):
@@ -165,7 +165,7 @@ class BlockingRuntime(BaseRuntime):
 
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
         """Call the workflow's function."""
-        self.limit = definition.limit
+        self.limit = definition.durable.payload_limit
         self.attempt.branches.begin(threading.get_ident)
         with self.context().entered():
             return definition.call(arguments)
@@ -375,7 +375,7 @@ class AsyncRuntime(BaseRuntime):
 
     async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
         """Call the workflow's function."""
-        self.limit = definition.limit
+        self.limit = definition.durable.payload_limit
         self.attempt.branches.begin(tasks.whereabouts)
         self.timers = Timers(self.attempt, self.note)
         await self.recall()

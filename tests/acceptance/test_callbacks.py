@@ -504,7 +504,7 @@ def test_token_of_another_secret_is_refused_and_its_answer_is_not(session: Sessi
 
 @pytest.mark.parametrize("secret", ["short", [OLD, ""]])
 def test_short_secret_is_refused(secret: Any) -> None:
-    with pytest.raises(errors.DefinitionError, match="is shorter than 16 characters"):
+    with pytest.raises(errors.DefinitionError, match="must have at least 16 characters"):
         Durable(secret=secret)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -129,7 +129,7 @@ def test_an_event_of_a_plain_step_is_set_at_once_and_again_by_the_next_try(shell
 
 # behaviour: C6
 def test_a_value_that_cannot_be_sent_fails_the_senders_operation_only(shell: Shell, app: Application) -> None:
-    app.durable.payload_limit = 1_000
+    app.durable.options = replace(app.durable.options, payload_limit=1_000)
     seen: list[type] = []
 
     async def checkout() -> str:

@@ -394,7 +394,7 @@ def test_only_what_is_overridden_is_called() -> None:
         pass
 
     durable = Durable(interceptors=[Nothing(), Tenant()])
-    found = durable.workflow(lambda: None, name="nothing").definition.interceptors
+    found = durable.workflow(lambda: None, name="nothing").definition.durable.interceptors
     assert [len(each) for each in (found.starts, found.workflows, found.steps, found.transactions)] == [1, 1, 0, 1]
 
 

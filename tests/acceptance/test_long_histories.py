@@ -140,5 +140,5 @@ def test_too_many_operations_are_refused(shell: Shell) -> None:
 
 
 def test_limit_that_is_none_is_refused() -> None:
-    with pytest.raises(errors.DefinitionError, match="history_limit=0 lets no workflow do anything"):
+    with pytest.raises(errors.DefinitionError, match="history_limit must be at least 1, got 0"):
         Durable(history_limit=0)

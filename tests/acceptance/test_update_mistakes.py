@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -88,7 +89,7 @@ def test_second_answer_is_refused_and_the_first_one_stands(shell: Shell, app: Ap
 @SYNC
 def test_answer_that_cannot_be_stored_can_be_given_otherwise(shell: Shell, app: Application) -> None:
     # behaviour: C6
-    app.durable.payload_limit = 1_000
+    app.durable.options = replace(app.durable.options, payload_limit=1_000)
 
     async def moving() -> list[str]:
         request = await asked()

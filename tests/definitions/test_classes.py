@@ -107,7 +107,7 @@ def known() -> KnownErrors:
     """What an application knows whose workflows are in this module."""
     durable = Durable()
     durable.workflow(lambda: None, name="ship")
-    return durable.known_errors
+    return durable.options.errors
 
 
 REDIRECT = Failure(
@@ -143,22 +143,22 @@ def test_library_class_that_a_module_of_steps_imports_comes_back_in_the_workflow
 
 def test_named_class_comes_back_everywhere_with_its_subclasses(framework: ModuleType) -> None:
     for named in (framework.HTTPException, Exception):
-        known = Durable(errors=[named]).known_errors
+        known = Durable(errors=[named]).options.errors
         assert known.outside(REDIRECT.type) is known.inside(REDIRECT.type) is framework.HTTPException
-    assert Durable(errors=[OutOfStock]).known_errors.outside(REDIRECT.type) is None
+    assert Durable(errors=[OutOfStock]).options.errors.outside(REDIRECT.type) is None
 
 
 def test_named_class_may_be_local() -> None:
     class Local(Exception):
         pass
 
-    assert Durable(errors=[Local]).known_errors.outside(name_of_class(Local)) is Local
+    assert Durable(errors=[Local]).options.errors.outside(name_of_class(Local)) is Local
 
 
 def test_strict_knows_no_package() -> None:
     durable = Durable(errors=[StepFailedError], strict_errors=True)
     durable.workflow(lambda: None, name="ship")
-    for find in (durable.known_errors.inside, durable.known_errors.outside):
+    for find in (durable.options.errors.inside, durable.options.errors.outside):
         assert find(name_of_class(OutOfStock)) is None
         assert find("builtins:ValueError") is ValueError
         assert find("sqla_durable.errors:StepFailedError") is StepFailedError

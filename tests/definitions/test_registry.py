@@ -14,6 +14,7 @@ from typing_extensions import TypeAliasType
 
 from sqla_durable import AsyncStepFunction, AsyncWorkflowFunction, Durable, run_step
 from sqla_durable.definitions.inspection import SessionKind
+from sqla_durable.definitions.options import StepOptions, WorkflowOptions
 from sqla_durable.definitions.registry import Registry, StepDefinition, WorkflowDefinition
 from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError
 
@@ -92,7 +93,7 @@ def optional(session: Session | None) -> None: ...
     ],
 )
 def test_first_parameter_says_which_session_a_step_takes(fn: Callable[..., Any], kind: SessionKind) -> None:
-    assert StepDefinition.of(fn, name="given").session is kind
+    assert StepDefinition.of(fn, StepOptions("given")).session is kind
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_step_is_made_of_any_callable(fn: Callable[..., Any], name: str | None, 
     if name is None:
         with pytest.raises(DefinitionError, match="has no name to record it by: give the step one with name="):
             StepDefinition.of(fn)
-    definition = StepDefinition.of(fn, name=name or "given")
+    definition = StepDefinition.of(fn, StepOptions(name or "given"))
     assert definition.name == (name or "given")
     assert definition.is_async is is_async
 
@@ -124,8 +125,8 @@ def test_result_annotation_is_found_through_partials_methods_and_wrappers() -> N
         return base(*args)
 
     for fn in (wrapped, functools.partial(base, 1), Client().fetch, Client()):
-        assert StepDefinition.of(fn, name="x").result.decode("7") == 7
-        assert StepDefinition.of(fn, name="x").result.annotation is int
+        assert StepDefinition.of(fn, StepOptions("x")).result.decode("7") == 7
+        assert StepDefinition.of(fn, StepOptions("x")).result.annotation is int
 
 
 def test_annotation_may_name_a_class_defined_further_down() -> None:
@@ -153,14 +154,14 @@ def test_something_that_cannot_be_called_is_refused(fn: Any) -> None:
 @pytest.mark.parametrize("name", ["", " ", "a#2", "a/b"])
 def test_names_that_would_confuse_are_refused(name: str) -> None:
     with pytest.raises(DefinitionError):
-        StepDefinition.of(plain, name=name)
+        StepDefinition.of(plain, StepOptions(name))
     with pytest.raises(DefinitionError):
-        WorkflowDefinition.of(lambda: None, name=name)
+        WorkflowDefinition.of(lambda: None, WorkflowOptions(name))
 
 
 def test_blank_queue_is_refused() -> None:
     with pytest.raises(DefinitionError, match=r"has the blank queue ' ': name one"):
-        WorkflowDefinition.of(lambda: None, name="x", queue=" ")
+        WorkflowDefinition.of(lambda: None, WorkflowOptions("x", queue=" "))
 
 
 def test_two_functions_of_one_name_are_refused_and_named() -> None:
@@ -184,7 +185,7 @@ def test_unknown_workflow_is_refused_with_what_there_is() -> None:
     registry = Registry()
     with pytest.raises(UnknownWorkflowError, match=r"registered are \[\]"):
         registry.workflow("x")
-    registry.add_workflow(WorkflowDefinition.of(lambda: None, name="checkout"))
+    registry.add_workflow(WorkflowDefinition.of(lambda: None, WorkflowOptions("checkout")))
     with pytest.raises(UnknownWorkflowError, match="did you mean 'checkout'"):
         registry.workflow("chekout")
     assert [each.name for each in registry] == ["checkout"]

@@ -176,7 +176,7 @@ class ThreadRuntime(BlockingRuntime):
         assert step.session is SessionKind.SYNC  # noqa: S101 (the registry refuses other steps in sync code)
         assert maker is not None  # noqa: S101 (the worker has checked it at its start)
         places = self._surroundings.sync_places
-        inner = ClosingTransaction(maker(close_resets_only=False), isolation_level=step.isolation_level)
+        inner = ClosingTransaction(maker(close_resets_only=False), isolation_level=step.options.isolation_level)
         transaction = HeldTransaction(inner, places.release)
         places.acquire()
         await transaction.begin()
@@ -286,7 +286,7 @@ class LoopRuntime(AsyncRuntime):
         assert step.session is SessionKind.ASYNC  # noqa: S101 (sync sessions are performed in a thread)
         assert maker is not None  # noqa: S101 (the worker has checked it at its start)
         places = self._surroundings.async_places
-        inner = LoopTransaction(maker(close_resets_only=False), isolation_level=step.isolation_level)
+        inner = LoopTransaction(maker(close_resets_only=False), isolation_level=step.options.isolation_level)
         transaction = HeldTransaction(inner, places.release)
         await places.acquire()
         await transaction.begin()

@@ -50,7 +50,7 @@ def shown_name(given: str | None) -> str:
 def chosen_queues(durable: Durable, given: Iterable[str] | None) -> list[str]:
     """Give the queues to claim from; by default those of the workflows that are known."""
     if given is None:
-        return sorted({"default"} | {each.queue for each in durable.registry})
+        return sorted({"default"} | {each.options.queue for each in durable.registry})
     chosen = [given] if isinstance(given, str) else sorted(set(given))
     if not chosen or not all(each.strip() for each in chosen):
         raise ValueError(f"queues={given!r} names no queue: give at least one, or leave it out.")
