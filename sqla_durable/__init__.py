@@ -39,8 +39,7 @@ from sqla_durable.api.update_handles import AsyncUpdate, Update, update_handle
 from sqla_durable.api.update_requests import UpdateRequest, wait_update
 from sqla_durable.api.updates import start_with_update, update
 from sqla_durable.api.watching import wait_event
-from sqla_durable.definitions.execution import Execution, StepExecution
-from sqla_durable.definitions.interceptors import Interceptor
+from sqla_durable.definitions.interceptors import Execution, Interceptor, StepExecution
 from sqla_durable.execution import AsyncExecutor, Executor
 from sqla_durable.execution.worker import Worker
 from sqla_durable.management import cancel, delete, fork, id_at, resume, retry, rewind

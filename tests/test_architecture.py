@@ -30,7 +30,7 @@ FLOORS = (
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 WRITES_SQL = {"store"}
 KNOWS_ASYNCIO = {"api", "execution", "runtime", "tools"}
-"""With `operations.undisturbed`, which waits for what must not be left in the middle."""
+"""With `operations.shielding`, which waits for what must not be left in the middle."""
 LONGEST = 500
 MODULES = sorted(ROOT.rglob("*.py"))
 SOURCES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in MODULES}
@@ -119,7 +119,7 @@ def test_only_the_store_makes_statements() -> None:
 
 
 def test_only_the_shells_know_asyncio() -> None:
-    others = {*_of(FLOOR_OF.keys() - KNOWS_ASYNCIO)} - {"sqla_durable.operations.undisturbed"}
+    others = {*_of(FLOOR_OF.keys() - KNOWS_ASYNCIO)} - {"sqla_durable.operations.shielding"}
     assert {each for each in others for name in _imported(each) if _parts(name)[0] == "asyncio"} == set()
 
 

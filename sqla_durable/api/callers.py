@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from sqla_durable.definitions.retry import is_read_only, sqlstate
+from sqla_durable.definitions.database_errors import is_read_only, sqlstate
 from sqla_durable.errors import (
     ArgumentError,
     DatabaseUnavailableError,
@@ -30,7 +30,7 @@ from sqla_durable.errors import (
 )
 from sqla_durable.models import Base, Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.operations import boundary
+from sqla_durable.operations import transaction
 from sqla_durable.store import connection_of, keys, schema
 
 T = TypeVar("T")
@@ -199,7 +199,7 @@ def _write(session: Session, function: Callable[[Session], T], *, rights: str) -
             schema.require_transaction(session)
             return function(session)
     except DBAPIError as error:
-        if not is_read_only(error) or boundary.is_of_step(session):  # a step is tried again, on the new primary
+        if not is_read_only(error) or transaction.is_of_step(session):  # a step is tried again, on the new primary
             raise
         raise DatabaseUnavailableError(
             f"nothing can be written with {session!r}: its server is a standby, or its transaction is read only. Give "

@@ -12,11 +12,11 @@ from uuid import UUID
 from sqla_durable.api.operate import operate, require_workflow
 from sqla_durable.api.start import BoundWorkflow
 from sqla_durable.definitions.checks import require_duration
-from sqla_durable.definitions.classes import Find
+from sqla_durable.definitions.error_classes import Find
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import ArgumentError
 from sqla_durable.operations import children
-from sqla_durable.operations.attempt import Position
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.workflow import Outcome
 

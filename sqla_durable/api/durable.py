@@ -16,10 +16,10 @@ from sqla_durable.api.steps import (
     StepFunction,
     TransactionalStep,
 )
-from sqla_durable.definitions.classes import KnownErrors
-from sqla_durable.definitions.codec import DEFAULT_LIMIT
+from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.inspection import SessionKind, place_of
 from sqla_durable.definitions.interceptors import Interceptor, Interceptors
+from sqla_durable.definitions.jsonb import DEFAULT_LIMIT
 from sqla_durable.definitions.limits import TimeLimits
 from sqla_durable.definitions.options import (
     DurableOptions,

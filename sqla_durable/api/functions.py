@@ -27,7 +27,7 @@ from sqla_durable.api.steps import DurableFunction
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import UsageError
 from sqla_durable.models import Workflow
-from sqla_durable.operations.anew import begin_anew
+from sqla_durable.operations.workflow import begin_anew
 from sqla_durable.store import schema
 
 P = ParamSpec("P")

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import Pool
 
 from sqla_durable.definitions.log import Log
-from sqla_durable.operations.undisturbed import Undisturbed
+from sqla_durable.operations.shielding import Undisturbed
 from sqla_durable.store import connection_of, hints, schema
 from sqla_durable.store.drivers import alone
 from sqla_durable.store.hints import EVERYWHERE, LATE, Hint, merged, sent_to, to_queue, to_worker

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, overload
 
 from sqla_durable.errors import ArgumentError, SyncAsyncError
 from sqla_durable.operations.branch import Branch, Branches, name_of
-from sqla_durable.operations.raised import is_own_failure
+from sqla_durable.operations.outcome import is_own_failure
 from sqla_durable.runtime.context import Context, Fork, active
 from sqla_durable.unwinding import ControlFlow, Released
 

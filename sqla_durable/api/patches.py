@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.errors import ArgumentError, UsageError
-from sqla_durable.operations import patches
+from sqla_durable.operations.workflow import patched as record_patch
 from sqla_durable.runtime.context import active
 
 
@@ -51,7 +51,7 @@ def patched(patch_id: str) -> bool:
             "in the workflow, and pass the answer to the step."
         )
     context.attempt.branches.require_here(f"patched({patch_id!r})", workflow=context.attempt.name)
-    is_new, marker = patches.patched(context.attempt, patch_id)
+    is_new, marker = record_patch(context.attempt, patch_id)
     if marker is not None:
         context.note(marker)
     return is_new

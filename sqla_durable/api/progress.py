@@ -17,7 +17,7 @@ from sqla_durable.api.publishing import DONE, encode
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.errors import UsageError
 from sqla_durable.models import Workflow
-from sqla_durable.operations.progress import INTERVAL, send
+from sqla_durable.operations.publishing import INTERVAL, send
 from sqla_durable.runtime.context import active
 from sqla_durable.store import workers
 

@@ -12,7 +12,7 @@ from sqla_durable.api.callers import AnySession
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.errors import UsageError
-from sqla_durable.operations.publish import Publication, origin_of, publish_at_once, publish_once
+from sqla_durable.operations.publishing import Publication, origin_of, publish_at_once, publish_once
 from sqla_durable.operations.runtime import StepCall
 from sqla_durable.runtime.context import Context, active
 

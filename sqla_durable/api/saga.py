@@ -12,9 +12,9 @@ from sqla_durable.api.operate import operate, require_workflow
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.redaction import brief
 from sqla_durable.errors import CompensationFailedError, UsageError
-from sqla_durable.operations import saga as operations
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.raised import is_own_failure
+from sqla_durable.operations.outcome import is_own_failure
+from sqla_durable.operations.workflow import begin_saga, calls_for_compensation
 from sqla_durable.runtime.context import Context
 from sqla_durable.runtime.loop_timers import carried_through
 from sqla_durable.runtime.tasks import is_engines_own
@@ -70,7 +70,7 @@ class Saga:
     def __enter__(self) -> Self:
         if _context().is_async:
             raise UsageError("in an async def workflow a saga is used by `async with Saga() as saga:`.")
-        operate("saga", operations.begin)
+        operate("saga", begin_saga)
         self._entered = True
         return self
 
@@ -78,7 +78,7 @@ class Saga:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         attempt = require_workflow("saga").attempt
-        if operations.calls_for_compensation(attempt, error):
+        if calls_for_compensation(attempt, error):
             with attempt.compensating():
                 failed = [
                     each for name, undo in reversed(self._compensations) if (each := _failure(attempt, name, undo))
@@ -88,7 +88,7 @@ class Saga:
     async def __aenter__(self) -> Self:
         if not _context().is_async:
             raise UsageError("in a def workflow a saga is used by `with Saga() as saga:`.")
-        await operate("saga", operations.begin)
+        await operate("saga", begin_saga)
         self._entered = True
         return self
 
@@ -96,7 +96,7 @@ class Saga:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         attempt = require_workflow("saga").attempt
-        if operations.calls_for_compensation(attempt, error):
+        if calls_for_compensation(attempt, error):
             with attempt.compensating():
                 failed: list[str] = []
                 for name, undo in reversed(self._compensations):

@@ -21,7 +21,7 @@ from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models import Workflow
-from sqla_durable.operations import wait
+from sqla_durable.operations import waiting
 from sqla_durable.store import signals as statements
 from sqla_durable.store.keys import SnapshotKept
 
@@ -209,8 +209,8 @@ class _WaitSignal:
         if timeout is not None:
             require_duration(timeout, "timeout")
         codec = Codec.of(kind, what=f"payload of signal {name!r}")
-        source = wait.Source.of_signal(name, timeout)
-        receive = partial(wait.receive, source=source, result=codec, within=timeout)
+        source = waiting.Source.of_signal(name, timeout)
+        receive = partial(waiting.receive, source=source, result=codec, within=timeout)
         return operate(f"signal:{name}", receive, key=key)
 
     @overload

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar, cast
 from sqla_durable.api.operate import operate
 from sqla_durable.definitions.checks import require_duration, require_moment
 from sqla_durable.definitions.codec import Codec
-from sqla_durable.operations import fact, wait
+from sqla_durable.operations import waiting
 from sqla_durable.runtime.context import active
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ def sleep(duration: timedelta, *, key: str | None = None) -> Awaitable[None]:
         UsageError: this is not a workflow's own code.
     """
     require_duration(duration, "duration")
-    return cast("Awaitable[None]", operate("sleep", partial(wait.sleep, delay=duration, until=None), key=key))
+    return cast("Awaitable[None]", operate("sleep", partial(waiting.sleep, delay=duration, until=None), key=key))
 
 
 def sleep_until(moment: datetime, *, key: str | None = None) -> Awaitable[None]:
@@ -48,7 +48,7 @@ def sleep_until(moment: datetime, *, key: str | None = None) -> Awaitable[None]:
         UsageError: this is not a workflow's own code.
     """
     require_moment(moment, "moment")
-    return cast("Awaitable[None]", operate("sleep", partial(wait.sleep, delay=None, until=moment), key=key))
+    return cast("Awaitable[None]", operate("sleep", partial(waiting.sleep, delay=None, until=moment), key=key))
 
 
 class Fact(Generic[T]):
@@ -68,7 +68,7 @@ class Fact(Generic[T]):
         context = active()
         if context is None or context.step is not None:
             return self._ask()
-        asking = fact.of_database if self._of_database else partial(fact.of_process, ask=self._ask)
+        asking = waiting.of_database if self._of_database else partial(waiting.of_process, ask=self._ask)
         return cast("T", operate(self._name, partial(asking, codec=self._codec)))
 
     def aio(self) -> Coroutine[Any, Any, T]:

@@ -23,10 +23,11 @@ from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.failure import Failure
 from sqla_durable.definitions.redaction import problems_of
 from sqla_durable.errors import ArgumentError, DecodingError, UsageError
-from sqla_durable.operations import update as operation
-from sqla_durable.operations.attempt import Attempt, Position
-from sqla_durable.operations.raised import is_own_failure
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.calls import Position
+from sqla_durable.operations.outcome import is_own_failure
 from sqla_durable.operations.runtime import Runtime
+from sqla_durable.operations.waiting import receive_update
 from sqla_durable.runtime.context import active, outside
 from sqla_durable.store import Checkpoint, Connectable, Origin, Verdict, updates
 from sqla_durable.unwinding import AttemptLost
@@ -290,7 +291,10 @@ class _Receiving:
 
     async def request(self, runtime: Runtime, position: Position) -> UpdateRequest[Any]:
         receive = partial(
-            operation.receive, name=self.name, consider=partial(self._consider, runtime.attempt), within=self.timeout
+            receive_update,
+            name=self.name,
+            consider=partial(self._consider, runtime.attempt),
+            within=self.timeout,
         )
         taken = await receive(runtime, position)
         return UpdateRequest(runtime.attempt.workflow_id, taken.id, self.name, self.codec.decode(taken.payload))

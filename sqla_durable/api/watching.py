@@ -14,7 +14,7 @@ from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import EventNotSetError, WorkflowNotFoundError
 from sqla_durable.models import Workflow
-from sqla_durable.operations import wait
+from sqla_durable.operations import waiting
 from sqla_durable.store import Checkpoint, Connectable, events
 
 T = TypeVar("T")
@@ -61,9 +61,9 @@ class _WaitEvent:
         if timeout is not None:
             require_duration(timeout, "timeout")
         take = partial(_take, workflow_id=id_of(workflow), key=key)
-        source = wait.Source(None, wait.at_once(take), f"event {key!r} was not set within {timeout}.")
+        source = waiting.Source(None, waiting.at_once(take), f"event {key!r} was not set within {timeout}.")
         codec = Codec.of(kind, what=f"value of event {key!r}")
-        return operate(f"wait_event({key})", partial(wait.receive, source=source, result=codec, within=timeout))
+        return operate(f"wait_event({key})", partial(waiting.receive, source=source, result=codec, within=timeout))
 
     @overload
     def aio(

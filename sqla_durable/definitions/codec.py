@@ -9,30 +9,32 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from decimal import Decimal
-from math import isfinite
 from types import GenericAlias
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr, TypeAdapter, ValidationError
 
 from sqla_durable.definitions.adapters import adapter_of, is_mapped
 from sqla_durable.definitions.comparison import Difference, annotation_for, difference, joined_path
-from sqla_durable.definitions.redaction import problems_of, without_values
-from sqla_durable.errors import ArgumentError, DecodingError, DefinitionError, EncodingError, PayloadTooLargeError
+from sqla_durable.definitions.jsonb import (
+    DEFAULT_LIMIT,
+    dump,
+    elements_of,
+    inner_values,
+    is_dataclass_instance,
+    path_to,
+    refuse_large,
+)
+from sqla_durable.definitions.redaction import problems_of
+from sqla_durable.errors import ArgumentError, DecodingError, DefinitionError, EncodingError
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+    pass
 
-DEFAULT_LIMIT = 1024 * 1024
-"""The default limit of one payload: 1 MiB of UTF-8 JSON."""
-
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_DEPTH = 50  # of values in values, where one is looked for
 _SURE = frozenset({str, int, bool, type(None)})
 """Annotations that read exactly what was written, if that was of the same type."""
 _JSON = frozenset({*_SURE, float, list, dict})
@@ -49,7 +51,6 @@ _INSTEAD_OF_ROWS = (
 _BRING_BACK = "Bring back an annotation that reads it, or start a new workflow."
 _SEND = "Send what fits, or wait with the type that is sent."
 _UNKNOWN_TYPE = re.compile(r"unknown type: <class '[^']*'>")
-_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,37 +290,6 @@ class ArgumentsCodec:
             ) from error
 
 
-def dump(plain: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> str:
-    """Give the JSON text of JSON values in the form that PostgreSQL's `jsonb` keeps, refusing what it cannot hold.
-
-    Source: PostgreSQL manual, 8.14.1 (no NUL, no lone surrogates, numbers as `numeric`) and 8.14.4 (order of keys).
-    """
-    try:
-        text = _ENCODER.encode(_as_jsonb(plain))
-        size = len(text.encode())
-    except UnicodeEncodeError as error:
-        del error  # which shows the text
-        raise EncodingError(f"the {what} cannot be stored: lone surrogate{_at(plain, _has_surrogate)}.") from None
-    except (TypeError, ValueError, RecursionError) as error:
-        reason = without_values(str(error))
-        raise EncodingError(f"the {what} cannot be stored: {reason}{_at(plain, _is_not_finite)}.") from None
-    if "\\u0000" in text and _NUL.search(text):
-        raise EncodingError(f"the {what} cannot be stored: PostgreSQL keeps no NUL character{_at(plain, _has_nul)}.")
-    refuse_large(size, what=what, limit=limit)
-    return text
-
-
-def refuse_large(size: int, *, what: str, limit: int) -> None:
-    """Refuse a payload over the limit, both in bytes."""
-    if size > limit:
-        raise PayloadTooLargeError(
-            f"the {what} is {size:,} bytes of JSON, over the limit of {limit:,}. Keep it in a table or a file and "
-            "pass its key, or raise Durable(payload_limit=...).",
-            size=size,
-            limit=limit,
-        )
-
-
 def _require_native(value: object, what: str) -> None:
     """Refuse what JSON would give back as something else."""
     if not _is_native(value):
@@ -351,7 +321,7 @@ def _require_readable(value: object, what: str, path: str = "") -> None:
         return
     if isinstance(value, dict):
         _require_readable_keys(cast("dict[object, object]", value), what, path)
-    for place, inner in _elements(cast("Iterable[object]", value)):
+    for place, inner in elements_of(cast("Iterable[object]", value)):
         _require_readable(inner, what, joined_path(path, place))
 
 
@@ -391,9 +361,9 @@ def _changed(found: Difference) -> str:
 
 def _structures(value: object) -> Iterable[type]:
     """Return the classes of the dataclasses and models in a value."""
-    if _is_dataclass(value) or isinstance(value, BaseModel):
+    if is_dataclass_instance(value) or isinstance(value, BaseModel):
         yield type(value)
-    for _, inner in _inside(value):
+    for _, inner in inner_values(value):
         yield from _structures(inner)
 
 
@@ -408,88 +378,12 @@ def _is_native(value: Any) -> bool:
             return type(value) in _JSON
 
 
-def _as_jsonb(value: Any) -> Any:
-    match value:
-        case dict():
-            mapping = cast("dict[str, Any]", value)
-            keys = sorted(mapping, key=_key_order) if len(mapping) > 1 else mapping
-            return {key: _as_jsonb(mapping[key]) for key in keys}
-        case list() | tuple():
-            return [_as_jsonb(inner) for inner in cast("list[Any]", value)]
-        case float():
-            return _as_numeric(value)
-        case _:
-            return value
-
-
-def _key_order(key: str) -> tuple[int, bytes]:
-    encoded = key.encode()
-    return len(encoded), encoded
-
-
-def _as_numeric(value: float) -> float | int:
-    """Give a float as `numeric` prints it: no exponent, so 1e22 reads as an integer, and no negative zero."""
-    if value == 0:
-        return 0.0
-    return int(Decimal(repr(value))) if "e+" in repr(value) else value
-
-
-def path_to(value: object, wanted: Callable[[object], bool], *, depth: int = _DEPTH) -> str | None:
-    """Return where in a value something is, such as `cards[2].number`; "" for the value itself, None for nowhere."""
-    if wanted(value):
-        return ""
-    if depth:
-        for place, inner in _inside(value):
-            path = path_to(inner, wanted, depth=depth - 1)
-            if path is not None:
-                return joined_path(place, path)
-    return None
-
-
-def _inside(value: object) -> Iterable[tuple[str, object]]:
-    if isinstance(value, Mapping):
-        mapping = cast("Mapping[object, object]", value)
-        return [*_elements(mapping), *((f"[{number}]", key) for number, key in enumerate(mapping))]
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return _elements(cast("Iterable[object]", value))
-    if isinstance(value, BaseModel):
-        return [*value.__dict__.items(), *(value.__pydantic_extra__ or {}).items()]
-    return [(each.name, getattr(value, each.name, None)) for each in fields(value)] if _is_dataclass(value) else []
-
-
-def _elements(value: Iterable[object]) -> Iterable[tuple[str, object]]:
-    if isinstance(value, Mapping):
-        return [(str(key)[:100], inner) for key, inner in cast("Mapping[object, object]", value).items()]
-    return [(f"[{number}]", inner) for number, inner in enumerate(value)]
-
-
-def _is_dataclass(value: object) -> TypeGuard[DataclassInstance]:
-    return is_dataclass(value) and not isinstance(value, type)
-
-
 def _is_mapped_instance(value: object) -> bool:
     return is_mapped(type(value))
 
 
 def _is_secret(value: object) -> bool:
     return isinstance(value, Secret | SecretStr | SecretBytes)
-
-
-def _has_surrogate(value: object) -> bool:
-    return isinstance(value, str) and any("\ud800" <= each <= "\udfff" for each in value)
-
-
-def _has_nul(value: object) -> bool:
-    return isinstance(value, str) and "\0" in value
-
-
-def _is_not_finite(value: object) -> bool:
-    return isinstance(value, float) and not isfinite(value)
-
-
-def _at(plain: object, wanted: Callable[[object], bool]) -> str:
-    path = path_to(plain, wanted)
-    return f" in {path}" if path else ""
 
 
 def _an(value: object) -> str:

@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from sqlalchemy.exc import DBAPIError, StatementError
 
-from sqla_durable.definitions.classes import (
+from sqla_durable.definitions.database_errors import sqlstate
+from sqla_durable.definitions.error_classes import (
     DEFAULT,
     Find,
     KnownErrors,
@@ -30,9 +31,8 @@ from sqla_durable.definitions.classes import (
     name_of_class,
     native_base,
 )
-from sqla_durable.definitions.codec import dump
+from sqla_durable.definitions.jsonb import dump
 from sqla_durable.definitions.redaction import driver_message, message_of, notes_of, traceback_of, without_values
-from sqla_durable.definitions.retry import sqlstate
 from sqla_durable.errors import StepFailedError
 
 _TEXT_LIMIT = 32_000

@@ -7,9 +7,9 @@ from datetime import timedelta
 from typing import Literal, TypeAlias, TypedDict, get_args
 
 from sqla_durable.definitions.checks import fault_in
-from sqla_durable.definitions.classes import KnownErrors
-from sqla_durable.definitions.codec import DEFAULT_LIMIT
+from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.interceptors import Interceptors
+from sqla_durable.definitions.jsonb import DEFAULT_LIMIT
 from sqla_durable.definitions.limits import TimeLimits
 from sqla_durable.definitions.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
 from sqla_durable.errors import DefinitionError

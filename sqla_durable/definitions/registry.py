@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqla_durable.definitions.codec import DEFAULT_LIMIT, ArgumentsCodec, Codec
+from sqla_durable.definitions.codec import ArgumentsCodec, Codec
 from sqla_durable.definitions.inspection import (
     SessionClass,
     SessionKind,
@@ -25,6 +25,7 @@ from sqla_durable.definitions.inspection import (
     refuse_misread,
     session_class,
 )
+from sqla_durable.definitions.jsonb import DEFAULT_LIMIT
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.options import ISOLATION_LEVELS, DurableOptions, StepOptions, WorkflowOptions
 from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError

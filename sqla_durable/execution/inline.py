@@ -17,16 +17,17 @@ from sqlalchemy.util import await_only
 from typing_extensions import override
 
 import sqla_durable.runtime.tasks as tasks
+from sqla_durable.definitions.database_errors import first_line, is_about_data, is_untranslatable
 from sqla_durable.definitions.registry import StepDefinition
-from sqla_durable.definitions.retry import first_line, is_about_data, is_untranslatable
 from sqla_durable.errors import EncodingError, SyncAsyncError
 from sqla_durable.operations.arrivals import Waker
-from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.calls import Parking, Position, Wait
 from sqla_durable.operations.parking import parking_of_threads, wait_or_park
 from sqla_durable.operations.runtime import StepCall, run_blocking
-from sqla_durable.operations.setbacks import TransactionRetry
+from sqla_durable.operations.shielding import undisturbed
 from sqla_durable.operations.transaction import HeldTransaction, StepTransaction, in_session
-from sqla_durable.operations.undisturbed import undisturbed
+from sqla_durable.operations.transaction_retries import TransactionRetry
 from sqla_durable.runtime.context import Fork
 from sqla_durable.runtime.shells import AsyncRuntime, BlockingRuntime
 from sqla_durable.store import (

@@ -13,8 +13,9 @@ from sqla_durable.api.handle import refuse_event_loop
 from sqla_durable.definitions.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.errors import DecodingError
 from sqla_durable.models.status import StepStatus
-from sqla_durable.operations.attempt import Attempt, Position, Wait
-from sqla_durable.operations.changes import PATCH
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.calls import Position, Wait
+from sqla_durable.operations.history import PATCH
 from sqla_durable.operations.runtime import StepCall, run_blocking
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.operations.workflow import completion_of

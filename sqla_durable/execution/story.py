@@ -30,8 +30,8 @@ from sqla_durable.execution.inline import AsyncInline, AsyncUntilWaiting, Blocki
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.setbacks import Phase, Setback, TransactionRetry
 from sqla_durable.operations.transaction import SavepointTransaction, StepTransaction, in_session
+from sqla_durable.operations.transaction_retries import Phase, Setback, TransactionRetry
 from sqla_durable.operations.workflow import Outcome, run_workflow
 from sqla_durable.store import (
     Claimed,

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 import sqla_durable.api.hints as hints
 from sqla_durable.definitions.checks import fault_in
-from sqla_durable.definitions.retry import first_line, sqlstate
+from sqla_durable.definitions.database_errors import first_line, sqlstate
 from sqla_durable.errors import ArgumentError, WorkflowReferencedError
 from sqla_durable.management.selection import Selected, perform
 from sqla_durable.store import connection_of, management, trees

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Hashable, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from math import isfinite
 from uuid import UUID
 
 from sqla_durable.definitions.options import DurableOptions
@@ -17,10 +15,10 @@ from sqla_durable.definitions.retry import Tries
 from sqla_durable.errors import HistoryLimitError, UnfinishedStepError, UsageError
 from sqla_durable.operations.arrivals import Arrivals, Waker
 from sqla_durable.operations.branch import Branches
-from sqla_durable.operations.changes import FIRED, Visits
+from sqla_durable.operations.calls import Parking, Position, Progress, Wait
+from sqla_durable.operations.history import FIRED, Visits
 from sqla_durable.operations.leaving import refusal
-from sqla_durable.operations.reports import Progress
-from sqla_durable.store import Awaited, Claimed, Fence, Recorded
+from sqla_durable.store import Claimed, Fence, Recorded
 from sqla_durable.unwinding import CallRefused, Cancelling, ContinuedAsNew, ControlFlow, Suspended
 
 TIMERS = "#timers"
@@ -28,65 +26,6 @@ TIMERS = "#timers"
 
 DEFAULT_HISTORY_LIMIT = 50_000
 """How many operations one workflow may call, unless its `Durable` says otherwise."""
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """The identity of one operation: its key in the workflow, its name, and its place in the order of calls."""
-
-    key: str
-    name: str
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """An operation that waits.
-
-    Attributes:
-        until: when it goes on, on the clock of `time.monotonic`; infinite if it has no time.
-        in_memory_until: until when it may hold its place in the worker; what is longer is to be parked.
-        awaits: what else it goes on for: one of these is enough.
-        looks: whether it looks again and again for what others do.
-        waker: wakes it when something that it awaits may be there.
-        has_row: whether the operation's row can keep what outlives this attempt: that of a failed try has its own.
-    """
-
-    until: float
-    in_memory_until: float
-    awaits: tuple[Awaited, ...] = ()
-    looks: bool = False
-    waker: Waker | None = None
-    has_row: bool = True
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether it is to end before the workflow may be suspended."""
-        return self.until <= self.in_memory_until
-
-    @property
-    def seconds(self) -> float:
-        """How long it still waits."""
-        return max(0.0, self.until - time.monotonic())
-
-
-@dataclass(frozen=True, slots=True)
-class Parking:
-    """How a workflow is to be parked: until what is due first, in `seconds`, or until one of what it `awaits`."""
-
-    seconds: float | None
-    awaits: tuple[Awaited, ...]
-
-    @classmethod
-    def of(cls, waits: Iterable[Wait]) -> Parking:
-        """Give how to park what waits for all of these."""
-        given = list(waits)
-        soonest = min(each.seconds for each in given)
-        return cls(soonest if isfinite(soonest) else None, tuple(awaited for each in given for awaited in each.awaits))
-
-    def within(self, seconds: float) -> Parking:
-        """Return the same, but for no longer than that."""
-        return self if self.seconds is not None and self.seconds <= seconds else replace(self, seconds=seconds)
 
 
 _NO_OPTIONS = DurableOptions()

@@ -15,8 +15,9 @@ from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
 
-from sqla_durable.definitions.codec import DEFAULT_LIMIT, Codec
+from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.failure import Failure
+from sqla_durable.definitions.jsonb import DEFAULT_LIMIT
 from sqla_durable.definitions.redaction import problems_of
 from sqla_durable.errors import (
     CallbackFailedError,
@@ -27,11 +28,10 @@ from sqla_durable.errors import (
     WaitTimeoutError,
 )
 from sqla_durable.models.status import StepStatus
-from sqla_durable.operations.attempt import Position, Wait
-from sqla_durable.operations.checkpoint import checkpoint_of
-from sqla_durable.operations.outcome import outcome_of
+from sqla_durable.operations.calls import Position, Wait
+from sqla_durable.operations.outcome import checkpoint_of, outcome_of
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.operations.wait import GracePeriod
+from sqla_durable.operations.waiting import GracePeriod
 from sqla_durable.store import Awaited, Recorded, callbacks, hints, signals
 from sqla_durable.unwinding import AttemptLost
 

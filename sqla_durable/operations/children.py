@@ -10,15 +10,14 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from sqla_durable.definitions.codec import DEFAULT_LIMIT, refuse_large
 from sqla_durable.definitions.failure import Failure, record
+from sqla_durable.definitions.jsonb import DEFAULT_LIMIT, refuse_large
 from sqla_durable.errors import ChildrenFailedError, KeyNotVisibleError, PayloadTooLargeError, UsageError
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.operations.attempt import Position, Wait
-from sqla_durable.operations.checkpoint import checkpoint_of
-from sqla_durable.operations.outcome import raise_recorded
+from sqla_durable.operations.calls import Position, Wait
+from sqla_durable.operations.outcome import checkpoint_of, raise_recorded
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.operations.wait import GracePeriod, Source, at_once, received
+from sqla_durable.operations.waiting import GracePeriod, Source, at_once, received
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, Standing, children, held, waits
 

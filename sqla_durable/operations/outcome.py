@@ -1,15 +1,51 @@
-"""What a recorded outcome is to the workflow's code: a value, or an error that is raised."""
+"""The outcome of an operation: how it is recorded, how a recorded one is returned or raised, and which errors count."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import json
+import threading
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NoReturn
 
-from sqla_durable.definitions.classes import KnownErrors
 from sqla_durable.definitions.codec import Codec
+from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.failure import Failure
-from sqla_durable.errors import StepFailedError
+from sqla_durable.errors import StepFailedError, UsageError
 from sqla_durable.models.status import StepStatus
-from sqla_durable.store import Recorded
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.calls import Position
+from sqla_durable.operations.runtime import Runtime
+from sqla_durable.operations.shielding import CancelledError, is_cancelled_here
+from sqla_durable.store import Checkpoint, Recorded, steps
+from sqla_durable.unwinding import AttemptLost, ControlFlow, Interrupted
+
+
+def checkpoint_of(
+    attempt: Attempt,
+    position: Position,
+    status: StepStatus = StepStatus.SUCCEEDED,
+    *,
+    output: str | None = None,
+    error: str | None = None,
+    elapsed: float = 0.0,
+    delay: float | None = None,
+) -> Checkpoint:
+    """Give an operation's record; `output` and `error` are JSON text, times in seconds."""
+    return Checkpoint(
+        fence=attempt.fence,
+        key=position.key,
+        name=position.name,
+        position=position.number,
+        status=status,
+        output=output,
+        error=error,
+        attempt=attempt.number,
+        attempts=1,
+        elapsed=elapsed,
+        delay=delay,
+    )
 
 
 def outcome_of(recorded: Recorded, result: Codec, known: KnownErrors) -> Any:
@@ -45,3 +81,107 @@ def raise_recorded(recorded: Recorded, known: KnownErrors) -> NoReturn:
     )
     failure.complete(error)
     raise error
+
+
+_TYPE = "asyncio.exceptions:CancelledError"
+_MARK = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The record of a call that was cancelled.
+
+    Attributes:
+        order: grows from one cancelled call of a workflow to the next.
+        fired: the timers of asyncio that fired meanwhile, by their keys.
+    """
+
+    order: int
+    fired: tuple[str, ...] = ()
+
+
+async def settle(runtime: Runtime, position: Position, cancelled: Cancelled) -> Recorded:
+    """Record that a call was cancelled, unless the operation has an outcome; return the outcome that stands.
+
+    What the code had recorded before, the reason for the cancel perhaps, is committed first.
+
+    Raises:
+        ControlFlow: the attempt ends here, and nothing was recorded.
+    """
+    await runtime.settle()
+    words = f"the workflow's own code cancelled the call {position.key!r}"
+    error: dict[str, Any] = {
+        "type": _TYPE,
+        "message": words,
+        "args": [],
+        "state": {},
+        "traceback": "",
+        _MARK: asdict(cancelled),
+    }
+    checkpoint = checkpoint_of(runtime.attempt, position, StepStatus.FAILED, error=json.dumps(error))
+    return await runtime.execute(partial(steps.settle, checkpoint=checkpoint))
+
+
+def cancelled_in(recorded: Recorded) -> Cancelled | None:
+    """Return what a record says of a cancelled call; None if it is another outcome."""
+    if recorded.status is not StepStatus.FAILED or f'"{_MARK}"' not in (recorded.error or ""):
+        return None
+    found: Any = json.loads(recorded.error or "{}").get(_MARK)
+    return Cancelled(found["order"], tuple(found["fired"])) if found else None
+
+
+def is_own_failure(attempt: Attempt, error: BaseException) -> bool:
+    """Return whether an error is the failure of the code that raised it, and is to be recorded as its outcome.
+
+    If not, the attempt ends without an outcome. To be asked in the thread or task of the code, before anything is
+    awaited: code that was closed by a `GeneratorExit` may await nothing more.
+    """
+    match error:
+        case BaseExceptionGroup():
+            return all(is_own_failure(attempt, each) for each in error.exceptions)
+        case ControlFlow():  # the engine stops the attempt first, except for these two
+            return not (attempt.stopped or isinstance(error, (AttemptLost, Interrupted)))
+        case CancelledError():
+            return not is_cancelled_here()
+        case KeyboardInterrupt():  # Ctrl-C interrupts the main thread only
+            return threading.current_thread() is not threading.main_thread()
+        case _:
+            return isinstance(error, (Exception, SystemExit))
+
+
+def is_own_failure_of_workflow(attempt: Attempt, error: BaseException) -> bool:
+    """Return the same of code of the workflow: a cancel that it has asked for itself, and lets out, is its own."""
+    if isinstance(error, CancelledError):
+        return not attempt.stopped
+    return is_own_failure(attempt, error)
+
+
+def failure_of_step(error: BaseException, key: str) -> BaseException:
+    """Return the error to record for a step's own failure; where it is none that code can catch, one that is.
+
+    It is what the step's retry policy is asked about.
+    """
+    if isinstance(error, CancelledError):
+        cancelled = concurrent.futures.CancelledError(f"step {key!r} ended with a CancelledError of its own.")
+        cancelled.__cause__ = error
+        return cancelled
+    return _stated(error, f"step {key!r}")
+
+
+def failure_of_workflow(error: BaseException, name: str) -> BaseException:
+    """Return the error to record for a workflow's own failure."""
+    if isinstance(error, CancelledError):
+        cancelled = UsageError(f"workflow {name!r} ended with a CancelledError of its own.")
+        cancelled.__cause__ = error
+        return cancelled
+    return _stated(error, f"workflow {name!r}")
+
+
+def _stated(error: BaseException, what: str) -> BaseException:
+    if not isinstance(error, ControlFlow):
+        return error
+    stated = UsageError(
+        f"{what} raised {type(error).__name__} by itself, which only the engine does, to end an attempt."
+    )
+    stated.__cause__ = error
+    return stated

@@ -6,7 +6,8 @@ from typing import Protocol
 
 from sqla_durable.errors import EncodingError
 from sqla_durable.operations.arrivals import Waker
-from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.calls import Parking, Position, Wait
 from sqla_durable.unwinding import Suspended
 
 QUIET = 5.0

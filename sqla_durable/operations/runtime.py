@@ -8,14 +8,15 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
-from sqla_durable.definitions.execution import Execution, StepExecution
+from sqla_durable.definitions.interceptors import Execution, StepExecution
 from sqla_durable.definitions.limits import Watch
 from sqla_durable.definitions.registry import StepDefinition
 from sqla_durable.definitions.retry import Tries
 from sqla_durable.errors import SyncAsyncError
-from sqla_durable.operations.attempt import Attempt, Position, Wait
-from sqla_durable.operations.setbacks import TransactionRetry
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.calls import Position, Wait
 from sqla_durable.operations.transaction import StepTransaction
+from sqla_durable.operations.transaction_retries import TransactionRetry
 from sqla_durable.store import Checkpoint, Completion, Connectable
 from sqla_durable.store.streams import Append, Appended
 

@@ -12,10 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sqla_durable.definitions.codec import Encoded
+from sqla_durable.definitions.database_errors import is_obstacle, is_transient, spoils_connection
 from sqla_durable.definitions.failure import Failure, record
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.limits import TimeLimits, Watch
-from sqla_durable.definitions.retry import is_obstacle, is_transient, spoils_connection
 from sqla_durable.errors import (
     DefinitionError,
     PayloadError,
@@ -25,14 +25,20 @@ from sqla_durable.errors import (
     UsageError,
 )
 from sqla_durable.models.status import StepStatus
-from sqla_durable.operations.attempt import Wait
-from sqla_durable.operations.boundary import Boundary
-from sqla_durable.operations.outcome import outcome_of
-from sqla_durable.operations.progress import send_unsent
-from sqla_durable.operations.raised import failure_of_step, is_own_failure
+from sqla_durable.operations.calls import Wait
+from sqla_durable.operations.outcome import failure_of_step, is_own_failure, outcome_of
+from sqla_durable.operations.publishing import send_unsent
 from sqla_durable.operations.runtime import Runtime, StepCall, execution_of
-from sqla_durable.operations.setbacks import LOSSES, Phase, Setback, describe, log, sqlstate_of, wait_after_loss
-from sqla_durable.operations.transaction import StepTransaction
+from sqla_durable.operations.transaction import Boundary, StepTransaction
+from sqla_durable.operations.transaction_retries import (
+    LOSSES,
+    Phase,
+    Setback,
+    describe,
+    log,
+    sqlstate_of,
+    wait_after_loss,
+)
 from sqla_durable.store import Checkpoint, Recorded, Verdict, steps
 from sqla_durable.unwinding import AttemptLost, Interrupted
 

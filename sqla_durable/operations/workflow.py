@@ -1,31 +1,35 @@
-"""The workflow: decode its arguments, call its function, record its outcome; and read a recorded outcome again."""
+"""The workflow as a whole: its execution and outcome, sagas, continue-as-new, patches, and the check of its history."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import partial
+from typing import Any, NoReturn, cast
 
-from sqla_durable.definitions.classes import Find
+from sqla_durable.definitions.error_classes import Find
 from sqla_durable.definitions.failure import Failure, add_notes, record
+from sqla_durable.definitions.log import Log, joined
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import (
     EncodingError,
+    HistoryMismatchError,
     MaxAttemptsError,
     RowRefusedError,
     WorkflowCancelledError,
     WorkflowFailedError,
     WorkflowTimeoutError,
 )
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.status import StepStatus, WorkflowStatus
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.patches import report
-from sqla_durable.operations.raised import failure_of_workflow, is_own_failure_of_workflow
+from sqla_durable.operations.calls import Position
+from sqla_durable.operations.history import PATCH
+from sqla_durable.operations.outcome import checkpoint_of, failure_of_workflow, is_own_failure_of_workflow
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.store import Completion, Standing
+from sqla_durable.store import Checkpoint, Completion, Standing, rounds, sagas
 from sqla_durable.store.deadlines import TIMEOUT_TYPE
-from sqla_durable.unwinding import CallRefused, Cancelling, ControlFlow
+from sqla_durable.unwinding import AttemptLost, CallRefused, Cancelling, ContinuedAsNew, ControlFlow
 
 # What the engine ends a workflow with, by the type that is recorded.
 _OF_THE_ENGINE = {
@@ -184,3 +188,86 @@ class Outcome:
             failure.complete(error)
         add_notes(error, f"raised in {self._label}")
         return error
+
+
+async def begin_saga(runtime: Runtime, position: Position) -> None:
+    """Note that the workflow may have something to undo; durable when this returns."""
+    attempt = runtime.attempt
+    if attempt.recorded(position) is not None:
+        return
+    await runtime.settle()
+    checkpoint = checkpoint_of(attempt, position, output="null")
+    await runtime.execute(partial(sagas.begin, checkpoint=checkpoint))
+    await runtime.record(checkpoint)
+
+
+def calls_for_compensation(attempt: Attempt, error: BaseException | None) -> bool:
+    """Tell whether what ends a saga undoes it: an error, or that the workflow is cancelled.
+
+    Not a workflow that is parked, handed back or lost, whatever error its code makes of that: it will come here again.
+    """
+    if attempt.stopped:
+        return attempt.cancelling and (error is not None or attempt.told)
+    return error is not None and is_own_failure_of_workflow(attempt, error)
+
+
+async def begin_anew(runtime: Runtime, position: Position, *, given: str) -> NoReturn:
+    """Enqueue the workflow with this input, and unwind this attempt.
+
+    Raises:
+        ContinuedAsNew: that is done.
+        AttemptLost: the attempt no longer owns the workflow; or it was done, and the acknowledgement was lost.
+    """
+    attempt = runtime.attempt
+    await runtime.settle()
+    if not await runtime.execute(partial(rounds.restart, fence=attempt.fence, given=given)):
+        raise AttemptLost(attempt.workflow_id)
+    attempt.stop(ContinuedAsNew)
+    raise ContinuedAsNew
+
+
+log = Log("sqla_durable.changes")
+
+
+def patched(attempt: Attempt, patch_id: str) -> tuple[bool, Checkpoint | None]:
+    """Tell whether the workflow goes the new way, and give what is to be recorded before the next effect, if any."""
+    with attempt.branches.lock:
+        patch = attempt.visits.patched(patch_id)
+    if patch.key is None:
+        return patch.is_new, None
+    attempt.refuse_if_told(patch.key)
+    marker = Checkpoint(
+        fence=attempt.fence,
+        key=patch.key,
+        name=PATCH,
+        position=patch.place,
+        status=StepStatus.SUCCEEDED,
+        output="true",
+        error=None,
+        attempt=attempt.number,
+        attempts=1,
+        elapsed=0.0,
+    )
+    return patch.is_new, marker
+
+
+def report(attempt: Attempt, *, strict: bool) -> None:
+    """Warn of a history that today's code has not visited as it was recorded.
+
+    Raises:
+        HistoryMismatchError: with `strict`, instead of the warning.
+    """
+    mismatch = attempt.visits.mismatch()
+    if mismatch is None:
+        return
+    what = f"workflow {attempt.name!r} {attempt.workflow_id} was recorded by other code than today's: {mismatch}"
+    if not strict:
+        log.warning("%s", joined(what))
+        return
+    raise HistoryMismatchError(
+        f"{what}\nIt is strict and has no outcome for now: deploy code that visits its history, or mark the change "
+        "with patched().",
+        workflow_id=attempt.workflow_id,
+        recorded=mismatch.recorded,
+        visited=mismatch.visited,
+    )

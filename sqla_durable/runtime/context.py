@@ -12,10 +12,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqla_durable.definitions.codec import DEFAULT_LIMIT
-from sqla_durable.definitions.execution import Execution, StepExecution
+from sqla_durable.definitions.interceptors import Execution, StepExecution
+from sqla_durable.definitions.jsonb import DEFAULT_LIMIT
 from sqla_durable.errors import UsageError
-from sqla_durable.operations.attempt import Attempt, Position
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.runtime import Operation, StepCall, execution_of
 from sqla_durable.store import Checkpoint
 

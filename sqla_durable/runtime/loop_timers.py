@@ -19,12 +19,12 @@ from weakref import WeakKeyDictionary
 from typing_extensions import override
 
 from sqla_durable.errors import UsageError
-from sqla_durable.operations.attempt import Attempt, Position
+from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.branch import Branch
-from sqla_durable.operations.cancelled import Cancelled
-from sqla_durable.operations.changes import FIRED
-from sqla_durable.operations.checkpoint import checkpoint_of
-from sqla_durable.operations.undisturbed import ended
+from sqla_durable.operations.calls import Position
+from sqla_durable.operations.history import FIRED
+from sqla_durable.operations.outcome import Cancelled, checkpoint_of
+from sqla_durable.operations.shielding import ended
 from sqla_durable.runtime.context import workflow_code
 from sqla_durable.store import Checkpoint
 

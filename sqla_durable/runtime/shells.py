@@ -18,22 +18,22 @@ from functools import partial
 from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import sqla_durable.runtime.tasks as tasks
-from sqla_durable.definitions.codec import DEFAULT_LIMIT
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.interceptors import Around, entered, entered_async
+from sqla_durable.definitions.jsonb import DEFAULT_LIMIT
 from sqla_durable.definitions.limits import Watch
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.redaction import brief
 from sqla_durable.definitions.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.models.status import StepStatus
-from sqla_durable.operations.attempt import TIMERS, Attempt, Position, Wait
-from sqla_durable.operations.cancelled import Cancelled, cancelled_in, settle
-from sqla_durable.operations.checkpoint import checkpoint_of
+from sqla_durable.operations.attempt import TIMERS, Attempt
+from sqla_durable.operations.calls import Position, Wait
+from sqla_durable.operations.outcome import Cancelled, cancelled_in, checkpoint_of, settle
 from sqla_durable.operations.runtime import Operation, StepCall, execution_of, run_blocking
-from sqla_durable.operations.setbacks import TransactionRetry
+from sqla_durable.operations.shielding import Undisturbed, ended
 from sqla_durable.operations.step import run_step
 from sqla_durable.operations.transaction import StepTransaction
-from sqla_durable.operations.undisturbed import Undisturbed, ended
+from sqla_durable.operations.transaction_retries import TransactionRetry
 from sqla_durable.runtime.context import Context, Fork
 from sqla_durable.runtime.loop_timers import Timers, watching
 from sqla_durable.store import Checkpoint, Completion, Connectable, streams, waits

@@ -15,10 +15,11 @@ from weakref import WeakKeyDictionary
 
 from typing_extensions import override
 
-from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
+from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.branch import Branch, Branches, name_of, unwrapped
+from sqla_durable.operations.calls import Parking, Position, Wait
 from sqla_durable.operations.parking import LOOK_EVERY, QUIET
-from sqla_durable.operations.undisturbed import ended, see, until_done
+from sqla_durable.operations.shielding import ended, see, until_done
 from sqla_durable.operations.workflow import signal_in
 from sqla_durable.runtime.context import active, workflow_code
 from sqla_durable.unwinding import Released

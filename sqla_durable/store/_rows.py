@@ -46,8 +46,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.types import TypeEngine
 
+from sqla_durable.definitions.database_errors import mark_engine_error
 from sqla_durable.definitions.redaction import escaped
-from sqla_durable.definitions.retry import mark_engine_error
 from sqla_durable.models import SCHEMA, Base, Workflow
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import StepStatus, WorkflowStatus

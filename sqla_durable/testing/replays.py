@@ -22,7 +22,7 @@ from sqla_durable.errors import ArgumentError, DecodingError
 from sqla_durable.execution import replaying
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.operations.changes import Mismatch
+from sqla_durable.operations.history import Mismatch
 from sqla_durable.store import Claimed, Completion, Fence, Recorded, exports, schema, steps
 from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
 

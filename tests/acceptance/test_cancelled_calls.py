@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 import sqla_durable.runtime.shells
 from sqla_durable import AsyncExecutor, Event, Step, StepStatus, WorkflowStatus, set_event, sleep, wait_signal
-from sqla_durable.operations.changes import FIRED
+from sqla_durable.operations.history import FIRED
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.branches import on_loop
 from tests.acceptance.shells import AsyncShell, AsyncWorkerShell, Shell

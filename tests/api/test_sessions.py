@@ -47,7 +47,7 @@ from sqla_durable import (
     start_with_update,
     update,
 )
-from sqla_durable.definitions.retry import sqlstate
+from sqla_durable.definitions.database_errors import sqlstate
 from sqla_durable.errors import DatabaseUnavailableError, EventNotSetError, KeyNotVisibleError, SessionError
 from sqla_durable.tools.cli.database import connect
 from tests.acceptance.shells import PATIENCE, POLL

@@ -10,7 +10,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from sqla_durable import Workflow, WorkflowStatus
-from sqla_durable.operations.changes import FIRED
+from sqla_durable.operations.history import FIRED
 from tests.crash import child, ledger
 from tests.crash.application import POINTS
 from tests.support.domain import Entry

@@ -23,7 +23,8 @@ from sqlalchemy import Engine, cast, literal, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import Text
 
-from sqla_durable.definitions.codec import ArgumentsCodec, Codec, dump
+from sqla_durable.definitions.codec import ArgumentsCodec, Codec
+from sqla_durable.definitions.jsonb import dump
 from sqla_durable.definitions.redaction import traceback_of
 from sqla_durable.errors import (
     ArgumentError,

@@ -16,7 +16,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from sqlalchemy.exc import IntegrityError
 
-from sqla_durable.definitions.classes import KnownErrors, name_of_class
+from sqla_durable.definitions.error_classes import KnownErrors, name_of_class
 from sqla_durable.definitions.failure import Failure
 from sqla_durable.errors import (
     ChildrenFailedError,

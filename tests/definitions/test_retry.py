@@ -10,7 +10,8 @@ import tenacity
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from sqla_durable.definitions.retry import RetryPolicy, Tries, is_conflict, is_outage, is_transient, is_unreachable
+from sqla_durable.definitions.database_errors import is_conflict, is_outage, is_transient, is_unreachable
+from sqla_durable.definitions.retry import RetryPolicy, Tries
 from sqla_durable.errors import DefinitionError
 from sqla_durable.operations.runtime import run_blocking
 

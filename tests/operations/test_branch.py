@@ -9,8 +9,9 @@ from uuid import UUID
 import pytest
 
 from sqla_durable.errors import UnfinishedStepError, UsageError
-from sqla_durable.operations.attempt import Attempt, Wait
+from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.branch import Branch, name_of
+from sqla_durable.operations.calls import Wait
 from sqla_durable.store import Claimed, Fence
 
 

@@ -7,7 +7,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from sqla_durable.definitions.retry import is_outage
+from sqla_durable.definitions.database_errors import is_outage
 from sqla_durable.store import Verdict, crashes, steps
 from tests.store import races
 

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url, te
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from sqla_durable.definitions.retry import first_line, is_obstacle, is_outage
+from sqla_durable.definitions.database_errors import first_line, is_obstacle, is_outage
 from sqla_durable.execution.worker.database import (
     Database,
     HeldLoopDatabase,

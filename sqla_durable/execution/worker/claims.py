@@ -14,8 +14,9 @@ from uuid import UUID
 from sqlalchemy import Connection
 from uuid_utils.compat import uuid7
 
+from sqla_durable.definitions.database_errors import first_line, is_about_data, is_out_of_time
 from sqla_durable.definitions.log import Log
-from sqla_durable.definitions.retry import ObstacleRetry, first_line, is_about_data, is_out_of_time
+from sqla_durable.definitions.retry import ObstacleRetry
 from sqla_durable.execution.worker.attempts import Attempts
 from sqla_durable.execution.worker.cursors import Cursors
 from sqla_durable.execution.worker.database import Database, NoConnectionError

@@ -22,9 +22,10 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from typing_extensions import override
 
+from sqla_durable.definitions.database_errors import first_line, spoils_connection
 from sqla_durable.definitions.log import Log
-from sqla_durable.definitions.retry import ObstacleRetry, first_line, spoils_connection
-from sqla_durable.operations.undisturbed import Undisturbed, see
+from sqla_durable.definitions.retry import ObstacleRetry
+from sqla_durable.operations.shielding import Undisturbed, see
 from sqla_durable.store import schema
 
 T = TypeVar("T")

@@ -16,8 +16,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+from sqla_durable.definitions.database_errors import first_line, is_read_only, is_unreachable
 from sqla_durable.definitions.log import Log
-from sqla_durable.definitions.retry import first_line, is_read_only, is_unreachable
 from sqla_durable.errors import DatabaseUnavailableError, SessionError
 from sqla_durable.execution.worker.database import Databases
 from sqla_durable.operations.transaction import require_transaction

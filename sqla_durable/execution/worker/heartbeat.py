@@ -14,8 +14,8 @@ from uuid import UUID
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
+from sqla_durable.definitions.database_errors import is_about_data
 from sqla_durable.definitions.log import Log
-from sqla_durable.definitions.retry import is_about_data
 from sqla_durable.execution.worker.attempts import Attempts
 from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.models.status import WorkflowStatus

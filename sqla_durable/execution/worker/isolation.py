@@ -15,10 +15,10 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from sqla_durable.definitions.database_errors import first_line, is_about_data
 from sqla_durable.definitions.log import Log
-from sqla_durable.definitions.retry import first_line, is_about_data
 from sqla_durable.execution.worker.database import Database, persistently
-from sqla_durable.operations.setbacks import sqlstate_of
+from sqla_durable.operations.transaction_retries import sqlstate_of
 from sqla_durable.store import refused
 from sqla_durable.store.parts import WHOLE, Part
 

@@ -18,10 +18,11 @@ from typing import Any, TypeAlias
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from sqla_durable.definitions.database_errors import first_line
 from sqla_durable.definitions.log import Log
-from sqla_durable.definitions.retry import LONGEST_BACKOFF, ObstacleRetry, first_line
+from sqla_durable.definitions.retry import LONGEST_BACKOFF, ObstacleRetry
 from sqla_durable.execution.worker.database import shut_down
-from sqla_durable.operations.undisturbed import Undisturbed, until_done
+from sqla_durable.operations.shielding import Undisturbed, until_done
 from sqla_durable.store import hints
 
 log = Log("sqla_durable.worker")

@@ -26,11 +26,12 @@ from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.execution.worker.gatherer import Gatherer
 from sqla_durable.execution.worker.writer import Row, Writer
 from sqla_durable.operations.arrivals import Arrivals, Waker
-from sqla_durable.operations.attempt import Attempt, Parking, Position, Wait
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.calls import Parking, Position, Wait
 from sqla_durable.operations.parking import parking_of_threads, wait_or_park
 from sqla_durable.operations.runtime import StepCall
+from sqla_durable.operations.shielding import see, undisturbed, until_done
 from sqla_durable.operations.transaction import ClosingTransaction, HeldTransaction, StepTransaction
-from sqla_durable.operations.undisturbed import see, undisturbed, until_done
 from sqla_durable.runtime.context import Fork
 from sqla_durable.runtime.shells import AsyncRuntime, BlockingRuntime
 from sqla_durable.store import Checkpoint, Completion, Connectable, Park

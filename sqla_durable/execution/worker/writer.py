@@ -16,8 +16,8 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from sqla_durable.definitions.database_errors import first_line, is_untranslatable
 from sqla_durable.definitions.log import Log
-from sqla_durable.definitions.retry import first_line, is_untranslatable
 from sqla_durable.errors import EncodingError
 from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.models.status import WorkflowStatus

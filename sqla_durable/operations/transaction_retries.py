@@ -12,10 +12,7 @@ import tenacity
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from sqla_durable.definitions.log import Log
-from sqla_durable.definitions.retry import (
-    Tries,
-    backoff,
+from sqla_durable.definitions.database_errors import (
     first_line,
     is_conflict,
     is_engine_error,
@@ -24,6 +21,8 @@ from sqla_durable.definitions.retry import (
     is_outage,
     sqlstate,
 )
+from sqla_durable.definitions.log import Log
+from sqla_durable.definitions.retry import Tries, backoff
 
 LOSSES = 20
 """How many transactions of one step may be lost in a row after its function was called."""

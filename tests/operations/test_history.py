@@ -8,8 +8,8 @@ import pytest
 
 from sqla_durable.models.status import StepStatus
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.changes import PATCH
-from sqla_durable.operations.patches import patched
+from sqla_durable.operations.history import PATCH
+from sqla_durable.operations.workflow import patched
 from sqla_durable.store import Claimed, Fence, Recorded
 
 FENCE = Fence(UUID(int=7), UUID(int=8))

@@ -1,4 +1,4 @@
-"""What workflows and steps show to others while they are executed: events and items of streams.
+"""What workflows and steps show to others while they are executed: events, items of streams, and heartbeats.
 
 Between steps it is an operation of its own, recorded once. In a plain step it is written at once, and again by the next
 try; in a transactional one it is a part of the step's transaction, which needs nothing of this module.
@@ -12,12 +12,14 @@ from typing import Protocol
 
 from sqlalchemy.exc import DBAPIError
 
-from sqla_durable.definitions.retry import first_line, is_transient
+from sqla_durable.definitions.database_errors import first_line, is_about_data, is_transient
 from sqla_durable.errors import EncodingError
-from sqla_durable.operations.attempt import Attempt, Position
-from sqla_durable.operations.checkpoint import checkpoint_of
+from sqla_durable.models.status import StepStatus
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.calls import Position
+from sqla_durable.operations.outcome import checkpoint_of
 from sqla_durable.operations.runtime import Runtime, StepCall
-from sqla_durable.store import Checkpoint, Connectable, Origin
+from sqla_durable.store import Checkpoint, Connectable, Origin, progress
 
 
 class Publication(Protocol):
@@ -76,3 +78,52 @@ async def _clearly(runtime: Runtime, writing: Awaitable[None]) -> None:
         raise EncodingError(
             f"the database refuses what workflow {runtime.attempt.name!r} publishes: {first_line(error)}"
         ) from error
+
+
+INTERVAL = 1.0
+"""Seconds between two statements of one step; what is reported in between replaces what waits."""
+
+
+async def send_unsent(runtime: Runtime, call: StepCall) -> None:
+    """Send what a step has reported and what is not sent yet.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow.
+    """
+    if runtime.attempt.progress(call.position).unsent:
+        await send(runtime, call)
+
+
+async def send(runtime: Runtime, call: StepCall) -> None:
+    """Write that a step lives, and its newest details, in a transaction of its own.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow.
+        EncodingError: the database refuses the details.
+    """
+    reported = runtime.attempt.progress(call.position)
+    report = partial(progress.report, checkpoint=_running(runtime, call), details=reported.details)
+    try:
+        with reported.sending():
+            await runtime.execute(report)
+    except DBAPIError as error:
+        if not is_about_data(error):
+            raise
+        raise EncodingError(
+            f"the database refuses the details that step {call.position.key!r} reports: {first_line(error)}"
+        ) from error
+
+
+def _running(runtime: Runtime, call: StepCall) -> Checkpoint:
+    return Checkpoint(
+        fence=runtime.attempt.fence,
+        key=call.position.key,
+        name=call.position.name,
+        position=call.position.number,
+        status=StepStatus.RUNNING,
+        output=None,
+        error=None,
+        attempt=runtime.attempt.number,
+        attempts=call.tries.count,
+        elapsed=call.tries.age,
+    )

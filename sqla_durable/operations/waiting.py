@@ -1,7 +1,11 @@
-"""Operations that wait: for a time, for a signal. They wait as a row, and a worker's place is free meanwhile."""
+"""Operations that wait, for a time, a signal, an event or an update, and facts that are read once and recorded.
+
+A workflow that waits is a row, and its slot in the worker is free meanwhile.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +19,11 @@ from sqla_durable.definitions.failure import record
 from sqla_durable.errors import EventNotSetError, WaitTimeoutError, WorkflowNotFoundError
 from sqla_durable.models.status import StepStatus
 from sqla_durable.operations.arrivals import Waker
-from sqla_durable.operations.attempt import Attempt, Position, Wait
-from sqla_durable.operations.checkpoint import checkpoint_of
-from sqla_durable.operations.outcome import outcome_of
+from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.calls import Position, Wait
+from sqla_durable.operations.outcome import checkpoint_of, outcome_of, raise_recorded
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.store import Awaited, Checkpoint, Connectable, Recorded, hints, signals, waits
+from sqla_durable.store import Awaited, Checkpoint, Connectable, Recorded, hints, signals, updates, waits
 
 _MOMENT = 1.0
 """What takes no longer than this, in seconds, is waited for in memory."""
@@ -233,3 +237,75 @@ class _Waiting:
         elapsed = 0.0 if is_waiting else time.monotonic() - self._began
         attempt = self._runtime.attempt
         return checkpoint_of(attempt, self._position, status, output=output, error=error, elapsed=elapsed, delay=delay)
+
+
+Consider: TypeAlias = Callable[[str], Coroutine[Any, Any, str | None]]
+"""Says of a payload, which is JSON text, why it is refused; None if it is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a workflow took; the payload is JSON text."""
+
+    id: int
+    payload: str
+
+
+async def receive_update(
+    runtime: Runtime, position: Position, *, name: str, consider: Consider, within: timedelta | None
+) -> Taken:
+    """Wait for an update that is not refused, and take it. Each that is refused is answered, and leaves no record here.
+
+    Raises:
+        WaitTimeoutError: none came in time.
+    """
+    late = f"no update {name!r} that is not refused came within {within}."
+    take = partial(_take, name=name, consider=consider)
+    source = Source(None, take, late, (Awaited(signal=updates.signal_of(name)),))
+    recorded = await received(runtime, position, source, within=within)
+    if recorded.status is StepStatus.FAILED:
+        raise_recorded(recorded, runtime.attempt.options.errors)
+    output = json.loads(recorded.output or "{}")
+    return Taken(output["id"], json.dumps(output["payload"]))
+
+
+async def _take(runtime: Runtime, checkpoint: Checkpoint, *, name: str, consider: Consider) -> str | None:
+    fence = checkpoint.fence
+    find = partial(updates.oldest, workflow_id=fence.workflow_id, name=name)
+    while (found := await runtime.execute(find)) is not None:
+        reason = await consider(found.payload)
+        if reason is not None:
+            await runtime.execute(partial(updates.refuse, fence=fence, update_id=found.id, reason=reason))
+            await runtime.settle()
+            continue
+        taken = await runtime.execute(partial(updates.take, checkpoint=checkpoint, update_id=found.id))
+        if taken is not None:  # another branch may have taken it meanwhile
+            return taken
+    return None
+
+
+async def of_process(runtime: Runtime, position: Position, *, ask: Callable[[], Any], codec: Codec) -> Any:
+    """Ask this process; durable before the next effect."""
+    try:
+        recorded = runtime.attempt.recorded(position) or await _record(runtime, position, codec.encode(ask()))
+        return outcome_of(recorded, codec, runtime.attempt.options.errors)
+    finally:
+        runtime.attempt.left(position)
+
+
+async def of_database(runtime: Runtime, position: Position, *, codec: Codec) -> Any:
+    """Ask for the database's clock."""
+    try:
+        recorded = runtime.attempt.recorded(position)
+        if recorded is None:
+            moment = await runtime.execute(waits.now)
+            recorded = await _record(runtime, position, json.dumps(moment.isoformat()))
+        return outcome_of(recorded, codec, runtime.attempt.options.errors)
+    finally:
+        runtime.attempt.left(position)
+
+
+async def _record(runtime: Runtime, position: Position, output: str) -> Recorded:
+    checkpoint = checkpoint_of(runtime.attempt, position, output=output)
+    await runtime.record(checkpoint)
+    return checkpoint.recorded

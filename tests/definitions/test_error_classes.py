@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sqla_durable import Durable
-from sqla_durable.definitions.classes import DEFAULT, KnownErrors, entry_module, find_class, name_of_class
+from sqla_durable.definitions.error_classes import DEFAULT, KnownErrors, entry_module, find_class, name_of_class
 from sqla_durable.definitions.failure import Failure
 from sqla_durable.errors import DefinitionError, StepFailedError
 

@@ -6,8 +6,8 @@ import pytest
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from sqla_durable.definitions.retry import mark_engine_error
-from sqla_durable.operations.setbacks import (
+from sqla_durable.definitions.database_errors import mark_engine_error
+from sqla_durable.operations.transaction_retries import (
     LOSSES,
     Phase,
     Setback,
