@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 import sqla_durable.api.hints as hints
 from sqla_durable.api.callers import AnySession, in_savepoint, perform
 from sqla_durable.api.operate import operate, require_workflow
-from sqla_durable.definitions.checks import require_length
+from sqla_durable.definitions.checks import require_positive_duration
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import (
     ArgumentError,
@@ -162,7 +162,7 @@ class _CreateCallback:
         """
         for name, value in {"timeout": timeout, "heartbeat": heartbeat}.items():
             if value is not None:
-                require_length(value, name)
+                require_positive_duration(value, name)
         name = key or statements.NAME
         codec = Codec.of(kind, what=f"value of callback {name!r}")
         is_async = require_workflow(statements.NAME).is_async

@@ -199,7 +199,7 @@ def _write(session: Session, function: Callable[[Session], T], *, rights: str) -
             schema.require_transaction(session)
             return function(session)
     except DBAPIError as error:
-        if not is_read_only(error) or transaction.is_of_step(session):  # a step is tried again, on the new primary
+        if not is_read_only(error) or transaction.is_step_session(session):  # a step is tried again, on the new primary
             raise
         raise DatabaseUnavailableError(
             f"nothing can be written with {session!r}: its server is a standby, or its transaction is read only. Give "

@@ -203,10 +203,12 @@ def map_children(
         return operate(f"map:{definition.name}", _nothing)
     beginning = f"start:{definition.name}"
     attempt = require_workflow(beginning).attempt
-    start_at = attempt.visit(beginning, ("sqla_durable", beginning))
+    start_at = attempt.begin_call(beginning, ("sqla_durable", beginning))
     if max_concurrency is not None and max_concurrency < len(bound):
-        attempt.holding.add(start_at.key)
-    attempt.left(start_at)  # part of the map, which is the one to be finished, and may be cancelled before it begins
+        attempt.holding_maps.add(start_at.key)
+    attempt.end_call(
+        start_at
+    )  # part of the map, which is the one to be finished, and may be cancelled before it begins
 
     async def all_of(runtime: Runtime, position: Position) -> list[Any]:
         ids = await children.start(runtime, start_at, ordered, active=max_concurrency)
@@ -224,7 +226,7 @@ def map_children(
 
 
 async def _nothing(runtime: Runtime, position: Position) -> list[Any]:
-    runtime.attempt.left(position)
+    runtime.attempt.end_call(position)
     return []
 
 

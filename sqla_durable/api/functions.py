@@ -27,7 +27,7 @@ from sqla_durable.api.steps import DurableFunction
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import UsageError
 from sqla_durable.models import Workflow
-from sqla_durable.operations.workflow import begin_anew
+from sqla_durable.operations.workflow import continue_as_new
 from sqla_durable.store import schema
 
 P = ParamSpec("P")
@@ -74,7 +74,7 @@ class _WorkflowFunction(DurableFunction[P, R]):
                 "itself: call its own."
             )
         given = json.dumps(self.definition.encode(args, kwargs), ensure_ascii=False)
-        return operate("continue_as_new", partial(begin_anew, given=given))
+        return operate("continue_as_new", partial(continue_as_new, given=given))
 
     def bind(self, *args: P.args, **kwargs: P.kwargs) -> BoundWorkflow:
         """Check and keep the arguments, for `start_many`.

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import Pool
 
 from sqla_durable.definitions.log import Log
-from sqla_durable.operations.shielding import Undisturbed
+from sqla_durable.operations.shielding import GracefulTask
 from sqla_durable.store import connection_of, hints, schema
 from sqla_durable.store.drivers import alone
 from sqla_durable.store.hints import EVERYWHERE, LATE, Hint, merged, sent_to, to_queue, to_worker
@@ -216,7 +216,7 @@ class _TaskSender:
         """Hand the hints to the task."""
         self._gathered.add(way, found)
         if self._task is None or self._task.done():
-            self._task = Undisturbed(self._work(), name="durable-hints")
+            self._task = GracefulTask(self._work(), name="durable-hints")
             self._task.add_done_callback(self._forget)
 
     async def _work(self) -> None:

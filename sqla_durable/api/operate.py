@@ -25,7 +25,7 @@ def operate(name: str, operation: Operation, *, key: str | None = None) -> Any:
     context = require_workflow(name)
     if key is not None:
         require_name(key, what=f"key of {name!r}")
-    position = context.attempt.visit(name, ("sqla_durable", name), key=key)
+    position = context.attempt.begin_call(name, ("sqla_durable", name), key=key)
     return context.operate(position, operation)
 
 

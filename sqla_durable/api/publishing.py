@@ -74,7 +74,7 @@ def _between_steps(
             "out, or call it in a transactional step with that step's own."
         )
     context.attempt.branches.require_here(call, workflow=context.attempt.name)
-    position = context.attempt.visit(name, ("sqla_durable", call))
+    position = context.attempt.begin_call(name, ("sqla_durable", call))
     encoded = partial(publication, context.limit)
     return context.operate(position, lambda runtime, at: publish_once(runtime, at, encoded)) or DONE
 

@@ -14,7 +14,7 @@ from sqla_durable.definitions.redaction import brief
 from sqla_durable.errors import CompensationFailedError, UsageError
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.outcome import is_own_failure
-from sqla_durable.operations.workflow import begin_saga, calls_for_compensation
+from sqla_durable.operations.workflow import begin_saga, must_compensate
 from sqla_durable.runtime.context import Context
 from sqla_durable.runtime.loop_timers import carried_through
 from sqla_durable.runtime.tasks import is_engines_own
@@ -78,7 +78,7 @@ class Saga:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         attempt = require_workflow("saga").attempt
-        if calls_for_compensation(attempt, error):
+        if must_compensate(attempt, error):
             with attempt.compensating():
                 failed = [
                     each for name, undo in reversed(self._compensations) if (each := _failure(attempt, name, undo))
@@ -96,7 +96,7 @@ class Saga:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         attempt = require_workflow("saga").attempt
-        if calls_for_compensation(attempt, error):
+        if must_compensate(attempt, error):
             with attempt.compensating():
                 failed: list[str] = []
                 for name, undo in reversed(self._compensations):

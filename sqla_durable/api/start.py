@@ -17,7 +17,7 @@ from uuid_utils.compat import uuid7
 
 import sqla_durable.api.hints as hints
 from sqla_durable.api.callers import in_savepoint, perform
-from sqla_durable.definitions.checks import fault_in, require_duration, require_length, require_moment
+from sqla_durable.definitions.checks import fault_in, require_duration, require_moment, require_positive_duration
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import ArgumentError, KeyNotVisibleError, UsageError
 from sqla_durable.models import Workflow
@@ -74,11 +74,11 @@ class StartOptions:
         if self.delay is not None and self.at is not None:
             raise ArgumentError(f"delay={self.delay!r} and at={self.at!r} contradict each other: give one of them.")
         if self.timeout is not None:
-            require_length(self.timeout, "timeout")
+            require_positive_duration(self.timeout, "timeout")
         if isinstance(self.deadline, datetime):
             require_moment(self.deadline, "deadline")
         elif self.deadline is not None:
-            require_length(self.deadline, "deadline")
+            require_positive_duration(self.deadline, "deadline")
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ def perform(definition: StepDefinition, key: str | None, args: tuple[Any, ...], 
         _require_session(definition, args)
         return definition.fn(*args, **kwargs)
     _refuse_mismatch(context, definition, args)
-    position = context.attempt.visit(definition.name, definition.place, key=key)
+    position = context.attempt.begin_call(definition.name, definition.place, key=key)
     return context.perform(StepCall(definition, position, args, kwargs, Tries()))
 
 

@@ -57,18 +57,18 @@ class Fact(Generic[T]):
     Called in an `async def` workflow it gives an awaitable: `aio` is the same for type checkers.
     """
 
-    def __init__(self, name: str, kind: type[T], ask: Callable[[], T], *, of_database: bool = False) -> None:
+    def __init__(self, name: str, kind: type[T], ask: Callable[[], T], *, record_database_time: bool = False) -> None:
         self._name = name
         self._ask = ask
         self._codec = Codec.of(kind, what=name)
-        self._of_database = of_database
+        self._of_database = record_database_time
 
     def __call__(self) -> T:
         """Give it."""
         context = active()
         if context is None or context.step is not None:
             return self._ask()
-        asking = waiting.of_database if self._of_database else partial(waiting.of_process, ask=self._ask)
+        asking = waiting.record_database_time if self._of_database else partial(waiting.record_value, ask=self._ask)
         return cast("T", operate(self._name, partial(asking, codec=self._codec)))
 
     def aio(self) -> Coroutine[Any, Any, T]:
@@ -76,7 +76,7 @@ class Fact(Generic[T]):
         return cast("Coroutine[Any, Any, T]", self())
 
 
-now: Fact[datetime] = Fact("now", datetime, lambda: datetime.now(UTC), of_database=True)
+now: Fact[datetime] = Fact("now", datetime, lambda: datetime.now(UTC), record_database_time=True)
 """The time on the database's clock."""
 
 uuid4: Fact[uuid.UUID] = Fact("uuid4", uuid.UUID, uuid.uuid4)

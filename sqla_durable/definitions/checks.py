@@ -58,7 +58,7 @@ def require_duration(value: object, name: str) -> None:
         raise ArgumentError(f"{name}={value} is longer than {LONGEST.days:,} days, the longest duration.")
 
 
-def require_length(value: object, name: str) -> None:
+def require_positive_duration(value: object, name: str) -> None:
     """Refuse what is not a duration that is longer than zero.
 
     Raises:

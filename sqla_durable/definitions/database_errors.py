@@ -46,7 +46,7 @@ _POOLER = (
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, without values, and what to do about it where that is known."""
     line = next(iter(message_of(error).splitlines()), "") or brief(error)
-    return f"{line} ({_POOLER})" if is_mixed_up(error) else line
+    return f"{line} ({_POOLER})" if is_pooler_mixup(error) else line
 
 
 def is_transient(error: BaseException) -> bool:
@@ -87,7 +87,7 @@ def spoils_connection(error: BaseException) -> bool:
 
     Its server has become a standby, or its driver and the server no longer agree on what is prepared.
     """
-    return is_read_only(error) or is_mixed_up(error)
+    return is_read_only(error) or is_pooler_mixup(error)
 
 
 def is_untranslatable(error: BaseException) -> bool:
@@ -100,7 +100,7 @@ def is_read_only(error: BaseException) -> bool:
     return isinstance(error, DBAPIError) and sqlstate(error) == _READ_ONLY
 
 
-def is_mixed_up(error: BaseException) -> bool:
+def is_pooler_mixup(error: BaseException) -> bool:
     """Tell whether a pooler in transaction mode has mixed up prepared statements."""
     return isinstance(error, DBAPIError) and sqlstate(error) in _MIXED_UP
 

@@ -22,11 +22,11 @@ from sqla_durable.definitions.registry import StepDefinition
 from sqla_durable.errors import EncodingError, SyncAsyncError
 from sqla_durable.operations.arrivals import Waker
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.calls import Parking, Position, Wait
-from sqla_durable.operations.parking import parking_of_threads, wait_or_park
+from sqla_durable.operations.calls import Position, Suspension, Wait
+from sqla_durable.operations.parking import suspension_of_threads, wait_or_park
 from sqla_durable.operations.runtime import StepCall, run_blocking
-from sqla_durable.operations.shielding import undisturbed
-from sqla_durable.operations.transaction import HeldTransaction, StepTransaction, in_session
+from sqla_durable.operations.shielding import finish_despite_cancel
+from sqla_durable.operations.transaction import ReleasingTransaction, StepTransaction, in_session
 from sqla_durable.operations.transaction_retries import TransactionRetry
 from sqla_durable.runtime.context import Fork
 from sqla_durable.runtime.shells import AsyncRuntime, BlockingRuntime
@@ -111,7 +111,7 @@ class BlockingInline(BlockingRuntime):
 
     @override
     async def settle(self) -> None:
-        self.attempt.proceed()
+        self.attempt.raise_if_stopped()
 
     @override
     async def record(self, checkpoint: Checkpoint) -> None:
@@ -129,12 +129,12 @@ class BlockingInline(BlockingRuntime):
     async def begin(self, step: StepDefinition) -> StepTransaction:
         self._lock.acquire()
         try:
-            self.attempt.proceed()
+            self.attempt.raise_if_stopped()
         except BaseException:
             self._lock.release()
             raise
         inner = self._story.transaction(isolation_level=step.options.isolation_level)
-        transaction = HeldTransaction(inner, self._lock.release)
+        transaction = ReleasingTransaction(inner, self._lock.release)
         await transaction.begin()
         return transaction
 
@@ -148,7 +148,7 @@ class BlockingInline(BlockingRuntime):
     async def _write(self, statement: Callable[[Session], T]) -> T:
         """Write in a transaction of its own, and have the session for oneself meanwhile."""
         with self._lock:
-            self.attempt.proceed()
+            self.attempt.raise_if_stopped()
             return await self._story.write(statement, pause=self.pause)
 
     @override
@@ -171,21 +171,21 @@ class BlockingUntilWaiting(BlockingInline):
 
     def __init__(self, story: Writing, attempt: Attempt) -> None:
         super().__init__(story, attempt)
-        attempt.is_crowded = _always
+        attempt.is_slot_wanted = _always
 
     @override
     async def wait(self, position: Position, wait: Wait) -> None:
         await wait_or_park(self, position, wait)
 
-    async def begin_parking(self, wait: Wait) -> Parking | None:
+    async def begin_parking(self, wait: Wait) -> Suspension | None:
         """Return how the workflow can be suspended now."""
-        return parking_of_threads(self.attempt)
+        return suspension_of_threads(self.attempt)
 
     async def listen(self, waker: Waker, seconds: float) -> None:
         """Block the thread until the operation is woken, as it is when the attempt is to end."""
         waker.woken.wait(seconds)
 
-    async def park(self, parking: Parking, position: Position) -> None:
+    async def park(self, parking: Suspension, position: Position) -> None:
         """Suspend the workflow, in a transaction of its own."""
         with self._lock:
             await self._story.write(partial(_suspend, attempt=self.attempt, parking=parking), pause=self.pause)
@@ -210,7 +210,7 @@ class GreenletUntilWaiting(GreenletInline):
     async def wait(self, position: Position, wait: Wait) -> None:
         await wait_or_park(self, position, wait)
 
-    async def begin_parking(self, wait: Wait) -> Parking | None:
+    async def begin_parking(self, wait: Wait) -> Suspension | None:
         """Return how the workflow can be suspended now."""
         return await self._workflow.begin_parking(wait)
 
@@ -218,25 +218,25 @@ class GreenletUntilWaiting(GreenletInline):
         """Wait a moment."""
         await self.pause(seconds)
 
-    async def park(self, parking: Parking, position: Position) -> None:
+    async def park(self, parking: Suspension, position: Position) -> None:
         """Suspend the workflow; the session is this step's own."""
         await self._story.write(partial(_suspend, attempt=self.attempt, parking=parking), pause=self.pause)
 
 
-class _UndisturbedTransaction(HeldTransaction):
+class _UndisturbedTransaction(ReleasingTransaction):
     """A step's transaction on the caller's `AsyncSession`: cancelled in the middle of its end, it still ends."""
 
     @override
     async def commit(self) -> None:
-        await undisturbed(super().commit())
+        await finish_despite_cancel(super().commit())
 
     @override
     async def rollback(self) -> None:
-        await undisturbed(super().rollback())
+        await finish_despite_cancel(super().rollback())
 
     @override
     async def discard(self) -> None:
-        await undisturbed(super().discard())
+        await finish_despite_cancel(super().discard())
 
 
 class AsyncInline(AsyncRuntime):
@@ -268,7 +268,7 @@ class AsyncInline(AsyncRuntime):
         if self._noted:
             async with self._turn():
                 await self._record_noted()
-        self.attempt.proceed()
+        self.attempt.raise_if_stopped()
 
     @override
     async def record(self, checkpoint: Checkpoint) -> None:
@@ -288,7 +288,7 @@ class AsyncInline(AsyncRuntime):
     async def begin(self, step: StepDefinition) -> StepTransaction:
         await self._lock.acquire()
         try:
-            self.attempt.proceed()
+            self.attempt.raise_if_stopped()
         except BaseException:
             self._lock.release()
             raise
@@ -310,7 +310,7 @@ class AsyncInline(AsyncRuntime):
 
     async def _write(self, statement: Callable[[Session], T], *, pause: Callable[[float], Awaitable[None]]) -> T:
         """Write to its end, also when cancelled meanwhile, which would spoil the session's connection."""
-        return await undisturbed(self._story.write(statement, pause=pause))
+        return await finish_despite_cancel(self._story.write(statement, pause=pause))
 
     @override
     async def perform_blocking(self, call: StepCall) -> Any:
@@ -338,7 +338,7 @@ class AsyncInline(AsyncRuntime):
     async def _turn(self) -> AsyncGenerator[None]:
         """Have the session for oneself, as long as the attempt has not ended."""
         async with self._lock:
-            self.attempt.proceed()
+            self.attempt.raise_if_stopped()
             yield
 
     @override
@@ -351,7 +351,7 @@ class AsyncUntilWaiting(AsyncInline):
 
     def __init__(self, story: Writing, attempt: Attempt) -> None:
         super().__init__(story, attempt)
-        attempt.is_crowded = _always
+        attempt.is_slot_wanted = _always
 
     @override
     def in_greenlet(self, twin: Writing) -> GreenletInline:
@@ -361,7 +361,7 @@ class AsyncUntilWaiting(AsyncInline):
     async def wait(self, position: Position, wait: Wait) -> None:
         await wait_or_park(self, position, wait)
 
-    async def begin_parking(self, wait: Wait) -> Parking | None:
+    async def begin_parking(self, wait: Wait) -> Suspension | None:
         """Return how the workflow can be suspended now."""
         return tasks.parking_of_tasks(self.attempt, wait, timers=self.timers.seconds.values())
 
@@ -371,11 +371,11 @@ class AsyncUntilWaiting(AsyncInline):
 
     @override
     async def execute(self, statement: Callable[[Connectable], T]) -> T:
-        if self.attempt.parked:  # by `park`, which has the session
+        if self.attempt.is_suspended:  # by `park`, which has the session
             return await self._write(statement, pause=self.pause)
         return await super().execute(statement)
 
-    async def park(self, parking: Parking, position: Position) -> None:
+    async def park(self, parking: Suspension, position: Position) -> None:
         """Suspend the workflow, in a transaction of its own."""
         async with self._lock:
             await self._record_noted()
@@ -420,7 +420,7 @@ def _record(session: Session, checkpoint: Checkpoint) -> None:
         raise AttemptLost(checkpoint.fence.workflow_id)
 
 
-def _suspend(session: Session, attempt: Attempt, parking: Parking) -> None:
+def _suspend(session: Session, attempt: Attempt, parking: Suspension) -> None:
     """Suspend the workflow; wait for whoever holds its row."""
     workflows.lock(session, attempt.fence)
     if batches.write(session, ends=[Park(attempt.fence, parking.seconds, parking.awaits)]).ends:

@@ -50,8 +50,8 @@ class Replayed:
     @property
     def at(self) -> str | None:
         """The key of what the replay came to first that has no recorded outcome."""
-        history = self.attempt.visits.history
-        visited = (key for key in self.attempt.visits.keys if not key.startswith(PATCH))
+        history = self.attempt.history_check.history
+        visited = (key for key in self.attempt.history_check.keys if not key.startswith(PATCH))
         return next((key for key in visited if key not in history or not history[key].status.finished), None)
 
 
@@ -90,13 +90,13 @@ class _Replay(BaseRuntime):
 
     def __init__(self, attempt: Attempt) -> None:
         super().__init__(attempt)
-        self.attempt.warns_of_refusals = False  # at the end of a history nobody has done anything wrong
+        self.attempt.warns_of_refusal = False  # at the end of a history nobody has done anything wrong
         self.undecodable: list[str] = []
 
     def end(self) -> NoReturn:
         """End the attempt here."""
         self.attempt.stop(HistoryEnd)
-        self.attempt.proceed()
+        self.attempt.raise_if_stopped()
         raise HistoryEnd
 
     def refused(self, call: StepCall, error: DecodingError) -> None:
@@ -161,7 +161,7 @@ class AsyncReplay(_Replay, AsyncRuntime):
     async def settle(self) -> None:
         seen, quiet = -1, 0
         while quiet < _QUIET:
-            visited = self.attempt.visits.count
+            visited = self.attempt.history_check.count
             seen, quiet = visited, quiet + 1 if visited == seen else 0
             await asyncio.sleep(0)
         self.end()

@@ -23,7 +23,7 @@ from typing_extensions import override
 from uuid_utils.compat import uuid7
 
 from sqla_durable.api.start import BoundWorkflow, add
-from sqla_durable.definitions.checks import require_length
+from sqla_durable.definitions.checks import require_positive_duration
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import ArgumentError, AttemptLostError, SessionError, UsageError, WorkflowRunningError
 from sqla_durable.execution.inline import AsyncInline, AsyncUntilWaiting, BlockingInline, BlockingUntilWaiting
@@ -248,7 +248,7 @@ class CommittingStory(Story):
 
     def __init__(self, session: Session | AsyncSession, lease: timedelta) -> None:
         super().__init__(session)
-        require_length(lease, "lease")
+        require_positive_duration(lease, "lease")
         self._lease = lease
         self._beat_at = 0.0
 

@@ -15,8 +15,8 @@ from sqla_durable.definitions.retry import Tries
 from sqla_durable.errors import HistoryLimitError, UnfinishedStepError, UsageError
 from sqla_durable.operations.arrivals import Arrivals, Waker
 from sqla_durable.operations.branch import Branches
-from sqla_durable.operations.calls import Parking, Position, Progress, Wait
-from sqla_durable.operations.history import FIRED, Visits
+from sqla_durable.operations.calls import Position, Progress, Suspension, Wait
+from sqla_durable.operations.history import FIRED, HistoryCheck
 from sqla_durable.operations.leaving import refusal
 from sqla_durable.store import Claimed, Fence, Recorded
 from sqla_durable.unwinding import CallRefused, Cancelling, ContinuedAsNew, ControlFlow, Suspended
@@ -45,13 +45,13 @@ class Attempt:
         options: those of the `Durable` that the workflow belongs to.
         branches: the live branches of the workflow's own code.
         has_children: whether it has started a child.
-        holding: the keys under which maps have started children and do not let all of them go at once.
-        joined: those of the maps that have an outcome, which hold none any more.
-        timers: those of asyncio that the workflow's code has armed; see `loop_timers`.
+        holding_maps: the keys under which maps have started children and do not let all of them go at once.
+        joined_maps: those of the maps that have an outcome, which hold none any more.
+        loop_timers: those of asyncio that the workflow's code has armed; see `loop_timers`.
         cancelled_calls: keys of operations that the workflow's code has cancelled in this attempt.
-        warns_of_refusals: whether a call that is refused at the attempt's end is logged; only the first one is.
+        warns_of_refusal: whether a call that is refused at the attempt's end is logged; only the first one is.
         arrivals: what learns in this process of signals and of workflows that end.
-        is_crowded: returns whether another workflow may be waiting for this one's slot.
+        is_slot_wanted: returns whether another workflow may be waiting for this one's slot.
     """
 
     def __init__(self, claimed: Claimed) -> None:
@@ -59,18 +59,18 @@ class Attempt:
         self.name: str = claimed.name
         self.number, self.input = claimed.attempt, claimed.input
         self.is_child: bool = claimed.is_child
-        self.undoes: bool = claimed.is_cancelling
-        self.overdue: str | None = claimed.overdue
+        self.is_undoing: bool = claimed.is_cancelling
+        self.deadline_message: str | None = claimed.overdue
         self.headers: Mapping[str, str] = claimed.headers
         self.has_children = False
-        self.holding: set[str] = set()
-        self.joined: set[str] = set()
+        self.holding_maps: set[str] = set()
+        self.joined_maps: set[str] = set()
         self.options = _NO_OPTIONS
         self._history: Mapping[str, Recorded] = claimed.history
         self._learned: dict[str, Recorded] = {}  # outcomes that this attempt has read again
         self.cancelled_calls: set[str] = set()
-        self.timers: object = None
-        self.visits = Visits(claimed.history)
+        self.loop_timers: object = None
+        self.history_check = HistoryCheck(claimed.history)
         self.branches = Branches()
         self._places: dict[str, object] = {}
         self._keys: set[str] = set()
@@ -79,11 +79,11 @@ class Attempt:
         self._waits: dict[str, Wait] = {}
         self._wakers: set[Waker] = set()
         self.arrivals: Arrivals | None = None
-        self.is_crowded: Callable[[], bool] = bool
+        self.is_slot_wanted: Callable[[], bool] = bool
         self._lock = self.branches.lock
         self._progress: dict[str, Progress] = {}
         self._active_at = time.monotonic()
-        self.warns_of_refusals = True
+        self.warns_of_refusal = True
         self._stop: Callable[[], ControlFlow] | None = Cancelling if claimed.is_cancelling else None
 
     @property
@@ -92,10 +92,10 @@ class Attempt:
         return self.fence.workflow_id
 
     @property
-    def may_hold(self) -> bool:
+    def may_hold_children(self) -> bool:
         """Whether children of a map may wait for others to end: also of one in its history, not called again yet."""
         recorded = {key for key, each in self._history.items() if _starts_several(each)}
-        return bool((self.holding | recorded) - self.joined)
+        return bool((self.holding_maps | recorded) - self.joined_maps)
 
     @property
     def may_have_notices(self) -> bool:
@@ -132,7 +132,7 @@ class Attempt:
         """Whether an earlier attempt has recorded anything."""
         return bool(self._history)
 
-    def visit(self, name: str, place: object, *, key: str | None = None) -> Position:
+    def begin_call(self, name: str, place: object, *, key: str | None = None) -> Position:
         """Give the identity of the operation that the workflow calls now, in the branch that the code is in.
 
         An explicit key is the operation's identity in the workflow, whatever branch it is called in.
@@ -149,7 +149,7 @@ class Attempt:
                     "take one's outcome for the other's. Give one of them another name."
                 )
             limit = self.options.history_limit or DEFAULT_HISTORY_LIMIT
-            if self.visits.count >= limit:
+            if self.history_check.count >= limit:
                 raise HistoryLimitError(
                     f"workflow {self.name!r} has called {limit:,} operations, its limit: every replay "
                     "reads all of them. Begin anew with continue_as_new(...), give parts of it to children, or raise "
@@ -160,31 +160,31 @@ class Attempt:
                 raise UsageError(
                     f"the step key {identity!r} is used twice in workflow {self.name!r}: change one of them."
                 )
-            self.refuse_if_told(identity)
+            self.refuse_after_signal(identity)
             self._keys.add(identity)
-            position = Position(identity, name, self.visits.visit(identity, name))
+            position = Position(identity, name, self.history_check.add_call(identity, name))
             self._unfinished[position.key] = self.branches.home()
             self._active_at = time.monotonic()
             return position
 
-    def carried_here(self, position: Position) -> None:
+    def continue_call_here(self, position: Position) -> None:
         """Note that an operation is carried out in this task or thread, wherever it was called."""
         with self._lock:
             self._unfinished[position.key] = self.branches.home()
 
-    def left(self, position: Position) -> None:
+    def end_call(self, position: Position) -> None:
         """Note that an operation ended, whichever way."""
         with self._lock:
             self._unfinished.pop(position.key, None)
             self._steps.pop(position.key, None)
             self._active_at = time.monotonic()
 
-    def executes(self, position: Position, tries: Tries) -> None:
+    def begin_step(self, position: Position, tries: Tries) -> None:
         """Note that a step is being executed; `left` ends that."""
         with self._lock:
             self._steps[position.key] = tries
 
-    def executed_steps(self) -> dict[str, Tries]:
+    def executing_steps(self) -> dict[str, Tries]:
         """Return the tries of the steps that are being executed now, and not waiting, by key."""
         with self._lock:
             return {key: each for key, each in self._steps.items() if key not in self._waits}
@@ -194,26 +194,26 @@ class Attempt:
         found = self._history.get(position.key)
         return found if found is not None and found.status.finished else self._learned.get(position.key)
 
-    def learn(self, outcome: Recorded) -> None:
+    def note_outcome(self, outcome: Recorded) -> None:
         """Note an outcome that stands in the database, whoever has recorded it."""
         self._learned[outcome.key] = outcome
 
-    def tried(self, position: Position) -> Recorded | None:
+    def unfinished_record(self, position: Position) -> Recorded | None:
         """Give what earlier attempts recorded of an operation that has no outcome yet."""
         found = self._history.get(position.key)
         return None if found is None or found.status.finished else found
 
     def progress(self, position: Position) -> Progress:
         """Give what a step has reported of itself, and reports."""
-        tried = self.tried(position)
+        tried = self.unfinished_record(position)
         return self._progress.setdefault(position.key, Progress(None if tried is None else tried.details))
 
-    def wait(self, position: Position, wait: Wait) -> None:
+    def begin_wait(self, position: Position, wait: Wait) -> None:
         """Note that an operation waits."""
         with self._lock:
             self._waits[position.key] = wait
 
-    def go_on(self, position: Position) -> None:
+    def end_wait(self, position: Position) -> None:
         """Note that an operation waits no longer."""
         with self._lock:
             self._waits.pop(position.key, None)
@@ -235,28 +235,28 @@ class Attempt:
                 self._wakers.discard(waker)
 
     @property
-    def listens(self) -> bool:
+    def has_listeners(self) -> bool:
         """Whether an operation waits for what others do."""
         return bool(self._wakers)
 
-    def wake_waiting(self) -> None:
+    def wake_listeners(self) -> None:
         """Wake the operations that wait for what others do: they look whether they are to go on waiting in memory."""
         for waker in tuple(self._wakers):
             waker.wake()
 
     @property
-    def executing(self) -> bool:
+    def is_executing(self) -> bool:
         """Whether a step that the workflow has called is being executed now, and not waiting."""
         with self._lock:
             return any(key not in self._waits for key in self._unfinished)
 
     @property
-    def carriers(self) -> set[object]:
+    def homes_in_calls(self) -> set[object]:
         """The tasks or threads that are in an operation now."""
         with self._lock:
             return set(self._unfinished.values())
 
-    def begin_parking(self, *, quiet: float, idle: Callable[[], bool]) -> Parking | None:
+    def begin_suspension(self, *, quiet: float, idle: Callable[[], bool]) -> Suspension | None:
         """Tell how the workflow can be parked now, once; None: it stays in memory.
 
         Only when every operation that it has called waits, and all of them for long enough: parking ends the others.
@@ -268,14 +268,14 @@ class Attempt:
         """
         with self._lock:
             waits = [self._waits.get(key) for key in self._unfinished]
-            if self.stopped or any(each is None or each.in_memory for each in waits):
+            if self.is_stopped or any(each is None or each.in_memory for each in waits):
                 return None
             if not idle() and time.monotonic() - self._active_at < quiet:
                 return None
             self.stop(Suspended)
-            return Parking.of(each for each in waits if each is not None)
+            return Suspension.of(each for each in waits if each is not None)
 
-    def end_parking(self) -> None:
+    def undo_suspension(self) -> None:
         """Take back that the workflow is parked: what was to be recorded with it was refused."""
         if self._stop is Suspended:
             self._stop = None
@@ -293,7 +293,7 @@ class Attempt:
     def stop(self, signal: Callable[[], ControlFlow]) -> None:
         """Let the attempt end at its next operation, with this signal; the first one given counts."""
         self._stop = self._stop or signal
-        self.wake_waiting()
+        self.wake_listeners()
 
     @contextmanager
     def compensating(self) -> Generator[None]:
@@ -312,22 +312,22 @@ class Attempt:
         return _compensating.get() is self
 
     @property
-    def stopped(self) -> bool:
+    def is_stopped(self) -> bool:
         """Whether the attempt was told to end."""
         return self._stop is not None
 
     @property
-    def ending(self) -> ControlFlow | None:
+    def stop_signal(self) -> ControlFlow | None:
         """The signal with which the attempt ends, if it was told to."""
         return None if self._stop is None else self._stop()
 
     @property
-    def cancelling(self) -> bool:
+    def is_cancelling(self) -> bool:
         """Whether the attempt ends because its workflow was cancelled, and is to undo what it did."""
         return self._stop is Cancelling
 
     @property
-    def told(self) -> bool:
+    def was_signalled(self) -> bool:
         """Whether the code that is executed here was told that the attempt ends: it goes on, or is being unwound."""
         if self._stop is None:
             return False
@@ -339,7 +339,7 @@ class Attempt:
             return isinstance(unwinding, (CallRefused, type(self._stop())))
         return unwinding is not None and not isinstance(unwinding, Exception)
 
-    def tell(self, signal: BaseException) -> None:
+    def note_signal(self, signal: BaseException) -> None:
         """Note that the code that is executed here gets a signal: the attempt is over."""
         if isinstance(signal, ControlFlow):
             self.stop(lambda: signal)
@@ -347,15 +347,19 @@ class Attempt:
         if branch is not None:
             branch.told = self._stop
 
-    def refuse_if_told(self, key: str) -> None:
+    def refuse_after_signal(self, key: str) -> None:
         """Refuse a call that is not recorded to code that was told that the attempt ends.
 
         Raises:
             CallRefused: it was. The first time in an attempt, that is logged.
         """
         found = self._history.get(key)
-        if (found is None or not found.status.finished) and self.told and (ending := self.ending) is not None:
-            warn, self.warns_of_refusals = self.warns_of_refusals, False
+        if (
+            (found is None or not found.status.finished)
+            and self.was_signalled
+            and (ending := self.stop_signal) is not None
+        ):
+            warn, self.warns_of_refusal = self.warns_of_refusal, False
             raise refusal(
                 ending,
                 call=key,
@@ -366,7 +370,7 @@ class Attempt:
             )
 
     @property
-    def parked(self) -> bool:
+    def is_suspended(self) -> bool:
         """Whether the attempt ends because its workflow is parked."""
         return self._stop is Suspended
 
@@ -375,7 +379,7 @@ class Attempt:
         """Return whether the engine has suspended the workflow, or begun it anew, and not code that raised the same."""
         return self._stop in (Suspended, ContinuedAsNew)
 
-    def proceed(self) -> None:
+    def raise_if_stopped(self) -> None:
         """Raise the signal with which the attempt is to end, if there is one."""
         if self._stop is not None:
             raise self._stop()

@@ -159,14 +159,14 @@ class Branches:
         """The live branches beside the workflow's own code."""
         return [each.path for each in self.homes.values() if each is not self.root]
 
-    def all_join_or_are_among(self, carriers: Iterable[object]) -> bool:
+    def all_wait_or_are_in(self, carriers: Iterable[object]) -> bool:
         """Tell whether every branch waits for others, or is executed in one of these homes."""
         with self.lock:
             among = set(carriers)
             return not self._starting and all(each.awaited_threads or home in among for home, each in self._at.items())
 
 
-def unwrapped(coroutine: Any) -> Any:
+def unwrap_anyio(coroutine: Any) -> Any:
     """Return the coroutine that one of anyio's executes: newer versions of anyio put one of their own around it."""
     while getattr(coroutine, "__qualname__", None) == "TaskHandle._run_coro" and coroutine.cr_frame is not None:
         inner = getattr(coroutine.cr_frame.f_locals.get("self"), "_coro", None)

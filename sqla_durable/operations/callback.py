@@ -150,7 +150,7 @@ async def create(
         await runtime.settle()  # nobody is to have a token that a crash makes another one of
         return made
     finally:
-        attempt.left(position)
+        attempt.end_call(position)
 
 
 async def result(runtime: Runtime, position: Position, *, key: str, made: Made, kind: Codec) -> Any:
@@ -169,7 +169,7 @@ async def result(runtime: Runtime, position: Position, *, key: str, made: Made, 
             recorded = await _Waiting(runtime, position, key, made).outcome()
         return outcome_of(recorded, kind, runtime.attempt.options.errors)
     finally:
-        runtime.attempt.left(position)
+        runtime.attempt.end_call(position)
 
 
 class _Waiting:

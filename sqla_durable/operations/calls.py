@@ -54,20 +54,20 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
-class Parking:
+class Suspension:
     """How a workflow is to be parked: until what is due first, in `seconds`, or until one of what it `awaits`."""
 
     seconds: float | None
     awaits: tuple[Awaited, ...]
 
     @classmethod
-    def of(cls, waits: Iterable[Wait]) -> Parking:
+    def of(cls, waits: Iterable[Wait]) -> Suspension:
         """Give how to park what waits for all of these."""
         given = list(waits)
         soonest = min(each.seconds for each in given)
         return cls(soonest if isfinite(soonest) else None, tuple(awaited for each in given for awaited in each.awaits))
 
-    def within(self, seconds: float) -> Parking:
+    def within(self, seconds: float) -> Suspension:
         """Return the same, but for no longer than that."""
         return self if self.seconds is not None and self.seconds <= seconds else replace(self, seconds=seconds)
 

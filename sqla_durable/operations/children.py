@@ -62,7 +62,7 @@ async def start(
                 raise
         ids = [UUID(each) for each in json.loads(text)]
     finally:
-        attempt.left(position)
+        attempt.end_call(position)
     if attempt.workflow_id in ids:
         raise UsageError(
             f"workflow {attempt.name!r} starts itself as its child: it has the same name and key, so it would wait for "
@@ -133,9 +133,9 @@ async def join(
             await runtime.settle()
             joining = _Joining(runtime, position, started, active=active or _UNBOUNDED, tolerate=tolerate)
             recorded = await joining.joined(limit)
-        attempt.joined.add(started.key)
+        attempt.joined_maps.add(started.key)
     finally:
-        attempt.left(position)
+        attempt.end_call(position)
     if recorded.status is StepStatus.FAILED:
         raise_recorded(recorded, runtime.attempt.options.errors)
     return [_outcome({"name": started.name, **each}) for each in json.loads(recorded.output or "[]")]
@@ -170,7 +170,7 @@ class _Joining:
             return await self._joined(limit, GracePeriod(self._runtime.attempt, waker))
 
     async def _joined(self, limit: int, grace: GracePeriod) -> Recorded:
-        begun = self._runtime.attempt.tried(self._position) is not None
+        begun = self._runtime.attempt.unfinished_record(self._position) is not None
         look = partial(children.progress, parent_id=self._parent, ids=self._ids)
         while True:
             grace.waker.woken.clear()  # before the look: what comes during it wakes again

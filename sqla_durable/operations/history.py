@@ -57,7 +57,7 @@ class Patch:
     place: int = 0
 
 
-class Visits:
+class HistoryCheck:
     """What one attempt has visited, beside the history that it found.
 
     Operations of one branch, which have the beginnings of their keys in common, are compared with each other only:
@@ -88,7 +88,7 @@ class Visits:
         """The keys that were visited, in their order."""
         return tuple(key for key, _ in self._visited)
 
-    def visit(self, key: str, name: str) -> int:
+    def add_call(self, key: str, name: str) -> int:
         """Note that an operation is called, and give its place in the order of the history.
 
         That of its record; or the one after the operation before, also where that is in the middle of the history, so
@@ -122,7 +122,7 @@ class Visits:
         decided = self._patches[patch_id] = marked or self.all_visited
         if not decided:
             return Patch(False)
-        place = self.visit(key, PATCH)
+        place = self.add_call(key, PATCH)
         return Patch(True) if marked else Patch(True, key, place)
 
     def mismatch(self) -> Mismatch | None:

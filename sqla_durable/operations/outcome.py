@@ -122,7 +122,7 @@ async def settle(runtime: Runtime, position: Position, cancelled: Cancelled) -> 
     return await runtime.execute(partial(steps.settle, checkpoint=checkpoint))
 
 
-def cancelled_in(recorded: Recorded) -> Cancelled | None:
+def cancelled_call_in(recorded: Recorded) -> Cancelled | None:
     """Return what a record says of a cancelled call; None if it is another outcome."""
     if recorded.status is not StepStatus.FAILED or f'"{_MARK}"' not in (recorded.error or ""):
         return None
@@ -140,7 +140,7 @@ def is_own_failure(attempt: Attempt, error: BaseException) -> bool:
         case BaseExceptionGroup():
             return all(is_own_failure(attempt, each) for each in error.exceptions)
         case ControlFlow():  # the engine stops the attempt first, except for these two
-            return not (attempt.stopped or isinstance(error, (AttemptLost, Interrupted)))
+            return not (attempt.is_stopped or isinstance(error, (AttemptLost, Interrupted)))
         case CancelledError():
             return not is_cancelled_here()
         case KeyboardInterrupt():  # Ctrl-C interrupts the main thread only
@@ -152,7 +152,7 @@ def is_own_failure(attempt: Attempt, error: BaseException) -> bool:
 def is_own_failure_of_workflow(attempt: Attempt, error: BaseException) -> bool:
     """Return the same of code of the workflow: a cancel that it has asked for itself, and lets out, is its own."""
     if isinstance(error, CancelledError):
-        return not attempt.stopped
+        return not attempt.is_stopped
     return is_own_failure(attempt, error)
 
 

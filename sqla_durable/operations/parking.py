@@ -7,7 +7,7 @@ from typing import Protocol
 from sqla_durable.errors import EncodingError
 from sqla_durable.operations.arrivals import Waker
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.calls import Parking, Position, Wait
+from sqla_durable.operations.calls import Position, Suspension, Wait
 from sqla_durable.unwinding import Suspended
 
 QUIET = 5.0
@@ -22,7 +22,7 @@ class Parkable(Protocol):
 
     attempt: Attempt
 
-    async def begin_parking(self, wait: Wait) -> Parking | None:
+    async def begin_parking(self, wait: Wait) -> Suspension | None:
         """Return how the workflow can be suspended now, once; None: it stays in memory."""
         ...
 
@@ -32,17 +32,17 @@ class Parkable(Protocol):
     async def listen(self, waker: Waker, seconds: float) -> None:
         """Wait a moment in memory, or until the operation is woken."""
 
-    async def park(self, parking: Parking, position: Position) -> None:
+    async def park(self, parking: Suspension, position: Position) -> None:
         """Suspend the workflow at an operation, and return when that is committed."""
 
 
-def parking_of_threads(attempt: Attempt) -> Parking | None:
+def suspension_of_threads(attempt: Attempt) -> Suspension | None:
     """Return how a `def` workflow can be suspended now: once every branch waits.
 
     What else a thread does, nobody can see; so there is no suspending after a quiet while.
     """
-    return attempt.begin_parking(
-        quiet=float("inf"), idle=lambda: attempt.branches.all_join_or_are_among(attempt.carriers)
+    return attempt.begin_suspension(
+        quiet=float("inf"), idle=lambda: attempt.branches.all_wait_or_are_in(attempt.homes_in_calls)
     )
 
 
@@ -56,7 +56,7 @@ async def wait_or_park(runtime: Parkable, position: Position, wait: Wait) -> Non
         ControlFlow: the attempt is to end.
     """
     attempt = runtime.attempt
-    attempt.wait(position, wait)
+    attempt.begin_wait(position, wait)
     try:
         while True:
             parking = await runtime.begin_parking(wait)
@@ -64,7 +64,7 @@ async def wait_or_park(runtime: Parkable, position: Position, wait: Wait) -> Non
                 try:
                     await runtime.park(parking, position)
                 except EncodingError:  # the database refuses the try that was to be recorded with it
-                    attempt.end_parking()
+                    attempt.undo_suspension()
                     raise
                 raise Suspended
             if not wait.seconds:
@@ -74,8 +74,8 @@ async def wait_or_park(runtime: Parkable, position: Position, wait: Wait) -> Non
                 await runtime.pause(seconds)
             else:
                 await runtime.listen(wait.waker, wait.seconds if wait.in_memory else seconds)
-            attempt.proceed()
+            attempt.raise_if_stopped()
             if wait.awaits:
                 return
     finally:
-        attempt.go_on(position)
+        attempt.end_wait(position)

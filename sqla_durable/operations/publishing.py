@@ -51,7 +51,7 @@ async def publish_once(runtime: Runtime, position: Position, encode: Callable[[]
             record = partial(publication.record, checkpoint=checkpoint_of(attempt, position, output="null"))
             await _clearly(runtime, runtime.execute(record))
     finally:
-        attempt.left(position)
+        attempt.end_call(position)
 
 
 async def publish_at_once(runtime: Runtime, call: StepCall, encode: Callable[[], Publication]) -> None:
@@ -84,7 +84,7 @@ INTERVAL = 1.0
 """Seconds between two statements of one step; what is reported in between replaces what waits."""
 
 
-async def send_unsent(runtime: Runtime, call: StepCall) -> None:
+async def send_unsent_heartbeat(runtime: Runtime, call: StepCall) -> None:
     """Send what a step has reported and what is not sent yet.
 
     Raises:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 T = TypeVar("T")
 
-LAST_MOMENT = 3.0
+CANCEL_GRACE = 3.0
 """How many seconds a task goes on at most that is cancelled: on a busy machine connecting takes its time."""
 
 
@@ -29,11 +29,11 @@ def is_cancelled_here() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-async def undisturbed(coroutine: Coroutine[Any, Any, T]) -> T:
+async def finish_despite_cancel(coroutine: Coroutine[Any, Any, T]) -> T:
     """Await something to its end, however often this is cancelled meanwhile: then in its last moment."""
-    task = Undisturbed(coroutine)
+    task = GracefulTask(coroutine)
     try:
-        await until_done(task)
+        await wait_done(task)
     except asyncio.CancelledError:
         task.cancel()
         await ended(task)
@@ -41,7 +41,7 @@ async def undisturbed(coroutine: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-async def until_done(future: asyncio.Future[Any]) -> None:
+async def wait_done(future: asyncio.Future[Any]) -> None:
     """Wait until a future is done, and leave it alone when this is cancelled.
 
     What becomes of it afterwards is the affair of those who still wait: `asyncio.shield` would report an error of it.
@@ -69,7 +69,7 @@ async def ended(task: asyncio.Future[Any], *, on_cancel: Callable[[], object] = 
     """
     while not task.done():
         try:
-            await until_done(task)
+            await wait_done(task)
         except asyncio.CancelledError:
             on_cancel()
     see(task)
@@ -81,11 +81,11 @@ def see(task: asyncio.Future[Any]) -> None:
         task.exception()
 
 
-class Undisturbed(asyncio.Task[T]):
+class GracefulTask(asyncio.Task[T]):
     """A task that has a last moment when it is cancelled, as all are at the end of `asyncio.run()`, which waits for it.
 
     ```python
-    task = Undisturbed(send(hint), name="hints")
+    task = GracefulTask(send(hint), name="hints")
     ```
     """
 
@@ -95,9 +95,9 @@ class Undisturbed(asyncio.Task[T]):
 
     @override
     def cancel(self, msg: Any = None) -> bool:
-        """Cancel it in `LAST_MOMENT` seconds, unless it has ended by then."""
+        """Cancel it in `CANCEL_GRACE` seconds, unless it has ended by then."""
         if self._last_moment is None and not self.done():
-            self._last_moment = self.get_loop().call_later(LAST_MOMENT, self.cancel_now)
+            self._last_moment = self.get_loop().call_later(CANCEL_GRACE, self.cancel_now)
         return not self.done()
 
     def cancel_now(self) -> bool:

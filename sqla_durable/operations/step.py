@@ -27,9 +27,9 @@ from sqla_durable.errors import (
 from sqla_durable.models.status import StepStatus
 from sqla_durable.operations.calls import Wait
 from sqla_durable.operations.outcome import failure_of_step, is_own_failure, outcome_of
-from sqla_durable.operations.publishing import send_unsent
+from sqla_durable.operations.publishing import send_unsent_heartbeat
 from sqla_durable.operations.runtime import Runtime, StepCall, execution_of
-from sqla_durable.operations.transaction import Boundary, StepTransaction
+from sqla_durable.operations.transaction import StepTransaction, TransactionGuard
 from sqla_durable.operations.transaction_retries import (
     LOSSES,
     Phase,
@@ -63,7 +63,7 @@ async def run_step(runtime: Runtime, call: StepCall) -> Any:
             recorded = await _Execution(runtime, call).recorded()
         return outcome_of(recorded, call.definition.result, runtime.attempt.options.errors)
     finally:
-        runtime.attempt.left(call.position)
+        runtime.attempt.end_call(call.position)
 
 
 class _Again(Exception):
@@ -119,7 +119,7 @@ class _Execution:
 
     async def recorded(self) -> Recorded:
         """Try, and try again as the policy says; give the outcome as it was recorded."""
-        self._attempt.executes(self._call.position, self._call.tries)
+        self._attempt.begin_step(self._call.position, self._call.tries)
         await self._take_up()
         while True:
             if self._limits is not None and self._limits.left(self._call.tries.age) <= 0:
@@ -137,7 +137,7 @@ class _Execution:
                     case _Soon(seconds):
                         self._call.tries.forget()
                         await self._runtime.pause(seconds)
-                        self._attempt.proceed()
+                        self._attempt.raise_if_stopped()
                     case _Later(seconds, recorded):
                         await self._record_try(recorded, seconds)
                         await self._wait(seconds)
@@ -146,7 +146,7 @@ class _Execution:
 
     async def _take_up(self) -> None:
         """Go on with the tries where an earlier attempt has left them, and not before the next one is due."""
-        tried = self._attempt.tried(self._call.position)
+        tried = self._attempt.unfinished_record(self._call.position)
         if tried is None:
             if self._limits is not None:
                 await self._record_begin(self._limits)
@@ -198,9 +198,9 @@ class _Execution:
             value = await self._called()
         except BaseException as error:
             if is_own_failure(self._attempt, error):
-                await send_unsent(self._runtime, self._call)
+                await send_unsent_heartbeat(self._runtime, self._call)
             raise
-        await send_unsent(self._runtime, self._call)
+        await send_unsent_heartbeat(self._runtime, self._call)
         return value
 
     async def _begin(self) -> StepTransaction:
@@ -218,7 +218,7 @@ class _Execution:
             await transaction.execute(self._refuse_recorded)
         self._phase = Phase.FUNCTION
         self._require_class(transaction.injected)
-        boundary = Boundary(transaction.session, step=self._call.position.key)
+        boundary = TransactionGuard(transaction.session, step=self._call.position.key)
         try:
             value = await self._called(transaction)
             boundary.check()
@@ -304,7 +304,7 @@ class _Execution:
                 if seconds is None:
                     raise Interrupted(error) from error
             await self._runtime.pause(seconds)
-            self._attempt.proceed()
+            self._attempt.raise_if_stopped()
 
     async def _record_try(self, error: BaseException | None, seconds: float) -> None:
         """Record a failed try, so that a crash does not forget how many there were."""

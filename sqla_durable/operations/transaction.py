@@ -112,7 +112,7 @@ class SavepointTransaction(StepTransaction):
         await self.execute(lambda _: self._savepoint.rollback())
 
 
-class HeldTransaction(StepTransaction):
+class ReleasingTransaction(StepTransaction):
     """A transaction that holds a lock or a place in a semaphore until it ends.
 
     What has ended holds nothing, and its session may be in another's transaction by then: to end it again does nothing,
@@ -225,10 +225,10 @@ def _end(transaction: SessionTransaction | None, commit: Callable[[], None]) -> 
 
 
 # Not in Session.info, which is the user's: a step that clears it must not take its guard off.
-_watched: WeakKeyDictionary[Session, Boundary] = WeakKeyDictionary()
+_watched: WeakKeyDictionary[Session, TransactionGuard] = WeakKeyDictionary()
 
 
-class Boundary:
+class TransactionGuard:
     """Refuses that a step ends its own transaction, or lets it span two databases.
 
     A commit by the step is refused before it happens, because its writes would be durable without the checkpoint. A
@@ -290,7 +290,7 @@ class Boundary:
         )
 
 
-def is_of_step(session: Session) -> bool:
+def is_step_session(session: Session) -> bool:
     """Return whether a step that is being executed has this session."""
     return session in _watched
 

@@ -16,9 +16,9 @@ from sqla_durable.definitions.database_errors import (
     first_line,
     is_conflict,
     is_engine_error,
-    is_mixed_up,
     is_obstacle,
     is_outage,
+    is_pooler_mixup,
     sqlstate,
 )
 from sqla_durable.definitions.log import Log
@@ -86,7 +86,7 @@ class Setback(Enum):
     def of(cls, error: BaseException, phase: Phase) -> Setback | None:
         """Return what an error was; None if it is the error of the step itself."""
         code = _code(error)
-        if is_conflict(error) and not (phase is Phase.BEFORE and is_mixed_up(error)):
+        if is_conflict(error) and not (phase is Phase.BEFORE and is_pooler_mixup(error)):
             return cls.CONFLICT
         if phase is Phase.BEFORE:
             return cls.OBSTACLE if is_obstacle(error) else None
@@ -171,7 +171,7 @@ def _code(error: BaseException) -> str:
 
 def _is_delay(error: BaseException) -> bool:
     """Return whether the database can be reached all the same."""
-    return is_mixed_up(error) or (_code(error).startswith(_DELAYS) and not is_outage(error))
+    return is_pooler_mixup(error) or (_code(error).startswith(_DELAYS) and not is_outage(error))
 
 
 def _is_loss(error: BaseException, code: str) -> bool:

@@ -84,13 +84,13 @@ class GracePeriod:
         self._attempt = attempt
         self.waker = waker
         self._began = time.monotonic()
-        replayed = _SHORTEST_HOLD + _HOLD_PER_OPERATION * attempt.visits.count
+        replayed = _SHORTEST_HOLD + _HOLD_PER_OPERATION * attempt.history_check.count
         self._until = self._began + min(replayed, _LONGEST_HOLD)
 
     @property
     def is_over(self) -> bool:
         """Whether the workflow is to be suspended now."""
-        return time.monotonic() >= self._until or self._attempt.is_crowded()
+        return time.monotonic() >= self._until or self._attempt.is_slot_wanted()
 
     def wait(self, awaits: tuple[Awaited, ...], until: float = float("inf")) -> Wait:
         """Return how to wait in memory until the next look, and not beyond a time."""
@@ -128,7 +128,7 @@ async def sleep(runtime: Runtime, position: Position, *, delay: timedelta | None
             await waiting.through()
             await runtime.record(waiting.checkpoint(StepStatus.SUCCEEDED, output="null"))
     finally:
-        runtime.attempt.left(position)
+        runtime.attempt.end_call(position)
 
 
 async def receive(
@@ -153,7 +153,7 @@ async def received(runtime: Runtime, position: Position, source: Source, *, with
             recorded = await _Waiting(runtime, position, within, None).receive(source)
         return recorded
     finally:
-        runtime.attempt.left(position)
+        runtime.attempt.end_call(position)
 
 
 class _Waiting:
@@ -222,7 +222,7 @@ class _Waiting:
 
     async def _begin(self, *, short: bool) -> Wait:
         """Give for how long to wait; the row that says it outlives this attempt."""
-        tried = self._runtime.attempt.tried(self._position)
+        tried = self._runtime.attempt.unfinished_record(self._position)
         if tried is None:
             begin = partial(waits.begin, checkpoint=self.checkpoint(StepStatus.WAITING), until=self._until)
             due_in = await self._runtime.execute(begin)
@@ -284,16 +284,16 @@ async def _take(runtime: Runtime, checkpoint: Checkpoint, *, name: str, consider
     return None
 
 
-async def of_process(runtime: Runtime, position: Position, *, ask: Callable[[], Any], codec: Codec) -> Any:
+async def record_value(runtime: Runtime, position: Position, *, ask: Callable[[], Any], codec: Codec) -> Any:
     """Ask this process; durable before the next effect."""
     try:
         recorded = runtime.attempt.recorded(position) or await _record(runtime, position, codec.encode(ask()))
         return outcome_of(recorded, codec, runtime.attempt.options.errors)
     finally:
-        runtime.attempt.left(position)
+        runtime.attempt.end_call(position)
 
 
-async def of_database(runtime: Runtime, position: Position, *, codec: Codec) -> Any:
+async def record_database_time(runtime: Runtime, position: Position, *, codec: Codec) -> Any:
     """Ask for the database's clock."""
     try:
         recorded = runtime.attempt.recorded(position)
@@ -302,7 +302,7 @@ async def of_database(runtime: Runtime, position: Position, *, codec: Codec) -> 
             recorded = await _record(runtime, position, json.dumps(moment.isoformat()))
         return outcome_of(recorded, codec, runtime.attempt.options.errors)
     finally:
-        runtime.attempt.left(position)
+        runtime.attempt.end_call(position)
 
 
 async def _record(runtime: Runtime, position: Position, output: str) -> Recorded:

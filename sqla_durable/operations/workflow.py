@@ -50,7 +50,7 @@ async def run_workflow(runtime: Runtime, definition: WorkflowDefinition, body: B
         HistoryMismatchError: likewise, because the workflow is strict and its history was not visited.
     """
     completion = await completion_of(runtime, definition, body)
-    if not runtime.attempt.undoes:
+    if not runtime.attempt.is_undoing:
         report(runtime.attempt, strict=definition.options.strict)
     try:
         await runtime.finish(completion)
@@ -69,9 +69,9 @@ async def completion_of(runtime: Runtime, definition: WorkflowDefinition, body: 
     try:
         return await _completion_of(runtime, definition, body)
     except BaseException as error:
-        signal = signal_in(error)  # a task group wraps the signals of its tasks
+        signal = control_flow_in(error)  # a task group wraps the signals of its tasks
         if isinstance(signal, CallRefused):
-            signal = runtime.attempt.ending or signal  # the reason for it
+            signal = runtime.attempt.stop_signal or signal  # the reason for it
         if isinstance(signal, Cancelling):
             return _undone(runtime.attempt)
         raise signal or error from None
@@ -83,13 +83,13 @@ async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body:
     try:
         _ = definition.result  # what could not be recorded is not executed
         value = await _called(runtime, definition, body)
-        attempt.proceed()
+        attempt.raise_if_stopped()
         attempt.refuse_unfinished()
         output = definition.result.encode(value)
     except BaseException as error:
         if not is_own_failure_of_workflow(attempt, error):
             raise
-        attempt.proceed()
+        attempt.raise_if_stopped()
         failure = failure_of_workflow(error, attempt.name)
         return _ended(attempt, WorkflowStatus.FAILED, error=record(failure, attempt.options.errors))
     return _ended(attempt, WorkflowStatus.SUCCEEDED, output=output)
@@ -97,9 +97,11 @@ async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body:
 
 def _undone(attempt: Attempt) -> Completion:
     """Give the outcome of a workflow that has undone what it did: it was cancelled, or its deadline has come."""
-    if attempt.overdue is None:
+    if attempt.deadline_message is None:
         return _ended(attempt, WorkflowStatus.CANCELLED)
-    return _ended(attempt, WorkflowStatus.FAILED, error=Failure(type=TIMEOUT_TYPE, message=attempt.overdue).to_json())
+    return _ended(
+        attempt, WorkflowStatus.FAILED, error=Failure(type=TIMEOUT_TYPE, message=attempt.deadline_message).to_json()
+    )
 
 
 def _ended(
@@ -111,7 +113,7 @@ def _ended(
         output,
         error,
         is_child=attempt.is_child,
-        holds=attempt.may_hold,
+        holds=attempt.may_hold_children,
         has_notices=attempt.may_have_notices,
     )
 
@@ -124,11 +126,11 @@ async def _called(runtime: Runtime, definition: WorkflowDefinition, body: Body) 
         return await body(arguments)
 
 
-def signal_in(error: BaseException) -> ControlFlow | None:
+def control_flow_in(error: BaseException) -> ControlFlow | None:
     """Give the signal that an error is, or that a group of errors holds."""
     if isinstance(error, BaseExceptionGroup):
         inner = cast("BaseExceptionGroup[BaseException]", error).exceptions
-        return next((found for each in inner if (found := signal_in(each)) is not None), None)
+        return next((found for each in inner if (found := control_flow_in(each)) is not None), None)
     return error if isinstance(error, ControlFlow) else None
 
 
@@ -201,17 +203,17 @@ async def begin_saga(runtime: Runtime, position: Position) -> None:
     await runtime.record(checkpoint)
 
 
-def calls_for_compensation(attempt: Attempt, error: BaseException | None) -> bool:
+def must_compensate(attempt: Attempt, error: BaseException | None) -> bool:
     """Tell whether what ends a saga undoes it: an error, or that the workflow is cancelled.
 
     Not a workflow that is parked, handed back or lost, whatever error its code makes of that: it will come here again.
     """
-    if attempt.stopped:
-        return attempt.cancelling and (error is not None or attempt.told)
+    if attempt.is_stopped:
+        return attempt.is_cancelling and (error is not None or attempt.was_signalled)
     return error is not None and is_own_failure_of_workflow(attempt, error)
 
 
-async def begin_anew(runtime: Runtime, position: Position, *, given: str) -> NoReturn:
+async def continue_as_new(runtime: Runtime, position: Position, *, given: str) -> NoReturn:
     """Enqueue the workflow with this input, and unwind this attempt.
 
     Raises:
@@ -232,10 +234,10 @@ log = Log("sqla_durable.changes")
 def patched(attempt: Attempt, patch_id: str) -> tuple[bool, Checkpoint | None]:
     """Tell whether the workflow goes the new way, and give what is to be recorded before the next effect, if any."""
     with attempt.branches.lock:
-        patch = attempt.visits.patched(patch_id)
+        patch = attempt.history_check.patched(patch_id)
     if patch.key is None:
         return patch.is_new, None
-    attempt.refuse_if_told(patch.key)
+    attempt.refuse_after_signal(patch.key)
     marker = Checkpoint(
         fence=attempt.fence,
         key=patch.key,
@@ -257,7 +259,7 @@ def report(attempt: Attempt, *, strict: bool) -> None:
     Raises:
         HistoryMismatchError: with `strict`, instead of the warning.
     """
-    mismatch = attempt.visits.mismatch()
+    mismatch = attempt.history_check.mismatch()
     if mismatch is None:
         return
     what = f"workflow {attempt.name!r} {attempt.workflow_id} was recorded by other code than today's: {mismatch}"

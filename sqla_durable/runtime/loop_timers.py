@@ -101,7 +101,7 @@ class Timers:
         self._waiting: list[Cancelled] = []
         self._replayed = self._seen = self._quiet = 0
         self.is_looking = False
-        attempt.timers = self
+        attempt.loop_timers = self
 
     @property
     def ahead(self) -> float:
@@ -278,9 +278,9 @@ class Timers:
         """Record which operations are open when a timer fires: on a replay they are over after it, as they are now."""
         attempt = self._attempt
         self._unfired.pop(key, None)
-        if key in self._firings or attempt.stopped or not (calls := attempt.open_calls):
+        if key in self._firings or attempt.is_stopped or not (calls := attempt.open_calls):
             return
-        self._firings[key] = order, _ = attempt.visits.count, calls
+        self._firings[key] = order, _ = attempt.history_check.count, calls
         firing = {"timer": key, "number": len(self._firings), "order": order, "open": calls}
         position = Position(f"{FIRED}:{key}", FIRED, max(1, order))
         self._note(checkpoint_of(attempt, position, output=json.dumps(firing)))
@@ -292,8 +292,8 @@ async def carried_through(attempt: Attempt, call: Awaitable[Any]) -> None:
     It may follow on a cancel itself, as what a saga undoes; and a scope of anyio cancels again and again.
     """
     task = asyncio.ensure_future(call)
-    with cast("Timers", attempt.timers).deciding():
-        await ended(task, on_cancel=lambda: attempt.stopped and task.cancel())
+    with cast("Timers", attempt.loop_timers).deciding():
+        await ended(task, on_cancel=lambda: attempt.is_stopped and task.cancel())
     task.result()
 
 
@@ -377,4 +377,4 @@ def _uninstall(loop: asyncio.AbstractEventLoop) -> None:
 
 def _timers_in(given: contextvars.Context | None) -> Timers | None:
     context = workflow_code(given)
-    return None if context is None else cast("Timers | None", context.attempt.timers)
+    return None if context is None else cast("Timers | None", context.attempt.loop_timers)

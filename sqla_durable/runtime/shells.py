@@ -28,9 +28,9 @@ from sqla_durable.definitions.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.models.status import StepStatus
 from sqla_durable.operations.attempt import TIMERS, Attempt
 from sqla_durable.operations.calls import Position, Wait
-from sqla_durable.operations.outcome import Cancelled, cancelled_in, checkpoint_of, settle
+from sqla_durable.operations.outcome import Cancelled, cancelled_call_in, checkpoint_of, settle
 from sqla_durable.operations.runtime import Operation, StepCall, execution_of, run_blocking
-from sqla_durable.operations.shielding import Undisturbed, ended
+from sqla_durable.operations.shielding import GracefulTask, ended
 from sqla_durable.operations.step import run_step
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.operations.transaction_retries import TransactionRetry
@@ -100,7 +100,7 @@ class BaseRuntime(ABC):
         try:
             yield
         except (ControlFlow, asyncio.CancelledError) as signal:
-            self.attempt.tell(signal)
+            self.attempt.note_signal(signal)
             raise
 
     def transaction_retry(self) -> TransactionRetry:
@@ -146,7 +146,7 @@ class BlockingRuntime(BaseRuntime):
             with self.telling(), self.context().operating():
                 return run_blocking(operation(self, position))
         finally:
-            self.attempt.left(position)
+            self.attempt.end_call(position)
 
     def operate_in_step(self, position: Position, operation: Operation) -> Any:
         """Carry out an operation of a step's function, which goes on after it."""
@@ -219,14 +219,14 @@ class AsyncRuntime(BaseRuntime):
             again: returns the outcome once that is recorded.
         """
         attempt = self.attempt
-        attempt.carried_here(position)
+        attempt.continue_call_here(position)
         recorded = attempt.recorded(position)
         task = cast("asyncio.Task[Any]", asyncio.current_task())
         met, mark = tasks.cancels_met(task), self.timers.mark
         is_told = False
         try:
             with self.telling(), context.entered():
-                if recorded is not None and (cancelled := cancelled_in(recorded)) is not None:
+                if recorded is not None and (cancelled := cancelled_call_in(recorded)) is not None:
                     await self._until_cancelled(position, cancelled)
                 try:
                     if self._owed and recorded is None and (owed := self._pay(task)) is not None:
@@ -244,7 +244,7 @@ class AsyncRuntime(BaseRuntime):
                         await tasks.let_new_tasks_begin(attempt)
                     return await work()
                 except asyncio.CancelledError:
-                    if attempt.stopped or task.cancelling() <= met or await self._is_cancelled(position, mark):
+                    if attempt.is_stopped or task.cancelling() <= met or await self._is_cancelled(position, mark):
                         raise
                     return await again()
         except asyncio.CancelledError:
@@ -254,7 +254,7 @@ class AsyncRuntime(BaseRuntime):
             # One that is yet to be thrown into the task is not owed.
             if not is_told and (count := tasks.cancels_met(task)) > met and attempt.branches.here() is not None:
                 self._owed[task] = count, mark
-            attempt.left(position)  # cancelled before the operation itself has begun
+            attempt.end_call(position)  # cancelled before the operation itself has begun
 
     def _pay(self, task: asyncio.Task[Any]) -> int | None:
         """Return the mark of a cancel that came too late for the last operation and that the code is to learn of."""
@@ -266,14 +266,14 @@ class AsyncRuntime(BaseRuntime):
         attempt = self.attempt
         found = attempt.recorded(position)
         if found is None:
-            cancelled = Cancelled(attempt.visits.count, self.timers.fired_since(mark))
+            cancelled = Cancelled(attempt.history_check.count, self.timers.fired_since(mark))
             with self.timers.deciding():
-                settling = Undisturbed(settle(self, position, cancelled))
+                settling = GracefulTask(settle(self, position, cancelled))
                 # What an attempt that is ending would still record is not needed: its successor finds that or nothing.
-                await ended(settling, on_cancel=lambda: attempt.stopped and settling.cancel_now())
+                await ended(settling, on_cancel=lambda: attempt.is_stopped and settling.cancel_now())
             found = settling.result()
-            attempt.learn(found)
-        is_cancelled = cancelled_in(found) is not None
+            attempt.note_outcome(found)
+        is_cancelled = cancelled_call_in(found) is not None
         if is_cancelled:
             attempt.cancelled_calls.add(position.key)
         return is_cancelled
@@ -282,7 +282,7 @@ class AsyncRuntime(BaseRuntime):
         """Wait until the workflow's code cancels the call again, as it did in an earlier attempt."""
         attempt = self.attempt
         looks, told = 0, "workflow %r %s: the call %r waits to be cancelled, as it was in an earlier attempt"
-        attempt.wait(position, _STAYS)
+        attempt.begin_wait(position, _STAYS)
         try:
             with self.timers.cancelling(cancelled):
                 while not attempt.is_quiet(quiet=_QUIET, idle=self._is_idle):
@@ -291,10 +291,10 @@ class AsyncRuntime(BaseRuntime):
                         log.warning(told, attempt.name, attempt.workflow_id, position.key)
                     await self.moment()
                     self.timers.let_fire_next()
-                    if not attempt.cancelling:  # what it did before is yet to be found, so that it can be undone
-                        attempt.proceed()
+                    if not attempt.is_cancelling:  # what it did before is yet to be found, so that it can be undone
+                        attempt.raise_if_stopped()
         finally:
-            attempt.go_on(position)
+            attempt.end_wait(position)
         log.warning(
             "workflow %r %s: an earlier attempt cancelled the call %r, and today's code does not: it is cancelled all "
             "the same",
@@ -310,11 +310,11 @@ class AsyncRuntime(BaseRuntime):
     async def _until_fired(self, position: Position, timer: str, firing: Cancelled) -> None:
         """Wait until a timer has fired that did so in an earlier attempt, while this operation was open."""
         attempt = self.attempt
-        attempt.wait(position, _STAYS)
+        attempt.begin_wait(position, _STAYS)
         try:
             with self.timers.cancelling(firing):
                 while not await self.timers.fired(timer, within=_LOOK_EVERY):
-                    attempt.proceed()
+                    attempt.raise_if_stopped()
                     if attempt.is_quiet(quiet=_QUIET, idle=self._is_idle):
                         told = (
                             "workflow %r %s: a timer fired before %r in an earlier attempt, and today's code arms none"
@@ -323,7 +323,7 @@ class AsyncRuntime(BaseRuntime):
                         self.timers.give_up(timer)
             await self.timers.caught_up()
         finally:
-            attempt.go_on(position)
+            attempt.end_wait(position)
 
     async def moment(self) -> None:
         """Wait a moment of a replay."""

@@ -16,11 +16,11 @@ from weakref import WeakKeyDictionary
 from typing_extensions import override
 
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.branch import Branch, Branches, name_of, unwrapped
-from sqla_durable.operations.calls import Parking, Position, Wait
+from sqla_durable.operations.branch import Branch, Branches, name_of, unwrap_anyio
+from sqla_durable.operations.calls import Position, Suspension, Wait
 from sqla_durable.operations.parking import LOOK_EVERY, QUIET
-from sqla_durable.operations.shielding import ended, see, until_done
-from sqla_durable.operations.workflow import signal_in
+from sqla_durable.operations.shielding import ended, see, wait_done
+from sqla_durable.operations.workflow import control_flow_in
 from sqla_durable.runtime.context import active, workflow_code
 from sqla_durable.unwinding import Released
 
@@ -70,7 +70,7 @@ class _Factory:
         context = workflow_code(options.get("context"))
         if context is None or coroutine in _starting:
             return self._make(loop, coroutine, options)
-        code = unwrapped(coroutine)
+        code = unwrap_anyio(coroutine)
         if is_engines_own(code):
             return self._operation(context.attempt, self._make(loop, coroutine, options), code)
         parent = context.attempt.branches.here()
@@ -84,7 +84,7 @@ class _Factory:
         return cast("Task", self.inner(loop, coroutine, **options))
 
     def _branch(self, branches: Branches, parent: Branch, coroutine: Any, make: Callable[[], Task]) -> Task:
-        branch = parent if _is_waited_for() else parent.open(name_of(unwrapped(coroutine)))
+        branch = parent if _is_waited_for() else parent.open(name_of(unwrap_anyio(coroutine)))
         _starting[coroutine] = branches, branch
         try:
             task = make()
@@ -98,7 +98,7 @@ class _Factory:
         """Let a call that got its key before count as ended with its task, which may be cancelled before it starts."""
         position = _position_in(coroutine)
         if position is not None:
-            task.add_done_callback(lambda _: attempt.left(position))
+            task.add_done_callback(lambda _: attempt.end_call(position))
         attempt.branches.enter_call(task)
         task.add_done_callback(attempt.branches.leave_call)
         return _overseen(task)
@@ -127,7 +127,7 @@ async def in_attempt_task(coroutine: Coroutine[Any, Any, T], attempt: Attempt) -
     """Await a coroutine in an `AttemptTask`; cancelled meanwhile, it is cancelled from outside and waited for."""
     task = AttemptTask(_caught(coroutine), attempt)
     try:
-        await until_done(task)
+        await wait_done(task)
     except asyncio.CancelledError:
         task.cancel()
         await ended(task, on_cancel=task.cancel)
@@ -160,7 +160,7 @@ def _overseen(task: Task) -> Task:
 
 def _see_signal(task: Task) -> None:
     error: BaseException | None = getattr(task, "_exception", None)  # task.exception() would mark the user's errors too
-    if error is not None and signal_in(error) is not None:
+    if error is not None and control_flow_in(error) is not None:
         task.exception()
 
 
@@ -239,7 +239,7 @@ async def until_cancelled_have_ended(attempt: Attempt) -> None:
 def abandon(attempt: Attempt) -> None:
     """Cancel what an attempt leaves behind: nobody awaits it any more, and nothing of it can be recorded."""
     here = asyncio.current_task()
-    carriers: set[Any] = {each for each in attempt.carriers if isinstance(each, asyncio.Task)}
+    carriers: set[Any] = {each for each in attempt.homes_in_calls if isinstance(each, asyncio.Task)}
     for task in carriers.union(_live(attempt), _calls(attempt)):
         if task is not here and not task.done():
             for each in (task, *_futures_of(task)):
@@ -261,7 +261,7 @@ def _holds_future(cell: Any) -> bool:
         return False
 
 
-def parking_of_tasks(attempt: Attempt, wait: Wait, *, timers: Iterable[float]) -> Parking | None:
+def parking_of_tasks(attempt: Attempt, wait: Wait, *, timers: Iterable[float]) -> Suspension | None:
     """Return how an `async def` workflow can be suspended now.
 
     At once when every branch is seen to wait; where one may await something else, after a quiet while.
@@ -274,7 +274,7 @@ def parking_of_tasks(attempt: Attempt, wait: Wait, *, timers: Iterable[float]) -
     due_in = min(timers, default=None)
     if due_in is not None and (due_in <= LOOK_EVERY or not wait.has_row):
         return None
-    parking = attempt.begin_parking(quiet=QUIET, idle=lambda: are_idle(attempt))
+    parking = attempt.begin_suspension(quiet=QUIET, idle=lambda: are_idle(attempt))
     return parking if parking is None or due_in is None else parking.within(due_in)
 
 
@@ -283,7 +283,7 @@ def are_idle(attempt: Attempt) -> bool:
 
     Only what can be known counts: a branch that awaits anything else may have something to do.
     """
-    carriers, homes = attempt.carriers, attempt.branches.homes
+    carriers, homes = attempt.homes_in_calls, attempt.branches.homes
     known = carriers | homes.keys()
     return all(home in carriers or _waits_for(home, known) for home in homes)
 
@@ -303,7 +303,7 @@ def _waits_for(home: object, known: set[object]) -> bool:
     last = _innermost(cast("Task", home).get_coro())
     if last.cr_code is asyncio.wait_for.__code__:
         return last.cr_frame.f_locals.get("fut") in known
-    if last.cr_code is until_done.__code__:  # a saga, for a compensation
+    if last.cr_code is wait_done.__code__:  # a saga, for a compensation
         return last.cr_frame.f_locals.get("future") in known
     if isinstance(last.cr_frame.f_locals.get("self"), asyncio.TaskGroup):
         group: Any = last.cr_frame.f_locals["self"]

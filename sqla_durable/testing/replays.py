@@ -133,7 +133,7 @@ def replay(
     except DecodingError as error:
         return recorded.report([str(error)], ())
     replayed = replaying.replay(definition, recorded.claimed)
-    visits = replayed.attempt.visits
+    visits = replayed.attempt.history_check
     if replayed.undecodable:  # whatever else there is may follow from that
         return recorded.report(replayed.undecodable, visits.keys)
     found = _in_words(visits.mismatch(), replayed, recorded)

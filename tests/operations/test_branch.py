@@ -53,19 +53,19 @@ def test_branch_is_named_after_its_function_without_the_functions_around_it() ->
 
 def test_code_that_is_in_no_branch_is_refused(attempt: Attempt) -> None:
     attempt.branches.begin(threading.get_ident)
-    assert attempt.visit("charge", 1).key == "charge"
+    assert attempt.begin_call("charge", 1).key == "charge"
     refused: list[UsageError] = []
 
     def call() -> None:
         with pytest.raises(UsageError, match="'charge' was called in a task or thread that is no branch") as caught:
-            attempt.visit("charge", 1)
+            attempt.begin_call("charge", 1)
         refused.append(caught.value)
 
     thread = threading.Thread(target=call)
     thread.start()
     thread.join()
     assert len(refused) == 1
-    assert attempt.visit("charge", 1).key == "charge#2"
+    assert attempt.begin_call("charge", 1).key == "charge#2"
 
 
 def test_workflow_that_leaves_a_branch_is_refused(attempt: Attempt) -> None:
@@ -82,14 +82,14 @@ def test_workflow_is_idle_when_every_thread_waits_or_is_waited_for(attempt: Atte
     branches.begin(lambda: home)
 
     def parks() -> bool:
-        idle = branches.all_join_or_are_among(attempt.carriers)
-        return attempt.begin_parking(quiet=float("inf"), idle=lambda: idle) is not None
+        idle = branches.all_wait_or_are_in(attempt.homes_in_calls)
+        return attempt.begin_suspension(quiet=float("inf"), idle=lambda: idle) is not None
 
     first, second = branches.root.open("x"), branches.root.open("x")
     branches.begin_threads(branches.root, [first, second])
     branches.enter(first, home := "first")
-    waiting = attempt.visit("charge", 1)
-    attempt.wait(waiting, Wait(until=float("inf"), in_memory_until=0))
+    waiting = attempt.begin_call("charge", 1)
+    attempt.begin_wait(waiting, Wait(until=float("inf"), in_memory_until=0))
     assert not parks()  # the second has not begun
     branches.enter(second, "second")
     assert not parks()  # it computes
@@ -107,6 +107,6 @@ def test_branch_goes_on_after_the_last_of_its_threads(attempt: Attempt) -> None:
     inner = nested.open("inner")
     branches.begin_threads(nested, [inner])
     branches.enter(inner, "inner")
-    assert branches.all_join_or_are_among({"inner", "beside"})
+    assert branches.all_wait_or_are_in({"inner", "beside"})
     branches.end_thread(nested, "inner")
-    assert not branches.all_join_or_are_among({"beside"})  # `nested` goes on, and may call something
+    assert not branches.all_wait_or_are_in({"beside"})  # `nested` goes on, and may call something

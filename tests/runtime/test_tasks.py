@@ -79,7 +79,7 @@ async def _is_idle(attempt: Attempt, body: Body) -> bool:
     loop = asyncio.get_running_loop()
 
     async def branch() -> None:
-        attempt.visit("charge", 1)
+        attempt.begin_call("charge", 1)
         await loop.create_future()
 
     async def workflow() -> None:
@@ -126,10 +126,10 @@ async def test_workflow_that_may_have_something_else_to_do_is_not_known_to_be_id
 
 async def test_branches_of_tasks_in_tasks_are_named_and_forgotten(attempt: Attempt) -> None:
     async def pay() -> str:
-        return attempt.visit("charge", 1).key
+        return attempt.begin_call("charge", 1).key
 
     async def both() -> list[str]:
-        return [*await asyncio.gather(pay(), pay()), attempt.visit("charge", 1).key]
+        return [*await asyncio.gather(pay(), pay()), attempt.begin_call("charge", 1).key]
 
     attempt.branches.begin(tasks.whereabouts)
     with (
@@ -193,7 +193,7 @@ async def test_factory_that_somebody_wraps_around_ours_stays(attempt: Attempt) -
     loop = asyncio.get_running_loop()
 
     async def pay() -> str:
-        return attempt.visit("charge", 1).key
+        return attempt.begin_call("charge", 1).key
 
     attempt.branches.begin(tasks.whereabouts)
     with Context(attempt, _nothing, _nothing, _nothing, is_async=True).entered():

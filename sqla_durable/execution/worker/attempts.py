@@ -100,9 +100,9 @@ class Attempts:
 
     def _suspend_some(self) -> None:
         """Let half of what waits in memory be suspended, the oldest first."""
-        listening = [each.attempt for each in self._running.values() if each.attempt.listens]
+        listening = [each.attempt for each in self._running.values() if each.attempt.has_listeners]
         for each in listening[: (len(listening) + 1) // 2]:
-            each.wake_waiting()
+            each.wake_listeners()
 
     @property
     def fences(self) -> list[Fence]:
@@ -114,7 +114,7 @@ class Attempts:
         found: dict[str, dict[str, tuple[int, float]]] = {}
         left = _MOST_TOLD
         for each in self._running.values():
-            executed = each.attempt.executed_steps().items()
+            executed = each.attempt.executing_steps().items()
             steps = {key: (tries.count, tries.age_of_try) for key, tries in executed if tries.age_of_try > seconds}
             steps = dict(islice(steps.items(), left))
             left -= len(steps)
@@ -127,7 +127,7 @@ class Attempts:
         for each in claimed:
             attempt = Attempt(each)
             attempt.arrivals = self._surroundings.arrivals
-            attempt.is_crowded = self.is_full
+            attempt.is_slot_wanted = self.is_full
             task = AttemptTask(self._execute(attempt), attempt, name=each.name)
             self._running[attempt.fence] = Running(attempt, task)
 
@@ -135,8 +135,8 @@ class Attempts:
         """End the attempts that the tables no longer give to this worker, as far as they have not ended."""
         for fence in lost:
             running = self._running.get(fence)
-            if running is not None and not running.attempt.parked:
-                if not running.attempt.stopped:
+            if running is not None and not running.attempt.is_suspended:
+                if not running.attempt.is_stopped:
                     log.warning(
                         "workflow %s is no longer this worker's, taken over or cancelled: its attempt ends",
                         fence.workflow_id,
@@ -220,7 +220,7 @@ class Attempts:
         try:
             _tell(attempt, await run_workflow(on_loop, definition, lambda given: on_loop.body(definition, given)))
         except (Released, asyncio.CancelledError) as signal:
-            while isinstance(signal, Released) and attempt.executing:  # noqa: ASYNC110 (threads set no asyncio.Event)
+            while isinstance(signal, Released) and attempt.is_executing:  # noqa: ASYNC110 (threads set no asyncio.Event)
                 await asyncio.sleep(_LOOK_EVERY)  # steps beside the one that has ended, in threads too
             await on_loop.flush()
             raise

@@ -25,7 +25,7 @@ from typing_extensions import override
 from sqla_durable.definitions.database_errors import first_line, spoils_connection
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.retry import ObstacleRetry
-from sqla_durable.operations.shielding import Undisturbed, see
+from sqla_durable.operations.shielding import GracefulTask, see
 from sqla_durable.store import schema
 
 T = TypeVar("T")
@@ -339,7 +339,7 @@ async def _to_its_end(transaction: Coroutine[Any, Any, T], cut: Cut, *, limit: f
 
     Cancelled in its middle it would leave a connection in an unknown state, and a commit that nobody knows of.
     """
-    task = Undisturbed(transaction)
+    task = GracefulTask(transaction)
     try:
         ended = await _is_over(task, limit)
     except asyncio.CancelledError:
@@ -357,11 +357,11 @@ async def _to_its_end(transaction: Coroutine[Any, Any, T], cut: Cut, *, limit: f
         raise TimeoutError(f"no answer from the database within {limit:.1f} s") from error
 
 
-async def _is_over(task: Undisturbed[Any], seconds: float) -> bool:
+async def _is_over(task: GracefulTask[Any], seconds: float) -> bool:
     return bool((await asyncio.wait([task], timeout=seconds))[0])
 
 
-async def _cut_off(task: Undisturbed[Any], cut: Cut) -> bool:
+async def _cut_off(task: GracefulTask[Any], cut: Cut) -> bool:
     """Cut a transaction's connection off, and tell whether it has ended by that; if not, nobody waits for it."""
     cut.off()
     if await _is_over(task, _CUT_OFF):

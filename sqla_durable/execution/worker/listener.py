@@ -22,7 +22,7 @@ from sqla_durable.definitions.database_errors import first_line
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.retry import LONGEST_BACKOFF, ObstacleRetry
 from sqla_durable.execution.worker.database import shut_down
-from sqla_durable.operations.shielding import Undisturbed, until_done
+from sqla_durable.operations.shielding import GracefulTask, wait_done
 from sqla_durable.store import hints
 
 log = Log("sqla_durable.worker")
@@ -264,9 +264,9 @@ def _own_connection(engine: Engine) -> Generator[tuple[Connection, Any]]:
 
 @asynccontextmanager
 async def _own_async_connection(engine: Engine) -> AsyncGenerator[tuple[AsyncConnection, Any]]:
-    connecting = Undisturbed(_connected(engine))
+    connecting = GracefulTask(_connected(engine))
     try:
-        await until_done(connecting)
+        await wait_done(connecting)
         yield connecting.result()
     finally:
         if not (await asyncio.wait([connecting], timeout=_CLOSING))[0]:

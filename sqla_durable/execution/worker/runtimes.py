@@ -27,11 +27,11 @@ from sqla_durable.execution.worker.gatherer import Gatherer
 from sqla_durable.execution.worker.writer import Row, Writer
 from sqla_durable.operations.arrivals import Arrivals, Waker
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.calls import Parking, Position, Wait
-from sqla_durable.operations.parking import parking_of_threads, wait_or_park
+from sqla_durable.operations.calls import Position, Suspension, Wait
+from sqla_durable.operations.parking import suspension_of_threads, wait_or_park
 from sqla_durable.operations.runtime import StepCall
-from sqla_durable.operations.shielding import see, undisturbed, until_done
-from sqla_durable.operations.transaction import ClosingTransaction, HeldTransaction, StepTransaction
+from sqla_durable.operations.shielding import finish_despite_cancel, see, wait_done
+from sqla_durable.operations.transaction import ClosingTransaction, ReleasingTransaction, StepTransaction
 from sqla_durable.runtime.context import Fork
 from sqla_durable.runtime.shells import AsyncRuntime, BlockingRuntime
 from sqla_durable.store import Checkpoint, Completion, Connectable, Park
@@ -114,9 +114,9 @@ class ThreadRuntime(BlockingRuntime):
         self._surroundings = surroundings
         self._last: concurrent.futures.Future[None] | None = None
 
-    async def begin_parking(self, wait: Wait) -> Parking | None:
+    async def begin_parking(self, wait: Wait) -> Suspension | None:
         """Return how the workflow can be suspended now."""
-        return parking_of_threads(self.attempt)
+        return suspension_of_threads(self.attempt)
 
     def fork(self) -> Fork:
         """Give a runtime of its own to a branch's thread: what the workflow has recorded comes before its effects."""
@@ -144,7 +144,7 @@ class ThreadRuntime(BlockingRuntime):
         """Wait in memory, or as a row."""
         await wait_or_park(self, position, wait)
 
-    async def park(self, parking: Parking, position: Position) -> None:
+    async def park(self, parking: Suspension, position: Position) -> None:
         """Suspend the workflow in the same commit as what is still on its way."""
         self._submit(Park(self.attempt.fence, parking.seconds, parking.awaits))
         self.flush()
@@ -153,7 +153,7 @@ class ThreadRuntime(BlockingRuntime):
         """Wait for the commits on their way; then end here if the attempt was told to."""
         self.flush()
         self._surroundings.stop_if_leaving(self.attempt)
-        self.attempt.proceed()
+        self.attempt.raise_if_stopped()
 
     async def record(self, checkpoint: Checkpoint) -> None:
         """Hand a checkpoint to the writer; the workflow's code goes on."""
@@ -178,7 +178,7 @@ class ThreadRuntime(BlockingRuntime):
         assert maker is not None  # noqa: S101 (the worker has checked it at its start)
         places = self._surroundings.sync_places
         inner = ClosingTransaction(maker(close_resets_only=False), isolation_level=step.options.isolation_level)
-        transaction = HeldTransaction(inner, places.release)
+        transaction = ReleasingTransaction(inner, places.release)
         places.acquire()
         await transaction.begin()
         return transaction
@@ -207,11 +207,11 @@ class LoopTransaction(ClosingTransaction):
 
     async def rollback(self) -> None:
         """Roll back, and close the session for good, also when cancelled meanwhile."""
-        await undisturbed(super().rollback())
+        await finish_despite_cancel(super().rollback())
 
     async def discard(self) -> None:
         """Close the session and its connection for good, also when cancelled meanwhile."""
-        await undisturbed(super().discard())
+        await finish_despite_cancel(super().discard())
 
 
 class LoopRuntime(AsyncRuntime):
@@ -222,7 +222,7 @@ class LoopRuntime(AsyncRuntime):
         self._surroundings = surroundings
         self._last: asyncio.Future[None] | None = None
 
-    async def begin_parking(self, wait: Wait) -> Parking | None:
+    async def begin_parking(self, wait: Wait) -> Suspension | None:
         """Return how the workflow can be suspended now."""
         return tasks.parking_of_tasks(self.attempt, wait, timers=self.timers.seconds.values())
 
@@ -252,7 +252,7 @@ class LoopRuntime(AsyncRuntime):
         """Wait in memory, or as a row."""
         await wait_or_park(self, position, wait)
 
-    async def park(self, parking: Parking, position: Position) -> None:
+    async def park(self, parking: Suspension, position: Position) -> None:
         """Suspend the workflow in the same commit as what is still on its way."""
         with self.timers.deciding():
             await self.remember_timers(position)
@@ -263,7 +263,7 @@ class LoopRuntime(AsyncRuntime):
         """Wait for the commits on their way; then end here if the attempt was told to."""
         await self.flush()
         self._surroundings.stop_if_leaving(self.attempt)
-        self.attempt.proceed()
+        self.attempt.raise_if_stopped()
 
     async def record(self, checkpoint: Checkpoint) -> None:
         """Hand a checkpoint to the writer; the workflow's code goes on."""
@@ -288,7 +288,7 @@ class LoopRuntime(AsyncRuntime):
         assert maker is not None  # noqa: S101 (the worker has checked it at its start)
         places = self._surroundings.async_places
         inner = LoopTransaction(maker(close_resets_only=False), isolation_level=step.options.isolation_level)
-        transaction = HeldTransaction(inner, places.release)
+        transaction = ReleasingTransaction(inner, places.release)
         await places.acquire()
         await transaction.begin()
         return transaction
@@ -307,7 +307,7 @@ class LoopRuntime(AsyncRuntime):
         last = self._last
         if last is None:
             return
-        await until_done(last)  # steps that are called at the same time wait for the same commits
+        await wait_done(last)  # steps that are called at the same time wait for the same commits
         last.result()
         if self._last is last:
             self._last = None  # not before: what was refused stops every later operation
@@ -321,7 +321,7 @@ class LoopRuntime(AsyncRuntime):
         runtime = StepRuntime(self, self._surroundings)
         thread = self._surroundings.begin_in_thread(lambda: _outcome(runtime, call))
         try:
-            await until_done(thread)
+            await wait_done(thread)
         except asyncio.CancelledError:
             runtime.is_cancelled = True
             self._surroundings.leave_to_itself(thread)
@@ -345,7 +345,7 @@ class StepRuntime(ThreadRuntime):
         self.is_cancelled = False
 
     @override
-    async def begin_parking(self, wait: Wait) -> Parking | None:
+    async def begin_parking(self, wait: Wait) -> Suspension | None:
         """Ask on the event loop, where nothing changes meanwhile."""
         self._end_if_cancelled()
         return self._surroundings.on_loop(self._workflow.begin_parking(wait))
