@@ -1,57 +1,47 @@
 """Every error that this package raises. Standard library only.
 
+There is a class of its own for what a caller can act on apart; the message says the rest.
+
 ```
 DurableError
-├── DefinitionError               (also TypeError) a decorator was given a function that cannot be made durable
-├── UsageError                    an operation was called where it cannot work
-│   ├── StepOutsideWorkflowError      a transactional step without a session and without a workflow
-│   ├── SyncAsyncError                sync where async is needed, or the other way round
-│   ├── SessionError                  a session that is unbound, bound elsewhere, or not PostgreSQL
-│   ├── StepTransactionError          a step committed, rolled back or closed its own session
-│   ├── StreamClosedError             something is written to a stream that is closed
-│   ├── HistoryLimitError             a workflow calls more operations than it may
-│   ├── RetryPolicyError              what a step was given as retry, stop or wait fails itself
-│   └── UnfinishedStepError           a workflow returned while a step or a branch was not awaited to its end
-├── PayloadError                  a value that cannot travel to the database and back
-│   ├── ArgumentError                 (also TypeError) an argument of a workflow, or of this package, that does not fit
-│   ├── EncodingError                 a value that cannot be stored
-│   │   └── PayloadTooLargeError          … because of its size
-│   └── DecodingError                 a stored value that does not fit today's annotations
-├── UnknownWorkflowError          (also LookupError) no workflow of that name is registered
-├── WorkflowNotFoundError         no such workflow record is visible
-├── KeyNotVisibleError            a key is taken by a row that the session cannot see
-├── WorkflowReferencedError       rows of the application refer to a workflow that was to be deleted
-├── WorkflowRunningError          somebody else holds a live lease on the workflow
-├── AttemptLostError              this execution no longer owns its workflow; nothing more of it commits
-├── WorkflowFinishedError         a signal, update or callback is for a workflow that has an outcome
-├── UpdateRejectedError           a workflow has refused or rejected an update
-├── UpdateNotAnsweredError        a workflow has ended, or begun anew, without answering an update
-├── UpdateNotFoundError           no such update is visible
-├── CompensationFailedError       a saga could not undo all that it did
-├── ChildrenFailedError           more children of a group failed than are tolerated
-├── WaitTimeoutError              (also TimeoutError) what an operation waited for did not come in time
-│   └── CallbackSilentError           a callback was not kept alive
-├── CallbackFailedError           a callback failed, says whoever has its token
-├── CallbackFinishedError         a callback has another outcome, or its time is over
-├── CallbackNotFoundError         (also LookupError) no callback has this token
-├── HistoryMismatchError          today's code does not visit what a strict workflow has recorded
-├── EventNotSetError              (also LookupError) a workflow has finished and has never set the event
-├── ResultTimeoutError            (also TimeoutError) no outcome, event, item or answer within the time given
+├── DefinitionError               (also TypeError) fix the function or the options that a decorator was given
+├── UsageError                    fix the code: an operation was called where or how it cannot work
+│   ├── SessionError                  pass a session of the right kind, bound to the right database
+│   └── HistoryLimitError             continue as new, use children, or raise the limit and resume
+├── PayloadError                  a value cannot be stored, or not be read again
+│   ├── ArgumentError                 (also TypeError) correct the argument; nothing was done with it
+│   ├── EncodingError                 store another value
+│   │   └── PayloadTooLargeError          store the value elsewhere and pass its key
+│   └── DecodingError                 bring back an annotation that reads the stored value
+├── NotFoundError                 (also LookupError) check the id or token, and that its transaction committed
+├── KeyNotVisibleError            try again in a new transaction, or look at the row's policy
+├── WorkflowReferencedError       delete the application's own rows first
+├── WorkflowRunningError          wait until the lease of another executor or worker has expired
+├── AttemptLostError              stop: another execution owns the workflow, or it was cancelled
+├── WorkflowFinishedError         do not send: the workflow has an outcome
+├── UpdateRejectedError           show the reason to the sender
+├── UpdateNotAnsweredError        look at the workflow's outcome, or send the update again
+├── CompensationFailedError       undo by hand what the saga could not undo
+├── ChildrenFailedError           look at the errors of the children
+├── WaitTimeoutError              (also TimeoutError) go on in the workflow without what it waited for
+│   └── CallbackSilentError           the same, where a callback sent no heartbeat
+├── CallbackFailedError           handle the failure that the other system reported
+├── CallbackFinishedError         do not answer again: the first answer stands
+├── HistoryMismatchError          deploy code that fits the history, or mark the change as a patch
+├── EventNotSetError              (also LookupError) do not wait: the workflow finished without setting the event
+├── ResultTimeoutError            (also TimeoutError) ask again later; the workflow is not affected
 ├── WorkflowError                 the outcome of a workflow that did not succeed
-│   ├── WorkflowFailedError           its own exception type cannot be rebuilt here
-│   ├── WorkflowCancelledError
-│   ├── WorkflowTimeoutError          (also TimeoutError) it was not finished at its deadline
-│   ├── MaxAttemptsError              its workers died too often
-│   └── RowRefusedError               the database refuses what workers have to do with its row
-├── StepTimeoutError              (also TimeoutError) a step was not done within its time
-│   └── HeartbeatTimeoutError         a plain step reported nothing for too long
-├── TransactionLostError          a transactional step lost its connection every time it was executed
-├── StepFailedError               a step's own exception type cannot be rebuilt here
-├── SchemaError                   the tables and this package do not fit together
-│   ├── SchemaMissingError
-│   ├── SchemaOlderError
-│   └── SchemaNewerError
-└── DatabaseUnavailableError      the server cannot be reached, or takes no writes
+│   ├── WorkflowFailedError           make its exception class known with `Durable(errors=[...])`
+│   ├── WorkflowCancelledError        nothing: somebody cancelled it
+│   ├── WorkflowTimeoutError          (also TimeoutError) resume it with more time
+│   ├── MaxAttemptsError              find out why its workers died, then resume it
+│   └── RowRefusedError               repair its row or the trigger that refuses it, then resume it
+├── StepTimeoutError              (also TimeoutError) try the step again, or give it more time
+│   └── HeartbeatTimeoutError         the same, where a plain step sent no heartbeat
+├── TransactionLostError          find out why the connection is lost while the step is executed
+├── StepFailedError               make its exception class known with `Durable(errors=[...])`
+├── SchemaError                   run the migrations, or upgrade this package
+└── DatabaseUnavailableError      wait until the server can be reached and takes writes
 ```
 """
 
@@ -69,75 +59,35 @@ class DurableError(Exception):
 
 
 class DefinitionError(DurableError, TypeError):
-    """A function cannot be registered as a workflow or as a step."""
+    """A function or its options cannot be registered as a workflow or as a step."""
 
 
 class UsageError(DurableError):
-    """An operation was called where it cannot work."""
+    """An operation was called where or how it cannot work; the code has to be changed.
 
-
-class StepOutsideWorkflowError(UsageError):
-    """A transactional step was called without a session and outside a workflow."""
-
-
-class SyncAsyncError(UsageError):
-    """Sync code was called where async code is needed, or the other way round."""
+    Raised, for example, for a step that ends its own transaction, for sync code where async code is needed, for a
+    workflow that returns before its steps are finished, for a retry policy that fails itself, and for a workflow name
+    that is not registered. An error in a step or a workflow is recorded as its outcome.
+    """
 
 
 class SessionError(UsageError):
-    """A session has no engine, or an engine that cannot hold durable workflows."""
-
-
-class StepTransactionError(UsageError):
-    """A step ended the transaction that its checkpoint must share.
-
-    Attributes:
-        step: the key of the step.
-    """
-
-    def __init__(self, message: str, *, step: str) -> None:
-        super().__init__(message)
-        self.step = step
-
-
-class StreamClosedError(UsageError):
-    """Something is written to a stream that is closed. Nothing was written.
-
-    Attributes:
-        stream: the name of the stream.
-    """
-
-    def __init__(self, message: str, *, stream: str) -> None:
-        super().__init__(message)
-        self.stream = stream
-
-
-class RetryPolicyError(UsageError):
-    """What a step was given as `retry`, `stop` or `wait` raised, or gave no number of seconds: the step's outcome."""
+    """A session has no engine, or one that cannot hold durable workflows, or is of the wrong kind."""
 
 
 class HistoryLimitError(UsageError):
     """A workflow calls more operations than its `Durable` allows: each replay would read all of them."""
 
 
-class UnfinishedStepError(UsageError):
-    """A workflow function returned while steps that it had called, or branches of its code, were not finished.
-
-    Attributes:
-        steps: the keys of those steps, or the branches.
-    """
-
-    def __init__(self, message: str, *, steps: list[str]) -> None:
-        super().__init__(message)
-        self.steps = steps
-
-
 class PayloadError(DurableError):
-    """A value cannot travel to the database and back."""
+    """A value cannot be stored in the database, or not be read from it again."""
 
 
 class ArgumentError(PayloadError, TypeError):
-    """An argument does not fit: of a workflow its annotations, or another what is called. Nothing was done with it."""
+    """An argument does not fit the annotations of a workflow, or what a function of this package accepts.
+
+    Nothing was done with it.
+    """
 
 
 class EncodingError(PayloadError):
@@ -159,19 +109,7 @@ class PayloadTooLargeError(EncodingError):
 
 
 class DecodingError(PayloadError):
-    """A stored value does not fit the annotation that today's code has for it."""
-
-
-class UnknownWorkflowError(DurableError, LookupError):
-    """No workflow of this name is registered.
-
-    Attributes:
-        name: the name that was asked for.
-    """
-
-    def __init__(self, message: str, *, name: str) -> None:
-        super().__init__(message)
-        self.name = name
+    """A stored value does not fit the annotation that the code has now."""
 
 
 class _AboutWorkflow(DurableError):
@@ -186,15 +124,25 @@ class _AboutWorkflow(DurableError):
         self.workflow_id = workflow_id
 
 
-class WorkflowNotFoundError(_AboutWorkflow):
-    """No record of this id is visible: wrong id, wrong database, or its start is not committed yet."""
+class NotFoundError(DurableError, LookupError):
+    """No workflow or update with this id, and no callback with this token, is visible.
+
+    It is in another database, was deleted, or its transaction is not committed yet. Nothing was written.
+
+    Attributes:
+        workflow_id: the id of the workflow; None for a callback, whose token does not name one that is visible.
+    """
+
+    def __init__(self, message: str, *, workflow_id: UUID | None = None) -> None:
+        super().__init__(message)
+        self.workflow_id = workflow_id
 
 
 class KeyNotVisibleError(DurableError):
-    """A key is taken, and the row that has it cannot be seen: nothing was written, and the transaction is usable.
+    """A key is taken by a row that cannot be seen: nothing was written, and the transaction is usable.
 
     A policy of row level security hides it, it is newer than the snapshot of a REPEATABLE READ or SERIALIZABLE
-    transaction, or somebody deletes it again and again. A transactional step that meets a newer one is executed again.
+    transaction, or it is deleted again and again. A transactional step that meets a newer one is executed again.
 
     Attributes:
         name: the name of the workflow, update, signal, callback or stream.
@@ -214,10 +162,10 @@ class WorkflowReferencedError(DurableError):
 
 
 class WorkflowRunningError(_AboutWorkflow):
-    """The workflow is not to be claimed now: another executor or worker holds a live lease on it, or it waits.
+    """The workflow cannot be claimed now: another executor or worker has a live lease on it, or it is suspended.
 
     Attributes:
-        lease_expires_at: until when the lease is, if there is one. If its holder is dead, the workflow can be taken up
+        lease_expires_at: when the lease expires, if there is one. If its owner is dead, the workflow can be reclaimed
             then.
     """
 
@@ -227,18 +175,18 @@ class WorkflowRunningError(_AboutWorkflow):
 
 
 class AttemptLostError(_AboutWorkflow):
-    """An executor no longer owns the workflow: its lease ran out and another took over, or it was cancelled.
+    """An executor no longer owns the workflow: its lease expired and another reclaimed it, or it was cancelled.
 
-    What was committed before stands and is in the record; nothing of this attempt commits any more.
+    What was committed before stands and is in the record; nothing more of this attempt commits.
     """
 
 
 class WorkflowFinishedError(_AboutWorkflow):
-    """The workflow has an outcome: nobody will take what is sent to it. Nothing was sent."""
+    """The workflow has an outcome and receives nothing more. Nothing was sent."""
 
 
 class _AboutUpdate(_AboutWorkflow):
-    """An error about one update: `update_id` is its id, `reason` what the workflow says of it."""
+    """An error about one update: `update_id` is its id, `reason` the workflow's reason, if it gave one."""
 
     def __init__(self, message: str, *, workflow_id: UUID, update_id: int, reason: str | None = None) -> None:
         super().__init__(message, workflow_id=workflow_id)
@@ -247,15 +195,11 @@ class _AboutUpdate(_AboutWorkflow):
 
 
 class UpdateRejectedError(_AboutUpdate):
-    """The workflow has refused an update before it took it, or rejected it afterwards: `reason` says why."""
+    """The workflow refused an update before it accepted it, or rejected it afterwards: `reason` says why."""
 
 
 class UpdateNotAnsweredError(_AboutUpdate):
-    """The workflow has ended without answering an update, or has begun anew and forgotten it."""
-
-
-class UpdateNotFoundError(_AboutUpdate):
-    """No such update is visible: wrong id, wrong database, or it is not committed yet."""
+    """The workflow ended, or continued as new, without answering an update."""
 
 
 class CompensationFailedError(DurableError):
@@ -266,7 +210,7 @@ class ChildrenFailedError(DurableError):
     """More children of a group failed than are tolerated; those that were not finished are cancelled.
 
     Attributes:
-        count: how many have failed, or are there no longer. The lists are about the first 20 that failed.
+        count: how many failed, or were deleted. The lists are about the first 20 that failed.
         indices: the places of their items among those of the map, from 0.
         workflow_ids: the ids of their records.
         errors: their errors, of their own types where these are known and imported; without tracebacks.
@@ -293,11 +237,11 @@ class WaitTimeoutError(DurableError, TimeoutError):
 
 
 class CallbackSilentError(WaitTimeoutError):
-    """A callback was silent for longer than its `heartbeat`. It is the callback's outcome, also on replay."""
+    """A callback sent no heartbeat for longer than its `heartbeat`. It is the callback's outcome, also on replay."""
 
 
 class CallbackFailedError(DurableError):
-    """A callback failed, says whoever has its token; `details` is what they gave with the message, as JSON has it."""
+    """A callback was answered with a failure; `details` is what was sent with the message, as read from JSON."""
 
     def __init__(self, message: str, details: object = None) -> None:
         super().__init__(message)
@@ -305,17 +249,13 @@ class CallbackFailedError(DurableError):
 
 
 class CallbackFinishedError(_AboutWorkflow):
-    """A callback has an outcome, and it is another one: the first stands. Nothing was written."""
-
-
-class CallbackNotFoundError(DurableError, LookupError):
-    """No callback has this token, or nobody can answer it any more. Nothing was written."""
+    """A callback already has another outcome, which stands. Nothing was written."""
 
 
 class HistoryMismatchError(_AboutWorkflow):
-    """Today's code does not visit what a strict workflow has recorded, or in another order.
+    """Today's code does not visit what a strict workflow has recorded, or visits it in another order.
 
-    The workflow has no outcome. A worker parks it and looks again in a minute; from an executor the error is raised.
+    The workflow has no outcome. A worker suspends it and tries again in a minute; from an executor the error is raised.
 
     Attributes:
         workflow_id: the id of its record.
@@ -330,7 +270,7 @@ class HistoryMismatchError(_AboutWorkflow):
 
 
 class EventNotSetError(_AboutWorkflow, LookupError):
-    """The workflow is finished and has never set the event: nobody will.
+    """The workflow finished without setting the event, which can no longer be set.
 
     Attributes:
         workflow_id: the id of its record.
@@ -343,7 +283,7 @@ class EventNotSetError(_AboutWorkflow, LookupError):
 
 
 class ResultTimeoutError(_AboutWorkflow, TimeoutError):
-    """The workflow had no outcome, or nothing new to read, within the time given. It goes on undisturbed."""
+    """The workflow had no outcome, or nothing new to read, within the time given. The workflow is not affected."""
 
 
 class WorkflowError(_AboutWorkflow):
@@ -380,9 +320,9 @@ class MaxAttemptsError(WorkflowError):
 
 
 class RowRefusedError(WorkflowError):
-    """The database refuses what workers have to do with the workflow's row, because of what is in it or of a trigger.
+    """The database refuses what workers have to write to the workflow's row, because of its values or of a trigger.
 
-    When that has been mended, `resume` lets the workflow go on.
+    After that is repaired, `resume` lets the workflow continue.
     """
 
 
@@ -401,7 +341,7 @@ class StepTimeoutError(DurableError, TimeoutError):
 
 
 class HeartbeatTimeoutError(StepTimeoutError):
-    """A plain step was silent for longer than its `heartbeat_timeout`."""
+    """A plain step sent no heartbeat for longer than its `heartbeat_timeout`."""
 
 
 class TransactionLostError(DurableError):
@@ -440,19 +380,7 @@ class StepFailedError(DurableError):
 
 
 class SchemaError(DurableError):
-    """The tables in the database and this package do not fit together."""
-
-
-class SchemaMissingError(SchemaError):
-    """The tables are not there."""
-
-
-class SchemaOlderError(SchemaError):
-    """The tables are older than this package."""
-
-
-class SchemaNewerError(SchemaError):
-    """The tables are newer than this package."""
+    """The tables are missing, or are older or newer than this package."""
 
 
 class DatabaseUnavailableError(DurableError):

@@ -21,7 +21,7 @@ from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import (
     ArgumentError,
     CallbackFinishedError,
-    CallbackNotFoundError,
+    NotFoundError,
     WorkflowFinishedError,
 )
 from sqla_durable.operations import callback
@@ -87,7 +87,7 @@ class Callback(_BaseCallback[R]):
             CallbackFailedError: it has failed, says whoever has the token.
             WaitTimeoutError: it was not answered within its `timeout`.
             CallbackSilentError: the same, because it was silent for longer than its `heartbeat`.
-            CallbackNotFoundError: this workflow is a fork, and nobody can answer the original any more.
+            NotFoundError: this workflow is a fork, and nobody can answer the original any more.
             DecodingError: the value does not fit the callback's type. It counts as taken.
             UsageError: this is not a workflow's own code, or nobody could answer (a joined executor).
         """
@@ -233,7 +233,7 @@ def complete_callback(session: AnySession, token: str, value: object = None) -> 
         value: what goes into JSON: what JSON knows, a dataclass, a pydantic model, a datetime.
 
     Raises:
-        CallbackNotFoundError: there is no such callback. Nothing was written, and the transaction is usable.
+        NotFoundError: there is no such callback. Nothing was written, and the transaction is usable.
         CallbackFinishedError: it has another outcome, or its time is over. Likewise.
         WorkflowFinishedError: its workflow has an outcome, and it has none. Likewise.
         EncodingError, PayloadTooLargeError: the value cannot be stored, or is too large.
@@ -354,7 +354,7 @@ def _look(session: Session, token: _Token, key: str, payload: str | None = None)
 
 
 def _refuse_unknown(token: _Token) -> Any:
-    raise CallbackNotFoundError(
+    raise NotFoundError(
         f"no callback has the token {token.shown}: its workflow is not in this database, was deleted, rewound or begun "
         "anew, or the token was changed on its way. Nothing was written."
     )

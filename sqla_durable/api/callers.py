@@ -24,9 +24,9 @@ from sqla_durable.definitions.database_errors import is_read_only, sqlstate
 from sqla_durable.errors import (
     ArgumentError,
     DatabaseUnavailableError,
+    NotFoundError,
     SessionError,
     WorkflowFinishedError,
-    WorkflowNotFoundError,
 )
 from sqla_durable.models import Base, Workflow
 from sqla_durable.models.status import WorkflowStatus
@@ -166,11 +166,11 @@ def require_receiver(what: str, workflow_id: UUID, status: WorkflowStatus | None
         status: where it stands; None if it is not there.
 
     Raises:
-        WorkflowNotFoundError: it is not there.
+        NotFoundError: it is not there.
         WorkflowFinishedError: it has an outcome.
     """
     if status is None:
-        raise WorkflowNotFoundError(
+        raise NotFoundError(
             f"{what} cannot be sent to workflow {workflow_id}: it is not visible here. Nothing was sent.",
             workflow_id=workflow_id,
         )

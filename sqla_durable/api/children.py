@@ -66,7 +66,7 @@ class Child(_BaseChild[R]):
             WorkflowCancelledError, MaxAttemptsError: it was cancelled, or its workers died too often.
             WorkflowTimeoutError: it was not finished at its deadline.
             WaitTimeoutError: it had no outcome in time.
-            WorkflowNotFoundError: it was deleted.
+            NotFoundError: it was deleted.
             DecodingError: its result does not fit the annotation that the code has now.
             UsageError: this is not a workflow's own code.
             ArgumentError: the timeout is no timedelta.

@@ -155,11 +155,11 @@ def get_event(
     Raises:
         EventNotSetError: the workflow is finished, and has never set it.
         ResultTimeoutError: it is not set yet.
-        WorkflowNotFoundError: there is no such workflow, or its start is not committed.
+        NotFoundError: there is no such workflow, or its start is not committed.
         DecodingError: the value does not fit the type.
         ArgumentError: the key cannot be one.
         SchemaError, SessionError: the database does not hold the tables.
-        SyncAsyncError: the sync form was called in a running event loop, which it would block.
+        UsageError: the sync form was called in a running event loop, which it would block.
     """
     require_text(key, what="key of an event")
     outlook = polling.Outlook.of(source, what="get_event()")

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 import sqla_durable.api.polling as polling
 from sqla_durable.api.callers import noting_rights
 from sqla_durable.definitions.registry import WorkflowDefinition
-from sqla_durable.errors import ResultTimeoutError, SyncAsyncError
+from sqla_durable.errors import ResultTimeoutError, UsageError
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.store import schema, workflows
@@ -80,11 +80,11 @@ class Handle(_BaseHandle[R]):
             WorkflowCancelledError, MaxAttemptsError: it was cancelled, or its workers died too often.
             WorkflowTimeoutError: it was not finished at its deadline.
             ResultTimeoutError: it has no outcome yet.
-            WorkflowNotFoundError: there is no such workflow, or its start is not committed.
+            NotFoundError: there is no such workflow, or its start is not committed.
             ArgumentError: the record is of another workflow.
             DecodingError: the recorded result does not fit the annotation that the code has now.
             SchemaError, SessionError: the database does not hold the tables.
-            SyncAsyncError: this was called in a running event loop, which it would block.
+            UsageError: this was called in a running event loop, which it would block.
         """
         name = self._definition.name
         refuse_event_loop("Handle.result()", f"await {name}.handle(async_sessionmaker, ...).result()")
@@ -131,10 +131,10 @@ def refuse_event_loop(what: str, instead: str) -> None:
     """Refuse a blocking call in a running event loop, which would stop everything else in it.
 
     Raises:
-        SyncAsyncError: an event loop is running in this thread.
+        UsageError: an event loop is running in this thread.
     """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return
-    raise SyncAsyncError(f"{what} would block the event loop that is running in this thread: {instead}.")
+    raise UsageError(f"{what} would block the event loop that is running in this thread: {instead}.")

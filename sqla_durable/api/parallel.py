@@ -12,7 +12,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
-from sqla_durable.errors import ArgumentError, SyncAsyncError
+from sqla_durable.errors import ArgumentError, UsageError
 from sqla_durable.operations.branch import Branch, Branches, name_of
 from sqla_durable.operations.outcome import is_own_failure
 from sqla_durable.runtime.context import Context, Fork, active
@@ -65,7 +65,7 @@ def parallel(*functions: Callable[[], Any], max_workers: int | None = None) -> t
     Raises:
         Exception: that of the first function in the order given that raised one, when all have ended.
         ArgumentError: one of them cannot be called, or `max_workers` is less than 1.
-        SyncAsyncError: this is an `async def` workflow, or a function is `async def`.
+        UsageError: this is an `async def` workflow, or a function is `async def`.
         UsageError: the code is in a thread of its own, which is no branch of the workflow.
     """
     _refuse_arguments(functions, max_workers)
@@ -99,7 +99,7 @@ class _Line:
         value = self._function()
         if inspect.iscoroutine(value):
             value.close()
-            raise SyncAsyncError(
+            raise UsageError(
                 f"parallel() calls {self._function!r} in a thread, and it is async def: make it a def, or the workflow "
                 "async def with asyncio.gather."
             )
@@ -205,7 +205,7 @@ def _lines(functions: Sequence[Callable[[], Any]]) -> Sequence[_Line]:
     if context is None or not context.is_workflow_code:
         return [_Line(each) for each in functions]
     if context.is_async or context.fork is None:
-        raise SyncAsyncError(
+        raise UsageError(
             f"parallel() was called in workflow {context.attempt.name!r}, which is async def: await "
             "asyncio.gather(...) of coroutines there, or use an asyncio.TaskGroup."
         )

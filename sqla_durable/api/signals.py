@@ -78,7 +78,7 @@ def signal(
             it again changes nothing and is no error, also after the workflow's end.
 
     Raises:
-        WorkflowNotFoundError: there is no such workflow. Nothing was sent, and the transaction is usable.
+        NotFoundError: there is no such workflow. Nothing was sent, and the transaction is usable.
         WorkflowFinishedError: it has an outcome, and this signal was not sent before. Likewise.
         EncodingError, PayloadTooLargeError: the payload cannot be stored, or is too large.
         ArgumentError: a name or key cannot be one, or what is given is no workflow.

@@ -16,7 +16,7 @@ from sqla_durable.definitions.inspection import SessionKind, require_name
 from sqla_durable.definitions.options import StepOptions
 from sqla_durable.definitions.registry import StepDefinition
 from sqla_durable.definitions.retry import Tries, WaitFunction, until_true
-from sqla_durable.errors import DefinitionError, SessionError, StepOutsideWorkflowError, SyncAsyncError
+from sqla_durable.errors import DefinitionError, SessionError, UsageError
 from sqla_durable.operations.runtime import StepCall
 from sqla_durable.runtime.context import Context, active
 
@@ -104,11 +104,11 @@ class _SyncStep(_Step[P, R]):
         The same as calling it, for type checkers: they cannot see that the call gives an awaitable there.
 
         Raises:
-            SyncAsyncError: this is not an `async def` workflow.
+            UsageError: this is not an `async def` workflow.
         """
         context = active()
         if context is None or context.step is not None or not context.is_async:
-            raise SyncAsyncError(f"{self.name}.aio() is for async def workflows: call {self.name}(...) here.")
+            raise UsageError(f"{self.name}.aio() is for async def workflows: call {self.name}(...) here.")
         return cast("Coroutine[Any, Any, R]", self._perform(*args, **kwargs))
 
 
@@ -159,7 +159,7 @@ class AsyncTransactionalStep(_Step[P, R]):
 def _require_session(definition: StepDefinition, args: tuple[Any, ...]) -> None:
     wanted = definition.session.type
     if wanted is not None and not (args and isinstance(args[0], wanted)):
-        raise StepOutsideWorkflowError(
+        raise UsageError(
             f"step {definition.name!r} takes {_a(wanted)}, which only a workflow injects, and was called outside a "
             f"workflow's own code: pass one, {definition.name}(session, ...), or call it in a workflow."
         )
@@ -168,7 +168,7 @@ def _require_session(definition: StepDefinition, args: tuple[Any, ...]) -> None:
 def _refuse_mismatch(context: Context, definition: StepDefinition, args: tuple[Any, ...]) -> None:
     context.attempt.branches.require_here(f"step {definition.name!r}", workflow=context.attempt.name)
     if definition.is_async and not context.is_async:
-        raise SyncAsyncError(
+        raise UsageError(
             f"step {definition.name!r} is async def and workflow {context.attempt.name!r} is def, which cannot await "
             "it: make the workflow async def, or the step a def."
         )

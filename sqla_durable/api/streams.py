@@ -19,7 +19,7 @@ from sqla_durable.api.handle import refuse_event_loop
 from sqla_durable.api.publishing import encode, publish
 from sqla_durable.definitions.checks import require_text
 from sqla_durable.definitions.codec import Codec
-from sqla_durable.errors import ArgumentError, ResultTimeoutError, StreamClosedError
+from sqla_durable.errors import ArgumentError, ResultTimeoutError, UsageError
 from sqla_durable.models import Workflow
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.store import Checkpoint, Connectable, Origin, streams
@@ -71,10 +71,7 @@ class _Items:
 
     def _check(self, appended: Appended) -> None:
         if appended is Appended.CLOSED:
-            raise StreamClosedError(
-                f"the stream {self.name!r} is closed: write before close_stream(), or to another stream.",
-                stream=self.name,
-            )
+            raise UsageError(f"the stream {self.name!r} is closed: write before close_stream(), or to another stream.")
 
 
 @overload
@@ -109,7 +106,7 @@ def write_stream(*given: Any) -> Awaitable[None]:
     Raises:
         ArgumentError: the name cannot be stored.
         EncodingError, PayloadTooLargeError: a value cannot be stored, or is too large; nothing was written.
-        StreamClosedError: the stream is closed.
+        UsageError: the stream is closed.
         UsageError: a session is given where there is none of the workflow's, or is missing in a transactional step; or
             this is a task or thread of its own.
     """
@@ -228,11 +225,11 @@ def read_stream(
 
     Raises:
         ResultTimeoutError: no further item came in time. What was given before stands; read on from there.
-        WorkflowNotFoundError: there is no such workflow, or its start is not committed.
+        NotFoundError: there is no such workflow, or its start is not committed.
         DecodingError: a value does not fit the type.
         ArgumentError: the name cannot be one, or `start` is negative.
         SchemaError, SessionError: the database does not hold the tables.
-        SyncAsyncError: the sync form was called in a running event loop, which it would block.
+        UsageError: the sync form was called in a running event loop, which it would block.
     """
     require_text(name, what="name of a stream")
     if start < 0:

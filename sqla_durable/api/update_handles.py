@@ -19,9 +19,9 @@ from sqla_durable.api.handle import refuse_event_loop
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import (
     ArgumentError,
+    NotFoundError,
     ResultTimeoutError,
     UpdateNotAnsweredError,
-    UpdateNotFoundError,
     UpdateRejectedError,
 )
 from sqla_durable.models import Workflow
@@ -65,12 +65,11 @@ class _BaseUpdate(Generic[R]):
     def _sent(self, session: Session) -> Sent:
         sent = updates.look(session, self.workflow_id, self.id)
         if sent is None:
-            raise UpdateNotFoundError(
+            raise NotFoundError(
                 f"no update {self.id} of workflow {self.workflow_id} is visible. The transaction that sent it is "
                 "not committed, or the workflow was deleted, or it has continued as new since it took this update "
                 "without a key.",
                 workflow_id=self.workflow_id,
-                update_id=self.id,
             )
         return sent
 
@@ -128,10 +127,10 @@ class Update(_BaseUpdate[R]):
             UpdateRejectedError: the workflow has refused or rejected it; `reason` says why.
             UpdateNotAnsweredError: the workflow has ended without answering it, or has begun anew since it took it.
             ResultTimeoutError: there is no answer yet; it may still come.
-            UpdateNotFoundError: it is not visible: the transaction that sent it is not committed, or was rolled back.
+            NotFoundError: it is not visible: the transaction that sent it is not committed, or was rolled back.
             DecodingError: the reply does not fit the type.
             SchemaError, SessionError: the database does not hold the tables.
-            SyncAsyncError: this was called in a running event loop, which it would block.
+            UsageError: this was called in a running event loop, which it would block.
         """
         refuse_event_loop("Update.result()", "send it with an AsyncSession, and await the result")
         pauses = self._pauses(timeout, what="answered")

@@ -233,7 +233,7 @@ class _WaitUpdate:
             WaitTimeoutError: none came in time; the same on every replay. One that comes later can still be taken.
             DecodingError: on a replay, what was taken does not fit the type that the code has now.
             UsageError: this is not a workflow's own code, or nobody could send one (a joined executor).
-            SyncAsyncError: the validator has to be awaited, and the workflow is `def`.
+            UsageError: the validator has to be awaited, and the workflow is `def`.
             ArgumentError: the name is blank, the timeout no timedelta, or the validator no function.
         """
         require_unmarked(name, what="update name")

@@ -105,7 +105,7 @@ def update(
             senders get its answer, also after the workflow's end.
 
     Raises:
-        WorkflowNotFoundError: there is no such workflow. Nothing was sent, and the transaction is usable.
+        NotFoundError: there is no such workflow. Nothing was sent, and the transaction is usable.
         WorkflowFinishedError: it has an outcome, and this update was not sent before. Likewise.
         EncodingError, PayloadTooLargeError: the payload cannot be stored, or is too large.
         ArgumentError: a name or key cannot be one, or what is given is no workflow.

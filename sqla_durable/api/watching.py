@@ -12,7 +12,7 @@ from sqla_durable.api.callers import id_of
 from sqla_durable.api.operate import operate
 from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.codec import Codec
-from sqla_durable.errors import EventNotSetError, WorkflowNotFoundError
+from sqla_durable.errors import EventNotSetError, NotFoundError
 from sqla_durable.models import Workflow
 from sqla_durable.operations import waiting
 from sqla_durable.store import Checkpoint, Connectable, events
@@ -52,7 +52,7 @@ class _WaitEvent:
         Raises:
             WaitTimeoutError: it was not set in time.
             EventNotSetError: the other workflow is finished and has never set it.
-            WorkflowNotFoundError: there is no such workflow.
+            NotFoundError: there is no such workflow.
             DecodingError: the value does not fit `kind`.
             UsageError: this is not a workflow's own code, or nobody could set it (a joined executor).
             ArgumentError: the key cannot be one, the timeout is no timedelta, or what is given is no workflow.
@@ -85,7 +85,7 @@ class _WaitEvent:
 def _take(connectable: Connectable, checkpoint: Checkpoint, *, workflow_id: UUID, key: str) -> str | None:
     found = events.take(connectable, checkpoint, workflow_id=workflow_id, key=key)
     if found is None:
-        raise WorkflowNotFoundError(f"no workflow {workflow_id} is there to wait for.", workflow_id=workflow_id)
+        raise NotFoundError(f"no workflow {workflow_id} is there to wait for.", workflow_id=workflow_id)
     if found.value is None and found.status.finished:
         raise EventNotSetError(
             f"workflow {workflow_id} is finished and has never set the event {key!r}.", workflow_id=workflow_id, key=key

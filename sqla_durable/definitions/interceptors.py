@@ -20,7 +20,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from sqla_durable.errors import DefinitionError, SyncAsyncError, UsageError
+from sqla_durable.errors import DefinitionError, UsageError
 
 Around: TypeAlias = AbstractContextManager[Any] | AbstractAsyncContextManager[Any] | None
 """What is entered before a call and left after it; None for nothing."""
@@ -177,7 +177,7 @@ def entered(around: Iterable[Around]) -> Generator[None]:
     """Enter in order, leave in reverse; an error that one of them swallows goes on all the same.
 
     Raises:
-        SyncAsyncError: one is an async context manager.
+        UsageError: one is an async context manager.
         UsageError: one is no context manager.
     """
     raised: BaseException | None = None
@@ -223,7 +223,7 @@ def _enter(stack: ExitStack | AsyncExitStack, around: Around) -> None:
         case AbstractContextManager():
             stack.enter_context(around)
         case AbstractAsyncContextManager():
-            raise SyncAsyncError(
+            raise UsageError(
                 f"an interceptor gave the async context manager {around!r} in sync code, which cannot await it: steps "
                 "that take a Session, and def workflows with their steps, need a sync one (@contextmanager)."
             )

@@ -28,7 +28,7 @@ from sqla_durable.definitions.inspection import (
 from sqla_durable.definitions.jsonb import DEFAULT_LIMIT
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.options import ISOLATION_LEVELS, DurableOptions, StepOptions, WorkflowOptions
-from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError
+from sqla_durable.errors import ArgumentError, DefinitionError, UsageError
 
 log = Log("sqla_durable.registry")
 
@@ -254,16 +254,13 @@ class Registry:
         """Give the workflow of this name.
 
         Raises:
-            UnknownWorkflowError: there is none.
+            UsageError: there is none.
         """
         found = self._workflows.get(name)
         if found is None:
             near = difflib.get_close_matches(name, self._workflows, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"registered are {sorted(self._workflows)}."
-            raise UnknownWorkflowError(
-                f"no workflow named {name!r} is registered: {hint} Import the module that defines it.",
-                name=name,
-            )
+            raise UsageError(f"no workflow named {name!r} is registered: {hint} Import the module that defines it.")
         return found
 
     def __iter__(self) -> Iterator[WorkflowDefinition]:

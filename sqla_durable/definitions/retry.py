@@ -19,7 +19,7 @@ from tenacity import RetryCallState
 from sqla_durable.definitions.checks import LONGEST
 from sqla_durable.definitions.database_errors import is_obstacle
 from sqla_durable.definitions.redaction import brief
-from sqla_durable.errors import DefinitionError, RetryPolicyError
+from sqla_durable.errors import DefinitionError, UsageError
 
 RetryPredicate: TypeAlias = Callable[[RetryCallState], bool | Awaitable[bool]]
 StopPredicate: TypeAlias = Callable[[RetryCallState], bool]
@@ -74,7 +74,7 @@ class RetryPolicy:
         """Give the seconds to wait before the next try, or None when the last outcome stands.
 
         Raises:
-            RetryPolicyError: one of the three raised, or `wait` gave no number of seconds.
+            UsageError: one of the three raised, or `wait` gave no number of seconds.
         """
         state = tries.state()
         with _refusing(state):
@@ -84,7 +84,7 @@ class RetryPolicy:
         """Return whether there is to be no other try, whatever the last outcome was, after a wait of so many seconds.
 
         Raises:
-            RetryPolicyError: `stop` raised.
+            UsageError: `stop` raised.
         """
         state = tries.state()
         state.upcoming_sleep = upcoming
@@ -110,7 +110,7 @@ def _refusing(state: RetryCallState) -> Generator[None]:
     except Exception as error:
         outcome = state.outcome.exception() if state.outcome is not None else None
         asked = "" if outcome is None else f", asked about {brief(outcome)}"
-        raise RetryPolicyError(f"the step's retry policy failed with {brief(error)}{asked}.") from error
+        raise UsageError(f"the step's retry policy failed with {brief(error)}{asked}.") from error
 
 
 def until_true(policy: RetryPolicy | None, *, wait: WaitFunction | None, timeout: timedelta | None) -> RetryPolicy:

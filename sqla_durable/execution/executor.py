@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from sqla_durable.api.callers import cure, id_of
 from sqla_durable.api.functions import AsyncWorkflowFunction, WorkflowFunction
 from sqla_durable.api.handle import refuse_event_loop
-from sqla_durable.errors import ArgumentError, SessionError, SyncAsyncError
+from sqla_durable.errors import ArgumentError, SessionError, UsageError
 from sqla_durable.execution.story import CommittingStory, JoinedStory, Story
 from sqla_durable.models import Workflow
 from sqla_durable.operations.runtime import run_blocking
@@ -72,7 +72,7 @@ class Executor:
             Exception: the workflow's own error, recorded before it is raised.
             WorkflowRunningError: somebody else holds a live lease on the workflow with this key.
             AttemptLostError: the lease ran out, or the workflow was cancelled; what was committed stands.
-            SyncAsyncError: an event loop is running in this thread, or the workflow is `async def`.
+            UsageError: an event loop is running in this thread, or the workflow is `async def`.
             ArgumentError, EncodingError, SchemaError, SessionError: as `start`; nothing was started.
             DBAPIError: the database was lost; the workflow goes on once the lease has run out.
         """
@@ -187,6 +187,6 @@ def _on_async_engine(session: Session) -> bool:
 def _require_kind(workflow: object, kind: type, *, instead: str) -> None:
     if isinstance(workflow, (WorkflowFunction, AsyncWorkflowFunction)) and not isinstance(workflow, kind):
         form = "async def" if isinstance(workflow, AsyncWorkflowFunction) else "def"
-        raise SyncAsyncError(f"workflow {workflow.name!r} is {form}: execute it with {instead}.")
+        raise UsageError(f"workflow {workflow.name!r} is {form}: execute it with {instead}.")
     if not isinstance(workflow, kind):
         raise ArgumentError(f"an executor runs a function decorated with @durable.workflow, got {workflow!r}.")

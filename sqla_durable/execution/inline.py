@@ -19,7 +19,7 @@ from typing_extensions import override
 import sqla_durable.runtime.tasks as tasks
 from sqla_durable.definitions.database_errors import first_line, is_about_data, is_untranslatable
 from sqla_durable.definitions.registry import StepDefinition
-from sqla_durable.errors import EncodingError, SyncAsyncError
+from sqla_durable.errors import EncodingError, UsageError
 from sqla_durable.operations.arrivals import Waker
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.calls import Position, Suspension, Wait
@@ -155,7 +155,7 @@ class BlockingInline(BlockingRuntime):
     def fork(self) -> Fork:
         session = self._story.session
         if isinstance(session, AsyncSession) or schema.engine_of(session).dialect.is_async:
-            raise SyncAsyncError(
+            raise UsageError(
                 f"parallel() was called in a workflow on {session!r}, the inside of an AsyncSession, which threads "
                 "cannot use: execute the workflow on a Session of a sync engine, or in a worker."
             )

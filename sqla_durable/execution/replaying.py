@@ -59,7 +59,7 @@ def replay(definition: WorkflowDefinition, claimed: Claimed) -> Replayed:
     """Execute the workflow's own code on a history, and none of its steps; needs no database.
 
     Raises:
-        SyncAsyncError: an event loop is running in this thread, and the workflow is `async def`.
+        UsageError: an event loop is running in this thread, and the workflow is `async def`.
     """
     attempt = Attempt(claimed)
     if not definition.is_async:

@@ -16,7 +16,7 @@ import sqla_durable.api.hints as hints
 from sqla_durable.api.callers import in_savepoint
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.codec import Codec
-from sqla_durable.errors import ArgumentError, WorkflowNotFoundError
+from sqla_durable.errors import ArgumentError, NotFoundError
 from sqla_durable.management.selection import Selected, perform
 from sqla_durable.models import Workflow
 from sqla_durable.store import forks, keys, management
@@ -109,7 +109,7 @@ def fork(
         ArgumentError: a workflow has no record of one of the steps, a name is blank, several workflows are to have one
             key, the key is another workflow's, or something else is given than workflows; nothing was started.
         EncodingError: an argument or a result cannot be stored.
-        WorkflowNotFoundError: a workflow that was given by its record or id is not there.
+        NotFoundError: a workflow that was given by its record or id is not there.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     one = isinstance(workflows, (Workflow, UUID))
@@ -175,7 +175,7 @@ def _refuse_missing(names: Mapping[UUID, str], wanted: Wanted) -> None:
         return
     for each in wanted.ids:
         if each not in names:
-            raise WorkflowNotFoundError(
+            raise NotFoundError(
                 f"no workflow {each} is visible to this session: is the transaction that started it committed? "
                 "Nothing was started.",
                 workflow_id=each,

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from sqla_durable.definitions.options import DurableOptions
 from sqla_durable.definitions.retry import Tries
-from sqla_durable.errors import HistoryLimitError, UnfinishedStepError, UsageError
+from sqla_durable.errors import HistoryLimitError, UsageError
 from sqla_durable.operations.arrivals import Arrivals, Waker
 from sqla_durable.operations.branch import Branches
 from sqla_durable.operations.calls import Position, Progress, Suspension, Wait
@@ -388,22 +388,19 @@ class Attempt:
         """Refuse to finish a workflow that leaves steps behind.
 
         Raises:
-            UnfinishedStepError: a step was called and not awaited, or a branch of the workflow is still running.
+            UsageError: a step was called and not awaited, or a branch of the workflow is still running.
         """
-        steps = list(self._unfinished)
-        if steps:
-            raise UnfinishedStepError(
-                f"workflow {self.name!r} returned while {', '.join(map(repr, steps))} was not finished: "
-                "await it where it is called (steps, the sync ones too, waits, sleeps, events). What stood behind it "
-                "has been executed already.",
-                steps=steps,
+        calls = list(self._unfinished)
+        if calls:
+            raise UsageError(
+                f"workflow {self.name!r} returned with unfinished calls: {', '.join(map(repr, calls))}. Await each "
+                "where it is called, steps that are sync too: the code after it has run already."
             )
         branches = self.branches.left_open
         if branches:
-            raise UnfinishedStepError(
-                f"workflow {self.name!r} returned while {', '.join(map(repr, branches))} was still running beside it, "
-                "and what it would have done is lost: await every task that the workflow makes.",
-                steps=branches,
+            raise UsageError(
+                f"workflow {self.name!r} returned with branches still running: {', '.join(map(repr, branches))}. Await "
+                "every task that the workflow creates: what these would have done is lost."
             )
 
 

@@ -21,9 +21,9 @@ from sqla_durable.definitions.jsonb import DEFAULT_LIMIT
 from sqla_durable.definitions.redaction import problems_of
 from sqla_durable.errors import (
     CallbackFailedError,
-    CallbackNotFoundError,
     CallbackSilentError,
     DecodingError,
+    NotFoundError,
     UsageError,
     WaitTimeoutError,
 )
@@ -159,7 +159,7 @@ async def result(runtime: Runtime, position: Position, *, key: str, made: Made, 
     Raises:
         CallbackFailedError: it has failed.
         WaitTimeoutError, CallbackSilentError: its time was over.
-        CallbackNotFoundError: nobody can answer it any more.
+        NotFoundError: nobody can answer it any more.
         DecodingError: the value does not fit.
     """
     try:
@@ -250,7 +250,7 @@ class _Waiting:
         if not self._is_forked:  # rewound or deleted
             raise AttemptLost(self._owner)
         return await self._fail(
-            CallbackNotFoundError(
+            NotFoundError(
                 f"callback {self._key!r} is that of workflow {self._owner}, of which this one is a fork, and which is "
                 "finished or has it no longer: nobody can answer it. Fork from before create_callback()."
             )

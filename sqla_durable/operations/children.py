@@ -89,7 +89,7 @@ async def result(runtime: Runtime, position: Position, workflow_id: UUID, **with
 
     Raises:
         WaitTimeoutError: it has none in time.
-        WorkflowNotFoundError: there is no such workflow.
+        NotFoundError: there is no such workflow.
     """
     take = partial(children.take_outcome, workflow_id=workflow_id)
     look = partial(children.awaited, parent_id=runtime.attempt.workflow_id, workflow_ids=[workflow_id])

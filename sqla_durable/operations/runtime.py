@@ -12,7 +12,7 @@ from sqla_durable.definitions.interceptors import Execution, StepExecution
 from sqla_durable.definitions.limits import Watch
 from sqla_durable.definitions.registry import StepDefinition
 from sqla_durable.definitions.retry import Tries
-from sqla_durable.errors import SyncAsyncError
+from sqla_durable.errors import UsageError
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.calls import Position, Wait
 from sqla_durable.operations.transaction import StepTransaction
@@ -140,7 +140,7 @@ def run_blocking(operation: Coroutine[Any, Any, T]) -> T:
     """Drive an operation over a blocking runtime to its end, without an event loop.
 
     Raises:
-        SyncAsyncError: something in it suspends, such as an async retry predicate in sync code.
+        UsageError: something in it suspends, such as an async retry predicate in sync code.
     """
     try:
         operation.send(None)
@@ -148,6 +148,6 @@ def run_blocking(operation: Coroutine[Any, Any, T]) -> T:
         result: T = done.value
         return result
     operation.close()
-    raise SyncAsyncError(
+    raise UsageError(
         "async code was called from a sync workflow or step: make the workflow async def, or the callable sync."
     )

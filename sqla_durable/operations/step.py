@@ -19,7 +19,6 @@ from sqla_durable.definitions.limits import TimeLimits, Watch
 from sqla_durable.errors import (
     DefinitionError,
     PayloadError,
-    RetryPolicyError,
     SessionError,
     TransactionLostError,
     UsageError,
@@ -340,7 +339,7 @@ class _Execution:
         policy = self._call.definition.options.policy
         try:
             seconds = None if policy is None else await policy.wait_before_next(self._call.tries)
-        except RetryPolicyError as broken:
+        except UsageError as broken:
             return _Final(broken)
         return _Final(error) if seconds is None else _Later(seconds, error)
 
@@ -365,7 +364,7 @@ class _Execution:
         self._call.tries.failed(error)
         try:
             stops = policy is not None and self._losses > 1 and policy.stops(self._call.tries, upcoming=seconds)
-        except RetryPolicyError as broken:
+        except UsageError as broken:
             return _Final(broken)
         if stops or self._losses >= LOSSES:
             return _Final(lost)

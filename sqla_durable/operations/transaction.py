@@ -19,7 +19,7 @@ from sqlalchemy.orm.session import SessionTransactionState
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.options import ISOLATION_LEVELS
 from sqla_durable.definitions.redaction import brief
-from sqla_durable.errors import SessionError, StepTransactionError
+from sqla_durable.errors import SessionError, UsageError
 from sqla_durable.store import Checkpoint, Verdict, bind_arguments, connection_of, schema, steps
 
 T = TypeVar("T")
@@ -247,7 +247,7 @@ class TransactionGuard:
         """Give the transaction back to the engine.
 
         Raises:
-            StepTransactionError: it is no longer the one that the step was given, or a failed flush has spoilt it.
+            UsageError: it is no longer the one that the step was given, or a failed flush has spoilt it.
         """
         transaction = self._transaction
         self.leave()
@@ -269,7 +269,7 @@ class TransactionGuard:
         """Refuse a commit of the step's transaction, or of the whole one around it.
 
         Raises:
-            StepTransactionError: it is one of them.
+            UsageError: it is one of them.
         """
         if _innermost(self._session) in (self._transaction, self._session.get_transaction()):
             raise self._error("committed its session", "return, and the engine commits both together")
@@ -278,16 +278,14 @@ class TransactionGuard:
         """Refuse a second connection.
 
         Raises:
-            StepTransactionError: this is one.
+            UsageError: this is one.
         """
         self._connections += not transaction.nested
         if self._connections > 1:
             raise self._error("uses two databases in one session", "write to the second one in a step of its own")
 
-    def _error(self, what: str, instead: str) -> StepTransactionError:
-        return StepTransactionError(
-            f"step {self._step!r} {what}, but its checkpoint must commit with its writes: {instead}.", step=self._step
-        )
+    def _error(self, what: str, instead: str) -> UsageError:
+        return UsageError(f"step {self._step!r} {what}, but its checkpoint must commit with its writes: {instead}.")
 
 
 def is_step_session(session: Session) -> bool:

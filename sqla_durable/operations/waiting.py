@@ -16,7 +16,7 @@ from uuid import UUID
 
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.failure import record
-from sqla_durable.errors import EventNotSetError, WaitTimeoutError, WorkflowNotFoundError
+from sqla_durable.errors import EventNotSetError, NotFoundError, WaitTimeoutError
 from sqla_durable.models.status import StepStatus
 from sqla_durable.operations.arrivals import Waker
 from sqla_durable.operations.attempt import Attempt
@@ -189,7 +189,7 @@ class _Waiting:
                 if source.look is not None and (not awaits or grace.is_over):
                     awaits = await self._runtime.execute(source.look)
                 output = await source.take(self._runtime, taking)
-            except (WorkflowNotFoundError, EventNotSetError) as gone:
+            except (NotFoundError, EventNotSetError) as gone:
                 return await self._fail(gone)
             if output is not None:
                 return replace(taking, output=output).recorded

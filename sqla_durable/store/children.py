@@ -28,7 +28,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
-from sqla_durable.errors import WorkflowNotFoundError
+from sqla_durable.errors import NotFoundError
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
@@ -157,12 +157,12 @@ def awaited(connectable: Connectable, parent_id: UUID, *, workflow_ids: Sequence
     Nothing, if one of them is not its child: its end leaves no notice to this one. Nor if they are too many to name.
 
     Raises:
-        WorkflowNotFoundError: one of them is not there.
+        NotFoundError: one of them is not there.
     """
     rows = execute(connectable, _AWAITED, {"parent": parent_id, "ids": list(workflow_ids)}).all()
     missing = set(workflow_ids) - {row.id for row in rows}
     for each in missing:
-        raise WorkflowNotFoundError(f"no workflow {each} is there to wait for: was it deleted?", workflow_id=each)
+        raise NotFoundError(f"no workflow {each} is there to wait for: was it deleted?", workflow_id=each)
     if len(rows) > MOST_NAMED or not all(row.is_child for row in rows):
         return ()
     return (Awaited.any_of([row.id for row in rows]),)

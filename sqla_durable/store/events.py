@@ -71,7 +71,7 @@ def latest(session: Session, workflow_id: UUID, key: str) -> Latest:
     """Read the latest value of an event and where the workflow stands, in one snapshot. Takes no lock.
 
     Raises:
-        WorkflowNotFoundError: there is no such workflow.
+        NotFoundError: there is no such workflow.
     """
     row = execute(session, _LATEST, {"wanted_id": workflow_id, "event_key": key}).one_or_none()
     if row is None:

@@ -15,7 +15,7 @@ from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
-from sqla_durable.errors import SchemaMissingError, SchemaNewerError, SchemaOlderError, SessionError
+from sqla_durable.errors import SchemaError, SessionError
 from sqla_durable.models import REVISION, SCHEMA
 from sqla_durable.store._rows import bind_arguments, connection_of, execute, pg, soon_over
 
@@ -31,7 +31,7 @@ def require(session: Session) -> None:
 
     Raises:
         SessionError: it has no engine, or one that is not PostgreSQL; or its driver cannot read times in this style.
-        SchemaMissingError, SchemaOlderError, SchemaNewerError: the tables and this package do not fit together.
+        SchemaError: the tables are missing, or older or newer than this package.
     """
     engine = engine_of(session)
     schema = schema_of(session)
@@ -119,18 +119,18 @@ def _require_styles(found: Row[Any], engine: Engine) -> None:
 def _require_revision(comment: str | None, schema: str, engine: Engine) -> None:
     where = f"{engine.url.render_as_string(hide_password=True)}, schema {schema!r}"
     if comment is None:
-        raise SchemaMissingError(
+        raise SchemaError(
             f"the durable tables are not in {where}. {_MIGRATE}, or for a try sqla_durable.metadata.create_all(engine)."
         )
     found = re.search(r"durable_(\d+)", comment)
     ours = int(REVISION.removeprefix("durable_"))
     if found is None or int(found[1]) < ours:
-        raise SchemaOlderError(
+        raise SchemaError(
             f"the durable tables in {where} are at {comment or 'an unknown revision'!r}; this package needs "
             f"{REVISION!r}. {_MIGRATE}."
         )
     if int(found[1]) > ours:
-        raise SchemaNewerError(
+        raise SchemaError(
             f"the durable tables in {where} are at {found[0]!r}, newer than this package, which knows {REVISION!r}. "
             "Upgrade sqla-durable in this process."
         )

@@ -191,7 +191,7 @@ def read(session: Session, workflow_id: UUID, name: str, *, start: int, limit: i
     """Read items from a number on, and whether there will be more, in one snapshot. Takes no lock.
 
     Raises:
-        WorkflowNotFoundError: there is no such workflow.
+        NotFoundError: there is no such workflow.
     """
     parameters = {"wanted_id": workflow_id, "stream_name": name, "start": start, "limit": limit}
     rows = execute(session, _READ, parameters).all()

@@ -31,7 +31,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
-from sqla_durable.errors import WorkflowNotFoundError
+from sqla_durable.errors import NotFoundError
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
@@ -72,7 +72,7 @@ def standing(session: Session, workflow_id: UUID) -> Standing:
     """Read where a workflow stands, and its outcome if it has one.
 
     Raises:
-        WorkflowNotFoundError: there is no such workflow.
+        NotFoundError: there is no such workflow.
     """
     row = execute(session, _OUTCOME, {"wanted_id": workflow_id}).one_or_none()
     if row is None:
@@ -80,9 +80,9 @@ def standing(session: Session, workflow_id: UUID) -> Standing:
     return Standing(row.id, row.name, row.status, row.output, row.error)
 
 
-def not_found(session: Session, workflow_id: UUID) -> WorkflowNotFoundError:
+def not_found(session: Session, workflow_id: UUID) -> NotFoundError:
     """Give the error for a workflow that is not there."""
-    return WorkflowNotFoundError(
+    return NotFoundError(
         f"no workflow {workflow_id} is visible in {connection_of(session).engine.url.render_as_string()}: is the "
         "transaction that started it committed?",
         workflow_id=workflow_id,

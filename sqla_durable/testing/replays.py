@@ -123,7 +123,7 @@ def replay(
 
     Raises:
         ArgumentError: it is no history, or one of another workflow.
-        SyncAsyncError: an event loop is running in this thread, and the workflow is `async def`.
+        UsageError: an event loop is running in this thread, and the workflow is `async def`.
     """
     recorded = _Recorded.of(history)
     definition = workflow.definition

@@ -37,17 +37,11 @@ from sqla_durable.errors import (
     DecodingError,
     DefinitionError,
     EncodingError,
+    NotFoundError,
     PayloadTooLargeError,
     SchemaError,
-    SchemaMissingError,
-    SchemaNewerError,
-    SchemaOlderError,
     SessionError,
-    StepOutsideWorkflowError,
-    StepTransactionError,
-    SyncAsyncError,
-    UnknownWorkflowError,
-    WorkflowNotFoundError,
+    UsageError,
 )
 from tests.acceptance.shells import POLL
 from tests.support.databases import Databases
@@ -102,13 +96,10 @@ def caller_survives(maker: Sessions) -> Generator[Session]:
 
 
 def test_unknown_workflow_name_is_refused_with_the_nearest() -> None:
-    with pytest.raises(
-        UnknownWorkflowError, match="no workflow named 'shipp' is registered: did you mean 'ship'"
-    ) as caught:
+    with pytest.raises(UsageError, match="no workflow named 'shipp' is registered: did you mean 'ship'") as caught:
         durable.registry.workflow("shipp")
-    assert caught.value.name == "shipp"
     assert "Import the module that defines it" in str(caught.value)
-    with pytest.raises(UnknownWorkflowError, match=r"registered are \['aship', "):
+    with pytest.raises(UsageError, match=r"registered are \['aship', "):
         durable.registry.workflow("xyz")
 
 
@@ -322,9 +313,7 @@ USES = pytest.mark.parametrize("use", ["start", "executor", "worker", "handle"])
 
 @USES
 def test_unmigrated_database_is_named(unmigrated: Sessions, use: str) -> None:
-    with pytest.raises(
-        SchemaMissingError, match=r"the durable tables are not in postgresql.*schema 'durable'"
-    ) as caught:
+    with pytest.raises(SchemaError, match=r"the durable tables are not in postgresql.*schema 'durable'") as caught:
         _uses(unmigrated)[use]()
     assert f"Run `alembic upgrade heads` with a revision that calls {UPGRADE}, or for a try " in str(caught.value)
 
@@ -343,9 +332,9 @@ def test_callers_transaction_survives_an_unmigrated_database(unmigrated: Session
 @pytest.mark.parametrize(
     ("comment", "expected", "said"),
     [
-        ("sqla-durable durable_0000", SchemaOlderError, "are at .*durable_0000.*; this package needs 'durable_0001'"),
-        (None, SchemaOlderError, "are at 'an unknown revision'"),
-        ("sqla-durable durable_9999", SchemaNewerError, "are at 'durable_9999', newer than this package"),
+        ("sqla-durable durable_0000", SchemaError, "are at .*durable_0000.*; this package needs 'durable_0001'"),
+        (None, SchemaError, "are at 'an unknown revision'"),
+        ("sqla-durable durable_9999", SchemaError, "are at 'durable_9999', newer than this package"),
     ],
 )
 def test_schema_of_another_age_is_named(
@@ -359,7 +348,7 @@ def test_schema_of_another_age_is_named(
 
 def test_missing_schema_of_a_tenant_is_named(engine: Engine) -> None:
     elsewhere = sessionmaker(engine.execution_options(schema_translate_map={"durable": "tenant_9"}))
-    with elsewhere() as session, pytest.raises(SchemaMissingError, match="schema 'tenant_9'"):
+    with elsewhere() as session, pytest.raises(SchemaError, match="schema 'tenant_9'"):
         ship.start(session, 1)
     with sessionmaker(engine).begin() as session:
         assert ship.start(session, 1).name == "ship"  # and the other schema is not mistaken for it
@@ -480,7 +469,7 @@ def test_step_over_two_databases_is_refused_and_writes_nothing(session_factory: 
         other = create_engine(other_url)
         first = session_factory.kw["bind"]
         split = sessionmaker(binds={models.Base: other, Base: first})
-        with split() as session, pytest.raises(StepTransactionError, match="uses two databases in one session"):
+        with split() as session, pytest.raises(UsageError, match="uses two databases in one session"):
             Executor(session).run(span)
         with sessionmaker(other)() as session:
             assert session.scalars(select(Workflow.status)).all() == [WorkflowStatus.FAILED]
@@ -529,9 +518,7 @@ def test_worker_without_the_sessions_that_its_steps_take_is_refused(database_url
 
 
 def test_transactional_step_outside_a_workflow_is_explained() -> None:
-    with pytest.raises(
-        StepOutsideWorkflowError, match=r"step 'book' takes a Session, .*pass one, book\(session, ...\)"
-    ):
+    with pytest.raises(UsageError, match=r"step 'book' takes a Session, .*pass one, book\(session, ...\)"):
         book(7)
 
 
@@ -541,13 +528,13 @@ async def test_sync_calls_in_a_running_event_loop_are_refused(session_factory: S
         session.flush()
         session.expunge(record)
     with session_factory() as session:
-        with pytest.raises(SyncAsyncError, match=r"Executor.run\(\) would block the event loop .*: use AsyncExecutor"):
+        with pytest.raises(UsageError, match=r"Executor.run\(\) would block the event loop .*: use AsyncExecutor"):
             Executor(session).run(ship, 1)
-        with pytest.raises(SyncAsyncError, match=r"Executor.execute\(\) would block"):
+        with pytest.raises(UsageError, match=r"Executor.execute\(\) would block"):
             Executor(session).execute(ship, record)
-    with pytest.raises(SyncAsyncError, match=r"Handle.result\(\) would block .*await ship.handle"):
+    with pytest.raises(UsageError, match=r"Handle.result\(\) would block .*await ship.handle"):
         ship.handle(session_factory, record).result()
-    with pytest.raises(SyncAsyncError, match=r"Worker.run\(\) would block .*async with worker"):
+    with pytest.raises(UsageError, match=r"Worker.run\(\) would block .*async with worker"):
         Worker(bare, sessionmaker=session_factory).run()
     with session_factory() as session:
         assert session.scalars(select(Workflow.status)).all() == [WorkflowStatus.PENDING]
@@ -555,7 +542,7 @@ async def test_sync_calls_in_a_running_event_loop_are_refused(session_factory: S
 
 def test_workflow_of_the_other_kind_is_refused(session_factory: Sessions) -> None:
     with session_factory() as session:
-        with pytest.raises(SyncAsyncError, match=r"workflow 'aship' is async def: execute it with AsyncExecutor"):
+        with pytest.raises(UsageError, match=r"workflow 'aship' is async def: execute it with AsyncExecutor"):
             Executor(session).run(aship, 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         with pytest.raises(ArgumentError, match=r"an executor runs a function decorated with @durable.workflow, got"):
             Executor(session).run(print, 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -569,9 +556,9 @@ def test_executor_refuses_to_wait_for_a_delay(session_factory: Sessions) -> None
 
 def test_unknown_workflow_id_is_explained(session_factory: Sessions) -> None:
     missing = uuid7()
-    with session_factory() as session, pytest.raises(WorkflowNotFoundError, match=f"no workflow {missing} is visible"):
+    with session_factory() as session, pytest.raises(NotFoundError, match=f"no workflow {missing} is visible"):
         Executor(session).execute(ship, missing)
-    with pytest.raises(WorkflowNotFoundError, match="is the transaction that started it committed"):
+    with pytest.raises(NotFoundError, match="is the transaction that started it committed"):
         ship.handle(session_factory, missing).result()
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Executor, Worker, parallel, run_step
-from sqla_durable.errors import ArgumentError, SyncAsyncError, UsageError
+from sqla_durable.errors import ArgumentError, UsageError
 from tests.acceptance.application import Application
 from tests.acceptance.branches import in_threads, on_loop, the_keys
 from tests.acceptance.shells import POLL, Shell
@@ -131,7 +131,7 @@ def test_wrong_use_of_parallel_is_explained(shell: Shell, app: Application) -> N
 
     async def checkout() -> list[str]:
         said: list[str] = []
-        for functions, kind in [((7,), ArgumentError), ((coroutine,), SyncAsyncError)]:
+        for functions, kind in [((7,), ArgumentError), ((coroutine,), UsageError)]:
             with pytest.raises(kind) as caught:
                 parallel(*cast("Any", functions))
             said.append(str(caught.value))
@@ -151,7 +151,7 @@ def test_parallel_in_an_async_workflow_names_gather(shell: Shell, app: Applicati
     async def checkout() -> None:
         parallel(lambda: 1)
 
-    with pytest.raises(SyncAsyncError, match=r"which is async def: await asyncio.gather\(...\)"):
+    with pytest.raises(UsageError, match=r"which is async def: await asyncio.gather\(...\)"):
         shell.run(app.workflow(checkout))
 
 
@@ -184,7 +184,7 @@ async def test_parallel_on_the_inside_of_an_async_session_is_refused(
         parallel(lambda: 1)
 
     async with async_session_factory() as session:
-        with pytest.raises(SyncAsyncError, match="the inside of an AsyncSession, which threads cannot use"):
+        with pytest.raises(UsageError, match="the inside of an AsyncSession, which threads cannot use"):
             await session.run_sync(lambda inside: Executor(inside).run(checkout))
 
 

@@ -66,7 +66,7 @@ def test_a_policy_that_fails_fails_its_step_at_first_and_on_replay(
     async def pay() -> str:
         try:
             await step()
-        except errors.RetryPolicyError as error:
+        except errors.UsageError as error:
             return str(error)
         return "paid"
 

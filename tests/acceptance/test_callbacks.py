@@ -73,7 +73,7 @@ def paying(app: Application, **options: Any) -> AnyWorkflow[[], Any]:
         try:
             receipt = await awaited(payment.result())
             return [receipt.charge, receipt.cents]
-        except (errors.CallbackFailedError, errors.WaitTimeoutError, errors.CallbackNotFoundError) as error:
+        except (errors.CallbackFailedError, errors.WaitTimeoutError, errors.NotFoundError) as error:
             details = error.details if isinstance(error, errors.CallbackFailedError) else None
             return [type(error).__name__, str(error), details]
 
@@ -316,7 +316,7 @@ def test_workflow_may_end_without_its_answer(shell: Shell, app: Application) -> 
     token = token_of(shell, workflow_id, "answered")
     with shell.sessionmaker.begin() as session:
         delete(session, workflow_id)
-    with pytest.raises(errors.CallbackNotFoundError, match="was deleted"):
+    with pytest.raises(errors.NotFoundError, match="was deleted"):
         answer(shell, token, 7)
 
 
@@ -389,7 +389,7 @@ def test_fork_of_what_nobody_can_answer_fails_clearly(session: Session, durable:
     forked = fork(session, original, from_step="uuid4").id
     cancel(session, original)
     session.commit()
-    with pytest.raises(errors.CallbackNotFoundError, match=f"workflow {original}, of which this one is a fork"):
+    with pytest.raises(errors.NotFoundError, match=f"workflow {original}, of which this one is a fork"):
         Executor(session).execute(pay, forked)
 
 
@@ -410,7 +410,7 @@ def test_rewound_workflow_has_another_token(session: Session, durable: Durable) 
     assert Executor(session).execute(pay, workflow_id) == 0
     rewind(session, workflow_id, to_step="create_callback")
     session.commit()
-    with pytest.raises(errors.CallbackNotFoundError):
+    with pytest.raises(errors.NotFoundError):
         complete_callback(session, tokens[0], 0)
     assert Executor(session).execute(pay, workflow_id) == 1
     assert len(set(tokens)) == 2
@@ -468,7 +468,7 @@ def test_token_that_is_made_of_a_secret_is_in_no_table(session: Session) -> None
     (made,) = session.scalars(select(Step.output).where(Step.key == "create_callback"))
     assert made is not None
     for guess in (made["digest"], made["nonce"], made["signal"].rpartition(":")[2]):
-        with pytest.raises((errors.ArgumentError, errors.CallbackNotFoundError)):
+        with pytest.raises((errors.ArgumentError, errors.NotFoundError)):
             complete_callback(session, f"{workflow_id.hex}.{guess[:48]}", 6)
     complete_callback(session, tokens[0], 7)
     session.commit()
@@ -514,7 +514,7 @@ def test_short_secret_is_refused(secret: Any) -> None:
 def test_unknown_token_is_not_found_and_not_shown(session: Session, durable: Durable) -> None:
     _, _, token = waiting(session, durable)
     secret = secrets.token_hex(24)
-    with pytest.raises(errors.CallbackNotFoundError) as caught:
+    with pytest.raises(errors.NotFoundError) as caught:
         complete_callback(session, f"{token[:33]}{secret}", 7)
     assert secret[4:] not in str(caught.value)
     complete_callback(session, token, 7)

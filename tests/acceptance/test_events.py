@@ -20,12 +20,11 @@ from sqla_durable.errors import (
     DecodingError,
     EncodingError,
     EventNotSetError,
+    NotFoundError,
     PayloadTooLargeError,
     ResultTimeoutError,
     SessionError,
-    SyncAsyncError,
     UsageError,
-    WorkflowNotFoundError,
 )
 from tests.acceptance.application import Application
 from tests.acceptance.readers import event
@@ -224,7 +223,7 @@ def test_an_event_that_is_not_set_is_waited_for(shell: Shell, app: Application) 
 
 @pytest.mark.shells(("executor", "async-executor"))
 def test_an_event_of_nobody_is_refused(shell: Shell) -> None:
-    with pytest.raises(WorkflowNotFoundError):
+    with pytest.raises(NotFoundError):
         event(shell, uuid7(), "status")
     with pytest.raises(ArgumentError, match="is blank"):
         event(shell, uuid7(), "")
@@ -235,7 +234,7 @@ def test_a_blocking_wait_is_refused_in_an_event_loop(shell: Shell) -> None:
     async def wait() -> None:
         get_event(shell.sessionmaker, uuid7(), "status")
 
-    with pytest.raises(SyncAsyncError):
+    with pytest.raises(UsageError):
         asyncio.run(wait())
     with pytest.raises(SessionError, match="takes a Session"):
         get_event(1, uuid7(), "status")  # type: ignore[call-overload]

@@ -101,7 +101,7 @@ def test_a_child_that_is_deleted_before_its_parent_has_looked_is_an_error(
     with shell.sessionmaker.begin() as session:
         assert delete(session, first.id) == [first.id]
     go(shell, second)
-    error = errors.ChildrenFailedError if way == "map" else errors.WorkflowNotFoundError
+    error = errors.ChildrenFailedError if way == "map" else errors.NotFoundError
     with pytest.raises(error, match="deleted"):
         ends(shell, workflow, workflow_id)
     assert engine_s_own(shell) == []
@@ -125,7 +125,7 @@ def test_a_parent_that_is_resumed_after_its_children_were_deleted_fails(
     with shell.sessionmaker.begin() as session:
         assert len(delete(session, [each.id for each in children])) == 2
         assert resume(session, workflow_id) == [workflow_id]
-    error = errors.ChildrenFailedError if way == "map" else errors.WorkflowNotFoundError
+    error = errors.ChildrenFailedError if way == "map" else errors.NotFoundError
     with pytest.raises(error, match="deleted"):
         ends(shell, workflow, workflow_id)
 
@@ -280,7 +280,7 @@ def test_a_child_that_sql_deletes_is_missed_in_time(
     (gone,) = suspended(shell, 2)
     with shell.sessionmaker.begin() as session:
         session.execute(text("DELETE FROM durable.workflow WHERE id = :id"), {"id": gone.id})
-    with pytest.raises(errors.WorkflowNotFoundError, match="deleted"):
+    with pytest.raises(errors.NotFoundError, match="deleted"):
         ends(shell, workflow, workflow_id)
 
 
@@ -298,7 +298,7 @@ def test_an_executor_goes_on_when_the_child_that_it_waits_for_is_deleted(shell: 
     with shell.sessionmaker.begin() as session:
         cancel(session, gone.id)
         delete(session, gone.id)
-    with pytest.raises(errors.WorkflowNotFoundError, match="deleted"):
+    with pytest.raises(errors.NotFoundError, match="deleted"):
         finishing.result()
 
 

@@ -340,7 +340,7 @@ def test_async_context_managers_are_entered_in_async_code(shell: Shell, app: App
 @on_one_sync_way
 def test_async_context_managers_are_refused_in_sync_code(shell: Shell, app: Application) -> None:
     app.durable.intercept(Awaiting([]))
-    with pytest.raises(errors.SyncAsyncError, match="contextmanager"):
+    with pytest.raises(errors.UsageError, match="contextmanager"):
         shell.run(paying(app, lambda: 1, booked))
 
 

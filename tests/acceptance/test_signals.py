@@ -342,10 +342,10 @@ def test_what_a_step_starts_with_a_signal_is_a_child(shell: Shell, app: Applicat
 
 
 def test_unknown_workflow_is_not_found_and_the_transaction_goes_on(session: Session) -> None:
-    with pytest.raises(errors.WorkflowNotFoundError, match="Nothing was sent"):
+    with pytest.raises(errors.NotFoundError, match="Nothing was sent"):
         signal(session, uuid4(), "approved")
     (known,) = races.enqueue(session)
-    with pytest.raises(errors.WorkflowNotFoundError):
+    with pytest.raises(errors.NotFoundError):
         signal(session, [known, uuid4()], "approved")
     assert session.scalars(select(Signal)).all() == []
 

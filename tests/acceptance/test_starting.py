@@ -12,7 +12,7 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import selectinload
 
 from sqla_durable import Workflow, WorkflowStatus
-from sqla_durable.errors import ArgumentError, ResultTimeoutError, WorkflowNotFoundError
+from sqla_durable.errors import ArgumentError, NotFoundError, ResultTimeoutError
 from tests.acceptance.application import AnyWorkflow, Application, Form
 from tests.acceptance.shells import Shell
 from tests.support.domain import Order
@@ -314,7 +314,7 @@ def test_handle_of_a_start_that_is_not_committed_says_so(shell: Shell, greeting:
     with shell.client() as client:
         workflow_id = client.start(greeting, "Ada").id
         client.flush()
-        with pytest.raises(WorkflowNotFoundError, match="is the transaction that started it committed") as caught:
+        with pytest.raises(NotFoundError, match="is the transaction that started it committed") as caught:
             shell.result(greeting, workflow_id)
         assert caught.value.workflow_id == workflow_id
         client.rollback()

@@ -19,9 +19,9 @@ from sqla_durable.errors import (
     ArgumentError,
     DecodingError,
     EncodingError,
+    NotFoundError,
     ResultTimeoutError,
-    StreamClosedError,
-    WorkflowNotFoundError,
+    UsageError,
 )
 from tests.acceptance.application import AnyWorkflow, Application, Form
 from tests.acceptance.readers import PATIENCE, stream, values
@@ -200,9 +200,9 @@ def test_a_closed_stream_is_closed(shell: Shell, app: Application) -> None:
     async def agent() -> str:
         await write_stream("log", 1)
         await close_stream("log")
-        with pytest.raises(StreamClosedError, match="the stream 'log' is closed"):
+        with pytest.raises(UsageError, match="the stream 'log' is closed"):
             await write_stream("log", 2)
-        with pytest.raises(StreamClosedError, match="the stream 'log' is closed"):
+        with pytest.raises(UsageError, match="the stream 'log' is closed"):
             await writing()
         return "went on"
 
@@ -325,7 +325,7 @@ def test_an_item_that_cannot_be_sent_fails_the_senders_operation_only(shell: She
 
 @pytest.mark.shells(("executor", "async-executor"))
 def test_what_cannot_be_read_is_refused(shell: Shell) -> None:
-    with pytest.raises(WorkflowNotFoundError):
+    with pytest.raises(NotFoundError):
         stream(shell, uuid7(), "log")
     with pytest.raises(ArgumentError, match="negative"):
         stream(shell, uuid7(), "log", start=-1)

@@ -196,7 +196,7 @@ def test_a_tenant_sees_its_own_only(place: Place, reports: dict[str, UUID]) -> N
                 assert set(session.scalars(select(table.workflow_id))) == {own}, table
             other = next(each for of, each in reports.items() if of != name)
             handle = report.handle(place.app, other)
-            with pytest.raises(errors.WorkflowNotFoundError):
+            with pytest.raises(errors.NotFoundError):
                 handle.result(timeout=timedelta())
             with pytest.raises(errors.ResultTimeoutError):
                 report.handle(place.app, own).result(timeout=timedelta())
@@ -273,9 +273,9 @@ def test_a_tenant_reaches_its_own_only(place: Place, reports: dict[str, UUID]) -
     with acting("globex"):
         token = token_of(place, other)
     verbs: dict[str, tuple[Callable[[Session, UUID], object], object]] = {
-        "signal": (lambda session, to: signal(session, to, "go", 1), errors.WorkflowNotFoundError),
-        "update": (lambda session, to: update(session, to, "change", 1), errors.WorkflowNotFoundError),
-        "fork": (lambda session, to: fork(session, to, key="acme:fork"), errors.WorkflowNotFoundError),
+        "signal": (lambda session, to: signal(session, to, "go", 1), errors.NotFoundError),
+        "update": (lambda session, to: update(session, to, "change", 1), errors.NotFoundError),
+        "fork": (lambda session, to: fork(session, to, key="acme:fork"), errors.NotFoundError),
         "cancel": (lambda session, to: cancel(session, to), []),
         "retry": (lambda session, to: retry(session, to), []),
         "delete": (lambda session, to: delete(session, to), []),
@@ -284,13 +284,13 @@ def test_a_tenant_reaches_its_own_only(place: Place, reports: dict[str, UUID]) -
         for name, (verb, expected) in verbs.items():
             with place.app() as session:
                 if isinstance(expected, type):
-                    with pytest.raises(errors.WorkflowNotFoundError):
+                    with pytest.raises(errors.NotFoundError):
                         verb(session, other)
                 else:
                     assert verb(session, other) == expected, name
             with place.app() as session:
                 verb(session, own)
-        with place.app() as session, pytest.raises(errors.CallbackNotFoundError):
+        with place.app() as session, pytest.raises(errors.NotFoundError):
             complete_callback(session, str(token), "forged")
         for statement in (
             "INSERT INTO durable.signal (workflow_id, name) VALUES (:id, 'go')",

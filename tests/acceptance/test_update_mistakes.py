@@ -156,7 +156,7 @@ def test_validator_is_no_part_of_the_workflow(shell: Shell, app: Application) ->
         sleep(DAY)
 
     async def moving() -> str:
-        with pytest.raises(errors.SyncAsyncError):
+        with pytest.raises(errors.UsageError):
             await asked(validate=suspends, key="first")
         await asked(validate=sleeps, timeout=timedelta())
         return "it came"
@@ -180,7 +180,7 @@ def test_outside_a_workflow_an_answer_does_nothing_and_nobody_waits() -> None:
 
 
 def test_unknown_and_finished_workflows_take_no_update_and_the_transaction_goes_on(session: Session) -> None:
-    with pytest.raises(errors.WorkflowNotFoundError, match="Nothing was sent"):
+    with pytest.raises(errors.NotFoundError, match="Nothing was sent"):
         update(session, uuid4(), "set_address")
     (known,) = races.enqueue(session)
     races.cancel(session, known)
@@ -219,7 +219,7 @@ def test_signal_is_no_update(session: Session) -> None:
     session.flush()
     sent = session.scalars(select(Signal)).one().id
     session.commit()
-    with pytest.raises(errors.UpdateNotFoundError):
+    with pytest.raises(errors.NotFoundError):
         update_handle(session, known, sent).result()
 
 
@@ -230,7 +230,7 @@ def test_sync_result_is_refused_in_an_event_loop(session: Session) -> None:
     async def block() -> None:
         request.result()
 
-    with pytest.raises(errors.SyncAsyncError, match="would block the event loop"):
+    with pytest.raises(errors.UsageError, match="would block the event loop"):
         asyncio.run(block())
 
 

@@ -194,7 +194,7 @@ def test_update_of_a_known_key_is_the_same_and_has_the_same_answer(shell: Shell,
     with shell.client() as client:
         lost = client.update(workflow_id, "set_address", Address("Ash"), key="once")
         client.rollback()
-    with pytest.raises(errors.UpdateNotFoundError, match="The transaction that sent it is not committed"):
+    with pytest.raises(errors.NotFoundError, match="The transaction that sent it is not committed"):
         answer(shell, lost)
     one, other = (ask(shell, workflow_id, Address(street), key="once") for street in ("Elm", "Oak"))
     assert one.id == other.id
@@ -292,7 +292,7 @@ def test_fork_answers_nothing_of_the_original(shell: Shell, app: Application) ->
         other = fork(session, workflow_id, from_step="set_event(took)", outcomes={"reply(set_address)": None}).id
     for each in (one, other):
         shell.finish(workflow, each)
-        with pytest.raises(errors.UpdateNotFoundError):
+        with pytest.raises(errors.NotFoundError):
             update_handle(shell.sessionmaker, each, request.id).result()
     assert answer(shell, request) == "original"
 

@@ -65,7 +65,7 @@ def test_event_that_nobody_will_set_is_an_error(shell: Shell, app: Application) 
         races.wait_until(lambda: shell.one(other).finished_at, what="the end of the other")
     with pytest.raises(errors.EventNotSetError):
         shell.run(watch, other)
-    with pytest.raises(errors.WorkflowNotFoundError):
+    with pytest.raises(errors.NotFoundError):
         shell.run(watch, uuid4())
 
 

@@ -443,7 +443,7 @@ def test_a_step_that_writes_only_to_another_database_is_refused(
     other.dispose()
     assert record.status is WorkflowStatus.FAILED
     assert record.error is not None
-    assert record.error["type"] == "sqla_durable.errors:StepTransactionError"
+    assert record.error["type"] == "sqla_durable.errors:UsageError"
 
 
 # Ownership inside one worker

@@ -20,10 +20,10 @@ from sqla_durable.definitions.error_classes import KnownErrors, name_of_class
 from sqla_durable.definitions.failure import Failure
 from sqla_durable.errors import (
     ChildrenFailedError,
+    HistoryMismatchError,
     PayloadTooLargeError,
     StepFailedError,
-    UnfinishedStepError,
-    UnknownWorkflowError,
+    StepTimeoutError,
 )
 
 
@@ -155,9 +155,9 @@ class Computing(Exception):
         CalledProcessError(2, ["ls", "-l"], b"out", b"err"),
         Computing(3, 1),
         Frozen(7, "sold out"),
-        UnknownWorkflowError("no workflow", name="ship"),
+        StepTimeoutError("too late", step="charge", seconds=2.5),
         PayloadTooLargeError("too large", size=2, limit=1),
-        UnfinishedStepError("left behind", steps=["charge"]),
+        HistoryMismatchError("moved", workflow_id=UUID(int=7), recorded=("a", "b"), visited=("b", "a")),
     ],
     ids=repr,
 )

@@ -16,7 +16,7 @@ from sqla_durable import AsyncStepFunction, AsyncWorkflowFunction, Durable, run_
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.options import StepOptions, WorkflowOptions
 from sqla_durable.definitions.registry import Registry, StepDefinition, WorkflowDefinition
-from sqla_durable.errors import ArgumentError, DefinitionError, UnknownWorkflowError
+from sqla_durable.errors import ArgumentError, DefinitionError, UsageError
 
 
 class MySession(Session):
@@ -183,10 +183,10 @@ def test_two_functions_of_one_name_are_refused_and_named() -> None:
 
 def test_unknown_workflow_is_refused_with_what_there_is() -> None:
     registry = Registry()
-    with pytest.raises(UnknownWorkflowError, match=r"registered are \[\]"):
+    with pytest.raises(UsageError, match=r"registered are \[\]"):
         registry.workflow("x")
     registry.add_workflow(WorkflowDefinition.of(lambda: None, WorkflowOptions("checkout")))
-    with pytest.raises(UnknownWorkflowError, match="did you mean 'checkout'"):
+    with pytest.raises(UsageError, match="did you mean 'checkout'"):
         registry.workflow("chekout")
     assert [each.name for each in registry] == ["checkout"]
 

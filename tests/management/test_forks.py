@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable import Signal, Step, StepStatus, Workflow, WorkflowStatus, fork
-from sqla_durable.errors import ArgumentError, EncodingError, WorkflowNotFoundError
+from sqla_durable.errors import ArgumentError, EncodingError, NotFoundError
 from sqla_durable.store import Fence, crashes
 from tests.management import histories
 from tests.management.histories import FAILED, step
@@ -222,7 +222,7 @@ def test_one_that_is_not_there_is_refused(session: Session) -> None:
     fence = with_history(session)
     unknown = uuid7()
     for given in (unknown, [fence.workflow_id, unknown]):
-        with pytest.raises(WorkflowNotFoundError, match=f"no workflow {unknown} is visible") as refused:
+        with pytest.raises(NotFoundError, match=f"no workflow {unknown} is visible") as refused:
             fork(session, cast("Any", given))
         assert refused.value.workflow_id == unknown
     assert len(session.scalars(select(Workflow)).all()) == 1

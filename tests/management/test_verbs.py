@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, aliased, sessionmaker
 from uuid_utils.compat import uuid7
 
 from sqla_durable import Step, Workflow, WorkflowStatus, cancel, delete, fork, resume, retry, rewind
-from sqla_durable.errors import ArgumentError, SchemaMissingError, SessionError
+from sqla_durable.errors import ArgumentError, SchemaError, SessionError
 from sqla_durable.store import Completion, NewWorkflow, Park, crashes, starts, steps, workflows
 from tests.store import races
 from tests.support.domain import Order
@@ -173,7 +173,7 @@ def test_a_session_without_transactions_is_refused(engine: Engine, verb: Any) ->
 @every_verb
 def test_a_database_without_the_tables_is_refused(empty_database_url: str, verb: Any) -> None:
     engine = create_engine(empty_database_url)
-    with Session(engine) as session, pytest.raises(SchemaMissingError):
+    with Session(engine) as session, pytest.raises(SchemaError):
         verb(session, uuid7())
     engine.dispose()
 

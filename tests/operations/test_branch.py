@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from sqla_durable.errors import UnfinishedStepError, UsageError
+from sqla_durable.errors import UsageError
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.branch import Branch, name_of
 from sqla_durable.operations.calls import Wait
@@ -71,7 +71,7 @@ def test_code_that_is_in_no_branch_is_refused(attempt: Attempt) -> None:
 def test_workflow_that_leaves_a_branch_is_refused(attempt: Attempt) -> None:
     attempt.branches.begin(lambda: "here")
     attempt.branches.enter(attempt.branches.root.open("pay"), "there")
-    with pytest.raises(UnfinishedStepError, match="returned while 'pay' was still running beside it"):
+    with pytest.raises(UsageError, match=r"returned with branches still running: 'pay'. Await"):
         attempt.refuse_unfinished()
     attempt.branches.leave("there")
     attempt.refuse_unfinished()

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from sqla_durable.errors import SyncAsyncError
+from sqla_durable.errors import UsageError
 from sqla_durable.operations.runtime import run_blocking
 
 
@@ -40,6 +40,6 @@ def test_operation_that_suspends_is_a_clear_error_and_is_closed() -> None:
         finally:
             closed.append(True)
 
-    with pytest.raises(SyncAsyncError, match="async code was called from a sync workflow or step: make the workflow"):
+    with pytest.raises(UsageError, match="async code was called from a sync workflow or step: make the workflow"):
         run_blocking(suspends())
     assert closed == [True]

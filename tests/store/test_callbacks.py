@@ -189,7 +189,7 @@ def test_deletion_and_answer_wait_for_each_other_and_never_in_a_circle(engine: E
         foreign.session.commit()
         deleting.result()
         operator.session.commit()
-    with Session(engine) as session, pytest.raises(errors.CallbackNotFoundError):
+    with Session(engine) as session, pytest.raises(errors.NotFoundError):
         complete_callback(session, made.reveal(), 1)
 
 
@@ -244,5 +244,5 @@ def test_outcomes_go_when_the_workflow_begins_anew(engine: Engine) -> None:
     with Session(engine) as session, session.begin():
         assert rounds.restart(session, fence, given="{}")
     assert outcomes(engine) == []
-    with Session(engine) as session, pytest.raises(errors.CallbackNotFoundError):
+    with Session(engine) as session, pytest.raises(errors.NotFoundError):
         complete_callback(session, made.reveal(), 1)

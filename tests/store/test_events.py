@@ -9,7 +9,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable.errors import WorkflowNotFoundError
+from sqla_durable.errors import NotFoundError
 from sqla_durable.models import Event
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store import Fence, Origin, events
@@ -79,7 +79,7 @@ def test_the_latest_value_is_that_of_the_last_commit(engine: Engine) -> None:
     with Session(engine) as session:
         assert events.latest(session, fence.workflow_id, "status") == Latest('"last"', WorkflowStatus.RUNNING)
         assert events.latest(session, fence.workflow_id, "other") == Latest(None, WorkflowStatus.RUNNING)
-        with pytest.raises(WorkflowNotFoundError):
+        with pytest.raises(NotFoundError):
             events.latest(session, uuid7(), "status")
 
 

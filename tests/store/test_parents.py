@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable import cancel, delete, resume, retry
-from sqla_durable.errors import WorkflowNotFoundError
+from sqla_durable.errors import NotFoundError
 from sqla_durable.models import Signal, Workflow
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store import Awaited, Completion, Fence, Park, children, crashes, deadlines, signals, workflows
@@ -143,7 +143,7 @@ def test_the_first_of_some_is_one_that_ended_or_one_that_is_gone(engine: Engine)
         delete(session, second)
         session.commit()
         assert deliver(engine) == 1
-        with pytest.raises(WorkflowNotFoundError, match=f"no workflow {second} is there to wait for: was it deleted"):
+        with pytest.raises(NotFoundError, match=f"no workflow {second} is there to wait for: was it deleted"):
             children.awaited(session, parent.workflow_id, workflow_ids=[first, second])
 
 

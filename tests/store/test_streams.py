@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable.errors import WorkflowNotFoundError
+from sqla_durable.errors import NotFoundError
 from sqla_durable.models import Step, StreamItem
 from sqla_durable.store import Fence, Origin, streams
 from sqla_durable.store.streams import Append, Appended
@@ -144,7 +144,7 @@ def test_a_look_gives_a_page_and_whether_the_stream_has_ended(engine: Engine) ->
         assert not streams.read(session, workflow_id, "other", start=0, limit=9).ended
         races.cancel(session, workflow_id)
         assert streams.read(session, workflow_id, "other", start=0, limit=9).ended
-        with pytest.raises(WorkflowNotFoundError):
+        with pytest.raises(NotFoundError):
             streams.read(session, uuid7(), "log", start=0, limit=9)
 
 

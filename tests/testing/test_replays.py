@@ -25,7 +25,7 @@ from sqla_durable import (
     deprecate_patch,
     patched,
 )
-from sqla_durable.errors import ArgumentError, SyncAsyncError
+from sqla_durable.errors import ArgumentError, UsageError
 from sqla_durable.testing import History, ReplayReport, export, replay
 
 Sessions = sessionmaker[Session]
@@ -334,7 +334,7 @@ def test_async_workflow_is_replayed_with_its_parallel_steps() -> None:
 
 
 async def test_replay_of_an_async_workflow_in_an_event_loop_is_refused() -> None:
-    with pytest.raises(SyncAsyncError, match="call it in a plain def, or in a thread"):
+    with pytest.raises(UsageError, match="call it in a plain def, or in a thread"):
         replay(asynchronous()[0], recorded())
     assert (await asyncio.to_thread(replay, asynchronous()[0], recorded())).fits
 

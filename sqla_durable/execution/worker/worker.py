@@ -152,7 +152,7 @@ class Worker:
                 are waited out.
             SessionError: an engine is in AUTOCOMMIT, or has another driver than psycopg or asyncpg; its pool has no
                 connections left beside those of other workers; or the two sessionmakers lead to two databases.
-            SyncAsyncError: an event loop is running in this thread.
+            UsageError: an event loop is running in this thread.
             UsageError: this worker has run already.
         """
         refuse_event_loop("Worker.run()", "await Worker.serve(), or use `async with worker:`")
