@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqla_durable.definitions.checks import require_text
-from sqla_durable.definitions.inspection import MARKS, require_name
+from sqla_durable.definitions.checks import fault_in_key
+from sqla_durable.definitions.inspection import require_name
 from sqla_durable.errors import ArgumentError, UsageError
 from sqla_durable.operations.runtime import Operation
 from sqla_durable.runtime.context import Context, active
@@ -43,18 +43,20 @@ def require_workflow(name: str) -> Context:
         )
     if context.step is not None:
         raise UsageError(
-            f"{name!r} was called in step {context.step.position.key!r}, which is executed as a whole: call it in the "
-            f"code of workflow {context.attempt.name!r}, before or after the step."
+            f"{name!r} was called in step {context.step.position.shown!r}, which is executed as a whole: call it in "
+            f"the code of workflow {context.attempt.name!r}, before or after the step."
         )
     return context
 
 
-def require_unmarked(value: str, *, what: str) -> None:
-    """Refuse a name that cannot be stored, or that could be taken for another in the key of an operation.
+def require_sendable(value: str, *, what: str) -> None:
+    """Refuse the name of a signal or an update that cannot be stored, or that only the engine uses.
 
     Raises:
-        ArgumentError: it is one.
+        ArgumentError: it is no text, is blank, is too long, cannot be stored, or begins with `#`.
     """
-    require_text(value, what=what)
-    if any(character in value for character in MARKS):
-        raise ArgumentError(f"the {what} {value!r} contains one of {MARKS!r}, which mark occurrences and branches.")
+    fault = fault_in_key(value)
+    if fault is not None:
+        raise ArgumentError(f"the {what} is {value!r}, which {fault}: pass another one.")
+    if value.startswith("#"):
+        raise ArgumentError(f"the {what} is {value!r}, which begins with '#': such names are the engine's own.")

@@ -47,7 +47,7 @@ def patched(patch_id: str) -> bool:
         return True
     if context.step is not None:
         raise UsageError(
-            f"patched({patch_id!r}) was called in step {context.step.position.key!r}, which is not replayed: call it "
+            f"patched({patch_id!r}) was called in step {context.step.position.shown!r}, which is not replayed: call it "
             "in the workflow, and pass the answer to the step."
         )
     context.attempt.branches.require_here(f"patched({patch_id!r})", workflow=context.attempt.name)

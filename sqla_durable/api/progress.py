@@ -56,13 +56,15 @@ def heartbeat(details: object = None) -> Awaitable[None]:
         return DONE
     step = context.step
     if step is None or step.definition.session is not SessionKind.NONE:
-        where = "between steps" if step is None else f"in step {step.position.key!r}, which is transactional"
+        where = "between steps" if step is None else f"in step {step.position.shown!r}, which is transactional"
         raise UsageError(
             f"heartbeat() was called {where} in workflow {context.attempt.name!r}: only a plain step has one. What "
             "others are to see of the rest, set_event() shows."
         )
     text = (
-        None if details is None else encode(details, what=f"details of step {step.position.key!r}", limit=context.limit)
+        None
+        if details is None
+        else encode(details, what=f"details of step {step.position.shown!r}", limit=context.limit)
     )
     if not context.attempt.progress(step.position).report(text, interval=INTERVAL):
         return DONE

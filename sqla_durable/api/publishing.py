@@ -88,7 +88,7 @@ def _in_plain_step(
 ) -> Awaitable[None]:
     if session is not None:
         raise UsageError(
-            f"{call} was given a session in step {step.position.key!r}, which is plain and writes at once: leave it "
+            f"{call} was given a session in step {step.position.shown!r}, which is plain and writes at once: leave it "
             "out, or let the step take a Session, and pass that one."
         )
     encoded = partial(publication, context.limit)
@@ -104,7 +104,7 @@ def _in_transaction(
 ) -> Awaitable[None]:
     if session is None:
         raise UsageError(
-            f"{call} was called without the session of step {step.position.key!r}, which is transactional: pass it "
+            f"{call} was called without the session of step {step.position.shown!r}, which is transactional: pass it "
             "first, so that what is published commits with the step."
         )
     origin = origin_of(context.attempt, step)

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 import sqla_durable.api.hints as hints
 from sqla_durable.api.callers import ids_of, in_savepoint, perform, require_receiver
-from sqla_durable.api.operate import operate, require_unmarked
+from sqla_durable.api.operate import operate, require_sendable
 from sqla_durable.api.start import BoundWorkflow, start
 from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.codec import Codec
@@ -97,7 +97,7 @@ class _Signal:
 
     @classmethod
     def of(cls, name: str, payload: object, key: str | None) -> _Signal:
-        require_unmarked(name, what="signal name")
+        require_sendable(name, what="signal name")
         if key is not None:
             require_text(key, what="key")
         return cls(name, Codec.inferred(what=f"payload of signal {name!r}").encode(payload), key)
@@ -205,7 +205,7 @@ class _WaitSignal:
             UsageError: this is not a workflow's own code, or nobody could send one (a joined executor).
             ArgumentError: the name or the key cannot be one, or the timeout is no timedelta.
         """
-        require_unmarked(name, what="signal name")
+        require_sendable(name, what="signal name")
         if timeout is not None:
             require_duration(timeout, "timeout")
         codec = Codec.of(kind, what=f"payload of signal {name!r}")

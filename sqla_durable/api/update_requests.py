@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sqla_durable.api.callers import AnySession
-from sqla_durable.api.operate import operate, require_unmarked
+from sqla_durable.api.operate import operate, require_sendable
 from sqla_durable.api.publishing import encode, publish
 from sqla_durable.definitions.checks import fault_in, require_duration
 from sqla_durable.definitions.codec import Codec
@@ -236,7 +236,7 @@ class _WaitUpdate:
             UsageError: the validator has to be awaited, and the workflow is `def`.
             ArgumentError: the name is blank, the timeout no timedelta, or the validator no function.
         """
-        require_unmarked(name, what="update name")
+        require_sendable(name, what="update name")
         if validate is not None and not callable(validate):  # pyright: ignore[reportUnnecessaryComparison]
             raise ArgumentError(f"validate={validate!r} is no function: give one that takes the payload.")
         if timeout is not None:

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 import sqla_durable.api.hints as hints
 import sqla_durable.api.polling as polling
 from sqla_durable.api.callers import AnySession, id_of, in_savepoint, perform, require_receiver, require_session
-from sqla_durable.api.operate import require_unmarked
+from sqla_durable.api.operate import require_sendable
 from sqla_durable.api.start import BoundWorkflow, start
 from sqla_durable.api.update_handles import AsyncUpdate, Update, reply_codec
 from sqla_durable.definitions.checks import require_text
@@ -202,7 +202,7 @@ class _Sending:
     @classmethod
     def of(cls, session: AnySession, name: str, payload: object, *, key: str | None, reply: Any) -> _Sending:
         require_session(session)
-        require_unmarked(name, what="update name")
+        require_sendable(name, what="update name")
         if key is not None:
             require_text(key, what="key")
         text = Codec.inferred(what=f"payload of update {name!r}").encode(payload)

@@ -1,7 +1,11 @@
-"""What names, durations and times that users give must be. Values of workflows and steps are handled by `codec`."""
+"""What names, keys, durations and times that users pass must be, and how keys are escaped.
+
+Values of workflows and steps are handled by `codec`.
+"""
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 
 from sqla_durable.errors import ArgumentError
@@ -14,6 +18,11 @@ LONGEST = timedelta(days=36_500)
 
 LATEST = datetime(9999, 1, 1, tzinfo=UTC)
 """The time before which every time that is given must lie. The tables keep some months more, for delays that add up."""
+
+_ESCAPES = {"#": "%23", "/": "%2F", "%": "%25"}
+_ESCAPED = {escape: character for character, escape in _ESCAPES.items()}
+_TO_ESCAPE = re.compile("#|/|%(?=23|2F|25)")
+_TO_UNESCAPE = re.compile("%23|%2F|%25")
 
 _EARLIEST = datetime(1, 1, 2, tzinfo=UTC)  # the first that a datetime holds in every time zone
 
@@ -33,6 +42,27 @@ def fault_in(text: object, *, longest: int | None = LONGEST_NAME) -> str | None:
     if longest is not None and size > longest:
         return f"is {size:,} bytes long, and {longest:,} are the most (a hash of it is shorter)"
     return None
+
+
+def escape_key(key: str) -> str:
+    """Return a name or a key as a part of an operation's identity, where `#` marks occurrences and `/` branches.
+
+    Different texts stay different, and what has no mark is unchanged: a `%` is escaped only before what would be read
+    as an escape.
+    """
+    if "#" in key or "/" in key or "%" in key:
+        return _TO_ESCAPE.sub(lambda found: _ESCAPES[found[0]], key)
+    return key
+
+
+def unescape_key(key: str) -> str:
+    """Return an operation's identity as it is shown to users; of what `escape_key` returned, the original."""
+    return _TO_UNESCAPE.sub(lambda found: _ESCAPED[found[0]], key) if "%" in key else key
+
+
+def fault_in_key(key: object) -> str | None:
+    """Return why something cannot be a name or a key of an operation; None when it can. It is measured escaped."""
+    return fault_in(key) or fault_in(escape_key(str(key)))
 
 
 def require_text(text: object, *, what: str) -> None:

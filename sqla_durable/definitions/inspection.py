@@ -14,10 +14,8 @@ from typing import Any, TypeAlias, cast
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
-from sqla_durable.definitions.checks import fault_in
+from sqla_durable.definitions.checks import fault_in_key
 from sqla_durable.errors import DefinitionError
-
-MARKS = "#/"
 
 SessionClass: TypeAlias = type[Session] | type[AsyncSession]
 
@@ -65,16 +63,14 @@ def name_of(fn: Callable[..., Any], given: str | None, *, what: str) -> str:
 
 
 def require_name(name: str, *, what: str) -> None:
-    """Refuse what cannot be recorded as a name, or could be taken for an occurrence of another.
+    """Refuse what cannot be recorded as a name or a key.
 
     Raises:
-        DefinitionError: it is not a text, is blank, cannot be stored, or contains one of the marks of occurrences.
+        DefinitionError: it is not a text, is blank, is too long, or cannot be stored.
     """
-    fault = fault_in(name)
+    fault = fault_in_key(name)
     if fault is not None:
-        raise DefinitionError(f"the {what} is {name!r}, which {fault}: give it a name of its own.")
-    if any(character in name for character in MARKS):
-        raise DefinitionError(f"the {what} {name!r} contains one of {MARKS!r}, which mark occurrences.")
+        raise DefinitionError(f"the {what} is {name!r}, which {fault}: pass another one.")
 
 
 def function_of(fn: Callable[..., Any]) -> Any:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from uuid import UUID
 
+from sqla_durable.definitions.checks import escape_key, unescape_key
 from sqla_durable.definitions.options import DurableOptions
 from sqla_durable.definitions.retry import Tries
 from sqla_durable.errors import HistoryLimitError, UsageError
@@ -135,7 +136,8 @@ class Attempt:
     def begin_call(self, name: str, place: object, *, key: str | None = None) -> Position:
         """Give the identity of the operation that the workflow calls now, in the branch that the code is in.
 
-        An explicit key is the operation's identity in the workflow, whatever branch it is called in.
+        An explicit key is the operation's identity in the workflow, whatever branch it is called in. Names and keys are
+        escaped, so that they may contain what marks occurrences and branches.
 
         Raises:
             UsageError: an explicit key is used twice, two functions share a step name, or the code is in no branch.
@@ -155,14 +157,16 @@ class Attempt:
                     "reads all of them. Begin anew with continue_as_new(...), give parts of it to children, or raise "
                     "Durable(history_limit=...)."
                 )
-            identity = branch.key(name, explicit=key)
+            escaped = escape_key(name)
+            identity = branch.key(escaped, explicit=None if key is None else escape_key(key))
             if identity in self._keys:
                 raise UsageError(
-                    f"the step key {identity!r} is used twice in workflow {self.name!r}: change one of them."
+                    f"the step key {unescape_key(identity)!r} is used twice in workflow {self.name!r}: change one of "
+                    "them."
                 )
             self.refuse_after_signal(identity)
             self._keys.add(identity)
-            position = Position(identity, name, self.history_check.add_call(identity, name))
+            position = Position(identity, escaped, self.history_check.add_call(identity, escaped))
             self._unfinished[position.key] = self.branches.home()
             self._active_at = time.monotonic()
             return position
@@ -362,7 +366,7 @@ class Attempt:
             warn, self.warns_of_refusal = self.warns_of_refusal, False
             raise refusal(
                 ending,
-                call=key,
+                call=unescape_key(key),
                 workflow=self.name,
                 workflow_id=self.workflow_id,
                 attempt=self.number,
@@ -390,7 +394,7 @@ class Attempt:
         Raises:
             UsageError: a step was called and not awaited, or a branch of the workflow is still running.
         """
-        calls = list(self._unfinished)
+        calls = list(map(unescape_key, self._unfinished))
         if calls:
             raise UsageError(
                 f"workflow {self.name!r} returned with unfinished calls: {', '.join(map(repr, calls))}. Await each "

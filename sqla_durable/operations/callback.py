@@ -15,6 +15,7 @@ from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
 
+from sqla_durable.definitions.checks import unescape_key
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.failure import Failure
 from sqla_durable.definitions.jsonb import DEFAULT_LIMIT
@@ -91,8 +92,8 @@ class Made:
             return _ADAPTER.validate_json(recorded.output or "null")
         except ValidationError as error:
             raise DecodingError(
-                f"the stored callback {recorded.key!r} is none: {problems_of(error)}. Fork from before it, or give its "
-                "answer instead of it, as the outcome of the step that waits."
+                f"the record {unescape_key(recorded.key)!r} is not that of a callback: {problems_of(error)}. Fork from "
+                "before it, or record the answer as the outcome of the step that waits for it."
             ) from error
 
     def to_json(self) -> str:
@@ -179,6 +180,7 @@ class _Waiting:
         self._runtime = runtime
         self._position = position
         self._key = key
+        self._shown = unescape_key(key)
         self._made = made
         self._owner = made.workflow_id
         self._is_forked = made.workflow_id != runtime.attempt.workflow_id
@@ -235,24 +237,24 @@ class _Waiting:
             return await self._fail(CallbackFailedError(answer.error, details))
         return await self._fail(
             DecodingError(
-                f"the outcome of callback {self._key!r} has neither a value nor an error: it was so inserted."
+                f"the outcome of callback {self._shown!r} has neither a value nor an error: it was inserted by SQL."
             )
         )
 
     def _expired(self, due_to: str) -> Exception:
         if due_to == "heartbeat":
             within = timedelta(seconds=self._made.heartbeat or 0)
-            return CallbackSilentError(f"callback {self._key!r} was silent for longer than {within}.")
+            return CallbackSilentError(f"callback {self._shown!r} sent no heartbeat for longer than {within}.")
         within = timedelta(seconds=self._made.timeout or 0)
-        return WaitTimeoutError(f"callback {self._key!r} was not answered within {within}.")
+        return WaitTimeoutError(f"callback {self._shown!r} was not answered within {within}.")
 
     async def _gone(self) -> Recorded:
         if not self._is_forked:  # rewound or deleted
             raise AttemptLost(self._owner)
         return await self._fail(
             NotFoundError(
-                f"callback {self._key!r} is that of workflow {self._owner}, of which this one is a fork, and which is "
-                "finished or has it no longer: nobody can answer it. Fork from before create_callback()."
+                f"callback {self._shown!r} belongs to workflow {self._owner}, of which this one is a fork, and which "
+                "is finished or no longer has it: it cannot be answered. Fork from before create_callback()."
             )
         )
 

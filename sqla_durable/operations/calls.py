@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import isfinite
 
+from sqla_durable.definitions.checks import unescape_key
 from sqla_durable.definitions.limits import Watch
 from sqla_durable.operations.arrivals import Waker
 from sqla_durable.store import Awaited
@@ -15,11 +16,22 @@ from sqla_durable.store import Awaited
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """The identity of one operation: its key in the workflow, its name, and its place in the order of calls."""
+    """The identity of one operation.
+
+    Attributes:
+        key: its key in the workflow, with what the user chose escaped; see `escape_key`.
+        name: its name, escaped likewise.
+        number: its place in the order of calls.
+    """
 
     key: str
     name: str
     number: int
+
+    @property
+    def shown(self) -> str:
+        """The key as it is shown to users."""
+        return unescape_key(self.key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sqla_durable.definitions.checks import unescape_key
 from sqla_durable.store import Recorded
 
 PATCH = "#patched"
@@ -42,7 +43,10 @@ class Mismatch:
         found = [
             _listed("recorded and not visited: ", self.not_visited),
             _listed("visited in another order than recorded: ", self.moved),
-            "; ".join(f"{key!r} was recorded by step {was!r} and is now {now!r}" for key, was, now in self.renamed),
+            "; ".join(
+                f"{unescape_key(key)!r} was recorded by step {unescape_key(was)!r} and is now {unescape_key(now)!r}"
+                for key, was, now in self.renamed
+            ),
         ]
         histories = _listed("\n  recorded: ", self.recorded) + _listed("\n  visited:  ", self.visited)
         return "; ".join(each for each in found if each) + histories
@@ -182,4 +186,4 @@ def _branch(key: str) -> str:
 
 def _listed(label: str, keys: tuple[str, ...]) -> str:
     more = f" and {len(keys) - _SHOWN:,} more" if len(keys) > _SHOWN else ""
-    return label + ", ".join(map(repr, keys[:_SHOWN])) + more if keys else ""
+    return label + ", ".join(repr(unescape_key(key)) for key in keys[:_SHOWN]) + more if keys else ""

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NoReturn
 
+from sqla_durable.definitions.checks import unescape_key
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.failure import Failure
@@ -75,7 +76,7 @@ def raise_recorded(recorded: Recorded, known: KnownErrors) -> NoReturn:
     if rebuilt is not None:
         raise rebuilt
     error = StepFailedError(
-        f"step {recorded.key!r} failed with {failure.type}: {failure.message}",
+        f"step {unescape_key(recorded.key)!r} failed with {failure.type}: {failure.message}",
         error_type=failure.type,
         error_message=failure.message,
     )
@@ -109,7 +110,7 @@ async def settle(runtime: Runtime, position: Position, cancelled: Cancelled) -> 
         ControlFlow: the attempt ends here, and nothing was recorded.
     """
     await runtime.settle()
-    words = f"the workflow's own code cancelled the call {position.key!r}"
+    words = f"the workflow's own code cancelled the call {position.shown!r}"
     error: dict[str, Any] = {
         "type": _TYPE,
         "message": words,

@@ -110,7 +110,7 @@ async def send(runtime: Runtime, call: StepCall) -> None:
         if not is_about_data(error):
             raise
         raise EncodingError(
-            f"the database refuses the details that step {call.position.key!r} reports: {first_line(error)}"
+            f"the database refuses the details that step {call.position.shown!r} reports: {first_line(error)}"
         ) from error
 
 

@@ -44,7 +44,7 @@ def execution_of(attempt: Attempt, step: StepCall | None = None) -> Execution:
         attempt.name,
         attempt.number,
         details=None if details is None else json.loads(details),
-        step=step.position.key,
+        step=step.position.shown,
         step_attempt=step.tries.count,
         idempotency_key=attempt.idempotency_key(step.position),
         headers=attempt.headers,

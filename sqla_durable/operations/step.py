@@ -122,7 +122,7 @@ class _Execution:
         await self._take_up()
         while True:
             if self._limits is not None and self._limits.left(self._call.tries.age) <= 0:
-                return await self._record_failure(self._limits.exceeded(self._call.position.key, None))
+                return await self._record_failure(self._limits.exceeded(self._call.position.shown, None))
             self._call.tries.begin()
             try:
                 return await self._try()
@@ -131,7 +131,7 @@ class _Execution:
             except BaseException as raised:
                 if not is_own_failure(self._attempt, raised):
                     raise
-                error = failure_of_step(raised, self._call.position.key)
+                error = failure_of_step(raised, self._call.position.shown)
                 match self._in_time(await self._verdict(error), error):
                     case _Soon(seconds):
                         self._call.tries.forget()
@@ -217,7 +217,7 @@ class _Execution:
             await transaction.execute(self._refuse_recorded)
         self._phase = Phase.FUNCTION
         self._require_class(transaction.injected)
-        boundary = TransactionGuard(transaction.session, step=self._call.position.key)
+        boundary = TransactionGuard(transaction.session, step=self._call.position.shown)
         try:
             value = await self._called(transaction)
             boundary.check()
@@ -253,7 +253,7 @@ class _Execution:
 
     def _watch(self) -> Watch | None:
         limits = self._limits
-        return None if limits is None else limits.of_try(self._call.position.key, self._call.tries.age)
+        return None if limits is None else limits.of_try(self._call.position.shown, self._call.tries.age)
 
     def _intercept_transaction(self, session: Session) -> None:
         execution = execution_of(self._attempt, self._call)
@@ -317,7 +317,7 @@ class _Execution:
         if verdict.seconds < self._limits.left(self._call.tries.age):
             return verdict
         last = None if isinstance(error, _Again) else error
-        return _Final(self._limits.exceeded(self._call.position.key, last))
+        return _Final(self._limits.exceeded(self._call.position.shown, last))
 
     async def _verdict(self, error: BaseException) -> _Soon | _Later | _Final:
         """Decide on another try."""
@@ -372,7 +372,7 @@ class _Execution:
         return _Later(seconds, lost)
 
     def _lost(self, error: Exception) -> TransactionLostError:
-        key, count = self._call.position.key, self._losses
+        key, count = self._call.position.shown, self._losses
         times = "once" if count == 1 else f"{count} times in a row"
         lost = TransactionLostError(
             f"step {key!r} lost its transaction {times} after its function was called: {describe(error, self._phase)}.",
@@ -385,7 +385,7 @@ class _Execution:
 
     @property
     def _what(self) -> str:
-        return f"workflow {self._attempt.workflow_id}, step {self._call.position.key!r}"
+        return f"workflow {self._attempt.workflow_id}, step {self._call.position.shown!r}"
 
     async def _success(self, value: object) -> Checkpoint:
         self._call.tries.returned(value)

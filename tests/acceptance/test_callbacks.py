@@ -210,7 +210,11 @@ def test_heartbeats_keep_it_alive_in_one_row_and_silence_is_noticed(shell: Shell
         races.wait_until(lambda: is_waiting_again(shell, workflow_id), what="the next wait")
         assert [each.key for each in shell.one(workflow_id).steps] == ["create_callback"]
         let_pass(shell, MINUTE)
-        expected = ["CallbackSilentError", "callback 'create_callback' was silent for longer than 0:01:00.", None]
+        expected = [
+            "CallbackSilentError",
+            "callback 'create_callback' sent no heartbeat for longer than 0:01:00.",
+            None,
+        ]
         assert shell.result(workflow, workflow_id) == expected
     assert len(shell.one(workflow_id).steps) == 2
     with shell.sessionmaker() as session, pytest.raises(errors.CallbackFinishedError, match="silent for too long"):

@@ -472,6 +472,25 @@ def test_explicit_key_is_the_steps_identity(shell: Shell, app: Application) -> N
     assert [(each.key, each.name) for each in _steps(shell)] == [("deposit", "charge"), ("charge", "charge")]
 
 
+def test_key_may_contain_the_marks_of_occurrences_and_branches(shell: Shell, app: Application) -> None:
+    service = Service()
+    charge = app.plain(service.charge)
+    keys = ("charge#2", "orders/7", "50%23")
+
+    async def pay() -> list[int]:
+        keyed = [(await charge.options(key=key)()).number for key in keys]
+        return [*keyed, (await charge()).number, (await charge()).number]
+
+    workflow = app.workflow(pay)
+    assert shell.run(workflow) == [1, 2, 3, 4, 5]
+    workflow_id = _only(shell)
+    recorded = ["charge%232", "orders%2F7", "50%2523", "charge", "charge#2"]
+    assert [each.key for each in _steps(shell)] == recorded
+    shell.crashed(workflow_id)
+    assert shell.finish(workflow, workflow_id) == [1, 2, 3, 4, 5]
+    assert service.keys == [f"{workflow_id}/{key}" for key in recorded]
+
+
 def test_explicit_key_used_twice_is_refused(shell: Shell, app: Application) -> None:
     service = Service()
     charge = app.plain(service.charge)

@@ -304,7 +304,7 @@ def test_start_with_a_signal_of_a_known_key_finds_the_workflow_that_has_ended(sh
         assert shell.finish(workflow, *found) == Approval("ada", 1)
 
 
-@pytest.mark.parametrize(("name", "payload"), [("", None), ("a#2", None), ("approved", object())])
+@pytest.mark.parametrize(("name", "payload"), [("", None), ("#a", None), ("approved", object())])
 def test_start_with_a_signal_that_cannot_be_sent_starts_nothing(
     shell: Shell, app: Application, name: str, payload: object
 ) -> None:
@@ -414,7 +414,7 @@ def test_signal_to_several_is_one_statement(session: Session) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["", " ", "a#2", "a/b", "nul\0"])
+@pytest.mark.parametrize("name", ["", " ", "#a", "/" * 400, "nul\0"])
 def test_name_that_cannot_be_one_is_refused(session: Session, name: str) -> None:
     with pytest.raises(errors.ArgumentError, match="the signal name"):
         signal(session, uuid4(), name)

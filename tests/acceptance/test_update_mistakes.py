@@ -191,7 +191,7 @@ def test_unknown_and_finished_workflows_take_no_update_and_the_transaction_goes_
 
 def test_what_cannot_be_sent_is_refused(session: Session) -> None:
     (known,) = races.enqueue(session)
-    for name in ("", "a#2", "nul\0"):
+    for name in ("", "#a", "nul\0"):
         with pytest.raises(errors.ArgumentError, match="the update name"):
             update(session, known, name)
         with pytest.raises(errors.ArgumentError, match="the update name"):

@@ -151,8 +151,8 @@ def test_something_that_cannot_be_called_is_refused(fn: Any) -> None:
         StepDefinition.of(fn)
 
 
-@pytest.mark.parametrize("name", ["", " ", "a#2", "a/b"])
-def test_names_that_would_confuse_are_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["", " ", "a\0", "/" * 400])
+def test_names_that_cannot_be_recorded_are_refused(name: str) -> None:
     with pytest.raises(DefinitionError):
         StepDefinition.of(plain, StepOptions(name))
     with pytest.raises(DefinitionError):
@@ -225,7 +225,7 @@ def test_step_decorated_in_a_class_is_refused() -> None:
     assert "make the step of the bound method instead" in str(error)
 
 
-@pytest.mark.parametrize("key", ["", " ", "a\0", "\ud800", "reserve#2", "1/reserve"])
+@pytest.mark.parametrize("key", ["", " ", "a\0", "\ud800", "#" * 400])
 def test_step_key_that_is_no_name_is_refused(key: str) -> None:
     step = Durable().step(plain)
     with pytest.raises(DefinitionError, match=r"the key of step 'plain'"):

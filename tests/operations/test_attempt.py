@@ -46,6 +46,19 @@ def test_explicit_key_that_is_another_steps_name_is_refused(attempt: Attempt) ->
         attempt.begin_call("ship", 2, key="charge")
 
 
+def test_marks_in_names_and_keys_are_escaped(attempt: Attempt) -> None:
+    positions = [attempt.begin_call("a/b#2", 1) for _ in range(2)] + [attempt.begin_call("a", 2, key="https://x/#y")]
+    assert [each.key for each in positions] == ["a%2Fb%232", "a%2Fb%232#2", "https:%2F%2Fx%2F%23y"]
+    assert [each.shown for each in positions] == ["a/b#2", "a/b#2#2", "https://x/#y"]
+
+
+def test_key_with_the_mark_of_an_occurrence_is_not_that_occurrence(attempt: Attempt) -> None:
+    keys = [attempt.begin_call("charge", 1, key=key).key for key in ("charge#2", None, None, "#patched/new")]
+    assert keys == ["charge%232", "charge", "charge#2", "%23patched%2Fnew"]
+    with pytest.raises(UsageError, match="the step key 'charge#2' is used twice in workflow 'ship'"):
+        attempt.begin_call("charge", 1, key="charge#2")
+
+
 def test_steps_begin_and_end_in_threads_while_a_heartbeat_reads_what_is_executed(attempt: Attempt) -> None:
     over = threading.Event()
     positions = [attempt.begin_call(f"step{number}", number) for number in range(50)]
