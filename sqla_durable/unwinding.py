@@ -1,14 +1,14 @@
-"""The signals that unwind a workflow function; never an error of the user's.
+"""The signals that unwind a workflow function; none of them is an error of the user's code.
 
 ```
 ControlFlow(BaseException)
 ├── AttemptLost                   the fence refused a write: another attempt owns the workflow, or it was cancelled
-├── Interrupted                   an executor lost its database in the middle
-├── Suspended                     the workflow waits, as a row
-│   └── ContinuedAsNew                it begins anew, with another input and no history
-├── Cancelling                    the workflow was cancelled or is overdue, and undoes what it did
-├── Released                      the worker is stopping and hands the workflow back
-└── CallRefused                   a durable call in a `finally` of an attempt that is ending for one of these reasons
+├── Interrupted                   an executor lost its database while it recorded
+├── Suspended                     the workflow waits without occupying a slot
+│   └── ContinuedAsNew                it starts again with another input and no history
+├── Cancelling                    the workflow was cancelled or is overdue, and its sagas compensate
+├── Released                      the worker is stopping and releases the workflow
+└── CallRefused                   a durable call by code that goes on, as in a `finally`, after one of these
 ```
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ControlFlow(BaseException):
-    """Unwinds a workflow function without being an error of its own.
+    """Unwinds a workflow function without being an error of it.
 
     Not an `Exception`, so that `except Exception` in a workflow cannot swallow it.
     """
@@ -32,7 +32,7 @@ class AttemptLost(ControlFlow):
 
 
 class Interrupted(ControlFlow):
-    """The database was lost while an executor was recording; the workflow is neither finished nor failed.
+    """The database was lost while an executor was recording; the workflow has no outcome.
 
     Attributes:
         error: what the database driver raised.
@@ -44,25 +44,25 @@ class Interrupted(ControlFlow):
 
 
 class Suspended(ControlFlow):
-    """The workflow is parked: its row says when it goes on, and its replay will come back to where it waits."""
+    """The workflow is suspended: its row says when it continues, and its replay returns to where it waits."""
 
 
 class ContinuedAsNew(Suspended):
-    """The workflow was enqueued to begin anew; this attempt is over."""
+    """The workflow was enqueued to continue as new; this attempt is over."""
 
 
 class Cancelling(ControlFlow):
-    """The workflow was cancelled, or its deadline has come: it ends at the first operation that is not recorded."""
+    """The workflow was cancelled, or its deadline has passed: it ends at the first operation that is not recorded."""
 
 
 class Released(ControlFlow):
-    """The worker is stopping; the workflow is handed back at the boundary between two steps."""
+    """The worker is stopping; the workflow is released between two steps."""
 
 
 class CallRefused(ControlFlow):
     """A durable call was made by code that goes on although its attempt is ending. Nothing was executed.
 
-    No `Exception` either, so that code which tries again and again is left too; the workflow ends as it would have.
+    Not an `Exception` either, so that code which retries in a loop is unwound too; the workflow ends as it would have.
 
     Attributes:
         workflow_id: the id of the workflow's record.

@@ -17,7 +17,7 @@ from sqla_durable.api.publishing import DONE, encode
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.errors import UsageError
 from sqla_durable.models import Workflow
-from sqla_durable.operations.publishing import INTERVAL, send
+from sqla_durable.operations.publishing import INTERVAL, send_heartbeat
 from sqla_durable.runtime.context import active
 from sqla_durable.store import workers
 
@@ -68,7 +68,7 @@ def heartbeat(details: object = None) -> Awaitable[None]:
     )
     if not context.attempt.progress(step.position).report(text, interval=INTERVAL):
         return DONE
-    return context.operate(step.position, lambda runtime, _: send(runtime, step)) or DONE
+    return context.operate(step.position, lambda runtime, _: send_heartbeat(runtime, step)) or DONE
 
 
 @dataclass(frozen=True, slots=True)

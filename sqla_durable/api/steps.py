@@ -64,7 +64,7 @@ class _Step(DurableFunction[P, R]):
         """Give the step with an explicit key: its identity in the workflow, instead of name and occurrence.
 
         Raises:
-            DefinitionError: the key is blank, or contains one of the marks of occurrences.
+            DefinitionError: the key is blank, too long, or cannot be stored.
         """
         require_name(key, what=f"key of step {self.name!r}")
         return type(self)(self.definition, key)

@@ -68,7 +68,7 @@ class Fact(Generic[T]):
         context = active()
         if context is None or context.step is not None:
             return self._ask()
-        asking = waiting.record_database_time if self._of_database else partial(waiting.record_value, ask=self._ask)
+        asking = waiting.record_database_time if self._of_database else partial(waiting.record_value, produce=self._ask)
         return cast("T", operate(self._name, partial(asking, codec=self._codec)))
 
     def aio(self) -> Coroutine[Any, Any, T]:

@@ -293,7 +293,7 @@ class _Receiving:
         receive = partial(
             receive_update,
             name=self.name,
-            consider=partial(self._consider, runtime.attempt),
+            validate=partial(self._consider, runtime.attempt),
             within=self.timeout,
         )
         taken = await receive(runtime, position)

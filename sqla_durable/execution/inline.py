@@ -101,7 +101,7 @@ class BlockingInline(BlockingRuntime):
 
     @override
     async def wait(self, position: Position, wait: Wait) -> None:
-        if wait.awaits or wait.looks:
+        if wait.awaits or wait.polls:
             self._story.refuse_waiting(position.key)
             await self.pause(min(wait.seconds, _LOOK_EVERY))
             return
@@ -254,7 +254,7 @@ class AsyncInline(AsyncRuntime):
 
     @override
     async def wait(self, position: Position, wait: Wait) -> None:
-        if wait.awaits or wait.looks:
+        if wait.awaits or wait.polls:
             self._story.refuse_waiting(position.key)
             await self.pause(min(wait.seconds, _LOOK_EVERY))
             return

@@ -1,4 +1,4 @@
-"""One attempt at a workflow: who it is, what is already recorded, and which key the next operation gets."""
+"""One attempt at a workflow: what is recorded already, which operations it has called, and whether it is to end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sqla_durable.store import Claimed, Fence, Recorded
 from sqla_durable.unwinding import CallRefused, Cancelling, ContinuedAsNew, ControlFlow, Suspended
 
 TIMERS = "#timers"
-"""The name of the details in which an operation that waits keeps the deadlines of asyncio's timers."""
+"""The key in the details of a waiting operation under which the deadlines of asyncio's timers are stored."""
 
 DEFAULT_HISTORY_LIMIT = 50_000
 """How many operations one workflow may call, unless its `Durable` says otherwise."""
@@ -32,26 +32,26 @@ DEFAULT_HISTORY_LIMIT = 50_000
 _NO_OPTIONS = DurableOptions()
 
 _compensating: ContextVar[Attempt | None] = ContextVar("compensating", default=None)
-"""The attempt whose saga is undoing what was done in its block, for the code that does so."""
+"""The attempt whose saga is compensating, for the code that is executed to compensate."""
 
 
 class Attempt:
     """One execution of a workflow function.
 
-    A step's key is its name and occurrence in its branch, given when the step is called and not when it ends, so that
-    parallel steps have the same keys on every replay, whichever is faster. Callable from any thread: branches visit,
-    and the steps that they have called wait and leave, at the same time.
+    A step's key is its name and occurrence in its branch, assigned when the step is called and not when it ends, so
+    that parallel steps have the same keys on every replay, whichever is faster. Thread-safe: branches call operations,
+    and operations wait and end, at the same time.
 
     Attributes:
-        options: those of the `Durable` that the workflow belongs to.
+        options: the options of the `Durable` that the workflow belongs to.
         branches: the live branches of the workflow's own code.
         has_children: whether it has started a child.
-        holding_maps: the keys under which maps have started children and do not let all of them go at once.
-        joined_maps: those of the maps that have an outcome, which hold none any more.
-        loop_timers: those of asyncio that the workflow's code has armed; see `loop_timers`.
+        holding_maps: the start keys of maps that limit how many of their children are active at once.
+        joined_maps: the start keys of maps that have an outcome, and so hold no children any more.
+        loop_timers: the asyncio timers that the workflow's code has set; see `runtime.loop_timers`.
         cancelled_calls: keys of operations that the workflow's code has cancelled in this attempt.
-        warns_of_refusal: whether a call that is refused at the attempt's end is logged; only the first one is.
-        arrivals: what learns in this process of signals and of workflows that end.
+        warns_of_refusal: whether the next refused call is logged; only the first of an attempt is.
+        arrivals: wakes waiting operations when this process learns of a signal or of a workflow that ended.
         is_slot_wanted: returns whether another workflow may be waiting for this one's slot.
     """
 
@@ -68,15 +68,15 @@ class Attempt:
         self.joined_maps: set[str] = set()
         self.options = _NO_OPTIONS
         self._history: Mapping[str, Recorded] = claimed.history
-        self._learned: dict[str, Recorded] = {}  # outcomes that this attempt has read again
+        self._learned: dict[str, Recorded] = {}  # outcomes that this attempt has read from the database since
         self.cancelled_calls: set[str] = set()
         self.loop_timers: object = None
         self.history_check = HistoryCheck(claimed.history)
         self.branches = Branches()
         self._places: dict[str, object] = {}
         self._keys: set[str] = set()
-        self._unfinished: dict[str, object] = {}  # by key, the task or thread that is in the operation
-        self._steps: dict[str, Tries] = {}  # by key, those that are being executed
+        self._unfinished: dict[str, object] = {}  # by key, the task or thread that executes the call
+        self._steps: dict[str, Tries] = {}  # by key, the tries of steps that are being executed
         self._waits: dict[str, Wait] = {}
         self._wakers: set[Waker] = set()
         self.arrivals: Arrivals | None = None
@@ -94,18 +94,18 @@ class Attempt:
 
     @property
     def may_hold_children(self) -> bool:
-        """Whether children of a map may wait for others to end: also of one in its history, not called again yet."""
+        """Whether children may be held until others end: those of a map called now, or recorded and not called yet."""
         recorded = {key for key, each in self._history.items() if _starts_several(each)}
         return bool((self.holding_maps | recorded) - self.joined_maps)
 
     @property
     def may_have_notices(self) -> bool:
-        """Whether rows of the engine's own may be left to it: of children, or of an earlier wait."""
+        """Whether the inbox may hold notices of the engine: of children, or of an earlier wait."""
         return self.has_children or self.is_replaying
 
     @property
     def deadlines(self) -> dict[str, float]:
-        """When timers of asyncio are due with which the workflow was suspended, by key, in the database's seconds."""
+        """When the asyncio timers with which the workflow was suspended are due, by key, in the database's seconds."""
         found: dict[str, float] = {}
         for each in self._history.values():
             if each.details is not None and TIMERS in each.details:
@@ -114,9 +114,9 @@ class Attempt:
 
     @property
     def fired_timers(self) -> dict[str, tuple[int, list[str]]]:
-        """The timers of asyncio that fired in earlier attempts while operations were open, in that order, by key.
+        """The asyncio timers that fired in earlier attempts while operations were open, by key, in the order of firing.
 
-        Each with how many operations had been called before, and the keys of those that were open.
+        Each has the number of operations called before, and the keys of those that were open.
         """
         found = (json.loads(each.output or "{}") for each in self._history.values() if each.name == FIRED)
         return {each["timer"]: (each["order"], each["open"]) for each in sorted(found, key=lambda each: each["number"])}
@@ -134,28 +134,29 @@ class Attempt:
         return bool(self._history)
 
     def begin_call(self, name: str, place: object, *, key: str | None = None) -> Position:
-        """Give the identity of the operation that the workflow calls now, in the branch that the code is in.
+        """Register the call of an operation in the branch that the code is in, and return its identity.
 
         An explicit key is the operation's identity in the workflow, whatever branch it is called in. Names and keys are
         escaped, so that they may contain what marks occurrences and branches.
 
         Raises:
             UsageError: an explicit key is used twice, two functions share a step name, or the code is in no branch.
-            CallRefused: the code was told that the attempt ends, and the operation is not recorded.
+            HistoryLimitError: the workflow has called as many operations as it may.
+            CallRefused: the code has received the signal that ends the attempt, and the operation is not recorded.
         """
         branch = self.branches.require_here(f"step {name!r}", workflow=self.name)
         with self._lock:
             if self._places.setdefault(name, place) != place:
                 raise UsageError(
                     f"two functions are called under the step name {name!r} in workflow {self.name!r}: a replay could "
-                    "take one's outcome for the other's. Give one of them another name."
+                    "return the outcome of one for the other. Use another name for one of them."
                 )
             limit = self.options.history_limit or DEFAULT_HISTORY_LIMIT
             if self.history_check.count >= limit:
                 raise HistoryLimitError(
                     f"workflow {self.name!r} has called {limit:,} operations, its limit: every replay "
-                    "reads all of them. Begin anew with continue_as_new(...), give parts of it to children, or raise "
-                    "Durable(history_limit=...)."
+                    "reads all of them. Continue as new with continue_as_new(...), move parts of it to children, or "
+                    "raise Durable(history_limit=...)."
                 )
             escaped = escape_key(name)
             identity = branch.key(escaped, explicit=None if key is None else escape_key(key))
@@ -172,59 +173,59 @@ class Attempt:
             return position
 
     def continue_call_here(self, position: Position) -> None:
-        """Note that an operation is carried out in this task or thread, wherever it was called."""
+        """Note that the call is executed in this task or thread, wherever it was made."""
         with self._lock:
             self._unfinished[position.key] = self.branches.home()
 
     def end_call(self, position: Position) -> None:
-        """Note that an operation ended, whichever way."""
+        """Note that the call of an operation ended, with or without an outcome."""
         with self._lock:
             self._unfinished.pop(position.key, None)
             self._steps.pop(position.key, None)
             self._active_at = time.monotonic()
 
     def begin_step(self, position: Position, tries: Tries) -> None:
-        """Note that a step is being executed; `left` ends that."""
+        """Note that a step is being executed, until `end_call`."""
         with self._lock:
             self._steps[position.key] = tries
 
     def executing_steps(self) -> dict[str, Tries]:
-        """Return the tries of the steps that are being executed now, and not waiting, by key."""
+        """Return the tries of the steps that are being executed now and are not waiting, by key."""
         with self._lock:
             return {key: each for key, each in self._steps.items() if key not in self._waits}
 
     def recorded(self, position: Position) -> Recorded | None:
-        """Return the operation's outcome, as an earlier attempt has recorded it, or as it was read again."""
+        """Return the recorded outcome of an operation: an earlier attempt's, or one that was read since."""
         found = self._history.get(position.key)
         return found if found is not None and found.status.finished else self._learned.get(position.key)
 
     def note_outcome(self, outcome: Recorded) -> None:
-        """Note an outcome that stands in the database, whoever has recorded it."""
+        """Note an outcome that was read from the database, whoever recorded it."""
         self._learned[outcome.key] = outcome
 
     def unfinished_record(self, position: Position) -> Recorded | None:
-        """Give what earlier attempts recorded of an operation that has no outcome yet."""
+        """Return what earlier attempts recorded of an operation that has no outcome yet."""
         found = self._history.get(position.key)
         return None if found is None or found.status.finished else found
 
     def progress(self, position: Position) -> Progress:
-        """Give what a step has reported of itself, and reports."""
+        """Return the object that holds what a step reports while it is executed."""
         tried = self.unfinished_record(position)
         return self._progress.setdefault(position.key, Progress(None if tried is None else tried.details))
 
     def begin_wait(self, position: Position, wait: Wait) -> None:
-        """Note that an operation waits."""
+        """Note that an operation begins to wait."""
         with self._lock:
             self._waits[position.key] = wait
 
     def end_wait(self, position: Position) -> None:
-        """Note that an operation waits no longer."""
+        """Note that an operation no longer waits."""
         with self._lock:
             self._waits.pop(position.key, None)
 
     @contextmanager
     def listening(self, names: Collection[Hashable]) -> Generator[Waker]:
-        """Return what wakes an operation when one of these may be there, or the attempt is to end."""
+        """Yield a waker that is woken when one of these is announced, or when the attempt is to end."""
         waker, arrivals = Waker(), self.arrivals
         with self._lock:
             self._wakers.add(waker)
@@ -240,35 +241,35 @@ class Attempt:
 
     @property
     def has_listeners(self) -> bool:
-        """Whether an operation waits for what others do."""
+        """Whether an operation waits for a signal, an update, a callback or another workflow."""
         return bool(self._wakers)
 
     def wake_listeners(self) -> None:
-        """Wake the operations that wait for what others do: they look whether they are to go on waiting in memory."""
+        """Wake the operations that wait in memory for something external: each checks whether it may wait on."""
         for waker in tuple(self._wakers):
             waker.wake()
 
     @property
     def is_executing(self) -> bool:
-        """Whether a step that the workflow has called is being executed now, and not waiting."""
+        """Whether a call of the workflow is being executed now and is not waiting."""
         with self._lock:
             return any(key not in self._waits for key in self._unfinished)
 
     @property
     def homes_in_calls(self) -> set[object]:
-        """The tasks or threads that are in an operation now."""
+        """The tasks and threads that execute calls now."""
         with self._lock:
             return set(self._unfinished.values())
 
     def begin_suspension(self, *, quiet: float, idle: Callable[[], bool]) -> Suspension | None:
-        """Tell how the workflow can be parked now, once; None: it stays in memory.
+        """Return how to suspend the workflow, and stop the attempt; None: it stays in memory.
 
-        Only when every operation that it has called waits, and all of them for long enough: parking ends the others.
+        Only when every operation that it has called waits, and all of them for long enough: suspending ends the calls.
 
         Args:
-            quiet: for how many seconds the workflow must have called nothing, and nothing of it must have ended, where
-                nobody can tell that it is idle.
-            idle: tells whether all of the workflow's own code waits for its operations, and for nothing else.
+            quiet: for how many seconds the workflow must have called nothing, and no call of it have ended, where
+                `idle` is false.
+            idle: returns whether all of the workflow's own code waits for its operations, and for nothing else.
         """
         with self._lock:
             waits = [self._waits.get(key) for key in self._unfinished]
@@ -280,28 +281,28 @@ class Attempt:
             return Suspension.of(each for each in waits if each is not None)
 
     def undo_suspension(self) -> None:
-        """Take back that the workflow is parked: what was to be recorded with it was refused."""
+        """Undo `begin_suspension`: the database refused what was to be recorded with it."""
         if self._stop is Suspended:
             self._stop = None
 
     def is_quiet(self, *, quiet: float, idle: Callable[[], bool]) -> bool:
-        """Return whether nothing but time, or what others do, can let the workflow go on; see `begin_parking`."""
+        """Return whether every call waits and the code is idle, as for `begin_suspension`."""
         with self._lock:
             waits = all(key in self._waits for key in self._unfinished)
             return waits and idle() and time.monotonic() - self._active_at >= quiet
 
     def idempotency_key(self, position: Position) -> str:
-        """Give a text that is the same on every execution of this step, and of no other step."""
+        """Return a text that is the same on every execution of this step, and different for every other step."""
         return f"{self.workflow_id}/{position.key}"
 
     def stop(self, signal: Callable[[], ControlFlow]) -> None:
-        """Let the attempt end at its next operation, with this signal; the first one given counts."""
+        """End the attempt at its next operation with this signal; later signals are ignored."""
         self._stop = self._stop or signal
         self.wake_listeners()
 
     @contextmanager
     def compensating(self) -> Generator[None]:
-        """Let operations be executed although the workflow is being cancelled: those that undo what it did."""
+        """Allow operations although the workflow is being cancelled: compensations are executed here."""
         cancelling, outer = self._stop is Cancelling, _compensating.set(self)
         self._stop = None if cancelling else self._stop
         try:
@@ -312,50 +313,50 @@ class Attempt:
 
     @property
     def is_compensating(self) -> bool:
-        """Whether the code that asks is undoing what was done in a saga's block; a branch beside that is not."""
+        """Whether the calling code is executed to compensate; other branches are not."""
         return _compensating.get() is self
 
     @property
     def is_stopped(self) -> bool:
-        """Whether the attempt was told to end."""
+        """Whether the attempt is to end."""
         return self._stop is not None
 
     @property
     def stop_signal(self) -> ControlFlow | None:
-        """The signal with which the attempt ends, if it was told to."""
+        """The signal with which the attempt is to end, if it is."""
         return None if self._stop is None else self._stop()
 
     @property
     def is_cancelling(self) -> bool:
-        """Whether the attempt ends because its workflow was cancelled, and is to undo what it did."""
+        """Whether the attempt ends because its workflow was cancelled, and its sagas are to compensate."""
         return self._stop is Cancelling
 
     @property
     def was_signalled(self) -> bool:
-        """Whether the code that is executed here was told that the attempt ends: it goes on, or is being unwound."""
+        """Whether the code of this branch has received the signal that ends the attempt, or is being unwound by it."""
         if self._stop is None:
             return False
         branch = self.branches.here()
-        if branch is not None and branch.told is self._stop:
+        if branch is not None and branch.received_signal is self._stop:
             return True
         unwinding = sys.exception()
-        if isinstance(unwinding, ControlFlow):  # another one, where a saga undoes
+        if isinstance(unwinding, ControlFlow):  # a different one while a saga compensates
             return isinstance(unwinding, (CallRefused, type(self._stop())))
         return unwinding is not None and not isinstance(unwinding, Exception)
 
     def note_signal(self, signal: BaseException) -> None:
-        """Note that the code that is executed here gets a signal: the attempt is over."""
+        """Note that a signal is delivered to the code of this branch, and stop the attempt."""
         if isinstance(signal, ControlFlow):
             self.stop(lambda: signal)
         branch = self.branches.here()
         if branch is not None:
-            branch.told = self._stop
+            branch.received_signal = self._stop
 
     def refuse_after_signal(self, key: str) -> None:
-        """Refuse a call that is not recorded to code that was told that the attempt ends.
+        """Refuse a call that is not recorded, if the code has received the signal that ends the attempt.
 
         Raises:
-            CallRefused: it was. The first time in an attempt, that is logged.
+            CallRefused: it has. The first refusal of an attempt is logged.
         """
         found = self._history.get(key)
         if (
@@ -375,24 +376,24 @@ class Attempt:
 
     @property
     def is_suspended(self) -> bool:
-        """Whether the attempt ends because its workflow is parked."""
+        """Whether the attempt ends because its workflow is suspended."""
         return self._stop is Suspended
 
     @property
     def suspended_by_engine(self) -> bool:
-        """Return whether the engine has suspended the workflow, or begun it anew, and not code that raised the same."""
+        """Whether the engine suspended the workflow or continued it as new, and not code that raised the same class."""
         return self._stop in (Suspended, ContinuedAsNew)
 
     def raise_if_stopped(self) -> None:
-        """Raise the signal with which the attempt is to end, if there is one."""
+        """Raise the signal with which the attempt is to end, if it is."""
         if self._stop is not None:
             raise self._stop()
 
     def refuse_unfinished(self) -> None:
-        """Refuse to finish a workflow that leaves steps behind.
+        """Refuse to finish a workflow whose calls or branches have not ended.
 
         Raises:
-            UsageError: a step was called and not awaited, or a branch of the workflow is still running.
+            UsageError: a call was not awaited, or a branch is still running.
         """
         calls = list(map(unescape_key, self._unfinished))
         if calls:

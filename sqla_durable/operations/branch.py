@@ -1,7 +1,7 @@
-"""The branches of a workflow: which of its own code runs beside other code of its own, and who is who among them.
+"""The branches of a workflow, which run concurrently, and how each assigns keys to its operations.
 
-A branch counts the operations that it calls and the branches that it opens, so that no key depends on another branch's
-speed. Where a branch is executed, in a task or a thread, is its home; what that is, the runtimes know.
+A branch counts the operations that it calls and the branches that it opens, so that no key depends on how fast another
+branch is. The task or thread that executes a branch is its home; the runtimes determine it.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _NOT_IN_NAMES = str.maketrans(dict.fromkeys("#/<>", ""))
 
 
 class Branch:
-    """A line of a workflow's own code: `""` is the function itself, `"pay#2"` the second `pay` beside it.
+    """A branch of a workflow's own code: `""` is the function itself, `"pay#2"` the second branch named `pay`.
 
     Attributes:
-        path: its names from the workflow's function downwards, with their occurrences.
-        awaited_threads: how many threads with branches of its own it waits for, and for nothing else.
-        has_caught_up: whether it has come to a step that is not recorded.
-        told: of which end of the attempt its code was told.
+        path: the names of the branches from the workflow's function down to it, with their occurrences.
+        awaited_threads: how many threads with branches of its own it waits for, while it does nothing else.
+        has_caught_up: whether it has reached a step that is not recorded.
+        received_signal: the signal, ending the attempt, that was delivered to its code.
     """
 
     def __init__(self, path: str = "") -> None:
         self.path = path
         self.awaited_threads = 0
         self.has_caught_up = False
-        self.told: object = None
+        self.received_signal: object = None
         self._operations: Counter[str] = Counter()
         self._children: Counter[str] = Counter()
 
@@ -40,12 +40,12 @@ class Branch:
         return f"<Branch {self.path!r}>"
 
     def open(self, name: str) -> Branch:
-        """Give the next branch of this name; called in the branch itself, in the order of its code."""
+        """Open the next branch of this name; to be called in this branch, in the order of its code."""
         self._children[name] += 1
         return Branch(self._under(_counted(name, self._children[name])))
 
     def key(self, name: str, *, explicit: str | None = None) -> str:
-        """Give the key of the next operation of this name; an explicit one is the whole workflow's."""
+        """Return the key of the next operation of this name; an explicit key is unique in the whole workflow."""
         self._operations[explicit or name] += 1
         return explicit or self._under(_counted(name, self._operations[name]))
 
@@ -54,65 +54,65 @@ class Branch:
 
 
 class Branches:
-    """The live branches of one attempt, and where each of them is executed. Callable from any thread.
+    """The live branches of one attempt, and where each is executed. Thread-safe.
 
     Attributes:
-        calls: the tasks that are one call of an operation each, and no branch.
-        has_new: whether tasks were made since the workflow's code last let them begin.
+        calls: the tasks that each execute one call of an operation and are not branches.
+        has_new: whether tasks were created since the workflow's code last let them begin.
     """
 
     def __init__(self) -> None:
         self.root = Branch()
         self.lock = threading.RLock()
-        self._whereabouts: Callable[[], object] | None = None
+        self._current_home: Callable[[], object] | None = None
         self._at: dict[object, Branch] = {}
         self.calls: set[object] = set()
         self.has_new = False
         self._starting: list[Branch] = []
 
-    def begin(self, whereabouts: Callable[[], object]) -> None:
-        """Begin with the workflow's own code, here.
+    def begin(self, current_home: Callable[[], object]) -> None:
+        """Register the current task or thread as the home of the workflow's own code.
 
         Args:
-            whereabouts: gives the task or thread that the code is in, or None.
+            current_home: returns the task or thread that the code is in, or None.
         """
-        self._whereabouts = whereabouts
-        self._at[whereabouts()] = self.root
+        self._current_home = current_home
+        self._at[current_home()] = self.root
 
     def here(self) -> Branch | None:
-        """Give the branch that the code is in; None in a task or thread that is none of the workflow's."""
-        if self._whereabouts is None:
+        """Return the branch that the code is in; None in a task or thread that does not belong to the workflow."""
+        if self._current_home is None:
             return self.root
-        home = self._whereabouts()
+        home = self._current_home()
         return None if home is None else self._at.get(home)
 
     def require_here(self, what: str, *, workflow: str) -> Branch:
-        """Give the branch that the code is in.
+        """Return the branch that the code is in.
 
         Raises:
-            UsageError: it is in none.
+            UsageError: it is not in a branch.
         """
         branch = self.here()
         if branch is None:
             raise UsageError(
                 f"{what} was called in a task or thread that is no branch of workflow {workflow!r}: its place in the "
-                "history would depend on which is faster. Call it in the workflow's own code, in a task that this code "
+                "history would depend on timing. Call it in the workflow's own code, in a task that this code "
                 "makes itself (asyncio.gather, TaskGroup, create_task), or in a function given to parallel()."
             )
         return branch
 
     def home(self) -> object:
-        """Give the task or thread that the code is in, or None."""
-        return None if self._whereabouts is None else self._whereabouts()
+        """Return the task or thread that the code is in, or None."""
+        return None if self._current_home is None else self._current_home()
 
     def begin_threads(self, parent: Branch, first: Sequence[Branch]) -> None:
-        """Note that a branch waits for threads, one for each of these branches to begin with."""
+        """Note that a branch waits for threads, each of which begins with one of these branches."""
         with self.lock:
             self._starting += first
             parent.awaited_threads = len(first)
 
     def enter(self, branch: Branch, home: object) -> None:
-        """Let a branch be executed there, beside where it is already."""
+        """Register a task or thread as another home of a branch."""
         self.has_new = True
         with self.lock:
             self._at[home] = branch
@@ -120,29 +120,29 @@ class Branches:
                 self._starting.remove(branch)
 
     def leave(self, home: object) -> None:
-        """Forget a task or thread that has ended."""
+        """Unregister a task or thread that has ended."""
         with self.lock:
             self._at.pop(home, None)
 
     def enter_call(self, home: object) -> None:
-        """Note a task that is one call of an operation."""
+        """Register a task that executes one call of an operation."""
         self.has_new = True
         with self.lock:
             self.calls.add(home)
 
     def leave_call(self, home: object) -> None:
-        """Forget one that has ended."""
+        """Unregister such a task, which has ended."""
         with self.lock:
             self.calls.discard(home)
 
     def end_thread(self, parent: Branch, home: object) -> None:
-        """Forget a thread that a branch waits for; after the last it goes on."""
+        """Unregister a thread that a branch waits for; after the last one the branch continues."""
         with self.lock:
             self.leave(home)
             parent.awaited_threads -= 1
 
     def end_threads(self, parent: Branch) -> None:
-        """Note that a branch goes on, although threads of its own may not have begun."""
+        """Note that a branch continues, although some of its threads may not have begun."""
         with self.lock:
             if parent.awaited_threads:
                 parent.awaited_threads = 0
@@ -159,15 +159,15 @@ class Branches:
         """The live branches beside the workflow's own code."""
         return [each.path for each in self.homes.values() if each is not self.root]
 
-    def all_wait_or_are_in(self, carriers: Iterable[object]) -> bool:
-        """Tell whether every branch waits for others, or is executed in one of these homes."""
+    def all_wait_or_are_in(self, homes: Iterable[object]) -> bool:
+        """Return whether every branch waits for its threads, or is executed in one of these homes."""
         with self.lock:
-            among = set(carriers)
+            among = set(homes)
             return not self._starting and all(each.awaited_threads or home in among for home, each in self._at.items())
 
 
 def unwrap_anyio(coroutine: Any) -> Any:
-    """Return the coroutine that one of anyio's executes: newer versions of anyio put one of their own around it."""
+    """Return the coroutine inside one of anyio's: newer versions of anyio wrap the one that they are given."""
     while getattr(coroutine, "__qualname__", None) == "TaskHandle._run_coro" and coroutine.cr_frame is not None:
         inner = getattr(coroutine.cr_frame.f_locals.get("self"), "_coro", None)
         if inner is None:
@@ -177,9 +177,9 @@ def unwrap_anyio(coroutine: Any) -> Any:
 
 
 def name_of(code: object) -> str:
-    """Give the name under which the branches of a function, or of a coroutine of it, are counted.
+    """Return the name under which the branches of a function, or of its coroutine, are counted.
 
-    That of its definition, with its class but without the functions around it: those may be renamed.
+    The qualified name of its definition, without enclosing functions, which may be renamed.
     """
     while isinstance(code, functools.partial):
         code = code.func  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]

@@ -1,4 +1,4 @@
-"""Callbacks: made once, with a token that others answer by; the workflow waits for the answer as a row."""
+"""Callbacks: created once, with a token by which another system answers; the workflow is suspended meanwhile."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ from sqla_durable.store import Awaited, Recorded, callbacks, hints, signals
 from sqla_durable.unwinding import AttemptLost
 
 _SECRET = 24  # bytes
-_SHORTEST_LOOK, _LONGEST_LOOK, _SHARE = 1.0, 30.0, 0.25  # seconds, and a share of those that have passed
-_LONGEST_WAIT = 365 * 86_400.0  # seconds: a time that is out of the server's range is none
+_SHORTEST_PAUSE, _LONGEST_PAUSE, _SHARE = 1.0, 30.0, 0.25  # seconds, and a share of the seconds waited so far
+_LONGEST_WAIT = 365 * 86_400.0  # seconds: a longer wait is treated as this one, within the server's range
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A callback as its step's record has it.
+    """A callback, as the record of its step stores it.
 
-    The record has the hash of the token, by which it is found, and not the token: that is made again of a secret that
-    only workers have. Without such a secret the record has the token too, or a replay would not have it.
+    The record has the hash of the token, by which it is found, and not the token, which is derived from a secret that
+    only workers have. Without such a secret the record has the token too, because a replay needs it.
 
     Attributes:
-        workflow_id: the id of the workflow that made it.
+        workflow_id: the id of the workflow that created it.
         digest: SHA-256 of the token, in hexadecimal digits.
-        nonce: what is random in a token that is made of a secret.
+        nonce: the random part that a token is derived from.
         token: the token itself, where there was no secret.
-        signal: the name under which its outcome is in that workflow's inbox.
-        timeout: in seconds, from when it was made.
-        heartbeat: in seconds, how long it may be silent.
+        signal: the name under which its outcome is sent to that workflow's inbox.
+        timeout: in seconds, from its creation.
+        heartbeat: how many seconds may pass between two heartbeats.
     """
 
     workflow_id: UUID
@@ -70,7 +70,7 @@ class Made:
     def new(
         cls, workflow_id: UUID, known: tuple[bytes, ...] = (), *, within: timedelta | None, heartbeat: timedelta | None
     ) -> Made:
-        """Make one."""
+        """Create a callback with a new token."""
         nonce = secrets.token_hex(_SECRET)
         made = _tokens(workflow_id, nonce, known)
         token = made[0] if made else f"{workflow_id.hex}.{secrets.token_hex(_SECRET)}"
@@ -79,7 +79,7 @@ class Made:
             digest=digest_of(token),
             nonce=nonce,
             token=None if made else token,
-            # Refused as a name by `signal`: nobody sends it by chance.
+            # `signal` refuses such a name, so that no user's signal has it by chance.
             signal=f"{signals.CALLBACK}{secrets.token_hex(8)}",
             timeout=None if within is None else within.total_seconds(),
             heartbeat=None if heartbeat is None else heartbeat.total_seconds(),
@@ -87,7 +87,7 @@ class Made:
 
     @classmethod
     def of(cls, recorded: Recorded) -> Made:
-        """Read a record, of which an operator may have made another one."""
+        """Read the record of a callback, which an operator may have changed."""
         try:
             return _ADAPTER.validate_json(recorded.output or "null")
         except ValidationError as error:
@@ -101,20 +101,20 @@ class Made:
         return _ADAPTER.dump_json(self).decode()
 
     def reveal(self, known: tuple[bytes, ...] = ()) -> str:
-        """Return the token, by which others answer.
+        """Return the token, by which another system answers.
 
         Args:
-            known: the secrets of this worker, one of which may have made it.
+            known: the secrets of this worker, from one of which it was derived.
 
         Raises:
-            UsageError: none of them has.
+            UsageError: it was derived from none of them.
         """
         given = [self.token] if self.token is not None else _tokens(self.workflow_id, self.nonce, known)
         found = next((each for each in given if hmac.compare_digest(digest_of(each), self.digest)), None)
         if found is None:
             raise UsageError(
-                f"the token of a callback of workflow {self.workflow_id} was made with a secret that this worker does "
-                "not have: give Durable(secret=[...]) the old one beside the new one, for as long as workflows wait."
+                f"the token of a callback of workflow {self.workflow_id} was derived from a secret that this worker "
+                "does not have: pass the old secret to Durable(secret=[...]) after the new one while workflows wait."
             )
         return found
 
@@ -123,7 +123,7 @@ _ADAPTER = TypeAdapter(Made)
 
 
 def digest_of(token: str) -> str:
-    """Return what a callback's record holds of its token, and what it is found by."""
+    """Return the hash of a token, which a callback's record stores and is found by."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
@@ -135,10 +135,10 @@ def _tokens(workflow_id: UUID, nonce: str, known: tuple[bytes, ...]) -> list[str
 async def create(
     runtime: Runtime, position: Position, *, within: timedelta | None, heartbeat: timedelta | None
 ) -> Made:
-    """Make a callback, or find the one that was made before; committed when this returns.
+    """Create a callback, or return the recorded one; it is committed when this returns.
 
     Raises:
-        DecodingError: what is recorded is none.
+        DecodingError: what is recorded is no callback.
     """
     attempt = runtime.attempt
     try:
@@ -148,19 +148,19 @@ async def create(
         await runtime.settle()
         made = Made.new(attempt.workflow_id, attempt.options.secrets, within=within, heartbeat=heartbeat)
         await runtime.record(checkpoint_of(attempt, position, output=made.to_json()))
-        await runtime.settle()  # nobody is to have a token that a crash makes another one of
+        await runtime.settle()  # a token is handed out only when a crash can no longer replace it
         return made
     finally:
         attempt.end_call(position)
 
 
 async def result(runtime: Runtime, position: Position, *, key: str, made: Made, kind: Codec) -> Any:
-    """Wait for the outcome of a callback, whose step has this key; give its value.
+    """Wait for the outcome of a callback, whose step has this key, and return its value.
 
     Raises:
         CallbackFailedError: it has failed.
-        WaitTimeoutError, CallbackSilentError: its time was over.
-        NotFoundError: nobody can answer it any more.
+        WaitTimeoutError, CallbackSilentError: it was not answered in time.
+        NotFoundError: it can no longer be answered.
         DecodingError: the value does not fit.
     """
     try:
@@ -174,7 +174,7 @@ async def result(runtime: Runtime, position: Position, *, key: str, made: Made, 
 
 
 class _Waiting:
-    """One wait for a callback's outcome. Nothing of it is recorded: its times are those of the callback."""
+    """One wait for a callback's outcome. The wait itself is not recorded: the callback's own row has its times."""
 
     def __init__(self, runtime: Runtime, position: Position, key: str, made: Made) -> None:
         self._runtime = runtime
@@ -187,16 +187,16 @@ class _Waiting:
         self._began = time.monotonic()
 
     async def outcome(self) -> Recorded:
-        """Record the outcome when it is there."""
+        """Wait for the outcome, record it and return the record."""
         hint = hints.sent_to(self._owner, self._made.signal)
         with self._runtime.attempt.listening([hint]) as waker:
             return await self._outcome(GracePeriod(self._runtime.attempt, waker))
 
     async def _outcome(self, grace: GracePeriod) -> Recorded:
-        look = partial(callbacks.look, workflow_id=self._owner, key=self._key, signal=self._made.signal)
+        read = partial(callbacks.look, workflow_id=self._owner, key=self._key, signal=self._made.signal)
         while True:
-            grace.waker.woken.clear()  # before the look: what comes during it wakes again
-            found = await self._runtime.execute(look)
+            grace.waker.woken.clear()  # before the query: what arrives during it wakes again
+            found = await self._runtime.execute(read)
             if found is None or found.signal is None:
                 return await self._gone()
             if found.answer is not None:
@@ -214,9 +214,9 @@ class _Waiting:
         return await self._runtime.execute(partial(callbacks.expire, checkpoint=checkpoint, key=self._key))
 
     def _wait(self, due_in: float) -> Wait:
-        """Wait for the outcome, or until it is too late; where somebody answers just then, for what becomes of that.
+        """Return how to wait: until the outcome or the deadline; past it, for the transaction that answers just now.
 
-        Nobody tells a fork that its original's callback was answered: it looks again and again.
+        A fork gets no notice that its original's callback was answered, so it polls.
         """
         awaits = () if self._is_forked else (Awaited(signal=self._made.signal),)
         now = time.monotonic()
@@ -224,8 +224,8 @@ class _Waiting:
             return Wait(now + _between(_SHARE * -due_in), float("-inf"), awaits)
         seconds = due_in if due_in == float("inf") else min(due_in, _LONGEST_WAIT)
         if self._is_forked:
-            seconds = min(seconds, _LONGEST_LOOK)
-        return Wait(now + seconds, float("-inf"), awaits, looks=self._is_forked)
+            seconds = min(seconds, _LONGEST_PAUSE)
+        return Wait(now + seconds, float("-inf"), awaits, polls=self._is_forked)
 
     async def _record(self, answer: callbacks.Answer) -> Recorded:
         if answer.value is not None:
@@ -249,7 +249,7 @@ class _Waiting:
         return WaitTimeoutError(f"callback {self._shown!r} was not answered within {within}.")
 
     async def _gone(self) -> Recorded:
-        if not self._is_forked:  # rewound or deleted
+        if not self._is_forked:  # the workflow was rewound or deleted
             raise AttemptLost(self._owner)
         return await self._fail(
             NotFoundError(
@@ -259,7 +259,7 @@ class _Waiting:
         )
 
     async def _fail(self, error: Exception) -> Recorded:
-        # Kept whole, however long what the other system told.
+        # Stored whole, however long the other system's message is.
         return await self._end(StepStatus.FAILED, error=Failure.of(error, limit=2 * DEFAULT_LIMIT).to_json())
 
     async def _end(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Recorded:
@@ -270,4 +270,4 @@ class _Waiting:
 
 
 def _between(seconds: float) -> float:
-    return min(max(_SHORTEST_LOOK, seconds), _LONGEST_LOOK)
+    return min(max(_SHORTEST_PAUSE, seconds), _LONGEST_PAUSE)

@@ -36,60 +36,60 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """An operation that waits.
+    """How an operation waits.
 
     Attributes:
-        until: when it goes on, on the clock of `time.monotonic`; infinite if it has no time.
-        in_memory_until: until when it may hold its place in the worker; what is longer is to be parked.
-        awaits: what else it goes on for: one of these is enough.
-        looks: whether it looks again and again for what others do.
-        waker: wakes it when something that it awaits may be there.
-        has_row: whether the operation's row can keep what outlives this attempt: that of a failed try has its own.
+        until: when it continues, on the clock of `time.monotonic`; infinite if only something else ends the wait.
+        in_memory_until: until when it may keep its slot in the worker; for a longer wait the workflow is suspended.
+        awaits: what else ends the wait; one of these is enough.
+        polls: whether it ends early, to look again for what no notice announces.
+        waker: wakes it when something that it awaits may have arrived.
+        has_row: whether the operation's row can store details for the next attempt; that of a failed try cannot.
     """
 
     until: float
     in_memory_until: float
     awaits: tuple[Awaited, ...] = ()
-    looks: bool = False
+    polls: bool = False
     waker: Waker | None = None
     has_row: bool = True
 
     @property
     def in_memory(self) -> bool:
-        """Whether it is to end before the workflow may be suspended."""
+        """Whether it ends while the workflow may still stay in memory."""
         return self.until <= self.in_memory_until
 
     @property
     def seconds(self) -> float:
-        """How long it still waits."""
+        """How many seconds are left."""
         return max(0.0, self.until - time.monotonic())
 
 
 @dataclass(frozen=True, slots=True)
 class Suspension:
-    """How a workflow is to be parked: until what is due first, in `seconds`, or until one of what it `awaits`."""
+    """How a workflow is suspended: for `seconds`, or without a limit, and until one of `awaits` arrives."""
 
     seconds: float | None
     awaits: tuple[Awaited, ...]
 
     @classmethod
     def of(cls, waits: Iterable[Wait]) -> Suspension:
-        """Give how to park what waits for all of these."""
+        """Return the suspension of a workflow in which all of these wait."""
         given = list(waits)
         soonest = min(each.seconds for each in given)
         return cls(soonest if isfinite(soonest) else None, tuple(awaited for each in given for awaited in each.awaits))
 
     def within(self, seconds: float) -> Suspension:
-        """Return the same, but for no longer than that."""
+        """Return the same suspension, for at most so many seconds."""
         return self if self.seconds is not None and self.seconds <= seconds else replace(self, seconds=seconds)
 
 
 class Progress:
-    """What a step reports of itself while it is executed, in all tries of one attempt.
+    """What a step reports while it is executed, in all tries of one attempt.
 
     Attributes:
-        details: the last that it has reported, as JSON text, in an earlier attempt perhaps.
-        watch: the limits of the try that is being made, if it has some.
+        details: the details that it reported last, as JSON text, perhaps in an earlier attempt.
+        watch: the time limits of the current try, if it has any.
     """
 
     def __init__(self, details: str | None) -> None:
@@ -100,14 +100,14 @@ class Progress:
 
     @property
     def unsent(self) -> bool:
-        """Whether there is something newer than what was sent."""
+        """Whether there is a report that was not sent."""
         return self._unsent
 
     def report(self, details: str | None, *, interval: float) -> bool:
-        """Note details; tell whether they are to be sent now, `interval` seconds after the last ones.
+        """Note details; return whether to send them now, because the last were sent `interval` seconds ago or more.
 
         Raises:
-            StepTimeoutError: the try has been silent for too long, or its time is over.
+            StepTimeoutError: the try sent no heartbeat for too long, or its time is over.
         """
         if self.watch is not None:
             self.watch.hear()
@@ -117,7 +117,7 @@ class Progress:
 
     @contextmanager
     def sending(self) -> Generator[None]:
-        """Send the newest details; if that is cut off, they are not sent yet."""
+        """Mark the newest details as sent while the block sends them; if it fails, they are unsent again."""
         self._sent_at = time.monotonic()
         self._unsent = False
         try:

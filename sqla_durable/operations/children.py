@@ -1,4 +1,4 @@
-"""Children: workflows that a workflow starts, each in one commit with its checkpoint, and whose outcomes it takes."""
+"""Children: workflows that a workflow starts in one commit with its checkpoint, and whose outcomes it waits for."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from sqla_durable.models.status import StepStatus, WorkflowStatus
 from sqla_durable.operations.calls import Position, Wait
 from sqla_durable.operations.outcome import checkpoint_of, raise_recorded
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.operations.waiting import GracePeriod, Source, at_once, received
+from sqla_durable.operations.waiting import GracePeriod, Source, in_one_statement, receive_recorded
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, Standing, children, held, waits
 
 _UNBOUNDED = 2**31 - 1
-_SHOWN = 20  # errors of children in that of their map
-_MOST_WATCHED = 20  # children, of which each end wakes a parent that waits in memory
-_LOOK_EVERY = 5.0  # seconds between two looks at children that tell somebody else
+_SHOWN = 20  # children's errors in that of their map
+_MOST_WATCHED = 20  # children: of more, not every end wakes a parent that waits in memory
+_POLL_INTERVAL = 5.0  # seconds between two looks at children that send their notices to another workflow
 
 
 async def start(
     runtime: Runtime, position: Position, new: Sequence[NewWorkflow], *, active: int | None = None
 ) -> list[UUID]:
-    """Start children, or find those that were started before; give their ids.
+    """Start children, or find those that were started before, and return their ids.
 
-    Those that a compensation starts are detached, and their parent's deadline is not theirs: nothing that ends the
+    Those that a compensation starts are detached and do not inherit their parent's deadline: nothing that ends the
     parent may end what undoes its work.
 
     Raises:
-        UsageError: one of them has the name and key of a workflow that is this one itself.
+        UsageError: one of them has the name and key of this workflow itself.
     """
     attempt = runtime.attempt
     attempt.has_children = True
@@ -65,8 +65,8 @@ async def start(
         attempt.end_call(position)
     if attempt.workflow_id in ids:
         raise UsageError(
-            f"workflow {attempt.name!r} starts itself as its child: it has the same name and key, so it would wait for "
-            "its own end. Give the child another key."
+            f"workflow {attempt.name!r} starts itself as its child: with the same name and key it would wait for its "
+            "own end. Use another key for the child."
         )
     return ids
 
@@ -74,7 +74,7 @@ async def start(
 async def _record_hidden(
     runtime: Runtime, position: Position, started: Sequence[UUID], error: KeyNotVisibleError
 ) -> None:
-    """Record that a child has a key whose workflow cannot be seen; those that were started beside it are cancelled."""
+    """Record that the key of a child is taken by a row that cannot be seen, and cancel the children started with it."""
     failed = checkpoint_of(runtime.attempt, position, StepStatus.FAILED, error=record(error))
     await runtime.execute(partial(children.cancel_rest, checkpoint=failed, ids=started))
     await runtime.record(failed)
@@ -85,7 +85,7 @@ def _start(connectable: Any, checkpoint: Checkpoint, new: Sequence[NewWorkflow],
 
 
 async def result(runtime: Runtime, position: Position, workflow_id: UUID, **within: Any) -> Outcome:
-    """Wait for a workflow's outcome: of a child it is told, of another it is looked for again and again.
+    """Wait for a workflow's outcome: a child's is announced by a notice, any other's is polled for.
 
     Raises:
         WaitTimeoutError: it has none in time.
@@ -93,19 +93,21 @@ async def result(runtime: Runtime, position: Position, workflow_id: UUID, **with
     """
     take = partial(children.take_outcome, workflow_id=workflow_id)
     look = partial(children.awaited, parent_id=runtime.attempt.workflow_id, workflow_ids=[workflow_id])
-    late = f"workflow {workflow_id} had no outcome in time; it goes on."
-    recorded = await received(runtime, position, Source(look, at_once(take), late, workflows=[workflow_id]), **within)
+    late = f"workflow {workflow_id} had no outcome in time; it continues."
+    source = Source(look, in_one_statement(take), late, workflows=[workflow_id])
+    recorded = await receive_recorded(runtime, position, source, **within)
     if recorded.status is StepStatus.FAILED:
         raise_recorded(recorded, runtime.attempt.options.errors)
     return _outcome(json.loads(recorded.output or "{}"))
 
 
 async def first(runtime: Runtime, position: Position, workflow_ids: Sequence[UUID], **within: Any) -> UUID:
-    """Wait until the first of some workflows has an outcome; give its id."""
+    """Wait until the first of some workflows has an outcome, and return its id."""
     take = partial(children.take_first, workflow_ids=workflow_ids)
     look = partial(children.awaited, parent_id=runtime.attempt.workflow_id, workflow_ids=workflow_ids)
-    late = f"none of {len(workflow_ids)} workflows had an outcome in time; they go on."
-    recorded = await received(runtime, position, Source(look, at_once(take), late, workflows=workflow_ids), **within)
+    late = f"none of {len(workflow_ids)} workflows had an outcome in time; they continue."
+    source = Source(look, in_one_statement(take), late, workflows=workflow_ids)
+    recorded = await receive_recorded(runtime, position, source, **within)
     if recorded.status is StepStatus.FAILED:
         raise_recorded(recorded, runtime.attempt.options.errors)
     return UUID(json.loads(recorded.output or '""'))
@@ -120,18 +122,20 @@ async def join(
     tolerate: int,
     limit: int = DEFAULT_LIMIT,
 ) -> list[Outcome]:
-    """Wait for children that were started together, letting held ones go as others end; give their outcomes in order.
+    """Wait for children that were started together, and return their outcomes in order.
+
+    Held children are released as others end.
 
     Raises:
-        ChildrenFailedError: more of them failed than are tolerated, and the rest is cancelled; or some were deleted.
-        PayloadTooLargeError: all the outcomes together are too large to be recorded.
+        ChildrenFailedError: more of them failed than are tolerated, and the others are cancelled; or some were deleted.
+        PayloadTooLargeError: the outcomes together are too large to be recorded.
     """
     attempt = runtime.attempt
     try:
         recorded = attempt.recorded(position)
         if recorded is None:
             await runtime.settle()
-            joining = _Joining(runtime, position, started, active=active or _UNBOUNDED, tolerate=tolerate)
+            joining = _ChildrenWait(runtime, position, started, active=active or _UNBOUNDED, tolerate=tolerate)
             recorded = await joining.joined(limit)
         attempt.joined_maps.add(started.key)
     finally:
@@ -143,15 +147,15 @@ async def join(
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Children of one name that were started together, under one key, in the order of their ids."""
+    """Children of one name that were started together by one call, whose key is `key`."""
 
     name: str
     key: str
     ids: Sequence[UUID]
 
 
-class _Joining:
-    """One wait for children; how far they are is looked at whenever a share of them has ended."""
+class _ChildrenWait:
+    """One wait for children, which reads their progress whenever a share of them has ended."""
 
     def __init__(self, runtime: Runtime, position: Position, started: Started, *, active: int, tolerate: int) -> None:
         self._runtime = runtime
@@ -164,8 +168,8 @@ class _Joining:
         self._began = time.monotonic()
 
     async def joined(self, limit: int) -> Recorded:
-        """Wait until all are finished, or too many have failed; record that."""
-        # Of many, not each that ends: how far they are is a statement that reads them all.
+        """Wait until all are finished or too many have failed, record the result and return the record."""
+        # Of many children, the end of each does not wake it: the statement that reads their progress reads them all.
         with self._runtime.attempt.listening(self._ids if len(self._ids) <= _MOST_WATCHED else ()) as waker:
             return await self._joined(limit, GracePeriod(self._runtime.attempt, waker))
 
@@ -173,11 +177,11 @@ class _Joining:
         begun = self._runtime.attempt.unfinished_record(self._position) is not None
         look = partial(children.progress, parent_id=self._parent, ids=self._ids)
         while True:
-            grace.waker.woken.clear()  # before the look: what comes during it wakes again
+            grace.waker.woken.clear()  # before the query: what arrives during it wakes again
             found = await self._runtime.execute(look)
             if found.there < len(self._ids):
                 gone = len(self._ids) - found.there
-                words = f"{gone} of {self._label} are there no longer: deleted?"
+                words = f"{gone} of {self._label} no longer exist: were they deleted?"
                 await self._release_rest()
                 return await self._fail(ChildrenFailedError(words, count=gone))
             if found.failed > self._tolerate:
@@ -191,8 +195,8 @@ class _Joining:
                 await self._runtime.execute(partial(waits.begin, checkpoint=waiting))
                 begun = True
             wait = self._wait_for(found, released)
-            if len(released) < places:  # somebody holds the others' rows, and nothing tells when he lets them go
-                wait = replace(wait, until=min(wait.until, time.monotonic() + _LOOK_EVERY))
+            if len(released) < places:  # other transactions lock the rows, and nothing announces their end
+                wait = replace(wait, until=min(wait.until, time.monotonic() + _POLL_INTERVAL))
             if wait.awaits and not grace.is_over:
                 wait = grace.wait(wait.awaits, wait.until)
             await self._runtime.wait(self._position, wait)
@@ -210,9 +214,9 @@ class _Joining:
         return f"{len(self._ids)} children {self._started.name!r}"
 
     def _wait_for(self, found: children.Progress, released: Sequence[UUID]) -> Wait:
-        """Wait until a quarter of what can be executed has ended: replays are few, and a failure is seen early."""
-        if found.own < len(self._ids):  # a fork's, of another workflow, to which they leave their notices
-            return Wait(time.monotonic() + _LOOK_EVERY, self._began + _LOOK_EVERY / 2, looks=True)
+        """Wait until a quarter of the active ones have ended: so replays are few, and a failure is noticed early."""
+        if found.own < len(self._ids):  # of a fork: their notices go to the original workflow
+            return Wait(time.monotonic() + _POLL_INTERVAL, self._began + _POLL_INTERVAL / 2, polls=True)
         named = children.sample([*found.named, *released])
         awaited = Awaited(children=named, open=len(named) - max(1, len(named) // 4))
         return Wait(float("inf"), float("-inf"), (awaited,) if named else ())
@@ -231,7 +235,7 @@ class _Joining:
         ended = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
         cancelled = {each["id"] for each in ended if each["status"] == WorkflowStatus.CANCELLED.value}  # by others
         await self._runtime.execute(partial(children.cancel_rest, checkpoint=checkpoint, ids=self._ids))
-        await self._release_rest()  # what is detached
+        await self._release_rest()  # the detached ones
         found = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
         failed = [each for each in found if each["status"] == WorkflowStatus.FAILED.value or each["id"] in cancelled]
         error = failed[0]["error"] if failed else None

@@ -1,6 +1,6 @@
-"""Code that changes under running workflows: what a history holds, beside what today's code visits.
+"""The check of a history against the operations that today's code calls, and the decisions about patches.
 
-An attempt notes here what it visits. Nothing here stops it: the end of the workflow asks for the `Mismatch`.
+An attempt notes its calls here. Nothing here stops it: the end of the workflow asks for the `Mismatch`.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from sqla_durable.definitions.checks import unescape_key
 from sqla_durable.store import Recorded
 
 PATCH = "#patched"
-"""The name of the steps that mark patches; no step of a user has one like it."""
+"""The name of the records that mark patches; the name of a user's step never begins with `#`."""
 
 FIRED = "#timer"
-"""The name of the records of timers that have fired; when they do is no matter of the code."""
+"""The name of the records of asyncio timers that fired, which does not depend on the code alone."""
 
 _SHOWN = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """How what an attempt visited differs from what earlier ones recorded.
+    """How the operations that an attempt called differ from those that earlier attempts recorded.
 
     Attributes:
         recorded: the keys of the history, in its order.
-        visited: the keys that the attempt visited, in its order.
-        not_visited: recorded, and not visited.
-        moved: visited after what was recorded later.
-        renamed: keys with the name of the step that recorded them, and of the one that visits them now.
+        visited: the keys that the attempt called, in its order.
+        not_visited: recorded, and not called.
+        moved: called after what was recorded later.
+        renamed: keys with the name of the step that recorded them, and of the one that has them now.
     """
 
     recorded: tuple[str, ...]
@@ -54,7 +54,7 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """Whether the workflow goes the new way; with a key, the marker of that is still to be recorded in its place."""
+    """Whether the workflow takes the new path; with a key, the marker of that is still to be recorded at its place."""
 
     is_new: bool
     key: str | None = None
@@ -62,10 +62,10 @@ class Patch:
 
 
 class HistoryCheck:
-    """What one attempt has visited, beside the history that it found.
+    """The operations that one attempt has called, compared with the history that it was claimed with.
 
-    Operations of one branch, which have the beginnings of their keys in common, are compared with each other only:
-    which branch is faster is no matter of the code.
+    Operations are compared within their branch only, whose path their keys begin with: the order between branches
+    depends on timing.
     """
 
     def __init__(self, history: Mapping[str, Recorded]) -> None:
@@ -79,24 +79,24 @@ class HistoryCheck:
 
     @property
     def all_visited(self) -> bool:
-        """Whether everything recorded was visited, so that what comes now is new."""
+        """Whether everything recorded was called, so that further calls are new."""
         return not self._unvisited
 
     @property
     def count(self) -> int:
-        """How many operations were visited."""
+        """How many operations were called."""
         return len(self._visited)
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys that were visited, in their order."""
+        """The keys that were called, in their order."""
         return tuple(key for key, _ in self._visited)
 
     def add_call(self, key: str, name: str) -> int:
-        """Note that an operation is called, and give its place in the order of the history.
+        """Note that an operation is called, and return its place in the order of the history.
 
-        That of its record; or the one after the operation before, also where that is in the middle of the history, so
-        that a step which was added there does not look like one that was moved.
+        That of its record; otherwise the one after the previous operation, even in the middle of the history, so that
+        a step that was added there is not taken for one that was moved.
         """
         self._visited.append((key, name))
         if self._left_in is None:  # a new workflow: nothing to compare with
@@ -114,9 +114,9 @@ class HistoryCheck:
         return place
 
     def patched(self, patch_id: str) -> Patch:
-        """Decide once in an attempt whether the workflow goes the new way of a patch.
+        """Decide, once in an attempt, whether the workflow takes the new path of a patch.
 
-        It does if an earlier attempt has gone it, or if no earlier attempt can have come past this point.
+        It does if an earlier attempt took it, or if no earlier attempt can have passed this point.
         """
         known = self._patches.get(patch_id)
         if known is not None:
@@ -130,7 +130,7 @@ class HistoryCheck:
         return Patch(True) if marked else Patch(True, key, place)
 
     def mismatch(self) -> Mismatch | None:
-        """Compare, at the end of the workflow; None: everything recorded was visited, in its order."""
+        """Return the difference at the end of the workflow; None if everything recorded was called, in its order."""
         if not self.history:
             return None
         moved, renamed = self._moved(), self._renamed()
@@ -158,7 +158,7 @@ class HistoryCheck:
 
 
 def _moved_among(visited: Sequence[Recorded]) -> list[str]:
-    """Give what was visited after something that was recorded later."""
+    """Return the keys that were called after something that was recorded later."""
     moved: list[str] = []
     highest = 0
     for number, each in enumerate(visited):
@@ -169,9 +169,9 @@ def _moved_among(visited: Sequence[Recorded]) -> list[str]:
 
 
 def _follows(visited: Sequence[Recorded], number: int) -> bool:
-    """Tell whether one stands in its place nevertheless: behind steps that a later deploy has added before it.
+    """Return whether one is in its place nevertheless: after steps that a later deploy has added before it.
 
-    The first of those has the same place: what is added cannot renumber what is there.
+    The first of those has the same place, because added steps cannot renumber recorded ones.
     """
     place = visited[number].position
     for before in range(number - 1, -1, -1):

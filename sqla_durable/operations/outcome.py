@@ -33,7 +33,7 @@ def checkpoint_of(
     elapsed: float = 0.0,
     delay: float | None = None,
 ) -> Checkpoint:
-    """Give an operation's record; `output` and `error` are JSON text, times in seconds."""
+    """Return the checkpoint of an operation; `output` and `error` are JSON text, times are in seconds."""
     return Checkpoint(
         fence=attempt.fence,
         key=position.key,
@@ -50,17 +50,17 @@ def checkpoint_of(
 
 
 def outcome_of(recorded: Recorded, result: Codec, known: KnownErrors) -> Any:
-    """Give the value, or raise the error, the same on first execution and on replay.
+    """Return the recorded value, or raise the recorded error, the same on first execution and on replay.
 
     Args:
         recorded: the outcome.
-        result: reads the value.
-        known: the classes of errors that may be raised.
+        result: decodes the value.
+        known: the exception classes that may be rebuilt.
 
     Raises:
         Exception: the recorded error.
         StepFailedError: likewise, where its own type cannot be rebuilt.
-        DecodingError: the value does not fit the type that the code has now.
+        DecodingError: the value does not fit the annotation that the code has now.
     """
     if recorded.value is not None:
         return recorded.value[0]
@@ -90,21 +90,22 @@ _MARK = "cancelled"
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The record of a call that was cancelled.
+    """The record of a call that the workflow's own code cancelled.
 
     Attributes:
-        order: grows from one cancelled call of a workflow to the next.
-        fired: the timers of asyncio that fired meanwhile, by their keys.
+        order: increases from one cancelled call of a workflow to the next.
+        fired: the keys of the asyncio timers that fired meanwhile.
     """
 
     order: int
     fired: tuple[str, ...] = ()
 
 
-async def settle(runtime: Runtime, position: Position, cancelled: Cancelled) -> Recorded:
+async def record_cancelled_call(runtime: Runtime, position: Position, cancelled: Cancelled) -> Recorded:
     """Record that a call was cancelled, unless the operation has an outcome; return the outcome that stands.
 
-    What the code had recorded before, the reason for the cancel perhaps, is committed first.
+    The database decides, so that replays agree: an operation recorded as cancelled can record or commit nothing else.
+    What the code recorded before, perhaps the reason for the cancel, is committed first.
 
     Raises:
         ControlFlow: the attempt ends here, and nothing was recorded.
@@ -124,7 +125,7 @@ async def settle(runtime: Runtime, position: Position, cancelled: Cancelled) -> 
 
 
 def cancelled_call_in(recorded: Recorded) -> Cancelled | None:
-    """Return what a record says of a cancelled call; None if it is another outcome."""
+    """Return the record of a cancelled call; None if the outcome is another one."""
     if recorded.status is not StepStatus.FAILED or f'"{_MARK}"' not in (recorded.error or ""):
         return None
     found: Any = json.loads(recorded.error or "{}").get(_MARK)
@@ -132,15 +133,15 @@ def cancelled_call_in(recorded: Recorded) -> Cancelled | None:
 
 
 def is_own_failure(attempt: Attempt, error: BaseException) -> bool:
-    """Return whether an error is the failure of the code that raised it, and is to be recorded as its outcome.
+    """Return whether an error is a failure of the user's code, to be recorded as its outcome.
 
-    If not, the attempt ends without an outcome. To be asked in the thread or task of the code, before anything is
-    awaited: code that was closed by a `GeneratorExit` may await nothing more.
+    If not, the attempt ends without an outcome; the page on guarantees has the table. Call it in the thread or task of
+    that code, before anything is awaited: after a `GeneratorExit` nothing may be awaited.
     """
     match error:
         case BaseExceptionGroup():
             return all(is_own_failure(attempt, each) for each in error.exceptions)
-        case ControlFlow():  # the engine stops the attempt first, except for these two
+        case ControlFlow():  # the engine stops the attempt before it raises one, except for these two
             return not (attempt.is_stopped or isinstance(error, (AttemptLost, Interrupted)))
         case CancelledError():
             return not is_cancelled_here()
@@ -151,22 +152,22 @@ def is_own_failure(attempt: Attempt, error: BaseException) -> bool:
 
 
 def is_own_failure_of_workflow(attempt: Attempt, error: BaseException) -> bool:
-    """Return the same of code of the workflow: a cancel that it has asked for itself, and lets out, is its own."""
+    """Return the same for the workflow's own code, whose failure may also be a `CancelledError` of its own making."""
     if isinstance(error, CancelledError):
         return not attempt.is_stopped
     return is_own_failure(attempt, error)
 
 
 def failure_of_step(error: BaseException, key: str) -> BaseException:
-    """Return the error to record for a step's own failure; where it is none that code can catch, one that is.
+    """Return the error to record for a step's own failure, which is an `Exception` or a `SystemExit`.
 
-    It is what the step's retry policy is asked about.
+    The step's retry policy decides about this error.
     """
     if isinstance(error, CancelledError):
         cancelled = concurrent.futures.CancelledError(f"step {key!r} ended with a CancelledError of its own.")
         cancelled.__cause__ = error
         return cancelled
-    return _stated(error, f"step {key!r}")
+    return _as_usage_error(error, f"step {key!r}")
 
 
 def failure_of_workflow(error: BaseException, name: str) -> BaseException:
@@ -175,14 +176,14 @@ def failure_of_workflow(error: BaseException, name: str) -> BaseException:
         cancelled = UsageError(f"workflow {name!r} ended with a CancelledError of its own.")
         cancelled.__cause__ = error
         return cancelled
-    return _stated(error, f"workflow {name!r}")
+    return _as_usage_error(error, f"workflow {name!r}")
 
 
-def _stated(error: BaseException, what: str) -> BaseException:
+def _as_usage_error(error: BaseException, what: str) -> BaseException:
     if not isinstance(error, ControlFlow):
         return error
     stated = UsageError(
-        f"{what} raised {type(error).__name__} by itself, which only the engine does, to end an attempt."
+        f"{what} raised {type(error).__name__} itself, which only the engine may raise, to end an attempt."
     )
     stated.__cause__ = error
     return stated

@@ -1,7 +1,7 @@
-"""What workflows and steps show to others while they are executed: events, items of streams, and heartbeats.
+"""What workflows and steps publish while they are executed: events, items of streams, and heartbeats.
 
-Between steps it is an operation of its own, recorded once. In a plain step it is written at once, and again by the next
-try; in a transactional one it is a part of the step's transaction, which needs nothing of this module.
+Between steps, publishing is an operation of its own, recorded once. In a plain step it is written at once, and again by
+the next try; in a transactional step it is part of the step's transaction, and this module is not involved.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sqla_durable.store import Checkpoint, Connectable, Origin, progress
 
 
 class Publication(Protocol):
-    """What is to be written."""
+    """An event or an item of a stream that is to be written."""
 
     def record(self, connectable: Connectable, checkpoint: Checkpoint) -> None:
         """Write it and record that as a step, in one statement."""
@@ -32,7 +32,7 @@ class Publication(Protocol):
         """Write it."""
 
     async def write_at_once(self, runtime: Runtime, origin: Origin) -> None:
-        """Write it in a transaction of its own, that of others perhaps."""
+        """Write it in a transaction of its own, or in one that several writes share."""
 
 
 async def publish_once(runtime: Runtime, position: Position, encode: Callable[[], Publication]) -> None:
@@ -49,7 +49,7 @@ async def publish_once(runtime: Runtime, position: Position, encode: Callable[[]
             publication = encode()
             await runtime.settle()
             record = partial(publication.record, checkpoint=checkpoint_of(attempt, position, output="null"))
-            await _clearly(runtime, runtime.execute(record))
+            await _explaining_refusal(runtime, runtime.execute(record))
     finally:
         attempt.end_call(position)
 
@@ -61,15 +61,15 @@ async def publish_at_once(runtime: Runtime, call: StepCall, encode: Callable[[],
         EncodingError, UsageError, ControlFlow: as `publish_once`.
     """
     publication = encode()
-    await _clearly(runtime, publication.write_at_once(runtime, origin_of(runtime.attempt, call)))
+    await _explaining_refusal(runtime, publication.write_at_once(runtime, origin_of(runtime.attempt, call)))
 
 
 def origin_of(attempt: Attempt, call: StepCall) -> Origin:
-    """Give the try of the step that publishes."""
+    """Return the try of the step that publishes."""
     return Origin(attempt.fence, attempt.number, call.position.key, call.tries.count)
 
 
-async def _clearly(runtime: Runtime, writing: Awaitable[None]) -> None:
+async def _explaining_refusal(runtime: Runtime, writing: Awaitable[None]) -> None:
     try:
         await writing
     except DBAPIError as error:
@@ -81,21 +81,21 @@ async def _clearly(runtime: Runtime, writing: Awaitable[None]) -> None:
 
 
 INTERVAL = 1.0
-"""Seconds between two statements of one step; what is reported in between replaces what waits."""
+"""Seconds between two heartbeats that one step writes; of the reports in between only the newest is kept."""
 
 
 async def send_unsent_heartbeat(runtime: Runtime, call: StepCall) -> None:
-    """Send what a step has reported and what is not sent yet.
+    """Send the newest report of a step, unless it was sent already.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
     """
     if runtime.attempt.progress(call.position).unsent:
-        await send(runtime, call)
+        await send_heartbeat(runtime, call)
 
 
-async def send(runtime: Runtime, call: StepCall) -> None:
-    """Write that a step lives, and its newest details, in a transaction of its own.
+async def send_heartbeat(runtime: Runtime, call: StepCall) -> None:
+    """Write a heartbeat of a step, with its newest details, in a transaction of its own.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow.

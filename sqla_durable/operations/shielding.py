@@ -1,6 +1,6 @@
-"""What is cancelled, and what is not to be: a task that was, and tasks that use connections.
+"""Tasks that finish although they are cancelled: one cancelled while it connects would leave a connection open.
 
-To cancel one of those in the middle of connecting would leave a connection that nobody closes.
+The only module of `operations` that knows asyncio.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing_extensions import override
 T = TypeVar("T")
 
 CANCEL_GRACE = 3.0
-"""How many seconds a task goes on at most that is cancelled: on a busy machine connecting takes its time."""
+"""How many seconds a cancelled task may take to finish: on a busy machine connecting is slow."""
 
 
 CancelledError = asyncio.CancelledError
@@ -30,7 +30,7 @@ def is_cancelled_here() -> bool:
 
 
 async def finish_despite_cancel(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Await something to its end, however often this is cancelled meanwhile: then in its last moment."""
+    """Await a coroutine to its end even if this is cancelled meanwhile; then it has `CANCEL_GRACE` seconds."""
     task = GracefulTask(coroutine)
     try:
         await wait_done(task)
@@ -42,9 +42,9 @@ async def finish_despite_cancel(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 async def wait_done(future: asyncio.Future[Any]) -> None:
-    """Wait until a future is done, and leave it alone when this is cancelled.
+    """Wait until a future is done, and do not cancel it when this is cancelled.
 
-    What becomes of it afterwards is the affair of those who still wait: `asyncio.shield` would report an error of it.
+    Unlike `asyncio.shield`, an error that the future ends with later is not reported here.
     """
     if future.done():
         return
@@ -62,7 +62,7 @@ async def wait_done(future: asyncio.Future[Any]) -> None:
 
 
 async def ended(task: asyncio.Future[Any], *, on_cancel: Callable[[], object] = lambda: None) -> None:
-    """Wait until a task has ended, however often this is cancelled meanwhile, and mark its error as seen.
+    """Wait until a task has ended, even if this is cancelled meanwhile, and mark its error as retrieved.
 
     Args:
         on_cancel: called each time that this is cancelled.
@@ -76,13 +76,13 @@ async def ended(task: asyncio.Future[Any], *, on_cancel: Callable[[], object] = 
 
 
 def see(task: asyncio.Future[Any]) -> None:
-    """Mark the error of a task that nobody awaits as seen, so that asyncio does not report it."""
+    """Mark the error of a task that is not awaited as retrieved, so that asyncio does not report it."""
     if not task.cancelled():
         task.exception()
 
 
 class GracefulTask(asyncio.Task[T]):
-    """A task that has a last moment when it is cancelled, as all are at the end of `asyncio.run()`, which waits for it.
+    """A task that has time to finish when it is cancelled, as at the end of `asyncio.run()`, which waits for it.
 
     ```python
     task = GracefulTask(send(hint), name="hints")
@@ -91,15 +91,15 @@ class GracefulTask(asyncio.Task[T]):
 
     def __init__(self, coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -> None:
         super().__init__(coroutine, loop=asyncio.get_running_loop(), name=name)
-        self._last_moment: asyncio.TimerHandle | None = None
+        self._grace_timer: asyncio.TimerHandle | None = None
 
     @override
     def cancel(self, msg: Any = None) -> bool:
-        """Cancel it in `CANCEL_GRACE` seconds, unless it has ended by then."""
-        if self._last_moment is None and not self.done():
-            self._last_moment = self.get_loop().call_later(CANCEL_GRACE, self.cancel_now)
+        """Cancel the task in `CANCEL_GRACE` seconds, unless it has ended by then."""
+        if self._grace_timer is None and not self.done():
+            self._grace_timer = self.get_loop().call_later(CANCEL_GRACE, self.cancel_now)
         return not self.done()
 
     def cancel_now(self) -> bool:
-        """Cancel it."""
+        """Cancel the task at once."""
         return super().cancel()

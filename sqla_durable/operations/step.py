@@ -46,7 +46,7 @@ _MOMENT = 1.0
 
 
 async def run_step(runtime: Runtime, call: StepCall) -> Any:
-    """Give the outcome of a step: the recorded one, or that of executing it now.
+    """Return the outcome of a step: the recorded one, or that of executing it now.
 
     Exactly once for the writes of a transactional step; at least once for the effects of a plain one.
 
@@ -66,7 +66,7 @@ async def run_step(runtime: Runtime, call: StepCall) -> Any:
 
 
 class _Again(Exception):
-    """The step returned, and its policy asks for another try."""
+    """The step returned, and its policy requests another try."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -74,7 +74,7 @@ class _Again(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Soon:
-    """The database undid the try: the next one follows in `seconds`, and nothing is recorded."""
+    """The database rolled the try back: the next one follows in `seconds`, and nothing is recorded."""
 
     seconds: float
 
@@ -102,7 +102,7 @@ class _AlreadyRecorded(Exception):
 
 
 class _Execution:
-    """Executes one step until an outcome stands."""
+    """Executes one step until it has an outcome."""
 
     def __init__(self, runtime: Runtime, call: StepCall) -> None:
         self._runtime = runtime
@@ -117,9 +117,9 @@ class _Execution:
         self._limits = call.definition.options.time_limits
 
     async def recorded(self) -> Recorded:
-        """Try, and try again as the policy says; give the outcome as it was recorded."""
+        """Try, and try again as the policy says; return the outcome as it was recorded."""
         self._attempt.begin_step(self._call.position, self._call.tries)
-        await self._take_up()
+        await self._resume_tries()
         while True:
             if self._limits is not None and self._limits.left(self._call.tries.age) <= 0:
                 return await self._record_failure(self._limits.exceeded(self._call.position.shown, None))
@@ -132,7 +132,7 @@ class _Execution:
                 if not is_own_failure(self._attempt, raised):
                     raise
                 error = failure_of_step(raised, self._call.position.shown)
-                match self._in_time(await self._verdict(error), error):
+                match self._within_time(await self._verdict(error), error):
                     case _Soon(seconds):
                         self._call.tries.forget()
                         await self._runtime.pause(seconds)
@@ -143,13 +143,13 @@ class _Execution:
                     case _Final(outcome):
                         return await self._record_failure(outcome)
 
-    async def _take_up(self) -> None:
-        """Go on with the tries where an earlier attempt has left them, and not before the next one is due."""
+    async def _resume_tries(self) -> None:
+        """Continue with the tries where an earlier attempt ended, and not before the next one is due."""
         tried = self._attempt.unfinished_record(self._call.position)
         if tried is None:
             if self._limits is not None:
                 await self._record_begin(self._limits)
-        elif tried.status is StepStatus.RUNNING:  # the try that was running is to be made again
+        elif tried.status is StepStatus.RUNNING:  # the try that was interrupted is made again
             self._call.tries.resume(count=tried.attempts - 1, age=tried.age)
         else:
             self._call.tries.resume(count=tried.attempts, age=tried.age)
@@ -158,16 +158,16 @@ class _Execution:
                 await self._wait(tried.due_in)
 
     async def _record_begin(self, limits: TimeLimits) -> None:
-        """Record that the first try begins, and when: so that a crash in it does not give the step its time again."""
+        """Record when the first try begins, so that a crash in it does not restart the total timeout."""
         if limits.total_timeout is not None:
             await self._runtime.record(self._checkpoint(StepStatus.RUNNING))
             await self._runtime.settle()
-            self._call.tries.resume(count=0, age=0.0)  # what the database took before does not count
+            self._call.tries.resume(count=0, age=0.0)  # the time of that write does not count
 
     async def _wait(self, seconds: float) -> None:
-        """Wait before the next try: in the first second of failing in memory, later as a row.
+        """Wait before the next try: in memory during the first second of failing, suspended later.
 
-        So a step that fails again and again leaves its place in the worker to others.
+        So a step that fails again and again does not occupy a slot of the worker.
         """
         now = time.monotonic()
         self._in_memory_until = self._in_memory_until or now + _MOMENT
@@ -176,15 +176,15 @@ class _Execution:
         await self._runtime.settle()
 
     async def _try(self) -> Recorded:
-        _ = self._call.definition.result  # what could not be recorded is not executed
+        _ = self._call.definition.result  # raises before the step is executed, if its result could not be recorded
         if self._call.definition.session is SessionKind.NONE:
             return await self._record_alone(await self._success(await self._call_plain()))
         self._phase = Phase.BEFORE
         transaction = await self._begin()
         try:
-            checkpoint = await self._within(transaction)
+            checkpoint = await self._execute_in(transaction)
             self._phase = Phase.COMMIT
-            self._uncertain = True  # from here on, an error may come after the commit
+            self._uncertain = True  # from here on, an error may be raised after the commit
             await transaction.commit()
         except BaseException as error:
             await (transaction.discard() if spoils_connection(error) else transaction.rollback())
@@ -192,9 +192,9 @@ class _Execution:
         return checkpoint.recorded
 
     async def _call_plain(self) -> Any:
-        """Call the step's function; what it has reported last is kept, whichever way it ends."""
+        """Call the step's function; its last report is sent, whether it returns or raises."""
         try:
-            value = await self._called()
+            value = await self._call_function()
         except BaseException as error:
             if is_own_failure(self._attempt, error):
                 await send_unsent_heartbeat(self._runtime, self._call)
@@ -208,21 +208,21 @@ class _Execution:
         except Exception as error:
             if is_transient(error) or not is_obstacle(error):
                 raise
-            # Without a connection nothing of the step was executed, whatever the reason is.
+            # Without a connection nothing of the step was executed, whatever the reason.
             raise OperationalError("BEGIN", None, error, connection_invalidated=True) from error
 
-    async def _within(self, transaction: StepTransaction) -> Checkpoint:
+    async def _execute_in(self, transaction: StepTransaction) -> Checkpoint:
         """Call the step's function and record its outcome, in one transaction."""
         if self._uncertain:
             await transaction.execute(self._refuse_recorded)
         self._phase = Phase.FUNCTION
         self._require_class(transaction.injected)
-        boundary = TransactionGuard(transaction.session, step=self._call.position.shown)
+        guard = TransactionGuard(transaction.session, step=self._call.position.shown)
         try:
-            value = await self._called(transaction)
-            boundary.check()
+            value = await self._call_function(transaction)
+            guard.check()
         finally:
-            boundary.leave()
+            guard.leave()
         checkpoint = await self._success(value)
         await transaction.execute(lambda session: self._flush_and_record(session, checkpoint, transaction))
         return checkpoint
@@ -232,12 +232,12 @@ class _Execution:
         if wanted is not None and not isinstance(session, wanted):
             raise SessionError(
                 f"step {self._call.definition.name!r} takes a {wanted.__module__}.{wanted.__qualname__}, and its "
-                f"session would be a {type(session).__module__}.{type(session).__qualname__}: give the executor such a "
-                f"session, or the worker a sessionmaker with class_={wanted.__qualname__}."
+                f"session would be a {type(session).__module__}.{type(session).__qualname__}: pass such a session to "
+                f"the executor, or a sessionmaker with class_={wanted.__qualname__} to the worker."
             )
 
-    async def _called(self, transaction: StepTransaction | None = None) -> Any:
-        """Call the step's function, inside the interceptors; what they are around includes the flush."""
+    async def _call_function(self, transaction: StepTransaction | None = None) -> Any:
+        """Call the step's function, inside the interceptors, which also enclose the flush."""
         interceptors = self._attempt.options.interceptors
         injected = () if transaction is None else (transaction.injected,)
         watch = self._attempt.progress(self._call.position).watch = self._watch()
@@ -267,7 +267,7 @@ class _Execution:
                 raise AttemptLost(self._attempt.workflow_id)
             case Verdict.DUPLICATE:
                 self._refuse_recorded(session)
-                raise AttemptLost(self._attempt.workflow_id)  # recorded, and deleted by somebody in between
+                raise AttemptLost(self._attempt.workflow_id)  # recorded, and deleted in between
             case Verdict.RECORDED:
                 pass
 
@@ -288,7 +288,7 @@ class _Execution:
         return await self._reread() or recorded
 
     async def _reread(self) -> Recorded | None:
-        """Read what is recorded: after an uncertain commit it may be the success, and not the failure that followed."""
+        """Read the recorded outcome: after an uncertain commit it may be the success, and not the later failure."""
         find = partial(steps.find, workflow_id=self._attempt.workflow_id, key=self._call.position.key)
         while True:
             try:
@@ -299,19 +299,19 @@ class _Execution:
                     await transaction.rollback()
             except Exception as error:
                 setback = Setback.of(error, Phase.BEFORE)
-                seconds = None if setback is None else self._retry.wait_before_next(setback, error, what=self._what)
+                seconds = None if setback is None else self._retry.wait_before_next(setback, error, what=self._label)
                 if seconds is None:
                     raise Interrupted(error) from error
             await self._runtime.pause(seconds)
             self._attempt.raise_if_stopped()
 
     async def _record_try(self, error: BaseException | None, seconds: float) -> None:
-        """Record a failed try, so that a crash does not forget how many there were."""
+        """Record a failed try, so that the number of tries survives a crash."""
         text = None if error is None else record(error, self._attempt.options.errors)
         await self._runtime.record(self._checkpoint(StepStatus.RETRYING, error=text, delay=seconds))
 
-    def _in_time(self, verdict: _Soon | _Later | _Final, error: BaseException) -> _Soon | _Later | _Final:
-        """Let no try begin for which there is no time left."""
+    def _within_time(self, verdict: _Soon | _Later | _Final, error: BaseException) -> _Soon | _Later | _Final:
+        """Return the verdict, or the failure of the step if the next try would begin after its total timeout."""
         if self._limits is None or isinstance(verdict, _Final):
             return verdict
         if verdict.seconds < self._limits.left(self._call.tries.age):
@@ -320,7 +320,7 @@ class _Execution:
         return _Final(self._limits.exceeded(self._call.position.shown, last))
 
     async def _verdict(self, error: BaseException) -> _Soon | _Later | _Final:
-        """Decide on another try."""
+        """Decide whether there is another try."""
         match error:
             case _Again():
                 self._losses = 0
@@ -331,7 +331,7 @@ class _Execution:
                 pass
         if self._call.definition.session is not SessionKind.NONE and isinstance(error, Exception):
             setback = Setback.of(error, self._phase)
-            again = None if setback is None else self._after(setback, error)
+            again = None if setback is None else self._after_setback(setback, error)
             if again is not None:
                 return again
         self._losses = 0
@@ -343,23 +343,23 @@ class _Execution:
             return _Final(broken)
         return _Final(error) if seconds is None else _Later(seconds, error)
 
-    def _after(self, setback: Setback, error: Exception) -> _Soon | _Later | _Final | None:
-        """Decide on another try after what was not the doing of the step; None where its policy is to decide."""
-        seconds = self._retry.wait_before_next(setback, error, what=self._what)
+    def _after_setback(self, setback: Setback, error: Exception) -> _Soon | _Later | _Final | None:
+        """Decide whether there is another try after a setback; None where the step's policy is to decide."""
+        seconds = self._retry.wait_before_next(setback, error, what=self._label)
         match setback, seconds:
             case Setback.CONFLICT, None:
                 return None
             case _, None:
-                raise Interrupted(error) from error  # not the outcome of the step, and its caller is at hand
+                raise Interrupted(error) from error  # not the outcome of the step: the executor raises it to its caller
             case Setback.LOSS, _:
                 return self._after_loss(error)
             case _:
                 return _Soon(seconds)
 
     def _after_loss(self, error: Exception) -> _Later | _Final:
-        """Count a lost transaction. One alone ends no step; from the second in a row on, its policy may."""
+        """Count a lost transaction; from the second in a row on, the step's policy may stop the tries."""
         self._losses += 1
-        lost = self._lost(error)
+        lost = self._loss_error(error)
         policy, seconds = self._call.definition.options.policy, wait_after_loss(self._losses)
         self._call.tries.failed(error)
         try:
@@ -371,7 +371,7 @@ class _Execution:
         log.warning("workflow %s: %s It is tried again in %.1f s.", self._attempt.workflow_id, lost, seconds)
         return _Later(seconds, lost)
 
-    def _lost(self, error: Exception) -> TransactionLostError:
+    def _loss_error(self, error: Exception) -> TransactionLostError:
         key, count = self._call.position.shown, self._losses
         times = "once" if count == 1 else f"{count} times in a row"
         lost = TransactionLostError(
@@ -384,7 +384,7 @@ class _Execution:
         return lost
 
     @property
-    def _what(self) -> str:
+    def _label(self) -> str:
         return f"workflow {self._attempt.workflow_id}, step {self._call.position.shown!r}"
 
     async def _success(self, value: object) -> Checkpoint:
@@ -427,5 +427,5 @@ def _losses_in(tried: Recorded) -> int:
     """Return how many transactions were lost in a row when this try was recorded."""
     error = None if tried.error is None else Failure.from_text(tried.error).rebuild()
     count = error.count if isinstance(error, TransactionLostError) else 0
-    is_number = isinstance(count, int)  # pyright: ignore[reportUnnecessaryIsInstance]  # a row may say anything
+    is_number = isinstance(count, int)  # pyright: ignore[reportUnnecessaryIsInstance]  # a row may hold anything
     return min(max(0, count), LOSSES) if is_number else 0

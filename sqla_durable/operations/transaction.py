@@ -35,7 +35,7 @@ async def in_session(session: Session | AsyncSession, statement: Callable[[Sessi
 
 
 class StepTransaction:
-    """A transaction of the session that is given, from `begin` to `commit`, `rollback` or `discard`.
+    """A transaction of one session, from `begin` to `commit`, `rollback` or `discard`.
 
     Attributes:
         injected: the session, as the step's function gets it.
@@ -51,11 +51,11 @@ class StepTransaction:
         self.isolation_level = isolation_level
 
     async def begin(self) -> None:
-        """Begin, unless the session has begun already."""
+        """Begin, unless the session is already in a transaction."""
         await self.execute(partial(_begin, isolation_level=self.isolation_level))
 
     async def execute(self, statement: Callable[[Session], T]) -> T:
-        """Call a store function with the session."""
+        """Call a store function with the blocking session."""
         return await in_session(self.injected, statement)
 
     async def commit(self) -> None:
@@ -67,28 +67,28 @@ class StepTransaction:
         await self.execute(Session.rollback)
 
     async def discard(self) -> None:
-        """Roll back, and do not use the connection again where it is the engine's own."""
+        """Roll back; where the engine opened the connection, it is not used again."""
         await self.rollback()
 
 
 class ClosingTransaction(StepTransaction):
-    """A transaction of a session that lives only for it."""
+    """A transaction whose session is closed when it ends."""
 
     async def commit(self) -> None:
-        """Commit, and close the session for good."""
+        """Commit, and close the session."""
         await self.execute(_commit_and_close)
 
     async def rollback(self) -> None:
-        """Roll back, and close the session for good."""
+        """Roll back, and close the session."""
         await self.execute(Session.close)
 
     async def discard(self) -> None:
-        """Close the session and its connection for good."""
+        """Close the session and its connection."""
         await self.execute(Session.invalidate)
 
 
 class SavepointTransaction(StepTransaction):
-    """A savepoint inside the transaction that the caller has open, and goes on with."""
+    """A savepoint inside the caller's open transaction, which continues afterwards."""
 
     record = staticmethod(steps.record)
 
@@ -108,15 +108,15 @@ class SavepointTransaction(StepTransaction):
         await self.execute(lambda _: _end(self._savepoint, self._savepoint.commit))
 
     async def rollback(self) -> None:
-        """Roll back to the savepoint; the caller's transaction goes on."""
+        """Roll back to the savepoint; the caller's transaction continues."""
         await self.execute(lambda _: self._savepoint.rollback())
 
 
 class ReleasingTransaction(StepTransaction):
-    """A transaction that holds a lock or a place in a semaphore until it ends.
+    """A transaction that releases a lock or a semaphore when it ends.
 
-    What has ended holds nothing, and its session may be in another's transaction by then: to end it again does nothing,
-    as where a task is cancelled while it commits, and goes on to roll back.
+    To end it twice does nothing, as when a task is cancelled while it commits and then rolls back: by then its session
+    may be in another transaction.
     """
 
     def __init__(self, inner: StepTransaction, release: Callable[[], None]) -> None:
@@ -124,43 +124,43 @@ class ReleasingTransaction(StepTransaction):
         self.record = inner.record
         self._inner = inner
         self._release = release
-        self._holds = True
+        self._is_open = True
 
     async def begin(self) -> None:
-        """Begin; give the place back if that fails."""
+        """Begin; release if that fails."""
         try:
             await self._inner.begin()
         except BaseException:
-            self._give_back()
+            self._release_once()
             raise
 
     async def commit(self) -> None:
-        """Commit, and give the place back if that succeeds: otherwise `rollback` does."""
+        """Commit, and release if that succeeds; otherwise `rollback` does."""
         await self._inner.commit()
-        self._give_back()
+        self._release_once()
 
     async def rollback(self) -> None:
-        """Roll back, and give the place back."""
+        """Roll back, and release."""
         await self._end(self._inner.rollback)
 
     async def discard(self) -> None:
-        """Discard, and give the place back."""
+        """Discard, and release."""
         await self._end(self._inner.discard)
 
     async def _end(self, end: Callable[[], Awaitable[None]]) -> None:
-        if self._holds:
+        if self._is_open:
             try:
                 await end()
             finally:
-                self._give_back()
+                self._release_once()
 
-    def _give_back(self) -> None:
-        self._holds = False
+    def _release_once(self) -> None:
+        self._is_open = False
         self._release()
 
 
 def _begin(session: Session, *, isolation_level: str | None) -> None:
-    """Begin with the connection that the checkpoint needs: then a lost database is seen before the user's code."""
+    """Begin, and connect at once, so that a lost database is noticed before the user's code is called."""
     begun_before = session.in_transaction()
     if not begun_before:
         session.begin()
@@ -174,18 +174,18 @@ def _begin(session: Session, *, isolation_level: str | None) -> None:
 
 
 def _require_isolation(session: Session, *, isolation_level: str) -> None:
-    """Refuse a transaction that has begun with a weaker level: PostgreSQL changes it only at the beginning."""
+    """Refuse a transaction that began with a weaker level: PostgreSQL can set it only at the beginning."""
     begun_with = connection_of(session).get_isolation_level()
     strong_enough = ISOLATION_LEVELS[ISOLATION_LEVELS.index(isolation_level) :]
     if begun_with not in strong_enough:
         raise SessionError(
-            f"a step asks for {isolation_level} and {session!r} is already in a transaction that is {begun_with}: "
+            f"a step asks for {isolation_level} and {session!r} is already in a {begun_with} transaction: "
             f"begin it with session.connection(execution_options={{'isolation_level': {isolation_level!r}}})."
         )
 
 
 def require_transaction(session: Session, *, isolation_level: str | None = None) -> None:
-    """Refuse a session whose statements commit by themselves; begin with this isolation level.
+    """Begin with this isolation level; refuse a session in AUTOCOMMIT, whose statements commit one by one.
 
     Raises:
         SessionError: its engine is in AUTOCOMMIT.
@@ -205,14 +205,14 @@ def _commit(session: Session) -> None:
 
 
 def _end(transaction: SessionTransaction | None, commit: Callable[[], None]) -> None:
-    """Commit; what a listener of `after_commit` raises undoes nothing, and is logged.
+    """Commit; an error of an `after_commit` listener is logged, because the transaction is committed already.
 
-    SQLAlchemy leaves such a session in its transaction, where nothing can be done any more, not even a rollback.
+    SQLAlchemy leaves such a session in its transaction, where not even a rollback is possible.
     """
     try:
         commit()
     except BaseException as error:
-        # There is no public way to ask.
+        # SQLAlchemy has no public attribute for it.
         if transaction is None or getattr(transaction, "_state", None) is not SessionTransactionState.COMMITTED:
             raise
         session = transaction.session
@@ -221,18 +221,22 @@ def _end(transaction: SessionTransaction | None, commit: Callable[[], None]) -> 
             session.expire_all()
         if not isinstance(error, Exception):
             raise
-        log.warning("a listener of after_commit has raised %s; what was committed stands", brief(error), exc_info=True)
+        log.warning(
+            "a listener of after_commit raised %s; the transaction is committed nevertheless",
+            brief(error),
+            exc_info=True,
+        )
 
 
-# Not in Session.info, which is the user's: a step that clears it must not take its guard off.
+# Not in Session.info, which is the user's: a step that clears it must not remove its guard.
 _watched: WeakKeyDictionary[Session, TransactionGuard] = WeakKeyDictionary()
 
 
 class TransactionGuard:
-    """Refuses that a step ends its own transaction, or lets it span two databases.
+    """Prevents a step from ending its own transaction, and from using two databases in it.
 
     A commit by the step is refused before it happens, because its writes would be durable without the checkpoint. A
-    rollback or a close is noticed afterwards: then nothing of the step is written. Savepoints are the step's own.
+    rollback or a close is noticed afterwards: then nothing of the step is written. Savepoints are allowed.
     """
 
     def __init__(self, session: Session, *, step: str) -> None:
@@ -244,20 +248,20 @@ class TransactionGuard:
         _watched[session] = self
 
     def check(self) -> None:
-        """Give the transaction back to the engine.
+        """Stop guarding, and check that the step has left its transaction open and usable.
 
         Raises:
-            UsageError: it is no longer the one that the step was given, or a failed flush has spoilt it.
+            UsageError: it is no longer the transaction that the step received, or a flush in it failed.
         """
         transaction = self._transaction
         self.leave()
         if not any(each is transaction for each in _open(self._session)):
             raise self._error("rolled back or closed its session", "leave both to the engine, or use begin_nested()")
         if transaction is None or not transaction.is_active:
-            raise self._error("went on after a failed flush", "let the error out, or flush inside begin_nested()")
+            raise self._error("went on after a failed flush", "do not catch its error, or flush inside begin_nested()")
 
     def leave(self) -> None:
-        """Stop watching."""
+        """Stop guarding."""
         if self._transaction is not None:
             self._transaction = None
             if self._outer is None:
@@ -269,7 +273,7 @@ class TransactionGuard:
         """Refuse a commit of the step's transaction, or of the whole one around it.
 
         Raises:
-            UsageError: it is one of them.
+            UsageError: this is one of them.
         """
         if _innermost(self._session) in (self._transaction, self._session.get_transaction()):
             raise self._error("committed its session", "return, and the engine commits both together")
@@ -289,23 +293,23 @@ class TransactionGuard:
 
 
 def is_step_session(session: Session) -> bool:
-    """Return whether a step that is being executed has this session."""
+    """Return whether the session belongs to a step that is being executed."""
     return session in _watched
 
 
-# For all sessions: to listen to one, and to stop, takes forty microseconds, and every step would pay for it.
+# For all sessions: to add and remove a listener of one takes forty microseconds in every step.
 @event.listens_for(Session, "before_commit")
 def _before_commit(session: Session) -> None:
-    boundary = _watched.get(session)
-    if boundary is not None:
-        boundary.refuse_commit()
+    guard = _watched.get(session)
+    if guard is not None:
+        guard.refuse_commit()
 
 
 @event.listens_for(Session, "after_begin")
 def _after_begin(session: Session, transaction: SessionTransaction, _connection: Connection) -> None:
-    boundary = _watched.get(session)
-    if boundary is not None:
-        boundary.refuse_second(transaction)
+    guard = _watched.get(session)
+    if guard is not None:
+        guard.refuse_second(transaction)
 
 
 def _innermost(session: Session) -> SessionTransaction | None:

@@ -1,7 +1,7 @@
-"""What undid the transaction of a step although the step did nothing wrong, and whether it is tried again.
+"""Setbacks: errors that rolled the transaction of a step back without a fault of the step, and when to try again.
 
-The same error means one thing at a statement of the step's own, where it is the step's error, and another at one of
-the engine's. Decides and computes; nothing here waits.
+The same error is the step's own at one of its statements, and a setback at a statement of the engine's. Decides and
+computes; nothing here waits.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from sqla_durable.definitions.retry import Tries, backoff
 LOSSES = 20
 """How many transactions of one step may be lost in a row after its function was called."""
 
-# disk_full and its class, system_error, io_error, read_only_sql_transaction: no statement can be right meanwhile.
+# disk_full and its class, system_error, io_error, read_only_sql_transaction: meanwhile every write fails.
 # Not configuration_limit_exceeded (temp_file_limit) nor undefined_file, which are about what the statement asks for.
 _DISABLED = frozenset({"53000", "53100", "58000", "58030", "25006"})
-# What a statement that waits for a lock meets, or one that the server has no means for.
+# What a statement meets that waits for a lock, or for which the server lacks resources.
 _DELAYS = ("53", "55P03", "57014", "58")
-# The memory may be short because of what the step asks for, so that is not waited for without an end.
+# The step itself may need too much memory, so this is not waited for without a limit.
 _OUT_OF_MEMORY = "53200"
 _INVALID_TRANSACTION = "8s2b"
-"""SQLAlchemy's code: the connection is lost, and what went on with it has caught the error that said so."""
+"""SQLAlchemy's code: the connection was lost, and the code caught that error and went on."""
 
 _SHORTEN = "raise it for the role of the worker, or do what takes long in a plain step before this one"
 _REASONS = {
@@ -45,7 +45,7 @@ _REASONS = {
     "57P01": "the step or somebody else ended its server process with pg_terminate_backend(), or stopped the server",
     "57P02": "the server crashed, perhaps by a statement of the step: see the log of the server",
     "42501": "the step or an interceptor changed the role of its session, or a privilege was revoked: grant it",
-    _OUT_OF_MEMORY: "the server has too little memory for what the step asks for: let it ask for less at a time",
+    _OUT_OF_MEMORY: "the server has too little memory for the step: let it process less at a time",
 }
 _ANY_REASON = (
     "the step ends its own server process, the server, a proxy or the network ended the connection, or one of "
@@ -65,26 +65,26 @@ class Phase(Enum):
     """Where in the transaction of a step an error was raised."""
 
     BEFORE = auto()
-    """Before a function of the user's was called, if one is at all."""
+    """Before a function of the user was called."""
     FUNCTION = auto()
-    """In the function or after it. Errors of the engine's own statements are marked there: see `mark_engine_error`."""
+    """In the function or after it. Errors of the engine's own statements are marked: see `mark_engine_error`."""
     COMMIT = auto()
-    """At COMMIT, where deferred constraints and triggers of the application are executed too."""
+    """At COMMIT, where deferred constraints and triggers of the application are checked too."""
 
 
 class Setback(Enum):
-    """What undid a transaction."""
+    """Why a transaction was rolled back without a fault of the step."""
 
     CONFLICT = auto()
-    """It lost against another one. A limited number is tried again."""
+    """It lost against another transaction. It is tried again a limited number of times."""
     LOSS = auto()
-    """Its function was called, and then its connection was lost. That is recorded and counted."""
+    """Its connection was lost after its function was called. That is recorded and counted."""
     OBSTACLE = auto()
-    """The database is away, full, or busy. It is tried again until the obstacle is gone."""
+    """The database is unreachable, full or busy. It is tried again until that is over."""
 
     @classmethod
     def of(cls, error: BaseException, phase: Phase) -> Setback | None:
-        """Return what an error was; None if it is the error of the step itself."""
+        """Return which setback an error is; None if it is the step's own error."""
         code = _code(error)
         if is_conflict(error) and not (phase is Phase.BEFORE and is_pooler_mixup(error)):
             return cls.CONFLICT
@@ -99,7 +99,7 @@ class Setback(Enum):
             return None
         if code.startswith(_DELAYS):
             return cls.OBSTACLE
-        # Of the rest, the step may be the reason: it can change its session's role.
+        # The rest may be caused by the step, which can change its session's role.
         return cls.LOSS if (ours and is_obstacle(error)) or isinstance(error, OSError) else None
 
 
@@ -109,8 +109,8 @@ class TransactionRetry:
     Args:
         conflicts: how many conflicts are tried again.
         obstacles: how many obstacles are, while the database can be reached.
-        outages: whether a database that cannot be reached is waited for, without an end: the fence stops an attempt
-            that no longer owns its workflow.
+        outages: whether to wait without a limit for a database that cannot be reached; the fence stops an attempt that
+            no longer owns its workflow.
     """
 
     def __init__(self, *, conflicts: int = 20, obstacles: float = float("inf"), outages: bool = True) -> None:
@@ -120,12 +120,12 @@ class TransactionRetry:
         self._tries = Tries()
 
     def wait_before_next(self, setback: Setback, error: BaseException, *, what: str) -> float | None:
-        """Return the seconds to wait, or None when it is not tried again. Warns of obstacles, and more and more seldom.
+        """Return the seconds to wait, or None for no other try. Obstacles are logged, less and less often.
 
         Args:
-            setback: what undid the transaction.
-            error: the error that says so.
-            what: whose transaction it is, for the log.
+            setback: why the transaction was rolled back.
+            error: the error.
+            what: the workflow and step, for the log.
         """
         match setback:
             case Setback.CONFLICT:
@@ -154,14 +154,14 @@ def wait_after_loss(count: int) -> float:
 
 
 def describe(error: BaseException, phase: Phase) -> str:
-    """Describe an error that undid a transaction in one line: PostgreSQL's code, its text, and the likely reason."""
+    """Return a line that describes a setback: PostgreSQL's text and code, and the likely reason."""
     code = _code(error)
     likely = _AT_COMMIT if (phase, code) == (Phase.COMMIT, "25P03") else _REASONS.get(code, _ANY_REASON)
     return f"{first_line(error)} [{code or 'no SQLSTATE'}]. The likely reason: {likely}"
 
 
 def sqlstate_of(error: BaseException) -> str | None:
-    """Return PostgreSQL's code of an error, if it is one of the database and has one."""
+    """Return PostgreSQL's code of an error; None if it has none or is no error of the database."""
     return sqlstate(error) if isinstance(error, DBAPIError) else None
 
 
@@ -170,7 +170,7 @@ def _code(error: BaseException) -> str:
 
 
 def _is_delay(error: BaseException) -> bool:
-    """Return whether the database can be reached all the same."""
+    """Return whether the database can be reached nevertheless."""
     return is_pooler_mixup(error) or (_code(error).startswith(_DELAYS) and not is_outage(error))
 
 

@@ -1,6 +1,6 @@
 """Operations that wait, for a time, a signal, an event or an update, and facts that are read once and recorded.
 
-A workflow that waits is a row, and its slot in the worker is free meanwhile.
+A workflow waits in memory for a moment and is suspended then, which frees its slot in the worker.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from sqla_durable.operations.runtime import Runtime
 from sqla_durable.store import Awaited, Checkpoint, Connectable, Recorded, hints, signals, updates, waits
 
 _MOMENT = 1.0
-"""What takes no longer than this, in seconds, is waited for in memory."""
+"""Waits of at most so many seconds are spent in memory."""
 
-_SHORTEST_HOLD, _HOLD_PER_OPERATION, _LONGEST_HOLD = 0.05, 0.005, 5.0
-"""For how long what others do is awaited in memory first, in seconds: for longer where a replay costs more."""
+_SHORTEST_GRACE, _GRACE_PER_OPERATION, _LONGEST_GRACE = 0.05, 0.005, 5.0
+"""How many seconds to wait in memory before suspending: longer where the replay would cost more."""
 
-_LOOKS = (0.05, 0.25, 1.25)
-"""After how many seconds in memory a wait looks by itself: what SQL sends, or another worker ends, does not wake it."""
+_POLLS_AT = (0.05, 0.25, 1.25)
+"""After how many seconds in memory a wait polls: what SQL sends, or another worker ends, does not wake it."""
 
-_SHORTEST_LOOK, _LONGEST_LOOK, _SHARE = 0.05, 30.0, 0.25  # seconds, and a share of those waited so far
+_SHORTEST_PAUSE, _LONGEST_PAUSE, _SHARE = 0.05, 30.0, 0.25
+"""Seconds between two polls, which are a share of the seconds waited so far."""
 
 Taking: TypeAlias = Callable[[Runtime, Checkpoint], Coroutine[Any, Any, str | None]]
-"""Takes what is waited for and records it as this outcome; gives that as JSON text, or None if it is not there."""
+"""Consumes what is waited for and records it as the outcome; returns it as JSON text, or None if it is not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,69 +46,71 @@ class Source:
     """What an operation waits for besides a time.
 
     Attributes:
-        look: what the workflow's row is to say of it, seen before it is taken in vain; where that is nothing, nobody
-            tells when it comes, and it is looked for again and again.
-        take: takes it if it is there, records it as the outcome, and gives its JSON text; `at_once` does so by a
-            statement.
-        late: the error for when it does not come in time.
-        workflows: those whose ends it may wait for.
+        read_awaited: reads, before consuming, what the suspended workflow's row is to name so that it is woken; if
+            that is nothing, no notice announces the arrival, and it is polled for. None: it is always `awaits`.
+        take: consumes it if it is there, records it as the outcome, and returns its JSON text; see `in_one_statement`.
+        timeout_message: the message of the error if it does not arrive in time.
+        awaits: what the row is to name, where it is known beforehand.
+        workflows: the workflows whose ends it may wait for.
     """
 
-    look: Callable[[Connectable], tuple[Awaited, ...]] | None
+    read_awaited: Callable[[Connectable], tuple[Awaited, ...]] | None
     take: Taking
-    late: str
+    timeout_message: str
     awaits: tuple[Awaited, ...] = ()
     workflows: Sequence[UUID] = ()
 
     def names(self, workflow_id: UUID) -> set[str | UUID]:
-        """Return the names under which what wakes the operation is announced."""
+        """Return the names under which the arrival is announced in this process."""
         return {hint_of(workflow_id, each) for each in self.awaits} | set(self.workflows)
 
     @classmethod
     def of_signal(cls, name: str, timeout: timedelta | None) -> Source:
-        """Wait for a signal."""
+        """Return the source of a signal."""
         take = partial(_take_signal, name=name)
-        return cls(None, at_once(take), f"no signal {name!r} came within {timeout}.", (Awaited(signal=name),))
+        return cls(
+            None, in_one_statement(take), f"no signal {name!r} arrived within {timeout}.", (Awaited(signal=name),)
+        )
 
 
 class GracePeriod:
-    """The moment for which an operation waits in memory, before its workflow is suspended.
+    """The time for which an operation waits in memory before its workflow is suspended.
 
-    A workflow that is suspended is replayed when it goes on, which costs more the longer its history is. It keeps its
-    slot for that moment, unless another workflow may need the slot.
+    A suspended workflow is replayed when it continues, which costs more the longer its history is. It keeps its slot
+    for that time, unless another workflow may be waiting for the slot.
 
     Attributes:
-        waker: wakes the operation before its next look.
+        waker: wakes the operation before its next poll.
     """
 
     def __init__(self, attempt: Attempt, waker: Waker) -> None:
         self._attempt = attempt
         self.waker = waker
         self._began = time.monotonic()
-        replayed = _SHORTEST_HOLD + _HOLD_PER_OPERATION * attempt.history_check.count
-        self._until = self._began + min(replayed, _LONGEST_HOLD)
+        replayed = _SHORTEST_GRACE + _GRACE_PER_OPERATION * attempt.history_check.count
+        self._until = self._began + min(replayed, _LONGEST_GRACE)
 
     @property
     def is_over(self) -> bool:
-        """Whether the workflow is to be suspended now."""
+        """Whether to suspend the workflow now."""
         return time.monotonic() >= self._until or self._attempt.is_slot_wanted()
 
     def wait(self, awaits: tuple[Awaited, ...], until: float = float("inf")) -> Wait:
-        """Return how to wait in memory until the next look, and not beyond a time."""
+        """Return how to wait in memory: until the next poll, but not beyond `until`."""
         now = time.monotonic()
-        half = (self._began + self._until) / 2  # a look later than that would come shortly before the last one
-        next_look = next((at for each in _LOOKS if now < (at := self._began + each) <= half), self._until)
-        end = min(next_look, until)
+        half = (self._began + self._until) / 2  # a later poll would come shortly before the last one
+        next_poll = next((at for each in _POLLS_AT if now < (at := self._began + each) <= half), self._until)
+        end = min(next_poll, until)
         return Wait(end, end, awaits, waker=self.waker)
 
 
 def hint_of(workflow_id: UUID, awaited: Awaited) -> str:
-    """Return the hint that says that something awaited was sent."""
+    """Return the hint that announces something awaited."""
     return hints.sent_to(workflow_id, awaited.signal or "")
 
 
-def at_once(statement: Callable[[Connectable, Checkpoint], str | None]) -> Taking:
-    """Take by one statement, in a transaction of its own."""
+def in_one_statement(statement: Callable[[Connectable, Checkpoint], str | None]) -> Taking:
+    """Return what consumes by one statement, in a transaction of its own."""
 
     async def take(runtime: Runtime, checkpoint: Checkpoint) -> str | None:
         return await runtime.execute(lambda connectable: statement(connectable, checkpoint))
@@ -120,12 +123,12 @@ def _take_signal(connectable: Connectable, checkpoint: Checkpoint, name: str) ->
 
 
 async def sleep(runtime: Runtime, position: Position, *, delay: timedelta | None, until: datetime | None) -> None:
-    """Wait for a time on the database's clock: `delay` after the first visit, or `until`."""
+    """Wait for a time on the database's clock: `delay` after the first call, or `until`."""
     try:
         if runtime.attempt.recorded(position) is None:
             await runtime.settle()
             waiting = _Waiting(runtime, position, delay, until)
-            await waiting.through()
+            await waiting.wait_until_due()
             await runtime.record(waiting.checkpoint(StepStatus.SUCCEEDED, output="null"))
     finally:
         runtime.attempt.end_call(position)
@@ -134,18 +137,20 @@ async def sleep(runtime: Runtime, position: Position, *, delay: timedelta | None
 async def receive(
     runtime: Runtime, position: Position, source: Source, result: Codec, *, within: timedelta | None
 ) -> Any:
-    """Wait for something, take it, and give its value.
+    """Wait for something, consume it, and return its value.
 
     Raises:
-        WaitTimeoutError: it did not come in time.
-        DecodingError: it does not fit the type that it is wanted as.
+        WaitTimeoutError: it did not arrive in time.
+        DecodingError: it does not fit the type that the caller wants.
     """
-    recorded = await received(runtime, position, source, within=within)
+    recorded = await receive_recorded(runtime, position, source, within=within)
     return outcome_of(recorded, result, runtime.attempt.options.errors)
 
 
-async def received(runtime: Runtime, position: Position, source: Source, *, within: timedelta | None) -> Recorded:
-    """Wait for something, take it, and give it as it is recorded."""
+async def receive_recorded(
+    runtime: Runtime, position: Position, source: Source, *, within: timedelta | None
+) -> Recorded:
+    """Wait for something, consume it, and return the record of it."""
     try:
         recorded = runtime.attempt.recorded(position)
         if recorded is None:
@@ -157,7 +162,7 @@ async def received(runtime: Runtime, position: Position, source: Source, *, with
 
 
 class _Waiting:
-    """One operation that waits, from its first visit or from where an earlier attempt has left it."""
+    """One waiting operation, from its first call on, over several attempts."""
 
     def __init__(self, runtime: Runtime, position: Position, delay: timedelta | None, until: datetime | None) -> None:
         self._runtime = runtime
@@ -167,15 +172,15 @@ class _Waiting:
         self._began = time.monotonic()
         self._age = 0.0
 
-    async def through(self) -> None:
-        """Return when the time has come."""
+    async def wait_until_due(self) -> None:
+        """Return when the wait is over."""
         wait = await self._begin(short=True)
         if wait.seconds > 0:
             await self._runtime.wait(self._position, wait)
             await self._runtime.settle()
 
     async def receive(self, source: Source) -> Recorded:
-        """Take what is waited for, now or when it comes, or record that it came too late."""
+        """Consume what is waited for, now or when it arrives, or record the timeout."""
         attempt = self._runtime.attempt
         with attempt.listening(source.names(attempt.workflow_id)) as waker:
             return await self._received(source, GracePeriod(attempt, waker))
@@ -184,28 +189,30 @@ class _Waiting:
         taking = self.checkpoint(StepStatus.SUCCEEDED)
         awaits, wait = source.awaits, None
         while True:
-            grace.waker.woken.clear()  # before the look: what comes during it wakes again
+            grace.waker.woken.clear()  # before the query: what arrives during it wakes again
             try:
-                if source.look is not None and (not awaits or grace.is_over):
-                    awaits = await self._runtime.execute(source.look)
+                if source.read_awaited is not None and (not awaits or grace.is_over):
+                    awaits = await self._runtime.execute(source.read_awaited)
                 output = await source.take(self._runtime, taking)
             except (NotFoundError, EventNotSetError) as gone:
                 return await self._fail(gone)
             if output is not None:
                 return replace(taking, output=output).recorded
-            held = bool(awaits) and not grace.is_over
-            if wait is None and not (held and self._delay is None):
+            in_memory = bool(awaits) and not grace.is_over
+            if wait is None and not (in_memory and self._delay is None):
                 wait = await self._begin(short=not awaits)
             if wait is not None and wait.seconds <= 0:
-                return await self._late(source.late)
-            await self._runtime.wait(self._position, self._next(wait, awaits, grace if held else None, grace.waker))
+                return await self._late(source.timeout_message)
+            await self._runtime.wait(
+                self._position, self._next(wait, awaits, grace if in_memory else None, grace.waker)
+            )
             await self._runtime.settle()
 
     def _next(self, wait: Wait | None, awaits: tuple[Awaited, ...], grace: GracePeriod | None, waker: Waker) -> Wait:
         if grace is not None:
             return grace.wait(awaits, float("inf") if wait is None else wait.until)
-        assert wait is not None  # noqa: S101 (what is not held has begun)
-        return replace(wait, awaits=awaits, waker=waker) if awaits else self._until_next_look(wait)
+        assert wait is not None  # noqa: S101 (without a grace period the wait has begun)
+        return replace(wait, awaits=awaits, waker=waker) if awaits else self._until_next_poll(wait)
 
     async def _late(self, message: str) -> Recorded:
         return await self._fail(WaitTimeoutError(message))
@@ -215,13 +222,13 @@ class _Waiting:
         await self._runtime.record(failed)
         return failed.recorded
 
-    def _until_next_look(self, wait: Wait) -> Wait:
-        """Look again after a share of the time that it has waited for: soon at first, and then less and less often."""
-        pause = min(max(_SHORTEST_LOOK, _SHARE * (self._age + time.monotonic() - self._began)), _LONGEST_LOOK)
-        return Wait(min(wait.until, time.monotonic() + pause), self._began + _MOMENT, looks=True)
+    def _until_next_poll(self, wait: Wait) -> Wait:
+        """Return how to wait until the next poll: after a share of the time waited so far, so less and less often."""
+        pause = min(max(_SHORTEST_PAUSE, _SHARE * (self._age + time.monotonic() - self._began)), _LONGEST_PAUSE)
+        return Wait(min(wait.until, time.monotonic() + pause), self._began + _MOMENT, polls=True)
 
     async def _begin(self, *, short: bool) -> Wait:
-        """Give for how long to wait; the row that says it outlives this attempt."""
+        """Return how long to wait, as recorded by the operation's row, which is written at the first call."""
         tried = self._runtime.attempt.unfinished_record(self._position)
         if tried is None:
             begin = partial(waits.begin, checkpoint=self.checkpoint(StepStatus.WAITING), until=self._until)
@@ -231,7 +238,7 @@ class _Waiting:
         return Wait(self._began + due_in, self._began + _MOMENT if short else float("-inf"))
 
     def checkpoint(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Checkpoint:
-        """Give the operation's record; of one that waits, how long."""
+        """Return the operation's checkpoint; that of a waiting one has the delay."""
         is_waiting = status is StepStatus.WAITING
         delay = self._delay.total_seconds() if is_waiting and self._delay is not None else None
         elapsed = 0.0 if is_waiting else time.monotonic() - self._began
@@ -239,62 +246,62 @@ class _Waiting:
         return checkpoint_of(attempt, self._position, status, output=output, error=error, elapsed=elapsed, delay=delay)
 
 
-Consider: TypeAlias = Callable[[str], Coroutine[Any, Any, str | None]]
-"""Says of a payload, which is JSON text, why it is refused; None if it is not."""
+Validate: TypeAlias = Callable[[str], Coroutine[Any, Any, str | None]]
+"""Returns the reason for which a payload, as JSON text, is refused; None if it is accepted."""
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """What a workflow took; the payload is JSON text."""
+class TakenUpdate:
+    """An update that a workflow has accepted; the payload is JSON text."""
 
     id: int
     payload: str
 
 
 async def receive_update(
-    runtime: Runtime, position: Position, *, name: str, consider: Consider, within: timedelta | None
-) -> Taken:
-    """Wait for an update that is not refused, and take it. Each that is refused is answered, and leaves no record here.
+    runtime: Runtime, position: Position, *, name: str, validate: Validate, within: timedelta | None
+) -> TakenUpdate:
+    """Wait for an update that is not refused, and accept it. A refused one is answered and not recorded here.
 
     Raises:
-        WaitTimeoutError: none came in time.
+        WaitTimeoutError: none arrived in time.
     """
-    late = f"no update {name!r} that is not refused came within {within}."
-    take = partial(_take, name=name, consider=consider)
+    late = f"no update {name!r} that is not refused arrived within {within}."
+    take = partial(_take, name=name, validate=validate)
     source = Source(None, take, late, (Awaited(signal=updates.signal_of(name)),))
-    recorded = await received(runtime, position, source, within=within)
+    recorded = await receive_recorded(runtime, position, source, within=within)
     if recorded.status is StepStatus.FAILED:
         raise_recorded(recorded, runtime.attempt.options.errors)
     output = json.loads(recorded.output or "{}")
-    return Taken(output["id"], json.dumps(output["payload"]))
+    return TakenUpdate(output["id"], json.dumps(output["payload"]))
 
 
-async def _take(runtime: Runtime, checkpoint: Checkpoint, *, name: str, consider: Consider) -> str | None:
+async def _take(runtime: Runtime, checkpoint: Checkpoint, *, name: str, validate: Validate) -> str | None:
     fence = checkpoint.fence
     find = partial(updates.oldest, workflow_id=fence.workflow_id, name=name)
     while (found := await runtime.execute(find)) is not None:
-        reason = await consider(found.payload)
+        reason = await validate(found.payload)
         if reason is not None:
             await runtime.execute(partial(updates.refuse, fence=fence, update_id=found.id, reason=reason))
             await runtime.settle()
             continue
         taken = await runtime.execute(partial(updates.take, checkpoint=checkpoint, update_id=found.id))
-        if taken is not None:  # another branch may have taken it meanwhile
+        if taken is not None:  # otherwise another branch has taken it meanwhile
             return taken
     return None
 
 
-async def record_value(runtime: Runtime, position: Position, *, ask: Callable[[], Any], codec: Codec) -> Any:
-    """Ask this process; durable before the next effect."""
+async def record_value(runtime: Runtime, position: Position, *, produce: Callable[[], Any], codec: Codec) -> Any:
+    """Record a value that this process produces, durable before the next effect, and return it."""
     try:
-        recorded = runtime.attempt.recorded(position) or await _record(runtime, position, codec.encode(ask()))
+        recorded = runtime.attempt.recorded(position) or await _record(runtime, position, codec.encode(produce()))
         return outcome_of(recorded, codec, runtime.attempt.options.errors)
     finally:
         runtime.attempt.end_call(position)
 
 
 async def record_database_time(runtime: Runtime, position: Position, *, codec: Codec) -> Any:
-    """Ask for the database's clock."""
+    """Record the time of the database's clock, and return it."""
     try:
         recorded = runtime.attempt.recorded(position)
         if recorded is None:

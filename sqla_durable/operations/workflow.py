@@ -31,8 +31,8 @@ from sqla_durable.store import Checkpoint, Completion, Standing, rounds, sagas
 from sqla_durable.store.deadlines import TIMEOUT_TYPE
 from sqla_durable.unwinding import AttemptLost, CallRefused, Cancelling, ContinuedAsNew, ControlFlow
 
-# What the engine ends a workflow with, by the type that is recorded.
-_OF_THE_ENGINE = {
+# The errors with which the engine itself ends a workflow, by their recorded type.
+_ENGINE_ERRORS = {
     f"{kind.__module__}:{kind.__qualname__}": kind for kind in (MaxAttemptsError, RowRefusedError, WorkflowTimeoutError)
 }
 
@@ -40,18 +40,18 @@ Body = Callable[[dict[str, Any]], Awaitable[Any]]
 
 
 async def run_workflow(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
-    """Execute a claimed workflow to its outcome and record it.
+    """Execute a claimed workflow to its outcome, and record that.
 
     Args:
-        body: calls the workflow's function with these arguments, in the runtime's context.
+        body: calls the workflow's function with its arguments, in the runtime's context.
 
     Raises:
         ControlFlow: the attempt ended without an outcome of its own.
-        HistoryMismatchError: likewise, because the workflow is strict and its history was not visited.
+        HistoryMismatchError: likewise, because the workflow is strict and its code does not fit its history.
     """
     completion = await completion_of(runtime, definition, body)
     if not runtime.attempt.is_undoing:
-        report(runtime.attempt, strict=definition.options.strict)
+        check_history(runtime.attempt, strict=definition.options.strict)
     try:
         await runtime.finish(completion)
     except EncodingError as refused:
@@ -61,7 +61,7 @@ async def run_workflow(runtime: Runtime, definition: WorkflowDefinition, body: B
 
 
 async def completion_of(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
-    """Execute a workflow to its outcome, and record nothing of that.
+    """Execute a workflow to its outcome, and do not record that.
 
     Raises:
         ControlFlow: the attempt ended without an outcome of its own.
@@ -71,7 +71,7 @@ async def completion_of(runtime: Runtime, definition: WorkflowDefinition, body: 
     except BaseException as error:
         signal = control_flow_in(error)  # a task group wraps the signals of its tasks
         if isinstance(signal, CallRefused):
-            signal = runtime.attempt.stop_signal or signal  # the reason for it
+            signal = runtime.attempt.stop_signal or signal  # the signal that ended the attempt
         if isinstance(signal, Cancelling):
             return _undone(runtime.attempt)
         raise signal or error from None
@@ -81,7 +81,7 @@ async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body:
     attempt = runtime.attempt
     attempt.options = definition.durable
     try:
-        _ = definition.result  # what could not be recorded is not executed
+        _ = definition.result  # raises before the workflow is executed, if its result could not be recorded
         value = await _called(runtime, definition, body)
         attempt.raise_if_stopped()
         attempt.refuse_unfinished()
@@ -96,7 +96,7 @@ async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body:
 
 
 def _undone(attempt: Attempt) -> Completion:
-    """Give the outcome of a workflow that has undone what it did: it was cancelled, or its deadline has come."""
+    """Return the outcome of a workflow that has compensated, because it was cancelled or its deadline passed."""
     if attempt.deadline_message is None:
         return _ended(attempt, WorkflowStatus.CANCELLED)
     return _ended(
@@ -127,7 +127,7 @@ async def _called(runtime: Runtime, definition: WorkflowDefinition, body: Body) 
 
 
 def control_flow_in(error: BaseException) -> ControlFlow | None:
-    """Give the signal that an error is, or that a group of errors holds."""
+    """Return the signal that an error is, or that a group of errors contains; None if there is none."""
     if isinstance(error, BaseExceptionGroup):
         inner = cast("BaseExceptionGroup[BaseException]", error).exceptions
         return next((found for each in inner if (found := control_flow_in(each)) is not None), None)
@@ -142,7 +142,7 @@ class Outcome:
 
     @classmethod
     def of(cls, name: str, completion: Completion) -> Outcome:
-        """Give the outcome that a completion records."""
+        """Return the outcome that a completion records."""
         error = None if completion.error is None else json.loads(completion.error)
         workflow_id = completion.fence.workflow_id
         return cls(Standing(workflow_id, name, completion.status, completion.output, error))
@@ -152,14 +152,14 @@ class Outcome:
 
         Args:
             definition: the workflow's.
-            find: returns the classes that may be raised; by default what may be raised outside of workflows.
+            find: returns the exception classes that may be rebuilt; by default those for code outside of workflows.
 
         Raises:
-            Exception: the workflow's own error, where its class is known to its `Durable`, and imported here.
-            WorkflowFailedError: where it is not.
+            Exception: the workflow's own error, if its class is known to its `Durable` and imported here.
+            WorkflowFailedError: if not.
             WorkflowCancelledError: it was cancelled.
             MaxAttemptsError: its workers died too often.
-            RowRefusedError: the database refused what a worker had to do with its row.
+            RowRefusedError: the database refused what a worker had to write to its row.
             WorkflowTimeoutError: it was not finished at its deadline.
         """
         match self.standing.status:
@@ -173,11 +173,11 @@ class Outcome:
         return f"workflow {self.standing.name!r} {self.standing.workflow_id}"
 
     def error(self, find: Find) -> Exception:
-        """Return the error of a workflow that failed or was cancelled, of a class that may be raised here."""
+        """Return the error of a workflow that failed or was cancelled, of a class that may be rebuilt here."""
         if self.standing.status is WorkflowStatus.CANCELLED:
             return WorkflowCancelledError(f"{self._label} was cancelled.", workflow_id=self.standing.workflow_id)
         failure = Failure.from_json(self.standing.error or {"type": "unknown"})
-        if (kind := _OF_THE_ENGINE.get(failure.type)) is not None:
+        if (kind := _ENGINE_ERRORS.get(failure.type)) is not None:
             return kind(f"{self._label} failed: {failure.message}.", workflow_id=self.standing.workflow_id)
         error = failure.rebuild(find)
         if error is None:
@@ -193,7 +193,7 @@ class Outcome:
 
 
 async def begin_saga(runtime: Runtime, position: Position) -> None:
-    """Note that the workflow may have something to undo; durable when this returns."""
+    """Record that the workflow may have something to compensate; it is committed when this returns."""
     attempt = runtime.attempt
     if attempt.recorded(position) is not None:
         return
@@ -204,9 +204,9 @@ async def begin_saga(runtime: Runtime, position: Position) -> None:
 
 
 def must_compensate(attempt: Attempt, error: BaseException | None) -> bool:
-    """Tell whether what ends a saga undoes it: an error, or that the workflow is cancelled.
+    """Return whether a saga that ends so must compensate: by an error, or because the workflow is cancelled.
 
-    Not a workflow that is parked, handed back or lost, whatever error its code makes of that: it will come here again.
+    Not if the workflow is suspended, released or lost, whatever error its code raises then: it will be replayed.
     """
     if attempt.is_stopped:
         return attempt.is_cancelling and (error is not None or attempt.was_signalled)
@@ -214,11 +214,11 @@ def must_compensate(attempt: Attempt, error: BaseException | None) -> bool:
 
 
 async def continue_as_new(runtime: Runtime, position: Position, *, given: str) -> NoReturn:
-    """Enqueue the workflow with this input, and unwind this attempt.
+    """Enqueue the workflow with this input and without a history, and end this attempt.
 
     Raises:
-        ContinuedAsNew: that is done.
-        AttemptLost: the attempt no longer owns the workflow; or it was done, and the acknowledgement was lost.
+        ContinuedAsNew: it is enqueued.
+        AttemptLost: the attempt no longer owns the workflow; or it is enqueued, and the acknowledgement was lost.
     """
     attempt = runtime.attempt
     await runtime.settle()
@@ -232,7 +232,7 @@ log = Log("sqla_durable.changes")
 
 
 def patched(attempt: Attempt, patch_id: str) -> tuple[bool, Checkpoint | None]:
-    """Tell whether the workflow goes the new way, and give what is to be recorded before the next effect, if any."""
+    """Return whether the workflow takes the new path, and the marker to record before the next effect, if any."""
     with attempt.branches.lock:
         patch = attempt.history_check.patched(patch_id)
     if patch.key is None:
@@ -253,8 +253,8 @@ def patched(attempt: Attempt, patch_id: str) -> tuple[bool, Checkpoint | None]:
     return patch.is_new, marker
 
 
-def report(attempt: Attempt, *, strict: bool) -> None:
-    """Warn of a history that today's code has not visited as it was recorded.
+def check_history(attempt: Attempt, *, strict: bool) -> None:
+    """Warn if today's code has not called what the history holds, in its order.
 
     Raises:
         HistoryMismatchError: with `strict`, instead of the warning.
@@ -267,7 +267,7 @@ def report(attempt: Attempt, *, strict: bool) -> None:
         log.warning("%s", joined(what))
         return
     raise HistoryMismatchError(
-        f"{what}\nIt is strict and has no outcome for now: deploy code that visits its history, or mark the change "
+        f"{what}\nIt is strict and has no outcome for now: deploy code that fits its history, or mark the change "
         "with patched().",
         workflow_id=attempt.workflow_id,
         recorded=mismatch.recorded,

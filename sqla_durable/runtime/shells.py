@@ -28,7 +28,7 @@ from sqla_durable.definitions.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.models.status import StepStatus
 from sqla_durable.operations.attempt import TIMERS, Attempt
 from sqla_durable.operations.calls import Position, Wait
-from sqla_durable.operations.outcome import Cancelled, cancelled_call_in, checkpoint_of, settle
+from sqla_durable.operations.outcome import Cancelled, cancelled_call_in, checkpoint_of, record_cancelled_call
 from sqla_durable.operations.runtime import Operation, StepCall, execution_of, run_blocking
 from sqla_durable.operations.shielding import GracefulTask, ended
 from sqla_durable.operations.step import run_step
@@ -268,7 +268,7 @@ class AsyncRuntime(BaseRuntime):
         if found is None:
             cancelled = Cancelled(attempt.history_check.count, self.timers.fired_since(mark))
             with self.timers.deciding():
-                settling = GracefulTask(settle(self, position, cancelled))
+                settling = GracefulTask(record_cancelled_call(self, position, cancelled))
                 # What an attempt that is ending would still record is not needed: its successor finds that or nothing.
                 await ended(settling, on_cancel=lambda: attempt.is_stopped and settling.cancel_now())
             found = settling.result()

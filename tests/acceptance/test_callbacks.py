@@ -496,7 +496,7 @@ def test_token_of_another_secret_is_refused_and_its_answer_is_not(session: Sessi
     @durable.workflow
     def pay_again() -> int:
         callback = create_callback(int)
-        with pytest.raises(errors.UsageError, match="was made with a secret that this worker does not have") as caught:
+        with pytest.raises(errors.UsageError, match="derived from a secret that this worker does not have") as caught:
             _ = callback.token
         refused.append(str(caught.value))
         return callback.result()

@@ -201,7 +201,7 @@ def test_signal_that_does_not_come_in_time_is_an_error_also_on_replay(shell: She
         races.wait_until(lambda: shell.one(workflow_id).awaits == [{"signal": "late"}], what="the second wait")
         send(shell, workflow_id, "approved")  # too late, and it stays
         send(shell, workflow_id, "late")
-        assert shell.result(workflow, workflow_id) == "no signal 'approved' came within 7 days, 0:00:00."
+        assert shell.result(workflow, workflow_id) == "no signal 'approved' arrived within 7 days, 0:00:00."
     assert [each.consumed_by for each in signals_of(shell)] == [None, "signal:late"]
 
 

@@ -221,7 +221,7 @@ def test_wait_that_takes_too_long_is_over_also_when_all_that_came_was_refused(sh
         with shell.sessionmaker.begin() as session:
             advance(session, DAY)
         found = shell.result(workflow, workflow_id)
-    assert found == "no update 'set_address' that is not refused came within 1 day, 0:00:00."
+    assert found == "no update 'set_address' that is not refused arrived within 1 day, 0:00:00."
 
 
 @BOTH
