@@ -38,7 +38,7 @@ _TOKEN = re.compile(r"([0-9a-f]{32})\.[0-9a-f]{48}")
 
 class _BaseCallback(Generic[R]):
     def __init__(
-        self, made: callback.Made, position: Position, kind: Codec, name: str, secrets: tuple[bytes, ...]
+        self, made: callback.CallbackRecord, position: Position, kind: Codec, name: str, secrets: tuple[bytes, ...]
     ) -> None:
         self._made = made
         self._secrets = secrets
@@ -53,13 +53,13 @@ class _BaseCallback(Generic[R]):
         Raises:
             UsageError: it was made with a secret that this worker does not have.
         """
-        return self._made.reveal(self._secrets)
+        return self._made.reveal_token(self._secrets)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._key!r} of workflow {self._made.workflow_id}>"  # the token is secret
 
     def _result(self) -> Any:
-        receive = partial(callback.result, key=self._key, made=self._made, kind=self._kind)
+        receive = partial(callback.result, key=self._key, callback=self._made, kind=self._kind)
         return operate(f"result:{self._name}", receive)
 
 

@@ -209,7 +209,7 @@ class _WaitSignal:
         if timeout is not None:
             require_duration(timeout, "timeout")
         codec = Codec.of(kind, what=f"payload of signal {name!r}")
-        source = waiting.Source.of_signal(name, timeout)
+        source = waiting.WaitSource.of_signal(name, timeout)
         receive = partial(waiting.receive, source=source, result=codec, within=timeout)
         return operate(f"signal:{name}", receive, key=key)
 

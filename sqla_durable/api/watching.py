@@ -61,7 +61,9 @@ class _WaitEvent:
         if timeout is not None:
             require_duration(timeout, "timeout")
         take = partial(_take, workflow_id=id_of(workflow), key=key)
-        source = waiting.Source(None, waiting.in_one_statement(take), f"event {key!r} was not set within {timeout}.")
+        source = waiting.WaitSource(
+            None, waiting.in_one_statement(take), f"event {key!r} was not set within {timeout}."
+        )
         codec = Codec.of(kind, what=f"value of event {key!r}")
         return operate(f"wait_event({key})", partial(waiting.receive, source=source, result=codec, within=timeout))
 

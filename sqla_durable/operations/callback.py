@@ -42,7 +42,7 @@ _LONGEST_WAIT = 365 * 86_400.0  # seconds: a longer wait is treated as this one,
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class CallbackRecord:
     """A callback, as the record of its step stores it.
 
     The record has the hash of the token, by which it is found, and not the token, which is derived from a secret that
@@ -69,16 +69,16 @@ class Made:
     @classmethod
     def new(
         cls, workflow_id: UUID, known: tuple[bytes, ...] = (), *, within: timedelta | None, heartbeat: timedelta | None
-    ) -> Made:
+    ) -> CallbackRecord:
         """Create a callback with a new token."""
         nonce = secrets.token_hex(_SECRET)
-        made = _tokens(workflow_id, nonce, known)
-        token = made[0] if made else f"{workflow_id.hex}.{secrets.token_hex(_SECRET)}"
+        derived = _tokens(workflow_id, nonce, known)
+        token = derived[0] if derived else f"{workflow_id.hex}.{secrets.token_hex(_SECRET)}"
         return cls(
             workflow_id=workflow_id,
             digest=digest_of(token),
             nonce=nonce,
-            token=None if made else token,
+            token=None if derived else token,
             # `signal` refuses such a name, so that no user's signal has it by chance.
             signal=f"{signals.CALLBACK}{secrets.token_hex(8)}",
             timeout=None if within is None else within.total_seconds(),
@@ -86,7 +86,7 @@ class Made:
         )
 
     @classmethod
-    def of(cls, recorded: Recorded) -> Made:
+    def of(cls, recorded: Recorded) -> CallbackRecord:
         """Read the record of a callback, which an operator may have changed."""
         try:
             return _ADAPTER.validate_json(recorded.output or "null")
@@ -100,7 +100,7 @@ class Made:
         """Return the JSON text to store."""
         return _ADAPTER.dump_json(self).decode()
 
-    def reveal(self, known: tuple[bytes, ...] = ()) -> str:
+    def reveal_token(self, known: tuple[bytes, ...] = ()) -> str:
         """Return the token, by which another system answers.
 
         Args:
@@ -119,7 +119,7 @@ class Made:
         return found
 
 
-_ADAPTER = TypeAdapter(Made)
+_ADAPTER = TypeAdapter(CallbackRecord)
 
 
 def digest_of(token: str) -> str:
@@ -128,13 +128,13 @@ def digest_of(token: str) -> str:
 
 
 def _tokens(workflow_id: UUID, nonce: str, known: tuple[bytes, ...]) -> list[str]:
-    made = [hmac.digest(each, f"callback/{workflow_id.hex}/{nonce}".encode(), "sha256") for each in known]
-    return [f"{workflow_id.hex}.{each[:_SECRET].hex()}" for each in made]
+    digests = [hmac.digest(each, f"callback/{workflow_id.hex}/{nonce}".encode(), "sha256") for each in known]
+    return [f"{workflow_id.hex}.{each[:_SECRET].hex()}" for each in digests]
 
 
 async def create(
     runtime: Runtime, position: Position, *, within: timedelta | None, heartbeat: timedelta | None
-) -> Made:
+) -> CallbackRecord:
     """Create a callback, or return the recorded one; it is committed when this returns.
 
     Raises:
@@ -144,17 +144,17 @@ async def create(
     try:
         recorded = attempt.recorded(position)
         if recorded is not None:
-            return Made.of(recorded)
+            return CallbackRecord.of(recorded)
         await runtime.settle()
-        made = Made.new(attempt.workflow_id, attempt.options.secrets, within=within, heartbeat=heartbeat)
-        await runtime.record(checkpoint_of(attempt, position, output=made.to_json()))
+        callback = CallbackRecord.new(attempt.workflow_id, attempt.options.secrets, within=within, heartbeat=heartbeat)
+        await runtime.record(checkpoint_of(attempt, position, output=callback.to_json()))
         await runtime.settle()  # a token is handed out only when a crash can no longer replace it
-        return made
+        return callback
     finally:
         attempt.end_call(position)
 
 
-async def result(runtime: Runtime, position: Position, *, key: str, made: Made, kind: Codec) -> Any:
+async def result(runtime: Runtime, position: Position, *, key: str, callback: CallbackRecord, kind: Codec) -> Any:
     """Wait for the outcome of a callback, whose step has this key, and return its value.
 
     Raises:
@@ -167,33 +167,33 @@ async def result(runtime: Runtime, position: Position, *, key: str, made: Made, 
         recorded = runtime.attempt.recorded(position)
         if recorded is None:
             await runtime.settle()
-            recorded = await _Waiting(runtime, position, key, made).outcome()
+            recorded = await _CallbackWait(runtime, position, key, callback).outcome()
         return outcome_of(recorded, kind, runtime.attempt.options.errors)
     finally:
         runtime.attempt.end_call(position)
 
 
-class _Waiting:
+class _CallbackWait:
     """One wait for a callback's outcome. The wait itself is not recorded: the callback's own row has its times."""
 
-    def __init__(self, runtime: Runtime, position: Position, key: str, made: Made) -> None:
+    def __init__(self, runtime: Runtime, position: Position, key: str, callback: CallbackRecord) -> None:
         self._runtime = runtime
         self._position = position
         self._key = key
         self._shown = unescape_key(key)
-        self._made = made
-        self._owner = made.workflow_id
-        self._is_forked = made.workflow_id != runtime.attempt.workflow_id
+        self._callback = callback
+        self._owner = callback.workflow_id
+        self._is_forked = callback.workflow_id != runtime.attempt.workflow_id
         self._began = time.monotonic()
 
     async def outcome(self) -> Recorded:
         """Wait for the outcome, record it and return the record."""
-        hint = hints.sent_to(self._owner, self._made.signal)
+        hint = hints.sent_to(self._owner, self._callback.signal)
         with self._runtime.attempt.listening([hint]) as waker:
             return await self._outcome(GracePeriod(self._runtime.attempt, waker))
 
     async def _outcome(self, grace: GracePeriod) -> Recorded:
-        read = partial(callbacks.look, workflow_id=self._owner, key=self._key, signal=self._made.signal)
+        read = partial(callbacks.look, workflow_id=self._owner, key=self._key, signal=self._callback.signal)
         while True:
             grace.waker.woken.clear()  # before the query: what arrives during it wakes again
             found = await self._runtime.execute(read)
@@ -218,7 +218,7 @@ class _Waiting:
 
         A fork gets no notice that its original's callback was answered, so it polls.
         """
-        awaits = () if self._is_forked else (Awaited(signal=self._made.signal),)
+        awaits = () if self._is_forked else (Awaited(signal=self._callback.signal),)
         now = time.monotonic()
         if due_in <= 0:
             return Wait(now + _between(_SHARE * -due_in), float("-inf"), awaits)
@@ -243,9 +243,9 @@ class _Waiting:
 
     def _expired(self, due_to: str) -> Exception:
         if due_to == "heartbeat":
-            within = timedelta(seconds=self._made.heartbeat or 0)
+            within = timedelta(seconds=self._callback.heartbeat or 0)
             return CallbackSilentError(f"callback {self._shown!r} sent no heartbeat for longer than {within}.")
-        within = timedelta(seconds=self._made.timeout or 0)
+        within = timedelta(seconds=self._callback.timeout or 0)
         return WaitTimeoutError(f"callback {self._shown!r} was not answered within {within}.")
 
     async def _gone(self) -> Recorded:

@@ -17,7 +17,7 @@ from sqla_durable.models.status import StepStatus, WorkflowStatus
 from sqla_durable.operations.calls import Position, Wait
 from sqla_durable.operations.outcome import checkpoint_of, raise_recorded
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.operations.waiting import GracePeriod, Source, in_one_statement, receive_recorded
+from sqla_durable.operations.waiting import GracePeriod, WaitSource, in_one_statement, receive_recorded
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, Standing, children, held, waits
 
@@ -94,7 +94,7 @@ async def result(runtime: Runtime, position: Position, workflow_id: UUID, **with
     take = partial(children.take_outcome, workflow_id=workflow_id)
     look = partial(children.awaited, parent_id=runtime.attempt.workflow_id, workflow_ids=[workflow_id])
     late = f"workflow {workflow_id} had no outcome in time; it continues."
-    source = Source(look, in_one_statement(take), late, workflows=[workflow_id])
+    source = WaitSource(look, in_one_statement(take), late, workflows=[workflow_id])
     recorded = await receive_recorded(runtime, position, source, **within)
     if recorded.status is StepStatus.FAILED:
         raise_recorded(recorded, runtime.attempt.options.errors)
@@ -106,7 +106,7 @@ async def first(runtime: Runtime, position: Position, workflow_ids: Sequence[UUI
     take = partial(children.take_first, workflow_ids=workflow_ids)
     look = partial(children.awaited, parent_id=runtime.attempt.workflow_id, workflow_ids=workflow_ids)
     late = f"none of {len(workflow_ids)} workflows had an outcome in time; they continue."
-    source = Source(look, in_one_statement(take), late, workflows=workflow_ids)
+    source = WaitSource(look, in_one_statement(take), late, workflows=workflow_ids)
     recorded = await receive_recorded(runtime, position, source, **within)
     if recorded.status is StepStatus.FAILED:
         raise_recorded(recorded, runtime.attempt.options.errors)

@@ -89,7 +89,7 @@ _MARK = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
-class Cancelled:
+class CancelledCall:
     """The record of a call that the workflow's own code cancelled.
 
     Attributes:
@@ -101,7 +101,7 @@ class Cancelled:
     fired: tuple[str, ...] = ()
 
 
-async def record_cancelled_call(runtime: Runtime, position: Position, cancelled: Cancelled) -> Recorded:
+async def record_cancelled_call(runtime: Runtime, position: Position, cancelled: CancelledCall) -> Recorded:
     """Record that a call was cancelled, unless the operation has an outcome; return the outcome that stands.
 
     The database decides, so that replays agree: an operation recorded as cancelled can record or commit nothing else.
@@ -124,12 +124,12 @@ async def record_cancelled_call(runtime: Runtime, position: Position, cancelled:
     return await runtime.execute(partial(steps.settle, checkpoint=checkpoint))
 
 
-def cancelled_call_in(recorded: Recorded) -> Cancelled | None:
+def cancelled_call_in(recorded: Recorded) -> CancelledCall | None:
     """Return the record of a cancelled call; None if the outcome is another one."""
     if recorded.status is not StepStatus.FAILED or f'"{_MARK}"' not in (recorded.error or ""):
         return None
     found: Any = json.loads(recorded.error or "{}").get(_MARK)
-    return Cancelled(found["order"], tuple(found["fired"])) if found else None
+    return CancelledCall(found["order"], tuple(found["fired"])) if found else None
 
 
 def is_own_failure(attempt: Attempt, error: BaseException) -> bool:

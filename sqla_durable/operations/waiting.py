@@ -42,7 +42,7 @@ Taking: TypeAlias = Callable[[Runtime, Checkpoint], Coroutine[Any, Any, str | No
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class WaitSource:
     """What an operation waits for besides a time.
 
     Attributes:
@@ -65,7 +65,7 @@ class Source:
         return {hint_of(workflow_id, each) for each in self.awaits} | set(self.workflows)
 
     @classmethod
-    def of_signal(cls, name: str, timeout: timedelta | None) -> Source:
+    def of_signal(cls, name: str, timeout: timedelta | None) -> WaitSource:
         """Return the source of a signal."""
         take = partial(_take_signal, name=name)
         return cls(
@@ -127,7 +127,7 @@ async def sleep(runtime: Runtime, position: Position, *, delay: timedelta | None
     try:
         if runtime.attempt.recorded(position) is None:
             await runtime.settle()
-            waiting = _Waiting(runtime, position, delay, until)
+            waiting = _RecordedWait(runtime, position, delay, until)
             await waiting.wait_until_due()
             await runtime.record(waiting.checkpoint(StepStatus.SUCCEEDED, output="null"))
     finally:
@@ -135,7 +135,7 @@ async def sleep(runtime: Runtime, position: Position, *, delay: timedelta | None
 
 
 async def receive(
-    runtime: Runtime, position: Position, source: Source, result: Codec, *, within: timedelta | None
+    runtime: Runtime, position: Position, source: WaitSource, result: Codec, *, within: timedelta | None
 ) -> Any:
     """Wait for something, consume it, and return its value.
 
@@ -148,20 +148,20 @@ async def receive(
 
 
 async def receive_recorded(
-    runtime: Runtime, position: Position, source: Source, *, within: timedelta | None
+    runtime: Runtime, position: Position, source: WaitSource, *, within: timedelta | None
 ) -> Recorded:
     """Wait for something, consume it, and return the record of it."""
     try:
         recorded = runtime.attempt.recorded(position)
         if recorded is None:
             await runtime.settle()
-            recorded = await _Waiting(runtime, position, within, None).receive(source)
+            recorded = await _RecordedWait(runtime, position, within, None).receive(source)
         return recorded
     finally:
         runtime.attempt.end_call(position)
 
 
-class _Waiting:
+class _RecordedWait:
     """One waiting operation, from its first call on, over several attempts."""
 
     def __init__(self, runtime: Runtime, position: Position, delay: timedelta | None, until: datetime | None) -> None:
@@ -179,13 +179,13 @@ class _Waiting:
             await self._runtime.wait(self._position, wait)
             await self._runtime.settle()
 
-    async def receive(self, source: Source) -> Recorded:
+    async def receive(self, source: WaitSource) -> Recorded:
         """Consume what is waited for, now or when it arrives, or record the timeout."""
         attempt = self._runtime.attempt
         with attempt.listening(source.names(attempt.workflow_id)) as waker:
             return await self._received(source, GracePeriod(attempt, waker))
 
-    async def _received(self, source: Source, grace: GracePeriod) -> Recorded:
+    async def _received(self, source: WaitSource, grace: GracePeriod) -> Recorded:
         taking = self.checkpoint(StepStatus.SUCCEEDED)
         awaits, wait = source.awaits, None
         while True:
@@ -268,7 +268,7 @@ async def receive_update(
     """
     late = f"no update {name!r} that is not refused arrived within {within}."
     take = partial(_take, name=name, validate=validate)
-    source = Source(None, take, late, (Awaited(signal=updates.signal_of(name)),))
+    source = WaitSource(None, take, late, (Awaited(signal=updates.signal_of(name)),))
     recorded = await receive_recorded(runtime, position, source, within=within)
     if recorded.status is StepStatus.FAILED:
         raise_recorded(recorded, runtime.attempt.options.errors)

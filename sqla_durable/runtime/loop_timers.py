@@ -23,7 +23,7 @@ from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.branch import Branch
 from sqla_durable.operations.calls import Position
 from sqla_durable.operations.history import FIRED
-from sqla_durable.operations.outcome import Cancelled, checkpoint_of
+from sqla_durable.operations.outcome import CancelledCall, checkpoint_of
 from sqla_durable.operations.shielding import ended
 from sqla_durable.runtime.context import workflow_code
 from sqla_durable.store import Checkpoint
@@ -98,7 +98,7 @@ class Timers:
         self._fired_count = 0
         self._firing: Branch | None = None
         self._deciding = 0
-        self._waiting: list[Cancelled] = []
+        self._waiting: list[CancelledCall] = []
         self._replayed = self._seen = self._quiet = 0
         self.is_looking = False
         attempt.loop_timers = self
@@ -161,12 +161,12 @@ class Timers:
         while self.is_looking:  # noqa: ASYNC110 (turns of the loop are counted, no time)
             await asyncio.sleep(0)
 
-    def unfired_before(self, call: str) -> Generator[tuple[str, Cancelled]]:
+    def unfired_before(self, call: str) -> Generator[tuple[str, CancelledCall]]:
         """Iterate over the timers that are still to fire and did so, in an earlier attempt, while a call was open."""
         for key in list(self._unfired):
             order, calls = self._firings[key]
             if call in calls and key in self._unfired:
-                yield key, Cancelled(order, (key,))
+                yield key, CancelledCall(order, (key,))
 
     async def fired(self, key: str, *, within: float) -> bool:
         """Wait until a timer has fired, for so many seconds at most; return whether it has."""
@@ -202,7 +202,7 @@ class Timers:
             self._look()
 
     @contextmanager
-    def cancelling(self, cancelled: Cancelled) -> Generator[None]:
+    def cancelling(self, cancelled: CancelledCall) -> Generator[None]:
         """Let no timers fire but those that fired while a call was open: it is to see the same again."""
         self._waiting.append(cancelled)
         self._look()

@@ -28,7 +28,7 @@ from sqla_durable.definitions.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.models.status import StepStatus
 from sqla_durable.operations.attempt import TIMERS, Attempt
 from sqla_durable.operations.calls import Position, Wait
-from sqla_durable.operations.outcome import Cancelled, cancelled_call_in, checkpoint_of, record_cancelled_call
+from sqla_durable.operations.outcome import CancelledCall, cancelled_call_in, checkpoint_of, record_cancelled_call
 from sqla_durable.operations.runtime import Operation, StepCall, execution_of, run_blocking
 from sqla_durable.operations.shielding import GracefulTask, ended
 from sqla_durable.operations.step import run_step
@@ -266,7 +266,7 @@ class AsyncRuntime(BaseRuntime):
         attempt = self.attempt
         found = attempt.recorded(position)
         if found is None:
-            cancelled = Cancelled(attempt.history_check.count, self.timers.fired_since(mark))
+            cancelled = CancelledCall(attempt.history_check.count, self.timers.fired_since(mark))
             with self.timers.deciding():
                 settling = GracefulTask(record_cancelled_call(self, position, cancelled))
                 # What an attempt that is ending would still record is not needed: its successor finds that or nothing.
@@ -278,7 +278,7 @@ class AsyncRuntime(BaseRuntime):
             attempt.cancelled_calls.add(position.key)
         return is_cancelled
 
-    async def _until_cancelled(self, position: Position, cancelled: Cancelled) -> NoReturn:
+    async def _until_cancelled(self, position: Position, cancelled: CancelledCall) -> NoReturn:
         """Wait until the workflow's code cancels the call again, as it did in an earlier attempt."""
         attempt = self.attempt
         looks, told = 0, "workflow %r %s: the call %r waits to be cancelled, as it was in an earlier attempt"
@@ -307,7 +307,7 @@ class AsyncRuntime(BaseRuntime):
     def _is_idle(self) -> bool:
         return not self.timers.seconds or tasks.are_idle(self.attempt)
 
-    async def _until_fired(self, position: Position, timer: str, firing: Cancelled) -> None:
+    async def _until_fired(self, position: Position, timer: str, firing: CancelledCall) -> None:
         """Wait until a timer has fired that did so in an earlier attempt, while this operation was open."""
         attempt = self.attempt
         attempt.begin_wait(position, _STAYS)

@@ -51,7 +51,7 @@ from sqla_durable import (
     wait_update,
     write_stream,
 )
-from sqla_durable.operations.callback import Made
+from sqla_durable.operations.callback import CallbackRecord
 from sqla_durable.store import hints
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
@@ -115,7 +115,7 @@ def granted(engine: Engine, direct_url: str) -> Generator[Roles]:
 def world(engine: Engine) -> World:
     """A workflow of each kind, one of which has made a callback."""
     (owner,) = races.claimed_fences(engine)
-    made = Made.new(owner.workflow_id, within=DAY, heartbeat=DAY)
+    made = CallbackRecord.new(owner.workflow_id, within=DAY, heartbeat=DAY)
     with Session(engine) as session:
         races.record(session, [races.checkpoint(owner, "create_callback", output=made.to_json())])
         pending, failed, cancelled = (greet.start(session, each).id for each in ("a", "b", "c"))
@@ -131,7 +131,7 @@ def world(engine: Engine) -> World:
         session.execute(text(f"{finished} status = 'succeeded', output = '\"d\"' WHERE id = :id"), {"id": done})
         session.add(Event(workflow_id=done, key="status", value="booked"))
         session.commit()
-    return World(pending, failed, cancelled, done, owner.workflow_id, made.reveal())
+    return World(pending, failed, cancelled, done, owner.workflow_id, made.reveal_token())
 
 
 def pause(session: Session, _: World) -> None:

@@ -14,7 +14,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable import complete_callback, delete, errors, fail_callback, heartbeat_callback, unwinding
 from sqla_durable.models import Signal, Step
-from sqla_durable.operations.callback import Made
+from sqla_durable.operations.callback import CallbackRecord
 from sqla_durable.store import Awaited, Checkpoint, Fence, Park, callbacks, rounds, signals
 from sqla_durable.store.callbacks import _HOLD, _LOOK  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.testing import advance
@@ -25,10 +25,10 @@ from tests.support.forged import forged
 MINUTE = timedelta(minutes=1)
 
 
-def make(engine: Engine, *, due: bool = False) -> tuple[Fence, Made]:
+def make(engine: Engine, *, due: bool = False) -> tuple[Fence, CallbackRecord]:
     """Record a callback of a claimed workflow, of a minute that may have passed."""
     (fence,) = races.claimed_fences(engine)
-    made = Made.new(fence.workflow_id, within=MINUTE, heartbeat=MINUTE)
+    made = CallbackRecord.new(fence.workflow_id, within=MINUTE, heartbeat=MINUTE)
     with Session(engine) as session:
         races.record(session, [checkpoint(fence, made)])
         if due:
@@ -37,7 +37,7 @@ def make(engine: Engine, *, due: bool = False) -> tuple[Fence, Made]:
     return fence, made
 
 
-def checkpoint(fence: Fence, made: Made) -> Checkpoint:
+def checkpoint(fence: Fence, made: CallbackRecord) -> Checkpoint:
     return races.checkpoint(fence, "create_callback", output=made.to_json())
 
 
@@ -57,9 +57,9 @@ def outcomes(engine: Engine) -> list[object]:
 def test_of_two_answers_at_once_one_stands_and_both_learn_which(engine: Engine) -> None:
     _, made = make(engine)
     with races.transaction(engine) as one, races.transaction(engine) as other, races.transaction(engine) as same:
-        complete_callback(one.session, made.reveal(), 1)
-        second = other.begin_blocked(lambda session: fail_callback(session, made.reveal(), "no"))
-        third = same.begin_blocked(lambda session: complete_callback(session, made.reveal(), 1))
+        complete_callback(one.session, made.reveal_token(), 1)
+        second = other.begin_blocked(lambda session: fail_callback(session, made.reveal_token(), "no"))
+        third = same.begin_blocked(lambda session: complete_callback(session, made.reveal_token(), 1))
         one.session.commit()
         with pytest.raises(errors.CallbackFinishedError, match="was completed already"):
             second.result()
@@ -73,11 +73,11 @@ def test_answer_that_is_newer_than_the_snapshot_is_an_error_and_the_transaction_
     _, made = make(engine)
     with Session(engine.execution_options(isolation_level="REPEATABLE READ")) as session, Session(engine) as other:
         session.execute(text("SELECT 1"))
-        complete_callback(other, made.reveal(), 1)
+        complete_callback(other, made.reveal_token(), 1)
         other.commit()
         with pytest.raises(errors.KeyNotVisibleError, match="snapshot") as caught:
-            complete_callback(session, made.reveal(), 1)
-        assert made.reveal() not in str(caught.value)
+            complete_callback(session, made.reveal_token(), 1)
+        assert made.reveal_token() not in str(caught.value)
         session.execute(text("SELECT 1"))
     assert outcomes(engine) == [{"value": 1}]
 
@@ -85,8 +85,8 @@ def test_answer_that_is_newer_than_the_snapshot_is_an_error_and_the_transaction_
 def test_answer_that_is_rolled_back_leaves_the_callback_to_the_other(engine: Engine) -> None:
     _, made = make(engine)
     with races.transaction(engine) as one, races.transaction(engine) as other:
-        complete_callback(one.session, made.reveal(), 1)
-        second = other.begin_blocked(lambda session: complete_callback(session, made.reveal(), 2))
+        complete_callback(one.session, made.reveal_token(), 1)
+        second = other.begin_blocked(lambda session: complete_callback(session, made.reveal_token(), 2))
         one.session.rollback()
         second.result()
         other.session.commit()
@@ -101,7 +101,7 @@ def test_answer_by_sql_that_holds_nothing_is_waited_for_too(engine: Engine) -> N
     )
     with races.transaction(engine) as one, races.transaction(engine) as other:
         one.session.execute(insert, {"id": fence.workflow_id, "name": made.signal})
-        second = other.begin_blocked(lambda session: complete_callback(session, made.reveal(), 2))
+        second = other.begin_blocked(lambda session: complete_callback(session, made.reveal_token(), 2))
         one.session.commit()
         with pytest.raises(errors.CallbackFinishedError, match="was completed already"):
             second.result()
@@ -121,14 +121,14 @@ def test_answer_in_an_open_transaction_is_not_overtaken_by_the_time(engine: Engi
     assert outcomes(engine) == [{"value": 1} if commits else {"expired": "timeout"}]
 
 
-def hold(session: Session, made: Made) -> str | None:
-    digest = hashlib.sha256(made.reveal().encode()).hexdigest()
+def hold(session: Session, made: CallbackRecord) -> str | None:
+    digest = hashlib.sha256(made.reveal_token().encode()).hexdigest()
     return callbacks.hold(session, made.workflow_id, digest=digest)
 
 
 def test_heartbeat_in_an_open_transaction_is_not_overtaken_by_the_silence(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
-    made = Made.new(fence.workflow_id, within=None, heartbeat=MINUTE)
+    made = CallbackRecord.new(fence.workflow_id, within=None, heartbeat=MINUTE)
     with Session(engine) as session:
         races.record(session, [checkpoint(fence, made)])
         advance(session, MINUTE)
@@ -149,7 +149,7 @@ def test_what_comes_too_late_is_refused_before_and_after_that_is_written(
     fence, made = make(engine, due=True)
     for _ in range(2):
         with Session(engine) as session, pytest.raises(errors.CallbackFinishedError, match="not answered in time"):
-            call(session, made.reveal())
+            call(session, made.reveal_token())
         assert expire(engine, fence)
     assert outcomes(engine) == [{"expired": "timeout"}]
 
@@ -164,7 +164,7 @@ def test_attempt_that_lost_its_workflow_lets_nothing_expire(engine: Engine) -> N
 def test_open_answer_holds_up_nobody_and_wakes_when_it_is_committed(engine: Engine) -> None:
     fence, made = make(engine)
     with races.transaction(engine) as foreign:
-        complete_callback(foreign.session, made.reveal(), 1)
+        complete_callback(foreign.session, made.reveal_token(), 1)
         with Session(engine) as session:
             session.execute(text("SET lock_timeout = '1s'"))
             assert races.record(session, [races.checkpoint(fence)]) == {(fence.workflow_id, "charge")}
@@ -190,7 +190,7 @@ def test_deletion_and_answer_wait_for_each_other_and_never_in_a_circle(engine: E
         deleting.result()
         operator.session.commit()
     with Session(engine) as session, pytest.raises(errors.NotFoundError):
-        complete_callback(session, made.reveal(), 1)
+        complete_callback(session, made.reveal_token(), 1)
 
 
 def test_heartbeats_are_one_row_and_change_no_other(engine: Engine) -> None:
@@ -198,7 +198,7 @@ def test_heartbeats_are_one_row_and_change_no_other(engine: Engine) -> None:
     with Session(engine) as session:
         before = session.get_one(Step, (fence.workflow_id, "create_callback")).finished_at
         for _ in range(3):
-            heartbeat_callback(session, made.reveal())
+            heartbeat_callback(session, made.reveal_token())
             session.commit()
         (record,) = session.scalars(select(Step).execution_options(populate_existing=True))
         assert record.started_at <= before < record.finished_at
@@ -240,9 +240,9 @@ def test_outcomes_go_when_the_workflow_begins_anew(engine: Engine) -> None:
     """Nobody would read them, and the rows of a workflow that runs for ever do not grow with its rounds."""
     fence, made = make(engine)
     with Session(engine) as session, session.begin():
-        complete_callback(session, made.reveal(), 1)
+        complete_callback(session, made.reveal_token(), 1)
     with Session(engine) as session, session.begin():
         assert rounds.restart(session, fence, given="{}")
     assert outcomes(engine) == []
     with Session(engine) as session, pytest.raises(errors.NotFoundError):
-        complete_callback(session, made.reveal(), 1)
+        complete_callback(session, made.reveal_token(), 1)
