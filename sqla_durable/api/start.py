@@ -63,7 +63,7 @@ class StartOptions:
             value = getattr(self, name)
             fault = None if value is None else fault_in(value)
             if fault is not None:
-                raise ArgumentError(f"{name}={value!r} {fault}: give a text that is not blank.")
+                raise ArgumentError(f"{name}={value!r} {fault}: pass a text that is not blank.")
         integral = isinstance(self.priority, int)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not integral or abs(self.priority) > _SMALLINT:
             raise ArgumentError(f"priority={self.priority!r} is not an integer from {-_SMALLINT:,} to {_SMALLINT:,}.")

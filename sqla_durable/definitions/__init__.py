@@ -1,5 +1,6 @@
-"""What users define, and in which form its values and errors are stored.
+"""What users define, and how its values and errors are stored.
 
-`registry` has the definitions of workflows and steps · `inspection` reads signatures · `codec` with `adapters` and
-`comparison` encodes values · `failure` with `classes` stores errors · `retry`, `limits` and `interceptors` are options.
+`registry` has the definitions of workflows and steps, `options` their options, `inspection` reads signatures · `codec`
+with `adapters`, `comparison` and `jsonb` encodes values · `failure` with `error_classes` stores errors, `redaction` and
+`log` show them · `retry` with `database_errors`, `limits` and `interceptors` are what options consist of.
 """

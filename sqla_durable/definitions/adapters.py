@@ -1,6 +1,6 @@
-"""pydantic's adapters of annotations: built once for each, and refused where no value could come back.
+"""pydantic's type adapters: built once for each annotation, and refused where no value could be read back.
 
-An adapter is of a tuple of one such value: inside it, the configuration reaches dataclasses.
+Each adapts a tuple of one value, because only inside it does the configuration apply to dataclasses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sqla_durable.errors import DefinitionError
 
 _CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants")
 _REVALIDATING: ConfigDict = {**_CONFIG, "revalidate_instances": "always", "extra": "forbid"}
-_KEPT = 512  # adapters: building one takes milliseconds, and most are wanted again at the next call
+_KEPT = 512  # adapters in the cache: building one takes milliseconds
 
 _NATIVE = (str, int, float, bool, type(None))
 _NO_KEYS = {
@@ -44,16 +44,16 @@ def adapter_of(annotation: Any, what: str, *, revalidating: bool = False) -> Typ
 
     Args:
         annotation: the annotation.
-        what: whose it is, for messages.
-        revalidating: whether it validates what instances hold, too, and refuses keys that nobody has declared.
+        what: the value that has it, for messages.
+        revalidating: whether it also validates the contents of instances, and refuses undeclared keys.
 
     Raises:
-        DefinitionError: pydantic knows no way to JSON for it, or nothing that it could stand for would come back.
+        DefinitionError: pydantic cannot encode it as JSON, or its values could not be read back.
     """
     _refuse_mapped(annotation, what)
     try:
         adapter = _kept(_Annotation(annotation), revalidating)
-        # One that refers to a class that is not defined yet is built again: by then it may be.
+        # An incomplete one refers to a class that was not defined yet: it is built again.
         return adapter if adapter.pydantic_complete else _built(annotation, revalidating)
     except (PydanticUserError, NameError, TypeError) as error:
         raise DefinitionError(
@@ -68,11 +68,11 @@ def is_mapped(kind: object) -> bool:
 
 
 class _Annotation:
-    """An annotation as a key: two are the same if they consist of the same objects in the same order.
+    """An annotation as a cache key: two are equal if they consist of the same objects in the same order.
 
-    Equality is not enough: `A | B` equals `B | A`, which prefers another class, `Annotated[int, 1]` equals
-    `Annotated[int, True]`, and some annotations cannot be hashed. Holds the annotation, so that no identity in the key
-    is taken by another object.
+    Equality of the annotations is not enough: `A | B` equals `B | A`, which prefers another class, `Annotated[int, 1]`
+    equals `Annotated[int, True]`, and some annotations cannot be hashed. The annotation is kept alive here, so that the
+    ids in the key are not reused.
     """
 
     __slots__ = ("_identity", "value")
@@ -104,9 +104,9 @@ def _built(annotation: Any, revalidating: bool) -> TypeAdapter[tuple[Any]]:
 
 
 def _identity(value: Any) -> Hashable:
-    """Return what tells an annotation, or a part of one, from others: a class by itself, a composed one by its parts.
+    """Return a key that identifies an annotation or a part of one: a class by its id, a composed one by its parts.
 
-    Constraints are compared by their parts too: an annotation that is written in a call is made anew by each call.
+    Constraints are identified by their parts too: an annotation written inside a function is a new object in each call.
     """
     kind = cast("type[object]", type(value))
     if isinstance(value, (str, bytes, int, float)):
@@ -142,7 +142,7 @@ def _refuse_mapped(annotation: Any, what: str) -> None:
 
 
 def _faults(schema: _Schema) -> Iterator[str]:
-    """Return what is wrong with each part of an annotation of which no value could come back."""
+    """Yield what is wrong with each part of an annotation whose values could not be read back."""
     referred = {each["ref"]: each for each in _schemas_in(schema) if "ref" in each}
     for each in _schemas_in(schema):
         if is_mapped(each.get("cls")):
@@ -151,16 +151,16 @@ def _faults(schema: _Schema) -> Iterator[str]:
             case {"type": "generator"}:
                 yield "an iterator can be read only once, so use list[...]"
             case {"type": "dict", "keys_schema": keys} if (kind := _no_key(keys, referred)) is not None:
-                yield f"{kind} as the keys of a dict become texts that cannot be read, so use a list of pairs"
+                yield f"{kind} as the keys of a dict become texts that cannot be read back, so use a list of pairs"
             case {"type": "enum", "cls": kind, "members": members} if _has_unreadable(kind, members):
-                yield f"the enum {kind.__name__} has members that are not text or numbers, which cannot be read"
+                yield f"the enum {kind.__name__} has members that are not text or numbers, which cannot be read back"
             case _:
                 pass
 
 
 def _has_unreadable(kind: type[Enum], members: Iterable[Enum]) -> bool:
     if vars(kind).get("_missing_") is not None:
-        return False  # it may read them itself
+        return False  # it may read such members itself
     return any(not isinstance(each.value, _NATIVE) for each in members)
 
 

@@ -11,24 +11,24 @@ from datetime import UTC, datetime, timedelta
 from sqla_durable.errors import ArgumentError
 
 LONGEST_NAME = 1_000
-"""How many bytes of UTF-8 a name or key may have: two of them fit into an entry of a B-tree index (2,704 bytes)."""
+"""The most bytes of UTF-8 in a name or key: two of them fit into an entry of a B-tree index (2,704 bytes)."""
 
 LONGEST = timedelta(days=36_500)
-"""The longest duration, a hundred years: added to any time of today, it is one that every driver and clock can read."""
+"""The longest duration, a hundred years: added to the present time, it is one that every driver can read."""
 
 LATEST = datetime(9999, 1, 1, tzinfo=UTC)
-"""The time before which every time that is given must lie. The tables keep some months more, for delays that add up."""
+"""Every time that is passed must be before this. The tables accept some months more, for delays that add up."""
 
 _ESCAPES = {"#": "%23", "/": "%2F", "%": "%25"}
 _ESCAPED = {escape: character for character, escape in _ESCAPES.items()}
 _TO_ESCAPE = re.compile("#|/|%(?=23|2F|25)")
 _TO_UNESCAPE = re.compile("%23|%2F|%25")
 
-_EARLIEST = datetime(1, 1, 2, tzinfo=UTC)  # the first that a datetime holds in every time zone
+_EARLIEST = datetime(1, 1, 2, tzinfo=UTC)  # the first that a datetime can hold in every time zone
 
 
 def fault_in(text: object, *, longest: int | None = LONGEST_NAME) -> str | None:
-    """Say why something cannot be stored as a name; None when it can. What is not indexed may have any length."""
+    """Return why something cannot be stored as a name; None when it can. `longest=None` allows any length."""
     if not isinstance(text, str):
         return "is not a text"
     if not text.strip():
@@ -40,7 +40,7 @@ def fault_in(text: object, *, longest: int | None = LONGEST_NAME) -> str | None:
     except UnicodeEncodeError:
         return "holds a lone surrogate, which UTF-8 does not have"
     if longest is not None and size > longest:
-        return f"is {size:,} bytes long, and {longest:,} are the most (a hash of it is shorter)"
+        return f"is {size:,} bytes long, more than {longest:,} (use a hash of it)"
     return None
 
 
@@ -73,7 +73,7 @@ def require_text(text: object, *, what: str) -> None:
     """
     fault = fault_in(text)
     if fault is not None:
-        raise ArgumentError(f"the {what} is {text!r}, which {fault}: give a text that is not blank.")
+        raise ArgumentError(f"the {what} is {text!r}, which {fault}: pass a text that is not blank.")
 
 
 def require_duration(value: object, name: str) -> None:
@@ -89,14 +89,14 @@ def require_duration(value: object, name: str) -> None:
 
 
 def require_positive_duration(value: object, name: str) -> None:
-    """Refuse what is not a duration that is longer than zero.
+    """Refuse what is not a positive duration.
 
     Raises:
-        ArgumentError: it is not.
+        ArgumentError: it is not one.
     """
     require_duration(value, name)
     if isinstance(value, timedelta) and value <= timedelta():
-        raise ArgumentError(f"{name}={value} is no time to do anything in: write, for example, timedelta(hours=1).")
+        raise ArgumentError(f"{name} must be positive, got {value}: write, for example, timedelta(hours=1).")
 
 
 def require_moment(value: object, name: str) -> None:
@@ -108,6 +108,6 @@ def require_moment(value: object, name: str) -> None:
     if not isinstance(value, datetime):
         raise ArgumentError(f"{name}={value!r} is not a datetime.")
     if value.utcoffset() is None:
-        raise ArgumentError(f"{name}={value!r} has no time zone: give one, for example tzinfo=UTC.")
+        raise ArgumentError(f"{name}={value!r} has no time zone: add one, for example tzinfo=UTC.")
     if not _EARLIEST <= value < LATEST:
-        raise ArgumentError(f"{name}={value!r} is out of range: give a time before the year {LATEST.year}.")
+        raise ArgumentError(f"{name}={value!r} is out of range: pass a time before the year {LATEST.year}.")

@@ -1,7 +1,7 @@
-"""Values on their way to the database and back: JSON, by a function's annotations, with pydantic.
+"""Encodes values as JSON by a function's annotations, with pydantic, and decodes them.
 
-What is returned to a workflow on its first execution is what a replay will read: encoded, brought into the form that
-`jsonb` gives back, and decoded. Nothing here knows about workflows; errors travel in `failure`.
+A workflow gets on its first execution what a replay will read: the value is encoded, brought into the form that `jsonb`
+returns, and decoded. Errors are stored by `failure`.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ if TYPE_CHECKING:
     pass
 
 _SURE = frozenset({str, int, bool, type(None)})
-"""Annotations that read exactly what was written, if that was of the same type."""
+"""Annotations that read exactly what was written, if it has the annotated type."""
 _JSON = frozenset({*_SURE, float, list, dict})
-"""The types of what is read where an annotation leaves it to JSON."""
+"""The types that JSON is read as where the annotation does not say."""
 _READABLE = frozenset({*_SURE, float, bytes, date, UUID})
-"""Types that are read again by their own name, whatever the value is."""
+"""Types whose values can all be read again by an annotation with the type."""
 _ZONES = (None, UTC)
-"""Zones of times that are, too: the offset of another may have seconds."""
+"""Time zones of a datetime for which that is true, too: the offset of another may have seconds."""
 _MASK = "**********"
-"""What pydantic writes for a secret."""
+"""What pydantic writes in place of a secret."""
 _INSTEAD_OF_ROWS = (
-    "An ORM instance belongs to its session: give its primary key, and load it in the step that needs it."
+    "An ORM instance belongs to its session: pass its primary key, and load it in the step that needs it."
 )
-_BRING_BACK = "Bring back an annotation that reads it, or start a new workflow."
-_SEND = "Send what fits, or wait with the type that is sent."
+_BRING_BACK = "Restore an annotation that reads it, or start a new workflow."
+_SEND = "Send a value of that type, or wait for the type that is sent."
 _UNKNOWN_TYPE = re.compile(r"unknown type: <class '[^']*'>")
 
 
@@ -59,7 +59,7 @@ class Encoded:
 
     Attributes:
         text: the JSON text.
-        value: what reading the text gives; equal to what went in, and no part of it.
+        value: what decoding the text returns: equal to the encoded value, and sharing no part with it.
     """
 
     text: str
@@ -70,14 +70,14 @@ class Encoded:
 class Codec:
     """Encodes and decodes values of one annotation.
 
-    What is encoded is read again and compared with what went in: it comes back equal, or it is refused here.
+    What is encoded is decoded again and compared: a value that would not be read back equal is refused.
 
     Args:
         what: what the value is, for messages: `result of step 'charge'`.
-        annotation: the annotation; `Any` admits only what JSON itself knows.
+        annotation: the annotation; `Any` accepts only JSON's own types.
         adapter: pydantic's adapter of it.
         limit: the largest payload in bytes of UTF-8 JSON.
-        is_inferred: a value is encoded by its own type; who reads it says of which type it is to be.
+        is_inferred: whether a value is encoded by its own type; the reader names the type to decode it as.
     """
 
     what: str
@@ -88,30 +88,30 @@ class Codec:
 
     @classmethod
     def of(cls, annotation: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> Codec:
-        """Build the codec of an annotation; `Any` admits what JSON itself knows.
+        """Return the codec of an annotation; `Any` accepts only JSON's own types.
 
         Raises:
-            DefinitionError: pydantic knows no way to and from JSON for it.
+            DefinitionError: pydantic cannot encode and decode it.
         """
         return cls(what, annotation, adapter_of(annotation, what), limit)
 
     @classmethod
     def inferred(cls, *, what: str, limit: int = DEFAULT_LIMIT) -> Codec:
-        """Build one that encodes a value by its own type: a dataclass, a datetime, a model, what JSON knows."""
+        """Return a codec that encodes each value by its own type: a dataclass, a datetime, a model, a JSON value."""
         return cls(what, Any, adapter_of(Any, what), limit, is_inferred=True)
 
     def encode(self, value: object) -> str:
-        """Return the value's JSON text, as `jsonb` will give it back.
+        """Return the value's JSON text, as `jsonb` will return it.
 
         Raises:
-            EncodingError: it does not fit the annotation, would come back as something else, or holds NUL, a lone
+            EncodingError: it does not fit the annotation, would be read as something else, or contains NUL, a lone
                 surrogate, NaN or infinity.
             PayloadTooLargeError: it is larger than the limit.
         """
         return self.encoded(value).text
 
     def encoded(self, value: object) -> Encoded:
-        """Return the value's JSON text, and what reading it gives. Raises as `encode`."""
+        """Return the value's JSON text, and what decoding it returns. Raises as `encode`."""
         text = self._text(value)
         return Encoded(text, self._read_back(text, value))
 
@@ -125,7 +125,7 @@ class Codec:
         """Return the value if it has the annotated type, without converting anything.
 
         Raises:
-            pydantic.ValidationError: it has another.
+            pydantic.ValidationError: it has another type.
         """
         return self.adapter.validate_python((value,), strict=True)[0]
 
@@ -147,19 +147,19 @@ class Codec:
         try:
             if self.annotation is Any and not self.is_inferred:
                 _require_native(value, self.what)
-            # By the names of fields and without what is computed: so that whatever is written can be read.
+            # By field names and without computed fields, so that whatever is written can be read.
             encode = self.adapter.dump_python
             (plain,) = encode((value,), mode="json", by_alias=False, round_trip=True, warnings="error")
         except EncodingError:
             raise
         except Exception as error:  # a property or a serializer may raise anything
-            # Without a cause: pydantic's own text shows the value.
+            # Without a cause, because pydantic's own text shows the value.
             raise EncodingError(f"the {self.what} cannot be stored: {self._misfit(value, error)}.") from None
         text = dump(plain, what=self.what, limit=self.limit)
         if _MASK in text and (path := path_to(value, _is_secret)) is not None:
             raise EncodingError(
-                f"the {self.what} cannot be stored: {path or 'it'} is a secret of pydantic's, which JSON shows as "
-                "asterisks: keep it in a vault or a table of yours, and pass its key."
+                f"the {self.what} cannot be stored: {path or 'it'} is a pydantic secret, which is encoded as "
+                "asterisks: keep it in a vault or a table of your own, and pass its key."
             )
         return text
 
@@ -175,10 +175,10 @@ class Codec:
         except Exception:
             return f"{type(value).__name__} does not fit its annotation"
         unknown = _UNKNOWN_TYPE.search(str(error))
-        return f"{type(value).__name__} is not for JSON" + (f": {unknown[0]}" if unknown else "")
+        return f"{type(value).__name__} cannot be encoded as JSON" + (f": {unknown[0]}" if unknown else "")
 
     def _read_back(self, text: str, value: object) -> Any:
-        """Return what will be read, if it is the value that went in."""
+        """Return what will be read; refuse the value if that is something else."""
         if type(value) is self.annotation and self.annotation in _SURE:
             return value
         try:
@@ -186,7 +186,7 @@ class Codec:
         except Exception as error:  # a validator may raise anything
             reason = problems_of(error, below=1) if isinstance(error, ValidationError) else type(error).__name__
             raise EncodingError(
-                f"the {self.what} cannot be stored: {type(value).__name__} becomes JSON that its annotation does not "
+                f"the {self.what} cannot be stored: {type(value).__name__} becomes JSON that its annotation cannot "
                 f"read: {reason}. Annotate it with what can be read, such as plain values, a dataclass or a model."
             ) from None
         if self.is_inferred:
@@ -198,16 +198,18 @@ class Codec:
     def _require_same(self, value: object, kept: object) -> None:
         try:
             found = difference(value, kept)
-        except Exception as error:  # a class of the user's may raise anything; RecursionError
-            raise EncodingError(f"the {self.what} cannot be compared: {type(error).__name__} is raised.") from None
+        except Exception as error:  # the user's class may raise anything; RecursionError
+            raise EncodingError(
+                f"the {self.what} cannot be compared with what would be read: {type(error).__name__} was raised."
+            ) from None
         if found is not None and not self._is_normal(value, kept):
             raise EncodingError(f"the {self.what} cannot be stored as it is: {_changed(found)}")
 
     def _is_normal(self, value: object, kept: object) -> bool:
-        """Return whether what is read is what the annotation itself makes of a value, once and for all.
+        """Return whether what is read is the value as the annotation normalizes it, and is stable from then on.
 
-        A `StrEnum` is a text where `str` is annotated, a validator strips blanks. What changes a value each time that
-        it is read is not normal, and neither is an object of another class.
+        A `StrEnum` is read as a text where `str` is annotated; a validator may strip blanks. A value that changes with
+        each reading is refused, and so is an object of another class.
         """
         try:
             same = difference(self._normal(value), kept) is None and difference(self._normal(kept), kept) is None
@@ -237,10 +239,10 @@ class ArgumentsCodec:
         workflow: str,
         limit: int = DEFAULT_LIMIT,
     ) -> ArgumentsCodec:
-        """Build it from the annotations of the parameters; those not `required` have defaults.
+        """Return the codec of parameters with these annotations; those not `required` have defaults.
 
         Raises:
-            DefinitionError: pydantic knows no way to and from JSON for one of them.
+            DefinitionError: pydantic cannot encode and decode one of them.
         """
         codecs = {
             name: Codec.of(annotation, what=f"argument {name!r} of workflow {workflow!r}", limit=limit)
@@ -249,7 +251,7 @@ class ArgumentsCodec:
         return cls(codecs=codecs, required=required, workflow=workflow)
 
     def encode(self, arguments: Mapping[str, object]) -> dict[str, Any]:
-        """Give the JSON object of arguments that fit the annotations.
+        """Return the JSON object of the arguments, which must fit the annotations.
 
         Raises:
             ArgumentError: one does not fit, or is an ORM instance.
@@ -261,10 +263,10 @@ class ArgumentsCodec:
         return {name: json.loads(text) for name, text in encoded.items()}
 
     def decode(self, text: str) -> dict[str, Any]:
-        """Give back the arguments by name.
+        """Return the arguments by name.
 
         Raises:
-            DecodingError: they do not fit the annotations, as a row inserted by SQL may not.
+            DecodingError: they do not fit the annotations, which can happen to a row that SQL inserted.
         """
         stored: dict[str, Any] = json.loads(text)
         missing, unknown = self.required - stored.keys(), stored.keys() - self.codecs.keys()
@@ -291,10 +293,10 @@ class ArgumentsCodec:
 
 
 def _require_native(value: object, what: str) -> None:
-    """Refuse what JSON would give back as something else."""
+    """Refuse a value that JSON would return as something else."""
     if not _is_native(value):
         raise EncodingError(
-            f"the {what} has no annotation and is {_an(value)}, which would come back from JSON as something else. "
+            f"the {what} has no annotation and is {_an(value)}, which JSON would return as something else. "
             f"{_instead_of(value)}"
         )
 
@@ -305,12 +307,12 @@ def _instead_of(value: object) -> str:
     try:
         adapter_of(type(value), "result")
     except DefinitionError:
-        return "Give plain values, a dataclass or a pydantic model with what is needed of it."
+        return "Pass plain values, a dataclass or a pydantic model with what is needed of it."
     return f"Annotate it, for example with {annotation_for(value)!r}."
 
 
 def _require_readable(value: object, what: str, path: str = "") -> None:
-    """Refuse what nobody can read again as what it is: each part by its own type."""
+    """Refuse a value whose parts cannot each be read again by their own type."""
     kind = type(value)
     if kind in _READABLE or (kind is datetime and cast("datetime", value).tzinfo in _ZONES):
         return
@@ -339,28 +341,28 @@ def _encode_alone(annotation: Any, value: object, what: str, path: str) -> None:
 
 
 def _changed(found: Difference) -> str:
-    """Return which part of a value would come back as what, and what to do, without the value."""
+    """Return, without the value, which part of it would be read as what, and what to do."""
     kinds = type(found.given), type(found.kept)
     where = found.path or "it"
     if is_mapped(kinds[0]):
         return f"{where} is {_an(found.given)}. {_INSTEAD_OF_ROWS}"
     if kinds[0] is kinds[1]:
         return (
-            f"{where} would come back as another {kinds[0].__name__}. Private attributes, fields with `init=False` or "
-            "`exclude=True`, keys that are not declared, and what a serializer leaves out are not stored: pass it to "
-            "the constructor, or keep it elsewhere."
+            f"{where} would be read back as another {kinds[0].__name__}. Private attributes, fields with "
+            "`init=False` or `exclude=True`, keys that are not declared, and what a serializer leaves out are not "
+            "stored: pass it to the constructor, or keep it elsewhere."
         )
-    changed = f"{where} is {_an(found.given)} and would come back as one of type {kinds[1].__name__}."
+    changed = f"{where} is {_an(found.given)} and would be read back as one of type {kinds[1].__name__}."
     if isinstance(found.given, kinds[1]):
-        return f"{changed} Annotate it with {kinds[0].__name__}, or give a {kinds[1].__name__}."
+        return f"{changed} Annotate it with {kinds[0].__name__}, or pass a {kinds[1].__name__}."
     if kinds[1] in _JSON:
         wanted = annotation_for(found.given)
         return f"{changed} Annotate it with {wanted} where a dict, list, object, Any, a TypeVar or a union stands."
-    return f"{changed} Tell the members of the union apart with a discriminator, or annotate one of them only."
+    return f"{changed} Distinguish the members of the union by a discriminator, or annotate only one of them."
 
 
 def _structures(value: object) -> Iterable[type]:
-    """Return the classes of the dataclasses and models in a value."""
+    """Yield the classes of the dataclasses and models in a value."""
     if is_dataclass_instance(value) or isinstance(value, BaseModel):
         yield type(value)
     for _, inner in inner_values(value):

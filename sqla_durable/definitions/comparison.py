@@ -1,7 +1,7 @@
-"""Whether a value is the same after its way through JSON, part by part, and where it is not.
+"""Whether a value is the same after encoding and decoding, part by part, and where it is not.
 
-Compared is structure and not `__eq__`: dataclasses, models, named tuples and containers by their parts, whatever they
-say of equality themselves. Types count: `1`, `1.0` and `True` are three values. Nothing here shows a value.
+Structure is compared, and not `__eq__`: dataclasses, models, named tuples and containers by their parts, however they
+define equality. Types count: `1`, `1.0` and `True` are three values. Nothing here shows a value.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from uuid import UUID
 from pydantic import BaseModel
 
 _SHOWN = 100  # characters of a key in a path
-_KINDS = 3  # of elements that an annotation is proposed for
-_CLASSES = 512  # of which it is known how they are compared
+_KINDS = 3  # of elements, in a proposed annotation
+_CLASSES = 512  # in the cache of comparisons
 _ABSENT = object()
 
 _Comparison: TypeAlias = Callable[[Any, Any], "Difference | None"]
@@ -30,13 +30,13 @@ _ATOMS = frozenset({type(None), bool, int, str, bytes, Decimal, UUID, date, time
 """Types whose values are the same if they are equal."""
 
 _BASES = (datetime, date, time, timedelta, Decimal, UUID)
-"""Classes that come back in place of their subclasses: drivers and test tools have their own, and other than text and
-numbers, one of these is read only where an annotation names it."""
+"""Classes that are read back in place of their subclasses, which drivers and test tools define. Unlike texts and
+numbers, they are read only where an annotation names them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A part of a value that is another one after its way through JSON.
+    """A part of a value that is different after encoding and decoding.
 
     Attributes:
         path: where it is, such as `cards[2].number`; "" for the value itself.
@@ -49,18 +49,18 @@ class Difference:
     kept: object
 
     def below(self, place: str) -> Difference:
-        """Return the same, seen from what has the compared part at a place."""
+        """Return the same difference, with its path below a place."""
         return Difference(joined_path(place, self.path), self.given, self.kept)
 
 
 def joined_path(place: str, path: str) -> str:
-    """Return the path of a part, below the place of what has it: `cards[2].number`."""
+    """Return the path of a part below a place: `cards[2].number`."""
     joint = "." if place and path and path[0] != "[" else ""
     return f"{place}{joint}{path}"
 
 
 def difference(given: Any, kept: Any) -> Difference | None:
-    """Return the first part that differs between what went in and what came out, or None if all is the same.
+    """Return the first part that differs between a value and what is read of it; None if all is the same.
 
     Raises:
         RecursionError: the value is nested too deeply.
@@ -76,7 +76,7 @@ def difference(given: Any, kept: Any) -> Difference | None:
 
 
 def annotation_for(value: object) -> str:
-    """Return the annotation that a value could have: `dict[str, Decimal]`."""
+    """Return an annotation that fits a value: `dict[str, Decimal]`."""
     kind = type(value)
     if value is None:
         return "None"
@@ -99,9 +99,9 @@ def _unless(same: bool, given: object, kept: object) -> Difference | None:
 
 
 def _between_types(given: Any, kept: Any) -> Difference | None:
-    """Compare two values of different types, a few of which say the same."""
+    """Compare two values of different types, a few of which are equivalent."""
     kinds = cast("type[object]", type(given)), cast("type[object]", type(kept))
-    if kinds == (int, float):  # an int may stand where a float is wanted
+    if kinds == (int, float):  # an int is accepted where float is annotated
         return _unless(given == kept, given, kept)
     if kinds == (float, int):  # `numeric` writes 1e22 as 10000000000000000000000
         return _unless("e+" in repr(given) and given == kept, given, kept)
@@ -112,7 +112,7 @@ def _between_types(given: Any, kept: Any) -> Difference | None:
 
 
 def _has_attributes(value: object) -> bool:
-    """Return whether a container holds more than its elements; `OrderedDict[str, int]()` notes its type parameters."""
+    """Return whether a container has attributes; the type parameters of `OrderedDict[str, int]()` do not count."""
     held: Iterable[str] = getattr(value, "__dict__", ())
     return any(name != "__orig_class__" for name in held)
 
@@ -127,7 +127,7 @@ def _find_comparison(kind: type[Any]) -> _Comparison:
     if issubclass(kind, BaseModel):
         return partial(_of_models, list(kind.model_fields))
     if is_dataclass(kind):
-        # A field that is neither given nor compared is what the object keeps for itself, such as a cache.
+        # A field that is neither an argument nor compared is internal to the object, such as a cache.
         return partial(_of_attributes, [each.name for each in fields(kind) if each.init or each.compare])
     if issubclass(kind, Mapping):
         return _of_mappings
@@ -186,13 +186,13 @@ def _of_mappings(given: Mapping[Any, Any], kept: Mapping[Any, Any]) -> Differenc
 
 
 def _of_keys(number: int, key: object, kept: Iterable[object]) -> Difference:
-    """Return the difference of a key that has none like it: of the one that its text has become, if that is there."""
+    """Return the difference of a key that is missing: from the key that its text became, if that is there."""
     found = next((each for each in kept if each == key or each == str(key)), _ABSENT)
     return Difference(f"[key {number}]", key, found)
 
 
 def _of_sets(given: AbstractSet[Any], kept: AbstractSet[Any]) -> Difference | None:
-    """Compare sets: by equality as they do, and what is equal only to itself by its structure."""
+    """Compare sets: by equality, and elements that are equal only to themselves by their structure."""
     if len(given) != len(kept):
         return Difference("", given, kept)
     same = {each: each for each in kept}
@@ -215,13 +215,13 @@ def _of_models(names: list[str], given: BaseModel, kept: BaseModel) -> Differenc
 
 
 def _of_objects(given: Any, kept: Any) -> Difference | None:
-    """Compare two objects of some class: as it says, and by their attributes where it says nothing."""
+    """Compare two objects by the equality of their class, or by their attributes where it defines none."""
     if not _is_by_identity(given):
         try:
             return _unless(_is_true(given == kept), given, kept)
-        except Exception:  # noqa: S110 (a comparison that fails says nothing)
+        except Exception:  # noqa: S110 (a comparison that fails decides nothing)
             pass
-    # Without attributes nothing can be told: a lock is like any other.
+    # Objects without attributes, such as locks, count as the same.
     return _of_mappings(getattr(given, "__dict__", {}), getattr(kept, "__dict__", {})) or _of_slots(given, kept)
 
 
@@ -230,7 +230,7 @@ def _is_by_identity(value: object) -> bool:
 
 
 def _is_true(found: Any) -> bool:
-    """Return what a comparison has found; that of arrays and frames is one for each element."""
+    """Return the result of a comparison; that of arrays and frames has one for each element."""
     for _ in range(2):
         found = found.all() if hasattr(found, "all") else found
     return bool(found)

@@ -1,7 +1,7 @@
-"""Which classes a recorded error may be rebuilt of, and how they are found by the name that a row holds.
+"""Which classes a recorded error may be rebuilt as, and how they are found by the name in a row.
 
-A row never chooses code. Nothing is imported; nothing of a module or class is asked that they could answer with code of
-their own (`__getattr__`, a metaclass, a lazy module): what is read is their dictionaries.
+A row never chooses the code that is executed. Nothing is imported, and nothing is read from a module or class in a way
+that could execute its code (`__getattr__`, a metaclass, a lazy module): only their dictionaries are read.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _COMMON = frozenset(
 )
 """Modules whose exceptions any application's steps can raise."""
 
-# Whoever catches these catches what Python itself uses them for.
+# Python itself uses these to end iterations.
 _CONTROL = (StopIteration, StopAsyncIteration)
 
-# The dictionaries and names as they are, whatever a metaclass or a lazy module says of them.
+# The real dictionaries and names, whatever a metaclass or a lazy module would return.
 _class_dict: Callable[[type], Any] = type.__dict__["__dict__"].__get__
 _class_name: Callable[[type], str] = type.__dict__["__qualname__"].__get__
 _class_mro: Callable[[type], tuple[type, ...]] = type.__dict__["__mro__"].__get__
@@ -49,40 +49,40 @@ _module_dict: Callable[[ModuleType], dict[str, Any]] = cast("Any", vars(ModuleTy
 
 
 class KnownErrors:
-    """The exception classes of one `Durable`: what its steps can raise.
+    """The exception classes that the steps of one `Durable` can raise.
 
-    Outside of workflows, where `handle.result()` raises an error into a web application for example, those are the
-    builtin ones, a short list, those that the user has named, and those that the application's own packages define. In
-    a workflow's own code, which catches errors of the libraries that it uses, also those of the packages that the
-    modules with its workflows and steps import. What a name means depends on the code alone, and not on what has
-    happened in a process, so that a replay in another one takes the same way.
+    Outside of workflows, where for example `handle.result()` raises an error in a web application, these are the
+    builtin ones, a short list of common ones, those that the user has named, and those that the application's own
+    packages define. In a workflow's own code, which catches errors of the libraries that it uses, also those of the
+    packages that the modules with its workflows and steps import. What a name refers to depends on the code alone, and
+    not on the history of a process, so that a replay in another process takes the same path.
 
     Args:
-        named: classes that the user has named; they stand for their subclasses too.
-        strict: whether only the named, builtin and common ones count.
-        details: whether what is recorded of an error shows the values of SQL statements and payloads.
+        named: classes that the user has named; their subclasses are included.
+        strict: whether only the named, builtin and common ones are included.
+        details: whether recorded errors show the values of SQL statements and payloads.
     """
 
     def __init__(self, named: Iterable[type[Exception]] = (), *, strict: bool = False, details: bool = False) -> None:
         self._named = tuple(named)
         for each in self._named:
             if not (isinstance(each, type) and issubclass(each, Exception)):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise DefinitionError(f"errors=[{each!r}] is no class of exceptions: give classes such as OutOfStock.")
+                raise DefinitionError(f"errors=[{each!r}] is not an exception class: pass classes such as OutOfStock.")
         self._by_name = {name_of_class(each): each for each in self._named}
         self._strict = strict
         self.details = details
         self._modules: set[str] = set()
 
     def add_module(self, name: str) -> None:
-        """Note a module that defines a workflow or a step."""
+        """Register a module that defines a workflow or a step."""
         self._modules.add(name)
 
     def outside(self, name: str) -> type | None:
-        """Return a class that may be raised outside of workflows, by the name that is recorded."""
+        """Return the class with a recorded name, if it may be raised outside of workflows."""
         return self._find(name, self._is_of_application)
 
     def inside(self, name: str) -> type | None:
-        """Return a class that may be raised in a workflow's own code, by the name that is recorded."""
+        """Return the class with a recorded name, if it may be raised in a workflow's own code."""
         return self._find(name, lambda module: self._is_of_application(module) or self._is_imported(module))
 
     def _find(self, name: str, is_trusted: Callable[[str], bool]) -> type | None:
@@ -116,11 +116,11 @@ class KnownErrors:
 
 
 DEFAULT = KnownErrors()
-"""Knows what is builtin and common, and no application."""
+"""Includes the builtin and the common classes, and none of an application."""
 
 
 def find_class(module_name: str, qualified: str) -> type | None:
-    """Return the class that a module defines under this name, if the module is imported; runs no code of either."""
+    """Return the class that a module defines under this name, if the module is imported; execute no code of either."""
     module = sys.modules.get(module_name)
     if not _is_module(module):
         return None
@@ -133,18 +133,18 @@ def find_class(module_name: str, qualified: str) -> type | None:
         names = _class_dict(found)
     if not _is_class(found) or found in _CONTROL:
         return None
-    # What a module merely imports is not its own. A builtin class has no module in its dictionary.
+    # A class that a module only imports does not count. A builtin class has no module in its dictionary.
     is_own = _class_name(found) == qualified and names.get("__module__") == module_name
     return found if is_own or module_name == "builtins" else None
 
 
 def name_of_class(kind: type) -> str:
-    """Return the name that is recorded of a class: that of the entry file is the name that others import it by."""
+    """Return the name that is recorded for a class; `__main__` is replaced by the name that others import it by."""
     return f"{_entered(kind.__module__)}:{kind.__qualname__}"
 
 
 def is_subclass(kind: type | None, base: type) -> bool:
-    """Return whether a class derives from another, whatever its metaclass says."""
+    """Return whether a class derives from another, without asking its metaclass."""
     return kind is not None and base in _class_mro(kind)
 
 
@@ -161,9 +161,9 @@ def members_of(kind: type) -> dict[str, Any]:
 
 
 def declared_by(kind: type) -> set[str]:
-    """Return the attributes that an exception class declares: annotated, or parameters of its constructor or set there.
+    """Return the attributes that an exception class declares: annotated, or set by or passed to its constructor.
 
-    Not what an instance could use to replace a method.
+    Names of methods and properties are excluded, which an instance attribute could replace.
     """
     declared: set[str] = set()
     taken: set[str] = set()
@@ -194,7 +194,7 @@ def _used(function: object) -> set[str]:
 
 
 def entry_module() -> str | None:
-    """Return the name that others import the entry file of this process by, if it has one."""
+    """Return the name by which others import the entry file of this process, if it has one."""
     main = sys.modules.get("__main__")
     if not _is_module(main):
         return None
@@ -210,7 +210,7 @@ def _entered(module: str) -> str:
 
 
 def _root(module: str) -> str:
-    """Return the package at the top that a module belongs to; in a namespace package, the one below."""
+    """Return the top-level package that a module belongs to; in a namespace package, the one below it."""
     first, _, rest = module.partition(".")
     top = sys.modules.get(first)
     is_namespace = _is_module(top) and _module_dict(top).get("__file__") is None and "__path__" in _module_dict(top)
@@ -218,7 +218,7 @@ def _root(module: str) -> str:
 
 
 def _roots_in(module_name: str) -> set[str]:
-    """Return the packages of which a module holds something: modules, classes and functions."""
+    """Return the packages whose modules, classes or functions a module refers to."""
     module = sys.modules.get(module_name)
     held = list(_module_dict(module).values()) if _is_module(module) else []
     names = {name for each in held if (name := _module_name_of(each)) is not None}
@@ -237,7 +237,7 @@ def _module_name_of(value: object) -> str | None:
     return name if isinstance(name, str) else None
 
 
-# By `type()` and not `isinstance`, which asks an object for its `__class__`: a lazy proxy answers with code.
+# By `type()` and not `isinstance`, which reads an object's `__class__`: a lazy proxy would execute code.
 def _is_class(value: object) -> TypeGuard[type]:
     return issubclass(type(value), type)
 

@@ -1,8 +1,8 @@
-"""Exceptions on their way to the database and back.
+"""Stores exceptions as JSON, and rebuilds them.
 
-A failure is stored as JSON: class, message, arguments and attributes as far as they can be kept, notes, and traceback.
-`classes` decides which classes it is rebuilt of. Rebuilding runs no constructor and no other code of a class:
-the exception is made as Python makes one, with the recorded arguments, and gets the attributes that its class declares.
+A failure has the class, message, arguments and attributes as far as they can be stored, notes, and traceback.
+`error_classes` decides which classes it may be rebuilt as. Rebuilding executes no constructor and no other code of a
+class: the builtin base is created with the recorded arguments, and the attributes that the class declares are set.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ from sqla_durable.errors import StepFailedError
 _TEXT_LIMIT = 32_000
 _STATE_LIMIT = 32_000
 _INNER_LIMIT = 500
-_GROUPS = 3  # groups in groups, whose members are rebuilt
+_GROUPS = 3  # levels of nested groups whose members are rebuilt
 _PROBLEMS = 100  # of a validation error
 _NOTES = 20
 _NOTE_LIMIT = 2_000
 _TAG = "$"
-"""The key of an object in JSON that stands for a value which JSON does not have: `{"$": ["uuid", "0190..."]}`."""
+"""The key of a JSON object that stands for a value of a type that JSON lacks: `{"$": ["uuid", "0190..."]}`."""
 _LOST: Any = {_TAG: ["lost", None]}
-"""What stands for an attribute that cannot be recorded."""
+"""Stands for an attribute that could not be recorded."""
 
 
 class RecordedTraceback(Exception):
-    """The traceback of a recorded exception, as text; the `__cause__` of what is raised from a record."""
+    """The traceback of a recorded exception, as text; the `__cause__` of an exception rebuilt from a record."""
 
     def __str__(self) -> str:
         return f'\n"""\n{self.args[0]}"""'
 
 
 class RecordedDriverError(Exception):
-    """What a database driver raised, as the `orig` of a recorded SQLAlchemy error.
+    """The error of a database driver, as the `orig` of a recorded SQLAlchemy error.
 
     Attributes:
         sqlstate: PostgreSQL's code of the error.
@@ -73,9 +73,9 @@ class Failure:
 
     Attributes:
         type: `module:qualified_name` of its class.
-        message: its text, without the values of SQL statements and payloads unless they are wanted.
-        args: its arguments, or None where JSON does not hold them.
-        state: the attributes that its class declares, likewise.
+        message: its text, without the values of SQL statements and payloads unless these are included.
+        args: its arguments, or None if JSON cannot represent them.
+        state: the attributes that its class declares, or None likewise.
         traceback: the formatted traceback.
         notes: its notes.
     """
@@ -89,12 +89,12 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException, *, limit: int = _STATE_LIMIT, details: bool = False) -> Failure:
-        """Describe an exception; never raises, whatever its arguments or its `str` do.
+        """Return the description of an exception; never raises, whatever its arguments or its `str` do.
 
         Args:
             error: the exception.
-            limit: up to how many bytes of JSON its arguments are kept, and its attributes.
-            details: whether the values of SQL statements and payloads are wanted.
+            limit: the most bytes of JSON for its arguments, and for its attributes.
+            details: whether to include the values of SQL statements and payloads.
         """
         args, state = _contents(error, limit, details)
         return cls(
@@ -108,7 +108,7 @@ class Failure:
 
     @classmethod
     def from_text(cls, text: str | None) -> Failure:
-        """Read a stored failure's JSON text, whoever has written it."""
+        """Return the failure of a stored JSON text, which anybody may have written."""
         try:
             stored: object = json.loads(text or "null")
         except (ValueError, RecursionError):
@@ -117,7 +117,7 @@ class Failure:
 
     @classmethod
     def from_json(cls, stored: object) -> Failure:
-        """Read a stored failure, whoever has written it; one written by SQL needs no more than a type."""
+        """Return a stored failure, which anybody may have written; only its type is required."""
         given: dict[str, Any] = _of_kind(dict, stored) or {}
         notes: list[object] = _of_kind(list, given.get("notes")) or []
         return cls(
@@ -144,13 +144,13 @@ class Failure:
         )
 
     def rebuild(self, find: Find = DEFAULT.outside, *, levels: int = _GROUPS) -> Exception | None:
-        """Make the exception again, or return None where its class or its arguments cannot be had here.
+        """Return the rebuilt exception, or None if its class or its arguments are not available here.
 
-        An attribute that could not be recorded is None then, and a note says so.
+        An attribute that could not be recorded is None, and a note says so.
 
         Args:
-            find: returns the classes that may be rebuilt, by name.
-            levels: how many exceptions may be parts of each other in it.
+            find: returns the class of a name, if it may be rebuilt.
+            levels: how many levels of exceptions inside exceptions are rebuilt.
         """
         if self.args is None or self.state is None:
             return None
@@ -159,7 +159,7 @@ class Failure:
             if not is_subclass(kind, Exception):
                 return None
             depth = levels if is_subclass(kind, ExceptionGroup) else min(levels, 1)
-            error = _rebuilt(cast("type[Exception]", kind), self.args, self.state, _Reading(find, depth))
+            error = _rebuilt(cast("type[Exception]", kind), self.args, self.state, _Reader(find, depth))
             lost = [name for name, value in self.state.items() if value == _LOST]
             if lost and not self._is_text_of(error):
                 return None
@@ -172,7 +172,7 @@ class Failure:
         return error
 
     def _is_text_of(self, error: Exception) -> bool:
-        """Return whether an exception says what was recorded, although some of its attributes are lost."""
+        """Return whether an exception has the recorded text, although some of its attributes are lost."""
         texts = (message_of(error), message_of(error, details=True))
         return any(_clean(each)[: len(self.message)] == self.message for each in texts)
 
@@ -189,21 +189,21 @@ def add_notes(error: Exception, *notes: str) -> None:
 
 
 def record(error: BaseException, known: KnownErrors = DEFAULT) -> str:
-    """Return the JSON text to store of an exception that was raised by the code of a `Durable`."""
+    """Return the JSON text to store for an exception that was raised by the code of a `Durable`."""
     return Failure.of(error, details=known.details).to_json()
 
 
-def _rebuilt(kind: type[Exception], args: list[Any], state: dict[str, Any], reading: _Reading) -> Exception:
+def _rebuilt(kind: type[Exception], args: list[Any], state: dict[str, Any], reader: _Reader) -> Exception:
     if is_subclass(kind, StatementError):
         return _rebuilt_statement(kind, state)
     if kind is ValidationError:
         return _rebuilt_validation(state)
-    given = [reading.value(each) for each in args]
+    given = [reader.value(each) for each in args]
     native = native_base(kind)
     error = native.__new__(kind, *given)
     native.__init__(error, *given)
     declared = declared_by(kind)
-    attributes = {name: reading.value(value) for name, value in state.items() if name in declared}
+    attributes = {name: reader.value(value) for name, value in state.items() if name in declared}
     cast("dict[str, Any]", _instance_dict(error)).update(attributes)
     return error
 
@@ -220,7 +220,7 @@ def _rebuilt_statement(kind: type[Exception], state: dict[str, Any]) -> Exceptio
 
 
 def _rebuilt_validation(state: dict[str, Any]) -> Exception:
-    """Make pydantic's error again, which has no constructor: what was wrong, and where; not what was given."""
+    """Return pydantic's error rebuilt: what was wrong, and where, without the input."""
     problems: list[InitErrorDetails] = [
         {"type": PydanticCustomError(kind, message), "loc": tuple(location), "input": None}
         for kind, location, message in state["problems"]
@@ -232,15 +232,15 @@ _instance_dict: Callable[[BaseException], Any] = BaseException.__dict__["__dict_
 
 
 def _contents(error: BaseException, limit: int, details: bool) -> tuple[list[Any] | None, dict[str, Any] | None]:
-    """Return what is kept of the arguments and the attributes."""
+    """Return the stored form of the arguments and of the attributes."""
     try:
-        return _Writing(details, _GROUPS if _is_group(error) else 1).contents(error, limit)
-    except Exception:  # what is wrong with them is the business of who raised it
+        return _Writer(details, _GROUPS if _is_group(error) else 1).contents(error, limit)
+    except Exception:  # hostile arguments or attributes must not break the recording
         return None, None
 
 
 def _of_statement(error: StatementError, details: bool) -> dict[str, Any]:
-    """Return what is kept of the error of a statement: not its parameters, which may be secret."""
+    """Return what is stored of the error of a statement: not its parameters, which may be secret."""
     orig = error.orig
     if orig is None or not isinstance(error, DBAPIError):
         text = without_values(str(error.args[0])) if error.args else ""
@@ -252,7 +252,7 @@ def _of_statement(error: StatementError, details: bool) -> dict[str, Any]:
 
 
 def _of_validation(error: ValidationError, details: bool) -> dict[str, Any]:
-    """Return what is kept of pydantic's error: what is wrong, and where, but not what was given."""
+    """Return what is stored of pydantic's error: what is wrong, and where, without the input."""
     found = error.errors(include_url=False, include_context=False, include_input=False)[:_PROBLEMS]
     shown = [(each["type"], [*each["loc"]], each["msg"]) for each in found]
     problems = [[kind, where, text if details else without_values(text)] for kind, where, text in shown]
@@ -264,7 +264,7 @@ def _is_group(error: BaseException) -> bool:
 
 
 def _arguments(error: BaseException) -> list[Any]:
-    """Return the arguments; Python takes the file names of an `OSError` out of them."""
+    """Return the arguments, with the file names of an `OSError`, which Python removes from them."""
     args = list(error.args)
     if isinstance(error, OSError) and len(args) == 2 and error.filename is not None:
         args.append(error.filename)
@@ -285,13 +285,13 @@ def _notes(error: BaseException, details: bool) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Writing:
-    """Brings values into the form in which JSON holds them, with tags where it does not have their types.
+class _Writer:
+    """Converts values to JSON, with tags for types that JSON lacks.
 
     Attributes:
-        details: whether the values of SQL statements and payloads are wanted.
-        levels: how many exceptions may still be parts of each other.
-        room: up to how many bytes of JSON the arguments of such a part are kept, and its attributes.
+        details: whether to include the values of SQL statements and payloads.
+        levels: how many more levels of exceptions inside exceptions are stored.
+        room: the most bytes of JSON for the arguments of an inner exception, and for its attributes.
     """
 
     details: bool
@@ -299,7 +299,7 @@ class _Writing:
     room: int = _INNER_LIMIT
 
     def contents(self, error: BaseException, limit: int) -> tuple[list[Any] | None, dict[str, Any] | None]:
-        """Return what is kept of the arguments and the attributes of an exception, each within the limit."""
+        """Return the stored form of the arguments and of the attributes of an exception, each within the limit."""
         match error:
             case StatementError():
                 return [], self.value(_of_statement(error, self.details), limit)
@@ -312,7 +312,7 @@ class _Writing:
                 return self.value(_arguments(error), limit), self.state(error, limit)
 
     def state(self, error: BaseException, limit: int) -> dict[str, Any]:
-        """Return the attributes; in the place of one that JSON does not hold, or has no room for, that it is lost."""
+        """Return the stored form of the attributes; one that JSON cannot represent, or too large, is marked as lost."""
         state: dict[str, Any] = {}
         for name, value in _attributes(error).items():
             written = None if value is None else self.value(value, limit)
@@ -321,7 +321,7 @@ class _Writing:
         return state
 
     def value(self, value: Any, limit: int) -> Any:
-        """Return the form of a value, or None if there is none, or it is too large."""
+        """Return the stored form of a value, or None if there is none or it is too large."""
         try:
             written = self._written(value)
             dump(written, what="error", limit=limit)
@@ -359,7 +359,7 @@ class _Writing:
         return [tag, write(value)]
 
     def _error(self, error: Exception) -> dict[str, Any]:
-        """Describe an error that is part of another one: briefly, for there may be many."""
+        """Return a brief description of an error inside another one, of which there may be many."""
         levels = self.levels - 1 if _is_group(error) else 0
         args, state = replace(self, levels=levels).contents(error, self.room)
         notes = [each[:_INNER_LIMIT] for each in _notes(error, self.details)[-1:]]
@@ -374,7 +374,7 @@ def _member(value: Enum) -> list[str]:
     kind: type = type(value)
     name: Any = value.name  # a combination of flags may have none
     if members_of(kind).get(name) is not value:
-        raise TypeError("this is no member of its own")
+        raise TypeError("this is a combination of members")
     return [name_of_class(kind), name]
 
 
@@ -391,12 +391,12 @@ _READERS = {tag: read for tag, _, read in _FORMS.values()}
 
 
 @dataclass(frozen=True, slots=True)
-class _Reading:
-    """Brings values back from the form in which JSON holds them.
+class _Reader:
+    """Converts values from their stored form.
 
     Attributes:
-        find: returns the classes that may be rebuilt, by name.
-        levels: how many exceptions may still be parts of each other.
+        find: returns the class of a name, if it may be rebuilt.
+        levels: how many more levels of exceptions inside exceptions are rebuilt.
     """
 
     find: Find
@@ -450,6 +450,6 @@ def _text(value: object, default: str = "") -> str:
 
 
 def _clean(text: str) -> str:
-    """Make any text storable: no NUL, no lone surrogates, bounded, its end kept (where the cause stands)."""
+    """Return a storable text: no NUL, no lone surrogates, cut at the beginning, because the cause is at the end."""
     kept = text if len(text) <= _TEXT_LIMIT else "… " + text[-_TEXT_LIMIT:]
     return kept.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""What can be told of a function by looking at it: its name, its annotations, whether it takes a session."""
+"""What is known of a function without calling it: its name, its annotations, and whether it takes a session."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SessionClass: TypeAlias = type[Session] | type[AsyncSession]
 
 _SESSION_NAMES = {"session", "db_session", "async_session", "db"}
 _SCOPED = (scoped_session, async_scoped_session)
-_DEEPEST = 10  # annotations in each other: `type SessionDep = Annotated["Session", ...]`
+_DEEPEST = 10  # nested annotations: `type SessionDep = Annotated["Session", ...]`
 _UNKNOWN = object()
 
 
 class SessionKind(Enum):
-    """Which session a step's first parameter asks for."""
+    """The kind of session that a step's first parameter takes."""
 
     NONE = "none"
     SYNC = "Session"
@@ -41,12 +41,12 @@ class SessionKind(Enum):
 
     @property
     def type(self) -> type[Session] | type[AsyncSession] | None:
-        """The class that the step's function gets an instance of."""
+        """The class of the session that is injected into the step's function."""
         return {"Session": Session, "AsyncSession": AsyncSession}.get(self.value)
 
 
 def name_of(fn: Callable[..., Any], given: str | None, *, what: str) -> str:
-    """Give the name of a function, or the one that is given.
+    """Return the given name, or else that of the function.
 
     Raises:
         DefinitionError: it has no usable name.
@@ -57,7 +57,7 @@ def name_of(fn: Callable[..., Any], given: str | None, *, what: str) -> str:
         raise DefinitionError(f"a {what} is made of a function, got {fn!r}.")
     name = given if given is not None else getattr(fn, "__name__", "")
     if given is None and name in ("", "<lambda>"):
-        raise DefinitionError(f"{fn!r} has no name to record it by: give the {what} one with name=...")
+        raise DefinitionError(f"{fn!r} has no name to record it by: name the {what} with name=...")
     require_name(name, what=f"{what} name")
     return name
 
@@ -74,7 +74,7 @@ def require_name(name: str, *, what: str) -> None:
 
 
 def function_of(fn: Callable[..., Any]) -> Any:
-    """Give the function behind partials, decorators and callable objects."""
+    """Return the function behind partials, decorators and callable objects."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     if inspect.isroutine(fn):
@@ -83,39 +83,39 @@ def function_of(fn: Callable[..., Any]) -> Any:
 
 
 def _called(fn: Callable[..., Any]) -> Any:
-    """Return the function that a call of it executes."""
+    """Return the function that is executed when `fn` is called."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     return fn if inspect.isroutine(fn) or inspect.isclass(fn) else type(fn).__call__
 
 
 def is_coroutine(fn: Callable[..., Any]) -> bool:
-    """Return whether calling it returns a coroutine: the function that is called decides, not what that wraps."""
+    """Return whether calling it returns a coroutine: the called function decides, not one that it wraps."""
     return inspect.iscoroutinefunction(_called(fn))
 
 
 def refuse_misread(fn: Callable[..., Any], *, what: str) -> None:
-    """Refuse a function where nothing shows how it is to be called.
+    """Refuse a function for which it is unclear how to call it.
 
     Raises:
         DefinitionError: it is a method without its instance, or a `def` that wraps an `async def`.
     """
     if inspect.isfunction(fn) and (first := next(iter(_parameters(fn)), None)) and first.name in ("self", "cls"):
         raise DefinitionError(
-            f"{what} is a method and takes {first.name!r}, which it would not get: make "
+            f"{what} is a method and takes {first.name!r}, which is not passed: make "
             f"the {what.partition(' ')[0]} of the bound method instead, {_way(what)}(instance.{fn.__name__}, "
             f"name={fn.__name__!r}). If it does not use {first.name!r}, write @staticmethod above the decorator."
         )
     if inspect.iscoroutinefunction(function_of(fn)) and not is_coroutine(fn):
         raise DefinitionError(
-            f"{what} is a def that wraps an async def, so nothing shows whether calling it returns a value or a "
+            f"{what} is a def that wraps an async def, so it is unclear whether calling it returns a value or a "
             "coroutine: write the wrapper as an `async def` that awaits what it wraps; or, if it returns a value, "
             "write a def that calls it, without functools.wraps."
         )
 
 
 def refuse_generator(fn: Callable[..., Any], *, what: str) -> None:
-    """Refuse a function that yields: calling it executes nothing, and what it gives cannot be recorded.
+    """Refuse a generator function: calling it executes nothing, and its iterator cannot be recorded.
 
     Raises:
         DefinitionError: it yields.
@@ -129,10 +129,10 @@ def refuse_generator(fn: Callable[..., Any], *, what: str) -> None:
 
 
 def hints_of(fn: Callable[..., Any], what: str) -> dict[str, Any]:
-    """Give its annotations, resolved.
+    """Return the resolved annotations of a function.
 
     Raises:
-        DefinitionError: one of them cannot be.
+        DefinitionError: one of them cannot be resolved.
     """
     function = function_of(fn)
     if inspect.isclass(function):
@@ -147,10 +147,10 @@ def hints_of(fn: Callable[..., Any], what: str) -> dict[str, Any]:
 
 
 def session_class(fn: Callable[..., Any], *, what: str) -> SessionClass | None:
-    """Return the session class that its first parameter asks for.
+    """Return the session class that annotates the first parameter, if it is one.
 
     Raises:
-        DefinitionError: a session is asked for in a way in which none is injected.
+        DefinitionError: a parameter asks for a session in a way in which none is injected.
     """
     found: SessionClass | None = None
     for number, each in enumerate(_parameters(fn)):
@@ -186,25 +186,25 @@ def _class_of(parameter: inspect.Parameter, fn: Callable[..., Any], what: str) -
             return annotation
         if issubclass(annotation, _SCOPED):
             raise DefinitionError(
-                f"{what} takes {parameter}: a session is injected, and not a registry of sessions. Annotate it as "
+                f"{what} takes {parameter}: a session is injected, not a registry of sessions. Annotate it as "
                 "Session or AsyncSession."
             )
     if any(_is_session(_resolved(each, fn)) for each in _union_members(annotation)):
         raise DefinitionError(
-            f"the parameter {parameter.name!r} of {what} is annotated {parameter.annotation!r}: a session is injected "
-            "always and as the first parameter, so annotate it as Session or AsyncSession alone."
+            f"the parameter {parameter.name!r} of {what} is annotated {parameter.annotation!r}: a session is always "
+            "injected, as the first parameter, so annotate it as Session or AsyncSession alone."
         )
     return None
 
 
 def _refuse_nameless(parameter: inspect.Parameter, fn: Callable[..., Any], what: str) -> None:
-    """Refuse a first parameter that looks like a session, and is not known to be one."""
+    """Refuse a first parameter that has the name of a session, and no annotation as one."""
     if parameter.name not in _SESSION_NAMES:
         return
     if parameter.annotation is parameter.empty:
         raise DefinitionError(
             f"{what} takes {parameter.name!r} without an annotation, so that no session is injected: write "
-            f"{parameter.name}: Session, or AsyncSession; if it is none, give it another name or an annotation."
+            f"{parameter.name}: Session, or AsyncSession; if it is not a session, rename it or annotate it."
         )
     if _resolved(parameter.annotation, fn) is _UNKNOWN:
         raise DefinitionError(
@@ -218,7 +218,7 @@ def _is_session(annotation: Any) -> bool:
 
 
 def _resolved(annotation: Any, fn: Callable[..., Any]) -> Any:
-    """Return what an annotation stands for: of an alias, of `Annotated`, of a text, of a bound type variable."""
+    """Return the annotation behind an alias, `Annotated`, a string, or a bound type variable."""
     for _ in range(_DEEPEST):
         match annotation:
             case str():
@@ -244,7 +244,7 @@ def _union_members(annotation: Any) -> tuple[Any, ...]:
 
 
 def _evaluated(annotation: str, function: Callable[..., Any]) -> Any:
-    """Evaluate a postponed annotation; a session class imported under TYPE_CHECKING is known by its name."""
+    """Return the value of a string annotation; a session class imported under TYPE_CHECKING is known by its name."""
     names = {**getattr(function, "__globals__", {}), **_closure(function)}
     try:
         return eval(annotation, names)  # noqa: S307 (the module's own source, as typing.get_type_hints does)
@@ -257,19 +257,19 @@ def _closure(function: Callable[..., Any]) -> Mapping[str, Any]:
         return {}
     found: dict[str, Any] = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # empty: the function refers to itself, and is not bound to its name yet
+        with suppress(ValueError):  # the cell is empty: the function refers to itself and is not bound to its name yet
             found[name] = cell.cell_contents
     return found
 
 
 def place_of(fn: Callable[..., Any]) -> tuple[str, str]:
-    """Give where it is defined: module and qualified name."""
+    """Return where a function is defined: its module and its qualified name."""
     function = function_of(fn)
     return function.__module__, function.__qualname__
 
 
 def _order_of(fn: staticmethod[..., Any] | classmethod[Any, ..., Any], what: str) -> str:
-    """Return how a static method or a class method is decorated in the right order."""
+    """Return how to decorate a static method or a class method in the right order."""
     name = fn.__name__
     if isinstance(fn, staticmethod):
         return f"{what} {name!r} is decorated above @staticmethod: write @staticmethod above @{_way(what)}."

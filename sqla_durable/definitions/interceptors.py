@@ -1,6 +1,6 @@
-"""`Interceptor`: what an application does around its workflows and steps, such as tracing, metrics and tenants.
+"""`Interceptor`, code that is executed around workflows and steps, such as tracing, and `Execution`, which it receives.
 
-How interceptors are entered is told here, once for sync and once for async code; where, in `operations` and `runtime`.
+This module says how interceptors are entered in sync and in async code; `operations` and `runtime` say where.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from sqlalchemy.orm import Session
 from sqla_durable.errors import DefinitionError, UsageError
 
 Around: TypeAlias = AbstractContextManager[Any] | AbstractAsyncContextManager[Any] | None
-"""What is entered before a call and left after it; None for nothing."""
+"""A context manager that is entered before a call and exited after it; None for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """Where the code is.
+    """Identifies the workflow, the attempt and the step that are being executed.
 
     Attributes:
         workflow_id: the id of the workflow's record.
         workflow: the workflow's name.
-        attempt: the workflow's attempt, from 1; it counts up when a worker died, and when it is resumed.
+        attempt: the workflow's attempt, from 1; increased when its worker died, and when it is resumed.
         step: the key of the step that is being executed; None between steps.
-        step_attempt: the try of that step, from 1, those of earlier attempts included; None between steps.
-        idempotency_key: for the system that the step calls: the same on every execution of this step, and of no
-            other; None between steps.
-        details: what the step has last reported by `heartbeat`, in this try or in one before; None if nothing.
-        headers: what interceptors gave to the workflow when it was started; see `Interceptor.start`.
+        step_attempt: the try of that step, from 1, including those of earlier attempts; None between steps.
+        idempotency_key: for the system that the step calls: the same on every execution of this step, and
+            different for every other step; None between steps.
+        details: what the step reported last by `heartbeat`, in this or an earlier try; None if nothing.
+        headers: what interceptors added to the workflow when it was started; see `Interceptor.start`.
     """
 
     workflow_id: UUID
@@ -54,7 +54,7 @@ class Execution:
 
 @dataclass(frozen=True, slots=True)
 class StepExecution(Execution):
-    """Where the code of a step is: an `Execution` whose step, try and idempotency key are there; see `current_step`."""
+    """Identifies the step that is being executed: an `Execution` whose step fields are set; see `current_step`."""
 
     step: str = ""
     step_attempt: int = 1
@@ -62,7 +62,7 @@ class StepExecution(Execution):
 
 
 class Interceptor:
-    """Does something around workflows and steps; derive from it, and override what is wanted.
+    """Code that is executed around workflows and steps: derive from it, and override the methods that you need.
 
     ```python
     class Timing(Interceptor):
@@ -77,22 +77,21 @@ class Interceptor:
     durable = Durable(interceptors=[Timing()])
     ```
 
-    One object serves all workflows at the same time, in all threads and tasks: it keeps no state of one call in itself.
-    What `workflow` and `step` give is entered before and left after, by `with` in sync and in async code alike, in the
-    thread or task that calls the user's function: it sees the context variables that are set here. An async context
-    manager is for async code only.
+    One object serves all workflows at the same time, in all threads and tasks, so it must not store the state of a
+    call. The context managers that `workflow` and `step` return are entered before the call and exited after it, in
+    sync and in async code, in the thread or task that calls the user's function, which sees the context variables that
+    they set. An async context manager works in async code only.
 
-    An error that leaves the user's function passes through, the innermost interceptor first. An interceptor may replace
-    it by raising another, and cannot swallow it.
+    An error that the user's function raises passes through them, the innermost first. An interceptor may replace it by
+    raising another, and cannot suppress it.
     """
 
     def start(self, workflow: str, headers: dict[str, str]) -> None:
-        """Give a workflow that is about to be started what it is to carry along, by writing it into `headers`.
+        """Add headers to a workflow that is about to be started.
 
         Called in the caller's process when `start`, `bind` or an executor's `run` has checked the arguments, before
-        anything is sent to the database. An error raised here is the caller's, and nothing is started. Where the
-        record is known already by its key, it keeps its own headers. A workflow that was started by SQL has those of
-        its INSERT.
+        anything is sent to the database. An error raised here is raised to the caller, and nothing is started. A record
+        that has the key already keeps its own headers. A workflow that was started by SQL has those of its INSERT.
 
         Args:
             workflow: the workflow's name.
@@ -100,10 +99,10 @@ class Interceptor:
         """
 
     def workflow(self, execution: Execution) -> Around:
-        """Give what is to be around the workflow's function, in every attempt at it and after every time it waited.
+        """Return a context manager around the workflow's function, for every attempt and after every suspension.
 
         An error raised here is the workflow's, as if its function had raised it. Where the function is unwound because
-        the workflow waits, is cancelled or is handed back, what passes through is no `Exception` but a
+        the workflow is suspended, cancelled or released, what passes through is not an `Exception` but an
         `unwinding.ControlFlow` or an `asyncio.CancelledError`.
 
         Args:
@@ -111,21 +110,21 @@ class Interceptor:
         """
 
     def step(self, execution: Execution) -> Around:
-        """Give what is to be around one try of a step; one whose outcome is recorded is not executed.
+        """Return a context manager around one try of a step; a step whose outcome is recorded is not executed.
 
-        An error raised here is the step's, as if its function had raised it: it is recorded and tried again as the
-        step's policy says, and rolls a transactional step back. What is around a transactional step is around its
-        function and its flush; checkpoint and COMMIT follow.
+        An error raised here is the step's, as if its function had raised it: it is recorded, the step is tried again as
+        its policy says, and a transactional step is rolled back. Around a transactional step it encloses the function
+        and the flush; checkpoint and COMMIT follow.
 
         Args:
             execution: which step, in which try. `execution.step` is its key.
         """
 
     def transaction(self, execution: Execution, session: Session) -> None:
-        """Do something with the session of a transactional step, after its BEGIN and before its function.
+        """Use the session of a transactional step, after its BEGIN and before its function.
 
-        In async code too it is given the blocking `Session`, inside the `AsyncSession`, as by `AsyncSession.run_sync`.
-        Everything that `step` gives is entered then. The transaction is the engine's: it is not to be ended here.
+        Async code passes the blocking `Session` too, as `AsyncSession.run_sync` does.
+        The context managers of `step` have been entered. The engine ends the transaction; do not end it here.
 
         Args:
             execution: which step, in which try.
@@ -134,7 +133,7 @@ class Interceptor:
 
 
 class Interceptors:
-    """Those of one `Durable`, the outermost first, by what they do.
+    """The interceptors of one `Durable`, the outermost first, grouped by the methods that they override.
 
     Attributes:
         starts, workflows, steps, transactions: those that override the method of that name.
@@ -148,7 +147,7 @@ class Interceptors:
         self.add(given)
 
     def add(self, given: Iterable[Interceptor]) -> None:
-        """Add some inside those that are there.
+        """Add interceptors inside the present ones.
 
         Raises:
             DefinitionError: one is not an `Interceptor`.
@@ -157,7 +156,7 @@ class Interceptors:
         for each in added:
             if not isinstance(each, Interceptor):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise DefinitionError(
-                    f"{each!r} is not an interceptor: give an object of a class that derives from Interceptor."
+                    f"{each!r} is not an interceptor: pass an object of a class that derives from Interceptor."
                 )
         self.starts += tuple(each for each in added if _overrides(each, "start"))
         self.workflows += tuple(each for each in added if _overrides(each, "workflow"))
@@ -165,7 +164,7 @@ class Interceptors:
         self.transactions += tuple(each for each in added if _overrides(each, "transaction"))
 
     def headers(self, workflow: str) -> dict[str, str] | None:
-        """Give what a new workflow carries along; None for nothing."""
+        """Return the headers of a new workflow; None for none."""
         headers: dict[str, str] = {}
         for each in self.starts:
             each.start(workflow, headers)
@@ -174,11 +173,10 @@ class Interceptors:
 
 @contextmanager
 def entered(around: Iterable[Around]) -> Generator[None]:
-    """Enter in order, leave in reverse; an error that one of them swallows goes on all the same.
+    """Enter in order, exit in reverse; raise the error of the block even if a context manager suppresses it.
 
     Raises:
-        UsageError: one is an async context manager.
-        UsageError: one is no context manager.
+        UsageError: one is an async context manager, or no context manager.
     """
     raised: BaseException | None = None
     with ExitStack() as stack:
@@ -195,7 +193,7 @@ def entered(around: Iterable[Around]) -> Generator[None]:
 
 @asynccontextmanager
 async def entered_async(around: Iterable[Around]) -> AsyncGenerator[None]:
-    """Do the same in async code, for context managers of both kinds.
+    """Do the same in async code, for sync and async context managers.
 
     Raises:
         UsageError: one is no context manager.
@@ -224,12 +222,12 @@ def _enter(stack: ExitStack | AsyncExitStack, around: Around) -> None:
             stack.enter_context(around)
         case AbstractAsyncContextManager():
             raise UsageError(
-                f"an interceptor gave the async context manager {around!r} in sync code, which cannot await it: steps "
-                "that take a Session, and def workflows with their steps, need a sync one (@contextmanager)."
+                f"an interceptor returned the async context manager {around!r} in sync code, which cannot await it: "
+                "steps that take a Session, and def workflows with their steps, need a sync one (@contextmanager)."
             )
         case _:
             raise UsageError(
-                f"an interceptor gave {around!r}, which is no context manager: decorate its method with "
+                f"an interceptor returned {around!r}, which is no context manager: decorate its method with "
                 "@contextlib.contextmanager."
             )
 

@@ -28,7 +28,7 @@ _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 def dump(plain: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> str:
-    """Give the JSON text of JSON values in the form that PostgreSQL's `jsonb` keeps, refusing what it cannot hold.
+    """Return the JSON text of JSON values in the form that PostgreSQL's `jsonb` stores; refuse what it cannot store.
 
     Source: PostgreSQL manual, 8.14.1 (no NUL, no lone surrogates, numbers as `numeric`) and 8.14.4 (order of keys).
     """
@@ -36,22 +36,22 @@ def dump(plain: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> str:
         text = _ENCODER.encode(_as_jsonb(plain))
         size = len(text.encode())
     except UnicodeEncodeError as error:
-        del error  # which shows the text
+        del error  # its message shows the text
         raise EncodingError(f"the {what} cannot be stored: lone surrogate{_at(plain, _has_surrogate)}.") from None
     except (TypeError, ValueError, RecursionError) as error:
         reason = without_values(str(error))
         raise EncodingError(f"the {what} cannot be stored: {reason}{_at(plain, _is_not_finite)}.") from None
     if "\\u0000" in text and _NUL.search(text):
-        raise EncodingError(f"the {what} cannot be stored: PostgreSQL keeps no NUL character{_at(plain, _has_nul)}.")
+        raise EncodingError(f"the {what} cannot be stored: PostgreSQL stores no NUL character{_at(plain, _has_nul)}.")
     refuse_large(size, what=what, limit=limit)
     return text
 
 
 def refuse_large(size: int, *, what: str, limit: int) -> None:
-    """Refuse a payload over the limit, both in bytes."""
+    """Refuse a payload that is larger than the limit; both are in bytes."""
     if size > limit:
         raise PayloadTooLargeError(
-            f"the {what} is {size:,} bytes of JSON, over the limit of {limit:,}. Keep it in a table or a file and "
+            f"the {what} is {size:,} bytes of JSON, over the limit of {limit:,}. Store it in a table or a file and "
             "pass its key, or raise Durable(payload_limit=...).",
             size=size,
             limit=limit,
@@ -78,7 +78,7 @@ def _key_order(key: str) -> tuple[int, bytes]:
 
 
 def _as_numeric(value: float) -> float | int:
-    """Give a float as `numeric` prints it: no exponent, so 1e22 reads as an integer, and no negative zero."""
+    """Return a float as `numeric` prints it: no exponent, so 1e22 is read as an integer, and no negative zero."""
     if value == 0:
         return 0.0
     return int(Decimal(repr(value))) if "e+" in repr(value) else value

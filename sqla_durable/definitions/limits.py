@@ -1,4 +1,4 @@
-"""How long a step may take: each of its tries, all of them together, and without a heartbeat. The shells cut off."""
+"""The time limits of a step: of each try, of all of them together, and of the time between heartbeats."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class Limit:
 
     Args:
         step: the step's key.
-        given: what was given for it, a `timeout`, a `total_timeout` or a `heartbeat_timeout`.
-        seconds: what is left of that.
-        message: what an error says.
+        given: the option, a `timeout`, a `total_timeout` or a `heartbeat_timeout`.
+        seconds: how many seconds of it are left.
+        message: the message of the error.
+        kind: the class of the error.
     """
 
     step: str
@@ -33,29 +34,29 @@ class Limit:
 
     @classmethod
     def of_time(cls, step: str, given: timedelta, seconds: float, what: str) -> Limit:
-        """Limit the time of a try; `what` tells which time."""
+        """Return the limit of the time of a try; `what` names the option in the message."""
         return cls(step, given, seconds, f"step {step!r} was not done within {given}, {what}")
 
     @classmethod
     def of_silence(cls, step: str, given: timedelta) -> Limit:
-        """Limit the time without a heartbeat."""
-        message = f"step {step!r} gave no heartbeat within {given}, its heartbeat timeout"
+        """Return the limit of the time without a heartbeat."""
+        message = f"step {step!r} sent no heartbeat within {given}, its heartbeat timeout"
         return cls(step, given, given.total_seconds(), message, HeartbeatTimeoutError)
 
     def exceeded(self, more: str = "") -> StepTimeoutError:
-        """Give the error of a try that was not done in time."""
+        """Return the error of a try that exceeded the limit."""
         return self.kind(f"{self.message}{more}.", step=self.step, seconds=self.given.total_seconds())
 
 
 class Watch:
-    """The limits of a try that is being made, and when it was last heard of. Callable from any thread.
+    """Measures the current try of a step against its limits. Thread-safe.
 
-    The silence is counted from the beginning, and from each heartbeat; while a heartbeat is being written the step is
-    not silent, however long the database takes. A limit that was once found exceeded stays so.
+    The time without a heartbeat is counted from the beginning and from each heartbeat, but not while a heartbeat is
+    being written, however long the database takes. A limit that was once found exceeded stays exceeded.
 
     Args:
         time: how long the try may take.
-        silence: how long it may go on without a heartbeat.
+        silence: how long it may go without a heartbeat.
     """
 
     def __init__(self, *, time: Limit | None, silence: Limit | None) -> None:
@@ -67,12 +68,12 @@ class Watch:
         self.begin()
 
     def begin(self) -> None:
-        """Count from now."""
-        self._began = self._heard_at = time.monotonic()
+        """Begin to measure."""
+        self._began = self._heartbeat_at = time.monotonic()
 
     @property
     def left(self) -> float:
-        """The seconds until the next limit is reached, if nothing is heard before; 0 where one was exceeded."""
+        """The seconds until the next limit is reached without another heartbeat; 0 if one is exceeded."""
         with self._lock:
             return self._left()
 
@@ -80,24 +81,24 @@ class Watch:
         """Raise the error of a limit that was exceeded.
 
         Raises:
-            StepTimeoutError: there is one.
+            StepTimeoutError: a limit was exceeded.
         """
         with self._lock:
             if self._left() <= 0 and self._exceeded is not None:
                 raise self._exceeded.exceeded()
 
-    def hear(self) -> None:
+    def note_heartbeat(self) -> None:
         """Note a heartbeat.
 
         Raises:
-            StepTimeoutError: it comes too late, or the time of the try is over.
+            StepTimeoutError: it is too late, or the time of the try is over.
         """
         self.check()
-        self._heard_at = time.monotonic()
+        self._heartbeat_at = time.monotonic()
 
     @contextmanager
     def writing(self) -> Generator[None]:
-        """Count no silence while a heartbeat is written."""
+        """Do not count the time of the block as time without a heartbeat, which it writes."""
         with self._lock:
             self._writing += 1
         try:
@@ -105,11 +106,11 @@ class Watch:
         finally:
             with self._lock:
                 self._writing -= 1
-                self._heard_at = time.monotonic()
+                self._heartbeat_at = time.monotonic()
 
     @contextmanager
     def measured(self) -> Generator[None]:
-        """Refuse what returns too late: for code that cannot be cut off.
+        """Measure a block that cannot be interrupted, and raise if it took too long.
 
         Raises:
             StepTimeoutError: it did.
@@ -122,10 +123,10 @@ class Watch:
         if self._exceeded is not None:
             return 0.0
         now = time.monotonic()
-        heard_at = now if self._writing else self._heard_at
+        heartbeat_at = now if self._writing else self._heartbeat_at
         ends = [
             (since + limit.seconds, number, limit)
-            for number, (since, limit) in enumerate([(self._began, self._time), (heard_at, self._silence)])
+            for number, (since, limit) in enumerate([(self._began, self._time), (heartbeat_at, self._silence)])
             if limit is not None
         ]
         first, _, limit = min(ends)
@@ -139,9 +140,10 @@ class TimeLimits:
     """How long a step may take.
 
     Args:
-        timeout: each of its tries.
-        total_timeout: all of them and the waits between them, from the beginning of the first, whatever crashed since.
-        heartbeat_timeout: each of its tries without a heartbeat.
+        timeout: the limit of each try.
+        total_timeout: the limit of all tries and the waits between them, from the beginning of the first on, including
+            crashes.
+        heartbeat_timeout: the limit of the time without a heartbeat in each try.
     """
 
     timeout: timedelta | None = None
@@ -156,10 +158,10 @@ class TimeLimits:
         total_timeout: timedelta | None,
         heartbeat_timeout: timedelta | None = None,
     ) -> TimeLimits | None:
-        """Check what was given; None means no limits.
+        """Return the limits of these options, or None if none is given.
 
         Raises:
-            DefinitionError: one is not a `timedelta`, or not longer than nothing.
+            DefinitionError: one is not a `timedelta`, or not positive.
             ArgumentError: one is too long.
         """
         given = {"timeout": timeout, "total_timeout": total_timeout, "heartbeat_timeout": heartbeat_timeout}
@@ -167,26 +169,30 @@ class TimeLimits:
             if value is None:
                 continue
             if not isinstance(value, timedelta):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise DefinitionError(f"{name}={value!r} is not a timedelta: write timedelta(seconds=30).")
+                raise DefinitionError(
+                    f"{name}={value!r} is not a timedelta: write, for example, timedelta(seconds=30)."
+                )
             if value <= timedelta():
-                raise DefinitionError(f"{name}={value!r} is no time to do anything in: write timedelta(seconds=30).")
+                raise DefinitionError(
+                    f"{name} must be positive, got {value!r}: write, for example, timedelta(seconds=30)."
+                )
             require_duration(value, name)
         return cls(**given) if any(value is not None for value in given.values()) else None
 
     def left(self, age: float) -> float:
-        """Give the seconds that are left of the total, when the first try began `age` seconds ago."""
+        """Return the seconds left of the total, if the first try began `age` seconds ago."""
         return float("inf") if self.total_timeout is None else self.total_timeout.total_seconds() - age
 
     def of_try(self, step: str, age: float) -> Watch:
-        """Give the limits of a try that begins now."""
+        """Return the watch of a try that begins now."""
         silent = self.heartbeat_timeout
         silence = None if silent is None else Limit.of_silence(step, silent)
         return Watch(time=self._of_try(step, age), silence=silence)
 
     def exceeded(self, step: str, last: BaseException | None) -> StepTimeoutError:
-        """Give the error of a step for which no other try is left, with the error of the last one."""
+        """Return the error of a step whose total time is over, with the error of its last try."""
         limit = self._of_all(step, 0.0)
-        assert limit is not None  # noqa: S101 (without a total something is always left)
+        assert limit is not None  # noqa: S101 (without a total, time is always left)
         if last is None:
             return limit.exceeded()
         if type(last) is StepTimeoutError and last.seconds == limit.given.total_seconds():
@@ -196,7 +202,7 @@ class TimeLimits:
         return error
 
     def _of_try(self, step: str, age: float) -> Limit | None:
-        """Give the limit of the time of a try: the one that is reached first."""
+        """Return the limit of the time of a try: that of the try or the rest of the total, whichever is less."""
         total = self._of_all(step, age)
         if self.timeout is None:
             return total

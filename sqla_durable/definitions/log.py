@@ -1,7 +1,7 @@
-"""The loggers of this package: whatever a row or an exception says is one line, of bounded length, without values.
+"""The loggers of this package: text from rows and exceptions becomes one line of bounded length, without values.
 
-A name with a newline in it would otherwise look like a line of the log, one with an escape sequence would change what a
-terminal shows, and one of three megabytes would fill the disk.
+Otherwise a name with a newline could forge a line of the log, one with an escape sequence could change what a terminal
+shows, and one of three megabytes could fill the disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from uuid import UUID
 from sqla_durable.definitions.redaction import message_of, traceback_of
 
 LONGEST = 2_000
-"""How many characters of a text a line of the log shows."""
+"""The most characters of a text in a line of the log."""
 
 worker_name: ContextVar[str] = ContextVar("sqla_durable_worker", default="-")
 """The name of the worker that executes this code."""
@@ -25,16 +25,16 @@ _PLAIN = (bool, int, float, UUID, timedelta, datetime, type(None))
 
 
 class Log(logging.LoggerAdapter[logging.Logger]):
-    """A logger that escapes and cuts what it is given to show; the only kind that this package uses.
+    """A logger that escapes and shortens its arguments; the only kind that this package uses.
 
-    Its records have the name of the worker, `%(worker)s` of a format.
+    Its records have the name of the worker, for `%(worker)s` in a format.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__(logging.getLogger(name), {})
 
     def log(self, level: int, msg: object, *args: object, exc_info: Any = None, **options: Any) -> None:
-        """Log a message of ours with what others have written."""
+        """Log a message of this package with arguments from elsewhere."""
         if not self.logger.isEnabledFor(level):
             return
         shown = [_shown(each) for each in args]
@@ -46,7 +46,7 @@ class Log(logging.LoggerAdapter[logging.Logger]):
 
 
 def one_line(text: str, *, limit: int = LONGEST) -> str:
-    """Return a text in one line: what is not printable as its escape sequence, what is too long cut."""
+    """Return a text as one line: unprintable characters escaped, and shortened if it is too long."""
     kept = text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
     if kept.isprintable():
         return kept
@@ -54,7 +54,7 @@ def one_line(text: str, *, limit: int = LONGEST) -> str:
 
 
 def joined(text: str) -> str:
-    """Return the lines of a text of ours as one line that is easy to read."""
+    """Return the lines of a text of this package joined to one line."""
     return "; ".join(each.strip() for each in text.splitlines())
 
 

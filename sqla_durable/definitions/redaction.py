@@ -1,8 +1,8 @@
-"""What may be shown of an exception: its text and traceback without the values of SQL statements and payloads.
+"""The text and traceback of exceptions without the values of SQL statements and payloads.
 
-Parameters of SQL, PostgreSQL's DETAIL and CONTEXT, and the inputs in pydantic's errors are left out; statements,
-SQLSTATE, and the names of tables, columns and constraints stay. Decided exception by exception, along causes and
-groups, and not by searching a formatted traceback, whose texts an attacker may have written.
+SQL parameters, PostgreSQL's DETAIL and CONTEXT, and the inputs in pydantic's errors are left out; statements, SQLSTATE,
+and the names of tables, columns and constraints stay. This is decided for each exception, along causes and groups, and
+not by searching a formatted traceback, whose texts an attacker may have written.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, cast
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, StatementError
 
-_FRAMES = 50  # the last of each traceback
+_FRAMES = 50  # of each traceback, the last ones
 _LINKS = 20  # exceptions of a chain, the last ones
-_MEMBERS = 5  # of a group
-_DEPTH = 3  # of groups in groups
+_MEMBERS = 5  # of a group, the first ones
+_DEPTH = 3  # levels of nested groups
 _PROBLEMS = 20  # of a validation error
 _NAMES = {"schema_name": "schema", "table_name": "table", "column_name": "column", "constraint_name": "constraint"}
 _PG8000 = {"M": "message", "C": "sqlstate", "s": "schema", "t": "table", "c": "column", "n": "constraint"}
@@ -35,7 +35,7 @@ def message_of(error: BaseException, *, details: bool = False) -> str:
 
     Args:
         error: the exception.
-        details: whether the values are wanted: the text is that of `str` then.
+        details: whether to include the values; the text is that of `str` then.
     """
     try:
         return str(error) if details else _message(error)
@@ -44,16 +44,16 @@ def message_of(error: BaseException, *, details: bool = False) -> str:
 
 
 def without_values(text: str) -> str:
-    """Cut a text where values follow that somebody has copied from the text of another exception."""
+    """Return a text up to where it quotes values of another exception's text."""
     found = _VALUES.search(text)
     return text if found is None else f"{text[: found.start()].rstrip()} (values left out)"
 
 
 def problems_of(error: ValidationError, *, below: int = 0) -> str:
-    """Return in words what does not fit, by path and type and without the values.
+    """Return what does not fit, by path and type and without the values.
 
     Args:
-        error: what pydantic has found.
+        error: pydantic's error.
         below: how many of the first parts of each path are left out.
     """
     found = error.errors(include_url=False, include_context=False)
@@ -65,9 +65,9 @@ def problems_of(error: ValidationError, *, below: int = 0) -> str:
 
 
 def traceback_of(error: BaseException, *, details: bool = False) -> str:
-    """Format the traceback of an exception, with its causes and the members of groups, without values.
+    """Return the formatted traceback of an exception, with its causes and the members of groups, without values.
 
-    However long a chain is, however large a group, and whatever refers to itself: what is formatted is bounded.
+    Its length is bounded, even for long chains, large groups and exceptions that refer to each other.
     """
     return "".join(_chain(error, details, _DEPTH))
 
@@ -82,7 +82,7 @@ def _message(error: BaseException) -> str:
 
 
 def _of_statement(error: StatementError) -> str:
-    """Return what SQLAlchemy's own text says, but for the parameters and what the server says of values."""
+    """Return SQLAlchemy's text without the parameters and without the values in the server's message."""
     orig = error.orig
     if orig is None:
         text = without_values(str(error.args[0]) if error.args else "")
@@ -94,14 +94,14 @@ def _of_statement(error: StatementError) -> str:
 
 
 def driver_message(orig: BaseException) -> str:
-    """Return what a database driver says, in one paragraph: the message, and the names that the server gives."""
+    """Return a database driver's message in one paragraph, with the names that the server reports."""
     diagnosis = _diagnosis(orig)
-    # `DETAIL:` is translated where the server's messages are, so the first line only of what cannot be told apart.
+    # `DETAIL:` may be translated, so only the first line of a message whose parts are not separate is kept.
     return _in_words(diagnosis) if diagnosis else without_values(next(iter(str(orig).splitlines()), ""))
 
 
 def _diagnosis(orig: BaseException) -> dict[str, str] | None:
-    """Return the parts of what PostgreSQL says, from any driver's exception; None if it is none of the server's."""
+    """Return the parts of PostgreSQL's message, from any driver's exception; None if it is not from the server."""
     reported = getattr(orig, "diag", None)  # psycopg, psycopg2
     if getattr(reported, "message_primary", None):
         return _parts(reported, "message_primary", getattr(reported, "sqlstate", None))
@@ -148,7 +148,7 @@ def _chain(error: BaseException, details: bool, depth: int) -> Iterator[str]:
 
 
 def _links(error: BaseException) -> list[tuple[BaseException, str]]:
-    """Return the exceptions of a chain, the first cause first, each with the words between it and the next."""
+    """Return the exceptions of a chain, the first cause first, each with the text between it and the next."""
     links: list[tuple[BaseException, str]] = []
     seen: set[int] = set()
     following: BaseException | None = error
@@ -188,21 +188,21 @@ def _members(group: BaseExceptionGroup[BaseException], details: bool, depth: int
 
 
 def notes_of(error: BaseException) -> list[str]:
-    """Return the notes of an exception, as far as they are texts."""
+    """Return those notes of an exception that are texts."""
     notes: object = getattr(error, "__notes__", None)
     return [each for each in cast("list[object]", notes) if isinstance(each, str)] if isinstance(notes, list) else []
 
 
 def brief(error: BaseException) -> str:
-    """Return the class and the text of an exception in one line, without values, to be part of another message."""
+    """Return the class and the text of an exception in one line, without values, for use in another message."""
     text = message_of(error)
     return f"{type(error).__name__}({text!r})" if text else f"{type(error).__name__}()"
 
 
 def escaped(text: str) -> str:
-    """Write the characters of JSON text that are not ASCII as readers see them escaped: ``\\u20ac`` for the euro sign.
+    """Return JSON text whose non-ASCII characters are escaped twice, so that readers see ``\\u20ac`` for a euro sign.
 
-    A database that is not in UTF-8 refuses others, as themselves and as escapes of JSON.
+    A database whose encoding lacks a character refuses it, as itself and as an escape of JSON.
     """
 
     def shown(found: re.Match[str]) -> str:

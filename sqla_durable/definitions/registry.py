@@ -1,6 +1,6 @@
-"""What the decorators know about a function: its name, its signature, its annotations, and whether it takes a session.
+"""The definitions of workflows and steps, which the decorators create of functions, and the registry of them.
 
-Annotations become codecs when they are first needed, so that a function may name a class defined further down.
+Codecs are created from annotations when they are first needed, so that a function may name a class defined later.
 """
 
 from __future__ import annotations
@@ -51,11 +51,13 @@ class StepDefinition:
     def of(
         cls, fn: Callable[..., Any], options: StepOptions | None = None, *, limit: int = DEFAULT_LIMIT
     ) -> StepDefinition:
-        """Describe a function, a bound method or any other callable; `limit` is that of its recorded result, in bytes.
+        """Return the definition of a function, a bound method or any other callable.
+
+        Its recorded result may have `limit` bytes.
 
         Raises:
-            DefinitionError: it has no usable name, mixes a sync session with async code, or asks for an isolation
-                level or a heartbeat timeout that it cannot have.
+            DefinitionError: it has no usable name, mixes a sync session with async code, or has an isolation level or a
+                heartbeat timeout that does not fit.
         """
         options = options or StepOptions()
         name = name_of(fn, options.name, what="step")
@@ -87,10 +89,10 @@ class StepDefinition:
         return self._result()
 
     def refuse_unstorable(self) -> None:
-        """Refuse a return annotation that cannot be stored, as far as it is known by now.
+        """Refuse a return annotation that cannot be stored, if it can be resolved by now.
 
         Raises:
-            DefinitionError: it cannot be.
+            DefinitionError: it cannot be stored.
         """
         _refuse_unstorable(self._result)
 
@@ -113,7 +115,7 @@ class WorkflowDefinition:
     def of(
         cls, fn: Callable[..., Any], options: WorkflowOptions | None = None, durable: DurableOptions | None = None
     ) -> WorkflowDefinition:
-        """Describe a workflow function.
+        """Return the definition of a workflow function.
 
         Raises:
             DefinitionError: its arguments cannot be stored by name, or it takes a session.
@@ -135,7 +137,9 @@ class WorkflowDefinition:
                     "name each of them, or take one list or dict."
                 )
         if not options.queue.strip():
-            raise DefinitionError(f"workflow {definition.name!r} has the blank queue {options.queue!r}: name one.")
+            raise DefinitionError(
+                f"workflow {definition.name!r} has the blank queue {options.queue!r}: name a queue, or leave it out."
+            )
         return definition
 
     @functools.cached_property
@@ -154,10 +158,10 @@ class WorkflowDefinition:
         return self._result()
 
     def refuse_unstorable(self) -> None:
-        """Refuse annotations that cannot be stored, as far as they are known by now.
+        """Refuse annotations that cannot be stored, if they can be resolved by now.
 
         Raises:
-            DefinitionError: one of them cannot be.
+            DefinitionError: one of them cannot be stored.
         """
         _refuse_unstorable(self._arguments)
         _refuse_unstorable(self._result)
@@ -177,7 +181,7 @@ class WorkflowDefinition:
         return Codec.of(hints_of(self.fn, what).get("return", Any), what=what, limit=self.durable.payload_limit)
 
     def encode(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Any]:
-        """Give the JSON object of a call's arguments by parameter name.
+        """Return the JSON object of a call's arguments by parameter name.
 
         Raises:
             ArgumentError: they do not fit the signature or the annotations.
@@ -193,7 +197,7 @@ class WorkflowDefinition:
         return self.arguments.encode(bound.arguments)
 
     def call(self, arguments: Mapping[str, object]) -> Any:
-        """Call the function with arguments by name; for `async def` this gives the coroutine."""
+        """Call the function with arguments by name; an `async def` returns its coroutine."""
         if not self._has_positional_only:
             return self.fn(**arguments)
         bound = inspect.BoundArguments(self.signature, dict(arguments))
@@ -241,7 +245,7 @@ class Registry:
         self._workflows[definition.name] = definition
 
     def add_step(self, definition: StepDefinition) -> None:
-        """Register a step under its function's own name, so that two of them cannot be taken for each other.
+        """Register a step under its name, so that no other function can have it.
 
         Raises:
             DefinitionError: another function has the name, or its result cannot be stored.
@@ -251,10 +255,10 @@ class Registry:
         self._steps[definition.name] = definition
 
     def workflow(self, name: str) -> WorkflowDefinition:
-        """Give the workflow of this name.
+        """Return the workflow of this name.
 
         Raises:
-            UsageError: there is none.
+            UsageError: none is registered.
         """
         found = self._workflows.get(name)
         if found is None:
@@ -274,12 +278,12 @@ class Registry:
 def _takes_session(fn: Callable[..., Any], name: str) -> bool:
     try:
         return session_class(fn, what=f"workflow {name!r}") is not None
-    except DefinitionError:  # in a way in which none would be injected into a step
+    except DefinitionError:  # it takes one in a way in which none would be injected into a step
         return True
 
 
 def _refuse_unstorable(codec: Callable[[], object]) -> None:
-    """Make a codec for nothing but its error; what may be defined further down is told when it is needed."""
+    """Create a codec only for its error; a class that is not defined yet is no error here."""
     try:
         codec()
     except DefinitionError as error:
@@ -336,5 +340,5 @@ def _refuse_other(
     if known is not None and place_of(known.fn) != place_of(new.fn):
         raise DefinitionError(
             f"two functions are named {what} {new.name!r}: {'.'.join(place_of(known.fn))} and "
-            f"{'.'.join(place_of(new.fn))}. Records refer to it by name: give one of them another with name=..."
+            f"{'.'.join(place_of(new.fn))}. Records refer to it by name: rename one of them with name=..."
         )

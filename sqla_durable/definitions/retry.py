@@ -32,9 +32,9 @@ _EXAMPLES = {
 }
 _LONGEST_WAIT = LONGEST.total_seconds()
 LONGEST_BACKOFF = 2.0
-"""How many seconds at most the engine waits before it tries a transaction again."""
+"""The most seconds that the engine waits before it tries a transaction again."""
 
-_NOTHING = object()  # where a try has not returned
+_NOTHING = object()  # in place of a value, while no try has returned
 _backoff = tenacity.wait_random_exponential(multiplier=0.02, max=LONGEST_BACKOFF)
 
 
@@ -43,8 +43,8 @@ class RetryPolicy:
     """How a step's function is tried again after an error.
 
     Args:
-        retry: which outcomes call for another try; by default any `Exception`.
-        stop: when to give up; by default never, as in tenacity, unless nothing at all is given: then after one try.
+        retry: which outcomes are tried again; by default any `Exception`.
+        stop: when to stop trying; by default never, as in tenacity. Without any of the three there is one try.
         wait: seconds before the next try; by default exponential from 0.1 s to 60 s with full jitter.
     """
 
@@ -56,10 +56,10 @@ class RetryPolicy:
     def of(
         cls, *, retry: RetryPredicate | None, stop: StopPredicate | None, wait: WaitFunction | None
     ) -> RetryPolicy | None:
-        """Build a policy of what was given; None means one try.
+        """Return the policy of these options; None, for one try, if none is given.
 
         Raises:
-            DefinitionError: something given is not a tenacity object.
+            DefinitionError: one is not a tenacity object.
         """
         given = {"retry": retry, "stop": stop, "wait": wait}
         for name, value in given.items():
@@ -71,50 +71,50 @@ class RetryPolicy:
         return cls(**chosen) if chosen else None
 
     async def wait_before_next(self, tries: Tries) -> float | None:
-        """Give the seconds to wait before the next try, or None when the last outcome stands.
+        """Return the seconds to wait before the next try, or None if there is none.
 
         Raises:
-            UsageError: one of the three raised, or `wait` gave no number of seconds.
+            UsageError: one of the three raised, or `wait` returned no number of seconds.
         """
         state = tries.state()
-        with _refusing(state):
-            return await self._ask(tries, state)
+        with _reporting_failures(state):
+            return await self._evaluate(tries, state)
 
     def stops(self, tries: Tries, *, upcoming: float) -> bool:
-        """Return whether there is to be no other try, whatever the last outcome was, after a wait of so many seconds.
+        """Return whether `stop` rules out another try after a wait of `upcoming` seconds, whatever the last outcome.
 
         Raises:
             UsageError: `stop` raised.
         """
         state = tries.state()
         state.upcoming_sleep = upcoming
-        with _refusing(state):
+        with _reporting_failures(state):
             return self.stop(state)
 
-    async def _ask(self, tries: Tries, state: RetryCallState) -> float | None:
-        if not tries.asked_again:
+    async def _evaluate(self, tries: Tries, state: RetryCallState) -> float | None:
+        if not tries.requests_another:
             verdict = self.retry(state)
             if inspect.isawaitable(verdict):
                 verdict = await verdict
             if not verdict:
                 return None
-        # In tenacity's order: `stop_before_delay` looks at the wait that is to come.
+        # In tenacity's order: `stop_before_delay` reads the upcoming wait.
         state.upcoming_sleep = _seconds(self.wait(state))
         return None if self.stop(state) else state.upcoming_sleep
 
 
 @contextmanager
-def _refusing(state: RetryCallState) -> Generator[None]:
+def _reporting_failures(state: RetryCallState) -> Generator[None]:
     try:
         yield
     except Exception as error:
         outcome = state.outcome.exception() if state.outcome is not None else None
-        asked = "" if outcome is None else f", asked about {brief(outcome)}"
+        asked = "" if outcome is None else f", called with {brief(outcome)}"
         raise UsageError(f"the step's retry policy failed with {brief(error)}{asked}.") from error
 
 
 def until_true(policy: RetryPolicy | None, *, wait: WaitFunction | None, timeout: timedelta | None) -> RetryPolicy:
-    """Give the policy of a step that is tried until its result is true; errors are the business of its own policy.
+    """Return the policy of a step that is tried until its result is true; for errors, its own policy applies.
 
     Raises:
         DefinitionError: `wait` is not a tenacity object.
@@ -137,12 +137,12 @@ def until_true(policy: RetryPolicy | None, *, wait: WaitFunction | None, timeout
 
 def _seconds(given: object) -> float:
     if not isinstance(given, (int, float)) or not given <= _LONGEST_WAIT:
-        raise ValueError(f"wait gave {given!r}: give seconds, {_LONGEST_WAIT:.0f} at most")
+        raise ValueError(f"wait returned {given!r}: return seconds, at most {_LONGEST_WAIT:.0f}")
     return max(0.0, float(given))
 
 
 class Tries:
-    """Counts the tries of one step and shows the last outcome to tenacity."""
+    """Counts the tries of one step, and provides the last outcome to tenacity."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -161,12 +161,12 @@ class Tries:
         return time.monotonic() - self._try_began
 
     @property
-    def asked_again(self) -> bool:
-        """Whether the last try raised `tenacity.TryAgain`, which asks for another whatever the predicate says."""
+    def requests_another(self) -> bool:
+        """Whether the last try raised `tenacity.TryAgain`, which requests another regardless of the predicate."""
         return isinstance(self._error, tenacity.TryAgain)
 
     def resume(self, *, count: int, age: float) -> None:
-        """Go on counting where an earlier attempt was: `count` tries, the first of which began `age` seconds ago."""
+        """Continue to count after an earlier attempt: `count` tries, the first of which began `age` seconds ago."""
         self.count = count
         self._began = time.monotonic() - age
 
@@ -175,8 +175,8 @@ class Tries:
         self.count += 1
         self._try_began = time.monotonic()
 
-    def forget(self) -> None:
-        """Count the last try out again: the database undid it, and it was not the step's doing."""
+    def uncount(self) -> None:
+        """Do not count the last try: the database rolled it back without a fault of the step."""
         self.count -= 1
 
     def failed(self, error: BaseException) -> None:
@@ -188,7 +188,7 @@ class Tries:
         self._error, self._value = None, value
 
     def state(self) -> RetryCallState:
-        """Give the state that tenacity's predicates read."""
+        """Return the state that tenacity's predicates read."""
         state = RetryCallState(tenacity.Retrying(), None, (), {})
         state.start_time = self._began
         state.attempt_number = self.count
@@ -197,7 +197,7 @@ class Tries:
         return state
 
     def _outcome(self) -> tenacity.Future | None:
-        """Build what tenacity reads: a future with a lock in it, for those only that ask."""
+        """Return the last outcome as tenacity's future, which is costly and so only created when it is read."""
         outcome = tenacity.Future(self.count)
         if self._error is not None:
             outcome.set_exception(self._error)
@@ -209,13 +209,13 @@ class Tries:
 
 
 class ObstacleRetry:
-    """Decides how a statement of the engine's own is tried again: for as long as the obstacle is there."""
+    """Decides how a statement of the engine's own is tried again: without a limit, while an obstacle persists."""
 
     def __init__(self) -> None:
         self._tries = Tries()
 
     def wait_before_next(self, error: BaseException) -> float | None:
-        """Give the seconds to wait, or None when the error is to stand."""
+        """Return the seconds to wait, or None to raise the error."""
         if not is_obstacle(error):
             return None
         self._tries.begin()
@@ -223,5 +223,5 @@ class ObstacleRetry:
 
 
 def backoff(tries: Tries) -> float:
-    """Return the seconds after which the engine tries a transaction again: at random, and more after each try."""
+    """Return the seconds before the engine tries a transaction again: random, and increasing with each try."""
     return float(_backoff(tries.state()))

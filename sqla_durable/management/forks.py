@@ -133,7 +133,7 @@ def _refuse_names(**names: str | None) -> None:
     for name, value in names.items():
         fault = None if value is None else fault_in(value)
         if fault is not None:
-            raise ArgumentError(f"{name}={value!r} {fault}: give a text that is not blank. Nothing was started.")
+            raise ArgumentError(f"{name}={value!r} {fault}: pass a text that is not blank. Nothing was started.")
 
 
 def _json(what: str, value: object) -> str:

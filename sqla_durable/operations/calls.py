@@ -110,7 +110,7 @@ class Progress:
             StepTimeoutError: the try sent no heartbeat for too long, or its time is over.
         """
         if self.watch is not None:
-            self.watch.hear()
+            self.watch.note_heartbeat()
         self.details = self.details if details is None else details
         self._unsent = True
         return time.monotonic() - self._sent_at >= interval

@@ -134,7 +134,7 @@ class _Execution:
                 error = failure_of_step(raised, self._call.position.shown)
                 match self._within_time(await self._verdict(error), error):
                     case _Soon(seconds):
-                        self._call.tries.forget()
+                        self._call.tries.uncount()
                         await self._runtime.pause(seconds)
                         self._attempt.raise_if_stopped()
                     case _Later(seconds, recorded):

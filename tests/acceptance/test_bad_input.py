@@ -221,7 +221,7 @@ def test_orm_class_as_an_annotation_is_refused() -> None:
 @pytest.mark.parametrize(
     ("bound", "said"),
     [
-        (lambda: ship.bind(1, note="a\0b"), r"argument 'note' .*PostgreSQL keeps no NUL character"),
+        (lambda: ship.bind(1, note="a\0b"), r"argument 'note' .*PostgreSQL stores no NUL character"),
         (lambda: carry.bind({"a\0": 1}), "NUL"),
         (lambda: ship.bind(1, note="\ud800"), "argument 'note' .*surrogate"),
         (lambda: carry.bind(["\udfff"]), "surrogate"),
@@ -247,7 +247,7 @@ def test_payload_over_the_limit_is_refused_with_both_sizes(session_factory: Sess
         ) as caught:
             ship.start(session, 1, note="x" * 10_500)
         assert (caught.value.size, caught.value.limit) == (10_502, 10_000)
-        assert "Keep it in a table or a file and pass its key" in str(caught.value)
+        assert "Store it in a table or a file and pass its key" in str(caught.value)
         with pytest.raises(PayloadTooLargeError):
             carry.start(session, ["ö" * 5_000])  # counted in bytes, not in characters
 
@@ -584,7 +584,7 @@ def test_definitions_that_cannot_work_are_refused() -> None:
         bad.step(sync_with_async_session)
     with pytest.raises(DefinitionError, match="takes a session: a workflow lives longer than any transaction"):
         bad.workflow(workflow_with_session)
-    with pytest.raises(DefinitionError, match="give the step one with name="):
+    with pytest.raises(DefinitionError, match="name the step with name="):
         bad.step(lambda: None)
     with pytest.raises(DefinitionError, match="which is 1,001 bytes long"):
         bad.workflow(lambda: None, name="a" * 1001)

@@ -69,7 +69,7 @@ def test_a_step_without_any_heartbeat_is_silent_from_its_beginning(shell: Shell,
     async def agent() -> None:
         await loading()
 
-    words = r"'load' gave no heartbeat within 0:00:00\.25\d*, its heartbeat timeout\."
+    words = r"'load' sent no heartbeat within 0:00:00\.25\d*, its heartbeat timeout\."
     with pytest.raises(errors.HeartbeatTimeoutError, match=words) as raised:
         shell.run(app.workflow(agent))
     assert (raised.value.step, raised.value.seconds) == ("load", 0.25)

@@ -185,7 +185,7 @@ def test_many_callers_at_once_start_one_key_once(shell: Shell, greeting: AnyWork
 @pytest.mark.parametrize("value", ["", "  ", "\t\n", "a\0b"])
 def test_blank_key_or_queue_is_refused(shell: Shell, greeting: AnyWorkflow[..., str], option: str, value: str) -> None:
     with pytest.raises(
-        ArgumentError, match=rf"^{option}=.* (is blank|holds a NUL).*: give a text that is not blank"
+        ArgumentError, match=rf"^{option}=.* (is blank|holds a NUL).*: pass a text that is not blank"
     ) as caught:
         greeting.options(**{option: value})  # type: ignore[arg-type]  # one of two text options
     assert repr(value) in str(caught.value)

@@ -1,4 +1,4 @@
-"""What would come back from JSON as something else is refused wherever it would be stored, and nothing is committed."""
+"""A value that JSON would return as something else is refused wherever it would be stored; nothing is committed."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_result_of_a_step_that_would_change_is_refused_and_commits_nothing(
     shell.crashed(workflow_id)
     assert shell.finish(workflow, workflow_id) == "went on"
     assert len(met) == 2
-    assert all(r"prices[0] is of type Decimal and would come back as one of type str" in each for each in met)
+    assert all(r"prices[0] is of type Decimal and would be read back as one of type str" in each for each in met)
     assert _entries(shell) == []
 
 

@@ -1,4 +1,4 @@
-"""Annotations of which no value could come back are refused when the code is read."""
+"""Annotations whose values could not be read back are refused when the code is imported."""
 
 from __future__ import annotations
 

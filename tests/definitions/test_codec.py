@@ -179,7 +179,7 @@ def test_stored_value_that_no_longer_fits_says_where_and_not_what() -> None:
         DecodingError, match=r"does not fit the annotation that the code has now: x: .*got str"
     ) as caught:
         _codec(Point).decode('{"x": "a"}')
-    assert "Bring back an annotation that reads it" in str(caught.value)
+    assert "Restore an annotation that reads it" in str(caught.value)
 
 
 def test_added_field_with_a_default_reads_old_values() -> None:
@@ -224,7 +224,7 @@ class Vault(BaseModel):
     ids=["str", "bytes", "any", "field", "list", "nested", "inferred"],
 )
 def test_secret_that_would_be_stored_as_asterisks_is_refused(annotation: Any, value: object, path: str) -> None:
-    with pytest.raises(EncodingError, match=f"the value cannot be stored: {path} is a secret") as caught:
+    with pytest.raises(EncodingError, match=f"the value cannot be stored: {path} is a pydantic secret") as caught:
         _codec(annotation).encode(value)
     assert "hunter2" not in str(caught.value)
 

@@ -166,7 +166,7 @@ def test_strict_knows_no_package() -> None:
 
 @pytest.mark.parametrize("named", [[ValueError("x")], [KeyboardInterrupt], ["ValueError"]])
 def test_what_is_no_exception_class_cannot_be_named(named: Any) -> None:
-    with pytest.raises(DefinitionError, match="is no class of exceptions"):
+    with pytest.raises(DefinitionError, match="is not an exception class"):
         Durable(errors=named)
 
 

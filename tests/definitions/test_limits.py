@@ -40,20 +40,20 @@ def test_a_heartbeat_puts_the_end_off_but_not_that_of_the_whole_time(clock: Cloc
     for _ in range(2):
         clock.now += 9
         assert watched.left == 1
-        watched.hear()
+        watched.note_heartbeat()
     assert watched.left == 7
     clock.now += 7
     assert watched.left == 0
     with pytest.raises(errors.StepTimeoutError, match=r"within 0:00:25, the timeout of each try\.$") as raised:
-        watched.hear()
+        watched.note_heartbeat()
     assert type(raised.value) is errors.StepTimeoutError
 
 
 def test_silence_that_was_too_long_is_not_mended(clock: Clock) -> None:
     watched = watch(heartbeat_timeout=10)
     clock.now += 10
-    for call in (watched.hear, watched.check, watched.hear):
-        with pytest.raises(errors.HeartbeatTimeoutError, match="'load' gave no heartbeat within 0:00:10") as raised:
+    for call in (watched.note_heartbeat, watched.check, watched.note_heartbeat):
+        with pytest.raises(errors.HeartbeatTimeoutError, match="'load' sent no heartbeat within 0:00:10") as raised:
             call()
     assert (raised.value.step, raised.value.seconds, watched.left) == ("load", 10, 0)
 

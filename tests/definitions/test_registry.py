@@ -109,7 +109,7 @@ def test_first_parameter_says_which_session_a_step_takes(fn: Callable[..., Any],
 )
 def test_step_is_made_of_any_callable(fn: Callable[..., Any], name: str | None, is_async: bool) -> None:
     if name is None:
-        with pytest.raises(DefinitionError, match="has no name to record it by: give the step one with name="):
+        with pytest.raises(DefinitionError, match="has no name to record it by: name the step with name="):
             StepDefinition.of(fn)
     definition = StepDefinition.of(fn, StepOptions(name or "given"))
     assert definition.name == (name or "given")
@@ -160,7 +160,7 @@ def test_names_that_cannot_be_recorded_are_refused(name: str) -> None:
 
 
 def test_blank_queue_is_refused() -> None:
-    with pytest.raises(DefinitionError, match=r"has the blank queue ' ': name one"):
+    with pytest.raises(DefinitionError, match=r"has the blank queue ' ': name a queue"):
         WorkflowDefinition.of(lambda: None, WorkflowOptions("x", queue=" "))
 
 
@@ -173,7 +173,7 @@ def test_two_functions_of_one_name_are_refused_and_named() -> None:
     durable.step(first, name="same")
     durable.step(first, name="same")
     with pytest.raises(
-        DefinitionError, match=r"two functions are named step 'same': .*first and .*second.*another with"
+        DefinitionError, match=r"two functions are named step 'same': .*first and .*second.*rename one of them with"
     ):
         durable.step(second, name="same")
     durable.workflow(first, name="same")
@@ -264,14 +264,14 @@ def test_nested_workflow_may_refer_to_itself() -> None:
     [
         (second, r"step 'second' takes its Session as session: .*: a session is injected as the first parameter only"),
         (dependency_second, "takes its AsyncSession as .*write def dependency_second"),
-        (optional_second, "the parameter 'session' of step .* is annotated .*injected always and as the first"),
+        (optional_second, "the parameter 'session' of step .* is annotated .*always injected, as the first"),
         (keyword_only, r"takes its Session as .*write def keyword_only\(session: Session, ...\)"),
         (variadic, "takes its Session as .*first parameter only"),
         (both, "takes its AsyncSession as other"),
         (unannotated, "takes 'session' without an annotation, .*write session: Session"),  # pyright: ignore
         (unresolved, "whose annotation .*SessionDependency.* cannot be resolved.*import its names at run time"),
-        (registry_of_sessions, "a session is injected, and not a registry of sessions"),
-        (async_registry, "a session is injected, and not a registry of sessions"),
+        (registry_of_sessions, "a session is injected, not a registry of sessions"),
+        (async_registry, "a session is injected, not a registry of sessions"),
         (lambda session: None, "takes 'session' without an annotation"),  # pyright: ignore
         (lambda db: None, "takes 'db' without an annotation.*write db: Session"),  # pyright: ignore
     ],

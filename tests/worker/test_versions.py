@@ -109,5 +109,5 @@ def test_blank_versions_are_refused(session_factory: Sessions, versions: list[st
 
 @pytest.mark.parametrize("version", ["", "  ", "\0", 7])
 def test_version_that_cannot_be_stored_is_refused(version: str) -> None:
-    with pytest.raises(DefinitionError, match="give a text that is not blank, or leave it out"):
+    with pytest.raises(DefinitionError, match="pass a text that is not blank, or leave it out"):
         Durable(version=version)
