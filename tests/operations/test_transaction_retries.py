@@ -15,7 +15,7 @@ from sqla_durable.operations.transaction_retries import (
     describe,
     wait_after_loss,
 )
-from tests.definitions.test_retry import Driver
+from tests.definitions.test_database_errors import Driver
 
 CONFLICT, LOSS, OBSTACLE = Setback.CONFLICT, Setback.LOSS, Setback.OBSTACLE
 BEFORE, FUNCTION, COMMIT = Phase.BEFORE, Phase.FUNCTION, Phase.COMMIT

@@ -1,4 +1,4 @@
-"""A workflow that runs for months: it begins anew, and its history stays short."""
+"""Continue-as-new, which keeps the history of a long workflow short, and the limit of a history."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A `finally` of a workflow that is parked or cancelled: its durable calls are refused, with words."""
+"""Calls by code that goes on after its attempt was to end, as in a `finally`, are refused with an explanation."""
 
 from __future__ import annotations
 
