@@ -125,5 +125,5 @@ def test_a_transactional_step_has_no_heartbeat_timeout() -> None:
     async def abook(_session: AsyncSession) -> None: ...
 
     for fn in (book, abook):
-        with pytest.raises(errors.DefinitionError, match=r"takes a session: only a plain step gives heartbeats"):
+        with pytest.raises(errors.DefinitionError, match=r"takes a session: only a plain step sends heartbeats"):
             Durable().step(fn, heartbeat_timeout=SHORT)

@@ -281,7 +281,7 @@ def test_contradicting_and_impossible_options_are_refused() -> None:
     workflow = Application(Form.SYNC).workflow(greet)
     with pytest.raises(ArgumentError, match="contradict each other: give one of them"):
         workflow.options(delay=timedelta(1), at=datetime.now(UTC))
-    with pytest.raises(ArgumentError, match="has no time zone: give one"):
+    with pytest.raises(ArgumentError, match="has no time zone: add one"):
         workflow.options(at=datetime(2030, 1, 1))
     for priority in (40_000, -40_000):
         with pytest.raises(ArgumentError, match=rf"priority={priority} is not an integer from"):

@@ -98,7 +98,11 @@ def test_obstacles_are_logged_and_more_and_more_seldom(caplog: pytest.LogCapture
         again.wait_before_next(OBSTACLE, _error("55P03"), what="workflow 7, step 'pay'")
     repeats = [record.getMessage().rpartition(" ")[2] for record in caplog.records]
     assert repeats == ["1", "2", "4", "8", "16"]
-    assert caplog.records[0].getMessage().startswith("workflow 7, step 'pay': (tests.definitions.test_retry.Driver) 55")
+    assert (
+        caplog.records[0]
+        .getMessage()
+        .startswith("workflow 7, step 'pay': (tests.definitions.test_database_errors.Driver) 55")
+    )
 
 
 @pytest.mark.parametrize(
