@@ -10,37 +10,7 @@ from enum import Enum, auto
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import (
-    CTE,
-    BigInteger,
-    ColumnElement,
-    Connection,
-    DateTime,
-    Executable,
-    FromClause,
-    Interval,
-    Result,
-    RowMapping,
-    ScalarResult,
-    SelectBase,
-    TableValuedAlias,
-    and_,
-    bindparam,
-    case,
-    cast,
-    column,
-    false,
-    func,
-    inspect,
-    literal,
-    literal_column,
-    or_,
-    select,
-    text,
-    true,
-    tuple_,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSON
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, make_transient_to_detached
@@ -60,16 +30,16 @@ STREAM_ITEM = Base.metadata.tables[f"{SCHEMA}.stream_item"]
 QUEUE = Base.metadata.tables[f"{SCHEMA}.queue"]
 WORKER = Base.metadata.tables[f"{SCHEMA}.worker"]
 
-_WRITE = update(WORKFLOW)
+_WRITE = sa.update(WORKFLOW)
 
-pg = func.pg_catalog
+pg = sa.func.pg_catalog
 """PostgreSQL's own functions: a name without a schema could be another role's function, wherever one may create them.
 
 `func` is left for what the grammar knows without a look-up: COALESCE, GREATEST, LEAST, EXTRACT, ANY, ALL, and UNNEST
 of several arrays.
 """
 
-Connectable: TypeAlias = Session | Connection
+Connectable: TypeAlias = Session | sa.Connection
 """Where a statement is executed: a caller's session, or a connection of the engine's own."""
 
 Columns: TypeAlias = Mapping[str, TypeEngine[Any]]
@@ -83,9 +53,9 @@ MOST_ATTEMPTS = 2_147_483_647
 SUSPECT = 2
 """From how many crashes in a row on a workflow is taken for what may have killed its workers."""
 
-COMPENSATES: ColumnElement[str] = literal_column("'compensates'", type_=Text())
-REQUESTED: ColumnElement[str] = literal_column("'requested'", type_=Text())
-OVERDUE: ColumnElement[str] = literal_column("'overdue'", type_=Text())
+COMPENSATES: sa.ColumnElement[str] = sa.literal_column("'compensates'", type_=Text())
+REQUESTED: sa.ColumnElement[str] = sa.literal_column("'requested'", type_=Text())
+OVERDUE: sa.ColumnElement[str] = sa.literal_column("'overdue'", type_=Text())
 """What `cancellation` says: that there may be something to undo; and that it is to be undone now, for which reason."""
 
 _IDLE_TIMEOUT = "idle_in_transaction_session_timeout"
@@ -290,12 +260,12 @@ def bind_arguments() -> dict[str, Any]:
     return {"mapper": Workflow.__mapper__, "clause": _WRITE}
 
 
-def connection_of(session: Session) -> Connection:
+def connection_of(session: Session) -> sa.Connection:
     """Return the session's connection to where our tables are written, in its transaction."""
     return session.connection(bind_arguments=bind_arguments())
 
 
-def record_of(session: Session, row: RowMapping, more: Mapping[str, Any] | None = None) -> Workflow:
+def record_of(session: Session, row: sa.RowMapping, more: Mapping[str, Any] | None = None) -> Workflow:
     """Return the record of a row with columns of a workflow; one that the session knows has the row's values.
 
     What is in neither the row nor `more` is loaded when it is asked for. Not loaded by a query of the session, which
@@ -307,8 +277,8 @@ def record_of(session: Session, row: RowMapping, more: Mapping[str, Any] | None 
 
 
 def execute(
-    connectable: Connectable, statement: Executable, parameters: Mapping[str, Any] | None = None
-) -> Result[Any]:
+    connectable: Connectable, statement: sa.Executable, parameters: Mapping[str, Any] | None = None
+) -> sa.Result[Any]:
     """Execute a statement; with a session, where it finds our tables, whatever else it is bound to.
 
     On the session's connection, so that what the user's session class does to statements does not reach ours. An
@@ -324,24 +294,24 @@ def execute(
 
 
 def scalars(
-    connectable: Connectable, statement: Executable, parameters: Mapping[str, Any] | None = None
-) -> ScalarResult[Any]:
+    connectable: Connectable, statement: sa.Executable, parameters: Mapping[str, Any] | None = None
+) -> sa.ScalarResult[Any]:
     """Execute, and give the first column."""
     return execute(connectable, statement, parameters).scalars()
 
 
-def scalar(connectable: Connectable, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Any:
+def scalar(connectable: Connectable, statement: sa.Executable, parameters: Mapping[str, Any] | None = None) -> Any:
     """Execute, and give the first column of the first row."""
     return execute(connectable, statement, parameters).scalar()
 
 
-def table(name: str, columns: Columns) -> TableValuedAlias:
+def table(name: str, columns: Columns) -> sa.TableValuedAlias:
     """Make a batch a table, from one parameter that `filled` gives.
 
     JSON costs a third of what an array parameter for each column costs to send, and reads as one value.
     """
-    parameter = cast(bindparam(_rows_of(name), type_=Text()), JSON)
-    shape = [column(each, kind) for each, kind in columns.items()]
+    parameter = sa.cast(sa.bindparam(_rows_of(name), type_=Text()), JSON)
+    shape = [sa.column(each, kind) for each, kind in columns.items()]
     return pg.json_to_recordset(parameter).table_valued(*shape).render_derived(name=name, with_types=True)
 
 
@@ -359,83 +329,87 @@ def _rows_of(name: str) -> str:
     return f"{name}_rows"
 
 
-def status(value: WorkflowStatus) -> ColumnElement[str]:
+def status(value: WorkflowStatus) -> sa.ColumnElement[str]:
     """Give a status as a literal: bound as a parameter, a generic plan cannot use a partial index."""
-    return literal_column(f"'{value}'", type_=WORKFLOW.c.status.type)
+    return sa.literal_column(f"'{value}'", type_=WORKFLOW.c.status.type)
 
 
-def has_status(table: FromClause, value: WorkflowStatus) -> ColumnElement[bool]:
+def has_status(table: sa.FromClause, value: WorkflowStatus) -> sa.ColumnElement[bool]:
     """Compare the status of rows that are found otherwise, such as by their ids.
 
     As an expression that fits no index: that of a status is small, and would be read whole, until a snapshot that is
     open elsewhere keeps what is dead in it.
     """
-    return pg.concat(table.c.status) == literal_column(f"'{value}'", type_=Text())
+    return pg.concat(table.c.status) == sa.literal_column(f"'{value}'", type_=Text())
 
 
-def beginning(name: str = "since") -> ColumnElement[datetime]:
+def beginning(name: str = "since") -> sa.ColumnElement[datetime]:
     """Return the parameter of the time at which a scan begins; as text, because a driver cannot send `-infinity`."""
-    return cast(cast(bindparam(name, type_=Text()), Text), DateTime(timezone=True))
+    return sa.cast(sa.cast(sa.bindparam(name, type_=Text()), Text), sa.DateTime(timezone=True))
 
 
-def unfinished() -> ColumnElement[bool]:
+def unfinished() -> sa.ColumnElement[bool]:
     """Tell the record of a step that runs, waits or is being tried again from an outcome."""
     open_statuses = [each for each in StepStatus if not each.finished]
-    return or_(*(STEP.c.status == literal_column(f"'{each}'", type_=STEP.c.status.type) for each in open_statuses))
+    return sa.or_(
+        *(STEP.c.status == sa.literal_column(f"'{each}'", type_=STEP.c.status.type) for each in open_statuses)
+    )
 
 
-def next_attempt(attempt: ColumnElement[int] = WORKFLOW.c.attempt) -> ColumnElement[int]:
+def next_attempt(attempt: sa.ColumnElement[int] = WORKFLOW.c.attempt) -> sa.ColumnElement[int]:
     """Return the number of the attempt after this one; the last one that the column holds is its own next."""
-    return func.least(attempt, literal_column(str(MOST_ATTEMPTS - 1))) + literal_column("1")
+    return sa.func.least(attempt, sa.literal_column(str(MOST_ATTEMPTS - 1))) + sa.literal_column("1")
 
 
-def undoes() -> ColumnElement[bool]:
+def undoes() -> sa.ColumnElement[bool]:
     """Tell that a workflow undoes what it did, or is to do so."""
-    return func.coalesce(WORKFLOW.c.cancellation.in_([REQUESTED, OVERDUE]), false())
+    return sa.func.coalesce(WORKFLOW.c.cancellation.in_([REQUESTED, OVERDUE]), sa.false())
 
 
-def still_compensates() -> ColumnElement[Any]:
+def still_compensates() -> sa.ColumnElement[Any]:
     """Give what is to be known of sagas where a workflow begins anew: that it has one, and nothing to undo now."""
-    return case((WORKFLOW.c.cancellation.is_not(None), COMPENSATES))
+    return sa.case((WORKFLOW.c.cancellation.is_not(None), COMPENSATES))
 
 
-def interval(seconds: ColumnElement[Any]) -> ColumnElement[Any]:
+def interval(seconds: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
     """Make an interval of seconds; NULL stays NULL."""
-    zero: ColumnElement[int] = literal_column("0")
+    zero: sa.ColumnElement[int] = sa.literal_column("0")
     return pg.make_interval(zero, zero, zero, zero, zero, zero, seconds)
 
 
-def words(value: str) -> ColumnElement[str]:
+def words(value: str) -> sa.ColumnElement[str]:
     """Return a text as a literal of that type; one of no type is taken for what stands on the operator's other side."""
-    return literal_column(f"text '{value}'", type_=Text())
+    return sa.literal_column(f"text '{value}'", type_=Text())
 
 
-def count_rows() -> ColumnElement[int]:
+def count_rows() -> sa.ColumnElement[int]:
     """Return `count(*)`."""
-    return pg.count(literal_column("*"), type_=BigInteger())
+    return pg.count(sa.literal_column("*"), type_=sa.BigInteger())
 
 
 def refresh_known(session: Session, ids: Iterable[UUID]) -> None:
     """Read anew the records that the session holds, which statements on the table have passed by."""
     known = [each for each in ids if session.identity_key(Workflow, each) in session.identity_map]
     if known:
-        wanted = WORKFLOW.c.id == func.any(literal(known, ARRAY(WORKFLOW.c.id.type)))
-        for row in execute(session, select(*WORKFLOW.c).where(wanted)).mappings():
+        wanted = WORKFLOW.c.id == sa.func.any(sa.literal(known, ARRAY(WORKFLOW.c.id.type)))
+        for row in execute(session, sa.select(*WORKFLOW.c).where(wanted)).mappings():
             _renew(session, row)
 
 
 def current_record(session: Session, workflow_id: UUID) -> Workflow:
     """Return the record of a workflow as it is now."""
-    return _renew(session, execute(session, select(*WORKFLOW.c).where(WORKFLOW.c.id == workflow_id)).mappings().one())
+    return _renew(
+        session, execute(session, sa.select(*WORKFLOW.c).where(WORKFLOW.c.id == workflow_id)).mappings().one()
+    )
 
 
-def _renew(session: Session, row: RowMapping) -> Workflow:
+def _renew(session: Session, row: sa.RowMapping) -> Workflow:
     record = record_of(session, row)
-    session.expire(record, inspect(Workflow).relationships.keys())
+    session.expire(record, sa.inspect(Workflow).relationships.keys())
     return record
 
 
-def owned(fences: FromClause, *, skip_locked: bool) -> CTE:
+def owned(fences: sa.FromClause, *, skip_locked: bool) -> sa.CTE:
     """Lock the workflows that these attempts (`id`, `token`) still own, in the order of their ids.
 
     Join with `of_owner`: a batch may hold rows of two attempts at one workflow.
@@ -445,9 +419,9 @@ def owned(fences: FromClause, *, skip_locked: bool) -> CTE:
     """
     if skip_locked:
         return _owned_unlocked(fences)
-    theirs = tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(select(fences.c.id, fences.c.token))
+    theirs = sa.tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(sa.select(fences.c.id, fences.c.token))
     return materialized(
-        select(WORKFLOW.c.id, WORKFLOW.c.token)
+        sa.select(WORKFLOW.c.id, WORKFLOW.c.token)
         .where(theirs, WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
         .order_by(WORKFLOW.c.id)
         .with_for_update(key_share=True, of=WORKFLOW),
@@ -455,26 +429,26 @@ def owned(fences: FromClause, *, skip_locked: bool) -> CTE:
     )
 
 
-def _owned_unlocked(fences: FromClause) -> CTE:
+def _owned_unlocked(fences: sa.FromClause) -> sa.CTE:
     """Do it row by row, by the primary key.
 
     Any other plan reads what a batch is not about: the table while it is small, or the index of running workflows,
     which is small too until somebody's open transaction keeps its dead entries. LIMIT keeps the status out of the
     choice.
     """
-    ordered = materialized(select(fences.c.id, fences.c.token).order_by(fences.c.id), "ordered")
+    ordered = materialized(sa.select(fences.c.id, fences.c.token).order_by(fences.c.id), "ordered")
     held = (
-        select(WORKFLOW.c.status)
+        sa.select(WORKFLOW.c.status)
         .where(WORKFLOW.c.id == ordered.c.id, WORKFLOW.c.token == ordered.c.token)
-        .limit(literal_column("1"))
+        .limit(sa.literal_column("1"))
         .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW)
         .lateral("held")
     )
     running = held.c.status == status(WorkflowStatus.RUNNING)
-    return materialized(select(ordered.c.id, ordered.c.token).join(held, running), "owned")
+    return materialized(sa.select(ordered.c.id, ordered.c.token).join(held, running), "owned")
 
 
-def soon_over() -> ColumnElement[str]:
+def soon_over() -> sa.ColumnElement[str]:
     """Let the server end the transaction if it is idle for long after this statement, evaluated once.
 
     For what only the COMMIT, or statements of the engine's own, can follow: without it, a worker that is frozen
@@ -482,19 +456,21 @@ def soon_over() -> ColumnElement[str]:
     of the application's own stays. Source: PostgreSQL manual, Client Connection Defaults,
     idle_in_transaction_session_timeout.
     """
-    name: ColumnElement[str] = literal_column(f"'{_IDLE_TIMEOUT}'", type_=Text())
-    most: ColumnElement[str] = literal_column(f"'{_IDLE_LIMIT}'", type_=Text())
+    name: sa.ColumnElement[str] = sa.literal_column(f"'{_IDLE_TIMEOUT}'", type_=Text())
+    most: sa.ColumnElement[str] = sa.literal_column(f"'{_IDLE_LIMIT}'", type_=Text())
     today = pg.current_setting(name, type_=Text())
-    shorter = cast(today, Interval).between(text("interval '1 millisecond'"), text(f"interval '{_IDLE_LIMIT}'"))
-    limit = pg.set_config(name, case((shorter, today), else_=most), true())
-    return select(limit).scalar_subquery().label("idle_limit")
+    shorter = sa.cast(today, sa.Interval).between(
+        sa.text("interval '1 millisecond'"), sa.text(f"interval '{_IDLE_LIMIT}'")
+    )
+    limit = pg.set_config(name, sa.case((shorter, today), else_=most), sa.true())
+    return sa.select(limit).scalar_subquery().label("idle_limit")
 
 
-def of_owner(batch: FromClause, mine: CTE) -> ColumnElement[bool]:
+def of_owner(batch: sa.FromClause, mine: sa.CTE) -> sa.ColumnElement[bool]:
     """Join a batch with `owned`: by token too, so that no row of another attempt slips in."""
-    return and_(mine.c.id == batch.c.id, mine.c.token == batch.c.token)
+    return sa.and_(mine.c.id == batch.c.id, mine.c.token == batch.c.token)
 
 
-def materialized(statement: SelectBase, name: str) -> CTE:
+def materialized(statement: sa.SelectBase, name: str) -> sa.CTE:
     """Make a CTE that is executed once, whatever the planner would prefer."""
     return statement.cte(name).prefix_with("MATERIALIZED")

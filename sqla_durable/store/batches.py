@@ -11,24 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from sqlalchemy import (
-    CTE,
-    Boolean,
-    Float,
-    Integer,
-    and_,
-    case,
-    cast,
-    func,
-    literal_column,
-    null,
-    select,
-    union,
-    union_all,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
@@ -57,16 +41,16 @@ from sqla_durable.store.steps import CHECKPOINT, checkpoint_row, insert_of
 End: TypeAlias = Completion | Park
 
 _END: Columns = {
-    "id": PG_UUID(),
-    "token": PG_UUID(),
+    "id": sa.UUID(),
+    "token": sa.UUID(),
     "status": Text(),
     "output": Text(),
     "error": Text(),
-    "delay": Float(),
+    "delay": sa.Float(),
     "awaits": JSONB(),
-    "checkpoints": Integer(),
-    "holds": Boolean(),
-    "has_notices": Boolean(),
+    "checkpoints": sa.Integer(),
+    "holds": sa.Boolean(),
+    "has_notices": sa.Boolean(),
 }
 
 
@@ -109,55 +93,55 @@ def _end_row(end: End, checkpoints: int) -> dict[str, Any]:
 
 
 def _write_statement() -> Any:
-    batch = select(*table("batch", CHECKPOINT).c).cte("batch")
-    ending = select(*table("ending", _END).c).cte("ending")
-    mine = owned(union(_fences(batch), _fences(ending)).subquery("fences"), skip_locked=True)
+    batch = sa.select(*table("batch", CHECKPOINT).c).cte("batch")
+    ending = sa.select(*table("ending", _END).c).cte("ending")
+    mine = owned(sa.union(_fences(batch), _fences(ending)).subquery("fences"), skip_locked=True)
     recorded = insert_of(batch, mine).cte("recorded")
     ended = _end_statement(ending, mine, recorded).cte("ended")
     of_ended = asking(ended).cte("asked"), deleting_notices(ended, ended.c.has_notices).cte("cleared")
-    left = select(batch.c.id, batch.c.token, batch.c.key).where(
-        ~select(mine.c.id).where(of_owner(batch, mine), _in(recorded, batch)).exists()
+    left = sa.select(batch.c.id, batch.c.token, batch.c.key).where(
+        ~sa.select(mine.c.id).where(of_owner(batch, mine), _in(recorded, batch)).exists()
     )
-    open_ends = select(ending.c.id, ending.c.token, null()).where(
-        ~select(ended.c.id).where(ended.c.id == ending.c.id, ended.c.token == ending.c.token).exists()
+    open_ends = sa.select(ending.c.id, ending.c.token, sa.null()).where(
+        ~sa.select(ended.c.id).where(ended.c.id == ending.c.id, ended.c.token == ending.c.token).exists()
     )
-    return union_all(left, open_ends).add_cte(*of_ended)
+    return sa.union_all(left, open_ends).add_cte(*of_ended)
 
 
-def _fences(rows: CTE) -> Any:
-    return select(rows.c.id, rows.c.token)
+def _fences(rows: sa.CTE) -> Any:
+    return sa.select(rows.c.id, rows.c.token)
 
 
-def _in(recorded: CTE, batch: CTE) -> Any:
-    return and_(recorded.c.workflow_id == batch.c.id, recorded.c.key == batch.c.key)
+def _in(recorded: sa.CTE, batch: sa.CTE) -> Any:
+    return sa.and_(recorded.c.workflow_id == batch.c.id, recorded.c.key == batch.c.key)
 
 
-def _end_statement(ending: CTE, mine: CTE, recorded: CTE) -> Any:
+def _end_statement(ending: sa.CTE, mine: sa.CTE, recorded: sa.CTE) -> Any:
     written = (
-        select(recorded.c.workflow_id, count_rows().label("checkpoints"))
+        sa.select(recorded.c.workflow_id, count_rows().label("checkpoints"))
         .group_by(recorded.c.workflow_id)
         .cte("written")
     )
     ready = materialized(
-        select(*ending.c)
+        sa.select(*ending.c)
         .join(mine, of_owner(ending, mine))
         .outerjoin(written, written.c.workflow_id == ending.c.id)
-        .where(func.coalesce(written.c.checkpoints, literal_column("0")) == ending.c.checkpoints),
+        .where(sa.func.coalesce(written.c.checkpoints, sa.literal_column("0")) == ending.c.checkpoints),
         "ready",
     )
-    parked = ready.c.status == literal_column(f"'{WorkflowStatus.SUSPENDED}'")
+    parked = ready.c.status == sa.literal_column(f"'{WorkflowStatus.SUSPENDED}'")
     return (
-        update(WORKFLOW)
+        sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == ready.c.id)
         .values(
             status=ready.c.status,
-            output=cast(ready.c.output, JSONB),
-            error=cast(ready.c.error, JSONB),
-            finished_at=case((~parked, pg.statement_timestamp())),
-            token=case((~parked, WORKFLOW.c.token)),
-            worker_id=case((~parked, WORKFLOW.c.worker_id)),
+            output=sa.cast(ready.c.output, JSONB),
+            error=sa.cast(ready.c.error, JSONB),
+            finished_at=sa.case((~parked, pg.statement_timestamp())),
+            token=sa.case((~parked, WORKFLOW.c.token)),
+            worker_id=sa.case((~parked, WORKFLOW.c.worker_id)),
             wake_at=pg.statement_timestamp() + interval(ready.c.delay),
-            awaits=case((parked, ready.c.awaits)),
+            awaits=sa.case((parked, ready.c.awaits)),
         )
         .returning(
             WORKFLOW.c.id,

@@ -11,22 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    Float,
-    and_,
-    bindparam,
-    case,
-    cast,
-    func,
-    literal_column,
-    select,
-    true,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
@@ -166,63 +152,65 @@ def expire(connectable: Connectable, checkpoint: Checkpoint, *, key: str) -> boo
     return bool(row.expired)
 
 
-def is_callback() -> ColumnElement[bool]:
+def is_callback() -> sa.ColumnElement[bool]:
     """Tell the record of a callback from those of other steps."""
     return STEP.c.name == words(NAME)
 
 
-def _made(name: str) -> ColumnElement[Any]:
+def _made(name: str) -> sa.ColumnElement[Any]:
     return _text_in(STEP.c.output, name)
 
 
-def _text_in(value: ColumnElement[Any], name: str) -> ColumnElement[Any]:
+def _text_in(value: sa.ColumnElement[Any], name: str) -> sa.ColumnElement[Any]:
     return value.op("->>", return_type=Text())(words(name))
 
 
-def _json_in(value: ColumnElement[Any], name: str) -> ColumnElement[Any]:
-    return cast(value.op("->", return_type=JSONB())(words(name)), Text)
+def _json_in(value: sa.ColumnElement[Any], name: str) -> sa.ColumnElement[Any]:
+    return sa.cast(value.op("->", return_type=JSONB())(words(name)), Text)
 
 
-def _left(name: str, since: ColumnElement[Any]) -> ColumnElement[Any]:
+def _left(name: str, since: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
     """Give how many seconds are left of a time; in seconds, since a sum of times may be out of range."""
-    return cast(_made(name), Float) - cast(func.extract("epoch", pg.statement_timestamp() - since), Float)
+    return sa.cast(_made(name), sa.Float) - sa.cast(
+        sa.func.extract("epoch", pg.statement_timestamp() - since), sa.Float
+    )
 
 
-def _timeout_in() -> ColumnElement[Any]:
+def _timeout_in() -> sa.ColumnElement[Any]:
     return _left("timeout", STEP.c.started_at)
 
 
-def _silent_in() -> ColumnElement[Any]:
+def _silent_in() -> sa.ColumnElement[Any]:
     return _left("heartbeat", STEP.c.finished_at)
 
 
-def _due_in() -> ColumnElement[Any]:
-    return func.least(_timeout_in(), _silent_in())  # which passes over NULL
+def _due_in() -> sa.ColumnElement[Any]:
+    return sa.func.least(_timeout_in(), _silent_in())  # which passes over NULL
 
 
-def _due_to() -> ColumnElement[Any]:
-    silent_first = _silent_in() < func.coalesce(_timeout_in(), cast(words("infinity"), Float))
-    return case((silent_first, words("heartbeat")), else_=words("timeout"))
+def _due_to() -> sa.ColumnElement[Any]:
+    silent_first = _silent_in() < sa.func.coalesce(_timeout_in(), sa.cast(words("infinity"), sa.Float))
+    return sa.case((silent_first, words("heartbeat")), else_=words("timeout"))
 
 
 def _given(name: str, kind: Any) -> Any:
-    return cast(bindparam(name, type_=kind), kind)
+    return sa.cast(sa.bindparam(name, type_=kind), kind)
 
 
 def _payload() -> Any:
-    return cast(_given("payload", Text()), JSONB)
+    return sa.cast(_given("payload", Text()), JSONB)
 
 
 def _hold_statement() -> Any:
     # The workflow first, as whoever deletes it does.
     owner = materialized(
-        select(WORKFLOW.c.id)
-        .where(WORKFLOW.c.id == _given("owner_id", PG_UUID()))
+        sa.select(WORKFLOW.c.id)
+        .where(WORKFLOW.c.id == _given("owner_id", sa.UUID()))
         .with_for_update(read=True, key_share=True, of=WORKFLOW),
         "owner",
     )
     return (
-        select(STEP.c.key)
+        sa.select(STEP.c.key)
         .join(owner, owner.c.id == STEP.c.workflow_id)
         .where(is_callback(), _made("digest") == _given("digest", Text()))
         .with_for_update(key_share=True, of=STEP)
@@ -231,16 +219,16 @@ def _hold_statement() -> Any:
 
 def _look_statement() -> Any:
     wanted = _given("signal_name", Text())
-    callback = and_(
+    callback = sa.and_(
         STEP.c.workflow_id == WORKFLOW.c.id,
         STEP.c.key == _given("callback_key", Text()),
         is_callback(),
-        _made("signal") == func.coalesce(wanted, _made("signal")),
+        _made("signal") == sa.func.coalesce(wanted, _made("signal")),
     )
     first = first_keyed(STEP.c.workflow_id, _made("signal"), words(OUTCOME), SIGNAL.c.payload).lateral("outcome")
-    outcome = and_(first.c.name == _made("signal"), first.c.key == words(OUTCOME))
+    outcome = sa.and_(first.c.name == _made("signal"), first.c.key == words(OUTCOME))
     return (
-        select(
+        sa.select(
             WORKFLOW.c.status,
             _made("signal").label("signal"),
             first.c.id.is_not(None).label("is_answered"),
@@ -253,7 +241,7 @@ def _look_statement() -> Any:
             _due_to().label("due_to"),
         )
         .select_from(WORKFLOW.outerjoin(STEP, callback).outerjoin(first, outcome))
-        .where(WORKFLOW.c.id == _given("owner_id", PG_UUID()))
+        .where(WORKFLOW.c.id == _given("owner_id", sa.UUID()))
     )
 
 
@@ -266,39 +254,43 @@ def _insert_outcome(source: Any, *more: str) -> Any:
     )
 
 
-def _answer_statement(*conditions: ColumnElement[bool]) -> Any:
-    given = _given("owner_id", PG_UUID()), _given("signal_name", Text()), _payload()
-    return _insert_outcome(select(*given, words(OUTCOME), true()).where(*conditions))
+def _answer_statement(*conditions: sa.ColumnElement[bool]) -> Any:
+    given = _given("owner_id", sa.UUID()), _given("signal_name", Text()), _payload()
+    return _insert_outcome(sa.select(*given, words(OUTCOME), sa.true()).where(*conditions))
 
 
 def _beat_statement() -> Any:
-    this = STEP.c.workflow_id == bindparam("owner_id", type_=PG_UUID())
+    this = STEP.c.workflow_id == sa.bindparam("owner_id", type_=sa.UUID())
     return (
-        update(STEP)
-        .where(this, STEP.c.key == bindparam("callback_key", type_=Text()), is_callback())
-        .values(finished_at=func.greatest(pg.statement_timestamp(), STEP.c.started_at))
+        sa.update(STEP)
+        .where(this, STEP.c.key == sa.bindparam("callback_key", type_=Text()), is_callback())
+        .values(finished_at=sa.func.greatest(pg.statement_timestamp(), STEP.c.started_at))
     )
 
 
 def _expire_statement() -> Any:
     owned = own_row()
     expired = materialized(
-        select(STEP.c.workflow_id, _made("signal").label("signal"), _due_to().label("due_to"))
+        sa.select(STEP.c.workflow_id, _made("signal").label("signal"), _due_to().label("due_to"))
         .join(owned, owned.c.id == STEP.c.workflow_id)
         .where(
-            STEP.c.key == _given("callback_key", Text()), is_callback(), _due_in() <= cast(literal_column("0"), Float)
+            STEP.c.key == _given("callback_key", Text()),
+            is_callback(),
+            _due_in() <= sa.cast(sa.literal_column("0"), sa.Float),
         )
         .with_for_update(key_share=True, skip_locked=True, of=STEP),
         "expired",
     )
     payload = pg.jsonb_build_object(words("expired"), expired.c.due_to)
-    source = select(expired.c.workflow_id, expired.c.signal, payload, words(OUTCOME), true(), pg.statement_timestamp())
+    source = sa.select(
+        expired.c.workflow_id, expired.c.signal, payload, words(OUTCOME), sa.true(), pg.statement_timestamp()
+    )
     written = _insert_outcome(source, "delivered_at").cte("written")
-    return select(_any(owned).label("owned"), _any(expired).label("expired")).add_cte(written)
+    return sa.select(_any(owned).label("owned"), _any(expired).label("expired")).add_cte(written)
 
 
-def _any(rows: CTE) -> Any:
-    return select(literal_column("1", type_=Text())).select_from(rows).exists()
+def _any(rows: sa.CTE) -> Any:
+    return sa.select(sa.literal_column("1", type_=Text())).select_from(rows).exists()
 
 
 _HOLD = _hold_statement()

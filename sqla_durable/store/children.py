@@ -10,23 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    Boolean,
-    Integer,
-    and_,
-    bindparam,
-    case,
-    cast,
-    false,
-    func,
-    literal_column,
-    null,
-    select,
-    true,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.models.column_types import Text
@@ -69,7 +54,7 @@ MOST_NAMED = 1_000
 """How many workflows a parent may wait for by name; to wait for the first of more, it looks again and again."""
 
 _SAMPLE = 100
-_PARENT = bindparam("parent", type_=PG_UUID())
+_PARENT = sa.bindparam("parent", type_=sa.UUID())
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,13 +181,13 @@ def _taken(connectable: Connectable, checkpoint: Checkpoint, statement: Any, mor
 def _recorded(output: Any, source: Any) -> Any:
     """Record an output that a CTE gives, where it gives one."""
     columns = checkpoint_columns(GIVEN) | {"output": output}
-    return insert_from(columns, select(*columns.values()).select_from(source)).returning(STEP.c.output)
+    return insert_from(columns, sa.select(*columns.values()).select_from(source)).returning(STEP.c.output)
 
 
 def _answer(owned: Any, recorded: Any) -> Any:
-    return select(
-        select(owned.c.id).exists().label("owned"),
-        select(cast(recorded.c.output, Text)).scalar_subquery().label("recorded"),
+    return sa.select(
+        sa.select(owned.c.id).exists().label("owned"),
+        sa.select(sa.cast(recorded.c.output, Text)).scalar_subquery().label("recorded"),
         known_output().scalar_subquery().label("known"),
     )
 
@@ -210,15 +195,15 @@ def _answer(owned: Any, recorded: Any) -> Any:
 def _start_statement() -> Any:
     owned = own_row()
     batch = materialized(
-        select(*table("batch", NEW).c, pg.row_number().over(order_by=literal_column("batch.id")).label("number")),
+        sa.select(*table("batch", NEW).c, pg.row_number().over(order_by=sa.literal_column("batch.id")).label("number")),
         "new",
     )
     columns = new_columns(batch.c)
-    held = and_(columns["wake_at"].is_(None), batch.c.number > bindparam("active", type_=Integer()))
-    columns["status"] = case((held, WorkflowStatus.SUSPENDED.value), else_=columns["status"])
-    inherited = case((bindparam("undoes", type_=Boolean()), null()), else_=owned.c.deadline_at)
-    columns["deadline_at"] = func.least(columns["deadline_at"], inherited)
-    source = select(*columns.values()).select_from(batch.join(owned, true())).where(~has_outcome())
+    held = sa.and_(columns["wake_at"].is_(None), batch.c.number > sa.bindparam("active", type_=sa.Integer()))
+    columns["status"] = sa.case((held, WorkflowStatus.SUSPENDED.value), else_=columns["status"])
+    inherited = sa.case((sa.bindparam("undoes", type_=sa.Boolean()), sa.null()), else_=owned.c.deadline_at)
+    columns["deadline_at"] = sa.func.least(columns["deadline_at"], inherited)
+    source = sa.select(*columns.values()).select_from(batch.join(owned, sa.true())).where(~has_outcome())
     inserted = (
         insert(WORKFLOW)
         .from_select(list(columns), source.order_by(batch.c.name, batch.c.key, batch.c.id), include_defaults=False)
@@ -229,14 +214,14 @@ def _start_statement() -> Any:
     earlier, keyed = WORKFLOW.alias("earlier"), WORKFLOW.alias("keyed")
     # Each looked up by an index: as joins, the planner would read the table for them.
     known = (
-        select(earlier.c.id).where(earlier.c.id == batch.c.id).scalar_subquery(),
-        select(keyed.c.id).where(keyed.c.name == batch.c.name, keyed.c.key == batch.c.key).scalar_subquery(),
+        sa.select(earlier.c.id).where(earlier.c.id == batch.c.id).scalar_subquery(),
+        sa.select(keyed.c.id).where(keyed.c.name == batch.c.name, keyed.c.key == batch.c.key).scalar_subquery(),
     )
-    child_id = func.coalesce(inserted.c.id, *known).label("id")
-    ids = select(batch.c.number, child_id).outerjoin_from(batch, inserted, inserted.c.id == batch.c.id).cte("ids")
+    child_id = sa.func.coalesce(inserted.c.id, *known).label("id")
+    ids = sa.select(batch.c.number, child_id).outerjoin_from(batch, inserted, inserted.c.id == batch.c.id).cte("ids")
     listed = pg.jsonb_agg(ids.c.id.op("ORDER BY")(ids.c.number))
-    every = select(listed.label("list")).having(pg.count(ids.c.id) == count_rows()).cte("every")
-    recorded = _recorded(every.c.list, every.join(owned, true())).cte("recorded")
+    every = sa.select(listed.label("list")).having(pg.count(ids.c.id) == count_rows()).cte("every")
+    recorded = _recorded(every.c.list, every.join(owned, sa.true())).cte("recorded")
     return _answer(owned, recorded)
 
 
@@ -246,47 +231,47 @@ def _take_outcome_statement() -> Any:
         "id", WORKFLOW.c.id, "name", WORKFLOW.c.name, "status", WORKFLOW.c.status,
         "output", WORKFLOW.c.output, "error", WORKFLOW.c.error,
     )  # fmt: skip
-    finished = select(outcome.label("value")).where(_wanted(), WORKFLOW.c.finished_at.is_not(None)).cte("finished")
-    return _answer(owned, _recorded(finished.c.value, finished.join(owned, true())).cte("recorded"))
+    finished = sa.select(outcome.label("value")).where(_wanted(), WORKFLOW.c.finished_at.is_not(None)).cte("finished")
+    return _answer(owned, _recorded(finished.c.value, finished.join(owned, sa.true())).cte("recorded"))
 
 
 def _take_first_statement() -> Any:
     owned = own_row()
     first = (
-        select(pg.to_jsonb(WORKFLOW.c.id).label("value"))
+        sa.select(pg.to_jsonb(WORKFLOW.c.id).label("value"))
         .where(_wanted(), WORKFLOW.c.finished_at.is_not(None))
         .order_by(WORKFLOW.c.finished_at, WORKFLOW.c.id)
-        .limit(literal_column("1"))
+        .limit(sa.literal_column("1"))
         .cte("first")
     )
-    return _answer(owned, _recorded(first.c.value, first.join(owned, true())).cte("recorded"))
+    return _answer(owned, _recorded(first.c.value, first.join(owned, sa.true())).cte("recorded"))
 
 
 def _wanted() -> Any:
-    return WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID())))
+    return WORKFLOW.c.id == sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID())))
 
 
 def _progress_statement() -> Any:
     finished = WORKFLOW.c.finished_at.is_not(None)
     succeeded = WORKFLOW.c.status == status(WorkflowStatus.SUCCEEDED)
-    active = and_(~finished, ~is_held())
+    active = sa.and_(~finished, ~is_held())
     place = pg.row_number().over(partition_by=active, order_by=WORKFLOW.c.id)
     seen = materialized(
-        select(
+        sa.select(
             WORKFLOW.c.id,
             (WORKFLOW.c.parent_id == _PARENT).label("own"),
             finished.label("finished"),
-            and_(finished, ~succeeded).label("failed"),
+            sa.and_(finished, ~succeeded).label("failed"),
             is_held().label("held"),
             active.label("active"),
             place.label("place"),
         ).where(_wanted()),
         "seen",
     )
-    count = select(count_rows()).select_from(seen).where(seen.c.active).scalar_subquery()
-    apart = func.greatest((count + (_SAMPLE - 1)) // _SAMPLE, 1)
-    named = select(pg.array_agg(seen.c.id)).where(seen.c.active, (seen.c.place - 1) % apart == 0)
-    return select(
+    count = sa.select(count_rows()).select_from(seen).where(seen.c.active).scalar_subquery()
+    apart = sa.func.greatest((count + (_SAMPLE - 1)) // _SAMPLE, 1)
+    named = sa.select(pg.array_agg(seen.c.id)).where(seen.c.active, (seen.c.place - 1) % apart == 0)
+    return sa.select(
         count_rows().label("there"),
         *(count_rows().filter(seen.c[each]).label(each) for each in ("own", "finished", "failed", "held", "active")),
         named.scalar_subquery().label("named"),
@@ -294,21 +279,21 @@ def _progress_statement() -> Any:
 
 
 def _awaited_statement() -> Any:
-    is_child = func.coalesce(WORKFLOW.c.parent_id == _PARENT, false())
-    return select(WORKFLOW.c.id, is_child.label("is_child")).where(_wanted()).order_by(WORKFLOW.c.id)
+    is_child = sa.func.coalesce(WORKFLOW.c.parent_id == _PARENT, sa.false())
+    return sa.select(WORKFLOW.c.id, is_child.label("is_child")).where(_wanted()).order_by(WORKFLOW.c.id)
 
 
 def _cancel_rest_statement() -> Any:
     # Not locked: it may come after its children in the order of ids.
-    owner = materialized(select(WORKFLOW.c.id).where(*mine()), "owner")
-    own = WORKFLOW.c.parent_id.in_(select(owner.c.id))
-    tree = select(WORKFLOW.c.id).where(_wanted(), own, ~WORKFLOW.c.detached).cte("tree", recursive=True)
+    owner = materialized(sa.select(WORKFLOW.c.id).where(*mine()), "owner")
+    own = WORKFLOW.c.parent_id.in_(sa.select(owner.c.id))
+    tree = sa.select(WORKFLOW.c.id).where(_wanted(), own, ~WORKFLOW.c.detached).cte("tree", recursive=True)
     below = WORKFLOW.alias("below")
-    tree = tree.union(select(below.c.id).join(tree, below.c.parent_id == tree.c.id).where(~below.c.detached))
+    tree = tree.union(sa.select(below.c.id).join(tree, below.c.parent_id == tree.c.id).where(~below.c.detached))
     unfinished = WORKFLOW.c.finished_at.is_(None)
     rest = materialized(
-        select(WORKFLOW.c.id)
-        .where(WORKFLOW.c.id.in_(select(tree.c.id)), unfinished)
+        sa.select(WORKFLOW.c.id)
+        .where(WORKFLOW.c.id.in_(sa.select(tree.c.id)), unfinished)
         .order_by(WORKFLOW.c.id)
         .with_for_update(key_share=True, of=WORKFLOW),
         "rest",
@@ -316,27 +301,29 @@ def _cancel_rest_statement() -> Any:
     undone = WORKFLOW.c.cancellation == COMPENSATES
     now = pg.statement_timestamp()
     cancelled = (
-        update(WORKFLOW)
+        sa.update(WORKFLOW)
         # What is being undone already goes on with that.
         .where(
-            WORKFLOW.c.id == rest.c.id, unfinished, func.coalesce(WORKFLOW.c.cancellation, COMPENSATES) == COMPENSATES
+            WORKFLOW.c.id == rest.c.id,
+            unfinished,
+            sa.func.coalesce(WORKFLOW.c.cancellation, COMPENSATES) == COMPENSATES,
         )
         .values(
-            status=case((undone, WorkflowStatus.PENDING.value), else_=WorkflowStatus.CANCELLED.value),
-            finished_at=case((undone, null()), else_=now),
-            cancellation=case((undone, REQUESTED)),
-            attempt=case((undone, next_attempt()), else_=WORKFLOW.c.attempt),
-            token=case((undone, null()), else_=WORKFLOW.c.token),
-            worker_id=case((undone, null()), else_=WORKFLOW.c.worker_id),
-            enqueued_at=case((undone, now), else_=WORKFLOW.c.enqueued_at),
-            wake_at=null(),
-            awaits=null(),
+            status=sa.case((undone, WorkflowStatus.PENDING.value), else_=WorkflowStatus.CANCELLED.value),
+            finished_at=sa.case((undone, sa.null()), else_=now),
+            cancellation=sa.case((undone, REQUESTED)),
+            attempt=sa.case((undone, next_attempt()), else_=WORKFLOW.c.attempt),
+            token=sa.case((undone, sa.null()), else_=WORKFLOW.c.token),
+            worker_id=sa.case((undone, sa.null()), else_=WORKFLOW.c.worker_id),
+            enqueued_at=sa.case((undone, now), else_=WORKFLOW.c.enqueued_at),
+            wake_at=sa.null(),
+            awaits=sa.null(),
         )
         .returning(WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits)
         .cte("cancelled")
     )
-    count = select(count_rows()).select_from(cancelled).scalar_subquery()
-    answer = select(select(owner.c.id).exists().label("owned"), count.label("cancelled"))
+    count = sa.select(count_rows()).select_from(cancelled).scalar_subquery()
+    answer = sa.select(sa.select(owner.c.id).exists().label("owned"), count.label("cancelled"))
     # To their parent too: while this waited for a row, another attempt may have taken it over, and wait.
     of_ended = (
         asking(cancelled).cte("asked"),
@@ -349,7 +336,7 @@ def _cancel_rest_statement() -> Any:
 _START = _start_statement()
 _PROGRESS = _progress_statement()
 _OUTCOMES = (
-    select(WORKFLOW.c.id, WORKFLOW.c.status, WORKFLOW.c.output, WORKFLOW.c.error)
+    sa.select(WORKFLOW.c.id, WORKFLOW.c.status, WORKFLOW.c.output, WORKFLOW.c.error)
     .where(_wanted(), WORKFLOW.c.finished_at.is_not(None))
     .order_by(WORKFLOW.c.id)
 )

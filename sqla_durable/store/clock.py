@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from sqlalchemy import Float, bindparam, cast, select, update
+import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.status import WorkflowStatus
@@ -20,7 +20,7 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.callbacks import is_callback
 
-_PASSED = interval(bindparam("seconds", type_=Float()))
+_PASSED = interval(sa.bindparam("seconds", type_=sa.Float()))
 
 
 def advance(session: Session, seconds: float) -> int:
@@ -34,38 +34,40 @@ def advance(session: Session, seconds: float) -> int:
 
 
 _TIMERS = (
-    update(WORKFLOW)
+    sa.update(WORKFLOW)
     .where(WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_not(None))
     .values(wake_at=WORKFLOW.c.wake_at - _PASSED)
     .returning(WORKFLOW.c.id)
 )
 _DEADLINES = (
-    update(WORKFLOW)
+    sa.update(WORKFLOW)
     .where(WORKFLOW.c.finished_at.is_(None), WORKFLOW.c.deadline_at.is_not(None))
     .values(deadline_at=WORKFLOW.c.deadline_at - _PASSED)
     .returning(WORKFLOW.c.id)
 )
 _STEPS = (
-    update(STEP)
+    sa.update(STEP)
     .where(STEP.c.wake_at.is_not(None))
     .values(wake_at=STEP.c.wake_at - _PASSED)
     .returning(STEP.c.workflow_id)
 )
 _EACH = pg.jsonb_each_text(STEP.c.details["#timers"]).table_valued("key", "value")
 _LOOP_TIMERS = (
-    update(STEP)
+    sa.update(STEP)
     .where(STEP.c.details.has_key(words("#timers")))
     .values(
         details=pg.jsonb_build_object(
             words("#timers"),
-            select(
-                pg.jsonb_object_agg(_EACH.c.key, cast(_EACH.c.value, Float) - bindparam("seconds", type_=Float()))
+            sa.select(
+                pg.jsonb_object_agg(
+                    _EACH.c.key, sa.cast(_EACH.c.value, sa.Float) - sa.bindparam("seconds", type_=sa.Float())
+                )
             ).scalar_subquery(),
         )
     )
 )
 _CALLBACKS = (
-    update(STEP)
+    sa.update(STEP)
     .where(is_callback())
     .values(started_at=STEP.c.started_at - _PASSED, finished_at=STEP.c.finished_at - _PASSED)
 )

@@ -14,29 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    CTE,
-    BigInteger,
-    ColumnElement,
-    Double,
-    Integer,
-    Row,
-    and_,
-    bindparam,
-    case,
-    cast,
-    false,
-    func,
-    literal,
-    literal_column,
-    null,
-    or_,
-    select,
-    true,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
@@ -143,79 +122,83 @@ def abandon(connectable: Connectable, fence: Fence, *, reason: str, max_attempts
     return scalars(connectable, _STILL_RUNNING, parameters).one_or_none() is None
 
 
-def _reclaimed(row: Row[Any]) -> Reclaimed:
+def _reclaimed(row: sa.Row[Any]) -> Reclaimed:
     return Reclaimed(row.id, row.name, row.status)
 
 
-def _expired() -> ColumnElement[bool]:
-    alive = select(WORKER.c.id).where(
+def _expired() -> sa.ColumnElement[bool]:
+    alive = sa.select(WORKER.c.id).where(
         WORKER.c.id == WORKFLOW.c.worker_id, WORKER.c.lease_expires_at > pg.statement_timestamp()
     )
     return ~alive.exists()
 
 
-def _taken_back(*conditions: ColumnElement[bool], skip_locked: bool, mine: ColumnElement[bool]) -> CTE:
+def _taken_back(*conditions: sa.ColumnElement[bool], skip_locked: bool, mine: sa.ColumnElement[bool]) -> sa.CTE:
     # Two CTEs: where a row has changed in between, PostgreSQL checks the row itself once more when it locks it, but
     # not what a sub-select says about another table. Reclaimed and claimed anew by somebody else, the workflow would
     # still look abandoned; by its token it does not.
     seen = materialized(
-        select(WORKFLOW.c.id, WORKFLOW.c.token).where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING), *conditions),
+        sa.select(WORKFLOW.c.id, WORKFLOW.c.token).where(
+            WORKFLOW.c.status == status(WorkflowStatus.RUNNING), *conditions
+        ),
         "seen",
     )
     # At most what the columns hold and allow: of a row that nobody but SQL can have written.
-    more = func.least(WORKFLOW.c.crashes + literal_column("1"), WORKFLOW.c.attempt, literal_column(str(MOST_CRASHES)))
-    columns = [WORKFLOW.c.id, case((_progress(), 0), else_=more).label("crashes")]
+    more = sa.func.least(
+        WORKFLOW.c.crashes + sa.literal_column("1"), WORKFLOW.c.attempt, sa.literal_column(str(MOST_CRASHES))
+    )
+    columns = [WORKFLOW.c.id, sa.case((_progress(), 0), else_=more).label("crashes")]
     columns.append(mine.label("mine"))
     return materialized(
-        select(*columns)
-        .join(seen, and_(seen.c.id == WORKFLOW.c.id, seen.c.token == WORKFLOW.c.token))
+        sa.select(*columns)
+        .join(seen, sa.and_(seen.c.id == WORKFLOW.c.id, seen.c.token == WORKFLOW.c.token))
         .where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
         .order_by(WORKFLOW.c.id)
-        .limit(bindparam("limit", type_=Integer()))
+        .limit(sa.bindparam("limit", type_=sa.Integer()))
         .with_for_update(key_share=True, of=WORKFLOW, skip_locked=skip_locked),
         "abandoned",
     )
 
 
-def _among(column: ColumnElement[str], parameter: str) -> ColumnElement[bool]:
-    wanted = bindparam(parameter, type_=ARRAY(Text()))
-    return or_(wanted.is_(None), column == func.any(wanted))
+def _among(column: sa.ColumnElement[str], parameter: str) -> sa.ColumnElement[bool]:
+    wanted = sa.bindparam(parameter, type_=ARRAY(Text()))
+    return sa.or_(wanted.is_(None), column == sa.func.any(wanted))
 
 
-def _progress() -> ColumnElement[bool]:
+def _progress() -> sa.ColumnElement[bool]:
     """Tell whether the attempt that ends here has recorded the outcome of a step."""
-    recorded = select(STEP.c.key).where(STEP.c.workflow_id == WORKFLOW.c.id, STEP.c.attempt == WORKFLOW.c.attempt)
+    recorded = sa.select(STEP.c.key).where(STEP.c.workflow_id == WORKFLOW.c.id, STEP.c.attempt == WORKFLOW.c.attempt)
     # The last number is that of more than one attempt.
     return recorded.where(~unfinished(), WORKFLOW.c.attempt < MOST_ATTEMPTS).exists()
 
 
-def _reclaim_statement(abandoned: CTE) -> Any:
+def _reclaim_statement(abandoned: sa.CTE) -> Any:
     return _back_statement(abandoned, suspect=abandoned.c.crashes >= SUSPECT)
 
 
 def _reclaim_all_statement(within: Within) -> tuple[Any, Any]:
     conditions = _expired(), _OF_OTHERS, within(WORKFLOW.c.id)
-    ids = _taken_back(*conditions, skip_locked=True, mine=true())
-    return _reclaim_statement(_taken_back(*conditions, skip_locked=True, mine=_MINE)), select(ids.c.id)
+    ids = _taken_back(*conditions, skip_locked=True, mine=sa.true())
+    return _reclaim_statement(_taken_back(*conditions, skip_locked=True, mine=_MINE)), sa.select(ids.c.id)
 
 
-def _back_statement(abandoned: CTE, *, suspect: ColumnElement[bool]) -> Any:
-    spent = and_(abandoned.c.mine, abandoned.c.crashes >= bindparam("max_attempts", type_=Integer()))
+def _back_statement(abandoned: sa.CTE, *, suspect: sa.ColumnElement[bool]) -> Any:
+    spent = sa.and_(abandoned.c.mine, abandoned.c.crashes >= sa.bindparam("max_attempts", type_=sa.Integer()))
     back = (
-        update(WORKFLOW)
+        sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == abandoned.c.id)
         .values(
-            status=case(
+            status=sa.case(
                 (spent, WorkflowStatus.FAILED.value),
                 (suspect, WorkflowStatus.SUSPENDED.value),
                 else_=WorkflowStatus.PENDING.value,
             ),
-            attempt=case((spent, WORKFLOW.c.attempt), else_=next_attempt()),
+            attempt=sa.case((spent, WORKFLOW.c.attempt), else_=next_attempt()),
             crashes=abandoned.c.crashes,
-            error=case((spent, _max_attempts_error(abandoned.c.crashes)), else_=null()),
-            wake_at=case((and_(suspect, ~spent), _later(abandoned.c.crashes)), else_=null()),
-            finished_at=case((spent, pg.statement_timestamp()), else_=null()),
-            token=null(),
+            error=sa.case((spent, _max_attempts_error(abandoned.c.crashes)), else_=sa.null()),
+            wake_at=sa.case((sa.and_(suspect, ~spent), _later(abandoned.c.crashes)), else_=sa.null()),
+            finished_at=sa.case((spent, pg.statement_timestamp()), else_=sa.null()),
+            token=sa.null(),
         )
         .returning(
             WORKFLOW.c.id,
@@ -227,26 +210,26 @@ def _back_statement(abandoned: CTE, *, suspect: ColumnElement[bool]) -> Any:
         )
         .cte("back")
     )
-    spent_ones = select(back.c.id).where(back.c.finished_at.is_not(None)).cte("spent")
+    spent_ones = sa.select(back.c.id).where(back.c.finished_at.is_not(None)).cte("spent")
     of_ended = asking(back).cte("asked"), deleting_notices(back).cte("cleared"), leaving(spent_ones).cte("left")
-    return select(back.c.id, back.c.name, back.c.status).add_cte(*of_ended)
+    return sa.select(back.c.id, back.c.name, back.c.status).add_cte(*of_ended)
 
 
-def _later(crashes: ColumnElement[int]) -> ColumnElement[Any]:
+def _later(crashes: sa.ColumnElement[int]) -> sa.ColumnElement[Any]:
     """Give a time that doubles with each crash, spread by a hash: `random()` has no place in an UPDATE.
 
     Of the id and the number of crashes, so that two that died together once are apart the next time.
     """
-    doubled = pg.power(2, func.least(crashes - SUSPECT, _DOUBLINGS))
-    hashed = pg.hashtextextended(cast(WORKFLOW.c.id, Text), cast(crashes, BigInteger))
-    bits = hashed.op("&")(cast(literal_column(str(_SPREADS - 1)), BigInteger))
-    spread = 0.5 + cast(bits, Double) / cast(literal_column(str(_SPREADS)), Double)
-    return pg.statement_timestamp() + interval(func.least(doubled * spread, _LONGEST_BACKOFF))
+    doubled = pg.power(2, sa.func.least(crashes - SUSPECT, _DOUBLINGS))
+    hashed = pg.hashtextextended(sa.cast(WORKFLOW.c.id, Text), sa.cast(crashes, sa.BigInteger))
+    bits = hashed.op("&")(sa.cast(sa.literal_column(str(_SPREADS - 1)), sa.BigInteger))
+    spread = 0.5 + sa.cast(bits, sa.Double) / sa.cast(sa.literal_column(str(_SPREADS)), sa.Double)
+    return pg.statement_timestamp() + interval(sa.func.least(doubled * spread, _LONGEST_BACKOFF))
 
 
-def _max_attempts_error(crashes: ColumnElement[int]) -> Any:
+def _max_attempts_error(crashes: sa.ColumnElement[int]) -> Any:
     message = pg.concat(
-        bindparam("reason", type_=Text()),
+        sa.bindparam("reason", type_=Text()),
         " in attempt ",
         WORKFLOW.c.attempt,
         ", the last one allowed: ",
@@ -254,25 +237,25 @@ def _max_attempts_error(crashes: ColumnElement[int]) -> Any:
         " in a row recorded no step",
     )
     return pg.jsonb_build_object(
-        literal("type", Text()),
-        literal(MAX_ATTEMPTS_TYPE, Text()),
-        literal("message", Text()),
+        sa.literal("type", Text()),
+        sa.literal(MAX_ATTEMPTS_TYPE, Text()),
+        sa.literal("message", Text()),
         message,
         type_=JSONB,
     )
 
 
-_WANTED = WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID())
-_WANTED_ATTEMPT = and_(_WANTED, WORKFLOW.c.token == bindparam("wanted_token", type_=PG_UUID()))
-_MINE = and_(_among(WORKFLOW.c.name, "mine_names"), _among(WORKFLOW.c.queue, "mine_queues"))
-_ASKING = bindparam("asking_id", type_=PG_UUID())
-_OF_OTHERS = or_(_ASKING.is_(None), WORKFLOW.c.worker_id != _ASKING)
+_WANTED = WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID())
+_WANTED_ATTEMPT = sa.and_(_WANTED, WORKFLOW.c.token == sa.bindparam("wanted_token", type_=sa.UUID()))
+_MINE = sa.and_(_among(WORKFLOW.c.name, "mine_names"), _among(WORKFLOW.c.queue, "mine_queues"))
+_ASKING = sa.bindparam("asking_id", type_=sa.UUID())
+_OF_OTHERS = sa.or_(_ASKING.is_(None), WORKFLOW.c.worker_id != _ASKING)
 _RECLAIM, _RECLAIM_PART, _ABANDONED = divided(_reclaim_all_statement)
 _LOCK_ONE = (
-    select(WORKFLOW.c.id)
+    sa.select(WORKFLOW.c.id)
     .where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING), _expired(), _WANTED)
     .with_for_update(key_share=True, of=WORKFLOW)
 )
-_RECLAIM_ONE = _back_statement(_taken_back(_expired(), _WANTED, skip_locked=False, mine=true()), suspect=false())
-_ABANDON = _reclaim_statement(_taken_back(_WANTED_ATTEMPT, skip_locked=True, mine=true()))
-_STILL_RUNNING = select(WORKFLOW.c.id).where(_WANTED_ATTEMPT, WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
+_RECLAIM_ONE = _back_statement(_taken_back(_expired(), _WANTED, skip_locked=False, mine=sa.true()), suspect=sa.false())
+_ABANDON = _reclaim_statement(_taken_back(_WANTED_ATTEMPT, skip_locked=True, mine=sa.true()))
+_STILL_RUNNING = sa.select(WORKFLOW.c.id).where(_WANTED_ATTEMPT, WORKFLOW.c.status == status(WorkflowStatus.RUNNING))

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Integer, and_, bindparam, case, literal, null, or_, select, update
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
@@ -73,26 +72,26 @@ def fail_one(session: Session, workflow_id: UUID) -> bool:
     return failed
 
 
-def is_overdue() -> ColumnElement[bool]:
+def is_overdue() -> sa.ColumnElement[bool]:
     """Tell that the deadline of an unfinished workflow has come: with the conditions of the index of deadlines."""
     is_past = WORKFLOW.c.deadline_at <= pg.statement_timestamp()
-    return and_(WORKFLOW.c.finished_at.is_(None), is_past, ~undoes())
+    return sa.and_(WORKFLOW.c.finished_at.is_(None), is_past, ~undoes())
 
 
-def in_time() -> ColumnElement[bool]:
+def in_time() -> sa.ColumnElement[bool]:
     """Tell that there is still time to begin; to undo something there always is."""
     is_ahead = WORKFLOW.c.deadline_at > pg.statement_timestamp()
-    return or_(WORKFLOW.c.deadline_at.is_(None), is_ahead, undoes())
+    return sa.or_(WORKFLOW.c.deadline_at.is_(None), is_ahead, undoes())
 
 
 def reason() -> Any:
     """Give the words for what has happened to a workflow at its deadline."""
-    return pg.concat(literal("it was not finished at its deadline, ", Text()), WORKFLOW.c.deadline_at)
+    return pg.concat(sa.literal("it was not finished at its deadline, ", Text()), WORKFLOW.c.deadline_at)
 
 
-def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: bool) -> tuple[Any, Any]:
+def _fail_statement(*conditions: sa.ColumnElement[bool], limit: Any, skip_locked: bool) -> tuple[Any, Any]:
     overdue = materialized(
-        select(WORKFLOW.c.id, WORKFLOW.c.worker_id)
+        sa.select(WORKFLOW.c.id, WORKFLOW.c.worker_id)
         .where(is_overdue(), *conditions)
         .order_by(WORKFLOW.c.deadline_at)
         .limit(limit)
@@ -102,19 +101,19 @@ def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: b
     compensates = WORKFLOW.c.cancellation == COMPENSATES
     now = pg.statement_timestamp()
     failed = (
-        update(WORKFLOW)
+        sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == overdue.c.id)
         .values(
-            status=case((compensates, WorkflowStatus.PENDING.value), else_=WorkflowStatus.FAILED.value),
-            error=case((compensates, null()), else_=_error()),
-            finished_at=case((compensates, null()), else_=now),
-            cancellation=case((compensates, OVERDUE)),
-            attempt=case((compensates, next_attempt()), else_=WORKFLOW.c.attempt),
-            enqueued_at=case((compensates, now), else_=WORKFLOW.c.enqueued_at),
-            worker_id=case((compensates, null()), else_=WORKFLOW.c.worker_id),
-            token=null(),
-            wake_at=null(),
-            awaits=null(),
+            status=sa.case((compensates, WorkflowStatus.PENDING.value), else_=WorkflowStatus.FAILED.value),
+            error=sa.case((compensates, sa.null()), else_=_error()),
+            finished_at=sa.case((compensates, sa.null()), else_=now),
+            cancellation=sa.case((compensates, OVERDUE)),
+            attempt=sa.case((compensates, next_attempt()), else_=WORKFLOW.c.attempt),
+            enqueued_at=sa.case((compensates, now), else_=WORKFLOW.c.enqueued_at),
+            worker_id=sa.case((compensates, sa.null()), else_=WORKFLOW.c.worker_id),
+            token=sa.null(),
+            wake_at=sa.null(),
+            awaits=sa.null(),
         )
         .returning(
             WORKFLOW.c.id,
@@ -127,25 +126,25 @@ def _fail_statement(*conditions: ColumnElement[bool], limit: Any, skip_locked: b
         .cte("failed")
     )
     told = failed.c.id, failed.c.name, failed.c.finished_at, failed.c.executing_id
-    return select(*told).add_cte(asking(failed).cte("asked"), deleting_notices(failed).cte("cleared")), select(
+    return sa.select(*told).add_cte(asking(failed).cte("asked"), deleting_notices(failed).cte("cleared")), sa.select(
         overdue.c.id
     )
 
 
 def _fail_overdue_statement(within: Within) -> tuple[Any, Any]:
     conditions = WORKFLOW.c.deadline_at >= beginning(), within(WORKFLOW.c.id)
-    return _fail_statement(*conditions, limit=bindparam("limit", type_=Integer()), skip_locked=True)
+    return _fail_statement(*conditions, limit=sa.bindparam("limit", type_=sa.Integer()), skip_locked=True)
 
 
 def _error() -> Any:
     return pg.jsonb_build_object(
-        literal("type", Text()),
-        literal(TIMEOUT_TYPE, Text()),
-        literal("message", Text()),
+        sa.literal("type", Text()),
+        sa.literal(TIMEOUT_TYPE, Text()),
+        sa.literal("message", Text()),
         reason(),
         type_=JSONB,
     )
 
 
 _FAIL_OVERDUE, _FAIL_PART, _OVERDUE = divided(_fail_overdue_statement)
-_FAIL_ONE, _ = _fail_statement(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), limit=1, skip_locked=False)
+_FAIL_ONE, _ = _fail_statement(WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()), limit=1, skip_locked=False)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, Engine
+import sqlalchemy as sa
 
 
-def alone(engine: Engine) -> Engine:
+def alone(engine: sa.Engine) -> sa.Engine:
     """Give an engine whose statements are each a transaction of their own, in one round trip.
 
     But for asyncpg: it prepares a statement in one round trip and executes it in another, and a pooler in transaction
@@ -14,7 +14,7 @@ def alone(engine: Engine) -> Engine:
     return engine if engine.dialect.driver == "asyncpg" else engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
-def keeps_statements(connection: Connection) -> bool:
+def keeps_statements(connection: sa.Connection) -> bool:
     """Tell whether the driver keeps prepared statements; executes nothing.
 
     Who has turned that off has a pooler in transaction mode in between, behind which no notification arrives.

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import and_, bindparam, cast, literal_column, select, true
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
@@ -98,8 +97,8 @@ def take(connectable: Connectable, checkpoint: Checkpoint, *, workflow_id: UUID,
 
 def _columns() -> dict[str, Any]:
     return {
-        "key": cast(bindparam("event_key", type_=Text()), Text),
-        "value": cast(cast(bindparam("event_value", type_=Text()), Text), JSONB),
+        "key": sa.cast(sa.bindparam("event_key", type_=Text()), Text),
+        "value": sa.cast(sa.cast(sa.bindparam("event_value", type_=Text()), Text), JSONB),
         "step_key": GIVEN["key"],
         "created_at": pg.statement_timestamp(),
     }
@@ -108,43 +107,43 @@ def _columns() -> dict[str, Any]:
 def _record_statement() -> Any:
     owned = own_row()
     checkpoint = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id}
-    recorded = insert_from(checkpoint, select(*checkpoint.values())).returning(STEP.c.workflow_id).cte("recorded")
+    recorded = insert_from(checkpoint, sa.select(*checkpoint.values())).returning(STEP.c.workflow_id).cte("recorded")
     columns = {"workflow_id": recorded.c.workflow_id, **_columns()}
-    event = insert(EVENT).from_select(list(columns), select(*columns.values()), include_defaults=False)
-    return select(select(owned.c.id).exists()).add_cte(event.returning(EVENT.c.id).cte("event"))
+    event = insert(EVENT).from_select(list(columns), sa.select(*columns.values()), include_defaults=False)
+    return sa.select(sa.select(owned.c.id).exists()).add_cte(event.returning(EVENT.c.id).cte("event"))
 
 
 def _put_statement() -> Any:
     columns = {"workflow_id": WORKFLOW.c.id, **_columns()}
-    source = select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
+    source = sa.select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
     return insert(EVENT).from_select(list(columns), source, include_defaults=False).returning(EVENT.c.id)
 
 
 def _newest() -> Any:
     """Give the latest value of the event, as the primary key orders them."""
     return (
-        select(EVENT.c.value)
+        sa.select(EVENT.c.value)
         .where(
-            EVENT.c.workflow_id == bindparam("wanted_id", type_=PG_UUID()),
-            EVENT.c.key == bindparam("event_key", type_=Text()),
+            EVENT.c.workflow_id == sa.bindparam("wanted_id", type_=sa.UUID()),
+            EVENT.c.key == sa.bindparam("event_key", type_=Text()),
         )
         .order_by(EVENT.c.id.desc())
-        .limit(literal_column("1"))
+        .limit(sa.literal_column("1"))
     )
 
 
 def _take_statement() -> Any:
     owned, newest = own_row(), materialized(_newest(), "newest")
-    succeeded = literal_column(f"'{StepStatus.SUCCEEDED}'", type_=STEP.c.status.type)
-    own = and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], STEP.c.status == succeeded)
-    known = select(cast(STEP.c.output, Text)).where(own)
+    succeeded = sa.literal_column(f"'{StepStatus.SUCCEEDED}'", type_=STEP.c.status.type)
+    own = sa.and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], STEP.c.status == succeeded)
+    known = sa.select(sa.cast(STEP.c.output, Text)).where(own)
     columns = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id, "output": newest.c.value}
-    recorded = insert_from(columns, select(*columns.values()).select_from(owned.join(newest, true())))
+    recorded = insert_from(columns, sa.select(*columns.values()).select_from(owned.join(newest, sa.true())))
     taken = recorded.returning(STEP.c.output).cte("taken")
-    standing = select(WORKFLOW.c.status).where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()))
-    return select(
-        select(owned.c.id).exists().label("owned"),
-        select(cast(taken.c.output, Text)).scalar_subquery().label("taken"),
+    standing = sa.select(WORKFLOW.c.status).where(WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()))
+    return sa.select(
+        sa.select(owned.c.id).exists().label("owned"),
+        sa.select(sa.cast(taken.c.output, Text)).scalar_subquery().label("taken"),
         known.scalar_subquery().label("known"),
         standing.scalar_subquery().label("status"),
     )
@@ -152,7 +151,7 @@ def _take_statement() -> Any:
 
 _RECORD = _record_statement()
 _PUT = _put_statement()
-_LATEST = select(WORKFLOW.c.status, cast(_newest().scalar_subquery(), Text).label("value")).where(
-    WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID())
+_LATEST = sa.select(WORKFLOW.c.status, sa.cast(_newest().scalar_subquery(), Text).label("value")).where(
+    WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID())
 )
 _TAKE = _take_statement()

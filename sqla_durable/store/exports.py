@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, bindparam, cast, func, select
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
@@ -35,21 +34,21 @@ def read(connectable: Connectable, workflow_ids: Sequence[UUID]) -> list[Exporte
     return [_exported(row) for row in execute(connectable, _READ, {"ids": list(workflow_ids)})]
 
 
-def _exported(row: Row[Any]) -> Exported:
+def _exported(row: sa.Row[Any]) -> Exported:
     return Exported(row.id, row.name, row.version, row.status, row.attempt, row.input, row.output, row.error)
 
 
 _READ = (
-    select(
+    sa.select(
         WORKFLOW.c.id,
         WORKFLOW.c.name,
         WORKFLOW.c.version,
         WORKFLOW.c.status,
         WORKFLOW.c.attempt,
-        cast(WORKFLOW.c.input, Text).label("input"),
-        cast(WORKFLOW.c.output, Text).label("output"),
-        cast(WORKFLOW.c.error, Text).label("error"),
+        sa.cast(WORKFLOW.c.input, Text).label("input"),
+        sa.cast(WORKFLOW.c.output, Text).label("output"),
+        sa.cast(WORKFLOW.c.error, Text).label("error"),
     )
-    .where(WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID()))))
+    .where(WORKFLOW.c.id == sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID()))))
     .order_by(WORKFLOW.c.id)
 )

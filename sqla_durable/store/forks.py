@@ -12,23 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    FromClause,
-    and_,
-    bindparam,
-    case,
-    cast,
-    func,
-    literal_column,
-    null,
-    or_,
-    select,
-    true,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.models import Workflow
@@ -52,8 +37,8 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.selection import Wanted, among
 
-_SUCCEEDED = literal_column(f"'{StepStatus.SUCCEEDED}'", type_=Text())
-_SOURCES = bindparam("sources", type_=ARRAY(PG_UUID()))
+_SUCCEEDED = sa.literal_column(f"'{StepStatus.SUCCEEDED}'", type_=Text())
+_SOURCES = sa.bindparam("sources", type_=ARRAY(sa.UUID()))
 _STANDING = {"status", "output", "error", "crashes", "token", "worker_id", "wake_at", "awaits", "finished_at"}
 _NOT_COPIED = _STANDING | {"created_at", "enqueued_at", "parent_id", "parent_key", "detached"}
 
@@ -77,20 +62,20 @@ class Change:
 
 def sources(session: Session, wanted: Wanted) -> dict[UUID, str]:
     """Give the workflows that there are, in the order of their ids, with their names."""
-    rows = execute(session, select(WORKFLOW.c.id, WORKFLOW.c.name).where(among(wanted.ids)).order_by(WORKFLOW.c.id))
+    rows = execute(session, sa.select(WORKFLOW.c.id, WORKFLOW.c.name).where(among(wanted.ids)).order_by(WORKFLOW.c.id))
     return {row.id: row.name for row in rows}
 
 
 def find(session: Session, name: str, key: str) -> Workflow | None:
     """Give the record that has this name and key."""
-    statement = select(*WORKFLOW.c).where(WORKFLOW.c.name == name, WORKFLOW.c.key == key)
+    statement = sa.select(*WORKFLOW.c).where(WORKFLOW.c.name == name, WORKFLOW.c.key == key)
     row = execute(session, statement).mappings().one_or_none()
     return None if row is None else record_of(session, row)
 
 
 def records(session: Session, ids: Sequence[UUID]) -> list[Workflow]:
     """Give records in the order of the ids."""
-    rows = execute(session, select(*WORKFLOW.c).where(among(ids))).mappings()
+    rows = execute(session, sa.select(*WORKFLOW.c).where(among(ids))).mappings()
     by_id = {row["id"]: record_of(session, row) for row in rows}
     return [by_id[each] for each in ids]
 
@@ -123,64 +108,66 @@ def _copy_statement() -> Any:
         _insert_events(cut, copied, started),
         _insert_stream_items(cut, copied, started),
     ]
-    return select(started.c.id).add_cte(*(each.cte(f"inserted_{number}") for number, each in enumerate(effects)))
+    return sa.select(started.c.id).add_cte(*(each.cte(f"inserted_{number}") for number, each in enumerate(effects)))
 
 
-def _cut() -> CTE:
+def _cut() -> sa.CTE:
     """Give the workflows with the position from which on nothing is copied; none if one lacks a step."""
-    batch = table("batch", {"source": PG_UUID(), "id": PG_UUID()})
+    batch = table("batch", {"source": sa.UUID(), "id": sa.UUID()})
     needed = table("needed", {"key": Text()})
-    same = and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == needed.c.key)
+    same = sa.and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == needed.c.key)
     lacking = (
-        select(batch.c.id).select_from(batch.join(needed, true()).outerjoin(STEP, same)).where(STEP.c.key.is_(None))
+        sa.select(batch.c.id)
+        .select_from(batch.join(needed, sa.true()).outerjoin(STEP, same))
+        .where(STEP.c.key.is_(None))
     )
-    at = and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == bindparam("from_step", type_=Text()))
-    chosen = select(batch.c.source, batch.c.id, STEP.c.position).select_from(batch.outerjoin(STEP, at))
+    at = sa.and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == sa.bindparam("from_step", type_=Text()))
+    chosen = sa.select(batch.c.source, batch.c.id, STEP.c.position).select_from(batch.outerjoin(STEP, at))
     return materialized(chosen.where(~lacking.correlate(None).exists()), "cut")
 
 
-def _copied(cut: CTE) -> CTE:
+def _copied(cut: sa.CTE) -> sa.CTE:
     """Give the outcomes before the cut, and those that are given."""
     outcome = table("outcome", {"key": Text(), "value": Text()})
-    before = and_(~unfinished(), STEP.c.position < cut.c.position)
+    before = sa.and_(~unfinished(), STEP.c.position < cut.c.position)
     replaced = outcome.c.key.is_not(None)
     columns = [each for each in STEP.c if each.name not in ("workflow_id", "status", "output", "error", "wake_at")]
     rows = (
-        select(
+        sa.select(
             cut.c.id.label("workflow_id"),
             cut.c.source,
-            func.coalesce(before, literal_column("false")).label("is_before"),
-            case((replaced, _SUCCEEDED), else_=cast(STEP.c.status, Text)).label("status"),
-            case((replaced, cast(outcome.c.value, JSONB)), else_=STEP.c.output).label("output"),
-            case((replaced, null()), else_=STEP.c.error).label("error"),
+            sa.func.coalesce(before, sa.literal_column("false")).label("is_before"),
+            sa.case((replaced, _SUCCEEDED), else_=sa.cast(STEP.c.status, Text)).label("status"),
+            sa.case((replaced, sa.cast(outcome.c.value, JSONB)), else_=STEP.c.output).label("output"),
+            sa.case((replaced, sa.null()), else_=STEP.c.error).label("error"),
             *columns,
         )
         .select_from(
             cut.join(STEP, _of_source(STEP.c.workflow_id, cut)).outerjoin(outcome, outcome.c.key == STEP.c.key)
         )
-        .where(or_(before, replaced))
+        .where(sa.or_(before, replaced))
     )
     return materialized(rows, "copied")
 
 
-def _insert_workflows(cut: CTE, copied: CTE) -> Any:
+def _insert_workflows(cut: sa.CTE, copied: sa.CTE) -> Any:
     # As if its copied steps were of earlier attempts: what they recorded is no progress of the first one.
-    attempts = select(pg.max(copied.c.attempt)).where(copied.c.workflow_id == cut.c.id).scalar_subquery()
+    attempts = sa.select(pg.max(copied.c.attempt)).where(copied.c.workflow_id == cut.c.id).scalar_subquery()
     now = pg.statement_timestamp()
-    changed: dict[str, ColumnElement[Any]] = {
+    changed: dict[str, sa.ColumnElement[Any]] = {
         "id": cut.c.id,
-        "key": bindparam("new_key", type_=Text()),
-        "queue": func.coalesce(bindparam("new_queue", type_=Text()), WORKFLOW.c.queue),
-        "input": WORKFLOW.c.input.op("||")(cast(bindparam("new_input", type_=Text()), JSONB)),
-        "attempt": next_attempt(func.coalesce(attempts, literal_column("0"))),
-        "started_at": case((attempts.is_not(None), now)),  # only what was started before has a history to be read
+        "key": sa.bindparam("new_key", type_=Text()),
+        "queue": sa.func.coalesce(sa.bindparam("new_queue", type_=Text()), WORKFLOW.c.queue),
+        "input": WORKFLOW.c.input.op("||")(sa.cast(sa.bindparam("new_input", type_=Text()), JSONB)),
+        "attempt": next_attempt(sa.func.coalesce(attempts, sa.literal_column("0"))),
+        "started_at": sa.case((attempts.is_not(None), now)),  # only what was started before has a history to be read
         "deadline_at": now + WORKFLOW.c.timeout,
         "forked_from": cut.c.source,
         "cancellation": still_compensates(),
-        "version": func.coalesce(bindparam("new_version", type_=Text()), WORKFLOW.c.version),
+        "version": sa.func.coalesce(sa.bindparam("new_version", type_=Text()), WORKFLOW.c.version),
     }
     columns = {each.name: each for each in WORKFLOW.c if each.name not in _NOT_COPIED} | changed
-    source = select(*columns.values()).join_from(cut, WORKFLOW, _of_source(WORKFLOW.c.id, cut))
+    source = sa.select(*columns.values()).join_from(cut, WORKFLOW, _of_source(WORKFLOW.c.id, cut))
     return (
         insert(WORKFLOW)
         .from_select(list(columns), source.order_by(cut.c.source), include_defaults=False)
@@ -189,37 +176,37 @@ def _insert_workflows(cut: CTE, copied: CTE) -> Any:
     )
 
 
-def _insert_steps(copied: CTE, started: CTE) -> Any:
+def _insert_steps(copied: sa.CTE, started: sa.CTE) -> Any:
     columns = [each for each in copied.c if each.name in STEP.c]
-    source = select(*columns).join_from(copied, started, started.c.id == copied.c.workflow_id)
+    source = sa.select(*columns).join_from(copied, started, started.c.id == copied.c.workflow_id)
     return insert(STEP).from_select([each.name for each in columns], source, include_defaults=False)
 
 
-def _insert_events(cut: CTE, copied: CTE, started: CTE) -> Any:
+def _insert_events(cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
     names = ("key", "value", "step_key", "created_at")
-    source = select(cut.c.id, *(EVENT.c[name] for name in names)).select_from(_shown(EVENT, cut, copied, started))
+    source = sa.select(cut.c.id, *(EVENT.c[name] for name in names)).select_from(_shown(EVENT, cut, copied, started))
     return insert(EVENT).from_select(["workflow_id", *names], source.order_by(EVENT.c.id), include_defaults=False)
 
 
-def _insert_stream_items(cut: CTE, copied: CTE, started: CTE) -> Any:
+def _insert_stream_items(cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
     """Numbered anew: what is left out may have stood in between."""
     number = pg.row_number().over(partition_by=(cut.c.id, STREAM_ITEM.c.name), order_by=STREAM_ITEM.c.number)
     names = ("name", "value", "closed", "step_key", "attempt", "step_attempt", "created_at")
-    columns = [cut.c.id, number - literal_column("1"), *(STREAM_ITEM.c[name] for name in names)]
-    source = select(*columns).select_from(_shown(STREAM_ITEM, cut, copied, started))
+    columns = [cut.c.id, number - sa.literal_column("1"), *(STREAM_ITEM.c[name] for name in names)]
+    source = sa.select(*columns).select_from(_shown(STREAM_ITEM, cut, copied, started))
     return insert(STREAM_ITEM).from_select(["workflow_id", "number", *names], source, include_defaults=False)
 
 
-def _shown(what: Any, cut: CTE, copied: CTE, started: CTE) -> Any:
+def _shown(what: Any, cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
     """Give what the copied steps before the cut have shown."""
-    theirs = and_(copied.c.source == what.c.workflow_id, copied.c.key == what.c.step_key, copied.c.is_before)
-    own = and_(copied.c.workflow_id == cut.c.id, _of_source(what.c.workflow_id, cut))
+    theirs = sa.and_(copied.c.source == what.c.workflow_id, copied.c.key == what.c.step_key, copied.c.is_before)
+    own = sa.and_(copied.c.workflow_id == cut.c.id, _of_source(what.c.workflow_id, cut))
     return what.join(copied, theirs).join(cut, own).join(started, started.c.id == cut.c.id)
 
 
-def _of_source(column: ColumnElement[UUID], rows: FromClause) -> ColumnElement[bool]:
+def _of_source(column: sa.ColumnElement[UUID], rows: sa.FromClause) -> sa.ColumnElement[bool]:
     """Join with the workflows that are copied; by the array too, whose length the planner knows."""
-    return and_(column == rows.c.source, column == func.any(_SOURCES))
+    return sa.and_(column == rows.c.source, column == sa.func.any(_SOURCES))
 
 
 _COPY = _copy_statement()

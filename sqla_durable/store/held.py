@@ -10,27 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    FromClause,
-    Integer,
-    Select,
-    and_,
-    bindparam,
-    case,
-    cast,
-    delete,
-    func,
-    literal,
-    literal_column,
-    or_,
-    select,
-    true,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
@@ -52,7 +33,7 @@ from sqla_durable.store.signals import LEFT, is_new, noting
 from sqla_durable.store.steps import given_row, mine
 
 _MOST_LEAVERS = 100
-_ONE = literal_column("1", type_=Integer())
+_ONE = sa.literal_column("1", type_=sa.Integer())
 
 
 def release(connectable: Connectable, *, ids: Sequence[UUID], limit: int) -> list[UUID]:
@@ -90,16 +71,16 @@ def leave(connectable: Connectable, parents: Sequence[UUID]) -> None:
     execute(connectable, _LEAVE, {"ids": list(parents)})
 
 
-def leaving(parents: FromClause) -> Any:
+def leaving(parents: sa.FromClause) -> Any:
     """Insert the same for those of a statement's workflows that hold something."""
     # LIMIT: probed by the index of children, whatever the planner believes of the number of parents.
-    holds = select(WORKFLOW.c.id).where(WORKFLOW.c.parent_id == parents.c.id, is_held()).limit(_ONE).lateral("holds")
-    return noting(select(parents.c.id, literal(LEFT), true()).select_from(parents.join(holds, true())))
+    holds = sa.select(WORKFLOW.c.id).where(WORKFLOW.c.parent_id == parents.c.id, is_held()).limit(_ONE).lateral("holds")
+    return noting(sa.select(parents.c.id, sa.literal(LEFT), sa.true()).select_from(parents.join(holds, sa.true())))
 
 
-def is_held(table: FromClause = WORKFLOW) -> ColumnElement[bool]:
+def is_held(table: sa.FromClause = WORKFLOW) -> sa.ColumnElement[bool]:
     """Tell a child that waits for others to end."""
-    return and_(
+    return sa.and_(
         has_status(table, WorkflowStatus.SUSPENDED),
         table.c.wake_at.is_(None),
         table.c.awaits.is_(None),
@@ -109,7 +90,7 @@ def is_held(table: FromClause = WORKFLOW) -> ColumnElement[bool]:
 
 def _let_go(first: Any) -> Any:
     return (
-        update(WORKFLOW)
+        sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == first.c.id, is_held())
         .values(status=WorkflowStatus.PENDING, enqueued_at=pg.statement_timestamp())
         .returning(WORKFLOW.c.id)
@@ -117,74 +98,74 @@ def _let_go(first: Any) -> Any:
 
 
 def _release_statement() -> Any:
-    first = _held_ones().limit(bindparam("limit", type_=Integer()))
+    first = _held_ones().limit(sa.bindparam("limit", type_=sa.Integer()))
     return _let_go(materialized(first.with_for_update(key_share=True, skip_locked=True, of=WORKFLOW), "first"))
 
 
 def _release_rest_statement() -> Any:
     owner = WORKFLOW.alias("owner")
-    owned = select(owner.c.id).where(*mine(owner)).exists()
+    owned = sa.select(owner.c.id).where(*mine(owner)).exists()
     return _let_go(materialized(_held_ones().where(owned).with_for_update(key_share=True, of=WORKFLOW), "first"))
 
 
 def _release_of_statement() -> Any:
-    parents = func.any(bindparam("ids", type_=ARRAY(PG_UUID())))
-    return _let_go(materialized(select(WORKFLOW.c.id).where(WORKFLOW.c.parent_id == parents, is_held()), "first"))
+    parents = sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID())))
+    return _let_go(materialized(sa.select(WORKFLOW.c.id).where(WORKFLOW.c.parent_id == parents, is_held()), "first"))
 
 
-def _held_ones() -> Select[tuple[UUID]]:
-    given = WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID())))
-    return select(WORKFLOW.c.id).where(given, is_held()).order_by(WORKFLOW.c.id)
+def _held_ones() -> sa.Select[tuple[UUID]]:
+    given = WORKFLOW.c.id == sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID())))
+    return sa.select(WORKFLOW.c.id).where(given, is_held()).order_by(WORKFLOW.c.id)
 
 
 def _release_left_statement(within: Within) -> tuple[Any, Any]:
     left = materialized(
-        select(SIGNAL.c.workflow_id, SIGNAL.c.id)
-        .where(is_new(), SIGNAL.c.name == literal_column(f"'{LEFT}'"), within(SIGNAL.c.workflow_id))
+        sa.select(SIGNAL.c.workflow_id, SIGNAL.c.id)
+        .where(is_new(), SIGNAL.c.name == sa.literal_column(f"'{LEFT}'"), within(SIGNAL.c.workflow_id))
         .order_by(SIGNAL.c.created_at)
-        .limit(literal_column(str(_MOST_LEAVERS)))
+        .limit(sa.literal_column(str(_MOST_LEAVERS)))
         .with_for_update(key_share=True, skip_locked=True),
         "left",
     )
     child = WORKFLOW.alias("child")
     known = _known_statement(left).cte("known")
-    is_known = cast(child.c.id, Text).in_(select(known.c.child_id))
-    forgotten = or_(_has_ended(child), ~is_known)
-    orphans = select(child.c.id).where(child.c.parent_id == left.c.workflow_id, is_held(child), forgotten)
+    is_known = sa.cast(child.c.id, Text).in_(sa.select(known.c.child_id))
+    forgotten = sa.or_(_has_ended(child), ~is_known)
+    orphans = sa.select(child.c.id).where(child.c.parent_id == left.c.workflow_id, is_held(child), forgotten)
     some = (
         orphans.order_by(child.c.id)
-        .limit(bindparam("limit", type_=Integer()))
+        .limit(sa.bindparam("limit", type_=sa.Integer()))
         .with_for_update(key_share=True, skip_locked=True, of=child)
         .lateral("some")
     )
-    first = materialized(select(some.c.id).select_from(left.join(some, true())), "first")
-    rest = orphans.where(child.c.id.not_in(select(first.c.id))).correlate(left).exists()
-    same = and_(SIGNAL.c.workflow_id == left.c.workflow_id, SIGNAL.c.id == left.c.id)
-    gone = delete(SIGNAL).where(same, ~rest).returning(SIGNAL.c.id).cte("gone")
-    return _let_go(first).add_cte(gone), select(left.c.workflow_id)
+    first = materialized(sa.select(some.c.id).select_from(left.join(some, sa.true())), "first")
+    rest = orphans.where(child.c.id.not_in(sa.select(first.c.id))).correlate(left).exists()
+    same = sa.and_(SIGNAL.c.workflow_id == left.c.workflow_id, SIGNAL.c.id == left.c.id)
+    gone = sa.delete(SIGNAL).where(same, ~rest).returning(SIGNAL.c.id).cte("gone")
+    return _let_go(first).add_cte(gone), sa.select(left.c.workflow_id)
 
 
-def _has_ended(child: FromClause) -> ColumnElement[bool]:
+def _has_ended(child: sa.FromClause) -> sa.ColumnElement[bool]:
     """Tell that the parent will not let it go, because it has ended."""
     parent = WORKFLOW.alias("parent")
-    ended = select(parent.c.id).where(parent.c.id == child.c.parent_id, parent.c.finished_at.is_not(None))
+    ended = sa.select(parent.c.id).where(parent.c.id == child.c.parent_id, parent.c.finished_at.is_not(None))
     return ended.correlate(child).exists()
 
 
-def _known_statement(left: CTE) -> Any:
+def _known_statement(left: sa.CTE) -> Any:
     """Give the children that the parents know to have started: of one key, only those that were started last.
 
     By their ids: a parent that was rewound or has begun anew may have started others under the same key since.
     """
-    listed = case((pg.jsonb_typeof(STEP.c.output) == literal_column("'array'"), STEP.c.output))
+    listed = sa.case((pg.jsonb_typeof(STEP.c.output) == sa.literal_column("'array'"), STEP.c.output))
     children = pg.jsonb_array_elements_text(listed).table_valued("value").render_derived(name="started")
-    starts = and_(STEP.c.workflow_id == left.c.workflow_id, STEP.c.name.startswith(literal_column("'start:'")))
-    known = select(children.c.value.label("child_id")).select_from(left.join(STEP, starts).join(children, true()))
+    starts = sa.and_(STEP.c.workflow_id == left.c.workflow_id, STEP.c.name.startswith(sa.literal_column("'start:'")))
+    known = sa.select(children.c.value.label("child_id")).select_from(left.join(STEP, starts).join(children, sa.true()))
     return known.where(children.c.value.is_not(None))
 
 
 def _leave_statement() -> Any:
-    given = select(WORKFLOW.c.id).where(WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID()))))
+    given = sa.select(WORKFLOW.c.id).where(WORKFLOW.c.id == sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID()))))
     return leaving(given.cte("parents"))
 
 

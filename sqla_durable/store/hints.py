@@ -16,7 +16,7 @@ from hashlib import sha256
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine, column, func, literal, select, text
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from sqla_durable.models import SCHEMA
@@ -63,7 +63,7 @@ def channel(schema: str) -> str:
     return _PREFIX + (schema if plain else sha256(schema.encode()).hexdigest()[:32])
 
 
-def channel_on(bind: Engine | Connection) -> str:
+def channel_on(bind: sa.Engine | sa.Connection) -> str:
     """Give the channel for the tables where an engine or a connection finds them."""
     names: dict[str, str] = bind.get_execution_options().get("schema_translate_map") or {}
     return channel(names.get(SCHEMA) or SCHEMA)
@@ -99,7 +99,7 @@ def read(payload: str) -> tuple[Kind | None, str]:
     return (Kind(kind), name) if colon and kind in _KINDS else (None, "")
 
 
-def notify(connection: Connection, hints: Iterable[Hint]) -> None:
+def notify(connection: sa.Connection, hints: Iterable[Hint]) -> None:
     """Send hints by one statement, on a connection in autocommit.
 
     NOTIFY takes a lock of the whole database until its transaction ends, so it must be the only statement in it. It
@@ -107,21 +107,21 @@ def notify(connection: Connection, hints: Iterable[Hint]) -> None:
     RecordTransactionCommit in xact.c.
     """
     channels, payloads = zip(*sorted(set(hints)), strict=True)
-    shape = column("channel", Text()), column("payload", Text())
-    each = func.unnest(_texts(channels), _texts(payloads)).table_valued(*shape).render_derived(name="hint")
-    connection.execute(select(pg.pg_notify(each.c.channel, each.c.payload)))
+    shape = sa.column("channel", Text()), sa.column("payload", Text())
+    each = sa.func.unnest(_texts(channels), _texts(payloads)).table_valued(*shape).render_derived(name="hint")
+    connection.execute(sa.select(pg.pg_notify(each.c.channel, each.c.payload)))
 
 
-def listen(connection: Connection) -> None:
+def listen(connection: sa.Connection) -> None:
     """Let a connection in autocommit be notified, until it is closed."""
     name = connection.dialect.identifier_preparer.quote_identifier(channel_on(connection))
-    connection.execute(text(f"LISTEN {name}"))
+    connection.execute(sa.text(f"LISTEN {name}"))
 
 
-def probe(connection: Connection) -> None:
+def probe(connection: sa.Connection) -> None:
     """Ask for an answer, whatever it is."""
-    connection.execute(select(1))
+    connection.execute(sa.select(1))
 
 
 def _texts(values: Iterable[str]) -> Any:
-    return literal(list(values), ARRAY(Text()))
+    return sa.literal(list(values), ARRAY(Text()))

@@ -7,7 +7,7 @@ isolation level it sees what its snapshot has, and `ON CONFLICT DO NOTHING` of a
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, literal_column, select
+import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import KeyNotVisibleError
@@ -22,10 +22,10 @@ class SnapshotKept(Exception):
     """Nothing was inserted, because the transaction keeps a snapshot: to be inserted in a savepoint."""
 
 
-def sees_the_latest() -> ColumnElement[bool]:
+def sees_the_latest() -> sa.ColumnElement[bool]:
     """Return the condition that each statement of the transaction has a snapshot of its own."""
-    setting: ColumnElement[str] = literal_column("'transaction_isolation'", type_=Text())
-    return pg.current_setting(setting, type_=Text()) == literal_column("'read committed'", type_=Text())
+    setting: sa.ColumnElement[str] = sa.literal_column("'transaction_isolation'", type_=Text())
+    return pg.current_setting(setting, type_=Text()) == sa.literal_column("'read committed'", type_=Text())
 
 
 def require_the_latest(session: Session) -> None:
@@ -34,7 +34,7 @@ def require_the_latest(session: Session) -> None:
     Raises:
         SnapshotKept: it does.
     """
-    if not scalar(session, select(sees_the_latest())):
+    if not scalar(session, sa.select(sees_the_latest())):
         raise SnapshotKept
 
 

@@ -12,8 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Float, and_, bindparam, cast, func, literal_column, select, text, true
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+import sqlalchemy as sa
 
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
@@ -35,9 +34,9 @@ from sqla_durable.store.signals import LEFT, is_new
 LATE = timedelta(seconds=2)
 """How long after its statement a transaction may commit, and still be seen by looks that do not read everything."""
 
-_LATE = text("interval '2 seconds'")
-_DEAD_LATELY = text("interval '1 minute'")
-_EARLIEST = text("timestamptz '0001-01-02 00:00Z'")  # the first that Python's datetime holds in every time zone
+_LATE = sa.text("interval '2 seconds'")
+_DEAD_LATELY = sa.text("interval '1 minute'")
+_EARLIEST = sa.text("timestamptz '0001-01-02 00:00Z'")  # the first that Python's datetime holds in every time zone
 _MONTH = 30 * 86_400.0
 
 
@@ -147,17 +146,17 @@ def _beginning(marks: Marks) -> dict[str, str]:
     }
 
 
-def _claimable() -> ColumnElement[bool]:
+def _claimable() -> sa.ColumnElement[bool]:
     listened = listened_queues()
     # Limited and in the order of the claim's index: else a plan reads the table until something of the queue comes,
     # and an empty queue costs all of it.
     place = WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id
-    first = select(WORKFLOW.c.id).where(pending_in(listened)).order_by(*place).limit(1).lateral("first")
-    return select(first.c.id).select_from(listened.join(first, true())).exists()
+    first = sa.select(WORKFLOW.c.id).where(pending_in(listened)).order_by(*place).limit(1).lateral("first")
+    return sa.select(first.c.id).select_from(listened.join(first, sa.true())).exists()
 
 
-def _first(column: ColumnElement[datetime], *conditions: ColumnElement[bool]) -> Any:
-    return select(pg.min(column)).where(*conditions).scalar_subquery()
+def _first(column: sa.ColumnElement[datetime], *conditions: sa.ColumnElement[bool]) -> Any:
+    return sa.select(pg.min(column)).where(*conditions).scalar_subquery()
 
 
 def _mark(first: Any) -> Any:
@@ -165,55 +164,55 @@ def _mark(first: Any) -> Any:
 
     What is of a later time than now does not keep the next look from what comes before it.
     """
-    return func.greatest(func.least(first, pg.statement_timestamp()), _EARLIEST) - _LATE
+    return sa.func.greatest(sa.func.least(first, pg.statement_timestamp()), _EARLIEST) - _LATE
 
 
 def _next_due_in() -> Any:
-    ahead = pg.statement_timestamp() + pg.make_interval(*[literal_column("0")] * 6, _WITHIN)
+    ahead = pg.statement_timestamp() + pg.make_interval(*[sa.literal_column("0")] * 6, _WITHIN)
     later = _first(WORKFLOW.c.wake_at, _SUSPENDED, _between(WORKFLOW.c.wake_at, ahead))
     deadline = _first(WORKFLOW.c.deadline_at, WORKFLOW.c.finished_at.is_(None), _between(WORKFLOW.c.deadline_at, ahead))
-    return cast(func.extract("epoch", func.least(later, deadline) - pg.statement_timestamp()), Float)
+    return sa.cast(sa.func.extract("epoch", sa.func.least(later, deadline) - pg.statement_timestamp()), sa.Float)
 
 
-def _between(column: ColumnElement[datetime], ahead: Any) -> ColumnElement[bool]:
-    return and_(column > pg.statement_timestamp(), column <= ahead)
+def _between(column: sa.ColumnElement[datetime], ahead: Any) -> sa.ColumnElement[bool]:
+    return sa.and_(column > pg.statement_timestamp(), column <= ahead)
 
 
-def _abandoned() -> ColumnElement[bool]:
+def _abandoned() -> sa.ColumnElement[bool]:
     # Limited, so that each dead worker is looked up: else a plan may read whatever is running to find its worker.
     left = (
-        select(WORKFLOW.c.id)
+        sa.select(WORKFLOW.c.id)
         .where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING), WORKFLOW.c.worker_id == WORKER.c.id)
         .limit(1)
         .lateral("left_behind")
     )
     dead = WORKER.c.lease_expires_at.between(beginning("since_expired"), pg.statement_timestamp())
-    return select(left.c.id).select_from(WORKER.join(left, true())).where(dead).exists()
+    return sa.select(left.c.id).select_from(WORKER.join(left, sa.true())).where(dead).exists()
 
 
-def _alive() -> ColumnElement[bool]:
-    mine = WORKER.c.id == bindparam("looking_id", type_=PG_UUID())
-    return select(WORKER.c.id).where(mine, WORKER.c.lease_expires_at > pg.statement_timestamp()).exists()
+def _alive() -> sa.ColumnElement[bool]:
+    mine = WORKER.c.id == sa.bindparam("looking_id", type_=sa.UUID())
+    return sa.select(WORKER.c.id).where(mine, WORKER.c.lease_expires_at > pg.statement_timestamp()).exists()
 
 
 def _look_statement() -> Any:
     due = WORKFLOW.c.wake_at.between(beginning("since_wake"), pg.statement_timestamp())
-    firsts = select(
+    firsts = sa.select(
         _first(WORKFLOW.c.wake_at, _SUSPENDED, due).label("first_wake_at"),
         _first(WORKFLOW.c.deadline_at, is_overdue(), WORKFLOW.c.deadline_at >= beginning("since_deadline")).label(
             "first_deadline_at"
         ),
         _first(SIGNAL.c.created_at, is_new("since_sent")).label("first_sent_at"),
     ).cte("firsts")
-    is_left = SIGNAL.c.name == literal_column(f"'{LEFT}'")
-    return select(
+    is_left = SIGNAL.c.name == sa.literal_column(f"'{LEFT}'")
+    return sa.select(
         firsts.c.first_wake_at.is_not(None).label("due"),
         _claimable().label("claimable"),
         _next_due_in().label("next_due_in"),
         _abandoned().label("abandoned"),
         _alive().label("alive"),
-        select(SIGNAL.c.id).where(is_new("since_sent"), is_left).exists().label("left"),
-        select(pg.array_agg(QUEUE.c.name)).where(QUEUE.c.paused_at.is_not(None)).scalar_subquery().label("paused"),
+        sa.select(SIGNAL.c.id).where(is_new("since_sent"), is_left).exists().label("left"),
+        sa.select(pg.array_agg(QUEUE.c.name)).where(QUEUE.c.paused_at.is_not(None)).scalar_subquery().label("paused"),
         firsts.c.first_deadline_at.is_not(None).label("overdue"),
         firsts.c.first_sent_at.is_not(None).label("undelivered"),
         _mark(firsts.c.first_wake_at).label("wake_mark"),
@@ -224,6 +223,6 @@ def _look_statement() -> Any:
     )
 
 
-_WITHIN = bindparam("within", type_=Float())
+_WITHIN = sa.bindparam("within", type_=sa.Float())
 _SUSPENDED = WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED)
 _LOOK = _look_statement()

@@ -9,24 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    ColumnElement,
-    FromClause,
-    Select,
-    and_,
-    case,
-    delete,
-    func,
-    literal,
-    literal_column,
-    not_,
-    null,
-    or_,
-    select,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import ArgumentError
@@ -55,10 +39,10 @@ from sqla_durable.store.selection import Wanted, among, hold, known, workers_of
 from sqla_durable.store.signals import EARLIER, REFUSED
 from sqla_durable.store.trees import hold_cancelled_with, is_not_undone
 
-_STOPPED = and_(
+_STOPPED = sa.and_(
     WORKFLOW.c.token.is_(None),  # one that failed by itself keeps its token, whatever its error is
     WORKFLOW.c.error["type"].astext.in_(
-        literal_column(f"'{each}'") for each in (MAX_ATTEMPTS_TYPE, REFUSED_TYPE, TIMEOUT_TYPE)
+        sa.literal_column(f"'{each}'") for each in (MAX_ATTEMPTS_TYPE, REFUSED_TYPE, TIMEOUT_TYPE)
     ),
 )
 _SHOWN_KEYS = 20
@@ -70,9 +54,9 @@ def resume(session: Session, wanted: Wanted) -> list[UUID]:
     With those of their trees that were cancelled with them. Their histories stand, and their crashes are forgiven.
     Waits for whoever holds a row.
     """
-    stopped = and_(WORKFLOW.c.status == status(WorkflowStatus.FAILED), _STOPPED)
-    cancelled = and_(WORKFLOW.c.status == status(WorkflowStatus.CANCELLED), is_not_undone())
-    held = hold_cancelled_with(session, wanted, or_(cancelled, stopped))
+    stopped = sa.and_(WORKFLOW.c.status == status(WorkflowStatus.FAILED), _STOPPED)
+    cancelled = sa.and_(WORKFLOW.c.status == status(WorkflowStatus.CANCELLED), is_not_undone())
+    held = hold_cancelled_with(session, wanted, sa.or_(cancelled, stopped))
     return _enqueue(session, wanted, held)
 
 
@@ -81,11 +65,13 @@ def retry(session: Session, wanted: Wanted) -> list[UUID]:
 
     Not those with a saga: what is recorded of them may have been undone.
     """
-    failed = and_(WORKFLOW.c.status == status(WorkflowStatus.FAILED), not_(_STOPPED), WORKFLOW.c.cancellation.is_(None))
-    held = hold(session, wanted, lambda meant: and_(meant, failed))
+    failed = sa.and_(
+        WORKFLOW.c.status == status(WorkflowStatus.FAILED), sa.not_(_STOPPED), WORKFLOW.c.cancellation.is_(None)
+    )
+    held = hold(session, wanted, lambda meant: sa.and_(meant, failed))
     if held:
-        gone = and_(_of(STEP, held), STEP.c.workflow_id == WORKFLOW.c.id, _made_it_fail())
-        execute(session, delete(STEP).where(gone))
+        gone = sa.and_(_of(STEP, held), STEP.c.workflow_id == WORKFLOW.c.id, _made_it_fail())
+        execute(session, sa.delete(STEP).where(gone))
         _give_back(session, held)
     return _enqueue(session, wanted, held)
 
@@ -104,8 +90,8 @@ def rewind(session: Session, wanted: Wanted, *, to_step: str) -> tuple[list[UUID
     workers = workers_of(session, held)
     if held:
         cut = STEP.alias("cut")
-        here = and_(cut.c.workflow_id == STEP.c.workflow_id, cut.c.key == literal(to_step, Text()))
-        execute(session, delete(STEP).where(_of(STEP, held), here, STEP.c.position >= cut.c.position))
+        here = sa.and_(cut.c.workflow_id == STEP.c.workflow_id, cut.c.key == sa.literal(to_step, Text()))
+        execute(session, sa.delete(STEP).where(_of(STEP, held), here, STEP.c.position >= cut.c.position))
         _hide(session, held)
         _give_back(session, held)
         leave(session, held)
@@ -119,7 +105,9 @@ def refuse_unrecorded(session: Session, ids: Sequence[UUID], keys: Sequence[str]
         ArgumentError: with the workflow, the step, and the steps that it has.
     """
     recorded: dict[UUID, list[str]] = {each: [] for each in ids}
-    for row in execute(session, select(STEP.c.workflow_id, STEP.c.key).where(_of(STEP, ids)).order_by(STEP.c.position)):
+    for row in execute(
+        session, sa.select(STEP.c.workflow_id, STEP.c.key).where(_of(STEP, ids)).order_by(STEP.c.position)
+    ):
         recorded[row.workflow_id].append(row.key)
     for workflow_id, found in recorded.items():
         missing = [key for key in keys if key not in found]
@@ -132,10 +120,10 @@ def refuse_unrecorded(session: Session, ids: Sequence[UUID], keys: Sequence[str]
             )
 
 
-def renewed_deadline() -> ColumnElement[Any]:
+def renewed_deadline() -> sa.ColumnElement[Any]:
     """Give the deadline of a workflow that is enqueued anew: one that has passed would end it again at once."""
     now = pg.statement_timestamp()
-    return case((WORKFLOW.c.deadline_at <= now, now + WORKFLOW.c.timeout), else_=WORKFLOW.c.deadline_at)
+    return sa.case((WORKFLOW.c.deadline_at <= now, now + WORKFLOW.c.timeout), else_=WORKFLOW.c.deadline_at)
 
 
 def _enqueue(session: Session, wanted: Wanted, held: Sequence[UUID], **more: Any) -> list[UUID]:
@@ -144,28 +132,28 @@ def _enqueue(session: Session, wanted: Wanted, held: Sequence[UUID], **more: Any
         "status": WorkflowStatus.PENDING,
         "attempt": next_attempt(),
         "crashes": 0,
-        "token": null(),
-        "worker_id": null(),
-        "output": null(),
-        "error": null(),
+        "token": sa.null(),
+        "worker_id": sa.null(),
+        "output": sa.null(),
+        "error": sa.null(),
         "enqueued_at": pg.statement_timestamp(),
-        "wake_at": null(),
-        "awaits": null(),
+        "wake_at": sa.null(),
+        "awaits": sa.null(),
         "deadline_at": renewed_deadline(),
-        "finished_at": null(),
+        "finished_at": sa.null(),
         **more,
     }
     if held:
-        scalars(session, update(WORKFLOW).where(among(held)).values(again).returning(WORKFLOW.c.id)).all()
+        scalars(session, sa.update(WORKFLOW).where(among(held)).values(again).returning(WORKFLOW.c.id)).all()
     refresh_known(session, known(wanted, held))
     return list(held)
 
 
-def _of(table: FromClause, ids: Sequence[UUID]) -> ColumnElement[bool]:
-    return table.c.workflow_id == func.any(literal(list(ids), ARRAY(PG_UUID())))
+def _of(table: sa.FromClause, ids: Sequence[UUID]) -> sa.ColumnElement[bool]:
+    return table.c.workflow_id == sa.func.any(sa.literal(list(ids), ARRAY(sa.UUID())))
 
 
-def _made_it_fail() -> ColumnElement[bool]:
+def _made_it_fail() -> sa.ColumnElement[bool]:
     """Tell which steps a workflow that failed is to execute again: its failed ones, except what it had got over.
 
     It has got over a failed step if it went on: if it began another one after that, which succeeded. Unless it failed
@@ -173,53 +161,53 @@ def _made_it_fail() -> ColumnElement[bool]:
     """
     failed = STEP.c.status == _step_status(StepStatus.FAILED)
     later = STEP.alias("later")
-    went_on = select(later.c.key).where(
+    went_on = sa.select(later.c.key).where(
         later.c.workflow_id == STEP.c.workflow_id,
         later.c.status == _step_status(StepStatus.SUCCEEDED),
         later.c.position > STEP.c.position,
         later.c.started_at >= STEP.c.finished_at,
     )
-    raised = and_(failed, or_(~went_on.exists(), STEP.c.position == _last_shown_in_error()))
-    return or_(raised, STEP.c.status == _step_status(StepStatus.RETRYING))
+    raised = sa.and_(failed, sa.or_(~went_on.exists(), STEP.c.position == _last_shown_in_error()))
+    return sa.or_(raised, STEP.c.status == _step_status(StepStatus.RETRYING))
 
 
 def _last_shown_in_error() -> Any:
     """Give the position of the last failed step whose error is the workflow's, its cause, or one of its group."""
     each = STEP.alias("each")
     kind = pg.split_part(each.c.error["type"].astext, ":", 2, type_=Text())
-    message = func.coalesce(each.c.error["message"].astext, words(""))
-    line = case((message == words(""), kind), else_=kind + words(": ") + message)
-    shown = pg.strpos(func.coalesce(WORKFLOW.c.error["traceback"].astext, words("")), line) > 0
-    same = and_(
+    message = sa.func.coalesce(each.c.error["message"].astext, words(""))
+    line = sa.case((message == words(""), kind), else_=kind + words(": ") + message)
+    shown = pg.strpos(sa.func.coalesce(WORKFLOW.c.error["traceback"].astext, words("")), line) > 0
+    same = sa.and_(
         each.c.error["type"] == WORKFLOW.c.error["type"], each.c.error["message"] == WORKFLOW.c.error["message"]
     )
-    of_failed = and_(each.c.workflow_id == WORKFLOW.c.id, each.c.status == _step_status(StepStatus.FAILED))
-    last: Select[Any] = select(pg.max(each.c.position)).where(of_failed, or_(same, shown))
+    of_failed = sa.and_(each.c.workflow_id == WORKFLOW.c.id, each.c.status == _step_status(StepStatus.FAILED))
+    last: sa.Select[Any] = sa.select(pg.max(each.c.position)).where(of_failed, sa.or_(same, shown))
     return last.correlate(WORKFLOW).scalar_subquery()
 
 
 def _hide(session: Session, held: Sequence[UUID]) -> None:
     """Take back what steps without a record have shown; not what those of earlier rounds have."""
-    began = select(WORKFLOW.c.begun_anew_at)
+    began = sa.select(WORKFLOW.c.begun_anew_at)
     for shown in (EVENT, STREAM_ITEM):
         began_at = began.where(WORKFLOW.c.id == shown.c.workflow_id).scalar_subquery()
-        this_round = or_(began_at.is_(None), shown.c.created_at >= began_at)
-        execute(session, delete(shown).where(_of(shown, held), _has_no_step(shown, shown.c.step_key), this_round))
+        this_round = sa.or_(began_at.is_(None), shown.c.created_at >= began_at)
+        execute(session, sa.delete(shown).where(_of(shown, held), _has_no_step(shown, shown.c.step_key), this_round))
 
 
 def _give_back(session: Session, held: Sequence[UUID]) -> None:
     """Put back into the inbox what steps without a record have consumed."""
-    gone = and_(
+    gone = sa.and_(
         _has_no_step(SIGNAL, SIGNAL.c.consumed_by), SIGNAL.c.consumed_by.not_in([words(REFUSED), words(EARLIER)])
     )
-    consumed = update(SIGNAL).where(_of(SIGNAL, held), gone)
-    execute(session, consumed.values(consumed_by=null()))
+    consumed = sa.update(SIGNAL).where(_of(SIGNAL, held), gone)
+    execute(session, consumed.values(consumed_by=sa.null()))
 
 
-def _has_no_step(table: FromClause, key: ColumnElement[Any]) -> ColumnElement[bool]:
-    step = select(STEP.c.key).where(STEP.c.workflow_id == table.c.workflow_id, STEP.c.key == key)
-    return and_(key.is_not(None), ~step.exists())
+def _has_no_step(table: sa.FromClause, key: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
+    step = sa.select(STEP.c.key).where(STEP.c.workflow_id == table.c.workflow_id, STEP.c.key == key)
+    return sa.and_(key.is_not(None), ~step.exists())
 
 
-def _step_status(value: StepStatus) -> ColumnElement[Any]:
-    return literal_column(f"'{value}'", type_=STEP.c.status.type)
+def _step_status(value: StepStatus) -> sa.ColumnElement[Any]:
+    return sa.literal_column(f"'{value}'", type_=STEP.c.status.type)

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, bindparam, func, or_, true
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.store._rows import Connectable, scalars
 
-Within: TypeAlias = Callable[[ColumnElement[UUID]], ColumnElement[bool]]
+Within: TypeAlias = Callable[[sa.ColumnElement[UUID]], sa.ColumnElement[bool]]
 """Makes the condition that a workflow with this id belongs to the part."""
 
 
@@ -66,11 +65,11 @@ def divided(build: Callable[[Within], tuple[Any, Any]]) -> tuple[Any, Any, Any]:
     Args:
         build: makes the statement and the select, with a condition on the column of ids.
     """
-    whole, _ = build(lambda _: true())
+    whole, _ = build(lambda _: sa.true())
     return whole, *build(_within)
 
 
-def _within(column: ColumnElement[UUID]) -> ColumnElement[bool]:
-    only = bindparam("only_ids", type_=ARRAY(PG_UUID()))
-    besides = bindparam("besides_ids", type_=ARRAY(PG_UUID()))
-    return and_(or_(only.is_(None), column == func.any(only)), column != func.all(besides))
+def _within(column: sa.ColumnElement[UUID]) -> sa.ColumnElement[bool]:
+    only = sa.bindparam("only_ids", type_=ARRAY(sa.UUID()))
+    besides = sa.bindparam("besides_ids", type_=ARRAY(sa.UUID()))
+    return sa.and_(sa.or_(only.is_(None), column == sa.func.any(only)), column != sa.func.all(besides))

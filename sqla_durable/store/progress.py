@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import and_, bindparam, cast, func, literal_column, null, or_, select
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from sqla_durable.models.column_types import Text
@@ -32,27 +32,27 @@ def report(connectable: Connectable, checkpoint: Checkpoint, *, details: str | N
 
 
 def _report_statement() -> Any:
-    owned = materialized(select(WORKFLOW.c.id).where(*mine()).with_for_update(key_share=True, of=WORKFLOW), "owned")
-    details = cast(cast(bindparam("details", type_=Text()), Text), JSONB)
+    owned = materialized(sa.select(WORKFLOW.c.id).where(*mine()).with_for_update(key_share=True, of=WORKFLOW), "owned")
+    details = sa.cast(sa.cast(sa.bindparam("details", type_=Text()), Text), JSONB)
     columns = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id, "details": details}
-    inserted = insert(STEP).from_select(list(columns), select(*columns.values()), include_defaults=False)
+    inserted = insert(STEP).from_select(list(columns), sa.select(*columns.values()), include_defaults=False)
     given = inserted.excluded
-    same_or_later = or_(STEP.c.status == _RUNNING, STEP.c.attempts < given.attempts)
+    same_or_later = sa.or_(STEP.c.status == _RUNNING, STEP.c.attempts < given.attempts)
     reported = inserted.on_conflict_do_update(
         index_elements=["workflow_id", "key"],
         set_={
             "status": given.status,
             "attempt": given.attempt,
             "attempts": given.attempts,
-            "wake_at": null(),
+            "wake_at": sa.null(),
             # The first try may have been on another server, whose clock was ahead.
-            "finished_at": func.greatest(given.finished_at, STEP.c.started_at),
-            "details": func.coalesce(given.details, STEP.c.details),
+            "finished_at": sa.func.greatest(given.finished_at, STEP.c.started_at),
+            "details": sa.func.coalesce(given.details, STEP.c.details),
         },
-        where=and_(unfinished(), same_or_later),
+        where=sa.and_(unfinished(), same_or_later),
     ).returning(STEP.c.key)
-    return select(select(owned.c.id).exists()).add_cte(reported.cte("reported"))
+    return sa.select(sa.select(owned.c.id).exists()).add_cte(reported.cte("reported"))
 
 
-_RUNNING = literal_column(f"'{StepStatus.RUNNING}'", type_=STEP.c.status.type)
+_RUNNING = sa.literal_column(f"'{StepStatus.RUNNING}'", type_=STEP.c.status.type)
 _REPORT = _report_statement()

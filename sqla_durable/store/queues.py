@@ -13,26 +13,8 @@ from datetime import datetime
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import (
-    ColumnElement,
-    DateTime,
-    Integer,
-    Row,
-    SmallInteger,
-    and_,
-    bindparam,
-    case,
-    cast,
-    func,
-    literal_column,
-    or_,
-    select,
-    true,
-    tuple_,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
@@ -55,12 +37,12 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.parts import WHOLE, Part, Within, divided
 
-_LIMIT = bindparam("limit", type_=Integer())
-_TOKEN = bindparam("new_token", type_=PG_UUID())
-_WORKER = bindparam("claimant", type_=PG_UUID())
-_NAMES = bindparam("names", type_=ARRAY(Text()))
-_VERSIONS = bindparam("versions", type_=ARRAY(Text()))
-_PLACE: Columns = {"priority": SmallInteger(), "enqueued_at": DateTime(timezone=True), "id": PG_UUID()}
+_LIMIT = sa.bindparam("limit", type_=sa.Integer())
+_TOKEN = sa.bindparam("new_token", type_=sa.UUID())
+_WORKER = sa.bindparam("claimant", type_=sa.UUID())
+_NAMES = sa.bindparam("names", type_=ARRAY(Text()))
+_VERSIONS = sa.bindparam("versions", type_=ARRAY(Text()))
+_PLACE: Columns = {"priority": sa.SmallInteger(), "enqueued_at": sa.DateTime(timezone=True), "id": sa.UUID()}
 
 
 _NO_PRIORITY = 32_768  # more than a smallint holds
@@ -165,7 +147,7 @@ def with_histories(connectable: Connectable, claimed: Sequence[Claimed]) -> list
     return [replace(each, history=histories.get(each.fence.workflow_id, {})) for each in claimed]
 
 
-def _claimed(row: Row[Any], token: UUID) -> Claimed:
+def _claimed(row: sa.Row[Any], token: UUID) -> Claimed:
     fence = Fence(row.id, token)
     headers: dict[str, str] = row.headers or {}
     ends = row.is_child, row.is_cancelling, row.overdue
@@ -185,9 +167,9 @@ def listening(ranges: Ranges) -> dict[str, str]:
 
 def listened_queues() -> Any:
     """Return the `wanted` ranges of those queues that are not paused."""
-    wanted = table("wanted", {"name": Text(), **_PLACE, "until": Integer()})
-    paused = select(QUEUE.c.name).where(QUEUE.c.name == wanted.c.name, QUEUE.c.paused_at.is_not(None)).exists()
-    return select(*wanted.c).where(~paused).subquery("listened")
+    wanted = table("wanted", {"name": Text(), **_PLACE, "until": sa.Integer()})
+    paused = sa.select(QUEUE.c.name).where(QUEUE.c.name == wanted.c.name, QUEUE.c.paused_at.is_not(None)).exists()
+    return sa.select(*wanted.c).where(~paused).subquery("listened")
 
 
 def known(names: Sequence[str], versions: Sequence[str]) -> dict[str, list[str]]:
@@ -197,15 +179,15 @@ def known(names: Sequence[str], versions: Sequence[str]) -> dict[str, list[str]]
 
 def pending_in(listened: Any) -> Any:
     """Tell what can be claimed from a queue: what is `known` and pending."""
-    all_versions = pg.cardinality(_VERSIONS) == literal_column("0")
-    return and_(
+    all_versions = pg.cardinality(_VERSIONS) == sa.literal_column("0")
+    return sa.and_(
         WORKFLOW.c.status == status(WorkflowStatus.PENDING),
         WORKFLOW.c.queue == listened.c.name,
-        tuple_(*_place()) > tuple_(*(listened.c[each] for each in _PLACE)),
+        sa.tuple_(*_place()) > sa.tuple_(*(listened.c[each] for each in _PLACE)),
         WORKFLOW.c.priority < listened.c.until,
-        WORKFLOW.c.name == func.any(_NAMES),
+        WORKFLOW.c.name == sa.func.any(_NAMES),
         deadlines.in_time(),
-        or_(all_versions, WORKFLOW.c.version.is_(None), WORKFLOW.c.version == func.any(_VERSIONS)),
+        sa.or_(all_versions, WORKFLOW.c.version.is_(None), WORKFLOW.c.version == sa.func.any(_VERSIONS)),
     )
 
 
@@ -214,7 +196,7 @@ def _heads(within: Within) -> Any:
     listened = listened_queues()
     place = _place()
     head = (
-        select(*place, WORKFLOW.c.started_at)
+        sa.select(*place, WORKFLOW.c.started_at)
         .where(pending_in(listened), within(WORKFLOW.c.id))
         .order_by(*place)
         .limit(_LIMIT)
@@ -222,22 +204,22 @@ def _heads(within: Within) -> Any:
         .lateral("head")
     )
     return (
-        select(head.c.id, head.c.started_at)
-        .select_from(listened.join(head, true()))
+        sa.select(head.c.id, head.c.started_at)
+        .select_from(listened.join(head, sa.true()))
         .order_by(head.c.priority, head.c.enqueued_at, head.c.id)
         .limit(_LIMIT)
     )
 
 
-def _place() -> tuple[ColumnElement[Any], ...]:
+def _place() -> tuple[sa.ColumnElement[Any], ...]:
     return tuple(WORKFLOW.c[each] for each in _PLACE)
 
 
 def _one() -> Any:
     return (
-        select(WORKFLOW.c.id, WORKFLOW.c.started_at)
+        sa.select(WORKFLOW.c.id, WORKFLOW.c.started_at)
         .where(
-            WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()),
+            WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()),
             WORKFLOW.c.status == status(WorkflowStatus.PENDING),
             deadlines.in_time(),
         )
@@ -245,28 +227,28 @@ def _one() -> Any:
     )
 
 
-def _deadline() -> ColumnElement[Any]:
+def _deadline() -> sa.ColumnElement[Any]:
     """Give the deadline from the first claim on; LEAST passes over NULL."""
-    return func.least(WORKFLOW.c.deadline_at, pg.statement_timestamp() + WORKFLOW.c.timeout)
+    return sa.func.least(WORKFLOW.c.deadline_at, pg.statement_timestamp() + WORKFLOW.c.timeout)
 
 
 def _claim_many_statement(within: Within) -> tuple[Any, Any]:
     heads = materialized(_heads(within), "heads")
-    return _claim_statement(_heads(within)), select(heads.c.id)
+    return _claim_statement(_heads(within)), sa.select(heads.c.id)
 
 
 def _claim_statement(candidates: Any) -> Any:
     # MATERIALIZED: as a subquery in WHERE the planner may execute it again and claim more than the limit.
     claimable = materialized(candidates, "claimable")
     return (
-        update(WORKFLOW)
+        sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == claimable.c.id)
         .values(
             status=WorkflowStatus.RUNNING,
             token=_TOKEN,
             worker_id=_WORKER,
-            started_at=func.coalesce(WORKFLOW.c.started_at, pg.statement_timestamp()),
-            deadline_at=case((WORKFLOW.c.started_at.is_(None), _deadline()), else_=WORKFLOW.c.deadline_at),
+            started_at=sa.func.coalesce(WORKFLOW.c.started_at, pg.statement_timestamp()),
+            deadline_at=sa.case((WORKFLOW.c.started_at.is_(None), _deadline()), else_=WORKFLOW.c.deadline_at),
         )
         .returning(
             WORKFLOW.c.id,
@@ -275,13 +257,13 @@ def _claim_statement(candidates: Any) -> Any:
             WORKFLOW.c.queue,
             WORKFLOW.c.priority,
             WORKFLOW.c.enqueued_at,
-            cast(WORKFLOW.c.input, Text).label("input"),
+            sa.cast(WORKFLOW.c.input, Text).label("input"),
             WORKFLOW.c.headers,
             claimable.c.started_at.is_not(None).label("started"),
             pg.statement_timestamp().label("claimed_at"),
             WORKFLOW.c.parent_id.is_not(None).label("is_child"),
             undoes().label("is_cancelling"),
-            case((WORKFLOW.c.cancellation == OVERDUE, deadlines.reason())).label("overdue"),
+            sa.case((WORKFLOW.c.cancellation == OVERDUE, deadlines.reason())).label("overdue"),
         )
     )
 

@@ -7,21 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    Boolean,
-    CheckConstraint,
-    Column,
-    ColumnElement,
-    bindparam,
-    literal,
-    literal_column,
-    null,
-    select,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
@@ -54,35 +42,35 @@ def _failed(connectable: Connectable, statement: Any, workflow_id: UUID, reason:
 
 def _fail_statement() -> tuple[Any, Any]:
     unfinished = materialized(
-        select(WORKFLOW.c.id)
-        .where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), WORKFLOW.c.finished_at.is_(None))
+        sa.select(WORKFLOW.c.id)
+        .where(WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()), WORKFLOW.c.finished_at.is_(None))
         .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW),
         "unfinished",
     )
     texts = ("type", REFUSED_TYPE, "message")
-    described = (*(literal(each, Text()) for each in texts), bindparam("reason", type_=Text()))
+    described = (*(sa.literal(each, Text()) for each in texts), sa.bindparam("reason", type_=Text()))
     failed = (
-        update(WORKFLOW)
+        sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == unfinished.c.id)
         .values(
             status=WorkflowStatus.FAILED,
             error=pg.jsonb_build_object(*described, type_=JSONB),
             finished_at=pg.statement_timestamp(),
-            token=null(),
-            wake_at=null(),
-            awaits=null(),
+            token=sa.null(),
+            wake_at=sa.null(),
+            awaits=sa.null(),
         )
         .returning(WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits)
     )
     ended = failed.cte("ended")
     telling = asking(ended).cte("asked"), deleting_notices(ended).cte("cleared"), leaving(ended).cte("left")
-    return select(ended.c.id).add_cte(*telling), failed
+    return sa.select(ended.c.id).add_cte(*telling), failed
 
 
 def _checks() -> Iterator[tuple[str, str]]:
     """Yield for each check the columns that it is about, and its condition; those of times for each column."""
     for each in sorted(WORKFLOW.constraints, key=lambda constraint: str(constraint.name)):
-        if isinstance(each, CheckConstraint):
+        if isinstance(each, sa.CheckConstraint):
             condition = str(each.sqltext)
             columns = [column for column in WORKFLOW.c if _names(column.name, condition)]
             if condition.startswith("least("):
@@ -93,7 +81,7 @@ def _checks() -> Iterator[tuple[str, str]]:
                 yield f"{' and '.join(map(_shown, columns))}, {each.name}", condition
 
 
-def _shown(column: Column[Any]) -> str:
+def _shown(column: sa.Column[Any]) -> str:
     kind = column.type.compile(dialect=_DIALECT).lower()
     return f"{column.name} of type {kind}"
 
@@ -105,8 +93,8 @@ def _names(column: str, condition: str) -> bool:
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy does not annotate it
 _CHECKS = dict(_checks())
 _FAIL, _FAIL_ALONE = _fail_statement()
-_COLUMNS: list[ColumnElement[bool]] = [
-    literal_column(f"({each}) IS FALSE", type_=Boolean()).label(f"check_{number}")
+_COLUMNS: list[sa.ColumnElement[bool]] = [
+    sa.literal_column(f"({each}) IS FALSE", type_=sa.Boolean()).label(f"check_{number}")
     for number, each in enumerate(_CHECKS.values())
 ]
-_FAULTS = select(*_COLUMNS).where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()))
+_FAULTS = sa.select(*_COLUMNS).where(WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()))

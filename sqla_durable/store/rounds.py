@@ -4,24 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    FromClause,
-    Integer,
-    and_,
-    bindparam,
-    cast,
-    delete,
-    literal_column,
-    null,
-    or_,
-    select,
-    text,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
@@ -48,12 +32,12 @@ from sqla_durable.store._rows import (
 from sqla_durable.store.held import leaving
 from sqla_durable.store.signals import ANSWER, CALLBACK, EARLIER, REFUSED, UPDATE
 
-_FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
+_FENCE: Columns = {"id": sa.UUID(), "token": sa.UUID()}
 _SUSPENDED_FOR = 30  # seconds, after which the workflow is replayed if the second statement has not come
 _READ_WITHIN = 5  # seconds in which a sender who waits for an answer has read it, because it looks four times a second
-_CALLBACK: ColumnElement[str] = literal_column(f"'{CALLBACK}'", type_=Text())
-_UPDATE: ColumnElement[str] = literal_column(f"'{UPDATE}'", type_=Text())
-_ANSWER: ColumnElement[str] = literal_column(f"'{ANSWER}'", type_=Text())
+_CALLBACK: sa.ColumnElement[str] = sa.literal_column(f"'{CALLBACK}'", type_=Text())
+_UPDATE: sa.ColumnElement[str] = sa.literal_column(f"'{UPDATE}'", type_=Text())
+_ANSWER: sa.ColumnElement[str] = sa.literal_column(f"'{ANSWER}'", type_=Text())
 
 
 def restart(connectable: Connectable, fence: Fence, *, given: str) -> bool:
@@ -81,40 +65,40 @@ def restart(connectable: Connectable, fence: Fence, *, given: str) -> bool:
 def _suspend_statement() -> Any:
     """Suspend the workflow until the second statement."""
     mine = owned(table("batch", _FENCE), skip_locked=False)
-    wake_at = pg.statement_timestamp() + interval(literal_column(str(_SUSPENDED_FOR)))
+    wake_at = pg.statement_timestamp() + interval(sa.literal_column(str(_SUSPENDED_FOR)))
     return (
-        update(WORKFLOW)
+        sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == mine.c.id)
-        .values(status=WorkflowStatus.SUSPENDED, token=null(), worker_id=null(), wake_at=wake_at)
+        .values(status=WorkflowStatus.SUSPENDED, token=sa.null(), worker_id=sa.null(), wake_at=wake_at)
         .returning(WORKFLOW.c.attempt)
     )
 
 
 def _restart_statement() -> Any:
     suspended = materialized(
-        select(WORKFLOW.c.id)
+        sa.select(WORKFLOW.c.id)
         .where(
-            WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()),
-            WORKFLOW.c.attempt == bindparam("wanted_attempt", type_=Integer()),
+            WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()),
+            WORKFLOW.c.attempt == sa.bindparam("wanted_attempt", type_=sa.Integer()),
             WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
             WORKFLOW.c.awaits.is_(None),
         )
         .with_for_update(key_share=True, of=WORKFLOW),
         "suspended",
     )
-    forgotten = delete(STEP).where(STEP.c.workflow_id == suspended.c.id).returning(STEP.c.key).cte("forgotten")
+    forgotten = sa.delete(STEP).where(STEP.c.workflow_id == suspended.c.id).returning(STEP.c.key).cte("forgotten")
     return (
-        update(WORKFLOW)
+        sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == suspended.c.id)
         .values(
             status=WorkflowStatus.PENDING,
-            input=cast(cast(bindparam("input", type_=Text()), Text), JSONB),
+            input=sa.cast(sa.cast(sa.bindparam("input", type_=Text()), Text), JSONB),
             attempt=next_attempt(),
             crashes=0,
-            token=null(),
-            worker_id=null(),
-            wake_at=null(),
-            cancellation=null(),
+            token=sa.null(),
+            worker_id=sa.null(),
+            wake_at=sa.null(),
+            cancellation=sa.null(),
             enqueued_at=pg.statement_timestamp(),
             begun_anew_at=pg.statement_timestamp(),
         )
@@ -123,58 +107,58 @@ def _restart_statement() -> Any:
     )
 
 
-def _forget_sent(suspended: FromClause) -> tuple[CTE, CTE, CTE]:
+def _forget_sent(suspended: sa.FromClause) -> tuple[sa.CTE, sa.CTE, sa.CTE]:
     """Delete what was taken, with the answers; what has a key stays, without its payload.
 
     Outcomes of callbacks go too: the steps that would read them are gone, those of earlier rounds whose answer crossed
     with their end as well.
     """
-    mine: ColumnElement[bool] = SIGNAL.c.workflow_id == suspended.c.id
-    taken = and_(mine, SIGNAL.c.consumed_by.is_not(None))
-    kept = or_(SIGNAL.c.key.is_not(None), and_(SIGNAL.c.name.startswith(_UPDATE), ~_is_known_to_sender()))
-    outcomes = and_(mine, SIGNAL.c.name.startswith(_CALLBACK))
-    gone = delete(SIGNAL).where(or_(and_(taken, ~kept), outcomes)).returning(SIGNAL.c.workflow_id, SIGNAL.c.id)
+    mine: sa.ColumnElement[bool] = SIGNAL.c.workflow_id == suspended.c.id
+    taken = sa.and_(mine, SIGNAL.c.consumed_by.is_not(None))
+    kept = sa.or_(SIGNAL.c.key.is_not(None), sa.and_(SIGNAL.c.name.startswith(_UPDATE), ~_is_known_to_sender()))
+    outcomes = sa.and_(mine, SIGNAL.c.name.startswith(_CALLBACK))
+    gone = sa.delete(SIGNAL).where(sa.or_(sa.and_(taken, ~kept), outcomes)).returning(SIGNAL.c.workflow_id, SIGNAL.c.id)
     consumed = gone.cte("consumed")
     remembered = (
-        update(SIGNAL)
+        sa.update(SIGNAL)
         .where(taken, kept, ~outcomes, SIGNAL.c.consumed_by.not_in([words(REFUSED), words(EARLIER)]))
-        .values(consumed_by=EARLIER, payload=text("'null'::jsonb"))
+        .values(consumed_by=EARLIER, payload=sa.text("'null'::jsonb"))
         .returning(SIGNAL.c.id)
         .cte("remembered")
     )
     answers = (
-        delete(EVENT)
+        sa.delete(EVENT)
         .where(EVENT.c.workflow_id == consumed.c.workflow_id, EVENT.c.id == consumed.c.id)
-        .where(EVENT.c.key == _ANSWER + cast(consumed.c.id, Text))
+        .where(EVENT.c.key == _ANSWER + sa.cast(consumed.c.id, Text))
         .returning(EVENT.c.id)
         .cte("answers")
     )
     return consumed, remembered, answers
 
 
-def _is_known_to_sender() -> ColumnElement[bool]:
+def _is_known_to_sender() -> sa.ColumnElement[bool]:
     """Return whether an update was answered, or forgotten, so long ago that a sender who waits for that has read it."""
-    before = pg.statement_timestamp() - interval(literal_column(str(_READ_WITHIN)))
+    before = pg.statement_timestamp() - interval(sa.literal_column(str(_READ_WITHIN)))
     answered = (
-        select(EVENT.c.id)
-        .where(EVENT.c.workflow_id == SIGNAL.c.workflow_id, EVENT.c.key == _ANSWER + cast(SIGNAL.c.id, Text))
+        sa.select(EVENT.c.id)
+        .where(EVENT.c.workflow_id == SIGNAL.c.workflow_id, EVENT.c.key == _ANSWER + sa.cast(SIGNAL.c.id, Text))
         .where(EVENT.c.id == SIGNAL.c.id, EVENT.c.created_at < before)
         .correlate(SIGNAL)
         .exists()
     )
-    return or_(answered, and_(SIGNAL.c.consumed_by == EARLIER, SIGNAL.c.delivered_at < before))
+    return sa.or_(answered, sa.and_(SIGNAL.c.consumed_by == EARLIER, SIGNAL.c.delivered_at < before))
 
 
-def _forget_events(suspended: FromClause) -> CTE:
+def _forget_events(suspended: sa.FromClause) -> sa.CTE:
     """Delete the events that newer ones replace."""
     newer = EVENT.alias("newer")
     is_replaced = (
-        select(newer.c.id)
+        sa.select(newer.c.id)
         .where(newer.c.workflow_id == EVENT.c.workflow_id, newer.c.key == EVENT.c.key, newer.c.id > EVENT.c.id)
         .correlate(EVENT)
         .exists()
     )
-    replaced = delete(EVENT).where(EVENT.c.workflow_id == suspended.c.id, is_replaced)
+    replaced = sa.delete(EVENT).where(EVENT.c.workflow_id == suspended.c.id, is_replaced)
     return replaced.returning(EVENT.c.id).cte("replaced")
 
 

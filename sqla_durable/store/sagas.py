@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import func, update
+import sqlalchemy as sa
 
 from sqla_durable.store._rows import COMPENSATES, WORKFLOW, Checkpoint, Connectable, scalar
 from sqla_durable.store.steps import given_row, mine
@@ -20,8 +20,8 @@ def begin(connectable: Connectable, checkpoint: Checkpoint) -> None:
 
 
 _BEGIN = (
-    update(WORKFLOW)
+    sa.update(WORKFLOW)
     .where(*mine())
-    .values(cancellation=func.coalesce(WORKFLOW.c.cancellation, COMPENSATES))
+    .values(cancellation=sa.func.coalesce(WORKFLOW.c.cancellation, COMPENSATES))
     .returning(WORKFLOW.c.id)
 )

@@ -10,7 +10,7 @@ import re
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Engine, Row, case, func, select
+import sqlalchemy as sa
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
@@ -57,14 +57,14 @@ def require_transaction(session: Session) -> None:
         )
 
 
-def engine_of(session: Session) -> Engine:
+def engine_of(session: Session) -> sa.Engine:
     """Give the engine on which a session finds our tables.
 
     Raises:
         SessionError: there is none, or it is not PostgreSQL.
     """
     try:
-        bind: Engine | Connection = session.get_bind(**bind_arguments())
+        bind: sa.Engine | sa.Connection = session.get_bind(**bind_arguments())
     except UnboundExecutionError as error:
         raise SessionError(
             f"{session!r} has no engine for the durable tables: bind the sessionmaker to an engine, or add "
@@ -86,26 +86,26 @@ def schema_of(session: Session) -> str:
     return names.get(SCHEMA) or SCHEMA
 
 
-def end_idle(connection: Connection) -> None:
+def end_idle(connection: sa.Connection) -> None:
     """Let the server end this transaction if it is idle for long; see `soon_over`."""
-    connection.execute(select(soon_over()))
+    connection.execute(sa.select(soon_over()))
 
 
-def is_read_committed(connection: Connection) -> bool:
+def is_read_committed(connection: sa.Connection) -> bool:
     """Tell whether statements by themselves are READ COMMITTED, as nearly everywhere."""
-    default: str = connection.execute(select(pg.current_setting("default_transaction_isolation"))).scalar_one()
+    default: str = connection.execute(sa.select(pg.current_setting("default_transaction_isolation"))).scalar_one()
     return default == "read committed"
 
 
-def _look(session: Session, schema: str) -> Row[Any]:
+def _look(session: Session, schema: str) -> sa.Row[Any]:
     """Return the table's comment, '' where it has none and None where there is no table; and how times are written."""
     table = pg.to_regclass(pg.concat(pg.quote_ident(schema), ".workflow"))
-    comment = case((table.is_not(None), func.coalesce(pg.obj_description(table, "pg_class"), "")))
+    comment = sa.case((table.is_not(None), sa.func.coalesce(pg.obj_description(table, "pg_class"), "")))
     styles = [pg.current_setting(each).label(each) for each in ("DateStyle", "IntervalStyle")]
-    return execute(session, select(comment.label("comment"), *styles)).one()
+    return execute(session, sa.select(comment.label("comment"), *styles)).one()
 
 
-def _require_styles(found: Row[Any], engine: Engine) -> None:
+def _require_styles(found: sa.Row[Any], engine: sa.Engine) -> None:
     """Refuse what psycopg cannot read; asyncpg reads the binary form, which has no style."""
     odd = not found.DateStyle.startswith("ISO") or found.IntervalStyle != "postgres"
     if odd and engine.dialect.driver == "psycopg":
@@ -116,7 +116,7 @@ def _require_styles(found: Row[Any], engine: Engine) -> None:
         )
 
 
-def _require_revision(comment: str | None, schema: str, engine: Engine) -> None:
+def _require_revision(comment: str | None, schema: str, engine: sa.Engine) -> None:
     where = f"{engine.url.render_as_string(hide_password=True)}, schema {schema!r}"
     if comment is None:
         raise SchemaMissingError(

@@ -10,21 +10,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import (
-    ColumnElement,
-    CompoundSelect,
-    Integer,
-    Select,
-    SelectBase,
-    Uuid,
-    and_,
-    func,
-    literal,
-    literal_column,
-    select,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.selectable import SelectStatementGrouping
 
@@ -33,10 +20,12 @@ from sqla_durable.models import Workflow
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import WORKFLOW, execute, scalars, status
 
-Query: TypeAlias = "Select[Any] | CompoundSelect[Any]"
+Query: TypeAlias = "sa.Select[Any] | sa.CompoundSelect[Any]"
 
 # Another one after each UPDATE, and the same under a lock. Source: PostgreSQL manual, System Columns.
-_VERSION: ColumnElement[int] = literal_column("CAST(CAST(xmin AS text) AS bigint)", type_=Integer()).label("version")
+_VERSION: sa.ColumnElement[int] = sa.literal_column("CAST(CAST(xmin AS text) AS bigint)", type_=sa.Integer()).label(
+    "version"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +51,14 @@ def evaluate(session: Session, query: Query) -> Wanted:
     """
     # MATERIALIZED: executed once; as a subquery, the planner may execute it again for each row.
     meant = _ids_in(query).cte().prefix_with("MATERIALIZED")
-    seen = select(WORKFLOW.c.id, _VERSION).where(WORKFLOW.c.id.in_(select(*meant.c)))
+    seen = sa.select(WORKFLOW.c.id, _VERSION).where(WORKFLOW.c.id.in_(sa.select(*meant.c)))
     versions = {row.id: row.version for row in execute(session, seen)}
     return Wanted(list(versions), query, versions)
 
 
-def hold(session: Session, wanted: Wanted, meant: Callable[[ColumnElement[bool]], ColumnElement[bool]]) -> list[UUID]:
+def hold(
+    session: Session, wanted: Wanted, meant: Callable[[sa.ColumnElement[bool]], sa.ColumnElement[bool]]
+) -> list[UUID]:
     """Lock the workflows that are meant, in the order of their ids, then look again; return those still meant.
 
     Waits for whoever holds a row. What was claimed, finished or moved meanwhile may no longer be meant: in one
@@ -80,15 +71,15 @@ def hold(session: Session, wanted: Wanted, meant: Callable[[ColumnElement[bool]]
     return look_again(session, held, meant(among(still_wanted(session, wanted)))) if held else []
 
 
-def lock(session: Session, meant: ColumnElement[bool]) -> list[UUID]:
+def lock(session: Session, meant: sa.ColumnElement[bool]) -> list[UUID]:
     """Lock the workflows that are meant, in the order of their ids; give the ids."""
-    locked = select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id).with_for_update(key_share=True, of=WORKFLOW)
+    locked = sa.select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id).with_for_update(key_share=True, of=WORKFLOW)
     return list(scalars(session, locked))
 
 
-def look_again(session: Session, held: Sequence[UUID], meant: ColumnElement[bool]) -> list[UUID]:
+def look_again(session: Session, held: Sequence[UUID], meant: sa.ColumnElement[bool]) -> list[UUID]:
     """Give those of the locked workflows that are meant as they are now, in the order of their ids."""
-    return list(scalars(session, select(WORKFLOW.c.id).where(among(held), meant).order_by(WORKFLOW.c.id)))
+    return list(scalars(session, sa.select(WORKFLOW.c.id).where(among(held), meant).order_by(WORKFLOW.c.id)))
 
 
 def still_wanted(session: Session, wanted: Wanted) -> Sequence[UUID]:
@@ -100,24 +91,24 @@ def still_wanted(session: Session, wanted: Wanted) -> Sequence[UUID]:
     if wanted.query is None or not wanted.versions:
         return wanted.ids
     versions = wanted.versions
-    today = execute(session, select(WORKFLOW.c.id, _VERSION).where(among(wanted.ids)))
+    today = execute(session, sa.select(WORKFLOW.c.id, _VERSION).where(among(wanted.ids)))
     changed = {row.id for row in today if row.version != versions[row.id]}
     if not changed:
         return wanted.ids
     again = _ids_in(wanted.query.limit(None).offset(None))
-    fitting = set(scalars(session, select(WORKFLOW.c.id).where(among([*changed]), WORKFLOW.c.id.in_(again))))
+    fitting = set(scalars(session, sa.select(WORKFLOW.c.id).where(among([*changed]), WORKFLOW.c.id.in_(again))))
     return [each for each in wanted.ids if each not in changed or each in fitting]
 
 
 def workers_of(session: Session, held: Sequence[UUID]) -> set[UUID]:
     """Give the workers that are executing these workflows, whose rows are locked."""
-    running = and_(among(held), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
-    return set(scalars(session, select(WORKFLOW.c.worker_id).where(running).distinct())) if held else set()
+    running = sa.and_(among(held), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
+    return set(scalars(session, sa.select(WORKFLOW.c.worker_id).where(running).distinct())) if held else set()
 
 
-def among(ids: Sequence[UUID]) -> ColumnElement[bool]:
+def among(ids: Sequence[UUID]) -> sa.ColumnElement[bool]:
     """Compare with one array, however many they are: a statement has 65,535 parameters at most."""
-    return WORKFLOW.c.id == func.any(literal(list(ids), ARRAY(PG_UUID())))
+    return WORKFLOW.c.id == sa.func.any(sa.literal(list(ids), ARRAY(sa.UUID())))
 
 
 def known(wanted: Wanted, changed: Iterable[UUID]) -> set[UUID]:
@@ -125,13 +116,13 @@ def known(wanted: Wanted, changed: Iterable[UUID]) -> set[UUID]:
     return {*changed, *(wanted.ids if wanted.query is None else ())}
 
 
-def _ids_in(query: Query) -> Select[tuple[UUID]]:
+def _ids_in(query: Query) -> sa.Select[tuple[UUID]]:
     """Give the ids that a select stands for: as a subquery, it may join, order, limit and alias what it likes."""
     match _described(query):
         case [{"type": kind}] if kind is Workflow:
-            return select(query.subquery().c.id)
-        case [{"type": Uuid()}]:
-            return select(*query.subquery().c)
+            return sa.select(query.subquery().c.id)
+        case [{"type": sa.Uuid()}]:
+            return sa.select(*query.subquery().c)
         case described:
             given = ", ".join(str(each["name"]) for each in described)
             raise ArgumentError(
@@ -140,14 +131,14 @@ def _ids_in(query: Query) -> Select[tuple[UUID]]:
             )
 
 
-def _described(query: SelectBase) -> list[Any]:
+def _described(query: sa.SelectBase) -> list[Any]:
     """Describe the columns; those of a union are named and typed by its first select."""
     match query:
-        case CompoundSelect():
+        case sa.CompoundSelect():
             return _described(query.selects[0])
         case SelectStatementGrouping():
             return _described(query.element)
-        case Select():
+        case sa.Select():
             return list(query.column_descriptions)
         case _:
             return []

@@ -19,30 +19,8 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    FromClause,
-    Integer,
-    and_,
-    bindparam,
-    case,
-    cast,
-    column,
-    delete,
-    func,
-    literal,
-    literal_column,
-    null,
-    or_,
-    select,
-    true,
-    tuple_,
-    union_all,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
@@ -93,8 +71,8 @@ REFUSED, EARLIER = "#refused", "#earlier"
 _WOKEN: dict[str, Any] = {
     "status": WorkflowStatus.PENDING,
     "enqueued_at": pg.statement_timestamp(),
-    "wake_at": null(),
-    "awaits": null(),
+    "wake_at": sa.null(),
+    "awaits": sa.null(),
 }
 """What becomes of a suspended workflow that goes on."""
 
@@ -218,7 +196,7 @@ def waiting(connectable: Connectable, *, after: UUID, limit: int, part: Part = W
     return part.found(connectable, _WAITING, {"after": after, "limit": limit})
 
 
-def asking(ended: CTE) -> Any:
+def asking(ended: sa.CTE) -> Any:
     """Insert what those that were suspended ask for, and what children that have ended leave to their parents.
 
     To a parent that is finished too: it may be retried in a transaction that this statement does not see. Of several
@@ -227,12 +205,16 @@ def asking(ended: CTE) -> Any:
     """
     finished = ended.c.finished_at.is_not(None)
     source: Any = (
-        select(case((finished, ended.c.parent_id), else_=ended.c.id), case((finished, CHILD), else_=PARKED), true())
-        .where(or_(ended.c.awaits.is_not(None), and_(finished, ended.c.parent_id.is_not(None))))
+        sa.select(
+            sa.case((finished, ended.c.parent_id), else_=ended.c.id),
+            sa.case((finished, CHILD), else_=PARKED),
+            sa.true(),
+        )
+        .where(sa.or_(ended.c.awaits.is_not(None), sa.and_(finished, ended.c.parent_id.is_not(None))))
         .distinct()
     )
     if "holds" in ended.c:
-        source = union_all(source, select(ended.c.id, literal(LEFT), true()).where(finished, ended.c.holds))
+        source = sa.union_all(source, sa.select(ended.c.id, sa.literal(LEFT), sa.true()).where(finished, ended.c.holds))
     return noting(source)
 
 
@@ -242,20 +224,20 @@ def noting(source: Any) -> Any:
     return insert(SIGNAL).from_select(columns, source, include_defaults=False).returning(SIGNAL.c.id)
 
 
-def deleting_notices(ended: FromClause, *conditions: ColumnElement[bool]) -> Any:
+def deleting_notices(ended: sa.FromClause, *conditions: sa.ColumnElement[bool]) -> Any:
     """Make the statement that deletes the notices to workflows that have ended, which nothing wakes any more."""
     # None of them is ever taken: the index of what is not taken leads past all that the workflow has taken.
-    theirs = and_(SIGNAL.c.workflow_id == ended.c.id, SIGNAL.c.consumed_by.is_(None), _engine_s_own())
-    return delete(SIGNAL).where(theirs, ended.c.finished_at.is_not(None), *conditions).returning(SIGNAL.c.id)
+    theirs = sa.and_(SIGNAL.c.workflow_id == ended.c.id, SIGNAL.c.consumed_by.is_(None), _engine_s_own())
+    return sa.delete(SIGNAL).where(theirs, ended.c.finished_at.is_not(None), *conditions).returning(SIGNAL.c.id)
 
 
-def is_new(begin: str = "since") -> ColumnElement[bool]:
+def is_new(begin: str = "since") -> sa.ColumnElement[bool]:
     """Return the condition for a signal that is not delivered, among those sent since the parameter named `begin`."""
-    return and_(SIGNAL.c.delivered_at.is_(None), SIGNAL.c.created_at >= beginning(begin))
+    return sa.and_(SIGNAL.c.delivered_at.is_(None), SIGNAL.c.created_at >= beginning(begin))
 
 
-def _engine_s_own() -> ColumnElement[bool]:
-    return SIGNAL.c.name.in_([literal_column(f"'{PARKED}'"), literal_column(f"'{CHILD}'")])
+def _engine_s_own() -> sa.ColumnElement[bool]:
+    return SIGNAL.c.name.in_([sa.literal_column(f"'{PARKED}'"), sa.literal_column(f"'{CHILD}'")])
 
 
 def sending(*, in_snapshot: bool = False, is_update: bool = False) -> Any:
@@ -263,17 +245,17 @@ def sending(*, in_snapshot: bool = False, is_update: bool = False) -> Any:
 
     Where the transaction keeps a snapshot, one with a key is inserted by the statement made for that only.
     """
-    key = cast(bindparam("signal_key", type_=Text()), Text)
-    source = select(
-        pg.unnest(bindparam("ids", type_=ARRAY(PG_UUID()))),
-        cast(bindparam("signal_name", type_=Text()), Text),
+    key = sa.cast(sa.bindparam("signal_key", type_=Text()), Text)
+    source = sa.select(
+        pg.unnest(sa.bindparam("ids", type_=ARRAY(sa.UUID()))),
+        sa.cast(sa.bindparam("signal_name", type_=Text()), Text),
         key,
-        cast(cast(bindparam("payload", type_=Text()), Text), JSONB),
+        sa.cast(sa.cast(sa.bindparam("payload", type_=Text()), Text), JSONB),
     )
-    source = source if in_snapshot else source.where(or_(key.is_(None), sees_the_latest()))
+    source = source if in_snapshot else source.where(sa.or_(key.is_(None), sees_the_latest()))
     columns = ["workflow_id", "name", "key", "payload"]
     if is_update:
-        source, columns = source.add_columns(true()), [*columns, "is_update"]
+        source, columns = source.add_columns(sa.true()), [*columns, "is_update"]
     return (
         insert(SIGNAL)
         .from_select(columns, source, include_defaults=False)
@@ -282,7 +264,9 @@ def sending(*, in_snapshot: bool = False, is_update: bool = False) -> Any:
     )
 
 
-def first_untaken(workflow_id: ColumnElement[Any], name: ColumnElement[Any], *columns: ColumnElement[Any]) -> Any:
+def first_untaken(
+    workflow_id: sa.ColumnElement[Any], name: sa.ColumnElement[Any], *columns: sa.ColumnElement[Any]
+) -> Any:
     """Select the first signal, from a name on, that nobody has taken: whoever reads it compares its name.
 
     In the order of the index of what is untaken, which is the only one that gives it. Were the name compared here, the
@@ -290,38 +274,43 @@ def first_untaken(workflow_id: ColumnElement[Any], name: ColumnElement[Any], *co
     while the table is small or has no statistics.
     """
     return (
-        select(SIGNAL.c.workflow_id, SIGNAL.c.name, SIGNAL.c.id, *columns)
+        sa.select(SIGNAL.c.workflow_id, SIGNAL.c.name, SIGNAL.c.id, *columns)
         .where(SIGNAL.c.workflow_id == workflow_id, SIGNAL.c.name >= name, SIGNAL.c.consumed_by.is_(None))
         .order_by(SIGNAL.c.name, SIGNAL.c.id)
-        .limit(literal_column("1"))
+        .limit(sa.literal_column("1"))
     )
 
 
 def first_keyed(
-    workflow_id: ColumnElement[Any], name: ColumnElement[Any], key: ColumnElement[Any], *columns: ColumnElement[Any]
+    workflow_id: sa.ColumnElement[Any],
+    name: sa.ColumnElement[Any],
+    key: sa.ColumnElement[Any],
+    *columns: sa.ColumnElement[Any],
 ) -> Any:
     """Select the first signal that has a key, from a name and key on: whoever reads it compares both.
 
     In the order of the index of keys, for the same reason.
     """
     return (
-        select(SIGNAL.c.id, SIGNAL.c.name, SIGNAL.c.key, *columns)
+        sa.select(SIGNAL.c.id, SIGNAL.c.name, SIGNAL.c.key, *columns)
         .where(SIGNAL.c.workflow_id == workflow_id, SIGNAL.c.key.is_not(None))
-        .where(tuple_(SIGNAL.c.name, SIGNAL.c.key) >= tuple_(name, key))
+        .where(sa.tuple_(SIGNAL.c.name, SIGNAL.c.key) >= sa.tuple_(name, key))
         .order_by(SIGNAL.c.name, SIGNAL.c.key)
-        .limit(literal_column("1"))
+        .limit(sa.literal_column("1"))
     )
 
 
-def is_untaken() -> ColumnElement[bool]:
+def is_untaken() -> sa.ColumnElement[bool]:
     """Return whether nobody has taken a signal that is found by its id.
 
     In words that match no index's condition: the primary key leads to one row, the index of what is untaken to many.
     """
-    return pg.num_nonnulls(SIGNAL.c.consumed_by) == literal_column("0")
+    return pg.num_nonnulls(SIGNAL.c.consumed_by) == sa.literal_column("0")
 
 
-def taking(wanted: FromClause, output: Callable[[CTE], ColumnElement[Any]], *conditions: ColumnElement[bool]) -> Any:
+def taking(
+    wanted: sa.FromClause, output: Callable[[sa.CTE], sa.ColumnElement[Any]], *conditions: sa.ColumnElement[bool]
+) -> Any:
     """Make a statement that takes the signal that is wanted, and records it as the outcome of a step.
 
     Args:
@@ -331,82 +320,86 @@ def taking(wanted: FromClause, output: Callable[[CTE], ColumnElement[Any]], *con
     """
     owned = own_row()
     found = materialized(
-        select(owned.c.id.label("workflow_id"), wanted.c.id).select_from(owned.join(wanted, true())).where(*conditions),
+        sa.select(owned.c.id.label("workflow_id"), wanted.c.id)
+        .select_from(owned.join(wanted, sa.true()))
+        .where(*conditions),
         "found",
     )
     taken = (
-        update(SIGNAL)
+        sa.update(SIGNAL)
         .where(SIGNAL.c.workflow_id == found.c.workflow_id, SIGNAL.c.id == found.c.id)
         # Looked at in the row as it is now: another branch may have taken it since this statement began.
         .where(is_untaken(), ~has_outcome())
         .values(
             consumed_by=GIVEN["key"],
-            delivered_at=func.coalesce(SIGNAL.c.delivered_at, pg.statement_timestamp()),
+            delivered_at=sa.func.coalesce(SIGNAL.c.delivered_at, pg.statement_timestamp()),
         )
         .returning(SIGNAL.c.id, SIGNAL.c.payload)
         .cte("taken")
     )
     columns = checkpoint_columns(GIVEN) | {"output": output(taken)}
-    recorded = insert_from(columns, select(*columns.values())).returning(STEP.c.output).cte("recorded")
-    return select(
-        select(owned.c.id).exists().label("owned"),
-        select(cast(recorded.c.output, Text)).scalar_subquery().label("taken"),
+    recorded = insert_from(columns, sa.select(*columns.values())).returning(STEP.c.output).cte("recorded")
+    return sa.select(
+        sa.select(owned.c.id).exists().label("owned"),
+        sa.select(sa.cast(recorded.c.output, Text)).scalar_subquery().label("taken"),
         known_output().scalar_subquery().label("known"),
     )
 
 
-def _satisfied(new: CTE) -> ColumnElement[bool]:
+def _satisfied(new: sa.CTE) -> sa.ColumnElement[bool]:
     awaited: Any = (
         pg.jsonb_to_recordset(new.c.awaits)
-        .table_valued(column("signal", Text()), column("children", ARRAY(PG_UUID())), column("open", Integer()))
+        .table_valued(
+            sa.column("signal", Text()), sa.column("children", ARRAY(sa.UUID())), sa.column("open", sa.Integer())
+        )
         .render_derived(name="awaited", with_types=True)
     )
     first = first_untaken(new.c.workflow_id, awaited.c.signal).with_only_columns(SIGNAL.c.name)
-    sent: ColumnElement[bool] = first.correlate(new, awaited).scalar_subquery() == awaited.c.signal
+    sent: sa.ColumnElement[bool] = first.correlate(new, awaited).scalar_subquery() == awaited.c.signal
     child = WORKFLOW.alias("child")
-    unfinished: ColumnElement[Any] = (
-        select(count_rows())
-        .where(child.c.id == func.any(awaited.c.children), child.c.finished_at.is_(None))
+    unfinished: sa.ColumnElement[Any] = (
+        sa.select(count_rows())
+        .where(child.c.id == sa.func.any(awaited.c.children), child.c.finished_at.is_(None))
         .correlate(awaited)
         .scalar_subquery()
     )
-    enough = and_(awaited.c.children.is_not(None), unfinished <= awaited.c.open)
-    anything = literal_column("1", type_=Integer())
-    return select(anything).select_from(awaited).where(or_(sent, enough)).exists()
+    enough = sa.and_(awaited.c.children.is_not(None), unfinished <= awaited.c.open)
+    anything = sa.literal_column("1", type_=sa.Integer())
+    return sa.select(anything).select_from(awaited).where(sa.or_(sent, enough)).exists()
 
 
 def _deliver_statement(within: Within) -> tuple[Any, Any]:
     receiver = (
-        select(WORKFLOW.c.status, WORKFLOW.c.awaits)
+        sa.select(WORKFLOW.c.status, WORKFLOW.c.awaits)
         .where(WORKFLOW.c.id == SIGNAL.c.workflow_id)
-        .limit(literal_column("1"))
+        .limit(sa.literal_column("1"))
         .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW)
         .lateral("receiver")
     )
     new = materialized(
-        select(SIGNAL.c.workflow_id, SIGNAL.c.id, receiver.c.status, receiver.c.awaits)
-        .join(receiver, true())
-        .where(is_new(), SIGNAL.c.name != literal_column(f"'{LEFT}'"), within(SIGNAL.c.workflow_id))
+        sa.select(SIGNAL.c.workflow_id, SIGNAL.c.id, receiver.c.status, receiver.c.awaits)
+        .join(receiver, sa.true())
+        .where(is_new(), SIGNAL.c.name != sa.literal_column(f"'{LEFT}'"), within(SIGNAL.c.workflow_id))
         .order_by(SIGNAL.c.created_at)
-        .limit(bindparam("limit", type_=Integer())),
+        .limit(sa.bindparam("limit", type_=sa.Integer())),
         "new",
     )
-    same = and_(SIGNAL.c.workflow_id == new.c.workflow_id, SIGNAL.c.id == new.c.id)
-    gone = delete(SIGNAL).where(same, _engine_s_own()).returning(SIGNAL.c.id).cte("gone")
+    same = sa.and_(SIGNAL.c.workflow_id == new.c.workflow_id, SIGNAL.c.id == new.c.id)
+    gone = sa.delete(SIGNAL).where(same, _engine_s_own()).returning(SIGNAL.c.id).cte("gone")
     seen = (
-        update(SIGNAL)
+        sa.update(SIGNAL)
         .where(same, ~_engine_s_own())
         .values(delivered_at=pg.statement_timestamp())
         .returning(SIGNAL.c.id)
         .cte("seen")
     )
-    waiting = and_(new.c.status == status(WorkflowStatus.SUSPENDED), new.c.awaits.is_not(None))
+    waiting = sa.and_(new.c.status == status(WorkflowStatus.SUSPENDED), new.c.awaits.is_not(None))
     # By id: to compare what they await would cost more than to look for it.
-    first = select(pg.min(new.c.id)).where(waiting).group_by(new.c.workflow_id)
-    receivers = materialized(select(new.c.workflow_id, new.c.awaits).where(new.c.id.in_(first)), "receivers")
-    due = materialized(select(receivers.c.workflow_id).where(_satisfied(receivers)), "due")
+    first = sa.select(pg.min(new.c.id)).where(waiting).group_by(new.c.workflow_id)
+    receivers = materialized(sa.select(new.c.workflow_id, new.c.awaits).where(new.c.id.in_(first)), "receivers")
+    due = materialized(sa.select(receivers.c.workflow_id).where(_satisfied(receivers)), "due")
     woken = (
-        update(WORKFLOW)
+        sa.update(WORKFLOW)
         # Looked at again in the row that is locked, whatever the statement has seen of it before.
         .where(WORKFLOW.c.id == due.c.workflow_id, has_status(WORKFLOW, WorkflowStatus.SUSPENDED))
         .values(_WOKEN)
@@ -414,66 +407,72 @@ def _deliver_statement(within: Within) -> tuple[Any, Any]:
         .cte("woken")
     )
     delivered = (_count(gone) + _count(seen)).label("delivered")
-    return select(delivered, _count(woken).label("woken")), select(new.c.workflow_id)
+    return sa.select(delivered, _count(woken).label("woken")), sa.select(new.c.workflow_id)
 
 
 def _wake_one_statement() -> Any:
     waiting = materialized(
-        select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.wake_at, WORKFLOW.c.awaits)
-        .where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), has_status(WORKFLOW, WorkflowStatus.SUSPENDED))
+        sa.select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.wake_at, WORKFLOW.c.awaits)
+        .where(
+            WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()), has_status(WORKFLOW, WorkflowStatus.SUSPENDED)
+        )
         .with_for_update(key_share=True, of=WORKFLOW),
         "waiting",
     )
-    is_there = and_(waiting.c.awaits.is_not(None), _satisfied(waiting))
+    is_there = sa.and_(waiting.c.awaits.is_not(None), _satisfied(waiting))
     due = materialized(
-        select(waiting.c.workflow_id).where(or_(waiting.c.wake_at <= pg.statement_timestamp(), is_there)), "due"
+        sa.select(waiting.c.workflow_id).where(sa.or_(waiting.c.wake_at <= pg.statement_timestamp(), is_there)), "due"
     )
-    return update(WORKFLOW).where(WORKFLOW.c.id == due.c.workflow_id).values(_WOKEN).returning(WORKFLOW.c.id)
+    return sa.update(WORKFLOW).where(WORKFLOW.c.id == due.c.workflow_id).values(_WOKEN).returning(WORKFLOW.c.id)
 
 
 def _renotify_statement(within: Within) -> tuple[Any, Any]:
     # What has a time looks for itself when that has come.
     endless = WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_(None)
     some = materialized(
-        select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.awaits)
-        .where(*endless, within(WORKFLOW.c.id), WORKFLOW.c.id > bindparam("after", type_=PG_UUID()))
+        sa.select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.awaits)
+        .where(*endless, within(WORKFLOW.c.id), WORKFLOW.c.id > sa.bindparam("after", type_=sa.UUID()))
         .order_by(WORKFLOW.c.wake_at, WORKFLOW.c.id)
-        .limit(bindparam("limit", type_=Integer())),
+        .limit(sa.bindparam("limit", type_=sa.Integer())),
         "some",
     )
-    due = select(some.c.workflow_id, literal(CHILD), true()).where(some.c.awaits.is_not(None), _satisfied(some))
-    last = select(some.c.workflow_id).order_by(some.c.workflow_id.desc()).limit(literal_column("1"))
-    return last.add_cte(noting(due).cte("noted")), select(some.c.workflow_id)
+    due = sa.select(some.c.workflow_id, sa.literal(CHILD), sa.true()).where(
+        some.c.awaits.is_not(None), _satisfied(some)
+    )
+    last = sa.select(some.c.workflow_id).order_by(some.c.workflow_id.desc()).limit(sa.literal_column("1"))
+    return last.add_cte(noting(due).cte("noted")), sa.select(some.c.workflow_id)
 
 
 def _known_statement() -> Any:
-    key = cast(bindparam("signal_key", type_=Text()), Text)
+    key = sa.cast(sa.bindparam("signal_key", type_=Text()), Text)
     first = first_keyed(WORKFLOW.c.id, _NAME, key).lateral("first")
     return (
-        select(WORKFLOW.c.id)
-        .join(first, and_(first.c.name == _NAME, first.c.key == key))
-        .where(WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID()))))
+        sa.select(WORKFLOW.c.id)
+        .join(first, sa.and_(first.c.name == _NAME, first.c.key == key))
+        .where(WORKFLOW.c.id == sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID()))))
     )
 
 
-def _count(rows: CTE) -> Any:
-    return select(count_rows()).select_from(rows).scalar_subquery()
+def _count(rows: sa.CTE) -> Any:
+    return sa.select(count_rows()).select_from(rows).scalar_subquery()
 
 
-_WAITING_FOR = select(
+_WAITING_FOR = sa.select(
     WORKFLOW.c.wake_at,
     WORKFLOW.c.awaits,
-    select(pg.array_agg(SIGNAL.c.name.distinct()))
+    sa.select(pg.array_agg(SIGNAL.c.name.distinct()))
     .where(SIGNAL.c.workflow_id == WORKFLOW.c.id, SIGNAL.c.consumed_by.is_(None), ~SIGNAL.c.name.startswith(words("#")))
     .scalar_subquery()
     .label("untaken"),
-).where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED))
-_STANDINGS = select(WORKFLOW.c.id, WORKFLOW.c.status).where(
-    WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID())))
+).where(
+    WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()), WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED)
+)
+_STANDINGS = sa.select(WORKFLOW.c.id, WORKFLOW.c.status).where(
+    WORKFLOW.c.id == sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID())))
 )
 _SEND = sending()
 _SEND_IN_SNAPSHOT = sending(in_snapshot=True)
-_NAME = cast(bindparam("signal_name", type_=Text()), Text)
+_NAME = sa.cast(sa.bindparam("signal_name", type_=Text()), Text)
 _KNOWN = _known_statement()
 _OLDEST = materialized(first_untaken(GIVEN["id"], _NAME), "oldest")
 _TAKE = taking(_OLDEST, lambda taken: taken.c.payload, _OLDEST.c.name == _NAME)

@@ -11,26 +11,8 @@ from typing import Any
 from typing import cast as as_type
 from uuid import UUID
 
-from sqlalchemy import (
-    Boolean,
-    ClauseElement,
-    ColumnElement,
-    DateTime,
-    Float,
-    RowMapping,
-    SmallInteger,
-    bindparam,
-    case,
-    cast,
-    delete,
-    func,
-    literal,
-    or_,
-    select,
-    tuple_,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import KeyNotVisibleError
@@ -53,21 +35,21 @@ from sqla_durable.store._rows import (
 from sqla_durable.store.keys import MOST_REPEATS, not_visible, require_the_latest, sees_the_latest
 
 NEW: Columns = {
-    "id": PG_UUID(),
+    "id": sa.UUID(),
     "name": Text(),
     "key": Text(),
     "queue": Text(),
-    "priority": SmallInteger(),
+    "priority": sa.SmallInteger(),
     "input": Text(),
-    "delay": Float(),
-    "wake_at": DateTime(timezone=True),
-    "parent_id": PG_UUID(),
+    "delay": sa.Float(),
+    "wake_at": sa.DateTime(timezone=True),
+    "parent_id": sa.UUID(),
     "parent_key": Text(),
-    "detached": Boolean(),
+    "detached": sa.Boolean(),
     "headers": Text(),
-    "timeout": Float(),
-    "deadline": Float(),
-    "deadline_at": DateTime(timezone=True),
+    "timeout": sa.Float(),
+    "deadline": sa.Float(),
+    "deadline_at": sa.DateTime(timezone=True),
     "version": Text(),
 }
 
@@ -142,20 +124,20 @@ def insert_in_snapshot(session: Session, new: NewWorkflow) -> Workflow:
     return _inserted_record(session, new, row)
 
 
-def _inserted_record(session: Session, new: NewWorkflow, row: RowMapping) -> Workflow:
+def _inserted_record(session: Session, new: NewWorkflow, row: sa.RowMapping) -> Workflow:
     """Return the record of a row that is new: what is not returned of it is what was given, or NULL."""
-    given = {name: value for name, value in _values(new).items() if not isinstance(value, ClauseElement)}
+    given = {name: value for name, value in _values(new).items() if not isinstance(value, sa.ClauseElement)}
     return record_of(session, row, dict.fromkeys(WORKFLOW.c.keys()) | given)
 
 
 def _with_key(new: NewWorkflow) -> Any:
-    return select(*_SHOWN).where(WORKFLOW.c.name == new.name, WORKFLOW.c.key == new.key)
+    return sa.select(*_SHOWN).where(WORKFLOW.c.name == new.name, WORKFLOW.c.key == new.key)
 
 
-def _inserting(new: NewWorkflow, *conditions: ColumnElement[bool]) -> Any:
+def _inserting(new: NewWorkflow, *conditions: sa.ColumnElement[bool]) -> Any:
     values = {name: _literal(name, value) for name, value in _values(new).items()}
-    computed = [WORKFLOW.c[name] for name, value in _values(new).items() if isinstance(value, ClauseElement)]
-    source = select(*values.values()).where(~_with_key(new).exists(), *conditions)
+    computed = [WORKFLOW.c[name] for name, value in _values(new).items() if isinstance(value, sa.ClauseElement)]
+    source = sa.select(*values.values()).where(~_with_key(new).exists(), *conditions)
     return (
         insert(WORKFLOW)
         .from_select(list(values), source, include_defaults=False)
@@ -192,7 +174,9 @@ def insert_many_in_snapshot(session: Session, workflows: Sequence[NewWorkflow]) 
         KeyNotVisibleError, DBAPIError: as `insert_in_snapshot`.
     """
     own = [each.id for each in workflows]
-    there = scalars(session, select(WORKFLOW.c.id).where(WORKFLOW.c.id == func.any(literal(own, ARRAY(PG_UUID())))))
+    there = scalars(
+        session, sa.select(WORKFLOW.c.id).where(WORKFLOW.c.id == sa.func.any(sa.literal(own, ARRAY(sa.UUID()))))
+    )
     ids = {each: each for each in there}
     ids |= _inserted(session, [each for each in workflows if each.id not in ids], in_snapshot=True)
     ids |= _known(session, [each for each in workflows if each.id not in ids])
@@ -203,8 +187,8 @@ def insert_many_in_snapshot(session: Session, workflows: Sequence[NewWorkflow]) 
 
 def undo(session: Session, workflows: Sequence[NewWorkflow]) -> None:
     """Delete those of the workflows that this transaction has inserted, by their new ids."""
-    ids = bindparam("ids", [each.id for each in workflows], type_=ARRAY(PG_UUID()))
-    execute(session, delete(WORKFLOW).where(WORKFLOW.c.id == func.any(ids)))
+    ids = sa.bindparam("ids", [each.id for each in workflows], type_=ARRAY(sa.UUID()))
+    execute(session, sa.delete(WORKFLOW).where(WORKFLOW.c.id == sa.func.any(ids)))
 
 
 def hidden_among(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> KeyNotVisibleError:
@@ -257,10 +241,10 @@ def _values(new: NewWorkflow) -> dict[str, Any]:
     return values
 
 
-def _literal(name: str, value: Any) -> ColumnElement[Any]:
-    if isinstance(value, ClauseElement):
-        return as_type("ColumnElement[Any]", value)
-    return literal(value, WORKFLOW.c[name].type)
+def _literal(name: str, value: Any) -> sa.ColumnElement[Any]:
+    if isinstance(value, sa.ClauseElement):
+        return as_type("sa.ColumnElement[Any]", value)
+    return sa.literal(value, WORKFLOW.c[name].type)
 
 
 def new_row(new: NewWorkflow) -> dict[str, Any]:
@@ -290,29 +274,29 @@ def _ids_by_key(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> d
         return {}
     keys = [(each.name, each.key) for each in workflows]
     columns = WORKFLOW.c.name, WORKFLOW.c.key, WORKFLOW.c.id
-    rows = execute(connectable, select(*columns).where(tuple_(WORKFLOW.c.name, WORKFLOW.c.key).in_(keys)))
+    rows = execute(connectable, sa.select(*columns).where(sa.tuple_(WORKFLOW.c.name, WORKFLOW.c.key).in_(keys)))
     return {(row.name, row.key): row.id for row in rows}
 
 
 def new_columns(given: Any) -> dict[str, Any]:
     """Give the columns of workflows to be started, made of those of `NEW`."""
     delayed = pg.statement_timestamp() + interval(given.delay)
-    wake_at = func.coalesce(given.wake_at, delayed)
+    wake_at = sa.func.coalesce(given.wake_at, delayed)
     return {
         "id": given.id,
         "name": given.name,
         "key": given.key,
         "queue": given.queue,
         "priority": given.priority,
-        "input": cast(given.input, JSONB),
-        "status": case((wake_at.is_(None), WorkflowStatus.PENDING.value), else_=WorkflowStatus.SUSPENDED.value),
+        "input": sa.cast(given.input, JSONB),
+        "status": sa.case((wake_at.is_(None), WorkflowStatus.PENDING.value), else_=WorkflowStatus.SUSPENDED.value),
         "wake_at": wake_at,
         "parent_id": given.parent_id,
         "parent_key": given.parent_key,
         "detached": given.detached,
-        "headers": cast(given.headers, JSONB),
+        "headers": sa.cast(given.headers, JSONB),
         "timeout": interval(given.timeout),
-        "deadline_at": func.coalesce(given.deadline_at, pg.statement_timestamp() + interval(given.deadline)),
+        "deadline_at": sa.func.coalesce(given.deadline_at, pg.statement_timestamp() + interval(given.deadline)),
         "version": given.version,
     }
 
@@ -332,10 +316,10 @@ def _given_by(workflows: Sequence[NewWorkflow]) -> frozenset[str]:
 def _insert_many(given: frozenset[str], *, in_snapshot: bool) -> Any:
     batch = _BATCH
     columns = {name: value for name, value in new_columns(batch.c).items() if name in given}
-    source = select(*columns.values())
+    source = sa.select(*columns.values())
     if "key" in given:
         source = source.where(_IS_UNKNOWN)
-        source = source if in_snapshot else source.where(or_(batch.c.key.is_(None), sees_the_latest()))
+        source = source if in_snapshot else source.where(sa.or_(batch.c.key.is_(None), sees_the_latest()))
     return (
         insert(WORKFLOW)
         # In the order of keys: two callers that start the same keys wait for each other in one direction only.
@@ -346,4 +330,4 @@ def _insert_many(given: frozenset[str], *, in_snapshot: bool) -> Any:
 
 
 _BATCH = table("batch", NEW)
-_IS_UNKNOWN = ~select(WORKFLOW.c.id).where(WORKFLOW.c.name == _BATCH.c.name, WORKFLOW.c.key == _BATCH.c.key).exists()
+_IS_UNKNOWN = ~sa.select(WORKFLOW.c.id).where(WORKFLOW.c.name == _BATCH.c.name, WORKFLOW.c.key == _BATCH.c.key).exists()

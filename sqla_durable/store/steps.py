@@ -12,25 +12,8 @@ from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    Float,
-    FromClause,
-    Integer,
-    Row,
-    SelectBase,
-    and_,
-    bindparam,
-    case,
-    cast,
-    func,
-    literal_column,
-    or_,
-    select,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
@@ -62,18 +45,18 @@ from sqla_durable.store._rows import (
 from sqla_durable.unwinding import AttemptLost
 
 CHECKPOINT: Columns = {
-    "id": PG_UUID(),
-    "token": PG_UUID(),
+    "id": sa.UUID(),
+    "token": sa.UUID(),
     "key": Text(),
     "name": Text(),
-    "position": Integer(),
+    "position": sa.Integer(),
     "status": Text(),
     "output": Text(),
     "error": Text(),
-    "attempt": Integer(),
-    "attempts": Integer(),
-    "elapsed": Float(),
-    "delay": Float(),
+    "attempt": sa.Integer(),
+    "attempts": sa.Integer(),
+    "elapsed": sa.Float(),
+    "delay": sa.Float(),
 }
 
 
@@ -137,7 +120,7 @@ def histories(connectable: Connectable, workflow_ids: Sequence[UUID]) -> dict[UU
     return found
 
 
-def _recorded(row: Row[Any]) -> Recorded:
+def _recorded(row: sa.Row[Any]) -> Recorded:
     found = Recorded(row.key, row.name, row.position, row.status, row.output, row.error, row.attempts)
     if row.age is None:
         return found if row.details is None else replace(found, details=row.details)
@@ -163,27 +146,27 @@ def checkpoint_row(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def own_row() -> CTE:
+def own_row() -> sa.CTE:
     """Lock the workflow of the attempt of `GIVEN`, if it owns it; give its id and the deadline that it still has."""
-    deadline_at = case((~undoes(), WORKFLOW.c.deadline_at)).label("deadline_at")
-    locked = select(WORKFLOW.c.id, deadline_at).where(*mine())
+    deadline_at = sa.case((~undoes(), WORKFLOW.c.deadline_at)).label("deadline_at")
+    locked = sa.select(WORKFLOW.c.id, deadline_at).where(*mine())
     return materialized(locked.with_for_update(key_share=True, of=WORKFLOW), "owned")
 
 
 def known_output() -> Any:
     """Give the outcome of the step of `GIVEN` that is there already: an earlier acknowledgement was lost. JSON text."""
-    succeeded = STEP.c.status == literal_column(f"'{StepStatus.SUCCEEDED}'", type_=STEP.c.status.type)
-    wanted = and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], succeeded)
-    return select(cast(STEP.c.output, Text)).where(wanted)
+    succeeded = STEP.c.status == sa.literal_column(f"'{StepStatus.SUCCEEDED}'", type_=STEP.c.status.type)
+    wanted = sa.and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], succeeded)
+    return sa.select(sa.cast(STEP.c.output, Text)).where(wanted)
 
 
-def has_outcome() -> ColumnElement[bool]:
+def has_outcome() -> sa.ColumnElement[bool]:
     """Return whether the step of `GIVEN` has an outcome: what its call would take or start is not wanted any more.
 
     A statement may reach the server long after its call was cancelled, and that was recorded.
     """
-    wanted = and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], ~unfinished())
-    return select(STEP.c.key).where(wanted).exists()
+    wanted = sa.and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], ~unfinished())
+    return sa.select(STEP.c.key).where(wanted).exists()
 
 
 def given_row(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -191,14 +174,16 @@ def given_row(checkpoint: Checkpoint) -> dict[str, Any]:
     return {_given(name): value for name, value in checkpoint_row(checkpoint).items()}
 
 
-def insert_of(batch: FromClause, mine: CTE) -> Any:
+def insert_of(batch: sa.FromClause, mine: sa.CTE) -> Any:
     """Insert the checkpoints of a batch whose workflows are `mine`; give the keys of those that are written."""
     columns = checkpoint_columns(batch.c)
-    source = select(*columns.values()).join_from(batch, mine, of_owner(batch, mine))
+    source = sa.select(*columns.values()).join_from(batch, mine, of_owner(batch, mine))
     return insert_from(columns, source).returning(STEP.c.workflow_id, STEP.c.key)
 
 
-def checkpoint_columns(given: Mapping[str, ColumnElement[Any]] | ReadOnlyColumnCollection[str, Any]) -> dict[str, Any]:
+def checkpoint_columns(
+    given: Mapping[str, sa.ColumnElement[Any]] | ReadOnlyColumnCollection[str, Any],
+) -> dict[str, Any]:
     """Give the columns of a checkpoint's record, made of those of `CHECKPOINT`."""
     now = pg.statement_timestamp()
     return {
@@ -207,8 +192,8 @@ def checkpoint_columns(given: Mapping[str, ColumnElement[Any]] | ReadOnlyColumnC
         "name": given["name"],
         "position": given["position"],
         "status": given["status"],
-        "output": cast(given["output"], JSONB),
-        "error": cast(given["error"], JSONB),
+        "output": sa.cast(given["output"], JSONB),
+        "error": sa.cast(given["error"], JSONB),
         "attempt": given["attempt"],
         "attempts": given["attempts"],
         # A step's duration is measured by its process; the two times stand on the database's clock.
@@ -218,7 +203,7 @@ def checkpoint_columns(given: Mapping[str, ColumnElement[Any]] | ReadOnlyColumnC
     }
 
 
-def insert_from(columns: Mapping[str, Any], source: SelectBase) -> Any:
+def insert_from(columns: Mapping[str, Any], source: sa.SelectBase) -> Any:
     """Insert checkpoints, unless there is an outcome; the record of a step without one gives way."""
     inserted = insert(STEP).from_select(list(columns), source, include_defaults=False)
     kept = {"workflow_id", "key", "started_at"}
@@ -226,7 +211,7 @@ def insert_from(columns: Mapping[str, Any], source: SelectBase) -> Any:
         index_elements=["workflow_id", "key"],
         # The first try may have been on another server, whose clock was ahead.
         set_={name: inserted.excluded[name] for name in columns if name not in kept}
-        | {"finished_at": func.greatest(inserted.excluded.finished_at, STEP.c.started_at)},
+        | {"finished_at": sa.func.greatest(inserted.excluded.finished_at, STEP.c.started_at)},
         where=unfinished(),
     )
 
@@ -235,13 +220,13 @@ def _given(name: str) -> str:
     return f"given_{name}"  # the bare name of a column is reserved in INSERT
 
 
-GIVEN: dict[str, ColumnElement[Any]] = {
-    name: cast(bindparam(_given(name), type_=kind), kind) for name, kind in CHECKPOINT.items()
+GIVEN: dict[str, sa.ColumnElement[Any]] = {
+    name: sa.cast(sa.bindparam(_given(name), type_=kind), kind) for name, kind in CHECKPOINT.items()
 }
 """One checkpoint as parameters."""
 
 
-def mine(table: FromClause = WORKFLOW) -> tuple[ColumnElement[bool], ...]:
+def mine(table: sa.FromClause = WORKFLOW) -> tuple[sa.ColumnElement[bool], ...]:
     """Return the conditions that the workflow is owned by the attempt of `GIVEN`."""
     return (
         table.c.id == GIVEN["id"],
@@ -250,13 +235,13 @@ def mine(table: FromClause = WORKFLOW) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def _record_statement(*more: ColumnElement[Any]) -> Any:
+def _record_statement(*more: sa.ColumnElement[Any]) -> Any:
     """Insert one checkpoint from the workflow's row, locked in the same statement.
 
     Without the lock a cancel or a takeover could commit between this check and the commit.
     """
     columns = checkpoint_columns(GIVEN)
-    source = select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
+    source = sa.select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
     return insert_from(columns, source).returning(STEP.c.key, *more)
 
 
@@ -264,35 +249,35 @@ def _recorded_among_statement() -> Any:
     batch = table("batch", CHECKPOINT)
     # The same try of a step that is running has a row too, without a time.
     is_timed, has_time = batch.c.delay.is_not(None), STEP.c.wake_at.is_not(None)
-    is_open = or_(batch.c.delay.is_not(None), and_(batch.c.output.is_(None), batch.c.error.is_(None)))
+    is_open = sa.or_(batch.c.delay.is_not(None), sa.and_(batch.c.output.is_(None), batch.c.error.is_(None)))
     return (
-        select(STEP.c.workflow_id, WORKFLOW.c.token, STEP.c.key)
-        .join_from(batch, WORKFLOW, and_(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token))
-        .join(STEP, and_(STEP.c.workflow_id == batch.c.id, STEP.c.key == batch.c.key))
-        .where(or_(~unfinished(), and_(is_open, STEP.c.attempts == batch.c.attempts, is_timed == has_time)))
+        sa.select(STEP.c.workflow_id, WORKFLOW.c.token, STEP.c.key)
+        .join_from(batch, WORKFLOW, sa.and_(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token))
+        .join(STEP, sa.and_(STEP.c.workflow_id == batch.c.id, STEP.c.key == batch.c.key))
+        .where(sa.or_(~unfinished(), sa.and_(is_open, STEP.c.attempts == batch.c.attempts, is_timed == has_time)))
     )
 
 
-def _age_of(moment: ColumnElement[Any]) -> ColumnElement[Any]:
+def _age_of(moment: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
     """Give how many seconds ago that was, for a step that is being tried again."""
-    return case((unfinished(), func.extract("epoch", pg.statement_timestamp() - moment)))
+    return sa.case((unfinished(), sa.func.extract("epoch", pg.statement_timestamp() - moment)))
 
 
-_OWNED = select(WORKFLOW.c.id).where(*mine())
+_OWNED = sa.select(WORKFLOW.c.id).where(*mine())
 _RECORD = _record_statement()
 _RECORD_LAST = _record_statement(soon_over())
 _RECORDED_AMONG = _recorded_among_statement()
-_RECORDED = select(
+_RECORDED = sa.select(
     STEP.c.workflow_id,
     STEP.c.key,
     STEP.c.name,
     STEP.c.position,
     STEP.c.status,
-    cast(STEP.c.output, Text).label("output"),
-    cast(STEP.c.error, Text).label("error"),
-    cast(STEP.c.details, Text).label("details"),
+    sa.cast(STEP.c.output, Text).label("output"),
+    sa.cast(STEP.c.error, Text).label("error"),
+    sa.cast(STEP.c.details, Text).label("details"),
     STEP.c.attempts,
     _age_of(STEP.c.started_at).label("age"),
     (-_age_of(STEP.c.wake_at)).label("due_in"),
 )
-_HISTORIES = _RECORDED.where(STEP.c.workflow_id == func.any(bindparam("ids", type_=ARRAY(PG_UUID()))))
+_HISTORIES = _RECORDED.where(STEP.c.workflow_id == sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID()))))

@@ -14,23 +14,8 @@ from enum import Enum, auto
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    Integer,
-    Row,
-    and_,
-    bindparam,
-    cast,
-    column,
-    func,
-    literal_column,
-    or_,
-    select,
-    true,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 import sqla_durable.store.steps as steps
@@ -61,8 +46,8 @@ from sqla_durable.unwinding import AttemptLost
 
 _ROUNDS = 1_000  # each is lost to another step that has appended
 _ITEM = STREAM_ITEM.c
-_NAME = cast(bindparam("stream_name", type_=Text()), Text)
-_ONE: ColumnElement[int] = literal_column("1")
+_NAME = sa.cast(sa.bindparam("stream_name", type_=Text()), Text)
+_ONE: sa.ColumnElement[int] = sa.literal_column("1")
 
 
 class Appended(Enum):
@@ -110,10 +95,10 @@ class Page:
 class _Writer:
     """The columns that say to which stream items go, and who writes them."""
 
-    name: ColumnElement[Any]
-    step_key: ColumnElement[Any]
-    attempt: ColumnElement[Any]
-    step_attempt: ColumnElement[Any]
+    name: sa.ColumnElement[Any]
+    step_key: sa.ColumnElement[Any]
+    attempt: sa.ColumnElement[Any]
+    step_attempt: sa.ColumnElement[Any]
 
 
 def append(connectable: Connectable, origin: Origin, *, name: str, values: Sequence[str | None]) -> Appended:
@@ -179,7 +164,7 @@ def _rows_of(appends: Sequence[Append]) -> list[dict[str, Any]]:
     ]
 
 
-def _appended(row: Row[Any] | None, append: Append) -> Appended | None:
+def _appended(row: sa.Row[Any] | None, append: Append) -> Appended | None:
     if row is None:
         return None
     if row.written or (row.closed and _closes(append.values)):
@@ -227,66 +212,66 @@ def _append(
 
 
 def _append_statement(*, recorded: bool) -> Any:
-    own = materialized(select(WORKFLOW.c.id).where(*mine()).with_for_update(key_share=True, of=WORKFLOW), "owned")
+    own = materialized(sa.select(WORKFLOW.c.id).where(*mine()).with_for_update(key_share=True, of=WORKFLOW), "owned")
     last = materialized(_last(GIVEN["id"], _NAME), "last")
     given = materialized(_given_items(), "given")
-    known: ColumnElement[bool] = _known() if recorded else literal_column("false")
+    known: sa.ColumnElement[bool] = _known() if recorded else sa.literal_column("false")
     first = _first(own, last, given, known)
     rest = _rest(given, first)
-    statement = select(
-        select(own.c.id).exists().label("owned"),
-        select(first.c.number).scalar_subquery().label("first"),
-        func.coalesce(select(_is_closed(last, _GIVEN_WRITER)).scalar_subquery(), literal_column("false")).label(
-            "closed"
-        ),
+    statement = sa.select(
+        sa.select(own.c.id).exists().label("owned"),
+        sa.select(first.c.number).scalar_subquery().label("first"),
+        sa.func.coalesce(
+            sa.select(_is_closed(last, _GIVEN_WRITER)).scalar_subquery(), sa.literal_column("false")
+        ).label("closed"),
         known.label("known"),
     ).add_cte(rest)
     return statement.add_cte(_checkpoint(first)) if recorded else statement
 
 
-def _last(workflow_id: ColumnElement[Any], name: ColumnElement[Any]) -> Any:
+def _last(workflow_id: sa.ColumnElement[Any], name: sa.ColumnElement[Any]) -> Any:
     """Give the last item of the stream, by the primary key."""
     return (
-        select(_ITEM.number, _ITEM.value, _ITEM.step_key, _ITEM.attempt, _ITEM.step_attempt, _ITEM.closed)
+        sa.select(_ITEM.number, _ITEM.value, _ITEM.step_key, _ITEM.attempt, _ITEM.step_attempt, _ITEM.closed)
         .where(_ITEM.workflow_id == workflow_id, _ITEM.name == name)
         .order_by(_ITEM.number.desc())
         .limit(_ONE)
     )
 
 
-def _is_closed(last: Any, writer: _Writer) -> ColumnElement[bool]:
+def _is_closed(last: Any, writer: _Writer) -> sa.ColumnElement[bool]:
     """Tell whether an item closes the stream for this try: not if an earlier try of the same step has written it."""
     same_step = last.c.step_key.is_not_distinct_from(writer.step_key)
-    same_try = and_(last.c.attempt == writer.attempt, last.c.step_attempt.is_not_distinct_from(writer.step_attempt))
-    return and_(last.c.closed, or_(~same_step, same_try))
+    same_try = sa.and_(last.c.attempt == writer.attempt, last.c.step_attempt.is_not_distinct_from(writer.step_attempt))
+    return sa.and_(last.c.closed, sa.or_(~same_step, same_try))
 
 
 def _given_items() -> Any:
-    items = cast(bindparam("items", type_=ARRAY(Text())), ARRAY(Text()))
+    items = sa.cast(sa.bindparam("items", type_=ARRAY(Text())), ARRAY(Text()))
     each = (
         pg.unnest(items)
-        .table_valued(column("value", Text()), with_ordinality="place", name="each")
+        .table_valued(sa.column("value", Text()), with_ordinality="place", name="each")
         .render_derived(name="each")
     )
-    return select(cast(each.c.value, JSONB).label("value"), cast(each.c.place, Integer).label("place"))
+    return sa.select(sa.cast(each.c.value, JSONB).label("value"), sa.cast(each.c.place, sa.Integer).label("place"))
 
 
-def _first(own: CTE, last: CTE, given: CTE, known: ColumnElement[bool]) -> CTE:
+def _first(own: sa.CTE, last: sa.CTE, given: sa.CTE, known: sa.ColumnElement[bool]) -> sa.CTE:
     """Append the first item where nobody has appended meanwhile: then nobody has appended what comes after it."""
-    number = func.coalesce(last.c.number + _ONE, literal_column("0"))
+    number = sa.func.coalesce(last.c.number + _ONE, sa.literal_column("0"))
     columns = _columns(_GIVEN_WRITER, own.c.id, number, given.c.value)
     source = (
-        select(*columns.values())
-        .select_from(own.join(given, given.c.place == _ONE).outerjoin(last, true()))
-        .where(~func.coalesce(_is_closed(last, _GIVEN_WRITER), literal_column("false")), ~known)
+        sa.select(*columns.values())
+        .select_from(own.join(given, given.c.place == _ONE).outerjoin(last, sa.true()))
+        .where(~sa.func.coalesce(_is_closed(last, _GIVEN_WRITER), sa.literal_column("false")), ~known)
     )
     inserted = insert(STREAM_ITEM).from_select(list(columns), source, include_defaults=False)
     return inserted.on_conflict_do_nothing().returning(_ITEM.workflow_id, _ITEM.number).cte("first")
 
 
-def _rest(given: CTE, first: CTE) -> CTE:
+def _rest(given: sa.CTE, first: sa.CTE) -> sa.CTE:
     columns = _columns(_GIVEN_WRITER, first.c.workflow_id, first.c.number + given.c.place - _ONE, given.c.value)
-    source = select(*columns.values()).select_from(first.join(given, given.c.place > _ONE))
+    source = sa.select(*columns.values()).select_from(first.join(given, given.c.place > _ONE))
     inserted = insert(STREAM_ITEM).from_select(list(columns), source, include_defaults=False)
     return inserted.returning(_ITEM.number).cte("rest")
 
@@ -307,88 +292,90 @@ def _columns(writer: _Writer, workflow_id: Any, number: Any, value: Any) -> dict
 
 def _known() -> Any:
     """Tell whether an earlier execution of this statement is committed, whose acknowledgement was lost."""
-    same = and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"])
-    return select(STEP.c.key).where(same, ~unfinished()).exists()
+    same = sa.and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"])
+    return sa.select(STEP.c.key).where(same, ~unfinished()).exists()
 
 
-def _checkpoint(first: CTE) -> Any:
+def _checkpoint(first: sa.CTE) -> Any:
     columns = checkpoint_columns(GIVEN) | {"workflow_id": first.c.workflow_id}
-    return insert_from(columns, select(*columns.values())).returning(STEP.c.key).cte("recorded")
+    return insert_from(columns, sa.select(*columns.values())).returning(STEP.c.key).cte("recorded")
 
 
 def _append_many_statement() -> Any:
     """Do what `_append_statement` does for one workflow for each of them, with the rows that nobody holds."""
-    batch = select(*table("batch", _BATCH).c).cte("batch")
-    fences = select(batch.c.id, batch.c.token).where(batch.c.item == _ONE).subquery("fences")
+    batch = sa.select(*table("batch", _BATCH).c).cte("batch")
+    fences = sa.select(batch.c.id, batch.c.token).where(batch.c.item == _ONE).subquery("fences")
     held = owned(fences, skip_locked=True)
     last = _last(batch.c.id, batch.c.name).lateral("last")
     of_batch = _Writer(batch.c.name, batch.c.step_key, batch.c.attempt, batch.c.step_attempt)
     head = materialized(
-        select(
+        sa.select(
             *batch.c,
-            func.coalesce(last.c.number + _ONE, literal_column("0")).label("number"),
-            func.coalesce(_is_closed(last, of_batch), literal_column("false")).label("closed"),
+            sa.func.coalesce(last.c.number + _ONE, sa.literal_column("0")).label("number"),
+            sa.func.coalesce(_is_closed(last, of_batch), sa.literal_column("false")).label("closed"),
         )
-        .select_from(batch.join(held, of_owner(batch, held)).outerjoin(last, true()))
+        .select_from(batch.join(held, of_owner(batch, held)).outerjoin(last, sa.true()))
         .where(batch.c.item == _ONE),
         "head",
     )
     of_head = _Writer(head.c.name, head.c.step_key, head.c.attempt, head.c.step_attempt)
-    columns = _columns(of_head, head.c.id, head.c.number, cast(head.c.value, JSONB))
+    columns = _columns(of_head, head.c.id, head.c.number, sa.cast(head.c.value, JSONB))
     open_ones = insert(STREAM_ITEM).from_select(
-        list(columns), select(*columns.values()).where(~head.c.closed), include_defaults=False
+        list(columns), sa.select(*columns.values()).where(~head.c.closed), include_defaults=False
     )
     first = open_ones.on_conflict_do_nothing().returning(_ITEM.workflow_id, _ITEM.number).cte("first")
-    columns = _columns(of_batch, batch.c.id, first.c.number + batch.c.item - _ONE, cast(batch.c.value, JSONB))
-    others = select(*columns.values()).select_from(batch.join(first, first.c.workflow_id == batch.c.id))
+    columns = _columns(of_batch, batch.c.id, first.c.number + batch.c.item - _ONE, sa.cast(batch.c.value, JSONB))
+    others = sa.select(*columns.values()).select_from(batch.join(first, first.c.workflow_id == batch.c.id))
     rest = insert(STREAM_ITEM).from_select(list(columns), others.where(batch.c.item > _ONE), include_defaults=False)
     return (
-        select(head.c.place, head.c.closed, first.c.number.is_not(None).label("written"))
+        sa.select(head.c.place, head.c.closed, first.c.number.is_not(None).label("written"))
         .select_from(head.outerjoin(first, first.c.workflow_id == head.c.id))
         .add_cte(rest.returning(_ITEM.number).cte("rest"))
     )
 
 
 def _read_statement() -> Any:
-    wanted = bindparam("wanted_id", type_=PG_UUID())
+    wanted = sa.bindparam("wanted_id", type_=sa.UUID())
     item = (
-        select(_ITEM.number, _ITEM.value, _ITEM.step_key, _ITEM.attempt, _ITEM.step_attempt, _ITEM.created_at)
-        .where(_ITEM.workflow_id == wanted, _ITEM.name == _NAME, _ITEM.number >= bindparam("start", type_=Integer()))
+        sa.select(_ITEM.number, _ITEM.value, _ITEM.step_key, _ITEM.attempt, _ITEM.step_attempt, _ITEM.created_at)
+        .where(
+            _ITEM.workflow_id == wanted, _ITEM.name == _NAME, _ITEM.number >= sa.bindparam("start", type_=sa.Integer())
+        )
         .order_by(_ITEM.number)
-        .limit(bindparam("limit", type_=Integer()))
+        .limit(sa.bindparam("limit", type_=sa.Integer()))
         .subquery("item")
     )
-    closed = select(_last(wanted, _NAME).subquery("last").c.closed).scalar_subquery()
-    ended = or_(WORKFLOW.c.finished_at.is_not(None), func.coalesce(closed, literal_column("false")))
+    closed = sa.select(_last(wanted, _NAME).subquery("last").c.closed).scalar_subquery()
+    ended = sa.or_(WORKFLOW.c.finished_at.is_not(None), sa.func.coalesce(closed, sa.literal_column("false")))
     return (
-        select(
+        sa.select(
             ended.label("ended"),
             item.c.number,
-            cast(item.c.value, Text).label("value"),
+            sa.cast(item.c.value, Text).label("value"),
             item.c.step_key,
             item.c.attempt,
             item.c.step_attempt,
             item.c.created_at,
         )
         .select_from(WORKFLOW)
-        .outerjoin(item, true())
+        .outerjoin(item, sa.true())
         .where(WORKFLOW.c.id == wanted)
         .order_by(item.c.number)
     )
 
 
 _GIVEN_WRITER = _Writer(
-    _NAME, GIVEN["key"], GIVEN["attempt"], cast(bindparam("step_attempt", type_=Integer()), Integer)
+    _NAME, GIVEN["key"], GIVEN["attempt"], sa.cast(sa.bindparam("step_attempt", type_=sa.Integer()), sa.Integer)
 )
 _BATCH: Columns = {
-    "id": PG_UUID(),
-    "token": PG_UUID(),
-    "place": Integer(),
+    "id": sa.UUID(),
+    "token": sa.UUID(),
+    "place": sa.Integer(),
     "name": Text(),
     "step_key": Text(),
-    "attempt": Integer(),
-    "step_attempt": Integer(),
-    "item": Integer(),
+    "attempt": sa.Integer(),
+    "step_attempt": sa.Integer(),
+    "item": sa.Integer(),
     "value": Text(),
 }
 _APPEND = _append_statement(recorded=False)

@@ -9,21 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    Label,
-    Select,
-    and_,
-    delete,
-    false,
-    null,
-    or_,
-    select,
-    true,
-    union,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from sqla_durable.models import Workflow
@@ -48,10 +34,10 @@ _COMPENSATION = {
     "cancellation": REQUESTED,
     "status": WorkflowStatus.PENDING,
     "attempt": next_attempt(),
-    "token": null(),
-    "worker_id": null(),
-    "wake_at": null(),
-    "awaits": null(),
+    "token": sa.null(),
+    "worker_id": sa.null(),
+    "wake_at": sa.null(),
+    "awaits": sa.null(),
     "enqueued_at": pg.statement_timestamp(),
 }
 _UNFINISHED = sorted(set(WorkflowStatus) - FINISHED)
@@ -68,8 +54,8 @@ def hold_unfinished(session: Session, wanted: Wanted) -> tuple[list[UUID], bool]
     held = lock(session, _unfinished_of(among(wanted.ids)))
     if not held:
         return [], True
-    meant = _unfinished_of(and_(among(still_wanted(session, wanted)), among(held)))
-    found = list(scalars(session, select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id)))
+    meant = _unfinished_of(sa.and_(among(still_wanted(session, wanted)), among(held)))
+    found = list(scalars(session, sa.select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id)))
     return found, set(found) <= set(held)
 
 
@@ -83,37 +69,37 @@ def cancel(session: Session, held: Sequence[UUID], wanted: Wanted) -> bool:
     outcome = {
         "status": WorkflowStatus.CANCELLED,
         "finished_at": pg.statement_timestamp(),
-        "wake_at": null(),
-        "awaits": null(),
+        "wake_at": sa.null(),
+        "awaits": sa.null(),
     }
     if held:
         # What may have something to undo is enqueued, for a worker that has the code to undo it.
-        undone = and_(among(held), WORKFLOW.c.cancellation == COMPENSATES)
-        enqueue = update(WORKFLOW).where(undone).values(_COMPENSATION).returning(WORKFLOW.c.id)
+        undone = sa.and_(among(held), WORKFLOW.c.cancellation == COMPENSATES)
+        enqueue = sa.update(WORKFLOW).where(undone).values(_COMPENSATION).returning(WORKFLOW.c.id)
         enqueued = bool(scalars(session, enqueue).all())
         returned = WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits
-        at_once = and_(among(held), WORKFLOW.c.cancellation.is_(None))
-        ended = update(WORKFLOW).where(at_once).values(outcome).returning(*returned).cte("ended")
+        at_once = sa.and_(among(held), WORKFLOW.c.cancellation.is_(None))
+        ended = sa.update(WORKFLOW).where(at_once).values(outcome).returning(*returned).cte("ended")
         of_ended = asking(ended).cte("asked"), deleting_notices(ended).cte("cleared"), leaving(ended).cte("left")
-        scalars(session, select(ended.c.id).add_cte(*of_ended)).all()
+        scalars(session, sa.select(ended.c.id).add_cte(*of_ended)).all()
     refresh_known(session, known(wanted, held))
     return enqueued
 
 
-def hold_cancelled_with(session: Session, wanted: Wanted, condition: ColumnElement[bool]) -> list[UUID]:
+def hold_cancelled_with(session: Session, wanted: Wanted, condition: sa.ColumnElement[bool]) -> list[UUID]:
     """Lock those of the workflows that fit a condition, and what of their trees was cancelled together with them."""
-    cancelled = and_(WORKFLOW.c.status == status(WorkflowStatus.CANCELLED), is_not_undone())
+    cancelled = sa.and_(WORKFLOW.c.status == status(WorkflowStatus.CANCELLED), is_not_undone())
 
-    def meant(roots: ColumnElement[bool]) -> ColumnElement[bool]:
-        tree = _tree(and_(roots, condition), WORKFLOW.c.finished_at.label("moment"))
-        together = and_(cancelled, WORKFLOW.c.finished_at == tree.c.moment)
-        found = select(WORKFLOW.c.id).join(tree, tree.c.id == WORKFLOW.c.id).where(or_(tree.c.is_root, together))
+    def meant(roots: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        tree = _tree(sa.and_(roots, condition), WORKFLOW.c.finished_at.label("moment"))
+        together = sa.and_(cancelled, WORKFLOW.c.finished_at == tree.c.moment)
+        found = sa.select(WORKFLOW.c.id).join(tree, tree.c.id == WORKFLOW.c.id).where(sa.or_(tree.c.is_root, together))
         return WORKFLOW.c.id.in_(found)
 
     return hold(session, wanted, meant)
 
 
-def is_not_undone() -> ColumnElement[bool]:
+def is_not_undone() -> sa.ColumnElement[bool]:
     """Tell what was cancelled from what has undone besides what it did: nothing can go on from there."""
     return WORKFLOW.c.cancellation.is_distinct_from(REQUESTED)
 
@@ -123,11 +109,11 @@ def hold_deletable(session: Session, wanted: Wanted) -> list[UUID]:
     deletable = _deletable(among(wanted.ids))
     child = WORKFLOW.alias("left")
     # A detached child is written too: it loses its parent.
-    written = union(deletable, select(child.c.id).where(child.c.parent_id.in_(deletable)))
+    written = sa.union(deletable, sa.select(child.c.id).where(child.c.parent_id.in_(deletable)))
     held = lock(session, WORKFLOW.c.id.in_(written))
     if not held:
         return []
-    still = and_(among(still_wanted(session, wanted)), among(held))
+    still = sa.and_(among(still_wanted(session, wanted)), among(held))
     return look_again(session, held, WORKFLOW.c.id.in_(_deletable(still)))
 
 
@@ -137,31 +123,31 @@ def erase(session: Session, ids: Sequence[UUID]) -> None:
     Children that they hold, which are detached, are let go: nobody could do that later.
     """
     release_of(session, ids)
-    statement = delete(Workflow).where(among(ids))
+    statement = sa.delete(Workflow).where(among(ids))
     options = {"synchronize_session": "fetch"}
     session.execute(statement, execution_options=options, bind_arguments=bind_arguments())
 
 
-def _unfinished_of(roots: ColumnElement[bool]) -> ColumnElement[bool]:
+def _unfinished_of(roots: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
     """Return the condition of what a cancel changes: unfinished workflows, without those that compensate already."""
-    open_ones = or_(*(WORKFLOW.c.status == status(each) for each in _UNFINISHED))
-    tree = _tree(and_(roots, open_ones))
-    return and_(WORKFLOW.c.id.in_(select(tree.c.id)), open_ones, ~undoes())
+    open_ones = sa.or_(*(WORKFLOW.c.status == status(each) for each in _UNFINISHED))
+    tree = _tree(sa.and_(roots, open_ones))
+    return sa.and_(WORKFLOW.c.id.in_(sa.select(tree.c.id)), open_ones, ~undoes())
 
 
-def _deletable(roots: ColumnElement[bool]) -> Select[tuple[UUID]]:
+def _deletable(roots: sa.ColumnElement[bool]) -> sa.Select[tuple[UUID]]:
     """Give the trees that are finished, except those whose parent may still ask for their outcome."""
     parent, member = WORKFLOW.alias("parent"), WORKFLOW.alias("member")
-    asked = select(parent.c.id).where(parent.c.id == WORKFLOW.c.parent_id, parent.c.finished_at.is_(None)).exists()
-    free = or_(WORKFLOW.c.detached, ~asked)
-    tree = _tree(and_(roots, WORKFLOW.c.finished_at.is_not(None), free), WORKFLOW.c.id.label("root_id"))
-    going_on = select(tree.c.root_id).join(member, member.c.id == tree.c.id).where(member.c.finished_at.is_(None))
-    return select(tree.c.id).where(tree.c.root_id.not_in(going_on))
+    asked = sa.select(parent.c.id).where(parent.c.id == WORKFLOW.c.parent_id, parent.c.finished_at.is_(None)).exists()
+    free = sa.or_(WORKFLOW.c.detached, ~asked)
+    tree = _tree(sa.and_(roots, WORKFLOW.c.finished_at.is_not(None), free), WORKFLOW.c.id.label("root_id"))
+    going_on = sa.select(tree.c.root_id).join(member, member.c.id == tree.c.id).where(member.c.finished_at.is_(None))
+    return sa.select(tree.c.id).where(tree.c.root_id.not_in(going_on))
 
 
-def _tree(roots: ColumnElement[bool], *carried: Label[Any]) -> CTE:
+def _tree(roots: sa.ColumnElement[bool], *carried: sa.Label[Any]) -> sa.CTE:
     """Give the trees under the roots, with a column of the root in each row."""
-    tree = select(WORKFLOW.c.id, true().label("is_root"), *carried).where(roots).cte("tree", recursive=True)
+    tree = sa.select(WORKFLOW.c.id, sa.true().label("is_root"), *carried).where(roots).cte("tree", recursive=True)
     child = WORKFLOW.alias("child")
-    below = select(child.c.id, false(), *(tree.c[each.name] for each in carried))
+    below = sa.select(child.c.id, sa.false(), *(tree.c[each.name] for each in carried))
     return tree.union(below.join(tree, child.c.parent_id == tree.c.id).where(~child.c.detached))

@@ -11,19 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    bindparam,
-    cast,
-    func,
-    literal_column,
-    null,
-    select,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
@@ -215,12 +204,12 @@ def _answer_row(update_id: int, answer: str) -> dict[str, Any]:
     return {"update_id": update_id, "answer_id": update_id, "answer_key": _answer_key(update_id), "answer": answer}
 
 
-def _columns(workflow_id: ColumnElement[Any], step_key: Any) -> dict[str, Any]:
+def _columns(workflow_id: sa.ColumnElement[Any], step_key: Any) -> dict[str, Any]:
     return {
         "workflow_id": workflow_id,
-        "key": cast(bindparam("answer_key", type_=Text()), Text),
-        "id": cast(bindparam("answer_id", type_=BigInteger()), BigInteger),
-        "value": cast(cast(bindparam("answer", type_=Text()), Text), JSONB),
+        "key": sa.cast(sa.bindparam("answer_key", type_=Text()), Text),
+        "id": sa.cast(sa.bindparam("answer_id", type_=sa.BigInteger()), sa.BigInteger),
+        "value": sa.cast(sa.cast(sa.bindparam("answer", type_=Text()), Text), JSONB),
         "step_key": step_key,
         "created_at": pg.statement_timestamp(),
     }
@@ -232,33 +221,33 @@ def _answering(columns: dict[str, Any], source: Any) -> Any:
 
 
 def _receiver_statement() -> Any:
-    key = cast(bindparam("signal_key", type_=Text()), Text)
+    key = sa.cast(sa.bindparam("signal_key", type_=Text()), Text)
     first = first_keyed(_WANTED, _NAME, key).subquery("first")
-    known = select(first.c.id).where(first.c.name == _NAME, first.c.key == key)
-    return select(WORKFLOW.c.status, known.scalar_subquery().label("known")).where(WORKFLOW.c.id == _WANTED)
+    known = sa.select(first.c.id).where(first.c.name == _NAME, first.c.key == key)
+    return sa.select(WORKFLOW.c.status, known.scalar_subquery().label("known")).where(WORKFLOW.c.id == _WANTED)
 
 
 def _look_statement() -> Any:
     """Read each row by its primary key: joined, a plan may read all steps of the workflow."""
     sent = materialized(
-        select(SIGNAL.c.workflow_id, SIGNAL.c.id, SIGNAL.c.name, SIGNAL.c.consumed_by).where(
+        sa.select(SIGNAL.c.workflow_id, SIGNAL.c.id, SIGNAL.c.name, SIGNAL.c.consumed_by).where(
             SIGNAL.c.workflow_id == _WANTED, _IS_UPDATE
         ),
         "sent",
     )
-    answer = select(cast(EVENT.c.value, Text)).where(
+    answer = sa.select(sa.cast(EVENT.c.value, Text)).where(
         EVENT.c.workflow_id == sent.c.workflow_id,
-        EVENT.c.key == bindparam("answer_key", type_=Text()),
+        EVENT.c.key == sa.bindparam("answer_key", type_=Text()),
         EVENT.c.id == sent.c.id,
     )
     # A workflow that continued as new has forgotten what it had taken; another update may have that step's key since.
-    holding = select(STEP.c.key).where(
+    holding = sa.select(STEP.c.key).where(
         STEP.c.workflow_id == sent.c.workflow_id,
         STEP.c.key == sent.c.consumed_by,
-        STEP.c.output.op("->>", return_type=Text())(_ID) == cast(sent.c.id, Text),
+        STEP.c.output.op("->>", return_type=Text())(_ID) == sa.cast(sent.c.id, Text),
     )
     return (
-        select(
+        sa.select(
             sent.c.name,
             sent.c.consumed_by,
             WORKFLOW.c.status,
@@ -273,58 +262,60 @@ def _look_statement() -> Any:
 def _refuse_statement() -> Any:
     owned = own_row()
     refused = (
-        update(SIGNAL)
+        sa.update(SIGNAL)
         .where(SIGNAL.c.workflow_id == owned.c.id, _IS_UPDATE, is_untaken())
-        .values(consumed_by=REFUSED, delivered_at=func.coalesce(SIGNAL.c.delivered_at, pg.statement_timestamp()))
+        .values(consumed_by=REFUSED, delivered_at=sa.func.coalesce(SIGNAL.c.delivered_at, pg.statement_timestamp()))
         .returning(SIGNAL.c.workflow_id)
         .cte("refused")
     )
-    columns = _columns(refused.c.workflow_id, null())
-    answered = _answering(columns, select(*columns.values())).returning(EVENT.c.id).cte("answered")
-    return select(select(owned.c.id).exists()).add_cte(answered)
+    columns = _columns(refused.c.workflow_id, sa.null())
+    answered = _answering(columns, sa.select(*columns.values())).returning(EVENT.c.id).cte("answered")
+    return sa.select(sa.select(owned.c.id).exists()).add_cte(answered)
 
 
 def _record_statement() -> Any:
     owned = own_row()
     columns = _columns(owned.c.id, GIVEN["key"])
-    answered = _answering(columns, select(*columns.values())).returning(EVENT.c.workflow_id).cte("answered")
+    answered = _answering(columns, sa.select(*columns.values())).returning(EVENT.c.workflow_id).cte("answered")
     checkpoint = checkpoint_columns(GIVEN) | {"workflow_id": answered.c.workflow_id}
-    recorded = insert_from(checkpoint, select(*checkpoint.values())).returning(STEP.c.key).cte("recorded")
-    return select(
-        select(owned.c.id).exists().label("owned"), select(answered.c.workflow_id).exists().label("answered")
+    recorded = insert_from(checkpoint, sa.select(*checkpoint.values())).returning(STEP.c.key).cte("recorded")
+    return sa.select(
+        sa.select(owned.c.id).exists().label("owned"), sa.select(answered.c.workflow_id).exists().label("answered")
     ).add_cte(recorded)
 
 
 def _put_statement() -> Any:
     columns = _columns(WORKFLOW.c.id, GIVEN["key"])
-    source = select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
+    source = sa.select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
     return _answering(columns, source).returning(EVENT.c.id)
 
 
-def _shown(taken: Any) -> ColumnElement[Any]:
+def _shown(taken: Any) -> sa.ColumnElement[Any]:
     return pg.jsonb_build_object(_ID, taken.c.id, _PAYLOAD, taken.c.payload, type_=JSONB())
 
 
-_WANTED = bindparam("wanted_id", type_=PG_UUID())
-_NAME = cast(bindparam("signal_name", type_=Text()), Text)
-_IS_UPDATE = SIGNAL.c.id == bindparam("update_id", type_=BigInteger())
-_ID: ColumnElement[str] = words("id")
-_PAYLOAD: ColumnElement[str] = words("payload")
-_UPDATE_LITERAL: ColumnElement[str] = literal_column(f"'{UPDATE}'", type_=Text())
+_WANTED = sa.bindparam("wanted_id", type_=sa.UUID())
+_NAME = sa.cast(sa.bindparam("signal_name", type_=Text()), Text)
+_IS_UPDATE = SIGNAL.c.id == sa.bindparam("update_id", type_=sa.BigInteger())
+_ID: sa.ColumnElement[str] = words("id")
+_PAYLOAD: sa.ColumnElement[str] = words("payload")
+_UPDATE_LITERAL: sa.ColumnElement[str] = sa.literal_column(f"'{UPDATE}'", type_=Text())
 _RECEIVER = _receiver_statement()
 _SEND = sending(is_update=True)
 _SEND_IN_SNAPSHOT = sending(in_snapshot=True, is_update=True)
 _LOOK = _look_statement()
-_FIRST = first_untaken(_WANTED, _NAME, cast(SIGNAL.c.payload, Text).label("payload")).subquery("first")
-_OLDEST = select(_FIRST.c.id, _FIRST.c.payload).where(_FIRST.c.name == _NAME)
-_WANTED_UPDATE = select(cast(bindparam("update_id", type_=BigInteger()), BigInteger).label("id")).subquery("wanted")
+_FIRST = first_untaken(_WANTED, _NAME, sa.cast(SIGNAL.c.payload, Text).label("payload")).subquery("first")
+_OLDEST = sa.select(_FIRST.c.id, _FIRST.c.payload).where(_FIRST.c.name == _NAME)
+_WANTED_UPDATE = sa.select(
+    sa.cast(sa.bindparam("update_id", type_=sa.BigInteger()), sa.BigInteger).label("id")
+).subquery("wanted")
 _TAKE = taking(_WANTED_UPDATE, _shown)
 _REFUSE = _refuse_statement()
 _RECORD = _record_statement()
 _PUT = _put_statement()
-_OWNED = select(WORKFLOW.c.id).where(*mine())
-_ANSWERED_BY = select(EVENT.c.step_key).where(
+_OWNED = sa.select(WORKFLOW.c.id).where(*mine())
+_ANSWERED_BY = sa.select(EVENT.c.step_key).where(
     EVENT.c.workflow_id == _WANTED,
-    EVENT.c.key == bindparam("answer_key", type_=Text()),
-    EVENT.c.id == bindparam("answer_id", type_=BigInteger()),
+    EVENT.c.key == sa.bindparam("answer_key", type_=Text()),
+    EVENT.c.id == sa.bindparam("answer_id", type_=sa.BigInteger()),
 )

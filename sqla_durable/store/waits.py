@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import DateTime, bindparam, cast, func, literal_column, select
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from sqla_durable.models.column_types import Text
@@ -48,23 +48,23 @@ def now(connectable: Connectable) -> datetime:
 
 
 def _begin_statement() -> Any:
-    until = cast(bindparam("until", type_=DateTime(timezone=True)), DateTime(timezone=True))
+    until = sa.cast(sa.bindparam("until", type_=sa.DateTime(timezone=True)), sa.DateTime(timezone=True))
     columns = checkpoint_columns(GIVEN)
-    columns["wake_at"] = func.coalesce(until, columns["wake_at"])
-    source = select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
+    columns["wake_at"] = sa.func.coalesce(until, columns["wake_at"])
+    source = sa.select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
     inserted = insert(STEP).from_select(list(columns), source, include_defaults=False)
     # What waits already goes on waiting for the same time.
     return inserted.on_conflict_do_update(
         index_elements=["workflow_id", "key"],
         set_={"position": inserted.excluded.position},
         where=STEP.c.status == _WAITING,
-    ).returning(func.extract("epoch", STEP.c.wake_at - pg.statement_timestamp()).label("due_in"))
+    ).returning(sa.func.extract("epoch", STEP.c.wake_at - pg.statement_timestamp()).label("due_in"))
 
 
 def _remember_statement() -> Any:
     columns = checkpoint_columns(GIVEN)
-    columns["details"] = cast(cast(bindparam("details", type_=Text()), Text), JSONB)
-    source = select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
+    columns["details"] = sa.cast(sa.cast(sa.bindparam("details", type_=Text()), Text), JSONB)
+    source = sa.select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
     inserted = insert(STEP).from_select(list(columns), source, include_defaults=False)
     return inserted.on_conflict_do_update(
         index_elements=["workflow_id", "key"],
@@ -73,7 +73,7 @@ def _remember_statement() -> Any:
     ).returning(STEP.c.key)
 
 
-_WAITING = literal_column(f"'{StepStatus.WAITING}'", type_=STEP.c.status.type)
+_WAITING = sa.literal_column(f"'{StepStatus.WAITING}'", type_=STEP.c.status.type)
 _BEGIN = _begin_statement()
 _REMEMBER = _remember_statement()
-_NOW = select(pg.statement_timestamp())
+_NOW = sa.select(pg.statement_timestamp())

@@ -11,9 +11,8 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Interval, bindparam, cast, delete, select
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
@@ -77,7 +76,7 @@ def leave(connectable: Connectable, worker_id: UUID) -> None:
 
 def exists(session: Session, worker_id: UUID) -> bool:
     """Tell whether the worker's row is visible here."""
-    return scalar(session, select(WORKER.c.id).where(WORKER.c.id == worker_id)) is not None
+    return scalar(session, sa.select(WORKER.c.id).where(WORKER.c.id == worker_id)) is not None
 
 
 def holder(session: Session, workflow_id: UUID) -> Holder | None:
@@ -104,16 +103,16 @@ def forget_dead(connectable: Connectable) -> None:
 
 
 def _expires() -> Any:
-    return pg.statement_timestamp() + bindparam("lease", type_=Interval())
+    return pg.statement_timestamp() + sa.bindparam("lease", type_=sa.Interval())
 
 
 def _beat_statement() -> Any:
     statement = insert(WORKER).values(
-        id=bindparam("beating_id", type_=PG_UUID()),
-        name=bindparam("beating_name", type_=Text()),
-        queues=bindparam("listened_queues", type_=ARRAY(Text())),
+        id=sa.bindparam("beating_id", type_=sa.UUID()),
+        name=sa.bindparam("beating_name", type_=Text()),
+        queues=sa.bindparam("listened_queues", type_=ARRAY(Text())),
         lease_expires_at=_expires(),
-        doing=cast(cast(bindparam("doing", type_=Text()), Text), JSONB),
+        doing=sa.cast(sa.cast(sa.bindparam("doing", type_=Text()), Text), JSONB),
     )
     return statement.on_conflict_do_update(
         index_elements=["id"],
@@ -127,34 +126,34 @@ def _beat_statement() -> Any:
 
 def _forget_dead_statement() -> Any:
     dead = materialized(
-        select(WORKER.c.id)
+        sa.select(WORKER.c.id)
         .where(WORKER.c.lease_expires_at < pg.statement_timestamp() - _DEAD_FOR)
         .order_by(WORKER.c.id)
         .with_for_update(skip_locked=True),
         "dead",
     )
-    return delete(WORKER).where(WORKER.c.id.in_(select(dead.c.id)))
+    return sa.delete(WORKER).where(WORKER.c.id.in_(sa.select(dead.c.id)))
 
 
 _BEAT = _beat_statement()
-_LEAVE = delete(WORKER).where(WORKER.c.id == bindparam("beating_id", type_=PG_UUID()))
-_RUNNING_OF = select(WORKFLOW.c.id, WORKFLOW.c.token).where(
+_LEAVE = sa.delete(WORKER).where(WORKER.c.id == sa.bindparam("beating_id", type_=sa.UUID()))
+_RUNNING_OF = sa.select(WORKFLOW.c.id, WORKFLOW.c.token).where(
     WORKFLOW.c.status == status(WorkflowStatus.RUNNING),
-    WORKFLOW.c.worker_id == bindparam("beating_id", type_=PG_UUID()),
+    WORKFLOW.c.worker_id == sa.bindparam("beating_id", type_=sa.UUID()),
 )
 _HOLDER = (
-    select(WORKER.c.name, WORKER.c.lease_expires_at)
+    sa.select(WORKER.c.name, WORKER.c.lease_expires_at)
     .join(WORKFLOW, WORKFLOW.c.worker_id == WORKER.c.id)
-    .where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), has_status(WORKFLOW, WorkflowStatus.RUNNING))
+    .where(WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()), has_status(WORKFLOW, WorkflowStatus.RUNNING))
 )
 _DOING = (
-    select(
+    sa.select(
         WORKER.c.name,
         WORKER.c.heartbeat_at,
         WORKER.c.lease_expires_at,
-        WORKER.c.doing.op("->")(cast(bindparam("wanted_text", type_=Text()), Text)).label("steps"),
+        WORKER.c.doing.op("->")(sa.cast(sa.bindparam("wanted_text", type_=Text()), Text)).label("steps"),
     )
     .join(WORKFLOW, WORKFLOW.c.worker_id == WORKER.c.id)
-    .where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()), has_status(WORKFLOW, WorkflowStatus.RUNNING))
+    .where(WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()), has_status(WORKFLOW, WorkflowStatus.RUNNING))
 )
 _FORGET_DEAD = _forget_dead_statement()

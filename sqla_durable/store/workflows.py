@@ -12,23 +12,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    Boolean,
-    ColumnElement,
-    Integer,
-    and_,
-    bindparam,
-    cast,
-    literal_column,
-    null,
-    or_,
-    select,
-    tuple_,
-    union,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import WorkflowNotFoundError
@@ -60,9 +45,9 @@ from sqla_durable.store._rows import (
 from sqla_durable.store.parts import WHOLE, Part, Within, divided
 from sqla_durable.store.signals import asking, deleting_notices
 
-_FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
-_COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text(), "holds": Boolean()}
-_LIMIT = bindparam("limit", type_=Integer())
+_FENCE: Columns = {"id": sa.UUID(), "token": sa.UUID()}
+_COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text(), "holds": sa.Boolean()}
+_LIMIT = sa.bindparam("limit", type_=sa.Integer())
 
 
 # The one that was in the way was deleted between the two statements.
@@ -144,26 +129,26 @@ def due(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: P
 def unknown_names(connectable: Connectable, *, queues: Sequence[str], names: Sequence[str]) -> list[str]:
     """Give the names of workflows near the head of the queues that are not among `names`."""
     head = (
-        select(WORKFLOW.c.name)
+        sa.select(WORKFLOW.c.name)
         .where(WORKFLOW.c.status == status(WorkflowStatus.PENDING), WORKFLOW.c.queue.in_(queues))
         .where(WORKFLOW.c.name.not_in(names))
         .limit(100)
         .subquery()
     )
-    return list(scalars(connectable, select(head.c.name).distinct().order_by(head.c.name)))
+    return list(scalars(connectable, sa.select(head.c.name).distinct().order_by(head.c.name)))
 
 
 def other_versions(connectable: Connectable, *, queues: Sequence[str], versions: Sequence[str]) -> list[str]:
     """Give the versions of workflows near the head of each queue that are not among `versions`."""
     heads = [
-        select(WORKFLOW.c.version)
+        sa.select(WORKFLOW.c.version)
         .where(WORKFLOW.c.status == status(WorkflowStatus.PENDING), WORKFLOW.c.queue == queue)
         .order_by(WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id)
         .limit(1_000)
         .subquery()
         for queue in queues
     ]
-    found = union(*(select(each.c.version).where(each.c.version.not_in(versions)) for each in heads))
+    found = sa.union(*(sa.select(each.c.version).where(each.c.version.not_in(versions)) for each in heads))
     return sorted(scalars(connectable, found))
 
 
@@ -181,26 +166,26 @@ def _finish_statement() -> Any:
     batch = table("batch", _COMPLETION)
     mine = owned(batch, skip_locked=False)
     ended = (
-        update(WORKFLOW)
+        sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == mine.c.id, of_owner(batch, mine))
         .values(
             status=batch.c.status,
-            output=cast(batch.c.output, JSONB),
-            error=cast(batch.c.error, JSONB),
+            output=sa.cast(batch.c.output, JSONB),
+            error=sa.cast(batch.c.error, JSONB),
             finished_at=pg.statement_timestamp(),
         )
         .returning(WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits, batch.c.holds)
         .cte("ended")
     )
-    return select(ended.c.id).add_cte(asking(ended).cte("asked"), deleting_notices(ended).cte("cleared"))
+    return sa.select(ended.c.id).add_cte(asking(ended).cte("asked"), deleting_notices(ended).cte("cleared"))
 
 
 def _release_statement(*, skip_locked: bool) -> Any:
     mine = owned(table("batch", _FENCE), skip_locked=skip_locked)
     return (
-        update(WORKFLOW)
+        sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == mine.c.id)
-        .values(status=WorkflowStatus.PENDING, token=null(), worker_id=null())
+        .values(status=WorkflowStatus.PENDING, token=sa.null(), worker_id=sa.null())
         .returning(WORKFLOW.c.id)
     )
 
@@ -209,28 +194,28 @@ def _still_owned_statement() -> Any:
     # Row by row, by the primary key: the index of what is running keeps dead entries while a snapshot is open.
     batch = table("batch", _FENCE)
     found = (
-        select(WORKFLOW.c.status)
+        sa.select(WORKFLOW.c.status)
         .where(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token)
-        .limit(literal_column("1"))
+        .limit(sa.literal_column("1"))
         .lateral("found")
     )
     running = found.c.status == status(WorkflowStatus.RUNNING)
-    return select(batch.c.id, batch.c.token).select_from(batch.join(found, running))
+    return sa.select(batch.c.id, batch.c.token).select_from(batch.join(found, running))
 
 
 def _finished_by_statement() -> Any:
-    return select(WORKFLOW.c.id, WORKFLOW.c.token, WORKFLOW.c.status).where(
+    return sa.select(WORKFLOW.c.id, WORKFLOW.c.token, WORKFLOW.c.status).where(
         _of_attempts(), WORKFLOW.c.finished_at.is_not(None)
     )
 
 
-def _of_attempts() -> ColumnElement[bool]:
+def _of_attempts() -> sa.ColumnElement[bool]:
     batch = table("batch", _FENCE)
-    return tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(select(batch.c.id, batch.c.token))
+    return sa.tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(sa.select(batch.c.id, batch.c.token))
 
 
 def _wake_due_statement(within: Within) -> tuple[Any, Any]:
-    is_due = and_(
+    is_due = sa.and_(
         within(WORKFLOW.c.id),
         WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
         WORKFLOW.c.wake_at.between(beginning(), pg.statement_timestamp()),
@@ -238,7 +223,7 @@ def _wake_due_statement(within: Within) -> tuple[Any, Any]:
     suspect = WORKFLOW.c.crashes >= SUSPECT
     # Of those that nobody holds: one that is held must not keep the others.
     first = materialized(
-        select(WORKFLOW.c.id)
+        sa.select(WORKFLOW.c.id)
         .where(is_due, suspect)
         .order_by(WORKFLOW.c.wake_at, WORKFLOW.c.id)
         .limit(1)
@@ -246,34 +231,34 @@ def _wake_due_statement(within: Within) -> tuple[Any, Any]:
         "first",
     )
     due = materialized(
-        select(WORKFLOW.c.id)
-        .where(is_due, or_(~suspect, WORKFLOW.c.id == select(first.c.id).scalar_subquery()))
+        sa.select(WORKFLOW.c.id)
+        .where(is_due, sa.or_(~suspect, WORKFLOW.c.id == sa.select(first.c.id).scalar_subquery()))
         .order_by(WORKFLOW.c.wake_at)
         .limit(_LIMIT)
         .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW),
         "due",
     )
     woken = (
-        update(WORKFLOW)
+        sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == due.c.id)
         .values(
             status=WorkflowStatus.PENDING,
             enqueued_at=pg.statement_timestamp(),
-            wake_at=null(),
-            awaits=null(),
+            wake_at=sa.null(),
+            awaits=sa.null(),
         )
         .returning(WORKFLOW.c.id)
     )
-    return woken, select(due.c.id)
+    return woken, sa.select(due.c.id)
 
 
 _FINISH = _finish_statement()
-_LOCK = select(owned(table("batch", _FENCE), skip_locked=False).c.id)
+_LOCK = sa.select(owned(table("batch", _FENCE), skip_locked=False).c.id)
 _RELEASE = _release_statement(skip_locked=False)
 _RELEASE_UNLOCKED = _release_statement(skip_locked=True)
 _FINISHED_BY = _finished_by_statement()
 _STILL_OWNED = _still_owned_statement()
-_OUTCOME = select(
-    WORKFLOW.c.id, WORKFLOW.c.name, WORKFLOW.c.status, cast(WORKFLOW.c.output, Text), WORKFLOW.c.error
-).where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()))
+_OUTCOME = sa.select(
+    WORKFLOW.c.id, WORKFLOW.c.name, WORKFLOW.c.status, sa.cast(WORKFLOW.c.output, Text), WORKFLOW.c.error
+).where(WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()))
 _WAKE_DUE, _WAKE_PART, _DUE = divided(_wake_due_statement)

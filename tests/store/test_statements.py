@@ -137,15 +137,13 @@ def test_the_check_of_new_workflows_calls_pg_catalogs_functions_and_nothing_for_
 
 
 def test_no_function_is_named_without_a_schema_in_the_source() -> None:
-    """What is made in a function of the store is found too: `func.name(...)`, and a text in the place of one."""
+    """What is made in a function of the store is found too: `sa.func.name(...)`, and a text in the place of one."""
     calls = [
         (module, node)
         for module in SOURCES
         for node in ast.walk(ast.parse(SOURCES[module].read_text()))
         if isinstance(node, ast.Call)
-        if isinstance(node.func, ast.Attribute)
-        and isinstance(node.func.value, ast.Name)
-        and node.func.value.id == "func"
+        if isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) in ("func", "sa.func")
     ]
     names = {(module, node.func.attr) for module, node in calls if isinstance(node.func, ast.Attribute)}
     assert {each for each in names if each[1] not in _GRAMMAR} == set()
