@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, JSON
+from sqlalchemy.dialects.postgresql import ARRAY, JSON, JSONB, Insert, insert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.types import TypeEngine
@@ -42,7 +42,52 @@ of several arrays.
 Connectable: TypeAlias = Session | sa.Connection
 """Where a statement is executed: a caller's session, or a connection of the engine's own."""
 
+Condition: TypeAlias = sa.ColumnElement[bool]
+Expression: TypeAlias = sa.ColumnElement[Any]
+
 Columns: TypeAlias = Mapping[str, TypeEngine[Any]]
+
+
+def parameter(name: str, kind: TypeEngine[Any]) -> Expression:
+    """Return a parameter of a type that PostgreSQL knows also where the driver does not say it."""
+    return sa.cast(sa.bindparam(name, type_=kind), kind)
+
+
+def json_parameter(name: str) -> Expression:
+    """Return a parameter of JSON text as JSONB."""
+    return sa.cast(parameter(name, Text()), JSONB)
+
+
+def words(value: str) -> sa.ColumnElement[str]:
+    """Return a text as a literal of that type; one of no type is taken for what stands on the operator's other side."""
+    return sa.literal_column(f"text '{value}'", type_=Text())
+
+
+def integer(value: int) -> sa.ColumnElement[int]:
+    """Return a number as a literal."""
+    return sa.literal_column(str(value), type_=sa.Integer())
+
+
+def among(column: Expression, ids: Sequence[UUID] | None = None) -> Condition:
+    """Compare with one array, however many they are: a statement has 65,535 parameters at most.
+
+    Args:
+        column: a column of ids.
+        ids: what it is compared with; None means the parameter `ids`.
+    """
+    array = ARRAY(sa.UUID())
+    return column == sa.func.any(parameter("ids", array) if ids is None else sa.literal(list(ids), array))
+
+
+def insert_select(table: sa.Table, columns: Iterable[str], source: sa.SelectBase) -> Insert:
+    """Insert into columns what a select returns, without Python's defaults for the other columns."""
+    return insert(table).from_select(list(columns), source, include_defaults=False)
+
+
+ZERO, ONE = integer(0), integer(1)
+LIMIT = parameter("limit", sa.Integer())
+WANTED_ID = parameter("wanted_id", sa.UUID())
+IS_WANTED: Condition = WORKFLOW.c.id == WANTED_ID
 
 BEGINNING = "-infinity"
 """The time before all others: a statement that takes `since` passes over nothing."""
@@ -53,9 +98,9 @@ MOST_ATTEMPTS = 2_147_483_647
 SUSPECT = 2
 """From how many crashes in a row on a workflow is taken for what may have killed its workers."""
 
-COMPENSATES: sa.ColumnElement[str] = sa.literal_column("'compensates'", type_=Text())
-REQUESTED: sa.ColumnElement[str] = sa.literal_column("'requested'", type_=Text())
-OVERDUE: sa.ColumnElement[str] = sa.literal_column("'overdue'", type_=Text())
+COMPENSATES: sa.ColumnElement[str] = words("compensates")
+REQUESTED: sa.ColumnElement[str] = words("requested")
+OVERDUE: sa.ColumnElement[str] = words("overdue")
 """What `cancellation` says: that there may be something to undo; and that it is to be undone now, for which reason."""
 
 _IDLE_TIMEOUT = "idle_in_transaction_session_timeout"
@@ -310,9 +355,9 @@ def table(name: str, columns: Columns) -> sa.TableValuedAlias:
 
     JSON costs a third of what an array parameter for each column costs to send, and reads as one value.
     """
-    parameter = sa.cast(sa.bindparam(_rows_of(name), type_=Text()), JSON)
+    rows = sa.cast(parameter(_rows_of(name), Text()), JSON)
     shape = [sa.column(each, kind) for each, kind in columns.items()]
-    return pg.json_to_recordset(parameter).table_valued(*shape).render_derived(name=name, with_types=True)
+    return pg.json_to_recordset(rows).table_valued(*shape).render_derived(name=name, with_types=True)
 
 
 def filled(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -329,57 +374,49 @@ def _rows_of(name: str) -> str:
     return f"{name}_rows"
 
 
-def status(value: WorkflowStatus) -> sa.ColumnElement[str]:
+def status(value: WorkflowStatus | StepStatus) -> sa.ColumnElement[str]:
     """Give a status as a literal: bound as a parameter, a generic plan cannot use a partial index."""
-    return sa.literal_column(f"'{value}'", type_=WORKFLOW.c.status.type)
+    kind = WORKFLOW.c.status.type if isinstance(value, WorkflowStatus) else STEP.c.status.type
+    return sa.literal_column(f"'{value}'", type_=kind)
 
 
-def has_status(table: sa.FromClause, value: WorkflowStatus) -> sa.ColumnElement[bool]:
+def has_status(table: sa.FromClause, value: WorkflowStatus) -> Condition:
     """Compare the status of rows that are found otherwise, such as by their ids.
 
     As an expression that fits no index: that of a status is small, and would be read whole, until a snapshot that is
     open elsewhere keeps what is dead in it.
     """
-    return pg.concat(table.c.status) == sa.literal_column(f"'{value}'", type_=Text())
+    return pg.concat(table.c.status) == words(value)
 
 
 def beginning(name: str = "since") -> sa.ColumnElement[datetime]:
     """Return the parameter of the time at which a scan begins; as text, because a driver cannot send `-infinity`."""
-    return sa.cast(sa.cast(sa.bindparam(name, type_=Text()), Text), sa.DateTime(timezone=True))
+    return sa.cast(parameter(name, Text()), sa.DateTime(timezone=True))
 
 
-def unfinished() -> sa.ColumnElement[bool]:
+def unfinished() -> Condition:
     """Tell the record of a step that runs, waits or is being tried again from an outcome."""
-    open_statuses = [each for each in StepStatus if not each.finished]
-    return sa.or_(
-        *(STEP.c.status == sa.literal_column(f"'{each}'", type_=STEP.c.status.type) for each in open_statuses)
-    )
+    return sa.or_(*(STEP.c.status == status(each) for each in StepStatus if not each.finished))
 
 
 def next_attempt(attempt: sa.ColumnElement[int] = WORKFLOW.c.attempt) -> sa.ColumnElement[int]:
     """Return the number of the attempt after this one; the last one that the column holds is its own next."""
-    return sa.func.least(attempt, sa.literal_column(str(MOST_ATTEMPTS - 1))) + sa.literal_column("1")
+    return sa.func.least(attempt, integer(MOST_ATTEMPTS - 1)) + ONE
 
 
-def undoes() -> sa.ColumnElement[bool]:
+def undoes() -> Condition:
     """Tell that a workflow undoes what it did, or is to do so."""
     return sa.func.coalesce(WORKFLOW.c.cancellation.in_([REQUESTED, OVERDUE]), sa.false())
 
 
-def still_compensates() -> sa.ColumnElement[Any]:
+def still_compensates() -> Expression:
     """Give what is to be known of sagas where a workflow begins anew: that it has one, and nothing to undo now."""
     return sa.case((WORKFLOW.c.cancellation.is_not(None), COMPENSATES))
 
 
-def interval(seconds: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+def interval(seconds: Expression) -> Expression:
     """Make an interval of seconds; NULL stays NULL."""
-    zero: sa.ColumnElement[int] = sa.literal_column("0")
-    return pg.make_interval(zero, zero, zero, zero, zero, zero, seconds)
-
-
-def words(value: str) -> sa.ColumnElement[str]:
-    """Return a text as a literal of that type; one of no type is taken for what stands on the operator's other side."""
-    return sa.literal_column(f"text '{value}'", type_=Text())
+    return pg.make_interval(*[ZERO] * 6, seconds)
 
 
 def count_rows() -> sa.ColumnElement[int]:
@@ -391,8 +428,7 @@ def refresh_known(session: Session, ids: Iterable[UUID]) -> None:
     """Read anew the records that the session holds, which statements on the table have passed by."""
     known = [each for each in ids if session.identity_key(Workflow, each) in session.identity_map]
     if known:
-        wanted = WORKFLOW.c.id == sa.func.any(sa.literal(known, ARRAY(WORKFLOW.c.id.type)))
-        for row in execute(session, sa.select(*WORKFLOW.c).where(wanted)).mappings():
+        for row in execute(session, sa.select(*WORKFLOW.c).where(among(WORKFLOW.c.id, known))).mappings():
             _renew(session, row)
 
 
@@ -440,7 +476,7 @@ def _owned_unlocked(fences: sa.FromClause) -> sa.CTE:
     held = (
         sa.select(WORKFLOW.c.status)
         .where(WORKFLOW.c.id == ordered.c.id, WORKFLOW.c.token == ordered.c.token)
-        .limit(sa.literal_column("1"))
+        .limit(ONE)
         .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW)
         .lateral("held")
     )
@@ -456,8 +492,7 @@ def soon_over() -> sa.ColumnElement[str]:
     of the application's own stays. Source: PostgreSQL manual, Client Connection Defaults,
     idle_in_transaction_session_timeout.
     """
-    name: sa.ColumnElement[str] = sa.literal_column(f"'{_IDLE_TIMEOUT}'", type_=Text())
-    most: sa.ColumnElement[str] = sa.literal_column(f"'{_IDLE_LIMIT}'", type_=Text())
+    name, most = words(_IDLE_TIMEOUT), words(_IDLE_LIMIT)
     today = pg.current_setting(name, type_=Text())
     shorter = sa.cast(today, sa.Interval).between(
         sa.text("interval '1 millisecond'"), sa.text(f"interval '{_IDLE_LIMIT}'")
@@ -466,7 +501,7 @@ def soon_over() -> sa.ColumnElement[str]:
     return sa.select(limit).scalar_subquery().label("idle_limit")
 
 
-def of_owner(batch: sa.FromClause, mine: sa.CTE) -> sa.ColumnElement[bool]:
+def of_owner(batch: sa.FromClause, mine: sa.CTE) -> Condition:
     """Join a batch with `owned`: by token too, so that no row of another attempt slips in."""
     return sa.and_(mine.c.id == batch.c.id, mine.c.token == batch.c.token)
 

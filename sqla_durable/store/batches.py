@@ -18,6 +18,7 @@ from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     WORKFLOW,
+    ZERO,
     Checkpoint,
     Columns,
     Completion,
@@ -33,6 +34,7 @@ from sqla_durable.store._rows import (
     of_owner,
     owned,
     pg,
+    status,
     table,
 )
 from sqla_durable.store.signals import asking, deleting_notices
@@ -126,10 +128,10 @@ def _end_statement(ending: sa.CTE, mine: sa.CTE, recorded: sa.CTE) -> Any:
         sa.select(*ending.c)
         .join(mine, of_owner(ending, mine))
         .outerjoin(written, written.c.workflow_id == ending.c.id)
-        .where(sa.func.coalesce(written.c.checkpoints, sa.literal_column("0")) == ending.c.checkpoints),
+        .where(sa.func.coalesce(written.c.checkpoints, ZERO) == ending.c.checkpoints),
         "ready",
     )
-    parked = ready.c.status == sa.literal_column(f"'{WorkflowStatus.SUSPENDED}'")
+    parked = ready.c.status == status(WorkflowStatus.SUSPENDED)
     return (
         sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == ready.c.id)

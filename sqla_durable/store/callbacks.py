@@ -12,19 +12,26 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
+    ONE,
     SIGNAL,
     STEP,
     WORKFLOW,
+    ZERO,
     Checkpoint,
+    Condition,
     Connectable,
+    Expression,
     execute,
+    insert_select,
+    json_parameter,
     materialized,
+    parameter,
     pg,
     scalar,
     words,
@@ -152,76 +159,68 @@ def expire(connectable: Connectable, checkpoint: Checkpoint, *, key: str) -> boo
     return bool(row.expired)
 
 
-def is_callback() -> sa.ColumnElement[bool]:
+def is_callback() -> Condition:
     """Tell the record of a callback from those of other steps."""
     return STEP.c.name == words(NAME)
 
 
-def _made(name: str) -> sa.ColumnElement[Any]:
+def _made(name: str) -> Expression:
     return _text_in(STEP.c.output, name)
 
 
-def _text_in(value: sa.ColumnElement[Any], name: str) -> sa.ColumnElement[Any]:
+def _text_in(value: Expression, name: str) -> Expression:
     return value.op("->>", return_type=Text())(words(name))
 
 
-def _json_in(value: sa.ColumnElement[Any], name: str) -> sa.ColumnElement[Any]:
+def _json_in(value: Expression, name: str) -> Expression:
     return sa.cast(value.op("->", return_type=JSONB())(words(name)), Text)
 
 
-def _left(name: str, since: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+def _left(name: str, since: Expression) -> Expression:
     """Give how many seconds are left of a time; in seconds, since a sum of times may be out of range."""
     return sa.cast(_made(name), sa.Float) - sa.cast(
         sa.func.extract("epoch", pg.statement_timestamp() - since), sa.Float
     )
 
 
-def _timeout_in() -> sa.ColumnElement[Any]:
+def _timeout_in() -> Expression:
     return _left("timeout", STEP.c.started_at)
 
 
-def _silent_in() -> sa.ColumnElement[Any]:
+def _silent_in() -> Expression:
     return _left("heartbeat", STEP.c.finished_at)
 
 
-def _due_in() -> sa.ColumnElement[Any]:
+def _due_in() -> Expression:
     return sa.func.least(_timeout_in(), _silent_in())  # which passes over NULL
 
 
-def _due_to() -> sa.ColumnElement[Any]:
+def _due_to() -> Expression:
     silent_first = _silent_in() < sa.func.coalesce(_timeout_in(), sa.cast(words("infinity"), sa.Float))
     return sa.case((silent_first, words("heartbeat")), else_=words("timeout"))
-
-
-def _given(name: str, kind: Any) -> Any:
-    return sa.cast(sa.bindparam(name, type_=kind), kind)
-
-
-def _payload() -> Any:
-    return sa.cast(_given("payload", Text()), JSONB)
 
 
 def _hold_statement() -> Any:
     # The workflow first, as whoever deletes it does.
     owner = materialized(
         sa.select(WORKFLOW.c.id)
-        .where(WORKFLOW.c.id == _given("owner_id", sa.UUID()))
+        .where(WORKFLOW.c.id == parameter("owner_id", sa.UUID()))
         .with_for_update(read=True, key_share=True, of=WORKFLOW),
         "owner",
     )
     return (
         sa.select(STEP.c.key)
         .join(owner, owner.c.id == STEP.c.workflow_id)
-        .where(is_callback(), _made("digest") == _given("digest", Text()))
+        .where(is_callback(), _made("digest") == parameter("digest", Text()))
         .with_for_update(key_share=True, of=STEP)
     )
 
 
 def _look_statement() -> Any:
-    wanted = _given("signal_name", Text())
+    wanted = parameter("signal_name", Text())
     callback = sa.and_(
         STEP.c.workflow_id == WORKFLOW.c.id,
-        STEP.c.key == _given("callback_key", Text()),
+        STEP.c.key == parameter("callback_key", Text()),
         is_callback(),
         _made("signal") == sa.func.coalesce(wanted, _made("signal")),
     )
@@ -232,7 +231,7 @@ def _look_statement() -> Any:
             WORKFLOW.c.status,
             _made("signal").label("signal"),
             first.c.id.is_not(None).label("is_answered"),
-            (first.c.payload == _payload()).label("is_same"),
+            (first.c.payload == json_parameter("payload")).label("is_same"),
             _json_in(first.c.payload, "value").label("value"),
             _text_in(first.c.payload, "error").label("error"),
             _json_in(first.c.payload, "details").label("details"),
@@ -241,29 +240,28 @@ def _look_statement() -> Any:
             _due_to().label("due_to"),
         )
         .select_from(WORKFLOW.outerjoin(STEP, callback).outerjoin(first, outcome))
-        .where(WORKFLOW.c.id == _given("owner_id", sa.UUID()))
+        .where(WORKFLOW.c.id == parameter("owner_id", sa.UUID()))
     )
 
 
 def _insert_outcome(source: Any, *more: str) -> Any:
     return (
-        insert(SIGNAL)
-        .from_select(["workflow_id", "name", "payload", "key", "is_answer", *more], source, include_defaults=False)
+        insert_select(SIGNAL, ["workflow_id", "name", "payload", "key", "is_answer", *more], source)
         .on_conflict_do_nothing(index_elements=["workflow_id", "name", "key"], index_where=SIGNAL.c.key.is_not(None))
         .returning(SIGNAL.c.id)
     )
 
 
-def _answer_statement(*conditions: sa.ColumnElement[bool]) -> Any:
-    given = _given("owner_id", sa.UUID()), _given("signal_name", Text()), _payload()
+def _answer_statement(*conditions: Condition) -> Any:
+    given = parameter("owner_id", sa.UUID()), parameter("signal_name", Text()), json_parameter("payload")
     return _insert_outcome(sa.select(*given, words(OUTCOME), sa.true()).where(*conditions))
 
 
 def _beat_statement() -> Any:
-    this = STEP.c.workflow_id == sa.bindparam("owner_id", type_=sa.UUID())
+    this = STEP.c.workflow_id == parameter("owner_id", sa.UUID())
     return (
         sa.update(STEP)
-        .where(this, STEP.c.key == sa.bindparam("callback_key", type_=Text()), is_callback())
+        .where(this, STEP.c.key == parameter("callback_key", Text()), is_callback())
         .values(finished_at=sa.func.greatest(pg.statement_timestamp(), STEP.c.started_at))
     )
 
@@ -274,9 +272,9 @@ def _expire_statement() -> Any:
         sa.select(STEP.c.workflow_id, _made("signal").label("signal"), _due_to().label("due_to"))
         .join(owned, owned.c.id == STEP.c.workflow_id)
         .where(
-            STEP.c.key == _given("callback_key", Text()),
+            STEP.c.key == parameter("callback_key", Text()),
             is_callback(),
-            _due_in() <= sa.cast(sa.literal_column("0"), sa.Float),
+            _due_in() <= sa.cast(ZERO, sa.Float),
         )
         .with_for_update(key_share=True, skip_locked=True, of=STEP),
         "expired",
@@ -290,7 +288,7 @@ def _expire_statement() -> Any:
 
 
 def _any(rows: sa.CTE) -> Any:
-    return sa.select(sa.literal_column("1", type_=Text())).select_from(rows).exists()
+    return sa.select(ONE).select_from(rows).exists()
 
 
 _HOLD = _hold_statement()

@@ -11,13 +11,13 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     COMPENSATES,
+    ONE,
     REQUESTED,
     STEP,
     WORKFLOW,
@@ -25,11 +25,14 @@ from sqla_durable.store._rows import (
     Checkpoint,
     Connectable,
     NewWorkflow,
+    among,
     count_rows,
     execute,
     filled,
+    insert_select,
     materialized,
     next_attempt,
+    parameter,
     pg,
     status,
     table,
@@ -54,7 +57,7 @@ MOST_NAMED = 1_000
 """How many workflows a parent may wait for by name; to wait for the first of more, it looks again and again."""
 
 _SAMPLE = 100
-_PARENT = sa.bindparam("parent", type_=sa.UUID())
+_PARENT = parameter("parent", sa.UUID())
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,14 +202,13 @@ def _start_statement() -> Any:
         "new",
     )
     columns = new_columns(batch.c)
-    held = sa.and_(columns["wake_at"].is_(None), batch.c.number > sa.bindparam("active", type_=sa.Integer()))
+    held = sa.and_(columns["wake_at"].is_(None), batch.c.number > parameter("active", sa.Integer()))
     columns["status"] = sa.case((held, WorkflowStatus.SUSPENDED.value), else_=columns["status"])
-    inherited = sa.case((sa.bindparam("undoes", type_=sa.Boolean()), sa.null()), else_=owned.c.deadline_at)
+    inherited = sa.case((parameter("undoes", sa.Boolean()), sa.null()), else_=owned.c.deadline_at)
     columns["deadline_at"] = sa.func.least(columns["deadline_at"], inherited)
     source = sa.select(*columns.values()).select_from(batch.join(owned, sa.true())).where(~has_outcome())
     inserted = (
-        insert(WORKFLOW)
-        .from_select(list(columns), source.order_by(batch.c.name, batch.c.key, batch.c.id), include_defaults=False)
+        insert_select(WORKFLOW, columns, source.order_by(batch.c.name, batch.c.key, batch.c.id))
         .on_conflict_do_nothing()
         .returning(WORKFLOW.c.id)
         .cte("inserted")
@@ -241,14 +243,14 @@ def _take_first_statement() -> Any:
         sa.select(pg.to_jsonb(WORKFLOW.c.id).label("value"))
         .where(_wanted(), WORKFLOW.c.finished_at.is_not(None))
         .order_by(WORKFLOW.c.finished_at, WORKFLOW.c.id)
-        .limit(sa.literal_column("1"))
+        .limit(ONE)
         .cte("first")
     )
     return _answer(owned, _recorded(first.c.value, first.join(owned, sa.true())).cte("recorded"))
 
 
 def _wanted() -> Any:
-    return WORKFLOW.c.id == sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID())))
+    return among(WORKFLOW.c.id)
 
 
 def _progress_statement() -> Any:

@@ -8,19 +8,10 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import (
-    STEP,
-    WORKFLOW,
-    execute,
-    interval,
-    pg,
-    scalars,
-    status,
-    words,
-)
+from sqla_durable.store._rows import STEP, WORKFLOW, execute, interval, parameter, pg, scalars, status, words
 from sqla_durable.store.callbacks import is_callback
 
-_PASSED = interval(sa.bindparam("seconds", type_=sa.Float()))
+_PASSED = interval(parameter("seconds", sa.Float()))
 
 
 def advance(session: Session, seconds: float) -> int:
@@ -59,9 +50,7 @@ _LOOP_TIMERS = (
         details=pg.jsonb_build_object(
             words("#timers"),
             sa.select(
-                pg.jsonb_object_agg(
-                    _EACH.c.key, sa.cast(_EACH.c.value, sa.Float) - sa.bindparam("seconds", type_=sa.Float())
-                )
+                pg.jsonb_object_agg(_EACH.c.key, sa.cast(_EACH.c.value, sa.Float) - parameter("seconds", sa.Float()))
             ).scalar_subquery(),
         )
     )

@@ -21,21 +21,29 @@ from sqlalchemy.orm import Session
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
+    IS_WANTED,
+    LIMIT,
     MOST_ATTEMPTS,
+    ONE,
     STEP,
     SUSPECT,
     WORKER,
     WORKFLOW,
+    Condition,
     Connectable,
+    Expression,
     Fence,
     execute,
+    integer,
     interval,
     materialized,
     next_attempt,
+    parameter,
     pg,
     scalars,
     status,
     unfinished,
+    words,
 )
 from sqla_durable.store.held import leaving
 from sqla_durable.store.parts import WHOLE, Part, Within, divided
@@ -126,14 +134,14 @@ def _reclaimed(row: sa.Row[Any]) -> Reclaimed:
     return Reclaimed(row.id, row.name, row.status)
 
 
-def _expired() -> sa.ColumnElement[bool]:
+def _expired() -> Condition:
     alive = sa.select(WORKER.c.id).where(
         WORKER.c.id == WORKFLOW.c.worker_id, WORKER.c.lease_expires_at > pg.statement_timestamp()
     )
     return ~alive.exists()
 
 
-def _taken_back(*conditions: sa.ColumnElement[bool], skip_locked: bool, mine: sa.ColumnElement[bool]) -> sa.CTE:
+def _taken_back(*conditions: Condition, skip_locked: bool, mine: Condition) -> sa.CTE:
     # Two CTEs: where a row has changed in between, PostgreSQL checks the row itself once more when it locks it, but
     # not what a sub-select says about another table. Reclaimed and claimed anew by somebody else, the workflow would
     # still look abandoned; by its token it does not.
@@ -144,9 +152,7 @@ def _taken_back(*conditions: sa.ColumnElement[bool], skip_locked: bool, mine: sa
         "seen",
     )
     # At most what the columns hold and allow: of a row that nobody but SQL can have written.
-    more = sa.func.least(
-        WORKFLOW.c.crashes + sa.literal_column("1"), WORKFLOW.c.attempt, sa.literal_column(str(MOST_CRASHES))
-    )
+    more = sa.func.least(WORKFLOW.c.crashes + ONE, WORKFLOW.c.attempt, integer(MOST_CRASHES))
     columns = [WORKFLOW.c.id, sa.case((_progress(), 0), else_=more).label("crashes")]
     columns.append(mine.label("mine"))
     return materialized(
@@ -154,18 +160,18 @@ def _taken_back(*conditions: sa.ColumnElement[bool], skip_locked: bool, mine: sa
         .join(seen, sa.and_(seen.c.id == WORKFLOW.c.id, seen.c.token == WORKFLOW.c.token))
         .where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
         .order_by(WORKFLOW.c.id)
-        .limit(sa.bindparam("limit", type_=sa.Integer()))
+        .limit(LIMIT)
         .with_for_update(key_share=True, of=WORKFLOW, skip_locked=skip_locked),
         "abandoned",
     )
 
 
-def _among(column: sa.ColumnElement[str], parameter: str) -> sa.ColumnElement[bool]:
-    wanted = sa.bindparam(parameter, type_=ARRAY(Text()))
+def _is_listed(column: sa.ColumnElement[str], name: str) -> Condition:
+    wanted = parameter(name, ARRAY(Text()))
     return sa.or_(wanted.is_(None), column == sa.func.any(wanted))
 
 
-def _progress() -> sa.ColumnElement[bool]:
+def _progress() -> Condition:
     """Tell whether the attempt that ends here has recorded the outcome of a step."""
     recorded = sa.select(STEP.c.key).where(STEP.c.workflow_id == WORKFLOW.c.id, STEP.c.attempt == WORKFLOW.c.attempt)
     # The last number is that of more than one attempt.
@@ -182,8 +188,8 @@ def _reclaim_all_statement(within: Within) -> tuple[Any, Any]:
     return _reclaim_statement(_taken_back(*conditions, skip_locked=True, mine=_MINE)), sa.select(ids.c.id)
 
 
-def _back_statement(abandoned: sa.CTE, *, suspect: sa.ColumnElement[bool]) -> Any:
-    spent = sa.and_(abandoned.c.mine, abandoned.c.crashes >= sa.bindparam("max_attempts", type_=sa.Integer()))
+def _back_statement(abandoned: sa.CTE, *, suspect: Condition) -> Any:
+    spent = sa.and_(abandoned.c.mine, abandoned.c.crashes >= parameter("max_attempts", sa.Integer()))
     back = (
         sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == abandoned.c.id)
@@ -215,21 +221,21 @@ def _back_statement(abandoned: sa.CTE, *, suspect: sa.ColumnElement[bool]) -> An
     return sa.select(back.c.id, back.c.name, back.c.status).add_cte(*of_ended)
 
 
-def _later(crashes: sa.ColumnElement[int]) -> sa.ColumnElement[Any]:
+def _later(crashes: sa.ColumnElement[int]) -> Expression:
     """Give a time that doubles with each crash, spread by a hash: `random()` has no place in an UPDATE.
 
     Of the id and the number of crashes, so that two that died together once are apart the next time.
     """
     doubled = pg.power(2, sa.func.least(crashes - SUSPECT, _DOUBLINGS))
     hashed = pg.hashtextextended(sa.cast(WORKFLOW.c.id, Text), sa.cast(crashes, sa.BigInteger))
-    bits = hashed.op("&")(sa.cast(sa.literal_column(str(_SPREADS - 1)), sa.BigInteger))
-    spread = 0.5 + sa.cast(bits, sa.Double) / sa.cast(sa.literal_column(str(_SPREADS)), sa.Double)
+    bits = hashed.op("&")(sa.cast(integer(_SPREADS - 1), sa.BigInteger))
+    spread = 0.5 + sa.cast(bits, sa.Double) / sa.cast(integer(_SPREADS), sa.Double)
     return pg.statement_timestamp() + interval(sa.func.least(doubled * spread, _LONGEST_BACKOFF))
 
 
 def _max_attempts_error(crashes: sa.ColumnElement[int]) -> Any:
     message = pg.concat(
-        sa.bindparam("reason", type_=Text()),
+        parameter("reason", Text()),
         " in attempt ",
         WORKFLOW.c.attempt,
         ", the last one allowed: ",
@@ -237,18 +243,18 @@ def _max_attempts_error(crashes: sa.ColumnElement[int]) -> Any:
         " in a row recorded no step",
     )
     return pg.jsonb_build_object(
-        sa.literal("type", Text()),
-        sa.literal(MAX_ATTEMPTS_TYPE, Text()),
-        sa.literal("message", Text()),
+        words("type"),
+        words(MAX_ATTEMPTS_TYPE),
+        words("message"),
         message,
         type_=JSONB,
     )
 
 
-_WANTED = WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID())
-_WANTED_ATTEMPT = sa.and_(_WANTED, WORKFLOW.c.token == sa.bindparam("wanted_token", type_=sa.UUID()))
-_MINE = sa.and_(_among(WORKFLOW.c.name, "mine_names"), _among(WORKFLOW.c.queue, "mine_queues"))
-_ASKING = sa.bindparam("asking_id", type_=sa.UUID())
+_WANTED = IS_WANTED
+_WANTED_ATTEMPT = sa.and_(_WANTED, WORKFLOW.c.token == parameter("wanted_token", sa.UUID()))
+_MINE = sa.and_(_is_listed(WORKFLOW.c.name, "mine_names"), _is_listed(WORKFLOW.c.queue, "mine_queues"))
+_ASKING = parameter("asking_id", sa.UUID())
 _OF_OTHERS = sa.or_(_ASKING.is_(None), WORKFLOW.c.worker_id != _ASKING)
 _RECLAIM, _RECLAIM_PART, _ABANDONED = divided(_reclaim_all_statement)
 _LOCK_ONE = (

@@ -14,13 +14,15 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
-from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     BEGINNING,
     COMPENSATES,
+    IS_WANTED,
+    LIMIT,
     OVERDUE,
     WORKFLOW,
+    Condition,
     Connectable,
     beginning,
     execute,
@@ -29,6 +31,7 @@ from sqla_durable.store._rows import (
     pg,
     refresh_known,
     undoes,
+    words,
 )
 from sqla_durable.store.parts import WHOLE, Part, Within, divided
 from sqla_durable.store.signals import asking, deleting_notices
@@ -72,13 +75,13 @@ def fail_one(session: Session, workflow_id: UUID) -> bool:
     return failed
 
 
-def is_overdue() -> sa.ColumnElement[bool]:
+def is_overdue() -> Condition:
     """Tell that the deadline of an unfinished workflow has come: with the conditions of the index of deadlines."""
     is_past = WORKFLOW.c.deadline_at <= pg.statement_timestamp()
     return sa.and_(WORKFLOW.c.finished_at.is_(None), is_past, ~undoes())
 
 
-def in_time() -> sa.ColumnElement[bool]:
+def in_time() -> Condition:
     """Tell that there is still time to begin; to undo something there always is."""
     is_ahead = WORKFLOW.c.deadline_at > pg.statement_timestamp()
     return sa.or_(WORKFLOW.c.deadline_at.is_(None), is_ahead, undoes())
@@ -86,10 +89,10 @@ def in_time() -> sa.ColumnElement[bool]:
 
 def reason() -> Any:
     """Give the words for what has happened to a workflow at its deadline."""
-    return pg.concat(sa.literal("it was not finished at its deadline, ", Text()), WORKFLOW.c.deadline_at)
+    return pg.concat(words("it was not finished at its deadline, "), WORKFLOW.c.deadline_at)
 
 
-def _fail_statement(*conditions: sa.ColumnElement[bool], limit: Any, skip_locked: bool) -> tuple[Any, Any]:
+def _fail_statement(*conditions: Condition, limit: Any, skip_locked: bool) -> tuple[Any, Any]:
     overdue = materialized(
         sa.select(WORKFLOW.c.id, WORKFLOW.c.worker_id)
         .where(is_overdue(), *conditions)
@@ -133,18 +136,18 @@ def _fail_statement(*conditions: sa.ColumnElement[bool], limit: Any, skip_locked
 
 def _fail_overdue_statement(within: Within) -> tuple[Any, Any]:
     conditions = WORKFLOW.c.deadline_at >= beginning(), within(WORKFLOW.c.id)
-    return _fail_statement(*conditions, limit=sa.bindparam("limit", type_=sa.Integer()), skip_locked=True)
+    return _fail_statement(*conditions, limit=LIMIT, skip_locked=True)
 
 
 def _error() -> Any:
     return pg.jsonb_build_object(
-        sa.literal("type", Text()),
-        sa.literal(TIMEOUT_TYPE, Text()),
-        sa.literal("message", Text()),
+        words("type"),
+        words(TIMEOUT_TYPE),
+        words("message"),
         reason(),
         type_=JSONB,
     )
 
 
 _FAIL_OVERDUE, _FAIL_PART, _OVERDUE = divided(_fail_overdue_statement)
-_FAIL_ONE, _ = _fail_statement(WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()), limit=1, skip_locked=False)
+_FAIL_ONE, _ = _fail_statement(IS_WANTED, limit=1, skip_locked=False)

@@ -10,23 +10,29 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import StepStatus, WorkflowStatus
 from sqla_durable.store._rows import (
     EVENT,
+    IS_WANTED,
+    ONE,
     STEP,
+    WANTED_ID,
     WORKFLOW,
     Checkpoint,
     Connectable,
     Origin,
     execute,
     fence_row,
+    insert_select,
+    json_parameter,
     materialized,
+    parameter,
     pg,
     scalar,
+    status,
 )
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine, own_row
 from sqla_durable.store.workflows import not_found
@@ -97,8 +103,8 @@ def take(connectable: Connectable, checkpoint: Checkpoint, *, workflow_id: UUID,
 
 def _columns() -> dict[str, Any]:
     return {
-        "key": sa.cast(sa.bindparam("event_key", type_=Text()), Text),
-        "value": sa.cast(sa.cast(sa.bindparam("event_value", type_=Text()), Text), JSONB),
+        "key": parameter("event_key", Text()),
+        "value": json_parameter("event_value"),
         "step_key": GIVEN["key"],
         "created_at": pg.statement_timestamp(),
     }
@@ -109,14 +115,14 @@ def _record_statement() -> Any:
     checkpoint = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id}
     recorded = insert_from(checkpoint, sa.select(*checkpoint.values())).returning(STEP.c.workflow_id).cte("recorded")
     columns = {"workflow_id": recorded.c.workflow_id, **_columns()}
-    event = insert(EVENT).from_select(list(columns), sa.select(*columns.values()), include_defaults=False)
+    event = insert_select(EVENT, columns, sa.select(*columns.values()))
     return sa.select(sa.select(owned.c.id).exists()).add_cte(event.returning(EVENT.c.id).cte("event"))
 
 
 def _put_statement() -> Any:
     columns = {"workflow_id": WORKFLOW.c.id, **_columns()}
     source = sa.select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
-    return insert(EVENT).from_select(list(columns), source, include_defaults=False).returning(EVENT.c.id)
+    return insert_select(EVENT, columns, source).returning(EVENT.c.id)
 
 
 def _newest() -> Any:
@@ -124,23 +130,23 @@ def _newest() -> Any:
     return (
         sa.select(EVENT.c.value)
         .where(
-            EVENT.c.workflow_id == sa.bindparam("wanted_id", type_=sa.UUID()),
-            EVENT.c.key == sa.bindparam("event_key", type_=Text()),
+            EVENT.c.workflow_id == WANTED_ID,
+            EVENT.c.key == parameter("event_key", Text()),
         )
         .order_by(EVENT.c.id.desc())
-        .limit(sa.literal_column("1"))
+        .limit(ONE)
     )
 
 
 def _take_statement() -> Any:
     owned, newest = own_row(), materialized(_newest(), "newest")
-    succeeded = sa.literal_column(f"'{StepStatus.SUCCEEDED}'", type_=STEP.c.status.type)
+    succeeded = status(StepStatus.SUCCEEDED)
     own = sa.and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], STEP.c.status == succeeded)
     known = sa.select(sa.cast(STEP.c.output, Text)).where(own)
     columns = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id, "output": newest.c.value}
     recorded = insert_from(columns, sa.select(*columns.values()).select_from(owned.join(newest, sa.true())))
     taken = recorded.returning(STEP.c.output).cte("taken")
-    standing = sa.select(WORKFLOW.c.status).where(WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()))
+    standing = sa.select(WORKFLOW.c.status).where(IS_WANTED)
     return sa.select(
         sa.select(owned.c.id).exists().label("owned"),
         sa.select(sa.cast(taken.c.output, Text)).scalar_subquery().label("taken"),
@@ -151,7 +157,5 @@ def _take_statement() -> Any:
 
 _RECORD = _record_statement()
 _PUT = _put_statement()
-_LATEST = sa.select(WORKFLOW.c.status, sa.cast(_newest().scalar_subquery(), Text).label("value")).where(
-    WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID())
-)
+_LATEST = sa.select(WORKFLOW.c.status, sa.cast(_newest().scalar_subquery(), Text).label("value")).where(IS_WANTED)
 _TAKE = _take_statement()

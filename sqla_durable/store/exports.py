@@ -8,11 +8,10 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import WORKFLOW, Connectable, execute
+from sqla_durable.store._rows import WORKFLOW, Connectable, among, execute
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +48,6 @@ _READ = (
         sa.cast(WORKFLOW.c.output, Text).label("output"),
         sa.cast(WORKFLOW.c.error, Text).label("error"),
     )
-    .where(WORKFLOW.c.id == sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID()))))
+    .where(among(WORKFLOW.c.id))
     .order_by(WORKFLOW.c.id)
 )

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Session
 
 from sqla_durable.models import Workflow
@@ -21,24 +21,33 @@ from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import StepStatus
 from sqla_durable.store._rows import (
     EVENT,
+    ONE,
     STEP,
     STREAM_ITEM,
     WORKFLOW,
+    ZERO,
+    Condition,
+    Expression,
+    among,
     execute,
     filled,
+    insert_select,
+    json_parameter,
     materialized,
     next_attempt,
+    parameter,
     pg,
     record_of,
     scalars,
+    status,
     still_compensates,
     table,
     unfinished,
 )
-from sqla_durable.store.selection import Wanted, among
+from sqla_durable.store.selection import Wanted
 
-_SUCCEEDED = sa.literal_column(f"'{StepStatus.SUCCEEDED}'", type_=Text())
-_SOURCES = sa.bindparam("sources", type_=ARRAY(sa.UUID()))
+_SUCCEEDED = status(StepStatus.SUCCEEDED)
+_SOURCES = parameter("sources", ARRAY(sa.UUID()))
 _STANDING = {"status", "output", "error", "crashes", "token", "worker_id", "wake_at", "awaits", "finished_at"}
 _NOT_COPIED = _STANDING | {"created_at", "enqueued_at", "parent_id", "parent_key", "detached"}
 
@@ -62,7 +71,10 @@ class Change:
 
 def sources(session: Session, wanted: Wanted) -> dict[UUID, str]:
     """Give the workflows that there are, in the order of their ids, with their names."""
-    rows = execute(session, sa.select(WORKFLOW.c.id, WORKFLOW.c.name).where(among(wanted.ids)).order_by(WORKFLOW.c.id))
+    rows = execute(
+        session,
+        sa.select(WORKFLOW.c.id, WORKFLOW.c.name).where(among(WORKFLOW.c.id, wanted.ids)).order_by(WORKFLOW.c.id),
+    )
     return {row.id: row.name for row in rows}
 
 
@@ -75,7 +87,7 @@ def find(session: Session, name: str, key: str) -> Workflow | None:
 
 def records(session: Session, ids: Sequence[UUID]) -> list[Workflow]:
     """Give records in the order of the ids."""
-    rows = execute(session, sa.select(*WORKFLOW.c).where(among(ids))).mappings()
+    rows = execute(session, sa.select(*WORKFLOW.c).where(among(WORKFLOW.c.id, ids))).mappings()
     by_id = {row["id"]: record_of(session, row) for row in rows}
     return [by_id[each] for each in ids]
 
@@ -121,7 +133,7 @@ def _cut() -> sa.CTE:
         .select_from(batch.join(needed, sa.true()).outerjoin(STEP, same))
         .where(STEP.c.key.is_(None))
     )
-    at = sa.and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == sa.bindparam("from_step", type_=Text()))
+    at = sa.and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == parameter("from_step", Text()))
     chosen = sa.select(batch.c.source, batch.c.id, STEP.c.position).select_from(batch.outerjoin(STEP, at))
     return materialized(chosen.where(~lacking.correlate(None).exists()), "cut")
 
@@ -136,7 +148,7 @@ def _copied(cut: sa.CTE) -> sa.CTE:
         sa.select(
             cut.c.id.label("workflow_id"),
             cut.c.source,
-            sa.func.coalesce(before, sa.literal_column("false")).label("is_before"),
+            sa.func.coalesce(before, sa.false()).label("is_before"),
             sa.case((replaced, _SUCCEEDED), else_=sa.cast(STEP.c.status, Text)).label("status"),
             sa.case((replaced, sa.cast(outcome.c.value, JSONB)), else_=STEP.c.output).label("output"),
             sa.case((replaced, sa.null()), else_=STEP.c.error).label("error"),
@@ -154,23 +166,22 @@ def _insert_workflows(cut: sa.CTE, copied: sa.CTE) -> Any:
     # As if its copied steps were of earlier attempts: what they recorded is no progress of the first one.
     attempts = sa.select(pg.max(copied.c.attempt)).where(copied.c.workflow_id == cut.c.id).scalar_subquery()
     now = pg.statement_timestamp()
-    changed: dict[str, sa.ColumnElement[Any]] = {
+    changed: dict[str, Expression] = {
         "id": cut.c.id,
-        "key": sa.bindparam("new_key", type_=Text()),
-        "queue": sa.func.coalesce(sa.bindparam("new_queue", type_=Text()), WORKFLOW.c.queue),
-        "input": WORKFLOW.c.input.op("||")(sa.cast(sa.bindparam("new_input", type_=Text()), JSONB)),
-        "attempt": next_attempt(sa.func.coalesce(attempts, sa.literal_column("0"))),
+        "key": parameter("new_key", Text()),
+        "queue": sa.func.coalesce(parameter("new_queue", Text()), WORKFLOW.c.queue),
+        "input": WORKFLOW.c.input.op("||")(json_parameter("new_input")),
+        "attempt": next_attempt(sa.func.coalesce(attempts, ZERO)),
         "started_at": sa.case((attempts.is_not(None), now)),  # only what was started before has a history to be read
         "deadline_at": now + WORKFLOW.c.timeout,
         "forked_from": cut.c.source,
         "cancellation": still_compensates(),
-        "version": sa.func.coalesce(sa.bindparam("new_version", type_=Text()), WORKFLOW.c.version),
+        "version": sa.func.coalesce(parameter("new_version", Text()), WORKFLOW.c.version),
     }
     columns = {each.name: each for each in WORKFLOW.c if each.name not in _NOT_COPIED} | changed
     source = sa.select(*columns.values()).join_from(cut, WORKFLOW, _of_source(WORKFLOW.c.id, cut))
     return (
-        insert(WORKFLOW)
-        .from_select(list(columns), source.order_by(cut.c.source), include_defaults=False)
+        insert_select(WORKFLOW, columns, source.order_by(cut.c.source))
         .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
         .returning(WORKFLOW.c.id)
     )
@@ -179,22 +190,22 @@ def _insert_workflows(cut: sa.CTE, copied: sa.CTE) -> Any:
 def _insert_steps(copied: sa.CTE, started: sa.CTE) -> Any:
     columns = [each for each in copied.c if each.name in STEP.c]
     source = sa.select(*columns).join_from(copied, started, started.c.id == copied.c.workflow_id)
-    return insert(STEP).from_select([each.name for each in columns], source, include_defaults=False)
+    return insert_select(STEP, [each.name for each in columns], source)
 
 
 def _insert_events(cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
     names = ("key", "value", "step_key", "created_at")
     source = sa.select(cut.c.id, *(EVENT.c[name] for name in names)).select_from(_shown(EVENT, cut, copied, started))
-    return insert(EVENT).from_select(["workflow_id", *names], source.order_by(EVENT.c.id), include_defaults=False)
+    return insert_select(EVENT, ["workflow_id", *names], source.order_by(EVENT.c.id))
 
 
 def _insert_stream_items(cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
     """Numbered anew: what is left out may have stood in between."""
     number = pg.row_number().over(partition_by=(cut.c.id, STREAM_ITEM.c.name), order_by=STREAM_ITEM.c.number)
     names = ("name", "value", "closed", "step_key", "attempt", "step_attempt", "created_at")
-    columns = [cut.c.id, number - sa.literal_column("1"), *(STREAM_ITEM.c[name] for name in names)]
+    columns = [cut.c.id, number - ONE, *(STREAM_ITEM.c[name] for name in names)]
     source = sa.select(*columns).select_from(_shown(STREAM_ITEM, cut, copied, started))
-    return insert(STREAM_ITEM).from_select(["workflow_id", "number", *names], source, include_defaults=False)
+    return insert_select(STREAM_ITEM, ["workflow_id", "number", *names], source)
 
 
 def _shown(what: Any, cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
@@ -204,7 +215,7 @@ def _shown(what: Any, cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
     return what.join(copied, theirs).join(cut, own).join(started, started.c.id == cut.c.id)
 
 
-def _of_source(column: sa.ColumnElement[UUID], rows: sa.FromClause) -> sa.ColumnElement[bool]:
+def _of_source(column: sa.ColumnElement[UUID], rows: sa.FromClause) -> Condition:
     """Join with the workflows that are copied; by the array too, whose length the planner knows."""
     return sa.and_(column == rows.c.source, column == sa.func.any(_SOURCES))
 

@@ -17,23 +17,29 @@ from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     BEGINNING,
+    LIMIT,
+    ONE,
     SIGNAL,
     STEP,
     WORKFLOW,
     Checkpoint,
+    Condition,
     Connectable,
+    among,
     execute,
     has_status,
+    integer,
     materialized,
+    parameter,
     pg,
     scalars,
+    words,
 )
 from sqla_durable.store.parts import WHOLE, Part, Within, divided
 from sqla_durable.store.signals import LEFT, is_new, noting
 from sqla_durable.store.steps import given_row, mine
 
 _MOST_LEAVERS = 100
-_ONE = sa.literal_column("1", type_=sa.Integer())
 
 
 def release(connectable: Connectable, *, ids: Sequence[UUID], limit: int) -> list[UUID]:
@@ -74,11 +80,11 @@ def leave(connectable: Connectable, parents: Sequence[UUID]) -> None:
 def leaving(parents: sa.FromClause) -> Any:
     """Insert the same for those of a statement's workflows that hold something."""
     # LIMIT: probed by the index of children, whatever the planner believes of the number of parents.
-    holds = sa.select(WORKFLOW.c.id).where(WORKFLOW.c.parent_id == parents.c.id, is_held()).limit(_ONE).lateral("holds")
-    return noting(sa.select(parents.c.id, sa.literal(LEFT), sa.true()).select_from(parents.join(holds, sa.true())))
+    holds = sa.select(WORKFLOW.c.id).where(WORKFLOW.c.parent_id == parents.c.id, is_held()).limit(ONE).lateral("holds")
+    return noting(sa.select(parents.c.id, words(LEFT), sa.true()).select_from(parents.join(holds, sa.true())))
 
 
-def is_held(table: sa.FromClause = WORKFLOW) -> sa.ColumnElement[bool]:
+def is_held(table: sa.FromClause = WORKFLOW) -> Condition:
     """Tell a child that waits for others to end."""
     return sa.and_(
         has_status(table, WorkflowStatus.SUSPENDED),
@@ -98,7 +104,7 @@ def _let_go(first: Any) -> Any:
 
 
 def _release_statement() -> Any:
-    first = _held_ones().limit(sa.bindparam("limit", type_=sa.Integer()))
+    first = _held_ones().limit(LIMIT)
     return _let_go(materialized(first.with_for_update(key_share=True, skip_locked=True, of=WORKFLOW), "first"))
 
 
@@ -109,21 +115,21 @@ def _release_rest_statement() -> Any:
 
 
 def _release_of_statement() -> Any:
-    parents = sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID())))
+    parents = sa.func.any(parameter("ids", ARRAY(sa.UUID())))
     return _let_go(materialized(sa.select(WORKFLOW.c.id).where(WORKFLOW.c.parent_id == parents, is_held()), "first"))
 
 
 def _held_ones() -> sa.Select[tuple[UUID]]:
-    given = WORKFLOW.c.id == sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID())))
+    given = among(WORKFLOW.c.id)
     return sa.select(WORKFLOW.c.id).where(given, is_held()).order_by(WORKFLOW.c.id)
 
 
 def _release_left_statement(within: Within) -> tuple[Any, Any]:
     left = materialized(
         sa.select(SIGNAL.c.workflow_id, SIGNAL.c.id)
-        .where(is_new(), SIGNAL.c.name == sa.literal_column(f"'{LEFT}'"), within(SIGNAL.c.workflow_id))
+        .where(is_new(), SIGNAL.c.name == words(LEFT), within(SIGNAL.c.workflow_id))
         .order_by(SIGNAL.c.created_at)
-        .limit(sa.literal_column(str(_MOST_LEAVERS)))
+        .limit(integer(_MOST_LEAVERS))
         .with_for_update(key_share=True, skip_locked=True),
         "left",
     )
@@ -134,7 +140,7 @@ def _release_left_statement(within: Within) -> tuple[Any, Any]:
     orphans = sa.select(child.c.id).where(child.c.parent_id == left.c.workflow_id, is_held(child), forgotten)
     some = (
         orphans.order_by(child.c.id)
-        .limit(sa.bindparam("limit", type_=sa.Integer()))
+        .limit(LIMIT)
         .with_for_update(key_share=True, skip_locked=True, of=child)
         .lateral("some")
     )
@@ -145,7 +151,7 @@ def _release_left_statement(within: Within) -> tuple[Any, Any]:
     return _let_go(first).add_cte(gone), sa.select(left.c.workflow_id)
 
 
-def _has_ended(child: sa.FromClause) -> sa.ColumnElement[bool]:
+def _has_ended(child: sa.FromClause) -> Condition:
     """Tell that the parent will not let it go, because it has ended."""
     parent = WORKFLOW.alias("parent")
     ended = sa.select(parent.c.id).where(parent.c.id == child.c.parent_id, parent.c.finished_at.is_not(None))
@@ -157,15 +163,15 @@ def _known_statement(left: sa.CTE) -> Any:
 
     By their ids: a parent that was rewound or has begun anew may have started others under the same key since.
     """
-    listed = sa.case((pg.jsonb_typeof(STEP.c.output) == sa.literal_column("'array'"), STEP.c.output))
+    listed = sa.case((pg.jsonb_typeof(STEP.c.output) == words("array"), STEP.c.output))
     children = pg.jsonb_array_elements_text(listed).table_valued("value").render_derived(name="started")
-    starts = sa.and_(STEP.c.workflow_id == left.c.workflow_id, STEP.c.name.startswith(sa.literal_column("'start:'")))
+    starts = sa.and_(STEP.c.workflow_id == left.c.workflow_id, STEP.c.name.startswith(words("start:")))
     known = sa.select(children.c.value.label("child_id")).select_from(left.join(STEP, starts).join(children, sa.true()))
     return known.where(children.c.value.is_not(None))
 
 
 def _leave_statement() -> Any:
-    given = sa.select(WORKFLOW.c.id).where(WORKFLOW.c.id == sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID()))))
+    given = sa.select(WORKFLOW.c.id).where(among(WORKFLOW.c.id))
     return leaving(given.cte("parents"))
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models.column_types import Text
-from sqla_durable.store._rows import pg, scalar
+from sqla_durable.store._rows import Condition, pg, scalar, words
 
 MOST_REPEATS = 5
 """How often an insert and a search under a key are repeated: between the two, the row may be deleted."""
@@ -22,10 +22,10 @@ class SnapshotKept(Exception):
     """Nothing was inserted, because the transaction keeps a snapshot: to be inserted in a savepoint."""
 
 
-def sees_the_latest() -> sa.ColumnElement[bool]:
+def sees_the_latest() -> Condition:
     """Return the condition that each statement of the transaction has a snapshot of its own."""
-    setting: sa.ColumnElement[str] = sa.literal_column("'transaction_isolation'", type_=Text())
-    return pg.current_setting(setting, type_=Text()) == sa.literal_column("'read committed'", type_=Text())
+    setting: sa.ColumnElement[str] = words("transaction_isolation")
+    return pg.current_setting(setting, type_=Text()) == words("read committed")
 
 
 def require_the_latest(session: Session) -> None:

@@ -21,11 +21,15 @@ from sqla_durable.store._rows import (
     SIGNAL,
     WORKER,
     WORKFLOW,
+    ZERO,
+    Condition,
     Connectable,
     beginning,
     execute,
+    parameter,
     pg,
     status,
+    words,
 )
 from sqla_durable.store.deadlines import is_overdue
 from sqla_durable.store.queues import Ranges, known, listened_queues, listening, pending_in
@@ -146,7 +150,7 @@ def _beginning(marks: Marks) -> dict[str, str]:
     }
 
 
-def _claimable() -> sa.ColumnElement[bool]:
+def _claimable() -> Condition:
     listened = listened_queues()
     # Limited and in the order of the claim's index: else a plan reads the table until something of the queue comes,
     # and an empty queue costs all of it.
@@ -155,7 +159,7 @@ def _claimable() -> sa.ColumnElement[bool]:
     return sa.select(first.c.id).select_from(listened.join(first, sa.true())).exists()
 
 
-def _first(column: sa.ColumnElement[datetime], *conditions: sa.ColumnElement[bool]) -> Any:
+def _first(column: sa.ColumnElement[datetime], *conditions: Condition) -> Any:
     return sa.select(pg.min(column)).where(*conditions).scalar_subquery()
 
 
@@ -168,17 +172,17 @@ def _mark(first: Any) -> Any:
 
 
 def _next_due_in() -> Any:
-    ahead = pg.statement_timestamp() + pg.make_interval(*[sa.literal_column("0")] * 6, _WITHIN)
+    ahead = pg.statement_timestamp() + pg.make_interval(*[ZERO] * 6, _WITHIN)
     later = _first(WORKFLOW.c.wake_at, _SUSPENDED, _between(WORKFLOW.c.wake_at, ahead))
     deadline = _first(WORKFLOW.c.deadline_at, WORKFLOW.c.finished_at.is_(None), _between(WORKFLOW.c.deadline_at, ahead))
     return sa.cast(sa.func.extract("epoch", sa.func.least(later, deadline) - pg.statement_timestamp()), sa.Float)
 
 
-def _between(column: sa.ColumnElement[datetime], ahead: Any) -> sa.ColumnElement[bool]:
+def _between(column: sa.ColumnElement[datetime], ahead: Any) -> Condition:
     return sa.and_(column > pg.statement_timestamp(), column <= ahead)
 
 
-def _abandoned() -> sa.ColumnElement[bool]:
+def _abandoned() -> Condition:
     # Limited, so that each dead worker is looked up: else a plan may read whatever is running to find its worker.
     left = (
         sa.select(WORKFLOW.c.id)
@@ -190,8 +194,8 @@ def _abandoned() -> sa.ColumnElement[bool]:
     return sa.select(left.c.id).select_from(WORKER.join(left, sa.true())).where(dead).exists()
 
 
-def _alive() -> sa.ColumnElement[bool]:
-    mine = WORKER.c.id == sa.bindparam("looking_id", type_=sa.UUID())
+def _alive() -> Condition:
+    mine = WORKER.c.id == parameter("looking_id", sa.UUID())
     return sa.select(WORKER.c.id).where(mine, WORKER.c.lease_expires_at > pg.statement_timestamp()).exists()
 
 
@@ -204,7 +208,7 @@ def _look_statement() -> Any:
         ),
         _first(SIGNAL.c.created_at, is_new("since_sent")).label("first_sent_at"),
     ).cte("firsts")
-    is_left = SIGNAL.c.name == sa.literal_column(f"'{LEFT}'")
+    is_left = SIGNAL.c.name == words(LEFT)
     return sa.select(
         firsts.c.first_wake_at.is_not(None).label("due"),
         _claimable().label("claimable"),
@@ -223,6 +227,6 @@ def _look_statement() -> Any:
     )
 
 
-_WITHIN = sa.bindparam("within", type_=sa.Float())
+_WITHIN = parameter("within", sa.Float())
 _SUSPENDED = WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED)
 _LOOK = _look_statement()

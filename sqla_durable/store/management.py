@@ -10,7 +10,6 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import ArgumentError
@@ -22,6 +21,9 @@ from sqla_durable.store._rows import (
     STEP,
     STREAM_ITEM,
     WORKFLOW,
+    Condition,
+    Expression,
+    among,
     execute,
     next_attempt,
     pg,
@@ -35,15 +37,13 @@ from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
 from sqla_durable.store.deadlines import TIMEOUT_TYPE
 from sqla_durable.store.held import leave
 from sqla_durable.store.refused import REFUSED_TYPE
-from sqla_durable.store.selection import Wanted, among, hold, known, workers_of
+from sqla_durable.store.selection import Wanted, hold, known, workers_of
 from sqla_durable.store.signals import EARLIER, REFUSED
 from sqla_durable.store.trees import hold_cancelled_with, is_not_undone
 
 _STOPPED = sa.and_(
     WORKFLOW.c.token.is_(None),  # one that failed by itself keeps its token, whatever its error is
-    WORKFLOW.c.error["type"].astext.in_(
-        sa.literal_column(f"'{each}'") for each in (MAX_ATTEMPTS_TYPE, REFUSED_TYPE, TIMEOUT_TYPE)
-    ),
+    WORKFLOW.c.error["type"].astext.in_(words(each) for each in (MAX_ATTEMPTS_TYPE, REFUSED_TYPE, TIMEOUT_TYPE)),
 )
 _SHOWN_KEYS = 20
 
@@ -120,7 +120,7 @@ def refuse_unrecorded(session: Session, ids: Sequence[UUID], keys: Sequence[str]
             )
 
 
-def renewed_deadline() -> sa.ColumnElement[Any]:
+def renewed_deadline() -> Expression:
     """Give the deadline of a workflow that is enqueued anew: one that has passed would end it again at once."""
     now = pg.statement_timestamp()
     return sa.case((WORKFLOW.c.deadline_at <= now, now + WORKFLOW.c.timeout), else_=WORKFLOW.c.deadline_at)
@@ -144,31 +144,33 @@ def _enqueue(session: Session, wanted: Wanted, held: Sequence[UUID], **more: Any
         **more,
     }
     if held:
-        scalars(session, sa.update(WORKFLOW).where(among(held)).values(again).returning(WORKFLOW.c.id)).all()
+        scalars(
+            session, sa.update(WORKFLOW).where(among(WORKFLOW.c.id, held)).values(again).returning(WORKFLOW.c.id)
+        ).all()
     refresh_known(session, known(wanted, held))
     return list(held)
 
 
-def _of(table: sa.FromClause, ids: Sequence[UUID]) -> sa.ColumnElement[bool]:
-    return table.c.workflow_id == sa.func.any(sa.literal(list(ids), ARRAY(sa.UUID())))
+def _of(table: sa.FromClause, ids: Sequence[UUID]) -> Condition:
+    return among(table.c.workflow_id, ids)
 
 
-def _made_it_fail() -> sa.ColumnElement[bool]:
+def _made_it_fail() -> Condition:
     """Tell which steps a workflow that failed is to execute again: its failed ones, except what it had got over.
 
     It has got over a failed step if it went on: if it began another one after that, which succeeded. Unless it failed
     with that step's error all the same, after cleaning up. Tries that were left are begun anew.
     """
-    failed = STEP.c.status == _step_status(StepStatus.FAILED)
+    failed = STEP.c.status == status(StepStatus.FAILED)
     later = STEP.alias("later")
     went_on = sa.select(later.c.key).where(
         later.c.workflow_id == STEP.c.workflow_id,
-        later.c.status == _step_status(StepStatus.SUCCEEDED),
+        later.c.status == status(StepStatus.SUCCEEDED),
         later.c.position > STEP.c.position,
         later.c.started_at >= STEP.c.finished_at,
     )
     raised = sa.and_(failed, sa.or_(~went_on.exists(), STEP.c.position == _last_shown_in_error()))
-    return sa.or_(raised, STEP.c.status == _step_status(StepStatus.RETRYING))
+    return sa.or_(raised, STEP.c.status == status(StepStatus.RETRYING))
 
 
 def _last_shown_in_error() -> Any:
@@ -181,7 +183,7 @@ def _last_shown_in_error() -> Any:
     same = sa.and_(
         each.c.error["type"] == WORKFLOW.c.error["type"], each.c.error["message"] == WORKFLOW.c.error["message"]
     )
-    of_failed = sa.and_(each.c.workflow_id == WORKFLOW.c.id, each.c.status == _step_status(StepStatus.FAILED))
+    of_failed = sa.and_(each.c.workflow_id == WORKFLOW.c.id, each.c.status == status(StepStatus.FAILED))
     last: sa.Select[Any] = sa.select(pg.max(each.c.position)).where(of_failed, sa.or_(same, shown))
     return last.correlate(WORKFLOW).scalar_subquery()
 
@@ -204,10 +206,6 @@ def _give_back(session: Session, held: Sequence[UUID]) -> None:
     execute(session, consumed.values(consumed_by=sa.null()))
 
 
-def _has_no_step(table: sa.FromClause, key: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
+def _has_no_step(table: sa.FromClause, key: Expression) -> Condition:
     step = sa.select(STEP.c.key).where(STEP.c.workflow_id == table.c.workflow_id, STEP.c.key == key)
     return sa.and_(key.is_not(None), ~step.exists())
-
-
-def _step_status(value: StepStatus) -> sa.ColumnElement[Any]:
-    return sa.literal_column(f"'{value}'", type_=STEP.c.status.type)

@@ -14,9 +14,9 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from sqla_durable.store._rows import Connectable, scalars
+from sqla_durable.store._rows import Condition, Connectable, parameter, scalars
 
-Within: TypeAlias = Callable[[sa.ColumnElement[UUID]], sa.ColumnElement[bool]]
+Within: TypeAlias = Callable[[sa.ColumnElement[UUID]], Condition]
 """Makes the condition that a workflow with this id belongs to the part."""
 
 
@@ -69,7 +69,7 @@ def divided(build: Callable[[Within], tuple[Any, Any]]) -> tuple[Any, Any, Any]:
     return whole, *build(_within)
 
 
-def _within(column: sa.ColumnElement[UUID]) -> sa.ColumnElement[bool]:
-    only = sa.bindparam("only_ids", type_=ARRAY(sa.UUID()))
-    besides = sa.bindparam("besides_ids", type_=ARRAY(sa.UUID()))
+def _within(column: sa.ColumnElement[UUID]) -> Condition:
+    only = parameter("only_ids", ARRAY(sa.UUID()))
+    besides = parameter("besides_ids", ARRAY(sa.UUID()))
     return sa.and_(sa.or_(only.is_(None), column == sa.func.any(only)), column != sa.func.all(besides))

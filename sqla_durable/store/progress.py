@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB, insert
 
-from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import StepStatus
-from sqla_durable.store._rows import STEP, WORKFLOW, Checkpoint, Connectable, execute, materialized, unfinished
+from sqla_durable.store._rows import (
+    STEP,
+    WORKFLOW,
+    Checkpoint,
+    Connectable,
+    execute,
+    insert_select,
+    json_parameter,
+    materialized,
+    status,
+    unfinished,
+)
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, mine
 from sqla_durable.unwinding import AttemptLost
 
@@ -33,9 +42,9 @@ def report(connectable: Connectable, checkpoint: Checkpoint, *, details: str | N
 
 def _report_statement() -> Any:
     owned = materialized(sa.select(WORKFLOW.c.id).where(*mine()).with_for_update(key_share=True, of=WORKFLOW), "owned")
-    details = sa.cast(sa.cast(sa.bindparam("details", type_=Text()), Text), JSONB)
+    details = json_parameter("details")
     columns = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id, "details": details}
-    inserted = insert(STEP).from_select(list(columns), sa.select(*columns.values()), include_defaults=False)
+    inserted = insert_select(STEP, columns, sa.select(*columns.values()))
     given = inserted.excluded
     same_or_later = sa.or_(STEP.c.status == _RUNNING, STEP.c.attempts < given.attempts)
     reported = inserted.on_conflict_do_update(
@@ -54,5 +63,5 @@ def _report_statement() -> Any:
     return sa.select(sa.select(owned.c.id).exists()).add_cte(reported.cte("reported"))
 
 
-_RUNNING = sa.literal_column(f"'{StepStatus.RUNNING}'", type_=STEP.c.status.type)
+_RUNNING = status(StepStatus.RUNNING)
 _REPORT = _report_statement()

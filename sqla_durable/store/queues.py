@@ -20,16 +20,21 @@ from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store import deadlines, steps
 from sqla_durable.store._rows import (
+    IS_WANTED,
+    LIMIT,
     OVERDUE,
     QUEUE,
     WORKFLOW,
+    ZERO,
     Claimed,
     Columns,
     Connectable,
+    Expression,
     Fence,
     execute,
     filled,
     materialized,
+    parameter,
     pg,
     status,
     table,
@@ -37,11 +42,10 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.parts import WHOLE, Part, Within, divided
 
-_LIMIT = sa.bindparam("limit", type_=sa.Integer())
-_TOKEN = sa.bindparam("new_token", type_=sa.UUID())
-_WORKER = sa.bindparam("claimant", type_=sa.UUID())
-_NAMES = sa.bindparam("names", type_=ARRAY(Text()))
-_VERSIONS = sa.bindparam("versions", type_=ARRAY(Text()))
+_TOKEN = parameter("new_token", sa.UUID())
+_WORKER = parameter("claimant", sa.UUID())
+_NAMES = parameter("names", ARRAY(Text()))
+_VERSIONS = parameter("versions", ARRAY(Text()))
 _PLACE: Columns = {"priority": sa.SmallInteger(), "enqueued_at": sa.DateTime(timezone=True), "id": sa.UUID()}
 
 
@@ -179,7 +183,7 @@ def known(names: Sequence[str], versions: Sequence[str]) -> dict[str, list[str]]
 
 def pending_in(listened: Any) -> Any:
     """Tell what can be claimed from a queue: what is `known` and pending."""
-    all_versions = pg.cardinality(_VERSIONS) == sa.literal_column("0")
+    all_versions = pg.cardinality(_VERSIONS) == ZERO
     return sa.and_(
         WORKFLOW.c.status == status(WorkflowStatus.PENDING),
         WORKFLOW.c.queue == listened.c.name,
@@ -199,7 +203,7 @@ def _heads(within: Within) -> Any:
         sa.select(*place, WORKFLOW.c.started_at)
         .where(pending_in(listened), within(WORKFLOW.c.id))
         .order_by(*place)
-        .limit(_LIMIT)
+        .limit(LIMIT)
         .with_for_update(key_share=True, skip_locked=True)
         .lateral("head")
     )
@@ -207,11 +211,11 @@ def _heads(within: Within) -> Any:
         sa.select(head.c.id, head.c.started_at)
         .select_from(listened.join(head, sa.true()))
         .order_by(head.c.priority, head.c.enqueued_at, head.c.id)
-        .limit(_LIMIT)
+        .limit(LIMIT)
     )
 
 
-def _place() -> tuple[sa.ColumnElement[Any], ...]:
+def _place() -> tuple[Expression, ...]:
     return tuple(WORKFLOW.c[each] for each in _PLACE)
 
 
@@ -219,7 +223,7 @@ def _one() -> Any:
     return (
         sa.select(WORKFLOW.c.id, WORKFLOW.c.started_at)
         .where(
-            WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()),
+            IS_WANTED,
             WORKFLOW.c.status == status(WorkflowStatus.PENDING),
             deadlines.in_time(),
         )
@@ -227,7 +231,7 @@ def _one() -> Any:
     )
 
 
-def _deadline() -> sa.ColumnElement[Any]:
+def _deadline() -> Expression:
     """Give the deadline from the first claim on; LEAST passes over NULL."""
     return sa.func.least(WORKFLOW.c.deadline_at, pg.statement_timestamp() + WORKFLOW.c.timeout)
 

@@ -13,7 +13,17 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import WORKFLOW, Connectable, execute, materialized, pg, scalar
+from sqla_durable.store._rows import (
+    IS_WANTED,
+    WORKFLOW,
+    Condition,
+    Connectable,
+    execute,
+    materialized,
+    parameter,
+    pg,
+    scalar,
+)
 from sqla_durable.store.held import leaving
 from sqla_durable.store.signals import asking, deleting_notices
 
@@ -43,12 +53,12 @@ def _failed(connectable: Connectable, statement: Any, workflow_id: UUID, reason:
 def _fail_statement() -> tuple[Any, Any]:
     unfinished = materialized(
         sa.select(WORKFLOW.c.id)
-        .where(WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()), WORKFLOW.c.finished_at.is_(None))
+        .where(IS_WANTED, WORKFLOW.c.finished_at.is_(None))
         .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW),
         "unfinished",
     )
     texts = ("type", REFUSED_TYPE, "message")
-    described = (*(sa.literal(each, Text()) for each in texts), sa.bindparam("reason", type_=Text()))
+    described = (*(sa.literal(each, Text()) for each in texts), parameter("reason", Text()))
     failed = (
         sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == unfinished.c.id)
@@ -93,8 +103,8 @@ def _names(column: str, condition: str) -> bool:
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy does not annotate it
 _CHECKS = dict(_checks())
 _FAIL, _FAIL_ALONE = _fail_statement()
-_COLUMNS: list[sa.ColumnElement[bool]] = [
+_COLUMNS: list[Condition] = [
     sa.literal_column(f"({each}) IS FALSE", type_=sa.Boolean()).label(f"check_{number}")
     for number, each in enumerate(_CHECKS.values())
 ]
-_FAULTS = sa.select(*_COLUMNS).where(WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()))
+_FAULTS = sa.select(*_COLUMNS).where(IS_WANTED)

@@ -5,24 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     EVENT,
+    IS_WANTED,
     SIGNAL,
     STEP,
     WORKFLOW,
     Columns,
+    Condition,
     Connectable,
     Fence,
     fence_row,
     filled,
+    integer,
     interval,
+    json_parameter,
     materialized,
     next_attempt,
     owned,
+    parameter,
     pg,
     scalar,
     status,
@@ -35,9 +39,9 @@ from sqla_durable.store.signals import ANSWER, CALLBACK, EARLIER, REFUSED, UPDAT
 _FENCE: Columns = {"id": sa.UUID(), "token": sa.UUID()}
 _SUSPENDED_FOR = 30  # seconds, after which the workflow is replayed if the second statement has not come
 _READ_WITHIN = 5  # seconds in which a sender who waits for an answer has read it, because it looks four times a second
-_CALLBACK: sa.ColumnElement[str] = sa.literal_column(f"'{CALLBACK}'", type_=Text())
-_UPDATE: sa.ColumnElement[str] = sa.literal_column(f"'{UPDATE}'", type_=Text())
-_ANSWER: sa.ColumnElement[str] = sa.literal_column(f"'{ANSWER}'", type_=Text())
+_CALLBACK: sa.ColumnElement[str] = words(CALLBACK)
+_UPDATE: sa.ColumnElement[str] = words(UPDATE)
+_ANSWER: sa.ColumnElement[str] = words(ANSWER)
 
 
 def restart(connectable: Connectable, fence: Fence, *, given: str) -> bool:
@@ -65,7 +69,7 @@ def restart(connectable: Connectable, fence: Fence, *, given: str) -> bool:
 def _suspend_statement() -> Any:
     """Suspend the workflow until the second statement."""
     mine = owned(table("batch", _FENCE), skip_locked=False)
-    wake_at = pg.statement_timestamp() + interval(sa.literal_column(str(_SUSPENDED_FOR)))
+    wake_at = pg.statement_timestamp() + interval(integer(_SUSPENDED_FOR))
     return (
         sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == mine.c.id)
@@ -78,8 +82,8 @@ def _restart_statement() -> Any:
     suspended = materialized(
         sa.select(WORKFLOW.c.id)
         .where(
-            WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()),
-            WORKFLOW.c.attempt == sa.bindparam("wanted_attempt", type_=sa.Integer()),
+            IS_WANTED,
+            WORKFLOW.c.attempt == parameter("wanted_attempt", sa.Integer()),
             WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
             WORKFLOW.c.awaits.is_(None),
         )
@@ -92,7 +96,7 @@ def _restart_statement() -> Any:
         .where(WORKFLOW.c.id == suspended.c.id)
         .values(
             status=WorkflowStatus.PENDING,
-            input=sa.cast(sa.cast(sa.bindparam("input", type_=Text()), Text), JSONB),
+            input=json_parameter("input"),
             attempt=next_attempt(),
             crashes=0,
             token=sa.null(),
@@ -113,7 +117,7 @@ def _forget_sent(suspended: sa.FromClause) -> tuple[sa.CTE, sa.CTE, sa.CTE]:
     Outcomes of callbacks go too: the steps that would read them are gone, those of earlier rounds whose answer crossed
     with their end as well.
     """
-    mine: sa.ColumnElement[bool] = SIGNAL.c.workflow_id == suspended.c.id
+    mine: Condition = SIGNAL.c.workflow_id == suspended.c.id
     taken = sa.and_(mine, SIGNAL.c.consumed_by.is_not(None))
     kept = sa.or_(SIGNAL.c.key.is_not(None), sa.and_(SIGNAL.c.name.startswith(_UPDATE), ~_is_known_to_sender()))
     outcomes = sa.and_(mine, SIGNAL.c.name.startswith(_CALLBACK))
@@ -136,9 +140,9 @@ def _forget_sent(suspended: sa.FromClause) -> tuple[sa.CTE, sa.CTE, sa.CTE]:
     return consumed, remembered, answers
 
 
-def _is_known_to_sender() -> sa.ColumnElement[bool]:
+def _is_known_to_sender() -> Condition:
     """Return whether an update was answered, or forgotten, so long ago that a sender who waits for that has read it."""
-    before = pg.statement_timestamp() - interval(sa.literal_column(str(_READ_WITHIN)))
+    before = pg.statement_timestamp() - interval(integer(_READ_WITHIN))
     answered = (
         sa.select(EVENT.c.id)
         .where(EVENT.c.workflow_id == SIGNAL.c.workflow_id, EVENT.c.key == _ANSWER + sa.cast(SIGNAL.c.id, Text))

@@ -11,14 +11,13 @@ from typing import Any, TypeAlias
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.selectable import SelectStatementGrouping
 
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import WORKFLOW, execute, scalars, status
+from sqla_durable.store._rows import WORKFLOW, Condition, among, execute, scalars, status
 
 Query: TypeAlias = "sa.Select[Any] | sa.CompoundSelect[Any]"
 
@@ -56,9 +55,7 @@ def evaluate(session: Session, query: Query) -> Wanted:
     return Wanted(list(versions), query, versions)
 
 
-def hold(
-    session: Session, wanted: Wanted, meant: Callable[[sa.ColumnElement[bool]], sa.ColumnElement[bool]]
-) -> list[UUID]:
+def hold(session: Session, wanted: Wanted, meant: Callable[[Condition], Condition]) -> list[UUID]:
     """Lock the workflows that are meant, in the order of their ids, then look again; return those still meant.
 
     Waits for whoever holds a row. What was claimed, finished or moved meanwhile may no longer be meant: in one
@@ -67,19 +64,21 @@ def hold(
     Args:
         meant: makes the condition of the verb, of one that says which workflows are wanted.
     """
-    held = lock(session, meant(among(wanted.ids)))
-    return look_again(session, held, meant(among(still_wanted(session, wanted)))) if held else []
+    held = lock(session, meant(among(WORKFLOW.c.id, wanted.ids)))
+    return look_again(session, held, meant(among(WORKFLOW.c.id, still_wanted(session, wanted)))) if held else []
 
 
-def lock(session: Session, meant: sa.ColumnElement[bool]) -> list[UUID]:
+def lock(session: Session, meant: Condition) -> list[UUID]:
     """Lock the workflows that are meant, in the order of their ids; give the ids."""
     locked = sa.select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id).with_for_update(key_share=True, of=WORKFLOW)
     return list(scalars(session, locked))
 
 
-def look_again(session: Session, held: Sequence[UUID], meant: sa.ColumnElement[bool]) -> list[UUID]:
+def look_again(session: Session, held: Sequence[UUID], meant: Condition) -> list[UUID]:
     """Give those of the locked workflows that are meant as they are now, in the order of their ids."""
-    return list(scalars(session, sa.select(WORKFLOW.c.id).where(among(held), meant).order_by(WORKFLOW.c.id)))
+    return list(
+        scalars(session, sa.select(WORKFLOW.c.id).where(among(WORKFLOW.c.id, held), meant).order_by(WORKFLOW.c.id))
+    )
 
 
 def still_wanted(session: Session, wanted: Wanted) -> Sequence[UUID]:
@@ -91,24 +90,21 @@ def still_wanted(session: Session, wanted: Wanted) -> Sequence[UUID]:
     if wanted.query is None or not wanted.versions:
         return wanted.ids
     versions = wanted.versions
-    today = execute(session, sa.select(WORKFLOW.c.id, _VERSION).where(among(wanted.ids)))
+    today = execute(session, sa.select(WORKFLOW.c.id, _VERSION).where(among(WORKFLOW.c.id, wanted.ids)))
     changed = {row.id for row in today if row.version != versions[row.id]}
     if not changed:
         return wanted.ids
     again = _ids_in(wanted.query.limit(None).offset(None))
-    fitting = set(scalars(session, sa.select(WORKFLOW.c.id).where(among([*changed]), WORKFLOW.c.id.in_(again))))
+    fitting = set(
+        scalars(session, sa.select(WORKFLOW.c.id).where(among(WORKFLOW.c.id, [*changed]), WORKFLOW.c.id.in_(again)))
+    )
     return [each for each in wanted.ids if each not in changed or each in fitting]
 
 
 def workers_of(session: Session, held: Sequence[UUID]) -> set[UUID]:
     """Give the workers that are executing these workflows, whose rows are locked."""
-    running = sa.and_(among(held), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
+    running = sa.and_(among(WORKFLOW.c.id, held), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
     return set(scalars(session, sa.select(WORKFLOW.c.worker_id).where(running).distinct())) if held else set()
-
-
-def among(ids: Sequence[UUID]) -> sa.ColumnElement[bool]:
-    """Compare with one array, however many they are: a statement has 65,535 parameters at most."""
-    return WORKFLOW.c.id == sa.func.any(sa.literal(list(ids), ARRAY(sa.UUID())))
 
 
 def known(wanted: Wanted, changed: Iterable[UUID]) -> set[UUID]:

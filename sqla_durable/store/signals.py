@@ -20,23 +20,33 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     BEGINNING,
+    IS_WANTED,
+    LIMIT,
+    ONE,
     SIGNAL,
     STEP,
     WORKFLOW,
+    ZERO,
     Checkpoint,
+    Condition,
     Connectable,
+    Expression,
+    among,
     beginning,
     count_rows,
     execute,
     has_status,
+    insert_select,
+    json_parameter,
     materialized,
+    parameter,
     pg,
     scalar,
     scalars,
@@ -214,30 +224,30 @@ def asking(ended: sa.CTE) -> Any:
         .distinct()
     )
     if "holds" in ended.c:
-        source = sa.union_all(source, sa.select(ended.c.id, sa.literal(LEFT), sa.true()).where(finished, ended.c.holds))
+        source = sa.union_all(source, sa.select(ended.c.id, words(LEFT), sa.true()).where(finished, ended.c.holds))
     return noting(source)
 
 
 def noting(source: Any) -> Any:
     """Insert notices of the engine's own: of each the workflow, the name, and true."""
     columns = ["workflow_id", "name", "is_notice"]
-    return insert(SIGNAL).from_select(columns, source, include_defaults=False).returning(SIGNAL.c.id)
+    return insert_select(SIGNAL, columns, source).returning(SIGNAL.c.id)
 
 
-def deleting_notices(ended: sa.FromClause, *conditions: sa.ColumnElement[bool]) -> Any:
+def deleting_notices(ended: sa.FromClause, *conditions: Condition) -> Any:
     """Make the statement that deletes the notices to workflows that have ended, which nothing wakes any more."""
     # None of them is ever taken: the index of what is not taken leads past all that the workflow has taken.
     theirs = sa.and_(SIGNAL.c.workflow_id == ended.c.id, SIGNAL.c.consumed_by.is_(None), _engine_s_own())
     return sa.delete(SIGNAL).where(theirs, ended.c.finished_at.is_not(None), *conditions).returning(SIGNAL.c.id)
 
 
-def is_new(begin: str = "since") -> sa.ColumnElement[bool]:
+def is_new(begin: str = "since") -> Condition:
     """Return the condition for a signal that is not delivered, among those sent since the parameter named `begin`."""
     return sa.and_(SIGNAL.c.delivered_at.is_(None), SIGNAL.c.created_at >= beginning(begin))
 
 
-def _engine_s_own() -> sa.ColumnElement[bool]:
-    return SIGNAL.c.name.in_([sa.literal_column(f"'{PARKED}'"), sa.literal_column(f"'{CHILD}'")])
+def _engine_s_own() -> Condition:
+    return SIGNAL.c.name.in_([words(PARKED), words(CHILD)])
 
 
 def sending(*, in_snapshot: bool = False, is_update: bool = False) -> Any:
@@ -245,28 +255,25 @@ def sending(*, in_snapshot: bool = False, is_update: bool = False) -> Any:
 
     Where the transaction keeps a snapshot, one with a key is inserted by the statement made for that only.
     """
-    key = sa.cast(sa.bindparam("signal_key", type_=Text()), Text)
+    key = parameter("signal_key", Text())
     source = sa.select(
-        pg.unnest(sa.bindparam("ids", type_=ARRAY(sa.UUID()))),
-        sa.cast(sa.bindparam("signal_name", type_=Text()), Text),
+        pg.unnest(parameter("ids", ARRAY(sa.UUID()))),
+        parameter("signal_name", Text()),
         key,
-        sa.cast(sa.cast(sa.bindparam("payload", type_=Text()), Text), JSONB),
+        json_parameter("payload"),
     )
     source = source if in_snapshot else source.where(sa.or_(key.is_(None), sees_the_latest()))
     columns = ["workflow_id", "name", "key", "payload"]
     if is_update:
         source, columns = source.add_columns(sa.true()), [*columns, "is_update"]
     return (
-        insert(SIGNAL)
-        .from_select(columns, source, include_defaults=False)
+        insert_select(SIGNAL, columns, source)
         .on_conflict_do_nothing(index_elements=["workflow_id", "name", "key"], index_where=SIGNAL.c.key.is_not(None))
         .returning(SIGNAL.c.id)
     )
 
 
-def first_untaken(
-    workflow_id: sa.ColumnElement[Any], name: sa.ColumnElement[Any], *columns: sa.ColumnElement[Any]
-) -> Any:
+def first_untaken(workflow_id: Expression, name: Expression, *columns: Expression) -> Any:
     """Select the first signal, from a name on, that nobody has taken: whoever reads it compares its name.
 
     In the order of the index of what is untaken, which is the only one that gives it. Were the name compared here, the
@@ -277,15 +284,15 @@ def first_untaken(
         sa.select(SIGNAL.c.workflow_id, SIGNAL.c.name, SIGNAL.c.id, *columns)
         .where(SIGNAL.c.workflow_id == workflow_id, SIGNAL.c.name >= name, SIGNAL.c.consumed_by.is_(None))
         .order_by(SIGNAL.c.name, SIGNAL.c.id)
-        .limit(sa.literal_column("1"))
+        .limit(ONE)
     )
 
 
 def first_keyed(
-    workflow_id: sa.ColumnElement[Any],
-    name: sa.ColumnElement[Any],
-    key: sa.ColumnElement[Any],
-    *columns: sa.ColumnElement[Any],
+    workflow_id: Expression,
+    name: Expression,
+    key: Expression,
+    *columns: Expression,
 ) -> Any:
     """Select the first signal that has a key, from a name and key on: whoever reads it compares both.
 
@@ -296,21 +303,19 @@ def first_keyed(
         .where(SIGNAL.c.workflow_id == workflow_id, SIGNAL.c.key.is_not(None))
         .where(sa.tuple_(SIGNAL.c.name, SIGNAL.c.key) >= sa.tuple_(name, key))
         .order_by(SIGNAL.c.name, SIGNAL.c.key)
-        .limit(sa.literal_column("1"))
+        .limit(ONE)
     )
 
 
-def is_untaken() -> sa.ColumnElement[bool]:
+def is_untaken() -> Condition:
     """Return whether nobody has taken a signal that is found by its id.
 
     In words that match no index's condition: the primary key leads to one row, the index of what is untaken to many.
     """
-    return pg.num_nonnulls(SIGNAL.c.consumed_by) == sa.literal_column("0")
+    return pg.num_nonnulls(SIGNAL.c.consumed_by) == ZERO
 
 
-def taking(
-    wanted: sa.FromClause, output: Callable[[sa.CTE], sa.ColumnElement[Any]], *conditions: sa.ColumnElement[bool]
-) -> Any:
+def taking(wanted: sa.FromClause, output: Callable[[sa.CTE], Expression], *conditions: Condition) -> Any:
     """Make a statement that takes the signal that is wanted, and records it as the outcome of a step.
 
     Args:
@@ -346,7 +351,7 @@ def taking(
     )
 
 
-def _satisfied(new: sa.CTE) -> sa.ColumnElement[bool]:
+def _satisfied(new: sa.CTE) -> Condition:
     awaited: Any = (
         pg.jsonb_to_recordset(new.c.awaits)
         .table_valued(
@@ -355,16 +360,16 @@ def _satisfied(new: sa.CTE) -> sa.ColumnElement[bool]:
         .render_derived(name="awaited", with_types=True)
     )
     first = first_untaken(new.c.workflow_id, awaited.c.signal).with_only_columns(SIGNAL.c.name)
-    sent: sa.ColumnElement[bool] = first.correlate(new, awaited).scalar_subquery() == awaited.c.signal
+    sent: Condition = first.correlate(new, awaited).scalar_subquery() == awaited.c.signal
     child = WORKFLOW.alias("child")
-    unfinished: sa.ColumnElement[Any] = (
+    unfinished: Expression = (
         sa.select(count_rows())
         .where(child.c.id == sa.func.any(awaited.c.children), child.c.finished_at.is_(None))
         .correlate(awaited)
         .scalar_subquery()
     )
     enough = sa.and_(awaited.c.children.is_not(None), unfinished <= awaited.c.open)
-    anything = sa.literal_column("1", type_=sa.Integer())
+    anything = ONE
     return sa.select(anything).select_from(awaited).where(sa.or_(sent, enough)).exists()
 
 
@@ -372,16 +377,16 @@ def _deliver_statement(within: Within) -> tuple[Any, Any]:
     receiver = (
         sa.select(WORKFLOW.c.status, WORKFLOW.c.awaits)
         .where(WORKFLOW.c.id == SIGNAL.c.workflow_id)
-        .limit(sa.literal_column("1"))
+        .limit(ONE)
         .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW)
         .lateral("receiver")
     )
     new = materialized(
         sa.select(SIGNAL.c.workflow_id, SIGNAL.c.id, receiver.c.status, receiver.c.awaits)
         .join(receiver, sa.true())
-        .where(is_new(), SIGNAL.c.name != sa.literal_column(f"'{LEFT}'"), within(SIGNAL.c.workflow_id))
+        .where(is_new(), SIGNAL.c.name != words(LEFT), within(SIGNAL.c.workflow_id))
         .order_by(SIGNAL.c.created_at)
-        .limit(sa.bindparam("limit", type_=sa.Integer())),
+        .limit(LIMIT),
         "new",
     )
     same = sa.and_(SIGNAL.c.workflow_id == new.c.workflow_id, SIGNAL.c.id == new.c.id)
@@ -413,9 +418,7 @@ def _deliver_statement(within: Within) -> tuple[Any, Any]:
 def _wake_one_statement() -> Any:
     waiting = materialized(
         sa.select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.wake_at, WORKFLOW.c.awaits)
-        .where(
-            WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()), has_status(WORKFLOW, WorkflowStatus.SUSPENDED)
-        )
+        .where(IS_WANTED, has_status(WORKFLOW, WorkflowStatus.SUSPENDED))
         .with_for_update(key_share=True, of=WORKFLOW),
         "waiting",
     )
@@ -431,25 +434,23 @@ def _renotify_statement(within: Within) -> tuple[Any, Any]:
     endless = WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_(None)
     some = materialized(
         sa.select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.awaits)
-        .where(*endless, within(WORKFLOW.c.id), WORKFLOW.c.id > sa.bindparam("after", type_=sa.UUID()))
+        .where(*endless, within(WORKFLOW.c.id), WORKFLOW.c.id > parameter("after", sa.UUID()))
         .order_by(WORKFLOW.c.wake_at, WORKFLOW.c.id)
-        .limit(sa.bindparam("limit", type_=sa.Integer())),
+        .limit(LIMIT),
         "some",
     )
-    due = sa.select(some.c.workflow_id, sa.literal(CHILD), sa.true()).where(
-        some.c.awaits.is_not(None), _satisfied(some)
-    )
-    last = sa.select(some.c.workflow_id).order_by(some.c.workflow_id.desc()).limit(sa.literal_column("1"))
+    due = sa.select(some.c.workflow_id, words(CHILD), sa.true()).where(some.c.awaits.is_not(None), _satisfied(some))
+    last = sa.select(some.c.workflow_id).order_by(some.c.workflow_id.desc()).limit(ONE)
     return last.add_cte(noting(due).cte("noted")), sa.select(some.c.workflow_id)
 
 
 def _known_statement() -> Any:
-    key = sa.cast(sa.bindparam("signal_key", type_=Text()), Text)
+    key = parameter("signal_key", Text())
     first = first_keyed(WORKFLOW.c.id, _NAME, key).lateral("first")
     return (
         sa.select(WORKFLOW.c.id)
         .join(first, sa.and_(first.c.name == _NAME, first.c.key == key))
-        .where(WORKFLOW.c.id == sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID()))))
+        .where(among(WORKFLOW.c.id))
     )
 
 
@@ -464,15 +465,11 @@ _WAITING_FOR = sa.select(
     .where(SIGNAL.c.workflow_id == WORKFLOW.c.id, SIGNAL.c.consumed_by.is_(None), ~SIGNAL.c.name.startswith(words("#")))
     .scalar_subquery()
     .label("untaken"),
-).where(
-    WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()), WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED)
-)
-_STANDINGS = sa.select(WORKFLOW.c.id, WORKFLOW.c.status).where(
-    WORKFLOW.c.id == sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID())))
-)
+).where(IS_WANTED, WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED))
+_STANDINGS = sa.select(WORKFLOW.c.id, WORKFLOW.c.status).where(among(WORKFLOW.c.id))
 _SEND = sending()
 _SEND_IN_SNAPSHOT = sending(in_snapshot=True)
-_NAME = sa.cast(sa.bindparam("signal_name", type_=Text()), Text)
+_NAME = parameter("signal_name", Text())
 _KNOWN = _known_statement()
 _OLDEST = materialized(first_untaken(GIVEN["id"], _NAME), "oldest")
 _TAKE = taking(_OLDEST, lambda taken: taken.c.payload, _OLDEST.c.name == _NAME)

@@ -12,7 +12,7 @@ from typing import cast as as_type
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import KeyNotVisibleError
@@ -22,10 +22,14 @@ from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     WORKFLOW,
     Columns,
+    Condition,
     Connectable,
+    Expression,
     NewWorkflow,
+    among,
     execute,
     filled,
+    insert_select,
     interval,
     pg,
     record_of,
@@ -134,13 +138,12 @@ def _with_key(new: NewWorkflow) -> Any:
     return sa.select(*_SHOWN).where(WORKFLOW.c.name == new.name, WORKFLOW.c.key == new.key)
 
 
-def _inserting(new: NewWorkflow, *conditions: sa.ColumnElement[bool]) -> Any:
+def _inserting(new: NewWorkflow, *conditions: Condition) -> Any:
     values = {name: _literal(name, value) for name, value in _values(new).items()}
     computed = [WORKFLOW.c[name] for name, value in _values(new).items() if isinstance(value, sa.ClauseElement)]
     source = sa.select(*values.values()).where(~_with_key(new).exists(), *conditions)
     return (
-        insert(WORKFLOW)
-        .from_select(list(values), source, include_defaults=False)
+        insert_select(WORKFLOW, values, source)
         .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
         .returning(*_SHOWN, *computed)
     )
@@ -174,9 +177,7 @@ def insert_many_in_snapshot(session: Session, workflows: Sequence[NewWorkflow]) 
         KeyNotVisibleError, DBAPIError: as `insert_in_snapshot`.
     """
     own = [each.id for each in workflows]
-    there = scalars(
-        session, sa.select(WORKFLOW.c.id).where(WORKFLOW.c.id == sa.func.any(sa.literal(own, ARRAY(sa.UUID()))))
-    )
+    there = scalars(session, sa.select(WORKFLOW.c.id).where(among(WORKFLOW.c.id, own)))
     ids = {each: each for each in there}
     ids |= _inserted(session, [each for each in workflows if each.id not in ids], in_snapshot=True)
     ids |= _known(session, [each for each in workflows if each.id not in ids])
@@ -187,8 +188,7 @@ def insert_many_in_snapshot(session: Session, workflows: Sequence[NewWorkflow]) 
 
 def undo(session: Session, workflows: Sequence[NewWorkflow]) -> None:
     """Delete those of the workflows that this transaction has inserted, by their new ids."""
-    ids = sa.bindparam("ids", [each.id for each in workflows], type_=ARRAY(sa.UUID()))
-    execute(session, sa.delete(WORKFLOW).where(WORKFLOW.c.id == sa.func.any(ids)))
+    execute(session, sa.delete(WORKFLOW).where(among(WORKFLOW.c.id, [each.id for each in workflows])))
 
 
 def hidden_among(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> KeyNotVisibleError:
@@ -241,9 +241,9 @@ def _values(new: NewWorkflow) -> dict[str, Any]:
     return values
 
 
-def _literal(name: str, value: Any) -> sa.ColumnElement[Any]:
+def _literal(name: str, value: Any) -> Expression:
     if isinstance(value, sa.ClauseElement):
-        return as_type("sa.ColumnElement[Any]", value)
+        return as_type("Expression", value)
     return sa.literal(value, WORKFLOW.c[name].type)
 
 
@@ -321,9 +321,7 @@ def _insert_many(given: frozenset[str], *, in_snapshot: bool) -> Any:
         source = source.where(_IS_UNKNOWN)
         source = source if in_snapshot else source.where(sa.or_(batch.c.key.is_(None), sees_the_latest()))
     return (
-        insert(WORKFLOW)
-        # In the order of keys: two callers that start the same keys wait for each other in one direction only.
-        .from_select(list(columns), source.order_by(batch.c.name, batch.c.key, batch.c.id), include_defaults=False)
+        insert_select(WORKFLOW, columns, source.order_by(batch.c.name, batch.c.key, batch.c.id))
         .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
         .returning(WORKFLOW.c.id)
     )

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
@@ -24,16 +24,21 @@ from sqla_durable.store._rows import (
     WORKFLOW,
     Checkpoint,
     Columns,
+    Condition,
     Connectable,
+    Expression,
     Fence,
     Recorded,
     Verdict,
+    among,
     execute,
     fence_row,
     filled,
+    insert_select,
     interval,
     materialized,
     of_owner,
+    parameter,
     pg,
     scalar,
     soon_over,
@@ -155,12 +160,12 @@ def own_row() -> sa.CTE:
 
 def known_output() -> Any:
     """Give the outcome of the step of `GIVEN` that is there already: an earlier acknowledgement was lost. JSON text."""
-    succeeded = STEP.c.status == sa.literal_column(f"'{StepStatus.SUCCEEDED}'", type_=STEP.c.status.type)
+    succeeded = STEP.c.status == status(StepStatus.SUCCEEDED)
     wanted = sa.and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], succeeded)
     return sa.select(sa.cast(STEP.c.output, Text)).where(wanted)
 
 
-def has_outcome() -> sa.ColumnElement[bool]:
+def has_outcome() -> Condition:
     """Return whether the step of `GIVEN` has an outcome: what its call would take or start is not wanted any more.
 
     A statement may reach the server long after its call was cancelled, and that was recorded.
@@ -182,7 +187,7 @@ def insert_of(batch: sa.FromClause, mine: sa.CTE) -> Any:
 
 
 def checkpoint_columns(
-    given: Mapping[str, sa.ColumnElement[Any]] | ReadOnlyColumnCollection[str, Any],
+    given: Mapping[str, Expression] | ReadOnlyColumnCollection[str, Any],
 ) -> dict[str, Any]:
     """Give the columns of a checkpoint's record, made of those of `CHECKPOINT`."""
     now = pg.statement_timestamp()
@@ -205,7 +210,7 @@ def checkpoint_columns(
 
 def insert_from(columns: Mapping[str, Any], source: sa.SelectBase) -> Any:
     """Insert checkpoints, unless there is an outcome; the record of a step without one gives way."""
-    inserted = insert(STEP).from_select(list(columns), source, include_defaults=False)
+    inserted = insert_select(STEP, columns, source)
     kept = {"workflow_id", "key", "started_at"}
     return inserted.on_conflict_do_update(
         index_elements=["workflow_id", "key"],
@@ -220,13 +225,11 @@ def _given(name: str) -> str:
     return f"given_{name}"  # the bare name of a column is reserved in INSERT
 
 
-GIVEN: dict[str, sa.ColumnElement[Any]] = {
-    name: sa.cast(sa.bindparam(_given(name), type_=kind), kind) for name, kind in CHECKPOINT.items()
-}
+GIVEN: dict[str, Expression] = {name: parameter(_given(name), kind) for name, kind in CHECKPOINT.items()}
 """One checkpoint as parameters."""
 
 
-def mine(table: sa.FromClause = WORKFLOW) -> tuple[sa.ColumnElement[bool], ...]:
+def mine(table: sa.FromClause = WORKFLOW) -> tuple[Condition, ...]:
     """Return the conditions that the workflow is owned by the attempt of `GIVEN`."""
     return (
         table.c.id == GIVEN["id"],
@@ -235,7 +238,7 @@ def mine(table: sa.FromClause = WORKFLOW) -> tuple[sa.ColumnElement[bool], ...]:
     )
 
 
-def _record_statement(*more: sa.ColumnElement[Any]) -> Any:
+def _record_statement(*more: Expression) -> Any:
     """Insert one checkpoint from the workflow's row, locked in the same statement.
 
     Without the lock a cancel or a takeover could commit between this check and the commit.
@@ -258,7 +261,7 @@ def _recorded_among_statement() -> Any:
     )
 
 
-def _age_of(moment: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+def _age_of(moment: Expression) -> Expression:
     """Give how many seconds ago that was, for a step that is being tried again."""
     return sa.case((unfinished(), sa.func.extract("epoch", pg.statement_timestamp() - moment)))
 
@@ -280,4 +283,4 @@ _RECORDED = sa.select(
     _age_of(STEP.c.started_at).label("age"),
     (-_age_of(STEP.c.wake_at)).label("due_in"),
 )
-_HISTORIES = _RECORDED.where(STEP.c.workflow_id == sa.func.any(sa.bindparam("ids", type_=ARRAY(sa.UUID()))))
+_HISTORIES = _RECORDED.where(among(STEP.c.workflow_id))

@@ -15,27 +15,35 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Session
 
 import sqla_durable.store.steps as steps
 from sqla_durable.models.column_types import Text
 from sqla_durable.store import keys
 from sqla_durable.store._rows import (
+    LIMIT,
+    ONE,
     STEP,
     STREAM_ITEM,
+    WANTED_ID,
     WORKFLOW,
+    ZERO,
     Checkpoint,
     Columns,
+    Condition,
     Connectable,
+    Expression,
     Origin,
     Verdict,
     execute,
     fence_row,
     filled,
+    insert_select,
     materialized,
     of_owner,
     owned,
+    parameter,
     pg,
     table,
     unfinished,
@@ -46,8 +54,7 @@ from sqla_durable.unwinding import AttemptLost
 
 _ROUNDS = 1_000  # each is lost to another step that has appended
 _ITEM = STREAM_ITEM.c
-_NAME = sa.cast(sa.bindparam("stream_name", type_=Text()), Text)
-_ONE: sa.ColumnElement[int] = sa.literal_column("1")
+_NAME = parameter("stream_name", Text())
 
 
 class Appended(Enum):
@@ -95,10 +102,10 @@ class Page:
 class _Writer:
     """The columns that say to which stream items go, and who writes them."""
 
-    name: sa.ColumnElement[Any]
-    step_key: sa.ColumnElement[Any]
-    attempt: sa.ColumnElement[Any]
-    step_attempt: sa.ColumnElement[Any]
+    name: Expression
+    step_key: Expression
+    attempt: Expression
+    step_attempt: Expression
 
 
 def append(connectable: Connectable, origin: Origin, *, name: str, values: Sequence[str | None]) -> Appended:
@@ -215,31 +222,29 @@ def _append_statement(*, recorded: bool) -> Any:
     own = materialized(sa.select(WORKFLOW.c.id).where(*mine()).with_for_update(key_share=True, of=WORKFLOW), "owned")
     last = materialized(_last(GIVEN["id"], _NAME), "last")
     given = materialized(_given_items(), "given")
-    known: sa.ColumnElement[bool] = _known() if recorded else sa.literal_column("false")
+    known: Condition = _known() if recorded else sa.false()
     first = _first(own, last, given, known)
     rest = _rest(given, first)
     statement = sa.select(
         sa.select(own.c.id).exists().label("owned"),
         sa.select(first.c.number).scalar_subquery().label("first"),
-        sa.func.coalesce(
-            sa.select(_is_closed(last, _GIVEN_WRITER)).scalar_subquery(), sa.literal_column("false")
-        ).label("closed"),
+        sa.func.coalesce(sa.select(_is_closed(last, _GIVEN_WRITER)).scalar_subquery(), sa.false()).label("closed"),
         known.label("known"),
     ).add_cte(rest)
     return statement.add_cte(_checkpoint(first)) if recorded else statement
 
 
-def _last(workflow_id: sa.ColumnElement[Any], name: sa.ColumnElement[Any]) -> Any:
+def _last(workflow_id: Expression, name: Expression) -> Any:
     """Give the last item of the stream, by the primary key."""
     return (
         sa.select(_ITEM.number, _ITEM.value, _ITEM.step_key, _ITEM.attempt, _ITEM.step_attempt, _ITEM.closed)
         .where(_ITEM.workflow_id == workflow_id, _ITEM.name == name)
         .order_by(_ITEM.number.desc())
-        .limit(_ONE)
+        .limit(ONE)
     )
 
 
-def _is_closed(last: Any, writer: _Writer) -> sa.ColumnElement[bool]:
+def _is_closed(last: Any, writer: _Writer) -> Condition:
     """Tell whether an item closes the stream for this try: not if an earlier try of the same step has written it."""
     same_step = last.c.step_key.is_not_distinct_from(writer.step_key)
     same_try = sa.and_(last.c.attempt == writer.attempt, last.c.step_attempt.is_not_distinct_from(writer.step_attempt))
@@ -247,7 +252,7 @@ def _is_closed(last: Any, writer: _Writer) -> sa.ColumnElement[bool]:
 
 
 def _given_items() -> Any:
-    items = sa.cast(sa.bindparam("items", type_=ARRAY(Text())), ARRAY(Text()))
+    items = parameter("items", ARRAY(Text()))
     each = (
         pg.unnest(items)
         .table_valued(sa.column("value", Text()), with_ordinality="place", name="each")
@@ -256,23 +261,23 @@ def _given_items() -> Any:
     return sa.select(sa.cast(each.c.value, JSONB).label("value"), sa.cast(each.c.place, sa.Integer).label("place"))
 
 
-def _first(own: sa.CTE, last: sa.CTE, given: sa.CTE, known: sa.ColumnElement[bool]) -> sa.CTE:
+def _first(own: sa.CTE, last: sa.CTE, given: sa.CTE, known: Condition) -> sa.CTE:
     """Append the first item where nobody has appended meanwhile: then nobody has appended what comes after it."""
-    number = sa.func.coalesce(last.c.number + _ONE, sa.literal_column("0"))
+    number = sa.func.coalesce(last.c.number + ONE, ZERO)
     columns = _columns(_GIVEN_WRITER, own.c.id, number, given.c.value)
     source = (
         sa.select(*columns.values())
-        .select_from(own.join(given, given.c.place == _ONE).outerjoin(last, sa.true()))
-        .where(~sa.func.coalesce(_is_closed(last, _GIVEN_WRITER), sa.literal_column("false")), ~known)
+        .select_from(own.join(given, given.c.place == ONE).outerjoin(last, sa.true()))
+        .where(~sa.func.coalesce(_is_closed(last, _GIVEN_WRITER), sa.false()), ~known)
     )
-    inserted = insert(STREAM_ITEM).from_select(list(columns), source, include_defaults=False)
+    inserted = insert_select(STREAM_ITEM, columns, source)
     return inserted.on_conflict_do_nothing().returning(_ITEM.workflow_id, _ITEM.number).cte("first")
 
 
 def _rest(given: sa.CTE, first: sa.CTE) -> sa.CTE:
-    columns = _columns(_GIVEN_WRITER, first.c.workflow_id, first.c.number + given.c.place - _ONE, given.c.value)
-    source = sa.select(*columns.values()).select_from(first.join(given, given.c.place > _ONE))
-    inserted = insert(STREAM_ITEM).from_select(list(columns), source, include_defaults=False)
+    columns = _columns(_GIVEN_WRITER, first.c.workflow_id, first.c.number + given.c.place - ONE, given.c.value)
+    source = sa.select(*columns.values()).select_from(first.join(given, given.c.place > ONE))
+    inserted = insert_select(STREAM_ITEM, columns, source)
     return inserted.returning(_ITEM.number).cte("rest")
 
 
@@ -304,29 +309,27 @@ def _checkpoint(first: sa.CTE) -> Any:
 def _append_many_statement() -> Any:
     """Do what `_append_statement` does for one workflow for each of them, with the rows that nobody holds."""
     batch = sa.select(*table("batch", _BATCH).c).cte("batch")
-    fences = sa.select(batch.c.id, batch.c.token).where(batch.c.item == _ONE).subquery("fences")
+    fences = sa.select(batch.c.id, batch.c.token).where(batch.c.item == ONE).subquery("fences")
     held = owned(fences, skip_locked=True)
     last = _last(batch.c.id, batch.c.name).lateral("last")
     of_batch = _Writer(batch.c.name, batch.c.step_key, batch.c.attempt, batch.c.step_attempt)
     head = materialized(
         sa.select(
             *batch.c,
-            sa.func.coalesce(last.c.number + _ONE, sa.literal_column("0")).label("number"),
-            sa.func.coalesce(_is_closed(last, of_batch), sa.literal_column("false")).label("closed"),
+            sa.func.coalesce(last.c.number + ONE, ZERO).label("number"),
+            sa.func.coalesce(_is_closed(last, of_batch), sa.false()).label("closed"),
         )
         .select_from(batch.join(held, of_owner(batch, held)).outerjoin(last, sa.true()))
-        .where(batch.c.item == _ONE),
+        .where(batch.c.item == ONE),
         "head",
     )
     of_head = _Writer(head.c.name, head.c.step_key, head.c.attempt, head.c.step_attempt)
     columns = _columns(of_head, head.c.id, head.c.number, sa.cast(head.c.value, JSONB))
-    open_ones = insert(STREAM_ITEM).from_select(
-        list(columns), sa.select(*columns.values()).where(~head.c.closed), include_defaults=False
-    )
+    open_ones = insert_select(STREAM_ITEM, columns, sa.select(*columns.values()).where(~head.c.closed))
     first = open_ones.on_conflict_do_nothing().returning(_ITEM.workflow_id, _ITEM.number).cte("first")
-    columns = _columns(of_batch, batch.c.id, first.c.number + batch.c.item - _ONE, sa.cast(batch.c.value, JSONB))
+    columns = _columns(of_batch, batch.c.id, first.c.number + batch.c.item - ONE, sa.cast(batch.c.value, JSONB))
     others = sa.select(*columns.values()).select_from(batch.join(first, first.c.workflow_id == batch.c.id))
-    rest = insert(STREAM_ITEM).from_select(list(columns), others.where(batch.c.item > _ONE), include_defaults=False)
+    rest = insert_select(STREAM_ITEM, columns, others.where(batch.c.item > ONE))
     return (
         sa.select(head.c.place, head.c.closed, first.c.number.is_not(None).label("written"))
         .select_from(head.outerjoin(first, first.c.workflow_id == head.c.id))
@@ -335,18 +338,16 @@ def _append_many_statement() -> Any:
 
 
 def _read_statement() -> Any:
-    wanted = sa.bindparam("wanted_id", type_=sa.UUID())
+    wanted = WANTED_ID
     item = (
         sa.select(_ITEM.number, _ITEM.value, _ITEM.step_key, _ITEM.attempt, _ITEM.step_attempt, _ITEM.created_at)
-        .where(
-            _ITEM.workflow_id == wanted, _ITEM.name == _NAME, _ITEM.number >= sa.bindparam("start", type_=sa.Integer())
-        )
+        .where(_ITEM.workflow_id == wanted, _ITEM.name == _NAME, _ITEM.number >= parameter("start", sa.Integer()))
         .order_by(_ITEM.number)
-        .limit(sa.bindparam("limit", type_=sa.Integer()))
+        .limit(LIMIT)
         .subquery("item")
     )
     closed = sa.select(_last(wanted, _NAME).subquery("last").c.closed).scalar_subquery()
-    ended = sa.or_(WORKFLOW.c.finished_at.is_not(None), sa.func.coalesce(closed, sa.literal_column("false")))
+    ended = sa.or_(WORKFLOW.c.finished_at.is_not(None), sa.func.coalesce(closed, sa.false()))
     return (
         sa.select(
             ended.label("ended"),
@@ -364,9 +365,7 @@ def _read_statement() -> Any:
     )
 
 
-_GIVEN_WRITER = _Writer(
-    _NAME, GIVEN["key"], GIVEN["attempt"], sa.cast(sa.bindparam("step_attempt", type_=sa.Integer()), sa.Integer)
-)
+_GIVEN_WRITER = _Writer(_NAME, GIVEN["key"], GIVEN["attempt"], parameter("step_attempt", sa.Integer()))
 _BATCH: Columns = {
     "id": sa.UUID(),
     "token": sa.UUID(),

@@ -12,7 +12,7 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
@@ -21,15 +21,20 @@ from sqla_durable.store._rows import (
     EVENT,
     SIGNAL,
     STEP,
+    WANTED_ID,
     WORKFLOW,
     Checkpoint,
     Connectable,
+    Expression,
     Fence,
     Origin,
     Verdict,
     execute,
     fence_row,
+    insert_select,
+    json_parameter,
     materialized,
+    parameter,
     pg,
     scalar,
     words,
@@ -204,24 +209,24 @@ def _answer_row(update_id: int, answer: str) -> dict[str, Any]:
     return {"update_id": update_id, "answer_id": update_id, "answer_key": _answer_key(update_id), "answer": answer}
 
 
-def _columns(workflow_id: sa.ColumnElement[Any], step_key: Any) -> dict[str, Any]:
+def _columns(workflow_id: Expression, step_key: Any) -> dict[str, Any]:
     return {
         "workflow_id": workflow_id,
-        "key": sa.cast(sa.bindparam("answer_key", type_=Text()), Text),
-        "id": sa.cast(sa.bindparam("answer_id", type_=sa.BigInteger()), sa.BigInteger),
-        "value": sa.cast(sa.cast(sa.bindparam("answer", type_=Text()), Text), JSONB),
+        "key": parameter("answer_key", Text()),
+        "id": parameter("answer_id", sa.BigInteger()),
+        "value": json_parameter("answer"),
         "step_key": step_key,
         "created_at": pg.statement_timestamp(),
     }
 
 
 def _answering(columns: dict[str, Any], source: Any) -> Any:
-    inserted = insert(EVENT).from_select(list(columns), source, include_defaults=False)
+    inserted = insert_select(EVENT, columns, source)
     return inserted.on_conflict_do_nothing(index_elements=["workflow_id", "key", "id"])
 
 
 def _receiver_statement() -> Any:
-    key = sa.cast(sa.bindparam("signal_key", type_=Text()), Text)
+    key = parameter("signal_key", Text())
     first = first_keyed(_WANTED, _NAME, key).subquery("first")
     known = sa.select(first.c.id).where(first.c.name == _NAME, first.c.key == key)
     return sa.select(WORKFLOW.c.status, known.scalar_subquery().label("known")).where(WORKFLOW.c.id == _WANTED)
@@ -237,7 +242,7 @@ def _look_statement() -> Any:
     )
     answer = sa.select(sa.cast(EVENT.c.value, Text)).where(
         EVENT.c.workflow_id == sent.c.workflow_id,
-        EVENT.c.key == sa.bindparam("answer_key", type_=Text()),
+        EVENT.c.key == parameter("answer_key", Text()),
         EVENT.c.id == sent.c.id,
     )
     # A workflow that continued as new has forgotten what it had taken; another update may have that step's key since.
@@ -290,25 +295,23 @@ def _put_statement() -> Any:
     return _answering(columns, source).returning(EVENT.c.id)
 
 
-def _shown(taken: Any) -> sa.ColumnElement[Any]:
+def _shown(taken: Any) -> Expression:
     return pg.jsonb_build_object(_ID, taken.c.id, _PAYLOAD, taken.c.payload, type_=JSONB())
 
 
-_WANTED = sa.bindparam("wanted_id", type_=sa.UUID())
-_NAME = sa.cast(sa.bindparam("signal_name", type_=Text()), Text)
-_IS_UPDATE = SIGNAL.c.id == sa.bindparam("update_id", type_=sa.BigInteger())
+_WANTED = WANTED_ID
+_NAME = parameter("signal_name", Text())
+_IS_UPDATE = SIGNAL.c.id == parameter("update_id", sa.BigInteger())
 _ID: sa.ColumnElement[str] = words("id")
 _PAYLOAD: sa.ColumnElement[str] = words("payload")
-_UPDATE_LITERAL: sa.ColumnElement[str] = sa.literal_column(f"'{UPDATE}'", type_=Text())
+_UPDATE_LITERAL: sa.ColumnElement[str] = words(UPDATE)
 _RECEIVER = _receiver_statement()
 _SEND = sending(is_update=True)
 _SEND_IN_SNAPSHOT = sending(in_snapshot=True, is_update=True)
 _LOOK = _look_statement()
 _FIRST = first_untaken(_WANTED, _NAME, sa.cast(SIGNAL.c.payload, Text).label("payload")).subquery("first")
 _OLDEST = sa.select(_FIRST.c.id, _FIRST.c.payload).where(_FIRST.c.name == _NAME)
-_WANTED_UPDATE = sa.select(
-    sa.cast(sa.bindparam("update_id", type_=sa.BigInteger()), sa.BigInteger).label("id")
-).subquery("wanted")
+_WANTED_UPDATE = sa.select(parameter("update_id", sa.BigInteger()).label("id")).subquery("wanted")
 _TAKE = taking(_WANTED_UPDATE, _shown)
 _REFUSE = _refuse_statement()
 _RECORD = _record_statement()
@@ -316,6 +319,6 @@ _PUT = _put_statement()
 _OWNED = sa.select(WORKFLOW.c.id).where(*mine())
 _ANSWERED_BY = sa.select(EVENT.c.step_key).where(
     EVENT.c.workflow_id == _WANTED,
-    EVENT.c.key == sa.bindparam("answer_key", type_=Text()),
-    EVENT.c.id == sa.bindparam("answer_id", type_=sa.BigInteger()),
+    EVENT.c.key == parameter("answer_key", Text()),
+    EVENT.c.id == parameter("answer_id", sa.BigInteger()),
 )

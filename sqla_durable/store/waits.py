@@ -6,11 +6,21 @@ from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB, insert
 
-from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import StepStatus
-from sqla_durable.store._rows import STEP, WORKFLOW, Checkpoint, Connectable, execute, pg, scalar
+from sqla_durable.store._rows import (
+    STEP,
+    WORKFLOW,
+    Checkpoint,
+    Connectable,
+    execute,
+    insert_select,
+    json_parameter,
+    parameter,
+    pg,
+    scalar,
+    status,
+)
 from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, mine
 from sqla_durable.unwinding import AttemptLost
 
@@ -48,11 +58,11 @@ def now(connectable: Connectable) -> datetime:
 
 
 def _begin_statement() -> Any:
-    until = sa.cast(sa.bindparam("until", type_=sa.DateTime(timezone=True)), sa.DateTime(timezone=True))
+    until = parameter("until", sa.DateTime(timezone=True))
     columns = checkpoint_columns(GIVEN)
     columns["wake_at"] = sa.func.coalesce(until, columns["wake_at"])
     source = sa.select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
-    inserted = insert(STEP).from_select(list(columns), source, include_defaults=False)
+    inserted = insert_select(STEP, columns, source)
     # What waits already goes on waiting for the same time.
     return inserted.on_conflict_do_update(
         index_elements=["workflow_id", "key"],
@@ -63,9 +73,9 @@ def _begin_statement() -> Any:
 
 def _remember_statement() -> Any:
     columns = checkpoint_columns(GIVEN)
-    columns["details"] = sa.cast(sa.cast(sa.bindparam("details", type_=Text()), Text), JSONB)
+    columns["details"] = json_parameter("details")
     source = sa.select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
-    inserted = insert(STEP).from_select(list(columns), source, include_defaults=False)
+    inserted = insert_select(STEP, columns, source)
     return inserted.on_conflict_do_update(
         index_elements=["workflow_id", "key"],
         set_={"details": inserted.excluded.details},
@@ -73,7 +83,7 @@ def _remember_statement() -> Any:
     ).returning(STEP.c.key)
 
 
-_WAITING = sa.literal_column(f"'{StepStatus.WAITING}'", type_=STEP.c.status.type)
+_WAITING = status(StepStatus.WAITING)
 _BEGIN = _begin_statement()
 _REMEMBER = _remember_statement()
 _NOW = sa.select(pg.statement_timestamp())

@@ -12,19 +12,22 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
+from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
+    IS_WANTED,
     WORKER,
     WORKFLOW,
     Connectable,
     Fence,
     execute,
     has_status,
+    json_parameter,
     materialized,
+    parameter,
     pg,
     scalar,
     status,
@@ -103,16 +106,20 @@ def forget_dead(connectable: Connectable) -> None:
 
 
 def _expires() -> Any:
-    return pg.statement_timestamp() + sa.bindparam("lease", type_=sa.Interval())
+    return pg.statement_timestamp() + parameter("lease", sa.Interval())
 
 
 def _beat_statement() -> Any:
-    statement = insert(WORKER).values(
-        id=sa.bindparam("beating_id", type_=sa.UUID()),
-        name=sa.bindparam("beating_name", type_=Text()),
-        queues=sa.bindparam("listened_queues", type_=ARRAY(Text())),
-        lease_expires_at=_expires(),
-        doing=sa.cast(sa.cast(sa.bindparam("doing", type_=Text()), Text), JSONB),
+    statement = (
+        insert(WORKER)
+        .inline()
+        .values(
+            id=parameter("beating_id", sa.UUID()),
+            name=parameter("beating_name", Text()),
+            queues=parameter("listened_queues", ARRAY(Text())),
+            lease_expires_at=_expires(),
+            doing=json_parameter("doing"),
+        )
     )
     return statement.on_conflict_do_update(
         index_elements=["id"],
@@ -136,24 +143,24 @@ def _forget_dead_statement() -> Any:
 
 
 _BEAT = _beat_statement()
-_LEAVE = sa.delete(WORKER).where(WORKER.c.id == sa.bindparam("beating_id", type_=sa.UUID()))
+_LEAVE = sa.delete(WORKER).where(WORKER.c.id == parameter("beating_id", sa.UUID()))
 _RUNNING_OF = sa.select(WORKFLOW.c.id, WORKFLOW.c.token).where(
     WORKFLOW.c.status == status(WorkflowStatus.RUNNING),
-    WORKFLOW.c.worker_id == sa.bindparam("beating_id", type_=sa.UUID()),
+    WORKFLOW.c.worker_id == parameter("beating_id", sa.UUID()),
 )
 _HOLDER = (
     sa.select(WORKER.c.name, WORKER.c.lease_expires_at)
     .join(WORKFLOW, WORKFLOW.c.worker_id == WORKER.c.id)
-    .where(WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()), has_status(WORKFLOW, WorkflowStatus.RUNNING))
+    .where(IS_WANTED, has_status(WORKFLOW, WorkflowStatus.RUNNING))
 )
 _DOING = (
     sa.select(
         WORKER.c.name,
         WORKER.c.heartbeat_at,
         WORKER.c.lease_expires_at,
-        WORKER.c.doing.op("->")(sa.cast(sa.bindparam("wanted_text", type_=Text()), Text)).label("steps"),
+        WORKER.c.doing.op("->")(parameter("wanted_text", Text())).label("steps"),
     )
     .join(WORKFLOW, WORKFLOW.c.worker_id == WORKER.c.id)
-    .where(WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()), has_status(WORKFLOW, WorkflowStatus.RUNNING))
+    .where(IS_WANTED, has_status(WORKFLOW, WorkflowStatus.RUNNING))
 )
 _FORGET_DEAD = _forget_dead_statement()

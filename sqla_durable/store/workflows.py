@@ -21,10 +21,14 @@ from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     BEGINNING,
+    IS_WANTED,
+    LIMIT,
+    ONE,
     SUSPECT,
     WORKFLOW,
     Columns,
     Completion,
+    Condition,
     Connectable,
     Fence,
     Standing,
@@ -47,7 +51,6 @@ from sqla_durable.store.signals import asking, deleting_notices
 
 _FENCE: Columns = {"id": sa.UUID(), "token": sa.UUID()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text(), "holds": sa.Boolean()}
-_LIMIT = sa.bindparam("limit", type_=sa.Integer())
 
 
 # The one that was in the way was deleted between the two statements.
@@ -196,7 +199,7 @@ def _still_owned_statement() -> Any:
     found = (
         sa.select(WORKFLOW.c.status)
         .where(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token)
-        .limit(sa.literal_column("1"))
+        .limit(ONE)
         .lateral("found")
     )
     running = found.c.status == status(WorkflowStatus.RUNNING)
@@ -209,7 +212,7 @@ def _finished_by_statement() -> Any:
     )
 
 
-def _of_attempts() -> sa.ColumnElement[bool]:
+def _of_attempts() -> Condition:
     batch = table("batch", _FENCE)
     return sa.tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(sa.select(batch.c.id, batch.c.token))
 
@@ -234,7 +237,7 @@ def _wake_due_statement(within: Within) -> tuple[Any, Any]:
         sa.select(WORKFLOW.c.id)
         .where(is_due, sa.or_(~suspect, WORKFLOW.c.id == sa.select(first.c.id).scalar_subquery()))
         .order_by(WORKFLOW.c.wake_at)
-        .limit(_LIMIT)
+        .limit(LIMIT)
         .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW),
         "due",
     )
@@ -260,5 +263,5 @@ _FINISHED_BY = _finished_by_statement()
 _STILL_OWNED = _still_owned_statement()
 _OUTCOME = sa.select(
     WORKFLOW.c.id, WORKFLOW.c.name, WORKFLOW.c.status, sa.cast(WORKFLOW.c.output, Text), WORKFLOW.c.error
-).where(WORKFLOW.c.id == sa.bindparam("wanted_id", type_=sa.UUID()))
+).where(IS_WANTED)
 _WAKE_DUE, _WAKE_PART, _DUE = divided(_wake_due_statement)
