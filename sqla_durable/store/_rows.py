@@ -414,6 +414,40 @@ def still_compensates() -> Expression:
     return sa.case((WORKFLOW.c.cancellation.is_not(None), COMPENSATES))
 
 
+def error_object(kind: str, message: Expression) -> Expression:
+    """Return an error as the column `error` has it.
+
+    Args:
+        kind: the module and the name of its class.
+        message: its text.
+    """
+    return pg.jsonb_build_object(words("type"), words(kind), words("message"), message, type_=JSONB)
+
+
+def end_or_compensate(
+    compensates: Condition, end: WorkflowStatus, *, reason: Expression, now: Expression
+) -> dict[str, Expression]:
+    """Return the values of a workflow that is to end from outside; one with a saga is enqueued, to compensate first.
+
+    Args:
+        compensates: whether it has a saga.
+        end: the status of those that have none.
+        reason: what `cancellation` says of the others.
+        now: the time, which the CTE that locks the rows has read.
+    """
+    return {
+        "status": sa.case((compensates, WorkflowStatus.PENDING.value), else_=end.value),
+        "finished_at": sa.case((compensates, sa.null()), else_=now),
+        "cancellation": sa.case((compensates, reason)),
+        "attempt": sa.case((compensates, next_attempt()), else_=WORKFLOW.c.attempt),
+        "enqueued_at": sa.case((compensates, now), else_=WORKFLOW.c.enqueued_at),
+        "worker_id": sa.case((compensates, sa.null()), else_=WORKFLOW.c.worker_id),
+        "token": sa.case((compensates, sa.null()), else_=WORKFLOW.c.token),
+        "wake_at": sa.null(),
+        "awaits": sa.null(),
+    }
+
+
 def interval(seconds: Expression) -> Expression:
     """Make an interval of seconds; NULL stays NULL."""
     return pg.make_interval(*[ZERO] * 6, seconds)

@@ -37,7 +37,7 @@ from sqla_durable.store._rows import (
     status,
     table,
 )
-from sqla_durable.store.signals import asking, deleting_notices
+from sqla_durable.store.signals import END_COLUMNS, end_notices
 from sqla_durable.store.steps import CHECKPOINT, checkpoint_row, insert_of
 
 End: TypeAlias = Completion | Park
@@ -100,14 +100,13 @@ def _write_statement() -> Any:
     mine = owned(sa.union(_fences(batch), _fences(ending)).subquery("fences"), skip_locked=True)
     recorded = insert_of(batch, mine).cte("recorded")
     ended = _end_statement(ending, mine, recorded).cte("ended")
-    of_ended = asking(ended).cte("asked"), deleting_notices(ended, ended.c.has_notices).cte("cleared")
     left = sa.select(batch.c.id, batch.c.token, batch.c.key).where(
         ~sa.select(mine.c.id).where(of_owner(batch, mine), _in(recorded, batch)).exists()
     )
     open_ends = sa.select(ending.c.id, ending.c.token, sa.null()).where(
         ~sa.select(ended.c.id).where(ended.c.id == ending.c.id, ended.c.token == ending.c.token).exists()
     )
-    return sa.union_all(left, open_ends).add_cte(*of_ended)
+    return sa.union_all(left, open_ends).add_cte(*end_notices(ended, ended.c.has_notices))
 
 
 def _fences(rows: sa.CTE) -> Any:
@@ -145,15 +144,7 @@ def _end_statement(ending: sa.CTE, mine: sa.CTE, recorded: sa.CTE) -> Any:
             wake_at=pg.statement_timestamp() + interval(ready.c.delay),
             awaits=sa.case((parked, ready.c.awaits)),
         )
-        .returning(
-            WORKFLOW.c.id,
-            ready.c.token.label("token"),
-            ready.c.holds,
-            ready.c.has_notices,
-            WORKFLOW.c.awaits,
-            WORKFLOW.c.parent_id,
-            WORKFLOW.c.finished_at,
-        )
+        .returning(*END_COLUMNS, ready.c.token.label("token"), ready.c.holds, ready.c.has_notices)
     )
 
 

@@ -13,7 +13,6 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from sqla_durable.errors import WorkflowNotFoundError
-from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     COMPENSATES,
@@ -27,11 +26,11 @@ from sqla_durable.store._rows import (
     NewWorkflow,
     among,
     count_rows,
+    end_or_compensate,
     execute,
     filled,
     insert_select,
     materialized,
-    next_attempt,
     parameter,
     pg,
     status,
@@ -39,7 +38,7 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.held import is_held, leaving
 from sqla_durable.store.keys import MOST_REPEATS
-from sqla_durable.store.signals import asking, deleting_notices
+from sqla_durable.store.signals import END_COLUMNS, end_notices
 from sqla_durable.store.starts import NEW, hidden_among, new_columns, new_row
 from sqla_durable.store.steps import (
     GIVEN,
@@ -47,8 +46,9 @@ from sqla_durable.store.steps import (
     given_row,
     has_outcome,
     insert_from,
-    known_output,
     mine,
+    outcome_columns,
+    outcome_in,
     own_row,
 )
 from sqla_durable.unwinding import AttemptLost
@@ -102,12 +102,9 @@ def start(
     parameters = given_row(checkpoint) | filled("batch", [new_row(each) for each in children])
     parameters |= {"active": active, "undoes": undoes}
     for _ in range(MOST_REPEATS):
-        row = execute(connectable, _START, parameters).one()
-        found = row.recorded if row.known is None else row.known
+        found = outcome_in(execute(connectable, _START, parameters).one(), checkpoint.fence)
         if found is not None:
             return found
-        if not row.owned:
-            raise AttemptLost(checkpoint.fence.workflow_id)
         # Another transaction has inserted one of the keys in between, and the next statement sees it.
     raise hidden_among(connectable, children)
 
@@ -174,25 +171,13 @@ def cancel_rest(connectable: Connectable, checkpoint: Checkpoint, *, ids: Sequen
 
 
 def _taken(connectable: Connectable, checkpoint: Checkpoint, statement: Any, more: dict[str, Any]) -> str | None:
-    row = execute(connectable, statement, given_row(checkpoint) | more).one()
-    found: str | None = row.recorded if row.known is None else row.known
-    if found is None and not row.owned:
-        raise AttemptLost(checkpoint.fence.workflow_id)
-    return found
+    return outcome_in(execute(connectable, statement, given_row(checkpoint) | more).one(), checkpoint.fence)
 
 
 def _recorded(output: Any, source: Any) -> Any:
     """Record an output that a CTE gives, where it gives one."""
     columns = checkpoint_columns(GIVEN) | {"output": output}
     return insert_from(columns, sa.select(*columns.values()).select_from(source)).returning(STEP.c.output)
-
-
-def _answer(owned: Any, recorded: Any) -> Any:
-    return sa.select(
-        sa.select(owned.c.id).exists().label("owned"),
-        sa.select(sa.cast(recorded.c.output, Text)).scalar_subquery().label("recorded"),
-        known_output().scalar_subquery().label("known"),
-    )
 
 
 def _start_statement() -> Any:
@@ -224,7 +209,7 @@ def _start_statement() -> Any:
     listed = pg.jsonb_agg(ids.c.id.op("ORDER BY")(ids.c.number))
     every = sa.select(listed.label("list")).having(pg.count(ids.c.id) == count_rows()).cte("every")
     recorded = _recorded(every.c.list, every.join(owned, sa.true())).cte("recorded")
-    return _answer(owned, recorded)
+    return sa.select(*outcome_columns(owned, recorded))
 
 
 def _take_outcome_statement() -> Any:
@@ -234,7 +219,9 @@ def _take_outcome_statement() -> Any:
         "output", WORKFLOW.c.output, "error", WORKFLOW.c.error,
     )  # fmt: skip
     finished = sa.select(outcome.label("value")).where(_wanted(), WORKFLOW.c.finished_at.is_not(None)).cte("finished")
-    return _answer(owned, _recorded(finished.c.value, finished.join(owned, sa.true())).cte("recorded"))
+    return sa.select(
+        *outcome_columns(owned, _recorded(finished.c.value, finished.join(owned, sa.true())).cte("recorded"))
+    )
 
 
 def _take_first_statement() -> Any:
@@ -246,7 +233,7 @@ def _take_first_statement() -> Any:
         .limit(ONE)
         .cte("first")
     )
-    return _answer(owned, _recorded(first.c.value, first.join(owned, sa.true())).cte("recorded"))
+    return sa.select(*outcome_columns(owned, _recorded(first.c.value, first.join(owned, sa.true())).cte("recorded")))
 
 
 def _wanted() -> Any:
@@ -294,14 +281,13 @@ def _cancel_rest_statement() -> Any:
     tree = tree.union(sa.select(below.c.id).join(tree, below.c.parent_id == tree.c.id).where(~below.c.detached))
     unfinished = WORKFLOW.c.finished_at.is_(None)
     rest = materialized(
-        sa.select(WORKFLOW.c.id)
+        sa.select(WORKFLOW.c.id, pg.statement_timestamp().label("now"))
         .where(WORKFLOW.c.id.in_(sa.select(tree.c.id)), unfinished)
         .order_by(WORKFLOW.c.id)
         .with_for_update(key_share=True, of=WORKFLOW),
         "rest",
     )
     undone = WORKFLOW.c.cancellation == COMPENSATES
-    now = pg.statement_timestamp()
     cancelled = (
         sa.update(WORKFLOW)
         # What is being undone already goes on with that.
@@ -310,29 +296,14 @@ def _cancel_rest_statement() -> Any:
             unfinished,
             sa.func.coalesce(WORKFLOW.c.cancellation, COMPENSATES) == COMPENSATES,
         )
-        .values(
-            status=sa.case((undone, WorkflowStatus.PENDING.value), else_=WorkflowStatus.CANCELLED.value),
-            finished_at=sa.case((undone, sa.null()), else_=now),
-            cancellation=sa.case((undone, REQUESTED)),
-            attempt=sa.case((undone, next_attempt()), else_=WORKFLOW.c.attempt),
-            token=sa.case((undone, sa.null()), else_=WORKFLOW.c.token),
-            worker_id=sa.case((undone, sa.null()), else_=WORKFLOW.c.worker_id),
-            enqueued_at=sa.case((undone, now), else_=WORKFLOW.c.enqueued_at),
-            wake_at=sa.null(),
-            awaits=sa.null(),
-        )
-        .returning(WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits)
+        .values(end_or_compensate(undone, WorkflowStatus.CANCELLED, reason=REQUESTED, now=rest.c.now))
+        .returning(*END_COLUMNS)
         .cte("cancelled")
     )
     count = sa.select(count_rows()).select_from(cancelled).scalar_subquery()
     answer = sa.select(sa.select(owner.c.id).exists().label("owned"), count.label("cancelled"))
     # To their parent too: while this waited for a row, another attempt may have taken it over, and wait.
-    of_ended = (
-        asking(cancelled).cte("asked"),
-        deleting_notices(cancelled).cte("cleared"),
-        leaving(cancelled).cte("left"),
-    )
-    return answer.add_cte(*of_ended)
+    return answer.add_cte(*end_notices(cancelled), leaving(cancelled).cte("left"))
 
 
 _START = _start_statement()

@@ -15,7 +15,7 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
@@ -33,6 +33,7 @@ from sqla_durable.store._rows import (
     Connectable,
     Expression,
     Fence,
+    error_object,
     execute,
     integer,
     interval,
@@ -43,11 +44,10 @@ from sqla_durable.store._rows import (
     scalars,
     status,
     unfinished,
-    words,
 )
 from sqla_durable.store.held import leaving
 from sqla_durable.store.parts import WHOLE, Part, Within, divided
-from sqla_durable.store.signals import asking, deleting_notices
+from sqla_durable.store.signals import END_COLUMNS, end_notices
 
 DEFAULT_MAX_ATTEMPTS = 10
 MOST_CRASHES = 32_767
@@ -206,19 +206,11 @@ def _back_statement(abandoned: sa.CTE, *, suspect: Condition) -> Any:
             finished_at=sa.case((spent, pg.statement_timestamp()), else_=sa.null()),
             token=sa.null(),
         )
-        .returning(
-            WORKFLOW.c.id,
-            WORKFLOW.c.name,
-            WORKFLOW.c.status,
-            WORKFLOW.c.parent_id,
-            WORKFLOW.c.finished_at,
-            WORKFLOW.c.awaits,
-        )
+        .returning(*END_COLUMNS, WORKFLOW.c.name, WORKFLOW.c.status)
         .cte("back")
     )
     spent_ones = sa.select(back.c.id).where(back.c.finished_at.is_not(None)).cte("spent")
-    of_ended = asking(back).cte("asked"), deleting_notices(back).cte("cleared"), leaving(spent_ones).cte("left")
-    return sa.select(back.c.id, back.c.name, back.c.status).add_cte(*of_ended)
+    return sa.select(back.c.id, back.c.name, back.c.status).add_cte(*end_notices(back), leaving(spent_ones).cte("left"))
 
 
 def _later(crashes: sa.ColumnElement[int]) -> Expression:
@@ -242,13 +234,7 @@ def _max_attempts_error(crashes: sa.ColumnElement[int]) -> Any:
         crashes,
         " in a row recorded no step",
     )
-    return pg.jsonb_build_object(
-        words("type"),
-        words(MAX_ATTEMPTS_TYPE),
-        words("message"),
-        message,
-        type_=JSONB,
-    )
+    return error_object(MAX_ATTEMPTS_TYPE, message)
 
 
 _WANTED = IS_WANTED

@@ -11,7 +11,6 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.status import WorkflowStatus
@@ -25,16 +24,17 @@ from sqla_durable.store._rows import (
     Condition,
     Connectable,
     beginning,
+    end_or_compensate,
+    error_object,
     execute,
     materialized,
-    next_attempt,
     pg,
     refresh_known,
     undoes,
     words,
 )
 from sqla_durable.store.parts import WHOLE, Part, Within, divided
-from sqla_durable.store.signals import asking, deleting_notices
+from sqla_durable.store.signals import END_COLUMNS, end_notices
 
 TIMEOUT_TYPE = "sqla_durable.errors:WorkflowTimeoutError"
 
@@ -94,7 +94,12 @@ def reason() -> Any:
 
 def _fail_statement(*conditions: Condition, limit: Any, skip_locked: bool) -> tuple[Any, Any]:
     overdue = materialized(
-        sa.select(WORKFLOW.c.id, WORKFLOW.c.worker_id)
+        sa.select(
+            WORKFLOW.c.id,
+            WORKFLOW.c.worker_id,
+            pg.statement_timestamp().label("now"),
+            error_object(TIMEOUT_TYPE, reason()).label("error"),
+        )
         .where(is_overdue(), *conditions)
         .order_by(WORKFLOW.c.deadline_at)
         .limit(limit)
@@ -102,51 +107,30 @@ def _fail_statement(*conditions: Condition, limit: Any, skip_locked: bool) -> tu
         "overdue",
     )
     compensates = WORKFLOW.c.cancellation == COMPENSATES
-    now = pg.statement_timestamp()
     failed = (
         sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == overdue.c.id)
         .values(
-            status=sa.case((compensates, WorkflowStatus.PENDING.value), else_=WorkflowStatus.FAILED.value),
-            error=sa.case((compensates, sa.null()), else_=_error()),
-            finished_at=sa.case((compensates, sa.null()), else_=now),
-            cancellation=sa.case((compensates, OVERDUE)),
-            attempt=sa.case((compensates, next_attempt()), else_=WORKFLOW.c.attempt),
-            enqueued_at=sa.case((compensates, now), else_=WORKFLOW.c.enqueued_at),
-            worker_id=sa.case((compensates, sa.null()), else_=WORKFLOW.c.worker_id),
-            token=sa.null(),
-            wake_at=sa.null(),
-            awaits=sa.null(),
+            end_or_compensate(compensates, WorkflowStatus.FAILED, reason=OVERDUE, now=overdue.c.now)
+            | {
+                "token": sa.null(),
+                "error": sa.case((compensates, sa.null()), else_=overdue.c.error),
+            }
         )
         .returning(
-            WORKFLOW.c.id,
+            *END_COLUMNS,
             WORKFLOW.c.name,
-            WORKFLOW.c.parent_id,
-            WORKFLOW.c.finished_at,
-            WORKFLOW.c.awaits,
             overdue.c.worker_id.label("executing_id"),
         )
         .cte("failed")
     )
     told = failed.c.id, failed.c.name, failed.c.finished_at, failed.c.executing_id
-    return sa.select(*told).add_cte(asking(failed).cte("asked"), deleting_notices(failed).cte("cleared")), sa.select(
-        overdue.c.id
-    )
+    return sa.select(*told).add_cte(*end_notices(failed)), sa.select(overdue.c.id)
 
 
 def _fail_overdue_statement(within: Within) -> tuple[Any, Any]:
     conditions = WORKFLOW.c.deadline_at >= beginning(), within(WORKFLOW.c.id)
     return _fail_statement(*conditions, limit=LIMIT, skip_locked=True)
-
-
-def _error() -> Any:
-    return pg.jsonb_build_object(
-        words("type"),
-        words(TIMEOUT_TYPE),
-        words("message"),
-        reason(),
-        type_=JSONB,
-    )
 
 
 _FAIL_OVERDUE, _FAIL_PART, _OVERDUE = divided(_fail_overdue_statement)

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     EVENT,
     IS_WANTED,
@@ -25,16 +25,24 @@ from sqla_durable.store._rows import (
     Connectable,
     Origin,
     execute,
-    fence_row,
     insert_select,
     json_parameter,
     materialized,
     parameter,
     pg,
     scalar,
-    status,
 )
-from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine, own_row
+from sqla_durable.store.steps import (
+    GIVEN,
+    checkpoint_columns,
+    given_fence,
+    given_row,
+    insert_from,
+    outcome_columns,
+    outcome_in,
+    own_row,
+    select_owned,
+)
 from sqla_durable.store.workflows import not_found
 from sqla_durable.unwinding import AttemptLost
 
@@ -66,8 +74,7 @@ def put(connectable: Connectable, origin: Origin, *, key: str, value: str) -> No
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
     """
-    fence = fence_row(origin.fence)
-    parameters = {"given_id": fence["id"], "given_token": fence["token"], "given_key": origin.step_key}
+    parameters = given_fence(origin.fence, origin.step_key)
     if scalar(connectable, _PUT, parameters | {"event_key": key, "event_value": value}) is None:
         raise AttemptLost(origin.fence.workflow_id)
 
@@ -95,9 +102,7 @@ def take(connectable: Connectable, checkpoint: Checkpoint, *, workflow_id: UUID,
     """
     parameters = given_row(checkpoint) | {"wanted_id": workflow_id, "event_key": key}
     row = execute(connectable, _TAKE, parameters).one()
-    if row.known is None and not row.owned:
-        raise AttemptLost(checkpoint.fence.workflow_id)
-    found: str | None = row.taken if row.known is None else row.known
+    found = outcome_in(row, checkpoint.fence)
     return None if row.status is None else Latest(found, row.status)
 
 
@@ -121,8 +126,7 @@ def _record_statement() -> Any:
 
 def _put_statement() -> Any:
     columns = {"workflow_id": WORKFLOW.c.id, **_columns()}
-    source = sa.select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
-    return insert_select(EVENT, columns, source).returning(EVENT.c.id)
+    return insert_select(EVENT, columns, select_owned(columns)).returning(EVENT.c.id)
 
 
 def _newest() -> Any:
@@ -140,17 +144,12 @@ def _newest() -> Any:
 
 def _take_statement() -> Any:
     owned, newest = own_row(), materialized(_newest(), "newest")
-    succeeded = status(StepStatus.SUCCEEDED)
-    own = sa.and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], STEP.c.status == succeeded)
-    known = sa.select(sa.cast(STEP.c.output, Text)).where(own)
     columns = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id, "output": newest.c.value}
     recorded = insert_from(columns, sa.select(*columns.values()).select_from(owned.join(newest, sa.true())))
     taken = recorded.returning(STEP.c.output).cte("taken")
     standing = sa.select(WORKFLOW.c.status).where(IS_WANTED)
     return sa.select(
-        sa.select(owned.c.id).exists().label("owned"),
-        sa.select(sa.cast(taken.c.output, Text)).scalar_subquery().label("taken"),
-        known.scalar_subquery().label("known"),
+        *outcome_columns(owned, taken),
         standing.scalar_subquery().label("status"),
     )
 

@@ -9,17 +9,15 @@ import sqlalchemy as sa
 from sqla_durable.models.status import StepStatus
 from sqla_durable.store._rows import (
     STEP,
-    WORKFLOW,
     Checkpoint,
     Connectable,
     execute,
     insert_select,
     json_parameter,
-    materialized,
     status,
     unfinished,
 )
-from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, mine
+from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, own_row
 from sqla_durable.unwinding import AttemptLost
 
 
@@ -41,12 +39,12 @@ def report(connectable: Connectable, checkpoint: Checkpoint, *, details: str | N
 
 
 def _report_statement() -> Any:
-    owned = materialized(sa.select(WORKFLOW.c.id).where(*mine()).with_for_update(key_share=True, of=WORKFLOW), "owned")
+    owned = own_row()
     details = json_parameter("details")
     columns = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id, "details": details}
     inserted = insert_select(STEP, columns, sa.select(*columns.values()))
     given = inserted.excluded
-    same_or_later = sa.or_(STEP.c.status == _RUNNING, STEP.c.attempts < given.attempts)
+    same_or_later = sa.or_(STEP.c.status == status(StepStatus.RUNNING), STEP.c.attempts < given.attempts)
     reported = inserted.on_conflict_do_update(
         index_elements=["workflow_id", "key"],
         set_={
@@ -63,5 +61,4 @@ def _report_statement() -> Any:
     return sa.select(sa.select(owned.c.id).exists()).add_cte(reported.cte("reported"))
 
 
-_RUNNING = status(StepStatus.RUNNING)
 _REPORT = _report_statement()

@@ -9,7 +9,6 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.dialects.postgresql import JSONB
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
@@ -18,6 +17,7 @@ from sqla_durable.store._rows import (
     WORKFLOW,
     Condition,
     Connectable,
+    error_object,
     execute,
     materialized,
     parameter,
@@ -25,7 +25,7 @@ from sqla_durable.store._rows import (
     scalar,
 )
 from sqla_durable.store.held import leaving
-from sqla_durable.store.signals import asking, deleting_notices
+from sqla_durable.store.signals import END_COLUMNS, end_notices
 
 REFUSED_TYPE = "sqla_durable.errors:RowRefusedError"
 
@@ -52,29 +52,31 @@ def _failed(connectable: Connectable, statement: Any, workflow_id: UUID, reason:
 
 def _fail_statement() -> tuple[Any, Any]:
     unfinished = materialized(
-        sa.select(WORKFLOW.c.id)
+        sa.select(
+            WORKFLOW.c.id,
+            pg.statement_timestamp().label("now"),
+            error_object(REFUSED_TYPE, parameter("reason", Text())).label("error"),
+        )
         .where(IS_WANTED, WORKFLOW.c.finished_at.is_(None))
         .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW),
         "unfinished",
     )
-    texts = ("type", REFUSED_TYPE, "message")
-    described = (*(sa.literal(each, Text()) for each in texts), parameter("reason", Text()))
     failed = (
         sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == unfinished.c.id)
         .values(
             status=WorkflowStatus.FAILED,
-            error=pg.jsonb_build_object(*described, type_=JSONB),
-            finished_at=pg.statement_timestamp(),
+            error=unfinished.c.error,
+            finished_at=unfinished.c.now,
             token=sa.null(),
             wake_at=sa.null(),
             awaits=sa.null(),
         )
-        .returning(WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits)
+        .returning(*END_COLUMNS)
     )
     ended = failed.cte("ended")
-    telling = asking(ended).cte("asked"), deleting_notices(ended).cte("cleared"), leaving(ended).cte("left")
-    return sa.select(ended.c.id).add_cte(*telling), failed
+    notices = *end_notices(ended), leaving(ended).cte("left")
+    return sa.select(ended.c.id).add_cte(*notices), failed
 
 
 def _checks() -> Iterator[tuple[str, str]]:

@@ -61,10 +61,10 @@ from sqla_durable.store.steps import (
     given_row,
     has_outcome,
     insert_from,
-    known_output,
+    outcome_columns,
+    outcome_in,
     own_row,
 )
-from sqla_durable.unwinding import AttemptLost
 
 PARKED, CHILD, LEFT = "#parked", "#child", "#left"
 """Names of rows that the engine sends to itself; the last one is for `held`."""
@@ -77,6 +77,9 @@ UPDATE, ANSWER = "#update:", "#reply:"
 
 REFUSED, EARLIER = "#refused", "#earlier"
 """Stands for the step that has consumed it, where none ever will."""
+
+END_COLUMNS = (WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits)
+"""What a statement that ends or suspends workflows returns, for `end_notices`."""
 
 _WOKEN: dict[str, Any] = {
     "status": WorkflowStatus.PENDING,
@@ -157,11 +160,7 @@ def take_by(connectable: Connectable, statement: Any, checkpoint: Checkpoint, wa
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
     """
-    row = execute(connectable, statement, {**given_row(checkpoint), **wanted}).one()
-    found: str | None = row.taken if row.known is None else row.known
-    if found is None and not row.owned:
-        raise AttemptLost(checkpoint.fence.workflow_id)
-    return found
+    return outcome_in(execute(connectable, statement, {**given_row(checkpoint), **wanted}).one(), checkpoint.fence)
 
 
 def deliver(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Part = WHOLE) -> tuple[int, int]:
@@ -226,6 +225,16 @@ def asking(ended: sa.CTE) -> Any:
     if "holds" in ended.c:
         source = sa.union_all(source, sa.select(ended.c.id, words(LEFT), sa.true()).where(finished, ended.c.holds))
     return noting(source)
+
+
+def end_notices(ended: sa.CTE, *conditions: Condition) -> tuple[sa.CTE, sa.CTE]:
+    """Return what belongs to each end: the notices that it leaves, and that it needs none any more.
+
+    Args:
+        ended: returns the `END_COLUMNS` of workflows that have ended or were suspended.
+        conditions: on the workflows whose own notices are deleted.
+    """
+    return asking(ended).cte("asked"), deleting_notices(ended, *conditions).cte("cleared")
 
 
 def noting(source: Any) -> Any:
@@ -344,11 +353,7 @@ def taking(wanted: sa.FromClause, output: Callable[[sa.CTE], Expression], *condi
     )
     columns = checkpoint_columns(GIVEN) | {"output": output(taken)}
     recorded = insert_from(columns, sa.select(*columns.values())).returning(STEP.c.output).cte("recorded")
-    return sa.select(
-        sa.select(owned.c.id).exists().label("owned"),
-        sa.select(sa.cast(recorded.c.output, Text)).scalar_subquery().label("taken"),
-        known_output().scalar_subquery().label("known"),
-    )
+    return sa.select(*outcome_columns(owned, recorded))
 
 
 def _satisfied(new: sa.CTE) -> Condition:

@@ -80,10 +80,14 @@ def record_last(session: Session, checkpoint: Checkpoint) -> Verdict:
 
 def _verdict(session: Connectable, statement: Any, checkpoint: Checkpoint) -> Verdict:
     parameters = given_row(checkpoint)
-    if execute(session, statement, parameters).first() is not None:
-        return Verdict.RECORDED
-    # The row is locked if this attempt owns it, so what is asked now cannot have changed in between.
-    return Verdict.LOST if scalar(session, _OWNED, parameters) is None else Verdict.DUPLICATE
+    recorded = execute(session, statement, parameters).first() is not None
+    return Verdict.RECORDED if recorded else refusal(session, parameters)
+
+
+def refusal(connectable: Connectable, parameters: Mapping[str, Any]) -> Verdict:
+    """Return why a statement of these parameters, which has just been executed, wrote nothing: LOST or DUPLICATE."""
+    # The row is locked if this attempt owns it, so it cannot have changed in between.
+    return Verdict.LOST if scalar(connectable, _OWNED, parameters) is None else Verdict.DUPLICATE
 
 
 def settle(connectable: Connectable, checkpoint: Checkpoint) -> Recorded:
@@ -158,11 +162,31 @@ def own_row() -> sa.CTE:
     return materialized(locked.with_for_update(key_share=True, of=WORKFLOW), "owned")
 
 
-def known_output() -> Any:
-    """Give the outcome of the step of `GIVEN` that is there already: an earlier acknowledgement was lost. JSON text."""
+def outcome_columns(owned: sa.CTE, recorded: sa.CTE) -> tuple[Expression, ...]:
+    """Return what `outcome_in` reads: whether the attempt owns the workflow, and the outcome of its step as JSON text.
+
+    The outcome is what the CTE `recorded` returns as `output`, or what was recorded before, whose acknowledgement was
+    lost.
+    """
     succeeded = STEP.c.status == status(StepStatus.SUCCEEDED)
-    wanted = sa.and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], succeeded)
-    return sa.select(sa.cast(STEP.c.output, Text)).where(wanted)
+    own = sa.and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], succeeded)
+    return (
+        sa.select(owned.c.id).exists().label("owned"),
+        sa.select(sa.cast(recorded.c.output, Text)).scalar_subquery().label("recorded"),
+        sa.select(sa.cast(STEP.c.output, Text)).where(own).scalar_subquery().label("known"),
+    )
+
+
+def outcome_in(row: sa.Row[Any], fence: Fence) -> str | None:
+    """Return the outcome in a row of `outcome_columns`, None if there is none.
+
+    Raises:
+        AttemptLost: there is none, and the attempt no longer owns the workflow.
+    """
+    found: str | None = row.recorded if row.known is None else row.known
+    if found is None and not row.owned:
+        raise AttemptLost(fence.workflow_id)
+    return found
 
 
 def has_outcome() -> Condition:
@@ -175,8 +199,13 @@ def has_outcome() -> Condition:
 
 
 def given_row(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Give the parameters of `GIVEN`."""
+    """Return the parameters of `GIVEN`."""
     return {_given(name): value for name, value in checkpoint_row(checkpoint).items()}
+
+
+def given_fence(fence: Fence, key: str | None = None) -> dict[str, Any]:
+    """Return those of the parameters of `GIVEN` that identify an attempt and its step."""
+    return {_given(name): value for name, value in fence_row(fence).items()} | {_given("key"): key}
 
 
 def insert_of(batch: sa.FromClause, mine: sa.CTE) -> Any:
@@ -238,14 +267,17 @@ def mine(table: sa.FromClause = WORKFLOW) -> tuple[Condition, ...]:
     )
 
 
-def _record_statement(*more: Expression) -> Any:
-    """Insert one checkpoint from the workflow's row, locked in the same statement.
+def select_owned(columns: Mapping[str, Any]) -> sa.Select[Any]:
+    """Select columns from the workflow's row, locked in the same statement, if the attempt of `GIVEN` owns it.
 
-    Without the lock a cancel or a takeover could commit between this check and the commit.
+    Without the lock a cancel or a reclaim could commit between this check and the commit.
     """
+    return sa.select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
+
+
+def _record_statement(*more: Expression) -> Any:
     columns = checkpoint_columns(GIVEN)
-    source = sa.select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
-    return insert_from(columns, source).returning(STEP.c.key, *more)
+    return insert_from(columns, select_owned(columns)).returning(STEP.c.key, *more)
 
 
 def _recorded_among_statement() -> Any:

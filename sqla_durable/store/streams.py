@@ -48,7 +48,7 @@ from sqla_durable.store._rows import (
     table,
     unfinished,
 )
-from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine
+from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_fence, given_row, insert_from, own_row
 from sqla_durable.store.workflows import not_found
 from sqla_durable.unwinding import AttemptLost
 
@@ -117,8 +117,7 @@ def append(connectable: Connectable, origin: Origin, *, name: str, values: Seque
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
     """
-    fence = fence_row(origin.fence)
-    parameters = {"given_id": fence["id"], "given_token": fence["token"], "given_key": origin.step_key}
+    parameters = given_fence(origin.fence, origin.step_key)
     parameters |= {"given_attempt": origin.attempt, "step_attempt": origin.step_attempt}
     appended = _append(connectable, _APPEND, origin.fence.workflow_id, parameters, name=name, values=values)
     return Appended.WRITTEN if _closes(values) else appended
@@ -219,7 +218,7 @@ def _append(
 
 
 def _append_statement(*, recorded: bool) -> Any:
-    own = materialized(sa.select(WORKFLOW.c.id).where(*mine()).with_for_update(key_share=True, of=WORKFLOW), "owned")
+    own = own_row()
     last = materialized(_last(GIVEN["id"], _NAME), "last")
     given = materialized(_given_items(), "given")
     known: Condition = _known() if recorded else sa.false()

@@ -30,7 +30,7 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.held import leaving, release_of
 from sqla_durable.store.selection import Wanted, hold, known, lock, look_again, still_wanted
-from sqla_durable.store.signals import asking, deleting_notices
+from sqla_durable.store.signals import END_COLUMNS, end_notices
 
 _COMPENSATION = {
     "cancellation": REQUESTED,
@@ -79,11 +79,10 @@ def cancel(session: Session, held: Sequence[UUID], wanted: Wanted) -> bool:
         undone = sa.and_(among(WORKFLOW.c.id, held), WORKFLOW.c.cancellation == COMPENSATES)
         enqueue = sa.update(WORKFLOW).where(undone).values(_COMPENSATION).returning(WORKFLOW.c.id)
         enqueued = bool(scalars(session, enqueue).all())
-        returned = WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits
         at_once = sa.and_(among(WORKFLOW.c.id, held), WORKFLOW.c.cancellation.is_(None))
-        ended = sa.update(WORKFLOW).where(at_once).values(outcome).returning(*returned).cte("ended")
-        of_ended = asking(ended).cte("asked"), deleting_notices(ended).cte("cleared"), leaving(ended).cte("left")
-        scalars(session, sa.select(ended.c.id).add_cte(*of_ended)).all()
+        ended = sa.update(WORKFLOW).where(at_once).values(outcome).returning(*END_COLUMNS).cte("ended")
+        notices = *end_notices(ended), leaving(ended).cte("left")
+        scalars(session, sa.select(ended.c.id).add_cte(*notices)).all()
     refresh_known(session, known(wanted, held))
     return enqueued
 

@@ -30,7 +30,6 @@ from sqla_durable.store._rows import (
     Origin,
     Verdict,
     execute,
-    fence_row,
     insert_select,
     json_parameter,
     materialized,
@@ -51,7 +50,16 @@ from sqla_durable.store.signals import (
     take_by,
     taking,
 )
-from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine, own_row
+from sqla_durable.store.steps import (
+    GIVEN,
+    checkpoint_columns,
+    given_fence,
+    given_row,
+    insert_from,
+    own_row,
+    refusal,
+    select_owned,
+)
 from sqla_durable.unwinding import AttemptLost
 
 
@@ -167,8 +175,7 @@ def refuse(connectable: Connectable, fence: Fence, *, update_id: int, reason: st
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
     """
-    mine = fence_row(fence)
-    parameters = {"given_id": mine["id"], "given_token": mine["token"], "given_key": None}
+    parameters = given_fence(fence)
     if not scalar(connectable, _REFUSE, parameters | _answer_row(update_id, json.dumps({"refused": reason}))):
         raise AttemptLost(fence.workflow_id)
 
@@ -193,12 +200,10 @@ def put_answer(connectable: Connectable, origin: Origin, *, update_id: int, answ
 
     Waits for whoever holds the workflow's row.
     """
-    fence = fence_row(origin.fence)
-    parameters = {"given_id": fence["id"], "given_token": fence["token"], "given_key": origin.step_key}
+    parameters = given_fence(origin.fence, origin.step_key)
     if scalar(connectable, _PUT, parameters | _answer_row(update_id, answer)) is not None:
         return Verdict.RECORDED
-    # The row is locked if this attempt owns it, so what is asked now cannot have changed in between.
-    return Verdict.LOST if scalar(connectable, _OWNED, parameters) is None else Verdict.DUPLICATE
+    return refusal(connectable, parameters)
 
 
 def _answer_key(update_id: int) -> str:
@@ -291,8 +296,7 @@ def _record_statement() -> Any:
 
 def _put_statement() -> Any:
     columns = _columns(WORKFLOW.c.id, GIVEN["key"])
-    source = sa.select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
-    return _answering(columns, source).returning(EVENT.c.id)
+    return _answering(columns, select_owned(columns)).returning(EVENT.c.id)
 
 
 def _shown(taken: Any) -> Expression:
@@ -316,7 +320,6 @@ _TAKE = taking(_WANTED_UPDATE, _shown)
 _REFUSE = _refuse_statement()
 _RECORD = _record_statement()
 _PUT = _put_statement()
-_OWNED = sa.select(WORKFLOW.c.id).where(*mine())
 _ANSWERED_BY = sa.select(EVENT.c.step_key).where(
     EVENT.c.workflow_id == _WANTED,
     EVENT.c.key == parameter("answer_key", Text()),

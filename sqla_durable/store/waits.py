@@ -10,7 +10,6 @@ import sqlalchemy as sa
 from sqla_durable.models.status import StepStatus
 from sqla_durable.store._rows import (
     STEP,
-    WORKFLOW,
     Checkpoint,
     Connectable,
     execute,
@@ -21,7 +20,7 @@ from sqla_durable.store._rows import (
     scalar,
     status,
 )
-from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, mine
+from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, select_owned
 from sqla_durable.unwinding import AttemptLost
 
 
@@ -61,29 +60,26 @@ def _begin_statement() -> Any:
     until = parameter("until", sa.DateTime(timezone=True))
     columns = checkpoint_columns(GIVEN)
     columns["wake_at"] = sa.func.coalesce(until, columns["wake_at"])
-    source = sa.select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
-    inserted = insert_select(STEP, columns, source)
+    inserted = insert_select(STEP, columns, select_owned(columns))
     # What waits already goes on waiting for the same time.
     return inserted.on_conflict_do_update(
         index_elements=["workflow_id", "key"],
         set_={"position": inserted.excluded.position},
-        where=STEP.c.status == _WAITING,
+        where=STEP.c.status == status(StepStatus.WAITING),
     ).returning(sa.func.extract("epoch", STEP.c.wake_at - pg.statement_timestamp()).label("due_in"))
 
 
 def _remember_statement() -> Any:
     columns = checkpoint_columns(GIVEN)
     columns["details"] = json_parameter("details")
-    source = sa.select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
-    inserted = insert_select(STEP, columns, source)
+    inserted = insert_select(STEP, columns, select_owned(columns))
     return inserted.on_conflict_do_update(
         index_elements=["workflow_id", "key"],
         set_={"details": inserted.excluded.details},
-        where=STEP.c.status == _WAITING,
+        where=STEP.c.status == status(StepStatus.WAITING),
     ).returning(STEP.c.key)
 
 
-_WAITING = status(StepStatus.WAITING)
 _BEGIN = _begin_statement()
 _REMEMBER = _remember_statement()
 _NOW = sa.select(pg.statement_timestamp())

@@ -47,7 +47,7 @@ from sqla_durable.store._rows import (
     table,
 )
 from sqla_durable.store.parts import WHOLE, Part, Within, divided
-from sqla_durable.store.signals import asking, deleting_notices
+from sqla_durable.store.signals import END_COLUMNS, end_notices
 
 _FENCE: Columns = {"id": sa.UUID(), "token": sa.UUID()}
 _COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text(), "holds": sa.Boolean()}
@@ -177,10 +177,10 @@ def _finish_statement() -> Any:
             error=sa.cast(batch.c.error, JSONB),
             finished_at=pg.statement_timestamp(),
         )
-        .returning(WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits, batch.c.holds)
+        .returning(*END_COLUMNS, batch.c.holds)
         .cte("ended")
     )
-    return sa.select(ended.c.id).add_cte(asking(ended).cte("asked"), deleting_notices(ended).cte("cleared"))
+    return sa.select(ended.c.id).add_cte(*end_notices(ended))
 
 
 def _release_statement(*, skip_locked: bool) -> Any:
