@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from enum import Enum, auto
-from typing import Any, TypeAlias
+from operator import attrgetter
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, get_args, get_type_hints
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -21,6 +23,9 @@ from sqla_durable.definitions.retry import mark_engine_error
 from sqla_durable.models import SCHEMA, Base, Workflow
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import StepStatus, WorkflowStatus
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 WORKFLOW = Base.metadata.tables[f"{SCHEMA}.workflow"]
 STEP = Base.metadata.tables[f"{SCHEMA}.step"]
@@ -38,6 +43,8 @@ pg = sa.func.pg_catalog
 `func` is left for what the grammar knows without a look-up: COALESCE, GREATEST, LEAST, EXTRACT, ANY, ALL, and UNNEST
 of several arrays.
 """
+
+R = TypeVar("R", bound="DataclassInstance")
 
 Connectable: TypeAlias = Session | sa.Connection
 """Where a statement is executed: a caller's session, or a connection of the engine's own."""
@@ -350,6 +357,48 @@ def scalar(connectable: Connectable, statement: sa.Executable, parameters: Mappi
     return execute(connectable, statement, parameters).scalar()
 
 
+FENCE: Columns = {"id": sa.UUID(), "token": sa.UUID()}
+"""The columns of an attempt in a batch."""
+
+
+class Shape(Generic[R]):
+    """How a record becomes a row of a batch: its columns are those of its fence and its other fields.
+
+    A dictionary is JSON text, and so is whatever else a field has as text; a status is text; a duration is seconds.
+    """
+
+    def __init__(self, record: type[R], *, without: Collection[str] = (), **kinds: TypeEngine[Any]) -> None:
+        hints = get_type_hints(record)
+        wanted = {each.name: hints[each.name] for each in fields(record) if each.name not in without}
+        fence = FENCE if wanted.pop("fence", None) else {}
+        self.columns: Columns = {**fence, **{name: kinds.get(name) or _kind_of(hint) for name, hint in wanted.items()}}
+        paths = ["fence.workflow_id.hex", "fence.token.hex"] if fence else []
+        paths += [f"{name}.value" if _is_status(hint) else name for name, hint in wanted.items()]
+        self._values = attrgetter(*paths)
+
+    def row(self, record: R) -> dict[str, Any]:
+        """Return a record as a row of `columns`."""
+        return dict(zip(self.columns, self._values(record), strict=True))
+
+
+def _kind_of(hint: Any) -> TypeEngine[Any]:
+    found = next(each for each in (*get_args(hint), hint) if each is not NoneType)
+    return _KINDS.get(found) or Text()
+
+
+def _is_status(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, (WorkflowStatus, StepStatus))
+
+
+_KINDS: Mapping[Any, TypeEngine[Any]] = {
+    UUID: sa.UUID(),
+    int: sa.Integer(),
+    float: sa.Float(),
+    bool: sa.Boolean(),
+    datetime: sa.DateTime(timezone=True),
+}
+
+
 def table(name: str, columns: Columns) -> sa.TableValuedAlias:
     """Make a batch a table, from one parameter that `filled` gives.
 
@@ -451,6 +500,12 @@ def end_or_compensate(
 def interval(seconds: Expression) -> Expression:
     """Make an interval of seconds; NULL stays NULL."""
     return pg.make_interval(*[ZERO] * 6, seconds)
+
+
+def text_columns(table: sa.FromClause, names: Iterable[str]) -> list[Expression]:
+    """Return columns of a table, those of JSON as text."""
+    columns = [table.c[each] for each in names]
+    return [sa.cast(each, Text).label(each.name) if isinstance(each.type, JSONB) else each for each in columns]
 
 
 def count_rows() -> sa.ColumnElement[int]:

@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
-from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     WORKFLOW,
@@ -38,22 +37,12 @@ from sqla_durable.store._rows import (
     table,
 )
 from sqla_durable.store.signals import END_COLUMNS, end_notices
-from sqla_durable.store.steps import CHECKPOINT, checkpoint_row, insert_of
+from sqla_durable.store.steps import CHECKPOINT, insert_of
+from sqla_durable.store.workflows import COMPLETION
 
 End: TypeAlias = Completion | Park
 
-_END: Columns = {
-    "id": sa.UUID(),
-    "token": sa.UUID(),
-    "status": Text(),
-    "output": Text(),
-    "error": Text(),
-    "delay": sa.Float(),
-    "awaits": JSONB(),
-    "checkpoints": sa.Integer(),
-    "holds": sa.Boolean(),
-    "has_notices": sa.Boolean(),
-}
+_END: Columns = {**COMPLETION.columns, "delay": sa.Float(), "awaits": JSONB(), "checkpoints": sa.Integer()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +60,7 @@ def write(connectable: Connectable, checkpoints: Sequence[Checkpoint] = (), ends
     of their ids, for as long as the statement's transaction.
     """
     counts = Counter(each.fence for each in checkpoints)
-    parameters = filled("batch", [checkpoint_row(each) for each in checkpoints])
+    parameters = filled("batch", [CHECKPOINT.row(each) for each in checkpoints])
     parameters |= filled("ending", [_end_row(each, counts[each.fence]) for each in ends])
     unwritten = Unwritten()
     for row in execute(connectable, _WRITE, parameters):
@@ -84,18 +73,18 @@ def write(connectable: Connectable, checkpoints: Sequence[Checkpoint] = (), ends
 
 
 def _end_row(end: End, checkpoints: int) -> dict[str, Any]:
-    fence = {**fence_row(end.fence), "checkpoints": checkpoints}
+    counted = {"checkpoints": checkpoints}
     match end:
         case Completion():
-            outcome = {"status": end.status.value, "output": end.output, "error": end.error}
-            return fence | outcome | {"holds": end.holds, "has_notices": end.has_notices}
+            return COMPLETION.row(end) | counted
         case Park():
             awaits = [each.to_json() for each in end.awaits] or None
-            return fence | {"status": WorkflowStatus.SUSPENDED.value, "delay": end.delay, "awaits": awaits}
+            suspended = {"status": WorkflowStatus.SUSPENDED.value, "delay": end.delay, "awaits": awaits}
+            return fence_row(end.fence) | suspended | counted
 
 
 def _write_statement() -> Any:
-    batch = sa.select(*table("batch", CHECKPOINT).c).cte("batch")
+    batch = sa.select(*table("batch", CHECKPOINT.columns).c).cte("batch")
     ending = sa.select(*table("ending", _END).c).cte("ending")
     mine = owned(sa.union(_fences(batch), _fences(ending)).subquery("fences"), skip_locked=True)
     recorded = insert_of(batch, mine).cte("recorded")

@@ -39,7 +39,7 @@ from sqla_durable.store._rows import (
 from sqla_durable.store.held import is_held, leaving
 from sqla_durable.store.keys import MOST_REPEATS
 from sqla_durable.store.signals import END_COLUMNS, end_notices
-from sqla_durable.store.starts import NEW, hidden_among, new_columns, new_row
+from sqla_durable.store.starts import NEW, hidden_among, new_columns
 from sqla_durable.store.steps import (
     GIVEN,
     checkpoint_columns,
@@ -99,7 +99,7 @@ def start(
         AttemptLost: the attempt no longer owns the workflow.
         KeyNotVisibleError: the workflow that has one of the keys cannot be seen; others may have been started.
     """
-    parameters = given_row(checkpoint) | filled("batch", [new_row(each) for each in children])
+    parameters = given_row(checkpoint) | filled("batch", [NEW.row(each) for each in children])
     parameters |= {"active": active, "undoes": undoes}
     for _ in range(MOST_REPEATS):
         found = outcome_in(execute(connectable, _START, parameters).one(), checkpoint.fence)
@@ -181,9 +181,9 @@ def _recorded(output: Any, source: Any) -> Any:
 
 
 def _start_statement() -> Any:
-    owned = own_row()
+    owned, given = own_row(), table("batch", NEW.columns)
     batch = materialized(
-        sa.select(*table("batch", NEW).c, pg.row_number().over(order_by=sa.literal_column("batch.id")).label("number")),
+        sa.select(*given.c, pg.row_number().over(order_by=given.c.id).label("number")),
         "new",
     )
     columns = new_columns(batch.c)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 from uuid import UUID
 
 import sqlalchemy as sa
 
-from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import WORKFLOW, Connectable, among, execute
+from sqla_durable.store._rows import WORKFLOW, Connectable, among, execute, text_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +28,11 @@ class Exported:
 
 def read(connectable: Connectable, workflow_ids: Sequence[UUID]) -> list[Exported]:
     """Read workflows, in the order of their ids. Takes no lock; those that are not there are left out."""
-    return [_exported(row) for row in execute(connectable, _READ, {"ids": list(workflow_ids)})]
-
-
-def _exported(row: sa.Row[Any]) -> Exported:
-    return Exported(row.id, row.name, row.version, row.status, row.attempt, row.input, row.output, row.error)
+    return [Exported(**row) for row in execute(connectable, _READ, {"ids": list(workflow_ids)}).mappings()]
 
 
 _READ = (
-    sa.select(
-        WORKFLOW.c.id,
-        WORKFLOW.c.name,
-        WORKFLOW.c.version,
-        WORKFLOW.c.status,
-        WORKFLOW.c.attempt,
-        sa.cast(WORKFLOW.c.input, Text).label("input"),
-        sa.cast(WORKFLOW.c.output, Text).label("output"),
-        sa.cast(WORKFLOW.c.error, Text).label("error"),
-    )
+    sa.select(*text_columns(WORKFLOW, [each.name for each in fields(Exported)]))
     .where(among(WORKFLOW.c.id))
     .order_by(WORKFLOW.c.id)
 )

@@ -10,11 +10,11 @@ from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     EVENT,
+    FENCE,
     IS_WANTED,
     SIGNAL,
     STEP,
     WORKFLOW,
-    Columns,
     Condition,
     Connectable,
     Fence,
@@ -36,7 +36,6 @@ from sqla_durable.store._rows import (
 from sqla_durable.store.held import leaving
 from sqla_durable.store.signals import ANSWER, CALLBACK, EARLIER, REFUSED, UPDATE
 
-_FENCE: Columns = {"id": sa.UUID(), "token": sa.UUID()}
 _SUSPENDED_FOR = 30  # seconds, after which the workflow is replayed if the second statement has not come
 _READ_WITHIN = 5  # seconds in which a sender who waits for an answer has read it, because it looks four times a second
 _CALLBACK: sa.ColumnElement[str] = words(CALLBACK)
@@ -68,7 +67,7 @@ def restart(connectable: Connectable, fence: Fence, *, given: str) -> bool:
 
 def _suspend_statement() -> Any:
     """Suspend the workflow until the second statement."""
-    mine = owned(table("batch", _FENCE), skip_locked=False)
+    mine = owned(table("batch", FENCE), skip_locked=False)
     wake_at = pg.statement_timestamp() + interval(integer(_SUSPENDED_FOR))
     return (
         sa.update(WORKFLOW)

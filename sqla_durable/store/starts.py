@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from datetime import timedelta
 from functools import lru_cache
 from operator import attrgetter
@@ -17,15 +18,14 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models import Workflow
-from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     WORKFLOW,
-    Columns,
     Condition,
     Connectable,
     Expression,
     NewWorkflow,
+    Shape,
     among,
     execute,
     filled,
@@ -38,47 +38,34 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.store.keys import MOST_REPEATS, not_visible, require_the_latest, sees_the_latest
 
-NEW: Columns = {
-    "id": sa.UUID(),
-    "name": Text(),
-    "key": Text(),
-    "queue": Text(),
-    "priority": sa.SmallInteger(),
-    "input": Text(),
-    "delay": sa.Float(),
-    "wake_at": sa.DateTime(timezone=True),
-    "parent_id": sa.UUID(),
-    "parent_key": Text(),
-    "detached": sa.Boolean(),
-    "headers": Text(),
-    "timeout": sa.Float(),
-    "deadline": sa.Float(),
-    "deadline_at": sa.DateTime(timezone=True),
-    "version": Text(),
-}
+
+class _NewShape(Shape[NewWorkflow]):
+    """The shape of a workflow to be started."""
+
+    def row(self, record: NewWorkflow) -> dict[str, Any]:
+        """Return it as a row; it may hold what JSON writes shorter without escapes."""
+        row = super().row(record)
+        given = [each for each in ("input", "headers") if row[each] is not None]
+        return row | {each: json.dumps(row[each], ensure_ascii=False) for each in given}
+
+
+NEW = _NewShape(NewWorkflow, priority=sa.SmallInteger())
 
 
 _DEFAULT_QUEUE = "default"  # of the column
 
-_DEFAULTS = ("id", "queue", "priority", "status", "attempt", "crashes", "created_at", "enqueued_at", "detached")
 
-_SHOWN = [WORKFLOW.c[each] for each in ("name", "key", *_DEFAULTS)]
+_DEFAULTED = [each for each in WORKFLOW.c if each.server_default is not None and each.name != "input"]
+_SHOWN = [WORKFLOW.c.name, WORKFLOW.c.key, *_DEFAULTED]
 """What is read of a workflow that has a key: no payload, which who starts workflows may have no right to read."""
 
-_OPTIONS: Mapping[str, Sequence[str]] = {
-    "key": ["key"],
-    "priority": ["priority"],
-    "delay": ["status", "wake_at"],
-    "wake_at": ["status", "wake_at"],
-    "parent_id": ["parent_id", "parent_key"],
-    "detached": ["detached"],
-    "headers": ["headers"],
-    "timeout": ["timeout"],
+_OPTIONS = [each.name for each in fields(NewWorkflow) if each.default is not MISSING]
+_COLUMNS_OF: Mapping[str, Sequence[str]] = {
+    "delay": ["wake_at", "status"],
+    "wake_at": ["wake_at", "status"],
     "deadline": ["deadline_at"],
-    "deadline_at": ["deadline_at"],
-    "version": ["version"],
 }
-"""The columns that are written only where a workflow has one of these options."""
+"""The columns in which an option is written, where they do not have its name."""
 
 _OPTIONS_OF = attrgetter(*_OPTIONS)
 
@@ -203,7 +190,7 @@ def _inserted(session: Session, workflows: Sequence[NewWorkflow], *, in_snapshot
     if not workflows:
         return {}
     statement = _insert_many(_given_by(workflows), in_snapshot=in_snapshot)
-    return {each: each for each in scalars(session, statement, filled("batch", [new_row(each) for each in workflows]))}
+    return {each: each for each in scalars(session, statement, filled("batch", [NEW.row(each) for each in workflows]))}
 
 
 def _known(session: Session, workflows: Sequence[NewWorkflow]) -> dict[UUID, UUID]:
@@ -212,61 +199,25 @@ def _known(session: Session, workflows: Sequence[NewWorkflow]) -> dict[UUID, UUI
 
 
 def _values(new: NewWorkflow) -> dict[str, Any]:
+    given = {name: value for name, value in zip(_OPTIONS, _OPTIONS_OF(new), strict=True) if value}
     values: dict[str, Any] = {"id": new.id, "name": new.name, "input": new.input}
-    if new.key is not None:
-        values["key"] = new.key
+    values |= {name: value for name, value in given.items() if name in WORKFLOW.c}
+    now = pg.statement_timestamp()
     if new.queue != _DEFAULT_QUEUE:
         values["queue"] = new.queue
-    if new.priority:
-        values["priority"] = new.priority
-    if new.version is not None:
-        values["version"] = new.version
-    if new.headers:
-        values["headers"] = new.headers
     if new.timeout is not None:
         values["timeout"] = timedelta(seconds=new.timeout)
-    if new.deadline_at is not None:
-        values["deadline_at"] = new.deadline_at
-    elif new.deadline is not None:
-        values["deadline_at"] = pg.statement_timestamp() + timedelta(seconds=new.deadline)
-    if new.wake_at is not None:
-        values |= {"status": WorkflowStatus.SUSPENDED, "wake_at": new.wake_at}
-    if new.parent_id is not None:
-        values |= {"parent_id": new.parent_id, "parent_key": new.parent_key}
-    if new.detached:
-        values["detached"] = True
-    if new.wake_at is None and new.delay is not None:
-        wake_at = pg.statement_timestamp() + timedelta(seconds=new.delay)
-        values |= {"status": WorkflowStatus.SUSPENDED, "wake_at": wake_at}
-    return values
+    if new.deadline is not None and new.deadline_at is None:
+        values["deadline_at"] = now + timedelta(seconds=new.deadline)
+    if new.delay is not None and new.wake_at is None:
+        values["wake_at"] = now + timedelta(seconds=new.delay)
+    return values | ({"status": WorkflowStatus.SUSPENDED} if "wake_at" in values else {})
 
 
 def _literal(name: str, value: Any) -> Expression:
     if isinstance(value, sa.ClauseElement):
         return as_type("Expression", value)
     return sa.literal(value, WORKFLOW.c[name].type)
-
-
-def new_row(new: NewWorkflow) -> dict[str, Any]:
-    """Give a workflow to be started as a row of `NEW`."""
-    return {
-        "id": new.id,
-        "name": new.name,
-        "key": new.key,
-        "queue": new.queue,
-        "priority": new.priority,
-        "input": json.dumps(new.input, ensure_ascii=False),
-        "delay": new.delay,
-        "wake_at": new.wake_at,
-        "parent_id": new.parent_id,
-        "parent_key": new.parent_key,
-        "detached": new.detached,
-        "headers": None if new.headers is None else json.dumps(new.headers, ensure_ascii=False),
-        "timeout": new.timeout,
-        "deadline": new.deadline,
-        "deadline_at": new.deadline_at,
-        "version": new.version,
-    }
 
 
 def _ids_by_key(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> dict[tuple[str, str | None], UUID]:
@@ -283,30 +234,22 @@ def new_columns(given: Any) -> dict[str, Any]:
     delayed = pg.statement_timestamp() + interval(given.delay)
     wake_at = sa.func.coalesce(given.wake_at, delayed)
     return {
-        "id": given.id,
-        "name": given.name,
-        "key": given.key,
-        "queue": given.queue,
-        "priority": given.priority,
+        **{each.name: given[each.name] for each in WORKFLOW.c if each.name in NEW.columns},
         "input": sa.cast(given.input, JSONB),
         "status": sa.case((wake_at.is_(None), WorkflowStatus.PENDING.value), else_=WorkflowStatus.SUSPENDED.value),
         "wake_at": wake_at,
-        "parent_id": given.parent_id,
-        "parent_key": given.parent_key,
-        "detached": given.detached,
         "headers": sa.cast(given.headers, JSONB),
         "timeout": interval(given.timeout),
         "deadline_at": sa.func.coalesce(given.deadline_at, pg.statement_timestamp() + interval(given.deadline)),
-        "version": given.version,
     }
 
 
 def _given_by(workflows: Sequence[NewWorkflow]) -> frozenset[str]:
     """Return the columns that are needed for these workflows: those of which all have the default are not written."""
     given = {"id", "name", "input"}
-    for columns, values in zip(_OPTIONS.values(), zip(*map(_OPTIONS_OF, workflows), strict=True), strict=True):
+    for name, values in zip(_OPTIONS, zip(*map(_OPTIONS_OF, workflows), strict=True), strict=True):
         if any(values):
-            given.update(columns)
+            given.update(_COLUMNS_OF.get(name, [name]))
     if {new.queue for new in workflows} != {_DEFAULT_QUEUE}:
         given.add("queue")
     return frozenset(given)
@@ -327,5 +270,5 @@ def _insert_many(given: frozenset[str], *, in_snapshot: bool) -> Any:
     )
 
 
-_BATCH = table("batch", NEW)
+_BATCH = table("batch", NEW.columns)
 _IS_UNKNOWN = ~sa.select(WORKFLOW.c.id).where(WORKFLOW.c.name == _BATCH.c.name, WORKFLOW.c.key == _BATCH.c.key).exists()

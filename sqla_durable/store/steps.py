@@ -23,12 +23,12 @@ from sqla_durable.store._rows import (
     STEP,
     WORKFLOW,
     Checkpoint,
-    Columns,
     Condition,
     Connectable,
     Expression,
     Fence,
     Recorded,
+    Shape,
     Verdict,
     among,
     execute,
@@ -49,20 +49,7 @@ from sqla_durable.store._rows import (
 )
 from sqla_durable.unwinding import AttemptLost
 
-CHECKPOINT: Columns = {
-    "id": sa.UUID(),
-    "token": sa.UUID(),
-    "key": Text(),
-    "name": Text(),
-    "position": sa.Integer(),
-    "status": Text(),
-    "output": Text(),
-    "error": Text(),
-    "attempt": sa.Integer(),
-    "attempts": sa.Integer(),
-    "elapsed": sa.Float(),
-    "delay": sa.Float(),
-}
+CHECKPOINT = Shape(Checkpoint, without=["value"])
 
 
 def record(session: Connectable, checkpoint: Checkpoint) -> Verdict:
@@ -109,7 +96,7 @@ def recorded_among(connectable: Connectable, checkpoints: Sequence[Checkpoint]) 
     What another attempt recorded under the key is not this one's: it has lost the workflow. And what an earlier try
     recorded is not this one's.
     """
-    rows = execute(connectable, _RECORDED_AMONG, filled("batch", [checkpoint_row(each) for each in checkpoints]))
+    rows = execute(connectable, _RECORDED_AMONG, filled("batch", [CHECKPOINT.row(each) for each in checkpoints]))
     return {(Fence(row.workflow_id, row.token), row.key) for row in rows}
 
 
@@ -136,23 +123,6 @@ def _recorded(row: sa.Row[Any]) -> Recorded:
     endless = 0.0 if row.status is StepStatus.RUNNING else float("inf")
     due_in = endless if row.due_in is None else float(row.due_in)
     return replace(found, age=float(row.age), due_in=due_in, details=row.details)
-
-
-def checkpoint_row(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Give a checkpoint as a row of `CHECKPOINT`."""
-    return {
-        **fence_row(checkpoint.fence),
-        "key": checkpoint.key,
-        "name": checkpoint.name,
-        "position": checkpoint.position,
-        "status": checkpoint.status.value,
-        "output": checkpoint.output,
-        "error": checkpoint.error,
-        "attempt": checkpoint.attempt,
-        "attempts": checkpoint.attempts,
-        "elapsed": checkpoint.elapsed,
-        "delay": checkpoint.delay,
-    }
 
 
 def own_row() -> sa.CTE:
@@ -200,7 +170,7 @@ def has_outcome() -> Condition:
 
 def given_row(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the parameters of `GIVEN`."""
-    return {_given(name): value for name, value in checkpoint_row(checkpoint).items()}
+    return {_given(name): value for name, value in CHECKPOINT.row(checkpoint).items()}
 
 
 def given_fence(fence: Fence, key: str | None = None) -> dict[str, Any]:
@@ -254,7 +224,7 @@ def _given(name: str) -> str:
     return f"given_{name}"  # the bare name of a column is reserved in INSERT
 
 
-GIVEN: dict[str, Expression] = {name: parameter(_given(name), kind) for name, kind in CHECKPOINT.items()}
+GIVEN: dict[str, Expression] = {name: parameter(_given(name), kind) for name, kind in CHECKPOINT.columns.items()}
 """One checkpoint as parameters."""
 
 
@@ -267,7 +237,7 @@ def mine(table: sa.FromClause = WORKFLOW) -> tuple[Condition, ...]:
     )
 
 
-def select_owned(columns: Mapping[str, Any]) -> sa.Select[Any]:
+def select_owned(columns: Mapping[str, Any]) -> Any:
     """Select columns from the workflow's row, locked in the same statement, if the attempt of `GIVEN` owns it.
 
     Without the lock a cancel or a reclaim could commit between this check and the commit.
@@ -281,7 +251,7 @@ def _record_statement(*more: Expression) -> Any:
 
 
 def _recorded_among_statement() -> Any:
-    batch = table("batch", CHECKPOINT)
+    batch = table("batch", CHECKPOINT.columns)
     # The same try of a step that is running has a row too, without a time.
     is_timed, has_time = batch.c.delay.is_not(None), STEP.c.wake_at.is_not(None)
     is_open = sa.or_(batch.c.delay.is_not(None), sa.and_(batch.c.output.is_(None), batch.c.error.is_(None)))

@@ -21,16 +21,17 @@ from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store._rows import (
     BEGINNING,
+    FENCE,
     IS_WANTED,
     LIMIT,
     ONE,
     SUSPECT,
     WORKFLOW,
-    Columns,
     Completion,
     Condition,
     Connectable,
     Fence,
+    Shape,
     Standing,
     beginning,
     connection_of,
@@ -49,8 +50,7 @@ from sqla_durable.store._rows import (
 from sqla_durable.store.parts import WHOLE, Part, Within, divided
 from sqla_durable.store.signals import END_COLUMNS, end_notices
 
-_FENCE: Columns = {"id": sa.UUID(), "token": sa.UUID()}
-_COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text(), "holds": sa.Boolean()}
+COMPLETION = Shape(Completion, without=["is_child"])
 
 
 # The one that was in the way was deleted between the two statements.
@@ -79,7 +79,7 @@ def not_found(session: Session, workflow_id: UUID) -> WorkflowNotFoundError:
 
 def finish(session: Session, completion: Completion) -> bool:
     """Record an outcome; wait for whoever holds the row. False: the attempt no longer owns the workflow."""
-    return scalar(session, _FINISH, filled("batch", [_completion_row(completion)])) is not None
+    return scalar(session, _FINISH, filled("batch", [COMPLETION.row(completion)])) is not None
 
 
 def lock(session: Session, fence: Fence) -> bool:
@@ -155,18 +155,8 @@ def other_versions(connectable: Connectable, *, queues: Sequence[str], versions:
     return sorted(scalars(connectable, found))
 
 
-def _completion_row(completion: Completion) -> dict[str, Any]:
-    return {
-        **fence_row(completion.fence),
-        "status": completion.status.value,
-        "output": completion.output,
-        "error": completion.error,
-        "holds": completion.holds,
-    }
-
-
 def _finish_statement() -> Any:
-    batch = table("batch", _COMPLETION)
+    batch = table("batch", COMPLETION.columns)
     mine = owned(batch, skip_locked=False)
     ended = (
         sa.update(WORKFLOW)
@@ -184,7 +174,7 @@ def _finish_statement() -> Any:
 
 
 def _release_statement(*, skip_locked: bool) -> Any:
-    mine = owned(table("batch", _FENCE), skip_locked=skip_locked)
+    mine = owned(table("batch", FENCE), skip_locked=skip_locked)
     return (
         sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == mine.c.id)
@@ -195,7 +185,7 @@ def _release_statement(*, skip_locked: bool) -> Any:
 
 def _still_owned_statement() -> Any:
     # Row by row, by the primary key: the index of what is running keeps dead entries while a snapshot is open.
-    batch = table("batch", _FENCE)
+    batch = table("batch", FENCE)
     found = (
         sa.select(WORKFLOW.c.status)
         .where(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token)
@@ -213,7 +203,7 @@ def _finished_by_statement() -> Any:
 
 
 def _of_attempts() -> Condition:
-    batch = table("batch", _FENCE)
+    batch = table("batch", FENCE)
     return sa.tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(sa.select(batch.c.id, batch.c.token))
 
 
@@ -256,7 +246,7 @@ def _wake_due_statement(within: Within) -> tuple[Any, Any]:
 
 
 _FINISH = _finish_statement()
-_LOCK = sa.select(owned(table("batch", _FENCE), skip_locked=False).c.id)
+_LOCK = sa.select(owned(table("batch", FENCE), skip_locked=False).c.id)
 _RELEASE = _release_statement(skip_locked=False)
 _RELEASE_UNLOCKED = _release_statement(skip_locked=True)
 _FINISHED_BY = _finished_by_statement()

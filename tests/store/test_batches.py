@@ -87,7 +87,7 @@ def test_a_batch_reads_no_table_from_end_to_end(engine: Engine, mode: str) -> No
         fill(session)
         fences = races.claimed_fences(engine, 50)
         checkpoints: list[Checkpoint] = [races.checkpoint(each) for each in fences]
-        parameters = filled("batch", [steps.checkpoint_row(each) for each in checkpoints])
+        parameters = filled("batch", [steps.CHECKPOINT.row(each) for each in checkpoints])
         ends = [batches._end_row(races.success(each), 1) for each in fences]  # pyright: ignore[reportPrivateUsage]
         session.execute(text("ANALYZE durable.step"))
         plan = explain(session, batches._WRITE, parameters | filled("ending", ends), mode=mode)  # pyright: ignore[reportPrivateUsage]
