@@ -370,7 +370,7 @@ class Shape(Generic[R]):
     def __init__(self, record: type[R], *, without: Collection[str] = (), **kinds: TypeEngine[Any]) -> None:
         hints = get_type_hints(record)
         wanted = {each.name: hints[each.name] for each in fields(record) if each.name not in without}
-        fence = FENCE if wanted.pop("fence", None) else {}
+        fence: Columns = FENCE if wanted.pop("fence", None) else {}
         self.columns: Columns = {**fence, **{name: kinds.get(name) or _kind_of(hint) for name, hint in wanted.items()}}
         paths = ["fence.workflow_id.hex", "fence.token.hex"] if fence else []
         paths += [f"{name}.value" if _is_status(hint) else name for name, hint in wanted.items()]

@@ -281,7 +281,7 @@ def _cancel_rest_statement() -> Any:
     tree = tree.union(sa.select(below.c.id).join(tree, below.c.parent_id == tree.c.id).where(~below.c.detached))
     unfinished = WORKFLOW.c.finished_at.is_(None)
     rest = materialized(
-        sa.select(WORKFLOW.c.id, pg.statement_timestamp().label("now"))
+        sa.select(WORKFLOW.c.id, pg.statement_timestamp().label("locked_at"))
         .where(WORKFLOW.c.id.in_(sa.select(tree.c.id)), unfinished)
         .order_by(WORKFLOW.c.id)
         .with_for_update(key_share=True, of=WORKFLOW),
@@ -296,7 +296,7 @@ def _cancel_rest_statement() -> Any:
             unfinished,
             sa.func.coalesce(WORKFLOW.c.cancellation, COMPENSATES) == COMPENSATES,
         )
-        .values(end_or_compensate(undone, WorkflowStatus.CANCELLED, reason=REQUESTED, now=rest.c.now))
+        .values(end_or_compensate(undone, WorkflowStatus.CANCELLED, reason=REQUESTED, now=rest.c.locked_at))
         .returning(*END_COLUMNS)
         .cte("cancelled")
     )

@@ -97,7 +97,7 @@ def _fail_statement(*conditions: Condition, limit: Any, skip_locked: bool) -> tu
         sa.select(
             WORKFLOW.c.id,
             WORKFLOW.c.worker_id,
-            pg.statement_timestamp().label("now"),
+            pg.statement_timestamp().label("locked_at"),
             error_object(TIMEOUT_TYPE, reason()).label("error"),
         )
         .where(is_overdue(), *conditions)
@@ -111,7 +111,7 @@ def _fail_statement(*conditions: Condition, limit: Any, skip_locked: bool) -> tu
         sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == overdue.c.id)
         .values(
-            end_or_compensate(compensates, WorkflowStatus.FAILED, reason=OVERDUE, now=overdue.c.now)
+            end_or_compensate(compensates, WorkflowStatus.FAILED, reason=OVERDUE, now=overdue.c.locked_at)
             | {
                 "token": sa.null(),
                 "error": sa.case((compensates, sa.null()), else_=overdue.c.error),

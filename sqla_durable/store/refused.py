@@ -54,7 +54,7 @@ def _fail_statement() -> tuple[Any, Any]:
     unfinished = materialized(
         sa.select(
             WORKFLOW.c.id,
-            pg.statement_timestamp().label("now"),
+            pg.statement_timestamp().label("locked_at"),
             error_object(REFUSED_TYPE, parameter("reason", Text())).label("error"),
         )
         .where(IS_WANTED, WORKFLOW.c.finished_at.is_(None))
@@ -67,7 +67,7 @@ def _fail_statement() -> tuple[Any, Any]:
         .values(
             status=WorkflowStatus.FAILED,
             error=unfinished.c.error,
-            finished_at=unfinished.c.now,
+            finished_at=unfinished.c.locked_at,
             token=sa.null(),
             wake_at=sa.null(),
             awaits=sa.null(),
