@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast as as_type
+
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -9,7 +11,7 @@ from datetime import datetime
 from enum import Enum, auto
 from operator import attrgetter
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, TypeAlias, TypeVar, get_args, get_type_hints
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -23,9 +25,6 @@ from sqla_durable.definitions.retry import mark_engine_error
 from sqla_durable.models import SCHEMA, Base, Workflow
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 WORKFLOW = Base.metadata.tables[f"{SCHEMA}.workflow"]
 STEP = Base.metadata.tables[f"{SCHEMA}.step"]
@@ -44,7 +43,7 @@ pg = sa.func.pg_catalog
 of several arrays.
 """
 
-R = TypeVar("R", bound="DataclassInstance")
+R = TypeVar("R")
 
 Connectable: TypeAlias = Session | sa.Connection
 """Where a statement is executed: a caller's session, or a connection of the engine's own."""
@@ -368,8 +367,8 @@ class Shape(Generic[R]):
     """
 
     def __init__(self, record: type[R], *, without: Collection[str] = (), **kinds: TypeEngine[Any]) -> None:
-        hints = get_type_hints(record)
-        wanted = {each.name: hints[each.name] for each in fields(record) if each.name not in without}
+        hints, dataclass = get_type_hints(record), as_type("Any", record)
+        wanted = {each.name: hints[each.name] for each in fields(dataclass) if each.name not in without}
         fence: Columns = FENCE if wanted.pop("fence", None) else {}
         self.columns: Columns = {**fence, **{name: kinds.get(name) or _kind_of(hint) for name, hint in wanted.items()}}
         paths = ["fence.workflow_id.hex", "fence.token.hex"] if fence else []

@@ -16,13 +16,17 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.store import Checkpoint, Claimed, Completion, Fence, NewWorkflow
-from sqla_durable.store import batches as batches
-from sqla_durable.store import crashes as crashes
-from sqla_durable.store import queues as queues
-from sqla_durable.store import starts as starts
-from sqla_durable.store import workers as workers
-from sqla_durable.store import workflows as workflows
+from sqla_durable.store import (
+    Checkpoint,
+    Claimed,
+    Completion,
+    Fence,
+    NewWorkflow,
+    batches,
+    queues,
+    starts,
+    workers,
+)
 from sqla_durable.store.look import look
 from tests.support.forged import forged
 

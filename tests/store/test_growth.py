@@ -21,6 +21,7 @@ from sqla_durable.store import (
     NewWorkflow,
     Origin,
     Park,
+    batches,
     callbacks,
     children,
     events,
@@ -91,7 +92,7 @@ def operations(update_id: int, child: UUID) -> dict[str, Operation]:
         return steps.record(session, new(fence, "new"))
 
     def batch(session: Session, fence: Fence) -> object:
-        return races.batches.write(session, [new(fence, "new")])
+        return batches.write(session, [new(fence, "new")])
 
     def suspended_and_delivered(session: Session, fence: Fence) -> None:
         races.end(session, [Park(fence, None, (Awaited(signal="approved"),))])

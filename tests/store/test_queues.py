@@ -10,7 +10,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Queue, Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Verdict, queues, steps
+from sqla_durable.store import Verdict, queues, steps, workflows
 from sqla_durable.store.queues import FRONT, Range
 from tests.store import races
 from tests.store.plans import explain, fill
@@ -97,7 +97,7 @@ def test_a_claim_is_not_hindered_by_an_open_transaction_that_refers_to_the_workf
         session.commit()
         assert steps.record(session, races.checkpoint(claimed.fence)) is Verdict.RECORDED
         session.commit()
-        assert races.workflows.finish(session, races.success(claimed.fence))
+        assert workflows.finish(session, races.success(claimed.fence))
         session.commit()
         caller.session.commit()
 
@@ -131,7 +131,7 @@ def test_names_and_queues_that_are_not_asked_for_stay(session_factory: sessionma
         races.enqueue(session, name="unknown")
         races.enqueue(session, queue="elsewhere")
         assert races.claim(session, 10) == []
-        assert races.workflows.unknown_names(session, queues=["default"], names=["checkout"]) == ["unknown"]
+        assert workflows.unknown_names(session, queues=["default"], names=["checkout"]) == ["unknown"]
 
 
 def test_versions_that_are_not_asked_for_stay_and_those_without_one_do_not(
@@ -141,11 +141,11 @@ def test_versions_that_are_not_asked_for_stay_and_those_without_one_do_not(
         for version in ("1", None, "2", "3"):
             races.enqueue(session, version=version)
         known = {"queues": ["default", "empty"], "versions": ["2", "4"]}
-        assert races.workflows.other_versions(session, **known) == ["1", "3"]
+        assert workflows.other_versions(session, **known) == ["1", "3"]
         assert len(races.claim(session, 10, versions=["2", "4"])) == 2
         assert len(races.claim(session, 10, versions=["4"])) == 0
         assert len(races.claim(session, 10)) == 2
-        assert races.workflows.other_versions(session, **known) == []
+        assert workflows.other_versions(session, **known) == []
 
 
 def test_a_paused_queue_is_passed_over_until_it_is_resumed(session_factory: sessionmaker[Session]) -> None:
@@ -169,7 +169,7 @@ def test_a_claim_brings_the_history_and_counts_from_the_first_start(session_fact
         (claimed,) = races.claim(session)
         started_at = session.query(Workflow.started_at).scalar()
         steps.record(session, races.checkpoint(claimed.fence, output='{"a": 1}'))
-        races.workflows.release(session, [claimed.fence])
+        workflows.release(session, [claimed.fence])
         session.commit()
         (again,) = races.claim(session)
         assert again.attempt == 1
