@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from sqla_durable.operations.attempt import Position
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.store import rounds
+from sqla_durable.store import continuations
 from sqla_durable.unwinding import AttemptLost, ContinuedAsNew
 
 
@@ -20,7 +20,7 @@ async def begin_anew(runtime: Runtime, position: Position, *, given: str) -> NoR
     """
     attempt = runtime.attempt
     await runtime.settle()
-    if not await runtime.execute(partial(rounds.restart, fence=attempt.fence, given=given)):
+    if not await runtime.execute(partial(continuations.continue_as_new, fence=attempt.fence, given=given)):
         raise AttemptLost(attempt.workflow_id)
     attempt.stop(ContinuedAsNew)
     raise ContinuedAsNew

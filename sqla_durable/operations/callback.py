@@ -32,7 +32,7 @@ from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.wait import GracePeriod
-from sqla_durable.store import Awaited, Recorded, callbacks, hints, signals
+from sqla_durable.store import Awaited, Recorded, callbacks, hints, inbox
 from sqla_durable.unwinding import AttemptLost
 
 _SECRET = 24  # bytes
@@ -79,7 +79,7 @@ class Made:
             nonce=nonce,
             token=None if made else token,
             # Refused as a name by `signal`: nobody sends it by chance.
-            signal=f"{signals.CALLBACK}{secrets.token_hex(8)}",
+            signal=f"{inbox.CALLBACK}{secrets.token_hex(8)}",
             timeout=None if within is None else within.total_seconds(),
             heartbeat=None if heartbeat is None else heartbeat.total_seconds(),
         )

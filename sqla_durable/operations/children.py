@@ -20,7 +20,7 @@ from sqla_durable.operations.outcome import raise_recorded
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.wait import GracePeriod, Source, at_once, received
 from sqla_durable.operations.workflow import Outcome
-from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, Standing, children, held, waits
+from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, WorkflowState, children, deferred, steps
 
 _UNBOUNDED = 2**31 - 1
 _SHOWN = 20  # errors of children in that of their map
@@ -189,7 +189,7 @@ class _Joining:
             released = await self._release(places) if places > 0 else []
             if not begun:
                 waiting = checkpoint_of(self._runtime.attempt, self._position, StepStatus.WAITING)
-                await self._runtime.execute(partial(waits.begin, checkpoint=waiting))
+                await self._runtime.execute(partial(steps.begin_wait, checkpoint=waiting))
                 begun = True
             wait = self._wait_for(found, released)
             if len(released) < places:  # somebody holds the others' rows, and nothing tells when he lets them go
@@ -200,11 +200,11 @@ class _Joining:
             await self._runtime.settle()
 
     async def _release(self, count: int) -> list[UUID]:
-        return await self._runtime.execute(partial(held.release, ids=self._ids, limit=count))
+        return await self._runtime.execute(partial(deferred.start_some, ids=self._ids, limit=count))
 
     async def _release_rest(self) -> None:
         checkpoint = checkpoint_of(self._runtime.attempt, self._position)
-        await self._runtime.execute(partial(held.release_rest, checkpoint=checkpoint, ids=self._ids))
+        await self._runtime.execute(partial(deferred.start_rest, checkpoint=checkpoint, ids=self._ids))
 
     @property
     def _label(self) -> str:
@@ -265,4 +265,4 @@ def _outcome(found: dict[str, Any]) -> Outcome:
     status = WorkflowStatus(found["status"])
     if status is WorkflowStatus.SUCCEEDED and output is None:
         output = "null"
-    return Outcome(Standing(UUID(found["id"]), found["name"], status, output, found["error"]))
+    return Outcome(WorkflowState(UUID(found["id"]), found["name"], status, output, found["error"]))

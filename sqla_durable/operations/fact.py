@@ -11,7 +11,7 @@ from sqla_durable.operations.attempt import Position
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.store import Recorded, waits
+from sqla_durable.store import Recorded, timers
 
 
 async def of_process(runtime: Runtime, position: Position, *, ask: Callable[[], Any], codec: Codec) -> Any:
@@ -28,7 +28,7 @@ async def of_database(runtime: Runtime, position: Position, *, codec: Codec) -> 
     try:
         recorded = runtime.attempt.recorded(position)
         if recorded is None:
-            moment = await runtime.execute(waits.now)
+            moment = await runtime.execute(timers.now)
             recorded = await _record(runtime, position, json.dumps(moment.isoformat()))
         return outcome_of(recorded, codec, runtime.attempt.errors)
     finally:

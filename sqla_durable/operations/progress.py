@@ -10,7 +10,7 @@ from sqla_durable.definitions.retry import first_line, is_about_data
 from sqla_durable.errors import EncodingError
 from sqla_durable.models.status import StepStatus
 from sqla_durable.operations.runtime import Runtime, StepCall
-from sqla_durable.store import Checkpoint, progress
+from sqla_durable.store import Checkpoint, steps
 
 INTERVAL = 1.0
 """Seconds between two statements of one step; what is reported in between replaces what waits."""
@@ -34,7 +34,7 @@ async def send(runtime: Runtime, call: StepCall) -> None:
         EncodingError: the database refuses the details.
     """
     reported = runtime.attempt.progress(call.position)
-    report = partial(progress.report, checkpoint=_running(runtime, call), details=reported.details)
+    report = partial(steps.report_progress, checkpoint=_running(runtime, call), details=reported.details)
     try:
         with reported.sending():
             await runtime.execute(report)

@@ -8,7 +8,7 @@ from sqla_durable.operations.attempt import Attempt, Position
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.raised import is_own_failure_of_workflow
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.store import sagas
+from sqla_durable.store import attempts
 
 
 async def begin(runtime: Runtime, position: Position) -> None:
@@ -18,7 +18,7 @@ async def begin(runtime: Runtime, position: Position) -> None:
         return
     await runtime.settle()
     checkpoint = checkpoint_of(attempt, position, output="null")
-    await runtime.execute(partial(sagas.begin, checkpoint=checkpoint))
+    await runtime.execute(partial(attempts.begin_saga, checkpoint=checkpoint))
     await runtime.record(checkpoint)
 
 

@@ -19,7 +19,7 @@ from sqla_durable.operations.attempt import Attempt, Position, Wait
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.store import Awaited, Checkpoint, Connectable, Recorded, hints, signals, waits
+from sqla_durable.store import Awaited, Checkpoint, Connectable, Recorded, hints, signals, steps
 
 _MOMENT = 1.0
 """What takes no longer than this, in seconds, is waited for in memory."""
@@ -220,7 +220,7 @@ class _Waiting:
         """Give for how long to wait; the row that says it outlives this attempt."""
         tried = self._runtime.attempt.tried(self._position)
         if tried is None:
-            begin = partial(waits.begin, checkpoint=self.checkpoint(StepStatus.WAITING), until=self._until)
+            begin = partial(steps.begin_wait, checkpoint=self.checkpoint(StepStatus.WAITING), until=self._until)
             due_in = await self._runtime.execute(begin)
         else:
             due_in, self._age = tried.due_in, tried.age

@@ -23,8 +23,8 @@ from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.patches import report
 from sqla_durable.operations.raised import failure_of_workflow, is_own_failure_of_workflow
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.store import Completion, Standing
-from sqla_durable.store.deadlines import TIMEOUT_TYPE
+from sqla_durable.store import Completion, WorkflowState
+from sqla_durable.store.failures import TIMEOUT_TYPE
 from sqla_durable.unwinding import CallRefused, Cancelling, ControlFlow
 
 # What the engine ends a workflow with, by the type that is recorded.
@@ -134,14 +134,14 @@ def signal_in(error: BaseException) -> ControlFlow | None:
 class Outcome:
     """The outcome of a finished workflow."""
 
-    standing: Standing
+    standing: WorkflowState
 
     @classmethod
     def of(cls, name: str, completion: Completion) -> Outcome:
         """Give the outcome that a completion records."""
         error = None if completion.error is None else json.loads(completion.error)
         workflow_id = completion.fence.workflow_id
-        return cls(Standing(workflow_id, name, completion.status, completion.output, error))
+        return cls(WorkflowState(workflow_id, name, completion.status, completion.output, error))
 
     def value(self, definition: WorkflowDefinition, *, find: Find | None = None) -> Any:
         """Return the workflow's result, or raise its error.

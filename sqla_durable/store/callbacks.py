@@ -17,13 +17,15 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import (
+from sqla_durable.store.inbox import first_keyed
+from sqla_durable.store.keys import require_the_latest, sees_the_latest
+from sqla_durable.store.records import Checkpoint
+from sqla_durable.store.statements import (
     ONE,
     SIGNAL,
     STEP,
     WORKFLOW,
     ZERO,
-    Checkpoint,
     Condition,
     Connectable,
     Expression,
@@ -34,11 +36,9 @@ from sqla_durable.store._rows import (
     parameter,
     pg,
     scalar,
-    words,
+    text_literal,
 )
-from sqla_durable.store.keys import require_the_latest, sees_the_latest
-from sqla_durable.store.signals import first_keyed
-from sqla_durable.store.steps import given_row, own_row
+from sqla_durable.store.steps import given_parameters, lock_given
 from sqla_durable.unwinding import AttemptLost
 
 NAME = "create_callback"
@@ -153,7 +153,7 @@ def expire(connectable: Connectable, checkpoint: Checkpoint, *, key: str) -> boo
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
     """
-    row = execute(connectable, _EXPIRE, given_row(checkpoint) | {"callback_key": key}).one()
+    row = execute(connectable, _EXPIRE, given_parameters(checkpoint) | {"callback_key": key}).one()
     if not row.owned:
         raise AttemptLost(checkpoint.fence.workflow_id)
     return bool(row.expired)
@@ -161,7 +161,7 @@ def expire(connectable: Connectable, checkpoint: Checkpoint, *, key: str) -> boo
 
 def is_callback() -> Condition:
     """Tell the record of a callback from those of other steps."""
-    return STEP.c.name == words(NAME)
+    return STEP.c.name == text_literal(NAME)
 
 
 def _made(name: str) -> Expression:
@@ -169,11 +169,11 @@ def _made(name: str) -> Expression:
 
 
 def _text_in(value: Expression, name: str) -> Expression:
-    return value.op("->>", return_type=Text())(words(name))
+    return value.op("->>", return_type=Text())(text_literal(name))
 
 
 def _json_in(value: Expression, name: str) -> Expression:
-    return sa.cast(value.op("->", return_type=JSONB())(words(name)), Text)
+    return sa.cast(value.op("->", return_type=JSONB())(text_literal(name)), Text)
 
 
 def _left(name: str, since: Expression) -> Expression:
@@ -196,8 +196,8 @@ def _due_in() -> Expression:
 
 
 def _due_to() -> Expression:
-    silent_first = _silent_in() < sa.func.coalesce(_timeout_in(), sa.cast(words("infinity"), sa.Float))
-    return sa.case((silent_first, words("heartbeat")), else_=words("timeout"))
+    silent_first = _silent_in() < sa.func.coalesce(_timeout_in(), sa.cast(text_literal("infinity"), sa.Float))
+    return sa.case((silent_first, text_literal("heartbeat")), else_=text_literal("timeout"))
 
 
 def _hold_statement() -> Any:
@@ -224,8 +224,8 @@ def _look_statement() -> Any:
         is_callback(),
         _made("signal") == sa.func.coalesce(wanted, _made("signal")),
     )
-    first = first_keyed(STEP.c.workflow_id, _made("signal"), words(OUTCOME), SIGNAL.c.payload).lateral("outcome")
-    outcome = sa.and_(first.c.name == _made("signal"), first.c.key == words(OUTCOME))
+    first = first_keyed(STEP.c.workflow_id, _made("signal"), text_literal(OUTCOME), SIGNAL.c.payload).lateral("outcome")
+    outcome = sa.and_(first.c.name == _made("signal"), first.c.key == text_literal(OUTCOME))
     return (
         sa.select(
             WORKFLOW.c.status,
@@ -254,7 +254,7 @@ def _insert_outcome(source: Any, *more: str) -> Any:
 
 def _answer_statement(*conditions: Condition) -> Any:
     given = parameter("owner_id", sa.UUID()), parameter("signal_name", Text()), json_parameter("payload")
-    return _insert_outcome(sa.select(*given, words(OUTCOME), sa.true()).where(*conditions))
+    return _insert_outcome(sa.select(*given, text_literal(OUTCOME), sa.true()).where(*conditions))
 
 
 def _beat_statement() -> Any:
@@ -267,7 +267,7 @@ def _beat_statement() -> Any:
 
 
 def _expire_statement() -> Any:
-    owned = own_row()
+    owned = lock_given()
     expired = materialized(
         sa.select(STEP.c.workflow_id, _made("signal").label("signal"), _due_to().label("due_to"))
         .join(owned, owned.c.id == STEP.c.workflow_id)
@@ -279,9 +279,9 @@ def _expire_statement() -> Any:
         .with_for_update(key_share=True, skip_locked=True, of=STEP),
         "expired",
     )
-    payload = pg.jsonb_build_object(words("expired"), expired.c.due_to)
+    payload = pg.jsonb_build_object(text_literal("expired"), expired.c.due_to)
     source = sa.select(
-        expired.c.workflow_id, expired.c.signal, payload, words(OUTCOME), sa.true(), pg.statement_timestamp()
+        expired.c.workflow_id, expired.c.signal, payload, text_literal(OUTCOME), sa.true(), pg.statement_timestamp()
     )
     written = _insert_outcome(source, "delivered_at").cte("written")
     return sa.select(_any(owned).label("owned"), _any(expired).label("expired")).add_cte(written)

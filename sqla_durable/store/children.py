@@ -14,42 +14,39 @@ import sqlalchemy as sa
 
 from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import (
+from sqla_durable.store.inbox import END_COLUMNS, end_notices, insert_orphan_notices, is_deferred
+from sqla_durable.store.keys import MOST_REPEATS
+from sqla_durable.store.records import Awaited, Checkpoint, NewWorkflow
+from sqla_durable.store.starts import NEW, hidden_among, new_columns
+from sqla_durable.store.statements import (
     COMPENSATES,
     ONE,
     REQUESTED,
     STEP,
     WORKFLOW,
-    Awaited,
-    Checkpoint,
     Connectable,
-    NewWorkflow,
-    among,
+    batch_parameter,
+    batch_table,
     count_rows,
     end_or_compensate,
     execute,
-    filled,
     insert_select,
+    is_among,
     materialized,
     parameter,
     pg,
-    status,
-    table,
+    status_literal,
 )
-from sqla_durable.store.held import is_held, leaving
-from sqla_durable.store.keys import MOST_REPEATS
-from sqla_durable.store.signals import END_COLUMNS, end_notices
-from sqla_durable.store.starts import NEW, hidden_among, new_columns
 from sqla_durable.store.steps import (
     GIVEN,
     checkpoint_columns,
-    given_row,
+    given_parameters,
     has_outcome,
-    insert_from,
-    mine,
+    insert_checkpoints,
+    is_owned,
+    lock_given,
     outcome_columns,
     outcome_in,
-    own_row,
 )
 from sqla_durable.unwinding import AttemptLost
 
@@ -99,7 +96,7 @@ def start(
         AttemptLost: the attempt no longer owns the workflow.
         KeyNotVisibleError: the workflow that has one of the keys cannot be seen; others may have been started.
     """
-    parameters = given_row(checkpoint) | filled("batch", [NEW.row(each) for each in children])
+    parameters = given_parameters(checkpoint) | batch_parameter("batch", [NEW.row(each) for each in children])
     parameters |= {"active": active, "undoes": undoes}
     for _ in range(MOST_REPEATS):
         found = outcome_in(execute(connectable, _START, parameters).one(), checkpoint.fence)
@@ -162,7 +159,7 @@ def cancel_rest(connectable: Connectable, checkpoint: Checkpoint, *, ids: Sequen
     cancelled = 0
     # Again until there is nothing: one of them may have started another child before its row was locked.
     while True:
-        row = execute(connectable, _CANCEL_REST, given_row(checkpoint) | {"ids": list(ids)}).one()
+        row = execute(connectable, _CANCEL_REST, given_parameters(checkpoint) | {"ids": list(ids)}).one()
         if not row.owned:
             raise AttemptLost(checkpoint.fence.workflow_id)
         if not row.cancelled:
@@ -171,17 +168,17 @@ def cancel_rest(connectable: Connectable, checkpoint: Checkpoint, *, ids: Sequen
 
 
 def _taken(connectable: Connectable, checkpoint: Checkpoint, statement: Any, more: dict[str, Any]) -> str | None:
-    return outcome_in(execute(connectable, statement, given_row(checkpoint) | more).one(), checkpoint.fence)
+    return outcome_in(execute(connectable, statement, given_parameters(checkpoint) | more).one(), checkpoint.fence)
 
 
 def _recorded(output: Any, source: Any) -> Any:
     """Record an output that a CTE gives, where it gives one."""
     columns = checkpoint_columns(GIVEN) | {"output": output}
-    return insert_from(columns, sa.select(*columns.values()).select_from(source)).returning(STEP.c.output)
+    return insert_checkpoints(columns, sa.select(*columns.values()).select_from(source)).returning(STEP.c.output)
 
 
 def _start_statement() -> Any:
-    owned, given = own_row(), table("batch", NEW.columns)
+    owned, given = lock_given(), batch_table("batch", NEW.columns)
     batch = materialized(
         sa.select(*given.c, pg.row_number().over(order_by=given.c.id).label("number")),
         "new",
@@ -213,7 +210,7 @@ def _start_statement() -> Any:
 
 
 def _take_outcome_statement() -> Any:
-    owned = own_row()
+    owned = lock_given()
     outcome = pg.jsonb_build_object(
         "id", WORKFLOW.c.id, "name", WORKFLOW.c.name, "status", WORKFLOW.c.status,
         "output", WORKFLOW.c.output, "error", WORKFLOW.c.error,
@@ -225,7 +222,7 @@ def _take_outcome_statement() -> Any:
 
 
 def _take_first_statement() -> Any:
-    owned = own_row()
+    owned = lock_given()
     first = (
         sa.select(pg.to_jsonb(WORKFLOW.c.id).label("value"))
         .where(_wanted(), WORKFLOW.c.finished_at.is_not(None))
@@ -237,13 +234,13 @@ def _take_first_statement() -> Any:
 
 
 def _wanted() -> Any:
-    return among(WORKFLOW.c.id)
+    return is_among(WORKFLOW.c.id)
 
 
 def _progress_statement() -> Any:
     finished = WORKFLOW.c.finished_at.is_not(None)
-    succeeded = WORKFLOW.c.status == status(WorkflowStatus.SUCCEEDED)
-    active = sa.and_(~finished, ~is_held())
+    succeeded = WORKFLOW.c.status == status_literal(WorkflowStatus.SUCCEEDED)
+    active = sa.and_(~finished, ~is_deferred())
     place = pg.row_number().over(partition_by=active, order_by=WORKFLOW.c.id)
     seen = materialized(
         sa.select(
@@ -251,7 +248,7 @@ def _progress_statement() -> Any:
             (WORKFLOW.c.parent_id == _PARENT).label("own"),
             finished.label("finished"),
             sa.and_(finished, ~succeeded).label("failed"),
-            is_held().label("held"),
+            is_deferred().label("held"),
             active.label("active"),
             place.label("place"),
         ).where(_wanted()),
@@ -274,7 +271,7 @@ def _awaited_statement() -> Any:
 
 def _cancel_rest_statement() -> Any:
     # Not locked: it may come after its children in the order of ids.
-    owner = materialized(sa.select(WORKFLOW.c.id).where(*mine()), "owner")
+    owner = materialized(sa.select(WORKFLOW.c.id).where(*is_owned()), "owner")
     own = WORKFLOW.c.parent_id.in_(sa.select(owner.c.id))
     tree = sa.select(WORKFLOW.c.id).where(_wanted(), own, ~WORKFLOW.c.detached).cte("tree", recursive=True)
     below = WORKFLOW.alias("below")
@@ -303,7 +300,7 @@ def _cancel_rest_statement() -> Any:
     count = sa.select(count_rows()).select_from(cancelled).scalar_subquery()
     answer = sa.select(sa.select(owner.c.id).exists().label("owned"), count.label("cancelled"))
     # To their parent too: while this waited for a row, another attempt may have taken it over, and wait.
-    return answer.add_cte(*end_notices(cancelled), leaving(cancelled).cte("left"))
+    return answer.add_cte(*end_notices(cancelled), insert_orphan_notices(cancelled).cte("left"))
 
 
 _START = _start_statement()

@@ -14,16 +14,15 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import (
+from sqla_durable.store.records import Checkpoint, Origin
+from sqla_durable.store.statements import (
     EVENT,
     IS_WANTED,
     ONE,
     STEP,
     WANTED_ID,
     WORKFLOW,
-    Checkpoint,
     Connectable,
-    Origin,
     execute,
     insert_select,
     json_parameter,
@@ -35,13 +34,13 @@ from sqla_durable.store._rows import (
 from sqla_durable.store.steps import (
     GIVEN,
     checkpoint_columns,
-    given_fence,
-    given_row,
-    insert_from,
+    given_fence_parameters,
+    given_parameters,
+    insert_checkpoints,
+    lock_given,
     outcome_columns,
     outcome_in,
-    own_row,
-    select_owned,
+    select_from_owned,
 )
 from sqla_durable.store.workflows import not_found
 from sqla_durable.unwinding import AttemptLost
@@ -63,7 +62,7 @@ def record(connectable: Connectable, checkpoint: Checkpoint, *, key: str, value:
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
     """
-    parameters = given_row(checkpoint) | {"event_key": key, "event_value": value}
+    parameters = given_parameters(checkpoint) | {"event_key": key, "event_value": value}
     if not scalar(connectable, _RECORD, parameters):
         raise AttemptLost(checkpoint.fence.workflow_id)
 
@@ -74,7 +73,7 @@ def put(connectable: Connectable, origin: Origin, *, key: str, value: str) -> No
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
     """
-    parameters = given_fence(origin.fence, origin.step_key)
+    parameters = given_fence_parameters(origin.fence, origin.step_key)
     if scalar(connectable, _PUT, parameters | {"event_key": key, "event_value": value}) is None:
         raise AttemptLost(origin.fence.workflow_id)
 
@@ -100,7 +99,7 @@ def take(connectable: Connectable, checkpoint: Checkpoint, *, workflow_id: UUID,
     Raises:
         AttemptLost: the attempt no longer owns its workflow.
     """
-    parameters = given_row(checkpoint) | {"wanted_id": workflow_id, "event_key": key}
+    parameters = given_parameters(checkpoint) | {"wanted_id": workflow_id, "event_key": key}
     row = execute(connectable, _TAKE, parameters).one()
     found = outcome_in(row, checkpoint.fence)
     return None if row.status is None else Latest(found, row.status)
@@ -116,9 +115,11 @@ def _columns() -> dict[str, Any]:
 
 
 def _record_statement() -> Any:
-    owned = own_row()
+    owned = lock_given()
     checkpoint = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id}
-    recorded = insert_from(checkpoint, sa.select(*checkpoint.values())).returning(STEP.c.workflow_id).cte("recorded")
+    recorded = (
+        insert_checkpoints(checkpoint, sa.select(*checkpoint.values())).returning(STEP.c.workflow_id).cte("recorded")
+    )
     columns = {"workflow_id": recorded.c.workflow_id, **_columns()}
     event = insert_select(EVENT, columns, sa.select(*columns.values()))
     return sa.select(sa.select(owned.c.id).exists()).add_cte(event.returning(EVENT.c.id).cte("event"))
@@ -126,7 +127,7 @@ def _record_statement() -> Any:
 
 def _put_statement() -> Any:
     columns = {"workflow_id": WORKFLOW.c.id, **_columns()}
-    return insert_select(EVENT, columns, select_owned(columns)).returning(EVENT.c.id)
+    return insert_select(EVENT, columns, select_from_owned(columns)).returning(EVENT.c.id)
 
 
 def _newest() -> Any:
@@ -143,9 +144,9 @@ def _newest() -> Any:
 
 
 def _take_statement() -> Any:
-    owned, newest = own_row(), materialized(_newest(), "newest")
+    owned, newest = lock_given(), materialized(_newest(), "newest")
     columns = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id, "output": newest.c.value}
-    recorded = insert_from(columns, sa.select(*columns.values()).select_from(owned.join(newest, sa.true())))
+    recorded = insert_checkpoints(columns, sa.select(*columns.values()).select_from(owned.join(newest, sa.true())))
     taken = recorded.returning(STEP.c.output).cte("taken")
     standing = sa.select(WORKFLOW.c.status).where(IS_WANTED)
     return sa.select(

@@ -19,7 +19,8 @@ from sqlalchemy.orm import Session
 from sqla_durable.models import Workflow
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import StepStatus
-from sqla_durable.store._rows import (
+from sqla_durable.store.selection import Selection
+from sqla_durable.store.statements import (
     EVENT,
     ONE,
     STEP,
@@ -28,25 +29,24 @@ from sqla_durable.store._rows import (
     ZERO,
     Condition,
     Expression,
-    among,
+    batch_parameter,
+    batch_table,
     execute,
-    filled,
     insert_select,
+    is_among,
+    is_open_step,
     json_parameter,
     materialized,
+    merge_record,
     next_attempt,
     parameter,
     pg,
-    record_of,
+    reset_cancellation,
     scalars,
-    status,
-    still_compensates,
-    table,
-    unfinished,
+    status_literal,
 )
-from sqla_durable.store.selection import Wanted
 
-_SUCCEEDED = status(StepStatus.SUCCEEDED)
+_SUCCEEDED = status_literal(StepStatus.SUCCEEDED)
 _SOURCES = parameter("sources", ARRAY(sa.UUID()))
 _STANDING = {"status", "output", "error", "crashes", "token", "worker_id", "wake_at", "awaits", "finished_at"}
 _NOT_COPIED = _STANDING | {"created_at", "enqueued_at", "parent_id", "parent_key", "detached"}
@@ -69,11 +69,11 @@ class Change:
         return list(dict.fromkeys([*([] if self.from_step is None else [self.from_step]), *self.outcomes]))
 
 
-def sources(session: Session, wanted: Wanted) -> dict[UUID, str]:
+def sources(session: Session, wanted: Selection) -> dict[UUID, str]:
     """Give the workflows that there are, in the order of their ids, with their names."""
     rows = execute(
         session,
-        sa.select(WORKFLOW.c.id, WORKFLOW.c.name).where(among(WORKFLOW.c.id, wanted.ids)).order_by(WORKFLOW.c.id),
+        sa.select(WORKFLOW.c.id, WORKFLOW.c.name).where(is_among(WORKFLOW.c.id, wanted.ids)).order_by(WORKFLOW.c.id),
     )
     return {row.id: row.name for row in rows}
 
@@ -82,13 +82,13 @@ def find(session: Session, name: str, key: str) -> Workflow | None:
     """Give the record that has this name and key."""
     statement = sa.select(*WORKFLOW.c).where(WORKFLOW.c.name == name, WORKFLOW.c.key == key)
     row = execute(session, statement).mappings().one_or_none()
-    return None if row is None else record_of(session, row)
+    return None if row is None else merge_record(session, row)
 
 
 def records(session: Session, ids: Sequence[UUID]) -> list[Workflow]:
     """Give records in the order of the ids."""
-    rows = execute(session, sa.select(*WORKFLOW.c).where(among(WORKFLOW.c.id, ids))).mappings()
-    by_id = {row["id"]: record_of(session, row) for row in rows}
+    rows = execute(session, sa.select(*WORKFLOW.c).where(is_among(WORKFLOW.c.id, ids))).mappings()
+    by_id = {row["id"]: merge_record(session, row) for row in rows}
     return [by_id[each] for each in ids]
 
 
@@ -105,9 +105,9 @@ def copy(session: Session, ids: Mapping[UUID, UUID], change: Change) -> set[UUID
         "new_queue": change.queue,
         "from_step": change.from_step,
     }
-    parameters |= filled("batch", [{"source": source.hex, "id": new.hex} for source, new in ids.items()])
-    parameters |= filled("outcome", [{"key": key, "value": value} for key, value in change.outcomes.items()])
-    parameters |= filled("needed", [{"key": key} for key in change.steps])
+    parameters |= batch_parameter("batch", [{"source": source.hex, "id": new.hex} for source, new in ids.items()])
+    parameters |= batch_parameter("outcome", [{"key": key, "value": value} for key, value in change.outcomes.items()])
+    parameters |= batch_parameter("needed", [{"key": key} for key in change.steps])
     return set(scalars(session, _COPY, parameters))
 
 
@@ -125,8 +125,8 @@ def _copy_statement() -> Any:
 
 def _cut() -> sa.CTE:
     """Give the workflows with the position from which on nothing is copied; none if one lacks a step."""
-    batch = table("batch", {"source": sa.UUID(), "id": sa.UUID()})
-    needed = table("needed", {"key": Text()})
+    batch = batch_table("batch", {"source": sa.UUID(), "id": sa.UUID()})
+    needed = batch_table("needed", {"key": Text()})
     same = sa.and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == needed.c.key)
     lacking = (
         sa.select(batch.c.id)
@@ -140,8 +140,8 @@ def _cut() -> sa.CTE:
 
 def _copied(cut: sa.CTE) -> sa.CTE:
     """Give the outcomes before the cut, and those that are given."""
-    outcome = table("outcome", {"key": Text(), "value": Text()})
-    before = sa.and_(~unfinished(), STEP.c.position < cut.c.position)
+    outcome = batch_table("outcome", {"key": Text(), "value": Text()})
+    before = sa.and_(~is_open_step(), STEP.c.position < cut.c.position)
     replaced = outcome.c.key.is_not(None)
     columns = [each for each in STEP.c if each.name not in ("workflow_id", "status", "output", "error", "wake_at")]
     rows = (
@@ -175,7 +175,7 @@ def _insert_workflows(cut: sa.CTE, copied: sa.CTE) -> Any:
         "started_at": sa.case((attempts.is_not(None), now)),  # only what was started before has a history to be read
         "deadline_at": now + WORKFLOW.c.timeout,
         "forked_from": cut.c.source,
-        "cancellation": still_compensates(),
+        "cancellation": reset_cancellation(),
         "version": sa.func.coalesce(parameter("new_version", Text()), WORKFLOW.c.version),
     }
     columns = {each.name: each for each in WORKFLOW.c if each.name not in _NOT_COPIED} | changed

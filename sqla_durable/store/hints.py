@@ -21,7 +21,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 from sqla_durable.models import SCHEMA
 from sqla_durable.models.column_types import Text
-from sqla_durable.store._rows import pg
+from sqla_durable.store.statements import pg
 
 Hint: TypeAlias = tuple[str, str]
 
@@ -45,10 +45,8 @@ class Kind(StrEnum):
 LATE = f"{Kind.LATE}:"
 """The payload of a hint for every worker: to look at all there is, from the beginning of each index."""
 
-
 SENT = f"{Kind.SENT}:"
 """The payload of a hint for every worker: to deliver what was sent."""
-
 
 _KINDS = frozenset(each.value for each in Kind)
 _PREFIX = "sqla_durable."

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models.column_types import Text
-from sqla_durable.store._rows import Condition, pg, scalar, words
+from sqla_durable.store.statements import Condition, pg, scalar, text_literal
 
 MOST_REPEATS = 5
 """How often an insert and a search under a key are repeated: between the two, the row may be deleted."""
@@ -24,8 +24,8 @@ class SnapshotKept(Exception):
 
 def sees_the_latest() -> Condition:
     """Return the condition that each statement of the transaction has a snapshot of its own."""
-    setting: sa.ColumnElement[str] = words("transaction_isolation")
-    return pg.current_setting(setting, type_=Text()) == words("read committed")
+    setting: sa.ColumnElement[str] = text_literal("transaction_isolation")
+    return pg.current_setting(setting, type_=Text()) == text_literal("read committed")
 
 
 def require_the_latest(session: Session) -> None:

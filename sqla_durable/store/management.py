@@ -1,6 +1,7 @@
-"""The statements that put workflows back into their queues: resume, retry, rewind.
+"""The statements of operators: resume, retry, rewind; cancel and delete, which concern the tree under a workflow.
 
-They lock rows in the order of ids until the caller commits. Cancel and delete are in `trees`, copies in `forks`.
+They lock rows in the order of ids until the caller commits. A tree is followed through whatever is in it, down to what
+is detached: what is finished may have children that go on. Copies are made by `forks`.
 """
 
 from __future__ import annotations
@@ -13,70 +14,92 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import ArgumentError
+from sqla_durable.models import Workflow
 from sqla_durable.models.column_types import Text
-from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.store._rows import (
+from sqla_durable.models.status import FINISHED, StepStatus, WorkflowStatus
+from sqla_durable.store.deferred import report_orphans, start_all_of
+from sqla_durable.store.failures import REFUSED_TYPE, TIMEOUT_TYPE
+from sqla_durable.store.inbox import EARLIER, END_COLUMNS, REFUSED, end_notices, insert_orphan_notices
+from sqla_durable.store.selection import (
+    Selection,
+    ids_to_refresh,
+    lock,
+    lock_selected,
+    still_meant,
+    still_wanted,
+    workers_of,
+)
+from sqla_durable.store.statements import (
+    COMPENSATES,
     EVENT,
+    REQUESTED,
     SIGNAL,
     STEP,
     STREAM_ITEM,
     WORKFLOW,
     Condition,
     Expression,
-    among,
+    bind_arguments,
     execute,
+    is_among,
+    must_compensate,
     next_attempt,
     pg,
-    refresh_known,
+    refresh_loaded,
+    reset_cancellation,
     scalars,
-    status,
-    still_compensates,
-    words,
+    status_literal,
+    text_literal,
 )
-from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
-from sqla_durable.store.deadlines import TIMEOUT_TYPE
-from sqla_durable.store.held import leave
-from sqla_durable.store.refused import REFUSED_TYPE
-from sqla_durable.store.selection import Wanted, hold, known, workers_of
-from sqla_durable.store.signals import EARLIER, REFUSED
-from sqla_durable.store.trees import hold_cancelled_with, is_not_undone
+from sqla_durable.store.workers import MAX_ATTEMPTS_TYPE
 
 _STOPPED = sa.and_(
     WORKFLOW.c.token.is_(None),  # one that failed by itself keeps its token, whatever its error is
-    WORKFLOW.c.error["type"].astext.in_(words(each) for each in (MAX_ATTEMPTS_TYPE, REFUSED_TYPE, TIMEOUT_TYPE)),
+    WORKFLOW.c.error["type"].astext.in_(text_literal(each) for each in (MAX_ATTEMPTS_TYPE, REFUSED_TYPE, TIMEOUT_TYPE)),
 )
 _SHOWN_KEYS = 20
+_COMPENSATION = {
+    "cancellation": REQUESTED,
+    "status": WorkflowStatus.PENDING,
+    "attempt": next_attempt(),
+    "token": sa.null(),
+    "worker_id": sa.null(),
+    "wake_at": sa.null(),
+    "awaits": sa.null(),
+    "enqueued_at": pg.statement_timestamp(),
+}
+_UNFINISHED = sorted(set(WorkflowStatus) - FINISHED)
 
 
-def resume(session: Session, wanted: Wanted) -> list[UUID]:
+def resume(session: Session, wanted: Selection) -> list[UUID]:
     """Enqueue those of the workflows that were cancelled or stopped for their crashes or deadlines; give the ids.
 
     With those of their trees that were cancelled with them. Their histories stand, and their crashes are forgiven.
     Waits for whoever holds a row.
     """
-    stopped = sa.and_(WORKFLOW.c.status == status(WorkflowStatus.FAILED), _STOPPED)
-    cancelled = sa.and_(WORKFLOW.c.status == status(WorkflowStatus.CANCELLED), is_not_undone())
-    held = hold_cancelled_with(session, wanted, sa.or_(cancelled, stopped))
+    stopped = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.FAILED), _STOPPED)
+    cancelled = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.CANCELLED), is_not_compensated())
+    held = lock_cancelled_with(session, wanted, sa.or_(cancelled, stopped))
     return _enqueue(session, wanted, held)
 
 
-def retry(session: Session, wanted: Wanted) -> list[UUID]:
+def retry(session: Session, wanted: Selection) -> list[UUID]:
     """Enqueue those of the workflows that failed by themselves, without what made them fail; give the ids.
 
     Not those with a saga: what is recorded of them may have been undone.
     """
     failed = sa.and_(
-        WORKFLOW.c.status == status(WorkflowStatus.FAILED), sa.not_(_STOPPED), WORKFLOW.c.cancellation.is_(None)
+        WORKFLOW.c.status == status_literal(WorkflowStatus.FAILED), sa.not_(_STOPPED), WORKFLOW.c.cancellation.is_(None)
     )
-    held = hold(session, wanted, lambda meant: sa.and_(meant, failed))
+    held = lock_selected(session, wanted, lambda meant: sa.and_(meant, failed))
     if held:
         gone = sa.and_(_of(STEP, held), STEP.c.workflow_id == WORKFLOW.c.id, _made_it_fail())
         execute(session, sa.delete(STEP).where(gone))
-        _give_back(session, held)
+        _unconsume(session, held)
     return _enqueue(session, wanted, held)
 
 
-def rewind(session: Session, wanted: Wanted, *, to_step: str) -> tuple[list[UUID], set[UUID]]:
+def rewind(session: Session, wanted: Selection, *, to_step: str) -> tuple[list[UUID], set[UUID]]:
     """Enqueue the workflows without that step and what they called after it.
 
     Returns:
@@ -85,17 +108,17 @@ def rewind(session: Session, wanted: Wanted, *, to_step: str) -> tuple[list[UUID
     Raises:
         ArgumentError: one of them has no record of that step; nothing is changed.
     """
-    held = hold(session, wanted, lambda meant: meant)
+    held = lock_selected(session, wanted, lambda meant: meant)
     refuse_unrecorded(session, held, [to_step], verb="rewound")
     workers = workers_of(session, held)
     if held:
         cut = STEP.alias("cut")
         here = sa.and_(cut.c.workflow_id == STEP.c.workflow_id, cut.c.key == sa.literal(to_step, Text()))
         execute(session, sa.delete(STEP).where(_of(STEP, held), here, STEP.c.position >= cut.c.position))
-        _hide(session, held)
-        _give_back(session, held)
-        leave(session, held)
-    return _enqueue(session, wanted, held, cancellation=still_compensates()), workers
+        _delete_published(session, held)
+        _unconsume(session, held)
+        report_orphans(session, held)
+    return _enqueue(session, wanted, held, cancellation=reset_cancellation()), workers
 
 
 def refuse_unrecorded(session: Session, ids: Sequence[UUID], keys: Sequence[str], *, verb: str) -> None:
@@ -126,7 +149,93 @@ def renewed_deadline() -> Expression:
     return sa.case((WORKFLOW.c.deadline_at <= now, now + WORKFLOW.c.timeout), else_=WORKFLOW.c.deadline_at)
 
 
-def _enqueue(session: Session, wanted: Wanted, held: Sequence[UUID], **more: Any) -> list[UUID]:
+def lock_unfinished_trees(session: Session, wanted: Selection) -> tuple[list[UUID], bool]:
+    """Lock what is unfinished of the trees under those of the workflows that are; give the ids that are to change.
+
+    Returns:
+        The ids, and whether they are all: False if an attempt has started another child before its row was locked.
+        To lock that one now, behind rows whose ids come after its own, may deadlock with whoever locks in the order of
+        ids: let go of the rows, and begin again.
+    """
+    held = lock(session, _unfinished_of(is_among(WORKFLOW.c.id, wanted.ids)))
+    if not held:
+        return [], True
+    meant = _unfinished_of(
+        sa.and_(is_among(WORKFLOW.c.id, still_wanted(session, wanted)), is_among(WORKFLOW.c.id, held))
+    )
+    found = list(scalars(session, sa.select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id)))
+    return found, set(found) <= set(held)
+
+
+def cancel(session: Session, held: Sequence[UUID], wanted: Selection) -> bool:
+    """Cancel the workflows, whose rows are locked, and tell the parents that may wait for them.
+
+    Returns:
+        Whether some of them are enqueued, to undo what they did.
+    """
+    enqueued = False
+    outcome = {
+        "status": WorkflowStatus.CANCELLED,
+        "finished_at": pg.statement_timestamp(),
+        "wake_at": sa.null(),
+        "awaits": sa.null(),
+    }
+    if held:
+        # What may have something to undo is enqueued, for a worker that has the code to undo it.
+        undone = sa.and_(is_among(WORKFLOW.c.id, held), WORKFLOW.c.cancellation == COMPENSATES)
+        enqueue = sa.update(WORKFLOW).where(undone).values(_COMPENSATION).returning(WORKFLOW.c.id)
+        enqueued = bool(scalars(session, enqueue).all())
+        at_once = sa.and_(is_among(WORKFLOW.c.id, held), WORKFLOW.c.cancellation.is_(None))
+        ended = sa.update(WORKFLOW).where(at_once).values(outcome).returning(*END_COLUMNS).cte("ended")
+        notices = *end_notices(ended), insert_orphan_notices(ended).cte("left")
+        scalars(session, sa.select(ended.c.id).add_cte(*notices)).all()
+    refresh_loaded(session, ids_to_refresh(wanted, held))
+    return enqueued
+
+
+def lock_cancelled_with(session: Session, wanted: Selection, condition: Condition) -> list[UUID]:
+    """Lock those of the workflows that fit a condition, and what of their trees was cancelled together with them."""
+    cancelled = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.CANCELLED), is_not_compensated())
+
+    def meant(roots: Condition) -> Condition:
+        tree = _tree(sa.and_(roots, condition), WORKFLOW.c.finished_at.label("moment"))
+        together = sa.and_(cancelled, WORKFLOW.c.finished_at == tree.c.moment)
+        found = sa.select(WORKFLOW.c.id).join(tree, tree.c.id == WORKFLOW.c.id).where(sa.or_(tree.c.is_root, together))
+        return WORKFLOW.c.id.in_(found)
+
+    return lock_selected(session, wanted, meant)
+
+
+def is_not_compensated() -> Condition:
+    """Tell what was cancelled from what has undone besides what it did: nothing can go on from there."""
+    return WORKFLOW.c.cancellation.is_distinct_from(REQUESTED)
+
+
+def lock_deletable_trees(session: Session, wanted: Selection) -> list[UUID]:
+    """Lock the trees of those of the workflows whose trees are finished to the last one; give the ids of all of it."""
+    deletable = _deletable_trees(is_among(WORKFLOW.c.id, wanted.ids))
+    child = WORKFLOW.alias("left")
+    # A detached child is written too: it loses its parent.
+    written = sa.union(deletable, sa.select(child.c.id).where(child.c.parent_id.in_(deletable)))
+    held = lock(session, WORKFLOW.c.id.in_(written))
+    if not held:
+        return []
+    still = sa.and_(is_among(WORKFLOW.c.id, still_wanted(session, wanted)), is_among(WORKFLOW.c.id, held))
+    return still_meant(session, held, WORKFLOW.c.id.in_(_deletable_trees(still)))
+
+
+def delete(session: Session, ids: Sequence[UUID]) -> None:
+    """Delete the workflows with everything that is theirs, and tell the session of those that it knows.
+
+    Children that they hold, which are detached, are let go: nobody could do that later.
+    """
+    start_all_of(session, ids)
+    statement = sa.delete(Workflow).where(is_among(WORKFLOW.c.id, ids))
+    options = {"synchronize_session": "fetch"}
+    session.execute(statement, execution_options=options, bind_arguments=bind_arguments())
+
+
+def _enqueue(session: Session, wanted: Selection, held: Sequence[UUID], **more: Any) -> list[UUID]:
     """Enqueue the workflows, whose rows are locked, as their next attempts; with values of more columns."""
     again = {
         "status": WorkflowStatus.PENDING,
@@ -145,14 +254,14 @@ def _enqueue(session: Session, wanted: Wanted, held: Sequence[UUID], **more: Any
     }
     if held:
         scalars(
-            session, sa.update(WORKFLOW).where(among(WORKFLOW.c.id, held)).values(again).returning(WORKFLOW.c.id)
+            session, sa.update(WORKFLOW).where(is_among(WORKFLOW.c.id, held)).values(again).returning(WORKFLOW.c.id)
         ).all()
-    refresh_known(session, known(wanted, held))
+    refresh_loaded(session, ids_to_refresh(wanted, held))
     return list(held)
 
 
 def _of(table: sa.FromClause, ids: Sequence[UUID]) -> Condition:
-    return among(table.c.workflow_id, ids)
+    return is_among(table.c.workflow_id, ids)
 
 
 def _made_it_fail() -> Condition:
@@ -161,34 +270,34 @@ def _made_it_fail() -> Condition:
     It has got over a failed step if it went on: if it began another one after that, which succeeded. Unless it failed
     with that step's error all the same, after cleaning up. Tries that were left are begun anew.
     """
-    failed = STEP.c.status == status(StepStatus.FAILED)
+    failed = STEP.c.status == status_literal(StepStatus.FAILED)
     later = STEP.alias("later")
     went_on = sa.select(later.c.key).where(
         later.c.workflow_id == STEP.c.workflow_id,
-        later.c.status == status(StepStatus.SUCCEEDED),
+        later.c.status == status_literal(StepStatus.SUCCEEDED),
         later.c.position > STEP.c.position,
         later.c.started_at >= STEP.c.finished_at,
     )
     raised = sa.and_(failed, sa.or_(~went_on.exists(), STEP.c.position == _last_shown_in_error()))
-    return sa.or_(raised, STEP.c.status == status(StepStatus.RETRYING))
+    return sa.or_(raised, STEP.c.status == status_literal(StepStatus.RETRYING))
 
 
 def _last_shown_in_error() -> Any:
     """Give the position of the last failed step whose error is the workflow's, its cause, or one of its group."""
     each = STEP.alias("each")
     kind = pg.split_part(each.c.error["type"].astext, ":", 2, type_=Text())
-    message = sa.func.coalesce(each.c.error["message"].astext, words(""))
-    line = sa.case((message == words(""), kind), else_=kind + words(": ") + message)
-    shown = pg.strpos(sa.func.coalesce(WORKFLOW.c.error["traceback"].astext, words("")), line) > 0
+    message = sa.func.coalesce(each.c.error["message"].astext, text_literal(""))
+    line = sa.case((message == text_literal(""), kind), else_=kind + text_literal(": ") + message)
+    shown = pg.strpos(sa.func.coalesce(WORKFLOW.c.error["traceback"].astext, text_literal("")), line) > 0
     same = sa.and_(
         each.c.error["type"] == WORKFLOW.c.error["type"], each.c.error["message"] == WORKFLOW.c.error["message"]
     )
-    of_failed = sa.and_(each.c.workflow_id == WORKFLOW.c.id, each.c.status == status(StepStatus.FAILED))
+    of_failed = sa.and_(each.c.workflow_id == WORKFLOW.c.id, each.c.status == status_literal(StepStatus.FAILED))
     last: sa.Select[Any] = sa.select(pg.max(each.c.position)).where(of_failed, sa.or_(same, shown))
     return last.correlate(WORKFLOW).scalar_subquery()
 
 
-def _hide(session: Session, held: Sequence[UUID]) -> None:
+def _delete_published(session: Session, held: Sequence[UUID]) -> None:
     """Take back what steps without a record have shown; not what those of earlier rounds have."""
     began = sa.select(WORKFLOW.c.begun_anew_at)
     for shown in (EVENT, STREAM_ITEM):
@@ -197,10 +306,11 @@ def _hide(session: Session, held: Sequence[UUID]) -> None:
         execute(session, sa.delete(shown).where(_of(shown, held), _has_no_step(shown, shown.c.step_key), this_round))
 
 
-def _give_back(session: Session, held: Sequence[UUID]) -> None:
+def _unconsume(session: Session, held: Sequence[UUID]) -> None:
     """Put back into the inbox what steps without a record have consumed."""
     gone = sa.and_(
-        _has_no_step(SIGNAL, SIGNAL.c.consumed_by), SIGNAL.c.consumed_by.not_in([words(REFUSED), words(EARLIER)])
+        _has_no_step(SIGNAL, SIGNAL.c.consumed_by),
+        SIGNAL.c.consumed_by.not_in([text_literal(REFUSED), text_literal(EARLIER)]),
     )
     consumed = sa.update(SIGNAL).where(_of(SIGNAL, held), gone)
     execute(session, consumed.values(consumed_by=sa.null()))
@@ -209,3 +319,28 @@ def _give_back(session: Session, held: Sequence[UUID]) -> None:
 def _has_no_step(table: sa.FromClause, key: Expression) -> Condition:
     step = sa.select(STEP.c.key).where(STEP.c.workflow_id == table.c.workflow_id, STEP.c.key == key)
     return sa.and_(key.is_not(None), ~step.exists())
+
+
+def _unfinished_of(roots: Condition) -> Condition:
+    """Return the condition of what a cancel changes: unfinished workflows, without those that compensate already."""
+    open_ones = sa.or_(*(WORKFLOW.c.status == status_literal(each) for each in _UNFINISHED))
+    tree = _tree(sa.and_(roots, open_ones))
+    return sa.and_(WORKFLOW.c.id.in_(sa.select(tree.c.id)), open_ones, ~must_compensate())
+
+
+def _deletable_trees(roots: Condition) -> sa.Select[tuple[UUID]]:
+    """Give the trees that are finished, except those whose parent may still ask for their outcome."""
+    parent, member = WORKFLOW.alias("parent"), WORKFLOW.alias("member")
+    asked = sa.select(parent.c.id).where(parent.c.id == WORKFLOW.c.parent_id, parent.c.finished_at.is_(None)).exists()
+    free = sa.or_(WORKFLOW.c.detached, ~asked)
+    tree = _tree(sa.and_(roots, WORKFLOW.c.finished_at.is_not(None), free), WORKFLOW.c.id.label("root_id"))
+    going_on = sa.select(tree.c.root_id).join(member, member.c.id == tree.c.id).where(member.c.finished_at.is_(None))
+    return sa.select(tree.c.id).where(tree.c.root_id.not_in(going_on))
+
+
+def _tree(roots: Condition, *carried: sa.Label[Any]) -> sa.CTE:
+    """Give the trees under the roots, with a column of the root in each row."""
+    tree = sa.select(WORKFLOW.c.id, sa.true().label("is_root"), *carried).where(roots).cte("tree", recursive=True)
+    child = WORKFLOW.alias("child")
+    below = sa.select(child.c.id, sa.false(), *(tree.c[each.name] for each in carried))
+    return tree.union(below.join(tree, child.c.parent_id == tree.c.id).where(~child.c.detached))

@@ -1,4 +1,4 @@
-"""Finds out whether the tables of this package are in the session's database, and which migration made them.
+"""Where a session finds our tables, and whether they fit this package; what depends on the driver.
 
 The name of the migration is the comment of the workflow table, because that travels on every route: our own
 migrations, an application's autogenerate, and `metadata.create_all`.
@@ -17,10 +17,9 @@ from sqlalchemy.pool import Pool
 
 from sqla_durable.errors import SchemaMissingError, SchemaNewerError, SchemaOlderError, SessionError
 from sqla_durable.models import REVISION, SCHEMA
-from sqla_durable.store._rows import bind_arguments, connection_of, execute, pg, soon_over
+from sqla_durable.store.statements import bind_arguments, connection_of, execute, limit_idle_time, pg
 
 _MIGRATE = f"Run `alembic upgrade heads` with a revision that calls sqla_durable.migrations.upgrade({REVISION!r})"
-
 _fitting: WeakKeyDictionary[Pool, set[str]] = WeakKeyDictionary()
 
 
@@ -88,13 +87,37 @@ def schema_of(session: Session) -> str:
 
 def end_idle(connection: sa.Connection) -> None:
     """Let the server end this transaction if it is idle for long; see `soon_over`."""
-    connection.execute(sa.select(soon_over()))
+    connection.execute(sa.select(limit_idle_time()))
 
 
 def is_read_committed(connection: sa.Connection) -> bool:
     """Tell whether statements by themselves are READ COMMITTED, as nearly everywhere."""
     default: str = connection.execute(sa.select(pg.current_setting("default_transaction_isolation"))).scalar_one()
     return default == "read committed"
+
+
+def alone(engine: sa.Engine) -> sa.Engine:
+    """Give an engine whose statements are each a transaction of their own, in one round trip.
+
+    But for asyncpg: it prepares a statement in one round trip and executes it in another, and a pooler in transaction
+    mode may give the two to different server processes. Its statements are in transactions as usual.
+    """
+    return engine if engine.dialect.driver == "asyncpg" else engine.execution_options(isolation_level="AUTOCOMMIT")
+
+
+def keeps_statements(connection: sa.Connection) -> bool:
+    """Tell whether the driver keeps prepared statements; executes nothing.
+
+    Who has turned that off has a pooler in transaction mode in between, behind which no notification arrives.
+    """
+    match connection.dialect.driver:
+        case "psycopg":
+            return getattr(connection.connection.driver_connection, "prepare_threshold", 0) is not None
+        case "asyncpg":
+            # SQLAlchemy's own cache, which `prepared_statement_cache_size=0` turns off; it has no public name.
+            return getattr(connection.connection.dbapi_connection, "_prepared_statement_cache", 0) is not None
+        case _:
+            return True
 
 
 def _look(session: Session, schema: str) -> sa.Row[Any]:

@@ -17,7 +17,7 @@ from sqlalchemy.sql.selectable import SelectStatementGrouping
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import WORKFLOW, Condition, among, execute, scalars, status
+from sqla_durable.store.statements import WORKFLOW, Condition, execute, is_among, scalars, status_literal
 
 Query: TypeAlias = "sa.Select[Any] | sa.CompoundSelect[Any]"
 
@@ -28,7 +28,7 @@ _VERSION: sa.ColumnElement[int] = sa.literal_column("CAST(CAST(xmin AS text) AS 
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Selection:
     """The workflows that a verb is about.
 
     Attributes:
@@ -42,7 +42,7 @@ class Wanted:
     versions: Mapping[UUID, int] | None = None
 
 
-def evaluate(session: Session, query: Query) -> Wanted:
+def evaluate(session: Session, query: Query) -> Selection:
     """Evaluate a select, in one statement that takes no lock of its own.
 
     Raises:
@@ -52,10 +52,10 @@ def evaluate(session: Session, query: Query) -> Wanted:
     meant = _ids_in(query).cte().prefix_with("MATERIALIZED")
     seen = sa.select(WORKFLOW.c.id, _VERSION).where(WORKFLOW.c.id.in_(sa.select(*meant.c)))
     versions = {row.id: row.version for row in execute(session, seen)}
-    return Wanted(list(versions), query, versions)
+    return Selection(list(versions), query, versions)
 
 
-def hold(session: Session, wanted: Wanted, meant: Callable[[Condition], Condition]) -> list[UUID]:
+def lock_selected(session: Session, wanted: Selection, meant: Callable[[Condition], Condition]) -> list[UUID]:
     """Lock the workflows that are meant, in the order of their ids, then look again; return those still meant.
 
     Waits for whoever holds a row. What was claimed, finished or moved meanwhile may no longer be meant: in one
@@ -64,8 +64,8 @@ def hold(session: Session, wanted: Wanted, meant: Callable[[Condition], Conditio
     Args:
         meant: makes the condition of the verb, of one that says which workflows are wanted.
     """
-    held = lock(session, meant(among(WORKFLOW.c.id, wanted.ids)))
-    return look_again(session, held, meant(among(WORKFLOW.c.id, still_wanted(session, wanted)))) if held else []
+    held = lock(session, meant(is_among(WORKFLOW.c.id, wanted.ids)))
+    return still_meant(session, held, meant(is_among(WORKFLOW.c.id, still_wanted(session, wanted)))) if held else []
 
 
 def lock(session: Session, meant: Condition) -> list[UUID]:
@@ -74,14 +74,14 @@ def lock(session: Session, meant: Condition) -> list[UUID]:
     return list(scalars(session, locked))
 
 
-def look_again(session: Session, held: Sequence[UUID], meant: Condition) -> list[UUID]:
+def still_meant(session: Session, held: Sequence[UUID], meant: Condition) -> list[UUID]:
     """Give those of the locked workflows that are meant as they are now, in the order of their ids."""
     return list(
-        scalars(session, sa.select(WORKFLOW.c.id).where(among(WORKFLOW.c.id, held), meant).order_by(WORKFLOW.c.id))
+        scalars(session, sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, held), meant).order_by(WORKFLOW.c.id))
     )
 
 
-def still_wanted(session: Session, wanted: Wanted) -> Sequence[UUID]:
+def still_wanted(session: Session, wanted: Selection) -> Sequence[UUID]:
     """Return the ids without those of rows that were changed since the select gave them, and no longer fit it.
 
     Only a row that was changed is compared with the select again, without its LIMIT and OFFSET: of others it could
@@ -90,24 +90,24 @@ def still_wanted(session: Session, wanted: Wanted) -> Sequence[UUID]:
     if wanted.query is None or not wanted.versions:
         return wanted.ids
     versions = wanted.versions
-    today = execute(session, sa.select(WORKFLOW.c.id, _VERSION).where(among(WORKFLOW.c.id, wanted.ids)))
+    today = execute(session, sa.select(WORKFLOW.c.id, _VERSION).where(is_among(WORKFLOW.c.id, wanted.ids)))
     changed = {row.id for row in today if row.version != versions[row.id]}
     if not changed:
         return wanted.ids
     again = _ids_in(wanted.query.limit(None).offset(None))
     fitting = set(
-        scalars(session, sa.select(WORKFLOW.c.id).where(among(WORKFLOW.c.id, [*changed]), WORKFLOW.c.id.in_(again)))
+        scalars(session, sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, [*changed]), WORKFLOW.c.id.in_(again)))
     )
     return [each for each in wanted.ids if each not in changed or each in fitting]
 
 
 def workers_of(session: Session, held: Sequence[UUID]) -> set[UUID]:
     """Give the workers that are executing these workflows, whose rows are locked."""
-    running = sa.and_(among(WORKFLOW.c.id, held), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
+    running = sa.and_(is_among(WORKFLOW.c.id, held), WORKFLOW.c.status == status_literal(WorkflowStatus.RUNNING))
     return set(scalars(session, sa.select(WORKFLOW.c.worker_id).where(running).distinct())) if held else set()
 
 
-def known(wanted: Wanted, changed: Iterable[UUID]) -> set[UUID]:
+def ids_to_refresh(wanted: Selection, changed: Iterable[UUID]) -> set[UUID]:
     """Give the ids of the records that the caller will look at: those given by id, and those that were changed."""
     return {*changed, *(wanted.ids if wanted.query is None else ())}
 

@@ -13,9 +13,7 @@ found by `renotify`, now and then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
@@ -25,61 +23,47 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import (
+from sqla_durable.store.inbox import (
+    CHILD,
+    ORPHANS,
+    first_keyed,
+    first_untaken,
+    insert_notices,
+    is_notice,
+    is_undelivered,
+    send_statement,
+    take_by,
+    take_statement,
+)
+from sqla_durable.store.keys import require_the_latest
+from sqla_durable.store.records import Checkpoint
+from sqla_durable.store.statements import (
+    ALL,
     BEGINNING,
     IS_WANTED,
     LIMIT,
     ONE,
     SIGNAL,
-    STEP,
     WORKFLOW,
-    ZERO,
-    Checkpoint,
     Condition,
     Connectable,
     Expression,
-    among,
-    beginning,
+    Restriction,
+    Subset,
     count_rows,
     execute,
     has_status,
-    insert_select,
-    json_parameter,
+    is_among,
     materialized,
     parameter,
     pg,
     scalar,
     scalars,
-    status,
-    words,
+    status_literal,
+    subset_forms,
+    text_literal,
 )
-from sqla_durable.store.keys import require_the_latest, sees_the_latest
-from sqla_durable.store.parts import WHOLE, Part, Within, divided
-from sqla_durable.store.steps import (
-    GIVEN,
-    checkpoint_columns,
-    given_row,
-    has_outcome,
-    insert_from,
-    outcome_columns,
-    outcome_in,
-    own_row,
-)
-
-PARKED, CHILD, LEFT = "#parked", "#child", "#left"
-"""Names of rows that the engine sends to itself; the last one is for `held`."""
-
-CALLBACK = "#callback:"
-"""What the names of signals that are outcomes of callbacks begin with."""
-
-UPDATE, ANSWER = "#update:", "#reply:"
-"""What the names of signals that are updates begin with, and the keys of events that are answers."""
-
-REFUSED, EARLIER = "#refused", "#earlier"
-"""Stands for the step that has consumed it, where none ever will."""
-
-END_COLUMNS = (WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits)
-"""What a statement that ends or suspends workflows returns, for `end_notices`."""
+from sqla_durable.store.steps import GIVEN
 
 _WOKEN: dict[str, Any] = {
     "status": WorkflowStatus.PENDING,
@@ -90,35 +74,9 @@ _WOKEN: dict[str, Any] = {
 """What becomes of a suspended workflow that goes on."""
 
 
-@dataclass(frozen=True, slots=True)
-class WaitedFor:
-    """What a suspended workflow waits for, and the names of the senders' signals that nobody has taken."""
-
-    signals: Sequence[str]
-    waits_for_children: bool
-    wake_at: datetime | None
-    untaken: Sequence[str]
-
-
-def waited_for(session: Session, workflow_id: UUID) -> WaitedFor | None:
-    """Return what a workflow waits for; None if it is not suspended. Takes no lock."""
-    row = execute(session, _WAITING_FOR, {"wanted_id": workflow_id}).one_or_none()
-    if row is None:
-        return None
-    awaits: list[dict[str, Any]] = row.awaits or []
-    names = [each["signal"] for each in awaits if "signal" in each]
-    return WaitedFor(names, any("children" in each for each in awaits), row.wake_at, row.untaken or [])
-
-
-def standings(session: Session, workflow_ids: Sequence[UUID]) -> Mapping[UUID, WorkflowStatus]:
-    """Give the statuses of those of the workflows that there are."""
-    rows = execute(session, _STANDINGS, {"ids": list(workflow_ids)})
-    return {row.id: row.status for row in rows}
-
-
-def known(session: Session, workflow_ids: Sequence[UUID], *, name: str, key: str) -> set[UUID]:
+def sent_with_key(session: Session, workflow_ids: Sequence[UUID], *, name: str, key: str) -> set[UUID]:
     """Return those of the workflows to which a signal of this name and key was sent, taken or not. Takes no lock."""
-    return set(scalars(session, _KNOWN, {"ids": list(workflow_ids), "signal_name": name, "signal_key": key}))
+    return set(scalars(session, _SENT_WITH_KEY, {"ids": list(workflow_ids), "signal_name": name, "signal_key": key}))
 
 
 def send(session: Session, workflow_ids: Sequence[UUID], *, name: str, payload: str, key: str | None) -> None:
@@ -154,16 +112,7 @@ def take(connectable: Connectable, checkpoint: Checkpoint, *, name: str) -> str 
     return take_by(connectable, _TAKE, checkpoint, {"signal_name": name})
 
 
-def take_by(connectable: Connectable, statement: Any, checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> str | None:
-    """Execute a statement of `taking`; give what is recorded, or None if there is nothing to take; JSON text.
-
-    Raises:
-        AttemptLost: the attempt no longer owns the workflow.
-    """
-    return outcome_in(execute(connectable, statement, {**given_row(checkpoint), **wanted}).one(), checkpoint.fence)
-
-
-def deliver(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Part = WHOLE) -> tuple[int, int]:
+def deliver(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Subset = ALL) -> tuple[int, int]:
     """Look at the receivers of new signals, and wake those that wait for what is there; give how many of both.
 
     Receivers whose rows somebody holds are passed over, and so is what was sent before `since`.
@@ -181,12 +130,12 @@ def wake_one(session: Session, workflow_id: UUID) -> None:
     execute(session, _WAKE_ONE, {"wanted_id": workflow_id})
 
 
-def receivers(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Part = WHOLE) -> list[UUID]:
+def receivers(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Subset = ALL) -> list[UUID]:
     """Return the ids of the receivers that this would look at."""
     return part.found(connectable, _RECEIVERS, {"limit": limit, "since": since})
 
 
-def renotify(connectable: Connectable, *, after: UUID, limit: int, part: Part = WHOLE) -> UUID | None:
+def renotify(connectable: Connectable, *, after: UUID, limit: int, part: Subset = ALL) -> UUID | None:
     """Leave notices to those that wait for what is there already, among the next `limit` in the order of their ids.
 
     For children that an application's own SQL has deleted or ended, which leaves no notice. Takes no lock. The notices
@@ -200,160 +149,9 @@ def renotify(connectable: Connectable, *, after: UUID, limit: int, part: Part = 
     return found
 
 
-def waiting(connectable: Connectable, *, after: UUID, limit: int, part: Part = WHOLE) -> list[UUID]:
+def waiting(connectable: Connectable, *, after: UUID, limit: int, part: Subset = ALL) -> list[UUID]:
     """Return the ids of those that this would look at."""
     return part.found(connectable, _WAITING, {"after": after, "limit": limit})
-
-
-def asking(ended: sa.CTE) -> Any:
-    """Insert what those that were suspended ask for, and what children that have ended leave to their parents.
-
-    To a parent that is finished too: it may be retried in a transaction that this statement does not see. Of several
-    children of one parent, one notice. And where there is a column `holds`, what those that have ended leave of the
-    children that they hold.
-    """
-    finished = ended.c.finished_at.is_not(None)
-    source: Any = (
-        sa.select(
-            sa.case((finished, ended.c.parent_id), else_=ended.c.id),
-            sa.case((finished, CHILD), else_=PARKED),
-            sa.true(),
-        )
-        .where(sa.or_(ended.c.awaits.is_not(None), sa.and_(finished, ended.c.parent_id.is_not(None))))
-        .distinct()
-    )
-    if "holds" in ended.c:
-        source = sa.union_all(source, sa.select(ended.c.id, words(LEFT), sa.true()).where(finished, ended.c.holds))
-    return noting(source)
-
-
-def end_notices(ended: sa.CTE, *conditions: Condition) -> tuple[sa.CTE, sa.CTE]:
-    """Return what belongs to each end: the notices that it leaves, and that it needs none any more.
-
-    Args:
-        ended: returns the `END_COLUMNS` of workflows that have ended or were suspended.
-        conditions: on the workflows whose own notices are deleted.
-    """
-    return asking(ended).cte("asked"), deleting_notices(ended, *conditions).cte("cleared")
-
-
-def noting(source: Any) -> Any:
-    """Insert notices of the engine's own: of each the workflow, the name, and true."""
-    columns = ["workflow_id", "name", "is_notice"]
-    return insert_select(SIGNAL, columns, source).returning(SIGNAL.c.id)
-
-
-def deleting_notices(ended: sa.FromClause, *conditions: Condition) -> Any:
-    """Make the statement that deletes the notices to workflows that have ended, which nothing wakes any more."""
-    # None of them is ever taken: the index of what is not taken leads past all that the workflow has taken.
-    theirs = sa.and_(SIGNAL.c.workflow_id == ended.c.id, SIGNAL.c.consumed_by.is_(None), _engine_s_own())
-    return sa.delete(SIGNAL).where(theirs, ended.c.finished_at.is_not(None), *conditions).returning(SIGNAL.c.id)
-
-
-def is_new(begin: str = "since") -> Condition:
-    """Return the condition for a signal that is not delivered, among those sent since the parameter named `begin`."""
-    return sa.and_(SIGNAL.c.delivered_at.is_(None), SIGNAL.c.created_at >= beginning(begin))
-
-
-def _engine_s_own() -> Condition:
-    return SIGNAL.c.name.in_([words(PARKED), words(CHILD)])
-
-
-def sending(*, in_snapshot: bool = False, is_update: bool = False) -> Any:
-    """Make a statement that inserts a signal for each of some workflows, unless its key is known; returns their ids.
-
-    Where the transaction keeps a snapshot, one with a key is inserted by the statement made for that only.
-    """
-    key = parameter("signal_key", Text())
-    source = sa.select(
-        pg.unnest(parameter("ids", ARRAY(sa.UUID()))),
-        parameter("signal_name", Text()),
-        key,
-        json_parameter("payload"),
-    )
-    source = source if in_snapshot else source.where(sa.or_(key.is_(None), sees_the_latest()))
-    columns = ["workflow_id", "name", "key", "payload"]
-    if is_update:
-        source, columns = source.add_columns(sa.true()), [*columns, "is_update"]
-    return (
-        insert_select(SIGNAL, columns, source)
-        .on_conflict_do_nothing(index_elements=["workflow_id", "name", "key"], index_where=SIGNAL.c.key.is_not(None))
-        .returning(SIGNAL.c.id)
-    )
-
-
-def first_untaken(workflow_id: Expression, name: Expression, *columns: Expression) -> Any:
-    """Select the first signal, from a name on, that nobody has taken: whoever reads it compares its name.
-
-    In the order of the index of what is untaken, which is the only one that gives it. Were the name compared here, the
-    primary key would have the same order, and all that was ever taken would be read; so does a plan without an order,
-    while the table is small or has no statistics.
-    """
-    return (
-        sa.select(SIGNAL.c.workflow_id, SIGNAL.c.name, SIGNAL.c.id, *columns)
-        .where(SIGNAL.c.workflow_id == workflow_id, SIGNAL.c.name >= name, SIGNAL.c.consumed_by.is_(None))
-        .order_by(SIGNAL.c.name, SIGNAL.c.id)
-        .limit(ONE)
-    )
-
-
-def first_keyed(
-    workflow_id: Expression,
-    name: Expression,
-    key: Expression,
-    *columns: Expression,
-) -> Any:
-    """Select the first signal that has a key, from a name and key on: whoever reads it compares both.
-
-    In the order of the index of keys, for the same reason.
-    """
-    return (
-        sa.select(SIGNAL.c.id, SIGNAL.c.name, SIGNAL.c.key, *columns)
-        .where(SIGNAL.c.workflow_id == workflow_id, SIGNAL.c.key.is_not(None))
-        .where(sa.tuple_(SIGNAL.c.name, SIGNAL.c.key) >= sa.tuple_(name, key))
-        .order_by(SIGNAL.c.name, SIGNAL.c.key)
-        .limit(ONE)
-    )
-
-
-def is_untaken() -> Condition:
-    """Return whether nobody has taken a signal that is found by its id.
-
-    In words that match no index's condition: the primary key leads to one row, the index of what is untaken to many.
-    """
-    return pg.num_nonnulls(SIGNAL.c.consumed_by) == ZERO
-
-
-def taking(wanted: sa.FromClause, output: Callable[[sa.CTE], Expression], *conditions: Condition) -> Any:
-    """Make a statement that takes the signal that is wanted, and records it as the outcome of a step.
-
-    Args:
-        wanted: its `id`, of the workflow of `GIVEN`.
-        output: gives the outcome, of the `id` and the `payload` of what is taken.
-        conditions: on what is wanted.
-    """
-    owned = own_row()
-    found = materialized(
-        sa.select(owned.c.id.label("workflow_id"), wanted.c.id)
-        .select_from(owned.join(wanted, sa.true()))
-        .where(*conditions),
-        "found",
-    )
-    taken = (
-        sa.update(SIGNAL)
-        .where(SIGNAL.c.workflow_id == found.c.workflow_id, SIGNAL.c.id == found.c.id)
-        # Looked at in the row as it is now: another branch may have taken it since this statement began.
-        .where(is_untaken(), ~has_outcome())
-        .values(
-            consumed_by=GIVEN["key"],
-            delivered_at=sa.func.coalesce(SIGNAL.c.delivered_at, pg.statement_timestamp()),
-        )
-        .returning(SIGNAL.c.id, SIGNAL.c.payload)
-        .cte("taken")
-    )
-    columns = checkpoint_columns(GIVEN) | {"output": output(taken)}
-    recorded = insert_from(columns, sa.select(*columns.values())).returning(STEP.c.output).cte("recorded")
-    return sa.select(*outcome_columns(owned, recorded))
 
 
 def _satisfied(new: sa.CTE) -> Condition:
@@ -378,7 +176,7 @@ def _satisfied(new: sa.CTE) -> Condition:
     return sa.select(anything).select_from(awaited).where(sa.or_(sent, enough)).exists()
 
 
-def _deliver_statement(within: Within) -> tuple[Any, Any]:
+def _deliver_statement(within: Restriction) -> tuple[Any, Any]:
     receiver = (
         sa.select(WORKFLOW.c.status, WORKFLOW.c.awaits)
         .where(WORKFLOW.c.id == SIGNAL.c.workflow_id)
@@ -389,21 +187,21 @@ def _deliver_statement(within: Within) -> tuple[Any, Any]:
     new = materialized(
         sa.select(SIGNAL.c.workflow_id, SIGNAL.c.id, receiver.c.status, receiver.c.awaits)
         .join(receiver, sa.true())
-        .where(is_new(), SIGNAL.c.name != words(LEFT), within(SIGNAL.c.workflow_id))
+        .where(is_undelivered(), SIGNAL.c.name != text_literal(ORPHANS), within(SIGNAL.c.workflow_id))
         .order_by(SIGNAL.c.created_at)
         .limit(LIMIT),
         "new",
     )
     same = sa.and_(SIGNAL.c.workflow_id == new.c.workflow_id, SIGNAL.c.id == new.c.id)
-    gone = sa.delete(SIGNAL).where(same, _engine_s_own()).returning(SIGNAL.c.id).cte("gone")
+    gone = sa.delete(SIGNAL).where(same, is_notice()).returning(SIGNAL.c.id).cte("gone")
     seen = (
         sa.update(SIGNAL)
-        .where(same, ~_engine_s_own())
+        .where(same, ~is_notice())
         .values(delivered_at=pg.statement_timestamp())
         .returning(SIGNAL.c.id)
         .cte("seen")
     )
-    waiting = sa.and_(new.c.status == status(WorkflowStatus.SUSPENDED), new.c.awaits.is_not(None))
+    waiting = sa.and_(new.c.status == status_literal(WorkflowStatus.SUSPENDED), new.c.awaits.is_not(None))
     # By id: to compare what they await would cost more than to look for it.
     first = sa.select(pg.min(new.c.id)).where(waiting).group_by(new.c.workflow_id)
     receivers = materialized(sa.select(new.c.workflow_id, new.c.awaits).where(new.c.id.in_(first)), "receivers")
@@ -434,9 +232,9 @@ def _wake_one_statement() -> Any:
     return sa.update(WORKFLOW).where(WORKFLOW.c.id == due.c.workflow_id).values(_WOKEN).returning(WORKFLOW.c.id)
 
 
-def _renotify_statement(within: Within) -> tuple[Any, Any]:
+def _renotify_statement(within: Restriction) -> tuple[Any, Any]:
     # What has a time looks for itself when that has come.
-    endless = WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_(None)
+    endless = WORKFLOW.c.status == status_literal(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_(None)
     some = materialized(
         sa.select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.awaits)
         .where(*endless, within(WORKFLOW.c.id), WORKFLOW.c.id > parameter("after", sa.UUID()))
@@ -444,18 +242,20 @@ def _renotify_statement(within: Within) -> tuple[Any, Any]:
         .limit(LIMIT),
         "some",
     )
-    due = sa.select(some.c.workflow_id, words(CHILD), sa.true()).where(some.c.awaits.is_not(None), _satisfied(some))
+    due = sa.select(some.c.workflow_id, text_literal(CHILD), sa.true()).where(
+        some.c.awaits.is_not(None), _satisfied(some)
+    )
     last = sa.select(some.c.workflow_id).order_by(some.c.workflow_id.desc()).limit(ONE)
-    return last.add_cte(noting(due).cte("noted")), sa.select(some.c.workflow_id)
+    return last.add_cte(insert_notices(due).cte("noted")), sa.select(some.c.workflow_id)
 
 
-def _known_statement() -> Any:
+def _sent_with_key_statement() -> Any:
     key = parameter("signal_key", Text())
     first = first_keyed(WORKFLOW.c.id, _NAME, key).lateral("first")
     return (
         sa.select(WORKFLOW.c.id)
         .join(first, sa.and_(first.c.name == _NAME, first.c.key == key))
-        .where(among(WORKFLOW.c.id))
+        .where(is_among(WORKFLOW.c.id))
     )
 
 
@@ -463,21 +263,12 @@ def _count(rows: sa.CTE) -> Any:
     return sa.select(count_rows()).select_from(rows).scalar_subquery()
 
 
-_WAITING_FOR = sa.select(
-    WORKFLOW.c.wake_at,
-    WORKFLOW.c.awaits,
-    sa.select(pg.array_agg(SIGNAL.c.name.distinct()))
-    .where(SIGNAL.c.workflow_id == WORKFLOW.c.id, SIGNAL.c.consumed_by.is_(None), ~SIGNAL.c.name.startswith(words("#")))
-    .scalar_subquery()
-    .label("untaken"),
-).where(IS_WANTED, WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED))
-_STANDINGS = sa.select(WORKFLOW.c.id, WORKFLOW.c.status).where(among(WORKFLOW.c.id))
-_SEND = sending()
-_SEND_IN_SNAPSHOT = sending(in_snapshot=True)
+_SEND = send_statement()
+_SEND_IN_SNAPSHOT = send_statement(in_snapshot=True)
 _NAME = parameter("signal_name", Text())
-_KNOWN = _known_statement()
+_SENT_WITH_KEY = _sent_with_key_statement()
 _OLDEST = materialized(first_untaken(GIVEN["id"], _NAME), "oldest")
-_TAKE = taking(_OLDEST, lambda taken: taken.c.payload, _OLDEST.c.name == _NAME)
-_DELIVER, _DELIVER_PART, _RECEIVERS = divided(_deliver_statement)
+_TAKE = take_statement(_OLDEST, lambda taken: taken.c.payload, _OLDEST.c.name == _NAME)
+_DELIVER, _DELIVER_PART, _RECEIVERS = subset_forms(_deliver_statement)
 _WAKE_ONE = _wake_one_statement()
-_RENOTIFY, _RENOTIFY_PART, _WAITING = divided(_renotify_statement)
+_RENOTIFY, _RENOTIFY_PART, _WAITING = subset_forms(_renotify_statement)

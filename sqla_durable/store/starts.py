@@ -19,24 +19,24 @@ from sqlalchemy.orm import Session
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import (
+from sqla_durable.store.keys import MOST_REPEATS, not_visible, require_the_latest, sees_the_latest
+from sqla_durable.store.records import NewWorkflow
+from sqla_durable.store.statements import (
     WORKFLOW,
     Condition,
     Connectable,
     Expression,
-    NewWorkflow,
     Shape,
-    among,
+    batch_parameter,
+    batch_table,
     execute,
-    filled,
     insert_select,
     interval,
+    is_among,
+    merge_record,
     pg,
-    record_of,
     scalars,
-    table,
 )
-from sqla_durable.store.keys import MOST_REPEATS, not_visible, require_the_latest, sees_the_latest
 
 
 class _NewShape(Shape[NewWorkflow]):
@@ -50,16 +50,14 @@ class _NewShape(Shape[NewWorkflow]):
 
 
 NEW = _NewShape(NewWorkflow, priority=sa.SmallInteger())
-
-
 _DEFAULT_QUEUE = "default"  # of the column
-
-
 _DEFAULTED = [each for each in WORKFLOW.c if each.server_default is not None and each.name != "input"]
+
 _SHOWN = [WORKFLOW.c.name, WORKFLOW.c.key, *_DEFAULTED]
 """What is read of a workflow that has a key: no payload, which who starts workflows may have no right to read."""
 
 _OPTIONS = [each.name for each in fields(NewWorkflow) if each.default is not MISSING]
+
 _COLUMNS_OF: Mapping[str, Sequence[str]] = {
     "delay": ["wake_at", "status"],
     "wake_at": ["wake_at", "status"],
@@ -97,7 +95,7 @@ def insert_unless_known(session: Session, new: NewWorkflow) -> Workflow:
             return _inserted_record(session, new, inserted)
         known = execute(session, _with_key(new)).mappings().one_or_none()
         if known is not None:
-            return record_of(session, known)
+            return merge_record(session, known)
         require_the_latest(session)
     raise not_visible("workflow", name=name, key=key)
 
@@ -113,27 +111,6 @@ def insert_in_snapshot(session: Session, new: NewWorkflow) -> Workflow:
     if row is None:
         raise not_visible("workflow", name=new.name, key=new.key or "")
     return _inserted_record(session, new, row)
-
-
-def _inserted_record(session: Session, new: NewWorkflow, row: sa.RowMapping) -> Workflow:
-    """Return the record of a row that is new: what is not returned of it is what was given, or NULL."""
-    given = {name: value for name, value in _values(new).items() if not isinstance(value, sa.ClauseElement)}
-    return record_of(session, row, dict.fromkeys(WORKFLOW.c.keys()) | given)
-
-
-def _with_key(new: NewWorkflow) -> Any:
-    return sa.select(*_SHOWN).where(WORKFLOW.c.name == new.name, WORKFLOW.c.key == new.key)
-
-
-def _inserting(new: NewWorkflow, *conditions: Condition) -> Any:
-    values = {name: _literal(name, value) for name, value in _values(new).items()}
-    computed = [WORKFLOW.c[name] for name, value in _values(new).items() if isinstance(value, sa.ClauseElement)]
-    source = sa.select(*values.values()).where(~_with_key(new).exists(), *conditions)
-    return (
-        insert_select(WORKFLOW, values, source)
-        .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
-        .returning(*_SHOWN, *computed)
-    )
 
 
 def insert_many(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID]:
@@ -164,7 +141,7 @@ def insert_many_in_snapshot(session: Session, workflows: Sequence[NewWorkflow]) 
         KeyNotVisibleError, DBAPIError: as `insert_in_snapshot`.
     """
     own = [each.id for each in workflows]
-    there = scalars(session, sa.select(WORKFLOW.c.id).where(among(WORKFLOW.c.id, own)))
+    there = scalars(session, sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, own)))
     ids = {each: each for each in there}
     ids |= _inserted(session, [each for each in workflows if each.id not in ids], in_snapshot=True)
     ids |= _known(session, [each for each in workflows if each.id not in ids])
@@ -175,7 +152,7 @@ def insert_many_in_snapshot(session: Session, workflows: Sequence[NewWorkflow]) 
 
 def undo(session: Session, workflows: Sequence[NewWorkflow]) -> None:
     """Delete those of the workflows that this transaction has inserted, by their new ids."""
-    execute(session, sa.delete(WORKFLOW).where(among(WORKFLOW.c.id, [each.id for each in workflows])))
+    execute(session, sa.delete(WORKFLOW).where(is_among(WORKFLOW.c.id, [each.id for each in workflows])))
 
 
 def hidden_among(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> KeyNotVisibleError:
@@ -186,11 +163,50 @@ def hidden_among(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> 
     return not_visible("workflow", name=first.name, key=first.key or "")
 
 
+def new_columns(given: Any) -> dict[str, Any]:
+    """Give the columns of workflows to be started, made of those of `NEW`."""
+    delayed = pg.statement_timestamp() + interval(given.delay)
+    wake_at = sa.func.coalesce(given.wake_at, delayed)
+    return {
+        **{each.name: given[each.name] for each in WORKFLOW.c if each.name in NEW.columns},
+        "input": sa.cast(given.input, JSONB),
+        "status": sa.case((wake_at.is_(None), WorkflowStatus.PENDING.value), else_=WorkflowStatus.SUSPENDED.value),
+        "wake_at": wake_at,
+        "headers": sa.cast(given.headers, JSONB),
+        "timeout": interval(given.timeout),
+        "deadline_at": sa.func.coalesce(given.deadline_at, pg.statement_timestamp() + interval(given.deadline)),
+    }
+
+
+def _inserted_record(session: Session, new: NewWorkflow, row: sa.RowMapping) -> Workflow:
+    """Return the record of a row that is new: what is not returned of it is what was given, or NULL."""
+    given = {name: value for name, value in _values(new).items() if not isinstance(value, sa.ClauseElement)}
+    return merge_record(session, row, dict.fromkeys(WORKFLOW.c.keys()) | given)
+
+
+def _with_key(new: NewWorkflow) -> Any:
+    return sa.select(*_SHOWN).where(WORKFLOW.c.name == new.name, WORKFLOW.c.key == new.key)
+
+
+def _inserting(new: NewWorkflow, *conditions: Condition) -> Any:
+    values = {name: _literal(name, value) for name, value in _values(new).items()}
+    computed = [WORKFLOW.c[name] for name, value in _values(new).items() if isinstance(value, sa.ClauseElement)]
+    source = sa.select(*values.values()).where(~_with_key(new).exists(), *conditions)
+    return (
+        insert_select(WORKFLOW, values, source)
+        .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
+        .returning(*_SHOWN, *computed)
+    )
+
+
 def _inserted(session: Session, workflows: Sequence[NewWorkflow], *, in_snapshot: bool = False) -> dict[UUID, UUID]:
     if not workflows:
         return {}
     statement = _insert_many(_given_by(workflows), in_snapshot=in_snapshot)
-    return {each: each for each in scalars(session, statement, filled("batch", [NEW.row(each) for each in workflows]))}
+    return {
+        each: each
+        for each in scalars(session, statement, batch_parameter("batch", [NEW.row(each) for each in workflows]))
+    }
 
 
 def _known(session: Session, workflows: Sequence[NewWorkflow]) -> dict[UUID, UUID]:
@@ -229,21 +245,6 @@ def _ids_by_key(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> d
     return {(row.name, row.key): row.id for row in rows}
 
 
-def new_columns(given: Any) -> dict[str, Any]:
-    """Give the columns of workflows to be started, made of those of `NEW`."""
-    delayed = pg.statement_timestamp() + interval(given.delay)
-    wake_at = sa.func.coalesce(given.wake_at, delayed)
-    return {
-        **{each.name: given[each.name] for each in WORKFLOW.c if each.name in NEW.columns},
-        "input": sa.cast(given.input, JSONB),
-        "status": sa.case((wake_at.is_(None), WorkflowStatus.PENDING.value), else_=WorkflowStatus.SUSPENDED.value),
-        "wake_at": wake_at,
-        "headers": sa.cast(given.headers, JSONB),
-        "timeout": interval(given.timeout),
-        "deadline_at": sa.func.coalesce(given.deadline_at, pg.statement_timestamp() + interval(given.deadline)),
-    }
-
-
 def _given_by(workflows: Sequence[NewWorkflow]) -> frozenset[str]:
     """Return the columns that are needed for these workflows: those of which all have the default are not written."""
     given = {"id", "name", "input"}
@@ -270,5 +271,5 @@ def _insert_many(given: frozenset[str], *, in_snapshot: bool) -> Any:
     )
 
 
-_BATCH = table("batch", NEW.columns)
+_BATCH = batch_table("batch", NEW.columns)
 _IS_UNKNOWN = ~sa.select(WORKFLOW.c.id).where(WORKFLOW.c.name == _BATCH.c.name, WORKFLOW.c.key == _BATCH.c.key).exists()

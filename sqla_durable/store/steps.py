@@ -1,14 +1,15 @@
-"""The statements on checkpoints: record one, read a workflow's history. Many are recorded by `batches`.
+"""The statements on checkpoints: record one, report progress, begin to wait, read a workflow's history.
 
 A checkpoint is inserted only while its attempt owns the workflow, with the workflow's row locked in the same
 statement; the primary key `(workflow_id, key)` lets one of two executions of a step commit. Only the record of a step
-that is being tried again gives way to the next one.
+without an outcome is replaced by the next one. `attempts` records those of many workflows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -19,33 +20,31 @@ from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.store._rows import (
+from sqla_durable.store.records import Checkpoint, Fence, Recorded, Verdict
+from sqla_durable.store.statements import (
     STEP,
     WORKFLOW,
-    Checkpoint,
     Condition,
     Connectable,
     Expression,
-    Fence,
-    Recorded,
     Shape,
-    Verdict,
-    among,
+    batch_parameter,
+    batch_table,
     execute,
     fence_row,
-    filled,
     insert_select,
     interval,
+    is_among,
+    is_open_step,
+    is_same_attempt,
+    json_parameter,
+    limit_idle_time,
     materialized,
-    of_owner,
+    must_compensate,
     parameter,
     pg,
     scalar,
-    soon_over,
-    status,
-    table,
-    undoes,
-    unfinished,
+    status_literal,
 )
 from sqla_durable.unwinding import AttemptLost
 
@@ -65,13 +64,7 @@ def record_last(session: Session, checkpoint: Checkpoint) -> Verdict:
     return _verdict(session, _RECORD_LAST, checkpoint)
 
 
-def _verdict(session: Connectable, statement: Any, checkpoint: Checkpoint) -> Verdict:
-    parameters = given_row(checkpoint)
-    recorded = execute(session, statement, parameters).first() is not None
-    return Verdict.RECORDED if recorded else refusal(session, parameters)
-
-
-def refusal(connectable: Connectable, parameters: Mapping[str, Any]) -> Verdict:
+def why_unwritten(connectable: Connectable, parameters: Mapping[str, Any]) -> Verdict:
     """Return why a statement of these parameters, which has just been executed, wrote nothing: LOST or DUPLICATE."""
     # The row is locked if this attempt owns it, so it cannot have changed in between.
     return Verdict.LOST if scalar(connectable, _OWNED, parameters) is None else Verdict.DUPLICATE
@@ -96,13 +89,15 @@ def recorded_among(connectable: Connectable, checkpoints: Sequence[Checkpoint]) 
     What another attempt recorded under the key is not this one's: it has lost the workflow. And what an earlier try
     recorded is not this one's.
     """
-    rows = execute(connectable, _RECORDED_AMONG, filled("batch", [CHECKPOINT.row(each) for each in checkpoints]))
+    rows = execute(
+        connectable, _RECORDED_AMONG, batch_parameter("batch", [CHECKPOINT.row(each) for each in checkpoints])
+    )
     return {(Fence(row.workflow_id, row.token), row.key) for row in rows}
 
 
 def find(session: Connectable, workflow_id: UUID, key: str) -> Recorded | None:
     """Read the outcome of one step, to settle what became of a commit whose acknowledgement was lost."""
-    wanted = _RECORDED.where(STEP.c.workflow_id == workflow_id, STEP.c.key == key, ~unfinished())
+    wanted = _RECORDED.where(STEP.c.workflow_id == workflow_id, STEP.c.key == key, ~is_open_step())
     row = execute(session, wanted).one_or_none()
     return None if row is None else _recorded(row)
 
@@ -116,19 +111,10 @@ def histories(connectable: Connectable, workflow_ids: Sequence[UUID]) -> dict[UU
     return found
 
 
-def _recorded(row: sa.Row[Any]) -> Recorded:
-    found = Recorded(row.key, row.name, row.position, row.status, row.output, row.error, row.attempts)
-    if row.age is None:
-        return found if row.details is None else replace(found, details=row.details)
-    endless = 0.0 if row.status is StepStatus.RUNNING else float("inf")
-    due_in = endless if row.due_in is None else float(row.due_in)
-    return replace(found, age=float(row.age), due_in=due_in, details=row.details)
-
-
-def own_row() -> sa.CTE:
+def lock_given() -> sa.CTE:
     """Lock the workflow of the attempt of `GIVEN`, if it owns it; give its id and the deadline that it still has."""
-    deadline_at = sa.case((~undoes(), WORKFLOW.c.deadline_at)).label("deadline_at")
-    locked = sa.select(WORKFLOW.c.id, deadline_at).where(*mine())
+    deadline_at = sa.case((~must_compensate(), WORKFLOW.c.deadline_at)).label("deadline_at")
+    locked = sa.select(WORKFLOW.c.id, deadline_at).where(*is_owned())
     return materialized(locked.with_for_update(key_share=True, of=WORKFLOW), "owned")
 
 
@@ -138,7 +124,7 @@ def outcome_columns(owned: sa.CTE, recorded: sa.CTE) -> tuple[Expression, ...]:
     The outcome is what the CTE `recorded` returns as `output`, or what was recorded before, whose acknowledgement was
     lost.
     """
-    succeeded = STEP.c.status == status(StepStatus.SUCCEEDED)
+    succeeded = STEP.c.status == status_literal(StepStatus.SUCCEEDED)
     own = sa.and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], succeeded)
     return (
         sa.select(owned.c.id).exists().label("owned"),
@@ -164,25 +150,25 @@ def has_outcome() -> Condition:
 
     A statement may reach the server long after its call was cancelled, and that was recorded.
     """
-    wanted = sa.and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], ~unfinished())
+    wanted = sa.and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], ~is_open_step())
     return sa.select(STEP.c.key).where(wanted).exists()
 
 
-def given_row(checkpoint: Checkpoint) -> dict[str, Any]:
+def given_parameters(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the parameters of `GIVEN`."""
-    return {_given(name): value for name, value in CHECKPOINT.row(checkpoint).items()}
+    return {_given_name(name): value for name, value in CHECKPOINT.row(checkpoint).items()}
 
 
-def given_fence(fence: Fence, key: str | None = None) -> dict[str, Any]:
+def given_fence_parameters(fence: Fence, key: str | None = None) -> dict[str, Any]:
     """Return those of the parameters of `GIVEN` that identify an attempt and its step."""
-    return {_given(name): value for name, value in fence_row(fence).items()} | {_given("key"): key}
+    return {_given_name(name): value for name, value in fence_row(fence).items()} | {_given_name("key"): key}
 
 
-def insert_of(batch: sa.FromClause, mine: sa.CTE) -> Any:
-    """Insert the checkpoints of a batch whose workflows are `mine`; give the keys of those that are written."""
+def insert_batch(batch: sa.FromClause, mine: sa.CTE) -> Any:
+    """Insert the checkpoints of a batch whose workflows are `is_owned`; give the keys of those that are written."""
     columns = checkpoint_columns(batch.c)
-    source = sa.select(*columns.values()).join_from(batch, mine, of_owner(batch, mine))
-    return insert_from(columns, source).returning(STEP.c.workflow_id, STEP.c.key)
+    source = sa.select(*columns.values()).join_from(batch, mine, is_same_attempt(batch, mine))
+    return insert_checkpoints(columns, source).returning(STEP.c.workflow_id, STEP.c.key)
 
 
 def checkpoint_columns(
@@ -207,7 +193,7 @@ def checkpoint_columns(
     }
 
 
-def insert_from(columns: Mapping[str, Any], source: sa.SelectBase) -> Any:
+def insert_checkpoints(columns: Mapping[str, Any], source: sa.SelectBase) -> Any:
     """Insert checkpoints, unless there is an outcome; the record of a step without one gives way."""
     inserted = insert_select(STEP, columns, source)
     kept = {"workflow_id", "key", "started_at"}
@@ -216,42 +202,96 @@ def insert_from(columns: Mapping[str, Any], source: sa.SelectBase) -> Any:
         # The first try may have been on another server, whose clock was ahead.
         set_={name: inserted.excluded[name] for name in columns if name not in kept}
         | {"finished_at": sa.func.greatest(inserted.excluded.finished_at, STEP.c.started_at)},
-        where=unfinished(),
+        where=is_open_step(),
     )
 
 
-def _given(name: str) -> str:
-    return f"given_{name}"  # the bare name of a column is reserved in INSERT
-
-
-GIVEN: dict[str, Expression] = {name: parameter(_given(name), kind) for name, kind in CHECKPOINT.columns.items()}
-"""One checkpoint as parameters."""
-
-
-def mine(table: sa.FromClause = WORKFLOW) -> tuple[Condition, ...]:
+def is_owned(table: sa.FromClause = WORKFLOW) -> tuple[Condition, ...]:
     """Return the conditions that the workflow is owned by the attempt of `GIVEN`."""
     return (
         table.c.id == GIVEN["id"],
         table.c.token == GIVEN["token"],
-        table.c.status == status(WorkflowStatus.RUNNING),
+        table.c.status == status_literal(WorkflowStatus.RUNNING),
     )
 
 
-def select_owned(columns: Mapping[str, Any]) -> Any:
+def select_from_owned(columns: Mapping[str, Any]) -> Any:
     """Select columns from the workflow's row, locked in the same statement, if the attempt of `GIVEN` owns it.
 
     Without the lock a cancel or a reclaim could commit between this check and the commit.
     """
-    return sa.select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
+    return sa.select(*columns.values()).where(*is_owned()).with_for_update(key_share=True, of=WORKFLOW)
+
+
+def report_progress(connectable: Connectable, checkpoint: Checkpoint, *, details: str | None) -> None:
+    """Note in a running step's row that it lives, and its details if there are some; make the row if there is none.
+
+    Does nothing to a step that has an outcome, nor to one whose try has been recorded as failed. Waits for whoever
+    holds the workflow's row.
+
+    Args:
+        checkpoint: of the status `running`.
+        details: JSON text; None leaves those that are there.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow; nothing was written.
+    """
+    if not execute(connectable, _REPORT, given_parameters(checkpoint) | {"details": details}).scalar_one():
+        raise AttemptLost(checkpoint.fence.workflow_id)
+
+
+def begin_wait(connectable: Connectable, checkpoint: Checkpoint, *, until: datetime | None = None) -> float:
+    """Record that an operation waits, once; give the seconds until its time comes, infinite without one.
+
+    Args:
+        checkpoint: of the status `waiting`; its `delay` says how long.
+        until: the time itself, instead of a delay.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow, or the operation has an outcome.
+    """
+    row = execute(connectable, _BEGIN_WAIT, given_parameters(checkpoint) | {"until": until}).one_or_none()
+    if row is None:
+        raise AttemptLost(checkpoint.fence.workflow_id)
+    return float("inf") if row.due_in is None else float(row.due_in)
+
+
+def keep_details(connectable: Connectable, checkpoint: Checkpoint, *, details: str) -> None:
+    """Keep details, as JSON text, in the row of an operation that waits; make the row if there is none.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow, or the operation has an outcome.
+    """
+    if execute(connectable, _KEEP_DETAILS, given_parameters(checkpoint) | {"details": details}).first() is None:
+        raise AttemptLost(checkpoint.fence.workflow_id)
+
+
+def _verdict(session: Connectable, statement: Any, checkpoint: Checkpoint) -> Verdict:
+    parameters = given_parameters(checkpoint)
+    recorded = execute(session, statement, parameters).first() is not None
+    return Verdict.RECORDED if recorded else why_unwritten(session, parameters)
+
+
+def _recorded(row: sa.Row[Any]) -> Recorded:
+    found = Recorded(row.key, row.name, row.position, row.status, row.output, row.error, row.attempts)
+    if row.age is None:
+        return found if row.details is None else replace(found, details=row.details)
+    endless = 0.0 if row.status is StepStatus.RUNNING else float("inf")
+    due_in = endless if row.due_in is None else float(row.due_in)
+    return replace(found, age=float(row.age), due_in=due_in, details=row.details)
+
+
+def _given_name(name: str) -> str:
+    return f"given_{name}"  # the bare name of a column is reserved in INSERT
 
 
 def _record_statement(*more: Expression) -> Any:
     columns = checkpoint_columns(GIVEN)
-    return insert_from(columns, select_owned(columns)).returning(STEP.c.key, *more)
+    return insert_checkpoints(columns, select_from_owned(columns)).returning(STEP.c.key, *more)
 
 
 def _recorded_among_statement() -> Any:
-    batch = table("batch", CHECKPOINT.columns)
+    batch = batch_table("batch", CHECKPOINT.columns)
     # The same try of a step that is running has a row too, without a time.
     is_timed, has_time = batch.c.delay.is_not(None), STEP.c.wake_at.is_not(None)
     is_open = sa.or_(batch.c.delay.is_not(None), sa.and_(batch.c.output.is_(None), batch.c.error.is_(None)))
@@ -259,18 +299,68 @@ def _recorded_among_statement() -> Any:
         sa.select(STEP.c.workflow_id, WORKFLOW.c.token, STEP.c.key)
         .join_from(batch, WORKFLOW, sa.and_(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token))
         .join(STEP, sa.and_(STEP.c.workflow_id == batch.c.id, STEP.c.key == batch.c.key))
-        .where(sa.or_(~unfinished(), sa.and_(is_open, STEP.c.attempts == batch.c.attempts, is_timed == has_time)))
+        .where(sa.or_(~is_open_step(), sa.and_(is_open, STEP.c.attempts == batch.c.attempts, is_timed == has_time)))
     )
 
 
 def _age_of(moment: Expression) -> Expression:
     """Give how many seconds ago that was, for a step that is being tried again."""
-    return sa.case((unfinished(), sa.func.extract("epoch", pg.statement_timestamp() - moment)))
+    return sa.case((is_open_step(), sa.func.extract("epoch", pg.statement_timestamp() - moment)))
 
 
-_OWNED = sa.select(WORKFLOW.c.id).where(*mine())
+def _report_statement() -> Any:
+    owned = lock_given()
+    details = json_parameter("details")
+    columns = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id, "details": details}
+    inserted = insert_select(STEP, columns, sa.select(*columns.values()))
+    given = inserted.excluded
+    same_or_later = sa.or_(STEP.c.status == status_literal(StepStatus.RUNNING), STEP.c.attempts < given.attempts)
+    reported = inserted.on_conflict_do_update(
+        index_elements=["workflow_id", "key"],
+        set_={
+            "status": given.status,
+            "attempt": given.attempt,
+            "attempts": given.attempts,
+            "wake_at": sa.null(),
+            # The first try may have been on another server, whose clock was ahead.
+            "finished_at": sa.func.greatest(given.finished_at, STEP.c.started_at),
+            "details": sa.func.coalesce(given.details, STEP.c.details),
+        },
+        where=sa.and_(is_open_step(), same_or_later),
+    ).returning(STEP.c.key)
+    return sa.select(sa.select(owned.c.id).exists()).add_cte(reported.cte("reported"))
+
+
+def _begin_wait_statement() -> Any:
+    until = parameter("until", sa.DateTime(timezone=True))
+    columns = checkpoint_columns(GIVEN)
+    columns["wake_at"] = sa.func.coalesce(until, columns["wake_at"])
+    inserted = insert_select(STEP, columns, select_from_owned(columns))
+    # What waits already goes on waiting for the same time.
+    return inserted.on_conflict_do_update(
+        index_elements=["workflow_id", "key"],
+        set_={"position": inserted.excluded.position},
+        where=STEP.c.status == status_literal(StepStatus.WAITING),
+    ).returning(sa.func.extract("epoch", STEP.c.wake_at - pg.statement_timestamp()).label("due_in"))
+
+
+def _keep_details_statement() -> Any:
+    columns = checkpoint_columns(GIVEN)
+    columns["details"] = json_parameter("details")
+    inserted = insert_select(STEP, columns, select_from_owned(columns))
+    return inserted.on_conflict_do_update(
+        index_elements=["workflow_id", "key"],
+        set_={"details": inserted.excluded.details},
+        where=STEP.c.status == status_literal(StepStatus.WAITING),
+    ).returning(STEP.c.key)
+
+
+GIVEN: dict[str, Expression] = {name: parameter(_given_name(name), kind) for name, kind in CHECKPOINT.columns.items()}
+"""One checkpoint as parameters."""
+
+_OWNED = sa.select(WORKFLOW.c.id).where(*is_owned())
 _RECORD = _record_statement()
-_RECORD_LAST = _record_statement(soon_over())
+_RECORD_LAST = _record_statement(limit_idle_time())
 _RECORDED_AMONG = _recorded_among_statement()
 _RECORDED = sa.select(
     STEP.c.workflow_id,
@@ -285,4 +375,7 @@ _RECORDED = sa.select(
     _age_of(STEP.c.started_at).label("age"),
     (-_age_of(STEP.c.wake_at)).label("due_in"),
 )
-_HISTORIES = _RECORDED.where(among(STEP.c.workflow_id))
+_HISTORIES = _RECORDED.where(is_among(STEP.c.workflow_id))
+_REPORT = _report_statement()
+_BEGIN_WAIT = _begin_wait_statement()
+_KEEP_DETAILS = _keep_details_statement()

@@ -18,10 +18,10 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Session
 
-import sqla_durable.store.steps as steps
 from sqla_durable.models.column_types import Text
-from sqla_durable.store import keys
-from sqla_durable.store._rows import (
+from sqla_durable.store import keys, steps
+from sqla_durable.store.records import Checkpoint, Origin, Verdict
+from sqla_durable.store.statements import (
     LIMIT,
     ONE,
     STEP,
@@ -29,26 +29,30 @@ from sqla_durable.store._rows import (
     WANTED_ID,
     WORKFLOW,
     ZERO,
-    Checkpoint,
     Columns,
     Condition,
     Connectable,
     Expression,
-    Origin,
-    Verdict,
+    batch_parameter,
+    batch_table,
     execute,
     fence_row,
-    filled,
     insert_select,
+    is_open_step,
+    is_same_attempt,
+    lock_owned,
     materialized,
-    of_owner,
-    owned,
     parameter,
     pg,
-    table,
-    unfinished,
 )
-from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_fence, given_row, insert_from, own_row
+from sqla_durable.store.steps import (
+    GIVEN,
+    checkpoint_columns,
+    given_fence_parameters,
+    given_parameters,
+    insert_checkpoints,
+    lock_given,
+)
 from sqla_durable.store.workflows import not_found
 from sqla_durable.unwinding import AttemptLost
 
@@ -117,7 +121,7 @@ def append(connectable: Connectable, origin: Origin, *, name: str, values: Seque
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
     """
-    parameters = given_fence(origin.fence, origin.step_key)
+    parameters = given_fence_parameters(origin.fence, origin.step_key)
     parameters |= {"given_attempt": origin.attempt, "step_attempt": origin.step_attempt}
     appended = _append(connectable, _APPEND, origin.fence.workflow_id, parameters, name=name, values=values)
     return Appended.WRITTEN if _closes(values) else appended
@@ -129,7 +133,7 @@ def record(connectable: Connectable, checkpoint: Checkpoint, *, name: str, value
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
     """
-    parameters = given_row(checkpoint) | {"step_attempt": None}
+    parameters = given_parameters(checkpoint) | {"step_attempt": None}
     workflow_id = checkpoint.fence.workflow_id
     appended = _append(connectable, _RECORD, workflow_id, parameters, name=name, values=values)
     if appended is Appended.WRITTEN or not _closes(values):
@@ -139,18 +143,36 @@ def record(connectable: Connectable, checkpoint: Checkpoint, *, name: str, value
     return Appended.WRITTEN
 
 
-def _closes(values: Sequence[str | None]) -> bool:
-    return None in values
-
-
 def append_many(connectable: Connectable, appends: Sequence[Append]) -> list[Appended | None]:
     """Append to streams of different workflows by one statement that waits for nobody; give what became of each.
 
     None: nothing was written, and `append` tells why. Somebody holds the workflow's row, or the attempt has lost it, or
     somebody has appended since the statement began.
     """
-    found = {row.place: row for row in execute(connectable, _APPEND_MANY, filled("batch", _rows_of(appends)))}
+    found = {row.place: row for row in execute(connectable, _APPEND_MANY, batch_parameter("batch", _rows_of(appends)))}
     return [_appended(found.get(place), each) for place, each in enumerate(appends)]
+
+
+def read(session: Session, workflow_id: UUID, name: str, *, start: int, limit: int) -> Page:
+    """Read items from a number on, and whether there will be more, in one snapshot. Takes no lock.
+
+    Raises:
+        WorkflowNotFoundError: there is no such workflow.
+    """
+    parameters = {"wanted_id": workflow_id, "stream_name": name, "start": start, "limit": limit}
+    rows = execute(session, _READ, parameters).all()
+    if not rows:
+        raise not_found(session, workflow_id)
+    items = [
+        Item(row.number, row.value, row.step_key, row.attempt, row.step_attempt, row.created_at)
+        for row in rows
+        if row.number is not None
+    ]
+    return Page(items, rows[0].ended)
+
+
+def _closes(values: Sequence[str | None]) -> bool:
+    return None in values
 
 
 def _rows_of(appends: Sequence[Append]) -> list[dict[str, Any]]:
@@ -178,24 +200,6 @@ def _appended(row: sa.Row[Any] | None, append: Append) -> Appended | None:
     return Appended.CLOSED if row.closed else None
 
 
-def read(session: Session, workflow_id: UUID, name: str, *, start: int, limit: int) -> Page:
-    """Read items from a number on, and whether there will be more, in one snapshot. Takes no lock.
-
-    Raises:
-        WorkflowNotFoundError: there is no such workflow.
-    """
-    parameters = {"wanted_id": workflow_id, "stream_name": name, "start": start, "limit": limit}
-    rows = execute(session, _READ, parameters).all()
-    if not rows:
-        raise not_found(session, workflow_id)
-    items = [
-        Item(row.number, row.value, row.step_key, row.attempt, row.step_attempt, row.created_at)
-        for row in rows
-        if row.number is not None
-    ]
-    return Page(items, rows[0].ended)
-
-
 def _append(
     connectable: Connectable,
     statement: Any,
@@ -218,7 +222,7 @@ def _append(
 
 
 def _append_statement(*, recorded: bool) -> Any:
-    own = own_row()
+    own = lock_given()
     last = materialized(_last(GIVEN["id"], _NAME), "last")
     given = materialized(_given_items(), "given")
     known: Condition = _known() if recorded else sa.false()
@@ -297,19 +301,19 @@ def _columns(writer: _Writer, workflow_id: Any, number: Any, value: Any) -> dict
 def _known() -> Any:
     """Tell whether an earlier execution of this statement is committed, whose acknowledgement was lost."""
     same = sa.and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"])
-    return sa.select(STEP.c.key).where(same, ~unfinished()).exists()
+    return sa.select(STEP.c.key).where(same, ~is_open_step()).exists()
 
 
 def _checkpoint(first: sa.CTE) -> Any:
     columns = checkpoint_columns(GIVEN) | {"workflow_id": first.c.workflow_id}
-    return insert_from(columns, sa.select(*columns.values())).returning(STEP.c.key).cte("recorded")
+    return insert_checkpoints(columns, sa.select(*columns.values())).returning(STEP.c.key).cte("recorded")
 
 
 def _append_many_statement() -> Any:
     """Do what `_append_statement` does for one workflow for each of them, with the rows that nobody holds."""
-    batch = sa.select(*table("batch", _BATCH).c).cte("batch")
+    batch = sa.select(*batch_table("batch", _BATCH).c).cte("batch")
     fences = sa.select(batch.c.id, batch.c.token).where(batch.c.item == ONE).subquery("fences")
-    held = owned(fences, skip_locked=True)
+    held = lock_owned(fences, skip_locked=True)
     last = _last(batch.c.id, batch.c.name).lateral("last")
     of_batch = _Writer(batch.c.name, batch.c.step_key, batch.c.attempt, batch.c.step_attempt)
     head = materialized(
@@ -318,7 +322,7 @@ def _append_many_statement() -> Any:
             sa.func.coalesce(last.c.number + ONE, ZERO).label("number"),
             sa.func.coalesce(_is_closed(last, of_batch), sa.false()).label("closed"),
         )
-        .select_from(batch.join(held, of_owner(batch, held)).outerjoin(last, sa.true()))
+        .select_from(batch.join(held, is_same_attempt(batch, held)).outerjoin(last, sa.true()))
         .where(batch.c.item == ONE),
         "head",
     )

@@ -17,18 +17,27 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import (
+from sqla_durable.store.inbox import (
+    ANSWER,
+    REFUSED,
+    UPDATE,
+    first_keyed,
+    first_untaken,
+    is_untaken,
+    send_statement,
+    take_by,
+    take_statement,
+)
+from sqla_durable.store.keys import require_the_latest
+from sqla_durable.store.records import Checkpoint, Fence, Origin, Verdict
+from sqla_durable.store.statements import (
     EVENT,
     SIGNAL,
     STEP,
     WANTED_ID,
     WORKFLOW,
-    Checkpoint,
     Connectable,
     Expression,
-    Fence,
-    Origin,
-    Verdict,
     execute,
     insert_select,
     json_parameter,
@@ -36,29 +45,17 @@ from sqla_durable.store._rows import (
     parameter,
     pg,
     scalar,
-    words,
-)
-from sqla_durable.store.keys import require_the_latest
-from sqla_durable.store.signals import (
-    ANSWER,
-    REFUSED,
-    UPDATE,
-    first_keyed,
-    first_untaken,
-    is_untaken,
-    sending,
-    take_by,
-    taking,
+    text_literal,
 )
 from sqla_durable.store.steps import (
     GIVEN,
     checkpoint_columns,
-    given_fence,
-    given_row,
-    insert_from,
-    own_row,
-    refusal,
-    select_owned,
+    given_fence_parameters,
+    given_parameters,
+    insert_checkpoints,
+    lock_given,
+    select_from_owned,
+    why_unwritten,
 )
 from sqla_durable.unwinding import AttemptLost
 
@@ -175,7 +172,7 @@ def refuse(connectable: Connectable, fence: Fence, *, update_id: int, reason: st
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
     """
-    parameters = given_fence(fence)
+    parameters = given_fence_parameters(fence)
     if not scalar(connectable, _REFUSE, parameters | _answer_row(update_id, json.dumps({"refused": reason}))):
         raise AttemptLost(fence.workflow_id)
 
@@ -185,7 +182,7 @@ def record_answer(connectable: Connectable, checkpoint: Checkpoint, *, update_id
 
     DUPLICATE wrote nothing: another step has answered it. Waits for whoever holds the workflow's row.
     """
-    row = execute(connectable, _RECORD, given_row(checkpoint) | _answer_row(update_id, answer)).one()
+    row = execute(connectable, _RECORD, given_parameters(checkpoint) | _answer_row(update_id, answer)).one()
     if not row.owned:
         return Verdict.LOST
     if row.answered:
@@ -200,10 +197,10 @@ def put_answer(connectable: Connectable, origin: Origin, *, update_id: int, answ
 
     Waits for whoever holds the workflow's row.
     """
-    parameters = given_fence(origin.fence, origin.step_key)
+    parameters = given_fence_parameters(origin.fence, origin.step_key)
     if scalar(connectable, _PUT, parameters | _answer_row(update_id, answer)) is not None:
         return Verdict.RECORDED
-    return refusal(connectable, parameters)
+    return why_unwritten(connectable, parameters)
 
 
 def _answer_key(update_id: int) -> str:
@@ -270,7 +267,7 @@ def _look_statement() -> Any:
 
 
 def _refuse_statement() -> Any:
-    owned = own_row()
+    owned = lock_given()
     refused = (
         sa.update(SIGNAL)
         .where(SIGNAL.c.workflow_id == owned.c.id, _IS_UPDATE, is_untaken())
@@ -284,11 +281,11 @@ def _refuse_statement() -> Any:
 
 
 def _record_statement() -> Any:
-    owned = own_row()
+    owned = lock_given()
     columns = _columns(owned.c.id, GIVEN["key"])
     answered = _answering(columns, sa.select(*columns.values())).returning(EVENT.c.workflow_id).cte("answered")
     checkpoint = checkpoint_columns(GIVEN) | {"workflow_id": answered.c.workflow_id}
-    recorded = insert_from(checkpoint, sa.select(*checkpoint.values())).returning(STEP.c.key).cte("recorded")
+    recorded = insert_checkpoints(checkpoint, sa.select(*checkpoint.values())).returning(STEP.c.key).cte("recorded")
     return sa.select(
         sa.select(owned.c.id).exists().label("owned"), sa.select(answered.c.workflow_id).exists().label("answered")
     ).add_cte(recorded)
@@ -296,7 +293,7 @@ def _record_statement() -> Any:
 
 def _put_statement() -> Any:
     columns = _columns(WORKFLOW.c.id, GIVEN["key"])
-    return _answering(columns, select_owned(columns)).returning(EVENT.c.id)
+    return _answering(columns, select_from_owned(columns)).returning(EVENT.c.id)
 
 
 def _shown(taken: Any) -> Expression:
@@ -306,17 +303,17 @@ def _shown(taken: Any) -> Expression:
 _WANTED = WANTED_ID
 _NAME = parameter("signal_name", Text())
 _IS_UPDATE = SIGNAL.c.id == parameter("update_id", sa.BigInteger())
-_ID: sa.ColumnElement[str] = words("id")
-_PAYLOAD: sa.ColumnElement[str] = words("payload")
-_UPDATE_LITERAL: sa.ColumnElement[str] = words(UPDATE)
+_ID: sa.ColumnElement[str] = text_literal("id")
+_PAYLOAD: sa.ColumnElement[str] = text_literal("payload")
+_UPDATE_LITERAL: sa.ColumnElement[str] = text_literal(UPDATE)
 _RECEIVER = _receiver_statement()
-_SEND = sending(is_update=True)
-_SEND_IN_SNAPSHOT = sending(in_snapshot=True, is_update=True)
+_SEND = send_statement(is_update=True)
+_SEND_IN_SNAPSHOT = send_statement(in_snapshot=True, is_update=True)
 _LOOK = _look_statement()
 _FIRST = first_untaken(_WANTED, _NAME, sa.cast(SIGNAL.c.payload, Text).label("payload")).subquery("first")
 _OLDEST = sa.select(_FIRST.c.id, _FIRST.c.payload).where(_FIRST.c.name == _NAME)
 _WANTED_UPDATE = sa.select(parameter("update_id", sa.BigInteger()).label("id")).subquery("wanted")
-_TAKE = taking(_WANTED_UPDATE, _shown)
+_TAKE = take_statement(_WANTED_UPDATE, _shown)
 _REFUSE = _refuse_statement()
 _RECORD = _record_statement()
 _PUT = _put_statement()

@@ -87,7 +87,7 @@ class Books:
         """Delete the leases of dead workers: what they had running is anybody's at once."""
         with self._sessions.begin() as session:
             for each in worker_ids:
-                workers.leave(session, each)
+                workers.end_lease(session, each)
 
     def close(self) -> None:
         """Leave no lease behind; what a dying worker had sent may have been carried out late."""

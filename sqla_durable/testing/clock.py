@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from sqla_durable.api.callers import require_session
 from sqla_durable.definitions.checks import require_duration
 from sqla_durable.errors import SessionError
-from sqla_durable.store import clock, schema
+from sqla_durable.store import schema, timers
 
 
 def advance(session: Session, duration: timedelta) -> int:
@@ -44,4 +44,4 @@ def advance(session: Session, duration: timedelta) -> int:
     require_session(given)
     schema.require(session)
     session.flush()
-    return clock.advance(session, duration.total_seconds())
+    return timers.advance(session, duration.total_seconds())

@@ -23,8 +23,9 @@ from sqla_durable.execution import replaying
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import StepStatus, WorkflowStatus
 from sqla_durable.operations.changes import Mismatch
-from sqla_durable.store import Claimed, Completion, Fence, Recorded, exports, schema, steps
-from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
+from sqla_durable.store import Claimed, Completion, Fence, Recorded, schema, steps
+from sqla_durable.store import workflows as store_workflows
+from sqla_durable.store.workers import MAX_ATTEMPTS_TYPE
 
 History: TypeAlias = dict[str, Any]
 """A workflow and its steps, as JSON holds them."""
@@ -222,7 +223,7 @@ def _export(session: Session, workflows: Selected) -> list[History]:
     session.flush()
     ids = _ids(session, workflows)
     histories = steps.histories(session, ids)
-    return [_history(each, histories.get(each.id, {})) for each in exports.read(session, ids)]
+    return [_history(each, histories.get(each.id, {})) for each in store_workflows.export(session, ids)]
 
 
 def _ids(session: Session, workflows: Selected) -> list[UUID]:
@@ -241,7 +242,7 @@ def _ids(session: Session, workflows: Selected) -> list[UUID]:
     return [id_of(each) for each in found]
 
 
-def _history(workflow: exports.Exported, recorded: Mapping[str, Recorded]) -> History:
+def _history(workflow: store_workflows.Exported, recorded: Mapping[str, Recorded]) -> History:
     return {
         "format": _FORMAT,
         "id": str(workflow.id),

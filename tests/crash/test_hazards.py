@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqla_durable import Durable, Executor, Worker, Workflow, WorkflowStatus, models, run_step
 from sqla_durable.execution.worker.database import ThreadDatabase
 from sqla_durable.execution.worker.writer import Writer
-from sqla_durable.store import crashes, queues
+from sqla_durable.store import claims, workers
 from tests.store import races
 from tests.support import refusals
 from tests.support.domain import Entry
@@ -223,7 +223,7 @@ async def test_a_checkpoint_that_another_attempt_recorded_is_lost_and_not_writte
 
 def _taken_over(engine: Engine) -> list[Any]:
     with Session(engine) as session:
-        crashes.reclaim(session, max_attempts=10, limit=10)
+        workers.reclaim(session, max_attempts=10, limit=10)
         claimed = races.claim(session, 10)
         session.commit()
     return [each.fence for each in claimed]
@@ -505,7 +505,7 @@ def _take_back(engine: Engine) -> None:
     with Session(engine) as session:
         session.execute(text("CREATE TEMPORARY TABLE live ON COMMIT DROP AS SELECT * FROM durable.worker"))
         session.execute(text("DELETE FROM durable.worker"))
-        assert crashes.reclaim(session, max_attempts=10, limit=10)
+        assert workers.reclaim(session, max_attempts=10, limit=10)
         session.execute(text("INSERT INTO durable.worker SELECT * FROM live"))
         session.commit()
 
@@ -556,7 +556,7 @@ def test_a_row_that_nobody_executes_under_a_live_lease_is_handed_back(
             workflow = Workflow(name="small", queue="elsewhere")
             session.add(workflow)
             session.flush()
-            queues.claim_one(session, workflow.id, worker_id=worker.id, token=worker.id)
+            claims.claim_one(session, workflow.id, worker_id=worker.id, token=worker.id)
             session.execute(text("UPDATE durable.workflow SET queue = 'default'"))
             workflow_id = workflow.id
             session.commit()

@@ -16,18 +16,8 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.store import (
-    Checkpoint,
-    Claimed,
-    Completion,
-    Fence,
-    NewWorkflow,
-    batches,
-    queues,
-    starts,
-    workers,
-)
-from sqla_durable.store.look import look
+from sqla_durable.store import Checkpoint, Claimed, Completion, Fence, NewWorkflow, attempts, claims, starts, workers
+from sqla_durable.store.work import find_work
 from tests.support.forged import forged
 
 T = TypeVar("T")
@@ -136,26 +126,26 @@ def enqueue(session: Session, count: int = 1, **columns: Any) -> list[UUID]:
 def claim(session: Session, limit: int = 1, **options: Any) -> list[Claimed]:
     """Claim from the queue `default` what is named `checkout`."""
     settings: dict[str, Any] = {"worker_id": WORKER, "token": uuid7(), "names": ["checkout"]}
-    settings["ranges"] = queues.whole(options.pop("queues", ["default"]))
-    batch = queues.claim(session, limit=limit, **{**settings, **options})
-    return queues.with_histories(session, batch.claimed)
+    settings["ranges"] = claims.from_front(options.pop("queues", ["default"]))
+    batch = claims.claim(session, limit=limit, **{**settings, **options})
+    return claims.with_histories(session, batch.claimed)
 
 
 def record(session: Session, checkpoints: Sequence[Checkpoint]) -> set[tuple[UUID, str]]:
     """Record checkpoints as the writer does, and give workflow and key of those that were written."""
-    unwritten = batches.write(session, checkpoints).checkpoints
+    unwritten = attempts.write_batch(session, checkpoints).checkpoints
     return {(each.fence.workflow_id, each.key) for each in checkpoints if (each.fence, each.key) not in unwritten}
 
 
-def end(session: Session, ends: Sequence[batches.End]) -> set[UUID]:
+def end(session: Session, ends: Sequence[attempts.End]) -> set[UUID]:
     """Finish or park as the writer does, and give the workflows whose attempts have ended."""
-    unwritten = batches.write(session, ends=ends).ends
+    unwritten = attempts.write_batch(session, ends=ends).ends
     return {each.fence.workflow_id for each in ends if each.fence not in unwritten}
 
 
 def is_alive(session: Session, worker_id: UUID) -> bool:
     """Tell whether a worker's lease is live."""
-    return look(session, worker_id=worker_id, ranges={}, names=[]).alive
+    return find_work(session, worker_id=worker_id, ranges={}, names=[]).alive
 
 
 def claimed_fences(engine: Engine, count: int = 1, *, worker_id: UUID = WORKER) -> list[Fence]:

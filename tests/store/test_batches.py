@@ -11,8 +11,8 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Step, Workflow
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.store import Checkpoint, Fence, Park, batches, steps
-from sqla_durable.store._rows import filled
+from sqla_durable.store import Checkpoint, Fence, Park, attempts, steps
+from sqla_durable.store.statements import batch_parameter
 from tests.store import races
 from tests.store.plans import explain, fill
 
@@ -20,13 +20,13 @@ from tests.store.plans import explain, fill
 def test_checkpoints_and_what_ends_their_attempts_are_written_together(engine: Engine) -> None:
     finished, parked, going_on = races.claimed_fences(engine, 3)
     with Session(engine) as session:
-        unwritten = batches.write(
+        unwritten = attempts.write_batch(
             session,
             [races.checkpoint(each, key) for each in (finished, parked, going_on) for key in ("a", "b")],
             [races.success(finished), Park(parked, 60)],
         )
         session.commit()
-        assert unwritten == batches.Unwritten()
+        assert unwritten == attempts.Unwritten()
         assert len(session.scalars(select(Step)).all()) == 6
         standing = {
             each.id: (each.status, each.token, each.wake_at is None) for each in session.scalars(select(Workflow))
@@ -42,14 +42,14 @@ def test_checkpoints_and_what_ends_their_attempts_are_written_together(engine: E
 def test_an_attempt_does_not_end_before_all_of_its_checkpoints_are_written(engine: Engine, end: str) -> None:
     """One of them is there already, recorded by an earlier try of the same batch."""
     (fence,) = races.claimed_fences(engine)
-    ending: batches.End = races.success(fence) if end == "finish" else Park(fence, 60)
+    ending: attempts.End = races.success(fence) if end == "finish" else Park(fence, 60)
     with Session(engine) as session:
         steps.record(session, races.checkpoint(fence, "a", output="1"))
         again = [races.checkpoint(fence, "a", output="2"), races.checkpoint(fence, "b")]
-        assert batches.write(session, again, [ending]) == batches.Unwritten({(fence, "a")}, {fence})
+        assert attempts.write_batch(session, again, [ending]) == attempts.Unwritten({(fence, "a")}, {fence})
         assert races.status_in(session, fence.workflow_id) is WorkflowStatus.RUNNING
         assert dict(session.execute(select(Step.key, Step.output)).all()) == {"a": 1, "b": 1}
-        assert batches.write(session, ends=[ending]) == batches.Unwritten()
+        assert attempts.write_batch(session, ends=[ending]) == attempts.Unwritten()
         assert races.status_in(session, fence.workflow_id) is not WorkflowStatus.RUNNING
 
 
@@ -59,11 +59,11 @@ def test_what_is_lost_or_held_is_given_back_and_the_rest_is_written(engine: Engi
     with races.transaction(engine) as caller, Session(engine) as session:
         races.lock(caller.session, held.workflow_id)
         fences = mine, held, stranger
-        unwritten = batches.write(
+        unwritten = attempts.write_batch(
             session, [races.checkpoint(each) for each in fences], [races.success(each) for each in fences]
         )
         session.commit()
-    assert unwritten == batches.Unwritten({(held, "charge"), (stranger, "charge")}, {held, stranger})
+    assert unwritten == attempts.Unwritten({(held, "charge"), (stranger, "charge")}, {held, stranger})
 
 
 def test_a_try_gives_way_to_the_outcome_and_an_outcome_to_nothing(engine: Engine) -> None:
@@ -71,13 +71,13 @@ def test_a_try_gives_way_to_the_outcome_and_an_outcome_to_nothing(engine: Engine
     tried = replace(races.checkpoint(fence), status=StepStatus.RETRYING, output=None, delay=60.0)
     with Session(engine) as session:
         for checkpoint, is_written in ((tried, True), (races.checkpoint(fence), True), (tried, False)):
-            unwritten = batches.write(session, [checkpoint]).checkpoints
+            unwritten = attempts.write_batch(session, [checkpoint]).checkpoints
             assert unwritten == (set() if is_written else {(fence, checkpoint.key)})
 
 
 def test_an_empty_batch_is_nothing(engine: Engine) -> None:
     with Session(engine) as session:
-        assert batches.write(session) == batches.Unwritten()
+        assert attempts.write_batch(session) == attempts.Unwritten()
 
 
 @pytest.mark.new_database
@@ -87,10 +87,10 @@ def test_a_batch_reads_no_table_from_end_to_end(engine: Engine, mode: str) -> No
         fill(session)
         fences = races.claimed_fences(engine, 50)
         checkpoints: list[Checkpoint] = [races.checkpoint(each) for each in fences]
-        parameters = filled("batch", [steps.CHECKPOINT.row(each) for each in checkpoints])
-        ends = [batches._end_row(races.success(each), 1) for each in fences]  # pyright: ignore[reportPrivateUsage]
+        parameters = batch_parameter("batch", [steps.CHECKPOINT.row(each) for each in checkpoints])
+        ends = [attempts._end_row(races.success(each), 1) for each in fences]  # pyright: ignore[reportPrivateUsage]
         session.execute(text("ANALYZE durable.step"))
-        plan = explain(session, batches._WRITE, parameters | filled("ending", ends), mode=mode)  # pyright: ignore[reportPrivateUsage]
+        plan = explain(session, attempts._WRITE_BATCH, parameters | batch_parameter("ending", ends), mode=mode)  # pyright: ignore[reportPrivateUsage]
     assert plan.rows("CTE recorded") == plan.rows("CTE ended") == len(fences), plan
     assert plan.uses("workflow_pkey"), plan
     assert not plan.scans("workflow"), plan

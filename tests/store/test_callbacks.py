@@ -15,8 +15,11 @@ from uuid_utils.compat import uuid7
 from sqla_durable import complete_callback, delete, errors, fail_callback, heartbeat_callback, unwinding
 from sqla_durable.models import Signal, Step
 from sqla_durable.operations.callback import Made
-from sqla_durable.store import Awaited, Checkpoint, Fence, Park, callbacks, rounds, signals
-from sqla_durable.store.callbacks import _HOLD, _LOOK  # pyright: ignore[reportPrivateUsage]
+from sqla_durable.store import Awaited, Checkpoint, Fence, Park, callbacks, continuations, signals
+from sqla_durable.store.callbacks import (
+    _HOLD,  # pyright: ignore[reportPrivateUsage]
+    _LOOK,  # pyright: ignore[reportPrivateUsage]
+)
 from sqla_durable.testing import advance
 from tests.store import races
 from tests.store.plans import explain
@@ -242,7 +245,7 @@ def test_outcomes_go_when_the_workflow_begins_anew(engine: Engine) -> None:
     with Session(engine) as session, session.begin():
         complete_callback(session, made.reveal(), 1)
     with Session(engine) as session, session.begin():
-        assert rounds.restart(session, fence, given="{}")
+        assert continuations.continue_as_new(session, fence, given="{}")
     assert outcomes(engine) == []
     with Session(engine) as session, pytest.raises(errors.CallbackNotFoundError):
         complete_callback(session, made.reveal(), 1)

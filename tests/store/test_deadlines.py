@@ -11,10 +11,10 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import deadlines, workflows
-from sqla_durable.store.deadlines import _FAIL_OVERDUE  # pyright: ignore[reportPrivateUsage]
-from sqla_durable.store.look import look
-from sqla_durable.store.queues import whole
+from sqla_durable.store import attempts, failures
+from sqla_durable.store.claims import from_front
+from sqla_durable.store.failures import _FAIL_OVERDUE  # pyright: ignore[reportPrivateUsage]
+from sqla_durable.store.work import find_work
 from tests.store import races
 from tests.store.plans import explain, fill
 
@@ -22,7 +22,7 @@ PAST, FUTURE = datetime(2020, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC
 
 
 def failed(session: Session, limit: int = 100) -> set[UUID]:
-    return {each.workflow_id for each in deadlines.fail_overdue(session, limit=limit)}
+    return {each.workflow_id for each in failures.fail_overdue(session, limit=limit)}
 
 
 def test_only_what_is_unfinished_and_overdue_is_failed_and_only_once(engine: Engine) -> None:
@@ -39,10 +39,10 @@ def test_what_has_something_to_undo_is_enqueued_for_that_and_claimed_in_spite_of
     with Session(engine) as session:
         (overdue,) = races.enqueue(session, deadline_at=PAST, cancellation="compensates")
         (undoing,) = races.enqueue(session, deadline_at=PAST, cancellation="requested")
-        assert deadlines.fail_overdue(session, limit=9) == [
-            deadlines.Overdue(overdue, "checkout", undoes=True, worker_id=None)
+        assert failures.fail_overdue(session, limit=9) == [
+            failures.Overdue(overdue, "checkout", undoes=True, worker_id=None)
         ]
-        assert not look(session, worker_id=races.WORKER, ranges={}, names=[]).overdue
+        assert not find_work(session, worker_id=races.WORKER, ranges={}, names=[]).overdue
         claimed = {each.fence.workflow_id: each for each in races.claim(session, 9)}
         assert claimed.keys() == {overdue, undoing}
         assert all(each.is_cancelling for each in claimed.values())
@@ -61,18 +61,20 @@ def test_the_earliest_deadlines_come_first(engine: Engine) -> None:
 def test_a_look_tells_of_what_is_overdue_and_of_the_next_deadline(engine: Engine) -> None:
     with Session(engine) as session:
         races.enqueue(session, deadline_at=text("statement_timestamp() + interval '50 s'"))
-        seen = look(session, worker_id=races.WORKER, ranges={}, names=[])
+        seen = find_work(session, worker_id=races.WORKER, ranges={}, names=[])
         assert not seen.overdue
         assert 40 < (seen.next_due_in or 0) <= 50
         races.enqueue(session, deadline_at=PAST)
-        assert look(session, worker_id=races.WORKER, ranges={}, names=[]).overdue
+        assert find_work(session, worker_id=races.WORKER, ranges={}, names=[]).overdue
 
 
 def test_what_is_overdue_is_neither_claimed_nor_claimable(engine: Engine) -> None:
     with Session(engine) as session:
         (overdue,) = races.enqueue(session, deadline_at=PAST)
         assert races.claim(session) == []
-        assert not look(session, worker_id=races.WORKER, ranges=whole(["default"]), names=["checkout"]).claimable
+        assert not find_work(
+            session, worker_id=races.WORKER, ranges=from_front(["default"]), names=["checkout"]
+        ).claimable
         (other,) = races.enqueue(session)
         assert [each.fence.workflow_id for each in races.claim(session, 9)] == [other]
         assert races.status_in(session, overdue) is WorkflowStatus.PENDING
@@ -94,8 +96,8 @@ def test_a_completion_on_its_way_wins_over_the_deadline(engine: Engine) -> None:
         session.get_one(Workflow, fence.workflow_id).deadline_at = PAST
         session.commit()
     with races.transaction(engine) as worker, races.transaction(engine) as executor:
-        assert workflows.finish(worker.session, races.success(fence))
-        waiting = executor.begin_blocked(lambda session: deadlines.fail_one(session, fence.workflow_id))
+        assert attempts.finish(worker.session, races.success(fence))
+        waiting = executor.begin_blocked(lambda session: failures.fail_if_overdue(session, fence.workflow_id))
         worker.session.commit()
         assert not waiting.result()
     assert races.status_of(engine, fence.workflow_id) is WorkflowStatus.SUCCEEDED
@@ -108,7 +110,7 @@ def test_a_completion_after_the_deadline_is_refused(engine: Engine) -> None:
         session.commit()
     with races.transaction(engine) as maintenance, races.transaction(engine) as worker:
         assert failed(maintenance.session) == {fence.workflow_id}
-        waiting = worker.begin_blocked(lambda session: workflows.finish(session, races.success(fence)))
+        waiting = worker.begin_blocked(lambda session: attempts.finish(session, races.success(fence)))
         maintenance.session.commit()
         assert not waiting.result()
     assert races.status_of(engine, fence.workflow_id) is WorkflowStatus.FAILED

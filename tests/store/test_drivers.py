@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import NullPool, create_engine, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from sqla_durable.store.drivers import alone, keeps_statements
+from sqla_durable.store.schema import alone, keeps_statements
 
 ASYNCPG: dict[str, Any] = {
     "statement_cache_size": 0,

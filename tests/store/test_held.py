@@ -14,8 +14,8 @@ from uuid_utils.compat import uuid7
 from sqla_durable import cancel, delete, rewind
 from sqla_durable.models import Signal, Step
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import batches, crashes, held, rounds, workflows
-from sqla_durable.store._rows import Checkpoint, Completion, Fence
+from sqla_durable.store import attempts, continuations, deferred, workers
+from sqla_durable.store.records import Checkpoint, Completion, Fence
 from tests.store import races
 
 
@@ -45,22 +45,22 @@ def asked(session: Session) -> int:
 def test_what_a_parent_leaves_goes_with_its_end_and_what_somebody_holds_goes_later(engine: Engine) -> None:
     fence, (first, second) = parent_with_held(engine)
     with Session(engine) as session, session.begin():
-        assert batches.write(session, [], [failure(fence)]) == batches.Unwritten()
+        assert attempts.write_batch(session, [], [failure(fence)]) == attempts.Unwritten()
     with races.transaction(engine) as caller, Session(engine) as session:
         races.lock(caller.session, first)
-        assert held.release_left(session, limit=9) == 1
+        assert deferred.start_orphans(session, limit=9) == 1
         assert (races.status_in(session, second), asked(session)) == (WorkflowStatus.PENDING, 1)
         session.commit()
         caller.session.rollback()
-        assert held.release_left(session, limit=9) == 1
+        assert deferred.start_orphans(session, limit=9) == 1
         assert (races.status_in(session, first), asked(session)) == (WorkflowStatus.PENDING, 0)
 
 
 def test_many_go_some_at_a_time(engine: Engine) -> None:
     fence, _ = parent_with_held(engine, 3)
     with Session(engine) as session:
-        assert workflows.finish(session, failure(fence))
-        assert [held.release_left(session, limit=2) for _ in range(3)] == [2, 1, 0]
+        assert attempts.finish(session, failure(fence))
+        assert [deferred.start_orphans(session, limit=2) for _ in range(3)] == [2, 1, 0]
         assert asked(session) == 0
 
 
@@ -69,47 +69,47 @@ def test_start_on_its_way_is_seen_after_the_end(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as starting, races.transaction(engine) as ending:
         races.lock(starting.session, fence.workflow_id)
-        waiting = ending.begin_blocked(lambda session: workflows.finish(session, failure(fence)))
+        waiting = ending.begin_blocked(lambda session: attempts.finish(session, failure(fence)))
         of_parent = {"parent_id": fence.workflow_id, "parent_key": "start:double", "status": "suspended"}
         races.enqueue(starting.session, 2, **of_parent)
         starting.session.commit()
         assert waiting.result()
         ending.session.commit()
     with Session(engine) as session:
-        assert held.release_left(session, limit=9) == 2
+        assert deferred.start_orphans(session, limit=9) == 2
 
 
 def test_children_of_a_parent_that_goes_on_stay_held(engine: Engine) -> None:
     fence, _ = parent_with_held(engine)
     with Session(engine) as session:
-        held.leave(session, [fence.workflow_id])
+        deferred.report_orphans(session, [fence.workflow_id])
         assert asked(session) == 1
-        assert held.release_left(session, limit=9) == 0
+        assert deferred.start_orphans(session, limit=9) == 0
         assert asked(session) == 0
         session.delete(session.get_one(Step, (fence.workflow_id, "start:double")))
         session.flush()
-        held.leave(session, [fence.workflow_id])
-        assert held.release_left(session, limit=9) == 2
+        deferred.report_orphans(session, [fence.workflow_id])
+        assert deferred.start_orphans(session, limit=9) == 2
 
 
 def test_what_begins_anew_or_dies_for_good_leaves_its_held_children(engine: Engine) -> None:
     fence, _ = parent_with_held(engine)
     with Session(engine) as session:
-        assert rounds.restart(session, fence, given="{}")
-        assert held.release_left(session, limit=9) == 2
+        assert continuations.continue_as_new(session, fence, given="{}")
+        assert deferred.start_orphans(session, limit=9) == 2
         session.commit()
     parent_with_held(engine)
     races.expire_leases(engine)
     with Session(engine) as session:
-        assert [each.status for each in crashes.reclaim(session, max_attempts=0, limit=9)] == [WorkflowStatus.FAILED]
-        assert held.release_left(session, limit=9) == 2
+        assert [each.status for each in workers.reclaim(session, max_attempts=0, limit=9)] == [WorkflowStatus.FAILED]
+        assert deferred.start_orphans(session, limit=9) == 2
 
 
 def test_a_cancel_lets_go_what_is_detached_and_held(engine: Engine) -> None:
     fence, _ = parent_with_held(engine, detached=True)
     with Session(engine) as session:
         assert cancel(session, fence.workflow_id) == [fence.workflow_id]
-        assert held.release_left(session, limit=9) == 2
+        assert deferred.start_orphans(session, limit=9) == 2
 
 
 def test_what_a_rewind_leaves_goes_also_when_others_are_started_under_its_key(engine: Engine) -> None:
@@ -122,7 +122,7 @@ def test_what_a_rewind_leaves_goes_also_when_others_are_started_under_its_key(en
         of_parent = {"parent_id": fence.workflow_id, "parent_key": "start:double", "status": "suspended"}
         (new,) = races.enqueue(session, 1, **of_parent)
         races.record(session, [started(again.fence, [new])])
-        assert held.release_left(session, limit=9) == 2
+        assert deferred.start_orphans(session, limit=9) == 2
         assert {races.status_in(session, each) for each in left} == {WorkflowStatus.PENDING}
         assert (races.status_in(session, new), asked(session)) == (WorkflowStatus.SUSPENDED, 0)
 
@@ -133,13 +133,13 @@ def test_a_start_whose_outcome_was_replaced_lets_all_go(engine: Engine) -> None:
     with Session(engine) as session:
         session.get_one(Step, (fence.workflow_id, "start:double")).output = {"no": "list"}
         session.flush()
-        held.leave(session, [fence.workflow_id])
-        assert held.release_left(session, limit=9) == 2
+        deferred.report_orphans(session, [fence.workflow_id])
+        assert deferred.start_orphans(session, limit=9) == 2
 
 
 def test_all_that_are_held_go_and_nobody_who_holds_a_row_is_passed_over(engine: Engine) -> None:
     fence, ids = parent_with_held(engine)
-    release = partial(held.release_rest, checkpoint=races.checkpoint(fence, "map:double"), ids=ids)
+    release = partial(deferred.start_rest, checkpoint=races.checkpoint(fence, "map:double"), ids=ids)
     with races.transaction(engine) as caller, races.transaction(engine) as giving_up:
         races.lock(caller.session, ids[1])
         waiting = giving_up.begin_blocked(release)
@@ -152,7 +152,7 @@ def test_an_attempt_that_has_lost_its_workflow_lets_nothing_go(engine: Engine) -
     fence, ids = parent_with_held(engine, 1)
     with Session(engine) as session:
         stolen = races.checkpoint(replace(fence, token=uuid7()), "map:double")
-        held.release_rest(session, stolen, ids=ids)
+        deferred.start_rest(session, stolen, ids=ids)
         assert races.status_in(session, ids[0]) is WorkflowStatus.SUSPENDED
 
 
@@ -160,7 +160,7 @@ def test_detached_children_that_a_deleted_parent_has_held_go(engine: Engine) -> 
     """Before any worker has seen that it has ended; afterwards they would be nobody's."""
     fence, ids = parent_with_held(engine, detached=True)
     with Session(engine) as session:
-        batches.write(session, [], [failure(fence)])
+        attempts.write_batch(session, [], [failure(fence)])
         session.commit()
         assert delete(session, fence.workflow_id) == [fence.workflow_id]
         assert [races.status_in(session, each) for each in ids] == [WorkflowStatus.PENDING] * 2

@@ -8,7 +8,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from sqla_durable.definitions.retry import is_outage
-from sqla_durable.store import Verdict, crashes, steps
+from sqla_durable.store import Verdict, steps, workers
 from tests.store import races
 
 
@@ -40,8 +40,8 @@ def test_a_takeover_does_not_wait_for_a_transaction_whose_client_is_frozen(engin
         frozen.execute(text("SET LOCAL idle_in_transaction_session_timeout = '300ms'"))
         steps.record_last(frozen, races.checkpoint(fence))
         races.expire_leases(engine)
-        assert crashes.reclaim(other, max_attempts=9, limit=9) == []
-        races.wait_until(lambda: crashes.reclaim(other, max_attempts=9, limit=9), what="the takeover")
+        assert workers.reclaim(other, max_attempts=9, limit=9) == []
+        races.wait_until(lambda: workers.reclaim(other, max_attempts=9, limit=9), what="the takeover")
         other.commit()
         with pytest.raises(DBAPIError) as late:
             frozen.commit()

@@ -10,19 +10,25 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Queue
-from sqla_durable.store import Park, workers, workflows
-from sqla_durable.store.look import _LOOK, LATE, Marks, Seen, look  # pyright: ignore[reportPrivateUsage]
-from sqla_durable.store.queues import known, listening, whole
+from sqla_durable.store import Park, timers, workers
+from sqla_durable.store.claims import from_front, name_parameters, range_parameters
+from sqla_durable.store.work import (
+    _FIND_WORK,  # pyright: ignore[reportPrivateUsage]
+    LATE_COMMIT,
+    ScanStarts,
+    Work,
+    find_work,
+)
 from tests.store import races
 from tests.store.plans import Plan, explain, fill
 
 BEGIN: dict[str, object] = dict.fromkeys(["since_wake", "since_deadline", "since_sent", "since_expired"], "-infinity")
 BEGIN["within"] = 60.0
-NOTHING = Seen(claimable=False, due=False, next_due_in=None, undelivered=False, abandoned=False, alive=False)
+NOTHING = Work(claimable=False, due=False, next_due_in=None, undelivered=False, abandoned=False, alive=False)
 
 
-def seen(session: Session, *queues: str) -> Seen:
-    return look(session, worker_id=races.WORKER, ranges=whole(queues or ["default"]), names=["checkout"])
+def seen(session: Session, *queues: str) -> Work:
+    return find_work(session, worker_id=races.WORKER, ranges=from_front(queues or ["default"]), names=["checkout"])
 
 
 def test_an_empty_database_holds_nothing_to_do(engine: Engine) -> None:
@@ -38,15 +44,15 @@ def test_what_waits_in_the_queues_under_a_known_name_is_claimable(engine: Engine
         assert seen(session, "default", "elsewhere").claimable
         races.enqueue(session)
         assert seen(session).claimable
-        assert not look(session, worker_id=races.WORKER, ranges={}, names=["checkout"]).claimable
+        assert not find_work(session, worker_id=races.WORKER, ranges={}, names=["checkout"]).claimable
 
 
 def test_what_another_version_is_to_claim_is_not_claimable(engine: Engine) -> None:
     with Session(engine) as session:
         races.enqueue(session, version="1")
         for versions, claimable in (([], True), (["1"], True), (["2"], False)):
-            found = look(
-                session, worker_id=races.WORKER, ranges=whole(["default"]), names=["checkout"], versions=versions
+            found = find_work(
+                session, worker_id=races.WORKER, ranges=from_front(["default"]), names=["checkout"], versions=versions
             )
             assert found.claimable is claimable
 
@@ -86,7 +92,7 @@ def test_a_dead_worker_counts_once_it_has_left_something(engine: Engine) -> None
         races.expire_leases(engine)
         session.rollback()
         assert (seen(session).abandoned, seen(session).alive) == (True, False)
-        workers.leave(session, races.WORKER)  # what it left belongs to nobody that is remembered
+        workers.end_lease(session, races.WORKER)  # what it left belongs to nobody that is remembered
         assert not seen(session).abandoned
 
 
@@ -107,10 +113,10 @@ def test_a_look_costs_a_few_pages_among_many_rows(
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.execute(text("VACUUM ANALYZE"))
     with Session(engine) as session:
-        parameters: dict[str, object] = {"looking_id": races.WORKER, **known(["checkout"], ["1"])}
-        parameters |= listening(whole(["a", "default"])) | BEGIN
+        parameters: dict[str, object] = {"looking_id": races.WORKER, **name_parameters(["checkout"], ["1"])}
+        parameters |= range_parameters(from_front(["a", "default"])) | BEGIN
         # The less of two: a session whose catalogue caches were reset meanwhile reads the catalogue's pages, too.
-        plans = [explain(session, _LOOK, parameters, mode=mode) for _ in range(2)]
+        plans = [explain(session, _FIND_WORK, parameters, mode=mode) for _ in range(2)]
     plan = min(plans, key=Plan.buffers)
     assert plan.uses("workflow_pending_idx"), plan
     assert plan.uses("workflow_suspended_idx"), plan
@@ -130,17 +136,17 @@ def test_the_next_look_begins_two_seconds_before_what_is_left(engine: Engine) ->
                 ),
                 {"seconds": seconds},
             )
-        first = look(session, worker_id=races.WORKER, ranges={}, names=[])
-        second = look(session, worker_id=races.WORKER, ranges={}, names=[], marks=first.marks)
+        first = find_work(session, worker_id=races.WORKER, ranges={}, names=[])
+        second = find_work(session, worker_id=races.WORKER, ranges={}, names=[], marks=first.marks)
         assert first.marks.looked_at is not None
         ago = {name: first.marks.looked_at - datetime.fromisoformat(at) for name, at in ages(first.marks).items()}
         assert 3_600 < ago["wake_at"].total_seconds() < 3_700
-        assert ago["sent_at"] == ago["deadline_at"] == LATE
+        assert ago["sent_at"] == ago["deadline_at"] == LATE_COMMIT
         assert second.due
         assert second.marks.wake_at == first.marks.wake_at
-        assert workflows.wake_due(session, limit=9, since=first.marks.wake_at) == 2
-        assert not look(session, worker_id=races.WORKER, ranges={}, names=[], marks=first.marks).due
+        assert timers.wake_due(session, limit=9, since=first.marks.wake_at) == 2
+        assert not find_work(session, worker_id=races.WORKER, ranges={}, names=[], marks=first.marks).due
 
 
-def ages(marks: Marks) -> dict[str, str]:
+def ages(marks: ScanStarts) -> dict[str, str]:
     return {"wake_at": marks.wake_at, "sent_at": marks.sent_at, "deadline_at": marks.deadline_at}

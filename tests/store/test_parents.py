@@ -20,10 +20,13 @@ from sqla_durable import cancel, delete, resume, retry
 from sqla_durable.errors import WorkflowNotFoundError
 from sqla_durable.models import Signal, Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Awaited, Completion, Fence, Park, children, crashes, deadlines, signals, workflows
-from sqla_durable.store._rows import BEGINNING, filled
-from sqla_durable.store.batches import _WRITE  # pyright: ignore[reportPrivateUsage]
-from sqla_durable.store.signals import _DELIVER, _RENOTIFY  # pyright: ignore[reportPrivateUsage]
+from sqla_durable.store import Awaited, Completion, Fence, Park, attempts, children, failures, signals, timers, workers
+from sqla_durable.store.attempts import _WRITE_BATCH  # pyright: ignore[reportPrivateUsage]
+from sqla_durable.store.signals import (
+    _DELIVER,  # pyright: ignore[reportPrivateUsage]
+    _RENOTIFY,  # pyright: ignore[reportPrivateUsage]
+)
+from sqla_durable.store.statements import BEGINNING, batch_parameter
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races
 from tests.store.plans import explain, fill
@@ -203,7 +206,7 @@ def test_no_notice_outlives_the_workflow_that_it_is_for(engine: Engine) -> None:
         races.end(session, [Park(parent, 0.0, [Awaited.any_of([child.workflow_id])])])
         fail(session, child)
         session.commit()
-        assert workflows.wake_due(session, limit=10) == 1
+        assert timers.wake_due(session, limit=10) == 1
         (again,) = races.claim(session)
         session.commit()
         assert notices(session) == 2
@@ -224,13 +227,13 @@ def test_no_notice_outlives_a_workflow_that_ends_otherwise(engine: Engine, way: 
             case "cancelled":
                 cancel(session, parent.workflow_id)
             case "finished by an executor":
-                assert workflows.finish(session, races.success(parent))
+                assert attempts.finish(session, races.success(parent))
             case "overdue":
                 session.execute(text("UPDATE durable.workflow SET deadline_at = statement_timestamp()"))
                 session.commit()
-                assert len(deadlines.fail_overdue(session, limit=10)) == 1
+                assert len(failures.fail_overdue(session, limit=10)) == 1
             case _:
-                assert crashes.abandon(session, parent, reason="it broke", max_attempts=1)
+                assert workers.abandon_attempt(session, parent, reason="it broke", max_attempts=1)
         session.commit()
         assert races.status_in(session, parent.workflow_id).finished
         assert notices(session) == 0
@@ -257,7 +260,7 @@ def test_an_attempt_that_gives_up_children_wakes_whoever_has_taken_its_workflow_
         (child,) = running(session, parent.workflow_id, detached=False)
         session.commit()
         assert children.cancel_rest(first, races.checkpoint(parent), ids=[child.workflow_id]) == 1
-        workflows.release(session, [parent])
+        attempts.release(session, [parent])
         session.commit()
         (second,) = races.claim(session)
         suspend(session, second.fence, Awaited.any_of([child.workflow_id]))
@@ -346,8 +349,10 @@ def test_an_end_costs_the_same_however_many_signals_were_taken(engine: Engine, m
         session.execute(text("ANALYZE durable.signal"))
         session.commit()
         row = {"id": ending.workflow_id.hex, "token": ending.token.hex, "checkpoints": 0, "has_notices": True}
-        parameters = filled("batch", []) | filled("ending", [row | {"status": "succeeded", "output": "1"}])
-        plan = explain(session, _WRITE, parameters, mode=mode)
+        parameters = batch_parameter("batch", []) | batch_parameter(
+            "ending", [row | {"status": "succeeded", "output": "1"}]
+        )
+        plan = explain(session, _WRITE_BATCH, parameters, mode=mode)
     assert plan.uses("signal_untaken_idx"), plan
     assert plan.buffers() < 100, plan
 

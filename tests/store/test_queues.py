@@ -10,8 +10,8 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Queue, Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Verdict, queues, steps, workflows
-from sqla_durable.store.queues import FRONT, Range
+from sqla_durable.store import Verdict, attempts, claims, steps
+from sqla_durable.store.claims import FRONT, Range
 from tests.store import races
 from tests.store.plans import explain, fill
 from tests.support.domain import Order
@@ -55,9 +55,9 @@ def test_the_first_and_last_places_of_all_are_claimed_in_their_order(engine: Eng
         for number, place in enumerate(places):
             insert = "INSERT INTO durable.workflow (name, input, enqueued_at) VALUES ('checkout', :input, :place)"
             session.execute(text(insert), {"input": f'{{"number": {number}}}', "place": place})
-        ranges = queues.whole(["default"])
+        ranges = claims.from_front(["default"])
         numbers: list[str] = []
-        while batch := queues.claim(
+        while batch := claims.claim(
             session, worker_id=races.WORKER, token=uuid7(), ranges=ranges, names=["checkout"], limit=1
         ).claimed:
             numbers += [each.input for each in batch]
@@ -97,7 +97,7 @@ def test_a_claim_is_not_hindered_by_an_open_transaction_that_refers_to_the_workf
         session.commit()
         assert steps.record(session, races.checkpoint(claimed.fence)) is Verdict.RECORDED
         session.commit()
-        assert workflows.finish(session, races.success(claimed.fence))
+        assert attempts.finish(session, races.success(claimed.fence))
         session.commit()
         caller.session.commit()
 
@@ -131,7 +131,7 @@ def test_names_and_queues_that_are_not_asked_for_stay(session_factory: sessionma
         races.enqueue(session, name="unknown")
         races.enqueue(session, queue="elsewhere")
         assert races.claim(session, 10) == []
-        assert workflows.unknown_names(session, queues=["default"], names=["checkout"]) == ["unknown"]
+        assert claims.unknown_names(session, queues=["default"], names=["checkout"]) == ["unknown"]
 
 
 def test_versions_that_are_not_asked_for_stay_and_those_without_one_do_not(
@@ -141,11 +141,11 @@ def test_versions_that_are_not_asked_for_stay_and_those_without_one_do_not(
         for version in ("1", None, "2", "3"):
             races.enqueue(session, version=version)
         known = {"queues": ["default", "empty"], "versions": ["2", "4"]}
-        assert workflows.other_versions(session, **known) == ["1", "3"]
+        assert claims.other_versions(session, **known) == ["1", "3"]
         assert len(races.claim(session, 10, versions=["2", "4"])) == 2
         assert len(races.claim(session, 10, versions=["4"])) == 0
         assert len(races.claim(session, 10)) == 2
-        assert workflows.other_versions(session, **known) == []
+        assert claims.other_versions(session, **known) == []
 
 
 def test_a_paused_queue_is_passed_over_until_it_is_resumed(session_factory: sessionmaker[Session]) -> None:
@@ -169,7 +169,7 @@ def test_a_claim_brings_the_history_and_counts_from_the_first_start(session_fact
         (claimed,) = races.claim(session)
         started_at = session.query(Workflow.started_at).scalar()
         steps.record(session, races.checkpoint(claimed.fence, output='{"a": 1}'))
-        workflows.release(session, [claimed.fence])
+        attempts.release(session, [claimed.fence])
         session.commit()
         (again,) = races.claim(session)
         assert again.attempt == 1
@@ -186,7 +186,7 @@ def test_claim_one_waits_for_the_row_and_sees_what_became_of_it(
     with races.transaction(engine) as canceller, races.transaction(engine) as claimer:
         races.cancel(canceller.session, workflow_id)
         claiming = claimer.begin_blocked(
-            lambda session: queues.claim_one(session, workflow_id, worker_id=races.WORKER, token=uuid7())
+            lambda session: claims.claim_one(session, workflow_id, worker_id=races.WORKER, token=uuid7())
         )
         canceller.session.commit()
         assert claiming.result() is None
@@ -201,7 +201,7 @@ def test_a_claim_goes_on_after_the_place_that_the_last_one_reached(session_facto
         assert [each.fence.workflow_id for each in (*first.claimed, *second.claimed)] == ids[:4]
         from_front = _claim(session, FRONT, 9)
         assert [each.fence.workflow_id for each in from_front.claimed][1:] == ids[4:]
-        assert _claim(session, from_front.reached["default"][0], 9) == queues.Batch([], {})
+        assert _claim(session, from_front.reached["default"][0], 9) == claims.Batch([], {})
 
 
 def test_each_queue_has_a_place_of_its_own(session_factory: sessionmaker[Session]) -> None:
@@ -211,13 +211,13 @@ def test_each_queue_has_a_place_of_its_own(session_factory: sessionmaker[Session
         batch = _claim(session, FRONT, 4, "a", "b")
         assert set(batch.reached) == {"a", "b"}
         after = {name: [Range(place)] for name, reached in batch.reached.items() for place in reached.values()}
-        rest = queues.claim(session, worker_id=races.WORKER, token=uuid7(), ranges=after, names=["checkout"], limit=9)
+        rest = claims.claim(session, worker_id=races.WORKER, token=uuid7(), ranges=after, names=["checkout"], limit=9)
         assert len(batch.claimed) + len(rest.claimed) == 6
 
 
-def _claim(session: Session, after: queues.Place, limit: int, *names: str) -> queues.Batch:
+def _claim(session: Session, after: claims.Position, limit: int, *names: str) -> claims.Batch:
     listened = {each: [Range(after)] for each in names or ("default",)}
-    return queues.claim(
+    return claims.claim(
         session, worker_id=races.WORKER, token=uuid7(), ranges=listened, names=["checkout"], limit=limit
     )
 
@@ -237,15 +237,15 @@ def test_what_an_open_transaction_keeps_dead_costs_a_claim_at_the_front_and_none
     assert pages[FRONT] > 5 * pages[reached], pages
 
 
-def _pages(session: Session, after: queues.Place) -> int:
+def _pages(session: Session, after: claims.Position) -> int:
     parameters = _parameters({"default": [Range(after)]})
-    plan = explain(session, queues._CLAIM, parameters, mode="force_generic_plan")  # pyright: ignore[reportPrivateUsage]
+    plan = explain(session, claims._CLAIM, parameters, mode="force_generic_plan")  # pyright: ignore[reportPrivateUsage]
     return plan.buffers("CTE claimable")
 
 
-def _parameters(ranges: queues.Ranges, *versions: str) -> dict[str, Any]:
+def _parameters(ranges: claims.Ranges, *versions: str) -> dict[str, Any]:
     claim = {"limit": 10, "new_token": uuid7(), "claimant": races.WORKER}
-    return claim | queues.known(["checkout"], versions) | queues.listening(ranges)
+    return claim | claims.name_parameters(["checkout"], versions) | claims.range_parameters(ranges)
 
 
 @pytest.mark.parametrize("versions", [(), ("1", "2")], ids=["all versions", "some versions"])
@@ -256,8 +256,8 @@ def test_the_claim_reads_the_head_of_its_index_and_nothing_else(
     # behaviour: Q11
     with session_factory() as session:
         fill(session)
-        parameters = _parameters(queues.whole(["default", "other"]), *versions)
-        plan = explain(session, queues._CLAIM, parameters, mode=mode)  # pyright: ignore[reportPrivateUsage]
+        parameters = _parameters(claims.from_front(["default", "other"]), *versions)
+        plan = explain(session, claims._CLAIM, parameters, mode=mode)  # pyright: ignore[reportPrivateUsage]
     assert plan.uses("workflow_pending_idx"), plan
     assert not plan.scans("workflow"), plan
     assert plan.rows("CTE claimable") == 10, plan

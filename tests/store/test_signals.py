@@ -13,8 +13,8 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Signal, Step, Workflow
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.store import Awaited, Completion, Fence, Park, management, signals, steps, trees, waits, workflows
-from sqla_durable.store.selection import Wanted
+from sqla_durable.store import Awaited, Completion, Fence, Park, management, signals, steps, timers
+from sqla_durable.store.selection import Selection
 from sqla_durable.store.signals import _DELIVER  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races
@@ -211,7 +211,7 @@ def test_attempt_that_lost_its_workflow_takes_nothing(engine: Engine) -> None:
     with pytest.raises(AttemptLost):
         take(engine, Fence(fence.workflow_id, uuid7()))
     with Session(engine) as session, pytest.raises(AttemptLost):
-        waits.begin(session, races.checkpoint(Fence(fence.workflow_id, uuid7())))
+        steps.begin_wait(session, races.checkpoint(Fence(fence.workflow_id, uuid7())))
     with Session(engine) as session:
         races.cancel(session, fence.workflow_id)
         session.commit()
@@ -240,7 +240,7 @@ def test_waking_by_time_forgets_what_else_was_waited_for(engine: Engine) -> None
     (fence,) = races.claimed_fences(engine)
     park(engine, fence, APPROVED, delay=0)
     with Session(engine) as session:
-        assert workflows.wake_due(session, limit=10) == 1
+        assert timers.wake_due(session, limit=10) == 1
         session.commit()
         assert session.get_one(Workflow, fence.workflow_id).awaits is None
     assert deliver(engine) == (1, 0)
@@ -303,10 +303,10 @@ def test_child_that_ends_is_told_to_a_parent_that_is_retried_meanwhile(engine: E
         races.end(session, [Completion(parent, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}')])
         session.commit()
     with Session(engine) as canceller:
-        held, _ = trees.hold_unfinished(canceller, Wanted([child]))
-        trees.cancel(canceller, held, Wanted([child]))
+        held, _ = management.lock_unfinished_trees(canceller, Selection([child]))
+        management.cancel(canceller, held, Selection([child]))
         with Session(engine) as session:
-            management.retry(session, Wanted([parent.workflow_id]))
+            management.retry(session, Selection([parent.workflow_id]))
             session.commit()
         (again,) = _claimed_again(engine)
         park(engine, again, Awaited.any_of([child]))

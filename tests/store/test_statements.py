@@ -23,7 +23,7 @@ _MODULES = [
     for each in pkgutil.iter_modules(store.__path__)
     if not each.name.startswith("_")
 ]
-_BATCHES = {"_WRITE", "_APPEND_MANY", "_FINISH", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
+_BATCHES = {"_WRITE_BATCH", "_APPEND_MANY", "_FINISH", "_RELEASE", "_RELEASE_UNLOCKED", "_RECLAIM"}
 
 
 def statements() -> Iterator[tuple[str, ClauseElement]]:
@@ -43,7 +43,7 @@ def _breaking(breaks: Callable[[str], object]) -> list[str]:
 
 
 def test_the_statements_are_found() -> None:
-    assert {"queues._CLAIM", "steps._RECORD", "crashes._RECLAIM", "batches._WRITE"} <= STATEMENTS.keys()
+    assert {"claims._CLAIM", "steps._RECORD", "workers._RECLAIM", "attempts._WRITE_BATCH"} <= STATEMENTS.keys()
 
 
 def test_the_only_clock_is_that_of_the_statement() -> None:
@@ -87,7 +87,7 @@ def test_a_statement_for_many_workflows_locks_them_in_the_order_of_their_ids(nam
     assert re.search(rf"MATERIALIZED[\s\S]*{rows}", sql)
 
 
-@pytest.mark.parametrize("name", ["_WRITE", "_APPEND_MANY", "_RELEASE_UNLOCKED", "_RECLAIM", "_FAIL_OVERDUE"])
+@pytest.mark.parametrize("name", ["_WRITE_BATCH", "_APPEND_MANY", "_RELEASE_UNLOCKED", "_RECLAIM", "_FAIL_OVERDUE"])
 def test_a_statement_for_many_workflows_waits_for_nobody(name: str) -> None:
     sql = next(text for key, text in STATEMENTS.items() if key.endswith(f".{name}"))
     assert "SKIP LOCKED" in sql

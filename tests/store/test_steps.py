@@ -6,7 +6,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Step, Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Fence, Verdict, crashes, steps, workers, workflows
+from sqla_durable.store import Fence, Verdict, attempts, steps, workers
 from tests.store import races
 
 
@@ -28,12 +28,12 @@ def test_another_token_and_another_status_lose(engine: Engine) -> None:
         stranger = Fence(fence.workflow_id, uuid7())
         assert steps.record(session, races.checkpoint(stranger)) is Verdict.LOST
         assert races.record(session, [races.checkpoint(stranger)]) == set()
-        assert not workflows.finish(session, races.success(stranger))
+        assert not attempts.finish(session, races.success(stranger))
         races.cancel(session, fence.workflow_id)
         assert steps.record(session, races.checkpoint(fence)) is Verdict.LOST
         assert races.record(session, [races.checkpoint(fence)]) == set()
-        assert not workflows.finish(session, races.success(fence))
-        assert workflows.release(session, [fence]) == set()
+        assert not attempts.finish(session, races.success(fence))
+        assert attempts.release(session, [fence]) == set()
         assert session.scalars(select(Step)).all() == []
 
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_that_waited_for_a_takeover_is_lost(engine: Engine) -> None
     races.expire_leases(engine)
     with races.transaction(engine) as step, races.transaction(engine) as other:
         workers.beat(other.session, worker_id=uuid7(), name="other", queues=[], lease=races.LEASE)
-        assert crashes.reclaim(other.session, max_attempts=9, limit=9)
+        assert workers.reclaim(other.session, max_attempts=9, limit=9)
         (taken,) = races.claim(other.session)
         recording = step.begin_blocked(lambda session: steps.record(session, races.checkpoint(fence)))
         other.session.commit()
@@ -94,10 +94,10 @@ def test_a_takeover_passes_over_a_workflow_whose_step_is_about_to_commit(engine:
     races.expire_leases(engine)
     with races.transaction(engine) as step, Session(engine) as other:
         assert steps.record(step.session, races.checkpoint(fence)) is Verdict.RECORDED
-        assert crashes.reclaim(other, max_attempts=9, limit=9) == []
+        assert workers.reclaim(other, max_attempts=9, limit=9) == []
         step.session.commit()
         other.rollback()
-        assert len(crashes.reclaim(other, max_attempts=9, limit=9)) == 1
+        assert len(workers.reclaim(other, max_attempts=9, limit=9)) == 1
         (taken,) = races.claim(other)
         assert list(taken.history) == ["charge"]
 
@@ -143,7 +143,7 @@ def test_what_is_recorded_already_counts_for_the_attempt_that_owns_or_ended_the_
         assert steps.recorded_among(session, [mine]) == set()
         steps.record(session, mine)
         assert steps.recorded_among(session, [mine]) == {(fence, "charge")}
-        workflows.finish(session, races.success(fence))
+        attempts.finish(session, races.success(fence))
         assert steps.recorded_among(session, [mine]) == {(fence, "charge")}
         assert steps.recorded_among(session, [foreign]) == set()
 
@@ -167,7 +167,7 @@ def test_the_writer_a_bulk_cancel_and_reclaim_at_the_same_rows_never_deadlock(
     def reclaim() -> None:
         for _ in range(rounds):
             with session_factory() as session:
-                crashes.reclaim(session, max_attempts=9, limit=7)
+                workers.reclaim(session, max_attempts=9, limit=7)
                 races.claim(session, 7)
                 session.commit()
 

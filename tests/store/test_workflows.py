@@ -11,8 +11,8 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Fence, NewWorkflow, rounds, starts, workflows
-from sqla_durable.store._rows import fence_row, filled
+from sqla_durable.store import Fence, NewWorkflow, attempts, continuations, starts, timers
+from sqla_durable.store.statements import batch_parameter, fence_row
 from sqla_durable.testing import advance
 from tests.store import races
 from tests.store.plans import explain, fill
@@ -94,18 +94,18 @@ def test_a_bulk_start_waits_for_another_transactions_key_and_takes_its_record(en
 def test_only_the_owner_finishes_and_only_once(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as session:
-        assert not workflows.finish(session, races.success(Fence(fence.workflow_id, uuid7())))
-        assert workflows.finish(session, races.success(fence))
-        assert not workflows.finish(session, races.success(fence))
-        assert workflows.finished_by(session, [fence]) == {fence: WorkflowStatus.SUCCEEDED}
-        assert workflows.finished_by(session, [Fence(fence.workflow_id, uuid7())]) == {}
+        assert not attempts.finish(session, races.success(Fence(fence.workflow_id, uuid7())))
+        assert attempts.finish(session, races.success(fence))
+        assert not attempts.finish(session, races.success(fence))
+        assert attempts.finished_by(session, [fence]) == {fence: WorkflowStatus.SUCCEEDED}
+        assert attempts.finished_by(session, [Fence(fence.workflow_id, uuid7())]) == {}
 
 
 def test_a_completion_that_waited_for_a_cancel_is_lost(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as canceller, races.transaction(engine) as owner:
         races.cancel(canceller.session, fence.workflow_id)
-        finishing = owner.begin_blocked(lambda session: workflows.finish(session, races.success(fence)))
+        finishing = owner.begin_blocked(lambda session: attempts.finish(session, races.success(fence)))
         canceller.session.commit()
         assert finishing.result() is False
     assert races.status_of(engine, fence.workflow_id) is WorkflowStatus.CANCELLED
@@ -114,7 +114,7 @@ def test_a_completion_that_waited_for_a_cancel_is_lost(engine: Engine) -> None:
 def test_a_cancel_that_waited_for_a_completion_changes_nothing(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as canceller, races.transaction(engine) as owner:
-        assert workflows.finish(owner.session, races.success(fence))
+        assert attempts.finish(owner.session, races.success(fence))
         cancelling = canceller.begin_blocked(lambda session: races.cancel(session, fence.workflow_id))
         owner.session.commit()
         cancelling.result()
@@ -126,7 +126,7 @@ def test_a_released_workflow_keeps_its_place_and_its_attempt(engine: Engine) -> 
     first, second = races.claimed_fences(engine, 2)
     with Session(engine) as session:
         later = races.enqueue(session, 1)
-        assert workflows.release(session, [second, first]) == {first.workflow_id, second.workflow_id}
+        assert attempts.release(session, [second, first]) == {first.workflow_id, second.workflow_id}
         session.commit()
         again = races.claim(session, 3)
     assert [each.fence.workflow_id for each in again] == [first.workflow_id, second.workflow_id, *later]
@@ -147,11 +147,11 @@ def test_what_is_due_is_woken_once_in_its_place(engine: Engine) -> None:
             )
         session.commit()
     with races.transaction(engine) as one, races.transaction(engine) as other:
-        assert workflows.wake_due(one.session, limit=10) == 2
-        assert workflows.wake_due(other.session, limit=10) == 0
+        assert timers.wake_due(one.session, limit=10) == 2
+        assert timers.wake_due(other.session, limit=10) == 0
         one.session.commit()
         other.session.rollback()
-        assert workflows.wake_due(other.session, limit=10) == 0
+        assert timers.wake_due(other.session, limit=10) == 0
         woken = select(Workflow).where(Workflow.status == WorkflowStatus.PENDING).order_by(Workflow.enqueued_at)
         early, late = other.session.scalars(woken).all()
     assert (early.wake_at, late.wake_at) == (None, None)
@@ -164,7 +164,7 @@ def test_what_is_due_is_woken_once_in_its_place(engine: Engine) -> None:
 def test_waking_reads_what_is_due_and_nothing_else(session_factory: sessionmaker[Session], mode: str) -> None:
     with session_factory() as session:
         fill(session)
-        plan = explain(session, workflows._WAKE_DUE, {"limit": 10, "since": "-infinity"}, mode=mode)  # pyright: ignore[reportPrivateUsage]
+        plan = explain(session, timers._WAKE_DUE, {"limit": 10, "since": "-infinity"}, mode=mode)  # pyright: ignore[reportPrivateUsage]
     assert plan.uses("workflow_suspended_idx"), plan
     assert not plan.scans("workflow"), plan
     assert plan.buffers("CTE due") < 60, plan
@@ -175,7 +175,7 @@ def test_what_is_recorded_while_a_workflow_begins_anew_is_forgotten_too(engine: 
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as branch, races.transaction(engine) as anew:
         races.record(branch.session, [races.checkpoint(fence, "charge")])
-        waiting = anew.begin_blocked(lambda session: rounds.restart(session, fence, given="{}"))
+        waiting = anew.begin_blocked(lambda session: continuations.continue_as_new(session, fence, given="{}"))
         branch.session.commit()
         assert waiting.result()
         anew.session.commit()
@@ -186,13 +186,13 @@ def test_who_is_gone_in_the_middle_of_beginning_anew_leaves_a_workflow_that_come
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as session:
         races.record(session, [races.checkpoint(fence, "charge")])
-        assert session.scalar(rounds._SUSPEND, filled("batch", [fence_row(fence)])) == 1  # pyright: ignore[reportPrivateUsage]
+        assert session.scalar(continuations._SUSPEND, batch_parameter("batch", [fence_row(fence)])) == 1  # pyright: ignore[reportPrivateUsage]
         session.commit()
-        assert not rounds.restart(session, fence, given="{}")
+        assert not continuations.continue_as_new(session, fence, given="{}")
         assert races.record(session, [races.checkpoint(fence, "refund")]) == set()
         advance(session, timedelta(minutes=1))
-        assert workflows.wake_due(session, limit=9) == 1
+        assert timers.wake_due(session, limit=9) == 1
         (again,) = races.claim(session)
         assert list(again.history) == ["charge"]
-        assert rounds.restart(session, again.fence, given="{}")
+        assert continuations.continue_as_new(session, again.fence, given="{}")
         assert races.status_in(session, fence.workflow_id) is WorkflowStatus.PENDING

@@ -16,7 +16,7 @@ import sqla_durable.tools.cli.database as database
 import sqla_durable.tools.cli.target as target
 from sqla_durable.definitions.log import one_line, worker_name
 from sqla_durable.execution.worker import Worker
-from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS
+from sqla_durable.store.workers import DEFAULT_MAX_ATTEMPTS
 from sqla_durable.tools.cli.errors import CommandError
 
 DONE, INTERRUPTED = 0, 130

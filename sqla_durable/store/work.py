@@ -1,7 +1,6 @@
-"""One look at what there is to do for a worker, so that an idle one costs a statement a poll.
+"""One statement that finds out what there is to do for a worker, so that an idle one costs a statement a poll.
 
-Nothing here is locked or changed, and nothing is promised: what has been seen is claimed, woken and taken back by the
-statements that do it, each of which looks for itself.
+It locks and changes nothing, and promises nothing: the statements that claim, wake and reclaim look for themselves.
 """
 
 from __future__ import annotations
@@ -15,7 +14,10 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import (
+from sqla_durable.store.claims import Ranges, active_ranges, is_claimable, name_parameters, range_parameters
+from sqla_durable.store.failures import is_overdue
+from sqla_durable.store.inbox import ORPHANS, is_undelivered
+from sqla_durable.store.statements import (
     BEGINNING,
     QUEUE,
     SIGNAL,
@@ -24,28 +26,25 @@ from sqla_durable.store._rows import (
     ZERO,
     Condition,
     Connectable,
-    beginning,
     execute,
     parameter,
     pg,
-    status,
-    words,
+    scan_start,
+    status_literal,
+    text_literal,
 )
-from sqla_durable.store.deadlines import is_overdue
-from sqla_durable.store.queues import Ranges, known, listened_queues, listening, pending_in
-from sqla_durable.store.signals import LEFT, is_new
 
-LATE = timedelta(seconds=2)
+LATE_COMMIT = timedelta(seconds=2)
 """How long after its statement a transaction may commit, and still be seen by looks that do not read everything."""
 
-_LATE = sa.text("interval '2 seconds'")
+_LATE_COMMIT = sa.text("interval '2 seconds'")
 _DEAD_LATELY = sa.text("interval '1 minute'")
 _EARLIEST = sa.text("timestamptz '0001-01-02 00:00Z'")  # the first that Python's datetime holds in every time zone
 _MONTH = 30 * 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
-class Marks:
+class ScanStarts:
     """The times before which looks have found nothing that is to be done; the next look begins there.
 
     What is dead in the indexes before them is not passed over again. It stays there for as long as a snapshot is open
@@ -66,12 +65,12 @@ class Marks:
     looked_at: datetime | None = None
 
 
-EVERYTHING = Marks()
+FULL_SCAN = ScanStarts()
 """The marks with which everything is read."""
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Work:
     """What there is to do.
 
     Attributes:
@@ -96,19 +95,19 @@ class Seen:
     overdue: bool = False
     left: bool = False
     paused: tuple[str, ...] = ()
-    marks: Marks = field(default=EVERYTHING, compare=False)
+    marks: ScanStarts = field(default=FULL_SCAN, compare=False)
 
 
-def look(
+def find_work(
     connectable: Connectable,
     *,
     worker_id: UUID,
     ranges: Ranges,
     names: Sequence[str],
     versions: Sequence[str] = (),
-    marks: Marks = EVERYTHING,
+    marks: ScanStarts = FULL_SCAN,
     within: float = _MONTH,
-) -> Seen:
+) -> Work:
     """Look, in one statement that takes no lock.
 
     Args:
@@ -119,9 +118,9 @@ def look(
         marks: where to begin.
         within: how many seconds ahead the next time or deadline is looked for.
     """
-    parameters = {"looking_id": worker_id} | known(names, versions) | listening(ranges)
-    row = execute(connectable, _LOOK, parameters | _beginning(marks) | {"within": within}).one()
-    return Seen(
+    parameters = {"looking_id": worker_id} | name_parameters(names, versions) | range_parameters(ranges)
+    row = execute(connectable, _FIND_WORK, parameters | _scan_parameters(marks) | {"within": within}).one()
+    return Work(
         claimable=row.claimable,
         due=row.due,
         next_due_in=None if row.next_due_in is None else float(row.next_due_in),
@@ -131,7 +130,7 @@ def look(
         overdue=row.overdue,
         left=row.left,
         paused=tuple(sorted(row.paused or ())),
-        marks=Marks(
+        marks=ScanStarts(
             wake_at=row.wake_mark.isoformat(),
             deadline_at=row.deadline_mark.isoformat(),
             sent_at=row.sent_mark.isoformat(),
@@ -141,7 +140,7 @@ def look(
     )
 
 
-def _beginning(marks: Marks) -> dict[str, str]:
+def _scan_parameters(marks: ScanStarts) -> dict[str, str]:
     return {
         "since_wake": marks.wake_at,
         "since_deadline": marks.deadline_at,
@@ -151,11 +150,11 @@ def _beginning(marks: Marks) -> dict[str, str]:
 
 
 def _claimable() -> Condition:
-    listened = listened_queues()
+    listened = active_ranges()
     # Limited and in the order of the claim's index: else a plan reads the table until something of the queue comes,
     # and an empty queue costs all of it.
     place = WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id
-    first = sa.select(WORKFLOW.c.id).where(pending_in(listened)).order_by(*place).limit(1).lateral("first")
+    first = sa.select(WORKFLOW.c.id).where(is_claimable(listened)).order_by(*place).limit(1).lateral("first")
     return sa.select(first.c.id).select_from(listened.join(first, sa.true())).exists()
 
 
@@ -163,12 +162,12 @@ def _first(column: sa.ColumnElement[datetime], *conditions: Condition) -> Any:
     return sa.select(pg.min(column)).where(*conditions).scalar_subquery()
 
 
-def _mark(first: Any) -> Any:
+def _scan_start(first: Any) -> Any:
     """Return the time before which there is nothing, less what may be committed late.
 
     What is of a later time than now does not keep the next look from what comes before it.
     """
-    return sa.func.greatest(sa.func.least(first, pg.statement_timestamp()), _EARLIEST) - _LATE
+    return sa.func.greatest(sa.func.least(first, pg.statement_timestamp()), _EARLIEST) - _LATE_COMMIT
 
 
 def _next_due_in() -> Any:
@@ -186,11 +185,11 @@ def _abandoned() -> Condition:
     # Limited, so that each dead worker is looked up: else a plan may read whatever is running to find its worker.
     left = (
         sa.select(WORKFLOW.c.id)
-        .where(WORKFLOW.c.status == status(WorkflowStatus.RUNNING), WORKFLOW.c.worker_id == WORKER.c.id)
+        .where(WORKFLOW.c.status == status_literal(WorkflowStatus.RUNNING), WORKFLOW.c.worker_id == WORKER.c.id)
         .limit(1)
         .lateral("left_behind")
     )
-    dead = WORKER.c.lease_expires_at.between(beginning("since_expired"), pg.statement_timestamp())
+    dead = WORKER.c.lease_expires_at.between(scan_start("since_expired"), pg.statement_timestamp())
     return sa.select(left.c.id).select_from(WORKER.join(left, sa.true())).where(dead).exists()
 
 
@@ -199,34 +198,34 @@ def _alive() -> Condition:
     return sa.select(WORKER.c.id).where(mine, WORKER.c.lease_expires_at > pg.statement_timestamp()).exists()
 
 
-def _look_statement() -> Any:
-    due = WORKFLOW.c.wake_at.between(beginning("since_wake"), pg.statement_timestamp())
+def _find_work_statement() -> Any:
+    due = WORKFLOW.c.wake_at.between(scan_start("since_wake"), pg.statement_timestamp())
     firsts = sa.select(
         _first(WORKFLOW.c.wake_at, _SUSPENDED, due).label("first_wake_at"),
-        _first(WORKFLOW.c.deadline_at, is_overdue(), WORKFLOW.c.deadline_at >= beginning("since_deadline")).label(
+        _first(WORKFLOW.c.deadline_at, is_overdue(), WORKFLOW.c.deadline_at >= scan_start("since_deadline")).label(
             "first_deadline_at"
         ),
-        _first(SIGNAL.c.created_at, is_new("since_sent")).label("first_sent_at"),
+        _first(SIGNAL.c.created_at, is_undelivered("since_sent")).label("first_sent_at"),
     ).cte("firsts")
-    is_left = SIGNAL.c.name == words(LEFT)
+    is_left = SIGNAL.c.name == text_literal(ORPHANS)
     return sa.select(
         firsts.c.first_wake_at.is_not(None).label("due"),
         _claimable().label("claimable"),
         _next_due_in().label("next_due_in"),
         _abandoned().label("abandoned"),
         _alive().label("alive"),
-        sa.select(SIGNAL.c.id).where(is_new("since_sent"), is_left).exists().label("left"),
+        sa.select(SIGNAL.c.id).where(is_undelivered("since_sent"), is_left).exists().label("left"),
         sa.select(pg.array_agg(QUEUE.c.name)).where(QUEUE.c.paused_at.is_not(None)).scalar_subquery().label("paused"),
         firsts.c.first_deadline_at.is_not(None).label("overdue"),
         firsts.c.first_sent_at.is_not(None).label("undelivered"),
-        _mark(firsts.c.first_wake_at).label("wake_mark"),
-        _mark(firsts.c.first_deadline_at).label("deadline_mark"),
-        _mark(firsts.c.first_sent_at).label("sent_mark"),
+        _scan_start(firsts.c.first_wake_at).label("wake_mark"),
+        _scan_start(firsts.c.first_deadline_at).label("deadline_mark"),
+        _scan_start(firsts.c.first_sent_at).label("sent_mark"),
         (pg.statement_timestamp() - _DEAD_LATELY).label("expired_mark"),
         pg.statement_timestamp().label("looked_at"),
     )
 
 
 _WITHIN = parameter("within", sa.Float())
-_SUSPENDED = WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED)
-_LOOK = _look_statement()
+_SUSPENDED = WORKFLOW.c.status == status_literal(WorkflowStatus.SUSPENDED)
+_FIND_WORK = _find_work_statement()

@@ -8,7 +8,9 @@ import sqlalchemy as sa
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import (
+from sqla_durable.store.inbox import ANSWER, CALLBACK, EARLIER, REFUSED, UPDATE, insert_orphan_notices
+from sqla_durable.store.records import Fence
+from sqla_durable.store.statements import (
     EVENT,
     FENCE,
     IS_WANTED,
@@ -17,33 +19,30 @@ from sqla_durable.store._rows import (
     WORKFLOW,
     Condition,
     Connectable,
-    Fence,
+    batch_parameter,
+    batch_table,
     fence_row,
-    filled,
     integer,
     interval,
     json_parameter,
+    lock_owned,
     materialized,
     next_attempt,
-    owned,
     parameter,
     pg,
     scalar,
-    status,
-    table,
-    words,
+    status_literal,
+    text_literal,
 )
-from sqla_durable.store.held import leaving
-from sqla_durable.store.signals import ANSWER, CALLBACK, EARLIER, REFUSED, UPDATE
 
 _SUSPENDED_FOR = 30  # seconds, after which the workflow is replayed if the second statement has not come
 _READ_WITHIN = 5  # seconds in which a sender who waits for an answer has read it, because it looks four times a second
-_CALLBACK: sa.ColumnElement[str] = words(CALLBACK)
-_UPDATE: sa.ColumnElement[str] = words(UPDATE)
-_ANSWER: sa.ColumnElement[str] = words(ANSWER)
+_CALLBACK: sa.ColumnElement[str] = text_literal(CALLBACK)
+_UPDATE: sa.ColumnElement[str] = text_literal(UPDATE)
+_ANSWER: sa.ColumnElement[str] = text_literal(ANSWER)
 
 
-def restart(connectable: Connectable, fence: Fence, *, given: str) -> bool:
+def continue_as_new(connectable: Connectable, fence: Fence, *, given: str) -> bool:
     """Enqueue a workflow with another input (JSON text) and no history, as its next attempt.
 
     What it shows and what was sent to it stays, but for signals and updates that were taken, answers that were given
@@ -58,16 +57,16 @@ def restart(connectable: Connectable, fence: Fence, *, given: str) -> bool:
     Returns:
         False if the attempt does not own the workflow: it has lost it, or this was carried out before.
     """
-    suspended = scalar(connectable, _SUSPEND, filled("batch", [fence_row(fence)]))
+    suspended = scalar(connectable, _SUSPEND, batch_parameter("batch", [fence_row(fence)]))
     if suspended is None:
         return False
     parameters = {"wanted_id": fence.workflow_id, "wanted_attempt": suspended, "input": given}
-    return scalar(connectable, _RESTART, parameters) is not None
+    return scalar(connectable, _CONTINUE, parameters) is not None
 
 
 def _suspend_statement() -> Any:
     """Suspend the workflow until the second statement."""
-    mine = owned(table("batch", FENCE), skip_locked=False)
+    mine = lock_owned(batch_table("batch", FENCE), skip_locked=False)
     wake_at = pg.statement_timestamp() + interval(integer(_SUSPENDED_FOR))
     return (
         sa.update(WORKFLOW)
@@ -77,13 +76,13 @@ def _suspend_statement() -> Any:
     )
 
 
-def _restart_statement() -> Any:
+def _continue_statement() -> Any:
     suspended = materialized(
         sa.select(WORKFLOW.c.id)
         .where(
             IS_WANTED,
             WORKFLOW.c.attempt == parameter("wanted_attempt", sa.Integer()),
-            WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
+            WORKFLOW.c.status == status_literal(WorkflowStatus.SUSPENDED),
             WORKFLOW.c.awaits.is_(None),
         )
         .with_for_update(key_share=True, of=WORKFLOW),
@@ -106,7 +105,9 @@ def _restart_statement() -> Any:
             begun_anew_at=pg.statement_timestamp(),
         )
         .returning(WORKFLOW.c.id)
-        .add_cte(forgotten, leaving(suspended).cte("left"), *_forget_sent(suspended), _forget_events(suspended))
+        .add_cte(
+            forgotten, insert_orphan_notices(suspended).cte("left"), *_forget_sent(suspended), _forget_events(suspended)
+        )
     )
 
 
@@ -124,7 +125,7 @@ def _forget_sent(suspended: sa.FromClause) -> tuple[sa.CTE, sa.CTE, sa.CTE]:
     consumed = gone.cte("consumed")
     remembered = (
         sa.update(SIGNAL)
-        .where(taken, kept, ~outcomes, SIGNAL.c.consumed_by.not_in([words(REFUSED), words(EARLIER)]))
+        .where(taken, kept, ~outcomes, SIGNAL.c.consumed_by.not_in([text_literal(REFUSED), text_literal(EARLIER)]))
         .values(consumed_by=EARLIER, payload=sa.text("'null'::jsonb"))
         .returning(SIGNAL.c.id)
         .cte("remembered")
@@ -166,4 +167,4 @@ def _forget_events(suspended: sa.FromClause) -> sa.CTE:
 
 
 _SUSPEND = _suspend_statement()
-_RESTART = _restart_statement()
+_CONTINUE = _continue_statement()

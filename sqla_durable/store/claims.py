@@ -1,7 +1,7 @@
-"""The claim: one statement that takes pending workflows, marks them as running, and hands them out.
+"""The claim: one statement that takes pending workflows, marks them as running, and returns them.
 
-First in, first out within a priority; paused queues are passed over. The rows are locked with SKIP LOCKED, so that a
-claim never waits for another one, nor for anybody's open transaction.
+First in, first out within a priority; paused queues are skipped. The rows are locked with SKIP LOCKED, so that a claim
+never waits for another one, nor for anybody's open transaction.
 """
 
 from __future__ import annotations
@@ -18,42 +18,43 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import deadlines, steps
-from sqla_durable.store._rows import (
+from sqla_durable.store import failures, steps
+from sqla_durable.store.records import Claimed, Fence
+from sqla_durable.store.statements import (
+    ALL,
     IS_WANTED,
     LIMIT,
     OVERDUE,
     QUEUE,
     WORKFLOW,
     ZERO,
-    Claimed,
     Columns,
     Connectable,
     Expression,
-    Fence,
+    Restriction,
+    Subset,
+    batch_parameter,
+    batch_table,
     execute,
-    filled,
     materialized,
+    must_compensate,
     parameter,
     pg,
-    status,
-    table,
-    undoes,
+    scalars,
+    status_literal,
+    subset_forms,
 )
-from sqla_durable.store.parts import WHOLE, Part, Within, divided
 
 _TOKEN = parameter("new_token", sa.UUID())
 _WORKER = parameter("claimant", sa.UUID())
 _NAMES = parameter("names", ARRAY(Text()))
 _VERSIONS = parameter("versions", ARRAY(Text()))
-_PLACE: Columns = {"priority": sa.SmallInteger(), "enqueued_at": sa.DateTime(timezone=True), "id": sa.UUID()}
-
-
+_POSITION: Columns = {"priority": sa.SmallInteger(), "enqueued_at": sa.DateTime(timezone=True), "id": sa.UUID()}
 _NO_PRIORITY = 32_768  # more than a smallint holds
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Position:
     """Where a workflow stands in its queue; the claim takes what comes after."""
 
     priority: int
@@ -61,7 +62,7 @@ class Place:
     id: UUID
 
 
-FRONT = Place(-32_768, "-infinity", UUID(int=0))
+FRONT = Position(-32_768, "-infinity", UUID(int=0))
 """The place before all others."""
 
 
@@ -69,7 +70,7 @@ FRONT = Place(-32_768, "-infinity", UUID(int=0))
 class Range:
     """A part of a queue: what comes after a place, and has a `priority` below `until`."""
 
-    after: Place
+    after: Position
     until: int = _NO_PRIORITY
 
 
@@ -82,7 +83,7 @@ class Batch:
     """What one claim took and when, and the last place that it took from each queue and priority."""
 
     claimed: list[Claimed]
-    reached: dict[str, dict[int, Place]]
+    reached: dict[str, dict[int, Position]]
     claimed_at: datetime | None = None
 
 
@@ -95,7 +96,7 @@ def claim(
     names: Sequence[str],
     versions: Sequence[str] = (),
     limit: int,
-    part: Part = WHOLE,
+    part: Subset = ALL,
 ) -> Batch:
     """Claim at most `limit` pending workflows of these names, in the order of their queues.
 
@@ -109,13 +110,15 @@ def claim(
         versions: those that were started by these versions of the code only, and those without one; empty means all.
         part: which of those that it finds.
     """
-    parameters = {"limit": limit, "new_token": token, "claimant": worker_id} | known(names, versions) | part.parameters
-    returned = execute(connectable, part.choose(_CLAIM, _CLAIM_PART), parameters | listening(ranges))
+    parameters = (
+        {"limit": limit, "new_token": token, "claimant": worker_id} | name_parameters(names, versions) | part.parameters
+    )
+    returned = execute(connectable, part.choose(_CLAIM, _CLAIM_PART), parameters | range_parameters(ranges))
     # RETURNING has no order of its own.
     rows = sorted(returned, key=lambda row: (row.priority, row.enqueued_at, row.id))
-    reached: dict[str, dict[int, Place]] = defaultdict(dict)
+    reached: dict[str, dict[int, Position]] = defaultdict(dict)
     for row in rows:
-        reached[row.queue][row.priority] = Place(row.priority, row.enqueued_at, row.id)
+        reached[row.queue][row.priority] = Position(row.priority, row.enqueued_at, row.id)
     return Batch([_claimed(row, token) for row in rows], reached, rows[0].claimed_at if rows else None)
 
 
@@ -126,10 +129,12 @@ def claimable(
     names: Sequence[str],
     versions: Sequence[str] = (),
     limit: int,
-    part: Part = WHOLE,
+    part: Subset = ALL,
 ) -> list[UUID]:
     """Return the ids of those that this would claim, in the order of their queues."""
-    return part.found(connectable, _CLAIMABLE, {"limit": limit} | known(names, versions) | listening(ranges))
+    return part.found(
+        connectable, _CLAIMABLE, {"limit": limit} | name_parameters(names, versions) | range_parameters(ranges)
+    )
 
 
 def claim_one(connectable: Connectable, workflow_id: UUID, *, worker_id: UUID, token: UUID) -> Claimed | None:
@@ -151,6 +156,69 @@ def with_histories(connectable: Connectable, claimed: Sequence[Claimed]) -> list
     return [replace(each, history=histories.get(each.fence.workflow_id, {})) for each in claimed]
 
 
+def from_front(queues: Iterable[str]) -> Ranges:
+    """Return all of these queues."""
+    return {each: [Range(FRONT)] for each in queues}
+
+
+def range_parameters(ranges: Ranges) -> dict[str, str]:
+    """Give the parameter of `active_ranges`."""
+    rows = [(name, each) for name, parts in ranges.items() for each in parts]
+    return batch_parameter("wanted", [{"name": name, **asdict(each.after), "until": each.until} for name, each in rows])
+
+
+def active_ranges() -> Any:
+    """Return the `wanted` ranges of those queues that are not paused."""
+    wanted = batch_table("wanted", {"name": Text(), **_POSITION, "until": sa.Integer()})
+    paused = sa.select(QUEUE.c.name).where(QUEUE.c.name == wanted.c.name, QUEUE.c.paused_at.is_not(None)).exists()
+    return sa.select(*wanted.c).where(~paused).subquery("listened")
+
+
+def name_parameters(names: Sequence[str], versions: Sequence[str]) -> dict[str, list[str]]:
+    """Give the parameters of `is_claimable`; no versions mean all of them."""
+    return {"names": list(names), "versions": list(versions)}
+
+
+def is_claimable(listened: Any) -> Any:
+    """Tell what can be claimed from a queue: what is `name_parameters` and pending."""
+    all_versions = pg.cardinality(_VERSIONS) == ZERO
+    return sa.and_(
+        WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING),
+        WORKFLOW.c.queue == listened.c.name,
+        sa.tuple_(*_position()) > sa.tuple_(*(listened.c[each] for each in _POSITION)),
+        WORKFLOW.c.priority < listened.c.until,
+        WORKFLOW.c.name == sa.func.any(_NAMES),
+        failures.in_time(),
+        sa.or_(all_versions, WORKFLOW.c.version.is_(None), WORKFLOW.c.version == sa.func.any(_VERSIONS)),
+    )
+
+
+def unknown_names(connectable: Connectable, *, queues: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Give the names of workflows near the head of the queues that are not among `names`."""
+    head = (
+        sa.select(WORKFLOW.c.name)
+        .where(WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING), WORKFLOW.c.queue.in_(queues))
+        .where(WORKFLOW.c.name.not_in(names))
+        .limit(100)
+        .subquery()
+    )
+    return list(scalars(connectable, sa.select(head.c.name).distinct().order_by(head.c.name)))
+
+
+def other_versions(connectable: Connectable, *, queues: Sequence[str], versions: Sequence[str]) -> list[str]:
+    """Give the versions of workflows near the head of each queue that are not among `versions`."""
+    heads = [
+        sa.select(WORKFLOW.c.version)
+        .where(WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING), WORKFLOW.c.queue == queue)
+        .order_by(WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id)
+        .limit(1_000)
+        .subquery()
+        for queue in queues
+    ]
+    found = sa.union(*(sa.select(each.c.version).where(each.c.version.not_in(versions)) for each in heads))
+    return sorted(scalars(connectable, found))
+
+
 def _claimed(row: sa.Row[Any], token: UUID) -> Claimed:
     fence = Fence(row.id, token)
     headers: dict[str, str] = row.headers or {}
@@ -158,50 +226,13 @@ def _claimed(row: sa.Row[Any], token: UUID) -> Claimed:
     return Claimed(fence, row.name, row.attempt, row.input, row.started, *ends, headers)
 
 
-def whole(queues: Iterable[str]) -> Ranges:
-    """Return all of these queues."""
-    return {each: [Range(FRONT)] for each in queues}
-
-
-def listening(ranges: Ranges) -> dict[str, str]:
-    """Give the parameter of `listened_queues`."""
-    rows = [(name, each) for name, parts in ranges.items() for each in parts]
-    return filled("wanted", [{"name": name, **asdict(each.after), "until": each.until} for name, each in rows])
-
-
-def listened_queues() -> Any:
-    """Return the `wanted` ranges of those queues that are not paused."""
-    wanted = table("wanted", {"name": Text(), **_PLACE, "until": sa.Integer()})
-    paused = sa.select(QUEUE.c.name).where(QUEUE.c.name == wanted.c.name, QUEUE.c.paused_at.is_not(None)).exists()
-    return sa.select(*wanted.c).where(~paused).subquery("listened")
-
-
-def known(names: Sequence[str], versions: Sequence[str]) -> dict[str, list[str]]:
-    """Give the parameters of `pending_in`; no versions mean all of them."""
-    return {"names": list(names), "versions": list(versions)}
-
-
-def pending_in(listened: Any) -> Any:
-    """Tell what can be claimed from a queue: what is `known` and pending."""
-    all_versions = pg.cardinality(_VERSIONS) == ZERO
-    return sa.and_(
-        WORKFLOW.c.status == status(WorkflowStatus.PENDING),
-        WORKFLOW.c.queue == listened.c.name,
-        sa.tuple_(*_place()) > sa.tuple_(*(listened.c[each] for each in _PLACE)),
-        WORKFLOW.c.priority < listened.c.until,
-        WORKFLOW.c.name == sa.func.any(_NAMES),
-        deadlines.in_time(),
-        sa.or_(all_versions, WORKFLOW.c.version.is_(None), WORKFLOW.c.version == sa.func.any(_VERSIONS)),
-    )
-
-
-def _heads(within: Within) -> Any:
+def _heads(within: Restriction) -> Any:
     """Give the first workflows of each queue that is not paused."""
-    listened = listened_queues()
-    place = _place()
+    listened = active_ranges()
+    place = _position()
     head = (
         sa.select(*place, WORKFLOW.c.started_at)
-        .where(pending_in(listened), within(WORKFLOW.c.id))
+        .where(is_claimable(listened), within(WORKFLOW.c.id))
         .order_by(*place)
         .limit(LIMIT)
         .with_for_update(key_share=True, skip_locked=True)
@@ -215,8 +246,8 @@ def _heads(within: Within) -> Any:
     )
 
 
-def _place() -> tuple[Expression, ...]:
-    return tuple(WORKFLOW.c[each] for each in _PLACE)
+def _position() -> tuple[Expression, ...]:
+    return tuple(WORKFLOW.c[each] for each in _POSITION)
 
 
 def _one() -> Any:
@@ -224,8 +255,8 @@ def _one() -> Any:
         sa.select(WORKFLOW.c.id, WORKFLOW.c.started_at)
         .where(
             IS_WANTED,
-            WORKFLOW.c.status == status(WorkflowStatus.PENDING),
-            deadlines.in_time(),
+            WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING),
+            failures.in_time(),
         )
         .with_for_update(key_share=True)
     )
@@ -236,7 +267,7 @@ def _deadline() -> Expression:
     return sa.func.least(WORKFLOW.c.deadline_at, pg.statement_timestamp() + WORKFLOW.c.timeout)
 
 
-def _claim_many_statement(within: Within) -> tuple[Any, Any]:
+def _claim_many_statement(within: Restriction) -> tuple[Any, Any]:
     heads = materialized(_heads(within), "heads")
     return _claim_statement(_heads(within)), sa.select(heads.c.id)
 
@@ -266,11 +297,11 @@ def _claim_statement(candidates: Any) -> Any:
             claimable.c.started_at.is_not(None).label("started"),
             pg.statement_timestamp().label("claimed_at"),
             WORKFLOW.c.parent_id.is_not(None).label("is_child"),
-            undoes().label("is_cancelling"),
-            sa.case((WORKFLOW.c.cancellation == OVERDUE, deadlines.reason())).label("overdue"),
+            must_compensate().label("is_cancelling"),
+            sa.case((WORKFLOW.c.cancellation == OVERDUE, failures.deadline_reason())).label("overdue"),
         )
     )
 
 
-_CLAIM, _CLAIM_PART, _CLAIMABLE = divided(_claim_many_statement)
+_CLAIM, _CLAIM_PART, _CLAIMABLE = subset_forms(_claim_many_statement)
 _CLAIM_ONE = _claim_statement(_one())
