@@ -142,7 +142,7 @@ class Workflow(Base):
     forked_from: Mapped[UUID | None]
     version: Mapped[str | None]
     cancellation: Mapped[str | None]
-    begun_anew_at: Mapped[datetime | None]
+    continued_at: Mapped[datetime | None]
     headers: Mapped[dict[str, str] | None] = mapped_column(_JSON)
 
     steps: Mapped[list[Step]] = relationship(
@@ -210,7 +210,7 @@ class Workflow(Base):
             "started_at",
             "finished_at",
             "deadline_at",
-            "begun_anew_at",
+            "continued_at",
         ),
         # Each part of it: together they may be short, and add up to a time that is out of range on the way.
         CheckConstraint(

@@ -82,7 +82,7 @@ async def _record_hidden(
 
 
 def _start(connectable: Any, checkpoint: Checkpoint, new: Sequence[NewWorkflow], active: int, undoes: bool) -> str:
-    return str(children.start(connectable, checkpoint, new, active=active, undoes=undoes))
+    return str(children.start(connectable, checkpoint, new, active=active, compensates=undoes))
 
 
 async def result(runtime: Runtime, position: Position, workflow_id: UUID, **within: Any) -> Outcome:
@@ -185,7 +185,7 @@ class _Joining:
                 return await self._give_up()
             if found.finished >= len(self._ids):
                 return await self._record_all(limit)
-            places = min(found.held, self._active - found.active)
+            places = min(found.deferred, self._active - found.active)
             released = await self._release(places) if places > 0 else []
             if not begun:
                 waiting = checkpoint_of(self._runtime.attempt, self._position, StepStatus.WAITING)

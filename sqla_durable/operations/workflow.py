@@ -109,7 +109,7 @@ def _ended(
         output,
         error,
         is_child=attempt.is_child,
-        holds=attempt.may_hold,
+        has_deferred=attempt.may_hold,
         has_notices=attempt.may_have_notices,
     )
 

@@ -137,7 +137,7 @@ def _finish_statement() -> Any:
             error=sa.cast(batch.c.error, JSONB),
             finished_at=pg.statement_timestamp(),
         )
-        .returning(*END_COLUMNS, batch.c.holds)
+        .returning(*END_COLUMNS, batch.c.has_deferred)
         .cte("ended")
     )
     return sa.select(ended.c.id).add_cte(*end_notices(ended))
@@ -238,7 +238,7 @@ def _end_statement(ending: sa.CTE, mine: sa.CTE, recorded: sa.CTE) -> Any:
             wake_at=pg.statement_timestamp() + interval(ready.c.delay),
             awaits=sa.case((parked, ready.c.awaits)),
         )
-        .returning(*END_COLUMNS, ready.c.token.label("token"), ready.c.holds, ready.c.has_notices)
+        .returning(*END_COLUMNS, ready.c.token.label("token"), ready.c.has_deferred, ready.c.has_notices)
     )
 
 

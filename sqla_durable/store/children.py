@@ -65,7 +65,7 @@ class Progress:
         there: how many of them there are.
         own: how many are children of the workflow that asks, which are told when they end.
         finished: how many have an outcome; `failed` of them did not succeed.
-        held: how many wait for others of the group to end.
+        deferred: how many wait for others of the group to end.
         active: how many can be executed, or are.
         named: some of the active ones, from all over their order: what happens to these stands for what happens to all.
     """
@@ -74,7 +74,7 @@ class Progress:
     own: int
     finished: int
     failed: int
-    held: int
+    deferred: int
     active: int
     named: Sequence[UUID]
 
@@ -85,7 +85,7 @@ def start(
     children: Sequence[NewWorkflow],
     *,
     active: int,
-    undoes: bool = False,
+    compensates: bool = False,
 ) -> Any:
     """Start children and record that as the outcome of the step: the list of their ids. JSON text.
 
@@ -97,7 +97,7 @@ def start(
         KeyNotVisibleError: the workflow that has one of the keys cannot be seen; others may have been started.
     """
     parameters = given_parameters(checkpoint) | batch_parameter("batch", [NEW.row(each) for each in children])
-    parameters |= {"active": active, "undoes": undoes}
+    parameters |= {"active": active, "compensates": compensates}
     for _ in range(MOST_REPEATS):
         found = outcome_in(execute(connectable, _START, parameters).one(), checkpoint.fence)
         if found is not None:
@@ -109,7 +109,7 @@ def start(
 def progress(connectable: Connectable, parent_id: UUID, *, ids: Sequence[UUID]) -> Progress:
     """Look how far these children are."""
     row = execute(connectable, _PROGRESS, {"parent": parent_id, "ids": list(ids)}).one()
-    return Progress(row.there, row.own, row.finished, row.failed, row.held, row.active, row.named or ())
+    return Progress(row.there, row.own, row.finished, row.failed, row.deferred, row.active, row.named or ())
 
 
 def sample(ids: Sequence[UUID]) -> list[UUID]:
@@ -186,7 +186,7 @@ def _start_statement() -> Any:
     columns = new_columns(batch.c)
     held = sa.and_(columns["wake_at"].is_(None), batch.c.number > parameter("active", sa.Integer()))
     columns["status"] = sa.case((held, WorkflowStatus.SUSPENDED.value), else_=columns["status"])
-    inherited = sa.case((parameter("undoes", sa.Boolean()), sa.null()), else_=owned.c.deadline_at)
+    inherited = sa.case((parameter("compensates", sa.Boolean()), sa.null()), else_=owned.c.deadline_at)
     columns["deadline_at"] = sa.func.least(columns["deadline_at"], inherited)
     source = sa.select(*columns.values()).select_from(batch.join(owned, sa.true())).where(~has_outcome())
     inserted = (
@@ -248,7 +248,7 @@ def _progress_statement() -> Any:
             (WORKFLOW.c.parent_id == _PARENT).label("own"),
             finished.label("finished"),
             sa.and_(finished, ~succeeded).label("failed"),
-            is_deferred().label("held"),
+            is_deferred().label("deferred"),
             active.label("active"),
             place.label("place"),
         ).where(_wanted()),
@@ -259,7 +259,10 @@ def _progress_statement() -> Any:
     named = sa.select(pg.array_agg(seen.c.id)).where(seen.c.active, (seen.c.place - 1) % apart == 0)
     return sa.select(
         count_rows().label("there"),
-        *(count_rows().filter(seen.c[each]).label(each) for each in ("own", "finished", "failed", "held", "active")),
+        *(
+            count_rows().filter(seen.c[each]).label(each)
+            for each in ("own", "finished", "failed", "deferred", "active")
+        ),
         named.scalar_subquery().label("named"),
     ).select_from(seen)
 

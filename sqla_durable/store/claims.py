@@ -83,7 +83,7 @@ class Batch:
     """What one claim took and when, and the last place that it took from each queue and priority."""
 
     claimed: list[Claimed]
-    reached: dict[str, dict[int, Position]]
+    last_positions: dict[str, dict[int, Position]]
     claimed_at: datetime | None = None
 
 
@@ -96,7 +96,7 @@ def claim(
     names: Sequence[str],
     versions: Sequence[str] = (),
     limit: int,
-    part: Subset = ALL,
+    subset: Subset = ALL,
 ) -> Batch:
     """Claim at most `limit` pending workflows of these names, in the order of their queues.
 
@@ -108,18 +108,20 @@ def claim(
             what is dead in the index, which vacuum cannot remove while a snapshot is open elsewhere. But what was
             committed late, or released, may stand there: now and then, read all of a queue from the `FRONT`.
         versions: those that were started by these versions of the code only, and those without one; empty means all.
-        part: which of those that it finds.
+        subset: which of those that it finds.
     """
     parameters = (
-        {"limit": limit, "new_token": token, "claimant": worker_id} | name_parameters(names, versions) | part.parameters
+        {"limit": limit, "new_token": token, "claimant": worker_id}
+        | name_parameters(names, versions)
+        | subset.parameters
     )
-    returned = execute(connectable, part.choose(_CLAIM, _CLAIM_PART), parameters | range_parameters(ranges))
+    returned = execute(connectable, subset.form_of(_CLAIM, _CLAIM_PART), parameters | range_parameters(ranges))
     # RETURNING has no order of its own.
     rows = sorted(returned, key=lambda row: (row.priority, row.enqueued_at, row.id))
-    reached: dict[str, dict[int, Position]] = defaultdict(dict)
+    last_positions: dict[str, dict[int, Position]] = defaultdict(dict)
     for row in rows:
-        reached[row.queue][row.priority] = Position(row.priority, row.enqueued_at, row.id)
-    return Batch([_claimed(row, token) for row in rows], reached, rows[0].claimed_at if rows else None)
+        last_positions[row.queue][row.priority] = Position(row.priority, row.enqueued_at, row.id)
+    return Batch([_claimed(row, token) for row in rows], last_positions, rows[0].claimed_at if rows else None)
 
 
 def claimable(
@@ -129,10 +131,10 @@ def claimable(
     names: Sequence[str],
     versions: Sequence[str] = (),
     limit: int,
-    part: Subset = ALL,
+    subset: Subset = ALL,
 ) -> list[UUID]:
     """Return the ids of those that this would claim, in the order of their queues."""
-    return part.found(
+    return subset.find_ids(
         connectable, _CLAIMABLE, {"limit": limit} | name_parameters(names, versions) | range_parameters(ranges)
     )
 

@@ -102,7 +102,7 @@ def _continue_statement() -> Any:
             wake_at=sa.null(),
             cancellation=sa.null(),
             enqueued_at=pg.statement_timestamp(),
-            begun_anew_at=pg.statement_timestamp(),
+            continued_at=pg.statement_timestamp(),
         )
         .returning(WORKFLOW.c.id)
         .add_cte(

@@ -58,21 +58,21 @@ def start_all_of(connectable: Connectable, parents: Sequence[UUID]) -> None:
     execute(connectable, _START_ALL_OF, {"ids": list(parents)})
 
 
-def start_orphans(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Subset = ALL) -> int:
+def start_orphans(connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL) -> int:
     """Let go what parents have left behind, at most `limit` of each; give how many.
 
     What does not go now, because somebody holds its row, goes another time. What was left before `since` is passed
     over.
     """
-    parameters = {"limit": limit, "since": since, **part.parameters}
-    return len(execute(connectable, part.choose(_START_ORPHANS, _START_SOME_ORPHANS), parameters).all())
+    parameters = {"limit": limit, "since": since, **subset.parameters}
+    return len(execute(connectable, subset.form_of(_START_ORPHANS, _START_SOME_ORPHANS), parameters).all())
 
 
 def parents_of_orphans(
-    connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Subset = ALL
+    connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL
 ) -> list[UUID]:
     """Return the ids of the parents whose children this would let go."""
-    return part.found(connectable, _PARENTS_OF_ORPHANS, {"limit": limit, "since": since})
+    return subset.find_ids(connectable, _PARENTS_OF_ORPHANS, {"limit": limit, "since": since})
 
 
 def report_orphans(connectable: Connectable, parents: Sequence[UUID]) -> None:

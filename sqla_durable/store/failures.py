@@ -50,33 +50,35 @@ TIMEOUT_TYPE = "sqla_durable.errors:WorkflowTimeoutError"
 
 @dataclass(frozen=True, slots=True)
 class Overdue:
-    """A workflow that was failed because its deadline had come, or `undoes` what it did before.
+    """A workflow that was failed because its deadline had come, or `compensates` before.
 
     `worker_id` is the worker that was executing it, if one was.
     """
 
     workflow_id: UUID
     name: str
-    undoes: bool
+    compensates: bool
     worker_id: UUID | None
 
 
 REFUSED_TYPE = "sqla_durable.errors:RowRefusedError"
 
 
-def fail_overdue(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Subset = ALL) -> list[Overdue]:
+def fail_overdue(
+    connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL
+) -> list[Overdue]:
     """Fail at most `limit` workflows whose deadline has come, those that nobody else holds; locks their rows.
 
     What was to be finished before `since` is passed over.
     """
-    parameters = {"limit": limit, "since": since, **part.parameters}
-    rows = execute(connectable, part.choose(_FAIL_OVERDUE, _FAIL_PART), parameters)
+    parameters = {"limit": limit, "since": since, **subset.parameters}
+    rows = execute(connectable, subset.form_of(_FAIL_OVERDUE, _FAIL_PART), parameters)
     return [Overdue(row.id, row.name, row.finished_at is None, row.executing_id) for row in rows]
 
 
-def overdue_ids(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Subset = ALL) -> list[UUID]:
+def overdue_ids(connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL) -> list[UUID]:
     """Return the ids of those that this would fail."""
-    return part.found(connectable, _OVERDUE_IDS, {"limit": limit, "since": since})
+    return subset.find_ids(connectable, _OVERDUE_IDS, {"limit": limit, "since": since})
 
 
 def fail_if_overdue(session: Session, workflow_id: UUID) -> bool:

@@ -46,7 +46,7 @@ from sqla_durable.store.steps import (
     outcome_in,
 )
 
-SUSPENDED, CHILD, ORPHANS = "#parked", "#child", "#left"
+SUSPENDED, CHILD, ORPHANS = "#suspended", "#child", "#orphans"
 """Names of rows that the engine sends to itself; the last one is for `held`."""
 
 CALLBACK = "#callback:"
@@ -77,7 +77,7 @@ def insert_end_notices(ended: sa.CTE) -> Any:
     """Insert what those that were suspended ask for, and what children that have ended leave to their parents.
 
     To a parent that is finished too: it may be retried in a transaction that this statement does not see. Of several
-    children of one parent, one notice. And where there is a column `holds`, what those that have ended leave of the
+    children of one parent, one notice. And where there is a column `has_deferred`, what those that have ended leave of the
     children that they hold.
     """
     finished = ended.c.finished_at.is_not(None)
@@ -90,9 +90,9 @@ def insert_end_notices(ended: sa.CTE) -> Any:
         .where(sa.or_(ended.c.awaits.is_not(None), sa.and_(finished, ended.c.parent_id.is_not(None))))
         .distinct()
     )
-    if "holds" in ended.c:
+    if "has_deferred" in ended.c:
         source = sa.union_all(
-            source, sa.select(ended.c.id, text_literal(ORPHANS), sa.true()).where(finished, ended.c.holds)
+            source, sa.select(ended.c.id, text_literal(ORPHANS), sa.true()).where(finished, ended.c.has_deferred)
         )
     return insert_notices(source)
 
@@ -226,7 +226,10 @@ def insert_orphan_notices(parents: sa.FromClause) -> Any:
     """Insert the same for those of a statement's workflows that hold something."""
     # LIMIT: probed by the index of children, whatever the planner believes of the number of parents.
     holds = (
-        sa.select(WORKFLOW.c.id).where(WORKFLOW.c.parent_id == parents.c.id, is_deferred()).limit(ONE).lateral("holds")
+        sa.select(WORKFLOW.c.id)
+        .where(WORKFLOW.c.parent_id == parents.c.id, is_deferred())
+        .limit(ONE)
+        .lateral("has_deferred")
     )
     return insert_notices(
         sa.select(parents.c.id, text_literal(ORPHANS), sa.true()).select_from(parents.join(holds, sa.true()))

@@ -299,7 +299,7 @@ def _last_shown_in_error() -> Any:
 
 def _delete_published(session: Session, held: Sequence[UUID]) -> None:
     """Take back what steps without a record have shown; not what those of earlier rounds have."""
-    began = sa.select(WORKFLOW.c.begun_anew_at)
+    began = sa.select(WORKFLOW.c.continued_at)
     for shown in (EVENT, STREAM_ITEM):
         began_at = began.where(WORKFLOW.c.id == shown.c.workflow_id).scalar_subquery()
         this_round = sa.or_(began_at.is_(None), shown.c.created_at >= began_at)

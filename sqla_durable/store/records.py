@@ -134,7 +134,7 @@ class Completion:
     output: str | None = None
     error: str | None = None
     is_child: bool = False
-    holds: bool = False
+    has_deferred: bool = False
     has_notices: bool = False
 
     @property

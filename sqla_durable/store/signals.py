@@ -1,7 +1,7 @@
 """The statements on signals: send, take, deliver.
 
 Who sends inserts a row and locks nothing of the receiver that its worker would wait for. Who waits has said so in its
-row when it was parked, and has asked to be looked at by a row of the engine's own, `#parked`; a child that ends leaves
+row when it was parked, and has asked to be looked at by a row of the engine's own, `#suspended`; a child that ends leaves
 `#child` to its parent. Each new row is delivered once: the receiver's row is locked, and if it waits for what is there
 now, it is woken. So a signal and a parking may cross in any way: whichever is committed later finds the other.
 
@@ -112,13 +112,13 @@ def take(connectable: Connectable, checkpoint: Checkpoint, *, name: str) -> str 
     return take_by(connectable, _TAKE, checkpoint, {"signal_name": name})
 
 
-def deliver(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Subset = ALL) -> tuple[int, int]:
+def deliver(connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL) -> tuple[int, int]:
     """Look at the receivers of new signals, and wake those that wait for what is there; give how many of both.
 
     Receivers whose rows somebody holds are passed over, and so is what was sent before `since`.
     """
-    parameters = {"limit": limit, "since": since, **part.parameters}
-    row = execute(connectable, part.choose(_DELIVER, _DELIVER_PART), parameters).one()
+    parameters = {"limit": limit, "since": since, **subset.parameters}
+    row = execute(connectable, subset.form_of(_DELIVER, _DELIVER_PART), parameters).one()
     return int(row.delivered), int(row.woken)
 
 
@@ -130,12 +130,12 @@ def wake_one(session: Session, workflow_id: UUID) -> None:
     execute(session, _WAKE_ONE, {"wanted_id": workflow_id})
 
 
-def receivers(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Subset = ALL) -> list[UUID]:
+def receivers(connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL) -> list[UUID]:
     """Return the ids of the receivers that this would look at."""
-    return part.found(connectable, _RECEIVERS, {"limit": limit, "since": since})
+    return subset.find_ids(connectable, _RECEIVERS, {"limit": limit, "since": since})
 
 
-def renotify(connectable: Connectable, *, after: UUID, limit: int, part: Subset = ALL) -> UUID | None:
+def renotify(connectable: Connectable, *, after: UUID, limit: int, subset: Subset = ALL) -> UUID | None:
     """Leave notices to those that wait for what is there already, among the next `limit` in the order of their ids.
 
     For children that an application's own SQL has deleted or ended, which leaves no notice. Takes no lock. The notices
@@ -144,14 +144,14 @@ def renotify(connectable: Connectable, *, after: UUID, limit: int, part: Subset 
     Returns:
         The last id that was looked at, or None if there are no more.
     """
-    parameters = {"after": after, "limit": limit, **part.parameters}
-    found: UUID | None = scalar(connectable, part.choose(_RENOTIFY, _RENOTIFY_PART), parameters)
+    parameters = {"after": after, "limit": limit, **subset.parameters}
+    found: UUID | None = scalar(connectable, subset.form_of(_RENOTIFY, _RENOTIFY_PART), parameters)
     return found
 
 
-def waiting(connectable: Connectable, *, after: UUID, limit: int, part: Subset = ALL) -> list[UUID]:
+def waiting(connectable: Connectable, *, after: UUID, limit: int, subset: Subset = ALL) -> list[UUID]:
     """Return the ids of those that this would look at."""
-    return part.found(connectable, _WAITING, {"after": after, "limit": limit})
+    return subset.find_ids(connectable, _WAITING, {"after": after, "limit": limit})
 
 
 def _satisfied(new: sa.CTE) -> Condition:

@@ -95,7 +95,7 @@ class Subset:
         """Whether it is about all that it finds."""
         return self.only is None and not self.besides
 
-    def choose(self, whole: Any, part: Any) -> Any:
+    def form_of(self, whole: Any, part: Any) -> Any:
         """Return the form of a statement to be executed."""
         return whole if self.is_whole else part
 
@@ -108,7 +108,7 @@ class Subset:
     def _ids(self) -> dict[str, Any]:
         return {"only_ids": None if self.only is None else list(self.only), "besides_ids": list(self.besides)}
 
-    def found(self, connectable: Connectable, statement: Any, parameters: Mapping[str, Any]) -> list[UUID]:
+    def find_ids(self, connectable: Connectable, statement: Any, parameters: Mapping[str, Any]) -> list[UUID]:
         """Return the ids of those that a statement would change. Takes the same locks as that."""
         return list(dict.fromkeys(scalars(connectable, statement, {**parameters, **self._ids})))
 

@@ -37,7 +37,7 @@ from sqla_durable.store.statements import (
 _PASSED = interval(parameter("seconds", sa.Float()))
 
 
-def wake_due(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Subset = ALL) -> int:
+def wake_due(connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL) -> int:
     """Put suspended workflows whose time has come into their queues, behind what waits there; return how many.
 
     Of those that crashed several times in a row only one: together they would be executed side by side again, by the
@@ -46,13 +46,13 @@ def wake_due(connectable: Connectable, *, limit: int, since: str = BEGINNING, pa
     They are enqueued as of now, however long they have been due: claims do not look again at what was enqueued before.
     What was due before `since` is passed over.
     """
-    parameters = {"limit": limit, "since": since, **part.parameters}
-    return len(scalars(connectable, part.choose(_WAKE_DUE, _WAKE_PART), parameters).all())
+    parameters = {"limit": limit, "since": since, **subset.parameters}
+    return len(scalars(connectable, subset.form_of(_WAKE_DUE, _WAKE_PART), parameters).all())
 
 
-def due(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Subset = ALL) -> list[UUID]:
+def due(connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL) -> list[UUID]:
     """Return the ids of those that this would put into their queues."""
-    return part.found(connectable, _DUE, {"limit": limit, "since": since})
+    return subset.find_ids(connectable, _DUE, {"limit": limit, "since": since})
 
 
 def now(connectable: Connectable) -> datetime:

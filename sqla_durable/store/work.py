@@ -55,14 +55,14 @@ class ScanStarts:
         deadline_at: of deadlines that have come.
         sent_at: of signals that are not delivered.
         expired_at: of leases of dead workers.
-        looked_at: when these were found out; None where they are the beginning.
+        found_at: when these were found out; None where they are the beginning.
     """
 
     wake_at: str = BEGINNING
     deadline_at: str = BEGINNING
     sent_at: str = BEGINNING
     expired_at: str = BEGINNING
-    looked_at: datetime | None = None
+    found_at: datetime | None = None
 
 
 FULL_SCAN = ScanStarts()
@@ -81,9 +81,9 @@ class Work:
         abandoned: a worker is dead and has left something running.
         alive: the lease of the worker that looks is live.
         overdue: the deadline of something unfinished has come.
-        left: a parent has left held children behind; its row is one of the undelivered, too.
+        has_orphans: a parent has left held children behind; its row is one of the undelivered, too.
         paused: the names of the queues that are paused, in order.
-        marks: where the next look may begin.
+        scan_starts: where the next look may begin.
     """
 
     claimable: bool
@@ -93,9 +93,9 @@ class Work:
     abandoned: bool
     alive: bool
     overdue: bool = False
-    left: bool = False
+    has_orphans: bool = False
     paused: tuple[str, ...] = ()
-    marks: ScanStarts = field(default=FULL_SCAN, compare=False)
+    scan_starts: ScanStarts = field(default=FULL_SCAN, compare=False)
 
 
 def find_work(
@@ -105,7 +105,7 @@ def find_work(
     ranges: Ranges,
     names: Sequence[str],
     versions: Sequence[str] = (),
-    marks: ScanStarts = FULL_SCAN,
+    scan_starts: ScanStarts = FULL_SCAN,
     within: float = _MONTH,
 ) -> Work:
     """Look, in one statement that takes no lock.
@@ -115,11 +115,11 @@ def find_work(
         ranges: the parts of queues in which something may be claimable; without any, nothing is.
         names: the workflows that it may claim.
         versions: and their versions; none mean all of them.
-        marks: where to begin.
+        scan_starts: where to begin.
         within: how many seconds ahead the next time or deadline is looked for.
     """
     parameters = {"looking_id": worker_id} | name_parameters(names, versions) | range_parameters(ranges)
-    row = execute(connectable, _FIND_WORK, parameters | _scan_parameters(marks) | {"within": within}).one()
+    row = execute(connectable, _FIND_WORK, parameters | _scan_parameters(scan_starts) | {"within": within}).one()
     return Work(
         claimable=row.claimable,
         due=row.due,
@@ -128,24 +128,24 @@ def find_work(
         abandoned=row.abandoned,
         alive=row.alive,
         overdue=row.overdue,
-        left=row.left,
+        has_orphans=row.has_orphans,
         paused=tuple(sorted(row.paused or ())),
-        marks=ScanStarts(
+        scan_starts=ScanStarts(
             wake_at=row.wake_mark.isoformat(),
             deadline_at=row.deadline_mark.isoformat(),
             sent_at=row.sent_mark.isoformat(),
             expired_at=row.expired_mark.isoformat(),
-            looked_at=row.looked_at,
+            found_at=row.found_at,
         ),
     )
 
 
-def _scan_parameters(marks: ScanStarts) -> dict[str, str]:
+def _scan_parameters(starts: ScanStarts) -> dict[str, str]:
     return {
-        "since_wake": marks.wake_at,
-        "since_deadline": marks.deadline_at,
-        "since_sent": marks.sent_at,
-        "since_expired": marks.expired_at,
+        "since_wake": starts.wake_at,
+        "since_deadline": starts.deadline_at,
+        "since_sent": starts.sent_at,
+        "since_expired": starts.expired_at,
     }
 
 
@@ -214,7 +214,7 @@ def _find_work_statement() -> Any:
         _next_due_in().label("next_due_in"),
         _abandoned().label("abandoned"),
         _alive().label("alive"),
-        sa.select(SIGNAL.c.id).where(is_undelivered("since_sent"), is_left).exists().label("left"),
+        sa.select(SIGNAL.c.id).where(is_undelivered("since_sent"), is_left).exists().label("has_orphans"),
         sa.select(pg.array_agg(QUEUE.c.name)).where(QUEUE.c.paused_at.is_not(None)).scalar_subquery().label("paused"),
         firsts.c.first_deadline_at.is_not(None).label("overdue"),
         firsts.c.first_sent_at.is_not(None).label("undelivered"),
@@ -222,7 +222,7 @@ def _find_work_statement() -> Any:
         _scan_start(firsts.c.first_deadline_at).label("deadline_mark"),
         _scan_start(firsts.c.first_sent_at).label("sent_mark"),
         (pg.statement_timestamp() - _DEAD_LATELY).label("expired_mark"),
-        pg.statement_timestamp().label("looked_at"),
+        pg.statement_timestamp().label("found_at"),
     )
 
 

@@ -157,7 +157,7 @@ def reclaim(
     names: Sequence[str] | None = None,
     queues: Sequence[str] | None = None,
     besides: UUID | None = None,
-    part: Subset = ALL,
+    subset: Subset = ALL,
 ) -> list[Reclaimed]:
     """Take back running workflows whose worker's lease ran out, as their next attempt.
 
@@ -167,17 +167,17 @@ def reclaim(
         limit: how many at most.
         names, queues: None means all.
         besides: the worker that asks: its own lease may run out between its last look and this.
-        part: which of those that it finds.
+        subset: which of those that it finds.
     """
-    mine = {"mine_names": names, "mine_queues": queues, "asking_id": besides, **part.parameters}
+    mine = {"mine_names": names, "mine_queues": queues, "asking_id": besides, **subset.parameters}
     parameters = {"max_attempts": max_attempts, "limit": limit, "reason": _DEATH, **mine}
-    rows = execute(connectable, part.choose(_RECLAIM, _RECLAIM_PART), parameters)
+    rows = execute(connectable, subset.form_of(_RECLAIM, _RECLAIM_PART), parameters)
     return [_reclaimed(row) for row in rows]
 
 
-def expired(connectable: Connectable, *, limit: int, besides: UUID | None = None, part: Subset = ALL) -> list[UUID]:
+def expired(connectable: Connectable, *, limit: int, besides: UUID | None = None, subset: Subset = ALL) -> list[UUID]:
     """Return the ids of those that this would take back."""
-    return part.found(connectable, _EXPIRED, {"limit": limit, "asking_id": besides})
+    return subset.find_ids(connectable, _EXPIRED, {"limit": limit, "asking_id": besides})
 
 
 def reclaim_one(session: Session, workflow_id: UUID, *, max_attempts: int) -> Reclaimed | None:

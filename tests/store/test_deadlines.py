@@ -40,7 +40,7 @@ def test_what_has_something_to_undo_is_enqueued_for_that_and_claimed_in_spite_of
         (overdue,) = races.enqueue(session, deadline_at=PAST, cancellation="compensates")
         (undoing,) = races.enqueue(session, deadline_at=PAST, cancellation="requested")
         assert failures.fail_overdue(session, limit=9) == [
-            failures.Overdue(overdue, "checkout", undoes=True, worker_id=None)
+            failures.Overdue(overdue, "checkout", compensates=True, worker_id=None)
         ]
         assert not find_work(session, worker_id=races.WORKER, ranges={}, names=[]).overdue
         claimed = {each.fence.workflow_id: each for each in races.claim(session, 9)}

@@ -35,11 +35,11 @@ def started(fence: Fence, ids: list[UUID]) -> Checkpoint:
 
 
 def failure(fence: Fence) -> Completion:
-    return Completion(fence, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}', holds=True)
+    return Completion(fence, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}', has_deferred=True)
 
 
 def asked(session: Session) -> int:
-    return session.scalar(select(func.count()).select_from(Signal).where(Signal.name == "#left")) or 0
+    return session.scalar(select(func.count()).select_from(Signal).where(Signal.name == "#orphans")) or 0
 
 
 def test_what_a_parent_leaves_goes_with_its_end_and_what_somebody_holds_goes_later(engine: Engine) -> None:

@@ -59,7 +59,7 @@ class Life:
             limit=size,
         )
         self._session.commit()
-        self._place = batch.reached["default"][0]
+        self._place = batch.last_positions["default"][0]
         assert len(batch.claimed) == size
         return [each.fence for each in batch.claimed]
 
@@ -115,12 +115,12 @@ def pages(session: Session, marks: ScanStarts, ranges: claims.Ranges) -> dict[st
 
 def marks_at(moment: datetime) -> ScanStarts:
     then = moment.isoformat()
-    return ScanStarts(then, then, then, then, looked_at=moment)
+    return ScanStarts(then, then, then, then, found_at=moment)
 
 
 def cursors_at(moment: datetime) -> Cursors:
     cursors = Cursors(["default"], poll_interval=1.0)
-    seen = looks.Work(False, False, None, False, False, True, marks=marks_at(moment + LATE_COMMIT))
+    seen = looks.Work(False, False, None, False, False, True, scan_starts=marks_at(moment + LATE_COMMIT))
     cursors.note_look(seen, restarts=0, asked=True, took=0.0)
     return cursors
 

@@ -137,15 +137,18 @@ def test_the_next_look_begins_two_seconds_before_what_is_left(engine: Engine) ->
                 {"seconds": seconds},
             )
         first = find_work(session, worker_id=races.WORKER, ranges={}, names=[])
-        second = find_work(session, worker_id=races.WORKER, ranges={}, names=[], marks=first.marks)
-        assert first.marks.looked_at is not None
-        ago = {name: first.marks.looked_at - datetime.fromisoformat(at) for name, at in ages(first.marks).items()}
+        second = find_work(session, worker_id=races.WORKER, ranges={}, names=[], scan_starts=first.scan_starts)
+        assert first.scan_starts.found_at is not None
+        ago = {
+            name: first.scan_starts.found_at - datetime.fromisoformat(at)
+            for name, at in ages(first.scan_starts).items()
+        }
         assert 3_600 < ago["wake_at"].total_seconds() < 3_700
         assert ago["sent_at"] == ago["deadline_at"] == LATE_COMMIT
         assert second.due
-        assert second.marks.wake_at == first.marks.wake_at
-        assert timers.wake_due(session, limit=9, since=first.marks.wake_at) == 2
-        assert not find_work(session, worker_id=races.WORKER, ranges={}, names=[], marks=first.marks).due
+        assert second.scan_starts.wake_at == first.scan_starts.wake_at
+        assert timers.wake_due(session, limit=9, since=first.scan_starts.wake_at) == 2
+        assert not find_work(session, worker_id=races.WORKER, ranges={}, names=[], scan_starts=first.scan_starts).due
 
 
 def ages(marks: ScanStarts) -> dict[str, str]:

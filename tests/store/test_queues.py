@@ -197,11 +197,11 @@ def test_a_claim_goes_on_after_the_place_that_the_last_one_reached(session_facto
         ids = races.enqueue(session, 6)
         first = _claim(session, FRONT, 2)
         races.enqueue(session, priority=-1)
-        second = _claim(session, first.reached["default"][0], 2)
+        second = _claim(session, first.last_positions["default"][0], 2)
         assert [each.fence.workflow_id for each in (*first.claimed, *second.claimed)] == ids[:4]
         from_front = _claim(session, FRONT, 9)
         assert [each.fence.workflow_id for each in from_front.claimed][1:] == ids[4:]
-        assert _claim(session, from_front.reached["default"][0], 9) == claims.Batch([], {})
+        assert _claim(session, from_front.last_positions["default"][0], 9) == claims.Batch([], {})
 
 
 def test_each_queue_has_a_place_of_its_own(session_factory: sessionmaker[Session]) -> None:
@@ -209,8 +209,8 @@ def test_each_queue_has_a_place_of_its_own(session_factory: sessionmaker[Session
         for name in ("a", "b"):
             races.enqueue(session, 3, queue=name)
         batch = _claim(session, FRONT, 4, "a", "b")
-        assert set(batch.reached) == {"a", "b"}
-        after = {name: [Range(place)] for name, reached in batch.reached.items() for place in reached.values()}
+        assert set(batch.last_positions) == {"a", "b"}
+        after = {name: [Range(place)] for name, reached in batch.last_positions.items() for place in reached.values()}
         rest = claims.claim(session, worker_id=races.WORKER, token=uuid7(), ranges=after, names=["checkout"], limit=9)
         assert len(batch.claimed) + len(rest.claimed) == 6
 
@@ -230,7 +230,7 @@ def test_what_an_open_transaction_keeps_dead_costs_a_claim_at_the_front_and_none
         races.enqueue(session, 3_000)
         old.connection(execution_options={"isolation_level": "REPEATABLE READ"})
         old.execute(text("SELECT FROM durable.workflow LIMIT 1"))  # from here on, nothing that dies is removed
-        reached = _claim(session, FRONT, 2_900).reached["default"][0]
+        reached = _claim(session, FRONT, 2_900).last_positions["default"][0]
         session.commit()
         pages = {place: _pages(session, place) for place in (FRONT, reached)}
     assert pages[reached] < 60, pages

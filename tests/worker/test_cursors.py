@@ -28,8 +28,8 @@ def place(priority: int, moment: datetime = BEFORE, identity: int = 0) -> Positi
 
 
 def seen(*, claimable: bool = False, paused: tuple[str, ...] = ()) -> Work:
-    marks = ScanStarts(wake_at="then", looked_at=NOW)
-    return Work(claimable, False, None, False, False, True, paused=paused, marks=marks)
+    marks = ScanStarts(wake_at="then", found_at=NOW)
+    return Work(claimable, False, None, False, False, True, paused=paused, scan_starts=marks)
 
 
 def looked(cursors: Cursors, what: Work, *, asked: bool = True, took: float = 0.0) -> None:

@@ -167,7 +167,7 @@ class Claims:
             names=self._names,
             versions=self._versions,
             limit=self._wanted,
-            part=part,
+            subset=part,
         )
 
     async def _claim_once(self, token: UUID, part: Subset) -> claims.Batch:
@@ -182,7 +182,7 @@ class Claims:
                 names=self._names,
                 versions=self._versions,
                 limit=self._wanted,
-                part=part,
+                subset=part,
             )
 
         return await self._database.execute(claim)

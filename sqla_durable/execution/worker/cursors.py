@@ -116,13 +116,13 @@ class Cursors:
         if self.marks is FULL_SCAN:
             pause = min(_SHARE * took, _EVERY * self._every)
             self._restart_at = max(self._restart_at, time.monotonic() + pause)
-        self.marks = seen.marks
+        self.marks = seen.scan_starts
         if seen.paused != self._paused:  # what waits in a queue that goes on stands before the places
             self._paused = seen.paused
             self.restart()
-        elif asked and not seen.claimable and seen.marks.looked_at is not None:
+        elif asked and not seen.claimable and seen.scan_starts.found_at is not None:
             for each in self._queues.values():
-                each.pass_until(seen.marks.looked_at)
+                each.pass_until(seen.scan_starts.found_at)
 
     @property
     def in_burst(self) -> bool:
@@ -141,7 +141,7 @@ class Cursors:
         if not self.in_burst:
             self._burst_began = now
         if batch.claimed_at is not None:
-            for name, reached in batch.reached.items():
+            for name, reached in batch.last_positions.items():
                 self._queues[name].take(reached, batch.claimed_at)
         if not is_full or now - self._burst_began > _LONGEST_BURST:
             for each in self._queues.values():

@@ -33,7 +33,7 @@ _SHORTEST_ASIDE, _LONGEST_ASIDE = 60.0, 3_600.0  # seconds
 class Sweep(Protocol[T_co]):
     """A statement over the workflows that it finds."""
 
-    def __call__(self, connectable: Connection, /, *, part: Subset) -> T_co:
+    def __call__(self, connectable: Connection, /, *, subset: Subset) -> T_co:
         """Execute it for a part of them."""
         ...
 
@@ -69,13 +69,13 @@ class Isolation:
         """
         part = self.part
         try:
-            return [await self._execute(partial(statement, part=part))]
+            return [await self._execute(partial(statement, subset=part))]
         except Exception as error:
             if not is_about_data(error):
                 raise
             log.warning("%s: %s; trying for one workflow after another", what, first_line(error))
-        ids = await self._execute(partial(found, part=part))
-        return await self.each(ids, lambda some: self._execute(partial(statement, part=Subset(some))), what=what)
+        ids = await self._execute(partial(found, subset=part))
+        return await self.each(ids, lambda some: self._execute(partial(statement, subset=Subset(some))), what=what)
 
     async def each(self, ids: Sequence[UUID], act: Callable[[Sequence[UUID]], Awaitable[T]], *, what: str) -> list[T]:
         """Do something to these workflows; if that fails because of one, to the others without it."""

@@ -118,7 +118,7 @@ class Maintenance:
                 ranges=ranges,
                 names=self._names,
                 versions=self._versions,
-                marks=self._marks,
+                scan_starts=self._marks,
                 within=self._interval,
             )
             return seen, time.monotonic() - began
@@ -135,7 +135,7 @@ class Maintenance:
         reclaimed = await self._reclaim(seen)
         woken = await self._wake() if seen.due else 0
         woken += await self.deliver() if seen.undelivered else 0
-        woken += await self._release_left() if seen.left else 0
+        woken += await self._release_left() if seen.has_orphans else 0
         if seen.claimable or reclaimed or woken or undoing:
             self._claims.hint()
         else:
@@ -207,9 +207,9 @@ class Maintenance:
         overdue = [*chain(*await self._isolation.sweep(fail, found, what="fail"))]
         await self._heartbeat.notify(each.worker_id for each in overdue if each.worker_id is not None)
         for each in overdue:
-            what = "undoes what it did, and fails" if each.undoes else "failed"
+            what = "undoes what it did, and fails" if each.compensates else "failed"
             log.warning("workflow %s %s %s: it was not finished at its deadline", each.name, each.workflow_id, what)
-        return any(each.undoes for each in overdue)
+        return any(each.compensates for each in overdue)
 
     async def _reclaim(self, seen: Work) -> int:
         """Reclaim what dead workers had; now and then also what belongs to workers whose rows are gone."""

@@ -201,7 +201,9 @@ class Writer:
 
 
 def _asks(row: Row) -> bool:
-    return (isinstance(row, Park) and bool(row.awaits)) or (isinstance(row, Completion) and (row.is_child or row.holds))
+    return (isinstance(row, Park) and bool(row.awaits)) or (
+        isinstance(row, Completion) and (row.is_child or row.has_deferred)
+    )
 
 
 def _fitting(waiting: Sequence[Write]) -> int:

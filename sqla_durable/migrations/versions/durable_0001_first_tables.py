@@ -81,7 +81,7 @@ def _create_workflow(schema: str) -> None:
         sa.Column("forked_from", pg.UUID()),
         sa.Column("version", sa.Text()),
         sa.Column("cancellation", sa.Text()),
-        sa.Column("begun_anew_at", _timestamp()),
+        sa.Column("continued_at", _timestamp()),
         sa.Column("headers", pg.JSONB()),
         sa.PrimaryKeyConstraint("id", name=op.f("workflow_pkey")),
         sa.ForeignKeyConstraint(
@@ -137,7 +137,7 @@ def _create_workflow(schema: str) -> None:
             "started_at",
             "finished_at",
             "deadline_at",
-            "begun_anew_at",
+            "continued_at",
         ),
         _check(
             "workflow",
