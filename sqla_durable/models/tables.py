@@ -103,14 +103,14 @@ class Base(AsyncAttrs, DeclarativeBase):
 
 
 class Workflow(Base):
-    """One durable workflow: what was asked, where it stands, and how it ended.
+    """One durable workflow: its input, its status, and its outcome.
 
     A row is enough to start one: `INSERT INTO durable.workflow (name, input) VALUES ('checkout', '{"order_id": 1}')`.
     Arguments are stored by parameter name. `token` identifies the attempt that may write while it is running, and that
-    finished it. `priority` is served lowest first. One that is suspended with `wake_at` waits for that time.
-    `attempt` counts up when a worker dies; `crashes` its last attempts in a row that died before they recorded a step.
-    An `id` begins with the time of its start, so their order is that of the starts; see `id_at`.
-    `cancellation` tells of a saga: it `compensates`, or why it does now. `headers` are what interceptors gave to it.
+    finished it. `priority` is served lowest first. One that is suspended with `wake_at` waits for that time. `attempt`
+    counts up when a worker dies; `crashes` its last attempts in a row that died before they recorded a step. An `id`
+    begins with the time of its start, so their order is that of the starts; see `id_at`. `cancellation` is set for a
+    saga: it `compensates`, or the reason why it does now. `headers` are what interceptors have set.
     """
 
     __tablename__ = "workflow"
@@ -326,9 +326,9 @@ class Signal(Base):
     """Something sent to a workflow: the oldest one of a name is consumed first, once.
 
     A row is enough to send one: `INSERT INTO durable.signal (workflow_id, name, payload) VALUES (..., 'approved',
-    'true')`. `key` is an idempotency key. `delivered_at` is when a worker has seen it and woken what waited for it;
-    `consumed_by` the key of the step that has taken it. Names that begin with `#` are the engine's: `#update:NAME`.
-    They need `is_answer`, `is_update` or `is_notice`, each of which is a right of its own for a role.
+    'true')`. `key` is an idempotency key. `delivered_at` is when a worker has delivered it and woken a workflow that
+    awaits it; `consumed_by` the key of the step that has taken it. Names that begin with `#` are the engine's:
+    `#update:NAME`. They need `is_answer`, `is_update` or `is_notice`, each of which is a right of its own for a role.
     """
 
     __tablename__ = "signal"
@@ -369,9 +369,9 @@ class Signal(Base):
             unique=True,
             postgresql_where=text("key IS NOT NULL"),
         ),
-        # What no worker has seen yet.
+        # Undelivered signals.
         Index("signal_new_idx", "created_at", postgresql_where=text("delivered_at IS NULL")),
-        # What nobody has taken: the oldest of a name is the first, however many were taken before.
+        # Untaken signals: the oldest of a name is the first, however many were taken before.
         Index("signal_untaken_idx", "workflow_id", "name", "id", postgresql_where=text("consumed_by IS NULL")),
     )
 
@@ -380,7 +380,7 @@ class Signal(Base):
 
 
 class Event(Base):
-    """A value that a workflow shows under a key: the row with the greatest id is the latest, the others are history.
+    """A value that a workflow publishes under a key: the row with the greatest id is the latest.
 
     `step_key` is the key of the step that set it. The answer to an update has the key `#reply:ID` and the update's id.
     """
@@ -409,7 +409,7 @@ class Event(Base):
 class StreamItem(Base):
     """One item of a workflow's stream: `number` counts from 0; a `closed` one is the last, and has no value.
 
-    `step_key`, `attempt` and `step_attempt` tell which try of which step wrote it: those of a try that failed stay.
+    `step_key`, `attempt` and `step_attempt` identify the try that wrote it; items of a try that failed stay.
     """
 
     __tablename__ = "stream_item"

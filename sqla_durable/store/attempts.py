@@ -61,35 +61,35 @@ class Unwritten:
 
 
 def finish(session: Session, completion: Completion) -> bool:
-    """Record an outcome; wait for whoever holds the row. False: the attempt no longer owns the workflow."""
+    """Record an outcome; wait for the row's lock. False: the attempt no longer owns the workflow."""
     return scalar(session, _FINISH, batch_parameter("batch", [COMPLETION.row(completion)])) is not None
 
 
 def lock(session: Session, fence: Fence) -> bool:
-    """Lock the row of a running workflow; wait for whoever holds it. False: the attempt no longer owns it."""
+    """Lock the row of a running workflow; wait for its lock. False: the attempt no longer owns it."""
     return scalar(session, _LOCK, batch_parameter("batch", [fence_row(fence)])) is not None
 
 
 def finished_by(connectable: Connectable, fences: Iterable[Fence]) -> dict[Fence, WorkflowStatus]:
-    """Give those of the attempts that have finished their workflows: an acknowledgement may have been lost."""
+    """Return those of the attempts that have finished their workflows: an acknowledgement may have been lost."""
     rows = execute(connectable, _FINISHED_BY, batch_parameter("batch", [fence_row(each) for each in fences]))
     return {Fence(row.id, row.token): row.status for row in rows}
 
 
 def release(connectable: Connectable, fences: Iterable[Fence]) -> set[UUID]:
-    """Hand running workflows back to their queues, in their old places; give the ids of those still owned."""
+    """Release running workflows to their queues, in their old places; return the ids of those still owned."""
     return set(scalars(connectable, _RELEASE, batch_parameter("batch", [fence_row(each) for each in fences])))
 
 
 def release_unlocked(connectable: Connectable, fences: Sequence[Fence]) -> list[Fence]:
-    """Do the same with those whose rows nobody else holds; give the attempts that still own theirs."""
+    """Release those whose rows are not locked by others; return the attempts that still own theirs."""
     scalars(connectable, _RELEASE_UNLOCKED, batch_parameter("batch", [fence_row(each) for each in fences])).all()
     owned = still_owned(connectable, fences)
     return [each for each in fences if each in owned]
 
 
 def still_owned(connectable: Connectable, fences: Iterable[Fence]) -> set[Fence]:
-    """Give the attempts that still own their workflows. Takes no lock."""
+    """Return the attempts that still own their workflows. Takes no lock."""
     rows = execute(connectable, _STILL_OWNED, batch_parameter("batch", [fence_row(each) for each in fences]))
     return {Fence(row.id, row.token) for row in rows}
 
@@ -99,8 +99,8 @@ def write_batch(
 ) -> Unwritten:
     """Record checkpoints, and what ends the attempts whose checkpoints in this batch are all written.
 
-    One statement, for workflows whose rows nobody else holds and whose attempts own them. Locks their rows in the order
-    of their ids, for as long as the statement's transaction.
+    One statement, for workflows whose rows are not locked by others and whose attempts own them. Locks their rows in
+    the order of their ids, for as long as the statement's transaction.
     """
     counts = Counter(each.fence for each in checkpoints)
     parameters = batch_parameter("batch", [CHECKPOINT.row(each) for each in checkpoints])
@@ -116,7 +116,7 @@ def write_batch(
 
 
 def begin_saga(connectable: Connectable, checkpoint: Checkpoint) -> None:
-    """Let a cancel leave the workflow to a worker that undoes what it did.
+    """Record that the workflow has a saga: a cancel enqueues it, for a worker to compensate.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
@@ -224,7 +224,7 @@ def _end_statement(ending: sa.CTE, mine: sa.CTE, recorded: sa.CTE) -> Any:
         .where(sa.func.coalesce(written.c.checkpoints, ZERO) == ending.c.checkpoints),
         "ready",
     )
-    parked = ready.c.status == status_literal(WorkflowStatus.SUSPENDED)
+    suspends = ready.c.status == status_literal(WorkflowStatus.SUSPENDED)
     return (
         sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == ready.c.id)
@@ -232,11 +232,11 @@ def _end_statement(ending: sa.CTE, mine: sa.CTE, recorded: sa.CTE) -> Any:
             status=ready.c.status,
             output=sa.cast(ready.c.output, JSONB),
             error=sa.cast(ready.c.error, JSONB),
-            finished_at=sa.case((~parked, pg.statement_timestamp())),
-            token=sa.case((~parked, WORKFLOW.c.token)),
-            worker_id=sa.case((~parked, WORKFLOW.c.worker_id)),
+            finished_at=sa.case((~suspends, pg.statement_timestamp())),
+            token=sa.case((~suspends, WORKFLOW.c.token)),
+            worker_id=sa.case((~suspends, WORKFLOW.c.worker_id)),
             wake_at=pg.statement_timestamp() + interval(ready.c.delay),
-            awaits=sa.case((parked, ready.c.awaits)),
+            awaits=sa.case((suspends, ready.c.awaits)),
         )
         .returning(*END_COLUMNS, ready.c.token.label("token"), ready.c.has_deferred, ready.c.has_notices)
     )

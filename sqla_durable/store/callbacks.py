@@ -1,8 +1,8 @@
-"""The statements on callbacks: find one by its token, answer it, keep it alive, look at it, let it expire.
+"""The statements on callbacks: find one by its token, answer it, keep it alive, read it, expire it.
 
-A callback is the record of the step that made it; its outcome is a row of the inbox, under a key of which there can be
-one. Whoever answers locks the step's record, which nothing else of the workflow waits for; its own attempt lets it
-expire only if nobody holds that. So an answer and the end of its time may cross in any way: one of them is written.
+A callback is the record of the step that made it; its outcome is a row of the inbox, under a key that can exist once.
+An answer locks the step's record, which nothing else of the workflow waits for; the workflow's attempt expires the
+callback only if that record is not locked. So of an answer and an expiry at the same time, exactly one is written.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OUTCOME = "outcome"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A callback's outcome: `value` and `details` are JSON text; what is nothing of all that was written by SQL."""
+    """A callback's outcome: `value` and `details` are JSON text; a row written by other SQL may have none of them."""
 
     value: str | None
     error: str | None
@@ -60,7 +60,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Callback:
-    """Where a callback stands.
+    """The state of a callback.
 
     Attributes:
         workflow_status: that of the workflow that made it.
@@ -80,10 +80,10 @@ class Callback:
 
 
 def hold(session: Session, workflow_id: UUID, *, digest: str) -> str | None:
-    """Lock a callback's record and give the key of its step, or None if the workflow has no such callback.
+    """Lock a callback's record and return the key of its step, or None if the workflow has no such callback.
 
-    Waits for whoever answers it or keeps it alive, and for nobody else. The workflow's row is locked against being
-    deleted, as a foreign key does it.
+    Waits only for transactions that answer it or keep it alive. The workflow's row is locked against deletion, as a
+    foreign key does it.
 
     Args:
         digest: SHA-256 of the token, in hexadecimal digits: so the token is in no log of statements.
@@ -95,7 +95,7 @@ def hold(session: Session, workflow_id: UUID, *, digest: str) -> str | None:
 def look(
     connectable: Connectable, workflow_id: UUID, key: str, *, signal: str | None = None, payload: str | None = None
 ) -> Callback | None:
-    """Give where a callback stands, or None if there is no such workflow. Takes no lock.
+    """Return the state of a callback, or None if there is no such workflow. Takes no lock.
 
     Args:
         signal: the name of its outcome, where a later callback may have the same key.
@@ -113,7 +113,7 @@ def look(
 def answer(session: Session, workflow_id: UUID, *, signal: str, payload: str) -> bool:
     """Insert a callback's outcome (JSON text), in the caller's transaction; False if there is one.
 
-    Waits for another transaction that does the same without holding the callback.
+    Waits for another transaction that inserts an outcome without a lock on the callback.
 
     Raises:
         SnapshotKept: nothing was inserted: do it with `answer_in_snapshot`, in a savepoint.
@@ -126,7 +126,7 @@ def answer(session: Session, workflow_id: UUID, *, signal: str, payload: str) ->
 
 
 def answer_in_snapshot(session: Session, workflow_id: UUID, *, signal: str, payload: str) -> bool:
-    """Do the same where the transaction keeps a snapshot, in a savepoint.
+    """Insert the outcome where the transaction keeps a snapshot, in a savepoint.
 
     Raises:
         DBAPIError: the outcome is newer than the snapshot: roll back to the savepoint.
@@ -136,15 +136,14 @@ def answer_in_snapshot(session: Session, workflow_id: UUID, *, signal: str, payl
 
 
 def beat(session: Session, workflow_id: UUID, key: str) -> None:
-    """Note that a callback is alive, in its own record."""
+    """Record that a callback is alive, in its own record."""
     execute(session, _BEAT, {"owner_id": workflow_id, "callback_key": key})
 
 
 def expire(connectable: Connectable, checkpoint: Checkpoint, *, key: str) -> bool:
-    """Write that a callback's time is over, if it is; False if not, or if somebody is answering it just now.
+    """Record that a callback has expired, if it has; False if not, or if it is being answered at this moment.
 
-    Waits for whoever holds the workflow's row, and for nobody who answers. After True there is an outcome, this one or
-    another.
+    Waits for the lock of the workflow's row, never for an answer. After True there is an outcome, this one or another.
 
     Args:
         checkpoint: any of the attempt's, for its fence.
@@ -160,7 +159,7 @@ def expire(connectable: Connectable, checkpoint: Checkpoint, *, key: str) -> boo
 
 
 def is_callback() -> Condition:
-    """Tell the record of a callback from those of other steps."""
+    """Return whether the record of a step is that of a callback."""
     return STEP.c.name == text_literal(NAME)
 
 
@@ -177,7 +176,7 @@ def _json_in(value: Expression, name: str) -> Expression:
 
 
 def _left(name: str, since: Expression) -> Expression:
-    """Give how many seconds are left of a time; in seconds, since a sum of times may be out of range."""
+    """Return how many seconds are left of a duration; as a number, since a sum of times may be out of range."""
     return sa.cast(_made(name), sa.Float) - sa.cast(
         sa.func.extract("epoch", pg.statement_timestamp() - since), sa.Float
     )
@@ -192,7 +191,7 @@ def _silent_in() -> Expression:
 
 
 def _due_in() -> Expression:
-    return sa.func.least(_timeout_in(), _silent_in())  # which passes over NULL
+    return sa.func.least(_timeout_in(), _silent_in())  # LEAST ignores NULL
 
 
 def _due_to() -> Expression:
@@ -201,7 +200,7 @@ def _due_to() -> Expression:
 
 
 def _hold_statement() -> Any:
-    # The workflow first, as whoever deletes it does.
+    # The workflow first, as a statement that deletes it does.
     owner = materialized(
         sa.select(WORKFLOW.c.id)
         .where(WORKFLOW.c.id == parameter("owner_id", sa.UUID()))

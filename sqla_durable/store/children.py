@@ -1,4 +1,4 @@
-"""The statements on children: start them with the parent's checkpoint, look at them, take their outcomes.
+"""The statements on children: start them with the parent's checkpoint, read their progress, take their outcomes.
 
 Each is one statement, fenced by the parent's attempt; carried out twice, it finds what the first one has recorded.
 """
@@ -51,7 +51,7 @@ from sqla_durable.store.steps import (
 from sqla_durable.unwinding import AttemptLost
 
 MOST_NAMED = 1_000
-"""How many workflows a parent may wait for by name; to wait for the first of more, it looks again and again."""
+"""How many workflows a parent may wait for by name; for the first of more than these, it polls."""
 
 _SAMPLE = 100
 _PARENT = parameter("parent", sa.UUID())
@@ -59,15 +59,15 @@ _PARENT = parameter("parent", sa.UUID())
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far some workflows are.
+    """How far a group of workflows is.
 
     Attributes:
         there: how many of them there are.
-        own: how many are children of the workflow that asks, which are told when they end.
+        own: how many are children of the workflow that asks, whose ends leave a notice to it.
         finished: how many have an outcome; `failed` of them did not succeed.
-        deferred: how many wait for others of the group to end.
+        deferred: how many are deferred until others of the group end.
         active: how many can be executed, or are.
-        named: some of the active ones, from all over their order: what happens to these stands for what happens to all.
+        named: a sample of the active ones, spread evenly over their order.
     """
 
     there: int
@@ -89,8 +89,8 @@ def start(
 ) -> Any:
     """Start children and record that as the outcome of the step: the list of their ids. JSON text.
 
-    Of known names and keys, the workflows that have them. Of many, those after the first `active` are held. Those that
-    undo what their parent did do not inherit its deadline.
+    Where a name and key are known, the workflow that has them is used. Children after the first `active` are deferred.
+    Those that compensate do not inherit their parent's deadline.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
@@ -107,13 +107,13 @@ def start(
 
 
 def progress(connectable: Connectable, parent_id: UUID, *, ids: Sequence[UUID]) -> Progress:
-    """Look how far these children are."""
+    """Return how far these children are."""
     row = execute(connectable, _PROGRESS, {"parent": parent_id, "ids": list(ids)}).one()
     return Progress(row.there, row.own, row.finished, row.failed, row.deferred, row.active, row.named or ())
 
 
 def sample(ids: Sequence[UUID]) -> list[UUID]:
-    """Return some of the ids, from all over their order."""
+    """Return a sample of the ids, spread evenly over their order."""
     return sorted(ids)[:: -(-len(ids) // _SAMPLE) or 1]
 
 
@@ -124,19 +124,19 @@ def outcomes(connectable: Connectable, *, ids: Sequence[UUID]) -> list[dict[str,
 
 
 def take_outcome(connectable: Connectable, checkpoint: Checkpoint, *, workflow_id: UUID) -> str | None:
-    """Record the outcome of a workflow that is finished as that of the step, or give None; JSON text."""
+    """Record the outcome of a finished workflow as that of the step; return it as JSON text, or None."""
     return _taken(connectable, checkpoint, _TAKE_OUTCOME, {"ids": [workflow_id]})
 
 
 def take_first(connectable: Connectable, checkpoint: Checkpoint, *, workflow_ids: Sequence[UUID]) -> str | None:
-    """Record the id of the one that finished first, or give None; JSON text."""
+    """Record the id of the workflow that finished first, and return it as JSON text; None if none has finished."""
     return _taken(connectable, checkpoint, _TAKE_FIRST, {"ids": list(workflow_ids)})
 
 
 def awaited(connectable: Connectable, parent_id: UUID, *, workflow_ids: Sequence[UUID]) -> tuple[Awaited, ...]:
-    """Return what a parent waits for that waits for the first of these.
+    """Return what a parent awaits in order to wait for the first of these.
 
-    Nothing, if one of them is not its child: its end leaves no notice to this one. Nor if they are too many to name.
+    Nothing, if one of them is not its child, whose end leaves it no notice, or if they are too many to name.
 
     Raises:
         WorkflowNotFoundError: one of them is not there.
@@ -151,10 +151,10 @@ def awaited(connectable: Connectable, parent_id: UUID, *, workflow_ids: Sequence
 
 
 def cancel_rest(connectable: Connectable, checkpoint: Checkpoint, *, ids: Sequence[UUID]) -> int:
-    """Cancel what is unfinished of these children, with the trees under them; wait for whoever holds a row.
+    """Cancel what is unfinished of these children, with the trees under them; wait for the locks of their rows.
 
     Raises:
-        AttemptLost: the attempt does not own the workflow: its children may go on with somebody else.
+        AttemptLost: the attempt does not own the workflow: another attempt may use its children.
     """
     cancelled = 0
     # Again until there is nothing: one of them may have started another child before its row was locked.
@@ -184,8 +184,8 @@ def _start_statement() -> Any:
         "new",
     )
     columns = new_columns(batch.c)
-    held = sa.and_(columns["wake_at"].is_(None), batch.c.number > parameter("active", sa.Integer()))
-    columns["status"] = sa.case((held, WorkflowStatus.SUSPENDED.value), else_=columns["status"])
+    deferred = sa.and_(columns["wake_at"].is_(None), batch.c.number > parameter("active", sa.Integer()))
+    columns["status"] = sa.case((deferred, WorkflowStatus.SUSPENDED.value), else_=columns["status"])
     inherited = sa.case((parameter("compensates", sa.Boolean()), sa.null()), else_=owned.c.deadline_at)
     columns["deadline_at"] = sa.func.least(columns["deadline_at"], inherited)
     source = sa.select(*columns.values()).select_from(batch.join(owned, sa.true())).where(~has_outcome())
@@ -290,7 +290,7 @@ def _cancel_rest_statement() -> Any:
     undone = WORKFLOW.c.cancellation == COMPENSATES
     cancelled = (
         sa.update(WORKFLOW)
-        # What is being undone already goes on with that.
+        # What compensates already goes on with that.
         .where(
             WORKFLOW.c.id == rest.c.id,
             unfinished,
@@ -302,7 +302,7 @@ def _cancel_rest_statement() -> Any:
     )
     count = sa.select(count_rows()).select_from(cancelled).scalar_subquery()
     answer = sa.select(sa.select(owner.c.id).exists().label("owned"), count.label("cancelled"))
-    # To their parent too: while this waited for a row, another attempt may have taken it over, and wait.
+    # To their parent too: while this waited for a row, another attempt may have reclaimed it, and may wait.
     return answer.add_cte(*end_notices(cancelled), insert_orphan_notices(cancelled).cte("left"))
 
 

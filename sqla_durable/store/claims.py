@@ -55,7 +55,7 @@ _NO_PRIORITY = 32_768  # more than a smallint holds
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a workflow stands in its queue; the claim takes what comes after."""
+    """The position of a workflow in its queue; a claim takes what comes after."""
 
     priority: int
     enqueued_at: datetime | str
@@ -63,12 +63,12 @@ class Position:
 
 
 FRONT = Position(-32_768, "-infinity", UUID(int=0))
-"""The place before all others."""
+"""The position before all others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A part of a queue: what comes after a place, and has a `priority` below `until`."""
+    """A part of a queue: what comes after a position, and has a `priority` below `until`."""
 
     after: Position
     until: int = _NO_PRIORITY
@@ -80,7 +80,7 @@ Ranges: TypeAlias = Mapping[str, Sequence[Range]]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one claim took and when, and the last place that it took from each queue and priority."""
+    """What one claim took and when, and the last position that it took in each queue and priority."""
 
     claimed: list[Claimed]
     last_positions: dict[str, dict[int, Position]]
@@ -100,7 +100,7 @@ def claim(
 ) -> Batch:
     """Claim at most `limit` pending workflows of these names, in the order of their queues.
 
-    Commit, and give them their histories, before executing them. The token fences every later write; it must be new for
+    Commit, and add their histories, before executing them. The token fences every later write; it must be new for
     each claim.
 
     Args:
@@ -140,7 +140,7 @@ def claimable(
 
 
 def claim_one(connectable: Connectable, workflow_id: UUID, *, worker_id: UUID, token: UUID) -> Claimed | None:
-    """Claim one pending workflow whatever its queue, waiting for whoever holds its row.
+    """Claim one pending workflow whatever its queue, waiting for the lock of its row.
 
     None if it is not pending, or its deadline has come.
     """
@@ -150,21 +150,21 @@ def claim_one(connectable: Connectable, workflow_id: UUID, *, worker_id: UUID, t
 
 
 def with_histories(connectable: Connectable, claimed: Sequence[Claimed]) -> list[Claimed]:
-    """Give claimed workflows their histories; only those that were executed before have one.
+    """Return claimed workflows with their histories; only those that were executed before have one.
 
-    Apart from the claim, whose transaction holds rows: histories may be long, and take their time.
+    In a statement of its own, because the claim's transaction locks rows and long histories take time to read.
     """
     histories = steps.histories(connectable, [each.fence.workflow_id for each in claimed if each.started])
     return [replace(each, history=histories.get(each.fence.workflow_id, {})) for each in claimed]
 
 
 def from_front(queues: Iterable[str]) -> Ranges:
-    """Return all of these queues."""
+    """Return the ranges that read all of these queues."""
     return {each: [Range(FRONT)] for each in queues}
 
 
 def range_parameters(ranges: Ranges) -> dict[str, str]:
-    """Give the parameter of `active_ranges`."""
+    """Return the parameter of `active_ranges`."""
     rows = [(name, each) for name, parts in ranges.items() for each in parts]
     return batch_parameter("wanted", [{"name": name, **asdict(each.after), "until": each.until} for name, each in rows])
 
@@ -177,12 +177,12 @@ def active_ranges() -> Any:
 
 
 def name_parameters(names: Sequence[str], versions: Sequence[str]) -> dict[str, list[str]]:
-    """Give the parameters of `is_claimable`; no versions mean all of them."""
+    """Return the parameters of `is_claimable`; no versions mean all of them."""
     return {"names": list(names), "versions": list(versions)}
 
 
 def is_claimable(listened: Any) -> Any:
-    """Tell what can be claimed from a queue: what is `name_parameters` and pending."""
+    """Return the condition for what can be claimed from a range: it is pending, and its name and version are wanted."""
     all_versions = pg.cardinality(_VERSIONS) == ZERO
     return sa.and_(
         WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING),
@@ -196,7 +196,7 @@ def is_claimable(listened: Any) -> Any:
 
 
 def unknown_names(connectable: Connectable, *, queues: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Give the names of workflows near the head of the queues that are not among `names`."""
+    """Return the names of workflows near the head of the queues that are not among `names`."""
     head = (
         sa.select(WORKFLOW.c.name)
         .where(WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING), WORKFLOW.c.queue.in_(queues))
@@ -208,7 +208,7 @@ def unknown_names(connectable: Connectable, *, queues: Sequence[str], names: Seq
 
 
 def other_versions(connectable: Connectable, *, queues: Sequence[str], versions: Sequence[str]) -> list[str]:
-    """Give the versions of workflows near the head of each queue that are not among `versions`."""
+    """Return the versions of workflows near the head of each queue that are not among `versions`."""
     heads = [
         sa.select(WORKFLOW.c.version)
         .where(WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING), WORKFLOW.c.queue == queue)
@@ -229,7 +229,7 @@ def _claimed(row: sa.Row[Any], token: UUID) -> Claimed:
 
 
 def _heads(within: Restriction) -> Any:
-    """Give the first workflows of each queue that is not paused."""
+    """Select and lock the first workflows of each queue that is not paused."""
     listened = active_ranges()
     place = _position()
     head = (
@@ -265,7 +265,7 @@ def _one() -> Any:
 
 
 def _deadline() -> Expression:
-    """Give the deadline from the first claim on; LEAST passes over NULL."""
+    """Return the deadline from the first claim on; LEAST ignores NULL."""
     return sa.func.least(WORKFLOW.c.deadline_at, pg.statement_timestamp() + WORKFLOW.c.timeout)
 
 

@@ -36,26 +36,26 @@ from sqla_durable.store.statements import (
 )
 
 _SUSPENDED_FOR = 30  # seconds, after which the workflow is replayed if the second statement has not come
-_READ_WITHIN = 5  # seconds in which a sender who waits for an answer has read it, because it looks four times a second
+_READ_WITHIN = 5  # seconds in which a waiting sender has read its answer: it polls four times a second
 _CALLBACK: sa.ColumnElement[str] = text_literal(CALLBACK)
 _UPDATE: sa.ColumnElement[str] = text_literal(UPDATE)
 _ANSWER: sa.ColumnElement[str] = text_literal(ANSWER)
 
 
 def continue_as_new(connectable: Connectable, fence: Fence, *, given: str) -> bool:
-    """Enqueue a workflow with another input (JSON text) and no history, as its next attempt.
+    """Continue a workflow as new: enqueue it with another input (JSON text) and no history, as its next attempt.
 
-    What it shows and what was sent to it stays, but for signals and updates that were taken, answers that were given
-    some seconds ago, outcomes of callbacks, and events that newer ones replace. Of what was sent with a key, the key
-    and the answer stay, so that it is known when it is sent again: the rows of a workflow that runs for ever grow with
-    these only. Waits for whoever holds the row.
+    What it published and what was sent to it stays, except for signals and updates that were taken, answers older than
+    some seconds, outcomes of callbacks, and events that newer ones replace. Of what was sent with a key, the key and
+    the answer stay, so that a repetition is recognised: only these rows of an endless workflow grow. Waits for the
+    lock of the row.
 
-    Two statements, each of which may be a transaction of its own. The first one takes the workflow from its attempt, so
-    that the second one sees, and deletes, what a branch has recorded meanwhile. If the second one does not come, the
+    Two statements, each of which may be a transaction of its own. The first one ends the attempt, so that
+    the second one sees, and deletes, what a branch has recorded meanwhile. If the second one is never executed, the
     workflow is replayed after a while, and calls this again.
 
     Returns:
-        False if the attempt does not own the workflow: it has lost it, or this was carried out before.
+        False if the attempt does not own the workflow: it was lost, or this was executed before.
     """
     suspended = scalar(connectable, _SUSPEND, batch_parameter("batch", [fence_row(fence)]))
     if suspended is None:
@@ -141,7 +141,7 @@ def _forget_sent(suspended: sa.FromClause) -> tuple[sa.CTE, sa.CTE, sa.CTE]:
 
 
 def _is_known_to_sender() -> Condition:
-    """Return whether an update was answered, or forgotten, so long ago that a sender who waits for that has read it."""
+    """Return whether an update was answered, or forgotten, so long ago that its sender has read the answer."""
     before = pg.statement_timestamp() - interval(integer(_READ_WITHIN))
     answered = (
         sa.select(EVENT.c.id)

@@ -44,25 +44,24 @@ _MOST_PARENTS = 100
 
 
 def start_some(connectable: Connectable, *, ids: Sequence[UUID], limit: int) -> list[UUID]:
-    """Let held children go, the first ones first; return their ids. Those whose rows somebody holds are passed over."""
+    """Enqueue deferred children in the order of their ids; return these. Rows that others have locked are skipped."""
     return list(scalars(connectable, _START_SOME, {"ids": list(ids), "limit": limit}))
 
 
 def start_rest(connectable: Connectable, checkpoint: Checkpoint, *, ids: Sequence[UUID]) -> None:
-    """Let all that are held of these children go; wait for whoever holds a row. Nothing, if the attempt is lost."""
+    """Enqueue all of these children that are deferred, waiting for their locks; a no-op if the attempt is lost."""
     execute(connectable, _START_REST, given_parameters(checkpoint) | {"ids": list(ids)})
 
 
 def start_all_of(connectable: Connectable, parents: Sequence[UUID]) -> None:
-    """Let go what these workflows hold, whose children's rows are locked."""
+    """Enqueue the deferred children of these workflows, whose rows are locked."""
     execute(connectable, _START_ALL_OF, {"ids": list(parents)})
 
 
 def start_orphans(connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL) -> int:
-    """Let go what parents have left behind, at most `limit` of each; give how many.
+    """Enqueue orphans, at most `limit` of each parent; return how many.
 
-    What does not go now, because somebody holds its row, goes another time. What was left before `since` is passed
-    over.
+    Those whose rows others have locked are enqueued another time. Notices from before `since` are skipped.
     """
     parameters = {"limit": limit, "since": since, **subset.parameters}
     return len(execute(connectable, subset.form_of(_START_ORPHANS, _START_SOME_ORPHANS), parameters).all())
@@ -71,12 +70,12 @@ def start_orphans(connectable: Connectable, *, limit: int, since: str = BEGINNIN
 def parents_of_orphans(
     connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL
 ) -> list[UUID]:
-    """Return the ids of the parents whose children this would let go."""
+    """Return the ids of the parents whose orphans this would enqueue."""
     return subset.find_ids(connectable, _PARENTS_OF_ORPHANS, {"limit": limit, "since": since})
 
 
 def report_orphans(connectable: Connectable, parents: Sequence[UUID]) -> None:
-    """Ask that what these workflows hold is let go, as far as they will not do it themselves."""
+    """Leave notices that deferred children of these workflows may be orphans."""
     execute(connectable, _REPORT_ORPHANS, {"ids": list(parents)})
 
 
@@ -144,16 +143,16 @@ def _start_orphans_statement(within: Restriction) -> tuple[Any, Any]:
 
 
 def _has_ended(child: sa.FromClause) -> Condition:
-    """Tell that the parent will not let it go, because it has ended."""
+    """Return whether a child's parent has ended, and so will not start it."""
     parent = WORKFLOW.alias("parent")
     ended = sa.select(parent.c.id).where(parent.c.id == child.c.parent_id, parent.c.finished_at.is_not(None))
     return ended.correlate(child).exists()
 
 
 def _recorded_children(left: sa.CTE) -> Any:
-    """Give the children that the parents know to have started: of one key, only those that were started last.
+    """Select the children that the parents have recorded as started.
 
-    By their ids: a parent that was rewound or has begun anew may have started others under the same key since.
+    By their ids: a parent that was rewound or continued as new may have started others under the same key since.
     """
     listed = sa.case((pg.jsonb_typeof(STEP.c.output) == text_literal("array"), STEP.c.output))
     children = pg.jsonb_array_elements_text(listed).table_valued("value").render_derived(name="started")

@@ -1,6 +1,7 @@
 """The statements on events: set one, read the latest. The history of an event stays; the greatest id is the latest.
 
-Whoever sets one owns the workflow, whose row is locked in the same statement: so ids come in the order of commits.
+The attempt that sets one owns the workflow, whose row is locked in the same statement: so ids follow the order of
+commits.
 """
 
 from __future__ import annotations
@@ -48,16 +49,16 @@ from sqla_durable.unwinding import AttemptLost
 
 @dataclass(frozen=True, slots=True)
 class Latest:
-    """What a look for an event finds: its latest value as JSON text, if it has one, and where its workflow stands."""
+    """The latest value of an event as JSON text, None if it has none, and the status of its workflow."""
 
     value: str | None
     status: WorkflowStatus
 
 
 def record(connectable: Connectable, checkpoint: Checkpoint, *, key: str, value: str) -> None:
-    """Set an event and record that as a step, in one statement; once, however often it is carried out.
+    """Set an event and record that as a step, in one statement; once, however often it is executed.
 
-    Waits for whoever holds the workflow's row.
+    Waits for the lock of the workflow's row.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
@@ -68,7 +69,7 @@ def record(connectable: Connectable, checkpoint: Checkpoint, *, key: str, value:
 
 
 def put(connectable: Connectable, origin: Origin, *, key: str, value: str) -> None:
-    """Set an event; each time it is carried out. Waits for whoever holds the workflow's row.
+    """Set an event; each time it is executed. Waits for the lock of the workflow's row.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
@@ -79,7 +80,7 @@ def put(connectable: Connectable, origin: Origin, *, key: str, value: str) -> No
 
 
 def latest(session: Session, workflow_id: UUID, key: str) -> Latest:
-    """Read the latest value of an event and where the workflow stands, in one snapshot. Takes no lock.
+    """Read the latest value of an event and the workflow's status, in one snapshot. Takes no lock.
 
     Raises:
         WorkflowNotFoundError: there is no such workflow.
@@ -131,7 +132,7 @@ def _put_statement() -> Any:
 
 
 def _newest() -> Any:
-    """Give the latest value of the event, as the primary key orders them."""
+    """Select the latest value of the event, as the primary key orders them."""
     return (
         sa.select(EVENT.c.value)
         .where(

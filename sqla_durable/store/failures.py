@@ -50,7 +50,7 @@ TIMEOUT_TYPE = "sqla_durable.errors:WorkflowTimeoutError"
 
 @dataclass(frozen=True, slots=True)
 class Overdue:
-    """A workflow that was failed because its deadline had come, or `compensates` before.
+    """A workflow whose deadline has passed: it has failed, or it `compensates` first.
 
     `worker_id` is the worker that was executing it, if one was.
     """
@@ -67,9 +67,9 @@ REFUSED_TYPE = "sqla_durable.errors:RowRefusedError"
 def fail_overdue(
     connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL
 ) -> list[Overdue]:
-    """Fail at most `limit` workflows whose deadline has come, those that nobody else holds; locks their rows.
+    """Fail at most `limit` workflows whose deadline has passed and whose rows are not locked; lock their rows.
 
-    What was to be finished before `since` is passed over.
+    Deadlines before `since` are skipped.
     """
     parameters = {"limit": limit, "since": since, **subset.parameters}
     rows = execute(connectable, subset.form_of(_FAIL_OVERDUE, _FAIL_PART), parameters)
@@ -77,12 +77,12 @@ def fail_overdue(
 
 
 def overdue_ids(connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL) -> list[UUID]:
-    """Return the ids of those that this would fail."""
+    """Return the ids of the workflows that this would fail."""
     return subset.find_ids(connectable, _OVERDUE_IDS, {"limit": limit, "since": since})
 
 
 def fail_if_overdue(session: Session, workflow_id: UUID) -> bool:
-    """Do it to one workflow if its deadline has come, waiting for whoever holds its row; tell whether it had."""
+    """Fail one workflow if its deadline has passed, waiting for the lock of its row; return whether it had."""
     failed = execute(session, _FAIL_IF_OVERDUE, {"wanted_id": workflow_id}).one_or_none() is not None
     if failed:
         refresh_loaded(session, [workflow_id])
@@ -90,34 +90,34 @@ def fail_if_overdue(session: Session, workflow_id: UUID) -> bool:
 
 
 def is_overdue() -> Condition:
-    """Tell that the deadline of an unfinished workflow has come: with the conditions of the index of deadlines."""
+    """Return whether the deadline of an unfinished workflow has passed; uses the index of deadlines."""
     is_past = WORKFLOW.c.deadline_at <= pg.statement_timestamp()
     return sa.and_(WORKFLOW.c.finished_at.is_(None), is_past, ~must_compensate())
 
 
 def in_time() -> Condition:
-    """Tell that there is still time to begin; to undo something there always is."""
+    """Return whether a workflow may still begin: its deadline has not passed, or it compensates."""
     is_ahead = WORKFLOW.c.deadline_at > pg.statement_timestamp()
     return sa.or_(WORKFLOW.c.deadline_at.is_(None), is_ahead, must_compensate())
 
 
 def deadline_reason() -> Any:
-    """Give the words for what has happened to a workflow at its deadline."""
+    """Return the message of the error at a deadline."""
     return pg.concat(text_literal("it was not finished at its deadline, "), WORKFLOW.c.deadline_at)
 
 
 def fail_refused(connectable: Connectable, workflow_id: UUID, *, reason: str) -> bool:
-    """Fail an unfinished workflow whose row nobody else holds, and tell its parent; return whether it has failed."""
+    """Fail an unfinished workflow whose row is not locked, and notify its parent; return whether it has failed."""
     return _has_failed(connectable, _FAIL_REFUSED, workflow_id, reason)
 
 
 def fail_refused_alone(connectable: Connectable, workflow_id: UUID, *, reason: str) -> bool:
-    """Do the same without telling anybody: the rows that would tell its parent or its children may be what is wrong."""
+    """Fail it without any notice: the rows that notify its parent or its children may be what the database refuses."""
     return _has_failed(connectable, _FAIL_REFUSED_ALONE, workflow_id, reason)
 
 
 def faults(connectable: Connectable, workflow_id: UUID) -> list[str]:
-    """Return which columns do not pass the checks of the table: a row may be older than they are."""
+    """Return the columns that break a CHECK of the table: a row may be older than the constraint."""
     row = execute(connectable, _FAULTS, {"wanted_id": workflow_id}).one_or_none()
     return [] if row is None else [about for about, broken in zip(_CHECKS, row, strict=True) if broken]
 
@@ -154,8 +154,8 @@ def _fail_at_deadline_statement(*conditions: Condition, limit: Any, skip_locked:
         )
         .cte("failed")
     )
-    told = failed.c.id, failed.c.name, failed.c.finished_at, failed.c.executing_id
-    return sa.select(*told).add_cte(*end_notices(failed)), sa.select(overdue.c.id)
+    columns = failed.c.id, failed.c.name, failed.c.finished_at, failed.c.executing_id
+    return sa.select(*columns).add_cte(*end_notices(failed)), sa.select(overdue.c.id)
 
 
 def _fail_overdue_statement(within: Restriction) -> tuple[Any, Any]:

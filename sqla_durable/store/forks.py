@@ -70,7 +70,7 @@ class Change:
 
 
 def sources(session: Session, wanted: Selection) -> dict[UUID, str]:
-    """Give the workflows that there are, in the order of their ids, with their names."""
+    """Return those of the workflows that exist with their names, in the order of their ids."""
     rows = execute(
         session,
         sa.select(WORKFLOW.c.id, WORKFLOW.c.name).where(is_among(WORKFLOW.c.id, wanted.ids)).order_by(WORKFLOW.c.id),
@@ -79,23 +79,23 @@ def sources(session: Session, wanted: Selection) -> dict[UUID, str]:
 
 
 def find(session: Session, name: str, key: str) -> Workflow | None:
-    """Give the record that has this name and key."""
+    """Return the record that has this name and key, or None."""
     statement = sa.select(*WORKFLOW.c).where(WORKFLOW.c.name == name, WORKFLOW.c.key == key)
     row = execute(session, statement).mappings().one_or_none()
     return None if row is None else merge_record(session, row)
 
 
 def records(session: Session, ids: Sequence[UUID]) -> list[Workflow]:
-    """Give records in the order of the ids."""
+    """Return the records of these ids, in their order."""
     rows = execute(session, sa.select(*WORKFLOW.c).where(is_among(WORKFLOW.c.id, ids))).mappings()
     by_id = {row["id"]: merge_record(session, row) for row in rows}
     return [by_id[each] for each in ids]
 
 
 def copy(session: Session, ids: Mapping[UUID, UUID], change: Change) -> set[UUID]:
-    """Insert a fork of each workflow under its new id; give the new ids.
+    """Insert a fork of each workflow under its new id; return the new ids.
 
-    Nothing, if one of them has no record of a step that the change is about. A fork whose key is taken is left out.
+    None is inserted if one workflow has no record of a step that the change names. A fork whose key exists is left out.
     """
     parameters: dict[str, Any] = {
         "sources": list(ids),
@@ -124,7 +124,7 @@ def _copy_statement() -> Any:
 
 
 def _cut() -> sa.CTE:
-    """Give the workflows with the position from which on nothing is copied; none if one lacks a step."""
+    """Select the workflows with the position from which nothing is copied; none if one lacks a step."""
     batch = batch_table("batch", {"source": sa.UUID(), "id": sa.UUID()})
     needed = batch_table("needed", {"key": Text()})
     same = sa.and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == needed.c.key)
@@ -139,7 +139,7 @@ def _cut() -> sa.CTE:
 
 
 def _copied(cut: sa.CTE) -> sa.CTE:
-    """Give the outcomes before the cut, and those that are given."""
+    """Select the outcomes before the cut, and those that the change replaces."""
     outcome = batch_table("outcome", {"key": Text(), "value": Text()})
     before = sa.and_(~is_open_step(), STEP.c.position < cut.c.position)
     replaced = outcome.c.key.is_not(None)
@@ -200,7 +200,7 @@ def _insert_events(cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
 
 
 def _insert_stream_items(cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
-    """Numbered anew: what is left out may have stood in between."""
+    """Insert the items with new numbers: items that are left out may have been in between."""
     number = pg.row_number().over(partition_by=(cut.c.id, STREAM_ITEM.c.name), order_by=STREAM_ITEM.c.number)
     names = ("name", "value", "closed", "step_key", "attempt", "step_attempt", "created_at")
     columns = [cut.c.id, number - ONE, *(STREAM_ITEM.c[name] for name in names)]
@@ -209,14 +209,14 @@ def _insert_stream_items(cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
 
 
 def _shown(what: Any, cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
-    """Give what the copied steps before the cut have shown."""
+    """Join with what the copied steps before the cut have published."""
     theirs = sa.and_(copied.c.source == what.c.workflow_id, copied.c.key == what.c.step_key, copied.c.is_before)
     own = sa.and_(copied.c.workflow_id == cut.c.id, _of_source(what.c.workflow_id, cut))
     return what.join(copied, theirs).join(cut, own).join(started, started.c.id == cut.c.id)
 
 
 def _of_source(column: sa.ColumnElement[UUID], rows: sa.FromClause) -> Condition:
-    """Join with the workflows that are copied; by the array too, whose length the planner knows."""
+    """Compare with the workflows that are copied; with the array too, whose length the planner knows."""
     return sa.and_(column == rows.c.source, column == sa.func.any(_SOURCES))
 
 

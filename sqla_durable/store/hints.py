@@ -1,10 +1,10 @@
-"""The statements of hints: NOTIFY and LISTEN, for connections in autocommit that are in nobody's transaction.
+"""The statements of hints: NOTIFY and LISTEN, for connections in autocommit, outside of any transaction.
 
 A hint is a channel and a payload. The channel is named after the schema that holds the tables, because notifications
-reach the whole database. The payload says of what kind the hint is, and whom it concerns: `q:mail` is for whoever
-claims from the queue `mail`, `w:` and a worker's id for that worker, `s:` for every worker, which deliver what was sent
-to workflows; `l:` says that something was committed late or released. One of no kind, as the empty text, is for all:
-to look at everything.
+reach the whole database. The payload has a kind and an addressee: `q:mail` is for workers that
+claim from the queue `mail`, `w:` and a worker's id for that worker, `s:` for every worker, to deliver what was sent to
+workflows; `l:` says that something was committed late or released. The empty payload is for every worker, to poll for
+everything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sqla_durable.store.statements import pg
 Hint: TypeAlias = tuple[str, str]
 
 EVERYWHERE = ""
-"""The payload of a hint for every worker: to look at all there is."""
+"""The payload of a hint for every worker: to poll for everything."""
 
 
 class Kind(StrEnum):
@@ -37,13 +37,13 @@ class Kind(StrEnum):
     WORKER = "w"
     """Something has been taken from a worker that it is executing."""
     LATE = "l"
-    """Something stands where workers do not look at each poll: it was committed late, or released."""
+    """Something is where not every poll reads: it was committed late, or released."""
     SENT = "s"
     """Something was sent to a workflow."""
 
 
 LATE = f"{Kind.LATE}:"
-"""The payload of a hint for every worker: to look at all there is, from the beginning of each index."""
+"""The payload of a hint for every worker: to poll for everything, from the beginning of each index."""
 
 SENT = f"{Kind.SENT}:"
 """The payload of a hint for every worker: to deliver what was sent."""
@@ -56,25 +56,25 @@ _LONGEST_PAYLOAD = 7_999  # bytes; PostgreSQL manual, NOTIFY: shorter than 8000
 
 
 def channel(schema: str) -> str:
-    """Give the channel for the tables in a schema; where the name is long or unusual, its hash stands in for it."""
+    """Return the channel for the tables in a schema; a long or unusual name is replaced by its hash."""
     plain = re.fullmatch(r"\w+", schema, re.ASCII) and len(_PREFIX + schema) <= _LONGEST_CHANNEL
     return _PREFIX + (schema if plain else sha256(schema.encode()).hexdigest()[:32])
 
 
 def channel_on(bind: sa.Engine | sa.Connection) -> str:
-    """Give the channel for the tables where an engine or a connection finds them."""
+    """Return the channel for the tables that an engine or a connection finds."""
     names: dict[str, str] = bind.get_execution_options().get("schema_translate_map") or {}
     return channel(names.get(SCHEMA) or SCHEMA)
 
 
 def to_queue(queue: str) -> str:
-    """Give the payload for a queue; for a name that is too long for a notification, that for every worker."""
+    """Return the payload for a queue; for a name that is too long for a notification, that for every worker."""
     payload = f"{Kind.QUEUE}:{queue}"
     return payload if len(payload.encode(errors="replace")) <= _LONGEST_PAYLOAD else EVERYWHERE
 
 
 def sent_to(workflow_id: UUID, name: str) -> str:
-    """Return the payload for a signal to one workflow: every worker delivers, and what waits for it looks at once."""
+    """Return the payload for a signal to one workflow: every worker delivers, and a wait in memory polls at once."""
     payload = f"{SENT}{workflow_id}:{name}"
     return payload if len(payload.encode(errors="replace")) <= _LONGEST_PAYLOAD else SENT
 
@@ -87,12 +87,12 @@ def merged(payloads: Iterable[str]) -> set[str]:
 
 
 def to_worker(worker_id: UUID) -> str:
-    """Give the payload for one worker: something that it is executing is no longer its own."""
+    """Return the payload for one worker: it no longer owns something that it is executing."""
     return f"{Kind.WORKER}:{worker_id}"
 
 
 def read(payload: str) -> tuple[Kind | None, str]:
-    """Give the kind of a payload, and the queue or the worker's id; None where it is for every worker."""
+    """Return the kind of a payload, and the queue or the worker's id; None where it is for every worker."""
     kind, colon, name = payload.partition(":")
     return (Kind(kind), name) if colon and kind in _KINDS else (None, "")
 
@@ -111,13 +111,13 @@ def notify(connection: sa.Connection, hints: Iterable[Hint]) -> None:
 
 
 def listen(connection: sa.Connection) -> None:
-    """Let a connection in autocommit be notified, until it is closed."""
+    """Subscribe a connection in autocommit to the channel, until it is closed."""
     name = connection.dialect.identifier_preparer.quote_identifier(channel_on(connection))
     connection.execute(sa.text(f"LISTEN {name}"))
 
 
 def probe(connection: sa.Connection) -> None:
-    """Ask for an answer, whatever it is."""
+    """Execute a statement that only shows that the connection is alive."""
     connection.execute(sa.select(1))
 
 

@@ -1,7 +1,7 @@
 """The inbox of a workflow, the table `signal`: how its rows are sent, found and taken, and the notices among them.
 
 Signals, updates and outcomes of callbacks are rows of it. A notice is a row that the engine sends itself: that a
-workflow which was suspended has something to look for, that a child has ended, or that deferred children are orphans.
+suspended workflow is to be checked, that a child has ended, or that deferred children are orphans.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from sqla_durable.store.steps import (
 )
 
 SUSPENDED, CHILD, ORPHANS = "#suspended", "#child", "#orphans"
-"""Names of rows that the engine sends to itself; the last one is for `held`."""
+"""The names of notices: of a suspended workflow to itself, of a child that has ended, and for `deferred`."""
 
 CALLBACK = "#callback:"
 """What the names of signals that are outcomes of callbacks begin with."""
@@ -56,14 +56,14 @@ UPDATE, ANSWER = "#update:", "#reply:"
 """What the names of signals that are updates begin with, and the keys of events that are answers."""
 
 REFUSED, EARLIER = "#refused", "#earlier"
-"""Stands for the step that has consumed it, where none ever will."""
+"""In the place of the step that consumed a row: the update was refused, or an earlier round took it."""
 
 END_COLUMNS = (WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits)
 """What a statement that ends or suspends workflows returns, for `end_notices`."""
 
 
 def take_by(connectable: Connectable, statement: Any, checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> str | None:
-    """Execute a statement of `take_statement`; give what is recorded, or None if there is nothing to take; JSON text.
+    """Execute a statement of `take_statement`; return what is recorded as JSON text, None if there is nothing to take.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
@@ -74,11 +74,11 @@ def take_by(connectable: Connectable, statement: Any, checkpoint: Checkpoint, wa
 
 
 def insert_end_notices(ended: sa.CTE) -> Any:
-    """Insert what those that were suspended ask for, and what children that have ended leave to their parents.
+    """Insert notices: of suspended workflows to themselves, and of ended children to their parents.
 
-    To a parent that is finished too: it may be retried in a transaction that this statement does not see. Of several
-    children of one parent, one notice. And where there is a column `has_deferred`, what those that have ended leave of the
-    children that they hold.
+    A finished parent gets one too: it may be retried in a transaction that this statement does not see. Several
+    children of one parent leave one notice. Where there is a column `has_deferred`, parents that have ended leave one
+    for their orphans.
     """
     finished = ended.c.finished_at.is_not(None)
     source: Any = (
@@ -98,7 +98,7 @@ def insert_end_notices(ended: sa.CTE) -> Any:
 
 
 def end_notices(ended: sa.CTE, *conditions: Condition) -> tuple[sa.CTE, sa.CTE]:
-    """Return what belongs to each end: the notices that it leaves, and that it needs none any more.
+    """Return what belongs to each end or suspension: it inserts notices, and deletes those that it no longer needs.
 
     Args:
         ended: returns the `END_COLUMNS` of workflows that have ended or were suspended.
@@ -108,13 +108,13 @@ def end_notices(ended: sa.CTE, *conditions: Condition) -> tuple[sa.CTE, sa.CTE]:
 
 
 def insert_notices(source: Any) -> Any:
-    """Insert notices of the engine's own: of each the workflow, the name, and true."""
+    """Insert notices of the engine: each is a workflow, a name, and true."""
     columns = ["workflow_id", "name", "is_notice"]
     return insert_select(SIGNAL, columns, source).returning(SIGNAL.c.id)
 
 
 def delete_notices(ended: sa.FromClause, *conditions: Condition) -> Any:
-    """Make the statement that deletes the notices to workflows that have ended, which nothing wakes any more."""
+    """Delete the notices to workflows that have ended: nothing wakes these any more."""
     # None of them is ever taken: the index of what is not taken leads past all that the workflow has taken.
     theirs = sa.and_(SIGNAL.c.workflow_id == ended.c.id, SIGNAL.c.consumed_by.is_(None), is_notice())
     return sa.delete(SIGNAL).where(theirs, ended.c.finished_at.is_not(None), *conditions).returning(SIGNAL.c.id)
@@ -149,7 +149,7 @@ def send_statement(*, in_snapshot: bool = False, is_update: bool = False) -> Any
 
 
 def first_untaken(workflow_id: Expression, name: Expression, *columns: Expression) -> Any:
-    """Select the first signal, from a name on, that nobody has taken: whoever reads it compares its name.
+    """Select the first untaken signal from a name on; the caller compares its name.
 
     In the order of the index of what is untaken, which is the only one that gives it. Were the name compared here, the
     primary key would have the same order, and all that was ever taken would be read; so does a plan without an order,
@@ -169,7 +169,7 @@ def first_keyed(
     key: Expression,
     *columns: Expression,
 ) -> Any:
-    """Select the first signal that has a key, from a name and key on: whoever reads it compares both.
+    """Select the first signal with a key, from a name and key on; the caller compares both.
 
     In the order of the index of keys, for the same reason.
     """
@@ -183,9 +183,9 @@ def first_keyed(
 
 
 def is_untaken() -> Condition:
-    """Return whether nobody has taken a signal that is found by its id.
+    """Return whether a signal that is found by its id is untaken.
 
-    In words that match no index's condition: the primary key leads to one row, the index of what is untaken to many.
+    As an expression that fits no partial index: the primary key finds one row, the index of untaken signals many.
     """
     return pg.num_nonnulls(SIGNAL.c.consumed_by) == ZERO
 
@@ -208,7 +208,7 @@ def take_statement(wanted: sa.FromClause, output: Callable[[sa.CTE], Expression]
     taken = (
         sa.update(SIGNAL)
         .where(SIGNAL.c.workflow_id == found.c.workflow_id, SIGNAL.c.id == found.c.id)
-        # Looked at in the row as it is now: another branch may have taken it since this statement began.
+        # Checked in the row as it is now: another branch may have taken it since this statement began.
         .where(is_untaken(), ~has_outcome())
         .values(
             consumed_by=GIVEN["key"],
@@ -223,7 +223,7 @@ def take_statement(wanted: sa.FromClause, output: Callable[[sa.CTE], Expression]
 
 
 def insert_orphan_notices(parents: sa.FromClause) -> Any:
-    """Insert the same for those of a statement's workflows that hold something."""
+    """Insert notices for those of a statement's workflows that have deferred children."""
     # LIMIT: probed by the index of children, whatever the planner believes of the number of parents.
     holds = (
         sa.select(WORKFLOW.c.id)
@@ -237,7 +237,7 @@ def insert_orphan_notices(parents: sa.FromClause) -> Any:
 
 
 def is_deferred(table: sa.FromClause = WORKFLOW) -> Condition:
-    """Tell a child that waits for others to end."""
+    """Return whether a child is deferred: it waits for others to end."""
     return sa.and_(
         has_status(table, WorkflowStatus.SUSPENDED),
         table.c.wake_at.is_(None),

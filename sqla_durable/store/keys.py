@@ -1,4 +1,4 @@
-"""What all inserts under a key share: they find the row that has the key, or raise an error where it is not visible.
+"""What all inserts under a key share: they return the row that has the key, or raise if it is not visible.
 
 In READ COMMITTED a statement sees what another transaction has inserted as soon as that is committed. In a stronger
 isolation level it sees what its snapshot has, and `ON CONFLICT DO NOTHING` of a newer row aborts the transaction
@@ -29,7 +29,7 @@ def sees_the_latest() -> Condition:
 
 
 def require_the_latest(session: Session) -> None:
-    """Refuse to go on in a transaction that keeps a snapshot: an insert under a key needs a savepoint there.
+    """Raise in a transaction that keeps a snapshot: an insert under a key needs a savepoint there.
 
     Raises:
         SnapshotKept: it does.

@@ -54,7 +54,7 @@ from sqla_durable.store.statements import (
 from sqla_durable.store.workers import MAX_ATTEMPTS_TYPE
 
 _STOPPED = sa.and_(
-    WORKFLOW.c.token.is_(None),  # one that failed by itself keeps its token, whatever its error is
+    WORKFLOW.c.token.is_(None),  # one that failed by itself keeps its token
     WORKFLOW.c.error["type"].astext.in_(text_literal(each) for each in (MAX_ATTEMPTS_TYPE, REFUSED_TYPE, TIMEOUT_TYPE)),
 )
 _SHOWN_KEYS = 20
@@ -72,10 +72,10 @@ _UNFINISHED = sorted(set(WorkflowStatus) - FINISHED)
 
 
 def resume(session: Session, wanted: Selection) -> list[UUID]:
-    """Enqueue those of the workflows that were cancelled or stopped for their crashes or deadlines; give the ids.
+    """Enqueue those of the workflows that were cancelled or stopped for crashes or deadlines; return their ids.
 
-    With those of their trees that were cancelled with them. Their histories stand, and their crashes are forgiven.
-    Waits for whoever holds a row.
+    With those of their trees that were cancelled with them. Their histories stay, and their crashes are reset. Waits
+    for the locks of their rows.
     """
     stopped = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.FAILED), _STOPPED)
     cancelled = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.CANCELLED), is_not_compensated())
@@ -84,9 +84,9 @@ def resume(session: Session, wanted: Selection) -> list[UUID]:
 
 
 def retry(session: Session, wanted: Selection) -> list[UUID]:
-    """Enqueue those of the workflows that failed by themselves, without what made them fail; give the ids.
+    """Enqueue those of the workflows that failed by themselves, without what made them fail; return their ids.
 
-    Not those with a saga: what is recorded of them may have been undone.
+    Not those with a saga: their recorded steps may have been compensated.
     """
     failed = sa.and_(
         WORKFLOW.c.status == status_literal(WorkflowStatus.FAILED), sa.not_(_STOPPED), WORKFLOW.c.cancellation.is_(None)
@@ -122,7 +122,7 @@ def rewind(session: Session, wanted: Selection, *, to_step: str) -> tuple[list[U
 
 
 def refuse_unrecorded(session: Session, ids: Sequence[UUID], keys: Sequence[str], *, verb: str) -> None:
-    """Refuse workflows that have no record of one of the steps.
+    """Raise if one of the workflows has no record of one of the steps.
 
     Raises:
         ArgumentError: with the workflow, the step, and the steps that it has.
@@ -138,24 +138,24 @@ def refuse_unrecorded(session: Session, ids: Sequence[UUID], keys: Sequence[str]
             more = ", …" if len(found) > _SHOWN_KEYS else ""
             raise ArgumentError(
                 f"workflow {workflow_id} has no record of a step {missing[0]!r}: it has "
-                f"{', '.join(map(repr, found[:_SHOWN_KEYS])) or 'none'}{more}. Nothing was {verb}: give the key of a "
-                "step that is recorded, and only workflows that have it."
+                f"{', '.join(map(repr, found[:_SHOWN_KEYS])) or 'none'}{more}. Nothing was {verb}: pass the key of a "
+                "recorded step, and only workflows that have it."
             )
 
 
 def renewed_deadline() -> Expression:
-    """Give the deadline of a workflow that is enqueued anew: one that has passed would end it again at once."""
+    """Return the deadline of a workflow that is enqueued again: one that has passed would end it at once."""
     now = pg.statement_timestamp()
     return sa.case((WORKFLOW.c.deadline_at <= now, now + WORKFLOW.c.timeout), else_=WORKFLOW.c.deadline_at)
 
 
 def lock_unfinished_trees(session: Session, wanted: Selection) -> tuple[list[UUID], bool]:
-    """Lock what is unfinished of the trees under those of the workflows that are; give the ids that are to change.
+    """Lock the unfinished members of the trees of unfinished workflows; return the ids that are to change.
 
     Returns:
         The ids, and whether they are all: False if an attempt has started another child before its row was locked.
-        To lock that one now, behind rows whose ids come after its own, may deadlock with whoever locks in the order of
-        ids: let go of the rows, and begin again.
+        To lock that one now, behind rows whose ids come after its own, may deadlock with statements that lock in the
+        order of ids: unlock the rows, and start over.
     """
     held = lock(session, _unfinished_of(is_among(WORKFLOW.c.id, wanted.ids)))
     if not held:
@@ -168,10 +168,10 @@ def lock_unfinished_trees(session: Session, wanted: Selection) -> tuple[list[UUI
 
 
 def cancel(session: Session, held: Sequence[UUID], wanted: Selection) -> bool:
-    """Cancel the workflows, whose rows are locked, and tell the parents that may wait for them.
+    """Cancel the workflows, whose rows are locked, and leave notices to the parents that may wait for them.
 
     Returns:
-        Whether some of them are enqueued, to undo what they did.
+        Whether some of them are enqueued, to compensate.
     """
     enqueued = False
     outcome = {
@@ -181,7 +181,7 @@ def cancel(session: Session, held: Sequence[UUID], wanted: Selection) -> bool:
         "awaits": sa.null(),
     }
     if held:
-        # What may have something to undo is enqueued, for a worker that has the code to undo it.
+        # What has a saga is enqueued, for a worker that has the code to compensate.
         undone = sa.and_(is_among(WORKFLOW.c.id, held), WORKFLOW.c.cancellation == COMPENSATES)
         enqueue = sa.update(WORKFLOW).where(undone).values(_COMPENSATION).returning(WORKFLOW.c.id)
         enqueued = bool(scalars(session, enqueue).all())
@@ -207,12 +207,12 @@ def lock_cancelled_with(session: Session, wanted: Selection, condition: Conditio
 
 
 def is_not_compensated() -> Condition:
-    """Tell what was cancelled from what has undone besides what it did: nothing can go on from there."""
+    """Return whether a cancelled workflow has not compensated: one that has cannot go on."""
     return WORKFLOW.c.cancellation.is_distinct_from(REQUESTED)
 
 
 def lock_deletable_trees(session: Session, wanted: Selection) -> list[UUID]:
-    """Lock the trees of those of the workflows whose trees are finished to the last one; give the ids of all of it."""
+    """Lock the trees of which every member is finished; return the ids of all members."""
     deletable = _deletable_trees(is_among(WORKFLOW.c.id, wanted.ids))
     child = WORKFLOW.alias("left")
     # A detached child is written too: it loses its parent.
@@ -225,9 +225,9 @@ def lock_deletable_trees(session: Session, wanted: Selection) -> list[UUID]:
 
 
 def delete(session: Session, ids: Sequence[UUID]) -> None:
-    """Delete the workflows with everything that is theirs, and tell the session of those that it knows.
+    """Delete the workflows with all their rows, and expunge those that the session has loaded.
 
-    Children that they hold, which are detached, are let go: nobody could do that later.
+    Their deferred children, which are detached, are enqueued: nothing could do that later.
     """
     start_all_of(session, ids)
     statement = sa.delete(Workflow).where(is_among(WORKFLOW.c.id, ids))
@@ -265,10 +265,10 @@ def _of(table: sa.FromClause, ids: Sequence[UUID]) -> Condition:
 
 
 def _made_it_fail() -> Condition:
-    """Tell which steps a workflow that failed is to execute again: its failed ones, except what it had got over.
+    """Return which steps a failed workflow executes again: its failed ones, except those that it recovered from.
 
-    It has got over a failed step if it went on: if it began another one after that, which succeeded. Unless it failed
-    with that step's error all the same, after cleaning up. Tries that were left are begun anew.
+    It has recovered from a failed step if it began another one afterwards, which succeeded; unless it failed with that
+    step's error all the same, after cleaning up. A step that was between two tries starts with its first one.
     """
     failed = STEP.c.status == status_literal(StepStatus.FAILED)
     later = STEP.alias("later")
@@ -283,7 +283,7 @@ def _made_it_fail() -> Condition:
 
 
 def _last_shown_in_error() -> Any:
-    """Give the position of the last failed step whose error is the workflow's, its cause, or one of its group."""
+    """Return the position of the last failed step whose error is the workflow's, its cause, or one of its group."""
     each = STEP.alias("each")
     kind = pg.split_part(each.c.error["type"].astext, ":", 2, type_=Text())
     message = sa.func.coalesce(each.c.error["message"].astext, text_literal(""))
@@ -298,7 +298,7 @@ def _last_shown_in_error() -> Any:
 
 
 def _delete_published(session: Session, held: Sequence[UUID]) -> None:
-    """Take back what steps without a record have shown; not what those of earlier rounds have."""
+    """Delete what steps without a record have published; not what steps of earlier rounds have."""
     began = sa.select(WORKFLOW.c.continued_at)
     for shown in (EVENT, STREAM_ITEM):
         began_at = began.where(WORKFLOW.c.id == shown.c.workflow_id).scalar_subquery()
@@ -307,7 +307,7 @@ def _delete_published(session: Session, held: Sequence[UUID]) -> None:
 
 
 def _unconsume(session: Session, held: Sequence[UUID]) -> None:
-    """Put back into the inbox what steps without a record have consumed."""
+    """Return to the inbox what steps without a record have consumed."""
     gone = sa.and_(
         _has_no_step(SIGNAL, SIGNAL.c.consumed_by),
         SIGNAL.c.consumed_by.not_in([text_literal(REFUSED), text_literal(EARLIER)]),
@@ -329,7 +329,7 @@ def _unfinished_of(roots: Condition) -> Condition:
 
 
 def _deletable_trees(roots: Condition) -> sa.Select[tuple[UUID]]:
-    """Give the trees that are finished, except those whose parent may still ask for their outcome."""
+    """Select the finished trees, except those whose parent may still ask for their outcome."""
     parent, member = WORKFLOW.alias("parent"), WORKFLOW.alias("member")
     asked = sa.select(parent.c.id).where(parent.c.id == WORKFLOW.c.parent_id, parent.c.finished_at.is_(None)).exists()
     free = sa.or_(WORKFLOW.c.detached, ~asked)
@@ -339,7 +339,7 @@ def _deletable_trees(roots: Condition) -> sa.Select[tuple[UUID]]:
 
 
 def _tree(roots: Condition, *carried: sa.Label[Any]) -> sa.CTE:
-    """Give the trees under the roots, with a column of the root in each row."""
+    """Select the trees under the roots, with the carried columns of the root in each row."""
     tree = sa.select(WORKFLOW.c.id, sa.true().label("is_root"), *carried).where(roots).cte("tree", recursive=True)
     child = WORKFLOW.alias("child")
     below = sa.select(child.c.id, sa.false(), *(tree.c[each.name] for each in carried))

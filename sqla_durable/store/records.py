@@ -15,7 +15,7 @@ from sqla_durable.models.status import StepStatus, WorkflowStatus
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """What an attempt must show with every write: the workflow is running under this token."""
+    """What an attempt proves with every write: that the workflow is running under this token."""
 
     workflow_id: UUID
     token: UUID
@@ -23,7 +23,7 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who publishes: an attempt, in which step, and in which try of that; between steps there is no try."""
+    """Where something is published: in an attempt, in a step, in a try of that; between steps there is no try."""
 
     fence: Fence
     attempt: int
@@ -90,8 +90,8 @@ class Recorded:
 class Awaited:
     """What a workflow may wait for: a signal of this name, or that at most `open` of these children are unfinished.
 
-    Of children it is said what is still open, never how many have ended: that number falls when some are deleted or
-    retried. A child that is not there is not unfinished.
+    For children it counts those still unfinished, never those that have ended: that number falls when some are deleted
+    or retried. A child that does not exist is not unfinished.
     """
 
     signal: str | None = None
@@ -104,7 +104,7 @@ class Awaited:
         return cls(children=children, open=len(children) - 1)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as it stands in `awaits`."""
+        """Return it as an element of the column `awaits`."""
         if self.signal:
             return {"signal": self.signal}
         return {"children": [str(each) for each in self.children], "open": self.open}
@@ -114,7 +114,7 @@ class Awaited:
 class Park:
     """A workflow to be suspended by its own attempt.
 
-    It is due again after `delay` seconds, if that is given, or when one of what it `awaits` is there.
+    It is due again after `delay` seconds, if that is given, or when one of what it `awaits` is available.
     """
 
     fence: Fence
@@ -126,7 +126,7 @@ class Park:
 class Completion:
     """The outcome of a workflow, to be recorded. `output` is JSON text, or `error` is.
 
-    It may hold children, and notices of the engine's own may be left to it.
+    It may have deferred children, and undelivered notices.
     """
 
     fence: Fence
@@ -147,7 +147,7 @@ class Completion:
 class Claimed:
     """A claimed workflow: what a worker needs to execute it. `input` is JSON text; what was `started` has a history.
 
-    One that `is_cancelling` is to undo what it did; if `overdue` says why, it fails with that, or else is cancelled.
+    One that `is_cancelling` compensates; then it fails with the message `overdue`, or is cancelled if that is None.
     """
 
     fence: Fence
@@ -189,7 +189,7 @@ class NewWorkflow:
 
 @dataclass(frozen=True, slots=True)
 class WorkflowState:
-    """Where a workflow stands; with an outcome, `output` is JSON text, or `error` a JSON object."""
+    """The state of a workflow; with an outcome, `output` is JSON text, or `error` a JSON object."""
 
     workflow_id: UUID
     name: str
@@ -199,7 +199,7 @@ class WorkflowState:
 
 
 class Verdict(Enum):
-    """What became of a fenced write."""
+    """The result of a fenced write: LOST means that the attempt no longer owns the workflow."""
 
     RECORDED = auto()
     DUPLICATE = auto()

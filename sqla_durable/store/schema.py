@@ -24,7 +24,7 @@ _fitting: WeakKeyDictionary[Pool, set[str]] = WeakKeyDictionary()
 
 
 def require(session: Session) -> None:
-    """Refuse a session that cannot hold durable workflows.
+    """Raise if a session cannot be used for durable workflows.
 
     Executes one statement in the session's transaction the first time for each engine and schema, then none.
 
@@ -43,7 +43,7 @@ def require(session: Session) -> None:
 
 
 def require_transaction(session: Session) -> None:
-    """Refuse a session whose statements commit by themselves. Begins its transaction; executes nothing.
+    """Raise if a session's statements commit by themselves. Begins its transaction; executes nothing.
 
     Raises:
         SessionError: its connection is in AUTOCOMMIT, by its engine, its options or its driver.
@@ -57,7 +57,7 @@ def require_transaction(session: Session) -> None:
 
 
 def engine_of(session: Session) -> sa.Engine:
-    """Give the engine on which a session finds our tables.
+    """Return the engine on which a session finds our tables.
 
     Raises:
         SessionError: there is none, or it is not PostgreSQL.
@@ -79,25 +79,25 @@ def engine_of(session: Session) -> sa.Engine:
 
 
 def schema_of(session: Session) -> str:
-    """Give the name under which the session's connection finds our schema."""
+    """Return the name under which the session's connection finds our schema."""
     translated = connection_of(session).get_execution_options()
     names: dict[str, str] = translated.get("schema_translate_map") or {}
     return names.get(SCHEMA) or SCHEMA
 
 
 def end_idle(connection: sa.Connection) -> None:
-    """Let the server end this transaction if it is idle for long; see `soon_over`."""
+    """Limit how long this transaction may be idle; see `limit_idle_time`."""
     connection.execute(sa.select(limit_idle_time()))
 
 
 def is_read_committed(connection: sa.Connection) -> bool:
-    """Tell whether statements by themselves are READ COMMITTED, as nearly everywhere."""
+    """Return whether transactions are READ COMMITTED by default, as nearly everywhere."""
     default: str = connection.execute(sa.select(pg.current_setting("default_transaction_isolation"))).scalar_one()
     return default == "read committed"
 
 
 def alone(engine: sa.Engine) -> sa.Engine:
-    """Give an engine whose statements are each a transaction of their own, in one round trip.
+    """Return an engine whose statements are each a transaction of their own, in one round trip.
 
     But for asyncpg: it prepares a statement in one round trip and executes it in another, and a pooler in transaction
     mode may give the two to different server processes. Its statements are in transactions as usual.
@@ -106,9 +106,9 @@ def alone(engine: sa.Engine) -> sa.Engine:
 
 
 def keeps_statements(connection: sa.Connection) -> bool:
-    """Tell whether the driver keeps prepared statements; executes nothing.
+    """Return whether the driver keeps prepared statements; executes nothing.
 
-    Who has turned that off has a pooler in transaction mode in between, behind which no notification arrives.
+    They are turned off for a pooler in transaction mode, behind which no notification arrives.
     """
     match connection.dialect.driver:
         case "psycopg":
@@ -129,7 +129,7 @@ def _look(session: Session, schema: str) -> sa.Row[Any]:
 
 
 def _require_styles(found: sa.Row[Any], engine: sa.Engine) -> None:
-    """Refuse what psycopg cannot read; asyncpg reads the binary form, which has no style."""
+    """Raise if psycopg cannot read times; asyncpg reads the binary form, which has no style."""
     odd = not found.DateStyle.startswith("ISO") or found.IntervalStyle != "postgres"
     if odd and engine.dialect.driver == "psycopg":
         raise SessionError(

@@ -1,4 +1,4 @@
-"""Which workflows a statement of an operator is about: by ids or by a `select()`, locked in the order of their ids.
+"""Which workflows a statement of an operator changes: by ids or by a `select()`, locked in the order of their ids.
 
 A select is evaluated once: without an order, or beside other transactions, a second evaluation may give other rows.
 """
@@ -29,7 +29,7 @@ _VERSION: sa.ColumnElement[int] = sa.literal_column("CAST(CAST(xmin AS text) AS 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The workflows that a verb is about.
+    """The workflows that a verb changes.
 
     Attributes:
         ids: their ids.
@@ -56,26 +56,26 @@ def evaluate(session: Session, query: Query) -> Selection:
 
 
 def lock_selected(session: Session, wanted: Selection, meant: Callable[[Condition], Condition]) -> list[UUID]:
-    """Lock the workflows that are meant, in the order of their ids, then look again; return those still meant.
+    """Lock the workflows that are meant, in the order of their ids, then check again; return those still meant.
 
-    Waits for whoever holds a row. What was claimed, finished or moved meanwhile may no longer be meant: in one
-    statement, a lock wait would be followed by a second look at the locked row only, and not at the sub-selects.
+    Waits for the locks of their rows. What was claimed, finished or moved meanwhile may no longer be meant: in one
+    statement, only the locked row would be checked again after a lock wait, and not the sub-selects.
 
     Args:
-        meant: makes the condition of the verb, of one that says which workflows are wanted.
+        meant: makes the condition of the verb from one on the wanted workflows.
     """
     held = lock(session, meant(is_among(WORKFLOW.c.id, wanted.ids)))
     return still_meant(session, held, meant(is_among(WORKFLOW.c.id, still_wanted(session, wanted)))) if held else []
 
 
 def lock(session: Session, meant: Condition) -> list[UUID]:
-    """Lock the workflows that are meant, in the order of their ids; give the ids."""
+    """Lock the workflows that are meant, in the order of their ids; return the ids."""
     locked = sa.select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id).with_for_update(key_share=True, of=WORKFLOW)
     return list(scalars(session, locked))
 
 
 def still_meant(session: Session, held: Sequence[UUID], meant: Condition) -> list[UUID]:
-    """Give those of the locked workflows that are meant as they are now, in the order of their ids."""
+    """Return those of the locked workflows that are still meant, in the order of their ids."""
     return list(
         scalars(session, sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, held), meant).order_by(WORKFLOW.c.id))
     )
@@ -102,18 +102,18 @@ def still_wanted(session: Session, wanted: Selection) -> Sequence[UUID]:
 
 
 def workers_of(session: Session, held: Sequence[UUID]) -> set[UUID]:
-    """Give the workers that are executing these workflows, whose rows are locked."""
+    """Return the workers that are executing these workflows, whose rows are locked."""
     running = sa.and_(is_among(WORKFLOW.c.id, held), WORKFLOW.c.status == status_literal(WorkflowStatus.RUNNING))
     return set(scalars(session, sa.select(WORKFLOW.c.worker_id).where(running).distinct())) if held else set()
 
 
 def ids_to_refresh(wanted: Selection, changed: Iterable[UUID]) -> set[UUID]:
-    """Give the ids of the records that the caller will look at: those given by id, and those that were changed."""
+    """Return the ids of the records to refresh: those given by id, and those that were changed."""
     return {*changed, *(wanted.ids if wanted.query is None else ())}
 
 
 def _ids_in(query: Query) -> sa.Select[tuple[UUID]]:
-    """Give the ids that a select stands for: as a subquery, it may join, order, limit and alias what it likes."""
+    """Select the ids of a caller's select: as a subquery, it may join, order, limit and alias anything."""
     match _described(query):
         case [{"type": kind}] if kind is Workflow:
             return sa.select(query.subquery().c.id)

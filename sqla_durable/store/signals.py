@@ -1,14 +1,13 @@
 """The statements on signals: send, take, deliver.
 
-Who sends inserts a row and locks nothing of the receiver that its worker would wait for. Who waits has said so in its
-row when it was parked, and has asked to be looked at by a row of the engine's own, `#suspended`; a child that ends leaves
-`#child` to its parent. Each new row is delivered once: the receiver's row is locked, and if it waits for what is there
-now, it is woken. So a signal and a parking may cross in any way: whichever is committed later finds the other.
+A sender inserts a row and locks nothing that the receiver's worker would wait for. A workflow that is suspended records
+in its row what it awaits, and leaves a notice to itself, `#suspended`; a child that ends leaves `#child` to its parent.
+Each new row is delivered once: the receiver's row is locked, and if what it awaits is available now, it is woken. So a
+signal and a suspension at the same time lose nothing: the one that commits later finds the other.
 
-A parent waits until no more than some of its children are unfinished. Only an end lowers that number, and each one
-leaves a notice in its own transaction; a child that was deleted had ended before. So a parent whose children are as it
-waits for is woken, or has a notice that is not delivered. An application's own SQL on a child leaves none: that is
-found by `renotify`, now and then.
+A parent waits until at most a given number of its children is unfinished. Only an end lowers that number, and each end
+leaves a notice in its own transaction; a child that was deleted had ended before. So a parent whose wait is over is
+woken, or has an undelivered notice. An application's own SQL on a child leaves none: `renotify` repairs that.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def send(session: Session, workflow_ids: Sequence[UUID], *, name: str, payload: 
 
 
 def send_in_snapshot(session: Session, workflow_id: UUID, *, name: str, payload: str, key: str | None) -> None:
-    """Do the same to one workflow where the transaction keeps a snapshot, in a savepoint.
+    """Send a signal to one workflow where the transaction keeps a snapshot, in a savepoint.
 
     Raises:
         DBAPIError: one of the key is newer than the snapshot: roll back to the savepoint.
@@ -104,7 +103,7 @@ def send_in_snapshot(session: Session, workflow_id: UUID, *, name: str, payload:
 
 
 def take(connectable: Connectable, checkpoint: Checkpoint, *, name: str) -> str | None:
-    """Take the oldest signal of a name and record it as the outcome of the step, or give None; JSON text.
+    """Take the oldest signal of a name, record it as the outcome of the step, and return it as JSON text, or None.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
@@ -113,9 +112,9 @@ def take(connectable: Connectable, checkpoint: Checkpoint, *, name: str) -> str 
 
 
 def deliver(connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL) -> tuple[int, int]:
-    """Look at the receivers of new signals, and wake those that wait for what is there; give how many of both.
+    """Deliver new signals, and wake the receivers that await them; return how many of both.
 
-    Receivers whose rows somebody holds are passed over, and so is what was sent before `since`.
+    Receivers whose rows others have locked are skipped, and so is what was sent before `since`.
     """
     parameters = {"limit": limit, "since": since, **subset.parameters}
     row = execute(connectable, subset.form_of(_DELIVER, _DELIVER_PART), parameters).one()
@@ -123,26 +122,26 @@ def deliver(connectable: Connectable, *, limit: int, since: str = BEGINNING, sub
 
 
 def wake_one(session: Session, workflow_id: UUID) -> None:
-    """Put a suspended workflow into its queue if its time has come, or if what it waits for is there.
+    """Enqueue a suspended workflow if it is due, or if what it awaits is available.
 
-    Waits for whoever holds its row.
+    Waits for the lock of its row.
     """
     execute(session, _WAKE_ONE, {"wanted_id": workflow_id})
 
 
 def receivers(connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL) -> list[UUID]:
-    """Return the ids of the receivers that this would look at."""
+    """Return the ids of the receivers to which this would deliver."""
     return subset.find_ids(connectable, _RECEIVERS, {"limit": limit, "since": since})
 
 
 def renotify(connectable: Connectable, *, after: UUID, limit: int, subset: Subset = ALL) -> UUID | None:
-    """Leave notices to those that wait for what is there already, among the next `limit` in the order of their ids.
+    """Leave notices to workflows whose wait is over already, among the next `limit` in the order of their ids.
 
     For children that an application's own SQL has deleted or ended, which leaves no notice. Takes no lock. The notices
     are delivered as any others are.
 
     Returns:
-        The last id that was looked at, or None if there are no more.
+        The last id that was checked, or None if there are no more.
     """
     parameters = {"after": after, "limit": limit, **subset.parameters}
     found: UUID | None = scalar(connectable, subset.form_of(_RENOTIFY, _RENOTIFY_PART), parameters)
@@ -150,7 +149,7 @@ def renotify(connectable: Connectable, *, after: UUID, limit: int, subset: Subse
 
 
 def waiting(connectable: Connectable, *, after: UUID, limit: int, subset: Subset = ALL) -> list[UUID]:
-    """Return the ids of those that this would look at."""
+    """Return the ids of the workflows that this would check."""
     return subset.find_ids(connectable, _WAITING, {"after": after, "limit": limit})
 
 
@@ -208,7 +207,7 @@ def _deliver_statement(within: Restriction) -> tuple[Any, Any]:
     due = materialized(sa.select(receivers.c.workflow_id).where(_satisfied(receivers)), "due")
     woken = (
         sa.update(WORKFLOW)
-        # Looked at again in the row that is locked, whatever the statement has seen of it before.
+        # Checked again in the row that is locked, whatever the statement's snapshot has of it.
         .where(WORKFLOW.c.id == due.c.workflow_id, has_status(WORKFLOW, WorkflowStatus.SUSPENDED))
         .values(_WOKEN)
         .returning(WORKFLOW.c.id)
@@ -233,7 +232,7 @@ def _wake_one_statement() -> Any:
 
 
 def _renotify_statement(within: Restriction) -> tuple[Any, Any]:
-    # What has a time looks for itself when that has come.
+    # A workflow with a time is woken at that time.
     endless = WORKFLOW.c.status == status_literal(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_(None)
     some = materialized(
         sa.select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.awaits)

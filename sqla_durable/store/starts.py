@@ -43,7 +43,7 @@ class _NewShape(Shape[NewWorkflow]):
     """The shape of a workflow to be started."""
 
     def row(self, record: NewWorkflow) -> dict[str, Any]:
-        """Return it as a row; it may hold what JSON writes shorter without escapes."""
+        """Return it as a row, its dictionaries as JSON text without escapes, which is shorter."""
         row = super().row(record)
         given = [each for each in ("input", "headers") if row[each] is not None]
         return row | {each: json.dumps(row[each], ensure_ascii=False) for each in given}
@@ -54,7 +54,7 @@ _DEFAULT_QUEUE = "default"  # of the column
 _DEFAULTED = [each for each in WORKFLOW.c if each.server_default is not None and each.name != "input"]
 
 _SHOWN = [WORKFLOW.c.name, WORKFLOW.c.key, *_DEFAULTED]
-"""What is read of a workflow that has a key: no payload, which who starts workflows may have no right to read."""
+"""What is read of a workflow that has a key: no payload, because a role that starts workflows may not read it."""
 
 _OPTIONS = [each.name for each in fields(NewWorkflow) if each.default is not MISSING]
 
@@ -79,8 +79,8 @@ def insert_unless_known(session: Session, new: NewWorkflow) -> Workflow:
     """Insert a workflow with a key, or return the one that has it; the caller's transaction survives either way.
 
     Waits for another transaction that is inserting the same name and key, and returns its record if it commits. One
-    that is there already is not inserted: ON CONFLICT would wait for whoever is changing it, such as an open cancel.
-    Source: PostgreSQL manual, INSERT, ON CONFLICT clause.
+    that is there already is not inserted: ON CONFLICT would wait for a transaction that is changing it, such as an open
+    cancel. Source: PostgreSQL manual, INSERT, ON CONFLICT clause.
 
     Raises:
         KeyNotVisibleError: the record that has the key cannot be seen.
@@ -135,7 +135,7 @@ def insert_many(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID
 
 
 def insert_many_in_snapshot(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID]:
-    """Do the same where the transaction keeps a snapshot, with those that are not inserted; in a savepoint.
+    """Insert those that are not inserted yet where the transaction keeps a snapshot, in a savepoint.
 
     Raises:
         KeyNotVisibleError, DBAPIError: as `insert_in_snapshot`.
@@ -164,7 +164,7 @@ def hidden_among(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> 
 
 
 def new_columns(given: Any) -> dict[str, Any]:
-    """Give the columns of workflows to be started, made of those of `NEW`."""
+    """Return the columns of workflows to be started, made of those of `NEW`."""
     delayed = pg.statement_timestamp() + interval(given.delay)
     wake_at = sa.func.coalesce(given.wake_at, delayed)
     return {

@@ -38,7 +38,7 @@ WORKER = Base.metadata.tables[f"{SCHEMA}.worker"]
 _ANY_WRITE = sa.update(WORKFLOW)
 
 pg = sa.func.pg_catalog
-"""PostgreSQL's own functions: a name without a schema could be another role's function, wherever one may create them.
+"""PostgreSQL's own functions: a name without a schema could be another role's function in the search path.
 
 `func` is left for what the grammar knows without a look-up: COALESCE, GREATEST, LEAST, EXTRACT, ANY, ALL, and UNNEST
 of several arrays.
@@ -47,7 +47,7 @@ of several arrays.
 R = TypeVar("R")
 
 Connectable: TypeAlias = Session | sa.Connection
-"""Where a statement is executed: a caller's session, or a connection of the engine's own."""
+"""Where a statement is executed: a caller's session, or a connection of the engine."""
 
 Condition: TypeAlias = sa.ColumnElement[bool]
 Expression: TypeAlias = sa.ColumnElement[Any]
@@ -75,12 +75,12 @@ class Shape(Generic[R]):
 
 
 Restriction: TypeAlias = Callable[[sa.ColumnElement[UUID]], Condition]
-"""Makes the condition that a workflow with this id belongs to the part."""
+"""Makes the condition that a workflow with this id belongs to the subset."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subset:
-    """Which workflows a statement is about, of those that it finds.
+    """A restriction of a statement to some of the workflows that it finds.
 
     Attributes:
         only: these; None means all of them.
@@ -92,7 +92,7 @@ class Subset:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is about all that it finds."""
+        """Whether it is not restricted."""
         return self.only is None and not self.besides
 
     def form_of(self, whole: Any, part: Any) -> Any:
@@ -128,7 +128,7 @@ def json_parameter(name: str) -> Expression:
 
 
 def text_literal(value: str) -> sa.ColumnElement[str]:
-    """Return a text as a literal of that type; one of no type is taken for what stands on the operator's other side."""
+    """Return a text as a literal of that type; PostgreSQL gives an untyped one the type of the other operand."""
     return sa.literal_column(f"text '{value}'", type_=Text())
 
 
@@ -154,7 +154,7 @@ def insert_select(table: sa.Table, columns: Iterable[str], source: sa.SelectBase
 
 
 def bind_arguments() -> dict[str, Any]:
-    """Return what leads a session to where our tables are written: its `get_bind` may send reads to a replica."""
+    """Return the arguments with which a session's `get_bind` finds our tables for writing."""
     return {"mapper": Workflow.__mapper__, "clause": _ANY_WRITE}
 
 
@@ -177,10 +177,10 @@ def merge_record(session: Session, row: sa.RowMapping, more: Mapping[str, Any] |
 def execute(
     connectable: Connectable, statement: sa.Executable, parameters: Mapping[str, Any] | None = None
 ) -> sa.Result[Any]:
-    """Execute a statement; with a session, where it finds our tables, whatever else it is bound to.
+    """Execute a statement; with a session, on its connection to the engine that has our tables.
 
-    On the session's connection, so that what the user's session class does to statements does not reach ours. An
-    error is marked as met by a statement of the engine's: it may be raised through a step's function.
+    Not by `Session.execute`, so that a user's session class does not change our statements. An error is marked as
+    caused by a statement of the engine: it may be raised through a step's function.
     """
     try:
         if isinstance(connectable, Session):
@@ -194,17 +194,17 @@ def execute(
 def scalars(
     connectable: Connectable, statement: sa.Executable, parameters: Mapping[str, Any] | None = None
 ) -> sa.ScalarResult[Any]:
-    """Execute, and give the first column."""
+    """Execute, and return the first column."""
     return execute(connectable, statement, parameters).scalars()
 
 
 def scalar(connectable: Connectable, statement: sa.Executable, parameters: Mapping[str, Any] | None = None) -> Any:
-    """Execute, and give the first column of the first row."""
+    """Execute, and return the first column of the first row."""
     return execute(connectable, statement, parameters).scalar()
 
 
 def batch_table(name: str, columns: Columns) -> sa.TableValuedAlias:
-    """Make a batch a table, from one parameter that `batch_parameter` gives.
+    """Return a batch as a table, from the parameter of `batch_parameter`.
 
     JSON costs a third of what an array parameter for each column costs to send, and reads as one value.
     """
@@ -214,17 +214,17 @@ def batch_table(name: str, columns: Columns) -> sa.TableValuedAlias:
 
 
 def batch_parameter(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Turn rows into the parameter of the `batch_table` of that name."""
+    """Return rows as the parameter of the `batch_table` of that name."""
     return {_rows_of(name): json.dumps(rows, default=str)}
 
 
 def fence_row(fence: Fence) -> dict[str, Any]:
-    """Give the columns of an attempt in a batch; hexadecimal digits cost less to write than a UUID's usual form."""
+    """Return the columns of an attempt in a batch; hexadecimal digits cost less to write than a UUID's usual form."""
     return {"id": fence.workflow_id.hex, "token": fence.token.hex}
 
 
 def status_literal(value: WorkflowStatus | StepStatus) -> sa.ColumnElement[str]:
-    """Give a status as a literal: bound as a parameter, a generic plan cannot use a partial index."""
+    """Return a status as a literal: bound as a parameter, a generic plan cannot use a partial index."""
     kind = WORKFLOW.c.status.type if isinstance(value, WorkflowStatus) else STEP.c.status.type
     return sa.literal_column(f"'{value}'", type_=kind)
 
@@ -232,8 +232,8 @@ def status_literal(value: WorkflowStatus | StepStatus) -> sa.ColumnElement[str]:
 def has_status(table: sa.FromClause, value: WorkflowStatus) -> Condition:
     """Compare the status of rows that are found otherwise, such as by their ids.
 
-    As an expression that fits no index: that of a status is small, and would be read whole, until a snapshot that is
-    open elsewhere keeps what is dead in it.
+    As an expression that fits no index: the partial index of a status is small and would be read whole, although a
+    snapshot that is open elsewhere may keep dead entries in it.
     """
     return pg.concat(table.c.status) == text_literal(value)
 
@@ -244,22 +244,22 @@ def scan_start(name: str = "since") -> sa.ColumnElement[datetime]:
 
 
 def is_open_step() -> Condition:
-    """Tell the record of a step that runs, waits or is being tried again from an outcome."""
+    """Return whether a step's record has no outcome yet: it runs, waits or is being tried again."""
     return sa.or_(*(STEP.c.status == status_literal(each) for each in StepStatus if not each.finished))
 
 
 def next_attempt(attempt: sa.ColumnElement[int] = WORKFLOW.c.attempt) -> sa.ColumnElement[int]:
-    """Return the number of the attempt after this one; the last one that the column holds is its own next."""
+    """Return the number of the attempt after this one; the largest one that the column can have stays."""
     return sa.func.least(attempt, integer(MOST_ATTEMPTS - 1)) + ONE
 
 
 def must_compensate() -> Condition:
-    """Tell that a workflow undoes what it did, or is to do so."""
+    """Return whether a workflow compensates, or is to do so."""
     return sa.func.coalesce(WORKFLOW.c.cancellation.in_([REQUESTED, OVERDUE]), sa.false())
 
 
 def reset_cancellation() -> Expression:
-    """Give what is to be known of sagas where a workflow begins anew: that it has one, and nothing to undo now."""
+    """Return `cancellation` for a workflow that starts over: it has a saga or not, and nothing to compensate now."""
     return sa.case((WORKFLOW.c.cancellation.is_not(None), COMPENSATES))
 
 
@@ -316,7 +316,7 @@ def count_rows() -> sa.ColumnElement[int]:
 
 
 def refresh_loaded(session: Session, ids: Iterable[UUID]) -> None:
-    """Read anew the records that the session holds, which statements on the table have passed by."""
+    """Refresh the records that the session has loaded, after statements on the table have changed their rows."""
     known = [each for each in ids if session.identity_key(Workflow, each) in session.identity_map]
     if known:
         for row in execute(session, sa.select(*WORKFLOW.c).where(is_among(WORKFLOW.c.id, known))).mappings():
@@ -335,7 +335,7 @@ def lock_owned(fences: sa.FromClause, *, skip_locked: bool) -> sa.CTE:
 
     Join with `is_same_attempt`: a batch may hold rows of two attempts at one workflow.
 
-    With the lock, a cancel or a takeover waits for this one commit and sees what it wrote; without it, either could
+    With the lock, a cancel or a reclaim waits for this one commit and sees what it wrote; without it, either could
     commit between this check and the commit.
     """
     if skip_locked:
@@ -351,11 +351,11 @@ def lock_owned(fences: sa.FromClause, *, skip_locked: bool) -> sa.CTE:
 
 
 def limit_idle_time() -> sa.ColumnElement[str]:
-    """Let the server end the transaction if it is idle for long after this statement, evaluated once.
+    """Limit how long the transaction may be idle after this statement; evaluated once.
 
-    For what only the COMMIT, or statements of the engine's own, can follow: without it, a worker that is frozen
-    or cut off between the two would hold the row for as long as the server believes in the connection. A shorter limit
-    of the application's own stays. Source: PostgreSQL manual, Client Connection Defaults,
+    For statements that only the COMMIT, or others of the engine, can follow: without it, a worker that is frozen or cut
+    off between the two would lock the row for as long as the server keeps the connection. A shorter limit of the
+    application stays. Source: PostgreSQL manual, Client Connection Defaults,
     idle_in_transaction_session_timeout.
     """
     name, most = text_literal(_IDLE_TIMEOUT), text_literal(_IDLE_LIMIT)
@@ -378,7 +378,7 @@ def materialized(statement: sa.SelectBase, name: str) -> sa.CTE:
 
 
 def subset_forms(build: Callable[[Restriction], tuple[Any, Any]]) -> tuple[Any, Any, Any]:
-    """Make the three forms of a statement: for all, for a part, and the select of ids.
+    """Return the three forms of a statement: for all, for a subset, and the select of ids.
 
     Args:
         build: makes the statement and the select, with a condition on the column of ids.
@@ -407,22 +407,22 @@ def _renew(session: Session, row: sa.RowMapping) -> Workflow:
 
 
 def _lock_owned_unlocked(fences: sa.FromClause) -> sa.CTE:
-    """Do it row by row, by the primary key.
+    """Lock row by row, by the primary key.
 
-    Any other plan reads what a batch is not about: the table while it is small, or the index of running workflows,
-    which is small too until somebody's open transaction keeps its dead entries. LIMIT keeps the status out of the
-    choice.
+    Any other plan reads more rows than those of the batch: the table while it is small, or the index of running
+    workflows, which is small too until an open transaction elsewhere keeps its dead entries. LIMIT keeps the planner
+    from using the status.
     """
     ordered = materialized(sa.select(fences.c.id, fences.c.token).order_by(fences.c.id), "ordered")
-    held = (
+    locked = (
         sa.select(WORKFLOW.c.status)
         .where(WORKFLOW.c.id == ordered.c.id, WORKFLOW.c.token == ordered.c.token)
         .limit(ONE)
         .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW)
-        .lateral("held")
+        .lateral("locked")
     )
-    running = held.c.status == status_literal(WorkflowStatus.RUNNING)
-    return materialized(sa.select(ordered.c.id, ordered.c.token).join(held, running), "owned")
+    running = locked.c.status == status_literal(WorkflowStatus.RUNNING)
+    return materialized(sa.select(ordered.c.id, ordered.c.token).join(locked, running), "owned")
 
 
 def _is_in_subset(column: sa.ColumnElement[UUID]) -> Condition:
@@ -437,19 +437,19 @@ WANTED_ID = parameter("wanted_id", sa.UUID())
 IS_WANTED: Condition = WORKFLOW.c.id == WANTED_ID
 
 BEGINNING = "-infinity"
-"""The time before all others: a statement that takes `since` passes over nothing."""
+"""The time before all times: a statement that takes `since` skips nothing."""
 
 MOST_ATTEMPTS = 2_147_483_647
-"""What the column of attempts holds at most."""
+"""The largest number in the column of attempts."""
 
 SUSPECT_CRASHES = 2
-"""From how many crashes in a row on a workflow is taken for what may have killed its workers."""
+"""From this many crashes in a row, a workflow is suspected of killing its workers."""
 
 COMPENSATES: sa.ColumnElement[str] = text_literal("compensates")
 REQUESTED: sa.ColumnElement[str] = text_literal("requested")
 
 OVERDUE: sa.ColumnElement[str] = text_literal("overdue")
-"""What `cancellation` says: that there may be something to undo; and that it is to be undone now, for which reason."""
+"""The values of `cancellation`: the workflow has a saga; it is to compensate, for a request or for a deadline."""
 
 _IDLE_TIMEOUT = "idle_in_transaction_session_timeout"
 _IDLE_LIMIT = "5s"

@@ -52,7 +52,7 @@ CHECKPOINT = Shape(Checkpoint, without=["value"])
 
 
 def record(session: Connectable, checkpoint: Checkpoint) -> Verdict:
-    """Record one checkpoint in the session's transaction; wait for whoever holds the row.
+    """Record one checkpoint in the session's transaction; wait for the lock of the workflow's row.
 
     LOST and DUPLICATE wrote nothing: roll the transaction back, so that the step's own writes go with it.
     """
@@ -60,7 +60,7 @@ def record(session: Connectable, checkpoint: Checkpoint) -> Verdict:
 
 
 def record_last(session: Session, checkpoint: Checkpoint) -> Verdict:
-    """Do the same as the last statement before the COMMIT, which the server does not wait for without an end."""
+    """Record it as the last statement before the COMMIT, with a limit on how long the transaction may then be idle."""
     return _verdict(session, _RECORD_LAST, checkpoint)
 
 
@@ -71,7 +71,7 @@ def why_unwritten(connectable: Connectable, parameters: Mapping[str, Any]) -> Ve
 
 
 def settle(connectable: Connectable, checkpoint: Checkpoint) -> Recorded:
-    """Record an outcome, unless the step has one; return the one that stands. Waits for whoever holds the row.
+    """Record an outcome, unless the step has one; return the recorded one. Waits for the lock of the row.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
@@ -84,10 +84,9 @@ def settle(connectable: Connectable, checkpoint: Checkpoint) -> Recorded:
 
 
 def recorded_among(connectable: Connectable, checkpoints: Sequence[Checkpoint]) -> set[tuple[Fence, str]]:
-    """Give attempt and key of what is recorded already, if the attempt owns the workflow or ended it.
+    """Return attempt and key of those that are recorded already, if the attempt owns the workflow or ended it.
 
-    What another attempt recorded under the key is not this one's: it has lost the workflow. And what an earlier try
-    recorded is not this one's.
+    Not what another attempt recorded under the key: this one has lost the workflow. Nor what an earlier try recorded.
     """
     rows = execute(
         connectable, _RECORDED_AMONG, batch_parameter("batch", [CHECKPOINT.row(each) for each in checkpoints])
@@ -96,7 +95,7 @@ def recorded_among(connectable: Connectable, checkpoints: Sequence[Checkpoint]) 
 
 
 def find(session: Connectable, workflow_id: UUID, key: str) -> Recorded | None:
-    """Read the outcome of one step, to settle what became of a commit whose acknowledgement was lost."""
+    """Read the outcome of one step, to find out whether a commit whose acknowledgement was lost took place."""
     wanted = _RECORDED.where(STEP.c.workflow_id == workflow_id, STEP.c.key == key, ~is_open_step())
     row = execute(session, wanted).one_or_none()
     return None if row is None else _recorded(row)
@@ -112,7 +111,7 @@ def histories(connectable: Connectable, workflow_ids: Sequence[UUID]) -> dict[UU
 
 
 def lock_given() -> sa.CTE:
-    """Lock the workflow of the attempt of `GIVEN`, if it owns it; give its id and the deadline that it still has."""
+    """Lock the workflow of the attempt of `GIVEN`, if it owns it; return its id and the deadline that still counts."""
     deadline_at = sa.case((~must_compensate(), WORKFLOW.c.deadline_at)).label("deadline_at")
     locked = sa.select(WORKFLOW.c.id, deadline_at).where(*is_owned())
     return materialized(locked.with_for_update(key_share=True, of=WORKFLOW), "owned")
@@ -146,7 +145,7 @@ def outcome_in(row: sa.Row[Any], fence: Fence) -> str | None:
 
 
 def has_outcome() -> Condition:
-    """Return whether the step of `GIVEN` has an outcome: what its call would take or start is not wanted any more.
+    """Return whether the step of `GIVEN` has an outcome: then its call must take and start nothing more.
 
     A statement may reach the server long after its call was cancelled, and that was recorded.
     """
@@ -174,7 +173,7 @@ def insert_batch(batch: sa.FromClause, mine: sa.CTE) -> Any:
 def checkpoint_columns(
     given: Mapping[str, Expression] | ReadOnlyColumnCollection[str, Any],
 ) -> dict[str, Any]:
-    """Give the columns of a checkpoint's record, made of those of `CHECKPOINT`."""
+    """Return the columns of a checkpoint's record, made of those of `CHECKPOINT`."""
     now = pg.statement_timestamp()
     return {
         "workflow_id": given["id"],
@@ -186,7 +185,7 @@ def checkpoint_columns(
         "error": sa.cast(given["error"], JSONB),
         "attempt": given["attempt"],
         "attempts": given["attempts"],
-        # A step's duration is measured by its process; the two times stand on the database's clock.
+        # A step's duration is measured by its process; the two times are on the database's clock.
         "started_at": now - interval(given["elapsed"]),
         "finished_at": now,
         "wake_at": now + interval(given["delay"]),
@@ -194,7 +193,7 @@ def checkpoint_columns(
 
 
 def insert_checkpoints(columns: Mapping[str, Any], source: sa.SelectBase) -> Any:
-    """Insert checkpoints, unless there is an outcome; the record of a step without one gives way."""
+    """Insert checkpoints, unless there is an outcome; the record of a step without one is replaced."""
     inserted = insert_select(STEP, columns, source)
     kept = {"workflow_id", "key", "started_at"}
     return inserted.on_conflict_do_update(
@@ -224,10 +223,10 @@ def select_from_owned(columns: Mapping[str, Any]) -> Any:
 
 
 def report_progress(connectable: Connectable, checkpoint: Checkpoint, *, details: str | None) -> None:
-    """Note in a running step's row that it lives, and its details if there are some; make the row if there is none.
+    """Record in a running step's row that it is alive, and its details if there are any; insert the row if needed.
 
-    Does nothing to a step that has an outcome, nor to one whose try has been recorded as failed. Waits for whoever
-    holds the workflow's row.
+    A no-op for a step that has an outcome, or whose try has been recorded as failed. Waits for the lock of the
+    workflow's row.
 
     Args:
         checkpoint: of the status `running`.
@@ -241,7 +240,7 @@ def report_progress(connectable: Connectable, checkpoint: Checkpoint, *, details
 
 
 def begin_wait(connectable: Connectable, checkpoint: Checkpoint, *, until: datetime | None = None) -> float:
-    """Record that an operation waits, once; give the seconds until its time comes, infinite without one.
+    """Record once that an operation waits; return the seconds until it is due, infinite without a time.
 
     Args:
         checkpoint: of the status `waiting`; its `delay` says how long.
@@ -257,7 +256,7 @@ def begin_wait(connectable: Connectable, checkpoint: Checkpoint, *, until: datet
 
 
 def keep_details(connectable: Connectable, checkpoint: Checkpoint, *, details: str) -> None:
-    """Keep details, as JSON text, in the row of an operation that waits; make the row if there is none.
+    """Record details, as JSON text, in the row of an operation that waits; insert the row if needed.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow, or the operation has an outcome.
@@ -304,7 +303,7 @@ def _recorded_among_statement() -> Any:
 
 
 def _age_of(moment: Expression) -> Expression:
-    """Give how many seconds ago that was, for a step that is being tried again."""
+    """Return how many seconds ago that was, for a step without an outcome."""
     return sa.case((is_open_step(), sa.func.extract("epoch", pg.statement_timestamp() - moment)))
 
 
@@ -336,7 +335,7 @@ def _begin_wait_statement() -> Any:
     columns = checkpoint_columns(GIVEN)
     columns["wake_at"] = sa.func.coalesce(until, columns["wake_at"])
     inserted = insert_select(STEP, columns, select_from_owned(columns))
-    # What waits already goes on waiting for the same time.
+    # A wait that has begun keeps its time.
     return inserted.on_conflict_do_update(
         index_elements=["workflow_id", "key"],
         set_={"position": inserted.excluded.position},

@@ -1,8 +1,8 @@
 """The statements on streams: append items, read on from a number.
 
-Numbers count from 0 in each stream of a workflow, without gaps. Whoever appends owns the workflow and holds its row.
-The last number was read before that lock was had, so it may be old; then the first item meets one that is there already
-and nothing is written: the statement is tried again, and sees it.
+Numbers count from 0 in each stream of a workflow, without gaps. The attempt that appends owns the workflow, whose row
+is locked. The last number was read before that lock was obtained, so it may be old; then the first item conflicts with
+an existing one and nothing is written: the statement is executed again, and sees that one.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ from sqla_durable.store.steps import (
 from sqla_durable.store.workflows import not_found
 from sqla_durable.unwinding import AttemptLost
 
-_ROUNDS = 1_000  # each is lost to another step that has appended
+_ROUNDS = 1_000  # each fails because another step has appended
 _ITEM = STREAM_ITEM.c
 _NAME = parameter("stream_name", Text())
 
 
 class Appended(Enum):
-    """What became of items that were to be appended."""
+    """The result of an append."""
 
     WRITTEN = auto()
     CLOSED = auto()
@@ -91,11 +91,11 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What a look at a stream finds.
+    """A part of a stream, as it was read.
 
     Attributes:
         items: the items from the wanted number on, as many as were wanted at most.
-        ended: nothing will be appended to what was there in this moment.
+        ended: nothing will be appended after these items.
     """
 
     items: Sequence[Item]
@@ -104,7 +104,7 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class _Writer:
-    """The columns that say to which stream items go, and who writes them."""
+    """The columns that identify a stream, and the step and try that write to it."""
 
     name: Expression
     step_key: Expression
@@ -113,10 +113,10 @@ class _Writer:
 
 
 def append(connectable: Connectable, origin: Origin, *, name: str, values: Sequence[str | None]) -> Appended:
-    """Append items to a stream, all or none; each time it is carried out. None as the only value closes the stream.
+    """Append items to a stream, all or none; each time it is executed. None as the only value closes the stream.
 
     Closing what is closed does nothing. What an earlier try of the same step has closed is open again for the next
-    one. Waits for whoever holds the workflow's row.
+    one. Waits for the lock of the workflow's row.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
@@ -128,7 +128,7 @@ def append(connectable: Connectable, origin: Origin, *, name: str, values: Seque
 
 
 def record(connectable: Connectable, checkpoint: Checkpoint, *, name: str, values: Sequence[str | None]) -> Appended:
-    """Append items and record that as a step, in one statement; once, however often it is carried out.
+    """Append items and record that as a step, in one statement; once, however often it is executed.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
@@ -144,10 +144,10 @@ def record(connectable: Connectable, checkpoint: Checkpoint, *, name: str, value
 
 
 def append_many(connectable: Connectable, appends: Sequence[Append]) -> list[Appended | None]:
-    """Append to streams of different workflows by one statement that waits for nobody; give what became of each.
+    """Append to streams of different workflows by one statement that waits for no lock; return the result of each.
 
-    None: nothing was written, and `append` tells why. Somebody holds the workflow's row, or the attempt has lost it, or
-    somebody has appended since the statement began.
+    None: nothing was written, and `append` finds out why. The workflow's row is locked, or the attempt has lost it, or
+    another step has appended since the statement began.
     """
     found = {row.place: row for row in execute(connectable, _APPEND_MANY, batch_parameter("batch", _rows_of(appends)))}
     return [_appended(found.get(place), each) for place, each in enumerate(appends)]
@@ -238,7 +238,7 @@ def _append_statement(*, recorded: bool) -> Any:
 
 
 def _last(workflow_id: Expression, name: Expression) -> Any:
-    """Give the last item of the stream, by the primary key."""
+    """Select the last item of the stream, by the primary key."""
     return (
         sa.select(_ITEM.number, _ITEM.value, _ITEM.step_key, _ITEM.attempt, _ITEM.step_attempt, _ITEM.closed)
         .where(_ITEM.workflow_id == workflow_id, _ITEM.name == name)
@@ -248,7 +248,7 @@ def _last(workflow_id: Expression, name: Expression) -> Any:
 
 
 def _is_closed(last: Any, writer: _Writer) -> Condition:
-    """Tell whether an item closes the stream for this try: not if an earlier try of the same step has written it."""
+    """Return whether an item closes the stream for this try: not if an earlier try of the same step has written it."""
     same_step = last.c.step_key.is_not_distinct_from(writer.step_key)
     same_try = sa.and_(last.c.attempt == writer.attempt, last.c.step_attempt.is_not_distinct_from(writer.step_attempt))
     return sa.and_(last.c.closed, sa.or_(~same_step, same_try))
@@ -265,7 +265,7 @@ def _given_items() -> Any:
 
 
 def _first(own: sa.CTE, last: sa.CTE, given: sa.CTE, known: Condition) -> sa.CTE:
-    """Append the first item where nobody has appended meanwhile: then nobody has appended what comes after it."""
+    """Append the first item if nothing was appended meanwhile: then its number and those after it are free."""
     number = sa.func.coalesce(last.c.number + ONE, ZERO)
     columns = _columns(_GIVEN_WRITER, own.c.id, number, given.c.value)
     source = (
@@ -299,7 +299,7 @@ def _columns(writer: _Writer, workflow_id: Any, number: Any, value: Any) -> dict
 
 
 def _known() -> Any:
-    """Tell whether an earlier execution of this statement is committed, whose acknowledgement was lost."""
+    """Return whether an earlier execution of this statement is committed, whose acknowledgement was lost."""
     same = sa.and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"])
     return sa.select(STEP.c.key).where(same, ~is_open_step()).exists()
 
@@ -310,10 +310,10 @@ def _checkpoint(first: sa.CTE) -> Any:
 
 
 def _append_many_statement() -> Any:
-    """Do what `_append_statement` does for one workflow for each of them, with the rows that nobody holds."""
+    """Do for each workflow of a batch what `_append_statement` does for one; locked rows are skipped."""
     batch = sa.select(*batch_table("batch", _BATCH).c).cte("batch")
     fences = sa.select(batch.c.id, batch.c.token).where(batch.c.item == ONE).subquery("fences")
-    held = lock_owned(fences, skip_locked=True)
+    mine = lock_owned(fences, skip_locked=True)
     last = _last(batch.c.id, batch.c.name).lateral("last")
     of_batch = _Writer(batch.c.name, batch.c.step_key, batch.c.attempt, batch.c.step_attempt)
     head = materialized(
@@ -322,7 +322,7 @@ def _append_many_statement() -> Any:
             sa.func.coalesce(last.c.number + ONE, ZERO).label("number"),
             sa.func.coalesce(_is_closed(last, of_batch), sa.false()).label("closed"),
         )
-        .select_from(batch.join(held, is_same_attempt(batch, held)).outerjoin(last, sa.true()))
+        .select_from(batch.join(mine, is_same_attempt(batch, mine)).outerjoin(last, sa.true()))
         .where(batch.c.item == ONE),
         "head",
     )

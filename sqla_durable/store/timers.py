@@ -38,31 +38,31 @@ _PASSED = interval(parameter("seconds", sa.Float()))
 
 
 def wake_due(connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL) -> int:
-    """Put suspended workflows whose time has come into their queues, behind what waits there; return how many.
+    """Enqueue suspended workflows that are due, behind what waits in their queues; return how many.
 
-    Of those that crashed several times in a row only one: together they would be executed side by side again, by the
-    same worker, and the one that kills it would take the others along once more.
+    Of those that crashed several times in a row only one: together they would be executed by the same worker again, and
+    the one that kills it would crash the others once more.
 
-    They are enqueued as of now, however long they have been due: claims do not look again at what was enqueued before.
-    What was due before `since` is passed over.
+    They are enqueued as of now, however long they have been due: claims do not read again what was enqueued before.
+    What was due before `since` is skipped.
     """
     parameters = {"limit": limit, "since": since, **subset.parameters}
     return len(scalars(connectable, subset.form_of(_WAKE_DUE, _WAKE_PART), parameters).all())
 
 
 def due(connectable: Connectable, *, limit: int, since: str = BEGINNING, subset: Subset = ALL) -> list[UUID]:
-    """Return the ids of those that this would put into their queues."""
+    """Return the ids of the workflows that this would enqueue."""
     return subset.find_ids(connectable, _DUE, {"limit": limit, "since": since})
 
 
 def now(connectable: Connectable) -> datetime:
-    """Ask for the time on the database's clock."""
+    """Return the time on the database's clock."""
     found: datetime = scalar(connectable, _NOW)
     return found
 
 
 def advance(session: Session, seconds: float) -> int:
-    """Bring nearer whatever a workflow waits for; return how many workflows had a time to wait for, or a deadline."""
+    """Move all times that workflows wait for closer; return how many workflows had a time or a deadline."""
     moved: set[UUID] = set()
     for moving in (_TIMERS, _DEADLINES, _STEPS):
         moved.update(scalars(session, moving, {"seconds": seconds}))
@@ -78,7 +78,7 @@ def _wake_due_statement(within: Restriction) -> tuple[Any, Any]:
         WORKFLOW.c.wake_at.between(scan_start(), pg.statement_timestamp()),
     )
     suspect = WORKFLOW.c.crashes >= SUSPECT_CRASHES
-    # Of those that nobody holds: one that is held must not keep the others.
+    # Of those that are not locked: one that is locked must not delay the others.
     first = materialized(
         sa.select(WORKFLOW.c.id)
         .where(is_due, suspect)

@@ -1,4 +1,4 @@
-"""The statements on updates: send one, look at it, take it, refuse it, answer it.
+"""The statements on updates: send one, read its state, take it, refuse it, answer it.
 
 An update is a signal whose name the engine has marked. Its answer is an event, whose key and id are made of the
 signal's id: so the primary key lets one of two answers commit.
@@ -62,10 +62,10 @@ from sqla_durable.unwinding import AttemptLost
 
 @dataclass(frozen=True, slots=True)
 class Receiver:
-    """Who an update is for.
+    """The workflow that an update is for.
 
     Attributes:
-        status: where the workflow stands.
+        status: that of the workflow.
         known: the id of the update that has the key already.
     """
 
@@ -79,41 +79,41 @@ class Sent:
 
     Attributes:
         name: its name.
-        status: where its workflow stands.
+        status: that of its workflow.
         is_taken: whether the workflow has taken it, or refused it.
-        is_held: whether the workflow still knows that it has taken it.
+        is_remembered: whether the history still has the step that took it.
         answer: JSON text of `{"reply": value}`, `{"rejected": reason}` or `{"refused": reason}`.
     """
 
     name: str
     status: WorkflowStatus
     is_taken: bool
-    is_held: bool
+    is_remembered: bool
     answer: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An update that nobody has taken; the payload is JSON text."""
+    """An untaken update; the payload is JSON text."""
 
     id: int
     payload: str
 
 
 def signal_of(name: str) -> str:
-    """Give the name of the signal that an update is."""
+    """Return the name of the signal that an update is."""
     return UPDATE + name
 
 
 def receiver(session: Session, workflow_id: UUID, *, name: str, key: str | None) -> Receiver | None:
-    """Look at the workflow that an update is for; None if there is none. Takes no lock."""
+    """Read the workflow that an update is for; None if there is none. Takes no lock."""
     parameters = {"wanted_id": workflow_id, "signal_name": signal_of(name), "signal_key": key}
     row = execute(session, _RECEIVER, parameters).one_or_none()
     return None if row is None else Receiver(row.status, row.known)
 
 
 def send(session: Session, workflow_id: UUID, *, name: str, payload: str, key: str | None) -> int | None:
-    """Send an update, in the caller's transaction; give its id. None: another of the key was there first.
+    """Send an update, in the caller's transaction; return its id. None: another of the key was there first.
 
     Waits for another transaction that is sending the same name and key to the same workflow.
 
@@ -128,7 +128,7 @@ def send(session: Session, workflow_id: UUID, *, name: str, payload: str, key: s
 
 
 def send_in_snapshot(session: Session, workflow_id: UUID, *, name: str, payload: str, key: str | None) -> int | None:
-    """Do the same where the transaction keeps a snapshot, in a savepoint.
+    """Send it where the transaction keeps a snapshot, in a savepoint.
 
     Raises:
         DBAPIError: another of the key is newer than the snapshot: roll back to the savepoint.
@@ -139,16 +139,16 @@ def send_in_snapshot(session: Session, workflow_id: UUID, *, name: str, payload:
 
 
 def look(session: Session, workflow_id: UUID, update_id: int) -> Sent | None:
-    """Read what became of an update; None if it is not there. Takes no lock."""
+    """Read the state of an update; None if there is none. Takes no lock."""
     parameters = {"wanted_id": workflow_id, "update_id": update_id, "answer_key": _answer_key(update_id)}
     row = execute(session, _LOOK, parameters).one_or_none()
     if row is None:
         return None
-    return Sent(row.name.removeprefix(UPDATE), row.status, row.consumed_by is not None, row.is_held, row.answer)
+    return Sent(row.name.removeprefix(UPDATE), row.status, row.consumed_by is not None, row.is_remembered, row.answer)
 
 
 def oldest(connectable: Connectable, *, workflow_id: UUID, name: str) -> Candidate | None:
-    """Give the oldest update of a name that nobody has taken. Takes no lock."""
+    """Return the oldest untaken update of a name. Takes no lock."""
     row = execute(connectable, _OLDEST, {"wanted_id": workflow_id, "signal_name": signal_of(name)}).one_or_none()
     return None if row is None else Candidate(row.id, row.payload)
 
@@ -156,7 +156,7 @@ def oldest(connectable: Connectable, *, workflow_id: UUID, name: str) -> Candida
 def take(connectable: Connectable, checkpoint: Checkpoint, *, update_id: int) -> str | None:
     """Take an update and record it as the outcome of the step: JSON text of its `id` and `payload`.
 
-    None: somebody has taken it before. Locks the workflow's row.
+    None: it was taken before. Locks the workflow's row.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
@@ -165,7 +165,7 @@ def take(connectable: Connectable, checkpoint: Checkpoint, *, update_id: int) ->
 
 
 def refuse(connectable: Connectable, fence: Fence, *, update_id: int, reason: str) -> None:
-    """Answer an update that nobody has taken, and nobody will; nothing of it is recorded among the steps.
+    """Refuse an untaken update: answer it, so that no step takes it; no step is recorded.
 
     Locks the workflow's row.
 
@@ -178,9 +178,9 @@ def refuse(connectable: Connectable, fence: Fence, *, update_id: int, reason: st
 
 
 def record_answer(connectable: Connectable, checkpoint: Checkpoint, *, update_id: int, answer: str) -> Verdict:
-    """Answer an update and record that as a step, in one statement; once, however often it is carried out.
+    """Answer an update and record that as a step, in one statement; once, however often it is executed.
 
-    DUPLICATE wrote nothing: another step has answered it. Waits for whoever holds the workflow's row.
+    DUPLICATE wrote nothing: another step has answered it. Waits for the lock of the workflow's row.
     """
     row = execute(connectable, _RECORD, given_parameters(checkpoint) | _answer_row(update_id, answer)).one()
     if not row.owned:
@@ -195,7 +195,7 @@ def record_answer(connectable: Connectable, checkpoint: Checkpoint, *, update_id
 def put_answer(connectable: Connectable, origin: Origin, *, update_id: int, answer: str) -> Verdict:
     """Answer an update in a step's transaction. DUPLICATE and LOST wrote nothing.
 
-    Waits for whoever holds the workflow's row.
+    Waits for the lock of the workflow's row.
     """
     parameters = given_fence_parameters(origin.fence, origin.step_key)
     if scalar(connectable, _PUT, parameters | _answer_row(update_id, answer)) is not None:
@@ -259,7 +259,7 @@ def _look_statement() -> Any:
             sent.c.consumed_by,
             WORKFLOW.c.status,
             answer.scalar_subquery().label("answer"),
-            holding.scalar_subquery().is_not(None).label("is_held"),
+            holding.scalar_subquery().is_not(None).label("is_remembered"),
         )
         .select_from(sent.join(WORKFLOW, WORKFLOW.c.id == sent.c.workflow_id))
         .where(sent.c.name.startswith(_UPDATE_LITERAL))

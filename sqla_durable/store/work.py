@@ -1,6 +1,6 @@
 """One statement that finds out what there is to do for a worker, so that an idle one costs a statement a poll.
 
-It locks and changes nothing, and promises nothing: the statements that claim, wake and reclaim look for themselves.
+It locks and changes nothing, and promises nothing: the statements that claim, wake and reclaim check again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sqla_durable.store.statements import (
 )
 
 LATE_COMMIT = timedelta(seconds=2)
-"""How long after its statement a transaction may commit, and still be seen by looks that do not read everything."""
+"""How long after its statement a transaction may commit, and still be found by polls that do not read everything."""
 
 _LATE_COMMIT = sa.text("interval '2 seconds'")
 _DEAD_LATELY = sa.text("interval '1 minute'")
@@ -45,17 +45,17 @@ _MONTH = 30 * 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class ScanStarts:
-    """The times before which looks have found nothing that is to be done; the next look begins there.
+    """The times before which a poll has found nothing to do; the next one starts there.
 
-    What is dead in the indexes before them is not passed over again. It stays there for as long as a snapshot is open
-    elsewhere, because vacuum cannot remove it.
+    So dead entries of the indexes before them are not read again. They stay for as long as a snapshot is open
+    elsewhere, because vacuum cannot remove them.
 
     Attributes:
         wake_at: of what is suspended.
         deadline_at: of deadlines that have come.
         sent_at: of signals that are not delivered.
         expired_at: of leases of dead workers.
-        found_at: when these were found out; None where they are the beginning.
+        found_at: when the poll was; None where they are the beginning.
     """
 
     wake_at: str = BEGINNING
@@ -66,7 +66,7 @@ class ScanStarts:
 
 
 FULL_SCAN = ScanStarts()
-"""The marks with which everything is read."""
+"""Everything is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +75,15 @@ class Work:
 
     Attributes:
         claimable: something waits in the queues.
-        due: the time of something suspended has come.
+        due: something suspended is due.
         next_due_in: seconds until the next time or deadline comes after that; None if there is none.
         undelivered: signals are new, of senders or of the engine itself.
         abandoned: a worker is dead and has left something running.
-        alive: the lease of the worker that looks is live.
-        overdue: the deadline of something unfinished has come.
-        has_orphans: a parent has left held children behind; its row is one of the undelivered, too.
+        alive: the lease of the worker that polls is live.
+        overdue: the deadline of something unfinished has passed.
+        has_orphans: deferred children have lost their parent; its notice is one of the undelivered, too.
         paused: the names of the queues that are paused, in order.
-        scan_starts: where the next look may begin.
+        scan_starts: where the next poll may begin.
     """
 
     claimable: bool
@@ -108,17 +108,17 @@ def find_work(
     scan_starts: ScanStarts = FULL_SCAN,
     within: float = _MONTH,
 ) -> Work:
-    """Look, in one statement that takes no lock.
+    """Find out what there is to do, in one statement that takes no lock.
 
     Args:
-        worker_id: the worker that looks.
+        worker_id: the worker that polls.
         ranges: the parts of queues in which something may be claimable; without any, nothing is.
         names: the workflows that it may claim.
         versions: and their versions; none mean all of them.
         scan_starts: where to begin.
-        within: how many seconds ahead the next time or deadline is looked for.
+        within: how many seconds ahead the next time or deadline is searched.
     """
-    parameters = {"looking_id": worker_id} | name_parameters(names, versions) | range_parameters(ranges)
+    parameters = {"polling_id": worker_id} | name_parameters(names, versions) | range_parameters(ranges)
     row = execute(connectable, _FIND_WORK, parameters | _scan_parameters(scan_starts) | {"within": within}).one()
     return Work(
         claimable=row.claimable,
@@ -165,7 +165,7 @@ def _first(column: sa.ColumnElement[datetime], *conditions: Condition) -> Any:
 def _scan_start(first: Any) -> Any:
     """Return the time before which there is nothing, less what may be committed late.
 
-    What is of a later time than now does not keep the next look from what comes before it.
+    A time in the future does not keep the next poll from what comes before it.
     """
     return sa.func.greatest(sa.func.least(first, pg.statement_timestamp()), _EARLIEST) - _LATE_COMMIT
 
@@ -194,7 +194,7 @@ def _abandoned() -> Condition:
 
 
 def _alive() -> Condition:
-    mine = WORKER.c.id == parameter("looking_id", sa.UUID())
+    mine = WORKER.c.id == parameter("polling_id", sa.UUID())
     return sa.select(WORKER.c.id).where(mine, WORKER.c.lease_expires_at > pg.statement_timestamp()).exists()
 
 

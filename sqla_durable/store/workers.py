@@ -61,7 +61,7 @@ _DEAD_FOR = timedelta(days=1)
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who executes a workflow: the name of the worker or the executor, and the end of its lease."""
+    """The worker or executor that executes a workflow: its name, and the end of its lease."""
 
     name: str
     lease_expires_at: datetime
@@ -69,7 +69,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class RunningSteps:
-    """What a worker has said at its last beat: by step, its try and the seconds for which that was executed."""
+    """What a worker reported with its last heartbeat: by step, its try and the seconds since that began."""
 
     name: str
     heartbeat_at: datetime
@@ -80,7 +80,7 @@ class RunningSteps:
 DEFAULT_MAX_ATTEMPTS = 10
 
 MOST_CRASHES = 32_767
-"""What the column of crashes holds at most."""
+"""The largest number in the column of crashes."""
 
 MAX_ATTEMPTS_TYPE = "sqla_durable.errors:MaxAttemptsError"
 _DEATH = "its worker died"
@@ -91,7 +91,7 @@ _DOUBLINGS = 9  # more than it takes to the longest, and no overflow
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """A workflow taken back: pending, suspended for a while, or failed because that happened too often."""
+    """A reclaimed workflow: pending, suspended for a while, or failed because that happened too often."""
 
     workflow_id: UUID
     name: str
@@ -107,39 +107,39 @@ def beat(
     lease: timedelta,
     doing: str | None = None,
 ) -> None:
-    """Begin a lease or extend it to `lease` from now; one row, locked until the commit.
+    """Start a lease or extend it to `lease` from now; one row, locked until the commit.
 
     Args:
-        doing: JSON text of what it executes for long, `{workflow: {step: [try, seconds]}}`.
+        doing: JSON text of the steps that it has been executing for long, `{workflow: {step: [try, seconds]}}`.
     """
     given = {"beating_id": worker_id, "beating_name": name, "listened_queues": list(queues), "lease": lease}
     execute(connectable, _BEAT, given | {"doing": doing})
 
 
 def end_lease(connectable: Connectable, worker_id: UUID) -> None:
-    """End a lease. Release the running workflows first, or they are reclaimed as from a dead worker."""
+    """End a lease. Release the running workflows first; others reclaim them as from a dead worker."""
     execute(connectable, _END_LEASE, {"beating_id": worker_id})
 
 
 def exists(session: Session, worker_id: UUID) -> bool:
-    """Tell whether the worker's row is visible here."""
+    """Return whether the worker's row is visible here."""
     return scalar(session, sa.select(WORKER.c.id).where(WORKER.c.id == worker_id)) is not None
 
 
 def holder(session: Session, workflow_id: UUID) -> Holder | None:
-    """Return who executes a workflow, and until when it may; None if nobody does. Takes no lock."""
+    """Return the worker that executes a workflow, with the end of its lease; None if there is none. Takes no lock."""
     row = execute(session, _HOLDER, {"wanted_id": workflow_id}).one_or_none()
     return None if row is None else Holder(row.name, row.lease_expires_at)
 
 
 def running_steps(session: Session, workflow_id: UUID) -> RunningSteps | None:
-    """Return what a worker has said at its last beat of its steps of a workflow; None if nobody executes that."""
+    """Return what a worker reported of its steps of a workflow with its last heartbeat; None if none executes that."""
     row = execute(session, _RUNNING_STEPS, {"wanted_id": workflow_id, "wanted_text": str(workflow_id)}).one_or_none()
     return None if row is None else RunningSteps(row.name, row.heartbeat_at, row.lease_expires_at, row.steps or {})
 
 
 def attempts_of(connectable: Connectable, worker_id: UUID) -> list[Fence]:
-    """Give the attempts that the tables say this worker is executing."""
+    """Return the attempts that this worker is executing, according to the tables."""
     rows = execute(connectable, _ATTEMPTS_OF, {"beating_id": worker_id})
     return [Fence(row.id, row.token) for row in rows]
 
@@ -159,14 +159,14 @@ def reclaim(
     besides: UUID | None = None,
     subset: Subset = ALL,
 ) -> list[Reclaimed]:
-    """Take back running workflows whose worker's lease ran out, as their next attempt.
+    """Reclaim running workflows whose worker's lease has expired, as their next attempt.
 
     Args:
         max_attempts: after so many crashes in a row one of these names and queues fails; others only wait longer,
             because their own workers may allow them more.
         limit: how many at most.
         names, queues: None means all.
-        besides: the worker that asks: its own lease may run out between its last look and this.
+        besides: the worker that reclaims: its own lease may expire between its last poll and this.
         subset: which of those that it finds.
     """
     mine = {"mine_names": names, "mine_queues": queues, "asking_id": besides, **subset.parameters}
@@ -176,27 +176,27 @@ def reclaim(
 
 
 def expired(connectable: Connectable, *, limit: int, besides: UUID | None = None, subset: Subset = ALL) -> list[UUID]:
-    """Return the ids of those that this would take back."""
+    """Return the ids of the workflows that this would reclaim."""
     return subset.find_ids(connectable, _EXPIRED, {"limit": limit, "asking_id": besides})
 
 
 def reclaim_one(session: Session, workflow_id: UUID, *, max_attempts: int) -> Reclaimed | None:
-    """Take back one workflow if its lease ran out, waiting for whoever holds its row; never suspends it.
+    """Reclaim one workflow if its lease has expired, waiting for the lock of its row; never suspend it.
 
-    Its caller is at hand and executes it now.
+    The caller executes it now.
     """
     parameters = {"max_attempts": max_attempts, "limit": 1, "wanted_id": workflow_id, "reason": _DEATH}
-    # The lock comes first, in a statement of its own: the next one sees what whoever held the row has recorded.
+    # The lock comes first, in a statement of its own: the next one sees what the transaction before has recorded.
     scalars(session, _LOCK_ONE, parameters).all()
     row = execute(session, _RECLAIM_ONE, parameters).one_or_none()
     return None if row is None else _reclaimed(row)
 
 
 def abandon_attempt(connectable: Connectable, fence: Fence, *, reason: str, max_attempts: int) -> bool:
-    """Take back a workflow from an attempt of one's own that broke, as if its worker had died.
+    """Reclaim a workflow from an attempt of this worker that broke, as if the worker had died.
 
     Returns:
-        False if somebody else holds the row: try again.
+        False if the row is locked: try again.
     """
     parameters = {
         "max_attempts": max_attempts,
@@ -260,7 +260,7 @@ def _lease_has_expired() -> Condition:
 
 def _lock_abandoned(*conditions: Condition, skip_locked: bool, mine: Condition) -> sa.CTE:
     # Two CTEs: where a row has changed in between, PostgreSQL checks the row itself once more when it locks it, but
-    # not what a sub-select says about another table. Reclaimed and claimed anew by somebody else, the workflow would
+    # not what a sub-select says about another table. Reclaimed and claimed again by another worker, the workflow would
     # still look abandoned; by its token it does not.
     seen = materialized(
         sa.select(WORKFLOW.c.id, WORKFLOW.c.token).where(
@@ -268,7 +268,7 @@ def _lock_abandoned(*conditions: Condition, skip_locked: bool, mine: Condition) 
         ),
         "seen",
     )
-    # At most what the columns hold and allow: of a row that nobody but SQL can have written.
+    # At most what the columns can have: other SQL may have written the row.
     more = sa.func.least(WORKFLOW.c.crashes + ONE, WORKFLOW.c.attempt, integer(MOST_CRASHES))
     columns = [WORKFLOW.c.id, sa.case((_has_progressed(), 0), else_=more).label("crashes")]
     columns.append(mine.label("mine"))
@@ -289,7 +289,7 @@ def _is_listed(column: sa.ColumnElement[str], name: str) -> Condition:
 
 
 def _has_progressed() -> Condition:
-    """Tell whether the attempt that ends here has recorded the outcome of a step."""
+    """Return whether the attempt that ends here has recorded the outcome of a step."""
     recorded = sa.select(STEP.c.key).where(STEP.c.workflow_id == WORKFLOW.c.id, STEP.c.attempt == WORKFLOW.c.attempt)
     # The last number is that of more than one attempt.
     return recorded.where(~is_open_step(), WORKFLOW.c.attempt < MOST_ATTEMPTS).exists()
@@ -333,7 +333,7 @@ def _reclaiming_statement(abandoned: sa.CTE, *, suspect: Condition) -> Any:
 
 
 def _later(crashes: sa.ColumnElement[int]) -> Expression:
-    """Give a time that doubles with each crash, spread by a hash: `random()` has no place in an UPDATE.
+    """Return a time that doubles with each crash, spread by a hash: `random()` is not allowed in a sharded UPDATE.
 
     Of the id and the number of crashes, so that two that died together once are apart the next time.
     """

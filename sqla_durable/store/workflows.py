@@ -32,7 +32,7 @@ from sqla_durable.store.statements import (
 
 @dataclass(frozen=True, slots=True)
 class WaitedFor:
-    """What a suspended workflow waits for, and the names of the senders' signals that nobody has taken."""
+    """What a suspended workflow waits for, and the names of its untaken signals."""
 
     signals: Sequence[str]
     waits_for_children: bool
@@ -55,7 +55,7 @@ class Exported:
 
 
 def state(session: Session, workflow_id: UUID) -> WorkflowState:
-    """Read where a workflow stands, and its outcome if it has one.
+    """Read the state of a workflow, with its outcome if it has one.
 
     Raises:
         WorkflowNotFoundError: there is no such workflow.
@@ -67,7 +67,7 @@ def state(session: Session, workflow_id: UUID) -> WorkflowState:
 
 
 def not_found(session: Session, workflow_id: UUID) -> WorkflowNotFoundError:
-    """Give the error for a workflow that is not there."""
+    """Return the error for a workflow that is not visible."""
     return WorkflowNotFoundError(
         f"no workflow {workflow_id} is visible in {connection_of(session).engine.url.render_as_string()}: is the "
         "transaction that started it committed?",
@@ -86,13 +86,13 @@ def waited_for(session: Session, workflow_id: UUID) -> WaitedFor | None:
 
 
 def statuses(session: Session, workflow_ids: Sequence[UUID]) -> Mapping[UUID, WorkflowStatus]:
-    """Give the statuses of those of the workflows that there are."""
+    """Return the statuses of those of the workflows that exist."""
     rows = execute(session, _STATUSES, {"ids": list(workflow_ids)})
     return {row.id: row.status for row in rows}
 
 
 def export(connectable: Connectable, workflow_ids: Sequence[UUID]) -> list[Exported]:
-    """Read workflows, in the order of their ids. Takes no lock; those that are not there are left out."""
+    """Read workflows, in the order of their ids. Takes no lock; those that do not exist are left out."""
     return [Exported(**row) for row in execute(connectable, _EXPORT, {"ids": list(workflow_ids)}).mappings()]
 
 
