@@ -123,21 +123,11 @@ def _checks_of_state() -> list[sa.CheckConstraint]:
         _check("workflow", "output", "(status = 'succeeded') = (output IS NOT NULL)"),
         _check("workflow", "wake", "wake_at IS NULL OR status = 'suspended'"),
         _check("workflow", "cancellation", "cancellation IN ('compensates', 'requested', 'overdue')"),
-    ]
-
-
-def _checks_of_values() -> list[sa.CheckConstraint]:
-    """Return the constraints on single columns, and on times."""
-    return [
-        _name("workflow", "name"),
-        _name("workflow", "key"),
-        _name("workflow", "queue"),
         _check(
             "workflow",
             "status",
             "status IN ('pending', 'running', 'suspended', 'succeeded', 'failed', 'cancelled')",
         ),
-        _check("workflow", "input", "pg_catalog.jsonb_typeof(input) = 'object'"),
         _check(
             "workflow",
             "token",
@@ -156,6 +146,16 @@ def _checks_of_values() -> list[sa.CheckConstraint]:
             "awaits IS NULL OR (status = 'suspended' AND pg_catalog.jsonb_typeof(awaits) = 'array' "
             f"AND NOT pg_catalog.jsonb_path_exists(awaits, '{_UNREADABLE_WAIT}'))",
         ),
+    ]
+
+
+def _checks_of_values() -> list[sa.CheckConstraint]:
+    """Return the constraints on single columns, and on times."""
+    return [
+        _name("workflow", "name"),
+        _name("workflow", "key"),
+        _name("workflow", "queue"),
+        _check("workflow", "input", "pg_catalog.jsonb_typeof(input) = 'object'"),
         _name("workflow", "parent_key", longest=_LONGEST_KEY),
         _check("workflow", "parent_id", "parent_id <> id"),
         _name("workflow", "version"),
