@@ -1,4 +1,4 @@
-"""The look of an idle worker: what it sees, and that it costs the same however much there is."""
+"""The poll of an idle worker: what it finds, and that it costs the same however much there is."""
 
 from __future__ import annotations
 

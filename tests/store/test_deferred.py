@@ -1,4 +1,4 @@
-"""Held children go once their parent is gone: beside whoever else is at their rows, and only then."""
+"""Deferred children are started once their parent is gone, and only then, whatever others do to their rows."""
 
 from __future__ import annotations
 

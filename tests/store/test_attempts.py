@@ -1,4 +1,4 @@
-"""The group commit as one statement: what it writes, what it leaves, and how PostgreSQL executes it."""
+"""The ends of attempts, one by one and in batches: only the owner writes, and nothing waits."""
 
 from __future__ import annotations
 
@@ -15,6 +15,48 @@ from sqla_durable.store import Checkpoint, Fence, Park, attempts, steps
 from sqla_durable.store.statements import batch_parameter
 from tests.store import races
 from tests.store.plans import explain, fill
+
+
+def test_only_the_owner_finishes_and_only_once(engine: Engine) -> None:
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        assert not attempts.finish(session, races.success(Fence(fence.workflow_id, uuid7())))
+        assert attempts.finish(session, races.success(fence))
+        assert not attempts.finish(session, races.success(fence))
+        assert attempts.finished_by(session, [fence]) == {fence: WorkflowStatus.SUCCEEDED}
+        assert attempts.finished_by(session, [Fence(fence.workflow_id, uuid7())]) == {}
+
+
+def test_a_completion_that_waited_for_a_cancel_is_lost(engine: Engine) -> None:
+    (fence,) = races.claimed_fences(engine)
+    with races.transaction(engine) as canceller, races.transaction(engine) as owner:
+        races.cancel(canceller.session, fence.workflow_id)
+        finishing = owner.begin_blocked(lambda session: attempts.finish(session, races.success(fence)))
+        canceller.session.commit()
+        assert finishing.result() is False
+    assert races.status_of(engine, fence.workflow_id) is WorkflowStatus.CANCELLED
+
+
+def test_a_cancel_that_waited_for_a_completion_changes_nothing(engine: Engine) -> None:
+    (fence,) = races.claimed_fences(engine)
+    with races.transaction(engine) as canceller, races.transaction(engine) as owner:
+        assert attempts.finish(owner.session, races.success(fence))
+        cancelling = canceller.begin_blocked(lambda session: races.cancel(session, fence.workflow_id))
+        owner.session.commit()
+        cancelling.result()
+        canceller.session.commit()
+    assert races.status_of(engine, fence.workflow_id) is WorkflowStatus.SUCCEEDED
+
+
+def test_a_released_workflow_keeps_its_place_and_its_attempt(engine: Engine) -> None:
+    first, second = races.claimed_fences(engine, 2)
+    with Session(engine) as session:
+        later = races.enqueue(session, 1)
+        assert attempts.release(session, [second, first]) == {first.workflow_id, second.workflow_id}
+        session.commit()
+        again = races.claim(session, 3)
+    assert [each.fence.workflow_id for each in again] == [first.workflow_id, second.workflow_id, *later]
+    assert {each.attempt for each in again} == {1}
 
 
 def test_checkpoints_and_what_ends_their_attempts_are_written_together(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""What can be told from a driver's connection."""
+"""What the store finds out of a driver's connection."""
 
 from __future__ import annotations
 
