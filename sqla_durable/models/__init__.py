@@ -7,9 +7,7 @@ not find a class of another metadata. `storage` has what a SQLAlchemy `Table` ha
 
 from sqla_durable.models import storage
 from sqla_durable.models.base import REVISION, SCHEMA, Base, metadata
-from sqla_durable.models.history import Event, Signal, Step, StreamItem
-from sqla_durable.models.workers import Queue, Worker
-from sqla_durable.models.workflow import Workflow
+from sqla_durable.models.tables import Event, Queue, Signal, Step, StreamItem, Worker, Workflow
 
 __all__ = [
     "REVISION",

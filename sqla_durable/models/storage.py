@@ -9,7 +9,7 @@ from sqlalchemy.schema import CreateSchema
 
 from sqla_durable.errors import SessionError
 from sqla_durable.models.base import SCHEMA, metadata
-from sqla_durable.models.workflow import Workflow
+from sqla_durable.models.tables import Workflow
 
 # Workflows change several times in their short lives, and every claim walks over the index entries of rows that no
 # longer qualify until vacuum has removed them. So vacuum comes after a fixed number of changes instead of a share of a
