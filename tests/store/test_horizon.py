@@ -99,7 +99,7 @@ def pages(session: Session, marks: ScanStarts, ranges: claims.Ranges) -> dict[st
     statements: dict[str, tuple[Any, dict[str, Any]]] = {
         "look": (
             looks._FIND_WORK,
-            {"looking_id": races.WORKER, "within": 1.0, **known, **looks._scan_parameters(marks)},
+            {"polling_id": races.WORKER, "within": 1.0, **known, **looks._scan_parameters(marks)},
         ),
         "claim": (claims._CLAIM, {"limit": 100, "new_token": uuid7(), "claimant": races.WORKER, **known}),
         "deliver": (signals._DELIVER, {"limit": 1_000, "since": marks.sent_at}),

@@ -113,7 +113,7 @@ def test_a_look_costs_a_few_pages_among_many_rows(
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.execute(text("VACUUM ANALYZE"))
     with Session(engine) as session:
-        parameters: dict[str, object] = {"looking_id": races.WORKER, **name_parameters(["checkout"], ["1"])}
+        parameters: dict[str, object] = {"polling_id": races.WORKER, **name_parameters(["checkout"], ["1"])}
         parameters |= range_parameters(from_front(["a", "default"])) | BEGIN
         # The less of two: a session whose catalogue caches were reset meanwhile reads the catalogue's pages, too.
         plans = [explain(session, _FIND_WORK, parameters, mode=mode) for _ in range(2)]
