@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store.inbox import first_keyed
-from sqla_durable.store.keys import require_the_latest, sees_the_latest
+from sqla_durable.store.keys import insert_new_keys, require_the_latest, sees_the_latest
 from sqla_durable.store.records import Checkpoint
 from sqla_durable.store.statements import (
     ONE,
@@ -30,7 +30,6 @@ from sqla_durable.store.statements import (
     Connectable,
     Expression,
     execute,
-    insert_select,
     json_parameter,
     materialized,
     parameter,
@@ -244,11 +243,8 @@ def _look_statement() -> Any:
 
 
 def _insert_outcome(source: Any, *more: str) -> Any:
-    return (
-        insert_select(SIGNAL, ["workflow_id", "name", "payload", "key", "is_answer", *more], source)
-        .on_conflict_do_nothing(index_elements=["workflow_id", "name", "key"], index_where=SIGNAL.c.key.is_not(None))
-        .returning(SIGNAL.c.id)
-    )
+    columns = ["workflow_id", "name", "payload", "key", "is_answer", *more]
+    return insert_new_keys(SIGNAL, columns, source).returning(SIGNAL.c.id)
 
 
 def _answer_statement(*conditions: Condition) -> Any:

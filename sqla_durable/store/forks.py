@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from sqla_durable.models import Workflow
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import StepStatus
+from sqla_durable.store.keys import insert_new_keys
 from sqla_durable.store.selection import Selection
 from sqla_durable.store.statements import (
     EVENT,
@@ -180,11 +181,7 @@ def _insert_workflows(cut: sa.CTE, copied: sa.CTE) -> Any:
     }
     columns = {each.name: each for each in WORKFLOW.c if each.name not in _NOT_COPIED} | changed
     source = sa.select(*columns.values()).join_from(cut, WORKFLOW, _of_source(WORKFLOW.c.id, cut))
-    return (
-        insert_select(WORKFLOW, columns, source.order_by(cut.c.source))
-        .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
-        .returning(WORKFLOW.c.id)
-    )
+    return insert_new_keys(WORKFLOW, columns, source.order_by(cut.c.source)).returning(WORKFLOW.c.id)
 
 
 def _insert_steps(copied: sa.CTE, started: sa.CTE) -> Any:

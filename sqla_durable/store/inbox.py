@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store.keys import sees_the_latest
+from sqla_durable.store.keys import insert_new_keys, sees_the_latest
 from sqla_durable.store.records import Checkpoint
 from sqla_durable.store.statements import (
     ONE,
@@ -141,11 +141,7 @@ def send_statement(*, in_snapshot: bool = False, is_update: bool = False) -> Any
     columns = ["workflow_id", "name", "key", "payload"]
     if is_update:
         source, columns = source.add_columns(sa.true()), [*columns, "is_update"]
-    return (
-        insert_select(SIGNAL, columns, source)
-        .on_conflict_do_nothing(index_elements=["workflow_id", "name", "key"], index_where=SIGNAL.c.key.is_not(None))
-        .returning(SIGNAL.c.id)
-    )
+    return insert_new_keys(SIGNAL, columns, source).returning(SIGNAL.c.id)
 
 
 def first_untaken(workflow_id: Expression, name: Expression, *columns: Expression) -> Any:

@@ -7,12 +7,15 @@ isolation level it sees what its snapshot has, and `ON CONFLICT DO NOTHING` of a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models.column_types import Text
-from sqla_durable.store.statements import Condition, pg, scalar, text_literal
+from sqla_durable.store.statements import Condition, insert_select, pg, scalar, text_literal
 
 MOST_REPEATS = 5
 """How often an insert and a search under a key are repeated: between the two, the row may be deleted."""
@@ -26,6 +29,14 @@ def sees_the_latest() -> Condition:
     """Return the condition that each statement of the transaction has a snapshot of its own."""
     setting: sa.ColumnElement[str] = text_literal("transaction_isolation")
     return pg.current_setting(setting, type_=Text()) == text_literal("read committed")
+
+
+def insert_new_keys(table: sa.Table, columns: Iterable[str], source: sa.SelectBase) -> Insert:
+    """Insert what a select returns, except rows whose key exists; waits for a transaction that is inserting it."""
+    scope = ["workflow_id"] if "workflow_id" in table.c else []
+    return insert_select(table, columns, source).on_conflict_do_nothing(
+        index_elements=[*scope, "name", "key"], index_where=table.c.key.is_not(None)
+    )
 
 
 def require_the_latest(session: Session) -> None:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store.keys import MOST_REPEATS, not_visible, require_the_latest, sees_the_latest
+from sqla_durable.store.keys import MOST_REPEATS, insert_new_keys, not_visible, require_the_latest, sees_the_latest
 from sqla_durable.store.records import NewWorkflow
 from sqla_durable.store.statements import (
     WORKFLOW,
@@ -30,7 +30,6 @@ from sqla_durable.store.statements import (
     batch_parameter,
     batch_table,
     execute,
-    insert_select,
     interval,
     is_among,
     merge_record,
@@ -192,11 +191,7 @@ def _inserting(new: NewWorkflow, *conditions: Condition) -> Any:
     values = {name: _literal(name, value) for name, value in _values(new).items()}
     computed = [WORKFLOW.c[name] for name, value in _values(new).items() if isinstance(value, sa.ClauseElement)]
     source = sa.select(*values.values()).where(~_with_key(new).exists(), *conditions)
-    return (
-        insert_select(WORKFLOW, values, source)
-        .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
-        .returning(*_SHOWN, *computed)
-    )
+    return insert_new_keys(WORKFLOW, values, source).returning(*_SHOWN, *computed)
 
 
 def _inserted(session: Session, workflows: Sequence[NewWorkflow], *, in_snapshot: bool = False) -> dict[UUID, UUID]:
@@ -264,11 +259,9 @@ def _insert_many(given: frozenset[str], *, in_snapshot: bool) -> Any:
     if "key" in given:
         source = source.where(_IS_UNKNOWN)
         source = source if in_snapshot else source.where(sa.or_(batch.c.key.is_(None), sees_the_latest()))
-    return (
-        insert_select(WORKFLOW, columns, source.order_by(batch.c.name, batch.c.key, batch.c.id))
-        .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
-        .returning(WORKFLOW.c.id)
-    )
+    # In the order of keys: two callers that start the same keys wait for each other in one direction only.
+    ordered = source.order_by(batch.c.name, batch.c.key, batch.c.id)
+    return insert_new_keys(WORKFLOW, columns, ordered).returning(WORKFLOW.c.id)
 
 
 _BATCH = batch_table("batch", NEW.columns)
