@@ -54,7 +54,7 @@ from sqla_durable.store.statements import (
 from sqla_durable.store.workers import MAX_ATTEMPTS_TYPE
 
 _STOPPED = sa.and_(
-    WORKFLOW.c.token.is_(None),  # one that failed by itself keeps its token
+    WORKFLOW.c.token.is_(None),  # one that failed by itself keeps its token, whatever its error
     WORKFLOW.c.error["type"].astext.in_(text_literal(each) for each in (MAX_ATTEMPTS_TYPE, REFUSED_TYPE, TIMEOUT_TYPE)),
 )
 _SHOWN_KEYS = 20

@@ -159,11 +159,11 @@ class _Managed(OnWorkflows):
     waits: ClassVar[bool] = True
 
     def chosen(self, row: Row) -> bool:
-        """Tell whether the operator means this row."""
+        """Return whether the operator means this row."""
         return row.queue == self.queue if self.wanted_ids is None else row.id in self.wanted_ids
 
     def selected(self) -> list[UUID] | Select[Any]:
-        """Give what the operator names."""
+        """Return what the operator names."""
         if self.wanted_ids is not None:
             return list(self.wanted_ids)
         return select(Workflow).where(Workflow.queue == self.queue)

@@ -23,7 +23,7 @@ _FAILED = "builtins:ValueError"
 
 
 def row_in(view: View, name: Hashable) -> Row:
-    """Give a workflow of a view."""
+    """Return a workflow of a view."""
     found = view[name]
     assert isinstance(found, Row)
     return found
@@ -33,11 +33,11 @@ class OnWorkflows(Operation):
     """An operation that turns each workflow that it gets into a new version."""
 
     def wanted(self, row: Row, view: View, now: int) -> bool:
-        """Tell whether it is about this row."""
+        """Return whether it is about this row."""
         raise NotImplementedError
 
     def version(self, row: Row, now: int) -> Row:
-        """Give the new version."""
+        """Return the new version."""
         raise NotImplementedError
 
     def wants(self, view: View, now: int) -> list[Hashable]:

@@ -82,7 +82,7 @@ def transaction(engine: Engine) -> Generator[Transaction]:
 
 
 def pid_of(session: Session) -> int:
-    """Give the process id of the session's backend."""
+    """Return the process id of the session's backend."""
     return int(session.execute(text("SELECT pg_backend_pid()")).scalar_one())
 
 
@@ -103,7 +103,7 @@ def wait_until_blocked(engine: Engine, pid: int) -> None:
 
 
 def blocked_statements(engine: Engine) -> dict[int, object]:
-    """Give the backends of this database that wait for a lock, and since when they execute their statement."""
+    """Return the backends of this database that wait for a lock, and since when they execute their statement."""
     statement = text(
         "SELECT pid, query_start FROM pg_stat_activity "
         "WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0"
@@ -144,7 +144,7 @@ def end(session: Session, ends: Sequence[attempts.End]) -> set[UUID]:
 
 
 def is_alive(session: Session, worker_id: UUID) -> bool:
-    """Tell whether a worker's lease is live."""
+    """Return whether a worker's lease is live."""
     return find_work(session, worker_id=worker_id, ranges={}, names=[]).alive
 
 
@@ -208,22 +208,22 @@ def lock(session: Session, workflow_id: UUID, strength: str = "NO KEY UPDATE") -
 
 
 def status_of(engine: Engine, workflow_id: UUID) -> WorkflowStatus:
-    """Give the committed status of a workflow."""
+    """Return the committed status of a workflow."""
     with Session(engine) as session:
         return session.get_one(Workflow, workflow_id).status
 
 
 def status_in(session: Session, workflow_id: UUID) -> WorkflowStatus:
-    """Give the status of a workflow as this session's transaction sees it."""
+    """Return the status of a workflow as this session's transaction sees it."""
     return session.get_one(Workflow, workflow_id, populate_existing=True).status
 
 
 def history_of(engine: Engine, workflow_id: UUID) -> list[str]:
-    """Give the keys of a workflow's checkpoints in the order of their positions."""
+    """Return the keys of a workflow's checkpoints in the order of their positions."""
     with Session(engine) as session:
         return [each.key for each in session.get_one(Workflow, workflow_id).steps]
 
 
 def one(new: NewWorkflow) -> Callable[[Session], UUID]:
-    """Give the function that inserts a workflow with a key."""
+    """Return the function that inserts a workflow with a key."""
     return lambda session: starts.insert_unless_known(session, new).id

@@ -95,7 +95,7 @@ def test_an_attempt_does_not_end_before_all_of_its_checkpoints_are_written(engin
         assert races.status_in(session, fence.workflow_id) is not WorkflowStatus.RUNNING
 
 
-def test_what_is_lost_or_held_is_given_back_and_the_rest_is_written(engine: Engine) -> None:
+def test_what_is_lost_or_locked_is_returned_and_the_rest_is_written(engine: Engine) -> None:
     mine, held, lost = races.claimed_fences(engine, 3)
     stranger = Fence(lost.workflow_id, uuid7())
     with races.transaction(engine) as caller, Session(engine) as session:

@@ -164,7 +164,7 @@ def test_attempt_that_lost_its_workflow_lets_nothing_expire(engine: Engine) -> N
     assert outcomes(engine) == []
 
 
-def test_open_answer_holds_up_nobody_and_wakes_when_it_is_committed(engine: Engine) -> None:
+def test_an_uncommitted_answer_blocks_nothing_and_wakes_when_it_is_committed(engine: Engine) -> None:
     fence, made = make(engine)
     with races.transaction(engine) as foreign:
         complete_callback(foreign.session, made.reveal(), 1)
@@ -239,7 +239,7 @@ def test_finding_a_callback_reads_its_own_workflow_only(engine: Engine, mode: st
             assert plan.buffers() < 30, plan
 
 
-def test_outcomes_go_when_the_workflow_begins_anew(engine: Engine) -> None:
+def test_outcomes_are_deleted_when_the_workflow_continues_as_new(engine: Engine) -> None:
     """Nobody would read them, and the rows of a workflow that runs for ever do not grow with its rounds."""
     fence, made = make(engine)
     with Session(engine) as session, session.begin():

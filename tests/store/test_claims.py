@@ -148,7 +148,7 @@ def test_versions_that_are_not_asked_for_stay_and_those_without_one_do_not(
         assert claims.other_versions(session, **known) == []
 
 
-def test_a_paused_queue_is_passed_over_until_it_is_resumed(session_factory: sessionmaker[Session]) -> None:
+def test_a_paused_queue_is_skipped_until_it_is_resumed(session_factory: sessionmaker[Session]) -> None:
     # behaviour: Q8
     with session_factory() as session:
         races.enqueue(session)

@@ -110,7 +110,7 @@ def test_everybody_at_the_same_rows_never_deadlocks_and_loses_nothing(engine: En
 
 
 @pytest.mark.parametrize("bad", ["checkpoint", "park"])
-async def test_a_bad_row_fails_its_own_workflow_and_none_that_is_parked_beside_it(engine: Engine, bad: str) -> None:
+async def test_a_bad_row_fails_its_own_workflow_and_none_that_is_suspended_beside_it(engine: Engine, bad: str) -> None:
     fences = races.claimed_fences(engine, ROWS)
     database = ThreadDatabase(engine, limit=30)
     writer = Writer(database)

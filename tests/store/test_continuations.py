@@ -14,7 +14,7 @@ from sqla_durable.testing import advance
 from tests.store import races
 
 
-def test_what_is_recorded_while_a_workflow_begins_anew_is_forgotten_too(engine: Engine) -> None:
+def test_what_is_recorded_while_a_workflow_continues_as_new_is_deleted_too(engine: Engine) -> None:
     """By a branch of the same attempt, say: its commit is on its way. The next round would take it for its own."""
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as branch, races.transaction(engine) as anew:
@@ -26,7 +26,7 @@ def test_what_is_recorded_while_a_workflow_begins_anew_is_forgotten_too(engine: 
     assert races.history_of(engine, fence.workflow_id) == []
 
 
-def test_who_is_gone_in_the_middle_of_beginning_anew_leaves_a_workflow_that_comes_there_again(engine: Engine) -> None:
+def test_a_workflow_whose_worker_dies_between_the_two_statements_continues_as_new_later(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as session:
         races.record(session, [races.checkpoint(fence, "charge")])

@@ -42,7 +42,7 @@ def asked(session: Session) -> int:
     return session.scalar(select(func.count()).select_from(Signal).where(Signal.name == "#orphans")) or 0
 
 
-def test_what_a_parent_leaves_goes_with_its_end_and_what_somebody_holds_goes_later(engine: Engine) -> None:
+def test_orphans_start_with_their_parents_end_and_locked_ones_later(engine: Engine) -> None:
     fence, (first, second) = parent_with_held(engine)
     with Session(engine) as session, session.begin():
         assert attempts.write_batch(session, [], [failure(fence)]) == attempts.Unwritten()
@@ -79,7 +79,7 @@ def test_start_on_its_way_is_seen_after_the_end(engine: Engine) -> None:
         assert deferred.start_orphans(session, limit=9) == 2
 
 
-def test_children_of_a_parent_that_goes_on_stay_held(engine: Engine) -> None:
+def test_children_of_a_parent_that_goes_on_stay_deferred(engine: Engine) -> None:
     fence, _ = parent_with_held(engine)
     with Session(engine) as session:
         deferred.report_orphans(session, [fence.workflow_id])
@@ -92,7 +92,7 @@ def test_children_of_a_parent_that_goes_on_stay_held(engine: Engine) -> None:
         assert deferred.start_orphans(session, limit=9) == 2
 
 
-def test_what_begins_anew_or_dies_for_good_leaves_its_held_children(engine: Engine) -> None:
+def test_what_continues_as_new_or_fails_for_its_crashes_leaves_orphans(engine: Engine) -> None:
     fence, _ = parent_with_held(engine)
     with Session(engine) as session:
         assert continuations.continue_as_new(session, fence, given="{}")
@@ -105,7 +105,7 @@ def test_what_begins_anew_or_dies_for_good_leaves_its_held_children(engine: Engi
         assert deferred.start_orphans(session, limit=9) == 2
 
 
-def test_a_cancel_lets_go_what_is_detached_and_held(engine: Engine) -> None:
+def test_a_cancel_starts_what_is_detached_and_deferred(engine: Engine) -> None:
     fence, _ = parent_with_held(engine, detached=True)
     with Session(engine) as session:
         assert cancel(session, fence.workflow_id) == [fence.workflow_id]
@@ -137,7 +137,7 @@ def test_a_start_whose_outcome_was_replaced_lets_all_go(engine: Engine) -> None:
         assert deferred.start_orphans(session, limit=9) == 2
 
 
-def test_all_that_are_held_go_and_nobody_who_holds_a_row_is_passed_over(engine: Engine) -> None:
+def test_all_that_are_deferred_start_and_locked_rows_are_waited_for(engine: Engine) -> None:
     fence, ids = parent_with_held(engine)
     release = partial(deferred.start_rest, checkpoint=races.checkpoint(fence, "map:double"), ids=ids)
     with races.transaction(engine) as caller, races.transaction(engine) as giving_up:
@@ -156,7 +156,7 @@ def test_an_attempt_that_has_lost_its_workflow_lets_nothing_go(engine: Engine) -
         assert races.status_in(session, ids[0]) is WorkflowStatus.SUSPENDED
 
 
-def test_detached_children_that_a_deleted_parent_has_held_go(engine: Engine) -> None:
+def test_deferred_detached_children_of_a_deleted_parent_start(engine: Engine) -> None:
     """Before any worker has seen that it has ended; afterwards they would be nobody's."""
     fence, ids = parent_with_held(engine, detached=True)
     with Session(engine) as session:

@@ -80,7 +80,7 @@ def test_what_is_overdue_is_neither_claimed_nor_claimable(engine: Engine) -> Non
         assert races.status_in(session, overdue) is WorkflowStatus.PENDING
 
 
-def test_a_row_that_somebody_holds_is_passed_over_and_found_again(engine: Engine) -> None:
+def test_a_locked_row_is_skipped_and_found_again(engine: Engine) -> None:
     with Session(engine) as session:
         held, free = races.enqueue(session, 2, deadline_at=PAST)
     with races.transaction(engine) as caller, Session(engine) as session:

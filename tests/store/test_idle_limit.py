@@ -33,7 +33,7 @@ def test_a_checkpoint_in_a_callers_transaction_leaves_its_limit_alone(engine: En
         assert _limit(session) == "0"
 
 
-def test_a_takeover_does_not_wait_for_a_transaction_whose_client_is_frozen(engine: Engine) -> None:
+def test_a_reclaim_does_not_wait_for_a_transaction_whose_client_is_frozen(engine: Engine) -> None:
     """Between the statement of a checkpoint and its COMMIT, which then comes too late."""
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as frozen, Session(engine) as other:

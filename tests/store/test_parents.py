@@ -253,7 +253,7 @@ def test_a_child_that_ends_beside_its_parents_end_leaves_a_notice_to_the_next_de
         assert notices(session) == 0
 
 
-def test_an_attempt_that_gives_up_children_wakes_whoever_has_taken_its_workflow_over(engine: Engine) -> None:
+def test_an_attempt_that_cancels_children_wakes_the_attempt_that_reclaimed_its_workflow(engine: Engine) -> None:
     """Before it commits, the next attempt has looked, and waits for that child."""
     (parent,) = races.claimed_fences(engine)
     with Session(engine) as session, Session(engine) as first:
@@ -270,7 +270,7 @@ def test_an_attempt_that_gives_up_children_wakes_whoever_has_taken_its_workflow_
     assert deliver(engine) == 1
 
 
-def test_what_nobody_told_is_found_in_parts(engine: Engine) -> None:
+def test_waits_without_a_notice_are_found_in_parts(engine: Engine) -> None:
     """SQL of other hands has deleted one child, and ended another; a third goes on."""
     parents = races.claimed_fences(engine, 3)
     with Session(engine) as session:
@@ -295,7 +295,7 @@ def test_what_nobody_told_is_found_in_parts(engine: Engine) -> None:
 
 @pytest.mark.new_database
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
-def test_looking_over_costs_what_is_looked_at_and_no_more(engine: Engine, mode: str) -> None:
+def test_renotifying_costs_what_is_checked_and_no_more(engine: Engine, mode: str) -> None:
     # behaviour: G2
     with Session(engine) as session:
         fill(session)
@@ -315,7 +315,7 @@ def test_looking_over_costs_what_is_looked_at_and_no_more(engine: Engine, mode: 
 
 
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
-def test_a_parent_of_many_children_is_looked_at_once_for_all_their_notices(engine: Engine, mode: str) -> None:
+def test_a_parent_of_many_children_is_checked_once_for_all_their_notices(engine: Engine, mode: str) -> None:
     # behaviour: G1
     with Session(engine) as session:
         fill(session)
@@ -430,7 +430,7 @@ class Family:
         self.at(lambda session: signals.deliver(session, limit=limit))
 
     def give_up(self) -> None:
-        """Give up children, as an attempt does that may have lost its workflow."""
+        """Return up children, as an attempt does that may have lost its workflow."""
         if self.random.random() < 0.3:
             checkpoint = races.checkpoint(self.fences[self.random.choice(self.parents)])
             self.at(lambda session: children.cancel_rest(session, checkpoint, ids=self.children))

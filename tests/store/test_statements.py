@@ -27,7 +27,7 @@ _BATCHES = {"_WRITE_BATCH", "_APPEND_MANY", "_FINISH", "_RELEASE", "_RELEASE_UNL
 
 
 def statements() -> Iterator[tuple[str, ClauseElement]]:
-    """Give what the modules of the store keep, by name: statements, and a few parts of them."""
+    """Return what the modules of the store keep, by name: statements, and a few parts of them."""
     for module in _MODULES:
         for name, value in vars(module).items():
             if isinstance(value, Executable) and isinstance(value, ClauseElement):
@@ -88,7 +88,7 @@ def test_a_statement_for_many_workflows_locks_them_in_the_order_of_their_ids(nam
 
 
 @pytest.mark.parametrize("name", ["_WRITE_BATCH", "_APPEND_MANY", "_RELEASE_UNLOCKED", "_RECLAIM", "_FAIL_OVERDUE"])
-def test_a_statement_for_many_workflows_waits_for_nobody(name: str) -> None:
+def test_a_statement_for_many_workflows_waits_for_no_lock(name: str) -> None:
     sql = next(text for key, text in STATEMENTS.items() if key.endswith(f".{name}"))
     assert "SKIP LOCKED" in sql
 

@@ -80,7 +80,7 @@ def test_a_checkpoint_that_waited_for_a_cancel_is_lost(engine: Engine) -> None:
     assert races.history_of(engine, fence.workflow_id) == []
 
 
-def test_a_checkpoint_that_waited_for_a_takeover_is_lost(engine: Engine) -> None:
+def test_a_checkpoint_that_waited_for_a_reclaim_is_lost(engine: Engine) -> None:
     """Running all the same, but under another token: the row is checked again when its lock is had."""
     (fence,) = races.claimed_fences(engine)
     races.expire_leases(engine)
@@ -95,7 +95,7 @@ def test_a_checkpoint_that_waited_for_a_takeover_is_lost(engine: Engine) -> None
         assert steps.record(other.session, races.checkpoint(taken.fence)) is Verdict.RECORDED
 
 
-def test_a_takeover_passes_over_a_workflow_whose_step_is_about_to_commit(engine: Engine) -> None:
+def test_a_reclaim_skips_a_workflow_whose_step_is_about_to_commit(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     races.expire_leases(engine)
     with races.transaction(engine) as step, Session(engine) as other:

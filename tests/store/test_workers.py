@@ -52,7 +52,7 @@ def test_a_workflow_is_reclaimed_after_the_lease_and_not_before(engine: Engine) 
         assert (record.status, record.attempt, record.token) == (WorkflowStatus.PENDING, 2, None)
 
 
-def test_a_suspect_that_somebody_holds_does_not_keep_the_others(engine: Engine) -> None:
+def test_a_locked_suspect_does_not_delay_the_others(engine: Engine) -> None:
     fences = races.claimed_fences(engine, 2)
     with Session(engine) as session:
         races.end(session, [Park(each, 0) for each in fences])
@@ -159,7 +159,7 @@ def test_a_workflow_that_was_reclaimed_and_claimed_meanwhile_is_not_reclaimed_ag
         assert attempts.still_owned(session, claimed) == set(claimed)
 
 
-def test_reclaim_waits_for_nobody(engine: Engine) -> None:
+def test_reclaim_waits_for_no_lock(engine: Engine) -> None:
     held, free = races.claimed_fences(engine, 2)
     races.expire_leases(engine)
     with races.transaction(engine) as caller, Session(engine) as session:
@@ -198,7 +198,7 @@ def test_the_last_attempt_ends_with_an_error_that_says_so(engine: Engine) -> Non
         assert record.attempt == 1
 
 
-def test_abandoning_takes_back_only_ones_own_attempt(engine: Engine) -> None:
+def test_abandoning_reclaims_only_ones_own_attempt(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as session:
         assert workers.abandon_attempt(session, Fence(fence.workflow_id, uuid7()), reason="it broke", max_attempts=9)
@@ -210,7 +210,7 @@ def test_abandoning_takes_back_only_ones_own_attempt(engine: Engine) -> None:
         assert (record.status, record.attempt, record.crashes) == (WorkflowStatus.PENDING, 2, 1)
 
 
-def test_abandoning_does_not_wait_for_a_row_that_somebody_holds(engine: Engine) -> None:
+def test_abandoning_does_not_wait_for_a_locked_row(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as holder, Session(engine) as session:
         races.lock(holder.session, fence.workflow_id)
