@@ -53,6 +53,28 @@ Condition: TypeAlias = sa.ColumnElement[bool]
 Expression: TypeAlias = sa.ColumnElement[Any]
 Columns: TypeAlias = Mapping[str, TypeEngine[Any]]
 
+BEGINNING = "-infinity"
+"""The time before all times: a statement that takes `since` skips nothing."""
+
+MOST_ATTEMPTS = 2_147_483_647
+"""The largest number in the column of attempts."""
+
+SUSPECT_CRASHES = 2
+"""From this many crashes in a row, a workflow is suspected of killing its workers."""
+
+FENCE: Columns = {"id": sa.UUID(), "token": sa.UUID()}
+"""The columns of an attempt in a batch."""
+
+_KINDS: Mapping[Any, TypeEngine[Any]] = {
+    UUID: sa.UUID(),
+    int: sa.Integer(),
+    float: sa.Float(),
+    bool: sa.Boolean(),
+    datetime: sa.DateTime(timezone=True),
+}
+_IDLE_TIMEOUT = "idle_in_transaction_session_timeout"
+_IDLE_LIMIT = "5s"
+
 
 class Shape(Generic[R]):
     """How a record becomes a row of a batch: its columns are those of its fence and its other fields.
@@ -431,36 +453,11 @@ def _is_in_subset(column: sa.ColumnElement[UUID]) -> Condition:
     return sa.and_(sa.or_(only.is_(None), column == sa.func.any(only)), column != sa.func.all(besides))
 
 
+# What is made of the functions above.
 ZERO, ONE = integer(0), integer(1)
 LIMIT = parameter("limit", sa.Integer())
 WANTED_ID = parameter("wanted_id", sa.UUID())
 IS_WANTED: Condition = WORKFLOW.c.id == WANTED_ID
 
-BEGINNING = "-infinity"
-"""The time before all times: a statement that takes `since` skips nothing."""
-
-MOST_ATTEMPTS = 2_147_483_647
-"""The largest number in the column of attempts."""
-
-SUSPECT_CRASHES = 2
-"""From this many crashes in a row, a workflow is suspected of killing its workers."""
-
-COMPENSATES: sa.ColumnElement[str] = text_literal("compensates")
-REQUESTED: sa.ColumnElement[str] = text_literal("requested")
-
-OVERDUE: sa.ColumnElement[str] = text_literal("overdue")
+COMPENSATES, REQUESTED, OVERDUE = map(text_literal, ("compensates", "requested", "overdue"))
 """The values of `cancellation`: the workflow has a saga; it is to compensate, for a request or for a deadline."""
-
-_IDLE_TIMEOUT = "idle_in_transaction_session_timeout"
-_IDLE_LIMIT = "5s"
-
-FENCE: Columns = {"id": sa.UUID(), "token": sa.UUID()}
-"""The columns of an attempt in a batch."""
-
-_KINDS: Mapping[Any, TypeEngine[Any]] = {
-    UUID: sa.UUID(),
-    int: sa.Integer(),
-    float: sa.Float(),
-    bool: sa.Boolean(),
-    datetime: sa.DateTime(timezone=True),
-}

@@ -102,6 +102,15 @@ def test_a_limited_update_reads_its_candidates_once(name: str) -> None:
     assert " IN (SELECT" not in sql.partition("UPDATE")[2]
 
 
+@pytest.mark.parametrize("name", ["_FAIL_OVERDUE", "_FAIL_IF_OVERDUE", "_FAIL_REFUSED", "_CANCEL_REST"])
+def test_an_end_from_outside_copies_what_its_lock_has_read(name: str) -> None:
+    """A sharded engine refuses a function that is not immutable beside a column in SET: the CTE that locks calls it."""
+    sql = next(text for key, text in STATEMENTS.items() if key.endswith(f".{name}"))
+    changed = sql.partition("UPDATE durable.workflow SET ")[2].partition(" FROM ")[0]
+    assert "finished_at=" in changed
+    assert "pg_catalog." not in changed
+
+
 _GRAMMAR = {"coalesce", "greatest", "least", "extract", "any", "all", "exists", "unnest"}
 """What is no look-up: the parser knows it, and leads `unnest` of several arrays to pg_catalog."""
 
