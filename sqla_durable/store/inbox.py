@@ -221,14 +221,14 @@ def take_statement(wanted: sa.FromClause, output: Callable[[sa.CTE], Expression]
 def insert_orphan_notices(parents: sa.FromClause) -> Any:
     """Insert notices for those of a statement's workflows that have deferred children."""
     # LIMIT: probed by the index of children, whatever the planner believes of the number of parents.
-    holds = (
+    deferred = (
         sa.select(WORKFLOW.c.id)
         .where(WORKFLOW.c.parent_id == parents.c.id, is_deferred())
         .limit(ONE)
         .lateral("has_deferred")
     )
     return insert_notices(
-        sa.select(parents.c.id, text_literal(ORPHANS), sa.true()).select_from(parents.join(holds, sa.true()))
+        sa.select(parents.c.id, text_literal(ORPHANS), sa.true()).select_from(parents.join(deferred, sa.true()))
     )
 
 

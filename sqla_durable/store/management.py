@@ -79,8 +79,8 @@ def resume(session: Session, wanted: Selection) -> list[UUID]:
     """
     stopped = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.FAILED), _STOPPED)
     cancelled = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.CANCELLED), is_not_compensated())
-    held = lock_cancelled_with(session, wanted, sa.or_(cancelled, stopped))
-    return _enqueue(session, wanted, held)
+    locked = lock_cancelled_with(session, wanted, sa.or_(cancelled, stopped))
+    return _enqueue(session, wanted, locked)
 
 
 def retry(session: Session, wanted: Selection) -> list[UUID]:
@@ -91,12 +91,12 @@ def retry(session: Session, wanted: Selection) -> list[UUID]:
     failed = sa.and_(
         WORKFLOW.c.status == status_literal(WorkflowStatus.FAILED), sa.not_(_STOPPED), WORKFLOW.c.cancellation.is_(None)
     )
-    held = lock_selected(session, wanted, lambda meant: sa.and_(meant, failed))
-    if held:
-        gone = sa.and_(_of(STEP, held), STEP.c.workflow_id == WORKFLOW.c.id, _made_it_fail())
+    locked = lock_selected(session, wanted, lambda meant: sa.and_(meant, failed))
+    if locked:
+        gone = sa.and_(_of(STEP, locked), STEP.c.workflow_id == WORKFLOW.c.id, _made_it_fail())
         execute(session, sa.delete(STEP).where(gone))
-        _unconsume(session, held)
-    return _enqueue(session, wanted, held)
+        _unconsume(session, locked)
+    return _enqueue(session, wanted, locked)
 
 
 def rewind(session: Session, wanted: Selection, *, to_step: str) -> tuple[list[UUID], set[UUID]]:
@@ -108,17 +108,17 @@ def rewind(session: Session, wanted: Selection, *, to_step: str) -> tuple[list[U
     Raises:
         ArgumentError: one of them has no record of that step; nothing is changed.
     """
-    held = lock_selected(session, wanted, lambda meant: meant)
-    refuse_unrecorded(session, held, [to_step], verb="rewound")
-    workers = workers_of(session, held)
-    if held:
+    locked = lock_selected(session, wanted, lambda meant: meant)
+    refuse_unrecorded(session, locked, [to_step], verb="rewound")
+    workers = workers_of(session, locked)
+    if locked:
         cut = STEP.alias("cut")
         here = sa.and_(cut.c.workflow_id == STEP.c.workflow_id, cut.c.key == sa.literal(to_step, Text()))
-        execute(session, sa.delete(STEP).where(_of(STEP, held), here, STEP.c.position >= cut.c.position))
-        _delete_published(session, held)
-        _unconsume(session, held)
-        report_orphans(session, held)
-    return _enqueue(session, wanted, held, cancellation=reset_cancellation()), workers
+        execute(session, sa.delete(STEP).where(_of(STEP, locked), here, STEP.c.position >= cut.c.position))
+        _delete_published(session, locked)
+        _unconsume(session, locked)
+        report_orphans(session, locked)
+    return _enqueue(session, wanted, locked, cancellation=reset_cancellation()), workers
 
 
 def refuse_unrecorded(session: Session, ids: Sequence[UUID], keys: Sequence[str], *, verb: str) -> None:
@@ -157,17 +157,17 @@ def lock_unfinished_trees(session: Session, wanted: Selection) -> tuple[list[UUI
         To lock that one now, behind rows whose ids come after its own, may deadlock with statements that lock in the
         order of ids: unlock the rows, and start over.
     """
-    held = lock(session, _unfinished_of(is_among(WORKFLOW.c.id, wanted.ids)))
-    if not held:
+    locked = lock(session, _unfinished_of(is_among(WORKFLOW.c.id, wanted.ids)))
+    if not locked:
         return [], True
     meant = _unfinished_of(
-        sa.and_(is_among(WORKFLOW.c.id, still_wanted(session, wanted)), is_among(WORKFLOW.c.id, held))
+        sa.and_(is_among(WORKFLOW.c.id, still_wanted(session, wanted)), is_among(WORKFLOW.c.id, locked))
     )
     found = list(scalars(session, sa.select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id)))
-    return found, set(found) <= set(held)
+    return found, set(found) <= set(locked)
 
 
-def cancel(session: Session, held: Sequence[UUID], wanted: Selection) -> bool:
+def cancel(session: Session, locked: Sequence[UUID], wanted: Selection) -> bool:
     """Cancel the workflows, whose rows are locked, and leave notices to the parents that may wait for them.
 
     Returns:
@@ -180,16 +180,16 @@ def cancel(session: Session, held: Sequence[UUID], wanted: Selection) -> bool:
         "wake_at": sa.null(),
         "awaits": sa.null(),
     }
-    if held:
+    if locked:
         # What has a saga is enqueued, for a worker that has the code to compensate.
-        undone = sa.and_(is_among(WORKFLOW.c.id, held), WORKFLOW.c.cancellation == COMPENSATES)
+        undone = sa.and_(is_among(WORKFLOW.c.id, locked), WORKFLOW.c.cancellation == COMPENSATES)
         enqueue = sa.update(WORKFLOW).where(undone).values(_COMPENSATION).returning(WORKFLOW.c.id)
         enqueued = bool(scalars(session, enqueue).all())
-        at_once = sa.and_(is_among(WORKFLOW.c.id, held), WORKFLOW.c.cancellation.is_(None))
+        at_once = sa.and_(is_among(WORKFLOW.c.id, locked), WORKFLOW.c.cancellation.is_(None))
         ended = sa.update(WORKFLOW).where(at_once).values(outcome).returning(*END_COLUMNS).cte("ended")
         notices = *end_notices(ended), insert_orphan_notices(ended).cte("left")
         scalars(session, sa.select(ended.c.id).add_cte(*notices)).all()
-    refresh_loaded(session, ids_to_refresh(wanted, held))
+    refresh_loaded(session, ids_to_refresh(wanted, locked))
     return enqueued
 
 
@@ -217,11 +217,11 @@ def lock_deletable_trees(session: Session, wanted: Selection) -> list[UUID]:
     child = WORKFLOW.alias("left")
     # A detached child is written too: it loses its parent.
     written = sa.union(deletable, sa.select(child.c.id).where(child.c.parent_id.in_(deletable)))
-    held = lock(session, WORKFLOW.c.id.in_(written))
-    if not held:
+    locked = lock(session, WORKFLOW.c.id.in_(written))
+    if not locked:
         return []
-    still = sa.and_(is_among(WORKFLOW.c.id, still_wanted(session, wanted)), is_among(WORKFLOW.c.id, held))
-    return still_meant(session, held, WORKFLOW.c.id.in_(_deletable_trees(still)))
+    still = sa.and_(is_among(WORKFLOW.c.id, still_wanted(session, wanted)), is_among(WORKFLOW.c.id, locked))
+    return still_meant(session, locked, WORKFLOW.c.id.in_(_deletable_trees(still)))
 
 
 def delete(session: Session, ids: Sequence[UUID]) -> None:
@@ -235,7 +235,7 @@ def delete(session: Session, ids: Sequence[UUID]) -> None:
     session.execute(statement, execution_options=options, bind_arguments=bind_arguments())
 
 
-def _enqueue(session: Session, wanted: Selection, held: Sequence[UUID], **more: Any) -> list[UUID]:
+def _enqueue(session: Session, wanted: Selection, locked: Sequence[UUID], **more: Any) -> list[UUID]:
     """Enqueue the workflows, whose rows are locked, as their next attempts; with values of more columns."""
     again = {
         "status": WorkflowStatus.PENDING,
@@ -252,12 +252,12 @@ def _enqueue(session: Session, wanted: Selection, held: Sequence[UUID], **more: 
         "finished_at": sa.null(),
         **more,
     }
-    if held:
+    if locked:
         scalars(
-            session, sa.update(WORKFLOW).where(is_among(WORKFLOW.c.id, held)).values(again).returning(WORKFLOW.c.id)
+            session, sa.update(WORKFLOW).where(is_among(WORKFLOW.c.id, locked)).values(again).returning(WORKFLOW.c.id)
         ).all()
-    refresh_loaded(session, ids_to_refresh(wanted, held))
-    return list(held)
+    refresh_loaded(session, ids_to_refresh(wanted, locked))
+    return list(locked)
 
 
 def _of(table: sa.FromClause, ids: Sequence[UUID]) -> Condition:
@@ -297,22 +297,22 @@ def _last_shown_in_error() -> Any:
     return last.correlate(WORKFLOW).scalar_subquery()
 
 
-def _delete_published(session: Session, held: Sequence[UUID]) -> None:
+def _delete_published(session: Session, locked: Sequence[UUID]) -> None:
     """Delete what steps without a record have published; not what steps of earlier rounds have."""
     began = sa.select(WORKFLOW.c.continued_at)
     for shown in (EVENT, STREAM_ITEM):
         began_at = began.where(WORKFLOW.c.id == shown.c.workflow_id).scalar_subquery()
         this_round = sa.or_(began_at.is_(None), shown.c.created_at >= began_at)
-        execute(session, sa.delete(shown).where(_of(shown, held), _has_no_step(shown, shown.c.step_key), this_round))
+        execute(session, sa.delete(shown).where(_of(shown, locked), _has_no_step(shown, shown.c.step_key), this_round))
 
 
-def _unconsume(session: Session, held: Sequence[UUID]) -> None:
+def _unconsume(session: Session, locked: Sequence[UUID]) -> None:
     """Return to the inbox what steps without a record have consumed."""
     gone = sa.and_(
         _has_no_step(SIGNAL, SIGNAL.c.consumed_by),
         SIGNAL.c.consumed_by.not_in([text_literal(REFUSED), text_literal(EARLIER)]),
     )
-    consumed = sa.update(SIGNAL).where(_of(SIGNAL, held), gone)
+    consumed = sa.update(SIGNAL).where(_of(SIGNAL, locked), gone)
     execute(session, consumed.values(consumed_by=sa.null()))
 
 

@@ -64,8 +64,8 @@ def lock_selected(session: Session, wanted: Selection, meant: Callable[[Conditio
     Args:
         meant: makes the condition of the verb from one on the wanted workflows.
     """
-    held = lock(session, meant(is_among(WORKFLOW.c.id, wanted.ids)))
-    return still_meant(session, held, meant(is_among(WORKFLOW.c.id, still_wanted(session, wanted)))) if held else []
+    locked = lock(session, meant(is_among(WORKFLOW.c.id, wanted.ids)))
+    return still_meant(session, locked, meant(is_among(WORKFLOW.c.id, still_wanted(session, wanted)))) if locked else []
 
 
 def lock(session: Session, meant: Condition) -> list[UUID]:
@@ -74,10 +74,10 @@ def lock(session: Session, meant: Condition) -> list[UUID]:
     return list(scalars(session, locked))
 
 
-def still_meant(session: Session, held: Sequence[UUID], meant: Condition) -> list[UUID]:
+def still_meant(session: Session, locked: Sequence[UUID], meant: Condition) -> list[UUID]:
     """Return those of the locked workflows that are still meant, in the order of their ids."""
     return list(
-        scalars(session, sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, held), meant).order_by(WORKFLOW.c.id))
+        scalars(session, sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, locked), meant).order_by(WORKFLOW.c.id))
     )
 
 
@@ -101,10 +101,10 @@ def still_wanted(session: Session, wanted: Selection) -> Sequence[UUID]:
     return [each for each in wanted.ids if each not in changed or each in fitting]
 
 
-def workers_of(session: Session, held: Sequence[UUID]) -> set[UUID]:
+def workers_of(session: Session, locked: Sequence[UUID]) -> set[UUID]:
     """Return the workers that are executing these workflows, whose rows are locked."""
-    running = sa.and_(is_among(WORKFLOW.c.id, held), WORKFLOW.c.status == status_literal(WorkflowStatus.RUNNING))
-    return set(scalars(session, sa.select(WORKFLOW.c.worker_id).where(running).distinct())) if held else set()
+    running = sa.and_(is_among(WORKFLOW.c.id, locked), WORKFLOW.c.status == status_literal(WorkflowStatus.RUNNING))
+    return set(scalars(session, sa.select(WORKFLOW.c.worker_id).where(running).distinct())) if locked else set()
 
 
 def ids_to_refresh(wanted: Selection, changed: Iterable[UUID]) -> set[UUID]:
