@@ -274,7 +274,7 @@ def _id(_session: Session, workflow: Workflow) -> object:
         ({"start": _nothing}, CrashTestError, "let it return the Workflow"),
         ({"start": _same}, CrashTestError, "which is not new"),
         ({"end_state": _id}, CrashTestError, "Leave out of end_state"),
-        ({"moments": []}, ValueError, "names none"),
+        ({"moments": []}, ValueError, "name at least one"),
         ({"processes": 0}, ValueError, "at least 1"),
         ({"timeout": 3}, Exception, "timeout"),
     ],
