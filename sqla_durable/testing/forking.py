@@ -130,7 +130,8 @@ class ForkServer:
 
     def error(self, what: str, kind: type[CrashTestError] = CrashTestError) -> CrashTestError:
         """Return an error with what the processes have printed."""
-        printed = self._output.read_text(errors="replace")[-_LONGEST_OUTPUT:].strip()
+        exists = self._output.exists()  # not if the process ended before it could redirect its output
+        printed = self._output.read_text(errors="replace")[-_LONGEST_OUTPUT:].strip() if exists else ""
         return kind(f"{what}\n--- printed by the worker's process ---\n{printed}" if printed else what)
 
     def interrupt(self) -> None:
