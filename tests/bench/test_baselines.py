@@ -49,7 +49,7 @@ def test_bulk_inserts_pending_workflows(schema: BenchSchema, pgbench: Pgbench) -
     assert counted(schema, "workflow", "status = 'pending' AND input ? 'number'") == 100
 
 
-def test_failure_of_pgbench_is_told_in_its_words(pgbench: Pgbench) -> None:
+def test_failure_of_pgbench_is_reported_in_its_words(pgbench: Pgbench) -> None:
     with pytest.raises(BenchError, match=r"(?s)pgbench failed.*no_such_table"):
         pgbench.measure(PgbenchScript(what="wrong", clients=1, text="SELECT * FROM no_such_table;"))
 

@@ -19,12 +19,12 @@ def test_reading_holds_the_commits_of_all_idle_connections_of_the_bench(schema: 
     commit_on_several_connections(schema)
     after = meter.read()
     others = after.commits - before.commits - CONNECTIONS * COMMITS
-    assert 0 <= others <= 4 * CONNECTIONS  # a connection that is taken and given back counts a little too
+    assert 0 <= others <= 4 * CONNECTIONS  # a connection that is taken and returned counts a little too
 
 
 def commit_on_several_connections(schema: BenchSchema) -> None:
-    with ExitStack() as held:
+    with ExitStack() as connections:
         autocommit = schema.engine.execution_options(isolation_level="AUTOCOMMIT")
-        for connection in [held.enter_context(autocommit.connect()) for _ in range(CONNECTIONS)]:
+        for connection in [connections.enter_context(autocommit.connect()) for _ in range(CONNECTIONS)]:
             for _ in range(COMMITS):
                 connection.execute(text(f"SELECT FROM {schema.name}.workflow"))

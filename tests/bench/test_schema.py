@@ -57,7 +57,7 @@ def test_schema_that_no_bench_made_is_refused_and_left_as_it_is(outside: Engine,
     assert inspect(outside).has_table("kept", "precious")
 
 
-def test_schema_that_a_killed_bench_has_left_is_made_anew(outside: Engine, empty_database_url: str) -> None:
+def test_schema_that_a_killed_bench_has_left_is_created_again(outside: Engine, empty_database_url: str) -> None:
     with outside.connect() as connection:
         connection.execute(text(f"CREATE SCHEMA left_over; COMMENT ON SCHEMA left_over IS '{COMMENT}'"))
         connection.execute(text("CREATE TABLE left_over.workflow (id int)"))

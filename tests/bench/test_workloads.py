@@ -74,7 +74,7 @@ def test_burdens_stand_beside_the_same_steps_without(bench: Bench) -> None:
     assert all(each.value > 0 for each in (deep, whole, last, suspending, last_suspending))
 
 
-def test_latency_is_told_by_its_percentiles(bench: Bench) -> None:
+def test_latency_is_reported_by_its_percentiles(bench: Bench) -> None:
     bench.settings = replace(TINY, count=4)
     figures = measured(bench, "latency")
     assert [each.what.split(",")[1].split()[0] for each in figures] == ["p50", "p99", "max"] * 3

@@ -69,7 +69,7 @@ def test_modules_are_not_taken_from_another_users_directory_that_everybody_may_w
     assert done.returncode == 2
 
 
-def test_the_current_directory_is_not_on_the_path_where_python_is_told_so(application: Application) -> None:
+def test_the_current_directory_is_not_on_the_path_when_python_is_safe(application: Application) -> None:
     done = application.run("worker", "ledger:durable", "--url", USELESS, environment={"PYTHONSAFEPATH": "1"})
     assert "there is no module 'ledger' on the path, which is without the current directory" in done.stderr
     assert done.returncode == 2

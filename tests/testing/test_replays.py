@@ -89,7 +89,7 @@ def history(session_factory: Sessions) -> Callable[..., History]:
 
 
 def cut(history: History, *, after: str) -> History:
-    """Give what it was when a step had just been recorded."""
+    """Return what it was when a step had just been recorded."""
     keys = [each["key"] for each in history["steps"]]
     return {**history, "steps": history["steps"][: keys.index(after) + 1], "status": "running", "output": None}
 

@@ -1,4 +1,4 @@
-"""The check of the books: whole ones pass, and every invariant is seen to fail where rows are tampered with."""
+"""The invariants: they are true after a run, and each is seen to fail where rows are changed by hand."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ TAMPERING = {
 def whole(databases: Databases) -> Generator[str]:
     """A database with three transfers that one worker has carried out, and one that was rolled back."""
     with databases.empty() as url:
-        books = BankDatabase(url)
-        books.create_bank(4)
-        traffic.start_batch(books.engine, Batch(ORDERS, rolled_back=False))
+        database = BankDatabase(url)
+        database.create_bank(4)
+        traffic.start_batch(database.engine, Batch(ORDERS, rolled_back=False))
         undone = Order(transfer=4, source=1, target=2, cents=1, failing_tries=0)
-        traffic.start_batch(books.engine, Batch((undone,), rolled_back=True))
-        asyncio.run(carry_out(url, books))
-        books.close()
+        traffic.start_batch(database.engine, Batch((undone,), rolled_back=True))
+        asyncio.run(carry_out(url, database))
+        database.close()
         yield url
 
 
@@ -90,13 +90,13 @@ class UncommittedDatabase(BankDatabase):
 
 
 @pytest.fixture
-def books(whole: str) -> Generator[UncommittedDatabase]:
-    """The books of that database, to be tampered with."""
-    with closing(UncommittedDatabase(whole)) as books:
-        yield books
+def database(whole: str) -> Generator[UncommittedDatabase]:
+    """That database, in a transaction in which rows are changed by hand."""
+    with closing(UncommittedDatabase(whole)) as database:
+        yield database
 
 
-async def carry_out(url: str, books: BankDatabase) -> None:
+async def carry_out(url: str, database: BankDatabase) -> None:
     connect = {"application_name": "torturer"}
     engine, async_engine = create_engine(url, connect_args=connect), create_async_engine(url, connect_args=connect)
     outside = create_engine(url, connect_args=connect, isolation_level="AUTOCOMMIT")
@@ -111,32 +111,32 @@ async def carry_out(url: str, books: BankDatabase) -> None:
         name="torturer",
     ):
         finished = functools.partial(wait_until, what="the transfers being carried out")
-        await asyncio.to_thread(finished, lambda: books.progress().unfinished == 0)
+        await asyncio.to_thread(finished, lambda: database.progress().unfinished == 0)
     engine.dispose()
     outside.dispose()
     await async_engine.dispose()
     await async_outside.dispose()
 
 
-def test_whole_books_contradict_nothing(books: BankDatabase) -> None:
-    assert books.progress().succeeded == len(ORDERS)
-    assert contradictions(books, {**ALWAYS, **AT_THE_END}) == []
-    assert lost(books, {1, 2, 3}) == []
-    assert reappeared(books, {4}) == []
+def test_untouched_rows_contradict_nothing(database: BankDatabase) -> None:
+    assert database.progress().succeeded == len(ORDERS)
+    assert contradictions(database, {**ALWAYS, **AT_THE_END}) == []
+    assert lost(database, {1, 2, 3}) == []
+    assert reappeared(database, {4}) == []
 
 
 @pytest.mark.parametrize("invariant", [*ALWAYS, *AT_THE_END])
-def test_invariant_is_seen_to_fail(books: UncommittedDatabase, invariant: str) -> None:
-    books.tamper(TAMPERING[invariant])
-    found = contradictions(books, {**ALWAYS, **AT_THE_END})
+def test_invariant_is_seen_to_fail(database: UncommittedDatabase, invariant: str) -> None:
+    database.tamper(TAMPERING[invariant])
+    found = contradictions(database, {**ALWAYS, **AT_THE_END})
     assert invariant in {each.invariant for each in found}
     for each in found:
         assert each.what
         assert each.workflow_id is None or each.rows is not None
 
 
-def test_acknowledged_transfer_that_is_not_there_is_lost(books: BankDatabase) -> None:
-    assert [each.what for each in lost(books, {1, 5})] == ["transfer 5 is lost"]
+def test_acknowledged_transfer_that_is_not_there_is_lost(database: BankDatabase) -> None:
+    assert [each.what for each in lost(database, {1, 5})] == ["transfer 5 is lost"]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,6 @@ def test_acknowledged_transfer_that_is_not_there_is_lost(books: BankDatabase) ->
         """INSERT INTO durable.workflow (name, input) VALUES ('transfer', '{"order": {"transfer": 4}}')""",
     ],
 )
-def test_rolled_back_transfer_that_left_a_trace_is_seen(books: UncommittedDatabase, trace: str) -> None:
-    books.tamper(trace)
-    assert [each.what for each in reappeared(books, {4})] == ["transfer 4 exists"]
+def test_rolled_back_transfer_that_left_a_trace_is_seen(database: UncommittedDatabase, trace: str) -> None:
+    database.tamper(trace)
+    assert [each.what for each in reappeared(database, {4})] == ["transfer 4 exists"]
