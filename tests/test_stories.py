@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 STORIES = [
     "start in a transaction",
     "a worker runs a plain step",
@@ -18,6 +20,7 @@ STORIES = [
 ]
 
 
+@pytest.mark.timeout(300)
 def test_each_story_is_followed_through_the_package(database_url: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.stories", "--url", database_url],
@@ -25,7 +28,7 @@ def test_each_story_is_followed_through_the_package(database_url: str) -> None:
         env={**os.environ, "PYTHONWARNINGS": "error"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
