@@ -9,7 +9,7 @@ import pytest
 
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.testing import CrashTestError, EndState
-from sqla_durable.testing.states import Reference
+from sqla_durable.testing.end_states import Reference
 
 
 def end(output: Any, **changes: Any) -> EndState:
@@ -58,5 +58,5 @@ def test_everything_else_is(found: EndState) -> None:
     "other", [replace(OTHER, domain=[]), replace(OTHER, steps={}), replace(OTHER, status=WorkflowStatus.FAILED)]
 )
 def test_two_undisturbed_workflows_must_agree(other: EndState) -> None:
-    with pytest.raises(CrashTestError, match=r"(?s)nobody disturbed ended differently.*--- one\n"):
+    with pytest.raises(CrashTestError, match=r"(?s)two undisturbed workflows ended differently.*--- one\n"):
         Reference(ONE, other)

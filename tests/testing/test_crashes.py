@@ -227,7 +227,7 @@ def test_a_result_that_depends_on_the_attempt_is_found(database_url: str) -> Non
     ("make_worker", "message"),
     [
         (application.unimportable(), "define it at the top level of a module"),
-        (application.make_worker_in_vain, "(?s)no worker today.*this is what it printed"),
+        (application.make_worker_that_fails, "(?s)no worker today.*this is what it printed"),
         (application.make_nothing, "let it return a sqla_durable.Worker"),
         (application.make_worker_that_exits, "(?s)ended by itself, with exit code 3.*workflow 'transfer'"),
         (application.make_worker_of_one_queue, r"is in queue 'default', and the worker claims from \['mail'\] only"),
@@ -274,7 +274,7 @@ def _id(_session: Session, workflow: Workflow) -> object:
         ({"start": _nothing}, CrashTestError, "let it return the Workflow"),
         ({"start": _same}, CrashTestError, "which is not new"),
         ({"end_state": _id}, CrashTestError, "Leave out of end_state"),
-        ({"moments": []}, ValueError, "names none"),
+        ({"moments": []}, ValueError, "name at least one"),
         ({"processes": 0}, ValueError, "at least 1"),
         ({"timeout": 3}, Exception, "timeout"),
     ],

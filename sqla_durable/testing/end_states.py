@@ -1,4 +1,13 @@
-"""What must be the same whatever was killed: how a workflow ended, and how two ends differ."""
+"""What must be the same wherever a worker was killed: how a workflow ended, and how two ends differ.
+
+```
+AssertionError
+└── CrashDifference           a crash changed how a workflow ends
+DurableError
+└── CrashTestError            the test cannot be executed as it was given
+    └── CrashTimeoutError         (also TimeoutError) a workflow did not end in time
+```
+"""
 
 from __future__ import annotations
 
@@ -11,10 +20,18 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
+from sqla_durable.errors import DurableError
 from sqla_durable.models import Step, Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.testing.errors import CrashTestError
-from sqla_durable.testing.points import CrashPoint
+from sqla_durable.testing.crash_points import CrashPoint
+
+
+class CrashTestError(DurableError):
+    """The test cannot be executed as it was given; the message says what to change."""
+
+
+class CrashTimeoutError(CrashTestError, TimeoutError):
+    """A workflow did not end in time, undisturbed or after it was reclaimed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +39,7 @@ class EndState:
     """How one workflow ended.
 
     Attributes:
-        domain: what the test's own `end_state` gave.
+        domain: what the test's own `end_state` returned.
         status: the workflow's status.
         error: the type of its error, or None.
         steps: the status of each of its steps by key, with the type of its error.
@@ -37,7 +54,7 @@ class EndState:
 
     @classmethod
     def of(cls, session: Session, workflow: Workflow, domain: Callable[[Session, Workflow], object]) -> EndState:
-        """Read it in a session that has seen nothing before."""
+        """Return how the workflow ended, read in a session that has loaded nothing before."""
         return cls(
             domain=domain(session, workflow),
             status=workflow.status,
@@ -48,14 +65,14 @@ class EndState:
 
 
 class CrashDifference(AssertionError):
-    """A workflow whose worker was killed ended otherwise than an undisturbed one.
+    """A workflow whose worker was killed ended differently than an undisturbed one.
 
     Attributes:
         point: where the worker was killed; None where a workflow differs from others although none was.
         workflow_id: the id of the workflow's record.
         expected: how an undisturbed workflow ended.
         found: how this one did.
-        diff: the lines that differ, as `difflib.unified_diff` gives them.
+        diff: the lines that differ, from `difflib.unified_diff`.
     """
 
     def __init__(
@@ -79,28 +96,28 @@ class CrashDifference(AssertionError):
 class Reference:
     """How workflows end undisturbed.
 
-    Learnt from two of them, because results may hold what belongs to one workflow only, such as the id of its order:
-    where the outputs of the two disagree, those of others are not compared.
+    Taken from two of them, because results may contain what belongs to one workflow only, such as the id of its order:
+    where the outputs of the two differ, those of others are not compared.
 
     Raises:
-        CrashTestError: the two disagree in anything else.
+        CrashTestError: the two differ in anything else.
     """
 
     def __init__(self, one: EndState, other: EndState) -> None:
-        if _strict(one) != _strict(other):
+        if _compared(one) != _compared(other):
             raise CrashTestError(
-                "two workflows that nobody disturbed ended differently, so a crash cannot be told from chance. Leave "
-                "out of end_state what belongs to one workflow only, such as ids and times, and let it give plain "
-                "comparable values; a workflow must take the same way each time.\n"
-                f"{_diff(_strict(one), _strict(other), names=('one', 'the other'))}"
+                "two undisturbed workflows ended differently, so the effect of a crash cannot be seen. Leave out of "
+                "end_state what belongs to one workflow only, such as ids and times, and let it return plain "
+                "comparable values; a workflow must execute the same steps each time.\n"
+                f"{_diff(_compared(one), _compared(other), names=('one', 'the other'))}"
             )
         self.end_state = one
         self._values = _common(one.values, other.values)
 
     def difference(self, found: EndState, *, name: str) -> str:
-        """Give the lines in which a workflow's end differs; empty where it is the same."""
-        ours = {**_strict(self.end_state), "values": self._values}
-        theirs = {**_strict(found), "values": _masked(found.values, self._values)}
+        """Return the lines in which a workflow's end differs; empty if it is the same."""
+        ours = {**_compared(self.end_state), "values": self._values}
+        theirs = {**_compared(found), "values": _masked(found.values, self._values)}
         same = ours == theirs and pprint.pformat(self._values) == pprint.pformat(
             theirs["values"]
         )  # True == 1, and 1 == 1.0
@@ -108,7 +125,7 @@ class Reference:
 
 
 class _Varies:
-    """Stands where two undisturbed workflows disagree."""
+    """Marks a value in which two undisturbed workflows differ."""
 
     def __repr__(self) -> str:
         return "<varies>"
@@ -119,12 +136,12 @@ _VARIES = _Varies()
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | _Varies | None"
 
 
-def _strict(state: EndState) -> dict[str, Any]:
+def _compared(state: EndState) -> dict[str, Any]:
     return {"end_state": state.domain, "status": str(state.status), "error": state.error, "steps": state.steps}
 
 
 def _common(one: Json, other: Json) -> Json:
-    """Give what two JSON values have in common; what differs varies."""
+    """Return what two JSON values have in common, with a mark where they differ."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return {key: _common(value, other[key]) for key, value in one.items()}
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
@@ -133,7 +150,7 @@ def _common(one: Json, other: Json) -> Json:
 
 
 def _masked(value: Json, common: Json) -> Json:
-    """Give a JSON value with those parts left out that vary."""
+    """Return a JSON value with those parts masked that vary."""
     if common is _VARIES:
         return _VARIES
     if isinstance(value, dict) and isinstance(common, dict):
