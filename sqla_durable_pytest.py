@@ -1,6 +1,6 @@
 """The pytest plugin of sqla-durable: databases, workers and the clock as fixtures. See docs/testing.md.
 
-Apart from the package, and imports it only when a test asks for a fixture: pytest starts no slower.
+It is not part of the package, and imports it only when a test asks for a fixture, so that pytest starts no slower.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sqla_durable.testing.databases import Databases
 
 _DIRECTORY = "sqla_durable_directory"
-"""Where the processes of xdist keep the server that they share, as the controller tells them."""
+"""The key under which the controller of xdist tells its workers the directory of the server that they share."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -39,7 +39,7 @@ def pytest_configure_node(node: Any) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove what the server that was shared has left; its last process has stopped it."""
+    """Remove the directory of the shared server, which the last process has stopped."""
     if (directory := getattr(config, _DIRECTORY, None)) is not None:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -48,7 +48,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def sqla_durable_server_url(request: pytest.FixtureRequest) -> Generator[str]:
     """The URL of a server on which the tests may create databases; override it to use one of your own.
 
-    By default an embedded one, which all processes of xdist share.
+    By default an embedded server, which all processes of xdist share.
     """
     from sqla_durable import embedded
     from sqla_durable.errors import UsageError
@@ -67,7 +67,7 @@ def sqla_durable_server_url(request: pytest.FixtureRequest) -> Generator[str]:
 
 @pytest.fixture(scope="session")
 def sqla_durable_migrate() -> Callable[[Connection], None]:
-    """What makes the tables of a fresh database; override it to make your own tables too."""
+    """The function that creates the tables of a new database; override it to create your own tables too."""
     from sqla_durable.testing.databases import migrate
 
     return migrate
@@ -110,7 +110,7 @@ def sqla_durable_sessionmaker(sqla_durable_engine: Engine) -> sessionmaker[Sessi
 
 @pytest.fixture
 def sqla_durable_session(sqla_durable_sessionmaker: sessionmaker[Session]) -> Generator[Session]:
-    """A session on the test's database, which is rolled back at its end."""
+    """A session on the test's database, which is rolled back at the end of the test."""
     with sqla_durable_sessionmaker() as session:
         yield session
 
@@ -137,7 +137,7 @@ def sqla_durable_worker(
     sqla_durable_sessionmaker: sessionmaker[Session],
     sqla_durable_async_sessionmaker: async_sessionmaker[AsyncSession],
 ) -> Generator[Callable[..., Worker]]:
-    """Starts a worker of a `Durable` object on the test's database; it stops when the test ends."""
+    """A function that starts a worker of a `Durable` object on the test's database; it stops when the test ends."""
     from sqla_durable import Worker
 
     with ExitStack() as workers:
@@ -156,14 +156,14 @@ def sqla_durable_worker(
 
 @pytest.fixture
 def sqla_durable_advance(sqla_durable_sessionmaker: sessionmaker[Session]) -> Callable[[timedelta], int]:
-    """Lets time pass for what waits in the test's database, and commits; returns how many workflows it concerns."""
+    """A function that moves the time forward for what waits in the test's database, and commits."""
     from sqla_durable.testing import advance
 
-    def let_pass(duration: timedelta) -> int:
+    def advance_and_commit(duration: timedelta) -> int:
         with sqla_durable_sessionmaker.begin() as session:
             return advance(session, duration)
 
-    return let_pass
+    return advance_and_commit
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ SUMMARY = {
     ("bulk", "start_many"): "`start_many`",
 }
 
-_OURS, _FLOOR, _OTHER = "#3f51b5", "#e65100", "#757575"
+_OURS, _SQL, _OTHER = "#3f51b5", "#e65100", "#757575"
 _LEFT = 10
 
 Figure = dict[str, Any]
@@ -47,24 +47,26 @@ def main() -> None:
 
 
 def write(page: Path, text: str) -> None:
-    """Put a text between the two marks of a page."""
+    """Write a text between the two marks of a page."""
     before, rest = page.read_text().split(BEGIN)
     page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
 
 
 def summary(outcome: dict[str, Any]) -> str:
-    """Give the figures that the README shows: what they are, the figure, and the SQL floor of the same run."""
-    lines = ["| what | figure | the least that SQL needs, by pgbench, in the same run |", "| --- | ---: | --- |"]
+    """Return the table of the README: what was measured, the figure, and the same work in SQL, in the same run."""
+    lines = ["| what | figure | the same work in plain SQL, by pgbench, in the same run |", "| --- | ---: | --- |"]
     for figure in outcome["figures"]:
         words = SUMMARY.get((figure["workload"], figure["what"].split(" of ")[0]))
         if words is not None:
-            floors = [f"{each['what']}: {_number(each['value'])}" for each in figure["beside"] if "SQL" in each["what"]]
-            lines.append(f"| {words} | {_number(figure['value'])} {_unit(figure)} | {'; '.join(floors)} |")
+            in_sql = [
+                f"{each['what']}: {_number(each['value'])}" for each in figure["references"] if "SQL" in each["what"]
+            ]
+            lines.append(f"| {words} | {_number(figure['value'])} {_unit(figure)} | {'; '.join(in_sql)} |")
     return "\n".join(lines)
 
 
 def table(outcome: dict[str, Any]) -> str:
-    """Give the machine and the figures as Markdown."""
+    """Return the machine and the figures as Markdown."""
     machine = outcome["machine"]
     settings = ", ".join(f"`{name}={machine['settings'][name]}`" for name in ("fsync", "synchronous_commit"))
     where = "on the same machine" if machine["is_local"] else "elsewhere"
@@ -72,14 +74,14 @@ def table(outcome: dict[str, Any]) -> str:
         f"{machine['cores']} cores, {machine['system']}, Python {machine['python']}; "
         f"PostgreSQL {machine['server']} {where}, {settings}.",
         "",
-        "| workload | measured | figure | beside it | ratio |",
+        "| workload | measured | figure | compared with | ratio |",
         "| --- | --- | ---: | --- | ---: |",
     ]
     for figure in outcome["figures"]:
-        beside = [f"{each['what']}: {_number(each['value'])}" for each in figure["beside"]]
-        ratios = [_number(each["ratio"]) for each in figure["beside"]]
+        references = [f"{each['what']}: {_number(each['value'])}" for each in figure["references"]]
+        ratios = [_number(each["ratio"]) for each in figure["references"]]
         cells = figure["workload"], figure["what"], f"{_number(figure['value'])} {_unit(figure)}"
-        lines.append(f"| `{cells[0]}` | {cells[1]} | {cells[2]} | {'<br>'.join(beside)} | {'<br>'.join(ratios)} |")
+        lines.append(f"| `{cells[0]}` | {cells[1]} | {cells[2]} | {'<br>'.join(references)} | {'<br>'.join(ratios)} |")
     return "\n".join([*lines, "", *_costs(outcome["figures"])])
 
 
@@ -109,7 +111,7 @@ def _number(value: float | None) -> str:
 
 
 def draw(outcome: dict[str, Any]) -> None:
-    """Draw what a second carries beside its floors, and how long an idle worker takes."""
+    """Draw the rates with what they are compared with, and the latencies."""
     import matplotlib as mpl
     from matplotlib import pyplot as plt
 
@@ -132,16 +134,16 @@ def _draw_rates(axes: Any, figures: list[Figure]) -> None:
     for row, figure in enumerate(figures):
         # At the foot of the bar, where no tick is.
         axes.annotate(_number(figure["value"]), (_LEFT * 1.1, row), va="center", color="white", fontsize=8)
-        for each in figure["beside"]:
+        for each in figure["references"]:
             if each["value"] is not None:
-                colour = _FLOOR if each["what"].startswith("SQL") else _OTHER
+                colour = _SQL if each["what"].startswith("SQL") else _OTHER
                 axes.plot([each["value"]] * 2, [row - 0.42, row + 0.42], color=colour, linewidth=2.5)
-    axes.plot([], [], color=_FLOOR, linewidth=2.5, label="the SQL floors, by pgbench")
-    axes.plot([], [], color=_OTHER, linewidth=2.5, label="the naive way; the figure it is compared with")
+    axes.plot([], [], color=_SQL, linewidth=2.5, label="the same work in SQL, by pgbench")
+    axes.plot([], [], color=_OTHER, linewidth=2.5, label="naive ORM code, or another figure")
     axes.set_yticks(rows, [f"{each['workload']}: {each['what']}" for each in figures])
     axes.set_xscale("log")
     axes.set_xlim(left=_LEFT)
-    axes.set_xlabel("workflows (in sequential: steps) a second")
+    axes.set_xlabel("workflows (in sequential: steps) per second")
     axes.legend(loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=3, frameon=False, fontsize=8)
     _tidy(axes)
 

@@ -115,7 +115,20 @@ def test_only_the_store_makes_statements() -> None:
         for name in _imported(module)
         if name.startswith("sqlalchemy.") and name.rpartition(".")[2] in makers - allowed.get(_unit(module), set[str]())
     }
-    assert imported == set()
+    called = {
+        (module, name)
+        for module in _of(FLOOR_OF.keys() - WRITES_SQL)
+        for name in _taken_from_sqlalchemy(module) & makers - allowed.get(_unit(module), set[str]())
+    }
+    assert (imported, called) == (set(), set())
+
+
+def _taken_from_sqlalchemy(module: str) -> set[str]:
+    """Return the names that a module takes from SQLAlchemy by a dot: `select` of `sa.select`."""
+    imports = (each for node in ast.walk(_tree(module)) if isinstance(node, ast.Import) for each in node.names)
+    aliases = {each.asname or each.name for each in imports if each.name == "sqlalchemy"}
+    nodes = (node for node in ast.walk(_tree(module)) if isinstance(node, ast.Attribute))
+    return {each.attr for each in nodes if isinstance(each.value, ast.Name) and each.value.id in aliases}
 
 
 def test_only_the_shells_know_asyncio() -> None:

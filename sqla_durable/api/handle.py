@@ -23,7 +23,7 @@ from sqla_durable.errors import ResultTimeoutError, UsageError
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.store import schema, workflows
-from sqla_durable.store.drivers import alone
+from sqla_durable.store.schema import alone
 
 R = TypeVar("R", covariant=True)
 
@@ -41,7 +41,7 @@ class _BaseHandle(Generic[R]):
     def _outcome(self, session: Session) -> Outcome | None:
         """Read the outcome; None while there is none."""
         schema.require(session)
-        standing = workflows.standing(session, self.workflow_id)
+        standing = workflows.state(session, self.workflow_id)
         self._definition.require_record(standing.name, self.workflow_id)
         self._seen = standing.status
         return Outcome(standing) if standing.status.finished else None

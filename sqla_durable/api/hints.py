@@ -25,8 +25,8 @@ from sqlalchemy.pool import Pool
 from sqla_durable.definitions.log import Log
 from sqla_durable.operations.shielding import GracefulTask
 from sqla_durable.store import connection_of, hints, schema
-from sqla_durable.store.drivers import alone
 from sqla_durable.store.hints import EVERYWHERE, LATE, Hint, merged, sent_to, to_queue, to_worker
+from sqla_durable.store.schema import alone
 
 __all__ = ["EVERYWHERE", "INTERVAL", "announce", "merged", "sent_to", "to_queue", "to_worker"]
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqla_durable.definitions.checks import require_duration
 from sqla_durable.errors import SessionError
 from sqla_durable.store import schema
-from sqla_durable.store.drivers import alone
+from sqla_durable.store.schema import alone
 
 T = TypeVar("T")
 

@@ -121,7 +121,7 @@ def running_steps(
 
 
 def _running_steps(session: Session, workflow_id: UUID) -> list[RunningStep]:
-    found = workers.doing(session, workflow_id)
+    found = workers.running_steps(session, workflow_id)
     if found is None:
         return []
     steps = [

@@ -22,7 +22,8 @@ from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models import Workflow
 from sqla_durable.operations import waiting
-from sqla_durable.store import signals as statements
+from sqla_durable.store import signals
+from sqla_durable.store import workflows as store_workflows
 from sqla_durable.store.keys import SnapshotKept
 
 T = TypeVar("T")
@@ -118,7 +119,7 @@ class _Signal:
 
     def _receivers(self, session: Session, ids: Sequence[UUID]) -> list[UUID]:
         """Return to whom it is to be sent: not to one that has ended since the same signal was sent to it."""
-        statuses = statements.standings(session, ids)
+        statuses = store_workflows.statuses(session, ids)
         ended = [each for each, status in statuses.items() if status.finished]
         known = self._known(session, ended)
         receivers = [each for each in ids if each not in known]
@@ -129,17 +130,17 @@ class _Signal:
     def _known(self, session: Session, ids: Sequence[UUID]) -> set[UUID]:
         if not ids or self.key is None:
             return set()
-        return statements.known(session, ids, name=self.name, key=self.key)
+        return signals.sent_with_key(session, ids, name=self.name, key=self.key)
 
     def _insert(self, session: Session, ids: Sequence[UUID]) -> None:
         given: dict[str, Any] = {"name": self.name, "payload": self.payload, "key": self.key}
         try:
-            statements.send(session, ids, **given)
+            signals.send(session, ids, **given)
         except SnapshotKept:
             for each in ids:
                 # One that is newer than the snapshot is known all the same.
                 with suppress(KeyNotVisibleError), in_savepoint(session, what="signal", name=self.name, key=self.key):
-                    statements.send_in_snapshot(session, each, **given)
+                    signals.send_in_snapshot(session, each, **given)
 
 
 @overload

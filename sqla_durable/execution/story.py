@@ -35,11 +35,12 @@ from sqla_durable.operations.transaction_retries import Phase, Setback, Transact
 from sqla_durable.operations.workflow import Outcome, run_workflow
 from sqla_durable.store import (
     Claimed,
-    Standing,
-    crashes,
+    WorkflowState,
+    attempts,
+    claims,
     current_record,
-    deadlines,
-    queues,
+    failures,
+    inbox,
     schema,
     signals,
     workers,
@@ -140,22 +141,22 @@ class Story:
         schema.require(session)
         workflow_id = find(session)
         session.flush()
-        standing = workflows.standing(session, workflow_id)
+        standing = workflows.state(session, workflow_id)
         definition.require_record(standing.name, workflow_id)
         if standing.status is WorkflowStatus.RUNNING:
-            crashes.reclaim_one(session, workflow_id, max_attempts=crashes.DEFAULT_MAX_ATTEMPTS)
-            standing = workflows.standing(session, workflow_id)
+            workers.reclaim_one(session, workflow_id, max_attempts=workers.DEFAULT_MAX_ATTEMPTS)
+            standing = workflows.state(session, workflow_id)
         if standing.status.finished:
             return Outcome(standing)
         if standing.status is WorkflowStatus.SUSPENDED:
             signals.wake_one(session, workflow_id)
         self.open_lease(session)
-        claim = partial(queues.claim_one, session, workflow_id, worker_id=self.worker_id, token=uuid7())
+        claim = partial(claims.claim_one, session, workflow_id, worker_id=self.worker_id, token=uuid7())
         claimed = claim()
-        if claimed is None and deadlines.fail_one(session, workflow_id):
+        if claimed is None and failures.fail_if_overdue(session, workflow_id):
             claimed = claim()  # to undo what it did
         if claimed is not None:
-            return queues.with_histories(session, [claimed])[0]
+            return claims.with_histories(session, [claimed])[0]
         outcome = _standing(session, workflow_id)
         if not aim.is_reached(outcome.standing.status):
             raise _not_claimable(session, outcome.standing, self.others)
@@ -284,7 +285,7 @@ class CommittingStory(Story):
             await self.transact(lambda session: self._release(session, attempt))
 
     def _release(self, session: Session, attempt: Attempt) -> None:
-        workflows.release(session, [attempt.fence])
+        attempts.release(session, [attempt.fence])
         self.close_lease(session)
 
     def extend_lease(self, session: Session) -> None:
@@ -294,7 +295,7 @@ class CommittingStory(Story):
 
     @override
     def close_lease(self, session: Session) -> None:
-        workers.leave(session, self.worker_id)
+        workers.end_lease(session, self.worker_id)
         self._beat_at = 0.0
 
     @override
@@ -352,7 +353,7 @@ class _LeasedTransaction(StepTransaction):
 
 
 def _standing(session: Session, workflow_id: UUID) -> Outcome:
-    return Outcome(workflows.standing(session, workflow_id))
+    return Outcome(workflows.state(session, workflow_id))
 
 
 def _record(session: Session, workflow_id: UUID) -> Workflow:
@@ -361,10 +362,10 @@ def _record(session: Session, workflow_id: UUID) -> Workflow:
     return current_record(session, workflow_id)
 
 
-def _not_claimable(session: Session, standing: Standing, others: str) -> WorkflowRunningError:
+def _not_claimable(session: Session, standing: WorkflowState, others: str) -> WorkflowRunningError:
     label = f"workflow {standing.name!r} {standing.workflow_id} is {standing.status}"
     holder = workers.holder(session, standing.workflow_id)
-    waiting = signals.waited_for(session, standing.workflow_id)
+    waiting = workflows.waited_for(session, standing.workflow_id)
     if waiting is not None:
         return WorkflowRunningError(
             f"{label} and waits {_waits_for(waiting)}: {_ways_on(waiting)}give it to a worker{others}.",
@@ -386,7 +387,7 @@ def _not_claimable(session: Session, standing: Standing, others: str) -> Workflo
     )
 
 
-def _waits_for(waiting: signals.WaitedFor) -> str:
+def _waits_for(waiting: workflows.WaitedFor) -> str:
     found = [f"for {_shown(each)}" for each in waiting.signals]
     if waiting.waits_for_children:
         found.append("for its children")
@@ -397,14 +398,14 @@ def _waits_for(waiting: signals.WaitedFor) -> str:
 
 def _shown(name: str) -> str:
     """Return what a signal is to who sends it."""
-    if name.startswith(signals.CALLBACK):
+    if name.startswith(inbox.CALLBACK):
         return "the outcome of a callback"
-    if name.startswith(signals.UPDATE):
-        return f"update {name.removeprefix(signals.UPDATE)!r}"
+    if name.startswith(inbox.UPDATE):
+        return f"update {name.removeprefix(inbox.UPDATE)!r}"
     return f"signal {name!r}"
 
 
-def _ways_on(waiting: signals.WaitedFor) -> str:
+def _ways_on(waiting: workflows.WaitedFor) -> str:
     ways: list[str] = []
     if waiting.signals:
         untaken = ", ".join(map(repr, waiting.untaken))

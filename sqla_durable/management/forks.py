@@ -20,7 +20,7 @@ from sqla_durable.errors import ArgumentError, NotFoundError
 from sqla_durable.management.selection import Selected, perform
 from sqla_durable.models import Workflow
 from sqla_durable.store import forks, keys, management
-from sqla_durable.store.selection import Wanted
+from sqla_durable.store.selection import Selection
 
 
 class ForkOptions(TypedDict, total=False):
@@ -141,7 +141,7 @@ def _json(what: str, value: object) -> str:
     return Codec.inferred(what=f"{what} of a fork").encode(value)
 
 
-def _fork(session: Session, wanted: Wanted, change: forks.Change) -> list[Workflow]:
+def _fork(session: Session, wanted: Selection, change: forks.Change) -> list[Workflow]:
     names: Mapping[UUID, str] = {}
     for _ in range(keys.MOST_REPEATS):
         names = forks.sources(session, wanted)
@@ -170,7 +170,7 @@ def _copied(session: Session, names: Mapping[UUID, str], ids: Mapping[UUID, UUID
     return forks.copy(session, ids, change)
 
 
-def _refuse_missing(names: Mapping[UUID, str], wanted: Wanted) -> None:
+def _refuse_missing(names: Mapping[UUID, str], wanted: Selection) -> None:
     if wanted.query is not None:
         return
     for each in wanted.ids:

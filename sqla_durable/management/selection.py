@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 import sqla_durable.api.callers as callers
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
-from sqla_durable.store.selection import Wanted, evaluate
+from sqla_durable.store.selection import Selection, evaluate
 
 Selected: TypeAlias = "Workflow | UUID | Iterable[Workflow | UUID] | Select[Any] | CompoundSelect[Any]"
 """Which workflows: one record or id, several, or a `select()` or union of `Workflow` or of one column of ids."""
@@ -48,7 +48,11 @@ def id_at(moment: datetime) -> UUID:
 
 
 def perform(
-    session: callers.AnySession, workflows: Selected, verb: Callable[[Session, Wanted], T], *, rights: str = "operator"
+    session: callers.AnySession,
+    workflows: Selected,
+    verb: Callable[[Session, Selection], T],
+    *,
+    rights: str = "operator",
 ) -> T | Coroutine[Any, Any, T]:
     """Call a verb with the blocking session and what is meant.
 
@@ -59,12 +63,12 @@ def perform(
     return callers.perform(session, partial(_perform, workflows=workflows, verb=verb), rights=rights)
 
 
-def _perform(session: Session, *, workflows: Selected, verb: Callable[[Session, Wanted], T]) -> T:
+def _perform(session: Session, *, workflows: Selected, verb: Callable[[Session, Selection], T]) -> T:
     session.flush()  # a record that was only just started is not in the table yet
     return verb(session, _wanted(session, workflows))
 
 
-def _wanted(session: Session, workflows: Selected) -> Wanted:
+def _wanted(session: Session, workflows: Selected) -> Selection:
     if isinstance(workflows, (Select, CompoundSelect)):
         return evaluate(session, workflows)
-    return Wanted(callers.ids_of(workflows))
+    return Selection(callers.ids_of(workflows))

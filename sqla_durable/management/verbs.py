@@ -16,8 +16,8 @@ from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.database_errors import first_line, sqlstate
 from sqla_durable.errors import ArgumentError, WorkflowReferencedError
 from sqla_durable.management.selection import Selected, perform
-from sqla_durable.store import connection_of, management, trees
-from sqla_durable.store.selection import Wanted, workers_of
+from sqla_durable.store import connection_of, management
+from sqla_durable.store.selection import Selection, workers_of
 
 _ROUNDS = 5  # in which a cancel begins again with its locks, to take them in the order of ids
 _REFERENCED = ("23503", "23001")  # foreign_key_violation, restrict_violation
@@ -241,37 +241,37 @@ def delete(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
     return perform(session, workflows, _delete)
 
 
-def _cancel(session: Session, wanted: Wanted) -> list[UUID]:
+def _cancel(session: Session, wanted: Selection) -> list[UUID]:
     connection = connection_of(session)
     held: list[UUID] = []
     for _ in range(_ROUNDS):
         with connection.begin_nested() as savepoint:
-            held, complete = trees.hold_unfinished(session, wanted)
+            held, complete = management.lock_unfinished_trees(session, wanted)
             if complete:
                 return _cancelled(session, held, wanted)
             savepoint.rollback()  # which gives the locks back
     complete = False
     while not complete:  # a tree that grows all the time: what is held starts nothing more
-        held, complete = trees.hold_unfinished(session, wanted)
+        held, complete = management.lock_unfinished_trees(session, wanted)
     return _cancelled(session, held, wanted)
 
 
-def _cancelled(session: Session, held: list[UUID], wanted: Wanted) -> list[UUID]:
+def _cancelled(session: Session, held: list[UUID], wanted: Selection) -> list[UUID]:
     workers = workers_of(session, held)
-    enqueued = [hints.EVERYWHERE] if trees.cancel(session, held, wanted) else []
+    enqueued = [hints.EVERYWHERE] if management.cancel(session, held, wanted) else []
     hints.announce(session, *enqueued, *map(hints.to_worker, workers))
     return held
 
 
-def _resume(session: Session, wanted: Wanted) -> list[UUID]:
+def _resume(session: Session, wanted: Selection) -> list[UUID]:
     return _announced(session, management.resume(session, wanted))
 
 
-def _retry(session: Session, wanted: Wanted) -> list[UUID]:
+def _retry(session: Session, wanted: Selection) -> list[UUID]:
     return _announced(session, management.retry(session, wanted))
 
 
-def _rewind(session: Session, wanted: Wanted, *, to_step: str) -> list[UUID]:
+def _rewind(session: Session, wanted: Selection, *, to_step: str) -> list[UUID]:
     rewound, workers = management.rewind(session, wanted, to_step=to_step)
     hints.announce(session, *map(hints.to_worker, workers))
     return _announced(session, rewound)
@@ -283,11 +283,11 @@ def _announced(session: Session, enqueued: list[UUID]) -> list[UUID]:
     return enqueued
 
 
-def _delete(session: Session, wanted: Wanted) -> list[UUID]:
+def _delete(session: Session, wanted: Selection) -> list[UUID]:
     try:
         with session.begin_nested():
-            held = trees.hold_deletable(session, wanted)
-            trees.erase(session, held)
+            held = management.lock_deletable_trees(session, wanted)
+            management.delete(session, held)
     except IntegrityError as error:
         if sqlstate(error) not in _REFERENCED:
             raise

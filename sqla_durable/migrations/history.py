@@ -27,7 +27,7 @@ class Revision:
 
 
 def load(package: ModuleType) -> list[Revision]:
-    """Give all revisions of a package, oldest first; they follow each other in one line."""
+    """Return all revisions of a package, oldest first, as one line without branches."""
     modules = pkgutil.iter_modules(package.__path__)
     found = [Revision.of(importlib.import_module(f"{package.__name__}.{module.name}")) for module in modules]
     following = {revision.after: revision for revision in found}
@@ -40,7 +40,7 @@ def load(package: ModuleType) -> list[Revision]:
 
 
 def between(history: list[Revision], target: str, *, since: str | None) -> list[Revision]:
-    """Give the revisions after `since` up to `target`, oldest first.
+    """Return the revisions after `since` up to `target`, oldest first.
 
     Raises:
         UsageError: one of them is not in the history, or `target` is not the later one.

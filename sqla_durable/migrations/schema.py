@@ -17,7 +17,7 @@ _OURS = "made by sqla-durable"
 
 @contextmanager
 def resolved(schema: str | None) -> Generator[str]:
-    """Give the real name of the schema, and keep the connection from translating it again meanwhile.
+    """Yield the real name of the schema, and keep the connection from translating it again meanwhile.
 
     Alembic translates the schema in `create_table` and leaves it in `add_column`: so it is done once, here.
 
@@ -43,9 +43,9 @@ def resolved(schema: str | None) -> Generator[str]:
 def create(name: str) -> None:
     """Create the schema if it is missing.
 
-    PostgreSQL asks for the right to create one before it looks whether it exists (CREATE SCHEMA, IF NOT EXISTS).
-    Here it looks first, so that a role without that right can use a schema that was made for it; in one statement
-    of the server, so that it works in a printed script too.
+    PostgreSQL asks for the right to create one before it checks whether it exists (CREATE SCHEMA, IF NOT EXISTS). Here
+    the check comes first, so that a role without that right can use a schema that was made for it; in one statement of
+    the server, so that it works in a printed script too.
     """
     _do(
         f"IF NOT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = {_literal(name)}) THEN "
@@ -70,13 +70,13 @@ def set_storage(name: str, table: str, settings: Mapping[str, float]) -> None:
 
 
 def execute(name: str, statement: str) -> None:
-    """Execute a statement that has `{schema}` where the schema's name stands."""
+    """Execute a statement that has `{schema}` in the place of the schema's name."""
     op.execute(statement.format(schema=_quoted(name)).replace(":", r"\:"))
 
 
 @contextmanager
 def _untranslated(connection: Connection | None) -> Generator[Mapping[str | None, str | None]]:
-    """Give the connection's `schema_translate_map` and suspend it; offline there is none."""
+    """Yield the connection's `schema_translate_map` and suspend it; offline there is none."""
     names = connection.get_execution_options().get("schema_translate_map") if connection else None
     if connection is None or not names:
         yield {}

@@ -6,19 +6,8 @@ not find a class of another metadata. `storage` has what a SQLAlchemy `Table` ha
 """
 
 from sqla_durable.models import storage
-from sqla_durable.models.tables import (
-    REVISION,
-    SCHEMA,
-    Base,
-    Event,
-    Queue,
-    Signal,
-    Step,
-    StreamItem,
-    Worker,
-    Workflow,
-    metadata,
-)
+from sqla_durable.models.base import REVISION, SCHEMA, Base, metadata
+from sqla_durable.models.tables import Event, Queue, Signal, Step, StreamItem, Worker, Workflow
 
 __all__ = [
     "REVISION",

@@ -1,6 +1,6 @@
-"""The statuses of a workflow and of a step, as they stand in the database.
+"""The statuses of a workflow and of a step, as they are in the database.
 
-Which rows are legal is held by the CHECK constraints in `models`; which transitions there are, by the store.
+The CHECK constraints in `models` define the legal rows, the statements of the store the transitions.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from enum import StrEnum
 
 
 class WorkflowStatus(StrEnum):
-    """Where a workflow stands.
+    """The status of a workflow.
 
     ```
     pending ──claim──► running ──► succeeded | failed
        ▲                 │
        │ release,        │
        ├─── reclaim ─────┤──reclaim after max_attempts──► failed
-       │                 │ park, reclaim after several crashes
+       │                 │ suspend, reclaim after several crashes
        │                 ▼
        └──── wake ── suspended
     pending, running, suspended ──cancel──► cancelled
@@ -45,9 +45,9 @@ class WorkflowStatus(StrEnum):
 
 
 class StepStatus(StrEnum):
-    """Where a step stands. One without a row has not ended its first try.
+    """The status of a step. One without a row has not ended its first try.
 
-    `running` has reported details, `retrying` waits for its next try, `waiting` for what it is about.
+    `running` has reported details, `retrying` waits for its next try, `waiting` is a wait that has begun.
     """
 
     RUNNING = "running"
@@ -58,7 +58,7 @@ class StepStatus(StrEnum):
 
     @property
     def finished(self) -> bool:
-        """Whether it is an outcome."""
+        """Whether it is the status of an outcome."""
         return self in (StepStatus.SUCCEEDED, StepStatus.FAILED)
 
 

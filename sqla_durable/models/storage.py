@@ -1,4 +1,4 @@
-"""What our tables have and a SQLAlchemy `Table` has no place for: storage parameters, and the check of new rows."""
+"""Attributes of our tables that a SQLAlchemy `Table` cannot have: storage parameters, and the check of new rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from sqlalchemy import DDL, Connection, Dialect, MetaData, Table, event, func
 from sqlalchemy.schema import CreateSchema
 
 from sqla_durable.errors import SessionError
-from sqla_durable.models.tables import SCHEMA, Workflow, metadata
+from sqla_durable.models.base import SCHEMA, metadata
+from sqla_durable.models.tables import Workflow
 
 # Workflows change several times in their short lives, and every claim walks over the index entries of rows that no
 # longer qualify until vacuum has removed them. So vacuum comes after a fixed number of changes instead of a share of a
@@ -60,7 +61,7 @@ def statements(schema: str = SCHEMA) -> list[str]:
 
 @event.listens_for(metadata, "before_create")
 def _create_schema(_target: MetaData, connection: Connection, **_: object) -> None:
-    """Let `metadata.create_all` work in an empty database, under the translated name of the schema."""
+    """Create the schema under its translated name, so that `metadata.create_all` works in an empty database."""
     require_postgresql(connection.dialect)
     name = _translated(connection)
     # Asked first: IF NOT EXISTS needs the right to create schemas even where there is nothing to create.
@@ -92,7 +93,7 @@ def _quoted(name: str) -> str:
 
 
 def require_postgresql(dialect: Dialect) -> None:
-    """Refuse to make our tables in another database.
+    """Raise if the database is not PostgreSQL.
 
     Raises:
         SessionError: it is not PostgreSQL.

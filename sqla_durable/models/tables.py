@@ -1,8 +1,6 @@
-"""The database on one page: seven declarative models in a schema of their own, `durable`.
+"""The tables: a workflow; what it records, receives and publishes; queues and workers.
 
-An application refers to them by class, `ForeignKey(Workflow.id)` and `relationship(Workflow)`: the string form does
-not find a class of another metadata. The CHECK constraints hold the state machine, whoever writes the rows.
-What the statements are is in `store`; how the tables come into a database is in `migrations`.
+The CHECK constraints hold the state machine, whatever writes the rows.
 """
 
 from __future__ import annotations
@@ -14,39 +12,22 @@ from uuid import UUID
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
-    DateTime,
     ForeignKey,
     FromClause,
     Identity,
     Index,
     Integer,
-    Interval,
-    MetaData,
     SmallInteger,
     false,
     func,
-    inspect,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
-from sqlalchemy.ext.asyncio import AsyncAttrs
-from sqlalchemy.orm import DeclarativeBase, Mapped, foreign, mapped_column, relationship, validates
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Mapped, foreign, mapped_column, relationship, validates
 from uuid_utils.compat import uuid7
 
-from sqla_durable.models.column_types import StatusText, Text
+from sqla_durable.models.base import LONGEST_KEY, OPTIONAL_JSON, REVISION, SCHEMA, Base, name_check, shown, times_check
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-
-SCHEMA = "durable"
-REVISION = "durable_0001"
-"""The migration that these models correspond to; kept as the comment of the workflow table."""
-
-NAMING_CONVENTION = {
-    "pk": "%(table_name)s_pkey",
-    "fk": "%(table_name)s_%(column_0_name)s_fkey",
-    "ck": "%(table_name)s_%(constraint_name)s_check",
-}
-
 
 _NEW_ID = text(
     "CAST(pg_catalog.lpad(pg_catalog.to_hex(CAST(pg_catalog.floor("
@@ -54,28 +35,6 @@ _NEW_ID = text(
     "pg_catalog.substr(pg_catalog.replace(CAST(pg_catalog.gen_random_uuid() AS text), '-', ''), 14) AS uuid)"
 )
 """A UUID of version 7, whose order is that of time: `uuidv7()` is there from PostgreSQL 18 on."""
-
-
-def _name(column: str, *, longest: int = 1_000) -> CheckConstraint:
-    """Refuse a blank name, and one that is too long for an index or a line of a log."""
-    condition = f"{column} ~ '[^[:space:]]' AND pg_catalog.octet_length({column}) <= {longest}"
-    return CheckConstraint(condition, name=column.removesuffix("_key"))
-
-
-def _times(*columns: str, more: str = "") -> CheckConstraint:
-    """Refuse times that no driver can read in every time zone, infinity among them."""
-    every = ", ".join(columns)
-    earliest, latest = "timestamptz '0001-01-02 00:00:00Z'", "timestamptz '9999-12-30 00:00:00Z'"
-    return CheckConstraint(f"{more}least({every}) >= {earliest} AND greatest({every}) <= {latest}", name="times")
-
-
-_JSON = JSONB().with_variant(JSONB(none_as_null=True), "postgresql")
-"""JSON that is left out of an INSERT where it has no value, and NULL where it is None."""
-
-
-_LONGEST_KEY = 2_500
-"""How many bytes the key of a step may have, which branches make longer: what fits into an index beside an id."""
-
 
 _UNREADABLE_WAIT = (
     '$[*] ? (@.type() <> "object" || @.signal.type() <> "string" || @.children.type() <> "array" || '
@@ -86,31 +45,15 @@ _UNREADABLE_WAIT = (
 """What no worker could read in `awaits`, as an SQL/JSON path."""
 
 
-class Base(AsyncAttrs, DeclarativeBase):
-    """The declarative base of this package; its metadata is `sqla_durable.metadata`."""
-
-    metadata = MetaData(schema=SCHEMA, naming_convention=NAMING_CONVENTION)
-    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy declares it as an instance attribute)
-        datetime: DateTime(timezone=True),
-        timedelta: Interval(native=True),
-        dict[str, Any]: JSONB,
-        str: Text,
-        UUID: PG_UUID(as_uuid=True),
-        list[str]: ARRAY(Text),
-        WorkflowStatus: StatusText(WorkflowStatus),
-        StepStatus: StatusText(StepStatus),
-    }
-
-
 class Workflow(Base):
-    """One durable workflow: what was asked, where it stands, and how it ended.
+    """One durable workflow: its input, its status, and its outcome.
 
     A row is enough to start one: `INSERT INTO durable.workflow (name, input) VALUES ('checkout', '{"order_id": 1}')`.
     Arguments are stored by parameter name. `token` identifies the attempt that may write while it is running, and that
-    finished it. `priority` is served lowest first. One that is suspended with `wake_at` waits for that time.
-    `attempt` counts up when a worker dies; `crashes` its last attempts in a row that died before they recorded a step.
-    An `id` begins with the time of its start, so their order is that of the starts; see `id_at`.
-    `cancellation` tells of a saga: it `compensates`, or why it does now. `headers` are what interceptors gave to it.
+    finished it. `priority` is served lowest first. One that is suspended with `wake_at` waits for that time. `attempt`
+    counts up when a worker dies; `crashes` its last attempts in a row that died before they recorded a step. An `id`
+    begins with the time of its start, so their order is that of the starts; see `id_at`. `cancellation` is set for a
+    saga: it `compensates`, or the reason why it does now. `headers` are what interceptors have set.
     """
 
     __tablename__ = "workflow"
@@ -123,7 +66,7 @@ class Workflow(Base):
     status: Mapped[WorkflowStatus] = mapped_column(server_default=WorkflowStatus.PENDING.value)
     input: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
     output: Mapped[Any | None] = mapped_column(JSONB)
-    error: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
+    error: Mapped[dict[str, Any] | None] = mapped_column(OPTIONAL_JSON)
     attempt: Mapped[int] = mapped_column(Integer, server_default="1")
     crashes: Mapped[int] = mapped_column(SmallInteger, server_default="0")
     token: Mapped[UUID | None]
@@ -133,7 +76,7 @@ class Workflow(Base):
     wake_at: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
-    awaits: Mapped[list[dict[str, Any]] | None] = mapped_column(_JSON)
+    awaits: Mapped[list[dict[str, Any]] | None] = mapped_column(OPTIONAL_JSON)
     deadline_at: Mapped[datetime | None]
     timeout: Mapped[timedelta | None]
     parent_id: Mapped[UUID | None] = mapped_column(ForeignKey(f"{SCHEMA}.workflow.id", ondelete="SET NULL"))
@@ -142,8 +85,8 @@ class Workflow(Base):
     forked_from: Mapped[UUID | None]
     version: Mapped[str | None]
     cancellation: Mapped[str | None]
-    begun_anew_at: Mapped[datetime | None]
-    headers: Mapped[dict[str, str] | None] = mapped_column(_JSON)
+    continued_at: Mapped[datetime | None]
+    headers: Mapped[dict[str, str] | None] = mapped_column(OPTIONAL_JSON)
 
     steps: Mapped[list[Step]] = relationship(
         back_populates="workflow", order_by="Step.position", passive_deletes="all", viewonly=False
@@ -159,14 +102,12 @@ class Workflow(Base):
         back_populates="parent", order_by="Workflow.created_at", passive_deletes="all", viewonly=False
     )
     # No foreign key: a claim would lock the worker's row once for each workflow, and a heartbeat updates that row.
-    worker: Mapped[Worker | None] = relationship(
-        primaryjoin=lambda: foreign(Workflow.worker_id) == Worker.id, viewonly=True
-    )
+    worker: Mapped[Worker | None] = relationship(primaryjoin="foreign(Workflow.worker_id) == Worker.id", viewonly=True)
 
     __table_args__ = (
-        _name("name"),
-        _name("key"),
-        _name("queue"),
+        name_check("name"),
+        name_check("key"),
+        name_check("queue"),
         CheckConstraint(
             "status IN ('pending', 'running', 'suspended', 'succeeded', 'failed', 'cancelled')", name="status"
         ),
@@ -194,23 +135,23 @@ class Workflow(Base):
             f"AND NOT pg_catalog.jsonb_path_exists(awaits, '{_UNREADABLE_WAIT}'))",
             name="awaits",
         ),
-        _name("parent_key", longest=_LONGEST_KEY),
+        name_check("parent_key", longest=LONGEST_KEY),
         CheckConstraint("parent_id <> id", name="parent_id"),
-        _name("version"),
+        name_check("version"),
         CheckConstraint("cancellation IN ('compensates', 'requested', 'overdue')", name="cancellation"),
         CheckConstraint(
             "pg_catalog.jsonb_typeof(headers) = 'object' "
             """AND NOT pg_catalog.jsonb_path_exists(headers, '$.* ? (@.type() <> "string")')""",
             name="headers",
         ),
-        _times(
+        times_check(
             "created_at",
             "enqueued_at",
             "wake_at",
             "started_at",
             "finished_at",
             "deadline_at",
-            "begun_anew_at",
+            "continued_at",
         ),
         # Each part of it: together they may be short, and add up to a time that is out of range on the way.
         CheckConstraint(
@@ -254,7 +195,7 @@ class Workflow(Base):
         return value
 
     def __repr__(self) -> str:
-        return _shown(self, "name", "status", "id")
+        return shown(self, "name", "status", "id")
 
 
 def _write_only_what_is_given(table: FromClause) -> None:
@@ -300,8 +241,8 @@ class Step(Base):
     workflow: Mapped[Workflow] = relationship(back_populates="steps")
 
     __table_args__ = (
-        _name("key", longest=_LONGEST_KEY),
-        _name("name", longest=_LONGEST_KEY),
+        name_check("key", longest=LONGEST_KEY),
+        name_check("name", longest=LONGEST_KEY),
         CheckConstraint("status IN ('running', 'retrying', 'waiting', 'succeeded', 'failed')", name="status"),
         CheckConstraint("(status = 'succeeded') = (output IS NOT NULL)", name="output"),
         CheckConstraint(
@@ -315,20 +256,20 @@ class Step(Base):
             name="wake",
         ),
         CheckConstraint("position >= 1 AND attempt >= 1 AND attempts >= 1", name="counts"),
-        _times("started_at", "finished_at", "wake_at", more="finished_at >= started_at AND "),
+        times_check("started_at", "finished_at", "wake_at", more="finished_at >= started_at AND "),
     )
 
     def __repr__(self) -> str:
-        return _shown(self, "key", "status", "workflow_id")
+        return shown(self, "key", "status", "workflow_id")
 
 
 class Signal(Base):
     """Something sent to a workflow: the oldest one of a name is consumed first, once.
 
     A row is enough to send one: `INSERT INTO durable.signal (workflow_id, name, payload) VALUES (..., 'approved',
-    'true')`. `key` is an idempotency key. `delivered_at` is when a worker has seen it and woken what waited for it;
-    `consumed_by` the key of the step that has taken it. Names that begin with `#` are the engine's: `#update:NAME`.
-    They need `is_answer`, `is_update` or `is_notice`, each of which is a right of its own for a role.
+    'true')`. `key` is an idempotency key. `delivered_at` is when a worker has delivered it and woken a workflow that
+    awaits it; `consumed_by` the key of the step that has taken it. Names that begin with `#` are the engine's:
+    `#update:NAME`. They need `is_answer`, `is_update` or `is_notice`, each of which is a right of its own for a role.
     """
 
     __tablename__ = "signal"
@@ -348,10 +289,10 @@ class Signal(Base):
     workflow: Mapped[Workflow] = relationship(back_populates="signals")
 
     __table_args__ = (
-        _name("name", longest=_LONGEST_KEY),
-        _name("key"),
-        CheckConstraint(f"pg_catalog.octet_length(consumed_by) <= {_LONGEST_KEY}", name="consumed_by"),
-        _times("created_at", "delivered_at"),
+        name_check("name", longest=LONGEST_KEY),
+        name_check("key"),
+        CheckConstraint(f"pg_catalog.octet_length(consumed_by) <= {LONGEST_KEY}", name="consumed_by"),
+        times_check("created_at", "delivered_at"),
         # Names of the engine's need a column that not everybody may write.
         CheckConstraint(
             "(is_answer IS NOT NULL) = pg_catalog.starts_with(name, '#callback:') "
@@ -369,18 +310,18 @@ class Signal(Base):
             unique=True,
             postgresql_where=text("key IS NOT NULL"),
         ),
-        # What no worker has seen yet.
+        # Undelivered signals.
         Index("signal_new_idx", "created_at", postgresql_where=text("delivered_at IS NULL")),
-        # What nobody has taken: the oldest of a name is the first, however many were taken before.
+        # Untaken signals: the oldest of a name is the first, however many were taken before.
         Index("signal_untaken_idx", "workflow_id", "name", "id", postgresql_where=text("consumed_by IS NULL")),
     )
 
     def __repr__(self) -> str:
-        return _shown(self, "name", "id", "workflow_id")
+        return shown(self, "name", "id", "workflow_id")
 
 
 class Event(Base):
-    """A value that a workflow shows under a key: the row with the greatest id is the latest, the others are history.
+    """A value that a workflow publishes under a key: the row with the greatest id is the latest.
 
     `step_key` is the key of the step that set it. The answer to an update has the key `#reply:ID` and the update's id.
     """
@@ -397,19 +338,19 @@ class Event(Base):
     workflow: Mapped[Workflow] = relationship(back_populates="events")
 
     __table_args__ = (
-        _name("key", longest=_LONGEST_KEY),
-        CheckConstraint(f"pg_catalog.octet_length(step_key) <= {_LONGEST_KEY}", name="step_key"),
-        _times("created_at"),
+        name_check("key", longest=LONGEST_KEY),
+        CheckConstraint(f"pg_catalog.octet_length(step_key) <= {LONGEST_KEY}", name="step_key"),
+        times_check("created_at"),
     )
 
     def __repr__(self) -> str:
-        return _shown(self, "key", "id", "workflow_id")
+        return shown(self, "key", "id", "workflow_id")
 
 
 class StreamItem(Base):
     """One item of a workflow's stream: `number` counts from 0; a `closed` one is the last, and has no value.
 
-    `step_key`, `attempt` and `step_attempt` tell which try of which step wrote it: those of a try that failed stay.
+    `step_key`, `attempt` and `step_attempt` identify the try that wrote it; items of a try that failed stay.
     """
 
     __tablename__ = "stream_item"
@@ -425,9 +366,9 @@ class StreamItem(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
 
     __table_args__ = (
-        _name("name", longest=_LONGEST_KEY),
-        CheckConstraint(f"pg_catalog.octet_length(step_key) <= {_LONGEST_KEY}", name="step_key"),
-        _times("created_at"),
+        name_check("name", longest=LONGEST_KEY),
+        CheckConstraint(f"pg_catalog.octet_length(step_key) <= {LONGEST_KEY}", name="step_key"),
+        times_check("created_at"),
         CheckConstraint("number >= 0 AND attempt >= 1 AND step_attempt >= 1", name="counts"),
         CheckConstraint("closed = (value IS NULL)", name="closed"),
     )
@@ -442,10 +383,10 @@ class Queue(Base):
     paused_at: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
 
-    __table_args__ = (_name("name"), _times("created_at", "paused_at"))
+    __table_args__ = (name_check("name"), times_check("created_at", "paused_at"))
 
     def __repr__(self) -> str:
-        return _shown(self, "name", "paused_at")
+        return shown(self, "name", "paused_at")
 
 
 class Worker(Base):
@@ -475,19 +416,8 @@ class Worker(Base):
         CheckConstraint("pg_catalog.octet_length(name) <= 1000", name="name"),
         CheckConstraint("lease_expires_at > heartbeat_at", name="lease"),
         CheckConstraint("pg_catalog.jsonb_typeof(doing) = 'object'", name="doing"),
-        _times("started_at", "heartbeat_at", "lease_expires_at"),
+        times_check("started_at", "heartbeat_at", "lease_expires_at"),
     )
 
     def __repr__(self) -> str:
-        return _shown(self, "name", "id")
-
-
-def _shown(record: Base, *attributes: str) -> str:
-    """Show what is loaded, and the primary key of what has expired: a repr must not go to the database."""
-    state = inspect(record)
-    values = {name: state.dict[name] for name in attributes if state.dict.get(name) is not None}
-    loaded = [repr(value) if name in ("name", "key") else str(value) for name, value in values.items()]
-    return f"<{type(record).__name__} {' '.join(loaded or map(str, state.identity or ()))}>"
-
-
-metadata = Base.metadata  # for `target_metadata = [Base.metadata, sqla_durable.metadata]` in Alembic
+        return shown(self, "name", "id")

@@ -33,7 +33,7 @@ from sqla_durable.operations.calls import Position, Wait
 from sqla_durable.operations.outcome import checkpoint_of, outcome_of
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.waiting import GracePeriod
-from sqla_durable.store import Awaited, Recorded, callbacks, hints, signals
+from sqla_durable.store import Awaited, Recorded, callbacks, hints, inbox
 from sqla_durable.unwinding import AttemptLost
 
 _SECRET = 24  # bytes
@@ -80,7 +80,7 @@ class CallbackRecord:
             nonce=nonce,
             token=None if derived else token,
             # `signal` refuses such a name, so that no user's signal has it by chance.
-            signal=f"{signals.CALLBACK}{secrets.token_hex(8)}",
+            signal=f"{inbox.CALLBACK}{secrets.token_hex(8)}",
             timeout=None if within is None else within.total_seconds(),
             heartbeat=None if heartbeat is None else heartbeat.total_seconds(),
         )

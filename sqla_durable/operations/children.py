@@ -19,7 +19,7 @@ from sqla_durable.operations.outcome import checkpoint_of, raise_recorded
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.waiting import GracePeriod, WaitSource, in_one_statement, receive_recorded
 from sqla_durable.operations.workflow import Outcome
-from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, Standing, children, held, waits
+from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, WorkflowState, children, deferred, steps
 
 _UNBOUNDED = 2**31 - 1
 _SHOWN = 20  # children's errors in that of their map
@@ -81,7 +81,7 @@ async def _record_hidden(
 
 
 def _start(connectable: Any, checkpoint: Checkpoint, new: Sequence[NewWorkflow], active: int, undoes: bool) -> str:
-    return str(children.start(connectable, checkpoint, new, active=active, undoes=undoes))
+    return str(children.start(connectable, checkpoint, new, active=active, compensates=undoes))
 
 
 async def result(runtime: Runtime, position: Position, workflow_id: UUID, **within: Any) -> Outcome:
@@ -188,11 +188,11 @@ class _ChildrenWait:
                 return await self._give_up()
             if found.finished >= len(self._ids):
                 return await self._record_all(limit)
-            places = min(found.held, self._active - found.active)
+            places = min(found.deferred, self._active - found.active)
             released = await self._release(places) if places > 0 else []
             if not begun:
                 waiting = checkpoint_of(self._runtime.attempt, self._position, StepStatus.WAITING)
-                await self._runtime.execute(partial(waits.begin, checkpoint=waiting))
+                await self._runtime.execute(partial(steps.begin_wait, checkpoint=waiting))
                 begun = True
             wait = self._wait_for(found, released)
             if len(released) < places:  # other transactions lock the rows, and nothing announces their end
@@ -203,11 +203,11 @@ class _ChildrenWait:
             await self._runtime.settle()
 
     async def _release(self, count: int) -> list[UUID]:
-        return await self._runtime.execute(partial(held.release, ids=self._ids, limit=count))
+        return await self._runtime.execute(partial(deferred.start_some, ids=self._ids, limit=count))
 
     async def _release_rest(self) -> None:
         checkpoint = checkpoint_of(self._runtime.attempt, self._position)
-        await self._runtime.execute(partial(held.release_rest, checkpoint=checkpoint, ids=self._ids))
+        await self._runtime.execute(partial(deferred.start_rest, checkpoint=checkpoint, ids=self._ids))
 
     @property
     def _label(self) -> str:
@@ -268,4 +268,4 @@ def _outcome(found: dict[str, Any]) -> Outcome:
     status = WorkflowStatus(found["status"])
     if status is WorkflowStatus.SUCCEEDED and output is None:
         output = "null"
-    return Outcome(Standing(UUID(found["id"]), found["name"], status, output, found["error"]))
+    return Outcome(WorkflowState(UUID(found["id"]), found["name"], status, output, found["error"]))

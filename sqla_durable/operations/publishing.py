@@ -19,7 +19,7 @@ from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.calls import Position
 from sqla_durable.operations.outcome import checkpoint_of
 from sqla_durable.operations.runtime import Runtime, StepCall
-from sqla_durable.store import Checkpoint, Connectable, Origin, progress
+from sqla_durable.store import Checkpoint, Connectable, Origin, steps
 
 
 class Publication(Protocol):
@@ -102,7 +102,7 @@ async def send_heartbeat(runtime: Runtime, call: StepCall) -> None:
         EncodingError: the database refuses the details.
     """
     reported = runtime.attempt.progress(call.position)
-    report = partial(progress.report, checkpoint=_running(runtime, call), details=reported.details)
+    report = partial(steps.report_progress, checkpoint=_running(runtime, call), details=reported.details)
     try:
         with reported.sending():
             await runtime.execute(report)

@@ -23,7 +23,7 @@ from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.calls import Position, Wait
 from sqla_durable.operations.outcome import checkpoint_of, outcome_of, raise_recorded
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.store import Awaited, Checkpoint, Connectable, Recorded, hints, signals, updates, waits
+from sqla_durable.store import Awaited, Checkpoint, Connectable, Recorded, hints, signals, steps, timers, updates
 
 _MOMENT = 1.0
 """Waits of at most so many seconds are spent in memory."""
@@ -231,7 +231,7 @@ class _RecordedWait:
         """Return how long to wait, as recorded by the operation's row, which is written at the first call."""
         tried = self._runtime.attempt.unfinished_record(self._position)
         if tried is None:
-            begin = partial(waits.begin, checkpoint=self.checkpoint(StepStatus.WAITING), until=self._until)
+            begin = partial(steps.begin_wait, checkpoint=self.checkpoint(StepStatus.WAITING), until=self._until)
             due_in = await self._runtime.execute(begin)
         else:
             due_in, self._age = tried.due_in, tried.age
@@ -305,7 +305,7 @@ async def record_database_time(runtime: Runtime, position: Position, *, codec: C
     try:
         recorded = runtime.attempt.recorded(position)
         if recorded is None:
-            moment = await runtime.execute(waits.now)
+            moment = await runtime.execute(timers.now)
             recorded = await _record(runtime, position, json.dumps(moment.isoformat()))
         return outcome_of(recorded, codec, runtime.attempt.options.errors)
     finally:

@@ -27,8 +27,8 @@ from sqla_durable.operations.calls import Position
 from sqla_durable.operations.history import PATCH
 from sqla_durable.operations.outcome import checkpoint_of, failure_of_workflow, is_own_failure_of_workflow
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.store import Checkpoint, Completion, Standing, rounds, sagas
-from sqla_durable.store.deadlines import TIMEOUT_TYPE
+from sqla_durable.store import Checkpoint, Completion, WorkflowState, attempts, continuations
+from sqla_durable.store.failures import TIMEOUT_TYPE
 from sqla_durable.unwinding import AttemptLost, CallRefused, Cancelling, ContinuedAsNew, ControlFlow
 
 # The errors with which the engine itself ends a workflow, by their recorded type.
@@ -113,7 +113,7 @@ def _ended(
         output,
         error,
         is_child=attempt.is_child,
-        holds=attempt.may_hold_children,
+        has_deferred=attempt.may_hold_children,
         has_notices=attempt.may_have_notices,
     )
 
@@ -138,14 +138,14 @@ def control_flow_in(error: BaseException) -> ControlFlow | None:
 class Outcome:
     """The outcome of a finished workflow."""
 
-    standing: Standing
+    standing: WorkflowState
 
     @classmethod
     def of(cls, name: str, completion: Completion) -> Outcome:
         """Return the outcome that a completion records."""
         error = None if completion.error is None else json.loads(completion.error)
         workflow_id = completion.fence.workflow_id
-        return cls(Standing(workflow_id, name, completion.status, completion.output, error))
+        return cls(WorkflowState(workflow_id, name, completion.status, completion.output, error))
 
     def value(self, definition: WorkflowDefinition, *, find: Find | None = None) -> Any:
         """Return the workflow's result, or raise its error.
@@ -199,7 +199,7 @@ async def begin_saga(runtime: Runtime, position: Position) -> None:
         return
     await runtime.settle()
     checkpoint = checkpoint_of(attempt, position, output="null")
-    await runtime.execute(partial(sagas.begin, checkpoint=checkpoint))
+    await runtime.execute(partial(attempts.begin_saga, checkpoint=checkpoint))
     await runtime.record(checkpoint)
 
 
@@ -222,7 +222,7 @@ async def continue_as_new(runtime: Runtime, position: Position, *, given: str) -
     """
     attempt = runtime.attempt
     await runtime.settle()
-    if not await runtime.execute(partial(rounds.restart, fence=attempt.fence, given=given)):
+    if not await runtime.execute(partial(continuations.continue_as_new, fence=attempt.fence, given=given)):
         raise AttemptLost(attempt.workflow_id)
     attempt.stop(ContinuedAsNew)
     raise ContinuedAsNew

@@ -36,7 +36,7 @@ from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.operations.transaction_retries import TransactionRetry
 from sqla_durable.runtime.context import Context, Fork
 from sqla_durable.runtime.loop_timers import Timers, watching
-from sqla_durable.store import Checkpoint, Completion, Connectable, streams, waits
+from sqla_durable.store import Checkpoint, Completion, Connectable, steps, streams, timers
 from sqla_durable.store.streams import Append, Appended
 from sqla_durable.unwinding import AttemptLost, ControlFlow
 
@@ -389,16 +389,16 @@ class AsyncRuntime(BaseRuntime):
         """Let timers be due when they were when the workflow was suspended."""
         deadlines = self.attempt.deadlines
         if deadlines:
-            now = (await self.execute(waits.now)).timestamp()
+            now = (await self.execute(timers.now)).timestamp()
             self.timers.remember({key: due - now for key, due in deadlines.items()})
 
     async def remember_timers(self, position: Position) -> None:
         """Let the row of an operation that waits keep when timers are due."""
         if seconds := self.timers.seconds:
-            now = (await self.execute(waits.now)).timestamp()
+            now = (await self.execute(timers.now)).timestamp()
             details = json.dumps({TIMERS: {key: now + due_in for key, due_in in seconds.items()}})
             waiting = checkpoint_of(self.attempt, position, StepStatus.WAITING)
-            await self.execute(partial(waits.remember, checkpoint=waiting, details=details))
+            await self.execute(partial(steps.keep_details, checkpoint=waiting, details=details))
 
     def leave(self) -> None:
         """Cancel what the workflow leaves behind at the attempt's end; nothing of it is recorded any more."""

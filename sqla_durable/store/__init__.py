@@ -1,31 +1,31 @@
-"""Every SQL statement of this package, as functions of a `Session`; nothing here commits or opens a session.
+"""Every SQL statement of this package, as functions of a `Session` or connection; nothing here commits.
 
-`schema` checks that the tables fit · `workflows` starts, finishes, releases, parks and wakes · `queues` claims ·
-`steps` records checkpoints, `progress` how far one is · `events` and `streams` publish and read · `workers` holds
-leases · `crashes` takes back what dead workers had · `deadlines` fails what is overdue · `waits` begins to wait ·
-`signals` sends, takes and delivers · `updates` answers too · `callbacks` answers by token · `children` starts them and
-looks at them · `management` resumes, retries and rewinds · `trees` cancels and deletes · `forks` copies · `selection`
-tells which workflows are meant · `keys` is what inserts under a key share · `exports` reads whole records. The values
-that go in and out are below.
+Basics: `statements` builds and executes them, of `records`; `schema` finds the tables; `keys` inserts under a key.
+What workers do: `starts`, `claims`, `work`, `attempts` (ends), `steps`, `workers` (leases, reclaim), `failures`.
+What workflows do: `timers`, `inbox` (shared by `signals`, `updates`, `callbacks`), `events`, `streams`, `children`,
+`deferred` (children of a map), `continuations` (continue as new).
+What operators do: `management`, of a `selection`; `forks`; `workflows` reads records; `hints` are NOTIFY and LISTEN.
 """
 
-from sqla_durable.store._rows import (
+from sqla_durable.store.records import (
     Awaited,
     Checkpoint,
     Claimed,
     Completion,
-    Connectable,
     Fence,
     NewWorkflow,
     Origin,
     Park,
     Recorded,
-    Standing,
     Verdict,
+    WorkflowState,
+)
+from sqla_durable.store.statements import (
+    Connectable,
     bind_arguments,
     connection_of,
     current_record,
-    refresh_known,
+    refresh_loaded,
 )
 
 __all__ = [
@@ -39,10 +39,10 @@ __all__ = [
     "Origin",
     "Park",
     "Recorded",
-    "Standing",
     "Verdict",
+    "WorkflowState",
     "bind_arguments",
     "connection_of",
     "current_record",
-    "refresh_known",
+    "refresh_loaded",
 ]

@@ -1,8 +1,8 @@
-"""The statements on callbacks: find one by its token, answer it, keep it alive, look at it, let it expire.
+"""The statements on callbacks: find one by its token, answer it, keep it alive, read it, expire it.
 
-A callback is the record of the step that made it; its outcome is a row of the inbox, under a key of which there can be
-one. Whoever answers locks the step's record, which nothing else of the workflow waits for; its own attempt lets it
-expire only if nobody holds that. So an answer and the end of its time may cross in any way: one of them is written.
+A callback is the record of the step that made it; its outcome is a row of the inbox, under a key that can exist once.
+An answer locks the step's record, which nothing else of the workflow waits for; the workflow's attempt expires the
+callback only if that record is not locked. So of an answer and an expiry at the same time, exactly one is written.
 """
 
 from __future__ import annotations
@@ -11,41 +11,33 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    Float,
-    and_,
-    bindparam,
-    case,
-    cast,
-    func,
-    literal_column,
-    select,
-    true,
-    update,
-)
-from sqlalchemy.dialects.postgresql import JSONB, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import (
+from sqla_durable.store.inbox import first_keyed
+from sqla_durable.store.keys import insert_new_keys, require_the_latest, sees_the_latest
+from sqla_durable.store.records import Checkpoint
+from sqla_durable.store.statements import (
+    ONE,
     SIGNAL,
     STEP,
     WORKFLOW,
-    Checkpoint,
+    ZERO,
+    Condition,
     Connectable,
+    Expression,
     execute,
+    json_parameter,
     materialized,
+    parameter,
     pg,
     scalar,
-    words,
+    text_literal,
 )
-from sqla_durable.store.keys import require_the_latest, sees_the_latest
-from sqla_durable.store.signals import first_keyed
-from sqla_durable.store.steps import given_row, own_row
+from sqla_durable.store.steps import given_parameters, lock_given
 from sqla_durable.unwinding import AttemptLost
 
 NAME = "create_callback"
@@ -57,7 +49,7 @@ OUTCOME = "outcome"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A callback's outcome: `value` and `details` are JSON text; what is nothing of all that was written by SQL."""
+    """A callback's outcome: `value` and `details` are JSON text; a row written by other SQL may have none of them."""
 
     value: str | None
     error: str | None
@@ -67,7 +59,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Callback:
-    """Where a callback stands.
+    """The state of a callback.
 
     Attributes:
         workflow_status: that of the workflow that made it.
@@ -87,10 +79,10 @@ class Callback:
 
 
 def hold(session: Session, workflow_id: UUID, *, digest: str) -> str | None:
-    """Lock a callback's record and give the key of its step, or None if the workflow has no such callback.
+    """Lock a callback's record and return the key of its step, or None if the workflow has no such callback.
 
-    Waits for whoever answers it or keeps it alive, and for nobody else. The workflow's row is locked against being
-    deleted, as a foreign key does it.
+    Waits only for transactions that answer it or keep it alive. The workflow's row is locked against deletion, as a
+    foreign key does it.
 
     Args:
         digest: SHA-256 of the token, in hexadecimal digits: so the token is in no log of statements.
@@ -102,7 +94,7 @@ def hold(session: Session, workflow_id: UUID, *, digest: str) -> str | None:
 def look(
     connectable: Connectable, workflow_id: UUID, key: str, *, signal: str | None = None, payload: str | None = None
 ) -> Callback | None:
-    """Give where a callback stands, or None if there is no such workflow. Takes no lock.
+    """Return the state of a callback, or None if there is no such workflow. Takes no lock.
 
     Args:
         signal: the name of its outcome, where a later callback may have the same key.
@@ -120,7 +112,7 @@ def look(
 def answer(session: Session, workflow_id: UUID, *, signal: str, payload: str) -> bool:
     """Insert a callback's outcome (JSON text), in the caller's transaction; False if there is one.
 
-    Waits for another transaction that does the same without holding the callback.
+    Waits for another transaction that inserts an outcome without a lock on the callback.
 
     Raises:
         SnapshotKept: nothing was inserted: do it with `answer_in_snapshot`, in a savepoint.
@@ -133,7 +125,7 @@ def answer(session: Session, workflow_id: UUID, *, signal: str, payload: str) ->
 
 
 def answer_in_snapshot(session: Session, workflow_id: UUID, *, signal: str, payload: str) -> bool:
-    """Do the same where the transaction keeps a snapshot, in a savepoint.
+    """Insert the outcome where the transaction keeps a snapshot, in a savepoint.
 
     Raises:
         DBAPIError: the outcome is newer than the snapshot: roll back to the savepoint.
@@ -143,15 +135,14 @@ def answer_in_snapshot(session: Session, workflow_id: UUID, *, signal: str, payl
 
 
 def beat(session: Session, workflow_id: UUID, key: str) -> None:
-    """Note that a callback is alive, in its own record."""
+    """Record that a callback is alive, in its own record."""
     execute(session, _BEAT, {"owner_id": workflow_id, "callback_key": key})
 
 
 def expire(connectable: Connectable, checkpoint: Checkpoint, *, key: str) -> bool:
-    """Write that a callback's time is over, if it is; False if not, or if somebody is answering it just now.
+    """Record that a callback has expired, if it has; False if not, or if it is being answered at this moment.
 
-    Waits for whoever holds the workflow's row, and for nobody who answers. After True there is an outcome, this one or
-    another.
+    Waits for the lock of the workflow's row, never for an answer. After True there is an outcome, this one or another.
 
     Args:
         checkpoint: any of the attempt's, for its fence.
@@ -160,91 +151,85 @@ def expire(connectable: Connectable, checkpoint: Checkpoint, *, key: str) -> boo
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
     """
-    row = execute(connectable, _EXPIRE, given_row(checkpoint) | {"callback_key": key}).one()
+    row = execute(connectable, _EXPIRE, given_parameters(checkpoint) | {"callback_key": key}).one()
     if not row.owned:
         raise AttemptLost(checkpoint.fence.workflow_id)
     return bool(row.expired)
 
 
-def is_callback() -> ColumnElement[bool]:
-    """Tell the record of a callback from those of other steps."""
-    return STEP.c.name == words(NAME)
+def is_callback() -> Condition:
+    """Return whether the record of a step is that of a callback."""
+    return STEP.c.name == text_literal(NAME)
 
 
-def _made(name: str) -> ColumnElement[Any]:
+def _made(name: str) -> Expression:
     return _text_in(STEP.c.output, name)
 
 
-def _text_in(value: ColumnElement[Any], name: str) -> ColumnElement[Any]:
-    return value.op("->>", return_type=Text())(words(name))
+def _text_in(value: Expression, name: str) -> Expression:
+    return value.op("->>", return_type=Text())(text_literal(name))
 
 
-def _json_in(value: ColumnElement[Any], name: str) -> ColumnElement[Any]:
-    return cast(value.op("->", return_type=JSONB())(words(name)), Text)
+def _json_in(value: Expression, name: str) -> Expression:
+    return sa.cast(value.op("->", return_type=JSONB())(text_literal(name)), Text)
 
 
-def _left(name: str, since: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Give how many seconds are left of a time; in seconds, since a sum of times may be out of range."""
-    return cast(_made(name), Float) - cast(func.extract("epoch", pg.statement_timestamp() - since), Float)
+def _left(name: str, since: Expression) -> Expression:
+    """Return how many seconds are left of a duration; as a number, since a sum of times may be out of range."""
+    return sa.cast(_made(name), sa.Float) - sa.cast(
+        sa.func.extract("epoch", pg.statement_timestamp() - since), sa.Float
+    )
 
 
-def _timeout_in() -> ColumnElement[Any]:
+def _timeout_in() -> Expression:
     return _left("timeout", STEP.c.started_at)
 
 
-def _silent_in() -> ColumnElement[Any]:
+def _silent_in() -> Expression:
     return _left("heartbeat", STEP.c.finished_at)
 
 
-def _due_in() -> ColumnElement[Any]:
-    return func.least(_timeout_in(), _silent_in())  # which passes over NULL
+def _due_in() -> Expression:
+    return sa.func.least(_timeout_in(), _silent_in())  # LEAST ignores NULL
 
 
-def _due_to() -> ColumnElement[Any]:
-    silent_first = _silent_in() < func.coalesce(_timeout_in(), cast(words("infinity"), Float))
-    return case((silent_first, words("heartbeat")), else_=words("timeout"))
-
-
-def _given(name: str, kind: Any) -> Any:
-    return cast(bindparam(name, type_=kind), kind)
-
-
-def _payload() -> Any:
-    return cast(_given("payload", Text()), JSONB)
+def _due_to() -> Expression:
+    silent_first = _silent_in() < sa.func.coalesce(_timeout_in(), sa.cast(text_literal("infinity"), sa.Float))
+    return sa.case((silent_first, text_literal("heartbeat")), else_=text_literal("timeout"))
 
 
 def _hold_statement() -> Any:
-    # The workflow first, as whoever deletes it does.
+    # The workflow first, as a statement that deletes it does.
     owner = materialized(
-        select(WORKFLOW.c.id)
-        .where(WORKFLOW.c.id == _given("owner_id", PG_UUID()))
+        sa.select(WORKFLOW.c.id)
+        .where(WORKFLOW.c.id == parameter("owner_id", sa.UUID()))
         .with_for_update(read=True, key_share=True, of=WORKFLOW),
         "owner",
     )
     return (
-        select(STEP.c.key)
+        sa.select(STEP.c.key)
         .join(owner, owner.c.id == STEP.c.workflow_id)
-        .where(is_callback(), _made("digest") == _given("digest", Text()))
+        .where(is_callback(), _made("digest") == parameter("digest", Text()))
         .with_for_update(key_share=True, of=STEP)
     )
 
 
 def _look_statement() -> Any:
-    wanted = _given("signal_name", Text())
-    callback = and_(
+    wanted = parameter("signal_name", Text())
+    callback = sa.and_(
         STEP.c.workflow_id == WORKFLOW.c.id,
-        STEP.c.key == _given("callback_key", Text()),
+        STEP.c.key == parameter("callback_key", Text()),
         is_callback(),
-        _made("signal") == func.coalesce(wanted, _made("signal")),
+        _made("signal") == sa.func.coalesce(wanted, _made("signal")),
     )
-    first = first_keyed(STEP.c.workflow_id, _made("signal"), words(OUTCOME), SIGNAL.c.payload).lateral("outcome")
-    outcome = and_(first.c.name == _made("signal"), first.c.key == words(OUTCOME))
+    first = first_keyed(STEP.c.workflow_id, _made("signal"), text_literal(OUTCOME), SIGNAL.c.payload).lateral("outcome")
+    outcome = sa.and_(first.c.name == _made("signal"), first.c.key == text_literal(OUTCOME))
     return (
-        select(
+        sa.select(
             WORKFLOW.c.status,
             _made("signal").label("signal"),
             first.c.id.is_not(None).label("is_answered"),
-            (first.c.payload == _payload()).label("is_same"),
+            (first.c.payload == json_parameter("payload")).label("is_same"),
             _json_in(first.c.payload, "value").label("value"),
             _text_in(first.c.payload, "error").label("error"),
             _json_in(first.c.payload, "details").label("details"),
@@ -253,52 +238,52 @@ def _look_statement() -> Any:
             _due_to().label("due_to"),
         )
         .select_from(WORKFLOW.outerjoin(STEP, callback).outerjoin(first, outcome))
-        .where(WORKFLOW.c.id == _given("owner_id", PG_UUID()))
+        .where(WORKFLOW.c.id == parameter("owner_id", sa.UUID()))
     )
 
 
 def _insert_outcome(source: Any, *more: str) -> Any:
-    return (
-        insert(SIGNAL)
-        .from_select(["workflow_id", "name", "payload", "key", "is_answer", *more], source, include_defaults=False)
-        .on_conflict_do_nothing(index_elements=["workflow_id", "name", "key"], index_where=SIGNAL.c.key.is_not(None))
-        .returning(SIGNAL.c.id)
-    )
+    columns = ["workflow_id", "name", "payload", "key", "is_answer", *more]
+    return insert_new_keys(SIGNAL, columns, source).returning(SIGNAL.c.id)
 
 
-def _answer_statement(*conditions: ColumnElement[bool]) -> Any:
-    given = _given("owner_id", PG_UUID()), _given("signal_name", Text()), _payload()
-    return _insert_outcome(select(*given, words(OUTCOME), true()).where(*conditions))
+def _answer_statement(*conditions: Condition) -> Any:
+    given = parameter("owner_id", sa.UUID()), parameter("signal_name", Text()), json_parameter("payload")
+    return _insert_outcome(sa.select(*given, text_literal(OUTCOME), sa.true()).where(*conditions))
 
 
 def _beat_statement() -> Any:
-    this = STEP.c.workflow_id == bindparam("owner_id", type_=PG_UUID())
+    this = STEP.c.workflow_id == parameter("owner_id", sa.UUID())
     return (
-        update(STEP)
-        .where(this, STEP.c.key == bindparam("callback_key", type_=Text()), is_callback())
-        .values(finished_at=func.greatest(pg.statement_timestamp(), STEP.c.started_at))
+        sa.update(STEP)
+        .where(this, STEP.c.key == parameter("callback_key", Text()), is_callback())
+        .values(finished_at=sa.func.greatest(pg.statement_timestamp(), STEP.c.started_at))
     )
 
 
 def _expire_statement() -> Any:
-    owned = own_row()
+    owned = lock_given()
     expired = materialized(
-        select(STEP.c.workflow_id, _made("signal").label("signal"), _due_to().label("due_to"))
+        sa.select(STEP.c.workflow_id, _made("signal").label("signal"), _due_to().label("due_to"))
         .join(owned, owned.c.id == STEP.c.workflow_id)
         .where(
-            STEP.c.key == _given("callback_key", Text()), is_callback(), _due_in() <= cast(literal_column("0"), Float)
+            STEP.c.key == parameter("callback_key", Text()),
+            is_callback(),
+            _due_in() <= sa.cast(ZERO, sa.Float),
         )
         .with_for_update(key_share=True, skip_locked=True, of=STEP),
         "expired",
     )
-    payload = pg.jsonb_build_object(words("expired"), expired.c.due_to)
-    source = select(expired.c.workflow_id, expired.c.signal, payload, words(OUTCOME), true(), pg.statement_timestamp())
+    payload = pg.jsonb_build_object(text_literal("expired"), expired.c.due_to)
+    source = sa.select(
+        expired.c.workflow_id, expired.c.signal, payload, text_literal(OUTCOME), sa.true(), pg.statement_timestamp()
+    )
     written = _insert_outcome(source, "delivered_at").cte("written")
-    return select(_any(owned).label("owned"), _any(expired).label("expired")).add_cte(written)
+    return sa.select(_any(owned).label("owned"), _any(expired).label("expired")).add_cte(written)
 
 
-def _any(rows: CTE) -> Any:
-    return select(literal_column("1", type_=Text())).select_from(rows).exists()
+def _any(rows: sa.CTE) -> Any:
+    return sa.select(ONE).select_from(rows).exists()
 
 
 _HOLD = _hold_statement()

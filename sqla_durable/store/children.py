@@ -1,4 +1,4 @@
-"""The statements on children: start them with the parent's checkpoint, look at them, take their outcomes.
+"""The statements on children: start them with the parent's checkpoint, read their progress, take their outcomes.
 
 Each is one statement, fenced by the parent's attempt; carried out twice, it finds what the first one has recorded.
 """
@@ -10,86 +10,71 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    Boolean,
-    Integer,
-    and_,
-    bindparam,
-    case,
-    cast,
-    false,
-    func,
-    literal_column,
-    null,
-    select,
-    true,
-    update,
-)
-from sqlalchemy.dialects.postgresql import ARRAY, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+import sqlalchemy as sa
 
 from sqla_durable.errors import NotFoundError
-from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import (
+from sqla_durable.store.inbox import END_COLUMNS, end_notices, insert_orphan_notices, is_deferred
+from sqla_durable.store.keys import MOST_REPEATS
+from sqla_durable.store.records import Awaited, Checkpoint, NewWorkflow
+from sqla_durable.store.starts import NEW, hidden_among, new_columns
+from sqla_durable.store.statements import (
     COMPENSATES,
+    ONE,
     REQUESTED,
     STEP,
     WORKFLOW,
-    Awaited,
-    Checkpoint,
     Connectable,
-    NewWorkflow,
+    batch_parameter,
+    batch_table,
     count_rows,
+    end_or_compensate,
     execute,
-    filled,
+    insert_select,
+    is_among,
     materialized,
-    next_attempt,
+    parameter,
     pg,
-    status,
-    table,
+    status_literal,
 )
-from sqla_durable.store.held import is_held, leaving
-from sqla_durable.store.keys import MOST_REPEATS
-from sqla_durable.store.signals import asking, deleting_notices
-from sqla_durable.store.starts import NEW, hidden_among, new_columns, new_row
 from sqla_durable.store.steps import (
     GIVEN,
     checkpoint_columns,
-    given_row,
+    given_parameters,
     has_outcome,
-    insert_from,
-    known_output,
-    mine,
-    own_row,
+    insert_checkpoints,
+    is_owned,
+    lock_given,
+    outcome_columns,
+    outcome_in,
 )
 from sqla_durable.unwinding import AttemptLost
 
 MOST_NAMED = 1_000
-"""How many workflows a parent may wait for by name; to wait for the first of more, it looks again and again."""
+"""How many workflows a parent may wait for by name; for the first of more than these, it polls."""
 
 _SAMPLE = 100
-_PARENT = bindparam("parent", type_=PG_UUID())
+_PARENT = parameter("parent", sa.UUID())
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far some workflows are.
+    """How far a group of workflows is.
 
     Attributes:
         there: how many of them there are.
-        own: how many are children of the workflow that asks, which are told when they end.
+        own: how many are children of the workflow that asks, whose ends leave a notice to it.
         finished: how many have an outcome; `failed` of them did not succeed.
-        held: how many wait for others of the group to end.
+        deferred: how many are deferred until others of the group end.
         active: how many can be executed, or are.
-        named: some of the active ones, from all over their order: what happens to these stands for what happens to all.
+        named: a sample of the active ones, spread evenly over their order.
     """
 
     there: int
     own: int
     finished: int
     failed: int
-    held: int
+    deferred: int
     active: int
     named: Sequence[UUID]
 
@@ -100,38 +85,35 @@ def start(
     children: Sequence[NewWorkflow],
     *,
     active: int,
-    undoes: bool = False,
+    compensates: bool = False,
 ) -> Any:
     """Start children and record that as the outcome of the step: the list of their ids. JSON text.
 
-    Of known names and keys, the workflows that have them. Of many, those after the first `active` are held. Those that
-    undo what their parent did do not inherit its deadline.
+    Where a name and key are known, the workflow that has them is used. Children after the first `active` are deferred.
+    Those that compensate do not inherit their parent's deadline.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
         KeyNotVisibleError: the workflow that has one of the keys cannot be seen; others may have been started.
     """
-    parameters = given_row(checkpoint) | filled("batch", [new_row(each) for each in children])
-    parameters |= {"active": active, "undoes": undoes}
+    parameters = given_parameters(checkpoint) | batch_parameter("batch", [NEW.row(each) for each in children])
+    parameters |= {"active": active, "compensates": compensates}
     for _ in range(MOST_REPEATS):
-        row = execute(connectable, _START, parameters).one()
-        found = row.recorded if row.known is None else row.known
+        found = outcome_in(execute(connectable, _START, parameters).one(), checkpoint.fence)
         if found is not None:
             return found
-        if not row.owned:
-            raise AttemptLost(checkpoint.fence.workflow_id)
         # Another transaction has inserted one of the keys in between, and the next statement sees it.
     raise hidden_among(connectable, children)
 
 
 def progress(connectable: Connectable, parent_id: UUID, *, ids: Sequence[UUID]) -> Progress:
-    """Look how far these children are."""
+    """Return how far these children are."""
     row = execute(connectable, _PROGRESS, {"parent": parent_id, "ids": list(ids)}).one()
-    return Progress(row.there, row.own, row.finished, row.failed, row.held, row.active, row.named or ())
+    return Progress(row.there, row.own, row.finished, row.failed, row.deferred, row.active, row.named or ())
 
 
 def sample(ids: Sequence[UUID]) -> list[UUID]:
-    """Return some of the ids, from all over their order."""
+    """Return a sample of the ids, spread evenly over their order."""
     return sorted(ids)[:: -(-len(ids) // _SAMPLE) or 1]
 
 
@@ -142,19 +124,19 @@ def outcomes(connectable: Connectable, *, ids: Sequence[UUID]) -> list[dict[str,
 
 
 def take_outcome(connectable: Connectable, checkpoint: Checkpoint, *, workflow_id: UUID) -> str | None:
-    """Record the outcome of a workflow that is finished as that of the step, or give None; JSON text."""
+    """Record the outcome of a finished workflow as that of the step; return it as JSON text, or None."""
     return _taken(connectable, checkpoint, _TAKE_OUTCOME, {"ids": [workflow_id]})
 
 
 def take_first(connectable: Connectable, checkpoint: Checkpoint, *, workflow_ids: Sequence[UUID]) -> str | None:
-    """Record the id of the one that finished first, or give None; JSON text."""
+    """Record the id of the workflow that finished first, and return it as JSON text; None if none has finished."""
     return _taken(connectable, checkpoint, _TAKE_FIRST, {"ids": list(workflow_ids)})
 
 
 def awaited(connectable: Connectable, parent_id: UUID, *, workflow_ids: Sequence[UUID]) -> tuple[Awaited, ...]:
-    """Return what a parent waits for that waits for the first of these.
+    """Return what a parent awaits in order to wait for the first of these.
 
-    Nothing, if one of them is not its child: its end leaves no notice to this one. Nor if they are too many to name.
+    Nothing, if one of them is not its child, whose end leaves it no notice, or if they are too many to name.
 
     Raises:
         NotFoundError: one of them is not there.
@@ -169,15 +151,15 @@ def awaited(connectable: Connectable, parent_id: UUID, *, workflow_ids: Sequence
 
 
 def cancel_rest(connectable: Connectable, checkpoint: Checkpoint, *, ids: Sequence[UUID]) -> int:
-    """Cancel what is unfinished of these children, with the trees under them; wait for whoever holds a row.
+    """Cancel what is unfinished of these children, with the trees under them; wait for the locks of their rows.
 
     Raises:
-        AttemptLost: the attempt does not own the workflow: its children may go on with somebody else.
+        AttemptLost: the attempt does not own the workflow: another attempt may use its children.
     """
     cancelled = 0
     # Again until there is nothing: one of them may have started another child before its row was locked.
     while True:
-        row = execute(connectable, _CANCEL_REST, given_row(checkpoint) | {"ids": list(ids)}).one()
+        row = execute(connectable, _CANCEL_REST, given_parameters(checkpoint) | {"ids": list(ids)}).one()
         if not row.owned:
             raise AttemptLost(checkpoint.fence.workflow_id)
         if not row.cancelled:
@@ -186,42 +168,29 @@ def cancel_rest(connectable: Connectable, checkpoint: Checkpoint, *, ids: Sequen
 
 
 def _taken(connectable: Connectable, checkpoint: Checkpoint, statement: Any, more: dict[str, Any]) -> str | None:
-    row = execute(connectable, statement, given_row(checkpoint) | more).one()
-    found: str | None = row.recorded if row.known is None else row.known
-    if found is None and not row.owned:
-        raise AttemptLost(checkpoint.fence.workflow_id)
-    return found
+    return outcome_in(execute(connectable, statement, given_parameters(checkpoint) | more).one(), checkpoint.fence)
 
 
 def _recorded(output: Any, source: Any) -> Any:
     """Record an output that a CTE gives, where it gives one."""
     columns = checkpoint_columns(GIVEN) | {"output": output}
-    return insert_from(columns, select(*columns.values()).select_from(source)).returning(STEP.c.output)
-
-
-def _answer(owned: Any, recorded: Any) -> Any:
-    return select(
-        select(owned.c.id).exists().label("owned"),
-        select(cast(recorded.c.output, Text)).scalar_subquery().label("recorded"),
-        known_output().scalar_subquery().label("known"),
-    )
+    return insert_checkpoints(columns, sa.select(*columns.values()).select_from(source)).returning(STEP.c.output)
 
 
 def _start_statement() -> Any:
-    owned = own_row()
+    owned, given = lock_given(), batch_table("batch", NEW.columns)
     batch = materialized(
-        select(*table("batch", NEW).c, pg.row_number().over(order_by=literal_column("batch.id")).label("number")),
+        sa.select(*given.c, pg.row_number().over(order_by=given.c.id).label("number")),
         "new",
     )
     columns = new_columns(batch.c)
-    held = and_(columns["wake_at"].is_(None), batch.c.number > bindparam("active", type_=Integer()))
-    columns["status"] = case((held, WorkflowStatus.SUSPENDED.value), else_=columns["status"])
-    inherited = case((bindparam("undoes", type_=Boolean()), null()), else_=owned.c.deadline_at)
-    columns["deadline_at"] = func.least(columns["deadline_at"], inherited)
-    source = select(*columns.values()).select_from(batch.join(owned, true())).where(~has_outcome())
+    deferred = sa.and_(columns["wake_at"].is_(None), batch.c.number > parameter("active", sa.Integer()))
+    columns["status"] = sa.case((deferred, WorkflowStatus.SUSPENDED.value), else_=columns["status"])
+    inherited = sa.case((parameter("compensates", sa.Boolean()), sa.null()), else_=owned.c.deadline_at)
+    columns["deadline_at"] = sa.func.least(columns["deadline_at"], inherited)
+    source = sa.select(*columns.values()).select_from(batch.join(owned, sa.true())).where(~has_outcome())
     inserted = (
-        insert(WORKFLOW)
-        .from_select(list(columns), source.order_by(batch.c.name, batch.c.key, batch.c.id), include_defaults=False)
+        insert_select(WORKFLOW, columns, source.order_by(batch.c.name, batch.c.key, batch.c.id))
         .on_conflict_do_nothing()
         .returning(WORKFLOW.c.id)
         .cte("inserted")
@@ -229,127 +198,118 @@ def _start_statement() -> Any:
     earlier, keyed = WORKFLOW.alias("earlier"), WORKFLOW.alias("keyed")
     # Each looked up by an index: as joins, the planner would read the table for them.
     known = (
-        select(earlier.c.id).where(earlier.c.id == batch.c.id).scalar_subquery(),
-        select(keyed.c.id).where(keyed.c.name == batch.c.name, keyed.c.key == batch.c.key).scalar_subquery(),
+        sa.select(earlier.c.id).where(earlier.c.id == batch.c.id).scalar_subquery(),
+        sa.select(keyed.c.id).where(keyed.c.name == batch.c.name, keyed.c.key == batch.c.key).scalar_subquery(),
     )
-    child_id = func.coalesce(inserted.c.id, *known).label("id")
-    ids = select(batch.c.number, child_id).outerjoin_from(batch, inserted, inserted.c.id == batch.c.id).cte("ids")
+    child_id = sa.func.coalesce(inserted.c.id, *known).label("id")
+    ids = sa.select(batch.c.number, child_id).outerjoin_from(batch, inserted, inserted.c.id == batch.c.id).cte("ids")
     listed = pg.jsonb_agg(ids.c.id.op("ORDER BY")(ids.c.number))
-    every = select(listed.label("list")).having(pg.count(ids.c.id) == count_rows()).cte("every")
-    recorded = _recorded(every.c.list, every.join(owned, true())).cte("recorded")
-    return _answer(owned, recorded)
+    every = sa.select(listed.label("list")).having(pg.count(ids.c.id) == count_rows()).cte("every")
+    recorded = _recorded(every.c.list, every.join(owned, sa.true())).cte("recorded")
+    return sa.select(*outcome_columns(owned, recorded))
 
 
 def _take_outcome_statement() -> Any:
-    owned = own_row()
+    owned = lock_given()
     outcome = pg.jsonb_build_object(
         "id", WORKFLOW.c.id, "name", WORKFLOW.c.name, "status", WORKFLOW.c.status,
         "output", WORKFLOW.c.output, "error", WORKFLOW.c.error,
     )  # fmt: skip
-    finished = select(outcome.label("value")).where(_wanted(), WORKFLOW.c.finished_at.is_not(None)).cte("finished")
-    return _answer(owned, _recorded(finished.c.value, finished.join(owned, true())).cte("recorded"))
+    finished = sa.select(outcome.label("value")).where(_wanted(), WORKFLOW.c.finished_at.is_not(None)).cte("finished")
+    return sa.select(
+        *outcome_columns(owned, _recorded(finished.c.value, finished.join(owned, sa.true())).cte("recorded"))
+    )
 
 
 def _take_first_statement() -> Any:
-    owned = own_row()
+    owned = lock_given()
     first = (
-        select(pg.to_jsonb(WORKFLOW.c.id).label("value"))
+        sa.select(pg.to_jsonb(WORKFLOW.c.id).label("value"))
         .where(_wanted(), WORKFLOW.c.finished_at.is_not(None))
         .order_by(WORKFLOW.c.finished_at, WORKFLOW.c.id)
-        .limit(literal_column("1"))
+        .limit(ONE)
         .cte("first")
     )
-    return _answer(owned, _recorded(first.c.value, first.join(owned, true())).cte("recorded"))
+    return sa.select(*outcome_columns(owned, _recorded(first.c.value, first.join(owned, sa.true())).cte("recorded")))
 
 
 def _wanted() -> Any:
-    return WORKFLOW.c.id == func.any(bindparam("ids", type_=ARRAY(PG_UUID())))
+    return is_among(WORKFLOW.c.id)
 
 
 def _progress_statement() -> Any:
     finished = WORKFLOW.c.finished_at.is_not(None)
-    succeeded = WORKFLOW.c.status == status(WorkflowStatus.SUCCEEDED)
-    active = and_(~finished, ~is_held())
+    succeeded = WORKFLOW.c.status == status_literal(WorkflowStatus.SUCCEEDED)
+    active = sa.and_(~finished, ~is_deferred())
     place = pg.row_number().over(partition_by=active, order_by=WORKFLOW.c.id)
     seen = materialized(
-        select(
+        sa.select(
             WORKFLOW.c.id,
             (WORKFLOW.c.parent_id == _PARENT).label("own"),
             finished.label("finished"),
-            and_(finished, ~succeeded).label("failed"),
-            is_held().label("held"),
+            sa.and_(finished, ~succeeded).label("failed"),
+            is_deferred().label("deferred"),
             active.label("active"),
             place.label("place"),
         ).where(_wanted()),
         "seen",
     )
-    count = select(count_rows()).select_from(seen).where(seen.c.active).scalar_subquery()
-    apart = func.greatest((count + (_SAMPLE - 1)) // _SAMPLE, 1)
-    named = select(pg.array_agg(seen.c.id)).where(seen.c.active, (seen.c.place - 1) % apart == 0)
-    return select(
+    count = sa.select(count_rows()).select_from(seen).where(seen.c.active).scalar_subquery()
+    apart = sa.func.greatest((count + (_SAMPLE - 1)) // _SAMPLE, 1)
+    named = sa.select(pg.array_agg(seen.c.id)).where(seen.c.active, (seen.c.place - 1) % apart == 0)
+    return sa.select(
         count_rows().label("there"),
-        *(count_rows().filter(seen.c[each]).label(each) for each in ("own", "finished", "failed", "held", "active")),
+        *(
+            count_rows().filter(seen.c[each]).label(each)
+            for each in ("own", "finished", "failed", "deferred", "active")
+        ),
         named.scalar_subquery().label("named"),
     ).select_from(seen)
 
 
 def _awaited_statement() -> Any:
-    is_child = func.coalesce(WORKFLOW.c.parent_id == _PARENT, false())
-    return select(WORKFLOW.c.id, is_child.label("is_child")).where(_wanted()).order_by(WORKFLOW.c.id)
+    is_child = sa.func.coalesce(WORKFLOW.c.parent_id == _PARENT, sa.false())
+    return sa.select(WORKFLOW.c.id, is_child.label("is_child")).where(_wanted()).order_by(WORKFLOW.c.id)
 
 
 def _cancel_rest_statement() -> Any:
     # Not locked: it may come after its children in the order of ids.
-    owner = materialized(select(WORKFLOW.c.id).where(*mine()), "owner")
-    own = WORKFLOW.c.parent_id.in_(select(owner.c.id))
-    tree = select(WORKFLOW.c.id).where(_wanted(), own, ~WORKFLOW.c.detached).cte("tree", recursive=True)
+    owner = materialized(sa.select(WORKFLOW.c.id).where(*is_owned()), "owner")
+    own = WORKFLOW.c.parent_id.in_(sa.select(owner.c.id))
+    tree = sa.select(WORKFLOW.c.id).where(_wanted(), own, ~WORKFLOW.c.detached).cte("tree", recursive=True)
     below = WORKFLOW.alias("below")
-    tree = tree.union(select(below.c.id).join(tree, below.c.parent_id == tree.c.id).where(~below.c.detached))
+    tree = tree.union(sa.select(below.c.id).join(tree, below.c.parent_id == tree.c.id).where(~below.c.detached))
     unfinished = WORKFLOW.c.finished_at.is_(None)
     rest = materialized(
-        select(WORKFLOW.c.id)
-        .where(WORKFLOW.c.id.in_(select(tree.c.id)), unfinished)
+        sa.select(WORKFLOW.c.id, pg.statement_timestamp().label("locked_at"))
+        .where(WORKFLOW.c.id.in_(sa.select(tree.c.id)), unfinished)
         .order_by(WORKFLOW.c.id)
         .with_for_update(key_share=True, of=WORKFLOW),
         "rest",
     )
     undone = WORKFLOW.c.cancellation == COMPENSATES
-    now = pg.statement_timestamp()
     cancelled = (
-        update(WORKFLOW)
-        # What is being undone already goes on with that.
+        sa.update(WORKFLOW)
+        # What compensates already goes on with that.
         .where(
-            WORKFLOW.c.id == rest.c.id, unfinished, func.coalesce(WORKFLOW.c.cancellation, COMPENSATES) == COMPENSATES
+            WORKFLOW.c.id == rest.c.id,
+            unfinished,
+            sa.func.coalesce(WORKFLOW.c.cancellation, COMPENSATES) == COMPENSATES,
         )
-        .values(
-            status=case((undone, WorkflowStatus.PENDING.value), else_=WorkflowStatus.CANCELLED.value),
-            finished_at=case((undone, null()), else_=now),
-            cancellation=case((undone, REQUESTED)),
-            attempt=case((undone, next_attempt()), else_=WORKFLOW.c.attempt),
-            token=case((undone, null()), else_=WORKFLOW.c.token),
-            worker_id=case((undone, null()), else_=WORKFLOW.c.worker_id),
-            enqueued_at=case((undone, now), else_=WORKFLOW.c.enqueued_at),
-            wake_at=null(),
-            awaits=null(),
-        )
-        .returning(WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits)
+        .values(end_or_compensate(undone, WorkflowStatus.CANCELLED, reason=REQUESTED, now=rest.c.locked_at))
+        .returning(*END_COLUMNS)
         .cte("cancelled")
     )
-    count = select(count_rows()).select_from(cancelled).scalar_subquery()
-    answer = select(select(owner.c.id).exists().label("owned"), count.label("cancelled"))
-    # To their parent too: while this waited for a row, another attempt may have taken it over, and wait.
-    of_ended = (
-        asking(cancelled).cte("asked"),
-        deleting_notices(cancelled).cte("cleared"),
-        leaving(cancelled).cte("left"),
-    )
-    return answer.add_cte(*of_ended)
+    count = sa.select(count_rows()).select_from(cancelled).scalar_subquery()
+    answer = sa.select(sa.select(owner.c.id).exists().label("owned"), count.label("cancelled"))
+    # To their parent too: while this waited for a row, another attempt may have reclaimed it, and may wait.
+    return answer.add_cte(*end_notices(cancelled), insert_orphan_notices(cancelled).cte("left"))
 
 
 _START = _start_statement()
 _PROGRESS = _progress_statement()
 _OUTCOMES = (
-    select(WORKFLOW.c.id, WORKFLOW.c.status, WORKFLOW.c.output, WORKFLOW.c.error)
+    sa.select(WORKFLOW.c.id, WORKFLOW.c.status, WORKFLOW.c.output, WORKFLOW.c.error)
     .where(_wanted(), WORKFLOW.c.finished_at.is_not(None))
     .order_by(WORKFLOW.c.id)
 )

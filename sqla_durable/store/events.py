@@ -1,6 +1,7 @@
 """The statements on events: set one, read the latest. The history of an event stays; the greatest id is the latest.
 
-Whoever sets one owns the workflow, whose row is locked in the same statement: so ids come in the order of commits.
+The attempt that sets one owns the workflow, whose row is locked in the same statement: so ids follow the order of
+commits.
 """
 
 from __future__ import annotations
@@ -9,66 +10,77 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import and_, bindparam, cast, literal_column, select, true
-from sqlalchemy.dialects.postgresql import JSONB, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
-from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.store._rows import (
+from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.store.records import Checkpoint, Origin
+from sqla_durable.store.statements import (
     EVENT,
+    IS_WANTED,
+    ONE,
     STEP,
+    WANTED_ID,
     WORKFLOW,
-    Checkpoint,
     Connectable,
-    Origin,
     execute,
-    fence_row,
+    insert_select,
+    json_parameter,
     materialized,
+    parameter,
     pg,
     scalar,
 )
-from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine, own_row
+from sqla_durable.store.steps import (
+    GIVEN,
+    checkpoint_columns,
+    given_fence_parameters,
+    given_parameters,
+    insert_checkpoints,
+    lock_given,
+    outcome_columns,
+    outcome_in,
+    select_from_owned,
+)
 from sqla_durable.store.workflows import not_found
 from sqla_durable.unwinding import AttemptLost
 
 
 @dataclass(frozen=True, slots=True)
 class Latest:
-    """What a look for an event finds: its latest value as JSON text, if it has one, and where its workflow stands."""
+    """The latest value of an event as JSON text, None if it has none, and the status of its workflow."""
 
     value: str | None
     status: WorkflowStatus
 
 
 def record(connectable: Connectable, checkpoint: Checkpoint, *, key: str, value: str) -> None:
-    """Set an event and record that as a step, in one statement; once, however often it is carried out.
+    """Set an event and record that as a step, in one statement; once, however often it is executed.
 
-    Waits for whoever holds the workflow's row.
+    Waits for the lock of the workflow's row.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
     """
-    parameters = given_row(checkpoint) | {"event_key": key, "event_value": value}
+    parameters = given_parameters(checkpoint) | {"event_key": key, "event_value": value}
     if not scalar(connectable, _RECORD, parameters):
         raise AttemptLost(checkpoint.fence.workflow_id)
 
 
 def put(connectable: Connectable, origin: Origin, *, key: str, value: str) -> None:
-    """Set an event; each time it is carried out. Waits for whoever holds the workflow's row.
+    """Set an event; each time it is executed. Waits for the lock of the workflow's row.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
     """
-    fence = fence_row(origin.fence)
-    parameters = {"given_id": fence["id"], "given_token": fence["token"], "given_key": origin.step_key}
+    parameters = given_fence_parameters(origin.fence, origin.step_key)
     if scalar(connectable, _PUT, parameters | {"event_key": key, "event_value": value}) is None:
         raise AttemptLost(origin.fence.workflow_id)
 
 
 def latest(session: Session, workflow_id: UUID, key: str) -> Latest:
-    """Read the latest value of an event and where the workflow stands, in one snapshot. Takes no lock.
+    """Read the latest value of an event and the workflow's status, in one snapshot. Takes no lock.
 
     Raises:
         NotFoundError: there is no such workflow.
@@ -88,71 +100,63 @@ def take(connectable: Connectable, checkpoint: Checkpoint, *, workflow_id: UUID,
     Raises:
         AttemptLost: the attempt no longer owns its workflow.
     """
-    parameters = given_row(checkpoint) | {"wanted_id": workflow_id, "event_key": key}
+    parameters = given_parameters(checkpoint) | {"wanted_id": workflow_id, "event_key": key}
     row = execute(connectable, _TAKE, parameters).one()
-    if row.known is None and not row.owned:
-        raise AttemptLost(checkpoint.fence.workflow_id)
-    found: str | None = row.taken if row.known is None else row.known
+    found = outcome_in(row, checkpoint.fence)
     return None if row.status is None else Latest(found, row.status)
 
 
 def _columns() -> dict[str, Any]:
     return {
-        "key": cast(bindparam("event_key", type_=Text()), Text),
-        "value": cast(cast(bindparam("event_value", type_=Text()), Text), JSONB),
+        "key": parameter("event_key", Text()),
+        "value": json_parameter("event_value"),
         "step_key": GIVEN["key"],
         "created_at": pg.statement_timestamp(),
     }
 
 
 def _record_statement() -> Any:
-    owned = own_row()
+    owned = lock_given()
     checkpoint = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id}
-    recorded = insert_from(checkpoint, select(*checkpoint.values())).returning(STEP.c.workflow_id).cte("recorded")
+    recorded = (
+        insert_checkpoints(checkpoint, sa.select(*checkpoint.values())).returning(STEP.c.workflow_id).cte("recorded")
+    )
     columns = {"workflow_id": recorded.c.workflow_id, **_columns()}
-    event = insert(EVENT).from_select(list(columns), select(*columns.values()), include_defaults=False)
-    return select(select(owned.c.id).exists()).add_cte(event.returning(EVENT.c.id).cte("event"))
+    event = insert_select(EVENT, columns, sa.select(*columns.values()))
+    return sa.select(sa.select(owned.c.id).exists()).add_cte(event.returning(EVENT.c.id).cte("event"))
 
 
 def _put_statement() -> Any:
     columns = {"workflow_id": WORKFLOW.c.id, **_columns()}
-    source = select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
-    return insert(EVENT).from_select(list(columns), source, include_defaults=False).returning(EVENT.c.id)
+    return insert_select(EVENT, columns, select_from_owned(columns)).returning(EVENT.c.id)
 
 
 def _newest() -> Any:
-    """Give the latest value of the event, as the primary key orders them."""
+    """Select the latest value of the event, as the primary key orders them."""
     return (
-        select(EVENT.c.value)
+        sa.select(EVENT.c.value)
         .where(
-            EVENT.c.workflow_id == bindparam("wanted_id", type_=PG_UUID()),
-            EVENT.c.key == bindparam("event_key", type_=Text()),
+            EVENT.c.workflow_id == WANTED_ID,
+            EVENT.c.key == parameter("event_key", Text()),
         )
         .order_by(EVENT.c.id.desc())
-        .limit(literal_column("1"))
+        .limit(ONE)
     )
 
 
 def _take_statement() -> Any:
-    owned, newest = own_row(), materialized(_newest(), "newest")
-    succeeded = literal_column(f"'{StepStatus.SUCCEEDED}'", type_=STEP.c.status.type)
-    own = and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"], STEP.c.status == succeeded)
-    known = select(cast(STEP.c.output, Text)).where(own)
+    owned, newest = lock_given(), materialized(_newest(), "newest")
     columns = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id, "output": newest.c.value}
-    recorded = insert_from(columns, select(*columns.values()).select_from(owned.join(newest, true())))
+    recorded = insert_checkpoints(columns, sa.select(*columns.values()).select_from(owned.join(newest, sa.true())))
     taken = recorded.returning(STEP.c.output).cte("taken")
-    standing = select(WORKFLOW.c.status).where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()))
-    return select(
-        select(owned.c.id).exists().label("owned"),
-        select(cast(taken.c.output, Text)).scalar_subquery().label("taken"),
-        known.scalar_subquery().label("known"),
+    standing = sa.select(WORKFLOW.c.status).where(IS_WANTED)
+    return sa.select(
+        *outcome_columns(owned, taken),
         standing.scalar_subquery().label("status"),
     )
 
 
 _RECORD = _record_statement()
 _PUT = _put_statement()
-_LATEST = select(WORKFLOW.c.status, cast(_newest().scalar_subquery(), Text).label("value")).where(
-    WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID())
-)
+_LATEST = sa.select(WORKFLOW.c.status, sa.cast(_newest().scalar_subquery(), Text).label("value")).where(IS_WANTED)
 _TAKE = _take_statement()

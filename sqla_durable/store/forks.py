@@ -12,48 +12,43 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    FromClause,
-    and_,
-    bindparam,
-    case,
-    cast,
-    func,
-    literal_column,
-    null,
-    or_,
-    select,
-    true,
-)
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Session
 
 from sqla_durable.models import Workflow
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import StepStatus
-from sqla_durable.store._rows import (
+from sqla_durable.store.keys import insert_new_keys
+from sqla_durable.store.selection import Selection
+from sqla_durable.store.statements import (
     EVENT,
+    ONE,
     STEP,
     STREAM_ITEM,
     WORKFLOW,
+    ZERO,
+    Condition,
+    Expression,
+    batch_parameter,
+    batch_table,
     execute,
-    filled,
+    insert_select,
+    is_among,
+    is_open_step,
+    json_parameter,
     materialized,
+    merge_record,
     next_attempt,
+    parameter,
     pg,
-    record_of,
+    reset_cancellation,
     scalars,
-    still_compensates,
-    table,
-    unfinished,
+    status_literal,
 )
-from sqla_durable.store.selection import Wanted, among
 
-_SUCCEEDED = literal_column(f"'{StepStatus.SUCCEEDED}'", type_=Text())
-_SOURCES = bindparam("sources", type_=ARRAY(PG_UUID()))
+_SUCCEEDED = status_literal(StepStatus.SUCCEEDED)
+_SOURCES = parameter("sources", ARRAY(sa.UUID()))
 _STANDING = {"status", "output", "error", "crashes", "token", "worker_id", "wake_at", "awaits", "finished_at"}
 _NOT_COPIED = _STANDING | {"created_at", "enqueued_at", "parent_id", "parent_key", "detached"}
 
@@ -75,30 +70,33 @@ class Change:
         return list(dict.fromkeys([*([] if self.from_step is None else [self.from_step]), *self.outcomes]))
 
 
-def sources(session: Session, wanted: Wanted) -> dict[UUID, str]:
-    """Give the workflows that there are, in the order of their ids, with their names."""
-    rows = execute(session, select(WORKFLOW.c.id, WORKFLOW.c.name).where(among(wanted.ids)).order_by(WORKFLOW.c.id))
+def sources(session: Session, wanted: Selection) -> dict[UUID, str]:
+    """Return those of the workflows that exist with their names, in the order of their ids."""
+    rows = execute(
+        session,
+        sa.select(WORKFLOW.c.id, WORKFLOW.c.name).where(is_among(WORKFLOW.c.id, wanted.ids)).order_by(WORKFLOW.c.id),
+    )
     return {row.id: row.name for row in rows}
 
 
 def find(session: Session, name: str, key: str) -> Workflow | None:
-    """Give the record that has this name and key."""
-    statement = select(*WORKFLOW.c).where(WORKFLOW.c.name == name, WORKFLOW.c.key == key)
+    """Return the record that has this name and key, or None."""
+    statement = sa.select(*WORKFLOW.c).where(WORKFLOW.c.name == name, WORKFLOW.c.key == key)
     row = execute(session, statement).mappings().one_or_none()
-    return None if row is None else record_of(session, row)
+    return None if row is None else merge_record(session, row)
 
 
 def records(session: Session, ids: Sequence[UUID]) -> list[Workflow]:
-    """Give records in the order of the ids."""
-    rows = execute(session, select(*WORKFLOW.c).where(among(ids))).mappings()
-    by_id = {row["id"]: record_of(session, row) for row in rows}
+    """Return the records of these ids, in their order."""
+    rows = execute(session, sa.select(*WORKFLOW.c).where(is_among(WORKFLOW.c.id, ids))).mappings()
+    by_id = {row["id"]: merge_record(session, row) for row in rows}
     return [by_id[each] for each in ids]
 
 
 def copy(session: Session, ids: Mapping[UUID, UUID], change: Change) -> set[UUID]:
-    """Insert a fork of each workflow under its new id; give the new ids.
+    """Insert a fork of each workflow under its new id; return the new ids.
 
-    Nothing, if one of them has no record of a step that the change is about. A fork whose key is taken is left out.
+    None is inserted if one workflow has no record of a step that the change names. A fork whose key exists is left out.
     """
     parameters: dict[str, Any] = {
         "sources": list(ids),
@@ -108,9 +106,9 @@ def copy(session: Session, ids: Mapping[UUID, UUID], change: Change) -> set[UUID
         "new_queue": change.queue,
         "from_step": change.from_step,
     }
-    parameters |= filled("batch", [{"source": source.hex, "id": new.hex} for source, new in ids.items()])
-    parameters |= filled("outcome", [{"key": key, "value": value} for key, value in change.outcomes.items()])
-    parameters |= filled("needed", [{"key": key} for key in change.steps])
+    parameters |= batch_parameter("batch", [{"source": source.hex, "id": new.hex} for source, new in ids.items()])
+    parameters |= batch_parameter("outcome", [{"key": key, "value": value} for key, value in change.outcomes.items()])
+    parameters |= batch_parameter("needed", [{"key": key} for key in change.steps])
     return set(scalars(session, _COPY, parameters))
 
 
@@ -123,103 +121,100 @@ def _copy_statement() -> Any:
         _insert_events(cut, copied, started),
         _insert_stream_items(cut, copied, started),
     ]
-    return select(started.c.id).add_cte(*(each.cte(f"inserted_{number}") for number, each in enumerate(effects)))
+    return sa.select(started.c.id).add_cte(*(each.cte(f"inserted_{number}") for number, each in enumerate(effects)))
 
 
-def _cut() -> CTE:
-    """Give the workflows with the position from which on nothing is copied; none if one lacks a step."""
-    batch = table("batch", {"source": PG_UUID(), "id": PG_UUID()})
-    needed = table("needed", {"key": Text()})
-    same = and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == needed.c.key)
+def _cut() -> sa.CTE:
+    """Select the workflows with the position from which nothing is copied; none if one lacks a step."""
+    batch = batch_table("batch", {"source": sa.UUID(), "id": sa.UUID()})
+    needed = batch_table("needed", {"key": Text()})
+    same = sa.and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == needed.c.key)
     lacking = (
-        select(batch.c.id).select_from(batch.join(needed, true()).outerjoin(STEP, same)).where(STEP.c.key.is_(None))
+        sa.select(batch.c.id)
+        .select_from(batch.join(needed, sa.true()).outerjoin(STEP, same))
+        .where(STEP.c.key.is_(None))
     )
-    at = and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == bindparam("from_step", type_=Text()))
-    chosen = select(batch.c.source, batch.c.id, STEP.c.position).select_from(batch.outerjoin(STEP, at))
+    at = sa.and_(_of_source(STEP.c.workflow_id, batch), STEP.c.key == parameter("from_step", Text()))
+    chosen = sa.select(batch.c.source, batch.c.id, STEP.c.position).select_from(batch.outerjoin(STEP, at))
     return materialized(chosen.where(~lacking.correlate(None).exists()), "cut")
 
 
-def _copied(cut: CTE) -> CTE:
-    """Give the outcomes before the cut, and those that are given."""
-    outcome = table("outcome", {"key": Text(), "value": Text()})
-    before = and_(~unfinished(), STEP.c.position < cut.c.position)
+def _copied(cut: sa.CTE) -> sa.CTE:
+    """Select the outcomes before the cut, and those that the change replaces."""
+    outcome = batch_table("outcome", {"key": Text(), "value": Text()})
+    before = sa.and_(~is_open_step(), STEP.c.position < cut.c.position)
     replaced = outcome.c.key.is_not(None)
     columns = [each for each in STEP.c if each.name not in ("workflow_id", "status", "output", "error", "wake_at")]
     rows = (
-        select(
+        sa.select(
             cut.c.id.label("workflow_id"),
             cut.c.source,
-            func.coalesce(before, literal_column("false")).label("is_before"),
-            case((replaced, _SUCCEEDED), else_=cast(STEP.c.status, Text)).label("status"),
-            case((replaced, cast(outcome.c.value, JSONB)), else_=STEP.c.output).label("output"),
-            case((replaced, null()), else_=STEP.c.error).label("error"),
+            sa.func.coalesce(before, sa.false()).label("is_before"),
+            sa.case((replaced, _SUCCEEDED), else_=sa.cast(STEP.c.status, Text)).label("status"),
+            sa.case((replaced, sa.cast(outcome.c.value, JSONB)), else_=STEP.c.output).label("output"),
+            sa.case((replaced, sa.null()), else_=STEP.c.error).label("error"),
             *columns,
         )
         .select_from(
             cut.join(STEP, _of_source(STEP.c.workflow_id, cut)).outerjoin(outcome, outcome.c.key == STEP.c.key)
         )
-        .where(or_(before, replaced))
+        .where(sa.or_(before, replaced))
     )
     return materialized(rows, "copied")
 
 
-def _insert_workflows(cut: CTE, copied: CTE) -> Any:
+def _insert_workflows(cut: sa.CTE, copied: sa.CTE) -> Any:
     # As if its copied steps were of earlier attempts: what they recorded is no progress of the first one.
-    attempts = select(pg.max(copied.c.attempt)).where(copied.c.workflow_id == cut.c.id).scalar_subquery()
+    attempts = sa.select(pg.max(copied.c.attempt)).where(copied.c.workflow_id == cut.c.id).scalar_subquery()
     now = pg.statement_timestamp()
-    changed: dict[str, ColumnElement[Any]] = {
+    changed: dict[str, Expression] = {
         "id": cut.c.id,
-        "key": bindparam("new_key", type_=Text()),
-        "queue": func.coalesce(bindparam("new_queue", type_=Text()), WORKFLOW.c.queue),
-        "input": WORKFLOW.c.input.op("||")(cast(bindparam("new_input", type_=Text()), JSONB)),
-        "attempt": next_attempt(func.coalesce(attempts, literal_column("0"))),
-        "started_at": case((attempts.is_not(None), now)),  # only what was started before has a history to be read
+        "key": parameter("new_key", Text()),
+        "queue": sa.func.coalesce(parameter("new_queue", Text()), WORKFLOW.c.queue),
+        "input": WORKFLOW.c.input.op("||")(json_parameter("new_input")),
+        "attempt": next_attempt(sa.func.coalesce(attempts, ZERO)),
+        "started_at": sa.case((attempts.is_not(None), now)),  # only what was started before has a history to be read
         "deadline_at": now + WORKFLOW.c.timeout,
         "forked_from": cut.c.source,
-        "cancellation": still_compensates(),
-        "version": func.coalesce(bindparam("new_version", type_=Text()), WORKFLOW.c.version),
+        "cancellation": reset_cancellation(),
+        "version": sa.func.coalesce(parameter("new_version", Text()), WORKFLOW.c.version),
     }
     columns = {each.name: each for each in WORKFLOW.c if each.name not in _NOT_COPIED} | changed
-    source = select(*columns.values()).join_from(cut, WORKFLOW, _of_source(WORKFLOW.c.id, cut))
-    return (
-        insert(WORKFLOW)
-        .from_select(list(columns), source.order_by(cut.c.source), include_defaults=False)
-        .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
-        .returning(WORKFLOW.c.id)
-    )
+    source = sa.select(*columns.values()).join_from(cut, WORKFLOW, _of_source(WORKFLOW.c.id, cut))
+    return insert_new_keys(WORKFLOW, columns, source.order_by(cut.c.source)).returning(WORKFLOW.c.id)
 
 
-def _insert_steps(copied: CTE, started: CTE) -> Any:
+def _insert_steps(copied: sa.CTE, started: sa.CTE) -> Any:
     columns = [each for each in copied.c if each.name in STEP.c]
-    source = select(*columns).join_from(copied, started, started.c.id == copied.c.workflow_id)
-    return insert(STEP).from_select([each.name for each in columns], source, include_defaults=False)
+    source = sa.select(*columns).join_from(copied, started, started.c.id == copied.c.workflow_id)
+    return insert_select(STEP, [each.name for each in columns], source)
 
 
-def _insert_events(cut: CTE, copied: CTE, started: CTE) -> Any:
+def _insert_events(cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
     names = ("key", "value", "step_key", "created_at")
-    source = select(cut.c.id, *(EVENT.c[name] for name in names)).select_from(_shown(EVENT, cut, copied, started))
-    return insert(EVENT).from_select(["workflow_id", *names], source.order_by(EVENT.c.id), include_defaults=False)
+    source = sa.select(cut.c.id, *(EVENT.c[name] for name in names)).select_from(_shown(EVENT, cut, copied, started))
+    return insert_select(EVENT, ["workflow_id", *names], source.order_by(EVENT.c.id))
 
 
-def _insert_stream_items(cut: CTE, copied: CTE, started: CTE) -> Any:
-    """Numbered anew: what is left out may have stood in between."""
+def _insert_stream_items(cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
+    """Insert the items with new numbers: items that are left out may have been in between."""
     number = pg.row_number().over(partition_by=(cut.c.id, STREAM_ITEM.c.name), order_by=STREAM_ITEM.c.number)
     names = ("name", "value", "closed", "step_key", "attempt", "step_attempt", "created_at")
-    columns = [cut.c.id, number - literal_column("1"), *(STREAM_ITEM.c[name] for name in names)]
-    source = select(*columns).select_from(_shown(STREAM_ITEM, cut, copied, started))
-    return insert(STREAM_ITEM).from_select(["workflow_id", "number", *names], source, include_defaults=False)
+    columns = [cut.c.id, number - ONE, *(STREAM_ITEM.c[name] for name in names)]
+    source = sa.select(*columns).select_from(_shown(STREAM_ITEM, cut, copied, started))
+    return insert_select(STREAM_ITEM, ["workflow_id", "number", *names], source)
 
 
-def _shown(what: Any, cut: CTE, copied: CTE, started: CTE) -> Any:
-    """Give what the copied steps before the cut have shown."""
-    theirs = and_(copied.c.source == what.c.workflow_id, copied.c.key == what.c.step_key, copied.c.is_before)
-    own = and_(copied.c.workflow_id == cut.c.id, _of_source(what.c.workflow_id, cut))
+def _shown(what: Any, cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
+    """Join with what the copied steps before the cut have published."""
+    theirs = sa.and_(copied.c.source == what.c.workflow_id, copied.c.key == what.c.step_key, copied.c.is_before)
+    own = sa.and_(copied.c.workflow_id == cut.c.id, _of_source(what.c.workflow_id, cut))
     return what.join(copied, theirs).join(cut, own).join(started, started.c.id == cut.c.id)
 
 
-def _of_source(column: ColumnElement[UUID], rows: FromClause) -> ColumnElement[bool]:
-    """Join with the workflows that are copied; by the array too, whose length the planner knows."""
-    return and_(column == rows.c.source, column == func.any(_SOURCES))
+def _of_source(column: sa.ColumnElement[UUID], rows: sa.FromClause) -> Condition:
+    """Compare with the workflows that are copied; with the array too, whose length the planner knows."""
+    return sa.and_(column == rows.c.source, column == sa.func.any(_SOURCES))
 
 
 _COPY = _copy_statement()

@@ -1,10 +1,10 @@
-"""The statements of hints: NOTIFY and LISTEN, for connections in autocommit that are in nobody's transaction.
+"""The statements of hints: NOTIFY and LISTEN, for connections in autocommit, outside of any transaction.
 
 A hint is a channel and a payload. The channel is named after the schema that holds the tables, because notifications
-reach the whole database. The payload says of what kind the hint is, and whom it concerns: `q:mail` is for whoever
-claims from the queue `mail`, `w:` and a worker's id for that worker, `s:` for every worker, which deliver what was sent
-to workflows; `l:` says that something was committed late or released. One of no kind, as the empty text, is for all:
-to look at everything.
+reach the whole database. The payload has a kind and an addressee: `q:mail` is for workers that
+claim from the queue `mail`, `w:` and a worker's id for that worker, `s:` for every worker, to deliver what was sent to
+workflows; `l:` says that something was committed late or released. The empty payload is for every worker, to poll for
+everything.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from hashlib import sha256
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine, column, func, literal, select, text
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from sqla_durable.models import SCHEMA
 from sqla_durable.models.column_types import Text
-from sqla_durable.store._rows import pg
+from sqla_durable.store.statements import pg
 
 Hint: TypeAlias = tuple[str, str]
 
 EVERYWHERE = ""
-"""The payload of a hint for every worker: to look at all there is."""
+"""The payload of a hint for every worker: to poll for everything."""
 
 
 class Kind(StrEnum):
@@ -37,18 +37,16 @@ class Kind(StrEnum):
     WORKER = "w"
     """Something has been taken from a worker that it is executing."""
     LATE = "l"
-    """Something stands where workers do not look at each poll: it was committed late, or released."""
+    """Something is where not every poll reads: it was committed late, or released."""
     SENT = "s"
     """Something was sent to a workflow."""
 
 
 LATE = f"{Kind.LATE}:"
-"""The payload of a hint for every worker: to look at all there is, from the beginning of each index."""
-
+"""The payload of a hint for every worker: to poll for everything, from the beginning of each index."""
 
 SENT = f"{Kind.SENT}:"
 """The payload of a hint for every worker: to deliver what was sent."""
-
 
 _KINDS = frozenset(each.value for each in Kind)
 _PREFIX = "sqla_durable."
@@ -58,25 +56,25 @@ _LONGEST_PAYLOAD = 7_999  # bytes; PostgreSQL manual, NOTIFY: shorter than 8000
 
 
 def channel(schema: str) -> str:
-    """Give the channel for the tables in a schema; where the name is long or unusual, its hash stands in for it."""
+    """Return the channel for the tables in a schema; a long or unusual name is replaced by its hash."""
     plain = re.fullmatch(r"\w+", schema, re.ASCII) and len(_PREFIX + schema) <= _LONGEST_CHANNEL
     return _PREFIX + (schema if plain else sha256(schema.encode()).hexdigest()[:32])
 
 
-def channel_on(bind: Engine | Connection) -> str:
-    """Give the channel for the tables where an engine or a connection finds them."""
+def channel_on(bind: sa.Engine | sa.Connection) -> str:
+    """Return the channel for the tables that an engine or a connection finds."""
     names: dict[str, str] = bind.get_execution_options().get("schema_translate_map") or {}
     return channel(names.get(SCHEMA) or SCHEMA)
 
 
 def to_queue(queue: str) -> str:
-    """Give the payload for a queue; for a name that is too long for a notification, that for every worker."""
+    """Return the payload for a queue; for a name that is too long for a notification, that for every worker."""
     payload = f"{Kind.QUEUE}:{queue}"
     return payload if len(payload.encode(errors="replace")) <= _LONGEST_PAYLOAD else EVERYWHERE
 
 
 def sent_to(workflow_id: UUID, name: str) -> str:
-    """Return the payload for a signal to one workflow: every worker delivers, and what waits for it looks at once."""
+    """Return the payload for a signal to one workflow: every worker delivers, and a wait in memory polls at once."""
     payload = f"{SENT}{workflow_id}:{name}"
     return payload if len(payload.encode(errors="replace")) <= _LONGEST_PAYLOAD else SENT
 
@@ -89,17 +87,17 @@ def merged(payloads: Iterable[str]) -> set[str]:
 
 
 def to_worker(worker_id: UUID) -> str:
-    """Give the payload for one worker: something that it is executing is no longer its own."""
+    """Return the payload for one worker: it no longer owns something that it is executing."""
     return f"{Kind.WORKER}:{worker_id}"
 
 
 def read(payload: str) -> tuple[Kind | None, str]:
-    """Give the kind of a payload, and the queue or the worker's id; None where it is for every worker."""
+    """Return the kind of a payload, and the queue or the worker's id; None where it is for every worker."""
     kind, colon, name = payload.partition(":")
     return (Kind(kind), name) if colon and kind in _KINDS else (None, "")
 
 
-def notify(connection: Connection, hints: Iterable[Hint]) -> None:
+def notify(connection: sa.Connection, hints: Iterable[Hint]) -> None:
     """Send hints by one statement, on a connection in autocommit.
 
     NOTIFY takes a lock of the whole database until its transaction ends, so it must be the only statement in it. It
@@ -107,21 +105,21 @@ def notify(connection: Connection, hints: Iterable[Hint]) -> None:
     RecordTransactionCommit in xact.c.
     """
     channels, payloads = zip(*sorted(set(hints)), strict=True)
-    shape = column("channel", Text()), column("payload", Text())
-    each = func.unnest(_texts(channels), _texts(payloads)).table_valued(*shape).render_derived(name="hint")
-    connection.execute(select(pg.pg_notify(each.c.channel, each.c.payload)))
+    shape = sa.column("channel", Text()), sa.column("payload", Text())
+    each = sa.func.unnest(_texts(channels), _texts(payloads)).table_valued(*shape).render_derived(name="hint")
+    connection.execute(sa.select(pg.pg_notify(each.c.channel, each.c.payload)))
 
 
-def listen(connection: Connection) -> None:
-    """Let a connection in autocommit be notified, until it is closed."""
+def listen(connection: sa.Connection) -> None:
+    """Subscribe a connection in autocommit to the channel, until it is closed."""
     name = connection.dialect.identifier_preparer.quote_identifier(channel_on(connection))
-    connection.execute(text(f"LISTEN {name}"))
+    connection.execute(sa.text(f"LISTEN {name}"))
 
 
-def probe(connection: Connection) -> None:
-    """Ask for an answer, whatever it is."""
-    connection.execute(select(1))
+def probe(connection: sa.Connection) -> None:
+    """Execute a statement that only shows that the connection is alive."""
+    connection.execute(sa.select(1))
 
 
 def _texts(values: Iterable[str]) -> Any:
-    return literal(list(values), ARRAY(Text()))
+    return sa.literal(list(values), ARRAY(Text()))

@@ -1,4 +1,4 @@
-"""What all inserts under a key share: they find the row that has the key, or raise an error where it is not visible.
+"""What all inserts under a key share: they return the row that has the key, or raise if it is not visible.
 
 In READ COMMITTED a statement sees what another transaction has inserted as soon as that is committed. In a stronger
 isolation level it sees what its snapshot has, and `ON CONFLICT DO NOTHING` of a newer row aborts the transaction
@@ -7,12 +7,15 @@ isolation level it sees what its snapshot has, and `ON CONFLICT DO NOTHING` of a
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, literal_column, select
+from collections.abc import Iterable
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models.column_types import Text
-from sqla_durable.store._rows import pg, scalar
+from sqla_durable.store.statements import Condition, insert_select, pg, scalar, text_literal
 
 MOST_REPEATS = 5
 """How often an insert and a search under a key are repeated: between the two, the row may be deleted."""
@@ -22,19 +25,27 @@ class SnapshotKept(Exception):
     """Nothing was inserted, because the transaction keeps a snapshot: to be inserted in a savepoint."""
 
 
-def sees_the_latest() -> ColumnElement[bool]:
+def sees_the_latest() -> Condition:
     """Return the condition that each statement of the transaction has a snapshot of its own."""
-    setting: ColumnElement[str] = literal_column("'transaction_isolation'", type_=Text())
-    return pg.current_setting(setting, type_=Text()) == literal_column("'read committed'", type_=Text())
+    setting: sa.ColumnElement[str] = text_literal("transaction_isolation")
+    return pg.current_setting(setting, type_=Text()) == text_literal("read committed")
+
+
+def insert_new_keys(table: sa.Table, columns: Iterable[str], source: sa.SelectBase) -> Insert:
+    """Insert what a select returns, except rows whose key exists; waits for a transaction that is inserting it."""
+    scope = ["workflow_id"] if "workflow_id" in table.c else []
+    return insert_select(table, columns, source).on_conflict_do_nothing(
+        index_elements=[*scope, "name", "key"], index_where=table.c.key.is_not(None)
+    )
 
 
 def require_the_latest(session: Session) -> None:
-    """Refuse to go on in a transaction that keeps a snapshot: an insert under a key needs a savepoint there.
+    """Raise in a transaction that keeps a snapshot: an insert under a key needs a savepoint there.
 
     Raises:
         SnapshotKept: it does.
     """
-    if not scalar(session, select(sees_the_latest())):
+    if not scalar(session, sa.select(sees_the_latest())):
         raise SnapshotKept
 
 

@@ -1,4 +1,4 @@
-"""Finds out whether the tables of this package are in the session's database, and which migration made them.
+"""Where a session finds our tables, and whether they fit this package; what depends on the driver.
 
 The name of the migration is the comment of the workflow table, because that travels on every route: our own
 migrations, an application's autogenerate, and `metadata.create_all`.
@@ -10,22 +10,21 @@ import re
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Engine, Row, case, func, select
+import sqlalchemy as sa
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
 from sqla_durable.errors import SchemaError, SessionError
 from sqla_durable.models import REVISION, SCHEMA
-from sqla_durable.store._rows import bind_arguments, connection_of, execute, pg, soon_over
+from sqla_durable.store.statements import bind_arguments, connection_of, execute, limit_idle_time, pg
 
 _MIGRATE = f"Run `alembic upgrade heads` with a revision that calls sqla_durable.migrations.upgrade({REVISION!r})"
-
 _fitting: WeakKeyDictionary[Pool, set[str]] = WeakKeyDictionary()
 
 
 def require(session: Session) -> None:
-    """Refuse a session that cannot hold durable workflows.
+    """Raise if a session cannot be used for durable workflows.
 
     Executes one statement in the session's transaction the first time for each engine and schema, then none.
 
@@ -44,7 +43,7 @@ def require(session: Session) -> None:
 
 
 def require_transaction(session: Session) -> None:
-    """Refuse a session whose statements commit by themselves. Begins its transaction; executes nothing.
+    """Raise if a session's statements commit by themselves. Begins its transaction; executes nothing.
 
     Raises:
         SessionError: its connection is in AUTOCOMMIT, by its engine, its options or its driver.
@@ -57,14 +56,14 @@ def require_transaction(session: Session) -> None:
         )
 
 
-def engine_of(session: Session) -> Engine:
-    """Give the engine on which a session finds our tables.
+def engine_of(session: Session) -> sa.Engine:
+    """Return the engine on which a session finds our tables.
 
     Raises:
         SessionError: there is none, or it is not PostgreSQL.
     """
     try:
-        bind: Engine | Connection = session.get_bind(**bind_arguments())
+        bind: sa.Engine | sa.Connection = session.get_bind(**bind_arguments())
     except UnboundExecutionError as error:
         raise SessionError(
             f"{session!r} has no engine for the durable tables: bind the sessionmaker to an engine, or add "
@@ -80,33 +79,57 @@ def engine_of(session: Session) -> Engine:
 
 
 def schema_of(session: Session) -> str:
-    """Give the name under which the session's connection finds our schema."""
+    """Return the name under which the session's connection finds our schema."""
     translated = connection_of(session).get_execution_options()
     names: dict[str, str] = translated.get("schema_translate_map") or {}
     return names.get(SCHEMA) or SCHEMA
 
 
-def end_idle(connection: Connection) -> None:
-    """Let the server end this transaction if it is idle for long; see `soon_over`."""
-    connection.execute(select(soon_over()))
+def end_idle(connection: sa.Connection) -> None:
+    """Limit how long this transaction may be idle; see `limit_idle_time`."""
+    connection.execute(sa.select(limit_idle_time()))
 
 
-def is_read_committed(connection: Connection) -> bool:
-    """Tell whether statements by themselves are READ COMMITTED, as nearly everywhere."""
-    default: str = connection.execute(select(pg.current_setting("default_transaction_isolation"))).scalar_one()
+def is_read_committed(connection: sa.Connection) -> bool:
+    """Return whether transactions are READ COMMITTED by default, as nearly everywhere."""
+    default: str = connection.execute(sa.select(pg.current_setting("default_transaction_isolation"))).scalar_one()
     return default == "read committed"
 
 
-def _look(session: Session, schema: str) -> Row[Any]:
+def alone(engine: sa.Engine) -> sa.Engine:
+    """Return an engine whose statements are each a transaction of their own, in one round trip.
+
+    But for asyncpg: it prepares a statement in one round trip and executes it in another, and a pooler in transaction
+    mode may give the two to different server processes. Its statements are in transactions as usual.
+    """
+    return engine if engine.dialect.driver == "asyncpg" else engine.execution_options(isolation_level="AUTOCOMMIT")
+
+
+def keeps_statements(connection: sa.Connection) -> bool:
+    """Return whether the driver keeps prepared statements; executes nothing.
+
+    They are turned off for a pooler in transaction mode, behind which no notification arrives.
+    """
+    match connection.dialect.driver:
+        case "psycopg":
+            return getattr(connection.connection.driver_connection, "prepare_threshold", 0) is not None
+        case "asyncpg":
+            # SQLAlchemy's own cache, which `prepared_statement_cache_size=0` turns off; it has no public name.
+            return getattr(connection.connection.dbapi_connection, "_prepared_statement_cache", 0) is not None
+        case _:
+            return True
+
+
+def _look(session: Session, schema: str) -> sa.Row[Any]:
     """Return the table's comment, '' where it has none and None where there is no table; and how times are written."""
     table = pg.to_regclass(pg.concat(pg.quote_ident(schema), ".workflow"))
-    comment = case((table.is_not(None), func.coalesce(pg.obj_description(table, "pg_class"), "")))
+    comment = sa.case((table.is_not(None), sa.func.coalesce(pg.obj_description(table, "pg_class"), "")))
     styles = [pg.current_setting(each).label(each) for each in ("DateStyle", "IntervalStyle")]
-    return execute(session, select(comment.label("comment"), *styles)).one()
+    return execute(session, sa.select(comment.label("comment"), *styles)).one()
 
 
-def _require_styles(found: Row[Any], engine: Engine) -> None:
-    """Refuse what psycopg cannot read; asyncpg reads the binary form, which has no style."""
+def _require_styles(found: sa.Row[Any], engine: sa.Engine) -> None:
+    """Raise if psycopg cannot read times; asyncpg reads the binary form, which has no style."""
     odd = not found.DateStyle.startswith("ISO") or found.IntervalStyle != "postgres"
     if odd and engine.dialect.driver == "psycopg":
         raise SessionError(
@@ -116,7 +139,7 @@ def _require_styles(found: Row[Any], engine: Engine) -> None:
         )
 
 
-def _require_revision(comment: str | None, schema: str, engine: Engine) -> None:
+def _require_revision(comment: str | None, schema: str, engine: sa.Engine) -> None:
     where = f"{engine.url.render_as_string(hide_password=True)}, schema {schema!r}"
     if comment is None:
         raise SchemaError(

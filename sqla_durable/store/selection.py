@@ -1,4 +1,4 @@
-"""Which workflows a statement of an operator is about: by ids or by a `select()`, locked in the order of their ids.
+"""Which workflows a statement of an operator changes: by ids or by a `select()`, locked in the order of their ids.
 
 A select is evaluated once: without an order, or beside other transactions, a second evaluation may give other rows.
 """
@@ -10,38 +10,26 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import (
-    ColumnElement,
-    CompoundSelect,
-    Integer,
-    Select,
-    SelectBase,
-    Uuid,
-    and_,
-    func,
-    literal,
-    literal_column,
-    select,
-)
-from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+import sqlalchemy as sa
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.selectable import SelectStatementGrouping
 
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import WORKFLOW, execute, scalars, status
+from sqla_durable.store.statements import WORKFLOW, Condition, execute, is_among, scalars, status_literal
 
-Query: TypeAlias = "Select[Any] | CompoundSelect[Any]"
+Query: TypeAlias = "sa.Select[Any] | sa.CompoundSelect[Any]"
 
 # Another one after each UPDATE, and the same under a lock. Source: PostgreSQL manual, System Columns.
-_VERSION: ColumnElement[int] = literal_column("CAST(CAST(xmin AS text) AS bigint)", type_=Integer()).label("version")
+_VERSION: sa.ColumnElement[int] = sa.literal_column("CAST(CAST(xmin AS text) AS bigint)", type_=sa.Integer()).label(
+    "version"
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """The workflows that a verb is about.
+class Selection:
+    """The workflows that a verb changes.
 
     Attributes:
         ids: their ids.
@@ -54,7 +42,7 @@ class Wanted:
     versions: Mapping[UUID, int] | None = None
 
 
-def evaluate(session: Session, query: Query) -> Wanted:
+def evaluate(session: Session, query: Query) -> Selection:
     """Evaluate a select, in one statement that takes no lock of its own.
 
     Raises:
@@ -62,36 +50,38 @@ def evaluate(session: Session, query: Query) -> Wanted:
     """
     # MATERIALIZED: executed once; as a subquery, the planner may execute it again for each row.
     meant = _ids_in(query).cte().prefix_with("MATERIALIZED")
-    seen = select(WORKFLOW.c.id, _VERSION).where(WORKFLOW.c.id.in_(select(*meant.c)))
+    seen = sa.select(WORKFLOW.c.id, _VERSION).where(WORKFLOW.c.id.in_(sa.select(*meant.c)))
     versions = {row.id: row.version for row in execute(session, seen)}
-    return Wanted(list(versions), query, versions)
+    return Selection(list(versions), query, versions)
 
 
-def hold(session: Session, wanted: Wanted, meant: Callable[[ColumnElement[bool]], ColumnElement[bool]]) -> list[UUID]:
-    """Lock the workflows that are meant, in the order of their ids, then look again; return those still meant.
+def lock_selected(session: Session, wanted: Selection, meant: Callable[[Condition], Condition]) -> list[UUID]:
+    """Lock the workflows that are meant, in the order of their ids, then check again; return those still meant.
 
-    Waits for whoever holds a row. What was claimed, finished or moved meanwhile may no longer be meant: in one
-    statement, a lock wait would be followed by a second look at the locked row only, and not at the sub-selects.
+    Waits for the locks of their rows. What was claimed, finished or moved meanwhile may no longer be meant: in one
+    statement, only the locked row would be checked again after a lock wait, and not the sub-selects.
 
     Args:
-        meant: makes the condition of the verb, of one that says which workflows are wanted.
+        meant: makes the condition of the verb from one on the wanted workflows.
     """
-    held = lock(session, meant(among(wanted.ids)))
-    return look_again(session, held, meant(among(still_wanted(session, wanted)))) if held else []
+    locked = lock(session, meant(is_among(WORKFLOW.c.id, wanted.ids)))
+    return still_meant(session, locked, meant(is_among(WORKFLOW.c.id, still_wanted(session, wanted)))) if locked else []
 
 
-def lock(session: Session, meant: ColumnElement[bool]) -> list[UUID]:
-    """Lock the workflows that are meant, in the order of their ids; give the ids."""
-    locked = select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id).with_for_update(key_share=True, of=WORKFLOW)
+def lock(session: Session, meant: Condition) -> list[UUID]:
+    """Lock the workflows that are meant, in the order of their ids; return the ids."""
+    locked = sa.select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id).with_for_update(key_share=True, of=WORKFLOW)
     return list(scalars(session, locked))
 
 
-def look_again(session: Session, held: Sequence[UUID], meant: ColumnElement[bool]) -> list[UUID]:
-    """Give those of the locked workflows that are meant as they are now, in the order of their ids."""
-    return list(scalars(session, select(WORKFLOW.c.id).where(among(held), meant).order_by(WORKFLOW.c.id)))
+def still_meant(session: Session, locked: Sequence[UUID], meant: Condition) -> list[UUID]:
+    """Return those of the locked workflows that are still meant, in the order of their ids."""
+    return list(
+        scalars(session, sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, locked), meant).order_by(WORKFLOW.c.id))
+    )
 
 
-def still_wanted(session: Session, wanted: Wanted) -> Sequence[UUID]:
+def still_wanted(session: Session, wanted: Selection) -> Sequence[UUID]:
     """Return the ids without those of rows that were changed since the select gave them, and no longer fit it.
 
     Only a row that was changed is compared with the select again, without its LIMIT and OFFSET: of others it could
@@ -100,38 +90,35 @@ def still_wanted(session: Session, wanted: Wanted) -> Sequence[UUID]:
     if wanted.query is None or not wanted.versions:
         return wanted.ids
     versions = wanted.versions
-    today = execute(session, select(WORKFLOW.c.id, _VERSION).where(among(wanted.ids)))
+    today = execute(session, sa.select(WORKFLOW.c.id, _VERSION).where(is_among(WORKFLOW.c.id, wanted.ids)))
     changed = {row.id for row in today if row.version != versions[row.id]}
     if not changed:
         return wanted.ids
     again = _ids_in(wanted.query.limit(None).offset(None))
-    fitting = set(scalars(session, select(WORKFLOW.c.id).where(among([*changed]), WORKFLOW.c.id.in_(again))))
+    fitting = set(
+        scalars(session, sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, [*changed]), WORKFLOW.c.id.in_(again)))
+    )
     return [each for each in wanted.ids if each not in changed or each in fitting]
 
 
-def workers_of(session: Session, held: Sequence[UUID]) -> set[UUID]:
-    """Give the workers that are executing these workflows, whose rows are locked."""
-    running = and_(among(held), WORKFLOW.c.status == status(WorkflowStatus.RUNNING))
-    return set(scalars(session, select(WORKFLOW.c.worker_id).where(running).distinct())) if held else set()
+def workers_of(session: Session, locked: Sequence[UUID]) -> set[UUID]:
+    """Return the workers that are executing these workflows, whose rows are locked."""
+    running = sa.and_(is_among(WORKFLOW.c.id, locked), WORKFLOW.c.status == status_literal(WorkflowStatus.RUNNING))
+    return set(scalars(session, sa.select(WORKFLOW.c.worker_id).where(running).distinct())) if locked else set()
 
 
-def among(ids: Sequence[UUID]) -> ColumnElement[bool]:
-    """Compare with one array, however many they are: a statement has 65,535 parameters at most."""
-    return WORKFLOW.c.id == func.any(literal(list(ids), ARRAY(PG_UUID())))
-
-
-def known(wanted: Wanted, changed: Iterable[UUID]) -> set[UUID]:
-    """Give the ids of the records that the caller will look at: those given by id, and those that were changed."""
+def ids_to_refresh(wanted: Selection, changed: Iterable[UUID]) -> set[UUID]:
+    """Return the ids of the records to refresh: those given by id, and those that were changed."""
     return {*changed, *(wanted.ids if wanted.query is None else ())}
 
 
-def _ids_in(query: Query) -> Select[tuple[UUID]]:
-    """Give the ids that a select stands for: as a subquery, it may join, order, limit and alias what it likes."""
+def _ids_in(query: Query) -> sa.Select[tuple[UUID]]:
+    """Select the ids of a caller's select: as a subquery, it may join, order, limit and alias anything."""
     match _described(query):
         case [{"type": kind}] if kind is Workflow:
-            return select(query.subquery().c.id)
-        case [{"type": Uuid()}]:
-            return select(*query.subquery().c)
+            return sa.select(query.subquery().c.id)
+        case [{"type": sa.Uuid()}]:
+            return sa.select(*query.subquery().c)
         case described:
             given = ", ".join(str(each["name"]) for each in described)
             raise ArgumentError(
@@ -140,14 +127,14 @@ def _ids_in(query: Query) -> Select[tuple[UUID]]:
             )
 
 
-def _described(query: SelectBase) -> list[Any]:
+def _described(query: sa.SelectBase) -> list[Any]:
     """Describe the columns; those of a union are named and typed by its first select."""
     match query:
-        case CompoundSelect():
+        case sa.CompoundSelect():
             return _described(query.selects[0])
         case SelectStatementGrouping():
             return _described(query.element)
-        case Select():
+        case sa.Select():
             return list(query.column_descriptions)
         case _:
             return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from datetime import timedelta
 from functools import lru_cache
 from operator import attrgetter
@@ -11,88 +12,57 @@ from typing import Any
 from typing import cast as as_type
 from uuid import UUID
 
-from sqlalchemy import (
-    Boolean,
-    ClauseElement,
-    ColumnElement,
-    DateTime,
-    Float,
-    RowMapping,
-    SmallInteger,
-    bindparam,
-    case,
-    cast,
-    delete,
-    func,
-    literal,
-    or_,
-    select,
-    tuple_,
-)
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models import Workflow
-from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import (
+from sqla_durable.store.keys import MOST_REPEATS, insert_new_keys, not_visible, require_the_latest, sees_the_latest
+from sqla_durable.store.records import NewWorkflow
+from sqla_durable.store.statements import (
     WORKFLOW,
-    Columns,
+    Condition,
     Connectable,
-    NewWorkflow,
+    Expression,
+    Shape,
+    batch_parameter,
+    batch_table,
     execute,
-    filled,
     interval,
+    is_among,
+    merge_record,
     pg,
-    record_of,
     scalars,
-    table,
 )
-from sqla_durable.store.keys import MOST_REPEATS, not_visible, require_the_latest, sees_the_latest
-
-NEW: Columns = {
-    "id": PG_UUID(),
-    "name": Text(),
-    "key": Text(),
-    "queue": Text(),
-    "priority": SmallInteger(),
-    "input": Text(),
-    "delay": Float(),
-    "wake_at": DateTime(timezone=True),
-    "parent_id": PG_UUID(),
-    "parent_key": Text(),
-    "detached": Boolean(),
-    "headers": Text(),
-    "timeout": Float(),
-    "deadline": Float(),
-    "deadline_at": DateTime(timezone=True),
-    "version": Text(),
-}
 
 
+class _NewShape(Shape[NewWorkflow]):
+    """The shape of a workflow to be started."""
+
+    def row(self, record: NewWorkflow) -> dict[str, Any]:
+        """Return it as a row, its dictionaries as JSON text without escapes, which is shorter."""
+        row = super().row(record)
+        given = [each for each in ("input", "headers") if row[each] is not None]
+        return row | {each: json.dumps(row[each], ensure_ascii=False) for each in given}
+
+
+NEW = _NewShape(NewWorkflow, priority=sa.SmallInteger())
 _DEFAULT_QUEUE = "default"  # of the column
+_DEFAULTED = [each for each in WORKFLOW.c if each.server_default is not None and each.name != "input"]
 
-_DEFAULTS = ("id", "queue", "priority", "status", "attempt", "crashes", "created_at", "enqueued_at", "detached")
+_SHOWN = [WORKFLOW.c.name, WORKFLOW.c.key, *_DEFAULTED]
+"""What is read of a workflow that has a key: no payload, because a role that starts workflows may not read it."""
 
-_SHOWN = [WORKFLOW.c[each] for each in ("name", "key", *_DEFAULTS)]
-"""What is read of a workflow that has a key: no payload, which who starts workflows may have no right to read."""
+_OPTIONS = [each.name for each in fields(NewWorkflow) if each.default is not MISSING]
 
-_OPTIONS: Mapping[str, Sequence[str]] = {
-    "key": ["key"],
-    "priority": ["priority"],
-    "delay": ["status", "wake_at"],
-    "wake_at": ["status", "wake_at"],
-    "parent_id": ["parent_id", "parent_key"],
-    "detached": ["detached"],
-    "headers": ["headers"],
-    "timeout": ["timeout"],
+_COLUMNS_OF: Mapping[str, Sequence[str]] = {
+    "delay": ["wake_at", "status"],
+    "wake_at": ["wake_at", "status"],
     "deadline": ["deadline_at"],
-    "deadline_at": ["deadline_at"],
-    "version": ["version"],
 }
-"""The columns that are written only where a workflow has one of these options."""
+"""The columns in which an option is written, where they do not have its name."""
 
 _OPTIONS_OF = attrgetter(*_OPTIONS)
 
@@ -108,8 +78,8 @@ def insert_unless_known(session: Session, new: NewWorkflow) -> Workflow:
     """Insert a workflow with a key, or return the one that has it; the caller's transaction survives either way.
 
     Waits for another transaction that is inserting the same name and key, and returns its record if it commits. One
-    that is there already is not inserted: ON CONFLICT would wait for whoever is changing it, such as an open cancel.
-    Source: PostgreSQL manual, INSERT, ON CONFLICT clause.
+    that is there already is not inserted: ON CONFLICT would wait for a transaction that is changing it, such as an open
+    cancel. Source: PostgreSQL manual, INSERT, ON CONFLICT clause.
 
     Raises:
         KeyNotVisibleError: the record that has the key cannot be seen.
@@ -124,7 +94,7 @@ def insert_unless_known(session: Session, new: NewWorkflow) -> Workflow:
             return _inserted_record(session, new, inserted)
         known = execute(session, _with_key(new)).mappings().one_or_none()
         if known is not None:
-            return record_of(session, known)
+            return merge_record(session, known)
         require_the_latest(session)
     raise not_visible("workflow", name=name, key=key)
 
@@ -140,28 +110,6 @@ def insert_in_snapshot(session: Session, new: NewWorkflow) -> Workflow:
     if row is None:
         raise not_visible("workflow", name=new.name, key=new.key or "")
     return _inserted_record(session, new, row)
-
-
-def _inserted_record(session: Session, new: NewWorkflow, row: RowMapping) -> Workflow:
-    """Return the record of a row that is new: what is not returned of it is what was given, or NULL."""
-    given = {name: value for name, value in _values(new).items() if not isinstance(value, ClauseElement)}
-    return record_of(session, row, dict.fromkeys(WORKFLOW.c.keys()) | given)
-
-
-def _with_key(new: NewWorkflow) -> Any:
-    return select(*_SHOWN).where(WORKFLOW.c.name == new.name, WORKFLOW.c.key == new.key)
-
-
-def _inserting(new: NewWorkflow, *conditions: ColumnElement[bool]) -> Any:
-    values = {name: _literal(name, value) for name, value in _values(new).items()}
-    computed = [WORKFLOW.c[name] for name, value in _values(new).items() if isinstance(value, ClauseElement)]
-    source = select(*values.values()).where(~_with_key(new).exists(), *conditions)
-    return (
-        insert(WORKFLOW)
-        .from_select(list(values), source, include_defaults=False)
-        .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
-        .returning(*_SHOWN, *computed)
-    )
 
 
 def insert_many(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID]:
@@ -186,13 +134,13 @@ def insert_many(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID
 
 
 def insert_many_in_snapshot(session: Session, workflows: Sequence[NewWorkflow]) -> list[UUID]:
-    """Do the same where the transaction keeps a snapshot, with those that are not inserted; in a savepoint.
+    """Insert those that are not inserted yet where the transaction keeps a snapshot, in a savepoint.
 
     Raises:
         KeyNotVisibleError, DBAPIError: as `insert_in_snapshot`.
     """
     own = [each.id for each in workflows]
-    there = scalars(session, select(WORKFLOW.c.id).where(WORKFLOW.c.id == func.any(literal(own, ARRAY(PG_UUID())))))
+    there = scalars(session, sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, own)))
     ids = {each: each for each in there}
     ids |= _inserted(session, [each for each in workflows if each.id not in ids], in_snapshot=True)
     ids |= _known(session, [each for each in workflows if each.id not in ids])
@@ -203,8 +151,7 @@ def insert_many_in_snapshot(session: Session, workflows: Sequence[NewWorkflow]) 
 
 def undo(session: Session, workflows: Sequence[NewWorkflow]) -> None:
     """Delete those of the workflows that this transaction has inserted, by their new ids."""
-    ids = bindparam("ids", [each.id for each in workflows], type_=ARRAY(PG_UUID()))
-    execute(session, delete(WORKFLOW).where(WORKFLOW.c.id == func.any(ids)))
+    execute(session, sa.delete(WORKFLOW).where(is_among(WORKFLOW.c.id, [each.id for each in workflows])))
 
 
 def hidden_among(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> KeyNotVisibleError:
@@ -215,11 +162,46 @@ def hidden_among(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> 
     return not_visible("workflow", name=first.name, key=first.key or "")
 
 
+def new_columns(given: Any) -> dict[str, Any]:
+    """Return the columns of workflows to be started, made of those of `NEW`."""
+    delayed = pg.statement_timestamp() + interval(given.delay)
+    wake_at = sa.func.coalesce(given.wake_at, delayed)
+    return {
+        **{each.name: given[each.name] for each in WORKFLOW.c if each.name in NEW.columns},
+        "input": sa.cast(given.input, JSONB),
+        "status": sa.case((wake_at.is_(None), WorkflowStatus.PENDING.value), else_=WorkflowStatus.SUSPENDED.value),
+        "wake_at": wake_at,
+        "headers": sa.cast(given.headers, JSONB),
+        "timeout": interval(given.timeout),
+        "deadline_at": sa.func.coalesce(given.deadline_at, pg.statement_timestamp() + interval(given.deadline)),
+    }
+
+
+def _inserted_record(session: Session, new: NewWorkflow, row: sa.RowMapping) -> Workflow:
+    """Return the record of a row that is new: what is not returned of it is what was given, or NULL."""
+    given = {name: value for name, value in _values(new).items() if not isinstance(value, sa.ClauseElement)}
+    return merge_record(session, row, dict.fromkeys(WORKFLOW.c.keys()) | given)
+
+
+def _with_key(new: NewWorkflow) -> Any:
+    return sa.select(*_SHOWN).where(WORKFLOW.c.name == new.name, WORKFLOW.c.key == new.key)
+
+
+def _inserting(new: NewWorkflow, *conditions: Condition) -> Any:
+    values = {name: _literal(name, value) for name, value in _values(new).items()}
+    computed = [WORKFLOW.c[name] for name, value in _values(new).items() if isinstance(value, sa.ClauseElement)]
+    source = sa.select(*values.values()).where(~_with_key(new).exists(), *conditions)
+    return insert_new_keys(WORKFLOW, values, source).returning(*_SHOWN, *computed)
+
+
 def _inserted(session: Session, workflows: Sequence[NewWorkflow], *, in_snapshot: bool = False) -> dict[UUID, UUID]:
     if not workflows:
         return {}
     statement = _insert_many(_given_by(workflows), in_snapshot=in_snapshot)
-    return {each: each for each in scalars(session, statement, filled("batch", [new_row(each) for each in workflows]))}
+    return {
+        each: each
+        for each in scalars(session, statement, batch_parameter("batch", [NEW.row(each) for each in workflows]))
+    }
 
 
 def _known(session: Session, workflows: Sequence[NewWorkflow]) -> dict[UUID, UUID]:
@@ -228,61 +210,25 @@ def _known(session: Session, workflows: Sequence[NewWorkflow]) -> dict[UUID, UUI
 
 
 def _values(new: NewWorkflow) -> dict[str, Any]:
+    given = {name: value for name, value in zip(_OPTIONS, _OPTIONS_OF(new), strict=True) if value}
     values: dict[str, Any] = {"id": new.id, "name": new.name, "input": new.input}
-    if new.key is not None:
-        values["key"] = new.key
+    values |= {name: value for name, value in given.items() if name in WORKFLOW.c}
+    now = pg.statement_timestamp()
     if new.queue != _DEFAULT_QUEUE:
         values["queue"] = new.queue
-    if new.priority:
-        values["priority"] = new.priority
-    if new.version is not None:
-        values["version"] = new.version
-    if new.headers:
-        values["headers"] = new.headers
     if new.timeout is not None:
         values["timeout"] = timedelta(seconds=new.timeout)
-    if new.deadline_at is not None:
-        values["deadline_at"] = new.deadline_at
-    elif new.deadline is not None:
-        values["deadline_at"] = pg.statement_timestamp() + timedelta(seconds=new.deadline)
-    if new.wake_at is not None:
-        values |= {"status": WorkflowStatus.SUSPENDED, "wake_at": new.wake_at}
-    if new.parent_id is not None:
-        values |= {"parent_id": new.parent_id, "parent_key": new.parent_key}
-    if new.detached:
-        values["detached"] = True
-    if new.wake_at is None and new.delay is not None:
-        wake_at = pg.statement_timestamp() + timedelta(seconds=new.delay)
-        values |= {"status": WorkflowStatus.SUSPENDED, "wake_at": wake_at}
-    return values
+    if new.deadline is not None and new.deadline_at is None:
+        values["deadline_at"] = now + timedelta(seconds=new.deadline)
+    if new.delay is not None and new.wake_at is None:
+        values["wake_at"] = now + timedelta(seconds=new.delay)
+    return values | ({"status": WorkflowStatus.SUSPENDED} if "wake_at" in values else {})
 
 
-def _literal(name: str, value: Any) -> ColumnElement[Any]:
-    if isinstance(value, ClauseElement):
-        return as_type("ColumnElement[Any]", value)
-    return literal(value, WORKFLOW.c[name].type)
-
-
-def new_row(new: NewWorkflow) -> dict[str, Any]:
-    """Give a workflow to be started as a row of `NEW`."""
-    return {
-        "id": new.id,
-        "name": new.name,
-        "key": new.key,
-        "queue": new.queue,
-        "priority": new.priority,
-        "input": json.dumps(new.input, ensure_ascii=False),
-        "delay": new.delay,
-        "wake_at": new.wake_at,
-        "parent_id": new.parent_id,
-        "parent_key": new.parent_key,
-        "detached": new.detached,
-        "headers": None if new.headers is None else json.dumps(new.headers, ensure_ascii=False),
-        "timeout": new.timeout,
-        "deadline": new.deadline,
-        "deadline_at": new.deadline_at,
-        "version": new.version,
-    }
+def _literal(name: str, value: Any) -> Expression:
+    if isinstance(value, sa.ClauseElement):
+        return as_type("Expression", value)
+    return sa.literal(value, WORKFLOW.c[name].type)
 
 
 def _ids_by_key(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> dict[tuple[str, str | None], UUID]:
@@ -290,39 +236,16 @@ def _ids_by_key(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> d
         return {}
     keys = [(each.name, each.key) for each in workflows]
     columns = WORKFLOW.c.name, WORKFLOW.c.key, WORKFLOW.c.id
-    rows = execute(connectable, select(*columns).where(tuple_(WORKFLOW.c.name, WORKFLOW.c.key).in_(keys)))
+    rows = execute(connectable, sa.select(*columns).where(sa.tuple_(WORKFLOW.c.name, WORKFLOW.c.key).in_(keys)))
     return {(row.name, row.key): row.id for row in rows}
-
-
-def new_columns(given: Any) -> dict[str, Any]:
-    """Give the columns of workflows to be started, made of those of `NEW`."""
-    delayed = pg.statement_timestamp() + interval(given.delay)
-    wake_at = func.coalesce(given.wake_at, delayed)
-    return {
-        "id": given.id,
-        "name": given.name,
-        "key": given.key,
-        "queue": given.queue,
-        "priority": given.priority,
-        "input": cast(given.input, JSONB),
-        "status": case((wake_at.is_(None), WorkflowStatus.PENDING.value), else_=WorkflowStatus.SUSPENDED.value),
-        "wake_at": wake_at,
-        "parent_id": given.parent_id,
-        "parent_key": given.parent_key,
-        "detached": given.detached,
-        "headers": cast(given.headers, JSONB),
-        "timeout": interval(given.timeout),
-        "deadline_at": func.coalesce(given.deadline_at, pg.statement_timestamp() + interval(given.deadline)),
-        "version": given.version,
-    }
 
 
 def _given_by(workflows: Sequence[NewWorkflow]) -> frozenset[str]:
     """Return the columns that are needed for these workflows: those of which all have the default are not written."""
     given = {"id", "name", "input"}
-    for columns, values in zip(_OPTIONS.values(), zip(*map(_OPTIONS_OF, workflows), strict=True), strict=True):
+    for name, values in zip(_OPTIONS, zip(*map(_OPTIONS_OF, workflows), strict=True), strict=True):
         if any(values):
-            given.update(columns)
+            given.update(_COLUMNS_OF.get(name, [name]))
     if {new.queue for new in workflows} != {_DEFAULT_QUEUE}:
         given.add("queue")
     return frozenset(given)
@@ -332,18 +255,14 @@ def _given_by(workflows: Sequence[NewWorkflow]) -> frozenset[str]:
 def _insert_many(given: frozenset[str], *, in_snapshot: bool) -> Any:
     batch = _BATCH
     columns = {name: value for name, value in new_columns(batch.c).items() if name in given}
-    source = select(*columns.values())
+    source = sa.select(*columns.values())
     if "key" in given:
         source = source.where(_IS_UNKNOWN)
-        source = source if in_snapshot else source.where(or_(batch.c.key.is_(None), sees_the_latest()))
-    return (
-        insert(WORKFLOW)
-        # In the order of keys: two callers that start the same keys wait for each other in one direction only.
-        .from_select(list(columns), source.order_by(batch.c.name, batch.c.key, batch.c.id), include_defaults=False)
-        .on_conflict_do_nothing(index_elements=["name", "key"], index_where=WORKFLOW.c.key.is_not(None))
-        .returning(WORKFLOW.c.id)
-    )
+        source = source if in_snapshot else source.where(sa.or_(batch.c.key.is_(None), sees_the_latest()))
+    # In the order of keys: two callers that start the same keys wait for each other in one direction only.
+    ordered = source.order_by(batch.c.name, batch.c.key, batch.c.id)
+    return insert_new_keys(WORKFLOW, columns, ordered).returning(WORKFLOW.c.id)
 
 
-_BATCH = table("batch", NEW)
-_IS_UNKNOWN = ~select(WORKFLOW.c.id).where(WORKFLOW.c.name == _BATCH.c.name, WORKFLOW.c.key == _BATCH.c.key).exists()
+_BATCH = batch_table("batch", NEW.columns)
+_IS_UNKNOWN = ~sa.select(WORKFLOW.c.id).where(WORKFLOW.c.name == _BATCH.c.name, WORKFLOW.c.key == _BATCH.c.key).exists()

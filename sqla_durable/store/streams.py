@@ -1,8 +1,8 @@
 """The statements on streams: append items, read on from a number.
 
-Numbers count from 0 in each stream of a workflow, without gaps. Whoever appends owns the workflow and holds its row.
-The last number was read before that lock was had, so it may be old; then the first item meets one that is there already
-and nothing is written: the statement is tried again, and sees it.
+Numbers count from 0 in each stream of a workflow, without gaps. The attempt that appends owns the workflow, whose row
+is locked. The last number was read before that lock was obtained, so it may be old; then the first item conflicts with
+an existing one and nothing is written: the statement is executed again, and sees that one.
 """
 
 from __future__ import annotations
@@ -14,59 +14,55 @@ from enum import Enum, auto
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    Integer,
-    Row,
-    and_,
-    bindparam,
-    cast,
-    column,
-    func,
-    literal_column,
-    or_,
-    select,
-    true,
-)
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Session
 
-import sqla_durable.store.steps as steps
 from sqla_durable.models.column_types import Text
-from sqla_durable.store import keys
-from sqla_durable.store._rows import (
+from sqla_durable.store import keys, steps
+from sqla_durable.store.records import Checkpoint, Origin, Verdict
+from sqla_durable.store.statements import (
+    LIMIT,
+    ONE,
     STEP,
     STREAM_ITEM,
+    WANTED_ID,
     WORKFLOW,
-    Checkpoint,
+    ZERO,
     Columns,
+    Condition,
     Connectable,
-    Origin,
-    Verdict,
+    Expression,
+    batch_parameter,
+    batch_table,
     execute,
     fence_row,
-    filled,
+    insert_select,
+    is_open_step,
+    is_same_attempt,
+    lock_owned,
     materialized,
-    of_owner,
-    owned,
+    parameter,
     pg,
-    table,
-    unfinished,
 )
-from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine
+from sqla_durable.store.steps import (
+    GIVEN,
+    checkpoint_columns,
+    given_fence_parameters,
+    given_parameters,
+    insert_checkpoints,
+    lock_given,
+)
 from sqla_durable.store.workflows import not_found
 from sqla_durable.unwinding import AttemptLost
 
-_ROUNDS = 1_000  # each is lost to another step that has appended
+_ROUNDS = 1_000  # each fails because another step has appended
 _ITEM = STREAM_ITEM.c
-_NAME = cast(bindparam("stream_name", type_=Text()), Text)
-_ONE: ColumnElement[int] = literal_column("1")
+_NAME = parameter("stream_name", Text())
 
 
 class Appended(Enum):
-    """What became of items that were to be appended."""
+    """The result of an append."""
 
     WRITTEN = auto()
     CLOSED = auto()
@@ -95,11 +91,11 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What a look at a stream finds.
+    """A part of a stream, as it was read.
 
     Attributes:
         items: the items from the wanted number on, as many as were wanted at most.
-        ended: nothing will be appended to what was there in this moment.
+        ended: nothing will be appended after these items.
     """
 
     items: Sequence[Item]
@@ -108,37 +104,36 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class _Writer:
-    """The columns that say to which stream items go, and who writes them."""
+    """The columns that identify a stream, and the step and try that write to it."""
 
-    name: ColumnElement[Any]
-    step_key: ColumnElement[Any]
-    attempt: ColumnElement[Any]
-    step_attempt: ColumnElement[Any]
+    name: Expression
+    step_key: Expression
+    attempt: Expression
+    step_attempt: Expression
 
 
 def append(connectable: Connectable, origin: Origin, *, name: str, values: Sequence[str | None]) -> Appended:
-    """Append items to a stream, all or none; each time it is carried out. None as the only value closes the stream.
+    """Append items to a stream, all or none; each time it is executed. None as the only value closes the stream.
 
     Closing what is closed does nothing. What an earlier try of the same step has closed is open again for the next
-    one. Waits for whoever holds the workflow's row.
+    one. Waits for the lock of the workflow's row.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
     """
-    fence = fence_row(origin.fence)
-    parameters = {"given_id": fence["id"], "given_token": fence["token"], "given_key": origin.step_key}
+    parameters = given_fence_parameters(origin.fence, origin.step_key)
     parameters |= {"given_attempt": origin.attempt, "step_attempt": origin.step_attempt}
     appended = _append(connectable, _APPEND, origin.fence.workflow_id, parameters, name=name, values=values)
     return Appended.WRITTEN if _closes(values) else appended
 
 
 def record(connectable: Connectable, checkpoint: Checkpoint, *, name: str, values: Sequence[str | None]) -> Appended:
-    """Append items and record that as a step, in one statement; once, however often it is carried out.
+    """Append items and record that as a step, in one statement; once, however often it is executed.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
     """
-    parameters = given_row(checkpoint) | {"step_attempt": None}
+    parameters = given_parameters(checkpoint) | {"step_attempt": None}
     workflow_id = checkpoint.fence.workflow_id
     appended = _append(connectable, _RECORD, workflow_id, parameters, name=name, values=values)
     if appended is Appended.WRITTEN or not _closes(values):
@@ -148,18 +143,36 @@ def record(connectable: Connectable, checkpoint: Checkpoint, *, name: str, value
     return Appended.WRITTEN
 
 
+def append_many(connectable: Connectable, appends: Sequence[Append]) -> list[Appended | None]:
+    """Append to streams of different workflows by one statement that waits for no lock; return the result of each.
+
+    None: nothing was written, and `append` finds out why. The workflow's row is locked, or the attempt has lost it, or
+    another step has appended since the statement began.
+    """
+    found = {row.place: row for row in execute(connectable, _APPEND_MANY, batch_parameter("batch", _rows_of(appends)))}
+    return [_appended(found.get(place), each) for place, each in enumerate(appends)]
+
+
+def read(session: Session, workflow_id: UUID, name: str, *, start: int, limit: int) -> Page:
+    """Read items from a number on, and whether there will be more, in one snapshot. Takes no lock.
+
+    Raises:
+        NotFoundError: there is no such workflow.
+    """
+    parameters = {"wanted_id": workflow_id, "stream_name": name, "start": start, "limit": limit}
+    rows = execute(session, _READ, parameters).all()
+    if not rows:
+        raise not_found(session, workflow_id)
+    items = [
+        Item(row.number, row.value, row.step_key, row.attempt, row.step_attempt, row.created_at)
+        for row in rows
+        if row.number is not None
+    ]
+    return Page(items, rows[0].ended)
+
+
 def _closes(values: Sequence[str | None]) -> bool:
     return None in values
-
-
-def append_many(connectable: Connectable, appends: Sequence[Append]) -> list[Appended | None]:
-    """Append to streams of different workflows by one statement that waits for nobody; give what became of each.
-
-    None: nothing was written, and `append` tells why. Somebody holds the workflow's row, or the attempt has lost it, or
-    somebody has appended since the statement began.
-    """
-    found = {row.place: row for row in execute(connectable, _APPEND_MANY, filled("batch", _rows_of(appends)))}
-    return [_appended(found.get(place), each) for place, each in enumerate(appends)]
 
 
 def _rows_of(appends: Sequence[Append]) -> list[dict[str, Any]]:
@@ -179,30 +192,12 @@ def _rows_of(appends: Sequence[Append]) -> list[dict[str, Any]]:
     ]
 
 
-def _appended(row: Row[Any] | None, append: Append) -> Appended | None:
+def _appended(row: sa.Row[Any] | None, append: Append) -> Appended | None:
     if row is None:
         return None
     if row.written or (row.closed and _closes(append.values)):
         return Appended.WRITTEN
     return Appended.CLOSED if row.closed else None
-
-
-def read(session: Session, workflow_id: UUID, name: str, *, start: int, limit: int) -> Page:
-    """Read items from a number on, and whether there will be more, in one snapshot. Takes no lock.
-
-    Raises:
-        NotFoundError: there is no such workflow.
-    """
-    parameters = {"wanted_id": workflow_id, "stream_name": name, "start": start, "limit": limit}
-    rows = execute(session, _READ, parameters).all()
-    if not rows:
-        raise not_found(session, workflow_id)
-    items = [
-        Item(row.number, row.value, row.step_key, row.attempt, row.step_attempt, row.created_at)
-        for row in rows
-        if row.number is not None
-    ]
-    return Page(items, rows[0].ended)
 
 
 def _append(
@@ -227,67 +222,65 @@ def _append(
 
 
 def _append_statement(*, recorded: bool) -> Any:
-    own = materialized(select(WORKFLOW.c.id).where(*mine()).with_for_update(key_share=True, of=WORKFLOW), "owned")
+    own = lock_given()
     last = materialized(_last(GIVEN["id"], _NAME), "last")
     given = materialized(_given_items(), "given")
-    known: ColumnElement[bool] = _known() if recorded else literal_column("false")
+    known: Condition = _known() if recorded else sa.false()
     first = _first(own, last, given, known)
     rest = _rest(given, first)
-    statement = select(
-        select(own.c.id).exists().label("owned"),
-        select(first.c.number).scalar_subquery().label("first"),
-        func.coalesce(select(_is_closed(last, _GIVEN_WRITER)).scalar_subquery(), literal_column("false")).label(
-            "closed"
-        ),
+    statement = sa.select(
+        sa.select(own.c.id).exists().label("owned"),
+        sa.select(first.c.number).scalar_subquery().label("first"),
+        sa.func.coalesce(sa.select(_is_closed(last, _GIVEN_WRITER)).scalar_subquery(), sa.false()).label("closed"),
         known.label("known"),
     ).add_cte(rest)
     return statement.add_cte(_checkpoint(first)) if recorded else statement
 
 
-def _last(workflow_id: ColumnElement[Any], name: ColumnElement[Any]) -> Any:
-    """Give the last item of the stream, by the primary key."""
+def _last(workflow_id: Expression, name: Expression) -> Any:
+    """Select the last item of the stream, by the primary key."""
     return (
-        select(_ITEM.number, _ITEM.value, _ITEM.step_key, _ITEM.attempt, _ITEM.step_attempt, _ITEM.closed)
+        sa.select(_ITEM.number, _ITEM.value, _ITEM.step_key, _ITEM.attempt, _ITEM.step_attempt, _ITEM.closed)
         .where(_ITEM.workflow_id == workflow_id, _ITEM.name == name)
         .order_by(_ITEM.number.desc())
-        .limit(_ONE)
+        .limit(ONE)
     )
 
 
-def _is_closed(last: Any, writer: _Writer) -> ColumnElement[bool]:
-    """Tell whether an item closes the stream for this try: not if an earlier try of the same step has written it."""
+def _is_closed(last: Any, writer: _Writer) -> Condition:
+    """Return whether an item closes the stream for this try: not if an earlier try of the same step has written it."""
     same_step = last.c.step_key.is_not_distinct_from(writer.step_key)
-    same_try = and_(last.c.attempt == writer.attempt, last.c.step_attempt.is_not_distinct_from(writer.step_attempt))
-    return and_(last.c.closed, or_(~same_step, same_try))
+    same_try = sa.and_(last.c.attempt == writer.attempt, last.c.step_attempt.is_not_distinct_from(writer.step_attempt))
+    return sa.and_(last.c.closed, sa.or_(~same_step, same_try))
 
 
 def _given_items() -> Any:
-    items = cast(bindparam("items", type_=ARRAY(Text())), ARRAY(Text()))
+    items = parameter("items", ARRAY(Text()))
     each = (
         pg.unnest(items)
-        .table_valued(column("value", Text()), with_ordinality="place", name="each")
+        .table_valued(sa.column("value", Text()), with_ordinality="place", name="each")
         .render_derived(name="each")
     )
-    return select(cast(each.c.value, JSONB).label("value"), cast(each.c.place, Integer).label("place"))
+    return sa.select(sa.cast(each.c.value, JSONB).label("value"), sa.cast(each.c.place, sa.Integer).label("place"))
 
 
-def _first(own: CTE, last: CTE, given: CTE, known: ColumnElement[bool]) -> CTE:
-    """Append the first item where nobody has appended meanwhile: then nobody has appended what comes after it."""
-    number = func.coalesce(last.c.number + _ONE, literal_column("0"))
+def _first(own: sa.CTE, last: sa.CTE, given: sa.CTE, known: Condition) -> sa.CTE:
+    """Append the first item if nothing was appended meanwhile: then its number and those after it are free."""
+    number = sa.func.coalesce(last.c.number + ONE, ZERO)
     columns = _columns(_GIVEN_WRITER, own.c.id, number, given.c.value)
     source = (
-        select(*columns.values())
-        .select_from(own.join(given, given.c.place == _ONE).outerjoin(last, true()))
-        .where(~func.coalesce(_is_closed(last, _GIVEN_WRITER), literal_column("false")), ~known)
+        sa.select(*columns.values())
+        .select_from(own.join(given, given.c.place == ONE).outerjoin(last, sa.true()))
+        .where(~sa.func.coalesce(_is_closed(last, _GIVEN_WRITER), sa.false()), ~known)
     )
-    inserted = insert(STREAM_ITEM).from_select(list(columns), source, include_defaults=False)
+    inserted = insert_select(STREAM_ITEM, columns, source)
     return inserted.on_conflict_do_nothing().returning(_ITEM.workflow_id, _ITEM.number).cte("first")
 
 
-def _rest(given: CTE, first: CTE) -> CTE:
-    columns = _columns(_GIVEN_WRITER, first.c.workflow_id, first.c.number + given.c.place - _ONE, given.c.value)
-    source = select(*columns.values()).select_from(first.join(given, given.c.place > _ONE))
-    inserted = insert(STREAM_ITEM).from_select(list(columns), source, include_defaults=False)
+def _rest(given: sa.CTE, first: sa.CTE) -> sa.CTE:
+    columns = _columns(_GIVEN_WRITER, first.c.workflow_id, first.c.number + given.c.place - ONE, given.c.value)
+    source = sa.select(*columns.values()).select_from(first.join(given, given.c.place > ONE))
+    inserted = insert_select(STREAM_ITEM, columns, source)
     return inserted.returning(_ITEM.number).cte("rest")
 
 
@@ -306,89 +299,85 @@ def _columns(writer: _Writer, workflow_id: Any, number: Any, value: Any) -> dict
 
 
 def _known() -> Any:
-    """Tell whether an earlier execution of this statement is committed, whose acknowledgement was lost."""
-    same = and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"])
-    return select(STEP.c.key).where(same, ~unfinished()).exists()
+    """Return whether an earlier execution of this statement is committed, whose acknowledgement was lost."""
+    same = sa.and_(STEP.c.workflow_id == GIVEN["id"], STEP.c.key == GIVEN["key"])
+    return sa.select(STEP.c.key).where(same, ~is_open_step()).exists()
 
 
-def _checkpoint(first: CTE) -> Any:
+def _checkpoint(first: sa.CTE) -> Any:
     columns = checkpoint_columns(GIVEN) | {"workflow_id": first.c.workflow_id}
-    return insert_from(columns, select(*columns.values())).returning(STEP.c.key).cte("recorded")
+    return insert_checkpoints(columns, sa.select(*columns.values())).returning(STEP.c.key).cte("recorded")
 
 
 def _append_many_statement() -> Any:
-    """Do what `_append_statement` does for one workflow for each of them, with the rows that nobody holds."""
-    batch = select(*table("batch", _BATCH).c).cte("batch")
-    fences = select(batch.c.id, batch.c.token).where(batch.c.item == _ONE).subquery("fences")
-    held = owned(fences, skip_locked=True)
+    """Do for each workflow of a batch what `_append_statement` does for one; locked rows are skipped."""
+    batch = sa.select(*batch_table("batch", _BATCH).c).cte("batch")
+    fences = sa.select(batch.c.id, batch.c.token).where(batch.c.item == ONE).subquery("fences")
+    mine = lock_owned(fences, skip_locked=True)
     last = _last(batch.c.id, batch.c.name).lateral("last")
     of_batch = _Writer(batch.c.name, batch.c.step_key, batch.c.attempt, batch.c.step_attempt)
     head = materialized(
-        select(
+        sa.select(
             *batch.c,
-            func.coalesce(last.c.number + _ONE, literal_column("0")).label("number"),
-            func.coalesce(_is_closed(last, of_batch), literal_column("false")).label("closed"),
+            sa.func.coalesce(last.c.number + ONE, ZERO).label("number"),
+            sa.func.coalesce(_is_closed(last, of_batch), sa.false()).label("closed"),
         )
-        .select_from(batch.join(held, of_owner(batch, held)).outerjoin(last, true()))
-        .where(batch.c.item == _ONE),
+        .select_from(batch.join(mine, is_same_attempt(batch, mine)).outerjoin(last, sa.true()))
+        .where(batch.c.item == ONE),
         "head",
     )
     of_head = _Writer(head.c.name, head.c.step_key, head.c.attempt, head.c.step_attempt)
-    columns = _columns(of_head, head.c.id, head.c.number, cast(head.c.value, JSONB))
-    open_ones = insert(STREAM_ITEM).from_select(
-        list(columns), select(*columns.values()).where(~head.c.closed), include_defaults=False
-    )
+    columns = _columns(of_head, head.c.id, head.c.number, sa.cast(head.c.value, JSONB))
+    open_ones = insert_select(STREAM_ITEM, columns, sa.select(*columns.values()).where(~head.c.closed))
     first = open_ones.on_conflict_do_nothing().returning(_ITEM.workflow_id, _ITEM.number).cte("first")
-    columns = _columns(of_batch, batch.c.id, first.c.number + batch.c.item - _ONE, cast(batch.c.value, JSONB))
-    others = select(*columns.values()).select_from(batch.join(first, first.c.workflow_id == batch.c.id))
-    rest = insert(STREAM_ITEM).from_select(list(columns), others.where(batch.c.item > _ONE), include_defaults=False)
+    columns = _columns(of_batch, batch.c.id, first.c.number + batch.c.item - ONE, sa.cast(batch.c.value, JSONB))
+    others = sa.select(*columns.values()).select_from(batch.join(first, first.c.workflow_id == batch.c.id))
+    rest = insert_select(STREAM_ITEM, columns, others.where(batch.c.item > ONE))
     return (
-        select(head.c.place, head.c.closed, first.c.number.is_not(None).label("written"))
+        sa.select(head.c.place, head.c.closed, first.c.number.is_not(None).label("written"))
         .select_from(head.outerjoin(first, first.c.workflow_id == head.c.id))
         .add_cte(rest.returning(_ITEM.number).cte("rest"))
     )
 
 
 def _read_statement() -> Any:
-    wanted = bindparam("wanted_id", type_=PG_UUID())
+    wanted = WANTED_ID
     item = (
-        select(_ITEM.number, _ITEM.value, _ITEM.step_key, _ITEM.attempt, _ITEM.step_attempt, _ITEM.created_at)
-        .where(_ITEM.workflow_id == wanted, _ITEM.name == _NAME, _ITEM.number >= bindparam("start", type_=Integer()))
+        sa.select(_ITEM.number, _ITEM.value, _ITEM.step_key, _ITEM.attempt, _ITEM.step_attempt, _ITEM.created_at)
+        .where(_ITEM.workflow_id == wanted, _ITEM.name == _NAME, _ITEM.number >= parameter("start", sa.Integer()))
         .order_by(_ITEM.number)
-        .limit(bindparam("limit", type_=Integer()))
+        .limit(LIMIT)
         .subquery("item")
     )
-    closed = select(_last(wanted, _NAME).subquery("last").c.closed).scalar_subquery()
-    ended = or_(WORKFLOW.c.finished_at.is_not(None), func.coalesce(closed, literal_column("false")))
+    closed = sa.select(_last(wanted, _NAME).subquery("last").c.closed).scalar_subquery()
+    ended = sa.or_(WORKFLOW.c.finished_at.is_not(None), sa.func.coalesce(closed, sa.false()))
     return (
-        select(
+        sa.select(
             ended.label("ended"),
             item.c.number,
-            cast(item.c.value, Text).label("value"),
+            sa.cast(item.c.value, Text).label("value"),
             item.c.step_key,
             item.c.attempt,
             item.c.step_attempt,
             item.c.created_at,
         )
         .select_from(WORKFLOW)
-        .outerjoin(item, true())
+        .outerjoin(item, sa.true())
         .where(WORKFLOW.c.id == wanted)
         .order_by(item.c.number)
     )
 
 
-_GIVEN_WRITER = _Writer(
-    _NAME, GIVEN["key"], GIVEN["attempt"], cast(bindparam("step_attempt", type_=Integer()), Integer)
-)
+_GIVEN_WRITER = _Writer(_NAME, GIVEN["key"], GIVEN["attempt"], parameter("step_attempt", sa.Integer()))
 _BATCH: Columns = {
-    "id": PG_UUID(),
-    "token": PG_UUID(),
-    "place": Integer(),
+    "id": sa.UUID(),
+    "token": sa.UUID(),
+    "place": sa.Integer(),
     "name": Text(),
     "step_key": Text(),
-    "attempt": Integer(),
-    "step_attempt": Integer(),
-    "item": Integer(),
+    "attempt": sa.Integer(),
+    "step_attempt": sa.Integer(),
+    "item": sa.Integer(),
     "value": Text(),
 }
 _APPEND = _append_statement(recorded=False)

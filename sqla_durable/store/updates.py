@@ -1,4 +1,4 @@
-"""The statements on updates: send one, look at it, take it, refuse it, answer it.
+"""The statements on updates: send one, read its state, take it, refuse it, answer it.
 
 An update is a signal whose name the engine has marked. Its answer is an event, whose key and id are made of the
 signal's id: so the primary key lets one of two answers commit.
@@ -11,62 +11,61 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    bindparam,
-    cast,
-    func,
-    literal_column,
-    null,
-    select,
-    update,
-)
-from sqlalchemy.dialects.postgresql import JSONB, insert
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import (
-    EVENT,
-    SIGNAL,
-    STEP,
-    WORKFLOW,
-    Checkpoint,
-    Connectable,
-    Fence,
-    Origin,
-    Verdict,
-    execute,
-    fence_row,
-    materialized,
-    pg,
-    scalar,
-    words,
-)
-from sqla_durable.store.keys import require_the_latest
-from sqla_durable.store.signals import (
+from sqla_durable.store.inbox import (
     ANSWER,
     REFUSED,
     UPDATE,
     first_keyed,
     first_untaken,
     is_untaken,
-    sending,
+    send_statement,
     take_by,
-    taking,
+    take_statement,
 )
-from sqla_durable.store.steps import GIVEN, checkpoint_columns, given_row, insert_from, mine, own_row
+from sqla_durable.store.keys import require_the_latest
+from sqla_durable.store.records import Checkpoint, Fence, Origin, Verdict
+from sqla_durable.store.statements import (
+    EVENT,
+    SIGNAL,
+    STEP,
+    WANTED_ID,
+    WORKFLOW,
+    Connectable,
+    Expression,
+    execute,
+    insert_select,
+    json_parameter,
+    materialized,
+    parameter,
+    pg,
+    scalar,
+    text_literal,
+)
+from sqla_durable.store.steps import (
+    GIVEN,
+    checkpoint_columns,
+    given_fence_parameters,
+    given_parameters,
+    insert_checkpoints,
+    lock_given,
+    select_from_owned,
+    why_unwritten,
+)
 from sqla_durable.unwinding import AttemptLost
 
 
 @dataclass(frozen=True, slots=True)
 class Receiver:
-    """Who an update is for.
+    """The workflow that an update is for.
 
     Attributes:
-        status: where the workflow stands.
+        status: that of the workflow.
         known: the id of the update that has the key already.
     """
 
@@ -80,41 +79,41 @@ class Sent:
 
     Attributes:
         name: its name.
-        status: where its workflow stands.
+        status: that of its workflow.
         is_taken: whether the workflow has taken it, or refused it.
-        is_held: whether the workflow still knows that it has taken it.
+        is_remembered: whether the history still has the step that took it.
         answer: JSON text of `{"reply": value}`, `{"rejected": reason}` or `{"refused": reason}`.
     """
 
     name: str
     status: WorkflowStatus
     is_taken: bool
-    is_held: bool
+    is_remembered: bool
     answer: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An update that nobody has taken; the payload is JSON text."""
+    """An untaken update; the payload is JSON text."""
 
     id: int
     payload: str
 
 
 def signal_of(name: str) -> str:
-    """Give the name of the signal that an update is."""
+    """Return the name of the signal that an update is."""
     return UPDATE + name
 
 
 def receiver(session: Session, workflow_id: UUID, *, name: str, key: str | None) -> Receiver | None:
-    """Look at the workflow that an update is for; None if there is none. Takes no lock."""
+    """Read the workflow that an update is for; None if there is none. Takes no lock."""
     parameters = {"wanted_id": workflow_id, "signal_name": signal_of(name), "signal_key": key}
     row = execute(session, _RECEIVER, parameters).one_or_none()
     return None if row is None else Receiver(row.status, row.known)
 
 
 def send(session: Session, workflow_id: UUID, *, name: str, payload: str, key: str | None) -> int | None:
-    """Send an update, in the caller's transaction; give its id. None: another of the key was there first.
+    """Send an update, in the caller's transaction; return its id. None: another of the key was there first.
 
     Waits for another transaction that is sending the same name and key to the same workflow.
 
@@ -129,7 +128,7 @@ def send(session: Session, workflow_id: UUID, *, name: str, payload: str, key: s
 
 
 def send_in_snapshot(session: Session, workflow_id: UUID, *, name: str, payload: str, key: str | None) -> int | None:
-    """Do the same where the transaction keeps a snapshot, in a savepoint.
+    """Send it where the transaction keeps a snapshot, in a savepoint.
 
     Raises:
         DBAPIError: another of the key is newer than the snapshot: roll back to the savepoint.
@@ -140,16 +139,16 @@ def send_in_snapshot(session: Session, workflow_id: UUID, *, name: str, payload:
 
 
 def look(session: Session, workflow_id: UUID, update_id: int) -> Sent | None:
-    """Read what became of an update; None if it is not there. Takes no lock."""
+    """Read the state of an update; None if there is none. Takes no lock."""
     parameters = {"wanted_id": workflow_id, "update_id": update_id, "answer_key": _answer_key(update_id)}
     row = execute(session, _LOOK, parameters).one_or_none()
     if row is None:
         return None
-    return Sent(row.name.removeprefix(UPDATE), row.status, row.consumed_by is not None, row.is_held, row.answer)
+    return Sent(row.name.removeprefix(UPDATE), row.status, row.consumed_by is not None, row.is_remembered, row.answer)
 
 
 def oldest(connectable: Connectable, *, workflow_id: UUID, name: str) -> Candidate | None:
-    """Give the oldest update of a name that nobody has taken. Takes no lock."""
+    """Return the oldest untaken update of a name. Takes no lock."""
     row = execute(connectable, _OLDEST, {"wanted_id": workflow_id, "signal_name": signal_of(name)}).one_or_none()
     return None if row is None else Candidate(row.id, row.payload)
 
@@ -157,7 +156,7 @@ def oldest(connectable: Connectable, *, workflow_id: UUID, name: str) -> Candida
 def take(connectable: Connectable, checkpoint: Checkpoint, *, update_id: int) -> str | None:
     """Take an update and record it as the outcome of the step: JSON text of its `id` and `payload`.
 
-    None: somebody has taken it before. Locks the workflow's row.
+    None: it was taken before. Locks the workflow's row.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
@@ -166,25 +165,24 @@ def take(connectable: Connectable, checkpoint: Checkpoint, *, update_id: int) ->
 
 
 def refuse(connectable: Connectable, fence: Fence, *, update_id: int, reason: str) -> None:
-    """Answer an update that nobody has taken, and nobody will; nothing of it is recorded among the steps.
+    """Refuse an untaken update: answer it, so that no step takes it; no step is recorded.
 
     Locks the workflow's row.
 
     Raises:
         AttemptLost: the attempt no longer owns the workflow.
     """
-    mine = fence_row(fence)
-    parameters = {"given_id": mine["id"], "given_token": mine["token"], "given_key": None}
+    parameters = given_fence_parameters(fence)
     if not scalar(connectable, _REFUSE, parameters | _answer_row(update_id, json.dumps({"refused": reason}))):
         raise AttemptLost(fence.workflow_id)
 
 
 def record_answer(connectable: Connectable, checkpoint: Checkpoint, *, update_id: int, answer: str) -> Verdict:
-    """Answer an update and record that as a step, in one statement; once, however often it is carried out.
+    """Answer an update and record that as a step, in one statement; once, however often it is executed.
 
-    DUPLICATE wrote nothing: another step has answered it. Waits for whoever holds the workflow's row.
+    DUPLICATE wrote nothing: another step has answered it. Waits for the lock of the workflow's row.
     """
-    row = execute(connectable, _RECORD, given_row(checkpoint) | _answer_row(update_id, answer)).one()
+    row = execute(connectable, _RECORD, given_parameters(checkpoint) | _answer_row(update_id, answer)).one()
     if not row.owned:
         return Verdict.LOST
     if row.answered:
@@ -197,14 +195,12 @@ def record_answer(connectable: Connectable, checkpoint: Checkpoint, *, update_id
 def put_answer(connectable: Connectable, origin: Origin, *, update_id: int, answer: str) -> Verdict:
     """Answer an update in a step's transaction. DUPLICATE and LOST wrote nothing.
 
-    Waits for whoever holds the workflow's row.
+    Waits for the lock of the workflow's row.
     """
-    fence = fence_row(origin.fence)
-    parameters = {"given_id": fence["id"], "given_token": fence["token"], "given_key": origin.step_key}
+    parameters = given_fence_parameters(origin.fence, origin.step_key)
     if scalar(connectable, _PUT, parameters | _answer_row(update_id, answer)) is not None:
         return Verdict.RECORDED
-    # The row is locked if this attempt owns it, so what is asked now cannot have changed in between.
-    return Verdict.LOST if scalar(connectable, _OWNED, parameters) is None else Verdict.DUPLICATE
+    return why_unwritten(connectable, parameters)
 
 
 def _answer_key(update_id: int) -> str:
@@ -215,55 +211,55 @@ def _answer_row(update_id: int, answer: str) -> dict[str, Any]:
     return {"update_id": update_id, "answer_id": update_id, "answer_key": _answer_key(update_id), "answer": answer}
 
 
-def _columns(workflow_id: ColumnElement[Any], step_key: Any) -> dict[str, Any]:
+def _columns(workflow_id: Expression, step_key: Any) -> dict[str, Any]:
     return {
         "workflow_id": workflow_id,
-        "key": cast(bindparam("answer_key", type_=Text()), Text),
-        "id": cast(bindparam("answer_id", type_=BigInteger()), BigInteger),
-        "value": cast(cast(bindparam("answer", type_=Text()), Text), JSONB),
+        "key": parameter("answer_key", Text()),
+        "id": parameter("answer_id", sa.BigInteger()),
+        "value": json_parameter("answer"),
         "step_key": step_key,
         "created_at": pg.statement_timestamp(),
     }
 
 
 def _answering(columns: dict[str, Any], source: Any) -> Any:
-    inserted = insert(EVENT).from_select(list(columns), source, include_defaults=False)
+    inserted = insert_select(EVENT, columns, source)
     return inserted.on_conflict_do_nothing(index_elements=["workflow_id", "key", "id"])
 
 
 def _receiver_statement() -> Any:
-    key = cast(bindparam("signal_key", type_=Text()), Text)
+    key = parameter("signal_key", Text())
     first = first_keyed(_WANTED, _NAME, key).subquery("first")
-    known = select(first.c.id).where(first.c.name == _NAME, first.c.key == key)
-    return select(WORKFLOW.c.status, known.scalar_subquery().label("known")).where(WORKFLOW.c.id == _WANTED)
+    known = sa.select(first.c.id).where(first.c.name == _NAME, first.c.key == key)
+    return sa.select(WORKFLOW.c.status, known.scalar_subquery().label("known")).where(WORKFLOW.c.id == _WANTED)
 
 
 def _look_statement() -> Any:
     """Read each row by its primary key: joined, a plan may read all steps of the workflow."""
     sent = materialized(
-        select(SIGNAL.c.workflow_id, SIGNAL.c.id, SIGNAL.c.name, SIGNAL.c.consumed_by).where(
+        sa.select(SIGNAL.c.workflow_id, SIGNAL.c.id, SIGNAL.c.name, SIGNAL.c.consumed_by).where(
             SIGNAL.c.workflow_id == _WANTED, _IS_UPDATE
         ),
         "sent",
     )
-    answer = select(cast(EVENT.c.value, Text)).where(
+    answer = sa.select(sa.cast(EVENT.c.value, Text)).where(
         EVENT.c.workflow_id == sent.c.workflow_id,
-        EVENT.c.key == bindparam("answer_key", type_=Text()),
+        EVENT.c.key == parameter("answer_key", Text()),
         EVENT.c.id == sent.c.id,
     )
     # A workflow that continued as new has forgotten what it had taken; another update may have that step's key since.
-    holding = select(STEP.c.key).where(
+    holding = sa.select(STEP.c.key).where(
         STEP.c.workflow_id == sent.c.workflow_id,
         STEP.c.key == sent.c.consumed_by,
-        STEP.c.output.op("->>", return_type=Text())(_ID) == cast(sent.c.id, Text),
+        STEP.c.output.op("->>", return_type=Text())(_ID) == sa.cast(sent.c.id, Text),
     )
     return (
-        select(
+        sa.select(
             sent.c.name,
             sent.c.consumed_by,
             WORKFLOW.c.status,
             answer.scalar_subquery().label("answer"),
-            holding.scalar_subquery().is_not(None).label("is_held"),
+            holding.scalar_subquery().is_not(None).label("is_remembered"),
         )
         .select_from(sent.join(WORKFLOW, WORKFLOW.c.id == sent.c.workflow_id))
         .where(sent.c.name.startswith(_UPDATE_LITERAL))
@@ -271,60 +267,58 @@ def _look_statement() -> Any:
 
 
 def _refuse_statement() -> Any:
-    owned = own_row()
+    owned = lock_given()
     refused = (
-        update(SIGNAL)
+        sa.update(SIGNAL)
         .where(SIGNAL.c.workflow_id == owned.c.id, _IS_UPDATE, is_untaken())
-        .values(consumed_by=REFUSED, delivered_at=func.coalesce(SIGNAL.c.delivered_at, pg.statement_timestamp()))
+        .values(consumed_by=REFUSED, delivered_at=sa.func.coalesce(SIGNAL.c.delivered_at, pg.statement_timestamp()))
         .returning(SIGNAL.c.workflow_id)
         .cte("refused")
     )
-    columns = _columns(refused.c.workflow_id, null())
-    answered = _answering(columns, select(*columns.values())).returning(EVENT.c.id).cte("answered")
-    return select(select(owned.c.id).exists()).add_cte(answered)
+    columns = _columns(refused.c.workflow_id, sa.null())
+    answered = _answering(columns, sa.select(*columns.values())).returning(EVENT.c.id).cte("answered")
+    return sa.select(sa.select(owned.c.id).exists()).add_cte(answered)
 
 
 def _record_statement() -> Any:
-    owned = own_row()
+    owned = lock_given()
     columns = _columns(owned.c.id, GIVEN["key"])
-    answered = _answering(columns, select(*columns.values())).returning(EVENT.c.workflow_id).cte("answered")
+    answered = _answering(columns, sa.select(*columns.values())).returning(EVENT.c.workflow_id).cte("answered")
     checkpoint = checkpoint_columns(GIVEN) | {"workflow_id": answered.c.workflow_id}
-    recorded = insert_from(checkpoint, select(*checkpoint.values())).returning(STEP.c.key).cte("recorded")
-    return select(
-        select(owned.c.id).exists().label("owned"), select(answered.c.workflow_id).exists().label("answered")
+    recorded = insert_checkpoints(checkpoint, sa.select(*checkpoint.values())).returning(STEP.c.key).cte("recorded")
+    return sa.select(
+        sa.select(owned.c.id).exists().label("owned"), sa.select(answered.c.workflow_id).exists().label("answered")
     ).add_cte(recorded)
 
 
 def _put_statement() -> Any:
     columns = _columns(WORKFLOW.c.id, GIVEN["key"])
-    source = select(*columns.values()).where(*mine()).with_for_update(key_share=True, of=WORKFLOW)
-    return _answering(columns, source).returning(EVENT.c.id)
+    return _answering(columns, select_from_owned(columns)).returning(EVENT.c.id)
 
 
-def _shown(taken: Any) -> ColumnElement[Any]:
+def _shown(taken: Any) -> Expression:
     return pg.jsonb_build_object(_ID, taken.c.id, _PAYLOAD, taken.c.payload, type_=JSONB())
 
 
-_WANTED = bindparam("wanted_id", type_=PG_UUID())
-_NAME = cast(bindparam("signal_name", type_=Text()), Text)
-_IS_UPDATE = SIGNAL.c.id == bindparam("update_id", type_=BigInteger())
-_ID: ColumnElement[str] = words("id")
-_PAYLOAD: ColumnElement[str] = words("payload")
-_UPDATE_LITERAL: ColumnElement[str] = literal_column(f"'{UPDATE}'", type_=Text())
+_WANTED = WANTED_ID
+_NAME = parameter("signal_name", Text())
+_IS_UPDATE = SIGNAL.c.id == parameter("update_id", sa.BigInteger())
+_ID: sa.ColumnElement[str] = text_literal("id")
+_PAYLOAD: sa.ColumnElement[str] = text_literal("payload")
+_UPDATE_LITERAL: sa.ColumnElement[str] = text_literal(UPDATE)
 _RECEIVER = _receiver_statement()
-_SEND = sending(is_update=True)
-_SEND_IN_SNAPSHOT = sending(in_snapshot=True, is_update=True)
+_SEND = send_statement(is_update=True)
+_SEND_IN_SNAPSHOT = send_statement(in_snapshot=True, is_update=True)
 _LOOK = _look_statement()
-_FIRST = first_untaken(_WANTED, _NAME, cast(SIGNAL.c.payload, Text).label("payload")).subquery("first")
-_OLDEST = select(_FIRST.c.id, _FIRST.c.payload).where(_FIRST.c.name == _NAME)
-_WANTED_UPDATE = select(cast(bindparam("update_id", type_=BigInteger()), BigInteger).label("id")).subquery("wanted")
-_TAKE = taking(_WANTED_UPDATE, _shown)
+_FIRST = first_untaken(_WANTED, _NAME, sa.cast(SIGNAL.c.payload, Text).label("payload")).subquery("first")
+_OLDEST = sa.select(_FIRST.c.id, _FIRST.c.payload).where(_FIRST.c.name == _NAME)
+_WANTED_UPDATE = sa.select(parameter("update_id", sa.BigInteger()).label("id")).subquery("wanted")
+_TAKE = take_statement(_WANTED_UPDATE, _shown)
 _REFUSE = _refuse_statement()
 _RECORD = _record_statement()
 _PUT = _put_statement()
-_OWNED = select(WORKFLOW.c.id).where(*mine())
-_ANSWERED_BY = select(EVENT.c.step_key).where(
+_ANSWERED_BY = sa.select(EVENT.c.step_key).where(
     EVENT.c.workflow_id == _WANTED,
-    EVENT.c.key == bindparam("answer_key", type_=Text()),
-    EVENT.c.id == bindparam("answer_id", type_=BigInteger()),
+    EVENT.c.key == parameter("answer_key", Text()),
+    EVENT.c.id == parameter("answer_id", sa.BigInteger()),
 )

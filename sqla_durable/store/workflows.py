@@ -1,87 +1,73 @@
-"""The statements on workflow records: find, finish, release, wake.
-
-`starts` inserts them, `batches` finishes and suspends many, `rounds` continues one as new.
-
-Whatever an attempt writes is fenced: its row is locked while its token is compared, in the same statement. Statements
-for many rows lock in the order of ids, and skip rows that another transaction holds.
-"""
+"""The statements that read workflows: their state, what they wait for, and whole records for an export."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    Boolean,
-    ColumnElement,
-    Integer,
-    and_,
-    bindparam,
-    cast,
-    literal_column,
-    null,
-    or_,
-    select,
-    tuple_,
-    union,
-    update,
-)
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import NotFoundError
 from sqla_durable.models.column_types import Text
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store._rows import (
-    BEGINNING,
-    SUSPECT,
+from sqla_durable.store.records import WorkflowState
+from sqla_durable.store.statements import (
+    IS_WANTED,
+    SIGNAL,
     WORKFLOW,
-    Columns,
-    Completion,
     Connectable,
-    Fence,
-    Standing,
-    beginning,
     connection_of,
     execute,
-    fence_row,
-    filled,
-    materialized,
-    of_owner,
-    owned,
+    is_among,
     pg,
-    scalar,
-    scalars,
-    status,
-    table,
+    status_literal,
+    text_columns,
+    text_literal,
 )
-from sqla_durable.store.parts import WHOLE, Part, Within, divided
-from sqla_durable.store.signals import asking, deleting_notices
-
-_FENCE: Columns = {"id": PG_UUID(), "token": PG_UUID()}
-_COMPLETION: Columns = {**_FENCE, "status": Text(), "output": Text(), "error": Text(), "holds": Boolean()}
-_LIMIT = bindparam("limit", type_=Integer())
 
 
-# The one that was in the way was deleted between the two statements.
+@dataclass(frozen=True, slots=True)
+class WaitedFor:
+    """What a suspended workflow waits for, and the names of its untaken signals."""
+
+    signals: Sequence[str]
+    waits_for_children: bool
+    wake_at: datetime | None
+    untaken: Sequence[str]
 
 
-def standing(session: Session, workflow_id: UUID) -> Standing:
-    """Read where a workflow stands, and its outcome if it has one.
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A workflow's record without its steps; `input`, `output` and `error` are JSON text."""
+
+    id: UUID
+    name: str
+    version: str | None
+    status: WorkflowStatus
+    attempt: int
+    input: str
+    output: str | None
+    error: str | None
+
+
+def state(session: Session, workflow_id: UUID) -> WorkflowState:
+    """Read the state of a workflow, with its outcome if it has one.
 
     Raises:
         NotFoundError: there is no such workflow.
     """
-    row = execute(session, _OUTCOME, {"wanted_id": workflow_id}).one_or_none()
+    row = execute(session, _STATE, {"wanted_id": workflow_id}).one_or_none()
     if row is None:
         raise not_found(session, workflow_id)
-    return Standing(row.id, row.name, row.status, row.output, row.error)
+    return WorkflowState(row.id, row.name, row.status, row.output, row.error)
 
 
 def not_found(session: Session, workflow_id: UUID) -> NotFoundError:
-    """Give the error for a workflow that is not there."""
+    """Return the error for a workflow that is not visible."""
     return NotFoundError(
         f"no workflow {workflow_id} is visible in {connection_of(session).engine.url.render_as_string()}: is the "
         "transaction that started it committed?",
@@ -89,191 +75,45 @@ def not_found(session: Session, workflow_id: UUID) -> NotFoundError:
     )
 
 
-def finish(session: Session, completion: Completion) -> bool:
-    """Record an outcome; wait for whoever holds the row. False: the attempt no longer owns the workflow."""
-    return scalar(session, _FINISH, filled("batch", [_completion_row(completion)])) is not None
+def waited_for(session: Session, workflow_id: UUID) -> WaitedFor | None:
+    """Return what a workflow waits for; None if it is not suspended. Takes no lock."""
+    row = execute(session, _WAITING_FOR, {"wanted_id": workflow_id}).one_or_none()
+    if row is None:
+        return None
+    awaits: list[dict[str, Any]] = row.awaits or []
+    names = [each["signal"] for each in awaits if "signal" in each]
+    return WaitedFor(names, any("children" in each for each in awaits), row.wake_at, row.untaken or [])
 
 
-def lock(session: Session, fence: Fence) -> bool:
-    """Lock the row of a running workflow; wait for whoever holds it. False: the attempt no longer owns it."""
-    return scalar(session, _LOCK, filled("batch", [fence_row(fence)])) is not None
+def statuses(session: Session, workflow_ids: Sequence[UUID]) -> Mapping[UUID, WorkflowStatus]:
+    """Return the statuses of those of the workflows that exist."""
+    rows = execute(session, _STATUSES, {"ids": list(workflow_ids)})
+    return {row.id: row.status for row in rows}
 
 
-def finished_by(connectable: Connectable, fences: Iterable[Fence]) -> dict[Fence, WorkflowStatus]:
-    """Give those of the attempts that have finished their workflows: an acknowledgement may have been lost."""
-    rows = execute(connectable, _FINISHED_BY, filled("batch", [fence_row(each) for each in fences]))
-    return {Fence(row.id, row.token): row.status for row in rows}
+def export(connectable: Connectable, workflow_ids: Sequence[UUID]) -> list[Exported]:
+    """Read workflows, in the order of their ids. Takes no lock; those that do not exist are left out."""
+    return [Exported(**row) for row in execute(connectable, _EXPORT, {"ids": list(workflow_ids)}).mappings()]
 
 
-def release(connectable: Connectable, fences: Iterable[Fence]) -> set[UUID]:
-    """Hand running workflows back to their queues, in their old places; give the ids of those still owned."""
-    return set(scalars(connectable, _RELEASE, filled("batch", [fence_row(each) for each in fences])))
-
-
-def release_unlocked(connectable: Connectable, fences: Sequence[Fence]) -> list[Fence]:
-    """Do the same with those whose rows nobody else holds; give the attempts that still own theirs."""
-    scalars(connectable, _RELEASE_UNLOCKED, filled("batch", [fence_row(each) for each in fences])).all()
-    owned = still_owned(connectable, fences)
-    return [each for each in fences if each in owned]
-
-
-def still_owned(connectable: Connectable, fences: Iterable[Fence]) -> set[Fence]:
-    """Give the attempts that still own their workflows. Takes no lock."""
-    rows = execute(connectable, _STILL_OWNED, filled("batch", [fence_row(each) for each in fences]))
-    return {Fence(row.id, row.token) for row in rows}
-
-
-def wake_due(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Part = WHOLE) -> int:
-    """Put suspended workflows whose time has come into their queues, behind what waits there; return how many.
-
-    Of those that crashed several times in a row only one: together they would be executed side by side again, by the
-    same worker, and the one that kills it would take the others along once more.
-
-    They are enqueued as of now, however long they have been due: claims do not look again at what was enqueued before.
-    What was due before `since` is passed over.
-    """
-    parameters = {"limit": limit, "since": since, **part.parameters}
-    return len(scalars(connectable, part.choose(_WAKE_DUE, _WAKE_PART), parameters).all())
-
-
-def due(connectable: Connectable, *, limit: int, since: str = BEGINNING, part: Part = WHOLE) -> list[UUID]:
-    """Return the ids of those that this would put into their queues."""
-    return part.found(connectable, _DUE, {"limit": limit, "since": since})
-
-
-def unknown_names(connectable: Connectable, *, queues: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Give the names of workflows near the head of the queues that are not among `names`."""
-    head = (
-        select(WORKFLOW.c.name)
-        .where(WORKFLOW.c.status == status(WorkflowStatus.PENDING), WORKFLOW.c.queue.in_(queues))
-        .where(WORKFLOW.c.name.not_in(names))
-        .limit(100)
-        .subquery()
+_STATE = sa.select(
+    WORKFLOW.c.id, WORKFLOW.c.name, WORKFLOW.c.status, sa.cast(WORKFLOW.c.output, Text), WORKFLOW.c.error
+).where(IS_WANTED)
+_WAITING_FOR = sa.select(
+    WORKFLOW.c.wake_at,
+    WORKFLOW.c.awaits,
+    sa.select(pg.array_agg(SIGNAL.c.name.distinct()))
+    .where(
+        SIGNAL.c.workflow_id == WORKFLOW.c.id,
+        SIGNAL.c.consumed_by.is_(None),
+        ~SIGNAL.c.name.startswith(text_literal("#")),
     )
-    return list(scalars(connectable, select(head.c.name).distinct().order_by(head.c.name)))
-
-
-def other_versions(connectable: Connectable, *, queues: Sequence[str], versions: Sequence[str]) -> list[str]:
-    """Give the versions of workflows near the head of each queue that are not among `versions`."""
-    heads = [
-        select(WORKFLOW.c.version)
-        .where(WORKFLOW.c.status == status(WorkflowStatus.PENDING), WORKFLOW.c.queue == queue)
-        .order_by(WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id)
-        .limit(1_000)
-        .subquery()
-        for queue in queues
-    ]
-    found = union(*(select(each.c.version).where(each.c.version.not_in(versions)) for each in heads))
-    return sorted(scalars(connectable, found))
-
-
-def _completion_row(completion: Completion) -> dict[str, Any]:
-    return {
-        **fence_row(completion.fence),
-        "status": completion.status.value,
-        "output": completion.output,
-        "error": completion.error,
-        "holds": completion.holds,
-    }
-
-
-def _finish_statement() -> Any:
-    batch = table("batch", _COMPLETION)
-    mine = owned(batch, skip_locked=False)
-    ended = (
-        update(WORKFLOW)
-        .where(WORKFLOW.c.id == mine.c.id, of_owner(batch, mine))
-        .values(
-            status=batch.c.status,
-            output=cast(batch.c.output, JSONB),
-            error=cast(batch.c.error, JSONB),
-            finished_at=pg.statement_timestamp(),
-        )
-        .returning(WORKFLOW.c.id, WORKFLOW.c.parent_id, WORKFLOW.c.finished_at, WORKFLOW.c.awaits, batch.c.holds)
-        .cte("ended")
-    )
-    return select(ended.c.id).add_cte(asking(ended).cte("asked"), deleting_notices(ended).cte("cleared"))
-
-
-def _release_statement(*, skip_locked: bool) -> Any:
-    mine = owned(table("batch", _FENCE), skip_locked=skip_locked)
-    return (
-        update(WORKFLOW)
-        .where(WORKFLOW.c.id == mine.c.id)
-        .values(status=WorkflowStatus.PENDING, token=null(), worker_id=null())
-        .returning(WORKFLOW.c.id)
-    )
-
-
-def _still_owned_statement() -> Any:
-    # Row by row, by the primary key: the index of what is running keeps dead entries while a snapshot is open.
-    batch = table("batch", _FENCE)
-    found = (
-        select(WORKFLOW.c.status)
-        .where(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token)
-        .limit(literal_column("1"))
-        .lateral("found")
-    )
-    running = found.c.status == status(WorkflowStatus.RUNNING)
-    return select(batch.c.id, batch.c.token).select_from(batch.join(found, running))
-
-
-def _finished_by_statement() -> Any:
-    return select(WORKFLOW.c.id, WORKFLOW.c.token, WORKFLOW.c.status).where(
-        _of_attempts(), WORKFLOW.c.finished_at.is_not(None)
-    )
-
-
-def _of_attempts() -> ColumnElement[bool]:
-    batch = table("batch", _FENCE)
-    return tuple_(WORKFLOW.c.id, WORKFLOW.c.token).in_(select(batch.c.id, batch.c.token))
-
-
-def _wake_due_statement(within: Within) -> tuple[Any, Any]:
-    is_due = and_(
-        within(WORKFLOW.c.id),
-        WORKFLOW.c.status == status(WorkflowStatus.SUSPENDED),
-        WORKFLOW.c.wake_at.between(beginning(), pg.statement_timestamp()),
-    )
-    suspect = WORKFLOW.c.crashes >= SUSPECT
-    # Of those that nobody holds: one that is held must not keep the others.
-    first = materialized(
-        select(WORKFLOW.c.id)
-        .where(is_due, suspect)
-        .order_by(WORKFLOW.c.wake_at, WORKFLOW.c.id)
-        .limit(1)
-        .with_for_update(key_share=True, skip_locked=True),
-        "first",
-    )
-    due = materialized(
-        select(WORKFLOW.c.id)
-        .where(is_due, or_(~suspect, WORKFLOW.c.id == select(first.c.id).scalar_subquery()))
-        .order_by(WORKFLOW.c.wake_at)
-        .limit(_LIMIT)
-        .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW),
-        "due",
-    )
-    woken = (
-        update(WORKFLOW)
-        .where(WORKFLOW.c.id == due.c.id)
-        .values(
-            status=WorkflowStatus.PENDING,
-            enqueued_at=pg.statement_timestamp(),
-            wake_at=null(),
-            awaits=null(),
-        )
-        .returning(WORKFLOW.c.id)
-    )
-    return woken, select(due.c.id)
-
-
-_FINISH = _finish_statement()
-_LOCK = select(owned(table("batch", _FENCE), skip_locked=False).c.id)
-_RELEASE = _release_statement(skip_locked=False)
-_RELEASE_UNLOCKED = _release_statement(skip_locked=True)
-_FINISHED_BY = _finished_by_statement()
-_STILL_OWNED = _still_owned_statement()
-_OUTCOME = select(
-    WORKFLOW.c.id, WORKFLOW.c.name, WORKFLOW.c.status, cast(WORKFLOW.c.output, Text), WORKFLOW.c.error
-).where(WORKFLOW.c.id == bindparam("wanted_id", type_=PG_UUID()))
-_WAKE_DUE, _WAKE_PART, _DUE = divided(_wake_due_statement)
+    .scalar_subquery()
+    .label("untaken"),
+).where(IS_WANTED, WORKFLOW.c.status == status_literal(WorkflowStatus.SUSPENDED))
+_STATUSES = sa.select(WORKFLOW.c.id, WORKFLOW.c.status).where(is_among(WORKFLOW.c.id))
+_EXPORT = (
+    sa.select(*text_columns(WORKFLOW, [each.name for each in fields(Exported)]))
+    .where(is_among(WORKFLOW.c.id))
+    .order_by(WORKFLOW.c.id)
+)

@@ -1,15 +1,14 @@
-"""What tests of an application need: the crash at every point, a clock, and the next deploy on today's histories.
+"""Tools for the tests of an application: crashes at every point, moving the time, and replays of recorded histories.
 
-Needs no test framework: `crash_everywhere` is an ordinary function that raises an `AssertionError`, `replay` one that
-gives a report; `advance` lets workflows wait for two weeks in an instant.
+No test framework is needed: `crash_everywhere` is a function that raises an `AssertionError`, `replay` returns a
+report, and `advance` lets workflows that wait for two weeks go on at once.
 """
 
-from sqla_durable.testing.clock import advance
-from sqla_durable.testing.errors import CrashTestError, CrashTimeoutError
-from sqla_durable.testing.everywhere import CrashReport, crash_everywhere
-from sqla_durable.testing.points import CrashPoint, Moment
+from sqla_durable.testing.crash_points import CrashPoint, Moment
+from sqla_durable.testing.crashes import CrashReport, crash_everywhere
+from sqla_durable.testing.databases import advance
+from sqla_durable.testing.end_states import CrashDifference, CrashTestError, CrashTimeoutError, EndState
 from sqla_durable.testing.replays import History, ReplayReport, export, replay
-from sqla_durable.testing.states import CrashDifference, EndState
 
 __all__ = [
     "CrashDifference",

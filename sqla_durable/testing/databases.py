@@ -1,9 +1,10 @@
-"""Databases for tests: a template that is migrated once, and a copy of it for each test."""
+"""Databases for tests: copies of a template that is migrated once, and moving the time in one of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 from uuid import uuid4
@@ -11,22 +12,28 @@ from uuid import uuid4
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, NullPool, create_engine, make_url
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from sqla_durable import migrations, models
+from sqla_durable.api.callers import require_session
+from sqla_durable.definitions.checks import require_duration
+from sqla_durable.errors import SessionError
+from sqla_durable.store import schema, timers
 
 
 def migrate(connection: Connection) -> None:
-    """Make our tables, by the migrations that the package ships."""
+    """Create the tables of the package, by the migrations that it contains."""
     with Operations.context(MigrationContext.configure(connection)):
         migrations.upgrade(models.REVISION)
 
 
 class Databases:
-    """Makes databases on a server, and drops them.
+    """Creates databases on a server, and drops them.
 
     Args:
         server_url: the URL of any database of the server, whose role may create others.
-        migrate: makes the tables of the template, once; its transaction is committed.
+        migrate: creates the tables of the template, once; its transaction is committed.
     """
 
     def __init__(self, server_url: str, migrate: Callable[[Connection], None]) -> None:
@@ -53,7 +60,7 @@ class Databases:
 
     @contextmanager
     def copied(self) -> Generator[str]:
-        """Make a copy of the template for a while; give its URL."""
+        """Create a copy of the template and yield its URL; drop the copy when the block ends."""
         self._count += 1
         name = f"{self._prefix}_{self._count}"
         self._create(name, f"TEMPLATE {self._prefix} STRATEGY file_copy")
@@ -74,3 +81,37 @@ class Databases:
 
     def _url(self, database: str) -> str:
         return self._server.set(database=database).render_as_string(hide_password=False)
+
+
+def advance(session: Session, duration: timedelta) -> int:
+    """Move the time forward for everything that waits, in the caller's transaction.
+
+    ```python
+    with SessionLocal.begin() as session:
+        advance(session, timedelta(days=14))
+    ```
+
+    It moves the timers, time limits, delayed starts and next tries of suspended workflows, and the time limits of
+    callbacks. Short waits that a worker keeps in memory are not shortened. Locks the rows of the workflows that wait.
+
+    Args:
+        session: a session on a database for tests.
+        duration: how much time passes.
+
+    Returns:
+        How many workflows waited for a time or had a deadline.
+
+    Raises:
+        ArgumentError: the duration is not a timedelta.
+        SchemaError, SessionError: the session's database does not have the tables; or it is not a `Session`.
+    """
+    require_duration(duration, "duration")
+    checked: object = session
+    if isinstance(checked, AsyncSession):
+        raise SessionError(
+            "advance() takes a Session: with an AsyncSession, await session.run_sync(advance, timedelta(...))."
+        )
+    require_session(checked)
+    schema.require(session)
+    session.flush()
+    return timers.advance(session, duration.total_seconds())

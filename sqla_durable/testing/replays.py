@@ -1,4 +1,4 @@
-"""Histories out of a database, and today's code on them: what a deploy would break, before it is one.
+"""Export histories from a database, and replay them with changed code, before it is deployed.
 
 `export` reads a database; `replay` needs none.
 """
@@ -23,8 +23,9 @@ from sqla_durable.execution import replaying
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import StepStatus, WorkflowStatus
 from sqla_durable.operations.history import Mismatch
-from sqla_durable.store import Claimed, Completion, Fence, Recorded, exports, schema, steps
-from sqla_durable.store.crashes import MAX_ATTEMPTS_TYPE
+from sqla_durable.store import Claimed, Completion, Fence, Recorded, schema, steps
+from sqla_durable.store import workflows as store_workflows
+from sqla_durable.store.workers import MAX_ATTEMPTS_TYPE
 
 History: TypeAlias = dict[str, Any]
 """A workflow and its steps, as JSON holds them."""
@@ -36,14 +37,14 @@ _FORMAT = "sqla-durable history 1"
 
 @dataclass(frozen=True, slots=True)
 class ReplayReport:
-    """What today's code makes of a history. Its `str` is for people.
+    """What the current code does with a history. Its `str` is for people.
 
     Attributes:
         workflow_id: the id of the workflow that was exported.
         name: its name.
-        differences: what would break, or is done otherwise than it was recorded, in words.
-        recorded: the keys of the history, in its order.
-        visited: the keys that today's code visited, in its order; what it calls anew is the last of them.
+        differences: descriptions of what would break, or is done differently than it was recorded.
+        recorded: the keys of the history, in its assignment.
+        visited: the keys that the code visited, in its order; the last may be a call that is not in the history.
     """
 
     workflow_id: UUID
@@ -54,15 +55,15 @@ class ReplayReport:
 
     @property
     def fits(self) -> bool:
-        """Whether today's code does what was recorded, as far as that goes."""
+        """Whether the code does what was recorded, as far as the history goes."""
         return not self.differences
 
     def __str__(self) -> str:
         what = f"workflow {self.name!r} {self.workflow_id}"
         if self.fits:
-            return f"{what}: today's code does what was recorded"
+            return f"{what}: the current code does what was recorded"
         keys = [f"  recorded: {', '.join(self.recorded)}", f"  visited:  {', '.join(self.visited)}"]
-        return "\n".join((f"{what}: today's code differs", *(f"- {each}" for each in self.differences), *keys))
+        return "\n".join((f"{what}: the current code differs", *(f"- {each}" for each in self.differences), *keys))
 
 
 @overload
@@ -74,13 +75,13 @@ def export(session: AsyncSession, workflows: Selected) -> Coroutine[Any, Any, li
 
 
 def export(session: Session | AsyncSession, workflows: Selected) -> list[History] | Coroutine[Any, Any, list[History]]:
-    """Read workflows with their histories, as values that `json.dump` takes.
+    """Return workflows with their histories, as values that `json.dump` takes.
 
     ```python
     json.dump(export(session, select(Workflow).where(Workflow.finished_at.is_(None)).limit(1000)), file)
     ```
 
-    They hold what the workflows were given and what their steps returned: treat the file as you treat the database.
+    They contain the arguments of the workflows and the results of their steps: protect the file like the database.
     Reads in the caller's transaction and takes no lock.
 
     Args:
@@ -88,8 +89,8 @@ def export(session: Session | AsyncSession, workflows: Selected) -> list[History
         workflows: a record or an id, several, or a `select()` of `Workflow` or of a column of ids.
 
     Raises:
-        ArgumentError: something else is given than workflows.
-        SchemaError, SessionError: the session's database does not hold the tables.
+        ArgumentError: something other than workflows is given.
+        SchemaError, SessionError: the session's database does not have the tables.
     """
     if isinstance(session, AsyncSession):
         return session.run_sync(_export, workflows)
@@ -99,7 +100,7 @@ def export(session: Session | AsyncSession, workflows: Selected) -> list[History
 def replay(
     workflow: WorkflowFunction[..., Any] | AsyncWorkflowFunction[..., Any], history: Mapping[str, Any]
 ) -> ReplayReport:
-    """Execute today's code of a workflow on an exported history, and tell what it does otherwise.
+    """Execute the current code of a workflow on an exported history, and return what it does differently.
 
     ```python
     @pytest.mark.parametrize("history", json.loads(Path("histories.json").read_text()))
@@ -108,21 +109,21 @@ def replay(
         assert report.fits, str(report)
     ```
 
-    No step is executed: each returns what was recorded. At the first that is not recorded, or at whatever else would
-    have an effect, the code is stopped: that is the end of a workflow that had not finished. The workflow's own code is
-    executed for real, so it must have no effects of its own. Needs no database.
+    No step is executed: each returns what was recorded. The code is stopped at the first step that is not recorded, or
+    at anything else that would have an effect; for a workflow that had not finished, that is the expected end. The
+    workflow's own code is executed for real, so it must have no effects of its own. Needs no database.
 
-    A difference is: a recorded step that is not visited, or in another order, or under the name of another step; a new
-    one in the middle of the history, or in one that has ended; input or outcomes of steps that today's annotations do
-    not read; of a workflow that has ended, another result, or another type of error. A step that is added on purpose is
-    a difference too, and harmless if it may be executed late: then the report says what to look at.
+    Differences are: a recorded step that is not visited, or in another order, or under the name of another step; a new
+    step in the middle of the history, or in the history of a workflow that has ended; input or outcomes that the
+    current annotations cannot read; and, of a workflow that has ended, another result or another type of error. A step
+    that is added on purpose is a difference too; it is harmless if it may be executed late.
 
     Args:
-        workflow: the workflow, as it is in the code.
-        history: one of those that `export` gave.
+        workflow: the workflow, as it is in the current code.
+        history: one of those that `export` returned.
 
     Raises:
-        ArgumentError: it is no history, or one of another workflow.
+        ArgumentError: it is not a history, or that of another workflow.
         UsageError: an event loop is running in this thread, and the workflow is `async def`.
     """
     recorded = _Recorded.of(history)
@@ -134,17 +135,17 @@ def replay(
         return recorded.report([str(error)], ())
     replayed = replaying.replay(definition, recorded.claimed)
     visits = replayed.attempt.history_check
-    if replayed.undecodable:  # whatever else there is may follow from that
+    if replayed.undecodable:  # other differences may be consequences of these
         return recorded.report(replayed.undecodable, visits.keys)
-    found = _in_words(visits.mismatch(), replayed, recorded)
+    found = _descriptions(visits.mismatch(), replayed, recorded)
     if replayed.completion is not None and recorded.is_final:
-        found += recorded.other_outcome(replayed.completion)
+        found += recorded.outcome_difference(replayed.completion)
     return recorded.report(found, visits.keys)
 
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
-    """An exported history, read."""
+    """An exported history, parsed."""
 
     claimed: Claimed
     status: WorkflowStatus
@@ -154,7 +155,9 @@ class _Recorded:
     @classmethod
     def of(cls, history: Mapping[str, Any]) -> _Recorded:
         if not isinstance(history, Mapping) or history.get("format") != _FORMAT:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentError(f"{history!r:.200} is no history: give one of those in the list that export() gave.")
+            raise ArgumentError(
+                f"{history!r:.200} is not a history: pass one element of the list that export() returned."
+            )
         recorded = [_step(each) for each in history["steps"]]
         claimed = Claimed(
             fence=Fence(UUID(history["id"]), UUID(int=0)),
@@ -168,12 +171,12 @@ class _Recorded:
 
     @property
     def is_final(self) -> bool:
-        """Whether the workflow's code itself has come to an outcome."""
+        """Whether the workflow's code itself came to an outcome."""
         if self.status is WorkflowStatus.FAILED:
             return self.error is not None and self.error.get("type") != MAX_ATTEMPTS_TYPE
         return self.status is WorkflowStatus.SUCCEEDED
 
-    def other_outcome(self, completion: Completion) -> list[str]:
+    def outcome_difference(self, completion: Completion) -> list[str]:
         failure = None if completion.error is None else Failure.from_text(completion.error)
         recorded = self.error["type"] if self.error else None
         if failure is None and recorded is None:
@@ -198,7 +201,7 @@ class _Recorded:
         )
 
 
-def _in_words(mismatch: Mismatch | None, replayed: replaying.Replayed, recorded: _Recorded) -> list[str]:
+def _descriptions(mismatch: Mismatch | None, replayed: replaying.Replayed, recorded: _Recorded) -> list[str]:
     found: list[str] = []
     if mismatch is not None:
         found += [f"{key!r} is visited after what was recorded later" for key in mismatch.moved]
@@ -222,7 +225,7 @@ def _export(session: Session, workflows: Selected) -> list[History]:
     session.flush()
     ids = _ids(session, workflows)
     histories = steps.histories(session, ids)
-    return [_history(each, histories.get(each.id, {})) for each in exports.read(session, ids)]
+    return [_history(each, histories.get(each.id, {})) for each in store_workflows.export(session, ids)]
 
 
 def _ids(session: Session, workflows: Selected) -> list[UUID]:
@@ -237,11 +240,11 @@ def _ids(session: Session, workflows: Selected) -> list[UUID]:
     found = list(given)
     for each in found:
         if not isinstance(each, (Workflow, UUID)):
-            raise ArgumentError(f"{each!r} is no workflow: give records, ids as UUIDs, or a select() of either.")
+            raise ArgumentError(f"{each!r} is not a workflow: pass records, ids as UUIDs, or a select() of either.")
     return [id_of(each) for each in found]
 
 
-def _history(workflow: exports.Exported, recorded: Mapping[str, Recorded]) -> History:
+def _history(workflow: store_workflows.Exported, recorded: Mapping[str, Recorded]) -> History:
     return {
         "format": _FORMAT,
         "id": str(workflow.id),

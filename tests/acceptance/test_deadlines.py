@@ -15,7 +15,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from sqla_durable import Durable, StartOptions, Workflow, WorkflowStatus, errors, resume
-from sqla_durable.store import deadlines
+from sqla_durable.store import failures
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.shells import Shell
 from tests.store import races
@@ -139,7 +139,7 @@ def test_nothing_of_an_attempt_is_committed_after_the_deadline(shell: Shell, app
         assert counting.entered.wait(30)
         _overdue(shell, workflow_id)
         with shell.sessionmaker.begin() as session:  # as a worker does whose event loop is not blocked by the gate
-            deadlines.fail_overdue(session, limit=9)  # or the worker's own maintenance has been faster
+            failures.fail_overdue(session, limit=9)  # or the worker's own maintenance has been faster
         counting.open.set()
         with pytest.raises(errors.WorkflowTimeoutError):
             shell.result(counting.workflow, workflow_id)

@@ -367,7 +367,7 @@ def test_a_starter_forges_nothing(granted: Roles, world: World) -> None:
         "attempt": "7",
         "crashes": "1",
         "cancellation": "'requested'",
-        "begun_anew_at": "now()",
+        "continued_at": "now()",
         "created_at": "now()",
         "enqueued_at": "'2020-01-01'",
         "parent_id": f"'{world.owner}'",
@@ -566,7 +566,7 @@ def test_a_canceller_gives_no_outcome(granted: Roles, world: World) -> None:
     assert refused(engine, notice, id=world.owner, name="go") == CHECKED
 
 
-ENGINE_NAMES = ("#parked", "#child", "#left", "#callback:{}", "#update:change", "#", "#whatever")
+ENGINE_NAMES = ("#suspended", "#child", "#orphans", "#callback:{}", "#update:change", "#", "#whatever")
 INSERT = "INSERT INTO durable.signal (workflow_id, name{}) VALUES (:id, :name{})"
 
 
@@ -600,11 +600,11 @@ def test_a_signaller_sends_nothing_of_the_engine_s(granted: Roles, world: World,
 
 
 COLUMN_OF = {"updater": "is_update", "answerer": "is_answer", "operator": "is_notice"}
-OWN = {"updater": {"#update:x"}, "answerer": {"#callback:x"}, "operator": {"#parked", "#child", "#left", "#x"}}
+OWN = {"updater": {"#update:x"}, "answerer": {"#callback:x"}, "operator": {"#suspended", "#child", "#orphans", "#x"}}
 
 
 def test_each_kind_of_name_needs_its_own_column(granted: Roles, world: World) -> None:
-    names = ("go", "#parked", "#child", "#left", "#x", "#update:x", "#callback:x")
+    names = ("go", "#suspended", "#child", "#orphans", "#x", "#update:x", "#callback:x")
     for role, own in COLUMN_OF.items():
         engine = granted.engine(role)
         for name in names:

@@ -49,7 +49,7 @@ from sqla_durable import (
 )
 from sqla_durable.definitions.database_errors import sqlstate
 from sqla_durable.errors import DatabaseUnavailableError, EventNotSetError, KeyNotVisibleError, SessionError
-from sqla_durable.tools.cli.database import connect
+from sqla_durable.tools.cli.target import connect
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
 from tests.support.domain import Entry

@@ -6,31 +6,31 @@ from collections.abc import Generator
 
 import pytest
 
-from sqla_durable.tools.bench.floors import Floors, pgbench
-from sqla_durable.tools.bench.measuring import Bench, Status
-from sqla_durable.tools.bench.place import Place, place
-from sqla_durable.tools.bench.plan import Plan
+from sqla_durable.tools.bench.baselines import Pgbench, find_pgbench
+from sqla_durable.tools.bench.figures import BenchSettings, Status
+from sqla_durable.tools.bench.runs import Bench
+from sqla_durable.tools.bench.schema import BenchSchema, bench_schema
 
-TINY = Plan(count=20, seconds=30, finished=30, pending=25, floor=64)
+TINY = BenchSettings(count=20, seconds=30, finished=30, pending=25, pgbench_transactions=64)
 
 
 @pytest.fixture
-def ground(empty_database_url: str) -> Generator[Place]:
-    with place(empty_database_url, "bench_here") as made:
+def schema(empty_database_url: str) -> Generator[BenchSchema]:
+    with bench_schema(empty_database_url, "bench_here") as made:
         yield made
 
 
 @pytest.fixture
-def told() -> list[Status]:
+def statuses() -> list[Status]:
     return []
 
 
 @pytest.fixture
-def bench(ground: Place, told: list[Status]) -> Bench:
+def bench(schema: BenchSchema, statuses: list[Status]) -> Bench:
     """A bench of few workflows, without floors: pgbench takes its time."""
-    return Bench(ground, TINY, Floors(ground, transactions=TINY.floor, program=None), told.append)
+    return Bench(schema, TINY, Pgbench(schema, transactions=TINY.pgbench_transactions, program=None), statuses.append)
 
 
 @pytest.fixture
-def floors(ground: Place) -> Floors:
-    return Floors(ground, transactions=TINY.floor, program=pgbench())
+def pgbench(schema: BenchSchema) -> Pgbench:
+    return Pgbench(schema, transactions=TINY.pgbench_transactions, program=find_pgbench())

@@ -1,4 +1,4 @@
-"""What the user reads when a worker process of the bench has ended by itself."""
+"""The message to the user when a worker process of the benchmark has ended by itself."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ OperationalError: too many clients already
 
 
 @pytest.mark.parametrize(
-    ("printed", "told"),
+    ("printed", "shown"),
     [
         (TRACEBACK, "OperationalError: too many clients already\n\tIs the server running?"),
         ("a line\nanother", "a line\nanother"),
         ("", ""),
     ],
 )
-def test_error_is_told_without_the_frames_of_its_traceback(printed: str, told: str) -> None:
-    assert without_frames(printed) == told
+def test_error_is_shown_without_the_frames_of_its_traceback(printed: str, shown: str) -> None:
+    assert without_frames(printed) == shown

@@ -8,9 +8,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from sqla_durable.tools.bench.driver import Outcome
-from sqla_durable.tools.bench.figures import Costs, Figure, Machine, Reference
-from sqla_durable.tools.bench.plan import Plan
+from sqla_durable.tools.bench.figures import BenchResult, BenchSettings, Costs, Figure, Machine, Reference
 from sqla_durable.tools.bench.report import as_json, show
 
 COSTS = Costs(commits=0.02, statements=None, wal_bytes=1_212.4, worker_ms=0.3, server_ms=0.2, worker_peak_mb=73.4)
@@ -19,7 +17,7 @@ FIGURE = Figure(
     what="one plain step",
     value=2_000,
     unit="workflows/s",
-    beside=(Reference("SQL", 4_000), Reference("unknown", None)),
+    references=(Reference("SQL", 4_000), Reference("unknown", None)),
     costs=COSTS,
 )
 MACHINE = Machine(
@@ -32,10 +30,10 @@ MACHINE = Machine(
     is_local=True,
     settings={"fsync": "on", "synchronous_commit": "off"},
 )
-OUTCOME = Outcome(machine=MACHINE, plan=Plan(), figures=(FIGURE,))
+OUTCOME = BenchResult(machine=MACHINE, settings=BenchSettings(), figures=(FIGURE,))
 
 
-def printed(outcome: Outcome) -> str:
+def printed(outcome: BenchResult) -> str:
     written = StringIO()
     show(Console(width=80, file=written), outcome)
     return " ".join(written.getvalue().split())
@@ -66,11 +64,11 @@ def test_missing_statements_are_explained_and_known_ones_shown() -> None:
 def test_json_has_everything_and_the_ratios() -> None:
     found = json.loads(as_json(OUTCOME))
     assert found["machine"]["settings"]["fsync"] == "on"
-    assert found["plan"]["concurrency"] == 100
+    assert found["settings"]["concurrency"] == 100
     (figure,) = found["figures"]
     assert figure["value"] == 2_000
     assert figure["costs"]["wal_bytes"] == 1_212.4
-    assert figure["beside"] == [
+    assert figure["references"] == [
         {"what": "SQL", "value": 4_000, "ratio": 0.5},
         {"what": "unknown", "value": None, "ratio": None},
     ]

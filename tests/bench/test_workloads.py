@@ -9,11 +9,9 @@ import pytest
 from sqlalchemy import event
 
 from sqla_durable.tools.bench import application
-from sqla_durable.tools.bench.errors import BenchError
-from sqla_durable.tools.bench.figures import Figure
-from sqla_durable.tools.bench.floors import MISSING
-from sqla_durable.tools.bench.measuring import Bench, Status
-from sqla_durable.tools.bench.naive import NAIVE
+from sqla_durable.tools.bench.baselines import NAIVE, NO_PGBENCH
+from sqla_durable.tools.bench.figures import BenchError, Figure, Status
+from sqla_durable.tools.bench.runs import Bench
 from sqla_durable.tools.bench.workloads import WORKLOADS
 from tests.bench.conftest import TINY
 
@@ -31,12 +29,12 @@ def measured(bench: Bench, name: str) -> list[Figure]:
     return list(WORKLOADS[name](bench))
 
 
-def test_steps_are_measured_beside_the_naive_way_with_their_costs(bench: Bench, told: list[Status]) -> None:
+def test_steps_are_measured_beside_the_naive_way_with_their_costs(bench: Bench, statuses: list[Status]) -> None:
     figures = measured(bench, "steps")
     assert [(each.what, each.unit) for each in figures] == STEPS
     for figure in figures:
-        missing, naive = figure.beside
-        assert (missing.what, figure.ratio(missing)) == (MISSING, None)
+        missing, naive = figure.references
+        assert (missing.what, figure.ratio(missing)) == (NO_PGBENCH, None)
         assert naive.what == NAIVE
         assert (figure.ratio(naive) or 0) > 0
         costs = figure.costs
@@ -46,9 +44,9 @@ def test_steps_are_measured_beside_the_naive_way_with_their_costs(bench: Bench, 
         assert costs.worker_ms > 0
         assert 20 < costs.worker_peak_mb < 1_000
         assert costs.server_ms is None or costs.server_ms >= 0
-    assert bench.plain().rate == figures[0].value  # measured once
-    progress = [each.done for each in told if each.doing == "one step each, def"]
-    assert {each.workload for each in told} == {"steps"}
+    assert bench.plain_steps().rate == figures[0].value  # measured once
+    progress = [each.done for each in statuses if each.doing == "one step each, def"]
+    assert {each.workload for each in statuses} == {"steps"}
     assert progress == sorted(progress)
 
 
@@ -69,15 +67,15 @@ def test_burdens_stand_beside_the_same_steps_without(bench: Bench) -> None:
     whole, last, suspending, last_suspending = measured(bench, "horizon")
     assert deep.what == "30 finished, 25 pending before"
     assert whole.what == "20 beside an open transaction"
-    assert deep.beside[0].value == whole.beside[0].value == bench.plain().rate
+    assert deep.references[0].value == whole.references[0].value == bench.plain_steps().rate
     assert last.what == "in the last quarter of the time"
     assert suspending.what == "20 that suspend beside an open transaction"
     assert last_suspending.what == "in the last quarter of the time, of those that suspend"
     assert all(each.value > 0 for each in (deep, whole, last, suspending, last_suspending))
 
 
-def test_latency_is_told_by_its_percentiles(bench: Bench) -> None:
-    bench.plan = replace(TINY, count=4)
+def test_latency_is_reported_by_its_percentiles(bench: Bench) -> None:
+    bench.settings = replace(TINY, count=4)
     figures = measured(bench, "latency")
     assert [each.what.split(",")[1].split()[0] for each in figures] == ["p50", "p99", "max"] * 3
     assert [each.value for each in figures[:3]] == sorted(each.value for each in figures[:3])
@@ -86,45 +84,45 @@ def test_latency_is_told_by_its_percentiles(bench: Bench) -> None:
 
 def test_several_workers_share_the_work(bench: Bench) -> None:
     bench.fill(application.one_step.bind(number) for number in range(20))
-    with bench.crew(2) as crew:
-        crew.go()
-        bench.wait(crew, "with two", enough=None, seconds=30)
-        assert len(crew.stop()) == 2
-    assert bench.place.unfinished() == 0
+    with bench.workers(2) as workers:
+        workers.begin_claiming()
+        bench.wait(workers, "with two", enough=None, seconds=30)
+        assert len(workers.stop()) == 2
+    assert bench.schema.count_unfinished() == 0
 
 
 def test_failed_workflow_is_no_figure(bench: Bench) -> None:
-    bench.place.do(
+    bench.schema.execute(
         "INSERT INTO {schema}.workflow (name) VALUES ('one_step')",
         "UPDATE {schema}.workflow SET status = 'failed', finished_at = statement_timestamp(), "
         'error = \'{{"type": "Mishap"}}\'',
     )
-    with pytest.raises(BenchError, match=r"1 workflows of the bench have failed.*Mishap"):
-        bench.outcome(bench.place.now() - timedelta(minutes=1))
+    with pytest.raises(BenchError, match=r"1 workflows of the benchmark have failed.*Mishap"):
+        bench.completions_since(bench.schema.database_time() - timedelta(minutes=1))
 
 
 def test_nothing_finished_is_no_figure(bench: Bench) -> None:
     bench.workload = "steps"
     with pytest.raises(BenchError, match=r"nothing of 'steps' was finished in time.*--seconds"):
-        bench.outcome(bench.place.now())
+        bench.completions_since(bench.schema.database_time())
 
 
 def test_steps_of_an_unfinished_workflow_are_no_figure_of_workflows(bench: Bench) -> None:
     bench.fill([application.many_steps.bind(1_000_000)])
     with pytest.raises(BenchError, match=r"no workflow was finished in time \(too many steps\)"):
-        bench.carry_out("too many steps", seconds=1)
+        bench.run("too many steps", seconds=1)
 
 
 def test_worker_that_ends_by_itself_is_reported_with_its_log(bench: Bench) -> None:
     bench.fill([application.one_step.bind(1)])
-    bench.place.do("DROP TABLE {schema}.worker CASCADE")
+    bench.schema.execute("DROP TABLE {schema}.worker CASCADE")
     with pytest.raises(BenchError, match=r"(?s)ended by itself.*worker"):
-        bench.carry_out("without a table")
+        bench.run("without a table")
 
 
 def test_commits_of_the_bench_itself_do_not_count(bench: Bench) -> None:
     commits: list[object] = []
-    event.listen(bench.place.engine, "commit", commits.append)
-    bench.place.unfinished()
+    event.listen(bench.schema.engine, "commit", commits.append)
+    bench.schema.count_unfinished()
     bench.meter.read()
     assert commits == []

@@ -1,4 +1,4 @@
-"""The verb `bench`: what it refuses, with which words; and a whole one, as a process, finished and interrupted."""
+"""The command `bench`: what it refuses, with which words; and a whole one, as a process, finished and interrupted."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from sqlalchemy.exc import ProgrammingError
 
 from sqla_durable.errors import DurableError
 from sqla_durable.tools.bench.workloads import WORKLOADS
-from sqla_durable.tools.cli.bench import bench, chosen, require_extra
-from sqla_durable.tools.cli.errors import CommandError
+from sqla_durable.tools.cli.bench import bench, require_extra, workload_names
+from sqla_durable.tools.cli.target import CommandError
 from tests.cli.conftest import Application
 
 SCHEMA = "bench_cli"
 
 
 def test_no_name_means_all_workloads() -> None:
-    assert chosen([]) == tuple(WORKLOADS)
+    assert workload_names([]) == tuple(WORKLOADS)
 
 
 def test_unknown_workload_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(CommandError, match="'stairs' is no workload: name some of steps, sequential"):
-        chosen(["steps", "stairs"])
+    with pytest.raises(CommandError, match="'stairs' is not a workload: name some of steps, sequential"):
+        workload_names(["steps", "stairs"])
 
 
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_embedded_server_is_needed_only_without_a_url(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        ({"workload": ["stairs"]}, "'stairs' is no workload"),
+        ({"workload": ["stairs"]}, "'stairs' is not a workload"),
         ({"url": "mysql://host/name"}, "durable workflows need PostgreSQL"),
         ({"url": "postgresql://host/name", "json": Path("nowhere/figures.json")}, "there is no directory nowhere"),
         ({"url": "postgresql://host/name", "json": Path()}, "that is a directory"),
@@ -68,7 +68,7 @@ def test_bench_prints_a_table_writes_json_and_leaves_nothing(
     assert "three steps with an insert each" in done.stdout
     figures = json.loads((tmp_path / "f.json").read_text())["figures"]
     assert [each["workload"] for each in figures] == ["transactional", "transactional", "bulk"]
-    assert all(each["beside"] for each in figures)
+    assert all(each["references"] for each in figures)
     assert not has_schema(empty_database_url)
 
 

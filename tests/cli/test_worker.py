@@ -1,4 +1,4 @@
-"""The worker as a process: it executes, stops on a signal, and hands back what it cannot finish."""
+"""The worker as a process: it executes, stops on a signal, and releases what it cannot finish."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def interrupted(worker: subprocess.Popen[str]) -> int:
             return worker.wait(0.2)
 
 
-def held_by(session_factory: sessionmaker[Session], workflow_id: UUID) -> tuple[WorkflowStatus, list[str]]:
+def running_on(session_factory: sessionmaker[Session], workflow_id: UUID) -> tuple[WorkflowStatus, list[str]]:
     with session_factory() as session:
         found = session.get_one(Workflow, workflow_id)
         assert session.scalars(select(Worker)).all() == []
@@ -89,7 +89,7 @@ def test_signal_lets_the_step_finish_and_hands_the_workflow_back(
             assert any("stopping" in line for line in worker.stderr)
             step.sendall(b"x")
         assert worker.wait(30) == 0
-    assert held_by(session_factory, workflow) == (WorkflowStatus.PENDING, ["enter", "hold"])
+    assert running_on(session_factory, workflow) == (WorkflowStatus.PENDING, ["enter", "hold"])
 
 
 def test_step_that_outlasts_the_grace_does_not_keep_the_process(
@@ -100,10 +100,10 @@ def test_step_that_outlasts_the_grace_does_not_keep_the_process(
     with stopped(worker), closing(accepted(calls)):
         worker.terminate()
         assert worker.wait(30) == 0
-    assert held_by(session_factory, workflow) == (WorkflowStatus.PENDING, ["enter"])
+    assert running_on(session_factory, workflow) == (WorkflowStatus.PENDING, ["enter"])
 
 
-def test_another_worker_finishes_what_was_handed_back(
+def test_another_worker_finishes_what_was_released(
     application: Application, calls: socket.socket, database_url: str, session_factory: sessionmaker[Session]
 ) -> None:
     # behaviour: R1, E2

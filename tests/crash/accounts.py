@@ -35,12 +35,12 @@ class Verdict:
     Attributes:
         workflows: how many there are, each finished, each effect of its transactional steps there once.
         repeated: how many of their plain steps were executed more than once.
-        taken_over: how many of them needed more than one attempt.
+        reclaimed: how many of them needed more than one attempt.
     """
 
     workflows: int
     repeated: int
-    taken_over: int
+    reclaimed: int
 
 
 def start(engine: Engine, forms: Iterable[str], *, account: str = "free") -> list[UUID]:
@@ -68,7 +68,7 @@ def wait_for_arrivals(outside: Engine, count: int) -> None:
 
 
 def finished(engine: Engine, workflow_id: UUID) -> bool:
-    """Tell whether a workflow is finished."""
+    """Return whether a workflow is finished."""
     statement = select(Workflow.finished_at.is_not(None)).where(Workflow.id == workflow_id)
     return _scalar(engine, statement)
 
@@ -79,7 +79,7 @@ def unfinished(engine: Engine) -> int:
 
 
 def acknowledged(outside: Engine) -> set[str]:
-    """Give the accounts whose start was acknowledged to the client."""
+    """Return the accounts whose start was acknowledged to the client."""
     with Session(outside) as session:
         return {str(note) for note in session.scalars(select(Entry.note).where(Entry.account == ACKNOWLEDGED))}
 
@@ -99,7 +99,7 @@ def check(engine: Engine, outside: Engine) -> Verdict:
     return Verdict(
         workflows=len(workflows),
         repeated=sum(len(each) > 1 for each in called.values()),
-        taken_over=sum(each.attempt > 1 for each in workflows),
+        reclaimed=sum(each.attempt > 1 for each in workflows),
     )
 
 

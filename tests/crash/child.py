@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Executor, Worker
-from sqla_durable.testing.points import CrashPoint, Fuse
+from sqla_durable.testing.crash_points import CrashPoint, ProcessKiller
 from tests.crash import application
 from tests.crash.processes import forked
 
@@ -96,4 +96,4 @@ def _execute(url: str, plan: Plan, key: str) -> None:
 
 def _light(plan: Plan) -> None:
     if plan.point is not None:
-        Fuse(plan.point, workflow_id=None, tell=lambda _: None).light()
+        ProcessKiller(plan.point, workflow_id=None, on_point=lambda _: None).install()

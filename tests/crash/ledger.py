@@ -67,7 +67,7 @@ def _call_key(account: str, workflows: list[Workflow]) -> str:
 
 
 def end_state(session: Session, workflow_id: UUID) -> tuple[object, ...]:
-    """Give what a small workflow has left behind, without the times and the attempts."""
+    """Return what a small workflow has left behind, without the times and the attempts."""
     workflow = session.get_one(Workflow, workflow_id)
     account = workflow.input["account"]
     entries = session.scalars(select(Entry).where(Entry.account.startswith(account), Entry.note.is_(None))).all()

@@ -59,7 +59,7 @@ def tell_outside(account: str, note: str) -> None:
 
 
 def _gate(account: str, step: str) -> Path | None:
-    """Give the gate at which this step waits: the first of its kind in an account named after it."""
+    """Return the gate at which this step waits: the first of its kind in an account named after it."""
     if not (account.startswith(step) and account.endswith("/0")):
         return None
     tell_outside(ARRIVED, account)

@@ -13,7 +13,7 @@ from tests.crash import child, ledger
 from tests.store import races
 
 
-def test_held_children_go_on_wherever_the_worker_of_their_parent_dies(database_url: str, engine: Engine) -> None:
+def test_waiting_children_go_on_wherever_the_worker_of_their_parent_dies(database_url: str, engine: Engine) -> None:
     (parent_id,) = ledger.start(engine, ["gives_up"])
 
     def children() -> list[WorkflowStatus]:
@@ -25,7 +25,7 @@ def test_held_children_go_on_wherever_the_worker_of_their_parent_dies(database_u
             return session.get_one(Workflow, parent_id)
 
     with child.worker(database_url, child.Plan("before the failure"), queues=["default"]) as process:
-        races.wait_until(lambda: parent().awaits, what="the parking")
+        races.wait_until(lambda: parent().awaits, what="the suspension")
         with Session(engine) as session, session.begin():
             send_signal(session, parent_id, "fail")
         process.join(30)

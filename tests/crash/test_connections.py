@@ -201,11 +201,11 @@ def test_a_step_whose_checkpoint_the_database_refuses_leaves_no_business_write(
 
 
 @pytest.mark.parametrize("form", ["sync", "async"])
-@pytest.mark.parametrize("event", ["cancel", "takeover"])
+@pytest.mark.parametrize("event", ["cancel", "reclaim"])
 def test_a_step_whose_workflow_was_lost_meanwhile_leaves_no_business_write(
     engine: Engine, refusing: dict[str, Any], form: str, event: str
 ) -> None:
-    """The cancel, or the takeover, commits while the step's function is being executed."""
+    """The cancel, or the reclaim, commits while the step's function is being executed."""
     own = Durable()
     executions: list[int] = []
 

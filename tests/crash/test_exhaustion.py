@@ -80,7 +80,7 @@ def _start(engine: Engine, name: str) -> list[Any]:
 
 
 def _outcomes(engine: Engine) -> dict[WorkflowStatus, list[int]]:
-    """Give the attempts of the workflows of each status."""
+    """Return the attempts of the workflows of each status."""
     outcomes: dict[WorkflowStatus, list[int]] = {}
     with Session(engine) as session:
         for status, attempt in session.execute(select(Workflow.status, Workflow.attempt)):

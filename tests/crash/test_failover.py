@@ -1,4 +1,4 @@
-"""The primary dies and its standby takes over: workers and clients with a URL of both go on by themselves."""
+"""The primary dies and its standby is promoted: workers and clients with a URL of both go on by themselves."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def either(of_both: URL) -> Generator[Engine]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_that_was_acknowledged_is_lost_when_the_standby_takes_over(
+def test_nothing_that_was_acknowledged_is_lost_when_the_standby_is_promoted(
     cluster: Cluster, standby: Cluster, of_both: URL, either: Engine, outside: Engine, gate: Path, kind: Kind
 ) -> None:
     """With a synchronous standby: every acknowledged start, checkpoint and effect is there, each effect once."""

@@ -1,4 +1,4 @@
-"""A frozen worker: another takes over, and what the frozen one was doing never commits."""
+"""A frozen worker: another worker reclaims its workflows, and what the frozen one was doing never commits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_worker_that_thaws_after_its_lease_commits_nothing_of_what_it_lost(
         os.kill(frozen.pid, signal.SIGSTOP)
         with child.worker(database_url, queues=["default"], lease=timedelta(seconds=5)):
             races.wait_until(
-                lambda: len(races.blocked_statements(engine).keys() - inside.keys()) == count, what="the takeover"
+                lambda: len(races.blocked_statements(engine).keys() - inside.keys()) == count, what="the reclaim"
             )
             gate.session.execute(text("SELECT pg_advisory_unlock_all()"))
             ledger.wait_until_finished(engine)
@@ -68,7 +68,7 @@ def test_a_worker_that_thaws_in_a_plain_step_records_neither_checkpoint_nor_outc
         assert frozen.pid is not None
         os.kill(frozen.pid, signal.SIGSTOP)
         with child.worker(database_url, queues=["default"], lease=timedelta(minutes=5)):
-            races.wait_until(lambda: _token(engine, workflow_id) not in (old, None), what="the takeover")
+            races.wait_until(lambda: _token(engine, workflow_id) not in (old, None), what="the reclaim")
             races.wait_until(lambda: len(races.blocked_statements(engine)) == 2, what="both steps being held")
             new = _token(engine, workflow_id)
             os.kill(frozen.pid, signal.SIGCONT)

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqla_durable import Durable, Executor, Worker, Workflow, WorkflowStatus, models, run_step
 from sqla_durable.execution.worker.database import ThreadDatabase
 from sqla_durable.execution.worker.writer import Writer
+from sqla_durable.store import claims, workers
 from tests.store import races
 from tests.support import refusals
 from tests.support.domain import Entry
@@ -208,7 +209,7 @@ async def test_a_checkpoint_that_another_attempt_recorded_is_lost_and_not_writte
     """The loser of an ownership race stops, instead of going on with a value that is not the recorded one."""
     (old,) = races.claimed_fences(engine)
     races.expire_leases(engine)
-    (new,) = await asyncio.to_thread(_taken_over, engine)
+    (new,) = await asyncio.to_thread(_reclaimed, engine)
     database = ThreadDatabase(engine, limit=30)
     writer = Writer(database)
     running = asyncio.create_task(writer.run())
@@ -220,9 +221,9 @@ async def test_a_checkpoint_that_another_attempt_recorded_is_lost_and_not_writte
     await database.close()
 
 
-def _taken_over(engine: Engine) -> list[Any]:
+def _reclaimed(engine: Engine) -> list[Any]:
     with Session(engine) as session:
-        races.crashes.reclaim(session, max_attempts=10, limit=10)
+        workers.reclaim(session, max_attempts=10, limit=10)
         claimed = races.claim(session, 10)
         session.commit()
     return [each.fence for each in claimed]
@@ -257,7 +258,7 @@ def test_a_completion_never_overtakes_its_checkpoint(
 
     @event.listens_for(engine, "after_cursor_execute")
     def release_between(_c: object, _cursor: object, statement: str, *_: object) -> None:
-        """Give the row free right after a statement for checkpoints has passed it over."""
+        """Return the row free right after a statement for checkpoints has passed it over."""
         if statement.startswith("WITH") and "INSERT INTO durable.step" in statement and held.session.in_transaction():
             releases.append(statement)
             held.session.rollback()
@@ -312,7 +313,7 @@ def test_a_sync_step_that_exits_does_not_end_the_worker_of_an_async_workflow(out
 
 
 def test_a_workflow_that_cancels_itself_ends(outcome: Callable[..., Workflow]) -> None:
-    """Nobody told the attempt to end, so it must not be handed back and claimed again for ever."""
+    """Nobody told the attempt to end, so it must not be released and claimed again for ever."""
     durable = Durable()
     executions: list[None] = []
 
@@ -482,7 +483,7 @@ def test_a_worker_that_claims_a_workflow_again_that_it_lost_keeps_track_of_both_
     )
     with worker:
         assert entered[0].wait(races.PATIENCE)
-        _take_back(engine)
+        _reclaim(engine)
         assert entered[1].wait(races.PATIENCE)
         gates[0].set()
         assert left.wait(races.PATIENCE)
@@ -499,17 +500,17 @@ def test_a_worker_that_claims_a_workflow_again_that_it_lost_keeps_track_of_both_
         assert record.steps == []
 
 
-def _take_back(engine: Engine) -> None:
+def _reclaim(engine: Engine) -> None:
     """Reclaim everything in one transaction, as if no worker were alive for a moment."""
     with Session(engine) as session:
         session.execute(text("CREATE TEMPORARY TABLE live ON COMMIT DROP AS SELECT * FROM durable.worker"))
         session.execute(text("DELETE FROM durable.worker"))
-        assert races.crashes.reclaim(session, max_attempts=10, limit=10)
+        assert workers.reclaim(session, max_attempts=10, limit=10)
         session.execute(text("INSERT INTO durable.worker SELECT * FROM live"))
         session.commit()
 
 
-def test_a_worker_whose_lease_ran_out_goes_on_with_what_nobody_took_over(
+def test_a_worker_whose_lease_ran_out_goes_on_with_what_was_not_reclaimed(
     session_factory: sessionmaker[Session], engine: Engine
 ) -> None:
     """Otherwise it would reclaim its own workflows with every poll, until their attempts are used up."""
@@ -540,7 +541,7 @@ def _is_alive(engine: Engine, worker_id: UUID) -> bool:
         return races.is_alive(session, worker_id)
 
 
-def test_a_row_that_nobody_executes_under_a_live_lease_is_handed_back(
+def test_a_row_that_nobody_executes_under_a_live_lease_is_released(
     session_factory: sessionmaker[Session], engine: Engine
 ) -> None:
     """A claim's COMMIT may take effect after the worker looked for what it had claimed."""
@@ -555,7 +556,7 @@ def test_a_row_that_nobody_executes_under_a_live_lease_is_handed_back(
             workflow = Workflow(name="small", queue="elsewhere")
             session.add(workflow)
             session.flush()
-            races.queues.claim_one(session, workflow.id, worker_id=worker.id, token=worker.id)
+            claims.claim_one(session, workflow.id, worker_id=worker.id, token=worker.id)
             session.execute(text("UPDATE durable.workflow SET queue = 'default'"))
             workflow_id = workflow.id
             session.commit()
@@ -613,7 +614,7 @@ async def test_a_stop_in_parallel_steps_hands_the_workflow_back_as_it_was(
         assert len(record.steps) >= 1
 
 
-def test_a_stop_hands_back_async_workflows_beside_sync_ones_that_are_left_behind(
+def test_a_stop_releases_async_workflows_beside_sync_ones_that_are_left_behind(
     session_factory: sessionmaker[Session], engine: Engine
 ) -> None:
     durable = Durable()
@@ -651,7 +652,7 @@ def test_a_stop_hands_back_async_workflows_beside_sync_ones_that_are_left_behind
         assert session.scalars(select(models.Worker)).all() == []
 
 
-def test_a_claim_on_its_way_when_the_worker_stops_is_handed_back(
+def test_a_claim_on_its_way_when_the_worker_stops_is_released(
     session_factory: sessionmaker[Session], engine: Engine
 ) -> None:
     durable = Durable()

@@ -170,7 +170,7 @@ def test_an_executor_does_not_try_a_step_again_after_its_workflow_was_cancelled(
 def test_a_try_that_the_database_refuses_to_record_fails_its_workflow(
     engine: Engine, session_factory: sessionmaker[Session], wait: float
 ) -> None:
-    """It is neither parked nor tried for ever."""
+    """It is neither suspended nor tried for ever."""
     durable = Durable()
 
     @durable.step(wait=tenacity.wait_fixed(wait))

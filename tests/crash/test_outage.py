@@ -93,7 +93,7 @@ def test_workers_that_lived_through_an_outage_take_nothing_over_from_each_other(
     # behaviour: R3
     verdict = outage.live_through(kind, mode, seconds=6, options=SHORT)
     print(verdict)
-    assert (verdict.workflows, verdict.taken_over, verdict.repeated) == (117, 0, 0)
+    assert (verdict.workflows, verdict.reclaimed, verdict.repeated) == (117, 0, 0)
 
 
 @pytest.mark.timeout(120)

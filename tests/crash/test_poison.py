@@ -114,7 +114,7 @@ class Broken(BaseException):
 
 
 def broken(calls: list[int]) -> Durable:
-    """Give an application with a workflow that breaks its attempts at once."""
+    """Return an application with a workflow that breaks its attempts at once."""
     durable = Durable()
 
     @durable.workflow
@@ -126,7 +126,7 @@ def broken(calls: list[int]) -> Durable:
 
 
 def failing_for_ever(calls: list[int]) -> Durable:
-    """Give an application with a step that fails at once, is tried again at once, and never given up."""
+    """Return an application with a step that fails at once, is tried again at once, and never given up."""
     durable = Durable()
 
     @durable.step(wait=tenacity.wait_none())
@@ -142,7 +142,7 @@ def failing_for_ever(calls: list[int]) -> Durable:
 
 
 def failing(calls: list[int]) -> Durable:
-    """Give an application with a workflow that fails at once."""
+    """Return an application with a workflow that fails at once."""
     durable = Durable()
 
     @durable.workflow
@@ -183,10 +183,10 @@ def test_a_step_that_is_tried_at_once_for_ever_leaves_its_slot_after_a_second(
     (poison_id,) = start(engine, "poison")
     with Worker(failing_for_ever(calls), sessionmaker=session_factory, concurrency=1, poll_interval=poison.POLL):
         first = races.wait_until(lambda: record(engine, poison_id).started_at)
-        parked = races.wait_until(lambda: _enqueued_again(engine, poison_id), seconds=LONG)
-        assert parked is not None
+        suspended = races.wait_until(lambda: _enqueued_again(engine, poison_id), seconds=LONG)
+        assert suspended is not None
         assert first is not None
-        assert parked - first >= timedelta(seconds=1)
+        assert suspended - first >= timedelta(seconds=1)
         tries = len(calls)
         races.wait_until(lambda: len(calls) > tries + 2, what="more tries")
     found = record(engine, poison_id)

@@ -23,7 +23,7 @@ def test_worker_killed_among_the_compensations_of_an_overdue_workflow_is_followe
             return session.get_one(Workflow, workflow_id)
 
     with child.worker(database_url, child.Plan("compensation after", 2)) as process:
-        races.wait_until(lambda: record().awaits, what="the parking")
+        races.wait_until(lambda: record().awaits, what="the suspension")
         with Session(engine) as session, session.begin():
             session.execute(update(Workflow).values(deadline_at=func.statement_timestamp()))
         process.join(30)

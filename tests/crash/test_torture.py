@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sqla_durable.tools.torture.driver import Plan, Status, torture
-from sqla_durable.tools.torture.recovery import DEADLINE
+from sqla_durable.tools.torture.faults import DEADLINE
+from sqla_durable.tools.torture.report import Status, TortureSettings
+from sqla_durable.tools.torture.run import torture
 from sqla_durable.tools.torture.schedule import Fault
 
 SEED = 20
@@ -14,15 +15,15 @@ SEED = 20
 @pytest.mark.timeout(400)
 def test_nothing_is_lost_and_nothing_is_done_twice_whatever_goes_wrong() -> None:
     # behaviour: R1 R2 R3 E2 E8 T1 T2 T4 T5 T8
-    told: list[Status] = []
-    outcome = torture(Plan(seed=SEED, workers=4, seconds=45, outage=2), tell=told.append)
-    assert outcome.violations == ()
-    assert (outcome.lost, outcome.twice) == (0, 0)
-    assert set(outcome.injected) == set(Fault)
-    assert outcome.transfers > 200
-    assert outcome.rolled_back > 0
-    assert outcome.counts["takeovers"] > 0
-    assert outcome.counts["steps tried again"] > 0
-    assert told[-1].unfinished <= told[0].unfinished
-    assert all(each.longest < DEADLINE for each in outcome.recovery.values())
-    assert outcome.directory is None
+    statuses: list[Status] = []
+    result = torture(TortureSettings(seed=SEED, workers=4, seconds=45, outage=2), on_progress=statuses.append)
+    assert result.violations == ()
+    assert (result.lost, result.twice) == (0, 0)
+    assert set(result.injected) == set(Fault)
+    assert result.transfers > 200
+    assert result.rolled_back > 0
+    assert result.counts["reclaims"] > 0
+    assert result.counts["steps tried again"] > 0
+    assert statuses[-1].unfinished <= statuses[0].unfinished
+    assert all(each.longest < DEADLINE for each in result.recovery.values())
+    assert result.directory is None

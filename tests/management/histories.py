@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import Event, Signal, Step, StepStatus, StreamItem, Workflow, WorkflowStatus
 from sqla_durable.definitions.failure import Failure
-from sqla_durable.store import Checkpoint, Completion, Fence, workflows
+from sqla_durable.store import Checkpoint, Completion, Fence, attempts
 from tests.store import races
 
 OK, FAILED = StepStatus.SUCCEEDED, StepStatus.FAILED
@@ -59,13 +59,13 @@ def shown(session: Session, workflow_id: UUID, key: str | None) -> None:
 
 def fail(session: Session, fence: Fence, error: BaseException = REFUSED) -> None:
     """Let the attempt fail by itself."""
-    assert workflows.finish(session, Completion(fence, WorkflowStatus.FAILED, error=Failure.of(error).to_json()))
+    assert attempts.finish(session, Completion(fence, WorkflowStatus.FAILED, error=Failure.of(error).to_json()))
     session.commit()
 
 
 def succeed(session: Session, fence: Fence) -> None:
     """Let the attempt succeed."""
-    assert workflows.finish(session, races.success(fence))
+    assert attempts.finish(session, races.success(fence))
     session.commit()
 
 

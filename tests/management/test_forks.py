@@ -15,7 +15,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable import Signal, Step, StepStatus, Workflow, WorkflowStatus, fork
 from sqla_durable.errors import ArgumentError, EncodingError, NotFoundError
-from sqla_durable.store import Fence, crashes
+from sqla_durable.store import Fence, workers
 from tests.management import histories
 from tests.management.histories import FAILED, step
 from tests.store import races
@@ -163,7 +163,7 @@ def test_copied_steps_are_no_progress_of_the_first_attempt(session: Session) -> 
     session.commit()
     (again,) = races.claim(session)
     assert made.attempt == again.attempt == 2
-    crashes.abandon(session, again.fence, reason="it broke", max_attempts=9)
+    workers.abandon_attempt(session, again.fence, reason="it broke", max_attempts=9)
     assert histories.standing(session, made.id).crashes == 1
 
 

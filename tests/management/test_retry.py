@@ -10,7 +10,7 @@ from sqlalchemy import Engine, func, select, update
 from sqlalchemy.orm import Session
 
 from sqla_durable import Signal, Step, StepStatus, Workflow, WorkflowStatus, cancel, resume, retry
-from sqla_durable.store import Fence, crashes
+from sqla_durable.store import Fence, workers
 from tests.management import histories
 from tests.management.histories import FAILED, OK, REFUSED, step
 from tests.store import races
@@ -97,7 +97,7 @@ def test_only_what_failed_by_itself_is_retried(session: Session) -> None:
     histories.fail(session, failed)
     histories.succeed(session, succeeded)
     cancel(session, cancelled.workflow_id)
-    crashes.abandon(session, stopped, reason="it broke", max_attempts=1)
+    workers.abandon_attempt(session, stopped, reason="it broke", max_attempts=1)
     session.commit()
     races.enqueue(session)
     assert retry(session, select(Workflow)) == [failed.workflow_id]

@@ -12,7 +12,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable import Signal, StepStatus, Workflow, WorkflowStatus, cancel, rewind
 from sqla_durable.errors import ArgumentError
-from sqla_durable.store import Fence, Park, steps, workflows
+from sqla_durable.store import Fence, Park, attempts, steps
 from tests.management import histories
 from tests.management.histories import step
 from tests.store import races
@@ -32,7 +32,7 @@ def parked(session: Session, fence: Fence) -> None:
 
 STATES: dict[str, Callable[[Session, Fence], Any]] = {
     "running": lambda _session, _fence: None,
-    "pending": lambda session, fence: workflows.release(session, [fence]),
+    "pending": lambda session, fence: attempts.release(session, [fence]),
     "suspended": parked,
     "succeeded": histories.succeed,
     "failed": histories.fail,
@@ -68,7 +68,7 @@ def test_a_running_attempt_loses_it(engine: Engine, session: Session) -> None:
         operator.session.commit()
     assert histories.keys(engine, fence.workflow_id) == ["a"], "the step that was committing is seen, and deleted"
     assert races.record(session, [step(fence, "d", 4)]) == set()
-    assert workflows.finish(session, races.success(fence)) is False
+    assert attempts.finish(session, races.success(fence)) is False
 
 
 def test_what_the_steps_showed_goes_with_them_and_what_they_consumed_comes_back(session: Session) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable import Workflow, WorkflowStatus, cancel, resume
-from sqla_durable.store import Park, workflows
+from sqla_durable.store import Park, attempts
 from tests.management import histories
 from tests.store import races
 
@@ -109,7 +109,7 @@ def test_an_end_that_is_first_is_seen_by_the_cancel(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as attempt, races.transaction(engine) as operator:
         record = operator.session.get_one(Workflow, fence.workflow_id)
-        assert workflows.finish(attempt.session, races.success(fence))
+        assert attempts.finish(attempt.session, races.success(fence))
         cancelling = operator.begin_blocked(lambda session: cancel(session, record))
         attempt.session.commit()
         assert cancelling.result() == []
@@ -123,7 +123,7 @@ def test_a_cancel_that_is_first_is_seen_by_the_attempt(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as attempt, races.transaction(engine) as operator:
         assert cancel(operator.session, fence.workflow_id) == [fence.workflow_id]
-        finishing = attempt.begin_blocked(lambda session: workflows.finish(session, races.success(fence)))
+        finishing = attempt.begin_blocked(lambda session: attempts.finish(session, races.success(fence)))
         operator.session.commit()
         assert finishing.result() is False
         attempt.session.commit()
@@ -147,7 +147,7 @@ def test_of_both_at_once_exactly_one_wins(engine: Engine, round_number: int) -> 
 
         return acting
 
-    finishing = races.Concurrent(at_once(lambda session: workflows.finish(session, races.success(fence))))
+    finishing = races.Concurrent(at_once(lambda session: attempts.finish(session, races.success(fence))))
     cancelling = races.Concurrent(at_once(lambda session: cancel(session, fence.workflow_id)))
     finished, cancelled = finishing.result(), cancelling.result()
     assert finished is not bool(cancelled), round_number

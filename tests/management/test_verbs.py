@@ -15,7 +15,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable import Step, Workflow, WorkflowStatus, cancel, delete, fork, resume, retry, rewind
 from sqla_durable.errors import ArgumentError, SchemaError, SessionError
-from sqla_durable.store import Completion, NewWorkflow, Park, crashes, starts, steps, workflows
+from sqla_durable.store import Completion, NewWorkflow, Park, attempts, starts, steps, workers
 from tests.store import races
 from tests.support.domain import Order
 
@@ -45,10 +45,10 @@ def in_every_state(engine: Engine) -> dict[str, UUID]:
     running, parked, succeeded, failed, cancelled = fences
     with Session(engine) as session:
         races.end(session, [Park(parked, 3600)])
-        workflows.finish(session, races.success(succeeded))
-        workflows.finish(session, Completion(failed, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}'))
+        attempts.finish(session, races.success(succeeded))
+        attempts.finish(session, Completion(failed, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}'))
         races.cancel(session, cancelled.workflow_id)
-        crashes.abandon(session, stopped, reason="it broke", max_attempts=1)
+        workers.abandon_attempt(session, stopped, reason="it broke", max_attempts=1)
         delayed = starts.add(session, NewWorkflow(uuid7(), "checkout", {}, "default", delay=3600))
         session.commit()
         (pending,) = races.enqueue(session)
@@ -302,7 +302,7 @@ def test_a_record_that_was_not_cancelled_shows_why(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as session, Session(engine) as other:
         record = session.get_one(Workflow, fence.workflow_id)
-        workflows.finish(other, races.success(fence))
+        attempts.finish(other, races.success(fence))
         other.commit()
         assert record.finished_at is None
         assert cancel(session, record) == []

@@ -36,7 +36,7 @@ def migrating(engine: Engine, *, names: Names | None = None, **options: Any) -> 
 
 
 def printed(migrate: Callable[[], None]) -> str:
-    """Give what offline mode prints."""
+    """Return what offline mode prints."""
     script = io.StringIO()
     context = MigrationContext.configure(
         dialect_name="postgresql",

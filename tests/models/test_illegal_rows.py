@@ -63,7 +63,7 @@ STEP_SOMETIMES: dict[StepStatus, set[str]] = {
 
 
 def is_legal(status: WorkflowStatus, columns: frozenset[str]) -> bool:
-    """Tell whether a workflow of this status may have exactly these columns."""
+    """Return whether a workflow of this status may have exactly these columns."""
     return ALWAYS[status] <= columns <= ALWAYS[status] | SOMETIMES[status]
 
 
@@ -97,7 +97,7 @@ def connection(engine: Engine) -> Iterator[Connection]:
 
 
 def refusals(connection: Connection, statements: Sequence[str]) -> list[str]:
-    """Give for each statement the constraint that refuses it, or an empty text."""
+    """Return for each statement the constraint that refuses it, or an empty text."""
     query = text(
         "SELECT pg_temp.refusal(statement) "
         "FROM unnest(CAST(:statements AS text[])) WITH ORDINALITY AS each (statement, number) ORDER BY number"

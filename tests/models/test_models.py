@@ -256,7 +256,7 @@ def checkout(*steps: str) -> Workflow:
 
 
 def new_step(connection: Connection) -> dict[str, Any]:
-    """Give the columns of a step of a new workflow, but for its outcome."""
+    """Return the columns of a step of a new workflow, but for its outcome."""
     workflow_id = uuid4()
     insert(connection, "workflow", {"id": workflow_id, "name": "checkout"})
     return {
@@ -271,7 +271,7 @@ def new_step(connection: Connection) -> dict[str, Any]:
 
 
 def accepts(connection: Connection, table: str, row: dict[str, Any]) -> bool:
-    """Tell whether the database would take the row; it does not keep it."""
+    """Return whether the database would take the row; it does not keep it."""
     savepoint = connection.begin_nested()
     try:
         insert(connection, table, row)

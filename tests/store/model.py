@@ -100,7 +100,7 @@ class Operation:
     waits: ClassVar[bool] = False
 
     def wants(self, view: View, now: int) -> list[Hashable]:
-        """Give what it would lock if nobody else held anything, in its order."""
+        """Return what it would lock if nobody else held anything, in its order."""
         raise NotImplementedError
 
     def takes(self, view: View, free: list[Hashable]) -> tuple[list[Hashable], list[Hashable]]:
@@ -108,11 +108,11 @@ class Operation:
         return free, free
 
     def change(self, view: View, taken: Iterable[Hashable], now: int) -> dict[Hashable, Record | None]:
-        """Give the new versions; None is a deleted row."""
+        """Return the new versions; None is a deleted row."""
         raise NotImplementedError
 
     def answer(self, before: View, taken: list[Hashable], after: View) -> object:
-        """Give what the call returns."""
+        """Return what the call returns."""
         raise NotImplementedError
 
     def perform(self, session: Session) -> object:
@@ -147,12 +147,12 @@ class Model:
         return operation.answer(view, taken, self.view(transaction))
 
     def would_block(self, transaction: object, operation: Operation) -> bool:
-        """Tell whether an operation would wait for another transaction."""
+        """Return whether an operation would wait for another transaction."""
         wanted = operation.wants(self.view(transaction), self.now + 1)
         return operation.waits and any(self._locks.get(each, transaction) is not transaction for each in wanted)
 
     def view(self, transaction: object) -> View:
-        """Give what a transaction sees: what is committed, and its own changes."""
+        """Return what a transaction sees: what is committed, and its own changes."""
         seen = {**self.committed, **self._changed.get(transaction, {})}
         return {name: record for name, record in seen.items() if record is not None}
 
@@ -173,12 +173,12 @@ class Model:
 
 
 def rows_of(view: View) -> list[Row]:
-    """Give the workflows of a view, in the order of their ids."""
+    """Return the workflows of a view, in the order of their ids."""
     return sorted((each for each in view.values() if isinstance(each, Row)), key=lambda row: row.id)
 
 
 def live(view: View, worker_id: UUID | None) -> bool:
-    """Tell whether a worker's lease is live in a view."""
+    """Return whether a worker's lease is live in a view."""
     found = view.get(worker_id)
     return isinstance(found, Leased) and found.lease is Lease.LIVE
 
@@ -226,5 +226,5 @@ def _place(record: Workflow) -> tuple[Any, ...]:
 
 
 def changed(row: Row, **values: Any) -> Row:
-    """Give a new version of a row."""
+    """Return a new version of a row."""
     return replace(row, **values)

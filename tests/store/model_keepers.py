@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from sqla_durable import management
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Fence, crashes, workers, workflows
+from sqla_durable.store import Fence, timers, workers
 from tests.store.model import LATER, LONG_AGO, Lease, Leased, Operation, Record, Row, View, changed, live
 from tests.store.model_operations import OnWorkflows, row_in
 
@@ -42,7 +42,7 @@ class WakeDue(OnWorkflows):
         return len(taken)
 
     def perform(self, session: Session) -> object:
-        return workflows.wake_due(session, limit=1_000)
+        return timers.wake_due(session, limit=1_000)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _TakenBack(OnWorkflows):
         progress = any(each.attempt == row.attempt and each.status.finished for each in row.steps.values())
         row = changed(row, crashes=0 if progress else row.crashes + 1, token=None)
         if row.crashes >= MAX_ATTEMPTS:
-            return changed(row, status=WorkflowStatus.FAILED, error=crashes.MAX_ATTEMPTS_TYPE)
+            return changed(row, status=WorkflowStatus.FAILED, error=workers.MAX_ATTEMPTS_TYPE)
         if row.crashes > 1 and self.suspends:
             return changed(row, attempt=row.attempt + 1, status=WorkflowStatus.SUSPENDED, wake=LATER)
         return changed(row, attempt=row.attempt + 1, status=WorkflowStatus.PENDING)
@@ -96,7 +96,7 @@ class Reclaim(_TakenBack):
         return free[: self.limit], free[: self.limit]
 
     def perform(self, session: Session) -> object:
-        found = crashes.reclaim(session, max_attempts=MAX_ATTEMPTS, limit=self.limit)
+        found = workers.reclaim(session, max_attempts=MAX_ATTEMPTS, limit=self.limit)
         _hold_off(session, [each.workflow_id for each in found])
         return {(each.workflow_id, each.status) for each in found}
 
@@ -113,7 +113,7 @@ class ReclaimOne(_TakenBack):
         return row.status is WorkflowStatus.RUNNING and row.id == self.id and not live(view, row.worker)
 
     def perform(self, session: Session) -> object:
-        found = crashes.reclaim_one(session, self.id, max_attempts=MAX_ATTEMPTS)
+        found = workers.reclaim_one(session, self.id, max_attempts=MAX_ATTEMPTS)
         return {(each.workflow_id, each.status) for each in [found] if each is not None}
 
 
@@ -130,7 +130,7 @@ class Abandon(_TakenBack):
         return bool(taken) or not any(isinstance(row, Row) and row.owned_by(self.fence) for row in after.values())
 
     def perform(self, session: Session) -> object:
-        done = crashes.abandon(session, self.fence, reason="it broke", max_attempts=MAX_ATTEMPTS)
+        done = workers.abandon_attempt(session, self.fence, reason="it broke", max_attempts=MAX_ATTEMPTS)
         _hold_off(session, [self.fence.workflow_id])
         return done
 
@@ -159,11 +159,11 @@ class _Managed(OnWorkflows):
     waits: ClassVar[bool] = True
 
     def chosen(self, row: Row) -> bool:
-        """Tell whether the operator means this row."""
+        """Return whether the operator means this row."""
         return row.queue == self.queue if self.wanted_ids is None else row.id in self.wanted_ids
 
     def selected(self) -> list[UUID] | Select[Any]:
-        """Give what the operator names."""
+        """Return what the operator names."""
         if self.wanted_ids is not None:
             return list(self.wanted_ids)
         return select(Workflow).where(Workflow.queue == self.queue)
@@ -189,7 +189,7 @@ class Resume(_Managed):
     """Enqueue again what was cancelled or stopped for its crashes."""
 
     def wanted(self, row: Row, view: View, now: int) -> bool:
-        stopped = row.status is WorkflowStatus.FAILED and row.error == crashes.MAX_ATTEMPTS_TYPE
+        stopped = row.status is WorkflowStatus.FAILED and row.error == workers.MAX_ATTEMPTS_TYPE
         return self.chosen(row) and (stopped or row.status is WorkflowStatus.CANCELLED)
 
     def version(self, row: Row, now: int) -> Row:
@@ -261,5 +261,5 @@ class ForgetDead(Operation):
         return None
 
     def perform(self, session: Session) -> object:
-        workers.forget_dead(session)
+        workers.delete_dead(session)
         return None

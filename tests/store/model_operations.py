@@ -11,18 +11,8 @@ from uuid import UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.store import (
-    Checkpoint,
-    Completion,
-    Fence,
-    NewWorkflow,
-    Park,
-    Verdict,
-    queues,
-    starts,
-    steps,
-    workflows,
-)
+from sqla_durable.store import Checkpoint, Completion, Fence, NewWorkflow, Park, Verdict, claims, starts, steps
+from sqla_durable.store import attempts as store_attempts
 from tests.store import races
 from tests.store.model import LATER, Operation, Record, Recording, Row, View, changed, rows_of
 
@@ -33,7 +23,7 @@ _FAILED = "builtins:ValueError"
 
 
 def row_in(view: View, name: Hashable) -> Row:
-    """Give a workflow of a view."""
+    """Return a workflow of a view."""
     found = view[name]
     assert isinstance(found, Row)
     return found
@@ -43,11 +33,11 @@ class OnWorkflows(Operation):
     """An operation that turns each workflow that it gets into a new version."""
 
     def wanted(self, row: Row, view: View, now: int) -> bool:
-        """Tell whether it is about this row."""
+        """Return whether it is about this row."""
         raise NotImplementedError
 
     def version(self, row: Row, now: int) -> Row:
-        """Give the new version."""
+        """Return the new version."""
         raise NotImplementedError
 
     def wants(self, view: View, now: int) -> list[Hashable]:
@@ -139,15 +129,15 @@ class Claim(OnWorkflows):
         return [_as_claimed(row_in(after, name)) for name in taken]
 
     def perform(self, session: Session) -> object:
-        found = queues.claim(
+        found = claims.claim(
             session,
             worker_id=self.worker_id,
             token=self.token,
-            ranges=queues.whole(self.listened),
+            ranges=claims.from_front(self.listened),
             names=[NAME],
             limit=self.limit,
         )
-        return [_claimed(each) for each in queues.with_histories(session, found.claimed)]
+        return [_claimed(each) for each in claims.with_histories(session, found.claimed)]
 
 
 @dataclass(frozen=True)
@@ -169,8 +159,8 @@ class ClaimOne(OnWorkflows):
         return [_as_claimed(row_in(after, name)) for name in taken]
 
     def perform(self, session: Session) -> object:
-        found = queues.claim_one(session, self.id, worker_id=self.worker_id, token=self.token)
-        return [] if found is None else [_claimed(each) for each in queues.with_histories(session, [found])]
+        found = claims.claim_one(session, self.id, worker_id=self.worker_id, token=self.token)
+        return [] if found is None else [_claimed(each) for each in claims.with_histories(session, [found])]
 
 
 def _as_claimed(row: Row) -> tuple[Any, ...]:
@@ -317,7 +307,7 @@ class Finish(_Fenced):
         return bool(taken)
 
     def perform(self, session: Session) -> object:
-        return workflows.finish(session, self.completion)
+        return store_attempts.finish(session, self.completion)
 
     @property
     def completion(self) -> Completion:
@@ -360,7 +350,7 @@ class Release(_Fenced):
         return changed(row, status=WorkflowStatus.PENDING, token=None, worker=None)
 
     def perform(self, session: Session) -> object:
-        return workflows.release(session, [self.fence])
+        return store_attempts.release(session, [self.fence])
 
 
 class ReleaseUnlocked(Release):
@@ -372,4 +362,4 @@ class ReleaseUnlocked(Release):
         return [self.fence] if any(row.owned_by(self.fence) for row in rows_of(after)) else []
 
     def perform(self, session: Session) -> object:
-        return workflows.release_unlocked(session, [self.fence])
+        return store_attempts.release_unlocked(session, [self.fence])

@@ -23,22 +23,22 @@ class Plan:
         return json.dumps(self._root, indent=1, default=str)
 
     def uses(self, index: str) -> bool:
-        """Tell whether an index is scanned."""
+        """Return whether an index is scanned."""
         return any(each.get("Index Name") == index for each in _nodes(self._root))
 
     def scans(self, table: str) -> bool:
-        """Tell whether a table is read from its beginning to its end."""
+        """Return whether a table is read from its beginning to its end."""
         return any(
             each["Node Type"] == "Seq Scan" and each.get("Relation Name") == table for each in _nodes(self._root)
         )
 
     def buffers(self, subplan: str | None = None) -> int:
-        """Give how many pages a CTE touches, or the whole statement."""
+        """Return how many pages a CTE touches, or the whole statement."""
         found = self._root if subplan is None else self._subplan(subplan)
         return int(found["Shared Hit Blocks"]) + int(found["Shared Read Blocks"])
 
     def rows(self, subplan: str) -> int:
-        """Give how many rows a CTE gave."""
+        """Return how many rows a CTE gave."""
         return int(self._subplan(subplan)["Actual Rows"])
 
     def _subplan(self, name: str) -> dict[str, Any]:

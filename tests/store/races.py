@@ -16,14 +16,8 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.store import Checkpoint, Claimed, Completion, Fence, NewWorkflow
-from sqla_durable.store import batches as batches
-from sqla_durable.store import crashes as crashes
-from sqla_durable.store import queues as queues
-from sqla_durable.store import starts as starts
-from sqla_durable.store import workers as workers
-from sqla_durable.store import workflows as workflows
-from sqla_durable.store.look import look
+from sqla_durable.store import Checkpoint, Claimed, Completion, Fence, NewWorkflow, attempts, claims, starts, workers
+from sqla_durable.store.work import find_work
 from tests.support.forged import forged
 
 T = TypeVar("T")
@@ -88,7 +82,7 @@ def transaction(engine: Engine) -> Generator[Transaction]:
 
 
 def pid_of(session: Session) -> int:
-    """Give the process id of the session's backend."""
+    """Return the process id of the session's backend."""
     return int(session.execute(text("SELECT pg_backend_pid()")).scalar_one())
 
 
@@ -109,7 +103,7 @@ def wait_until_blocked(engine: Engine, pid: int) -> None:
 
 
 def blocked_statements(engine: Engine) -> dict[int, object]:
-    """Give the backends of this database that wait for a lock, and since when they execute their statement."""
+    """Return the backends of this database that wait for a lock, and since when they execute their statement."""
     statement = text(
         "SELECT pid, query_start FROM pg_stat_activity "
         "WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0"
@@ -132,26 +126,26 @@ def enqueue(session: Session, count: int = 1, **columns: Any) -> list[UUID]:
 def claim(session: Session, limit: int = 1, **options: Any) -> list[Claimed]:
     """Claim from the queue `default` what is named `checkout`."""
     settings: dict[str, Any] = {"worker_id": WORKER, "token": uuid7(), "names": ["checkout"]}
-    settings["ranges"] = queues.whole(options.pop("queues", ["default"]))
-    batch = queues.claim(session, limit=limit, **{**settings, **options})
-    return queues.with_histories(session, batch.claimed)
+    settings["ranges"] = claims.from_front(options.pop("queues", ["default"]))
+    batch = claims.claim(session, limit=limit, **{**settings, **options})
+    return claims.with_histories(session, batch.claimed)
 
 
 def record(session: Session, checkpoints: Sequence[Checkpoint]) -> set[tuple[UUID, str]]:
     """Record checkpoints as the writer does, and give workflow and key of those that were written."""
-    unwritten = batches.write(session, checkpoints).checkpoints
+    unwritten = attempts.write_batch(session, checkpoints).checkpoints
     return {(each.fence.workflow_id, each.key) for each in checkpoints if (each.fence, each.key) not in unwritten}
 
 
-def end(session: Session, ends: Sequence[batches.End]) -> set[UUID]:
+def end(session: Session, ends: Sequence[attempts.End]) -> set[UUID]:
     """Finish or park as the writer does, and give the workflows whose attempts have ended."""
-    unwritten = batches.write(session, ends=ends).ends
+    unwritten = attempts.write_batch(session, ends=ends).ends
     return {each.fence.workflow_id for each in ends if each.fence not in unwritten}
 
 
 def is_alive(session: Session, worker_id: UUID) -> bool:
-    """Tell whether a worker's lease is live."""
-    return look(session, worker_id=worker_id, ranges={}, names=[]).alive
+    """Return whether a worker's lease is live."""
+    return find_work(session, worker_id=worker_id, ranges={}, names=[]).alive
 
 
 def claimed_fences(engine: Engine, count: int = 1, *, worker_id: UUID = WORKER) -> list[Fence]:
@@ -214,22 +208,22 @@ def lock(session: Session, workflow_id: UUID, strength: str = "NO KEY UPDATE") -
 
 
 def status_of(engine: Engine, workflow_id: UUID) -> WorkflowStatus:
-    """Give the committed status of a workflow."""
+    """Return the committed status of a workflow."""
     with Session(engine) as session:
         return session.get_one(Workflow, workflow_id).status
 
 
 def status_in(session: Session, workflow_id: UUID) -> WorkflowStatus:
-    """Give the status of a workflow as this session's transaction sees it."""
+    """Return the status of a workflow as this session's transaction sees it."""
     return session.get_one(Workflow, workflow_id, populate_existing=True).status
 
 
 def history_of(engine: Engine, workflow_id: UUID) -> list[str]:
-    """Give the keys of a workflow's checkpoints in the order of their positions."""
+    """Return the keys of a workflow's checkpoints in the order of their positions."""
     with Session(engine) as session:
         return [each.key for each in session.get_one(Workflow, workflow_id).steps]
 
 
 def one(new: NewWorkflow) -> Callable[[Session], UUID]:
-    """Give the function that inserts a workflow with a key."""
+    """Return the function that inserts a workflow with a key."""
     return lambda session: starts.insert_unless_known(session, new).id

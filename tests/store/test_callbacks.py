@@ -15,8 +15,11 @@ from uuid_utils.compat import uuid7
 from sqla_durable import complete_callback, delete, errors, fail_callback, heartbeat_callback, unwinding
 from sqla_durable.models import Signal, Step
 from sqla_durable.operations.callback import CallbackRecord
-from sqla_durable.store import Awaited, Checkpoint, Fence, Park, callbacks, rounds, signals
-from sqla_durable.store.callbacks import _HOLD, _LOOK  # pyright: ignore[reportPrivateUsage]
+from sqla_durable.store import Awaited, Checkpoint, Fence, Park, callbacks, continuations, signals
+from sqla_durable.store.callbacks import (
+    _HOLD,  # pyright: ignore[reportPrivateUsage]
+    _LOOK,  # pyright: ignore[reportPrivateUsage]
+)
 from sqla_durable.testing import advance
 from tests.store import races
 from tests.store.plans import explain
@@ -161,7 +164,7 @@ def test_attempt_that_lost_its_workflow_lets_nothing_expire(engine: Engine) -> N
     assert outcomes(engine) == []
 
 
-def test_open_answer_holds_up_nobody_and_wakes_when_it_is_committed(engine: Engine) -> None:
+def test_an_uncommitted_answer_blocks_nothing_and_wakes_when_it_is_committed(engine: Engine) -> None:
     fence, made = make(engine)
     with races.transaction(engine) as foreign:
         complete_callback(foreign.session, made.reveal_token(), 1)
@@ -236,13 +239,13 @@ def test_finding_a_callback_reads_its_own_workflow_only(engine: Engine, mode: st
             assert plan.buffers() < 30, plan
 
 
-def test_outcomes_go_when_the_workflow_begins_anew(engine: Engine) -> None:
+def test_outcomes_are_deleted_when_the_workflow_continues_as_new(engine: Engine) -> None:
     """Nobody would read them, and the rows of a workflow that runs for ever do not grow with its rounds."""
     fence, made = make(engine)
     with Session(engine) as session, session.begin():
         complete_callback(session, made.reveal_token(), 1)
     with Session(engine) as session, session.begin():
-        assert rounds.restart(session, fence, given="{}")
+        assert continuations.continue_as_new(session, fence, given="{}")
     assert outcomes(engine) == []
     with Session(engine) as session, pytest.raises(errors.NotFoundError):
         complete_callback(session, made.reveal_token(), 1)

@@ -31,7 +31,7 @@ def give_up(session: Session, parent: Fence, child: Fence) -> int:
     return children.cancel_rest(session, races.checkpoint(parent, "map"), ids=[child.workflow_id])
 
 
-def test_what_a_child_starts_while_it_is_given_up_is_cancelled_with_it(engine: Engine) -> None:
+def test_what_a_child_starts_while_it_is_cancelled_is_cancelled_with_it(engine: Engine) -> None:
     parent, child = parent_and_child(engine)
     of_child: dict[str, Any] = {"parent_id": child.workflow_id, "parent_key": "start:refund"}
     grandchild = NewWorkflow(id=uuid7(), name="refund", input={}, queue="default", **of_child)
@@ -45,7 +45,7 @@ def test_what_a_child_starts_while_it_is_given_up_is_cancelled_with_it(engine: E
     assert races.status_of(engine, grandchild.id) is WorkflowStatus.CANCELLED
 
 
-def test_an_attempt_that_has_lost_its_workflow_gives_up_none_of_its_children(engine: Engine) -> None:
+def test_an_attempt_that_has_lost_its_workflow_cancels_none_of_its_children(engine: Engine) -> None:
     """It was frozen after its look; since then an operator may have put right what had failed."""
     parent, child = parent_and_child(engine)
     with Session(engine) as session, session.begin():

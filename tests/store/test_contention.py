@@ -20,7 +20,7 @@ from sqla_durable.execution.worker.database import ThreadDatabase
 from sqla_durable.execution.worker.writer import Row, Writer
 from sqla_durable.models import Step, Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Fence, Park, crashes, workers, workflows
+from sqla_durable.store import Fence, Park, timers, workers
 from tests.store import races
 
 ROWS = 30
@@ -40,7 +40,7 @@ class Crowd:
         """Record for what runs now and for what ran at the last look; park some, finish some, as the writer does."""
         before: list[Fence] = []
         for number in range(ROUNDS):
-            now = self._in_transaction(lambda session: workers.running_of(session, races.WORKER))
+            now = self._in_transaction(lambda session: workers.attempts_of(session, races.WORKER))
             fences = list({each.workflow_id: each for each in (*now, *before)}.values())
             self._in_transaction(partial(self._record, fences=fences, number=number))
             before = now
@@ -59,7 +59,7 @@ class Crowd:
     def reclaim(self) -> None:
         """Take over, a few rows at a time; the lease of the worker has run out all the while."""
         for _ in range(ROUNDS):
-            found = self._in_transaction(lambda session: crashes.reclaim(session, max_attempts=3, limit=7))
+            found = self._in_transaction(lambda session: workers.reclaim(session, max_attempts=3, limit=7))
             claimed = self._in_transaction(lambda session: races.claim(session, 11))
             self._count("reclaimed", len(found))
             self._count("claimed", len(claimed))
@@ -70,7 +70,7 @@ class Crowd:
             due = select(Workflow.id).where(Workflow.wake_at.is_not(None)).with_for_update(skip_locked=True)
             moved = update(Workflow).where(Workflow.id.in_(due)).values(wake_at=func.statement_timestamp())
             self._in_transaction(partial(Session.execute, statement=moved))
-            self._count("woken", self._in_transaction(lambda session: workflows.wake_due(session, limit=100)))
+            self._count("woken", self._in_transaction(lambda session: timers.wake_due(session, limit=100)))
 
     def cancel(self) -> None:
         """Cancel the last ones first."""
@@ -110,7 +110,7 @@ def test_everybody_at_the_same_rows_never_deadlocks_and_loses_nothing(engine: En
 
 
 @pytest.mark.parametrize("bad", ["checkpoint", "park"])
-async def test_a_bad_row_fails_its_own_workflow_and_none_that_is_parked_beside_it(engine: Engine, bad: str) -> None:
+async def test_a_bad_row_fails_its_own_workflow_and_none_that_is_suspended_beside_it(engine: Engine, bad: str) -> None:
     fences = races.claimed_fences(engine, ROWS)
     database = ThreadDatabase(engine, limit=30)
     writer = Writer(database)

@@ -21,15 +21,15 @@ from sqla_durable.store import (
     NewWorkflow,
     Origin,
     Park,
+    attempts,
     callbacks,
     children,
+    continuations,
     events,
-    rounds,
     signals,
     steps,
     streams,
     updates,
-    waits,
 )
 from tests.store import races
 from tests.store.plans import pages
@@ -91,7 +91,7 @@ def operations(update_id: int, child: UUID) -> dict[str, Operation]:
         return steps.record(session, new(fence, "new"))
 
     def batch(session: Session, fence: Fence) -> object:
-        return races.batches.write(session, [new(fence, "new")])
+        return attempts.write_batch(session, [new(fence, "new")])
 
     def suspended_and_delivered(session: Session, fence: Fence) -> None:
         races.end(session, [Park(fence, None, (Awaited(signal="approved"),))])
@@ -104,7 +104,7 @@ def operations(update_id: int, child: UUID) -> dict[str, Operation]:
     return {
         "step": step,
         "step in a batch": batch,
-        "wait": lambda s, f: waits.begin(s, replace(new(f, "new"), status=StepStatus.WAITING, output=None)),
+        "wait": lambda s, f: steps.begin_wait(s, replace(new(f, "new"), status=StepStatus.WAITING, output=None)),
         "suspend": lambda s, f: races.end(s, [Park(f, None, (Awaited(signal="approved"),))]),
         "finish": lambda s, f: races.end(s, [races.success(f)]),
         "send a signal": lambda s, f: signals.send(s, [f.workflow_id], name="approved", payload="1", key=None),
@@ -206,7 +206,7 @@ def test_a_new_round_forgets_what_was_taken_but_keys_and_answers_that_are_being_
     with engine.begin() as connection:
         _execute(connection, _SENT, id=fence.workflow_id)
     with Session(engine) as session:
-        assert rounds.restart(session, fence, given="{}")
+        assert continuations.continue_as_new(session, fence, given="{}")
         # Two updates without a key were answered a minute ago; the senders of the others may still be looking.
         kept = {("approved", True): 20, ("#update:change", True): 20, ("#update:change", False): 178}
         assert sent(session) == kept | {("answers", True): 1}
@@ -214,7 +214,7 @@ def test_a_new_round_forgets_what_was_taken_but_keys_and_answers_that_are_being_
         assert session.scalars(payloads).all() == ["null"]
         session.execute(text("UPDATE durable.signal SET delivered_at = delivered_at - interval '1 minute'"))
         (again,) = races.claim(session, 1)
-        assert rounds.restart(session, again.fence, given="{}")
+        assert continuations.continue_as_new(session, again.fence, given="{}")
         del kept["#update:change", False]
         assert sent(session) == kept | {("answers", True): 1}
         known = updates.receiver(session, fence.workflow_id, name="change", key="key10")

@@ -48,7 +48,7 @@ def test_payload_tells_whom_it_concerns() -> None:
         assert hints.read(everywhere) == (None, "")
 
 
-def test_signals_are_told_one_by_one_unless_there_are_many() -> None:
+def test_signals_have_a_hint_each_unless_there_are_many() -> None:
     ids = [uuid4() for _ in range(21)]
     told = [hints.sent_to(each, "go") for each in ids]
     assert hints.merged([*told[:20], "q:mail"]) == {*told[:20], "q:mail"}

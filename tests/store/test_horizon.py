@@ -15,21 +15,10 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable.execution.worker.cursors import Cursors
-from sqla_durable.store import (
-    Awaited,
-    Fence,
-    Park,
-    _rows,
-    batches,
-    deadlines,
-    held,
-    queues,
-    signals,
-    workers,
-    workflows,
-)
-from sqla_durable.store import look as looks
-from sqla_durable.store.look import EVERYTHING, LATE, Marks
+from sqla_durable.store import Awaited, Fence, Park, attempts, claims, deferred, failures, signals, timers, workers
+from sqla_durable.store import statements as store_statements
+from sqla_durable.store import work as looks
+from sqla_durable.store.work import FULL_SCAN, LATE_COMMIT, ScanStarts
 from tests.store import races
 from tests.store.plans import Plan, explain
 from tests.support.databases import Databases
@@ -44,7 +33,7 @@ class Life:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._place = queues.FRONT
+        self._place = claims.FRONT
 
     def pass_by(self, size: int) -> None:
         started = "INSERT INTO durable.workflow (name, deadline_at) SELECT 'checkout', statement_timestamp() + '1 hour'"
@@ -56,26 +45,26 @@ class Life:
         signals.send(self._session, ids, name="go", payload="1", key=None)
         assert signals.deliver(self._session, limit=1_000) == (2 * size, size)
         self._end([Park(each, 0.0) for each in self._claimed(size)])
-        assert workflows.wake_due(self._session, limit=1_000) == size
+        assert timers.wake_due(self._session, limit=1_000) == size
         self._end([races.success(each) for each in self._claimed(size)])
 
     def _claimed(self, size: int) -> list[Fence]:
         self._session.commit()
-        batch = queues.claim(
+        batch = claims.claim(
             self._session,
             worker_id=races.WORKER,
             token=uuid7(),
-            ranges={"default": [queues.Range(self._place)]},
+            ranges={"default": [claims.Range(self._place)]},
             names=["checkout"],
             limit=size,
         )
         self._session.commit()
-        self._place = batch.reached["default"][0]
+        self._place = batch.last_positions["default"][0]
         assert len(batch.claimed) == size
         return [each.fence for each in batch.claimed]
 
-    def _end(self, ends: list[batches.End]) -> None:
-        assert not batches.write(self._session, ends=ends).ends
+    def _end(self, ends: list[attempts.End]) -> None:
+        assert not attempts.write_batch(self._session, ends=ends).ends
         self._session.commit()
 
 
@@ -104,16 +93,19 @@ def now(session: Session) -> datetime:
     return moment
 
 
-def pages(session: Session, marks: Marks, ranges: queues.Ranges) -> dict[str, int]:
+def pages(session: Session, marks: ScanStarts, ranges: claims.Ranges) -> dict[str, int]:
     """Measure what a worker repeats."""
-    known = queues.known(["checkout"], []) | queues.listening(ranges)
+    known = claims.name_parameters(["checkout"], []) | claims.range_parameters(ranges)
     statements: dict[str, tuple[Any, dict[str, Any]]] = {
-        "look": (looks._LOOK, {"looking_id": races.WORKER, "within": 1.0, **known, **looks._beginning(marks)}),
-        "claim": (queues._CLAIM, {"limit": 100, "new_token": uuid7(), "claimant": races.WORKER, **known}),
+        "look": (
+            looks._FIND_WORK,
+            {"polling_id": races.WORKER, "within": 1.0, **known, **looks._scan_parameters(marks)},
+        ),
+        "claim": (claims._CLAIM, {"limit": 100, "new_token": uuid7(), "claimant": races.WORKER, **known}),
         "deliver": (signals._DELIVER, {"limit": 1_000, "since": marks.sent_at}),
-        "wake": (workflows._WAKE_DUE, {"limit": 1_000, "since": marks.wake_at}),
-        "fail": (deadlines._FAIL_OVERDUE, {"limit": 1_000, "since": marks.deadline_at}),
-        "let go": (held._RELEASE_LEFT, {"limit": 1_000, "since": marks.sent_at}),
+        "wake": (timers._WAKE_DUE, {"limit": 1_000, "since": marks.wake_at}),
+        "fail": (failures._FAIL_OVERDUE, {"limit": 1_000, "since": marks.deadline_at}),
+        "let go": (deferred._START_ORPHANS, {"limit": 1_000, "since": marks.sent_at}),
     }
     return {
         name: min(explain(session, *each, mode="force_generic_plan").buffers() for _ in range(2))
@@ -121,14 +113,14 @@ def pages(session: Session, marks: Marks, ranges: queues.Ranges) -> dict[str, in
     }
 
 
-def marks_at(moment: datetime) -> Marks:
+def marks_at(moment: datetime) -> ScanStarts:
     then = moment.isoformat()
-    return Marks(then, then, then, then, looked_at=moment)
+    return ScanStarts(then, then, then, then, found_at=moment)
 
 
 def cursors_at(moment: datetime) -> Cursors:
     cursors = Cursors(["default"], poll_interval=1.0)
-    seen = looks.Seen(False, False, None, False, False, True, marks=marks_at(moment + LATE))
+    seen = looks.Work(False, False, None, False, False, True, scan_starts=marks_at(moment + LATE_COMMIT))
     cursors.note_look(seen, restarts=0, asked=True, took=0.0)
     return cursors
 
@@ -137,7 +129,7 @@ def test_what_a_worker_repeats_does_not_read_what_is_dead(burdened: Engine) -> N
     # behaviour: G1 G2
     with Session(burdened) as session:
         moment = now(session)
-        everything = pages(session, EVERYTHING, queues.whole(["default"]))
+        everything = pages(session, FULL_SCAN, claims.from_front(["default"]))
         after = pages(session, marks_at(moment), cursors_at(moment).ranges())
     assert after["look"] < 40, after
     assert all(count < 15 for name, count in after.items() if name != "look"), after
@@ -150,11 +142,13 @@ def test_a_woken_workflow_is_claimed_past_what_is_dead(burdened: Engine) -> None
     with Session(burdened) as session:
         moment = now(session)
         (workflow_id,) = races.enqueue(session)
-        claim = {"limit": 100, "new_token": uuid7(), "claimant": races.WORKER} | queues.known(["checkout"], [])
+        claim = {"limit": 100, "new_token": uuid7(), "claimant": races.WORKER} | claims.name_parameters(
+            ["checkout"], []
+        )
         plan = explain(
             session,
-            queues._CLAIM,
-            claim | queues.listening(cursors_at(moment).ranges()),
+            claims._CLAIM,
+            claim | claims.range_parameters(cursors_at(moment).ranges()),
             mode="force_generic_plan",
         )
         races.cancel(session, workflow_id)
@@ -165,10 +159,10 @@ def test_a_woken_workflow_is_claimed_past_what_is_dead(burdened: Engine) -> None
 
 def test_an_attempt_is_found_by_its_id_and_not_among_what_runs(burdened: Engine) -> None:
     # behaviour: G1
-    batch = _rows.filled("batch", [{"id": uuid7().hex, "token": uuid7().hex}])
+    batch = store_statements.batch_parameter("batch", [{"id": uuid7().hex, "token": uuid7().hex}])
     with Session(burdened) as session:
         plan = min(
-            (explain(session, workflows._STILL_OWNED, batch, mode="force_generic_plan") for _ in range(2)),
+            (explain(session, attempts._STILL_OWNED, batch, mode="force_generic_plan") for _ in range(2)),
             key=Plan.buffers,
         )
     assert plan.buffers() < 10, plan

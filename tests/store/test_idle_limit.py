@@ -8,7 +8,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from sqla_durable.definitions.database_errors import is_outage
-from sqla_durable.store import Verdict, crashes, steps
+from sqla_durable.store import Verdict, steps, workers
 from tests.store import races
 
 
@@ -33,15 +33,15 @@ def test_a_checkpoint_in_a_callers_transaction_leaves_its_limit_alone(engine: En
         assert _limit(session) == "0"
 
 
-def test_a_takeover_does_not_wait_for_a_transaction_whose_client_is_frozen(engine: Engine) -> None:
+def test_a_reclaim_does_not_wait_for_a_transaction_whose_client_is_frozen(engine: Engine) -> None:
     """Between the statement of a checkpoint and its COMMIT, which then comes too late."""
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as frozen, Session(engine) as other:
         frozen.execute(text("SET LOCAL idle_in_transaction_session_timeout = '300ms'"))
         steps.record_last(frozen, races.checkpoint(fence))
         races.expire_leases(engine)
-        assert crashes.reclaim(other, max_attempts=9, limit=9) == []
-        races.wait_until(lambda: crashes.reclaim(other, max_attempts=9, limit=9), what="the takeover")
+        assert workers.reclaim(other, max_attempts=9, limit=9) == []
+        races.wait_until(lambda: workers.reclaim(other, max_attempts=9, limit=9), what="the takeover")
         other.commit()
         with pytest.raises(DBAPIError) as late:
             frozen.commit()

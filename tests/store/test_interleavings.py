@@ -71,7 +71,7 @@ def write(at: Scene, key: str, status: StepStatus = DONE) -> Write:
 
 
 def lost(at: Scene) -> Fence:
-    """Give an attempt that has lost the workflow before."""
+    """Return an attempt that has lost the workflow before."""
     return Fence(at.id, at.other)
 
 

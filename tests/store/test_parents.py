@@ -20,10 +20,13 @@ from sqla_durable import cancel, delete, resume, retry
 from sqla_durable.errors import NotFoundError
 from sqla_durable.models import Signal, Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Awaited, Completion, Fence, Park, children, crashes, deadlines, signals, workflows
-from sqla_durable.store._rows import BEGINNING, filled
-from sqla_durable.store.batches import _WRITE  # pyright: ignore[reportPrivateUsage]
-from sqla_durable.store.signals import _DELIVER, _RENOTIFY  # pyright: ignore[reportPrivateUsage]
+from sqla_durable.store import Awaited, Completion, Fence, Park, attempts, children, failures, signals, timers, workers
+from sqla_durable.store.attempts import _WRITE_BATCH  # pyright: ignore[reportPrivateUsage]
+from sqla_durable.store.signals import (
+    _DELIVER,  # pyright: ignore[reportPrivateUsage]
+    _RENOTIFY,  # pyright: ignore[reportPrivateUsage]
+)
+from sqla_durable.store.statements import BEGINNING, batch_parameter
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races
 from tests.store.plans import explain, fill
@@ -164,7 +167,7 @@ def test_those_that_are_named_for_many_are_from_all_over_them(engine: Engine) ->
         ids = children_of(session, parent.workflow_id, 450)
         held = children_of(session, parent.workflow_id, 2, status="suspended")
         found = children.progress(session, parent.workflow_id, ids=[*ids, *held])
-    assert (found.there, found.own, found.finished, found.held, found.active) == (452, 452, 0, 2, 450)
+    assert (found.there, found.own, found.finished, found.deferred, found.active) == (452, 452, 0, 2, 450)
     assert children.sample(found.named) == ids[::5]
     assert children.sample(ids) == ids[::5]
     assert children.sample([]) == []
@@ -203,7 +206,7 @@ def test_no_notice_outlives_the_workflow_that_it_is_for(engine: Engine) -> None:
         races.end(session, [Park(parent, 0.0, [Awaited.any_of([child.workflow_id])])])
         fail(session, child)
         session.commit()
-        assert workflows.wake_due(session, limit=10) == 1
+        assert timers.wake_due(session, limit=10) == 1
         (again,) = races.claim(session)
         session.commit()
         assert notices(session) == 2
@@ -224,13 +227,13 @@ def test_no_notice_outlives_a_workflow_that_ends_otherwise(engine: Engine, way: 
             case "cancelled":
                 cancel(session, parent.workflow_id)
             case "finished by an executor":
-                assert workflows.finish(session, races.success(parent))
+                assert attempts.finish(session, races.success(parent))
             case "overdue":
                 session.execute(text("UPDATE durable.workflow SET deadline_at = statement_timestamp()"))
                 session.commit()
-                assert len(deadlines.fail_overdue(session, limit=10)) == 1
+                assert len(failures.fail_overdue(session, limit=10)) == 1
             case _:
-                assert crashes.abandon(session, parent, reason="it broke", max_attempts=1)
+                assert workers.abandon_attempt(session, parent, reason="it broke", max_attempts=1)
         session.commit()
         assert races.status_in(session, parent.workflow_id).finished
         assert notices(session) == 0
@@ -250,14 +253,14 @@ def test_a_child_that_ends_beside_its_parents_end_leaves_a_notice_to_the_next_de
         assert notices(session) == 0
 
 
-def test_an_attempt_that_gives_up_children_wakes_whoever_has_taken_its_workflow_over(engine: Engine) -> None:
+def test_an_attempt_that_cancels_children_wakes_the_attempt_that_reclaimed_its_workflow(engine: Engine) -> None:
     """Before it commits, the next attempt has looked, and waits for that child."""
     (parent,) = races.claimed_fences(engine)
     with Session(engine) as session, Session(engine) as first:
         (child,) = running(session, parent.workflow_id, detached=False)
         session.commit()
         assert children.cancel_rest(first, races.checkpoint(parent), ids=[child.workflow_id]) == 1
-        workflows.release(session, [parent])
+        attempts.release(session, [parent])
         session.commit()
         (second,) = races.claim(session)
         suspend(session, second.fence, Awaited.any_of([child.workflow_id]))
@@ -267,7 +270,7 @@ def test_an_attempt_that_gives_up_children_wakes_whoever_has_taken_its_workflow_
     assert deliver(engine) == 1
 
 
-def test_what_nobody_told_is_found_in_parts(engine: Engine) -> None:
+def test_waits_without_a_notice_are_found_in_parts(engine: Engine) -> None:
     """SQL of other hands has deleted one child, and ended another; a third goes on."""
     parents = races.claimed_fences(engine, 3)
     with Session(engine) as session:
@@ -292,7 +295,7 @@ def test_what_nobody_told_is_found_in_parts(engine: Engine) -> None:
 
 @pytest.mark.new_database
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
-def test_looking_over_costs_what_is_looked_at_and_no_more(engine: Engine, mode: str) -> None:
+def test_renotifying_costs_what_is_checked_and_no_more(engine: Engine, mode: str) -> None:
     # behaviour: G2
     with Session(engine) as session:
         fill(session)
@@ -312,7 +315,7 @@ def test_looking_over_costs_what_is_looked_at_and_no_more(engine: Engine, mode: 
 
 
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
-def test_a_parent_of_many_children_is_looked_at_once_for_all_their_notices(engine: Engine, mode: str) -> None:
+def test_a_parent_of_many_children_is_checked_once_for_all_their_notices(engine: Engine, mode: str) -> None:
     # behaviour: G1
     with Session(engine) as session:
         fill(session)
@@ -346,8 +349,10 @@ def test_an_end_costs_the_same_however_many_signals_were_taken(engine: Engine, m
         session.execute(text("ANALYZE durable.signal"))
         session.commit()
         row = {"id": ending.workflow_id.hex, "token": ending.token.hex, "checkpoints": 0, "has_notices": True}
-        parameters = filled("batch", []) | filled("ending", [row | {"status": "succeeded", "output": "1"}])
-        plan = explain(session, _WRITE, parameters, mode=mode)
+        parameters = batch_parameter("batch", []) | batch_parameter(
+            "ending", [row | {"status": "succeeded", "output": "1"}]
+        )
+        plan = explain(session, _WRITE_BATCH, parameters, mode=mode)
     assert plan.uses("signal_untaken_idx"), plan
     assert plan.buffers() < 100, plan
 
@@ -425,7 +430,7 @@ class Family:
         self.at(lambda session: signals.deliver(session, limit=limit))
 
     def give_up(self) -> None:
-        """Give up children, as an attempt does that may have lost its workflow."""
+        """Return up children, as an attempt does that may have lost its workflow."""
         if self.random.random() < 0.3:
             checkpoint = races.checkpoint(self.fences[self.random.choice(self.parents)])
             self.at(lambda session: children.cancel_rest(session, checkpoint, ids=self.children))

@@ -13,8 +13,8 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Signal, Step, Workflow
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.store import Awaited, Completion, Fence, Park, management, signals, steps, trees, waits, workflows
-from sqla_durable.store.selection import Wanted
+from sqla_durable.store import Awaited, Completion, Fence, Park, management, signals, steps, timers
+from sqla_durable.store.selection import Selection
 from sqla_durable.store.signals import _DELIVER  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races
@@ -82,7 +82,7 @@ def test_whichever_is_later_finds_the_other(engine: Engine, order: tuple[str, ..
     assert sent(engine) == ["approved"]
 
 
-def test_parked_workflow_is_not_woken_by_what_it_does_not_wait_for(engine: Engine) -> None:
+def test_suspended_workflow_is_not_woken_by_what_it_does_not_wait_for(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     park(engine, fence, APPROVED)
     with Session(engine) as session:
@@ -102,7 +102,7 @@ def test_one_of_several_is_enough(engine: Engine) -> None:
     assert deliver(engine) == (2, 1)
 
 
-def test_what_was_taken_before_wakes_nobody(engine: Engine) -> None:
+def test_what_was_taken_before_wakes_nothing(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as session:
         send(session, fence.workflow_id)
@@ -143,7 +143,7 @@ def test_child_of_a_finished_parent_leaves_nothing(engine: Engine) -> None:
     assert sent(engine) == []
 
 
-def test_senders_open_transaction_holds_up_nobody(engine: Engine) -> None:
+def test_senders_open_transaction_blocks_nothing(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as sender:
         send(sender.session, fence.workflow_id)
@@ -158,7 +158,7 @@ def test_senders_open_transaction_holds_up_nobody(engine: Engine) -> None:
     assert deliver(engine) == (1, 1)
 
 
-def test_receiver_whose_row_is_held_is_delivered_to_later_and_keeps_nobody(engine: Engine) -> None:
+def test_receiver_whose_row_is_locked_is_delivered_to_later_and_delays_no_other(engine: Engine) -> None:
     held, free = races.claimed_fences(engine, 2)
     park(engine, held, APPROVED)
     park(engine, free, APPROVED)
@@ -211,7 +211,7 @@ def test_attempt_that_lost_its_workflow_takes_nothing(engine: Engine) -> None:
     with pytest.raises(AttemptLost):
         take(engine, Fence(fence.workflow_id, uuid7()))
     with Session(engine) as session, pytest.raises(AttemptLost):
-        waits.begin(session, races.checkpoint(Fence(fence.workflow_id, uuid7())))
+        steps.begin_wait(session, races.checkpoint(Fence(fence.workflow_id, uuid7())))
     with Session(engine) as session:
         races.cancel(session, fence.workflow_id)
         session.commit()
@@ -240,7 +240,7 @@ def test_waking_by_time_forgets_what_else_was_waited_for(engine: Engine) -> None
     (fence,) = races.claimed_fences(engine)
     park(engine, fence, APPROVED, delay=0)
     with Session(engine) as session:
-        assert workflows.wake_due(session, limit=10) == 1
+        assert timers.wake_due(session, limit=10) == 1
         session.commit()
         assert session.get_one(Workflow, fence.workflow_id).awaits is None
     assert deliver(engine) == (1, 0)
@@ -295,7 +295,7 @@ def test_two_branches_never_take_the_same_signal(engine: Engine, count: int) -> 
             assert other.result() in (None, "1")
 
 
-def test_child_that_ends_is_told_to_a_parent_that_is_retried_meanwhile(engine: Engine) -> None:
+def test_child_that_ends_notifies_a_parent_that_is_retried_meanwhile(engine: Engine) -> None:
     """The parent has failed when a caller cancels its child, and waits for it again when the caller commits."""
     (parent,) = races.claimed_fences(engine)
     with Session(engine) as session:
@@ -303,10 +303,10 @@ def test_child_that_ends_is_told_to_a_parent_that_is_retried_meanwhile(engine: E
         races.end(session, [Completion(parent, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}')])
         session.commit()
     with Session(engine) as canceller:
-        held, _ = trees.hold_unfinished(canceller, Wanted([child]))
-        trees.cancel(canceller, held, Wanted([child]))
+        held, _ = management.lock_unfinished_trees(canceller, Selection([child]))
+        management.cancel(canceller, held, Selection([child]))
         with Session(engine) as session:
-            management.retry(session, Wanted([parent.workflow_id]))
+            management.retry(session, Selection([parent.workflow_id]))
             session.commit()
         (again,) = _claimed_again(engine)
         park(engine, again, Awaited.any_of([child]))

@@ -259,7 +259,7 @@ class Histories(RuleBasedStateMachine):
             session.close()  # an example that failed must leave no locks to the next one
 
     def rows(self, at: int) -> list[Row]:
-        """Give the workflows that a transaction sees."""
+        """Return the workflows that a transaction sees."""
         return rows_of(self.model.view(self.sessions[at]))
 
     def any_row(self, at: int, data: st.DataObject) -> UUID:

@@ -1,12 +1,18 @@
+"""None"""
+
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Step, Workflow
-from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Fence, Verdict, crashes, steps, workers, workflows
+from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.store import Checkpoint, Fence, Verdict, attempts, steps, workers
+from sqla_durable.unwinding import AttemptLost
 from tests.store import races
 
 
@@ -28,12 +34,12 @@ def test_another_token_and_another_status_lose(engine: Engine) -> None:
         stranger = Fence(fence.workflow_id, uuid7())
         assert steps.record(session, races.checkpoint(stranger)) is Verdict.LOST
         assert races.record(session, [races.checkpoint(stranger)]) == set()
-        assert not workflows.finish(session, races.success(stranger))
+        assert not attempts.finish(session, races.success(stranger))
         races.cancel(session, fence.workflow_id)
         assert steps.record(session, races.checkpoint(fence)) is Verdict.LOST
         assert races.record(session, [races.checkpoint(fence)]) == set()
-        assert not workflows.finish(session, races.success(fence))
-        assert workflows.release(session, [fence]) == set()
+        assert not attempts.finish(session, races.success(fence))
+        assert attempts.release(session, [fence]) == set()
         assert session.scalars(select(Step)).all() == []
 
 
@@ -74,13 +80,13 @@ def test_a_checkpoint_that_waited_for_a_cancel_is_lost(engine: Engine) -> None:
     assert races.history_of(engine, fence.workflow_id) == []
 
 
-def test_a_checkpoint_that_waited_for_a_takeover_is_lost(engine: Engine) -> None:
+def test_a_checkpoint_that_waited_for_a_reclaim_is_lost(engine: Engine) -> None:
     """Running all the same, but under another token: the row is checked again when its lock is had."""
     (fence,) = races.claimed_fences(engine)
     races.expire_leases(engine)
     with races.transaction(engine) as step, races.transaction(engine) as other:
         workers.beat(other.session, worker_id=uuid7(), name="other", queues=[], lease=races.LEASE)
-        assert crashes.reclaim(other.session, max_attempts=9, limit=9)
+        assert workers.reclaim(other.session, max_attempts=9, limit=9)
         (taken,) = races.claim(other.session)
         recording = step.begin_blocked(lambda session: steps.record(session, races.checkpoint(fence)))
         other.session.commit()
@@ -89,15 +95,15 @@ def test_a_checkpoint_that_waited_for_a_takeover_is_lost(engine: Engine) -> None
         assert steps.record(other.session, races.checkpoint(taken.fence)) is Verdict.RECORDED
 
 
-def test_a_takeover_passes_over_a_workflow_whose_step_is_about_to_commit(engine: Engine) -> None:
+def test_a_reclaim_skips_a_workflow_whose_step_is_about_to_commit(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     races.expire_leases(engine)
     with races.transaction(engine) as step, Session(engine) as other:
         assert steps.record(step.session, races.checkpoint(fence)) is Verdict.RECORDED
-        assert crashes.reclaim(other, max_attempts=9, limit=9) == []
+        assert workers.reclaim(other, max_attempts=9, limit=9) == []
         step.session.commit()
         other.rollback()
-        assert len(crashes.reclaim(other, max_attempts=9, limit=9)) == 1
+        assert len(workers.reclaim(other, max_attempts=9, limit=9)) == 1
         (taken,) = races.claim(other)
         assert list(taken.history) == ["charge"]
 
@@ -143,7 +149,7 @@ def test_what_is_recorded_already_counts_for_the_attempt_that_owns_or_ended_the_
         assert steps.recorded_among(session, [mine]) == set()
         steps.record(session, mine)
         assert steps.recorded_among(session, [mine]) == {(fence, "charge")}
-        workflows.finish(session, races.success(fence))
+        attempts.finish(session, races.success(fence))
         assert steps.recorded_among(session, [mine]) == {(fence, "charge")}
         assert steps.recorded_among(session, [foreign]) == set()
 
@@ -167,7 +173,7 @@ def test_the_writer_a_bulk_cancel_and_reclaim_at_the_same_rows_never_deadlock(
     def reclaim() -> None:
         for _ in range(rounds):
             with session_factory() as session:
-                crashes.reclaim(session, max_attempts=9, limit=7)
+                workers.reclaim(session, max_attempts=9, limit=7)
                 races.claim(session, 7)
                 session.commit()
 
@@ -182,3 +188,71 @@ def test_the_writer_a_bulk_cancel_and_reclaim_at_the_same_rows_never_deadlock(
     with session_factory() as session:
         for record in session.scalars(select(Workflow)):
             assert record.status is not WorkflowStatus.RUNNING or record.attempt > 1
+
+
+def running(fence: Fence, attempts: int = 1) -> Checkpoint:
+    return replace(races.checkpoint(fence), status=StepStatus.RUNNING, output=None, attempts=attempts)
+
+
+def retrying(fence: Fence, attempts: int = 1) -> Checkpoint:
+    return replace(running(fence, attempts), status=StepStatus.RETRYING, error='{"type": "a:b"}', delay=60.0)
+
+
+def step_of(session: Session, fence: Fence) -> tuple[StepStatus, object, int]:
+    step = session.get_one(Step, (fence.workflow_id, "charge"), populate_existing=True)
+    return step.status, step.details, step.attempts
+
+
+def test_the_outcome_takes_the_place_of_what_was_reported_and_keeps_the_details(engine: Engine) -> None:
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        steps.report_progress(session, running(fence), details='{"line": 1}')
+        steps.report_progress(session, running(fence), details='{"line": 2}')
+        steps.report_progress(session, running(fence), details=None)
+        assert step_of(session, fence) == (StepStatus.RUNNING, {"line": 2}, 1)
+        assert steps.find(session, fence.workflow_id, "charge") is None
+        assert steps.record(session, races.checkpoint(fence)) is Verdict.RECORDED
+        steps.report_progress(session, running(fence), details='{"line": 3}')
+        assert step_of(session, fence) == (StepStatus.SUCCEEDED, {"line": 2}, 1)
+
+
+def test_a_late_report_does_not_take_back_that_its_try_failed(engine: Engine) -> None:
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        steps.report_progress(session, running(fence), details="1")
+        assert steps.record(session, retrying(fence)) is Verdict.RECORDED
+        steps.report_progress(session, running(fence), details="2")
+        assert step_of(session, fence) == (StepStatus.RETRYING, 1, 1)
+        steps.report_progress(session, running(fence, attempts=2), details="3")
+        assert step_of(session, fence) == (StepStatus.RUNNING, 3, 2)
+
+
+def test_a_history_says_how_far_the_step_was_and_that_nothing_is_to_be_waited_for(engine: Engine) -> None:
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        steps.report_progress(session, running(fence, attempts=3), details="[1]")
+        found = steps.histories(session, [fence.workflow_id])[fence.workflow_id]["charge"]
+    assert (found.status, found.details, found.attempts, found.due_in) == (StepStatus.RUNNING, "[1]", 3, 0.0)
+
+
+def test_what_was_reported_is_not_taken_for_the_record_of_a_failed_try(engine: Engine) -> None:
+    # behaviour: E8
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        steps.report_progress(session, running(fence), details=None)
+        assert steps.recorded_among(session, [retrying(fence)]) == set()
+        steps.record(session, retrying(fence))
+        assert steps.recorded_among(session, [retrying(fence)]) == {(fence, "charge")}
+
+
+def test_another_token_and_a_cancelled_workflow_report_nothing(engine: Engine) -> None:
+    # behaviour: R3
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        with pytest.raises(AttemptLost):
+            steps.report_progress(session, running(Fence(fence.workflow_id, uuid7())), details="1")
+        races.cancel(session, fence.workflow_id)
+        with pytest.raises(AttemptLost):
+            steps.report_progress(session, running(fence), details="1")
+        session.commit()
+    assert races.history_of(engine, fence.workflow_id) == []

@@ -31,7 +31,7 @@ def written(engine: Engine) -> Sequence[tuple[int, object]]:
         return [(each.number, each.value) for each in session.scalars(select(StreamItem).order_by(StreamItem.number))]
 
 
-def test_who_waited_for_another_writer_appends_after_it(engine: Engine) -> None:
+def test_an_append_that_waited_for_another_comes_after_it(engine: Engine) -> None:
     # behaviour: C5
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as one, races.transaction(engine) as other:
@@ -43,7 +43,7 @@ def test_who_waited_for_another_writer_appends_after_it(engine: Engine) -> None:
     assert written(engine) == [(number, number + 1) for number in range(5)]
 
 
-def test_who_waited_for_another_that_closes_is_refused(engine: Engine) -> None:
+def test_an_append_that_waited_for_a_close_is_refused(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as one, races.transaction(engine) as other:
         append(one.session, origin(fence), None)
@@ -52,7 +52,7 @@ def test_who_waited_for_another_that_closes_is_refused(engine: Engine) -> None:
         assert appending.result() is Appended.CLOSED
 
 
-def test_who_waited_for_a_cancel_writes_nothing(engine: Engine) -> None:
+def test_an_append_that_waited_for_a_cancel_writes_nothing(engine: Engine) -> None:
     # behaviour: R3
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as one, races.transaction(engine) as other:
@@ -148,7 +148,7 @@ def test_a_look_gives_a_page_and_whether_the_stream_has_ended(engine: Engine) ->
             streams.read(session, uuid7(), "log", start=0, limit=9)
 
 
-def test_a_batch_appends_to_the_streams_of_the_workflows_whose_rows_nobody_holds(engine: Engine) -> None:
+def test_a_batch_appends_to_the_streams_of_workflows_whose_rows_are_not_locked(engine: Engine) -> None:
     # behaviour: C5
     fences = races.claimed_fences(engine, 5)
     lost = Fence(fences[4].workflow_id, uuid7())

@@ -94,7 +94,7 @@ def test_an_update_that_is_taken_meanwhile_is_not_refused(engine: Engine) -> Non
         assert session.scalars(select(Signal.consumed_by)).all() == ["update:set_address"]
         sent = updates.look(session, fence.workflow_id, update_id)
         assert sent is not None
-        assert (sent.is_taken, sent.is_held) == (True, True)
+        assert (sent.is_taken, sent.is_remembered) == (True, True)
 
 
 def test_another_token_neither_takes_nor_refuses_nor_answers(engine: Engine) -> None:

@@ -11,13 +11,13 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Worker, Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Fence, Park, crashes, workers, workflows
+from sqla_durable.store import Fence, Park, attempts, timers, workers
 from tests.store import races
 from tests.store.plans import explain, fill
 
 
 def reclaimed(session: Session, max_attempts: int = 10) -> list[UUID]:
-    found = [each.workflow_id for each in crashes.reclaim(session, max_attempts=max_attempts, limit=100)]
+    found = [each.workflow_id for each in workers.reclaim(session, max_attempts=max_attempts, limit=100)]
     session.commit()
     return found
 
@@ -36,7 +36,7 @@ def test_a_heartbeat_begins_a_lease_and_extends_it(engine: Engine) -> None:
         assert races.is_alive(session, worker_id)
         assert first.started_at == began
         assert first.lease_expires_at - expires >= timedelta(seconds=45)
-        workers.leave(session, worker_id)
+        workers.end_lease(session, worker_id)
         assert not workers.exists(session, worker_id)
 
 
@@ -52,7 +52,7 @@ def test_a_workflow_is_reclaimed_after_the_lease_and_not_before(engine: Engine) 
         assert (record.status, record.attempt, record.token) == (WorkflowStatus.PENDING, 2, None)
 
 
-def test_a_suspect_that_somebody_holds_does_not_keep_the_others(engine: Engine) -> None:
+def test_a_locked_suspect_does_not_delay_the_others(engine: Engine) -> None:
     fences = races.claimed_fences(engine, 2)
     with Session(engine) as session:
         races.end(session, [Park(each, 0) for each in fences])
@@ -60,10 +60,10 @@ def test_a_suspect_that_somebody_holds_does_not_keep_the_others(engine: Engine) 
         session.commit()
         with races.transaction(engine) as caller:
             races.lock(caller.session, fences[0].workflow_id)
-            assert workflows.wake_due(session, limit=9) == 1
+            assert timers.wake_due(session, limit=9) == 1
             assert races.status_in(session, fences[1].workflow_id) is WorkflowStatus.PENDING
             session.rollback()
-        assert workflows.wake_due(session, limit=9) == 1  # one at a time, where both are free
+        assert timers.wake_due(session, limit=9) == 1  # one at a time, where both are free
 
 
 def test_suspects_that_died_together_wait_for_different_times_after_each_crash(engine: Engine) -> None:
@@ -82,7 +82,7 @@ def test_suspects_that_died_together_wait_for_different_times_after_each_crash(e
                     crashes=crashed,
                 )
             )
-            workers.leave(session, races.WORKER)
+            workers.end_lease(session, races.WORKER)
             assert len(reclaimed(session)) == len(fences)
             woken = session.scalars(select(Workflow).order_by(Workflow.id)).all()
             now = session.scalars(select(func.now())).one()
@@ -96,15 +96,15 @@ def test_a_worker_takes_nothing_back_from_itself(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     races.expire_leases(engine)
     with Session(engine) as session:
-        assert crashes.reclaim(session, max_attempts=9, limit=9, besides=races.WORKER) == []
-        (found,) = crashes.reclaim(session, max_attempts=9, limit=9, besides=uuid7())
+        assert workers.reclaim(session, max_attempts=9, limit=9, besides=races.WORKER) == []
+        (found,) = workers.reclaim(session, max_attempts=9, limit=9, besides=uuid7())
         assert found.workflow_id == fence.workflow_id
 
 
 def test_a_workflow_whose_worker_has_no_row_is_reclaimed(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as session:
-        workers.leave(session, races.WORKER)
+        workers.end_lease(session, races.WORKER)
         assert reclaimed(session) == [fence.workflow_id]
 
 
@@ -113,8 +113,8 @@ def test_an_expired_lease_is_reclaimed_once_by_two_racing_workers(engine: Engine
     fences = races.claimed_fences(engine, 20)
     races.expire_leases(engine)
     with races.transaction(engine) as one, races.transaction(engine) as other:
-        first = crashes.reclaim(one.session, max_attempts=9, limit=15)
-        second = crashes.reclaim(other.session, max_attempts=9, limit=15)
+        first = workers.reclaim(one.session, max_attempts=9, limit=15)
+        second = workers.reclaim(other.session, max_attempts=9, limit=15)
         one.session.commit()
         other.session.commit()
     assert len(first) == 15
@@ -144,10 +144,10 @@ def test_a_workflow_that_was_reclaimed_and_claimed_meanwhile_is_not_reclaimed_ag
         gate.session.execute(text("SELECT pg_advisory_xact_lock(1)"))
         for setting in ("test.slow = 'on'", "enable_hashjoin = off", "enable_mergejoin = off"):
             slow.session.execute(text(f"SET LOCAL {setting}"))
-        reclaiming = slow.begin_blocked(lambda session: crashes.reclaim(session, max_attempts=9, limit=9))
+        reclaiming = slow.begin_blocked(lambda session: workers.reclaim(session, max_attempts=9, limit=9))
         newcomer = uuid7()
         workers.beat(quick, worker_id=newcomer, name="new", queues=[], lease=races.LEASE)
-        taken = [each.workflow_id for each in crashes.reclaim(quick, max_attempts=9, limit=9)]
+        taken = [each.workflow_id for each in workers.reclaim(quick, max_attempts=9, limit=9)]
         claimed = [each.fence for each in races.claim(quick, 9, worker_id=newcomer)]
         quick.commit()
         gate.session.rollback()
@@ -156,10 +156,10 @@ def test_a_workflow_that_was_reclaimed_and_claimed_meanwhile_is_not_reclaimed_ag
     assert taken == [second.workflow_id], "the trigger did not hold the slow reclaim between its two rows"
     assert found == [first.workflow_id]
     with Session(engine) as session:
-        assert workflows.still_owned(session, claimed) == set(claimed)
+        assert attempts.still_owned(session, claimed) == set(claimed)
 
 
-def test_reclaim_waits_for_nobody(engine: Engine) -> None:
+def test_reclaim_waits_for_no_lock(engine: Engine) -> None:
     held, free = races.claimed_fences(engine, 2)
     races.expire_leases(engine)
     with races.transaction(engine) as caller, Session(engine) as session:
@@ -175,9 +175,9 @@ def test_reclaim_one_waits_for_the_row_and_sees_what_became_of_it(engine: Engine
     with races.transaction(engine) as other, races.transaction(engine) as mine:
         newcomer = uuid7()
         workers.beat(other.session, worker_id=newcomer, name="other", queues=[], lease=races.LEASE)
-        crashes.reclaim(other.session, max_attempts=9, limit=9)
+        workers.reclaim(other.session, max_attempts=9, limit=9)
         races.claim(other.session, worker_id=newcomer)
-        reclaiming = mine.begin_blocked(lambda session: crashes.reclaim_one(session, fence.workflow_id, max_attempts=9))
+        reclaiming = mine.begin_blocked(lambda session: workers.reclaim_one(session, fence.workflow_id, max_attempts=9))
         other.session.commit()
         assert reclaiming.result() is None
 
@@ -187,37 +187,37 @@ def test_the_last_attempt_ends_with_an_error_that_says_so(engine: Engine) -> Non
     (fence,) = races.claimed_fences(engine)
     races.expire_leases(engine)
     with Session(engine) as session:
-        (found,) = crashes.reclaim(session, max_attempts=1, limit=9)
+        (found,) = workers.reclaim(session, max_attempts=1, limit=9)
         session.commit()
         assert found.status is WorkflowStatus.FAILED
         record = session.get_one(Workflow, fence.workflow_id)
         assert record.error is not None
-        assert record.error["type"] == crashes.MAX_ATTEMPTS_TYPE
+        assert record.error["type"] == workers.MAX_ATTEMPTS_TYPE
         assert "attempt 1" in record.error["message"]
         assert record.finished_at is not None
         assert record.attempt == 1
 
 
-def test_abandoning_takes_back_only_ones_own_attempt(engine: Engine) -> None:
+def test_abandoning_reclaims_only_ones_own_attempt(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as session:
-        assert crashes.abandon(session, Fence(fence.workflow_id, uuid7()), reason="it broke", max_attempts=9)
+        assert workers.abandon_attempt(session, Fence(fence.workflow_id, uuid7()), reason="it broke", max_attempts=9)
         assert session.get_one(Workflow, fence.workflow_id).attempt == 1
-        assert crashes.abandon(session, fence, reason="it broke", max_attempts=9)
-        assert crashes.abandon(session, fence, reason="it broke", max_attempts=9)
+        assert workers.abandon_attempt(session, fence, reason="it broke", max_attempts=9)
+        assert workers.abandon_attempt(session, fence, reason="it broke", max_attempts=9)
         session.expire_all()
         record = session.get_one(Workflow, fence.workflow_id)
         assert (record.status, record.attempt, record.crashes) == (WorkflowStatus.PENDING, 2, 1)
 
 
-def test_abandoning_does_not_wait_for_a_row_that_somebody_holds(engine: Engine) -> None:
+def test_abandoning_does_not_wait_for_a_locked_row(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as holder, Session(engine) as session:
         races.lock(holder.session, fence.workflow_id)
-        assert not crashes.abandon(session, fence, reason="it broke", max_attempts=9)
+        assert not workers.abandon_attempt(session, fence, reason="it broke", max_attempts=9)
         session.rollback()
         holder.session.rollback()
-        assert crashes.abandon(session, fence, reason="it broke", max_attempts=9)
+        assert workers.abandon_attempt(session, fence, reason="it broke", max_attempts=9)
 
 
 def test_running_of_gives_what_the_tables_say_a_worker_executes(engine: Engine) -> None:
@@ -225,15 +225,15 @@ def test_running_of_gives_what_the_tables_say_a_worker_executes(engine: Engine) 
     fences = races.claimed_fences(engine, 3)
     races.claimed_fences(engine, 1, worker_id=uuid7())
     with Session(engine) as session:
-        assert set(workers.running_of(session, races.WORKER)) == set(fences)
-        assert workflows.release_unlocked(session, fences) == []
-        assert workers.running_of(session, races.WORKER) == []
+        assert set(workers.attempts_of(session, races.WORKER)) == set(fences)
+        assert attempts.release_unlocked(session, fences) == []
+        assert workers.attempts_of(session, races.WORKER) == []
 
 
 def test_workers_that_are_long_dead_are_forgotten(engine: Engine) -> None:
     races.claimed_fences(engine)
     with Session(engine) as session:
-        workers.forget_dead(session)
+        workers.delete_dead(session)
         assert workers.exists(session, races.WORKER)
         session.execute(
             text(
@@ -241,7 +241,7 @@ def test_workers_that_are_long_dead_are_forgotten(engine: Engine) -> None:
                 "lease_expires_at = lease_expires_at - interval '26 hours'"
             )
         )
-        workers.forget_dead(session)
+        workers.delete_dead(session)
         assert not workers.exists(session, races.WORKER)
 
 
@@ -252,6 +252,6 @@ def test_reclaim_reads_running_workflows_only(engine: Engine, mode: str) -> None
         fill(session)
         mine = {"mine_names": ["checkout"], "mine_queues": ["default"], "asking_id": races.WORKER}
         parameters = {"max_attempts": 9, "limit": 10, "reason": "its worker died", **mine}
-        plan = explain(session, crashes._RECLAIM, parameters, mode=mode)  # pyright: ignore[reportPrivateUsage]
+        plan = explain(session, workers._RECLAIM, parameters, mode=mode)  # pyright: ignore[reportPrivateUsage]
     assert plan.uses("workflow_running_idx"), plan
     assert not plan.scans("workflow"), plan

@@ -121,7 +121,7 @@ def transfer_in_time(account: str) -> dict[str, object]:
 
 @durable.workflow
 def failing(account: str) -> None:
-    """Fails, after it has taken back what it did."""
+    """Fails, after it has undone what it did."""
     credit(account, 1)
     try:
         run_step("refuse", refuse)
@@ -148,7 +148,7 @@ def torn_apart(account: str) -> None:
 
 @durable.workflow
 def attempted(account: str) -> int:
-    """Gives a result that depends on its attempt."""
+    """Return a result that depends on its attempt."""
     credit(account, 1)
     execution = current()
     assert execution is not None
@@ -198,7 +198,7 @@ def make_worker_with_short_lease(url: str) -> Worker:
     return Worker(own, sessionmaker=sessionmaker(create_engine(url)), lease=timedelta(seconds=0.06))
 
 
-def make_worker_in_vain(url: str) -> Worker:
+def make_worker_that_fails(url: str) -> Worker:
     print("this is what it printed", file=sys.stderr, flush=True)
     raise RuntimeError("no worker today")
 

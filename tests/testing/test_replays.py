@@ -1,4 +1,4 @@
-"""Today's code on histories that were exported: what it does otherwise is said before it is deployed."""
+"""Changed code on exported histories: the differences are reported before it is deployed."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def history(session_factory: Sessions) -> Callable[..., History]:
 
 
 def cut(history: History, *, after: str) -> History:
-    """Give what it was when a step had just been recorded."""
+    """Return what it was when a step had just been recorded."""
     keys = [each["key"] for each in history["steps"]]
     return {**history, "steps": history["steps"][: keys.index(after) + 1], "status": "running", "output": None}
 
@@ -106,7 +106,7 @@ def test_same_code_fits_finished_and_unfinished_histories(history: Callable[...,
     report = check(finished, first)
     assert report.fits
     assert report.recorded == report.visited == ("reserve", "charge", "ship")
-    assert str(report) == f"workflow 'checkout' {finished['id']}: today's code does what was recorded"
+    assert str(report) == f"workflow 'checkout' {finished['id']}: the current code does what was recorded"
 
 
 def test_end_of_an_unfinished_history_is_a_success(history: Callable[..., History]) -> None:
@@ -354,7 +354,7 @@ def test_export_takes_records_ids_and_selects(session_factory: Sessions) -> None
         assert export(session, [pending, pending.id]) == whole[1:]
         assert export(session, select(Workflow.id)) == whole
         assert export(session, []) == []
-        with pytest.raises(ArgumentError, match="'checkout' is no workflow"):
+        with pytest.raises(ArgumentError, match="'checkout' is not a workflow"):
             export(session, select(Workflow.name))
         assert all(replay(code.checkout, each).fits for each in whole)
 
@@ -384,7 +384,7 @@ def test_steps_that_wait_and_errors_travel(session_factory: Sessions, history: C
 
 @pytest.mark.parametrize("given", [{}, [], None, "x", {"format": "sqla-durable history 0"}])
 def test_what_is_no_history_is_refused(given: Any) -> None:
-    with pytest.raises(ArgumentError, match="is no history: give one of those in the list that export"):
+    with pytest.raises(ArgumentError, match="is not a history: pass one element of the list that export"):
         replay(Code(first).checkout, given)
 
 

@@ -1,4 +1,4 @@
-"""The check of the books: whole ones pass, and every invariant is seen to fail where rows are tampered with."""
+"""The invariants: they are true after a run, and each is seen to fail where rows are changed by hand."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from sqlalchemy import Row, create_engine, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
-from sqla_durable.execution.worker import Worker
+from sqla_durable import Worker
 from sqla_durable.tools.torture import bank, traffic
 from sqla_durable.tools.torture.bank import Order
-from sqla_durable.tools.torture.books import Books
-from sqla_durable.tools.torture.invariants import ALWAYS, AT_THE_END, contradictions, lost, revenants
+from sqla_durable.tools.torture.database import BankDatabase
+from sqla_durable.tools.torture.invariants import ALWAYS, AT_THE_END, contradictions, lost, reappeared
 from sqla_durable.tools.torture.traffic import Batch
 from tests.store.races import wait_until
 from tests.support.databases import Databases
 
 ORDERS = tuple(
-    Order(transfer=each, source=each, target=each + 1, cents=100 * each, stumbles=each % 2) for each in (1, 2, 3)
+    Order(transfer=each, source=each, target=each + 1, cents=100 * each, failing_tries=each % 2) for each in (1, 2, 3)
 )
 TAMPERING = {
     "money is neither made nor lost": "UPDATE torture_bank.account SET cents = cents + 1 WHERE id = 1",
@@ -32,7 +32,7 @@ TAMPERING = {
         INSERT INTO torture_bank.entry (transfer_id, workflow_id, step, kind, account, cents, attempt, worker)
         SELECT transfer_id, workflow_id, step, kind, account, cents, attempt, worker
         FROM torture_bank.entry WHERE transfer_id = 1 AND kind = 'journal'""",
-    "nobody writes for a workflow that is not his": """
+    "only the worker that owns a workflow writes for it": """
         UPDATE durable.step SET attempt = 2 WHERE workflow_id = (SELECT workflow_id FROM torture_bank.transfer LIMIT 1);
         INSERT INTO durable.step SELECT workflow_id, key || '!', name, position, status, output, error, 2, attempts,
             started_at, finished_at FROM durable.step WHERE key = 'debit' LIMIT 1""",
@@ -48,7 +48,7 @@ TAMPERING = {
     "every movement is counted once": "UPDATE torture_bank.account SET movements = movements + 1 WHERE id = 3",
     "every entry has its checkpoint": "DELETE FROM durable.step WHERE key = 'credit'",
     "every checkpoint has its entry or its call": "DELETE FROM torture_bank.call WHERE transfer_id = 3",
-    "every history is whole": "UPDATE durable.step SET position = position + 1 WHERE key = 'journal'",
+    "every history is complete": "UPDATE durable.step SET position = position + 1 WHERE key = 'journal'",
     "every result is the one of its transfer": "UPDATE durable.workflow SET output = '0'",
     "a transfer and its workflow are started together": "INSERT INTO durable.workflow (name) VALUES ('transfer')",
 }
@@ -58,25 +58,25 @@ TAMPERING = {
 def whole(databases: Databases) -> Generator[str]:
     """A database with three transfers that one worker has carried out, and one that was rolled back."""
     with databases.empty() as url:
-        books = Books(url)
-        books.open_bank(4)
-        traffic.start(books.engine, Batch(ORDERS, rolled_back=False))
-        undone = Order(transfer=4, source=1, target=2, cents=1, stumbles=0)
-        traffic.start(books.engine, Batch((undone,), rolled_back=True))
-        asyncio.run(carry_out(url, books))
-        books.close()
+        database = BankDatabase(url)
+        database.create_bank(4)
+        traffic.start_batch(database.engine, Batch(ORDERS, rolled_back=False))
+        undone = Order(transfer=4, source=1, target=2, cents=1, failing_tries=0)
+        traffic.start_batch(database.engine, Batch((undone,), rolled_back=True))
+        asyncio.run(carry_out(url, database))
+        database.close()
         yield url
 
 
-class OpenBooks(Books):
-    """Books whose questions see a transaction that is not committed, and never will be."""
+class UncommittedDatabase(BankDatabase):
+    """BankDatabase whose questions see a transaction that is not committed, and never will be."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self.connection = self.engine.connect()
 
-    def ask(self, question: str, **parameters: Any) -> list[Row[Any]]:
-        return list(self.connection.execute(text(question), parameters))
+    def query(self, statement: str, **parameters: Any) -> list[Row[Any]]:
+        return list(self.connection.execute(text(statement), parameters))
 
     def tamper(self, statements: str) -> None:
         for each in statements.split(";"):
@@ -90,13 +90,13 @@ class OpenBooks(Books):
 
 
 @pytest.fixture
-def books(whole: str) -> Generator[OpenBooks]:
-    """The books of that database, to be tampered with."""
-    with closing(OpenBooks(whole)) as books:
-        yield books
+def database(whole: str) -> Generator[UncommittedDatabase]:
+    """That database, in a transaction in which rows are changed by hand."""
+    with closing(UncommittedDatabase(whole)) as database:
+        yield database
 
 
-async def carry_out(url: str, books: Books) -> None:
+async def carry_out(url: str, database: BankDatabase) -> None:
     connect = {"application_name": "torturer"}
     engine, async_engine = create_engine(url, connect_args=connect), create_async_engine(url, connect_args=connect)
     outside = create_engine(url, connect_args=connect, isolation_level="AUTOCOMMIT")
@@ -111,32 +111,32 @@ async def carry_out(url: str, books: Books) -> None:
         name="torturer",
     ):
         finished = functools.partial(wait_until, what="the transfers being carried out")
-        await asyncio.to_thread(finished, lambda: books.progress().unfinished == 0)
+        await asyncio.to_thread(finished, lambda: database.progress().unfinished == 0)
     engine.dispose()
     outside.dispose()
     await async_engine.dispose()
     await async_outside.dispose()
 
 
-def test_whole_books_contradict_nothing(books: Books) -> None:
-    assert books.progress().succeeded == len(ORDERS)
-    assert contradictions(books, {**ALWAYS, **AT_THE_END}) == []
-    assert lost(books, {1, 2, 3}) == []
-    assert revenants(books, {4}) == []
+def test_untouched_rows_contradict_nothing(database: BankDatabase) -> None:
+    assert database.progress().succeeded == len(ORDERS)
+    assert contradictions(database, {**ALWAYS, **AT_THE_END}) == []
+    assert lost(database, {1, 2, 3}) == []
+    assert reappeared(database, {4}) == []
 
 
 @pytest.mark.parametrize("invariant", [*ALWAYS, *AT_THE_END])
-def test_invariant_is_seen_to_fail(books: OpenBooks, invariant: str) -> None:
-    books.tamper(TAMPERING[invariant])
-    found = contradictions(books, {**ALWAYS, **AT_THE_END})
+def test_invariant_is_seen_to_fail(database: UncommittedDatabase, invariant: str) -> None:
+    database.tamper(TAMPERING[invariant])
+    found = contradictions(database, {**ALWAYS, **AT_THE_END})
     assert invariant in {each.invariant for each in found}
     for each in found:
         assert each.what
         assert each.workflow_id is None or each.rows is not None
 
 
-def test_acknowledged_transfer_that_is_not_there_is_lost(books: Books) -> None:
-    assert [each.what for each in lost(books, {1, 5})] == ["transfer 5 is lost"]
+def test_acknowledged_transfer_that_is_not_there_is_lost(database: BankDatabase) -> None:
+    assert [each.what for each in lost(database, {1, 5})] == ["transfer 5 is lost"]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,6 @@ def test_acknowledged_transfer_that_is_not_there_is_lost(books: Books) -> None:
         """INSERT INTO durable.workflow (name, input) VALUES ('transfer', '{"order": {"transfer": 4}}')""",
     ],
 )
-def test_rolled_back_transfer_that_left_a_trace_is_seen(books: OpenBooks, trace: str) -> None:
-    books.tamper(trace)
-    assert [each.what for each in revenants(books, {4})] == ["transfer 4 is there"]
+def test_rolled_back_transfer_that_left_a_trace_is_seen(database: UncommittedDatabase, trace: str) -> None:
+    database.tamper(trace)
+    assert [each.what for each in reappeared(database, {4})] == ["transfer 4 exists"]

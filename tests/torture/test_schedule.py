@@ -34,7 +34,7 @@ def test_only_the_kinds_that_were_asked_for_come() -> None:
     assert {each.kind for each in first(50, 1, kinds=(Fault.KILL, Fault.CUT))} == {Fault.KILL, Fault.CUT}
 
 
-def test_victims_exist_and_freezes_tell_guarded_workers_from_others() -> None:
+def test_victims_exist_and_freezes_and_stalls_hit_the_right_workers() -> None:
     for each in first(500, 3, workers=4):
         assert each.victims
         assert set(each.victims) <= set(range(4))

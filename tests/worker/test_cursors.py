@@ -13,37 +13,37 @@ from uuid_utils.compat import uuid7
 from sqla_durable import Durable, Worker
 from sqla_durable.execution.worker.cursors import Cursors
 from sqla_durable.store import hints
-from sqla_durable.store.look import EVERYTHING, LATE, Marks, Seen
-from sqla_durable.store.queues import FRONT, Batch, Place, Range
+from sqla_durable.store.claims import FRONT, Batch, Position, Range
+from sqla_durable.store.work import FULL_SCAN, LATE_COMMIT, ScanStarts, Work
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.support.notifications import Ear
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-BEFORE = NOW - LATE
+BEFORE = NOW - LATE_COMMIT
 LONG_AGO = NOW - timedelta(hours=1)
 
 
-def place(priority: int, moment: datetime = BEFORE, identity: int = 0) -> Place:
-    return Place(priority, moment, UUID(int=identity))
+def place(priority: int, moment: datetime = BEFORE, identity: int = 0) -> Position:
+    return Position(priority, moment, UUID(int=identity))
 
 
-def seen(*, claimable: bool = False, paused: tuple[str, ...] = ()) -> Seen:
-    marks = Marks(wake_at="then", looked_at=NOW)
-    return Seen(claimable, False, None, False, False, True, paused=paused, marks=marks)
+def seen(*, claimable: bool = False, paused: tuple[str, ...] = ()) -> Work:
+    marks = ScanStarts(wake_at="then", found_at=NOW)
+    return Work(claimable, False, None, False, False, True, paused=paused, scan_starts=marks)
 
 
-def looked(cursors: Cursors, what: Seen, *, asked: bool = True, took: float = 0.0) -> None:
+def looked(cursors: Cursors, what: Work, *, asked: bool = True, took: float = 0.0) -> None:
     cursors.note_look(what, restarts=cursors.restarts, asked=asked, took=took)
 
 
-def claimed(cursors: Cursors, *places: Place, is_full: bool = False) -> None:
+def claimed(cursors: Cursors, *places: Position, is_full: bool = False) -> None:
     reached = {"default": {each.priority: each for each in places}} if places else {}
     cursors.note_claim(Batch([], reached, NOW if places else None), restarts=cursors.restarts, is_full=is_full)
 
 
 def test_at_first_everything_is_read() -> None:
     cursors = Cursors(["default"], poll_interval=1.0)
-    assert cursors.marks is EVERYTHING
+    assert cursors.marks is FULL_SCAN
     assert cursors.ranges() == {"default": [Range(FRONT)]}
 
 
@@ -99,7 +99,7 @@ def test_a_look_that_began_before_a_restart_is_not_noted() -> None:
     cursors.restart()
     cursors.note_look(seen(), restarts=before, asked=True, took=0.0)
     cursors.note_claim(Batch([], {"default": {0: place(0)}}, NOW), restarts=before, is_full=True)
-    assert cursors.marks is EVERYTHING
+    assert cursors.marks is FULL_SCAN
     assert cursors.ranges() == {"default": [Range(FRONT)]}
 
 
@@ -110,9 +110,9 @@ def test_everything_is_read_again_after_ten_polls(monkeypatch: pytest.MonkeyPatc
     cursors.restart_if_time()
     looked(cursors, seen())
     cursors.restart_if_time()
-    assert cursors.marks is not EVERYTHING
+    assert cursors.marks is not FULL_SCAN
     cursors.restart_if_time()
-    assert cursors.marks is EVERYTHING
+    assert cursors.marks is FULL_SCAN
 
 
 def test_everything_is_read_more_seldom_if_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,9 +122,9 @@ def test_everything_is_read_more_seldom_if_that_takes_long(monkeypatch: pytest.M
     cursors.restart_if_time()
     looked(cursors, seen(), took=3.0)
     cursors.restart_if_time()
-    assert cursors.marks is not EVERYTHING
+    assert cursors.marks is not FULL_SCAN
     cursors.restart_if_time()
-    assert cursors.marks is EVERYTHING
+    assert cursors.marks is FULL_SCAN
 
 
 def test_what_was_committed_late_is_found_by_a_worker_without_hints(session_factory: sessionmaker[Session]) -> None:

@@ -105,7 +105,7 @@ KEYS = (
     "child",
     "book#2",
 )
-SIGNALS = ("go", "#parked", "#child", "#left", "#update:x", "#callback:x", "x")
+SIGNALS = ("go", "#suspended", "#child", "#orphans", "#update:x", "#callback:x", "x")
 ERRORS = (
     '{"type": "builtins:ValueError"}',
     '{"type": "x", "message": 1, "args": 2, "state": []}',
@@ -228,7 +228,7 @@ class Fuzzer:
             "forked_from": self._maybe(own, self._id()),
             "version": self._maybe(None, *TEXTS),
             "cancellation": self._maybe(None, "compensates", "requested", "overdue"),
-            "begun_anew_at": self._maybe(None, *TIMES),
+            "continued_at": self._maybe(None, *TIMES),
             "headers": self._maybe(*HEADERS),
         }
 
@@ -263,7 +263,7 @@ class Fuzzer:
             "name": name,
             "is_answer": name.startswith("#callback:") or None,
             "is_update": name.startswith("#update:") or None,
-            "is_notice": name in ("#parked", "#child", "#left") or None,
+            "is_notice": name in ("#suspended", "#child", "#orphans") or None,
             "key": self._maybe("outcome", *TEXTS),
             "payload": self._chance.choice(JSON),
             "created_at": self._maybe(*TIMES),

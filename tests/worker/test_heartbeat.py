@@ -20,6 +20,7 @@ from sqla_durable.execution.worker.heartbeat import Heartbeat
 from sqla_durable.execution.worker.runtimes import Surroundings
 from sqla_durable.execution.worker.writer import Writer
 from sqla_durable.operations.arrivals import Arrivals
+from sqla_durable.store import claims
 from tests.store import races
 
 
@@ -57,7 +58,7 @@ async def test_what_a_claim_takes_is_not_handed_back_before_its_answer_and_is_af
     with Session(engine) as session:
         (workflow_id,) = races.enqueue(session)
         with heartbeat.claiming(token):
-            races.queues.claim_one(session, workflow_id, worker_id=races.WORKER, token=token)
+            claims.claim_one(session, workflow_id, worker_id=races.WORKER, token=token)
             session.commit()
             await heartbeat.release_strays()
             assert races.status_of(engine, workflow_id) is WorkflowStatus.RUNNING

@@ -27,7 +27,7 @@ from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import run_blocking
 from sqla_durable.operations.workflow import run_workflow
 from sqla_durable.runtime.tasks import AttemptTask
-from sqla_durable.store import Claimed, Completion, Fence, Park, batches, crashes, workflows
+from sqla_durable.store import Claimed, Completion, Fence, Park, attempts, workers
 from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Released, Suspended
 
 log = Log("sqla_durable.worker")
@@ -261,7 +261,7 @@ class Attempts:
         by_id = {each.workflow_id: each for each in fences}
 
         async def of_some(ids: Sequence[UUID]) -> list[Fence]:
-            statement = partial(workflows.release_unlocked, fences=[by_id[each] for each in ids])
+            statement = partial(attempts.release_unlocked, fences=[by_id[each] for each in ids])
             return await persistently(self._database, statement, what="release")
 
         return [*chain(*await self.isolation.each(list(by_id), of_some, what="release"))]
@@ -272,7 +272,7 @@ class Attempts:
 
         def suspend(connection: Connection) -> bool:
             fences = [attempt.fence]
-            return not batches.write(connection, [], [park]).ends or not workflows.still_owned(connection, fences)
+            return not attempts.write_batch(connection, [], [park]).ends or not attempts.still_owned(connection, fences)
 
         await self._until_written(attempt.fence, suspend, what="hold back")
 
@@ -280,7 +280,7 @@ class Attempts:
         """Count an attempt that ended itself, by a step that cancels its own workflow for example, as a crash."""
         if self._surroundings.stopping.is_set():
             return  # the writer refuses everything then, and what is left is handed back
-        look = partial(workflows.still_owned, fences=[attempt.fence])
+        look = partial(attempts.still_owned, fences=[attempt.fence])
         if await persistently(self._database, look, what="abandon"):
             await self._abandon(attempt, AttemptLost("it lost its workflow, and nobody has taken it"))
 
@@ -294,7 +294,7 @@ class Attempts:
         await self._count(fence, one_line(f"its history could not be read: {reason}"))
 
     async def _count(self, fence: Fence, reason: str) -> None:
-        abandon = partial(crashes.abandon, fence=fence, reason=reason, max_attempts=self._max_attempts)
+        abandon = partial(workers.abandon_attempt, fence=fence, reason=reason, max_attempts=self._max_attempts)
         await self._until_written(fence, abandon, what="abandon")
 
     async def _until_written(self, fence: Fence, write: Callable[[Connection], bool], *, what: str) -> None:

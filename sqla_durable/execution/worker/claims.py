@@ -21,8 +21,8 @@ from sqla_durable.execution.worker.attempts import Attempts
 from sqla_durable.execution.worker.cursors import Cursors
 from sqla_durable.execution.worker.database import Database, NoConnectionError
 from sqla_durable.execution.worker.heartbeat import Heartbeat
-from sqla_durable.store import Claimed, queues
-from sqla_durable.store.parts import Part
+from sqla_durable.store import Claimed, claims
+from sqla_durable.store.statements import Subset
 
 log = Log("sqla_durable.worker")
 
@@ -58,7 +58,7 @@ class Claims:
         self._versions = list(versions)
         self._cursors = cursors
         self._most = self._wanted = _BATCH
-        self._batch = queues.Batch([], {})
+        self._batch = claims.Batch([], {})
         self._hinted = asyncio.Event()
         self._hinted.set()
 
@@ -108,7 +108,7 @@ class Claims:
         while True:
             restarts = self._cursors.restarts
             self._wanted = min(self._attempts.free, self._most)
-            self._batch = queues.Batch([], {})
+            self._batch = claims.Batch([], {})
             try:
                 claimed = await claim(self._attempts.isolation.part)
                 self._cursors.note_claim(self._batch, restarts=restarts, is_full=len(claimed) >= self._wanted)
@@ -136,7 +136,7 @@ class Claims:
                 # The claim may have been carried out, and its acknowledgement lost.
                 await self._heartbeat.release_strays()
 
-    async def _claim_some(self, part: Part) -> list[Claimed]:
+    async def _claim_some(self, part: Subset) -> list[Claimed]:
         """Claim, and begin to execute what was claimed."""
         token = uuid7()
         with self._heartbeat.claiming(token):
@@ -145,37 +145,37 @@ class Claims:
             self._attempts.begin(claimed)
         return claimed
 
-    async def _claim_apart(self, part: Part) -> list[Claimed]:
+    async def _claim_apart(self, part: Subset) -> list[Claimed]:
         """Do it so that a workflow whose row, or history, makes it fail does so alone."""
         await self._heartbeat.release_strays()  # what was claimed, and could not be read
         ids = await self._database.execute(lambda connection: self._claimable(connection, part))
         claimed = await self._attempts.isolation.each(ids, self._claim_these, what="claim")
-        self._batch = queues.Batch([], {})  # which says nothing of what comes before it
+        self._batch = claims.Batch([], {})  # which says nothing of what comes before it
         return [*chain(*claimed)]
 
     async def _claim_these(self, ids: Sequence[UUID]) -> list[Claimed]:
         try:
-            return await self._claim_some(Part(ids))
+            return await self._claim_some(Subset(ids))
         except Exception as error:
             if is_about_data(error):
                 await self._heartbeat.release_strays()
             raise
 
-    def _claimable(self, connection: Connection, part: Part) -> list[UUID]:
-        return queues.claimable(
+    def _claimable(self, connection: Connection, part: Subset) -> list[UUID]:
+        return claims.claimable(
             connection,
             ranges=self._cursors.ranges(),
             names=self._names,
             versions=self._versions,
             limit=self._wanted,
-            part=part,
+            subset=part,
         )
 
-    async def _claim_once(self, token: UUID, part: Part) -> queues.Batch:
+    async def _claim_once(self, token: UUID, part: Subset) -> claims.Batch:
         await self._heartbeat.require_lease()
 
-        def claim(connection: Connection) -> queues.Batch:
-            return queues.claim(
+        def claim(connection: Connection) -> claims.Batch:
+            return claims.claim(
                 connection,
                 worker_id=self._worker_id,
                 token=token,
@@ -183,7 +183,7 @@ class Claims:
                 names=self._names,
                 versions=self._versions,
                 limit=self._wanted,
-                part=part,
+                subset=part,
             )
 
         return await self._database.execute(claim)
@@ -191,4 +191,4 @@ class Claims:
     async def _with_histories(self, claimed: list[Claimed]) -> list[Claimed]:
         if not any(each.started for each in claimed):
             return claimed
-        return await self._database.execute(lambda connection: queues.with_histories(connection, claimed))
+        return await self._database.execute(lambda connection: claims.with_histories(connection, claimed))

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
 
-from sqla_durable.store.look import EVERYTHING, LATE, Marks, Seen
-from sqla_durable.store.queues import FRONT, Batch, Place, Range, Ranges
+from sqla_durable.store.claims import FRONT, Batch, Position, Range, Ranges
+from sqla_durable.store.work import FULL_SCAN, LATE_COMMIT, ScanStarts, Work
 
 _EVERY = 10  # polls, of which one reads everything
 _LONGEST_POLL = 1.0  # seconds that count as a poll at most
@@ -32,14 +32,14 @@ class _Queue:
         reached: the place that the last claim reached, if it took as many as it could.
     """
 
-    places: dict[int, Place | None] = field(default_factory=lambda: {0: None})
-    reached: Place | None = None
+    places: dict[int, Position | None] = field(default_factory=lambda: {0: None})
+    reached: Position | None = None
 
     def pass_until(self, moment: datetime) -> None:
         """Note that nothing has waited here at a time."""
         self.places = {each: _place(each, moment) for each in self.places}
 
-    def take(self, reached: dict[int, Place], moment: datetime) -> None:
+    def take(self, reached: dict[int, Position], moment: datetime) -> None:
         """Note that a claim took as many as it could, up to these places."""
         last = max(reached)
         for priority in sorted(self.places.keys() | reached.keys()):
@@ -79,7 +79,7 @@ class Cursors:
     """
 
     def __init__(self, queues: Sequence[str], *, poll_interval: float) -> None:
-        self.marks: Marks = EVERYTHING
+        self.marks: ScanStarts = FULL_SCAN
         self.restarts = 0
         self._queues = {each: _Queue() for each in queues}
         self._every = _EVERY * min(poll_interval, _LONGEST_POLL)
@@ -90,7 +90,7 @@ class Cursors:
     def restart(self) -> None:
         """Let the next look and the next claim read everything."""
         self.restarts += 1
-        self.marks = EVERYTHING
+        self.marks = FULL_SCAN
         for each in self._queues.values():
             each.places = dict.fromkeys(each.places)
             each.reached = None
@@ -102,7 +102,7 @@ class Cursors:
             self._restart_at = now + self._every
             self.restart()
 
-    def note_look(self, seen: Seen, *, restarts: int, asked: bool, took: float) -> None:
+    def note_look(self, seen: Work, *, restarts: int, asked: bool, took: float) -> None:
         """Adopt what a look has found out.
 
         Args:
@@ -113,16 +113,16 @@ class Cursors:
         """
         if restarts != self.restarts:
             return
-        if self.marks is EVERYTHING:
+        if self.marks is FULL_SCAN:
             pause = min(_SHARE * took, _EVERY * self._every)
             self._restart_at = max(self._restart_at, time.monotonic() + pause)
-        self.marks = seen.marks
+        self.marks = seen.scan_starts
         if seen.paused != self._paused:  # what waits in a queue that goes on stands before the places
             self._paused = seen.paused
             self.restart()
-        elif asked and not seen.claimable and seen.marks.looked_at is not None:
+        elif asked and not seen.claimable and seen.scan_starts.found_at is not None:
             for each in self._queues.values():
-                each.pass_until(seen.marks.looked_at)
+                each.pass_until(seen.scan_starts.found_at)
 
     @property
     def in_burst(self) -> bool:
@@ -141,7 +141,7 @@ class Cursors:
         if not self.in_burst:
             self._burst_began = now
         if batch.claimed_at is not None:
-            for name, reached in batch.reached.items():
+            for name, reached in batch.last_positions.items():
                 self._queues[name].take(reached, batch.claimed_at)
         if not is_full or now - self._burst_began > _LONGEST_BURST:
             for each in self._queues.values():
@@ -151,9 +151,9 @@ class Cursors:
                 each.pass_until(batch.claimed_at)
 
 
-def _place(priority: int, moment: datetime) -> Place:
-    return Place(priority, moment - LATE, UUID(int=0))
+def _place(priority: int, moment: datetime) -> Position:
+    return Position(priority, moment - LATE_COMMIT, UUID(int=0))
 
 
-def _order(place: Place) -> tuple[object, UUID]:
+def _order(place: Position) -> tuple[object, UUID]:
     return place.enqueued_at, place.id

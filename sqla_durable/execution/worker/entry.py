@@ -22,7 +22,7 @@ from sqla_durable.errors import DatabaseUnavailableError, SessionError
 from sqla_durable.execution.worker.database import Databases
 from sqla_durable.operations.transaction import require_transaction
 from sqla_durable.store import schema, workers
-from sqla_durable.store.drivers import keeps_statements
+from sqla_durable.store.schema import keeps_statements
 
 T = TypeVar("T")
 

@@ -19,7 +19,8 @@ from sqla_durable.definitions.log import Log
 from sqla_durable.execution.worker.attempts import Attempts
 from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Fence, hints, workers, workflows
+from sqla_durable.store import Fence, hints, workers
+from sqla_durable.store import attempts as store_attempts
 
 log = Log("sqla_durable.worker")
 
@@ -141,18 +142,18 @@ class Heartbeat:
             owned = await self._look()
             await self._release_unknown(owned, set(running))
         else:
-            still_owned = partial(workflows.still_owned, fences=running)
+            still_owned = partial(store_attempts.still_owned, fences=running)
             owned = await persistently(self._database, still_owned, what="heartbeat") if running else set[Fence]()
         if missing := [each for each in running if each not in owned]:
             # What its own attempt has finished is not lost, however late the acknowledgement comes.
-            finished_by = partial(workflows.finished_by, fences=missing)
+            finished_by = partial(store_attempts.finished_by, fences=missing)
             ends = await persistently(self._database, finished_by, what="heartbeat")
             own = {each for each, end in ends.items() if end is not WorkflowStatus.CANCELLED}
             self._attempts.drop(each for each in missing if each not in own)
 
     async def _look(self) -> set[Fence]:
         self._claimed_meanwhile = set() if self._claiming is None else {self._claiming}
-        running_of = partial(workers.running_of, worker_id=self._worker_id)
+        running_of = partial(workers.attempts_of, worker_id=self._worker_id)
         return set(await persistently(self._database, running_of, what="heartbeat"))
 
     async def _release_unknown(self, owned: set[Fence], known: set[Fence]) -> None:
@@ -165,7 +166,7 @@ class Heartbeat:
             await self._attempts.release(strays)
 
     def _leave(self, connection: Connection) -> None:
-        workers.leave(connection, self._worker_id)
+        workers.end_lease(connection, self._worker_id)
 
     def _begun(self, began: float) -> None:
         self._valid_until = began + self.lease

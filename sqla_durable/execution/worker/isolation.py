@@ -19,8 +19,8 @@ from sqla_durable.definitions.database_errors import first_line, is_about_data
 from sqla_durable.definitions.log import Log
 from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.operations.transaction_retries import sqlstate_of
-from sqla_durable.store import refused
-from sqla_durable.store.parts import WHOLE, Part
+from sqla_durable.store import failures
+from sqla_durable.store.statements import ALL, Subset
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -33,7 +33,7 @@ _SHORTEST_ASIDE, _LONGEST_ASIDE = 60.0, 3_600.0  # seconds
 class Sweep(Protocol[T_co]):
     """A statement over the workflows that it finds."""
 
-    def __call__(self, connectable: Connection, /, *, part: Part) -> T_co:
+    def __call__(self, connectable: Connection, /, *, subset: Subset) -> T_co:
         """Execute it for a part of them."""
         ...
 
@@ -47,13 +47,13 @@ class Isolation:
         self._pauses: dict[UUID, float] = {}
 
     @property
-    def part(self) -> Part:
+    def part(self) -> Subset:
         """What a statement is to be about: everything but what is set aside."""
         if not self._aside:
-            return WHOLE
+            return ALL
         now = time.monotonic()
         self._aside = {each: until for each, until in self._aside.items() if until > now}
-        return Part(besides=tuple(self._aside)) if self._aside else WHOLE
+        return Subset(besides=tuple(self._aside)) if self._aside else ALL
 
     def is_aside(self, workflow_id: UUID) -> bool:
         """Return whether a workflow is set aside."""
@@ -69,13 +69,13 @@ class Isolation:
         """
         part = self.part
         try:
-            return [await self._execute(partial(statement, part=part))]
+            return [await self._execute(partial(statement, subset=part))]
         except Exception as error:
             if not is_about_data(error):
                 raise
             log.warning("%s: %s; trying for one workflow after another", what, first_line(error))
-        ids = await self._execute(partial(found, part=part))
-        return await self.each(ids, lambda some: self._execute(partial(statement, part=Part(some))), what=what)
+        ids = await self._execute(partial(found, subset=part))
+        return await self.each(ids, lambda some: self._execute(partial(statement, subset=Subset(some))), what=what)
 
     async def each(self, ids: Sequence[UUID], act: Callable[[Sequence[UUID]], Awaitable[T]], *, what: str) -> list[T]:
         """Do something to these workflows; if that fails because of one, to the others without it."""
@@ -96,7 +96,7 @@ class Isolation:
     async def condemn(self, workflow_id: UUID, error: BaseException, *, what: str) -> None:
         """Fail a workflow that makes a statement fail; if that is refused, or somebody holds its row, set it aside."""
         try:
-            faults = await self._execute(partial(refused.faults, workflow_id=workflow_id))
+            faults = await self._execute(partial(failures.faults, workflow_id=workflow_id))
         except Exception as unknown:
             if not is_about_data(unknown):
                 raise
@@ -107,7 +107,7 @@ class Isolation:
             self._set_aside(workflow_id)
 
     async def _fail(self, workflow_id: UUID, reason: str) -> bool:
-        for fail in (refused.fail, refused.fail_alone):
+        for fail in (failures.fail_refused, failures.fail_refused_alone):
             try:
                 return await self._execute(partial(fail, workflow_id=workflow_id, reason=reason))
             except Exception as error:

@@ -26,9 +26,10 @@ from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.execution.worker.heartbeat import Heartbeat
 from sqla_durable.execution.worker.isolation import Isolation
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import crashes, deadlines, held, signals, workers, workflows
-from sqla_durable.store.look import Seen, look
-from sqla_durable.store.queues import Ranges
+from sqla_durable.store import claims as store_claims
+from sqla_durable.store import deferred, failures, signals, timers, workers
+from sqla_durable.store.claims import Ranges
+from sqla_durable.store.work import Work, find_work
 
 log = Log("sqla_durable.worker")
 
@@ -104,20 +105,20 @@ class Maintenance:
             await self._act(seen)
             await self._wait(seen)
 
-    async def _look(self) -> Seen:
+    async def _look(self) -> Work:
         self._cursors.restart_if_time()
         asked, restarts, self._marks = not self._claims.busy, self._cursors.restarts, self._cursors.marks
         ranges: Ranges = self._cursors.ranges() if asked else {}
 
-        def look_once(connection: Connection) -> tuple[Seen, float]:
+        def look_once(connection: Connection) -> tuple[Work, float]:
             began = time.monotonic()  # an outage before it says nothing of how much there is to read
-            seen = look(
+            seen = find_work(
                 connection,
                 worker_id=self._worker_id,
                 ranges=ranges,
                 names=self._names,
                 versions=self._versions,
-                marks=self._marks,
+                scan_starts=self._marks,
                 within=self._interval,
             )
             return seen, time.monotonic() - began
@@ -126,7 +127,7 @@ class Maintenance:
         self._cursors.note_look(seen, restarts=restarts, asked=asked, took=took)
         return seen
 
-    async def _act(self, seen: Seen) -> None:
+    async def _act(self, seen: Work) -> None:
         """Do what was seen, from where it was looked for."""
         if not seen.alive:
             await self._heartbeat.renew()
@@ -134,7 +135,7 @@ class Maintenance:
         reclaimed = await self._reclaim(seen)
         woken = await self._wake() if seen.due else 0
         woken += await self.deliver() if seen.undelivered else 0
-        woken += await self._release_left() if seen.left else 0
+        woken += await self._release_left() if seen.has_orphans else 0
         if seen.claimable or reclaimed or woken or undoing:
             self._claims.hint()
         else:
@@ -144,7 +145,7 @@ class Maintenance:
         await self._renotify()
         await self._forget_dead()
 
-    async def _wait(self, seen: Seen) -> None:
+    async def _wait(self, seen: Work) -> None:
         """Wait for the next poll, for the next timer if that is sooner, or for a hint; deliver signals meanwhile."""
         next_due_in = self._interval if seen.next_due_in is None else seen.next_due_in
         await asyncio.sleep(_SHORTEST_PAUSE)
@@ -173,7 +174,7 @@ class Maintenance:
 
     async def _wake_some(self) -> int:
         bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._marks.wake_at}
-        wake, due = partial(workflows.wake_due, **bounds), partial(workflows.due, **bounds)
+        wake, due = partial(timers.wake_due, **bounds), partial(timers.due, **bounds)
         return sum(await self._isolation.sweep(wake, due, what="wake"))
 
     async def deliver(self) -> int:
@@ -191,7 +192,7 @@ class Maintenance:
     async def _release_left(self) -> int:
         """Let go the held children that their parents have left behind; of many, the others at the next looks."""
         bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._marks.sent_at}
-        release, leavers = partial(held.release_left, **bounds), partial(held.leavers, **bounds)
+        release, leavers = partial(deferred.start_orphans, **bounds), partial(deferred.parents_of_orphans, **bounds)
         return sum(await self._isolation.sweep(release, leavers, what="release the children of"))
 
     async def _deliver_some(self) -> list[tuple[int, int]]:
@@ -202,15 +203,15 @@ class Maintenance:
     async def _fail_overdue(self) -> bool:
         """Fail what has reached its deadline; of many, the others at the next looks. Tell whether some undo first."""
         bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._marks.deadline_at}
-        fail, found = partial(deadlines.fail_overdue, **bounds), partial(deadlines.overdue, **bounds)
+        fail, found = partial(failures.fail_overdue, **bounds), partial(failures.overdue_ids, **bounds)
         overdue = [*chain(*await self._isolation.sweep(fail, found, what="fail"))]
         await self._heartbeat.notify(each.worker_id for each in overdue if each.worker_id is not None)
         for each in overdue:
-            what = "undoes what it did, and fails" if each.undoes else "failed"
+            what = "undoes what it did, and fails" if each.compensates else "failed"
             log.warning("workflow %s %s %s: it was not finished at its deadline", each.name, each.workflow_id, what)
-        return any(each.undoes for each in overdue)
+        return any(each.compensates for each in overdue)
 
-    async def _reclaim(self, seen: Seen) -> int:
+    async def _reclaim(self, seen: Work) -> int:
         """Reclaim what dead workers had; now and then also what belongs to workers whose rows are gone."""
         now = time.monotonic()
         is_time = seen.abandoned or now - self._reclaimed_at >= _RECLAIM_EVERY * self._heartbeat.interval
@@ -223,12 +224,12 @@ class Maintenance:
             self._cursors.restart()  # they stand in their old places
         return len(reclaimed)
 
-    async def _reclaim_some(self) -> list[crashes.Reclaimed]:
+    async def _reclaim_some(self) -> list[workers.Reclaimed]:
         bounds: dict[str, Any] = {"limit": _LIMIT, "besides": self._worker_id}
         reclaim = partial(
-            crashes.reclaim, max_attempts=self._max_attempts, names=self._names, queues=self._queues, **bounds
+            workers.reclaim, max_attempts=self._max_attempts, names=self._names, queues=self._queues, **bounds
         )
-        return [*chain(*await self._isolation.sweep(reclaim, partial(crashes.abandoned, **bounds), what="reclaim"))]
+        return [*chain(*await self._isolation.sweep(reclaim, partial(workers.expired, **bounds), what="reclaim"))]
 
     def _be_patient(self, now: float) -> None:
         """Give others time to come back before their work is taken over, where this worker has been away for long.
@@ -244,7 +245,7 @@ class Maintenance:
     async def _forget_dead(self) -> None:
         if time.monotonic() - self._forgotten_at >= _FORGET_EVERY:
             self._forgotten_at = time.monotonic()
-            await persistently(self._database, workers.forget_dead, what="maintenance")
+            await persistently(self._database, workers.delete_dead, what="maintenance")
 
     async def _renotify(self) -> None:
         """Leave the notices that are missing: to a part of what waits each time, then from the front again.
@@ -288,13 +289,13 @@ class Maintenance:
             )
 
     def _other_versions(self, connection: Connection) -> list[str]:
-        return workflows.other_versions(connection, queues=self._queues, versions=self._versions)
+        return store_claims.other_versions(connection, queues=self._queues, versions=self._versions)
 
     def _unknown(self, connection: Connection) -> list[str]:
-        return workflows.unknown_names(connection, queues=self._queues, names=self._names)
+        return store_claims.unknown_names(connection, queues=self._queues, names=self._names)
 
 
-def _tell(reclaimed: list[crashes.Reclaimed]) -> None:
+def _tell(reclaimed: list[workers.Reclaimed]) -> None:
     if reclaimed:
         shown = ", ".join(f"{each.name} {each.workflow_id}" for each in reclaimed[:_SHOWN])
         more = ", ..." if len(reclaimed) > _SHOWN else ""

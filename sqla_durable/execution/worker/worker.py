@@ -40,7 +40,7 @@ from sqla_durable.execution.worker.runtimes import Surroundings
 from sqla_durable.execution.worker.writer import Writer
 from sqla_durable.operations.arrivals import Arrivals
 from sqla_durable.store import hints, schema
-from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS, MOST_CRASHES
+from sqla_durable.store.workers import DEFAULT_MAX_ATTEMPTS, MOST_CRASHES
 
 log = Log("sqla_durable.worker")
 

@@ -21,7 +21,7 @@ from sqla_durable.definitions.log import Log
 from sqla_durable.errors import EncodingError
 from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Checkpoint, Completion, Fence, Park, batches, steps, workflows
+from sqla_durable.store import Checkpoint, Completion, Fence, Park, attempts, steps
 from sqla_durable.unwinding import AttemptLost
 
 log = Log("sqla_durable.worker")
@@ -201,7 +201,9 @@ class Writer:
 
 
 def _asks(row: Row) -> bool:
-    return (isinstance(row, Park) and bool(row.awaits)) or (isinstance(row, Completion) and (row.is_child or row.holds))
+    return (isinstance(row, Park) and bool(row.awaits)) or (
+        isinstance(row, Completion) and (row.is_child or row.has_deferred)
+    )
 
 
 def _fitting(waiting: Sequence[Write]) -> int:
@@ -233,7 +235,7 @@ def _write(connection: Connection, batch: Sequence[Write]) -> Settled:
     """Write checkpoints, and what ends the attempts whose checkpoints are all there."""
     checkpoints = [each.row for each in batch if isinstance(each.row, Checkpoint)]
     ends = [each.row for each in batch if not isinstance(each.row, Checkpoint)]
-    unwritten = batches.write(connection, checkpoints, ends)
+    unwritten = attempts.write_batch(connection, checkpoints, ends)
     left = [_is_left(each.row, unwritten) for each in batch]
     settled = Settled(written=[each for each, is_left in zip(batch, left, strict=True) if not is_left])
     if any(left):
@@ -241,7 +243,7 @@ def _write(connection: Connection, batch: Sequence[Write]) -> Settled:
     return settled
 
 
-def _is_left(row: Row, unwritten: batches.Unwritten) -> bool:
+def _is_left(row: Row, unwritten: attempts.Unwritten) -> bool:
     if isinstance(row, Checkpoint):
         return (row.fence, row.key) in unwritten.checkpoints
     return row.fence in unwritten.ends
@@ -250,8 +252,8 @@ def _is_left(row: Row, unwritten: batches.Unwritten) -> bool:
 def _explain(connection: Connection, left: list[Write], settled: Settled) -> None:
     """Tell what an earlier try has written from rows that somebody holds, and from those that the attempt has lost."""
     recorded = steps.recorded_among(connection, [each.row for each in left if isinstance(each.row, Checkpoint)])
-    reached = workflows.finished_by(connection, [each.fence for each in left if isinstance(each.row, Completion)])
-    owned = workflows.still_owned(connection, [each.fence for each in left])
+    reached = attempts.finished_by(connection, [each.fence for each in left if isinstance(each.row, Completion)])
+    owned = attempts.still_owned(connection, [each.fence for each in left])
     for each in left:
         if _is_there(each.row, recorded, reached):
             settled.written.append(each)

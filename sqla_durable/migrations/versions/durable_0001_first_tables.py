@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql as pg
@@ -54,6 +56,32 @@ def downgrade(schema: str | None = None) -> None:
 def _create_workflow(schema: str) -> None:
     op.create_table(
         "workflow",
+        *_workflow_columns(),
+        sa.PrimaryKeyConstraint("id", name=op.f("workflow_pkey")),
+        sa.ForeignKeyConstraint(
+            ["parent_id"], [f"{schema}.workflow.id"], name=op.f("workflow_parent_id_fkey"), ondelete="SET NULL"
+        ),
+        *_checks_of_state(),
+        *_checks_of_values(),
+        schema=schema,
+        comment="sqla-durable durable_0001",
+    )
+    _index(schema, "workflow_name_key_key", ["name", "key"], where="key IS NOT NULL", unique=True)
+    _index(
+        schema,
+        "workflow_pending_idx",
+        ["queue", "priority", "enqueued_at", "id"],
+        where="status = 'pending'",
+    )
+    _index(schema, "workflow_running_idx", ["worker_id"], where="status = 'running'")
+    _index(schema, "workflow_suspended_idx", ["wake_at", "id"], where="status = 'suspended'")
+    _index(schema, "workflow_failed_idx", ["finished_at"], where="status = 'failed'")
+    _index(schema, "workflow_deadline_idx", ["deadline_at"], where="finished_at IS NULL AND deadline_at IS NOT NULL")
+    _index(schema, "workflow_parent_idx", ["parent_id", "id"], where="parent_id IS NOT NULL")
+
+
+def _workflow_columns() -> list[sa.Column[Any]]:
+    return [
         sa.Column("id", pg.UUID(), server_default=_NEW_ID, nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("key", sa.Text()),
@@ -81,48 +109,56 @@ def _create_workflow(schema: str) -> None:
         sa.Column("forked_from", pg.UUID()),
         sa.Column("version", sa.Text()),
         sa.Column("cancellation", sa.Text()),
-        sa.Column("begun_anew_at", _timestamp()),
+        sa.Column("continued_at", _timestamp()),
         sa.Column("headers", pg.JSONB()),
-        sa.PrimaryKeyConstraint("id", name=op.f("workflow_pkey")),
-        sa.ForeignKeyConstraint(
-            ["parent_id"], [f"{schema}.workflow.id"], name=op.f("workflow_parent_id_fkey"), ondelete="SET NULL"
-        ),
-        _name("workflow", "name"),
-        _name("workflow", "key"),
-        _name("workflow", "queue"),
+    ]
+
+
+def _checks_of_state() -> list[sa.CheckConstraint]:
+    """Return the constraints on how columns go together with the status."""
+    return [
+        _check("workflow", "attempt", "attempt >= 1 AND crashes BETWEEN 0 AND attempt"),
+        _check("workflow", "running", "status <> 'running' OR (worker_id IS NOT NULL AND started_at IS NOT NULL)"),
+        _check("workflow", "finished", "(status IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)"),
+        _check("workflow", "output", "(status = 'succeeded') = (output IS NOT NULL)"),
+        _check("workflow", "wake", "wake_at IS NULL OR status = 'suspended'"),
+        _check("workflow", "cancellation", "cancellation IN ('compensates', 'requested', 'overdue')"),
         _check(
             "workflow",
             "status",
             "status IN ('pending', 'running', 'suspended', 'succeeded', 'failed', 'cancelled')",
         ),
-        _check("workflow", "input", "pg_catalog.jsonb_typeof(input) = 'object'"),
-        _check("workflow", "attempt", "attempt >= 1 AND crashes BETWEEN 0 AND attempt"),
         _check(
             "workflow",
             "token",
             "CASE status WHEN 'running' THEN token IS NOT NULL "
             "WHEN 'pending' THEN token IS NULL WHEN 'suspended' THEN token IS NULL ELSE true END",
         ),
-        _check("workflow", "running", "status <> 'running' OR (worker_id IS NOT NULL AND started_at IS NOT NULL)"),
-        _check("workflow", "finished", "(status IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)"),
-        _check("workflow", "output", "(status = 'succeeded') = (output IS NOT NULL)"),
         _check(
             "workflow",
             "error",
             "CASE WHEN error IS NULL THEN status <> 'failed' ELSE status IN ('failed', 'cancelled') "
             "AND pg_catalog.jsonb_typeof(error -> text 'type') IS NOT DISTINCT FROM 'string' END",
         ),
-        _check("workflow", "wake", "wake_at IS NULL OR status = 'suspended'"),
         _check(
             "workflow",
             "awaits",
             "awaits IS NULL OR (status = 'suspended' AND pg_catalog.jsonb_typeof(awaits) = 'array' "
             f"AND NOT pg_catalog.jsonb_path_exists(awaits, '{_UNREADABLE_WAIT}'))",
         ),
+    ]
+
+
+def _checks_of_values() -> list[sa.CheckConstraint]:
+    """Return the constraints on single columns, and on times."""
+    return [
+        _name("workflow", "name"),
+        _name("workflow", "key"),
+        _name("workflow", "queue"),
+        _check("workflow", "input", "pg_catalog.jsonb_typeof(input) = 'object'"),
         _name("workflow", "parent_key", longest=_LONGEST_KEY),
         _check("workflow", "parent_id", "parent_id <> id"),
         _name("workflow", "version"),
-        _check("workflow", "cancellation", "cancellation IN ('compensates', 'requested', 'overdue')"),
         _check(
             "workflow",
             "headers",
@@ -137,7 +173,7 @@ def _create_workflow(schema: str) -> None:
             "started_at",
             "finished_at",
             "deadline_at",
-            "begun_anew_at",
+            "continued_at",
         ),
         _check(
             "workflow",
@@ -146,21 +182,7 @@ def _create_workflow(schema: str) -> None:
             "AND extract(year FROM timeout) BETWEEN 0.0 AND 100.0 "
             "AND extract(day FROM timeout) BETWEEN 0.0 AND 36500.0",
         ),
-        schema=schema,
-        comment="sqla-durable durable_0001",
-    )
-    _index(schema, "workflow_name_key_key", ["name", "key"], where="key IS NOT NULL", unique=True)
-    _index(
-        schema,
-        "workflow_pending_idx",
-        ["queue", "priority", "enqueued_at", "id"],
-        where="status = 'pending'",
-    )
-    _index(schema, "workflow_running_idx", ["worker_id"], where="status = 'running'")
-    _index(schema, "workflow_suspended_idx", ["wake_at", "id"], where="status = 'suspended'")
-    _index(schema, "workflow_failed_idx", ["finished_at"], where="status = 'failed'")
-    _index(schema, "workflow_deadline_idx", ["deadline_at"], where="finished_at IS NULL AND deadline_at IS NOT NULL")
-    _index(schema, "workflow_parent_idx", ["parent_id", "id"], where="parent_id IS NOT NULL")
+    ]
 
 
 def _create_step(schema: str) -> None:

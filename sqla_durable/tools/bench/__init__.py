@@ -1,8 +1,7 @@
-"""The bench: what a server can carry, measured by workloads, each beside the least that SQL needs for the same.
+"""The benchmark: measures what a server can carry, and compares each workload with the same work in plain SQL.
 
-`application` is what is executed, `worker` the process that executes it, `processes` starts and ends those ·
-`place` is the schema it all happens in · `meter` reads what was used, `floors` and `shapes` what pgbench makes of the
-same work, `naive` what one does without · `measuring` has them together for `workloads`, one module each ·
-`driver` is the whole of it, `report` what its user sees.
-It is a tool, and nothing of the package needs it: `pip install 'sqla-durable[bench]'`, `sqla-durable bench`.
+`workloads` has the workloads and runs them · `runs` starts workers on full tables and measures · `application` is what
+they execute, `processes` the worker processes, `schema` the tables · `meter` reads what was used · `baselines` are the
+same work by pgbench and as naive ORM code · `figures` are the results as values, `report` prints them.
+It imports only what is public, and nothing of the package needs it: `pip install 'sqla-durable[bench]'`.
 """

@@ -1,4 +1,4 @@
-"""What is executed: workflows as small as they can be, and one table for the steps that write."""
+"""The workflows that a benchmark executes, as small as they can be, and one table for the steps that write."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from datetime import timedelta
 from sqlalchemy import BigInteger, Identity, MetaData, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sqla_durable.api.durable import Durable
-from sqla_durable.api.signals import wait_signal
-from sqla_durable.api.timers import sleep
+from sqla_durable import (
+    Durable,
+    sleep,
+    wait_signal,
+)
 from sqla_durable.models import SCHEMA
 
 durable = Durable()
 
-_AS_A_ROW = timedelta(seconds=1.5)  # longer than what is waited for in memory
+_LONG_ENOUGH_TO_SUSPEND = timedelta(seconds=1.5)  # shorter waits stay in memory
 
 
 class Base(DeclarativeBase):
-    """The declarative base of the table; it is translated to the schema of the bench together with ours."""
+    """The declarative base of the table, whose schema is translated like that of the package's own tables."""
 
     metadata = MetaData(schema=SCHEMA)
 
@@ -53,33 +55,33 @@ def enter(session: Session, number: int) -> None:
 
 
 @durable.step
-async def look_at_clock() -> float:
-    """Tell when this step began, on a clock that all processes of a machine share."""
+async def read_clock() -> float:
+    """Return when this step began, on a clock that all processes of a machine share."""
     return time.monotonic()
 
 
 @durable.workflow
 async def one_step(number: int) -> int:
-    """Take one plain step."""
+    """Execute one plain step."""
     return await increment(number)
 
 
 @durable.workflow
-async def suspended_once(number: int) -> int:
-    """Wait as a row, then take one plain step."""
-    await sleep(_AS_A_ROW)
+async def suspends_once(number: int) -> int:
+    """Suspend once, then execute one plain step."""
+    await sleep(_LONG_ENOUGH_TO_SUSPEND)
     return await increment(number)
 
 
 @durable.workflow
 def one_step_in_thread(number: int) -> int:
-    """Take one plain step, all of it `def`."""
+    """Execute one plain step, all of it `def`."""
     return increment_in_thread(number)
 
 
 @durable.workflow
 async def many_steps(steps: int) -> int:
-    """Take plain steps, one after another."""
+    """Execute plain steps, one after another."""
     number = 0
     for _ in range(steps):
         number = await increment(number)
@@ -88,7 +90,7 @@ async def many_steps(steps: int) -> int:
 
 @durable.workflow
 def three_entries(number: int) -> int:
-    """Take three transactional steps."""
+    """Execute three transactional steps."""
     for _ in range(3):
         enter(number)
     return number
@@ -96,20 +98,20 @@ def three_entries(number: int) -> int:
 
 @durable.workflow
 def many_entries(steps: int) -> int:
-    """Take transactional steps, one after another."""
+    """Execute transactional steps, one after another."""
     for number in range(steps):
         enter(number)
     return steps
 
 
 @durable.workflow
-async def timed() -> float:
-    """Give when its first step began."""
-    return await look_at_clock()
+async def first_step_time() -> float:
+    """Return when its first step began."""
+    return await read_clock()
 
 
 @durable.workflow
-async def signalled() -> float:
-    """Give when a signal had come for which it waited as a row."""
+async def signal_time() -> float:
+    """Suspend until a signal comes; return when it came."""
     await wait_signal.aio("go")
     return time.monotonic()

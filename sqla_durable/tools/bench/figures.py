@@ -1,13 +1,48 @@
-"""What is measured, as values: figures, what stands beside them, what they cost, and the machine they are of."""
+"""What a benchmark is asked for and what it reports, as values: settings, progress, figures, and the machine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sqla_durable.errors import DurableError
+
+
+class BenchError(DurableError):
+    """The benchmark cannot measure: the schema is not its own, a worker ended, or no workflow succeeded."""
+
+
+OWN_SCHEMA = "durable_bench"
+PGBENCH_TRANSACTIONS = 8_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchSettings:
+    """What to measure, and with how many workers and workflows.
+
+    Attributes:
+        schema: the schema that the benchmark creates and drops.
+        count: how many workflows, or steps, a workload executes; None means the workload's own number.
+        seconds: how long a workload runs at most; None means the workload's own time.
+        workers: how many worker processes there are.
+        concurrency: how many workflows each of them executes at once.
+        finished: how many finished workflows `depth` inserts before it starts.
+        pending: how many pending workflows it inserts.
+        pgbench_transactions: about how many transactions pgbench makes for each script.
+    """
+
+    schema: str = OWN_SCHEMA
+    count: int | None = None
+    seconds: float | None = None
+    workers: int = 1
+    concurrency: int = 100
+    finished: int = 1_000_000
+    pending: int = 200_000
+    pgbench_transactions: int = PGBENCH_TRANSACTIONS
+
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What a figure is compared with: a floor by pgbench, the naive way, or another figure.
+    """What a figure is compared with: plain SQL by pgbench, naive ORM code, or another figure.
 
     Attributes:
         what: how it was measured.
@@ -20,11 +55,11 @@ class Reference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What one workflow, or one step where steps are counted, costs; None where it cannot be seen.
+    """What one workflow costs, or one step where steps are counted; None where it cannot be measured.
 
     Attributes:
-        commits: of the whole database, whoever made them.
-        statements: those on the tables of the bench, from `pg_stat_statements`.
+        commits: of the whole database, whichever client made them.
+        statements: those on the tables of the benchmark, from `pg_stat_statements`.
         wal_bytes: of the whole server.
         worker_ms: milliseconds of CPU of all worker processes.
         server_ms: milliseconds of CPU of the server.
@@ -48,27 +83,27 @@ class Figure:
         what: what was measured.
         value: the figure.
         unit: its unit.
-        beside: what it is compared with.
+        references: what it is compared with.
         costs: what it cost, where that was measured.
-        each: what the costs are of, workflow or step.
+        each: what `costs` is counted for: workflow or step.
     """
 
     workload: str
     what: str
     value: float
     unit: str
-    beside: tuple[Reference, ...] = ()
+    references: tuple[Reference, ...] = ()
     costs: Costs | None = None
     each: str = "workflow"
 
     def ratio(self, reference: Reference) -> float | None:
-        """Give the figure as a multiple of a reference."""
+        """Return the figure divided by a reference; None where the reference has no value."""
         return self.value / reference.value if reference.value else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Where it was measured.
+    """The machine and the server that were measured.
 
     Attributes:
         cores: processors of the machine that the workers are on.
@@ -78,7 +113,7 @@ class Machine:
         server: the version of PostgreSQL.
         database: the name of the database.
         is_local: whether the server is on the same machine.
-        settings: what decides about the durability and the speed of its commits.
+        settings: the parameters of the server that decide how durable and how fast its commits are.
     """
 
     cores: int
@@ -89,3 +124,30 @@ class Machine:
     database: str
     is_local: bool
     settings: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The progress of a workload.
+
+    Attributes:
+        workload: its name.
+        doing: what is being done.
+        done: how many workflows or samples are done.
+        total: how many there are in all; 0 where that is not known.
+    """
+
+    workload: str
+    doing: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchResult:
+    """What was measured, with which settings, and where; `ended_by` is what ended it early, if anything did."""
+
+    machine: Machine
+    settings: BenchSettings
+    figures: tuple[Figure, ...]
+    ended_by: KeyboardInterrupt | BenchError | None = None

@@ -1,27 +1,45 @@
-"""The worker processes of one measurement: made ready, told to go, told to stop, and gone whatever happens.
+"""The worker processes of one measurement: both ends, the benchmark's and that of `python -m` this module.
 
-Each is in a session of its own, so that Ctrl-C reaches the bench alone, which then ends them all; and each leaves when
-its standard input ends, so that none is left behind by a bench that was killed.
+Each is in a session of its own, so that Ctrl-C reaches the benchmark alone, which then ends them all; and each leaves
+when its standard input ends, so that none outlives a benchmark that was killed.
+A worker process reads its settings from the first line of its standard input, answers `ready`, begins to claim at `go`,
+answers `working`, and leaves at the next line or at the end of its input, with what it used as JSON.
+Its engines are as the docs recommend, and it is otherwise a worker with default settings.
 """
 
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
-from sqla_durable.tools.bench.errors import BenchError
+from sqlalchemy import create_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import sessionmaker
 
-_PATIENCE = 60
+from sqla_durable import (
+    Worker,
+)
+from sqla_durable.tools.bench.application import durable
+from sqla_durable.tools.bench.figures import (
+    BenchError,
+)
+from sqla_durable.tools.bench.schema import (
+    in_schema,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What a worker process is told when it starts."""
+class WorkerSettings:
+    """What a worker process reads when it starts."""
 
     url: str
     schema: str
@@ -31,29 +49,29 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a worker process used: seconds of CPU since it was told to go, and the most bytes of memory it held."""
+    """What a worker process used: seconds of CPU since it began to claim, and the most bytes of memory it held."""
 
     cpu: float
     peak: int
 
 
-class Crew:
+class WorkerProcesses:
     """Worker processes that are ready when the block begins, and gone when it ends.
 
     Raises:
         BenchError: one of them does not start.
     """
 
-    def __init__(self, url: str, schema: str, *, workers: int, concurrency: int) -> None:
+    def __init__(self, url: str, schema: str, *, count: int, concurrency: int) -> None:
         self._all = [
-            _Member(Settings(url=url, schema=schema, concurrency=concurrency, name=f"bench-{number + 1}"))
-            for number in range(workers)
+            _WorkerProcess(WorkerSettings(url=url, schema=schema, concurrency=concurrency, name=f"bench-{number + 1}"))
+            for number in range(count)
         ]
 
     def __enter__(self) -> Self:
         try:
             for each in self._all:
-                each.begin()
+                each.start()
             for each in self._all:
                 each.expect("ready")
         except BaseException:
@@ -66,64 +84,64 @@ class Crew:
     ) -> None:
         self._end()
 
-    def go(self) -> None:
-        """Let them claim; returns when all of them do."""
+    def begin_claiming(self) -> None:
+        """Let all of them claim; return when they have begun to."""
         for each in self._all:
-            each.tell("go")
+            each.send("go")
         for each in self._all:
             each.expect("working")
 
-    def require_all(self) -> None:
-        """Refuse to go on when one of them has ended by itself.
+    def require_alive(self) -> None:
+        """Check that none of them has ended by itself.
 
         Raises:
-            BenchError: it has; the message holds the end of its log.
+            BenchError: one has; the message holds the end of its log.
         """
         for each in self._all:
-            each.require()
+            each.require_alive()
 
     def stop(self) -> list[Usage]:
-        """Let them leave in good order, and give what each of them used."""
+        """Stop all of them in good order, and return what each of them used."""
         for each in self._all:
-            each.tell("stop")
-        return [Usage(**json.loads(each.answer())) for each in self._all]
+            each.send("stop")
+        return [Usage(**json.loads(each.receive())) for each in self._all]
 
     def _end(self) -> None:
         for each in self._all:
             each.end()
 
 
-class _Member:
-    def __init__(self, settings: Settings) -> None:
+class _WorkerProcess:
+    def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._process: subprocess.Popen[str] | None = None
         self._log: IO[bytes] | None = None
 
-    def begin(self) -> None:
+    def start(self) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `end`)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "sqla_durable.tools.bench.worker"],  # not what is in the current directory
+            [sys.executable, "-P", "-m", "sqla_durable.tools.bench.processes"],  # not what is in the current directory
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
             start_new_session=True,
         )
-        self.tell(json.dumps(asdict(self._settings)))  # not as arguments, which all users of the machine see
+        self.send(json.dumps(asdict(self._settings)))  # not as arguments, which all users of the machine see
 
     @property
     def process(self) -> subprocess.Popen[str]:
-        assert self._process is not None  # noqa: S101 (set by `begin`)
+        assert self._process is not None  # noqa: S101 (set by `start`)
         return self._process
 
-    def tell(self, line: str) -> None:
+    def send(self, line: str) -> None:
         assert self.process.stdin is not None  # noqa: S101 (it is a pipe)
         try:
             print(line, file=self.process.stdin, flush=True)
         except BrokenPipeError:
             raise self._ended() from None
 
-    def answer(self) -> str:
+    def receive(self) -> str:
         assert self.process.stdout is not None  # noqa: S101 (it is a pipe)
         line = self.process.stdout.readline()
         if not line:
@@ -131,10 +149,10 @@ class _Member:
         return line
 
     def expect(self, word: str) -> None:
-        if self.answer().strip() != word:
+        if self.receive().strip() != word:
             raise self._ended()
 
-    def require(self) -> None:
+    def require_alive(self) -> None:
         if self.process.poll() is not None:
             raise self._ended()
 
@@ -146,14 +164,64 @@ class _Member:
             self._log.close()
 
     def _ended(self) -> BenchError:
-        assert self._log is not None  # noqa: S101 (set by `begin`)
+        assert self._log is not None  # noqa: S101 (set by `start`)
         self._log.seek(0)
         printed = self._log.read().decode(errors="replace")
-        return BenchError(f"a worker process of the bench has ended by itself: {without_frames(printed)[-2_000:]}")
+        return BenchError(f"a worker process of the benchmark has ended by itself: {without_frames(printed)[-2_000:]}")
 
 
 def without_frames(printed: str) -> str:
-    """Give what follows the frames of the last traceback: the error alone, in as many lines as it has."""
+    """Return what follows the frames of the last traceback: the error alone, in as many lines as it has."""
     lines = printed.splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
     return "\n".join(lines[frames[-1] + 1 if frames else 0 :])
+
+
+POOL: dict[str, Any] = {"pool_size": 20, "max_overflow": 0}
+
+
+def main() -> None:
+    """Claim and execute between the second and the third line of standard input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    worker = _worker(WorkerSettings(**json.loads(sys.stdin.readline())))
+    _answer("ready")
+    if not sys.stdin.readline():
+        return
+    began = time.process_time()
+    with worker:
+        _answer("working")
+        sys.stdin.readline()
+    _answer(json.dumps(asdict(Usage(time.process_time() - began, _peak_memory()))))
+
+
+def _worker(settings: WorkerSettings) -> Worker:
+    engine = in_schema(create_engine(settings.url, **POOL), settings.schema)
+    async_engine = AsyncEngine(in_schema(create_async_engine(settings.url, **POOL).sync_engine, settings.schema))
+    return Worker(
+        durable,
+        sessionmaker=sessionmaker(engine),
+        async_sessionmaker=async_sessionmaker(async_engine),
+        concurrency=settings.concurrency,
+        name=settings.name,
+    )
+
+
+def _peak_memory() -> int:
+    """Return the most bytes of memory that this process held.
+
+    `getrusage` includes what its parent held when it started this process (execve(2) keeps ru_maxrss); the file of
+    Linux does not.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def _answer(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""What the user of the bench sees: a line of progress, a table, and JSON."""
+"""What the user of the benchmark sees: a line of progress, a table, and JSON."""
 
 from __future__ import annotations
 
@@ -14,37 +14,41 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sqla_durable.tools.bench.driver import Outcome
-from sqla_durable.tools.bench.figures import Figure, Machine, Reference
-from sqla_durable.tools.bench.measuring import Status
+from sqla_durable.tools.bench.figures import (
+    BenchResult,
+    Figure,
+    Machine,
+    Reference,
+    Status,
+)
 
 _UNKNOWN = "-"
 
 
 @contextmanager
 def progress(console: Console) -> Generator[Callable[[Status], None]]:
-    """Show one line with a bar; gives the function to tell it."""
+    """Show one line with a bar; yield the function that updates it."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as shown:
         line = shown.add_task("starting", total=None)
 
-        def tell(status: Status) -> None:
+        def update(status: Status) -> None:
             described = f"{status.workload}: {status.doing}"
             shown.update(line, description=described, completed=status.done, total=status.total or None)
 
-        yield tell
+        yield update
 
 
-def show(console: Console, outcome: Outcome) -> None:
+def show(console: Console, result: BenchResult) -> None:
     """Print the machine and the table."""
-    console.print(described(outcome.machine), highlight=False)
-    console.print(table(outcome.figures))
-    if any(each.costs is not None and each.costs.statements is None for each in outcome.figures):
+    console.print(described_machine(result.machine), highlight=False)
+    console.print(table(result.figures))
+    if any(each.costs is not None and each.costs.statements is None for each in result.figures):
         console.print("statements: pg_stat_statements is not in this database.", highlight=False)
 
 
-def described(machine: Machine) -> str:
-    """Describe the machine and the server in one line."""
+def described_machine(machine: Machine) -> str:
+    """Return one line about the machine and the server."""
     where = "on the same machine" if machine.is_local else "elsewhere"
     settings = ", ".join(f"{name}={machine.settings.get(name, '?')}" for name in ("fsync", "synchronous_commit"))
     return (
@@ -54,7 +58,7 @@ def described(machine: Machine) -> str:
 
 
 def table(figures: Iterable[Figure]) -> Table:
-    """Give each figure with what one workflow or step cost, and below it what it is compared with."""
+    """Return a table of the figures, each with what it is compared with and what one workflow or step cost."""
     shown = Table(box=SIMPLE_HEAD, pad_edge=False)
     shown.add_column("workload", no_wrap=True)
     shown.add_column("measured")
@@ -64,16 +68,16 @@ def table(figures: Iterable[Figure]) -> Table:
         for number, figure in enumerate(several):
             what = f"{figure.what} ({figure.unit})"
             shown.add_row("" if number else workload, what, _number(figure.value), style="bold")
-            for each in figure.beside:
+            for each in figure.references:
                 shown.add_row("", f"  {each.what}", *_reference(figure, each))
             if figure.costs is not None:
-                shown.add_row("", f"  {costs(figure)}", style="dim")
+                shown.add_row("", f"  {described_costs(figure)}", style="dim")
         shown.add_section()
     return shown
 
 
-def costs(figure: Figure) -> str:
-    """Say what one workflow or step cost."""
+def described_costs(figure: Figure) -> str:
+    """Return one line about what one workflow or step cost."""
     if figure.costs is None:
         return ""
     cost = figure.costs
@@ -85,20 +89,20 @@ def costs(figure: Figure) -> str:
     )
 
 
-def as_json(outcome: Outcome) -> str:
-    """Give everything as JSON text, with the ratios."""
+def as_json(result: BenchResult) -> str:
+    """Return everything as JSON text, with the ratios."""
     found = {
-        "machine": asdict(outcome.machine),
-        "plan": asdict(outcome.plan),
-        "complete": outcome.ended_by is None,
-        "figures": [_as_json(each) for each in outcome.figures],
+        "machine": asdict(result.machine),
+        "settings": asdict(result.settings),
+        "complete": result.ended_by is None,
+        "figures": [_as_json(each) for each in result.figures],
     }
     return json.dumps(found, indent=2)
 
 
 def _as_json(figure: Figure) -> dict[str, Any]:
-    beside = [{**asdict(each), "ratio": figure.ratio(each)} for each in figure.beside]
-    return {**asdict(figure), "beside": beside}
+    references = [{**asdict(each), "ratio": figure.ratio(each)} for each in figure.references]
+    return {**asdict(figure), "references": references}
 
 
 def _reference(figure: Figure, reference: Reference) -> tuple[str, str]:
@@ -109,5 +113,5 @@ def _reference(figure: Figure, reference: Reference) -> tuple[str, str]:
 
 
 def _number(value: float) -> str:
-    """Give three digits that count, or all before the point."""
+    """Return the number with three significant digits, or with all before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

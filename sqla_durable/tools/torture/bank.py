@@ -1,6 +1,6 @@
 """The bank's workflows: a transfer in four steps, once as `def` and once as `async def`.
 
-Three steps are transactional and must take effect exactly once. The plain step calls the outside world, which may see
+Three steps are transactional and must take effect exactly once. The plain step calls an outside service, which may see
 a call again, but then with the same key. `journal` locks two accounts in the order of the transfer: opposite transfers
 deadlock now and then, as they should here.
 """
@@ -15,23 +15,22 @@ from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable.api.durable import Durable
-from sqla_durable.runtime.context import current_step
-from sqla_durable.tools.torture.tables import Account, Call, Entry
+from sqla_durable import Durable, current_step
+from sqla_durable.tools.torture.database import Account, Call, Entry
 
 durable = Durable()
 outside: sessionmaker[Session] = sessionmaker()
-"""Opens the sync connection to the outside world; in AUTOCOMMIT, as a service elsewhere would keep its own books."""
+"""Opens the sessions of the outside service; in AUTOCOMMIT, as a separate service has transactions of its own."""
 async_outside: async_sessionmaker[AsyncSession] = async_sessionmaker()
 """The same for `async def`."""
 
 
-class Stumble(Exception):
-    """A step fails at first; its policy has it tried again."""
+class InjectedError(Exception):
+    """A try of a step fails on purpose; its policy tries it again."""
 
 
 class Order(BaseModel):
-    """What a transfer is to do; `stumbles` is how often each of its steps fails before it works."""
+    """The amount and the accounts of a transfer; `failing_tries` is how often its steps fail before they succeed."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,23 +38,23 @@ class Order(BaseModel):
     source: int
     target: int
     cents: Annotated[int, Field(gt=0)]
-    stumbles: int
+    failing_tries: int
 
 
-class _Me:
-    """Who executes steps in this process; the worker says so when it starts."""
+class _ThisWorker:
+    """The worker of this process, which sets its name when it starts."""
 
     name = "?"
 
 
-def introduce(name: str) -> None:
-    """Tell under which name this process makes its entries."""
-    _Me.name = name
+def set_worker_name(name: str) -> None:
+    """Set the name that this process writes into its entries and calls."""
+    _ThisWorker.name = name
 
 
 @durable.workflow
 def transfer(order: Order) -> int:
-    """Carry out a transfer."""
+    """Execute a transfer."""
     debit(order)
     call(order)
     credit(order)
@@ -65,7 +64,7 @@ def transfer(order: Order) -> int:
 
 @durable.workflow
 async def async_transfer(order: Order) -> int:
-    """Carry out a transfer, in asyncio."""
+    """Execute a transfer, in asyncio."""
     await async_debit(order)
     await async_call(order)
     await async_credit(order)
@@ -75,50 +74,50 @@ async def async_transfer(order: Order) -> int:
 
 @durable.step(stop=tenacity.stop_after_attempt(10), wait=tenacity.wait_fixed(0.02))
 def debit(session: Session, order: Order) -> int:
-    """Take the money from its source."""
+    """Debit the source account."""
     return _move(session, order, account_id=order.source, cents=-order.cents)
 
 
 @durable.step(stop=tenacity.stop_after_attempt(10), wait=tenacity.wait_fixed(0.02))
 def credit(session: Session, order: Order) -> int:
-    """Give the money to its target."""
+    """Credit the target account."""
     return _move(session, order, account_id=order.target, cents=order.cents)
 
 
 @durable.step
 def journal(session: Session, order: Order) -> int:
-    """Write the journal, and count the movement on both accounts."""
+    """Write the journal, and count the transfer on both accounts."""
     return _journal(session, order)
 
 
 @durable.step(wait=tenacity.wait_random_exponential(multiplier=0.02, max=0.5))
 def call(order: Order) -> str:
-    """Tell the outside world; goes on trying for as long as it is out of reach."""
+    """Call the outside service; try again for as long as it is unavailable."""
     with outside() as session:
         return _call(session, order)
 
 
 @durable.step(stop=tenacity.stop_after_attempt(10), wait=tenacity.wait_fixed(0.02))
 async def async_debit(session: AsyncSession, order: Order) -> int:
-    """Take the money from its source."""
+    """Debit the source account."""
     return await session.run_sync(lambda inner: _move(inner, order, account_id=order.source, cents=-order.cents))
 
 
 @durable.step(stop=tenacity.stop_after_attempt(10), wait=tenacity.wait_fixed(0.02))
 async def async_credit(session: AsyncSession, order: Order) -> int:
-    """Give the money to its target."""
+    """Credit the target account."""
     return await session.run_sync(lambda inner: _move(inner, order, account_id=order.target, cents=order.cents))
 
 
 @durable.step
 async def async_journal(session: AsyncSession, order: Order) -> int:
-    """Write the journal, and count the movement on both accounts."""
+    """Write the journal, and count the transfer on both accounts."""
     return await session.run_sync(_journal, order)
 
 
 @durable.step(wait=tenacity.wait_random_exponential(multiplier=0.02, max=0.5))
 async def async_call(order: Order) -> str:
-    """Tell the outside world; goes on trying for as long as it is out of reach."""
+    """Call the outside service; try again for as long as it is unavailable."""
     async with async_outside() as session:
         return await session.run_sync(_call, order)
 
@@ -127,7 +126,7 @@ def _move(session: Session, order: Order, *, account_id: int, cents: int) -> int
     account = session.get_one(Account, account_id, with_for_update=True)
     account.cents += cents
     _enter(session, order, account_id=account_id, cents=cents)
-    _stumble(order)  # after the writes, which must go with the try
+    _fail_first_tries(order)  # after the writes, which must be rolled back with the try
     return account.cents
 
 
@@ -139,7 +138,7 @@ def _journal(session: Session, order: Order) -> int:
 
 
 def _call(session: Session, order: Order) -> str:
-    _stumble(order)
+    _fail_first_tries(order)
     step = current_step()
     session.add(
         Call(
@@ -147,7 +146,7 @@ def _call(session: Session, order: Order) -> str:
             workflow_id=step.workflow_id,
             step=step.step,
             key=step.idempotency_key,
-            worker=_Me.name,
+            worker=_ThisWorker.name,
         )
     )
     session.commit()
@@ -164,13 +163,13 @@ def _enter(session: Session, order: Order, *, account_id: int, cents: int) -> No
         account=account_id,
         cents=cents,
         attempt=step.attempt,
-        worker=_Me.name,
+        worker=_ThisWorker.name,
     )
     session.add(entry)
     session.flush()
 
 
-def _stumble(order: Order) -> None:
+def _fail_first_tries(order: Order) -> None:
     tries = current_step().step_attempt
-    if tries <= order.stumbles:
-        raise Stumble(f"transfer {order.transfer} stumbles for the {tries}. time")
+    if tries <= order.failing_tries:
+        raise InjectedError(f"transfer {order.transfer} fails on purpose, try {tries}")

@@ -1,6 +1,6 @@
-"""What must be true of the books, each as one query for whatever contradicts it.
+"""What must be true of the bank, each as one query for whatever contradicts it.
 
-Plain SQL over the tables, and none of the engine's own statements: they are what is being tested.
+Plain SQL over the tables, and none of the package's own statements: they are what is being tested.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqla_durable.tools.torture.books import Books
+from sqla_durable.tools.torture.database import BankDatabase
 
 _LIMIT = 20
-"""So many contradictions of one invariant are shown."""
+"""How many contradictions of one invariant are shown at most."""
 
 ALWAYS: Mapping[str, str] = {
     "money is neither made nor lost": """
@@ -28,8 +28,8 @@ ALWAYS: Mapping[str, str] = {
         SELECT (array_agg(workflow_id))[1] AS workflow_id,
                format('transfer %s has %s entries of %s', transfer_id, count(*), kind) AS what
         FROM torture_bank.entry GROUP BY transfer_id, kind HAVING count(*) > 1""",
-    "nobody writes for a workflow that is not his": """
-        SELECT workflow_id, what FROM torture_bank.trespass""",
+    "only the worker that owns a workflow writes for it": """
+        SELECT workflow_id, what FROM torture_bank.foreign_write""",
     "nothing fails": """
         SELECT id AS workflow_id, format('%s %s: %s', name, status, error) AS what
         FROM durable.workflow WHERE status IN ('failed', 'cancelled')""",
@@ -41,7 +41,7 @@ ALWAYS: Mapping[str, str] = {
         SELECT (array_agg(workflow_id))[1], format('key %s is of transfers %s', key, array_agg(DISTINCT transfer_id))
         FROM torture_bank.call GROUP BY key HAVING count(DISTINCT transfer_id) <> 1""",
 }
-"""True at every moment, whatever is on its way."""
+"""Must be true at every moment, also while transfers are executed."""
 
 AT_THE_END: Mapping[str, str] = {
     "everything is finished": """
@@ -81,7 +81,7 @@ AT_THE_END: Mapping[str, str] = {
         ) AND NOT EXISTS (
             SELECT FROM torture_bank.call WHERE call.workflow_id = step.workflow_id AND call.step = step.key
         )""",
-    "every history is whole": """
+    "every history is complete": """
         SELECT workflow.id AS workflow_id,
                format('%s has %s', workflow.name, jsonb_agg(step.key ORDER BY position)) AS what
         FROM durable.workflow LEFT JOIN durable.step ON step.workflow_id = workflow.id AND step.status = 'succeeded'
@@ -98,9 +98,9 @@ AT_THE_END: Mapping[str, str] = {
         FROM durable.workflow LEFT JOIN torture_bank.transfer ON workflow_id = workflow.id
         WHERE transfer.id IS NULL OR input #>> '{order,transfer}' <> transfer.id::text""",
 }
-"""True when nothing is on its way any more."""
+"""Must be true when all transfers are finished."""
 
-_FOUND = """
+_EXISTING = """
 SELECT id FROM torture_bank.transfer WHERE id = ANY(:numbers)
 UNION SELECT transfer_id FROM torture_bank.entry WHERE transfer_id = ANY(:numbers)
 UNION SELECT transfer_id FROM torture_bank.call WHERE transfer_id = ANY(:numbers)
@@ -119,7 +119,7 @@ SELECT jsonb_build_object(
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """Something that must not be: which invariant, what contradicts it, and the rows of the workflow, if it is one."""
+    """A contradiction: of which invariant, what it is, and the rows of the workflow, if it concerns one."""
 
     invariant: str
     what: str
@@ -127,28 +127,28 @@ class Violation:
     rows: Mapping[str, Any] | None = None
 
 
-def contradictions(books: Books, invariants: Mapping[str, str]) -> list[Violation]:
-    """Give what contradicts these invariants, at most 20 for each."""
+def contradictions(database: BankDatabase, invariants: Mapping[str, str]) -> list[Violation]:
+    """Return what contradicts these invariants, at most 20 violations for each."""
     return [
-        Violation(name, row.what, row.workflow_id, _rows(books, row.workflow_id))
+        Violation(name, row.what, row.workflow_id, _rows(database, row.workflow_id))
         for name, query in invariants.items()
-        for row in books.ask(f"{query}\nLIMIT {_LIMIT}")
+        for row in database.query(f"{query}\nLIMIT {_LIMIT}")
     ]
 
 
-def lost(books: Books, committed: Collection[int]) -> list[Violation]:
-    """Give the transfers whose start was acknowledged and of which the tables know nothing."""
-    known = {row[0] for row in books.ask("SELECT id FROM torture_bank.transfer")}
+def lost(database: BankDatabase, committed: Collection[int]) -> list[Violation]:
+    """Return a violation for each transfer whose start was acknowledged and that is not in the tables."""
+    known = {row[0] for row in database.query("SELECT id FROM torture_bank.transfer")}
     missing = sorted(set(committed) - known)
-    return [Violation("an acknowledged start is there", f"transfer {each} is lost") for each in missing]
+    return [Violation("an acknowledged start is not lost", f"transfer {each} is lost") for each in missing]
 
 
-def revenants(books: Books, rolled_back: Collection[int]) -> list[Violation]:
-    """Give the transfers whose start was rolled back and of which the tables know something."""
-    found = sorted(row[0] for row in books.ask(_FOUND, numbers=list(rolled_back)))
-    return [Violation("a rolled-back start leaves nothing", f"transfer {each} is there") for each in found]
+def reappeared(database: BankDatabase, rolled_back: Collection[int]) -> list[Violation]:
+    """Return a violation for each transfer whose start was rolled back and that is in the tables."""
+    found = sorted(row[0] for row in database.query(_EXISTING, numbers=list(rolled_back)))
+    return [Violation("a rolled-back start leaves nothing", f"transfer {each} exists") for each in found]
 
 
-def _rows(books: Books, workflow_id: UUID | None) -> Mapping[str, Any] | None:
-    rows = books.ask(_ROWS, id=workflow_id) if workflow_id is not None else []
+def _rows(database: BankDatabase, workflow_id: UUID | None) -> Mapping[str, Any] | None:
+    rows = database.query(_ROWS, id=workflow_id) if workflow_id is not None else []
     return rows[0][0] if rows else None

@@ -1,8 +1,8 @@
-"""A proxy in front of the server's socket, one for each worker: cuts, delays, swallows and refuses.
+"""A proxy in front of the server's socket, one for each worker: cuts, delays, swallows and refuses connections.
 
 The server asks for no password at its socket, so a proxy is a socket too, in a directory that only this user can
 enter: through a TCP port every user of the machine would be a superuser of the server.
-All proxies live on one event loop in a thread of their own; their methods may be called from any other thread.
+All proxies run on one event loop in a thread of their own; their methods may be called from any other thread.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any, Self, TypeVar
 T = TypeVar("T")
 
 _CHUNK = 65_536
-_PATIENCE = 30.0
-_SOON = 0.01
+_TIMEOUT = 30.0
+_RETRY_AFTER = 0.01
 
 
 class Proxies:
-    """The proxies of one server, and the loop that they live on.
+    """The proxies of one server, and the event loop that they run on.
 
     ```python
     with Proxies(socket) as proxies:
@@ -67,7 +67,7 @@ class Proxies:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def open(self) -> Proxy:
-        """Listen on a socket of its own, under the next number."""
+        """Return a new proxy that listens on a socket of its own."""
         proxy = Proxy(self._loop, self._server, directory=self.directory, port=next(self._numbers))
         proxy.listen()
         self._proxies.append(proxy)
@@ -91,8 +91,8 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self._connections: set[_Connection] = set()
         self._delay = 0.0
-        self._passing = asyncio.Event()
-        self._passing.set()
+        self._forwarding = asyncio.Event()
+        self._forwarding.set()
 
     @property
     def path(self) -> Path:
@@ -101,51 +101,51 @@ class Proxy:
 
     def listen(self) -> None:
         """Accept connections."""
-        self._do(self._listen())
+        self._call(self._listen())
 
     def refuse(self) -> None:
         """Reset all connections and accept no new ones until `listen`."""
-        self._do(self._refuse())
+        self._call(self._refuse())
 
     def cut(self) -> None:
         """Reset all connections; new ones are accepted."""
-        self._do(self._cut())
+        self._call(self._cut())
 
     def delay(self, seconds: float) -> None:
-        """Let every packet take so much longer from now on, in either direction."""
-        self._do(self._set_delay(seconds))
+        """Delay every packet by this many seconds from now on, in both directions."""
+        self._call(self._set_delay(seconds))
 
     def swallow(self) -> None:
-        """Keep connections open, accept new ones, and let nothing through, not even an end, until `restore`."""
-        self._do(self._swallow())
+        """Keep connections open, accept new ones, and forward nothing, not even their ends, until `restore`."""
+        self._call(self._swallow())
 
     def restore(self) -> None:
-        """Reset what was swallowed from, and let everything through again."""
-        self._do(self._restore())
+        """Reset all connections, and forward everything again."""
+        self._call(self._restore())
 
     def close(self) -> None:
-        """End it for good."""
-        self._do(self._refuse())
+        """Reset all connections and stop listening, for good."""
+        self._call(self._refuse())
 
     @property
     def connections(self) -> int:
         """How many connections are open."""
         return len(self._connections)
 
-    def _do(self, change: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(change, self._loop).result(_PATIENCE)
+    def _call(self, change: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(change, self._loop).result(_TIMEOUT)
 
     async def _listen(self) -> None:
         if self._listening is None:
-            self.path.unlink(missing_ok=True)  # that of a socket which no longer listens
+            self.path.unlink(missing_ok=True)  # left by a socket that no longer listens
             self._listening = socket.socket(socket.AF_UNIX)
             self._listening.bind(str(self.path))
             self._listening.listen()
             self._listening.setblocking(False)
-            self._loop.add_reader(self._listening, self._welcome, self._listening)
+            self._loop.add_reader(self._listening, self._accept, self._listening)
 
-    def _welcome(self, listening: socket.socket) -> None:
-        """Accept one connection; not by asyncio's server, which leaks what it accepts while it is closed."""
+    def _accept(self, listening: socket.socket) -> None:
+        """Accept one connection; not by asyncio's server, which leaks what it accepts while it is being closed."""
         try:
             client, _ = listening.accept()
         except OSError:
@@ -162,40 +162,40 @@ class Proxy:
         await self._cut()
 
     async def _cut(self) -> None:
-        there = set(self._tasks)
-        while there:  # again for one that had been accepted and not yet begun
+        open_tasks = set(self._tasks)
+        while open_tasks:  # repeated for a connection that was accepted and whose task has not begun
             for each in self._connections:
                 each.reset()
-            _, there = await asyncio.wait(there, timeout=_SOON)
+            _, open_tasks = await asyncio.wait(open_tasks, timeout=_RETRY_AFTER)
 
     async def _set_delay(self, seconds: float) -> None:
         self._delay = seconds
 
     async def _swallow(self) -> None:
-        self._passing.clear()
+        self._forwarding.clear()
 
     async def _restore(self) -> None:
         await self._cut()
-        self._passing.set()
+        self._forwarding.set()
 
     async def _serve(self, client: socket.socket) -> None:
         reader, writer = await asyncio.open_connection(sock=client)
         connection = _Connection(writer)
         self._connections.add(connection)
         try:
-            await connection.run(self._carry(reader, connection))
+            await connection.run(self._forward(reader, connection))
         finally:
             self._connections.discard(connection)
 
-    async def _carry(self, reader: asyncio.StreamReader, connection: _Connection) -> None:
-        """Carry bytes in both directions until either side ends."""
-        if not self._passing.is_set():
-            await asyncio.Event().wait()  # until it is reset: in a black hole nobody answers
+    async def _forward(self, reader: asyncio.StreamReader, connection: _Connection) -> None:
+        """Forward bytes in both directions until either side ends."""
+        if not self._forwarding.is_set():
+            await asyncio.Event().wait()  # until it is reset: nothing is answered
         try:
             from_server, to_server = await asyncio.open_unix_connection(self._server)
         except OSError:
             return  # no server: the client's connection is reset
-        connection.own(to_server)
+        connection.add(to_server)
         ways = [self._pump(reader, to_server), self._pump(from_server, connection.client)]
         tasks = [asyncio.ensure_future(each) for each in ways]
         try:
@@ -208,7 +208,7 @@ class Proxy:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while data := await reader.read(_CHUNK):
-                if not self._passing.is_set():
+                if not self._forwarding.is_set():
                     continue
                 if self._delay:
                     await asyncio.sleep(self._delay)
@@ -216,24 +216,24 @@ class Proxy:
                 await writer.drain()
         except OSError:
             pass
-        if not self._passing.is_set():
-            await asyncio.Event().wait()  # the other side does not hear of the end
+        if not self._forwarding.is_set():
+            await asyncio.Event().wait()  # the other side does not see the end
 
 
 class _Connection:
-    """One connection of a client, and the one to the server that belongs to it."""
+    """The connection of a client, and the connection to the server that belongs to it."""
 
     def __init__(self, client: asyncio.StreamWriter) -> None:
         self.client = client
         self._writers = [client]
         self._task: asyncio.Future[None] | None = None
 
-    def own(self, writer: asyncio.StreamWriter) -> None:
-        """End this one too when the connection ends."""
+    def add(self, writer: asyncio.StreamWriter) -> None:
+        """Close this writer too when the connection ends."""
         self._writers.append(writer)
 
     async def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Work until done or reset, then let go of both sides at once."""
+        """Run until done or reset, then close both sides at once."""
         self._task = asyncio.ensure_future(work)
         try:
             await asyncio.wait([self._task])
@@ -243,6 +243,6 @@ class _Connection:
                 each.transport.abort()
 
     def reset(self) -> None:
-        """End the connection now, whatever is on its way."""
+        """End the connection now, whatever is being forwarded."""
         if self._task is not None:
             self._task.cancel()

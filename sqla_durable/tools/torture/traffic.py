@@ -1,7 +1,7 @@
 """Starts transfers all the time, in transactions of its own, some of which it rolls back.
 
-It knows which it has committed (they must be found, whatever becomes of the server), which it has rolled back (nothing
-of them may be found), and of which it does not know, because the server was lost during the commit.
+It knows which it has committed (they must be found, whatever happens to the server), which it has rolled back (nothing
+of them may be found), and which are unknown, because the server was lost during the commit.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.tools.torture import bank
 from sqla_durable.tools.torture.bank import Order
-from sqla_durable.tools.torture.tables import Transfer
+from sqla_durable.tools.torture.database import Transfer
 
 _LARGEST_BATCH = 12
 _ROLLED_BACK = 0.15
-_STUMBLES = [0] * 8 + [1, 2]
+_FAILING_TRIES = [0] * 8 + [1, 2]
 _PAUSE = 0.02
 _UNFINISHED = text(
     "SELECT (SELECT count(*) FROM durable.workflow WHERE status = 'pending') "
@@ -38,7 +38,7 @@ class Batch:
 
 
 def batches(seed: int, *, accounts: int) -> Iterator[Batch]:
-    """Give the transfers of a seed, without an end; a pure function of it."""
+    """Yield the transfers of a seed, without end; a pure function of it."""
     chance = random.Random(f"{seed}/transfers")  # noqa: S311 (repeatable, not secret)
     number = 0
     while True:
@@ -51,11 +51,13 @@ def batches(seed: int, *, accounts: int) -> Iterator[Batch]:
 def _order(chance: random.Random, number: int, accounts: int) -> Order:
     source, target = chance.sample(range(1, accounts + 1), 2)
     cents = chance.randint(1, 10_000)
-    return Order(transfer=number, source=source, target=target, cents=cents, stumbles=chance.choice(_STUMBLES))
+    return Order(
+        transfer=number, source=source, target=target, cents=cents, failing_tries=chance.choice(_FAILING_TRIES)
+    )
 
 
 class Traffic:
-    """A thread that keeps about `backlog` transfers unfinished.
+    """A thread that starts transfers so that about `backlog` of them are unfinished.
 
     Attributes:
         committed: the transfers whose start was acknowledged.
@@ -73,11 +75,11 @@ class Traffic:
         self._thread = threading.Thread(target=self._run, name="torture traffic", daemon=True)
 
     def begin(self) -> None:
-        """Begin to start transfers."""
+        """Start the thread."""
         self._thread.start()
 
     def end(self) -> None:
-        """Start no more."""
+        """Start no more transfers, and end the thread."""
         self._ended.set()
         self._thread.join()
         self._engine.dispose()
@@ -93,10 +95,10 @@ class Traffic:
             self.error = error
 
     def _start(self, batch: Batch) -> None:
-        """Start a batch when the backlog has room for it; what meets a lost server is not tried again."""
+        """Start a batch when the backlog has room for it; do not try again if the server is lost."""
         try:
             self._wait_for_room()
-            start(self._engine, batch)
+            start_batch(self._engine, batch)
         except OperationalError:
             return
         numbers = {each.transfer for each in batch.orders}
@@ -106,12 +108,12 @@ class Traffic:
             self.committed |= numbers
 
     def _wait_for_room(self) -> None:
-        while not self._ended.is_set() and unfinished(self._engine) >= self._backlog:
+        while not self._ended.is_set() and count_unfinished(self._engine) >= self._backlog:
             self._ended.wait(_PAUSE)
 
 
-def start(engine: Engine, batch: Batch) -> None:
-    """Start a batch with its transfers in one transaction: every other one as `async def`, some with a key."""
+def start_batch(engine: Engine, batch: Batch) -> None:
+    """Start a batch of transfers in one transaction: every other one as `async def`, some with a key."""
     with Session(engine) as session:
         for order in batch.orders:
             workflow = bank.async_transfer if order.transfer % 2 else bank.transfer
@@ -134,7 +136,7 @@ def start(engine: Engine, batch: Batch) -> None:
             session.commit()
 
 
-def unfinished(engine: Engine) -> int:
-    """Count what waits and what is being executed, by the indexes of both."""
+def count_unfinished(engine: Engine) -> int:
+    """Return how many workflows are pending or running, read from their partial indexes."""
     with engine.connect() as connection:
         return int(connection.execute(_UNFINISHED).scalar_one())

@@ -1,0 +1,193 @@
+"""The words of docs/glossary.md: no retired word in names, docstrings, comments and messages, nor on the pages.
+
+`python -m tests.docs.test_glossary` prints what is still found in the parts of the package that are `TO_DO`.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "sqla_durable"
+GLOSSARY = ROOT / "docs" / "glossary.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+TO_DO = {
+    "__init__",
+    "api",
+    "definitions",
+    "errors",
+    "execution",
+    "management",
+    "migrations",
+    "models",
+    "operations",
+    "runtime",
+    "store",
+    "unwinding",
+}
+"""The parts of the package that may still have retired words: take out what is done, and put nothing in."""
+
+WRITTEN_FROM_DOCSTRINGS = {"names.md"}
+"""Pages whose text comes from docstrings: to be held as soon as nothing is left to do."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """Retired words, as the glossary lists them.
+
+    Attributes:
+        everywhere: in names and in text.
+        in_names: in names only.
+    """
+
+    everywhere: frozenset[str]
+    in_names: frozenset[str]
+
+
+@cache
+def retired() -> Words:
+    _, everywhere, names = re.split(r"^\| retired \|.*\n\| --- \|.*\n", GLOSSARY.read_text(), flags=re.M)
+    return Words(_first_column(everywhere), _first_column(everywhere) | _first_column(names))
+
+
+def _first_column(text: str) -> frozenset[str]:
+    rows = re.findall(r"^\| ([^|]+) \|", text.split("\n\n")[0], re.M)
+    return frozenset(word.strip() for row in rows for word in row.split(","))
+
+
+def spoken(name: str) -> str:
+    """Return the words of a name: `take_over` and `TakeOver` are "take over"."""
+    return " ".join(re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)).lower()
+
+
+def words_in(text: str, words: frozenset[str]) -> list[str]:
+    return re.findall(_pattern(words), " ".join(text.lower().split()))
+
+
+@cache
+def _pattern(words: frozenset[str]) -> re.Pattern[str]:
+    return re.compile(
+        r"(?<![\w-])(" + "|".join(re.escape(each) for each in sorted(words, key=len, reverse=True)) + r")(?![\w-])"
+    )
+
+
+def part_of(module: Path) -> str:
+    return module.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def retired_in(module: Path) -> Iterator[str]:
+    """Yield a line for each retired word in a module."""
+    source = module.read_text()
+    tree = ast.parse(source)
+    for line, name in {*_names(tree), (0, module.stem)}:
+        for word in words_in(spoken(name), retired().in_names):
+            yield f"{_place(module, line)}: the name {name!r} has {word!r}"
+    for line, text in [*_texts(tree), *_comments(source)]:
+        for word in words_in(_without_code(text), retired().everywhere):
+            yield f"{_place(module, line)}: the text has {word!r}"
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = (ast.get_docstring(node) or "").split(" ")[0].strip(".,:")
+            if first in {"Give", "Gives", "Tell", "Tells"}:
+                yield f"{_place(module, getattr(node, 'lineno', 1))}: the docstring begins with {first!r}"
+
+
+def _names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield what the module defines, assigns, or names an argument or an attribute; what it only uses is elsewhere."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                yield node.lineno, node.name
+            case ast.arg():
+                yield node.lineno, node.arg
+            case ast.Name(ctx=ast.Store()):
+                yield node.lineno, node.id
+            case ast.Attribute(ctx=ast.Store()):
+                yield node.lineno, node.attr
+            case ast.alias(asname=str(name)):
+                yield node.lineno, name
+            case _:
+                pass
+
+
+def _texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield all strings: docstrings, messages and SQL."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+def _comments(source: str) -> Iterator[tuple[int, str]]:
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string.lstrip("# ")
+
+
+def _without_code(text: str) -> str:
+    """Return a text without code blocks and what stands in backticks, whose names are looked at where they are made."""
+    return re.sub(r"```.*?```|`[^`\n]*`", " ", text, flags=re.S)
+
+
+def _place(path: Path, line: int) -> str:
+    return f"{path.relative_to(ROOT)}:{line}"
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_no_retired_word_in_what_is_done() -> None:
+    found = [line for each in MODULES if part_of(each) not in TO_DO for line in retired_in(each)]
+    assert found == []
+
+
+def test_only_parts_of_the_package_are_to_do() -> None:
+    assert {part_of(each) for each in MODULES} >= TO_DO
+
+
+@pytest.mark.parametrize(
+    "page",
+    [each for each in PAGES if each.name not in WRITTEN_FROM_DOCSTRINGS or not TO_DO],
+    ids=lambda page: page.name,
+)
+def test_no_retired_word_in_the_docs(page: Path) -> None:
+    text = page.read_text()
+    if page == GLOSSARY:
+        text = text.split("## Retired words")[0]
+    lines = _without_code(text).splitlines()
+    found = [f"{word!r} in: {line}" for line in lines for word in words_in(line, retired().everywhere)]
+    assert found == []
+
+
+def test_words_of_the_glossary_are_sorted_and_none_of_them_is_retired() -> None:
+    words = re.findall(r"^\| ([^|]+) \|", GLOSSARY.read_text().split("## Retired words")[0], re.M)[2:]
+    assert words == sorted(words, key=str.lower)
+    assert not set(words) & retired().everywhere
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("take_over", "take over"), ("TakeOver", "take over"), ("_PARKED", "parked"), ("to_look_at", "look")],
+)
+def test_words_of_names_are_found_in_any_spelling(name: str, word: str) -> None:
+    assert words_in(spoken(name), retired().in_names) == [word]
+
+
+@pytest.mark.parametrize("name", ["overtake", "sparkle", "look_up", "retold"])
+def test_longer_words_are_no_retired_ones(name: str) -> None:
+    assert words_in(spoken(name), retired().in_names) in ([], ["look"] if name.startswith("look") else [])
+
+
+if __name__ == "__main__":
+    for module in MODULES:
+        if part_of(module) in TO_DO:
+            print(*retired_in(module), sep="\n", end="\n")
