@@ -3,11 +3,16 @@
 `pytest` uses the embedded PostgreSQL 18; `pytest --pg=15` (or SQLA_DURABLE_TEST_PG=15) Debian's; and
 SQLA_DURABLE_TEST_URL a server that runs already. The controller starts it, the workers of xdist share it.
 With `--pgbouncer`, tests reach their databases through PgBouncer in transaction mode.
+
+A run leaves out what is marked as `thorough`, and does less where a test asks for the fixture `thorough`
+(tests/support/sampling.py); `pytest --all` leaves nothing out. `.ci/nightly` does that.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 import threading
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
@@ -19,12 +24,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.models import SCHEMA
-from tests.support import notifications, pgbouncer, postgres
+from tests.support import compiled, notifications, pgbouncer, postgres, sampling
 from tests.support.databases import Databases, translated
+from tests.support.durations import SECONDS
 
 HERE = Path(__file__).parent
-LONG = frozenset({"crash", "testing", "cli", "bench", "examples", "docs", "typing", "test_embedded.py"})
-"""Where tests take seconds."""
+# Compile each module once, and not in each of the processes that tests start, whatever the environment says.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 SERVER = pytest.StashKey[postgres.Server]()
 BOUNCER = pytest.StashKey[pgbouncer.Bouncer]()
@@ -44,7 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("SQLA_DURABLE_TEST_PG"),
         help="PostgreSQL to test on: 18 (embedded, the default) or a version of Debian's, such as 15",
     )
-    parser.addoption("--all", action="store_true", help="every interleaving of two operations, not half of them")
+    parser.addoption("--all", action="store_true", help="everything that is sampled otherwise: what `thorough` marks")
     parser.addoption(
         "--pgbouncer",
         action="store_true",
@@ -60,11 +67,16 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin each process's share with tests that take long: at the end one process would be left alone with them."""
+    """Leave out what is thorough, and begin each process's share with tests that take long.
+
+    At the end one process would be left alone with them.
+    """
+    sampling.deselect(config, items)
     if not (workers := getattr(config, "workerinput", {}).get("workercount")):
         return
-    long = [each for each in items if each.path.relative_to(HERE).parts[0] in LONG]
-    short = [each for each in items if each not in set(long)]
+    seconds = {each: SECONDS.get(each.path.relative_to(HERE).as_posix(), 0) for each in items}
+    long = sorted((each for each in items if seconds[each]), key=lambda each: -seconds[each])
+    short = [each for each in items if not seconds[each]]
     size = -(-len(short) // workers)
     shares = [long[number::workers] + short[number * size :][:size] for number in range(workers)]
     items[:] = [each for share in shares for each in share]
@@ -77,6 +89,12 @@ def pytest_configure(config: pytest.Config) -> None:
             config.stash[BOUNCER] = _start_bouncer(server)
     if config.getoption("--pgbouncer"):
         pgbouncer.accept_transaction_pooling()
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from what is imported by now: each full collection would look at all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 def _start_bouncer(server: postgres.Server) -> pgbouncer.Bouncer:
@@ -106,6 +124,20 @@ def server_url(request: pytest.FixtureRequest) -> str:
     """The URL of the server's database `postgres`, as superuser."""
     workerinput: dict[str, Any] | None = getattr(request.config, "workerinput", None)
     return str(workerinput["server_url"]) if workerinput else request.config.stash[SERVER].url
+
+
+@pytest.fixture(scope="session")
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether a test does all that it can (`--all`), or a sample."""
+    return bool(request.config.getoption("--all"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_statements() -> Generator[None]:
+    """What engines of this process compile, they compile once."""
+    with pytest.MonkeyPatch.context() as patch:
+        compiled.share(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

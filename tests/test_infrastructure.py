@@ -1,9 +1,14 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import pytest
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, NullPool, create_engine, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.models import Workflow
+from tests.support.databases import Databases
 from tests.support.domain import Order
 
 
@@ -35,3 +40,45 @@ async def test_order_and_workflow_meet_over_an_async_driver(
 def test_every_test_has_a_database_of_its_own(engine: Engine, time: int) -> None:
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE mine (id int)"))
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("INSERT INTO durable.workflow (name, input) VALUES ('checkout', '{}')", True),
+        ("CREATE TEMPORARY TABLE mine (id int)", True),
+        ("CREATE TABLE mine (id int)", False),
+        ("ALTER TABLE durable.workflow ALTER COLUMN name SET DEFAULT 'checkout'", False),
+        ("COMMENT ON TABLE durable.workflow IS 'mine'", False),
+        ("DO $$BEGIN EXECUTE format('ALTER DATABASE %I SET jit = off', current_database()); END$$", False),
+        ("DO $$BEGIN EXECUTE format('ALTER DATABASE %I CONNECTION LIMIT 7', current_database()); END$$", False),
+    ],
+)
+def test_database_is_used_again_if_nothing_but_rows_has_changed(
+    server_url: str, worker_id: str, written: str, kept: bool
+) -> None:
+    databases = Databases(server_url, f"{worker_id}_again")
+    first, second, third = (used(databases, each) for each in ("SELECT 1", written, "SELECT 1"))
+    databases.close()
+    assert (first.rows, second.rows, third.rows) == (0, 0, 0)
+    assert second.oid == first.oid
+    assert (third.oid == second.oid) is kept
+
+
+@dataclass(frozen=True)
+class Use:
+    oid: int
+    rows: int
+
+
+def used(databases: Databases, statement: str) -> Use:
+    """Execute a statement in the next database; return which that is, and how many workflows were there before."""
+    with databases.migrated("durable") as url:
+        engine = create_engine(url, poolclass=NullPool)
+        with engine.begin() as connection:
+            oid = connection.scalar(text("SELECT oid::int8 FROM pg_database WHERE datname = current_database()"))
+            rows = connection.scalar(text("SELECT count(*) FROM durable.workflow"))
+            connection.execute(text(statement))
+    assert oid is not None
+    assert rows is not None
+    return Use(oid, rows)

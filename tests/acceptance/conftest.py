@@ -1,4 +1,4 @@
-"""Every story that takes `shell` is run in each of the ways there are, and in two schemas."""
+"""Every story that takes `shell` is run in two of the ways there are; with `--all` in each of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Generator
 import pytest
 
 from tests.acceptance.application import Application
-from tests.acceptance.shells import SHELLS, Shell
+from tests.acceptance.shells import SHELLS, Shell, SyncShell
+from tests.support.sampling import number_of
+
+Way = tuple[str, str]
+"""The name of a shell, and a schema."""
 
 # Each way once; in the other schema those that differ most: the other driver, sync and async sessions in one worker.
 IN_TENANT = ("mixed-worker", "asyncpg-worker")
@@ -22,11 +26,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         only = [mark.args[0] for mark in metafunc.definition.iter_markers("shells")]
         few = list(metafunc.definition.iter_markers("few_shells"))
         wanted = only[0] if only else SHELLS
-        chosen = [way for way in WAYS if way[0] in wanted]
+        possible = [way for way in WAYS if way[0] in wanted]
         if few:
-            chosen = [way for way in chosen if way[0] in FEW] or chosen
-        ids = [name if schema == "durable" else f"{name}-{schema}" for name, schema in chosen]
-        metafunc.parametrize(("shell", "durable_schema"), chosen, ids=ids, indirect=True)
+            possible = [way for way in possible if way[0] in FEW] or possible
+        by_default = _covering(possible, number_of(metafunc.definition.nodeid))
+        cases = [
+            pytest.param(
+                *way,
+                id=way[0] if way[1] == "durable" else "-".join(way),
+                marks=[] if way in by_default else pytest.mark.thorough,
+            )
+            for way in possible
+        ]
+        metafunc.parametrize(("shell", "durable_schema"), cases, indirect=True)
+
+
+def _covering(possible: list[Way], number: int) -> list[Way]:
+    """Choose a way with a `Session` and one with an `AsyncSession`, one of them a worker where there is a choice.
+
+    Which of them is a matter of the story's number, so that every way is met by a quarter of the stories.
+    """
+    sync = [way for way in possible if issubclass(SHELLS[way[0]], SyncShell) or way[0] == "mixed-worker"]
+    others = [way for way in possible if way not in sync]
+    chosen = [sync[number % len(sync)]] if sync else []
+    if others:
+        working = bool(chosen) and "worker" in chosen[0][0]
+        different = [way for way in others if ("worker" in way[0]) is not working] or others
+        chosen.append(different[number // 7 % len(different)])
+    return chosen
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
+from sqlalchemy import Connection, Engine, create_engine, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, sessionmaker
@@ -56,11 +56,20 @@ from sqla_durable.store import hints
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
 from tests.support.domain import Entry
-from tests.support.roles import Roles, recipe, roles
+from tests.support.roles import (
+    BY_TASK,
+    CHECKED,
+    DENIED,
+    GENERATED,
+    TASKS,
+    Roles,
+    recipe,
+    refused,
+    roles,
+    sqlstate_of,
+)
+from tests.support.statements import executed_on
 
-HERE = "tests/acceptance/test_roles.py"
-NAMES = ("starter", "caller", "signaller", "updater", "answerer", "canceller", "worker", "operator", "reader")
-DENIED, CHECKED, GENERATED = "42501", "23514", "428C9"
 DAY = timedelta(days=1)
 durable = Durable(version="7")
 
@@ -107,7 +116,7 @@ class World:
 @pytest.fixture
 def granted(engine: Engine, direct_url: str) -> Generator[Roles]:
     """The roles of the page."""
-    with roles(engine, direct_url, *NAMES, sql=recipe(HERE)) as made:
+    with roles(engine, direct_url, *TASKS, sql=recipe(BY_TASK)) as made:
         yield made
 
 
@@ -201,10 +210,6 @@ def expected(role: str, also: Mapping[str, set[str]] = ALSO) -> dict[str, str]:
     return {verb: "" if verb in allowed else DENIED for verbs in VERBS.values() for verb in verbs}
 
 
-def sqlstate_of(error: DBAPIError) -> str:
-    return str(getattr(error.orig, "sqlstate", ""))
-
-
 def tried(engine: Engine, verb: Verb, world: World) -> str:
     """Carry a verb out and take it back; return the SQLSTATE of its error."""
     with Session(engine) as session:
@@ -223,16 +228,6 @@ async def tried_async(engine: AsyncEngine, verb: Verb, world: World) -> str:
             if inspect.isawaitable(called):
                 await called
             await session.flush()
-        except DBAPIError as error:
-            return sqlstate_of(error)
-    return ""
-
-
-def refused(engine: Engine, statement: str, **parameters: Any) -> str:
-    """Return the SQLSTATE with which a statement is refused."""
-    with engine.connect() as connection:
-        try:
-            connection.execute(text(statement), parameters)
         except DBAPIError as error:
             return sqlstate_of(error)
     return ""
@@ -422,7 +417,7 @@ def new_row(status: str) -> str:
 
 
 def test_nobody_inserts_a_forged_state(granted: Roles) -> None:
-    for role in NAMES:
+    for role in TASKS:
         engine = granted.engine(role)
         for status in STATES:
             assert refused(engine, f"INSERT INTO durable.workflow {new_row(status)}") == DENIED, (role, status)
@@ -500,7 +495,7 @@ def test_what_a_new_row_may_be_goes_in_and_old_rows_are_changed_as_before(world:
 
 
 def test_the_owner_loads_rows_from_elsewhere_while_the_trigger_is_disabled(engine: Engine) -> None:
-    disable, enable = recipe(HERE, 2).strip().split("-- load\n")
+    disable, enable = recipe(BY_TASK, 2).strip().split("-- load\n")
     succeeded = f"INSERT INTO durable.workflow {new_row('succeeded')}"
     with engine.begin() as connection:
         connection.execute(text(disable))
@@ -615,7 +610,7 @@ def test_each_kind_of_name_needs_its_own_column(granted: Roles, world: World) ->
 
 
 def test_policies_keep_answers_and_updates_apart_from_signals(granted: Roles, engine: Engine, world: World) -> None:
-    granted.execute(*recipe(HERE, 1).split(";\n")[:-1])
+    granted.execute(*recipe(BY_TASK, 1).split(";\n")[:-1])
     for role in VERBS:
         own = granted.engine(role)
         found = {name: tried(own, verb, world) for verbs in VERBS.values() for name, verb in verbs.items()}
@@ -632,9 +627,7 @@ def test_policies_keep_answers_and_updates_apart_from_signals(granted: Roles, en
 
 def test_a_flood_of_notifications_makes_no_worker_busy(engine: Engine, granted: Roles) -> None:
     """Tens of thousands a second, for two seconds, from a role without any right on the tables."""
-    executed: list[str] = []
     worked = create_engine(engine.url)
-    event.listen(worked, "before_cursor_execute", lambda *given: executed.append(given[2]))
     flood = text(
         "SELECT count(pg_notify(:channel, kind || n)) "
         "FROM generate_series(1, 20) n, unnest(ARRAY['', 'q:default', 's:', 'l:', 'q:x', 'w:']) kind"
@@ -642,7 +635,11 @@ def test_a_flood_of_notifications_makes_no_worker_busy(engine: Engine, granted: 
     granted.execute("REVOKE ALL ON ALL TABLES IN SCHEMA durable FROM reader")
     outsider = granted.engine("reader").execution_options(isolation_level="AUTOCOMMIT")
     ids: list[UUID] = []
-    with Worker(durable, sessionmaker=sessionmaker(worked)), outsider.connect() as connection:
+    with (
+        executed_on(worked) as executed,
+        Worker(durable, sessionmaker=sessionmaker(worked)),
+        outsider.connect() as connection,
+    ):
         began = time.monotonic()
         while (seconds := time.monotonic() - began) < 2 or not all_done(engine, ids):
             for _ in range(20):

@@ -41,14 +41,12 @@ from sqla_durable import (
     wait_signal,
     write_stream,
 )
-from tests.acceptance import test_roles
 from tests.acceptance.shells import PATIENCE, POLL
-from tests.acceptance.test_roles import DENIED, refused, sqlstate_of
 from tests.store import races
-from tests.support.roles import Roles, recipe, roles
+from tests.support.roles import BY_TASK, DENIED, TASKS, Roles, recipe, refused, roles, sqlstate_of
 
 HERE = "tests/acceptance/test_tenants.py"
-NAMES = (*test_roles.NAMES, "app", "owner", "acme", "globex")
+NAMES = (*TASKS, "app", "owner", "acme", "globex")
 TABLES = ("workflow", "step", "signal", "event", "stream_item", "queue", "worker")
 tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
 
@@ -119,7 +117,7 @@ def set_tenant(connection: Connection) -> None:
 
 @contextmanager
 def made(engine: Engine, url: str, sql: str) -> Generator[Roles]:
-    with roles(engine, url, *NAMES, sql=recipe(test_roles.HERE)) as given:
+    with roles(engine, url, *NAMES, sql=recipe(BY_TASK)) as given:
         given.execute(
             *(f"ALTER TABLE durable.{each} OWNER TO owner" for each in TABLES),
             "GRANT USAGE ON SCHEMA durable TO owner",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +28,7 @@ from sqla_durable import (
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.store import connection_of, keys
 from tests.support.domain import Entry
+from tests.support.statements import executed_on
 
 POLL = timedelta(milliseconds=20)
 durable = Durable()
@@ -73,21 +73,6 @@ def tenants(engine: Engine, tenant: str) -> Generator[Engine]:
     limited.dispose()
 
 
-@contextmanager
-def statements_of(engine: Engine) -> Generator[list[str]]:
-    """Note the statements that are executed on an engine."""
-    executed: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_more: Any) -> None:
-        executed.append(statement)
-
-    event.listen(engine, "before_cursor_execute", note)
-    try:
-        yield executed
-    finally:
-        event.remove(engine, "before_cursor_execute", note)
-
-
 def count(session: Session, name: str = "greet") -> int:
     return session.scalars(select(func.count()).where(Workflow.name == name)).one()
 
@@ -109,7 +94,7 @@ def test_a_hidden_key_is_an_error_and_the_transaction_goes_on(tenants: Engine) -
         seen = greet.start(session, "seen")
         session.flush()
         for what, attempt in attempts.items():
-            with statements_of(tenants) as executed, pytest.raises(KeyNotVisibleError, match="row level") as caught:
+            with executed_on(tenants) as executed, pytest.raises(KeyNotVisibleError, match="row level") as caught:
                 attempt(session, seen)
             assert (caught.value.name, caught.value.is_newer) == ("greet", False), what
             assert caught.value.key == ("other" if what == "fork" else "k")
@@ -187,11 +172,11 @@ def test_a_row_that_is_deleted_again_and_again_is_an_error(engine: Engine) -> No
         for attempt in attempts:
             event.listen(engine, "before_cursor_execute", interfere)
             try:
-                with statements_of(engine) as executed, pytest.raises(KeyNotVisibleError, match="again and again"):
+                with executed_on(engine) as executed, pytest.raises(KeyNotVisibleError, match="again and again"):
                     attempt()
             finally:
                 event.remove(engine, "before_cursor_execute", interfere)
-            assert len([each for each in executed if each.startswith("INSERT")]) == keys.MOST_REPEATS
+            assert len([each for each in executed if each.statement.startswith("INSERT")]) == keys.MOST_REPEATS
         assert greet.options(key="k").start(session, "x").key == "k"
     other.dispose()
 
@@ -343,7 +328,7 @@ async def test_an_async_session_that_reads_from_a_replica_finds_what_it_has_star
 def test_a_start_under_a_key_is_one_statement_and_finding_it_two(engine: Engine) -> None:
     with Session(engine) as session:
         greet.options(key="warm").start(session, "x")
-        with statements_of(engine) as executed:
+        with executed_on(engine) as executed:
             greet.options(key="k").start(session, "x")
             assert len(executed) == 1
             greet.options(key="k").start(session, "x")

@@ -18,6 +18,7 @@ from sqla_durable.tools.bench.workloads import WORKLOADS
 from sqla_durable.tools.cli.bench import bench, require_extra, workload_names
 from sqla_durable.tools.cli.target import CommandError
 from tests.cli.conftest import Application
+from tests.support.sampling import thorough_cases
 
 SCHEMA = "bench_cli"
 
@@ -72,7 +73,7 @@ def test_bench_prints_a_table_writes_json_and_leaves_nothing(
     assert not has_schema(empty_database_url)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, *thorough_cases([signal.SIGTERM])])
 def test_interrupted_bench_leaves_nothing(
     application: Application, empty_database_url: str, number: signal.Signals
 ) -> None:

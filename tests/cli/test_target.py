@@ -16,40 +16,40 @@ from tests.support.roles import roles
 USELESS = "postgresql://nobody@127.0.0.1:1/none"
 
 
-@pytest.mark.parametrize(
-    ("target", "said"),
-    [
-        ("nowhere:durable", "there is no module 'nowhere' in"),
-        ("ledgre:durable", "there is no module 'ledgre' to import: did you mean 'ledger'?"),
-        ("sqla_durable.signal:durable", "there is no module 'sqla_durable.signal' to import: did you mean"),
-        ("sqla_durable.nowhere:durable", "there is no module 'sqla_durable.nowhere'"),
-        ("ledger:durabel", "module 'ledger' has no attribute 'durabel': did you mean 'durable'?"),
-        ("ledger:durable.registre", "has no attribute 'registre': did you mean 'registry'?"),
-        ("ledger:pay", "is a WorkflowFunction, not a Durable object: name the object whose"),
-        ("ledger:pay_later", "is an AsyncWorkflowFunction, not a Durable object"),
-        ("ledger:pay", "decorators make the workflows: did you mean 'durable'?"),
-        ("ledger:Durable", "'ledger:Durable' is the class: write durable = Durable()"),
-        ("ledger:socket", "is module 'socket', not a Durable object"),
-        ("ledger", "'ledger' is not module:attribute: write, for example, shop:durable."),
-        ("../app:durable", "'../app' is not the name of a module"),
-        ("./ledger:durable", "'./ledger' is not the name of a module"),
-        ("ledger.py:durable", "'ledger.py' is not the name of a module"),
-        ("shop-app:durable", "'shop-app' is not the name of a module"),
-        ("ledger:", "'ledger:' is not module:attribute"),
-        ("broken:durable", "module 'broken' does not import: ZeroDivisionError: division by zero ("),
-        ("old:durable", "`postgresql://` means psycopg2 in SQLAlchemy 2.0: write `postgresql+psycopg://`."),
-        ("needy:durable", "module 'needy' does not import: ModuleNotFoundError: No module named 'absent'"),
-    ],
-)
-def test_wrong_target_is_explained_in_one_paragraph(application: Application, target: str, said: str) -> None:
+WRONG = [
+    ("nowhere:durable", "there is no module 'nowhere' in"),
+    ("ledgre:durable", "there is no module 'ledgre' to import: did you mean 'ledger'?"),
+    ("sqla_durable.signal:durable", "there is no module 'sqla_durable.signal' to import: did you mean"),
+    ("sqla_durable.nowhere:durable", "there is no module 'sqla_durable.nowhere'"),
+    ("ledger:durabel", "module 'ledger' has no attribute 'durabel': did you mean 'durable'?"),
+    ("ledger:durable.registre", "has no attribute 'registre': did you mean 'registry'?"),
+    ("ledger:pay", "is a WorkflowFunction, not a Durable object: name the object whose"),
+    ("ledger:pay_later", "is an AsyncWorkflowFunction, not a Durable object"),
+    ("ledger:pay", "decorators make the workflows: did you mean 'durable'?"),
+    ("ledger:Durable", "'ledger:Durable' is the class: write durable = Durable()"),
+    ("ledger:socket", "is module 'socket', not a Durable object"),
+    ("ledger", "'ledger' is not module:attribute: write, for example, shop:durable."),
+    ("../app:durable", "'../app' is not the name of a module"),
+    ("./ledger:durable", "'./ledger' is not the name of a module"),
+    ("ledger.py:durable", "'ledger.py' is not the name of a module"),
+    ("shop-app:durable", "'shop-app' is not the name of a module"),
+    ("ledger:", "'ledger:' is not module:attribute"),
+    ("broken:durable", "module 'broken' does not import: ZeroDivisionError: division by zero ("),
+    ("old:durable", "`postgresql://` means psycopg2 in SQLAlchemy 2.0: write `postgresql+psycopg://`."),
+    ("needy:durable", "module 'needy' does not import: ModuleNotFoundError: No module named 'absent'"),
+]
+
+
+def test_wrong_target_is_explained_in_one_paragraph(application: Application) -> None:
     application.write("broken.py", "durable = 1 / 0\n")
     application.write("old.py", "raise ModuleNotFoundError('no psycopg2', name='psycopg2')\n")
     application.write("needy.py", "import absent\n")
-    done = application.run("worker", target, "--url", USELESS)
-    assert said in done.stderr
-    assert done.stderr.startswith("sqla-durable: ")
-    assert done.stderr.count("\n") == 1
-    assert done.returncode == 2
+    commands = [("worker", target, "--url", USELESS) for target, _ in WRONG]
+    for (target, said), done in zip(WRONG, application.run_each(commands), strict=True):
+        assert said in done.stderr, target
+        assert done.stderr.startswith("sqla-durable: "), target
+        assert done.stderr.count("\n") == 1, target
+        assert done.returncode == 2, target
 
 
 def test_help_and_version_need_no_application(application: Application) -> None:

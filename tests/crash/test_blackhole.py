@@ -15,6 +15,7 @@ from tests.crash.test_outage import SHORT, SOON, elapse
 from tests.store import races
 from tests.support.databases import Databases
 from tests.support.proxy import Proxy
+from tests.support.sampling import thorough_cases
 
 SILENCE = 4.0
 
@@ -35,8 +36,10 @@ def proxy(own: Engine) -> Generator[Proxy]:
     proxy.cut()
 
 
-@pytest.mark.parametrize("kind", ["sync", "asyncpg"])
-@pytest.mark.parametrize("ending", ["resumed", "cut"])
+@pytest.mark.parametrize(
+    ("kind", "ending"),
+    [("sync", "resumed"), ("asyncpg", "cut"), *thorough_cases([("sync", "cut"), ("asyncpg", "resumed")])],
+)
 @pytest.mark.usefixtures("gate")
 def test_a_worker_goes_on_after_a_silence_that_is_longer_than_its_lease(
     own: Engine, outside: Engine, gate: Any, proxy: Proxy, kind: Kind, ending: str

@@ -24,6 +24,7 @@ from tests.crash.application import durable
 from tests.store import races
 from tests.support.domain import Entry
 from tests.support.proxy import Proxy
+from tests.support.sampling import thorough_cases
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -77,7 +78,7 @@ def terminate_others(engine: Engine) -> int:
         return int(connection.execute(statement).scalar_one())
 
 
-@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+@pytest.mark.parametrize("driver", ["psycopg", *thorough_cases(["asyncpg"])])
 def test_terminated_backends_lose_nothing_and_repeat_nothing(database_url: str, engine: Engine, driver: str) -> None:
     # behaviour: T4 E8
     chance = random.Random(7)
@@ -123,7 +124,7 @@ def _lose_commits(engine: Engine, chance: random.Random, lost: list[int], *, exe
     engine.dialect.do_commit = do_commit  # type: ignore[method-assign,assignment]
 
 
-@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+@pytest.mark.parametrize("driver", ["asyncpg", *thorough_cases(["psycopg"])])
 def test_connections_that_the_server_ends_when_they_are_idle_are_replaced(
     database_url: str, engine: Engine, driver: str
 ) -> None:
@@ -146,7 +147,7 @@ def _never_idle_for_too_long(connection: Any, _record: Any) -> None:
     connection.commit()
 
 
-@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+@pytest.mark.parametrize("driver", ["psycopg", *thorough_cases(["asyncpg"])])
 def test_a_server_that_cannot_be_reached_for_a_while_ends_no_worker(
     database_url: str, engine: Engine, driver: str
 ) -> None:

@@ -17,6 +17,7 @@ from sqla_durable.testing import CrashPoint, Moment, crash_everywhere
 from tests.crash import application, child, ledger
 from tests.store import races
 from tests.support.domain import Entry
+from tests.support.sampling import thorough_cases
 
 
 @pytest.mark.timeout(180)
@@ -62,7 +63,7 @@ def test_a_worker_that_dies_in_any_commit_answers_an_update_once(
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("workflow", [application.forked_async], ids=lambda each: each.name)
 def test_a_worker_that_dies_around_any_commit_of_a_branch_leaves_the_same_end_state(
-    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, workflow: Any
+    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, workflow: Any, thorough: bool
 ) -> None:
     """The order in which the branches have called their steps may differ, and nothing else."""
     monkeypatch.setenv("CRASH_URL", database_url)
@@ -72,18 +73,33 @@ def test_a_worker_that_dies_around_any_commit_of_a_branch_leaves_the_same_end_st
         steps = cast("list[tuple[Any, ...]]", history)
         return *map(str, before[:1]), sorted((key, str(status)) for key, _, status, _ in steps), credited, calls
 
+    moments = list(Moment) if thorough else [Moment.INSIDE]
     report = crash_everywhere(
         child.make_worker,
         database_url,
         start=lambda session: workflow.start(session, str(uuid4())),
         end_state=end_state,
+        moments=moments,
     )
-    assert report.points >= 4 * len(Moment)
+    assert report.points >= 4 * len(moments)
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("moment", Moment)
-@pytest.mark.parametrize("successor", ["executor", "worker"])
+@pytest.mark.parametrize(
+    ("successor", "moment"),
+    [
+        ("executor", Moment.INSIDE),
+        ("worker", Moment.AFTER),
+        *thorough_cases(
+            [
+                ("executor", Moment.BEFORE),
+                ("executor", Moment.AFTER),
+                ("worker", Moment.BEFORE),
+                ("worker", Moment.INSIDE),
+            ]
+        ),
+    ],
+)
 def test_an_executor_that_dies_around_any_commit_is_taken_up(
     database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, moment: Moment, successor: str
 ) -> None:

@@ -20,6 +20,7 @@ from tests.crash.test_outage import SHORT, SOON, elapse
 from tests.store import races
 from tests.support.clusters import Cluster, Clusters
 from tests.support.proxy import Proxy
+from tests.support.sampling import thorough_cases
 
 UNLED = 3.0
 """Seconds without a primary: longer than the lease."""
@@ -56,7 +57,7 @@ def either(of_both: URL) -> Generator[Engine]:
     engine.dispose()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["asyncpg", *thorough_cases(["sync", "psycopg"])])
 def test_nothing_that_was_acknowledged_is_lost_when_the_standby_is_promoted(
     cluster: Cluster, standby: Cluster, of_both: URL, either: Engine, outside: Engine, gate: Path, kind: Kind
 ) -> None:
@@ -99,7 +100,7 @@ def _accounts(engine: Engine) -> set[str]:
         return {str(each["account"]) for each in session.scalars(select(Workflow.input))}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["psycopg", *thorough_cases(["sync", "asyncpg"])])
 def test_a_primary_that_comes_back_as_a_standby_is_left_for_the_new_primary(
     cluster: Cluster, standby: Cluster, of_both: URL, either: Engine, outside: Engine, gate: Path, kind: Kind
 ) -> None:
@@ -156,7 +157,7 @@ def _assert_read_only(engine: Engine) -> None:
     assert getattr(refused.value.orig, "sqlstate", None) == "25006"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sync", *thorough_cases(["psycopg", "asyncpg"])])
 def test_connections_to_a_demoted_server_leave_the_pool(
     made: Clusters, cluster: Cluster, own: Engine, outside: Engine, gate: Path, kind: Kind
 ) -> None:

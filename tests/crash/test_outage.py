@@ -17,6 +17,7 @@ from tests.crash import accounts, survivors
 from tests.crash.survivors import FORMS, HELD_CALL, HELD_CREDIT, Kind
 from tests.store import races
 from tests.support.clusters import Cluster, StopMode
+from tests.support.sampling import thorough_cases
 
 SHORT: dict[str, Any] = {"lease": timedelta(seconds=2), "poll_interval": timedelta(seconds=0.05), "concurrency": 20}
 DEFAULTS: dict[str, Any] = {}
@@ -76,7 +77,7 @@ def elapse(seconds: float) -> None:
     threading.Event().wait(seconds)
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("sync", "immediate"), ("asyncpg", "fast")])
+@pytest.mark.parametrize(("kind", "mode"), [*thorough_cases([("sync", "immediate")]), ("asyncpg", "fast")])
 def test_workers_live_through_an_outage_that_is_longer_than_their_lease(
     outage: Outage, kind: Kind, mode: StopMode
 ) -> None:
@@ -86,7 +87,7 @@ def test_workers_live_through_an_outage_that_is_longer_than_their_lease(
     assert verdict.workflows == 117
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("sync", "fast"), ("psycopg", "immediate")])
+@pytest.mark.parametrize(("kind", "mode"), [("sync", "fast"), *thorough_cases([("psycopg", "immediate")])])
 def test_workers_that_lived_through_an_outage_take_nothing_over_from_each_other(
     outage: Outage, kind: Kind, mode: StopMode
 ) -> None:
@@ -97,14 +98,17 @@ def test_workers_that_lived_through_an_outage_take_nothing_over_from_each_other(
 
 
 @pytest.mark.timeout(120)
-def test_workers_with_default_settings_live_through_an_outage_of_thirty_seconds(outage: Outage) -> None:
-    verdict = outage.live_through("psycopg", "immediate", seconds=30, options=DEFAULTS)
+def test_workers_with_default_settings_live_through_an_outage_(outage: Outage, thorough: bool) -> None:
+    """Of thirty seconds, with `--all`."""
+    verdict = outage.live_through("psycopg", "immediate", seconds=30 if thorough else 8, options=DEFAULTS)
     print(verdict)
     assert verdict.workflows == 117
 
 
-@pytest.mark.parametrize("kind", ["sync", "asyncpg"])
-@pytest.mark.parametrize("held", [0, 4], ids=["idle", "recording"])
+@pytest.mark.parametrize(
+    ("held", "kind"),
+    [(0, "asyncpg"), (4, "sync"), *thorough_cases([(0, "sync"), (4, "asyncpg")])],
+)
 def test_a_stop_in_the_middle_of_an_outage_ends_the_process(
     cluster: Cluster, own: Engine, outside: Engine, gate: Path, kind: Kind, held: int
 ) -> None:

@@ -17,6 +17,7 @@ from sqla_durable import Durable, Worker, Workflow, WorkflowStatus, errors, resu
 from tests.crash import poison
 from tests.store import races
 from tests.support.domain import Entry
+from tests.support.sampling import thorough_cases
 
 LONG = 60.0
 LONG_WAIT = timedelta(seconds=LONG)
@@ -51,7 +52,7 @@ def cure(tmp_path: Path) -> Path:
     return tmp_path / "cure"
 
 
-@pytest.mark.parametrize("name", ["poison", "poison_async"])
+@pytest.mark.parametrize("name", ["poison", *thorough_cases(["poison_async"])])
 def test_poison_is_stopped_after_max_attempts_and_fails_nobody_beside_it(
     engine: Engine, database_url: str, cure: Path, name: str
 ) -> None:

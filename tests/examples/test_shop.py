@@ -271,13 +271,14 @@ def test_lost_service_is_told_from_a_refusal(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_shop_has_a_history_of_its_own(empty_database_url: str) -> None:
     # behaviour: X1
-    for command in ("upgrade head", "check", "downgrade base", "upgrade head"):
-        subprocess.run(
-            [sys.executable, "-m", "alembic", "-c", "shop/alembic.ini", *command.split()],
-            cwd=EXAMPLES,
-            env={**os.environ, "DATABASE_URL": empty_database_url},
-            check=True,
-            capture_output=True,
-        )
+    commands = ["upgrade head", "check", "downgrade base", "upgrade head"]
+    script = f"from alembic.config import main\nfor each in {commands}: main(['-c', 'shop/alembic.ini', *each.split()])"
+    subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=EXAMPLES,
+        env={**os.environ, "DATABASE_URL": empty_database_url},
+        check=True,
+        capture_output=True,
+    )
     with create_engine(empty_database_url, poolclass=NullPool).connect() as connection:
         assert connection.scalar(select(func.count()).select_from(Payment)) == 0

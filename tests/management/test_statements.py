@@ -8,13 +8,14 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from sqla_durable import cancel, delete, fork, resume, retry, rewind
 from tests.management import histories
 from tests.management.histories import FAILED, step
 from tests.store import plans, races
+from tests.support.statements import executed_on
 
 Verb = Callable[[Session, UUID], Any]
 VERBS: dict[str, Verb] = {
@@ -55,15 +56,8 @@ def prepared(session: Session, name: str) -> UUID:
 
 def sent(session: Session, verb: Verb, workflow_id: UUID) -> list[tuple[str, Any]]:
     """Execute a verb and give its statements with their parameters."""
-    found: list[tuple[str, Any]] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        found.append((statement, parameters))
-
-    connection = session.connection()
-    event.listen(connection, "before_cursor_execute", note)
-    assert verb(session, workflow_id)
-    event.remove(connection, "before_cursor_execute", note)
+    with executed_on(session.connection()) as found:
+        assert verb(session, workflow_id)
     return [each for each in found if "durable." in each[0] and "to_regclass" not in each[0]]
 
 

@@ -12,11 +12,14 @@ from sqlalchemy import Engine
 
 from tests.migrations.application import run_script
 from tests.support.catalogue import Catalogue, catalogue, schemas
+from tests.support.sampling import thorough_cases
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg", "postgresql+asyncpg"])
+@pytest.mark.parametrize(
+    "scheme", ["postgres", "postgresql+asyncpg", *thorough_cases(["postgresql", "postgresql+psycopg"])]
+)
 def test_upgrade_check_and_downgrade_work_with_every_form_of_url(
     empty_database_url: str, empty_engine: Engine, expected: Catalogue, scheme: str
 ) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Generator
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, text
 
 from sqla_durable.store import hints
 from tests.support.databases import translated
 from tests.support.notifications import Ear
+from tests.support.statements import executed_on
 
 
 @pytest.fixture
@@ -64,14 +65,9 @@ def test_longest_payload_is_accepted(connection: Connection, ear: Ear) -> None:
 
 @pytest.mark.parametrize("durable_schema", ["durable", "tenant_7"], indirect=True)
 def test_hints_are_one_statement_and_each_comes_once(connection: Connection, ear: Ear) -> None:
-    statements: list[str] = []
-
-    @event.listens_for(connection, "before_cursor_execute")
-    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
-        statements.append(statement)
-
     channel = hints.channel_on(connection)
-    hints.notify(connection, [(channel, "mail"), (channel, "default"), (channel, "mail"), ("another", "default")])
+    with executed_on(connection) as statements:
+        hints.notify(connection, [(channel, "mail"), (channel, "default"), (channel, "mail"), ("another", "default")])
     assert len(statements) == 1
     assert ear.hears(2) == ["default", "mail"]
     hints.notify(connection, [(channel, "last")])

@@ -12,6 +12,7 @@ from itertools import chain
 from uuid import UUID
 
 import pytest
+from _pytest.mark import ParameterSet
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
@@ -195,14 +196,16 @@ class Stage:
 INTERLEAVINGS = [(*pair, ending) for pair in PAIRS for ending in ("commit", "rollback")]
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each pair in turn with one ending of the first; with `--all`, every pair with both."""
-    if "ending" in metafunc.fixturenames:
-        half = [each for number, each in enumerate(INTERLEAVINGS) if number % 2 == number // 2 % 2]
-        chosen = INTERLEAVINGS if metafunc.config.getoption("--all") else half
-        metafunc.parametrize(("state", "first", "second", "ending"), chosen)
+def _cases() -> list[ParameterSet]:
+    """Return each pair in turn with one ending of the first, and the other one for `--all`."""
+    by_default = [number % 2 == number // 2 % 2 for number in range(len(INTERLEAVINGS))]
+    return [
+        pytest.param(*each, marks=[] if chosen else pytest.mark.thorough)
+        for each, chosen in zip(INTERLEAVINGS, by_default, strict=True)
+    ]
 
 
+@pytest.mark.parametrize(("state", "first", "second", "ending"), _cases())
 def test_two_operations_at_one_workflow(tables: Engine, state: str, first: str, second: str, ending: str) -> None:
     at, stage = scene(), Stage(tables)
     stage.prepare(STATES[state](at))

@@ -26,12 +26,12 @@ class Template:
     """A database to copy.
 
     Attributes:
-        idle: copies that are as blank as it is.
+        idle: copies that are as blank as it is, and what had been written in each of them before that.
     """
 
     name: str
-    structure: blank.Structure
-    idle: list[str] = field(default_factory=list[str])
+    content: blank.Blank
+    idle: dict[str, blank.Written] = field(default_factory=dict[str, blank.Written])
 
 
 class Databases:
@@ -75,11 +75,15 @@ class Databases:
             used: whether other tests may have used it; those that measure want one of which that is not so.
         """
         template = self._template(schema)
-        name = template.idle.pop() if used and template.idle else self._copy_of(template)
+        before: blank.Written | None = None
+        if used and template.idle:
+            name, before = template.idle.popitem()
+        else:
+            name = self._copy_of(template)
         try:
             yield self._url(name)
         finally:
-            self._give_back(template, name)
+            self._return(template, name, before)
 
     def close(self) -> None:
         """Drop the templates and what was made from them."""
@@ -103,14 +107,13 @@ class Databases:
             self._drop(name)  # else every later test fails because the template exists, and hides the reason
             raise
 
-    def _fill(self, database: str, schema: str) -> blank.Structure:
+    def _fill(self, database: str, schema: str) -> blank.Blank:
         engine = create_engine(self._server.set(database=database), poolclass=NullPool)
         with translated(engine, schema).begin() as connection:
             migrate(connection, schema)
             domain.Base.metadata.create_all(connection)
         with self._connected(database) as own:
-            blank.require_empty(own)
-            return blank.structure_of(own)
+            return blank.read(own)
 
     def _copy_of(self, template: Template) -> str:
         name = self._new_name()
@@ -118,15 +121,16 @@ class Databases:
         self._execute("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy", name, template.name)
         return name
 
-    def _give_back(self, template: Template, name: str) -> None:
+    def _return(self, template: Template, name: str, before: blank.Written | None) -> None:
         """Keep a database for another test, under another name, or drop it if it is not what it was."""
         if self._reused and self._is_left(name) and (new := self._renamed(name)) is not None:
             name = new
             with self._connected(name) as own:
-                is_blank = blank.make_blank(own, template.structure)
-            if is_blank:
-                return template.idle.append(name)
-        return self._drop(name)
+                written = blank.make_blank(own, template.content, before)
+            if written is not None:
+                template.idle[name] = written
+                return
+        self._drop(name)
 
     def _renamed(self, name: str) -> str | None:
         """Give a database another name; None if somebody is connected, such as a hint that is still being sent."""

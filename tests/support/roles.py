@@ -6,9 +6,18 @@ import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+BY_TASK = "tests/acceptance/test_roles.py"
+"""Under which name the page has the roles that follow from what they do."""
+
+TASKS = ("starter", "caller", "signaller", "updater", "answerer", "canceller", "worker", "operator", "reader")
+DENIED, CHECKED, GENERATED = "42501", "23514", "428C9"
+"""The SQLSTATE of a missing right, of a CHECK, and of a column that is always generated."""
 
 _PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 
@@ -17,6 +26,21 @@ def recipe(test: str, number: int = 0) -> str:
     """Give the SQL that the page shows under the name of a test file: the first of its blocks, or a later one."""
     blocks = re.findall(rf"<!-- tested in {re.escape(test)} -->\n```sql\n(.*?)```", _PAGE.read_text(), re.S)
     return str(blocks[number])
+
+
+def sqlstate_of(error: DBAPIError) -> str:
+    """Return the SQLSTATE of what the server answered; empty where it answered nothing."""
+    return str(getattr(error.orig, "sqlstate", ""))
+
+
+def refused(engine: Engine, statement: str, **parameters: Any) -> str:
+    """Return the SQLSTATE with which a statement is refused, or an empty text; nothing is committed."""
+    with engine.connect() as connection:
+        try:
+            connection.execute(text(statement), parameters)
+        except DBAPIError as error:
+            return sqlstate_of(error)
+    return ""
 
 
 class Roles:

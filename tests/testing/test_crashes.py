@@ -29,6 +29,7 @@ from sqla_durable.testing import (
 from tests.store import races
 from tests.support.domain import Entry
 from tests.support.forged import forged
+from tests.support.sampling import thorough_cases
 from tests.testing import application
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,7 @@ def others(engine: Engine) -> int:
     ("workflow", "make_worker"),
     [
         (application.transfer, application.make_worker_sync),
-        (application.transfer_async, application.make_worker_asyncpg),
+        *thorough_cases([(application.transfer_async, application.make_worker_asyncpg)]),
     ],
     ids=["sync psycopg", "async asyncpg"],  # and async psycopg in tests/crash/test_everywhere.py
 )
@@ -109,12 +110,23 @@ def test_a_sound_workflow_is_killed_at_every_point_and_ends_the_same(
     assert attempts == 2
 
 
+def test_a_sound_workflow_over_asyncpg_is_killed_inside_its_commits_and_ends_the_same(
+    database_url: str, engine: Engine
+) -> None:
+    """Where the drivers differ: a COMMIT is sent and its answer not awaited."""
+    report = crash(application.transfer_async, database_url, application.make_worker_asyncpg, moments=[Moment.INSIDE])
+    assert report.points >= 4
+    assert report.end_state.domain == [(0, "call"), (1, ""), (2, "")]
+    require_nothing_left(engine)
+
+
 # behaviour: R7
 @pytest.mark.timeout(180)
 def test_steps_with_a_total_timeout_are_killed_at_every_point_their_beginnings_included(
-    database_url: str, engine: Engine
+    database_url: str, engine: Engine, thorough: bool
 ) -> None:
-    report = crash(application.transfer_in_time, database_url, moments=[Moment.BEFORE, Moment.AFTER])
+    moments = [Moment.BEFORE, Moment.AFTER] if thorough else [Moment.AFTER]
+    report = crash(application.transfer_in_time, database_url, moments=moments)
     commits = max(each.commit for each in report.killed)
     assert commits >= 6, "a claim, three beginnings and two steps with a session"
     assert report.end_state.domain == [(1, ""), (2, "")]
@@ -188,7 +200,7 @@ def test_a_workflow_may_be_meant_to_fail(database_url: str) -> None:
 # What it must find
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [*thorough_cases([1]), 2])
 def test_an_effect_that_comes_twice_is_found(database_url: str, engine: Engine, processes: int) -> None:
     with pytest.raises(CrashDifference) as caught:
         crash(application.careless, database_url, processes=processes, moments=[Moment.BEFORE])
@@ -291,7 +303,7 @@ def test_bad_arguments_are_refused(
 # No leftovers
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [*thorough_cases([1]), 2])
 def test_an_interrupt_leaves_nothing_behind(database_url: str, engine: Engine, processes: int) -> None:
     calls = itertools.count(1)
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 
 import pytest
-from sqlalchemy import Engine, event, select
+from sqlalchemy import Engine, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
@@ -19,6 +19,7 @@ from sqla_durable.store import Fence, Origin
 from sqla_durable.store.streams import Append, Appended
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races
+from tests.support.statements import executed_on
 
 
 @asynccontextmanager
@@ -47,10 +48,9 @@ def written(engine: Engine, fence: Fence) -> list[object]:
 
 async def test_what_comes_at_the_same_time_is_one_statement(engine: Engine) -> None:
     fences = races.claimed_fences(engine, 20)
-    statements: list[str] = []
     async with running(engine) as gatherer:
-        event.listen(engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
-        outcomes = await asyncio.gather(*(gatherer.append(item(each)) for each in fences))
+        with executed_on(engine) as statements:
+            outcomes = await asyncio.gather(*(gatherer.append(item(each)) for each in fences))
     assert set(outcomes) == {Appended.WRITTEN}
     assert len(statements) == 1
     assert all(written(engine, each) == [1] for each in fences)

@@ -29,6 +29,7 @@ from sqla_durable.store import hints
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
 from tests.support import notifications
+from tests.support.statements import executed_on
 
 Sessions = sessionmaker[Session]
 
@@ -138,11 +139,6 @@ def test_a_signal_is_delivered_at_once_and_nothing_else_is_looked_for(
         record = wait_twice.start(session)
         session.flush()
         workflow_id = record.id
-    looks: list[str] = []
-
-    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
-        if "next_due_in" in statement:
-            looks.append(statement)
 
     def is_parked() -> bool:
         with session_factory() as session:
@@ -151,14 +147,13 @@ def test_a_signal_is_delivered_at_once_and_nothing_else_is_looked_for(
 
     with idle(engine, Worker(waiting, sessionmaker=session_factory, poll_interval=NEVER)):
         races.wait_until(is_parked, what="the parking, and the look at it")
-        event.listen(engine, "before_cursor_execute", note)
-        with session_factory.begin() as session:  # by SQL: after a slow commit a sender asks for a look, too
-            session.add_all([Signal(workflow_id=workflow_id, name="go", payload=each) for each in (1, 2)])
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            hints.notify(connection, [(hints.channel_on(connection), hints.sent_to(workflow_id, "go"))])
-        assert wait_twice.handle(session_factory, workflow_id).result(timeout=PATIENCE) == [1, 2]
-        event.remove(engine, "before_cursor_execute", note)
-    assert looks == []
+        with executed_on(engine) as executed:
+            with session_factory.begin() as session:  # by SQL: after a slow commit a sender asks for a look, too
+                session.add_all([Signal(workflow_id=workflow_id, name="go", payload=each) for each in (1, 2)])
+            with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                hints.notify(connection, [(hints.channel_on(connection), hints.sent_to(workflow_id, "go"))])
+            assert wait_twice.handle(session_factory, workflow_id).result(timeout=PATIENCE) == [1, 2]
+    assert [each for each in executed if "next_due_in" in each.statement] == []
 
 
 def test_hints_of_signals_that_keep_coming_keep_nothing_else_waiting(engine: Engine, session_factory: Sessions) -> None:

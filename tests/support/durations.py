@@ -1,0 +1,55 @@
+"""How long tests take, measured: what begins first when processes share them.
+
+Only the order matters. `pytest --junitxml` measures again; a file that is not here has short tests.
+"""
+
+from __future__ import annotations
+
+SECONDS: dict[str, float] = {
+    "crash/test_torture.py": 84,
+    "store/test_state_machine.py": 38,
+    "crash/test_kill.py": 37,
+    "typing/test_typing.py": 25,
+    "crash/test_outage.py": 20,
+    "examples/test_demo.py": 19,
+    "testing/test_crashes.py": 18,
+    "crash/test_everywhere.py": 17,
+    "testing/test_plugin.py": 16,
+    "cli/test_entry_file.py": 13,
+    "migrations/test_repository.py": 12,
+    "crash/test_blackhole.py": 11,
+    "crash/test_failover.py": 10,
+    "crash/test_exhaustion.py": 9,
+    "crash/test_connections.py": 7,
+    "migrations/test_lock.py": 6,
+    "cli/test_worker.py": 6,
+    "bench/test_workloads.py": 6,
+    "crash/test_poison.py": 6,
+    "cli/test_bench.py": 6,
+    "acceptance/test_deploy.py": 5,
+    "examples/test_shop.py": 5,
+    "test_embedded.py": 5,
+    "cli/test_target.py": 5,
+    "acceptance/test_pgbouncer.py": 4,
+    "crash/test_sagas.py": 4,
+    "crash/test_streams.py": 4,
+    "acceptance/test_parallel_programs.py": 4,
+    "crash/test_freeze.py": 4,
+    "acceptance/test_loose_ends.py": 4,
+    "crash/test_tries.py": 4,
+    "acceptance/test_approval.py": 4,
+    "crash/test_children.py": 3,
+    "docs/test_docs.py": 3,
+    "worker/test_fuzzed_rows.py": 3,
+    "store/test_growth.py": 2,
+    "worker/test_claims.py": 2,
+    "worker/test_promptness.py": 2,
+    "migrations/test_async_environment.py": 2,
+    "worker/test_counts.py": 2,
+    "acceptance/test_timers_beside_calls.py": 2,
+    "test_wheel.py": 2,
+    "acceptance/test_watching.py": 2,
+    "acceptance/test_children.py": 2,
+    "acceptance/test_compensating_children.py": 2,
+}
+"""Seconds that a test of a file takes on average, for files where that is more than a second."""
