@@ -206,7 +206,8 @@ def map_children(
     start_at = attempt.visit(beginning, ("sqla_durable", beginning))
     if max_concurrency is not None and max_concurrency < len(bound):
         attempt.holding.add(start_at.key)
-    attempt.left(start_at)  # part of the map, which is the one to be finished, and may be cancelled before it begins
+    # It is part of the map, which is the one to be finished, and may be cancelled before it begins.
+    attempt.operation_ended(start_at)
 
     async def all_of(runtime: Runtime, position: Position) -> list[Any]:
         ids = await children.start(runtime, start_at, ordered, active=max_concurrency)
@@ -224,7 +225,7 @@ def map_children(
 
 
 async def _nothing(runtime: Runtime, position: Position) -> list[Any]:
-    runtime.attempt.left(position)
+    runtime.attempt.operation_ended(position)
     return []
 
 

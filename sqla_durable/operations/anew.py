@@ -19,8 +19,8 @@ async def begin_anew(runtime: Runtime, position: Position, *, given: str) -> NoR
         AttemptLost: the attempt no longer owns the workflow; or it was done, and the acknowledgement was lost.
     """
     attempt = runtime.attempt
-    await runtime.settle()
-    if not await runtime.execute(partial(continuations.continue_as_new, fence=attempt.fence, given=given)):
+    await runtime.recorder.settle()
+    if not await runtime.recorder.execute(partial(continuations.continue_as_new, fence=attempt.fence, given=given)):
         raise AttemptLost(attempt.workflow_id)
     attempt.stop(ContinuedAsNew)
     raise ContinuedAsNew

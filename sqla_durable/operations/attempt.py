@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Hashable, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from math import isfinite
+from dataclasses import dataclass
 from uuid import UUID
 
 from sqla_durable.definitions.classes import DEFAULT as DEFAULT_ERRORS
 from sqla_durable.definitions.classes import KnownErrors
 from sqla_durable.definitions.interceptors import NO_INTERCEPTORS, Interceptors
 from sqla_durable.definitions.retry import Tries
-from sqla_durable.errors import HistoryLimitError, UnfinishedStepError, UsageError
-from sqla_durable.operations.arrivals import Arrivals, Waker
+from sqla_durable.errors import DecodingError, HistoryLimitError, UnfinishedStepError, UsageError
 from sqla_durable.operations.branch import Branches
 from sqla_durable.operations.changes import FIRED, Visits
-from sqla_durable.operations.leaving import refusal
 from sqla_durable.operations.reports import Progress
-from sqla_durable.store import Awaited, Claimed, Fence, Recorded
+from sqla_durable.operations.suspending import Suspension, Wait, Waker, Wakers, refusal
+from sqla_durable.store import Claimed, Fence, Recorded
 from sqla_durable.unwinding import CallRefused, Cancelling, ContinuedAsNew, ControlFlow, Suspended
 
 TIMERS = "#timers"
@@ -39,56 +37,6 @@ class Position:
     key: str
     name: str
     number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """An operation that waits.
-
-    Attributes:
-        until: when it goes on, on the clock of `time.monotonic`; infinite if it has no time.
-        in_memory_until: until when it may hold its place in the worker; what is longer is to be parked.
-        awaits: what else it goes on for: one of these is enough.
-        looks: whether it looks again and again for what others do.
-        waker: wakes it when something that it awaits may be there.
-        has_row: whether the operation's row can keep what outlives this attempt: that of a failed try has its own.
-    """
-
-    until: float
-    in_memory_until: float
-    awaits: tuple[Awaited, ...] = ()
-    looks: bool = False
-    waker: Waker | None = None
-    has_row: bool = True
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether it is to end before the workflow may be suspended."""
-        return self.until <= self.in_memory_until
-
-    @property
-    def seconds(self) -> float:
-        """How long it still waits."""
-        return max(0.0, self.until - time.monotonic())
-
-
-@dataclass(frozen=True, slots=True)
-class Parking:
-    """How a workflow is to be parked: until what is due first, in `seconds`, or until one of what it `awaits`."""
-
-    seconds: float | None
-    awaits: tuple[Awaited, ...]
-
-    @classmethod
-    def of(cls, waits: Iterable[Wait]) -> Parking:
-        """Give how to park what waits for all of these."""
-        given = list(waits)
-        soonest = min(each.seconds for each in given)
-        return cls(soonest if isfinite(soonest) else None, tuple(awaited for each in given for awaited in each.awaits))
-
-    def within(self, seconds: float) -> Parking:
-        """Return the same, but for no longer than that."""
-        return self if self.seconds is not None and self.seconds <= seconds else replace(self, seconds=seconds)
 
 
 _compensating: ContextVar[Attempt | None] = ContextVar("compensating", default=None)
@@ -110,11 +58,16 @@ class Attempt:
         timers: those of asyncio that the workflow's code has armed; see `loop_timers`.
         cancelled_calls: keys of operations that the workflow's code has cancelled in this attempt.
         warns_of_refusals: whether a call that is refused at the attempt's end is logged; only the first one is.
-        arrivals: what learns in this process of signals and of workflows that end.
-        is_crowded: returns whether another workflow may be waiting for this one's slot.
+        is_replaying: whether an earlier attempt has recorded anything.
+        unfinished: by key, the task or thread that is in an operation that was called and has not ended.
+        undecodable: by key, what is wrong with recorded outcomes of steps that today's annotations do not fit.
+
+    Args:
+        claimed: the workflow, and its history.
+        wakers: wake operations for signals that come, and workflows that end, while they wait in memory.
     """
 
-    def __init__(self, claimed: Claimed) -> None:
+    def __init__(self, claimed: Claimed, *, wakers: Wakers | None = None) -> None:
         self.fence: Fence = claimed.fence
         self.name: str = claimed.name
         self.number, self.input = claimed.attempt, claimed.input
@@ -137,12 +90,13 @@ class Attempt:
         self.branches = Branches()
         self._places: dict[str, object] = {}
         self._keys: set[str] = set()
-        self._unfinished: dict[str, object] = {}  # by key, the task or thread that is in the operation
+        self.unfinished: dict[str, object] = {}
+        self.undecodable: dict[str, DecodingError] = {}
+        self.is_replaying = bool(claimed.history)
         self._steps: dict[str, Tries] = {}  # by key, those that are being executed
         self._waits: dict[str, Wait] = {}
-        self._wakers: set[Waker] = set()
-        self.arrivals: Arrivals | None = None
-        self.is_crowded: Callable[[], bool] = bool
+        self._listening: set[Waker] = set()
+        self._wakers = wakers
         self._lock = self.branches.lock
         self._progress: dict[str, Progress] = {}
         self._active_at = time.monotonic()
@@ -187,13 +141,8 @@ class Attempt:
     def open_calls(self) -> list[str]:
         """The keys of the operations that were called and have no outcome yet."""
         with self._lock:
-            found = {key: self._history.get(key) for key in self._unfinished}
+            found = {key: self._history.get(key) for key in self.unfinished}
             return [key for key, each in found.items() if each is None or not each.status.finished]
-
-    @property
-    def is_replaying(self) -> bool:
-        """Whether an earlier attempt has recorded anything."""
-        return bool(self._history)
 
     def visit(self, name: str, place: object, *, key: str | None = None) -> Position:
         """Give the identity of the operation that the workflow calls now, in the branch that the code is in.
@@ -222,27 +171,27 @@ class Attempt:
                 raise UsageError(
                     f"the step key {identity!r} is used twice in workflow {self.name!r}: change one of them."
                 )
-            self.refuse_if_told(identity)
+            self.refuse_after_signal(identity)
             self._keys.add(identity)
             position = Position(identity, name, self.visits.visit(identity, name))
-            self._unfinished[position.key] = self.branches.home()
+            self.unfinished[position.key] = self.branches.home()
             self._active_at = time.monotonic()
             return position
 
-    def carried_here(self, position: Position) -> None:
-        """Note that an operation is carried out in this task or thread, wherever it was called."""
+    def carried_by(self, position: Position, home: object) -> None:
+        """Note which task or thread an operation is performed in, wherever it was called."""
         with self._lock:
-            self._unfinished[position.key] = self.branches.home()
+            self.unfinished[position.key] = home
 
-    def left(self, position: Position) -> None:
+    def operation_ended(self, position: Position) -> None:
         """Note that an operation ended, whichever way."""
         with self._lock:
-            self._unfinished.pop(position.key, None)
+            self.unfinished.pop(position.key, None)
             self._steps.pop(position.key, None)
             self._active_at = time.monotonic()
 
     def executes(self, position: Position, tries: Tries) -> None:
-        """Note that a step is being executed; `left` ends that."""
+        """Note that a step is being executed; `operation_ended` ends that."""
         with self._lock:
             self._steps[position.key] = tries
 
@@ -281,71 +230,71 @@ class Attempt:
             self._waits.pop(position.key, None)
 
     @contextmanager
-    def listening(self, names: Collection[Hashable]) -> Generator[Waker]:
-        """Return what wakes an operation when one of these may be there, or the attempt is to end."""
-        waker, arrivals = Waker(), self.arrivals
+    def listening(self, waker: Waker, names: Collection[Hashable]) -> Generator[Waker]:
+        """Wake an operation when one of these may be there, or the attempt is to end."""
+        wakers = self._wakers
         with self._lock:
-            self._wakers.add(waker)
-        if arrivals is not None:
-            arrivals.subscribe(waker, names)
+            self._listening.add(waker)
+        if wakers is not None:
+            wakers.subscribe(waker, names)
         try:
             yield waker
         finally:
-            if arrivals is not None:
-                arrivals.unsubscribe(waker, names)
+            if wakers is not None:
+                wakers.unsubscribe(waker, names)
             with self._lock:
-                self._wakers.discard(waker)
+                self._listening.discard(waker)
 
     @property
     def listens(self) -> bool:
         """Whether an operation waits for what others do."""
-        return bool(self._wakers)
+        return bool(self._listening)
 
     def wake_waiting(self) -> None:
-        """Wake the operations that wait for what others do: they look whether they are to go on waiting in memory."""
-        for waker in tuple(self._wakers):
+        """Wake the operations that wait for what others do, so that they check whether the workflow is suspended."""
+        for waker in tuple(self._listening):
             waker.wake()
 
     @property
     def executing(self) -> bool:
         """Whether a step that the workflow has called is being executed now, and not waiting."""
         with self._lock:
-            return any(key not in self._waits for key in self._unfinished)
+            return any(key not in self._waits for key in self.unfinished)
 
     @property
     def carriers(self) -> set[object]:
         """The tasks or threads that are in an operation now."""
         with self._lock:
-            return set(self._unfinished.values())
+            return set(self.unfinished.values())
 
-    def begin_parking(self, *, quiet: float, idle: Callable[[], bool]) -> Parking | None:
-        """Tell how the workflow can be parked now, once; None: it stays in memory.
+    def begin_suspending(self, *, quiet: float, idle: Callable[[], bool]) -> Suspension | None:
+        """Stop the attempt and return how the workflow is suspended; None: it stays in memory.
 
-        Only when every operation that it has called waits, and all of them for long enough: parking ends the others.
+        Only when every operation that it has called waits, and all of them for long enough: this ends the others.
 
         Args:
             quiet: for how many seconds the workflow must have called nothing, and nothing of it must have ended, where
-                nobody can tell that it is idle.
-            idle: tells whether all of the workflow's own code waits for its operations, and for nothing else.
+                it is not known to be idle.
+            idle: returns whether all of the workflow's own code waits for its operations, and for nothing else.
         """
         with self._lock:
-            waits = [self._waits.get(key) for key in self._unfinished]
+            waits = [self._waits.get(key) for key in self.unfinished]
             if self.stopped or any(each is None or each.in_memory for each in waits):
                 return None
             if not idle() and time.monotonic() - self._active_at < quiet:
                 return None
             self.stop(Suspended)
-            return Parking.of(each for each in waits if each is not None)
+            return Suspension.of(each for each in waits if each is not None)
 
-    def end_parking(self) -> None:
-        """Take back that the workflow is parked: what was to be recorded with it was refused."""
+    def cancel_suspension(self) -> None:
+        """Let the attempt go on: what was to be recorded with its suspension was refused."""
         if self._stop is Suspended:
             self._stop = None
 
     def is_quiet(self, *, quiet: float, idle: Callable[[], bool]) -> bool:
-        """Return whether nothing but time, or what others do, can let the workflow go on; see `begin_parking`."""
+        """Return whether nothing but time, or what others do, can continue the workflow; see `begin_suspending`."""
         with self._lock:
-            waits = all(key in self._waits for key in self._unfinished)
+            waits = all(key in self._waits for key in self.unfinished)
             return waits and idle() and time.monotonic() - self._active_at >= quiet
 
     def idempotency_key(self, position: Position) -> str:
@@ -389,34 +338,40 @@ class Attempt:
         return self._stop is Cancelling
 
     @property
-    def told(self) -> bool:
-        """Whether the code that is executed here was told that the attempt ends: it goes on, or is being unwound."""
+    def signal_is_delivered(self) -> bool:
+        """Whether the code that asks has got the signal that ends the attempt, and goes on or is being unwound."""
         if self._stop is None:
             return False
         branch = self.branches.here()
-        if branch is not None and branch.told is self._stop:
+        if branch is not None and branch.signal is self._stop:
             return True
         unwinding = sys.exception()
         if isinstance(unwinding, ControlFlow):  # another one, where a saga undoes
             return isinstance(unwinding, (CallRefused, type(self._stop())))
         return unwinding is not None and not isinstance(unwinding, Exception)
 
-    def tell(self, signal: BaseException) -> None:
-        """Note that the code that is executed here gets a signal: the attempt is over."""
+    def deliver_signal(self, signal: BaseException) -> None:
+        """Note that the code that calls this gets a signal: the attempt is over."""
         if isinstance(signal, ControlFlow):
             self.stop(lambda: signal)
         branch = self.branches.here()
         if branch is not None:
-            branch.told = self._stop
+            branch.signal = self._stop
 
-    def refuse_if_told(self, key: str) -> None:
-        """Refuse a call that is not recorded to code that was told that the attempt ends.
+    def refuse_after_signal(self, key: str) -> None:
+        """Refuse a call that is not recorded by code that has got the signal that ends the attempt.
 
         Raises:
-            CallRefused: it was. The first time in an attempt, that is logged.
+            CallRefused: it has. The first time in an attempt, that is logged.
         """
+        if self._stop is None:
+            return
         found = self._history.get(key)
-        if (found is None or not found.status.finished) and self.told and (ending := self.ending) is not None:
+        if (
+            (found is None or not found.status.finished)
+            and self.signal_is_delivered
+            and (ending := self.ending) is not None
+        ):
             warn, self.warns_of_refusals = self.warns_of_refusals, False
             raise refusal(
                 ending,
@@ -428,13 +383,13 @@ class Attempt:
             )
 
     @property
-    def parked(self) -> bool:
-        """Whether the attempt ends because its workflow is parked."""
+    def is_suspending(self) -> bool:
+        """Whether the attempt ends because its workflow is suspended."""
         return self._stop is Suspended
 
     @property
     def suspended_by_engine(self) -> bool:
-        """Return whether the engine has suspended the workflow, or begun it anew, and not code that raised the same."""
+        """Return whether the engine has suspended the workflow or continued it as new, and not code that raised so."""
         return self._stop in (Suspended, ContinuedAsNew)
 
     def proceed(self) -> None:
@@ -448,7 +403,7 @@ class Attempt:
         Raises:
             UnfinishedStepError: a step was called and not awaited, or a branch of the workflow is still running.
         """
-        steps = list(self._unfinished)
+        steps = list(self.unfinished)
         if steps:
             raise UnfinishedStepError(
                 f"workflow {self.name!r} returned while {', '.join(map(repr, steps))} was not finished: "

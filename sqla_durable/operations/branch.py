@@ -11,7 +11,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any
 
 from sqla_durable.errors import UsageError
 
@@ -25,14 +24,14 @@ class Branch:
         path: its names from the workflow's function downwards, with their occurrences.
         awaited_threads: how many threads with branches of its own it waits for, and for nothing else.
         has_caught_up: whether it has come to a step that is not recorded.
-        told: of which end of the attempt its code was told.
+        signal: the signal that ends the attempt, once its code has got it.
     """
 
     def __init__(self, path: str = "") -> None:
         self.path = path
         self.awaited_threads = 0
         self.has_caught_up = False
-        self.told: object = None
+        self.signal: object = None
         self._operations: Counter[str] = Counter()
         self._children: Counter[str] = Counter()
 
@@ -164,16 +163,6 @@ class Branches:
         with self.lock:
             among = set(carriers)
             return not self._starting and all(each.awaited_threads or home in among for home, each in self._at.items())
-
-
-def unwrapped(coroutine: Any) -> Any:
-    """Return the coroutine that one of anyio's executes: newer versions of anyio put one of their own around it."""
-    while getattr(coroutine, "__qualname__", None) == "TaskHandle._run_coro" and coroutine.cr_frame is not None:
-        inner = getattr(coroutine.cr_frame.f_locals.get("self"), "_coro", None)
-        if inner is None:
-            break
-        coroutine = inner
-    return coroutine
 
 
 def name_of(code: object) -> str:

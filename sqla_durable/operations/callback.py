@@ -27,10 +27,11 @@ from sqla_durable.errors import (
     WaitTimeoutError,
 )
 from sqla_durable.models.status import StepStatus
-from sqla_durable.operations.attempt import Position, Wait
+from sqla_durable.operations.attempt import Position
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.runtime import Runtime
+from sqla_durable.operations.suspending import Wait
 from sqla_durable.operations.wait import GracePeriod
 from sqla_durable.store import Awaited, Recorded, callbacks, hints, inbox
 from sqla_durable.unwinding import AttemptLost
@@ -144,13 +145,13 @@ async def create(
         recorded = attempt.recorded(position)
         if recorded is not None:
             return Made.of(recorded)
-        await runtime.settle()
+        await runtime.recorder.settle()
         made = Made.new(attempt.workflow_id, attempt.secrets, within=within, heartbeat=heartbeat)
-        await runtime.record(checkpoint_of(attempt, position, output=made.to_json()))
-        await runtime.settle()  # nobody is to have a token that a crash makes another one of
+        await runtime.recorder.record(checkpoint_of(attempt, position, output=made.to_json()))
+        await runtime.recorder.settle()  # nobody is to have a token that a crash makes another one of
         return made
     finally:
-        attempt.left(position)
+        attempt.operation_ended(position)
 
 
 async def result(runtime: Runtime, position: Position, *, key: str, made: Made, kind: Codec) -> Any:
@@ -165,11 +166,11 @@ async def result(runtime: Runtime, position: Position, *, key: str, made: Made, 
     try:
         recorded = runtime.attempt.recorded(position)
         if recorded is None:
-            await runtime.settle()
+            await runtime.recorder.settle()
             recorded = await _Waiting(runtime, position, key, made).outcome()
         return outcome_of(recorded, kind, runtime.attempt.errors)
     finally:
-        runtime.attempt.left(position)
+        runtime.attempt.operation_ended(position)
 
 
 class _Waiting:
@@ -187,14 +188,14 @@ class _Waiting:
     async def outcome(self) -> Recorded:
         """Record the outcome when it is there."""
         hint = hints.sent_to(self._owner, self._made.signal)
-        with self._runtime.attempt.listening([hint]) as waker:
-            return await self._outcome(GracePeriod(self._runtime.attempt, waker))
+        with self._runtime.attempt.listening(self._runtime.recorder.waker(), [hint]) as waker:
+            return await self._outcome(GracePeriod(self._runtime, waker))
 
     async def _outcome(self, grace: GracePeriod) -> Recorded:
         look = partial(callbacks.look, workflow_id=self._owner, key=self._key, signal=self._made.signal)
         while True:
-            grace.waker.woken.clear()  # before the look: what comes during it wakes again
-            found = await self._runtime.execute(look)
+            grace.waker.clear()  # before the look: what comes during it wakes again
+            found = await self._runtime.recorder.execute(look)
             if found is None or found.signal is None:
                 return await self._gone()
             if found.answer is not None:
@@ -205,11 +206,11 @@ class _Waiting:
                 wait = replace(self._wait(found.due_in), waker=grace.waker)
                 is_held = found.due_in > 0 and not (self._is_forked or grace.is_over)
                 await self._runtime.wait(self._position, grace.wait(wait.awaits, wait.until) if is_held else wait)
-                await self._runtime.settle()
+                await self._runtime.recorder.settle()
 
     async def _expire(self) -> bool:
         checkpoint = checkpoint_of(self._runtime.attempt, self._position)
-        return await self._runtime.execute(partial(callbacks.expire, checkpoint=checkpoint, key=self._key))
+        return await self._runtime.recorder.execute(partial(callbacks.expire, checkpoint=checkpoint, key=self._key))
 
     def _wait(self, due_in: float) -> Wait:
         """Wait for the outcome, or until it is too late; where somebody answers just then, for what becomes of that.
@@ -223,7 +224,7 @@ class _Waiting:
         seconds = due_in if due_in == float("inf") else min(due_in, _LONGEST_WAIT)
         if self._is_forked:
             seconds = min(seconds, _LONGEST_LOOK)
-        return Wait(now + seconds, float("-inf"), awaits, looks=self._is_forked)
+        return Wait(now + seconds, float("-inf"), awaits, polls=self._is_forked)
 
     async def _record(self, answer: callbacks.Answer) -> Recorded:
         if answer.value is not None:
@@ -263,7 +264,7 @@ class _Waiting:
     async def _end(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Recorded:
         attempt, elapsed = self._runtime.attempt, time.monotonic() - self._began
         checkpoint = checkpoint_of(attempt, self._position, status, output=output, error=error, elapsed=elapsed)
-        await self._runtime.record(checkpoint)
+        await self._runtime.recorder.record(checkpoint)
         return checkpoint.recorded
 
 

@@ -42,7 +42,7 @@ async def settle(runtime: Runtime, position: Position, cancelled: Cancelled) -> 
     Raises:
         ControlFlow: the attempt ends here, and nothing was recorded.
     """
-    await runtime.settle()
+    await runtime.recorder.settle()
     words = f"the workflow's own code cancelled the call {position.key!r}"
     error: dict[str, Any] = {
         "type": _TYPE,
@@ -53,7 +53,7 @@ async def settle(runtime: Runtime, position: Position, cancelled: Cancelled) -> 
         _MARK: asdict(cancelled),
     }
     checkpoint = checkpoint_of(runtime.attempt, position, StepStatus.FAILED, error=json.dumps(error))
-    return await runtime.execute(partial(steps.settle, checkpoint=checkpoint))
+    return await runtime.recorder.execute(partial(steps.settle, checkpoint=checkpoint))
 
 
 def cancelled_in(recorded: Recorded) -> Cancelled | None:

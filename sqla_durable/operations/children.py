@@ -14,10 +14,11 @@ from sqla_durable.definitions.codec import DEFAULT_LIMIT, refuse_large
 from sqla_durable.definitions.failure import Failure, record
 from sqla_durable.errors import ChildrenFailedError, KeyNotVisibleError, PayloadTooLargeError, UsageError
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.operations.attempt import Position, Wait
+from sqla_durable.operations.attempt import Position
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import raise_recorded
 from sqla_durable.operations.runtime import Runtime
+from sqla_durable.operations.suspending import Wait
 from sqla_durable.operations.wait import GracePeriod, Source, at_once, received
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, WorkflowState, children, deferred, steps
@@ -47,7 +48,7 @@ async def start(
             raise_recorded(recorded, attempt.errors)
         text = None if recorded is None else recorded.output
         if text is None:
-            await runtime.settle()
+            await runtime.recorder.settle()
             undoes = attempt.is_compensating
             own = [replace(each, parent_id=attempt.workflow_id, parent_key=position.key) for each in new]
             if undoes:
@@ -55,7 +56,7 @@ async def start(
             checkpoint = checkpoint_of(attempt, position, StepStatus.SUCCEEDED)
             limit = _UNBOUNDED if active is None else active
             try:
-                text = await runtime.execute(
+                text = await runtime.recorder.execute(
                     partial(_start, checkpoint=checkpoint, new=own, active=limit, undoes=undoes)
                 )
             except KeyNotVisibleError as error:
@@ -63,7 +64,7 @@ async def start(
                 raise
         ids = [UUID(each) for each in json.loads(text)]
     finally:
-        attempt.left(position)
+        attempt.operation_ended(position)
     if attempt.workflow_id in ids:
         raise UsageError(
             f"workflow {attempt.name!r} starts itself as its child: it has the same name and key, so it would wait for "
@@ -77,8 +78,8 @@ async def _record_hidden(
 ) -> None:
     """Record that a child has a key whose workflow cannot be seen; those that were started beside it are cancelled."""
     failed = checkpoint_of(runtime.attempt, position, StepStatus.FAILED, error=record(error))
-    await runtime.execute(partial(children.cancel_rest, checkpoint=failed, ids=started))
-    await runtime.record(failed)
+    await runtime.recorder.execute(partial(children.cancel_rest, checkpoint=failed, ids=started))
+    await runtime.recorder.record(failed)
 
 
 def _start(connectable: Any, checkpoint: Checkpoint, new: Sequence[NewWorkflow], active: int, undoes: bool) -> str:
@@ -131,12 +132,12 @@ async def join(
     try:
         recorded = attempt.recorded(position)
         if recorded is None:
-            await runtime.settle()
+            await runtime.recorder.settle()
             joining = _Joining(runtime, position, started, active=active or _UNBOUNDED, tolerate=tolerate)
             recorded = await joining.joined(limit)
         attempt.joined.add(started.key)
     finally:
-        attempt.left(position)
+        attempt.operation_ended(position)
     if recorded.status is StepStatus.FAILED:
         raise_recorded(recorded, runtime.attempt.errors)
     return [_outcome({"name": started.name, **each}) for each in json.loads(recorded.output or "[]")]
@@ -167,15 +168,16 @@ class _Joining:
     async def joined(self, limit: int) -> Recorded:
         """Wait until all are finished, or too many have failed; record that."""
         # Of many, not each that ends: how far they are is a statement that reads them all.
-        with self._runtime.attempt.listening(self._ids if len(self._ids) <= _MOST_WATCHED else ()) as waker:
-            return await self._joined(limit, GracePeriod(self._runtime.attempt, waker))
+        watched = self._ids if len(self._ids) <= _MOST_WATCHED else ()
+        with self._runtime.attempt.listening(self._runtime.recorder.waker(), watched) as waker:
+            return await self._joined(limit, GracePeriod(self._runtime, waker))
 
     async def _joined(self, limit: int, grace: GracePeriod) -> Recorded:
         begun = self._runtime.attempt.tried(self._position) is not None
         look = partial(children.progress, parent_id=self._parent, ids=self._ids)
         while True:
-            grace.waker.woken.clear()  # before the look: what comes during it wakes again
-            found = await self._runtime.execute(look)
+            grace.waker.clear()  # before the look: what comes during it wakes again
+            found = await self._runtime.recorder.execute(look)
             if found.there < len(self._ids):
                 gone = len(self._ids) - found.there
                 words = f"{gone} of {self._label} are there no longer: deleted?"
@@ -189,7 +191,7 @@ class _Joining:
             released = await self._release(places) if places > 0 else []
             if not begun:
                 waiting = checkpoint_of(self._runtime.attempt, self._position, StepStatus.WAITING)
-                await self._runtime.execute(partial(steps.begin_wait, checkpoint=waiting))
+                await self._runtime.recorder.execute(partial(steps.begin_wait, checkpoint=waiting))
                 begun = True
             wait = self._wait_for(found, released)
             if len(released) < places:  # somebody holds the others' rows, and nothing tells when he lets them go
@@ -197,14 +199,14 @@ class _Joining:
             if wait.awaits and not grace.is_over:
                 wait = grace.wait(wait.awaits, wait.until)
             await self._runtime.wait(self._position, wait)
-            await self._runtime.settle()
+            await self._runtime.recorder.settle()
 
     async def _release(self, count: int) -> list[UUID]:
-        return await self._runtime.execute(partial(deferred.start_some, ids=self._ids, limit=count))
+        return await self._runtime.recorder.execute(partial(deferred.start_some, ids=self._ids, limit=count))
 
     async def _release_rest(self) -> None:
         checkpoint = checkpoint_of(self._runtime.attempt, self._position)
-        await self._runtime.execute(partial(deferred.start_rest, checkpoint=checkpoint, ids=self._ids))
+        await self._runtime.recorder.execute(partial(deferred.start_rest, checkpoint=checkpoint, ids=self._ids))
 
     @property
     def _label(self) -> str:
@@ -213,13 +215,13 @@ class _Joining:
     def _wait_for(self, found: children.Progress, released: Sequence[UUID]) -> Wait:
         """Wait until a quarter of what can be executed has ended: replays are few, and a failure is seen early."""
         if found.own < len(self._ids):  # a fork's, of another workflow, to which they leave their notices
-            return Wait(time.monotonic() + _LOOK_EVERY, self._began + _LOOK_EVERY / 2, looks=True)
+            return Wait(time.monotonic() + _LOOK_EVERY, self._began + _LOOK_EVERY / 2, polls=True)
         named = children.sample([*found.named, *released])
         awaited = Awaited(children=named, open=len(named) - max(1, len(named) // 4))
         return Wait(float("inf"), float("-inf"), (awaited,) if named else ())
 
     async def _record_all(self, limit: int) -> Recorded:
-        found = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
+        found = await self._runtime.recorder.execute(partial(children.outcomes, ids=self._ids))
         output = json.dumps(found, ensure_ascii=False)
         try:
             refuse_large(len(output.encode()), what=f"outcomes of {self._label}", limit=limit)
@@ -229,11 +231,11 @@ class _Joining:
 
     async def _give_up(self) -> Recorded:
         checkpoint = checkpoint_of(self._runtime.attempt, self._position)
-        ended = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
+        ended = await self._runtime.recorder.execute(partial(children.outcomes, ids=self._ids))
         cancelled = {each["id"] for each in ended if each["status"] == WorkflowStatus.CANCELLED.value}  # by others
-        await self._runtime.execute(partial(children.cancel_rest, checkpoint=checkpoint, ids=self._ids))
+        await self._runtime.recorder.execute(partial(children.cancel_rest, checkpoint=checkpoint, ids=self._ids))
         await self._release_rest()  # what is detached
-        found = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
+        found = await self._runtime.recorder.execute(partial(children.outcomes, ids=self._ids))
         failed = [each for each in found if each["status"] == WorkflowStatus.FAILED.value or each["id"] in cancelled]
         error = failed[0]["error"] if failed else None
         first = Failure.from_json(error)
@@ -256,7 +258,7 @@ class _Joining:
 
     async def _record(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Recorded:
         checkpoint = checkpoint_of(self._runtime.attempt, self._position, status, output=output, error=error)
-        await self._runtime.record(checkpoint)
+        await self._runtime.recorder.record(checkpoint)
         return checkpoint.recorded
 
 

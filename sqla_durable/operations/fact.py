@@ -20,7 +20,7 @@ async def of_process(runtime: Runtime, position: Position, *, ask: Callable[[], 
         recorded = runtime.attempt.recorded(position) or await _record(runtime, position, codec.encode(ask()))
         return outcome_of(recorded, codec, runtime.attempt.errors)
     finally:
-        runtime.attempt.left(position)
+        runtime.attempt.operation_ended(position)
 
 
 async def of_database(runtime: Runtime, position: Position, *, codec: Codec) -> Any:
@@ -28,14 +28,14 @@ async def of_database(runtime: Runtime, position: Position, *, codec: Codec) -> 
     try:
         recorded = runtime.attempt.recorded(position)
         if recorded is None:
-            moment = await runtime.execute(timers.now)
+            moment = await runtime.recorder.execute(timers.now)
             recorded = await _record(runtime, position, json.dumps(moment.isoformat()))
         return outcome_of(recorded, codec, runtime.attempt.errors)
     finally:
-        runtime.attempt.left(position)
+        runtime.attempt.operation_ended(position)
 
 
 async def _record(runtime: Runtime, position: Position, output: str) -> Recorded:
     checkpoint = checkpoint_of(runtime.attempt, position, output=output)
-    await runtime.record(checkpoint)
+    await runtime.recorder.record(checkpoint)
     return checkpoint.recorded

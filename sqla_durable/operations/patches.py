@@ -18,7 +18,7 @@ def patched(attempt: Attempt, patch_id: str) -> tuple[bool, Checkpoint | None]:
         patch = attempt.visits.patched(patch_id)
     if patch.key is None:
         return patch.is_new, None
-    attempt.refuse_if_told(patch.key)
+    attempt.refuse_after_signal(patch.key)
     marker = Checkpoint(
         fence=attempt.fence,
         key=patch.key,

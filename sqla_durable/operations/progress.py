@@ -37,7 +37,7 @@ async def send(runtime: Runtime, call: StepCall) -> None:
     report = partial(steps.report_progress, checkpoint=_running(runtime, call), details=reported.details)
     try:
         with reported.sending():
-            await runtime.execute(report)
+            await runtime.recorder.execute(report)
     except DBAPIError as error:
         if not is_about_data(error):
             raise

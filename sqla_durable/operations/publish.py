@@ -45,11 +45,11 @@ async def publish_once(runtime: Runtime, position: Position, encode: Callable[[]
     try:
         if attempt.recorded(position) is None:
             publication = encode()
-            await runtime.settle()
+            await runtime.recorder.settle()
             record = partial(publication.record, checkpoint=checkpoint_of(attempt, position, output="null"))
-            await _clearly(runtime, runtime.execute(record))
+            await _clearly(runtime, runtime.recorder.execute(record))
     finally:
-        attempt.left(position)
+        attempt.operation_ended(position)
 
 
 async def publish_at_once(runtime: Runtime, call: StepCall, encode: Callable[[], Publication]) -> None:

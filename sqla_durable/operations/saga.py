@@ -16,17 +16,17 @@ async def begin(runtime: Runtime, position: Position) -> None:
     attempt = runtime.attempt
     if attempt.recorded(position) is not None:
         return
-    await runtime.settle()
+    await runtime.recorder.settle()
     checkpoint = checkpoint_of(attempt, position, output="null")
-    await runtime.execute(partial(attempts.begin_saga, checkpoint=checkpoint))
-    await runtime.record(checkpoint)
+    await runtime.recorder.execute(partial(attempts.begin_saga, checkpoint=checkpoint))
+    await runtime.recorder.record(checkpoint)
 
 
 def calls_for_compensation(attempt: Attempt, error: BaseException | None) -> bool:
     """Tell whether what ends a saga undoes it: an error, or that the workflow is cancelled.
 
-    Not a workflow that is parked, handed back or lost, whatever error its code makes of that: it will come here again.
+    Not a workflow that is suspended, released or lost, whatever error its code makes of that: it will come here again.
     """
     if attempt.stopped:
-        return attempt.cancelling and (error is not None or attempt.told)
+        return attempt.cancelling and (error is not None or attempt.signal_is_delivered)
     return error is not None and is_own_failure_of_workflow(attempt, error)

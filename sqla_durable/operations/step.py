@@ -17,6 +17,7 @@ from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.limits import TimeLimits, Watch
 from sqla_durable.definitions.retry import is_obstacle, is_transient, spoils_connection
 from sqla_durable.errors import (
+    DecodingError,
     DefinitionError,
     PayloadError,
     RetryPolicyError,
@@ -25,13 +26,13 @@ from sqla_durable.errors import (
     UsageError,
 )
 from sqla_durable.models.status import StepStatus
-from sqla_durable.operations.attempt import Wait
 from sqla_durable.operations.boundary import Boundary
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.progress import send_unsent
 from sqla_durable.operations.raised import failure_of_step, is_own_failure
 from sqla_durable.operations.runtime import Runtime, StepCall, execution_of
 from sqla_durable.operations.setbacks import LOSSES, Phase, Setback, describe, log, sqlstate_of, wait_after_loss
+from sqla_durable.operations.suspending import Wait
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.store import Checkpoint, Recorded, Verdict, steps
 from sqla_durable.unwinding import AttemptLost, Interrupted
@@ -50,14 +51,19 @@ async def run_step(runtime: Runtime, call: StepCall) -> Any:
         StepFailedError: likewise, where the error's own type cannot be rebuilt.
         ControlFlow: the attempt ends here.
     """
+    recorded: Recorded | None = None
     try:
         recorded = runtime.attempt.recorded(call.position)
         if recorded is None:
-            await runtime.settle()
+            await runtime.recorder.settle()
             recorded = await _Execution(runtime, call).recorded()
         return outcome_of(recorded, call.definition.result, runtime.attempt.errors)
+    except DecodingError as error:
+        if recorded is not None and recorded.status is StepStatus.SUCCEEDED:  # otherwise the step itself failed with it
+            runtime.attempt.undecodable[call.position.key] = error
+        raise
     finally:
-        runtime.attempt.left(call.position)
+        runtime.attempt.operation_ended(call.position)
 
 
 class _Again(Exception):
@@ -103,7 +109,7 @@ class _Execution:
         self._runtime = runtime
         self._attempt = runtime.attempt
         self._call = call
-        self._retry = runtime.transaction_retry()
+        self._retry = runtime.recorder.transaction_retry()
         self._phase = Phase.BEFORE
         self._losses = 0  # in a row, those of earlier attempts included
         self._uncertain = False
@@ -130,7 +136,7 @@ class _Execution:
                 match self._in_time(await self._verdict(error), error):
                     case _Soon(seconds):
                         self._call.tries.forget()
-                        await self._runtime.pause(seconds)
+                        await self._runtime.recorder.pause(seconds)
                         self._attempt.proceed()
                     case _Later(seconds, recorded):
                         await self._record_try(recorded, seconds)
@@ -155,8 +161,8 @@ class _Execution:
     async def _record_begin(self, limits: TimeLimits) -> None:
         """Record that the first try begins, and when: so that a crash in it does not give the step its time again."""
         if limits.total_timeout is not None:
-            await self._runtime.record(self._checkpoint(StepStatus.RUNNING))
-            await self._runtime.settle()
+            await self._runtime.recorder.record(self._checkpoint(StepStatus.RUNNING))
+            await self._runtime.recorder.settle()
             self._call.tries.resume(count=0, age=0.0)  # what the database took before does not count
 
     async def _wait(self, seconds: float) -> None:
@@ -168,7 +174,7 @@ class _Execution:
         self._in_memory_until = self._in_memory_until or now + _MOMENT
         wait = Wait(until=now + seconds, in_memory_until=self._in_memory_until, has_row=False)
         await self._runtime.wait(self._call.position, wait)
-        await self._runtime.settle()
+        await self._runtime.recorder.settle()
 
     async def _try(self) -> Recorded:
         _ = self._call.definition.result  # what could not be recorded is not executed
@@ -199,7 +205,7 @@ class _Execution:
 
     async def _begin(self) -> StepTransaction:
         try:
-            return await self._runtime.begin(self._call.definition)
+            return await self._runtime.recorder.begin(self._call.definition)
         except Exception as error:
             if is_transient(error) or not is_obstacle(error):
                 raise
@@ -272,14 +278,14 @@ class _Execution:
             raise _AlreadyRecorded(found)
 
     async def _record_alone(self, checkpoint: Checkpoint) -> Recorded:
-        await self._runtime.record(checkpoint)
+        await self._runtime.recorder.record(checkpoint)
         return checkpoint.recorded
 
     async def _record_failure(self, error: BaseException) -> Recorded:
         recorded = await self._record_alone(self._failure(error))
         if not self._uncertain:
             return recorded
-        await self._runtime.settle()
+        await self._runtime.recorder.settle()
         return await self._reread() or recorded
 
     async def _reread(self) -> Recorded | None:
@@ -297,13 +303,13 @@ class _Execution:
                 seconds = None if setback is None else self._retry.wait_before_next(setback, error, what=self._what)
                 if seconds is None:
                     raise Interrupted(error) from error
-            await self._runtime.pause(seconds)
+            await self._runtime.recorder.pause(seconds)
             self._attempt.proceed()
 
     async def _record_try(self, error: BaseException | None, seconds: float) -> None:
         """Record a failed try, so that a crash does not forget how many there were."""
         text = None if error is None else record(error, self._attempt.errors)
-        await self._runtime.record(self._checkpoint(StepStatus.RETRYING, error=text, delay=seconds))
+        await self._runtime.recorder.record(self._checkpoint(StepStatus.RETRYING, error=text, delay=seconds))
 
     def _in_time(self, verdict: _Soon | _Later | _Final, error: BaseException) -> _Soon | _Later | _Final:
         """Let no try begin for which there is no time left."""

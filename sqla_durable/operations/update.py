@@ -49,13 +49,13 @@ async def receive(
 async def _take(runtime: Runtime, checkpoint: Checkpoint, *, name: str, consider: Consider) -> str | None:
     fence = checkpoint.fence
     find = partial(updates.oldest, workflow_id=fence.workflow_id, name=name)
-    while (found := await runtime.execute(find)) is not None:
+    while (found := await runtime.recorder.execute(find)) is not None:
         reason = await consider(found.payload)
         if reason is not None:
-            await runtime.execute(partial(updates.refuse, fence=fence, update_id=found.id, reason=reason))
-            await runtime.settle()
+            await runtime.recorder.execute(partial(updates.refuse, fence=fence, update_id=found.id, reason=reason))
+            await runtime.recorder.settle()
             continue
-        taken = await runtime.execute(partial(updates.take, checkpoint=checkpoint, update_id=found.id))
+        taken = await runtime.recorder.execute(partial(updates.take, checkpoint=checkpoint, update_id=found.id))
         if taken is not None:  # another branch may have taken it meanwhile
             return taken
     return None

@@ -14,11 +14,11 @@ from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.failure import record
 from sqla_durable.errors import EventNotSetError, WaitTimeoutError, WorkflowNotFoundError
 from sqla_durable.models.status import StepStatus
-from sqla_durable.operations.arrivals import Waker
-from sqla_durable.operations.attempt import Attempt, Position, Wait
+from sqla_durable.operations.attempt import Position
 from sqla_durable.operations.checkpoint import checkpoint_of
 from sqla_durable.operations.outcome import outcome_of
 from sqla_durable.operations.runtime import Runtime
+from sqla_durable.operations.suspending import Wait, Waker
 from sqla_durable.store import Awaited, Checkpoint, Connectable, Recorded, hints, signals, steps
 
 _MOMENT = 1.0
@@ -76,17 +76,17 @@ class GracePeriod:
         waker: wakes the operation before its next look.
     """
 
-    def __init__(self, attempt: Attempt, waker: Waker) -> None:
-        self._attempt = attempt
+    def __init__(self, runtime: Runtime, waker: Waker) -> None:
+        self._recorder = runtime.recorder
         self.waker = waker
         self._began = time.monotonic()
-        replayed = _SHORTEST_HOLD + _HOLD_PER_OPERATION * attempt.visits.count
+        replayed = _SHORTEST_HOLD + _HOLD_PER_OPERATION * runtime.attempt.visits.count
         self._until = self._began + min(replayed, _LONGEST_HOLD)
 
     @property
     def is_over(self) -> bool:
         """Whether the workflow is to be suspended now."""
-        return time.monotonic() >= self._until or self._attempt.is_crowded()
+        return time.monotonic() >= self._until or self._recorder.slot_is_wanted
 
     def wait(self, awaits: tuple[Awaited, ...], until: float = float("inf")) -> Wait:
         """Return how to wait in memory until the next look, and not beyond a time."""
@@ -106,7 +106,7 @@ def at_once(statement: Callable[[Connectable, Checkpoint], str | None]) -> Takin
     """Take by one statement, in a transaction of its own."""
 
     async def take(runtime: Runtime, checkpoint: Checkpoint) -> str | None:
-        return await runtime.execute(lambda connectable: statement(connectable, checkpoint))
+        return await runtime.recorder.execute(lambda connectable: statement(connectable, checkpoint))
 
     return take
 
@@ -119,12 +119,12 @@ async def sleep(runtime: Runtime, position: Position, *, delay: timedelta | None
     """Wait for a time on the database's clock: `delay` after the first visit, or `until`."""
     try:
         if runtime.attempt.recorded(position) is None:
-            await runtime.settle()
+            await runtime.recorder.settle()
             waiting = _Waiting(runtime, position, delay, until)
             await waiting.through()
-            await runtime.record(waiting.checkpoint(StepStatus.SUCCEEDED, output="null"))
+            await runtime.recorder.record(waiting.checkpoint(StepStatus.SUCCEEDED, output="null"))
     finally:
-        runtime.attempt.left(position)
+        runtime.attempt.operation_ended(position)
 
 
 async def receive(
@@ -145,11 +145,11 @@ async def received(runtime: Runtime, position: Position, source: Source, *, with
     try:
         recorded = runtime.attempt.recorded(position)
         if recorded is None:
-            await runtime.settle()
+            await runtime.recorder.settle()
             recorded = await _Waiting(runtime, position, within, None).receive(source)
         return recorded
     finally:
-        runtime.attempt.left(position)
+        runtime.attempt.operation_ended(position)
 
 
 class _Waiting:
@@ -168,22 +168,22 @@ class _Waiting:
         wait = await self._begin(short=True)
         if wait.seconds > 0:
             await self._runtime.wait(self._position, wait)
-            await self._runtime.settle()
+            await self._runtime.recorder.settle()
 
     async def receive(self, source: Source) -> Recorded:
         """Take what is waited for, now or when it comes, or record that it came too late."""
         attempt = self._runtime.attempt
-        with attempt.listening(source.names(attempt.workflow_id)) as waker:
-            return await self._received(source, GracePeriod(attempt, waker))
+        with attempt.listening(self._runtime.recorder.waker(), source.names(attempt.workflow_id)) as waker:
+            return await self._received(source, GracePeriod(self._runtime, waker))
 
     async def _received(self, source: Source, grace: GracePeriod) -> Recorded:
         taking = self.checkpoint(StepStatus.SUCCEEDED)
         awaits, wait = source.awaits, None
         while True:
-            grace.waker.woken.clear()  # before the look: what comes during it wakes again
+            grace.waker.clear()  # before the look: what comes during it wakes again
             try:
                 if source.look is not None and (not awaits or grace.is_over):
-                    awaits = await self._runtime.execute(source.look)
+                    awaits = await self._runtime.recorder.execute(source.look)
                 output = await source.take(self._runtime, taking)
             except (WorkflowNotFoundError, EventNotSetError) as gone:
                 return await self._fail(gone)
@@ -195,7 +195,7 @@ class _Waiting:
             if wait is not None and wait.seconds <= 0:
                 return await self._late(source.late)
             await self._runtime.wait(self._position, self._next(wait, awaits, grace if held else None, grace.waker))
-            await self._runtime.settle()
+            await self._runtime.recorder.settle()
 
     def _next(self, wait: Wait | None, awaits: tuple[Awaited, ...], grace: GracePeriod | None, waker: Waker) -> Wait:
         if grace is not None:
@@ -208,20 +208,20 @@ class _Waiting:
 
     async def _fail(self, reason: Exception) -> Recorded:
         failed = self.checkpoint(StepStatus.FAILED, error=record(reason))
-        await self._runtime.record(failed)
+        await self._runtime.recorder.record(failed)
         return failed.recorded
 
     def _until_next_look(self, wait: Wait) -> Wait:
         """Look again after a share of the time that it has waited for: soon at first, and then less and less often."""
         pause = min(max(_SHORTEST_LOOK, _SHARE * (self._age + time.monotonic() - self._began)), _LONGEST_LOOK)
-        return Wait(min(wait.until, time.monotonic() + pause), self._began + _MOMENT, looks=True)
+        return Wait(min(wait.until, time.monotonic() + pause), self._began + _MOMENT, polls=True)
 
     async def _begin(self, *, short: bool) -> Wait:
         """Give for how long to wait; the row that says it outlives this attempt."""
         tried = self._runtime.attempt.tried(self._position)
         if tried is None:
             begin = partial(steps.begin_wait, checkpoint=self.checkpoint(StepStatus.WAITING), until=self._until)
-            due_in = await self._runtime.execute(begin)
+            due_in = await self._runtime.recorder.execute(begin)
         else:
             due_in, self._age = tried.due_in, tried.age
         return Wait(self._began + due_in, self._began + _MOMENT if short else float("-inf"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -32,38 +31,33 @@ _OF_THE_ENGINE = {
     f"{kind.__module__}:{kind.__qualname__}": kind for kind in (MaxAttemptsError, RowRefusedError, WorkflowTimeoutError)
 }
 
-Body = Callable[[dict[str, Any]], Awaitable[Any]]
 
-
-async def run_workflow(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
+async def run_workflow(runtime: Runtime, definition: WorkflowDefinition) -> Completion:
     """Execute a claimed workflow to its outcome and record it.
-
-    Args:
-        body: calls the workflow's function with these arguments, in the runtime's context.
 
     Raises:
         ControlFlow: the attempt ended without an outcome of its own.
         HistoryMismatchError: likewise, because the workflow is strict and its history was not visited.
     """
-    completion = await completion_of(runtime, definition, body)
+    completion = await completion_of(runtime, definition)
     if not runtime.attempt.undoes:
         report(runtime.attempt, strict=definition.strict)
     try:
-        await runtime.finish(completion)
+        await runtime.recorder.finish(completion)
     except EncodingError as refused:
         completion = replace(completion, status=WorkflowStatus.FAILED, output=None, error=record(refused))
-        await runtime.finish(completion)
+        await runtime.recorder.finish(completion)
     return completion
 
 
-async def completion_of(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
+async def completion_of(runtime: Runtime, definition: WorkflowDefinition) -> Completion:
     """Execute a workflow to its outcome, and record nothing of that.
 
     Raises:
         ControlFlow: the attempt ended without an outcome of its own.
     """
     try:
-        return await _completion_of(runtime, definition, body)
+        return await _completion_of(runtime, definition)
     except BaseException as error:
         signal = signal_in(error)  # a task group wraps the signals of its tasks
         if isinstance(signal, CallRefused):
@@ -73,14 +67,14 @@ async def completion_of(runtime: Runtime, definition: WorkflowDefinition, body: 
         raise signal or error from None
 
 
-async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
+async def _completion_of(runtime: Runtime, definition: WorkflowDefinition) -> Completion:
     attempt = runtime.attempt
     attempt.interceptors = definition.interceptors
     attempt.history_limit = definition.history_limit or attempt.history_limit
     attempt.errors, attempt.secrets = definition.errors, definition.secrets
     try:
         _ = definition.result  # what could not be recorded is not executed
-        value = await _called(runtime, definition, body)
+        value = await _called(runtime, definition)
         attempt.proceed()
         attempt.refuse_unfinished()
         output = definition.result.encode(value)
@@ -114,12 +108,12 @@ def _ended(
     )
 
 
-async def _called(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Any:
+async def _called(runtime: Runtime, definition: WorkflowDefinition) -> Any:
     arguments = definition.arguments.decode(runtime.attempt.input)
     if not definition.interceptors.workflows:
-        return await body(arguments)
+        return await runtime.call_workflow(definition, arguments)
     async with runtime.intercepted():
-        return await body(arguments)
+        return await runtime.call_workflow(definition, arguments)
 
 
 def signal_in(error: BaseException) -> ControlFlow | None:

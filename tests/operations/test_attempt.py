@@ -55,7 +55,7 @@ def test_steps_begin_and_end_in_threads_while_a_heartbeat_reads_what_is_executed
             for each in positions:
                 attempt.executes(each, Tries())
             for each in positions:
-                attempt.left(each)
+                attempt.operation_ended(each)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -86,10 +86,10 @@ def test_first_signal_to_stop_counts(attempt: Attempt) -> None:
 
 def test_unfinished_steps_are_named_in_their_order(attempt: Attempt) -> None:
     positions = [attempt.visit(name, name) for name in ("b", "a", "c")]
-    attempt.left(positions[1])
+    attempt.operation_ended(positions[1])
     with pytest.raises(UnfinishedStepError, match="workflow 'ship' returned while 'b', 'c' was not finished") as caught:
         attempt.refuse_unfinished()
     assert caught.value.steps == ["b", "c"]
-    attempt.left(positions[0])
-    attempt.left(positions[2])
+    attempt.operation_ended(positions[0])
+    attempt.operation_ended(positions[2])
     attempt.refuse_unfinished()

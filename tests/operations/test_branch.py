@@ -9,8 +9,9 @@ from uuid import UUID
 import pytest
 
 from sqla_durable.errors import UnfinishedStepError, UsageError
-from sqla_durable.operations.attempt import Attempt, Wait
+from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.branch import Branch, name_of
+from sqla_durable.operations.suspending import Wait
 from sqla_durable.store import Claimed, Fence
 
 
@@ -82,7 +83,7 @@ def test_workflow_is_idle_when_every_thread_waits_or_is_waited_for(attempt: Atte
 
     def parks() -> bool:
         idle = branches.all_join_or_are_among(attempt.carriers)
-        return attempt.begin_parking(quiet=float("inf"), idle=lambda: idle) is not None
+        return attempt.begin_suspending(quiet=float("inf"), idle=lambda: idle) is not None
 
     first, second = branches.root.open("x"), branches.root.open("x")
     branches.begin_threads(branches.root, [first, second])
