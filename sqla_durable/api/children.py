@@ -206,9 +206,8 @@ def map_children(
     start_at = attempt.begin_call(beginning, ("sqla_durable", beginning))
     if max_concurrency is not None and max_concurrency < len(bound):
         attempt.holding_maps.add(start_at.key)
-    attempt.end_call(
-        start_at
-    )  # part of the map, which is the one to be finished, and may be cancelled before it begins
+    # It is part of the map, which is the one to be finished, and may be cancelled before it begins.
+    attempt.end_call(start_at)
 
     async def all_of(runtime: Runtime, position: Position) -> list[Any]:
         ids = await children.start(runtime, start_at, ordered, active=max_concurrency)

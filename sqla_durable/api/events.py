@@ -42,7 +42,7 @@ class _Setting:
         events.put(connectable, origin, key=self.key, value=self.value)
 
     async def write_at_once(self, runtime: Runtime, origin: Origin) -> None:
-        await runtime.execute(partial(self.write, origin=origin))
+        await runtime.recorder.execute(partial(self.write, origin=origin))
 
 
 @overload

@@ -26,7 +26,7 @@ def operate(name: str, operation: Operation, *, key: str | None = None) -> Any:
     if key is not None:
         require_name(key, what=f"key of {name!r}")
     position = context.attempt.begin_call(name, ("sqla_durable", name), key=key)
-    return context.operate(position, operation)
+    return context.runtime.operate(position, operation)
 
 
 def require_workflow(name: str) -> Context:

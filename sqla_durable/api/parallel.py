@@ -15,7 +15,8 @@ from typing import Any, TypeVar, overload
 from sqla_durable.errors import ArgumentError, UsageError
 from sqla_durable.operations.branch import Branch, Branches, name_of
 from sqla_durable.operations.outcome import is_own_failure
-from sqla_durable.runtime.context import Context, Fork, active
+from sqla_durable.runtime.context import Context, active
+from sqla_durable.runtime.shells import BlockingRuntime
 from sqla_durable.unwinding import ControlFlow, Released
 
 A = TypeVar("A")
@@ -121,11 +122,12 @@ class _Place:
 class _BranchLine(_Line):
     """A function that is a branch of a workflow."""
 
-    def __init__(self, function: Callable[[], Any], place: _Place, fork: Fork) -> None:
+    def __init__(self, function: Callable[[], Any], place: _Place, runtime: BlockingRuntime) -> None:
         super().__init__(function)
         self.place = place
         self.branch = place.parent.open(name_of(function))
-        self._fork = fork
+        self._runtime = runtime
+        self._fork = runtime.fork()
 
     def run(self) -> None:
         """Call the function here, as the branch."""
@@ -137,8 +139,8 @@ class _BranchLine(_Line):
 
     def _call(self) -> Any:
         with ExitStack() as stack:
-            stack.callback(self._fork.join)
-            stack.enter_context(self._fork.context.entered())
+            stack.callback(self._runtime.join, self._fork)
+            stack.enter_context(Context(self._fork).entered())
             return super()._call()
 
 
@@ -204,14 +206,15 @@ def _lines(functions: Sequence[Callable[[], Any]]) -> Sequence[_Line]:
     context = active()
     if context is None or not context.is_workflow_code:
         return [_Line(each) for each in functions]
-    if context.is_async or context.fork is None:
+    runtime = context.runtime
+    if not isinstance(runtime, BlockingRuntime):
         raise UsageError(
             f"parallel() was called in workflow {context.attempt.name!r}, which is async def: await "
             "asyncio.gather(...) of coroutines there, or use an asyncio.TaskGroup."
         )
     parent = context.attempt.branches.require_here("parallel()", workflow=context.attempt.name)
     place = _Place(context, parent)
-    return [_BranchLine(each, place, context.fork()) for each in functions]
+    return [_BranchLine(each, place, runtime) for each in functions]
 
 
 def _refuse_arguments(functions: Sequence[object], max_workers: int | None) -> None:

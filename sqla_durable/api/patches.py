@@ -53,7 +53,7 @@ def patched(patch_id: str) -> bool:
     context.attempt.branches.require_here(f"patched({patch_id!r})", workflow=context.attempt.name)
     is_new, marker = record_patch(context.attempt, patch_id)
     if marker is not None:
-        context.note(marker)
+        context.runtime.recorder.note(marker)
     return is_new
 
 

@@ -68,7 +68,7 @@ def heartbeat(details: object = None) -> Awaitable[None]:
     )
     if not context.attempt.progress(step.position).report(text, interval=INTERVAL):
         return DONE
-    return context.operate(step.position, lambda runtime, _: send_heartbeat(runtime, step)) or DONE
+    return context.runtime.operate_in_step(step.position, lambda runtime, _: send_heartbeat(runtime, step)) or DONE
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ def _between_steps(
     context.attempt.branches.require_here(call, workflow=context.attempt.name)
     position = context.attempt.begin_call(name, ("sqla_durable", call))
     encoded = partial(publication, context.limit)
-    return context.operate(position, lambda runtime, at: publish_once(runtime, at, encoded)) or DONE
+    return context.runtime.operate(position, lambda runtime, at: publish_once(runtime, at, encoded)) or DONE
 
 
 def _in_plain_step(
@@ -92,7 +92,8 @@ def _in_plain_step(
             "out, or let the step take a Session, and pass that one."
         )
     encoded = partial(publication, context.limit)
-    return context.operate(step.position, lambda runtime, _: publish_at_once(runtime, step, encoded)) or DONE
+    runtime = context.runtime
+    return runtime.operate_in_step(step.position, lambda runtime, _: publish_at_once(runtime, step, encoded)) or DONE
 
 
 def _in_transaction(

@@ -33,7 +33,7 @@ def perform(definition: StepDefinition, key: str | None, args: tuple[Any, ...], 
         return definition.fn(*args, **kwargs)
     _refuse_mismatch(context, definition, args)
     position = context.attempt.begin_call(definition.name, definition.place, key=key)
-    return context.perform(StepCall(definition, position, args, kwargs, Tries()))
+    return context.runtime.perform(StepCall(definition, position, args, kwargs, Tries()))
 
 
 class DurableFunction(Generic[P, R]):

@@ -67,7 +67,7 @@ class _Items:
         self._check(streams.append(connectable, origin, name=self.name, values=self.values))
 
     async def write_at_once(self, runtime: Runtime, origin: Origin) -> None:
-        self._check(await runtime.append(Append(origin, self.name, self.values)))
+        self._check(await runtime.recorder.append(Append(origin, self.name, self.values)))
 
     def _check(self, appended: Appended) -> None:
         if appended is Appended.CLOSED:

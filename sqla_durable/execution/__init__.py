@@ -1,7 +1,7 @@
 """Executing a workflow inline, durable on the caller's own session.
 
-`executor` has the two classes · `story` says what happens, once for sessions of either kind · `runtimes` says how an
-attempt records on that session.
+`executor` has the two classes · `inline` says what they do, once for sessions of either kind · `recorder` records what
+an attempt decides on that session, in `transactions` that are committed or savepoints.
 """
 
 from sqla_durable.execution.executor import AsyncExecutor, Executor

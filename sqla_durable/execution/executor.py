@@ -1,4 +1,4 @@
-"""`Executor` and `AsyncExecutor`: what their callers see; the story behind both is in `story`."""
+"""`Executor` and `AsyncExecutor`: what their callers see; what both do is in `inline`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from sqla_durable.api.callers import cure, id_of
 from sqla_durable.api.functions import AsyncWorkflowFunction, WorkflowFunction
 from sqla_durable.api.handle import refuse_event_loop
 from sqla_durable.errors import ArgumentError, SessionError, UsageError
-from sqla_durable.execution.story import CommittingStory, JoinedStory, Story
+from sqla_durable.execution.inline import InlineExecution
+from sqla_durable.execution.transactions import CommittedTransactions, JoinedTransactions
 from sqla_durable.models import Workflow
 from sqla_durable.operations.runtime import run_blocking
 from sqla_durable.store import schema
@@ -47,21 +48,21 @@ class Executor:
             other = isinstance(given, AsyncSession)
             advice = "Use AsyncExecutor for an AsyncSession." if other else cure(given)
             raise SessionError(f"Executor takes a Session, got {given!r}. {advice}")
-        self._story: Story = CommittingStory(session, lease)
+        self._execution = InlineExecution(CommittedTransactions(session, lease))
 
     @classmethod
     def joined(cls, session: Session) -> Self:
-        """Give an executor inside the session's transaction: each step is a savepoint, nothing is ever committed.
+        """Return an executor inside the session's transaction: each step is a savepoint, nothing is ever committed.
 
         Nothing is visible to others, workers included, until the caller commits; if the caller rolls back, nothing
         happened. For tests whose session rolls back, and for short jobs that are all or nothing.
         """
         executor = cls(session)
-        executor._story = JoinedStory(session)
+        executor._execution = InlineExecution(JoinedTransactions(session))
         return executor
 
     def run(self, workflow: WorkflowFunction[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Start the workflow, or take up the one with its key, execute it to its end, and return its result.
+        """Start the workflow, or continue the one with its key, execute it to its end, and return its result.
 
         Args:
             workflow: the workflow, with `options(key=...)` if it has an idempotency key.
@@ -77,9 +78,9 @@ class Executor:
             DBAPIError: the database was lost; the workflow goes on once the lease has run out.
         """
         _require_kind(workflow, WorkflowFunction, instead="AsyncExecutor(async_session)")
-        if not _on_async_engine(self._story.sync_session):
+        if not _on_async_engine(self._execution.sync_session):
             refuse_event_loop("Executor.run()", "use AsyncExecutor, or asyncio.to_thread")
-        value: R = run_blocking(self._story.run(workflow.definition, workflow.bind(*args, **kwargs)))
+        value: R = run_blocking(self._execution.run(workflow.definition, workflow.bind(*args, **kwargs)))
         return value
 
     def execute(self, workflow: WorkflowFunction[..., R], record: Workflow | UUID) -> R:
@@ -88,13 +89,13 @@ class Executor:
         One that is suspended goes on if what it waits for is there, or its time has come.
         """
         _require_kind(workflow, WorkflowFunction, instead="AsyncExecutor(async_session)")
-        if not _on_async_engine(self._story.sync_session):
+        if not _on_async_engine(self._execution.sync_session):
             refuse_event_loop("Executor.execute()", "use AsyncExecutor, or asyncio.to_thread")
-        value: R = run_blocking(self._story.execute_existing(workflow.definition, id_of(record)))
+        value: R = run_blocking(self._execution.execute_existing(workflow.definition, id_of(record)))
         return value
 
     def run_until_waiting(self, workflow: WorkflowFunction[P, Any], *args: P.args, **kwargs: P.kwargs) -> Workflow:
-        """Start the workflow, or take up the one with its key, execute it until it waits, and return its record.
+        """Start the workflow, or continue the one with its key, execute it until it waits, and return its record.
 
         ```python
         record = executor.run_until_waiting(approval, order.id)
@@ -112,9 +113,9 @@ class Executor:
             Exception: as `run`.
         """
         _require_kind(workflow, WorkflowFunction, instead="AsyncExecutor(async_session)")
-        if not _on_async_engine(self._story.sync_session):
+        if not _on_async_engine(self._execution.sync_session):
             refuse_event_loop("Executor.run_until_waiting()", "use AsyncExecutor, or asyncio.to_thread")
-        return run_blocking(self._story.run_until_waiting(workflow.definition, workflow.bind(*args, **kwargs)))
+        return run_blocking(self._execution.run_until_waiting(workflow.definition, workflow.bind(*args, **kwargs)))
 
     def execute_until_waiting(self, workflow: WorkflowFunction[..., Any], record: Workflow | UUID) -> Workflow:
         """Execute a workflow that was started before until it waits again; see `run_until_waiting`.
@@ -122,9 +123,9 @@ class Executor:
         Returns its record as it is, if what it waits for is not there.
         """
         _require_kind(workflow, WorkflowFunction, instead="AsyncExecutor(async_session)")
-        if not _on_async_engine(self._story.sync_session):
+        if not _on_async_engine(self._execution.sync_session):
             refuse_event_loop("Executor.execute_until_waiting()", "use AsyncExecutor, or asyncio.to_thread")
-        return run_blocking(self._story.execute_until_waiting(workflow.definition, id_of(record)))
+        return run_blocking(self._execution.execute_until_waiting(workflow.definition, id_of(record)))
 
 
 class AsyncExecutor:
@@ -143,25 +144,25 @@ class AsyncExecutor:
         if not isinstance(given, AsyncSession):  # pyright: ignore[reportUnnecessaryIsInstance]
             advice = "Use Executor for a Session." if isinstance(given, Session) else cure(given)
             raise SessionError(f"AsyncExecutor takes an AsyncSession, got {given!r}. {advice}")
-        self._story: Story = CommittingStory(session, lease)
+        self._execution = InlineExecution(CommittedTransactions(session, lease))
 
     @classmethod
     def joined(cls, session: AsyncSession) -> Self:
-        """Give an executor inside the session's transaction; see `Executor.joined`."""
+        """Return an executor inside the session's transaction; see `Executor.joined`."""
         executor = cls(session)
-        executor._story = JoinedStory(session)
+        executor._execution = InlineExecution(JoinedTransactions(session))
         return executor
 
     async def run(self, workflow: AsyncWorkflowFunction[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Start the workflow, execute it to its end, and return its result. See `Executor.run`."""
         _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
-        value: R = await self._story.run(workflow.definition, workflow.bind(*args, **kwargs))
+        value: R = await self._execution.run(workflow.definition, workflow.bind(*args, **kwargs))
         return value
 
     async def execute(self, workflow: AsyncWorkflowFunction[..., R], record: Workflow | UUID) -> R:
         """Execute a workflow that was started before and that nobody has claimed; see `Executor.run`."""
         _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
-        value: R = await self._story.execute_existing(workflow.definition, id_of(record))
+        value: R = await self._execution.execute_existing(workflow.definition, id_of(record))
         return value
 
     async def run_until_waiting(
@@ -169,18 +170,18 @@ class AsyncExecutor:
     ) -> Workflow:
         """Start the workflow, execute it until it waits, and return its record. See `Executor.run_until_waiting`."""
         _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
-        return await self._story.run_until_waiting(workflow.definition, workflow.bind(*args, **kwargs))
+        return await self._execution.run_until_waiting(workflow.definition, workflow.bind(*args, **kwargs))
 
     async def execute_until_waiting(
         self, workflow: AsyncWorkflowFunction[..., Any], record: Workflow | UUID
     ) -> Workflow:
         """Execute a workflow that was started before until it waits again. See `Executor.execute_until_waiting`."""
         _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
-        return await self._story.execute_until_waiting(workflow.definition, id_of(record))
+        return await self._execution.execute_until_waiting(workflow.definition, id_of(record))
 
 
 def _on_async_engine(session: Session) -> bool:
-    """Tell whether the session is the inside of an `AsyncSession`: then blocking calls do not block the event loop."""
+    """Return whether the session is inside an `AsyncSession`: then blocking calls do not block the event loop."""
     return schema.engine_of(session).dialect.is_async
 
 

@@ -1,434 +1,228 @@
-"""How an attempt waits, calls and records on the executor's own session."""
+"""What an executor does: start or find the workflow, claim it, execute it, finish it.
+
+Written once, over functions of a `Session`; how the transactions end in which they are called is in `transactions`.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import threading
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any
+from uuid import UUID
 
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
-from sqlalchemy.util import await_only
-from typing_extensions import override
+from uuid_utils.compat import uuid7
 
-import sqla_durable.runtime.tasks as tasks
-from sqla_durable.definitions.database_errors import first_line, is_about_data, is_untranslatable
-from sqla_durable.definitions.registry import StepDefinition
-from sqla_durable.errors import EncodingError, UsageError
-from sqla_durable.operations.arrivals import Waker
+from sqla_durable.api.start import BoundWorkflow, add
+from sqla_durable.definitions.registry import WorkflowDefinition
+from sqla_durable.errors import ArgumentError, AttemptLostError, WorkflowRunningError
+from sqla_durable.execution.recorder import SessionRecorder
+from sqla_durable.execution.transactions import SessionTransactions
+from sqla_durable.models import Workflow
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.calls import Position, Suspension, Wait
-from sqla_durable.operations.parking import suspension_of_threads, wait_or_park
-from sqla_durable.operations.runtime import StepCall, run_blocking
-from sqla_durable.operations.shielding import finish_despite_cancel
-from sqla_durable.operations.transaction import ReleasingTransaction, StepTransaction, in_session
-from sqla_durable.operations.transaction_retries import TransactionRetry
-from sqla_durable.runtime.context import Fork
+from sqla_durable.operations.transaction import in_session
+from sqla_durable.operations.workflow import Outcome, run_workflow
 from sqla_durable.runtime.shells import AsyncRuntime, BlockingRuntime
+from sqla_durable.runtime.tasks import in_attempt_task
 from sqla_durable.store import (
-    Checkpoint,
-    Completion,
-    Connectable,
-    Park,
-    Verdict,
-    attempts,
-    refresh_loaded,
+    Claimed,
+    WorkflowState,
+    claims,
+    current_record,
+    failures,
+    inbox,
     schema,
-    steps,
+    signals,
+    workers,
+    workflows,
 )
-from sqla_durable.unwinding import AttemptLost
-
-T = TypeVar("T")
-Row = TypeVar("Row", Checkpoint, Completion)
-
-_LOOK_EVERY = 0.1  # seconds between two looks for what is waited for
+from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Interrupted, Suspended
 
 
-class Writing(Protocol):
-    """What the runtimes need of the executor's story; see `story.Story`."""
+@dataclass(frozen=True, slots=True)
+class _Aim:
+    """How far a workflow is executed: to its end, or until it is suspended where it waits."""
 
-    session: Session | AsyncSession
+    suspends: bool
 
-    @property
-    def longest_pause(self) -> float:
-        """How many seconds may pass before the lease is to be extended."""
-        ...
-
-    def transaction(self, *, isolation_level: str | None = None) -> StepTransaction:
-        """Give a transaction that is not yet begun."""
-        ...
-
-    async def write(self, statement: Callable[[Session], T], *, pause: Callable[[float], Awaitable[None]]) -> T:
-        """Write what the engine records, and extend the lease if it is time."""
-        ...
-
-    def close_lease(self, session: Session) -> None:
-        """Own nothing any more."""
-
-    def refuse_waiting(self, key: str) -> None:
-        """Refuse to wait for what others do, where they cannot see the workflow.
-
-        Raises:
-            UsageError: nothing of it is committed before the caller commits.
-        """
-
-    def transaction_retry(self) -> TransactionRetry:
-        """Return the policy for what undoes a transaction."""
-        ...
-
-    def twin(self, session: Session) -> Writing:
-        """Give the same story on the `Session` inside an `AsyncSession`."""
-        ...
+    def is_reached(self, status: WorkflowStatus) -> bool:
+        return status.finished or (self.suspends and status is WorkflowStatus.SUSPENDED)
 
 
-class BlockingInline(BlockingRuntime):
-    """An attempt on a `Session`: whatever waits blocks the thread."""
+_TO_END = _Aim(suspends=False)
+_TO_WAIT = _Aim(suspends=True)
 
-    def __init__(self, story: Writing, attempt: Attempt) -> None:
-        super().__init__(attempt)
-        self._story = story
-        self._lock = threading.Lock()
 
-    @override
-    async def pause(self, seconds: float) -> None:
-        time.sleep(seconds)  # noqa: ASYNC251 (the blocking shell: no event loop runs it)
+class InlineExecution:
+    """Start or find, claim, execute, finish: on a session of either kind."""
 
-    @override
-    async def wait(self, position: Position, wait: Wait) -> None:
-        if wait.awaits or wait.polls:
-            self._story.refuse_waiting(position.key)
-            await self.pause(min(wait.seconds, _LOOK_EVERY))
-            return
-        while wait.seconds > 0:
-            await self.pause(min(wait.seconds, self._story.longest_pause))
-            await self._write(partial(_look, attempt=self.attempt))
+    def __init__(self, transactions: SessionTransactions) -> None:
+        self.sync_session = transactions.sync_session
+        self._transactions = transactions
 
-    @override
-    async def settle(self) -> None:
-        self.attempt.raise_if_stopped()
+    async def run(self, definition: WorkflowDefinition, bound: BoundWorkflow) -> Any:
+        """Start or find the workflow, and bring it to its end."""
+        if bound.new.delay is not None or bound.new.wake_at is not None:
+            raise ArgumentError("an executor executes now: start a workflow with delay= or at= for a worker.")
+        return await self._bring_to_end(definition, lambda session: add(session, bound).id)
 
-    @override
-    async def record(self, checkpoint: Checkpoint) -> None:
-        await _escaping(lambda given: self._write(partial(_record, checkpoint=given)), checkpoint)
+    async def execute_existing(self, definition: WorkflowDefinition, workflow_id: UUID) -> Any:
+        """Bring a workflow that is there already to its end."""
+        return await self._bring_to_end(definition, lambda _: workflow_id)
 
-    @override
-    def note(self, checkpoint: Checkpoint) -> None:
-        run_blocking(self.record(checkpoint))
+    async def run_until_waiting(self, definition: WorkflowDefinition, bound: BoundWorkflow) -> Workflow:
+        """Start or find the workflow, and execute it until it waits or has ended."""
+        return await self._bring_to_wait(definition, lambda session: add(session, bound).id)
 
-    @override
-    async def execute(self, statement: Callable[[Connectable], T]) -> T:
-        return await self._write(statement)
+    async def execute_until_waiting(self, definition: WorkflowDefinition, workflow_id: UUID) -> Workflow:
+        """Execute a workflow that is there already until it waits or has ended."""
+        return await self._bring_to_wait(definition, lambda _: workflow_id)
 
-    @override
-    async def begin(self, step: StepDefinition) -> StepTransaction:
-        self._lock.acquire()
+    async def _bring_to_end(self, definition: WorkflowDefinition, find: Callable[[Session], UUID]) -> Any:
+        return (await self._bring(definition, find, _TO_END)).value(definition)
+
+    async def _bring_to_wait(self, definition: WorkflowDefinition, find: Callable[[Session], UUID]) -> Workflow:
+        outcome = await self._bring(definition, find, _TO_WAIT)
+        if outcome.standing.status.finished:
+            outcome.value(definition)  # raises its error
+        read = partial(_record, workflow_id=outcome.standing.workflow_id)
+        return await in_session(self._transactions.session, read)
+
+    async def _bring(self, definition: WorkflowDefinition, find: Callable[[Session], UUID], aim: _Aim) -> Outcome:
+        self._transactions.require_usable()
+        claimed = await self._transactions.transact(lambda session: self._claim(session, definition, find, aim))
+        while isinstance(claimed, Claimed):
+            workflow_id = claimed.fence.workflow_id
+            again = partial(self._claim, definition=definition, find=partial(_found, workflow_id=workflow_id), aim=aim)
+            try:
+                claimed = await self._execute(definition, Attempt(claimed), aim)
+            except ContinuedAsNew:
+                claimed = await self._transactions.transact(again)
+            except Suspended:
+                claimed = await self._transactions.transact(partial(_standing, workflow_id=workflow_id))
+        return claimed
+
+    def _claim(
+        self, session: Session, definition: WorkflowDefinition, find: Callable[[Session], UUID], aim: _Aim
+    ) -> Claimed | Outcome:
+        """Claim the workflow, or return the outcome that it has."""
+        schema.require(session)
+        workflow_id = find(session)
+        session.flush()
+        standing = workflows.state(session, workflow_id)
+        definition.require_record(standing.name, workflow_id)
+        if standing.status is WorkflowStatus.RUNNING:
+            workers.reclaim_one(session, workflow_id, max_attempts=workers.DEFAULT_MAX_ATTEMPTS)
+            standing = workflows.state(session, workflow_id)
+        if standing.status.finished:
+            return Outcome(standing)
+        if standing.status is WorkflowStatus.SUSPENDED:
+            signals.wake_one(session, workflow_id)
+        self._transactions.open_lease(session)
+        claim = partial(claims.claim_one, session, workflow_id, worker_id=self._transactions.worker_id, token=uuid7())
+        claimed = claim()
+        if claimed is None and failures.fail_if_overdue(session, workflow_id):
+            claimed = claim()  # to undo what it did
+        if claimed is not None:
+            return claims.with_histories(session, [claimed])[0]
+        outcome = _standing(session, workflow_id)
+        if not aim.is_reached(outcome.standing.status):
+            raise _not_claimable(session, outcome.standing, self._transactions.others)
+        self._transactions.close_lease(session)
+        return outcome
+
+    async def _execute(self, definition: WorkflowDefinition, attempt: Attempt, aim: _Aim) -> Outcome:
+        recorder = SessionRecorder.of(attempt, self._transactions, suspends=aim.suspends)
+        is_async = isinstance(self._transactions.session, AsyncSession)
+        runtime = AsyncRuntime(attempt, recorder) if is_async else BlockingRuntime(attempt, recorder)
+        running = run_workflow(runtime, definition)
         try:
-            self.attempt.raise_if_stopped()
+            completion = await (in_attempt_task(running, attempt) if is_async else running)
+        except AttemptLost:
+            loss = self._transactions.loss
+            raise AttemptLostError(
+                f"workflow {attempt.name!r} {attempt.workflow_id} is no longer this executor's: {loss}",
+                workflow_id=attempt.workflow_id,
+            ) from None
+        except Interrupted as interrupted:
+            await self._transactions.release(attempt.fence)
+            raise interrupted.error from None
         except BaseException:
-            self._lock.release()
+            await self._transactions.release(attempt.fence)
             raise
-        inner = self._story.transaction(isolation_level=step.options.isolation_level)
-        transaction = ReleasingTransaction(inner, self._lock.release)
-        await transaction.begin()
-        return transaction
+        finally:
+            attempt.stop(partial(AttemptLost, attempt.workflow_id))
+            runtime.close()
+        return Outcome.of(attempt.name, completion)
 
-    @override
-    async def finish(self, completion: Completion) -> None:
-        await _escaping(
-            lambda given: self._story.write(partial(_finish, completion=given, story=self._story), pause=self.pause),
-            completion,
+
+def _found(_session: Session, *, workflow_id: UUID) -> UUID:
+    return workflow_id
+
+
+def _standing(session: Session, workflow_id: UUID) -> Outcome:
+    return Outcome(workflows.state(session, workflow_id))
+
+
+def _record(session: Session, workflow_id: UUID) -> Workflow:
+    if not session.in_transaction():
+        session.begin()
+    return current_record(session, workflow_id)
+
+
+def _not_claimable(session: Session, standing: WorkflowState, others: str) -> WorkflowRunningError:
+    label = f"workflow {standing.name!r} {standing.workflow_id} is {standing.status}"
+    holder = workers.holder(session, standing.workflow_id)
+    waiting = workflows.waited_for(session, standing.workflow_id)
+    if waiting is not None:
+        return WorkflowRunningError(
+            f"{label} and waits {_waits_for(waiting)}: {_ways_on(waiting)}give it to a worker{others}.",
+            workflow_id=standing.workflow_id,
         )
-
-    async def _write(self, statement: Callable[[Session], T]) -> T:
-        """Write in a transaction of its own, and have the session for oneself meanwhile."""
-        with self._lock:
-            self.attempt.raise_if_stopped()
-            return await self._story.write(statement, pause=self.pause)
-
-    @override
-    def fork(self) -> Fork:
-        session = self._story.session
-        if isinstance(session, AsyncSession) or schema.engine_of(session).dialect.is_async:
-            raise UsageError(
-                f"parallel() was called in a workflow on {session!r}, the inside of an AsyncSession, which threads "
-                "cannot use: execute the workflow on a Session of a sync engine, or in a worker."
-            )
-        return Fork(self.context(), join=_nothing)
-
-    @override
-    def transaction_retry(self) -> TransactionRetry:
-        return self._story.transaction_retry()
-
-
-class BlockingUntilWaiting(BlockingInline):
-    """The same, which suspends the workflow where it waits."""
-
-    def __init__(self, story: Writing, attempt: Attempt) -> None:
-        super().__init__(story, attempt)
-        attempt.is_slot_wanted = _always
-
-    @override
-    async def wait(self, position: Position, wait: Wait) -> None:
-        await wait_or_park(self, position, wait)
-
-    async def begin_parking(self, wait: Wait) -> Suspension | None:
-        """Return how the workflow can be suspended now."""
-        return suspension_of_threads(self.attempt)
-
-    async def listen(self, waker: Waker, seconds: float) -> None:
-        """Block the thread until the operation is woken, as it is when the attempt is to end."""
-        waker.woken.wait(seconds)
-
-    async def park(self, parking: Suspension, position: Position) -> None:
-        """Suspend the workflow, in a transaction of its own."""
-        with self._lock:
-            await self._story.write(partial(_suspend, attempt=self.attempt, parking=parking), pause=self.pause)
-
-
-class GreenletInline(BlockingInline):
-    """A sync step on the `Session` inside an `AsyncSession`, which SQLAlchemy calls in a greenlet."""
-
-    @override
-    async def pause(self, seconds: float) -> None:
-        await_only(asyncio.sleep(seconds))
-
-
-class GreenletUntilWaiting(GreenletInline):
-    """The same, of a workflow that is suspended where it waits: between two tries of the step."""
-
-    def __init__(self, story: Writing, workflow: AsyncUntilWaiting) -> None:
-        super().__init__(story, workflow.attempt)
-        self._workflow = workflow
-
-    @override
-    async def wait(self, position: Position, wait: Wait) -> None:
-        await wait_or_park(self, position, wait)
-
-    async def begin_parking(self, wait: Wait) -> Suspension | None:
-        """Return how the workflow can be suspended now."""
-        return await self._workflow.begin_parking(wait)
-
-    async def listen(self, waker: Waker, seconds: float) -> None:
-        """Wait a moment."""
-        await self.pause(seconds)
-
-    async def park(self, parking: Suspension, position: Position) -> None:
-        """Suspend the workflow; the session is this step's own."""
-        await self._story.write(partial(_suspend, attempt=self.attempt, parking=parking), pause=self.pause)
-
-
-class _UndisturbedTransaction(ReleasingTransaction):
-    """A step's transaction on the caller's `AsyncSession`: cancelled in the middle of its end, it still ends."""
-
-    @override
-    async def commit(self) -> None:
-        await finish_despite_cancel(super().commit())
-
-    @override
-    async def rollback(self) -> None:
-        await finish_despite_cancel(super().rollback())
-
-    @override
-    async def discard(self) -> None:
-        await finish_despite_cancel(super().discard())
-
-
-class AsyncInline(AsyncRuntime):
-    """An attempt on an `AsyncSession`, which one operation uses at a time."""
-
-    def __init__(self, story: Writing, attempt: Attempt) -> None:
-        super().__init__(attempt)
-        self._story = story
-        self._lock = asyncio.Lock()
-        self._noted: list[Checkpoint] = []
-
-    @override
-    async def pause(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
-    @override
-    async def wait(self, position: Position, wait: Wait) -> None:
-        if wait.awaits or wait.polls:
-            self._story.refuse_waiting(position.key)
-            await self.pause(min(wait.seconds, _LOOK_EVERY))
-            return
-        while wait.seconds > 0:
-            await self.pause(min(wait.seconds, self._story.longest_pause))
-            async with self._turn():
-                await self._write(partial(_look, attempt=self.attempt), pause=self.pause)
-
-    @override
-    async def settle(self) -> None:
-        if self._noted:
-            async with self._turn():
-                await self._record_noted()
-        self.attempt.raise_if_stopped()
-
-    @override
-    async def record(self, checkpoint: Checkpoint) -> None:
-        async with self._turn():
-            await self._recording(checkpoint)
-
-    @override
-    def note(self, checkpoint: Checkpoint) -> None:
-        self._noted.append(checkpoint)
-
-    @override
-    async def execute(self, statement: Callable[[Connectable], T]) -> T:
-        async with self._turn():
-            return await self._write(statement, pause=self.pause)
-
-    @override
-    async def begin(self, step: StepDefinition) -> StepTransaction:
-        await self._lock.acquire()
-        try:
-            self.attempt.raise_if_stopped()
-        except BaseException:
-            self._lock.release()
-            raise
-        inner = self._story.transaction(isolation_level=step.options.isolation_level)
-        transaction = _UndisturbedTransaction(inner, self._lock.release)
-        await transaction.begin()
-        return transaction
-
-    @override
-    async def finish(self, completion: Completion) -> None:
-        async with self._lock:
-            await self._record_noted()
-            # A step that was called beside the others, and that nobody awaits any more, must not touch the session.
-            self.attempt.stop(partial(AttemptLost, self.attempt.workflow_id))
-            await _escaping(
-                lambda given: self._write(partial(_finish, completion=given, story=self._story), pause=self.pause),
-                completion,
-            )
-
-    async def _write(self, statement: Callable[[Session], T], *, pause: Callable[[float], Awaitable[None]]) -> T:
-        """Write to its end, also when cancelled meanwhile, which would spoil the session's connection."""
-        return await finish_despite_cancel(self._story.write(statement, pause=pause))
-
-    @override
-    async def perform_blocking(self, call: StepCall) -> Any:
-        def perform(session: Session) -> Any:
-            return self.in_greenlet(self._story.twin(session)).perform(call)
-
-        await self.settle()
-        async with self._turn():
-            return await in_session(self._story.session, perform)
-
-    def in_greenlet(self, twin: Writing) -> GreenletInline:
-        """Return the runtime of a sync step that takes a `Session`."""
-        return GreenletInline(twin, self.attempt)
-
-    async def _record_noted(self) -> None:
-        """Record what was noted; whoever else settles meanwhile waits for the lock until it is committed."""
-        while self._noted:
-            await self._recording(self._noted[0])
-            self._noted.pop(0)
-
-    async def _recording(self, checkpoint: Checkpoint) -> None:
-        await _escaping(lambda given: self._write(partial(_record, checkpoint=given), pause=self.pause), checkpoint)
-
-    @asynccontextmanager
-    async def _turn(self) -> AsyncGenerator[None]:
-        """Have the session for oneself, as long as the attempt has not ended."""
-        async with self._lock:
-            self.attempt.raise_if_stopped()
-            yield
-
-    @override
-    def transaction_retry(self) -> TransactionRetry:
-        return self._story.transaction_retry()
-
-
-class AsyncUntilWaiting(AsyncInline):
-    """The same, which suspends the workflow where it waits."""
-
-    def __init__(self, story: Writing, attempt: Attempt) -> None:
-        super().__init__(story, attempt)
-        attempt.is_slot_wanted = _always
-
-    @override
-    def in_greenlet(self, twin: Writing) -> GreenletInline:
-        return GreenletUntilWaiting(twin, self)
-
-    @override
-    async def wait(self, position: Position, wait: Wait) -> None:
-        await wait_or_park(self, position, wait)
-
-    async def begin_parking(self, wait: Wait) -> Suspension | None:
-        """Return how the workflow can be suspended now."""
-        return tasks.parking_of_tasks(self.attempt, wait, timers=self.timers.seconds.values())
-
-    async def listen(self, waker: Waker, seconds: float) -> None:
-        """Wait a moment."""
-        await self.pause(seconds)
-
-    @override
-    async def execute(self, statement: Callable[[Connectable], T]) -> T:
-        if self.attempt.is_suspended:  # by `park`, which has the session
-            return await self._write(statement, pause=self.pause)
-        return await super().execute(statement)
-
-    async def park(self, parking: Suspension, position: Position) -> None:
-        """Suspend the workflow, in a transaction of its own."""
-        async with self._lock:
-            await self._record_noted()
-            with self.timers.deciding():
-                await self.remember_timers(position)
-                await self._write(partial(_suspend, attempt=self.attempt, parking=parking), pause=self.pause)
-
-
-def _always() -> bool:
-    return True
-
-
-async def _escaping(write: Callable[[Row], Awaitable[None]], row: Row) -> None:
-    """Write a row; where the database does not have the characters of its error, with these escaped.
-
-    Raises:
-        EncodingError: the database refuses what the row holds, and would do so again.
-    """
-    try:
-        await write(row)
-    except DBAPIError as error:
-        if is_untranslatable(error) and row.escaped != row:
-            await write(row.escaped)
-        elif is_about_data(error):
-            raise EncodingError(f"the database refuses what the workflow records: {first_line(error)}") from error
-        else:
-            raise
-
-
-def _nothing() -> None:
-    """Wait for nothing: every operation is committed when it returns."""
-
-
-def _look(session: Session, attempt: Attempt) -> None:
-    """Look whether the workflow is still this attempt's; the transaction extends the lease."""
-    if not attempts.still_owned(session, [attempt.fence]):
-        raise AttemptLost(attempt.workflow_id)
-
-
-def _record(session: Session, checkpoint: Checkpoint) -> None:
-    if steps.record(session, checkpoint) is Verdict.LOST:
-        raise AttemptLost(checkpoint.fence.workflow_id)
-
-
-def _suspend(session: Session, attempt: Attempt, parking: Suspension) -> None:
-    """Suspend the workflow; wait for whoever holds its row."""
-    attempts.lock(session, attempt.fence)
-    if attempts.write_batch(session, ends=[Park(attempt.fence, parking.seconds, parking.awaits)]).ends:
-        raise AttemptLost(attempt.workflow_id)
-    refresh_loaded(session, [attempt.workflow_id])
-
-
-def _finish(session: Session, completion: Completion, story: Writing) -> None:
-    if not attempts.finish(session, completion):
-        raise AttemptLost(completion.fence.workflow_id)
-    refresh_loaded(session, [completion.fence.workflow_id])
-    story.close_lease(session)
+    if holder is None:
+        return WorkflowRunningError(
+            f"{label}, and not to be claimed now: somebody else has just claimed it. Wait for its result with a "
+            "handle.",
+            workflow_id=standing.workflow_id,
+        )
+    return WorkflowRunningError(
+        f"{label}, and not to be claimed now: {holder.name!r} holds a lease on it until "
+        f"{holder.lease_expires_at.isoformat(sep=' ', timespec='seconds')}. If that process is dead, the workflow can "
+        "be executed again then; a shorter lease, such as Executor(session, lease=timedelta(seconds=30)), must be "
+        "longer than the longest step. If it is alive, wait for its result with a handle.",
+        workflow_id=standing.workflow_id,
+        lease_expires_at=holder.lease_expires_at,
+    )
+
+
+def _waits_for(waiting: workflows.WaitedFor) -> str:
+    found = [f"for {_shown(each)}" for each in waiting.signals]
+    if waiting.waits_for_children:
+        found.append("for its children")
+    if waiting.wake_at is not None:
+        found.append(f"until {waiting.wake_at.isoformat(sep=' ', timespec='seconds')}")
+    return " or ".join(found) or "for nothing that it has recorded"
+
+
+def _shown(name: str) -> str:
+    """Return what a signal is to who sends it."""
+    if name.startswith(inbox.CALLBACK):
+        return "the outcome of a callback"
+    if name.startswith(inbox.UPDATE):
+        return f"update {name.removeprefix(inbox.UPDATE)!r}"
+    return f"signal {name!r}"
+
+
+def _ways_on(waiting: workflows.WaitedFor) -> str:
+    ways: list[str] = []
+    if waiting.signals:
+        untaken = ", ".join(map(repr, waiting.untaken))
+        ways.append(f"send it (sent and not taken: {untaken})" if untaken else "send it")
+    if waiting.waits_for_children:
+        ways.append("execute the children")
+    if waiting.wake_at is not None:
+        ways.append("let the time pass with sqla_durable.testing.advance(session, timedelta(...))")
+    return "".join(f"{each}, " for each in ways) + ("or " if ways else "")

@@ -13,12 +13,11 @@ from uuid import UUID
 from sqla_durable.definitions.checks import escape_key, unescape_key
 from sqla_durable.definitions.options import DurableOptions
 from sqla_durable.definitions.retry import Tries
-from sqla_durable.errors import HistoryLimitError, UsageError
-from sqla_durable.operations.arrivals import Arrivals, Waker
+from sqla_durable.errors import DecodingError, HistoryLimitError, UsageError
 from sqla_durable.operations.branch import Branches
-from sqla_durable.operations.calls import Position, Progress, Suspension, Wait
+from sqla_durable.operations.calls import Position, Progress
 from sqla_durable.operations.history import FIRED, HistoryCheck
-from sqla_durable.operations.leaving import refusal
+from sqla_durable.operations.suspending import Suspension, Wait, Waker, Wakers, refusal
 from sqla_durable.store import Claimed, Fence, Recorded
 from sqla_durable.unwinding import CallRefused, Cancelling, ContinuedAsNew, ControlFlow, Suspended
 
@@ -51,11 +50,16 @@ class Attempt:
         loop_timers: the asyncio timers that the workflow's code has set; see `runtime.loop_timers`.
         cancelled_calls: keys of operations that the workflow's code has cancelled in this attempt.
         warns_of_refusal: whether the next refused call is logged; only the first of an attempt is.
-        arrivals: wakes waiting operations when this process learns of a signal or of a workflow that ended.
-        is_slot_wanted: returns whether another workflow may be waiting for this one's slot.
+        is_replaying: whether an earlier attempt has recorded anything.
+        unfinished: by key, the task or thread that executes a call that has not ended.
+        undecodable: by key, what is wrong with recorded outcomes of steps that today's annotations do not fit.
+
+    Args:
+        claimed: the workflow, and its history.
+        wakers: wake operations that wait in memory for signals, and for workflows that end.
     """
 
-    def __init__(self, claimed: Claimed) -> None:
+    def __init__(self, claimed: Claimed, *, wakers: Wakers | None = None) -> None:
         self.fence: Fence = claimed.fence
         self.name: str = claimed.name
         self.number, self.input = claimed.attempt, claimed.input
@@ -75,12 +79,13 @@ class Attempt:
         self.branches = Branches()
         self._places: dict[str, object] = {}
         self._keys: set[str] = set()
-        self._unfinished: dict[str, object] = {}  # by key, the task or thread that executes the call
+        self.unfinished: dict[str, object] = {}
+        self.undecodable: dict[str, DecodingError] = {}
+        self.is_replaying = bool(claimed.history)
         self._steps: dict[str, Tries] = {}  # by key, the tries of steps that are being executed
         self._waits: dict[str, Wait] = {}
-        self._wakers: set[Waker] = set()
-        self.arrivals: Arrivals | None = None
-        self.is_slot_wanted: Callable[[], bool] = bool
+        self._listening: set[Waker] = set()
+        self._wakers = wakers
         self._lock = self.branches.lock
         self._progress: dict[str, Progress] = {}
         self._active_at = time.monotonic()
@@ -125,13 +130,8 @@ class Attempt:
     def open_calls(self) -> list[str]:
         """The keys of the operations that were called and have no outcome yet."""
         with self._lock:
-            found = {key: self._history.get(key) for key in self._unfinished}
+            found = {key: self._history.get(key) for key in self.unfinished}
             return [key for key, each in found.items() if each is None or not each.status.finished]
-
-    @property
-    def is_replaying(self) -> bool:
-        """Whether an earlier attempt has recorded anything."""
-        return bool(self._history)
 
     def begin_call(self, name: str, place: object, *, key: str | None = None) -> Position:
         """Register the call of an operation in the branch that the code is in, and return its identity.
@@ -168,19 +168,19 @@ class Attempt:
             self.refuse_after_signal(identity)
             self._keys.add(identity)
             position = Position(identity, escaped, self.history_check.add_call(identity, escaped))
-            self._unfinished[position.key] = self.branches.home()
+            self.unfinished[position.key] = self.branches.home()
             self._active_at = time.monotonic()
             return position
 
-    def continue_call_here(self, position: Position) -> None:
+    def continue_call_here(self, position: Position, home: object) -> None:
         """Note that the call is executed in this task or thread, wherever it was made."""
         with self._lock:
-            self._unfinished[position.key] = self.branches.home()
+            self.unfinished[position.key] = home
 
     def end_call(self, position: Position) -> None:
         """Note that the call of an operation ended, with or without an outcome."""
         with self._lock:
-            self._unfinished.pop(position.key, None)
+            self.unfinished.pop(position.key, None)
             self._steps.pop(position.key, None)
             self._active_at = time.monotonic()
 
@@ -224,42 +224,42 @@ class Attempt:
             self._waits.pop(position.key, None)
 
     @contextmanager
-    def listening(self, names: Collection[Hashable]) -> Generator[Waker]:
-        """Yield a waker that is woken when one of these is announced, or when the attempt is to end."""
-        waker, arrivals = Waker(), self.arrivals
+    def listening(self, waker: Waker, names: Collection[Hashable]) -> Generator[Waker]:
+        """Wake an operation when one of these is announced, or when the attempt is to end."""
+        wakers = self._wakers
         with self._lock:
-            self._wakers.add(waker)
-        if arrivals is not None:
-            arrivals.subscribe(waker, names)
+            self._listening.add(waker)
+        if wakers is not None:
+            wakers.subscribe(waker, names)
         try:
             yield waker
         finally:
-            if arrivals is not None:
-                arrivals.unsubscribe(waker, names)
+            if wakers is not None:
+                wakers.unsubscribe(waker, names)
             with self._lock:
-                self._wakers.discard(waker)
+                self._listening.discard(waker)
 
     @property
     def has_listeners(self) -> bool:
         """Whether an operation waits for a signal, an update, a callback or another workflow."""
-        return bool(self._wakers)
+        return bool(self._listening)
 
     def wake_listeners(self) -> None:
         """Wake the operations that wait in memory for something external: each checks whether it may wait on."""
-        for waker in tuple(self._wakers):
+        for waker in tuple(self._listening):
             waker.wake()
 
     @property
     def is_executing(self) -> bool:
         """Whether a call of the workflow is being executed now and is not waiting."""
         with self._lock:
-            return any(key not in self._waits for key in self._unfinished)
+            return any(key not in self._waits for key in self.unfinished)
 
     @property
     def homes_in_calls(self) -> set[object]:
         """The tasks and threads that execute calls now."""
         with self._lock:
-            return set(self._unfinished.values())
+            return set(self.unfinished.values())
 
     def begin_suspension(self, *, quiet: float, idle: Callable[[], bool]) -> Suspension | None:
         """Return how to suspend the workflow, and stop the attempt; None: it stays in memory.
@@ -272,7 +272,7 @@ class Attempt:
             idle: returns whether all of the workflow's own code waits for its operations, and for nothing else.
         """
         with self._lock:
-            waits = [self._waits.get(key) for key in self._unfinished]
+            waits = [self._waits.get(key) for key in self.unfinished]
             if self.is_stopped or any(each is None or each.in_memory for each in waits):
                 return None
             if not idle() and time.monotonic() - self._active_at < quiet:
@@ -288,7 +288,7 @@ class Attempt:
     def is_quiet(self, *, quiet: float, idle: Callable[[], bool]) -> bool:
         """Return whether every call waits and the code is idle, as for `begin_suspension`."""
         with self._lock:
-            waits = all(key in self._waits for key in self._unfinished)
+            waits = all(key in self._waits for key in self.unfinished)
             return waits and idle() and time.monotonic() - self._active_at >= quiet
 
     def idempotency_key(self, position: Position) -> str:
@@ -358,6 +358,8 @@ class Attempt:
         Raises:
             CallRefused: it has. The first refusal of an attempt is logged.
         """
+        if self._stop is None:
+            return
         found = self._history.get(key)
         if (
             (found is None or not found.status.finished)
@@ -395,7 +397,7 @@ class Attempt:
         Raises:
             UsageError: a call was not awaited, or a branch is still running.
         """
-        calls = list(map(unescape_key, self._unfinished))
+        calls = list(map(unescape_key, self.unfinished))
         if calls:
             raise UsageError(
                 f"workflow {self.name!r} returned with unfinished calls: {', '.join(map(repr, calls))}. Await each "

@@ -11,7 +11,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any
 
 from sqla_durable.errors import UsageError
 
@@ -164,16 +163,6 @@ class Branches:
         with self.lock:
             among = set(homes)
             return not self._starting and all(each.awaited_threads or home in among for home, each in self._at.items())
-
-
-def unwrap_anyio(coroutine: Any) -> Any:
-    """Return the coroutine inside one of anyio's: newer versions of anyio wrap the one that they are given."""
-    while getattr(coroutine, "__qualname__", None) == "TaskHandle._run_coro" and coroutine.cr_frame is not None:
-        inner = getattr(coroutine.cr_frame.f_locals.get("self"), "_coro", None)
-        if inner is None:
-            break
-        coroutine = inner
-    return coroutine
 
 
 def name_of(code: object) -> str:

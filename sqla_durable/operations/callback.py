@@ -29,9 +29,10 @@ from sqla_durable.errors import (
     WaitTimeoutError,
 )
 from sqla_durable.models.status import StepStatus
-from sqla_durable.operations.calls import Position, Wait
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.outcome import checkpoint_of, outcome_of
 from sqla_durable.operations.runtime import Runtime
+from sqla_durable.operations.suspending import Wait
 from sqla_durable.operations.waiting import GracePeriod
 from sqla_durable.store import Awaited, Recorded, callbacks, hints, inbox
 from sqla_durable.unwinding import AttemptLost
@@ -145,10 +146,10 @@ async def create(
         recorded = attempt.recorded(position)
         if recorded is not None:
             return CallbackRecord.of(recorded)
-        await runtime.settle()
+        await runtime.recorder.settle()
         callback = CallbackRecord.new(attempt.workflow_id, attempt.options.secrets, within=within, heartbeat=heartbeat)
-        await runtime.record(checkpoint_of(attempt, position, output=callback.to_json()))
-        await runtime.settle()  # a token is handed out only when a crash can no longer replace it
+        await runtime.recorder.record(checkpoint_of(attempt, position, output=callback.to_json()))
+        await runtime.recorder.settle()  # a token is handed out only when a crash can no longer replace it
         return callback
     finally:
         attempt.end_call(position)
@@ -166,7 +167,7 @@ async def result(runtime: Runtime, position: Position, *, key: str, callback: Ca
     try:
         recorded = runtime.attempt.recorded(position)
         if recorded is None:
-            await runtime.settle()
+            await runtime.recorder.settle()
             recorded = await _CallbackWait(runtime, position, key, callback).outcome()
         return outcome_of(recorded, kind, runtime.attempt.options.errors)
     finally:
@@ -189,14 +190,14 @@ class _CallbackWait:
     async def outcome(self) -> Recorded:
         """Wait for the outcome, record it and return the record."""
         hint = hints.sent_to(self._owner, self._callback.signal)
-        with self._runtime.attempt.listening([hint]) as waker:
-            return await self._outcome(GracePeriod(self._runtime.attempt, waker))
+        with self._runtime.attempt.listening(self._runtime.recorder.waker(), [hint]) as waker:
+            return await self._outcome(GracePeriod(self._runtime, waker))
 
     async def _outcome(self, grace: GracePeriod) -> Recorded:
         read = partial(callbacks.look, workflow_id=self._owner, key=self._key, signal=self._callback.signal)
         while True:
-            grace.waker.woken.clear()  # before the query: what arrives during it wakes again
-            found = await self._runtime.execute(read)
+            grace.waker.clear()  # before the query: what arrives during it wakes again
+            found = await self._runtime.recorder.execute(read)
             if found is None or found.signal is None:
                 return await self._gone()
             if found.answer is not None:
@@ -207,11 +208,11 @@ class _CallbackWait:
                 wait = replace(self._wait(found.due_in), waker=grace.waker)
                 is_held = found.due_in > 0 and not (self._is_forked or grace.is_over)
                 await self._runtime.wait(self._position, grace.wait(wait.awaits, wait.until) if is_held else wait)
-                await self._runtime.settle()
+                await self._runtime.recorder.settle()
 
     async def _expire(self) -> bool:
         checkpoint = checkpoint_of(self._runtime.attempt, self._position)
-        return await self._runtime.execute(partial(callbacks.expire, checkpoint=checkpoint, key=self._key))
+        return await self._runtime.recorder.execute(partial(callbacks.expire, checkpoint=checkpoint, key=self._key))
 
     def _wait(self, due_in: float) -> Wait:
         """Return how to wait: until the outcome or the deadline; past it, for the transaction that answers just now.
@@ -265,7 +266,7 @@ class _CallbackWait:
     async def _end(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Recorded:
         attempt, elapsed = self._runtime.attempt, time.monotonic() - self._began
         checkpoint = checkpoint_of(attempt, self._position, status, output=output, error=error, elapsed=elapsed)
-        await self._runtime.record(checkpoint)
+        await self._runtime.recorder.record(checkpoint)
         return checkpoint.recorded
 
 

@@ -14,9 +14,10 @@ from sqla_durable.definitions.failure import Failure, record
 from sqla_durable.definitions.jsonb import DEFAULT_LIMIT, refuse_large
 from sqla_durable.errors import ChildrenFailedError, KeyNotVisibleError, PayloadTooLargeError, UsageError
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.operations.calls import Position, Wait
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.outcome import checkpoint_of, raise_recorded
 from sqla_durable.operations.runtime import Runtime
+from sqla_durable.operations.suspending import Wait
 from sqla_durable.operations.waiting import GracePeriod, WaitSource, in_one_statement, receive_recorded
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, WorkflowState, children, deferred, steps
@@ -46,7 +47,7 @@ async def start(
             raise_recorded(recorded, attempt.options.errors)
         text = None if recorded is None else recorded.output
         if text is None:
-            await runtime.settle()
+            await runtime.recorder.settle()
             undoes = attempt.is_compensating
             own = [replace(each, parent_id=attempt.workflow_id, parent_key=position.key) for each in new]
             if undoes:
@@ -54,7 +55,7 @@ async def start(
             checkpoint = checkpoint_of(attempt, position, StepStatus.SUCCEEDED)
             limit = _UNBOUNDED if active is None else active
             try:
-                text = await runtime.execute(
+                text = await runtime.recorder.execute(
                     partial(_start, checkpoint=checkpoint, new=own, active=limit, undoes=undoes)
                 )
             except KeyNotVisibleError as error:
@@ -76,8 +77,8 @@ async def _record_hidden(
 ) -> None:
     """Record that the key of a child is taken by a row that cannot be seen, and cancel the children started with it."""
     failed = checkpoint_of(runtime.attempt, position, StepStatus.FAILED, error=record(error))
-    await runtime.execute(partial(children.cancel_rest, checkpoint=failed, ids=started))
-    await runtime.record(failed)
+    await runtime.recorder.execute(partial(children.cancel_rest, checkpoint=failed, ids=started))
+    await runtime.recorder.record(failed)
 
 
 def _start(connectable: Any, checkpoint: Checkpoint, new: Sequence[NewWorkflow], active: int, undoes: bool) -> str:
@@ -134,7 +135,7 @@ async def join(
     try:
         recorded = attempt.recorded(position)
         if recorded is None:
-            await runtime.settle()
+            await runtime.recorder.settle()
             joining = _ChildrenWait(runtime, position, started, active=active or _UNBOUNDED, tolerate=tolerate)
             recorded = await joining.joined(limit)
         attempt.joined_maps.add(started.key)
@@ -170,15 +171,16 @@ class _ChildrenWait:
     async def joined(self, limit: int) -> Recorded:
         """Wait until all are finished or too many have failed, record the result and return the record."""
         # Of many children, the end of each does not wake it: the statement that reads their progress reads them all.
-        with self._runtime.attempt.listening(self._ids if len(self._ids) <= _MOST_WATCHED else ()) as waker:
-            return await self._joined(limit, GracePeriod(self._runtime.attempt, waker))
+        watched = self._ids if len(self._ids) <= _MOST_WATCHED else ()
+        with self._runtime.attempt.listening(self._runtime.recorder.waker(), watched) as waker:
+            return await self._joined(limit, GracePeriod(self._runtime, waker))
 
     async def _joined(self, limit: int, grace: GracePeriod) -> Recorded:
         begun = self._runtime.attempt.unfinished_record(self._position) is not None
         look = partial(children.progress, parent_id=self._parent, ids=self._ids)
         while True:
-            grace.waker.woken.clear()  # before the query: what arrives during it wakes again
-            found = await self._runtime.execute(look)
+            grace.waker.clear()  # before the query: what arrives during it wakes again
+            found = await self._runtime.recorder.execute(look)
             if found.there < len(self._ids):
                 gone = len(self._ids) - found.there
                 words = f"{gone} of {self._label} no longer exist: were they deleted?"
@@ -192,7 +194,7 @@ class _ChildrenWait:
             released = await self._release(places) if places > 0 else []
             if not begun:
                 waiting = checkpoint_of(self._runtime.attempt, self._position, StepStatus.WAITING)
-                await self._runtime.execute(partial(steps.begin_wait, checkpoint=waiting))
+                await self._runtime.recorder.execute(partial(steps.begin_wait, checkpoint=waiting))
                 begun = True
             wait = self._wait_for(found, released)
             if len(released) < places:  # other transactions lock the rows, and nothing announces their end
@@ -200,14 +202,14 @@ class _ChildrenWait:
             if wait.awaits and not grace.is_over:
                 wait = grace.wait(wait.awaits, wait.until)
             await self._runtime.wait(self._position, wait)
-            await self._runtime.settle()
+            await self._runtime.recorder.settle()
 
     async def _release(self, count: int) -> list[UUID]:
-        return await self._runtime.execute(partial(deferred.start_some, ids=self._ids, limit=count))
+        return await self._runtime.recorder.execute(partial(deferred.start_some, ids=self._ids, limit=count))
 
     async def _release_rest(self) -> None:
         checkpoint = checkpoint_of(self._runtime.attempt, self._position)
-        await self._runtime.execute(partial(deferred.start_rest, checkpoint=checkpoint, ids=self._ids))
+        await self._runtime.recorder.execute(partial(deferred.start_rest, checkpoint=checkpoint, ids=self._ids))
 
     @property
     def _label(self) -> str:
@@ -222,7 +224,7 @@ class _ChildrenWait:
         return Wait(float("inf"), float("-inf"), (awaited,) if named else ())
 
     async def _record_all(self, limit: int) -> Recorded:
-        found = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
+        found = await self._runtime.recorder.execute(partial(children.outcomes, ids=self._ids))
         output = json.dumps(found, ensure_ascii=False)
         try:
             refuse_large(len(output.encode()), what=f"outcomes of {self._label}", limit=limit)
@@ -232,11 +234,11 @@ class _ChildrenWait:
 
     async def _give_up(self) -> Recorded:
         checkpoint = checkpoint_of(self._runtime.attempt, self._position)
-        ended = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
+        ended = await self._runtime.recorder.execute(partial(children.outcomes, ids=self._ids))
         cancelled = {each["id"] for each in ended if each["status"] == WorkflowStatus.CANCELLED.value}  # by others
-        await self._runtime.execute(partial(children.cancel_rest, checkpoint=checkpoint, ids=self._ids))
+        await self._runtime.recorder.execute(partial(children.cancel_rest, checkpoint=checkpoint, ids=self._ids))
         await self._release_rest()  # the detached ones
-        found = await self._runtime.execute(partial(children.outcomes, ids=self._ids))
+        found = await self._runtime.recorder.execute(partial(children.outcomes, ids=self._ids))
         failed = [each for each in found if each["status"] == WorkflowStatus.FAILED.value or each["id"] in cancelled]
         error = failed[0]["error"] if failed else None
         first = Failure.from_json(error)
@@ -259,7 +261,7 @@ class _ChildrenWait:
 
     async def _record(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Recorded:
         checkpoint = checkpoint_of(self._runtime.attempt, self._position, status, output=output, error=error)
-        await self._runtime.record(checkpoint)
+        await self._runtime.recorder.record(checkpoint)
         return checkpoint.recorded
 
 

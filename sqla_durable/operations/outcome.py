@@ -110,7 +110,7 @@ async def record_cancelled_call(runtime: Runtime, position: Position, cancelled:
     Raises:
         ControlFlow: the attempt ends here, and nothing was recorded.
     """
-    await runtime.settle()
+    await runtime.recorder.settle()
     words = f"the workflow's own code cancelled the call {position.shown!r}"
     error: dict[str, Any] = {
         "type": _TYPE,
@@ -121,7 +121,7 @@ async def record_cancelled_call(runtime: Runtime, position: Position, cancelled:
         _MARK: asdict(cancelled),
     }
     checkpoint = checkpoint_of(runtime.attempt, position, StepStatus.FAILED, error=json.dumps(error))
-    return await runtime.execute(partial(steps.settle, checkpoint=checkpoint))
+    return await runtime.recorder.execute(partial(steps.settle, checkpoint=checkpoint))
 
 
 def cancelled_call_in(recorded: Recorded) -> CancelledCall | None:

@@ -47,9 +47,9 @@ async def publish_once(runtime: Runtime, position: Position, encode: Callable[[]
     try:
         if attempt.recorded(position) is None:
             publication = encode()
-            await runtime.settle()
+            await runtime.recorder.settle()
             record = partial(publication.record, checkpoint=checkpoint_of(attempt, position, output="null"))
-            await _explaining_refusal(runtime, runtime.execute(record))
+            await _explaining_refusal(runtime, runtime.recorder.execute(record))
     finally:
         attempt.end_call(position)
 
@@ -105,7 +105,7 @@ async def send_heartbeat(runtime: Runtime, call: StepCall) -> None:
     report = partial(steps.report_progress, checkpoint=_running(runtime, call), details=reported.details)
     try:
         with reported.sending():
-            await runtime.execute(report)
+            await runtime.recorder.execute(report)
     except DBAPIError as error:
         if not is_about_data(error):
             raise

@@ -17,6 +17,7 @@ from sqla_durable.definitions.failure import Failure, record
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.limits import TimeLimits, Watch
 from sqla_durable.errors import (
+    DecodingError,
     DefinitionError,
     PayloadError,
     SessionError,
@@ -24,10 +25,10 @@ from sqla_durable.errors import (
     UsageError,
 )
 from sqla_durable.models.status import StepStatus
-from sqla_durable.operations.calls import Wait
 from sqla_durable.operations.outcome import failure_of_step, is_own_failure, outcome_of
 from sqla_durable.operations.publishing import send_unsent_heartbeat
 from sqla_durable.operations.runtime import Runtime, StepCall, execution_of
+from sqla_durable.operations.suspending import Wait
 from sqla_durable.operations.transaction import StepTransaction, TransactionGuard
 from sqla_durable.operations.transaction_retries import (
     LOSSES,
@@ -55,12 +56,17 @@ async def run_step(runtime: Runtime, call: StepCall) -> Any:
         StepFailedError: likewise, where the error's own type cannot be rebuilt.
         ControlFlow: the attempt ends here.
     """
+    recorded: Recorded | None = None
     try:
         recorded = runtime.attempt.recorded(call.position)
         if recorded is None:
-            await runtime.settle()
+            await runtime.recorder.settle()
             recorded = await _Execution(runtime, call).recorded()
         return outcome_of(recorded, call.definition.result, runtime.attempt.options.errors)
+    except DecodingError as error:
+        if recorded is not None and recorded.status is StepStatus.SUCCEEDED:  # otherwise the step itself failed with it
+            runtime.attempt.undecodable[call.position.key] = error
+        raise
     finally:
         runtime.attempt.end_call(call.position)
 
@@ -108,7 +114,7 @@ class _Execution:
         self._runtime = runtime
         self._attempt = runtime.attempt
         self._call = call
-        self._retry = runtime.transaction_retry()
+        self._retry = runtime.recorder.transaction_retry()
         self._phase = Phase.BEFORE
         self._losses = 0  # in a row, those of earlier attempts included
         self._uncertain = False
@@ -135,7 +141,7 @@ class _Execution:
                 match self._within_time(await self._verdict(error), error):
                     case _Soon(seconds):
                         self._call.tries.uncount()
-                        await self._runtime.pause(seconds)
+                        await self._runtime.recorder.pause(seconds)
                         self._attempt.raise_if_stopped()
                     case _Later(seconds, recorded):
                         await self._record_try(recorded, seconds)
@@ -160,8 +166,8 @@ class _Execution:
     async def _record_begin(self, limits: TimeLimits) -> None:
         """Record when the first try begins, so that a crash in it does not restart the total timeout."""
         if limits.total_timeout is not None:
-            await self._runtime.record(self._checkpoint(StepStatus.RUNNING))
-            await self._runtime.settle()
+            await self._runtime.recorder.record(self._checkpoint(StepStatus.RUNNING))
+            await self._runtime.recorder.settle()
             self._call.tries.resume(count=0, age=0.0)  # the time of that write does not count
 
     async def _wait(self, seconds: float) -> None:
@@ -173,7 +179,7 @@ class _Execution:
         self._in_memory_until = self._in_memory_until or now + _MOMENT
         wait = Wait(until=now + seconds, in_memory_until=self._in_memory_until, has_row=False)
         await self._runtime.wait(self._call.position, wait)
-        await self._runtime.settle()
+        await self._runtime.recorder.settle()
 
     async def _try(self) -> Recorded:
         _ = self._call.definition.result  # raises before the step is executed, if its result could not be recorded
@@ -204,7 +210,7 @@ class _Execution:
 
     async def _begin(self) -> StepTransaction:
         try:
-            return await self._runtime.begin(self._call.definition)
+            return await self._runtime.recorder.begin(self._call.definition)
         except Exception as error:
             if is_transient(error) or not is_obstacle(error):
                 raise
@@ -277,14 +283,14 @@ class _Execution:
             raise _AlreadyRecorded(found)
 
     async def _record_alone(self, checkpoint: Checkpoint) -> Recorded:
-        await self._runtime.record(checkpoint)
+        await self._runtime.recorder.record(checkpoint)
         return checkpoint.recorded
 
     async def _record_failure(self, error: BaseException) -> Recorded:
         recorded = await self._record_alone(self._failure(error))
         if not self._uncertain:
             return recorded
-        await self._runtime.settle()
+        await self._runtime.recorder.settle()
         return await self._reread() or recorded
 
     async def _reread(self) -> Recorded | None:
@@ -302,13 +308,13 @@ class _Execution:
                 seconds = None if setback is None else self._retry.wait_before_next(setback, error, what=self._label)
                 if seconds is None:
                     raise Interrupted(error) from error
-            await self._runtime.pause(seconds)
+            await self._runtime.recorder.pause(seconds)
             self._attempt.raise_if_stopped()
 
     async def _record_try(self, error: BaseException | None, seconds: float) -> None:
         """Record a failed try, so that the number of tries survives a crash."""
         text = None if error is None else record(error, self._attempt.options.errors)
-        await self._runtime.record(self._checkpoint(StepStatus.RETRYING, error=text, delay=seconds))
+        await self._runtime.recorder.record(self._checkpoint(StepStatus.RETRYING, error=text, delay=seconds))
 
     def _within_time(self, verdict: _Soon | _Later | _Final, error: BaseException) -> _Soon | _Later | _Final:
         """Return the verdict, or the failure of the step if the next try would begin after its total timeout."""

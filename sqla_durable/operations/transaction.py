@@ -6,9 +6,9 @@ differ in one line. Source: SQLAlchemy, "Synopsis - Core / ORM", Asynchronous I/
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, event
@@ -112,22 +112,46 @@ class SavepointTransaction(StepTransaction):
         await self.execute(lambda _: self._savepoint.rollback())
 
 
+ToItsEnd: TypeAlias = Callable[[Coroutine[Any, Any, None]], Awaitable[None]]
+"""Awaits what ends a transaction, whether that may be cancelled in its middle or not."""
+
+
+async def interruptibly(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Await what ends a transaction; cancelled meanwhile, it ends in its middle."""
+    await coroutine
+
+
 class ReleasingTransaction(StepTransaction):
     """A transaction that releases a lock or a semaphore when it ends.
 
-    To end it twice does nothing, as when a task is cancelled while it commits and then rolls back: by then its session
-    may be in another transaction.
+    What has ended holds nothing, and its session may be in another's transaction by then: to end it again does nothing,
+    as where a task is cancelled while it commits, and goes on to roll back.
+
+    Args:
+        inner: the transaction itself.
+        release: releases the lock, or the place.
+        commits: awaits the commit.
+        rolls_back: awaits the rollback, or what discards the transaction.
     """
 
-    def __init__(self, inner: StepTransaction, release: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        inner: StepTransaction,
+        release: Callable[[], None],
+        *,
+        commits: ToItsEnd = interruptibly,
+        rolls_back: ToItsEnd = interruptibly,
+    ) -> None:
         super().__init__(inner.injected)
         self.record = inner.record
         self._inner = inner
         self._release = release
-        self._is_open = True
+        self._commits = commits
+        self._rolls_back = rolls_back
+        self._holds = True
 
     async def begin(self) -> None:
-        """Begin; release if that fails."""
+        """Begin; release the lock if that fails."""
         try:
             await self._inner.begin()
         except BaseException:
@@ -135,28 +159,33 @@ class ReleasingTransaction(StepTransaction):
             raise
 
     async def commit(self) -> None:
-        """Commit, and release if that succeeds; otherwise `rollback` does."""
+        """Commit, and release the lock if that succeeds: otherwise `rollback` does."""
+        await self._commits(self._commit())
+
+    async def rollback(self) -> None:
+        """Roll back, and release the lock."""
+        if self._holds:
+            await self._rolls_back(self._end(self._inner.rollback))
+
+    async def discard(self) -> None:
+        """Discard, and release the lock."""
+        if self._holds:
+            await self._rolls_back(self._end(self._inner.discard))
+
+    async def _commit(self) -> None:
         await self._inner.commit()
         self._release_once()
 
-    async def rollback(self) -> None:
-        """Roll back, and release."""
-        await self._end(self._inner.rollback)
-
-    async def discard(self) -> None:
-        """Discard, and release."""
-        await self._end(self._inner.discard)
-
     async def _end(self, end: Callable[[], Awaitable[None]]) -> None:
-        if self._is_open:
-            try:
-                await end()
-            finally:
-                self._release_once()
+        try:
+            await end()
+        finally:
+            self._release_once()
 
     def _release_once(self) -> None:
-        self._is_open = False
-        self._release()
+        if self._holds:
+            self._holds = False
+            self._release()
 
 
 def _begin(session: Session, *, isolation_level: str | None) -> None:

@@ -18,11 +18,10 @@ from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.failure import record
 from sqla_durable.errors import EventNotSetError, NotFoundError, WaitTimeoutError
 from sqla_durable.models.status import StepStatus
-from sqla_durable.operations.arrivals import Waker
-from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.calls import Position, Wait
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.outcome import checkpoint_of, outcome_of, raise_recorded
 from sqla_durable.operations.runtime import Runtime
+from sqla_durable.operations.suspending import Wait, Waker
 from sqla_durable.store import Awaited, Checkpoint, Connectable, Recorded, hints, signals, steps, timers, updates
 
 _MOMENT = 1.0
@@ -83,17 +82,17 @@ class GracePeriod:
         waker: wakes the operation before its next poll.
     """
 
-    def __init__(self, attempt: Attempt, waker: Waker) -> None:
-        self._attempt = attempt
+    def __init__(self, runtime: Runtime, waker: Waker) -> None:
+        self._recorder = runtime.recorder
         self.waker = waker
         self._began = time.monotonic()
-        replayed = _SHORTEST_GRACE + _GRACE_PER_OPERATION * attempt.history_check.count
+        replayed = _SHORTEST_GRACE + _GRACE_PER_OPERATION * runtime.attempt.history_check.count
         self._until = self._began + min(replayed, _LONGEST_GRACE)
 
     @property
     def is_over(self) -> bool:
         """Whether to suspend the workflow now."""
-        return time.monotonic() >= self._until or self._attempt.is_slot_wanted()
+        return time.monotonic() >= self._until or self._recorder.slot_is_wanted
 
     def wait(self, awaits: tuple[Awaited, ...], until: float = float("inf")) -> Wait:
         """Return how to wait in memory: until the next poll, but not beyond `until`."""
@@ -113,7 +112,7 @@ def in_one_statement(statement: Callable[[Connectable, Checkpoint], str | None])
     """Return what consumes by one statement, in a transaction of its own."""
 
     async def take(runtime: Runtime, checkpoint: Checkpoint) -> str | None:
-        return await runtime.execute(lambda connectable: statement(connectable, checkpoint))
+        return await runtime.recorder.execute(lambda connectable: statement(connectable, checkpoint))
 
     return take
 
@@ -126,10 +125,10 @@ async def sleep(runtime: Runtime, position: Position, *, delay: timedelta | None
     """Wait for a time on the database's clock: `delay` after the first call, or `until`."""
     try:
         if runtime.attempt.recorded(position) is None:
-            await runtime.settle()
+            await runtime.recorder.settle()
             waiting = _RecordedWait(runtime, position, delay, until)
             await waiting.wait_until_due()
-            await runtime.record(waiting.checkpoint(StepStatus.SUCCEEDED, output="null"))
+            await runtime.recorder.record(waiting.checkpoint(StepStatus.SUCCEEDED, output="null"))
     finally:
         runtime.attempt.end_call(position)
 
@@ -154,7 +153,7 @@ async def receive_recorded(
     try:
         recorded = runtime.attempt.recorded(position)
         if recorded is None:
-            await runtime.settle()
+            await runtime.recorder.settle()
             recorded = await _RecordedWait(runtime, position, within, None).receive(source)
         return recorded
     finally:
@@ -177,22 +176,22 @@ class _RecordedWait:
         wait = await self._begin(short=True)
         if wait.seconds > 0:
             await self._runtime.wait(self._position, wait)
-            await self._runtime.settle()
+            await self._runtime.recorder.settle()
 
     async def receive(self, source: WaitSource) -> Recorded:
         """Consume what is waited for, now or when it arrives, or record the timeout."""
         attempt = self._runtime.attempt
-        with attempt.listening(source.names(attempt.workflow_id)) as waker:
-            return await self._received(source, GracePeriod(attempt, waker))
+        with attempt.listening(self._runtime.recorder.waker(), source.names(attempt.workflow_id)) as waker:
+            return await self._received(source, GracePeriod(self._runtime, waker))
 
     async def _received(self, source: WaitSource, grace: GracePeriod) -> Recorded:
         taking = self.checkpoint(StepStatus.SUCCEEDED)
         awaits, wait = source.awaits, None
         while True:
-            grace.waker.woken.clear()  # before the query: what arrives during it wakes again
+            grace.waker.clear()  # before the query: what arrives during it wakes again
             try:
                 if source.read_awaited is not None and (not awaits or grace.is_over):
-                    awaits = await self._runtime.execute(source.read_awaited)
+                    awaits = await self._runtime.recorder.execute(source.read_awaited)
                 output = await source.take(self._runtime, taking)
             except (NotFoundError, EventNotSetError) as gone:
                 return await self._fail(gone)
@@ -206,7 +205,7 @@ class _RecordedWait:
             await self._runtime.wait(
                 self._position, self._next(wait, awaits, grace if in_memory else None, grace.waker)
             )
-            await self._runtime.settle()
+            await self._runtime.recorder.settle()
 
     def _next(self, wait: Wait | None, awaits: tuple[Awaited, ...], grace: GracePeriod | None, waker: Waker) -> Wait:
         if grace is not None:
@@ -219,7 +218,7 @@ class _RecordedWait:
 
     async def _fail(self, reason: Exception) -> Recorded:
         failed = self.checkpoint(StepStatus.FAILED, error=record(reason))
-        await self._runtime.record(failed)
+        await self._runtime.recorder.record(failed)
         return failed.recorded
 
     def _until_next_poll(self, wait: Wait) -> Wait:
@@ -232,7 +231,7 @@ class _RecordedWait:
         tried = self._runtime.attempt.unfinished_record(self._position)
         if tried is None:
             begin = partial(steps.begin_wait, checkpoint=self.checkpoint(StepStatus.WAITING), until=self._until)
-            due_in = await self._runtime.execute(begin)
+            due_in = await self._runtime.recorder.execute(begin)
         else:
             due_in, self._age = tried.due_in, tried.age
         return Wait(self._began + due_in, self._began + _MOMENT if short else float("-inf"))
@@ -279,13 +278,13 @@ async def receive_update(
 async def _take(runtime: Runtime, checkpoint: Checkpoint, *, name: str, validate: Validate) -> str | None:
     fence = checkpoint.fence
     find = partial(updates.oldest, workflow_id=fence.workflow_id, name=name)
-    while (found := await runtime.execute(find)) is not None:
+    while (found := await runtime.recorder.execute(find)) is not None:
         reason = await validate(found.payload)
         if reason is not None:
-            await runtime.execute(partial(updates.refuse, fence=fence, update_id=found.id, reason=reason))
-            await runtime.settle()
+            await runtime.recorder.execute(partial(updates.refuse, fence=fence, update_id=found.id, reason=reason))
+            await runtime.recorder.settle()
             continue
-        taken = await runtime.execute(partial(updates.take, checkpoint=checkpoint, update_id=found.id))
+        taken = await runtime.recorder.execute(partial(updates.take, checkpoint=checkpoint, update_id=found.id))
         if taken is not None:  # otherwise another branch has taken it meanwhile
             return taken
     return None
@@ -305,7 +304,7 @@ async def record_database_time(runtime: Runtime, position: Position, *, codec: C
     try:
         recorded = runtime.attempt.recorded(position)
         if recorded is None:
-            moment = await runtime.execute(timers.now)
+            moment = await runtime.recorder.execute(timers.now)
             recorded = await _record(runtime, position, json.dumps(moment.isoformat()))
         return outcome_of(recorded, codec, runtime.attempt.options.errors)
     finally:
@@ -314,5 +313,5 @@ async def record_database_time(runtime: Runtime, position: Position, *, codec: C
 
 async def _record(runtime: Runtime, position: Position, output: str) -> Recorded:
     checkpoint = checkpoint_of(runtime.attempt, position, output=output)
-    await runtime.record(checkpoint)
+    await runtime.recorder.record(checkpoint)
     return checkpoint.recorded

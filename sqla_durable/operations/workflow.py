@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn, cast
@@ -36,38 +35,33 @@ _ENGINE_ERRORS = {
     f"{kind.__module__}:{kind.__qualname__}": kind for kind in (MaxAttemptsError, RowRefusedError, WorkflowTimeoutError)
 }
 
-Body = Callable[[dict[str, Any]], Awaitable[Any]]
 
-
-async def run_workflow(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
+async def run_workflow(runtime: Runtime, definition: WorkflowDefinition) -> Completion:
     """Execute a claimed workflow to its outcome, and record that.
-
-    Args:
-        body: calls the workflow's function with its arguments, in the runtime's context.
 
     Raises:
         ControlFlow: the attempt ended without an outcome of its own.
         HistoryMismatchError: likewise, because the workflow is strict and its code does not fit its history.
     """
-    completion = await completion_of(runtime, definition, body)
+    completion = await completion_of(runtime, definition)
     if not runtime.attempt.is_undoing:
         check_history(runtime.attempt, strict=definition.options.strict)
     try:
-        await runtime.finish(completion)
+        await runtime.recorder.finish(completion)
     except EncodingError as refused:
         completion = replace(completion, status=WorkflowStatus.FAILED, output=None, error=record(refused))
-        await runtime.finish(completion)
+        await runtime.recorder.finish(completion)
     return completion
 
 
-async def completion_of(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
+async def completion_of(runtime: Runtime, definition: WorkflowDefinition) -> Completion:
     """Execute a workflow to its outcome, and do not record that.
 
     Raises:
         ControlFlow: the attempt ended without an outcome of its own.
     """
     try:
-        return await _completion_of(runtime, definition, body)
+        return await _completion_of(runtime, definition)
     except BaseException as error:
         signal = control_flow_in(error)  # a task group wraps the signals of its tasks
         if isinstance(signal, CallRefused):
@@ -77,12 +71,12 @@ async def completion_of(runtime: Runtime, definition: WorkflowDefinition, body: 
         raise signal or error from None
 
 
-async def _completion_of(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Completion:
+async def _completion_of(runtime: Runtime, definition: WorkflowDefinition) -> Completion:
     attempt = runtime.attempt
     attempt.options = definition.durable
     try:
         _ = definition.result  # raises before the workflow is executed, if its result could not be recorded
-        value = await _called(runtime, definition, body)
+        value = await _called(runtime, definition)
         attempt.raise_if_stopped()
         attempt.refuse_unfinished()
         output = definition.result.encode(value)
@@ -118,12 +112,12 @@ def _ended(
     )
 
 
-async def _called(runtime: Runtime, definition: WorkflowDefinition, body: Body) -> Any:
+async def _called(runtime: Runtime, definition: WorkflowDefinition) -> Any:
     arguments = definition.arguments.decode(runtime.attempt.input)
     if not definition.durable.interceptors.workflows:
-        return await body(arguments)
+        return await runtime.call_workflow(definition, arguments)
     async with runtime.intercepted():
-        return await body(arguments)
+        return await runtime.call_workflow(definition, arguments)
 
 
 def control_flow_in(error: BaseException) -> ControlFlow | None:
@@ -197,10 +191,10 @@ async def begin_saga(runtime: Runtime, position: Position) -> None:
     attempt = runtime.attempt
     if attempt.recorded(position) is not None:
         return
-    await runtime.settle()
+    await runtime.recorder.settle()
     checkpoint = checkpoint_of(attempt, position, output="null")
-    await runtime.execute(partial(attempts.begin_saga, checkpoint=checkpoint))
-    await runtime.record(checkpoint)
+    await runtime.recorder.execute(partial(attempts.begin_saga, checkpoint=checkpoint))
+    await runtime.recorder.record(checkpoint)
 
 
 def must_compensate(attempt: Attempt, error: BaseException | None) -> bool:
@@ -221,8 +215,8 @@ async def continue_as_new(runtime: Runtime, position: Position, *, given: str) -
         AttemptLost: the attempt no longer owns the workflow; or it is enqueued, and the acknowledgement was lost.
     """
     attempt = runtime.attempt
-    await runtime.settle()
-    if not await runtime.execute(partial(continuations.continue_as_new, fence=attempt.fence, given=given)):
+    await runtime.recorder.settle()
+    if not await runtime.recorder.execute(partial(continuations.continue_as_new, fence=attempt.fence, given=given)):
         raise AttemptLost(attempt.workflow_id)
     attempt.stop(ContinuedAsNew)
     raise ContinuedAsNew

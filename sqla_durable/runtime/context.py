@@ -1,4 +1,4 @@
-"""Where the code is: the ambient context of a workflow's execution, kept in a context variable.
+"""The ambient context of the code that a workflow executes, kept in a context variable.
 
 Outside a workflow there is none, and decorated functions are plain functions.
 """
@@ -6,90 +6,67 @@ Outside a workflow there is none, and decorated functions are plain functions.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Generator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import Any
 
 from sqla_durable.definitions.interceptors import Execution, StepExecution
-from sqla_durable.definitions.jsonb import DEFAULT_LIMIT
 from sqla_durable.errors import UsageError
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.calls import Position
-from sqla_durable.operations.runtime import Operation, StepCall, execution_of
-from sqla_durable.store import Checkpoint
+from sqla_durable.operations.runtime import Runtime, StepCall, execution_of
 
 
-@dataclass(frozen=True, slots=True)
 class Context:
-    """What a decorated function finds when it is called in a workflow.
+    """The ambient context of code that a workflow executes. To be treated as immutable.
 
     Attributes:
+        runtime: executes the attempt, and performs the operations that the code calls.
         attempt: the attempt at the workflow; it knows in which branch the code is.
-        perform: performs a step: gives its outcome in sync code, an awaitable of it in async code.
-        operate: carries out another durable operation in the same way.
-        is_async: whether the workflow is `async def`.
-        note: records a checkpoint of the workflow's own code before its next effect, without awaiting it.
-        fork: gives the context of a branch that is to be executed in another thread; None in async code.
         step: the step whose function is being executed; calls in it are plain calls.
-        is_operating: whether the engine carries out an operation; tasks that it makes are no branches.
-        limit: the largest payload in bytes.
+        is_workflow_code: whether the code is the workflow's own, in whichever task or thread: not that of a step, nor
+            that of an operation. Tasks that an operation makes are no branches.
     """
 
-    attempt: Attempt
-    perform: Callable[[StepCall], Any]
-    operate: Callable[[Position, Operation], Any]
-    note: Callable[[Checkpoint], None]
-    is_async: bool
-    fork: Callable[[], Fork] | None = None
-    step: StepCall | None = None
-    is_operating: bool = False
-    limit: int = DEFAULT_LIMIT
+    __slots__ = ("attempt", "is_workflow_code", "runtime", "step")
+
+    def __init__(self, runtime: Runtime, *, step: StepCall | None = None, is_operating: bool = False) -> None:
+        self.runtime = runtime
+        self.attempt: Attempt = runtime.attempt
+        self.step = step
+        self.is_workflow_code = step is None and not is_operating
+
+    @property
+    def is_async(self) -> bool:
+        """Whether the workflow's code is awaited."""
+        return self.runtime.is_async
+
+    @property
+    def limit(self) -> int:
+        """The largest payload in bytes."""
+        return self.runtime.limit if self.step is None else self.step.definition.limit
 
     @contextmanager
     def entered(self) -> Generator[None]:
         """Make this the ambient context."""
-        token = _active.set(self)
+        token = ACTIVE.set(self)
         try:
             yield
         finally:
-            _active.reset(token)
-
-    @property
-    def is_workflow_code(self) -> bool:
-        """Whether the code is the workflow's own, in whichever task or thread: not a step's, nor the engine's."""
-        return self.step is None and not self.is_operating
-
-    def operating(self) -> AbstractContextManager[None]:
-        """Mark that the engine carries out an operation: what it does meanwhile is not the workflow's own code."""
-        return replace(self, is_operating=True).entered()
+            ACTIVE.reset(token)
 
 
-@dataclass(frozen=True, slots=True)
-class Fork:
-    """How a branch is executed in another thread.
-
-    Attributes:
-        context: the ambient context there.
-        join: called in that thread at the branch's end: returns when everything that it has recorded is committed.
-    """
-
-    context: Context
-    join: Callable[[], None]
-
-
-_active: ContextVar[Context | None] = ContextVar("sqla_durable_context", default=None)
+ACTIVE: ContextVar[Context | None] = ContextVar("sqla_durable_context", default=None)
+"""The ambient context; others than the runtimes ask `active`."""
 
 
 def active() -> Context | None:
-    """Give the ambient context, or None outside a workflow."""
-    return _active.get()
+    """Return the ambient context, or None outside a workflow."""
+    return ACTIVE.get()
 
 
 def active_in(context: contextvars.Context) -> Context | None:
-    """Give the ambient context in a context of variables, which a task may be made with."""
-    return context.get(_active)
+    """Return the ambient context in a context of variables, with which a task may be made."""
+    return context.get(ACTIVE)
 
 
 def workflow_code(given: contextvars.Context | None = None) -> Context | None:
@@ -98,8 +75,8 @@ def workflow_code(given: contextvars.Context | None = None) -> Context | None:
     Args:
         given: the variables that what is made will have, instead of these: it is to be that workflow's code too.
     """
-    context = active()
-    if context is None or not (context.is_async and context.is_workflow_code):
+    context = ACTIVE.get()
+    if context is None or not (context.is_workflow_code and context.runtime.is_async):
         return None
     inside = context if given is None else active_in(given)
     return context if inside is not None and inside.attempt is context.attempt else None
@@ -108,11 +85,11 @@ def workflow_code(given: contextvars.Context | None = None) -> Context | None:
 @contextmanager
 def outside() -> Generator[None]:
     """Call a function of the user's that is no part of the workflow: what is durable does nothing or refuses there."""
-    token = _active.set(None)
+    token = ACTIVE.set(None)
     try:
         yield
     finally:
-        _active.reset(token)
+        ACTIVE.reset(token)
 
 
 def current() -> Execution | None:

@@ -1,8 +1,8 @@
 """The timers of asyncio that workflow code arms: `asyncio.timeout`, `wait_for`, `call_later`, and the scopes of anyio.
 
-All of them go through `call_at` and `call_later` of the event loop, which see them: both are replaced on the loop while
-workflows are executed there. A timer has an identity in its branch, as an operation has. So its deadline can outlive
-the attempt, and a replay lets fire what fired before.
+All of them are armed by `call_at` and `call_later` of the event loop, which are replaced on the loop while workflows
+are executed there. A timer has an identity in its branch, as an operation has. So its deadline can outlive the attempt,
+and what fired before fires again in a replay.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from sqla_durable.operations.branch import Branch
 from sqla_durable.operations.calls import Position
 from sqla_durable.operations.history import FIRED
 from sqla_durable.operations.outcome import CancelledCall, checkpoint_of
+from sqla_durable.operations.runtime import Recorder
 from sqla_durable.operations.shielding import ended
-from sqla_durable.runtime.context import workflow_code
-from sqla_durable.store import Checkpoint
+from sqla_durable.runtime.context import ACTIVE, workflow_code
 
 TURNS = 20
 """Turns of the event loop in which no recorded outcome is returned: after that nothing is being replayed."""
@@ -46,25 +46,33 @@ class Timer(asyncio.TimerHandle):
 
     def __init__(self, timers: Timers, key: str, branch: Branch, when: float, due: float, given: _Given) -> None:
         super().__init__(when, given.callback, given.args, timers.loop, given.context)
+        self._given = given
         self.key, self.branch, self.due, self.is_due = key, branch, due, False
         self._timers = timers
         self._inner = timers.loop.call_at(due, timers.expire, self, context=contextvars.Context())
 
     @override
     def cancel(self) -> None:
-        """Disarm it."""
+        """Cancel it, as the code does that has armed it."""
         self.disarm()
         asyncio.Handle.cancel(self)  # TimerHandle would count it among those that the loop itself has
 
     def disarm(self) -> None:
-        """Let it not fire by itself."""
+        """Keep it from firing by itself."""
         self._inner.cancel()
         self._timers.forget(self)
 
     def fire(self) -> None:
-        """Call its callback now."""
+        """Call its callback now, as the event loop would."""
         self.disarm()
-        self._run()
+        given, loop = self._given, self._timers.loop
+        try:
+            given.context.run(given.callback, *given.args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            message = f"Exception in callback {given.callback!r}"
+            loop.call_exception_handler({"message": message, "exception": error, "handle": self})
 
 
 class _Given:
@@ -73,7 +81,8 @@ class _Given:
     def __init__(
         self, callback: Callable[..., object], args: tuple[Any, ...], context: contextvars.Context | None
     ) -> None:
-        self.callback, self.args, self.context = callback, args, context
+        self.callback, self.args = callback, args
+        self.context = contextvars.copy_context() if context is None else context
 
 
 class Timers:
@@ -81,31 +90,36 @@ class Timers:
 
     On a replay a timer does not fire while recorded outcomes are still being returned, nor while a call that was
     cancelled waits for its cancel, unless it is the one that cancelled it.
+
+    Attributes:
+        fired_count: how many timers have fired.
+        unfired: the keys of those that fired in earlier attempts, and have not fired yet in this one.
+        is_checking: whether those that are due wait for a replay to end before they fire.
     """
 
-    def __init__(self, attempt: Attempt, note: Callable[[Checkpoint], None]) -> None:
+    def __init__(self, attempt: Attempt, recorder: Recorder) -> None:
         self.loop = asyncio.get_running_loop()
         self._attempt = attempt
-        self._note = note
+        self._recorder = recorder
         self._firings = attempt.fired_timers
-        self._unfired = dict.fromkeys(self._firings)  # recorded, and not fired yet in this attempt
+        self.unfired = dict.fromkeys(self._firings)
         self._until_fired: list[asyncio.Future[None]] = []
         self._armed: dict[str, Timer] = {}
         self._counts: Counter[str] = Counter()
         self._deadlines: Mapping[str, float] = {}
         self._ahead: dict[Branch, float] = {}
         self._fired: deque[str] = deque(maxlen=_REMEMBERED)
-        self._fired_count = 0
+        self.fired_count = 0
         self._firing: Branch | None = None
         self._deciding = 0
         self._waiting: list[CancelledCall] = []
         self._replayed = self._seen = self._quiet = 0
-        self.is_looking = False
+        self.is_checking = False
         attempt.loop_timers = self
 
     @property
     def ahead(self) -> float:
-        """By how many seconds the code that is executed here is ahead of the clock: a timer was let fire early."""
+        """By how many seconds the code that is executed here is ahead of the clock, because a timer has fired early."""
         return self._ahead.get(self._branch, 0.0)
 
     @property
@@ -123,7 +137,7 @@ class Timers:
         if timer.due <= self._now():
             self.expire(timer)
         elif self._waiting:
-            self._look()
+            self._check()
         return timer
 
     def forget(self, timer: Timer) -> None:
@@ -131,7 +145,7 @@ class Timers:
         self._armed.pop(timer.key, None)
 
     def remember(self, seconds: Mapping[str, float]) -> None:
-        """Let timers fire in so many seconds, by key, whenever the code arms them."""
+        """Fire timers in so many seconds, by key, when the code has armed them."""
         now = self._now()
         self._deadlines = {key: now + each for key, each in seconds.items()}
 
@@ -141,40 +155,35 @@ class Timers:
         now = self._now()
         return {key: each.due - now for key, each in self._armed.items()}
 
-    @property
-    def mark(self) -> int:
-        """How many timers have fired."""
-        return self._fired_count
-
     def fired_since(self, mark: int) -> tuple[str, ...]:
         """Return which timers have fired since then."""
         fired = list(self._fired)
-        return tuple(fired[max(0, len(fired) - (self._fired_count - mark)) :])
+        return tuple(fired[max(0, len(fired) - (self.fired_count - mark)) :])
 
     def expire(self, timer: Timer) -> None:
-        """Let a timer fire as soon as it may."""
+        """Fire a timer as soon as it may."""
         timer.is_due = True
-        self._look()
+        self._check()
 
     async def settled(self) -> None:
         """Return when everything that is due has fired, as far as it may."""
-        while self.is_looking:  # noqa: ASYNC110 (turns of the loop are counted, no time)
+        while self.is_checking:  # noqa: ASYNC110 (turns of the loop are counted, no time)
             await asyncio.sleep(0)
 
     def unfired_before(self, call: str) -> Generator[tuple[str, CancelledCall]]:
         """Iterate over the timers that are still to fire and did so, in an earlier attempt, while a call was open."""
-        for key in list(self._unfired):
+        for key in list(self.unfired):
             order, calls = self._firings[key]
-            if call in calls and key in self._unfired:
+            if call in calls and key in self.unfired:
                 yield key, CancelledCall(order, (key,))
 
     async def fired(self, key: str, *, within: float) -> bool:
         """Wait until a timer has fired, for so many seconds at most; return whether it has."""
-        if key in self._unfired:
+        if key in self.unfired:
             waiter = self.loop.create_future()
             self._until_fired.append(waiter)
             await asyncio.wait([waiter], timeout=within)
-        return key not in self._unfired
+        return key not in self.unfired
 
     async def caught_up(self) -> None:
         """Return when what a timer has led to is replayed, too."""
@@ -184,8 +193,8 @@ class Timers:
             seen, turns = (seen, turns + 1) if seen == self._replayed else (self._replayed, 0)
 
     def give_up(self, key: str) -> None:
-        """Wait no longer for a timer that today's code does not arm."""
-        self._unfired.pop(key, None)
+        """Stop waiting for a timer that today's code does not arm."""
+        self.unfired.pop(key, None)
 
     def replayed(self) -> None:
         """Note that a recorded outcome is returned."""
@@ -193,28 +202,28 @@ class Timers:
 
     @contextmanager
     def deciding(self) -> Generator[None]:
-        """Let no timer fire meanwhile."""
+        """Keep all timers from firing meanwhile."""
         self._deciding += 1
         try:
             yield
         finally:
             self._deciding -= 1
-            self._look()
+            self._check()
 
     @contextmanager
     def cancelling(self, cancelled: CancelledCall) -> Generator[None]:
-        """Let no timers fire but those that fired while a call was open: it is to see the same again."""
+        """Keep all timers from firing but those that fired while a call was open: the code is to see the same again."""
         self._waiting.append(cancelled)
-        self._look()
+        self._check()
         try:
             yield
         finally:
             self._waiting.remove(cancelled)
             self.replayed()
-            self._look()
+            self._check()
 
     def let_fire_next(self) -> None:
-        """Let the timer fire that has been due for longest, although it may be another one than the first time."""
+        """Fire the timer that has been due for longest, although it may be another one than the first time."""
         due = self._due()
         if due and not self._deciding:
             self.loop.call_soon(self._fire, due[0], context=contextvars.Context())
@@ -227,20 +236,20 @@ class Timers:
     def _now(self) -> float:
         return contextvars.Context().run(self.loop.time)  # as it is for everybody else
 
-    def _look(self) -> None:
-        if not self.is_looking and self._to_fire():
-            self.is_looking, self._quiet = True, 0
+    def _check(self) -> None:
+        if not self.is_checking and self._to_fire():
+            self.is_checking, self._quiet = True, 0
             self.loop.call_soon(self._turn, context=contextvars.Context())
 
     def _turn(self) -> None:
-        """Wait until nothing is being replayed; then let fire what may."""
+        """Wait until nothing is being replayed; then fire what may."""
         if self._seen != self._replayed:
             self._seen, self._quiet = self._replayed, 0
         self._quiet += 1
         if self._attempt.is_replaying and self._quiet < TURNS:
             self.loop.call_soon(self._turn)
             return
-        self.is_looking = False
+        self.is_checking = False
         for each in self._to_fire():
             self._fire(each)
 
@@ -262,7 +271,7 @@ class Timers:
         if early > self._ahead.get(timer.branch, 0.0):
             self._ahead[timer.branch] = early
         self._fired.append(timer.key)
-        self._fired_count += 1
+        self.fired_count += 1
         self._record(timer.key)
         self._firing = timer.branch
         try:
@@ -277,13 +286,13 @@ class Timers:
     def _record(self, key: str) -> None:
         """Record which operations are open when a timer fires: on a replay they are over after it, as they are now."""
         attempt = self._attempt
-        self._unfired.pop(key, None)
+        self.unfired.pop(key, None)
         if key in self._firings or attempt.is_stopped or not (calls := attempt.open_calls):
             return
         self._firings[key] = order, _ = attempt.history_check.count, calls
         firing = {"timer": key, "number": len(self._firings), "order": order, "open": calls}
         position = Position(f"{FIRED}:{key}", FIRED, max(1, order))
-        self._note(checkpoint_of(attempt, position, output=json.dumps(firing)))
+        self._recorder.note(checkpoint_of(attempt, position, output=json.dumps(firing)))
 
 
 async def carried_through(attempt: Attempt, call: Awaitable[Any]) -> None:
@@ -299,10 +308,10 @@ async def carried_through(attempt: Attempt, call: Awaitable[Any]) -> None:
 
 @contextmanager
 def watching() -> Generator[None]:
-    """See the timers of workflow code on the running event loop.
+    """Replace the running event loop's timers, where workflow code arms them.
 
     Raises:
-        UsageError: the loop cannot be watched.
+        UsageError: the loop does not let its methods be replaced.
     """
     loop = asyncio.get_running_loop()
     if not _users.get(loop):
@@ -348,6 +357,8 @@ class _Watch:
         return timers.arm(self.time() + delay, _Given(callback, args, context))
 
     def time(self) -> float:
+        if ACTIVE.get() is None:  # the event loop itself asks twice a turn
+            return self._time()
         timers = _timers_in(None)
         return self._time() + (0.0 if timers is None else timers.ahead)
 
@@ -376,5 +387,7 @@ def _uninstall(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _timers_in(given: contextvars.Context | None) -> Timers | None:
+    if ACTIVE.get() is None:
+        return None
     context = workflow_code(given)
     return None if context is None else cast("Timers | None", context.attempt.loop_timers)

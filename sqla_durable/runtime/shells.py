@@ -1,43 +1,41 @@
-"""The two shells: how sync and async code call the user's functions in the ambient context.
+"""The two runtimes, which call the user's code: `BlockingRuntime` in a thread, `AsyncRuntime` on an event loop.
 
-What a step means is in `operations`; where its outcome goes is decided by the executors and the worker, which derive
-from these classes.
+What a step means is in `operations`; where outcomes go is the affair of the recorder that a runtime is given.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import json
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, TypeAlias, TypeVar, cast
+
+from typing_extensions import override
 
 import sqla_durable.runtime.tasks as tasks
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.interceptors import Around, entered, entered_async
-from sqla_durable.definitions.jsonb import DEFAULT_LIMIT
 from sqla_durable.definitions.limits import Watch
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.redaction import brief
-from sqla_durable.definitions.registry import StepDefinition, WorkflowDefinition
+from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.models.status import StepStatus
 from sqla_durable.operations.attempt import TIMERS, Attempt
-from sqla_durable.operations.calls import Position, Wait
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.outcome import CancelledCall, cancelled_call_in, checkpoint_of, record_cancelled_call
-from sqla_durable.operations.runtime import Operation, StepCall, execution_of, run_blocking
-from sqla_durable.operations.shielding import GracefulTask, ended
+from sqla_durable.operations.runtime import Operation, Recorder, Runtime, StepCall, execution_of, run_blocking
+from sqla_durable.operations.shielding import GracefulTask, ended, wait_done
 from sqla_durable.operations.step import run_step
-from sqla_durable.operations.transaction import StepTransaction
-from sqla_durable.operations.transaction_retries import TransactionRetry
-from sqla_durable.runtime.context import Context, Fork
+from sqla_durable.operations.suspending import Suspension, Wait
+from sqla_durable.runtime.asyncio_internals import cancels_met
+from sqla_durable.runtime.context import ACTIVE, Context
 from sqla_durable.runtime.loop_timers import Timers, watching
-from sqla_durable.store import Checkpoint, Completion, Connectable, steps, streams, timers
-from sqla_durable.store.streams import Append, Appended
+from sqla_durable.store import Checkpoint, Connectable, steps, timers
 from sqla_durable.unwinding import AttemptLost, ControlFlow
 
 T = TypeVar("T")
@@ -45,219 +43,198 @@ Work: TypeAlias = Callable[[], Awaitable[Any]]
 
 log = Log("sqla_durable.workflow")
 
-_LOOK_EVERY = 0.5  # seconds between two looks whether a replay goes on
+_CHECK_EVERY = 0.5  # seconds between two checks whether a timer has fired again in a replay
 _QUIET = 5.0  # seconds without anything that could cancel a call again
-_SILENT = 64  # such looks before it is logged that a replay does not go on
-_STAYS = Wait(until=float("inf"), in_memory_until=float("inf"))
+_SILENT = 64  # checks before it is logged that a replay does not go on
+_WITHOUT_END = Wait(until=float("inf"), in_memory_until=float("inf"))
 
 
-class BaseRuntime(ABC):
-    """What both shells share; see `operations.runtime.Runtime` for what each method promises."""
+class BlockingRuntime(Runtime):
+    """Executes `def` workflows, and sync steps of `async def` ones: whatever waits blocks the thread.
 
-    def __init__(self, attempt: Attempt) -> None:
-        self.attempt = attempt
-        self.limit = DEFAULT_LIMIT
+    Args:
+        workflow: of a step of an `async def` workflow, the runtime of that one.
+    """
 
-    @abstractmethod
-    async def pause(self, seconds: float) -> None:
-        """Wait a moment in memory."""
+    is_async = False
 
-    @abstractmethod
-    async def wait(self, position: Position, wait: Wait) -> None:
-        """Wait until an operation goes on."""
+    def __init__(self, attempt: Attempt, recorder: Recorder, *, workflow: AsyncRuntime | None = None) -> None:
+        super().__init__(attempt, recorder)
+        self._workflow = workflow
 
-    @abstractmethod
-    async def settle(self) -> None:
-        """Return when everything recorded so far is committed."""
-
-    @abstractmethod
-    async def record(self, checkpoint: Checkpoint) -> None:
-        """Record a checkpoint."""
-
-    @abstractmethod
-    def note(self, checkpoint: Checkpoint) -> None:
-        """Record a checkpoint without awaiting it."""
-
-    @abstractmethod
-    async def execute(self, statement: Callable[[Connectable], T]) -> T:
-        """Call a store function of one statement, in a transaction of its own."""
-
-    async def append(self, append: Append) -> Appended:
-        """Append to a stream, in a transaction of its own."""
-        return await self.execute(partial(streams.append, origin=append.origin, name=append.name, values=append.values))
-
-    @abstractmethod
-    async def begin(self, step: StepDefinition) -> StepTransaction:
-        """Open the transaction of a step."""
-
-    @abstractmethod
-    async def finish(self, completion: Completion) -> None:
-        """Record the workflow's outcome."""
-
-    @contextmanager
-    def telling(self) -> Generator[None]:
-        """Note that the workflow's own code is told of the attempt's end, by what an operation raises."""
-        try:
-            yield
-        except (ControlFlow, asyncio.CancelledError) as signal:
-            self.attempt.note_signal(signal)
-            raise
-
-    def transaction_retry(self) -> TransactionRetry:
-        """Return the policy for what undoes a step's transaction."""
-        return TransactionRetry()
-
-    def around(self, step: StepCall | None) -> Iterator[Around]:
-        """Ask the interceptors one by one, each when those before it are entered."""
-        execution = execution_of(self.attempt, step)
-        if step is None:
-            return (each.workflow(execution) for each in self.attempt.options.interceptors.workflows)
-        return (each.step(execution) for each in self.attempt.options.interceptors.steps)
-
-
-class BlockingRuntime(BaseRuntime):
-    """The shell of `def` workflows: whatever waits blocks the thread."""
-
-    def context(self, step: StepCall | None = None) -> Context:
-        """Give the ambient context of the workflow's own code, or of a step's function."""
-        return Context(
-            self.attempt,
-            self.perform,
-            self.operate if step is None else self.operate_in_step,
-            self.note,
-            is_async=False,
-            fork=self.fork,
-            step=step,
-            limit=self.limit if step is None else step.definition.limit,
-        )
-
-    @abstractmethod
-    def fork(self) -> Fork:
-        """Give what executes a branch of the workflow in another thread."""
-
+    @override
     def perform(self, call: StepCall) -> Any:
-        """Perform a step and give its outcome."""
-        with self.telling(), self.context(call).entered():
+        with _signalling(self.attempt), Context(self, step=call).entered():
             return run_blocking(run_step(self, call))
 
+    @override
     def operate(self, position: Position, operation: Operation) -> Any:
-        """Carry out an operation and give its outcome."""
         try:
-            with self.telling(), self.context().operating():
+            with _signalling(self.attempt), Context(self, is_operating=True).entered():
                 return run_blocking(operation(self, position))
         finally:
             self.attempt.end_call(position)
 
+    @override
     def operate_in_step(self, position: Position, operation: Operation) -> Any:
-        """Carry out an operation of a step's function, which goes on after it."""
         return run_blocking(operation(self, position))
 
-    @asynccontextmanager
-    async def intercepted(self, step: StepCall | None = None) -> AsyncGenerator[None]:
-        """Enter the interceptors; nothing here suspends."""
-        with self.context(step).entered(), entered(self.around(step)):
-            yield
-
-    async def call(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Any:
-        """Call a step's function; one that comes back too late has failed."""
-        with self.context(call).entered(), _measured(watch):
-            return call.definition.fn(*injected, *call.args, **call.kwargs)
-
-    async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
-        """Call the workflow's function."""
+    @override
+    async def call_workflow(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
         self.limit = definition.durable.payload_limit
         self.attempt.branches.begin(threading.get_ident)
-        with self.context().entered():
+        with Context(self).entered():
             return definition.call(arguments)
 
-    async def drive(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Bring an attempt to its end, here."""
-        return await coroutine
+    @override
+    async def call(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Any:
+        """Call a step's function; one that comes back too late has failed."""
+        if watch is None:
+            return call.definition.fn(*injected, *call.args, **call.kwargs)
+        with watch.measured():
+            return call.definition.fn(*injected, *call.args, **call.kwargs)
 
-    def leave(self) -> None:
-        """Leave nothing behind at the attempt's end: the branches of sync code have ended before."""
+    @override
+    @asynccontextmanager
+    async def intercepted(self, step: StepCall | None = None) -> AsyncGenerator[None]:
+        with Context(self, step=step).entered(), entered(_around(self.attempt, step)):
+            yield
 
-
-class AsyncRuntime(BaseRuntime):
-    """The shell of `async def` workflows: sync steps are executed in threads."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        super().__init__(attempt)
-        self.timers: Timers
-        # How many cancels a task had met when its code was not told of them, and which timers had fired before.
-        self._owed: dict[asyncio.Task[Any], tuple[int, int]] = {}
-
-    def context(self, step: StepCall | None = None) -> Context:
-        """Give the ambient context of the workflow's own code, or of a step's function."""
-        return Context(
-            self.attempt,
-            self.perform,
-            self.operate,
-            self.note,
-            is_async=True,
-            step=step,
-            limit=self.limit if step is None else step.definition.limit,
+    @override
+    async def begin_suspension(self, wait: Wait) -> Suspension | None:
+        """Stop the attempt if every branch waits. What else a thread does is unknown, so no quiet time is enough."""
+        if self._workflow is not None:
+            return await self.recorder.on_loop(self._workflow.begin_suspension(wait))
+        attempt = self.attempt
+        return attempt.begin_suspension(
+            quiet=float("inf"), idle=lambda: attempt.branches.all_wait_or_are_in(attempt.homes_in_calls)
         )
 
-    def perform(self, call: StepCall) -> Coroutine[Any, Any, Any]:
-        """Perform a step and return its outcome, when awaited."""
-        again = partial(run_step, self, call)
-        is_in_thread = call.definition.session is SessionKind.SYNC and self.attempt.recorded(call.position) is None
-        work = partial(self.perform_blocking, call) if is_in_thread else again
-        return _named(self._carry_out(call.position, self.context(call), work, again), call.position)
+    def fork(self) -> BlockingRuntime:
+        """Return the runtime of a branch in another thread."""
+        branch = BlockingRuntime(self.attempt, self.recorder.fork())
+        branch.limit = self.limit
+        return branch
 
+    def join(self, branch: BlockingRuntime) -> None:
+        """Return when everything that a branch has recorded is committed; called in its thread, at its end."""
+        self.recorder.join(branch.recorder)
+
+
+class AsyncRuntime(Runtime):
+    """Executes `async def` workflows on an event loop; plain sync steps are called in threads.
+
+    Args:
+        threads: where those are called; by default asyncio's.
+    """
+
+    is_async = True
+
+    def __init__(
+        self, attempt: Attempt, recorder: Recorder, *, threads: concurrent.futures.Executor | None = None
+    ) -> None:
+        super().__init__(attempt, recorder)
+        self._threads = threads
+        self._operating = Context(self, is_operating=True)
+        self._loop: asyncio.AbstractEventLoop
+        self._suspending: asyncio.Future[None] | None = None
+        self.timers: Timers
+        # How many cancels a task had met when an operation ended without raising them, and the timers fired before.
+        self._owed: dict[asyncio.Task[Any], tuple[int, int]] = {}
+
+    @override
+    def perform(self, call: StepCall) -> Coroutine[Any, Any, Any]:
+        again = partial(run_step, self, call)
+        is_in_session = call.definition.session is SessionKind.SYNC
+        work = partial(self._perform_in_session, call) if is_in_session else again
+        coroutine: Any = self._carry_out(call.position, Context(self, step=call), work, again)
+        coroutine.__qualname__ = call.position.key  # for Python's warning that it was never awaited
+        return cast("Coroutine[Any, Any, Any]", coroutine)
+
+    @override
     def operate(self, position: Position, operation: Operation) -> Coroutine[Any, Any, Any]:
-        """Carry out an operation and return its outcome, when awaited."""
         work = partial(operation, self, position)
-        return _named(self._carry_out(position, replace(self.context(), is_operating=True), work, work), position)
+        coroutine: Any = self._carry_out(position, self._operating, work, work)
+        coroutine.__qualname__ = position.key
+        return cast("Coroutine[Any, Any, Any]", coroutine)
+
+    @override
+    def operate_in_step(self, position: Position, operation: Operation) -> Any:
+        """Perform an operation of a step's function, whose code may be in another thread: there it blocks."""
+        here = _running_loop()
+        if position.key in self.attempt.cancelled_calls:
+            raise AttemptLost(self.attempt.workflow_id)
+        if here is self._loop:
+            return operation(self, position)
+        future = _submit(operation(self, position), self._loop)
+        return _result(future) if here is None else asyncio.wrap_future(future)
 
     async def _carry_out(self, position: Position, context: Context, work: Work, again: Work) -> Any:
-        """Do the work; cancelled by the workflow's own code, see to it that the code sees what is recorded.
+        """Do the work; if the workflow's own code cancels it, let the code see what is recorded.
+
+        A straight line of few calls, without context managers: every operation of every workflow passes through it.
 
         Args:
+            position: the operation.
             context: the ambient context of the work.
+            work: performs the operation.
             again: returns the outcome once that is recorded.
         """
-        attempt = self.attempt
-        attempt.continue_call_here(position)
+        attempt, timers = self.attempt, self.timers
+        task: Any = asyncio.current_task()
+        attempt.continue_call_here(position, task)
         recorded = attempt.recorded(position)
-        task = cast("asyncio.Task[Any]", asyncio.current_task())
-        met, mark = tasks.cancels_met(task), self.timers.mark
-        is_told = False
+        met, mark = task.cancelling() and cancels_met(task), timers.fired_count
+        is_raised = False
+        token = ACTIVE.set(context)
         try:
-            with self.telling(), context.entered():
-                if recorded is not None and (cancelled := cancelled_call_in(recorded)) is not None:
-                    await self._until_cancelled(position, cancelled)
-                try:
-                    if self._owed and recorded is None and (owed := self._pay(task)) is not None:
-                        met, mark = -1, owed
-                        raise asyncio.CancelledError
-                    for timer, firing in self.timers.unfired_before(position.key):
+            if recorded is not None and (cancelled := cancelled_call_in(recorded)) is not None:
+                await self._until_cancelled(position, cancelled)
+            try:
+                if self._owed and recorded is None and (owed := self._pay(task)) is not None:
+                    met, mark = -1, owed
+                    raise asyncio.CancelledError
+                if timers.unfired:
+                    for timer, firing in timers.unfired_before(position.key):
                         await self._until_fired(position, timer, firing)
-                    if recorded is None:
-                        await tasks.let_replay_catch_up(attempt)
-                        if self.timers.is_looking:
-                            await self.timers.settled()
-                    else:
-                        self.timers.replayed()
-                    if attempt.branches.has_new:
-                        await tasks.let_new_tasks_begin(attempt)
-                    return await work()
-                except asyncio.CancelledError:
-                    if attempt.is_stopped or task.cancelling() <= met or await self._is_cancelled(position, mark):
-                        raise
-                    return await again()
-        except asyncio.CancelledError:
-            is_told = True
+                if recorded is not None:
+                    timers.replayed()
+                elif attempt.is_replaying:
+                    await tasks.let_replay_catch_up(attempt)
+                if recorded is None and timers.is_checking:
+                    await timers.settled()
+                if attempt.branches.has_new:
+                    await tasks.let_new_tasks_begin(attempt)
+                return await work()
+            except asyncio.CancelledError:
+                if attempt.is_stopped or task.cancelling() <= met or await self._is_cancelled(position, mark):
+                    raise
+                return await again()
+        except (ControlFlow, asyncio.CancelledError) as signal:
+            is_raised = isinstance(signal, asyncio.CancelledError)
+            attempt.note_signal(signal)
             raise
         finally:
-            # One that is yet to be thrown into the task is not owed.
-            if not is_told and (count := tasks.cancels_met(task)) > met and attempt.branches.here() is not None:
+            ACTIVE.reset(token)
+            # A cancel that is yet to be thrown into the task is not owed.
+            if not is_raised and (count := cancels_met(task)) > met and attempt.branches.here() is not None:
                 self._owed[task] = count, mark
-            attempt.end_call(position)  # cancelled before the operation itself has begun
+            if position.key in attempt.unfinished:  # cancelled before the operation itself has begun
+                attempt.end_call(position)
+
+    async def _perform_in_session(self, call: StepCall) -> Any:
+        """Perform a step that takes a `Session` as a whole where it may block."""
+        if self.attempt.recorded(call.position) is not None:
+            return await run_step(self, call)
+        await self.recorder.settle()
+
+        def perform(recorder: Recorder) -> Any:
+            return BlockingRuntime(self.attempt, recorder, workflow=self).perform(call)
+
+        return await self.recorder.in_session(perform)
 
     def _pay(self, task: asyncio.Task[Any]) -> int | None:
-        """Return the mark of a cancel that came too late for the last operation and that the code is to learn of."""
+        """Return the mark of a cancel that came too late for the last operation, and that the code is yet to see."""
         count, mark = self._owed.pop(task, (0, 0))
         return mark if count and task.cancelling() >= count else None
 
@@ -281,18 +258,18 @@ class AsyncRuntime(BaseRuntime):
     async def _until_cancelled(self, position: Position, cancelled: CancelledCall) -> NoReturn:
         """Wait until the workflow's code cancels the call again, as it did in an earlier attempt."""
         attempt = self.attempt
-        looks, told = 0, "workflow %r %s: the call %r waits to be cancelled, as it was in an earlier attempt"
-        attempt.begin_wait(position, _STAYS)
+        checks, words = 0, "workflow %r %s: the call %r waits to be cancelled, as it was in an earlier attempt"
+        attempt.begin_wait(position, _WITHOUT_END)
         try:
             with self.timers.cancelling(cancelled):
                 while not attempt.is_quiet(quiet=_QUIET, idle=self._is_idle):
-                    looks += 1
-                    if looks >= _SILENT and not looks & (looks - 1):  # more and more seldom
-                        log.warning(told, attempt.name, attempt.workflow_id, position.key)
-                    await self.moment()
+                    checks += 1
+                    if checks >= _SILENT and not checks & (checks - 1):  # less and less often
+                        log.warning(words, attempt.name, attempt.workflow_id, position.key)
+                    await self.recorder.pause_replay(_CHECK_EVERY)
                     self.timers.let_fire_next()
                     if not attempt.is_cancelling:  # what it did before is yet to be found, so that it can be undone
-                        attempt.raise_if_stopped()
+                        await self.proceed()
         finally:
             attempt.end_wait(position)
         log.warning(
@@ -310,98 +287,85 @@ class AsyncRuntime(BaseRuntime):
     async def _until_fired(self, position: Position, timer: str, firing: CancelledCall) -> None:
         """Wait until a timer has fired that did so in an earlier attempt, while this operation was open."""
         attempt = self.attempt
-        attempt.begin_wait(position, _STAYS)
+        attempt.begin_wait(position, _WITHOUT_END)
         try:
             with self.timers.cancelling(firing):
-                while not await self.timers.fired(timer, within=_LOOK_EVERY):
-                    attempt.raise_if_stopped()
+                while not await self.timers.fired(timer, within=_CHECK_EVERY):
+                    await self.proceed()
                     if attempt.is_quiet(quiet=_QUIET, idle=self._is_idle):
-                        told = (
+                        words = (
                             "workflow %r %s: a timer fired before %r in an earlier attempt, and today's code arms none"
                         )
-                        log.warning(told, attempt.name, attempt.workflow_id, position.key)
+                        log.warning(words, attempt.name, attempt.workflow_id, position.key)
                         self.timers.give_up(timer)
             await self.timers.caught_up()
         finally:
             attempt.end_wait(position)
 
-    async def moment(self) -> None:
-        """Wait a moment of a replay."""
-        await self.pause(_LOOK_EVERY)
-
-    async def drive(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Bring an attempt to its end, in a task that knows a cancel from outside."""
-        return await tasks.in_attempt_task(coroutine, self.attempt)
-
-    @abstractmethod
-    async def perform_blocking(self, call: StepCall) -> Any:
-        """Perform a step that takes a `Session`, without blocking the event loop."""
-
-    async def in_thread(self, function: Callable[[], T]) -> T:
-        """Call a function in a thread, in a copy of the context."""
-        return await asyncio.to_thread(function)
-
-    @asynccontextmanager
-    async def intercepted(self, step: StepCall | None = None) -> AsyncGenerator[None]:
-        """Enter the interceptors, those that are awaited too."""
-        with self.context(step).entered():
-            async with entered_async(self.around(step)):
-                yield
-
-    async def call(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Any:
-        """Call a step's function, and cancel it in time; one in a thread has failed if it comes back too late."""
-        function = call.definition.fn
-        with replace(self.context(call), operate=self._operate_from(asyncio.get_running_loop())).entered():
-            if call.definition.is_async:
-                awaited = function(*injected, *call.args, **call.kwargs)
-                return await (awaited if watch is None else _cut_off(awaited, watch))
-            # Never left to itself: the next try must not begin beside it.
-            bound = partial(function, *injected, *call.args, **call.kwargs)
-            return await self.in_thread(lambda: _returned(bound, watch))
-
-    def _operate_from(self, loop: asyncio.AbstractEventLoop) -> Callable[[Position, Operation], Any]:
-        """Give `operate` for a step's function, whose code may be in another thread: there it waits for the loop."""
-
-        def operate(position: Position, operation: Operation) -> Any:
-            here = _running_loop()
-            if position.key in self.attempt.cancelled_calls:
-                raise AttemptLost(self.attempt.workflow_id)
-            if here is loop:
-                return operation(self, position)
-            future = _submit(operation(self, position), loop)
-            return _result(future) if here is None else asyncio.wrap_future(future)
-
-        return operate
-
-    async def body(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
-        """Call the workflow's function."""
+    @override
+    async def call_workflow(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
         self.limit = definition.durable.payload_limit
         self.attempt.branches.begin(tasks.whereabouts)
-        self.timers = Timers(self.attempt, self.note)
-        await self.recall()
-        with self.context().entered(), tasks.branching(), watching():
+        self._loop = asyncio.get_running_loop()
+        self.timers = Timers(self.attempt, self.recorder)
+        self.timers.remember(await self.recorder.due_timers())
+        with Context(self).entered(), tasks.branching(), watching():
             coroutine: Awaitable[Any] = definition.call(arguments)
-            value = await coroutine
+            try:
+                value = await coroutine
+            finally:
+                if self._suspending is not None:  # by a branch that would be cancelled in the middle of it
+                    await wait_done(self._suspending)
             await tasks.until_cancelled_have_ended(self.attempt)
             return value
 
-    async def recall(self) -> None:
-        """Let timers be due when they were when the workflow was suspended."""
-        deadlines = self.attempt.deadlines
-        if deadlines:
-            now = (await self.execute(timers.now)).timestamp()
-            self.timers.remember({key: due - now for key, due in deadlines.items()})
+    @override
+    async def call(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Any:
+        """Call a step's function, and cancel it in time; one in a thread has failed if it comes back too late."""
+        function = call.definition.fn
+        if call.definition.is_async:
+            awaited = function(*injected, *call.args, **call.kwargs)
+            return await (awaited if watch is None else _cut_off(awaited, watch))
+        bound = partial(function, *injected, *call.args, **call.kwargs)
+        # Awaited to its end: the next try must not begin beside it.
+        return await self._loop.run_in_executor(
+            self._threads, contextvars.copy_context().run, partial(_returned, bound, watch)
+        )
 
-    async def remember_timers(self, position: Position) -> None:
-        """Let the row of an operation that waits keep when timers are due."""
-        if seconds := self.timers.seconds:
-            now = (await self.execute(timers.now)).timestamp()
-            details = json.dumps({TIMERS: {key: now + due_in for key, due_in in seconds.items()}})
-            waiting = checkpoint_of(self.attempt, position, StepStatus.WAITING)
-            await self.execute(partial(steps.keep_details, checkpoint=waiting, details=details))
+    @override
+    @asynccontextmanager
+    async def intercepted(self, step: StepCall | None = None) -> AsyncGenerator[None]:
+        """Enter the interceptors, those that are awaited too."""
+        with Context(self, step=step).entered():
+            async with entered_async(_around(self.attempt, step)):
+                yield
 
-    def leave(self) -> None:
-        """Cancel what the workflow leaves behind at the attempt's end; nothing of it is recorded any more."""
+    @override
+    async def begin_suspension(self, wait: Wait) -> Suspension | None:
+        return tasks.begin_suspension(self.attempt, wait, timers=self.timers.seconds.values())
+
+    @override
+    async def suspend(self, suspension: Suspension, position: Position) -> None:
+        """Suspend the workflow, and let the row of the operation that waits keep when timers of asyncio are due."""
+        self._suspending = self._loop.create_future()
+        try:
+            with self.timers.deciding():
+                seconds = self.timers.seconds
+                waiting = checkpoint_of(self.attempt, position, StepStatus.WAITING)
+                remember = partial(_remember, checkpoint=waiting, due_in=seconds) if seconds else None
+                await self.recorder.suspend(suspension, remember=remember)
+        finally:
+            self._suspending.set_result(None)
+
+    @override
+    async def proceed(self) -> None:
+        """Wait for a suspension that another operation has begun: a signal would end the attempt in its middle."""
+        if self._suspending is not None:
+            await wait_done(self._suspending)
+        self.attempt.raise_if_stopped()
+
+    @override
+    def close(self) -> None:
         self.attempt.stop(partial(AttemptLost, self.attempt.workflow_id))
         self._owed.clear()
         if hasattr(self, "timers"):
@@ -409,18 +373,37 @@ class AsyncRuntime(BaseRuntime):
         tasks.abandon(self.attempt)
 
 
-def _named(coroutine: Coroutine[Any, Any, T], position: Position) -> Coroutine[Any, Any, T]:
-    cast("Any", coroutine).__qualname__ = position.key  # for Python's warning that it was never awaited
-    return coroutine
+@contextmanager
+def _signalling(attempt: Attempt) -> Generator[None]:
+    """Note that the workflow's own code gets the signal that ends the attempt, when an operation raises it."""
+    try:
+        yield
+    except (ControlFlow, asyncio.CancelledError) as signal:
+        attempt.note_signal(signal)
+        raise
+
+
+def _around(attempt: Attempt, step: StepCall | None) -> Iterator[Around]:
+    """Ask the interceptors one by one, each when those before it are entered."""
+    execution = execution_of(attempt, step)
+    if step is None:
+        return (each.workflow(execution) for each in attempt.options.interceptors.workflows)
+    return (each.step(execution) for each in attempt.options.interceptors.steps)
+
+
+def _remember(connectable: Connectable, *, checkpoint: Checkpoint, due_in: dict[str, float]) -> None:
+    now = timers.now(connectable).timestamp()
+    details = json.dumps({TIMERS: {key: now + seconds for key, seconds in due_in.items()}})
+    steps.keep_details(connectable, checkpoint=checkpoint, details=details)
 
 
 async def _cut_off(awaited: Awaitable[T], watch: Watch) -> T:
-    """Await, and cancel what is not done in time; also what catches its cancellation and returns is too late."""
+    """Await something, and cancel it when its time is over; what it returns after that is too late, too."""
     watch.begin()
     timer = asyncio.timeout(None)
     try:
         async with timer:
-            with _lookout(timer, watch):
+            with _expiring(timer, watch):
                 value = await awaited
     except TimeoutError:
         if timer.expired():
@@ -432,25 +415,25 @@ async def _cut_off(awaited: Awaitable[T], watch: Watch) -> T:
 
 
 @contextmanager
-def _lookout(timer: asyncio.Timeout, watch: Watch) -> Generator[None]:
-    """Let a timer expire when a limit is reached; heartbeats put that off."""
+def _expiring(timer: asyncio.Timeout, watch: Watch) -> Generator[None]:
+    """Let a timer expire when a limit is reached, which heartbeats defer."""
     loop = asyncio.get_running_loop()
-    next_look: asyncio.TimerHandle | None = None
+    next_check: asyncio.TimerHandle | None = None
 
-    def look() -> None:
-        nonlocal next_look
+    def check() -> None:
+        nonlocal next_check
         left = watch.left
         if left > 0:
-            next_look = loop.call_later(left, look)
+            next_check = loop.call_later(left, check)
         else:
             timer.reschedule(loop.time())
 
-    look()
+    check()
     try:
         yield
     finally:
-        if next_look is not None:
-            next_look.cancel()
+        if next_check is not None:
+            next_check.cancel()
 
 
 def _measured(watch: Watch | None) -> AbstractContextManager[None]:

@@ -1,13 +1,12 @@
 """The asyncio tasks that workflow code makes: each is a branch, named and counted when it is made.
 
 A task factory sees them; it is installed on the event loop while workflows are executed there, around whatever factory
-there is. What tasks are waiting for, as far as that can be known, is told here too.
+there is. Whether all tasks of a workflow wait for its operations is found out here too.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar, cast
@@ -16,11 +15,20 @@ from weakref import WeakKeyDictionary
 from typing_extensions import override
 
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.branch import Branch, Branches, name_of, unwrap_anyio
-from sqla_durable.operations.calls import Position, Suspension, Wait
-from sqla_durable.operations.parking import LOOK_EVERY, QUIET
+from sqla_durable.operations.branch import Branch, Branches, name_of
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.shielding import ended, see, wait_done
+from sqla_durable.operations.suspending import CHECK_EVERY, QUIET, Suspension, Wait
 from sqla_durable.operations.workflow import control_flow_in
+from sqla_durable.runtime.asyncio_internals import (
+    error_of,
+    futures_of,
+    is_in_wait_for,
+    module_of,
+    unwrap_anyio,
+    variables_of,
+    waits_only_for,
+)
 from sqla_durable.runtime.context import active, workflow_code
 from sqla_durable.unwinding import Released
 
@@ -34,7 +42,7 @@ _starting: dict[object, tuple[Branches, Branch]] = {}  # by coroutine, while its
 
 
 def whereabouts() -> object:
-    """Give the current task; None in a thread without an event loop, and in a callback of the loop."""
+    """Return the current task; None in a thread without an event loop, and in a callback of the loop."""
     try:
         task = asyncio.current_task()
     except RuntimeError:
@@ -84,7 +92,7 @@ class _Factory:
         return cast("Task", self.inner(loop, coroutine, **options))
 
     def _branch(self, branches: Branches, parent: Branch, coroutine: Any, make: Callable[[], Task]) -> Task:
-        branch = parent if _is_waited_for() else parent.open(name_of(unwrap_anyio(coroutine)))
+        branch = parent if is_in_wait_for() else parent.open(name_of(unwrap_anyio(coroutine)))
         _starting[coroutine] = branches, branch
         try:
             task = make()
@@ -95,7 +103,7 @@ class _Factory:
         return _overseen(task)
 
     def _operation(self, attempt: Attempt, task: Task, coroutine: Any) -> Task:
-        """Let a call that got its key before count as ended with its task, which may be cancelled before it starts."""
+        """Let an operation end with its task at the latest, which may be cancelled before it starts."""
         position = _position_in(coroutine)
         if position is not None:
             task.add_done_callback(lambda _: attempt.end_call(position))
@@ -139,27 +147,21 @@ async def in_attempt_task(coroutine: Coroutine[Any, Any, T], attempt: Attempt) -
 
 
 async def _caught(coroutine: Coroutine[Any, Any, T]) -> tuple[T | None, BaseException | None]:
-    """Keep from the event loop what asyncio hands to it and not to who awaits a task."""
+    """Return an error that asyncio would raise in the event loop, and not where the task is awaited."""
     try:
         return await coroutine, None
     except (KeyboardInterrupt, SystemExit) as error:
         return None, error
 
 
-def cancels_met(task: Task) -> int:
-    """Return how many cancels a task has met; asyncio counts one that is yet to be thrown into it, too."""
-    requested = task.cancelling()
-    return requested - 1 if requested and getattr(task, "_must_cancel", False) else requested
-
-
 def _overseen(task: Task) -> Task:
-    """Let asyncio not report signals of the engine's that nobody retrieves: they are meant for the attempt."""
+    """Keep asyncio from reporting signals of the engine that nobody retrieves: they are meant for the attempt."""
     task.add_done_callback(_see_signal)
     return task
 
 
 def _see_signal(task: Task) -> None:
-    error: BaseException | None = getattr(task, "_exception", None)  # task.exception() would mark the user's errors too
+    error = error_of(task)  # task.exception() would mark the user's errors too
     if error is not None and control_flow_in(error) is not None:
         task.exception()
 
@@ -173,32 +175,17 @@ def _settle_in(coroutine: object, task: Task) -> None:
 
 def is_engines_own(coroutine: Any) -> bool:
     """Return whether this is a call of an operation, whose key was given when it was called."""
-    frame = getattr(coroutine, "cr_frame", None)
-    module = "" if frame is None else str(frame.f_globals.get("__name__"))
+    module = module_of(coroutine)
     return module.startswith("sqla_durable.") and ".".join(module.split(".")[:2]) not in _HOLD_WORKFLOWS
 
 
 def _position_in(coroutine: Any) -> Position | None:
-    """Give the identity of the operation that a coroutine of the engine's will carry out."""
-    for each in coroutine.cr_frame.f_locals.values():
+    """Return the identity of the operation that a coroutine of the engine's performs."""
+    for each in variables_of(coroutine):
         found = getattr(each, "position", each)
         if isinstance(found, Position):
             return found
     return None
-
-
-def _is_waited_for() -> bool:
-    """Tell whether the task is made by `asyncio.wait_for`.
-
-    Up to Python 3.11 that makes one and waits for it, where later versions wait in the caller's own task: it is the
-    same line of code, and its steps have the same keys with every version.
-    """
-    frame = inspect.currentframe()
-    for _ in range(6):
-        if frame is None or frame.f_code is asyncio.wait_for.__code__:
-            break
-        frame = frame.f_back
-    return frame is not None and frame.f_code is asyncio.wait_for.__code__
 
 
 async def let_new_tasks_begin(attempt: Attempt) -> None:
@@ -212,10 +199,10 @@ async def let_new_tasks_begin(attempt: Attempt) -> None:
 
 
 async def let_replay_catch_up(attempt: Attempt) -> None:
-    """Let what is recorded of other branches take effect before a branch executes its first step that is not.
+    """Let recorded outcomes of other branches take effect before a branch executes its first step that has none.
 
     Recorded outcomes come at once: an error among them that has cancelled this branch before cancels it again here,
-    before it executes anew what it was cancelled in.
+    before it executes again what it was cancelled in.
     """
     branch = attempt.branches.here()
     if attempt.is_replaying and (branch is None or not branch.has_caught_up) and len(attempt.branches.homes) > 1:
@@ -226,7 +213,7 @@ async def let_replay_catch_up(attempt: Attempt) -> None:
 
 
 async def until_cancelled_have_ended(attempt: Attempt) -> None:
-    """Wait for the branches and calls that the workflow itself has cancelled, as its last act perhaps."""
+    """Wait for the branches and calls that the workflow itself has cancelled, perhaps just before it returned."""
     while True:
         left = [*_live(attempt), *_calls(attempt)]
         ending = [each for each in left if each.done() or each.cancelling()]
@@ -237,84 +224,43 @@ async def until_cancelled_have_ended(attempt: Attempt) -> None:
 
 
 def abandon(attempt: Attempt) -> None:
-    """Cancel what an attempt leaves behind: nobody awaits it any more, and nothing of it can be recorded."""
+    """Cancel the tasks that an attempt leaves behind: nothing of them can be recorded any more."""
     here = asyncio.current_task()
     carriers: set[Any] = {each for each in attempt.homes_in_calls if isinstance(each, asyncio.Task)}
     for task in carriers.union(_live(attempt), _calls(attempt)):
         if task is not here and not task.done():
-            for each in (task, *_futures_of(task)):
+            for each in (task, *futures_of(task)):
                 each.add_done_callback(see)
             task.cancel()
 
 
-def _futures_of(task: Task) -> list[asyncio.Future[Any]]:
-    """Return the futures that get a task's outcome, of `gather` and `shield`; asyncio has no public way to ask."""
-    callbacks: list[tuple[Any, Any]] = getattr(task, "_callbacks", None) or []
-    cells = [cell for callback, _ in callbacks for cell in getattr(callback, "__closure__", None) or ()]
-    return [each.cell_contents for each in cells if _holds_future(each)]
-
-
-def _holds_future(cell: Any) -> bool:
-    try:
-        return isinstance(cell.cell_contents, asyncio.Future)
-    except ValueError:  # it is empty
-        return False
-
-
-def parking_of_tasks(attempt: Attempt, wait: Wait, *, timers: Iterable[float]) -> Suspension | None:
-    """Return how an `async def` workflow can be suspended now.
+def begin_suspension(attempt: Attempt, wait: Wait, *, timers: Iterable[float]) -> Suspension | None:
+    """Stop an attempt at an `async def` workflow if all of its code waits, and return how it is suspended.
 
     At once when every branch is seen to wait; where one may await something else, after a quiet while.
 
     Args:
+        attempt: the attempt.
         wait: what the operation waits for.
         timers: in how many seconds the timers of asyncio are due. The workflow is suspended until the first of them, if
             the operation's row can keep their deadlines.
     """
     due_in = min(timers, default=None)
-    if due_in is not None and (due_in <= LOOK_EVERY or not wait.has_row):
+    if due_in is not None and (due_in <= CHECK_EVERY or not wait.has_row):
         return None
-    parking = attempt.begin_suspension(quiet=QUIET, idle=lambda: are_idle(attempt))
-    return parking if parking is None or due_in is None else parking.within(due_in)
+    suspension = attempt.begin_suspension(quiet=QUIET, idle=lambda: are_idle(attempt))
+    return suspension if suspension is None or due_in is None else suspension.within(due_in)
 
 
 def are_idle(attempt: Attempt) -> bool:
-    """Tell whether every branch is in an operation, or waits for branches and operations and for nothing else.
+    """Return whether every branch is in an operation, or waits for branches and operations and for nothing else.
 
     Only what can be known counts: a branch that awaits anything else may have something to do.
     """
     carriers, homes = attempt.homes_in_calls, attempt.branches.homes
     known = carriers | homes.keys()
-    return all(home in carriers or _waits_for(home, known) for home in homes)
-
-
-def _waits_for(home: object, known: set[object]) -> bool:
-    """Tell whether a task waits for known ones; asyncio has no public way to ask what it waits for."""
-    waiter: Any = getattr(home, "_fut_waiter", None)
-    if waiter is None or waiter.done():
-        return False
-    if waiter in known:
-        return True
-    gathered: Any = getattr(waiter, "_children", None)
-    if gathered is not None:
-        return all(each.done() or each in known for each in gathered)
-    if not inspect.iscoroutine(cast("Task", home).get_coro()):
-        return False
-    last = _innermost(cast("Task", home).get_coro())
-    if last.cr_code is asyncio.wait_for.__code__:
-        return last.cr_frame.f_locals.get("fut") in known
-    if last.cr_code is wait_done.__code__:  # a saga, for a compensation
-        return last.cr_frame.f_locals.get("future") in known
-    if isinstance(last.cr_frame.f_locals.get("self"), asyncio.TaskGroup):
-        group: Any = last.cr_frame.f_locals["self"]
-        return all(each.done() or each in known for each in getattr(group, "_tasks", [None]))
-    return False
-
-
-def _innermost(coroutine: Any) -> Any:
-    while inspect.iscoroutine(coroutine.cr_await):
-        coroutine = coroutine.cr_await
-    return coroutine
+    # A saga waits for a compensation by `wait_done`.
+    return all(home in carriers or waits_only_for(home, known, functions=(wait_done,)) for home in homes)
 
 
 def _live(attempt: Attempt) -> list[Task]:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store.inbox import END_COLUMNS, end_notices
-from sqla_durable.store.records import Checkpoint, Completion, Fence, Park
+from sqla_durable.store.records import Checkpoint, Completion, Fence, Suspend
 from sqla_durable.store.statements import (
     COMPENSATES,
     FENCE,
@@ -48,7 +48,7 @@ from sqla_durable.store.steps import CHECKPOINT, given_parameters, insert_batch,
 from sqla_durable.unwinding import AttemptLost
 
 COMPLETION = Shape(Completion, without=["is_child"])
-End: TypeAlias = Completion | Park
+End: TypeAlias = Completion | Suspend
 _END: Columns = {**COMPLETION.columns, "delay": sa.Float(), "awaits": JSONB(), "checkpoints": sa.Integer()}
 
 
@@ -182,7 +182,7 @@ def _end_row(end: End, checkpoints: int) -> dict[str, Any]:
     match end:
         case Completion():
             return COMPLETION.row(end) | counted
-        case Park():
+        case Suspend():
             awaits = [each.to_json() for each in end.awaits] or None
             suspended = {"status": WorkflowStatus.SUSPENDED.value, "delay": end.delay, "awaits": awaits}
             return fence_row(end.fence) | suspended | counted

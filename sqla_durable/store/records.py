@@ -111,7 +111,7 @@ class Awaited:
 
 
 @dataclass(frozen=True, slots=True)
-class Park:
+class Suspend:
     """A workflow to be suspended by its own attempt.
 
     It is due again after `delay` seconds, if that is given, or when one of what it `awaits` is available.

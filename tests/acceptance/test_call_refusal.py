@@ -73,7 +73,7 @@ def test_a_finally_is_refused_its_calls_while_the_workflow_is_parked_and_execute
     assert keys(shell) == ["signal:go", "clean", "set_event(status)", "uuid4", "sleep", "#patched/new way"]
     (words,) = told(caplog)
     assert f"'clean' was called in workflow 'wait' {workflow_id} while its attempt 1 was ending" in words
-    assert "because the workflow is parked until what it waits for has come: it was not executed" in words
+    assert "because the workflow is suspended until what it waits for is there: it was not executed" in words
 
 
 def test_code_that_catches_everything_around_a_wait_executes_nothing_while_it_is_parked(
@@ -132,5 +132,5 @@ def test_a_finally_of_a_cancelled_workflow_is_refused_its_calls_and_the_workflow
         with pytest.raises(errors.WorkflowCancelledError):
             shell.result(workflow, workflow_id)
     assert booked(shell) == ([("hotel", 1), ("hotel", -1)] if saga else [])
-    assert all("'do" in each and "parked" in each for each in told(caplog)[:1])
+    assert all("'do" in each and "suspended" in each for each in told(caplog)[:1])
     assert [("was cancelled" in each) for each in told(caplog)[1:]] == ([True] if saga else [])

@@ -424,7 +424,7 @@ def test_a_call_that_todays_code_does_not_cancel_any_more_ends_all_the_same(
     shell: Shell, app: Application, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sqla_durable.runtime.shells, "_QUIET", 0.1)
-    monkeypatch.setattr(sqla_durable.runtime.shells, "_LOOK_EVERY", 0.02)
+    monkeypatch.setattr(sqla_durable.runtime.shells, "_CHECK_EVERY", 0.02)
     cancels = [True]
 
     @app.durable.step

@@ -269,7 +269,7 @@ def test_children_of_an_earlier_round_are_none_of_todays(shell: Shell, app: Appl
 def test_a_child_that_sql_deletes_is_missed_in_time(
     shell: Shell, app: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sqla_durable.execution.worker.maintenance._RENOTIFY_EVERY", 0.0)
+    monkeypatch.setattr("sqla_durable.execution.worker.maintenance.RENOTIFY_EVERY", 0.0)
     child = waiting(app)
 
     async def parent() -> Any:

@@ -316,7 +316,7 @@ def test_strict_workflow_in_a_worker_is_parked_and_goes_on_with_a_good_deploy(
         parked = shell.one(workflow_id)
         assert (parked.attempt, parked.crashes) == (2, 0)  # one of the story's own crash, none of the bad deploy
         assert any("has no outcome for now" in each.getMessage() for each in caplog.records)
-        monkeypatch.setattr("sqla_durable.execution.worker.attempts._HELD_BACK", 0.05)
+        monkeypatch.setattr("sqla_durable.execution.worker.attempts.MISMATCH_PAUSE", 0.05)
         with shell.sessionmaker.begin() as session:
             session.merge(parked).wake_at = parked.created_at
         with shell.background():  # again and again, and never too often

@@ -18,7 +18,6 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Executor, Worker, Workflow, WorkflowStatus, models, run_step
 from sqla_durable.execution.worker.database import ThreadDatabase
-from sqla_durable.execution.worker.writer import Writer
 from sqla_durable.store import claims, workers
 from tests.store import races
 from tests.support import refusals
@@ -191,11 +190,11 @@ def _other_than(engine: Engine, blocked: dict[int, object]) -> bool:
 async def test_a_writer_that_ends_in_the_middle_of_a_commit_leaves_nobody_waiting(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     database = ThreadDatabase(engine, limit=30)
-    writer = Writer(database)
+    writer = races.writer(database)
     running = asyncio.create_task(writer.run())
     with races.transaction(engine) as other:
         other.session.execute(text("LOCK TABLE durable.step IN SHARE MODE"))
-        ticket = writer.submit_from_thread(races.checkpoint(fence))
+        ticket = races.submit(writer, races.checkpoint(fence))
         await asyncio.to_thread(races.wait_until, lambda: races.blocked_statements(engine))
         running.cancel()
         await asyncio.sleep(0)
@@ -211,11 +210,11 @@ async def test_a_checkpoint_that_another_attempt_recorded_is_lost_and_not_writte
     races.expire_leases(engine)
     (new,) = await asyncio.to_thread(_reclaimed, engine)
     database = ThreadDatabase(engine, limit=30)
-    writer = Writer(database)
+    writer = races.writer(database)
     running = asyncio.create_task(writer.run())
-    await writer.submit(races.checkpoint(new))
+    await races.submit(writer, races.checkpoint(new))
     with pytest.raises(BaseException, match=str(old.workflow_id)) as lost:
-        await writer.submit(races.checkpoint(old, output="2"))
+        await races.submit(writer, races.checkpoint(old, output="2"))
     assert type(lost.value).__name__ == "AttemptLost"
     running.cancel()
     await database.close()
@@ -672,7 +671,7 @@ def test_a_claim_on_its_way_when_the_worker_stops_is_released(
             threading.Event().wait(0.3)  # let the loop act on it while this claim is on its way
 
     with worker:
-        races.wait_until(lambda: not worker._background._thread.is_alive(), what="the stop")  # type: ignore[union-attr]
+        races.wait_until(lambda: not worker._thread.is_alive(), what="the stop")  # type: ignore[union-attr]
     with session_factory() as session:
         record = session.get_one(Workflow, workflow_id)
         assert (record.status, record.attempt) == (WorkflowStatus.PENDING, 1)

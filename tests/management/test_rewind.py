@@ -12,7 +12,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable import Signal, StepStatus, Workflow, WorkflowStatus, cancel, rewind
 from sqla_durable.errors import ArgumentError
-from sqla_durable.store import Fence, Park, attempts, steps
+from sqla_durable.store import Fence, Suspend, attempts, steps
 from tests.management import histories
 from tests.management.histories import step
 from tests.store import races
@@ -25,7 +25,7 @@ def with_history(session: Session, *keys: str) -> Fence:
 
 
 def parked(session: Session, fence: Fence) -> None:
-    races.end(session, [Park(fence, 3600)])
+    races.end(session, [Suspend(fence, 3600)])
     awaits = 'UPDATE durable.workflow SET awaits = \'[{"signal": "go"}]\' WHERE id = :id'
     session.execute(text(awaits), {"id": fence.workflow_id})
 

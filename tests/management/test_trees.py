@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable import Workflow, WorkflowStatus, cancel, resume
-from sqla_durable.store import Park, attempts
+from sqla_durable.store import Suspend, attempts
 from tests.management import histories
 from tests.store import races
 
@@ -92,7 +92,7 @@ def test_records_of_the_tree_in_the_session_are_fresh(engine: Engine) -> None:
 @pytest.mark.parametrize("verb", ["cancel", "resume"])
 def test_what_a_suspended_workflow_waits_for_is_forgotten(session: Session, verb: str) -> None:
     fence = histories.claimed(session)
-    races.end(session, [Park(fence, 3600)])
+    races.end(session, [Suspend(fence, 3600)])
     session.execute(text("UPDATE durable.workflow SET awaits = '[]'"))
     cancel(session, fence.workflow_id)
     if verb == "resume":

@@ -15,7 +15,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable import Step, Workflow, WorkflowStatus, cancel, delete, fork, resume, retry, rewind
 from sqla_durable.errors import ArgumentError, SchemaError, SessionError
-from sqla_durable.store import Completion, NewWorkflow, Park, attempts, starts, steps, workers
+from sqla_durable.store import Completion, NewWorkflow, Suspend, attempts, starts, steps, workers
 from tests.store import races
 from tests.support.domain import Order
 
@@ -44,7 +44,7 @@ def in_every_state(engine: Engine) -> dict[str, UUID]:
     *fences, stopped = races.claimed_fences(engine, 6)
     running, parked, succeeded, failed, cancelled = fences
     with Session(engine) as session:
-        races.end(session, [Park(parked, 3600)])
+        races.end(session, [Suspend(parked, 3600)])
         attempts.finish(session, races.success(succeeded))
         attempts.finish(session, Completion(failed, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}'))
         races.cancel(session, cancelled.workflow_id)

@@ -11,7 +11,7 @@ import pytest
 from sqla_durable.errors import UsageError
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.branch import Branch, name_of
-from sqla_durable.operations.calls import Wait
+from sqla_durable.operations.suspending import Wait
 from sqla_durable.store import Claimed, Fence
 
 

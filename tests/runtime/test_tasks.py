@@ -10,15 +10,21 @@ from uuid import UUID
 import pytest
 
 from sqla_durable.errors import UsageError
+from sqla_durable.execution.replaying import HistoryRecorder
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.runtime import loop_timers, tasks
 from sqla_durable.runtime.context import Context
+from sqla_durable.runtime.shells import AsyncRuntime
 from sqla_durable.store import Claimed, Fence
 
 Body = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
 def _nothing(*_given: object) -> None: ...
+
+
+def context_of(attempt: Attempt, *, is_operating: bool = False) -> Context:
+    return Context(AsyncRuntime(attempt, HistoryRecorder(attempt, is_async=True)), is_operating=is_operating)
 
 
 async def joined_by_await(branch: Callable[[], Any]) -> None:
@@ -85,7 +91,7 @@ async def _is_idle(attempt: Attempt, body: Body) -> bool:
     async def workflow() -> None:
         attempt.branches.begin(tasks.whereabouts)
         with (
-            Context(attempt, _nothing, _nothing, _nothing, is_async=True).entered(),
+            context_of(attempt).entered(),
             tasks.branching(),
         ):
             await body(branch)
@@ -133,7 +139,7 @@ async def test_branches_of_tasks_in_tasks_are_named_and_forgotten(attempt: Attem
 
     attempt.branches.begin(tasks.whereabouts)
     with (
-        Context(attempt, _nothing, _nothing, _nothing, is_async=True).entered(),
+        context_of(attempt).entered(),
         tasks.branching(),
     ):
         found = list(await asyncio.gather(both(), both()))
@@ -149,9 +155,8 @@ async def test_what_the_engine_makes_while_it_operates_is_no_branch(attempt: Att
         return attempt.branches.here()
 
     attempt.branches.begin(tasks.whereabouts)
-    context = Context(attempt, _nothing, _nothing, _nothing, is_async=True)
-    with context.entered(), tasks.branching():
-        with context.operating():
+    with context_of(attempt).entered(), tasks.branching():
+        with context_of(attempt, is_operating=True).entered():
             assert await asyncio.create_task(here()) is None
         assert await asyncio.create_task(here()) is not None
 
@@ -196,7 +201,7 @@ async def test_factory_that_somebody_wraps_around_ours_stays(attempt: Attempt) -
         return attempt.begin_call("charge", 1).key
 
     attempt.branches.begin(tasks.whereabouts)
-    with Context(attempt, _nothing, _nothing, _nothing, is_async=True).entered():
+    with context_of(attempt).entered():
         with tasks.branching():
             ours: Any = loop.get_task_factory()
 

@@ -11,7 +11,7 @@ from uuid import UUID
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.store import Checkpoint, Completion, Fence, NewWorkflow, Park, Verdict, claims, starts, steps
+from sqla_durable.store import Checkpoint, Completion, Fence, NewWorkflow, Suspend, Verdict, claims, starts, steps
 from sqla_durable.store import attempts as store_attempts
 from tests.store import races
 from tests.store.model import LATER, Operation, Record, Recording, Row, View, changed, rows_of
@@ -336,7 +336,7 @@ class Parked(_Fenced):
         return changed(row, status=WorkflowStatus.SUSPENDED, token=None, worker=None, wake=LATER)
 
     def perform(self, session: Session) -> object:
-        return races.end(session, [Park(self.fence, HOUR.total_seconds())])
+        return races.end(session, [Suspend(self.fence, HOUR.total_seconds())])
 
 
 @dataclass(frozen=True)

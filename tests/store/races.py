@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -14,8 +15,13 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
+from sqla_durable.execution.worker.database import Database
+from sqla_durable.execution.worker.hints import Wakeups
+from sqla_durable.execution.worker.writer import Row, Write, Writer
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.operations.suspending import Wakers
+from sqla_durable.runtime.waiting import Ticket
 from sqla_durable.store import Checkpoint, Claimed, Completion, Fence, NewWorkflow, attempts, claims, starts, workers
 from sqla_durable.store.work import find_work
 from tests.support.forged import forged
@@ -227,3 +233,15 @@ def history_of(engine: Engine, workflow_id: UUID) -> list[str]:
 def one(new: NewWorkflow) -> Callable[[Session], UUID]:
     """Return the function that inserts a workflow with a key."""
     return lambda session: starts.insert_unless_known(session, new).id
+
+
+def writer(database: Database) -> Writer:
+    """Return a worker's writer, whose commits wake nothing."""
+    return Writer(database, Wakeups(), Wakers())
+
+
+def submit(writer: Writer, row: Row, *, after: Ticket | None = None) -> asyncio.Future[None]:
+    """Let a worker's writer commit a row, as an attempt on the event loop does."""
+    ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    writer.add(Write(row, ticket, after))
+    return ticket

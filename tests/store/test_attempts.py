@@ -11,7 +11,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Step, Workflow
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.store import Checkpoint, Fence, Park, attempts, steps
+from sqla_durable.store import Checkpoint, Fence, Suspend, attempts, steps
 from sqla_durable.store.statements import batch_parameter
 from tests.store import races
 from tests.store.plans import explain, fill
@@ -65,7 +65,7 @@ def test_checkpoints_and_what_ends_their_attempts_are_written_together(engine: E
         unwritten = attempts.write_batch(
             session,
             [races.checkpoint(each, key) for each in (finished, parked, going_on) for key in ("a", "b")],
-            [races.success(finished), Park(parked, 60)],
+            [races.success(finished), Suspend(parked, 60)],
         )
         session.commit()
         assert unwritten == attempts.Unwritten()
@@ -84,7 +84,7 @@ def test_checkpoints_and_what_ends_their_attempts_are_written_together(engine: E
 def test_an_attempt_does_not_end_before_all_of_its_checkpoints_are_written(engine: Engine, end: str) -> None:
     """One of them is there already, recorded by an earlier try of the same batch."""
     (fence,) = races.claimed_fences(engine)
-    ending: attempts.End = races.success(fence) if end == "finish" else Park(fence, 60)
+    ending: attempts.End = races.success(fence) if end == "finish" else Suspend(fence, 60)
     with Session(engine) as session:
         steps.record(session, races.checkpoint(fence, "a", output="1"))
         again = [races.checkpoint(fence, "a", output="2"), races.checkpoint(fence, "b")]

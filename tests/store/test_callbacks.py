@@ -15,7 +15,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable import complete_callback, delete, errors, fail_callback, heartbeat_callback, unwinding
 from sqla_durable.models import Signal, Step
 from sqla_durable.operations.callback import CallbackRecord
-from sqla_durable.store import Awaited, Checkpoint, Fence, Park, callbacks, continuations, signals
+from sqla_durable.store import Awaited, Checkpoint, Fence, Suspend, callbacks, continuations, signals
 from sqla_durable.store.callbacks import (
     _HOLD,  # pyright: ignore[reportPrivateUsage]
     _LOOK,  # pyright: ignore[reportPrivateUsage]
@@ -171,7 +171,7 @@ def test_an_uncommitted_answer_blocks_nothing_and_wakes_when_it_is_committed(eng
         with Session(engine) as session:
             session.execute(text("SET lock_timeout = '1s'"))
             assert races.record(session, [races.checkpoint(fence)]) == {(fence.workflow_id, "charge")}
-            assert races.end(session, [Park(fence, 60.0, [Awaited(signal=made.signal)])])
+            assert races.end(session, [Suspend(fence, 60.0, [Awaited(signal=made.signal)])])
             session.commit()
             assert signals.deliver(session, limit=10) == (1, 0)
             session.commit()

@@ -17,10 +17,10 @@ from sqlalchemy.orm import Session
 from sqla_durable import cancel, resume
 from sqla_durable.errors import EncodingError
 from sqla_durable.execution.worker.database import ThreadDatabase
-from sqla_durable.execution.worker.writer import Row, Writer
+from sqla_durable.execution.worker.writer import Row
 from sqla_durable.models import Step, Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Fence, Park, timers, workers
+from sqla_durable.store import Fence, Suspend, timers, workers
 from tests.store import races
 
 ROWS = 30
@@ -47,7 +47,7 @@ class Crowd:
 
     def _record(self, session: Session, fences: list[Fence], number: int) -> None:
         written = races.record(session, [races.checkpoint(each, str(each.token)) for each in fences])
-        parked = races.end(session, [Park(each, 3600) for each in fences[number % 3 :: 3]])
+        parked = races.end(session, [Suspend(each, 3600) for each in fences[number % 3 :: 3]])
         finished = races.end(session, [races.success(each) for each in fences[number::ROUNDS]])
         session.commit()
         with self._lock:
@@ -113,16 +113,16 @@ def test_everybody_at_the_same_rows_never_deadlocks_and_loses_nothing(engine: En
 async def test_a_bad_row_fails_its_own_workflow_and_none_that_is_suspended_beside_it(engine: Engine, bad: str) -> None:
     fences = races.claimed_fences(engine, ROWS)
     database = ThreadDatabase(engine, limit=30)
-    writer = Writer(database)
+    writer = races.writer(database)
     running = asyncio.create_task(writer.run())
     refused = fences[ROWS // 2]
     tickets: dict[Fence, list[asyncio.Future[None]]] = {}
     for number, fence in enumerate(fences):
         key = secrets.token_hex(3_000) if (fence, bad) == (refused, "checkpoint") else "charge"
         delay = float("inf") if (fence, bad) == (refused, "park") else 3600
-        end: Row = Park(fence, delay) if number % 2 or fence == refused else races.success(fence)
-        first = writer.submit(races.checkpoint(fence, key))
-        tickets[fence] = [first, writer.submit(end, after=first)]
+        end: Row = Suspend(fence, delay) if number % 2 or fence == refused else races.success(fence)
+        first = races.submit(writer, races.checkpoint(fence, key))
+        tickets[fence] = [first, races.submit(writer, end, after=first)]
     outcomes = {each: await asyncio.gather(*tickets[each], return_exceptions=True) for each in fences}
     running.cancel()
     await asyncio.wait([running])
@@ -147,9 +147,9 @@ async def test_what_is_large_is_written_in_several_statements(engine: Engine) ->
         sizes.append(len(parameters.get("batch_rows", "")))
 
     event.listen(engine, "before_cursor_execute", measure)
-    writer = Writer(database)
+    writer = races.writer(database)
     output = f'"{"x" * 1_000_000}"'
-    tickets = [writer.submit(races.checkpoint(each, output=output)) for each in fences]
+    tickets = [races.submit(writer, races.checkpoint(each, output=output)) for each in fences]
     running = asyncio.create_task(writer.run())
     await asyncio.gather(*tickets)
     running.cancel()

@@ -20,7 +20,7 @@ from sqla_durable.store import (
     Fence,
     NewWorkflow,
     Origin,
-    Park,
+    Suspend,
     attempts,
     callbacks,
     children,
@@ -94,7 +94,7 @@ def operations(update_id: int, child: UUID) -> dict[str, Operation]:
         return attempts.write_batch(session, [new(fence, "new")])
 
     def suspended_and_delivered(session: Session, fence: Fence) -> None:
-        races.end(session, [Park(fence, None, (Awaited(signal="approved"),))])
+        races.end(session, [Suspend(fence, None, (Awaited(signal="approved"),))])
         assert signals.deliver(session, limit=100)[1] == 1
 
     def child_started(session: Session, fence: Fence) -> object:
@@ -105,7 +105,7 @@ def operations(update_id: int, child: UUID) -> dict[str, Operation]:
         "step": step,
         "step in a batch": batch,
         "wait": lambda s, f: steps.begin_wait(s, replace(new(f, "new"), status=StepStatus.WAITING, output=None)),
-        "suspend": lambda s, f: races.end(s, [Park(f, None, (Awaited(signal="approved"),))]),
+        "suspend": lambda s, f: races.end(s, [Suspend(f, None, (Awaited(signal="approved"),))]),
         "finish": lambda s, f: races.end(s, [races.success(f)]),
         "send a signal": lambda s, f: signals.send(s, [f.workflow_id], name="approved", payload="1", key=None),
         "send a signal with a key": lambda s, f: signals.send(

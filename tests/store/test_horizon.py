@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable.execution.worker.cursors import Cursors
-from sqla_durable.store import Awaited, Fence, Park, attempts, claims, deferred, failures, signals, timers, workers
+from sqla_durable.store import Awaited, Fence, Suspend, attempts, claims, deferred, failures, signals, timers, workers
 from sqla_durable.store import statements as store_statements
 from sqla_durable.store import work as looks
 from sqla_durable.store.work import FULL_SCAN, LATE_COMMIT, ScanStarts
@@ -41,10 +41,10 @@ class Life:
             text(f"{started} FROM generate_series(1, :size) RETURNING id"), {"size": size}
         ).all()
         self._session.commit()
-        self._end([Park(each, None, [Awaited(signal="go")]) for each in self._claimed(size)])
+        self._end([Suspend(each, None, [Awaited(signal="go")]) for each in self._claimed(size)])
         signals.send(self._session, ids, name="go", payload="1", key=None)
         assert signals.deliver(self._session, limit=1_000) == (2 * size, size)
-        self._end([Park(each, 0.0) for each in self._claimed(size)])
+        self._end([Suspend(each, 0.0) for each in self._claimed(size)])
         assert timers.wake_due(self._session, limit=1_000) == size
         self._end([races.success(each) for each in self._claimed(size)])
 
@@ -121,7 +121,7 @@ def marks_at(moment: datetime) -> ScanStarts:
 def cursors_at(moment: datetime) -> Cursors:
     cursors = Cursors(["default"], poll_interval=1.0)
     seen = looks.Work(False, False, None, False, False, True, scan_starts=marks_at(moment + LATE_COMMIT))
-    cursors.note_look(seen, restarts=0, asked=True, took=0.0)
+    cursors.note_poll(seen, restarts=0, asked=True, took=0.0)
     return cursors
 
 

@@ -20,7 +20,18 @@ from sqla_durable import cancel, delete, resume, retry
 from sqla_durable.errors import NotFoundError
 from sqla_durable.models import Signal, Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Awaited, Completion, Fence, Park, attempts, children, failures, signals, timers, workers
+from sqla_durable.store import (
+    Awaited,
+    Completion,
+    Fence,
+    Suspend,
+    attempts,
+    children,
+    failures,
+    signals,
+    timers,
+    workers,
+)
 from sqla_durable.store.attempts import _WRITE_BATCH  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.store.signals import (
     _DELIVER,  # pyright: ignore[reportPrivateUsage]
@@ -57,7 +68,7 @@ def fail(session: Session, *fences: Fence) -> None:
 
 
 def suspend(session: Session, fence: Fence, *awaits: Awaited) -> None:
-    assert races.end(session, [Park(fence, None, awaits)]) == {fence.workflow_id}
+    assert races.end(session, [Suspend(fence, None, awaits)]) == {fence.workflow_id}
 
 
 def deliver(engine: Engine) -> int:
@@ -203,7 +214,7 @@ def test_no_notice_outlives_the_workflow_that_it_is_for(engine: Engine) -> None:
     (parent,) = races.claimed_fences(engine)
     with Session(engine) as session:
         (child,) = running(session, parent.workflow_id)
-        races.end(session, [Park(parent, 0.0, [Awaited.any_of([child.workflow_id])])])
+        races.end(session, [Suspend(parent, 0.0, [Awaited.any_of([child.workflow_id])])])
         fail(session, child)
         session.commit()
         assert timers.wake_due(session, limit=10) == 1
@@ -410,7 +421,7 @@ class Family:
         named = self.looked.pop(fence, [])
         if named:
             awaited = Awaited(children=named, open=self.random.randrange(len(named)))
-            self.at(lambda session: races.end(session, [Park(fence, None, (awaited,))]))
+            self.at(lambda session: races.end(session, [Suspend(fence, None, (awaited,))]))
         else:
             self.look()
 

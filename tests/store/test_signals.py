@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Signal, Step, Workflow
 from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.store import Awaited, Completion, Fence, Park, management, signals, steps, timers
+from sqla_durable.store import Awaited, Completion, Fence, Suspend, management, signals, steps, timers
 from sqla_durable.store.selection import Selection
 from sqla_durable.store.signals import _DELIVER  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.unwinding import AttemptLost
@@ -25,7 +25,7 @@ APPROVED = Awaited(signal="approved")
 
 def park(engine: Engine, fence: Fence, *awaits: Awaited, delay: float | None = None) -> None:
     with Session(engine) as session:
-        assert races.end(session, [Park(fence, delay, awaits)]) == {fence.workflow_id}
+        assert races.end(session, [Suspend(fence, delay, awaits)]) == {fence.workflow_id}
         session.commit()
 
 

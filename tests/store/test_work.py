@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Queue
-from sqla_durable.store import Park, timers, workers
+from sqla_durable.store import Suspend, timers, workers
 from sqla_durable.store.claims import from_front, name_parameters, range_parameters
 from sqla_durable.store.work import (
     _FIND_WORK,  # pyright: ignore[reportPrivateUsage]
@@ -70,11 +70,11 @@ def test_a_paused_queue_holds_nothing_to_claim(engine: Engine) -> None:
 def test_timers_are_due_or_tell_when_the_next_one_is(engine: Engine) -> None:
     first, second, third = races.claimed_fences(engine, 3)
     with Session(engine) as session:
-        races.end(session, [Park(first, 50), Park(second, 500)])
+        races.end(session, [Suspend(first, 50), Suspend(second, 500)])
         session.commit()
         assert not seen(session).due
         assert 40 < (seen(session).next_due_in or 0) <= 50
-        races.end(session, [Park(third, 0)])
+        races.end(session, [Suspend(third, 0)])
         session.commit()
         found = seen(session)
         assert found.due

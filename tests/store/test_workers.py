@@ -11,7 +11,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Worker, Workflow
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Fence, Park, attempts, timers, workers
+from sqla_durable.store import Fence, Suspend, attempts, timers, workers
 from tests.store import races
 from tests.store.plans import explain, fill
 
@@ -55,7 +55,7 @@ def test_a_workflow_is_reclaimed_after_the_lease_and_not_before(engine: Engine) 
 def test_a_locked_suspect_does_not_delay_the_others(engine: Engine) -> None:
     fences = races.claimed_fences(engine, 2)
     with Session(engine) as session:
-        races.end(session, [Park(each, 0) for each in fences])
+        races.end(session, [Suspend(each, 0) for each in fences])
         session.execute(update(Workflow).values(attempt=3, crashes=2))
         session.commit()
         with races.transaction(engine) as caller:

@@ -99,7 +99,7 @@ def test_an_attempt_that_ended_itself_is_counted_however_long_somebody_holds_its
     engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Given up, it would be released by a heartbeat, as unknown, and executed again and again at that pace."""
-    monkeypatch.setattr(attempts, "_PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(attempts, "ROW_PAUSES", (0.01, 0.01))
     durable = Durable()
     holders: list[races.Transaction] = []
 

@@ -33,7 +33,7 @@ def seen(*, claimable: bool = False, paused: tuple[str, ...] = ()) -> Work:
 
 
 def looked(cursors: Cursors, what: Work, *, asked: bool = True, took: float = 0.0) -> None:
-    cursors.note_look(what, restarts=cursors.restarts, asked=asked, took=took)
+    cursors.note_poll(what, restarts=cursors.restarts, asked=asked, took=took)
 
 
 def claimed(cursors: Cursors, *places: Position, is_full: bool = False) -> None:
@@ -97,7 +97,7 @@ def test_a_look_that_began_before_a_restart_is_not_noted() -> None:
     cursors = Cursors(["default"], poll_interval=1.0)
     before = cursors.restarts
     cursors.restart()
-    cursors.note_look(seen(), restarts=before, asked=True, took=0.0)
+    cursors.note_poll(seen(), restarts=before, asked=True, took=0.0)
     cursors.note_claim(Batch([], {"default": {0: place(0)}}, NOW), restarts=before, is_full=True)
     assert cursors.marks is FULL_SCAN
     assert cursors.ranges() == {"default": [Range(FRONT)]}

@@ -15,8 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqla_durable.definitions.database_errors import first_line, is_obstacle, is_outage
 from sqla_durable.execution.worker.database import (
     Database,
-    HeldLoopDatabase,
-    HeldThreadDatabase,
+    KeepingLoopDatabase,
+    KeepingThreadDatabase,
     LoopDatabase,
     ThreadDatabase,
     persistently,
@@ -25,16 +25,16 @@ from sqla_durable.store.schema import is_read_committed
 from tests.store import races
 
 LIMIT = 0.5
-KINDS = ["thread", "held thread", "psycopg", "held psycopg", "asyncpg", "held asyncpg"]
+KINDS = ["thread", "keeping thread", "psycopg", "keeping psycopg", "asyncpg", "keeping asyncpg"]
 
 
 def _database(kind: str, url: str, **options: Any) -> tuple[Database, Engine]:
-    held, _, form = kind.rpartition(" ")
+    keeping, _, form = kind.rpartition(" ")
     if form == "thread":
         engine = create_engine(url, **options)
-        return (HeldThreadDatabase if held else ThreadDatabase)(engine, limit=LIMIT), engine
+        return (KeepingThreadDatabase if keeping else ThreadDatabase)(engine, limit=LIMIT), engine
     engine = create_async_engine(make_url(url).set(drivername=f"postgresql+{form}"), **options).sync_engine
-    return (HeldLoopDatabase if held else LoopDatabase)(engine, limit=LIMIT), engine
+    return (KeepingLoopDatabase if keeping else LoopDatabase)(engine, limit=LIMIT), engine
 
 
 @pytest.fixture(params=KINDS)
@@ -82,7 +82,7 @@ async def test_a_call_that_is_cancelled_is_waited_for_and_not_for_ever(database:
     assert await database.execute(_backend)
 
 
-@pytest.mark.parametrize("kind", ["held thread", "held psycopg", "held asyncpg"])
+@pytest.mark.parametrize("kind", ["keeping thread", "keeping psycopg", "keeping asyncpg"])
 async def test_a_held_connection_is_the_same_for_every_transaction(kind: str, database_url: str) -> None:
     database, engine = _database(kind, database_url, poolclass=NullPool)
     assert len({await database.execute(_backend) for _ in range(3)}) == 1
@@ -91,7 +91,7 @@ async def test_a_held_connection_is_the_same_for_every_transaction(kind: str, da
 
 
 @pytest.mark.parametrize("closes_first", [False, True])
-@pytest.mark.parametrize("kind", ["held thread", "held psycopg", "held asyncpg"])
+@pytest.mark.parametrize("kind", ["keeping thread", "keeping psycopg", "keeping asyncpg"])
 async def test_transactions_that_overlap_each_other_and_the_end_leave_no_connection_behind(
     kind: str, closes_first: bool, database_url: str, engine: Engine
 ) -> None:
@@ -101,7 +101,7 @@ async def test_transactions_that_overlap_each_other_and_the_end_leave_no_connect
     with engine.connect() as holder:
         holder.execute(_LOCK)
         both = [asyncio.create_task(database.execute(_wait_for_lock)) for _ in range(2)]
-        expected = 1 if "thread" in kind else 2  # a held thread is one
+        expected = 1 if "thread" in kind else 2  # a keeping thread is one
         await asyncio.to_thread(races.wait_until, lambda: _blocked(engine) == expected, what="the statements")
         closing = asyncio.create_task(database.close()) if closes_first else None
         if closing is not None and "thread" not in kind:

@@ -1,4 +1,4 @@
-"""What a heartbeat hands back: what the tables give to its worker and nobody executes, and no claim on its way."""
+"""A heartbeat releases what is claimed by its worker and not executed, but for claims that are on their way."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from uuid_utils.compat import uuid7
 from sqla_durable import Durable, WorkflowStatus
 from sqla_durable.execution.worker.attempts import Attempts
 from sqla_durable.execution.worker.database import ThreadDatabase
-from sqla_durable.execution.worker.gatherer import Gatherer
 from sqla_durable.execution.worker.heartbeat import Heartbeat
-from sqla_durable.execution.worker.runtimes import Surroundings
-from sqla_durable.execution.worker.writer import Writer
-from sqla_durable.operations.arrivals import Arrivals
+from sqla_durable.execution.worker.hints import Wakeups
+from sqla_durable.execution.worker.isolation import Isolation
+from sqla_durable.execution.worker.recorder import Resources, Sessions, Slots
+from sqla_durable.execution.worker.settings import Settings
+from sqla_durable.execution.worker.writer import StreamWriter
+from sqla_durable.operations.suspending import Wakers
 from sqla_durable.store import claims
 from tests.store import races
 
@@ -31,22 +33,36 @@ def threads() -> Generator[ThreadPoolExecutor]:
 
 
 def heartbeat_of(database: ThreadDatabase, engine: Engine, threads: ThreadPoolExecutor) -> Heartbeat:
-    surroundings = Surroundings(
+    stopping = threading.Event()
+    resources = Resources(
         database=database,
-        writer=Writer(database),
-        gatherer=Gatherer(database),
-        arrivals=Arrivals(),
+        writer=races.writer(database),
+        stream_writer=StreamWriter(database),
         threads=threads,
-        sessionmaker=sessionmaker(engine),
-        async_sessionmaker=None,
-        sync_places=threading.Semaphore(1),
-        async_places=asyncio.Semaphore(1),
-        stopping=threading.Event(),
-        stopping_async=asyncio.Event(),
+        sync_sessions=Sessions.in_threads(sessionmaker(engine), places=1),
+        async_sessions=Sessions.on_loop(None, places=1),
+        stopping=stopping,
+        stopping_on_loop=asyncio.Event(),
         loop=asyncio.get_running_loop(),
+        slots=Slots(1),
+        wakers=Wakers(),
     )
-    attempts = Attempts(Durable().registry, surroundings, database, concurrency=1, max_attempts=9)
-    return Heartbeat(database, attempts, worker_id=races.WORKER, queues=["default"], lease=races.LEASE, name="ada")
+    isolation, wakeups = Isolation(database), Wakeups()
+    attempts = Attempts(Durable().registry, resources, isolation, wakeups.maintenance, max_attempts=9)
+    settings = Settings(
+        worker_id=races.WORKER,
+        name="ada",
+        queues=["default"],
+        names=[],
+        versions=[],
+        concurrency=1,
+        transactions=1,
+        lease=races.LEASE,
+        poll_interval=races.LEASE,
+        grace=races.LEASE,
+        max_attempts=9,
+    )
+    return Heartbeat(database, attempts, isolation, wakeups.heartbeat, settings)
 
 
 async def test_what_a_claim_takes_is_not_handed_back_before_its_answer_and_is_after_it_was_lost(

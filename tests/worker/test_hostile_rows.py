@@ -166,7 +166,7 @@ def test_what_cannot_even_be_failed_is_set_aside_and_logged(
         assert session.get_one(Workflow, bad).status is WorkflowStatus.PENDING
     said = [each.getMessage() for each in caplog.records if each.levelno == logging.ERROR]
     assert len([each for each in said if "refuses to claim it" in each]) == 1, "it is not met again at once"
-    assert f"workflow {bad}: this worker leaves it alone for 60 s" in said
+    assert f"workflow {bad}: this worker sets it aside for 60 s" in said
 
 
 def test_whatever_a_worker_does_to_many_goes_on_without_the_one_that_is_refused(

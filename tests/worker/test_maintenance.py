@@ -1,4 +1,4 @@
-"""When a worker does what: at the moment that it is due, told by a hint, or found by a poll."""
+"""When a worker acts: at the time that something is due, by a hint, or by a poll."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def engine(database_url: str, server_url: str) -> Generator[Engine]:
 @pytest.fixture
 def one_claim(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no claim follow on one that found nothing: what is started just then would be found by accident."""
-    monkeypatch.setattr("sqla_durable.execution.worker.claims._PAUSES", ())
+    monkeypatch.setattr("sqla_durable.execution.worker.claims.CLAIM_PAUSES", ())
 
 
 def started(maker: Sessions, **options: Any) -> UUID:
@@ -140,13 +140,13 @@ def test_a_signal_is_delivered_at_once_and_nothing_else_is_looked_for(
         session.flush()
         workflow_id = record.id
 
-    def is_parked() -> bool:
+    def is_suspended() -> bool:
         with session_factory() as session:
             asked = session.scalar(select(func.count()).select_from(Signal).where(Signal.delivered_at.is_(None)))
             return asked == 0 and session.get_one(Workflow, workflow_id).awaits is not None
 
     with idle(engine, Worker(waiting, sessionmaker=session_factory, poll_interval=NEVER)):
-        races.wait_until(is_parked, what="the parking, and the look at it")
+        races.wait_until(is_suspended, what="the suspension, and the poll for it")
         with executed_on(engine) as executed:
             with session_factory.begin() as session:  # by SQL: after a slow commit a sender asks for a look, too
                 session.add_all([Signal(workflow_id=workflow_id, name="go", payload=each) for each in (1, 2)])

@@ -1,4 +1,4 @@
-"""What takes a workflow from its worker tells it so: async code is cancelled at once, where no heartbeat is near."""
+"""A worker whose workflow is cancelled or reclaimed gets a hint: async code is cancelled at once, before a beat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A graceful stop: what runs is finished or handed back, and another worker goes on from the last checkpoint."""
+"""A graceful stop: what runs is finished or released, and another worker goes on from the last checkpoint."""
 
 from __future__ import annotations
 

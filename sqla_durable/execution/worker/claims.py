@@ -1,6 +1,6 @@
 """Keeps a worker's slots filled: claims in batches, as long as there may be something to claim.
 
-It never polls by itself: `Maintenance` and the listener tell it when something waits.
+It never polls by itself: the maintenance and the listener wake it when something is pending.
 """
 
 from __future__ import annotations
@@ -21,78 +21,65 @@ from sqla_durable.execution.worker.attempts import Attempts
 from sqla_durable.execution.worker.cursors import Cursors
 from sqla_durable.execution.worker.database import Database, NoConnectionError
 from sqla_durable.execution.worker.heartbeat import Heartbeat
+from sqla_durable.execution.worker.hints import Wakeup
+from sqla_durable.execution.worker.isolation import Isolation
+from sqla_durable.execution.worker.recorder import Slots
+from sqla_durable.execution.worker.settings import Settings
+from sqla_durable.execution.worker.timing import CLAIM_PAUSES, CLAIM_SPACING
 from sqla_durable.store import Claimed, claims
 from sqla_durable.store.statements import Subset
 
 log = Log("sqla_durable.worker")
 
 _BATCH = 200
-_PAUSES = (0.01, 0.05, 0.25)  # seconds between claims after the last one that found something
 _UNREAD = 10  # times in a row that a history is lost with its connection
-_SPACING = 0.005  # seconds between two hints that are followed: many of them are one claim
 
 
 class Claims:
-    """Claims workflows of these queues and names whenever a slot is free.
+    """Claims workflows of the worker's queues whenever a slot is free.
 
-    A full batch is followed by the next at once. After one that came back short, others may have held what this one
-    passed over: a few more claims follow, then it waits for a hint.
+    A full batch is followed by the next at once. After one that came back short, others may have locked what this one
+    skipped: a few more claims follow, then it waits for a hint.
     """
 
     def __init__(
         self,
         database: Database,
         attempts: Attempts,
+        slots: Slots,
         heartbeat: Heartbeat,
         cursors: Cursors,
-        *,
-        worker_id: UUID,
-        names: Sequence[str],
-        versions: Sequence[str],
+        isolation: Isolation,
+        wakeup: Wakeup,
+        settings: Settings,
     ) -> None:
         self._database = database
         self._attempts = attempts
+        self._slots = slots
         self._heartbeat = heartbeat
-        self._worker_id = worker_id
-        self._names = list(names)
-        self._versions = list(versions)
         self._cursors = cursors
+        self._isolation = isolation
+        self._wakeup = wakeup
+        self._settings = settings
         self._most = self._wanted = _BATCH
         self._batch = claims.Batch([], {})
-        self._hinted = asyncio.Event()
-        self._hinted.set()
-
-    def hint(self) -> None:
-        """Tell that something may wait in the queues."""
-        self._hinted.set()
-
-    @property
-    def busy(self) -> bool:
-        """Whether a claim follows without a hint."""
-        return self._cursors.in_burst or self._hinted.is_set()
+        self._wakeup.set()
 
     async def run(self) -> None:
         """Claim until cancelled."""
-        pauses = iter(_PAUSES)
+        pauses = iter(CLAIM_PAUSES)
         while True:
             await self._attempts.slot()
-            self._hinted.clear()
+            self._wakeup.clear()
             self._cursors.restart_if_time()
             in_burst, began = self._cursors.in_burst, time.monotonic()
             claimed = await self._claim()
             if claimed:
-                pauses = iter(_PAUSES)
+                pauses = iter(CLAIM_PAUSES)
             if len(claimed) < self._wanted and not in_burst:
-                # Also for as long as it took: what it had to pass over would have to be passed over again.
-                await asyncio.sleep(max(_SPACING, time.monotonic() - began))
-                await self._hint_within(next(pauses, None))
-
-    async def _hint_within(self, seconds: float | None) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._hinted.wait()
-        except TimeoutError:
-            pass
+                # Also for as long as it took: what it had to skip would have to be skipped again.
+                await asyncio.sleep(max(CLAIM_SPACING, time.monotonic() - began))
+                await self._wakeup.wait(next(pauses, None))
 
     async def _claim(self) -> list[Claimed]:
         """Claim, and begin to execute what was claimed; less at once after a failure.
@@ -107,10 +94,10 @@ class Claims:
         claim = self._claim_some
         while True:
             restarts = self._cursors.restarts
-            self._wanted = min(self._attempts.free, self._most)
+            self._wanted = min(self._slots.free, self._most)
             self._batch = claims.Batch([], {})
             try:
-                claimed = await claim(self._attempts.isolation.part)
+                claimed = await claim(self._isolation.part)
                 self._cursors.note_claim(self._batch, restarts=restarts, is_full=len(claimed) >= self._wanted)
                 self._most = min(2 * self._most, _BATCH)
                 return claimed
@@ -133,7 +120,7 @@ class Claims:
                 if alone and times >= (2 if is_out_of_time(error) else _UNREAD):
                     await self._attempts.count_unread(alone, first_line(error))
                 await asyncio.sleep(seconds)
-                # The claim may have been carried out, and its acknowledgement lost.
+                # The claim may have been executed, and its acknowledgement lost.
                 await self._heartbeat.release_strays()
 
     async def _claim_some(self, part: Subset) -> list[Claimed]:
@@ -146,10 +133,10 @@ class Claims:
         return claimed
 
     async def _claim_apart(self, part: Subset) -> list[Claimed]:
-        """Do it so that a workflow whose row, or history, makes it fail does so alone."""
+        """Claim in a way that a workflow whose row, or history, makes it fail does so alone."""
         await self._heartbeat.release_strays()  # what was claimed, and could not be read
         ids = await self._database.execute(lambda connection: self._claimable(connection, part))
-        claimed = await self._attempts.isolation.each(ids, self._claim_these, what="claim")
+        claimed = await self._isolation.each(ids, self._claim_these, what="claim")
         self._batch = claims.Batch([], {})  # which says nothing of what comes before it
         return [*chain(*claimed)]
 
@@ -165,8 +152,8 @@ class Claims:
         return claims.claimable(
             connection,
             ranges=self._cursors.ranges(),
-            names=self._names,
-            versions=self._versions,
+            names=self._settings.names,
+            versions=self._settings.versions,
             limit=self._wanted,
             subset=part,
         )
@@ -177,11 +164,11 @@ class Claims:
         def claim(connection: Connection) -> claims.Batch:
             return claims.claim(
                 connection,
-                worker_id=self._worker_id,
+                worker_id=self._settings.worker_id,
                 token=token,
                 ranges=self._cursors.ranges(),
-                names=self._names,
-                versions=self._versions,
+                names=self._settings.names,
+                versions=self._settings.versions,
                 limit=self._wanted,
                 subset=part,
             )

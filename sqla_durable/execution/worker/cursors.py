@@ -1,7 +1,7 @@
 """From where on a worker reads the indexes of what is to be done.
 
 While a snapshot is open elsewhere, vacuum cannot remove what is dead in them: reading each from its beginning would
-cost more with each workflow that was claimed, woken or delivered since. So a look begins where the last one found
+cost more with each workflow that was claimed, woken or delivered since. So a poll begins where the last one found
 nothing, and a claim where the last one ended. What was committed late stands before that: now and then all is read.
 """
 
@@ -67,14 +67,14 @@ class _Queue:
 
 
 class Cursors:
-    """The marks of the looks and the places of the claims of one worker.
+    """The marks of the polls and the places of the claims of one worker.
 
     Args:
         queues: those that it claims from.
-        poll_interval: the seconds between two looks.
+        poll_interval: the seconds between two polls.
 
     Attributes:
-        marks: where a look begins, and what acts between two of them.
+        marks: where a poll begins, and what acts between two of them.
         restarts: how often everything was to be read; what has begun before the last time, is not noted.
     """
 
@@ -88,7 +88,7 @@ class Cursors:
         self._burst_began = 0.0
 
     def restart(self) -> None:
-        """Let the next look and the next claim read everything."""
+        """Let the next poll and the next claim read everything."""
         self.restarts += 1
         self.marks = FULL_SCAN
         for each in self._queues.values():
@@ -96,14 +96,14 @@ class Cursors:
             each.reached = None
 
     def restart_if_time(self) -> None:
-        """Do so if it was not done for a while."""
+        """Let them read everything if that was not done for a while."""
         now = time.monotonic()
         if now >= self._restart_at:
             self._restart_at = now + self._every
             self.restart()
 
-    def note_look(self, seen: Work, *, restarts: int, asked: bool, took: float) -> None:
-        """Adopt what a look has found out.
+    def note_poll(self, seen: Work, *, restarts: int, asked: bool, took: float) -> None:
+        """Adopt what a poll has found out.
 
         Args:
             seen: what it saw.

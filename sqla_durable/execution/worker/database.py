@@ -1,6 +1,6 @@
 """Where the worker's own statements run: on the event loop with an async engine, otherwise in threads.
 
-Each statement is a transaction of its own, in one round trip: none is held open while the worker does something else,
+Each statement is a transaction of its own, in one round trip: none stays open while the worker does something else,
 or when it is frozen. They use connections of the user's engine in AUTOCOMMIT, so that events and defaults of the user's
 own session class do not reach them. Each call has a time limit: a connection that swallows everything and answers
 nothing is cut off, and the statement tried again on another one.
@@ -68,7 +68,7 @@ class Database(Protocol):
         ...
 
     async def close(self) -> None:
-        """Give back what this holds; the engine stays the user's."""
+        """Close what this keeps; the engine stays the user's."""
 
 
 class Cut:
@@ -96,17 +96,17 @@ class Cut:
             self._connection = connection.connection.driver_connection
 
     def off(self) -> None:
-        """Let whoever waits on the connection see that it is lost; without one, do not let it begin."""
+        """Shut the connection down under whoever waits on it; if there is none yet, refuse it when it comes."""
         with self._lock:
             self._abandoned = True
             if self._connection is not None:
                 shut_down(self._connection)
 
 
-class _Held(Generic[T]):
+class _Kept(Generic[T]):
     """The one connection that is kept, while no transaction uses it.
 
-    Transactions may overlap, and one may outlast `end`: whoever cannot give a connection back closes it.
+    Transactions may overlap, and one may outlast `end`: a connection that cannot be kept is closed by its user.
     """
 
     def __init__(self) -> None:
@@ -115,13 +115,13 @@ class _Held(Generic[T]):
         self._has_ended = False
 
     def take(self) -> T | None:
-        """Give the connection that is kept, if there is one: it is the caller's until `keep`."""
+        """Return the connection that is kept, if there is one: it is the caller's until `keep`."""
         with self._lock:
             taken, self._connection = self._connection, None
             return taken
 
     def keep(self, connection: T) -> bool:
-        """Keep a connection, or tell that the caller has to close it."""
+        """Keep a connection and return true; otherwise the caller has to close it."""
         with self._lock:
             if self._has_ended or self._connection is not None:
                 return False
@@ -129,7 +129,7 @@ class _Held(Generic[T]):
             return True
 
     def end(self) -> T | None:
-        """Keep none from now on; gives the one that was kept."""
+        """Keep none from now on, and return the one that was kept."""
         with self._lock:
             self._has_ended = True
         return self.take()
@@ -155,35 +155,35 @@ class LoopDatabase:
         return await _to_its_end(self._transact(_attached(statement, cut)), cut, limit=self._limit)
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no connection is kept."""
 
     async def _transact(self, statement: Callable[[Connection], T]) -> T:
         async with self._engine.connect() as connection:
             return await connection.run_sync(_ended, statement)
 
 
-class HeldLoopDatabase(LoopDatabase):
+class KeepingLoopDatabase(LoopDatabase):
     """Executes on the event loop, on one connection that it keeps: others cannot use up the pool before it."""
 
     def __init__(self, engine: Engine, *, limit: float) -> None:
         super().__init__(engine, limit=limit)
-        self._held = _Held[AsyncConnection]()
+        self._kept = _Kept[AsyncConnection]()
 
     @override
     async def close(self) -> None:
-        connection = self._held.end()
+        connection = self._kept.end()
         if connection is not None:
             await connection.close()
 
     @override
     async def _transact(self, statement: Callable[[Connection], T]) -> T:
-        connection = self._held.take() or await self._engine.connect()
+        connection = self._kept.take() or await self._engine.connect()
         try:
             value = await connection.run_sync(_ended, statement)
         except BaseException:
             await connection.close()
             raise
-        if not self._held.keep(connection):
+        if not self._kept.keep(connection):
             await connection.close()
         return value
 
@@ -230,32 +230,34 @@ class ThreadDatabase:
             return _ended(connection, statement)
 
 
-class HeldThreadDatabase(ThreadDatabase):
+class KeepingThreadDatabase(ThreadDatabase):
     """Executes in one thread, on one connection that it keeps: others cannot use up the pool before it."""
 
     def __init__(self, engine: Engine, *, limit: float) -> None:
         super().__init__(engine, limit=limit, threads=1)
-        self._held = _Held[Connection]()
+        self._kept = _Kept[Connection]()
 
     @override
     async def close(self) -> None:
-        await asyncio.wait([asyncio.get_running_loop().run_in_executor(self._threads, self._let_go)], timeout=_CUT_OFF)
+        await asyncio.wait(
+            [asyncio.get_running_loop().run_in_executor(self._threads, self._close_kept)], timeout=_CUT_OFF
+        )
         await super().close()
 
     @override
     def _transact(self, statement: Callable[[Connection], T]) -> T:
-        connection = self._held.take() or self._engine.connect()
+        connection = self._kept.take() or self._engine.connect()
         try:
             value = _ended(connection, statement)
         except BaseException:
             connection.close()
             raise
-        if not self._held.keep(connection):
+        if not self._kept.keep(connection):
             connection.close()
         return value
 
-    def _let_go(self) -> None:
-        connection = self._held.end()
+    def _close_kept(self) -> None:
+        connection = self._kept.end()
         if connection is not None:
             connection.close()
 
@@ -291,10 +293,12 @@ def open_databases(engine: Engine, *, hold: int, limit: float, beat_limit: float
         hold: how many of the pool's connections may be kept: the first for the heartbeat, the second for the writer.
         limit, beat_limit: the seconds after which a call, or one of the heartbeat's, is cut off.
     """
-    shared, held = (LoopDatabase, HeldLoopDatabase) if engine.dialect.is_async else (ThreadDatabase, HeldThreadDatabase)
+    shared, keeping = (
+        (LoopDatabase, KeepingLoopDatabase) if engine.dialect.is_async else (ThreadDatabase, KeepingThreadDatabase)
+    )
     database = shared(engine, limit=limit)
-    beating = held(engine, limit=beat_limit) if hold else database
-    writing = held(engine, limit=limit) if hold > 1 else database
+    beating = keeping(engine, limit=beat_limit) if hold else database
+    writing = keeping(engine, limit=limit) if hold > 1 else database
     return Databases(database, writing, beating)
 
 
@@ -362,7 +366,7 @@ async def _is_over(task: GracefulTask[Any], seconds: float) -> bool:
 
 
 async def _cut_off(task: GracefulTask[Any], cut: Cut) -> bool:
-    """Cut a transaction's connection off, and tell whether it has ended by that; if not, nobody waits for it."""
+    """Cut a transaction's connection off, and return whether it has ended by that; if not, nobody waits for it."""
     cut.off()
     if await _is_over(task, _CUT_OFF):
         return True

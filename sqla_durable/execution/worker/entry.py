@@ -1,4 +1,4 @@
-"""What a worker finds out about its database before it claims anything."""
+"""What a worker finds out about its database before it claims anything, and refuses there."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Sessionmakers:
 
 
 async def prepare(databases: Databases) -> bool:
-    """Choose how the worker's statements are executed; tell whether notifications can arrive.
+    """Choose how the worker's statements are executed; return whether notifications can arrive.
 
     Raises:
         SchemaError: the tables and this package do not fit together.

@@ -1,4 +1,4 @@
-"""Holds the worker's lease, and compares what the tables give to this worker with what it is executing."""
+"""Extends the worker's lease, and compares what is claimed by this worker with what it is executing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import contextmanager
 from functools import partial
 from uuid import UUID
 
@@ -18,17 +17,15 @@ from sqla_durable.definitions.database_errors import is_about_data
 from sqla_durable.definitions.log import Log
 from sqla_durable.execution.worker.attempts import Attempts
 from sqla_durable.execution.worker.database import Database, persistently
+from sqla_durable.execution.worker.hints import Wakeup
+from sqla_durable.execution.worker.isolation import Isolation
+from sqla_durable.execution.worker.settings import Settings
+from sqla_durable.execution.worker.timing import BEATS, COMPARE_ALL_EVERY, HINT_SPACING
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store import Fence, hints, workers
 from sqla_durable.store import attempts as store_attempts
 
 log = Log("sqla_durable.worker")
-
-BEATS = 3
-"""How often a worker beats in a lease."""
-
-_LOOK_EVERY = 10  # beats, of which one looks for what this worker does not know to have claimed
-_SPACING = 0.01  # seconds between two hints that are followed: many cancels are one look
 
 
 class Heartbeat:
@@ -40,75 +37,65 @@ class Heartbeat:
     """
 
     def __init__(
-        self,
-        database: Database,
-        attempts: Attempts,
-        *,
-        worker_id: UUID,
-        queues: Sequence[str],
-        lease: timedelta,
-        name: str,
+        self, database: Database, attempts: Attempts, isolation: Isolation, wakeup: Wakeup, settings: Settings
     ) -> None:
         self._database = database
         self._attempts = attempts
-        self._worker_id = worker_id
-        self._queues = queues
-        self._name = name
+        self._isolation = isolation
+        self._wakeup = wakeup
+        self._settings = settings
+        self._worker_id = settings.worker_id
         self._valid_until = float("-inf")
         self._claiming: UUID | None = None
         self._claimed_meanwhile: set[UUID] = set()
-        self._hinted = asyncio.Event()
-        self._looks_at = float("-inf")
-        self.lease = lease.total_seconds()
+        self._compares_all_at = float("-inf")
+        self.lease = settings.lease.total_seconds()
         self.interval = self.lease / BEATS
 
     async def begin(self) -> None:
         """Begin the lease."""
         began = time.monotonic()
         await self._database.execute(self._beat())
-        self._begun(began)
+        self._extended(began)
 
     async def run(self) -> None:
-        """Extend the lease until cancelled; drop what is no longer this worker's, hand back what it does not know.
+        """Extend the lease until cancelled; drop what is no longer this worker's, release what it does not know.
 
         At each beat, and as soon as a hint says that something was taken from this worker.
         """
         beats_at = time.monotonic() + self.interval
         while True:
-            hinted = await self._hint_within(beats_at - time.monotonic())
+            is_hinted = await self._wakeup.wait(beats_at - time.monotonic())
+            self._wakeup.clear()
             if time.monotonic() >= beats_at:
                 await self._extend()
                 beats_at = time.monotonic() + self.interval
             await self._compare()
-            if hinted:
-                await asyncio.sleep(_SPACING)
-
-    def hint(self) -> None:
-        """Tell that something that this worker executes may be its own no longer."""
-        self._hinted.set()
+            if is_hinted:
+                await asyncio.sleep(HINT_SPACING)
 
     async def notify(self, workers: Iterable[UUID]) -> None:
-        """Give such hints to others, and to this worker itself without a detour."""
+        """Hint to other workers, and to this one, that something may have been taken from them."""
         others = set(workers)
         if self._worker_id in others:
-            self.hint()
+            self._wakeup.set()
         if others := others - {self._worker_id}:
             notify = partial(_hint, payloads=[hints.to_worker(each) for each in others])
             await persistently(self._database, notify, what="hint")
 
     async def require_lease(self) -> None:
-        """Begin the lease anew if it has run out, as after a freeze: what nobody has taken over goes on."""
+        """Renew the lease if it has run out, as after a freeze: what nobody has reclaimed goes on."""
         if time.monotonic() >= self._valid_until:
             await self.renew()
 
     async def renew(self) -> None:
-        """Begin the lease anew: it has run out, or somebody has deleted it."""
-        log.warning("the lease of this worker has run out; it goes on with what nobody has taken over")
+        """Renew the lease: it has run out, or somebody has deleted it."""
+        log.warning("the lease of this worker has run out; it goes on with what nobody has reclaimed")
         await self._extend()
 
     @contextmanager
     def claiming(self, token: UUID) -> Generator[None]:
-        """Note which claim is on its way, so that what it takes is not handed back as unknown."""
+        """Note which claim is on its way, so that its workflows are not released as unknown."""
         self._claiming = token
         self._claimed_meanwhile.add(token)
         try:
@@ -117,29 +104,22 @@ class Heartbeat:
             self._claiming = None
 
     async def release_strays(self) -> None:
-        """Hand back what a claim took and no attempt is executing: its acknowledgement was lost, or came too late."""
+        """Release what was claimed and no attempt executes: the acknowledgement was lost, or came too late."""
         known = set(self._attempts.fences)
-        await self._release_unknown(await self._look(), known)
+        await self._release_unknown(await self._running_here(), known)
 
     async def end(self) -> None:
-        """End the lease, once nothing extends it any more, and let others look for what was handed back."""
+        """End the lease, once nothing extends it any more, and hint to others to claim what was released."""
         await persistently(self._database, self._leave, what="leave")
         # By itself: where statements are in transactions, NOTIFY would hold its lock until the DELETE is on disk.
         await persistently(self._database, partial(_hint, payloads=[hints.LATE]), what="leave")
 
-    async def _hint_within(self, seconds: float) -> bool:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._hinted.wait(), max(0.0, seconds))
-        hinted = self._hinted.is_set()
-        self._hinted.clear()
-        return hinted
-
     async def _compare(self) -> None:
         """Now and then, because the server may carry out a claim long after its connection was lost."""
         running = self._attempts.fences
-        if time.monotonic() >= self._looks_at:
-            self._looks_at = time.monotonic() + _LOOK_EVERY * self.interval
-            owned = await self._look()
+        if time.monotonic() >= self._compares_all_at:
+            self._compares_all_at = time.monotonic() + COMPARE_ALL_EVERY * self.interval
+            owned = await self._running_here()
             await self._release_unknown(owned, set(running))
         else:
             still_owned = partial(store_attempts.still_owned, fences=running)
@@ -151,16 +131,16 @@ class Heartbeat:
             own = {each for each, end in ends.items() if end is not WorkflowStatus.CANCELLED}
             self._attempts.drop(each for each in missing if each not in own)
 
-    async def _look(self) -> set[Fence]:
+    async def _running_here(self) -> set[Fence]:
         self._claimed_meanwhile = set() if self._claiming is None else {self._claiming}
         running_of = partial(workers.attempts_of, worker_id=self._worker_id)
         return set(await persistently(self._database, running_of, what="heartbeat"))
 
     async def _release_unknown(self, owned: set[Fence], known: set[Fence]) -> None:
-        """Hand back what is running here by the tables only; what was claimed since the look began is on its way."""
+        """Release what only the tables say is running here; what was claimed since they were read is on its way."""
         unknown = owned - known - set(self._attempts.fences)
         strays = [each for each in unknown if each.token not in self._claimed_meanwhile]
-        strays = [each for each in strays if not self._attempts.isolation.is_aside(each.workflow_id)]
+        strays = [each for each in strays if not self._isolation.is_aside(each.workflow_id)]
         if strays:
             log.warning("%d workflows are claimed by this worker and not executed; they are released", len(strays))
             await self._attempts.release(strays)
@@ -168,29 +148,29 @@ class Heartbeat:
     def _leave(self, connection: Connection) -> None:
         workers.end_lease(connection, self._worker_id)
 
-    def _begun(self, began: float) -> None:
+    def _extended(self, began: float) -> None:
         self._valid_until = began + self.lease
 
     async def _extend(self) -> None:
-        """Extend the lease; also where the database refuses what is to be told of the steps, such as a key's text."""
+        """Extend the lease; if the database refuses what is shown of the steps, such as a key's text, without that."""
         began = time.monotonic()
         try:
             await persistently(self._database, self._beat(), what="heartbeat")
         except DBAPIError as error:
             if not is_about_data(error):
                 raise
-            await persistently(self._database, self._beat(tells=False), what="heartbeat")
-        self._begun(began)
+            await persistently(self._database, self._beat(shows_steps=False), what="heartbeat")
+        self._extended(began)
 
-    def _beat(self, *, tells: bool = True) -> Callable[[Connection], None]:
-        """Return the statement; it tells of the steps that are longer than a beat, for whoever looks at them."""
-        doing = self._attempts.steps_longer_than(self.interval) if tells else None
+    def _beat(self, *, shows_steps: bool = True) -> Callable[[Connection], None]:
+        """Return the statement, which shows the steps that have been executed for longer than a beat."""
+        doing = self._attempts.steps_longer_than(self.interval) if shows_steps else None
         return partial(
             workers.beat,
             worker_id=self._worker_id,
-            name=self._name,
-            queues=self._queues,
-            lease=timedelta(seconds=self.lease),
+            name=self._settings.name,
+            queues=self._settings.queues,
+            lease=self._settings.lease,
             doing=json.dumps(doing) if doing else None,
         )
 

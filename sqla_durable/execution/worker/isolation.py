@@ -39,7 +39,7 @@ class Sweep(Protocol[T_co]):
 
 
 class Isolation:
-    """Finds the workflows of one worker's statements that make these fail."""
+    """Finds workflows that make a worker's statements fail."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -122,7 +122,7 @@ class Isolation:
     def _set_aside(self, workflow_id: UUID) -> None:
         pause = self._pauses[workflow_id] = min(2 * self._pauses.get(workflow_id, _SHORTEST_ASIDE / 2), _LONGEST_ASIDE)
         self._aside[workflow_id] = time.monotonic() + pause
-        log.error("workflow %s: this worker leaves it alone for %.0f s", workflow_id, pause)
+        log.error("workflow %s: this worker sets it aside for %.0f s", workflow_id, pause)
 
 
 def _reason(error: BaseException, faults: Sequence[str], *, what: str) -> str:

@@ -1,7 +1,7 @@
-"""Listens for hints, on one connection of its own, so that a worker looks at once where there is something to do.
+"""Listens for hints, on one connection of its own, so that a worker does at once what there is to do.
 
-Whatever happens to that connection, the worker finds everything by polling: a listener warns, tries again, and says
-after each new LISTEN that something may have been missed.
+Whatever happens to that connection, the worker finds everything by polling: a listener warns, tries again, and hints
+after each new LISTEN, because something may have been missed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Listener:
         self._limit = limit.total_seconds()
 
     async def run(self) -> None:
-        """Listen until cancelled; errors end the connection and never this."""
+        """Listen until cancelled; errors end the connection only."""
         hear = _hearing_of(self._engine)
         if hear is None:
             log.info("the driver %r is not listened on: workflows are found by polling", self._engine.dialect.driver)
@@ -82,7 +82,7 @@ class Listener:
             await asyncio.sleep(again.wait_before_next(ConnectionError()) or LONGEST_BACKOFF)
 
     async def _listen(self, line: _Line, hear: _Hear) -> Exception:
-        """Listen on one connection until it is lost, or silent for too long; give the error."""
+        """Listen on one connection until it is lost, or silent for too long; return the error."""
         hearing = hear(self._engine, line)
         try:
             while not hearing.done():
@@ -99,7 +99,7 @@ class Listener:
 
 
 class _Line:
-    """What the hearing on one connection and its watcher share. The hearing may be in a thread.
+    """One connection that is listened on, perhaps in a thread, and watched from the event loop.
 
     Attributes:
         check: seconds until the hearing asks whether the server is still there.
@@ -120,7 +120,7 @@ class _Line:
 
     @property
     def lasted(self) -> bool:
-        """Whether it listened for so long that its end is no reason to hesitate before the next one."""
+        """Whether it listened for so long that the next one may follow at once."""
         return self.listens and time.monotonic() - self._began > LONGEST_BACKOFF
 
     def hold(self, raw: Any) -> None:
@@ -146,8 +146,8 @@ class _Line:
         self._loop.call_soon_threadsafe(self._extend)
 
     def hint(self, payload: str) -> None:
-        """Hand a hint on."""
-        self._loop.call_soon_threadsafe(self._hand_on, payload)
+        """Pass a hint on."""
+        self._loop.call_soon_threadsafe(self._pass_on, payload)
 
     async def watch(self, hearing: asyncio.Future[None]) -> None:
         """Wait for the end of the hearing, for as long as it may be silent.
@@ -161,7 +161,7 @@ class _Line:
         await asyncio.wait([hearing], timeout=left)
 
     def end(self) -> None:
-        """Hand nothing on any more, and let the hearing see that its connection is lost."""
+        """Pass nothing on any more, and shut the connection down under what listens on it."""
         with self._lock:
             self._ended = True
             if self._raw is not None:
@@ -170,7 +170,7 @@ class _Line:
     def _extend(self) -> None:
         self._silent_until = self._loop.time() + self.check + self._limit
 
-    def _hand_on(self, payload: str) -> None:
+    def _pass_on(self, payload: str) -> None:
         if not self._ended:
             self._on_hint(payload)
 
@@ -283,7 +283,7 @@ async def _connected(engine: Engine) -> tuple[AsyncConnection, Any]:
 
 
 def _taken_out(connection: Connection) -> Any:
-    """Take a connection out of its pool, where the LISTEN would outlive us, and give the driver's.
+    """Take a connection out of its pool, where the LISTEN would outlive us, and return the driver's.
 
     That one is closed, and not SQLAlchemy's, which would try a rollback and log an error where the server is gone.
     """

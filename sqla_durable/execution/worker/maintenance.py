@@ -1,16 +1,13 @@
-"""Looks for what there is to do, once a poll interval: timers, signals, what the dead have left, what waits.
+"""Polls for what there is to do: timers that are due, signals, workflows of dead workers, and what is pending.
 
-Any worker does it for all queues, and any number of them at any time: each action takes its own rows. Whatever a hint
-would have told is found here too, so that a lost one costs a poll interval and nothing else.
+Any number of workers do so at the same time, each for all queues: every action locks its own rows. Whatever a hint says
+is found here too, so a lost one costs a poll interval and nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from datetime import timedelta
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -20,11 +17,19 @@ from sqlalchemy import Connection
 
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.retry import LONGEST_BACKOFF
-from sqla_durable.execution.worker.claims import Claims
 from sqla_durable.execution.worker.cursors import Cursors
 from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.execution.worker.heartbeat import Heartbeat
+from sqla_durable.execution.worker.hints import Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
+from sqla_durable.execution.worker.settings import Settings
+from sqla_durable.execution.worker.timing import (
+    FORGET_EVERY,
+    RECLAIM_EVERY,
+    RENOTIFY_EVERY,
+    SHORTEST_POLL,
+    WARN_EVERY,
+)
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store import claims as store_claims
 from sqla_durable.store import deferred, failures, signals, timers, workers
@@ -34,101 +39,80 @@ from sqla_durable.store.work import Work, find_work
 log = Log("sqla_durable.worker")
 
 _LIMIT = 1_000  # rows that one statement changes
-_SHORTEST_PAUSE = 0.01  # seconds between two looks, however many timers there are
-_RECLAIM_EVERY = 10  # beats: what is seen to be abandoned is reclaimed at once
-_WARN_EVERY = 60.0
 _SHOWN = 5  # ids in a line of the log
-_FORGET_EVERY = 3_600.0
-_RENOTIFY_EVERY = 60.0
 _FRONT = UUID(int=0)
 
 
 class Maintenance:
-    """Wakes what is due, at its time; takes back what dead workers had; tells `Claims` when something waits."""
+    """Wakes what is due, at its time; reclaims what dead workers had; wakes the claims when something is pending."""
 
     def __init__(
         self,
         database: Database,
-        claims: Claims,
         heartbeat: Heartbeat,
         cursors: Cursors,
         isolation: Isolation,
-        *,
-        worker_id: UUID,
-        queues: Sequence[str],
-        names: Sequence[str],
-        versions: Sequence[str],
-        poll_interval: timedelta,
-        max_attempts: int,
+        wakeups: Wakeups,
+        settings: Settings,
     ) -> None:
         self._database = database
-        self._claims = claims
         self._heartbeat = heartbeat
         self._cursors = cursors
         self._isolation = isolation
-        self._worker_id = worker_id
-        self._queues = list(queues)
-        self._names = list(names)
-        self._versions = list(versions)
-        self._interval = poll_interval.total_seconds()
-        self._max_attempts = max_attempts
+        self._wakeup = wakeups.maintenance
+        self._claims = wakeups.claims
+        self._settings = settings
+        self._interval = settings.poll_interval.total_seconds()
         self._patience = heartbeat.lease + LONGEST_BACKOFF
         self._long_ago = max(1.5 * heartbeat.interval, 3 * self._interval)
         self._patient_from = float("-inf")
-        self._looked_at = time.monotonic()
+        self._polled_at = time.monotonic()
         self._reclaimed_at = float("-inf")
         self._forgotten_at = float("-inf")
         self._renotified_at = float("-inf")
         self._renotified_up_to = _FRONT
         self._warned_at = float("-inf")
         self._warned_of_versions_at = float("-inf")
-        self._hinted = asyncio.Event()
-        self._is_to_look = False
         self._marks = cursors.marks
 
-    def hint(self) -> None:
-        """Tell that there may be something, such as a timer that is due sooner than is known here."""
-        self._is_to_look = True
-        self._hinted.set()
-
-    def hint_of_signals(self) -> None:
-        """Tell that there may be signals, and nothing else that is new."""
-        self._hinted.set()
-
     async def run(self) -> None:
-        """Look again and again until cancelled."""
+        """Poll until cancelled."""
         while True:
-            self._hinted.clear()
-            self._is_to_look = False
-            seen = await self._look()
+            self._wakeup.clear()
+            seen = await self._poll()
             self._be_patient(time.monotonic())
             await self._act(seen)
             await self._wait(seen)
 
-    async def _look(self) -> Work:
+    async def _poll(self) -> Work:
         self._cursors.restart_if_time()
-        asked, restarts, self._marks = not self._claims.busy, self._cursors.restarts, self._cursors.marks
+        asked, restarts, self._marks = not self._claims_follow, self._cursors.restarts, self._cursors.marks
         ranges: Ranges = self._cursors.ranges() if asked else {}
 
-        def look_once(connection: Connection) -> tuple[Work, float]:
+        def poll_once(connection: Connection) -> tuple[Work, float]:
             began = time.monotonic()  # an outage before it says nothing of how much there is to read
             seen = find_work(
                 connection,
-                worker_id=self._worker_id,
+                worker_id=self._settings.worker_id,
                 ranges=ranges,
-                names=self._names,
-                versions=self._versions,
+                names=self._settings.names,
+                versions=self._settings.versions,
                 scan_starts=self._marks,
                 within=self._interval,
             )
             return seen, time.monotonic() - began
 
-        seen, took = await persistently(self._database, look_once, what="maintenance")
-        self._cursors.note_look(seen, restarts=restarts, asked=asked, took=took)
+        seen, took = await persistently(self._database, poll_once, what="maintenance")
+        self._cursors.note_poll(seen, restarts=restarts, asked=asked, took=took)
         return seen
 
+    @property
+    def _claims_follow(self) -> bool:
+        """Whether a claim follows without a hint."""
+        return self._cursors.in_burst or self._claims.is_set
+
     async def _act(self, seen: Work) -> None:
-        """Do what was seen, from where it was looked for."""
+        """Do what the poll has found, from where that has begun to read."""
         if not seen.alive:
             await self._heartbeat.renew()
         undoing = await self._fail_overdue() if seen.overdue else False
@@ -137,7 +121,7 @@ class Maintenance:
         woken += await self.deliver() if seen.undelivered else 0
         woken += await self._release_left() if seen.has_orphans else 0
         if seen.claimable or reclaimed or woken or undoing:
-            self._claims.hint()
+            self._claims.set()
         else:
             await self._warn_of_unknown()
         self._marks = self._cursors.marks
@@ -148,26 +132,18 @@ class Maintenance:
     async def _wait(self, seen: Work) -> None:
         """Wait for the next poll, for the next timer if that is sooner, or for a hint; deliver signals meanwhile."""
         next_due_in = self._interval if seen.next_due_in is None else seen.next_due_in
-        await asyncio.sleep(_SHORTEST_PAUSE)
+        await asyncio.sleep(SHORTEST_POLL)
         until = time.monotonic() + min(self._interval, next_due_in)
-        while await self._is_hinted(until - time.monotonic()) and not self._is_to_look:
-            self._hinted.clear()
+        while await self._wakeup.wait(until - time.monotonic()) and not self._wakeup.is_to_poll:
+            self._wakeup.clear()
             await self.deliver()
-            await asyncio.sleep(_SHORTEST_PAUSE)
-
-    async def _is_hinted(self, within: float) -> bool:
-        if within <= 0:  # however many hints come
-            return False
-        with suppress(TimeoutError):
-            async with asyncio.timeout(within):
-                await self._hinted.wait()
-        return self._hinted.is_set()
+            await asyncio.sleep(SHORTEST_POLL)
 
     async def _wake(self) -> int:
         """Wake what is due; of many, all."""
         woken = count = await self._wake_some()
         while count == _LIMIT:
-            self._claims.hint()
+            self._claims.set()
             count = await self._wake_some()
             woken += count
         return woken
@@ -185,12 +161,12 @@ class Maintenance:
             delivered, more = sum(each for each, _ in counts), sum(each for _, each in counts)
             woken += more
             if more:
-                self._claims.hint()
+                self._claims.set()
             if delivered < _LIMIT:
                 return woken
 
     async def _release_left(self) -> int:
-        """Let go the held children that their parents have left behind; of many, the others at the next looks."""
+        """Release the held children whose parents have ended; of many, the rest at the next polls."""
         bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._marks.sent_at}
         release, leavers = partial(deferred.start_orphans, **bounds), partial(deferred.parents_of_orphans, **bounds)
         return sum(await self._isolation.sweep(release, leavers, what="release the children of"))
@@ -201,7 +177,7 @@ class Maintenance:
         return await self._isolation.sweep(deliver, receivers, what="deliver to")
 
     async def _fail_overdue(self) -> bool:
-        """Fail what has reached its deadline; of many, the others at the next looks. Tell whether some undo first."""
+        """Fail what has reached its deadline; of many, the rest at the next polls. Return whether some undo first."""
         bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._marks.deadline_at}
         fail, found = partial(failures.fail_overdue, **bounds), partial(failures.overdue_ids, **bounds)
         overdue = [*chain(*await self._isolation.sweep(fail, found, what="fail"))]
@@ -214,45 +190,46 @@ class Maintenance:
     async def _reclaim(self, seen: Work) -> int:
         """Reclaim what dead workers had; now and then also what belongs to workers whose rows are gone."""
         now = time.monotonic()
-        is_time = seen.abandoned or now - self._reclaimed_at >= _RECLAIM_EVERY * self._heartbeat.interval
+        is_time = seen.abandoned or now - self._reclaimed_at >= RECLAIM_EVERY * self._heartbeat.interval
         if not is_time or now < self._patient_from + self._patience:
             return 0
         self._reclaimed_at = now
         reclaimed = await self._reclaim_some()
-        _tell(reclaimed)
+        _log_reclaimed(reclaimed)
         if reclaimed:
             self._cursors.restart()  # they stand in their old places
         return len(reclaimed)
 
     async def _reclaim_some(self) -> list[workers.Reclaimed]:
-        bounds: dict[str, Any] = {"limit": _LIMIT, "besides": self._worker_id}
+        chosen = self._settings
+        bounds: dict[str, Any] = {"limit": _LIMIT, "besides": chosen.worker_id}
         reclaim = partial(
-            workers.reclaim, max_attempts=self._max_attempts, names=self._names, queues=self._queues, **bounds
+            workers.reclaim, max_attempts=chosen.max_attempts, names=chosen.names, queues=chosen.queues, **bounds
         )
         return [*chain(*await self._isolation.sweep(reclaim, partial(workers.expired, **bounds), what="reclaim"))]
 
     def _be_patient(self, now: float) -> None:
-        """Give others time to come back before their work is taken over, where this worker has been away for long.
+        """Give others time to come back before their workflows are reclaimed, where this worker has been away for long.
 
         As in an outage: the leases of living ones have run out too. They get a whole one, as after a beat, from when
         they try again. Half of the time at most is given, however often that happens.
         """
-        away = now - self._looked_at > self._long_ago
+        away = now - self._polled_at > self._long_ago
         if away and now > self._patient_from + 2 * self._patience:
             self._patient_from = now
-        self._looked_at = now
+        self._polled_at = now
 
     async def _forget_dead(self) -> None:
-        if time.monotonic() - self._forgotten_at >= _FORGET_EVERY:
+        if time.monotonic() - self._forgotten_at >= FORGET_EVERY:
             self._forgotten_at = time.monotonic()
             await persistently(self._database, workers.delete_dead, what="maintenance")
 
     async def _renotify(self) -> None:
-        """Leave the notices that are missing: to a part of what waits each time, then from the front again.
+        """Write the notices that are missing: for a part of what waits each time, then from the front again.
 
-        Senders and children leave notices; an application's own SQL that deletes or ends a child does not.
+        Senders and children write notices; an application's own SQL that deletes or ends a child does not.
         """
-        if time.monotonic() - self._renotified_at >= _RENOTIFY_EVERY:
+        if time.monotonic() - self._renotified_at >= RENOTIFY_EVERY:
             self._renotified_at = time.monotonic()
             bounds: dict[str, Any] = {"limit": _LIMIT, "after": self._renotified_up_to}
             renotify, waiting = partial(signals.renotify, **bounds), partial(signals.waiting, **bounds)
@@ -260,7 +237,7 @@ class Maintenance:
             self._renotified_up_to = max((last for last in seen if last is not None), default=_FRONT)
 
     async def _warn_of_unknown(self) -> None:
-        if self._claims.busy or time.monotonic() - self._warned_at < _WARN_EVERY:
+        if self._claims_follow or time.monotonic() - self._warned_at < WARN_EVERY:
             return
         self._warned_at = time.monotonic()
         unknown = await persistently(self._database, self._unknown, what="maintenance")
@@ -269,13 +246,13 @@ class Maintenance:
                 "workflows named %s wait in the queues %s and are not registered here; a worker that knows them "
                 "will claim them. Registered here: %s.",
                 ", ".join(map(repr, unknown)),
-                ", ".join(map(repr, self._queues)),
-                ", ".join(map(repr, self._names)) or "nothing: import the modules that define them",
+                ", ".join(map(repr, self._settings.queues)),
+                ", ".join(map(repr, self._settings.names)) or "nothing: import the modules that define them",
             )
 
     async def _warn_of_versions(self) -> None:
-        """Name the versions that wait and are not claimed here, however busy this worker is: nobody else may tell."""
-        if not self._versions or time.monotonic() - self._warned_of_versions_at < _WARN_EVERY:
+        """Log the versions that wait and are not claimed here, however busy this worker is: nobody else may do so."""
+        if not self._settings.versions or time.monotonic() - self._warned_of_versions_at < WARN_EVERY:
             return
         self._warned_of_versions_at = time.monotonic()
         others = await persistently(self._database, self._other_versions, what="maintenance")
@@ -284,18 +261,18 @@ class Maintenance:
                 "workflows of the versions %s wait in the queues %s, and this worker claims %s only. If no other "
                 "worker claims them, let one do so (versions=), or give them another version.",
                 ", ".join(map(repr, others)),
-                ", ".join(map(repr, self._queues)),
-                ", ".join(map(repr, self._versions)),
+                ", ".join(map(repr, self._settings.queues)),
+                ", ".join(map(repr, self._settings.versions)),
             )
 
     def _other_versions(self, connection: Connection) -> list[str]:
-        return store_claims.other_versions(connection, queues=self._queues, versions=self._versions)
+        return store_claims.other_versions(connection, queues=self._settings.queues, versions=self._settings.versions)
 
     def _unknown(self, connection: Connection) -> list[str]:
-        return store_claims.unknown_names(connection, queues=self._queues, names=self._names)
+        return store_claims.unknown_names(connection, queues=self._settings.queues, names=self._settings.names)
 
 
-def _tell(reclaimed: list[workers.Reclaimed]) -> None:
+def _log_reclaimed(reclaimed: list[workers.Reclaimed]) -> None:
     if reclaimed:
         shown = ", ".join(f"{each.name} {each.workflow_id}" for each in reclaimed[:_SHOWN])
         more = ", ..." if len(reclaimed) > _SHOWN else ""

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -22,7 +23,7 @@ from sqla_durable.definitions.log import Log
 from sqla_durable.errors import SessionError
 from sqla_durable.store import schema
 
-_OWN_CONNECTIONS = 5  # the writer and the heartbeat hold one each; claims, maintenance, what is handed back
+_OWN_CONNECTIONS = 5  # the writer and the heartbeat keep one each; claims, maintenance, releases
 _ENOUGH_TO_HOLD_ONE = 3
 _ENOUGH_TO_HOLD_TWO = 8
 _SHORTEST_LIMIT = 5.0
@@ -30,12 +31,44 @@ _DRIVERS = ("psycopg", "asyncpg")
 
 log = Log("sqla_durable.worker")
 
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the parts of a worker are to know of it.
+
+    Attributes:
+        worker_id: its id in the worker table.
+        name: what that shows.
+        queues: those that it claims from.
+        names: the workflows that it knows.
+        versions: those of the code that it claims; none means all of them.
+        concurrency: how many workflows it executes at once.
+        transactions: how many transactional steps of each kind hold a connection at once.
+        lease: how long its workflows are its own after a heartbeat.
+        poll_interval: how long it waits between two polls.
+        grace: how long a stop waits for steps that are being executed.
+        max_attempts: how many attempts in a row may lose their worker.
+    """
+
+    worker_id: UUID
+    name: str
+    queues: list[str]
+    names: list[str]
+    versions: list[str]
+    concurrency: int
+    transactions: int
+    lease: timedelta
+    poll_interval: timedelta
+    grace: timedelta
+    max_attempts: int
+
+
 _lock = threading.Lock()
 _reserved: WeakKeyDictionary[Pool, dict[UUID, int]] = WeakKeyDictionary()
 
 
 def engine_of(sync: sessionmaker[Session] | None, asynchronous: async_sessionmaker[AsyncSession] | None) -> Engine:
-    """Give the engine for the worker's own statements: the async one if there is one, so that no thread is needed."""
+    """Return the engine for the worker's own statements: the async one if there is one, so that no thread is needed."""
     if asynchronous is not None:
         return schema.engine_of(asynchronous().sync_session)
     assert sync is not None  # noqa: S101 (checked when the worker was made)
@@ -48,7 +81,7 @@ def shown_name(given: str | None) -> str:
 
 
 def chosen_queues(durable: Durable, given: Iterable[str] | None) -> list[str]:
-    """Give the queues to claim from; by default those of the workflows that are known."""
+    """Return the queues to claim from; by default those of the workflows that are known."""
     if given is None:
         return sorted({"default"} | {each.options.queue for each in durable.registry})
     chosen = [given] if isinstance(given, str) else sorted(set(given))
@@ -58,7 +91,7 @@ def chosen_queues(durable: Durable, given: Iterable[str] | None) -> list[str]:
 
 
 def chosen_versions(given: Iterable[str] | None) -> list[str]:
-    """Give the versions to claim; none means all of them."""
+    """Return the versions to claim; none means all of them."""
     if given is None:
         return []
     chosen = [given] if isinstance(given, str) else sorted(set(given))
@@ -188,8 +221,8 @@ def _needs(hold: int) -> int:
     return hold + 2
 
 
-def give_back(worker_id: UUID) -> None:
-    """Free the connections that a worker has reserved."""
+def release_reserved(worker_id: UUID) -> None:
+    """Release the connections that a worker has reserved."""
     with _lock:
         for each in list(_reserved.values()):
             each.pop(worker_id, None)
@@ -202,12 +235,12 @@ def _left_in(engine: Engine) -> float | None:
 
 
 def time_limit(lease: timedelta) -> float:
-    """Give the seconds after which a transaction of the worker's own is cut off: a lease, and not too few."""
+    """Return the seconds after which a transaction of the worker's own is cut off: a lease, and not too few."""
     return max(_SHORTEST_LIMIT, lease.total_seconds())
 
 
 def heartbeat_limit(lease: timedelta) -> float:
-    """Give the same for a heartbeat: short enough for another one within the lease."""
+    """Return the same for a heartbeat: short enough for another one within the lease."""
     return max(_SHORTEST_LIMIT / 3, lease.total_seconds() / 3)
 
 

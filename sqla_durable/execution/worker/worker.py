@@ -1,16 +1,19 @@
-"""`Worker`: its settings, its start and its graceful stop; the parts are in the modules beside this one."""
+"""`Worker`: its settings, its start, and its stop on a signal or from another thread.
+
+What it does for a database is in `serving`; the parts of that are in the modules beside it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 import threading
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 from uuid import UUID
 
 from sqlalchemy import Engine
@@ -26,25 +29,12 @@ from sqla_durable.api.handle import refuse_event_loop
 from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.log import Log, worker_name
 from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, UsageError
-from sqla_durable.execution.worker.attempts import Attempts
-from sqla_durable.execution.worker.background import Background
-from sqla_durable.execution.worker.claims import Claims
-from sqla_durable.execution.worker.cursors import Cursors
-from sqla_durable.execution.worker.database import Database, Databases, open_databases
-from sqla_durable.execution.worker.gatherer import Gatherer
-from sqla_durable.execution.worker.heartbeat import BEATS, Heartbeat
-from sqla_durable.execution.worker.isolation import Isolation
-from sqla_durable.execution.worker.listener import Listener
-from sqla_durable.execution.worker.maintenance import Maintenance
-from sqla_durable.execution.worker.runtimes import Surroundings
-from sqla_durable.execution.worker.writer import Writer
-from sqla_durable.operations.arrivals import Arrivals
-from sqla_durable.store import hints, schema
+from sqla_durable.execution.worker.database import Databases, open_databases
+from sqla_durable.execution.worker.serving import Serving, Stop
+from sqla_durable.store import schema
 from sqla_durable.store.workers import DEFAULT_MAX_ATTEMPTS, MOST_CRASHES
 
 log = Log("sqla_durable.worker")
-
-_LAST_GRACE = 5.0  # seconds after the grace in which the database must be reached to leave in good order
 
 
 class Worker:
@@ -71,12 +61,12 @@ class Worker:
         concurrency: how many workflows it executes at once.
         transactions: how many transactional steps of each kind hold a connection at once; by default what the
             engine's pool can give, less the few connections that the worker needs for itself.
-        lease: how long its workflows stay its own after its last heartbeat; it beats three times in a lease.
-        poll_interval: how long it waits between two looks for what to do, where no hint comes sooner.
-        grace: how long a stop waits for steps that are being executed before it hands their workflows back.
+        lease: how long its workflows remain its own after its last heartbeat; it beats three times in a lease.
+        poll_interval: how long it waits between two polls for what to do, where no hint comes sooner.
+        grace: how long a stop waits for steps that are being executed before it releases their workflows.
         start_timeout: how long it waits at its start for a database that cannot be reached, as in an outage or a
             failover; later ones are waited out without an end.
-        listen: whether it listens for hints, on a connection beside the pool; without, it finds things a poll later. By
+        listen: whether it listens for hints, on a connection beside the pool; without, it finds all a poll later. By
             default unless the driver keeps no prepared statements, as behind a pooler in transaction mode, where no
             hint arrives.
         max_attempts: how many attempts in a row may lose their worker without recording a step before the workflow
@@ -130,13 +120,13 @@ class Worker:
             require_text(name, what="name of the worker")
         self.name = name
         self.left_behind = 0
-        self._is_direct = True
-        self._places = 1
+        self._makers = entry.Sessionmakers(self.sessionmaker, self.async_sessionmaker)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = threading.Event()
         self._stopping = asyncio.Event()
         self._started: Future[None] = Future()
-        self._background: Background | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None  # what ended it in that thread
         self._task: asyncio.Task[None] | None = None
         settings.require_sessionmakers(durable, self.sessionmaker, self.async_sessionmaker)
         settings.require_codecs(durable)
@@ -167,16 +157,18 @@ class Worker:
         threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="sqla-durable")
         named = worker_name.set(settings.shown_name(self.name))
         try:
+            self._require_engines()
+            chosen = self._settings()  # before connections of the pool are reserved
             databases = self._databases()
             try:
-                await self._serve(databases, threads)
+                await self._serve(databases, chosen, threads)
             finally:
                 for each in databases.all:
                     await each.close()
         finally:
             worker_name.reset(named)
             self._loop = None
-            settings.give_back(self.id)
+            settings.release_reserved(self.id)
             threads.shutdown(wait=False, cancel_futures=True)
 
     def stop(self) -> None:
@@ -186,22 +178,35 @@ class Worker:
             with suppress(RuntimeError):  # the loop has ended in between
                 self._loop.call_soon_threadsafe(self._stopping.set)
 
-    def refuse_start(self, error: BaseException) -> None:
-        """Tell whoever waits for the start that there will be none."""
-        if not self._started.done():
-            self._started.set_exception(error)
-
     def __enter__(self) -> Self:
-        self._background = Background(self)
-        self._background.start()
+        self._thread = threading.Thread(target=self._run_in_thread, name="sqla-durable worker", daemon=True)
+        self._thread.start()
         self._started.result()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._background is not None  # noqa: S101 (set on entry)
-        self._background.stop()
+        assert self._thread is not None  # noqa: S101 (set on entry)
+        self.stop()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run_in_thread(self) -> None:
+        try:
+            self.run()
+        except BaseException as error:
+            log.debug("the worker's thread ended", exc_info=True)
+            self._error = error
+            self._refuse_start(error)
+        else:
+            self._refuse_start(UsageError("the worker was stopped before it had started."))
+
+    def _refuse_start(self, error: BaseException) -> None:
+        """Raise an error where the start is waited for."""
+        if not self._started.done():
+            self._started.set_exception(error)
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self.serve(), name="sqla-durable worker")
@@ -236,111 +241,69 @@ class Worker:
         log.info("worker %s: stopping; steps that are being executed have %s", self.id, self.grace)
         self.stop()
 
-    async def _serve(self, databases: Databases, threads: ThreadPoolExecutor) -> None:
-        writer = Writer(databases.writing)
-        surroundings = self._surroundings(databases.shared, writer, threads)
-        attempts = Attempts(
-            self.durable.registry,
-            surroundings,
-            databases.shared,
-            concurrency=self.concurrency,
-            max_attempts=self.max_attempts,
-        )
-        heartbeat = Heartbeat(
-            databases.beating,
-            attempts,
-            worker_id=self.id,
-            queues=self.queues,
-            lease=self.lease,
-            name=settings.shown_name(self.name),
-        )
-        await self._begin(databases, heartbeat)
+    async def _serve(self, databases: Databases, chosen: settings.Settings, threads: ThreadPoolExecutor) -> None:
+        stop = Stop(self._stop, self._stopping)
+        serving = Serving(chosen, self.durable.registry, databases, self._makers, threads, stop)
+        is_direct = await self._begin(databases, serving)
         self._started.set_result(None)
-        cursors = Cursors(self.queues, poll_interval=self.poll_interval.total_seconds())
-        claims = self._claims(databases.shared, attempts, heartbeat, cursors)
-        maintenance = self._maintenance(databases.shared, claims, heartbeat, cursors, attempts.isolation)
-        writer.on_asked = maintenance.hint
-        writer.on_ended = surroundings.arrivals.announce
-        listening = self._listen(claims, maintenance, heartbeat, cursors, surroundings.arrivals)
-        taking = _tasks(claims=claims.run(), maintenance=maintenance.run(), listener=listening)
-        keeping = _tasks(heartbeat=heartbeat.run(), writer=writer.run(), gatherer=surroundings.gatherer.run())
-        loops = [*taking, *keeping]
-        stopping = asyncio.create_task(self._stopping.wait(), name="stop")
         if self._stop.is_set():
             self._stopping.set()
+        listens = is_direct if self.listen is None else self.listen
         try:
-            await asyncio.wait([*loops, stopping], return_when=asyncio.FIRST_COMPLETED)
-            surroundings.stopping.set()
-            await _ended(taking)
-            handed_back = await self._leaving(
-                self._hand_back(attempts, heartbeat, maintenance), seconds=self._grace + _LAST_GRACE
-            )
+            await serving.run(listen_on=self._engine if listens else None)
         finally:
-            surroundings.stopping.set()
-            self.left_behind = attempts.cancel() + sum(each.stuck for each in databases.all)
-            for task in (*loops, stopping):
-                task.cancel()
-            outcomes = await asyncio.gather(*loops, return_exceptions=True)
-        if handed_back:
-            await self._leaving(heartbeat.end(), seconds=_LAST_GRACE)
-        for outcome in outcomes:
-            if isinstance(outcome, Exception):
-                raise outcome
+            self.left_behind = serving.left_behind
 
-    @property
-    def _grace(self) -> float:
-        return self.grace.total_seconds()
+    async def _begin(self, databases: Databases, serving: Serving) -> bool:
+        """Begin the lease, once the database can be reached; return whether hints can arrive."""
 
-    async def _hand_back(self, attempts: Attempts, heartbeat: Heartbeat, maintenance: Maintenance) -> None:
-        await attempts.hand_back(grace=self._grace)
-        async with asyncio.timeout(_LAST_GRACE):
-            await heartbeat.release_strays()
-            await maintenance.deliver()
-
-    async def _leaving(self, farewell: Coroutine[Any, Any, None], *, seconds: float) -> bool:
-        """Do one of the last things, unless the database is out of reach: others reclaim what is not handed back."""
-        try:
-            async with asyncio.timeout(seconds):
-                await farewell
-        except TimeoutError:
-            log.warning(
-                "worker %s: cannot reach the database to leave in good order; what it has not handed back is reclaimed "
-                "when its lease has run out",
-                self.id,
-            )
-            return False
-        return True
-
-    async def _begin(self, databases: Databases, heartbeat: Heartbeat) -> None:
-        async def begin() -> None:
-            self._is_direct = await entry.prepare(databases)
-            await heartbeat.begin()
-            makers = entry.Sessionmakers(self.sessionmaker, self.async_sessionmaker)
-            await entry.require_transactions(makers)
-            await entry.require_one_database(makers, self.id)
+        async def begin() -> bool:
+            is_direct = await entry.prepare(databases)
+            await serving.begin()
+            await entry.require_transactions(self._makers)
+            await entry.require_one_database(self._makers, self.id)
+            return is_direct
 
         if self._stop.is_set():
             self._stopping.set()
-        url = settings.engine_of(self.sessionmaker, self.async_sessionmaker).url
+        url = self._engine.url
         shown, seconds = url.render_as_string(hide_password=True), self.start_timeout.total_seconds()
         with noting_rights("worker", user=url.username or "the worker"):
-            await entry.begin_within(begin, url=shown, seconds=seconds, stopping=self._stopping)
-        if not list(self.durable.registry):
+            is_direct = await entry.begin_within(begin, url=shown, seconds=seconds, stopping=self._stopping)
+        names = [each.name for each in self.durable.registry]
+        if not names:
             log.warning("no workflows are registered here: is the module that defines them imported?")
-        log.info(
-            "worker %s: claims %s from %s",
-            self.id,
-            ", ".join(each.name for each in self.durable.registry) or "nothing",
-            ", ".join(self.queues),
+        log.info("worker %s: claims %s from %s", self.id, ", ".join(names) or "nothing", ", ".join(self.queues))
+        return is_direct
+
+    def _settings(self) -> settings.Settings:
+        return settings.Settings(
+            worker_id=self.id,
+            name=settings.shown_name(self.name),
+            queues=self.queues,
+            names=[each.name for each in self.durable.registry],
+            versions=self.versions,
+            concurrency=self.concurrency,
+            transactions=self.transactions or min(map(settings.pool_capacity, self._engines())),
+            lease=self.lease,
+            poll_interval=self.poll_interval,
+            grace=self.grace,
+            max_attempts=self.max_attempts,
         )
 
-    def _databases(self) -> Databases:
-        """Give where the worker's own statements are executed."""
+    @property
+    def _engine(self) -> Engine:
+        """The engine of the worker's own statements."""
+        return settings.engine_of(self.sessionmaker, self.async_sessionmaker)
+
+    def _require_engines(self) -> None:
         for each in self._engines():
             settings.require_driver(each)
-        engine = settings.engine_of(self.sessionmaker, self.async_sessionmaker)
-        settings.require_pool(engine)
-        self._places = min(map(settings.pool_capacity, self._engines()))
+        settings.require_pool(self._engine)
+
+    def _databases(self) -> Databases:
+        """Open where the worker's own statements are executed."""
+        engine = self._engine
         return open_databases(
             engine,
             hold=settings.reserve(engine, self.id),
@@ -352,87 +315,3 @@ class Worker:
         """Return the engines of steps of either kind."""
         engines = [schema.engine_of(each().sync_session) for each in [self.async_sessionmaker] if each is not None]
         return engines + [schema.engine_of(each()) for each in [self.sessionmaker] if each is not None]
-
-    def _claims(self, database: Database, attempts: Attempts, heartbeat: Heartbeat, cursors: Cursors) -> Claims:
-        return Claims(
-            database,
-            attempts,
-            heartbeat,
-            cursors,
-            worker_id=self.id,
-            names=[each.name for each in self.durable.registry],
-            versions=self.versions,
-        )
-
-    def _maintenance(
-        self, database: Database, claims: Claims, heartbeat: Heartbeat, cursors: Cursors, isolation: Isolation
-    ) -> Maintenance:
-        return Maintenance(
-            database,
-            claims,
-            heartbeat,
-            cursors,
-            isolation,
-            worker_id=self.id,
-            queues=self.queues,
-            names=[each.name for each in self.durable.registry],
-            versions=self.versions,
-            poll_interval=self.poll_interval,
-            max_attempts=self.max_attempts,
-        )
-
-    async def _listen(
-        self, claims: Claims, maintenance: Maintenance, heartbeat: Heartbeat, cursors: Cursors, arrivals: Arrivals
-    ) -> None:
-        """Hand hints on: for a queue, for what this worker is executing, and for everything else, timers too."""
-
-        def on_hint(payload: str) -> None:
-            match hints.read(payload):
-                case hints.Kind.QUEUE, queue:
-                    if queue in self.queues:
-                        claims.hint()
-                case hints.Kind.WORKER, worker_id:
-                    if worker_id == str(self.id):
-                        heartbeat.hint()
-                case hints.Kind.SENT, _:
-                    maintenance.hint_of_signals()
-                    arrivals.announce(payload)
-                case hints.Kind.LATE, _:
-                    cursors.restart()
-                    maintenance.hint()
-                case _:
-                    maintenance.hint()
-
-        engine = settings.engine_of(self.sessionmaker, self.async_sessionmaker)
-        if self._is_direct if self.listen is None else self.listen:
-            await Listener(engine, on_hint, check=self.lease / BEATS).run()
-        else:
-            await asyncio.Event().wait()
-
-    def _surroundings(self, database: Database, writer: Writer, threads: ThreadPoolExecutor) -> Surroundings:
-        places = self.transactions or self._places
-        return Surroundings(
-            database=database,
-            writer=writer,
-            gatherer=Gatherer(database),
-            threads=threads,
-            sessionmaker=self.sessionmaker,
-            async_sessionmaker=self.async_sessionmaker,
-            sync_places=threading.Semaphore(places),
-            async_places=asyncio.Semaphore(places),
-            stopping=self._stop,
-            stopping_async=self._stopping,
-            loop=asyncio.get_running_loop(),
-            arrivals=Arrivals(),
-        )
-
-
-def _tasks(**loops: Coroutine[Any, Any, None]) -> list[asyncio.Task[None]]:
-    """Begin tasks with these names."""
-    return [asyncio.create_task(each, name=name) for name, each in loops.items()]
-
-
-async def _ended(loops: list[asyncio.Task[None]]) -> None:
-    for each in loops:
-        each.cancel()
-    await asyncio.wait(loops)

@@ -1,38 +1,102 @@
 """Group commit: what all workflows of a worker record goes through one writer, in one statement after another.
 
-It never waits to fill a batch: while one commit is on its way, the next batch gathers. Rows that another transaction
-holds are passed over and tried again in a later batch, so that only their own workflows wait for it.
+`Writer` commits checkpoints and outcomes; rows that another transaction locks are skipped and tried again in a later
+batch, so that only their own workflows wait for it. `StreamWriter` commits what plain steps append to streams; what a
+batch does not write, because of a lock for example, is appended alone, so that only its own step waits.
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from functools import partial
+from typing import Generic, Protocol, TypeAlias, TypeVar
 from uuid import UUID
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
 from sqla_durable.definitions.database_errors import first_line, is_untranslatable
 from sqla_durable.definitions.log import Log
 from sqla_durable.errors import EncodingError
 from sqla_durable.execution.worker.database import Database, persistently
+from sqla_durable.execution.worker.hints import Wakeups
 from sqla_durable.models.status import WorkflowStatus
-from sqla_durable.store import Checkpoint, Completion, Fence, Park, attempts, steps
+from sqla_durable.operations.suspending import Wakers
+from sqla_durable.runtime.waiting import Ticket
+from sqla_durable.store import Checkpoint, Completion, Fence, Suspend, attempts, steps, streams
+from sqla_durable.store.streams import Append, Appended
 from sqla_durable.unwinding import AttemptLost
 
 log = Log("sqla_durable.worker")
 
-Ticket: TypeAlias = "asyncio.Future[None] | concurrent.futures.Future[None]"
-Row: TypeAlias = Checkpoint | Completion | Park
+Row: TypeAlias = Checkpoint | Completion | Suspend
 
 _BATCH = 500
 _BATCH_SIZE = 4 * 1024 * 1024  # characters: what the server cannot take in within the time limit is never written
 _SHORTEST_RETRY, _LONGEST_RETRY = 0.02, 1.0
 _SHOWN = 5  # workflows in a line of the log
+
+
+class Refusable(Protocol):
+    """Something to be committed, for which somebody waits."""
+
+    def refuse(self) -> None:
+        """Raise `AttemptLost` where it is waited for, unless its outcome is known already."""
+
+
+W = TypeVar("W", bound=Refusable)
+
+
+class GroupCommit(ABC, Generic[W]):
+    """Commits what is added, batch after batch, on the event loop.
+
+    It never waits to fill a batch: while one commit is on its way, the next batch gathers.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: list[W] = []
+        self._added = asyncio.Event()
+        self._closed = False
+
+    def add(self, write: W) -> None:
+        """Let something be committed with the next batch."""
+        if self._closed:
+            write.refuse()
+            return
+        self.waiting.append(write)
+        self._added.set()
+
+    async def run(self) -> None:
+        """Commit batch after batch until cancelled; then refuse what waits and what is still to come."""
+        batch: list[W] = []
+        try:
+            while True:
+                await self._added.wait()
+                batch = self.take_batch()
+                if not self.waiting:
+                    self._added.clear()
+                await self.commit(batch)
+        finally:  # whoever waits in a thread would wait for ever
+            self._closed = True
+            for each in (*batch, *self.waiting):
+                each.refuse()
+
+    def add_again(self, writes: list[W]) -> None:
+        """Let what could not be committed be committed before everything else that waits."""
+        self.waiting[:0] = writes
+        self._added.set()
+
+    @abstractmethod
+    def take_batch(self) -> list[W]:
+        """Remove the next batch from what is waiting, and return it."""
+
+    @abstractmethod
+    async def commit(self, batch: list[W]) -> None:
+        """Commit a batch, and let everybody know who waits for something in it."""
 
 
 @dataclass(slots=True)
@@ -49,7 +113,7 @@ class Write:
         return self.row.fence
 
     def settle(self, error: BaseException | None = None) -> None:
-        """Tell who waits; a ticket that was cancelled has nobody left."""
+        """End the wait for it, with an error or without; a ticket that was cancelled is left alone."""
         if self.ticket.done():
             return
         if error is None:
@@ -57,6 +121,10 @@ class Write:
         else:
             self.ticket.set_exception(error)
             self.ticket.exception()  # seen: an attempt that ends by another write's error does not ask for this one
+
+    def refuse(self) -> None:
+        """Raise `AttemptLost` where it is waited for."""
+        self.settle(AttemptLost(self.fence.workflow_id))
 
 
 @dataclass(slots=True)
@@ -68,114 +136,73 @@ class Settled:
     locked: list[Write] = field(default_factory=list[Write])
 
 
-class Writer:
-    """Commits what is submitted, in the order of submission for each workflow.
+class Writer(GroupCommit[Write]):
+    """Commits checkpoints and outcomes, in the order of submission for each workflow.
 
-    Runs on the event loop; `submit` may be called there, `submit_from_thread` anywhere.
-
-    Attributes:
-        on_asked: called when what was committed is to be looked at: something was parked that waits for a signal, or
-            something ended for which a parent may wait.
-        on_ended: called with the id of each workflow whose outcome was committed.
+    Args:
+        database: where the statements are executed.
+        wakeups: wakes the maintenance for what was suspended to wait, and for what ended and has a parent.
+        wakers: wake what waits in memory for a workflow that ends.
     """
 
-    def __init__(self, database: Database) -> None:
-        self.on_asked: Callable[[], None] = lambda: None
-        self.on_ended: Callable[[UUID], None] = lambda _: None
+    def __init__(self, database: Database, wakeups: Wakeups, wakers: Wakers) -> None:
+        super().__init__()
         self._database = database
+        self._wakeups = wakeups
+        self._wakers = wakers
         self._loop = asyncio.get_running_loop()
-        self._waiting: list[Write] = []
         self._delayed: list[Write] = []
         self._retry = _SHORTEST_RETRY
-        self._arrived = asyncio.Event()
-        self._closed = False
-
-    def submit(self, row: Row, *, after: Ticket | None = None) -> asyncio.Future[None]:
-        """Record a row; the future ends when it is committed, with `AttemptLost`, or with `EncodingError`.
-
-        Args:
-            after: what the same attempt submitted just before; where that was refused, so is this row.
-        """
-        ticket: asyncio.Future[None] = self._loop.create_future()
-        self._add(Write(row, ticket, after))
-        return ticket
-
-    def submit_from_thread(self, row: Row, *, after: Ticket | None = None) -> concurrent.futures.Future[None]:
-        """The same from another thread."""
-        write = Write(row, ticket := concurrent.futures.Future[None](), after)
-        try:
-            self._loop.call_soon_threadsafe(self._add, write)
-        except RuntimeError:  # the loop is closed: the worker has left this thread behind
-            write.settle(AttemptLost(write.fence.workflow_id))
-        return ticket
 
     async def run(self) -> None:
         """Commit batch after batch until cancelled; then refuse what waits and what is still to come."""
         try:
-            while True:
-                await self._arrived.wait()
-                batch = self._next_batch()
-                try:
-                    await self._commit(batch)
-                except BaseException:  # whoever waits in a thread would wait for ever
-                    self._refuse(batch)
-                    raise
+            await super().run()
         finally:
-            self._closed = True
-            self._refuse((*self._waiting, *self._delayed))
+            for each in self._delayed:
+                each.refuse()
 
-    def _refuse(self, writes: Iterable[Write]) -> None:
-        for write in writes:
-            write.settle(AttemptLost(write.fence.workflow_id))
-
-    def _add(self, write: Write) -> None:
-        if self._closed:
-            write.settle(AttemptLost(write.fence.workflow_id))
-            return
-        self._waiting.append(write)
-        self._arrived.set()
-
-    def _next_batch(self) -> list[Write]:
-        """Take what waits, but for workflows that wait for their own rows: nothing overtakes within a workflow."""
-        count = _fitting(self._waiting)
-        batch = self._waiting[:count]
-        del self._waiting[:count]
-        if not self._waiting:
-            self._arrived.clear()
-        waiting_for_row = {each.fence.workflow_id for each in self._delayed}
-        self._delayed += [each for each in batch if each.fence.workflow_id in waiting_for_row]
-        return [each for each in batch if each.fence.workflow_id not in waiting_for_row and not _refused_before(each)]
+    def take_batch(self) -> list[Write]:
+        """Take what waits, except for workflows that wait for their own rows: nothing overtakes within a workflow."""
+        count = _fitting(self.waiting)
+        batch = self.waiting[:count]
+        del self.waiting[:count]
+        if self._delayed:
+            delayed = {each.fence.workflow_id for each in self._delayed}
+            self._delayed += [each for each in batch if each.fence.workflow_id in delayed]
+            batch = [each for each in batch if each.fence.workflow_id not in delayed]
+        return [each for each in batch if not _refused_before(each)]
 
     def _delay(self, writes: list[Write]) -> None:
         if not self._delayed:
             self._loop.call_later(self._retry, self._try_delayed)
             if self._retry < _LONGEST_RETRY <= 2 * self._retry:
-                held = ", ".join(sorted({str(each.fence.workflow_id) for each in writes})[:_SHOWN])
-                log.warning("what %s record waits for transactions that hold their rows, such as an open cancel", held)
+                shown = ", ".join(sorted({str(each.fence.workflow_id) for each in writes})[:_SHOWN])
+                log.warning("what %s record waits for transactions that hold their rows, such as an open cancel", shown)
             self._retry = min(2 * self._retry, _LONGEST_RETRY)
         self._delayed += writes
 
     def _try_delayed(self) -> None:
-        self._waiting[:0] = self._delayed
-        self._delayed = []
-        self._arrived.set()
+        delayed, self._delayed = self._delayed, []
+        self.add_again(delayed)
 
-    async def _commit(self, batch: list[Write]) -> None:
+    async def commit(self, batch: list[Write]) -> None:
+        """Commit a batch; rows that are locked are tried again later, and what the database refuses fails alone."""
         if not batch:
             return
         try:
-            settled = await persistently(self._database, lambda connection: _write(connection, batch), what="writer")
+            settled = await persistently(self._database, partial(_write, batch=batch), what="writer")
         except Exception as error:
             await self._split(batch, error)
             return
         for write in settled.written:
             write.settle()
             if isinstance(write.row, Completion):
-                self.on_ended(write.fence.workflow_id)
-        if any(_asks(each.row) for each in settled.written):
-            self.on_asked()
+                self._wakers.wake(write.fence.workflow_id)
+        if any(_is_awaited_or_waits(each.row) for each in settled.written):
+            self._wakeups.maintenance.set()
         for write in settled.lost:
-            write.settle(AttemptLost(write.fence.workflow_id))
+            write.refuse()
         if settled.locked:
             self._delay(settled.locked)
         elif not self._delayed:
@@ -186,12 +213,12 @@ class Writer:
         groups = list(_by_workflow(batch).values())
         if len(groups) > 1:
             half = len(groups) // 2
-            await self._commit([write for group in groups[:half] for write in group])
-            await self._commit([write for group in groups[half:] for write in group])
+            await self.commit([write for group in groups[:half] for write in group])
+            await self.commit([write for group in groups[half:] for write in group])
             return
-        shown = [each if isinstance(each.row, Park) else replace(each, row=each.row.escaped) for each in batch]
+        shown = [each if isinstance(each.row, Suspend) else replace(each, row=each.row.escaped) for each in batch]
         if is_untranslatable(error) and any(one.row != other.row for one, other in zip(shown, batch, strict=True)):
-            await self._commit(shown)
+            await self.commit(shown)
             return
         log.error("the database refuses what workflow %s records: %s", batch[0].fence.workflow_id, error)
         for write in batch:
@@ -200,14 +227,14 @@ class Writer:
             write.settle(refused)
 
 
-def _asks(row: Row) -> bool:
-    return (isinstance(row, Park) and bool(row.awaits)) or (
+def _is_awaited_or_waits(row: Row) -> bool:
+    return (isinstance(row, Suspend) and bool(row.awaits)) or (
         isinstance(row, Completion) and (row.is_child or row.has_deferred)
     )
 
 
 def _fitting(waiting: Sequence[Write]) -> int:
-    """Give how many writes make a batch: one at least, and no more than its size allows."""
+    """Return how many writes make a batch: one at least, and no more than its size allows."""
     size = count = 0
     for count, each in enumerate(waiting[:_BATCH], 1):
         size += _size_of(each.row)
@@ -217,7 +244,7 @@ def _fitting(waiting: Sequence[Write]) -> int:
 
 
 def _size_of(row: Row) -> int:
-    return 0 if isinstance(row, Park) else len(row.output or "") + len(row.error or "")
+    return 0 if isinstance(row, Suspend) else len(row.output or "") + len(row.error or "")
 
 
 def _refused_before(write: Write) -> bool:
@@ -236,25 +263,25 @@ def _write(connection: Connection, batch: Sequence[Write]) -> Settled:
     checkpoints = [each.row for each in batch if isinstance(each.row, Checkpoint)]
     ends = [each.row for each in batch if not isinstance(each.row, Checkpoint)]
     unwritten = attempts.write_batch(connection, checkpoints, ends)
-    left = [_is_left(each.row, unwritten) for each in batch]
-    settled = Settled(written=[each for each, is_left in zip(batch, left, strict=True) if not is_left])
-    if any(left):
-        _explain(connection, [each for each, is_left in zip(batch, left, strict=True) if is_left], settled)
+    failed = [_is_unwritten(each.row, unwritten) for each in batch]
+    settled = Settled(written=[each for each, has_failed in zip(batch, failed, strict=True) if not has_failed])
+    if any(failed):
+        _explain(connection, [each for each, has_failed in zip(batch, failed, strict=True) if has_failed], settled)
     return settled
 
 
-def _is_left(row: Row, unwritten: attempts.Unwritten) -> bool:
+def _is_unwritten(row: Row, unwritten: attempts.Unwritten) -> bool:
     if isinstance(row, Checkpoint):
         return (row.fence, row.key) in unwritten.checkpoints
     return row.fence in unwritten.ends
 
 
-def _explain(connection: Connection, left: list[Write], settled: Settled) -> None:
-    """Tell what an earlier try has written from rows that somebody holds, and from those that the attempt has lost."""
-    recorded = steps.recorded_among(connection, [each.row for each in left if isinstance(each.row, Checkpoint)])
-    reached = attempts.finished_by(connection, [each.fence for each in left if isinstance(each.row, Completion)])
-    owned = attempts.still_owned(connection, [each.fence for each in left])
-    for each in left:
+def _explain(connection: Connection, failed: list[Write], settled: Settled) -> None:
+    """Find out why rows were not written: an earlier try has done so, they are locked, or the attempt has lost them."""
+    recorded = steps.recorded_among(connection, [each.row for each in failed if isinstance(each.row, Checkpoint)])
+    reached = attempts.finished_by(connection, [each.fence for each in failed if isinstance(each.row, Completion)])
+    owned = attempts.still_owned(connection, [each.fence for each in failed])
+    for each in failed:
         if _is_there(each.row, recorded, reached):
             settled.written.append(each)
         elif each.fence in owned:
@@ -269,7 +296,7 @@ def _is_there(row: Row, recorded: set[tuple[Fence, str]], reached: dict[Fence, W
             return (row.fence, row.key) in recorded
         case Completion():
             return reached.get(row.fence) is row.status
-        case Park():
+        case Suspend():
             return False
 
 
@@ -278,3 +305,70 @@ def _by_workflow(writes: Iterable[Write]) -> dict[UUID, list[Write]]:
     for write in writes:
         groups[write.fence.workflow_id].append(write)
     return groups
+
+
+@dataclass(slots=True)
+class _StreamWrite:
+    """Something to be appended; None as the outcome if it is to be tried alone."""
+
+    append: Append
+    outcome: asyncio.Future[Appended | None]
+
+    def settle(self, appended: Appended | None) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(appended)
+
+    def refuse(self) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(AttemptLost(self.append.origin.fence.workflow_id))
+            self.outcome.exception()  # seen: perhaps nobody waits any more
+
+
+class StreamWriter(GroupCommit[_StreamWrite]):
+    """Appends to streams, of each workflow one append in a batch."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__()
+        self._database = database
+        self._loop = asyncio.get_running_loop()
+
+    async def append(self, append: Append) -> Appended:
+        """Append, and return when that is committed.
+
+        Raises:
+            AttemptLost: the attempt no longer owns the workflow, or the worker ends.
+            DBAPIError: the database refuses the values.
+        """
+        write = _StreamWrite(append, self._loop.create_future())
+        self.add(write)
+        appended = await write.outcome
+        if appended is not None:
+            return appended
+        alone = partial(streams.append, origin=append.origin, name=append.name, values=append.values)
+        return await persistently(self._database, alone, what="stream")
+
+    def take_batch(self) -> list[_StreamWrite]:
+        """Take what waits, of each workflow the first."""
+        taken: dict[UUID, _StreamWrite] = {}
+        rest: list[_StreamWrite] = []
+        size = 0
+        for each in self.waiting:
+            workflow_id = each.append.origin.fence.workflow_id
+            size += sum(len(value or "") for value in each.append.values)
+            if workflow_id in taken or (taken and (size > _BATCH_SIZE or len(taken) >= _BATCH)):
+                rest.append(each)
+            else:
+                taken[workflow_id] = each
+        self.waiting = rest
+        return list(taken.values())
+
+    async def commit(self, batch: list[_StreamWrite]) -> None:
+        """Append a batch; if the database refuses it, each is tried alone."""
+        appends = [each.append for each in batch]
+        appended: Sequence[Appended | None]
+        try:
+            appended = await persistently(self._database, partial(streams.append_many, appends=appends), what="streams")
+        except DBAPIError:  # one of them is refused: which one, each finds out alone
+            appended = [None] * len(batch)
+        for each, outcome in zip(batch, appended, strict=True):
+            each.settle(outcome)

@@ -1,0 +1,184 @@
+"""How an attempt waits and ends: what its operations wait for, what wakes them, and which calls are refused at its end.
+
+An operation waits in memory at first, and then as a row: its workflow is suspended. Whatever in this process learns of
+something awaited wakes the operations that wait for it in memory, and they look at the tables at once. Correctness does
+not depend on that: an operation that is not woken looks after a while, or its workflow is suspended.
+
+The loop of waiting itself is `Runtime.wait`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import TYPE_CHECKING
+
+from sqla_durable.definitions.log import Log
+from sqla_durable.store import Awaited
+from sqla_durable.unwinding import (
+    AttemptLost,
+    CallRefused,
+    Cancelling,
+    ContinuedAsNew,
+    ControlFlow,
+    Interrupted,
+    Released,
+    Suspended,
+)
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+log = Log("sqla_durable.workflow")
+
+QUIET = 5.0
+"""For how many seconds an attempt must have done nothing to be suspended, where code of it may wait for anything."""
+
+CHECK_EVERY = 1.0
+"""After how many seconds an operation that waits in memory checks whether the workflow can be suspended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """An operation that waits.
+
+    Attributes:
+        until: when it goes on, on the clock of `time.monotonic`; infinite if it has no time.
+        in_memory_until: until when it may keep its slot in the worker; a longer wait suspends the workflow.
+        awaits: what else it goes on for: one of these is enough.
+        polls: whether it polls for what others do, because nothing will wake it.
+        waker: wakes it when something that it awaits may be there.
+        has_row: whether the operation's row can keep what outlives this attempt: that of a failed try has its own.
+    """
+
+    until: float
+    in_memory_until: float
+    awaits: tuple[Awaited, ...] = ()
+    polls: bool = False
+    waker: Waker | None = None
+    has_row: bool = True
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it is to end before the workflow may be suspended."""
+        return self.until <= self.in_memory_until
+
+    @property
+    def seconds(self) -> float:
+        """How many seconds are left."""
+        return max(0.0, self.until - time.monotonic())
+
+
+@dataclass(frozen=True, slots=True)
+class Suspension:
+    """For how long a workflow is suspended: for `seconds`, if given, or until one of what it `awaits` is there."""
+
+    seconds: float | None
+    awaits: tuple[Awaited, ...]
+
+    @classmethod
+    def of(cls, waits: Iterable[Wait]) -> Suspension:
+        """Return the suspension of a workflow whose operations wait for all of these."""
+        given = list(waits)
+        soonest = min(each.seconds for each in given)
+        return cls(soonest if isfinite(soonest) else None, tuple(awaited for each in given for awaited in each.awaits))
+
+    def within(self, seconds: float) -> Suspension:
+        """Return the same, but for no longer than that."""
+        return self if self.seconds is not None and self.seconds <= seconds else replace(self, seconds=seconds)
+
+
+class Waker:
+    """Wakes one operation that waits in a thread; `wake` may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._woken = threading.Event()
+
+    @property
+    def is_woken(self) -> bool:
+        """Whether the operation was woken since the last `clear`."""
+        return self._woken.is_set()
+
+    def clear(self) -> None:
+        """Forget that the operation was woken."""
+        self._woken.clear()
+
+    def wake(self) -> None:
+        """Wake the operation now, or as soon as it waits."""
+        self._woken.set()
+
+    async def wait(self, seconds: float) -> None:
+        """Block this thread until the operation is woken, for at most so many seconds."""
+        self._woken.wait(seconds)
+
+
+class Wakers:
+    """The wakers of operations, by what they wait for: the payload of a signal's hint, or the id of a workflow."""
+
+    def __init__(self) -> None:
+        self._wakers: dict[Hashable, list[Waker]] = {}
+        self._lock = threading.Lock()
+
+    def subscribe(self, waker: Waker, names: Iterable[Hashable]) -> None:
+        """Wake an operation for each of these names from now on."""
+        with self._lock:
+            for name in names:
+                self._wakers.setdefault(name, []).append(waker)
+
+    def unsubscribe(self, waker: Waker, names: Iterable[Hashable]) -> None:
+        """Stop waking it for these."""
+        with self._lock:
+            for name in names:
+                wakers = self._wakers[name]
+                wakers.remove(waker)
+                if not wakers:
+                    del self._wakers[name]
+
+    def wake(self, name: Hashable) -> None:
+        """Wake the operations that wait for this."""
+        for waker in tuple(self._wakers.get(name, ())):
+            waker.wake()
+
+
+_AGAIN = "The workflow's code comes here again when it is resumed; what is to happen once belongs after the wait"
+_UNDO = "What is to be done when a workflow is cancelled is a compensation of a Saga"
+_REASONS: dict[type[ControlFlow], tuple[str, str]] = {  # the first that fits
+    ContinuedAsNew: ("the workflow continues as new", "Call it before continue_as_new()"),
+    Suspended: ("the workflow is suspended until what it waits for is there", _AGAIN),
+    Released: ("its worker is stopping and releases the workflow", _AGAIN),
+    Cancelling: ("the workflow was cancelled, or its deadline has passed", _UNDO),
+    AttemptLost: ("the workflow was cancelled, or another worker has reclaimed it", _UNDO),
+    Interrupted: ("the connection to the database was lost", _AGAIN),
+    ControlFlow: ("it was stopped", _AGAIN),
+}
+
+
+def refusal(
+    signal: ControlFlow, *, call: str, workflow: str, workflow_id: UUID, attempt: int, warn: bool
+) -> CallRefused:
+    """Return the error for a durable call that is made while its attempt ends with a signal.
+
+    A `finally` or an `except` block that goes on cannot be stopped, but it must have no durable effects.
+
+    Args:
+        signal: what ends the attempt.
+        call: the key of the operation that was called.
+        workflow: the workflow's name.
+        workflow_id: its id.
+        attempt: the attempt's number.
+        warn: whether the error is logged as a warning, too.
+    """
+    why, instead = next(words for kind, words in _REASONS.items() if isinstance(signal, kind))
+    error = CallRefused(
+        f"{call!r} was called in workflow {workflow!r} {workflow_id} while its attempt {attempt} was ending, because "
+        f"{why}: it was not executed. A finally or an except block has gone on although the attempt was over. "
+        f"{instead}.",
+        workflow_id=workflow_id,
+        call=call,
+    )
+    if warn:
+        log.warning("%s", error)
+    return error

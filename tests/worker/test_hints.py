@@ -1,0 +1,81 @@
+"""A hint wakes what it is about, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import pytest
+from uuid_utils.compat import uuid7
+
+from sqla_durable.execution.worker.cursors import Cursors
+from sqla_durable.execution.worker.hints import HintReceiver, Wakeup, Wakeups
+from sqla_durable.operations.suspending import Waker, Wakers
+from sqla_durable.runtime.waiting import LoopWaker
+from sqla_durable.store import hints
+
+WORKER, OTHER, WORKFLOW = uuid7(), uuid7(), uuid7()
+SENT = hints.sent_to(WORKFLOW, "go")
+
+
+def woken_by(payload: str) -> set[str]:
+    """Return what a hint wakes."""
+    wakeups, wakers, cursors = Wakeups(), Wakers(), Cursors(["default"], poll_interval=1.0)
+    waker = Waker()
+    wakers.subscribe(waker, [SENT])
+    HintReceiver(wakeups, wakers, cursors, worker_id=WORKER, queues=["default"]).receive(payload)
+    found = {
+        "claims": wakeups.claims.is_set,
+        "heartbeat": wakeups.heartbeat.is_set,
+        "signals": wakeups.maintenance.is_set and not wakeups.maintenance.is_to_poll,
+        "maintenance": wakeups.maintenance.is_to_poll,
+        "operation": waker.is_woken,
+        "cursors": cursors.restarts > 0,
+    }
+    return {name for name, is_woken in found.items() if is_woken}
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        (hints.to_queue("default"), {"claims"}),
+        (hints.to_queue("elsewhere"), set[str]()),
+        (hints.to_worker(WORKER), {"heartbeat"}),
+        (hints.to_worker(OTHER), set[str]()),
+        (SENT, {"signals", "operation"}),
+        (hints.sent_to(OTHER, "go"), {"signals"}),
+        (hints.LATE, {"maintenance", "cursors"}),
+        (hints.EVERYWHERE, {"maintenance"}),
+    ],
+    ids=["our queue", "another queue", "this worker", "another worker", "awaited signal", "signal", "late", "anything"],
+)
+async def test_a_hint_wakes_what_it_is_about(payload: str, expected: set[str]) -> None:
+    assert woken_by(payload) == expected
+
+
+async def test_a_loop_that_is_woken_before_it_waits_does_not_wait() -> None:
+    wakeup = Wakeup()
+    wakeup.set()
+    assert await wakeup.wait(None)
+    wakeup.clear()
+    assert not await wakeup.wait(0.0)
+    assert not await wakeup.wait(0.001)
+
+
+async def _woken_from_thread(waker: Waker) -> None:
+    thread = threading.Thread(target=waker.wake)
+    thread.start()
+    await waker.wait(60)
+    thread.join()
+
+
+@pytest.mark.parametrize("make", [Waker, LoopWaker])
+async def test_an_operation_is_woken_from_any_thread(make: Callable[[], Waker]) -> None:
+    waker = make()
+    async with asyncio.timeout(30):
+        await _woken_from_thread(waker)
+        await waker.wait(60)  # it stays woken until it is cleared
+    waker.clear()
+    await waker.wait(0.001)
+    assert not waker.is_woken
