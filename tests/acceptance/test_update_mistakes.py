@@ -166,7 +166,7 @@ def test_validator_is_no_part_of_the_workflow(shell: Shell, app: Application) ->
     request = ask(shell, workflow_id, Address("Elm"))
     with pytest.raises(errors.WaitTimeoutError):
         shell.finish(workflow, workflow_id)
-    with pytest.raises(errors.UpdateRejectedError, match="this is outside of one"):
+    with pytest.raises(errors.UpdateRejectedError, match="outside of one"):
         answer(shell, request)
 
 

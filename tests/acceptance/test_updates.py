@@ -130,7 +130,8 @@ def test_answer_in_a_transactional_step_commits_with_what_the_step_writes(shell:
     # behaviour: T8
     tries: list[int] = []
 
-    def save(session: Session, request: UpdateRequest[Address]) -> str:
+    def save(session: Session, given: UpdateRequest[Address] | aio.AsyncUpdateRequest[Address]) -> str:
+        request = given if isinstance(given, UpdateRequest) else given.sync_request
         session.add(Entry(account=request.payload.street, cents=1))
         request.reply(Saved(f"try {len(tries)}"), session=session)
         tries.append(1)
