@@ -13,14 +13,15 @@ from types import ModuleType
 from typing import Any
 
 import sqla_durable
-from sqla_durable import errors, models, testing
+import sqla_durable.asyncio
+from sqla_durable import errors, manage, models, testing
 
 MADE_BY_USERS = {"AsyncExecutor", "Durable", "Executor", "Interceptor", "Saga", "StartOptions", "Worker"}
 RECORDS = ["Workflow", "Step", "Signal", "Event", "StreamItem", "Queue", "Worker"]
 PAGE = Path(__file__).parent / "names.md"
 HEAD = """# Every public name
 
-What `sqla_durable` exports, each with its parameters and what it does.
+What `sqla_durable` and `sqla_durable.asyncio` export, each with its parameters and what it does.
 The docstrings say more; the [reference](reference.md) of the built documentation shows them whole.
 Written by `docs/names.py`.
 """
@@ -30,6 +31,12 @@ def page() -> str:
     """Return the page's text."""
     sections = [
         _section("sqla_durable", sqla_durable, sqla_durable.__all__),
+        _section("sqla_durable.asyncio", sqla_durable.asyncio, sqla_durable.asyncio.__all__),
+        _section("sqla_durable.manage", manage, manage.__all__),
+        _section("sqla_durable.asyncio.manage", sqla_durable.asyncio.manage, sqla_durable.asyncio.manage.__all__),
+        _section("sqla_durable.asyncio", sqla_durable.asyncio, sqla_durable.asyncio.__all__),
+        _section("sqla_durable.manage", manage, manage.__all__),
+        _section("sqla_durable.asyncio.manage", sqla_durable.asyncio.manage, sqla_durable.asyncio.manage.__all__),
         _section("sqla_durable.models", models, RECORDS),
         _section("sqla_durable.testing", testing, testing.__all__),
         _section("sqla_durable.errors", errors, [name for name in vars(errors) if name.endswith("Error")]),

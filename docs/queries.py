@@ -14,7 +14,7 @@ from uuid import UUID
 from sqlalchemy import Engine, Select, create_engine, func, select, text
 from sqlalchemy.schema import CreateSchema
 
-from sqla_durable import Workflow, WorkflowStatus, embedded, id_at, metadata
+from sqla_durable import Workflow, WorkflowStatus, embedded, manage, metadata
 
 _FILL = """
 INSERT INTO durable.workflow
@@ -58,11 +58,11 @@ def queries(now: datetime) -> Mapping[str, Select[Any]]:
         .where(Workflow.status == WorkflowStatus.FAILED, Workflow.finished_at > yesterday)
         .order_by(Workflow.finished_at.desc()),
         "started in the last day, by status": select(Workflow.status, func.count())
-        .where(Workflow.id >= id_at(yesterday))
+        .where(Workflow.id >= manage.id_at(yesterday))
         .group_by(Workflow.status),
         "the newest 50": select(Workflow).order_by(Workflow.id.desc()).limit(50),
         "the next 1,000 to delete after 90 days": select(Workflow.id)
-        .where(Workflow.id > UUID(int=0), Workflow.id < id_at(cutoff), Workflow.finished_at < cutoff)
+        .where(Workflow.id > UUID(int=0), Workflow.id < manage.id_at(cutoff), Workflow.finished_at < cutoff)
         .order_by(Workflow.id)
         .limit(1_000),
         "for comparison: by status, all of them": select(Workflow.status, func.count()).group_by(Workflow.status),

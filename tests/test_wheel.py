@@ -32,7 +32,7 @@ def test_wheel_contains_the_package_and_nothing_else(wheel: Path) -> None:
     assert modules <= names
     assert "sqla_durable/py.typed" in names
     assert "sqla_durable/migrations/versions/durable_0001_first_tables.py" in names
-    assert {name.split("/")[0] for name in names} == {"sqla_durable", "sqla_durable_pytest.py"}
+    assert {name.split("/")[0] for name in names} == {"sqla_durable"}
 
 
 def test_alembic_finds_our_branch_in_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from shop.database import durable
 from shop.models import Notification, Order, OrderStatus, Payment, Product, Refund, Shipment, StockMovement
 from shop.rules import is_served
 from shop.values import Checked, Item, Outcome
-from sqla_durable import Saga, cancel
+from sqla_durable import Saga, manage
 
 
 class OutOfStock(Exception):
@@ -139,7 +139,7 @@ def call_off(session: Session, number: str) -> bool:
     order = session.get_one(Order, number, with_for_update=True, populate_existing=True)
     if order.workflow is None or order.status not in (OrderStatus.PLACED, OrderStatus.ACCEPTED):
         return False
-    if not cancel(session, order.workflow):
+    if not manage.cancel(session, order.workflow):
         return False
     if order.workflow.finished_at is not None:  # it had nothing to undo
         _cancelled(session, order)

@@ -16,6 +16,7 @@ from shop.database import durable
 from shop.models import Order, OrderStatus, Product, Refund, StockMovement
 from shop.orders import notify
 from shop.values import Checked, Item, Outcome
+from sqla_durable.asyncio import to_thread
 
 
 @durable.workflow
@@ -28,7 +29,7 @@ async def take_back(number: str) -> Outcome:
         await take_in(item)
     receipt = await pay_back(number, -inspected.pence)
     await record_payback(number, receipt)
-    await notify.aio(number, f"We have refunded £{receipt.pence / 100:,.2f} for {number}.")
+    await to_thread(notify, number, f"We have refunded £{receipt.pence / 100:,.2f} for {number}.")
     return Outcome(OrderStatus.RETURNED)
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Any, Generic
 from uuid import UUID
 
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from typing_extensions import TypeVar
 
 import sqla_durable.api.hints as hints
-from sqla_durable.api.callers import AnySession, in_savepoint, perform
-from sqla_durable.api.operate import operate, require_workflow
+from sqla_durable.api.callers import in_savepoint, perform
+from sqla_durable.api.calls import ANY, Call, operation
 from sqla_durable.definitions.checks import require_positive_duration
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import (
@@ -30,7 +30,8 @@ from sqla_durable.operations.runtime import Runtime
 from sqla_durable.store import callbacks as statements
 from sqla_durable.store import keys
 
-T = TypeVar("T")
+T = TypeVar("T", default=Any)
+C = TypeVar("C")
 R = TypeVar("R", covariant=True)
 
 _TOKEN = re.compile(r"([0-9a-f]{32})\.[0-9a-f]{48}")
@@ -48,7 +49,7 @@ class _BaseCallback(Generic[R]):
 
     @property
     def token(self) -> str:
-        """Return what the foreign system answers by.
+        """The token by which the foreign system answers.
 
         Raises:
             UsageError: it was made with a secret that this worker does not have.
@@ -58,13 +59,13 @@ class _BaseCallback(Generic[R]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._key!r} of workflow {self._made.workflow_id}>"  # the token is secret
 
-    def _result(self) -> Any:
+    def _result(self, step_key: str | None) -> Call[R]:
         receive = partial(callback.result, key=self._key, callback=self._made, kind=self._kind)
-        return operate(f"result:{self._name}", receive)
+        return operation("Callback.result", f"result:{self._name}", receive, step_key=step_key)
 
 
 class Callback(_BaseCallback[R]):
-    """What a `def` workflow waits for, and a foreign system answers.
+    """An answer that a `def` workflow waits for, and a foreign system gives.
 
     ```python
     payment = create_callback(Receipt, timeout=timedelta(hours=1))
@@ -77,145 +78,100 @@ class Callback(_BaseCallback[R]):
             has it can answer.
     """
 
-    def result(self) -> R:
+    def result(self, *, step_key: str | None = None) -> R:
         """Wait for the outcome: return the value or raise the error, the same on every replay and for every call.
 
-        Meanwhile the workflow is a row and nothing else; with a `heartbeat` it is woken once in that time to see that
-        the callback is alive.
+        Meanwhile the workflow is suspended and needs a row and nothing else; with a `heartbeat` it is woken once in
+        that time to see that the callback is alive.
+
+        Args:
+            step_key: an explicit identity in the history, instead of `result:NAME` and its occurrence.
 
         Raises:
             CallbackFailedError: it has failed, says whoever has the token.
             WaitTimeoutError: it was not answered within its `timeout`.
             CallbackSilentError: the same, because it was silent for longer than its `heartbeat`.
             NotFoundError: this workflow is a fork, and nobody can answer the original any more.
-            DecodingError: the value does not fit the callback's type. It counts as taken.
+            DecodingError: the value does not fit the callback's type. It counts as received.
             UsageError: this is not a workflow's own code, or nobody could answer (a joined executor).
         """
-        return cast("R", self._result())
+        return self._result(step_key).outcome()
 
 
 class AsyncCallback(_BaseCallback[R]):
-    """What an `async def` workflow waits for: await it, or its `result()`. See `Callback`.
+    """An answer that an `async def` workflow waits for: await it, or its `result()`. See `Callback`.
 
     ```python
-    payment = await create_callback.aio(Receipt, timeout=timedelta(hours=1))
+    payment = await create_callback(Receipt, timeout=timedelta(hours=1))
     await ask_provider(order_id, payment.token)
     receipt = await payment
     ```
     """
 
-    def result(self) -> Coroutine[Any, Any, R]:
+    def result(self, *, step_key: str | None = None) -> Coroutine[Any, Any, R]:
         """Wait for the outcome; see `Callback.result`."""
-        return cast("Coroutine[Any, Any, R]", self._result())
+        return self._result(step_key).coroutine()
 
     def __await__(self) -> Generator[Any, None, R]:
         return self.result().__await__()
 
 
-class _CreateCallback:
-    """`create_callback`, with its other face for type checkers."""
+def create_callback(
+    kind: type[T] = ANY,
+    *,
+    timeout: timedelta | None = None,
+    heartbeat: timedelta | None = None,
+    step_key: str | None = None,
+) -> Callback[T]:
+    """Create a callback in a workflow's code, to be answered by its token.
 
-    @overload
-    def __call__(
-        self, *, timeout: timedelta | None = None, heartbeat: timedelta | None = None, key: str | None = None
-    ) -> Callback[Any]: ...
+    ```python
+    payment = create_callback(Receipt, timeout=timedelta(hours=1))
+    ask_provider(order_id, payment.token)
+    receipt = payment.result()
+    ```
 
-    @overload
-    def __call__(
-        self,
-        kind: type[T],
-        *,
-        timeout: timedelta | None = None,
-        heartbeat: timedelta | None = None,
-        key: str | None = None,
-    ) -> Callback[T]: ...
+    It is an operation, recorded once: a replay has the same token, which is committed when this returns. From then
+    on it can be answered, before the workflow waits for it too. The first answer stands. Its times are on the
+    database's clock and run from when it is created, whoever waits; when one is over, it cannot be answered any more.
 
-    def __call__(
-        self,
-        kind: Any = Any,
-        *,
-        timeout: timedelta | None = None,
-        heartbeat: timedelta | None = None,
-        key: str | None = None,
-    ) -> Any:
-        """Make a callback in a workflow's code, to be answered by its token; in `async def` code, await it.
+    Args:
+        kind: the type of the value that it is completed with.
+        timeout: how long it can be answered.
+        heartbeat: how long it may be silent: `heartbeat_callback` is to be called more often than that.
+        step_key: an explicit identity in the history, instead of `create_callback` and its occurrence.
 
-        ```python
-        payment = create_callback(Receipt, timeout=timedelta(hours=1))
-        ask_provider(order_id, payment.token)
-        receipt = payment.result()
-        ```
-
-        It is an operation, recorded once: a replay has the same token, which is committed when this returns. From then
-        on it can be answered, before the workflow waits for it too. The first answer stands. Its times are on the
-        database's clock and run from when it is made, whoever waits; when one is over, it cannot be answered any more.
-
-        Args:
-            kind: the type of the value that it is completed with.
-            timeout: how long it can be answered.
-            heartbeat: how long it may be silent: `heartbeat_callback` is to be called more often than that.
-            key: an explicit identity in the history, instead of `create_callback` and its occurrence.
-
-        Raises:
-            UsageError: this is not a workflow's own code.
-            ArgumentError: a time is no timedelta, or none to do anything in.
-        """
-        for name, value in {"timeout": timeout, "heartbeat": heartbeat}.items():
-            if value is not None:
-                require_positive_duration(value, name)
-        name = key or statements.NAME
-        codec = Codec.of(kind, what=f"value of callback {name!r}")
-        is_async = require_workflow(statements.NAME).is_async
-        face: type[AsyncCallback[Any]] | type[Callback[Any]] = AsyncCallback if is_async else Callback
-
-        async def create(runtime: Runtime, position: Position) -> _BaseCallback[Any]:
-            made = await callback.create(runtime, position, within=timeout, heartbeat=heartbeat)
-            return face(made, position, codec, name, runtime.attempt.options.secrets)
-
-        return operate(statements.NAME, create, key=key)
-
-    @overload
-    def aio(
-        self, *, timeout: timedelta | None = None, heartbeat: timedelta | None = None, key: str | None = None
-    ) -> Coroutine[Any, Any, AsyncCallback[Any]]: ...
-
-    @overload
-    def aio(
-        self,
-        kind: type[T],
-        *,
-        timeout: timedelta | None = None,
-        heartbeat: timedelta | None = None,
-        key: str | None = None,
-    ) -> Coroutine[Any, Any, AsyncCallback[T]]: ...
-
-    def aio(
-        self,
-        kind: Any = Any,
-        *,
-        timeout: timedelta | None = None,
-        heartbeat: timedelta | None = None,
-        key: str | None = None,
-    ) -> Coroutine[Any, Any, AsyncCallback[Any]]:
-        """The same in an `async def` workflow, for type checkers."""
-        given: Any = self(kind, timeout=timeout, heartbeat=heartbeat, key=key)
-        return cast("Coroutine[Any, Any, AsyncCallback[Any]]", given)
+    Raises:
+        UsageError: this is not a workflow's own code.
+        UsageError: the workflow is `async def`.
+        ArgumentError: a time is no timedelta, or not positive.
+    """
+    return create_callback_call(Callback[T], kind, timeout, heartbeat, step_key).outcome()
 
 
-create_callback = _CreateCallback()
-"""Make a callback in a workflow's code."""
+def create_callback_call(
+    face: Callable[[callback.CallbackRecord, Position, Codec, str, tuple[bytes, ...]], C],
+    kind: Any,
+    timeout: timedelta | None,
+    heartbeat: timedelta | None,
+    step_key: str | None,
+) -> Call[C]:
+    """Return the call of `create_callback`, which returns a callback of this class."""
+    for option, value in {"timeout": timeout, "heartbeat": heartbeat}.items():
+        if value is not None:
+            require_positive_duration(value, option)
+    name = step_key or statements.NAME
+    codec = Codec.of(kind, what=f"value of callback {name!r}")
+
+    async def create(runtime: Runtime, position: Position) -> C:
+        made = await callback.create(runtime, position, within=timeout, heartbeat=heartbeat)
+        return face(made, position, codec, name, runtime.attempt.options.secrets)
+
+    return operation("create_callback", statements.NAME, create, step_key=step_key)
 
 
-@overload
-def complete_callback(session: Session, token: str, value: object = None) -> None: ...
-
-
-@overload
-def complete_callback(session: AsyncSession, token: str, value: object = None) -> Coroutine[Any, Any, None]: ...
-
-
-def complete_callback(session: AnySession, token: str, value: object = None) -> Coroutine[Any, Any, None] | None:
-    """Answer a callback with a value, by its token, in the caller's transaction. With an `AsyncSession`, await it.
+def complete_callback(session: Session, token: str, value: object = None) -> None:
+    """Answer a callback with a value, by its token, in the caller's transaction.
 
     ```python
     with SessionLocal.begin() as session:
@@ -229,8 +185,8 @@ def complete_callback(session: AnySession, token: str, value: object = None) -> 
 
     Args:
         session: the caller's session.
-        token: what `Callback.token` has given.
-        value: what goes into JSON: what JSON knows, a dataclass, a pydantic model, a datetime.
+        token: that of `Callback.token`.
+        value: a value that goes into JSON: what JSON knows, a dataclass, a pydantic model, a datetime.
 
     Raises:
         NotFoundError: there is no such callback. Nothing was written, and the transaction is usable.
@@ -242,27 +198,16 @@ def complete_callback(session: AnySession, token: str, value: object = None) -> 
     """
     found = _Token.of(token)
     text = Codec.inferred(what="value of a callback").encode(value)
-    return perform(session, partial(_answer, token=found, payload=f'{{"value": {text}}}'), rights="answerer")
+    answer = partial(_answer, token=found, payload=f'{{"value": {text}}}')
+    perform(session, answer, name="complete_callback", rights="answerer")
 
 
-@overload
-def fail_callback(session: Session, token: str, message: str, *, details: object = None) -> None: ...
-
-
-@overload
-def fail_callback(
-    session: AsyncSession, token: str, message: str, *, details: object = None
-) -> Coroutine[Any, Any, None]: ...
-
-
-def fail_callback(
-    session: AnySession, token: str, message: str, *, details: object = None
-) -> Coroutine[Any, Any, None] | None:
+def fail_callback(session: Session, token: str, message: str, *, details: object = None) -> None:
     """Answer a callback with an error: the workflow gets a `CallbackFailedError`. Otherwise as `complete_callback`.
 
     Args:
         session: the caller's session.
-        token: what `Callback.token` has given.
+        token: that of `Callback.token`.
         message: what has happened.
         details: what else there is to know, which goes into JSON.
 
@@ -274,19 +219,12 @@ def fail_callback(
         raise ArgumentError(f"message={message!r} is no text: say what has happened, and give the rest as details=.")
     given = {"error": message} if details is None else {"error": message, "details": details}
     text = Codec.inferred(what="error of a callback").encode(given)
-    return perform(session, partial(_answer, token=found, payload=text), rights="answerer")
+    answer = partial(_answer, token=found, payload=text)
+    perform(session, answer, name="fail_callback", rights="answerer")
 
 
-@overload
-def heartbeat_callback(session: Session, token: str) -> None: ...
-
-
-@overload
-def heartbeat_callback(session: AsyncSession, token: str) -> Coroutine[Any, Any, None]: ...
-
-
-def heartbeat_callback(session: AnySession, token: str) -> Coroutine[Any, Any, None] | None:
-    """Tell that whoever is to answer a callback is alive, by its token. With an `AsyncSession`, await it.
+def heartbeat_callback(session: Session, token: str) -> None:
+    """Record that whoever is to answer a callback is alive, by its token.
 
     Never commits: it counts when the caller commits, as of now. Updates the callback's own record, one row however
     often; wakes nobody. Without a `heartbeat` of the callback it changes nothing for the workflow.
@@ -294,7 +232,8 @@ def heartbeat_callback(session: AnySession, token: str) -> Coroutine[Any, Any, N
     Raises:
         Exception: as `complete_callback`; CallbackFinishedError whatever the outcome is.
     """
-    return perform(session, partial(_beat, token=_Token.of(token)), rights="answerer")
+    beat = partial(_beat, token=_Token.of(token))
+    perform(session, beat, name="heartbeat_callback", rights="answerer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +249,7 @@ class _Token:
         found = _TOKEN.fullmatch(token) if isinstance(token, str) else None
         if found is None:
             text = f"a text of {len(token):,} characters" if isinstance(token, str) else f"a {type(token).__name__}"
-            raise ArgumentError(f"{text} is no token of a callback: give what `Callback.token` has given, as it is.")
+            raise ArgumentError(f"{text} is no token of a callback: give that of `Callback.token`, as it is.")
         text = found.string
         return cls(UUID(found[1]), callback.digest_of(text), f"{text[:37]}…")
 
@@ -355,8 +294,8 @@ def _look(session: Session, token: _Token, key: str, payload: str | None = None)
 
 def _refuse_unknown(token: _Token) -> Any:
     raise NotFoundError(
-        f"no callback has the token {token.shown}: its workflow is not in this database, was deleted, rewound or begun "
-        "anew, or the token was changed on its way. Nothing was written."
+        f"no callback has the token {token.shown}: its workflow is not in this database, was deleted, rewound or "
+        "continued as new, or the token was changed on its way. Nothing was written."
     )
 
 
@@ -376,7 +315,7 @@ def _refuse_finished(token: _Token, found: statements.Callback) -> None:
 
 
 def _past(found: statements.Callback) -> str | None:
-    """Say what has become of a callback, if anything has."""
+    """Return what has become of a callback, for messages; None if it can be answered."""
     match found.answer:
         case None if found.due_in <= 0:
             return _expired(found.due_to)

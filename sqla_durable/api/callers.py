@@ -1,12 +1,14 @@
-"""What callers give first: a session of their own, of either kind, and the workflows that are meant."""
+"""How functions of a caller's session begin: the session is checked, and so are the workflows that are meant.
+
+Functions of `sqla_durable` take a `Session`; those of `sqla_durable.asyncio` call them in `AsyncSession.run_sync`.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 from sqlalchemy import Connection, Engine, inspect
@@ -33,6 +35,7 @@ from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.operations import transaction
 from sqla_durable.store import connection_of, keys, schema
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _SERIALIZATION_FAILURE, _DENIED = "40001", "42501"
@@ -41,47 +44,109 @@ _OUR_TABLES = re.compile(rf"to_regclass|\.({'|'.join(each.name for each in Base.
 AnySession: TypeAlias = "Session | AsyncSession"
 
 
-def perform(session: AnySession, function: Callable[[Session], T], *, rights: str) -> T | Coroutine[Any, Any, T]:
-    """Call a function that writes in the caller's transaction: of an `AsyncSession` with the `Session` inside it.
-
-    Neither commits nor flushes. With an `AsyncSession`, await the call.
+def perform(session: Session, function: Callable[[Session], T], *, name: str, rights: str) -> T:
+    """Call a function that writes in the caller's transaction, which is neither flushed nor committed here.
 
     Args:
         session: the caller's.
         function: what is called.
-        rights: which set of rights in docs/security.md it needs, for who lacks them.
+        name: that of the public function, for messages.
+        rights: the set of rights in docs/security.md that it needs, for messages.
 
     Raises:
-        SessionError: this is no session; or it has no PostgreSQL engine; or it is in AUTOCOMMIT.
+        SessionError: this is no `Session`; or it has no PostgreSQL engine; or it is in AUTOCOMMIT.
         SchemaError: its database does not hold the tables.
         DatabaseUnavailableError: its server takes no writes.
     """
-    return _call(session, partial(_write, function=function, rights=rights))
+    require_sync_session(session, name)
+    return _write(session, function, rights=rights)
 
 
-def read(session: AnySession, function: Callable[[Session], T]) -> T | Coroutine[Any, Any, T]:
+def read(session: Session, function: Callable[[Session], T], *, name: str) -> T:
     """Call a function that only reads, as `perform` does; the session may be in AUTOCOMMIT, or of a standby.
 
     Raises:
-        SessionError: this is no session; or it has no PostgreSQL engine.
+        SessionError: this is no `Session`; or it has no PostgreSQL engine.
         SchemaError: its database does not hold the tables.
     """
-    return _call(session, partial(_read, function=function))
+    require_sync_session(session, name)
+    with explain_missing_rights("reader"):
+        schema.require(session)
+        return function(session)
+
+
+def perform_in_either(
+    session: AnySession, function: Callable[[Session], T], *, rights: str
+) -> T | Coroutine[Any, Any, T]:
+    """Call a function as `perform` does, for methods that take a session of either kind.
+
+    Raises:
+        SessionError, SchemaError, DatabaseUnavailableError: as `perform`.
+    """
+    require_session(session)
+    if isinstance(session, AsyncSession):
+        return session.run_sync(_write, function, rights=rights)
+    return _write(session, function, rights=rights)
+
+
+async def run_sync(
+    session: AsyncSession, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """Call a function of `sqla_durable` with the `Session` inside an `AsyncSession`, for its twin.
+
+    Raises:
+        SessionError: this is no `AsyncSession`.
+        Exception: as the function.
+    """
+    require_async_session(session, public_name(function))
+    return await session.run_sync(function, *args, **kwargs)
+
+
+def public_name(function: Callable[..., Any]) -> str:
+    """Return a function's name in either namespace, with that of its module if it is not at the top."""
+    return f"manage.{function.__name__}" if ".manage" in function.__module__ else function.__name__
 
 
 def require_session(session: object) -> None:
-    """Refuse what is no session.
+    """Refuse what is no session of either kind.
 
     Raises:
         SessionError: it is something else, such as a sessionmaker.
     """
     if not isinstance(session, (Session, AsyncSession)):
         shown = "a text" if isinstance(session, str) else repr(session)  # the token of a callback is secret
-        raise SessionError(f"the caller's Session or AsyncSession comes first, got {shown}. {cure(session)}")
+        raise SessionError(f"the caller's Session or AsyncSession comes first, got {shown}. {session_advice(session)}")
 
 
-def cure(session: object) -> str:
-    """Return the advice on what to give instead of what is no session."""
+def require_sync_session(session: object, name: str) -> None:
+    """Refuse what is no `Session`.
+
+    Raises:
+        SessionError: it is an `AsyncSession`, or no session.
+    """
+    require_session(session)
+    if not isinstance(session, Session):
+        raise SessionError(
+            f"sqla_durable.{name} takes a Session, got {session!r}: await sqla_durable.asyncio.{name}, or "
+            "call this one in session.run_sync(...)."
+        )
+
+
+def require_async_session(session: object, name: str) -> None:
+    """Refuse what is no `AsyncSession`.
+
+    Raises:
+        SessionError: it is a `Session`, or no session.
+    """
+    require_session(session)
+    if not isinstance(session, AsyncSession):
+        raise SessionError(
+            f"sqla_durable.asyncio.{name} takes an AsyncSession, got {session!r}: call sqla_durable.{name}."
+        )
+
+
+def session_advice(session: object) -> str:
+    """Return the advice on what to pass instead of what is no session."""
     if isinstance(session, (scoped_session, async_scoped_session)):  # such as `db.session` of Flask-SQLAlchemy
         return "Of a scoped session, call it for the session of this scope: write db.session() for db.session."
     if isinstance(session, (sessionmaker, async_sessionmaker)):
@@ -99,8 +164,8 @@ def cure(session: object) -> str:
 
 
 @contextmanager
-def noting_rights(rights: str, *, user: str | None = None) -> Generator[None]:
-    """Add to an error that a right on the durable tables is missing in which set of rights it is."""
+def explain_missing_rights(rights: str, *, user: str | None = None) -> Generator[None]:
+    """Add to the error of a missing right on the durable tables which set of rights contains it."""
     try:
         yield
     except DBAPIError as error:
@@ -112,7 +177,7 @@ def noting_rights(rights: str, *, user: str | None = None) -> Generator[None]:
 
 @contextmanager
 def in_savepoint(session: Session, *, what: str, name: str, key: str | None) -> Generator[None]:
-    """Insert under a key in a savepoint, so that the transaction goes on after a conflict with a row that is newer.
+    """Insert under a key in a savepoint, so that the transaction is usable after a conflict with a newer row.
 
     Raises:
         KeyNotVisibleError: there is a row with the key that is newer than the transaction's snapshot.
@@ -127,7 +192,7 @@ def in_savepoint(session: Session, *, what: str, name: str, key: str | None) -> 
 
 
 def id_of(workflow: object) -> UUID:
-    """Give a workflow's id; of a record also when its attributes are expired and its session is closed.
+    """Return a workflow's id; of a record also when its attributes are expired and its session is closed.
 
     Raises:
         ArgumentError: this is no workflow, such as the text of an id; or a record that has no id yet.
@@ -147,7 +212,7 @@ def id_of(workflow: object) -> UUID:
 
 
 def ids_of(workflows: object) -> list[UUID]:
-    """Give the ids of one workflow or of several, in the order given.
+    """Return the ids of one workflow or of several, in the order given.
 
     Raises:
         ArgumentError: one of them is no workflow.
@@ -181,20 +246,9 @@ def require_receiver(what: str, workflow_id: UUID, status: WorkflowStatus | None
         )
 
 
-def _call(session: AnySession, function: Callable[[Session], T]) -> T | Coroutine[Any, Any, T]:
-    require_session(session)
-    return session.run_sync(function) if isinstance(session, AsyncSession) else function(session)
-
-
-def _read(session: Session, function: Callable[[Session], T]) -> T:
-    with noting_rights("reader"):
-        schema.require(session)
-        return function(session)
-
-
 def _write(session: Session, function: Callable[[Session], T], *, rights: str) -> T:
     try:
-        with noting_rights(rights):
+        with explain_missing_rights(rights):
             schema.require(session)
             schema.require_transaction(session)
             return function(session)

@@ -1,21 +1,21 @@
-"""Signals: sent to a workflow in the sender's transaction, taken by it once, in order."""
+"""Signals: sent to a workflow in the sender's transaction, received by it once, in order."""
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar, cast, overload
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from typing_extensions import TypeVar
 
 import sqla_durable.api.hints as hints
 from sqla_durable.api.callers import ids_of, in_savepoint, perform, require_receiver
-from sqla_durable.api.operate import operate, require_sendable
+from sqla_durable.api.calls import ANY, Call, operation, require_sendable
 from sqla_durable.api.start import BoundWorkflow, start
 from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.codec import Codec
@@ -26,52 +26,30 @@ from sqla_durable.store import signals
 from sqla_durable.store import workflows as store_workflows
 from sqla_durable.store.keys import SnapshotKept
 
-T = TypeVar("T")
+T = TypeVar("T", default=Any)
 
 
-@overload
-def signal(
+def send_signal(
     session: Session,
     workflows: Workflow | UUID | Iterable[Workflow | UUID],
     name: str,
     payload: object = None,
     *,
     key: str | None = None,
-) -> None: ...
-
-
-@overload
-def signal(
-    session: AsyncSession,
-    workflows: Workflow | UUID | Iterable[Workflow | UUID],
-    name: str,
-    payload: object = None,
-    *,
-    key: str | None = None,
-) -> Coroutine[Any, Any, None]: ...
-
-
-def signal(
-    session: Session | AsyncSession,
-    workflows: Workflow | UUID | Iterable[Workflow | UUID],
-    name: str,
-    payload: object = None,
-    *,
-    key: str | None = None,
-) -> Coroutine[Any, Any, None] | None:
+) -> None:
     """Send a signal to a workflow, or to several, in the caller's transaction.
 
     ```python
-    signal(session, order.checkout, "approved", Approval(by="ada"), key=f"approval-{order.id}")
+    send_signal(session, order.checkout, "approved", Approval(by="ada"), key=f"approval-{order.id}")
     ```
 
     Never commits: it is sent when the caller commits. The workflow may wait for it already, or come to wait for it
-    later, or not have begun. Signals of a name are taken first in, first out, each of them once. Sending waits for
-    nobody, and the receiver's worker does not wait for the sender. To several workflows it is one statement: all or
-    none. Flushes the session.
+    later, or not have begun. Signals of a name are received first in, first out, each of them once. Sending takes no
+    lock that the receiver's worker waits for. To several workflows it is one statement: all or none. Flushes the
+    session.
 
     Args:
-        session: the caller's session; with an `AsyncSession`, await the call.
+        session: the caller's session.
         workflows: the receivers, records or ids.
         name: what the workflow waits for.
         payload: a value that goes into JSON: what JSON knows, a dataclass, a pydantic model, a datetime.
@@ -85,32 +63,33 @@ def signal(
         ArgumentError: a name or key cannot be one, or what is given is no workflow.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return perform(session, partial(_Signal.of(name, payload, key).send, workflows=workflows), rights="signaller")
+    signal = _NewSignal.of(name, payload, key)
+    perform(session, partial(signal.send, workflows=workflows), name="send_signal", rights="signaller")
 
 
 @dataclass(frozen=True, slots=True)
-class _Signal:
-    """A signal that is to be sent; the payload is JSON text."""
+class _NewSignal:
+    """A signal to be sent; the payload is JSON text."""
 
     name: str
     payload: str
     key: str | None
 
     @classmethod
-    def of(cls, name: str, payload: object, key: str | None) -> _Signal:
+    def of(cls, name: str, payload: object, key: str | None) -> _NewSignal:
         require_sendable(name, what="signal name")
         if key is not None:
             require_text(key, what="key")
         return cls(name, Codec.inferred(what=f"payload of signal {name!r}").encode(payload), key)
 
     def start(self, session: Session, *, bound: BoundWorkflow) -> Workflow:
-        """Start the workflow and send; give its record."""
+        """Start the workflow, send the signal, and return the record."""
         workflow = start(session, bound)
         self.send(session, workflows=workflow)
         return workflow
 
     def send(self, session: Session, *, workflows: Workflow | UUID | Iterable[Workflow | UUID]) -> None:
-        """Send, to all or none."""
+        """Send the signal, to all or none."""
         session.flush()  # a workflow that was only just started is not in the table yet
         ids = self._receivers(session, sorted(set(ids_of(workflows))))
         if ids:
@@ -118,7 +97,7 @@ class _Signal:
             hints.announce(session, *hints.merged(hints.sent_to(each, self.name) for each in ids))
 
     def _receivers(self, session: Session, ids: Sequence[UUID]) -> list[UUID]:
-        """Return to whom it is to be sent: not to one that has ended since the same signal was sent to it."""
+        """Return the receivers, without those that have ended since the same signal was sent to them."""
         statuses = store_workflows.statuses(session, ids)
         ended = [each for each, status in statuses.items() if status.finished]
         known = self._known(session, ended)
@@ -143,93 +122,59 @@ class _Signal:
                     signals.send_in_snapshot(session, each, **given)
 
 
-@overload
 def start_with_signal(
     session: Session, bound: BoundWorkflow, name: str, payload: object = None, *, key: str | None = None
-) -> Workflow: ...
-
-
-@overload
-def start_with_signal(
-    session: AsyncSession, bound: BoundWorkflow, name: str, payload: object = None, *, key: str | None = None
-) -> Coroutine[Any, Any, Workflow]: ...
-
-
-def start_with_signal(
-    session: Session | AsyncSession, bound: BoundWorkflow, name: str, payload: object = None, *, key: str | None = None
-) -> Workflow | Coroutine[Any, Any, Workflow]:
+) -> Workflow:
     """Start a workflow, or find the one that has its key, and send it a signal, in the caller's transaction.
 
     ```python
     start_with_signal(session, cart.options(key=customer).bind(customer), "item added", item)
     ```
 
-    In a step of another workflow the record is that one's child. See `WorkflowFunction.start` and `signal`.
+    In a step of another workflow the record is that one's child. See `WorkflowFunction.start` and `send_signal`.
 
     Raises:
         WorkflowFinishedError: the workflow with this key has an outcome, and this signal was not sent to it before.
             Nothing was sent.
-        Exception: as `start` and `signal`.
+        Exception: as `start` and `send_signal`.
     """
-
-    return perform(session, partial(_Signal.of(name, payload, key).start, bound=bound), rights="signaller")
-
-
-class _WaitSignal:
-    """`wait_signal`, with its other face for type checkers."""
-
-    @overload
-    def __call__(self, name: str, *, timeout: timedelta | None = None, key: str | None = None) -> Any: ...
-
-    @overload
-    def __call__(self, name: str, kind: type[T], *, timeout: timedelta | None = None, key: str | None = None) -> T: ...
-
-    def __call__(self, name: str, kind: Any = Any, *, timeout: timedelta | None = None, key: str | None = None) -> Any:
-        """Wait for a signal and give its payload; in `async def` code, await it.
-
-        ```python
-        approval = await wait_signal.aio("approved", Approval, timeout=timedelta(days=14))
-        ```
-
-        The oldest one of the name that was not taken before, also if it was sent before the workflow came here. Which
-        one it was is recorded: a replay finds the same. Meanwhile the workflow is a row and nothing else.
-
-        Args:
-            name: the signal's name.
-            kind: the type of its payload.
-            timeout: how long to wait at most, from when the workflow first comes here, on the database's clock.
-            key: an explicit identity in the history, instead of `signal:NAME` and its occurrence.
-
-        Raises:
-            WaitTimeoutError: none came in time; the same on every replay. One that comes later can still be taken.
-            DecodingError: the payload does not fit `kind`. It counts as taken.
-            UsageError: this is not a workflow's own code, or nobody could send one (a joined executor).
-            ArgumentError: the name or the key cannot be one, or the timeout is no timedelta.
-        """
-        require_sendable(name, what="signal name")
-        if timeout is not None:
-            require_duration(timeout, "timeout")
-        codec = Codec.of(kind, what=f"payload of signal {name!r}")
-        source = waiting.WaitSource.of_signal(name, timeout)
-        receive = partial(waiting.receive, source=source, result=codec, within=timeout)
-        return operate(f"signal:{name}", receive, key=key)
-
-    @overload
-    def aio(
-        self, name: str, *, timeout: timedelta | None = None, key: str | None = None
-    ) -> Coroutine[Any, Any, Any]: ...
-
-    @overload
-    def aio(
-        self, name: str, kind: type[T], *, timeout: timedelta | None = None, key: str | None = None
-    ) -> Coroutine[Any, Any, T]: ...
-
-    def aio(
-        self, name: str, kind: Any = Any, *, timeout: timedelta | None = None, key: str | None = None
-    ) -> Coroutine[Any, Any, Any]:
-        """The same in an `async def` workflow, for type checkers."""
-        return cast("Coroutine[Any, Any, Any]", self(name, kind, timeout=timeout, key=key))
+    signal = _NewSignal.of(name, payload, key)
+    return perform(session, partial(signal.start, bound=bound), name="start_with_signal", rights="signaller")
 
 
-wait_signal = _WaitSignal()
-"""Wait for a signal in a workflow's code."""
+def wait_signal(name: str, kind: type[T] = ANY, *, timeout: timedelta | None = None, step_key: str | None = None) -> T:
+    """Wait in a workflow's code for a signal, and return its payload.
+
+    ```python
+    approval = wait_signal("approved", Approval, timeout=timedelta(days=14))
+    ```
+
+    It is the oldest one of the name that was not received before, also if it was sent before the workflow came here.
+    Which one it was is recorded: a replay finds the same. Meanwhile the workflow is suspended and needs a row and
+    nothing else.
+
+    Args:
+        name: the signal's name.
+        kind: the type of its payload.
+        timeout: how long to wait at most, from when the workflow first comes here, on the database's clock.
+        step_key: an explicit identity in the history, instead of `signal:NAME` and its occurrence.
+
+    Raises:
+        WaitTimeoutError: none came in time; the same on every replay. One that comes later can still be received.
+        DecodingError: the payload does not fit `kind`. It counts as received.
+        UsageError: this is not a workflow's own code, or nobody could send one (a joined executor).
+        UsageError: the workflow is `async def`.
+        ArgumentError: the name or the key cannot be one, or the timeout is no timedelta.
+    """
+    return wait_signal_call(name, kind, timeout, step_key).outcome()
+
+
+def wait_signal_call(name: str, kind: type[T], timeout: timedelta | None, step_key: str | None) -> Call[T]:
+    """Return the call of `wait_signal`."""
+    require_sendable(name, what="signal name")
+    if timeout is not None:
+        require_duration(timeout, "timeout")
+    codec = Codec.of(kind, what=f"payload of signal {name!r}")
+    source = waiting.WaitSource.of_signal(name, timeout)
+    receive = partial(waiting.receive, source=source, result=codec, within=timeout)
+    return operation("wait_signal", f"signal:{name}", receive, step_key=step_key)

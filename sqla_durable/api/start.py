@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import islice
-from typing import Any, overload
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy.exc import ProgrammingError
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
@@ -91,7 +90,7 @@ class BoundWorkflow:
 def bind(
     definition: WorkflowDefinition, options: StartOptions, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> BoundWorkflow:
-    """Check the arguments and give them with the options, under a new id.
+    """Check the arguments and return them with the options, under a new id.
 
     Raises:
         ArgumentError, EncodingError: the arguments do not fit, or cannot be stored.
@@ -133,10 +132,10 @@ def _headers(definition: WorkflowDefinition) -> dict[str, str] | None:
 
 
 def start(session: Session, bound: BoundWorkflow) -> Workflow:
-    """Add a workflow to the caller's transaction and give its record; see `WorkflowFunction.start`.
+    """Add a workflow to the caller's transaction and return its record; see `WorkflowFunction.start`.
 
     Raises:
-        ArgumentError: this is not what `bind` gives.
+        ArgumentError: this is not what `bind` returned.
         KeyNotVisibleError: the workflow that has the key cannot be seen.
         UsageError: this is a workflow's own code, and there is no key.
     """
@@ -146,7 +145,7 @@ def start(session: Session, bound: BoundWorkflow) -> Workflow:
 
 
 def add(session: Session, bound: BoundWorkflow) -> Workflow:
-    """Do the same without a hint to workers: for who executes the workflow here."""
+    """Add a workflow as `start` does, without a hint to workers: it is executed here."""
     schema.require(session)
     if bound.new.key is None:
         return starts.add(session, bound.new)
@@ -157,17 +156,7 @@ def add(session: Session, bound: BoundWorkflow) -> Workflow:
             return starts.insert_in_snapshot(session, bound.new)
 
 
-@overload
-def start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]: ...
-
-
-@overload
-def start_many(session: AsyncSession, bound: Iterable[BoundWorkflow]) -> Coroutine[Any, Any, list[UUID]]: ...
-
-
-def start_many(
-    session: Session | AsyncSession, bound: Iterable[BoundWorkflow]
-) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
+def start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]:
     """Start many workflows in the caller's transaction, one statement for each 5,000.
 
     ```python
@@ -178,8 +167,8 @@ def start_many(
     statement to statement. Waits for another transaction that is inserting one of the same keys.
 
     Args:
-        session: the caller's session; with an `AsyncSession`, await the call.
-        bound: what `checkout.bind(...)` gives, of any workflows.
+        session: the caller's session.
+        bound: what `checkout.bind(...)` returned, of any workflows.
 
     Returns:
         The ids of the records in order; for a known key the id of the record that has it.
@@ -190,7 +179,7 @@ def start_many(
             has to roll back then.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return perform(session, partial(_start_many, bound=bound), rights="starter")
+    return perform(session, partial(_start_many, bound=bound), name="start_many", rights="starter")
 
 
 def _start_many(session: Session, *, bound: Iterable[BoundWorkflow]) -> list[UUID]:
@@ -222,7 +211,7 @@ def _inserted(session: Session, batch: Sequence[NewWorkflow]) -> list[UUID]:
 
 
 def _of_step(bound: BoundWorkflow) -> BoundWorkflow:
-    """Give what is started in a step of a workflow as that one's child; elsewhere the same.
+    """Return what is started in a step of a workflow as that one's child; elsewhere the same.
 
     Raises:
         UsageError: in a workflow's own code it would be started again by each replay; with a key it is not.
@@ -235,8 +224,8 @@ def _of_step(bound: BoundWorkflow) -> BoundWorkflow:
         if bound.new.key is None:
             raise UsageError(
                 f"{bound.new.name!r} was started in the code of workflow {attempt.name!r}, which is executed again on "
-                f"each replay and would start another: call {bound.new.name}.start_child(...), start it in a step that "
-                "takes a Session, or give it a key. Nothing was started."
+                f"each replay and would start another: call start_child({bound.new.name}, ...), start it in a step "
+                "that takes a Session, or give it a key. Nothing was started."
             )
         return bound
     attempt.has_children = True
@@ -246,7 +235,7 @@ def _of_step(bound: BoundWorkflow) -> BoundWorkflow:
 
 
 def _where(new: NewWorkflow) -> str:
-    """Tell where workers are to look: one with a delay is on no queue yet, and is the next timer perhaps."""
+    """Return the hint for a new workflow: one with a delay is on no queue yet, and may be the next timer."""
     return hints.EVERYWHERE if new.delay is not None or new.wake_at is not None else hints.to_queue(new.queue)
 
 

@@ -1,22 +1,21 @@
-"""Streams: what a workflow writes item by item, for progress and tokens, and others read while it is being written."""
+"""Streams: a workflow writes them item by item, for progress and tokens; others read them meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic
 from uuid import UUID
 
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
+from typing_extensions import TypeVar
 
-import sqla_durable.api.polling as polling
 from sqla_durable.api.callers import AnySession, id_of
-from sqla_durable.api.handle import refuse_event_loop
-from sqla_durable.api.publishing import encode, publish
+from sqla_durable.api.calls import ANY, Call, encode, publication
+from sqla_durable.api.polling import PollingEngine, pauses, refuse_event_loop
 from sqla_durable.definitions.checks import require_text
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import ArgumentError, ResultTimeoutError, UsageError
@@ -25,16 +24,16 @@ from sqla_durable.operations.runtime import Runtime
 from sqla_durable.store import Checkpoint, Connectable, Origin, streams
 from sqla_durable.store.streams import Append, Appended, Item, Page
 
-T = TypeVar("T")
+T = TypeVar("T", default=Any)
 
 _PAGE = 500
 _SHORTEST = 0.02
-"""The shortest pause between two looks, in seconds: a stream of 50 items a second is read as often at most."""
+"""The shortest pause between two polls, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamEntry(Generic[T]):
-    """One item of a stream, as `read_stream` gives it.
+    """One item of a stream, as `read_stream` yields it.
 
     Attributes:
         value: what was written.
@@ -54,8 +53,8 @@ class StreamEntry(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
-class _Items:
-    """Items that are to be appended, as JSON texts; None closes the stream."""
+class _NewItems:
+    """Items to be appended, as JSON texts; None closes the stream."""
 
     name: str
     values: Sequence[str | None]
@@ -74,135 +73,77 @@ class _Items:
             raise UsageError(f"the stream {self.name!r} is closed: write before close_stream(), or to another stream.")
 
 
-@overload
-def write_stream(name: str, /, *values: object) -> Awaitable[None]: ...
-
-
-@overload
-def write_stream(session: AnySession, name: str, /, *values: object) -> Awaitable[None]: ...
-
-
-def write_stream(*given: Any) -> Awaitable[None]:
-    """Append a value, or several, to a stream of the workflow. In `async def` code, await the call.
+def write_stream(name: str, *values: object, session: Session | None = None) -> None:
+    """Append a value, or several, to a stream of the workflow.
 
     ```python
     @durable.step
-    async def answer(prompt: str) -> str:
-        async for token in client.stream(prompt):
-            await write_stream("answer", token)
+    def answer(prompt: str) -> str:
+        for token in client.stream(prompt):
+            write_stream("answer", token)
         ...
     ```
 
     In a workflow's own code it is an operation of its own, carried out exactly once, committed when it returns. In a
-    transactional step pass the step's session first: then it commits with the step. In a plain step it is committed
-    when it returns, while the step goes on, and stays if the try fails; each item tells which try wrote it. Several
-    values are one statement and one commit, all or none. Items are numbered from 0 in each stream, without gaps; the
-    steps of one workflow that write at the same time take turns at its row's lock. Outside a workflow nothing happens.
+    transactional step pass the step's session: then it commits with the step. In a plain step it is committed when it
+    returns, while the step goes on, and stays if the try fails; each item says which try wrote it. Several values are
+    one statement and one commit, all or none. Items are numbered from 0 in each stream, without gaps; the steps of one
+    workflow that write at the same time take turns at its row's lock. Outside a workflow nothing happens.
 
     Args:
-        *given: the session of a transactional step; the name of the stream, which is a text; and the values, of any
-            type that can be stored as JSON, each within the limit of one payload.
+        name: the name of the stream, a text.
+        *values: of any type that can be stored as JSON, each within the limit of one payload.
+        session: that of the transactional step.
 
     Raises:
-        ArgumentError: the name cannot be stored.
+        ArgumentError: the name cannot be stored, or there is no value.
         EncodingError, PayloadTooLargeError: a value cannot be stored, or is too large; nothing was written.
         UsageError: the stream is closed.
-        UsageError: a session is given where there is none of the workflow's, or is missing in a transactional step; or
-            this is a task or thread of its own.
+        UsageError: a session is passed where there is none of the workflow's, or is missing in a transactional step; or
+            this is a task or thread that is no branch of the workflow.
+        UsageError: the code is `async def`.
     """
-    session, name, values = _parts("write_stream()", given)
+    write_stream_call(name, values, session).outcome()
+
+
+def close_stream(name: str, *, session: Session | None = None) -> None:
+    """Close a stream: its readers end after the last item.
+
+    A stream needs not be closed: it ends when its workflow does. Where it is closed by a plain step, the next try of
+    that step may write to it again. Guarantees, the session and errors are those of `write_stream`.
+    """
+    close_stream_call(name, session).outcome()
+
+
+def write_stream_call(name: str, values: Sequence[object], session: AnySession | None) -> Call[None]:
+    """Return the call of `write_stream`."""
+    require_text(name, what="name of a stream")
     if not values:
         raise ArgumentError(f"write_stream({name!r}) has no value: give one at least.")
 
-    def publication(limit: int) -> _Items:
+    def encoded(limit: int) -> _NewItems:
         what = f"item of stream {name!r}"
-        return _Items(name, [encode(value, what=what, limit=limit) for value in values])
+        return _NewItems(name, [encode(value, what=what, limit=limit) for value in values])
 
-    return publish("write_stream()", session, publication, name=f"write_stream({name})")
-
-
-@overload
-def close_stream(name: str, /) -> Awaitable[None]: ...
+    return publication("write_stream", f"write_stream({name})", encoded, session=session)
 
 
-@overload
-def close_stream(session: AnySession, name: str, /) -> Awaitable[None]: ...
-
-
-def close_stream(*given: Any) -> Awaitable[None]:
-    """Close a stream: its readers end after the last item. In `async def` code, await the call.
-
-    A stream needs not be closed: it ends when its workflow does. Where it is closed by a plain step, the next try of
-    that step may write to it again. Guarantees, sessions and errors are those of `write_stream`.
-    """
-    session, name, values = _parts("close_stream()", given)
-    if values:
-        raise ArgumentError(f"close_stream({name!r}) takes no values, got {values!r}.")
-    return publish("close_stream()", session, lambda _: _Items(name, [None]), name=f"close_stream({name})")
-
-
-def _parts(call: str, given: tuple[Any, ...]) -> tuple[AnySession | None, str, tuple[Any, ...]]:
-    session, rest = (given[0], given[1:]) if isinstance(given[0], (Session, AsyncSession)) else (None, given)
-    name, *values = rest
+def close_stream_call(name: str, session: AnySession | None) -> Call[None]:
+    """Return the call of `close_stream`."""
     require_text(name, what="name of a stream")
-    return session, name, tuple(values)
+    end = _NewItems(name, [None])
+    return publication("close_stream", f"close_stream({name})", lambda _: end, session=session)
 
 
-@overload
 def read_stream(
     source: Session | sessionmaker[Session],
     workflow: Workflow | UUID,
     name: str,
+    kind: type[T] = ANY,
     *,
     start: int = 0,
     timeout: timedelta | None = None,
-) -> Iterator[StreamEntry[Any]]: ...
-
-
-@overload
-def read_stream(
-    source: Session | sessionmaker[Session],
-    workflow: Workflow | UUID,
-    name: str,
-    kind: type[T],
-    *,
-    start: int = 0,
-    timeout: timedelta | None = None,
-) -> Iterator[StreamEntry[T]]: ...
-
-
-@overload
-def read_stream(
-    source: AsyncSession | async_sessionmaker[AsyncSession],
-    workflow: Workflow | UUID,
-    name: str,
-    *,
-    start: int = 0,
-    timeout: timedelta | None = None,
-) -> AsyncIterator[StreamEntry[Any]]: ...
-
-
-@overload
-def read_stream(
-    source: AsyncSession | async_sessionmaker[AsyncSession],
-    workflow: Workflow | UUID,
-    name: str,
-    kind: type[T],
-    *,
-    start: int = 0,
-    timeout: timedelta | None = None,
-) -> AsyncIterator[StreamEntry[T]]: ...
-
-
-def read_stream(
-    source: polling.Source,
-    workflow: Workflow | UUID,
-    name: str,
-    kind: Any = Any,
-    *,
-    start: int = 0,
-    timeout: timedelta | None = None,
-) -> Iterator[StreamEntry[Any]] | AsyncIterator[StreamEntry[Any]]:
+) -> Iterator[StreamEntry[T]]:
     """Read a workflow's stream, item by item as they are committed, until it is closed or the workflow is finished.
 
     ```python
@@ -211,9 +152,8 @@ def read_stream(
     ```
 
     Polls in short transactions of its own, on the engine of the session or sessionmaker, up to 50 times a second while
-    items come and 4 times a second later: a session that is given is not used itself. Takes no lock, and holds no
-    connection between two looks. Every item is given once, in order; those of a try that failed too. With an
-    `AsyncSession` or its maker it is an asynchronous iterator.
+    items come and 4 times a second later: a session that is passed is not used itself. Takes no lock, and keeps no
+    connection between two polls. Every item is read once, in order; those of a try that failed too.
 
     Args:
         source: a session or a sessionmaker, for its engine.
@@ -224,50 +164,47 @@ def read_stream(
         timeout: how long to wait for the next item; None waits as long as it takes.
 
     Raises:
-        ResultTimeoutError: no further item came in time. What was given before stands; read on from there.
+        ResultTimeoutError: no further item came in time. What was read before stands; read on from there.
         NotFoundError: there is no such workflow, or its start is not committed.
         DecodingError: a value does not fit the type.
         ArgumentError: the name cannot be one, or `start` is negative.
         SchemaError, SessionError: the database does not hold the tables.
-        UsageError: the sync form was called in a running event loop, which it would block.
+        UsageError: this was called in a running event loop, which it would block.
     """
-    require_text(name, what="name of a stream")
-    if start < 0:
-        raise ArgumentError(f"start={start!r} is negative: items are numbered from 0.")
-    outlook = polling.Outlook.of(source, what="read_stream()")
-    reader = _Reader(id_of(workflow), name, start, Codec.of(kind, what=f"item of stream {name!r}"), timeout)
-    return _read_async(outlook, reader) if outlook.is_async else _read(outlook, reader)
+    reader = StreamReader.of(workflow, name, kind, start=start, timeout=timeout)
+    return _read(PollingEngine.of_sync(source, name="read_stream"), reader)
 
 
-def _read(outlook: polling.Outlook, reader: _Reader) -> Iterator[StreamEntry[Any]]:
-    refuse_event_loop("read_stream()", "give it an AsyncSession or its sessionmaker, and use `async for`")
+def _read(engine: PollingEngine, reader: StreamReader[T]) -> Iterator[StreamEntry[T]]:
+    refuse_event_loop("read_stream()", "iterate over sqla_durable.asyncio.read_stream by `async for`")
     pauses = reader.pauses()
     while True:
-        page = outlook.look(reader.look)
+        page = engine.read(reader.read)
         yield from reader.entries(page)
-        if reader.at_end(page):
+        if reader.is_at_end(page):
             return
         pauses = reader.pauses() if page.items else pauses
-        if len(page.items) < _PAGE:
+        if not reader.is_full(page):
             time.sleep(next(pauses))
 
 
-async def _read_async(outlook: polling.Outlook, reader: _Reader) -> AsyncIterator[StreamEntry[Any]]:
+async def read_async(engine: PollingEngine, reader: StreamReader[T]) -> AsyncIterator[StreamEntry[T]]:
+    """Read a stream as `read_stream` does, without blocking the event loop."""
     pauses = reader.pauses()
     while True:
-        page = await outlook.look_async(reader.look)
+        page = await engine.read_async(reader.read)
         for entry in reader.entries(page):
             yield entry
-        if reader.at_end(page):
+        if reader.is_at_end(page):
             return
         pauses = reader.pauses() if page.items else pauses
-        if len(page.items) < _PAGE:
+        if not reader.is_full(page):
             await asyncio.sleep(next(pauses))
 
 
 @dataclass(slots=True)
-class _Reader:
-    """How far a stream is read."""
+class StreamReader(Generic[T]):
+    """How far a stream was read."""
 
     workflow_id: UUID
     name: str
@@ -275,28 +212,49 @@ class _Reader:
     codec: Codec
     timeout: timedelta | None
 
-    def look(self, session: Session) -> Page:
+    @classmethod
+    def of(
+        cls, workflow: Workflow | UUID, name: str, kind: type[T], *, start: int, timeout: timedelta | None
+    ) -> StreamReader[T]:
+        """Check the arguments of `read_stream`.
+
+        Raises:
+            ArgumentError: the name cannot be one, `start` is negative, or this is no workflow.
+        """
+        require_text(name, what="name of a stream")
+        if start < 0:
+            raise ArgumentError(f"start={start!r} is negative: items are numbered from 0.")
+        return StreamReader(id_of(workflow), name, start, Codec.of(kind, what=f"item of stream {name!r}"), timeout)
+
+    def read(self, session: Session) -> Page:
+        """Read the next page."""
         return streams.read(session, self.workflow_id, self.name, start=self.next, limit=_PAGE)
 
-    def entries(self, page: Page) -> Iterator[StreamEntry[Any]]:
+    def entries(self, page: Page) -> Iterator[StreamEntry[T]]:
+        """Yield the entries of a page, and count them as read."""
         for item in page.items:
             self.next = item.number + 1
             if item.value is not None:  # what an earlier try of a step has closed may go on
                 yield self._entry(item, item.value)
 
-    def at_end(self, page: Page) -> bool:
-        """Tell whether all is read: the page shows the end of the stream in the same snapshot as its items."""
-        return page.ended and len(page.items) < _PAGE
+    def is_full(self, page: Page) -> bool:
+        """Return whether there may be more behind the page already."""
+        return len(page.items) >= _PAGE
+
+    def is_at_end(self, page: Page) -> bool:
+        """Return whether all was read: the page shows the end of the stream in the same snapshot as its items."""
+        return page.ended and not self.is_full(page)
 
     def pauses(self) -> Iterator[float]:
-        yield from polling.pauses(self.timeout, shortest=_SHORTEST)
+        """Yield the seconds of the pauses between polls; raise when the time is up."""
+        yield from pauses(self.timeout, shortest=_SHORTEST)
         raise ResultTimeoutError(
             f"the stream {self.name!r} of workflow {self.workflow_id} has no item {self.next} after {self.timeout}; "
             "the workflow goes on.",
             workflow_id=self.workflow_id,
         )
 
-    def _entry(self, item: Item, value: str) -> StreamEntry[Any]:
+    def _entry(self, item: Item, value: str) -> StreamEntry[T]:
         return StreamEntry(
             self.codec.decode(value), item.number, item.step_key, item.attempt, item.step_attempt, item.created_at
         )

@@ -9,9 +9,9 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable.api.callers import cure, id_of
+from sqla_durable.api.callers import id_of, session_advice
 from sqla_durable.api.functions import AsyncWorkflowFunction, WorkflowFunction
-from sqla_durable.api.handle import refuse_event_loop
+from sqla_durable.api.polling import refuse_event_loop
 from sqla_durable.errors import ArgumentError, SessionError, UsageError
 from sqla_durable.execution.inline import InlineExecution
 from sqla_durable.execution.transactions import CommittedTransactions, JoinedTransactions
@@ -46,7 +46,7 @@ class Executor:
         given: object = session
         if not isinstance(given, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
             other = isinstance(given, AsyncSession)
-            advice = "Use AsyncExecutor for an AsyncSession." if other else cure(given)
+            advice = "Use AsyncExecutor for an AsyncSession." if other else session_advice(given)
             raise SessionError(f"Executor takes a Session, got {given!r}. {advice}")
         self._execution = InlineExecution(CommittedTransactions(session, lease))
 
@@ -100,7 +100,7 @@ class Executor:
         ```python
         record = executor.run_until_waiting(approval, order.id)
         assert record.awaits == [{"signal": "approved"}]
-        signal(session, record, "approved", "Ada")
+        send_signal(session, record, "approved", "Ada")
         assert executor.execute(approval, record) == "approved by Ada"
         ```
 
@@ -142,7 +142,7 @@ class AsyncExecutor:
     def __init__(self, session: AsyncSession, *, lease: timedelta = DEFAULT_LEASE) -> None:
         given: object = session
         if not isinstance(given, AsyncSession):  # pyright: ignore[reportUnnecessaryIsInstance]
-            advice = "Use Executor for a Session." if isinstance(given, Session) else cure(given)
+            advice = "Use Executor for a Session." if isinstance(given, Session) else session_advice(given)
             raise SessionError(f"AsyncExecutor takes an AsyncSession, got {given!r}. {advice}")
         self._execution = InlineExecution(CommittedTransactions(session, lease))
 

@@ -9,7 +9,7 @@ from typing import NoReturn, TypeVar
 
 from typing_extensions import override
 
-from sqla_durable.api.handle import refuse_event_loop
+from sqla_durable.api.polling import refuse_event_loop
 from sqla_durable.definitions.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.calls import Position

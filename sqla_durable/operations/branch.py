@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 
 from sqla_durable.errors import UsageError
 
@@ -27,28 +27,85 @@ class Branch:
         received_signal: the signal, ending the attempt, that was delivered to its code.
     """
 
-    def __init__(self, path: str = "") -> None:
+    def __init__(self, path: str = "", *, outer: _Scope | None = None) -> None:
         self.path = path
         self.awaited_threads = 0
         self.has_caught_up = False
         self.received_signal: object = None
-        self._operations: Counter[str] = Counter()
-        self._children: Counter[str] = Counter()
+        self._own = _Scope(path)
+        self._outer = outer  # the scope that the code was in which has opened this branch
+        self._scopes: list[_Scope] = []
 
     def __repr__(self) -> str:
         return f"<Branch {self.path!r}>"
 
     def open(self, name: str) -> Branch:
-        """Open the next branch of this name; to be called in this branch, in the order of its code."""
-        self._children[name] += 1
-        return Branch(self._under(_counted(name, self._children[name])))
+        """Return the next branch of this name; called in the branch itself, in the order of its code."""
+        return Branch(self._innermost.next_branch(name), outer=self._scope)
 
     def key(self, name: str, *, explicit: str | None = None) -> str:
-        """Return the key of the next operation of this name; an explicit key is unique in the whole workflow."""
-        self._operations[explicit or name] += 1
-        return explicit or self._under(_counted(name, self._operations[name]))
+        """Return the key of the next operation of this name; an explicit one is the whole scope's, or workflow's."""
+        key = self._innermost.next_operation(explicit or name)
+        if explicit is None:
+            return key
+        return explicit if self._scope is None else self._scope.under(explicit)
 
-    def _under(self, key: str) -> str:
+    @contextmanager
+    def scope(self, name: str) -> Generator[None]:
+        """Number the operations and branches in the block apart from the others.
+
+        Raises:
+            UsageError: the scope is in another one that was entered in another branch, and a third branch has used the
+                name in that.
+        """
+        self._scopes.append(_Scope(self._scope_path(name)))
+        try:
+            yield
+        finally:
+            self._scopes.pop()
+
+    def _scope_path(self, name: str) -> str:
+        if self._scopes or self._outer is None:
+            return self._innermost.next_branch(name)
+        # Relative to the outer scope, without the name of this branch: that may be a library's own affair.
+        if self._outer.users.setdefault(name, self) is not self:
+            raise UsageError(
+                f"two tasks or threads use the scope {name!r} in scope {self._outer.path!r}: their order would depend "
+                "on which is faster. Give each scope a name of its own."
+            )
+        return self._outer.next_branch(name)
+
+    @property
+    def _innermost(self) -> _Scope:
+        return self._scopes[-1] if self._scopes else self._own
+
+    @property
+    def _scope(self) -> _Scope | None:
+        return self._scopes[-1] if self._scopes else self._outer
+
+
+class _Scope:
+    """A part of the history in which operations and branches are counted.
+
+    Attributes:
+        users: by name, the branches that have opened scopes in this one, apart from the branch that has entered it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.users: dict[str, Branch] = {}
+        self._operations: Counter[str] = Counter()
+        self._branches: Counter[str] = Counter()
+
+    def next_operation(self, name: str) -> str:
+        self._operations[name] += 1
+        return self.under(_counted(name, self._operations[name]))
+
+    def next_branch(self, name: str) -> str:
+        self._branches[name] += 1
+        return self.under(_counted(name, self._branches[name]))
+
+    def under(self, key: str) -> str:
         return f"{self.path}/{key}" if self.path else key
 
 

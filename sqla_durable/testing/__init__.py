@@ -2,26 +2,32 @@
 
 No test framework is needed: `crash_everywhere` is a function that raises an `AssertionError`, `replay` returns a
 report, and `advance` lets workflows that wait for two weeks go on at once.
+
+A name is imported when it is first used, so that pytest can load `plugin` at its start and import no database for that.
 """
 
-from sqla_durable.testing.crash_points import CrashPoint, Moment
-from sqla_durable.testing.crashes import CrashReport, crash_everywhere
-from sqla_durable.testing.databases import advance
-from sqla_durable.testing.end_states import CrashDifference, CrashTestError, CrashTimeoutError, EndState
-from sqla_durable.testing.replays import History, ReplayReport, export, replay
+from importlib import import_module as _import_module
 
-__all__ = [
-    "CrashDifference",
-    "CrashPoint",
-    "CrashReport",
-    "CrashTestError",
-    "CrashTimeoutError",
-    "EndState",
-    "History",
-    "Moment",
-    "ReplayReport",
-    "advance",
-    "crash_everywhere",
-    "export",
-    "replay",
-]
+_NAMES = {
+    "crash_points": "CrashPoint Moment",
+    "crashes": "CrashReport crash_everywhere",
+    "databases": "advance",
+    "end_states": "CrashDifference CrashTestError CrashTimeoutError EndState",
+    "replays": "History ReplayReport export replay",
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+__all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll] (the .pyi is read instead)
+
+
+def __getattr__(name: str) -> object:
+    """Import a name when it is first used."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(_import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__

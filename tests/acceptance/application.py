@@ -15,15 +15,8 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar, cas
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable import (
-    AsyncStepFunction,
-    AsyncTransactionalStep,
-    AsyncWorkflowFunction,
-    Durable,
-    StepFunction,
-    TransactionalStep,
-    WorkflowFunction,
-)
+from sqla_durable import Durable, StepFunction, TransactionalStep, WorkflowFunction
+from sqla_durable.asyncio import AsyncStepFunction, AsyncTransactionalStep, AsyncWorkflowFunction
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,8 +43,8 @@ class Called(Generic[P, R]):
         outcome: Any = self.step(*args, **kwargs)
         return cast("R", await outcome if inspect.isawaitable(outcome) else outcome)
 
-    def options(self, *, key: str) -> Called[P, R]:
-        return Called(self.step.options(key=key))
+    def options(self, *, step_key: str) -> Called[P, R]:
+        return Called(self.step.options(step_key=step_key))
 
     def until(self, **options: Any) -> Called[P, R]:
         return Called(self.step.until(**options))

@@ -6,7 +6,8 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqla_durable import AsyncUpdate, StreamEntry, get_event, read_stream
+import sqla_durable.asyncio as aio
+from sqla_durable import StreamEntry, get_event, read_stream
 from tests.acceptance.shells import AnyUpdate, AsyncShell, Shell
 
 PATIENCE = timedelta(seconds=30)
@@ -15,7 +16,7 @@ PATIENCE = timedelta(seconds=30)
 def event(shell: Shell, workflow_id: UUID, key: str, *, timeout: timedelta = PATIENCE, wanted: Any = Any) -> Any:
     """Give the latest value of an event."""
     if isinstance(shell, AsyncShell):
-        return shell.runner.run(get_event(shell.async_sessionmaker, workflow_id, key, timeout=timeout, kind=wanted))
+        return shell.runner.run(aio.get_event(shell.async_sessionmaker, workflow_id, key, timeout=timeout, kind=wanted))
     return get_event(shell.sessionmaker, workflow_id, key, timeout=timeout, kind=wanted)
 
 
@@ -27,7 +28,9 @@ def stream(
         return list(read_stream(shell.sessionmaker, workflow_id, name, start=start, timeout=timeout, kind=wanted))
 
     async def read() -> list[StreamEntry[Any]]:
-        entries = read_stream(shell.async_sessionmaker, workflow_id, name, start=start, timeout=timeout, kind=wanted)
+        entries = aio.read_stream(
+            shell.async_sessionmaker, workflow_id, name, start=start, timeout=timeout, kind=wanted
+        )
         return [entry async for entry in entries]
 
     return shell.runner.run(read())
@@ -35,7 +38,7 @@ def stream(
 
 def answer(shell: Shell, request: AnyUpdate, *, timeout: timedelta = PATIENCE) -> Any:
     """Wait for the answer to an update."""
-    if isinstance(request, AsyncUpdate):
+    if isinstance(request, aio.AsyncUpdateHandle):
         assert isinstance(shell, AsyncShell)
         return shell.runner.run(request.result(timeout))
     return request.result(timeout)
@@ -43,7 +46,7 @@ def answer(shell: Shell, request: AnyUpdate, *, timeout: timedelta = PATIENCE) -
 
 def accepted(shell: Shell, request: AnyUpdate, *, timeout: timedelta = PATIENCE) -> None:
     """Wait until an update is taken."""
-    if isinstance(request, AsyncUpdate):
+    if isinstance(request, aio.AsyncUpdateHandle):
         assert isinstance(shell, AsyncShell)
         shell.runner.run(request.accepted(timeout))
     else:

@@ -15,28 +15,27 @@ from sqlalchemy import update as updating
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.asyncio as aio
 from sqla_durable import (
-    AsyncExecutor,
-    AsyncUpdate,
-    AsyncWorkflowFunction,
     BoundWorkflow,
     Executor,
-    Update,
+    UpdateHandle,
     Worker,
     Workflow,
     WorkflowFunction,
     WorkflowStatus,
     complete_callback,
-    signal,
+    send_signal,
+    send_update,
     start_many,
-    update,
 )
+from sqla_durable.asyncio import AsyncExecutor, AsyncUpdateHandle, AsyncWorkflowFunction
 from tests.acceptance.application import AnyWorkflow, Application, Form
 from tests.support.databases import translated
 
 P = ParamSpec("P")
 R = TypeVar("R")
-AnyUpdate: TypeAlias = Update[Any] | AsyncUpdate[Any]
+AnyUpdate: TypeAlias = UpdateHandle[Any] | AsyncUpdateHandle[Any]
 
 PATIENCE = timedelta(seconds=60)
 POLL = timedelta(seconds=0.02)
@@ -86,10 +85,10 @@ class SyncClient(Client):
         return start_many(self.session, bound)
 
     def signal(self, workflows: Any, name: str, payload: object = None, *, key: str | None = None) -> None:
-        signal(self.session, workflows, name, payload, key=key)
+        send_signal(self.session, workflows, name, payload, key=key)
 
-    def update(self, workflow: Any, name: str, payload: object = None, **options: Any) -> Update[Any]:
-        return update(self.session, workflow, name, payload, **options)
+    def update(self, workflow: Any, name: str, payload: object = None, **options: Any) -> UpdateHandle[Any]:
+        return send_update(self.session, workflow, name, payload, **options)
 
     def complete_callback(self, token: str, value: object = None) -> None:
         complete_callback(self.session, token, value)
@@ -118,16 +117,16 @@ class AsyncClient(Client):
         return self._runner.run(workflow.start(self.session, *args, **kwargs))
 
     def start_many(self, bound: Iterable[BoundWorkflow]) -> list[UUID]:
-        return self._runner.run(start_many(self.session, bound))
+        return self._runner.run(aio.start_many(self.session, bound))
 
     def signal(self, workflows: Any, name: str, payload: object = None, *, key: str | None = None) -> None:
-        self._runner.run(signal(self.session, workflows, name, payload, key=key))
+        self._runner.run(aio.send_signal(self.session, workflows, name, payload, key=key))
 
-    def update(self, workflow: Any, name: str, payload: object = None, **options: Any) -> AsyncUpdate[Any]:
-        return self._runner.run(update(self.session, workflow, name, payload, **options))
+    def update(self, workflow: Any, name: str, payload: object = None, **options: Any) -> AsyncUpdateHandle[Any]:
+        return self._runner.run(aio.send_update(self.session, workflow, name, payload, **options))
 
     def complete_callback(self, token: str, value: object = None) -> None:
-        self._runner.run(complete_callback(self.session, token, value))
+        self._runner.run(aio.complete_callback(self.session, token, value))
 
     def add(self, *instances: object) -> None:
         self.session.add_all(instances)

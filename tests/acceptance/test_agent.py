@@ -8,7 +8,8 @@ import tenacity
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from sqla_durable import Workflow, close_stream, heartbeat, set_event, write_stream
+from sqla_durable import Workflow, set_event, write_stream
+from tests.acceptance import either
 from tests.acceptance.application import Application
 from tests.acceptance.readers import event, stream
 from tests.acceptance.shells import Shell
@@ -45,14 +46,14 @@ def test_an_agent_streams_what_it_thinks_and_a_broken_answer_is_told_apart(shell
         words: list[str] = []
         for word in model.answer(prompt):
             words.append(word)
-            await write_stream("answers", word)
-            await heartbeat({"words": len(words)})
+            await either.write_stream("answers", word)
+            await either.heartbeat({"words": len(words)})
         return " ".join(words)
 
     def look_up(session: Session, what: str) -> str:
         session.add(Entry(account=what, cents=1))
-        set_event(session, "looked up", what)
-        write_stream(session, "answers", f"[{what}]")
+        set_event("looked up", what, session=session)
+        write_stream("answers", f"[{what}]", session=session)
         return f"{what} is {3 if what == 'stock' else 5}"
 
     asking = app.publishing(ask, wait=tenacity.wait_none())
@@ -60,10 +61,10 @@ def test_an_agent_streams_what_it_thinks_and_a_broken_answer_is_told_apart(shell
 
     async def agent(prompt: str) -> str:
         for turn in range(1, 9):
-            await set_event("turn", turn)
+            await either.set_event("turn", turn)
             answer = await asking(prompt)
             if not answer.startswith("look: "):
-                await close_stream("answers")
+                await either.close_stream("answers")
                 return answer
             prompt = await looking_up(answer.removeprefix("look: "))
         raise AssertionError("the agent does not come to an end")

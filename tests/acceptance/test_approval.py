@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from sqla_durable import WorkflowStatus, errors, wait_signal
+from sqla_durable import WorkflowStatus, errors
 from sqla_durable.testing import advance
+from tests.acceptance import either
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 from tests.store import races
@@ -45,7 +46,7 @@ def test_approval_waits_for_two_weeks(shell: Shell, app: Application) -> None:
         for to in ("manager", "manager's manager"):
             await remind(to)
             try:
-                approved = await awaited(wait_signal("decision", bool, timeout=WEEK))
+                approved = await awaited(either.wait_signal("decision", bool, timeout=WEEK))
             except errors.WaitTimeoutError:
                 continue
             return f"booked {await step(cents)}" if approved else "refused"

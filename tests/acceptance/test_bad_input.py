@@ -19,7 +19,6 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from uuid_utils.compat import uuid7
 
 from sqla_durable import (
-    AsyncExecutor,
     BoundWorkflow,
     Durable,
     Executor,
@@ -31,6 +30,7 @@ from sqla_durable import (
     models,
     start_many,
 )
+from sqla_durable.asyncio import AsyncExecutor
 from sqla_durable.errors import (
     ArgumentError,
     DatabaseUnavailableError,

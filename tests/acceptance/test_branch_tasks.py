@@ -11,7 +11,8 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 import tests.acceptance.branches as branches
-from sqla_durable import AsyncExecutor, Durable, Step, current
+from sqla_durable import Durable, Step, current
+from sqla_durable.asyncio import AsyncExecutor, to_thread
 from sqla_durable.errors import UsageError
 from tests.acceptance.application import Application
 from tests.acceptance.branches import on_loop, the_keys
@@ -271,7 +272,7 @@ async def test_task_factory_of_the_application_is_kept(
     charge = durable.step(branches.refuse_odd, name="charge")
 
     async def pay() -> int:
-        return await charge.aio(2)
+        return await to_thread(charge, 2)
 
     @durable.workflow
     async def checkout() -> list[int]:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from sqla_durable import Step, WorkflowStatus, cancel, errors, patched, set_event, sleep, unwinding, uuid4, wait_signal
+from sqla_durable import Step, WorkflowStatus, errors, manage, patched, unwinding
+from tests.acceptance import either
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 from tests.acceptance.test_sagas import Block, Ledger, awaited, booked
@@ -46,12 +47,16 @@ def test_a_finally_is_refused_its_calls_while_the_workflow_is_parked_and_execute
 
     async def wait() -> str:
         try:
-            return str(await awaited(wait_signal("go")))
+            return str(await awaited(either.wait_signal("go")))
         finally:
             try:
                 await call(step)
             finally:
-                for what in (lambda: set_event("status", "left"), uuid4, lambda: sleep(timedelta(0))):
+                for what in (
+                    lambda: either.set_event("status", "left"),
+                    either.new_uuid,
+                    lambda: either.sleep(timedelta(0)),
+                ):
                     try:
                         await call(what)
                     except BaseException:
@@ -68,9 +73,9 @@ def test_a_finally_is_refused_its_calls_while_the_workflow_is_parked_and_execute
             client.signal(workflow_id, "go", "gone")
             client.commit()
         assert shell.result(workflow, workflow_id) == "gone"
-    assert refused == ["clean", "set_event(status)", "uuid4", "sleep"]
+    assert refused == ["clean", "set_event(status)", "new_uuid", "sleep"]
     assert calls == ["cleaned"]
-    assert keys(shell) == ["signal:go", "clean", "set_event(status)", "uuid4", "sleep", "#patched/new way"]
+    assert keys(shell) == ["signal:go", "clean", "set_event(status)", "new_uuid", "sleep", "#patched/new way"]
     (words,) = told(caplog)
     assert f"'clean' was called in workflow 'wait' {workflow_id} while its attempt 1 was ending" in words
     assert "because the workflow is suspended until what it waits for is there: it was not executed" in words
@@ -84,7 +89,7 @@ def test_code_that_catches_everything_around_a_wait_executes_nothing_while_it_is
 
     async def wait() -> int:
         caught = 0
-        for what in (lambda: wait_signal("go"), step, step):
+        for what in (lambda: either.wait_signal("go"), step, step):
             try:
                 await awaited(what())
             except BaseException:
@@ -111,7 +116,7 @@ def test_a_finally_of_a_cancelled_workflow_is_refused_its_calls_and_the_workflow
 
     async def work() -> None:
         try:
-            await awaited(wait_signal("go"))
+            await awaited(either.wait_signal("go"))
         finally:
             await ledger.do("finally")
 
@@ -128,7 +133,7 @@ def test_a_finally_of_a_cancelled_workflow_is_refused_its_calls_and_the_workflow
         workflow_id = shell.begin(workflow)
         until_parked(shell)
         with shell.sessionmaker.begin() as session:
-            assert cancel(session, workflow_id) == [workflow_id]
+            assert manage.cancel(session, workflow_id) == [workflow_id]
         with pytest.raises(errors.WorkflowCancelledError):
             shell.result(workflow, workflow_id)
     assert booked(shell) == ([("hotel", 1), ("hotel", -1)] if saga else [])

@@ -18,30 +18,27 @@ import pytest
 from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import Session
 
+import sqla_durable.asyncio as aio
 from sqla_durable import (
-    AsyncCallback,
     Callback,
     Durable,
     Executor,
     Step,
     StepStatus,
     WorkflowStatus,
-    cancel,
     complete_callback,
     create_callback,
-    delete,
     errors,
     fail_callback,
-    fork,
     heartbeat_callback,
+    manage,
+    new_uuid,
     parallel,
-    rewind,
-    signal,
-    uuid4,
-    wait_signal,
+    send_signal,
 )
 from sqla_durable.definitions.checks import LONGEST
 from sqla_durable.testing import advance
+from tests.acceptance import either
 from tests.acceptance.application import AnyWorkflow, Application, Form
 from tests.acceptance.shells import Shell
 from tests.store import races
@@ -68,8 +65,8 @@ def paying(app: Application, **options: Any) -> AnyWorkflow[[], Any]:
     """A workflow that waits for a payment, and gives the error's name and text if there is none."""
 
     async def pay() -> Any:
-        payment = await awaited(create_callback(Receipt, **options))
-        assert isinstance(payment, Callback if app.form is Form.SYNC else AsyncCallback)
+        payment = await awaited(either.create_callback(Receipt, **options))
+        assert isinstance(payment, Callback if app.form is Form.SYNC else aio.AsyncCallback)
         try:
             receipt = await awaited(payment.result())
             return [receipt.charge, receipt.cents]
@@ -130,7 +127,7 @@ def test_answer_may_come_before_the_workflow_waits(shell: Shell, app: Applicatio
     step = app.plain(hand_over)
 
     async def ask() -> list[int]:
-        callback = await awaited(create_callback(int, key="payment"))
+        callback = await awaited(either.create_callback(int, step_key="payment"))
         await step(callback.token)
         return [await awaited(callback.result()), await awaited(callback.result())]
 
@@ -179,8 +176,8 @@ def test_time_runs_from_the_creation_and_ends_the_token(shell: Shell, app: Appli
 @ONE_WORKER
 def test_late_answer_is_refused_although_the_workflow_does_not_wait_yet(shell: Shell, app: Application) -> None:
     async def slow() -> None:
-        callback = await awaited(create_callback(timeout=DAY))
-        await awaited(wait_signal("go"))
+        callback = await awaited(either.create_callback(timeout=DAY))
+        await awaited(either.wait_signal("go"))
         await awaited(callback.result())
 
     workflow = app.workflow(slow)
@@ -191,7 +188,7 @@ def test_late_answer_is_refused_although_the_workflow_does_not_wait_yet(shell: S
         with pytest.raises(errors.CallbackFinishedError, match="was not answered in time"):
             answer(shell, token_of(shell, workflow_id))
         with shell.sessionmaker.begin() as session:
-            signal(session, workflow_id, "go")
+            send_signal(session, workflow_id, "go")
         with pytest.raises(errors.WaitTimeoutError):
             shell.result(workflow, workflow_id)
 
@@ -258,7 +255,7 @@ def test_token_is_the_same_after_a_crash(shell: Shell, app: Application) -> None
     tokens: list[str] = []
 
     async def ask() -> int:
-        callback = await awaited(create_callback(int))
+        callback = await awaited(either.create_callback(int))
         tokens.append(callback.token)
         return int(await awaited(callback.result()))
 
@@ -276,17 +273,17 @@ def test_token_is_the_same_after_a_crash(shell: Shell, app: Application) -> None
 @WORKERS
 def test_branches_have_callbacks_of_their_own_and_may_share_one(shell: Shell, app: Application) -> None:
     def one(shared: Callback[int], key: str) -> list[int]:
-        return [create_callback(int, key=key).result(), shared.result()]
+        return [create_callback(int, step_key=key).result(), shared.result()]
 
     def both() -> list[Any]:
-        shared = create_callback(int, key="shared")
+        shared = create_callback(int, step_key="shared")
         return list(parallel(partial(one, shared, "a"), partial(one, shared, "b")))
 
-    async def aone(shared: AsyncCallback[int], key: str) -> list[int]:
-        return [await (await create_callback.aio(int, key=key)), await shared]
+    async def aone(shared: aio.AsyncCallback[int], key: str) -> list[int]:
+        return [await (await aio.create_callback(int, step_key=key)), await shared]
 
     async def aboth() -> list[Any]:
-        shared = await create_callback.aio(int, key="shared")
+        shared = await aio.create_callback(int, step_key="shared")
         return list(await asyncio.gather(aone(shared, "a"), aone(shared, "b")))
 
     workflow: AnyWorkflow[[], list[Any]]
@@ -302,9 +299,9 @@ def test_branches_have_callbacks_of_their_own_and_may_share_one(shell: Shell, ap
 @ONE_WORKER
 def test_workflow_may_end_without_its_answer(shell: Shell, app: Application) -> None:
     async def careless() -> None:
-        await awaited(create_callback(key="answered"))
-        await awaited(create_callback(key="open"))
-        await awaited(wait_signal("go"))
+        await awaited(either.create_callback(step_key="answered"))
+        await awaited(either.create_callback(step_key="open"))
+        await awaited(either.wait_signal("go"))
 
     workflow = app.workflow(careless)
     workflow_id = shell.begin(workflow)
@@ -312,14 +309,14 @@ def test_workflow_may_end_without_its_answer(shell: Shell, app: Application) -> 
         wait_until_parked(shell, workflow_id)
         answer(shell, token_of(shell, workflow_id, "answered"), 7)
         with shell.sessionmaker.begin() as session:
-            signal(session, workflow_id, "go")
+            send_signal(session, workflow_id, "go")
         shell.result(workflow, workflow_id)
     answer(shell, token_of(shell, workflow_id, "answered"), 7)
     with pytest.raises(errors.WorkflowFinishedError, match="which has succeeded"):
         answer(shell, token_of(shell, workflow_id, "open"), 7)
     token = token_of(shell, workflow_id, "answered")
     with shell.sessionmaker.begin() as session:
-        delete(session, workflow_id)
+        manage.delete(session, workflow_id)
     with pytest.raises(errors.NotFoundError, match="was deleted"):
         answer(shell, token, 7)
 
@@ -349,7 +346,7 @@ def waiting(session: Session, durable: Durable) -> tuple[Any, UUID, str]:
     @durable.workflow
     def pay() -> int:
         callback = create_callback(int)
-        uuid4()  # which a fork may be from
+        new_uuid()  # which a fork may be from
         if leaves:
             leaves.clear()
             raise PowerCut
@@ -378,20 +375,20 @@ def session(engine: Engine) -> Generator[Session]:
 
 def test_fork_has_the_answer_of_its_original(session: Session, durable: Durable) -> None:
     pay, original, token = waiting(session, durable)
-    forked = fork(session, original, from_step="uuid4").id
+    forked = manage.fork(session, original, from_step="new_uuid").id
     session.commit()
     complete_callback(session, token, 7)
     session.commit()
     assert [Executor(session).execute(pay, each) for each in (forked, original)] == [7, 7]
-    again = fork(session, original, from_step="uuid4").id
+    again = manage.fork(session, original, from_step="new_uuid").id
     session.commit()
     assert Executor(session).execute(pay, again) == 7
 
 
 def test_fork_of_what_nobody_can_answer_fails_clearly(session: Session, durable: Durable) -> None:
     pay, original, _ = waiting(session, durable)
-    forked = fork(session, original, from_step="uuid4").id
-    cancel(session, original)
+    forked = manage.fork(session, original, from_step="new_uuid").id
+    manage.cancel(session, original)
     session.commit()
     with pytest.raises(errors.NotFoundError, match=f"workflow {original}, of which this one is a fork"):
         Executor(session).execute(pay, forked)
@@ -412,7 +409,7 @@ def test_rewound_workflow_has_another_token(session: Session, durable: Durable) 
     workflow_id = pay.start(session).id
     session.commit()
     assert Executor(session).execute(pay, workflow_id) == 0
-    rewind(session, workflow_id, to_step="create_callback")
+    manage.rewind(session, workflow_id, to_step="create_callback")
     session.commit()
     with pytest.raises(errors.NotFoundError):
         complete_callback(session, tokens[0], 0)
@@ -422,7 +419,7 @@ def test_rewound_workflow_has_another_token(session: Session, durable: Durable) 
 
 def test_cancelled_workflow_cannot_be_answered(session: Session, durable: Durable) -> None:
     _, workflow_id, token = waiting(session, durable)
-    cancel(session, workflow_id)
+    manage.cancel(session, workflow_id)
     with pytest.raises(errors.WorkflowFinishedError, match="which was cancelled"):
         complete_callback(session, token, 7)
     with pytest.raises(errors.WorkflowFinishedError):
@@ -547,9 +544,9 @@ def test_value_that_cannot_be_stored_is_refused() -> None:
     with pytest.raises(errors.EncodingError):
         fail_callback(session, token, "nul\0")
     with pytest.raises(errors.ArgumentError, match="is no text"):
-        fail_callback(session, token, KeyError())  # type: ignore[call-overload]
+        fail_callback(session, token, KeyError())  # type: ignore[arg-type]
     with pytest.raises(errors.SessionError):
-        complete_callback("nothing", token)  # type: ignore[call-overload]
+        complete_callback("nothing", token)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("given", [timedelta(), -DAY, 7])

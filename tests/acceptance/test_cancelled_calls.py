@@ -15,9 +15,12 @@ from sqlalchemy import event, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+import sqla_durable.asyncio as aio
 import sqla_durable.runtime.shells
-from sqla_durable import AsyncExecutor, Event, Step, StepStatus, WorkflowStatus, set_event, sleep, wait_signal
+from sqla_durable import Event, Step, StepStatus, WorkflowStatus, set_event
+from sqla_durable.asyncio import AsyncExecutor, to_thread
 from sqla_durable.operations.history import FIRED
+from tests.acceptance import either
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.branches import on_loop
 from tests.acceptance.shells import AsyncShell, AsyncWorkerShell, Shell
@@ -116,7 +119,7 @@ def test_a_sync_step_whose_call_was_cancelled_never_commits(shell: Shell, app: A
 
     async def checkout() -> str:
         try:
-            return await way(lambda: ship.aio())
+            return await way(lambda: to_thread(ship))
         except TimeoutError:
             outcome = await call_off()
             called_off.set()
@@ -187,7 +190,7 @@ def test_a_cancel_that_comes_after_the_commit_of_a_sync_step_is_too_late(shell: 
 
     async def checkout() -> list[str]:
         async def pay() -> list[str]:
-            outcomes = [await ship.aio()]
+            outcomes = [await to_thread(ship)]
             try:
                 outcomes.append(await call_off())
             except asyncio.CancelledError:  # what came too late for one operation is for the next
@@ -274,7 +277,7 @@ def test_calls_that_are_cancelled_and_left_do_not_fail_the_workflow(
     async def hang() -> None:
         await asyncio.Event().wait()
 
-    call: Any = sleep
+    call: Any = aio.sleep
 
     async def checkout() -> str:
         tasks: list[asyncio.Task[Any]] = [
@@ -301,7 +304,7 @@ def test_losers_of_a_race_that_the_code_cancels_do_not_fail_the_workflow(shell: 
         await asyncio.Event().wait()
 
     async def checkout() -> str:
-        calls: list[Any] = [hang(), wait_signal.aio("go"), charge()]
+        calls: list[Any] = [hang(), either.wait_signal("go"), charge()]
         done, pending = await asyncio.wait(map(asyncio.ensure_future, calls), return_when=asyncio.FIRST_COMPLETED)
         for each in pending:
             each.cancel()
@@ -354,7 +357,7 @@ def test_a_step_in_a_thread_publishes_nothing_after_its_call_was_cancelled(shell
     async def checkout() -> bool:
         try:
             async with asyncio.timeout(0.05):
-                await report.aio()
+                await to_thread(report)
         except TimeoutError:
             called_off.set()
         return await asyncio.to_thread(refused.wait, 30)

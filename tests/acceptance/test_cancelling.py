@@ -14,7 +14,7 @@ import tenacity
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from sqla_durable import Step, StepStatus, Workflow, WorkflowStatus, cancel, errors, resume
+from sqla_durable import Step, StepStatus, Workflow, WorkflowStatus, errors, manage
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.shells import Shell
 from tests.store import races
@@ -85,7 +85,7 @@ def test_nothing_of_an_attempt_is_committed_after_the_cancel(shell: Shell, app: 
         workflow_id = started(shell, paying)
         assert gate.entered.wait(30)
         with shell.sessionmaker.begin() as session:
-            assert cancel(session, workflow_id) == [workflow_id]
+            assert manage.cancel(session, workflow_id) == [workflow_id]
         gate.open.set()
         assert shell.result(beside, started(shell, beside)) == 7
         with pytest.raises(errors.WorkflowCancelledError):
@@ -108,7 +108,7 @@ def test_a_caller_that_holds_its_cancel_open_holds_up_no_other_workflow(
         workflow_id = started(shell, paying)
         assert gate.entered.wait(30)
         with shell.sessionmaker() as caller:
-            cancel(caller, workflow_id)
+            manage.cancel(caller, workflow_id)
             gate.open.set()
             for _ in range(3):
                 assert shell.result(beside, started(shell, beside)) == 7
@@ -132,9 +132,9 @@ def test_a_resumed_workflow_goes_on_after_its_last_checkpoint(shell: Shell, app:
         workflow_id = started(shell, paying)
         assert gate.entered.wait(30)
         with shell.sessionmaker.begin() as session:
-            cancel(session, workflow_id)
+            manage.cancel(session, workflow_id)
         with shell.sessionmaker.begin() as session:
-            assert resume(session, workflow_id) == [workflow_id]
+            assert manage.resume(session, workflow_id) == [workflow_id]
         gate.open.set()
         assert shell.result(paying, workflow_id) == 2
     record = shell.one(workflow_id)
@@ -165,13 +165,13 @@ def test_a_parked_workflow_that_is_cancelled_does_not_wake_and_is_resumed_with_i
         workflow_id = started(shell, paying)
         races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED)
         with shell.sessionmaker.begin() as session:
-            assert cancel(session, workflow_id) == [workflow_id]
+            assert manage.cancel(session, workflow_id) == [workflow_id]
             session.execute(update(Step).values(wake_at=func.statement_timestamp()))
         assert shell.result(beside, started(shell, beside)) == 7
         (tried,) = shell.one(workflow_id).steps
         assert (shell.one(workflow_id).status, tried.status) == (WorkflowStatus.CANCELLED, StepStatus.RETRYING)
         with shell.sessionmaker.begin() as session:
-            assert resume(session, workflow_id) == [workflow_id]
+            assert manage.resume(session, workflow_id) == [workflow_id]
         assert shell.result(paying, workflow_id) == 2
     (recorded,) = shell.one(workflow_id).steps
     assert (recorded.attempts, recorded.attempt) == (2, 2)
@@ -192,7 +192,7 @@ def test_a_failed_workflow_is_not_resumed(shell: Shell, app: Application) -> Non
         with pytest.raises(ConnectionError):
             shell.result(paying, workflow_id)
         with shell.sessionmaker.begin() as session:
-            assert resume(session, workflow_id) == cancel(session, workflow_id) == []
+            assert manage.resume(session, workflow_id) == manage.cancel(session, workflow_id) == []
     assert shell.one(workflow_id).status is WorkflowStatus.FAILED
 
 
@@ -221,7 +221,7 @@ def test_an_async_step_of_a_cancelled_workflow_is_ended_by_the_heartbeat_where_n
         workflow_id = started(shell, pay)
         races.wait_until(lambda: seen == ["entered"])
         with shell.sessionmaker.begin() as session:
-            cancel(session, select(Workflow).where(Workflow.name == "pay"))
+            manage.cancel(session, select(Workflow).where(Workflow.name == "pay"))
         assert shell.result(beside, started(shell, beside)) == 7, "its slot is free again"
     assert seen == ["entered", "cancelled"]
     assert shell.one(workflow_id).steps == []

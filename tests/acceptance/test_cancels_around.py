@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy.orm import Session
 
 import sqla_durable.runtime.shells
-from sqla_durable import Saga
+from sqla_durable.asyncio import to_thread
+from tests.acceptance import either
 from tests.acceptance.application import Application
 from tests.acceptance.branches import on_loop
 from tests.acceptance.shells import Shell
@@ -31,7 +32,7 @@ def test_a_saga_that_the_codes_own_timeout_ends_undoes_what_was_done(shell: Shel
 
     async def travel() -> str:
         try:
-            async with asyncio.timeout(1), Saga() as saga:
+            async with asyncio.timeout(1), either.Saga() as saga:
                 saga.add(book, -1)
                 await book(1)
                 await hang()
@@ -63,7 +64,7 @@ def test_a_scope_that_cancels_again_and_again_does_not_cancel_what_a_saga_undoes
     async def travel() -> str:
         with anyio.CancelScope() as scope:
             scopes.append(scope)
-            async with Saga() as saga:
+            async with either.Saga() as saga:
                 saga.add(book, -1)
                 saga.add(book, -2)
                 await hang()
@@ -90,7 +91,7 @@ def test_a_timeout_that_comes_while_a_saga_undoes_is_for_what_follows(shell: She
         try:
             async with asyncio.timeout(1.02):
                 try:
-                    async with asyncio.timeout(1), Saga() as saga:
+                    async with asyncio.timeout(1), either.Saga() as saga:
                         saga.add(book, -1)
                         await hang()
                 except TimeoutError:
@@ -145,11 +146,11 @@ def test_a_sync_step_whose_call_was_cancelled_while_it_waited_for_a_place_is_not
         shipped.set()
 
     async def checkout() -> str:
-        holding = asyncio.create_task(hold.aio())
+        holding = asyncio.create_task(to_thread(hold))
         assert await asyncio.to_thread(holds.wait, 30)
         try:
             async with asyncio.timeout(0.1):
-                await ship.aio()
+                await to_thread(ship)
         except TimeoutError:
             called_off.set()
             await holding

@@ -7,27 +7,17 @@ import inspect
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, cast
+from typing import Any
 from uuid import UUID
 
 import pytest
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from sqla_durable import (
-    AsyncWorkflowFunction,
-    Workflow,
-    WorkflowFunction,
-    WorkflowStatus,
-    as_completed,
-    cancel,
-    errors,
-    fork,
-    rewind,
-    wait_first,
-    wait_signal,
-)
+from sqla_durable import Workflow, WorkflowFunction, WorkflowStatus, errors, manage, start_child
+from sqla_durable.asyncio import AsyncWorkflowFunction
 from sqla_durable.testing import advance
+from tests.acceptance import either
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.shells import Shell
 from tests.store import races
@@ -62,7 +52,7 @@ def doubling(app: Application) -> AnyWorkflow[[int], int]:
 
 def waiting(app: Application) -> AnyWorkflow[[], str]:
     async def wait() -> str:
-        return str(await awaited(wait_signal("go")))
+        return str(await awaited(either.wait_signal("go")))
 
     return app.workflow(wait)
 
@@ -92,7 +82,7 @@ def test_parent_takes_the_results_of_its_children(shell: Shell, app: Application
     child = doubling(app)
 
     async def both(one: int, other: int) -> list[int]:
-        children = [await awaited(child.start_child(each)) for each in (one, other)]
+        children = [await awaited(either.start_child(child, each)) for each in (one, other)]
         return [await result_of(each) for each in children]
 
     parent = app.workflow(both)
@@ -115,7 +105,7 @@ def test_parent_in_an_executor_waits_inline(shell: Shell, app: Application) -> N
     child = doubling(app)
 
     async def one() -> Any:
-        return await result_of(await awaited(child.start_child(21)))
+        return await result_of(await awaited(either.start_child(child, 21)))
 
     parent = app.workflow(one, queue="inline")
     with shell.background(queues=["default"]):
@@ -127,7 +117,7 @@ def test_error_of_a_child_is_raised_as_its_own_and_can_be_caught(shell: Shell, a
     child = doubling(app)
 
     async def careful() -> str:
-        started = await awaited(child.start_child(-1))
+        started = await awaited(either.start_child(child, -1))
         try:
             await result_of(started)
         except ValueError as error:
@@ -143,7 +133,7 @@ def test_child_is_started_once_whatever_dies(shell: Shell, app: Application) -> 
     child = waiting(app)
 
     async def parent() -> Any:
-        return await result_of(await awaited(child.start_child()))
+        return await result_of(await awaited(either.start_child(child)))
 
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow)
@@ -164,7 +154,7 @@ def test_parent_is_a_row_while_its_child_waits(shell: Shell, app: Application) -
     child = waiting(app)
 
     async def parent() -> Any:
-        return await result_of(await awaited(child.start_child()))
+        return await result_of(await awaited(either.start_child(child)))
 
     workflow_id = shell.begin(app.workflow(parent))
     with shell.background():
@@ -179,7 +169,7 @@ def test_child_with_a_known_key_is_the_workflow_that_has_it(shell: Shell, app: A
     known = shell.begin(child.options(key="once"), 1)
 
     async def parent() -> Any:
-        return await result_of(await awaited(child.options(key="once").start_child(100)))
+        return await result_of(await awaited(either.start_child(child.options(key="once"), 100)))
 
     assert run(shell, app.workflow(parent)) == 2
     assert [each.id for each in all_of(shell, "double")] == [known]
@@ -189,7 +179,7 @@ def test_workflow_that_would_wait_for_itself_is_refused(shell: Shell, app: Appli
     found: list[Any] = []
 
     async def again() -> Any:
-        return await awaited(found[0].options(key="once").start_child())
+        return await awaited(either.start_child(found[0].options(key="once")))
 
     workflow = app.workflow(again)
     found.append(workflow)
@@ -236,7 +226,7 @@ def test_outcome_that_does_not_come_in_time_is_an_error_and_the_child_goes_on(sh
     child = waiting(app)
 
     async def parent() -> str:
-        started = await awaited(child.start_child())
+        started = await awaited(either.start_child(child))
         try:
             await result_of(started, timeout=WEEK)
         except errors.WaitTimeoutError:
@@ -258,7 +248,7 @@ def test_parent_is_told_that_its_child_was_cancelled(shell: Shell, app: Applicat
     child = waiting(app)
 
     async def parent() -> str:
-        started = await awaited(child.start_child())
+        started = await awaited(either.start_child(child))
         try:
             return str(await result_of(started))
         except errors.WorkflowCancelledError:
@@ -269,7 +259,7 @@ def test_parent_is_told_that_its_child_was_cancelled(shell: Shell, app: Applicat
     with shell.background():
         races.wait_until(lambda: len(_parked(shell)) == 2, what="the parking of both")
         with shell.sessionmaker.begin() as session:
-            assert len(cancel(session, all_of(shell, "wait")[0].id)) == 1
+            assert len(manage.cancel(session, all_of(shell, "wait")[0].id)) == 1
         assert shell.result(workflow, workflow_id) == "cancelled"
 
 
@@ -279,19 +269,19 @@ def test_tree_is_cancelled_with_its_root_but_for_what_is_detached(shell: Shell, 
     leaf = waiting(app)
 
     async def middle() -> Any:
-        return await result_of(await awaited(leaf.start_child()))
+        return await result_of(await awaited(either.start_child(leaf)))
 
     branch = app.workflow(middle)
 
     async def root() -> Any:
-        await awaited(leaf.options(detached=True).start_child())
-        return await result_of(await awaited(branch.start_child()))
+        await awaited(either.start_child(leaf.options(detached=True)))
+        return await result_of(await awaited(either.start_child(branch)))
 
     workflow_id = shell.begin(app.workflow(root))
     with shell.background():
         races.wait_until(lambda: len(_parked(shell)) == 4, what="the parking of all")
         with shell.sessionmaker.begin() as session:
-            assert len(cancel(session, workflow_id)) == 3
+            assert len(manage.cancel(session, workflow_id)) == 3
     assert [(each.name, each.status) for each in all_of(shell) if not each.status.finished] == [
         ("wait", WorkflowStatus.SUSPENDED)
     ]
@@ -303,7 +293,7 @@ def test_child_fails_at_its_parents_deadline(shell: Shell, app: Application) -> 
     leaf = waiting(app)
 
     async def parent() -> Any:
-        return await result_of(await awaited(leaf.start_child()))
+        return await result_of(await awaited(either.start_child(leaf)))
 
     workflow = app.workflow(parent).options(deadline=WEEK)
     workflow_id = shell.begin(workflow)
@@ -325,7 +315,7 @@ def test_map_gives_results_in_the_order_of_its_items(
     child = doubling(app)
 
     async def parent(numbers: list[int]) -> list[int]:
-        found: list[int] = await awaited(child.map(numbers, max_concurrency=max_concurrency))
+        found: list[int] = await awaited(either.map_children(child, numbers, max_concurrency=max_concurrency))
         return found
 
     numbers = [*range(20, 0, -1)]
@@ -338,7 +328,9 @@ def test_map_has_no_more_children_at_once_than_it_may(shell: Shell, app: Applica
     child = waiting(app)
 
     async def parent() -> list[str]:
-        found: list[str] = await awaited(child.map([child.bind() for _ in range(5)], max_concurrency=2))
+        found: list[str] = await awaited(
+            either.map_children(child, [child.bind() for _ in range(5)], max_concurrency=2)
+        )
         return found
 
     workflow = app.workflow(parent)
@@ -361,7 +353,7 @@ def test_map_gives_up_when_more_fail_than_it_tolerates(shell: Shell, app: Applic
     child = doubling(app)
 
     async def parent(tolerate: int) -> list[str]:
-        found = await awaited(child.map([1, -1, 2, -2], tolerate=tolerate))
+        found = await awaited(either.map_children(child, [1, -1, 2, -2], tolerate=tolerate))
         return [str(each) for each in found]
 
     workflow = app.workflow(parent)
@@ -379,12 +371,12 @@ def test_rest_of_a_map_that_gave_up_is_cancelled(shell: Shell, app: Application)
     async def child(number: int) -> str:
         if number == 0:
             raise ValueError("first")
-        return str(await awaited(wait_signal("go")))
+        return str(await awaited(either.wait_signal("go")))
 
     each = app.workflow(child)
 
     async def parent() -> list[str]:
-        found: list[str] = await awaited(each.map(range(8), max_concurrency=4))
+        found: list[str] = await awaited(either.map_children(each, range(8), max_concurrency=4))
         return found
 
     with pytest.raises(errors.ChildrenFailedError, match=r"1 of 8 children 'child' failed.*first: builtins:ValueError"):
@@ -400,13 +392,13 @@ def test_children_come_as_they_are_completed(shell: Shell, app: Application) -> 
     child = waiting(app)
 
     async def parent() -> list[str]:
-        children = [await awaited(child.start_child()) for _ in range(3)]
-        results = [await result_of(await awaited(wait_first(children)))]
+        children = [await awaited(either.start_child(child)) for _ in range(3)]
+        results = [await result_of(await awaited(either.wait_first(children)))]
         left = [each for each in children if each.workflow_id != all_of(shell, "wait")[2].id]
         if app.form == "def":
-            results += [await result_of(each) for each in as_completed(left)]
+            results += [await result_of(each) for each in either.as_completed(left)]
         else:
-            results += [await result_of(each) async for each in as_completed(left)]
+            results += [await result_of(each) async for each in either.as_completed(left)]
         return results
 
     workflow = app.workflow(parent)
@@ -429,7 +421,7 @@ def test_fan_out_of_ten_thousand(shell: Shell, app: Application, thorough: bool)
     child = doubling(app)
 
     async def parent(count: int) -> int:
-        return sum(await awaited(child.map(range(count), max_concurrency=1_000)))
+        return sum(await awaited(either.map_children(child, range(count), max_concurrency=1_000)))
 
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow, count)
@@ -444,8 +436,8 @@ def test_fan_out_of_ten_thousand(shell: Shell, app: Application, thorough: bool)
 @pytest.mark.parametrize(
     ("items", "options", "message"),
     [
-        ([1], {"max_concurrency": 0}, "lets no child be executed"),
-        ([1], {"tolerate": -1}, "is less than none"),
+        ([1], {"max_concurrency": 0}, "max_concurrency must be at least 1"),
+        ([1], {"tolerate": -1}, "tolerate must be at least 0"),
         (["with a key"], {}, "have no key= and no delay"),
         (range(100_001), {}, "over the limit of 100,000"),
         (["text"], {}, "argument 'number'"),
@@ -459,7 +451,7 @@ def test_map_that_cannot_be_is_refused(
     given: Any = [child.options(key="k").bind(1)] if items == ["with a key"] else items
 
     async def parent() -> Any:
-        return await awaited(child.map(given, **options))
+        return await awaited(either.map_children(child, given, **options))
 
     with pytest.raises(errors.ArgumentError, match=message):
         shell.run(app.workflow(parent))
@@ -467,7 +459,7 @@ def test_map_that_cannot_be_is_refused(
 
 def test_first_of_no_children_is_refused(shell: Shell, app: Application) -> None:
     async def parent() -> Any:
-        return await awaited(wait_first([]))
+        return await awaited(either.wait_first([]))
 
     with pytest.raises(errors.ArgumentError, match="was given no workflows"):
         shell.run(app.workflow(parent))
@@ -477,7 +469,7 @@ def test_map_of_nothing_is_nothing(shell: Shell, app: Application) -> None:
     child = doubling(app)
 
     async def parent() -> list[int]:
-        found: list[int] = await awaited(child.map([]))
+        found: list[int] = await awaited(either.map_children(child, []))
         return found
 
     assert shell.run(app.workflow(parent)) == []
@@ -487,7 +479,7 @@ def test_child_outside_a_workflow_is_refused(shell: Shell, app: Application) -> 
     child = doubling(app)
     assert isinstance(child, (WorkflowFunction, AsyncWorkflowFunction))
     with pytest.raises(errors.UsageError, match="is for the code of a workflow"):
-        child.start_child(1)
+        start_child(child, 1)
 
 
 def _parked(shell: Shell) -> list[Workflow]:
@@ -515,14 +507,14 @@ def test_map_that_is_rewound_waits_for_its_new_children(shell: Shell, app: Appli
     each = app.workflow(child)
 
     async def parent() -> list[int]:
-        found: list[int] = await awaited(each.map([1, 2, 3]))
+        found: list[int] = await awaited(either.map_children(each, [1, 2, 3]))
         return found
 
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow)
     assert sorted(finish(shell, workflow, workflow_id)) == [1, 2, 3]
     with shell.sessionmaker.begin() as session:
-        rewind(session, workflow_id, to_step="start:child")
+        manage.rewind(session, workflow_id, to_step="start:child")
     assert sorted(finish(shell, workflow, workflow_id)) == [4, 5, 6]
 
 
@@ -531,14 +523,14 @@ def test_fork_in_the_middle_of_a_map_comes_to_an_end(shell: Shell, app: Applicat
     child = doubling(app)
 
     async def parent() -> list[int]:
-        found: list[int] = await awaited(child.map([1, 2, 3]))
+        found: list[int] = await awaited(either.map_children(child, [1, 2, 3]))
         return found
 
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow)
     assert finish(shell, workflow, workflow_id) == [2, 4, 6]
     with shell.sessionmaker.begin() as session:
-        forked = fork(session, workflow_id, from_step="map:double").id
+        forked = manage.fork(session, workflow_id, from_step="map:double").id
     assert finish(shell, workflow, forked) == [2, 4, 6]
 
 
@@ -548,13 +540,13 @@ def test_map_that_is_cancelled_before_it_begins_leaves_nothing_unfinished(shell:
 
     async def parent() -> int:
         for turns in range(3):
-            task: asyncio.Future[Any] = asyncio.ensure_future(cast("Any", child.map([1, 2])))
+            task: asyncio.Future[Any] = asyncio.ensure_future(either.map_children(child, [1, 2]))
             for _ in range(turns):
                 await asyncio.sleep(0)
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        return sum(await cast("Any", child.map([1, 2])))
+        return sum(await either.map_children(child, [1, 2]))
 
     assert run(shell, app.workflow(parent)) == 6
 
@@ -566,8 +558,8 @@ def test_held_children_of_a_parent_that_ends_beside_their_map_go_on(shell: Shell
     others = child.options(queue="others", detached=way == "is cancelled")
 
     async def parent() -> None:
-        task: asyncio.Future[Any] = asyncio.ensure_future(cast("Any", others.map([1, 2, 3], max_concurrency=1)))
-        await wait_signal("go")
+        task: asyncio.Future[Any] = asyncio.ensure_future(either.map_children(others, [1, 2, 3], max_concurrency=1))
+        await either.wait_signal("go")
         if way == "fails":
             raise LookupError(way)
         task.cancel()
@@ -581,7 +573,7 @@ def test_held_children_of_a_parent_that_ends_beside_their_map_go_on(shell: Shell
         assert [each.status.value for each in all_of(shell, child.name)] == ["pending", "suspended", "suspended"]
         if way == "is cancelled":
             with shell.sessionmaker.begin() as session:
-                assert cancel(session, workflow_id) == [workflow_id]
+                assert manage.cancel(session, workflow_id) == [workflow_id]
         else:
             with shell.client() as client:
                 client.signal(workflow_id, "go")
@@ -597,14 +589,14 @@ def test_held_children_of_an_earlier_history_are_let_go(shell: Shell, app: Appli
     child = doubling(app)
 
     async def parent() -> int:
-        return sum(await cast("Any", child.options(queue="others").map([1, 2, 3], max_concurrency=1)))
+        return sum(await either.map_children(child.options(queue="others"), [1, 2, 3], max_concurrency=1))
 
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow)
     with shell.background(queues=["default"]):
         races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
         with shell.sessionmaker.begin() as session:
-            rewind(session, workflow_id, to_step="start:double")
+            manage.rewind(session, workflow_id, to_step="start:double")
         let_go, held = ["pending"] * 3, ["pending", "suspended", "suspended"]
         races.wait_until(
             lambda: [each.status.value for each in all_of(shell, child.name)] == let_go + held,
@@ -620,7 +612,7 @@ def test_a_map_goes_on_when_somebody_held_the_row_of_the_child_whose_turn_it_was
     child = waiting(app)
 
     async def parent() -> list[str]:
-        found: list[str] = await awaited(child.map([child.bind(), child.bind()], max_concurrency=1))
+        found: list[str] = await awaited(either.map_children(child, [child.bind(), child.bind()], max_concurrency=1))
         return found
 
     workflow = app.workflow(parent)
@@ -629,7 +621,7 @@ def test_a_map_goes_on_when_somebody_held_the_row_of_the_child_whose_turn_it_was
         (first,) = races.wait_until(partial(_ready, shell, set[UUID](), 1), what="the first child's wait")
         (second,) = (each.id for each in all_of(shell, child.name) if each.id != first)
         with shell.sessionmaker() as caller, shell.client() as client:
-            assert cancel(caller, second) == [second]
+            assert manage.cancel(caller, second) == [second]
             client.signal(first, "go")
             client.commit()
             races.wait_until(lambda: shell.one(workflow_id).wake_at, what="the parent that looks again")

@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from sqla_durable import Saga, Workflow, cancel, wait_signal
+from sqla_durable import Workflow, manage
+from tests.acceptance import either
 from tests.acceptance.application import AnyWorkflow, Application, Form, drive
 from tests.acceptance.shells import Shell
 from tests.acceptance.test_sagas import Block, Ledger, awaited, booked
@@ -24,17 +25,17 @@ Interrupt = Callable[[Shell, Session, UUID], None]
 
 
 def again(_shell: Shell, session: Session, workflow_id: UUID) -> None:
-    assert cancel(session, workflow_id) == []
+    assert manage.cancel(session, workflow_id) == []
 
 
 def selected(_shell: Shell, session: Session, workflow_id: UUID) -> None:
-    assert workflow_id not in cancel(session, select(Workflow).where(Workflow.name.in_(["travel", "plan"])))
+    assert workflow_id not in manage.cancel(session, select(Workflow).where(Workflow.name.in_(["travel", "plan"])))
 
 
 def with_parent(shell: Shell, session: Session, workflow_id: UUID) -> None:
     parent_id = shell.one(workflow_id).parent_id
     assert parent_id is not None
-    assert parent_id in cancel(session, parent_id)
+    assert parent_id in manage.cancel(session, parent_id)
 
 
 def overdue(_shell: Shell, session: Session, workflow_id: UUID) -> None:
@@ -43,7 +44,7 @@ def overdue(_shell: Shell, session: Session, workflow_id: UUID) -> None:
 
 
 def first(_shell: Shell, session: Session, workflow_id: UUID) -> None:
-    assert cancel(session, workflow_id) == [workflow_id]
+    assert manage.cancel(session, workflow_id) == [workflow_id]
 
 
 def plan(app: Application, *, way: str, fails: bool) -> AnyWorkflow[[], None]:
@@ -51,7 +52,7 @@ def plan(app: Application, *, way: str, fails: bool) -> AnyWorkflow[[], None]:
     ledger = Ledger(app)
 
     async def refund(what: str) -> None:
-        await awaited(wait_signal("pay"))
+        await awaited(either.wait_signal("pay"))
         await ledger.undo(what)
 
     refunding = app.workflow(refund)
@@ -63,15 +64,15 @@ def plan(app: Application, *, way: str, fails: bool) -> AnyWorkflow[[], None]:
     starting = app.transactional(start_refund)
 
     async def by_child() -> None:
-        child = await awaited(refunding.start_child("flight"))
+        child = await awaited(either.start_child(refunding, "flight"))
         await awaited(child.result())
 
     async def by_map() -> None:
-        await awaited(refunding.map(["flight"]))
+        await awaited(either.map_children(refunding, ["flight"]))
 
     async def by_step() -> None:
         await starting()
-        await awaited(wait_signal("paid"))
+        await awaited(either.wait_signal("paid"))
 
     undo = {"child": by_child, "map": by_map, "step": by_step}[way]
     compensation: Any = undo if app.form is Form.ASYNC else (lambda: drive(undo()))
@@ -82,13 +83,13 @@ def plan(app: Application, *, way: str, fails: bool) -> AnyWorkflow[[], None]:
             saga.add(compensation)
             if fails:
                 raise LookupError("hotel")
-            await awaited(wait_signal("go"))
+            await awaited(either.wait_signal("go"))
 
     travelling = app.workflow(travel)
 
     async def plan() -> None:
-        await awaited(travelling.options(deadline=timedelta(hours=1)).start_child())
-        await awaited(wait_signal("go"))
+        await awaited(either.start_child(travelling.options(deadline=timedelta(hours=1))))
+        await awaited(either.wait_signal("go"))
 
     return app.workflow(plan)
 
@@ -127,7 +128,7 @@ def test_what_a_compensation_has_started_is_not_taken_from_it(
         if not fails:
             travel = races.wait_until(lambda: only(shell, "travel"), what="the parking")
             with shell.sessionmaker.begin() as session:
-                cancel(session, travel.id)
+                manage.cancel(session, travel.id)
         refund = races.wait_until(lambda: only(shell, "refund"), what="the refund")
         with shell.sessionmaker() as session:
             travel_id = session.scalars(select(Workflow.id).where(Workflow.name == "travel")).one()
@@ -163,12 +164,12 @@ def test_what_a_branch_beside_a_compensation_has_started_belongs_to_the_workflow
     async def travel() -> None:
         async def beside() -> None:
             await undoing.wait()
-            await ship.start_child()
+            await either.start_child(ship)
             started.set()
 
         branch = asyncio.create_task(beside())
         try:
-            async with Saga() as saga:
+            async with either.Saga() as saga:
                 saga.add(undo)
                 raise LookupError("hotel")
         finally:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
-from sqla_durable import Durable, errors, set_event, wait_signal, write_stream
-from sqla_durable.management import rewind
+from sqla_durable import Durable, errors, manage
 from sqla_durable.models import Event, Signal, StreamItem
+from tests.acceptance import either
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 
@@ -61,7 +61,7 @@ def test_signals_are_taken_on_from_one_round_to_the_next(shell: Shell, app: Appl
     found: list[Any] = []
 
     async def collect(seen: list[int]) -> list[int]:
-        seen.append(await awaited(wait_signal("item", int)))
+        seen.append(await awaited(either.wait_signal("item", int)))
         if len(seen) == 4:
             return seen
         await awaited(found[0].continue_as_new(seen))
@@ -83,9 +83,9 @@ def test_rows_of_a_workflow_do_not_grow_with_its_rounds_and_a_rewind_leaves_earl
     found: list[Any] = []
 
     async def collect(until: int, seen: list[int]) -> list[int]:
-        seen.append(await awaited(wait_signal("item", int)))
-        await awaited(set_event("seen", seen))
-        await awaited(write_stream("items", seen[-1]))
+        seen.append(await awaited(either.wait_signal("item", int)))
+        await awaited(either.set_event("seen", seen))
+        await awaited(either.write_stream("items", seen[-1]))
         if len(seen) == until:
             return seen
         await awaited(found[0].continue_as_new(until, seen))
@@ -110,7 +110,7 @@ def test_rows_of_a_workflow_do_not_grow_with_its_rounds_and_a_rewind_leaves_earl
     # The newest event may be there beside the one of the round before.
     assert rows() == (["#earlier", "signal:item"], [[0, 1, 2, 3], [0, 1, 2, 3, 4]], 5)
     with shell.sessionmaker.begin() as session:
-        rewind(session, workflow_id, to_step="signal:item")
+        manage.rewind(session, workflow_id, to_step="signal:item")
     assert rows() == (["#earlier", None], [[0, 1, 2, 3]], 4)
     assert shell.finish(found[0], workflow_id) == [0, 1, 2, 3, 4]
 
@@ -121,7 +121,7 @@ def test_another_workflow_is_refused(shell: Shell, app: Application) -> None:
     async def wrong() -> None:
         await awaited(other.continue_as_new(1))
 
-    with pytest.raises(errors.UsageError, match="which begins anew as itself"):
+    with pytest.raises(errors.UsageError, match="which continues as itself"):
         shell.run(app.workflow(wrong))
 
 

@@ -15,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.asyncio as aio
 from sqla_durable import Durable, Executor, Worker, Workflow, WorkflowStatus, start_many
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.support.databases import Databases, migrate, translated
@@ -96,7 +97,7 @@ def test_async_worker_gets_by_with_any_pool(database_url: str, driver: str, opti
         maker = async_sessionmaker(engine)
         try:
             async with maker.begin() as session:
-                ids = await start_many(session, (apay.bind(number) for number in range(30)))
+                ids = await aio.start_many(session, (apay.bind(number) for number in range(30)))
             async with Worker(asynchronous, async_sessionmaker=maker, poll_interval=POLL):
                 for number, each in enumerate(ids):
                     assert await apay.handle(maker, each).result(timeout=PATIENCE) == number

@@ -14,7 +14,7 @@ import tenacity
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from sqla_durable import Durable, StartOptions, Workflow, WorkflowStatus, errors, resume
+from sqla_durable import Durable, StartOptions, Workflow, WorkflowStatus, errors, manage
 from sqla_durable.store import failures
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.shells import Shell
@@ -199,7 +199,7 @@ def test_a_resumed_workflow_has_its_time_limit_again(shell: Shell, app: Applicat
         with pytest.raises(errors.WorkflowTimeoutError):
             shell.result(counting.workflow, workflow_id)
         with shell.sessionmaker.begin() as session:
-            assert resume(session, workflow_id) == [workflow_id]
+            assert manage.resume(session, workflow_id) == [workflow_id]
             lifted = session.get_one(Workflow, workflow_id)
             now = session.scalars(select(func.now())).one()
             assert lifted.deadline_at is not None

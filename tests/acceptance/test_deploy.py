@@ -78,7 +78,7 @@ class Shop:
             await self.wait()
         if patched("check fraud"):  # added: for those that have not been charged
             await self.check_fraud(number)
-        await self.charge_card.options(key="charge")(number)  # renamed: under the key that it had
+        await self.charge_card.options(step_key="charge")(number)  # renamed: under the key that it had
         if stop == "charge":
             await self.wait()
         await self.ship(number)

@@ -9,7 +9,8 @@ from sqlalchemy import Engine, NullPool, create_engine, make_url, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import AsyncExecutor, Durable, Executor, Worker, Workflow, WorkflowFunction, WorkflowStatus
+from sqla_durable import Durable, Executor, Worker, Workflow, WorkflowFunction, WorkflowStatus
+from sqla_durable.asyncio import AsyncExecutor
 from sqla_durable.errors import EncodingError
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.support import domain

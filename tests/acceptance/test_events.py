@@ -14,6 +14,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
+import sqla_durable.asyncio as aio
 from sqla_durable import Durable, Workflow, current, get_event, set_event
 from sqla_durable.errors import (
     ArgumentError,
@@ -26,6 +27,7 @@ from sqla_durable.errors import (
     SessionError,
     UsageError,
 )
+from tests.acceptance import either
 from tests.acceptance.application import Application
 from tests.acceptance.readers import event
 from tests.acceptance.shells import Shell
@@ -57,10 +59,10 @@ def _history(shell: Shell) -> list[tuple[str, Any, str | None]]:
 # behaviour: C4
 def test_the_latest_value_counts_and_the_history_stays(shell: Shell, app: Application) -> None:
     async def checkout() -> None:
-        await set_event("status", "packing")
-        await set_event("place", Place(3, "b"))
-        await set_event("status", None)
-        await set_event("status", "sent")
+        await either.set_event("status", "packing")
+        await either.set_event("place", Place(3, "b"))
+        await either.set_event("status", None)
+        await either.set_event("status", "sent")
 
     shell.run(app.workflow(checkout))
     assert event(shell, _only(shell), "status", wanted=str) == "sent"
@@ -76,7 +78,7 @@ def test_the_latest_value_counts_and_the_history_stays(shell: Shell, app: Applic
 # behaviour: C4 E2
 def test_an_event_between_steps_is_set_exactly_once(shell: Shell, app: Application) -> None:
     async def checkout() -> str:
-        await set_event("status", "packing")
+        await either.set_event("status", "packing")
         return "done"
 
     workflow = app.workflow(checkout)
@@ -93,7 +95,7 @@ def test_an_event_of_a_transactional_step_commits_with_it(shell: Shell, app: App
 
     def book(session: Session, account: str) -> None:
         session.add(Entry(account=account, cents=1))
-        set_event(session, "booked", account)
+        set_event("booked", account, session=session)
         if failures:
             failures.pop()
             raise ConnectionError("try again")
@@ -113,7 +115,7 @@ def test_an_event_of_a_plain_step_is_set_at_once_and_again_by_the_next_try(shell
     async def charge() -> None:
         execution = current()
         assert execution is not None
-        await set_event("try", execution.step_attempt)
+        await either.set_event("try", execution.step_attempt)
         if execution.step_attempt == 1:
             raise ConnectionError("try again")
 
@@ -134,10 +136,10 @@ def test_a_value_that_cannot_be_sent_fails_the_senders_operation_only(shell: She
     async def checkout() -> str:
         for value in (object(), "\0", float("nan"), "\ud800", "x" * 2_000, Entry(account="a", cents=1)):
             try:
-                await set_event("status", value)
+                await either.set_event("status", value)
             except EncodingError as error:
                 seen.append(type(error))
-        await set_event("status", "fine")
+        await either.set_event("status", "fine")
         return "went on"
 
     assert shell.run(app.workflow(checkout)) == "went on"
@@ -152,7 +154,7 @@ def _is_size(kind: type) -> bool:
 # behaviour: C6
 def test_a_value_that_cannot_be_sent_fails_the_workflow_with_a_clear_error(shell: Shell, app: Application) -> None:
     async def checkout() -> None:
-        await set_event("status", object())
+        await either.set_event("status", object())
 
     with pytest.raises(EncodingError, match="value of event 'status' cannot be stored"):
         shell.run(app.workflow(checkout))
@@ -160,7 +162,7 @@ def test_a_value_that_cannot_be_sent_fails_the_workflow_with_a_clear_error(shell
 
 def test_a_key_that_cannot_be_stored_is_refused(shell: Shell, app: Application) -> None:
     async def checkout() -> None:
-        await set_event(" ", 1)
+        await either.set_event(" ", 1)
 
     with pytest.raises(ArgumentError, match="key of an event is ' '"):
         shell.run(app.workflow(checkout))
@@ -168,10 +170,10 @@ def test_a_key_that_cannot_be_stored_is_refused(shell: Shell, app: Application) 
 
 def test_a_session_belongs_to_a_transactional_step(shell: Shell, app: Application) -> None:
     async def with_session() -> None:
-        await set_event(shell.sessionmaker(), "status", 1)
+        await either.set_event("status", 1, session=shell.sessionmaker())
 
     async def plain() -> None:
-        await set_event(shell.sessionmaker(), "status", 1)
+        await either.set_event("status", 1, session=shell.sessionmaker())
 
     def forgotten(_session: Session) -> None:
         set_event("status", 1)
@@ -195,7 +197,7 @@ def test_a_session_belongs_to_a_transactional_step(shell: Shell, app: Applicatio
 
 def test_a_finished_workflow_without_the_event_is_an_error(shell: Shell, app: Application) -> None:
     async def checkout() -> None:
-        await set_event("status", 1)
+        await either.set_event("status", 1)
 
     shell.run(app.workflow(checkout))
     with pytest.raises(EventNotSetError, match="is succeeded and has never set the event 'place'") as raised:
@@ -208,7 +210,7 @@ def test_a_finished_workflow_without_the_event_is_an_error(shell: Shell, app: Ap
 @pytest.mark.shells(("executor", "async-executor", "asyncpg-worker"))
 def test_an_event_that_is_not_set_is_waited_for(shell: Shell, app: Application) -> None:
     async def checkout() -> None:
-        await set_event("status", "set")
+        await either.set_event("status", "set")
 
     workflow = app.workflow(checkout)
     with shell.client() as client:
@@ -237,7 +239,7 @@ def test_a_blocking_wait_is_refused_in_an_event_loop(shell: Shell) -> None:
     with pytest.raises(UsageError):
         asyncio.run(wait())
     with pytest.raises(SessionError, match="takes a Session"):
-        get_event(1, uuid7(), "status")  # type: ignore[call-overload]
+        get_event(1, uuid7(), "status")  # type: ignore[arg-type]
 
 
 async def test_outside_a_workflow_nothing_happens() -> None:
@@ -249,7 +251,7 @@ async def test_outside_a_workflow_nothing_happens() -> None:
         return value
 
     assert shown("a") == "a"
-    await set_event("status", 1)
+    await aio.set_event("status", 1)
 
 
 @pytest.mark.shells(("async-worker", "async-executor"))
@@ -258,7 +260,7 @@ def test_branch_sets_an_event_of_its_own(shell: Shell, app: Application) -> None
         await asyncio.create_task(set_in_task())
 
     async def set_in_task() -> None:
-        await set_event("status", 1)
+        await aio.set_event("status", 1)
 
     shell.run(app.workflow(checkout))
     assert [each.key for each in shell.one(shell.only).steps] == ["set_in_task/set_event(status)"]

@@ -11,7 +11,16 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import Durable, Executor, Workflow, signal, sleep, start_many, update_handle, wait_update
+from sqla_durable import (
+    Durable,
+    Executor,
+    Workflow,
+    send_signal,
+    sleep,
+    start_many,
+    update_handle,
+    wait_update,
+)
 from sqla_durable.errors import ArgumentError, DefinitionError, EncodingError, UsageError
 from tests.support.domain import Order
 
@@ -38,7 +47,7 @@ def test_start_in_workflow_code_would_be_repeated_and_is_refused(
             start_many(own, [ship.bind(1)]) if many else ship.start(own, 1)
 
     with session_factory() as session:
-        with pytest.raises(UsageError, match=r"'ship' was started in .* 'checkout'.*ship\.start_child\("):
+        with pytest.raises(UsageError, match=r"'ship' was started in .* 'checkout'.*start_child\(ship"):
             Executor(session).run(checkout)
         assert session.scalar(select(func.count()).where(Workflow.name == "ship")) == 0
 
@@ -62,8 +71,8 @@ def test_name_that_no_index_holds_is_refused(session_factory: sessionmaker[Sessi
         for use in (
             lambda: ship.options(key=TOO_LONG),
             lambda: ship.options(queue=TOO_LONG),
-            lambda: signal(session, workflow, TOO_LONG),
-            lambda: signal(session, workflow, "go", key=TOO_LONG),
+            lambda: send_signal(session, workflow, TOO_LONG),
+            lambda: send_signal(session, workflow, "go", key=TOO_LONG),
         ):
             with pytest.raises(ArgumentError, match="1,002 bytes long, more than 1,000"):
                 use()

@@ -10,19 +10,10 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from sqla_durable import (
-    Workflow,
-    WorkflowStatus,
-    as_completed,
-    cancel,
-    delete,
-    errors,
-    resume,
-    retry,
-    rewind,
-    wait_first,
-    wait_signal,
-)
+import sqla_durable
+from sqla_durable import Workflow, WorkflowStatus, errors, manage
+from sqla_durable.asyncio import as_completed
+from tests.acceptance import either
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 from tests.acceptance.test_children import all_of, awaited, result_of, waiting
@@ -37,15 +28,15 @@ WAYS = ["result", "first", "completed", "map"]
 async def wait_for(app: Application, way: str, child: Any) -> Any:
     """Start two children, and wait for them in one of the ways that there are."""
     if way == "map":
-        return await awaited(child.map([child.bind() for _ in range(2)]))
-    children = [await awaited(child.start_child()) for _ in range(2)]
+        return await awaited(either.map_children(child, [child.bind() for _ in range(2)]))
+    children = [await awaited(either.start_child(child)) for _ in range(2)]
     match way:
         case "result":
             return [await result_of(each) for each in children]
         case "first":
-            return await result_of(await awaited(wait_first(children)))
+            return await result_of(await awaited(either.wait_first(children)))
         case _ if app.form == "def":
-            return [await result_of(each) for each in as_completed(children)]
+            return [await result_of(each) for each in sqla_durable.as_completed(children)]
         case _:
             return [await result_of(each) async for each in as_completed(children)]
 
@@ -97,9 +88,9 @@ def test_a_child_that_is_deleted_before_its_parent_has_looked_is_an_error(
     workflow_id = shell.begin(workflow)
     first, second = suspended(shell, 3)
     with shell.sessionmaker.begin() as session:
-        cancel(session, first.id)
+        manage.cancel(session, first.id)
     with shell.sessionmaker.begin() as session:
-        assert delete(session, first.id) == [first.id]
+        assert manage.delete(session, first.id) == [first.id]
     go(shell, second)
     error = errors.ChildrenFailedError if way == "map" else errors.NotFoundError
     with pytest.raises(error, match="deleted"):
@@ -121,10 +112,10 @@ def test_a_parent_that_is_resumed_after_its_children_were_deleted_fails(
     workflow_id = shell.begin(workflow)
     children = suspended(shell, 3)
     with shell.sessionmaker.begin() as session:
-        assert len(cancel(session, workflow_id)) == 3
+        assert len(manage.cancel(session, workflow_id)) == 3
     with shell.sessionmaker.begin() as session:
-        assert len(delete(session, [each.id for each in children])) == 2
-        assert resume(session, workflow_id) == [workflow_id]
+        assert len(manage.delete(session, [each.id for each in children])) == 2
+        assert manage.resume(session, workflow_id) == [workflow_id]
     error = errors.ChildrenFailedError if way == "map" else errors.NotFoundError
     with pytest.raises(error, match="deleted"):
         ends(shell, workflow, workflow_id)
@@ -139,12 +130,12 @@ def test_children_of_a_map_that_was_rewound_are_not_counted_when_they_are_retrie
     async def wait() -> str:
         if broken:
             raise ValueError("broken")
-        return str(await awaited(wait_signal("go")))
+        return str(await awaited(either.wait_signal("go")))
 
     child = app.workflow(wait)
 
     async def parent() -> list[str]:
-        found = await awaited(child.map([child.bind(), child.bind()], tolerate=2))
+        found = await awaited(either.map_children(child, [child.bind(), child.bind()], tolerate=2))
         return [str(each) for each in found]
 
     workflow = app.workflow(parent)
@@ -153,8 +144,8 @@ def test_children_of_a_map_that_was_rewound_are_not_counted_when_they_are_retrie
     broken.clear()
     with shell.sessionmaker.begin() as session:
         old = [each.id for each in all_of(shell, "wait")]
-        rewind(session, workflow_id, to_step="start:wait")
-        assert len(retry(session, old)) == 2
+        manage.rewind(session, workflow_id, to_step="start:wait")
+        assert len(manage.retry(session, old)) == 2
     children = suspended(shell, 5)
     go(shell, *(each for each in children if each.id not in old))
     assert ends(shell, workflow, workflow_id) == ["went", "went"]
@@ -170,12 +161,12 @@ def test_a_tolerated_child_that_is_retried_in_the_middle_of_its_map_is_waited_fo
     async def wait(number: int) -> str:
         if number == 0 and broken:
             raise ValueError("broken")
-        return str(await awaited(wait_signal("go")))
+        return str(await awaited(either.wait_signal("go")))
 
     child = app.workflow(wait)
 
     async def parent() -> list[str]:
-        found = await awaited(child.map([0, 1], tolerate=2))
+        found = await awaited(either.map_children(child, [0, 1], tolerate=2))
         return [str(each) for each in found]
 
     workflow = app.workflow(parent)
@@ -183,7 +174,7 @@ def test_a_tolerated_child_that_is_retried_in_the_middle_of_its_map_is_waited_fo
     first, second = suspended(shell, 2, until=lambda: shell.one(workflow_id).awaits == awaits(all_of(shell)[-1]))
     broken.clear()
     with shell.sessionmaker.begin() as session:
-        assert retry(session, first.id) == [first.id]
+        assert manage.retry(session, first.id) == [first.id]
     go(shell, second)
     suspended(shell, 2, until=lambda: shell.one(workflow_id).awaits == awaits(first))
     go(shell, first)
@@ -196,18 +187,18 @@ def test_children_that_are_held_go_on_when_one_of_them_is_deleted(shell: Shell, 
     async def parent() -> str:
         bound = [child.options(detached=True).bind() for _ in range(3)]
         try:
-            await awaited(child.map(bound, max_concurrency=1))
+            await awaited(either.map_children(child, bound, max_concurrency=1))
         except errors.ChildrenFailedError as error:
-            return f"{error.count} {await awaited(wait_signal('on'))}"
+            return f"{error.count} {await awaited(either.wait_signal('on'))}"
         raise AssertionError
 
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow)
     first, *held = suspended(shell, 2)
     with shell.sessionmaker.begin() as session:
-        cancel(session, first.id)
+        manage.cancel(session, first.id)
     with shell.sessionmaker.begin() as session:
-        delete(session, first.id)
+        manage.delete(session, first.id)
     assert [each.id for each in suspended(shell, 3)] == [each.id for each in held]
     with shell.client() as client:
         client.signal(workflow_id, "on", "and on")
@@ -227,9 +218,9 @@ def test_a_child_that_is_retried_after_its_outcome_was_taken_wakes_nobody(shell:
 
     async def parent() -> str:
         try:
-            await result_of(await awaited(child.start_child()))
+            await result_of(await awaited(either.start_child(child)))
         except ValueError:
-            return str(await awaited(wait_signal("on")))
+            return str(await awaited(either.wait_signal("on")))
         raise AssertionError
 
     workflow = app.workflow(parent)
@@ -237,7 +228,7 @@ def test_a_child_that_is_retried_after_its_outcome_was_taken_wakes_nobody(shell:
     (first,) = suspended(shell, 1, until=lambda: shell.one(workflow_id).awaits == [{"signal": "on"}])
     broken.clear()
     with shell.sessionmaker.begin() as session:
-        retry(session, first.id)
+        manage.retry(session, first.id)
     with shell.background():
         races.wait_until(lambda: shell.one(first.id).finished_at and not engine_s_own(shell), what="its second end")
     assert shell.one(workflow_id).awaits == [{"signal": "on"}]
@@ -248,7 +239,7 @@ def test_children_of_an_earlier_round_are_none_of_todays(shell: Shell, app: Appl
     workflow: Any = None
 
     async def parent(again: int) -> Any:
-        started = await awaited(child.options(detached=True).start_child())
+        started = await awaited(either.start_child(child.options(detached=True)))
         if again:
             await awaited(workflow.continue_as_new(again - 1))
         return await result_of(started)
@@ -273,7 +264,7 @@ def test_a_child_that_sql_deletes_is_missed_in_time(
     child = waiting(app)
 
     async def parent() -> Any:
-        return await result_of(await awaited(child.start_child()))
+        return await result_of(await awaited(either.start_child(child)))
 
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow)
@@ -289,15 +280,15 @@ def test_an_executor_goes_on_when_the_child_that_it_waits_for_is_deleted(shell: 
     child = waiting(app)
 
     async def parent() -> Any:
-        return await result_of(await awaited(child.options(detached=True).start_child()))
+        return await result_of(await awaited(either.start_child(child.options(detached=True))))
 
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow)
     finishing = races.Concurrent(lambda: shell.finish(workflow, workflow_id))
     (gone,) = races.wait_until(lambda: all_of(shell, "wait"), what="the start of the child")
     with shell.sessionmaker.begin() as session:
-        cancel(session, gone.id)
-        delete(session, gone.id)
+        manage.cancel(session, gone.id)
+        manage.delete(session, gone.id)
     with pytest.raises(errors.NotFoundError, match="deleted"):
         finishing.result()
 
@@ -306,13 +297,13 @@ def test_a_child_that_somebody_cancels_is_among_those_that_a_map_names(shell: Sh
     child = waiting(app)
 
     async def parent() -> Any:
-        return await awaited(child.map([child.bind() for _ in range(4)]))
+        return await awaited(either.map_children(child, [child.bind() for _ in range(4)]))
 
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow)
     children = sorted(suspended(shell, 5), key=lambda each: each.id)
     with shell.sessionmaker.begin() as session:
-        cancel(session, children[1].id)
+        manage.cancel(session, children[1].id)
     with pytest.raises(
         errors.ChildrenFailedError, match=r"1 of 4 children .* failed.* The first was cancelled"
     ) as raised:

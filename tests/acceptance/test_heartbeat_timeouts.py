@@ -14,6 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sqla_durable import Durable, Step, StepStatus, current, errors, heartbeat
+from sqla_durable.asyncio import to_thread
+from tests.acceptance import either
 from tests.acceptance.application import Application, Form
 from tests.acceptance.shells import Shell
 
@@ -44,8 +46,8 @@ def test_a_step_that_falls_silent_is_tried_again_and_finds_its_last_details(shel
         assert execution is not None
         found.append(execution.details)
         if len(found) == 1:
-            await heartbeat({"line": 1})
-            await heartbeat({"line": 2})
+            await either.heartbeat({"line": 1})
+            await either.heartbeat({"line": 2})
             await _silence(app)
         return "loaded"
 
@@ -81,7 +83,7 @@ def test_heartbeats_keep_a_step_alive(shell: Shell, app: Application) -> None:
     async def load() -> str:
         for _ in range(40):
             await asyncio.sleep(0.03)
-            await heartbeat()
+            await either.heartbeat()
         return "loaded"
 
     loading = app.publishing(load, heartbeat_timeout=timedelta(seconds=1))
@@ -109,8 +111,7 @@ def test_a_def_step_ends_at_its_next_heartbeat_and_has_failed_also_if_it_catches
         return "loaded"
 
     async def agent() -> str:
-        called: Any = load()
-        return str(called if app.form is Form.SYNC else await called)
+        return load() if app.form is Form.SYNC else await to_thread(load)
 
     with pytest.raises(errors.HeartbeatTimeoutError):
         shell.run(app.workflow(agent))

@@ -9,8 +9,10 @@ import tenacity
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+import sqla_durable.asyncio as aio
 from sqla_durable import Durable, Step, StepStatus, current, heartbeat
 from sqla_durable.errors import EncodingError, UsageError
+from tests.acceptance import either
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 
@@ -36,8 +38,8 @@ def test_the_last_details_are_kept_and_the_next_try_finds_them(shell: Shell, app
     async def load() -> str:
         found.append(_details())
         for line in (1, 2, 3):
-            await heartbeat({"line": line + 3 * len(found)})
-        await heartbeat()
+            await either.heartbeat({"line": line + 3 * len(found)})
+        await either.heartbeat()
         if len(found) == 1:
             raise ConnectionError("try again")
         return "loaded"
@@ -58,7 +60,7 @@ def test_a_running_step_shows_how_far_it_is(shell: Shell, app: Application) -> N
     seen: list[tuple[StepStatus, Any, int]] = []
 
     async def load() -> None:
-        await heartbeat(["half"])
+        await either.heartbeat(["half"])
         step = _step(shell)
         seen.append((step.status, step.details, step.attempts))
 
@@ -75,7 +77,7 @@ def test_a_running_step_shows_how_far_it_is(shell: Shell, app: Application) -> N
 # behaviour: C6
 def test_details_that_cannot_be_stored_fail_the_call(shell: Shell, app: Application) -> None:
     async def load() -> None:
-        await heartbeat(object())
+        await either.heartbeat(object())
 
     loading = app.publishing(load)
 
@@ -93,7 +95,7 @@ def test_only_a_plain_step_has_a_heartbeat(shell: Shell, app: Application) -> No
     booking = app.transactional(book)
 
     async def between() -> None:
-        await heartbeat(1)
+        await either.heartbeat(1)
 
     async def within() -> None:
         await booking()
@@ -112,4 +114,4 @@ async def test_outside_a_workflow_nothing_happens() -> None:
         return "loaded"
 
     assert loaded() == "loaded"
-    await heartbeat(2)
+    await aio.heartbeat(2)

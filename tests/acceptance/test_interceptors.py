@@ -13,7 +13,18 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from sqla_durable import Durable, Execution, Interceptor, Step, StepStatus, Workflow, WorkflowStatus, current, errors
+from sqla_durable import (
+    Durable,
+    Execution,
+    Interceptor,
+    Step,
+    StepStatus,
+    Workflow,
+    WorkflowStatus,
+    current,
+    errors,
+)
+from sqla_durable.asyncio import to_thread
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 from tests.support.domain import Entry
@@ -360,7 +371,7 @@ def test_sync_steps_of_an_async_workflow_are_intercepted_where_they_are_executed
         return 1
 
     async def mixed() -> int:
-        return await in_thread.aio()
+        return await to_thread(in_thread)
 
     token = tenant.set("seven")
     try:
@@ -378,7 +389,7 @@ def test_a_step_that_takes_a_session_is_intercepted_in_an_async_workflow(shell: 
     book = app.durable.step(booked)
 
     async def mixed() -> int:
-        return await book.aio()
+        return await to_thread(book)
 
     assert shell.run(app.workflow(mixed)) == 2
     assert notes[1:4] == ["one: booked 1", "one: BEGIN of booked", "one: booked 1 done"]

@@ -13,9 +13,11 @@ import pytest
 import tenacity
 from sqlalchemy import select
 
+import sqla_durable.asyncio as aio
 import sqla_durable.runtime.tasks
-from sqla_durable import Step, WorkflowStatus, create_callback, sleep, wait_signal, wait_update
+from sqla_durable import Step, WorkflowStatus
 from sqla_durable.testing import advance, export, replay
+from tests.acceptance import either
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.branches import on_loop
 from tests.acceptance.shells import Shell
@@ -72,20 +74,20 @@ async def under_fail_after(wait: Call) -> str:
 
 
 async def both_waits() -> Any:
-    return await asyncio.gather(wait_signal.aio("go"), sleep(30 * DAY))
+    return await asyncio.gather(aio.wait_signal("go"), aio.sleep(30 * DAY))
 
 
 async def an_answer() -> Any:
-    return await (await create_callback.aio())
+    return await (await aio.create_callback())
 
 
 WAITS: dict[str, Call] = {
-    "signal": lambda: wait_signal.aio("go"),
-    "signal in time": lambda: wait_signal.aio("go", timeout=2 * DAY),
-    "sleep": lambda: sleep(30 * DAY),
+    "signal": lambda: aio.wait_signal("go"),
+    "signal in time": lambda: aio.wait_signal("go", timeout=2 * DAY),
+    "sleep": lambda: aio.sleep(30 * DAY),
     "gather": both_waits,
     "callback": an_answer,
-    "update": lambda: wait_update.aio("set"),
+    "update": lambda: aio.wait_update("set"),
 }
 
 
@@ -118,12 +120,12 @@ def test_a_timeout_of_asyncio_around_a_durable_wait_fires_while_it_is_a_row(
 @on_worker
 def test_a_timeout_of_asyncio_around_a_child_fires(shell: Shell, app: Application) -> None:
     async def child() -> None:
-        await sleep(30 * DAY)
+        await either.sleep(30 * DAY)
 
     inner = app.workflow(child)
 
     async def parent() -> str:
-        started: Any = await cast("Any", inner).start_child()
+        started: Any = await either.start_child(cast("Any", inner))
         return await under_timeout(started.result)
 
     workflow = app.workflow(parent)
@@ -139,7 +141,7 @@ def test_a_timeout_of_asyncio_around_a_child_fires(shell: Shell, app: Applicatio
 def test_a_crash_does_not_extend_a_timeout_of_asyncio(shell: Shell, app: Application) -> None:
     async def approval() -> list[str]:
         async def both() -> list[str]:
-            return [await wait_signal.aio("first"), await wait_signal.aio("second")]
+            return [await either.wait_signal("first"), await either.wait_signal("second")]
 
         try:
             return await asyncio.wait_for(both(), SECONDS)
@@ -169,8 +171,8 @@ def test_nested_timeouts_fire_on_a_replay_in_the_order_of_the_first_time(shell: 
         found: list[str] = []
         try:
             async with asyncio.timeout(2 * SECONDS):
-                found.append(await under_timeout(lambda: wait_signal.aio("go")))
-                found.append(str(await wait_signal.aio("again")))
+                found.append(await under_timeout(lambda: either.wait_signal("go")))
+                found.append(str(await either.wait_signal("again")))
         except TimeoutError:
             found.append("far too late")
         return found
@@ -197,7 +199,7 @@ def test_nested_timeouts_fire_on_a_replay_in_the_order_of_the_first_time(shell: 
 @on_worker
 def test_what_comes_in_time_disarms_the_timeout(shell: Shell, app: Application) -> None:
     async def approval() -> list[str]:
-        return [await under_fail_after(lambda: wait_signal.aio("go")), await wait_signal.aio("end")]
+        return [await under_fail_after(lambda: either.wait_signal("go")), await either.wait_signal("end")]
 
     workflow = app.workflow(approval)
     workflow_id = shell.begin(workflow)
@@ -225,7 +227,7 @@ def test_a_sleep_of_asyncio_beside_a_durable_wait_is_over_at_its_time(
             await asyncio.sleep(SECONDS)
             return "reminded"
 
-        calls: list[Any] = [remind(), wait_signal.aio("go")]
+        calls: list[Any] = [remind(), either.wait_signal("go")]
         done, pending = await asyncio.wait(map(asyncio.ensure_future, calls), return_when=asyncio.FIRST_COMPLETED)
         for each in pending:
             each.cancel()
@@ -248,7 +250,7 @@ def test_short_timeouts_fire_in_memory(shell: Shell, app: Application) -> None:
 
     async def approval() -> list[str]:
         found: list[str] = []
-        waits: list[Call] = [lambda: sleep(timedelta(seconds=20)), fail]
+        waits: list[Call] = [lambda: either.sleep(timedelta(seconds=20)), fail]
         for wait in waits:
             try:
                 with anyio.fail_after(0.1):

@@ -7,13 +7,16 @@ import gc
 import threading
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import Durable, Worker, Workflow, WorkflowStatus, cancel, sleep, wait_signal
+import sqla_durable.asyncio as aio
+from sqla_durable import Durable, Worker, Workflow, WorkflowStatus
+from sqla_durable.asyncio import manage
 from tests.acceptance.shells import POLL
 from tests.store import races
 
@@ -50,8 +53,13 @@ class Shop:
         self._wait_in_thread()
 
     async def _checkout(self, way: str) -> str:
-        waits: list[Call] = [lambda: sleep(DAY), lambda: wait_signal.aio("go")]
-        steps: list[Call] = [self._hang, self._write, self._in_thread.aio, self._in_session.aio]
+        waits: list[Call] = [lambda: aio.sleep(DAY), lambda: aio.wait_signal("go")]
+        steps: list[Call] = [
+            self._hang,
+            self._write,
+            partial(aio.to_thread, self._in_thread),
+            partial(aio.to_thread, self._in_session),
+        ]
         calls = waits if way == "suspended" else [*waits, *steps]
         if way == "returns":
             tasks = [asyncio.ensure_future(each()) for each in calls]
@@ -67,7 +75,7 @@ class Shop:
         async with asyncio.TaskGroup() as group:
             shielded = way != "suspended"  # nobody can see what a shield waits for
             group.create_task(self._gathered(calls, shielded=shielded))
-            group.create_task(self._branch(lambda: sleep(DAY), shielded=shielded))
+            group.create_task(self._branch(lambda: aio.sleep(DAY), shielded=shielded))
         return "never"
 
     async def _gathered(self, calls: list[Call], *, shielded: bool) -> None:
@@ -121,7 +129,7 @@ async def test_nothing_is_left_for_asyncio_to_report(
                 await asyncio.to_thread(shop.all_begun)
         if way == "lost":
             async with async_session_factory.begin() as session:
-                await cancel(session, workflow_id)
+                await manage.cancel(session, workflow_id)
             await asyncio.sleep(0.3)
         if way != "released":
             shop.let_go.set()

@@ -14,9 +14,11 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable import Durable, Saga, Step, StepStatus, WorkflowStatus, cancel, set_event, write_stream
+from sqla_durable import Durable, Step, StepStatus, WorkflowStatus, manage, set_event, write_stream
+from sqla_durable.asyncio import to_thread
 from sqla_durable.errors import StepTimeoutError, TransactionLostError
 from sqla_durable.runtime.context import current
+from tests.acceptance import either
 from tests.acceptance.application import Application
 from tests.acceptance.shells import AsyncShell, AsyncWorkerShell, Shell
 from tests.store import races
@@ -65,8 +67,8 @@ def test_what_the_engine_meets_is_waited_out_and_is_no_try(shell: Shell, app: Ap
     plain = app.plain(lambda: "plain", name="plain")
 
     async def buy() -> list[str]:
-        booked = [await book.options(key=each)(each) for each in ("55P03", "57014")]
-        return [*booked, await plain.options(key="58030")()]
+        booked = [await book.options(step_key=each)(each) for each in ("55P03", "57014")]
+        return [*booked, await plain.options(step_key="58030")()]
 
     assert shell.run(app.workflow(buy)) == ["55P03", "57014", "plain"]
     assert booking.executions == ["55P03"] * 5 + ["57014"] * 3
@@ -139,7 +141,7 @@ def test_a_cancel_that_stays_open_and_is_rolled_back_fails_no_step(
             execution = current()
             assert execution is not None
             if count == 1:
-                cancel(other, execution.workflow_id)
+                manage.cancel(other, execution.workflow_id)
             session.add(Entry(account="a", cents=1))
             session.flush()  # before there is a limit, which a busy machine may exceed
             if count == 4:
@@ -147,9 +149,9 @@ def test_a_cancel_that_stays_open_and_is_rolled_back_fails_no_step(
             else:
                 session.execute(text(f"SET LOCAL {'statement' if count == 2 else 'lock'}_timeout = '50ms'"))
             if count in (1, 4):
-                set_event(session, "booked", 1)
+                set_event("booked", 1, session=session)
             if count in (3, 4):
-                write_stream(session, "bookings", 1)
+                write_stream("bookings", 1, session=session)
             return count
 
         step = app.transactional(book)
@@ -201,7 +203,7 @@ def test_a_compensation_waits_an_obstacle_out(shell: Shell) -> None:
 
     @durable.workflow
     def buy() -> None:
-        with Saga() as saga:
+        with either.Saga() as saga:
             book()
             saga.add(undo)
             raise ValueError("sold out")
@@ -230,7 +232,7 @@ def test_a_sync_step_of_an_async_workflow_waits_obstacles_out(shell: Shell) -> N
 
     @durable.workflow
     async def buy() -> int:
-        return await book.aio()
+        return await to_thread(book)
 
     workflow_id = shell.begin(buy)
     if isinstance(shell, AsyncWorkerShell):

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from sqla_durable import Step, Workflow, WorkflowStatus, cancel, delete, fork, retry, rewind
+from sqla_durable import Step, Workflow, WorkflowStatus, manage
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.shells import Shell
 from tests.acceptance.test_cancelling import WORKERS, Gate, gated
@@ -73,7 +73,7 @@ def test_a_failed_workflow_is_retried_from_the_step_that_failed(shell: Shell, ap
     workflow_id = only(shell)
     bank.closed = False
     with shell.sessionmaker.begin() as session:
-        assert retry(session, workflow_id) == [workflow_id]
+        assert manage.retry(session, workflow_id) == [workflow_id]
     assert shell.finish(checkout, workflow_id) == ["tea reserved", 5, "tea shipped"]
     assert bank.calls == {"reserve": 1, "charge": 2, "ship": 1}
     assert accounts(shell) == ["reserved tea", "shipped tea"]
@@ -88,7 +88,7 @@ def test_a_finished_workflow_is_rewound_and_executes_the_rest_again(shell: Shell
     shell.run(checkout)
     workflow_id = only(shell)
     with shell.sessionmaker.begin() as session:
-        assert rewind(session, workflow_id, to_step="charge") == [workflow_id]
+        assert manage.rewind(session, workflow_id, to_step="charge") == [workflow_id]
     assert shell.finish(checkout, workflow_id) == ["tea reserved", 5, "tea shipped"]
     assert bank.calls == {"reserve": 1, "charge": 2, "ship": 2}
     assert accounts(shell) == ["reserved tea", "shipped tea", "shipped tea"], "what was written stands"
@@ -101,7 +101,7 @@ def test_a_fork_goes_its_own_way_from_a_step(shell: Shell, app: Application) -> 
     shell.run(checkout)
     original = only(shell)
     with shell.sessionmaker.begin() as session:
-        made = fork(session, original, from_step="ship", input={"item": "milk"}, outcomes={"charge": 9}).id
+        made = manage.fork(session, original, from_step="ship", input={"item": "milk"}, outcomes={"charge": 9}).id
     assert shell.finish(checkout, made) == ["tea reserved", 9, "milk shipped"]
     assert bank.calls == {"reserve": 1, "charge": 1, "ship": 2}
     assert shell.one(original).output == ["tea reserved", 5, "tea shipped"]
@@ -112,7 +112,7 @@ def test_a_finished_workflow_is_deleted_with_its_history_and_not_its_business(sh
     shell.run(checkout_of(app, Bank(app)))
     workflow_id = only(shell)
     with shell.sessionmaker.begin() as session:
-        assert delete(session, workflow_id) == [workflow_id]
+        assert manage.delete(session, workflow_id) == [workflow_id]
     with shell.sessionmaker() as session:
         assert (session.scalars(select(Workflow)).all(), session.scalars(select(Step)).all()) == ([], [])
     assert accounts(shell) == ["reserved tea", "shipped tea"]
@@ -126,8 +126,12 @@ def test_a_step_uses_the_verbs_in_its_own_transaction(shell: Shell, app: Applica
     original = only(shell)
 
     def tidy(session: Session) -> list[int]:
-        made = fork(session, original, from_step="ship").id
-        done = [rewind(session, made, to_step="charge"), cancel(session, made), delete(session, made)]
+        made = manage.fork(session, original, from_step="ship").id
+        done = [
+            manage.rewind(session, made, to_step="charge"),
+            manage.cancel(session, made),
+            manage.delete(session, made),
+        ]
         return [len(each) for each in done]
 
     step = app.transactional(tidy)
@@ -153,7 +157,7 @@ def test_a_workflow_that_is_rewound_while_it_runs_commits_nothing_of_its_old_att
             workflow_id = paying.start(session).id
         assert gate.entered.wait(30)
         with shell.sessionmaker.begin() as session:
-            assert rewind(session, workflow_id, to_step="first") == [workflow_id]
+            assert manage.rewind(session, workflow_id, to_step="first") == [workflow_id]
         gate.open.set()
         assert shell.result(paying, workflow_id) == 2
     record = shell.one(workflow_id)
@@ -172,7 +176,7 @@ def test_a_workflow_that_runs_is_forked_and_goes_on(shell: Shell, app: Applicati
             workflow_id = paying.start(session).id
         assert gate.entered.wait(30)
         with shell.sessionmaker.begin() as session:
-            made = fork(session, workflow_id, outcomes={"first": 7}).id
+            made = manage.fork(session, workflow_id, outcomes={"first": 7}).id
         gate.open.set()
         assert {shell.result(paying, workflow_id), shell.result(paying, made)} == {1, 2}
     assert {each.key: each.output for each in shell.one(made).steps}["first"] == 7

@@ -14,7 +14,7 @@ import tenacity
 from sqlalchemy import func, select, update
 
 import tests.acceptance.branches as branches
-from sqla_durable import Step, Workflow, WorkflowStatus, cancel
+from sqla_durable import Step, Workflow, WorkflowStatus, manage
 from sqla_durable.errors import WorkflowCancelledError
 from tests.acceptance.application import Application, Form
 from tests.acceptance.branches import beside, keys, on_workers
@@ -117,7 +117,7 @@ def test_cancelled_workflow_ends_in_all_its_branches(shell: Shell, app: Applicat
         assert in_step.acquire(timeout=30)
         assert in_step.acquire(timeout=30)
         with shell.sessionmaker.begin() as session:
-            cancel(session, workflow_id)
+            manage.cancel(session, workflow_id)
         go_on.set()
         assert ended.acquire(timeout=30)
         assert ended.acquire(timeout=30)

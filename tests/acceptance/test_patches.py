@@ -11,7 +11,8 @@ import pytest
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from sqla_durable import AsyncStepFunction, Durable, Step, WorkflowStatus, deprecate_patch, patched
+from sqla_durable import Durable, Step, WorkflowStatus, deprecate_patch, patched
+from sqla_durable.asyncio import AsyncStepFunction, to_thread
 from sqla_durable.errors import ArgumentError, HistoryMismatchError, UsageError
 from tests.acceptance.application import Application, Called
 from tests.acceptance.shells import AsyncShell, Shell
@@ -230,7 +231,7 @@ def test_marker_is_durable_before_a_sync_step_of_an_async_executor_begins(shell:
     @shell.app.durable.workflow
     async def looks() -> list[str]:
         patched("look")
-        return await look_at_it.aio()
+        return await to_thread(look_at_it)
 
     assert shell.run(looks) == ["#patched/look"]
 

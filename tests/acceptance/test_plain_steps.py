@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 from uuid import UUID
 
 import pytest
 import tenacity
 from sqlalchemy import select
 
-from sqla_durable import (
-    AsyncWorkflowFunction,
-    Durable,
-    Step,
-    StepStatus,
-    Workflow,
-    WorkflowStatus,
-    current,
-    current_step,
-    run_step,
-    wait_signal,
-)
+from sqla_durable import Durable, Step, StepStatus, Workflow, WorkflowStatus, current, current_step
+from sqla_durable.asyncio import AsyncWorkflowFunction, to_thread
 from sqla_durable.errors import UsageError
+from tests.acceptance import either
 from tests.acceptance.application import Application
 from tests.acceptance.shells import AsyncShell, Shell
 
@@ -375,25 +366,37 @@ def test_sync_step_in_an_async_workflow_is_awaited_and_recorded(shell: Shell, ap
         return number + 1
 
     async def mixed() -> int:
-        calling: Any = blocking(1)  # awaitable here, which type checkers cannot see; .aio() shows it to them
-        one: int = await calling
-        return one + await blocking.aio(2)
+        return await to_thread(blocking, 1) + await to_thread(blocking, 2)
 
     assert shell.run(app.workflow(mixed)) == 5
     assert [each.key for each in _steps(shell)] == ["blocking", "blocking#2"]
 
 
 @pytest.mark.shells(("executor", "worker"))
-def test_aio_outside_an_async_workflow_is_refused(shell: Shell, app: Application) -> None:
+def test_to_thread_in_a_sync_workflow_is_refused(shell: Shell, app: Application) -> None:
     service = Service()
     step = app.durable.step(service.charge)
-    with pytest.raises(UsageError, match=r"charge.aio\(\) is for async def workflows: call charge\(...\) here"):
-        _ = step.aio()
 
     async def wrong() -> None:
-        _ = step.aio()
+        _ = to_thread(step)
 
-    with pytest.raises(UsageError, match="is for async def workflows"):
+    with pytest.raises(UsageError, match=r"asyncio.to_thread\(\) is for async def code and was called in workflow"):
+        shell.run(app.workflow(wrong))
+
+
+async def test_to_thread_outside_a_workflow_calls_the_function_in_a_thread() -> None:
+    step = Durable().step(threading.get_ident, name="thread")
+    assert await to_thread(step) != threading.get_ident()
+
+
+@ASYNC
+def test_sync_step_that_an_async_workflow_calls_itself_is_refused(shell: Shell, app: Application) -> None:
+    step = app.durable.step(Service().charge)
+
+    async def wrong() -> None:
+        step()
+
+    with pytest.raises(UsageError, match=r"await sqla_durable.asyncio.to_thread\(charge, ...\)"):
         shell.run(app.workflow(wrong))
 
 
@@ -419,7 +422,7 @@ def test_step_that_is_not_awaited_is_a_clear_error(shell: Shell, app: Applicatio
 
     async def forget() -> str:
         kept.append(charge.step())
-        kept.append(wait_signal("approved", bool))
+        kept.append(either.wait_signal("approved", bool))
         return "paid"
 
     service = Service()
@@ -441,15 +444,10 @@ def test_steps_are_made_at_run_time_of_closures_and_bound_methods(shell: Shell, 
         async def whisper() -> str:
             return word.lower()
 
-        if isinstance(shell, AsyncShell) and app.form == "async def":
-            quiet = await run_step("quiet", whisper)
-            shouting: Any = run_step("loud", shout)  # awaitable here, which type checkers cannot see
-            paying: Any = run_step("pay", service.charge)
-            loud, receipt = await shouting, await paying
-        else:
-            quiet = run_step("quiet", lambda: word.lower())
-            loud = run_step("loud", shout)
-            receipt = run_step("pay", service.charge)
+        is_async = isinstance(shell, AsyncShell) and app.form == "async def"
+        quiet = await either.run_step("quiet", whisper if is_async else lambda: word.lower())
+        shouting, paying = either.run_step("loud", shout), either.run_step("pay", service.charge)
+        loud, receipt = await shouting, await paying
         return [quiet, loud, receipt.number]
 
     workflow = app.workflow(dynamic)
@@ -466,7 +464,7 @@ def test_explicit_key_is_the_steps_identity(shell: Shell, app: Application) -> N
     charge = app.plain(service.charge)
 
     async def pay() -> list[int]:
-        return [(await charge.options(key="deposit")()).number, (await charge()).number]
+        return [(await charge.options(step_key="deposit")()).number, (await charge()).number]
 
     assert shell.run(app.workflow(pay)) == [1, 2]
     assert [(each.key, each.name) for each in _steps(shell)] == [("deposit", "charge"), ("charge", "charge")]
@@ -478,7 +476,7 @@ def test_key_may_contain_the_marks_of_occurrences_and_branches(shell: Shell, app
     keys = ("charge#2", "orders/7", "50%23")
 
     async def pay() -> list[int]:
-        keyed = [(await charge.options(key=key)()).number for key in keys]
+        keyed = [(await charge.options(step_key=key)()).number for key in keys]
         return [*keyed, (await charge()).number, (await charge()).number]
 
     workflow = app.workflow(pay)
@@ -496,8 +494,8 @@ def test_explicit_key_used_twice_is_refused(shell: Shell, app: Application) -> N
     charge = app.plain(service.charge)
 
     async def pay() -> None:
-        await charge.options(key="deposit")()
-        await charge.options(key="deposit")()
+        await charge.options(step_key="deposit")()
+        await charge.options(step_key="deposit")()
 
     with pytest.raises(UsageError, match="the step key 'deposit' is used twice in workflow 'pay'"):
         shell.run(app.workflow(pay))

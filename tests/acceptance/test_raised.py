@@ -7,16 +7,18 @@ import concurrent.futures
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import tenacity
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+import sqla_durable.asyncio as aio
 from sqla_durable import Execution, Interceptor, Saga, Workflow, WorkflowStatus, errors, parallel, unwinding
 from sqla_durable.errors import MaxAttemptsError, UsageError, WorkflowFailedError
-from tests.acceptance.application import Application, Form
+from tests.acceptance import either
+from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 
 pytestmark = pytest.mark.few_shells
@@ -172,15 +174,15 @@ def test_a_saga_undoes_what_was_done_before_a_cancelled_error_and_all_of_it(shel
     step = app.plain(undo)
 
     async def travel() -> None:
-        saga = Saga()
-        await _enter(app, saga)
+        saga = either.Saga()
+        await _enter(saga)
         try:
             saga.add(step.step, "flight")
             saga.add(step.step, "hotel")
             saga.add(ends_client)
             ends_client()
         except BaseException as error:
-            await _leave(app, saga, error)
+            await _leave(saga, error)
             raise
 
     with pytest.raises(errors.CompensationFailedError, match="2 of 3"):
@@ -284,13 +286,15 @@ def test_what_a_sync_step_of_an_async_workflow_raises_is_its_failure(shell: Shel
 
     @app.durable.workflow
     async def careful() -> list[str]:
-        calls: list[Any] = [step(kind) for step in (fail, fail_in) for kind in kinds if kind != "nothing"]
+        calls: list[Any] = [
+            aio.to_thread(step, kind) for step in (fail, fail_in) for kind in kinds if kind != "nothing"
+        ]
         outcomes: list[Any] = await asyncio.gather(*calls, return_exceptions=True)
         try:
-            await cast("Any", fail_in)("CancelledError")
+            await aio.to_thread(fail_in, "CancelledError")
         except concurrent.futures.CancelledError as error:  # and no cancel of this task
             outcomes.append(error)
-        await cast("Any", fail)("nothing")
+        await aio.to_thread(fail, "nothing")
         return [f"{type(each).__name__}: {each}" for each in outcomes]
 
     caught = shell.run(careful)
@@ -306,16 +310,16 @@ def _nothing() -> None:
     pass
 
 
-async def _enter(app: Application, saga: Saga) -> None:
-    if app.form is Form.ASYNC:
+async def _enter(saga: Saga | aio.Saga) -> None:
+    if isinstance(saga, aio.Saga):
         await saga.__aenter__()
     else:
         saga.__enter__()
 
 
-async def _leave(app: Application, saga: Saga, error: BaseException) -> None:
+async def _leave(saga: Saga | aio.Saga, error: BaseException) -> None:
     how: Any = type(error), error, error.__traceback__
-    if app.form is Form.ASYNC:
+    if isinstance(saga, aio.Saga):
         await saga.__aexit__(*how)
     else:
         saga.__exit__(*how)

@@ -14,7 +14,8 @@ import tenacity
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from sqla_durable import Step, StepStatus, Workflow, WorkflowStatus, cancel, errors, models
+from sqla_durable import Step, StepStatus, Workflow, WorkflowStatus, errors, manage, models
+from sqla_durable.asyncio import to_thread
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.shells import Shell
 from tests.store import races
@@ -160,7 +161,7 @@ def test_a_step_that_waits_does_not_end_one_that_is_executed_beside_it(shell: Sh
         return 7
 
     async def pay() -> list[int]:
-        return list(await asyncio.gather(cast("Callable[[], Awaitable[int]]", step.step)(), beside.aio()))
+        return list(await asyncio.gather(cast("Callable[[], Awaitable[int]]", step.step)(), to_thread(beside)))
 
     workflow = app.workflow(pay)
     with shell.background():
@@ -265,7 +266,7 @@ def test_a_step_that_fails_for_ever_leaves_its_slot_to_others(shell: Shell, app:
             shell.result(paying, each)
         assert not shell.one(poison_id).status.finished
         with shell.sessionmaker.begin() as session:
-            assert cancel(session, poison_id) == [poison_id]
+            assert manage.cancel(session, poison_id) == [poison_id]
         with pytest.raises(errors.WorkflowCancelledError):
             shell.result(poisonous, poison_id)
     (tried,) = shell.one(poison_id).steps

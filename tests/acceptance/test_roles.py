@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import time
@@ -29,24 +28,20 @@ from sqla_durable import (
     StreamItem,
     Worker,
     Workflow,
-    cancel,
     complete_callback,
     create_callback,
-    delete,
     errors,
     fail_callback,
-    fork,
     get_event,
     heartbeat_callback,
-    resume,
-    retry,
-    rewind,
+    manage,
+    send_signal,
+    send_update,
     set_event,
-    signal,
+    start_child,
     start_many,
     start_with_signal,
     start_with_update,
-    update,
     wait_signal,
     wait_update,
     write_stream,
@@ -90,7 +85,7 @@ def greet(name: str) -> str:
 @durable.workflow
 def everything(cents: int) -> str:
     booked = book(cents)
-    child = greet.start_child("child").result()
+    child = start_child(greet, "child").result()
     set_event("status", "booked")
     write_stream("log", "booked")
     said = wait_signal("go", str)
@@ -165,12 +160,14 @@ VERBS: Mapping[str, Mapping[str, Verb]] = {
         "event": lambda session, world: get_event(session, world.done, "status"),
     },
     "signaller": {
-        "signal": lambda session, world: signal(session, world.pending, "go", 1),
-        "signal under a key": lambda session, world: signal(session, [world.pending, world.owner], "go", 1, key="k"),
+        "signal": lambda session, world: send_signal(session, world.pending, "go", 1),
+        "signal under a key": lambda session, world: send_signal(
+            session, [world.pending, world.owner], "go", 1, key="k"
+        ),
     },
     "updater": {
-        "update": lambda session, world: update(session, world.pending, "change", 1),
-        "update under a key": lambda session, world: update(session, world.pending, "change", 1, key="k"),
+        "update": lambda session, world: send_update(session, world.pending, "change", 1),
+        "update under a key": lambda session, world: send_update(session, world.pending, "change", 1, key="k"),
     },
     "answerer": {
         "complete": lambda session, world: complete_callback(session, world.token, 1),
@@ -178,14 +175,14 @@ VERBS: Mapping[str, Mapping[str, Verb]] = {
         "keep alive": lambda session, world: heartbeat_callback(session, world.token),
     },
     "canceller": {
-        "cancel": lambda session, world: cancel(session, [world.pending, world.owner]),
+        "cancel": lambda session, world: manage.cancel(session, [world.pending, world.owner]),
     },
     "operator": {
-        "resume": lambda session, world: resume(session, world.cancelled),
-        "retry": lambda session, world: retry(session, world.failed),
-        "rewind": lambda session, world: rewind(session, world.owner, to_step="create_callback"),
-        "fork": lambda session, world: fork(session, world.owner),
-        "delete": lambda session, world: delete(session, select(Workflow).where(Workflow.id == world.done)),
+        "resume": lambda session, world: manage.resume(session, world.cancelled),
+        "retry": lambda session, world: manage.retry(session, world.failed),
+        "rewind": lambda session, world: manage.rewind(session, world.owner, to_step="create_callback"),
+        "fork": lambda session, world: manage.fork(session, world.owner),
+        "delete": lambda session, world: manage.delete(session, select(Workflow).where(Workflow.id == world.done)),
         "pause a queue": pause,
     },
     "reader": {
@@ -224,9 +221,7 @@ def tried(engine: Engine, verb: Verb, world: World) -> str:
 async def tried_async(engine: AsyncEngine, verb: Verb, world: World) -> str:
     async with AsyncSession(engine) as session:
         try:
-            called = verb(cast("Any", session), world)
-            if inspect.isawaitable(called):
-                await called
+            await session.run_sync(verb, world)
             await session.flush()
         except DBAPIError as error:
             return sqlstate_of(error)
@@ -246,11 +241,11 @@ def test_each_role_does_what_it_is_for_and_nothing_else(granted: Roles, world: W
 def test_error_says_which_rights_are_missing(granted: Roles, world: World) -> None:
     wanted: dict[str, Callable[[Session], object]] = {
         "starter": lambda session: greet.options(key="new").start(session, "x"),
-        "signaller": lambda session: signal(session, world.pending, "go", 1),
-        "updater": lambda session: update(session, world.pending, "change", 1),
+        "signaller": lambda session: send_signal(session, world.pending, "go", 1),
+        "updater": lambda session: send_update(session, world.pending, "change", 1),
         "answerer": lambda session: complete_callback(session, world.token, 1),
-        "canceller": lambda session: cancel(session, world.pending),
-        "operator": lambda session: retry(session, world.failed),
+        "canceller": lambda session: manage.cancel(session, world.pending),
+        "operator": lambda session: manage.retry(session, world.failed),
     }
     for rights, verb in wanted.items():
         with Session(granted.engine("reader")) as session, pytest.raises(DBAPIError) as caught:
@@ -292,13 +287,13 @@ def test_an_application_starts_signals_waits_and_cancels(granted: Roles, world: 
     sessions = sessionmaker(granted.engine("starter"), expire_on_commit=False)
     with sessions.begin() as session:
         workflow = greet.start(session, "x")
-        signal(session, workflow.id, "go", key="once")
+        send_signal(session, workflow.id, "go", key="once")
     with sessions() as session:
         assert session.scalars(select(Workflow.status).where(Workflow.id == workflow.id)).one() == "pending"
         with pytest.raises(DBAPIError, match="permission denied"):
             session.get(Workflow, workflow.id)
     with sessions.begin() as session:
-        assert cancel(session, workflow.id) == [workflow.id]
+        assert manage.cancel(session, workflow.id) == [workflow.id]
     with pytest.raises(errors.WorkflowCancelledError):
         greet.handle(sessions, workflow.id).result()
     with pytest.raises(errors.WorkflowFailedError):
@@ -322,9 +317,9 @@ def test_a_worker_s_role_works(engine: Engine, granted: Roles) -> None:
     with sessionmaker(granted.engine("starter")).begin() as session:
         workflow_id = everything.start(session, 3).id
     with sessionmaker(granted.engine("signaller")).begin() as session:
-        signal(session, workflow_id, "go", "went")
+        send_signal(session, workflow_id, "go", "went")
     with sessionmaker(granted.engine("updater")).begin() as session:
-        sent = update(session, workflow_id, "change", 1, reply=int)
+        sent = send_update(session, workflow_id, "change", 1, reply=int)
     reader = granted.engine("reader")
     with Worker(durable, sessionmaker=sessionmaker(granted.engine("worker")), poll_interval=POLL):
         assert sent.result(timeout=PATIENCE) == 2
@@ -577,7 +572,7 @@ def test_a_signaller_sends_nothing_of_the_engine_s(granted: Roles, world: World,
         for column in ("is_answer", "is_update", "is_notice"):
             assert refused(signaller, INSERT.format(f", {column}", ", true"), **given) == DENIED, (name, column)
         with Session(signaller) as session, pytest.raises(errors.ArgumentError):
-            signal(session, world.owner, name)
+            send_signal(session, world.owner, name)
     for column, value in {"delivered_at": "now()", "consumed_by": "'x'", "created_at": "now()"}.items():
         assert refused(signaller, INSERT.format(f", {column}", f", {value}"), id=world.owner, name="go") == DENIED
     chosen = "INSERT INTO durable.signal (workflow_id, name, id) {} VALUES (:id, 'go', 1)"

@@ -13,7 +13,9 @@ import tenacity
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from sqla_durable import Saga, Workflow, WorkflowStatus, cancel, errors, parallel, resume, retry, rewind, wait_signal
+import sqla_durable.asyncio as aio
+from sqla_durable import Saga, Workflow, WorkflowStatus, errors, manage, parallel
+from tests.acceptance import either
 from tests.acceptance.application import AnyWorkflow, Application, Form, drive
 from tests.acceptance.shells import Shell
 from tests.store import races
@@ -34,13 +36,13 @@ class Block:
 
     def __init__(self, form: Form) -> None:
         self.form = form
-        self.saga = Saga()
+        self.saga = aio.Saga() if form is Form.ASYNC else Saga()
 
-    async def __aenter__(self) -> Saga:
-        return await self.saga.__aenter__() if self.form is Form.ASYNC else self.saga.__enter__()
+    async def __aenter__(self) -> Saga | aio.Saga:
+        return await self.saga.__aenter__() if isinstance(self.saga, aio.Saga) else self.saga.__enter__()
 
     async def __aexit__(self, *error: Any) -> None:
-        if self.form is Form.ASYNC:
+        if isinstance(self.saga, aio.Saga):
             await self.saga.__aexit__(*error)
         else:
             self.saga.__exit__(*error)
@@ -82,7 +84,7 @@ def trip(app: Application, ledger: Ledger, *, waits: bool = False) -> AnyWorkflo
                 await ledger.do(each)
                 saga.add(ledger.undo.step, each)
             if waits:
-                await awaited(wait_signal("go"))
+                await awaited(either.wait_signal("go"))
         return "travelled"
 
     return app.workflow(travel)
@@ -122,7 +124,7 @@ def test_cancel_undoes_what_was_done(shell: Shell, app: Application) -> None:
     with shell.background():
         races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
         with shell.sessionmaker.begin() as session:
-            assert cancel(session, workflow_id) == [workflow_id]
+            assert manage.cancel(session, workflow_id) == [workflow_id]
         with pytest.raises(errors.WorkflowCancelledError):
             shell.result(workflow, workflow_id)
     assert booked(shell) == [("flight", 1), ("hotel", 1), ("hotel", -1), ("flight", -1)]
@@ -136,9 +138,9 @@ def test_second_cancel_changes_nothing_and_a_crash_neither(shell: Shell, app: Ap
     with shell.background():
         races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
     with shell.sessionmaker.begin() as session:
-        cancel(session, workflow_id)
+        manage.cancel(session, workflow_id)
     with shell.sessionmaker.begin() as session:
-        cancel(session, workflow_id)
+        manage.cancel(session, workflow_id)
     assert (shell.one(workflow_id).status, shell.one(workflow_id).attempt) == (WorkflowStatus.PENDING, 2)
     with pytest.raises(errors.WorkflowCancelledError):
         shell.finish(workflow, workflow_id)
@@ -161,9 +163,9 @@ def test_deadline_undoes_what_was_done(shell: Shell, app: Application) -> None:
         assert booked(shell) == [("flaky", 1), ("hotel", 1), ("hotel", -1), ("flaky", -1)]
         assert shell.one(workflow_id).status is WorkflowStatus.FAILED
         with shell.sessionmaker.begin() as session:
-            assert resume(session, workflow_id) == []
-            assert retry(session, workflow_id) == []
-            assert rewind(session, workflow_id, to_step="saga") == [workflow_id]
+            assert manage.resume(session, workflow_id) == []
+            assert manage.retry(session, workflow_id) == []
+            assert manage.rewind(session, workflow_id, to_step="saga") == [workflow_id]
             assert session.get_one(Workflow, workflow_id).cancellation == "compensates"
 
 
@@ -174,7 +176,7 @@ def test_deadline_does_not_cut_off_what_a_cancel_undoes(shell: Shell, app: Appli
     with shell.background():
         races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
     with shell.sessionmaker.begin() as session:
-        cancel(session, workflow_id)
+        manage.cancel(session, workflow_id)
     overdue(shell, workflow_id)
     with pytest.raises(errors.WorkflowCancelledError):
         shell.finish(workflow, workflow_id)
@@ -197,7 +199,7 @@ def test_executor_undoes_what_it_takes_up_after_the_deadline(shell: Shell, app: 
             await ledger.do("hotel")
 
     def start_helper() -> Any:
-        return helper.start_child()  # which has time, although its parent has none left
+        return either.start_child(helper)  # which has time, although its parent has none left
 
     workflow = app.workflow(travel)
     workflow_id = shell.begin(workflow)
@@ -226,7 +228,7 @@ def overdue(shell: Shell, workflow_id: UUID) -> None:
 def test_cancel_of_what_has_not_begun_undoes_nothing(shell: Shell, app: Application) -> None:
     workflow_id = shell.begin(trip(app, Ledger(app)), ["flight"])
     with shell.sessionmaker.begin() as session:
-        cancel(session, workflow_id)
+        manage.cancel(session, workflow_id)
     assert shell.one(workflow_id).status is WorkflowStatus.CANCELLED
 
 
@@ -238,18 +240,18 @@ def test_what_has_been_undone_is_neither_resumed_nor_retried(shell: Shell, app: 
     with shell.background():
         races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
         with shell.sessionmaker.begin() as session:
-            cancel(session, workflow_id)
+            manage.cancel(session, workflow_id)
         races.wait_until(lambda: shell.one(workflow_id).finished_at, what="the end of one")
         races.wait_until(lambda: shell.one(failed).finished_at, what="the end of the other")
     with shell.sessionmaker.begin() as session:
-        assert resume(session, workflow_id) == []
-        assert retry(session, failed) == []
-        assert rewind(session, failed, to_step="saga") == [failed]
+        assert manage.resume(session, workflow_id) == []
+        assert manage.retry(session, failed) == []
+        assert manage.rewind(session, failed, to_step="saga") == [failed]
     assert shell.one(failed).cancellation == "compensates"
 
 
 def test_saga_is_for_the_code_of_a_workflow() -> None:
-    with pytest.raises(errors.UsageError, match="'saga' is for the code of a workflow"), Saga():
+    with pytest.raises(errors.UsageError, match=r"Saga\(\) is for the code of a workflow"), Saga():
         pass
     with pytest.raises(errors.UsageError, match="a saga is used as a block"):
         Saga().add(print)
@@ -268,13 +270,12 @@ def test_compensation_that_was_called_already_is_refused(shell: Shell, app: Appl
 @pytest.mark.shells(("worker", "async-worker"))
 def test_saga_of_the_other_form_is_refused(shell: Shell, app: Application) -> None:
     async def wrong() -> None:
-        saga = Saga()
         if app.form is Form.ASYNC:
-            saga.__enter__()
+            Saga().__enter__()
         else:
-            await saga.__aenter__()
+            await aio.Saga().__aenter__()
 
-    with pytest.raises(errors.UsageError, match="a saga is used by"):
+    with pytest.raises(errors.UsageError, match=r"Saga\(\) is for"):
         shell.run(app.workflow(wrong))
 
 
@@ -290,7 +291,7 @@ def test_saga_in_a_branch_is_refused(shell: Shell, app: Application) -> None:
         else:
             parallel(lambda: drive(one()))
 
-    with pytest.raises(errors.UsageError, match="a saga was begun in a branch"):
+    with pytest.raises(errors.UsageError, match="a saga was entered in a branch"):
         shell.run(app.workflow(travel))
 
 
@@ -300,17 +301,17 @@ def test_children_of_a_map_that_gives_up_undo_what_they_did(shell: Shell, app: A
 
     async def travel(part: str) -> None:
         if part == "fails":
-            await awaited(wait_signal("fail"))
+            await awaited(either.wait_signal("fail"))
             raise LookupError(part)
         async with Block(app.form) as saga:
             await ledger.do(part)
             saga.add(ledger.undo.step, part)
-            await awaited(wait_signal("go"))
+            await awaited(either.wait_signal("go"))
 
     child = app.workflow(travel)
 
     async def all_of() -> None:
-        await awaited(child.map(["fails", "flight"]))
+        await awaited(either.map_children(child, ["fails", "flight"]))
 
     workflow = app.workflow(all_of)
     workflow_id = shell.begin(workflow)

@@ -13,8 +13,10 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import AsyncExecutor, Durable, Worker, Workflow, signal, sleep, wait_signal
+from sqla_durable import Durable, Worker, Workflow
+from sqla_durable.asyncio import AsyncExecutor, send_signal
 from sqla_durable.errors import SessionError
+from tests.acceptance import either
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.shells import PATIENCE, POLL, SHELLS, Shell
 
@@ -53,8 +55,8 @@ def story(app: Application) -> AnyWorkflow[[datetime], datetime]:
     step = app.plain(flaky, total_timeout=timedelta(minutes=5), **policy)
 
     async def live(at: datetime) -> datetime:
-        await awaited(sleep(timedelta(seconds=0.01)))
-        await awaited(wait_signal("go", timeout=timedelta(days=1)))
+        await awaited(either.sleep(timedelta(seconds=0.01)))
+        await awaited(either.wait_signal("go", timeout=timedelta(days=1)))
         return await step(at)
 
     return app.workflow(live).options(timeout=timedelta(days=40), deadline=timedelta(days=400))
@@ -108,15 +110,15 @@ async def test_asyncpg_reads_times_in_any_style(styled_url: str, async_engine: A
 
     @durable.workflow
     async def live(at: datetime) -> datetime:
-        await sleep(timedelta(seconds=0.01))
-        await wait_signal("go", timeout=timedelta(days=1))
+        await either.sleep(timedelta(seconds=0.01))
+        await either.wait_signal("go", timeout=timedelta(days=1))
         return at
 
     maker = async_sessionmaker(async_engine)
     async with maker.begin() as session:
         options = live.options(key="k", delay=timedelta(seconds=0.01), timeout=timedelta(days=40))
         workflow_id = (await options.start(session, AT)).id
-        await signal(session, workflow_id, "go")
+        await send_signal(session, workflow_id, "go")
     async with Worker(durable, async_sessionmaker=maker, poll_interval=POLL):
         assert await live.handle(maker, workflow_id).result(timeout=PATIENCE) == AT
     async with maker() as session:

@@ -22,11 +22,12 @@ from sqla_durable import (
     Workflow,
     WorkflowStatus,
     errors,
-    signal,
+    send_signal,
     start_with_signal,
     wait_signal,
 )
 from sqla_durable.testing import advance
+from tests.acceptance import either
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.shells import Shell
 from tests.store import races
@@ -57,7 +58,7 @@ async def awaited(outcome: Any) -> Any:
 
 def approving(app: Application, **options: Any) -> AnyWorkflow[[], Approval]:
     async def approve() -> Approval:
-        found = await awaited(wait_signal("approved", Approval, **options))
+        found = await awaited(either.wait_signal("approved", Approval, **options))
         assert isinstance(found, Approval)
         return found
 
@@ -111,7 +112,7 @@ def test_waiting_workflow_goes_on_with_the_signal(shell: Shell, app: Application
 def test_signals_are_taken_first_in_first_out_and_once(shell: Shell, app: Application) -> None:
     # behaviour: C1
     async def collect(count: int) -> list[int]:
-        return [await awaited(wait_signal("item", int)) for _ in range(count)]
+        return [await awaited(either.wait_signal("item", int)) for _ in range(count)]
 
     workflow = app.workflow(collect)
     workflow_id = shell.begin(workflow, 5)
@@ -170,7 +171,7 @@ def test_step_sends_a_signal_of_a_known_key_after_the_end(shell: Shell, app: App
     shell.finish(receiver, receiver_id)
 
     def approve(session: Session) -> None:
-        signal(session, receiver_id, "approved", Approval("ada", 2), key="once")
+        send_signal(session, receiver_id, "approved", Approval("ada", 2), key="once")
 
     step = app.transactional(approve)
 
@@ -186,9 +187,9 @@ def test_signal_that_does_not_come_in_time_is_an_error_also_on_replay(shell: She
     # behaviour: C1
     async def patient() -> str:
         try:
-            await awaited(wait_signal("approved", timeout=WEEK))
+            await awaited(either.wait_signal("approved", timeout=WEEK))
         except errors.WaitTimeoutError as late:
-            await awaited(wait_signal("late"))
+            await awaited(either.wait_signal("late"))
             return str(late)
         return "in time"
 
@@ -263,10 +264,10 @@ def test_taken_signal_is_the_same_after_a_crash(shell: Shell, app: Application) 
     step = app.plain(risky)
 
     async def two() -> list[int]:
-        first = await awaited(wait_signal("item", int))
+        first = await awaited(either.wait_signal("item", int))
         with suppress(LookupError):
             await step()
-        return [first, await awaited(wait_signal("item", int))]
+        return [first, await awaited(either.wait_signal("item", int))]
 
     workflow = app.workflow(two)
     workflow_id = shell.begin(workflow)
@@ -317,7 +318,7 @@ def test_start_with_a_signal_that_cannot_be_sent_starts_nothing(
 
 def test_start_with_a_signal_takes_what_bind_gives(shell: Shell, app: Application) -> None:
     with shell.sessionmaker() as session, pytest.raises(errors.ArgumentError, match=r"given as workflow.bind\(...\)"):
-        start_with_signal(session, approving(app), "approved")  # type: ignore[call-overload]
+        start_with_signal(session, approving(app), "approved")  # type: ignore[arg-type]
 
 
 @pytest.mark.shells(("worker", "async-worker"))
@@ -343,10 +344,10 @@ def test_what_a_step_starts_with_a_signal_is_a_child(shell: Shell, app: Applicat
 
 def test_unknown_workflow_is_not_found_and_the_transaction_goes_on(session: Session) -> None:
     with pytest.raises(errors.NotFoundError, match="Nothing was sent"):
-        signal(session, uuid4(), "approved")
+        send_signal(session, uuid4(), "approved")
     (known,) = races.enqueue(session)
     with pytest.raises(errors.NotFoundError):
-        signal(session, [known, uuid4()], "approved")
+        send_signal(session, [known, uuid4()], "approved")
     assert session.scalars(select(Signal)).all() == []
 
 
@@ -354,19 +355,19 @@ def test_finished_workflow_takes_no_signal(session: Session) -> None:
     (known,) = races.enqueue(session)
     session.execute(text("UPDATE durable.workflow SET status = 'cancelled', finished_at = now()"))
     with pytest.raises(errors.WorkflowFinishedError, match="which was cancelled"):
-        signal(session, known, "approved")
+        send_signal(session, known, "approved")
 
 
 @pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
 def test_known_signal_to_several_is_sent_to_the_others(engine: Engine, level: str) -> None:
     with Session(engine) as session:
         ended, open_ = races.enqueue(session, 2)
-        signal(session, ended, "approved", 1, key="once")
+        send_signal(session, ended, "approved", 1, key="once")
         races.cancel(session, ended)
         session.commit()
     with Session(engine.execution_options(isolation_level=level)) as session:
-        signal(session, [ended, open_], "approved", 2, key="once")
-        signal(session, [ended, open_], "approved", 3, key="once")
+        send_signal(session, [ended, open_], "approved", 2, key="once")
+        send_signal(session, [ended, open_], "approved", 3, key="once")
         found = session.execute(select(Signal.workflow_id, Signal.payload).where(Signal.name == "approved"))
         assert {each.workflow_id: each.payload for each in found} == {ended: 1, open_: 2}
 
@@ -376,13 +377,13 @@ def test_workflow_that_ends_while_a_known_signal_is_sent_again(engine: Engine, l
     """Whether the sender's snapshot is older than the end, or newer."""
     with Session(engine) as session:
         (known,) = races.enqueue(session)
-        signal(session, known, "approved", 1, key="once")
+        send_signal(session, known, "approved", 1, key="once")
         session.commit()
     with Session(engine.execution_options(isolation_level=level)) as session, Session(engine) as other:
         session.execute(text("SELECT 1"))
         races.cancel(other, known)
         other.commit()
-        signal(session, known, "approved", 2, key="once")
+        send_signal(session, known, "approved", 2, key="once")
         assert session.scalars(select(Signal.payload).where(Signal.name == "approved")).all() == [1]
 
 
@@ -392,23 +393,23 @@ def test_workflow_that_continued_as_new_knows_the_key_of_what_it_took_before(ses
     @durable.workflow
     def approve(number: int) -> int:
         if number == 1:
-            found: int = wait_signal("approved", int)
+            found = wait_signal("approved", int)
             approve.continue_as_new(found + 1)
         return number
 
     with session:
         approval = approve.start(session, 1).id
-        signal(session, approval, "approved", 6, key="once")
+        send_signal(session, approval, "approved", 6, key="once")
         session.commit()
         assert Executor(session).execute(approve, approval) == 7
-        signal(session, approval, "approved", 8, key="once")
+        send_signal(session, approval, "approved", 8, key="once")
         session.commit()
 
 
 def test_signal_to_several_is_one_statement(session: Session) -> None:
     # behaviour: C3
     known = races.enqueue(session, 3)
-    signal(session, known, "approved", 7)
+    send_signal(session, known, "approved", 7)
     assert [(each.workflow_id, each.payload) for each in session.scalars(select(Signal))] == [
         (each, 7) for each in sorted(known)
     ]
@@ -417,7 +418,7 @@ def test_signal_to_several_is_one_statement(session: Session) -> None:
 @pytest.mark.parametrize("name", ["", " ", "#a", "/" * 400, "nul\0"])
 def test_name_that_cannot_be_one_is_refused(session: Session, name: str) -> None:
     with pytest.raises(errors.ArgumentError, match="the signal name"):
-        signal(session, uuid4(), name)
+        send_signal(session, uuid4(), name)
     with pytest.raises(errors.ArgumentError, match="the signal name"):
         wait_signal(name)
 
@@ -427,24 +428,24 @@ def test_payload_that_cannot_be_stored_is_refused(session: Session, payload: obj
     # behaviour: C6
     (known,) = races.enqueue(session)
     with pytest.raises(errors.EncodingError, match="payload of signal 'approved'"):
-        signal(session, known, "approved", payload)
+        send_signal(session, known, "approved", payload)
 
 
 def test_payload_that_is_too_large_is_refused(session: Session) -> None:
     (known,) = races.enqueue(session)
     with pytest.raises(errors.PayloadTooLargeError):
-        signal(session, known, "approved", "x" * 2_000_000)
+        send_signal(session, known, "approved", "x" * 2_000_000)
 
 
 @pytest.mark.parametrize("given", ["text", 7, None, [None]])
 def test_what_is_no_workflow_is_refused(session: Session, given: Any) -> None:
     with pytest.raises(errors.ArgumentError, match="is no workflow"):
-        signal(session, given, "approved")
+        send_signal(session, given, "approved")
 
 
 def test_session_comes_first() -> None:
     with pytest.raises(errors.SessionError, match="the caller's Session or AsyncSession comes first"):
-        signal("nothing", uuid4(), "approved")  # type: ignore[call-overload]
+        send_signal("nothing", uuid4(), "approved")  # type: ignore[arg-type]
 
 
 def signals_of(shell: Shell) -> list[Signal]:

@@ -17,7 +17,8 @@ from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable import Durable, Step, StepStatus, Workflow, WorkflowStatus, cancel, errors, resume
+from sqla_durable import Durable, Step, StepStatus, Workflow, WorkflowStatus, errors, manage
+from sqla_durable.asyncio import to_thread
 from tests.acceptance.application import AnyWorkflow, Application, Called, Form
 from tests.acceptance.shells import AsyncJoinedShell, Shell
 from tests.store import races
@@ -203,7 +204,7 @@ def test_a_sync_step_of_an_async_workflow_is_never_left_to_itself(shell: Shell, 
         return 1
 
     async def pay() -> int:
-        return await call.aio()
+        return await to_thread(call)
 
     with pytest.raises(errors.StepTimeoutError):
         shell.run(app.workflow(pay))
@@ -310,14 +311,14 @@ def test_a_cancel_ends_a_step_before_its_timeout_and_a_resume_does_not_give_it_m
             workflow_id = workflow.start(session).id
         races.wait_until(lambda: slow.calls == 1)
         with shell.sessionmaker.begin() as session:
-            assert cancel(session, workflow_id) == [workflow_id]
+            assert manage.cancel(session, workflow_id) == [workflow_id]
         races.wait_until(lambda: slow.cancelled == 1)
         (recorded,) = _steps(shell)
         assert recorded.status is StepStatus.RUNNING
         assert _only(shell).status is WorkflowStatus.CANCELLED
         with shell.sessionmaker.begin() as session:
             session.execute(update(Step).values(started_at=func.statement_timestamp() - 2 * LONG))
-            assert resume(session, workflow_id) == [workflow_id]
+            assert manage.resume(session, workflow_id) == [workflow_id]
         with pytest.raises(errors.StepTimeoutError):
             shell.result(workflow, workflow_id)
     assert slow.calls == 1

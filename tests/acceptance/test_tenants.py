@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.asyncio as aio
 from sqla_durable import (
     Durable,
     Event,
@@ -27,17 +28,15 @@ from sqla_durable import (
     StreamItem,
     Worker,
     Workflow,
-    cancel,
     complete_callback,
     create_callback,
-    delete,
     errors,
-    fork,
-    retry,
+    manage,
+    send_signal,
+    send_update,
     set_event,
-    signal,
+    start_child,
     start_many,
-    update,
     wait_signal,
     write_stream,
 )
@@ -76,7 +75,7 @@ def child() -> str:
 
 @durable.workflow
 def report() -> str:
-    seen = child.start_child().result()
+    seen = start_child(child).result()
     set_event("status", "asked")
     write_stream("log", "asked")
     callback = create_callback(str)
@@ -246,7 +245,7 @@ async def test_a_tenant_starts_in_async_code(place: Place) -> None:
         with acting(name):
             async with AsyncSession(app) as session, session.begin():
                 workflow = await child.options(key=f"{name}:7").start(session)
-                await signal(session, workflow, "go")
+                await aio.send_signal(session, workflow, "go")
             async with AsyncSession(app) as session:
                 assert (await session.scalars(select(Workflow.key))).all() == [f"{name}:7"]
                 assert len((await session.scalars(select(Signal.id))).all()) == 1
@@ -271,12 +270,12 @@ def test_a_tenant_reaches_its_own_only(place: Place, reports: dict[str, UUID]) -
     with acting("globex"):
         token = token_of(place, other)
     verbs: dict[str, tuple[Callable[[Session, UUID], object], object]] = {
-        "signal": (lambda session, to: signal(session, to, "go", 1), errors.NotFoundError),
-        "update": (lambda session, to: update(session, to, "change", 1), errors.NotFoundError),
-        "fork": (lambda session, to: fork(session, to, key="acme:fork"), errors.NotFoundError),
-        "cancel": (lambda session, to: cancel(session, to), []),
-        "retry": (lambda session, to: retry(session, to), []),
-        "delete": (lambda session, to: delete(session, to), []),
+        "signal": (lambda session, to: send_signal(session, to, "go", 1), errors.NotFoundError),
+        "update": (lambda session, to: send_update(session, to, "change", 1), errors.NotFoundError),
+        "fork": (lambda session, to: manage.fork(session, to, key="acme:fork"), errors.NotFoundError),
+        "cancel": (lambda session, to: manage.cancel(session, to), []),
+        "retry": (lambda session, to: manage.retry(session, to), []),
+        "delete": (lambda session, to: manage.delete(session, to), []),
     }
     with acting("acme"):
         for name, (verb, expected) in verbs.items():
@@ -312,12 +311,12 @@ def test_a_worker_serves_all_tenants(place: Place, reports: dict[str, UUID]) -> 
         for name, own in reports.items():
             with acting(name):
                 token = str(token_of(place, own))
-                place.run(partial(signal, workflows=own, name="go", payload="went"))
+                place.run(partial(send_signal, workflows=own, name="go", payload="went"))
                 place.run(partial(complete_callback, token=token, value="answered"))
                 results[name] = report.handle(place.app, own).result(timeout=PATIENCE)
     assert results == {"acme": "acme went answered", "globex": "globex went answered"}
     with sessionmaker(place.roles.engine("operator")).begin() as session:
-        assert len(delete(session, select(Workflow))) == 4
+        assert len(manage.delete(session, select(Workflow))) == 4
 
 
 def test_a_role_for_each_tenant(engine: Engine, direct_url: str) -> None:
@@ -330,7 +329,7 @@ def test_a_role_for_each_tenant(engine: Engine, direct_url: str) -> None:
                 name = str(connection.execute(text("SELECT current_user")).scalar_one())
             with acting(name), sessionmaker(own).begin() as session:
                 workflow = child.options(key=f"{name}:1").start(session)
-                signal(session, workflow, "go")
+                send_signal(session, workflow, "go")
                 assert session.scalars(select(Workflow.key)).all() == [f"{name}:1"]
             with acting("owner"), Session(own) as session:
                 child.start(session)

@@ -10,8 +10,19 @@ from uuid import UUID
 import pytest
 from sqlalchemy import func, select
 
-from sqla_durable import StepStatus, Workflow, WorkflowStatus, errors, now, random, sleep, sleep_until, uuid4
+from sqla_durable import (
+    StepStatus,
+    Workflow,
+    WorkflowStatus,
+    current_time,
+    errors,
+    new_uuid,
+    random_number,
+    sleep,
+    sleep_until,
+)
 from sqla_durable.testing import advance
+from tests.acceptance import either
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 from tests.store import races
@@ -29,9 +40,9 @@ async def awaited(outcome: Any) -> Any:
 
 def test_short_sleep_is_over_and_recorded(shell: Shell, app: Application) -> None:
     async def nap() -> str:
-        await awaited(sleep(timedelta(milliseconds=20)))
-        await awaited(sleep(timedelta(seconds=-5)))
-        await awaited(sleep_until(datetime(1990, 1, 1, tzinfo=UTC), key="long ago"))
+        await awaited(either.sleep(timedelta(milliseconds=20)))
+        await awaited(either.sleep(timedelta(seconds=-5)))
+        await awaited(either.sleep_until(datetime(1990, 1, 1, tzinfo=UTC), step_key="long ago"))
         return "awake"
 
     assert shell.run(app.workflow(nap)) == "awake"
@@ -56,7 +67,7 @@ def test_long_sleep_is_a_row_that_outlives_its_worker(shell: Shell, app: Applica
     step = app.plain(call)
 
     async def trial() -> list[str]:
-        return [await step("before"), str(await awaited(sleep(FORTNIGHT))), await step("after")]
+        return [await step("before"), str(await awaited(either.sleep(FORTNIGHT))), await step("after")]
 
     workflow = app.workflow(trial)
     workflow_id = shell.begin(workflow)
@@ -76,7 +87,7 @@ def test_long_sleep_is_a_row_that_outlives_its_worker(shell: Shell, app: Applica
 @WORKERS
 def test_sleep_is_not_begun_anew_by_another_attempt(shell: Shell, app: Application) -> None:
     async def trial() -> None:
-        await awaited(sleep(FORTNIGHT))
+        await awaited(either.sleep(FORTNIGHT))
 
     workflow_id = shell.begin(app.workflow(trial))
     with shell.background():
@@ -103,7 +114,11 @@ def test_facts_are_the_same_on_every_replay(shell: Shell, app: Application) -> N
     step = app.plain(fragile)
 
     async def ask() -> tuple[datetime, UUID, float]:
-        facts = await awaited(now()), await awaited(uuid4()), await awaited(random())
+        facts = (
+            await awaited(either.current_time()),
+            await awaited(either.new_uuid()),
+            await awaited(either.random_number()),
+        )
         await step()
         return facts
 
@@ -115,29 +130,31 @@ def test_facts_are_the_same_on_every_replay(shell: Shell, app: Application) -> N
     _forget(shell, "fragile")
     shell.crashed(shell.only)
     moment, identity, number = shell.finish(workflow, shell.only)
-    assert moment == datetime.fromisoformat(str(asked["now"]))
-    assert (str(identity), number) == (asked["uuid4"], asked["random"])
+    assert moment == datetime.fromisoformat(str(asked["current_time"]))
+    assert (str(identity), number) == (asked["new_uuid"], asked["random_number"])
     assert abs(_from_now(shell, moment)) < 60
 
 
 def test_facts_outside_a_workflow_are_asked_each_time() -> None:
-    assert now().tzinfo is not None
-    assert uuid4() != uuid4()
-    assert 0 <= random() < 1
+    assert current_time().tzinfo is not None
+    assert new_uuid() != new_uuid()
+    assert 0 <= random_number() < 1
 
 
 def test_sleep_outside_a_workflow_is_refused() -> None:
-    with pytest.raises(errors.UsageError, match="'sleep' is for the code of a workflow, and this is outside"):
+    with pytest.raises(errors.UsageError, match=r"sleep\(\) is for the code of a workflow, and was called outside"):
         sleep(FORTNIGHT)
 
 
 def test_sleep_in_a_step_is_refused(shell: Shell, app: Application) -> None:
-    step = app.plain(lambda: str(sleep(FORTNIGHT)), name="careless")
+    step = app.plain(lambda: str(either.sleep(FORTNIGHT)), name="careless")
 
     async def trial() -> str:
         return await step()
 
-    with pytest.raises(errors.UsageError, match="'sleep' was called in step 'careless', which is executed as a whole"):
+    with pytest.raises(
+        errors.UsageError, match=r"sleep\(\) was called in step 'careless', which is executed as a whole"
+    ):
         shell.run(app.workflow(trial))
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from sqla_durable import wait_signal
+from sqla_durable.asyncio import wait_signal
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 from tests.acceptance.test_cancelled_calls import agreed, history
@@ -19,7 +19,7 @@ Record = Callable[[str], Awaitable[str]]
 
 
 async def paid() -> str:
-    return await wait_signal.aio("paid", str)
+    return await wait_signal("paid", str)
 
 
 async def by_wait(record: Record) -> str:

@@ -373,7 +373,7 @@ def test_current_tells_where_the_code_is(shell: Shell, app: Application) -> None
         execution = current()
         assert execution is not None
         here: list[str | int | None] = [execution.workflow, execution.attempt, execution.step, execution.step_attempt]
-        return [here, await asking(), await asking(), await asking.options(key="named")()]
+        return [here, await asking(), await asking(), await asking.options(step_key="named")()]
 
     assert current() is None
     assert shell.run(app.workflow(where)) == [

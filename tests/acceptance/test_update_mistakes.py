@@ -15,15 +15,15 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import (
     Signal,
-    Update,
+    UpdateHandle,
     UpdateRequest,
     Workflow,
     errors,
+    send_signal,
+    send_update,
     set_event,
-    signal,
     sleep,
     start_with_update,
-    update,
     update_handle,
     wait_update,
 )
@@ -55,7 +55,7 @@ def session(engine: Engine) -> Generator[Session]:
 def test_second_answer_is_refused_and_the_first_one_stands(shell: Shell, app: Application) -> None:
     def save(session: Session, request: UpdateRequest[Address]) -> None:
         session.add(Entry(account="a", cents=1))
-        request.reject(session, "no")
+        request.reject("no", session=session)
 
     step = app.transactional(save)
 
@@ -114,7 +114,7 @@ def test_what_belongs_to_the_workflow_is_refused_elsewhere(shell: Shell, app: Ap
     async def waits() -> None:
         await asked()
 
-    async def answers_(request: UpdateRequest[Address]) -> None:
+    async def answers_(request: Any) -> None:
         await awaited(request.reply("plain"))
 
     waiting, plain = app.publishing(waits), app.publishing(answers_)
@@ -125,9 +125,9 @@ def test_what_belongs_to_the_workflow_is_refused_elsewhere(shell: Shell, app: Ap
         for wrong in (
             lambda: plain(request),
             waiting,
-            lambda: awaited(request.reply(shell.sessionmaker(), 1)),
+            lambda: awaited(request.reply(1, session=shell.sessionmaker())),
             lambda: awaited(request.reject("")),
-            lambda: awaited(UpdateRequest(uuid4(), 1, "other", None).reply()),
+            lambda: awaited(type(request)(uuid4(), 1, "other", None).reply()),
         ):
             try:
                 await wrong()
@@ -157,7 +157,7 @@ def test_validator_is_no_part_of_the_workflow(shell: Shell, app: Application) ->
 
     async def moving() -> str:
         with pytest.raises(errors.UsageError):
-            await asked(validate=suspends, key="first")
+            await asked(validate=suspends, step_key="first")
         await asked(validate=sleeps, timeout=timedelta())
         return "it came"
 
@@ -166,7 +166,7 @@ def test_validator_is_no_part_of_the_workflow(shell: Shell, app: Application) ->
     request = ask(shell, workflow_id, Address("Elm"))
     with pytest.raises(errors.WaitTimeoutError):
         shell.finish(workflow, workflow_id)
-    with pytest.raises(errors.UpdateRejectedError, match="this is outside of one"):
+    with pytest.raises(errors.UpdateRejectedError, match="outside of one"):
         answer(shell, request)
 
 
@@ -181,11 +181,11 @@ def test_outside_a_workflow_an_answer_does_nothing_and_nobody_waits() -> None:
 
 def test_unknown_and_finished_workflows_take_no_update_and_the_transaction_goes_on(session: Session) -> None:
     with pytest.raises(errors.NotFoundError, match="Nothing was sent"):
-        update(session, uuid4(), "set_address")
+        send_update(session, uuid4(), "set_address")
     (known,) = races.enqueue(session)
     races.cancel(session, known)
     with pytest.raises(errors.WorkflowFinishedError, match="which was cancelled"):
-        update(session, known, "set_address")
+        send_update(session, known, "set_address")
     assert session.scalars(select(Signal)).all() == []
 
 
@@ -193,29 +193,29 @@ def test_what_cannot_be_sent_is_refused(session: Session) -> None:
     (known,) = races.enqueue(session)
     for name in ("", "#a", "nul\0"):
         with pytest.raises(errors.ArgumentError, match="the update name"):
-            update(session, known, name)
+            send_update(session, known, name)
         with pytest.raises(errors.ArgumentError, match="the update name"):
             wait_update(name)
-    with pytest.raises(errors.ArgumentError, match="pass a text that is not blank"):
-        update(session, known, "set_address", key=" ")
+    with pytest.raises(errors.ArgumentError, match="give a text that is not blank"):
+        send_update(session, known, "set_address", key=" ")
     with pytest.raises(errors.EncodingError, match="payload of update 'set_address'"):
-        update(session, known, "set_address", object())
+        send_update(session, known, "set_address", object())
     with pytest.raises(errors.PayloadTooLargeError):
-        update(session, known, "set_address", "x" * 2_000_000)
+        send_update(session, known, "set_address", "x" * 2_000_000)
     with pytest.raises(errors.ArgumentError, match="is no workflow"):
-        update(session, "1234", "set_address")  # type: ignore[call-overload]
+        send_update(session, "1234", "set_address")  # type: ignore[arg-type]
     with pytest.raises(errors.ArgumentError, match="is in no database"):
-        update(session, Workflow(name="checkout"), "set_address")
+        send_update(session, Workflow(name="checkout"), "set_address")
     with pytest.raises(errors.ArgumentError, match=r"given as workflow.bind\(...\)"):
-        start_with_update(session, known, "set_address")  # type: ignore[call-overload]
+        start_with_update(session, known, "set_address")  # type: ignore[arg-type]
     with pytest.raises(errors.SessionError, match="the caller's Session or AsyncSession comes first"):
-        update("nothing", known, "set_address")  # type: ignore[call-overload]
+        send_update("nothing", known, "set_address")  # type: ignore[arg-type]
     assert session.scalars(select(Signal)).all() == []
 
 
 def test_signal_is_no_update(session: Session) -> None:
     (known,) = races.enqueue(session)
-    signal(session, known, "set_address")
+    send_signal(session, known, "set_address")
     session.flush()
     sent = session.scalars(select(Signal)).one().id
     session.commit()
@@ -225,7 +225,7 @@ def test_signal_is_no_update(session: Session) -> None:
 
 def test_sync_result_is_refused_in_an_event_loop(session: Session) -> None:
     (known,) = races.enqueue(session)
-    request: Update[Any] = update(session, known, "set_address")
+    request: UpdateHandle[Any] = send_update(session, known, "set_address")
 
     async def block() -> None:
         request.result()

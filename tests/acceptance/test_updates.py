@@ -13,23 +13,20 @@ from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.asyncio as aio
 from sqla_durable import (
-    AsyncUpdate,
     Durable,
     Executor,
     UpdateRequest,
     WorkflowStatus,
-    cancel,
     errors,
-    fork,
-    rewind,
-    set_event,
+    manage,
     start_with_update,
     update_handle,
-    wait_signal,
     wait_update,
 )
 from sqla_durable.testing import advance, export, replay
+from tests.acceptance import either
 from tests.acceptance.application import Application, Form
 from tests.acceptance.readers import accepted, answer
 from tests.acceptance.shells import AsyncShell, Shell
@@ -133,9 +130,10 @@ def test_answer_in_a_transactional_step_commits_with_what_the_step_writes(shell:
     # behaviour: T8
     tries: list[int] = []
 
-    def save(session: Session, request: UpdateRequest[Address]) -> str:
+    def save(session: Session, given: UpdateRequest[Address] | aio.AsyncUpdateRequest[Address]) -> str:
+        request = given if isinstance(given, UpdateRequest) else given.sync_request
         session.add(Entry(account=request.payload.street, cents=1))
-        request.reply(session, Saved(f"try {len(tries)}"))
+        request.reply(Saved(f"try {len(tries)}"), session=session)
         tries.append(1)
         if len(tries) == 1:
             raise ConnectionError("again")
@@ -161,9 +159,9 @@ def test_taken_update_is_answered_once_after_a_crash(shell: Shell, app: Applicat
     # behaviour: E8
     async def moving() -> None:
         request = await asked()
-        await awaited(wait_signal("go"))
+        await awaited(either.wait_signal("go"))
         await awaited(request.reject("the order is sent"))
-        await awaited(wait_signal("end"))
+        await awaited(either.wait_signal("end"))
 
     workflow = app.workflow(moving)
     workflow_id = shell.begin(workflow)
@@ -246,8 +244,8 @@ def test_cancelled_workflow_answers_nothing(shell: Shell, app: Application) -> N
     workflow_id = shell.begin(answering(app))
     request = ask(shell, workflow_id, Address("Elm"))
     with shell.sessionmaker.begin() as session:
-        cancel(session, workflow_id)
-    with pytest.raises(errors.UpdateNotAnsweredError, match="was cancelled without taking"):
+        manage.cancel(session, workflow_id)
+    with pytest.raises(errors.UpdateNotAnsweredError, match="was cancelled without receiving"):
         accepted(shell, request)
 
 
@@ -262,7 +260,7 @@ def test_workflow_that_begins_anew_forgets_what_it_took_and_takes_what_it_did_no
         if number == 0:
             await awaited(found[0].continue_as_new(1))
         await awaited(request.reply(number))
-        await awaited(wait_signal("end"))
+        await awaited(either.wait_signal("end"))
         return str(request.payload.street)
 
     found.append(app.workflow(moving))
@@ -270,7 +268,7 @@ def test_workflow_that_begins_anew_forgets_what_it_took_and_takes_what_it_did_no
     first, second = (ask(shell, workflow_id, Address(street)) for street in ("Elm", "Oak"))
     with shell.background():
         assert answer(shell, second) == 1
-        with pytest.raises(errors.UpdateNotAnsweredError, match="began anew without answering it"):
+        with pytest.raises(errors.UpdateNotAnsweredError, match="continued as new without answering it"):
             answer(shell, first)
         send(shell, workflow_id, "end")
         assert shell.result(found[0], workflow_id) == "Oak"
@@ -280,7 +278,7 @@ def test_workflow_that_begins_anew_forgets_what_it_took_and_takes_what_it_did_no
 def test_fork_answers_nothing_of_the_original(shell: Shell, app: Application) -> None:
     async def moving() -> None:
         request = await asked()
-        await awaited(set_event("took", request.payload.street))
+        await awaited(either.set_event("took", request.payload.street))
         await awaited(request.reply("original"))
 
     workflow = app.workflow(moving)
@@ -288,8 +286,8 @@ def test_fork_answers_nothing_of_the_original(shell: Shell, app: Application) ->
     request = ask(shell, workflow_id, Address("Elm"))
     shell.finish(workflow, workflow_id)
     with shell.sessionmaker.begin() as session:
-        one = fork(session, workflow_id, from_step="reply(set_address)").id
-        other = fork(session, workflow_id, from_step="set_event(took)", outcomes={"reply(set_address)": None}).id
+        one = manage.fork(session, workflow_id, from_step="reply(set_address)").id
+        other = manage.fork(session, workflow_id, from_step="set_event(took)", outcomes={"reply(set_address)": None}).id
     for each in (one, other):
         shell.finish(workflow, each)
         with pytest.raises(errors.NotFoundError):
@@ -311,7 +309,7 @@ def test_rewound_workflow_takes_again_what_it_took_and_nothing_that_it_refused(s
     request = ask(shell, workflow_id, Address("Oak"))
     shell.finish(workflow, workflow_id)
     with shell.sessionmaker.begin() as session:
-        rewind(session, workflow_id, to_step="update:set_address")
+        manage.rewind(session, workflow_id, to_step="update:set_address")
     with pytest.raises(errors.ResultTimeoutError):
         answer(shell, request, timeout=SOON)
     shell.finish(workflow, workflow_id)
@@ -385,9 +383,9 @@ def test_async_session_starts_with_an_update(shell: Shell, app: Application) -> 
     assert isinstance(shell, AsyncShell)
     workflow = answering(app)
 
-    async def start(maker: async_sessionmaker[AsyncSession]) -> tuple[UUID, AsyncUpdate[str]]:
+    async def start(maker: async_sessionmaker[AsyncSession]) -> tuple[UUID, aio.AsyncUpdateHandle[str]]:
         async with maker.begin() as session:
-            record, request = await start_with_update(
+            record, request = await aio.start_with_update(
                 session, workflow.bind(), "set_address", Address("Elm"), reply=str
             )
             return record.id, request

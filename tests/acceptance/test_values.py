@@ -13,18 +13,9 @@ from pydantic.alias_generators import to_camel
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from sqla_durable import (
-    Durable,
-    Workflow,
-    WorkflowStatus,
-    current,
-    heartbeat,
-    set_event,
-    wait_event,
-    wait_signal,
-    write_stream,
-)
+from sqla_durable import Durable, Workflow, WorkflowStatus, current
 from sqla_durable.errors import DefinitionError, EncodingError
+from tests.acceptance import either
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 from tests.support.domain import Entry
@@ -95,12 +86,12 @@ def test_model_comes_back_equal_on_every_way(shell: Shell, app: Application) -> 
     async def travel(order: Order) -> list[Order]:
         carried = await plain(order)
         booked = await transactional(carried)
-        started = await awaited(child.start_child(booked))
-        await set_event("order", booked)
+        started = await awaited(either.start_child(child, booked))
+        await either.set_event("order", booked)
         execution = current()
         assert execution is not None
-        seen = await awaited(wait_event(execution.workflow_id, "order", Order))
-        sent = await awaited(wait_signal("order", Order))
+        seen = await awaited(either.wait_event(execution.workflow_id, "order", Order))
+        sent = await awaited(either.wait_signal("order", Order))
         return [carried, booked, await awaited(started.result()), seen, sent]
 
     workflow = app.workflow(travel)
@@ -177,7 +168,7 @@ def test_argument_of_a_child_and_of_the_next_round_is_refused(shell: Shell, app:
     found: list[Any] = []
 
     async def ship(given: dict[str, Any]) -> int:
-        for call in (lambda: child.start_child(CHANGED), lambda: found[0].continue_as_new(CHANGED)):
+        for call in (lambda: either.start_child(child, CHANGED), lambda: found[0].continue_as_new(CHANGED)):
             with pytest.raises(EncodingError, match=r"given.* prices\[0\] is of type Decimal"):
                 await awaited(call())
         return len(given)
@@ -193,9 +184,9 @@ def test_what_nobody_could_read_is_not_published(shell: Shell, app: Application)
 
     async def load() -> int:
         for publish in (
-            lambda: set_event("prices", UNREADABLE),
-            lambda: write_stream("prices", UNREADABLE),
-            lambda: heartbeat(UNREADABLE),
+            lambda: either.set_event("prices", UNREADABLE),
+            lambda: either.write_stream("prices", UNREADABLE),
+            lambda: either.heartbeat(UNREADABLE),
         ):
             with refused:
                 await awaited(publish())
@@ -205,7 +196,7 @@ def test_what_nobody_could_read_is_not_published(shell: Shell, app: Application)
 
     async def ship() -> int:
         with refused:
-            await awaited(set_event("prices", UNREADABLE))
+            await awaited(either.set_event("prices", UNREADABLE))
         return await step()
 
     assert shell.run(app.workflow(ship)) == 1
@@ -214,7 +205,7 @@ def test_what_nobody_could_read_is_not_published(shell: Shell, app: Application)
 # behaviour: V1 C6
 def test_what_nobody_could_read_is_not_sent(shell: Shell, app: Application) -> None:
     async def ship() -> int:
-        found: int = await awaited(wait_signal("prices", int))
+        found: int = await awaited(either.wait_signal("prices", int))
         return found
 
     workflow = app.workflow(ship)

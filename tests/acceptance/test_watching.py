@@ -9,8 +9,9 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from sqla_durable import errors, set_event, wait_event, wait_signal
+from sqla_durable import errors
 from sqla_durable.testing import advance
+from tests.acceptance import either
 from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.shells import Shell
 from tests.store import races
@@ -25,7 +26,7 @@ async def awaited(outcome: Any) -> Any:
 
 def watching(app: Application, **options: Any) -> AnyWorkflow[[UUID], int]:
     async def watch(other: UUID) -> int:
-        found: int = await awaited(wait_event(other, "progress", int, **options))
+        found: int = await awaited(either.wait_event(other, "progress", int, **options))
         return found
 
     return app.workflow(watch)
@@ -33,8 +34,8 @@ def watching(app: Application, **options: Any) -> AnyWorkflow[[UUID], int]:
 
 def showing(app: Application) -> AnyWorkflow[[], None]:
     async def show() -> None:
-        await awaited(wait_signal("go"))
-        await awaited(set_event("progress", 7))
+        await awaited(either.wait_signal("go"))
+        await awaited(either.set_event("progress", 7))
 
     return app.workflow(show)
 
@@ -87,10 +88,10 @@ def test_event_of_any_key_that_can_be_set_can_be_waited_for(shell: Shell, app: A
 
     async def show() -> None:
         for key in keys:
-            await awaited(set_event(key, key))
+            await awaited(either.set_event(key, key))
 
     async def watch(other: UUID) -> list[str]:
-        return [await awaited(wait_event(other, key, str)) for key in [*keys, "a"]]
+        return [await awaited(either.wait_event(other, key, str)) for key in [*keys, "a"]]
 
     other = shell.begin(app.workflow(show))
     with shell.background():

@@ -9,7 +9,9 @@ from uuid import UUID
 
 from sqlalchemy import select
 
-from sqla_durable import Event, UpdateRequest, update_handle, wait_update
+import sqla_durable.asyncio as aio
+from sqla_durable import Event, update_handle
+from tests.acceptance import either
 from tests.acceptance.application import Application
 from tests.acceptance.shells import AnyUpdate, AsyncShell, Shell
 
@@ -30,9 +32,8 @@ async def awaited(outcome: Any) -> Any:
     return await outcome if inspect.isawaitable(outcome) else outcome
 
 
-async def asked(kind: Any = Address, **options: Any) -> UpdateRequest[Any]:
-    found: UpdateRequest[Any] = await awaited(wait_update("set_address", kind, **options))
-    return found
+async def asked(kind: Any = Address, **options: Any) -> Any:
+    return await awaited(either.wait_update("set_address", kind, **options))
 
 
 def in_europe(address: Address) -> None:
@@ -57,7 +58,7 @@ def send(shell: Shell, workflow: UUID, name: str) -> None:
 def again(shell: Shell, request: AnyUpdate, **options: Any) -> AnyUpdate:
     """Make the handle again from the ids, as another process does."""
     if isinstance(shell, AsyncShell):
-        return update_handle(shell.async_sessionmaker, request.workflow_id, request.id, **options)
+        return aio.update_handle(shell.async_sessionmaker, request.workflow_id, request.id, **options)
     return update_handle(shell.sessionmaker, request.workflow_id, request.id, **options)
 
 

@@ -13,6 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.asyncio as aio
 from sqla_durable import Durable, Executor, Workflow, get_event
 from sqla_durable.errors import ResultTimeoutError
 
@@ -101,7 +102,7 @@ async def test_pool_that_is_used_up_is_explained(engine: Engine) -> None:
         await async_session.connection()
         for wait in (
             double.handle(async_session, workflow_id).result(),
-            get_event(async_session, workflow_id, "progress"),
+            aio.get_event(async_session, workflow_id, "progress"),
         ):
             with pytest.raises(PoolTimeoutError) as caught:
                 await wait

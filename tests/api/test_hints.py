@@ -35,7 +35,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from sqla_durable import Durable, Executor, Workflow, cancel, resume, start_many
+from sqla_durable import Durable, Executor, Workflow, manage, start_many
 from sqla_durable.api import hints
 from sqla_durable.api.hints import EVERYWHERE, announce
 from sqla_durable.models import Base
@@ -233,12 +233,12 @@ def test_resumed_workflow_may_be_on_any_queue(own: Engine, ear: Ear) -> None:
         record = mail.start(session)
         session.commit()
         assert ear.hears() == ["q:mail"]
-        cancel(session, record)
+        manage.cancel(session, record)
         session.commit()
-        resume(session, record)
+        manage.resume(session, record)
         session.commit()
         assert ear.hears() == [EVERYWHERE]
-        assert resume(session, record) == []
+        assert manage.resume(session, record) == []
         session.commit()
     commit_hint(own, "last")
     assert ear.hears() == ["last"]
@@ -252,11 +252,11 @@ def test_cancel_tells_each_worker_once_that_executes_something_of_it(own: Engine
         session.execute(update(Workflow).where(Workflow.id.in_(ids[:3])).values(running))
         session.commit()
         assert ear.hears() == ["q:mail"]
-        assert cancel(session, ids[3]) == [ids[3]]
-        assert len(cancel(session, select(Workflow))) == 4
+        assert manage.cancel(session, ids[3]) == [ids[3]]
+        assert len(manage.cancel(session, select(Workflow))) == 4
         session.commit()
         assert ear.hears() == [f"w:{worker_id}"]
-        cancel(session, select(Workflow))
+        manage.cancel(session, select(Workflow))
         session.commit()
     commit_hint(own, "last")
     assert ear.hears() == ["last"]

@@ -11,19 +11,20 @@ from sqlalchemy import Delete, Engine, Update, create_engine, event, func, selec
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.asyncio as aio
 from sqla_durable import (
     Durable,
     Executor,
     Worker,
     Workflow,
     WorkflowStatus,
-    cancel,
-    fork,
+    manage,
     models,
-    signal,
+    send_signal,
+    send_update,
+    start_child,
     start_many,
     start_with_signal,
-    update,
 )
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.store import connection_of, keys
@@ -88,7 +89,7 @@ def test_a_hidden_key_is_an_error_and_the_transaction_goes_on(tenants: Engine) -
         "start_many": lambda session, _: start_many(
             session, [greet.options(key=key).bind("x") for key in ("free", "k")] + [greet.bind("y")]
         ),
-        "fork": lambda session, seen: fork(session, seen, key="other"),
+        "fork": lambda session, seen: manage.fork(session, seen, key="other"),
     }
     with Session(tenants) as session:
         seen = greet.start(session, "seen")
@@ -112,7 +113,7 @@ async def test_a_hidden_key_is_an_error_in_async_code(tenants: Engine, tenant: s
         with pytest.raises(KeyNotVisibleError):
             await greet.options(key="k").start(session, "x")
         with pytest.raises(KeyNotVisibleError):
-            await start_many(session, [greet.options(key="k").bind("x")])
+            await aio.start_many(session, [greet.options(key="k").bind("x")])
         assert (await greet.options(key="free").start(session, "x")).key == "free"
         await session.commit()
     await engine.dispose()
@@ -128,7 +129,7 @@ def test_a_child_with_a_hidden_key_is_the_failure_of_its_step(tenants: Engine, e
     @application.workflow
     def parent() -> str:
         try:
-            greet.options(key="k").start_child("x")
+            start_child(greet.options(key="k"), "x")
         except KeyNotVisibleError as error:
             caught.append(error.key)
         return "went on"
@@ -191,27 +192,27 @@ def test_a_key_that_is_newer_than_the_snapshot_is_an_error_and_the_transaction_g
 ) -> None:
     with Session(engine) as session:
         known = greet.options(key="known").start(session, "x")
-        signal(session, known, "go", key="old")
+        send_signal(session, known, "go", key="old")
         session.commit()
     with Session(engine.execution_options(isolation_level=level)) as session, Session(engine) as other:
         session.add(Entry(account="a", cents=1, note=None))
         known = greet.options(key="known").start(session, "x")  # which takes the snapshot
         greet.options(key="k").start(other, "theirs")
-        signal(other, known.id, "go", "theirs", key="new")
-        update(other, known.id, "ask", key="u")
+        send_signal(other, known.id, "go", "theirs", key="new")
+        send_update(other, known.id, "ask", key="u")
         other.commit()
         attempts: list[Callable[[], object]] = [
             lambda: greet.options(key="k").start(session, "x"),
             lambda: start_many(session, [greet.options(key=key).bind("x") for key in ("free", "k")]),
-            lambda: update(session, known, "ask", key="u"),
-            lambda: fork(session, known, key="k"),
+            lambda: send_update(session, known, "ask", key="u"),
+            lambda: manage.fork(session, known, key="k"),
         ]
         for attempt in attempts:
             with pytest.raises(KeyNotVisibleError, match="snapshot") as caught:
                 attempt()
             assert caught.value.is_newer
-        signal(session, known, "go", "ours", key="new")  # which was sent already
-        signal(session, known, "go", "ours", key="ours")
+        send_signal(session, known, "go", "ours", key="new")  # which was sent already
+        send_signal(session, known, "go", "ours", key="ours")
         assert greet.options(key="free").start(session, "x").key == "free"
         first, second = start_many(session, [greet.options(key=key).bind("x") for key in ("many", "free")])
         assert first != second
@@ -277,11 +278,11 @@ def test_a_session_that_reads_from_a_replica_finds_what_it_has_started(routing: 
         first = greet.options(key="k").start(session, "x")
         assert greet.options(key="k").start(session, "y") is first
         assert start_many(session, [greet.options(key=key).bind("x") for key in ("k", "other")])[0] == first.id
-        signal(session, first, "go", key="s")
-        signal(session, first, "go", key="s")
-        assert update(session, first, "ask", key="u").id == update(session, first, "ask", key="u").id
-        assert fork(session, first, key="f") is fork(session, first, key="f")
-        cancel(session, first)
+        send_signal(session, first, "go", key="s")
+        send_signal(session, first, "go", key="s")
+        assert send_update(session, first, "ask", key="u").id == send_update(session, first, "ask", key="u").id
+        assert manage.fork(session, first, key="f") is manage.fork(session, first, key="f")
+        manage.cancel(session, first)
         assert first.status is WorkflowStatus.CANCELLED
         assert connection_of(session).engine is engine
         session.commit()

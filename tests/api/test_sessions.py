@@ -23,29 +23,22 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import Mapper, Session, scoped_session, sessionmaker
 
+import sqla_durable
+import sqla_durable.asyncio as aio
 from sqla_durable import (
-    AsyncExecutor,
     Durable,
     Executor,
     Worker,
     Workflow,
-    cancel,
-    complete_callback,
-    delete,
-    fail_callback,
-    fork,
     get_event,
-    heartbeat_callback,
+    manage,
     models,
     read_stream,
-    resume,
-    retry,
     running_steps,
-    signal,
+    send_signal,
+    send_update,
     start_many,
     start_with_signal,
-    start_with_update,
-    update,
 )
 from sqla_durable.definitions.database_errors import sqlstate
 from sqla_durable.errors import DatabaseUnavailableError, EventNotSetError, KeyNotVisibleError, SessionError
@@ -91,20 +84,25 @@ def greet(number: int) -> int:
 
 TOKEN = f"{UUID(int=7).hex}.{'0' * 48}"
 
-WRITES: dict[str, Callable[[Any, UUID], Any]] = {
-    "start": lambda session, _: pay.start(session, 1),
-    "start with a key": lambda session, _: pay.options(key="k").start(session, 1),
-    "start_many": lambda session, _: start_many(session, [pay.bind(1)]),
-    "signal": lambda session, there: signal(session, there, "go"),
-    "start_with_signal": lambda session, _: start_with_signal(session, pay.options(key="k").bind(1), "go"),
-    "update": lambda session, there: update(session, there, "change"),
-    "start_with_update": lambda session, _: start_with_update(
-        session, pay.options(key="k").bind(1), "change", reply=int
-    ),
-    "complete_callback": lambda session, _: complete_callback(session, TOKEN),
-    "fail_callback": lambda session, _: fail_callback(session, TOKEN, "no"),
-    "heartbeat_callback": lambda session, _: heartbeat_callback(session, TOKEN),
-}
+
+def writes(namespace: Any) -> dict[str, Callable[[Any, UUID], Any]]:
+    """Return what writes in the caller's transaction, as one of the namespaces has it."""
+    bound = pay.options(key="k").bind(1)
+    return {
+        "start": lambda session, _: pay.start(session, 1),
+        "start with a key": lambda session, _: pay.options(key="k").start(session, 1),
+        "start_many": lambda session, _: namespace.start_many(session, [pay.bind(1)]),
+        "send_signal": lambda session, there: namespace.send_signal(session, there, "go"),
+        "start_with_signal": lambda session, _: namespace.start_with_signal(session, bound, "go"),
+        "send_update": lambda session, there: namespace.send_update(session, there, "change"),
+        "start_with_update": lambda session, _: namespace.start_with_update(session, bound, "change", reply=int),
+        "complete_callback": lambda session, _: namespace.complete_callback(session, TOKEN),
+        "fail_callback": lambda session, _: namespace.fail_callback(session, TOKEN, "no"),
+        "heartbeat_callback": lambda session, _: namespace.heartbeat_callback(session, TOKEN),
+    }
+
+
+WRITES, ASYNC_WRITES = writes(sqla_durable), writes(aio)
 
 
 def there(engine: Engine) -> UUID:
@@ -174,13 +172,13 @@ async def async_careless(engine: Engine, async_driver: str) -> AsyncGenerator[As
 @pytest.mark.parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)
 async def test_an_async_session_in_autocommit_is_refused(engine: Engine, async_careless: AsyncSession) -> None:
     workflow_id = there(engine)
-    for write in WRITES.values():
+    for write in ASYNC_WRITES.values():
         with pytest.raises(SessionError, match="is in AUTOCOMMIT"):
             await write(async_careless, workflow_id)
-    for executor in (AsyncExecutor(async_careless), AsyncExecutor.joined(async_careless)):
+    for executor in (aio.AsyncExecutor(async_careless), aio.AsyncExecutor.joined(async_careless)):
         with pytest.raises(SessionError, match="is in AUTOCOMMIT"):
             await executor.run(apay, 1)
-    assert await running_steps(async_careless, workflow_id) == []
+    assert await aio.running_steps(async_careless, workflow_id) == []
     assert nothing_was_written(engine)
 
 
@@ -241,7 +239,7 @@ async def test_an_async_hook_that_raises_after_the_commit_undoes_nothing(
     engine: Engine, async_engine: AsyncEngine, after_commit: list[bool], joined: bool
 ) -> None:
     async with AsyncSession(async_engine, sync_session_class=Hooking) as session:
-        executor = AsyncExecutor.joined(session) if joined else AsyncExecutor(session)
+        executor = aio.AsyncExecutor.joined(session) if joined else aio.AsyncExecutor(session)
         assert await executor.run(apay.options(key="k"), 5) == 5
         assert after_commit
         if joined:
@@ -297,7 +295,7 @@ async def test_sessions_without_autobegin_serve_workers_executors_and_callers(
         assert await pay.handle(async_maker, first).result(timeout=PATIENCE) == 1
         assert await apay.handle(async_maker, second).result(timeout=PATIENCE) == 2
     async with async_maker() as async_session:
-        assert await AsyncExecutor(async_session).run(apay, 3) == 3
+        assert await aio.AsyncExecutor(async_session).run(apay, 3) == 3
     with Session(engine) as session:
         assert sorted(session.scalars(select(Entry.cents))) == [1, 2, 3]
 
@@ -338,21 +336,21 @@ def choosing(engine: Engine) -> type[Choosing]:
 def test_each_statement_of_the_engine_is_known_as_a_write(engine: Engine, choosing: type[Choosing]) -> None:
     workflow_id = there(engine)
     with Session(engine) as other:
-        assert cancel(other, workflow_id)
+        assert manage.cancel(other, workflow_id)
         other.commit()
     maker: Any = sessionmaker(class_=choosing)
     verbs: list[Callable[[Session], object]] = [
-        lambda session: resume(session, workflow_id),
-        lambda session: signal(session, workflow_id, "go", key="k"),
-        lambda session: update(session, workflow_id, "change", key="k"),
+        lambda session: manage.resume(session, workflow_id),
+        lambda session: send_signal(session, workflow_id, "go", key="k"),
+        lambda session: send_update(session, workflow_id, "change", key="k"),
         lambda session: start_many(session, [pay.options(key="m").bind(1), pay.bind(2)]),
         lambda session: start_with_signal(session, pay.options(key="s").bind(3), "go"),
         lambda session: pay.options(key="k").start(session, 4),
         lambda session: pay.start(session, 5),
         lambda session: Executor.joined(session).run(pay, 6),
-        lambda session: fork(session, workflow_id, key="f"),
-        lambda session: cancel(session, workflow_id),
-        lambda session: delete(session, workflow_id),
+        lambda session: manage.fork(session, workflow_id, key="f"),
+        lambda session: manage.cancel(session, workflow_id),
+        lambda session: manage.delete(session, workflow_id),
     ]
     for verb in verbs:
         with maker() as session:
@@ -361,7 +359,7 @@ def test_each_statement_of_the_engine_is_known_as_a_write(engine: Engine, choosi
     with maker() as session:
         assert Executor(session).run(pay, 7) == 7
         assert Executor(session).run_until_waiting(pay, 7).output == 7
-        assert retry(session, []) == []
+        assert manage.retry(session, []) == []
         session.rollback()
     with Worker(without_async, sessionmaker=maker, poll_interval=POLL), maker.begin() as session:
         started = greet.start(session, 8)
@@ -449,9 +447,9 @@ async def test_an_async_executor_needs_a_session_of_the_class_that_its_steps_tak
 ) -> None:
     async with AsyncSession(async_engine) as async_session:
         with pytest.raises(SessionError, match=r"takes a .*AsyncRichSession, and its session"):
-            await AsyncExecutor(async_session).run(apay_richly, 1)
+            await aio.AsyncExecutor(async_session).run(apay_richly, 1)
     async with AsyncRichSession(async_engine) as async_session:
-        assert await AsyncExecutor(async_session).run(apay_richly, 1) == 1
+        assert await aio.AsyncExecutor(async_session).run(apay_richly, 1) == 1
     assert [each.cents for each in entries(engine)] == [1]
 
 
@@ -489,7 +487,7 @@ def test_a_scoped_session_is_called_for_its_session(engine: Engine) -> None:
 
 async def test_an_async_scoped_session_is_called_for_its_session(async_engine: AsyncEngine) -> None:
     db_session: Any = async_scoped_session(async_sessionmaker(async_engine), scopefunc=lambda: 1)
-    for refused in (lambda: start_many(db_session, []), lambda: AsyncExecutor(db_session)):
+    for refused in (lambda: start_many(db_session, []), lambda: aio.AsyncExecutor(db_session)):
         with pytest.raises(SessionError, match=r"write db.session\(\) for db.session"):
             refused()
     await apay.start(db_session(), 1)
@@ -521,8 +519,8 @@ async def test_writing_on_a_standby_is_a_clear_error(engine: Engine, async_engin
             write(session, workflow_id)
         async with AsyncSession(async_replica) as async_session:
             with pytest.raises(DatabaseUnavailableError, match="its server is a standby"):
-                await write(async_session, workflow_id)
-    for verb in (cancel, resume, retry, delete):
+                await ASYNC_WRITES[name](async_session, workflow_id)
+    for verb in (manage.cancel, manage.resume, manage.retry, manage.delete):
         with Session(replica) as session, pytest.raises(DatabaseUnavailableError, match="its server is a standby"):
             verb(session, workflow_id)
     assert nothing_was_written(engine)
@@ -545,11 +543,11 @@ def test_callers_may_have_another_driver_than_workers(engine: Engine, driver: st
     with Session(other) as session:
         workflow = pay.options(key="k").start(session, 1)
         assert pay.options(key="k").start(session, 2) is workflow
-        signal(session, workflow, "go")
-        update(session, workflow, "change")
+        send_signal(session, workflow, "go")
+        send_update(session, workflow, "change")
         started = start_many(session, [pay.bind(2)])
         session.commit()
-        assert cancel(session, started) == started
+        assert manage.cancel(session, started) == started
         session.commit()
         with pytest.raises(DBAPIError) as caught:
             session.execute(text("SELECT 1 / 0"))

@@ -21,6 +21,7 @@ import socket
 from sqlalchemy.orm import Session
 
 from sqla_durable import Durable
+from sqla_durable.asyncio import to_thread
 from tests.support.domain import Entry
 
 durable = Durable()
@@ -36,7 +37,7 @@ def pay(account: str) -> str:
 
 @durable.workflow
 async def pay_later(account: str) -> str:
-    await enter.aio(account)
+    await to_thread(enter, account)
     return account
 
 

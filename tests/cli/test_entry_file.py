@@ -13,7 +13,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import Durable, Workflow, WorkflowStatus, signal
+from sqla_durable import Durable, Workflow, WorkflowStatus, send_signal
 from tests.cli.test_worker import stopped
 from tests.store import races
 
@@ -132,7 +132,7 @@ def test_error_of_the_entry_file_is_the_same_class_in_every_process(
         wait_for(session_factory, workflow_id, WorkflowStatus.SUSPENDED)
     with worker(tmp_path, database_url, *second):
         with session_factory.begin() as session:
-            signal(session, workflow_id, "go")
+            send_signal(session, workflow_id, "go")
         wait_for(session_factory, workflow_id, WorkflowStatus.FAILED)
     calling = process(tmp_path, database_url, *caller, "call", str(workflow_id))
     assert calling.communicate(timeout=30)[0].split() == ["caught", "cup"]

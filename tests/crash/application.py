@@ -15,6 +15,7 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+import sqla_durable.asyncio as aio
 from sqla_durable import (
     Durable,
     Saga,
@@ -154,7 +155,7 @@ async def small_async(account: str) -> str:
 @durable.step
 def reply(session: Session, account: str, request: UpdateRequest[int]) -> None:
     session.add(Entry(account=account, cents=request.payload))
-    request.reply(session, request.payload)
+    request.reply(request.payload, session=session)
 
 
 def is_positive(cents: int) -> bool:
@@ -274,8 +275,8 @@ async def tell_async(account: str) -> object:
     """The same."""
     found = _found()
     for number in range(ROUNDS):
-        await write_stream("story", f"{account}/{number}")
-        await heartbeat(number)
+        await aio.write_stream("story", f"{account}/{number}")
+        await aio.heartbeat(number)
         fate.meet("async tell")
     return found
 
@@ -288,7 +289,7 @@ def told(account: str) -> object:
 
 @durable.workflow
 async def told_async(account: str) -> object:
-    await set_event("status", "telling")
+    await aio.set_event("status", "telling")
     return await tell_async(account)
 
 
@@ -315,13 +316,13 @@ async def gives_up(account: str) -> None:
     accounts = [f"{account}/{number}" for number in range(3)]
     async with asyncio.TaskGroup() as branches:
         branches.create_task(_mapped(accounts))
-        await wait_signal("fail")
+        await aio.wait_signal("fail")
         fate.meet("before the failure")
         raise LookupError(account)
 
 
 async def _mapped(accounts: list[str]) -> None:
-    await small_async.options(queue="others").map(accounts, max_concurrency=1)
+    await aio.map_children(small_async.options(queue="others"), accounts, max_concurrency=1)
 
 
 @durable.step
@@ -336,7 +337,7 @@ async def called_off(account: str) -> str:
     """Calls an order off, and once more, in the middle of a step that nothing can end; stays until that has ended."""
     try:
         async with asyncio.timeout(0.15), asyncio.timeout(0.1):
-            await ship.aio(account)
+            await aio.to_thread(ship, account)
     except TimeoutError:
         await credit_async(f"{account}/called off")
         await asyncio.sleep(0.3)

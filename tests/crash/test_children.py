@@ -7,8 +7,7 @@ import signal
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
-from sqla_durable import Workflow, WorkflowStatus
-from sqla_durable import signal as send_signal
+from sqla_durable import Workflow, WorkflowStatus, send_signal
 from tests.crash import child, ledger
 from tests.store import races
 

@@ -18,6 +18,7 @@ from sqlalchemy import Engine, create_engine, event, make_url, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.asyncio as aio
 from sqla_durable import Durable, Worker, Workflow, WorkflowStatus, run_step
 from tests.crash import child, ledger
 from tests.crash.application import durable
@@ -192,7 +193,7 @@ def test_a_step_whose_checkpoint_the_database_refuses_leaves_no_business_write(
 
     @own.workflow(name="async")
     async def on_loop() -> None:
-        await run_step(too_long, write_async)
+        await aio.run_step(too_long, write_async)
 
     (workflow_id,) = ledger.start(engine, [form])
     _without_input(engine)
@@ -238,7 +239,7 @@ def test_a_step_whose_workflow_was_lost_meanwhile_leaves_no_business_write(
 
     @own.workflow(name="async")
     async def on_loop() -> None:
-        await run_step("write", write_async)
+        await aio.run_step("write", write_async)
 
     (workflow_id,) = ledger.start(engine, [form])
     _without_input(engine)

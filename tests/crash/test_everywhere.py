@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
-from sqla_durable import Executor, Workflow, start_with_update, update
+from sqla_durable import Executor, Workflow, send_update, start_with_update
 from sqla_durable.testing import CrashPoint, Moment, crash_everywhere
 from tests.crash import application, child, ledger
 from tests.store import races
@@ -43,8 +43,8 @@ def test_a_worker_that_dies_in_any_commit_answers_an_update_once(
 
     def start(session: Session) -> Workflow:
         record, _ = start_with_update(session, application.asked.bind(str(uuid4())), "credit", -1)
-        update(session, record, "credit", 5)
-        update(session, record, "credit", 6)
+        send_update(session, record, "credit", 5)
+        send_update(session, record, "credit", 6)
         return record
 
     def end_state(session: Session, record: Workflow) -> object:

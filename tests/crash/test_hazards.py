@@ -16,6 +16,7 @@ from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.asyncio as aio
 from sqla_durable import Durable, Executor, Worker, Workflow, WorkflowStatus, models, run_step
 from sqla_durable.execution.worker.database import ThreadDatabase
 from sqla_durable.store import claims, workers
@@ -109,8 +110,8 @@ def test_a_workflow_does_not_succeed_without_a_checkpoint_that_was_refused(
 
     @durable.workflow
     async def unrecordable() -> int:
-        await run_step("fine", one)
-        await run_step(refusals.UNSTORABLE, one)
+        await aio.run_step("fine", one)
+        await aio.run_step(refusals.UNSTORABLE, one)
         for _ in range(turns):
             await asyncio.sleep(0.0005)
         return 1
@@ -250,8 +251,8 @@ def test_a_completion_never_overtakes_its_checkpoint(
 
     @durable.workflow(name="async")
     async def on_loop() -> int:
-        await durable.step(hold).aio()
-        return await durable.step(one).aio()
+        await aio.to_thread(durable.step(hold))
+        return await aio.to_thread(durable.step(one))
 
     releases: list[str] = []
 
@@ -306,7 +307,7 @@ def test_a_sync_step_that_exits_does_not_end_the_worker_of_an_async_workflow(out
 
     @durable.workflow
     async def exits() -> None:
-        await run_step("exit", sys.exit, 3)
+        await aio.run_step("exit", sys.exit, 3)
 
     assert outcome(durable, "exits", max_attempts=2).status is WorkflowStatus.FAILED
 
@@ -337,7 +338,7 @@ def test_a_step_that_raises_stop_iteration_does_not_hang_its_workflow(outcome: C
 
     @durable.workflow
     async def stops() -> int:
-        return await durable.step(first_of_none).aio()
+        return await aio.to_thread(durable.step(first_of_none))
 
     assert outcome(durable, "stops").status is WorkflowStatus.FAILED
 
@@ -634,7 +635,7 @@ def test_a_stop_releases_async_workflows_beside_sync_ones_that_are_left_behind(
             await asyncio.to_thread(entered.wait, races.PATIENCE)
             await asyncio.Event().wait()
 
-        await run_step("forever", forever)
+        await aio.run_step("forever", forever)
 
     with session_factory() as session:
         ids = [races.enqueue(session, name=name)[0] for name in ("stuck", "patient", "stuck", "patient")]

@@ -12,18 +12,8 @@ from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import (
-    AsyncExecutor,
-    Durable,
-    Executor,
-    Step,
-    Worker,
-    Workflow,
-    WorkflowStatus,
-    cancel,
-    current,
-    errors,
-)
+from sqla_durable import Durable, Executor, Step, Worker, Workflow, WorkflowStatus, current, errors, manage
+from sqla_durable.asyncio import AsyncExecutor, to_thread
 from tests.acceptance.shells import POLL
 from tests.store import races
 from tests.support import refusals
@@ -98,8 +88,8 @@ def test_a_stop_waits_for_a_step_that_is_executed_beside_the_one_that_ended(
 
     @durable.workflow
     async def both() -> list[int]:
-        running = asyncio.ensure_future(beside.aio())
-        return [await short.aio(), await after.aio(), await running]
+        running = asyncio.ensure_future(to_thread(beside))
+        return [await to_thread(short), await to_thread(after), await running]
 
     with session_factory.begin() as session:
         workflow_id = both.start(session).id
@@ -128,7 +118,7 @@ def test_a_step_that_cancels_its_own_workflow_is_counted_and_stopped(
         calls.append(1)
         execution = current()
         assert execution is not None
-        cancel(session, execution.workflow_id)
+        manage.cancel(session, execution.workflow_id)
 
     @durable.workflow
     def quits() -> None:
@@ -154,7 +144,7 @@ def test_an_executor_does_not_try_a_step_again_after_its_workflow_was_cancelled(
     def call() -> None:
         calls.append(1)
         with session_factory.begin() as other:
-            cancel(other, select(Workflow))
+            manage.cancel(other, select(Workflow))
         raise ConnectionError
 
     @durable.workflow

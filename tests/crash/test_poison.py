@@ -13,7 +13,7 @@ import tenacity
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import Durable, Worker, Workflow, WorkflowStatus, errors, resume
+from sqla_durable import Durable, Worker, Workflow, WorkflowStatus, errors, manage
 from tests.crash import poison
 from tests.store import races
 from tests.support.domain import Entry
@@ -92,7 +92,7 @@ def test_poison_that_was_stopped_and_is_resumed_succeeds_when_it_is_cured(
         cure.touch()
         with session_factory.begin() as session:
             stopped = Workflow.error["type"].astext == "sqla_durable.errors:MaxAttemptsError"
-            assert resume(session, select(Workflow).where(stopped)) == [poison_id]
+            assert manage.resume(session, select(Workflow).where(stopped)) == [poison_id]
         assert handle.result(timeout=LONG_WAIT) == "cured"
         assert supervisor.deaths == 2
     found = record(engine, poison_id)

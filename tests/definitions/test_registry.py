@@ -12,7 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import TypeAliasType
 
-from sqla_durable import AsyncStepFunction, AsyncWorkflowFunction, Durable, run_step
+from sqla_durable import Durable, run_step
+from sqla_durable.asyncio import AsyncStepFunction, AsyncWorkflowFunction
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.options import StepOptions, WorkflowOptions
 from sqla_durable.definitions.registry import Registry, StepDefinition, WorkflowDefinition
@@ -229,7 +230,7 @@ def test_step_decorated_in_a_class_is_refused() -> None:
 def test_step_key_that_is_no_name_is_refused(key: str) -> None:
     step = Durable().step(plain)
     with pytest.raises(DefinitionError, match=r"the key of step 'plain'"):
-        step.options(key=key)
+        step.options(step_key=key)
 
 
 from dataclasses import dataclass  # noqa: E402  (below its use, which is what the test above is about)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import sqla_durable
+import sqla_durable.asyncio
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -78,6 +79,8 @@ def test_reference_shows_every_public_name() -> None:
     shown = set(re.findall(r"\w+", " ".join(re.findall(r"members: \[(.*?)\]", page))))
     shown |= set(re.findall(r"^::: sqla_durable\.(\w+)", page, re.M))
     assert set(sqla_durable.__all__) - shown == {"metadata", "storage"}  # of Alembic's
+    assert set(sqla_durable.asyncio.__all__) - shown == set()
+    assert set(sqla_durable.asyncio.__all__) - shown == set()
 
 
 def test_page_of_names_is_what_the_package_exports() -> None:

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, func, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import Workflow, delete, errors, id_at
+from sqla_durable import Workflow, errors, manage
 from tests.support.databases import Databases
 
 QUERIES: Any = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "queries.py"))
@@ -50,22 +50,22 @@ def test_retention_in_portions_passes_over_what_it_cannot_delete_once(filled: En
 
 
 def cut() -> Any:
-    return id_at(datetime.now(UTC) - timedelta(days=90))
+    return manage.id_at(datetime.now(UTC) - timedelta(days=90))
 
 
 def deleted_in_portions(sessions: sessionmaker[Session], *, limit: int) -> Generator[list[Any]]:
-    now, last = datetime.now(UTC), id_at(datetime(1970, 1, 1, tzinfo=UTC))
+    now, last = datetime.now(UTC), manage.id_at(datetime(1970, 1, 1, tzinfo=UTC))
     portion = QUERIES["queries"](now)["the next 1,000 to delete after 90 days"].limit(limit)
     while True:
         with sessions.begin() as session:
             found = session.scalars(portion.where(Workflow.id > last)).all()
             if not found:
                 return
-            yield delete(session, found)
+            yield manage.delete(session, found)
             last = found[-1]
 
 
 @pytest.mark.parametrize("moment", [datetime(2026, 1, 1), datetime(1969, 12, 31, tzinfo=UTC)])
 def test_a_time_that_has_no_id_is_refused(moment: datetime) -> None:
     with pytest.raises(errors.ArgumentError, match="with a time zone, 1970 or later"):
-        id_at(moment)
+        manage.id_at(moment)

@@ -25,7 +25,8 @@ from shop.payment_service import Service
 from shop.report import orders_with_steps
 from shop.returns import take_back
 from shop.values import Outcome
-from sqla_durable import AsyncExecutor, Executor, Workflow, errors, models
+from sqla_durable import Executor, Workflow, errors, models
+from sqla_durable.asyncio import AsyncExecutor
 from tests.examples.conftest import EXAMPLES
 
 ORDER, RETURN, NOBODYS = "536365", "C536379", "536414"

@@ -13,7 +13,8 @@ from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import AsyncExecutor, Durable, Executor, Step, Workflow, WorkflowStatus, heartbeat, models
+from sqla_durable import Durable, Executor, Step, Workflow, WorkflowStatus, heartbeat, models
+from sqla_durable.asyncio import AsyncExecutor, to_thread
 from sqla_durable.errors import AttemptLostError, EncodingError, SessionError, WorkflowRunningError
 from tests.support.domain import Entry, Order
 
@@ -127,7 +128,7 @@ async def test_joined_async_steps_are_rolled_back_with_the_caller(async_session_
 
     @local.workflow
     async def apay(cents: int) -> int:
-        return await abook(cents) + await book.aio(cents)
+        return await abook(cents) + await to_thread(book, cents)
 
     async with async_session_factory() as session:
         assert await AsyncExecutor.joined(session).run(apay, 5) == 10
@@ -310,7 +311,7 @@ def order(*, reports: bool) -> str:
 
 @durable.workflow
 async def order_async(*, reports: bool) -> str:
-    return await report.aio() if reports else await charge.aio()
+    return await to_thread(report) if reports else await to_thread(charge)
 
 
 @pytest.mark.parametrize("joined", [False, True])

@@ -14,22 +14,23 @@ from sqlalchemy import Engine, NullPool
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.asyncio as aio
 from sqla_durable import (
-    AsyncExecutor,
     Durable,
     Executor,
     StepStatus,
     UpdateRequest,
     Workflow,
     WorkflowStatus,
-    cancel,
     complete_callback,
     create_callback,
+    manage,
     models,
     parallel,
-    signal,
+    send_signal,
+    send_update,
     sleep,
-    update,
+    start_child,
     wait_signal,
     wait_update,
 )
@@ -56,9 +57,9 @@ def approval(cents: int) -> str:
 
 @durable.workflow(name="approval_async")
 async def approval_async(cents: int) -> str:
-    await book.aio(cents)
-    await sleep(DAY)
-    return f"{await wait_signal.aio('approved', str, timeout=DAY)} approved {cents}"
+    await aio.to_thread(book, cents)
+    await aio.sleep(DAY)
+    return f"{await aio.wait_signal('approved', str, timeout=DAY)} approved {cents}"
 
 
 class Bench:
@@ -67,7 +68,7 @@ class Bench:
     def __init__(
         self,
         session: Session | AsyncSession,
-        executor: Executor | AsyncExecutor,
+        executor: Executor | aio.AsyncExecutor,
         runner: asyncio.Runner,
         *,
         joined: bool,
@@ -93,12 +94,12 @@ class Bench:
 
 @pytest.fixture(params=["joined", "committing", "async-joined", "async-committing"])
 def bench(request: pytest.FixtureRequest, engine: Engine) -> Generator[Bench]:
-    kind: type[Any] = AsyncExecutor if request.param.startswith("async") else Executor
+    kind: type[Any] = aio.AsyncExecutor if request.param.startswith("async") else Executor
     joined = request.param.endswith("joined")
     make = kind.joined if joined else kind
     async_engine = create_async_engine(engine.url, poolclass=NullPool)
     with asyncio.Runner() as runner:
-        if kind is AsyncExecutor:
+        if kind is aio.AsyncExecutor:
             async_session = AsyncSession(async_engine, expire_on_commit=False)
             yield Bench(async_session, make(async_session), runner, joined=joined)
             runner.run(async_session.close())
@@ -126,7 +127,7 @@ def test_workflow_is_executed_until_it_waits_and_goes_on(bench: Bench) -> None:
     bench.call("execute_until_waiting", workflow, record)
     assert (record.status, record.awaits) == (WorkflowStatus.SUSPENDED, [{"signal": "approved"}])
 
-    bench.do(lambda session: signal(session, record, "approved", "Ada"))
+    bench.do(lambda session: send_signal(session, record, "approved", "Ada"))
     assert bench.call("execute", workflow, record) == "Ada approved 5"
     assert (record.status, record.awaits) == (WorkflowStatus.SUCCEEDED, None)
     assert bench.do(lambda session: session.query(models.Worker).count()) == 0
@@ -166,7 +167,7 @@ def test_message_says_what_a_workflow_waits_for_and_how_it_goes_on(bench: Bench)
     record = bench.call("run_until_waiting", workflow, 5)
     bench.do(lambda session: advance(session, DAY))
     bench.call("execute_until_waiting", workflow, record)
-    bench.do(lambda session: signal(session, record, "aproved", "Ada"))
+    bench.do(lambda session: send_signal(session, record, "aproved", "Ada"))
     with pytest.raises(WorkflowRunningError) as caught:
         bench.call("execute", workflow, record)
     message = str(caught.value)
@@ -179,7 +180,7 @@ def test_message_says_what_a_workflow_waits_for_and_how_it_goes_on(bench: Bench)
 def test_what_is_cancelled_while_it_waits_is_not_executed(bench: Bench) -> None:
     workflow = bench.choose(approval, approval_async)
     record = bench.call("run_until_waiting", workflow, 5)
-    bench.do(lambda session: cancel(session, record))
+    bench.do(lambda session: manage.cancel(session, record))
     assert record.status is WorkflowStatus.CANCELLED
 
 
@@ -223,15 +224,15 @@ def asking() -> list[Any]:
     callback = create_callback(int)
     request: UpdateRequest[int] = wait_update("add", int)
     request.reply(request.payload + 1)
-    return [request.payload, callback.result(), child.start_child(3).result()]
+    return [request.payload, callback.result(), start_child(child, 3).result()]
 
 
 @durable.workflow(name="asking_async")
 async def asking_async() -> list[Any]:
-    callback = await create_callback.aio(int)
-    request: UpdateRequest[int] = await wait_update.aio("add", int)
+    callback = await aio.create_callback(int)
+    request = await aio.wait_update("add", int)
     await request.reply(request.payload + 1)
-    return [request.payload, await callback.result(), await (await child_async.start_child(3))]
+    return [request.payload, await callback.result(), await (await aio.start_child(child_async, 3))]
 
 
 def test_updates_callbacks_and_children_are_waited_for(bench: Bench) -> None:
@@ -239,7 +240,7 @@ def test_updates_callbacks_and_children_are_waited_for(bench: Bench) -> None:
     record = bench.call("run_until_waiting", workflow)
     with pytest.raises(WorkflowRunningError, match="waits for update 'add': send it, or give it"):
         bench.call("execute", workflow, record)
-    bench.do(lambda session: update(session, record, "add", 1))
+    bench.do(lambda session: send_update(session, record, "add", 1))
     bench.call("execute_until_waiting", workflow, record)
     assert record.status is WorkflowStatus.SUSPENDED
     with pytest.raises(WorkflowRunningError, match="waits for the outcome of a callback: send it, or give it"):
@@ -272,7 +273,7 @@ def trying() -> int:
 
 @durable.workflow(name="trying_async")
 async def trying_async() -> int:
-    return await flaky.aio()
+    return await aio.to_thread(flaky)
 
 
 def test_longer_waits_between_tries_are_not_waited_for(bench: Bench) -> None:
@@ -292,7 +293,7 @@ def branching() -> list[str]:
 
 @durable.workflow(name="branching_async")
 async def branching_async() -> list[str]:
-    return list(await asyncio.gather(wait_signal.aio("a", str), wait_signal.aio("b", str)))
+    return list(await asyncio.gather(aio.wait_signal("a", str), aio.wait_signal("b", str)))
 
 
 def test_branches_wait_together(bench: Bench) -> None:
@@ -300,7 +301,7 @@ def test_branches_wait_together(bench: Bench) -> None:
     record = bench.call("run_until_waiting", workflow)
     assert sorted(each["signal"] for each in record.awaits) == ["a", "b"]
     for name in ("a", "b"):
-        bench.do(partial(signal, workflows=record, name=name, payload=name.upper()))
+        bench.do(partial(send_signal, workflows=record, name=name, payload=name.upper()))
         bench.call("execute_until_waiting", workflow, record)
     assert bench.call("execute", workflow, record) == ["A", "B"]
 
@@ -309,7 +310,7 @@ def test_branches_wait_together(bench: Bench) -> None:
 async def limited() -> str:
     try:
         async with asyncio.timeout(3600):
-            return await wait_signal.aio("go", str)
+            return await aio.wait_signal("go", str)
     except TimeoutError:
         return "too late"
 
@@ -345,5 +346,5 @@ async def test_record_is_read_on_a_session_that_begins_nothing_by_itself(engine:
         assert record.status is WorkflowStatus.SUSPENDED
     async_engine = create_async_engine(engine.url, poolclass=NullPool)
     async with AsyncSession(async_engine, autobegin=False) as async_session:
-        record = await AsyncExecutor(async_session).run_until_waiting(approval_async, 5)
+        record = await aio.AsyncExecutor(async_session).run_until_waiting(approval_async, 5)
         assert (record.status, record.awaits) == (WorkflowStatus.SUSPENDED, None)

@@ -10,7 +10,8 @@ from sqlalchemy import Column, Engine, ForeignKey, Integer, MetaData, Table, fun
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
-from sqla_durable import Event, Signal, Step, StreamItem, Workflow, cancel, delete
+import sqla_durable.asyncio as aio
+from sqla_durable import Event, Signal, Step, StreamItem, Workflow, manage
 from sqla_durable.errors import WorkflowReferencedError
 from sqla_durable.models import Base
 from tests.management import histories
@@ -38,7 +39,7 @@ def test_a_finished_workflow_goes_with_everything_that_is_its(session: Session) 
     histories.succeed(session, fence)
     session.add(order := Order(customer="Ada", total_cents=1, workflow_id=fence.workflow_id))
     session.flush()
-    assert delete(session, fence.workflow_id) == [fence.workflow_id]
+    assert manage.delete(session, fence.workflow_id) == [fence.workflow_id]
     session.commit()
     assert [left(session, each) for each in (Workflow, Step, Event, StreamItem, Signal)] == [0] * 5
     assert order.workflow_id is None
@@ -49,16 +50,16 @@ def test_what_is_not_finished_is_left_alone(session: Session) -> None:
     running = histories.claimed(session).workflow_id
     done = finished(session)
     (pending,) = races.enqueue(session)
-    assert delete(session, select(Workflow)) == [done]
-    assert delete(session, [running, pending]) == []
-    cancel(session, [running, pending])
-    assert delete(session, [running, pending]) == sorted([running, pending])
+    assert manage.delete(session, select(Workflow)) == [done]
+    assert manage.delete(session, [running, pending]) == []
+    manage.cancel(session, [running, pending])
+    assert manage.delete(session, [running, pending]) == sorted([running, pending])
     assert left(session) == 0
 
 
 def test_a_record_that_the_session_knows_is_gone_from_it_and_back_after_a_rollback(session: Session) -> None:
     record = session.get_one(Workflow, finished(session))
-    delete(session, record)
+    manage.delete(session, record)
     assert inspect(record).deleted
     assert session.get(Workflow, record.id) is None
     session.rollback()
@@ -71,9 +72,9 @@ def test_a_tree_goes_as_a_whole_and_what_is_detached_stays(session: Session) -> 
     child = histories.child(session, parent)
     grandchild = histories.child(session, child)
     alone = histories.child(session, parent, detached=True)
-    cancel(session, [child, grandchild])
+    manage.cancel(session, [child, grandchild])
     session.commit()
-    assert delete(session, parent) == sorted([parent, child, grandchild])
+    assert manage.delete(session, parent) == sorted([parent, child, grandchild])
     session.commit()
     assert session.scalars(select(Workflow.id)).all() == [alone]
     assert histories.standing(session, alone).parent_id is None
@@ -83,21 +84,21 @@ def test_a_tree_with_somebody_who_goes_on_stays(session: Session) -> None:
     parent = finished(session)
     child = histories.child(session, parent)
     grandchild = histories.child(session, child)
-    cancel(session, child)
+    manage.cancel(session, child)
     histories.child(session, grandchild, detached=True)
     beside = finished(session)
     going_on = histories.child(session, grandchild)
-    assert delete(session, [parent, beside]) == [beside]
+    assert manage.delete(session, [parent, beside]) == [beside]
     assert going_on
 
 
 def test_a_child_stays_until_its_parent_is_finished(session: Session) -> None:
     parent = histories.claimed(session)
     child = histories.child(session, parent.workflow_id)
-    cancel(session, child)
-    assert delete(session, child) == delete(session, select(Workflow)) == []
+    manage.cancel(session, child)
+    assert manage.delete(session, child) == manage.delete(session, select(Workflow)) == []
     histories.succeed(session, parent)
-    assert delete(session, child) == [child]
+    assert manage.delete(session, child) == [child]
 
 
 def referring(engine: Engine, **options: Any) -> Table:
@@ -122,9 +123,9 @@ def test_a_foreign_key_of_the_application_refuses_and_the_transaction_goes_on(
     record = session.get_one(Workflow, first)
     session.add(Order(customer="Ada", total_cents=1))
     with pytest.raises(WorkflowReferencedError, match="invoice"):
-        delete(session, [first, second])
+        manage.delete(session, [first, second])
     assert not inspect(record).deleted
-    assert delete(session, first) == [first]
+    assert manage.delete(session, first) == [first]
     session.commit()
     assert left(session, Order) == 1
     assert session.scalars(select(Workflow.id)).all() == [second]
@@ -141,8 +142,8 @@ async def test_an_async_session_awaits_the_same(
         session.commit()
     async with async_session_factory() as caller:
         with pytest.raises(WorkflowReferencedError, match="invoice"):
-            await delete(caller, second)
-        assert await delete(caller, [first]) == [first]
+            await aio.manage.delete(caller, second)
+        assert await aio.manage.delete(caller, [first]) == [first]
         await caller.commit()
 
 
@@ -151,7 +152,7 @@ def test_it_waits_for_a_transaction_that_refers_to_the_workflow(engine: Engine, 
     with races.transaction(engine) as referrer, races.transaction(engine) as operator:
         referrer.session.add(Order(customer="Ada", total_cents=1, workflow_id=workflow_id))
         referrer.session.flush()
-        deleting = operator.begin_blocked(lambda session: delete(session, workflow_id))
+        deleting = operator.begin_blocked(lambda session: manage.delete(session, workflow_id))
         referrer.session.commit()
         assert deleting.result() == [workflow_id]
         operator.session.commit()

@@ -13,7 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable import Signal, Step, StepStatus, Workflow, WorkflowStatus, fork
+import sqla_durable.asyncio as aio
+from sqla_durable import Signal, Step, StepStatus, Workflow, WorkflowStatus, manage
 from sqla_durable.errors import ArgumentError, EncodingError, NotFoundError
 from sqla_durable.store import Fence, workers
 from tests.management import histories
@@ -32,7 +33,7 @@ def test_a_fork_copies_what_was_before_the_step(engine: Engine, session: Session
     # behaviour: M1 M2
     fence = with_history(session, "a", "b", "c", input={"order_id": 1, "rush": True}, priority=3, key="order-1")
     histories.fail(session, fence)
-    made = fork(session, fence.workflow_id, from_step="c", input={"order_id": 2})
+    made = manage.fork(session, fence.workflow_id, from_step="c", input={"order_id": 2})
     session.commit()
     assert (made.name, made.status, made.queue, made.priority) == ("checkout", WorkflowStatus.PENDING, "default", 3)
     assert (made.input, made.key) == ({"order_id": 2, "rush": True}, None)
@@ -49,7 +50,7 @@ def test_from_the_beginning_nothing_is_copied(engine: Engine, session: Session) 
     # behaviour: M1
     fence = with_history(session, "a")
     histories.shown(session, fence.workflow_id, "a")
-    made = fork(session, session.get_one(Workflow, fence.workflow_id))
+    made = manage.fork(session, session.get_one(Workflow, fence.workflow_id))
     session.commit()
     assert (made.attempt, made.started_at) == (1, None)
     assert histories.keys(engine, made.id) == []
@@ -62,7 +63,7 @@ def test_events_and_streams_up_to_the_cut_are_copied_and_signals_are_not(session
     for key in ("a", "c", "running", None, "b"):
         histories.shown(session, fence.workflow_id, key)
     before = histories.items(session, fence.workflow_id)
-    made = fork(session, fence.workflow_id, from_step="c")
+    made = manage.fork(session, fence.workflow_id, from_step="c")
     assert histories.events(session, made.id) == ["a", "b"]
     assert histories.items(session, made.id) == [(0, "a 0"), (1, "a 1"), (2, "b 0"), (3, "b 1")]
     assert session.scalars(select(Signal).where(Signal.workflow_id == made.id)).all() == []
@@ -74,7 +75,7 @@ def test_a_failed_outcome_is_copied_and_what_is_none_is_not(engine: Engine, sess
     fence = with_history(session)
     told = [step(fence, "caught", 1, FAILED), step(fence, "tried", 2, StepStatus.RETRYING), step(fence, "last", 3)]
     histories.record(session, [step(fence, "timer", 2, StepStatus.WAITING), *told])
-    made = fork(session, fence.workflow_id, from_step="last")
+    made = manage.fork(session, fence.workflow_id, from_step="last")
     session.commit()
     assert histories.keys(engine, made.id) == ["caught"]
     copied, original = (histories.outcome(session, each, "caught") for each in (made.id, fence.workflow_id))
@@ -92,7 +93,7 @@ def test_an_outcome_is_replaced_wherever_its_step_stands(engine: Engine, session
     # behaviour: M1
     fence = with_history(session, "a", "b")
     histories.record(session, [step(fence, "c", 3, FAILED), step(fence, "d", 4, StepStatus.RETRYING)])
-    made = fork(session, fence.workflow_id, from_step="b", outcomes={"a": given, "c": given, "d": given})
+    made = manage.fork(session, fence.workflow_id, from_step="b", outcomes={"a": given, "c": given, "d": given})
     session.commit()
     assert histories.keys(engine, made.id) == ["a", "c", "d"]
     expected = {"cents": "5"} if isinstance(given, Receipt) else given
@@ -104,7 +105,7 @@ def test_an_outcome_is_replaced_wherever_its_step_stands(engine: Engine, session
 
 def test_an_outcome_alone_is_no_cut(engine: Engine, session: Session) -> None:
     fence = with_history(session, "a", "b")
-    made = fork(session, fence.workflow_id, outcomes={"b": 1})
+    made = manage.fork(session, fence.workflow_id, outcomes={"b": 1})
     session.commit()
     assert histories.keys(engine, made.id) == ["b"]
     (again,) = races.claim(session)
@@ -115,24 +116,24 @@ def test_version_queue_and_key(session: Session) -> None:
     # behaviour: M1
     fence = with_history(session, "a", queue="default")
     session.execute(update(Workflow).values(version="1"))
-    kept = fork(session, fence.workflow_id)
-    made = fork(session, fence.workflow_id, version="2", queue="mail", key="again")
+    kept = manage.fork(session, fence.workflow_id)
+    made = manage.fork(session, fence.workflow_id, version="2", queue="mail", key="again")
     assert (kept.version, kept.queue, kept.key) == ("1", "default", None)
     assert (made.version, made.queue, made.key) == ("2", "mail", "again")
-    assert fork(session, fence.workflow_id, from_step="a", key="again") is made
+    assert manage.fork(session, fence.workflow_id, from_step="a", key="again") is made
 
 
 def test_a_key_that_is_another_workflows_is_refused(session: Session) -> None:
     fence = with_history(session, key="taken")
     with pytest.raises(ArgumentError, match=r"key='taken' is that of workflow 'checkout' .* no fork of"):
-        fork(session, fence.workflow_id, key="taken")
+        manage.fork(session, fence.workflow_id, key="taken")
 
 
 def test_of_two_forks_with_one_key_there_is_one(engine: Engine, session: Session) -> None:
     fence = with_history(session, "a")
     with races.transaction(engine) as first, races.transaction(engine) as second:
-        made = fork(first.session, fence.workflow_id, key="again").id
-        waiting = second.begin_blocked(lambda session: fork(session, fence.workflow_id, key="again").id)
+        made = manage.fork(first.session, fence.workflow_id, key="again").id
+        waiting = second.begin_blocked(lambda session: manage.fork(session, fence.workflow_id, key="again").id)
         first.session.commit()
         assert waiting.result() == made
 
@@ -140,17 +141,17 @@ def test_of_two_forks_with_one_key_there_is_one(engine: Engine, session: Session
 def test_several_by_a_select_in_the_order_of_their_ids(session: Session) -> None:
     # behaviour: M1
     fences = sorted((with_history(session, "a", "b") for _ in range(3)), key=lambda each: each.workflow_id)
-    made = fork(session, select(Workflow).where(Workflow.forked_from.is_(None)), from_step="b")
+    made = manage.fork(session, select(Workflow).where(Workflow.forked_from.is_(None)), from_step="b")
     assert [each.forked_from for each in made] == [each.workflow_id for each in fences]
     assert [[each.key for each in record.steps] for record in made] == [["a"]] * 3
-    assert fork(session, select(Workflow).where(Workflow.name == "other")) == []
+    assert manage.fork(session, select(Workflow).where(Workflow.name == "other")) == []
 
 
 def test_a_fork_of_a_running_workflow_takes_no_lock_on_it(engine: Engine, session: Session) -> None:
     fence = with_history(session, "a", "b")
     with races.transaction(engine) as committing:
         races.lock(committing.session, fence.workflow_id)
-        made = fork(session, fence.workflow_id, from_step="b")
+        made = manage.fork(session, fence.workflow_id, from_step="b")
         assert [each.key for each in made.steps] == ["a"]
     assert races.record(session, [step(fence, "c", 3)]), "and its attempt goes on"
 
@@ -159,7 +160,7 @@ def test_copied_steps_are_no_progress_of_the_first_attempt(session: Session) -> 
     """Else a fork that kills its workers would be taken for one that gets on."""
     fence = with_history(session, "a", "b")
     histories.fail(session, fence)
-    made = fork(session, fence.workflow_id, from_step="b")
+    made = manage.fork(session, fence.workflow_id, from_step="b")
     session.commit()
     (again,) = races.claim(session)
     assert made.attempt == again.attempt == 2
@@ -171,7 +172,7 @@ def test_the_timeout_runs_anew(session: Session) -> None:
     fence = with_history(session)
     past = func.statement_timestamp() - timedelta(days=1)
     session.execute(update(Workflow).values(timeout=timedelta(hours=2), deadline_at=past))
-    made = fork(session, fence.workflow_id)
+    made = manage.fork(session, fence.workflow_id)
     assert made.timeout == timedelta(hours=2)
     assert made.deadline_at is not None
     assert made.deadline_at > made.created_at
@@ -180,7 +181,7 @@ def test_the_timeout_runs_anew(session: Session) -> None:
 def test_a_fork_of_a_child_is_nobodys_child(session: Session) -> None:
     parent = with_history(session)
     child = histories.child(session, parent.workflow_id, detached=True)
-    made = fork(session, child)
+    made = manage.fork(session, child)
     assert (made.parent_id, made.parent_key, made.detached) == (None, None, False)
 
 
@@ -193,7 +194,7 @@ def test_a_step_without_a_record_is_refused_and_nothing_is_started(session: Sess
     given: Any
     for given in (lacking.workflow_id, [having.workflow_id, lacking.workflow_id], select(Workflow)):
         with pytest.raises(ArgumentError, match=f"{lacking.workflow_id} has no record of a step 'b': it has 'a'"):
-            fork(session, given, **change)
+            manage.fork(session, given, **change)
     assert len(session.scalars(select(Workflow)).all()) == 2
     assert len(session.scalars(select(Step)).all()) == 3
 
@@ -202,7 +203,7 @@ def test_a_step_without_a_record_is_refused_and_nothing_is_started(session: Sess
 @pytest.mark.parametrize("value", ["", " ", "\0", 7])
 def test_a_name_that_is_none_is_refused(session: Session, name: str, value: Any) -> None:
     with pytest.raises(ArgumentError, match=f"{name}=.*Nothing was started"):
-        fork(session, uuid7(), **{name: value})
+        manage.fork(session, uuid7(), **{name: value})
 
 
 @pytest.mark.parametrize("value", ["\0", float("nan"), object(), Order()])
@@ -210,12 +211,12 @@ def test_a_value_that_cannot_be_stored_is_refused(session: Session, value: Any) 
     fence = with_history(session, "a")
     for change in ({"input": {"order_id": value}}, {"outcomes": {"a": value}}):
         with pytest.raises(EncodingError, match=r"argument 'order_id'|result of step 'a'"):
-            fork(session, fence.workflow_id, **cast("Any", change))
+            manage.fork(session, fence.workflow_id, **cast("Any", change))
 
 
 def test_one_key_for_several_is_refused(session: Session) -> None:
     with pytest.raises(ArgumentError, match="key='k' is of one workflow"):
-        fork(session, cast("Any", [uuid7()]), key="k")
+        manage.fork(session, cast("Any", [uuid7()]), key="k")
 
 
 def test_one_that_is_not_there_is_refused(session: Session) -> None:
@@ -223,7 +224,7 @@ def test_one_that_is_not_there_is_refused(session: Session) -> None:
     unknown = uuid7()
     for given in (unknown, [fence.workflow_id, unknown]):
         with pytest.raises(NotFoundError, match=f"no workflow {unknown} is visible") as refused:
-            fork(session, cast("Any", given))
+            manage.fork(session, cast("Any", given))
         assert refused.value.workflow_id == unknown
     assert len(session.scalars(select(Workflow)).all()) == 1
 
@@ -231,7 +232,7 @@ def test_one_that_is_not_there_is_refused(session: Session) -> None:
 def test_a_rollback_of_the_caller_leaves_nothing(session: Session) -> None:
     # behaviour: T8
     fence = with_history(session, "a", "b")
-    fork(session, fence.workflow_id, from_step="b")
+    manage.fork(session, fence.workflow_id, from_step="b")
     session.rollback()
     assert len(session.scalars(select(Workflow)).all()) == 1
 
@@ -245,8 +246,8 @@ async def test_an_async_session_awaits_the_same(
         fence = with_history(session, "a", "b")
         histories.shown(session, fence.workflow_id, "a")
     async with async_session_factory() as caller:
-        made = await fork(caller, fence.workflow_id, from_step="b", outcomes={"a": 7}, key="again")
-        (other,) = await fork(caller, [fence.workflow_id])
+        made = await aio.manage.fork(caller, fence.workflow_id, from_step="b", outcomes={"a": 7}, key="again")
+        (other,) = await aio.manage.fork(caller, [fence.workflow_id])
         ids = made.id, other.id
         await caller.commit()
     assert [histories.keys(engine, each) for each in ids] == [["a"], []]

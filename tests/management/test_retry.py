@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Engine, func, select, update
 from sqlalchemy.orm import Session
 
-from sqla_durable import Signal, Step, StepStatus, Workflow, WorkflowStatus, cancel, resume, retry
+from sqla_durable import Signal, Step, StepStatus, Workflow, WorkflowStatus, manage
 from sqla_durable.store import Fence, workers
 from tests.management import histories
 from tests.management.histories import FAILED, OK, REFUSED, step
@@ -71,7 +71,7 @@ def test_what_made_it_fail_is_forgotten(engine: Engine, session: Session, story:
     checkpoints = [step(fence, key, number, status, **values) for number, (key, status, values) in enumerate(told, 1)]
     histories.record(session, checkpoints)
     histories.fail(session, fence, error)
-    assert retry(session, fence.workflow_id) == [fence.workflow_id]
+    assert manage.retry(session, fence.workflow_id) == [fence.workflow_id]
     session.commit()
     assert histories.keys(engine, fence.workflow_id) == left
     record = histories.standing(session, fence.workflow_id)
@@ -86,7 +86,7 @@ def test_a_row_written_by_sql_without_a_message_is_no_obstacle(engine: Engine, s
     for model in (Step, Workflow):
         error = update(model).where(model.error.is_not(None)).values(error={"type": "mine"})
         session.execute(error, execution_options={"synchronize_session": False})
-    assert retry(session, fence.workflow_id) == [fence.workflow_id]
+    assert manage.retry(session, fence.workflow_id) == [fence.workflow_id]
     session.commit()
     assert histories.keys(engine, fence.workflow_id) == ["b"]
 
@@ -96,12 +96,12 @@ def test_only_what_failed_by_itself_is_retried(session: Session) -> None:
     failed, cancelled, stopped, succeeded, _running = (histories.claimed(session) for _ in range(5))
     histories.fail(session, failed)
     histories.succeed(session, succeeded)
-    cancel(session, cancelled.workflow_id)
+    manage.cancel(session, cancelled.workflow_id)
     workers.abandon_attempt(session, stopped, reason="it broke", max_attempts=1)
     session.commit()
     races.enqueue(session)
-    assert retry(session, select(Workflow)) == [failed.workflow_id]
-    assert resume(session, select(Workflow)) == sorted([cancelled.workflow_id, stopped.workflow_id])
+    assert manage.retry(session, select(Workflow)) == [failed.workflow_id]
+    assert manage.resume(session, select(Workflow)) == sorted([cancelled.workflow_id, stopped.workflow_id])
 
 
 def test_a_deadline_that_has_passed_is_set_anew(session: Session) -> None:
@@ -112,7 +112,7 @@ def test_a_deadline_that_has_passed_is_set_anew(session: Session) -> None:
         session.execute(update(Workflow).where(Workflow.id == fence.workflow_id).values(values))
         histories.fail(session, fence)
     before = histories.standing(session, ahead.workflow_id).deadline_at
-    retry(session, select(Workflow))
+    manage.retry(session, select(Workflow))
     now = session.scalars(select(func.statement_timestamp())).one()
     renewed = histories.standing(session, passed.workflow_id).deadline_at
     assert renewed is not None
@@ -125,7 +125,7 @@ def test_a_step_that_is_executed_again_takes_its_old_place(engine: Engine, sessi
     fence = histories.claimed(session)
     histories.record(session, [step(fence, "a", 1), step(fence, "b", 2, FAILED)])
     histories.fail(session, fence)
-    retry(session, fence.workflow_id)
+    manage.retry(session, fence.workflow_id)
     session.commit()
     (again,) = races.claim(session)
     assert list(again.history) == ["a"]
@@ -138,7 +138,7 @@ def test_the_old_attempt_writes_nothing_more(session: Session) -> None:
     # behaviour: M1 T1
     fence = histories.claimed(session)
     histories.fail(session, fence)
-    retry(session, fence.workflow_id)
+    manage.retry(session, fence.workflow_id)
     session.commit()
     races.claim(session)
     assert races.record(session, [step(Fence(fence.workflow_id, fence.token), "late", 9)]) == set()
@@ -148,8 +148,8 @@ def test_of_two_that_retry_one_does(engine: Engine, session: Session) -> None:
     fence = histories.claimed(session)
     histories.fail(session, fence)
     with races.transaction(engine) as first, races.transaction(engine) as second:
-        assert retry(first.session, fence.workflow_id) == [fence.workflow_id]
-        waiting = second.begin_blocked(lambda session: retry(session, fence.workflow_id))
+        assert manage.retry(first.session, fence.workflow_id) == [fence.workflow_id]
+        waiting = second.begin_blocked(lambda session: manage.retry(session, fence.workflow_id))
         first.session.commit()
         assert waiting.result() == []
 
@@ -160,7 +160,7 @@ def test_the_steps_of_a_record_are_read_anew(session: Session) -> None:
     histories.fail(session, fence)
     record = session.get_one(Workflow, fence.workflow_id)
     assert len(record.steps) == 2
-    retry(session, record)
+    manage.retry(session, record)
     assert [each.key for each in record.steps] == ["a"]
 
 
@@ -171,6 +171,6 @@ def test_what_a_forgotten_step_consumed_is_back_in_the_inbox(session: Session) -
     for key in ("a", "b"):
         histories.shown(session, fence.workflow_id, key)
     histories.fail(session, fence)
-    retry(session, fence.workflow_id)
+    manage.retry(session, fence.workflow_id)
     assert session.scalars(select(Signal.payload).where(Signal.consumed_by.is_(None))).all() == ["b"]
     assert histories.events(session, fence.workflow_id) == ["a", "b"], "what a failed try has shown stays"

@@ -10,7 +10,7 @@ from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable import Signal, StepStatus, Workflow, WorkflowStatus, cancel, rewind
+from sqla_durable import Signal, StepStatus, Workflow, WorkflowStatus, manage
 from sqla_durable.errors import ArgumentError
 from sqla_durable.store import Fence, Suspend, attempts, steps
 from tests.management import histories
@@ -36,7 +36,7 @@ STATES: dict[str, Callable[[Session, Fence], Any]] = {
     "suspended": parked,
     "succeeded": histories.succeed,
     "failed": histories.fail,
-    "cancelled": lambda session, fence: cancel(session, fence.workflow_id),
+    "cancelled": lambda session, fence: manage.cancel(session, fence.workflow_id),
 }
 
 
@@ -46,7 +46,7 @@ def test_it_goes_back_wherever_it_stands(engine: Engine, session: Session, state
     fence = with_history(session, "a", "b", "c")
     STATES[state](session, fence)
     session.commit()
-    assert rewind(session, fence.workflow_id, to_step="b") == [fence.workflow_id]
+    assert manage.rewind(session, fence.workflow_id, to_step="b") == [fence.workflow_id]
     session.commit()
     assert histories.keys(engine, fence.workflow_id) == ["a"]
     record = histories.standing(session, fence.workflow_id)
@@ -62,7 +62,7 @@ def test_a_running_attempt_loses_it(engine: Engine, session: Session) -> None:
     fence = with_history(session, "a", "b")
     with races.transaction(engine) as committing, races.transaction(engine) as operator:
         steps.record(committing.session, step(fence, "c", 3))
-        rewinding = operator.begin_blocked(lambda session: rewind(session, fence.workflow_id, to_step="b"))
+        rewinding = operator.begin_blocked(lambda session: manage.rewind(session, fence.workflow_id, to_step="b"))
         committing.session.commit()
         assert rewinding.result() == [fence.workflow_id]
         operator.session.commit()
@@ -76,7 +76,7 @@ def test_what_the_steps_showed_goes_with_them_and_what_they_consumed_comes_back(
     fence = with_history(session, "a", "b", "c")
     for key in ("a", "b", "c", "running", None):
         histories.shown(session, fence.workflow_id, key)
-    rewind(session, fence.workflow_id, to_step="b")
+    manage.rewind(session, fence.workflow_id, to_step="b")
     assert histories.events(session, fence.workflow_id) == ["a", ""]
     assert [value for _, value in histories.items(session, fence.workflow_id)] == ["a 0", "a 1", "None 0", "None 1"]
     inbox = session.scalars(select(Signal.payload).where(Signal.consumed_by.is_(None)).order_by(Signal.id)).all()
@@ -85,7 +85,7 @@ def test_what_the_steps_showed_goes_with_them_and_what_they_consumed_comes_back(
 
 def test_to_the_first_step_is_to_the_beginning(engine: Engine, session: Session) -> None:
     fence = with_history(session, "a", "b")
-    rewind(session, fence.workflow_id, to_step="a")
+    manage.rewind(session, fence.workflow_id, to_step="a")
     session.commit()
     assert histories.keys(engine, fence.workflow_id) == []
 
@@ -94,7 +94,7 @@ def test_steps_of_one_position_go_together(engine: Engine, session: Session) -> 
     """Two attempts may have counted parallel branches in two orders."""
     fence = with_history(session, "a")
     histories.record(session, [step(fence, "b", 2), step(fence, "other", 2), step(fence, "c", 3)])
-    rewind(session, fence.workflow_id, to_step="b")
+    manage.rewind(session, fence.workflow_id, to_step="b")
     session.commit()
     assert histories.keys(engine, fence.workflow_id) == ["a"]
 
@@ -102,7 +102,7 @@ def test_steps_of_one_position_go_together(engine: Engine, session: Session) -> 
 def test_a_step_that_is_tried_again_can_be_named(engine: Engine, session: Session) -> None:
     fence = with_history(session, "a")
     histories.record(session, [step(fence, "b", 2, StepStatus.RETRYING)])
-    rewind(session, fence.workflow_id, to_step="b")
+    manage.rewind(session, fence.workflow_id, to_step="b")
     session.commit()
     assert histories.keys(engine, fence.workflow_id) == ["a"]
 
@@ -110,7 +110,7 @@ def test_a_step_that_is_tried_again_can_be_named(engine: Engine, session: Sessio
 def test_several_by_a_select_each_to_its_own_place(engine: Engine, session: Session) -> None:
     first, second = with_history(session, "a", "b"), with_history(session, "x", "a", "b")
     ids = sorted([first.workflow_id, second.workflow_id])
-    assert rewind(session, select(Workflow), to_step="a") == ids
+    assert manage.rewind(session, select(Workflow), to_step="a") == ids
     session.commit()
     assert histories.keys(engine, first.workflow_id) == []
     assert histories.keys(engine, second.workflow_id) == ["x"]
@@ -119,7 +119,7 @@ def test_several_by_a_select_each_to_its_own_place(engine: Engine, session: Sess
 def test_one_without_the_step_is_refused_and_nothing_is_changed(engine: Engine, session: Session) -> None:
     first, second = with_history(session, "a", "b"), with_history(session, "a")
     with pytest.raises(ArgumentError, match=f"{second.workflow_id} has no record of a step 'b': it has 'a'. Nothing"):
-        rewind(session, select(Workflow), to_step="b")
+        manage.rewind(session, select(Workflow), to_step="b")
     session.commit()
     assert histories.keys(engine, first.workflow_id) == ["a", "b"]
     assert histories.standing(session, first.workflow_id).status is WorkflowStatus.RUNNING
@@ -128,8 +128,8 @@ def test_one_without_the_step_is_refused_and_nothing_is_changed(engine: Engine, 
 @pytest.mark.parametrize("name", ["", " ", "\0", 7, None])
 def test_a_key_that_is_none_is_refused(session: Session, name: Any) -> None:
     with pytest.raises(ArgumentError, match="to_step="):
-        rewind(session, uuid7(), to_step=name)
+        manage.rewind(session, uuid7(), to_step=name)
 
 
 def test_one_that_is_not_there_is_left_out(session: Session) -> None:
-    assert rewind(session, uuid7(), to_step="a") == []
+    assert manage.rewind(session, uuid7(), to_step="a") == []

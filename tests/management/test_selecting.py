@@ -11,18 +11,18 @@ import pytest
 from sqlalchemy import Engine, func, select, text, union_all
 from sqlalchemy.orm import Session, aliased
 
-from sqla_durable import Workflow, WorkflowStatus, cancel, delete, fork, resume, retry, rewind
+from sqla_durable import Workflow, WorkflowStatus, manage
 from tests.store import races
 from tests.support.forged import forged
 
 COUNT, LIMIT = 200, 5
 VERBS: dict[str, tuple[Any, str]] = {
-    "cancel": (cancel, "pending"),
-    "resume": (resume, "cancelled"),
-    "retry": (retry, "failed"),
-    "rewind": (partial(rewind, to_step="charge"), "failed"),
-    "delete": (delete, "failed"),
-    "fork": (fork, "failed"),
+    "cancel": (manage.cancel, "pending"),
+    "resume": (manage.resume, "cancelled"),
+    "retry": (manage.retry, "failed"),
+    "rewind": (partial(manage.rewind, to_step="charge"), "failed"),
+    "delete": (manage.delete, "failed"),
+    "fork": (manage.fork, "failed"),
 }
 every_verb = pytest.mark.parametrize(("verb", "status"), VERBS.values(), ids=VERBS)
 
@@ -97,7 +97,7 @@ CHOICES: dict[str, Callable[[list[UUID]], Any]] = {
 def test_every_form_of_a_select_is_evaluated_once(session: Session, choice: Callable[[list[UUID]], Any]) -> None:
     # behaviour: M1
     ids = enqueued(session, "failed")
-    assert len(delete(session, choice(ids))) == LIMIT
+    assert len(manage.delete(session, choice(ids))) == LIMIT
     assert len(session.scalars(select(Workflow.id)).all()) == COUNT - LIMIT
 
 
@@ -107,7 +107,7 @@ def test_a_select_that_skips_locked_rows_waits_for_nobody(engine: Engine, sessio
         for each in ids[:3]:
             races.lock(holder.session, each)
         free = select(Workflow).order_by(Workflow.id).limit(4).with_for_update(skip_locked=True)
-        assert delete(session, free) == ids[3:7]
+        assert manage.delete(session, free) == ids[3:7]
 
 
 def changed_meanwhile(engine: Engine, verb: Any, ids: list[UUID], change: str) -> list[UUID]:
@@ -148,7 +148,7 @@ def test_what_was_claimed_meanwhile_is_cancelled_if_its_queue_is_meant(engine: E
     with races.transaction(engine) as claimer, races.transaction(engine) as operator:
         races.claim(claimer.session)
         cancelling = operator.begin_blocked(
-            lambda session: cancel(session, select(Workflow).where(Workflow.queue == "default"))
+            lambda session: manage.cancel(session, select(Workflow).where(Workflow.queue == "default"))
         )
         claimer.session.commit()
         assert cancelling.result() == ids

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from sqla_durable import cancel, delete, fork, resume, retry, rewind
+from sqla_durable import manage
 from tests.management import histories
 from tests.management.histories import FAILED, step
 from tests.store import plans, races
@@ -19,12 +19,12 @@ from tests.support.statements import executed_on
 
 Verb = Callable[[Session, UUID], Any]
 VERBS: dict[str, Verb] = {
-    "cancel": cancel,
-    "resume": resume,
-    "retry": retry,
-    "rewind": lambda session, workflow_id: rewind(session, workflow_id, to_step="b"),
-    "delete": delete,
-    "fork": lambda session, workflow_id: fork(session, workflow_id, from_step="b", outcomes={"a": 1}),
+    "cancel": manage.cancel,
+    "resume": manage.resume,
+    "retry": manage.retry,
+    "rewind": lambda session, workflow_id: manage.rewind(session, workflow_id, to_step="b"),
+    "delete": manage.delete,
+    "fork": lambda session, workflow_id: manage.fork(session, workflow_id, from_step="b", outcomes={"a": 1}),
 }
 
 
@@ -46,7 +46,7 @@ def prepared(session: Session, name: str) -> UUID:
     histories.shown(session, fence.workflow_id, "a")
     child = histories.child(session, fence.workflow_id)
     if name != "cancel":
-        cancel(session, child)
+        manage.cancel(session, child)
         histories.fail(session, fence)
     if name == "resume":
         session.execute(text("UPDATE durable.workflow SET status = 'cancelled', error = NULL WHERE status = 'failed'"))

@@ -12,7 +12,7 @@ from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable import Workflow, WorkflowStatus, cancel, resume
+from sqla_durable import Workflow, WorkflowStatus, manage
 from sqla_durable.store import Suspend, attempts
 from tests.management import histories
 from tests.store import races
@@ -45,10 +45,10 @@ def test_a_cancel_takes_the_tree_and_a_resume_brings_it_back(session: Session) -
     found = tree(session)
     taken = {"parent", "child", "grandchild"}
     ids = sorted(found[name] for name in taken)
-    assert cancel(session, found["parent"]) == ids
+    assert manage.cancel(session, found["parent"]) == ids
     session.commit()
     assert standing(session, found, CANCELLED) == taken
-    assert resume(session, found["parent"]) == ids
+    assert manage.resume(session, found["parent"]) == ids
     session.commit()
     assert standing(session, found, CANCELLED) == set()
     assert standing(session, found, WorkflowStatus.SUCCEEDED) == {"finished"}
@@ -56,12 +56,12 @@ def test_a_cancel_takes_the_tree_and_a_resume_brings_it_back(session: Session) -
 
 def test_what_is_finished_is_left_alone_with_its_tree(session: Session) -> None:
     found = tree(session)
-    assert cancel(session, found["finished"]) == []
+    assert manage.cancel(session, found["finished"]) == []
 
 
 def test_a_part_of_a_tree_is_cancelled_by_itself(session: Session) -> None:
     found = tree(session)
-    assert cancel(session, [found["child"], found["detached"]]) == sorted(
+    assert manage.cancel(session, [found["child"], found["detached"]]) == sorted(
         [found["child"], found["detached"], found["below"]]
     )
 
@@ -69,15 +69,15 @@ def test_a_part_of_a_tree_is_cancelled_by_itself(session: Session) -> None:
 def test_a_resume_leaves_what_was_cancelled_before(session: Session) -> None:
     # behaviour: M1
     found = tree(session)
-    cancel(session, found["child"])
-    cancel(session, found["parent"])
-    assert resume(session, found["parent"]) == sorted([found["parent"], found["grandchild"]])
+    manage.cancel(session, found["child"])
+    manage.cancel(session, found["parent"])
+    assert manage.resume(session, found["parent"]) == sorted([found["parent"], found["grandchild"]])
     assert standing(session, found, CANCELLED) == {"child"}
 
 
 def test_a_member_that_was_given_besides_is_cancelled_once(session: Session) -> None:
     found = tree(session)
-    assert len(cancel(session, select(Workflow))) == 6
+    assert len(manage.cancel(session, select(Workflow))) == 6
     assert standing(session, found, CANCELLED) == found.keys() - {"finished"}
 
 
@@ -85,7 +85,7 @@ def test_records_of_the_tree_in_the_session_are_fresh(engine: Engine) -> None:
     with Session(engine, expire_on_commit=False) as session:
         found = tree(session)
         child = session.get_one(Workflow, found["child"])
-        cancel(session, found["parent"])
+        manage.cancel(session, found["parent"])
         assert child.status is CANCELLED
 
 
@@ -94,9 +94,9 @@ def test_what_a_suspended_workflow_waits_for_is_forgotten(session: Session, verb
     fence = histories.claimed(session)
     races.end(session, [Suspend(fence, 3600)])
     session.execute(text("UPDATE durable.workflow SET awaits = '[]'"))
-    cancel(session, fence.workflow_id)
+    manage.cancel(session, fence.workflow_id)
     if verb == "resume":
-        resume(session, fence.workflow_id)
+        manage.resume(session, fence.workflow_id)
     record = histories.standing(session, fence.workflow_id)
     assert (record.awaits, record.wake_at) == (None, None)
 
@@ -110,7 +110,7 @@ def test_an_end_that_is_first_is_seen_by_the_cancel(engine: Engine) -> None:
     with races.transaction(engine) as attempt, races.transaction(engine) as operator:
         record = operator.session.get_one(Workflow, fence.workflow_id)
         assert attempts.finish(attempt.session, races.success(fence))
-        cancelling = operator.begin_blocked(lambda session: cancel(session, record))
+        cancelling = operator.begin_blocked(lambda session: manage.cancel(session, record))
         attempt.session.commit()
         assert cancelling.result() == []
         assert record.status is WorkflowStatus.SUCCEEDED, "and its record says why"
@@ -122,7 +122,7 @@ def test_a_cancel_that_is_first_is_seen_by_the_attempt(engine: Engine) -> None:
     # behaviour: M1 Q10 T1
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as attempt, races.transaction(engine) as operator:
-        assert cancel(operator.session, fence.workflow_id) == [fence.workflow_id]
+        assert manage.cancel(operator.session, fence.workflow_id) == [fence.workflow_id]
         finishing = attempt.begin_blocked(lambda session: attempts.finish(session, races.success(fence)))
         operator.session.commit()
         assert finishing.result() is False
@@ -148,7 +148,7 @@ def test_of_both_at_once_exactly_one_wins(engine: Engine, round_number: int) -> 
         return acting
 
     finishing = races.Concurrent(at_once(lambda session: attempts.finish(session, races.success(fence))))
-    cancelling = races.Concurrent(at_once(lambda session: cancel(session, fence.workflow_id)))
+    cancelling = races.Concurrent(at_once(lambda session: manage.cancel(session, fence.workflow_id)))
     finished, cancelled = finishing.result(), cancelling.result()
     assert finished is not bool(cancelled), round_number
     expected = CANCELLED if cancelled else WorkflowStatus.SUCCEEDED
@@ -167,7 +167,7 @@ def test_a_child_that_is_started_before_the_lock_is_cancelled_too(engine: Engine
         races.lock(attempt.session, fence.workflow_id)
         attempt.session.add(Workflow(id=low, name="checkout", parent_id=fence.workflow_id, parent_key="child"))
         attempt.session.flush()
-        cancelling = operator.begin_blocked(lambda session: cancel(session, fence.workflow_id))
+        cancelling = operator.begin_blocked(lambda session: manage.cancel(session, fence.workflow_id))
         attempt.session.commit()
         assert cancelling.result() == [low, fence.workflow_id]
         operator.session.commit()
@@ -192,7 +192,7 @@ def test_a_tree_that_grows_all_the_time_is_cancelled_all_the_same(engine: Engine
     canceller = create_engine(engine.url)
     event.listen(canceller, "before_cursor_execute", interfere)
     with Session(canceller) as own:
-        assert cancel(own, parent) == [parent, *started]
+        assert manage.cancel(own, parent) == [parent, *started]
         own.commit()
     canceller.dispose()
     assert (len(started), len(begun_again)) == (10, 5)
@@ -215,7 +215,7 @@ def test_rows_are_given_back_before_they_are_taken_again(engine: Engine, session
                     races.lock(holder.session, low)
                     begun.set()
 
-            cancelling = operator.begin_blocked(lambda session: cancel(session, fence.workflow_id))
+            cancelling = operator.begin_blocked(lambda session: manage.cancel(session, fence.workflow_id))
             event.listen(operator.session.connection(), "before_execute", hold_the_child)
             attempt.session.commit()
             assert begun.wait(10)
@@ -238,12 +238,12 @@ def test_two_cancels_of_overlapping_trees_end_both(engine: Engine, session: Sess
             with Session(engine) as own:
                 own.connection()
                 barrier.wait(10)
-                done = cancel(own, wanted)
+                done = manage.cancel(own, wanted)
                 own.commit()
                 return done
 
         first = races.Concurrent(lambda act=act: act(ids[-1]))  # type: ignore[misc]
         second = races.Concurrent(lambda act=act: act([ids[3], ids[0]]))  # type: ignore[misc]
         assert sorted(first.result() + second.result()) == ids
-        assert resume(session, select(Workflow)) == ids
+        assert manage.resume(session, select(Workflow)) == ids
         session.commit()

@@ -13,7 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, aliased, sessionmaker
 from uuid_utils.compat import uuid7
 
-from sqla_durable import Step, Workflow, WorkflowStatus, cancel, delete, fork, resume, retry, rewind
+import sqla_durable.asyncio as aio
+from sqla_durable import Step, Workflow, WorkflowStatus, manage
 from sqla_durable.errors import ArgumentError, SchemaError, SessionError
 from sqla_durable.store import Completion, NewWorkflow, Suspend, attempts, starts, steps, workers
 from tests.store import races
@@ -23,12 +24,12 @@ CANCELLED, PENDING = WorkflowStatus.CANCELLED, WorkflowStatus.PENDING
 
 
 VERBS: dict[str, Any] = {
-    "cancel": cancel,
-    "resume": resume,
-    "retry": retry,
-    "rewind": partial(rewind, to_step="charge"),
-    "delete": delete,
-    "fork": fork,
+    "cancel": manage.cancel,
+    "resume": manage.resume,
+    "retry": manage.retry,
+    "rewind": partial(manage.rewind, to_step="charge"),
+    "delete": manage.delete,
+    "fork": manage.fork,
 }
 every_verb = pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
 
@@ -116,10 +117,10 @@ def test_what_can_be_given(engine: Engine, session: Session, choice: str) -> Non
     ids = [races.enqueue(session, priority=number)[0] for number in range(3)]
     session.add_all([Order(customer=name, total_cents=1, workflow_id=ids[1]) for name in ("Ada", "Bob")])
     session.commit()
-    assert cancel(session, choose(session, ids)) == [ids[number] for number in sorted(expected)]
+    assert manage.cancel(session, choose(session, ids)) == [ids[number] for number in sorted(expected)]
     session.commit()
     assert statuses(engine) == [CANCELLED if number in expected else PENDING for number in range(3)]
-    assert resume(session, choose(session, ids)) == [ids[number] for number in sorted(expected)]
+    assert manage.resume(session, choose(session, ids)) == [ids[number] for number in sorted(expected)]
 
 
 @every_verb
@@ -181,7 +182,7 @@ def test_a_database_without_the_tables_is_refused(empty_database_url: str, verb:
 def test_more_ids_than_a_statement_has_parameters(session: Session) -> None:
     ids = races.enqueue(session, 3)
     many = [uuid7() for _ in range(70_000)]
-    assert cancel(session, [*many, *ids]) == ids
+    assert manage.cancel(session, [*many, *ids]) == ids
 
 
 # What becomes of it
@@ -192,8 +193,8 @@ def test_cancel_ends_what_is_not_finished(engine: Engine, session: Session) -> N
     found = in_every_state(engine)
     unfinished = {found[name] for name in ("pending", "delayed", "running", "parked")}
     before = {each.id: each.status for each in session.scalars(select(Workflow))}
-    assert set(cancel(session, select(Workflow))) == unfinished
-    assert cancel(session, select(Workflow)) == []
+    assert set(manage.cancel(session, select(Workflow))) == unfinished
+    assert manage.cancel(session, select(Workflow)) == []
     session.commit()
     for record in session.scalars(select(Workflow)):
         if record.id in unfinished:
@@ -208,8 +209,8 @@ def test_resume_enqueues_what_was_cancelled_or_stopped_for_its_crashes(engine: E
     found = in_every_state(engine)
     before = {each.id: each.status for each in session.scalars(select(Workflow))}
     resumed = {found["cancelled"], found["stopped"]}
-    assert set(resume(session, select(Workflow))) == resumed
-    assert resume(session, select(Workflow)) == []
+    assert set(manage.resume(session, select(Workflow))) == resumed
+    assert manage.resume(session, select(Workflow)) == []
     session.commit()
     for record in session.scalars(select(Workflow)):
         assert record.status is (PENDING if record.id in resumed else before[record.id])
@@ -224,10 +225,10 @@ def test_a_resumed_workflow_goes_on_with_its_history_in_its_queue_behind_others(
         (first,) = races.enqueue(session, queue="mail", priority=3)
         (claimed,) = races.claim(session, queues=["mail"])
         steps.record(session, races.checkpoint(claimed.fence))
-        cancel(session, first)
+        manage.cancel(session, first)
         session.commit()
         (second,) = races.enqueue(session, queue="mail", priority=3)
-        resume(session, first)
+        manage.resume(session, first)
         session.commit()
         again = races.claim(session, 2, queues=["mail"])
     assert [each.fence.workflow_id for each in again] == [second, first]
@@ -237,7 +238,7 @@ def test_a_resumed_workflow_goes_on_with_its_history_in_its_queue_behind_others(
 def test_a_workflow_cancelled_and_resumed_again_and_again_counts_its_attempts(session: Session) -> None:
     (workflow_id,) = races.enqueue(session)
     for _ in range(5):
-        assert cancel(session, workflow_id) == resume(session, workflow_id) == [workflow_id]
+        assert manage.cancel(session, workflow_id) == manage.resume(session, workflow_id) == [workflow_id]
     session.commit()
     assert session.get_one(Workflow, workflow_id).attempt == 6
 
@@ -245,15 +246,15 @@ def test_a_workflow_cancelled_and_resumed_again_and_again_counts_its_attempts(se
 def test_a_delayed_workflow_that_is_cancelled_and_resumed_is_due_at_once(session: Session) -> None:
     # behaviour: Q7
     record = starts.add(session, NewWorkflow(uuid7(), "checkout", {}, "default", delay=3600))
-    assert cancel(session, record) == [record.id]
-    assert resume(session, record) == [record.id]
+    assert manage.cancel(session, record) == [record.id]
+    assert manage.resume(session, record) == [record.id]
     assert (record.status, record.wake_at) == (PENDING, None)
 
 
 # The caller's transaction and records
 
 
-@pytest.mark.parametrize("verb", [cancel, resume])
+@pytest.mark.parametrize("verb", [manage.cancel, manage.resume])
 def test_a_rollback_of_the_caller_leaves_nothing(engine: Engine, session: Session, verb: Any) -> None:
     # behaviour: T8
     in_every_state(engine)
@@ -268,7 +269,7 @@ def test_a_savepoint_of_the_caller_takes_its_cancel_back(engine: Engine, session
     # behaviour: T8
     (workflow_id,) = races.enqueue(session)
     savepoint = session.begin_nested()
-    assert cancel(session, workflow_id)
+    assert manage.cancel(session, workflow_id)
     savepoint.rollback()
     session.commit()
     assert statuses(engine) == [PENDING]
@@ -278,8 +279,8 @@ def test_a_record_that_was_only_just_added_is_cancelled(engine: Engine, session:
     session.autoflush = False
     by_record, by_select = Workflow(name="checkout"), Workflow(name="checkout")
     session.add_all([by_record, by_select])
-    assert cancel(session, by_record) == [by_record.id]
-    assert cancel(session, select(Workflow)) == [by_select.id]
+    assert manage.cancel(session, by_record) == [by_record.id]
+    assert manage.cancel(session, select(Workflow)) == [by_select.id]
     assert [by_record.status, by_select.status] == [CANCELLED, CANCELLED]
     session.commit()
     assert statuses(engine) == [CANCELLED, CANCELLED]
@@ -291,10 +292,10 @@ def test_a_record_in_the_session_is_fresh_afterwards(engine: Engine, by: str) ->
         (workflow_id,) = races.enqueue(session)
         record = session.get_one(Workflow, workflow_id)
         given: Any = {"record": record, "id": workflow_id, "select": select(Workflow)}[by]
-        cancel(session, given)
+        manage.cancel(session, given)
         assert "status" in record.__dict__, "it is read anew, not only expired"
         assert (record.status, record.finished_at is None) == (CANCELLED, False)
-        resume(session, given)
+        manage.resume(session, given)
         assert (record.status, record.attempt, record.finished_at) == (PENDING, 2, None)
 
 
@@ -305,7 +306,7 @@ def test_a_record_that_was_not_cancelled_shows_why(engine: Engine) -> None:
         attempts.finish(other, races.success(fence))
         other.commit()
         assert record.finished_at is None
-        assert cancel(session, record) == []
+        assert manage.cancel(session, record) == []
         assert record.status is WorkflowStatus.SUCCEEDED
 
 
@@ -313,7 +314,7 @@ def test_changes_of_the_caller_to_the_record_are_written_and_stand(engine: Engin
     (workflow_id,) = races.enqueue(session)
     record = session.get_one(Workflow, workflow_id)
     record.queue = "mail"
-    cancel(session, record)
+    manage.cancel(session, record)
     assert (record.queue, record.status) == ("mail", CANCELLED)
     session.commit()
     assert session.scalars(select(Workflow.queue)).all() == ["mail"]
@@ -324,23 +325,23 @@ def test_changes_of_the_caller_to_the_record_are_written_and_stand(engine: Engin
 async def test_an_async_session_awaits_the_same(async_session_factory: async_sessionmaker[AsyncSession]) -> None:
     async with async_session_factory() as session:
         session.add(record := Workflow(name="checkout"))
-        assert await cancel(session, record) == [record.id]
+        assert await aio.manage.cancel(session, record) == [record.id]
         await session.rollback()
         session.add(record := Workflow(name="checkout"))
-        assert await cancel(session, select(Workflow)) == [workflow_id := record.id]
+        assert await aio.manage.cancel(session, select(Workflow)) == [workflow_id := record.id]
         await session.commit()
-        assert await resume(session, record) == [workflow_id], "an expired record"
+        assert await aio.manage.resume(session, record) == [workflow_id], "an expired record"
         assert record.status is PENDING
         with pytest.raises(ArgumentError):
-            await cast("Any", cancel(session, cast("Any", 7)))
+            await aio.manage.cancel(session, cast("Any", 7))
 
 
 @pytest.mark.parametrize("durable_schema", ["tenant_7"], indirect=True)
 def test_another_name_of_the_schema(session: Session) -> None:
     (workflow_id,) = races.enqueue(session)
     other = aliased(Workflow)
-    assert cancel(session, select(other).where(other.id == workflow_id)) == [workflow_id]
-    assert resume(session, workflow_id) == [workflow_id]
+    assert manage.cancel(session, select(other).where(other.id == workflow_id)) == [workflow_id]
+    assert manage.resume(session, workflow_id) == [workflow_id]
 
 
 # Beside others
@@ -351,7 +352,7 @@ def test_what_no_longer_fits_the_select_when_its_row_is_locked_is_left_alone(eng
     with races.transaction(engine) as claimer, races.transaction(engine) as canceller:
         races.claim(claimer.session)
         waiting = select(Workflow).where(Workflow.status == PENDING)
-        cancelling = canceller.begin_blocked(lambda session: cancel(session, waiting))
+        cancelling = canceller.begin_blocked(lambda session: manage.cancel(session, waiting))
         claimer.session.commit()
         assert cancelling.result() == []
         canceller.session.commit()
@@ -363,7 +364,7 @@ def test_a_cancel_waits_for_a_step_that_is_committing_and_its_checkpoint_stands(
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as step, races.transaction(engine) as canceller:
         steps.record(step.session, races.checkpoint(fence))
-        cancelling = canceller.begin_blocked(lambda session: cancel(session, fence.workflow_id))
+        cancelling = canceller.begin_blocked(lambda session: manage.cancel(session, fence.workflow_id))
         step.session.commit()
         assert cancelling.result() == [fence.workflow_id]
         canceller.session.commit()
@@ -381,7 +382,7 @@ def test_rows_are_locked_in_the_order_of_their_ids(engine: Engine, session: Sess
     free = select(Workflow.id).order_by(Workflow.id).with_for_update(skip_locked=True)
     with races.transaction(engine) as canceller, races.transaction(engine) as holder:
         races.lock(holder.session, ids[0])
-        cancelling = canceller.begin_blocked(lambda session: cancel(session, wanted))
+        cancelling = canceller.begin_blocked(lambda session: manage.cancel(session, wanted))
         found = session.scalars(free).all()
         session.rollback()
         holder.session.rollback()

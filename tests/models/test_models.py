@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, joinedload, selectinload, sessionmaker
 
-from sqla_durable import id_at, migrations
+from sqla_durable import manage, migrations
 from sqla_durable.errors import SessionError, UsageError
 from sqla_durable.models import REVISION, Queue, Step, Worker, Workflow, metadata
 from sqla_durable.models.status import StepStatus, WorkflowStatus
@@ -57,7 +57,9 @@ def test_name_and_input_alone_are_a_pending_workflow(engine: Engine) -> None:
     assert (workflow.queue, workflow.priority, workflow.attempt) == ("default", 0, 1)
     assert workflow.input == {"order_id": 1}
     assert workflow.id.version == 7
-    assert id_at(workflow.created_at) <= workflow.id < id_at(workflow.created_at + timedelta(milliseconds=1))
+    assert (
+        manage.id_at(workflow.created_at) <= workflow.id < manage.id_at(workflow.created_at + timedelta(milliseconds=1))
+    )
     assert workflow.created_at == workflow.enqueued_at <= now
     assert [workflow.key, workflow.token, workflow.worker_id, workflow.wake_at] == [None] * 4
     assert [workflow.output, workflow.error, workflow.started_at, workflow.finished_at] == [None] * 4

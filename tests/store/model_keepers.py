@@ -11,7 +11,7 @@ from uuid import UUID
 from sqlalchemy import Select, select, text
 from sqlalchemy.orm import Session
 
-from sqla_durable import management
+from sqla_durable import manage
 from sqla_durable.models import Workflow
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store import Fence, timers, workers
@@ -182,7 +182,7 @@ class Cancel(_Managed):
         return changed(row, status=WorkflowStatus.CANCELLED, wake=None)
 
     def perform(self, session: Session) -> object:
-        return management.cancel(session, self.selected())
+        return manage.cancel(session, self.selected())
 
 
 class Resume(_Managed):
@@ -197,7 +197,7 @@ class Resume(_Managed):
         return changed(again, token=None, worker=None, error=None)
 
     def perform(self, session: Session) -> object:
-        return management.resume(session, self.selected())
+        return manage.resume(session, self.selected())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable import complete_callback, delete, errors, fail_callback, heartbeat_callback, unwinding
+from sqla_durable import complete_callback, errors, fail_callback, heartbeat_callback, manage, unwinding
 from sqla_durable.models import Signal, Step
 from sqla_durable.operations.callback import CallbackRecord
 from sqla_durable.store import Awaited, Checkpoint, Fence, Suspend, callbacks, continuations, signals
@@ -187,7 +187,7 @@ def test_deletion_and_answer_wait_for_each_other_and_never_in_a_circle(engine: E
         session.commit()
     with races.transaction(engine) as foreign, races.transaction(engine) as operator:
         hold(foreign.session, made)
-        deleting = operator.begin_blocked(lambda session: delete(session, fence.workflow_id))
+        deleting = operator.begin_blocked(lambda session: manage.delete(session, fence.workflow_id))
         assert callbacks.answer(foreign.session, fence.workflow_id, signal=made.signal, payload='{"value": 1}')
         foreign.session.commit()
         deleting.result()

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import Engine, Select, event, func, select, update
 from sqlalchemy.orm import Session
 
-from sqla_durable import cancel, resume
+from sqla_durable import manage
 from sqla_durable.errors import EncodingError
 from sqla_durable.execution.worker.database import ThreadDatabase
 from sqla_durable.execution.worker.writer import Row
@@ -81,7 +81,7 @@ class Crowd:
     def resume(self) -> None:
         """Resume whatever can be."""
         for _ in range(ROUNDS):
-            self._count("resumed", len(self._in_transaction(lambda session: resume(session, select(Workflow)))))
+            self._count("resumed", len(self._in_transaction(lambda session: manage.resume(session, select(Workflow)))))
 
     def _in_transaction(self, work: Callable[[Session], Any]) -> Any:
         with Session(self.engine) as session, session.begin():
@@ -93,7 +93,7 @@ class Crowd:
 
 
 def _cancelled(session: Session, workflows: Select[Any]) -> list[UUID]:
-    return cancel(session, workflows)
+    return manage.cancel(session, workflows)
 
 
 def test_everybody_at_the_same_rows_never_deadlocks_and_loses_nothing(engine: Engine) -> None:

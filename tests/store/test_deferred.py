@@ -11,7 +11,7 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable import cancel, delete, rewind
+from sqla_durable import manage
 from sqla_durable.models import Signal, Step
 from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.store import attempts, continuations, deferred, workers
@@ -108,7 +108,7 @@ def test_what_continues_as_new_or_fails_for_its_crashes_leaves_orphans(engine: E
 def test_a_cancel_starts_what_is_detached_and_deferred(engine: Engine) -> None:
     fence, _ = parent_with_held(engine, detached=True)
     with Session(engine) as session:
-        assert cancel(session, fence.workflow_id) == [fence.workflow_id]
+        assert manage.cancel(session, fence.workflow_id) == [fence.workflow_id]
         assert deferred.start_orphans(session, limit=9) == 2
 
 
@@ -116,7 +116,7 @@ def test_what_a_rewind_leaves_goes_also_when_others_are_started_under_its_key(en
     """By the time that a worker looks, the workflow may have come to its map again."""
     fence, left = parent_with_held(engine)
     with Session(engine) as session, session.begin():
-        assert rewind(session, fence.workflow_id, to_step="start:double") == [fence.workflow_id]
+        assert manage.rewind(session, fence.workflow_id, to_step="start:double") == [fence.workflow_id]
     with Session(engine) as session:
         (again,) = races.claim(session)
         of_parent = {"parent_id": fence.workflow_id, "parent_key": "start:double", "status": "suspended"}
@@ -162,5 +162,5 @@ def test_deferred_detached_children_of_a_deleted_parent_start(engine: Engine) ->
     with Session(engine) as session:
         attempts.write_batch(session, [], [failure(fence)])
         session.commit()
-        assert delete(session, fence.workflow_id) == [fence.workflow_id]
+        assert manage.delete(session, fence.workflow_id) == [fence.workflow_id]
         assert [races.status_in(session, each) for each in ids] == [WorkflowStatus.PENDING] * 2

@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable import cancel, delete, resume, retry
+from sqla_durable import manage
 from sqla_durable.errors import NotFoundError
 from sqla_durable.models import Signal, Workflow
 from sqla_durable.models.status import WorkflowStatus
@@ -127,14 +127,14 @@ def test_a_parent_is_woken_by_its_childs_end_in_whatever_order(engine: Engine, g
                     case "commit":
                         worker.commit()
                     case "delete":
-                        assert delete(other, child.workflow_id) == [child.workflow_id]
+                        assert manage.delete(other, child.workflow_id) == [child.workflow_id]
                     case "retry":
-                        assert retry(other, child.workflow_id) == [child.workflow_id]
+                        assert manage.retry(other, child.workflow_id) == [child.workflow_id]
                     case _:
                         signals.deliver(other, limit=100)
                 other.commit()
             if gone == "retry":  # nobody may have seen that it had ended; now it does so again
-                cancel(other, child.workflow_id)
+                manage.cancel(other, child.workflow_id)
                 other.commit()
         deliver(engine)
         statuses = {
@@ -153,8 +153,8 @@ def test_the_first_of_some_is_one_that_ended_or_one_that_is_gone(engine: Engine)
         suspend(session, parent, awaited)
         session.commit()
         assert deliver(engine) == 0
-        cancel(session, second)
-        delete(session, second)
+        manage.cancel(session, second)
+        manage.delete(session, second)
         session.commit()
         assert deliver(engine) == 1
         with pytest.raises(NotFoundError, match=f"no workflow {second} is there to wait for: was it deleted"):
@@ -192,7 +192,7 @@ def test_children_of_another_generation_are_none_of_those_that_are_waited_for(en
         fail(session, old)
         ids = [each.workflow_id for each in today]
         suspend(session, parent, Awaited(children=ids, open=0))
-        retry(session, old.workflow_id)
+        manage.retry(session, old.workflow_id)
         session.commit()
         assert deliver(engine) == 0
         fail(session, *today)
@@ -236,7 +236,7 @@ def test_no_notice_outlives_a_workflow_that_ends_otherwise(engine: Engine, way: 
         assert notices(session) == 1
         match way:
             case "cancelled":
-                cancel(session, parent.workflow_id)
+                manage.cancel(session, parent.workflow_id)
             case "finished by an executor":
                 assert attempts.finish(session, races.success(parent))
             case "overdue":
@@ -431,9 +431,16 @@ class Family:
             self.at(lambda session: fail(session, self.fences[chosen]))
 
     def manage(self) -> None:
-        verbs: list[Callable[..., object]] = [cancel, retry, resume, delete, delete, delete]
+        verbs: list[Callable[..., object]] = [
+            manage.cancel,
+            manage.retry,
+            manage.resume,
+            manage.delete,
+            manage.delete,
+            manage.delete,
+        ]
         verb, child = self.random.choice(verbs), self.random.choice(self.children)
-        chosen = child if verb in (cancel, delete) else self.random.choice([child, *self.parents])
+        chosen = child if verb in (manage.cancel, manage.delete) else self.random.choice([child, *self.parents])
         self.at(lambda session: verb(session, chosen))
 
     def deliver(self) -> None:

@@ -24,25 +24,21 @@ from sqla_durable import (
     Worker,
     Workflow,
     WorkflowStatus,
-    cancel,
     complete_callback,
     create_callback,
-    delete,
-    fork,
     get_event,
     heartbeat,
+    manage,
     migrations,
     models,
     read_stream,
-    resume,
-    retry,
-    rewind,
+    send_signal,
+    send_update,
     set_event,
-    signal,
     sleep,
+    start_child,
     start_many,
     start_with_signal,
-    update,
     wait_signal,
     wait_update,
     write_stream,
@@ -145,7 +141,7 @@ def price(item: str) -> int:
 
 @durable.step
 def refund(session: Session, item: str) -> None:
-    set_event(session, "refunded", item)
+    set_event("refunded", item, session=session)
 
 
 @durable.workflow
@@ -161,7 +157,7 @@ def buy(item: str) -> list[Any]:
         cents = price(item)
         set_event("priced", cents)
         write_stream("log", item)
-        child = deliver.start_child(item)
+        child = start_child(deliver, item)
         sleep(timedelta(milliseconds=5))
         payment = create_callback(str)
         set_event("token", payment.token)
@@ -214,10 +210,10 @@ def _work(factory: sessionmaker[Session], bought: UUID) -> None:
         token = get_event(factory, bought, "token", timeout=timedelta(seconds=30), kind=str)
         with factory.begin() as session:
             complete_callback(session, token, "paid")
-            request = update(session, bought, "address", "home")
+            request = send_update(session, bought, "address", "home")
         assert request.result(timedelta(seconds=30)) == "to home"
         with factory.begin() as session:
-            signal(session, bought, "go", "now", key="once")
+            send_signal(session, bought, "go", "now", key="once")
         outcome = buy.handle(factory, bought).result(timeout=timedelta(seconds=30))
     assert outcome == [4, "book delivered", "paid", "home", "now"]
     assert [each.value for each in read_stream(factory, bought, "log")] == ["book"]
@@ -228,18 +224,18 @@ def _operate(factory: sessionmaker[Session], bought: UUID, delayed: UUID) -> Non
     named = select(Workflow).where(Workflow.name == "buy", Workflow.key.startswith("order-"))
     with factory.begin() as session:
         advance(session, timedelta(hours=1))
-        resume(session, delayed)
-        cancel(session, select(Workflow).where(Workflow.queue == "later"))
-        copy = fork(session, bought, from_step="price", key="order-9").id
-        fork(session, [bought], from_step="price")
-        rewind(session, [bought], to_step="create_callback")
-        cancel(session, [copy])
-        retry(session, select(Workflow).where(Workflow.status == WorkflowStatus.CANCELLED))
+        manage.resume(session, delayed)
+        manage.cancel(session, select(Workflow).where(Workflow.queue == "later"))
+        copy = manage.fork(session, bought, from_step="price", key="order-9").id
+        manage.fork(session, [bought], from_step="price")
+        manage.rewind(session, [bought], to_step="create_callback")
+        manage.cancel(session, [copy])
+        manage.retry(session, select(Workflow).where(Workflow.status == WorkflowStatus.CANCELLED))
         start_with_signal(session, deliver.options(key="cart").bind("pen"), "added", 1)
     with factory() as session, pytest.raises(LookupError):
         Executor(session).run(fail, "pen")
     with factory.begin() as session:
-        retry(session, select(Workflow).where(Workflow.status == WorkflowStatus.FAILED))
-        delete(session, named)
-        cancel(session, select(Workflow.id))
-        delete(session, select(Workflow))
+        manage.retry(session, select(Workflow).where(Workflow.status == WorkflowStatus.FAILED))
+        manage.delete(session, named)
+        manage.cancel(session, select(Workflow.id))
+        manage.delete(session, select(Workflow))

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Worker, current, run_step
+from sqla_durable.asyncio import to_thread
 from tests.support.domain import Entry
 
 durable = Durable()
@@ -93,7 +94,7 @@ def transfer(account: str) -> dict[str, object]:
 async def transfer_async(account: str) -> dict[str, object]:
     return {
         "credited": await credit_async(account, 1),
-        "called": await call.aio(account),
+        "called": await to_thread(call, account),
         "again": await credit_async(account, 2),
     }
 

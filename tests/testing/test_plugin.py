@@ -78,7 +78,7 @@ def run(directory: Path, *options: str, url: str | None = None, **files: str) ->
     for name, content in files.items():
         (directory / f"{name}.py").write_text(content)
     # Whether the package is installed, and with what else, does not matter: no other plugin is loaded.
-    arguments = ["-p", "sqla_durable_pytest", "-W", "error", "-p", "no:cacheprovider", *options]
+    arguments = ["-p", "sqla_durable.testing.plugin", "-W", "error", "-p", "no:cacheprovider", *options]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments],
         cwd=directory,

@@ -15,7 +15,6 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import (
-    AsyncWorkflowFunction,
     Durable,
     Executor,
     Step,
@@ -25,6 +24,7 @@ from sqla_durable import (
     deprecate_patch,
     patched,
 )
+from sqla_durable.asyncio import AsyncWorkflowFunction, to_thread
 from sqla_durable.errors import ArgumentError, UsageError
 from sqla_durable.testing import History, ReplayReport, export, replay
 
@@ -175,7 +175,7 @@ def test_other_order_is_named(history: Callable[..., History]) -> None:
 def test_renamed_step_with_the_old_key_is_named(history: Callable[..., History]) -> None:
     def renamed(code: Code, order_id: int) -> Any:
         code.reserve()
-        code.check.options(key="charge")()
+        code.check.options(step_key="charge")()
         code.ship()
         return order_id
 
@@ -298,7 +298,7 @@ def asynchronous(*, gather: bool = True, added: bool = False) -> tuple[AsyncWork
         await asyncio.sleep(0)
         if added:
             await three(4)
-        return await write.aio(number)
+        return await to_thread(write, number)
 
     return parallel, called
 

@@ -10,18 +10,12 @@ from typing import Any, assert_type
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable import (
-    AsyncCallback,
-    Callback,
-    complete_callback,
-    create_callback,
-    fail_callback,
-    heartbeat_callback,
-)
+import sqla_durable.asyncio as aio
+from sqla_durable import Callback, complete_callback, create_callback, fail_callback, heartbeat_callback
 
 
 def sync_code() -> None:
-    callback = create_callback(int, timeout=timedelta(days=1), heartbeat=timedelta(hours=1), key="payment")
+    callback = create_callback(int, timeout=timedelta(days=1), heartbeat=timedelta(hours=1), step_key="payment")
     assert_type(callback, Callback[int])
     assert_type(callback.token, str)
     assert_type(callback.result(), int)
@@ -29,11 +23,11 @@ def sync_code() -> None:
 
 
 async def async_code() -> None:
-    callback = await create_callback.aio(int, timeout=timedelta(days=1))
-    assert_type(callback, AsyncCallback[int])
+    callback = await aio.create_callback(int, timeout=timedelta(days=1))
+    assert_type(callback, aio.AsyncCallback[int])
     assert_type(await callback, int)
     assert_type(await callback.result(), int)
-    assert_type(await (await create_callback.aio()), Any)
+    assert_type(await (await aio.create_callback()), Any)
 
 
 def answering(session: Session, token: str) -> None:
@@ -43,16 +37,22 @@ def answering(session: Session, token: str) -> None:
 
 
 async def answering_async(session: AsyncSession, token: str) -> None:
-    done: Coroutine[Any, Any, None] = complete_callback(session, token)
+    done: Coroutine[Any, Any, None] = aio.complete_callback(session, token)
     await done
-    await fail_callback(session, token, "card declined")
-    await heartbeat_callback(session, token)
+    await aio.fail_callback(session, token, "card declined")
+    await aio.heartbeat_callback(session, token)
 
 
 def wrong_calls(session: Session, token: str) -> None:
-    create_callback(int, timeout=3)  # type: ignore[call-overload]
-    create_callback(int, timedelta())  # type: ignore[call-overload]
-    complete_callback(token, 7)  # type: ignore[call-overload]
-    fail_callback(session, token)  # type: ignore[call-overload]
-    fail_callback(session, token, ValueError())  # type: ignore[call-overload]
-    heartbeat_callback(session, 7)  # type: ignore[call-overload]
+    create_callback(int, timeout=3)  # type: ignore[arg-type]
+    create_callback(int, timedelta())  # type: ignore[call-arg]
+    complete_callback(token, 7)  # type: ignore[arg-type]
+    fail_callback(session, token)  # type: ignore[call-arg]
+    fail_callback(session, token, ValueError())  # type: ignore[arg-type]
+    heartbeat_callback(session, 7)  # type: ignore[arg-type]
+
+
+async def wrong_namespace(session: Session, async_session: AsyncSession, token: str) -> None:
+    complete_callback(async_session, token)  # type: ignore[arg-type]
+    await aio.complete_callback(session, token)  # type: ignore[arg-type]
+    await create_callback(int)  # type: ignore[misc]

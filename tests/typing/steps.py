@@ -16,9 +16,8 @@ import tenacity
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+import sqla_durable.asyncio as aio
 from sqla_durable import (
-    AsyncStepFunction,
-    AsyncTransactionalStep,
     Durable,
     Execution,
     StepExecution,
@@ -84,11 +83,11 @@ def only_session(session: Session) -> None: ...
 def kinds(session: Session, async_session: AsyncSession) -> None:
     assert_type(no_arguments, StepFunction[[], None])
     assert_type(only_session, TransactionalStep[[], None])
-    assert_type(import_lines, AsyncStepFunction[[], int])
+    assert_type(import_lines, aio.AsyncStepFunction[[], int])
     as_step: StepFunction[..., Receipt] = charge
-    as_async: AsyncStepFunction[..., Receipt] = acharge
+    as_async: aio.AsyncStepFunction[..., Receipt] = acharge
     as_transactional: TransactionalStep[..., Receipt] = reserve_with_options
-    as_async_transactional: AsyncTransactionalStep[..., Receipt] = areserve_with_options
+    as_async_transactional: aio.AsyncTransactionalStep[..., Receipt] = areserve_with_options
     del as_step, as_async, as_transactional, as_async_transactional
 
 
@@ -99,8 +98,8 @@ def sync_workflow() -> None:
     assert_type(reserve_with_options(1), Receipt)
     assert_type(charge(1), Receipt)
     assert_type(charge(1, cents=2), Receipt)
-    assert_type(charge.options(key="deposit")(1), Receipt)
-    assert_type(reserve.options(key="first")(1, quantity=2), Receipt)
+    assert_type(charge.options(step_key="deposit")(1), Receipt)
+    assert_type(reserve.options(step_key="first")(1, quantity=2), Receipt)
     assert_type(no_arguments(), None)
     assert_type(only_session(), None)
 
@@ -110,9 +109,9 @@ async def async_workflow() -> None:
     assert_type(await areserve(1, quantity=2), Receipt)
     assert_type(await areserve_with_options(1), Receipt)
     assert_type(await acharge(1, 2), Receipt)
-    assert_type(await acharge.options(key="deposit")(1), Receipt)
-    assert_type(await reserve.aio(1, quantity=2), Receipt)
-    assert_type(await charge.aio(1), Receipt)
+    assert_type(await acharge.options(step_key="deposit")(1), Receipt)
+    assert_type(await aio.to_thread(reserve, 1, quantity=2), Receipt)
+    assert_type(await aio.to_thread(charge, 1), Receipt)
     coroutine: Coroutine[Any, Any, Receipt] = acharge(1)
     assert_type(await coroutine, Receipt)
 
@@ -122,17 +121,25 @@ async def outside_a_workflow(session: Session, async_session: AsyncSession) -> N
     assert_type(await areserve(async_session, 1), Receipt)
 
 
-async def inline(fetch: Callable[[str], int], afetch: Callable[[str], Coroutine[Any, Any, int]]) -> None:
+def inline(fetch: Callable[[str], int]) -> None:
+    def book(session: Session, cents: int) -> Receipt:
+        raise NotImplementedError
+
+    assert_type(run_step("fetch", fetch, "url"), int)
+    assert_type(run_step("book", book, 5), Receipt)
+
+
+async def async_inline(fetch: Callable[[str], int], afetch: Callable[[str], Coroutine[Any, Any, int]]) -> None:
     def book(session: Session, cents: int) -> Receipt:
         raise NotImplementedError
 
     async def abook(session: AsyncSession, cents: int) -> Receipt:
         raise NotImplementedError
 
-    assert_type(run_step("fetch", fetch, "url"), int)
-    assert_type(await run_step("afetch", afetch, "url"), int)
-    assert_type(run_step("book", book, 5), Receipt)
-    assert_type(await run_step("abook", abook, cents=5), Receipt)
+    assert_type(await aio.run_step("fetch", fetch, "url"), int)
+    assert_type(await aio.run_step("afetch", afetch, "url"), int)
+    assert_type(await aio.run_step("book", book, 5), Receipt)
+    assert_type(await aio.run_step("abook", abook, cents=5), Receipt)
     assert_type(durable.step(fetch, name="fetch")("url"), int)
 
 
@@ -172,12 +179,14 @@ async def wrong_calls(session: Session, async_session: AsyncSession) -> None:
     reserve(async_session, 1)  # type: ignore[call-overload]
     await areserve("one")  # type: ignore[call-overload]
     await areserve(session, 1)  # type: ignore[call-overload]
-    await reserve.aio("one")  # type: ignore[arg-type]
+    await aio.to_thread(reserve, "one")  # type: ignore[arg-type]
     charge("one")  # type: ignore[arg-type]
     charge(1, 2, 3)  # type: ignore[call-arg]
     charge(1, amount=2)  # type: ignore[call-arg]
     await acharge(None)  # type: ignore[arg-type]
     await charge(1)  # type: ignore[misc]
+    await aio.to_thread(acharge, 1)  # type: ignore[arg-type]
+    await aio.to_thread(len, "one")  # type: ignore[arg-type]
     charge.options("deposit")  # type: ignore[call-arg]
     charge.options(kee="deposit")  # type: ignore[call-arg]
     receipt: int = charge(1)  # type: ignore[assignment]

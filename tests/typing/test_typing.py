@@ -11,9 +11,8 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-FILES = [
-    str(HERE / name) for name in ("steps.py", "workflows.py", "publishing.py", "callbacks.py", "verbs.py", "updates.py")
-]
+NAMES = ["steps", "workflows", "publishing", "callbacks", "verbs", "updates", "waiting"]
+FILES = [str(HERE / f"{name}.py") for name in NAMES]
 CHECKERS = {
     "mypy": ["mypy", "--strict", "--warn-unused-ignores", "--no-error-summary"],
     "pyright": ["pyright", "--pythonpath", sys.executable],

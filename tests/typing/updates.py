@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, assert_type
@@ -12,15 +11,15 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.asyncio as aio
 from sqla_durable import (
-    AsyncUpdate,
     BoundWorkflow,
     Durable,
-    Update,
+    UpdateHandle,
     UpdateRequest,
     Workflow,
+    send_update,
     start_with_update,
-    update,
     update_handle,
     wait_update,
 )
@@ -48,8 +47,8 @@ async def is_known(address: Address) -> bool:
 @durable.step
 def save(session: Session, request: UpdateRequest[Address]) -> None:
     assert_type(request.payload, Address)
-    assert_type(request.reply(session, Saved("Elm")), Awaitable[None])
-    request.reject(session, "too late")
+    request.reply(Saved("Elm"), session=session)
+    request.reject("too late", session=session)
 
 
 @durable.workflow
@@ -62,34 +61,42 @@ def moving() -> None:
     request.reply(Saved("Elm"))
     request.reject("no")
     wait_update("number", int, validate=in_europe)  # type: ignore[arg-type]
-    wait_update("number", int, timeout=3)  # type: ignore[call-overload]
-    request.reject()  # type: ignore[call-overload]
-    request.reject(7)  # type: ignore[call-overload]
+    wait_update("number", int, timeout=3)  # type: ignore[arg-type]
+    request.reject()  # type: ignore[call-arg]
+    request.reject(7)  # type: ignore[arg-type]
 
 
 @durable.workflow
 async def amoving() -> None:
-    request = await wait_update.aio("set_address", Address, validate=is_known)
-    assert_type(request, UpdateRequest[Address])
+    request = await aio.wait_update("set_address", Address, validate=is_known)
+    assert_type(request, aio.AsyncUpdateRequest[Address])
+    assert_type(await aio.wait_update("anything"), aio.AsyncUpdateRequest[Any])
     await request.reply(Saved("Elm"))
+    assert_type(request.sync_request, UpdateRequest[Address])
 
 
 def sending(maker: sessionmaker[Session], session: Session, workflow: Workflow, bound: BoundWorkflow) -> None:
-    request = update(session, workflow, "set_address", Address("Elm"), reply=Saved, key="once")
-    assert_type(request, Update[Saved])
+    request = send_update(session, workflow, "set_address", Address("Elm"), reply=Saved, key="once")
+    assert_type(request, UpdateHandle[Saved])
     assert_type(request.result(timeout=timedelta(seconds=1)), Saved)
-    assert_type(update(session, workflow.id, "set_address"), Update[Any])
-    assert_type(start_with_update(session, bound, "add", 1, reply=int), tuple[Workflow, Update[int]])
-    assert_type(update_handle(maker, UUID(int=0), 7, reply=Saved), Update[Saved])
-    update(session, [workflow], "set_address")  # type: ignore[call-overload]
-    update(maker, workflow, "set_address")  # type: ignore[call-overload]
-    update_handle(maker, workflow, "7")  # type: ignore[call-overload]
+    assert_type(send_update(session, workflow.id, "set_address"), UpdateHandle[Any])
+    assert_type(start_with_update(session, bound, "add", 1, reply=int), tuple[Workflow, UpdateHandle[int]])
+    assert_type(update_handle(maker, UUID(int=0), 7, reply=Saved), UpdateHandle[Saved])
+    send_update(session, [workflow], "set_address")  # type: ignore[arg-type]
+    send_update(maker, workflow, "set_address")  # type: ignore[arg-type]
+    update_handle(maker, workflow, "7")  # type: ignore[arg-type]
 
 
 async def asending(maker: async_sessionmaker[AsyncSession], session: AsyncSession, workflow: Workflow) -> None:
-    request = await update(session, workflow, "set_address", Address("Elm"), reply=Saved)
-    assert_type(request, AsyncUpdate[Saved])
+    request = await aio.send_update(session, workflow, "set_address", Address("Elm"), reply=Saved)
+    assert_type(request, aio.AsyncUpdateHandle[Saved])
     assert_type(await request.result(), Saved)
     assert_type(await request, Saved)
-    assert_type(await update(session, workflow, "set_address"), AsyncUpdate[Any])
-    assert_type(update_handle(maker, workflow, request.id, reply=Saved), AsyncUpdate[Saved])
+    assert_type(await aio.send_update(session, workflow, "set_address"), aio.AsyncUpdateHandle[Any])
+    assert_type(aio.update_handle(maker, workflow, request.id, reply=Saved), aio.AsyncUpdateHandle[Saved])
+
+
+async def wrong_namespace(session: Session, async_session: AsyncSession, workflow: Workflow) -> None:
+    send_update(async_session, workflow, "set_address")  # type: ignore[arg-type]
+    await aio.send_update(session, workflow, "set_address")  # type: ignore[arg-type]
+    await wait_update("set_address")  # type: ignore[misc]

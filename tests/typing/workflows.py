@@ -13,9 +13,8 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.asyncio as aio
 from sqla_durable import (
-    AsyncExecutor,
-    AsyncHandle,
     BoundWorkflow,
     Durable,
     Executor,
@@ -56,7 +55,7 @@ def starts(session: Session, workflow_id: UUID) -> None:
 async def async_starts(session: AsyncSession) -> None:
     assert_type(await checkout.start(session, 1), Workflow)
     assert_type(await acheckout.options(key="k").start(session, order_id=1), Workflow)
-    assert_type(await start_many(session, (acheckout.bind(number) for number in range(3))), list[UUID])
+    assert_type(await aio.start_many(session, (acheckout.bind(number) for number in range(3))), list[UUID])
 
 
 async def plain_calls() -> None:
@@ -75,8 +74,8 @@ async def handles(
 ) -> None:
     assert_type(checkout.handle(session, record), Handle[str])
     assert_type(acheckout.handle(maker, workflow_id), Handle[str])
-    assert_type(checkout.handle(async_session, record), AsyncHandle[str])
-    assert_type(acheckout.handle(async_maker, workflow_id), AsyncHandle[str])
+    assert_type(checkout.handle(async_session, record), aio.AsyncHandle[str])
+    assert_type(acheckout.handle(async_maker, workflow_id), aio.AsyncHandle[str])
     assert_type(checkout.handle(session, record).result(timeout=timedelta(seconds=1)), str)
     assert_type(await acheckout.handle(async_maker, record).result(), str)
 
@@ -86,8 +85,8 @@ async def executors(session: Session, async_session: AsyncSession, record: Workf
     assert_type(Executor(session, lease=timedelta(minutes=1)).run(checkout, order_id=1, discount=Decimal(1)), str)
     assert_type(Executor.joined(session).run(checkout.options(key="k"), 1), str)
     assert_type(Executor(session).execute(checkout, record), str)
-    assert_type(await AsyncExecutor(async_session).run(acheckout, 1), str)
-    assert_type(await AsyncExecutor.joined(async_session).execute(acheckout, record.id), str)
+    assert_type(await aio.AsyncExecutor(async_session).run(acheckout, 1), str)
+    assert_type(await aio.AsyncExecutor.joined(async_session).execute(acheckout, record.id), str)
 
 
 async def workers(maker: sessionmaker[Session], async_maker: async_sessionmaker[AsyncSession]) -> None:
@@ -125,8 +124,8 @@ async def wrong_calls(session: Session, async_session: AsyncSession, maker: sess
     Executor(session).run(acheckout, 1)  # type: ignore[arg-type]
     Executor(session).run(checkout, "one")  # type: ignore[arg-type]
     Executor(session).run(checkout)  # type: ignore[call-arg]
-    AsyncExecutor(session)  # type: ignore[arg-type]
-    await AsyncExecutor(async_session).run(checkout, 1)  # type: ignore[arg-type]
+    aio.AsyncExecutor(session)  # type: ignore[arg-type]
+    await aio.AsyncExecutor(async_session).run(checkout, 1)  # type: ignore[arg-type]
     number: int = Executor(session).run(checkout, 1)  # type: ignore[assignment]
     del number
     start_many(session, [checkout])  # type: ignore[list-item]

@@ -14,6 +14,7 @@ from sqlalchemy import Engine, event, func, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.asyncio as aio
 from sqla_durable import Durable, Executor, Worker, Workflow, start_many
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
@@ -173,7 +174,7 @@ async def test_worker_carries_out_many_workflows_in_few_commits(
 ) -> None:
     count = 400
     async with async_session_factory.begin() as session:
-        ids = await start_many(session, (telling.bind(number, steps) for number in range(count)))
+        ids = await aio.start_many(session, (telling.bind(number, steps) for number in range(count)))
     with counting(async_engine.sync_engine) as counts:
         worker = Worker(asynchronous, async_sessionmaker=async_session_factory, concurrency=100, poll_interval=POLL)
         async with worker:
@@ -193,7 +194,7 @@ async def test_a_worker_costs_the_server_a_tenth_of_a_statement_for_each_workflo
     """Each statement is a transaction of its own, so that it is a tenth of a commit, too."""
     count = 2_000
     async with async_session_factory.begin() as session:
-        await start_many(session, (telling.bind(number) for number in range(count)))
+        await aio.start_many(session, (telling.bind(number) for number in range(count)))
     with counting(async_engine.sync_engine) as counts:
         async with Worker(asynchronous, async_sessionmaker=async_session_factory, concurrency=100):
             await asyncio.to_thread(races.wait_until, lambda: _unfinished(engine) == 0, seconds=60)

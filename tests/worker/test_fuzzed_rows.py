@@ -21,7 +21,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import Durable, Worker, Workflow, cancel, create_callback, signal, sleep, wait_signal
+import sqla_durable.asyncio as aio
+from sqla_durable import Durable, Worker, Workflow, manage, send_signal, sleep, start_child
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
 from tests.support.domain import Entry
@@ -57,19 +58,19 @@ async def async_child(cents: int) -> int:
 @durable.workflow
 def sync_one(cents: int = 1) -> int:
     sleep(timedelta(milliseconds=1))
-    return book(cents) + child.start_child(cents).result()
+    return book(cents) + start_child(child, cents).result()
 
 
 @durable.workflow
 async def async_one(cents: int = 1) -> int:
-    await sleep(timedelta(seconds=1.1))  # long enough for a row
-    said = await wait_signal.aio("go", int)
-    return await tell(cents) + said + await (await async_child.start_child(cents)).result()
+    await aio.sleep(timedelta(seconds=1.1))  # long enough for a row
+    said = await aio.wait_signal("go", int)
+    return await tell(cents) + said + await (await aio.start_child(async_child, cents)).result()
 
 
 @durable.workflow
 async def calling() -> str:
-    callback = await create_callback.aio(str)
+    callback = await aio.create_callback(str)
     return await callback.result()
 
 
@@ -331,7 +332,7 @@ def finish(maker: sessionmaker[Session], healthy: Sequence[UUID]) -> None:
     """Send them what they wait for, and wait until all have succeeded."""
     with maker.begin() as session:
         for each in healthy[1:3]:
-            signal(session, each, "go", 7)
+            send_signal(session, each, "go", 7)
 
     def statuses() -> set[str]:
         with maker() as session:
@@ -343,7 +344,7 @@ def finish(maker: sessionmaker[Session], healthy: Sequence[UUID]) -> None:
 def cancel_all(maker: sessionmaker[Session]) -> None:
     """Cancel whatever is left, with the trees under it, in which there may be circles."""
     with maker.begin() as session:
-        cancel(session, select(Workflow.id))
+        manage.cancel(session, select(Workflow.id))
 
 
 async def test_healthy_workflows_finish_beside_rows_that_anybody_has_written(

@@ -17,7 +17,8 @@ from sqlalchemy import Engine, func, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import Durable, Worker, Workflow, WorkflowStatus, cancel, delete, resume, start_many, wait_signal
+from sqla_durable import Durable, Worker, Workflow, WorkflowStatus, manage, start_many
+from sqla_durable.asyncio import wait_signal
 from sqla_durable.errors import RowRefusedError
 from sqla_durable.store import children
 from sqla_durable.unwinding import AttemptLost
@@ -43,7 +44,7 @@ def ill(number: int = 0) -> int:
 
 @durable.workflow
 async def patient() -> str:
-    return await wait_signal.aio("go", str)
+    return await wait_signal("go", str)
 
 
 def insert(engine: Engine, table: str = "workflow", **columns: Any) -> UUID:
@@ -150,7 +151,7 @@ def test_a_claim_that_a_trigger_refuses_fails_the_workflow_which_goes_on_when_th
             ill.handle(session_factory, bad).result(timeout=PATIENCE)
         execute(engine, "DROP TRIGGER refuse_ill ON durable.workflow")
         with session_factory.begin() as session:
-            assert resume(session, bad) == [bad]
+            assert manage.resume(session, bad) == [bad]
         assert ill.handle(session_factory, bad).result(timeout=PATIENCE) == 0
 
 
@@ -233,8 +234,8 @@ def test_workflows_that_are_each_other_s_parents_are_cancelled_and_deleted(
     execute(engine, f"UPDATE durable.workflow SET parent_id = '{other}' WHERE id = '{one}'")
     execute(engine, f"UPDATE durable.workflow SET parent_id = '{one}' WHERE id = '{other}'")
     with session_factory.begin() as session:
-        assert set(cancel(session, one)) == {one, other}
-        assert set(delete(session, other)) == {one, other}
+        assert set(manage.cancel(session, one)) == {one, other}
+        assert set(manage.delete(session, other)) == {one, other}
 
 
 def test_a_parent_that_gives_up_cancels_its_children_whatever_circle_is_under_them(

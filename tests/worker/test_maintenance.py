@@ -13,17 +13,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, delete, event, func, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import (
-    Durable,
-    Signal,
-    Worker,
-    Workflow,
-    WorkflowStatus,
-    cancel,
-    resume,
-    start_many,
-    wait_signal,
-)
+from sqla_durable import Durable, Signal, Worker, Workflow, WorkflowStatus, manage, start_many, wait_signal
 from sqla_durable.models import Worker as WorkerRecord
 from sqla_durable.store import hints
 from tests.acceptance.shells import PATIENCE, POLL
@@ -118,10 +108,10 @@ def test_a_timer_that_comes_before_the_next_one_known_is_told_by_a_hint(
 def test_what_is_resumed_is_executed_without_a_poll(engine: Engine, session_factory: Sessions) -> None:
     workflow_id = started(session_factory, queue="elsewhere")
     with session_factory.begin() as session:
-        cancel(session, workflow_id)
+        manage.cancel(session, workflow_id)
     with idle(engine, worker(session_factory, queues=["elsewhere"])):
         with session_factory.begin() as session:
-            resume(session, workflow_id)
+            manage.resume(session, workflow_id)
         finish(session_factory, workflow_id)
 
 

@@ -15,7 +15,8 @@ from sqlalchemy import NullPool, create_engine, event, func, make_url, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import Durable, Saga, Worker, Workflow, WorkflowStatus, cancel, rewind
+from sqla_durable import Durable, Worker, Workflow, WorkflowStatus, manage
+from sqla_durable.asyncio import Saga
 from tests.support.databases import translated
 from tests.support.domain import Entry
 from tests.support.notifications import PATIENCE
@@ -143,9 +144,9 @@ async def test_a_cancelled_async_step_ends_at_once_and_cleans_up_undisturbed(
         for name in ("a", "b"):  # when b is cancelled, a is still in its finally
             ids.append(await begin(callers, app.wait.start, name))
             await app.hears(f"{name} entered")
-            assert await do(callers, cancel, ids[-1]) == 1
+            assert await do(callers, manage.cancel, ids[-1]) == 1
             await app.hears(f"{name} cleans")
-            assert await do(callers, cancel, ids[-1]) == 0
+            assert await do(callers, manage.cancel, ids[-1]) == 0
         app.tell("clean")
         await app.hears("a cleaned")
         await app.hears("b cleaned")
@@ -174,7 +175,7 @@ async def test_a_step_that_swallows_its_cancellation_commits_nothing(direct_url:
     async with working(app, direct_url):
         workflow_id = await begin(callers, swallow.start, "ended")
         await app.hears("entered")
-        await do(callers, cancel, workflow_id)
+        await do(callers, manage.cancel, workflow_id)
         await app.hears("swallowed")
         await app.hears("ended")
     assert standing(callers, workflow_id) == (WorkflowStatus.CANCELLED, [])
@@ -195,12 +196,12 @@ async def test_a_rewind_a_deadline_and_a_cancel_that_is_to_undo_something_come_a
         rewound = await begin(callers, app.wait.start, "rewound")
         await app.hears("rewound entered")
         app.events["rewound entered"].clear()
-        assert await do(callers, rewind, rewound, to_step="first") == 1
+        assert await do(callers, manage.rewind, rewound, to_step="first") == 1
         await app.hears("rewound cleaned")
         await app.hears("rewound entered")
         undone = await begin(callers, app.wait_in_saga.start, "undone")
         await app.hears("undone entered")
-        await do(callers, cancel, undone)
+        await do(callers, manage.cancel, undone)
         await app.hears("undone cleaned")
         await app.hears("undone")
         await begin(callers, app.wait.options(deadline=timedelta(seconds=1)).start, "late")
@@ -220,7 +221,7 @@ async def test_a_cancel_costs_its_worker_two_statements_and_every_other_none(dir
         for executed in (owner, bystander):
             await begun(executed)
             executed.clear()
-        await do(callers, cancel, workflow_id)
+        await do(callers, manage.cancel, workflow_id)
         await app.hears("a cleaned")
         # What is hinted at after that is executed when the hint before it was heard, and the slot is free.
         await begin(callers, app.told.start, "slot")

@@ -12,6 +12,7 @@ from sqlalchemy import Engine, NullPool, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.asyncio as aio
 from sqla_durable import Durable, Executor, RunningStep, Worker, Workflow, errors, models, running_steps
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
@@ -55,13 +56,13 @@ def sync_workflow(transactional: bool) -> None:
 
 @durable.workflow
 async def async_workflow(transactional: bool) -> None:
-    await short.aio()
+    await aio.to_thread(short)
     await (async_transactional if transactional else async_plain)()
 
 
 @durable.workflow
 async def sync_step_of_async_workflow(transactional: bool) -> None:
-    await (sync_transactional if transactional else sync_plain).aio()
+    await aio.to_thread(sync_transactional if transactional else sync_plain)
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ async def test_async_session_sees_them_when_the_worker_is_dead(engine: Engine) -
         heartbeat_at = worker.heartbeat_at
     async_engine = create_async_engine(engine.url, poolclass=NullPool)
     async with AsyncSession(async_engine) as async_session:
-        pay, charge = await running_steps(async_session, workflow_id)
+        pay, charge = await aio.running_steps(async_session, workflow_id)
     assert (pay.step, charge.step, charge.step_attempt) == ("pay", "charge#2", 3)
     assert charge.since == heartbeat_at - timedelta(seconds=30.5)
 
@@ -147,7 +148,7 @@ def test_nothing_is_executed_by_nobody(engine: Engine) -> None:
     with Session(engine) as session:
         assert running_steps(session, sync_workflow.start(session, False)) == []
         with pytest.raises(errors.ArgumentError, match="is no workflow"):
-            running_steps(session, "text")  # type: ignore[call-overload]
+            running_steps(session, "text")  # type: ignore[arg-type]
 
 
 def test_executor_says_nothing_of_its_steps(engine: Engine) -> None:

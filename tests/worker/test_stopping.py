@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Worker, Workflow, WorkflowStatus, models
+from sqla_durable.asyncio import to_thread
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.support.domain import Entry
 
@@ -265,7 +266,7 @@ def test_sync_and_async_workflows_run_together(session_factory: Sessions) -> Non
 
     @durable.workflow
     async def async_one() -> str:
-        return await meet.aio()
+        return await to_thread(meet)
 
     with session_factory.begin() as session:
         sync_id, async_id = sync_one.start(session).id, async_one.start(session).id

@@ -12,19 +12,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import (
-    Durable,
-    Worker,
-    Workflow,
-    cancel,
-    complete_callback,
-    create_callback,
-    random,
-    signal,
-    update,
-    wait_signal,
-    wait_update,
-)
+import sqla_durable.asyncio as aio
+from sqla_durable import Durable, Worker, Workflow, random_number, start_child
 from sqla_durable.models.status import WorkflowStatus
 from tests.acceptance.shells import POLL
 from tests.store import races
@@ -49,7 +38,7 @@ class Program:
         async def program() -> None:
             self.executions += 1
             for _ in range(history):
-                await random.aio()
+                await aio.random_number()
             self.waits.set()
             await body(self)
 
@@ -81,7 +70,7 @@ async def ended(maker: AsyncSessions, workflow_id: UUID, *, as_: WorkflowStatus 
 async def test_children_awaited_in_a_loop_replay_nothing(async_session_factory: AsyncSessions) -> None:
     async def body(program: Program) -> None:
         for _ in range(10):
-            assert await (await program.child.start_child()).result() == 1
+            assert await (await aio.start_child(program.child)).result() == 1
 
     program = Program(body)
     async with program.worker(async_session_factory):
@@ -95,7 +84,7 @@ async def test_a_signal_reaches_the_code_of_a_waiting_workflow_by_one_statement(
     async def body(program: Program) -> None:
         for _ in range(10):
             program.waits.set()
-            await wait_signal.aio("go")
+            await aio.wait_signal("go")
 
     program = Program(body)
     async with program.worker(async_session_factory):
@@ -105,7 +94,7 @@ async def test_a_signal_reaches_the_code_of_a_waiting_workflow_by_one_statement(
                 await program.waits.wait()
                 program.waits.clear()
                 async with async_session_factory.begin() as session:
-                    await signal(session, workflow_id, "go")
+                    await aio.send_signal(session, workflow_id, "go")
             await ended(async_session_factory, workflow_id)
     assert program.executions <= 2
     assert len(takes(counts)) <= 10 * 4  # before it waits, when it comes, and looks by itself on a slow machine
@@ -120,7 +109,7 @@ async def test_a_moment_in_vain_costs_one_more_statement(
     async_engine: AsyncEngine, async_session_factory: AsyncSessions
 ) -> None:
     async def body(program: Program) -> None:
-        await wait_signal.aio("go")
+        await aio.wait_signal("go")
 
     program = Program(body, history=0)
     async with program.worker(async_session_factory):
@@ -134,9 +123,9 @@ async def test_updates_and_callbacks_reach_what_waits_in_memory(async_session_fa
     tokens: list[str] = []
 
     async def body(program: Program) -> None:
-        request = await wait_update.aio("change", int)
+        request = await aio.wait_update("change", int)
         await request.reply(request.payload + 1)
-        callback = await create_callback.aio(int)
+        callback = await aio.create_callback(int)
         tokens.append(callback.token)
         program.waits.set()
         assert await callback.result() == 7
@@ -147,11 +136,11 @@ async def test_updates_and_callbacks_reach_what_waits_in_memory(async_session_fa
         await program.waits.wait()
         program.waits.clear()
         async with async_session_factory.begin() as session:
-            asked = await update(session, workflow_id, "change", 1, reply=int)
+            asked = await aio.send_update(session, workflow_id, "change", 1, reply=int)
         assert await asked.result() == 2
         await program.waits.wait()
         async with async_session_factory.begin() as session:
-            await complete_callback(session, tokens[0], 7)
+            await aio.complete_callback(session, tokens[0], 7)
         await ended(async_session_factory, workflow_id)
     assert program.executions <= 2
 
@@ -160,7 +149,7 @@ async def test_a_full_worker_suspends_what_waits_for_others(async_session_factor
     """Its child needs the only slot; were that kept, the child would come after the moment."""
 
     async def body(program: Program) -> None:
-        assert await (await program.child.start_child()).result() == 1
+        assert await (await aio.start_child(program.child)).result() == 1
 
     program = Program(body)
     async with program.worker(async_session_factory, concurrency=1):
@@ -170,7 +159,7 @@ async def test_a_full_worker_suspends_what_waits_for_others(async_session_factor
 
 async def test_what_no_hint_tells_of_is_found(async_session_factory: AsyncSessions) -> None:
     async def body(program: Program) -> None:
-        await wait_signal.aio("go")
+        await aio.wait_signal("go")
 
     program = Program(body)
     async with program.worker(async_session_factory, listen=False):
@@ -184,7 +173,7 @@ async def test_what_no_hint_tells_of_is_found(async_session_factory: AsyncSessio
 
 async def test_a_cancel_and_a_stop_end_a_wait_in_memory(async_session_factory: AsyncSessions) -> None:
     async def body(program: Program) -> None:
-        await wait_signal.aio("go")
+        await aio.wait_signal("go")
 
     program = Program(body)
     async with (worker := program.worker(async_session_factory)):
@@ -193,7 +182,7 @@ async def test_a_cancel_and_a_stop_end_a_wait_in_memory(async_session_factory: A
             while program.executions < 2:
                 await asyncio.sleep(0.01)
         async with async_session_factory.begin() as session:
-            await cancel(session, cancelled)
+            await aio.manage.cancel(session, cancelled)
     assert worker.left_behind == 0
     await ended(async_session_factory, cancelled, as_=WorkflowStatus.CANCELLED)
     async with async_session_factory() as session:
@@ -211,9 +200,9 @@ def test_sync_code_waits_in_memory_too(session_factory: Sessions) -> None:
     def parent() -> None:
         executions.append(1)
         for _ in range(LONG):
-            random()
+            random_number()
         for _ in range(10):
-            assert child.start_child().result() == 1
+            assert start_child(child).result() == 1
 
     with Worker(durable, sessionmaker=session_factory, poll_interval=POLL):
         with session_factory.begin() as session:

@@ -23,9 +23,9 @@ from uuid_utils.compat import uuid7
 
 import sqla_durable.execution.worker.entry as entry
 import sqla_durable.execution.worker.settings as settings
-from sqla_durable.api.callers import noting_rights
+from sqla_durable.api.callers import explain_missing_rights
 from sqla_durable.api.durable import Durable
-from sqla_durable.api.handle import refuse_event_loop
+from sqla_durable.api.polling import refuse_event_loop
 from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.log import Log, worker_name
 from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, UsageError
@@ -268,7 +268,7 @@ class Worker:
             self._stopping.set()
         url = self._engine.url
         shown, seconds = url.render_as_string(hide_password=True), self.start_timeout.total_seconds()
-        with noting_rights("worker", user=url.username or "the worker"):
+        with explain_missing_rights("worker", user=url.username or "the worker"):
             is_direct = await entry.begin_within(begin, url=shown, seconds=seconds, stopping=self._stopping)
         names = [each.name for each in self.durable.registry]
         if not names:

@@ -8,11 +8,8 @@ from datetime import timedelta
 from sqlalchemy import BigInteger, Identity, MetaData, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sqla_durable import (
-    Durable,
-    sleep,
-    wait_signal,
-)
+from sqla_durable import Durable
+from sqla_durable.asyncio import sleep, wait_signal
 from sqla_durable.models import SCHEMA
 
 durable = Durable()
@@ -113,5 +110,5 @@ async def first_step_time() -> float:
 @durable.workflow
 async def signal_time() -> float:
     """Suspend until a signal comes; return when it came."""
-    await wait_signal.aio("go")
+    await wait_signal("go")
     return time.monotonic()

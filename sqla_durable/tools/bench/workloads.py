@@ -14,14 +14,8 @@ from statistics import median
 from sqlalchemy import create_engine, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import (
-    AsyncWorkflowFunction,
-    Executor,
-    Workflow,
-    WorkflowStatus,
-    embedded,
-)
-from sqla_durable import signal as send_signal
+from sqla_durable import Executor, Workflow, WorkflowStatus, embedded, send_signal
+from sqla_durable.asyncio import AsyncWorkflowFunction
 from sqla_durable.tools.bench import application, baselines
 from sqla_durable.tools.bench.application import Entry
 from sqla_durable.tools.bench.baselines import Pgbench, find_pgbench

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, TypedDict, Unpack, overload
 from uuid import UUID
 
 from sqlalchemy import CompoundSelect, Select
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
@@ -17,7 +17,7 @@ from sqla_durable.api.callers import in_savepoint
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import ArgumentError, NotFoundError
-from sqla_durable.management.selection import Selected, perform
+from sqla_durable.manage.selection import Selected, perform
 from sqla_durable.models import Workflow
 from sqla_durable.store import forks, keys, management
 from sqla_durable.store.selection import Selection
@@ -51,22 +51,8 @@ def fork(
 ) -> list[Workflow]: ...
 
 
-@overload
 def fork(
-    session: AsyncSession, workflows: Workflow | UUID, **options: Unpack[OneForkOptions]
-) -> Coroutine[Any, Any, Workflow]: ...
-
-
-@overload
-def fork(
-    session: AsyncSession,
-    workflows: Iterable[Workflow | UUID] | Select[Any] | CompoundSelect[Any],
-    **options: Unpack[ForkOptions],
-) -> Coroutine[Any, Any, list[Workflow]]: ...
-
-
-def fork(
-    session: Session | AsyncSession,
+    session: Session,
     workflows: Selected,
     *,
     from_step: str | None = None,
@@ -79,8 +65,8 @@ def fork(
     """Start new workflows that begin with a part of the history of others, which stay as they are.
 
     ```python
-    fork(session, order.checkout, from_step="charge")
-    fork(session, order.checkout, from_step="ship", input={"address": "Elm Street 7"}, outcomes={"charge": receipt})
+    manage.fork(session, order.checkout, from_step="charge")
+    manage.fork(session, order.checkout, from_step="ship", input={"address": address}, outcomes={"charge": receipt})
     ```
 
     Copied is what was recorded before `from_step`, by the `position` of the steps: outcomes, failed ones too, with the
@@ -92,14 +78,14 @@ def fork(
     running workflow goes on undisturbed. Flushes the session.
 
     Args:
-        session: the caller's session; with an `AsyncSession`, await the call.
+        session: the caller's session.
         workflows: one record or id; or several, or a `select()`, as for `cancel`.
         from_step: the key of a recorded step, which is the first to be executed; None begins from the beginning.
         input: arguments that differ, by parameter name.
         outcomes: by the key of a recorded step, the result that it is to have instead. Wherever the step stands: one
             behind `from_step` is not executed when the workflow comes to it.
         version: the version of the code that is to execute it; None keeps it.
-        key: an idempotency key, for one workflow: a fork of it that has the key already is given instead.
+        key: an idempotency key, for one workflow: a fork of it that has the key already is returned instead.
         queue: the queue to enqueue to; None keeps it.
 
     Returns:
@@ -124,9 +110,8 @@ def fork(
         key=key,
         queue=queue,
     )
-    if one:
-        return perform(session, workflows, lambda blocking, wanted: _fork(blocking, wanted, change)[0])
-    return perform(session, workflows, lambda blocking, wanted: _fork(blocking, wanted, change))
+    forked = perform(session, workflows, partial(_fork, change=change), name="fork")
+    return forked[0] if one else forked
 
 
 def _refuse_names(**names: str | None) -> None:

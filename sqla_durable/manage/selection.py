@@ -1,8 +1,8 @@
-"""What the verbs are given: a session of either kind, and workflows by record, by id, or by a `select()`."""
+"""Which workflows are meant: by record, by id, or by a `select()`; and `id_at`, for selects by time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -29,7 +29,7 @@ def id_at(moment: datetime) -> UUID:
     """Return the least id of a workflow that was started at this time.
 
     ```python
-    select(Workflow).where(Workflow.id >= id_at(datetime.now(UTC) - timedelta(days=1)))
+    select(Workflow).where(Workflow.id >= manage.id_at(datetime.now(UTC) - timedelta(days=1)))
     ```
 
     Ids begin with the time of the start, to the millisecond, so the primary key finds what was started in a period.
@@ -48,19 +48,22 @@ def id_at(moment: datetime) -> UUID:
 
 
 def perform(
-    session: callers.AnySession,
+    session: Session,
     workflows: Selected,
     verb: Callable[[Session, Selection], T],
     *,
+    name: str,
     rights: str = "operator",
-) -> T | Coroutine[Any, Any, T]:
-    """Call a verb with the blocking session and what is meant.
+) -> T:
+    """Call a function of the session and the selected workflows.
 
     Raises:
-        ArgumentError: something else is given than workflows, or a record that is in no database.
+        ArgumentError: `workflows` are no workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return callers.perform(session, partial(_perform, workflows=workflows, verb=verb), rights=rights)
+    return callers.perform(
+        session, partial(_perform, workflows=workflows, verb=verb), name=f"manage.{name}", rights=rights
+    )
 
 
 def _perform(session: Session, *, workflows: Selected, verb: Callable[[Session, Selection], T]) -> T:

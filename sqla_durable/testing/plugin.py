@@ -1,6 +1,6 @@
 """The pytest plugin of sqla-durable: databases, workers and the clock as fixtures. See docs/testing.md.
 
-It is not part of the package, and imports it only when a test asks for a fixture, so that pytest starts no slower.
+Imports the rest of the package only when a test asks for a fixture: pytest starts no slower.
 """
 
 from __future__ import annotations

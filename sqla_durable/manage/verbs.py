@@ -1,42 +1,31 @@
-"""Cancel, resume, retry, rewind and delete. `fork` is in `forks`."""
+"""Cancel, resume, retry, rewind and delete workflows in the caller's transaction. `fork` is in `forks`."""
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
 from functools import partial
-from typing import Any, overload
 from uuid import UUID
 
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 import sqla_durable.api.hints as hints
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.database_errors import first_line, sqlstate
 from sqla_durable.errors import ArgumentError, WorkflowReferencedError
-from sqla_durable.management.selection import Selected, perform
+from sqla_durable.manage.selection import Selected, perform
 from sqla_durable.store import connection_of, management
 from sqla_durable.store.selection import Selection, workers_of
 
-_ROUNDS = 5  # in which a cancel begins again with its locks, to take them in the order of ids
+_ROUNDS = 5  # how often a cancel releases its locks, to take them again in the order of ids
 _REFERENCED = ("23503", "23001")  # foreign_key_violation, restrict_violation
 
 
-@overload
-def cancel(session: Session, workflows: Selected) -> list[UUID]: ...
-
-
-@overload
-def cancel(session: AsyncSession, workflows: Selected) -> Coroutine[Any, Any, list[UUID]]: ...
-
-
-def cancel(session: Session | AsyncSession, workflows: Selected) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
+def cancel(session: Session, workflows: Selected) -> list[UUID]:
     """Cancel workflows that are pending, running or suspended, with their trees, in the caller's transaction.
 
     ```python
-    cancel(session, order.checkout)
-    cancel(session, select(Workflow).where(Workflow.queue == "mail"))
+    manage.cancel(session, order.checkout)
+    manage.cancel(session, select(Workflow).where(Workflow.queue == "mail"))
     ```
 
     Never commits: they are cancelled when the caller commits, and are not when it rolls back. From that commit on,
@@ -45,8 +34,8 @@ def cancel(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
     workers that execute some of them: async code is cancelled at once, sync code notices at its next durable operation.
     Where the hint does not arrive, the worker's heartbeat finds out.
 
-    Of a cancel and an end in the same instant one is first: a cancel that waited for the end gives no id, and an
-    attempt that waited for the cancel is told that it has lost.
+    Of a cancel and an end in the same instant one is first: a cancel that waited for the end returns no id, and an
+    attempt that waited for the cancel has lost its workflow.
 
     With a workflow its children are cancelled, and theirs, whatever is between them; those that were started detached
     are not, nor those that a compensation has started. A workflow that is finished is left alone with its tree, and one
@@ -54,16 +43,16 @@ def cancel(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
 
     Locks the rows, in the order of their ids, until the caller's transaction ends; waits for a transactional step that
     is committing. A worker does not wait for these locks: only the workflows concerned do. Sets a savepoint:
-    where a child appears between the look and the locks, they are given back and taken again, in order.
+    where a child appears between reading the tree and locking it, the locks are released and taken again, in order.
 
     A `select()` is evaluated once, before the locks. A row that another transaction has changed by the time it is
     locked is compared with the select again, without LIMIT and OFFSET; if it no longer fits, it is left alone, and no
     other row takes its place.
 
-    Flushes the session. Records in it that were given or changed are read anew.
+    Flushes the session. Records in it that were passed or changed are read again.
 
     Args:
-        session: the caller's session; with an `AsyncSession`, await the call.
+        session: the caller's session.
         workflows: one record or id, several, or a `select()` of `Workflow` or of one column of ids; it may join, order,
             limit, lock, be a union, and name `Workflow` by an alias. The ids that it selects are held in memory, some
             250 bytes each: change millions in portions, by its `limit()`.
@@ -76,22 +65,14 @@ def cancel(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
         ArgumentError: something else is given than workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return perform(session, workflows, _cancel, rights="canceller")
+    return perform(session, workflows, _cancel, name="cancel", rights="canceller")
 
 
-@overload
-def resume(session: Session, workflows: Selected) -> list[UUID]: ...
-
-
-@overload
-def resume(session: AsyncSession, workflows: Selected) -> Coroutine[Any, Any, list[UUID]]: ...
-
-
-def resume(session: Session | AsyncSession, workflows: Selected) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
+def resume(session: Session, workflows: Selected) -> list[UUID]:
     """Enqueue workflows again that were cancelled, or stopped because their workers died too often.
 
     ```python
-    resume(session, select(Workflow).where(Workflow.error["type"].astext == "sqla_durable.errors:MaxAttemptsError"))
+    manage.resume(session, select(Workflow).where(Workflow.status == WorkflowStatus.CANCELLED))
     ```
 
     They go on after their last checkpoint, on their old queues, as their next attempt, and may again lose as many
@@ -102,7 +83,7 @@ def resume(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
     `timeout` from now.
 
     Args:
-        session: the caller's session; with an `AsyncSession`, await the call.
+        session: the caller's session.
         workflows: one record or id, several, or a `select()`, as for `cancel`.
 
     Returns:
@@ -112,37 +93,29 @@ def resume(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
         ArgumentError: something else is given than workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return perform(session, workflows, _resume)
+    return perform(session, workflows, _resume, name="resume")
 
 
-@overload
-def retry(session: Session, workflows: Selected) -> list[UUID]: ...
-
-
-@overload
-def retry(session: AsyncSession, workflows: Selected) -> Coroutine[Any, Any, list[UUID]]: ...
-
-
-def retry(session: Session | AsyncSession, workflows: Selected) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
+def retry(session: Session, workflows: Selected) -> list[UUID]:
     """Enqueue workflows again that failed with an error of their own, from the step that failed.
 
     ```python
-    retry(session, select(Workflow).where(Workflow.status == WorkflowStatus.FAILED, Workflow.name == "checkout"))
+    manage.retry(session, select(Workflow).where(Workflow.status == WorkflowStatus.FAILED, Workflow.name == "checkout"))
     ```
 
     The failed outcomes that made a workflow fail are forgotten, and those steps are executed again, with all the tries
-    of their policies; what succeeded is not. An outcome that the workflow had got over stays: a failed step after which
+    of their policies; what succeeded is not. An outcome that the workflow had handled stays: a failed step after which
     it began another one that succeeded, unless its error is the one with which the workflow failed in the end, or is
-    shown in that one's traceback as a cause or as one of a group. A signal that a forgotten step had consumed is back
-    in the inbox. Without a failed step, the workflow's function goes on after its last one, with the code of today.
-    Timers and waits that were not over go on as they stand; a step that was being tried again begins its tries anew.
-    Children are not retried with their parents: give them too, and the parent asks again for their outcome.
+    shown in that one's traceback as a cause or as one of a group. A signal that a forgotten step had consumed is put
+    back in the inbox. Without a failed step, the workflow's function goes on after its last one, with the code of
+    today. Timers and waits that were not over go on as they stand; a step that was being tried again begins its tries
+    again. Children are not retried with their parents: pass them too, and the parent asks again for their outcome.
 
     Never commits; locks rows in the order of ids, as `cancel` does. The workflows keep their queues and count an
     attempt. A deadline that has passed gives way to the workflow's `timeout` from now.
 
     Args:
-        session: the caller's session; with an `AsyncSession`, await the call.
+        session: the caller's session.
         workflows: one record or id, several, or a `select()`, as for `cancel`.
 
     Returns:
@@ -152,43 +125,32 @@ def retry(session: Session | AsyncSession, workflows: Selected) -> list[UUID] | 
         ArgumentError: something else is given than workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return perform(session, workflows, _retry)
+    return perform(session, workflows, _retry, name="retry")
 
 
-@overload
-def rewind(session: Session, workflows: Selected, *, to_step: str) -> list[UUID]: ...
-
-
-@overload
-def rewind(session: AsyncSession, workflows: Selected, *, to_step: str) -> Coroutine[Any, Any, list[UUID]]: ...
-
-
-def rewind(
-    session: Session | AsyncSession, workflows: Selected, *, to_step: str
-) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
-    """Take workflows back to before a step, wherever they stand, and enqueue them again.
+def rewind(session: Session, workflows: Selected, *, to_step: str) -> list[UUID]:
+    """Return workflows to before a step, whatever their status, and enqueue them again.
 
     ```python
-    rewind(session, order.checkout, to_step="charge#2")
+    manage.rewind(session, order.checkout, to_step="charge#2")
     ```
 
     The record of that step and of those that were called after it, by their `position`, is deleted, with the events and
-    stream items that they wrote; signals that they had consumed are back in the inbox. The rest is replayed. **What the
-    deleted steps did is not undone**: their business writes stand, and so do the children that they started, which go
-    on; cancel those first where that is meant.
+    stream items that they wrote; signals that they had consumed are put back in the inbox. The rest is replayed. **What
+    the deleted steps did is not undone**: their business writes stand, and so do the children that they started, which
+    go on; cancel those first where that is meant.
 
     An attempt that is executing the workflow loses it, as by `cancel`: nothing more of it is committed, and async code
-    of it is cancelled at once. A finished
-    workflow loses its outcome. Never commits; locks rows in the order of ids, as `cancel` does. A deadline that has
-    passed gives way to the workflow's `timeout` from now.
+    of it is cancelled at once. A finished workflow loses its outcome. Never commits; locks rows in the order of ids, as
+    `cancel` does. A deadline that has passed gives way to the workflow's `timeout` from now.
 
     Args:
-        session: the caller's session; with an `AsyncSession`, await the call.
+        session: the caller's session.
         workflows: one record or id, several, or a `select()`, as for `cancel`.
         to_step: the key of a recorded step, which is the first to be executed again: `charge`, `charge#2`.
 
     Returns:
-        The ids of those that were rewound, all that there are.
+        The ids of those that were rewound, which are all that exist.
 
     Raises:
         ArgumentError: one of the workflows has no record of that step, and none was rewound; something else is given
@@ -198,23 +160,15 @@ def rewind(
     fault = fault_in(to_step)
     if fault is not None:
         raise ArgumentError(f"to_step={to_step!r} {fault}: give the key of a recorded step.")
-    return perform(session, workflows, partial(_rewind, to_step=to_step))
+    return perform(session, workflows, partial(_rewind, to_step=to_step), name="rewind")
 
 
-@overload
-def delete(session: Session, workflows: Selected) -> list[UUID]: ...
-
-
-@overload
-def delete(session: AsyncSession, workflows: Selected) -> Coroutine[Any, Any, list[UUID]]: ...
-
-
-def delete(session: Session | AsyncSession, workflows: Selected) -> list[UUID] | Coroutine[Any, Any, list[UUID]]:
+def delete(session: Session, workflows: Selected) -> list[UUID]:
     """Delete finished workflows with their trees, and with their steps, signals, events and streams.
 
     ```python
-    old = select(Workflow).where(Workflow.id < id_at(cutoff), Workflow.finished_at < cutoff)
-    delete(session, old.order_by(Workflow.id).limit(1000))
+    old = select(Workflow).where(Workflow.id < manage.id_at(cutoff), Workflow.finished_at < cutoff)
+    manage.delete(session, old.order_by(Workflow.id).limit(1000))
     ```
 
     A workflow goes with its children, and theirs, if all of them are finished; detached ones stay, without a parent. A
@@ -222,12 +176,12 @@ def delete(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
     left alone: `cancel` it first.
 
     Never commits; locks rows in the order of ids. Waits for transactions that refer to one of them by a foreign key.
-    Of the application's foreign keys, one with `ON DELETE SET NULL` or `CASCADE` is served, any other refuses; a
+    Of the application's foreign keys, one with `ON DELETE SET NULL` or `CASCADE` is followed, any other refuses; a
     deferred one does that when the caller commits. Everything is in a savepoint: after an error the transaction goes
     on, and nothing is deleted.
 
     Args:
-        session: the caller's session; with an `AsyncSession`, await the call.
+        session: the caller's session.
         workflows: one record or id, several, or a `select()`, as for `cancel`.
 
     Returns:
@@ -238,29 +192,29 @@ def delete(session: Session | AsyncSession, workflows: Selected) -> list[UUID] |
         ArgumentError: something else is given than workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return perform(session, workflows, _delete)
+    return perform(session, workflows, _delete, name="delete")
 
 
 def _cancel(session: Session, wanted: Selection) -> list[UUID]:
     connection = connection_of(session)
-    held: list[UUID] = []
+    locked: list[UUID] = []
     for _ in range(_ROUNDS):
         with connection.begin_nested() as savepoint:
-            held, complete = management.lock_unfinished_trees(session, wanted)
+            locked, complete = management.lock_unfinished_trees(session, wanted)
             if complete:
-                return _cancelled(session, held, wanted)
-            savepoint.rollback()  # which gives the locks back
+                return _cancelled(session, locked, wanted)
+            savepoint.rollback()  # which releases the locks
     complete = False
-    while not complete:  # a tree that grows all the time: what is held starts nothing more
-        held, complete = management.lock_unfinished_trees(session, wanted)
-    return _cancelled(session, held, wanted)
+    while not complete:  # a tree that grows all the time: what is locked starts nothing more
+        locked, complete = management.lock_unfinished_trees(session, wanted)
+    return _cancelled(session, locked, wanted)
 
 
-def _cancelled(session: Session, held: list[UUID], wanted: Selection) -> list[UUID]:
-    workers = workers_of(session, held)
-    enqueued = [hints.EVERYWHERE] if management.cancel(session, held, wanted) else []
+def _cancelled(session: Session, locked: list[UUID], wanted: Selection) -> list[UUID]:
+    workers = workers_of(session, locked)
+    enqueued = [hints.EVERYWHERE] if management.cancel(session, locked, wanted) else []
     hints.announce(session, *enqueued, *map(hints.to_worker, workers))
-    return held
+    return locked
 
 
 def _resume(session: Session, wanted: Selection) -> list[UUID]:
@@ -286,8 +240,8 @@ def _announced(session: Session, enqueued: list[UUID]) -> list[UUID]:
 def _delete(session: Session, wanted: Selection) -> list[UUID]:
     try:
         with session.begin_nested():
-            held = management.lock_deletable_trees(session, wanted)
-            management.delete(session, held)
+            locked = management.lock_deletable_trees(session, wanted)
+            management.delete(session, locked)
     except IntegrityError as error:
         if sqlstate(error) not in _REFERENCED:
             raise
@@ -295,4 +249,4 @@ def _delete(session: Session, wanted: Selection) -> list[UUID]:
             f"rows of the application refer to workflows that were to be deleted: {first_line(error)}. "
             "Nothing was deleted: delete or change those rows first, or give their foreign key ON DELETE SET NULL."
         ) from error
-    return held
+    return locked

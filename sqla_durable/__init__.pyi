@@ -1,0 +1,108 @@
+"""What type checkers read of `sqla_durable`; `__init__.py` imports the same names when they are first used."""
+
+from sqla_durable import errors, manage, migrations, models, unwinding
+from sqla_durable.api.callbacks import Callback, complete_callback, create_callback, fail_callback, heartbeat_callback
+from sqla_durable.api.children import Child, as_completed, map_children, start_child, wait_first
+from sqla_durable.api.durable import Durable
+from sqla_durable.api.events import get_event, set_event, wait_event
+from sqla_durable.api.functions import WorkflowFunction
+from sqla_durable.api.parallel import parallel
+from sqla_durable.api.polling import Handle
+from sqla_durable.api.replay import (
+    current_time,
+    deprecate_patch,
+    new_uuid,
+    patched,
+    random_number,
+    sleep,
+    sleep_until,
+    step_scope,
+)
+from sqla_durable.api.saga import Saga
+from sqla_durable.api.signals import send_signal, start_with_signal, wait_signal
+from sqla_durable.api.start import BoundWorkflow, StartOptions, start_many
+from sqla_durable.api.steps import RunningStep, StepFunction, TransactionalStep, heartbeat, run_step, running_steps
+from sqla_durable.api.streams import StreamEntry, close_stream, read_stream, write_stream
+from sqla_durable.api.update_requests import UpdateRequest, wait_update
+from sqla_durable.api.updates import UpdateHandle, send_update, start_with_update, update_handle
+from sqla_durable.definitions.interceptors import Execution, Interceptor, StepExecution
+from sqla_durable.execution import Executor
+from sqla_durable.execution.worker.worker import Worker
+from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata, storage
+from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.runtime.context import current, current_step
+
+__version__: str
+
+__all__ = [
+    "BoundWorkflow",
+    "Callback",
+    "Child",
+    "Durable",
+    "Event",
+    "Execution",
+    "Executor",
+    "Handle",
+    "Interceptor",
+    "Queue",
+    "RunningStep",
+    "Saga",
+    "Signal",
+    "StartOptions",
+    "Step",
+    "StepExecution",
+    "StepFunction",
+    "StepStatus",
+    "StreamEntry",
+    "StreamItem",
+    "TransactionalStep",
+    "UpdateHandle",
+    "UpdateRequest",
+    "Worker",
+    "Workflow",
+    "WorkflowFunction",
+    "WorkflowStatus",
+    "as_completed",
+    "close_stream",
+    "complete_callback",
+    "create_callback",
+    "current",
+    "current_step",
+    "current_time",
+    "deprecate_patch",
+    "errors",
+    "fail_callback",
+    "get_event",
+    "heartbeat",
+    "heartbeat_callback",
+    "manage",
+    "map_children",
+    "metadata",
+    "migrations",
+    "models",
+    "new_uuid",
+    "parallel",
+    "patched",
+    "random_number",
+    "read_stream",
+    "run_step",
+    "running_steps",
+    "send_signal",
+    "send_update",
+    "set_event",
+    "sleep",
+    "sleep_until",
+    "start_child",
+    "start_many",
+    "start_with_signal",
+    "start_with_update",
+    "step_scope",
+    "storage",
+    "unwinding",
+    "update_handle",
+    "wait_event",
+    "wait_first",
+    "wait_signal",
+    "wait_update",
+    "write_stream",
+]

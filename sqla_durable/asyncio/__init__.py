@@ -1,0 +1,103 @@
+"""The functions of `sqla_durable` for `async def` code, in the manner of `sqlalchemy.ext.asyncio`.
+
+What the code of an `async def` workflow calls, what is called with an `AsyncSession`, and the classes of async code.
+Everything else, such as `Durable` and `Worker`, is imported from `sqla_durable`.
+"""
+
+from sqla_durable.api.callbacks import AsyncCallback
+from sqla_durable.api.children import AsyncChild
+from sqla_durable.api.functions import AsyncWorkflowFunction
+from sqla_durable.api.polling import AsyncHandle
+from sqla_durable.api.replay import deprecate_patch, patched, step_scope
+from sqla_durable.api.saga import AsyncSaga as Saga
+from sqla_durable.api.steps import AsyncStepFunction, AsyncTransactionalStep
+from sqla_durable.api.update_requests import AsyncUpdateRequest
+from sqla_durable.api.updates import AsyncUpdateHandle
+from sqla_durable.asyncio import manage
+from sqla_durable.asyncio.transactions import (
+    complete_callback,
+    fail_callback,
+    get_event,
+    heartbeat_callback,
+    read_stream,
+    running_steps,
+    send_signal,
+    send_update,
+    start_many,
+    start_with_signal,
+    start_with_update,
+    update_handle,
+)
+from sqla_durable.asyncio.workflows import (
+    as_completed,
+    close_stream,
+    create_callback,
+    current_time,
+    heartbeat,
+    map_children,
+    new_uuid,
+    random_number,
+    run_step,
+    set_event,
+    sleep,
+    sleep_until,
+    start_child,
+    to_thread,
+    wait_event,
+    wait_first,
+    wait_signal,
+    wait_update,
+    write_stream,
+)
+from sqla_durable.execution import AsyncExecutor
+from sqla_durable.runtime.context import current, current_step
+
+__all__ = [
+    "AsyncCallback",
+    "AsyncChild",
+    "AsyncExecutor",
+    "AsyncHandle",
+    "AsyncStepFunction",
+    "AsyncTransactionalStep",
+    "AsyncUpdateHandle",
+    "AsyncUpdateRequest",
+    "AsyncWorkflowFunction",
+    "Saga",
+    "as_completed",
+    "close_stream",
+    "complete_callback",
+    "create_callback",
+    "current",
+    "current_step",
+    "current_time",
+    "deprecate_patch",
+    "fail_callback",
+    "get_event",
+    "heartbeat",
+    "heartbeat_callback",
+    "manage",
+    "map_children",
+    "new_uuid",
+    "patched",
+    "random_number",
+    "read_stream",
+    "run_step",
+    "running_steps",
+    "send_signal",
+    "send_update",
+    "set_event",
+    "sleep",
+    "sleep_until",
+    "start_child",
+    "start_many",
+    "start_with_signal",
+    "start_with_update",
+    "step_scope",
+    "to_thread",
+    "update_handle",
+    "wait_event",
+    "wait_first",
+    "wait_signal",
+    "wait_update",
+    "write_stream",
+]

@@ -1,0 +1,10 @@
+"""What operators do with workflows, in the caller's transaction: `from sqla_durable import manage`.
+
+Cancel, resume, retry, rewind, fork and delete them, by record, by id or by a `select()`; see docs/managing.md.
+"""
+
+from sqla_durable.manage.forks import fork
+from sqla_durable.manage.selection import id_at
+from sqla_durable.manage.verbs import cancel, delete, resume, retry, rewind
+
+__all__ = ["cancel", "delete", "fork", "id_at", "resume", "retry", "rewind"]
