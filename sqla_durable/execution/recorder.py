@@ -103,7 +103,7 @@ class SessionRecorder(Recorder):
         except BaseException:
             self._lock.release()
             raise
-        # CancelledCall in the middle of its end, it would spoil the session's connection.
+        # Cancelled in the middle of its end, it would spoil the session's connection.
         transaction = ReleasingTransaction(
             self._transactions.transaction(isolation_level=step.options.isolation_level),
             self._lock.release,

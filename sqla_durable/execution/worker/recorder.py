@@ -90,7 +90,7 @@ class Sessions:
         maker = self.maker
         assert maker is not None  # noqa: S101 (the worker has checked it at its start)
         inner = ClosingTransaction(maker(close_resets_only=False), isolation_level=step.options.isolation_level)
-        # CancelledCall in the middle of a rollback, it would leave a connection open.
+        # Cancelled in the middle of a rollback, it would leave a connection open.
         return ReleasingTransaction(inner, self.places.release, rolls_back=waiting.finish_despite_cancel)
 
 
