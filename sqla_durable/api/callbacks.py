@@ -256,14 +256,14 @@ class _Token:
 
 def _answer(session: Session, *, token: _Token, payload: str) -> None:
     key = _hold(session, token)
-    found = _look(session, token, key, payload)
+    found = _read_callback(session, token, key, payload)
     if found.is_same:
         return
     _refuse_finished(token, found)
     if _insert(session, token, key, signal=found.signal or "", payload=payload):
         hints.announce(session, hints.sent_to(token.workflow_id, found.signal or ""))
         return
-    found = _look(session, token, key, payload)  # inserted meanwhile by who does not hold the callback
+    found = _read_callback(session, token, key, payload)  # inserted meanwhile by who does not hold the callback
     if not found.is_same:
         _refuse_finished(token, found)
         raise keys.not_visible("the outcome of callback", name=token.shown, key=key)
@@ -279,7 +279,7 @@ def _insert(session: Session, token: _Token, key: str, *, signal: str, payload: 
 
 def _beat(session: Session, *, token: _Token) -> None:
     key = _hold(session, token)
-    _refuse_finished(token, _look(session, token, key))
+    _refuse_finished(token, _read_callback(session, token, key))
     statements.beat(session, token.workflow_id, key)
 
 
@@ -288,8 +288,8 @@ def _hold(session: Session, token: _Token) -> str:
     return statements.hold(session, token.workflow_id, digest=token.digest) or _refuse_unknown(token)
 
 
-def _look(session: Session, token: _Token, key: str, payload: str | None = None) -> statements.Callback:
-    return statements.look(session, token.workflow_id, key, payload=payload) or _refuse_unknown(token)
+def _read_callback(session: Session, token: _Token, key: str, payload: str | None = None) -> statements.Callback:
+    return statements.read(session, token.workflow_id, key, payload=payload) or _refuse_unknown(token)
 
 
 def _refuse_unknown(token: _Token) -> Any:

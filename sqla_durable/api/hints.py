@@ -1,4 +1,4 @@
-"""Hints to workers: after the caller's transaction has committed, a NOTIFY says where there is something to look at.
+"""Hints to workers: after the caller's transaction has committed, a NOTIFY says where there is work.
 
 Workers find everything by polling; a hint only hastens it, and losing one loses nothing. It is sent in nobody's
 transaction, on a connection of its own, at once and then at most every `INTERVAL` for each pool of connections.
@@ -44,7 +44,7 @@ _SHARED = (StaticPool, SingletonThreadPool, AssertionPool)
 
 
 def announce(session: Session, *payloads: str) -> None:
-    """Tell workers something once the session's transaction has committed; nothing if it rolls back.
+    """Send hints to workers once the session's transaction has committed; none if it rolls back.
 
     Executes nothing in the transaction or on its connection, waits for nothing and never fails. At most once: what
     cannot be sent is dropped. A savepoint that is rolled back takes no hint with it, and a session that has joined an
@@ -68,7 +68,7 @@ def announce(session: Session, *payloads: str) -> None:
 
 @dataclass(slots=True)
 class _Announced:
-    """What a session is to send after its outermost transaction; after another one than that, it is void."""
+    """The hints that a session sends after its outermost transaction; void after any other."""
 
     transaction: SessionTransaction | None
     engine: Engine
@@ -94,7 +94,7 @@ def _send(announced: _Announced) -> None:
         way = _Way(announced.engine, announced.engine.pool)
         if not isinstance(way.pool, _SHARED):
             _sender_of(way).send(way, {(announced.channel, each) for each in announced.payloads})
-    except Exception as error:  # such as a thread that cannot be started any more: the caller has committed
+    except Exception as error:  # such as a thread that cannot be started: the caller has committed
         _drop(error)
 
 
@@ -107,7 +107,7 @@ class _Way:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the engine was disposed of: what goes back to this pool from now on, nobody closes."""
+        """Whether the engine was disposed of: connections that return to this pool are closed by nobody."""
         return self.engine.pool is not self.pool
 
     def close(self) -> None:
@@ -120,11 +120,11 @@ class _Sender(Protocol):
     """Sends the hints of one pool of connections."""
 
     def is_at_home(self) -> bool:
-        """Tell whether this sender can work here, in this process or event loop."""
+        """Return whether this sender can work in this process or event loop."""
         ...
 
     def send(self, way: _Way, found: set[Hint]) -> None:
-        """Take hints over; waits for nothing."""
+        """Accept hints without waiting for anything."""
         ...
 
 
@@ -157,7 +157,7 @@ class _ThreadSender:
         self._sending = False
 
     def is_at_home(self) -> bool:
-        """Tell whether this is the process whose thread sends: a fork has none, and perhaps a lock that is taken."""
+        """Return whether this is the process whose thread sends: a fork has no thread, and perhaps a locked lock."""
         return self._process == os.getpid()
 
     def send(self, way: _Way, found: set[Hint]) -> None:
@@ -179,7 +179,7 @@ class _ThreadSender:
             began = time.monotonic()
             way = self._send_gathered()
             time.sleep(_rest(time.monotonic() - began))
-            way.close()  # once more: an engine empties its pool before it takes another one, and both are done by now
+            way.close()  # again: an engine empties its pool before it replaces it, and both are done by now
 
     def _wait_for_hints(self) -> bool:
         with self._changed:
@@ -209,7 +209,7 @@ class _TaskSender:
         self._rests_until = 0.0
 
     def is_at_home(self) -> bool:
-        """Tell whether this is the loop whose task sends."""
+        """Return whether this is the event loop whose task sends."""
         return self._loop() is asyncio.get_running_loop()
 
     def send(self, way: _Way, found: set[Hint]) -> None:
@@ -234,12 +234,12 @@ class _TaskSender:
 
 
 def _blocking(gathered: _Gathered) -> Coroutine[Any, Any, None]:
-    """Send as sync code does, from a task; the session is nothing but the door to that."""
+    """Send as sync code does, from a task; the session only leads there."""
     return AsyncSession().run_sync(lambda _session: _deliver(*gathered.take()))
 
 
 def _deliver(way: _Way, found: set[Hint]) -> None:
-    """Send, and leave no connection behind for which an engine that is disposed of meanwhile does not care any more."""
+    """Send, and close the connection if the engine is disposed of meanwhile, which would not close it."""
     try:
         with alone(way.engine).connect() as connection:
             try:
@@ -259,7 +259,7 @@ def _drop(error: Exception) -> None:
 
 
 def _rest(took: float) -> float:
-    """Give the seconds to gather before the next hints: longer where connecting is slow, as without a pool."""
+    """Return the seconds to gather before the next hints: longer where connecting is slow, as without a pool."""
     return max(INTERVAL, took)
 
 
@@ -275,7 +275,7 @@ def _sender_of(way: _Way) -> _Sender:
 
 @atexit.register
 def _settle() -> None:
-    """Let a script that starts a workflow and ends wake a worker all the same."""
+    """Send what is left, so that a script that starts a workflow and ends still wakes a worker."""
     until = time.monotonic() + _LAST_MOMENT
     for sender in list(_senders.values()):
         if isinstance(sender, _ThreadSender) and sender.is_at_home():

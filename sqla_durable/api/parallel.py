@@ -93,7 +93,7 @@ class _Line:
             self.error = error
 
     def value(self) -> Any:
-        """Give what the function returned."""
+        """Return what the function returned."""
         return self._value
 
     def _call(self) -> Any:

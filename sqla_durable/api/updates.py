@@ -184,7 +184,7 @@ class _BaseUpdate(Generic[R]):
         return None
 
     def _sent(self, session: Session) -> Sent:
-        sent = statements.look(session, self.workflow_id, self.id)
+        sent = statements.read(session, self.workflow_id, self.id)
         if sent is None:
             raise NotFoundError(
                 f"no update {self.id} of workflow {self.workflow_id} is visible. The transaction that sent it is "

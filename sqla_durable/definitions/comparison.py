@@ -113,8 +113,8 @@ def _between_types(given: Any, kept: Any) -> Difference | None:
 
 def _has_attributes(value: object) -> bool:
     """Return whether a container has attributes; the type parameters of `OrderedDict[str, int]()` do not count."""
-    held: Iterable[str] = getattr(value, "__dict__", ())
-    return any(name != "__orig_class__" for name in held)
+    contained: Iterable[str] = getattr(value, "__dict__", ())
+    return any(name != "__orig_class__" for name in contained)
 
 
 def _find_comparison(kind: type[Any]) -> _Comparison:

@@ -220,8 +220,8 @@ def _root(module: str) -> str:
 def _roots_in(module_name: str) -> set[str]:
     """Return the packages whose modules, classes or functions a module refers to."""
     module = sys.modules.get(module_name)
-    held = list(_module_dict(module).values()) if _is_module(module) else []
-    names = {name for each in held if (name := _module_name_of(each)) is not None}
+    kept = list(_module_dict(module).values()) if _is_module(module) else []
+    names = {name for each in kept if (name := _module_name_of(each)) is not None}
     return {_root(each) for each in names}
 
 

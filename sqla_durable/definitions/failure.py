@@ -275,8 +275,8 @@ def _arguments(error: BaseException) -> list[Any]:
 
 def _attributes(error: BaseException) -> dict[str, Any]:
     declared = declared_by(type(error))
-    held: dict[str, Any] = _instance_dict(error)
-    return {name: value for name, value in held.items() if name in declared}
+    kept: dict[str, Any] = _instance_dict(error)
+    return {name: value for name, value in kept.items() if name in declared}
 
 
 def _notes(error: BaseException, details: bool) -> list[str]:

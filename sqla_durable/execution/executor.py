@@ -55,7 +55,7 @@ class Executor:
         """Return an executor inside the session's transaction: each step is a savepoint, nothing is ever committed.
 
         Nothing is visible to others, workers included, until the caller commits; if the caller rolls back, nothing
-        happened. For tests whose session rolls back, and for short jobs that are all or nothing.
+        happened. For tests whose session rolls back, and for short work that is all or nothing.
         """
         executor = cls(session)
         executor._execution = InlineExecution(JoinedTransactions(session))

@@ -115,7 +115,7 @@ class SessionRecorder(Recorder):
 
     @override
     async def finish(self, completion: Completion) -> None:
-        async with self._held():
+        async with self._kept():
             await self._record_noted()
             # A step that was called beside the others, and that nobody awaits any more, must not touch the session.
             self.attempt.stop(partial(AttemptLost, self.attempt.workflow_id))
@@ -126,7 +126,7 @@ class SessionRecorder(Recorder):
 
     @override
     async def suspend(self, suspension: Suspension, *, remember: Callable[[Connectable], None] | None = None) -> None:
-        async with self._held():
+        async with self._kept():
             await self._record_noted()
             if remember is not None:
                 await self._write(remember)
@@ -190,7 +190,7 @@ class SessionRecorder(Recorder):
         await _escaping(lambda given: self._write(partial(_write_checkpoint, checkpoint=given)), checkpoint)
 
     @asynccontextmanager
-    async def _held(self) -> AsyncGenerator[None]:
+    async def _kept(self) -> AsyncGenerator[None]:
         """Have the session for oneself."""
         await self._lock.acquire()
         try:
@@ -201,7 +201,7 @@ class SessionRecorder(Recorder):
     @asynccontextmanager
     async def _turn(self) -> AsyncGenerator[None]:
         """Have the session for oneself, unless the attempt has ended."""
-        async with self._held():
+        async with self._kept():
             self.attempt.raise_if_stopped()
             yield
 

@@ -194,7 +194,7 @@ class _CallbackWait:
             return await self._outcome(GracePeriod(self._runtime, waker))
 
     async def _outcome(self, grace: GracePeriod) -> Recorded:
-        read = partial(callbacks.look, workflow_id=self._owner, key=self._key, signal=self._callback.signal)
+        read = partial(callbacks.read, workflow_id=self._owner, key=self._key, signal=self._callback.signal)
         while True:
             grace.waker.clear()  # before the query: what arrives during it wakes again
             found = await self._runtime.recorder.execute(read)
@@ -206,8 +206,8 @@ class _CallbackWait:
                 return await (self._fail(self._expired(found.due_to)) if found.due_in <= 0 else self._gone())
             if found.due_in > 0 or not await self._expire():
                 wait = replace(self._wait(found.due_in), waker=grace.waker)
-                is_held = found.due_in > 0 and not (self._is_forked or grace.is_over)
-                await self._runtime.wait(self._position, grace.wait(wait.awaits, wait.until) if is_held else wait)
+                in_memory = found.due_in > 0 and not (self._is_forked or grace.is_over)
+                await self._runtime.wait(self._position, grace.wait(wait.awaits, wait.until) if in_memory else wait)
                 await self._runtime.recorder.settle()
 
     async def _expire(self) -> bool:

@@ -93,9 +93,9 @@ async def result(runtime: Runtime, position: Position, workflow_id: UUID, **with
         NotFoundError: there is no such workflow.
     """
     take = partial(children.take_outcome, workflow_id=workflow_id)
-    look = partial(children.awaited, parent_id=runtime.attempt.workflow_id, workflow_ids=[workflow_id])
+    query = partial(children.awaited, parent_id=runtime.attempt.workflow_id, workflow_ids=[workflow_id])
     late = f"workflow {workflow_id} had no outcome in time; it continues."
-    source = WaitSource(look, in_one_statement(take), late, workflows=[workflow_id])
+    source = WaitSource(query, in_one_statement(take), late, workflows=[workflow_id])
     recorded = await receive_recorded(runtime, position, source, **within)
     if recorded.status is StepStatus.FAILED:
         raise_recorded(recorded, runtime.attempt.options.errors)
@@ -105,9 +105,9 @@ async def result(runtime: Runtime, position: Position, workflow_id: UUID, **with
 async def first(runtime: Runtime, position: Position, workflow_ids: Sequence[UUID], **within: Any) -> UUID:
     """Wait until the first of some workflows has an outcome, and return its id."""
     take = partial(children.take_first, workflow_ids=workflow_ids)
-    look = partial(children.awaited, parent_id=runtime.attempt.workflow_id, workflow_ids=workflow_ids)
+    query = partial(children.awaited, parent_id=runtime.attempt.workflow_id, workflow_ids=workflow_ids)
     late = f"none of {len(workflow_ids)} workflows had an outcome in time; they continue."
-    source = WaitSource(look, in_one_statement(take), late, workflows=workflow_ids)
+    source = WaitSource(query, in_one_statement(take), late, workflows=workflow_ids)
     recorded = await receive_recorded(runtime, position, source, **within)
     if recorded.status is StepStatus.FAILED:
         raise_recorded(recorded, runtime.attempt.options.errors)
@@ -177,10 +177,10 @@ class _ChildrenWait:
 
     async def _joined(self, limit: int, grace: GracePeriod) -> Recorded:
         begun = self._runtime.attempt.unfinished_record(self._position) is not None
-        look = partial(children.progress, parent_id=self._parent, ids=self._ids)
+        query = partial(children.progress, parent_id=self._parent, ids=self._ids)
         while True:
             grace.waker.clear()  # before the query: what arrives during it wakes again
-            found = await self._runtime.recorder.execute(look)
+            found = await self._runtime.recorder.execute(query)
             if found.there < len(self._ids):
                 gone = len(self._ids) - found.there
                 words = f"{gone} of {self._label} no longer exist: were they deleted?"

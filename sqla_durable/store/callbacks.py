@@ -91,7 +91,7 @@ def hold(session: Session, workflow_id: UUID, *, digest: str) -> str | None:
     return key
 
 
-def look(
+def read(
     connectable: Connectable, workflow_id: UUID, key: str, *, signal: str | None = None, payload: str | None = None
 ) -> Callback | None:
     """Return the state of a callback, or None if there is no such workflow. Takes no lock.
@@ -101,7 +101,7 @@ def look(
         payload: JSON text of the outcome that is asked about.
     """
     parameters = {"owner_id": workflow_id, "callback_key": key, "signal_name": signal, "payload": payload}
-    row = execute(connectable, _LOOK, parameters).one_or_none()
+    row = execute(connectable, _READ, parameters).one_or_none()
     if row is None:
         return None
     answer = Answer(row.value, row.error, row.details, row.expired) if row.is_answered else None
@@ -214,7 +214,7 @@ def _hold_statement() -> Any:
     )
 
 
-def _look_statement() -> Any:
+def _read_statement() -> Any:
     wanted = parameter("signal_name", Text())
     callback = sa.and_(
         STEP.c.workflow_id == WORKFLOW.c.id,
@@ -287,7 +287,7 @@ def _any(rows: sa.CTE) -> Any:
 
 
 _HOLD = _hold_statement()
-_LOOK = _look_statement()
+_READ = _read_statement()
 _ANSWER = _answer_statement(sees_the_latest())
 _ANSWER_IN_SNAPSHOT = _answer_statement()
 _BEAT = _beat_statement()

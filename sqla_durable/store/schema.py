@@ -36,7 +36,7 @@ def require(session: Session) -> None:
     schema = schema_of(session)
     fitting = _fitting.setdefault(engine.pool, set())
     if schema not in fitting:
-        found = _look(session, schema)
+        found = _inspect(session, schema)
         _require_styles(found, engine)
         _require_revision(found.comment, schema, engine)
         fitting.add(schema)
@@ -120,7 +120,7 @@ def keeps_statements(connection: sa.Connection) -> bool:
             return True
 
 
-def _look(session: Session, schema: str) -> sa.Row[Any]:
+def _inspect(session: Session, schema: str) -> sa.Row[Any]:
     """Return the table's comment, '' where it has none and None where there is no table; and how times are written."""
     table = pg.to_regclass(pg.concat(pg.quote_ident(schema), ".workflow"))
     comment = sa.case((table.is_not(None), sa.func.coalesce(pg.obj_description(table, "pg_class"), "")))

@@ -138,10 +138,10 @@ def send_in_snapshot(session: Session, workflow_id: UUID, *, name: str, payload:
     return found
 
 
-def look(session: Session, workflow_id: UUID, update_id: int) -> Sent | None:
+def read(session: Session, workflow_id: UUID, update_id: int) -> Sent | None:
     """Read the state of an update; None if there is none. Takes no lock."""
     parameters = {"wanted_id": workflow_id, "update_id": update_id, "answer_key": _answer_key(update_id)}
-    row = execute(session, _LOOK, parameters).one_or_none()
+    row = execute(session, _READ, parameters).one_or_none()
     if row is None:
         return None
     return Sent(row.name.removeprefix(UPDATE), row.status, row.consumed_by is not None, row.is_remembered, row.answer)
@@ -234,7 +234,7 @@ def _receiver_statement() -> Any:
     return sa.select(WORKFLOW.c.status, known.scalar_subquery().label("known")).where(WORKFLOW.c.id == _WANTED)
 
 
-def _look_statement() -> Any:
+def _read_statement() -> Any:
     """Read each row by its primary key: joined, a plan may read all steps of the workflow."""
     sent = materialized(
         sa.select(SIGNAL.c.workflow_id, SIGNAL.c.id, SIGNAL.c.name, SIGNAL.c.consumed_by).where(
@@ -309,7 +309,7 @@ _UPDATE_LITERAL: sa.ColumnElement[str] = text_literal(UPDATE)
 _RECEIVER = _receiver_statement()
 _SEND = send_statement(is_update=True)
 _SEND_IN_SNAPSHOT = send_statement(in_snapshot=True, is_update=True)
-_LOOK = _look_statement()
+_READ = _read_statement()
 _FIRST = first_untaken(_WANTED, _NAME, sa.cast(SIGNAL.c.payload, Text).label("payload")).subquery("first")
 _OLDEST = sa.select(_FIRST.c.id, _FIRST.c.payload).where(_FIRST.c.name == _NAME)
 _WANTED_UPDATE = sa.select(parameter("update_id", sa.BigInteger()).label("id")).subquery("wanted")

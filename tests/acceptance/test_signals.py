@@ -238,9 +238,7 @@ def test_payload_that_does_not_fit_is_an_error_of_the_receiver(shell: Shell, app
     workflow = approving(app)
     workflow_id = shell.begin(workflow)
     send(shell, workflow_id, "approved", {"by": "ada"})
-    with pytest.raises(
-        errors.DecodingError, match=r"payload of signal 'approved' does not fit .*or wait for the type"
-    ):
+    with pytest.raises(errors.DecodingError, match=r"payload of signal 'approved' does not fit .*or wait for the type"):
         shell.finish(workflow, workflow_id)
 
 

@@ -1,7 +1,4 @@
-"""The words of docs/glossary.md: no retired word in names, docstrings, comments and messages, nor on the pages.
-
-`python -m tests.docs.test_glossary` prints what is still found in the parts of the package that are `TO_DO`.
-"""
+"""The words of docs/glossary.md: no retired word in names, docstrings, comments and messages, nor on the pages."""
 
 from __future__ import annotations
 
@@ -20,25 +17,6 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "sqla_durable"
 GLOSSARY = ROOT / "docs" / "glossary.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-TO_DO = {
-    "__init__",
-    "api",
-    "definitions",
-    "errors",
-    "execution",
-    "management",
-    "migrations",
-    "models",
-    "operations",
-    "runtime",
-    "store",
-    "unwinding",
-}
-"""The parts of the package that may still have retired words: take out what is done, and put nothing in."""
-
-WRITTEN_FROM_DOCSTRINGS = {"names.md"}
-"""Pages whose text comes from docstrings: to be held as soon as nothing is left to do."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +57,6 @@ def _pattern(words: frozenset[str]) -> re.Pattern[str]:
     return re.compile(
         r"(?<![\w-])(" + "|".join(re.escape(each) for each in sorted(words, key=len, reverse=True)) + r")(?![\w-])"
     )
-
-
-def part_of(module: Path) -> str:
-    return module.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def retired_in(module: Path) -> Iterator[str]:
@@ -145,20 +119,12 @@ def _place(path: Path, line: int) -> str:
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-def test_no_retired_word_in_what_is_done() -> None:
-    found = [line for each in MODULES if part_of(each) not in TO_DO for line in retired_in(each)]
+def test_no_retired_word_in_the_package() -> None:
+    found = [line for each in MODULES for line in retired_in(each)]
     assert found == []
 
 
-def test_only_parts_of_the_package_are_to_do() -> None:
-    assert {part_of(each) for each in MODULES} >= TO_DO
-
-
-@pytest.mark.parametrize(
-    "page",
-    [each for each in PAGES if each.name not in WRITTEN_FROM_DOCSTRINGS or not TO_DO],
-    ids=lambda page: page.name,
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_retired_word_in_the_docs(page: Path) -> None:
     text = page.read_text()
     if page == GLOSSARY:
@@ -185,9 +151,3 @@ def test_words_of_names_are_found_in_any_spelling(name: str, word: str) -> None:
 @pytest.mark.parametrize("name", ["overtake", "sparkle", "look_up", "retold"])
 def test_longer_words_are_no_retired_ones(name: str) -> None:
     assert words_in(spoken(name), retired().in_names) in ([], ["look"] if name.startswith("look") else [])
-
-
-if __name__ == "__main__":
-    for module in MODULES:
-        if part_of(module) in TO_DO:
-            print(*retired_in(module), sep="\n", end="\n")

@@ -18,7 +18,7 @@ from sqla_durable.operations.callback import CallbackRecord
 from sqla_durable.store import Awaited, Checkpoint, Fence, Suspend, callbacks, continuations, signals
 from sqla_durable.store.callbacks import (
     _HOLD,  # pyright: ignore[reportPrivateUsage]
-    _LOOK,  # pyright: ignore[reportPrivateUsage]
+    _READ,  # pyright: ignore[reportPrivateUsage]
 )
 from sqla_durable.testing import advance
 from tests.store import races
@@ -232,7 +232,7 @@ def test_finding_a_callback_reads_its_own_workflow_only(engine: Engine, mode: st
         asked = {"callback_key": "create_callback", "signal_name": made.signal, "payload": "7"}
         for plan in (
             explain(session, _HOLD, {**given, "digest": "0"}, mode=mode),
-            explain(session, _LOOK, given | asked, mode=mode),
+            explain(session, _READ, given | asked, mode=mode),
         ):
             assert not plan.scans("step"), plan
             assert not plan.scans("workflow"), plan

@@ -121,9 +121,9 @@ def operations(update_id: int, child: UUID) -> dict[str, Operation]:
         "take an update": lambda s, f: updates.take(s, new(f, "new"), update_id=update_id),
         "refuse an update": lambda s, f: updates.refuse(s, f, update_id=update_id, reason="no"),
         "answer an update": lambda s, f: updates.record_answer(s, new(f, "new"), update_id=update_id, answer="1"),
-        "look at an update": lambda s, f: updates.look(s, f.workflow_id, update_id),
+        "read an update": lambda s, f: updates.read(s, f.workflow_id, update_id),
         "answer a callback": lambda s, f: callbacks.answer(s, f.workflow_id, signal="#callback:new", payload="1"),
-        "look at a callback": lambda s, f: callbacks.look(s, f.workflow_id, "callback"),
+        "read a callback": lambda s, f: callbacks.read(s, f.workflow_id, "callback"),
         "expire a callback": lambda s, f: callbacks.expire(s, new(f, "new"), key="callback"),
         "set an event": lambda s, f: events.record(s, new(f, "new"), key="status", value="1"),
         "get an event": lambda s, f: events.latest(s, f.workflow_id, "status"),
@@ -220,4 +220,4 @@ def test_a_new_round_forgets_what_was_taken_but_keys_and_answers_that_are_being_
         known = updates.receiver(session, fence.workflow_id, name="change", key="key10")
         assert known is not None
         assert known.known is not None
-        assert updates.look(session, fence.workflow_id, known.known) is not None
+        assert updates.read(session, fence.workflow_id, known.known) is not None

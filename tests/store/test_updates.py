@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Event, Signal
 from sqla_durable.store import Fence, Origin, Verdict, updates
-from sqla_durable.store.updates import _LOOK  # pyright: ignore[reportPrivateUsage]
+from sqla_durable.store.updates import _READ  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races
 from tests.store.plans import explain
@@ -92,7 +92,7 @@ def test_an_update_that_is_taken_meanwhile_is_not_refused(engine: Engine) -> Non
     assert answers(engine) == []
     with Session(engine) as session:
         assert session.scalars(select(Signal.consumed_by)).all() == ["update:set_address"]
-        sent = updates.look(session, fence.workflow_id, update_id)
+        sent = updates.read(session, fence.workflow_id, update_id)
         assert sent is not None
         assert (sent.is_taken, sent.is_remembered) == (True, True)
 
@@ -134,7 +134,7 @@ def test_a_look_at_an_update_costs_a_few_pages_among_many(engine: Engine, mode: 
         session.execute(text("ANALYZE durable.signal, durable.event, durable.step"))
         session.commit()
         parameters = {"wanted_id": fence.workflow_id, "update_id": update_id, "answer_key": f"#reply:{update_id}"}
-        plan = explain(session, _LOOK, parameters, mode=mode)
+        plan = explain(session, _READ, parameters, mode=mode)
     assert not any(plan.scans(each) for each in ("signal", "event", "step")), plan
     assert plan.buffers() < 20, plan
 

@@ -20,7 +20,7 @@ _EVERY = 10  # polls, of which one reads everything
 _LONGEST_POLL = 1.0  # seconds that count as a poll at most
 _SHARE = 20  # of the time, one part at most is spent on reading everything
 _MOST_PRIORITIES = 16  # of a queue, each of which is a scan from a place of its own
-_LONGEST_BURST = 1.0  # seconds after which claims begin again where something may have been committed late
+_LONGEST_BURST = 1.0  # seconds after which claims restart where something may have been committed late
 
 
 @dataclass(slots=True)

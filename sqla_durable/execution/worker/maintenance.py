@@ -209,10 +209,10 @@ class Maintenance:
         return [*chain(*await self._isolation.sweep(reclaim, partial(workers.expired, **bounds), what="reclaim"))]
 
     def _be_patient(self, now: float) -> None:
-        """Give others time to come back before their workflows are reclaimed, where this worker has been away for long.
+        """Delay reclaiming where this worker has not polled for long, so that other workers can renew their leases.
 
-        As in an outage: the leases of living ones have run out too. They get a whole one, as after a beat, from when
-        they try again. Half of the time at most is given, however often that happens.
+        In an outage the leases of live workers run out too. They get one more lease, counted from this worker's first
+        poll. At most half of the time is spent waiting so, however often it happens.
         """
         away = now - self._polled_at > self._long_ago
         if away and now > self._patient_from + 2 * self._patience:
