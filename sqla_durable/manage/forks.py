@@ -70,7 +70,7 @@ def fork(
     ```
 
     Copied is what was recorded before `from_step`, by the `position` of the steps: outcomes, failed ones too, with the
-    events that these steps set and the items that they wrote to streams, which are numbered anew. Not copied are steps
+    events that these steps set and the items that they wrote to streams, which get new numbers. Not copied are steps
     without an outcome, signals, and children: a copied step that started a child has the old one. An outcome is copied
     and not its effects: nothing is executed or written twice.
 

@@ -30,9 +30,9 @@ def cancel(session: Session, workflows: Selected) -> list[UUID]:
 
     Never commits: they are cancelled when the caller commits, and are not when it rolls back. From that commit on,
     nothing of an attempt that is executing one of them is committed any more: no checkpoint, no write of a
-    transactional step, no outcome; what was committed before is in its history. After the commit a hint tells the
-    workers that execute some of them: async code is cancelled at once, sync code notices at its next durable operation.
-    Where the hint does not arrive, the worker's heartbeat finds out.
+    transactional step, no outcome; what was committed before is in its history. After the commit a hint goes
+    to the workers that execute some of them: async code is cancelled at once, sync code at its next durable operation.
+    Where the hint does not arrive, the worker's heartbeat finds the cancellation.
 
     Of a cancel and an end in the same instant one is first: a cancel that waited for the end returns no id, and an
     attempt that waited for the cancel has lost its workflow.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sqla_durable.testing.databases import Databases
 
 _DIRECTORY = "sqla_durable_directory"
-"""The key under which the controller of xdist tells its workers the directory of the server that they share."""
+"""The key under which the controller of xdist passes its workers the directory of the server that they share."""
 
 
 @pytest.hookimpl(optionalhook=True)
