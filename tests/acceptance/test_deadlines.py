@@ -212,8 +212,8 @@ def test_a_resumed_workflow_has_its_time_limit_again(shell: Shell, app: Applicat
     ("options", "words"),
     [
         ({"timeout": 5}, "timedelta"),
-        ({"timeout": timedelta()}, "no time"),
-        ({"deadline": timedelta(seconds=-1)}, "no time"),
+        ({"timeout": timedelta()}, "must be positive"),
+        ({"deadline": timedelta(seconds=-1)}, "must be positive"),
         ({"deadline": 5}, "timedelta"),
         ({"deadline": datetime(2030, 1, 1)}, "time zone"),
     ],

@@ -63,7 +63,7 @@ def test_a_joined_step_refuses_a_callers_transaction_that_is_weaker(shell: Shell
     async def look() -> str:
         return await step()
 
-    with pytest.raises(SessionError, match=r"asks for SERIALIZABLE and .* already in a transaction that is READ COMM"):
+    with pytest.raises(SessionError, match=r"asks for SERIALIZABLE and .* already in a READ COMMITTED transaction"):
         shell.run(app.workflow(look))
 
 

@@ -94,7 +94,7 @@ def test_what_a_step_raises_is_its_failure_and_the_workflow_goes_on(shell: Shell
     assert [each.split(":")[0] for each in caught[: len(OWN)]] == [each.split(":")[0] for each in caught[len(OWN) :]]
     assert caught[0] == "CancelledError: step 'fail' ended with a CancelledError of its own."
     assert caught[2] == "StepFailedError: step 'fail#3' failed with builtins:SystemExit: 3"
-    assert "only the engine does" in caught[6]
+    assert "only the engine may raise" in caught[6]
     assert _only(shell).crashes == 0
 
 

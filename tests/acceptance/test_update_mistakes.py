@@ -196,7 +196,7 @@ def test_what_cannot_be_sent_is_refused(session: Session) -> None:
             send_update(session, known, name)
         with pytest.raises(errors.ArgumentError, match="the update name"):
             wait_update(name)
-    with pytest.raises(errors.ArgumentError, match="give a text that is not blank"):
+    with pytest.raises(errors.ArgumentError, match="pass a text that is not blank"):
         send_update(session, known, "set_address", key=" ")
     with pytest.raises(errors.EncodingError, match="payload of update 'set_address'"):
         send_update(session, known, "set_address", object())

@@ -229,7 +229,7 @@ def test_step_decorated_in_a_class_is_refused() -> None:
 @pytest.mark.parametrize("key", ["", " ", "a\0", "\ud800", "#" * 400])
 def test_step_key_that_is_no_name_is_refused(key: str) -> None:
     step = Durable().step(plain)
-    with pytest.raises(DefinitionError, match=r"the key of step 'plain'"):
+    with pytest.raises(DefinitionError, match=r"the step_key of step 'plain'"):
         step.options(step_key=key)
 
 

@@ -141,7 +141,7 @@ def test_time_limit_of_a_wait_is_over_when_the_clock_was_advanced(bench: Bench) 
         assert bench.do(lambda session: advance(session, DAY)) == 1
         if record.awaits is None:
             bench.call("execute_until_waiting", workflow, record)
-    with pytest.raises(TimeoutError, match="no signal 'approved' came"):
+    with pytest.raises(TimeoutError, match="no signal 'approved' arrived"):
         bench.call("execute_until_waiting", workflow, record)
     assert record.status is WorkflowStatus.FAILED
 

@@ -48,8 +48,8 @@ _LIMITS = (
     "FROM pg_database WHERE datname = current_database()"
 )
 _TABLES = (
-    "SELECT oid::int8, relnamespace::regnamespace::text, relname::text FROM pg_class "
-    "WHERE relkind = 'r' AND relpersistence <> 't' "
+    "SELECT pg_class.oid::int8, nspname::text, relname::text FROM pg_class "
+    "JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE relkind = 'r' AND relpersistence <> 't' "
     "AND relnamespace <> ALL ('{pg_catalog,information_schema}'::regnamespace[]) ORDER BY 1"
 )
 _RESTART = "SELECT setval(seqrelid, seqstart, false) FROM pg_sequence"

@@ -70,7 +70,7 @@ LATE = """
 import sys
 
 def test_nothing_is_imported():
-    assert not [name for name in ("sqla_durable", "sqlalchemy", "alembic", "psycopg") if name in sys.modules]
+    assert not [name for name in ("sqlalchemy", "pydantic", "alembic", "psycopg") if name in sys.modules]
 """
 
 

@@ -11,7 +11,7 @@ import pytest
 import sqla_durable
 
 TOOLS = Path(sqla_durable.__file__).parent / "tools"
-PUBLIC = {"sqla_durable", "sqla_durable.models", "sqla_durable.errors", "sqla_durable.embedded"}
+PUBLIC = {"sqla_durable", "sqla_durable.asyncio", "sqla_durable.models", "sqla_durable.errors", "sqla_durable.embedded"}
 
 
 @pytest.mark.parametrize(
