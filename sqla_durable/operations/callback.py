@@ -80,7 +80,7 @@ class CallbackRecord:
             digest=digest_of(token),
             nonce=nonce,
             token=None if derived else token,
-            # `signal` refuses such a name, so that no user's signal has it by chance.
+            # `require_sendable` refuses such a name, so that no user's signal has it by chance.
             signal=f"{inbox.CALLBACK}{secrets.token_hex(8)}",
             timeout=None if within is None else within.total_seconds(),
             heartbeat=None if heartbeat is None else heartbeat.total_seconds(),

@@ -80,7 +80,6 @@ def test_reference_shows_every_public_name() -> None:
     shown |= set(re.findall(r"^::: sqla_durable\.(\w+)", page, re.M))
     assert set(sqla_durable.__all__) - shown == {"metadata", "storage"}  # of Alembic's
     assert set(sqla_durable.asyncio.__all__) - shown == set()
-    assert set(sqla_durable.asyncio.__all__) - shown == set()
 
 
 def test_page_of_names_is_what_the_package_exports() -> None:
