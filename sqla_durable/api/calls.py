@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar, cast
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sqla_durable.api.callers import AnySession
-from sqla_durable.definitions.checks import fault_in_key
+from sqla_durable.definitions.checks import require_key
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.inspection import SessionKind, require_name
 from sqla_durable.errors import ArgumentError, UsageError
@@ -149,9 +149,7 @@ def require_sendable(value: str, *, what: str) -> None:
     Raises:
         ArgumentError: it cannot be stored in the key of an operation, or is the engine's own.
     """
-    fault = fault_in_key(value)
-    if fault is not None:
-        raise ArgumentError(f"the {what} is {value!r}, which {fault}: pass another one.")
+    require_key(value, what=what)
     if value.startswith("#"):
         raise ArgumentError(f"the {what} is {value!r}, which begins with '#': such names are the engine's own.")
 

@@ -17,7 +17,7 @@ from typing_extensions import TypeVar
 from sqla_durable.api.callers import AnySession, id_of
 from sqla_durable.api.calls import ANY, Call, encode, operation, publication
 from sqla_durable.api.polling import PollingEngine, pauses, refuse_event_loop
-from sqla_durable.definitions.checks import require_duration, require_text
+from sqla_durable.definitions.checks import require_duration, require_key
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import ArgumentError, EventNotSetError, NotFoundError, ResultTimeoutError
 from sqla_durable.models import Workflow
@@ -78,7 +78,7 @@ def set_event(key: str, value: object, *, session: Session | None = None) -> Non
 
 def set_event_call(key: str, value: object, session: AnySession | None) -> Call[None]:
     """Return the call of `set_event`."""
-    require_text(key, what="key of an event")
+    require_key(key, what="key of an event")
     if key.startswith("#"):
         raise ArgumentError(f"the key of an event is {key!r}, which begins with '#': such keys are the engine's own.")
 
@@ -128,7 +128,7 @@ def wait_event_call(
     workflow: Workflow | UUID, key: str, kind: type[T], timeout: timedelta | None, step_key: str | None
 ) -> Call[T]:
     """Return the call of `wait_event`."""
-    require_text(key, what="key of an event")
+    require_key(key, what="key of an event")
     if timeout is not None:
         require_duration(timeout, "timeout")
     take = partial(_take, workflow_id=id_of(workflow), key=key)
@@ -203,7 +203,7 @@ class EventSearch(Generic[T]):
         Raises:
             ArgumentError: the key cannot be one, or this is no workflow.
         """
-        require_text(key, what="key of an event")
+        require_key(key, what="key of an event")
         return EventSearch(id_of(workflow), key, _codec_of(key, kind), timeout)
 
     def latest(self, session: Session) -> str | None:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from sqla_durable.api.calls import Call, operation, require_workflow, visit
-from sqla_durable.definitions.checks import fault_in, require_duration, require_moment
+from sqla_durable.definitions.checks import escape_key, fault_in, require_duration, require_moment
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.inspection import require_name
 from sqla_durable.errors import ArgumentError, UsageError
@@ -198,7 +198,7 @@ def step_scope(name: str) -> Generator[None]:
         yield
         return
     branch = context.attempt.branches.require_here(f"step_scope({name!r})", workflow=context.attempt.name)
-    with branch.scope(name):
+    with branch.scope(escape_key(name)):
         yield
 
 

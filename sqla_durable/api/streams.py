@@ -16,7 +16,7 @@ from typing_extensions import TypeVar
 from sqla_durable.api.callers import AnySession, id_of
 from sqla_durable.api.calls import ANY, Call, encode, publication
 from sqla_durable.api.polling import PollingEngine, pauses, refuse_event_loop
-from sqla_durable.definitions.checks import require_text
+from sqla_durable.definitions.checks import require_key
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import ArgumentError, ResultTimeoutError, UsageError
 from sqla_durable.models import Workflow
@@ -117,7 +117,7 @@ def close_stream(name: str, *, session: Session | None = None) -> None:
 
 def write_stream_call(name: str, values: Sequence[object], session: AnySession | None) -> Call[None]:
     """Return the call of `write_stream`."""
-    require_text(name, what="name of a stream")
+    require_key(name, what="name of a stream")
     if not values:
         raise ArgumentError(f"write_stream({name!r}) has no value: give one at least.")
 
@@ -130,7 +130,7 @@ def write_stream_call(name: str, values: Sequence[object], session: AnySession |
 
 def close_stream_call(name: str, session: AnySession | None) -> Call[None]:
     """Return the call of `close_stream`."""
-    require_text(name, what="name of a stream")
+    require_key(name, what="name of a stream")
     end = _NewItems(name, [None])
     return publication("close_stream", f"close_stream({name})", lambda _: end, session=session)
 
@@ -221,7 +221,7 @@ class StreamReader(Generic[T]):
         Raises:
             ArgumentError: the name cannot be one, `start` is negative, or this is no workflow.
         """
-        require_text(name, what="name of a stream")
+        require_key(name, what="name of a stream")
         if start < 0:
             raise ArgumentError(f"start={start!r} is negative: items are numbered from 0.")
         return StreamReader(id_of(workflow), name, start, Codec.of(kind, what=f"item of stream {name!r}"), timeout)

@@ -65,6 +65,17 @@ def fault_in_key(key: object) -> str | None:
     return fault_in(key) or fault_in(escape_key(str(key)))
 
 
+def require_key(text: object, *, what: str) -> None:
+    """Refuse what cannot be a part of an operation's identity.
+
+    Raises:
+        ArgumentError: it is no text, is blank, is too long, or holds what PostgreSQL does not store.
+    """
+    fault = fault_in_key(text)
+    if fault is not None:
+        raise ArgumentError(f"the {what} is {text!r}, which {fault}: pass another one.")
+
+
 def require_text(text: object, *, what: str) -> None:
     """Refuse a name or a key that cannot be stored.
 

@@ -116,7 +116,11 @@ class SessionRecorder(Recorder):
     @override
     async def finish(self, completion: Completion) -> None:
         async with self._kept():
-            await self._record_noted()
+            try:
+                await self._record_noted()
+            except EncodingError:
+                self._noted.clear()  # another outcome waits for none of them
+                raise
             # A step that was called beside the others, and that nobody awaits any more, must not touch the session.
             self.attempt.stop(partial(AttemptLost, self.attempt.workflow_id))
             await _escaping(

@@ -80,7 +80,8 @@ def fork(
     Args:
         session: the caller's session.
         workflows: one record or id; or several, or a `select()`, as for `cancel`.
-        from_step: the key of a recorded step, which is the first to be executed; None begins from the beginning.
+        from_step: the key of a recorded step, as in `Step.key`, which is the first to be executed; None begins from the
+            beginning. There, `#` and `/` of keys that were chosen are `%23` and `%2F`.
         input: arguments that differ, by parameter name.
         outcomes: by the key of a recorded step, the result that it is to have instead. Wherever the step stands: one
             behind `from_step` is not executed when the workflow comes to it.

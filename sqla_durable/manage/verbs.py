@@ -147,7 +147,8 @@ def rewind(session: Session, workflows: Selected, *, to_step: str) -> list[UUID]
     Args:
         session: the caller's session.
         workflows: one record or id, several, or a `select()`, as for `cancel`.
-        to_step: the key of a recorded step, which is the first to be executed again: `charge`, `charge#2`.
+        to_step: the key of a recorded step, as in `Step.key`, which is the first to be executed again: `charge`,
+            `charge#2`. There, `#` and `/` of keys that were chosen are `%23` and `%2F`.
 
     Returns:
         The ids of those that were rewound, which are all that exist.

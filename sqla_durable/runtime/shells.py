@@ -110,6 +110,14 @@ class BlockingRuntime(Runtime):
             quiet=float("inf"), idle=lambda: attempt.branches.all_wait_or_are_in(attempt.homes_in_calls)
         )
 
+    @override
+    async def suspend(self, suspension: Suspension, position: Position) -> None:
+        """Suspend the workflow; operations on its event loop that wait end after that, and not in its middle."""
+        if self._workflow is None:
+            return await super().suspend(suspension, position)
+        with self._workflow.suspended_by_step():
+            return await super().suspend(suspension, position)
+
     def fork(self) -> BlockingRuntime:
         """Return the runtime of a branch in another thread."""
         branch = BlockingRuntime(self.attempt, self.recorder.fork())
@@ -167,7 +175,7 @@ class AsyncRuntime(Runtime):
         if here is self._loop:
             return operation(self, position)
         future = _submit(operation(self, position), self._loop)
-        return _result(future) if here is None else asyncio.wrap_future(future)
+        return _result(future) if here is None else _awaited(future)
 
     async def _carry_out(self, position: Position, context: Context, work: Work, again: Work) -> Any:
         """Do the work; if the workflow's own code cancels it, let the code see what is recorded.
@@ -357,6 +365,15 @@ class AsyncRuntime(Runtime):
         finally:
             self._suspending.set_result(None)
 
+    @contextmanager
+    def suspended_by_step(self) -> Generator[None]:
+        """Let the workflow's other operations wait while a step, perhaps in a thread, suspends it."""
+        suspending = self._suspending = self._loop.create_future()
+        try:
+            yield
+        finally:
+            self._loop.call_soon_threadsafe(suspending.set_result, None)
+
     @override
     async def proceed(self) -> None:
         """Wait for a suspension that another operation has begun: a signal would end the attempt in its middle."""
@@ -453,6 +470,11 @@ def _submit(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) 
     except RuntimeError as error:  # the loop is closed
         coroutine.close()
         raise AttemptLost from error
+
+
+async def _awaited(future: concurrent.futures.Future[T]) -> T:
+    """Await what another event loop does."""
+    return await asyncio.wrap_future(future)
 
 
 def _result(future: concurrent.futures.Future[T]) -> T:

@@ -13,6 +13,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.checks import escape_key
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 from sqla_durable.models.column_types import Text
@@ -136,6 +137,11 @@ def refuse_unrecorded(session: Session, ids: Sequence[UUID], keys: Sequence[str]
         missing = [key for key in keys if key not in found]
         if missing:
             more = ", …" if len(found) > _SHOWN_KEYS else ""
+            if (stored := escape_key(missing[0])) in found:
+                raise ArgumentError(
+                    f"workflow {workflow_id} has no record of a step {missing[0]!r}, but of {stored!r}: so a step key "
+                    f"with `#` or `/` is stored. Nothing was {verb}: pass the key as in `Step.key`."
+                )
             raise ArgumentError(
                 f"workflow {workflow_id} has no record of a step {missing[0]!r}: it has "
                 f"{', '.join(map(repr, found[:_SHOWN_KEYS])) or 'none'}{more}. Nothing was {verb}: pass the key of a "

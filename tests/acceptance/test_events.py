@@ -164,8 +164,13 @@ def test_a_key_that_cannot_be_stored_is_refused(shell: Shell, app: Application) 
     async def checkout() -> None:
         await either.set_event(" ", 1)
 
+    async def marked() -> None:
+        await either.set_event("/" * 990, 1)  # three bytes each in the key of the operation
+
     with pytest.raises(ArgumentError, match="key of an event is ' '"):
         shell.run(app.workflow(checkout))
+    with pytest.raises(ArgumentError, match="key of an event is '//"):
+        shell.run(app.workflow(marked))
 
 
 def test_a_session_belongs_to_a_transactional_step(shell: Shell, app: Application) -> None:

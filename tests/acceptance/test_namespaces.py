@@ -172,6 +172,20 @@ def test_scope_numbers_its_steps_apart(session_factory: sessionmaker[Session]) -
         assert keys(session) == [*scoped, "ask", "ask#2"]
 
 
+def test_names_of_scopes_are_escaped(session_factory: sessionmaker[Session]) -> None:
+    @Durable().workflow
+    def calling() -> None:
+        for name in ("agent#2", "agent", "agent", "a/b"):
+            with step_scope(name):
+                run_step("ask", int)
+        with step_scope("a"), step_scope("b"):
+            run_step("ask", int)
+
+    with session_factory() as session:
+        Executor(session).run(calling)
+        assert keys(session) == ["a%2Fb/ask", "a/b/ask", "agent#2/ask", "agent%232/ask", "agent/ask"]
+
+
 async def test_scope_in_a_task_has_nothing_of_the_name_of_the_task(
     async_session_factory: async_sessionmaker[AsyncSession], session_factory: sessionmaker[Session]
 ) -> None:

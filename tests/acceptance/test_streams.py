@@ -154,6 +154,24 @@ def test_a_sync_step_of_an_async_workflow_writes_from_its_thread(shell: Shell, a
     assert values(stream(shell, _only(shell), "log")) == ["thread", "loop in the thread", "thread of an async step"]
 
 
+@pytest.mark.shells(("async-executor", "async-worker"))
+def test_a_write_from_another_event_loop_is_awaited(shell: Shell, app: Application) -> None:
+    @app.durable.step
+    def in_thread() -> str:
+        return asyncio.run(inner())
+
+    async def inner() -> str:
+        await aio.close_stream("log")
+        with pytest.raises(UsageError, match="closed"):
+            await aio.write_stream("log", "late")
+        return "refused"
+
+    async def agent() -> str:
+        return await aio.to_thread(in_thread)
+
+    assert shell.run(app.workflow(agent)) == "refused"
+
+
 @pytest.mark.shells(("async-executor", "async-joined", "async-worker", "asyncpg-worker"))
 def test_steps_that_write_at_the_same_time_take_turns(shell: Shell, app: Application) -> None:
     @app.durable.step

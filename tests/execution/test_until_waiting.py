@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tenacity
 from sqlalchemy import Engine, NullPool
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 import sqla_durable.asyncio as aio
@@ -348,3 +348,42 @@ async def test_record_is_read_on_a_session_that_begins_nothing_by_itself(engine:
     async with AsyncSession(async_engine, autobegin=False) as async_session:
         record = await aio.AsyncExecutor(async_session).run_until_waiting(approval_async, 5)
         assert (record.status, record.awaits) == (WorkflowStatus.SUSPENDED, None)
+
+
+@durable.step(
+    retry=tenacity.retry_if_exception_type(), wait=tenacity.wait_fixed(3_600), stop=tenacity.stop_after_attempt(3)
+)
+def fail_for_long(session: Session) -> None:
+    raise ValueError("no")
+
+
+async def fail_when_the_other_waits() -> None:
+    await asyncio.sleep(0.1)
+    await aio.to_thread(fail_for_long)
+
+
+async def wait_for_nothing() -> None:
+    await aio.wait_signal("nothing")
+
+
+@durable.workflow
+async def suspended_by_a_step_in_a_group() -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(wait_for_nothing())
+        group.create_task(fail_when_the_other_waits())
+
+
+@durable.workflow
+async def suspended_by_a_gathered_step() -> None:
+    await asyncio.gather(wait_for_nothing(), fail_when_the_other_waits())
+
+
+@pytest.mark.parametrize("workflow", [suspended_by_a_step_in_a_group, suspended_by_a_gathered_step])
+async def test_a_step_that_suspends_the_workflow_is_not_cancelled_by_what_waits_beside_it(
+    async_engine: AsyncEngine, workflow: aio.AsyncWorkflowFunction[[], None]
+) -> None:
+    async with AsyncSession(async_engine, expire_on_commit=False) as session:
+        async with asyncio.timeout(30):
+            record = await aio.AsyncExecutor(session).run_until_waiting(workflow)
+        assert record.status is WorkflowStatus.SUSPENDED
+        assert record.wake_at is not None

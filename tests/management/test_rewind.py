@@ -125,6 +125,15 @@ def test_one_without_the_step_is_refused_and_nothing_is_changed(engine: Engine, 
     assert histories.standing(session, first.workflow_id).status is WorkflowStatus.RUNNING
 
 
+def test_a_key_with_marks_is_given_as_it_is_stored(session: Session) -> None:
+    fence = with_history(session, "orders%2F7", "b")
+    with pytest.raises(
+        ArgumentError, match=r"no record of a step 'orders/7', but of 'orders%2F7'.* Nothing was rewound"
+    ):
+        manage.rewind(session, fence.workflow_id, to_step="orders/7")
+    assert manage.rewind(session, fence.workflow_id, to_step="orders%2F7") == [fence.workflow_id]
+
+
 @pytest.mark.parametrize("name", ["", " ", "\0", 7, None])
 def test_a_key_that_is_none_is_refused(session: Session, name: Any) -> None:
     with pytest.raises(ArgumentError, match="to_step="):

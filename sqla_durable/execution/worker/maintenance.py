@@ -77,6 +77,7 @@ class Maintenance:
 
     async def run(self) -> None:
         """Poll until cancelled."""
+        self._polled_at = time.monotonic()  # the start may have waited for the database
         while True:
             self._wakeup.clear()
             seen = await self._poll()
