@@ -19,7 +19,8 @@ def test_reading_holds_the_commits_of_all_idle_connections_of_the_bench(schema: 
     commit_on_several_connections(schema)
     after = meter.read()
     others = after.commits - before.commits - CONNECTIONS * COMMITS
-    assert 0 <= others <= 4 * CONNECTIONS  # a connection that is taken and returned counts a little too
+    # A connection that is taken and returned counts a little too, and so does autovacuum, for each table it visits.
+    assert 0 <= others < COMMITS
 
 
 def commit_on_several_connections(schema: BenchSchema) -> None:

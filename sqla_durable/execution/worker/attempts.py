@@ -211,7 +211,9 @@ class Attempts:
         recorder = WorkerRecorder.for_thread(attempt, self._resources)
         try:
             return run_blocking(run_workflow(BlockingRuntime(attempt, recorder), definition))
-        except (Released, HistoryMismatchError):
+        except (AttemptLost, Suspended):
+            raise
+        except BaseException:  # what it has recorded is not to be executed again
             run_blocking(recorder.flush())
             raise
 
@@ -225,7 +227,9 @@ class Attempts:
                 await asyncio.sleep(EXECUTING_CHECK)  # steps beside the one that has ended, in threads too
             await recorder.flush()
             raise
-        except HistoryMismatchError:
+        except (AttemptLost, Suspended, GeneratorExit):
+            raise
+        except BaseException:  # what it has recorded is not to be executed again
             await recorder.flush()
             raise
         finally:
