@@ -238,7 +238,9 @@ def map_children_call(
     """Return the call of `map_children`."""
     given = list(items)
     if len(given) > LARGEST_MAP:
-        raise ArgumentError(f"a map of {len(given):,} children is over the limit of {LARGEST_MAP:,}: map parts of it.")
+        raise ArgumentError(
+            f"map_children() starts at most {LARGEST_MAP:,} children, got {len(given):,}: call it for parts of them."
+        )
     bound = [each if isinstance(each, BoundWorkflow) else workflow.bind(each) for each in given]
     _refuse_map(bound, max_concurrency, tolerate)
     mapping = _Mapping(workflow.definition, bound, max_concurrency, tolerate)
@@ -271,7 +273,7 @@ class _Mapping:
         attempt, beginning = context.attempt, f"start:{self.definition.name}"
         start_at = attempt.begin_call(beginning, ("sqla_durable", beginning))
         if self.max_concurrency is not None and self.max_concurrency < len(self.bound):
-            attempt.holding_maps.add(start_at.key)
+            attempt.limiting_maps.add(start_at.key)
         attempt.end_call(start_at)  # part of the map, which is what ends, and may be cancelled before it begins
         return visit(context, name, partial(self._all_of, start_at=start_at))
 

@@ -144,8 +144,8 @@ class Durable:
     ) -> AsyncWorkflowFunction[..., Any] | WorkflowFunction[..., Any] | WorkflowDecorator:
         """Make a function a workflow, as a decorator with or without options.
 
-        Its arguments and its result are stored as JSON by their annotations. It must take the same way on every
-        execution with the same outcomes of its steps: whatever is not so belongs in a step.
+        Its arguments and its result are stored as JSON by their annotations. It must call the
+        same steps whenever they have the same outcomes: anything that may differ belongs in a step.
 
         Args:
             fn: the function, `def` or `async def`.

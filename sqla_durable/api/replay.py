@@ -104,7 +104,7 @@ def random_number(*, step_key: str | None = None) -> float:
 
 
 def patched(patch_id: str) -> bool:
-    """Return whether the workflow takes the new way of a change; one that passed this point before does not.
+    """Return whether to execute the new code of a change: false if the workflow passed this point before the change.
 
     ```python
     @durable.workflow
@@ -153,10 +153,10 @@ def patched(patch_id: str) -> bool:
 
 
 def deprecate_patch(patch_id: str) -> None:
-    """Mark where a `patched` was whose old way is gone, because no workflow is left that takes it.
+    """Mark where a `patched` was whose old code is gone, because no workflow is left that executes it.
 
-    New workflows still record that they took the new way, so they survive while workers are there that ask `patched`,
-    and a deploy that is rolled back. When none of these is left, the call can be deleted too.
+    New workflows still record the patch, so that workers with the older code, which call `patched`, can execute them,
+    also after a deploy is rolled back. Delete this call when no such worker is left.
 
     Args:
         patch_id: the id of the patch.

@@ -59,8 +59,8 @@ class Saga(_BaseSaga):
     that dies in the middle is followed by one that goes on. After the last one the error is raised further. With a saga
     a workflow that is cancelled, or whose deadline has come, does not end at once: it is enqueued, stops at the first
     operation that it has not recorded, and is `cancelled` or `failed` when its compensations are done, which take as
-    long as they need. Add a compensation after the step that it undoes, with what that one returned; or before it,
-    where it can be undone without having been done.
+    long as they need. Add a compensation after the step that it undoes, with what that one returned; add it
+    before the step only if it is safe when the step never ran.
 
     A workflow that is stopped for its crashes compensates nothing. A saga is entered in the workflow's own function and
     not in one of its branches, which may be inside it; it begins to undo when they have ended.

@@ -241,5 +241,5 @@ def _where(new: NewWorkflow) -> str:
 
 def _checked(bound: BoundWorkflow) -> BoundWorkflow:
     if not isinstance(bound, BoundWorkflow):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ArgumentError(f"what is started is given as workflow.bind(...), got {bound!r}. Nothing was started.")
+        raise ArgumentError(f"expected workflow.bind(...), got {bound!r}. Nothing was started.")
     return bound

@@ -27,7 +27,7 @@ import psycopg
 import tenacity
 from sqlalchemy import URL
 
-from sqla_durable.embedded import programs as _programs
+import sqla_durable.embedded.programs as _programs
 from sqla_durable.errors import DatabaseUnavailableError, UsageError
 
 SUPERUSER = "postgres"

@@ -45,7 +45,7 @@ class Attempt:
         options: the options of the `Durable` that the workflow belongs to.
         branches: the live branches of the workflow's own code.
         has_children: whether it has started a child.
-        holding_maps: the start keys of maps that limit how many of their children are active at once.
+        limiting_maps: the start keys of maps that limit how many of their children are active at once.
         joined_maps: the start keys of maps that have an outcome, and so hold no children any more.
         loop_timers: the asyncio timers that the workflow's code has set; see `runtime.loop_timers`.
         cancelled_calls: keys of operations that the workflow's code has cancelled in this attempt.
@@ -68,7 +68,7 @@ class Attempt:
         self.deadline_message: str | None = claimed.overdue
         self.headers: Mapping[str, str] = claimed.headers
         self.has_children = False
-        self.holding_maps: set[str] = set()
+        self.limiting_maps: set[str] = set()
         self.joined_maps: set[str] = set()
         self.options = _NO_OPTIONS
         self._history: Mapping[str, Recorded] = claimed.history
@@ -98,10 +98,10 @@ class Attempt:
         return self.fence.workflow_id
 
     @property
-    def may_hold_children(self) -> bool:
-        """Whether children may be held until others end: those of a map called now, or recorded and not called yet."""
+    def may_have_deferred(self) -> bool:
+        """Whether children may be deferred: those of a map that is called now, or recorded and not called yet."""
         recorded = {key for key, each in self._history.items() if _starts_several(each)}
-        return bool((self.holding_maps | recorded) - self.joined_maps)
+        return bool((self.limiting_maps | recorded) - self.joined_maps)
 
     @property
     def may_have_notices(self) -> bool:

@@ -20,7 +20,7 @@ from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.suspending import Wait
 from sqla_durable.operations.waiting import GracePeriod, WaitSource, in_one_statement, receive_recorded
 from sqla_durable.operations.workflow import Outcome
-from sqla_durable.store import Awaited, Checkpoint, NewWorkflow, Recorded, WorkflowState, children, deferred, steps
+from sqla_durable.store import Awaited, NewWorkflow, Recorded, WorkflowState, children, deferred, steps
 
 _UNBOUNDED = 2**31 - 1
 _SHOWN = 20  # children's errors in that of their map
@@ -56,7 +56,7 @@ async def start(
             limit = _UNBOUNDED if active is None else active
             try:
                 text = await runtime.recorder.execute(
-                    partial(_start, checkpoint=checkpoint, new=own, active=limit, undoes=undoes)
+                    partial(children.start, checkpoint=checkpoint, children=own, active=limit, compensates=undoes)
                 )
             except KeyNotVisibleError as error:
                 await _record_hidden(runtime, position, [each.id for each in new], error)
@@ -79,10 +79,6 @@ async def _record_hidden(
     failed = checkpoint_of(runtime.attempt, position, StepStatus.FAILED, error=record(error))
     await runtime.recorder.execute(partial(children.cancel_rest, checkpoint=failed, ids=started))
     await runtime.recorder.record(failed)
-
-
-def _start(connectable: Any, checkpoint: Checkpoint, new: Sequence[NewWorkflow], active: int, undoes: bool) -> str:
-    return str(children.start(connectable, checkpoint, new, active=active, compensates=undoes))
 
 
 async def result(runtime: Runtime, position: Position, workflow_id: UUID, **within: Any) -> Outcome:
@@ -184,14 +180,14 @@ class _ChildrenWait:
             if found.there < len(self._ids):
                 gone = len(self._ids) - found.there
                 words = f"{gone} of {self._label} no longer exist: were they deleted?"
-                await self._release_rest()
+                await self._start_all_deferred()
                 return await self._fail(ChildrenFailedError(words, count=gone))
             if found.failed > self._tolerate:
                 return await self._give_up()
             if found.finished >= len(self._ids):
                 return await self._record_all(limit)
             places = min(found.deferred, self._active - found.active)
-            released = await self._release(places) if places > 0 else []
+            released = await self._start_deferred(places) if places > 0 else []
             if not begun:
                 waiting = checkpoint_of(self._runtime.attempt, self._position, StepStatus.WAITING)
                 await self._runtime.recorder.execute(partial(steps.begin_wait, checkpoint=waiting))
@@ -204,10 +200,10 @@ class _ChildrenWait:
             await self._runtime.wait(self._position, wait)
             await self._runtime.recorder.settle()
 
-    async def _release(self, count: int) -> list[UUID]:
+    async def _start_deferred(self, count: int) -> list[UUID]:
         return await self._runtime.recorder.execute(partial(deferred.start_some, ids=self._ids, limit=count))
 
-    async def _release_rest(self) -> None:
+    async def _start_all_deferred(self) -> None:
         checkpoint = checkpoint_of(self._runtime.attempt, self._position)
         await self._runtime.recorder.execute(partial(deferred.start_rest, checkpoint=checkpoint, ids=self._ids))
 
@@ -237,7 +233,7 @@ class _ChildrenWait:
         ended = await self._runtime.recorder.execute(partial(children.outcomes, ids=self._ids))
         cancelled = {each["id"] for each in ended if each["status"] == WorkflowStatus.CANCELLED.value}  # by others
         await self._runtime.recorder.execute(partial(children.cancel_rest, checkpoint=checkpoint, ids=self._ids))
-        await self._release_rest()  # the detached ones
+        await self._start_all_deferred()  # the detached ones
         found = await self._runtime.recorder.execute(partial(children.outcomes, ids=self._ids))
         failed = [each for each in found if each["status"] == WorkflowStatus.FAILED.value or each["id"] in cancelled]
         error = failed[0]["error"] if failed else None

@@ -30,6 +30,7 @@ def checkpoint_of(
     *,
     output: str | None = None,
     error: str | None = None,
+    tries: int = 1,
     elapsed: float = 0.0,
     delay: float | None = None,
 ) -> Checkpoint:
@@ -43,7 +44,7 @@ def checkpoint_of(
         output=output,
         error=error,
         attempt=attempt.number,
-        attempts=1,
+        attempts=tries,
         elapsed=elapsed,
         delay=delay,
     )

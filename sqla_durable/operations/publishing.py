@@ -115,15 +115,5 @@ async def send_heartbeat(runtime: Runtime, call: StepCall) -> None:
 
 
 def _running(runtime: Runtime, call: StepCall) -> Checkpoint:
-    return Checkpoint(
-        fence=runtime.attempt.fence,
-        key=call.position.key,
-        name=call.position.name,
-        position=call.position.number,
-        status=StepStatus.RUNNING,
-        output=None,
-        error=None,
-        attempt=runtime.attempt.number,
-        attempts=call.tries.count,
-        elapsed=call.tries.age,
-    )
+    tries = call.tries
+    return checkpoint_of(runtime.attempt, call.position, StepStatus.RUNNING, tries=tries.count, elapsed=tries.age)

@@ -138,7 +138,7 @@ class Recorder(ABC):
 
     @abstractmethod
     async def pause(self, seconds: float) -> None:
-        """Wait in memory; may end early when the attempt is to stop, which `Attempt.raise_if_stopped` says."""
+        """Wait in memory, or less if the attempt is to stop: call `Attempt.raise_if_stopped` afterwards."""
 
     async def wait_in_memory(self, position: Position, wait: Wait) -> None:
         """Wait for an operation to go on, where workflows are not suspended; of one that polls, until the next poll."""
@@ -153,7 +153,7 @@ class Recorder(ABC):
         return TransactionRetry()
 
     def fork(self) -> Recorder:
-        """Return the recorder of a branch in another thread: what the workflow has recorded comes before its effects.
+        """Return the recorder of a branch in another thread, whose writes follow everything recorded so far.
 
         Raises:
             UsageError: threads cannot use the session.
@@ -180,7 +180,7 @@ class Recorder(ABC):
         await self.pause(seconds)
 
     async def due_timers(self) -> dict[str, float]:
-        """Return in how many seconds the timers of asyncio are due with which the workflow was suspended, by key."""
+        """Return the seconds until the asyncio timers are due that were stored with the suspension, by key."""
         deadlines = self.attempt.deadlines
         if not deadlines:
             return {}
@@ -251,7 +251,7 @@ class Runtime(ABC):
     async def wait(self, position: Position, wait: Wait) -> None:
         """Wait until an operation goes on: in memory, and as a row once all code of the workflow waits for long enough.
 
-        In memory, an operation that awaits something goes on now and then, to look for it.
+        In memory, it returns from time to time for an operation that awaits something, so that the caller can check.
 
         Raises:
             Suspended: the workflow is suspended, and what was recorded before is committed.

@@ -1,8 +1,8 @@
 """How an attempt waits and ends: what its operations wait for, what wakes them, and which calls are refused at its end.
 
-An operation waits in memory at first, and then as a row: its workflow is suspended. Whatever in this process learns of
-something awaited wakes the operations that wait for it in memory, and they look at the tables at once. Correctness does
-not depend on that: an operation that is not woken looks after a while, or its workflow is suspended.
+An operation waits in memory at first, and then as a row: its workflow is suspended. When this process notices what an
+operation awaits in memory, it wakes the operation, which then queries the tables. Correctness does not depend on that:
+an operation that is not woken polls after a while, or its workflow is suspended.
 
 The loop of waiting itself is `Runtime.wait`.
 """
@@ -51,7 +51,7 @@ class Wait:
         awaits: what else it goes on for: one of these is enough.
         polls: whether it polls for what others do, because nothing will wake it.
         waker: wakes it when something that it awaits may be there.
-        has_row: whether the operation's row can keep what outlives this attempt: that of a failed try has its own.
+        has_row: whether asyncio's deadlines can be stored in the operation's row; that of a failed try is in use.
     """
 
     until: float

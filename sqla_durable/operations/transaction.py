@@ -124,8 +124,8 @@ async def interruptibly(coroutine: Coroutine[Any, Any, None]) -> None:
 class ReleasingTransaction(StepTransaction):
     """A transaction that releases a lock or a semaphore when it ends.
 
-    What has ended holds nothing, and its session may be in another's transaction by then: to end it again does nothing,
-    as where a task is cancelled while it commits, and goes on to roll back.
+    Ending it twice is a no-op: a task that is cancelled while it commits also rolls back, and by then its session may
+    be in another transaction.
 
     Args:
         inner: the transaction itself.

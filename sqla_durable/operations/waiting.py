@@ -31,7 +31,7 @@ _SHORTEST_GRACE, _GRACE_PER_OPERATION, _LONGEST_GRACE = 0.05, 0.005, 5.0
 """How many seconds to wait in memory before suspending: longer where the replay would cost more."""
 
 _POLLS_AT = (0.05, 0.25, 1.25)
-"""After how many seconds in memory a wait polls: what SQL sends, or another worker ends, does not wake it."""
+"""Seconds in memory after which a wait polls: a signal sent by SQL, or a child that ends elsewhere, wakes nothing."""
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE, _SHARE = 0.05, 30.0, 0.25
 """Seconds between two polls, which are a share of the seconds waited so far."""
@@ -45,8 +45,8 @@ class WaitSource:
     """What an operation waits for besides a time.
 
     Attributes:
-        read_awaited: reads, before consuming, what the suspended workflow's row is to name so that it is woken; if
-            that is nothing, no notice announces the arrival, and it is polled for. None: it is always `awaits`.
+        read_awaited: reads what the suspended workflow's row must name to be woken, before anything is consumed. If
+            it returns nothing, no notice will arrive, and the wait polls. None: the row names `awaits`.
         take: consumes it if it is there, records it as the outcome, and returns its JSON text; see `in_one_statement`.
         timeout_message: the message of the error if it does not arrive in time.
         awaits: what the row is to name, where it is known beforehand.

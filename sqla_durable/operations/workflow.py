@@ -20,7 +20,7 @@ from sqla_durable.errors import (
     WorkflowFailedError,
     WorkflowTimeoutError,
 )
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.models.status import WorkflowStatus
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.calls import Position
 from sqla_durable.operations.history import PATCH
@@ -107,7 +107,7 @@ def _ended(
         output,
         error,
         is_child=attempt.is_child,
-        has_deferred=attempt.may_hold_children,
+        has_deferred=attempt.may_have_deferred,
         has_notices=attempt.may_have_notices,
     )
 
@@ -232,19 +232,7 @@ def patched(attempt: Attempt, patch_id: str) -> tuple[bool, Checkpoint | None]:
     if patch.key is None:
         return patch.is_new, None
     attempt.refuse_after_signal(patch.key)
-    marker = Checkpoint(
-        fence=attempt.fence,
-        key=patch.key,
-        name=PATCH,
-        position=patch.place,
-        status=StepStatus.SUCCEEDED,
-        output="true",
-        error=None,
-        attempt=attempt.number,
-        attempts=1,
-        elapsed=0.0,
-    )
-    return patch.is_new, marker
+    return patch.is_new, checkpoint_of(attempt, Position(patch.key, PATCH, patch.place), output="true")
 
 
 def check_history(attempt: Attempt, *, strict: bool) -> None:

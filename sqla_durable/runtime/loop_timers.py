@@ -119,7 +119,7 @@ class Timers:
 
     @property
     def ahead(self) -> float:
-        """By how many seconds the code that is executed here is ahead of the clock, because a timer has fired early."""
+        """The seconds by which this branch is ahead of the clock, because a timer fired early."""
         return self._ahead.get(self._branch, 0.0)
 
     @property
@@ -171,7 +171,7 @@ class Timers:
             await asyncio.sleep(0)
 
     def unfired_before(self, call: str) -> Generator[tuple[str, CancelledCall]]:
-        """Iterate over the timers that are still to fire and did so, in an earlier attempt, while a call was open."""
+        """Yield the timers that fired in an earlier attempt while this call was open, and have not fired yet."""
         for key in list(self.unfired):
             order, calls = self._firings[key]
             if call in calls and key in self.unfired:

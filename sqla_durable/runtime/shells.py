@@ -1,6 +1,6 @@
 """The two runtimes, which call the user's code: `BlockingRuntime` in a thread, `AsyncRuntime` on an event loop.
 
-What a step means is in `operations`; where outcomes go is the affair of the recorder that a runtime is given.
+What a step means is in `operations`; the `Recorder` that a runtime is given decides where outcomes are recorded.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class BlockingRuntime(Runtime):
 
     @override
     async def begin_suspension(self, wait: Wait) -> Suspension | None:
-        """Stop the attempt if every branch waits. What else a thread does is unknown, so no quiet time is enough."""
+        """Stop the attempt if every branch waits; idle time proves nothing, because a thread may do anything else."""
         if self._workflow is not None:
             return await self.recorder.on_loop(self._workflow.begin_suspension(wait))
         attempt = self.attempt
@@ -147,7 +147,7 @@ class AsyncRuntime(Runtime):
         self._loop: asyncio.AbstractEventLoop
         self._suspending: asyncio.Future[None] | None = None
         self.timers: Timers
-        # How many cancels a task had met when an operation ended without raising them, and the timers fired before.
+        # By task: the cancels received and the timers fired when an operation returned without raising the cancel.
         self._owed: dict[asyncio.Task[Any], tuple[int, int]] = {}
 
     @override
@@ -242,7 +242,7 @@ class AsyncRuntime(Runtime):
         return await self.recorder.in_session(perform)
 
     def _pay(self, task: asyncio.Task[Any]) -> int | None:
-        """Return the mark of a cancel that came too late for the last operation, and that the code is yet to see."""
+        """Return the timer count at a cancel that arrived after the last operation had its outcome, if one did."""
         count, mark = self._owed.pop(task, (0, 0))
         return mark if count and task.cancelling() >= count else None
 
@@ -254,7 +254,7 @@ class AsyncRuntime(Runtime):
             cancelled = CancelledCall(attempt.history_check.count, self.timers.fired_since(mark))
             with self.timers.deciding():
                 settling = GracefulTask(record_cancelled_call(self, position, cancelled))
-                # What an attempt that is ending would still record is not needed: its successor finds that or nothing.
+                # If the attempt is ending, the record may be dropped: the next attempt decides again.
                 await ended(settling, on_cancel=lambda: attempt.is_stopped and settling.cancel_now())
             found = settling.result()
             attempt.note_outcome(found)
@@ -485,10 +485,10 @@ def _result(future: concurrent.futures.Future[T]) -> T:
 
 
 def _returned(function: Callable[[], T], watch: Watch | None) -> T:
-    """Call a function in a thread; a StopIteration becomes what it becomes in a coroutine, and so does Ctrl-C's error.
+    """Call a function in a thread; raise RuntimeError in place of StopIteration and KeyboardInterrupt.
 
-    A future does not take the one, and an `await` of it would never end. Source: Python's PEP 479. The other would end
-    the event loop of a task that awaits it, although nobody has pressed Ctrl-C: that interrupts the main thread only.
+    A future cannot hold a StopIteration: awaiting it would never end (PEP 479). A KeyboardInterrupt would end the event
+    loop of the task that awaits it, although Ctrl-C interrupts the main thread only.
     """
     try:
         with _measured(watch):

@@ -155,7 +155,7 @@ async def _caught(coroutine: Coroutine[Any, Any, T]) -> tuple[T | None, BaseExce
 
 
 def _overseen(task: Task) -> Task:
-    """Keep asyncio from reporting signals of the engine that nobody retrieves: they are meant for the attempt."""
+    """Mark the engine's exceptions as retrieved, so that asyncio does not log them; return the task."""
     task.add_done_callback(_see_signal)
     return task
 
@@ -201,8 +201,8 @@ async def let_new_tasks_begin(attempt: Attempt) -> None:
 async def let_replay_catch_up(attempt: Attempt) -> None:
     """Let recorded outcomes of other branches take effect before a branch executes its first step that has none.
 
-    Recorded outcomes come at once: an error among them that has cancelled this branch before cancels it again here,
-    before it executes again what it was cancelled in.
+    A replay returns recorded outcomes at once. An error among them that cancelled this branch before must do so again
+    before the branch repeats the operation in which it was cancelled.
     """
     branch = attempt.branches.here()
     if attempt.is_replaying and (branch is None or not branch.has_caught_up) and len(attempt.branches.homes) > 1:

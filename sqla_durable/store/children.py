@@ -86,7 +86,7 @@ def start(
     *,
     active: int,
     compensates: bool = False,
-) -> Any:
+) -> str:
     """Start children and record that as the outcome of the step: the list of their ids. JSON text.
 
     Where a name and key are known, the workflow that has them is used. Children after the first `active` are deferred.
@@ -101,7 +101,7 @@ def start(
     for _ in range(MOST_REPEATS):
         found = outcome_in(execute(connectable, _START, parameters).one(), checkpoint.fence)
         if found is not None:
-            return found
+            return str(found)
         # Another transaction has inserted one of the keys in between, and the next statement sees it.
     raise hidden_among(connectable, children)
 

@@ -52,8 +52,8 @@ def require_the_latest(session: Session) -> None:
 def not_visible(what: str, *, name: str, key: str) -> KeyNotVisibleError:
     """Return the error for a key that is taken by a row which is found nowhere."""
     return KeyNotVisibleError(
-        f"{what} {name!r} with the key {key!r} exists, for it cannot be inserted, but this session cannot see it: a "
-        "policy of row level security hides it, as where two tenants use one key, or it is deleted again and again. "
+        f"{what} {name!r} with the key {key!r} cannot be inserted, because it exists, but this session cannot see "
+        "it: a policy of row level security hides it, as where two tenants use one key, or it is deleted repeatedly. "
         "Nothing was written, and the transaction is usable. Make the tenant a part of the key, or let the "
         "policy show the row.",
         name=name,

@@ -118,7 +118,7 @@ def crash_everywhere(
     began = time.monotonic()
     require_duration(timeout, "timeout")
     if processes < 1:
-        raise ValueError(f"processes={processes!r} is too small: at least 1.")
+        raise ValueError(f"processes must be at least 1, got {processes!r}.")
     points = PointGenerator(moments)
     database_url = url if isinstance(url, str) else url.render_as_string(hide_password=False)
     with (

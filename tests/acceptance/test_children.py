@@ -439,7 +439,7 @@ def test_fan_out_of_ten_thousand(shell: Shell, app: Application, thorough: bool)
         ([1], {"max_concurrency": 0}, "max_concurrency must be at least 1"),
         ([1], {"tolerate": -1}, "tolerate must be at least 0"),
         (["with a key"], {}, "have no key= and no delay"),
-        (range(100_001), {}, "over the limit of 100,000"),
+        (range(100_001), {}, "at most 100,000 children, got 100,001"),
         (["text"], {}, "argument 'number'"),
     ],
 )

@@ -130,9 +130,9 @@ def test_claim_is_bounded_by_free_slots(session_factory: Sessions) -> None:
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ({"concurrency": 0}, "concurrency=0 is too small: at least 1"),
-        ({"transactions": 0}, "transactions=0 is too small"),
-        ({"max_attempts": 0}, "max_attempts=0 is too small"),
+        ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
+        ({"transactions": 0}, "transactions must be at least 1, got 0"),
+        ({"max_attempts": 0}, "max_attempts must be at least 1, got 0"),
         ({"lease": timedelta()}, "lease must be longer than zero, got 0 seconds"),
         ({"poll_interval": timedelta(-1)}, "poll_interval must be longer than zero, got -86400 seconds"),
     ],

@@ -100,7 +100,7 @@ class Attempts:
         return list(self._running)
 
     def steps_longer_than(self, seconds: float) -> dict[str, dict[str, tuple[int, float]]]:
-        """Return the steps that have been executed for longer than that, by workflow and key; of very many, some."""
+        """Return the steps that have been executed for longer than `seconds`, by workflow and key; a limited number."""
         found: dict[str, dict[str, tuple[int, float]]] = {}
         most = _MOST_STEPS
         for each in self._running.values():

@@ -84,9 +84,9 @@ class Claims:
     async def _claim(self) -> list[Claimed]:
         """Claim, and begin to execute what was claimed; less at once after a failure.
 
-        The histories of a full batch may be longer than what arrives within the time limit. A workflow whose own one is
-        so for the second time has crashed: it is claimed later, and others before it. A connection that is lost says
-        little of the workflow: that counts when it comes many times in a row. A pool that is used up says nothing.
+        If the histories of a batch do not arrive within the time limit, the next batch is smaller. A single history
+        that exceeds the limit twice, or loses its connection ten times in a row, counts as a crash of its workflow. An
+        exhausted pool never does.
         """
         again = ObstacleRetry()
         unread: object = None
@@ -133,7 +133,7 @@ class Claims:
         return claimed
 
     async def _claim_apart(self, part: Subset) -> list[Claimed]:
-        """Claim in a way that a workflow whose row, or history, makes it fail does so alone."""
+        """Claim so that a row or a history that cannot be read fails only its own workflow."""
         await self._heartbeat.release_strays()  # what was claimed, and could not be read
         ids = await self._database.execute(lambda connection: self._claimable(connection, part))
         claimed = await self._isolation.each(ids, self._claim_these, what="claim")

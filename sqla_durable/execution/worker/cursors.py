@@ -1,4 +1,4 @@
-"""From where on a worker reads the indexes of what is to be done.
+"""Where the index scans of a worker begin.
 
 While a snapshot is open elsewhere, vacuum cannot remove what is dead in them: reading each from its beginning would
 cost more with each workflow that was claimed, woken or delivered since. So a poll begins where the last one found
@@ -75,7 +75,7 @@ class Cursors:
 
     Attributes:
         marks: where a poll begins, and what acts between two of them.
-        restarts: how often everything was to be read; what has begun before the last time, is not noted.
+        restarts: how many full scans were requested; results of scans that began before the latest are discarded.
     """
 
     def __init__(self, queues: Sequence[str], *, poll_interval: float) -> None:

@@ -96,7 +96,7 @@ class Cut:
             self._connection = connection.connection.driver_connection
 
     def off(self) -> None:
-        """Shut the connection down under whoever waits on it; if there is none yet, refuse it when it comes."""
+        """Shut the socket down, so that whoever waits on it gets an error; refuse a connection that opens later."""
         with self._lock:
             self._abandoned = True
             if self._connection is not None:
@@ -377,7 +377,7 @@ async def _cut_off(task: GracefulTask[Any], cut: Cut) -> bool:
 
 
 def shut_down(connection: Any) -> None:
-    """Shut a driver's connection down under whoever waits on it, in whatever thread."""
+    """Shut the socket of a driver's connection down, so that whoever waits on it, in any thread, gets an error."""
     with suppress(Exception):  # the driver may have closed it already, and says so in its own way
         if not hasattr(connection, "fileno"):
             connection.terminate()  # asyncpg

@@ -84,7 +84,7 @@ class Heartbeat:
             await persistently(self._database, notify, what="hint")
 
     async def require_lease(self) -> None:
-        """Renew the lease if it has run out, as after a freeze: what nobody has reclaimed goes on."""
+        """Renew the lease if it has run out, as after a freeze; workflows that nobody has reclaimed continue."""
         if time.monotonic() >= self._valid_until:
             await self.renew()
 
@@ -137,7 +137,7 @@ class Heartbeat:
         return set(await persistently(self._database, running_of, what="heartbeat"))
 
     async def _release_unknown(self, owned: set[Fence], known: set[Fence]) -> None:
-        """Release what only the tables say is running here; what was claimed since they were read is on its way."""
+        """Release what the tables say this worker executes and it does not, except what a claim is just taking."""
         unknown = owned - known - set(self._attempts.fences)
         strays = [each for each in unknown if each.token not in self._claimed_meanwhile]
         strays = [each for each in strays if not self._isolation.is_aside(each.workflow_id)]

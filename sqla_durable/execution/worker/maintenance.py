@@ -113,14 +113,14 @@ class Maintenance:
         return self._cursors.in_burst or self._claims.is_set
 
     async def _act(self, seen: Work) -> None:
-        """Do what the poll has found, from where that has begun to read."""
+        """Act on what the poll found; scan from where the poll began."""
         if not seen.alive:
             await self._heartbeat.renew()
         undoing = await self._fail_overdue() if seen.overdue else False
         reclaimed = await self._reclaim(seen)
         woken = await self._wake() if seen.due else 0
         woken += await self.deliver() if seen.undelivered else 0
-        woken += await self._release_left() if seen.has_orphans else 0
+        woken += await self._start_orphans() if seen.has_orphans else 0
         if seen.claimable or reclaimed or woken or undoing:
             self._claims.set()
         else:
@@ -141,7 +141,7 @@ class Maintenance:
             await asyncio.sleep(SHORTEST_POLL)
 
     async def _wake(self) -> int:
-        """Wake what is due; of many, all."""
+        """Wake everything that is due, in batches."""
         woken = count = await self._wake_some()
         while count == _LIMIT:
             self._claims.set()
@@ -155,7 +155,7 @@ class Maintenance:
         return sum(await self._isolation.sweep(wake, due, what="wake"))
 
     async def deliver(self) -> int:
-        """Wake those that wait for what has been sent; of many, all."""
+        """Deliver everything that was sent, in batches, and wake what waits for it."""
         woken = 0
         while True:
             counts = await self._deliver_some()
@@ -166,11 +166,11 @@ class Maintenance:
             if delivered < _LIMIT:
                 return woken
 
-    async def _release_left(self) -> int:
-        """Release the held children whose parents have ended; of many, the rest at the next polls."""
+    async def _start_orphans(self) -> int:
+        """Start the deferred children whose parents have ended; at most 1,000 a poll."""
         bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._marks.sent_at}
-        release, leavers = partial(deferred.start_orphans, **bounds), partial(deferred.parents_of_orphans, **bounds)
-        return sum(await self._isolation.sweep(release, leavers, what="release the children of"))
+        start, parents = partial(deferred.start_orphans, **bounds), partial(deferred.parents_of_orphans, **bounds)
+        return sum(await self._isolation.sweep(start, parents, what="start the children of"))
 
     async def _deliver_some(self) -> list[tuple[int, int]]:
         bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._marks.sent_at}
@@ -234,7 +234,7 @@ class Maintenance:
             self._renotified_at = time.monotonic()
             bounds: dict[str, Any] = {"limit": _LIMIT, "after": self._renotified_up_to}
             renotify, waiting = partial(signals.renotify, **bounds), partial(signals.waiting, **bounds)
-            seen = await self._isolation.sweep(renotify, waiting, what="look at")
+            seen = await self._isolation.sweep(renotify, waiting, what="check")
             self._renotified_up_to = max((last for last in seen if last is not None), default=_FRONT)
 
     async def _warn_of_unknown(self) -> None:

@@ -217,7 +217,7 @@ def reserve(engine: Engine, worker_id: UUID) -> int:
 
 
 def _needs(hold: int) -> int:
-    """Return how many connections a worker needs that keeps so many: one for its other statements, one for a step."""
+    """Return how many connections a worker needs: those it keeps, one for other statements, one for a step."""
     return hold + 2
 
 
@@ -255,7 +255,7 @@ def _pool_size(engine: Engine) -> float | None:
 def at_least(value: int, least: int, name: str) -> int:
     """Refuse a number that is too small."""
     if value < least:
-        raise ValueError(f"{name}={value!r} is too small: at least {least}.")
+        raise ValueError(f"{name} must be at least {least}, got {value!r}.")
     return value
 
 
