@@ -11,7 +11,7 @@ import contextvars
 import json
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
@@ -372,7 +372,8 @@ class AsyncRuntime(Runtime):
         try:
             yield
         finally:
-            self._loop.call_soon_threadsafe(suspending.set_result, None)
+            with suppress(RuntimeError):  # the loop is closed, and nothing waits there any more
+                self._loop.call_soon_threadsafe(suspending.set_result, None)
 
     @override
     async def proceed(self) -> None:
