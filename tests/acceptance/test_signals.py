@@ -315,7 +315,7 @@ def test_start_with_a_signal_that_cannot_be_sent_starts_nothing(
 
 
 def test_start_with_a_signal_takes_what_bind_gives(shell: Shell, app: Application) -> None:
-    with shell.sessionmaker() as session, pytest.raises(errors.ArgumentError, match=r"given as workflow.bind\(...\)"):
+    with shell.sessionmaker() as session, pytest.raises(errors.ArgumentError, match=r"expected workflow.bind\(...\)"):
         start_with_signal(session, approving(app), "approved")  # type: ignore[arg-type]
 
 

@@ -206,7 +206,7 @@ def test_what_cannot_be_sent_is_refused(session: Session) -> None:
         send_update(session, "1234", "set_address")  # type: ignore[arg-type]
     with pytest.raises(errors.ArgumentError, match="is in no database"):
         send_update(session, Workflow(name="checkout"), "set_address")
-    with pytest.raises(errors.ArgumentError, match=r"given as workflow.bind\(...\)"):
+    with pytest.raises(errors.ArgumentError, match=r"expected workflow.bind\(...\)"):
         start_with_update(session, known, "set_address")  # type: ignore[arg-type]
     with pytest.raises(errors.SessionError, match="the caller's Session or AsyncSession comes first"):
         send_update("nothing", known, "set_address")  # type: ignore[arg-type]

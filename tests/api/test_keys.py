@@ -173,7 +173,7 @@ def test_a_row_that_is_deleted_again_and_again_is_an_error(engine: Engine) -> No
         for attempt in attempts:
             event.listen(engine, "before_cursor_execute", interfere)
             try:
-                with executed_on(engine) as executed, pytest.raises(KeyNotVisibleError, match="again and again"):
+                with executed_on(engine) as executed, pytest.raises(KeyNotVisibleError, match="deleted repeatedly"):
                     attempt()
             finally:
                 event.remove(engine, "before_cursor_execute", interfere)
