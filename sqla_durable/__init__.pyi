@@ -5,7 +5,6 @@ from sqla_durable.api.callbacks import Callback, complete_callback, create_callb
 from sqla_durable.api.children import Child, as_completed, map_children, start_child, wait_first
 from sqla_durable.api.durable import Durable
 from sqla_durable.api.events import get_event, set_event, wait_event
-from sqla_durable.api.functions import WorkflowFunction
 from sqla_durable.api.parallel import parallel
 from sqla_durable.api.polling import Handle
 from sqla_durable.api.replay import (
@@ -20,16 +19,16 @@ from sqla_durable.api.replay import (
 )
 from sqla_durable.api.saga import Saga
 from sqla_durable.api.signals import send_signal, start_with_signal, wait_signal
-from sqla_durable.api.start import BoundWorkflow, StartOptions, start_many
 from sqla_durable.api.steps import RunningStep, StepFunction, TransactionalStep, heartbeat, run_step, running_steps
 from sqla_durable.api.streams import StreamEntry, close_stream, read_stream, write_stream
 from sqla_durable.api.update_requests import UpdateRequest, wait_update
 from sqla_durable.api.updates import UpdateHandle, send_update, start_with_update, update_handle
+from sqla_durable.api.workflows import BoundWorkflow, StartOptions, WorkflowFunction, start_many
 from sqla_durable.definitions.interceptors import Execution, Interceptor, StepExecution
 from sqla_durable.execution import Executor
 from sqla_durable.execution.worker.worker import Worker
 from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata, storage
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.models.base import StepStatus, WorkflowStatus
 from sqla_durable.runtime.context import current, current_step
 
 __version__: str

@@ -22,7 +22,7 @@ import sqlalchemy.orm
 import sqla_durable
 import sqla_durable.asyncio as aio
 from sqla_durable import errors, manage, testing, unwinding
-from sqla_durable.definitions.options import StepKeywords
+from sqla_durable.definitions.registry import StepKeywords
 from sqla_durable.manage.forks import OneForkOptions
 
 NAMESPACES: list[ModuleType] = [sqla_durable, aio, manage, aio.manage, testing]

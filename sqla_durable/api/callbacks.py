@@ -25,10 +25,10 @@ from sqla_durable.errors import (
     WorkflowFinishedError,
 )
 from sqla_durable.operations import callback
-from sqla_durable.operations.calls import Position
+from sqla_durable.operations.branch import Position
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.store import callbacks as statements
-from sqla_durable.store import keys
+from sqla_durable.store import starts
 
 T = TypeVar("T", default=Any)
 C = TypeVar("C")
@@ -266,13 +266,13 @@ def _answer(session: Session, *, token: _Token, payload: str) -> None:
     found = _read_callback(session, token, key, payload)  # inserted meanwhile by who does not hold the callback
     if not found.is_same:
         _refuse_finished(token, found)
-        raise keys.not_visible("the outcome of callback", name=token.shown, key=key)
+        raise starts.not_visible("the outcome of callback", name=token.shown, key=key)
 
 
 def _insert(session: Session, token: _Token, key: str, *, signal: str, payload: str) -> bool:
     try:
         return statements.answer(session, token.workflow_id, signal=signal, payload=payload)
-    except keys.SnapshotKept:
+    except starts.SnapshotKept:
         with in_savepoint(session, what="the outcome of callback", name=token.shown, key=key):
             return statements.answer_in_snapshot(session, token.workflow_id, signal=signal, payload=payload)
 

@@ -31,9 +31,9 @@ from sqla_durable.errors import (
     WorkflowFinishedError,
 )
 from sqla_durable.models import Base, Workflow
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.operations import transaction
-from sqla_durable.store import connection_of, keys, schema
+from sqla_durable.store import connection_of, schema, starts
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -188,7 +188,7 @@ def in_savepoint(session: Session, *, what: str, name: str, key: str | None) -> 
     except DBAPIError as error:
         if sqlstate(error) != _SERIALIZATION_FAILURE:
             raise
-        raise keys.newer_than_snapshot(what, name=name, key=key or "") from error
+        raise starts.newer_than_snapshot(what, name=name, key=key or "") from error
 
 
 def id_of(workflow: object) -> UUID:

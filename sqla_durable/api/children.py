@@ -10,14 +10,13 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 from uuid import UUID
 
 from sqla_durable.api.calls import Call, operation, require_workflow, visit
-from sqla_durable.api.functions import AnyWorkflowFunction
-from sqla_durable.api.start import BoundWorkflow
+from sqla_durable.api.workflows import AnyWorkflowFunction, BoundWorkflow
 from sqla_durable.definitions.checks import require_duration
 from sqla_durable.definitions.error_classes import Find
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import ArgumentError
 from sqla_durable.operations import children
-from sqla_durable.operations.calls import Position
+from sqla_durable.operations.branch import Position
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.runtime.context import Context

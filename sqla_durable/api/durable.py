@@ -9,27 +9,29 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack, overload
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable.api.functions import AsyncWorkflowFunction, WorkflowFunction
 from sqla_durable.api.steps import (
     AsyncStepFunction,
     AsyncTransactionalStep,
     StepFunction,
     TransactionalStep,
 )
+from sqla_durable.api.workflows import AsyncWorkflowFunction, WorkflowFunction
 from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.inspection import SessionKind, place_of
 from sqla_durable.definitions.interceptors import Interceptor, Interceptors
-from sqla_durable.definitions.jsonb import DEFAULT_LIMIT
+from sqla_durable.definitions.json_values import DEFAULT_LIMIT
 from sqla_durable.definitions.limits import TimeLimits
-from sqla_durable.definitions.options import (
+from sqla_durable.definitions.registry import (
     DurableOptions,
     IsolationLevel,
+    Registry,
+    StepDefinition,
     StepKeywords,
     StepOptions,
+    WorkflowDefinition,
     WorkflowOptions,
     encode_secrets,
 )
-from sqla_durable.definitions.registry import Registry, StepDefinition, WorkflowDefinition
 from sqla_durable.definitions.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
 from sqla_durable.errors import DefinitionError
 

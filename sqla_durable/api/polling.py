@@ -23,7 +23,7 @@ from sqla_durable.api.callers import explain_missing_rights, require_async_sessi
 from sqla_durable.definitions.checks import require_duration
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import ResultTimeoutError, SessionError, UsageError
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.store import schema, workflows
 from sqla_durable.store.schema import alone

@@ -16,7 +16,7 @@ from typing_extensions import TypeVar
 import sqla_durable.api.hints as hints
 from sqla_durable.api.callers import ids_of, in_savepoint, perform, require_receiver
 from sqla_durable.api.calls import ANY, Call, operation, require_sendable
-from sqla_durable.api.start import BoundWorkflow, start
+from sqla_durable.api.workflows import BoundWorkflow, start
 from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import KeyNotVisibleError
@@ -24,7 +24,7 @@ from sqla_durable.models import Workflow
 from sqla_durable.operations import waiting
 from sqla_durable.store import signals
 from sqla_durable.store import workflows as store_workflows
-from sqla_durable.store.keys import SnapshotKept
+from sqla_durable.store.starts import SnapshotKept
 
 T = TypeVar("T", default=Any)
 

@@ -21,8 +21,7 @@ from sqla_durable.api.callers import id_of, read
 from sqla_durable.api.calls import Call, encode, in_async_code, in_sync_code
 from sqla_durable.definitions.checks import require_duration
 from sqla_durable.definitions.inspection import SessionKind, require_name
-from sqla_durable.definitions.options import StepOptions
-from sqla_durable.definitions.registry import StepDefinition
+from sqla_durable.definitions.registry import StepDefinition, StepOptions
 from sqla_durable.definitions.retry import Tries, WaitFunction, until_true
 from sqla_durable.errors import (
     DefinitionError,

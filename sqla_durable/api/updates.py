@@ -22,7 +22,7 @@ import sqla_durable.api.hints as hints
 from sqla_durable.api.callers import id_of, in_savepoint, perform, require_receiver
 from sqla_durable.api.calls import ANY, require_sendable
 from sqla_durable.api.polling import PollingEngine, pauses, refuse_event_loop
-from sqla_durable.api.start import BoundWorkflow, start
+from sqla_durable.api.workflows import BoundWorkflow, start
 from sqla_durable.definitions.checks import require_text
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import (
@@ -33,7 +33,7 @@ from sqla_durable.errors import (
     UpdateRejectedError,
 )
 from sqla_durable.models import Workflow
-from sqla_durable.store import keys
+from sqla_durable.store import starts
 from sqla_durable.store import updates as statements
 from sqla_durable.store.updates import Sent
 
@@ -345,19 +345,19 @@ class NewUpdate(Generic[S]):
         return workflow_id, update_id
 
     def _sent(self, session: Session, workflow_id: UUID) -> int:
-        for _ in range(keys.MOST_REPEATS):
+        for _ in range(starts.MOST_REPEATS):
             update_id = self._known(session, workflow_id)
             if update_id is None:  # and None again: somebody has just sent one of the key
                 update_id = self._insert(session, workflow_id)
             if update_id is not None:
                 return update_id
-        raise keys.not_visible("update", name=self.name, key=self.key or "")
+        raise starts.not_visible("update", name=self.name, key=self.key or "")
 
     def _insert(self, session: Session, workflow_id: UUID) -> int | None:
         given: dict[str, Any] = {"name": self.name, "payload": self.payload, "key": self.key}
         try:
             return statements.send(session, workflow_id, **given)
-        except keys.SnapshotKept:
+        except starts.SnapshotKept:
             with in_savepoint(session, what="update", name=self.name, key=self.key):
                 return statements.send_in_snapshot(session, workflow_id, **given)
 

@@ -6,13 +6,13 @@ Everything else, such as `Durable` and `Worker`, is imported from `sqla_durable`
 
 from sqla_durable.api.callbacks import AsyncCallback
 from sqla_durable.api.children import AsyncChild
-from sqla_durable.api.functions import AsyncWorkflowFunction
 from sqla_durable.api.polling import AsyncHandle
 from sqla_durable.api.replay import deprecate_patch, patched, step_scope
 from sqla_durable.api.saga import AsyncSaga as Saga
 from sqla_durable.api.steps import AsyncStepFunction, AsyncTransactionalStep
 from sqla_durable.api.update_requests import AsyncUpdateRequest
 from sqla_durable.api.updates import AsyncUpdateHandle
+from sqla_durable.api.workflows import AsyncWorkflowFunction
 from sqla_durable.asyncio import manage
 from sqla_durable.asyncio.transactions import (
     complete_callback,

@@ -16,7 +16,7 @@ import sqla_durable.manage as sync
 from sqla_durable.api.callers import run_sync
 from sqla_durable.manage import id_at
 from sqla_durable.manage.forks import ForkOptions, OneForkOptions
-from sqla_durable.manage.selection import Selected
+from sqla_durable.manage.verbs import Selected
 from sqla_durable.models import Workflow
 
 __all__ = ["cancel", "delete", "fork", "id_at", "resume", "retry", "rewind"]

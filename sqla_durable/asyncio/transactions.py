@@ -13,17 +13,17 @@ from typing_extensions import TypeVar
 import sqla_durable.api.callbacks as callbacks
 import sqla_durable.api.events as events
 import sqla_durable.api.signals as signals
-import sqla_durable.api.start as starts
 import sqla_durable.api.steps as steps
 import sqla_durable.api.streams as streams
 import sqla_durable.api.updates as updates
+import sqla_durable.api.workflows as starts
 from sqla_durable.api.callers import run_sync
 from sqla_durable.api.calls import ANY
 from sqla_durable.api.polling import PollingEngine
-from sqla_durable.api.start import BoundWorkflow
 from sqla_durable.api.steps import RunningStep
 from sqla_durable.api.streams import StreamEntry, StreamReader
 from sqla_durable.api.updates import AsyncUpdateHandle
+from sqla_durable.api.workflows import BoundWorkflow
 from sqla_durable.models import Workflow
 
 T = TypeVar("T", default=Any)

@@ -26,9 +26,9 @@ import sqla_durable.api.update_requests as update_requests
 from sqla_durable.api.callbacks import AsyncCallback
 from sqla_durable.api.calls import ANY, in_async_code
 from sqla_durable.api.children import AsyncChild, H
-from sqla_durable.api.functions import AnyWorkflowFunction
 from sqla_durable.api.steps import SyncStep
 from sqla_durable.api.update_requests import AsyncUpdateRequest
+from sqla_durable.api.workflows import AnyWorkflowFunction
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 

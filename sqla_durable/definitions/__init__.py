@@ -1,6 +1,6 @@
 """What users define, and how its values and errors are stored.
 
-`registry` has the definitions of workflows and steps, `options` their options, `inspection` reads signatures · `codec`
-with `adapters`, `comparison` and `jsonb` encodes values · `failure` with `error_classes` stores errors, `redaction` and
-`log` show them · `retry` with `database_errors`, `limits` and `interceptors` are what options consist of.
+`registry` has the definitions of workflows and steps and their options, `inspection` reads signatures · `codec` with
+`json_values` and `comparison` encodes values · `failure` with `error_classes` stores errors, `log` shows them ·
+`retry` with `database_errors`, `limits` and `interceptors` are what options consist of.
 """

@@ -18,18 +18,19 @@ from uuid import UUID
 
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr, TypeAdapter, ValidationError
 
-from sqla_durable.definitions.adapters import adapter_of, is_mapped
 from sqla_durable.definitions.comparison import Difference, annotation_for, difference, joined_path
-from sqla_durable.definitions.jsonb import (
+from sqla_durable.definitions.json_values import (
     DEFAULT_LIMIT,
+    adapter_of,
     dump,
     elements_of,
     inner_values,
     is_dataclass_instance,
+    is_mapped,
     path_to,
     refuse_large,
 )
-from sqla_durable.definitions.redaction import problems_of
+from sqla_durable.definitions.log import problems_of
 from sqla_durable.errors import ArgumentError, DecodingError, DefinitionError, EncodingError
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Executing a workflow inline, durable on the caller's own session.
 
-`executor` has the two classes · `inline` says what they do, once for sessions of either kind · `recorder` records what
-an attempt decides on that session, in `transactions` that are committed or savepoints.
+`executor` has the two classes, and what both do, once for sessions of either kind · `recorder` records what an attempt
+decides on that session, in transactions that are committed or savepoints · `replaying` executes nothing.
 """
 
 from sqla_durable.execution.executor import AsyncExecutor, Executor

@@ -4,7 +4,6 @@ Cancel, resume, retry, rewind, fork and delete them, by record, by id or by a `s
 """
 
 from sqla_durable.manage.forks import fork
-from sqla_durable.manage.selection import id_at
-from sqla_durable.manage.verbs import cancel, delete, resume, retry, rewind
+from sqla_durable.manage.verbs import cancel, delete, id_at, resume, retry, rewind
 
 __all__ = ["cancel", "delete", "fork", "id_at", "resume", "retry", "rewind"]

@@ -1,20 +1,89 @@
-"""Cancel, resume, retry, rewind and delete workflows in the caller's transaction. `fork` is in `forks`."""
+"""Cancel, resume, retry, rewind and delete workflows in the caller's transaction. `fork` is in `forks`.
+
+The workflows are given by record, by id, or by a `select()`; `id_at` is for selects by time.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Any, TypeAlias, TypeVar
 from uuid import UUID
 
+from sqlalchemy import CompoundSelect, Select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+import sqla_durable.api.callers as callers
 import sqla_durable.api.hints as hints
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.database_errors import first_line, sqlstate
 from sqla_durable.errors import ArgumentError, WorkflowReferencedError
-from sqla_durable.manage.selection import Selected, perform
-from sqla_durable.store import connection_of, management
-from sqla_durable.store.selection import Selection, workers_of
+from sqla_durable.models import Workflow
+from sqla_durable.store import connection_of, manage
+from sqla_durable.store.manage import Selection, evaluate, workers_of
+
+Selected: TypeAlias = "Workflow | UUID | Iterable[Workflow | UUID] | Select[Any] | CompoundSelect[Any]"
+"""Which workflows: one record or id, several, or a `select()` or union of `Workflow` or of one column of ids."""
+
+T = TypeVar("T")
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_VERSION_7 = (7 << 76) | (2 << 62)  # and the variant. Source: RFC 9562, section 5.7.
+
+
+def id_at(moment: datetime) -> UUID:
+    """Return the least id of a workflow that was started at this time.
+
+    ```python
+    select(Workflow).where(Workflow.id >= manage.id_at(datetime.now(UTC) - timedelta(days=1)))
+    ```
+
+    Ids begin with the time of the start, to the millisecond, so the primary key finds what was started in a period.
+    The time is that of the clock of whoever started the workflow; the database's, for a plain `INSERT`.
+
+    Args:
+        moment: a time with a time zone.
+
+    Raises:
+        ArgumentError: it has no time zone, or lies before 1970.
+    """
+    is_time = isinstance(moment, datetime)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not is_time or moment.tzinfo is None or moment < _EPOCH:
+        raise ArgumentError(f"id_at({moment!r}): give a time with a time zone, 1970 or later.")
+    return UUID(int=((moment - _EPOCH) // timedelta(milliseconds=1) << 80) | _VERSION_7)
+
+
+def perform(
+    session: Session,
+    workflows: Selected,
+    verb: Callable[[Session, Selection], T],
+    *,
+    name: str,
+    rights: str = "operator",
+) -> T:
+    """Call a function of the session and the selected workflows.
+
+    Raises:
+        ArgumentError: `workflows` are no workflows, or a record that is in no database.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
+    """
+    return callers.perform(
+        session, partial(_perform, workflows=workflows, verb=verb), name=f"manage.{name}", rights=rights
+    )
+
+
+def _perform(session: Session, *, workflows: Selected, verb: Callable[[Session, Selection], T]) -> T:
+    session.flush()  # a record that was only just started is not in the table yet
+    return verb(session, _wanted(session, workflows))
+
+
+def _wanted(session: Session, workflows: Selected) -> Selection:
+    if isinstance(workflows, (Select, CompoundSelect)):
+        return evaluate(session, workflows)
+    return Selection(callers.ids_of(workflows))
+
 
 _ROUNDS = 5  # how often a cancel releases its locks, to take them again in the order of ids
 _REFERENCED = ("23503", "23001")  # foreign_key_violation, restrict_violation
@@ -201,33 +270,33 @@ def _cancel(session: Session, wanted: Selection) -> list[UUID]:
     locked: list[UUID] = []
     for _ in range(_ROUNDS):
         with connection.begin_nested() as savepoint:
-            locked, complete = management.lock_unfinished_trees(session, wanted)
+            locked, complete = manage.lock_unfinished_trees(session, wanted)
             if complete:
                 return _cancelled(session, locked, wanted)
             savepoint.rollback()  # which releases the locks
     complete = False
     while not complete:  # a tree that grows all the time: what is locked starts nothing more
-        locked, complete = management.lock_unfinished_trees(session, wanted)
+        locked, complete = manage.lock_unfinished_trees(session, wanted)
     return _cancelled(session, locked, wanted)
 
 
 def _cancelled(session: Session, locked: list[UUID], wanted: Selection) -> list[UUID]:
     workers = workers_of(session, locked)
-    enqueued = [hints.EVERYWHERE] if management.cancel(session, locked, wanted) else []
+    enqueued = [hints.EVERYWHERE] if manage.cancel(session, locked, wanted) else []
     hints.announce(session, *enqueued, *map(hints.to_worker, workers))
     return locked
 
 
 def _resume(session: Session, wanted: Selection) -> list[UUID]:
-    return _announced(session, management.resume(session, wanted))
+    return _announced(session, manage.resume(session, wanted))
 
 
 def _retry(session: Session, wanted: Selection) -> list[UUID]:
-    return _announced(session, management.retry(session, wanted))
+    return _announced(session, manage.retry(session, wanted))
 
 
 def _rewind(session: Session, wanted: Selection, *, to_step: str) -> list[UUID]:
-    rewound, workers = management.rewind(session, wanted, to_step=to_step)
+    rewound, workers = manage.rewind(session, wanted, to_step=to_step)
     hints.announce(session, *map(hints.to_worker, workers))
     return _announced(session, rewound)
 
@@ -241,8 +310,8 @@ def _announced(session: Session, enqueued: list[UUID]) -> list[UUID]:
 def _delete(session: Session, wanted: Selection) -> list[UUID]:
     try:
         with session.begin_nested():
-            locked = management.lock_deletable_trees(session, wanted)
-            management.delete(session, locked)
+            locked = manage.lock_deletable_trees(session, wanted)
+            manage.delete(session, locked)
     except IntegrityError as error:
         if sqlstate(error) not in _REFERENCED:
             raise

@@ -1,19 +1,119 @@
-"""The declarative base of the models: the schema, the types of columns, and the checks that several tables have."""
+"""The declarative base of the models: the schema, the statuses, the types of columns, and checks of several tables.
+
+What is compared with a text column is sent as `text`. SQLAlchemy sends a `str` as `varchar`, for which PostgreSQL has
+no operators: it would prefer one of another role that fits exactly, in whatever schema of the search_path, to its own.
+"""
 
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import Any
+from enum import StrEnum
+from typing import Any, TypeVar
 from uuid import UUID
 
-from sqlalchemy import CheckConstraint, DateTime, Interval, MetaData, inspect
+from sqlalchemy import CheckConstraint, DateTime, Dialect, Interval, MetaData, TypeDecorator, inspect
+from sqlalchemy import Text as PlainText
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.ext.asyncio import AsyncAttrs
 from sqlalchemy.orm import DeclarativeBase
 
-from sqla_durable.models.column_types import StatusText, Text
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+S = TypeVar("S", bound=StrEnum)
+
+_ALEMBIC_NAME = "sqlalchemy.types"
+"""Where an autogenerate is to look: what it writes into an application's revision is `sa.Text()`."""
+
+
+class Text(PlainText):
+    """Text whose parameters are sent as such."""
+
+    __module__ = _ALEMBIC_NAME
+    render_bind_cast = True
+
+    def adapt(self, cls: Any, **kw: Any) -> Any:
+        """Return a copy for a dialect, and not the type that it has for every string."""
+        return super().adapt(type(self), **kw)
+
+
+class StatusText(TypeDecorator[S]):
+    """A status as text; which texts are legal is a named CHECK constraint, not a PostgreSQL enum."""
+
+    __module__ = _ALEMBIC_NAME
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, statuses: type[S]) -> None:
+        super().__init__()
+        self.statuses = statuses
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        """Return the text of a status, or of its name."""
+        return None if value is None else self.statuses(value).value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> S | None:
+        """Return the status that a text is."""
+        return None if value is None else self.statuses(value)
+
+    def __repr__(self) -> str:
+        return "Text()"
+
+
+class WorkflowStatus(StrEnum):
+    """The status of a workflow.
+
+    ```
+    pending ──claim──► running ──► succeeded | failed
+       ▲                 │
+       │ release,        │
+       ├─── reclaim ─────┤──reclaim after max_attempts──► failed
+       │                 │ suspend, reclaim after several crashes
+       │                 ▼
+       └──── wake ── suspended
+    pending, running, suspended ──cancel──► cancelled
+    cancelled, failed for its crashes ──resume──► pending
+    failed by itself ──retry──► pending
+    any ──rewind──► pending
+    ```
+    """
+
+    PENDING = "pending"
+    RUNNING = "running"
+    SUSPENDED = "suspended"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the workflow has an outcome that will not change by itself."""
+        return self in FINISHED
+
+    @property
+    def as_predicate(self) -> str:
+        """How a workflow of this status came to its end, for messages: "has succeeded", "was cancelled"."""
+        return f"{'was' if self is WorkflowStatus.CANCELLED else 'has'} {self}"
+
+
+class StepStatus(StrEnum):
+    """The status of a step. One without a row has not ended its first try.
+
+    `running` has reported details, `retrying` waits for its next try, `waiting` is a wait that has begun.
+    """
+
+    RUNNING = "running"
+    RETRYING = "retrying"
+    WAITING = "waiting"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is the status of an outcome."""
+        return self in (StepStatus.SUCCEEDED, StepStatus.FAILED)
+
+
+FINISHED = frozenset({WorkflowStatus.SUCCEEDED, WorkflowStatus.FAILED, WorkflowStatus.CANCELLED})
+
 
 SCHEMA = "durable"
 REVISION = "durable_0001"

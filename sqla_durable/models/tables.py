@@ -26,8 +26,18 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, foreign, mapped_column, relationship, validates
 from uuid_utils.compat import uuid7
 
-from sqla_durable.models.base import LONGEST_KEY, OPTIONAL_JSON, REVISION, SCHEMA, Base, name_check, shown, times_check
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.models.base import (
+    LONGEST_KEY,
+    OPTIONAL_JSON,
+    REVISION,
+    SCHEMA,
+    Base,
+    StepStatus,
+    WorkflowStatus,
+    name_check,
+    shown,
+    times_check,
+)
 
 _NEW_ID = text(
     "CAST(pg_catalog.lpad(pg_catalog.to_hex(CAST(pg_catalog.floor("

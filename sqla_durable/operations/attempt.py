@@ -11,11 +11,10 @@ from contextvars import ContextVar
 from uuid import UUID
 
 from sqla_durable.definitions.checks import escape_key, unescape_key
-from sqla_durable.definitions.options import DurableOptions
+from sqla_durable.definitions.registry import DurableOptions
 from sqla_durable.definitions.retry import Tries
 from sqla_durable.errors import DecodingError, HistoryLimitError, UsageError
-from sqla_durable.operations.branch import Branches
-from sqla_durable.operations.calls import Position, Progress
+from sqla_durable.operations.branch import Branches, Position, Progress
 from sqla_durable.operations.history import FIRED, HistoryCheck
 from sqla_durable.operations.suspending import Suspension, Wait, Waker, Wakers, refusal
 from sqla_durable.store import Claimed, Fence, Recorded

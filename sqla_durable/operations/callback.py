@@ -18,8 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from sqla_durable.definitions.checks import unescape_key
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.failure import Failure
-from sqla_durable.definitions.jsonb import DEFAULT_LIMIT
-from sqla_durable.definitions.redaction import problems_of
+from sqla_durable.definitions.json_values import DEFAULT_LIMIT
+from sqla_durable.definitions.log import problems_of
 from sqla_durable.errors import (
     CallbackFailedError,
     CallbackSilentError,
@@ -28,8 +28,8 @@ from sqla_durable.errors import (
     UsageError,
     WaitTimeoutError,
 )
-from sqla_durable.models.status import StepStatus
-from sqla_durable.operations.calls import Position
+from sqla_durable.models.base import StepStatus
+from sqla_durable.operations.branch import Position
 from sqla_durable.operations.outcome import checkpoint_of, outcome_of
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.suspending import Wait

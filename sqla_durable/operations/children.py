@@ -11,10 +11,10 @@ from typing import Any
 from uuid import UUID
 
 from sqla_durable.definitions.failure import Failure, record
-from sqla_durable.definitions.jsonb import DEFAULT_LIMIT, refuse_large
+from sqla_durable.definitions.json_values import DEFAULT_LIMIT, refuse_large
 from sqla_durable.errors import ChildrenFailedError, KeyNotVisibleError, PayloadTooLargeError, UsageError
-from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.operations.calls import Position
+from sqla_durable.models.base import StepStatus, WorkflowStatus
+from sqla_durable.operations.branch import Position
 from sqla_durable.operations.outcome import checkpoint_of, raise_recorded
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.suspending import Wait

@@ -14,9 +14,9 @@ from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.failure import Failure
 from sqla_durable.errors import StepFailedError, UsageError
-from sqla_durable.models.status import StepStatus
+from sqla_durable.models.base import StepStatus
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.calls import Position
+from sqla_durable.operations.branch import Position
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.shielding import CancelledError, is_cancelled_here
 from sqla_durable.store import Checkpoint, Recorded, steps

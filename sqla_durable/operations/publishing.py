@@ -14,9 +14,9 @@ from sqlalchemy.exc import DBAPIError
 
 from sqla_durable.definitions.database_errors import first_line, is_about_data, is_transient
 from sqla_durable.errors import EncodingError
-from sqla_durable.models.status import StepStatus
+from sqla_durable.models.base import StepStatus
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.calls import Position
+from sqla_durable.operations.branch import Position
 from sqla_durable.operations.outcome import checkpoint_of
 from sqla_durable.operations.runtime import Runtime, StepCall
 from sqla_durable.store import Checkpoint, Connectable, Origin, steps

@@ -15,13 +15,13 @@ from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from sqla_durable.definitions.interceptors import Execution, StepExecution
-from sqla_durable.definitions.jsonb import DEFAULT_LIMIT
+from sqla_durable.definitions.json_values import DEFAULT_LIMIT
 from sqla_durable.definitions.limits import Watch
 from sqla_durable.definitions.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.definitions.retry import Tries
 from sqla_durable.errors import EncodingError, UsageError
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.calls import Position
+from sqla_durable.operations.branch import Position
 from sqla_durable.operations.suspending import CHECK_EVERY, Suspension, Wait, Waker
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.operations.transaction_retries import TransactionRetry

@@ -24,7 +24,7 @@ from sqla_durable.errors import (
     TransactionLostError,
     UsageError,
 )
-from sqla_durable.models.status import StepStatus
+from sqla_durable.models.base import StepStatus
 from sqla_durable.operations.outcome import failure_of_step, is_own_failure, outcome_of
 from sqla_durable.operations.publishing import send_unsent_heartbeat
 from sqla_durable.operations.runtime import Runtime, StepCall, execution_of

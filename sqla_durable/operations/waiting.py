@@ -17,8 +17,8 @@ from uuid import UUID
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.failure import record
 from sqla_durable.errors import EventNotSetError, NotFoundError, WaitTimeoutError
-from sqla_durable.models.status import StepStatus
-from sqla_durable.operations.calls import Position
+from sqla_durable.models.base import StepStatus
+from sqla_durable.operations.branch import Position
 from sqla_durable.operations.outcome import checkpoint_of, outcome_of, raise_recorded
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.suspending import Wait, Waker

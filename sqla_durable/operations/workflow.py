@@ -20,9 +20,9 @@ from sqla_durable.errors import (
     WorkflowFailedError,
     WorkflowTimeoutError,
 )
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.calls import Position
+from sqla_durable.operations.branch import Position
 from sqla_durable.operations.history import PATCH
 from sqla_durable.operations.outcome import checkpoint_of, failure_of_workflow, is_own_failure_of_workflow
 from sqla_durable.operations.runtime import Runtime

@@ -1,10 +1,10 @@
 """Every SQL statement of this package, as functions of a `Session` or connection; nothing here commits.
 
-Basics: `statements` builds and executes them, of `records`; `schema` finds the tables; `keys` inserts under a key.
+Basics: `statements` builds and executes them, of `records`; `schema` finds the tables.
 What workers do: `starts`, `claims`, `work`, `attempts` (ends), `steps`, `workers` (leases, reclaim), `failures`.
 What workflows do: `timers`, `inbox` (shared by `signals`, `updates`, `callbacks`), `events`, `streams`, `children`,
 `deferred` (children of a map), `continuations` (continue as new).
-What operators do: `management`, of a `selection`; `forks`; `workflows` reads records; `hints` are NOTIFY and LISTEN.
+What operators do: `manage`, `forks`; `workflows` reads records; `hints` are NOTIFY and LISTEN.
 """
 
 from sqla_durable.store.records import (

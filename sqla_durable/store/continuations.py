@@ -6,8 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from sqla_durable.models.column_types import Text
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.inbox import ANSWER, CALLBACK, EARLIER, REFUSED, UPDATE, insert_orphan_notices
 from sqla_durable.store.records import Fence
 from sqla_durable.store.statements import (

@@ -13,8 +13,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from sqla_durable.models.column_types import Text
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.inbox import ORPHANS, insert_orphan_notices, is_deferred, is_undelivered
 from sqla_durable.store.records import Checkpoint
 from sqla_durable.store.statements import (

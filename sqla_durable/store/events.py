@@ -13,8 +13,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from sqla_durable.models.column_types import Text
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.records import Checkpoint, Origin
 from sqla_durable.store.statements import (
     EVENT,

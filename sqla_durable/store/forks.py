@@ -17,10 +17,9 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Session
 
 from sqla_durable.models import Workflow
-from sqla_durable.models.column_types import Text
-from sqla_durable.models.status import StepStatus
-from sqla_durable.store.keys import insert_new_keys
-from sqla_durable.store.selection import Selection
+from sqla_durable.models.base import StepStatus, Text
+from sqla_durable.store.manage import Selection
+from sqla_durable.store.starts import insert_new_keys
 from sqla_durable.store.statements import (
     EVENT,
     ONE,

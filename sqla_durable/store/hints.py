@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from sqla_durable.models import SCHEMA
-from sqla_durable.models.column_types import Text
+from sqla_durable.models.base import Text
 from sqla_durable.store.statements import pg
 
 Hint: TypeAlias = tuple[str, str]

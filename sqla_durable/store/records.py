@@ -9,8 +9,8 @@ from enum import Enum, auto
 from typing import Any
 from uuid import UUID
 
-from sqla_durable.definitions.redaction import escaped
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.definitions.log import escaped
+from sqla_durable.models.base import StepStatus, WorkflowStatus
 
 
 @dataclass(frozen=True, slots=True)

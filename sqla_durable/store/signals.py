@@ -20,8 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Session
 
-from sqla_durable.models.column_types import Text
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.inbox import (
     CHILD,
     ORPHANS,
@@ -34,8 +33,8 @@ from sqla_durable.store.inbox import (
     take_by,
     take_statement,
 )
-from sqla_durable.store.keys import require_the_latest
 from sqla_durable.store.records import Checkpoint
+from sqla_durable.store.starts import require_the_latest
 from sqla_durable.store.statements import (
     ALL,
     BEGINNING,

@@ -24,8 +24,7 @@ from sqlalchemy.types import TypeEngine
 
 from sqla_durable.definitions.database_errors import mark_engine_error
 from sqla_durable.models import SCHEMA, Base, Workflow
-from sqla_durable.models.column_types import Text
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.models.base import StepStatus, Text, WorkflowStatus
 from sqla_durable.store.records import Fence
 
 WORKFLOW = Base.metadata.tables[f"{SCHEMA}.workflow"]

@@ -18,8 +18,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
-from sqla_durable.models.column_types import Text
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.models.base import StepStatus, Text, WorkflowStatus
 from sqla_durable.store.records import Checkpoint, Fence, Recorded, Verdict
 from sqla_durable.store.statements import (
     STEP,

@@ -15,8 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
-from sqla_durable.models.column_types import Text
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.inbox import (
     ANSWER,
     REFUSED,
@@ -28,8 +27,8 @@ from sqla_durable.store.inbox import (
     take_by,
     take_statement,
 )
-from sqla_durable.store.keys import require_the_latest
 from sqla_durable.store.records import Checkpoint, Fence, Origin, Verdict
+from sqla_durable.store.starts import require_the_latest
 from sqla_durable.store.statements import (
     EVENT,
     SIGNAL,

@@ -20,8 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.orm import Session
 
-from sqla_durable.models.column_types import Text
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.inbox import END_COLUMNS, end_notices, insert_orphan_notices
 from sqla_durable.store.records import Fence
 from sqla_durable.store.statements import (

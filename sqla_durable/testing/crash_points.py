@@ -21,7 +21,7 @@ from sqlalchemy import Connection, Engine, ExceptionContext, event
 from sqlalchemy.orm import Session
 
 from sqla_durable.models import SCHEMA, Step, Worker, Workflow
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 
 _WROTE, _BEGUN = "sqla_durable.testing.wrote", "sqla_durable.testing.begun"
 _WRITES = re.compile(

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.definitions.checks import require_duration
 from sqla_durable.models import Workflow
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.testing.crash_points import CrashPoint, Moment
 from sqla_durable.testing.end_states import CrashTestError, EndState, Reference
 from sqla_durable.testing.executions import CrashTestDatabase, Execution

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.errors import DurableError
 from sqla_durable.models import Step, Workflow
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.testing.crash_points import CrashPoint
 
 

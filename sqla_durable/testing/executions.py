@@ -12,7 +12,7 @@ from uuid import UUID
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.models import Step, Workflow
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import workers
 from sqla_durable.testing.crash_points import CrashPoint
 from sqla_durable.testing.end_states import CrashDifference, CrashTestError, CrashTimeoutError, EndState, Reference

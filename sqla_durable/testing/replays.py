@@ -16,12 +16,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sqla_durable.api.callers import id_of
-from sqla_durable.api.functions import AsyncWorkflowFunction, WorkflowFunction
+from sqla_durable.api.workflows import AsyncWorkflowFunction, WorkflowFunction
 from sqla_durable.definitions.failure import Failure
 from sqla_durable.errors import ArgumentError, DecodingError
 from sqla_durable.execution import replaying
 from sqla_durable.models import Workflow
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.models.base import StepStatus, WorkflowStatus
 from sqla_durable.operations.history import Mismatch
 from sqla_durable.store import Claimed, Completion, Fence, Recorded, schema, steps
 from sqla_durable.store import workflows as store_workflows

@@ -7,7 +7,7 @@ from sqlalchemy import create_engine, func, select, text
 from sqlalchemy.orm import Session
 
 from sqla_durable import Durable, Executor, Workflow, WorkflowStatus, start_many
-from sqla_durable.definitions.options import ISOLATION_LEVELS
+from sqla_durable.definitions.registry import ISOLATION_LEVELS
 from sqla_durable.errors import DefinitionError, SessionError
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell

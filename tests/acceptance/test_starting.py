@@ -222,7 +222,7 @@ def test_start_many_of_nothing_is_nothing(shell: Shell) -> None:
 def test_start_many_in_several_statements(
     shell: Shell, greeting: AnyWorkflow[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sqla_durable.api.start._BATCH", 3)
+    monkeypatch.setattr("sqla_durable.api.workflows._BATCH", 3)
     with shell.client() as client:
         ids = client.start_many(greeting.bind(str(n)) for n in range(7))
         client.commit()

@@ -7,7 +7,7 @@ from collections.abc import Generator
 import pytest
 
 from sqla_durable.tools.bench.baselines import Pgbench, find_pgbench
-from sqla_durable.tools.bench.figures import BenchSettings, Status
+from sqla_durable.tools.bench.report import BenchSettings, Status
 from sqla_durable.tools.bench.runs import Bench
 from sqla_durable.tools.bench.schema import BenchSchema, bench_schema
 

@@ -8,7 +8,7 @@ from sqlalchemy import make_url
 
 from sqla_durable.tools.bench import baselines
 from sqla_durable.tools.bench.baselines import Pgbench, PgbenchScript, conninfo, find_pgbench
-from sqla_durable.tools.bench.figures import BenchError
+from sqla_durable.tools.bench.report import BenchError
 from sqla_durable.tools.bench.schema import BenchSchema
 
 pytestmark = pytest.mark.skipif(find_pgbench() is None, reason="there is no pgbench here")

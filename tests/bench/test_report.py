@@ -8,8 +8,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from sqla_durable.tools.bench.figures import BenchResult, BenchSettings, Costs, Figure, Machine, Reference
-from sqla_durable.tools.bench.report import as_json, show
+from sqla_durable.tools.bench.report import BenchResult, BenchSettings, Costs, Figure, Machine, Reference, as_json, show
 
 COSTS = Costs(commits=0.02, statements=None, wal_bytes=1_212.4, worker_ms=0.3, server_ms=0.2, worker_peak_mb=73.4)
 FIGURE = Figure(

@@ -8,7 +8,7 @@ import psutil
 import pytest
 from sqlalchemy import Engine, create_engine, inspect, text
 
-from sqla_durable.tools.bench.figures import BenchError, Status
+from sqla_durable.tools.bench.report import BenchError, Status
 from sqla_durable.tools.bench.schema import COMMENT, bench_schema
 from sqla_durable.tools.bench.workloads import measure
 from tests.bench.conftest import TINY

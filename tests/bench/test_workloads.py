@@ -10,7 +10,7 @@ from sqlalchemy import event
 
 from sqla_durable.tools.bench import application
 from sqla_durable.tools.bench.baselines import NAIVE, NO_PGBENCH
-from sqla_durable.tools.bench.figures import BenchError, Figure, Status
+from sqla_durable.tools.bench.report import BenchError, Figure, Status
 from sqla_durable.tools.bench.runs import Bench
 from sqla_durable.tools.bench.workloads import WORKLOADS
 from tests.bench.conftest import TINY

@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, RootModel
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
-from sqla_durable.definitions.adapters import adapter_of
+from sqla_durable.definitions.json_values import adapter_of
 from sqla_durable.errors import DefinitionError
 
 

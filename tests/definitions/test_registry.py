@@ -15,8 +15,7 @@ from typing_extensions import TypeAliasType
 from sqla_durable import Durable, run_step
 from sqla_durable.asyncio import AsyncStepFunction, AsyncWorkflowFunction
 from sqla_durable.definitions.inspection import SessionKind
-from sqla_durable.definitions.options import StepOptions, WorkflowOptions
-from sqla_durable.definitions.registry import Registry, StepDefinition, WorkflowDefinition
+from sqla_durable.definitions.registry import Registry, StepDefinition, StepOptions, WorkflowDefinition, WorkflowOptions
 from sqla_durable.errors import ArgumentError, DefinitionError, UsageError
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, text
 
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.models.base import StepStatus, WorkflowStatus
 from tests.support.forged import NO_CHECK
 
 VALUES: dict[str, Any] = {

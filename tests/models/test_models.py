@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, joinedload, selectinload, sessionmaker
 from sqla_durable import manage, migrations
 from sqla_durable.errors import SessionError, UsageError
 from sqla_durable.models import REVISION, Queue, Step, Worker, Workflow, metadata
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.models.base import StepStatus, WorkflowStatus
 from tests.support.domain import Order
 from tests.support.forged import forged
 

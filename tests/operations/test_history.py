@@ -6,7 +6,7 @@ from uuid import UUID
 
 import pytest
 
-from sqla_durable.models.status import StepStatus
+from sqla_durable.models.base import StepStatus
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.history import PATCH
 from sqla_durable.operations.workflow import patched

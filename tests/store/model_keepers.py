@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import manage
 from sqla_durable.models import Workflow
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import Fence, timers, workers
 from tests.store.model import LATER, LONG_AGO, Lease, Leased, Operation, Record, Row, View, changed, live
 from tests.store.model_operations import OnWorkflows, row_in

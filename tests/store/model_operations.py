@@ -10,7 +10,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.models.base import StepStatus, WorkflowStatus
 from sqla_durable.store import Checkpoint, Completion, Fence, NewWorkflow, Suspend, Verdict, claims, starts, steps
 from sqla_durable.store import attempts as store_attempts
 from tests.store import races

@@ -19,7 +19,7 @@ from sqla_durable.execution.worker.database import Database
 from sqla_durable.execution.worker.hints import Wakeups
 from sqla_durable.execution.worker.writer import Row, Write, Writer
 from sqla_durable.models import Workflow
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.models.base import StepStatus, WorkflowStatus
 from sqla_durable.operations.suspending import Wakers
 from sqla_durable.runtime.waiting import Ticket
 from sqla_durable.store import Checkpoint, Claimed, Completion, Fence, NewWorkflow, attempts, claims, starts, workers

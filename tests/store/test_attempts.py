@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Step, Workflow
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.models.base import StepStatus, WorkflowStatus
 from sqla_durable.store import Checkpoint, Fence, Suspend, attempts, steps
 from sqla_durable.store.statements import batch_parameter
 from tests.store import races

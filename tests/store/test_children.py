@@ -12,7 +12,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models import Workflow
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.models.base import StepStatus, WorkflowStatus
 from sqla_durable.store import Fence, NewWorkflow, children, steps
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races

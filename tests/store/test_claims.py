@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Queue, Workflow
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import Verdict, attempts, claims, steps
 from sqla_durable.store.claims import FRONT, Range
 from tests.store import races

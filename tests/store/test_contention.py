@@ -19,7 +19,7 @@ from sqla_durable.errors import EncodingError
 from sqla_durable.execution.worker.database import ThreadDatabase
 from sqla_durable.execution.worker.writer import Row
 from sqla_durable.models import Step, Workflow
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import Fence, Suspend, timers, workers
 from tests.store import races
 

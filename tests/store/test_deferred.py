@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable import manage
 from sqla_durable.models import Signal, Step
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import attempts, continuations, deferred, workers
 from sqla_durable.store.records import Checkpoint, Completion, Fence
 from tests.store import races

@@ -11,7 +11,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.errors import NotFoundError
 from sqla_durable.models import Event
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import Fence, Origin, events
 from sqla_durable.store.events import Latest
 from sqla_durable.unwinding import AttemptLost

@@ -10,7 +10,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from sqla_durable.models import Workflow
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import attempts, failures
 from sqla_durable.store.claims import from_front
 from sqla_durable.store.failures import _FAIL_OVERDUE  # pyright: ignore[reportPrivateUsage]

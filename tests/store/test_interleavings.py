@@ -17,7 +17,7 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable.models.status import StepStatus
+from sqla_durable.models.base import StepStatus
 from sqla_durable.store import Fence
 from tests.store import races
 from tests.store.model import Model, Operation, WouldBlock, compare

@@ -19,7 +19,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable import manage
 from sqla_durable.errors import NotFoundError
 from sqla_durable.models import Signal, Workflow
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import (
     Awaited,
     Completion,

@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Signal, Step, Workflow
-from sqla_durable.models.status import StepStatus, WorkflowStatus
-from sqla_durable.store import Awaited, Completion, Fence, Suspend, management, signals, steps, timers
-from sqla_durable.store.selection import Selection
+from sqla_durable.models.base import StepStatus, WorkflowStatus
+from sqla_durable.store import Awaited, Completion, Fence, Suspend, manage, signals, steps, timers
+from sqla_durable.store.manage import Selection
 from sqla_durable.store.signals import _DELIVER  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races
@@ -303,10 +303,10 @@ def test_child_that_ends_notifies_a_parent_that_is_retried_meanwhile(engine: Eng
         races.end(session, [Completion(parent, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}')])
         session.commit()
     with Session(engine) as canceller:
-        held, _ = management.lock_unfinished_trees(canceller, Selection([child]))
-        management.cancel(canceller, held, Selection([child]))
+        held, _ = manage.lock_unfinished_trees(canceller, Selection([child]))
+        manage.cancel(canceller, held, Selection([child]))
         with Session(engine) as session:
-            management.retry(session, Selection([parent.workflow_id]))
+            manage.retry(session, Selection([parent.workflow_id]))
             session.commit()
         (again,) = _claimed_again(engine)
         park(engine, again, Awaited.any_of([child]))

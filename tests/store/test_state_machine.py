@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session
 
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.models.base import StepStatus, WorkflowStatus
 from sqla_durable.store import Fence
 from tests.store.model import Lease, Model, Operation, Recording, Row, compare, rows_of
 from tests.store.model_keepers import (

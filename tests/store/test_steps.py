@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Step, Workflow
-from sqla_durable.models.status import StepStatus, WorkflowStatus
+from sqla_durable.models.base import StepStatus, WorkflowStatus
 from sqla_durable.store import Checkpoint, Fence, Verdict, attempts, steps, workers
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Worker, Workflow
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import Fence, Suspend, attempts, timers, workers
 from tests.store import races
 from tests.store.plans import explain, fill

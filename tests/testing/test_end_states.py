@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.testing import CrashTestError, EndState
 from sqla_durable.testing.end_states import Reference
 

@@ -105,7 +105,7 @@ def test_a_look_that_began_before_a_restart_is_not_noted() -> None:
 
 def test_everything_is_read_again_after_ten_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 9.9, 10.1])
-    monkeypatch.setattr("sqla_durable.execution.worker.cursors.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("sqla_durable.execution.worker.claims.time.monotonic", lambda: next(clock))
     cursors = Cursors(["default"], poll_interval=1.0)
     cursors.restart_if_time()
     looked(cursors, seen())
@@ -117,7 +117,7 @@ def test_everything_is_read_again_after_ten_polls(monkeypatch: pytest.MonkeyPatc
 
 def test_everything_is_read_more_seldom_if_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 3.0, 62.0, 64.0])
-    monkeypatch.setattr("sqla_durable.execution.worker.cursors.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("sqla_durable.execution.worker.claims.time.monotonic", lambda: next(clock))
     cursors = Cursors(["default"], poll_interval=1.0)
     cursors.restart_if_time()
     looked(cursors, seen(), took=3.0)

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import Durable
 from sqla_durable.api.hints import EVERYWHERE
-from sqla_durable.execution.worker.listener import Listener
+from sqla_durable.execution.worker.hints import Listener
 from tests.support.clusters import free_port
 from tests.support.databases import translated
 from tests.support.notifications import PATIENCE

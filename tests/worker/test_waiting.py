@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 import sqla_durable.asyncio as aio
 from sqla_durable import Durable, Worker, Workflow, random_number, start_child
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from tests.acceptance.shells import POLL
 from tests.store import races
 from tests.worker.test_counts import Counts, counting

@@ -16,15 +16,14 @@ from sqlalchemy import Connection
 
 from sqla_durable.definitions.database_errors import is_about_data
 from sqla_durable.definitions.failure import Failure
-from sqla_durable.definitions.log import Log, joined, one_line
-from sqla_durable.definitions.redaction import message_of
+from sqla_durable.definitions.log import Log, joined, message_of, one_line
 from sqla_durable.definitions.registry import Registry, WorkflowDefinition
 from sqla_durable.errors import HistoryMismatchError
 from sqla_durable.execution.worker.database import persistently
 from sqla_durable.execution.worker.hints import Wakeup
 from sqla_durable.execution.worker.isolation import Isolation
 from sqla_durable.execution.worker.recorder import Resources, WorkerRecorder
-from sqla_durable.execution.worker.timing import (
+from sqla_durable.execution.worker.settings import (
     CANCELLED_GRACE,
     CLEANUP_TIME,
     EXECUTING_CHECK,

@@ -24,8 +24,7 @@ from sqla_durable.execution.worker.heartbeat import Heartbeat
 from sqla_durable.execution.worker.hints import Wakeup
 from sqla_durable.execution.worker.isolation import Isolation
 from sqla_durable.execution.worker.recorder import Slots
-from sqla_durable.execution.worker.settings import Settings
-from sqla_durable.execution.worker.timing import CLAIM_PAUSES, CLAIM_SPACING
+from sqla_durable.execution.worker.settings import CLAIM_PAUSES, CLAIM_SPACING, Settings
 from sqla_durable.store import Claimed, claims
 from sqla_durable.store.statements import Subset
 

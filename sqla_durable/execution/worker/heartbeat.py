@@ -19,9 +19,8 @@ from sqla_durable.execution.worker.attempts import Attempts
 from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.execution.worker.hints import Wakeup
 from sqla_durable.execution.worker.isolation import Isolation
-from sqla_durable.execution.worker.settings import Settings
-from sqla_durable.execution.worker.timing import BEATS, COMPARE_ALL_EVERY, HINT_SPACING
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.execution.worker.settings import BEATS, COMPARE_ALL_EVERY, HINT_SPACING, Settings
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import Fence, hints, workers
 from sqla_durable.store import attempts as store_attempts
 

@@ -22,15 +22,15 @@ from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.execution.worker.heartbeat import Heartbeat
 from sqla_durable.execution.worker.hints import Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
-from sqla_durable.execution.worker.settings import Settings
-from sqla_durable.execution.worker.timing import (
+from sqla_durable.execution.worker.settings import (
     FORGET_EVERY,
     RECLAIM_EVERY,
     RENOTIFY_EVERY,
     SHORTEST_POLL,
     WARN_EVERY,
+    Settings,
 )
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import claims as store_claims
 from sqla_durable.store import deferred, failures, signals, timers, workers
 from sqla_durable.store.claims import Ranges

@@ -21,7 +21,6 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
-import sqla_durable.execution.worker.entry as entry
 import sqla_durable.execution.worker.settings as settings
 from sqla_durable.api.callers import explain_missing_rights
 from sqla_durable.api.durable import Durable
@@ -30,7 +29,15 @@ from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.log import Log, worker_name
 from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, UsageError
 from sqla_durable.execution.worker.database import Databases, open_databases
-from sqla_durable.execution.worker.serving import Serving, Stop
+from sqla_durable.execution.worker.serving import (
+    Serving,
+    Sessionmakers,
+    Stop,
+    begin_within,
+    prepare,
+    require_one_database,
+    require_transactions,
+)
 from sqla_durable.store import schema
 from sqla_durable.store.workers import DEFAULT_MAX_ATTEMPTS, MOST_CRASHES
 
@@ -120,7 +127,7 @@ class Worker:
             require_text(name, what="name of the worker")
         self.name = name
         self.left_behind = 0
-        self._makers = entry.Sessionmakers(self.sessionmaker, self.async_sessionmaker)
+        self._makers = Sessionmakers(self.sessionmaker, self.async_sessionmaker)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = threading.Event()
         self._stopping = asyncio.Event()
@@ -258,10 +265,10 @@ class Worker:
         """Begin the lease, once the database can be reached; return whether hints can arrive."""
 
         async def begin() -> bool:
-            is_direct = await entry.prepare(databases)
+            is_direct = await prepare(databases)
             await serving.begin()
-            await entry.require_transactions(self._makers)
-            await entry.require_one_database(self._makers, self.id)
+            await require_transactions(self._makers)
+            await require_one_database(self._makers, self.id)
             return is_direct
 
         if self._stop.is_set():
@@ -269,7 +276,7 @@ class Worker:
         url = self._engine.url
         shown, seconds = url.render_as_string(hide_password=True), self.start_timeout.total_seconds()
         with explain_missing_rights("worker", user=url.username or "the worker"):
-            is_direct = await entry.begin_within(begin, url=shown, seconds=seconds, stopping=self._stopping)
+            is_direct = await begin_within(begin, url=shown, seconds=seconds, stopping=self._stopping)
         names = [each.name for each in self.durable.registry]
         if not names:
             log.warning("no workflows are registered here: is the module that defines them imported?")

@@ -24,7 +24,7 @@ from sqla_durable.definitions.log import Log
 from sqla_durable.errors import EncodingError
 from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.execution.worker.hints import Wakeups
-from sqla_durable.models.status import WorkflowStatus
+from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.operations.suspending import Wakers
 from sqla_durable.runtime.waiting import Ticket
 from sqla_durable.store import Checkpoint, Completion, Fence, Suspend, attempts, steps, streams

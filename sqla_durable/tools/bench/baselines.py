@@ -29,7 +29,7 @@ from sqla_durable import (
 )
 from sqla_durable.errors import UsageError
 from sqla_durable.tools.bench import application
-from sqla_durable.tools.bench.figures import (
+from sqla_durable.tools.bench.report import (
     BenchError,
     Reference,
 )

@@ -12,11 +12,11 @@ from importlib.metadata import version
 import psutil
 from sqlalchemy import QueuePool, make_url, text
 
-from sqla_durable.tools.bench.figures import (
+from sqla_durable.tools.bench.processes import Usage
+from sqla_durable.tools.bench.report import (
     Costs,
     Machine,
 )
-from sqla_durable.tools.bench.processes import Usage
 from sqla_durable.tools.bench.schema import (
     QUERY_MARK,
     BenchSchema,

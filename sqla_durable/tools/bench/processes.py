@@ -29,7 +29,7 @@ from sqla_durable import (
     Worker,
 )
 from sqla_durable.tools.bench.application import durable
-from sqla_durable.tools.bench.figures import (
+from sqla_durable.tools.bench.report import (
     BenchError,
 )
 from sqla_durable.tools.bench.schema import (

@@ -12,15 +12,15 @@ from sqla_durable import (
 )
 from sqla_durable.tools.bench import application
 from sqla_durable.tools.bench.baselines import Pgbench, PgbenchScript, measure_naive
-from sqla_durable.tools.bench.figures import (
+from sqla_durable.tools.bench.meter import Meter, costs_between
+from sqla_durable.tools.bench.processes import WorkerProcesses
+from sqla_durable.tools.bench.report import (
     BenchError,
     BenchSettings,
     Costs,
     Reference,
     Status,
 )
-from sqla_durable.tools.bench.meter import Meter, costs_between
-from sqla_durable.tools.bench.processes import WorkerProcesses
 from sqla_durable.tools.bench.schema import (
     BenchSchema,
 )

@@ -22,7 +22,7 @@ from sqla_durable import (
 )
 from sqla_durable.models import SCHEMA, metadata
 from sqla_durable.tools.bench.application import Base
-from sqla_durable.tools.bench.figures import (
+from sqla_durable.tools.bench.report import (
     BenchError,
 )
 

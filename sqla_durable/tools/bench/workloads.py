@@ -19,7 +19,8 @@ from sqla_durable.asyncio import AsyncWorkflowFunction
 from sqla_durable.tools.bench import application, baselines
 from sqla_durable.tools.bench.application import Entry
 from sqla_durable.tools.bench.baselines import Pgbench, find_pgbench
-from sqla_durable.tools.bench.figures import (
+from sqla_durable.tools.bench.meter import costs_between
+from sqla_durable.tools.bench.report import (
     BenchError,
     BenchResult,
     BenchSettings,
@@ -27,7 +28,6 @@ from sqla_durable.tools.bench.figures import (
     Reference,
     Status,
 )
-from sqla_durable.tools.bench.meter import costs_between
 from sqla_durable.tools.bench.runs import Bench, RunResult
 from sqla_durable.tools.bench.schema import (
     bench_schema,

@@ -58,7 +58,7 @@ def bench(
     from rich.console import Console
 
     from sqla_durable.tools.bench import report, workloads
-    from sqla_durable.tools.bench.figures import OWN_SCHEMA, PGBENCH_TRANSACTIONS, BenchSettings
+    from sqla_durable.tools.bench.report import OWN_SCHEMA, PGBENCH_TRANSACTIONS, BenchSettings
 
     names = workload_names(workload or [])
     target = normalised(wanted).render_as_string(hide_password=False) if wanted else None
