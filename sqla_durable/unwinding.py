@@ -1,4 +1,4 @@
-"""The signals that unwind a workflow function; none of them is an error of the user's code.
+"""The exceptions that unwind a workflow function; none of them is an error of the user's code.
 
 ```
 ControlFlow(BaseException)

@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 from typing_extensions import TypeVar
 
 import sqla_durable.api.hints as hints
-from sqla_durable.api.callers import in_savepoint, perform
 from sqla_durable.api.calls import ANY, Call, operation
+from sqla_durable.api.sessions import in_savepoint, perform
 from sqla_durable.definitions.checks import require_positive_duration
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import (

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from sqla_durable.api.callers import AnySession
+from sqla_durable.api.sessions import AnySession
 from sqla_durable.definitions.checks import require_key
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.inspection import SessionKind, require_name
@@ -121,7 +121,7 @@ def visit(context: Context, name: str, operate: Operation, step_key: str | None 
     if step_key is not None:
         require_name(step_key, what=f"step_key of {name!r}")
     position = context.attempt.begin_call(name, ("sqla_durable", name), key=step_key)
-    return context.runtime.operate(position, operate)
+    return context.runtime.perform_operation(position, operate)
 
 
 def require_workflow(function: str, context: Context | None) -> Context:
@@ -205,7 +205,7 @@ def _publish_between_steps(
     context.attempt.branches.require_here(f"{function}()", workflow=context.attempt.name)
     position = context.attempt.begin_call(name, ("sqla_durable", function))
     within = partial(encoded, context.limit)
-    return context.runtime.operate(position, lambda runtime, at: publish_once(runtime, at, within))
+    return context.runtime.perform_operation(position, lambda runtime, at: publish_once(runtime, at, within))
 
 
 def _publish_in_plain_step(
@@ -221,7 +221,7 @@ def _publish_in_plain_step(
             "leave it out, or let the step take a Session, and pass that one."
         )
     within = partial(encoded, context.limit)
-    return context.runtime.operate_in_step(step.position, lambda runtime, _: publish_at_once(runtime, step, within))
+    return context.runtime.perform_in_step(step.position, lambda runtime, _: publish_at_once(runtime, step, within))
 
 
 def _publish_in_transaction(

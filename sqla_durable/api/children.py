@@ -285,7 +285,7 @@ class _Mapping:
             children.Started(definition.name, start_at.key, ids),
             active=self.max_concurrency,
             tolerate=self.tolerate,
-            limit=definition.durable.payload_limit,
+            limit=definition.durable_options.payload_limit,
         )
         return [_value_or_error(each, definition, runtime.attempt.options.errors.inside) for each in outcomes]
 

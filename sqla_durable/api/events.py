@@ -14,9 +14,9 @@ from uuid import UUID
 from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import TypeVar
 
-from sqla_durable.api.callers import AnySession, id_of
 from sqla_durable.api.calls import ANY, Call, encode, operation, publication
 from sqla_durable.api.polling import PollingEngine, pauses, refuse_event_loop
+from sqla_durable.api.sessions import AnySession, id_of
 from sqla_durable.definitions.checks import require_duration, require_key
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import ArgumentError, EventNotSetError, NotFoundError, ResultTimeoutError

@@ -26,7 +26,7 @@ from sqla_durable.definitions.log import Log
 from sqla_durable.operations.shielding import GracefulTask
 from sqla_durable.store import connection_of, hints, schema
 from sqla_durable.store.hints import EVERYWHERE, LATE, Hint, merged, sent_to, to_queue, to_worker
-from sqla_durable.store.schema import alone
+from sqla_durable.store.schema import autocommitting
 
 __all__ = ["EVERYWHERE", "INTERVAL", "announce", "merged", "sent_to", "to_queue", "to_worker"]
 
@@ -241,7 +241,7 @@ def _blocking(gathered: _Gathered) -> Coroutine[Any, Any, None]:
 def _deliver(way: _Way, found: set[Hint]) -> None:
     """Send, and close the connection if the engine is disposed of meanwhile, which would not close it."""
     try:
-        with alone(way.engine).connect() as connection:
+        with autocommitting(way.engine).connect() as connection:
             try:
                 hints.notify(connection, found)
                 connection.commit()

@@ -16,7 +16,7 @@ from sqla_durable.errors import ArgumentError, UsageError
 from sqla_durable.operations.branch import Branch, Branches, name_of
 from sqla_durable.operations.outcome import is_own_failure
 from sqla_durable.runtime.context import Context, active
-from sqla_durable.runtime.shells import BlockingRuntime
+from sqla_durable.runtime.runtimes import BlockingRuntime
 from sqla_durable.unwinding import ControlFlow, Released
 
 A = TypeVar("A")

@@ -19,14 +19,14 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable.api.callers import explain_missing_rights, require_async_session, require_sync_session
+from sqla_durable.api.sessions import explain_missing_rights, require_async_session, require_sync_session
 from sqla_durable.definitions.checks import require_duration
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import ResultTimeoutError, SessionError, UsageError
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.store import schema, workflows
-from sqla_durable.store.schema import alone
+from sqla_durable.store.schema import autocommitting
 
 T = TypeVar("T")
 R = TypeVar("R", covariant=True)
@@ -125,7 +125,7 @@ class PollingEngine:
             SessionError: it is not PostgreSQL's.
         """
         sync_session = session.sync_session if isinstance(session, AsyncSession) else session
-        return cls(alone(schema.engine_of(sync_session)))
+        return cls(autocommitting(schema.engine_of(sync_session)))
 
     def read(self, statement: Callable[[Session], T]) -> T:
         """Call a function of a session."""

@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 from typing_extensions import TypeVar
 
 import sqla_durable.api.hints as hints
-from sqla_durable.api.callers import ids_of, in_savepoint, perform, require_receiver
 from sqla_durable.api.calls import ANY, Call, operation, require_sendable
+from sqla_durable.api.sessions import ids_of, in_savepoint, perform, require_receiver
 from sqla_durable.api.workflows import BoundWorkflow, start
 from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.codec import Codec

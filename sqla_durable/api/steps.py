@@ -17,8 +17,8 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable.api.callers import id_of, read
 from sqla_durable.api.calls import Call, encode, in_async_code, in_sync_code
+from sqla_durable.api.sessions import id_of, read
 from sqla_durable.definitions.checks import require_duration
 from sqla_durable.definitions.inspection import SessionKind, require_name
 from sqla_durable.definitions.registry import StepDefinition, StepOptions
@@ -75,7 +75,7 @@ def _call_in_workflow(
     context.attempt.branches.require_here(f"step {definition.name!r}", workflow=context.attempt.name)
     _refuse_session(context, definition, args)
     position = context.attempt.begin_call(definition.name, definition.place, key=key)
-    return context.runtime.perform(StepCall(definition, position, args, kwargs, Tries()))
+    return context.runtime.perform_step(StepCall(definition, position, args, kwargs, Tries()))
 
 
 class DurableFunction(Generic[P, R]):
@@ -313,7 +313,7 @@ def _heartbeat(details: object, context: Context | None) -> Any:
     text = None if details is None else encode(details, what=what, limit=context.limit)
     if not context.attempt.progress(step.position).report(text, interval=INTERVAL):
         return None
-    return context.runtime.operate_in_step(step.position, lambda runtime, _: send_heartbeat(runtime, step))
+    return context.runtime.perform_in_step(step.position, lambda runtime, _: send_heartbeat(runtime, step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +322,7 @@ class RunningStep:
 
     Attributes:
         step: its key.
-        step_attempt: which try of it, from 1.
+        try_number: which try of it, from 1.
         since: when that try began, on the database's clock.
         worker: the name of the worker.
         seen_at: the time of that heartbeat. The next ones come within a third of the lease, while the worker lives.
@@ -330,7 +330,7 @@ class RunningStep:
     """
 
     step: str
-    step_attempt: int
+    try_number: int
     since: datetime
     worker: str
     seen_at: datetime
@@ -362,7 +362,7 @@ def _running_steps(session: Session, workflow_id: UUID) -> list[RunningStep]:
     steps = [
         RunningStep(
             step=key,
-            step_attempt=count,
+            try_number=count,
             since=found.heartbeat_at - timedelta(seconds=seconds),
             worker=found.name,
             seen_at=found.heartbeat_at,

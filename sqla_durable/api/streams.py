@@ -13,9 +13,9 @@ from uuid import UUID
 from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import TypeVar
 
-from sqla_durable.api.callers import AnySession, id_of
 from sqla_durable.api.calls import ANY, Call, encode, publication
 from sqla_durable.api.polling import PollingEngine, pauses, refuse_event_loop
+from sqla_durable.api.sessions import AnySession, id_of
 from sqla_durable.definitions.checks import require_key
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import ArgumentError, ResultTimeoutError, UsageError
@@ -40,7 +40,7 @@ class StreamEntry(Generic[T]):
         number: its place in the stream, from 0; to read on after it, start at `number + 1`.
         step_key: the key of the step, or of the operation, that wrote it.
         attempt: the workflow's attempt.
-        step_attempt: the try of the step, from 1; None where the workflow's own code wrote it.
+        try_number: the try of the step, from 1; None where the workflow's own code wrote it.
         created_at: when it was written, on the database's clock.
     """
 
@@ -48,7 +48,7 @@ class StreamEntry(Generic[T]):
     number: int
     step_key: str | None
     attempt: int
-    step_attempt: int | None
+    try_number: int | None
     created_at: datetime
 
 
@@ -256,5 +256,5 @@ class StreamReader(Generic[T]):
 
     def _entry(self, item: Item, value: str) -> StreamEntry[T]:
         return StreamEntry(
-            self.codec.decode(value), item.number, item.step_key, item.attempt, item.step_attempt, item.created_at
+            self.codec.decode(value), item.number, item.step_key, item.attempt, item.try_number, item.created_at
         )

@@ -16,8 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from typing_extensions import TypeVar
 
-from sqla_durable.api.callers import AnySession
 from sqla_durable.api.calls import ANY, Call, encode, operation, publication, require_sendable
+from sqla_durable.api.sessions import AnySession
 from sqla_durable.definitions.checks import fault_in, require_duration
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.failure import Failure

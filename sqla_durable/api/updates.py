@@ -19,9 +19,9 @@ from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import TypeVar
 
 import sqla_durable.api.hints as hints
-from sqla_durable.api.callers import id_of, in_savepoint, perform, require_receiver
 from sqla_durable.api.calls import ANY, require_sendable
 from sqla_durable.api.polling import PollingEngine, pauses, refuse_event_loop
+from sqla_durable.api.sessions import id_of, in_savepoint, perform, require_receiver
 from sqla_durable.api.workflows import BoundWorkflow, start
 from sqla_durable.definitions.checks import require_text
 from sqla_durable.definitions.codec import Codec

@@ -20,9 +20,9 @@ from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
 import sqla_durable.api.hints as hints
-from sqla_durable.api.callers import id_of, in_savepoint, perform, perform_in_either, require_session
 from sqla_durable.api.calls import Call, require_workflow, visit
 from sqla_durable.api.polling import AsyncHandle, Handle, PollingEngine, session_of
+from sqla_durable.api.sessions import id_of, in_savepoint, perform, perform_in_either, require_session
 from sqla_durable.api.steps import DurableFunction
 from sqla_durable.definitions.checks import fault_in, require_duration, require_moment, require_positive_duration
 from sqla_durable.definitions.registry import WorkflowDefinition
@@ -121,14 +121,14 @@ def bind(
             timeout=None if timeout is None else timeout.total_seconds(),
             deadline=deadline.total_seconds() if isinstance(deadline, timedelta) else None,
             deadline_at=deadline if isinstance(deadline, datetime) else None,
-            version=definition.durable.version,
+            version=definition.durable_options.version,
         )
     )
 
 
 def _headers(definition: WorkflowDefinition) -> dict[str, str] | None:
     """Ask the interceptors, and refuse what cannot be stored."""
-    headers = definition.durable.interceptors.headers(definition.name)
+    headers = definition.durable_options.interceptors.headers(definition.name)
     for name, value in (headers or {}).items():
         for text in (name, value):
             fault = fault_in(text, longest=None)

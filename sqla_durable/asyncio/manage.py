@@ -13,7 +13,7 @@ from sqlalchemy import CompoundSelect, Select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 import sqla_durable.manage as sync
-from sqla_durable.api.callers import run_sync
+from sqla_durable.api.sessions import run_sync
 from sqla_durable.manage import id_at
 from sqla_durable.manage.forks import ForkOptions, OneForkOptions
 from sqla_durable.manage.verbs import Selected

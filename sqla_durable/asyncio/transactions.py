@@ -17,9 +17,9 @@ import sqla_durable.api.steps as steps
 import sqla_durable.api.streams as streams
 import sqla_durable.api.updates as updates
 import sqla_durable.api.workflows as starts
-from sqla_durable.api.callers import run_sync
 from sqla_durable.api.calls import ANY
 from sqla_durable.api.polling import PollingEngine
+from sqla_durable.api.sessions import run_sync
 from sqla_durable.api.steps import RunningStep
 from sqla_durable.api.streams import StreamEntry, StreamReader
 from sqla_durable.api.updates import AsyncUpdateHandle

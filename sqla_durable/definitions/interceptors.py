@@ -35,7 +35,7 @@ class Execution:
         workflow: the workflow's name.
         attempt: the workflow's attempt, from 1; increased when its worker died, and when it is resumed.
         step: the key of the step that is being executed; None between steps.
-        step_attempt: the try of that step, from 1, including those of earlier attempts; None between steps.
+        try_number: the try of that step, from 1, including those of earlier attempts; None between steps.
         idempotency_key: for the system that the step calls: the same on every execution of this step, and
             different for every other step; None between steps.
         details: what the step reported last by `heartbeat`, in this or an earlier try; None if nothing.
@@ -46,7 +46,7 @@ class Execution:
     workflow: str
     attempt: int
     step: str | None = None
-    step_attempt: int | None = None
+    try_number: int | None = None
     idempotency_key: str | None = None
     details: Any = field(default=None, hash=False)
     headers: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
@@ -57,7 +57,7 @@ class StepExecution(Execution):
     """Identifies the step that is being executed: an `Execution` whose step fields are set; see `current_step`."""
 
     step: str = ""
-    step_attempt: int = 1
+    try_number: int = 1
     idempotency_key: str = ""
 
 

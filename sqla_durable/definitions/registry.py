@@ -208,7 +208,7 @@ class WorkflowDefinition:
     name: str
     fn: Callable[..., Any]
     options: WorkflowOptions
-    durable: DurableOptions
+    durable_options: DurableOptions
     is_async: bool
 
     @classmethod
@@ -273,12 +273,12 @@ class WorkflowDefinition:
             {name: hints.get(name, Any) for name in parameters},
             required=frozenset(name for name, each in parameters.items() if each.default is each.empty),
             workflow=self.name,
-            limit=self.durable.payload_limit,
+            limit=self.durable_options.payload_limit,
         )
 
     def _result(self) -> Codec:
         what = f"result of workflow {self.name!r}"
-        return Codec.of(hints_of(self.fn, what).get("return", Any), what=what, limit=self.durable.payload_limit)
+        return Codec.of(hints_of(self.fn, what).get("return", Any), what=what, limit=self.durable_options.payload_limit)
 
     def encode(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Any]:
         """Return the JSON object of a call's arguments by parameter name.

@@ -16,8 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable.api.callers import id_of, session_advice
 from sqla_durable.api.polling import refuse_event_loop
+from sqla_durable.api.sessions import id_of, session_advice
 from sqla_durable.api.workflows import AsyncWorkflowFunction, BoundWorkflow, WorkflowFunction, add
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import ArgumentError, AttemptLostError, SessionError, UsageError, WorkflowRunningError
@@ -33,7 +33,7 @@ from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import run_blocking
 from sqla_durable.operations.transaction import in_session
 from sqla_durable.operations.workflow import Outcome, run_workflow
-from sqla_durable.runtime.shells import AsyncRuntime, BlockingRuntime
+from sqla_durable.runtime.runtimes import AsyncRuntime, BlockingRuntime
 from sqla_durable.runtime.tasks import in_attempt_task
 from sqla_durable.store import (
     Claimed,

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 import sqla_durable.api.hints as hints
-from sqla_durable.api.callers import in_savepoint
+from sqla_durable.api.sessions import in_savepoint
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import ArgumentError, NotFoundError

@@ -15,8 +15,8 @@ from sqlalchemy import CompoundSelect, Select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-import sqla_durable.api.callers as callers
 import sqla_durable.api.hints as hints
+import sqla_durable.api.sessions as sessions
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.database_errors import first_line, sqlstate
 from sqla_durable.errors import ArgumentError, WorkflowReferencedError
@@ -69,7 +69,7 @@ def perform(
         ArgumentError: `workflows` are no workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return callers.perform(
+    return sessions.perform(
         session, partial(_perform, workflows=workflows, verb=verb), name=f"manage.{name}", rights=rights
     )
 
@@ -82,7 +82,7 @@ def _perform(session: Session, *, workflows: Selected, verb: Callable[[Session, 
 def _wanted(session: Session, workflows: Selected) -> Selection:
     if isinstance(workflows, (Select, CompoundSelect)):
         return evaluate(session, workflows)
-    return Selection(callers.ids_of(workflows))
+    return Selection(sessions.ids_of(workflows))
 
 
 _ROUNDS = 5  # how often a cancel releases its locks, to take them again in the order of ids

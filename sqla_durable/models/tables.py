@@ -225,7 +225,7 @@ class Step(Base):
     """The checkpoint of one step: its outcome, recorded once and returned on every replay.
 
     `key` is the step's identity in its workflow: name and occurrence (`charge`, `charge#2`), or an explicit key.
-    `attempt` is the workflow's attempt that recorded it, `attempts` how many tries it took, those of earlier attempts
+    `attempt` is the workflow's attempt that recorded it, `tries` how many tries it took, those of earlier attempts
     included, `position` the order in which the workflow called it. While a step is `retrying`, `error` is that of its
     last try and `wake_at` the time of the next one; while it is `waiting`, `wake_at` is the end of that, if it has one.
     The row becomes the outcome's when there is one. A step that is `running` has a row once it has reported `details`,
@@ -242,7 +242,7 @@ class Step(Base):
     output: Mapped[Any | None] = mapped_column(JSONB)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     attempt: Mapped[int] = mapped_column(Integer)
-    attempts: Mapped[int] = mapped_column(Integer, server_default="1")
+    tries: Mapped[int] = mapped_column(Integer, server_default="1")
     started_at: Mapped[datetime]
     finished_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
     wake_at: Mapped[datetime | None]
@@ -265,7 +265,7 @@ class Step(Base):
             "CASE status WHEN 'retrying' THEN wake_at IS NOT NULL WHEN 'waiting' THEN true ELSE wake_at IS NULL END",
             name="wake",
         ),
-        CheckConstraint("position >= 1 AND attempt >= 1 AND attempts >= 1", name="counts"),
+        CheckConstraint("position >= 1 AND attempt >= 1 AND tries >= 1", name="counts"),
         times_check("started_at", "finished_at", "wake_at", more="finished_at >= started_at AND "),
     )
 
@@ -360,7 +360,7 @@ class Event(Base):
 class StreamItem(Base):
     """One item of a workflow's stream: `number` counts from 0; a `closed` one is the last, and has no value.
 
-    `step_key`, `attempt` and `step_attempt` identify the try that wrote it; items of a try that failed stay.
+    `step_key`, `attempt` and `try_number` identify the try that wrote it; items of a try that failed stay.
     """
 
     __tablename__ = "stream_item"
@@ -372,14 +372,14 @@ class StreamItem(Base):
     closed: Mapped[bool] = mapped_column(server_default=false())
     step_key: Mapped[str | None]
     attempt: Mapped[int] = mapped_column(Integer)
-    step_attempt: Mapped[int | None] = mapped_column(Integer)
+    try_number: Mapped[int | None] = mapped_column(Integer)
     created_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
 
     __table_args__ = (
         name_check("name", longest=LONGEST_KEY),
         CheckConstraint(f"pg_catalog.octet_length(step_key) <= {LONGEST_KEY}", name="step_key"),
         times_check("created_at"),
-        CheckConstraint("number >= 0 AND attempt >= 1 AND step_attempt >= 1", name="counts"),
+        CheckConstraint("number >= 0 AND attempt >= 1 AND try_number >= 1", name="counts"),
         CheckConstraint("closed = (value IS NULL)", name="closed"),
     )
 

@@ -141,7 +141,7 @@ class Attempt:
         Raises:
             UsageError: an explicit key is used twice, two functions share a step name, or the code is in no branch.
             HistoryLimitError: the workflow has called as many operations as it may.
-            CallRefused: the code has received the signal that ends the attempt, and the operation is not recorded.
+            CallRefused: the code is being unwound, and the operation is not recorded.
         """
         branch = self.branches.require_here(f"step {name!r}", workflow=self.name)
         with self._lock:
@@ -164,7 +164,7 @@ class Attempt:
                     f"the step key {unescape_key(identity)!r} is used twice in workflow {self.name!r}: change one of "
                     "them."
                 )
-            self.refuse_after_signal(identity)
+            self.refuse_when_unwound(identity)
             self._keys.add(identity)
             position = Position(identity, escaped, self.history_check.add_call(identity, escaped))
             self.unfinished[position.key] = self.branches.home()
@@ -294,9 +294,9 @@ class Attempt:
         """Return a text that is the same on every execution of this step, and different for every other step."""
         return f"{self.workflow_id}/{position.key}"
 
-    def stop(self, signal: Callable[[], ControlFlow]) -> None:
-        """End the attempt at its next operation with this signal; later signals are ignored."""
-        self._stop = self._stop or signal
+    def stop(self, ending: Callable[[], ControlFlow]) -> None:
+        """Let the next operation raise what ends the attempt; later calls change nothing."""
+        self._stop = self._stop or ending
         self.wake_listeners()
 
     @contextmanager
@@ -321,8 +321,8 @@ class Attempt:
         return self._stop is not None
 
     @property
-    def stop_signal(self) -> ControlFlow | None:
-        """The signal with which the attempt is to end, if it is."""
+    def ending(self) -> ControlFlow | None:
+        """What the next operation raises to end the attempt, if it is to end."""
         return None if self._stop is None else self._stop()
 
     @property
@@ -331,28 +331,28 @@ class Attempt:
         return self._stop is Cancelling
 
     @property
-    def was_signalled(self) -> bool:
-        """Whether the code of this branch has received the signal that ends the attempt, or is being unwound by it."""
+    def is_unwound(self) -> bool:
+        """Whether the code of this branch has been unwound, or is being unwound, because the attempt ends."""
         if self._stop is None:
             return False
         branch = self.branches.here()
-        if branch is not None and branch.received_signal is self._stop:
+        if branch is not None and branch.received_ending is self._stop:
             return True
         unwinding = sys.exception()
         if isinstance(unwinding, ControlFlow):  # a different one while a saga compensates
             return isinstance(unwinding, (CallRefused, type(self._stop())))
         return unwinding is not None and not isinstance(unwinding, Exception)
 
-    def note_signal(self, signal: BaseException) -> None:
-        """Note that a signal is delivered to the code of this branch, and stop the attempt."""
-        if isinstance(signal, ControlFlow):
-            self.stop(lambda: signal)
+    def note_ending(self, ending: BaseException) -> None:
+        """Note what is raised in the code of this branch to unwind it, and stop the attempt."""
+        if isinstance(ending, ControlFlow):
+            self.stop(lambda: ending)
         branch = self.branches.here()
         if branch is not None:
-            branch.received_signal = self._stop
+            branch.received_ending = self._stop
 
-    def refuse_after_signal(self, key: str) -> None:
-        """Refuse a call that is not recorded, if the code has received the signal that ends the attempt.
+    def refuse_when_unwound(self, key: str) -> None:
+        """Refuse a call that is not recorded, if the code has been unwound because the attempt ends.
 
         Raises:
             CallRefused: it has. The first refusal of an attempt is logged.
@@ -360,11 +360,7 @@ class Attempt:
         if self._stop is None:
             return
         found = self._history.get(key)
-        if (
-            (found is None or not found.status.finished)
-            and self.was_signalled
-            and (ending := self.stop_signal) is not None
-        ):
+        if (found is None or not found.status.finished) and self.is_unwound and (ending := self.ending) is not None:
             warn, self.warns_of_refusal = self.warns_of_refusal, False
             raise refusal(
                 ending,
@@ -386,7 +382,7 @@ class Attempt:
         return self._stop in (Suspended, ContinuedAsNew)
 
     def raise_if_stopped(self) -> None:
-        """Raise the signal with which the attempt is to end, if it is."""
+        """Raise what ends the attempt, if it is to end."""
         if self._stop is not None:
             raise self._stop()
 

@@ -28,14 +28,14 @@ class Branch:
         path: the names of the branches from the workflow's function down to it, with their occurrences.
         awaited_threads: how many threads with branches of its own it waits for, while it does nothing else.
         has_caught_up: whether it has reached a step that is not recorded.
-        received_signal: the signal, ending the attempt, that was delivered to its code.
+        received_ending: what was raised in its code to end the attempt.
     """
 
     def __init__(self, path: str = "", *, outer: _Scope | None = None) -> None:
         self.path = path
         self.awaited_threads = 0
         self.has_caught_up = False
-        self.received_signal: object = None
+        self.received_ending: object = None
         self._own = _Scope(path)
         self._outer = outer  # the scope that the code was in which has opened this branch
         self._scopes: list[_Scope] = []

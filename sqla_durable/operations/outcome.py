@@ -44,7 +44,7 @@ def checkpoint_of(
         output=output,
         error=error,
         attempt=attempt.number,
-        attempts=tries,
+        tries=tries,
         elapsed=elapsed,
         delay=delay,
     )

@@ -54,7 +54,7 @@ def execution_of(attempt: Attempt, step: StepCall | None = None) -> Execution:
         attempt.number,
         details=None if details is None else json.loads(details),
         step=step.position.shown,
-        step_attempt=step.tries.count,
+        try_number=step.tries.count,
         idempotency_key=attempt.idempotency_key(step.position),
         headers=attempt.headers,
     )
@@ -206,15 +206,15 @@ class Runtime(ABC):
         self.limit = DEFAULT_LIMIT
 
     @abstractmethod
-    def perform(self, call: StepCall) -> Any:
+    def perform_step(self, call: StepCall) -> Any:
         """Perform a step: return its outcome in blocking code, an awaitable of it in async code."""
 
     @abstractmethod
-    def operate(self, position: Position, operation: Operation) -> Any:
+    def perform_operation(self, position: Position, operation: Operation) -> Any:
         """Perform another durable operation of the workflow's own code, in the same way."""
 
     @abstractmethod
-    def operate_in_step(self, position: Position, operation: Operation) -> Any:
+    def perform_in_step(self, position: Position, operation: Operation) -> Any:
         """Perform an operation of a step's function, which goes on after it, in the same way."""
 
     @abstractmethod
@@ -222,7 +222,7 @@ class Runtime(ABC):
         """Call the workflow's function."""
 
     @abstractmethod
-    async def call(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Any:
+    async def call_step(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Any:
         """Call a step's function, sync or async, with the injected arguments first.
 
         Raises:
@@ -245,7 +245,7 @@ class Runtime(ABC):
         """Cancel what the workflow leaves behind at the attempt's end; nothing of it is recorded any more."""
 
     async def proceed(self) -> None:
-        """Raise the signal with which the attempt is to end, if there is one; called by an operation that waits."""
+        """Raise what ends the attempt, if it is to end; called by an operation that waits."""
         self.attempt.raise_if_stopped()
 
     async def wait(self, position: Position, wait: Wait) -> None:

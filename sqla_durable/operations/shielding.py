@@ -72,10 +72,10 @@ async def ended(task: asyncio.Future[Any], *, on_cancel: Callable[[], object] = 
             await wait_done(task)
         except asyncio.CancelledError:
             on_cancel()
-    see(task)
+    mark_retrieved(task)
 
 
-def see(task: asyncio.Future[Any]) -> None:
+def mark_retrieved(task: asyncio.Future[Any]) -> None:
     """Mark the error of a task that is not awaited as retrieved, so that asyncio does not report it."""
     if not task.cancelled():
         task.exception()

@@ -46,7 +46,7 @@ _MOMENT = 1.0
 """How long, in seconds, a failing step waits in memory before its waits become a row."""
 
 
-async def run_step(runtime: Runtime, call: StepCall) -> Any:
+async def execute_step(runtime: Runtime, call: StepCall) -> Any:
     """Return the outcome of a step: the recorded one, or that of executing it now.
 
     Exactly once for the writes of a transactional step; at least once for the effects of a plain one.
@@ -79,14 +79,14 @@ class _Again(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Soon:
+class _TryAtOnce:
     """The database rolled the try back: the next one follows in `seconds`, and nothing is recorded."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class _Later:
+class _TryLater:
     """Another try follows in `seconds`; the last one is recorded, with its error unless it returned."""
 
     seconds: float
@@ -94,7 +94,7 @@ class _Later:
 
 
 @dataclass(frozen=True, slots=True)
-class _Final:
+class _Decided:
     """The error is the step's outcome."""
 
     error: BaseException
@@ -139,14 +139,14 @@ class _Execution:
                     raise
                 error = failure_of_step(raised, self._call.position.shown)
                 match self._within_time(await self._verdict(error), error):
-                    case _Soon(seconds):
+                    case _TryAtOnce(seconds):
                         self._call.tries.uncount()
                         await self._runtime.recorder.pause(seconds)
                         self._attempt.raise_if_stopped()
-                    case _Later(seconds, recorded):
+                    case _TryLater(seconds, recorded):
                         await self._record_try(recorded, seconds)
                         await self._wait(seconds)
-                    case _Final(outcome):
+                    case _Decided(outcome):
                         return await self._record_failure(outcome)
 
     async def _resume_tries(self) -> None:
@@ -156,9 +156,9 @@ class _Execution:
             if self._limits is not None:
                 await self._record_begin(self._limits)
         elif tried.status is StepStatus.RUNNING:  # the try that was interrupted is made again
-            self._call.tries.resume(count=tried.attempts - 1, age=tried.age)
+            self._call.tries.resume(count=tried.tries - 1, age=tried.age)
         else:
-            self._call.tries.resume(count=tried.attempts, age=tried.age)
+            self._call.tries.resume(count=tried.tries, age=tried.age)
             self._losses = _losses_in(tried)
             if tried.due_in > 0:
                 await self._wait(tried.due_in)
@@ -248,11 +248,11 @@ class _Execution:
         injected = () if transaction is None else (transaction.injected,)
         watch = self._attempt.progress(self._call.position).watch = self._watch()
         if not interceptors.steps and (transaction is None or not interceptors.transactions):
-            return await self._runtime.call(self._call, *injected, watch=watch)
+            return await self._runtime.call_step(self._call, *injected, watch=watch)
         async with self._runtime.intercepted(self._call):
             if transaction is not None:
                 await transaction.execute(self._intercept_transaction)
-            value = await self._runtime.call(self._call, *injected, watch=watch)
+            value = await self._runtime.call_step(self._call, *injected, watch=watch)
             if transaction is not None:
                 await transaction.execute(Session.flush)
             return value
@@ -316,23 +316,25 @@ class _Execution:
         text = None if error is None else record(error, self._attempt.options.errors)
         await self._runtime.recorder.record(self._checkpoint(StepStatus.RETRYING, error=text, delay=seconds))
 
-    def _within_time(self, verdict: _Soon | _Later | _Final, error: BaseException) -> _Soon | _Later | _Final:
+    def _within_time(
+        self, verdict: _TryAtOnce | _TryLater | _Decided, error: BaseException
+    ) -> _TryAtOnce | _TryLater | _Decided:
         """Return the verdict, or the failure of the step if the next try would begin after its total timeout."""
-        if self._limits is None or isinstance(verdict, _Final):
+        if self._limits is None or isinstance(verdict, _Decided):
             return verdict
         if verdict.seconds < self._limits.left(self._call.tries.age):
             return verdict
         last = None if isinstance(error, _Again) else error
-        return _Final(self._limits.exceeded(self._call.position.shown, last))
+        return _Decided(self._limits.exceeded(self._call.position.shown, last))
 
-    async def _verdict(self, error: BaseException) -> _Soon | _Later | _Final:
+    async def _verdict(self, error: BaseException) -> _TryAtOnce | _TryLater | _Decided:
         """Decide whether there is another try."""
         match error:
             case _Again():
                 self._losses = 0
-                return _Later(error.seconds, None)
+                return _TryLater(error.seconds, None)
             case PayloadError() | UsageError() | DefinitionError():
-                return _Final(error)
+                return _Decided(error)
             case _:
                 pass
         if self._call.definition.session is not SessionKind.NONE and isinstance(error, Exception):
@@ -346,10 +348,10 @@ class _Execution:
         try:
             seconds = None if policy is None else await policy.wait_before_next(self._call.tries)
         except UsageError as broken:
-            return _Final(broken)
-        return _Final(error) if seconds is None else _Later(seconds, error)
+            return _Decided(broken)
+        return _Decided(error) if seconds is None else _TryLater(seconds, error)
 
-    def _after_setback(self, setback: Setback, error: Exception) -> _Soon | _Later | _Final | None:
+    def _after_setback(self, setback: Setback, error: Exception) -> _TryAtOnce | _TryLater | _Decided | None:
         """Decide whether there is another try after a setback; None where the step's policy is to decide."""
         seconds = self._retry.wait_before_next(setback, error, what=self._label)
         match setback, seconds:
@@ -360,9 +362,9 @@ class _Execution:
             case Setback.LOSS, _:
                 return self._after_loss(error)
             case _:
-                return _Soon(seconds)
+                return _TryAtOnce(seconds)
 
-    def _after_loss(self, error: Exception) -> _Later | _Final:
+    def _after_loss(self, error: Exception) -> _TryLater | _Decided:
         """Count a lost transaction; from the second in a row on, the step's policy may stop the tries."""
         self._losses += 1
         lost = self._loss_error(error)
@@ -371,11 +373,11 @@ class _Execution:
         try:
             stops = policy is not None and self._losses > 1 and policy.stops(self._call.tries, upcoming=seconds)
         except UsageError as broken:
-            return _Final(broken)
+            return _Decided(broken)
         if stops or self._losses >= LOSSES:
-            return _Final(lost)
+            return _Decided(lost)
         log.warning("workflow %s: %s It is tried again in %.1f s.", self._attempt.workflow_id, lost, seconds)
-        return _Later(seconds, lost)
+        return _TryLater(seconds, lost)
 
     def _loss_error(self, error: Exception) -> TransactionLostError:
         key, count = self._call.position.shown, self._losses
@@ -422,7 +424,7 @@ class _Execution:
             output=None if encoded is None else encoded.text,
             error=error,
             attempt=self._attempt.number,
-            attempts=max(1, self._call.tries.count),
+            tries=max(1, self._call.tries.count),
             elapsed=time.monotonic() - self._began,
             delay=delay,
             value=None if encoded is None else (encoded.value,),

@@ -157,21 +157,21 @@ _REASONS: dict[type[ControlFlow], tuple[str, str]] = {  # the first that fits
 
 
 def refusal(
-    signal: ControlFlow, *, call: str, workflow: str, workflow_id: UUID, attempt: int, warn: bool
+    ending: ControlFlow, *, call: str, workflow: str, workflow_id: UUID, attempt: int, warn: bool
 ) -> CallRefused:
-    """Return the error for a durable call that is made while its attempt ends with a signal.
+    """Return the error for a durable call that is made while its attempt ends.
 
     A `finally` or an `except` block that goes on cannot be stopped, but it must have no durable effects.
 
     Args:
-        signal: what ends the attempt.
+        ending: what ends the attempt.
         call: the key of the operation that was called.
         workflow: the workflow's name.
         workflow_id: its id.
         attempt: the attempt's number.
         warn: whether the error is logged as a warning, too.
     """
-    why, instead = next(words for kind, words in _REASONS.items() if isinstance(signal, kind))
+    why, instead = next(words for kind, words in _REASONS.items() if isinstance(ending, kind))
     error = CallRefused(
         f"{call!r} was called in workflow {workflow!r} {workflow_id} while its attempt {attempt} was ending, because "
         f"{why}: it was not executed. A finally or an except block has gone on although the attempt was over. "

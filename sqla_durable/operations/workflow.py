@@ -63,17 +63,17 @@ async def completion_of(runtime: Runtime, definition: WorkflowDefinition) -> Com
     try:
         return await _completion_of(runtime, definition)
     except BaseException as error:
-        signal = control_flow_in(error)  # a task group wraps the signals of its tasks
-        if isinstance(signal, CallRefused):
-            signal = runtime.attempt.stop_signal or signal  # the signal that ended the attempt
-        if isinstance(signal, Cancelling):
+        ending = control_flow_in(error)  # a task group wraps what its tasks raise
+        if isinstance(ending, CallRefused):
+            ending = runtime.attempt.ending or ending
+        if isinstance(ending, Cancelling):
             return _undone(runtime.attempt)
-        raise signal or error from None
+        raise ending or error from None
 
 
 async def _completion_of(runtime: Runtime, definition: WorkflowDefinition) -> Completion:
     attempt = runtime.attempt
-    attempt.options = definition.durable
+    attempt.options = definition.durable_options
     try:
         _ = definition.result  # raises before the workflow is executed, if its result could not be recorded
         value = await _called(runtime, definition)
@@ -114,14 +114,14 @@ def _ended(
 
 async def _called(runtime: Runtime, definition: WorkflowDefinition) -> Any:
     arguments = definition.arguments.decode(runtime.attempt.input)
-    if not definition.durable.interceptors.workflows:
+    if not definition.durable_options.interceptors.workflows:
         return await runtime.call_workflow(definition, arguments)
     async with runtime.intercepted():
         return await runtime.call_workflow(definition, arguments)
 
 
 def control_flow_in(error: BaseException) -> ControlFlow | None:
-    """Return the signal that an error is, or that a group of errors contains; None if there is none."""
+    """Return the `ControlFlow` that an error is, or that a group of errors contains; None if there is none."""
     if isinstance(error, BaseExceptionGroup):
         inner = cast("BaseExceptionGroup[BaseException]", error).exceptions
         return next((found for each in inner if (found := control_flow_in(each)) is not None), None)
@@ -160,7 +160,7 @@ class Outcome:
             case WorkflowStatus.SUCCEEDED:
                 return definition.result.decode(self.standing.output or "null")
             case _:
-                raise self.error(find or definition.durable.errors.outside)
+                raise self.error(find or definition.durable_options.errors.outside)
 
     @property
     def _label(self) -> str:
@@ -203,7 +203,7 @@ def must_compensate(attempt: Attempt, error: BaseException | None) -> bool:
     Not if the workflow is suspended, released or lost, whatever error its code raises then: it will be replayed.
     """
     if attempt.is_stopped:
-        return attempt.is_cancelling and (error is not None or attempt.was_signalled)
+        return attempt.is_cancelling and (error is not None or attempt.is_unwound)
     return error is not None and is_own_failure_of_workflow(attempt, error)
 
 
@@ -231,7 +231,7 @@ def patched(attempt: Attempt, patch_id: str) -> tuple[bool, Checkpoint | None]:
         patch = attempt.history_check.patched(patch_id)
     if patch.key is None:
         return patch.is_new, None
-    attempt.refuse_after_signal(patch.key)
+    attempt.refuse_when_unwound(patch.key)
     return patch.is_new, checkpoint_of(attempt, Position(patch.key, PATCH, patch.place), output="true")
 
 

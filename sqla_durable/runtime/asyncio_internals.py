@@ -30,7 +30,7 @@ def cancels_met(task: Task) -> int:
 def error_of(future: asyncio.Future[Any]) -> BaseException | None:
     """Return the error of a future that is done, without marking it as retrieved, as `exception` would.
 
-    Reads `Future._exception`. Without it there is none, and asyncio reports signals of the engine.
+    Reads `Future._exception`. Without it there is none, and asyncio reports what the engine raises.
     """
     error: BaseException | None = getattr(future, "_exception", None)
     return error

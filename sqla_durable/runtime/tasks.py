@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.branch import Branch, Branches, Position, name_of
-from sqla_durable.operations.shielding import ended, see, wait_done
+from sqla_durable.operations.shielding import ended, mark_retrieved, wait_done
 from sqla_durable.operations.suspending import CHECK_EVERY, QUIET, Suspension, Wait
 from sqla_durable.operations.workflow import control_flow_in
 from sqla_durable.runtime.asyncio_internals import (
@@ -40,7 +40,7 @@ _users: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
 _starting: dict[object, tuple[Branches, Branch]] = {}  # by coroutine, while its task is being made
 
 
-def whereabouts() -> object:
+def current_task() -> object:
     """Return the current task; None in a thread without an event loop, and in a callback of the loop."""
     try:
         task = asyncio.current_task()
@@ -155,11 +155,11 @@ async def _caught(coroutine: Coroutine[Any, Any, T]) -> tuple[T | None, BaseExce
 
 def _overseen(task: Task) -> Task:
     """Mark the engine's exceptions as retrieved, so that asyncio does not log them; return the task."""
-    task.add_done_callback(_see_signal)
+    task.add_done_callback(_mark_unwinding_retrieved)
     return task
 
 
-def _see_signal(task: Task) -> None:
+def _mark_unwinding_retrieved(task: Task) -> None:
     error = error_of(task)  # task.exception() would mark the user's errors too
     if error is not None and control_flow_in(error) is not None:
         task.exception()
@@ -229,7 +229,7 @@ def abandon(attempt: Attempt) -> None:
     for task in carriers.union(_live(attempt), _calls(attempt)):
         if task is not here and not task.done():
             for each in (task, *futures_of(task)):
-                each.add_done_callback(see)
+                each.add_done_callback(mark_retrieved)
             task.cancel()
 
 

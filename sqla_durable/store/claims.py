@@ -53,7 +53,7 @@ _NO_PRIORITY = 32_768  # more than a smallint holds
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
+class ScanPosition:
     """The position of a workflow in its queue; a claim takes what comes after."""
 
     priority: int
@@ -61,7 +61,7 @@ class Position:
     id: UUID
 
 
-FRONT = Position(-32_768, "-infinity", UUID(int=0))
+FRONT = ScanPosition(-32_768, "-infinity", UUID(int=0))
 """The position before all others."""
 
 
@@ -69,7 +69,7 @@ FRONT = Position(-32_768, "-infinity", UUID(int=0))
 class Range:
     """A part of a queue: what comes after a position, and has a `priority` below `until`."""
 
-    after: Position
+    after: ScanPosition
     until: int = _NO_PRIORITY
 
 
@@ -82,7 +82,7 @@ class Batch:
     """What one claim took and when, and the last position that it took in each queue and priority."""
 
     claimed: list[Claimed]
-    last_positions: dict[str, dict[int, Position]]
+    last_positions: dict[str, dict[int, ScanPosition]]
     claimed_at: datetime | None = None
 
 
@@ -117,9 +117,9 @@ def claim(
     returned = execute(connectable, subset.form_of(_CLAIM, _CLAIM_PART), parameters | range_parameters(ranges))
     # RETURNING has no order of its own.
     rows = sorted(returned, key=lambda row: (row.priority, row.enqueued_at, row.id))
-    last_positions: dict[str, dict[int, Position]] = defaultdict(dict)
+    last_positions: dict[str, dict[int, ScanPosition]] = defaultdict(dict)
     for row in rows:
-        last_positions[row.queue][row.priority] = Position(row.priority, row.enqueued_at, row.id)
+        last_positions[row.queue][row.priority] = ScanPosition(row.priority, row.enqueued_at, row.id)
     return Batch([_claimed(row, token) for row in rows], last_positions, rows[0].claimed_at if rows else None)
 
 

@@ -198,7 +198,7 @@ def _insert_events(cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
 def _insert_stream_items(cut: sa.CTE, copied: sa.CTE, started: sa.CTE) -> Any:
     """Insert the items with new numbers: items that are left out may have been in between."""
     number = pg.row_number().over(partition_by=(cut.c.id, STREAM_ITEM.c.name), order_by=STREAM_ITEM.c.number)
-    names = ("name", "value", "closed", "step_key", "attempt", "step_attempt", "created_at")
+    names = ("name", "value", "closed", "step_key", "attempt", "try_number", "created_at")
     columns = [cut.c.id, number - ONE, *(STREAM_ITEM.c[name] for name in names)]
     source = sa.select(*columns).select_from(_shown(STREAM_ITEM, cut, copied, started))
     return insert_select(STREAM_ITEM, ["workflow_id", "number", *names], source)

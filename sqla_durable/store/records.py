@@ -28,7 +28,7 @@ class Origin:
     fence: Fence
     attempt: int
     step_key: str
-    step_attempt: int | None = None
+    try_number: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Checkpoint:
     output: str | None
     error: str | None
     attempt: int
-    attempts: int
+    tries: int
     elapsed: float
     delay: float | None = None
     value: tuple[Any] | None = None
@@ -67,8 +67,8 @@ class Checkpoint:
 class Recorded:
     """A recorded checkpoint, as a replay reads it: JSON text, decoded when the step is visited.
 
-    Of a step that is being tried again, `attempts` have failed, the first began `age` seconds before the record was
-    read, and the next is due in `due_in` seconds. Of one that is running, the last of `attempts` was interrupted, and
+    Of a step that is being tried again, `tries` have failed, the first began `age` seconds before the record was
+    read, and the next is due in `due_in` seconds. Of one that is running, the last of `tries` was interrupted, and
     `details` is the JSON text that it has reported. Of one that was recorded just now, `value` is what reading `output`
     gave when it was encoded: for one reader.
     """
@@ -79,7 +79,7 @@ class Recorded:
     status: StepStatus
     output: str | None
     error: str | None
-    attempts: int = 1
+    tries: int = 1
     age: float = 0.0
     due_in: float = 0.0
     details: str | None = None

@@ -85,7 +85,7 @@ def schema_of(session: Session) -> str:
     return names.get(SCHEMA) or SCHEMA
 
 
-def end_idle(connection: sa.Connection) -> None:
+def limit_idle(connection: sa.Connection) -> None:
     """Limit how long this transaction may be idle; see `limit_idle_time`."""
     connection.execute(sa.select(limit_idle_time()))
 
@@ -96,7 +96,7 @@ def is_read_committed(connection: sa.Connection) -> bool:
     return default == "read committed"
 
 
-def alone(engine: sa.Engine) -> sa.Engine:
+def autocommitting(engine: sa.Engine) -> sa.Engine:
     """Return an engine whose statements are each a transaction of their own, in one round trip.
 
     But for asyncpg: it prepares a statement in one round trip and executes it in another, and a pooler in transaction

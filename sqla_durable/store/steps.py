@@ -183,7 +183,7 @@ def checkpoint_columns(
         "output": sa.cast(given["output"], JSONB),
         "error": sa.cast(given["error"], JSONB),
         "attempt": given["attempt"],
-        "attempts": given["attempts"],
+        "tries": given["tries"],
         # A step's duration is measured by its process; the two times are on the database's clock.
         "started_at": now - interval(given["elapsed"]),
         "finished_at": now,
@@ -271,7 +271,7 @@ def _verdict(session: Connectable, statement: Any, checkpoint: Checkpoint) -> Ve
 
 
 def _recorded(row: sa.Row[Any]) -> Recorded:
-    found = Recorded(row.key, row.name, row.position, row.status, row.output, row.error, row.attempts)
+    found = Recorded(row.key, row.name, row.position, row.status, row.output, row.error, row.tries)
     if row.age is None:
         return found if row.details is None else replace(found, details=row.details)
     endless = 0.0 if row.status is StepStatus.RUNNING else float("inf")
@@ -297,7 +297,7 @@ def _recorded_among_statement() -> Any:
         sa.select(STEP.c.workflow_id, WORKFLOW.c.token, STEP.c.key)
         .join_from(batch, WORKFLOW, sa.and_(WORKFLOW.c.id == batch.c.id, WORKFLOW.c.token == batch.c.token))
         .join(STEP, sa.and_(STEP.c.workflow_id == batch.c.id, STEP.c.key == batch.c.key))
-        .where(sa.or_(~is_open_step(), sa.and_(is_open, STEP.c.attempts == batch.c.attempts, is_timed == has_time)))
+        .where(sa.or_(~is_open_step(), sa.and_(is_open, STEP.c.tries == batch.c.tries, is_timed == has_time)))
     )
 
 
@@ -312,13 +312,13 @@ def _report_statement() -> Any:
     columns = checkpoint_columns(GIVEN) | {"workflow_id": owned.c.id, "details": details}
     inserted = insert_select(STEP, columns, sa.select(*columns.values()))
     given = inserted.excluded
-    same_or_later = sa.or_(STEP.c.status == status_literal(StepStatus.RUNNING), STEP.c.attempts < given.attempts)
+    same_or_later = sa.or_(STEP.c.status == status_literal(StepStatus.RUNNING), STEP.c.tries < given.tries)
     reported = inserted.on_conflict_do_update(
         index_elements=["workflow_id", "key"],
         set_={
             "status": given.status,
             "attempt": given.attempt,
-            "attempts": given.attempts,
+            "tries": given.tries,
             "wake_at": sa.null(),
             # The first try may have been on another server, whose clock was ahead.
             "finished_at": sa.func.greatest(given.finished_at, STEP.c.started_at),
@@ -369,7 +369,7 @@ _RECORDED = sa.select(
     sa.cast(STEP.c.output, Text).label("output"),
     sa.cast(STEP.c.error, Text).label("error"),
     sa.cast(STEP.c.details, Text).label("details"),
-    STEP.c.attempts,
+    STEP.c.tries,
     _age_of(STEP.c.started_at).label("age"),
     (-_age_of(STEP.c.wake_at)).label("due_in"),
 )

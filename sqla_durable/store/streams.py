@@ -85,7 +85,7 @@ class Item:
     value: str | None
     step_key: str | None
     attempt: int
-    step_attempt: int | None
+    try_number: int | None
     created_at: datetime
 
 
@@ -109,7 +109,7 @@ class _Writer:
     name: Expression
     step_key: Expression
     attempt: Expression
-    step_attempt: Expression
+    try_number: Expression
 
 
 def append(connectable: Connectable, origin: Origin, *, name: str, values: Sequence[str | None]) -> Appended:
@@ -122,7 +122,7 @@ def append(connectable: Connectable, origin: Origin, *, name: str, values: Seque
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
     """
     parameters = given_fence_parameters(origin.fence, origin.step_key)
-    parameters |= {"given_attempt": origin.attempt, "step_attempt": origin.step_attempt}
+    parameters |= {"given_attempt": origin.attempt, "try_number": origin.try_number}
     appended = _append(connectable, _APPEND, origin.fence.workflow_id, parameters, name=name, values=values)
     return Appended.WRITTEN if _closes(values) else appended
 
@@ -133,7 +133,7 @@ def record(connectable: Connectable, checkpoint: Checkpoint, *, name: str, value
     Raises:
         AttemptLost: the attempt no longer owns the workflow; nothing was written.
     """
-    parameters = given_parameters(checkpoint) | {"step_attempt": None}
+    parameters = given_parameters(checkpoint) | {"try_number": None}
     workflow_id = checkpoint.fence.workflow_id
     appended = _append(connectable, _RECORD, workflow_id, parameters, name=name, values=values)
     if appended is Appended.WRITTEN or not _closes(values):
@@ -164,7 +164,7 @@ def read(session: Session, workflow_id: UUID, name: str, *, start: int, limit: i
     if not rows:
         raise not_found(session, workflow_id)
     items = [
-        Item(row.number, row.value, row.step_key, row.attempt, row.step_attempt, row.created_at)
+        Item(row.number, row.value, row.step_key, row.attempt, row.try_number, row.created_at)
         for row in rows
         if row.number is not None
     ]
@@ -183,7 +183,7 @@ def _rows_of(appends: Sequence[Append]) -> list[dict[str, Any]]:
             "name": each.name,
             "step_key": each.origin.step_key,
             "attempt": each.origin.attempt,
-            "step_attempt": each.origin.step_attempt,
+            "try_number": each.origin.try_number,
             "item": item,
             "value": value,
         }
@@ -240,7 +240,7 @@ def _append_statement(*, recorded: bool) -> Any:
 def _last(workflow_id: Expression, name: Expression) -> Any:
     """Select the last item of the stream, by the primary key."""
     return (
-        sa.select(_ITEM.number, _ITEM.value, _ITEM.step_key, _ITEM.attempt, _ITEM.step_attempt, _ITEM.closed)
+        sa.select(_ITEM.number, _ITEM.value, _ITEM.step_key, _ITEM.attempt, _ITEM.try_number, _ITEM.closed)
         .where(_ITEM.workflow_id == workflow_id, _ITEM.name == name)
         .order_by(_ITEM.number.desc())
         .limit(ONE)
@@ -250,7 +250,7 @@ def _last(workflow_id: Expression, name: Expression) -> Any:
 def _is_closed(last: Any, writer: _Writer) -> Condition:
     """Return whether an item closes the stream for this try: not if an earlier try of the same step has written it."""
     same_step = last.c.step_key.is_not_distinct_from(writer.step_key)
-    same_try = sa.and_(last.c.attempt == writer.attempt, last.c.step_attempt.is_not_distinct_from(writer.step_attempt))
+    same_try = sa.and_(last.c.attempt == writer.attempt, last.c.try_number.is_not_distinct_from(writer.try_number))
     return sa.and_(last.c.closed, sa.or_(~same_step, same_try))
 
 
@@ -293,7 +293,7 @@ def _columns(writer: _Writer, workflow_id: Any, number: Any, value: Any) -> dict
         "closed": value.is_(None),
         "step_key": writer.step_key,
         "attempt": writer.attempt,
-        "step_attempt": writer.step_attempt,
+        "try_number": writer.try_number,
         "created_at": pg.statement_timestamp(),
     }
 
@@ -315,7 +315,7 @@ def _append_many_statement() -> Any:
     fences = sa.select(batch.c.id, batch.c.token).where(batch.c.item == ONE).subquery("fences")
     mine = lock_owned(fences, skip_locked=True)
     last = _last(batch.c.id, batch.c.name).lateral("last")
-    of_batch = _Writer(batch.c.name, batch.c.step_key, batch.c.attempt, batch.c.step_attempt)
+    of_batch = _Writer(batch.c.name, batch.c.step_key, batch.c.attempt, batch.c.try_number)
     head = materialized(
         sa.select(
             *batch.c,
@@ -326,7 +326,7 @@ def _append_many_statement() -> Any:
         .where(batch.c.item == ONE),
         "head",
     )
-    of_head = _Writer(head.c.name, head.c.step_key, head.c.attempt, head.c.step_attempt)
+    of_head = _Writer(head.c.name, head.c.step_key, head.c.attempt, head.c.try_number)
     columns = _columns(of_head, head.c.id, head.c.number, sa.cast(head.c.value, JSONB))
     open_ones = insert_select(STREAM_ITEM, columns, sa.select(*columns.values()).where(~head.c.closed))
     first = open_ones.on_conflict_do_nothing().returning(_ITEM.workflow_id, _ITEM.number).cte("first")
@@ -343,7 +343,7 @@ def _append_many_statement() -> Any:
 def _read_statement() -> Any:
     wanted = WANTED_ID
     item = (
-        sa.select(_ITEM.number, _ITEM.value, _ITEM.step_key, _ITEM.attempt, _ITEM.step_attempt, _ITEM.created_at)
+        sa.select(_ITEM.number, _ITEM.value, _ITEM.step_key, _ITEM.attempt, _ITEM.try_number, _ITEM.created_at)
         .where(_ITEM.workflow_id == wanted, _ITEM.name == _NAME, _ITEM.number >= parameter("start", sa.Integer()))
         .order_by(_ITEM.number)
         .limit(LIMIT)
@@ -358,7 +358,7 @@ def _read_statement() -> Any:
             sa.cast(item.c.value, Text).label("value"),
             item.c.step_key,
             item.c.attempt,
-            item.c.step_attempt,
+            item.c.try_number,
             item.c.created_at,
         )
         .select_from(WORKFLOW)
@@ -368,7 +368,7 @@ def _read_statement() -> Any:
     )
 
 
-_GIVEN_WRITER = _Writer(_NAME, GIVEN["key"], GIVEN["attempt"], parameter("step_attempt", sa.Integer()))
+_GIVEN_WRITER = _Writer(_NAME, GIVEN["key"], GIVEN["attempt"], parameter("try_number", sa.Integer()))
 _BATCH: Columns = {
     "id": sa.UUID(),
     "token": sa.UUID(),
@@ -376,7 +376,7 @@ _BATCH: Columns = {
     "name": Text(),
     "step_key": Text(),
     "attempt": sa.Integer(),
-    "step_attempt": sa.Integer(),
+    "try_number": sa.Integer(),
     "item": sa.Integer(),
     "value": Text(),
 }

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sqla_durable import migrations, models
-from sqla_durable.api.callers import require_session
+from sqla_durable.api.sessions import require_session
 from sqla_durable.definitions.checks import require_duration
 from sqla_durable.errors import SessionError
 from sqla_durable.store import schema, timers

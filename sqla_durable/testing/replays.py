@@ -15,7 +15,7 @@ from sqlalchemy import CompoundSelect, Select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqla_durable.api.callers import id_of
+from sqla_durable.api.sessions import id_of
 from sqla_durable.api.workflows import AsyncWorkflowFunction, WorkflowFunction
 from sqla_durable.definitions.failure import Failure
 from sqla_durable.errors import ArgumentError, DecodingError

@@ -77,7 +77,7 @@ def test_an_agent_streams_what_it_thinks_and_a_broken_answer_is_told_apart(shell
     assert (event(shell, workflow_id, "turn"), event(shell, workflow_id, "looked up")) == (3, "price")
 
     entries = stream(shell, workflow_id, "answers", wanted=str)
-    said = [(each.step_key, each.step_attempt, each.value) for each in entries]
+    said = [(each.step_key, each.try_number, each.value) for each in entries]
     assert said == [
         ("ask", 1, "look:"),
         ("ask", 1, "stock"),

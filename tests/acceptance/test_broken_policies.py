@@ -76,7 +76,7 @@ def test_a_policy_that_fails_fails_its_step_at_first_and_on_replay(
     assert "ConnectionError('no answer')" in first
     with shell.sessionmaker() as session:
         (recorded,) = session.scalars(select(Step))
-        assert (recorded.status, recorded.attempts) == (StepStatus.FAILED, 1)
+        assert (recorded.status, recorded.tries) == (StepStatus.FAILED, 1)
         assert session.scalars(select(Entry)).all() == []
         workflow_id = recorded.workflow_id
     shell.crashed(workflow_id)

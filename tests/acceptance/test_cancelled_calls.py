@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 import sqla_durable.asyncio as aio
-import sqla_durable.runtime.shells
+import sqla_durable.runtime.runtimes
 from sqla_durable import Event, Step, StepStatus, WorkflowStatus, set_event
 from sqla_durable.asyncio import AsyncExecutor, to_thread
 from sqla_durable.operations.history import FIRED
@@ -426,8 +426,8 @@ def test_a_worker_that_stops_records_no_cancelled_call(shell: Shell, app: Applic
 def test_a_call_that_todays_code_does_not_cancel_any_more_ends_all_the_same(
     shell: Shell, app: Application, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sqla_durable.runtime.shells, "_QUIET", 0.1)
-    monkeypatch.setattr(sqla_durable.runtime.shells, "_CHECK_EVERY", 0.02)
+    monkeypatch.setattr(sqla_durable.runtime.runtimes, "_QUIET", 0.1)
+    monkeypatch.setattr(sqla_durable.runtime.runtimes, "_CHECK_EVERY", 0.02)
     cancels = [True]
 
     @app.durable.step

@@ -174,7 +174,7 @@ def test_a_parked_workflow_that_is_cancelled_does_not_wake_and_is_resumed_with_i
             assert manage.resume(session, workflow_id) == [workflow_id]
         assert shell.result(paying, workflow_id) == 2
     (recorded,) = shell.one(workflow_id).steps
-    assert (recorded.attempts, recorded.attempt) == (2, 2)
+    assert (recorded.tries, recorded.attempt) == (2, 2)
 
 
 def test_a_failed_workflow_is_not_resumed(shell: Shell, app: Application) -> None:

@@ -9,7 +9,7 @@ import anyio
 import pytest
 from sqlalchemy.orm import Session
 
-import sqla_durable.runtime.shells
+import sqla_durable.runtime.runtimes
 from sqla_durable.asyncio import to_thread
 from tests.acceptance import either
 from tests.acceptance.application import Application
@@ -168,7 +168,7 @@ def test_a_sync_step_whose_call_was_cancelled_while_it_waited_for_a_place_is_not
 def test_a_call_that_waits_for_long_to_be_cancelled_again_is_named_in_the_log(
     shell: Shell, app: Application, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sqla_durable.runtime.shells, "_CHECK_EVERY", 0.01)
+    monkeypatch.setattr(sqla_durable.runtime.runtimes, "_CHECK_EVERY", 0.01)
     cancels = [True]
 
     @app.durable.step

@@ -38,7 +38,7 @@ class NotYet(Exception):
 
 def wait() -> None:
     execution = current()
-    if execution is None or execution.step_attempt == 1:
+    if execution is None or execution.try_number == 1:
         raise NotYet
 
 

@@ -115,8 +115,8 @@ def test_an_event_of_a_plain_step_is_set_at_once_and_again_by_the_next_try(shell
     async def charge() -> None:
         execution = current()
         assert execution is not None
-        await either.set_event("try", execution.step_attempt)
-        if execution.step_attempt == 1:
+        await either.set_event("try", execution.try_number)
+        if execution.try_number == 1:
             raise ConnectionError("try again")
 
     charging = app.publishing(charge, wait=tenacity.wait_none())

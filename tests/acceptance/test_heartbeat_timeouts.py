@@ -59,7 +59,7 @@ def test_a_step_that_falls_silent_is_tried_again_and_finds_its_last_details(shel
     assert shell.run(app.workflow(agent)) == "loaded"
     assert found == [None, {"line": 2}]
     step = _step(shell)
-    assert (step.status, step.details, step.attempts) == (StepStatus.SUCCEEDED, {"line": 2}, 2)
+    assert (step.status, step.details, step.tries) == (StepStatus.SUCCEEDED, {"line": 2}, 2)
 
 
 def test_a_step_without_any_heartbeat_is_silent_from_its_beginning(shell: Shell, app: Application) -> None:

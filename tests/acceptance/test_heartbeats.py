@@ -52,7 +52,7 @@ def test_the_last_details_are_kept_and_the_next_try_finds_them(shell: Shell, app
     assert shell.run(app.workflow(agent)) == "loaded"
     assert found == [None, {"line": 6}]
     step = _step(shell)
-    assert (step.status, step.details, step.attempts) == (StepStatus.SUCCEEDED, {"line": 9}, 2)
+    assert (step.status, step.details, step.tries) == (StepStatus.SUCCEEDED, {"line": 9}, 2)
 
 
 @pytest.mark.shells(("executor", "worker", "async-executor", "async-worker", "asyncpg-worker", "mixed-worker"))
@@ -62,7 +62,7 @@ def test_a_running_step_shows_how_far_it_is(shell: Shell, app: Application) -> N
     async def load() -> None:
         await either.heartbeat(["half"])
         step = _step(shell)
-        seen.append((step.status, step.details, step.attempts))
+        seen.append((step.status, step.details, step.tries))
 
     loading = app.publishing(load)
 

@@ -47,7 +47,7 @@ class Noting(Interceptor):
         return self._around(execution.workflow, execution)
 
     def step(self, execution: Execution) -> AbstractContextManager[None]:
-        return self._around(f"{execution.step} {execution.step_attempt}", execution)
+        return self._around(f"{execution.step} {execution.try_number}", execution)
 
     def transaction(self, execution: Execution, session: Session) -> None:
         assert isinstance(session, Session)
@@ -236,7 +236,7 @@ def test_what_an_interceptor_raises_before_a_step_is_the_steps_failure(
     with pytest.raises(PermissionError, match=f"no {step}"):
         shell.run(paying(app, lambda: 1, booked))
     failed = _steps(shell)[-1]
-    assert (failed.key, failed.status, failed.attempts) == (step, StepStatus.FAILED, 1)
+    assert (failed.key, failed.status, failed.tries) == (step, StepStatus.FAILED, 1)
     assert _accounts(shell) == []
 
 
@@ -257,12 +257,12 @@ def test_what_an_interceptor_raises_after_a_step_rolls_it_back(shell: Shell, app
 def test_what_an_interceptor_raises_in_the_transaction_is_tried_again(shell: Shell, app: Application) -> None:
     class Failing(Interceptor):
         def transaction(self, execution: Execution, session: Session) -> None:
-            if execution.step_attempt == 1:
+            if execution.try_number == 1:
                 raise ConnectionError("once")
 
     app.durable.intercept(Failing())
     assert shell.run(paying(app, lambda: 1, booked, wait=tenacity.wait_none())) == 3
-    assert [each.attempts for each in _steps(shell)] == [1, 2]
+    assert [each.tries for each in _steps(shell)] == [1, 2]
 
 
 def test_what_an_interceptor_raises_around_a_workflow_is_the_workflows_failure(shell: Shell, app: Application) -> None:
@@ -405,7 +405,7 @@ def test_only_what_is_overridden_is_called() -> None:
         pass
 
     durable = Durable(interceptors=[Nothing(), Tenant()])
-    found = durable.workflow(lambda: None, name="nothing").definition.durable.interceptors
+    found = durable.workflow(lambda: None, name="nothing").definition.durable_options.interceptors
     assert [len(each) for each in (found.starts, found.workflows, found.steps, found.transactions)] == [1, 1, 0, 1]
 
 

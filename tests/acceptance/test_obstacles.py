@@ -73,7 +73,7 @@ def test_what_the_engine_meets_is_waited_out_and_is_no_try(shell: Shell, app: Ap
     assert shell.run(app.workflow(buy)) == ["55P03", "57014", "plain"]
     assert booking.executions == ["55P03"] * 5 + ["57014"] * 3
     assert _accounts(shell) == ["55P03", "57014"]
-    assert {(each.status, each.attempts) for each in _steps(shell).values()} == {(StepStatus.SUCCEEDED, 1)}
+    assert {(each.status, each.tries) for each in _steps(shell).values()} == {(StepStatus.SUCCEEDED, 1)}
 
 
 # behaviour: O1
@@ -161,7 +161,7 @@ def test_a_cancel_that_stays_open_and_is_rolled_back_fails_no_step(
 
         assert shell.run(app.workflow(buy)) == 4
     assert _accounts(shell) == ["a"]
-    assert _steps(shell)["book"].attempts == 1
+    assert _steps(shell)["book"].tries == 1
     said = [each.getMessage() for each in caplog.records if each.name == "sqla_durable.step"]
     assert [message.rpartition(" ")[2] for message in said] == ["1", "2"]
     assert all("step 'book'" in message for message in said)
@@ -211,7 +211,7 @@ def test_a_compensation_waits_an_obstacle_out(shell: Shell) -> None:
     with pytest.raises(ValueError, match="sold out"):
         shell.run(buy)
     assert _accounts(shell) == ["booked", "undone"]
-    assert _steps(shell)["undo"].attempts == 1
+    assert _steps(shell)["undo"].tries == 1
 
 
 # behaviour: O1
@@ -241,7 +241,7 @@ def test_a_sync_step_of_an_async_workflow_waits_obstacles_out(shell: Shell) -> N
     else:
         assert shell.finish(buy, workflow_id) == 7
     assert _accounts(shell) == ["a"]
-    assert _steps(shell)["book"].attempts == 1 + isinstance(shell, AsyncWorkerShell)
+    assert _steps(shell)["book"].tries == 1 + isinstance(shell, AsyncWorkerShell)
 
 
 def _step_table(shell: Shell) -> str:
@@ -310,7 +310,7 @@ def test_a_step_that_loses_its_session_every_time_is_counted_logged_and_ends(
     assert "idle_in_transaction_session_timeout" in str(lost.value)
     record = shell.one(shell.only)
     assert (record.status, record.crashes, record.attempt) == (WorkflowStatus.FAILED, 0, 1)
-    assert (record.steps[0].status, record.steps[0].attempts) == (StepStatus.FAILED, 4)
+    assert (record.steps[0].status, record.steps[0].tries) == (StepStatus.FAILED, 4)
     assert _accounts(shell) == []
     said = [each.getMessage() for each in caplog.records if each.name == "sqla_durable.step"]
     assert len(said) == 3
@@ -338,7 +338,7 @@ def test_losses_are_counted_over_attempts_and_end_without_a_policy(shell: Shell,
     workflow_id = shell.begin(workflow)
     with shell.background():
         races.wait_until(lambda: _losses(shell) >= 2, what="the second loss")
-    assert _steps(shell)["lose"].attempts == _losses(shell)
+    assert _steps(shell)["lose"].tries == _losses(shell)
     with shell.sessionmaker.begin() as session:  # as if it had lost 19 by now
         session.execute(text("""UPDATE durable.step SET error = jsonb_set(error, '{state,count}', '19')"""))
     before = len(executions)
@@ -380,7 +380,7 @@ def test_one_loss_ends_no_step_whatever_its_policy_says(shell: Shell, app: Appli
 
     assert shell.run(app.workflow(buy)) == 2
     assert _accounts(shell) == ["a"]
-    assert _steps(shell)["lose_once"].attempts == 2
+    assert _steps(shell)["lose_once"].tries == 2
 
 
 @pytest.mark.shells(["worker"])

@@ -178,7 +178,7 @@ def test_step_is_tried_again_as_tenacity_says(shell: Shell, app: Application) ->
     assert shell.run(app.workflow(pay)) == 3
     assert waits == [1, 2]
     assert len(set(service.keys)) == 1
-    assert [(each.key, each.attempts) for each in _steps(shell)] == [("charge", 3)]
+    assert [(each.key, each.tries) for each in _steps(shell)] == [("charge", 3)]
 
 
 # behaviour: S1
@@ -199,7 +199,7 @@ def test_no_wait_after_the_last_try(shell: Shell, app: Application) -> None:
         shell.run(app.workflow(pay))
     assert service.calls == 3
     assert waits == [1, 2, 3], "computed before `stop` is asked, as in tenacity"
-    assert [(each.status, each.attempts) for each in _steps(shell)] == [(StepStatus.FAILED, 3)]
+    assert [(each.status, each.tries) for each in _steps(shell)] == [(StepStatus.FAILED, 3)]
 
 
 # behaviour: S2
@@ -227,7 +227,7 @@ def test_predicate_on_the_result_asks_for_another_try(shell: Shell, app: Applica
         return (await charge()).number
 
     assert shell.run(app.workflow(pay)) == 3
-    assert [each.attempts for each in _steps(shell)] == [3]
+    assert [each.tries for each in _steps(shell)] == [3]
 
 
 # behaviour: S2

@@ -32,7 +32,7 @@ def test_step_is_executed_until_its_result_is_true(shell: Shell, app: Applicatio
 
     assert shell.run(app.workflow(pay)) == "paid"
     (row,) = shell.one(shell.only).steps
-    assert (row.key, row.status, row.output, row.attempts) == ("is_paid", StepStatus.SUCCEEDED, "paid", 4)
+    assert (row.key, row.status, row.output, row.tries) == ("is_paid", StepStatus.SUCCEEDED, "paid", 4)
 
 
 def test_last_result_stands_when_it_is_too_late(shell: Shell, app: Application) -> None:
@@ -63,7 +63,7 @@ def test_error_is_the_business_of_the_steps_own_policy(shell: Shell, app: Applic
 
     with pytest.raises(ConnectionError):
         shell.run(app.workflow(pay))
-    assert [(row.key, row.attempts) for row in shell.one(shell.only).steps] == [("is_paid", 2), ("patient", 4)]
+    assert [(row.key, row.tries) for row in shell.one(shell.only).steps] == [("is_paid", 2), ("patient", 4)]
 
 
 @WORKERS
@@ -87,7 +87,7 @@ def test_workflow_is_a_row_between_two_tries(shell: Shell, app: Application) -> 
 
 def _parked_after(shell: Shell, workflow_id: UUID, tries: int) -> bool:
     record = shell.one(workflow_id)
-    return record.status is WorkflowStatus.SUSPENDED and [row.attempts for row in record.steps] == [tries]
+    return record.status is WorkflowStatus.SUSPENDED and [row.tries for row in record.steps] == [tries]
 
 
 def test_what_is_no_tenacity_object_is_refused(app: Application) -> None:

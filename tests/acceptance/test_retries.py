@@ -58,12 +58,12 @@ def test_a_crash_does_not_forget_how_often_a_step_has_failed(shell: Shell, app: 
         return number
 
     workflow = app.workflow(pay)
-    workflow_id = _tried(shell, workflow, attempts=3)
+    workflow_id = _tried(shell, workflow, tries=3)
     with pytest.raises(ConnectionError, match="call 1 failed"):
         shell.finish(workflow, workflow_id)
     assert flaky.calls == 1
     (recorded,) = shell.one(workflow_id).steps
-    assert (recorded.status, recorded.attempts, recorded.wake_at) == (StepStatus.FAILED, 4, None)
+    assert (recorded.status, recorded.tries, recorded.wake_at) == (StepStatus.FAILED, 4, None)
     with shell.sessionmaker() as session:
         assert session.scalars(select(Entry)).all() == []
 
@@ -76,7 +76,7 @@ def test_a_stop_after_a_delay_counts_from_the_first_try_whatever_crashed_since(s
         return await step()
 
     workflow = app.workflow(pay)
-    workflow_id = _tried(shell, workflow, attempts=3, began=timedelta(hours=2))
+    workflow_id = _tried(shell, workflow, tries=3, began=timedelta(hours=2))
     with pytest.raises(ConnectionError):
         shell.finish(workflow, workflow_id)
     assert flaky.calls == 1
@@ -91,7 +91,7 @@ def test_a_try_that_is_not_due_is_waited_for(shell: Shell, app: Application) -> 
         return await step()
 
     workflow = app.workflow(pay)
-    workflow_id = _tried(shell, workflow, attempts=1, due_in=timedelta(seconds=0.7))
+    workflow_id = _tried(shell, workflow, tries=1, due_in=timedelta(seconds=0.7))
     assert shell.finish(workflow, workflow_id) == 1
     with shell.sessionmaker() as session:
         (recorded,) = session.scalars(select(Step))
@@ -113,7 +113,7 @@ def test_a_long_wait_parks_the_workflow_as_a_row(shell: Shell, app: Application)
         parked = shell.one(workflow_id)
         assert (parked.token, parked.worker_id, parked.attempt) == (None, None, 1)
         (tried,) = parked.steps
-        assert (tried.status, tried.attempts) == (StepStatus.RETRYING, 1)
+        assert (tried.status, tried.tries) == (StepStatus.RETRYING, 1)
         assert tried.error is not None
         assert tried.error["message"] == "call 1 failed"
         assert "Traceback" in tried.error["traceback"]
@@ -124,7 +124,7 @@ def test_a_long_wait_parks_the_workflow_as_a_row(shell: Shell, app: Application)
         assert shell.result(workflow, workflow_id) == 2
     assert flaky.calls == 2
     (recorded,) = shell.one(workflow_id).steps
-    assert (recorded.status, recorded.attempts, recorded.error) == (StepStatus.SUCCEEDED, 2, None)
+    assert (recorded.status, recorded.tries, recorded.error) == (StepStatus.SUCCEEDED, 2, None)
 
 
 @on_workers
@@ -221,7 +221,7 @@ def test_an_outcome_that_calls_for_another_try_is_recorded_without_an_error(shel
     workflow = app.workflow(pay)
     assert shell.run(workflow) == "ready"
     (recorded,) = _steps(shell)
-    assert (recorded.attempts, recorded.output, recorded.error) == (2, "ready", None)
+    assert (recorded.tries, recorded.output, recorded.error) == (2, "ready", None)
 
 
 @pytest.mark.shells(["executor", "async-executor"])
@@ -282,7 +282,7 @@ def _tried(
     shell: Shell,
     workflow: AnyWorkflow[..., Any],
     *,
-    attempts: int,
+    tries: int,
     began: timedelta = timedelta(seconds=1),
     due_in: timedelta = timedelta(),
 ) -> UUID:
@@ -301,7 +301,7 @@ def _tried(
                 status=StepStatus.RETRYING,
                 error={"type": "builtins:ConnectionError", "message": "recorded"},
                 attempt=1,
-                attempts=attempts,
+                tries=tries,
                 started_at=now - began,
                 finished_at=now,
                 wake_at=now + due_in,

@@ -107,7 +107,7 @@ def test_a_try_that_takes_too_long_fails_and_is_rolled_back(shell: Shell, app: A
     assert isinstance(raised.value, TimeoutError)
     assert (slow.calls, slow.cancelled) == (1, 1 if app.form is Form.ASYNC else 0)
     (recorded,) = _steps(shell)
-    assert (recorded.status, recorded.attempts) == (StepStatus.FAILED, 1)
+    assert (recorded.status, recorded.tries) == (StepStatus.FAILED, 1)
     assert _entries(shell) == 0
     workflow_id = _only(shell).id
     shell.crashed(workflow_id)
@@ -123,7 +123,7 @@ def test_a_timeout_is_tried_again_like_any_other_error(shell: Shell, app: Applic
     slow = Slow(app, 1, kind, timeout=SHORT, retry=retry, wait=tenacity.wait_none())
     assert shell.run(slow.workflow(app)) == 2
     (recorded,) = _steps(shell)
-    assert (recorded.status, recorded.attempts) == (StepStatus.SUCCEEDED, 2)
+    assert (recorded.status, recorded.tries) == (StepStatus.SUCCEEDED, 2)
     assert _entries(shell) == (0 if kind == "plain" else 1)
 
 
@@ -132,7 +132,7 @@ def test_a_step_that_is_done_in_time_is_not_disturbed(shell: Shell, app: Applica
     slow = Slow(app, 0, kind, timeout=LONG, total_timeout=2 * LONG)
     assert shell.run(slow.workflow(app)) == 1
     (recorded,) = _steps(shell)
-    assert (recorded.status, recorded.attempts) == (StepStatus.SUCCEEDED, 1)
+    assert (recorded.status, recorded.tries) == (StepStatus.SUCCEEDED, 1)
 
 
 @in_async
@@ -226,7 +226,7 @@ def test_the_total_ends_a_step_before_a_try_for_which_there_is_no_time(shell: Sh
         shell.run(app.workflow(pay))
     assert raised.value.seconds == 3600
     (recorded,) = _steps(shell)
-    assert (recorded.status, recorded.attempts) == (StepStatus.FAILED, 1)
+    assert (recorded.status, recorded.tries) == (StepStatus.FAILED, 1)
 
 
 def test_the_total_ends_a_step_whose_policy_asks_for_another_outcome(shell: Shell, app: Application) -> None:
@@ -259,19 +259,19 @@ def test_the_total_counts_from_the_first_try_whatever_crashed_since(
         shell.finish(workflow, _begun(shell, workflow, status, ago=2 * LONG))
     assert slow.calls == 0
     (recorded,) = _steps(shell)
-    assert (recorded.status, recorded.attempts) == (StepStatus.FAILED, 1)
+    assert (recorded.status, recorded.tries) == (StepStatus.FAILED, 1)
 
 
 # behaviour: R6 R7
-@pytest.mark.parametrize(("status", "attempts"), [(StepStatus.RUNNING, 1), (StepStatus.RETRYING, 2)])
+@pytest.mark.parametrize(("status", "tries"), [(StepStatus.RUNNING, 1), (StepStatus.RETRYING, 2)])
 def test_a_step_with_time_left_goes_on_after_a_crash(
-    shell: Shell, app: Application, status: StepStatus, attempts: int
+    shell: Shell, app: Application, status: StepStatus, tries: int
 ) -> None:
     slow = Slow(app, 0, total_timeout=LONG, wait=tenacity.wait_none())
     workflow = slow.workflow(app)
     assert shell.finish(workflow, _begun(shell, workflow, status, ago=LONG / 2)) == 1
     (recorded,) = _steps(shell)
-    assert (recorded.status, recorded.attempts) == (StepStatus.SUCCEEDED, attempts)
+    assert (recorded.status, recorded.tries) == (StepStatus.SUCCEEDED, tries)
     assert recorded.finished_at - recorded.started_at >= LONG / 2
 
 
@@ -283,7 +283,7 @@ def test_the_beginning_of_a_step_with_a_total_is_recorded_before_it_is_called(
     seen: list[tuple[StepStatus, int]] = []
 
     def look() -> int:
-        seen.extend((each.status, each.attempts) for each in _steps(shell))
+        seen.extend((each.status, each.tries) for each in _steps(shell))
         return 1
 
     def in_session(session: Session) -> int:
@@ -355,7 +355,7 @@ def _begun(shell: Shell, workflow: AnyWorkflow[..., Any], status: StepStatus, *,
                 position=1,
                 status=status,
                 attempt=1,
-                attempts=1,
+                tries=1,
                 started_at=now - ago,
                 finished_at=now,
                 wake_at=now if status is StepStatus.RETRYING else None,

@@ -67,7 +67,7 @@ def test_items_have_numbers_without_gaps_and_tell_who_wrote_them(shell: Shell, a
 
     shell.run(app.workflow(checkout))
     entries = stream(shell, _only(shell), "log")
-    assert [(each.number, each.value, each.step_key, each.attempt, each.step_attempt) for each in entries] == [
+    assert [(each.number, each.value, each.step_key, each.attempt, each.try_number) for each in entries] == [
         (0, "begun", "write_stream(log)", 1, None),
         (1, "booked", "book", 1, 1),
         (2, "one", "charge", 1, 1),
@@ -195,9 +195,9 @@ def test_what_a_failed_try_wrote_is_told_apart_and_what_it_closed_goes_on(shell:
     async def answer() -> None:
         execution = current()
         assert execution is not None
-        await either.write_stream("answer", f"try {execution.step_attempt}")
+        await either.write_stream("answer", f"try {execution.try_number}")
         await either.close_stream("answer")
-        if execution.step_attempt == 1:
+        if execution.try_number == 1:
             raise ConnectionError("try again")
 
     answering = app.publishing(answer, wait=tenacity.wait_none())
@@ -207,7 +207,7 @@ def test_what_a_failed_try_wrote_is_told_apart_and_what_it_closed_goes_on(shell:
 
     shell.run(app.workflow(agent))
     entries = stream(shell, _only(shell), "answer")
-    assert [(each.number, each.value, each.step_attempt) for each in entries] == [(0, "try 1", 1), (2, "try 2", 2)]
+    assert [(each.number, each.value, each.try_number) for each in entries] == [(0, "try 1", 1), (2, "try 2", 2)]
 
 
 # behaviour: C5

@@ -65,7 +65,7 @@ def test_writes_and_checkpoint_commit_together(shell: Shell, app: Application) -
         entry_xids = session.scalars(text("SELECT xmin::text FROM entry ORDER BY id")).all()
         step_xids = session.scalars(select(text("step.xmin::text")).select_from(Step).order_by(Step.position)).all()
         assert entry_xids == step_xids
-        assert all(each.started_at <= each.finished_at and each.attempts == 1 for each in steps)
+        assert all(each.started_at <= each.finished_at and each.tries == 1 for each in steps)
 
 
 # behaviour: T2 E2
@@ -148,7 +148,7 @@ def test_conflicts_are_tried_again_and_leave_one_effect(shell: Shell, app: Appli
     assert shell.run(app.workflow(buy)) == 3
     assert calls == ["conflict"] * 3
     assert _entries(shell) == [("conflict", 3)]
-    assert [each.attempts for each in _steps(shell)] == [1], "a try that the database undid is none"
+    assert [each.tries for each in _steps(shell)] == [1], "a try that the database undid is none"
 
 
 # behaviour: T4
@@ -363,7 +363,7 @@ def test_current_tells_where_the_code_is(shell: Shell, app: Application) -> None
             execution.workflow,
             execution.attempt,
             execution.step,
-            execution.step_attempt,
+            execution.try_number,
             execution.idempotency_key.removeprefix(str(execution.workflow_id)),
         ]
 
@@ -372,7 +372,7 @@ def test_current_tells_where_the_code_is(shell: Shell, app: Application) -> None
     async def where() -> list[list[str | int | None]]:
         execution = current()
         assert execution is not None
-        here: list[str | int | None] = [execution.workflow, execution.attempt, execution.step, execution.step_attempt]
+        here: list[str | int | None] = [execution.workflow, execution.attempt, execution.step, execution.try_number]
         return [here, await asking(), await asking(), await asking.options(step_key="named")()]
 
     assert current() is None

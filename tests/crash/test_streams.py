@@ -24,10 +24,10 @@ def test_what_the_try_of_a_killed_worker_wrote_is_told_apart(
     with child.worker(database_url), Session(engine) as session:
         entries = list(read_stream(session, workflow_id, "story", str))
         ledger.wait_until_finished(engine)
-    written = [(each.number, each.attempt, each.step_attempt, each.value.partition("/")[2]) for each in entries]
+    written = [(each.number, each.attempt, each.try_number, each.value.partition("/")[2]) for each in entries]
     assert written == [(0, 1, 1, "0"), (1, 1, 1, "1"), (2, 2, 1, "0"), (3, 2, 1, "1"), (4, 2, 1, "2")]
     with Session(engine) as session:
         record = session.get_one(Workflow, workflow_id)
         assert record.output == 0  # the second report came within a second of the first, and died with its worker
         assert [(each.key, each.value) for each in record.events] == [("status", "telling")]
-        assert [(each.attempt, each.attempts, each.details) for each in record.steps] == [(1, 1, None), (2, 1, 2)]
+        assert [(each.attempt, each.tries, each.details) for each in record.steps] == [(1, 1, None), (2, 1, 2)]

@@ -33,7 +33,7 @@ def test_a_step_is_tried_as_often_as_it_says_whoever_dies_in_between(
         races.wait_until(lambda: races.status_of(engine, workflow_id).finished, seconds=30)
     with Session(engine) as session:
         (step,) = session.scalars(select(Step))
-        assert (step.status, step.attempts) == (StepStatus.FAILED, TRIES)
+        assert (step.status, step.tries) == (StepStatus.FAILED, TRIES)
         assert session.scalars(select(func.count()).select_from(Entry)).one() == TRIES
         record = session.get_one(Workflow, workflow_id)
         assert (record.status, record.attempt, record.crashes) == (WorkflowStatus.FAILED, 1, 0)
@@ -41,7 +41,7 @@ def test_a_step_is_tried_as_often_as_it_says_whoever_dies_in_between(
 
 def _tries(engine: Engine, number: int) -> bool:
     with Session(engine) as session:
-        return session.scalars(select(Step.attempts)).one_or_none() == number
+        return session.scalars(select(Step.tries)).one_or_none() == number
 
 
 def _make_due(engine: Engine) -> None:

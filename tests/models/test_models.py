@@ -126,7 +126,7 @@ def test_illegal_workflow_is_refused_by_a_named_constraint(
         ("step_error_check", {"status": "failed", "output": None, "error": "{}"}),
         ("step_counts_check", {"position": 0}),
         ("step_counts_check", {"attempt": 0}),
-        ("step_counts_check", {"attempts": 0}),
+        ("step_counts_check", {"tries": 0}),
         ("step_times_check", {"finished_at": datetime(2025, 1, 1, tzinfo=UTC)}),
         ("step_times_check", {"finished_at": "infinity"}),
         ("step_key_check", {"key": "k" * 2_501}),

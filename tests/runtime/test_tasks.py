@@ -14,7 +14,7 @@ from sqla_durable.execution.replaying import HistoryRecorder
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.runtime import loop_timers, tasks
 from sqla_durable.runtime.context import Context
-from sqla_durable.runtime.shells import AsyncRuntime
+from sqla_durable.runtime.runtimes import AsyncRuntime
 from sqla_durable.store import Claimed, Fence
 
 Body = Callable[[Callable[[], Any]], Awaitable[Any]]
@@ -89,7 +89,7 @@ async def _is_idle(attempt: Attempt, body: Body) -> bool:
         await loop.create_future()
 
     async def workflow() -> None:
-        attempt.branches.begin(tasks.whereabouts)
+        attempt.branches.begin(tasks.current_task)
         with (
             context_of(attempt).entered(),
             tasks.branching(),
@@ -137,7 +137,7 @@ async def test_branches_of_tasks_in_tasks_are_named_and_forgotten(attempt: Attem
     async def both() -> list[str]:
         return [*await asyncio.gather(pay(), pay()), attempt.begin_call("charge", 1).key]
 
-    attempt.branches.begin(tasks.whereabouts)
+    attempt.branches.begin(tasks.current_task)
     with (
         context_of(attempt).entered(),
         tasks.branching(),
@@ -154,7 +154,7 @@ async def test_what_the_engine_makes_while_it_operates_is_no_branch(attempt: Att
     async def here() -> object:
         return attempt.branches.here()
 
-    attempt.branches.begin(tasks.whereabouts)
+    attempt.branches.begin(tasks.current_task)
     with context_of(attempt).entered(), tasks.branching():
         with context_of(attempt, is_operating=True).entered():
             assert await asyncio.create_task(here()) is None
@@ -200,7 +200,7 @@ async def test_factory_that_somebody_wraps_around_ours_stays(attempt: Attempt) -
     async def pay() -> str:
         return attempt.begin_call("charge", 1).key
 
-    attempt.branches.begin(tasks.whereabouts)
+    attempt.branches.begin(tasks.current_task)
     with context_of(attempt).entered():
         with tasks.branching():
             ours: Any = loop.get_task_factory()

@@ -32,7 +32,7 @@ class Recording:
 
     status: StepStatus
     attempt: int
-    attempts: int
+    tries: int
     output: object
 
 
@@ -218,7 +218,7 @@ def _shown(record: Workflow) -> dict[str, Any]:
 
 
 def _recording(step: Step) -> Recording:
-    return Recording(step.status, step.attempt, step.attempts, step.output)
+    return Recording(step.status, step.attempt, step.tries, step.output)
 
 
 def _place(record: Workflow) -> tuple[Any, ...]:

@@ -164,12 +164,12 @@ class ClaimOne(OnWorkflows):
 
 
 def _as_claimed(row: Row) -> tuple[Any, ...]:
-    history = {key: (each.status, each.attempts) for key, each in row.steps.items()}
+    history = {key: (each.status, each.tries) for key, each in row.steps.items()}
     return row.id, row.token, row.attempt, history
 
 
 def _claimed(claimed: Any) -> tuple[Any, ...]:
-    history = {key: (each.status, each.attempts) for key, each in claimed.history.items()}
+    history = {key: (each.status, each.tries) for key, each in claimed.history.items()}
     return claimed.fence.workflow_id, claimed.fence.token, claimed.attempt, history
 
 
@@ -181,14 +181,14 @@ class Write:
     key: str
     status: StepStatus
     attempt: int
-    attempts: int = 1
+    tries: int = 1
     output: int = 1
 
     @property
     def recording(self) -> Recording:
         """What will stand in the table."""
         output = self.output if self.status is StepStatus.SUCCEEDED else None
-        return Recording(self.status, self.attempt, self.attempts, output)
+        return Recording(self.status, self.attempt, self.tries, output)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -202,7 +202,7 @@ class Write:
             output=str(self.output) if self.status is StepStatus.SUCCEEDED else None,
             error='{"type": "builtins:ValueError"}' if self.status is StepStatus.FAILED else None,
             attempt=self.attempt,
-            attempts=self.attempts,
+            tries=self.tries,
             elapsed=0.0,
             delay=HOUR.total_seconds() if self.status is StepStatus.RETRYING else None,
         )
@@ -287,7 +287,7 @@ class RecordedAmong(Operation):
         found = row.steps.get(write.key) if isinstance(row, Row) and row.token == write.fence.token else None
         if found is None or found.status.finished:
             return found is not None
-        return write.status is found.status and write.attempts == found.attempts
+        return write.status is found.status and write.tries == found.tries
 
 
 @dataclass(frozen=True)

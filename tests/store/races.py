@@ -186,7 +186,7 @@ def checkpoint(fence: Fence, key: str = "charge", *, output: str = "1", position
         output=output,
         error=None,
         attempt=1,
-        attempts=1,
+        tries=1,
         elapsed=0.0,
     )
 

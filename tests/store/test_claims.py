@@ -215,7 +215,7 @@ def test_each_queue_has_a_place_of_its_own(session_factory: sessionmaker[Session
         assert len(batch.claimed) + len(rest.claimed) == 6
 
 
-def _claim(session: Session, after: claims.Position, limit: int, *names: str) -> claims.Batch:
+def _claim(session: Session, after: claims.ScanPosition, limit: int, *names: str) -> claims.Batch:
     listened = {each: [Range(after)] for each in names or ("default",)}
     return claims.claim(
         session, worker_id=races.WORKER, token=uuid7(), ranges=listened, names=["checkout"], limit=limit
@@ -237,7 +237,7 @@ def test_what_an_open_transaction_keeps_dead_costs_a_claim_at_the_front_and_none
     assert pages[FRONT] > 5 * pages[reached], pages
 
 
-def _pages(session: Session, after: claims.Position) -> int:
+def _pages(session: Session, after: claims.ScanPosition) -> int:
     parameters = _parameters({"default": [Range(after)]})
     plan = explain(session, claims._CLAIM, parameters, mode="force_generic_plan")  # pyright: ignore[reportPrivateUsage]
     return plan.buffers("CTE claimable")

@@ -93,19 +93,19 @@ def now(session: Session) -> datetime:
     return moment
 
 
-def pages(session: Session, marks: ScanStarts, ranges: claims.Ranges) -> dict[str, int]:
+def pages(session: Session, scan_starts: ScanStarts, ranges: claims.Ranges) -> dict[str, int]:
     """Measure what a worker repeats."""
     known = claims.name_parameters(["checkout"], []) | claims.range_parameters(ranges)
     statements: dict[str, tuple[Any, dict[str, Any]]] = {
         "look": (
             looks._FIND_WORK,
-            {"polling_id": races.WORKER, "within": 1.0, **known, **looks._scan_parameters(marks)},
+            {"polling_id": races.WORKER, "within": 1.0, **known, **looks._scan_parameters(scan_starts)},
         ),
         "claim": (claims._CLAIM, {"limit": 100, "new_token": uuid7(), "claimant": races.WORKER, **known}),
-        "deliver": (signals._DELIVER, {"limit": 1_000, "since": marks.sent_at}),
-        "wake": (timers._WAKE_DUE, {"limit": 1_000, "since": marks.wake_at}),
-        "fail": (failures._FAIL_OVERDUE, {"limit": 1_000, "since": marks.deadline_at}),
-        "let go": (deferred._START_ORPHANS, {"limit": 1_000, "since": marks.sent_at}),
+        "deliver": (signals._DELIVER, {"limit": 1_000, "since": scan_starts.sent_at}),
+        "wake": (timers._WAKE_DUE, {"limit": 1_000, "since": scan_starts.wake_at}),
+        "fail": (failures._FAIL_OVERDUE, {"limit": 1_000, "since": scan_starts.deadline_at}),
+        "let go": (deferred._START_ORPHANS, {"limit": 1_000, "since": scan_starts.sent_at}),
     }
     return {
         name: min(explain(session, *each, mode="force_generic_plan").buffers() for _ in range(2))

@@ -133,7 +133,7 @@ class Histories(RuleBasedStateMachine):
     @rule(at=transactions, data=choice, then=endings)
     def try_again_and_park(self, at: int, data: st.DataObject, then: str) -> None:
         fence = self.any_fence(at, data)
-        write = Write(fence, KEYS[0], StepStatus.RETRYING, self.fences.get(fence, 1), attempts=2)
+        write = Write(fence, KEYS[0], StepStatus.RETRYING, self.fences.get(fence, 1), tries=2)
         self.execute(at, RecordBatch((write,)), "open")
         self.execute(at, Parked(fence), then)
 
@@ -276,8 +276,8 @@ class Histories(RuleBasedStateMachine):
         """Choose a checkpoint."""
         fence = self.any_fence(at, data)
         status = data.draw(st.sampled_from(list(StepStatus)))
-        attempts, output = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
-        return Write(fence, data.draw(st.sampled_from(KEYS)), status, self.fences.get(fence, 1), attempts, output)
+        tries, output = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+        return Write(fence, data.draw(st.sampled_from(KEYS)), status, self.fences.get(fence, 1), tries, output)
 
 
 @pytest.fixture

@@ -190,17 +190,17 @@ def test_the_writer_a_bulk_cancel_and_reclaim_at_the_same_rows_never_deadlock(
             assert record.status is not WorkflowStatus.RUNNING or record.attempt > 1
 
 
-def running(fence: Fence, attempts: int = 1) -> Checkpoint:
-    return replace(races.checkpoint(fence), status=StepStatus.RUNNING, output=None, attempts=attempts)
+def running(fence: Fence, tries: int = 1) -> Checkpoint:
+    return replace(races.checkpoint(fence), status=StepStatus.RUNNING, output=None, tries=tries)
 
 
-def retrying(fence: Fence, attempts: int = 1) -> Checkpoint:
-    return replace(running(fence, attempts), status=StepStatus.RETRYING, error='{"type": "a:b"}', delay=60.0)
+def retrying(fence: Fence, tries: int = 1) -> Checkpoint:
+    return replace(running(fence, tries), status=StepStatus.RETRYING, error='{"type": "a:b"}', delay=60.0)
 
 
 def step_of(session: Session, fence: Fence) -> tuple[StepStatus, object, int]:
     step = session.get_one(Step, (fence.workflow_id, "charge"), populate_existing=True)
-    return step.status, step.details, step.attempts
+    return step.status, step.details, step.tries
 
 
 def test_the_outcome_takes_the_place_of_what_was_reported_and_keeps_the_details(engine: Engine) -> None:
@@ -223,16 +223,16 @@ def test_a_late_report_does_not_take_back_that_its_try_failed(engine: Engine) ->
         assert steps.record(session, retrying(fence)) is Verdict.RECORDED
         steps.report_progress(session, running(fence), details="2")
         assert step_of(session, fence) == (StepStatus.RETRYING, 1, 1)
-        steps.report_progress(session, running(fence, attempts=2), details="3")
+        steps.report_progress(session, running(fence, tries=2), details="3")
         assert step_of(session, fence) == (StepStatus.RUNNING, 3, 2)
 
 
 def test_a_history_says_how_far_the_step_was_and_that_nothing_is_to_be_waited_for(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as session:
-        steps.report_progress(session, running(fence, attempts=3), details="[1]")
+        steps.report_progress(session, running(fence, tries=3), details="[1]")
         found = steps.histories(session, [fence.workflow_id])[fence.workflow_id]["charge"]
-    assert (found.status, found.details, found.attempts, found.due_in) == (StepStatus.RUNNING, "[1]", 3, 0.0)
+    assert (found.status, found.details, found.tries, found.due_in) == (StepStatus.RUNNING, "[1]", 3, 0.0)
 
 
 def test_what_was_reported_is_not_taken_for_the_record_of_a_failed_try(engine: Engine) -> None:

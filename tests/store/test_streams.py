@@ -18,8 +18,8 @@ from sqla_durable.unwinding import AttemptLost
 from tests.store import races
 
 
-def origin(fence: Fence, *, step_key: str = "answer", attempt: int = 1, step_attempt: int | None = 1) -> Origin:
-    return Origin(fence, attempt, step_key, step_attempt)
+def origin(fence: Fence, *, step_key: str = "answer", attempt: int = 1, try_number: int | None = 1) -> Origin:
+    return Origin(fence, attempt, step_key, try_number)
 
 
 def append(session: Session, who: Origin, *values: str | None) -> Appended:
@@ -113,7 +113,7 @@ def test_a_closed_stream_is_opened_by_the_next_try_of_the_step_that_closed_it_on
         assert append(session, origin(fence), "2") is Appended.CLOSED
         assert append(session, origin(fence, step_key="b"), "2") is Appended.CLOSED
         assert streams.record(session, races.checkpoint(fence), name="log", values=["2"]) is Appended.CLOSED
-        assert append(session, origin(fence, step_attempt=2), "3") is Appended.WRITTEN
+        assert append(session, origin(fence, try_number=2), "3") is Appended.WRITTEN
         assert append(session, origin(fence, attempt=2), "4") is Appended.WRITTEN
         session.commit()
         assert session.scalars(select(Step)).all() == []

@@ -34,7 +34,7 @@ TAMPERING = {
         FROM torture_bank.entry WHERE transfer_id = 1 AND kind = 'journal'""",
     "only the worker that owns a workflow writes for it": """
         UPDATE durable.step SET attempt = 2 WHERE workflow_id = (SELECT workflow_id FROM torture_bank.transfer LIMIT 1);
-        INSERT INTO durable.step SELECT workflow_id, key || '!', name, position, status, output, error, 2, attempts,
+        INSERT INTO durable.step SELECT workflow_id, key || '!', name, position, status, output, error, 2, tries,
             started_at, finished_at FROM durable.step WHERE key = 'debit' LIMIT 1""",
     "nothing fails": """UPDATE durable.workflow SET status = 'cancelled', output = NULL""",
     "every call of one step has one key, and no other step has it": """

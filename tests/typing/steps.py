@@ -168,7 +168,7 @@ def where() -> None:
     step = current_step()
     assert_type(step, StepExecution)
     assert_type(step.step, str)
-    assert_type(step.step_attempt, int)
+    assert_type(step.try_number, int)
     assert_type(step.idempotency_key, str)
 
 

@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable import Durable, Worker
 from sqla_durable.execution.worker.cursors import Cursors
 from sqla_durable.store import hints
-from sqla_durable.store.claims import FRONT, Batch, Position, Range
+from sqla_durable.store.claims import FRONT, Batch, Range, ScanPosition
 from sqla_durable.store.work import FULL_SCAN, LATE_COMMIT, ScanStarts, Work
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.support.notifications import Ear
@@ -23,34 +23,34 @@ BEFORE = NOW - LATE_COMMIT
 LONG_AGO = NOW - timedelta(hours=1)
 
 
-def place(priority: int, moment: datetime = BEFORE, identity: int = 0) -> Position:
-    return Position(priority, moment, UUID(int=identity))
+def place(priority: int, moment: datetime = BEFORE, identity: int = 0) -> ScanPosition:
+    return ScanPosition(priority, moment, UUID(int=identity))
 
 
 def seen(*, claimable: bool = False, paused: tuple[str, ...] = ()) -> Work:
-    marks = ScanStarts(wake_at="then", found_at=NOW)
-    return Work(claimable, False, None, False, False, True, paused=paused, scan_starts=marks)
+    scan_starts = ScanStarts(wake_at="then", found_at=NOW)
+    return Work(claimable, False, None, False, False, True, paused=paused, scan_starts=scan_starts)
 
 
 def looked(cursors: Cursors, what: Work, *, asked: bool = True, took: float = 0.0) -> None:
     cursors.note_poll(what, restarts=cursors.restarts, asked=asked, took=took)
 
 
-def claimed(cursors: Cursors, *places: Position, is_full: bool = False) -> None:
+def claimed(cursors: Cursors, *places: ScanPosition, is_full: bool = False) -> None:
     reached = {"default": {each.priority: each for each in places}} if places else {}
     cursors.note_claim(Batch([], reached, NOW if places else None), restarts=cursors.restarts, is_full=is_full)
 
 
 def test_at_first_everything_is_read() -> None:
     cursors = Cursors(["default"], poll_interval=1.0)
-    assert cursors.marks is FULL_SCAN
+    assert cursors.scan_starts is FULL_SCAN
     assert cursors.ranges() == {"default": [Range(FRONT)]}
 
 
 def test_after_a_look_that_found_nothing_other_priorities_are_read_and_this_one_from_there_on() -> None:
     cursors = Cursors(["default"], poll_interval=1.0)
     looked(cursors, seen())
-    assert cursors.marks.wake_at == "then"
+    assert cursors.scan_starts.wake_at == "then"
     assert cursors.ranges() == {"default": [Range(FRONT, until=0), Range(place(0))]}
     claimed(cursors, place(5, NOW))
     assert cursors.ranges()["default"] == [Range(FRONT, until=0), Range(place(0), until=5), Range(place(5))]
@@ -99,7 +99,7 @@ def test_a_look_that_began_before_a_restart_is_not_noted() -> None:
     cursors.restart()
     cursors.note_poll(seen(), restarts=before, asked=True, took=0.0)
     cursors.note_claim(Batch([], {"default": {0: place(0)}}, NOW), restarts=before, is_full=True)
-    assert cursors.marks is FULL_SCAN
+    assert cursors.scan_starts is FULL_SCAN
     assert cursors.ranges() == {"default": [Range(FRONT)]}
 
 
@@ -110,9 +110,9 @@ def test_everything_is_read_again_after_ten_polls(monkeypatch: pytest.MonkeyPatc
     cursors.restart_if_time()
     looked(cursors, seen())
     cursors.restart_if_time()
-    assert cursors.marks is not FULL_SCAN
+    assert cursors.scan_starts is not FULL_SCAN
     cursors.restart_if_time()
-    assert cursors.marks is FULL_SCAN
+    assert cursors.scan_starts is FULL_SCAN
 
 
 def test_everything_is_read_more_seldom_if_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,9 +122,9 @@ def test_everything_is_read_more_seldom_if_that_takes_long(monkeypatch: pytest.M
     cursors.restart_if_time()
     looked(cursors, seen(), took=3.0)
     cursors.restart_if_time()
-    assert cursors.marks is not FULL_SCAN
+    assert cursors.scan_starts is not FULL_SCAN
     cursors.restart_if_time()
-    assert cursors.marks is FULL_SCAN
+    assert cursors.scan_starts is FULL_SCAN
 
 
 def test_what_was_committed_late_is_found_by_a_worker_without_hints(session_factory: sessionmaker[Session]) -> None:

@@ -292,7 +292,7 @@ class Fuzzer:
             "closed": closed,
             "step_key": self._maybe(*KEYS, *TEXTS),
             "attempt": self._chance.choice(NUMBERS[3:]),
-            "step_attempt": self._maybe(*NUMBERS),
+            "try_number": self._maybe(*NUMBERS),
             "created_at": self._maybe(*TIMES),
         }
 

@@ -93,7 +93,7 @@ def test_long_step_is_seen_with_the_heartbeat_until_it_ends(
         (step,) = races.wait_until(look, what="the heartbeat")
         prefix = "async" if workflow is async_workflow else "sync"
         assert step.step == f"{prefix}_{'transactional' if transactional else 'plain'}"
-        assert (step.step_attempt, step.worker) == (1, "ada")
+        assert (step.try_number, step.worker) == (1, "ada")
         assert before - timedelta(seconds=2) < step.since < step.seen_at - LEASE / 3
         assert step.seen_at < step.lease_expires_at
         over.set()
@@ -140,7 +140,7 @@ async def test_async_session_sees_them_when_the_worker_is_dead(engine: Engine) -
     async_engine = create_async_engine(engine.url, poolclass=NullPool)
     async with AsyncSession(async_engine) as async_session:
         pay, charge = await aio.running_steps(async_session, workflow_id)
-    assert (pay.step, charge.step, charge.step_attempt) == ("pay", "charge#2", 3)
+    assert (pay.step, charge.step, charge.try_number) == ("pay", "charge#2", 3)
     assert charge.since == heartbeat_at - timedelta(seconds=30.5)
 
 

@@ -55,7 +55,7 @@ def recovery(session: Session) -> Recovery:
     replayed, tried_again = session.execute(
         select(
             func.count().filter(Step.attempt < Workflow.attempt),
-            func.count().filter(Step.attempts > 1),
+            func.count().filter(Step.tries > 1),
         ).join(Step.workflow)
     ).one()
     taken_over = session.scalar(select(func.count()).select_from(Workflow).where(Workflow.attempt > 1))

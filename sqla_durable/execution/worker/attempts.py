@@ -33,7 +33,7 @@ from sqla_durable.execution.worker.settings import (
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import run_blocking
 from sqla_durable.operations.workflow import run_workflow
-from sqla_durable.runtime.shells import AsyncRuntime, BlockingRuntime
+from sqla_durable.runtime.runtimes import AsyncRuntime, BlockingRuntime
 from sqla_durable.runtime.tasks import AttemptTask
 from sqla_durable.store import Claimed, Completion, Fence, Suspend, attempts, workers
 from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Released, Suspended
@@ -183,11 +183,11 @@ class Attempts:
             log.info("workflow %s: was cancelled, or reclaimed, in attempt %d", attempt.workflow_id, attempt.number)
             if not self._running[attempt.fence].is_lost:
                 await self._abandon_if_owned(attempt)
-        except (Released, asyncio.CancelledError) as signal:
+        except (Released, asyncio.CancelledError) as ending:
             if not self._running[attempt.fence].is_lost:
-                await self._release_or_count(attempt, signal)
-        except Suspended as signal:
-            await self._suspended(attempt, signal)
+                await self._release_or_count(attempt, ending)
+        except Suspended as ending:
+            await self._suspended(attempt, ending)
         except HistoryMismatchError as error:
             log.error("%s", joined(str(error)))
             await self._suspend_for_deploy(attempt)
@@ -221,8 +221,8 @@ class Attempts:
         runtime = AsyncRuntime(attempt, recorder, threads=self._resources.threads)
         try:
             return await run_workflow(runtime, definition)
-        except (Released, asyncio.CancelledError) as signal:
-            while isinstance(signal, Released) and attempt.is_executing:  # noqa: ASYNC110 (threads set no asyncio.Event)
+        except (Released, asyncio.CancelledError) as ending:
+            while isinstance(ending, Released) and attempt.is_executing:  # noqa: ASYNC110 (threads set no asyncio.Event)
                 await asyncio.sleep(EXECUTING_CHECK)  # steps beside the one that has ended, in threads too
             await recorder.flush()
             raise
@@ -234,17 +234,17 @@ class Attempts:
         finally:
             runtime.close()
 
-    async def _release_or_count(self, attempt: Attempt, signal: BaseException) -> None:
+    async def _release_or_count(self, attempt: Attempt, ending: BaseException) -> None:
         """Release a workflow because the worker stops; without that, count a crash, or it would be claimed at once."""
         await asyncio.sleep(0)  # at the end of asyncio.run() all tasks are cancelled, and this one before the worker's
         if self._resources.stopping.is_set():
             await self._release([attempt.fence])
         else:
-            log.error("workflow %s: its attempt %d ended by itself: %r", attempt.workflow_id, attempt.number, signal)
-            await self._abandon(attempt, signal)
+            log.error("workflow %s: its attempt %d ended by itself: %r", attempt.workflow_id, attempt.number, ending)
+            await self._abandon(attempt, ending)
 
-    async def _suspended(self, attempt: Attempt, signal: Suspended) -> None:
-        if isinstance(signal, ContinuedAsNew):
+    async def _suspended(self, attempt: Attempt, ending: Suspended) -> None:
+        if isinstance(ending, ContinuedAsNew):
             self._maintenance.set()
         log.debug("workflow %s %s is suspended in attempt %d", attempt.name, attempt.workflow_id, attempt.number)
         if not attempt.suspended_by_engine:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
 
-from sqla_durable.store.claims import FRONT, Batch, Position, Range, Ranges
+from sqla_durable.store.claims import FRONT, Batch, Range, Ranges, ScanPosition
 from sqla_durable.store.work import FULL_SCAN, LATE_COMMIT, ScanStarts, Work
 
 _EVERY = 10  # polls, of which one reads everything
@@ -32,14 +32,14 @@ class _Queue:
         reached: the place that the last claim reached, if it took as many as it could.
     """
 
-    places: dict[int, Position | None] = field(default_factory=lambda: {0: None})
-    reached: Position | None = None
+    places: dict[int, ScanPosition | None] = field(default_factory=lambda: {0: None})
+    reached: ScanPosition | None = None
 
     def pass_until(self, moment: datetime) -> None:
         """Note that nothing has waited here at a time."""
         self.places = {each: _place(each, moment) for each in self.places}
 
-    def take(self, reached: dict[int, Position], moment: datetime) -> None:
+    def take(self, reached: dict[int, ScanPosition], moment: datetime) -> None:
         """Note that a claim took as many as it could, up to these places."""
         last = max(reached)
         for priority in sorted(self.places.keys() | reached.keys()):
@@ -67,19 +67,19 @@ class _Queue:
 
 
 class Cursors:
-    """The marks of the polls and the places of the claims of one worker.
+    """The scan_starts of the polls and the places of the claims of one worker.
 
     Args:
         queues: those that it claims from.
         poll_interval: the seconds between two polls.
 
     Attributes:
-        marks: where a poll begins, and what acts between two of them.
+        scan_starts: where a poll begins, and what acts between two of them.
         restarts: how many full scans were requested; results of scans that began before the latest are discarded.
     """
 
     def __init__(self, queues: Sequence[str], *, poll_interval: float) -> None:
-        self.marks: ScanStarts = FULL_SCAN
+        self.scan_starts: ScanStarts = FULL_SCAN
         self.restarts = 0
         self._queues = {each: _Queue() for each in queues}
         self._every = _EVERY * min(poll_interval, _LONGEST_POLL)
@@ -90,7 +90,7 @@ class Cursors:
     def restart(self) -> None:
         """Let the next poll and the next claim read everything."""
         self.restarts += 1
-        self.marks = FULL_SCAN
+        self.scan_starts = FULL_SCAN
         for each in self._queues.values():
             each.places = dict.fromkeys(each.places)
             each.reached = None
@@ -113,10 +113,10 @@ class Cursors:
         """
         if restarts != self.restarts:
             return
-        if self.marks is FULL_SCAN:
+        if self.scan_starts is FULL_SCAN:
             pause = min(_SHARE * took, _EVERY * self._every)
             self._restart_at = max(self._restart_at, time.monotonic() + pause)
-        self.marks = seen.scan_starts
+        self.scan_starts = seen.scan_starts
         if seen.paused != self._paused:  # what waits in a queue that goes on stands before the places
             self._paused = seen.paused
             self.restart()
@@ -151,9 +151,9 @@ class Cursors:
                 each.pass_until(batch.claimed_at)
 
 
-def _place(priority: int, moment: datetime) -> Position:
-    return Position(priority, moment - LATE_COMMIT, UUID(int=0))
+def _place(priority: int, moment: datetime) -> ScanPosition:
+    return ScanPosition(priority, moment - LATE_COMMIT, UUID(int=0))
 
 
-def _order(place: Position) -> tuple[object, UUID]:
+def _order(place: ScanPosition) -> tuple[object, UUID]:
     return place.enqueued_at, place.id

@@ -25,7 +25,7 @@ from typing_extensions import override
 from sqla_durable.definitions.database_errors import first_line, spoils_connection
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.retry import ObstacleRetry
-from sqla_durable.operations.shielding import GracefulTask, see
+from sqla_durable.operations.shielding import GracefulTask, mark_retrieved
 from sqla_durable.store import schema
 
 T = TypeVar("T")
@@ -320,7 +320,7 @@ def _attached(statement: Callable[[Connection], T], cut: Cut) -> Callable[[Conne
     def execute(connection: Connection) -> T:
         cut.attach(connection)
         if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
-            schema.end_idle(connection)
+            schema.limit_idle(connection)
         return statement(connection)
 
     return execute
@@ -347,7 +347,7 @@ async def _to_its_end(transaction: Coroutine[Any, Any, T], cut: Cut, *, limit: f
     try:
         ended = await _is_over(task, limit)
     except asyncio.CancelledError:
-        task.add_done_callback(see)
+        task.add_done_callback(mark_retrieved)
         if not await _is_over(task, min(limit, _LAST_WAIT)):
             await _cut_off(task, cut)
         raise
@@ -371,7 +371,7 @@ async def _cut_off(task: GracefulTask[Any], cut: Cut) -> bool:
     if await _is_over(task, _CUT_OFF):
         return True
     cut.failed = True
-    task.add_done_callback(see)
+    task.add_done_callback(mark_retrieved)
     task.cancel_now()
     return False
 

@@ -73,7 +73,7 @@ class Maintenance:
         self._renotified_up_to = _FRONT
         self._warned_at = float("-inf")
         self._warned_of_versions_at = float("-inf")
-        self._marks = cursors.marks
+        self._scan_starts = cursors.scan_starts
 
     async def run(self) -> None:
         """Poll until cancelled."""
@@ -87,7 +87,7 @@ class Maintenance:
 
     async def _poll(self) -> Work:
         self._cursors.restart_if_time()
-        asked, restarts, self._marks = not self._claims_follow, self._cursors.restarts, self._cursors.marks
+        asked, restarts, self._scan_starts = not self._claims_follow, self._cursors.restarts, self._cursors.scan_starts
         ranges: Ranges = self._cursors.ranges() if asked else {}
 
         def poll_once(connection: Connection) -> tuple[Work, float]:
@@ -98,7 +98,7 @@ class Maintenance:
                 ranges=ranges,
                 names=self._settings.names,
                 versions=self._settings.versions,
-                scan_starts=self._marks,
+                scan_starts=self._scan_starts,
                 within=self._interval,
             )
             return seen, time.monotonic() - began
@@ -125,7 +125,7 @@ class Maintenance:
             self._claims.set()
         else:
             await self._warn_of_unknown()
-        self._marks = self._cursors.marks
+        self._scan_starts = self._cursors.scan_starts
         await self._warn_of_versions()
         await self._renotify()
         await self._forget_dead()
@@ -150,7 +150,7 @@ class Maintenance:
         return woken
 
     async def _wake_some(self) -> int:
-        bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._marks.wake_at}
+        bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._scan_starts.wake_at}
         wake, due = partial(timers.wake_due, **bounds), partial(timers.due, **bounds)
         return sum(await self._isolation.sweep(wake, due, what="wake"))
 
@@ -168,18 +168,18 @@ class Maintenance:
 
     async def _start_orphans(self) -> int:
         """Start the deferred children whose parents have ended; at most 1,000 a poll."""
-        bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._marks.sent_at}
+        bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._scan_starts.sent_at}
         start, parents = partial(deferred.start_orphans, **bounds), partial(deferred.parents_of_orphans, **bounds)
         return sum(await self._isolation.sweep(start, parents, what="start the children of"))
 
     async def _deliver_some(self) -> list[tuple[int, int]]:
-        bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._marks.sent_at}
+        bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._scan_starts.sent_at}
         deliver, receivers = partial(signals.deliver, **bounds), partial(signals.receivers, **bounds)
         return await self._isolation.sweep(deliver, receivers, what="deliver to")
 
     async def _fail_overdue(self) -> bool:
         """Fail what has reached its deadline; of many, the rest at the next polls. Return whether some undo first."""
-        bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._marks.deadline_at}
+        bounds: dict[str, Any] = {"limit": _LIMIT, "since": self._scan_starts.deadline_at}
         fail, found = partial(failures.fail_overdue, **bounds), partial(failures.overdue_ids, **bounds)
         overdue = [*chain(*await self._isolation.sweep(fail, found, what="fail"))]
         await self._heartbeat.notify(each.worker_id for each in overdue if each.worker_id is not None)

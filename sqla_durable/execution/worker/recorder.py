@@ -24,7 +24,7 @@ from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.execution.worker.writer import Row, StreamWriter, Write, Writer
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import Recorder, run_blocking
-from sqla_durable.operations.shielding import see, wait_done
+from sqla_durable.operations.shielding import mark_retrieved, wait_done
 from sqla_durable.operations.suspending import Suspension, Waker, Wakers
 from sqla_durable.operations.transaction import ClosingTransaction, ReleasingTransaction, StepTransaction
 from sqla_durable.runtime.waiting import BlockingLock, InThread, Lock, OnLoop, Ticket, Waiting
@@ -134,7 +134,7 @@ class Resources:
         """Await a step in a thread no longer, but when the worker stops."""
         self.detached.add(thread)
         thread.add_done_callback(self.detached.discard)
-        thread.add_done_callback(see)
+        thread.add_done_callback(mark_retrieved)
 
 
 class WorkerRecorder(Recorder):

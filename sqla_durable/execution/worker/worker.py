@@ -22,9 +22,9 @@ from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
 import sqla_durable.execution.worker.settings as settings
-from sqla_durable.api.callers import explain_missing_rights
 from sqla_durable.api.durable import Durable
 from sqla_durable.api.polling import refuse_event_loop
+from sqla_durable.api.sessions import explain_missing_rights
 from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.log import Log, worker_name
 from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, UsageError

@@ -170,6 +170,6 @@ def _enter(session: Session, order: Order, *, account_id: int, cents: int) -> No
 
 
 def _fail_first_tries(order: Order) -> None:
-    tries = current_step().step_attempt
+    tries = current_step().try_number
     if tries <= order.failing_tries:
         raise InjectedError(f"transfer {order.transfer} fails on purpose, try {tries}")

@@ -39,7 +39,7 @@ FROM (SELECT transfer_id FROM torture_bank.entry GROUP BY transfer_id, kind HAVI
 _COUNTS = """
 SELECT jsonb_build_object(
     'reclaims', (SELECT coalesce(sum(attempt - 1), 0) FROM durable.workflow),
-    'steps tried again', (SELECT count(*) FROM durable.step WHERE attempts > 1),
+    'steps tried again', (SELECT count(*) FROM durable.step WHERE tries > 1),
     'calls repeated', (SELECT count(*) - count(DISTINCT key) FROM torture_bank.call),
     'checkpoints', (SELECT count(*) FROM durable.step)
 )

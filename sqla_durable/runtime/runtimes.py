@@ -29,7 +29,7 @@ from sqla_durable.operations.branch import Position
 from sqla_durable.operations.outcome import CancelledCall, cancelled_call_in, checkpoint_of, record_cancelled_call
 from sqla_durable.operations.runtime import Operation, Recorder, Runtime, StepCall, execution_of, run_blocking
 from sqla_durable.operations.shielding import GracefulTask, ended, wait_done
-from sqla_durable.operations.step import run_step
+from sqla_durable.operations.step import execute_step
 from sqla_durable.operations.suspending import Suspension, Wait
 from sqla_durable.runtime.asyncio_internals import cancels_met
 from sqla_durable.runtime.context import ACTIVE, Context
@@ -62,31 +62,31 @@ class BlockingRuntime(Runtime):
         self._workflow = workflow
 
     @override
-    def perform(self, call: StepCall) -> Any:
-        with _signalling(self.attempt), Context(self, step=call).entered():
-            return run_blocking(run_step(self, call))
+    def perform_step(self, call: StepCall) -> Any:
+        with _noting_ending(self.attempt), Context(self, step=call).entered():
+            return run_blocking(execute_step(self, call))
 
     @override
-    def operate(self, position: Position, operation: Operation) -> Any:
+    def perform_operation(self, position: Position, operation: Operation) -> Any:
         try:
-            with _signalling(self.attempt), Context(self, is_operating=True).entered():
+            with _noting_ending(self.attempt), Context(self, is_operating=True).entered():
                 return run_blocking(operation(self, position))
         finally:
             self.attempt.end_call(position)
 
     @override
-    def operate_in_step(self, position: Position, operation: Operation) -> Any:
+    def perform_in_step(self, position: Position, operation: Operation) -> Any:
         return run_blocking(operation(self, position))
 
     @override
     async def call_workflow(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
-        self.limit = definition.durable.payload_limit
+        self.limit = definition.durable_options.payload_limit
         self.attempt.branches.begin(threading.get_ident)
         with Context(self).entered():
             return definition.call(arguments)
 
     @override
-    async def call(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Any:
+    async def call_step(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Any:
         """Call a step's function; one that comes back too late has failed."""
         if watch is None:
             return call.definition.fn(*injected, *call.args, **call.kwargs)
@@ -147,11 +147,11 @@ class AsyncRuntime(Runtime):
         self._suspending: asyncio.Future[None] | None = None
         self.timers: Timers
         # By task: the cancels received and the timers fired when an operation returned without raising the cancel.
-        self._owed: dict[asyncio.Task[Any], tuple[int, int]] = {}
+        self._missed_cancels: dict[asyncio.Task[Any], tuple[int, int]] = {}
 
     @override
-    def perform(self, call: StepCall) -> Coroutine[Any, Any, Any]:
-        again = partial(run_step, self, call)
+    def perform_step(self, call: StepCall) -> Coroutine[Any, Any, Any]:
+        again = partial(execute_step, self, call)
         is_in_session = call.definition.session is SessionKind.SYNC
         work = partial(self._perform_in_session, call) if is_in_session else again
         coroutine: Any = self._carry_out(call.position, Context(self, step=call), work, again)
@@ -159,14 +159,14 @@ class AsyncRuntime(Runtime):
         return cast("Coroutine[Any, Any, Any]", coroutine)
 
     @override
-    def operate(self, position: Position, operation: Operation) -> Coroutine[Any, Any, Any]:
+    def perform_operation(self, position: Position, operation: Operation) -> Coroutine[Any, Any, Any]:
         work = partial(operation, self, position)
         coroutine: Any = self._carry_out(position, self._operating, work, work)
         coroutine.__qualname__ = position.key
         return cast("Coroutine[Any, Any, Any]", coroutine)
 
     @override
-    def operate_in_step(self, position: Position, operation: Operation) -> Any:
+    def perform_in_step(self, position: Position, operation: Operation) -> Any:
         """Perform an operation of a step's function, whose code may be in another thread: there it blocks."""
         here = _running_loop()
         if position.key in self.attempt.cancelled_calls:
@@ -198,7 +198,7 @@ class AsyncRuntime(Runtime):
             if recorded is not None and (cancelled := cancelled_call_in(recorded)) is not None:
                 await self._until_cancelled(position, cancelled)
             try:
-                if self._owed and recorded is None and (owed := self._pay(task)) is not None:
+                if self._missed_cancels and recorded is None and (owed := self._take_missed_cancel(task)) is not None:
                     met, mark = -1, owed
                     raise asyncio.CancelledError
                 if timers.unfired:
@@ -217,32 +217,32 @@ class AsyncRuntime(Runtime):
                 if attempt.is_stopped or task.cancelling() <= met or await self._is_cancelled(position, mark):
                     raise
                 return await again()
-        except (ControlFlow, asyncio.CancelledError) as signal:
-            is_raised = isinstance(signal, asyncio.CancelledError)
-            attempt.note_signal(signal)
+        except (ControlFlow, asyncio.CancelledError) as ending:
+            is_raised = isinstance(ending, asyncio.CancelledError)
+            attempt.note_ending(ending)
             raise
         finally:
             ACTIVE.reset(token)
             # A cancel that is yet to be thrown into the task is not owed.
             if not is_raised and (count := cancels_met(task)) > met and attempt.branches.here() is not None:
-                self._owed[task] = count, mark
+                self._missed_cancels[task] = count, mark
             if position.key in attempt.unfinished:  # cancelled before the operation itself has begun
                 attempt.end_call(position)
 
     async def _perform_in_session(self, call: StepCall) -> Any:
         """Perform a step that takes a `Session` as a whole where it may block."""
         if self.attempt.recorded(call.position) is not None:
-            return await run_step(self, call)
+            return await execute_step(self, call)
         await self.recorder.settle()
 
-        def perform(recorder: Recorder) -> Any:
-            return BlockingRuntime(self.attempt, recorder, workflow=self).perform(call)
+        def perform_step(recorder: Recorder) -> Any:
+            return BlockingRuntime(self.attempt, recorder, workflow=self).perform_step(call)
 
-        return await self.recorder.in_session(perform)
+        return await self.recorder.in_session(perform_step)
 
-    def _pay(self, task: asyncio.Task[Any]) -> int | None:
+    def _take_missed_cancel(self, task: asyncio.Task[Any]) -> int | None:
         """Return the timer count at a cancel that arrived after the last operation had its outcome, if one did."""
-        count, mark = self._owed.pop(task, (0, 0))
+        count, mark = self._missed_cancels.pop(task, (0, 0))
         return mark if count and task.cancelling() >= count else None
 
     async def _is_cancelled(self, position: Position, mark: int) -> bool:
@@ -311,8 +311,8 @@ class AsyncRuntime(Runtime):
 
     @override
     async def call_workflow(self, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
-        self.limit = definition.durable.payload_limit
-        self.attempt.branches.begin(tasks.whereabouts)
+        self.limit = definition.durable_options.payload_limit
+        self.attempt.branches.begin(tasks.current_task)
         self._loop = asyncio.get_running_loop()
         self.timers = Timers(self.attempt, self.recorder)
         self.timers.remember(await self.recorder.due_timers())
@@ -327,7 +327,7 @@ class AsyncRuntime(Runtime):
             return value
 
     @override
-    async def call(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Any:
+    async def call_step(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Any:
         """Call a step's function, and cancel it in time; one in a thread has failed if it comes back too late."""
         function = call.definition.fn
         if call.definition.is_async:
@@ -376,7 +376,7 @@ class AsyncRuntime(Runtime):
 
     @override
     async def proceed(self) -> None:
-        """Wait for a suspension that another operation has begun: a signal would end the attempt in its middle."""
+        """Wait for a suspension that another operation has begun: raising would end the attempt in its middle."""
         if self._suspending is not None:
             await wait_done(self._suspending)
         self.attempt.raise_if_stopped()
@@ -384,19 +384,19 @@ class AsyncRuntime(Runtime):
     @override
     def close(self) -> None:
         self.attempt.stop(partial(AttemptLost, self.attempt.workflow_id))
-        self._owed.clear()
+        self._missed_cancels.clear()
         if hasattr(self, "timers"):
             self.timers.abandon()
         tasks.abandon(self.attempt)
 
 
 @contextmanager
-def _signalling(attempt: Attempt) -> Generator[None]:
-    """Note that the workflow's own code gets the signal that ends the attempt, when an operation raises it."""
+def _noting_ending(attempt: Attempt) -> Generator[None]:
+    """Note what an operation raises in the workflow's own code to end the attempt."""
     try:
         yield
-    except (ControlFlow, asyncio.CancelledError) as signal:
-        attempt.note_signal(signal)
+    except (ControlFlow, asyncio.CancelledError) as ending:
+        attempt.note_ending(ending)
         raise
 
 

@@ -14,8 +14,8 @@ import sqla_durable.asyncio as aio
 from sqla_durable import Event, Signal, Step, StreamItem, Workflow, manage
 from sqla_durable.errors import WorkflowReferencedError
 from sqla_durable.models import Base
-from tests.management import histories
-from tests.management.histories import step
+from tests.manage import histories
+from tests.manage.histories import step
 from tests.store import races
 from tests.support.domain import Order
 

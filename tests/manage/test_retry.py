@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import Signal, Step, StepStatus, Workflow, WorkflowStatus, manage
 from sqla_durable.store import Fence, workers
-from tests.management import histories
-from tests.management.histories import FAILED, OK, REFUSED, step
+from tests.manage import histories
+from tests.manage.histories import FAILED, OK, REFUSED, step
 from tests.store import races
 
 LOST = LookupError("lost")

@@ -13,8 +13,8 @@ from uuid_utils.compat import uuid7
 from sqla_durable import Signal, StepStatus, Workflow, WorkflowStatus, manage
 from sqla_durable.errors import ArgumentError
 from sqla_durable.store import Fence, Suspend, attempts, steps
-from tests.management import histories
-from tests.management.histories import step
+from tests.manage import histories
+from tests.manage.histories import step
 from tests.store import races
 
 

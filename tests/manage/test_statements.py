@@ -12,8 +12,8 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from sqla_durable import manage
-from tests.management import histories
-from tests.management.histories import FAILED, step
+from tests.manage import histories
+from tests.manage.histories import FAILED, step
 from tests.store import plans, races
 from tests.support.statements import executed_on
 

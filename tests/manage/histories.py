@@ -35,7 +35,7 @@ def step(fence: Fence, key: str, position: int, status: StepStatus = OK, **value
         given["error"] = Failure.of(values.get("error", REFUSED)).to_json()
     elif status is StepStatus.RETRYING:
         given["delay"] = 3600.0
-    return Checkpoint(fence=fence, key=key, name=key, position=position, status=status, attempt=1, attempts=1, **given)
+    return Checkpoint(fence=fence, key=key, name=key, position=position, status=status, attempt=1, tries=1, **given)
 
 
 def record(session: Session, checkpoints: Sequence[Checkpoint]) -> None:

@@ -17,8 +17,8 @@ import sqla_durable.asyncio as aio
 from sqla_durable import Signal, Step, StepStatus, Workflow, WorkflowStatus, manage
 from sqla_durable.errors import ArgumentError, EncodingError, NotFoundError
 from sqla_durable.store import Fence, workers
-from tests.management import histories
-from tests.management.histories import FAILED, step
+from tests.manage import histories
+from tests.manage.histories import FAILED, step
 from tests.store import races
 from tests.support.domain import Order
 
@@ -79,7 +79,7 @@ def test_a_failed_outcome_is_copied_and_what_is_none_is_not(engine: Engine, sess
     session.commit()
     assert histories.keys(engine, made.id) == ["caught"]
     copied, original = (histories.outcome(session, each, "caught") for each in (made.id, fence.workflow_id))
-    for column in ("name", "position", "status", "error", "attempt", "attempts", "started_at", "finished_at"):
+    for column in ("name", "position", "status", "error", "attempt", "tries", "started_at", "finished_at"):
         assert getattr(copied, column) == getattr(original, column)
 
 

@@ -14,7 +14,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable import Workflow, WorkflowStatus, manage
 from sqla_durable.store import Suspend, attempts
-from tests.management import histories
+from tests.manage import histories
 from tests.store import races
 
 CANCELLED, PENDING = WorkflowStatus.CANCELLED, WorkflowStatus.PENDING
