@@ -29,8 +29,8 @@ from sqla_durable.errors import (
     UsageError,
 )
 from sqla_durable.models import Workflow
-from sqla_durable.operations.publishing import INTERVAL, send_heartbeat
 from sqla_durable.operations.runtime import StepCall
+from sqla_durable.operations.step import HEARTBEAT_INTERVAL, send_heartbeat
 from sqla_durable.runtime.context import Context, active
 from sqla_durable.store import workers
 
@@ -311,7 +311,7 @@ def _heartbeat(details: object, context: Context | None) -> Any:
         )
     what = f"details of step {step.position.shown!r}"
     text = None if details is None else encode(details, what=what, limit=context.limit)
-    if not context.attempt.progress(step.position).report(text, interval=INTERVAL):
+    if not context.attempt.progress(step.position).report(text, interval=HEARTBEAT_INTERVAL):
         return None
     return context.runtime.perform_in_step(step.position, lambda runtime, _: send_heartbeat(runtime, step))
 

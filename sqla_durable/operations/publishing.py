@@ -1,4 +1,4 @@
-"""What workflows and steps publish while they are executed: events, items of streams, and heartbeats.
+"""What workflows and steps publish while they are executed: events, and items of streams.
 
 Between steps, publishing is an operation of its own, recorded once. In a plain step it is written at once, and again by
 the next try; in a transactional step it is part of the step's transaction, and this module is not involved.
@@ -12,14 +12,13 @@ from typing import Protocol
 
 from sqlalchemy.exc import DBAPIError
 
-from sqla_durable.definitions.database_errors import first_line, is_about_data, is_transient
+from sqla_durable.definitions.database_errors import first_line, is_transient
 from sqla_durable.errors import EncodingError
-from sqla_durable.models.base import StepStatus
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.branch import Position
 from sqla_durable.operations.outcome import checkpoint_of
 from sqla_durable.operations.runtime import Runtime, StepCall
-from sqla_durable.store import Checkpoint, Connectable, Origin, steps
+from sqla_durable.store import Checkpoint, Connectable, Origin
 
 
 class Publication(Protocol):
@@ -78,42 +77,3 @@ async def _explaining_refusal(runtime: Runtime, writing: Awaitable[None]) -> Non
         raise EncodingError(
             f"the database refuses what workflow {runtime.attempt.name!r} publishes: {first_line(error)}"
         ) from error
-
-
-INTERVAL = 1.0
-"""Seconds between two heartbeats that one step writes; of the reports in between only the newest is kept."""
-
-
-async def send_unsent_heartbeat(runtime: Runtime, call: StepCall) -> None:
-    """Send the newest report of a step, unless it was sent already.
-
-    Raises:
-        AttemptLost: the attempt no longer owns the workflow.
-    """
-    if runtime.attempt.progress(call.position).unsent:
-        await send_heartbeat(runtime, call)
-
-
-async def send_heartbeat(runtime: Runtime, call: StepCall) -> None:
-    """Write a heartbeat of a step, with its newest details, in a transaction of its own.
-
-    Raises:
-        AttemptLost: the attempt no longer owns the workflow.
-        EncodingError: the database refuses the details.
-    """
-    reported = runtime.attempt.progress(call.position)
-    report = partial(steps.report_progress, checkpoint=_running(runtime, call), details=reported.details)
-    try:
-        with reported.sending():
-            await runtime.recorder.execute(report)
-    except DBAPIError as error:
-        if not is_about_data(error):
-            raise
-        raise EncodingError(
-            f"the database refuses the details that step {call.position.shown!r} reports: {first_line(error)}"
-        ) from error
-
-
-def _running(runtime: Runtime, call: StepCall) -> Checkpoint:
-    tries = call.tries
-    return checkpoint_of(runtime.attempt, call.position, StepStatus.RUNNING, tries=tries.count, elapsed=tries.age)

@@ -1,4 +1,7 @@
-"""The step: return its recorded outcome, or execute it, record the outcome, and return what a replay will return."""
+"""The step: return its recorded outcome, or execute it, record the outcome, and return what a replay will return.
+
+Meanwhile it sends heartbeats, with the newest details that its function has reported.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,32 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sqla_durable.definitions.codec import Encoded
-from sqla_durable.definitions.database_errors import is_obstacle, is_transient, spoils_connection
+from sqla_durable.definitions.database_errors import (
+    first_line,
+    is_about_data,
+    is_obstacle,
+    is_transient,
+    spoils_connection,
+)
 from sqla_durable.definitions.failure import Failure, record
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.limits import TimeLimits, Watch
 from sqla_durable.errors import (
     DecodingError,
     DefinitionError,
+    EncodingError,
     PayloadError,
     SessionError,
     TransactionLostError,
     UsageError,
 )
 from sqla_durable.models.base import StepStatus
-from sqla_durable.operations.outcome import failure_of_step, is_own_failure, outcome_of
-from sqla_durable.operations.publishing import send_unsent_heartbeat
+from sqla_durable.operations.outcome import checkpoint_of, failure_of_step, is_own_failure, outcome_of
 from sqla_durable.operations.runtime import Runtime, StepCall, execution_of
 from sqla_durable.operations.suspending import Wait
 from sqla_durable.operations.transaction import StepTransaction, TransactionGuard
@@ -44,6 +53,9 @@ from sqla_durable.unwinding import AttemptLost, Interrupted
 
 _MOMENT = 1.0
 """How long, in seconds, a failing step waits in memory before its waits become a row."""
+
+HEARTBEAT_INTERVAL = 1.0
+"""Seconds between two heartbeats that one step writes; of the reports in between only the newest is kept."""
 
 
 async def execute_step(runtime: Runtime, call: StepCall) -> Any:
@@ -437,3 +449,38 @@ def _losses_in(tried: Recorded) -> int:
     count = error.count if isinstance(error, TransactionLostError) else 0
     is_number = isinstance(count, int)  # pyright: ignore[reportUnnecessaryIsInstance]  # a row may hold anything
     return min(max(0, count), LOSSES) if is_number else 0
+
+
+async def send_unsent_heartbeat(runtime: Runtime, call: StepCall) -> None:
+    """Send the newest report of a step, unless it was sent already.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow.
+    """
+    if runtime.attempt.progress(call.position).unsent:
+        await send_heartbeat(runtime, call)
+
+
+async def send_heartbeat(runtime: Runtime, call: StepCall) -> None:
+    """Write a heartbeat of a step, with its newest details, in a transaction of its own.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow.
+        EncodingError: the database refuses the details.
+    """
+    reported = runtime.attempt.progress(call.position)
+    report = partial(steps.report_progress, checkpoint=_running(runtime, call), details=reported.details)
+    try:
+        with reported.sending():
+            await runtime.recorder.execute(report)
+    except DBAPIError as error:
+        if not is_about_data(error):
+            raise
+        raise EncodingError(
+            f"the database refuses the details that step {call.position.shown!r} reports: {first_line(error)}"
+        ) from error
+
+
+def _running(runtime: Runtime, call: StepCall) -> Checkpoint:
+    tries = call.tries
+    return checkpoint_of(runtime.attempt, call.position, StepStatus.RUNNING, tries=tries.count, elapsed=tries.age)
