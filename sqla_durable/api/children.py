@@ -272,7 +272,7 @@ class _Mapping:
         attempt, beginning = context.attempt, f"start:{self.definition.name}"
         start_at = attempt.begin_call(beginning, ("sqla_durable", beginning))
         if self.max_concurrency is not None and self.max_concurrency < len(self.bound):
-            attempt.limiting_maps.add(start_at.key)
+            attempt.note_limiting_map(start_at)
         attempt.end_call(start_at)  # part of the map, which is what ends, and may be cancelled before it begins
         return visit(context, name, partial(self._all_of, start_at=start_at))
 

@@ -237,7 +237,7 @@ def _of_step(bound: BoundWorkflow) -> BoundWorkflow:
                 "that takes a Session, or give it a key. Nothing was started."
             )
         return bound
-    attempt.has_children = True
+    attempt.note_child()
     detached = bound.new.detached or attempt.is_compensating
     new = replace(bound.new, parent_id=attempt.workflow_id, parent_key=step.position.key, detached=detached)
     return BoundWorkflow(new)

@@ -43,11 +43,7 @@ class Attempt:
     Attributes:
         options: the options of the `Durable` that the workflow belongs to.
         branches: the live branches of the workflow's own code.
-        has_children: whether it has started a child.
-        limiting_maps: the start keys of maps that limit how many of their children are active at once.
-        joined_maps: the start keys of maps that have an outcome, and so hold no children any more.
         loop_timers: the asyncio timers that the workflow's code has set; see `runtime.loop_timers`.
-        cancelled_calls: keys of operations that the workflow's code has cancelled in this attempt.
         warns_of_refusal: whether the next refused call is logged; only the first of an attempt is.
         is_replaying: whether an earlier attempt has recorded anything.
         unfinished: by key, the task or thread that executes a call that has not ended.
@@ -66,13 +62,13 @@ class Attempt:
         self.is_undoing: bool = claimed.is_cancelling
         self.deadline_message: str | None = claimed.overdue
         self.headers: Mapping[str, str] = claimed.headers
-        self.has_children = False
-        self.limiting_maps: set[str] = set()
-        self.joined_maps: set[str] = set()
+        self._has_children = False
+        self._limiting_maps: set[str] = set()  # start keys of maps that limit how many of their children are active
+        self._joined_maps: set[str] = set()  # start keys of maps that have an outcome: they hold no children any more
         self.options = _NO_OPTIONS
         self._history: Mapping[str, Recorded] = claimed.history
         self._learned: dict[str, Recorded] = {}  # outcomes that this attempt has read from the database since
-        self.cancelled_calls: set[str] = set()
+        self._cancelled_calls: set[str] = set()
         self.loop_timers: object = None
         self.history_check = HistoryCheck(claimed.history)
         self.branches = Branches()
@@ -100,12 +96,12 @@ class Attempt:
     def may_have_deferred(self) -> bool:
         """Whether children may be deferred: those of a map that is called now, or recorded and not called yet."""
         recorded = {key for key, each in self._history.items() if _starts_several(each)}
-        return bool((self.limiting_maps | recorded) - self.joined_maps)
+        return bool((self._limiting_maps | recorded) - self._joined_maps)
 
     @property
     def may_have_notices(self) -> bool:
         """Whether the inbox may hold notices of the engine: of children, or of an earlier wait."""
-        return self.has_children or self.is_replaying
+        return self._has_children or self.is_replaying
 
     @property
     def deadlines(self) -> dict[str, float]:
@@ -211,6 +207,30 @@ class Attempt:
         """Return the object that holds what a step reports while it is executed."""
         tried = self.unfinished_record(position)
         return self._progress.setdefault(position.key, Progress(None if tried is None else tried.details))
+
+    def note_child(self) -> None:
+        """Note that the workflow starts a child."""
+        self._has_children = True
+
+    def note_limiting_map(self, start_at: Position) -> None:
+        """Note that a map, which starts its children there, limits how many of them are active at once."""
+        self._limiting_maps.add(start_at.key)
+
+    def note_joined_map(self, start_key: str) -> None:
+        """Note that a map has an outcome, and so holds no children any more."""
+        self._joined_maps.add(start_key)
+
+    def note_undecodable(self, position: Position, error: DecodingError) -> None:
+        """Note that today's annotations do not fit the recorded outcome of a step."""
+        self.undecodable[position.key] = error
+
+    def note_cancelled_call(self, position: Position) -> None:
+        """Note that the workflow's code has cancelled a call in this attempt."""
+        self._cancelled_calls.add(position.key)
+
+    def is_cancelled_call(self, position: Position) -> bool:
+        """Return whether the workflow's code has cancelled a call in this attempt."""
+        return position.key in self._cancelled_calls
 
     def begin_wait(self, position: Position, wait: Wait) -> None:
         """Note that an operation begins to wait."""

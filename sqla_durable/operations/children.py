@@ -40,7 +40,7 @@ async def start(
         UsageError: one of them has the name and key of this workflow itself.
     """
     attempt = runtime.attempt
-    attempt.has_children = True
+    attempt.note_child()
     try:
         recorded = attempt.recorded(position)
         if recorded is not None and recorded.status is StepStatus.FAILED:
@@ -134,7 +134,7 @@ async def join(
             await runtime.recorder.settle()
             joining = _ChildrenWait(runtime, position, started, active=active or _UNBOUNDED, tolerate=tolerate)
             recorded = await joining.joined(limit)
-        attempt.joined_maps.add(started.key)
+        attempt.note_joined_map(started.key)
     finally:
         attempt.end_call(position)
     if recorded.status is StepStatus.FAILED:

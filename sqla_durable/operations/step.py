@@ -77,7 +77,7 @@ async def execute_step(runtime: Runtime, call: StepCall) -> Any:
         return outcome_of(recorded, call.definition.result, runtime.attempt.options.errors)
     except DecodingError as error:
         if recorded is not None and recorded.status is StepStatus.SUCCEEDED:  # otherwise the step itself failed with it
-            runtime.attempt.undecodable[call.position.key] = error
+            runtime.attempt.note_undecodable(call.position, error)
         raise
     finally:
         runtime.attempt.end_call(call.position)

@@ -169,7 +169,7 @@ class AsyncRuntime(Runtime):
     def perform_in_step(self, position: Position, operation: Operation) -> Any:
         """Perform an operation of a step's function, whose code may be in another thread: there it blocks."""
         here = _running_loop()
-        if position.key in self.attempt.cancelled_calls:
+        if self.attempt.is_cancelled_call(position):
             raise AttemptLost(self.attempt.workflow_id)
         if here is self._loop:
             return operation(self, position)
@@ -259,7 +259,7 @@ class AsyncRuntime(Runtime):
             attempt.note_outcome(found)
         is_cancelled = cancelled_call_in(found) is not None
         if is_cancelled:
-            attempt.cancelled_calls.add(position.key)
+            attempt.note_cancelled_call(position)
         return is_cancelled
 
     async def _until_cancelled(self, position: Position, cancelled: CancelledCall) -> NoReturn:

@@ -25,13 +25,30 @@ from sqla_durable.execution.worker.hints import Wakeup
 from sqla_durable.execution.worker.isolation import Isolation
 from sqla_durable.execution.worker.recorder import Slots
 from sqla_durable.execution.worker.settings import CLAIM_PAUSES, CLAIM_SPACING, Settings
-from sqla_durable.store import Claimed, claims
+from sqla_durable.store import Claimed, Fence, claims
 from sqla_durable.store.statements import Subset
 
 log = Log("sqla_durable.worker")
 
 _BATCH = 200
 _UNREAD = 10  # times in a row that a history is lost with its connection
+
+
+class _Unread:
+    """Counts how often in a row the history of one workflow, claimed alone, could not be read."""
+
+    def __init__(self) -> None:
+        self._last: object = None
+        self._times = 0
+
+    def count(self, batch: claims.Batch, error: Exception) -> Fence | None:
+        """Count a failure; return the attempt if it is to count as a crash of its workflow."""
+        is_alone = len(batch.claimed) == 1 and not isinstance(error, NoConnectionError)
+        fence = batch.claimed[0].fence if is_alone else None
+        reason = fence and (fence.workflow_id, is_out_of_time(error))
+        self._times = self._times + 1 if reason and reason == self._last else 1
+        self._last = reason
+        return fence if self._times >= (2 if is_out_of_time(error) else _UNREAD) else None
 
 
 class Claims:
@@ -87,9 +104,7 @@ class Claims:
         that exceeds the limit twice, or loses its connection ten times in a row, counts as a crash of its workflow. An
         exhausted pool never does.
         """
-        again = ObstacleRetry()
-        unread: object = None
-        times = 0
+        again, unread = ObstacleRetry(), _Unread()
         claim = self._claim_some
         while True:
             restarts = self._cursors.restarts
@@ -105,19 +120,13 @@ class Claims:
                     log.warning("claim: %s; trying for one workflow after another", first_line(error))
                     claim = self._claim_apart
                     continue
-                batch = self._batch
                 self._most = max(1, self._wanted // 2)
                 seconds = again.wait_before_next(error)
                 if seconds is None:
                     raise
                 log.warning("claim: %s; trying again in %.1f s", first_line(error), seconds)
-                is_asked = len(batch.claimed) == 1 and not isinstance(error, NoConnectionError)
-                alone = batch.claimed[0].fence if is_asked else None
-                reason = alone and (alone.workflow_id, is_out_of_time(error))
-                times = times + 1 if reason and reason == unread else 1
-                unread = reason
-                if alone and times >= (2 if is_out_of_time(error) else _UNREAD):
-                    await self._attempts.count_unread(alone, first_line(error))
+                if (crashed := unread.count(self._batch, error)) is not None:
+                    await self._attempts.count_unread(crashed, first_line(error))
                 await asyncio.sleep(seconds)
                 # The claim may have been executed, and its acknowledgement lost.
                 await self._heartbeat.release_strays()
