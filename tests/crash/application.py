@@ -329,7 +329,7 @@ async def _mapped(accounts: list[str]) -> None:
 def ship(session: Session, account: str) -> None:
     session.add(Entry(account=f"{account}/shipped", cents=1))
     session.flush()
-    time.sleep(0.3)
+    time.sleep(1.5)  # so much longer than the timeouts that a busy machine does not reverse their order
 
 
 @durable.workflow
