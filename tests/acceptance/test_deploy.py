@@ -23,9 +23,9 @@ from sqla_durable import Durable, Step, Worker, Workflow, WorkflowStatus, curren
 from sqla_durable.testing import export, replay
 from tests.acceptance.application import Application, Called, Form
 from tests.acceptance.shells import POLL
-from tests.crash.processes import forked
 from tests.store.races import wait_until
 from tests.support.domain import Entry
+from tests.support.processes import forked
 
 COUNT = 100
 STOPS = ("reserve", "notify", "charge", "ship")

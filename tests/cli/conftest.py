@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+
+from tests.support.processes import run_python
 
 APPLICATION = '''
 import os
@@ -54,21 +55,6 @@ def hold(account: str) -> str:
         return connection.recv(1).decode()
 '''
 
-FORKING = """
-import json, os, runpy, sys
-
-from sqla_durable.tools.cli import main, worker
-
-for number, arguments in enumerate(json.loads(sys.argv[1])):
-    if (child := os.fork()) == 0:
-        for stream, name in (1, "out"), (2, "err"):
-            os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
-        sys.argv[1:] = arguments
-        runpy.run_module("sqla_durable", run_name="__main__", alter_sys=True)
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
 
 class Application:
     """A directory with `ledger.py`, in which commands are run."""
@@ -83,33 +69,9 @@ class Application:
 
     def run(self, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
-        return subprocess.run(
-            [sys.executable, "-m", "sqla_durable", *arguments],
-            cwd=self.directory,
-            env=self._environment(environment),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
+        return run_python(
+            "-m", "sqla_durable", *arguments, directory=self.directory, environment=self._environment(environment)
         )
-
-    def run_each(self, commands: Sequence[Sequence[str]]) -> list[subprocess.CompletedProcess[str]]:
-        """Run commands to their ends, each in a process that has the package imported: that takes the most time."""
-        done = subprocess.run(
-            [sys.executable, "-c", FORKING, json.dumps(commands)],
-            cwd=self.directory,
-            env=self._environment(None),
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=100,
-            check=True,
-        )
-        statuses = [int(each) for each in done.stdout.split()]
-        return [self._forked(number, each, statuses[number]) for number, each in enumerate(commands)]
-
-    def _forked(self, number: int, command: Sequence[str], status: int) -> subprocess.CompletedProcess[str]:
-        out, err = ((self.directory / f"{number}.{name}").read_text() for name in ("out", "err"))
-        return subprocess.CompletedProcess(command, status, out, err)
 
     def start(self, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         """Start a command."""

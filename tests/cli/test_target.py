@@ -44,8 +44,8 @@ def test_wrong_target_is_explained_in_one_paragraph(application: Application) ->
     application.write("broken.py", "durable = 1 / 0\n")
     application.write("old.py", "raise ModuleNotFoundError('no psycopg2', name='psycopg2')\n")
     application.write("needy.py", "import absent\n")
-    commands = [("worker", target, "--url", USELESS) for target, _ in WRONG]
-    for (target, said), done in zip(WRONG, application.run_each(commands), strict=True):
+    for target, said in WRONG:
+        done = application.run("worker", target, "--url", USELESS)
         assert said in done.stderr, target
         assert done.stderr.startswith("sqla-durable: "), target
         assert done.stderr.count("\n") == 1, target
@@ -70,9 +70,10 @@ def test_modules_are_not_taken_from_another_users_directory_that_everybody_may_w
 
 
 def test_the_current_directory_is_not_on_the_path_when_python_is_safe(application: Application) -> None:
-    done = application.run("worker", "ledger:durable", "--url", USELESS, environment={"PYTHONSAFEPATH": "1"})
-    assert "there is no module 'ledger' on the path, which is without the current directory" in done.stderr
-    assert done.returncode == 2
+    started = application.start("worker", "ledger:durable", "--url", USELESS, environment={"PYTHONSAFEPATH": "1"})
+    said = started.communicate(timeout=60)[1]
+    assert "there is no module 'ledger' on the path, which is without the current directory" in said
+    assert started.returncode == 2
 
 
 def test_command_says_that_it_is_an_extra_where_typer_is_not_installed() -> None:

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqla_durable import Executor, Worker
 from sqla_durable.testing.crash_points import CrashPoint, ProcessKiller
 from tests.crash import application
-from tests.crash.processes import forked
+from tests.support.processes import forked
 
 LEASE = timedelta(seconds=0.6)
 POLL = timedelta(seconds=0.02)

@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Worker, current
 from tests.crash.application import die
-from tests.crash.processes import forked
 from tests.support.domain import Entry
+from tests.support.processes import forked
 
 LEASE = timedelta(seconds=0.6)
 POLL = timedelta(seconds=0.02)

@@ -26,9 +26,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Worker, Workflow
-from tests.crash.processes import forked
 from tests.store import races
 from tests.support.domain import Entry
+from tests.support.processes import forked
 
 Kind = Literal["sync", "psycopg", "asyncpg"]
 """What a worker runs on: a `sessionmaker` alone, or with an `async_sessionmaker` on one of the two drivers."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import sqla_durable
 import sqla_durable.asyncio
+from tests.support.processes import run_python
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -43,13 +42,8 @@ def test_page_runs_as_a_script_and_prints_what_it_says(
     makes_tables = re.search(r"^\s*metadata\.create_all|run_sync\(metadata\.create_all\)", script.read_text(), re.M)
     database_url: str = request.getfixturevalue("empty_database_url" if makes_tables else "database_url")
 
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
-        env={**os.environ, "DATABASE_URL": database_url},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
+    done = run_python(
+        "-W", "error", str(script), directory=tmp_path, environment={**os.environ, "DATABASE_URL": database_url}
     )
 
     assert done.returncode == 0, done.stderr

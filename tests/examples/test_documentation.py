@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import pytest
 
 from tests.examples.conftest import EXAMPLES
+from tests.support.processes import run_python
 
 DOCS = EXAMPLES.parent / "docs"
 BLOCKS = re.findall(r"```python\n(.*?)```", (DOCS / "shop.md").read_text(), re.DOTALL)
@@ -28,12 +27,7 @@ def test_modules_of_the_table_exist() -> None:
 
 
 def test_options_of_the_worker_are_documented() -> None:
-    shown = subprocess.run(
-        [sys.executable, "-m", "sqla_durable", "worker", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"COLUMNS": "200"},
-    ).stdout
+    help_of_it = run_python("-m", "sqla_durable", "worker", "--help", directory=DOCS, environment={"COLUMNS": "200"})
+    shown = help_of_it.stdout
     options = set(re.findall(r"^ +(--[a-z-]+)", shown, re.MULTILINE)) - {"--help"}
     assert options == set(re.findall(r"^\| `(--[a-z-]+)", (DOCS / "cli.md").read_text(), re.MULTILINE))

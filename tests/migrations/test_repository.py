@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from sqlalchemy import Engine
 
 from tests.migrations.application import run_script
 from tests.support.catalogue import Catalogue, catalogue, schemas
+from tests.support.processes import run_python
 from tests.support.sampling import thorough_cases
 
 ROOT = Path(__file__).parents[2]
@@ -60,13 +59,6 @@ def run(*arguments: str, url: str | None, status: int = 0) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
     if url is not None:
         environment["DATABASE_URL"] = url
-    process = subprocess.run(
-        [sys.executable, "-m", "alembic", *arguments],
-        cwd=ROOT,
-        env=environment,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    process = run_python("-m", "alembic", *arguments, directory=ROOT, environment=environment)
     assert process.returncode == status, process.stderr
     return process.stdout
