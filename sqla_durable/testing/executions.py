@@ -117,7 +117,7 @@ def _shown(step: Step) -> str:
     return f"  {step.position}. {step.key}: {step.status}, {step.error or repr(step.output)}"
 
 
-_PAUSE = 0.005
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.005, 0.05
 
 
 class Execution:
@@ -219,8 +219,9 @@ class _WorkerMonitor:
     def wait_for_end(self, timeout: timedelta) -> None:
         """Wait until the worker's process has ended, because it was killed or because its workflow has ended."""
         deadline = time.monotonic() + timeout.total_seconds()
+        pause = _SHORTEST_PAUSE
         while True:
-            match self._fork_server.message(seconds=_PAUSE):
+            match self._fork_server.message(seconds=pause):
                 case WorkerStarted(worker_id):
                     self.worker_id = worker_id
                     self._database.add_worker(worker_id)
@@ -230,6 +231,7 @@ class _WorkerMonitor:
                     return self._require_expected_end(exitcode)
                 case _:
                     self._poll()
+                    pause = min(pause * 1.2, _LONGEST_PAUSE)  # polling takes time from the worker
             if time.monotonic() > deadline:
                 raise self._timeout_error(timeout)
 
