@@ -25,7 +25,7 @@ from sqla_durable.errors import (
     WorkflowFinishedError,
 )
 from sqla_durable.operations import callback
-from sqla_durable.operations.branch import Position
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.store import callbacks as statements
 from sqla_durable.store import starts

@@ -20,8 +20,9 @@ from sqla_durable.definitions.checks import require_key
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.inspection import SessionKind, require_name
 from sqla_durable.errors import ArgumentError, UsageError
+from sqla_durable.operations.calls import StepCall
 from sqla_durable.operations.publishing import Publication, origin_of, publish_at_once, publish_once
-from sqla_durable.operations.runtime import Operation, StepCall
+from sqla_durable.operations.runtime import Operation
 from sqla_durable.runtime.context import Context, active
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from sqla_durable.definitions.error_classes import Find
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import ArgumentError
 from sqla_durable.operations import children
-from sqla_durable.operations.branch import Position
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.workflow import Outcome
 from sqla_durable.runtime.context import Context

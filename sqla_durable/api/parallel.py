@@ -133,9 +133,9 @@ class _BranchLine(_Line):
         """Call the function here, as the branch."""
         self.place.branches.enter(self.branch, threading.get_ident())
         super().run()
-        signal, attempt = self.error, self.place.context.attempt
-        if isinstance(signal, ControlFlow) and not is_own_failure(attempt, signal):
-            attempt.stop(lambda: signal)
+        error, attempt = self.error, self.place.context.attempt
+        if isinstance(error, ControlFlow) and not is_own_failure(attempt, error):
+            attempt.stop(lambda: error)
 
     def _call(self) -> Any:
         with ExitStack() as stack:

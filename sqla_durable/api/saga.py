@@ -10,7 +10,8 @@ from typing import Any, ParamSpec, Self, cast
 
 from sqla_durable.api.calls import in_async_code, in_sync_code, require_workflow, visit
 from sqla_durable.api.steps import SyncStep, call_step_async
-from sqla_durable.definitions.log import Log, brief
+from sqla_durable.definitions.log import Log
+from sqla_durable.definitions.redaction import brief
 from sqla_durable.errors import CompensationFailedError, UsageError
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.outcome import is_own_failure

@@ -29,7 +29,7 @@ from sqla_durable.errors import (
     UsageError,
 )
 from sqla_durable.models import Workflow
-from sqla_durable.operations.runtime import StepCall
+from sqla_durable.operations.calls import StepCall
 from sqla_durable.operations.step import HEARTBEAT_INTERVAL, send_heartbeat
 from sqla_durable.runtime.context import Context, active
 from sqla_durable.store import workers

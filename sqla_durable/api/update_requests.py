@@ -21,10 +21,10 @@ from sqla_durable.api.sessions import AnySession
 from sqla_durable.definitions.checks import fault_in, require_duration
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.failure import Failure
-from sqla_durable.definitions.log import problems_of
+from sqla_durable.definitions.redaction import problems_of
 from sqla_durable.errors import ArgumentError, DecodingError, UsageError
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.branch import Position
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.outcome import is_own_failure
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.waiting import receive_update

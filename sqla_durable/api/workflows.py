@@ -1,6 +1,7 @@
 """Workflow functions: what `durable.workflow` returns, and how workflows are started in the caller's transaction.
 
-Outside a workflow, and inside a step, a workflow function is the plain function that it was made of.
+Called directly, a workflow function is the plain function that it was made of, in a workflow too; `start` makes it
+durable.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ from sqla_durable.store.starts import SnapshotKept
 
 _BATCH = 5_000
 _SMALLINT = 32_767
+
+
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +154,7 @@ def start(session: Session, bound: BoundWorkflow) -> Workflow:
         UsageError: this is a workflow's own code, and there is no key.
     """
     workflow = add(session, _of_step(_checked(bound)))
-    hints.announce(session, _where(bound.new))
+    hints.announce(session, _hint_for(bound.new))
     return workflow
 
 
@@ -205,7 +210,7 @@ def _start_many(session: Session, *, bound: Iterable[BoundWorkflow]) -> list[UUI
         except ProgrammingError as denied:
             raise error from denied  # the transaction is aborted, with all that it has started
         raise
-    hints.announce(session, *{_where(new) for new in given})
+    hints.announce(session, *{_hint_for(new) for new in given})
     return [ids[new.id] for new in given]
 
 
@@ -243,7 +248,7 @@ def _of_step(bound: BoundWorkflow) -> BoundWorkflow:
     return BoundWorkflow(new)
 
 
-def _where(new: NewWorkflow) -> str:
+def _hint_for(new: NewWorkflow) -> str:
     """Return the hint for a new workflow: one with a delay is on no queue yet, and may be the next timer."""
     return hints.EVERYWHERE if new.delay is not None or new.wake_at is not None else hints.to_queue(new.queue)
 
@@ -252,10 +257,6 @@ def _checked(bound: BoundWorkflow) -> BoundWorkflow:
     if not isinstance(bound, BoundWorkflow):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError(f"expected workflow.bind(...), got {bound!r}. Nothing was started.")
     return bound
-
-
-P = ParamSpec("P")
-R = TypeVar("R", covariant=True)
 
 
 class AnyWorkflowFunction(DurableFunction[P, R]):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from types import GenericAlias
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 from uuid import UUID
 
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr, TypeAdapter, ValidationError
@@ -30,11 +30,8 @@ from sqla_durable.definitions.json_values import (
     path_to,
     refuse_large,
 )
-from sqla_durable.definitions.log import problems_of
+from sqla_durable.definitions.redaction import problems_of
 from sqla_durable.errors import ArgumentError, DecodingError, DefinitionError, EncodingError
-
-if TYPE_CHECKING:
-    pass
 
 _SURE = frozenset({str, int, bool, type(None)})
 """Annotations that read exactly what was written, if it has the annotated type."""

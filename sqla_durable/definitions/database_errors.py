@@ -11,7 +11,7 @@ from typing import Any, TypeGuard, cast
 from sqlalchemy.exc import DataError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from sqla_durable.definitions.log import brief, message_of
+from sqla_durable.definitions.redaction import brief, message_of
 from sqla_durable.errors import KeyNotVisibleError
 
 # invalid_sql_statement_name, duplicate_prepared_statement: a pooler has switched the connection to another server

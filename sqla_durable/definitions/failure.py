@@ -32,7 +32,7 @@ from sqla_durable.definitions.error_classes import (
     native_base,
 )
 from sqla_durable.definitions.json_values import dump
-from sqla_durable.definitions.log import driver_message, message_of, notes_of, traceback_of, without_values
+from sqla_durable.definitions.redaction import driver_message, message_of, notes_of, traceback_of, without_values
 from sqla_durable.errors import StepFailedError
 
 _TEXT_LIMIT = 32_000

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from sqla_durable.definitions.comparison import joined_path
-from sqla_durable.definitions.log import without_values
+from sqla_durable.definitions.redaction import without_values
 from sqla_durable.errors import DefinitionError, EncodingError, PayloadTooLargeError
 
 if TYPE_CHECKING:
@@ -48,6 +48,16 @@ _NO_KEYS = {
 _UNRELATED = frozenset({"metadata", "config", "default", "serialization"})
 
 _Schema: TypeAlias = Mapping[str, Any]
+
+
+DEFAULT_LIMIT = 1024 * 1024
+"""The default limit of one payload: 1 MiB of UTF-8 JSON."""
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_DEPTH = 50  # of values in values, where one is looked for
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+_ASCII = 0x80
+_CHARACTER = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)|[^\x00-\x7f]", re.DOTALL)
 
 
 def adapter_of(annotation: Any, what: str, *, revalidating: bool = False) -> TypeAdapter[tuple[Any]]:
@@ -199,14 +209,6 @@ def _schemas_in(value: Any) -> Iterator[_Schema]:
             yield from _schemas_in(each)
 
 
-DEFAULT_LIMIT = 1024 * 1024
-"""The default limit of one payload: 1 MiB of UTF-8 JSON."""
-
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_DEPTH = 50  # of values in values, where one is looked for
-_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
-
-
 def dump(plain: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> str:
     """Return the JSON text of JSON values in the form that PostgreSQL's `jsonb` stores; refuse what it cannot store.
 
@@ -317,3 +319,16 @@ def _is_not_finite(value: object) -> bool:
 def _at(plain: object, wanted: Callable[[object], bool]) -> str:
     path = path_to(plain, wanted)
     return f" in {path}" if path else ""
+
+
+def escaped(text: str) -> str:
+    """Return JSON text whose non-ASCII characters are escaped twice, so that readers see ``\\u20ac`` for a euro sign.
+
+    A database whose encoding lacks a character refuses it, as itself and as an escape of JSON.
+    """
+
+    def shown(found: re.Match[str]) -> str:
+        number = int(found[1], 16) if found[1] else ord(found[0][-1])
+        return found[0] if number < _ASCII else f"\\\\u{number:04x}"
+
+    return _CHARACTER.sub(shown, text)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from sqla_durable.definitions.checks import require_duration
-from sqla_durable.definitions.log import message_of
+from sqla_durable.definitions.redaction import message_of
 from sqla_durable.errors import DefinitionError, HeartbeatTimeoutError, StepTimeoutError
 
 

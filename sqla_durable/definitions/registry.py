@@ -43,6 +43,10 @@ ISOLATION_LEVELS: tuple[str, ...] = get_args(IsolationLevel)
 _SHORTEST_SECRET = 16
 
 
+log = Log("sqla_durable.registry")
+_START_OPTIONS = {"key", "queue", "priority", "delay", "at", "detached", "timeout", "deadline"}
+
+
 class StepKeywords(TypedDict, total=False):
     """The keyword arguments of `Durable.step`, for type checkers; its docstring describes each."""
 
@@ -128,11 +132,6 @@ def encode_secrets(secret: str | list[str] | None) -> tuple[bytes, ...]:
             f"a secret must have at least {_SHORTEST_SECRET} characters: generate one with secrets.token_hex()."
         )
     return tuple(each.encode() for each in given)
-
-
-log = Log("sqla_durable.registry")
-
-_START_OPTIONS = {"key", "queue", "priority", "delay", "at", "detached", "timeout", "deadline"}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tenacity import RetryCallState
 
 from sqla_durable.definitions.checks import LONGEST
 from sqla_durable.definitions.database_errors import is_obstacle
-from sqla_durable.definitions.log import brief
+from sqla_durable.definitions.redaction import brief
 from sqla_durable.errors import DefinitionError, UsageError
 
 RetryPredicate: TypeAlias = Callable[[RetryCallState], bool | Awaitable[bool]]

@@ -49,6 +49,10 @@ from sqla_durable.store import (
 )
 from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Interrupted, Suspended
 
+P = ParamSpec("P")
+R = TypeVar("R")
+DEFAULT_LEASE = timedelta(minutes=5)
+
 
 @dataclass(frozen=True, slots=True)
 class _Aim:
@@ -234,12 +238,6 @@ def _ways_on(waiting: workflows.WaitedFor) -> str:
     if waiting.wake_at is not None:
         ways.append("let the time pass with sqla_durable.testing.advance(session, timedelta(...))")
     return "".join(f"{each}, " for each in ways) + ("or " if ways else "")
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-DEFAULT_LEASE = timedelta(minutes=5)
 
 
 class Executor:

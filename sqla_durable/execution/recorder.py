@@ -1,4 +1,4 @@
-"""Where an executor's attempts record, on the caller's own session, and how its transactions end.
+"""The recorder of an executor's attempts, and the transactions on the caller's session in which it records.
 
 They are committed one by one, or are savepoints inside the caller's transaction. One operation uses the session at a
 time; functions of a `Session` are called on it, also where the caller has an `AsyncSession`.
@@ -29,7 +29,7 @@ from sqla_durable.definitions.database_errors import first_line, is_about_data, 
 from sqla_durable.definitions.registry import StepDefinition
 from sqla_durable.errors import EncodingError, SessionError, UsageError
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.branch import Position
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.runtime import Recorder
 from sqla_durable.operations.suspending import Suspension, Wait, Waker
 from sqla_durable.operations.transaction import ReleasingTransaction, SavepointTransaction, StepTransaction, in_session
@@ -52,6 +52,10 @@ from sqla_durable.unwinding import AttemptLost, Interrupted
 
 T = TypeVar("T")
 Pause: TypeAlias = "Callable[[float], Awaitable[None]]"
+
+
+Row = TypeVar("Row", Checkpoint, Completion)
+_POLL_EVERY = 0.1  # seconds between two looks for what is waited for in memory
 
 
 class SessionTransactions(ABC):
@@ -246,11 +250,6 @@ class _LeasedTransaction(StepTransaction):
     async def commit(self) -> None:
         await self.execute(self._extend_lease)
         await super().commit()
-
-
-Row = TypeVar("Row", Checkpoint, Completion)
-
-_POLL_EVERY = 0.1  # seconds between two looks for what is waited for in memory
 
 
 class SessionRecorder(Recorder):

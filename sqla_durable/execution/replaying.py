@@ -12,7 +12,7 @@ from typing_extensions import override
 from sqla_durable.api.polling import refuse_event_loop
 from sqla_durable.definitions.registry import StepDefinition, WorkflowDefinition
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.branch import Position
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.history import PATCH
 from sqla_durable.operations.runtime import Recorder, run_blocking
 from sqla_durable.operations.suspending import Suspension, Wait, Waker

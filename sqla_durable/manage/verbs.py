@@ -33,6 +33,10 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _VERSION_7 = (7 << 76) | (2 << 62)  # and the variant. Source: RFC 9562, section 5.7.
 
 
+_ROUNDS = 5  # how often a cancel releases its locks, to take them again in the order of ids
+_REFERENCED = ("23503", "23001")  # foreign_key_violation, restrict_violation
+
+
 def id_at(moment: datetime) -> UUID:
     """Return the least id of a workflow that was started at this time.
 
@@ -83,10 +87,6 @@ def _wanted(session: Session, workflows: Selected) -> Selection:
     if isinstance(workflows, (Select, CompoundSelect)):
         return evaluate(session, workflows)
     return Selection(sessions.ids_of(workflows))
-
-
-_ROUNDS = 5  # how often a cancel releases its locks, to take them again in the order of ids
-_REFERENCED = ("23503", "23001")  # foreign_key_violation, restrict_violation
 
 
 def cancel(session: Session, workflows: Selected) -> list[UUID]:

@@ -24,6 +24,23 @@ _ALEMBIC_NAME = "sqlalchemy.types"
 """Where an autogenerate is to look: what it writes into an application's revision is `sa.Text()`."""
 
 
+SCHEMA = "durable"
+REVISION = "durable_0001"
+"""The migration that these models correspond to; kept as the comment of the workflow table."""
+
+NAMING_CONVENTION = {
+    "pk": "%(table_name)s_pkey",
+    "fk": "%(table_name)s_%(column_0_name)s_fkey",
+    "ck": "%(table_name)s_%(constraint_name)s_check",
+}
+
+OPTIONAL_JSON = JSONB().with_variant(JSONB(none_as_null=True), "postgresql")
+"""JSON that is left out of an INSERT where it has no value, and NULL where it is None."""
+
+LONGEST_KEY = 2_500
+"""How many bytes the key of a step may have, which branches make longer: what fits into an index beside an id."""
+
+
 class Text(PlainText):
     """Text whose parameters are sent as such."""
 
@@ -113,23 +130,6 @@ class StepStatus(StrEnum):
 
 
 FINISHED = frozenset({WorkflowStatus.SUCCEEDED, WorkflowStatus.FAILED, WorkflowStatus.CANCELLED})
-
-
-SCHEMA = "durable"
-REVISION = "durable_0001"
-"""The migration that these models correspond to; kept as the comment of the workflow table."""
-
-NAMING_CONVENTION = {
-    "pk": "%(table_name)s_pkey",
-    "fk": "%(table_name)s_%(column_0_name)s_fkey",
-    "ck": "%(table_name)s_%(constraint_name)s_check",
-}
-
-OPTIONAL_JSON = JSONB().with_variant(JSONB(none_as_null=True), "postgresql")
-"""JSON that is left out of an INSERT where it has no value, and NULL where it is None."""
-
-LONGEST_KEY = 2_500
-"""How many bytes the key of a step may have, which branches make longer: what fits into an index beside an id."""
 
 
 class Base(AsyncAttrs, DeclarativeBase):

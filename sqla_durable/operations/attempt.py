@@ -11,26 +11,51 @@ from contextvars import ContextVar
 from uuid import UUID
 
 from sqla_durable.definitions.checks import escape_key, unescape_key
+from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.registry import DurableOptions
 from sqla_durable.definitions.retry import Tries
 from sqla_durable.errors import DecodingError, HistoryLimitError, UsageError
-from sqla_durable.operations.branch import Branches, Position, Progress
+from sqla_durable.operations.branch import Branches
+from sqla_durable.operations.calls import Position, Progress
 from sqla_durable.operations.history import FIRED, HistoryCheck
-from sqla_durable.operations.suspending import Suspension, Wait, Waker, Wakers, refusal
+from sqla_durable.operations.suspending import Suspension, Wait, Waker, Wakers
 from sqla_durable.store import Claimed, Fence, Recorded
-from sqla_durable.unwinding import CallRefused, Cancelling, ContinuedAsNew, ControlFlow, Suspended
+from sqla_durable.unwinding import (
+    AttemptLost,
+    CallRefused,
+    Cancelling,
+    ContinuedAsNew,
+    ControlFlow,
+    Interrupted,
+    Released,
+    Suspended,
+)
 
 TIMERS = "#timers"
-"""The key in the details of a waiting operation under which the deadlines of asyncio's timers are stored."""
+"""The key in the details of a waiting operation under which the due times of asyncio's timers are stored."""
 
 DEFAULT_HISTORY_LIMIT = 50_000
 """How many operations one workflow may call, unless its `Durable` says otherwise."""
 
+log = Log("sqla_durable.workflow")
 
 _NO_OPTIONS = DurableOptions()
 
 _compensating: ContextVar[Attempt | None] = ContextVar("compensating", default=None)
 """The attempt whose saga is compensating, for the code that is executed to compensate."""
+
+
+_AGAIN = "The workflow's code comes here again when it is resumed; what is to happen once belongs after the wait"
+_UNDO = "What is to be done when a workflow is cancelled is a compensation of a Saga"
+_REASONS: dict[type[ControlFlow], tuple[str, str]] = {  # the first that fits
+    ContinuedAsNew: ("the workflow continues as new", "Call it before continue_as_new()"),
+    Suspended: ("the workflow is suspended until what it waits for is there", _AGAIN),
+    Released: ("its worker is stopping and releases the workflow", _AGAIN),
+    Cancelling: ("the workflow was cancelled, or its deadline has passed", _UNDO),
+    AttemptLost: ("the workflow was cancelled, or another worker has reclaimed it", _UNDO),
+    Interrupted: ("the connection to the database was lost", _AGAIN),
+    ControlFlow: ("it was stopped", _AGAIN),
+}
 
 
 class Attempt:
@@ -104,7 +129,7 @@ class Attempt:
         return self._has_children or self.is_replaying
 
     @property
-    def deadlines(self) -> dict[str, float]:
+    def timers_due_at(self) -> dict[str, float]:
         """When the asyncio timers with which the workflow was suspended are due, by key, in the database's seconds."""
         found: dict[str, float] = {}
         for each in self._history.values():
@@ -356,7 +381,7 @@ class Attempt:
         if self._stop is None:
             return False
         branch = self.branches.here()
-        if branch is not None and branch.received_ending is self._stop:
+        if branch is not None and branch.unwound_by is self._stop:
             return True
         unwinding = sys.exception()
         if isinstance(unwinding, ControlFlow):  # a different one while a saga compensates
@@ -369,7 +394,7 @@ class Attempt:
             self.stop(lambda: ending)
         branch = self.branches.here()
         if branch is not None:
-            branch.received_ending = self._stop
+            branch.unwound_by = self._stop
 
     def refuse_when_unwound(self, key: str) -> None:
         """Refuse a call that is not recorded, if the code has been unwound because the attempt ends.
@@ -428,3 +453,31 @@ class Attempt:
 
 def _starts_several(recorded: Recorded) -> bool:
     return recorded.name.startswith("start:") and "," in (recorded.output or "")
+
+
+def refusal(
+    ending: ControlFlow, *, call: str, workflow: str, workflow_id: UUID, attempt: int, warn: bool
+) -> CallRefused:
+    """Return the error for a durable call that is made while its attempt ends.
+
+    A `finally` or an `except` block that goes on cannot be stopped, but it must have no durable effects.
+
+    Args:
+        ending: what ends the attempt.
+        call: the key of the operation that was called.
+        workflow: the workflow's name.
+        workflow_id: its id.
+        attempt: the attempt's number.
+        warn: whether the error is logged as a warning, too.
+    """
+    why, instead = next(words for kind, words in _REASONS.items() if isinstance(ending, kind))
+    error = CallRefused(
+        f"{call!r} was called in workflow {workflow!r} {workflow_id} while its attempt {attempt} was ending, because "
+        f"{why}: it was not executed. A finally or an except block has gone on although the attempt was over. "
+        f"{instead}.",
+        workflow_id=workflow_id,
+        call=call,
+    )
+    if warn:
+        log.warning("%s", error)
+    return error

@@ -1,4 +1,4 @@
-"""The branches of a workflow, which run concurrently, how each assigns keys, and what identifies an operation.
+"""The branches of a workflow, which run concurrently, and how each assigns keys to its operations.
 
 A branch counts the operations that it calls and the branches that it opens, so that no key depends on how fast another
 branch is. The task or thread that executes a branch is its home; the runtimes determine it.
@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 
-from sqla_durable.definitions.checks import unescape_key
-from sqla_durable.definitions.limits import Watch
 from sqla_durable.errors import UsageError
 
 _NOT_IN_NAMES = str.maketrans(dict.fromkeys("#/<>", ""))
@@ -28,14 +24,14 @@ class Branch:
         path: the names of the branches from the workflow's function down to it, with their occurrences.
         awaited_threads: how many threads with branches of its own it waits for, while it does nothing else.
         has_caught_up: whether it has reached a step that is not recorded.
-        received_ending: what was raised in its code to end the attempt.
+        unwound_by: what was raised in its code to end the attempt.
     """
 
     def __init__(self, path: str = "", *, outer: _Scope | None = None) -> None:
         self.path = path
         self.awaited_threads = 0
         self.has_caught_up = False
-        self.received_ending: object = None
+        self.unwound_by: object = None
         self._own = _Scope(path)
         self._outer = outer  # the scope that the code was in which has opened this branch
         self._scopes: list[_Scope] = []
@@ -239,67 +235,3 @@ def name_of(code: object) -> str:
 
 def _counted(name: str, occurrence: int) -> str:
     return name if occurrence == 1 else f"{name}#{occurrence}"
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """The identity of one operation.
-
-    Attributes:
-        key: its key in the workflow, with what the user chose escaped; see `escape_key`.
-        name: its name, escaped likewise.
-        number: its place in the order of calls.
-    """
-
-    key: str
-    name: str
-    number: int
-
-    @property
-    def shown(self) -> str:
-        """The key as it is shown to users."""
-        return unescape_key(self.key)
-
-
-class Progress:
-    """What a step reports while it is executed, in all tries of one attempt.
-
-    Attributes:
-        details: the details that it reported last, as JSON text, perhaps in an earlier attempt.
-        watch: the time limits of the current try, if it has any.
-    """
-
-    def __init__(self, details: str | None) -> None:
-        self.details = details
-        self.watch: Watch | None = None
-        self._sent_at = float("-inf")
-        self._unsent = False
-
-    @property
-    def unsent(self) -> bool:
-        """Whether there is a report that was not sent."""
-        return self._unsent
-
-    def report(self, details: str | None, *, interval: float) -> bool:
-        """Note details; return whether to send them now, because the last were sent `interval` seconds ago or more.
-
-        Raises:
-            StepTimeoutError: the try sent no heartbeat for too long, or its time is over.
-        """
-        if self.watch is not None:
-            self.watch.note_heartbeat()
-        self.details = self.details if details is None else details
-        self._unsent = True
-        return time.monotonic() - self._sent_at >= interval
-
-    @contextmanager
-    def sending(self) -> Generator[None]:
-        """Mark the newest details as sent while the block sends them; if it fails, they are unsent again."""
-        self._sent_at = time.monotonic()
-        self._unsent = False
-        try:
-            with nullcontext() if self.watch is None else self.watch.writing():
-                yield
-        except BaseException:
-            self._unsent = True
-            raise

@@ -19,7 +19,7 @@ from sqla_durable.definitions.checks import unescape_key
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.failure import Failure
 from sqla_durable.definitions.json_values import DEFAULT_LIMIT
-from sqla_durable.definitions.log import problems_of
+from sqla_durable.definitions.redaction import problems_of
 from sqla_durable.errors import (
     CallbackFailedError,
     CallbackSilentError,
@@ -29,7 +29,7 @@ from sqla_durable.errors import (
     WaitTimeoutError,
 )
 from sqla_durable.models.base import StepStatus
-from sqla_durable.operations.branch import Position
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.outcome import checkpoint_of, outcome_of
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.suspending import Wait

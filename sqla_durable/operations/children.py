@@ -14,7 +14,7 @@ from sqla_durable.definitions.failure import Failure, record
 from sqla_durable.definitions.json_values import DEFAULT_LIMIT, refuse_large
 from sqla_durable.errors import ChildrenFailedError, KeyNotVisibleError, PayloadTooLargeError, UsageError
 from sqla_durable.models.base import StepStatus, WorkflowStatus
-from sqla_durable.operations.branch import Position
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.outcome import checkpoint_of, raise_recorded
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.suspending import Wait
@@ -121,7 +121,7 @@ async def join(
 ) -> list[Outcome]:
     """Wait for children that were started together, and return their outcomes in order.
 
-    Held children are released as others end.
+    Deferred children are started as others end.
 
     Raises:
         ChildrenFailedError: more of them failed than are tolerated, and the others are cancelled; or some were deleted.

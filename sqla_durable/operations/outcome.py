@@ -16,11 +16,14 @@ from sqla_durable.definitions.failure import Failure
 from sqla_durable.errors import StepFailedError, UsageError
 from sqla_durable.models.base import StepStatus
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.branch import Position
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.shielding import CancelledError, is_cancelled_here
 from sqla_durable.store import Checkpoint, Recorded, steps
 from sqla_durable.unwinding import AttemptLost, ControlFlow, Interrupted
+
+_TYPE = "asyncio.exceptions:CancelledError"
+_MARK = "cancelled"
 
 
 def checkpoint_of(
@@ -33,6 +36,7 @@ def checkpoint_of(
     tries: int = 1,
     elapsed: float = 0.0,
     delay: float | None = None,
+    value: tuple[Any] | None = None,
 ) -> Checkpoint:
     """Return the checkpoint of an operation; `output` and `error` are JSON text, times are in seconds."""
     return Checkpoint(
@@ -47,6 +51,7 @@ def checkpoint_of(
         tries=tries,
         elapsed=elapsed,
         delay=delay,
+        value=value,
     )
 
 
@@ -83,10 +88,6 @@ def raise_recorded(recorded: Recorded, known: KnownErrors) -> NoReturn:
     )
     failure.complete(error)
     raise error
-
-
-_TYPE = "asyncio.exceptions:CancelledError"
-_MARK = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)

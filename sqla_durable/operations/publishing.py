@@ -15,9 +15,9 @@ from sqlalchemy.exc import DBAPIError
 from sqla_durable.definitions.database_errors import first_line, is_transient
 from sqla_durable.errors import EncodingError
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.branch import Position
+from sqla_durable.operations.calls import Position, StepCall
 from sqla_durable.operations.outcome import checkpoint_of
-from sqla_durable.operations.runtime import Runtime, StepCall
+from sqla_durable.operations.runtime import Runtime
 from sqla_durable.store import Checkpoint, Connectable, Origin
 
 

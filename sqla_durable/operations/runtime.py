@@ -10,7 +10,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -18,10 +17,9 @@ from sqla_durable.definitions.interceptors import Execution, StepExecution
 from sqla_durable.definitions.json_values import DEFAULT_LIMIT
 from sqla_durable.definitions.limits import Watch
 from sqla_durable.definitions.registry import StepDefinition, WorkflowDefinition
-from sqla_durable.definitions.retry import Tries
 from sqla_durable.errors import EncodingError, UsageError
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.branch import Position
+from sqla_durable.operations.calls import Position, StepCall
 from sqla_durable.operations.suspending import CHECK_EVERY, Suspension, Wait, Waker
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.operations.transaction_retries import TransactionRetry
@@ -30,17 +28,6 @@ from sqla_durable.store.streams import Append, Appended
 from sqla_durable.unwinding import Suspended
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class StepCall:
-    """One call of a step in a workflow; `tries` counts its executions, those of earlier attempts included."""
-
-    definition: StepDefinition
-    position: Position
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    tries: Tries
 
 
 def execution_of(attempt: Attempt, step: StepCall | None = None) -> Execution:
@@ -181,11 +168,11 @@ class Recorder(ABC):
 
     async def due_timers(self) -> dict[str, float]:
         """Return the seconds until the asyncio timers are due that were stored with the suspension, by key."""
-        deadlines = self.attempt.deadlines
-        if not deadlines:
+        due_at = self.attempt.timers_due_at
+        if not due_at:
             return {}
         now = (await self.execute(timers.now)).timestamp()
-        return {key: due - now for key, due in deadlines.items()}
+        return {key: due - now for key, due in due_at.items()}
 
 
 class Runtime(ABC):

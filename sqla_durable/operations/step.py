@@ -1,6 +1,6 @@
 """The step: return its recorded outcome, or execute it, record the outcome, and return what a replay will return.
 
-Meanwhile it sends heartbeats, with the newest details that its function has reported.
+While a plain step is executed, its heartbeats are sent with the newest details that its function has reported.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from sqla_durable.errors import (
     UsageError,
 )
 from sqla_durable.models.base import StepStatus
+from sqla_durable.operations.calls import StepCall
 from sqla_durable.operations.outcome import checkpoint_of, failure_of_step, is_own_failure, outcome_of
-from sqla_durable.operations.runtime import Runtime, StepCall, execution_of
-from sqla_durable.operations.suspending import Wait
+from sqla_durable.operations.runtime import Runtime, execution_of
+from sqla_durable.operations.suspending import MOMENT, Wait
 from sqla_durable.operations.transaction import StepTransaction, TransactionGuard
 from sqla_durable.operations.transaction_retries import (
     LOSSES,
@@ -50,9 +51,6 @@ from sqla_durable.operations.transaction_retries import (
 )
 from sqla_durable.store import Checkpoint, Recorded, Verdict, steps
 from sqla_durable.unwinding import AttemptLost, Interrupted
-
-_MOMENT = 1.0
-"""How long, in seconds, a failing step waits in memory before its waits become a row."""
 
 HEARTBEAT_INTERVAL = 1.0
 """Seconds between two heartbeats that one step writes; of the reports in between only the newest is kept."""
@@ -188,7 +186,7 @@ class _Execution:
         So a step that fails again and again does not occupy a slot of the worker.
         """
         now = time.monotonic()
-        self._in_memory_until = self._in_memory_until or now + _MOMENT
+        self._in_memory_until = self._in_memory_until or now + MOMENT
         wait = Wait(until=now + seconds, in_memory_until=self._in_memory_until, has_row=False)
         await self._runtime.wait(self._call.position, wait)
         await self._runtime.recorder.settle()
@@ -427,15 +425,12 @@ class _Execution:
         error: str | None = None,
         delay: float | None = None,
     ) -> Checkpoint:
-        return Checkpoint(
-            fence=self._attempt.fence,
-            key=self._call.position.key,
-            name=self._call.position.name,
-            position=self._call.position.number,
-            status=status,
+        return checkpoint_of(
+            self._attempt,
+            self._call.position,
+            status,
             output=None if encoded is None else encoded.text,
             error=error,
-            attempt=self._attempt.number,
             tries=max(1, self._call.tries.count),
             elapsed=time.monotonic() - self._began,
             delay=delay,

@@ -1,4 +1,4 @@
-"""How an attempt waits and ends: what its operations wait for, what wakes them, and which calls are refused at its end.
+"""How an operation waits, what wakes it, and how a workflow is suspended.
 
 An operation waits in memory at first, and then as a row: its workflow is suspended. When this process notices what an
 operation awaits in memory, it wakes the operation, which then queries the tables. Correctness does not depend on that:
@@ -14,28 +14,14 @@ import time
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import TYPE_CHECKING
 
-from sqla_durable.definitions.log import Log
 from sqla_durable.store import Awaited
-from sqla_durable.unwinding import (
-    AttemptLost,
-    CallRefused,
-    Cancelling,
-    ContinuedAsNew,
-    ControlFlow,
-    Interrupted,
-    Released,
-    Suspended,
-)
-
-if TYPE_CHECKING:
-    from uuid import UUID
-
-log = Log("sqla_durable.workflow")
 
 QUIET = 5.0
 """For how many seconds an attempt must have done nothing to be suspended, where code of it may wait for anything."""
+
+MOMENT = 1.0
+"""For how many seconds an operation waits in memory before its wait becomes a row."""
 
 CHECK_EVERY = 1.0
 """After how many seconds an operation that waits in memory checks whether the workflow can be suspended."""
@@ -141,44 +127,3 @@ class Wakers:
         """Wake the operations that wait for this."""
         for waker in tuple(self._wakers.get(name, ())):
             waker.wake()
-
-
-_AGAIN = "The workflow's code comes here again when it is resumed; what is to happen once belongs after the wait"
-_UNDO = "What is to be done when a workflow is cancelled is a compensation of a Saga"
-_REASONS: dict[type[ControlFlow], tuple[str, str]] = {  # the first that fits
-    ContinuedAsNew: ("the workflow continues as new", "Call it before continue_as_new()"),
-    Suspended: ("the workflow is suspended until what it waits for is there", _AGAIN),
-    Released: ("its worker is stopping and releases the workflow", _AGAIN),
-    Cancelling: ("the workflow was cancelled, or its deadline has passed", _UNDO),
-    AttemptLost: ("the workflow was cancelled, or another worker has reclaimed it", _UNDO),
-    Interrupted: ("the connection to the database was lost", _AGAIN),
-    ControlFlow: ("it was stopped", _AGAIN),
-}
-
-
-def refusal(
-    ending: ControlFlow, *, call: str, workflow: str, workflow_id: UUID, attempt: int, warn: bool
-) -> CallRefused:
-    """Return the error for a durable call that is made while its attempt ends.
-
-    A `finally` or an `except` block that goes on cannot be stopped, but it must have no durable effects.
-
-    Args:
-        ending: what ends the attempt.
-        call: the key of the operation that was called.
-        workflow: the workflow's name.
-        workflow_id: its id.
-        attempt: the attempt's number.
-        warn: whether the error is logged as a warning, too.
-    """
-    why, instead = next(words for kind, words in _REASONS.items() if isinstance(ending, kind))
-    error = CallRefused(
-        f"{call!r} was called in workflow {workflow!r} {workflow_id} while its attempt {attempt} was ending, because "
-        f"{why}: it was not executed. A finally or an except block has gone on although the attempt was over. "
-        f"{instead}.",
-        workflow_id=workflow_id,
-        call=call,
-    )
-    if warn:
-        log.warning("%s", error)
-    return error

@@ -16,7 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionState
 
-from sqla_durable.definitions.log import Log, brief
+from sqla_durable.definitions.log import Log
+from sqla_durable.definitions.redaction import brief
 from sqla_durable.definitions.registry import ISOLATION_LEVELS
 from sqla_durable.errors import SessionError, UsageError
 from sqla_durable.store import Checkpoint, Verdict, bind_arguments, connection_of, schema, steps

@@ -18,14 +18,11 @@ from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.failure import record
 from sqla_durable.errors import EventNotSetError, NotFoundError, WaitTimeoutError
 from sqla_durable.models.base import StepStatus
-from sqla_durable.operations.branch import Position
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.outcome import checkpoint_of, outcome_of, raise_recorded
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.operations.suspending import Wait, Waker
+from sqla_durable.operations.suspending import MOMENT, Wait, Waker
 from sqla_durable.store import Awaited, Checkpoint, Connectable, Recorded, hints, signals, steps, timers, updates
-
-_MOMENT = 1.0
-"""Waits of at most so many seconds are spent in memory."""
 
 _SHORTEST_GRACE, _GRACE_PER_OPERATION, _LONGEST_GRACE = 0.05, 0.005, 5.0
 """How many seconds to wait in memory before suspending: longer where the replay would cost more."""
@@ -224,7 +221,7 @@ class _RecordedWait:
     def _until_next_poll(self, wait: Wait) -> Wait:
         """Return how to wait until the next poll: after a share of the time waited so far, so less and less often."""
         pause = min(max(_SHORTEST_PAUSE, _SHARE * (self._age + time.monotonic() - self._began)), _LONGEST_PAUSE)
-        return Wait(min(wait.until, time.monotonic() + pause), self._began + _MOMENT, polls=True)
+        return Wait(min(wait.until, time.monotonic() + pause), self._began + MOMENT, polls=True)
 
     async def _begin(self, *, short: bool) -> Wait:
         """Return how long to wait, as recorded by the operation's row, which is written at the first call."""
@@ -234,7 +231,7 @@ class _RecordedWait:
             due_in = await self._runtime.recorder.execute(begin)
         else:
             due_in, self._age = tried.due_in, tried.age
-        return Wait(self._began + due_in, self._began + _MOMENT if short else float("-inf"))
+        return Wait(self._began + due_in, self._began + MOMENT if short else float("-inf"))
 
     def checkpoint(self, status: StepStatus, *, output: str | None = None, error: str | None = None) -> Checkpoint:
         """Return the operation's checkpoint; that of a waiting one has the delay."""

@@ -22,7 +22,7 @@ from sqla_durable.errors import (
 )
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.branch import Position
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.history import PATCH
 from sqla_durable.operations.outcome import checkpoint_of, failure_of_workflow, is_own_failure_of_workflow
 from sqla_durable.operations.runtime import Runtime
@@ -34,6 +34,9 @@ from sqla_durable.unwinding import AttemptLost, CallRefused, Cancelling, Continu
 _ENGINE_ERRORS = {
     f"{kind.__module__}:{kind.__qualname__}": kind for kind in (MaxAttemptsError, RowRefusedError, WorkflowTimeoutError)
 }
+
+
+log = Log("sqla_durable.changes")
 
 
 async def run_workflow(runtime: Runtime, definition: WorkflowDefinition) -> Completion:
@@ -220,9 +223,6 @@ async def continue_as_new(runtime: Runtime, position: Position, *, given: str) -
         raise AttemptLost(attempt.workflow_id)
     attempt.stop(ContinuedAsNew)
     raise ContinuedAsNew
-
-
-log = Log("sqla_durable.changes")
 
 
 def patched(attempt: Attempt, patch_id: str) -> tuple[bool, Checkpoint | None]:

@@ -13,7 +13,8 @@ from contextvars import ContextVar
 from sqla_durable.definitions.interceptors import Execution, StepExecution
 from sqla_durable.errors import UsageError
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.runtime import Runtime, StepCall, execution_of
+from sqla_durable.operations.calls import StepCall
+from sqla_durable.operations.runtime import Runtime, execution_of
 
 
 class Context:

@@ -20,7 +20,8 @@ from typing_extensions import override
 
 from sqla_durable.errors import UsageError
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.branch import Branch, Position
+from sqla_durable.operations.branch import Branch
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.history import FIRED
 from sqla_durable.operations.outcome import CancelledCall, checkpoint_of
 from sqla_durable.operations.runtime import Recorder

@@ -21,13 +21,14 @@ import sqla_durable.runtime.tasks as tasks
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.interceptors import Around, entered, entered_async
 from sqla_durable.definitions.limits import Watch
-from sqla_durable.definitions.log import Log, brief
+from sqla_durable.definitions.log import Log
+from sqla_durable.definitions.redaction import brief
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.models.base import StepStatus
 from sqla_durable.operations.attempt import TIMERS, Attempt
-from sqla_durable.operations.branch import Position
+from sqla_durable.operations.calls import Position, StepCall
 from sqla_durable.operations.outcome import CancelledCall, cancelled_call_in, checkpoint_of, record_cancelled_call
-from sqla_durable.operations.runtime import Operation, Recorder, Runtime, StepCall, execution_of, run_blocking
+from sqla_durable.operations.runtime import Operation, Recorder, Runtime, execution_of, run_blocking
 from sqla_durable.operations.shielding import GracefulTask, ended, wait_done
 from sqla_durable.operations.step import execute_step
 from sqla_durable.operations.suspending import Suspension, Wait

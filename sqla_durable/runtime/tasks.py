@@ -15,7 +15,8 @@ from weakref import WeakKeyDictionary
 from typing_extensions import override
 
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.branch import Branch, Branches, Position, name_of
+from sqla_durable.operations.branch import Branch, Branches, name_of
+from sqla_durable.operations.calls import Position
 from sqla_durable.operations.shielding import ended, mark_retrieved, wait_done
 from sqla_durable.operations.suspending import CHECK_EVERY, QUIET, Suspension, Wait
 from sqla_durable.operations.workflow import control_flow_in

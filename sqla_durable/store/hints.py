@@ -29,6 +29,12 @@ EVERYWHERE = ""
 """The payload of a hint for every worker: to poll for everything."""
 
 
+_PREFIX = "sqla_durable."
+_LONGEST_CHANNEL = 63  # bytes of an identifier
+_MOST_SENT = 20  # signals that have a payload each
+_LONGEST_PAYLOAD = 7_999  # bytes; PostgreSQL manual, NOTIFY: shorter than 8000
+
+
 class Kind(StrEnum):
     """What a hint says."""
 
@@ -49,10 +55,6 @@ SENT = f"{Kind.SENT}:"
 """The payload of a hint for every worker: to deliver what was sent."""
 
 _KINDS = frozenset(each.value for each in Kind)
-_PREFIX = "sqla_durable."
-_LONGEST_CHANNEL = 63  # bytes of an identifier
-_MOST_SENT = 20  # signals that have a payload each
-_LONGEST_PAYLOAD = 7_999  # bytes; PostgreSQL manual, NOTIFY: shorter than 8000
 
 
 def channel(schema: str) -> str:

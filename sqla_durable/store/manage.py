@@ -56,6 +56,9 @@ _VERSION: sa.ColumnElement[int] = sa.literal_column("CAST(CAST(xmin AS text) AS 
 )
 
 
+_SHOWN_KEYS = 20
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
     """The workflows that a verb changes.
@@ -173,7 +176,6 @@ _STOPPED = sa.and_(
     WORKFLOW.c.token.is_(None),  # one that failed by itself keeps its token, whatever its error
     WORKFLOW.c.error["type"].astext.in_(text_literal(each) for each in (MAX_ATTEMPTS_TYPE, REFUSED_TYPE, TIMEOUT_TYPE)),
 )
-_SHOWN_KEYS = 20
 _COMPENSATION = {
     "cancellation": REQUESTED,
     "status": WorkflowStatus.PENDING,

@@ -9,7 +9,7 @@ from enum import Enum, auto
 from typing import Any
 from uuid import UUID
 
-from sqla_durable.definitions.log import escaped
+from sqla_durable.definitions.json_values import escaped
 from sqla_durable.models.base import StepStatus, WorkflowStatus
 
 

@@ -58,6 +58,17 @@ from sqla_durable.store.statements import (
 _DEAD_FOR = timedelta(days=1)
 
 
+DEFAULT_MAX_ATTEMPTS = 10
+MOST_CRASHES = 32_767
+"""The largest number in the column of crashes."""
+
+MAX_ATTEMPTS_TYPE = "sqla_durable.errors:MaxAttemptsError"
+_DEATH = "its worker died"
+_LONGEST_BACKOFF = 300  # seconds; the first is one
+_SPREADS = 65_536
+_DOUBLINGS = 9  # more than it takes to the longest, and no overflow
+
+
 @dataclass(frozen=True, slots=True)
 class Holder:
     """The worker or executor that executes a workflow: its name, and the end of its lease."""
@@ -74,18 +85,6 @@ class RunningSteps:
     heartbeat_at: datetime
     lease_expires_at: datetime
     steps: Mapping[str, tuple[int, float]]
-
-
-DEFAULT_MAX_ATTEMPTS = 10
-
-MOST_CRASHES = 32_767
-"""The largest number in the column of crashes."""
-
-MAX_ATTEMPTS_TYPE = "sqla_durable.errors:MaxAttemptsError"
-_DEATH = "its worker died"
-_LONGEST_BACKOFF = 300  # seconds; the first is one
-_SPREADS = 65_536
-_DOUBLINGS = 9  # more than it takes to the longest, and no overflow
 
 
 @dataclass(frozen=True, slots=True)

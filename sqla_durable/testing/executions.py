@@ -25,6 +25,8 @@ from sqla_durable.testing.forking import (
     WorkerStarted,
 )
 
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.005, 0.05
+
 
 @dataclass(frozen=True, slots=True)
 class StartedWorkflow:
@@ -115,9 +117,6 @@ class CrashTestDatabase:
 
 def _shown(step: Step) -> str:
     return f"  {step.position}. {step.key}: {step.status}, {step.error or repr(step.output)}"
-
-
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.005, 0.05
 
 
 class Execution:

@@ -25,7 +25,7 @@ from sqlalchemy.types import Text
 
 from sqla_durable.definitions.codec import ArgumentsCodec, Codec
 from sqla_durable.definitions.json_values import dump
-from sqla_durable.definitions.log import traceback_of
+from sqla_durable.definitions.redaction import traceback_of
 from sqla_durable.errors import (
     ArgumentError,
     DecodingError,

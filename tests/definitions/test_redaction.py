@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.types import TypeDecorator, Uuid
 
 from sqla_durable.definitions.failure import Failure, RecordedDriverError
-from sqla_durable.definitions.log import brief, driver_message, message_of, traceback_of, without_values
+from sqla_durable.definitions.redaction import brief, driver_message, message_of, traceback_of, without_values
 
 SECRET = "4111111111111111"
 CARD = "INSERT INTO card (number, pin) VALUES (CAST(:number AS text), CAST(:pin AS int))"

@@ -35,7 +35,7 @@ from pydantic.alias_generators import to_camel
 from typing_extensions import TypedDict
 
 from sqla_durable.definitions.codec import ArgumentsCodec, Codec
-from sqla_durable.definitions.log import traceback_of
+from sqla_durable.definitions.redaction import traceback_of
 from sqla_durable.errors import ArgumentError, EncodingError
 from tests.definitions.test_adapters import Hybrid, Row
 

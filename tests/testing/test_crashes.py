@@ -182,9 +182,7 @@ def test_tables_may_be_in_a_schema_of_another_name(database_url: str, engine: En
 
 
 def test_heartbeats_are_no_points(database_url: str) -> None:
-    report = crash(
-        application.brief, database_url, application.make_worker_with_short_lease, moments=[Moment.BEFORE]
-    )
+    report = crash(application.brief, database_url, application.make_worker_with_short_lease, moments=[Moment.BEFORE])
     assert all(each.writes for each in report.killed)
     assert report.points <= 4, "a heartbeat every 20 ms would make many more"
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Worker, Workflow, start_many
 from sqla_durable.errors import DatabaseUnavailableError, SessionError, UsageError
-from sqla_durable.execution.worker import settings
+from sqla_durable.execution.worker import pools
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
 from tests.support.proxy import Proxy
@@ -146,7 +146,7 @@ def test_workers_that_share_a_pool_leave_each_other_connections(database_url: st
 def test_pool_in_which_steps_keep_the_heartbeat_waiting_is_named(
     size: int, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings.require_pool(create_engine("postgresql+psycopg://", pool_size=size, max_overflow=0))
+    pools.require_pool(create_engine("postgresql+psycopg://", pool_size=size, max_overflow=0))
     assert any(f"has {size} connection(s), so steps may keep" in each for each in caplog.messages) is warned
 
 

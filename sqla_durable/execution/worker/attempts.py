@@ -16,7 +16,8 @@ from sqlalchemy import Connection
 
 from sqla_durable.definitions.database_errors import is_about_data
 from sqla_durable.definitions.failure import Failure
-from sqla_durable.definitions.log import Log, joined, message_of, one_line
+from sqla_durable.definitions.log import Log, joined, one_line
+from sqla_durable.definitions.redaction import message_of
 from sqla_durable.definitions.registry import Registry, WorkflowDefinition
 from sqla_durable.errors import HistoryMismatchError
 from sqla_durable.execution.worker.database import persistently

@@ -1,8 +1,7 @@
-"""Listens for hints on a connection of its own, and wakes the loops of a worker before their time.
+"""Hints in a worker: what wakes its loops, which of them a hint wakes, and the connection that listens for hints.
 
-A hint says that there may be something to do; it is never needed, because every loop polls. The parts of a worker hold
-these values, and none of them calls another one's loop. Whatever happens to the connection, the listener warns, tries
-again, and hints after each new LISTEN, because something may have been missed.
+A hint is never needed, because every loop polls. Whatever happens to the connection, the listener warns, reconnects,
+and after each LISTEN hints that everything is to be polled, because something may have been missed.
 """
 
 from __future__ import annotations
@@ -28,6 +27,11 @@ from sqla_durable.execution.worker.database import shut_down
 from sqla_durable.operations.shielding import GracefulTask, wait_done
 from sqla_durable.operations.suspending import Wakers
 from sqla_durable.store import hints
+
+log = Log("sqla_durable.worker")
+_CHECK = timedelta(seconds=10)
+_LIMIT = timedelta(seconds=5)
+_CLOSING = 1.0  # seconds in which a hearing ends once its connection is cut
 
 
 class Wakeup:
@@ -137,13 +141,6 @@ class HintReceiver:
                 self._wakeups.maintenance.set()
             case _:
                 self._wakeups.maintenance.set()
-
-
-log = Log("sqla_durable.worker")
-
-_CHECK = timedelta(seconds=10)
-_LIMIT = timedelta(seconds=5)
-_CLOSING = 1.0  # seconds in which a hearing ends once its connection is cut
 
 
 class Listener:

@@ -175,7 +175,7 @@ class WorkerRecorder(Recorder):
     async def settle(self) -> None:
         """Wait for the commits on their way; then end here if the attempt is to stop."""
         if self.is_cancelled:
-            raise asyncio.CancelledError  # no signal: the attempt goes on
+            raise asyncio.CancelledError  # only this call was cancelled, and the attempt goes on
         if self._last is not None:
             await self.flush()
         if self._stopping.is_set():

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
-from weakref import WeakKeyDictionary
 
-from sqlalchemy import Engine, SingletonThreadPool, StaticPool
+from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from sqlalchemy.pool import Pool
 
 from sqla_durable.api.durable import Durable
 from sqla_durable.definitions.checks import require_duration
@@ -74,9 +71,6 @@ CANCELLED_GRACE = 2.0
 LAST_GRACE = 5.0
 """After the grace, in which the database must be reached to leave in good order."""
 
-_OWN_CONNECTIONS = 5  # the writer and the heartbeat keep one each; claims, maintenance, releases
-_ENOUGH_TO_HOLD_ONE = 3
-_ENOUGH_TO_HOLD_TWO = 8
 _SHORTEST_LIMIT = 5.0
 _DRIVERS = ("psycopg", "asyncpg")
 
@@ -112,10 +106,6 @@ class Settings:
     poll_interval: timedelta
     grace: timedelta
     max_attempts: int
-
-
-_lock = threading.Lock()
-_reserved: WeakKeyDictionary[Pool, dict[UUID, int]] = WeakKeyDictionary()
 
 
 def engine_of(sync: sessionmaker[Session] | None, asynchronous: async_sessionmaker[AsyncSession] | None) -> Engine:
@@ -190,30 +180,6 @@ def require_type(given: object, kind: type, name: str) -> None:
     raise SessionError(f"{name}={given!r} is no {kind.__name__}: pass the factory, such as {kind.__name__}({engine}).")
 
 
-def require_pool(engine: Engine) -> None:
-    """Refuse a pool in which the worker's own statements would share a connection with those of steps.
-
-    Warns of one that is so small that they would wait for each other.
-
-    Raises:
-        SessionError: it is a StaticPool or a SingletonThreadPool.
-    """
-    if isinstance(engine.pool, (StaticPool, SingletonThreadPool)):
-        raise SessionError(
-            f"the pool of {engine!r} gives all the same connection: a worker needs several, for its heartbeat beside "
-            "the steps. Give it an engine with pool_size=5 or more."
-        )
-    size = _pool_size(engine)
-    if size is not None and size < _ENOUGH_TO_HOLD_ONE:
-        log.warning(
-            "the pool of %r has %d connection(s), so steps may keep the heartbeat and the claims waiting until the "
-            "lease runs out: give the worker an engine with pool_size=%d or more",
-            engine,
-            size,
-            _ENOUGH_TO_HOLD_TWO,
-        )
-
-
 def require_codecs(durable: Durable) -> None:
     """Find annotations that cannot be stored now, and not in the middle of a workflow."""
     for workflow in durable.registry:
@@ -236,55 +202,6 @@ def require_driver(engine: Engine) -> None:
         )
 
 
-def pool_capacity(engine: Engine) -> int:
-    """Return how many connections steps may hold, so that the pool has some left for the workers themselves."""
-    size = _left_in(engine)
-    if size is None:
-        return 10  # NullPool and its like set no limit of their own
-    return int(max(1, min(32, size - _OWN_CONNECTIONS)))
-
-
-def reserve(engine: Engine, worker_id: UUID) -> int:
-    """Reserve connections of the pool for a worker; return how many it may keep, for its heartbeat and its writer.
-
-    Workers that share a pool would otherwise keep all of it, and wait for each other in silence.
-
-    Raises:
-        SessionError: other workers of this process have reserved too many of them.
-    """
-    with _lock:
-        left = _left_in(engine)
-        hold = 2 if left is None or left >= _ENOUGH_TO_HOLD_TWO else int(left >= _ENOUGH_TO_HOLD_ONE)
-        others = _reserved.setdefault(engine.pool, {})
-        if others and not hold:
-            raise SessionError(
-                f"the pool of {engine!r} has {_pool_size(engine):.0f} connections, and {len(others)} running worker(s) "
-                f"of this process need {sum(others.values())} of them: {left:.0f} are left, and another worker needs "
-                f"{_needs(1)}, or better {_needs(2)}. Raise pool_size by as many for each worker, or give it an engine "
-                "of its own; one worker with a higher concurrency needs no more connections."
-            )
-        others[worker_id] = _needs(hold)
-        return hold
-
-
-def _needs(hold: int) -> int:
-    """Return how many connections a worker needs: those it keeps, one for other statements, one for a step."""
-    return hold + 2
-
-
-def release_reserved(worker_id: UUID) -> None:
-    """Release the connections that a worker has reserved."""
-    with _lock:
-        for each in list(_reserved.values()):
-            each.pop(worker_id, None)
-
-
-def _left_in(engine: Engine) -> float | None:
-    """Return how many connections of the pool no worker has reserved; None where it has no limit."""
-    size = _pool_size(engine)
-    return None if size is None else size - sum(_reserved.get(engine.pool, {}).values())
-
-
 def time_limit(lease: timedelta) -> float:
     """Return the seconds after which a transaction of the worker's own is cut off: a lease, and not too few."""
     return max(_SHORTEST_LIMIT, lease.total_seconds())
@@ -293,14 +210,6 @@ def time_limit(lease: timedelta) -> float:
 def heartbeat_limit(lease: timedelta) -> float:
     """Return the same for a heartbeat: short enough for another one within the lease."""
     return max(_SHORTEST_LIMIT / 3, lease.total_seconds() / 3)
-
-
-def _pool_size(engine: Engine) -> float | None:
-    size = getattr(engine.pool, "size", None)
-    if size is None:
-        return None
-    overflow = int(getattr(engine.pool, "_max_overflow", 0))
-    return float("inf") if overflow < 0 else size() + overflow
 
 
 def at_least(value: int, least: int, name: str) -> int:

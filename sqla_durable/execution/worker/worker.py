@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
+import sqla_durable.execution.worker.pools as pools
 import sqla_durable.execution.worker.settings as settings
 from sqla_durable.api.durable import Durable
 from sqla_durable.api.polling import refuse_event_loop
@@ -175,7 +176,7 @@ class Worker:
         finally:
             worker_name.reset(named)
             self._loop = None
-            settings.release_reserved(self.id)
+            pools.release_reserved(self.id)
             threads.shutdown(wait=False, cancel_futures=True)
 
     def stop(self) -> None:
@@ -291,7 +292,7 @@ class Worker:
             names=[each.name for each in self.durable.registry],
             versions=self.versions,
             concurrency=self.concurrency,
-            transactions=self.transactions or min(map(settings.pool_capacity, self._engines())),
+            transactions=self.transactions or min(map(pools.pool_capacity, self._engines())),
             lease=self.lease,
             poll_interval=self.poll_interval,
             grace=self.grace,
@@ -306,14 +307,14 @@ class Worker:
     def _require_engines(self) -> None:
         for each in self._engines():
             settings.require_driver(each)
-        settings.require_pool(self._engine)
+        pools.require_pool(self._engine)
 
     def _databases(self) -> Databases:
         """Open where the worker's own statements are executed."""
         engine = self._engine
         return open_databases(
             engine,
-            hold=settings.reserve(engine, self.id),
+            hold=pools.reserve(engine, self.id),
             limit=settings.time_limit(self.lease),
             beat_limit=settings.heartbeat_limit(self.lease),
         )

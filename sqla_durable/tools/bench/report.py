@@ -16,13 +16,13 @@ from rich.table import Table
 
 from sqla_durable.errors import DurableError
 
+OWN_SCHEMA = "durable_bench"
+PGBENCH_TRANSACTIONS = 8_000
+_UNKNOWN = "-"
+
 
 class BenchError(DurableError):
     """The benchmark cannot measure: the schema is not its own, a worker ended, or no workflow succeeded."""
-
-
-OWN_SCHEMA = "durable_bench"
-PGBENCH_TRANSACTIONS = 8_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,9 +161,6 @@ class BenchResult:
     settings: BenchSettings
     figures: tuple[Figure, ...]
     ended_by: KeyboardInterrupt | BenchError | None = None
-
-
-_UNKNOWN = "-"
 
 
 @contextmanager

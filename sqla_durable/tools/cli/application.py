@@ -12,7 +12,8 @@ from typing import Annotated, NoReturn
 import typer
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from sqla_durable.definitions.log import driver_message, message_of, notes_of, one_line
+from sqla_durable.definitions.log import one_line
+from sqla_durable.definitions.redaction import driver_message, message_of, notes_of
 from sqla_durable.errors import DurableError
 from sqla_durable.tools.cli.bench import bench
 from sqla_durable.tools.cli.target import CommandError

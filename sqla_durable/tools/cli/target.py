@@ -23,6 +23,13 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqla_durable.api.durable import Durable
 from sqla_durable.errors import DurableError
 
+S = TypeVar("S", Session, AsyncSession)
+DATABASE_URL = "DATABASE_URL"
+DRIVER = "postgresql+psycopg"
+# No overflow: connections beyond a pool's size would be opened and closed for each step. No `pool_pre_ping`: a
+# statement that meets a lost connection is tried again.
+_POOL = {"pool_size": 20, "max_overflow": 0}
+
 
 class CommandError(DurableError):
     """The command line is wrong, for example a name or a URL; the message is all that its user sees."""
@@ -142,16 +149,6 @@ def _durables_in(holder: object) -> list[str]:
 
 def _either(names: list[str]) -> str:
     return " or ".join(map(repr, names))
-
-
-S = TypeVar("S", Session, AsyncSession)
-
-DATABASE_URL = "DATABASE_URL"
-DRIVER = "postgresql+psycopg"
-
-# No overflow: connections beyond a pool's size would be opened and closed for each step. No `pool_pre_ping`: a
-# statement that meets a lost connection is tried again.
-_POOL = {"pool_size": 20, "max_overflow": 0}
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,10 @@ CONNECTIONS = 2 * (POOL + OUTSIDE_POOL)
 """How many connections a worker opens at most."""
 
 
+_PAUSES = (0.05, 0.6)
+_DELAYS = (0.01, 0.15)
+
+
 class Fault(StrEnum):
     """What can go wrong."""
 
@@ -48,8 +52,6 @@ _DURATIONS = {
     Fault.BLACKHOLE: (0.5, 3.0),
     Fault.REFUSE: (0.3, 2.0),
 }
-_PAUSES = (0.05, 0.6)
-_DELAYS = (0.01, 0.15)
 
 
 @dataclass(frozen=True, slots=True)
