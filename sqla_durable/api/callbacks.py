@@ -15,7 +15,7 @@ from typing_extensions import TypeVar
 
 import sqla_durable.api.hints as hints
 from sqla_durable.api.calls import ANY, Call, operation
-from sqla_durable.api.sessions import in_savepoint, perform
+from sqla_durable.api.sessions import in_savepoint, write
 from sqla_durable.definitions.checks import require_positive_duration
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import (
@@ -199,7 +199,7 @@ def complete_callback(session: Session, token: str, value: object = None) -> Non
     found = _Token.of(token)
     text = Codec.inferred(what="value of a callback").encode(value)
     answer = partial(_answer, token=found, payload=f'{{"value": {text}}}')
-    perform(session, answer, name="complete_callback", rights="answerer")
+    write(session, answer, name="complete_callback", rights="answerer")
 
 
 def fail_callback(session: Session, token: str, message: str, *, details: object = None) -> None:
@@ -220,7 +220,7 @@ def fail_callback(session: Session, token: str, message: str, *, details: object
     given = {"error": message} if details is None else {"error": message, "details": details}
     text = Codec.inferred(what="error of a callback").encode(given)
     answer = partial(_answer, token=found, payload=text)
-    perform(session, answer, name="fail_callback", rights="answerer")
+    write(session, answer, name="fail_callback", rights="answerer")
 
 
 def heartbeat_callback(session: Session, token: str) -> None:
@@ -233,7 +233,7 @@ def heartbeat_callback(session: Session, token: str) -> None:
         Exception: as `complete_callback`; CallbackFinishedError whatever the outcome is.
     """
     beat = partial(_beat, token=_Token.of(token))
-    perform(session, beat, name="heartbeat_callback", rights="answerer")
+    write(session, beat, name="heartbeat_callback", rights="answerer")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from sqla_durable.errors import ArgumentError
 from sqla_durable.operations import children
 from sqla_durable.operations.calls import Position
 from sqla_durable.operations.runtime import Runtime
-from sqla_durable.operations.workflow import Outcome
+from sqla_durable.operations.workflow import WorkflowOutcome
 from sqla_durable.runtime.context import Context
 from sqla_durable.store import NewWorkflow
 
@@ -303,7 +303,7 @@ async def _value(
     workflow_id: UUID,
     within: timedelta | None,
 ) -> Any:
-    outcome: Outcome = await children.result(runtime, position, workflow_id, within=within)
+    outcome: WorkflowOutcome = await children.result(runtime, position, workflow_id, within=within)
     return outcome.value(definition, find=runtime.attempt.options.errors.inside)
 
 
@@ -312,7 +312,7 @@ async def _nothing(runtime: Runtime, position: Position) -> list[Any]:
     return []
 
 
-def _value_or_error(outcome: Outcome, definition: WorkflowDefinition, find: Find) -> Any:
+def _value_or_error(outcome: WorkflowOutcome, definition: WorkflowDefinition, find: Find) -> Any:
     try:
         return outcome.value(definition, find=find)
     except Exception as error:

@@ -24,7 +24,7 @@ from sqla_durable.definitions.checks import require_duration
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import ResultTimeoutError, SessionError, UsageError
 from sqla_durable.models.base import WorkflowStatus
-from sqla_durable.operations.workflow import Outcome
+from sqla_durable.operations.workflow import WorkflowOutcome
 from sqla_durable.store import schema, workflows
 from sqla_durable.store.schema import autocommitting
 
@@ -154,12 +154,12 @@ class _BaseHandle(Generic[R]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of workflow {self._definition.name!r} {self.workflow_id}>"
 
-    def _outcome(self, session: Session) -> Outcome | None:
+    def _outcome(self, session: Session) -> WorkflowOutcome | None:
         """Read the outcome; None while there is none."""
-        standing = workflows.state(session, self.workflow_id)
-        self._definition.require_record(standing.name, self.workflow_id)
-        self._seen = standing.status
-        return Outcome(standing) if standing.status.finished else None
+        state = workflows.state(session, self.workflow_id)
+        self._definition.require_record(state.name, self.workflow_id)
+        self._seen = state.status
+        return WorkflowOutcome(state) if state.status.finished else None
 
     def _pauses(self, timeout: timedelta | None) -> Iterator[float]:
         """Yield the seconds of the pauses between polls; raise when the time is up."""

@@ -44,7 +44,7 @@ _OUR_TABLES = re.compile(rf"to_regclass|\.({'|'.join(each.name for each in Base.
 AnySession: TypeAlias = "Session | AsyncSession"
 
 
-def perform(session: Session, function: Callable[[Session], T], *, name: str, rights: str) -> T:
+def write(session: Session, function: Callable[[Session], T], *, name: str, rights: str) -> T:
     """Call a function that writes in the caller's transaction, which is neither flushed nor committed here.
 
     Args:
@@ -59,11 +59,11 @@ def perform(session: Session, function: Callable[[Session], T], *, name: str, ri
         DatabaseUnavailableError: its server takes no writes.
     """
     require_sync_session(session, name)
-    return _write(session, function, rights=rights)
+    return _write_checked(session, function, rights=rights)
 
 
 def read(session: Session, function: Callable[[Session], T], *, name: str) -> T:
-    """Call a function that only reads, as `perform` does; the session may be in AUTOCOMMIT, or of a standby.
+    """Call a function that only reads, as `write` does; the session may be in AUTOCOMMIT, or of a standby.
 
     Raises:
         SessionError: this is no `Session`; or it has no PostgreSQL engine.
@@ -75,18 +75,18 @@ def read(session: Session, function: Callable[[Session], T], *, name: str) -> T:
         return function(session)
 
 
-def perform_in_either(
+def write_in_either(
     session: AnySession, function: Callable[[Session], T], *, rights: str
 ) -> T | Coroutine[Any, Any, T]:
-    """Call a function as `perform` does, for methods that take a session of either kind.
+    """Call a function as `write` does, for methods that take a session of either kind.
 
     Raises:
-        SessionError, SchemaError, DatabaseUnavailableError: as `perform`.
+        SessionError, SchemaError, DatabaseUnavailableError: as `write`.
     """
     require_session(session)
     if isinstance(session, AsyncSession):
-        return session.run_sync(_write, function, rights=rights)
-    return _write(session, function, rights=rights)
+        return session.run_sync(_write_checked, function, rights=rights)
+    return _write_checked(session, function, rights=rights)
 
 
 async def run_sync(
@@ -246,7 +246,7 @@ def require_receiver(what: str, workflow_id: UUID, status: WorkflowStatus | None
         )
 
 
-def _write(session: Session, function: Callable[[Session], T], *, rights: str) -> T:
+def _write_checked(session: Session, function: Callable[[Session], T], *, rights: str) -> T:
     try:
         with explain_missing_rights(rights):
             schema.require(session)

@@ -15,7 +15,7 @@ from typing_extensions import TypeVar
 
 import sqla_durable.api.hints as hints
 from sqla_durable.api.calls import ANY, Call, operation, require_sendable
-from sqla_durable.api.sessions import ids_of, in_savepoint, perform, require_receiver
+from sqla_durable.api.sessions import ids_of, in_savepoint, require_receiver, write
 from sqla_durable.api.workflows import BoundWorkflow, start
 from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.codec import Codec
@@ -64,7 +64,7 @@ def send_signal(
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
     signal = _NewSignal.of(name, payload, key)
-    perform(session, partial(signal.send, workflows=workflows), name="send_signal", rights="signaller")
+    write(session, partial(signal.send, workflows=workflows), name="send_signal", rights="signaller")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ def start_with_signal(
         Exception: as `start` and `send_signal`.
     """
     signal = _NewSignal.of(name, payload, key)
-    return perform(session, partial(signal.start, bound=bound), name="start_with_signal", rights="signaller")
+    return write(session, partial(signal.start, bound=bound), name="start_with_signal", rights="signaller")
 
 
 def wait_signal(name: str, kind: type[T] = ANY, *, timeout: timedelta | None = None, step_key: str | None = None) -> T:

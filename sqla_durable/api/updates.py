@@ -21,7 +21,7 @@ from typing_extensions import TypeVar
 import sqla_durable.api.hints as hints
 from sqla_durable.api.calls import ANY, require_sendable
 from sqla_durable.api.polling import PollingEngine, pauses, refuse_event_loop
-from sqla_durable.api.sessions import id_of, in_savepoint, perform, require_receiver
+from sqla_durable.api.sessions import id_of, in_savepoint, require_receiver, write
 from sqla_durable.api.workflows import BoundWorkflow, start
 from sqla_durable.definitions.checks import require_text
 from sqla_durable.definitions.codec import Codec
@@ -80,7 +80,7 @@ def send_update(
     """
     new: NewUpdate[S] = NewUpdate.of(name, payload, reply=reply, key=key)
     send = partial(new.send, workflow=workflow)
-    sent = perform(session, send, name="send_update", rights="updater")
+    sent = write(session, send, name="send_update", rights="updater")
     return UpdateHandle(PollingEngine.of(session), new.reply, *sent)
 
 
@@ -108,7 +108,7 @@ def start_with_update(
     """
     new: NewUpdate[S] = NewUpdate.of(name, payload, reply=reply, key=key)
     start = partial(new.start, bound=bound)
-    workflow, sent = perform(session, start, name="start_with_update", rights="updater")
+    workflow, sent = write(session, start, name="start_with_update", rights="updater")
     return workflow, UpdateHandle(PollingEngine.of(session), new.reply, *sent)
 
 

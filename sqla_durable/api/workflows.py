@@ -23,7 +23,7 @@ from uuid_utils.compat import uuid7
 import sqla_durable.api.hints as hints
 from sqla_durable.api.calls import Call, require_workflow, visit
 from sqla_durable.api.polling import AsyncHandle, Handle, PollingEngine, session_of
-from sqla_durable.api.sessions import id_of, in_savepoint, perform, perform_in_either, require_session
+from sqla_durable.api.sessions import id_of, in_savepoint, require_session, write, write_in_either
 from sqla_durable.api.steps import DurableFunction
 from sqla_durable.definitions.checks import fault_in, require_duration, require_moment, require_positive_duration
 from sqla_durable.definitions.registry import WorkflowDefinition
@@ -193,7 +193,7 @@ def start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]:
             has to roll back then.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return perform(session, partial(_start_many, bound=bound), name="start_many", rights="starter")
+    return write(session, partial(_start_many, bound=bound), name="start_many", rights="starter")
 
 
 def _start_many(session: Session, *, bound: Iterable[BoundWorkflow]) -> list[UUID]:
@@ -350,7 +350,7 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
             SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
         """
         require_session(session)
-        return perform_in_either(session, partial(start, bound=self.bind(*args, **kwargs)), rights="starter")
+        return write_in_either(session, partial(start, bound=self.bind(*args, **kwargs)), rights="starter")
 
     @overload
     def handle(self, session: Session | sessionmaker[Session], workflow: Workflow | UUID) -> Handle[R]: ...

@@ -32,7 +32,7 @@ from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import run_blocking
 from sqla_durable.operations.transaction import in_session
-from sqla_durable.operations.workflow import Outcome, run_workflow
+from sqla_durable.operations.workflow import WorkflowOutcome, run_workflow
 from sqla_durable.runtime.runtimes import AsyncRuntime, BlockingRuntime
 from sqla_durable.runtime.tasks import in_attempt_task
 from sqla_durable.store import (
@@ -98,12 +98,14 @@ class InlineExecution:
 
     async def _bring_to_wait(self, definition: WorkflowDefinition, find: Callable[[Session], UUID]) -> Workflow:
         outcome = await self._bring(definition, find, _TO_WAIT)
-        if outcome.standing.status.finished:
+        if outcome.state.status.finished:
             outcome.value(definition)  # raises its error
-        read = partial(_record, workflow_id=outcome.standing.workflow_id)
+        read = partial(_record, workflow_id=outcome.state.workflow_id)
         return await in_session(self._transactions.session, read)
 
-    async def _bring(self, definition: WorkflowDefinition, find: Callable[[Session], UUID], aim: _Aim) -> Outcome:
+    async def _bring(
+        self, definition: WorkflowDefinition, find: Callable[[Session], UUID], aim: _Aim
+    ) -> WorkflowOutcome:
         self._transactions.require_usable()
         claimed = await self._transactions.transact(lambda session: self._claim(session, definition, find, aim))
         while isinstance(claimed, Claimed):
@@ -114,24 +116,24 @@ class InlineExecution:
             except ContinuedAsNew:
                 claimed = await self._transactions.transact(again)
             except Suspended:
-                claimed = await self._transactions.transact(partial(_standing, workflow_id=workflow_id))
+                claimed = await self._transactions.transact(partial(_outcome_of, workflow_id=workflow_id))
         return claimed
 
     def _claim(
         self, session: Session, definition: WorkflowDefinition, find: Callable[[Session], UUID], aim: _Aim
-    ) -> Claimed | Outcome:
+    ) -> Claimed | WorkflowOutcome:
         """Claim the workflow, or return the outcome that it has."""
         schema.require(session)
         workflow_id = find(session)
         session.flush()
-        standing = workflows.state(session, workflow_id)
-        definition.require_record(standing.name, workflow_id)
-        if standing.status is WorkflowStatus.RUNNING:
+        state = workflows.state(session, workflow_id)
+        definition.require_record(state.name, workflow_id)
+        if state.status is WorkflowStatus.RUNNING:
             workers.reclaim_one(session, workflow_id, max_attempts=workers.DEFAULT_MAX_ATTEMPTS)
-            standing = workflows.state(session, workflow_id)
-        if standing.status.finished:
-            return Outcome(standing)
-        if standing.status is WorkflowStatus.SUSPENDED:
+            state = workflows.state(session, workflow_id)
+        if state.status.finished:
+            return WorkflowOutcome(state)
+        if state.status is WorkflowStatus.SUSPENDED:
             signals.wake_one(session, workflow_id)
         self._transactions.open_lease(session)
         claim = partial(claims.claim_one, session, workflow_id, worker_id=self._transactions.worker_id, token=uuid7())
@@ -140,13 +142,13 @@ class InlineExecution:
             claimed = claim()  # to undo what it did
         if claimed is not None:
             return claims.with_histories(session, [claimed])[0]
-        outcome = _standing(session, workflow_id)
-        if not aim.is_reached(outcome.standing.status):
-            raise _not_claimable(session, outcome.standing, self._transactions.others)
+        outcome = _outcome_of(session, workflow_id)
+        if not aim.is_reached(outcome.state.status):
+            raise _not_claimable(session, outcome.state, self._transactions.others)
         self._transactions.close_lease(session)
         return outcome
 
-    async def _execute(self, definition: WorkflowDefinition, attempt: Attempt, aim: _Aim) -> Outcome:
+    async def _execute(self, definition: WorkflowDefinition, attempt: Attempt, aim: _Aim) -> WorkflowOutcome:
         recorder = SessionRecorder.of(attempt, self._transactions, suspends=aim.suspends)
         is_async = isinstance(self._transactions.session, AsyncSession)
         runtime = AsyncRuntime(attempt, recorder) if is_async else BlockingRuntime(attempt, recorder)
@@ -168,15 +170,15 @@ class InlineExecution:
         finally:
             attempt.stop(partial(AttemptLost, attempt.workflow_id))
             runtime.close()
-        return Outcome.of(attempt.name, completion)
+        return WorkflowOutcome.of(attempt.name, completion)
 
 
 def _found(_session: Session, *, workflow_id: UUID) -> UUID:
     return workflow_id
 
 
-def _standing(session: Session, workflow_id: UUID) -> Outcome:
-    return Outcome(workflows.state(session, workflow_id))
+def _outcome_of(session: Session, workflow_id: UUID) -> WorkflowOutcome:
+    return WorkflowOutcome(workflows.state(session, workflow_id))
 
 
 def _record(session: Session, workflow_id: UUID) -> Workflow:
@@ -185,27 +187,27 @@ def _record(session: Session, workflow_id: UUID) -> Workflow:
     return current_record(session, workflow_id)
 
 
-def _not_claimable(session: Session, standing: WorkflowState, others: str) -> WorkflowRunningError:
-    label = f"workflow {standing.name!r} {standing.workflow_id} is {standing.status}"
-    holder = workers.holder(session, standing.workflow_id)
-    waiting = workflows.waited_for(session, standing.workflow_id)
+def _not_claimable(session: Session, state: WorkflowState, others: str) -> WorkflowRunningError:
+    label = f"workflow {state.name!r} {state.workflow_id} is {state.status}"
+    holder = workers.holder(session, state.workflow_id)
+    waiting = workflows.waited_for(session, state.workflow_id)
     if waiting is not None:
         return WorkflowRunningError(
             f"{label} and waits {_waits_for(waiting)}: {_ways_on(waiting)}give it to a worker{others}.",
-            workflow_id=standing.workflow_id,
+            workflow_id=state.workflow_id,
         )
     if holder is None:
         return WorkflowRunningError(
             f"{label}, and not to be claimed now: somebody else has just claimed it. Wait for its result with a "
             "handle.",
-            workflow_id=standing.workflow_id,
+            workflow_id=state.workflow_id,
         )
     return WorkflowRunningError(
         f"{label}, and not to be claimed now: {holder.name!r} holds a lease on it until "
         f"{holder.lease_expires_at.isoformat(sep=' ', timespec='seconds')}. If that process is dead, the workflow can "
         "be executed again then; a shorter lease, such as Executor(session, lease=timedelta(seconds=30)), must be "
         "longer than the longest step. If it is alive, wait for its result with a handle.",
-        workflow_id=standing.workflow_id,
+        workflow_id=state.workflow_id,
         lease_expires_at=holder.lease_expires_at,
     )
 

@@ -59,7 +59,7 @@ def id_at(moment: datetime) -> UUID:
     return UUID(int=((moment - _EPOCH) // timedelta(milliseconds=1) << 80) | _VERSION_7)
 
 
-def perform(
+def apply_verb(
     session: Session,
     workflows: Selected,
     verb: Callable[[Session, Selection], T],
@@ -73,12 +73,12 @@ def perform(
         ArgumentError: `workflows` are no workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return sessions.perform(
-        session, partial(_perform, workflows=workflows, verb=verb), name=f"manage.{name}", rights=rights
+    return sessions.write(
+        session, partial(_apply_verb, workflows=workflows, verb=verb), name=f"manage.{name}", rights=rights
     )
 
 
-def _perform(session: Session, *, workflows: Selected, verb: Callable[[Session, Selection], T]) -> T:
+def _apply_verb(session: Session, *, workflows: Selected, verb: Callable[[Session, Selection], T]) -> T:
     session.flush()  # a record that was only just started is not in the table yet
     return verb(session, _wanted(session, workflows))
 
@@ -134,7 +134,7 @@ def cancel(session: Session, workflows: Selected) -> list[UUID]:
         ArgumentError: something else is given than workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return perform(session, workflows, _cancel, name="cancel", rights="canceller")
+    return apply_verb(session, workflows, _cancel, name="cancel", rights="canceller")
 
 
 def resume(session: Session, workflows: Selected) -> list[UUID]:
@@ -162,7 +162,7 @@ def resume(session: Session, workflows: Selected) -> list[UUID]:
         ArgumentError: something else is given than workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return perform(session, workflows, _resume, name="resume")
+    return apply_verb(session, workflows, _resume, name="resume")
 
 
 def retry(session: Session, workflows: Selected) -> list[UUID]:
@@ -194,7 +194,7 @@ def retry(session: Session, workflows: Selected) -> list[UUID]:
         ArgumentError: something else is given than workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return perform(session, workflows, _retry, name="retry")
+    return apply_verb(session, workflows, _retry, name="retry")
 
 
 def rewind(session: Session, workflows: Selected, *, to_step: str) -> list[UUID]:
@@ -230,7 +230,7 @@ def rewind(session: Session, workflows: Selected, *, to_step: str) -> list[UUID]
     fault = fault_in(to_step)
     if fault is not None:
         raise ArgumentError(f"to_step={to_step!r} {fault}: give the key of a recorded step.")
-    return perform(session, workflows, partial(_rewind, to_step=to_step), name="rewind")
+    return apply_verb(session, workflows, partial(_rewind, to_step=to_step), name="rewind")
 
 
 def delete(session: Session, workflows: Selected) -> list[UUID]:
@@ -262,7 +262,7 @@ def delete(session: Session, workflows: Selected) -> list[UUID]:
         ArgumentError: something else is given than workflows, or a record that is in no database.
         SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
     """
-    return perform(session, workflows, _delete, name="delete")
+    return apply_verb(session, workflows, _delete, name="delete")
 
 
 def _cancel(session: Session, wanted: Selection) -> list[UUID]:

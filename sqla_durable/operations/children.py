@@ -19,7 +19,7 @@ from sqla_durable.operations.outcome import checkpoint_of, raise_recorded
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.suspending import Wait
 from sqla_durable.operations.waiting import GracePeriod, WaitSource, in_one_statement, receive_recorded
-from sqla_durable.operations.workflow import Outcome
+from sqla_durable.operations.workflow import WorkflowOutcome
 from sqla_durable.store import Awaited, NewWorkflow, Recorded, WorkflowState, children, deferred, steps
 
 _UNBOUNDED = 2**31 - 1
@@ -81,7 +81,7 @@ async def _record_hidden(
     await runtime.recorder.record(failed)
 
 
-async def result(runtime: Runtime, position: Position, workflow_id: UUID, **within: Any) -> Outcome:
+async def result(runtime: Runtime, position: Position, workflow_id: UUID, **within: Any) -> WorkflowOutcome:
     """Wait for a workflow's outcome: a child's is announced by a notice, any other's is polled for.
 
     Raises:
@@ -118,7 +118,7 @@ async def join(
     active: int | None,
     tolerate: int,
     limit: int = DEFAULT_LIMIT,
-) -> list[Outcome]:
+) -> list[WorkflowOutcome]:
     """Wait for children that were started together, and return their outcomes in order.
 
     Deferred children are started as others end.
@@ -261,9 +261,9 @@ class _ChildrenWait:
         return checkpoint.recorded
 
 
-def _outcome(found: dict[str, Any]) -> Outcome:
+def _outcome(found: dict[str, Any]) -> WorkflowOutcome:
     output = None if found["output"] is None else json.dumps(found["output"])
     status = WorkflowStatus(found["status"])
     if status is WorkflowStatus.SUCCEEDED and output is None:
         output = "null"
-    return Outcome(WorkflowState(UUID(found["id"]), found["name"], status, output, found["error"]))
+    return WorkflowOutcome(WorkflowState(UUID(found["id"]), found["name"], status, output, found["error"]))

@@ -132,13 +132,13 @@ def control_flow_in(error: BaseException) -> ControlFlow | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class WorkflowOutcome:
     """The outcome of a finished workflow."""
 
-    standing: WorkflowState
+    state: WorkflowState
 
     @classmethod
-    def of(cls, name: str, completion: Completion) -> Outcome:
+    def of(cls, name: str, completion: Completion) -> WorkflowOutcome:
         """Return the outcome that a completion records."""
         error = None if completion.error is None else json.loads(completion.error)
         workflow_id = completion.fence.workflow_id
@@ -159,28 +159,28 @@ class Outcome:
             RowRefusedError: the database refused what a worker had to write to its row.
             WorkflowTimeoutError: it was not finished at its deadline.
         """
-        match self.standing.status:
+        match self.state.status:
             case WorkflowStatus.SUCCEEDED:
-                return definition.result.decode(self.standing.output or "null")
+                return definition.result.decode(self.state.output or "null")
             case _:
                 raise self.error(find or definition.durable_options.errors.outside)
 
     @property
     def _label(self) -> str:
-        return f"workflow {self.standing.name!r} {self.standing.workflow_id}"
+        return f"workflow {self.state.name!r} {self.state.workflow_id}"
 
     def error(self, find: Find) -> Exception:
         """Return the error of a workflow that failed or was cancelled, of a class that may be rebuilt here."""
-        if self.standing.status is WorkflowStatus.CANCELLED:
-            return WorkflowCancelledError(f"{self._label} was cancelled.", workflow_id=self.standing.workflow_id)
-        failure = Failure.from_json(self.standing.error or {"type": "unknown"})
+        if self.state.status is WorkflowStatus.CANCELLED:
+            return WorkflowCancelledError(f"{self._label} was cancelled.", workflow_id=self.state.workflow_id)
+        failure = Failure.from_json(self.state.error or {"type": "unknown"})
         if (kind := _ENGINE_ERRORS.get(failure.type)) is not None:
-            return kind(f"{self._label} failed: {failure.message}.", workflow_id=self.standing.workflow_id)
+            return kind(f"{self._label} failed: {failure.message}.", workflow_id=self.state.workflow_id)
         error = failure.rebuild(find)
         if error is None:
             error = WorkflowFailedError(
                 f"{self._label} failed with {failure.type}: {failure.message}",
-                workflow_id=self.standing.workflow_id,
+                workflow_id=self.state.workflow_id,
                 error_type=failure.type,
                 error_message=failure.message,
             )

@@ -105,16 +105,16 @@ class Subset:
 
     Attributes:
         only: these; None means all of them.
-        besides: not these.
+        excluded: not these.
     """
 
     only: Sequence[UUID] | None = None
-    besides: Sequence[UUID] = ()
+    excluded: Sequence[UUID] = ()
 
     @property
     def is_whole(self) -> bool:
         """Whether it is not restricted."""
-        return self.only is None and not self.besides
+        return self.only is None and not self.excluded
 
     def form_of(self, whole: Any, part: Any) -> Any:
         """Return the form of a statement to be executed."""
@@ -127,7 +127,7 @@ class Subset:
 
     @property
     def _ids(self) -> dict[str, Any]:
-        return {"only_ids": None if self.only is None else list(self.only), "besides_ids": list(self.besides)}
+        return {"only_ids": None if self.only is None else list(self.only), "excluded_ids": list(self.excluded)}
 
     def find_ids(self, connectable: Connectable, statement: Any, parameters: Mapping[str, Any]) -> list[UUID]:
         """Return the ids of those that a statement would change. Takes the same locks as that."""
@@ -448,8 +448,8 @@ def _lock_owned_unlocked(fences: sa.FromClause) -> sa.CTE:
 
 def _is_in_subset(column: sa.ColumnElement[UUID]) -> Condition:
     only = parameter("only_ids", ARRAY(sa.UUID()))
-    besides = parameter("besides_ids", ARRAY(sa.UUID()))
-    return sa.and_(sa.or_(only.is_(None), column == sa.func.any(only)), column != sa.func.all(besides))
+    excluded = parameter("excluded_ids", ARRAY(sa.UUID()))
+    return sa.and_(sa.or_(only.is_(None), column == sa.func.any(only)), column != sa.func.all(excluded))
 
 
 # What is made of the functions above.

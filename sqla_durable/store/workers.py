@@ -154,7 +154,7 @@ def reclaim(
     limit: int,
     names: Sequence[str] | None = None,
     queues: Sequence[str] | None = None,
-    besides: UUID | None = None,
+    asking: UUID | None = None,
     subset: Subset = ALL,
 ) -> list[Reclaimed]:
     """Reclaim running workflows whose worker's lease has expired, as their next attempt.
@@ -164,18 +164,18 @@ def reclaim(
             because their own workers may allow them more.
         limit: how many at most.
         names, queues: None means all.
-        besides: the worker that reclaims: its own lease may expire between its last poll and this.
+        asking: the worker that reclaims: its own lease may expire between its last poll and this.
         subset: which of those that it finds.
     """
-    mine = {"mine_names": names, "mine_queues": queues, "asking_id": besides, **subset.parameters}
+    mine = {"mine_names": names, "mine_queues": queues, "asking_id": asking, **subset.parameters}
     parameters = {"max_attempts": max_attempts, "limit": limit, "reason": _DEATH, **mine}
     rows = execute(connectable, subset.form_of(_RECLAIM, _RECLAIM_PART), parameters)
     return [_reclaimed(row) for row in rows]
 
 
-def expired(connectable: Connectable, *, limit: int, besides: UUID | None = None, subset: Subset = ALL) -> list[UUID]:
+def expired(connectable: Connectable, *, limit: int, asking: UUID | None = None, subset: Subset = ALL) -> list[UUID]:
     """Return the ids of the workflows that this would reclaim."""
-    return subset.find_ids(connectable, _EXPIRED, {"limit": limit, "asking_id": besides})
+    return subset.find_ids(connectable, _EXPIRED, {"limit": limit, "asking_id": asking})
 
 
 def reclaim_one(session: Session, workflow_id: UUID, *, max_attempts: int) -> Reclaimed | None:

@@ -96,8 +96,8 @@ def test_a_worker_takes_nothing_back_from_itself(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     races.expire_leases(engine)
     with Session(engine) as session:
-        assert workers.reclaim(session, max_attempts=9, limit=9, besides=races.WORKER) == []
-        (found,) = workers.reclaim(session, max_attempts=9, limit=9, besides=uuid7())
+        assert workers.reclaim(session, max_attempts=9, limit=9, asking=races.WORKER) == []
+        (found,) = workers.reclaim(session, max_attempts=9, limit=9, asking=uuid7())
         assert found.workflow_id == fence.workflow_id
 
 

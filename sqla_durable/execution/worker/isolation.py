@@ -53,7 +53,7 @@ class Isolation:
             return ALL
         now = time.monotonic()
         self._aside = {each: until for each, until in self._aside.items() if until > now}
-        return Subset(besides=tuple(self._aside)) if self._aside else ALL
+        return Subset(excluded=tuple(self._aside)) if self._aside else ALL
 
     def is_aside(self, workflow_id: UUID) -> bool:
         """Return whether a workflow is set aside."""

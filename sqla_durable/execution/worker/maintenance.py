@@ -203,7 +203,7 @@ class Maintenance:
 
     async def _reclaim_some(self) -> list[workers.Reclaimed]:
         chosen = self._settings
-        bounds: dict[str, Any] = {"limit": _LIMIT, "besides": chosen.worker_id}
+        bounds: dict[str, Any] = {"limit": _LIMIT, "asking": chosen.worker_id}
         reclaim = partial(
             workers.reclaim, max_attempts=chosen.max_attempts, names=chosen.names, queues=chosen.queues, **bounds
         )
