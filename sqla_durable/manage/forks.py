@@ -17,7 +17,7 @@ from sqla_durable.api.sessions import in_savepoint
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import ArgumentError, NotFoundError
-from sqla_durable.manage.verbs import Selected
+from sqla_durable.manage.verbs import Selected, apply_verb
 from sqla_durable.models import Workflow
 from sqla_durable.store import forks, manage, starts
 from sqla_durable.store.manage import Selection
