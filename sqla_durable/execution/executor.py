@@ -198,12 +198,12 @@ def _not_claimable(session: Session, state: WorkflowState, others: str) -> Workf
         )
     if holder is None:
         return WorkflowRunningError(
-            f"{label}, and not to be claimed now: somebody else has just claimed it. Wait for its result with a "
+            f"{label}, and it cannot be claimed now: somebody else has just claimed it. Wait for its result with a "
             "handle.",
             workflow_id=state.workflow_id,
         )
     return WorkflowRunningError(
-        f"{label}, and not to be claimed now: {holder.name!r} holds a lease on it until "
+        f"{label}, and it cannot be claimed now: {holder.name!r} holds a lease on it until "
         f"{holder.lease_expires_at.isoformat(sep=' ', timespec='seconds')}. If that process is dead, the workflow can "
         "be executed again then; a shorter lease, such as Executor(session, lease=timedelta(seconds=30)), must be "
         "longer than the longest step. If it is alive, wait for its result with a handle.",

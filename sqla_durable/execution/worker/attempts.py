@@ -127,7 +127,7 @@ class Attempts:
             if running is not None and not running.attempt.is_suspended:
                 if not running.attempt.is_stopped:
                     log.warning(
-                        "workflow %s is no longer this worker's, reclaimed or cancelled: its attempt ends",
+                        "workflow %s: its attempt ends, because the workflow was cancelled or reclaimed",
                         fence.workflow_id,
                     )
                 running.attempt.stop(partial(AttemptLost, fence.workflow_id))
