@@ -20,8 +20,9 @@ def test_nothing_is_lost_and_nothing_is_done_twice_whatever_goes_wrong(thorough:
     """For as long as it takes until every fault has come, and for longer with SQLA_DURABLE_TORTURE_SECONDS."""
     # behaviour: R1 R2 R3 E2 E8 T1 T2 T4 T5 T8
     statuses: list[Status] = []
-    seconds = float(SECONDS) if SECONDS else 45 if thorough else 28
-    result = torture(TortureSettings(seed=SEED, workers=4, seconds=seconds, outage=2), on_progress=statuses.append)
+    seconds = float(SECONDS) if SECONDS else 45 if thorough else 20
+    workers = 4 if thorough else 3
+    result = torture(TortureSettings(seed=SEED, workers=workers, seconds=seconds, outage=2), on_progress=statuses.append)
     assert result.violations == ()
     assert (result.lost, result.twice) == (0, 0)
     assert set(result.injected) == set(Fault)
