@@ -354,14 +354,24 @@ class AsyncRuntime(Runtime):
 
     @override
     async def suspend(self, suspension: Suspension, position: Position) -> None:
-        """Suspend the workflow, and let the row of the operation that waits keep when timers of asyncio are due."""
+        """Suspend the workflow, and let the row of the operation that waits keep when timers of asyncio are due.
+
+        To the end, although the operation is cancelled meanwhile: the attempt is stopped already, and nobody would
+        execute a row that stayed `running` until a heartbeat finds it.
+        """
+        attempt = self.attempt
         self._suspending = self._loop.create_future()
         try:
             with self.timers.deciding():
                 seconds = self.timers.seconds
-                waiting = checkpoint_of(self.attempt, position, StepStatus.WAITING)
+                waiting = checkpoint_of(attempt, position, StepStatus.WAITING)
                 remember = partial(_remember, checkpoint=waiting, due_in=seconds) if seconds else None
-                await self.recorder.suspend(suspension, remember=remember)
+                suspending = GracefulTask(self.recorder.suspend(suspension, remember=remember))
+                await ended(suspending, on_cancel=suspending.cancel)
+                if suspending.cancelled():  # it took too long: whether the row is suspended is to be found out
+                    attempt.undo_suspension()
+                    attempt.stop(partial(AttemptLost, attempt.workflow_id))
+                suspending.result()
         finally:
             self._suspending.set_result(None)
 

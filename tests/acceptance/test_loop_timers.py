@@ -11,9 +11,10 @@ from uuid import UUID
 import anyio
 import pytest
 import tenacity
-from sqlalchemy import select
+from sqlalchemy import Engine, event, select
 
 import sqla_durable.asyncio as aio
+import sqla_durable.operations.shielding
 import sqla_durable.runtime.tasks
 from sqla_durable import Step, WorkflowStatus
 from sqla_durable.testing import advance, export, replay
@@ -313,3 +314,42 @@ def test_timers_of_steps_are_none_of_the_workflow(shell: Shell, app: Application
     assert shell.run(workflow) == "rested"
     with shell.sessionmaker() as session:
         assert session.scalars(select(Step.details)).all() == [None]
+
+
+@on_worker
+@pytest.mark.parametrize("grace", [60.0, 0.0], ids=["in time", "too late"])
+@pytest.mark.parametrize("written", ["#timers", '"status": "suspended"'], ids=["timers", "suspended"])
+def test_a_cancel_from_outside_does_not_leave_a_suspension_half_done(
+    shell: Shell, app: Application, monkeypatch: pytest.MonkeyPatch, written: str, grace: float
+) -> None:
+    """By code that the workflow does not know, such as a callback of another library, while a row is being written."""
+    monkeypatch.setattr(sqla_durable.operations.shielding, "CANCEL_GRACE", grace)
+    waiting: list[asyncio.Task[str]] = []
+
+    async def approval() -> str:
+        task = asyncio.create_task(under_timeout(lambda: either.wait_signal("go")))
+        waiting.append(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            return f"cancelled, {await either.wait_signal('other')}"
+
+    def cancel(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
+        if len(waiting) == 1 and written in f"{statement} {parameters}":
+            (task,) = waiting
+            task.get_loop().call_soon_threadsafe(task.cancel)
+            waiting.append(task)
+
+    workflow = app.workflow(approval)
+    event.listen(Engine, "before_cursor_execute", cancel)
+    try:
+        workflow_id = shell.begin(workflow)
+        with shell.background():
+            until_suspended(shell, workflow_id, "go")
+            assert len(waiting) > 1
+            with shell.client() as client:
+                client.signal(workflow_id, "go", "yes")
+                client.commit()
+            assert shell.result(workflow, workflow_id) == "yes"
+    finally:
+        event.remove(Engine, "before_cursor_execute", cancel)
