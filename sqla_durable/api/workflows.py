@@ -31,7 +31,7 @@ from sqla_durable.errors import ArgumentError, KeyNotVisibleError, UsageError
 from sqla_durable.models import Workflow
 from sqla_durable.operations.workflow import continue_as_new
 from sqla_durable.runtime.context import Context, active
-from sqla_durable.store import NewWorkflow, schema, starts
+from sqla_durable.store import NewWorkflow, starts
 from sqla_durable.store.starts import SnapshotKept
 
 _BATCH = 5_000
@@ -160,7 +160,6 @@ def start(session: Session, bound: BoundWorkflow) -> Workflow:
 
 def add(session: Session, bound: BoundWorkflow) -> Workflow:
     """Add a workflow as `start` does, without a hint to workers: it is executed here."""
-    schema.require(session)
     if bound.new.key is None:
         return starts.add(session, bound.new)
     try:

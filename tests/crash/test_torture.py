@@ -22,7 +22,8 @@ def test_nothing_is_lost_and_nothing_is_done_twice_whatever_goes_wrong(thorough:
     statuses: list[Status] = []
     seconds = float(SECONDS) if SECONDS else 45 if thorough else 20
     workers = 4 if thorough else 3
-    result = torture(TortureSettings(seed=SEED, workers=workers, seconds=seconds, outage=2), on_progress=statuses.append)
+    settings = TortureSettings(seed=SEED, workers=workers, seconds=seconds, outage=2)
+    result = torture(settings, on_progress=statuses.append)
     assert result.violations == ()
     assert (result.lost, result.twice) == (0, 0)
     assert set(result.injected) == set(Fault)

@@ -18,7 +18,6 @@ SETTINGS = {
     "full_page_writes": "off",
     "shared_buffers": "128MB",
     "max_wal_size": "2GB",
-    "autovacuum_naptime": "5s",
     "log_line_prefix": "%m [%p] %d ",
     "timezone": "UTC",
 }

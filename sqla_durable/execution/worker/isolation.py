@@ -1,7 +1,8 @@
 """Keeps the row of one workflow from stopping what a worker does for all others.
 
 The worker's statements are about many workflows at once. Where one of them fails because of what is in a row, it is
-executed for halves of them, until the workflow at fault is found: that one fails, with an error that says why. If even that is refused, by a trigger for example, the workflow is set aside for a while.
+executed for halves of them, until the workflow at fault is found: that one fails, with an error that says why. If even
+that is refused, by a trigger for example, the workflow is set aside for a while.
 """
 
 from __future__ import annotations

@@ -280,6 +280,6 @@ def _log_reclaimed(reclaimed: list[workers.Reclaimed]) -> None:
         log.warning("workflows reclaimed from dead workers: %d: %s%s", len(reclaimed), shown, more)
     for each in reclaimed:
         if each.status is WorkflowStatus.SUSPENDED:
-            log.warning("workflow %s %s lost several workers in a row: it is suspended for a while", each.name, each.workflow_id)
+            log.warning("workflow %s %s is suspended: it lost several workers in a row", each.name, each.workflow_id)
         if each.status is WorkflowStatus.FAILED:
             log.error("workflow %s %s failed: too many of its workers died", each.name, each.workflow_id)
