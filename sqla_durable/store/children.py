@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from sqla_durable.errors import NotFoundError
 from sqla_durable.models.base import WorkflowStatus
-from sqla_durable.store.inbox import END_COLUMNS, end_notices, insert_orphan_notices, is_deferred
+from sqla_durable.store.inbox import END_COLUMNS, end_notices, insert_orphan_notices, is_deferred, was_running
 from sqla_durable.store.records import Awaited, Checkpoint, NewWorkflow
 from sqla_durable.store.starts import MOST_REPEATS, NEW, hidden_among, new_columns
 from sqla_durable.store.statements import (
@@ -280,7 +280,7 @@ def _cancel_rest_statement() -> Any:
     tree = tree.union(sa.select(below.c.id).join(tree, below.c.parent_id == tree.c.id).where(~below.c.detached))
     unfinished = WORKFLOW.c.finished_at.is_(None)
     rest = materialized(
-        sa.select(WORKFLOW.c.id, pg.statement_timestamp().label("locked_at"))
+        sa.select(WORKFLOW.c.id, was_running(), pg.statement_timestamp().label("locked_at"))
         .where(WORKFLOW.c.id.in_(sa.select(tree.c.id)), unfinished)
         .order_by(WORKFLOW.c.id)
         .with_for_update(key_share=True, of=WORKFLOW),
@@ -296,7 +296,7 @@ def _cancel_rest_statement() -> Any:
             sa.func.coalesce(WORKFLOW.c.cancellation, COMPENSATES) == COMPENSATES,
         )
         .values(end_or_compensate(undone, WorkflowStatus.CANCELLED, reason=REQUESTED, now=rest.c.locked_at))
-        .returning(*END_COLUMNS)
+        .returning(*END_COLUMNS, rest.c.was_running)
         .cte("cancelled")
     )
     count = sa.select(count_rows()).select_from(cancelled).scalar_subquery()

@@ -17,7 +17,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.base import Text, WorkflowStatus
-from sqla_durable.store.inbox import END_COLUMNS, end_notices, insert_orphan_notices
+from sqla_durable.store.inbox import END_COLUMNS, end_notices, insert_orphan_notices, was_running
 from sqla_durable.store.statements import (
     ALL,
     BEGINNING,
@@ -154,7 +154,10 @@ def _fail_at_deadline_statement(*conditions: Condition, limit: Any, skip_locked:
         .cte("failed")
     )
     columns = failed.c.id, failed.c.name, failed.c.finished_at, failed.c.executing_id
-    return sa.select(*columns).add_cte(*end_notices(failed)), sa.select(overdue.c.id)
+    # Most deferred children have the deadline too; not those whose own was changed, or that a compensation started.
+    ended = sa.select(failed.c.id).where(failed.c.finished_at.is_not(None)).cte("ended")
+    notices = *end_notices(failed), insert_orphan_notices(ended).cte("left")
+    return sa.select(*columns).add_cte(*notices), sa.select(overdue.c.id)
 
 
 def _fail_overdue_statement(within: Restriction) -> tuple[Any, Any]:
@@ -170,6 +173,7 @@ def _fail_refused_statement() -> tuple[Any, Any]:
     unfinished = materialized(
         sa.select(
             WORKFLOW.c.id,
+            was_running(),
             pg.statement_timestamp().label("locked_at"),
             error_object(REFUSED_TYPE, parameter("reason", Text())).label("error"),
         )
@@ -188,7 +192,7 @@ def _fail_refused_statement() -> tuple[Any, Any]:
             wake_at=sa.null(),
             awaits=sa.null(),
         )
-        .returning(*END_COLUMNS)
+        .returning(*END_COLUMNS, unfinished.c.was_running)
     )
     ended = failed.cte("ended")
     notices = *end_notices(ended), insert_orphan_notices(ended).cte("left")

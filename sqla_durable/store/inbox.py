@@ -218,7 +218,11 @@ def take_statement(wanted: sa.FromClause, output: Callable[[sa.CTE], Expression]
 
 
 def insert_orphan_notices(parents: sa.FromClause) -> Any:
-    """Insert notices for those of a statement's workflows that have deferred children."""
+    """Insert notices for those of a statement's workflows that have deferred children.
+
+    Where there is a column `was_running`, whatever has it leaves one: an attempt may have started children that the
+    statement does not see, because that was committed before it had the lock of the row, and after it began.
+    """
     # LIMIT: probed by the index of children, whatever the planner believes of the number of parents.
     deferred = (
         sa.select(WORKFLOW.c.id)
@@ -226,9 +230,16 @@ def insert_orphan_notices(parents: sa.FromClause) -> Any:
         .limit(ONE)
         .lateral("has_deferred")
     )
-    return insert_notices(
-        sa.select(parents.c.id, text_literal(ORPHANS), sa.true()).select_from(parents.join(deferred, sa.true()))
-    )
+    may_have: Condition = deferred.c.id.is_not(None)
+    if "was_running" in parents.c:
+        may_have = sa.or_(may_have, parents.c.was_running)
+    found = parents.outerjoin(deferred, sa.true())
+    return insert_notices(sa.select(parents.c.id, text_literal(ORPHANS), sa.true()).select_from(found).where(may_have))
+
+
+def was_running() -> sa.Label[bool]:
+    """Return, for `insert_orphan_notices`, whether a workflow is running when its row is locked."""
+    return has_status(WORKFLOW, WorkflowStatus.RUNNING).label("was_running")
 
 
 def is_deferred(table: sa.FromClause = WORKFLOW) -> Condition:

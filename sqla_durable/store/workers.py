@@ -324,7 +324,8 @@ def _reclaiming_statement(abandoned: sa.CTE, *, suspect: Condition) -> Any:
         .returning(*END_COLUMNS, WORKFLOW.c.name, WORKFLOW.c.status)
         .cte("back")
     )
-    spent_ones = sa.select(back.c.id).where(back.c.finished_at.is_not(None)).cte("spent")
+    was_running = sa.true().label("was_running")
+    spent_ones = sa.select(back.c.id, was_running).where(back.c.finished_at.is_not(None)).cte("spent")
     return sa.select(back.c.id, back.c.name, back.c.status).add_cte(
         *end_notices(back), insert_orphan_notices(spent_ones).cte("left")
     )

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Engine, func, select
+import pytest
+from sqlalchemy import Engine, func, select, text
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable import manage
-from sqla_durable.models import Signal, Step
+from sqla_durable.models import Signal, Step, Workflow
 from sqla_durable.models.base import WorkflowStatus
-from sqla_durable.store import attempts, continuations, deferred, workers
+from sqla_durable.store import (
+    NewWorkflow,
+    attempts,
+    children,
+    continuations,
+    deferred,
+    failures,
+    timers,
+    workers,
+)
 from sqla_durable.store.records import Checkpoint, Completion, Fence
 from tests.store import races
 
@@ -164,3 +176,66 @@ def test_deferred_detached_children_of_a_deleted_parent_start(engine: Engine) ->
         session.commit()
         assert manage.delete(session, fence.workflow_id) == [fence.workflow_id]
         assert [races.status_in(session, each) for each in ids] == [WorkflowStatus.PENDING] * 2
+
+
+def deferred_under(child: Fence) -> NewWorkflow:
+    of_child: dict[str, Any] = {"parent_id": child.workflow_id, "parent_key": "start:double", "detached": True}
+    return NewWorkflow(id=uuid7(), name="double", input={}, queue="default", **of_child)
+
+
+def start_map(session: Session, fence: Fence) -> UUID:
+    """Start a map of two detached children, of which the second is deferred; return its id."""
+    both = sorted((deferred_under(fence) for _ in range(2)), key=lambda new: new.id)
+    children.start(session, races.checkpoint(fence, "start:double"), both, active=1)
+    return both[1].id
+
+
+def test_what_a_child_starts_while_its_parent_cancels_it_is_found_after_that(engine: Engine) -> None:
+    """The statement that cancels has waited for the child's row, and does not see what was committed meanwhile."""
+    parent, child = races.claimed_fences(engine, 2)
+    with Session(engine) as session, session.begin():
+        session.get_one(Workflow, child.workflow_id).parent_id = parent.workflow_id
+    give_up = partial(children.cancel_rest, checkpoint=races.checkpoint(parent, "map"), ids=[child.workflow_id])
+    with races.transaction(engine) as starting, races.transaction(engine) as giving_up:
+        left = start_map(starting.session, child)
+        cancelling = giving_up.begin_blocked(give_up)
+        starting.session.commit()
+        assert cancelling.result() == 1
+        giving_up.session.commit()
+    with Session(engine) as session:
+        assert deferred.start_orphans(session, limit=9) == 1
+        assert (races.status_in(session, left), asked(session)) == (WorkflowStatus.PENDING, 0)
+
+
+@pytest.mark.parametrize("end", ["reclaimed", "refused"])
+def test_what_a_workflow_starts_beside_its_end_from_outside_is_found_after_that(engine: Engine, end: str) -> None:
+    """The statement that ends it began before the start was committed, and locks the row after that."""
+    (fence,) = races.claimed_fences(engine)
+    races.expire_leases(engine)
+    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as before, before.begin():
+        before.execute(text("SELECT FROM durable.workflow"))  # has its snapshot now
+        with Session(engine) as session, session.begin():
+            left = start_map(session, fence)
+        if end == "reclaimed":
+            assert [each.status for each in workers.reclaim(before, max_attempts=0, limit=9)] == [WorkflowStatus.FAILED]
+        else:
+            assert failures.fail_refused(before, fence.workflow_id, reason="too large")
+    with Session(engine) as session:
+        assert deferred.start_orphans(session, limit=9) == 1
+        assert (races.status_in(session, left), asked(session)) == (WorkflowStatus.PENDING, 0)
+
+
+def test_deferred_children_end_at_their_parents_deadline_and_those_without_one_start(engine: Engine) -> None:
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        session.get_one(Workflow, fence.workflow_id).deadline_at = datetime.now(UTC) + timedelta(days=1)
+        session.flush()
+        left = start_map(session, fence)
+        (other,) = races.enqueue(
+            session, parent_id=fence.workflow_id, parent_key="start:other", detached=True, status="suspended"
+        )
+        timers.advance(session, timedelta(days=2).total_seconds())
+        assert len(failures.fail_overdue(session, limit=9)) == 3
+        assert races.status_in(session, left) is WorkflowStatus.FAILED
+        assert deferred.start_orphans(session, limit=9) == 1
+        assert (races.status_in(session, other), asked(session)) == (WorkflowStatus.PENDING, 0)

@@ -27,6 +27,7 @@ from sqla_durable.store import (
     Suspend,
     attempts,
     children,
+    deferred,
     failures,
     signals,
     timers,
@@ -247,6 +248,7 @@ def test_no_notice_outlives_a_workflow_that_ends_otherwise(engine: Engine, way: 
                 assert workers.abandon_attempt(session, parent, reason="it broke", max_attempts=1)
         session.commit()
         assert races.status_in(session, parent.workflow_id).finished
+        assert deferred.start_orphans(session, limit=10) == 0  # what was running may have left some
         assert notices(session) == 0
 
 
@@ -278,6 +280,23 @@ def test_an_attempt_that_cancels_children_wakes_the_attempt_that_reclaimed_its_w
         session.commit()
         assert deliver(engine) == 0
         first.commit()
+    assert deliver(engine) == 1
+
+
+def test_a_child_that_ends_while_its_failed_parent_is_retried_wakes_it(engine: Engine) -> None:
+    """Its end began while the parent was finished, and is committed after that has looked and waits."""
+    (parent,) = races.claimed_fences(engine)
+    with Session(engine) as session, Session(engine) as ending:
+        (child,) = running(session, parent.workflow_id)
+        fail(session, parent)
+        session.commit()
+        fail(ending, child)
+        assert manage.retry(session, parent.workflow_id) == [parent.workflow_id]
+        (again,) = races.claim(session)
+        suspend(session, again.fence, Awaited.any_of([child.workflow_id]))
+        session.commit()
+        assert deliver(engine) == 0
+        ending.commit()
     assert deliver(engine) == 1
 
 
