@@ -9,6 +9,7 @@ from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
+from sqla_durable import manage
 from sqla_durable.models import Step, Workflow
 from sqla_durable.models.base import StepStatus, WorkflowStatus
 from sqla_durable.store import Checkpoint, Fence, Suspend, attempts, steps
@@ -46,6 +47,20 @@ def test_a_cancel_that_waited_for_a_completion_changes_nothing(engine: Engine) -
         cancelling.result()
         canceller.session.commit()
     assert races.status_of(engine, fence.workflow_id) is WorkflowStatus.SUCCEEDED
+
+
+def test_nothing_is_written_to_a_cancelled_workflow_although_it_keeps_its_token(engine: Engine) -> None:
+    fences = races.claimed_fences(engine, 3)
+    first, second, third = fences
+    with Session(engine) as session:
+        assert len(manage.cancel(session, [each.workflow_id for each in fences])) == 3
+        assert session.get_one(Workflow, first.workflow_id).token == first.token
+        lost = attempts.write_batch(session, [races.checkpoint(first)], [races.success(first), Suspend(second, None)])
+        assert lost == attempts.Unwritten({(first, "charge")}, {first, second})
+        assert attempts.release(session, [third]) == set()
+        assert attempts.release_unlocked(session, [third]) == []
+        assert not attempts.finish(session, races.success(third))
+        assert {races.status_in(session, each.workflow_id) for each in fences} == {WorkflowStatus.CANCELLED}
 
 
 def test_a_released_workflow_keeps_its_place_and_its_attempt(engine: Engine) -> None:

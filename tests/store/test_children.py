@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +44,22 @@ def test_what_a_child_starts_while_it_is_cancelled_is_cancelled_with_it(engine: 
         giving_up.session.commit()
     assert races.status_of(engine, child.workflow_id) is WorkflowStatus.CANCELLED
     assert races.status_of(engine, grandchild.id) is WorkflowStatus.CANCELLED
+
+
+def test_one_key_under_two_names_is_two_children(engine: Engine) -> None:
+    (parent,) = races.claimed_fences(engine)
+
+    def start(session: Session, step: str, *names: str) -> list[str]:
+        of_parent: dict[str, Any] = {"input": {}, "queue": "default", "key": "k", "parent_id": parent.workflow_id}
+        batch = [NewWorkflow(id=uuid7(), name=name, parent_key=step, **of_parent) for name in names]
+        found: list[str] = json.loads(children.start(session, races.checkpoint(parent, step), batch, active=9))
+        return found
+
+    with Session(engine) as session:
+        one, other = start(session, "first", "charge", "refund")
+        assert start(session, "second", "charge", "refund") == [one, other]
+        assert start(session, "third", "refund", "charge") == [other, one]
+        assert one != other
 
 
 def test_an_attempt_that_has_lost_its_workflow_cancels_none_of_its_children(engine: Engine) -> None:

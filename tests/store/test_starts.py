@@ -59,6 +59,16 @@ def test_many_are_inserted_in_order_with_known_keys_in_their_places(session_fact
         assert count(session) == 5
 
 
+def test_one_key_under_two_names_is_two_workflows(session_factory: sessionmaker[Session]) -> None:
+    with session_factory.begin() as session:
+        batch = [new("k"), new("k", name="refund")]
+        ids = [each.id for each in batch]
+        assert starts.insert_many(session, batch) == ids
+        assert starts.insert_many(session, [new("k"), new("k", name="refund")]) == ids
+        assert starts.insert_many(session, [new("k", name="refund"), new("k")]) == ids[::-1]
+        assert count(session) == 2
+
+
 def test_two_bulk_starts_of_the_same_keys_in_opposite_orders_do_not_deadlock(engine: Engine) -> None:
     # behaviour: C3
     keys = [f"key-{number}" for number in range(500)]

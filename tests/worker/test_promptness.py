@@ -15,6 +15,7 @@ from sqlalchemy import NullPool, create_engine, event, func, make_url, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable.asyncio as aio
 from sqla_durable import Durable, Worker, Workflow, WorkflowStatus, manage
 from sqla_durable.asyncio import Saga
 from tests.support.databases import translated
@@ -233,3 +234,31 @@ async def test_a_cancel_costs_its_worker_two_statements_and_every_other_none(dir
         assert looked.startswith("SELECT durable.workflow.id, durable.workflow.token")
         assert "finished_at IS NOT NULL" in finished
         assert [each for each in bystander if not any(claim in each for claim in claims)] == []
+
+
+async def test_a_child_s_end_wakes_its_suspended_parent_at_once(direct_url: str, callers: Callers) -> None:
+    """By the worker that has committed it, which hears no hint of its own commits."""
+    app = Application()
+
+    @app.durable.step
+    async def entered(name: str) -> None:
+        app.tell(name)
+        await app.hears("go on")
+
+    @app.durable.workflow
+    async def child() -> None:
+        await entered("child")
+
+    @app.durable.workflow
+    async def parent(name: str) -> None:
+        await (await aio.start_child(child)).result()
+        app.tell(name)
+
+    async with working(app, direct_url):
+        workflow_id = await begin(callers, parent.start, "parent")
+        await app.hears("child")
+        async with asyncio.timeout(PATIENCE):
+            while standing(callers, workflow_id)[0] is not WorkflowStatus.SUSPENDED:
+                await asyncio.sleep(0.01)
+        app.tell("go on")
+        await app.hears("parent")
