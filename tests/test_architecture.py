@@ -42,7 +42,7 @@ def _parts(module: str) -> list[str]:
 
 
 def _unit(module: str) -> str:
-    """Give the part of the package that a module belongs to: `sqla_durable.store.steps` is of `store`."""
+    """Return the part of the package that a module belongs to: `sqla_durable.store.steps` is of `store`."""
     parts = _parts(module)
     return parts[1] if len(parts) > 1 else "__init__"
 
@@ -53,7 +53,7 @@ def _tree(module: str) -> ast.Module:
 
 
 def _imported(module: str) -> Iterator[str]:
-    """Give every name that a module imports, wherever in it, as far as it can be told from the source."""
+    """Yield every name that a module imports, wherever in it, as far as the source shows it."""
     for node in ast.walk(_tree(module)):
         match node:
             case ast.Import():
@@ -66,7 +66,7 @@ def _imported(module: str) -> Iterator[str]:
 
 
 def _module_of(name: str) -> str | None:
-    """Give the module of ours that a name of ours is in: itself, its package, or the module that defines it."""
+    """Return the module of ours that a name of ours is in: itself, its package, or the module that defines it."""
     while name.startswith("sqla_durable."):
         for found in (name, f"{name}.__init__"):
             if found in SOURCES:

@@ -11,7 +11,7 @@ from sqla_durable import Step, Workflow, WorkflowStatus
 
 
 def orders_with_steps(*, limit: int) -> Select[str, OrderStatus, WorkflowStatus, int, int, int, Decimal]:
-    """Select the orders that were hardest to carry out: those whose workflows were taken over most often.
+    """Select the orders that were hardest to carry out: those whose workflows were reclaimed most often.
 
     The columns: number, status of order and workflow, the workflow's attempts, its steps, those of them that a worker
     recorded which died later, and how many seconds it took.

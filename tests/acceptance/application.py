@@ -119,7 +119,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _like(fn: F, model: Callable[..., Any]) -> F:
-    """Give a function the name and the resolved annotations of another, but its own kind of session."""
+    """Copy the name and the resolved annotations of another function, but keep the kind of session."""
     signature = inspect.signature(model, eval_str=True)
     hints = get_type_hints(model)
     if inspect.iscoroutinefunction(fn):

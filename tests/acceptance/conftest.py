@@ -17,7 +17,7 @@ Way = tuple[str, str]
 IN_TENANT = ("mixed-worker", "asyncpg-worker")
 IN_DURABLE = tuple(name for name in SHELLS if name not in ("mixed-worker", "asyncpg-worker"))
 WAYS = [(name, "durable") for name in IN_DURABLE] + [(name, "tenant_7") for name in IN_TENANT]
-# Stories whose statements are told by others in all ways, once for each kind of surroundings.
+# For stories whose statements other stories execute in all ways: one way for each kind of session and of caller.
 FEW = ("executor", "worker", "async-executor", "asyncpg-worker")
 
 
@@ -72,4 +72,4 @@ def app(shell: Shell) -> Application:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "shells(names): run a story in these ways only")
-    config.addinivalue_line("markers", "few_shells: run a story once for each kind of surroundings")
+    config.addinivalue_line("markers", "few_shells: run a story once for each kind of session and of caller")

@@ -58,7 +58,7 @@ programs: st.SearchStrategy[Block] = _forks(st.recursive(_leaves, _forks, max_le
 
 
 def expected(block: Block, path: str = "") -> list[Any]:
-    """Give what a program returns: the keys of its steps, by the rule and not by the code that is tested."""
+    """Return what a program must return: the keys of its steps, by the rule and not by the code that is tested."""
     steps, branches = Counter[str](), Counter[str]()
 
     def key(counter: Counter[str], name: str) -> str:
@@ -79,7 +79,7 @@ def expected(block: Block, path: str = "") -> list[Any]:
 
 
 def leaves(found: Any) -> Iterator[str]:
-    """Give the keys in what a program returns."""
+    """Yield the keys in what a program returns."""
     if isinstance(found, str):
         yield found
     else:
@@ -121,7 +121,7 @@ class Gate:
         """Count branches that begin or end."""
         with self._changed:
             self.live += by
-            self._let_go()
+            self._release_next()
 
     def step(self) -> str:
         """Wait in a thread."""
@@ -143,7 +143,7 @@ class Gate:
         assert execution.step is not None
         with self._changed:
             self._waiting[execution.step] = go
-            self._let_go()
+            self._release_next()
         return execution.step
 
     def _leave(self, key: str) -> str:
@@ -152,7 +152,7 @@ class Gate:
         self.executed[key] += 1
         return key
 
-    def _let_go(self) -> None:
+    def _release_next(self) -> None:
         if self.killed:
             going = list(self._waiting)
         elif self._waiting and len(self._waiting) == self.live:

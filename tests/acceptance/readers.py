@@ -14,7 +14,7 @@ PATIENCE = timedelta(seconds=30)
 
 
 def event(shell: Shell, workflow_id: UUID, key: str, *, timeout: timedelta = PATIENCE, wanted: Any = Any) -> Any:
-    """Give the latest value of an event."""
+    """Return the latest value of an event."""
     if isinstance(shell, AsyncShell):
         return shell.runner.run(aio.get_event(shell.async_sessionmaker, workflow_id, key, timeout=timeout, kind=wanted))
     return get_event(shell.sessionmaker, workflow_id, key, timeout=timeout, kind=wanted)
@@ -54,5 +54,5 @@ def accepted(shell: Shell, request: AnyUpdate, *, timeout: timedelta = PATIENCE)
 
 
 def values(entries: list[StreamEntry[Any]]) -> list[Any]:
-    """Give what was written."""
+    """Return what was written."""
     return [entry.value for entry in entries]

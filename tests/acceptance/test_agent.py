@@ -39,7 +39,7 @@ class Model:
 
 
 # behaviour: C4 C5
-def test_an_agent_streams_what_it_thinks_and_a_broken_answer_is_told_apart(shell: Shell, app: Application) -> None:
+def test_an_agent_streams_what_it_thinks_and_marks_what_a_failed_try_wrote(shell: Shell, app: Application) -> None:
     model = Model(breaks_at="price")
 
     async def ask(prompt: str) -> str:
@@ -50,23 +50,23 @@ def test_an_agent_streams_what_it_thinks_and_a_broken_answer_is_told_apart(shell
             await either.heartbeat({"words": len(words)})
         return " ".join(words)
 
-    def look_up(session: Session, what: str) -> str:
+    def search(session: Session, what: str) -> str:
         session.add(Entry(account=what, cents=1))
-        set_event("looked up", what, session=session)
+        set_event("searched for", what, session=session)
         write_stream("answers", f"[{what}]", session=session)
         return f"{what} is {3 if what == 'stock' else 5}"
 
     asking = app.publishing(ask, wait=tenacity.wait_none())
-    looking_up = app.transactional(look_up)
+    searching = app.transactional(search)
 
     async def agent(prompt: str) -> str:
         for turn in range(1, 9):
             await either.set_event("turn", turn)
             answer = await asking(prompt)
-            if not answer.startswith("look: "):
+            if not answer.startswith("search: "):
                 await either.close_stream("answers")
                 return answer
-            prompt = await looking_up(answer.removeprefix("look: "))
+            prompt = await searching(answer.removeprefix("search: "))
         raise AssertionError("the agent does not come to an end")
 
     workflow = app.workflow(agent)
@@ -74,18 +74,18 @@ def test_an_agent_streams_what_it_thinks_and_a_broken_answer_is_told_apart(shell
     with shell.sessionmaker() as session:
         (workflow_id,) = session.scalars(select(Workflow.id))
         assert sorted(session.scalars(select(Entry.account))) == ["price", "stock"]
-    assert (event(shell, workflow_id, "turn"), event(shell, workflow_id, "looked up")) == (3, "price")
+    assert (event(shell, workflow_id, "turn"), event(shell, workflow_id, "searched for")) == (3, "price")
 
     entries = stream(shell, workflow_id, "answers", wanted=str)
     said = [(each.step_key, each.try_number, each.value) for each in entries]
     assert said == [
         ("ask", 1, "look:"),
         ("ask", 1, "stock"),
-        ("look_up", 1, "[stock]"),
+        ("search", 1, "[stock]"),
         ("ask#2", 1, "look:"),
         ("ask#2", 2, "look:"),
         ("ask#2", 2, "price"),
-        ("look_up#2", 1, "[price]"),
+        ("search#2", 1, "[price]"),
         *(("ask#3", 1, word) for word in ("three", "at", "five", "each")),
     ]
     assert [each.number for each in entries] == list(range(11))

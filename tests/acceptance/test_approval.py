@@ -22,7 +22,7 @@ WEEK = timedelta(days=7)
 
 
 async def awaited(outcome: Any) -> Any:
-    """Give the outcome of an operation, in either form."""
+    """Return the outcome of an operation, in either form."""
     return await outcome if inspect.isawaitable(outcome) else outcome
 
 
@@ -31,10 +31,10 @@ def test_approval_waits_for_two_weeks(shell: Shell, app: Application) -> None:
     # behaviour: C1 C7
     sent: list[str] = []
 
-    def tell(to: str) -> None:
+    def send(to: str) -> None:
         sent.append(to)
 
-    remind = app.plain(tell)
+    remind = app.plain(send)
 
     def book(session: Session, cents: int) -> int:
         session.add(Entry(account="expense", cents=cents, note=None))

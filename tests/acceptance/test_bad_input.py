@@ -430,14 +430,14 @@ def test_executor_refuses_the_other_kind_of_session() -> None:
         AsyncExecutor(Session())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
-def test_factory_in_the_place_of_a_session_is_told_to_be_opened() -> None:
+def test_sessionmaker_in_place_of_a_session_is_refused_with_how_to_open_one() -> None:
     with pytest.raises(SessionError, match=r"open one by `with sessionmaker\(\)"):
         Executor(sessionmaker())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     with pytest.raises(SessionError, match=r"open one by `async with async_sessionmaker\(\)"):
         AsyncExecutor(async_sessionmaker())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
-def test_worker_tells_where_a_factory_of_the_other_kind_belongs() -> None:
+def test_sessionmaker_of_the_other_kind_is_refused_with_the_argument_it_belongs_to() -> None:
     with pytest.raises(SessionError, match="pass it as async_sessionmaker="):
         Worker(Durable(), sessionmaker=async_sessionmaker())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     with pytest.raises(SessionError, match=r"such as sessionmaker\(db.engine\)"):

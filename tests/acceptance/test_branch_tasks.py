@@ -145,7 +145,7 @@ def test_failing_task_group_leaves_no_half_done_step(shell: Shell, app: Applicat
 
 
 @on_loop
-def test_cancelled_branch_executes_nothing_anew_on_a_replay(shell: Shell, app: Application) -> None:
+def test_cancelled_branch_executes_nothing_again_on_a_replay(shell: Shell, app: Application) -> None:
     """What cancelled it is recorded and comes at once: before the step that it was cancelled in begins again."""
     executed: list[str] = []
 
@@ -196,9 +196,9 @@ def test_workflow_that_leaves_a_branch_running_is_refused(shell: Shell, app: App
     async def lingers() -> None:
         await hold.wait()
 
-    async def checkout(lets_go: bool) -> str:
+    async def checkout(cancels: bool) -> str:
         task = asyncio.create_task(lingers())
-        if lets_go:
+        if cancels:
             task.cancel()
         return "done"
 

@@ -23,15 +23,15 @@ def keys(shell: Shell) -> list[str]:
         return list(session.scalars(select(Step.key).order_by(Step.position)))
 
 
-def until_parked(shell: Shell) -> None:
+def until_suspended(shell: Shell) -> None:
     races.wait_until(lambda: shell.one(shell.only).status is WorkflowStatus.SUSPENDED)
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [each.message for each in caplog.records if each.name == "sqla_durable.workflow"]
 
 
-def test_a_finally_is_refused_its_calls_while_the_workflow_is_parked_and_executes_them_when_it_goes_on(
+def test_a_finally_is_refused_its_calls_while_the_workflow_is_suspended_and_executes_them_later(
     shell: Shell, app: Application, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls: list[str] = []
@@ -66,7 +66,7 @@ def test_a_finally_is_refused_its_calls_while_the_workflow_is_parked_and_execute
     workflow = app.workflow(wait)
     with shell.background():
         workflow_id = shell.begin(workflow)
-        until_parked(shell)
+        until_suspended(shell)
         races.wait_until(lambda: len(refused) == 4)
         assert (calls, keys(shell)) == ([], ["signal:go"])
         with shell.client() as client:
@@ -76,12 +76,12 @@ def test_a_finally_is_refused_its_calls_while_the_workflow_is_parked_and_execute
     assert refused == ["clean", "set_event(status)", "new_uuid", "sleep"]
     assert calls == ["cleaned"]
     assert keys(shell) == ["signal:go", "clean", "set_event(status)", "new_uuid", "sleep", "#patched/new way"]
-    (words,) = told(caplog)
+    (words,) = logged(caplog)
     assert f"'clean' was called in workflow 'wait' {workflow_id} while its attempt 1 was ending" in words
     assert "because the workflow is suspended until what it waits for is there: it was not executed" in words
 
 
-def test_code_that_catches_everything_around_a_wait_executes_nothing_while_it_is_parked(
+def test_code_that_catches_everything_around_a_wait_executes_nothing_while_suspended(
     shell: Shell, app: Application
 ) -> None:
     calls: list[int] = []
@@ -101,7 +101,7 @@ def test_code_that_catches_everything_around_a_wait_executes_nothing_while_it_is
     workflow = app.workflow(wait)
     with shell.background():
         workflow_id = shell.begin(workflow)
-        until_parked(shell)
+        until_suspended(shell)
         with shell.client() as client:
             client.signal(workflow_id, "go")
             client.commit()
@@ -131,11 +131,11 @@ def test_a_finally_of_a_cancelled_workflow_is_refused_its_calls_and_the_workflow
     workflow = app.workflow(travel)
     with shell.background():
         workflow_id = shell.begin(workflow)
-        until_parked(shell)
+        until_suspended(shell)
         with shell.sessionmaker.begin() as session:
             assert manage.cancel(session, workflow_id) == [workflow_id]
         with pytest.raises(errors.WorkflowCancelledError):
             shell.result(workflow, workflow_id)
     assert booked(shell) == ([("hotel", 1), ("hotel", -1)] if saga else [])
-    assert all("'do" in each and "suspended" in each for each in told(caplog)[:1])
-    assert [("was cancelled" in each) for each in told(caplog)[1:]] == ([True] if saga else [])
+    assert all("'do" in each and "suspended" in each for each in logged(caplog)[:1])
+    assert [("was cancelled" in each) for each in logged(caplog)[1:]] == ([True] if saga else [])

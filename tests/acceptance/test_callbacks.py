@@ -57,12 +57,12 @@ class Receipt:
 
 
 async def awaited(outcome: Any) -> Any:
-    """Give the outcome of an operation, in either form."""
+    """Return the outcome of an operation, in either form."""
     return await outcome if inspect.isawaitable(outcome) else outcome
 
 
 def paying(app: Application, **options: Any) -> AnyWorkflow[[], Any]:
-    """A workflow that waits for a payment, and gives the error's name and text if there is none."""
+    """Make a workflow that waits for a payment, and returns the name and the text of the error if there is none."""
 
     async def pay() -> Any:
         payment = await awaited(either.create_callback(Receipt, **options))
@@ -78,7 +78,7 @@ def paying(app: Application, **options: Any) -> AnyWorkflow[[], Any]:
 
 
 def token_of(shell: Shell, workflow_id: UUID, key: str = "create_callback") -> str:
-    """Wait for a callback's record and give its token."""
+    """Wait for a callback's record and return its token."""
 
     def find() -> Any:
         return [each.output for each in shell.one(workflow_id).steps if each.key == key]
@@ -87,8 +87,8 @@ def token_of(shell: Shell, workflow_id: UUID, key: str = "create_callback") -> s
     return str(made["token"])
 
 
-def wait_until_parked(shell: Shell, workflow_id: UUID) -> None:
-    races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the parking")
+def wait_until_suspended(shell: Shell, workflow_id: UUID) -> None:
+    races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the suspension")
 
 
 def answer(shell: Shell, token: str, value: object = None) -> None:
@@ -106,9 +106,9 @@ def test_waiting_workflow_goes_on_with_the_answer(shell: Shell, app: Application
     workflow = paying(app)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        wait_until_parked(shell, workflow_id)
-        parked = shell.one(workflow_id)
-        assert (parked.worker_id, parked.wake_at) == (None, None)
+        wait_until_suspended(shell, workflow_id)
+        suspended = shell.one(workflow_id)
+        assert (suspended.worker_id, suspended.wake_at) == (None, None)
         with shell.client() as client:
             client.complete_callback(token_of(shell, workflow_id), Receipt("ch_1", 500))
             client.commit()
@@ -161,7 +161,7 @@ def test_time_runs_from_the_creation_and_ends_the_token(shell: Shell, app: Appli
     workflow = paying(app, timeout=DAY)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        wait_until_parked(shell, workflow_id)
+        wait_until_suspended(shell, workflow_id)
         let_pass(shell, DAY / 2)
         assert shell.one(workflow_id).status is WorkflowStatus.SUSPENDED
         let_pass(shell, DAY / 2)
@@ -183,7 +183,7 @@ def test_late_answer_is_refused_although_the_workflow_does_not_wait_yet(shell: S
     workflow = app.workflow(slow)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        wait_until_parked(shell, workflow_id)
+        wait_until_suspended(shell, workflow_id)
         let_pass(shell, DAY)
         with pytest.raises(errors.CallbackFinishedError, match="was not answered in time"):
             answer(shell, token_of(shell, workflow_id))
@@ -198,7 +198,7 @@ def test_heartbeats_keep_it_alive_in_one_row_and_silence_is_noticed(shell: Shell
     workflow = paying(app, heartbeat=MINUTE)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        wait_until_parked(shell, workflow_id)
+        wait_until_suspended(shell, workflow_id)
         token = token_of(shell, workflow_id)
         for _ in range(3):
             with shell.sessionmaker.begin() as session:
@@ -219,7 +219,7 @@ def test_heartbeats_keep_it_alive_in_one_row_and_silence_is_noticed(shell: Shell
 
 
 def is_waiting_again(shell: Shell, workflow_id: UUID) -> bool:
-    """Tell whether it was woken once, has seen the heartbeats, and is parked for longer."""
+    """Return whether it was woken once, has seen the heartbeats, and is suspended for longer."""
     with shell.sessionmaker() as session:
         statement = (
             "SELECT status = 'suspended' AND wake_at > statement_timestamp() + interval '10 seconds' "
@@ -262,7 +262,7 @@ def test_token_is_the_same_after_a_crash(shell: Shell, app: Application) -> None
     workflow = app.workflow(ask)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        wait_until_parked(shell, workflow_id)
+        wait_until_suspended(shell, workflow_id)
     shell.crashed(workflow_id)
     answer(shell, tokens[0], 7)
     assert shell.finish(workflow, workflow_id) == 7
@@ -292,7 +292,7 @@ def test_branches_have_callbacks_of_their_own_and_may_share_one(shell: Shell, ap
     with shell.background():
         for number, key in enumerate(("a", "shared", "b")):
             answer(shell, token_of(shell, workflow_id, key), number)
-            races.wait_until(lambda: shell.one(workflow_id).status is not WorkflowStatus.RUNNING, what="the parking")
+            races.wait_until(lambda: shell.one(workflow_id).status is not WorkflowStatus.RUNNING, what="the suspension")
         assert shell.result(workflow, workflow_id) == [[0, 1], [2, 1]]
 
 
@@ -306,7 +306,7 @@ def test_workflow_may_end_without_its_answer(shell: Shell, app: Application) -> 
     workflow = app.workflow(careless)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        wait_until_parked(shell, workflow_id)
+        wait_until_suspended(shell, workflow_id)
         answer(shell, token_of(shell, workflow_id, "answered"), 7)
         with shell.sessionmaker.begin() as session:
             send_signal(session, workflow_id, "go")
@@ -340,7 +340,7 @@ def durable() -> Durable:
 
 
 def waiting(session: Session, durable: Durable) -> tuple[Any, UUID, str]:
-    """Give a workflow whose executor has gone before it waits for its callback, and the token."""
+    """Return a workflow whose executor died before it waits for its callback, its id and the token."""
     leaves = [True]
 
     @durable.workflow
@@ -360,7 +360,7 @@ def waiting(session: Session, durable: Durable) -> tuple[Any, UUID, str]:
 
 
 def made(session: Session, workflow_id: UUID) -> str:
-    """Give the token of a callback."""
+    """Return the token of the workflow's callback."""
     record = session.get_one(Step, (workflow_id, "create_callback"), populate_existing=True)
     session.commit()
     assert record.output is not None

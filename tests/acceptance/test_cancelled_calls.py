@@ -169,7 +169,7 @@ def test_an_async_step_whose_call_was_cancelled_is_rolled_back_and_recorded(
 @on_worker
 def test_a_cancel_that_comes_after_the_commit_of_a_sync_step_is_too_late(shell: Shell, app: Application) -> None:
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
-    told = threading.Event()
+    cancel_sent = threading.Event()
 
     @app.durable.step
     def ship(session: Session) -> str:
@@ -177,8 +177,8 @@ def test_a_cancel_that_comes_after_the_commit_of_a_sync_step_is_too_late(shell: 
 
         def cancel(_: Session) -> None:
             loop.call_soon_threadsafe(task.cancel)
-            loop.call_soon_threadsafe(lambda: loop.call_soon(told.set))
-            assert told.wait(30)
+            loop.call_soon_threadsafe(lambda: loop.call_soon(cancel_sent.set))
+            assert cancel_sent.wait(30)
 
         event.listen(session, "after_commit", cancel)
         session.add(Entry(account="shipped", cents=1))

@@ -143,7 +143,7 @@ def test_a_resumed_workflow_goes_on_after_its_last_checkpoint(shell: Shell, app:
     assert accounts(shell) == ([] if kind == "plain" else ["gate"])
 
 
-def test_a_parked_workflow_that_is_cancelled_does_not_wake_and_is_resumed_with_its_tries(
+def test_a_suspended_workflow_that_is_cancelled_does_not_wake_and_is_resumed_with_its_tries(
     shell: Shell, app: Application
 ) -> None:
     # behaviour: M1 Q7 R6

@@ -33,7 +33,7 @@ WEEK = timedelta(days=7)
 
 
 async def awaited(outcome: Any) -> Any:
-    """Give the outcome of an operation, in either form."""
+    """Return the outcome of an operation, in either form."""
     return await outcome if inspect.isawaitable(outcome) else outcome
 
 
@@ -138,7 +138,7 @@ def test_child_is_started_once_whatever_dies(shell: Shell, app: Application) -> 
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        races.wait_until(lambda: [each.awaits for each in all_of(shell) if each.awaits] and len(_parked(shell)) == 2)
+        races.wait_until(lambda: [each.awaits for each in all_of(shell) if each.awaits] and len(_suspended(shell)) == 2)
     shell.crashed(workflow_id)
     (started,) = all_of(shell, "wait")
     with shell.client() as client:
@@ -158,7 +158,7 @@ def test_parent_is_a_row_while_its_child_waits(shell: Shell, app: Application) -
 
     workflow_id = shell.begin(app.workflow(parent))
     with shell.background():
-        races.wait_until(lambda: len(_parked(shell)) == 2, what="the parking of both")
+        races.wait_until(lambda: len(_suspended(shell)) == 2, what="the suspension of both")
     record = shell.one(workflow_id)
     assert (record.worker_id, record.awaits) == (None, [{"children": [str(all_of(shell, "wait")[0].id)], "open": 0}])
 
@@ -236,7 +236,7 @@ def test_outcome_that_does_not_come_in_time_is_an_error_and_the_child_goes_on(sh
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        races.wait_until(lambda: len(_parked(shell)) == 2, what="the parking of both")
+        races.wait_until(lambda: len(_suspended(shell)) == 2, what="the suspension of both")
         with shell.sessionmaker.begin() as session:
             advance(session, WEEK)
         assert shell.result(workflow, workflow_id) == "late"
@@ -244,7 +244,7 @@ def test_outcome_that_does_not_come_in_time_is_an_error_and_the_child_goes_on(sh
 
 
 @WORKERS
-def test_parent_is_told_that_its_child_was_cancelled(shell: Shell, app: Application) -> None:
+def test_cancel_of_a_child_is_raised_in_its_parent(shell: Shell, app: Application) -> None:
     child = waiting(app)
 
     async def parent() -> str:
@@ -257,7 +257,7 @@ def test_parent_is_told_that_its_child_was_cancelled(shell: Shell, app: Applicat
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        races.wait_until(lambda: len(_parked(shell)) == 2, what="the parking of both")
+        races.wait_until(lambda: len(_suspended(shell)) == 2, what="the suspension of both")
         with shell.sessionmaker.begin() as session:
             assert len(manage.cancel(session, all_of(shell, "wait")[0].id)) == 1
         assert shell.result(workflow, workflow_id) == "cancelled"
@@ -279,7 +279,7 @@ def test_tree_is_cancelled_with_its_root_but_for_what_is_detached(shell: Shell, 
 
     workflow_id = shell.begin(app.workflow(root))
     with shell.background():
-        races.wait_until(lambda: len(_parked(shell)) == 4, what="the parking of all")
+        races.wait_until(lambda: len(_suspended(shell)) == 4, what="the suspension of all")
         with shell.sessionmaker.begin() as session:
             assert len(manage.cancel(session, workflow_id)) == 3
     assert [(each.name, each.status) for each in all_of(shell) if not each.status.finished] == [
@@ -298,7 +298,7 @@ def test_child_fails_at_its_parents_deadline(shell: Shell, app: Application) -> 
     workflow = app.workflow(parent).options(deadline=WEEK)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        races.wait_until(lambda: len(_parked(shell)) == 2, what="the parking of both")
+        races.wait_until(lambda: len(_suspended(shell)) == 2, what="the suspension of both")
         with shell.sessionmaker.begin() as session:
             advance(session, WEEK)
         with pytest.raises(errors.WorkflowTimeoutError):
@@ -404,7 +404,7 @@ def test_children_come_as_they_are_completed(shell: Shell, app: Application) -> 
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        races.wait_until(lambda: len(_parked(shell)) == 4, what="the parking of all")
+        races.wait_until(lambda: len(_suspended(shell)) == 4, what="the suspension of all")
         for number in (2, 1, 0):
             ids = [each.id for each in all_of(shell, "wait")]
             with shell.client() as client:
@@ -482,7 +482,7 @@ def test_child_outside_a_workflow_is_refused(shell: Shell, app: Application) -> 
         start_child(child, 1)
 
 
-def _parked(shell: Shell) -> list[Workflow]:
+def _suspended(shell: Shell) -> list[Workflow]:
     return [each for each in all_of(shell) if each.status is WorkflowStatus.SUSPENDED and each.awaits]
 
 
@@ -491,7 +491,7 @@ def _finished(shell: Shell, workflow_id: UUID) -> bool:
 
 
 def _ready(shell: Shell, gone: set[UUID], count: int) -> list[UUID]:
-    """Give the children that wait for their signal, once there are as many as there can be."""
+    """Return the children that wait for their signal, once there are as many as there can be."""
     ready = [each.id for each in all_of(shell, "wait") if each.awaits and each.id not in gone]
     return ready if len(ready) >= count else []
 
@@ -553,7 +553,9 @@ def test_map_that_is_cancelled_before_it_begins_leaves_nothing_unfinished(shell:
 
 @pytest.mark.shells(("async-worker",))
 @pytest.mark.parametrize("way", ["fails", "returns", "is cancelled"])
-def test_held_children_of_a_parent_that_ends_beside_their_map_go_on(shell: Shell, app: Application, way: str) -> None:
+def test_deferred_children_start_when_their_parent_ends_while_the_map_still_runs(
+    shell: Shell, app: Application, way: str
+) -> None:
     child = doubling(app)
     others = child.options(queue="others", detached=way == "is cancelled")
 
@@ -569,7 +571,7 @@ def test_held_children_of_a_parent_that_ends_beside_their_map_go_on(shell: Shell
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow)
     with shell.background(queues=["default"]):
-        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
+        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the suspension")
         assert [each.status.value for each in all_of(shell, child.name)] == ["pending", "suspended", "suspended"]
         if way == "is cancelled":
             with shell.sessionmaker.begin() as session:
@@ -585,7 +587,7 @@ def test_held_children_of_a_parent_that_ends_beside_their_map_go_on(shell: Shell
 
 
 @pytest.mark.shells(("async-worker",))
-def test_held_children_of_an_earlier_history_are_let_go(shell: Shell, app: Application) -> None:
+def test_deferred_children_of_an_earlier_history_are_started(shell: Shell, app: Application) -> None:
     child = doubling(app)
 
     async def parent() -> int:
@@ -594,21 +596,19 @@ def test_held_children_of_an_earlier_history_are_let_go(shell: Shell, app: Appli
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow)
     with shell.background(queues=["default"]):
-        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
+        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the suspension")
         with shell.sessionmaker.begin() as session:
             manage.rewind(session, workflow_id, to_step="start:double")
-        let_go, held = ["pending"] * 3, ["pending", "suspended", "suspended"]
+        started, deferred = ["pending"] * 3, ["pending", "suspended", "suspended"]
         races.wait_until(
-            lambda: [each.status.value for each in all_of(shell, child.name)] == let_go + held,
+            lambda: [each.status.value for each in all_of(shell, child.name)] == started + deferred,
             what="the release of the first children, and of one of the second ones",
         )
 
 
 @pytest.mark.shells(("worker", "async-worker"))
-def test_a_map_goes_on_when_somebody_held_the_row_of_the_child_whose_turn_it_was(
-    shell: Shell, app: Application
-) -> None:
-    """As a `cancel` does that is rolled back later, of which nobody tells."""
+def test_a_map_goes_on_when_the_row_of_the_next_child_was_locked(shell: Shell, app: Application) -> None:
+    """A `cancel` locked it and was rolled back later, for which there is no notification."""
     child = waiting(app)
 
     async def parent() -> list[str]:
@@ -624,7 +624,7 @@ def test_a_map_goes_on_when_somebody_held_the_row_of_the_child_whose_turn_it_was
             assert manage.cancel(caller, second) == [second]
             client.signal(first, "go")
             client.commit()
-            races.wait_until(lambda: shell.one(workflow_id).wake_at, what="the parent that looks again")
+            races.wait_until(lambda: shell.one(workflow_id).wake_at, what="the time at which the parent polls again")
             caller.rollback()
         with shell.sessionmaker.begin() as session:
             advance(session, timedelta(seconds=5))

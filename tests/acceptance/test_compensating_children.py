@@ -126,7 +126,7 @@ def test_what_a_compensation_has_started_is_not_taken_from_it(
     shell.begin(plan(app, way=way, fails=fails))
     with shell.background():
         if not fails:
-            travel = races.wait_until(lambda: only(shell, "travel"), what="the parking")
+            travel = races.wait_until(lambda: only(shell, "travel"), what="the suspension")
             with shell.sessionmaker.begin() as session:
                 manage.cancel(session, travel.id)
         refund = races.wait_until(lambda: only(shell, "refund"), what="the refund")

@@ -20,7 +20,7 @@ COMMITTING = pytest.mark.shells(("executor", "async-executor", "worker", "async-
 
 
 async def awaited(outcome: Any) -> Any:
-    """Give the outcome of an operation, in either form."""
+    """Return the outcome of an operation, in either form."""
     return await outcome if inspect.isawaitable(outcome) else outcome
 
 
@@ -47,7 +47,7 @@ def counting(app: Application) -> Any:
 
 
 @COMMITTING
-def test_workflow_begins_anew_with_a_short_history(shell: Shell, app: Application) -> None:
+def test_workflow_continues_as_new_with_a_short_history(shell: Shell, app: Application) -> None:
     workflow = counting(app)
     workflow_id = shell.begin(workflow, 10)
     assert shell.finish(workflow, workflow_id) == 10
@@ -57,7 +57,7 @@ def test_workflow_begins_anew_with_a_short_history(shell: Shell, app: Applicatio
 
 
 @COMMITTING
-def test_signals_are_taken_on_from_one_round_to_the_next(shell: Shell, app: Application) -> None:
+def test_signals_pass_from_one_round_to_the_next(shell: Shell, app: Application) -> None:
     found: list[Any] = []
 
     async def collect(seen: list[int]) -> list[int]:

@@ -32,13 +32,13 @@ def book(session: Session, cents: int) -> int:
 
 
 @durable.step
-def tell(cents: int) -> int:
+def notify(cents: int) -> int:
     return cents
 
 
 @durable.workflow
 def pay(cents: int) -> int:
-    return tell(book(cents))
+    return notify(book(cents))
 
 
 asynchronous = Durable()
@@ -51,13 +51,13 @@ async def abook(session: AsyncSession, cents: int) -> int:
 
 
 @asynchronous.step
-async def atell(cents: int) -> int:
+async def anotify(cents: int) -> int:
     return cents
 
 
 @asynchronous.workflow
 async def apay(cents: int) -> int:
-    return await atell(await abook(cents))
+    return await anotify(await abook(cents))
 
 
 def _engine_of(url: str, **options: Any) -> Engine:

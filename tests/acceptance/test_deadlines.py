@@ -30,7 +30,7 @@ AGO = func.statement_timestamp() - timedelta(seconds=1)
 
 
 class Counting:
-    """A workflow of one step that counts its calls, and waits at a gate if it is told to."""
+    """A workflow of one step that counts its calls, and waits at a gate if `at_gate` is set."""
 
     def __init__(self, app: Application, *, gated: bool = False, failing: bool = False) -> None:
         self.calls = 0
@@ -174,20 +174,24 @@ def test_an_async_step_is_ended_by_the_heartbeat_after_the_deadline(shell: Shell
 
 
 @on_workers
-@pytest.mark.parametrize("why", ["parked", "delayed", "unserved"])
+@pytest.mark.parametrize("why", ["suspended", "delayed", "unserved"])
 def test_what_waits_fails_at_its_deadline_without_being_woken(shell: Shell, app: Application, why: str) -> None:
     counting = Counting(app, failing=True)
-    more: dict[str, dict[str, Any]] = {"delayed": {"delay": 9 * HOUR}, "unserved": {"queue": "nobody's"}, "parked": {}}
+    more: dict[str, dict[str, Any]] = {
+        "delayed": {"delay": 9 * HOUR},
+        "unserved": {"queue": "nobody's"},
+        "suspended": {},
+    }
     with shell.background():
         workflow_id = _started(shell, counting.workflow.options(deadline=HOUR, **more[why]))
-        if why == "parked":
+        if why == "suspended":
             races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED)
         _overdue(shell, workflow_id)
         with pytest.raises(errors.WorkflowTimeoutError):
             shell.result(counting.workflow, workflow_id)
     record = shell.one(workflow_id)
     assert (record.status, record.wake_at) == (WorkflowStatus.FAILED, None)
-    assert counting.calls == (1 if why == "parked" else 0)
+    assert counting.calls == (1 if why == "suspended" else 0)
 
 
 @on_workers
@@ -223,7 +227,7 @@ def test_a_limit_that_makes_no_sense_is_refused(options: dict[str, Any], words: 
         StartOptions(**options)
 
 
-def test_limits_given_as_arguments_are_told_where_they_belong() -> None:
+def test_limits_given_as_arguments_are_refused_with_where_they_belong() -> None:
     workflow: Callable[..., Any] = Durable().workflow(lambda: None, name="pay").bind
     with pytest.raises(errors.ArgumentError, match=r"pay\.options\(deadline=\.\.\., timeout=\.\.\.\)"):
         workflow(timeout=HOUR, deadline=HOUR)

@@ -122,7 +122,7 @@ def stop(process: BaseProcess) -> None:
     assert process.exitcode == 0
 
 
-def parked(maker: sessionmaker[Session]) -> int:
+def suspended_count(maker: sessionmaker[Session]) -> int:
     with maker() as session:
         waiting = select(func.count()).select_from(Workflow).join(Workflow.steps).where(Step.key == "wait")
         return session.scalars(waiting.where(Workflow.status == WorkflowStatus.SUSPENDED)).one()
@@ -133,8 +133,8 @@ def wake(maker: sessionmaker[Session]) -> None:
     with maker.begin() as session:
         due = {"wake_at": func.statement_timestamp()}
         later = func.statement_timestamp() + timedelta(minutes=1)
-        held = select(Workflow.id).where(Workflow.status == WorkflowStatus.SUSPENDED, Workflow.wake_at > later)
-        ids = session.scalars(held.order_by(Workflow.id).with_for_update(key_share=True)).all()
+        suspended = select(Workflow.id).where(Workflow.status == WorkflowStatus.SUSPENDED, Workflow.wake_at > later)
+        ids = session.scalars(suspended.order_by(Workflow.id).with_for_update(key_share=True)).all()
         session.execute(update(Step).where(Step.workflow_id.in_(ids), Step.wake_at > later).values(due))
         session.execute(update(Workflow).where(Workflow.id.in_(ids)).values(due))
 
@@ -172,7 +172,7 @@ def test_a_deploy_adds_removes_and_renames_a_step_under_a_hundred_running_workfl
     log_file = tmp_path / "new.log"
     started = start(session_factory, Shop("old", form), range(COUNT))
     with worker(database_url, "old", form, tmp_path / "old.log"):
-        wait_until(lambda: parked(session_factory) == COUNT, what="a hundred waiting workflows", seconds=60)
+        wait_until(lambda: suspended_count(session_factory) == COUNT, what="a hundred waiting workflows", seconds=60)
 
     # Before the deploy, its code is tried on what is there.
     with session_factory() as session:
@@ -210,7 +210,7 @@ def test_workers_of_both_deploys_go_on_with_each_others_workflows(
 ) -> None:
     with worker(database_url, "old", form, tmp_path / "old.log") as old:
         start(session_factory, Shop("old", form), range(COUNT // 2))
-        wait_until(lambda: parked(session_factory) == COUNT // 2, what="the old workflows to wait", seconds=60)
+        wait_until(lambda: suspended_count(session_factory) == COUNT // 2, what="the old workflows to wait", seconds=60)
         with worker(database_url, "new", form, tmp_path / "new.log"):
             start(session_factory, Shop("new", form), range(COUNT // 2, COUNT))
             wake(session_factory)

@@ -93,7 +93,7 @@ def test_function_that_yields_is_refused(fn: Callable[[], Any], kind: str) -> No
         getattr(Durable(), kind)(fn)
 
 
-def test_result_that_no_annotation_helps_is_not_told_to_have_one(session_factory: sessionmaker[Session]) -> None:
+def test_message_proposes_no_annotation_where_none_would_help(session_factory: sessionmaker[Session]) -> None:
     @durable.workflow
     def give(kind: str):  # type: ignore[no-untyped-def]  # the mistake
         return Order() if kind == "orm" else iter([1])

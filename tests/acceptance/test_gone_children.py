@@ -181,7 +181,7 @@ def test_a_tolerated_child_that_is_retried_in_the_middle_of_its_map_is_waited_fo
     assert ends(shell, workflow, workflow_id) == ["went", "went"]
 
 
-def test_children_that_are_held_go_on_when_one_of_them_is_deleted(shell: Shell, app: Application) -> None:
+def test_deferred_children_go_on_when_a_child_is_deleted(shell: Shell, app: Application) -> None:
     child = waiting(app)
 
     async def parent() -> str:
@@ -194,12 +194,12 @@ def test_children_that_are_held_go_on_when_one_of_them_is_deleted(shell: Shell, 
 
     workflow = app.workflow(parent)
     workflow_id = shell.begin(workflow)
-    first, *held = suspended(shell, 2)
+    first, *deferred = suspended(shell, 2)
     with shell.sessionmaker.begin() as session:
         manage.cancel(session, first.id)
     with shell.sessionmaker.begin() as session:
         manage.delete(session, first.id)
-    assert [each.id for each in suspended(shell, 3)] == [each.id for each in held]
+    assert [each.id for each in suspended(shell, 3)] == [each.id for each in deferred]
     with shell.client() as client:
         client.signal(workflow_id, "on", "and on")
         client.commit()

@@ -1,4 +1,4 @@
-"""Long steps: how far they are is kept, shown, and given back to the next try."""
+"""Long steps: how far they are is recorded, shown, and passed to the next try."""
 
 from __future__ import annotations
 

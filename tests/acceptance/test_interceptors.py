@@ -296,7 +296,7 @@ def test_an_interceptor_cannot_swallow_an_error(shell: Shell, app: Application) 
     assert _only(shell).status is WorkflowStatus.FAILED
 
 
-def test_an_interceptor_that_forgot_its_decorator_is_told(shell: Shell, app: Application) -> None:
+def test_an_interceptor_without_its_decorator_is_a_clear_error(shell: Shell, app: Application) -> None:
     class Forgetful(Interceptor):
         def step(self, execution: Execution) -> Any:
             yield

@@ -27,10 +27,10 @@ def test_each_step_has_the_isolation_level_that_it_asks_for(shell: Shell, app: A
         app.transactional(_level, name=f"level {level}", isolation_level=level) for level in (*ISOLATION_LEVELS, None)
     ]
 
-    async def look() -> list[str]:
+    async def read_levels() -> list[str]:
         return [await step() for step in steps]
 
-    assert shell.run(app.workflow(look)) == [*ISOLATION_LEVELS, "READ COMMITTED"]
+    assert shell.run(app.workflow(read_levels)) == [*ISOLATION_LEVELS, "READ COMMITTED"]
 
 
 @pytest.mark.shells(WORKERS)
@@ -60,11 +60,11 @@ def test_write_skew_is_tried_again_until_it_is_right(shell: Shell, app: Applicat
 def test_a_joined_step_refuses_a_callers_transaction_that_is_weaker(shell: Shell, app: Application) -> None:
     step = app.transactional(_level, isolation_level="SERIALIZABLE")
 
-    async def look() -> str:
+    async def read_levels() -> str:
         return await step()
 
     with pytest.raises(SessionError, match=r"asks for SERIALIZABLE and .* already in a READ COMMITTED transaction"):
-        shell.run(app.workflow(look))
+        shell.run(app.workflow(read_levels))
 
 
 def test_a_joined_step_takes_a_callers_transaction_that_is_strong_enough(database_url: str) -> None:
@@ -72,12 +72,12 @@ def test_a_joined_step_takes_a_callers_transaction_that_is_strong_enough(databas
     level = durable.step(_level, name="level", isolation_level="REPEATABLE READ")
 
     @durable.workflow
-    def look() -> str:
+    def read_levels() -> str:
         return level()
 
     engine = create_engine(database_url, isolation_level="SERIALIZABLE")
     with Session(engine) as session:
-        assert Executor.joined(session).run(look) == "SERIALIZABLE"
+        assert Executor.joined(session).run(read_levels) == "SERIALIZABLE"
     engine.dispose()
 
 

@@ -29,7 +29,7 @@ class Shop:
 
     def __init__(self, durable: Durable) -> None:
         self.begun = threading.Semaphore(0)
-        self.let_go = threading.Event()
+        self.threads_may_end = threading.Event()
         self.workflow = durable.workflow(self._checkout, name="checkout")
         self._in_thread = durable.step(self._wait_in_thread, name="in_thread")
         self._in_session = durable.step(self._wait_in_session, name="in_session")
@@ -46,7 +46,7 @@ class Shop:
 
     def _wait_in_thread(self) -> None:
         self.begun.release()
-        self.let_go.wait(30)
+        self.threads_may_end.wait(30)
 
     def _wait_in_session(self, session: Session) -> None:
         session.connection()
@@ -132,8 +132,8 @@ async def test_nothing_is_left_for_asyncio_to_report(
                 await manage.cancel(session, workflow_id)
             await asyncio.sleep(0.3)
         if way != "released":
-            shop.let_go.set()
-    shop.let_go.set()
+            shop.threads_may_end.set()
+    shop.threads_may_end.set()
     await _ended_threads()
     assert [(each["message"], each.get("future")) for each in reports] == []
 

@@ -161,15 +161,15 @@ def test_first_execution_sees_what_a_replay_will_see(shell: Shell, app: Applicat
     seen: list[str] = []
     step = app.plain(unannotated)
 
-    async def look() -> str:
+    async def show() -> str:
         seen.append(repr(await step()))
         return seen[-1]
 
-    looking = app.workflow(look)
-    shell.run(looking)
+    showing = app.workflow(show)
+    shell.run(showing)
     workflow_id = _only(shell)
     shell.crashed(workflow_id)
-    shell.finish(looking, workflow_id)
+    shell.finish(showing, workflow_id)
     assert seen[0] == seen[1]
 
 
@@ -335,11 +335,11 @@ def test_sys_exit_ends_the_workflow_and_not_the_process(shell: Shell, app: Appli
 
     step = app.plain(leave)
 
-    async def leaving() -> None:
+    async def exiting() -> None:
         await step() if where == "step" else leave()
 
     with pytest.raises((WorkflowFailedError, StepFailedError), match="SystemExit: 3"):
-        shell.run(app.workflow(leaving))
+        shell.run(app.workflow(exiting))
     assert shell.one(_only(shell)).status is WorkflowStatus.FAILED
 
 

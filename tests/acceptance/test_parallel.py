@@ -127,7 +127,7 @@ def test_cancelled_workflow_ends_in_all_its_branches(shell: Shell, app: Applicat
 
 
 @on_workers
-def test_branches_that_all_wait_are_parked_at_once(shell: Shell, app: Application) -> None:
+def test_workflow_whose_branches_all_wait_is_suspended_at_once(shell: Shell, app: Application) -> None:
     """Nothing awaits anything else than a step, so nobody has to wait until the workflow has been quiet for long."""
     failures: list[int] = []
 
@@ -197,7 +197,7 @@ def test_branch_that_does_something_else_keeps_the_workflow_in_memory(shell: She
             workflow_id = workflow.start(session).id
         assert computing.wait(30)
         races.wait_until(lambda: len(shell.one(workflow_id).steps) == 1)
-        for _ in range(30):  # looks of the step that waits come once a second; none of them parks
+        for _ in range(30):  # the step that waits checks once a second, and never suspends
             assert shell.one(workflow_id).status is WorkflowStatus.RUNNING
             threading.Event().wait(0.05)
         go_on.set()

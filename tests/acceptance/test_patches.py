@@ -141,7 +141,7 @@ def test_deprecated_patch_goes_on_marking_new_workflows(shell: Shell, shop: Shop
     shop.deploy = "v3"
     workflow_id = ran(shell, shop, until="charge")
     assert keys(shell, workflow_id) == ["reserve", "#patched/check fraud", "check", "charge"]
-    shop.deploy = "v2"  # the deploy is taken back
+    shop.deploy = "v2"  # the deploy is rolled back
     shell.finish(shop.checkout, workflow_id)
     assert shop.done.count("check") == 1
     shop.deploy = "v3"
@@ -210,30 +210,30 @@ def test_patched_beside_parallel_steps_is_recorded_before_what_follows(shell: Sh
 
 
 def test_marker_is_durable_before_the_next_step_begins(shell: Shell, app: Application) -> None:
-    def look(session: Session) -> list[str]:
+    def read_committed(session: Session) -> list[str]:
         return [*session.scalars(select(Step.key))]
 
-    look_at_it = app.transactional(look)
+    read_keys = app.transactional(read_committed)
 
-    async def looks() -> list[str]:
-        patched("look")
-        return await look_at_it()
+    async def reading() -> list[str]:
+        patched("read")
+        return await read_keys()
 
-    assert shell.run(app.workflow(looks)) == ["#patched/look"]
+    assert shell.run(app.workflow(reading)) == ["#patched/read"]
 
 
 @pytest.mark.shells(("async-executor", "async-joined"))
 def test_marker_is_durable_before_a_sync_step_of_an_async_executor_begins(shell: Shell) -> None:
     @shell.app.durable.step
-    def look_at_it(session: Session) -> list[str]:
+    def read_keys(session: Session) -> list[str]:
         return [*session.scalars(select(Step.key))]
 
     @shell.app.durable.workflow
-    async def looks() -> list[str]:
-        patched("look")
-        return await to_thread(look_at_it)
+    async def reading() -> list[str]:
+        patched("read")
+        return await to_thread(read_keys)
 
-    assert shell.run(looks) == ["#patched/look"]
+    assert shell.run(reading) == ["#patched/read"]
 
 
 # What does not fit
@@ -307,19 +307,21 @@ def test_strict_workflow_has_no_outcome_until_its_history_fits_again(shell: Shel
 
 @WORKERS
 @pytest.mark.parametrize("bad", ["without charge", "broken"])
-def test_strict_workflow_in_a_worker_is_parked_and_goes_on_with_a_good_deploy(
+def test_strict_workflow_in_a_worker_is_suspended_and_goes_on_with_a_good_deploy(
     shell: Shell, shop: Shop, bad: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with strictly(shell, shop) as workflow_id:
         shop.deploy = bad
         with shell.background():
-            wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the workflow to park")
-        parked = shell.one(workflow_id)
-        assert (parked.attempt, parked.crashes) == (2, 0)  # one of the story's own crash, none of the bad deploy
+            wait_until(
+                lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the workflow to be suspended"
+            )
+        suspended = shell.one(workflow_id)
+        assert (suspended.attempt, suspended.crashes) == (2, 0)  # one of the story's own crash, none of the bad deploy
         assert any("has no outcome for now" in each.getMessage() for each in caplog.records)
         monkeypatch.setattr("sqla_durable.execution.worker.attempts.MISMATCH_PAUSE", 0.05)
         with shell.sessionmaker.begin() as session:
-            session.merge(parked).wake_at = parked.created_at
+            session.merge(suspended).wake_at = suspended.created_at
         with shell.background():  # again and again, and never too often
             wait_until(lambda: _mismatches(caplog) > 3, what="more tries")
             shop.deploy = "v1"

@@ -48,7 +48,7 @@ class Receipt:
 
 
 class Service:
-    """Counts how often it is called, and fails as often as it is told to."""
+    """Counts its calls, and fails as often as asked."""
 
     def __init__(
         self, failures: int = 0, error: Callable[[], Exception] = lambda: Declined(51, retry_after=1.5)

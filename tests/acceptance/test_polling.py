@@ -79,13 +79,15 @@ def test_workflow_is_a_row_between_two_tries(shell: Shell, app: Application) -> 
     workflow_id = shell.begin(workflow)
     with shell.background():
         for tries in (1, 2):
-            races.wait_until(partial(_parked_after, shell, workflow_id, tries), what=f"the parking after try {tries}")
+            races.wait_until(
+                partial(_is_suspended_after, shell, workflow_id, tries), what=f"the suspension after try {tries}"
+            )
             with shell.sessionmaker.begin() as session:
                 advance(session, timedelta(days=1))
         assert shell.result(workflow, workflow_id) is True
 
 
-def _parked_after(shell: Shell, workflow_id: UUID, tries: int) -> bool:
+def _is_suspended_after(shell: Shell, workflow_id: UUID, tries: int) -> bool:
     record = shell.one(workflow_id)
     return record.status is WorkflowStatus.SUSPENDED and [row.tries for row in record.steps] == [tries]
 

@@ -28,7 +28,7 @@ on_workers = pytest.mark.shells(WORKERS)
 
 
 class Flaky:
-    """Fails as often as it is told, and counts."""
+    """Counts its calls, and fails as often as asked."""
 
     def __init__(self, failures: int) -> None:
         self.failures = failures
@@ -99,7 +99,7 @@ def test_a_try_that_is_not_due_is_waited_for(shell: Shell, app: Application) -> 
 
 
 @on_workers
-def test_a_long_wait_parks_the_workflow_as_a_row(shell: Shell, app: Application) -> None:
+def test_a_long_wait_suspends_the_workflow(shell: Shell, app: Application) -> None:
     flaky = Flaky(1)
     step = app.plain(flaky.call, wait=tenacity.wait_fixed(3600))
 
@@ -110,16 +110,16 @@ def test_a_long_wait_parks_the_workflow_as_a_row(shell: Shell, app: Application)
     with shell.background():
         workflow_id = _started(shell, workflow)
         races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED)
-        parked = shell.one(workflow_id)
-        assert (parked.token, parked.worker_id, parked.attempt) == (None, None, 1)
-        (tried,) = parked.steps
+        suspended = shell.one(workflow_id)
+        assert (suspended.token, suspended.worker_id, suspended.attempt) == (None, None, 1)
+        (tried,) = suspended.steps
         assert (tried.status, tried.tries) == (StepStatus.RETRYING, 1)
         assert tried.error is not None
         assert tried.error["message"] == "call 1 failed"
         assert "Traceback" in tried.error["traceback"]
-        assert parked.wake_at is not None
+        assert suspended.wake_at is not None
         assert tried.wake_at is not None
-        assert abs(parked.wake_at - tried.wake_at) < timedelta(seconds=5)
+        assert abs(suspended.wake_at - tried.wake_at) < timedelta(seconds=5)
         _make_due(shell, workflow_id)
         assert shell.result(workflow, workflow_id) == 2
     assert flaky.calls == 2
@@ -128,7 +128,7 @@ def test_a_long_wait_parks_the_workflow_as_a_row(shell: Shell, app: Application)
 
 
 @on_workers
-def test_a_parked_workflow_that_is_woken_too_early_parks_again(shell: Shell, app: Application) -> None:
+def test_a_workflow_that_is_woken_too_early_is_suspended_again(shell: Shell, app: Application) -> None:
     flaky = Flaky(1)
     step = app.plain(flaky.call, wait=tenacity.wait_fixed(3600))
 
@@ -148,7 +148,7 @@ def test_a_parked_workflow_that_is_woken_too_early_parks_again(shell: Shell, app
 
 @pytest.mark.shells(["async-worker", "asyncpg-worker"])
 def test_a_step_that_waits_does_not_end_one_that_is_executed_beside_it(shell: Shell, app: Application) -> None:
-    """The workflow is parked when the other has ended; then only the one that failed is tried again."""
+    """The workflow is suspended when the other has ended; then only the one that failed is tried again."""
     flaky = Flaky(1)
     step = app.plain(flaky.call, wait=tenacity.wait_fixed(3600))
     go_on = threading.Event()
@@ -192,7 +192,7 @@ def test_try_again_asks_for_another_try_whatever_the_predicate_says(shell: Shell
     assert shell.run(app.workflow(pay)) == 3
 
 
-def test_a_stop_may_look_at_the_wait_that_is_to_come(shell: Shell, app: Application) -> None:
+def test_a_stop_may_read_the_length_of_the_next_wait(shell: Shell, app: Application) -> None:
     flaky = Flaky(9)
     step = app.plain(flaky.call, stop=tenacity.stop_before_delay(10), wait=tenacity.wait_fixed(3600))
 

@@ -27,7 +27,7 @@ WORKERS = pytest.mark.shells(("worker", "async-worker", "asyncpg-worker", "mixed
 
 
 async def awaited(outcome: Any) -> Any:
-    """Give the outcome of an operation, in either form."""
+    """Return the outcome of an operation, in either form."""
     return await outcome if inspect.isawaitable(outcome) else outcome
 
 
@@ -122,7 +122,7 @@ def test_cancel_undoes_what_was_done(shell: Shell, app: Application) -> None:
     workflow = trip(app, Ledger(app), waits=True)
     workflow_id = shell.begin(workflow, ["flight", "hotel"])
     with shell.background():
-        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
+        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the suspension")
         with shell.sessionmaker.begin() as session:
             assert manage.cancel(session, workflow_id) == [workflow_id]
         with pytest.raises(errors.WorkflowCancelledError):
@@ -136,7 +136,7 @@ def test_second_cancel_changes_nothing_and_a_crash_neither(shell: Shell, app: Ap
     workflow = trip(app, Ledger(app), waits=True)
     workflow_id = shell.begin(workflow, ["flight", "hotel"])
     with shell.background():
-        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
+        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the suspension")
     with shell.sessionmaker.begin() as session:
         manage.cancel(session, workflow_id)
     with shell.sessionmaker.begin() as session:
@@ -156,7 +156,7 @@ def test_deadline_undoes_what_was_done(shell: Shell, app: Application) -> None:
     workflow = trip(app, Ledger(app), waits=True)
     workflow_id = shell.begin(workflow, ["flaky", "hotel"])
     with shell.background():
-        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
+        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the suspension")
         overdue(shell, workflow_id)
         with pytest.raises(errors.WorkflowTimeoutError, match="was not finished at its deadline"):
             shell.result(workflow, workflow_id)
@@ -174,7 +174,7 @@ def test_deadline_does_not_cut_off_what_a_cancel_undoes(shell: Shell, app: Appli
     workflow = trip(app, Ledger(app), waits=True)
     workflow_id = shell.begin(workflow, ["flight"])
     with shell.background():
-        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
+        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the suspension")
     with shell.sessionmaker.begin() as session:
         manage.cancel(session, workflow_id)
     overdue(shell, workflow_id)
@@ -238,7 +238,7 @@ def test_what_has_been_undone_is_neither_resumed_nor_retried(shell: Shell, app: 
     workflow = trip(app, ledger, waits=True)
     workflow_id, failed = shell.begin(workflow, ["flight"]), shell.begin(workflow, ["hotel", "car"])
     with shell.background():
-        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the parking")
+        races.wait_until(lambda: shell.one(workflow_id).awaits, what="the suspension")
         with shell.sessionmaker.begin() as session:
             manage.cancel(session, workflow_id)
         races.wait_until(lambda: shell.one(workflow_id).finished_at, what="the end of one")
@@ -316,15 +316,15 @@ def test_children_of_a_map_that_gives_up_undo_what_they_did(shell: Shell, app: A
     workflow = app.workflow(all_of)
     workflow_id = shell.begin(workflow)
 
-    def parked() -> dict[str, Workflow]:
+    def suspended() -> dict[str, Workflow]:
         with shell.sessionmaker() as session:
             found = session.scalars(select(Workflow).where(Workflow.name == "travel"))
             return {each.input["part"]: each for each in found if each.awaits}
 
     with shell.background():
-        races.wait_until(lambda: len(parked()) == 2, what="the parking")
+        races.wait_until(lambda: len(suspended()) == 2, what="the suspension")
         with shell.client() as client:
-            client.signal(parked()["fails"].id, "fail")
+            client.signal(suspended()["fails"].id, "fail")
             client.commit()
         with pytest.raises(errors.ChildrenFailedError):
             shell.result(workflow, workflow_id)

@@ -41,7 +41,7 @@ async def awaited(outcome: Any) -> Any:
     return await outcome if inspect.isawaitable(outcome) else outcome
 
 
-def story(app: Application) -> AnyWorkflow[[datetime], datetime]:
+def timed_workflow(app: Application) -> AnyWorkflow[[datetime], datetime]:
     """Make a workflow whose waits and tries are rows with times in them."""
     tries: list[int] = []
 
@@ -62,8 +62,8 @@ def story(app: Application) -> AnyWorkflow[[datetime], datetime]:
     return app.workflow(live).options(timeout=timedelta(days=40), deadline=timedelta(days=400))
 
 
-def tell(shell: Shell, workflow: AnyWorkflow[[datetime], datetime]) -> None:
-    """Carry out the story."""
+def run_through(shell: Shell, workflow: AnyWorkflow[[datetime], datetime]) -> None:
+    """Execute the workflow to its end, and compare its times."""
     workflow_id = shell.begin(workflow, AT)
     with shell.client() as client:
         client.signal(workflow_id, "go")
@@ -76,7 +76,7 @@ def tell(shell: Shell, workflow: AnyWorkflow[[datetime], datetime]) -> None:
 def test_times_are_read_in_the_style_that_the_engine_asks_for(styled_url: str, name: str) -> None:
     url = make_url(styled_url).update_query_dict({"options": "-c datestyle=ISO -c intervalstyle=postgres"})
     shell = SHELLS[name](url.render_as_string(hide_password=False), "durable")
-    tell(shell, story(shell.app))
+    run_through(shell, timed_workflow(shell.app))
     shell.close()
 
 
@@ -130,5 +130,5 @@ async def test_asyncpg_reads_times_in_any_style(styled_url: str, async_engine: A
 @pytest.mark.parametrize("name", ["worker", "asyncpg-worker"])
 def test_a_schema_may_have_a_percent_sign_in_its_name(database_url: str, durable_schema: str, name: str) -> None:
     shell = SHELLS[name](database_url, durable_schema)
-    tell(shell, story(shell.app))
+    run_through(shell, timed_workflow(shell.app))
     shell.close()

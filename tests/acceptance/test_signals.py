@@ -52,7 +52,7 @@ def session(engine: Engine) -> Generator[Session]:
 
 
 async def awaited(outcome: Any) -> Any:
-    """Give the outcome of an operation, in either form."""
+    """Return the outcome of an operation, in either form."""
     return await outcome if inspect.isawaitable(outcome) else outcome
 
 
@@ -71,8 +71,8 @@ def send(shell: Shell, workflow_id: UUID, name: str, payload: object = None, *, 
         client.commit()
 
 
-def wait_until_parked(shell: Shell, workflow_id: UUID) -> None:
-    races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the parking")
+def wait_until_suspended(shell: Shell, workflow_id: UUID) -> None:
+    races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the suspension")
 
 
 def test_signal_that_was_sent_before_is_taken(shell: Shell, app: Application) -> None:
@@ -96,9 +96,9 @@ def test_waiting_workflow_goes_on_with_the_signal(shell: Shell, app: Application
     workflow = approving(app)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        wait_until_parked(shell, workflow_id)
-        parked = shell.one(workflow_id)
-        assert (parked.worker_id, parked.awaits) == (None, [{"signal": "approved"}])
+        wait_until_suspended(shell, workflow_id)
+        suspended = shell.one(workflow_id)
+        assert (suspended.worker_id, suspended.awaits) == (None, [{"signal": "approved"}])
         send(shell, workflow_id, "rejected")
         send(shell, workflow_id, "approved", Approval("ada", 5))
         assert shell.result(workflow, workflow_id) == Approval("ada", 5)
@@ -196,7 +196,7 @@ def test_signal_that_does_not_come_in_time_is_an_error_also_on_replay(shell: She
     workflow = app.workflow(patient)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        wait_until_parked(shell, workflow_id)
+        wait_until_suspended(shell, workflow_id)
         with shell.sessionmaker.begin() as session:
             advance(session, WEEK)
         races.wait_until(lambda: shell.one(workflow_id).awaits == [{"signal": "late"}], what="the second wait")
@@ -211,7 +211,7 @@ def test_signal_in_time_ends_the_time_limit(shell: Shell, app: Application) -> N
     workflow = approving(app, timeout=WEEK)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        wait_until_parked(shell, workflow_id)
+        wait_until_suspended(shell, workflow_id)
         send(shell, workflow_id, "approved", Approval("ada", 5))
         assert shell.result(workflow, workflow_id) == Approval("ada", 5)
     record = shell.one(workflow_id)
@@ -248,7 +248,7 @@ def test_dead_listener_is_survived_by_polling(shell: Shell, app: Application) ->
     workflow = approving(app)
     workflow_id = shell.begin(workflow)
     with shell.background(listen=False):
-        wait_until_parked(shell, workflow_id)
+        wait_until_suspended(shell, workflow_id)
         send(shell, workflow_id, "approved", Approval("ada", 5))
         assert shell.result(workflow, workflow_id) == Approval("ada", 5)
 
@@ -271,7 +271,7 @@ def test_taken_signal_is_the_same_after_a_crash(shell: Shell, app: Application) 
     workflow_id = shell.begin(workflow)
     send(shell, workflow_id, "item", 1)
     with shell.background():
-        wait_until_parked(shell, workflow_id)
+        wait_until_suspended(shell, workflow_id)
     shell.crashed(workflow_id)
     send(shell, workflow_id, "item", 2)
     assert shell.finish(workflow, workflow_id) == [1, 2]

@@ -33,7 +33,7 @@ on_async_workers = pytest.mark.shells(("async-worker", "asyncpg-worker"))
 
 
 class Slow:
-    """Takes too long as often as it is told: for ever in async code, and longer than `SHORT` where nothing ends it."""
+    """Takes too long as often as asked: for ever in async code, and longer than `SHORT` where nothing ends it."""
 
     def __init__(self, app: Application, often: int, kind: str = "plain", **options: Any) -> None:
         self.often, self.calls, self.cancelled = often, 0, 0
@@ -140,7 +140,7 @@ def test_a_query_that_takes_too_long_is_cut_off(shell: Shell, app: Application) 
     calls: list[int] = []
 
     @app.durable.step(timeout=timedelta(seconds=0.3), wait=tenacity.wait_none(), stop=tenacity.stop_after_attempt(2))
-    async def look(session: AsyncSession) -> int:
+    async def read(session: AsyncSession) -> int:
         calls.append(1)
         session.add(Entry(account="slow", cents=1))
         await session.flush()
@@ -149,7 +149,7 @@ def test_a_query_that_takes_too_long_is_cut_off(shell: Shell, app: Application) 
         return len(calls)
 
     async def pay() -> int:
-        return await look()
+        return await read()
 
     workflow = app.workflow(pay)
     began = time.monotonic()
@@ -282,15 +282,15 @@ def test_the_beginning_of_a_step_with_a_total_is_recorded_before_it_is_called(
 ) -> None:
     seen: list[tuple[StepStatus, int]] = []
 
-    def look() -> int:
+    def read() -> int:
         seen.extend((each.status, each.tries) for each in _steps(shell))
         return 1
 
     def in_session(session: Session) -> int:
-        return look()
+        return read()
 
     plain, transactional = app.plain, app.transactional
-    step = plain(look, total_timeout=LONG) if kind == "plain" else transactional(in_session, total_timeout=LONG)
+    step = plain(read, total_timeout=LONG) if kind == "plain" else transactional(in_session, total_timeout=LONG)
 
     async def pay() -> int:
         return await step()

@@ -49,7 +49,7 @@ def _start(shell: Shell, workflow: AnyWorkflow[..., Any]) -> UUID:
 
 
 # behaviour: C5
-def test_items_have_numbers_without_gaps_and_tell_who_wrote_them(shell: Shell, app: Application) -> None:
+def test_items_have_numbers_without_gaps_and_the_attempt_that_wrote_them(shell: Shell, app: Application) -> None:
     def book(session: Session) -> None:
         write_stream("log", "booked", session=session)
 
@@ -115,7 +115,7 @@ def test_a_plain_steps_stream_is_read_while_the_step_runs(shell: Shell, app: App
     workflow_id = _start(shell, app.workflow(agent))
     with shell.background():
         if isinstance(shell, AsyncShell):
-            read = shell.runner.run(_read_and_let_go(shell, workflow_id, read_one))
+            read = shell.runner.run(_read_one_then_all(shell, workflow_id, read_one))
         else:
             entries = read_stream(shell.sessionmaker, workflow_id, "answer", str, timeout=PATIENCE)
             read = [next(entries).value]
@@ -124,7 +124,7 @@ def test_a_plain_steps_stream_is_read_while_the_step_runs(shell: Shell, app: App
     assert read == ["first", "second"]
 
 
-async def _read_and_let_go(shell: AsyncShell, workflow_id: UUID, read_one: threading.Event) -> list[str]:
+async def _read_one_then_all(shell: AsyncShell, workflow_id: UUID, read_one: threading.Event) -> list[str]:
     read: list[str] = []
     async for entry in aio.read_stream(shell.async_sessionmaker, workflow_id, "answer", str, timeout=PATIENCE):
         read.append(entry.value)
@@ -191,7 +191,7 @@ def test_steps_that_write_at_the_same_time_take_turns(shell: Shell, app: Applica
         ]
 
 
-def test_what_a_failed_try_wrote_is_told_apart_and_what_it_closed_goes_on(shell: Shell, app: Application) -> None:
+def test_items_of_a_failed_try_are_marked_and_a_stream_that_it_closed_goes_on(shell: Shell, app: Application) -> None:
     async def answer() -> None:
         execution = current()
         assert execution is not None

@@ -34,7 +34,7 @@ FORTNIGHT = timedelta(days=14)
 
 
 async def awaited(outcome: Any) -> Any:
-    """Give the outcome of an operation, in either form."""
+    """Return the outcome of an operation, in either form."""
     return await outcome if inspect.isawaitable(outcome) else outcome
 
 
@@ -72,12 +72,12 @@ def test_long_sleep_is_a_row_that_outlives_its_worker(shell: Shell, app: Applica
     workflow = app.workflow(trial)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the parking")
-    parked = shell.one(workflow_id)
-    assert parked.worker_id is None
-    assert parked.wake_at is not None
-    assert _from_now(shell, parked.wake_at) == pytest.approx(FORTNIGHT.total_seconds(), abs=60)
-    assert [each.status for each in parked.steps] == [StepStatus.SUCCEEDED, StepStatus.WAITING]
+        races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the suspension")
+    suspended = shell.one(workflow_id)
+    assert suspended.worker_id is None
+    assert suspended.wake_at is not None
+    assert _from_now(shell, suspended.wake_at) == pytest.approx(FORTNIGHT.total_seconds(), abs=60)
+    assert [each.status for each in suspended.steps] == [StepStatus.SUCCEEDED, StepStatus.WAITING]
     with shell.sessionmaker.begin() as session:
         advance(session, FORTNIGHT)
     assert shell.finish(workflow, workflow_id) == ["before", "None", "after"]
@@ -85,17 +85,17 @@ def test_long_sleep_is_a_row_that_outlives_its_worker(shell: Shell, app: Applica
 
 
 @WORKERS
-def test_sleep_is_not_begun_anew_by_another_attempt(shell: Shell, app: Application) -> None:
+def test_sleep_is_not_started_again_by_another_attempt(shell: Shell, app: Application) -> None:
     async def trial() -> None:
         await awaited(either.sleep(FORTNIGHT))
 
     workflow_id = shell.begin(app.workflow(trial))
     with shell.background():
-        races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the parking")
+        races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the suspension")
     until = shell.one(workflow_id).steps[0].wake_at
     shell.crashed(workflow_id)
     with shell.background():
-        races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the parking")
+        races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the suspension")
     again = shell.one(workflow_id)
     assert again.attempt == 2
     assert until is not None

@@ -354,7 +354,7 @@ def test_result_of_a_step_that_cannot_be_stored_leaves_no_writes(shell: Shell, a
     assert shell.one(_only_workflow(shell)).status is WorkflowStatus.FAILED
 
 
-def test_current_tells_where_the_code_is(shell: Shell, app: Application) -> None:
+def test_current_returns_workflow_step_and_attempt(shell: Shell, app: Application) -> None:
     def ask(_session: Session) -> list[str | int | None]:
         execution = current()
         assert execution is not None

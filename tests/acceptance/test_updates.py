@@ -79,7 +79,7 @@ def test_waiting_workflow_refuses_and_takes_and_answers(shell: Shell, app: Appli
     workflow = app.workflow(moving)
     workflow_id = shell.begin(workflow)
     with shell.background():
-        races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the parking")
+        races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the suspension")
         assert shell.one(workflow_id).awaits == [{"signal": "#update:set_address"}]
         with pytest.raises(
             errors.UpdateRejectedError, match=r"rejected update 'set_address'.*us is not in Europe"
@@ -170,13 +170,13 @@ def test_taken_update_is_answered_once_after_a_crash(shell: Shell, app: Applicat
         accepted(shell, request)
         with pytest.raises(errors.ResultTimeoutError, match="it still may"):
             answer(shell, request, timeout=SOON)
-        races.wait_until(lambda: shell.one(workflow_id).awaits == [{"signal": "go"}], what="the parking")
+        races.wait_until(lambda: shell.one(workflow_id).awaits == [{"signal": "go"}], what="the suspension")
     shell.crashed(workflow_id)
     send(shell, workflow_id, "go")
     with shell.background():
         with pytest.raises(errors.UpdateRejectedError, match="the order is sent"):
             answer(shell, request)
-        races.wait_until(lambda: shell.one(workflow_id).awaits == [{"signal": "end"}], what="the second parking")
+        races.wait_until(lambda: shell.one(workflow_id).awaits == [{"signal": "end"}], what="the second suspension")
     shell.crashed(workflow_id)
     send(shell, workflow_id, "end")
     shell.finish(workflow, workflow_id)
@@ -215,7 +215,7 @@ def test_wait_that_takes_too_long_is_over_also_when_all_that_came_was_refused(sh
     with shell.background():
         with pytest.raises(errors.UpdateRejectedError):
             answer(shell, ask(shell, workflow_id, Address("Elm", "us")))
-        races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the parking")
+        races.wait_until(lambda: shell.one(workflow_id).status is WorkflowStatus.SUSPENDED, what="the suspension")
         with shell.sessionmaker.begin() as session:
             advance(session, DAY)
         found = shell.result(workflow, workflow_id)
@@ -250,7 +250,7 @@ def test_cancelled_workflow_answers_nothing(shell: Shell, app: Application) -> N
 
 
 @WORKER
-def test_workflow_that_begins_anew_forgets_what_it_took_and_takes_what_it_did_not(
+def test_workflow_that_continues_as_new_forgets_what_it_took_and_takes_what_it_did_not(
     shell: Shell, app: Application
 ) -> None:
     found: list[Any] = []
@@ -320,8 +320,8 @@ def test_rewound_workflow_takes_again_what_it_took_and_nothing_that_it_refused(s
 
 
 @ASYNC_WORKER
-def test_of_two_branches_that_look_at_one_update_one_takes_it(shell: Shell, app: Application) -> None:
-    """Both have looked at the first one before either takes it; with one branch left, nobody waits for another."""
+def test_of_two_branches_that_read_one_update_one_takes_it(shell: Shell, app: Application) -> None:
+    """Both have read the first one before either takes it; with one branch left, nobody waits for another."""
     looking: list[Address] = []
     together = asyncio.Event()
 

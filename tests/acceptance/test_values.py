@@ -24,7 +24,7 @@ pytestmark = pytest.mark.few_shells
 
 
 async def awaited(outcome: Any) -> Any:
-    """Give the outcome of an operation, in either form."""
+    """Return the outcome of an operation, in either form."""
     return await outcome if inspect.isawaitable(outcome) else outcome
 
 

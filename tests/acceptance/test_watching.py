@@ -20,7 +20,7 @@ WORKERS = pytest.mark.shells(("worker", "async-worker", "asyncpg-worker", "mixed
 
 
 async def awaited(outcome: Any) -> Any:
-    """Give the outcome of an operation, in either form."""
+    """Return the outcome of an operation, in either form."""
     return await outcome if inspect.isawaitable(outcome) else outcome
 
 
@@ -46,7 +46,7 @@ def test_event_that_is_set_later_is_waited_for(shell: Shell, app: Application) -
     other, watch = shell.begin(showing(app)), watching(app)
     workflow_id = shell.begin(watch, other)
     with shell.background():
-        races.wait_until(lambda: shell.one(workflow_id).wake_at, what="the parking")
+        races.wait_until(lambda: shell.one(workflow_id).wake_at, what="the suspension")
         with shell.client() as client:
             client.signal(other, "go")
             client.commit()
@@ -75,7 +75,7 @@ def test_event_that_is_not_set_in_time_is_an_error(shell: Shell, app: Applicatio
     other, watch = shell.begin(showing(app)), watching(app, timeout=timedelta(days=1))
     workflow_id = shell.begin(watch, other)
     with shell.background():
-        races.wait_until(lambda: shell.one(workflow_id).wake_at, what="the parking")
+        races.wait_until(lambda: shell.one(workflow_id).wake_at, what="the suspension")
         with shell.sessionmaker.begin() as session:
             advance(session, timedelta(days=1))
         with pytest.raises(errors.WaitTimeoutError, match="event 'progress' was not set within 1 day"):

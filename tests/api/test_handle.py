@@ -92,9 +92,9 @@ async def test_pool_that_is_used_up_is_explained(engine: Engine) -> None:
         workflow_id = double.start(session, 1).id
         session.commit()
         session.connection()
-        for look in (double.handle(session, workflow_id).result, lambda: get_event(session, workflow_id, "progress")):
+        for poll in (double.handle(session, workflow_id).result, lambda: get_event(session, workflow_id, "progress")):
             with pytest.raises(PoolTimeoutError) as caught:
-                await asyncio.to_thread(look)
+                await asyncio.to_thread(poll)
             assert "close the session before, or raise pool_size" in caught.value.__notes__[0]
     small.dispose()
     async_small = create_async_engine(engine.url, pool_size=1, max_overflow=0, pool_timeout=0.01)

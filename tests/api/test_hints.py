@@ -78,11 +78,11 @@ def asynchronous(direct_url: str, driver: str, **options: Any) -> AsyncEngine:
     return create_async_engine(make_url(direct_url).set(drivername=f"postgresql+{driver}"), **options)
 
 
-def _teller(come: asyncio.Event) -> Callable[..., None]:
-    def tell(*_args: object, **_options: object) -> None:
-        come.set()
+def _setter(happened: asyncio.Event) -> Callable[..., None]:
+    def set_event(*_args: object, **_options: object) -> None:
+        happened.set()
 
-    return tell
+    return set_event
 
 
 def commit_hint(engine: Engine, queue: str) -> None:
@@ -212,14 +212,14 @@ def test_session_of_several_engines_gives_hints_where_our_tables_are(own: Engine
     assert ear.hears() == ["q:mail"]
 
 
-def test_start_with_a_delay_tells_of_a_timer(own: Engine, ear: Ear) -> None:
+def test_start_with_a_delay_hints_at_a_timer(own: Engine, ear: Ear) -> None:
     with Session(own) as session:
         mail.options(delay=LATER).start(session)
         session.commit()
     assert ear.hears() == [EVERYWHERE]
 
 
-def test_bulk_start_tells_of_each_queue_once(own: Engine, ear: Ear) -> None:
+def test_bulk_start_hints_at_each_queue_once(own: Engine, ear: Ear) -> None:
     with Session(own) as session:
         start_many(session, [mail.bind(), plain.bind(), mail.bind(), mail.options(delay=LATER).bind()])
         session.commit()
@@ -244,7 +244,7 @@ def test_resumed_workflow_may_be_on_any_queue(own: Engine, ear: Ear) -> None:
     assert ear.hears() == ["last"]
 
 
-def test_cancel_tells_each_worker_once_that_executes_something_of_it(own: Engine, ear: Ear) -> None:
+def test_cancel_sends_one_hint_to_each_worker_that_executes_part_of_the_tree(own: Engine, ear: Ear) -> None:
     worker_id = uuid4()
     with Session(own) as session:
         ids = start_many(session, [mail.bind() for _ in range(5)])
@@ -430,7 +430,7 @@ def test_loop_that_ends_while_a_hint_is_sent_leaves_nothing_behind(
         async with AsyncSession(engine) as session:
             await mail.start(session)
             for moment in come.keys() - {"commit"}:
-                event.listen(engine.sync_engine, moment, _teller(come[moment]))
+                event.listen(engine.sync_engine, moment, _setter(come[moment]))
             await session.commit()
         for moment in (first, last):
             if moment != "commit":

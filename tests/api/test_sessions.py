@@ -325,7 +325,7 @@ class Choosing(Session):
         assert mapper is None or isinstance(mapper, Mapper)
         if mapper is not None and issubclass(mapper.class_, (models.Base, Entry)):
             return self.primary if self._flushing or isinstance(clause, (Update, Delete, Insert)) else self.elsewhere
-        raise AssertionError(f"nothing tells where to find {clause}")
+        raise AssertionError(f"no engine is given for {clause}")
 
 
 @pytest.fixture
@@ -495,11 +495,11 @@ async def test_an_async_scoped_session_is_called_for_its_session(async_engine: A
     await db_session.remove()
 
 
-@pytest.mark.parametrize("look", [pay.handle, partial(get_event, key="progress"), partial(read_stream, name="lines")])
-def test_what_leads_to_no_session_is_refused_by_what_looks(engine: Engine, look: Callable[..., object]) -> None:
+@pytest.mark.parametrize("poll", [pay.handle, partial(get_event, key="progress"), partial(read_stream, name="lines")])
+def test_what_leads_to_no_session_is_refused_by_what_polls(engine: Engine, poll: Callable[..., object]) -> None:
     for source in (engine, lambda: engine):
         with pytest.raises(SessionError, match="takes a Session, an AsyncSession or a sessionmaker first"):
-            look(source, UUID(int=7))
+            poll(source, UUID(int=7))
 
 
 # Servers that take no writes
@@ -562,7 +562,9 @@ def test_callers_may_have_another_driver_than_workers(engine: Engine, driver: st
 
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
-def test_the_second_of_two_starts_under_a_key_is_told_to_begin_anew(engine: Engine, level: Any) -> None:
+def test_the_second_of_two_starts_under_a_key_fails_and_succeeds_in_a_new_transaction(
+    engine: Engine, level: Any
+) -> None:
     stricter = engine.execution_options(isolation_level=level)
     with Session(stricter) as first, Session(stricter) as second, ThreadPoolExecutor(1) as thread:
         second.add(Entry(account="second", cents=1, note=None))

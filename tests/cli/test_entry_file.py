@@ -45,7 +45,7 @@ def reserve(order_id: int) -> None:
 
 
 @durable.step
-def tell(product: str) -> str:
+def notify(product: str) -> str:
     return product
 
 
@@ -54,7 +54,7 @@ def checkout(order_id: int) -> None:
     try:
         reserve(order_id)
     except OutOfStock as error:
-        tell(error.product)
+        notify(error.product)
         wait_signal("go")
         raise
 

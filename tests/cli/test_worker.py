@@ -73,7 +73,7 @@ def running_on(session_factory: sessionmaker[Session], workflow_id: UUID) -> tup
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_lets_the_step_finish_and_hands_the_workflow_back(
+def test_signal_lets_the_step_finish_and_releases_the_workflow(
     application: Application,
     calls: socket.socket,
     database_url: str,

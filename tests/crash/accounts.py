@@ -21,8 +21,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What a step wrote down: the value that it was given, and the one that it returned."""
+class Written:
+    """What a step wrote down: the value that it was passed, and the one that it returned."""
 
     ground: str
     value: str
@@ -88,9 +88,9 @@ def check(engine: Engine, outside: Engine) -> Verdict:
     """Prove that nothing was lost, nothing applied twice, and nothing done on a ground that history does not know."""
     with Session(engine) as session:
         workflows = list(session.scalars(select(Workflow).options(selectinload(Workflow.steps))))
-        credited = _told(session.scalars(select(Entry)))
+        credited = _written(session.scalars(select(Entry)))
     with Session(outside) as session:
-        called = _told(session.scalars(select(Entry).where(Entry.account.not_in([ARRIVED, ACKNOWLEDGED]))))
+        called = _written(session.scalars(select(Entry).where(Entry.account.not_in([ARRIVED, ACKNOWLEDGED]))))
     for each in workflows:
         _check_one(each, credited, called)
     accounts = {f"{each.input['account']}/{number}" for each in workflows for number in range(ROUNDS)}
@@ -103,25 +103,25 @@ def check(engine: Engine, outside: Engine) -> Verdict:
     )
 
 
-def _check_one(workflow: Workflow, credited: dict[str, list[Told]], called: dict[str, list[Told]]) -> None:
+def _check_one(workflow: Workflow, credited: dict[str, list[Written]], called: dict[str, list[Written]]) -> None:
     assert workflow.status is WorkflowStatus.SUCCEEDED, (workflow, workflow.error)
     account = workflow.input["account"]
-    told = [side[f"{account}/{number}"] for number in range(ROUNDS) for side in (credited, called)]
+    written = [side[f"{account}/{number}"] for number in range(ROUNDS) for side in (credited, called)]
     recorded = [str(step.output) for step in workflow.steps]
     assert len(recorded) == 2 * ROUNDS
     assert workflow.output == recorded[-1]
     for number, (ground, value) in enumerate(pairwise(["nothing", *recorded])):
         transactional = number % 2 == 0
-        assert len(told[number]) == 1 or not transactional, f"{account}: an effect of step {number} came twice"
-        assert {each.ground for each in told[number]} == {ground}, f"{account}: the ground of step {number} was lost"
-        assert value in {each.value for each in told[number]}, f"{account}: no such value of step {number}"
+        assert len(written[number]) == 1 or not transactional, f"{account}: an effect of step {number} came twice"
+        assert {each.ground for each in written[number]} == {ground}, f"{account}: the ground of step {number} was lost"
+        assert value in {each.value for each in written[number]}, f"{account}: no such value of step {number}"
 
 
-def _told(entries: Iterable[Entry]) -> dict[str, list[Told]]:
-    told: defaultdict[str, list[Told]] = defaultdict(list)
+def _written(entries: Iterable[Entry]) -> dict[str, list[Written]]:
+    written: defaultdict[str, list[Written]] = defaultdict(list)
     for each in entries:
-        told[each.account].append(Told(*str(each.note).split()))
-    return told
+        written[each.account].append(Written(*str(each.note).split()))
+    return written
 
 
 def _scalar(engine: Engine, statement: Select[T]) -> T:

@@ -198,7 +198,7 @@ def hold(session: Session, account: str) -> None:
 
 
 @durable.workflow
-def held(account: str) -> None:
+def holding(account: str) -> None:
     hold(f"{account}/0")
     credit(f"{account}/1")
 
@@ -244,12 +244,12 @@ async def hold_outside_async(account: str) -> str:
 
 
 @durable.workflow
-def held_outside(account: str) -> str:
+def holding_outside(account: str) -> str:
     return hold_outside(account)
 
 
 @durable.workflow
-async def held_outside_async(account: str) -> str:
+async def holding_outside_async(account: str) -> str:
     return await hold_outside_async(account)
 
 
@@ -260,37 +260,37 @@ def _found() -> object:
 
 
 @durable.step
-def tell(account: str) -> object:
-    """Write a stream, and give what an earlier try has reported."""
+def report(account: str) -> object:
+    """Write a stream, and return what an earlier try has reported."""
     found = _found()
     for number in range(ROUNDS):
         write_stream("story", f"{account}/{number}")
         heartbeat(number)
-        fate.meet("sync tell")
+        fate.meet("sync report")
     return found
 
 
 @durable.step
-async def tell_async(account: str) -> object:
+async def report_async(account: str) -> object:
     """The same."""
     found = _found()
     for number in range(ROUNDS):
         await aio.write_stream("story", f"{account}/{number}")
         await aio.heartbeat(number)
-        fate.meet("async tell")
+        fate.meet("async report")
     return found
 
 
 @durable.workflow
-def told(account: str) -> object:
-    set_event("status", "telling")
-    return tell(account)
+def reporting(account: str) -> object:
+    set_event("status", "reporting")
+    return report(account)
 
 
 @durable.workflow
-async def told_async(account: str) -> object:
-    await aio.set_event("status", "telling")
-    return await tell_async(account)
+async def reporting_async(account: str) -> object:
+    await aio.set_event("status", "reporting")
+    return await report_async(account)
 
 
 @durable.step

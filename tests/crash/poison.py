@@ -74,14 +74,14 @@ class Supervisor(threading.Thread):
         super().__init__(daemon=True)
         self.deaths = 0
         self._arguments = url, options
-        self._leaving = threading.Event()
+        self._stopping = threading.Event()
         self._process = self._launched()
         self.start()
 
     def run(self) -> None:
         while True:
             self._process.join()
-            if self._leaving.is_set():
+            if self._stopping.is_set():
                 return
             self.deaths += 1
             self._process.close()
@@ -89,7 +89,7 @@ class Supervisor(threading.Thread):
 
     def leave(self) -> None:
         """End the worker, and start no other."""
-        self._leaving.set()
+        self._stopping.set()
         while self.is_alive():
             self._process.kill()  # again, where another one has just been started
             self.join(0.05)

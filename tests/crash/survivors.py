@@ -35,7 +35,7 @@ Kind = Literal["sync", "psycopg", "asyncpg"]
 
 ROUNDS = 3
 LONGEST_HOLD = 100
-HELD_CREDIT, HELD_CALL = "held credit", "held call"
+GATED_CREDIT, GATED_CALL = "gated credit", "gated call"
 ARRIVED, ACKNOWLEDGED = "arrived", "acknowledged"
 
 durable = Durable()
@@ -49,7 +49,7 @@ def _outside() -> Engine:
     )
 
 
-def tell_outside(account: str, note: str) -> None:
+def write_outside(account: str, note: str) -> None:
     """Write to the outside world; it stands at once, whatever becomes of this process."""
     with _outside().connect() as connection:
         connection.execute(
@@ -62,7 +62,7 @@ def _gate(account: str, step: str) -> Path | None:
     """Return the gate at which this step waits: the first of its kind in an account named after it."""
     if not (account.startswith(step) and account.endswith("/0")):
         return None
-    tell_outside(ARRIVED, account)
+    write_outside(ARRIVED, account)
     return Path(os.environ["GATE"])
 
 
@@ -83,15 +83,15 @@ def credit(session: Session, account: str, ground: str) -> str:
     value = uuid4().hex
     session.add(Entry(account=account, cents=1, note=f"{ground} {value}"))
     session.flush()
-    _hold(account, HELD_CREDIT)
+    _hold(account, GATED_CREDIT)
     return value
 
 
 @durable.step
 def call(account: str, ground: str) -> str:
     value = uuid4().hex
-    tell_outside(account, f"{ground} {value}")
-    _hold(account, HELD_CALL)
+    write_outside(account, f"{ground} {value}")
+    _hold(account, GATED_CALL)
     return value
 
 
@@ -100,15 +100,15 @@ async def credit_async(session: AsyncSession, account: str, ground: str) -> str:
     value = uuid4().hex
     session.add(Entry(account=account, cents=1, note=f"{ground} {value}"))
     await session.flush()
-    await _hold_async(account, HELD_CREDIT)
+    await _hold_async(account, GATED_CREDIT)
     return value
 
 
 @durable.step
 async def call_async(account: str, ground: str) -> str:
     value = uuid4().hex
-    tell_outside(account, f"{ground} {value}")
-    await _hold_async(account, HELD_CALL)
+    write_outside(account, f"{ground} {value}")
+    await _hold_async(account, GATED_CALL)
     return value
 
 
@@ -145,7 +145,7 @@ def worker(kind: Kind, url: str, **options: Any) -> Generator[BaseProcess]:
 
 @contextmanager
 def client(url: str, forms: tuple[str, ...]) -> Generator[BaseProcess]:
-    """A client that starts workflows without an end and tells outside which starts were acknowledged to it."""
+    """A client that starts workflows without an end and writes outside which starts were acknowledged to it."""
     with _process(_start_for_ever, url, forms) as process:
         yield process
 
@@ -190,5 +190,5 @@ def _start_for_ever(url: str, forms: tuple[str, ...]) -> None:
         except DBAPIError:
             pause.wait(0.05)
         else:
-            tell_outside(ACKNOWLEDGED, account)
+            write_outside(ACKNOWLEDGED, account)
             pause.wait(0.01)

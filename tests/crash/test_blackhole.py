@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Engine, NullPool, create_engine
 
 from tests.crash import accounts, survivors
-from tests.crash.survivors import FORMS, HELD_CALL, HELD_CREDIT, Kind
+from tests.crash.survivors import FORMS, GATED_CALL, GATED_CREDIT, Kind
 from tests.crash.test_outage import SHORT, SOON, elapse
 from tests.store import races
 from tests.support.databases import Databases
@@ -48,7 +48,7 @@ def test_a_worker_goes_on_after_a_silence_that_is_longer_than_its_lease(
     forms = FORMS[kind]
     with survivors.worker(kind, proxy.url, **SHORT) as process:
         accounts.wait_for_workers(own, 1)
-        for account in (HELD_CREDIT, HELD_CALL):
+        for account in (GATED_CREDIT, GATED_CALL):
             accounts.start(own, forms * (4 // len(forms)), account=account)
         accounts.wait_for_arrivals(outside, 8)
         accounts.start(own, forms * 20)
@@ -77,7 +77,7 @@ def test_a_worker_goes_on_when_its_connections_stay_silent_for_ever_and_new_ones
     forms = FORMS[kind]
     with survivors.worker(kind, proxy.url, **SHORT, engine={"poolclass": NullPool}) as process:
         accounts.wait_for_workers(own, 1)
-        accounts.start(own, forms * (4 // len(forms)), account=HELD_CALL)
+        accounts.start(own, forms * (4 // len(forms)), account=GATED_CALL)
         accounts.wait_for_arrivals(outside, 4)
         proxy.silence()
         elapse(1)

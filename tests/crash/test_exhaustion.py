@@ -17,7 +17,7 @@ from tests.store import races
 
 LEASE = timedelta(seconds=1)
 POLL = timedelta(seconds=0.05)
-HELD_FOR = 4 * LEASE.total_seconds()
+HOG_FOR = 4 * LEASE.total_seconds()
 POOL: dict[str, Any] = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 30}
 
 
@@ -30,7 +30,7 @@ def test_a_lease_is_kept_while_plain_steps_hold_every_connection_of_the_pool(dat
     def hog() -> None:
         with tight.connect() as connection:
             connection.execute(text("SELECT 1"))
-            elapse(HELD_FOR)
+            elapse(HOG_FOR)
 
     @durable.workflow
     def hogging() -> None:
@@ -58,7 +58,7 @@ async def test_a_lease_is_kept_while_async_plain_steps_hold_every_connection_of_
     async def hog() -> None:
         async with tight.connect() as connection:
             await connection.execute(text("SELECT 1"))
-            await asyncio.sleep(HELD_FOR)
+            await asyncio.sleep(HOG_FOR)
 
     @durable.workflow
     async def hogging() -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import Workflow
 from tests.crash import accounts, survivors
-from tests.crash.survivors import FORMS, HELD_CALL, HELD_CREDIT, Kind
+from tests.crash.survivors import FORMS, GATED_CALL, GATED_CREDIT, Kind
 from tests.crash.test_outage import SHORT, SOON, elapse
 from tests.store import races
 from tests.support.clusters import Cluster, Clusters
@@ -89,7 +89,7 @@ def test_nothing_that_was_acknowledged_is_lost_when_the_standby_is_promoted(
 
 def _begin_steps(engine: Engine, outside: Engine, forms: tuple[str, ...]) -> None:
     accounts.wait_for_workers(engine, 2)
-    for account in (HELD_CREDIT, HELD_CALL):
+    for account in (GATED_CREDIT, GATED_CALL):
         accounts.start(engine, forms * (8 // len(forms)), account=account)
     accounts.wait_for_arrivals(outside, 16)
     races.wait_until(lambda: len(accounts.acknowledged(outside)) > 20, what="twenty acknowledged starts")
@@ -138,7 +138,7 @@ def test_a_server_that_turns_read_only_for_a_while_is_waited_for(
     url = cluster.url().update_query_dict({"target_session_attrs": attributes}).render_as_string(hide_password=False)
     with survivors.worker(kind, url, **SHORT) as process:
         accounts.wait_for_workers(own, 1)
-        accounts.start(own, forms * (4 // len(forms)), account=HELD_CALL)
+        accounts.start(own, forms * (4 // len(forms)), account=GATED_CALL)
         accounts.wait_for_arrivals(outside, 4)
         cluster.restart_as_standby()
         _assert_read_only(own)
@@ -168,7 +168,7 @@ def test_connections_to_a_demoted_server_leave_the_pool(
     to_other = create_engine(other.url(), poolclass=NullPool)
     with survivors.worker(kind, proxy.url, **SHORT) as process:
         accounts.wait_for_workers(own, 1)
-        accounts.start(own, forms * (4 // len(forms)), account=HELD_CALL)
+        accounts.start(own, forms * (4 // len(forms)), account=GATED_CALL)
         accounts.wait_for_arrivals(outside, 4)
         cluster.restart_as_standby()
         races.wait_until(lambda: _clients(own) > 0, what="the worker's connections to the demoted server")

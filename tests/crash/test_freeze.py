@@ -54,7 +54,7 @@ def test_a_worker_that_thaws_after_its_lease_commits_nothing_of_what_it_lost(
             assert [(step.key, step.attempt) for step in each.steps] == [("hold", 2), ("credit", 2)]
 
 
-@pytest.mark.parametrize("name", ["held_outside", "held_outside_async"])
+@pytest.mark.parametrize("name", ["holding_outside", "holding_outside_async"])
 def test_a_worker_that_thaws_in_a_plain_step_records_neither_checkpoint_nor_outcome(
     database_url: str, engine: Engine, name: str
 ) -> None:

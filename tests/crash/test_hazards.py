@@ -62,13 +62,13 @@ async def test_steps_at_the_same_time_wait_for_the_same_checkpoint(engine: Engin
     """A checkpoint is durable before the next effect, for each of the next steps."""
     durable = Durable()
     called: list[str] = []
-    held = races.Transaction(engine)
-    seen_while_held: list[str] = []
+    locking = races.Transaction(engine)
+    called_while_locked: list[str] = []
 
     @durable.step
     async def first() -> None:
         with Session(engine) as session:
-            races.lock(held.session, session.scalars(select(Workflow.id)).one())
+            races.lock(locking.session, session.scalars(select(Workflow.id)).one())
 
     @durable.step
     async def second() -> None:
@@ -84,8 +84,8 @@ async def test_steps_at_the_same_time_wait_for_the_same_checkpoint(engine: Engin
         both = [asyncio.create_task(second()), asyncio.create_task(third())]
         for _ in range(50):
             await asyncio.sleep(0)
-        seen_while_held.extend(called)
-        held.session.rollback()
+        called_while_locked.extend(called)
+        locking.session.rollback()
         await asyncio.gather(*both)
 
     with Session(engine) as session:
@@ -93,7 +93,7 @@ async def test_steps_at_the_same_time_wait_for_the_same_checkpoint(engine: Engin
     async with Worker(durable, sessionmaker=sessionmaker(engine), poll_interval=POLL):
         record = await asyncio.to_thread(finished, engine, workflow_id)
     assert record.status is WorkflowStatus.SUCCEEDED
-    assert seen_while_held == []
+    assert called_while_locked == []
     assert sorted(called) == ["second", "third"]
 
 
@@ -235,11 +235,11 @@ def test_a_completion_never_overtakes_its_checkpoint(
 ) -> None:
     """The row is locked for the statement that records the checkpoint and free for the one that finishes."""
     durable = Durable()
-    held = races.Transaction(engine)
+    locking = races.Transaction(engine)
 
     def hold() -> None:
         with Session(engine) as session:
-            races.lock(held.session, session.scalars(select(Workflow.id)).one())
+            races.lock(locking.session, session.scalars(select(Workflow.id)).one())
 
     def one() -> int:
         return 1
@@ -258,10 +258,14 @@ def test_a_completion_never_overtakes_its_checkpoint(
 
     @event.listens_for(engine, "after_cursor_execute")
     def release_between(_c: object, _cursor: object, statement: str, *_: object) -> None:
-        """Return the row free right after a statement for checkpoints has passed it over."""
-        if statement.startswith("WITH") and "INSERT INTO durable.step" in statement and held.session.in_transaction():
+        """Unlock the row right after a statement for checkpoints has passed it over."""
+        if (
+            statement.startswith("WITH")
+            and "INSERT INTO durable.step" in statement
+            and locking.session.in_transaction()
+        ):
             releases.append(statement)
-            held.session.rollback()
+            locking.session.rollback()
 
     with session_factory() as session:
         (workflow_id,) = races.enqueue(session, name=form)
@@ -313,7 +317,7 @@ def test_a_sync_step_that_exits_does_not_end_the_worker_of_an_async_workflow(out
 
 
 def test_a_workflow_that_cancels_itself_ends(outcome: Callable[..., Workflow]) -> None:
-    """Nobody told the attempt to end, so it must not be released and claimed again for ever."""
+    """Nothing from outside ended the attempt, so it must not be released and claimed again for ever."""
     durable = Durable()
     executions: list[None] = []
 
@@ -363,7 +367,7 @@ def test_an_error_with_arguments_that_json_does_not_hold_ends_its_workflow(outco
 # Sessions
 
 
-def test_a_session_that_cannot_be_made_gives_its_place_back(engine: Engine, outcome: Callable[..., Workflow]) -> None:
+def test_a_session_that_cannot_be_made_frees_its_slot(engine: Engine, outcome: Callable[..., Workflow]) -> None:
     durable = Durable()
     failures = iter(range(3))
 
@@ -450,17 +454,17 @@ def test_a_step_that_writes_only_to_another_database_is_refused(
 # Ownership inside one worker
 
 
-def test_a_worker_that_claims_a_workflow_again_that_it_lost_keeps_track_of_both_attempts(
+def test_a_worker_that_claims_again_what_it_lost_keeps_both_attempts_apart(
     session_factory: sessionmaker[Session], engine: Engine
 ) -> None:
-    """Another worker took the workflow over and handed it back, while the old attempt here is still in a step."""
+    """Another worker reclaimed the workflow and released it, while the old attempt here is still in a step."""
     durable = Durable()
     gates = [threading.Event(), threading.Event()]
     entered = [threading.Event(), threading.Event()]
     left = threading.Event()
     attempts: Iterator[int] = iter(range(2))
 
-    def held() -> None:
+    def hold() -> None:
         number = next(attempts)
         entered[number].set()
         gates[number].wait(races.PATIENCE)
@@ -468,7 +472,7 @@ def test_a_worker_that_claims_a_workflow_again_that_it_lost_keeps_track_of_both_
     @durable.workflow
     def twice() -> None:
         try:
-            run_step("held", held)
+            run_step("hold", hold)
             run_step("after", int)
         finally:
             left.set()
@@ -492,7 +496,7 @@ def test_a_worker_that_claims_a_workflow_again_that_it_lost_keeps_track_of_both_
         for each in others:
             finished(engine, each)
         worker.stop()
-        races.wait_until(lambda: races.status_of(engine, workflow_id) is WorkflowStatus.PENDING, what="the hand-back")
+        races.wait_until(lambda: races.status_of(engine, workflow_id) is WorkflowStatus.PENDING, what="the release")
         gates[1].set()
     with session_factory() as session:
         record = session.get_one(Workflow, workflow_id)
@@ -517,13 +521,13 @@ def test_a_worker_whose_lease_ran_out_goes_on_with_what_was_not_reclaimed(
     durable = Durable()
     entered, gate = threading.Event(), threading.Event()
 
-    def held() -> None:
+    def hold() -> None:
         entered.set()
         gate.wait(races.PATIENCE)
 
     @durable.workflow
     def long() -> None:
-        run_step("held", held)
+        run_step("hold", hold)
 
     with session_factory() as session:
         (workflow_id,) = races.enqueue(session, name="long")
@@ -568,10 +572,10 @@ def test_a_row_that_nobody_executes_under_a_live_lease_is_released(
 
 
 @pytest.mark.parametrize("form", ["task_group", "gather", "plain"])
-async def test_a_stop_in_parallel_steps_hands_the_workflow_back_as_it_was(
+async def test_a_stop_in_parallel_steps_releases_the_workflow_as_it_was(
     async_session_factory: async_sessionmaker[AsyncSession], engine: Engine, form: str
 ) -> None:
-    """A task group wraps the signal of the stop in an exception group."""
+    """A task group wraps what unwinds the code in an exception group."""
     durable = Durable()
     entered, gate = threading.Event(), asyncio.Event()
 
@@ -643,7 +647,7 @@ def test_a_stop_releases_async_workflows_beside_sync_ones_that_are_left_behind(
         entered.wait(races.PATIENCE)
         worker.stop()
         races.wait_until(
-            lambda: all(races.status_of(engine, each) is WorkflowStatus.PENDING for each in ids), what="the hand-back"
+            lambda: all(races.status_of(engine, each) is WorkflowStatus.PENDING for each in ids), what="the release"
         )
         gate.set()
     with session_factory() as session:

@@ -1,4 +1,4 @@
-"""SIGKILL on real workers, between steps and inside them; the ledger tells whether anything was lost or came twice."""
+"""SIGKILL on real workers, between steps and inside them; the ledger shows whether anything was lost or came twice."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import Engine
 
 from tests.crash import accounts, survivors
-from tests.crash.survivors import FORMS, HELD_CALL, HELD_CREDIT, Kind
+from tests.crash.survivors import FORMS, GATED_CALL, GATED_CREDIT, Kind
 from tests.store import races
 from tests.support.clusters import Cluster, StopMode
 from tests.support.sampling import thorough_cases
@@ -53,7 +53,7 @@ class Outage:
 
     def _begin_steps(self, forms: tuple[str, ...]) -> None:
         accounts.wait_for_workers(self._own, 2)
-        for account in (HELD_CREDIT, HELD_CALL):
+        for account in (GATED_CREDIT, GATED_CALL):
             accounts.start(self._own, forms * (8 // len(forms)), account=account)
         accounts.wait_for_arrivals(self._outside, 16)
         accounts.start(self._own, forms * (100 // len(forms)))
@@ -88,7 +88,7 @@ def test_workers_live_through_an_outage_that_is_longer_than_their_lease(
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("sync", "fast"), *thorough_cases([("psycopg", "immediate")])])
-def test_workers_that_lived_through_an_outage_take_nothing_over_from_each_other(
+def test_workers_that_lived_through_an_outage_reclaim_nothing_from_each_other(
     outage: Outage, kind: Kind, mode: StopMode
 ) -> None:
     # behaviour: R3
@@ -106,18 +106,18 @@ def test_workers_with_default_settings_live_through_an_outage_(outage: Outage, t
 
 
 @pytest.mark.parametrize(
-    ("held", "kind"),
+    ("count", "kind"),
     [(0, "asyncpg"), (4, "sync"), *thorough_cases([(0, "sync"), (4, "asyncpg")])],
 )
 def test_a_stop_in_the_middle_of_an_outage_ends_the_process(
-    cluster: Cluster, own: Engine, outside: Engine, gate: Path, kind: Kind, held: int
+    cluster: Cluster, own: Engine, outside: Engine, gate: Path, kind: Kind, count: int
 ) -> None:
     """Idle, or with the outcomes of steps that it cannot record; another worker does them again."""
     forms = FORMS[kind]
     with survivors.worker(kind, cluster.text, **SHORT, grace=timedelta(seconds=1)) as process:
         accounts.wait_for_workers(own, 1)
-        accounts.start(own, (forms * held)[:held], account=HELD_CALL)
-        accounts.wait_for_arrivals(outside, held)
+        accounts.start(own, (forms * count)[:count], account=GATED_CALL)
+        accounts.wait_for_arrivals(outside, count)
         cluster.stop("fast")
         gate.touch()
         elapse(1)
@@ -130,4 +130,4 @@ def test_a_stop_in_the_middle_of_an_outage_ends_the_process(
     cluster.start()
     with survivors.worker(kind, cluster.text, **SHORT):
         races.wait_until(lambda: accounts.unfinished(own) == 0, what="the end of all", seconds=SOON)
-    assert accounts.check(own, outside).workflows == held
+    assert accounts.check(own, outside).workflows == count

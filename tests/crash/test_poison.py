@@ -178,7 +178,7 @@ def test_what_fails_at_once_does_not_starve_its_queue(
 def test_a_step_that_is_tried_at_once_for_ever_leaves_its_slot_after_a_second(
     engine: Engine, session_factory: sessionmaker[Session]
 ) -> None:
-    """Parked between its tries from then on; each of them has its turn after those that were enqueued before."""
+    """From then on it is suspended between its tries; each try comes after what was enqueued before it."""
     # behaviour: Q4 R6
     calls: list[int] = []
     (poison_id,) = start(engine, "poison")

@@ -12,8 +12,8 @@ from sqla_durable import Workflow, read_stream
 from tests.crash import child, ledger
 
 
-@pytest.mark.parametrize(("name", "point"), [("told", "sync tell"), ("told_async", "async tell")])
-def test_what_the_try_of_a_killed_worker_wrote_is_told_apart(
+@pytest.mark.parametrize(("name", "point"), [("reporting", "sync report"), ("reporting_async", "async report")])
+def test_stream_items_of_a_killed_try_are_marked_with_their_attempt(
     database_url: str, engine: Engine, name: str, point: str
 ) -> None:
     # behaviour: C5 R1
@@ -29,5 +29,5 @@ def test_what_the_try_of_a_killed_worker_wrote_is_told_apart(
     with Session(engine) as session:
         record = session.get_one(Workflow, workflow_id)
         assert record.output == 0  # the second report came within a second of the first, and died with its worker
-        assert [(each.key, each.value) for each in record.events] == [("status", "telling")]
+        assert [(each.key, each.value) for each in record.events] == [("status", "reporting")]
         assert [(each.attempt, each.tries, each.details) for each in record.steps] == [(1, 1, None), (2, 1, 2)]

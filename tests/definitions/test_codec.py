@@ -98,7 +98,7 @@ _JSON = st.recursive(
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(value=_JSON)
-def test_first_execution_reads_the_text_that_jsonb_gives_back(engine: Engine, value: Any) -> None:
+def test_first_execution_reads_the_text_that_jsonb_returns(engine: Engine, value: Any) -> None:
     codec = _codec(Any)
     encoded = codec.encode(value)
     with engine.connect() as connection:
@@ -131,7 +131,7 @@ def test_nul_is_refused_wherever_it_stands(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["\\u0000", "\\\\u0000", "u0000"])
-def test_text_that_only_looks_like_nul_is_kept(text: str) -> None:
+def test_text_of_a_backslash_and_u0000_is_kept(text: str) -> None:
     codec = _codec(str)
     assert codec.decode(codec.encode(text)) == text
 
@@ -400,7 +400,9 @@ class Right:
         (Literal[1], Literal[True], "true"),
     ],
 )
-def test_annotations_that_are_equal_in_python_only_are_told_apart(first: Any, second: Any, stored: str) -> None:
+def test_annotations_that_are_equal_in_python_only_have_codecs_of_their_own(
+    first: Any, second: Any, stored: str
+) -> None:
     assert first != second or hash(first) == hash(second)  # as a dictionary would take one for the other
 
     def outcome(annotation: Any) -> object:
@@ -435,7 +437,7 @@ def kept_by_nobody() -> type:
     return kind
 
 
-def test_classes_made_in_functions_are_let_go() -> None:
+def test_classes_made_in_functions_are_garbage_collected() -> None:
     alive: weakref.WeakSet[type] = weakref.WeakSet()
     for _ in range(600):
         alive.add(kept_by_nobody())

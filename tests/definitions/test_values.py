@@ -173,7 +173,7 @@ class Open(BaseModel):
 
 
 class Box(BaseModel, Generic[T]):
-    held: T
+    content: T
 
 
 class Meta(BaseModel):
@@ -229,8 +229,8 @@ Masked = Annotated[str, PlainSerializer(lambda value: value[:1])]
         (Forbidding, {"a": 1}),
         (RootModel[dict[int, Text]], RootModel[dict[int, Text]]({1: Text.RED})),
         (Open, Open.model_validate({"x": 1, "more": {"a": [1, None]}})),
-        (Box[Decimal], Box[Decimal](held=Decimal("1.10"))),
-        (Box, Box(held={"a": [1]})),
+        (Box[Decimal], Box[Decimal](content=Decimal("1.10"))),
+        (Box, Box(content={"a": [1]})),
         (WithPrivate, WithPrivate(x=1)),
         (Excluding, Excluding(x=1)),
         (dict[UUID | int, int], {UUID(int=1): 1, 2: 2}),
@@ -293,7 +293,7 @@ def test_value_comes_back_equal(annotation: Any, value: Any) -> None:
         (object, Decimal(1), "it is of type Decimal"),
         (Any | None, {"a": Level.LOW}, "a is of type Level"),
         (T, Base(1), "it is of type Base"),
-        (Box, Box(held=Decimal(1)), "held is of type Decimal"),
+        (Box, Box(content=Decimal(1)), "content is of type Decimal"),
         (Meta, Meta(meta={"a": Decimal(1)}), "meta.a is of type Decimal"),
         (Open, Open.model_validate({"more": Decimal(1)}), "more is of type Decimal"),
         (Text | str, Text.RED, "type Text"),

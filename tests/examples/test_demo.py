@@ -37,7 +37,7 @@ def environment(server_url: str, database: str) -> dict[str, str]:
 
 
 def still_running(mark: str) -> list[str]:
-    """Give the commands of processes that were started with the mark in their environment."""
+    """Return the commands of processes that were started with the mark in their environment."""
     found: list[str] = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -66,7 +66,7 @@ def test_killed_workers_leave_every_invoice_exactly_once(database: str, environm
     assert numbers[" workers killed"] == "3"
     undone = [numbers[f" cancelled: {fate}"] for fate in ("sold out", "no carrier")]
     assert (numbers[" orders that go wrong"], undone) == ("3", ["1", "1"])
-    assert int(numbers[" workflows taken over"]) > 0
+    assert int(numbers[" workflows reclaimed"]) > 0
     assert still_running(database) == []
 
 
@@ -115,7 +115,9 @@ def test_wrong_server_is_explained(environment: dict[str, str], url: str, said: 
     assert done.returncode == 1
 
 
-def test_role_that_may_not_create_databases_is_told_so(server_url: str, environment: dict[str, str]) -> None:
+def test_role_that_may_not_create_databases_is_refused_with_the_reason(
+    server_url: str, environment: dict[str, str]
+) -> None:
     role = f"visitor_{uuid4().hex}"
     engine = create_engine(server_url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
     with engine.connect() as connection:

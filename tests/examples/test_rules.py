@@ -40,7 +40,7 @@ def order(number: str, *lines: tuple[int, int], customer_id: int | None = 1) -> 
         (order("1", (6, 255), (-1, 255)), Objection.STOCK_CORRECTION),
     ],
 )
-def test_what_cannot_be_an_order_is_told_from_what_can(invoice: Order, reason: Objection | None) -> None:
+def test_objection_names_why_an_invoice_cannot_be_an_order(invoice: Order, reason: Objection | None) -> None:
     assert objection(invoice) is reason
 
 
@@ -49,7 +49,7 @@ def test_total_counts_every_line() -> None:
     assert total_pence(order("C1", (-6, 255))) == -1530
 
 
-def test_number_tells_a_return() -> None:
+def test_number_shows_whether_it_is_a_return() -> None:
     assert is_return("C536379")
     assert not is_return("536365")
 
@@ -80,7 +80,7 @@ def test_expectations_come_to_what_the_file_holds() -> None:
     assert facts["stock movement"].total() == 7_620
 
 
-def test_difference_of_facts_tells_missing_and_surplus() -> None:
+def test_difference_of_facts_names_missing_and_surplus() -> None:
     facts = expected(numbers()[:3])
     assert differences(facts, facts) == []
     twice = {**facts, "payment": facts["payment"] + facts["payment"]}

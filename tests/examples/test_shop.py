@@ -60,7 +60,7 @@ def invoices(*chosen: str) -> list[Invoice]:
 
 
 def stock(session: Session, number: str) -> set[int]:
-    """Give what the lines of an order have left of their products."""
+    """Return what is left in stock of the products of an order."""
     order = session.get_one(Order, number)
     return {line.product.stock + line.quantity for line in order.lines}
 
@@ -70,7 +70,9 @@ def bookings(service: Service) -> list[tuple[str, str, int]]:
 
 
 @pytest.mark.parametrize("service", [0, 0.4], indirect=True)
-def test_order_is_reserved_charged_shipped_and_told(sessions: sessionmaker[Session], service: Service) -> None:
+def test_order_is_reserved_charged_shipped_and_its_customer_notified(
+    sessions: sessionmaker[Session], service: Service
+) -> None:
     import_all(sessions, invoices(ORDER))
     with sessions() as session:
         workflow_id = session.get_one(Order, ORDER).workflow_id
@@ -175,7 +177,7 @@ def workflow_of(session: Session, number: str = ORDER) -> UUID:
 
 
 def left_behind(sessions: sessionmaker[Session]) -> tuple[int, list[int], list[int]]:
-    """Require a cancelled order whose goods are back; give how many lines were moved, what was paid, and refunded."""
+    """Require a cancelled order whose goods are back; return how many lines were moved, what was paid, and refunded."""
     with sessions() as session:
         order = session.get_one(Order, ORDER)
         assert order.status is OrderStatus.CANCELLED
@@ -233,7 +235,7 @@ def test_one_query_joins_orders_with_workflows_and_steps(sessions: sessionmaker[
         assert row[:6] == (ORDER, "shipped", "succeeded", 1, 13, 0)
 
 
-def test_payment_service_books_a_key_once(service: Service) -> None:
+def test_payment_service_charges_once_for_a_key(service: Service) -> None:
     ledger = service.ledger
     first = ledger.book("charges", "key", ORDER, 100)
     assert first is not None
@@ -243,7 +245,7 @@ def test_payment_service_books_a_key_once(service: Service) -> None:
     assert ledger.counts["repeated"] == 2
 
 
-def test_payment_service_gives_back_what_was_charged_once_and_charges_nothing_afterwards(service: Service) -> None:
+def test_payment_service_refunds_a_charge_once_and_charges_nothing_afterwards(service: Service) -> None:
     ledger = service.ledger
     ledger.book("charges", "key", ORDER, 100)
     assert ledger.void("undo", ORDER) == ledger.void("undo", ORDER)
@@ -260,7 +262,7 @@ def test_charge_outside_a_workflow_is_refused_before_anything_is_sent(service: S
 
 
 @pytest.mark.usefixtures("service")
-def test_lost_service_is_told_from_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_service_is_another_error_than_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shop.payments._idempotency_key", lambda: "key")
     assert payments.book("charges", ORDER, 100).pence == 100
     with pytest.raises(payments.PaymentRefused, match="409"):

@@ -56,7 +56,7 @@ def react(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], int]], None
 def test_each_step_is_visible_to_others_as_soon_as_it_is_done(
     session_factory: Sessions, react: Callable[[Callable[[], int]], None]
 ) -> None:
-    def look() -> int:
+    def read_committed() -> int:
         with session_factory() as other:
             assert len(other.scalars(select(Entry)).all()) == 1
             assert other.scalars(select(Step.key)).all() == ["book"]
@@ -65,7 +65,7 @@ def test_each_step_is_visible_to_others_as_soon_as_it_is_done(
             assert other.get_one(models.Worker, record.worker_id).name.startswith("executor ")
         return 0
 
-    react(look)
+    react(read_committed)
     with session_factory() as session:
         session.add(Order(customer="pending", total_cents=1))
         assert Executor(session).run(pay, 5) == 10
@@ -78,17 +78,17 @@ def test_each_step_is_visible_to_others_as_soon_as_it_is_done(
 def test_joined_steps_are_visible_to_nobody_until_the_caller_commits(
     session_factory: Sessions, react: Callable[[Callable[[], int]], None]
 ) -> None:
-    def look() -> int:
+    def read_committed() -> int:
         with session_factory() as other:
             assert other.scalars(select(Entry)).all() == []
             assert other.scalars(select(Workflow)).all() == []
         return 0
 
-    react(look)
+    react(read_committed)
     with session_factory() as session:
         session.add(Order(customer="joined", total_cents=1))
         assert Executor.joined(session).run(pay, 5) == 10
-        look()
+        read_committed()
         session.rollback()
         assert session.scalars(select(Workflow)).all() == []
         assert session.scalars(select(Order)).all() == []
@@ -138,7 +138,7 @@ async def test_joined_async_steps_are_rolled_back_with_the_caller(async_session_
         assert (await session.scalars(select(Entry))).all() == []
 
 
-def test_interrupted_workflow_is_handed_back_and_taken_up_again(
+def test_interrupted_workflow_is_released_and_executed_again(
     session_factory: Sessions, react: Callable[[Callable[[], int]], None]
 ) -> None:
     def cut() -> int:

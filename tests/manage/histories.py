@@ -76,26 +76,26 @@ def child(session: Session, parent_id: UUID, **columns: Any) -> UUID:
 
 
 def keys(engine: Engine, workflow_id: UUID) -> list[str]:
-    """Give the committed keys of a workflow's steps."""
+    """Return the committed keys of a workflow's steps."""
     return races.history_of(engine, workflow_id)
 
 
 def events(session: Session, workflow_id: UUID) -> list[Any]:
-    """Give the values of a workflow's events in their order."""
+    """Return the values of a workflow's events in their order."""
     return list(session.scalars(select(Event.value).where(Event.workflow_id == workflow_id).order_by(Event.id)))
 
 
 def items(session: Session, workflow_id: UUID) -> list[tuple[int, Any]]:
-    """Give the numbers and values of a workflow's stream."""
+    """Return the numbers and values of a workflow's stream."""
     columns = select(StreamItem.number, StreamItem.value).where(StreamItem.workflow_id == workflow_id)
     return [(row.number, row.value) for row in session.execute(columns.order_by(StreamItem.number))]
 
 
 def outcome(session: Session, workflow_id: UUID, key: str) -> Step:
-    """Give a step's record."""
+    """Return a step's record."""
     return session.get_one(Step, (workflow_id, key), populate_existing=True)
 
 
 def standing(session: Session, workflow_id: UUID) -> Workflow:
-    """Give a workflow's record as it is now."""
+    """Return a workflow's record as it is now."""
     return session.get_one(Workflow, workflow_id, populate_existing=True)

@@ -1,4 +1,4 @@
-"""`fork`: what a new workflow takes over from the one that it is made of."""
+"""`fork`: what a new workflow has of the history of the one that it is made of."""
 
 from __future__ import annotations
 
@@ -73,8 +73,12 @@ def test_events_and_streams_up_to_the_cut_are_copied_and_signals_are_not(session
 def test_a_failed_outcome_is_copied_and_what_is_none_is_not(engine: Engine, session: Session) -> None:
     # behaviour: M2
     fence = with_history(session)
-    told = [step(fence, "caught", 1, FAILED), step(fence, "tried", 2, StepStatus.RETRYING), step(fence, "last", 3)]
-    histories.record(session, [step(fence, "timer", 2, StepStatus.WAITING), *told])
+    not_outcomes = [
+        step(fence, "caught", 1, FAILED),
+        step(fence, "tried", 2, StepStatus.RETRYING),
+        step(fence, "last", 3),
+    ]
+    histories.record(session, [step(fence, "timer", 2, StepStatus.WAITING), *not_outcomes])
     made = manage.fork(session, fence.workflow_id, from_step="last")
     session.commit()
     assert histories.keys(engine, made.id) == ["caught"]
@@ -168,7 +172,7 @@ def test_copied_steps_are_no_progress_of_the_first_attempt(session: Session) -> 
     assert histories.standing(session, made.id).crashes == 1
 
 
-def test_the_timeout_runs_anew(session: Session) -> None:
+def test_the_timeout_counts_from_the_fork(session: Session) -> None:
     fence = with_history(session)
     past = func.statement_timestamp() - timedelta(days=1)
     session.execute(update(Workflow).values(timeout=timedelta(hours=2), deadline_at=past))

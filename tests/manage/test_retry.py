@@ -32,10 +32,10 @@ def wrapped() -> Exception:
         return error
 
 
-Told = tuple[str, StepStatus, dict[str, Any]]
+Recorded = tuple[str, StepStatus, dict[str, Any]]
 PARALLEL: dict[str, Any] = {"elapsed": 60.0}  # begun before the others ended
 # What was recorded, in the order of positions and of time; the workflow's error; what is left.
-STORIES: dict[str, tuple[list[Told], BaseException, list[str]]] = {
+HISTORIES: dict[str, tuple[list[Recorded], BaseException, list[str]]] = {
     "the last step failed": ([("a", OK, {}), ("b", FAILED, {})], REFUSED, ["a"]),
     "no step failed": ([("a", OK, {})], LOST, ["a"]),
     "nothing is recorded": ([], LOST, []),
@@ -63,12 +63,14 @@ STORIES: dict[str, tuple[list[Told], BaseException, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("story", STORIES)
-def test_what_made_it_fail_is_forgotten(engine: Engine, session: Session, story: str) -> None:
+@pytest.mark.parametrize("history", HISTORIES)
+def test_what_made_it_fail_is_forgotten(engine: Engine, session: Session, history: str) -> None:
     # behaviour: M1
-    told, error, left = STORIES[story]
+    recorded, error, left = HISTORIES[history]
     fence = histories.claimed(session)
-    checkpoints = [step(fence, key, number, status, **values) for number, (key, status, values) in enumerate(told, 1)]
+    checkpoints = [
+        step(fence, key, number, status, **values) for number, (key, status, values) in enumerate(recorded, 1)
+    ]
     histories.record(session, checkpoints)
     histories.fail(session, fence, error)
     assert manage.retry(session, fence.workflow_id) == [fence.workflow_id]
@@ -104,7 +106,7 @@ def test_only_what_failed_by_itself_is_retried(session: Session) -> None:
     assert manage.resume(session, select(Workflow)) == sorted([cancelled.workflow_id, stopped.workflow_id])
 
 
-def test_a_deadline_that_has_passed_is_set_anew(session: Session) -> None:
+def test_a_deadline_that_has_passed_is_set_again(session: Session) -> None:
     passed, ahead, bare = (histories.claimed(session) for _ in range(3))
     for fence, hours, timeout in ((passed, -1, 2), (ahead, 1, 2), (bare, -1, None)):
         deadline = func.statement_timestamp() + timedelta(hours=hours)
@@ -154,7 +156,7 @@ def test_of_two_that_retry_one_does(engine: Engine, session: Session) -> None:
         assert waiting.result() == []
 
 
-def test_the_steps_of_a_record_are_read_anew(session: Session) -> None:
+def test_the_steps_of_a_record_are_read_again(session: Session) -> None:
     fence = histories.claimed(session)
     histories.record(session, [step(fence, "a", 1), step(fence, "b", 2, FAILED)])
     histories.fail(session, fence)

@@ -24,7 +24,7 @@ def with_history(session: Session, *keys: str) -> Fence:
     return fence
 
 
-def parked(session: Session, fence: Fence) -> None:
+def suspend(session: Session, fence: Fence) -> None:
     races.end(session, [Suspend(fence, 3600)])
     awaits = 'UPDATE durable.workflow SET awaits = \'[{"signal": "go"}]\' WHERE id = :id'
     session.execute(text(awaits), {"id": fence.workflow_id})
@@ -33,7 +33,7 @@ def parked(session: Session, fence: Fence) -> None:
 STATES: dict[str, Callable[[Session, Fence], Any]] = {
     "running": lambda _session, _fence: None,
     "pending": lambda session, fence: attempts.release(session, [fence]),
-    "suspended": parked,
+    "suspended": suspend,
     "succeeded": histories.succeed,
     "failed": histories.fail,
     "cancelled": lambda session, fence: manage.cancel(session, fence.workflow_id),

@@ -198,7 +198,7 @@ def test_a_tree_that_grows_all_the_time_is_cancelled_all_the_same(engine: Engine
     assert (len(started), len(begun_again)) == (10, 5)
 
 
-def test_rows_are_given_back_before_they_are_taken_again(engine: Engine, session: Session) -> None:
+def test_rows_are_unlocked_before_they_are_locked_again(engine: Engine, session: Session) -> None:
     """While the cancel waits for the child that has appeared, it holds none of the rows whose ids come after."""
     low = uuid7()
     fence = histories.claimed(session)

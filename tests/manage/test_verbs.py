@@ -35,17 +35,17 @@ every_verb = pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
 
 
 def statuses(engine: Engine) -> list[WorkflowStatus]:
-    """Give the committed statuses in the order of the ids."""
+    """Return the committed statuses in the order of the ids."""
     with Session(engine) as session:
         return list(session.scalars(select(Workflow.status).order_by(Workflow.id)))
 
 
 def in_every_state(engine: Engine) -> dict[str, UUID]:
-    """Make a workflow for each way to stand somewhere."""
+    """Make a workflow in each state."""
     *fences, stopped = races.claimed_fences(engine, 6)
-    running, parked, succeeded, failed, cancelled = fences
+    running, suspended, succeeded, failed, cancelled = fences
     with Session(engine) as session:
-        races.end(session, [Suspend(parked, 3600)])
+        races.end(session, [Suspend(suspended, 3600)])
         attempts.finish(session, races.success(succeeded))
         attempts.finish(session, Completion(failed, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}'))
         races.cancel(session, cancelled.workflow_id)
@@ -53,7 +53,7 @@ def in_every_state(engine: Engine) -> dict[str, UUID]:
         delayed = starts.add(session, NewWorkflow(uuid7(), "checkout", {}, "default", delay=3600))
         session.commit()
         (pending,) = races.enqueue(session)
-        found = {"running": running, "parked": parked, "succeeded": succeeded, "failed": failed}
+        found = {"running": running, "suspended": suspended, "succeeded": succeeded, "failed": failed}
         found |= {"cancelled": cancelled, "stopped": stopped}
         return {"pending": pending, "delayed": delayed.id, **{name: each.workflow_id for name, each in found.items()}}
 
@@ -191,7 +191,7 @@ def test_more_ids_than_a_statement_has_parameters(session: Session) -> None:
 def test_cancel_ends_what_is_not_finished(engine: Engine, session: Session) -> None:
     # behaviour: M1 Q10 Q7
     found = in_every_state(engine)
-    unfinished = {found[name] for name in ("pending", "delayed", "running", "parked")}
+    unfinished = {found[name] for name in ("pending", "delayed", "running", "suspended")}
     before = {each.id: each.status for each in session.scalars(select(Workflow))}
     assert set(manage.cancel(session, select(Workflow))) == unfinished
     assert manage.cancel(session, select(Workflow)) == []
@@ -293,7 +293,7 @@ def test_a_record_in_the_session_is_fresh_afterwards(engine: Engine, by: str) ->
         record = session.get_one(Workflow, workflow_id)
         given: Any = {"record": record, "id": workflow_id, "select": select(Workflow)}[by]
         manage.cancel(session, given)
-        assert "status" in record.__dict__, "it is read anew, not only expired"
+        assert "status" in record.__dict__, "it was read again, and is not only expired"
         assert (record.status, record.finished_at is None) == (CANCELLED, False)
         manage.resume(session, given)
         assert (record.status, record.attempt, record.finished_at) == (PENDING, 2, None)

@@ -39,7 +39,7 @@ def application(
 
 
 def _add_durable(application: Application) -> None:
-    """Do what docs/migrations.md tells: autogenerate, then add by hand what Alembic does not make."""
+    """Do as docs/migrations.md says: autogenerate, then add by hand what Alembic does not make."""
     application.upgrade("app_0001")
     path = application.autogenerate("app_0002", "add durable")
     text = path.read_text()

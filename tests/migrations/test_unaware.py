@@ -22,7 +22,7 @@ def test_unaware_application_proposes_nothing(engine: Engine) -> None:
     assert proposals(engine) == []
 
 
-def test_application_that_looks_at_all_schemas_hides_ours(engine: Engine) -> None:
+def test_application_that_includes_all_schemas_hides_ours(engine: Engine) -> None:
     assert proposals(engine, include_schemas=True, include_name=migrations.not_ours()) == []
 
 

@@ -166,7 +166,7 @@ def made(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> list[str]
 
 
 # From a typical row, which other statuses a naked UPDATE can reach. A suspended workflow without a timer is pending but
-# for its status, and a failed one may as well have been cancelled: no column tells them apart.
+# for its status, and a failed one may as well have been cancelled: no column differs.
 REACHABLE: dict[WorkflowStatus, set[WorkflowStatus]] = {
     WorkflowStatus.PENDING: {WorkflowStatus.SUSPENDED},
     WorkflowStatus.RUNNING: set(),

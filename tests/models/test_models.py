@@ -83,7 +83,7 @@ def test_name_alone_has_no_arguments(session_factory: sessionmaker[Session]) -> 
         ("workflow_key_check", {"key": ""}),
         ("workflow_key_check", {"key": "  "}),
         ("workflow_queue_check", {"queue": " "}),
-        ("workflow_status_check", {"status": "rescued"}),
+        ("workflow_status_check", {"status": "reclaimed"}),
         ("workflow_input_check", {"input": "[1]"}),
         ("workflow_input_check", {"input": "null"}),
         ("workflow_headers_check", {"headers": "[1]"}),

@@ -1,4 +1,4 @@
-"""Who is who among the branches of a workflow."""
+"""The branches of a workflow: their names, their keys, and whether all of them wait."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_workflow_is_idle_when_every_thread_waits_or_is_waited_for(attempt: Atte
     branches, home = attempt.branches, "root"
     branches.begin(lambda: home)
 
-    def parks() -> bool:
+    def may_suspend() -> bool:
         idle = branches.all_wait_or_are_in(attempt.homes_in_calls)
         return attempt.begin_suspension(quiet=float("inf"), idle=lambda: idle) is not None
 
@@ -90,11 +90,11 @@ def test_workflow_is_idle_when_every_thread_waits_or_is_waited_for(attempt: Atte
     branches.enter(first, home := "first")
     waiting = attempt.begin_call("charge", 1)
     attempt.begin_wait(waiting, Wait(until=float("inf"), in_memory_until=0))
-    assert not parks()  # the second has not begun
+    assert not may_suspend()  # the second has not begun
     branches.enter(second, "second")
-    assert not parks()  # it computes
+    assert not may_suspend()  # it computes
     branches.end_thread(branches.root, "second")
-    assert parks()
+    assert may_suspend()
 
 
 def test_branch_goes_on_after_the_last_of_its_threads(attempt: Attempt) -> None:

@@ -81,7 +81,7 @@ def attempt() -> Attempt:
 
 
 async def _is_idle(attempt: Attempt, body: Body) -> bool:
-    """Execute workflow code whose branches end up in an operation, and tell whether it is seen to be idle."""
+    """Execute workflow code whose branches all come to an operation; return whether it is seen to be idle."""
     loop = asyncio.get_running_loop()
 
     async def branch() -> None:

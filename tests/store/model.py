@@ -104,7 +104,7 @@ class Operation:
         raise NotImplementedError
 
     def takes(self, view: View, free: list[Hashable]) -> tuple[list[Hashable], list[Hashable]]:
-        """Give, of what is free, what it locks and what of that it changes."""
+        """Return, of what is free, what it locks and what of that it changes."""
         return free, free
 
     def change(self, view: View, taken: Iterable[Hashable], now: int) -> dict[Hashable, Record | None]:
@@ -130,7 +130,7 @@ class Model:
         self._changed: dict[object, dict[Hashable, Record | None]] = {}
 
     def execute(self, transaction: object, operation: Operation) -> object:
-        """Execute an operation in a transaction and give its answer.
+        """Execute an operation in a transaction and return its answer.
 
         Raises:
             WouldBlock: it waits for another transaction; nothing has happened.

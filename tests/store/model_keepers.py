@@ -65,7 +65,7 @@ class MakeDue(OnWorkflows):
         return set(session.scalars(text(statement), {"id": self.id}))
 
 
-class _TakenBack(OnWorkflows):
+class _EndedFromOutside(OnWorkflows):
     """What ends an attempt from outside."""
 
     suspends: ClassVar[bool] = True
@@ -84,8 +84,8 @@ class _TakenBack(OnWorkflows):
 
 
 @dataclass(frozen=True)
-class Reclaim(_TakenBack):
-    """Take back what workers without a live lease had running."""
+class Reclaim(_EndedFromOutside):
+    """Reclaim what workers without a live lease had running."""
 
     limit: int = 1_000
 
@@ -102,8 +102,8 @@ class Reclaim(_TakenBack):
 
 
 @dataclass(frozen=True)
-class ReclaimOne(_TakenBack):
-    """Take back this one if its worker has no live lease."""
+class ReclaimOne(_EndedFromOutside):
+    """Reclaim this one if its worker has no live lease."""
 
     id: UUID
     waits: ClassVar[bool] = True
@@ -118,8 +118,8 @@ class ReclaimOne(_TakenBack):
 
 
 @dataclass(frozen=True)
-class Abandon(_TakenBack):
-    """Take back a workflow from an own attempt that broke."""
+class Abandon(_EndedFromOutside):
+    """End an attempt of this worker that broke, and enqueue its workflow."""
 
     fence: Fence
 

@@ -327,7 +327,7 @@ class FinishUnlocked(Finish):
 
 
 @dataclass(frozen=True)
-class Parked(_Fenced):
+class SuspendOne(_Fenced):
     """Suspend a workflow by its own attempt."""
 
     fence: Fence
@@ -341,7 +341,7 @@ class Parked(_Fenced):
 
 @dataclass(frozen=True)
 class Release(_Fenced):
-    """Hand a workflow back to its queue."""
+    """Return a workflow to its queue."""
 
     fence: Fence
     waits: ClassVar[bool] = True
@@ -354,7 +354,7 @@ class Release(_Fenced):
 
 
 class ReleaseUnlocked(Release):
-    """The same by a worker that leaves; gives what it still owns."""
+    """The same by a worker that stops; returns what it still owns."""
 
     waits: ClassVar[bool] = False
 

@@ -50,7 +50,7 @@ class Concurrent(threading.Thread, Generic[T]):
             self._error = error
 
     def result(self) -> T:
-        """Wait for the function and give what it returned."""
+        """Wait for the function and return its result."""
         self.join(PATIENCE)
         assert not self.is_alive(), "the other transaction is still blocked"
         if self._error is not None:
@@ -138,13 +138,13 @@ def claim(session: Session, limit: int = 1, **options: Any) -> list[Claimed]:
 
 
 def record(session: Session, checkpoints: Sequence[Checkpoint]) -> set[tuple[UUID, str]]:
-    """Record checkpoints as the writer does, and give workflow and key of those that were written."""
+    """Record checkpoints as the writer does, and return workflow and key of those that were written."""
     unwritten = attempts.write_batch(session, checkpoints).checkpoints
     return {(each.fence.workflow_id, each.key) for each in checkpoints if (each.fence, each.key) not in unwritten}
 
 
 def end(session: Session, ends: Sequence[attempts.End]) -> set[UUID]:
-    """Finish or park as the writer does, and give the workflows whose attempts have ended."""
+    """Finish or suspend as the writer does, and return the workflows whose attempts have ended."""
     unwritten = attempts.write_batch(session, ends=ends).ends
     return {each.fence.workflow_id for each in ends if each.fence not in unwritten}
 

@@ -75,12 +75,12 @@ def test_a_released_workflow_keeps_its_place_and_its_attempt(engine: Engine) -> 
 
 
 def test_checkpoints_and_what_ends_their_attempts_are_written_together(engine: Engine) -> None:
-    finished, parked, going_on = races.claimed_fences(engine, 3)
+    finished, suspended, going_on = races.claimed_fences(engine, 3)
     with Session(engine) as session:
         unwritten = attempts.write_batch(
             session,
-            [races.checkpoint(each, key) for each in (finished, parked, going_on) for key in ("a", "b")],
-            [races.success(finished), Suspend(parked, 60)],
+            [races.checkpoint(each, key) for each in (finished, suspended, going_on) for key in ("a", "b")],
+            [races.success(finished), Suspend(suspended, 60)],
         )
         session.commit()
         assert unwritten == attempts.Unwritten()
@@ -90,12 +90,12 @@ def test_checkpoints_and_what_ends_their_attempts_are_written_together(engine: E
         }
     assert standing == {
         finished.workflow_id: (WorkflowStatus.SUCCEEDED, finished.token, True),
-        parked.workflow_id: (WorkflowStatus.SUSPENDED, None, False),
+        suspended.workflow_id: (WorkflowStatus.SUSPENDED, None, False),
         going_on.workflow_id: (WorkflowStatus.RUNNING, going_on.token, True),
     }
 
 
-@pytest.mark.parametrize("end", ["finish", "park"])
+@pytest.mark.parametrize("end", ["finish", "suspend"])
 def test_an_attempt_does_not_end_before_all_of_its_checkpoints_are_written(engine: Engine, end: str) -> None:
     """One of them is there already, recorded by an earlier try of the same batch."""
     (fence,) = races.claimed_fences(engine)
@@ -111,16 +111,16 @@ def test_an_attempt_does_not_end_before_all_of_its_checkpoints_are_written(engin
 
 
 def test_what_is_lost_or_locked_is_returned_and_the_rest_is_written(engine: Engine) -> None:
-    mine, held, lost = races.claimed_fences(engine, 3)
+    mine, locked, lost = races.claimed_fences(engine, 3)
     stranger = Fence(lost.workflow_id, uuid7())
     with races.transaction(engine) as caller, Session(engine) as session:
-        races.lock(caller.session, held.workflow_id)
-        fences = mine, held, stranger
+        races.lock(caller.session, locked.workflow_id)
+        fences = mine, locked, stranger
         unwritten = attempts.write_batch(
             session, [races.checkpoint(each) for each in fences], [races.success(each) for each in fences]
         )
         session.commit()
-    assert unwritten == attempts.Unwritten({(held, "charge"), (stranger, "charge")}, {held, stranger})
+    assert unwritten == attempts.Unwritten({(locked, "charge"), (stranger, "charge")}, {locked, stranger})
 
 
 def test_a_try_gives_way_to_the_outcome_and_an_outcome_to_nothing(engine: Engine) -> None:

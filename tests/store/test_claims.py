@@ -78,9 +78,9 @@ def test_a_claim_passes_over_rows_that_an_open_transaction_holds(
     engine: Engine, session_factory: sessionmaker[Session]
 ) -> None:
     with session_factory() as session:
-        held, free = races.enqueue(session, 2)
+        locked, free = races.enqueue(session, 2)
     with races.transaction(engine) as caller, session_factory() as session:
-        races.cancel(caller.session, held)
+        races.cancel(caller.session, locked)
         assert [each.fence.workflow_id for each in races.claim(session, 2)] == [free]
 
 

@@ -37,7 +37,7 @@ class Crowd:
         self._lock = threading.Lock()
 
     def write(self) -> None:
-        """Record for what runs now and for what ran at the last look; park some, finish some, as the writer does."""
+        """Record for what runs now and for what ran the last time; suspend some, finish some, as the writer does."""
         before: list[Fence] = []
         for number in range(ROUNDS):
             now = self._in_transaction(lambda session: workers.attempts_of(session, races.WORKER))
@@ -47,17 +47,17 @@ class Crowd:
 
     def _record(self, session: Session, fences: list[Fence], number: int) -> None:
         written = races.record(session, [races.checkpoint(each, str(each.token)) for each in fences])
-        parked = races.end(session, [Suspend(each, 3600) for each in fences[number % 3 :: 3]])
+        suspended = races.end(session, [Suspend(each, 3600) for each in fences[number % 3 :: 3]])
         finished = races.end(session, [races.success(each) for each in fences[number::ROUNDS]])
         session.commit()
         with self._lock:
             self.acknowledged |= written
         self._count("recorded", len(written))
-        self._count("parked", len(parked))
+        self._count("suspended", len(suspended))
         self._count("finished", len(finished))
 
     def reclaim(self) -> None:
-        """Take over, a few rows at a time; the lease of the worker has run out all the while."""
+        """Reclaim, a few rows at a time; the lease of the worker has run out all the while."""
         for _ in range(ROUNDS):
             found = self._in_transaction(lambda session: workers.reclaim(session, max_attempts=3, limit=7))
             claimed = self._in_transaction(lambda session: races.claim(session, 11))
@@ -106,10 +106,12 @@ def test_everybody_at_the_same_rows_never_deadlocks_and_loses_nothing(engine: En
     with Session(engine) as session:
         assert {(each.workflow_id, each.key) for each in session.scalars(select(Step))} == crowd.acknowledged
         assert len(session.scalars(select(Workflow)).all()) == ROWS
-    assert all(crowd.effects[each] for each in ("recorded", "parked", "reclaimed", "claimed", "cancelled", "resumed"))
+    assert all(
+        crowd.effects[each] for each in ("recorded", "suspended", "reclaimed", "claimed", "cancelled", "resumed")
+    )
 
 
-@pytest.mark.parametrize("bad", ["checkpoint", "park"])
+@pytest.mark.parametrize("bad", ["checkpoint", "suspend"])
 async def test_a_bad_row_fails_its_own_workflow_and_none_that_is_suspended_beside_it(engine: Engine, bad: str) -> None:
     fences = races.claimed_fences(engine, ROWS)
     database = ThreadDatabase(engine, limit=30)
@@ -119,7 +121,7 @@ async def test_a_bad_row_fails_its_own_workflow_and_none_that_is_suspended_besid
     tickets: dict[Fence, list[asyncio.Future[None]]] = {}
     for number, fence in enumerate(fences):
         key = secrets.token_hex(3_000) if (fence, bad) == (refused, "checkpoint") else "charge"
-        delay = float("inf") if (fence, bad) == (refused, "park") else 3600
+        delay = float("inf") if (fence, bad) == (refused, "suspend") else 3600
         end: Row = Suspend(fence, delay) if number % 2 or fence == refused else races.success(fence)
         first = races.submit(writer, races.checkpoint(fence, key))
         tickets[fence] = [first, races.submit(writer, end, after=first)]

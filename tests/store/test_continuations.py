@@ -17,12 +17,12 @@ from tests.store import races
 def test_what_is_recorded_while_a_workflow_continues_as_new_is_deleted_too(engine: Engine) -> None:
     """By a branch of the same attempt, say: its commit is on its way. The next round would take it for its own."""
     (fence,) = races.claimed_fences(engine)
-    with races.transaction(engine) as branch, races.transaction(engine) as anew:
+    with races.transaction(engine) as branch, races.transaction(engine) as ending:
         races.record(branch.session, [races.checkpoint(fence, "charge")])
-        waiting = anew.begin_blocked(lambda session: continuations.continue_as_new(session, fence, given="{}"))
+        waiting = ending.begin_blocked(lambda session: continuations.continue_as_new(session, fence, given="{}"))
         branch.session.commit()
         assert waiting.result()
-        anew.session.commit()
+        ending.session.commit()
     assert races.history_of(engine, fence.workflow_id) == []
 
 

@@ -31,8 +31,8 @@ from sqla_durable.store.records import Checkpoint, Completion, Fence
 from tests.store import races
 
 
-def parent_with_held(engine: Engine, count: int = 2, **columns: object) -> tuple[Fence, list[UUID]]:
-    """A parent that is running, has recorded the start of a map, and holds some of its children."""
+def parent_with_deferred(engine: Engine, count: int = 2, **columns: object) -> tuple[Fence, list[UUID]]:
+    """Return a running parent that has recorded the start of a map, and the ids of its deferred children."""
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as session:
         of_parent = {"parent_id": fence.workflow_id, "parent_key": "start:double", "status": "suspended"}
@@ -55,7 +55,7 @@ def asked(session: Session) -> int:
 
 
 def test_orphans_start_with_their_parents_end_and_locked_ones_later(engine: Engine) -> None:
-    fence, (first, second) = parent_with_held(engine)
+    fence, (first, second) = parent_with_deferred(engine)
     with Session(engine) as session, session.begin():
         assert attempts.write_batch(session, [], [failure(fence)]) == attempts.Unwritten()
     with races.transaction(engine) as caller, Session(engine) as session:
@@ -69,7 +69,7 @@ def test_orphans_start_with_their_parents_end_and_locked_ones_later(engine: Engi
 
 
 def test_many_go_some_at_a_time(engine: Engine) -> None:
-    fence, _ = parent_with_held(engine, 3)
+    fence, _ = parent_with_deferred(engine, 3)
     with Session(engine) as session:
         assert attempts.finish(session, failure(fence))
         assert [deferred.start_orphans(session, limit=2) for _ in range(3)] == [2, 1, 0]
@@ -77,7 +77,7 @@ def test_many_go_some_at_a_time(engine: Engine) -> None:
 
 
 def test_start_on_its_way_is_seen_after_the_end(engine: Engine) -> None:
-    """What an attempt starts while its end waits for the row is let go too: the look comes after both."""
+    """What an attempt starts while its end waits for the row is started too: orphans are looked for after both."""
     (fence,) = races.claimed_fences(engine)
     with races.transaction(engine) as starting, races.transaction(engine) as ending:
         races.lock(starting.session, fence.workflow_id)
@@ -92,7 +92,7 @@ def test_start_on_its_way_is_seen_after_the_end(engine: Engine) -> None:
 
 
 def test_children_of_a_parent_that_goes_on_stay_deferred(engine: Engine) -> None:
-    fence, _ = parent_with_held(engine)
+    fence, _ = parent_with_deferred(engine)
     with Session(engine) as session:
         deferred.report_orphans(session, [fence.workflow_id])
         assert asked(session) == 1
@@ -105,12 +105,12 @@ def test_children_of_a_parent_that_goes_on_stay_deferred(engine: Engine) -> None
 
 
 def test_what_continues_as_new_or_fails_for_its_crashes_leaves_orphans(engine: Engine) -> None:
-    fence, _ = parent_with_held(engine)
+    fence, _ = parent_with_deferred(engine)
     with Session(engine) as session:
         assert continuations.continue_as_new(session, fence, given="{}")
         assert deferred.start_orphans(session, limit=9) == 2
         session.commit()
-    parent_with_held(engine)
+    parent_with_deferred(engine)
     races.expire_leases(engine)
     with Session(engine) as session:
         assert [each.status for each in workers.reclaim(session, max_attempts=0, limit=9)] == [WorkflowStatus.FAILED]
@@ -118,7 +118,7 @@ def test_what_continues_as_new_or_fails_for_its_crashes_leaves_orphans(engine: E
 
 
 def test_a_cancel_starts_what_is_detached_and_deferred(engine: Engine) -> None:
-    fence, _ = parent_with_held(engine, detached=True)
+    fence, _ = parent_with_deferred(engine, detached=True)
     with Session(engine) as session:
         assert manage.cancel(session, fence.workflow_id) == [fence.workflow_id]
         assert deferred.start_orphans(session, limit=9) == 2
@@ -126,7 +126,7 @@ def test_a_cancel_starts_what_is_detached_and_deferred(engine: Engine) -> None:
 
 def test_what_a_rewind_leaves_goes_also_when_others_are_started_under_its_key(engine: Engine) -> None:
     """By the time that a worker looks, the workflow may have come to its map again."""
-    fence, left = parent_with_held(engine)
+    fence, left = parent_with_deferred(engine)
     with Session(engine) as session, session.begin():
         assert manage.rewind(session, fence.workflow_id, to_step="start:double") == [fence.workflow_id]
     with Session(engine) as session:
@@ -141,7 +141,7 @@ def test_what_a_rewind_leaves_goes_also_when_others_are_started_under_its_key(en
 
 def test_a_start_whose_outcome_was_replaced_lets_all_go(engine: Engine) -> None:
     """An operator may have given whatever instead of the list of children."""
-    fence, _ = parent_with_held(engine)
+    fence, _ = parent_with_deferred(engine)
     with Session(engine) as session:
         session.get_one(Step, (fence.workflow_id, "start:double")).output = {"no": "list"}
         session.flush()
@@ -150,7 +150,7 @@ def test_a_start_whose_outcome_was_replaced_lets_all_go(engine: Engine) -> None:
 
 
 def test_all_that_are_deferred_start_and_locked_rows_are_waited_for(engine: Engine) -> None:
-    fence, ids = parent_with_held(engine)
+    fence, ids = parent_with_deferred(engine)
     release = partial(deferred.start_rest, checkpoint=races.checkpoint(fence, "map:double"), ids=ids)
     with races.transaction(engine) as caller, races.transaction(engine) as giving_up:
         races.lock(caller.session, ids[1])
@@ -161,7 +161,7 @@ def test_all_that_are_deferred_start_and_locked_rows_are_waited_for(engine: Engi
 
 
 def test_an_attempt_that_has_lost_its_workflow_lets_nothing_go(engine: Engine) -> None:
-    fence, ids = parent_with_held(engine, 1)
+    fence, ids = parent_with_deferred(engine, 1)
     with Session(engine) as session:
         stolen = races.checkpoint(replace(fence, token=uuid7()), "map:double")
         deferred.start_rest(session, stolen, ids=ids)
@@ -170,7 +170,7 @@ def test_an_attempt_that_has_lost_its_workflow_lets_nothing_go(engine: Engine) -
 
 def test_deferred_detached_children_of_a_deleted_parent_start(engine: Engine) -> None:
     """Before any worker has seen that it has ended; afterwards they would be nobody's."""
-    fence, ids = parent_with_held(engine, detached=True)
+    fence, ids = parent_with_deferred(engine, detached=True)
     with Session(engine) as session:
         attempts.write_batch(session, [], [failure(fence)])
         session.commit()

@@ -58,7 +58,7 @@ def test_the_earliest_deadlines_come_first(engine: Engine) -> None:
         assert failed(session, limit=1) == {later}
 
 
-def test_a_look_tells_of_what_is_overdue_and_of_the_next_deadline(engine: Engine) -> None:
+def test_a_poll_finds_what_is_overdue_and_the_next_deadline(engine: Engine) -> None:
     with Session(engine) as session:
         races.enqueue(session, deadline_at=text("statement_timestamp() + interval '50 s'"))
         seen = find_work(session, worker_id=races.WORKER, ranges={}, names=[])
@@ -82,12 +82,12 @@ def test_what_is_overdue_is_neither_claimed_nor_claimable(engine: Engine) -> Non
 
 def test_a_locked_row_is_skipped_and_found_again(engine: Engine) -> None:
     with Session(engine) as session:
-        held, free = races.enqueue(session, 2, deadline_at=PAST)
+        locked, free = races.enqueue(session, 2, deadline_at=PAST)
     with races.transaction(engine) as caller, Session(engine) as session:
-        races.lock(caller.session, held)
+        races.lock(caller.session, locked)
         assert failed(session) == {free}
         caller.session.rollback()
-        assert failed(session) == {held}
+        assert failed(session) == {locked}
 
 
 def test_a_completion_on_its_way_wins_over_the_deadline(engine: Engine) -> None:

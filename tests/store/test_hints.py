@@ -40,7 +40,7 @@ def test_payload_names_the_queue_unless_it_is_too_long() -> None:
     assert hints.to_queue("ü" * 3_999) == hints.EVERYWHERE
 
 
-def test_payload_tells_whom_it_concerns() -> None:
+def test_payload_names_what_it_is_about() -> None:
     worker_id = uuid4()
     assert hints.read(hints.to_queue("w:mail")) == (hints.Kind.QUEUE, "w:mail")
     assert hints.read(hints.to_worker(worker_id)) == (hints.Kind.WORKER, str(worker_id))
@@ -51,10 +51,10 @@ def test_payload_tells_whom_it_concerns() -> None:
 
 def test_signals_have_a_hint_each_unless_there_are_many() -> None:
     ids = [uuid4() for _ in range(21)]
-    told = [hints.sent_to(each, "go") for each in ids]
-    assert hints.merged([*told[:20], "q:mail"]) == {*told[:20], "q:mail"}
-    assert hints.merged([*told, "q:mail"]) == {hints.SENT, "q:mail"}
-    assert hints.read(told[0]) == (hints.Kind.SENT, f"{ids[0]}:go")
+    signal_hints = [hints.sent_to(each, "go") for each in ids]
+    assert hints.merged([*signal_hints[:20], "q:mail"]) == {*signal_hints[:20], "q:mail"}
+    assert hints.merged([*signal_hints, "q:mail"]) == {hints.SENT, "q:mail"}
+    assert hints.read(signal_hints[0]) == (hints.Kind.SENT, f"{ids[0]}:go")
     assert hints.sent_to(ids[0], "g" * 8_000) == hints.SENT
 
 

@@ -17,7 +17,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable.execution.worker.cursors import Cursors
 from sqla_durable.store import Awaited, Fence, Suspend, attempts, claims, deferred, failures, signals, timers, workers
 from sqla_durable.store import statements as store_statements
-from sqla_durable.store import work as looks
+from sqla_durable.store import work as store_work
 from sqla_durable.store.work import FULL_SCAN, LATE_COMMIT, ScanStarts
 from tests.store import races
 from tests.store.plans import Plan, explain
@@ -97,15 +97,15 @@ def pages(session: Session, scan_starts: ScanStarts, ranges: claims.Ranges) -> d
     """Measure what a worker repeats."""
     known = claims.name_parameters(["checkout"], []) | claims.range_parameters(ranges)
     statements: dict[str, tuple[Any, dict[str, Any]]] = {
-        "look": (
-            looks._FIND_WORK,
-            {"polling_id": races.WORKER, "within": 1.0, **known, **looks._scan_parameters(scan_starts)},
+        "poll": (
+            store_work._FIND_WORK,
+            {"polling_id": races.WORKER, "within": 1.0, **known, **store_work._scan_parameters(scan_starts)},
         ),
         "claim": (claims._CLAIM, {"limit": 100, "new_token": uuid7(), "claimant": races.WORKER, **known}),
         "deliver": (signals._DELIVER, {"limit": 1_000, "since": scan_starts.sent_at}),
         "wake": (timers._WAKE_DUE, {"limit": 1_000, "since": scan_starts.wake_at}),
         "fail": (failures._FAIL_OVERDUE, {"limit": 1_000, "since": scan_starts.deadline_at}),
-        "let go": (deferred._START_ORPHANS, {"limit": 1_000, "since": scan_starts.sent_at}),
+        "start orphans": (deferred._START_ORPHANS, {"limit": 1_000, "since": scan_starts.sent_at}),
     }
     return {
         name: min(explain(session, *each, mode="force_generic_plan").buffers() for _ in range(2))
@@ -120,7 +120,7 @@ def marks_at(moment: datetime) -> ScanStarts:
 
 def cursors_at(moment: datetime) -> Cursors:
     cursors = Cursors(["default"], poll_interval=1.0)
-    seen = looks.Work(False, False, None, False, False, True, scan_starts=marks_at(moment + LATE_COMMIT))
+    seen = store_work.Work(False, False, None, False, False, True, scan_starts=marks_at(moment + LATE_COMMIT))
     cursors.note_poll(seen, restarts=0, asked=True, took=0.0)
     return cursors
 
@@ -131,10 +131,10 @@ def test_what_a_worker_repeats_does_not_read_what_is_dead(burdened: Engine) -> N
         moment = now(session)
         everything = pages(session, FULL_SCAN, claims.from_front(["default"]))
         after = pages(session, marks_at(moment), cursors_at(moment).ranges())
-    assert after["look"] < 40, after
-    assert all(count < 15 for name, count in after.items() if name != "look"), after
+    assert after["poll"] < 40, after
+    assert all(count < 15 for name, count in after.items() if name != "poll"), after
     dead = {name for name, count in everything.items() if count > 5 * max(after[name], 10)}
-    assert {"look", "claim"} <= dead, (everything, after)
+    assert {"poll", "claim"} <= dead, (everything, after)
 
 
 def test_a_woken_workflow_is_claimed_past_what_is_dead(burdened: Engine) -> None:

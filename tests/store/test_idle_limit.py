@@ -1,4 +1,4 @@
-"""A transaction that holds our rows and is idle is ended by the server, so that takeover need not wait for it."""
+"""A transaction that holds our rows and is idle is ended by the server, so that a reclaim need not wait for it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_reclaim_does_not_wait_for_a_transaction_whose_client_is_frozen(engine
         races.expire_leases(engine)
         assert workers.reclaim(other, max_attempts=9, limit=9) == []  # it is ended after 5 s, and not yet
         frozen.execute(text("SET LOCAL idle_in_transaction_session_timeout = '1ms'"))
-        races.wait_until(lambda: workers.reclaim(other, max_attempts=9, limit=9), what="the takeover")
+        races.wait_until(lambda: workers.reclaim(other, max_attempts=9, limit=9), what="the reclaim")
         other.commit()
         with pytest.raises(DBAPIError) as late:
             frozen.commit()

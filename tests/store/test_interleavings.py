@@ -37,12 +37,12 @@ from tests.store.model_operations import (
     ClaimOne,
     Finish,
     FinishUnlocked,
-    Parked,
     RecordBatch,
     RecordOne,
     Release,
     ReleaseUnlocked,
     Start,
+    SuspendOne,
     Write,
 )
 from tests.support.databases import Databases
@@ -83,7 +83,7 @@ STATES: dict[str, Script] = {
     "pending": ENQUEUED,
     "running": CLAIMED,
     "orphaned": lambda at: [*CLAIMED(at), Expire(at.worker)],
-    "due": lambda at: [*CLAIMED(at), RecordOne(write(at, "early")), Parked(at.fence), MakeDue(at.id)],
+    "due": lambda at: [*CLAIMED(at), RecordOne(write(at, "early")), SuspendOne(at.fence), MakeDue(at.id)],
     "cancelled": lambda at: [*CLAIMED(at), RecordOne(write(at, "early")), Cancel(frozenset({at.id}))],
 }
 
@@ -95,21 +95,21 @@ OPERATIONS: dict[str, Script] = {
     "finish": lambda at: [Finish(at.fence)],
     "batched-finish": lambda at: [FinishUnlocked(at.fence)],
     "heartbeat": lambda at: [Beat(at.worker)],
-    "park": lambda at: [Parked(at.fence)],
+    "suspend": lambda at: [SuspendOne(at.fence)],
     "wake": lambda at: [WakeDue()],
     "cancel": lambda at: [Cancel(frozenset({at.id}))],
     "bulk-cancel": lambda at: [Cancel(queue="default")],
     "resume": lambda at: [Resume(frozenset({at.id}))],
     "reclaim": lambda at: [Reclaim()],
     "reclaim-one": lambda at: [ReclaimOne(at.id)],
-    "takeover": lambda at: [Reclaim(), Beat(at.other), Claim(at.other, uuid7())],
+    "reclaim-and-claim": lambda at: [Reclaim(), Beat(at.other), Claim(at.other, uuid7())],
     "abandon": lambda at: [Abandon(at.fence)],
     "release": lambda at: [Release(at.fence)],
     "batched-release": lambda at: [ReleaseUnlocked(at.fence)],
     "claim": lambda at: [Claim(at.other, uuid7())],
     "claim-one": lambda at: [ClaimOne(at.id, at.other, uuid7())],
 }
-SINGLE = [name for name in OPERATIONS if name != "takeover"]
+SINGLE = [name for name in OPERATIONS if name != "reclaim-and-claim"]
 
 FENCED = [
     "checkpoint",
@@ -118,11 +118,11 @@ FENCED = [
     "try",
     "finish",
     "batched-finish",
-    "park",
+    "suspend",
     "abandon",
     "release",
 ]
-RECLAIMS = ["reclaim", "reclaim-one", "takeover"]
+RECLAIMS = ["reclaim", "reclaim-one", "reclaim-and-claim"]
 OF_ATTEMPT = [*FENCED, "batched-release", "heartbeat", "cancel", "bulk-cancel"]
 EFFECTIVE = {
     "pending": ["claim", "claim-one", "cancel", "bulk-cancel", "heartbeat"],

@@ -177,8 +177,8 @@ def test_those_that_are_named_for_many_are_from_all_over_them(engine: Engine) ->
     (parent,) = races.claimed_fences(engine)
     with Session(engine) as session:
         ids = children_of(session, parent.workflow_id, 450)
-        held = children_of(session, parent.workflow_id, 2, status="suspended")
-        found = children.progress(session, parent.workflow_id, ids=[*ids, *held])
+        deferred = children_of(session, parent.workflow_id, 2, status="suspended")
+        found = children.progress(session, parent.workflow_id, ids=[*ids, *deferred])
     assert (found.there, found.own, found.finished, found.deferred, found.active) == (452, 452, 0, 2, 450)
     assert children.sample(found.named) == ids[::5]
     assert children.sample(ids) == ids[::5]
@@ -267,7 +267,7 @@ def test_a_child_that_ends_beside_its_parents_end_leaves_a_notice_to_the_next_de
 
 
 def test_an_attempt_that_cancels_children_wakes_the_attempt_that_reclaimed_its_workflow(engine: Engine) -> None:
-    """Before it commits, the next attempt has looked, and waits for that child."""
+    """Before it commits, the next attempt has read its children, and waits for that child."""
     (parent,) = races.claimed_fences(engine)
     with Session(engine) as session, Session(engine) as first:
         (child,) = running(session, parent.workflow_id, detached=False)
@@ -399,14 +399,14 @@ class Family:
         self.random = random.Random(seed)
         self.sessions = [Session(hasty) for _ in range(3)]
         self.fences: dict[UUID, Fence] = {}
-        self.looked: dict[Fence, list[UUID]] = {}
+        self.read_children: dict[Fence, list[UUID]] = {}
         with Session(engine) as session:
             self.parents = races.enqueue(session, 2)
             self.children = [child for each in self.parents for child in children_of(session, each, 2)]
 
     def live(self, operations: int) -> None:
         """Do one thing after another, then let everything end: each parent that waits is woken."""
-        acts = [self.look, self.suspend, self.suspend, self.end, self.end, self.manage, self.deliver, self.give_up]
+        acts = [self.read, self.suspend, self.suspend, self.end, self.end, self.manage, self.deliver, self.give_up]
         try:
             for _ in range(operations):
                 self.claim()
@@ -428,21 +428,21 @@ class Family:
             self.fences |= {each.fence.workflow_id: each.fence for each in races.claim(session, 100)}
             session.commit()
 
-    def look(self) -> None:
+    def read(self) -> None:
         parent = self.random.choice(self.parents)
         with Session(self.engine) as session:
             mine = select(Workflow.id).where(Workflow.parent_id == parent, Workflow.finished_at.is_(None))
-            self.looked[self.fences[parent]] = sorted(session.scalars(mine))
+            self.read_children[self.fences[parent]] = sorted(session.scalars(mine))
 
     def suspend(self) -> None:
         """Suspend a parent until what it has seen, a while ago perhaps, is not so any more."""
         fence = self.fences[self.random.choice(self.parents)]
-        named = self.looked.pop(fence, [])
+        named = self.read_children.pop(fence, [])
         if named:
             awaited = Awaited(children=named, open=self.random.randrange(len(named)))
             self.at(lambda session: races.end(session, [Suspend(fence, None, (awaited,))]))
         else:
-            self.look()
+            self.read()
 
     def end(self) -> None:
         chosen = self.random.choice([*self.children, *self.children, *self.parents])
@@ -467,7 +467,7 @@ class Family:
         self.at(lambda session: signals.deliver(session, limit=limit))
 
     def give_up(self) -> None:
-        """Return up children, as an attempt does that may have lost its workflow."""
+        """Cancel children, as an attempt does that may have lost its workflow."""
         if self.random.random() < 0.3:
             checkpoint = races.checkpoint(self.fences[self.random.choice(self.parents)])
             self.at(lambda session: children.cancel_rest(session, checkpoint, ids=self.children))

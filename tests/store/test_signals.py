@@ -1,4 +1,4 @@
-"""Signals and parking: whichever is committed later finds the other, and nobody waits for anybody's transaction."""
+"""Signals and suspending: whichever is committed later finds the other, and nobody waits for anybody's transaction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.store.plans import explain, fill
 APPROVED = Awaited(signal="approved")
 
 
-def park(engine: Engine, fence: Fence, *awaits: Awaited, delay: float | None = None) -> None:
+def suspend(engine: Engine, fence: Fence, *awaits: Awaited, delay: float | None = None) -> None:
     with Session(engine) as session:
         assert races.end(session, [Suspend(fence, delay, awaits)]) == {fence.workflow_id}
         session.commit()
@@ -54,14 +54,14 @@ def sent(engine: Engine) -> list[str]:
 
 ORDERS = [
     each
-    for each in itertools.permutations(["send", "commit", "park", "deliver", "deliver again"])
+    for each in itertools.permutations(["send", "commit", "suspend", "deliver", "deliver again"])
     if each.index("send") < each.index("commit")
 ]
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_whichever_is_later_finds_the_other(engine: Engine, order: tuple[str, ...]) -> None:
-    """The sender's statement and commit, the receiver's parking, and deliveries, in every order that there is."""
+    """The sender's statement and commit, the receiver's suspending, and deliveries, in every order that there is."""
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as sender:
         for each in order:
@@ -70,8 +70,8 @@ def test_whichever_is_later_finds_the_other(engine: Engine, order: tuple[str, ..
                     send(sender, fence.workflow_id)
                 case "commit":
                     sender.commit()
-                case "park":
-                    park(engine, fence, APPROVED)
+                case "suspend":
+                    suspend(engine, fence, APPROVED)
                 case _:
                     deliver(engine)
         deliver(engine)
@@ -84,7 +84,7 @@ def test_whichever_is_later_finds_the_other(engine: Engine, order: tuple[str, ..
 
 def test_suspended_workflow_is_not_woken_by_what_it_does_not_wait_for(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
-    park(engine, fence, APPROVED)
+    suspend(engine, fence, APPROVED)
     with Session(engine) as session:
         send(session, fence.workflow_id, name="rejected")
         session.commit()
@@ -95,7 +95,7 @@ def test_suspended_workflow_is_not_woken_by_what_it_does_not_wait_for(engine: En
 
 def test_one_of_several_is_enough(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
-    park(engine, fence, Awaited(signal="rejected"), APPROVED, delay=3600)
+    suspend(engine, fence, Awaited(signal="rejected"), APPROVED, delay=3600)
     with Session(engine) as session:
         send(session, fence.workflow_id)
         session.commit()
@@ -108,7 +108,7 @@ def test_what_was_taken_before_wakes_nothing(engine: Engine) -> None:
         send(session, fence.workflow_id)
         session.commit()
     assert take(engine, fence) == "7"
-    park(engine, fence, APPROVED)
+    suspend(engine, fence, APPROVED)
     assert deliver(engine) == (1, 0)
 
 
@@ -119,7 +119,7 @@ def test_children_wake_when_there_are_enough(engine: Engine) -> None:
         claimed = [each.fence for each in races.claim(session, 3, names=["child"])]
         session.commit()
     assert {each.workflow_id for each in claimed} == set(children)
-    park(engine, parent, Awaited(children=children, open=1))
+    suspend(engine, parent, Awaited(children=children, open=1))
     woken: list[int] = []
     for each in claimed:
         with Session(engine) as session:
@@ -152,21 +152,21 @@ def test_senders_open_transaction_blocks_nothing(engine: Engine) -> None:
             assert races.record(session, [races.checkpoint(fence)]) == {(fence.workflow_id, "charge")}
             session.commit()
         assert take(engine, fence) is None
-        park(engine, fence, APPROVED)
+        suspend(engine, fence, APPROVED)
         assert deliver(engine) == (1, 0)
         sender.session.commit()
     assert deliver(engine) == (1, 1)
 
 
 def test_receiver_whose_row_is_locked_is_delivered_to_later_and_delays_no_other(engine: Engine) -> None:
-    held, free = races.claimed_fences(engine, 2)
-    park(engine, held, APPROVED)
-    park(engine, free, APPROVED)
+    locked, free = races.claimed_fences(engine, 2)
+    suspend(engine, locked, APPROVED)
+    suspend(engine, free, APPROVED)
     with Session(engine) as session:
-        send(session, held.workflow_id, free.workflow_id)
+        send(session, locked.workflow_id, free.workflow_id)
         session.commit()
     with races.transaction(engine) as caller:
-        races.lock(caller.session, held.workflow_id)
+        races.lock(caller.session, locked.workflow_id)
         assert deliver(engine, limit=2) == (2, 1)
         assert deliver(engine, limit=2) == (0, 0)
     assert deliver(engine) == (2, 1)
@@ -175,7 +175,7 @@ def test_receiver_whose_row_is_locked_is_delivered_to_later_and_delays_no_other(
 def test_two_deliveries_at_once_wake_once(engine: Engine) -> None:
     fences = races.claimed_fences(engine, 10)
     for each in fences:
-        park(engine, each, APPROVED)
+        suspend(engine, each, APPROVED)
     with Session(engine) as session:
         send(session, *[each.workflow_id for each in fences])
         session.commit()
@@ -238,7 +238,7 @@ def test_cancel_in_the_middle_waits_for_what_is_taken(engine: Engine) -> None:
 
 def test_waking_by_time_forgets_what_else_was_waited_for(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
-    park(engine, fence, APPROVED, delay=0)
+    suspend(engine, fence, APPROVED, delay=0)
     with Session(engine) as session:
         assert timers.wake_due(session, limit=10) == 1
         session.commit()
@@ -303,13 +303,13 @@ def test_child_that_ends_notifies_a_parent_that_is_retried_meanwhile(engine: Eng
         races.end(session, [Completion(parent, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}')])
         session.commit()
     with Session(engine) as canceller:
-        held, _ = manage.lock_unfinished_trees(canceller, Selection([child]))
-        manage.cancel(canceller, held, Selection([child]))
+        locked, _ = manage.lock_unfinished_trees(canceller, Selection([child]))
+        manage.cancel(canceller, locked, Selection([child]))
         with Session(engine) as session:
             manage.retry(session, Selection([parent.workflow_id]))
             session.commit()
         (again,) = _claimed_again(engine)
-        park(engine, again, Awaited.any_of([child]))
+        suspend(engine, again, Awaited.any_of([child]))
         deliver(engine)
         canceller.commit()
     deliver(engine)

@@ -39,13 +39,13 @@ from tests.store.model_operations import (
     ClaimOne,
     Finish,
     FinishUnlocked,
-    Parked,
     RecordBatch,
     RecordedAmong,
     RecordOne,
     Release,
     ReleaseUnlocked,
     Start,
+    SuspendOne,
     Write,
 )
 from tests.support.databases import Databases
@@ -131,11 +131,11 @@ class Histories(RuleBasedStateMachine):
         self.execute(at, RecordedAmong(tuple(writes.values())), "open")
 
     @rule(at=transactions, data=choice, then=endings)
-    def try_again_and_park(self, at: int, data: st.DataObject, then: str) -> None:
+    def try_again_and_suspend(self, at: int, data: st.DataObject, then: str) -> None:
         fence = self.any_fence(at, data)
         write = Write(fence, KEYS[0], StepStatus.RETRYING, self.fences.get(fence, 1), tries=2)
         self.execute(at, RecordBatch((write,)), "open")
-        self.execute(at, Parked(fence), then)
+        self.execute(at, SuspendOne(fence), then)
 
     @rule(
         at=transactions,
@@ -150,7 +150,7 @@ class Histories(RuleBasedStateMachine):
     @rule(
         at=transactions,
         data=choice,
-        verb=st.sampled_from([Parked, Release, ReleaseUnlocked, Abandon, Abandon]),
+        verb=st.sampled_from([SuspendOne, Release, ReleaseUnlocked, Abandon, Abandon]),
         then=endings,
     )
     def leave(self, at: int, data: st.DataObject, verb: Callable[[Fence], Operation], then: str) -> None:

@@ -216,7 +216,7 @@ def test_the_outcome_takes_the_place_of_what_was_reported_and_keeps_the_details(
         assert step_of(session, fence) == (StepStatus.SUCCEEDED, {"line": 2}, 1)
 
 
-def test_a_late_report_does_not_take_back_that_its_try_failed(engine: Engine) -> None:
+def test_a_late_report_does_not_undo_that_its_try_failed(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as session:
         steps.report_progress(session, running(fence), details="1")

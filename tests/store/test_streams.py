@@ -130,7 +130,7 @@ def test_closing_what_is_closed_is_recorded(engine: Engine) -> None:
     assert races.history_of(engine, fence.workflow_id) == ["charge"]
 
 
-def test_a_look_gives_a_page_and_whether_the_stream_has_ended(engine: Engine) -> None:
+def test_a_poll_returns_a_page_and_whether_the_stream_has_ended(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     workflow_id = fence.workflow_id
     with Session(engine) as session:

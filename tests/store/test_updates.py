@@ -116,7 +116,7 @@ def test_another_token_neither_takes_nor_refuses_nor_answers(engine: Engine) -> 
 
 @pytest.mark.new_database
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
-def test_a_look_at_an_update_costs_a_few_pages_among_many(engine: Engine, mode: str) -> None:
+def test_reading_an_update_costs_a_few_pages_among_many(engine: Engine, mode: str) -> None:
     (fence,) = races.claimed_fences(engine)
     update_id = send(engine, fence.workflow_id)
     filling = (

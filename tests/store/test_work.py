@@ -67,7 +67,7 @@ def test_a_paused_queue_holds_nothing_to_claim(engine: Engine) -> None:
         assert not seen(session).claimable
 
 
-def test_timers_are_due_or_tell_when_the_next_one_is(engine: Engine) -> None:
+def test_poll_returns_due_timers_or_the_time_of_the_next(engine: Engine) -> None:
     first, second, third = races.claimed_fences(engine, 3)
     with Session(engine) as session:
         races.end(session, [Suspend(first, 50), Suspend(second, 500)])
@@ -100,7 +100,7 @@ def test_a_dead_worker_counts_once_it_has_left_something(engine: Engine) -> None
 @pytest.mark.parametrize("dead_workers", [0, 3])
 @pytest.mark.parametrize("is_vacuumed", [False, True])
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
-def test_a_look_costs_a_few_pages_among_many_rows(
+def test_a_poll_costs_a_few_pages_among_many_rows(
     engine: Engine, mode: str, is_vacuumed: bool, dead_workers: int
 ) -> None:
     with Session(engine) as session:
@@ -125,7 +125,7 @@ def test_a_look_costs_a_few_pages_among_many_rows(
     assert plan.buffers() < 60, plan
 
 
-def test_the_next_look_begins_two_seconds_before_what_is_left(engine: Engine) -> None:
+def test_the_next_poll_begins_two_seconds_before_what_is_left(engine: Engine) -> None:
     """What is committed within that time after its statement is seen, and nothing that is due is passed over."""
     with Session(engine) as session:
         for seconds in (-3_600, -60, 30):

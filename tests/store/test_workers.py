@@ -123,7 +123,7 @@ def test_an_expired_lease_is_reclaimed_once_by_two_racing_workers(engine: Engine
 
 
 def test_a_workflow_that_was_reclaimed_and_claimed_meanwhile_is_not_reclaimed_again(engine: Engine) -> None:
-    """The new owner is not in the snapshot of a reclaim that began before: its token tells.
+    """The new owner is not in the snapshot of a reclaim that began before: its token shows it.
 
     A trigger holds the slow reclaim at its first row, so that it comes to the second one after the other worker.
     """
@@ -160,13 +160,13 @@ def test_a_workflow_that_was_reclaimed_and_claimed_meanwhile_is_not_reclaimed_ag
 
 
 def test_reclaim_waits_for_no_lock(engine: Engine) -> None:
-    held, free = races.claimed_fences(engine, 2)
+    locked, free = races.claimed_fences(engine, 2)
     races.expire_leases(engine)
     with races.transaction(engine) as caller, Session(engine) as session:
-        races.lock(caller.session, held.workflow_id)
+        races.lock(caller.session, locked.workflow_id)
         assert reclaimed(session) == [free.workflow_id]
         caller.session.rollback()
-        assert reclaimed(session) == [held.workflow_id]
+        assert reclaimed(session) == [locked.workflow_id]
 
 
 def test_reclaim_one_waits_for_the_row_and_sees_what_became_of_it(engine: Engine) -> None:

@@ -60,6 +60,6 @@ def catalogue(connection: Connection, schema: str) -> Catalogue:
 
 
 def schemas(connection: Connection) -> set[str]:
-    """Give the names of all schemas but those of the system."""
+    """Return the names of all schemas but those of the system."""
     query = "SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'"
     return set(connection.scalars(text(query)))

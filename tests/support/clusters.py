@@ -55,7 +55,7 @@ class Cluster:
         self._binaries = binaries or _programs.find(self._data, user=self._user, copies=root / "programs")
 
     def url(self, database: str = "postgres") -> URL:
-        """Give the URL of a database, with psycopg."""
+        """Return the URL of a database, with psycopg."""
         return URL.create("postgresql+psycopg", "postgres", _PASSWORD, host=_HOST, port=self.port, database=database)
 
     @property
@@ -162,7 +162,7 @@ class Clusters:
         return made
 
     def standby_of(self, primary: Cluster) -> Cluster:
-        """Make a standby that follows a primary, asynchronously until the primary is told otherwise."""
+        """Make a standby that follows a primary, asynchronously until the primary is set otherwise."""
         made = self._new("standby")
         made.follow(primary)
         return made
@@ -180,10 +180,10 @@ class Clusters:
 
 @contextmanager
 def clusters(binaries: Path | None = None, *, pristine: Cluster | None = None) -> Generator[Clusters]:
-    """Give the maker of a test's clusters; the directory is one that the server's user, who is not root, may enter.
+    """Yield the maker of a test's clusters; the directory is one that the server's user, who is not root, may enter.
 
     Args:
-        pristine: a cluster that is stopped, whose copies they are; None means that each is made anew.
+        pristine: a cluster that is stopped, whose copies they are; None means that each is made from scratch.
     """
     root = Path(tempfile.mkdtemp(prefix="sqla-durable-cluster-")).resolve()
     user = _programs.server_user(root / "nothing")
@@ -199,7 +199,7 @@ def clusters(binaries: Path | None = None, *, pristine: Cluster | None = None) -
 
 
 def free_port() -> int:
-    """Give a port on which nobody listens, below those that the kernel gives to clients.
+    """Return a port on which nobody listens, below those that the kernel assigns to clients.
 
     A server that is down must find its port free when it comes back.
     """

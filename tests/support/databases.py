@@ -56,7 +56,7 @@ class Databases:
 
     @contextmanager
     def empty(self) -> Generator[str]:
-        """Make an empty database for a while; gives its URL."""
+        """Yield the URL of an empty database, which is dropped afterwards."""
         janitor = DatabaseJanitor(
             user=self._server.username or "postgres",
             password=self._server.password,
@@ -69,7 +69,7 @@ class Databases:
 
     @contextmanager
     def migrated(self, schema: str, *, used: bool = True) -> Generator[str]:
-        """Give a database for a while that has our tables in that schema and the domain's in public.
+        """Yield the URL of a database that has our tables in that schema and the domain's in public.
 
         Args:
             used: whether other tests may have used it; those that measure want one of which that is not so.
@@ -133,7 +133,7 @@ class Databases:
         self._drop(name)
 
     def _renamed(self, name: str) -> str | None:
-        """Give a database another name; None if somebody is connected, such as a hint that is still being sent."""
+        """Rename a database and return its new name, or None if somebody is connected, such as a sender of hints."""
         new = self._new_name()
         try:
             self._execute("ALTER DATABASE {} RENAME TO {}", name, new)
@@ -142,7 +142,7 @@ class Databases:
         return new
 
     def _is_left(self, name: str) -> bool:
-        """Tell whether nobody is connected; a backend ends a moment after its client."""
+        """Return whether nobody is connected; a backend ends a moment after its client."""
         connected = "SELECT FROM pg_stat_activity WHERE datname = %s AND backend_type = 'client backend'"
         for _ in range(20):
             if self._admin().execute(connected, [name]).fetchone() is None:
@@ -157,7 +157,7 @@ class Databases:
         self._admin().execute(sql.SQL(command).format(*map(sql.Identifier, names)))
 
     def _admin(self) -> psycopg.Connection[Any]:
-        """Give the connection that makes databases."""
+        """Return the connection that makes databases."""
         if self._connection is None or self._connection.closed:
             self._connection = self._connected("postgres")
         return self._connection
@@ -180,7 +180,7 @@ def migrate(connection: Connection, schema: str) -> None:
 
 
 def translated(engine: Engine, schema: str) -> Engine:
-    """Give the engine with our tables under another schema's name."""
+    """Return the engine with our tables under another schema's name."""
     if schema == models.SCHEMA:
         return engine
     return engine.execution_options(schema_translate_map={models.SCHEMA: schema})

@@ -11,7 +11,7 @@ def at_statement(engine: Engine, state: str, *, times: int, table: str = "entry"
     Args:
         engine: where the table is.
         state: the SQLSTATE.
-        times: how often; counted by a sequence, which no rollback takes back.
+        times: how often; counted by a sequence, which no rollback undoes.
         table: the table.
         when: a condition on `NEW`.
     """

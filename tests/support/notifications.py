@@ -22,7 +22,7 @@ class Ear:
         self._connection = connection
 
     def hears(self, count: int = 1) -> list[str]:
-        """Give the next payloads, as many as asked for, or fewer when no more come for long."""
+        """Return the next payloads, as many as asked for, or fewer when no more come for long."""
         notifications = self._connection.notifies(timeout=PATIENCE, stop_after=count)
         return [each.payload for each in notifications]
 
@@ -37,6 +37,6 @@ def ear(url: str, *, schema: str = "durable") -> Generator[Ear]:
 
 
 def direct(database_url: str, server_url: str) -> str:
-    """Give the URL of a test's database past PgBouncer, if one is in between."""
+    """Return the URL of a test's database past PgBouncer, if one is in between."""
     database = make_url(database_url).database
     return make_url(server_url).set(database=database).render_as_string(hide_password=False)

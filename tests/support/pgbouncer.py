@@ -64,7 +64,7 @@ class Bouncer:
         return self.url("postgres").render_as_string(hide_password=False)
 
     def url(self, database: str) -> URL:
-        """Give the URL of a database through it."""
+        """Return the URL of a database through it."""
         return at_socket(self.server.set(database=database), self.directory, self.port)
 
 

@@ -23,7 +23,7 @@ _PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 
 
 def recipe(test: str, number: int = 0) -> str:
-    """Give the SQL that the page shows under the name of a test file: the first of its blocks, or a later one."""
+    """Return the SQL that the page shows under the name of a test file: the first of its blocks, or a later one."""
     blocks = re.findall(rf"<!-- tested in {re.escape(test)} -->\n```sql\n(.*?)```", _PAGE.read_text(), re.S)
     return str(blocks[number])
 

@@ -33,7 +33,7 @@ def book(session: Session, cents: int) -> int:
 
 
 @durable.step
-def tell(cents: int) -> int:
+def notify(cents: int) -> int:
     return cents
 
 
@@ -50,14 +50,14 @@ asynchronous = Durable()
 
 
 @asynchronous.step
-async def atell(cents: int) -> int:
+async def anotify(cents: int) -> int:
     return cents
 
 
 @asynchronous.workflow
-async def telling(cents: int, steps: int = 1) -> int:
+async def notifying(cents: int, steps: int = 1) -> int:
     for _ in range(steps):
-        await atell(cents)
+        await anotify(cents)
     return cents
 
 
@@ -174,12 +174,12 @@ async def test_worker_carries_out_many_workflows_in_few_commits(
 ) -> None:
     count = 400
     async with async_session_factory.begin() as session:
-        ids = await aio.start_many(session, (telling.bind(number, steps) for number in range(count)))
+        ids = await aio.start_many(session, (notifying.bind(number, steps) for number in range(count)))
     with counting(async_engine.sync_engine) as counts:
         worker = Worker(asynchronous, async_sessionmaker=async_session_factory, concurrency=100, poll_interval=POLL)
         async with worker:
             for each in ids:
-                await telling.handle(async_session_factory, each).result(timeout=PATIENCE)
+                await notifying.handle(async_session_factory, each).result(timeout=PATIENCE)
     claims = [each for each in counts.statements if "claimable AS" in each]
     writes = [each for each in counts.statements if "ending(" in each]
     # 400 workflows by 100 slots: alone, each would take three commits, 1,200 of them.
@@ -194,7 +194,7 @@ async def test_a_worker_costs_the_server_a_tenth_of_a_statement_for_each_workflo
     """Each statement is a transaction of its own, so that it is a tenth of a commit, too."""
     count = 2_000
     async with async_session_factory.begin() as session:
-        await aio.start_many(session, (telling.bind(number) for number in range(count)))
+        await aio.start_many(session, (notifying.bind(number) for number in range(count)))
     with counting(async_engine.sync_engine) as counts:
         async with Worker(asynchronous, async_sessionmaker=async_session_factory, concurrency=100):
             await asyncio.to_thread(races.wait_until, lambda: _unfinished(engine) == 0, seconds=60)
@@ -211,9 +211,9 @@ async def test_last_checkpoint_and_completion_share_one_commit(
     async_engine: AsyncEngine, async_session_factory: AsyncSessions
 ) -> None:
     async with async_session_factory.begin() as session:
-        workflow_id = (await telling.start(session, 1, 3)).id
+        workflow_id = (await notifying.start(session, 1, 3)).id
     async with Worker(asynchronous, async_sessionmaker=async_session_factory, poll_interval=POLL):
-        await telling.handle(async_session_factory, workflow_id).result(timeout=PATIENCE)
+        await notifying.handle(async_session_factory, workflow_id).result(timeout=PATIENCE)
     async with async_session_factory() as session:
         step_xids = (await session.scalars(text("SELECT xmin::text FROM durable.step ORDER BY position"))).all()
         finish = (await session.scalars(text("SELECT xmin::text FROM durable.workflow"))).one()
@@ -221,26 +221,26 @@ async def test_last_checkpoint_and_completion_share_one_commit(
     assert len(set(step_xids)) == 3
 
 
-def test_idle_worker_costs_one_look_a_poll(engine: Engine, session_factory: Sessions) -> None:
+def test_idle_worker_costs_one_statement_a_poll(engine: Engine, session_factory: Sessions) -> None:
     """Whatever the number of its queues."""
     polled = threading.Semaphore(0)
 
-    def looked(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+    def count_poll(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
         if "next_due_in" in statement:
             polled.release()
 
     queues = [f"queue {number}" for number in range(100)]
     worker = Worker(durable, sessionmaker=session_factory, poll_interval=POLL, queues=queues)
-    event.listen(engine, "after_cursor_execute", looked)
+    event.listen(engine, "after_cursor_execute", count_poll)
     with counting(engine) as counts, worker:
         for _ in range(30):
             assert polled.acquire(timeout=30)
-    event.remove(engine, "after_cursor_execute", looked)
-    looks = [each for each in counts.statements if "next_due_in" in each]
+    event.remove(engine, "after_cursor_execute", count_poll)
+    polls = [each for each in counts.statements if "next_due_in" in each]
     claims = [each for each in counts.statements if "claimable AS" in each]
     # The first claim and the three after it; the rest is the start, the end, and what is done once in a long while.
     assert 1 <= len(claims) <= 4
-    assert len(counts.statements) <= len(looks) + len(claims) + 16
+    assert len(counts.statements) <= len(polls) + len(claims) + 16
 
 
 def test_a_transactional_step_in_a_worker_is_two_statements_and_the_group_commit_ends_its_workflow(

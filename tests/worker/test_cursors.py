@@ -47,7 +47,7 @@ def test_at_first_everything_is_read() -> None:
     assert cursors.ranges() == {"default": [Range(FRONT)]}
 
 
-def test_after_a_look_that_found_nothing_other_priorities_are_read_and_this_one_from_there_on() -> None:
+def test_after_a_poll_that_found_nothing_other_priorities_are_read_and_this_one_from_there_on() -> None:
     cursors = Cursors(["default"], poll_interval=1.0)
     looked(cursors, seen())
     assert cursors.scan_starts.wake_at == "then"
@@ -56,7 +56,7 @@ def test_after_a_look_that_found_nothing_other_priorities_are_read_and_this_one_
     assert cursors.ranges()["default"] == [Range(FRONT, until=0), Range(place(0), until=5), Range(place(5))]
 
 
-def test_a_look_that_did_not_ask_or_found_something_moves_no_claim() -> None:
+def test_a_poll_that_did_not_ask_or_found_something_moves_no_claim() -> None:
     cursors = Cursors(["default"], poll_interval=1.0)
     looked(cursors, seen(), asked=False)
     looked(cursors, seen(claimable=True))
@@ -93,7 +93,7 @@ def test_a_queue_that_is_resumed_is_read_from_its_front() -> None:
     assert cursors.ranges() == {"default": [Range(FRONT)]}
 
 
-def test_a_look_that_began_before_a_restart_is_not_noted() -> None:
+def test_a_poll_that_began_before_a_restart_is_not_noted() -> None:
     cursors = Cursors(["default"], poll_interval=1.0)
     before = cursors.restarts
     cursors.restart()

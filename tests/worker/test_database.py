@@ -83,7 +83,7 @@ async def test_a_call_that_is_cancelled_is_waited_for_and_not_for_ever(database:
 
 
 @pytest.mark.parametrize("kind", ["keeping thread", "keeping psycopg", "keeping asyncpg"])
-async def test_a_held_connection_is_the_same_for_every_transaction(kind: str, database_url: str) -> None:
+async def test_a_reserved_connection_is_the_same_for_every_transaction(kind: str, database_url: str) -> None:
     database, engine = _database(kind, database_url, poolclass=NullPool)
     assert len({await database.execute(_backend) for _ in range(3)}) == 1
     await database.close()

@@ -41,7 +41,7 @@ def book(session: Session, cents: int) -> int:
 
 
 @durable.step
-async def tell(cents: int) -> int:
+async def notify(cents: int) -> int:
     return cents
 
 
@@ -52,7 +52,7 @@ def child(cents: int) -> int:
 
 @durable.workflow
 async def async_child(cents: int) -> int:
-    return await tell(cents)
+    return await notify(cents)
 
 
 @durable.workflow
@@ -65,7 +65,7 @@ def sync_one(cents: int = 1) -> int:
 async def async_one(cents: int = 1) -> int:
     await aio.sleep(timedelta(seconds=1.1))  # long enough for a row
     said = await aio.wait_signal("go", int)
-    return await tell(cents) + said + await (await aio.start_child(async_child, cents)).result()
+    return await notify(cents) + said + await (await aio.start_child(async_child, cents)).result()
 
 
 @durable.workflow
@@ -96,7 +96,7 @@ TEXTS = (
 )
 KEYS = (
     "book",
-    "tell",
+    "notify",
     "sleep",
     "wait_signal",
     "start:child",
@@ -311,7 +311,7 @@ class Fuzzer:
 
 
 def rounds() -> Iterator[int]:
-    """Give the seeds."""
+    """Yield the seeds."""
     until = time.monotonic() + SECONDS
     seed = SEED
     yield seed

@@ -65,7 +65,7 @@ def heartbeat_of(database: ThreadDatabase, engine: Engine, threads: ThreadPoolEx
     return Heartbeat(database, attempts, isolation, wakeups.heartbeat, settings)
 
 
-async def test_what_a_claim_takes_is_not_handed_back_before_its_answer_and_is_after_it_was_lost(
+async def test_what_a_claim_takes_is_not_released_before_its_answer_but_after_it_was_lost(
     engine: Engine, threads: ThreadPoolExecutor
 ) -> None:
     database = ThreadDatabase(engine, limit=races.PATIENCE)

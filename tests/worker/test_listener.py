@@ -93,7 +93,7 @@ def end_listeners(callers: Engine) -> None:
 
 
 @pytest.mark.parametrize("durable_schema", ["durable", "tenant_7"], indirect=True)
-async def test_listener_says_look_and_then_hands_hints_on(
+async def test_listener_asks_for_a_poll_and_then_passes_hints_on(
     kind: str, direct_url: str, callers: Engine, durable_schema: str
 ) -> None:
     async with engine_of(kind, direct_url) as engine, listening(translated(engine, durable_schema)) as heard:

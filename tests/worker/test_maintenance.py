@@ -96,7 +96,7 @@ def test_a_timer_is_awaited_and_not_polled_for(session_factory: Sessions) -> Non
 
 
 @pytest.mark.usefixtures("one_claim")
-def test_a_timer_that_comes_before_the_next_one_known_is_told_by_a_hint(
+def test_a_hint_announces_a_timer_that_comes_before_the_next_one_known(
     engine: Engine, session_factory: Sessions
 ) -> None:
     started(session_factory, delay=NEVER)
@@ -174,7 +174,7 @@ def test_without_listening_a_poll_finds_it(session_factory: Sessions) -> None:
 
 
 @pytest.mark.usefixtures("one_claim")
-def test_what_a_stopping_worker_hands_back_is_taken_by_another_without_a_poll(
+def test_what_a_stopping_worker_releases_is_claimed_by_another_without_a_poll(
     engine: Engine, session_factory: Sessions
 ) -> None:
     entered, gate = threading.Event(), threading.Event()
@@ -225,7 +225,7 @@ def test_a_worker_that_leaves_gives_its_hint_in_a_transaction_of_its_own(
     assert before[-1] == last == "COMMIT"
 
 
-def test_a_lease_that_somebody_has_deleted_is_begun_anew_at_the_next_look(
+def test_a_lease_that_somebody_has_deleted_is_inserted_again_at_the_next_poll(
     session_factory: Sessions, engine: Engine
 ) -> None:
     with worker(session_factory, poll_interval=POLL) as deleted:
@@ -283,7 +283,7 @@ def test_what_commits_late_or_has_a_higher_priority_is_claimed_before_the_backlo
 @pytest.mark.parametrize(
     ("threshold", "listen", "listens"), [(5, None, True), (None, None, False), (None, True, True), (5, False, False)]
 )
-def test_a_worker_listens_unless_a_pooler_is_in_between_or_it_is_told(
+def test_a_worker_listens_unless_a_pooler_is_in_between_or_a_setting_says_otherwise(
     database_url: str, engine: Engine, threshold: int | None, listen: bool | None, listens: bool
 ) -> None:
     own = create_engine(database_url, connect_args={"prepare_threshold": threshold, "application_name": "own"})
@@ -303,7 +303,7 @@ def translated(own: Engine, like: Engine) -> Engine:
     return own.execution_options(**like.get_execution_options())
 
 
-def test_a_worker_whose_claims_follow_each_other_does_not_look_into_the_queues(
+def test_a_worker_whose_claims_follow_each_other_does_not_poll_the_queues(
     session_factory: Sessions, engine: Engine
 ) -> None:
     """Its claims begin at the front once a second; a look would pass over the same dead entries once more."""

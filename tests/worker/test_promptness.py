@@ -39,17 +39,17 @@ class Application:
 
         @self.durable.step
         async def for_ever(name: str) -> None:
-            self.tell(f"{name} entered")
+            self.set(f"{name} entered")
             try:
                 await asyncio.Event().wait()
             finally:
-                self.tell(f"{name} cleans")
-                await self.hears("clean")
-                self.tell(f"{name} cleaned")
+                self.set(f"{name} cleans")
+                await self.wait_for("clean")
+                self.set(f"{name} cleaned")
 
         @self.durable.step
         async def undo_first() -> None:
-            self.tell("undone")
+            self.set("undone")
 
         @self.durable.workflow
         async def wait(name: str) -> None:
@@ -63,15 +63,15 @@ class Application:
                 await for_ever(name)
 
         @self.durable.workflow
-        async def tell(name: str) -> None:
-            self.tell(name)
+        async def run(name: str) -> None:
+            self.set(name)
 
-        self.wait, self.wait_in_saga, self.told = wait, wait_in_saga, tell
+        self.wait, self.wait_in_saga, self.run = wait, wait_in_saga, run
 
-    def tell(self, what: str) -> None:
+    def set(self, what: str) -> None:
         self.events[what].set()
 
-    async def hears(self, what: str) -> None:
+    async def wait_for(self, what: str) -> None:
         await asyncio.wait_for(self.events[what].wait(), PATIENCE)
 
 
@@ -87,7 +87,7 @@ def callers(direct_url: str, durable_schema: str) -> Generator[Callers]:
 async def working(
     app: Application, direct_url: str, driver: str = "psycopg", schema: str = "durable", **options: Any
 ) -> AsyncGenerator[list[str]]:
-    """Let a worker work, and give the statements that it executes."""
+    """Let a worker work; yield the statements that it executes."""
     outer = create_async_engine(make_url(direct_url).set(drivername=f"postgresql+{driver}"), poolclass=NullPool)
     engine = translated(outer.sync_engine, schema)
     executed: list[str] = []
@@ -144,13 +144,13 @@ async def test_a_cancelled_async_step_ends_at_once_and_cleans_up_undisturbed(
         ids: list[UUID] = []
         for name in ("a", "b"):  # when b is cancelled, a is still in its finally
             ids.append(await begin(callers, app.wait.start, name))
-            await app.hears(f"{name} entered")
+            await app.wait_for(f"{name} entered")
             assert await do(callers, manage.cancel, ids[-1]) == 1
-            await app.hears(f"{name} cleans")
+            await app.wait_for(f"{name} cleans")
             assert await do(callers, manage.cancel, ids[-1]) == 0
-        app.tell("clean")
-        await app.hears("a cleaned")
-        await app.hears("b cleaned")
+        app.set("clean")
+        await app.wait_for("a cleaned")
+        await app.wait_for("b cleaned")
     assert [standing(callers, each) for each in ids] == [(WorkflowStatus.CANCELLED, ["first"])] * 2
 
 
@@ -160,25 +160,25 @@ async def test_a_step_that_swallows_its_cancellation_commits_nothing(direct_url:
     @app.durable.step
     async def stubborn(session: AsyncSession) -> None:
         session.add(Entry(account="stubborn", cents=1))
-        app.tell("entered")
+        app.set("entered")
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
-            app.tell("swallowed")
+            app.set("swallowed")
 
     @app.durable.workflow
     async def swallow(name: str) -> None:
         try:
             await stubborn()
         finally:
-            app.tell(name)
+            app.set(name)
 
     async with working(app, direct_url):
         workflow_id = await begin(callers, swallow.start, "ended")
-        await app.hears("entered")
+        await app.wait_for("entered")
         await do(callers, manage.cancel, workflow_id)
-        await app.hears("swallowed")
-        await app.hears("ended")
+        await app.wait_for("swallowed")
+        await app.wait_for("ended")
     assert standing(callers, workflow_id) == (WorkflowStatus.CANCELLED, [])
     with callers() as session:
         assert session.scalars(select(func.count()).select_from(Entry)).one() == 0
@@ -188,47 +188,47 @@ async def test_a_rewind_a_deadline_and_a_cancel_that_is_to_undo_something_come_a
     direct_url: str, callers: Callers
 ) -> None:
     app = Application()
-    app.tell("clean")
+    app.set("clean")
     deadlines: dict[str, Any] = {"poll_interval": timedelta(seconds=0.2)}  # they are found by polling
     async with (
         working(app, direct_url, **deadlines),
         working(app, direct_url, queues=["elsewhere"], **deadlines),
     ):
         rewound = await begin(callers, app.wait.start, "rewound")
-        await app.hears("rewound entered")
+        await app.wait_for("rewound entered")
         app.events["rewound entered"].clear()
         assert await do(callers, manage.rewind, rewound, to_step="first") == 1
-        await app.hears("rewound cleaned")
-        await app.hears("rewound entered")
+        await app.wait_for("rewound cleaned")
+        await app.wait_for("rewound entered")
         undone = await begin(callers, app.wait_in_saga.start, "undone")
-        await app.hears("undone entered")
+        await app.wait_for("undone entered")
         await do(callers, manage.cancel, undone)
-        await app.hears("undone cleaned")
-        await app.hears("undone")
+        await app.wait_for("undone cleaned")
+        await app.wait_for("undone")
         await begin(callers, app.wait.options(deadline=timedelta(seconds=1)).start, "late")
-        await app.hears("late entered")
-        await app.hears("late cleaned")
+        await app.wait_for("late entered")
+        await app.wait_for("late cleaned")
 
 
 async def test_a_cancel_costs_its_worker_two_statements_and_every_other_none(direct_url: str, callers: Callers) -> None:
     app = Application()
-    app.tell("clean")
+    app.set("clean")
     async with (
         working(app, direct_url, concurrency=1) as owner,
         working(app, direct_url, queues=["elsewhere"]) as bystander,
     ):
         workflow_id = await begin(callers, app.wait.start, "a")
-        await app.hears("a entered")
+        await app.wait_for("a entered")
         for executed in (owner, bystander):
             await begun(executed)
             executed.clear()
         await do(callers, manage.cancel, workflow_id)
-        await app.hears("a cleaned")
+        await app.wait_for("a cleaned")
         # What is hinted at after that is executed when the hint before it was heard, and the slot is free.
-        await begin(callers, app.told.start, "slot")
-        await begin(callers, app.told.options(queue="elsewhere").start, "heard")
-        await app.hears("slot")
-        await app.hears("heard")
+        await begin(callers, app.run.start, "slot")
+        await begin(callers, app.run.options(queue="elsewhere").start, "heard")
+        await app.wait_for("slot")
+        await app.wait_for("heard")
         claims = ("claimable AS", "ending(", "next_due_in", "LISTEN")
         looked, finished = (each for each in owner if not any(claim in each for claim in claims))
         assert looked.startswith("SELECT durable.workflow.id, durable.workflow.token")

@@ -86,24 +86,22 @@ def test_long_step_is_seen_with_the_heartbeat_until_it_ends(
         session.commit()
         before = session.execute(select(func.statement_timestamp())).scalar_one()
 
-        def look() -> list[RunningStep]:
+        def read() -> list[RunningStep]:
             session.rollback()
             return running_steps(session, workflow_id)
 
-        (step,) = races.wait_until(look, what="the heartbeat")
+        (step,) = races.wait_until(read, what="the heartbeat")
         prefix = "async" if workflow is async_workflow else "sync"
         assert step.step == f"{prefix}_{'transactional' if transactional else 'plain'}"
         assert (step.try_number, step.worker) == (1, "ada")
         assert before - timedelta(seconds=2) < step.since < step.seen_at - LEASE / 3
         assert step.seen_at < step.lease_expires_at
         over.set()
-        races.wait_until(lambda: not look(), what="the end of the step")
+        races.wait_until(lambda: not read(), what="the end of the step")
         races.wait_until(lambda: doing(engine) is None, what="a heartbeat without it")
 
 
-def test_lease_is_extended_although_the_database_refuses_what_is_told_of_the_steps(
-    engine: Engine, worker: None
-) -> None:
+def test_lease_is_extended_although_the_database_refuses_the_report_on_the_steps(engine: Engine, worker: None) -> None:
     with Session(engine) as session:  # as one that is not in UTF-8 refuses the key of a step
         session.execute(text("ALTER TABLE durable.worker ADD CONSTRAINT silent CHECK (doing IS NULL)"))
         workflow_id = sync_workflow.start(session, False).id
@@ -111,11 +109,11 @@ def test_lease_is_extended_although_the_database_refuses_what_is_told_of_the_ste
         long = models.Worker.heartbeat_at > Workflow.started_at + LEASE
         beaten = select(Workflow.id).join(models.Worker, models.Worker.id == Workflow.worker_id).where(long)
 
-        def look() -> object:
+        def read() -> object:
             session.rollback()
             return session.scalars(beaten).all()
 
-        races.wait_until(look, what="a heartbeat of a long step")
+        races.wait_until(read, what="a heartbeat of a long step")
     over.set()
     assert sync_workflow.handle(sessionmaker(engine), workflow_id).result(timeout=PATIENCE) is None
 
@@ -156,14 +154,14 @@ def test_executor_says_nothing_of_its_steps(engine: Engine) -> None:
     inner = Durable()
 
     @inner.step
-    def look() -> None:
+    def read() -> None:
         with Session(engine) as session:
             found.append(running_steps(session, session.scalars(select(Workflow.id)).one()))
 
     @inner.workflow
-    def looking() -> None:
-        look()
+    def reading() -> None:
+        read()
 
     with Session(engine) as session:
-        Executor(session).run(looking)
+        Executor(session).run(reading)
     assert found == [[]]

@@ -26,7 +26,7 @@ NO_GRACE = timedelta()
 
 
 class Pipeline:
-    """Sync workflows of three steps, of which the second can be held."""
+    """Sync workflows of three steps, of which the second can be blocks."""
 
     def __init__(self) -> None:
         self.durable = durable = Durable()
@@ -60,7 +60,7 @@ class Pipeline:
         self.workflow = pipeline
 
 
-def test_step_in_execution_is_finished_within_the_grace_and_the_rest_is_handed_back(
+def test_step_in_execution_is_finished_within_the_grace_and_the_rest_is_released(
     session_factory: Sessions,
 ) -> None:
     pipeline = Pipeline()
@@ -72,7 +72,7 @@ def test_step_in_execution_is_finished_within_the_grace_and_the_rest_is_handed_b
         pipeline.go_on.set()
     assert pipeline.calls == ["first", "second"]
     assert worker.left_behind == 0
-    _assert_handed_back(session_factory, workflow_id, ["first", "second"])
+    _assert_released(session_factory, workflow_id, ["first", "second"])
     with Worker(pipeline.durable, sessionmaker=session_factory, poll_interval=POLL):
         assert pipeline.workflow.handle(session_factory, workflow_id).result(timeout=PATIENCE) == [1, 2, 3]
     assert pipeline.calls == ["first", "second", "third"]
@@ -82,14 +82,14 @@ def test_step_in_execution_is_finished_within_the_grace_and_the_rest_is_handed_b
         assert session.scalars(select(models.Worker)).all() == []
 
 
-def test_step_that_outlasts_the_grace_is_handed_back_and_commits_nothing_more(session_factory: Sessions) -> None:
+def test_step_that_outlasts_the_grace_is_released_and_commits_nothing_more(session_factory: Sessions) -> None:
     pipeline = Pipeline()
     workflow_id = _start(session_factory, pipeline)
     worker = Worker(pipeline.durable, sessionmaker=session_factory, poll_interval=POLL, grace=NO_GRACE)
     with worker:
         assert pipeline.in_second.wait(60)
     assert worker.left_behind == 1
-    _assert_handed_back(session_factory, workflow_id, ["first"])
+    _assert_released(session_factory, workflow_id, ["first"])
     other = Pipeline()
     other.go_on.set()
     with Worker(other.durable, sessionmaker=session_factory, poll_interval=POLL):
@@ -104,13 +104,13 @@ def test_step_that_outlasts_the_grace_is_handed_back_and_commits_nothing_more(se
         assert session.scalars(select(Entry.account).order_by(Entry.id)).all() == ["first", "third"]
 
 
-async def test_async_step_that_outlasts_the_grace_is_cancelled_and_handed_back(
+async def test_async_step_that_outlasts_the_grace_is_cancelled_and_released(
     async_session_factory: AsyncSessions, session_factory: Sessions
 ) -> None:
     durable = Durable()
     in_second = asyncio.Event()
     calls: list[str] = []
-    held = True
+    blocks = True
 
     @durable.step
     async def first(session: AsyncSession) -> int:
@@ -123,7 +123,7 @@ async def test_async_step_that_outlasts_the_grace_is_cancelled_and_handed_back(
         calls.append("second")
         session.add(Entry(account="second", cents=2, note=None))
         await session.flush()
-        if held:
+        if blocks:
             in_second.set()
             await asyncio.Event().wait()
         return 2
@@ -136,17 +136,17 @@ async def test_async_step_that_outlasts_the_grace_is_cancelled_and_handed_back(
         workflow_id = (await pipeline.start(session)).id
     async with Worker(durable, async_sessionmaker=async_session_factory, poll_interval=POLL, grace=NO_GRACE):
         await asyncio.wait_for(in_second.wait(), 60)
-    _assert_handed_back(session_factory, workflow_id, ["first"])
+    _assert_released(session_factory, workflow_id, ["first"])
     with session_factory() as reader:
         assert reader.scalars(select(Entry.account)).all() == ["first"]
-    held = False
+    blocks = False
     async with Worker(durable, async_sessionmaker=async_session_factory, poll_interval=POLL):
         handle = pipeline.handle(async_session_factory, workflow_id)
         assert await handle.result(timeout=PATIENCE) == [1, 2]
     assert calls == ["first", "second", "second"]
 
 
-async def test_finished_but_unrecorded_plain_step_is_recorded_before_the_workflow_is_handed_back(
+async def test_finished_but_unrecorded_plain_step_is_recorded_before_the_workflow_is_released(
     async_session_factory: AsyncSessions, session_factory: Sessions
 ) -> None:
     durable = Durable()
@@ -169,10 +169,10 @@ async def test_finished_but_unrecorded_plain_step_is_recorded_before_the_workflo
     async with async_session_factory.begin() as session:
         workflow_id = (await pipeline.start(session)).id
     await worker.serve()
-    _assert_handed_back(session_factory, workflow_id, ["first"])
+    _assert_released(session_factory, workflow_id, ["first"])
 
 
-async def test_claim_that_is_on_its_way_when_the_worker_stops_is_handed_back(
+async def test_claim_that_is_on_its_way_when_the_worker_stops_is_released(
     async_engine: AsyncEngine, async_session_factory: AsyncSessions, session_factory: Sessions
 ) -> None:
     durable = Durable()
@@ -186,10 +186,10 @@ async def test_claim_that_is_on_its_way_when_the_worker_stops_is_handed_back(
         workflow_id = (await never.start(session)).id
     _at_first_claim(async_engine.sync_engine, worker.stop)
     await worker.serve()
-    _assert_handed_back(session_factory, workflow_id, [])
+    _assert_released(session_factory, workflow_id, [])
 
 
-def test_claim_that_is_on_its_way_in_a_thread_is_handed_back(engine: Engine, session_factory: Sessions) -> None:
+def test_claim_that_is_on_its_way_in_a_thread_is_released(engine: Engine, session_factory: Sessions) -> None:
     durable = Durable()
 
     @durable.workflow
@@ -280,7 +280,7 @@ def _start(maker: Sessions, pipeline: Pipeline) -> UUID:
         return pipeline.workflow.start(session).id
 
 
-def _assert_handed_back(maker: Sessions, workflow_id: UUID, steps: list[str]) -> None:
+def _assert_released(maker: Sessions, workflow_id: UUID, steps: list[str]) -> None:
     with maker() as session:
         record = session.get_one(Workflow, workflow_id)
         assert record.status is WorkflowStatus.PENDING

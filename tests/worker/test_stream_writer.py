@@ -64,16 +64,16 @@ async def test_steps_of_one_workflow_take_turns(engine: Engine) -> None:
     assert written(engine, fence) == [0, 1, 2, 3, 4]
 
 
-async def test_only_the_step_whose_workflows_row_is_held_waits(engine: Engine) -> None:
-    held, free = races.claimed_fences(engine, 2)
+async def test_only_the_step_whose_workflows_row_is_locked_waits(engine: Engine) -> None:
+    locked, free = races.claimed_fences(engine, 2)
     async with running(engine) as writer:
         with races.transaction(engine) as caller:
-            races.lock(caller.session, held.workflow_id)
-            waiting = asyncio.create_task(writer.append(item(held)))
+            races.lock(caller.session, locked.workflow_id)
+            waiting = asyncio.create_task(writer.append(item(locked)))
             assert await writer.append(item(free)) is Appended.WRITTEN
             assert not waiting.done()
         assert await waiting is Appended.WRITTEN
-    assert written(engine, held) == [1]
+    assert written(engine, locked) == [1]
 
 
 async def test_who_has_lost_its_workflow_and_who_sends_what_is_no_json_fail_alone(engine: Engine) -> None:

@@ -105,7 +105,7 @@ def takes(counts: Counts) -> list[str]:
     return [each for each in counts.statements if "signal_name" in each and "oldest" in each]
 
 
-async def test_a_moment_in_vain_costs_one_more_statement(
+async def test_a_wait_in_memory_that_ends_without_an_answer_costs_one_more_statement(
     async_engine: AsyncEngine, async_session_factory: AsyncSessions
 ) -> None:
     async def body(program: Program) -> None:
@@ -157,7 +157,7 @@ async def test_a_full_worker_suspends_what_waits_for_others(async_session_factor
     assert program.executions == 2
 
 
-async def test_what_no_hint_tells_of_is_found(async_session_factory: AsyncSessions) -> None:
+async def test_what_has_no_hint_is_found(async_session_factory: AsyncSessions) -> None:
     async def body(program: Program) -> None:
         await aio.wait_signal("go")
 

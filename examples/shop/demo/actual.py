@@ -45,7 +45,7 @@ def progress(session: Session) -> Progress:
 class Recovery:
     """What the deaths of workers have led to."""
 
-    taken_over: int
+    reclaimed: int
     replayed: int
     tried_again: int
 
@@ -58,8 +58,8 @@ def recovery(session: Session) -> Recovery:
             func.count().filter(Step.tries > 1),
         ).join(Step.workflow)
     ).one()
-    taken_over = session.scalar(select(func.count()).select_from(Workflow).where(Workflow.attempt > 1))
-    return Recovery(taken_over or 0, replayed, tried_again)
+    reclaimed = session.scalar(select(func.count()).select_from(Workflow).where(Workflow.attempt > 1))
+    return Recovery(reclaimed or 0, replayed, tried_again)
 
 
 def actual(session: Session, ledger: dict[str, Any]) -> Facts:

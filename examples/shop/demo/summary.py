@@ -72,7 +72,7 @@ def _numbers(run: Run) -> dict[str, int | str]:
         "refunds": facts["refund"].total(),
         "steps recorded": sum(int(count or 0) for _, count in facts["steps"].elements()),
         "workers killed": run.kills,
-        "workflows taken over": run.recovery.taken_over,
+        "workflows reclaimed": run.recovery.reclaimed,
         "steps replayed": run.recovery.replayed,
         "steps tried again": run.recovery.tried_again,
         "payment requests": counts.get("requests", 0),
