@@ -242,8 +242,8 @@ async def test_a_child_s_end_wakes_its_suspended_parent_at_once(direct_url: str,
 
     @app.durable.step
     async def entered(name: str) -> None:
-        app.tell(name)
-        await app.hears("go on")
+        app.set(name)
+        await app.wait_for("go on")
 
     @app.durable.workflow
     async def child() -> None:
@@ -252,13 +252,13 @@ async def test_a_child_s_end_wakes_its_suspended_parent_at_once(direct_url: str,
     @app.durable.workflow
     async def parent(name: str) -> None:
         await (await aio.start_child(child)).result()
-        app.tell(name)
+        app.set(name)
 
     async with working(app, direct_url):
         workflow_id = await begin(callers, parent.start, "parent")
-        await app.hears("child")
+        await app.wait_for("child")
         async with asyncio.timeout(PATIENCE):
             while standing(callers, workflow_id)[0] is not WorkflowStatus.SUSPENDED:
                 await asyncio.sleep(0.01)
-        app.tell("go on")
-        await app.hears("parent")
+        app.set("go on")
+        await app.wait_for("parent")
