@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from typing_extensions import override
 
 from sqla_durable.errors import UsageError
-from sqla_durable.operations.attempt import Attempt
+from sqla_durable.operations.attempt import TIMERS, Attempt
 from sqla_durable.operations.branch import Branch
 from sqla_durable.operations.calls import Position
 from sqla_durable.operations.history import FIRED
@@ -27,6 +27,8 @@ from sqla_durable.operations.outcome import CancelledCall, checkpoint_of
 from sqla_durable.operations.runtime import Recorder
 from sqla_durable.operations.shielding import ended
 from sqla_durable.runtime.context import ACTIVE, workflow_code
+from sqla_durable.store import Checkpoint, Connectable, steps
+from sqla_durable.store.timers import now as database_now
 
 TURNS = 20
 """Turns of the event loop in which no recorded outcome is returned: after that nothing is being replayed."""
@@ -293,6 +295,13 @@ class Timers:
         firing = {"timer": key, "number": len(self._firings), "order": order, "open": calls}
         position = Position(f"{FIRED}:{key}", FIRED, max(1, order))
         self._recorder.note(checkpoint_of(attempt, position, output=json.dumps(firing)))
+
+
+def keep_due(connectable: Connectable, *, checkpoint: Checkpoint, due_in: dict[str, float]) -> None:
+    """Keep in the row of an operation that waits when timers are due, which is in so many seconds, by key."""
+    now = database_now(connectable).timestamp()
+    details = json.dumps({TIMERS: {key: now + seconds for key, seconds in due_in.items()}})
+    steps.keep_details(connectable, checkpoint=checkpoint, details=details)
 
 
 async def carried_through(attempt: Attempt, call: Awaitable[Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
-import json
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
@@ -25,7 +24,7 @@ from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.redaction import brief
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.models.base import StepStatus
-from sqla_durable.operations.attempt import TIMERS, Attempt
+from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.calls import Position, StepCall
 from sqla_durable.operations.outcome import CancelledCall, cancelled_call_in, checkpoint_of, record_cancelled_call
 from sqla_durable.operations.runtime import Operation, Recorder, Runtime, execution_of, run_blocking
@@ -34,8 +33,7 @@ from sqla_durable.operations.step import execute_step
 from sqla_durable.operations.suspending import Suspension, Wait
 from sqla_durable.runtime.asyncio_internals import cancels_met
 from sqla_durable.runtime.context import ACTIVE, Context
-from sqla_durable.runtime.loop_timers import Timers, watching
-from sqla_durable.store import Checkpoint, Connectable, steps, timers
+from sqla_durable.runtime.loop_timers import Timers, keep_due, watching
 from sqla_durable.unwinding import AttemptLost, ControlFlow
 
 T = TypeVar("T")
@@ -365,7 +363,7 @@ class AsyncRuntime(Runtime):
             with self.timers.deciding():
                 seconds = self.timers.seconds
                 waiting = checkpoint_of(attempt, position, StepStatus.WAITING)
-                remember = partial(_remember, checkpoint=waiting, due_in=seconds) if seconds else None
+                remember = partial(keep_due, checkpoint=waiting, due_in=seconds) if seconds else None
                 suspending = GracefulTask(self.recorder.suspend(suspension, remember=remember))
                 await ended(suspending, on_cancel=suspending.cancel)
                 if suspending.cancelled():  # it took too long: whether the row is suspended is to be found out
@@ -417,12 +415,6 @@ def _around(attempt: Attempt, step: StepCall | None) -> Iterator[Around]:
     if step is None:
         return (each.workflow(execution) for each in attempt.options.interceptors.workflows)
     return (each.step(execution) for each in attempt.options.interceptors.steps)
-
-
-def _remember(connectable: Connectable, *, checkpoint: Checkpoint, due_in: dict[str, float]) -> None:
-    now = timers.now(connectable).timestamp()
-    details = json.dumps({TIMERS: {key: now + seconds for key, seconds in due_in.items()}})
-    steps.keep_details(connectable, checkpoint=checkpoint, details=details)
 
 
 async def _cut_off(awaited: Awaitable[T], watch: Watch) -> T:
