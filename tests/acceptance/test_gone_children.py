@@ -15,8 +15,8 @@ from sqla_durable import Workflow, WorkflowStatus, errors, manage
 from sqla_durable.asyncio import as_completed
 from tests.acceptance import either
 from tests.acceptance.application import Application
+from tests.acceptance.children import all_of, awaited, result_of, waiting
 from tests.acceptance.shells import Shell
-from tests.acceptance.test_children import all_of, awaited, result_of, waiting
 from tests.store import races
 
 # Who wakes a parent is the store's business: that its code sees the error is tested in both forms below.

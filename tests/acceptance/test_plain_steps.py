@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
 from uuid import UUID
 
 import pytest
-import tenacity
 from sqlalchemy import select
 
 from sqla_durable import Durable, Step, StepStatus, Workflow, WorkflowStatus, current, current_step
@@ -17,20 +14,10 @@ from sqla_durable.asyncio import AsyncWorkflowFunction, to_thread
 from sqla_durable.errors import UsageError
 from tests.acceptance import either
 from tests.acceptance.application import Application
+from tests.acceptance.plain_steps import ASYNC, Declined, Receipt, Service, steps_of
 from tests.acceptance.shells import AsyncShell, Shell
 
 pytestmark = pytest.mark.few_shells
-
-ASYNC = pytest.mark.shells(("async-executor", "async-joined", "async-worker", "asyncpg-worker"))
-
-
-class Declined(Exception):
-    """What a payment service of the stories raises, with data that must survive."""
-
-    def __init__(self, code: int, *, retry_after: float) -> None:
-        super().__init__(f"declined with {code}")
-        self.code = code
-        self.retry_after = retry_after
 
 
 class Unreachable(Exception):
@@ -39,33 +26,6 @@ class Unreachable(Exception):
     def __init__(self, where: object) -> None:
         super().__init__(where)
         self.where = where
-
-
-@dataclass(frozen=True)
-class Receipt:
-    number: int
-    keys: tuple[str, ...]
-
-
-class Service:
-    """Counts its calls, and fails as often as asked."""
-
-    def __init__(
-        self, failures: int = 0, error: Callable[[], Exception] = lambda: Declined(51, retry_after=1.5)
-    ) -> None:
-        self.calls = 0
-        self.failures = failures
-        self.error = error
-        self.keys: list[str] = []
-
-    def charge(self) -> Receipt:
-        self.calls += 1
-        if current() is not None:
-            assert current_step() == current()
-            self.keys.append(current_step().idempotency_key)
-        if self.calls <= self.failures:
-            raise self.error()
-        return Receipt(self.calls, ("a", "b"))
 
 
 # behaviour: E2 E10
@@ -81,12 +41,12 @@ def test_outcome_is_recorded_and_replayed_typed(shell: Shell, app: Application) 
     paying = app.workflow(pay)
     first = shell.run(paying)
     assert first == [Receipt(1, ("a", "b")), Receipt(2, ("a", "b"))]
-    workflow_id = _only(shell)
+    workflow_id = only_id(shell)
     shell.crashed(workflow_id)
     assert shell.finish(paying, workflow_id) == first
     assert service.calls == 2
     assert service.keys == [f"{workflow_id}/charge", f"{workflow_id}/charge#2"]
-    assert [each.attempt for each in _steps(shell)] == [1, 1]
+    assert [each.attempt for each in steps_of(shell)] == [1, 1]
     assert shell.one(workflow_id).attempt == 2
 
 
@@ -110,12 +70,12 @@ def test_workflow_goes_on_after_its_last_checkpoint(shell: Shell, app: Applicati
 
     paying = app.workflow(pay)
     assert shell.run(paying) == [1, 2, 3]
-    workflow_id = _only(shell)
+    workflow_id = only_id(shell)
     shell.crashed(workflow_id)
     with shell.sessionmaker.begin() as session:
         session.delete(session.get_one(Step, (workflow_id, "charge#3")))
     assert shell.finish(paying, workflow_id) == [1, 2, 4]
-    assert [(each.key, each.attempt) for each in _steps(shell)] == [("charge", 1), ("charge#2", 1), ("charge#3", 2)]
+    assert [(each.key, each.attempt) for each in steps_of(shell)] == [("charge", 1), ("charge#2", 1), ("charge#3", 2)]
     assert service.keys[2] == service.keys[3]
 
 
@@ -134,11 +94,11 @@ def test_error_is_the_steps_own_at_first_and_on_replay(shell: Shell, app: Applic
     paying = app.workflow(pay)
     first = shell.run(paying)
     assert first == ["Declined", "declined with 51", 51, 1.5]
-    workflow_id = _only(shell)
+    workflow_id = only_id(shell)
     shell.crashed(workflow_id)
     assert shell.finish(paying, workflow_id) == first
     assert service.calls == 1
-    assert [each.status for each in _steps(shell)] == [StepStatus.FAILED]
+    assert [each.status for each in steps_of(shell)] == [StepStatus.FAILED]
 
 
 # behaviour: E3
@@ -156,112 +116,9 @@ def test_error_that_cannot_travel_is_the_same_substitute_at_first_and_on_replay(
     paying = app.workflow(pay)
     first = shell.run(paying)
     assert first == ["StepFailedError", f"step 'charge' failed with {__name__}:Unreachable: "]
-    workflow_id = _only(shell)
+    workflow_id = only_id(shell)
     shell.crashed(workflow_id)
     assert shell.finish(paying, workflow_id) == first
-
-
-# behaviour: S1
-def test_step_is_tried_again_as_tenacity_says(shell: Shell, app: Application) -> None:
-    service = Service(failures=2)
-    waits: list[int] = []
-
-    def wait(state: tenacity.RetryCallState) -> float:
-        waits.append(state.attempt_number)
-        return 0
-
-    charge = app.plain(service.charge, stop=tenacity.stop_after_attempt(3), wait=wait)
-
-    async def pay() -> int:
-        return (await charge()).number
-
-    assert shell.run(app.workflow(pay)) == 3
-    assert waits == [1, 2]
-    assert len(set(service.keys)) == 1
-    assert [(each.key, each.tries) for each in _steps(shell)] == [("charge", 3)]
-
-
-# behaviour: S1
-def test_no_wait_after_the_last_try(shell: Shell, app: Application) -> None:
-    service = Service(failures=9)
-    waits: list[int] = []
-
-    def wait(state: tenacity.RetryCallState) -> float:
-        waits.append(state.attempt_number)
-        return 0 if state.attempt_number < 3 else 3600
-
-    charge = app.plain(service.charge, stop=tenacity.stop_after_attempt(3), wait=wait)
-
-    async def pay() -> int:
-        return (await charge()).number
-
-    with pytest.raises(Declined, match="declined with 51"):
-        shell.run(app.workflow(pay))
-    assert service.calls == 3
-    assert waits == [1, 2, 3], "computed before `stop` is asked, as in tenacity"
-    assert [(each.status, each.tries) for each in _steps(shell)] == [(StepStatus.FAILED, 3)]
-
-
-# behaviour: S2
-def test_only_the_errors_of_the_predicate_are_tried_again(shell: Shell, app: Application) -> None:
-    service = Service(failures=9)
-    charge = app.plain(
-        service.charge, retry=tenacity.retry_if_exception_type(ConnectionError), wait=tenacity.wait_none()
-    )
-
-    async def pay() -> int:
-        return (await charge()).number
-
-    with pytest.raises(Declined):
-        shell.run(app.workflow(pay))
-    assert service.calls == 1
-
-
-# behaviour: S2
-def test_predicate_on_the_result_asks_for_another_try(shell: Shell, app: Application) -> None:
-    service = Service()
-    unlike_three = tenacity.retry_if_result(lambda receipt: receipt.number < 3)
-    charge = app.plain(service.charge, retry=unlike_three, wait=tenacity.wait_none())
-
-    async def pay() -> int:
-        return (await charge()).number
-
-    assert shell.run(app.workflow(pay)) == 3
-    assert [each.tries for each in _steps(shell)] == [3]
-
-
-# behaviour: S2
-@ASYNC
-def test_predicate_may_be_async(shell: Shell, app: Application) -> None:
-    service = Service(failures=1)
-
-    async def retry(state: tenacity.RetryCallState) -> bool:
-        await asyncio.sleep(0)
-        return bool(state.outcome and state.outcome.failed)
-
-    charge = app.plain(service.charge, retry=retry, wait=tenacity.wait_none())
-
-    async def pay() -> int:
-        return (await charge()).number
-
-    assert shell.run(app.workflow(pay)) == 2
-
-
-@pytest.mark.shells(("executor", "worker"))
-def test_async_predicate_in_sync_code_is_a_clear_error(shell: Shell, app: Application) -> None:
-    service = Service(failures=1)
-
-    async def retry(_state: tenacity.RetryCallState) -> bool:
-        await asyncio.sleep(0)
-        return True
-
-    charge = app.plain(service.charge, retry=retry, wait=tenacity.wait_none())
-
-    async def pay() -> int:
-        return (await charge()).number
-
-    with pytest.raises(UsageError, match="async code was called from a sync workflow or step"):
-        shell.run(app.workflow(pay))
 
 
 # behaviour: S5
@@ -293,7 +150,7 @@ def test_step_in_a_step_is_a_plain_call(shell: Shell, app: Application) -> None:
         return await calling()
 
     assert shell.run(app.workflow(nest)) == ["outer", 1]
-    assert [each.key for each in _steps(shell)] == ["outer"]
+    assert [each.key for each in steps_of(shell)] == ["outer"]
     assert service.keys[0] is not None
     assert service.keys[0].endswith("/outer")
 
@@ -314,7 +171,7 @@ def test_async_step_in_an_async_step_is_a_plain_call(shell: Shell, app: Applicat
         return await outer()
 
     assert shell.run(app.workflow(nest)) == "outer"
-    assert [each.key for each in _steps(shell)] == ["outer"]
+    assert [each.key for each in steps_of(shell)] == ["outer"]
 
 
 # behaviour: S7
@@ -344,9 +201,9 @@ def test_gathered_steps_replay_the_same_in_any_completion_order(shell: Shell, ap
     gathered = app.workflow(gathering)
     assert shell.run(gathered) == [0, 10, 20]
     assert finished == [2, 1, 0]
-    steps = {each.key: (each.position, each.output) for each in _steps(shell)}
+    steps = {each.key: (each.position, each.output) for each in steps_of(shell)}
     assert steps == {"fetch": (1, 0), "fetch#2": (2, 10), "fetch#3": (3, 20)}
-    workflow_id = _only(shell)
+    workflow_id = only_id(shell)
     shell.crashed(workflow_id)
     with shell.sessionmaker.begin() as session:
         session.delete(session.get_one(Step, (workflow_id, "fetch#2")))
@@ -369,7 +226,7 @@ def test_sync_step_in_an_async_workflow_is_awaited_and_recorded(shell: Shell, ap
         return await to_thread(blocking, 1) + await to_thread(blocking, 2)
 
     assert shell.run(app.workflow(mixed)) == 5
-    assert [each.key for each in _steps(shell)] == ["blocking", "blocking#2"]
+    assert [each.key for each in steps_of(shell)] == ["blocking", "blocking#2"]
 
 
 @pytest.mark.shells(("executor", "worker"))
@@ -452,11 +309,11 @@ def test_steps_are_made_at_run_time_of_closures_and_bound_methods(shell: Shell, 
 
     workflow = app.workflow(dynamic)
     assert shell.run(workflow, "Hey") == ["hey", "HEY", 1]
-    workflow_id = _only(shell)
+    workflow_id = only_id(shell)
     shell.crashed(workflow_id)
     assert shell.finish(workflow, workflow_id) == ["hey", "HEY", 1]
     assert service.calls == 1
-    assert [each.key for each in _steps(shell)] == ["quiet", "loud", "pay"]
+    assert [each.key for each in steps_of(shell)] == ["quiet", "loud", "pay"]
 
 
 def test_explicit_key_is_the_steps_identity(shell: Shell, app: Application) -> None:
@@ -467,7 +324,7 @@ def test_explicit_key_is_the_steps_identity(shell: Shell, app: Application) -> N
         return [(await charge.options(step_key="deposit")()).number, (await charge()).number]
 
     assert shell.run(app.workflow(pay)) == [1, 2]
-    assert [(each.key, each.name) for each in _steps(shell)] == [("deposit", "charge"), ("charge", "charge")]
+    assert [(each.key, each.name) for each in steps_of(shell)] == [("deposit", "charge"), ("charge", "charge")]
 
 
 def test_key_may_contain_the_marks_of_occurrences_and_branches(shell: Shell, app: Application) -> None:
@@ -481,9 +338,9 @@ def test_key_may_contain_the_marks_of_occurrences_and_branches(shell: Shell, app
 
     workflow = app.workflow(pay)
     assert shell.run(workflow) == [1, 2, 3, 4, 5]
-    workflow_id = _only(shell)
+    workflow_id = only_id(shell)
     recorded = ["charge%232", "orders%2F7", "50%2523", "charge", "charge#2"]
-    assert [each.key for each in _steps(shell)] == recorded
+    assert [each.key for each in steps_of(shell)] == recorded
     shell.crashed(workflow_id)
     assert shell.finish(workflow, workflow_id) == [1, 2, 3, 4, 5]
     assert service.keys == [f"{workflow_id}/{key}" for key in recorded]
@@ -531,12 +388,7 @@ def test_call_of_a_workflow_as_a_function_is_plain(app: Application) -> None:
     assert outcome == 1
 
 
-def _steps(shell: Shell) -> list[Step]:
-    with shell.sessionmaker() as session:
-        return list(session.scalars(select(Step).order_by(Step.position)))
-
-
-def _only(shell: Shell) -> UUID:
+def only_id(shell: Shell) -> UUID:
     with shell.sessionmaker() as session:
         record = session.scalars(select(Workflow)).one()
         assert record.status in (WorkflowStatus.SUCCEEDED, WorkflowStatus.FAILED)

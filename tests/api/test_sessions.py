@@ -1,4 +1,5 @@
 """Sessions as applications make them: what callers and executors take, and what they refuse."""
+
 # The sessions here are of classes of the application, which the types of sessionmakers do not let through.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownLambdaType=false
@@ -7,21 +8,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Delete, Engine, Insert, Update, create_engine, event, func, make_url, select, text
+from sqlalchemy import Delete, Engine, Insert, Update, create_engine, func, make_url, select, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import (
-    AsyncEngine,
-    AsyncSession,
-    async_scoped_session,
-    async_sessionmaker,
-    create_async_engine,
-)
-from sqlalchemy.orm import Mapper, Session, scoped_session, sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Mapper, Session, sessionmaker
 
 import sqla_durable
 import sqla_durable.asyncio as aio
@@ -30,10 +24,8 @@ from sqla_durable import (
     Executor,
     Worker,
     Workflow,
-    get_event,
     manage,
     models,
-    read_stream,
     running_steps,
     send_signal,
     send_update,
@@ -41,36 +33,11 @@ from sqla_durable import (
     start_with_signal,
 )
 from sqla_durable.definitions.database_errors import sqlstate
-from sqla_durable.errors import DatabaseUnavailableError, EventNotSetError, KeyNotVisibleError, SessionError
-from sqla_durable.tools.cli.target import connect
+from sqla_durable.errors import DatabaseUnavailableError, KeyNotVisibleError, SessionError
 from tests.acceptance.shells import PATIENCE, POLL
+from tests.api.paying import apay, durable, entries, pay
 from tests.store import races
 from tests.support.domain import Entry
-
-durable = Durable()
-
-
-@durable.step
-def book(session: Session, cents: int) -> int:
-    session.add(Entry(account="book", cents=cents, note=None))
-    return cents
-
-
-@durable.workflow
-def pay(cents: int) -> int:
-    return book(cents)
-
-
-@durable.step
-async def abook(session: AsyncSession, cents: int) -> int:
-    session.add(Entry(account="book", cents=cents, note=None))
-    return cents
-
-
-@durable.workflow
-async def apay(cents: int) -> int:
-    return await abook(cents)
-
 
 without_async = Durable()
 
@@ -182,103 +149,6 @@ async def test_an_async_session_in_autocommit_is_refused(engine: Engine, async_c
     assert nothing_was_written(engine)
 
 
-# Hooks
-
-
-class HookError(Exception):
-    """Raised by the application's hook."""
-
-
-@pytest.fixture
-def after_commit() -> Generator[list[bool]]:
-    """Let a listener of the application's raise after each commit; note whether it was called."""
-    called: list[bool] = []
-
-    def raise_(_session: Session) -> None:
-        called.append(True)
-        raise HookError("the mail server is away")
-
-    event.listen(Hooking, "after_commit", raise_)
-    yield called
-    event.remove(Hooking, "after_commit", raise_)
-
-
-class Hooking(Session):
-    """The session class of an application with hooks."""
-
-
-def outcome_of(engine: Engine) -> tuple[str, int, list[int]]:
-    with Session(engine) as session:
-        record = session.scalars(select(Workflow)).one()
-        return record.status.value, record.attempt, list(session.scalars(select(Entry.cents)))
-
-
-DONE = ("succeeded", 1, [5])
-
-
-@pytest.mark.parametrize("joined", [False, True])
-def test_a_hook_that_raises_after_the_commit_undoes_nothing(
-    engine: Engine, after_commit: list[bool], joined: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    with Hooking(engine) as session:
-        executor = Executor.joined(session) if joined else Executor(session)
-        assert executor.run(pay.options(key="k"), 5) == 5
-        assert executor.run(pay.options(key="k"), 5) == 5
-        assert after_commit
-        assert "a listener of after_commit raised HookError('the mail server is away')" in caplog.text
-        if joined:
-            with pytest.raises(HookError):  # the caller's own commit is the caller's
-                session.commit()
-            session.close()
-    assert outcome_of(engine) == DONE
-
-
-@pytest.mark.parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)
-@pytest.mark.parametrize("joined", [False, True])
-async def test_an_async_hook_that_raises_after_the_commit_undoes_nothing(
-    engine: Engine, async_engine: AsyncEngine, after_commit: list[bool], joined: bool
-) -> None:
-    async with AsyncSession(async_engine, sync_session_class=Hooking) as session:
-        executor = aio.AsyncExecutor.joined(session) if joined else aio.AsyncExecutor(session)
-        assert await executor.run(apay.options(key="k"), 5) == 5
-        assert after_commit
-        if joined:
-            with pytest.raises(HookError):
-                await session.commit()
-            await session.close()
-    assert outcome_of(engine) == DONE
-
-
-def test_a_hook_that_ends_the_process_leaves_a_session_that_can_be_used(engine: Engine) -> None:
-    def stop(_session: Session) -> None:
-        raise KeyboardInterrupt
-
-    event.listen(Hooking, "after_commit", stop)
-    with Hooking(engine) as session:
-        with pytest.raises(KeyboardInterrupt):
-            Executor(session).run(pay, 5)
-        event.remove(Hooking, "after_commit", stop)
-        assert session.scalars(select(Workflow.status)).one() == "running"
-
-
-async def test_a_worker_whose_hooks_raise_after_the_commit_goes_on(
-    engine: Engine, async_engine: AsyncEngine, after_commit: list[bool]
-) -> None:
-    makers: tuple[Any, Any] = (
-        sessionmaker(engine, class_=Hooking),
-        async_sessionmaker(async_engine, sync_session_class=Hooking),
-    )
-    with Session(engine) as session:
-        ids = pay.start(session, 5).id, apay.start(session, 5).id
-        session.commit()
-    async with Worker(durable, sessionmaker=makers[0], async_sessionmaker=makers[1], poll_interval=POLL):
-        assert await pay.handle(makers[1], ids[0]).result(timeout=PATIENCE) == 5
-        assert await apay.handle(makers[1], ids[1]).result(timeout=PATIENCE) == 5
-    with Session(engine) as session:
-        assert session.scalars(select(Entry.cents)).all() == [5, 5]
-    assert len(after_commit) == 2
-
-
 # Sessions that begin nothing by themselves
 
 
@@ -366,140 +236,6 @@ def test_each_statement_of_the_engine_is_known_as_a_write(engine: Engine, choosi
         session.flush()
         session.commit()
         assert greet.handle(maker, started).result(timeout=PATIENCE) == 8
-
-
-# Session classes
-
-
-class RichSession(Session):
-    """Like SQLModel's: with a method that SQLAlchemy's class does not have."""
-
-    def exec(self, cents: int) -> None:
-        self.add(Entry(account="rich", cents=cents, note=None))
-
-
-class AsyncRichSession(AsyncSession):
-    """The same for async code."""
-
-    async def exec(self, cents: int) -> None:
-        self.add(Entry(account="rich", cents=cents, note=None))
-
-
-rich = Durable()
-SessionDep = Annotated[RichSession, "what a web framework depends on"]
-
-
-@rich.step
-def book_richly(session: SessionDep, cents: int) -> int:
-    session.exec(cents)
-    return cents
-
-
-@rich.workflow
-def pay_richly(cents: int) -> int:
-    booking: Any = book_richly  # type checkers know the methods of SQLAlchemy's classes only
-    return int(booking(cents))
-
-
-async_rich = Durable()
-
-
-@async_rich.step
-async def abook_richly(session: AsyncRichSession, cents: int) -> int:
-    await session.exec(cents)
-    return cents
-
-
-@async_rich.workflow
-async def apay_richly(cents: int) -> int:
-    booking: Any = abook_richly
-    return int(await booking(cents))
-
-
-async def test_a_worker_has_sessions_of_the_class_that_its_steps_take(
-    engine: Engine, async_engine: AsyncEngine
-) -> None:
-    with pytest.raises(SessionError, match=r"RichSession, and .* give it sessionmaker\(engine, class_=RichSession\)"):
-        Worker(rich, sessionmaker=sessionmaker(engine))
-    with pytest.raises(SessionError, match=r"give it async_sessionmaker\(engine, class_=AsyncRichSession\)"):
-        Worker(async_rich, async_sessionmaker=async_sessionmaker(async_engine))
-    maker: Any = sessionmaker(engine, class_=RichSession)
-    async_maker: Any = async_sessionmaker(async_engine, class_=AsyncRichSession)
-    with maker.begin() as session:
-        ids = pay_richly.start(session, 1).id, apay_richly.start(session, 2).id
-    async with Worker(rich, sessionmaker=maker), Worker(async_rich, async_sessionmaker=async_maker):
-        assert await pay_richly.handle(async_maker, ids[0]).result(timeout=PATIENCE) == 1
-        assert await apay_richly.handle(async_maker, ids[1]).result(timeout=PATIENCE) == 2
-
-
-def test_an_executor_needs_a_session_of_the_class_that_its_steps_take(engine: Engine) -> None:
-    for make in (Executor, Executor.joined):
-        with Session(engine) as session, pytest.raises(SessionError, match=r"takes a .*RichSession, and its session"):
-            make(session).run(pay_richly, 1)
-        with RichSession(engine) as session:
-            assert make(session).run(pay_richly, 1) == 1
-            session.commit()
-    assert [each.cents for each in entries(engine)] == [1, 1]
-
-
-async def test_an_async_executor_needs_a_session_of_the_class_that_its_steps_take(
-    engine: Engine, async_engine: AsyncEngine
-) -> None:
-    async with AsyncSession(async_engine) as async_session:
-        with pytest.raises(SessionError, match=r"takes a .*AsyncRichSession, and its session"):
-            await aio.AsyncExecutor(async_session).run(apay_richly, 1)
-    async with AsyncRichSession(async_engine) as async_session:
-        assert await aio.AsyncExecutor(async_session).run(apay_richly, 1) == 1
-    assert [each.cents for each in entries(engine)] == [1]
-
-
-def entries(engine: Engine) -> list[Entry]:
-    with Session(engine) as session:
-        return list(session.scalars(select(Entry)))
-
-
-def test_the_command_line_makes_sessions_of_the_class_that_steps_take(database_url: str) -> None:
-    for durable_object, name in ((rich, "sync"), (async_rich, "asynchronous")):
-        made = connect(durable_object, make_url(database_url))
-        assert made.sync is not None
-        assert issubclass(made.sync.class_, RichSession) is (name == "sync")
-        assert made.asynchronous is not None
-        assert issubclass(made.asynchronous.class_, AsyncRichSession) is (name == "asynchronous")
-        Worker(durable_object, sessionmaker=made.sync, async_sessionmaker=made.asynchronous)
-
-
-# Scoped sessions, as Flask-SQLAlchemy's `db.session`
-
-
-def test_a_scoped_session_is_called_for_its_session(engine: Engine) -> None:
-    db_session: Any = scoped_session(sessionmaker(engine))
-    for refused in (lambda: pay.start(db_session, 1), lambda: Executor(db_session)):
-        with pytest.raises(SessionError, match=r"write db.session\(\) for db.session"):
-            refused()
-    workflow = pay.start(db_session(), 1)
-    db_session.commit()
-    assert Executor(db_session()).execute(pay, workflow) == 1
-    assert pay.handle(db_session, workflow).result() == 1
-    with pytest.raises(EventNotSetError):
-        get_event(db_session, workflow, "progress")
-    db_session.remove()
-
-
-async def test_an_async_scoped_session_is_called_for_its_session(async_engine: AsyncEngine) -> None:
-    db_session: Any = async_scoped_session(async_sessionmaker(async_engine), scopefunc=lambda: 1)
-    for refused in (lambda: start_many(db_session, []), lambda: aio.AsyncExecutor(db_session)):
-        with pytest.raises(SessionError, match=r"write db.session\(\) for db.session"):
-            refused()
-    await apay.start(db_session(), 1)
-    await db_session.commit()
-    await db_session.remove()
-
-
-@pytest.mark.parametrize("poll", [pay.handle, partial(get_event, key="progress"), partial(read_stream, name="lines")])
-def test_what_leads_to_no_session_is_refused_by_what_polls(engine: Engine, poll: Callable[..., object]) -> None:
-    for source in (engine, lambda: engine):
-        with pytest.raises(SessionError, match="takes a Session, an AsyncSession or a sessionmaker first"):
-            poll(source, UUID(int=7))
 
 
 # Servers that take no writes

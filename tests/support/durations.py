@@ -50,6 +50,7 @@ SECONDS: dict[str, float] = {
     "test_wheel.py": 2,
     "acceptance/test_watching.py": 2,
     "acceptance/test_children.py": 2,
+    "acceptance/test_maps.py": 2,
     "acceptance/test_compensating_children.py": 2,
 }
 """Seconds that a test of a file takes on average, for files where that is more than a second."""

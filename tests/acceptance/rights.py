@@ -1,0 +1,154 @@
+"""What the tests of roles share: the verbs of each role, and what they are about."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeAlias
+from uuid import UUID
+
+from sqlalchemy import Engine, func, select, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+import sqla_durable
+import sqla_durable.asyncio
+from sqla_durable import Durable, Event, Queue, Signal, Step, StreamItem, Workflow
+from sqla_durable.operations.callback import CallbackRecord
+from tests.store import races
+from tests.support.roles import DENIED, sqlstate_of
+
+DAY = timedelta(days=1)
+durable = Durable(version="7")
+
+Verb: TypeAlias = Callable[[Session, "World"], object]
+
+
+@durable.workflow
+def greet(name: str) -> str:
+    return f"hello {name}"
+
+
+@dataclass(frozen=True)
+class World:
+    """What the verbs are about."""
+
+    pending: UUID
+    failed: UUID
+    cancelled: UUID
+    done: UUID
+    owner: UUID
+    token: str
+
+
+def make_world(engine: Engine) -> World:
+    """Make a workflow of each kind, one of which has made a callback."""
+    (owner,) = races.claimed_fences(engine)
+    made = CallbackRecord.new(owner.workflow_id, within=DAY, heartbeat=DAY)
+    with Session(engine) as session:
+        races.record(session, [races.checkpoint(owner, "create_callback", output=made.to_json())])
+        pending, failed, cancelled = (greet.start(session, each).id for each in ("a", "b", "c"))
+        done = greet.options(key="known").start(session, "d").id
+        session.flush()
+        finished = "UPDATE durable.workflow SET finished_at = statement_timestamp(), "
+        error = json.dumps({"type": "builtins:ValueError"})
+        session.execute(
+            text(f"{finished} status = 'failed', token = id, error = :error WHERE id = :id"),
+            {"id": failed, "error": error},
+        )
+        session.execute(text(f"{finished} status = 'cancelled' WHERE id = :id"), {"id": cancelled})
+        session.execute(text(f"{finished} status = 'succeeded', output = '\"d\"' WHERE id = :id"), {"id": done})
+        session.add(Event(workflow_id=done, key="status", value="booked"))
+        session.commit()
+    return World(pending, failed, cancelled, done, owner.workflow_id, made.reveal_token())
+
+
+def pause(session: Session, _: World) -> None:
+    session.add(Queue(name="mail", paused_at=func.now()))
+
+
+def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
+    """Return what each role is for, by the names of one namespace, `sqla_durable` or `sqla_durable.asyncio`."""
+    return {
+        "starter": {
+            "start": lambda session, _: greet.start(session, "x"),
+            "start with options": lambda session, _: greet.options(
+                delay=DAY, timeout=DAY, deadline=2 * DAY, priority=1, queue="mail"
+            ).start(session, "x"),
+            "start under a key": lambda session, _: greet.options(key="new", delay=DAY, deadline=DAY).start(
+                session, "x"
+            ),
+            "start under a known key": lambda session, _: greet.options(key="known").start(session, "x"),
+            "start many": lambda session, _: api.start_many(session, [greet.bind("x"), greet.bind("y")]),
+            "start many under keys": lambda session, _: api.start_many(
+                session, [greet.options(key=each, delay=DAY).bind("x") for each in ("known", "new")]
+            ),
+        },
+        "caller": {
+            "result": lambda session, world: greet.handle(session, world.done).result(),
+            "event": lambda session, world: api.get_event(session, world.done, "status"),
+        },
+        "signaller": {
+            "signal": lambda session, world: api.send_signal(session, world.pending, "go", 1),
+            "signal under a key": lambda session, world: api.send_signal(
+                session, [world.pending, world.owner], "go", 1, key="k"
+            ),
+        },
+        "updater": {
+            "update": lambda session, world: api.send_update(session, world.pending, "change", 1),
+            "update under a key": lambda session, world: api.send_update(session, world.pending, "change", 1, key="k"),
+        },
+        "answerer": {
+            "complete": lambda session, world: api.complete_callback(session, world.token, 1),
+            "fail": lambda session, world: api.fail_callback(session, world.token, "no"),
+            "keep alive": lambda session, world: api.heartbeat_callback(session, world.token),
+        },
+        "canceller": {
+            "cancel": lambda session, world: api.manage.cancel(session, [world.pending, world.owner]),
+        },
+        "operator": {
+            "resume": lambda session, world: api.manage.resume(session, world.cancelled),
+            "retry": lambda session, world: api.manage.retry(session, world.failed),
+            "rewind": lambda session, world: api.manage.rewind(session, world.owner, to_step="create_callback"),
+            "fork": lambda session, world: api.manage.fork(session, world.owner),
+            "delete": lambda session, world: api.manage.delete(
+                session, select(Workflow).where(Workflow.id == world.done)
+            ),
+            "pause a queue": pause,
+        },
+        "reader": {
+            "read workflows": lambda session, _: session.execute(select(Workflow)),
+            "read steps": lambda session, _: session.execute(select(Step)),
+            "read signals": lambda session, _: session.execute(select(Signal)),
+            "read events": lambda session, _: session.execute(select(Event)),
+            "read streams": lambda session, _: session.execute(select(StreamItem)),
+            "read queues": lambda session, _: session.execute(select(Queue)),
+        },
+    }
+
+
+VERBS = verbs_of(sqla_durable)
+WITH_POLICIES = {
+    "operator": {*VERBS["reader"], *VERBS["caller"], "cancel", "start", "start many", "start under a known key"},
+    "reader": {*VERBS["caller"]},
+    "updater": {"event"},
+}
+ALSO = WITH_POLICIES | {"updater": {*VERBS["signaller"], "event"}, "answerer": {*VERBS["signaller"]}}
+
+
+def expected(role: str, also: Mapping[str, set[str]] = ALSO) -> dict[str, str]:
+    allowed = {*VERBS[role], *also.get(role, set())}
+    return {verb: "" if verb in allowed else DENIED for verbs in VERBS.values() for verb in verbs}
+
+
+def tried(engine: Engine, verb: Verb, world: World) -> str:
+    """Carry a verb out and take it back; return the SQLSTATE of its error."""
+    with Session(engine) as session:
+        try:
+            verb(session, world)
+            session.flush()
+        except DBAPIError as error:
+            return sqlstate_of(error)
+    return ""
