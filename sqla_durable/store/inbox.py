@@ -38,7 +38,6 @@ from sqla_durable.store.steps import (
     GIVEN,
     checkpoint_columns,
     given_parameters,
-    has_outcome,
     insert_checkpoints,
     lock_given,
     outcome_columns,
@@ -190,31 +189,37 @@ def take_statement(wanted: sa.FromClause, output: Callable[[sa.CTE], Expression]
 
     Args:
         wanted: its `id`, of the workflow of `GIVEN`.
-        output: gives the outcome, of the `id` and the `payload` of what is taken.
+        output: gives the outcome, of the `id` and the `payload` of what is to be taken.
         conditions: on what is wanted.
     """
     owned = lock_given()
+    # Locked, and so checked in the row as it is now: another branch may have taken it since this statement began.
     found = materialized(
-        sa.select(owned.c.id.label("workflow_id"), wanted.c.id)
+        sa.select(SIGNAL.c.workflow_id, SIGNAL.c.id, SIGNAL.c.payload)
         .select_from(owned.join(wanted, sa.true()))
-        .where(*conditions),
+        .join(SIGNAL, sa.and_(SIGNAL.c.workflow_id == owned.c.id, SIGNAL.c.id == wanted.c.id))
+        .where(*conditions, is_untaken())
+        .with_for_update(key_share=True, of=SIGNAL),
         "found",
     )
+    columns = checkpoint_columns(GIVEN) | {"workflow_id": found.c.workflow_id, "output": output(found)}
+    recorded = (
+        insert_checkpoints(columns, sa.select(*columns.values()))
+        .returning(STEP.c.workflow_id, STEP.c.output)
+        .cte("recorded")
+    )
+    # Only what is recorded: the step may have got another outcome, such as a cancel, while this waited for the lock.
     taken = (
         sa.update(SIGNAL)
-        .where(SIGNAL.c.workflow_id == found.c.workflow_id, SIGNAL.c.id == found.c.id)
-        # Checked in the row as it is now: another branch may have taken it since this statement began.
-        .where(is_untaken(), ~has_outcome())
+        .where(SIGNAL.c.workflow_id == recorded.c.workflow_id, SIGNAL.c.id == found.c.id)
         .values(
             consumed_by=GIVEN["key"],
             delivered_at=sa.func.coalesce(SIGNAL.c.delivered_at, pg.statement_timestamp()),
         )
-        .returning(SIGNAL.c.id, SIGNAL.c.payload)
+        .returning(SIGNAL.c.id)
         .cte("taken")
     )
-    columns = checkpoint_columns(GIVEN) | {"output": output(taken)}
-    recorded = insert_checkpoints(columns, sa.select(*columns.values())).returning(STEP.c.output).cte("recorded")
-    return sa.select(*outcome_columns(owned, recorded))
+    return sa.select(*outcome_columns(owned, recorded)).add_cte(taken)
 
 
 def insert_orphan_notices(parents: sa.FromClause) -> Any:

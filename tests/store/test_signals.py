@@ -236,6 +236,23 @@ def test_cancel_in_the_middle_waits_for_what_is_taken(engine: Engine) -> None:
         assert session.scalars(select(Step.status)).all() == [StepStatus.SUCCEEDED]
 
 
+def test_what_waits_behind_the_cancel_of_its_call_takes_nothing(engine: Engine) -> None:
+    """The statement began before the cancel was recorded, and so does not see it."""
+    (fence,) = races.claimed_fences(engine)
+    checkpoint = races.checkpoint(fence, "signal:approved")
+    cancelled = replace(checkpoint, status=StepStatus.FAILED, output=None, error='{"type": "asyncio:CancelledError"}')
+    with Session(engine) as session:
+        send(session, fence.workflow_id)
+        session.commit()
+    with races.transaction(engine) as settling, races.transaction(engine) as receiver:
+        assert steps.settle(settling.session, cancelled).status is StepStatus.FAILED
+        taking = receiver.begin_blocked(lambda session: signals.take(session, checkpoint, name="approved"))
+        settling.session.commit()
+        assert taking.result() is None
+        receiver.session.commit()
+    assert take(engine, fence, key="signal:approved#2") == "7"
+
+
 def test_waking_by_time_forgets_what_else_was_waited_for(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
     suspend(engine, fence, APPROVED, delay=0)
