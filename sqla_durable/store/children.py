@@ -97,8 +97,9 @@ def start(
     """
     parameters = given_parameters(checkpoint) | batch_parameter("batch", [NEW.row(each) for each in children])
     parameters |= {"active": active, "compensates": compensates}
+    statement = _START if all(each.key is None for each in children) else _START_KEYED
     for _ in range(MOST_REPEATS):
-        found = outcome_in(execute(connectable, _START, parameters).one(), checkpoint.fence)
+        found = outcome_in(execute(connectable, statement, parameters).one(), checkpoint.fence)
         if found is not None:
             return str(found)
         # Another transaction has inserted one of the keys in between, and the next statement sees it.
@@ -176,8 +177,9 @@ def _recorded(output: Any, source: Any) -> Any:
     return insert_checkpoints(columns, sa.select(*columns.values()).select_from(source)).returning(STEP.c.output)
 
 
-def _start_statement() -> Any:
-    owned, given = lock_given(), batch_table("batch", NEW.columns)
+def _new_children(owned: sa.CTE) -> tuple[sa.CTE, dict[str, Any]]:
+    """Return the batch, numbered in the order of ids, and the columns of the children to be inserted."""
+    given = batch_table("batch", NEW.columns)
     batch = materialized(
         sa.select(*given.c, pg.row_number().over(order_by=given.c.id).label("number")),
         "new",
@@ -187,6 +189,32 @@ def _start_statement() -> Any:
     columns["status"] = sa.case((deferred, WorkflowStatus.SUSPENDED.value), else_=columns["status"])
     inherited = sa.case((parameter("compensates", sa.Boolean()), sa.null()), else_=owned.c.deadline_at)
     columns["deadline_at"] = sa.func.least(columns["deadline_at"], inherited)
+    return batch, columns
+
+
+def _listed(ids: sa.FromClause) -> Any:
+    return pg.jsonb_agg(ids.c.id.op("ORDER BY")(ids.c.number))
+
+
+def _start_statement() -> Any:
+    """Start children without keys, whose ids are known beforehand: what is recorded is started.
+
+    In this order, because the call may have been cancelled, and that recorded, while this waited for the row's lock:
+    only the insertion of the checkpoint sees that.
+    """
+    owned = lock_given()
+    batch, columns = _new_children(owned)
+    every = sa.select(_listed(batch).label("list")).cte("every")
+    recorded = _recorded(every.c.list, every.join(owned, sa.true())).cte("recorded")
+    source = sa.select(*columns.values()).select_from(batch.join(owned, sa.true()).join(recorded, sa.true()))
+    inserted = insert_select(WORKFLOW, columns, source.order_by(batch.c.id)).returning(WORKFLOW.c.id).cte("inserted")
+    return sa.select(*outcome_columns(owned, recorded)).add_cte(inserted)
+
+
+def _start_keyed_statement() -> Any:
+    """Start children with keys, or find those that have these: their ids are known only when they are inserted."""
+    owned = lock_given()
+    batch, columns = _new_children(owned)
     source = sa.select(*columns.values()).select_from(batch.join(owned, sa.true())).where(~has_outcome())
     inserted = (
         insert_select(WORKFLOW, columns, source.order_by(batch.c.name, batch.c.key, batch.c.id))
@@ -202,8 +230,7 @@ def _start_statement() -> Any:
     )
     child_id = sa.func.coalesce(inserted.c.id, *known).label("id")
     ids = sa.select(batch.c.number, child_id).outerjoin_from(batch, inserted, inserted.c.id == batch.c.id).cte("ids")
-    listed = pg.jsonb_agg(ids.c.id.op("ORDER BY")(ids.c.number))
-    every = sa.select(listed.label("list")).having(pg.count(ids.c.id) == count_rows()).cte("every")
+    every = sa.select(_listed(ids).label("list")).having(pg.count(ids.c.id) == count_rows()).cte("every")
     recorded = _recorded(every.c.list, every.join(owned, sa.true())).cte("recorded")
     return sa.select(*outcome_columns(owned, recorded))
 
@@ -306,6 +333,7 @@ def _cancel_rest_statement() -> Any:
 
 
 _START = _start_statement()
+_START_KEYED = _start_keyed_statement()
 _PROGRESS = _progress_statement()
 _OUTCOMES = (
     sa.select(WORKFLOW.c.id, WORKFLOW.c.status, WORKFLOW.c.output, WORKFLOW.c.error)

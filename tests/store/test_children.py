@@ -88,3 +88,22 @@ def test_a_start_that_reaches_the_server_after_its_call_was_cancelled_starts_not
         with pytest.raises(KeyNotVisibleError):  # nobody waits for it any more
             children.start(session, checkpoint, [child], active=1)
         assert session.get(Workflow, child.id) is None
+
+
+def test_a_start_that_waits_behind_the_cancel_of_its_call_starts_nothing(engine: Engine) -> None:
+    """The statement began before the cancel was recorded, and so does not see it."""
+    (parent,) = races.claimed_fences(engine)
+    checkpoint = races.checkpoint(parent, "start:refund")
+    failed = replace(checkpoint, status=StepStatus.FAILED, output=None, error='{"type": "cancelled"}')
+    child = NewWorkflow(
+        id=uuid7(), name="refund", input={}, queue="default", parent_id=parent.workflow_id, parent_key="start:refund"
+    )
+    with races.transaction(engine) as settling, races.transaction(engine) as late:
+        assert steps.settle(settling.session, failed).status is StepStatus.FAILED
+        starting = late.begin_blocked(lambda session: children.start(session, checkpoint, [child], active=1))
+        settling.session.commit()
+        with pytest.raises(KeyNotVisibleError):
+            starting.result()
+        late.session.commit()
+    with Session(engine) as session:
+        assert session.get(Workflow, child.id) is None

@@ -94,7 +94,7 @@ _IN_ORDER = re.compile(r"ORDER BY durable\.workflow\.id\s*(?:\n LIMIT [^\n]*)?$"
 _WAITING = {
     "attempts": ["_FINISH", "_LOCK", "_RELEASE"],
     "callbacks": ["_EXPIRE", "_HOLD"],
-    "children": ["_CANCEL_REST", "_START", "_TAKE_FIRST", "_TAKE_OUTCOME"],
+    "children": ["_CANCEL_REST", "_START", "_START_KEYED", "_TAKE_FIRST", "_TAKE_OUTCOME"],
     "claims": ["_CLAIM_ONE"],
     "continuations": ["_CONTINUE", "_SUSPEND"],
     "deferred": ["_START_REST"],
@@ -140,7 +140,7 @@ def test_what_waits_for_locks_of_several_workflows_takes_them_in_the_order_of_th
 
 def test_children_with_keys_are_inserted_in_the_order_of_their_keys() -> None:
     """Two parents that start the same keys wait for each other in one direction only."""
-    assert 'ORDER BY "new".name, "new".key, "new".id ON CONFLICT DO NOTHING' in STATEMENTS["children._START"]
+    assert 'ORDER BY "new".name, "new".key, "new".id ON CONFLICT DO NOTHING' in STATEMENTS["children._START_KEYED"]
 
 
 _READS = {"attempts._FINISHED_BY", "attempts._STILL_OWNED", "steps._OWNED", "steps._RECORDED_AMONG"}
