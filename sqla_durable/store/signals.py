@@ -136,8 +136,8 @@ def receivers(connectable: Connectable, *, limit: int, since: str = BEGINNING, s
 def renotify(connectable: Connectable, *, after: UUID, limit: int, subset: Subset = ALL) -> UUID | None:
     """Leave notices to workflows whose wait is over already, among the next `limit` in the order of their ids.
 
-    For children that an application's own SQL has deleted or ended, which leaves no notice. Takes no lock. The notices
-    are delivered as any others are.
+    For children that an application's own SQL has deleted or ended, which leaves no notice; and for deferred children
+    whose parent has ended so, or was refused. Takes no lock. The notices are delivered as any others are.
 
     Returns:
         The last id that was checked, or None if there are no more.
@@ -234,7 +234,7 @@ def _renotify_statement(within: Restriction) -> tuple[Any, Any]:
     # A workflow with a time is woken at that time.
     endless = WORKFLOW.c.status == status_literal(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_(None)
     some = materialized(
-        sa.select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.awaits)
+        sa.select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.awaits, WORKFLOW.c.parent_id, WORKFLOW.c.started_at)
         .where(*endless, within(WORKFLOW.c.id), WORKFLOW.c.id > parameter("after", sa.UUID()))
         .order_by(WORKFLOW.c.wake_at, WORKFLOW.c.id)
         .limit(LIMIT),
@@ -244,7 +244,22 @@ def _renotify_statement(within: Restriction) -> tuple[Any, Any]:
         some.c.awaits.is_not(None), _satisfied(some)
     )
     last = sa.select(some.c.workflow_id).order_by(some.c.workflow_id.desc()).limit(ONE)
-    return last.add_cte(insert_notices(due).cte("noted")), sa.select(some.c.workflow_id)
+    noted = insert_notices(sa.union_all(due, _ended_parents(some))).cte("noted")
+    return last.add_cte(noted), sa.select(some.c.workflow_id)
+
+
+def _ended_parents(some: sa.CTE) -> Any:
+    """Select the notices to parents that have ended, of those of the suspended workflows that are deferred."""
+    deferred = some.c.awaits.is_(None), some.c.started_at.is_(None), some.c.parent_id.is_not(None)
+    parents = materialized(sa.select(some.c.parent_id).where(*deferred).distinct(), "parents")
+    # LIMIT: found by the primary key, whatever the planner believes of their number.
+    ended = (
+        sa.select(WORKFLOW.c.id)
+        .where(WORKFLOW.c.id == parents.c.parent_id, WORKFLOW.c.finished_at.is_not(None))
+        .limit(ONE)
+        .lateral("ended")
+    )
+    return sa.select(ended.c.id, text_literal(ORPHANS), sa.true()).select_from(parents.join(ended, sa.true()))
 
 
 def _sent_with_key_statement() -> Any:

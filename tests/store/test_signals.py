@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Signal, Step, Workflow
 from sqla_durable.models.base import StepStatus, WorkflowStatus
-from sqla_durable.store import Awaited, Completion, Fence, Suspend, manage, signals, steps, timers
+from sqla_durable.store import Awaited, Completion, Fence, Suspend, deferred, failures, manage, signals, steps, timers
 from sqla_durable.store.manage import Selection
 from sqla_durable.store.signals import _DELIVER  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.unwinding import AttemptLost
@@ -331,6 +331,21 @@ def test_child_that_ends_notifies_a_parent_that_is_retried_meanwhile(engine: Eng
         canceller.commit()
     deliver(engine)
     assert races.status_of(engine, parent.workflow_id) is WorkflowStatus.PENDING
+
+
+def test_orphans_of_a_parent_that_ended_without_a_notice_are_found(engine: Engine) -> None:
+    """A row that is refused is failed alone, and an application's own SQL leaves no notices at all."""
+    ended, going_on = races.claimed_fences(engine, 2)
+    with Session(engine) as session:
+        of_parents = ({"parent_id": each.workflow_id, "parent_key": "start:double"} for each in (ended, going_on))
+        orphans, kept = (races.enqueue(session, 2, status="suspended", **each) for each in of_parents)
+        assert failures.fail_refused_alone(session, ended.workflow_id, reason="refused")
+        assert deferred.start_orphans(session, limit=9) == 0
+        signals.renotify(session, after=UUID(int=0), limit=100)
+        assert session.scalars(select(Signal.workflow_id).where(Signal.name == "#orphans")).all() == [ended.workflow_id]
+        assert deferred.start_orphans(session, limit=9) == 2
+        assert {races.status_in(session, each) for each in orphans} == {WorkflowStatus.PENDING}
+        assert {races.status_in(session, each) for each in kept} == {WorkflowStatus.SUSPENDED}
 
 
 def _claimed_again(engine: Engine) -> list[Fence]:
