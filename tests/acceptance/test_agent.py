@@ -16,8 +16,8 @@ from tests.acceptance.shells import Shell
 from tests.support.domain import Entry
 
 ANSWERS = {
-    "what is in stock?": "look: stock",
-    "stock is 3": "look: price",
+    "what is in stock?": "search: stock",
+    "stock is 3": "search: price",
     "price is 5": "three at five each",
 }
 
@@ -79,11 +79,11 @@ def test_an_agent_streams_what_it_thinks_and_marks_what_a_failed_try_wrote(shell
     entries = stream(shell, workflow_id, "answers", wanted=str)
     said = [(each.step_key, each.try_number, each.value) for each in entries]
     assert said == [
-        ("ask", 1, "look:"),
+        ("ask", 1, "search:"),
         ("ask", 1, "stock"),
         ("search", 1, "[stock]"),
-        ("ask#2", 1, "look:"),
-        ("ask#2", 2, "look:"),
+        ("ask#2", 1, "search:"),
+        ("ask#2", 2, "search:"),
         ("ask#2", 2, "price"),
         ("search#2", 1, "[price]"),
         *(("ask#3", 1, word) for word in ("three", "at", "five", "each")),

@@ -25,7 +25,7 @@ def test_a_worker_that_thaws_after_its_lease_commits_nothing_of_what_it_lost(
     # behaviour: E7 R1 R3 T5
     with races.transaction(engine) as gate, child.worker(database_url, queues=["default", "mine"]) as frozen:
         gate.session.execute(text("SELECT pg_advisory_lock(:key)"), {"key": FROZEN})
-        ids = ledger.start(engine, ["held"] * count)
+        ids = ledger.start(engine, ["holding"] * count)
         races.wait_until(lambda: len(races.blocked_statements(engine)) == count, what="the steps being held")
         inside = races.blocked_statements(engine)
         assert frozen.pid is not None
@@ -39,7 +39,7 @@ def test_a_worker_that_thaws_after_its_lease_commits_nothing_of_what_it_lost(
             os.kill(frozen.pid, signal.SIGCONT)
             # It goes on with new work, which nobody else takes.
             with Session(engine) as session:
-                new = Workflow(name="held", queue="mine", input={"account": "new"})
+                new = Workflow(name="holding", queue="mine", input={"account": "new"})
                 session.add(new)
                 session.commit()
                 new_id = new.id
