@@ -14,7 +14,6 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 import sqla_durable
-import sqla_durable.asyncio
 from sqla_durable import Durable, Event, Queue, Signal, Step, StreamItem, Workflow
 from sqla_durable.operations.callback import CallbackRecord
 from tests.store import races

@@ -58,4 +58,4 @@ def _run(arguments: Sequence[str], directory: Path, environment: dict[str, str],
             case _:
                 raise ValueError(arguments)
     finally:
-        atexit._run_exitfuncs()  # a forked process ends without them
+        atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage] (a forked process ends without them)
