@@ -1,7 +1,7 @@
 """Hints to workers: after the caller's transaction has committed, a NOTIFY says where there is work.
 
 Workers find everything by polling; a hint only hastens it, and losing one loses nothing. It is sent in nobody's
-transaction, on a connection of its own, at once and then at most every `INTERVAL` for each pool of connections.
+transaction, on a connection of its own: the first at once, then at most one every `INTERVAL` seconds for each pool.
 """
 
 from __future__ import annotations

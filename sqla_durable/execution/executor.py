@@ -54,6 +54,159 @@ R = TypeVar("R")
 DEFAULT_LEASE = timedelta(minutes=5)
 
 
+class Executor:
+    """Executes workflows inline on a `Session`, committing after each step.
+
+    ```python
+    with SessionLocal() as session:
+        receipt = Executor(session).run(checkout, order.id)
+    ```
+
+    The start commits what the session has pending, or rolls it back if it is refused. After a crash the workflow goes
+    on where it was: on another `run` with the same key, or on any worker of its queue, once the lease has run out. The
+    lease is extended with the commits, so it must be longer than the longest step.
+
+    Args:
+        session: the caller's session; it is committed, and not closed.
+        lease: how long this executor owns a workflow after each commit.
+    """
+
+    def __init__(self, session: Session, *, lease: timedelta = DEFAULT_LEASE) -> None:
+        given: object = session
+        if not isinstance(given, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
+            other = isinstance(given, AsyncSession)
+            advice = "Use AsyncExecutor for an AsyncSession." if other else session_advice(given)
+            raise SessionError(f"Executor takes a Session, got {given!r}. {advice}")
+        self._execution = _InlineExecution(CommittedTransactions(session, lease))
+
+    @classmethod
+    def joined(cls, session: Session) -> Self:
+        """Return an executor inside the session's transaction: each step is a savepoint, nothing is ever committed.
+
+        Nothing is visible to others, workers included, until the caller commits; if the caller rolls back, nothing
+        happened. For tests whose session rolls back, and for short work that is all or nothing.
+        """
+        executor = cls(session)
+        executor._execution = _InlineExecution(JoinedTransactions(session))
+        return executor
+
+    def run(self, workflow: WorkflowFunction[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Start the workflow, or continue the one with its key, execute it to its end, and return its result.
+
+        Args:
+            workflow: the workflow, with `options(key=...)` if it has an idempotency key.
+            *args: its arguments.
+            **kwargs: the same, by name.
+
+        Raises:
+            Exception: the workflow's own error, recorded before it is raised.
+            WorkflowRunningError: somebody else holds a live lease on the workflow with this key.
+            AttemptLostError: the lease ran out, or the workflow was cancelled; what was committed stands.
+            UsageError: an event loop is running in this thread, or the workflow is `async def`.
+            ArgumentError, EncodingError, SchemaError, SessionError: as `start`; nothing was started.
+            DBAPIError: the database was lost; the workflow goes on once the lease has run out.
+        """
+        self._require(workflow, "run")
+        value: R = run_blocking(self._execution.run(workflow.definition, workflow.bind(*args, **kwargs)))
+        return value
+
+    def execute(self, workflow: WorkflowFunction[..., R], record: Workflow | UUID) -> R:
+        """Execute a workflow that was started before and that nobody has claimed; see `run`.
+
+        One that is suspended goes on if what it waits for is there, or its time has come.
+        """
+        self._require(workflow, "execute")
+        value: R = run_blocking(self._execution.execute_existing(workflow.definition, id_of(record)))
+        return value
+
+    def run_until_waiting(self, workflow: WorkflowFunction[P, Any], *args: P.args, **kwargs: P.kwargs) -> Workflow:
+        """Start the workflow, or continue the one with its key, execute it until it waits, and return its record.
+
+        ```python
+        record = executor.run_until_waiting(approval, order.id)
+        assert record.awaits == [{"signal": "approved"}]
+        send_signal(session, record, "approved", "Ada")
+        assert executor.execute(approval, record) == "approved by Ada"
+        ```
+
+        It waits for a signal, an update, a callback, a child, or for a time of more than a second: then it is a row, as
+        it would be with a worker, and this returns, at once. `execute` or `execute_until_waiting` go on when what it
+        waits for was sent, or the time has come (`testing.advance`). If it does not wait, the record is that of a
+        workflow that has succeeded. The record is read in the session's transaction, which is left open.
+
+        Raises:
+            Exception: as `run`.
+        """
+        self._require(workflow, "run_until_waiting")
+        return run_blocking(self._execution.run_until_waiting(workflow.definition, workflow.bind(*args, **kwargs)))
+
+    def execute_until_waiting(self, workflow: WorkflowFunction[..., Any], record: Workflow | UUID) -> Workflow:
+        """Execute a workflow that was started before until it waits again; see `run_until_waiting`.
+
+        Returns its record as it is, if what it waits for is not there.
+        """
+        self._require(workflow, "execute_until_waiting")
+        return run_blocking(self._execution.execute_until_waiting(workflow.definition, id_of(record)))
+
+    def _require(self, workflow: object, call: str) -> None:
+        """Refuse what is no sync workflow, and a call that would block an event loop."""
+        _require_kind(workflow, WorkflowFunction, instead="AsyncExecutor(async_session)")
+        if not _on_async_engine(self._execution.sync_session):
+            refuse_event_loop(f"Executor.{call}()", "use AsyncExecutor, or asyncio.to_thread")
+
+
+class AsyncExecutor:
+    """Executes `async def` workflows inline on an `AsyncSession`, committing after each step. See `Executor`.
+
+    ```python
+    async with AsyncSessionLocal() as session:
+        receipt = await AsyncExecutor(session).run(checkout, order.id)
+    ```
+
+    Steps that are executed at the same time (`asyncio.gather`) share the session: transactional ones take turns.
+    """
+
+    def __init__(self, session: AsyncSession, *, lease: timedelta = DEFAULT_LEASE) -> None:
+        given: object = session
+        if not isinstance(given, AsyncSession):  # pyright: ignore[reportUnnecessaryIsInstance]
+            advice = "Use Executor for a Session." if isinstance(given, Session) else session_advice(given)
+            raise SessionError(f"AsyncExecutor takes an AsyncSession, got {given!r}. {advice}")
+        self._execution = _InlineExecution(CommittedTransactions(session, lease))
+
+    @classmethod
+    def joined(cls, session: AsyncSession) -> Self:
+        """Return an executor inside the session's transaction; see `Executor.joined`."""
+        executor = cls(session)
+        executor._execution = _InlineExecution(JoinedTransactions(session))
+        return executor
+
+    async def run(self, workflow: AsyncWorkflowFunction[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Start the workflow, execute it to its end, and return its result. See `Executor.run`."""
+        _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
+        value: R = await self._execution.run(workflow.definition, workflow.bind(*args, **kwargs))
+        return value
+
+    async def execute(self, workflow: AsyncWorkflowFunction[..., R], record: Workflow | UUID) -> R:
+        """Execute a workflow that was started before and that nobody has claimed; see `Executor.run`."""
+        _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
+        value: R = await self._execution.execute_existing(workflow.definition, id_of(record))
+        return value
+
+    async def run_until_waiting(
+        self, workflow: AsyncWorkflowFunction[P, Any], *args: P.args, **kwargs: P.kwargs
+    ) -> Workflow:
+        """Start the workflow, execute it until it waits, and return its record. See `Executor.run_until_waiting`."""
+        _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
+        return await self._execution.run_until_waiting(workflow.definition, workflow.bind(*args, **kwargs))
+
+    async def execute_until_waiting(
+        self, workflow: AsyncWorkflowFunction[..., Any], record: Workflow | UUID
+    ) -> Workflow:
+        """Execute a workflow that was started before until it waits again. See `Executor.execute_until_waiting`."""
+        _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
+        return await self._execution.execute_until_waiting(workflow.definition, id_of(record))
+
+
 @dataclass(frozen=True, slots=True)
 class _Aim:
     """How far a workflow is executed: to its end, or until it is suspended where it waits."""
@@ -68,7 +221,7 @@ _TO_END = _Aim(suspends=False)
 _TO_WAIT = _Aim(suspends=True)
 
 
-class InlineExecution:
+class _InlineExecution:
     """Start or find, claim, execute, finish: on a session of either kind."""
 
     def __init__(self, transactions: SessionTransactions) -> None:
@@ -78,7 +231,9 @@ class InlineExecution:
     async def run(self, definition: WorkflowDefinition, bound: BoundWorkflow) -> Any:
         """Start or find the workflow, and bring it to its end."""
         if bound.new.delay is not None or bound.new.wake_at is not None:
-            raise ArgumentError("an executor executes now: start a workflow with delay= or at= for a worker.")
+            raise ArgumentError(
+                "an executor executes at once, so it takes no delay= or at=: start the workflow for a worker."
+            )
         return await self._bring_to_end(definition, lambda session: add(session, bound).id)
 
     async def execute_existing(self, definition: WorkflowDefinition, workflow_id: UUID) -> Any:
@@ -240,161 +395,6 @@ def _ways_on(waiting: workflows.WaitedFor) -> str:
     if waiting.wake_at is not None:
         ways.append("let the time pass with sqla_durable.testing.advance(session, timedelta(...))")
     return "".join(f"{each}, " for each in ways) + ("or " if ways else "")
-
-
-class Executor:
-    """Executes workflows inline on a `Session`, committing after each step.
-
-    ```python
-    with SessionLocal() as session:
-        receipt = Executor(session).run(checkout, order.id)
-    ```
-
-    The start commits what the session has pending, or rolls it back if it is refused. After a crash the workflow goes
-    on where it was: on another `run` with the same key, or on any worker of its queue, once the lease has run out. The
-    lease is extended with the commits, so it must be longer than the longest step.
-
-    Args:
-        session: the caller's session; it is committed, and not closed.
-        lease: how long this executor owns a workflow after each commit.
-    """
-
-    def __init__(self, session: Session, *, lease: timedelta = DEFAULT_LEASE) -> None:
-        given: object = session
-        if not isinstance(given, Session):  # pyright: ignore[reportUnnecessaryIsInstance]
-            other = isinstance(given, AsyncSession)
-            advice = "Use AsyncExecutor for an AsyncSession." if other else session_advice(given)
-            raise SessionError(f"Executor takes a Session, got {given!r}. {advice}")
-        self._execution = InlineExecution(CommittedTransactions(session, lease))
-
-    @classmethod
-    def joined(cls, session: Session) -> Self:
-        """Return an executor inside the session's transaction: each step is a savepoint, nothing is ever committed.
-
-        Nothing is visible to others, workers included, until the caller commits; if the caller rolls back, nothing
-        happened. For tests whose session rolls back, and for short work that is all or nothing.
-        """
-        executor = cls(session)
-        executor._execution = InlineExecution(JoinedTransactions(session))
-        return executor
-
-    def run(self, workflow: WorkflowFunction[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Start the workflow, or continue the one with its key, execute it to its end, and return its result.
-
-        Args:
-            workflow: the workflow, with `options(key=...)` if it has an idempotency key.
-            *args: its arguments.
-            **kwargs: the same, by name.
-
-        Raises:
-            Exception: the workflow's own error, recorded before it is raised.
-            WorkflowRunningError: somebody else holds a live lease on the workflow with this key.
-            AttemptLostError: the lease ran out, or the workflow was cancelled; what was committed stands.
-            UsageError: an event loop is running in this thread, or the workflow is `async def`.
-            ArgumentError, EncodingError, SchemaError, SessionError: as `start`; nothing was started.
-            DBAPIError: the database was lost; the workflow goes on once the lease has run out.
-        """
-        _require_kind(workflow, WorkflowFunction, instead="AsyncExecutor(async_session)")
-        if not _on_async_engine(self._execution.sync_session):
-            refuse_event_loop("Executor.run()", "use AsyncExecutor, or asyncio.to_thread")
-        value: R = run_blocking(self._execution.run(workflow.definition, workflow.bind(*args, **kwargs)))
-        return value
-
-    def execute(self, workflow: WorkflowFunction[..., R], record: Workflow | UUID) -> R:
-        """Execute a workflow that was started before and that nobody has claimed; see `run`.
-
-        One that is suspended goes on if what it waits for is there, or its time has come.
-        """
-        _require_kind(workflow, WorkflowFunction, instead="AsyncExecutor(async_session)")
-        if not _on_async_engine(self._execution.sync_session):
-            refuse_event_loop("Executor.execute()", "use AsyncExecutor, or asyncio.to_thread")
-        value: R = run_blocking(self._execution.execute_existing(workflow.definition, id_of(record)))
-        return value
-
-    def run_until_waiting(self, workflow: WorkflowFunction[P, Any], *args: P.args, **kwargs: P.kwargs) -> Workflow:
-        """Start the workflow, or continue the one with its key, execute it until it waits, and return its record.
-
-        ```python
-        record = executor.run_until_waiting(approval, order.id)
-        assert record.awaits == [{"signal": "approved"}]
-        send_signal(session, record, "approved", "Ada")
-        assert executor.execute(approval, record) == "approved by Ada"
-        ```
-
-        It waits for a signal, an update, a callback, a child, or for a time of more than a second: then it is a row, as
-        it would be with a worker, and this returns, at once. `execute` or `execute_until_waiting` go on when what it
-        waits for was sent, or the time has come (`testing.advance`). If it does not wait, the record is that of a
-        workflow that has succeeded. The record is read in the session's transaction, which is left open.
-
-        Raises:
-            Exception: as `run`.
-        """
-        _require_kind(workflow, WorkflowFunction, instead="AsyncExecutor(async_session)")
-        if not _on_async_engine(self._execution.sync_session):
-            refuse_event_loop("Executor.run_until_waiting()", "use AsyncExecutor, or asyncio.to_thread")
-        return run_blocking(self._execution.run_until_waiting(workflow.definition, workflow.bind(*args, **kwargs)))
-
-    def execute_until_waiting(self, workflow: WorkflowFunction[..., Any], record: Workflow | UUID) -> Workflow:
-        """Execute a workflow that was started before until it waits again; see `run_until_waiting`.
-
-        Returns its record as it is, if what it waits for is not there.
-        """
-        _require_kind(workflow, WorkflowFunction, instead="AsyncExecutor(async_session)")
-        if not _on_async_engine(self._execution.sync_session):
-            refuse_event_loop("Executor.execute_until_waiting()", "use AsyncExecutor, or asyncio.to_thread")
-        return run_blocking(self._execution.execute_until_waiting(workflow.definition, id_of(record)))
-
-
-class AsyncExecutor:
-    """Executes `async def` workflows inline on an `AsyncSession`, committing after each step. See `Executor`.
-
-    ```python
-    async with AsyncSessionLocal() as session:
-        receipt = await AsyncExecutor(session).run(checkout, order.id)
-    ```
-
-    Steps that are executed at the same time (`asyncio.gather`) share the session: transactional ones take turns.
-    """
-
-    def __init__(self, session: AsyncSession, *, lease: timedelta = DEFAULT_LEASE) -> None:
-        given: object = session
-        if not isinstance(given, AsyncSession):  # pyright: ignore[reportUnnecessaryIsInstance]
-            advice = "Use Executor for a Session." if isinstance(given, Session) else session_advice(given)
-            raise SessionError(f"AsyncExecutor takes an AsyncSession, got {given!r}. {advice}")
-        self._execution = InlineExecution(CommittedTransactions(session, lease))
-
-    @classmethod
-    def joined(cls, session: AsyncSession) -> Self:
-        """Return an executor inside the session's transaction; see `Executor.joined`."""
-        executor = cls(session)
-        executor._execution = InlineExecution(JoinedTransactions(session))
-        return executor
-
-    async def run(self, workflow: AsyncWorkflowFunction[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Start the workflow, execute it to its end, and return its result. See `Executor.run`."""
-        _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
-        value: R = await self._execution.run(workflow.definition, workflow.bind(*args, **kwargs))
-        return value
-
-    async def execute(self, workflow: AsyncWorkflowFunction[..., R], record: Workflow | UUID) -> R:
-        """Execute a workflow that was started before and that nobody has claimed; see `Executor.run`."""
-        _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
-        value: R = await self._execution.execute_existing(workflow.definition, id_of(record))
-        return value
-
-    async def run_until_waiting(
-        self, workflow: AsyncWorkflowFunction[P, Any], *args: P.args, **kwargs: P.kwargs
-    ) -> Workflow:
-        """Start the workflow, execute it until it waits, and return its record. See `Executor.run_until_waiting`."""
-        _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
-        return await self._execution.run_until_waiting(workflow.definition, workflow.bind(*args, **kwargs))
-
-    async def execute_until_waiting(
-        self, workflow: AsyncWorkflowFunction[..., Any], record: Workflow | UUID
-    ) -> Workflow:
-        """Execute a workflow that was started before until it waits again. See `Executor.execute_until_waiting`."""
-        _require_kind(workflow, AsyncWorkflowFunction, instead="Executor(session)")
-        return await self._execution.execute_until_waiting(workflow.definition, id_of(record))
 
 
 def _on_async_engine(session: Session) -> bool:

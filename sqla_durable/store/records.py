@@ -70,7 +70,7 @@ class Recorded:
     Of a step that is being tried again, `tries` have failed, the first began `age` seconds before the record was
     read, and the next is due in `due_in` seconds. Of one that is running, the last of `tries` was interrupted, and
     `details` is the JSON text that it has reported. Of one that was recorded just now, `value` is what reading `output`
-    gave when it was encoded: for one reader.
+    gave when it was encoded: it is not copied, so give it to one reader only.
     """
 
     key: str
@@ -147,7 +147,8 @@ class Completion:
 class Claimed:
     """A claimed workflow: what a worker needs to execute it. `input` is JSON text; what was `started` has a history.
 
-    One that `is_cancelling` compensates; then it fails with the message `overdue`, or is cancelled if that is None.
+    One that `is_cancelling` compensates, and then ends: failed with the message `overdue` if there is one, otherwise
+    cancelled.
     """
 
     fence: Fence

@@ -50,7 +50,7 @@ MOST_REPEATS = 5
 
 
 class SnapshotKept(Exception):
-    """Nothing was inserted, because the transaction keeps a snapshot: to be inserted in a savepoint."""
+    """Nothing was inserted: the transaction keeps a snapshot, so the insert must be repeated in a savepoint."""
 
 
 def sees_the_latest() -> Condition:

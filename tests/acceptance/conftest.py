@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator
 
 import pytest
+from sqlalchemy import Engine
 
 from tests.acceptance.application import Application
+from tests.acceptance.rights import World, make_world
 from tests.acceptance.shells import SHELLS, Shell, SyncShell
+from tests.support.roles import BY_TASK, TASKS, Roles, recipe, roles
 from tests.support.sampling import number_of
 
 Way = tuple[str, str]
@@ -73,3 +76,15 @@ def app(shell: Shell) -> Application:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "shells(names): run a story in these ways only")
     config.addinivalue_line("markers", "few_shells: run a story once for each kind of session and of caller")
+
+
+@pytest.fixture
+def granted(engine: Engine, direct_url: str) -> Generator[Roles]:
+    """The roles of the page."""
+    with roles(engine, direct_url, *TASKS, sql=recipe(BY_TASK)) as made:
+        yield made
+
+
+@pytest.fixture
+def world(engine: Engine) -> World:
+    return make_world(engine)

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 import sqla_durable
 from sqla_durable import Durable, Event, Queue, Signal, Step, StreamItem, Workflow
+from sqla_durable.models.base import Base
 from sqla_durable.operations.callback import CallbackRecord
 from tests.store import races
 from tests.support.roles import DENIED, sqlstate_of
@@ -68,6 +69,14 @@ def pause(session: Session, _: World) -> None:
     session.add(Queue(name="mail", paused_at=func.now()))
 
 
+TABLES = (Workflow, Step, Signal, Event, StreamItem, Queue)
+
+
+def reading(table: type[Base]) -> Verb:
+    """Return what reads a table."""
+    return lambda session, _: session.execute(select(table))
+
+
 def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
     """Return what each role is for, by the names of one namespace, `sqla_durable` or `sqla_durable.asyncio`."""
     return {
@@ -117,14 +126,7 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
             ),
             "pause a queue": pause,
         },
-        "reader": {
-            "read workflows": lambda session, _: session.execute(select(Workflow)),
-            "read steps": lambda session, _: session.execute(select(Step)),
-            "read signals": lambda session, _: session.execute(select(Signal)),
-            "read events": lambda session, _: session.execute(select(Event)),
-            "read streams": lambda session, _: session.execute(select(StreamItem)),
-            "read queues": lambda session, _: session.execute(select(Queue)),
-        },
+        "reader": {f"read {each.__tablename__}": reading(each) for each in TABLES},
     }
 
 

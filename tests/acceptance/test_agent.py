@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import Workflow, set_event, write_stream
 from tests.acceptance import either
-from tests.acceptance.application import Application
+from tests.acceptance.application import AnyWorkflow, Application
 from tests.acceptance.readers import event, stream
 from tests.acceptance.shells import Shell
 from tests.support.domain import Entry
@@ -38,9 +38,8 @@ class Model:
             yield word
 
 
-# behaviour: C4 C5
-def test_an_agent_streams_what_it_thinks_and_marks_what_a_failed_try_wrote(shell: Shell, app: Application) -> None:
-    model = Model(breaks_at="price")
+def agent_of(app: Application, model: Model) -> AnyWorkflow[[str], str]:
+    """Return a workflow that asks the model, and searches for what it wants to know, until it answers."""
 
     async def ask(prompt: str) -> str:
         words: list[str] = []
@@ -69,7 +68,14 @@ def test_an_agent_streams_what_it_thinks_and_marks_what_a_failed_try_wrote(shell
             prompt = await searching(answer.removeprefix("search: "))
         raise AssertionError("the agent does not come to an end")
 
-    workflow = app.workflow(agent)
+    return app.workflow(agent)
+
+
+# behaviour: C4 C5
+def test_an_agent_streams_what_it_thinks_and_marks_what_a_failed_try_wrote(shell: Shell, app: Application) -> None:
+    model = Model(breaks_at="price")
+
+    workflow = agent_of(app, model)
     assert shell.run(workflow, "what is in stock?") == "three at five each"
     with shell.sessionmaker() as session:
         (workflow_id,) = session.scalars(select(Workflow.id))

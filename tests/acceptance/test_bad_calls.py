@@ -110,7 +110,7 @@ def test_workflow_of_the_other_kind_is_refused(session_factory: Sessions) -> Non
 
 
 def test_executor_refuses_to_wait_for_a_delay(session_factory: Sessions) -> None:
-    with session_factory() as session, pytest.raises(ArgumentError, match="an executor executes now"):
+    with session_factory() as session, pytest.raises(ArgumentError, match="an executor executes at once"):
         Executor(session).run(ship.options(delay=timedelta(hours=1)), 1)
 
 

@@ -158,14 +158,20 @@ def asking(secret: str | list[str], tokens: list[str]) -> Any:
     return pay
 
 
-# behaviour: C2
-def test_token_that_is_made_of_a_secret_is_in_no_table(session: Session) -> None:
+def cut_off(session: Session) -> tuple[UUID, list[str]]:
+    """Return a workflow whose power was cut when it had its callback, and the list of its tokens."""
     tokens: list[str] = []
     pay = asking(OLD, tokens)
     workflow_id = pay.start(session).id
     session.commit()
     with pytest.raises(PowerCut):
         Executor(session).execute(pay, workflow_id)
+    return workflow_id, tokens
+
+
+# behaviour: C2
+def test_token_that_is_made_of_a_secret_is_in_no_table(session: Session) -> None:
+    workflow_id, tokens = cut_off(session)
     for name in ("workflow", "step", "signal", "event"):
         rows = session.scalars(text(f"SELECT CAST(t AS text) FROM durable.{name} AS t"))
         assert tokens[0].partition(".")[2] not in "".join(rows)
@@ -182,12 +188,7 @@ def test_token_that_is_made_of_a_secret_is_in_no_table(session: Session) -> None
 
 
 def test_token_of_another_secret_is_refused_and_its_answer_is_not(session: Session) -> None:
-    tokens: list[str] = []
-    pay = asking(OLD, tokens)
-    workflow_id = pay.start(session).id
-    session.commit()
-    with pytest.raises(PowerCut):
-        Executor(session).execute(pay, workflow_id)
+    workflow_id, tokens = cut_off(session)
     complete_callback(session, tokens[0], 7)
     session.commit()
     durable = Durable(secret=NEW)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import psycopg
@@ -12,22 +12,10 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from sqla_durable import Step, Workflow, errors, send_signal, start_many
-from tests.acceptance.rights import DAY, VERBS, WITH_POLICIES, Verb, World, expected, greet, make_world, tried
-from tests.support.roles import BY_TASK, CHECKED, DENIED, GENERATED, TASKS, Roles, recipe, refused, roles
+from tests.acceptance.rights import DAY, VERBS, WITH_POLICIES, Verb, World, expected, greet, tried
+from tests.support.roles import CHECKED, DENIED, GENERATED, TASKS, Roles, recipe, refused
 
 HERE = "tests/acceptance/test_forgery.py"
-
-
-@pytest.fixture
-def granted(engine: Engine, direct_url: str) -> Generator[Roles]:
-    """The roles of the page."""
-    with roles(engine, direct_url, *TASKS, sql=recipe(BY_TASK)) as made:
-        yield made
-
-
-@pytest.fixture
-def world(engine: Engine) -> World:
-    return make_world(engine)
 
 
 def test_a_starter_forges_nothing(granted: Roles, world: World) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, cast
 from uuid import UUID
@@ -39,11 +39,11 @@ from sqla_durable import (
     write_stream,
 )
 from sqla_durable.store import hints
-from tests.acceptance.rights import VERBS, Verb, World, durable, expected, greet, make_world, tried, verbs_of
+from tests.acceptance.rights import VERBS, Verb, World, durable, expected, greet, tried, verbs_of
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
 from tests.support.domain import Entry
-from tests.support.roles import BY_TASK, TASKS, Roles, recipe, roles, sqlstate_of
+from tests.support.roles import Roles, sqlstate_of
 from tests.support.statements import executed_on
 
 
@@ -65,18 +65,6 @@ def everything(cents: int) -> str:
     token = create_callback(str)
     set_event("token", token.token)
     return f"{booked} {child} {said} {token.result()}"
-
-
-@pytest.fixture
-def granted(engine: Engine, direct_url: str) -> Generator[Roles]:
-    """The roles of the page."""
-    with roles(engine, direct_url, *TASKS, sql=recipe(BY_TASK)) as made:
-        yield made
-
-
-@pytest.fixture
-def world(engine: Engine) -> World:
-    return make_world(engine)
 
 
 async def tried_async(engine: AsyncEngine, verb: Verb, world: World) -> str:

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -32,26 +32,7 @@ from sqlalchemy.orm import Session
 from sqla_durable.api import hints
 from sqla_durable.api.hints import announce
 from tests.api.notifying import DRIVERS, Make, Statements, asynchronous, commit_hint, mail
-from tests.support.databases import translated
 from tests.support.notifications import PATIENCE, Ear
-
-
-@pytest.fixture
-def make(direct_url: str) -> Generator[Make]:
-    made: list[Engine] = []
-
-    def make(**options: Any) -> Engine:
-        made.append(create_engine(direct_url, **options))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.dispose()
-
-
-@pytest.fixture
-def own(make: Make, durable_schema: str) -> Engine:
-    return translated(make(), durable_schema)
 
 
 def _setter(happened: asyncio.Event) -> Callable[..., None]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
 from datetime import timedelta
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -25,24 +23,6 @@ LATER = timedelta(days=1)
 
 @durable.workflow
 def plain() -> None: ...
-
-
-@pytest.fixture
-def make(direct_url: str) -> Generator[Make]:
-    made: list[Engine] = []
-
-    def make(**options: Any) -> Engine:
-        made.append(create_engine(direct_url, **options))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.dispose()
-
-
-@pytest.fixture
-def own(make: Make, durable_schema: str) -> Engine:
-    return translated(make(), durable_schema)
 
 
 @pytest.mark.parametrize("durable_schema", ["durable", "tenant_7"], indirect=True)

@@ -1,6 +1,6 @@
 """Keeps a worker's slots filled: claims in batches, as long as there may be something to claim.
 
-It never polls by itself: the maintenance and the listener wake it when something is pending.
+After a claim that came back short it tries a few times more; then the maintenance or the listener wakes it.
 """
 
 from __future__ import annotations

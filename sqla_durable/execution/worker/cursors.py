@@ -67,7 +67,7 @@ class _Queue:
 
 
 class Cursors:
-    """The scan_starts of the polls and the places of the claims of one worker.
+    """Where the next poll and the next claim of one worker begin to scan.
 
     Args:
         queues: those that it claims from.

@@ -27,7 +27,7 @@ BEATS = 3
 """How often a worker beats in a lease."""
 
 COMPARE_ALL_EVERY = 10
-"""Beats, of which one looks for claimed workflows that this worker does not know of."""
+"""Every how many beats the worker looks for claimed workflows that it does not know of."""
 
 HINT_SPACING = 0.01
 """Between two hints that the heartbeat follows: many cancels are one comparison."""
