@@ -28,7 +28,7 @@ from sqla_durable.operations import callback
 from sqla_durable.operations.calls import Position
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.store import callbacks as statements
-from sqla_durable.store import starts
+from sqla_durable.store import keys
 
 T = TypeVar("T", default=Any)
 C = TypeVar("C")
@@ -266,13 +266,13 @@ def _answer(session: Session, *, token: _Token, payload: str) -> None:
     found = _read_callback(session, token, key, payload)  # inserted meanwhile by who does not hold the callback
     if not found.is_same:
         _refuse_finished(token, found)
-        raise starts.not_visible("the outcome of callback", name=token.shown, key=key)
+        raise keys.not_visible("the outcome of callback", name=token.shown, key=key)
 
 
 def _insert(session: Session, token: _Token, key: str, *, signal: str, payload: str) -> bool:
     try:
         return statements.answer(session, token.workflow_id, signal=signal, payload=payload)
-    except starts.SnapshotKept:
+    except keys.SnapshotKept:
         with in_savepoint(session, what="the outcome of callback", name=token.shown, key=key):
             return statements.answer_in_snapshot(session, token.workflow_id, signal=signal, payload=payload)
 

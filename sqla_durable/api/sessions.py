@@ -33,7 +33,7 @@ from sqla_durable.errors import (
 from sqla_durable.models import Base, Workflow
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.operations import transaction
-from sqla_durable.store import connection_of, schema, starts
+from sqla_durable.store import connection_of, keys, schema
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -188,7 +188,7 @@ def in_savepoint(session: Session, *, what: str, name: str, key: str | None) -> 
     except DBAPIError as error:
         if sqlstate(error) != _SERIALIZATION_FAILURE:
             raise
-        raise starts.newer_than_snapshot(what, name=name, key=key or "") from error
+        raise keys.newer_than_snapshot(what, name=name, key=key or "") from error
 
 
 def id_of(workflow: object) -> UUID:

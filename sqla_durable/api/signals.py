@@ -24,7 +24,7 @@ from sqla_durable.models import Workflow
 from sqla_durable.operations import waiting
 from sqla_durable.store import signals
 from sqla_durable.store import workflows as store_workflows
-from sqla_durable.store.starts import SnapshotKept
+from sqla_durable.store.keys import SnapshotKept
 
 T = TypeVar("T", default=Any)
 

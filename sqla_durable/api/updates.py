@@ -33,7 +33,7 @@ from sqla_durable.errors import (
     UpdateRejectedError,
 )
 from sqla_durable.models import Workflow
-from sqla_durable.store import starts
+from sqla_durable.store import keys
 from sqla_durable.store import updates as statements
 from sqla_durable.store.updates import Sent
 
@@ -345,19 +345,19 @@ class NewUpdate(Generic[S]):
         return workflow_id, update_id
 
     def _sent(self, session: Session, workflow_id: UUID) -> int:
-        for _ in range(starts.MOST_REPEATS):
+        for _ in range(keys.MOST_REPEATS):
             update_id = self._known(session, workflow_id)
             if update_id is None:  # and None again: somebody has just sent one of the key
                 update_id = self._insert(session, workflow_id)
             if update_id is not None:
                 return update_id
-        raise starts.not_visible("update", name=self.name, key=self.key or "")
+        raise keys.not_visible("update", name=self.name, key=self.key or "")
 
     def _insert(self, session: Session, workflow_id: UUID) -> int | None:
         given: dict[str, Any] = {"name": self.name, "payload": self.payload, "key": self.key}
         try:
             return statements.send(session, workflow_id, **given)
-        except starts.SnapshotKept:
+        except keys.SnapshotKept:
             with in_savepoint(session, what="update", name=self.name, key=self.key):
                 return statements.send_in_snapshot(session, workflow_id, **given)
 

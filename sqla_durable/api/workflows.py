@@ -32,7 +32,7 @@ from sqla_durable.models import Workflow
 from sqla_durable.operations.workflow import continue_as_new
 from sqla_durable.runtime.context import Context, active
 from sqla_durable.store import NewWorkflow, starts
-from sqla_durable.store.starts import SnapshotKept
+from sqla_durable.store.keys import SnapshotKept
 
 _BATCH = 5_000
 _SMALLINT = 32_767

@@ -19,7 +19,7 @@ from sqla_durable.definitions.codec import Codec
 from sqla_durable.errors import ArgumentError, NotFoundError
 from sqla_durable.manage.verbs import Selected, apply_verb
 from sqla_durable.models import Workflow
-from sqla_durable.store import forks, manage, starts
+from sqla_durable.store import forks, keys, manage
 from sqla_durable.store.manage import Selection
 
 
@@ -129,7 +129,7 @@ def _json(what: str, value: object) -> str:
 
 def _fork(session: Session, wanted: Selection, change: forks.Change) -> list[Workflow]:
     names: Mapping[UUID, str] = {}
-    for _ in range(starts.MOST_REPEATS):
+    for _ in range(keys.MOST_REPEATS):
         names = forks.sources(session, wanted)
         _refuse_missing(names, wanted)
         known = None if change.key is None else _known(session, names, change.key)
@@ -142,14 +142,14 @@ def _fork(session: Session, wanted: Selection, change: forks.Change) -> list[Wor
             return forks.records(session, [each for each in ids.values() if each in made])
         manage.refuse_unrecorded(session, list(names), change.steps, verb="started")
         # Somebody has just started one with the key, or deleted what was to be forked: look again.
-    raise starts.not_visible("workflow", name=next(iter(names.values())), key=change.key or "")
+    raise keys.not_visible("workflow", name=next(iter(names.values())), key=change.key or "")
 
 
 def _copied(session: Session, names: Mapping[UUID, str], ids: Mapping[UUID, UUID], change: forks.Change) -> set[UUID]:
     if change.key is not None:
         try:
-            starts.require_the_latest(session)
-        except starts.SnapshotKept:
+            keys.require_the_latest(session)
+        except keys.SnapshotKept:
             (name,) = names.values()
             with in_savepoint(session, what="workflow", name=name, key=change.key):
                 return forks.copy(session, ids, change)

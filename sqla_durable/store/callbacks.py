@@ -17,8 +17,8 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.inbox import first_keyed
+from sqla_durable.store.keys import insert_new_keys, require_the_latest, sees_the_latest
 from sqla_durable.store.records import Checkpoint
-from sqla_durable.store.starts import insert_new_keys, require_the_latest, sees_the_latest
 from sqla_durable.store.statements import (
     ONE,
     SIGNAL,

@@ -15,8 +15,9 @@ import sqlalchemy as sa
 from sqla_durable.errors import NotFoundError
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store.inbox import END_COLUMNS, end_notices, insert_orphan_notices, is_deferred, was_running
+from sqla_durable.store.keys import MOST_REPEATS
 from sqla_durable.store.records import Awaited, Checkpoint, NewWorkflow
-from sqla_durable.store.starts import MOST_REPEATS, NEW, hidden_among, new_columns
+from sqla_durable.store.starts import NEW, hidden_among, new_columns
 from sqla_durable.store.statements import (
     COMPENSATES,
     ONE,

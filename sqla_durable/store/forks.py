@@ -18,8 +18,8 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.models import Workflow
 from sqla_durable.models.base import StepStatus, Text
+from sqla_durable.store.keys import insert_new_keys
 from sqla_durable.store.manage import Selection
-from sqla_durable.store.starts import insert_new_keys
 from sqla_durable.store.statements import (
     EVENT,
     ONE,

@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from sqla_durable.models.base import Text, WorkflowStatus
+from sqla_durable.store.keys import insert_new_keys, sees_the_latest
 from sqla_durable.store.records import Checkpoint
-from sqla_durable.store.starts import insert_new_keys, sees_the_latest
 from sqla_durable.store.statements import (
     ONE,
     SIGNAL,

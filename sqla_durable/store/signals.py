@@ -33,8 +33,8 @@ from sqla_durable.store.inbox import (
     take_by,
     take_statement,
 )
+from sqla_durable.store.keys import require_the_latest
 from sqla_durable.store.records import Checkpoint
-from sqla_durable.store.starts import require_the_latest
 from sqla_durable.store.statements import (
     ALL,
     BEGINNING,

@@ -19,7 +19,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.base import Text
-from sqla_durable.store import starts, steps
+from sqla_durable.store import keys, steps
 from sqla_durable.store.records import Checkpoint, Origin, Verdict
 from sqla_durable.store.statements import (
     LIMIT,
@@ -218,7 +218,7 @@ def _append(
         if row.closed:
             return Appended.CLOSED
         # Another step of this workflow has appended since the statement began.
-    raise starts.not_visible("stream", name=name, key="the next item")
+    raise keys.not_visible("stream", name=name, key="the next item")
 
 
 def _append_statement(*, recorded: bool) -> Any:

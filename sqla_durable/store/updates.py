@@ -27,8 +27,8 @@ from sqla_durable.store.inbox import (
     take_by,
     take_statement,
 )
+from sqla_durable.store.keys import require_the_latest
 from sqla_durable.store.records import Checkpoint, Fence, Origin, Verdict
-from sqla_durable.store.starts import require_the_latest
 from sqla_durable.store.statements import (
     EVENT,
     SIGNAL,

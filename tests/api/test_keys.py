@@ -27,7 +27,7 @@ from sqla_durable import (
     start_with_signal,
 )
 from sqla_durable.errors import KeyNotVisibleError
-from sqla_durable.store import connection_of, starts
+from sqla_durable.store import connection_of, keys
 from tests.support.domain import Entry
 from tests.support.statements import executed_on
 
@@ -99,7 +99,7 @@ def test_a_hidden_key_is_an_error_and_the_transaction_goes_on(tenants: Engine) -
                 attempt(session, seen)
             assert (caught.value.name, caught.value.is_newer) == ("greet", False), what
             assert caught.value.key == ("other" if what == "fork" else "k")
-            assert len(executed) <= 5 * starts.MOST_REPEATS
+            assert len(executed) <= 5 * keys.MOST_REPEATS
         assert count(session) == 1
         session.commit()
         assert count(session) == 1
@@ -177,7 +177,7 @@ def test_a_row_that_is_deleted_again_and_again_is_an_error(engine: Engine) -> No
                     attempt()
             finally:
                 event.remove(engine, "before_cursor_execute", interfere)
-            assert len([each for each in executed if each.statement.startswith("INSERT")]) == starts.MOST_REPEATS
+            assert len([each for each in executed if each.statement.startswith("INSERT")]) == keys.MOST_REPEATS
         assert greet.options(key="k").start(session, "x").key == "k"
     other.dispose()
 
