@@ -197,8 +197,8 @@ class AsyncRuntime(Runtime):
             if recorded is not None and (cancelled := cancelled_call_in(recorded)) is not None:
                 await self._until_cancelled(position, cancelled)
             try:
-                if self._missed_cancels and recorded is None and (owed := self._take_missed_cancel(task)) is not None:
-                    met, mark = -1, owed
+                if self._missed_cancels and recorded is None and (missed := self._take_missed_cancel(task)) is not None:
+                    met, mark = -1, missed
                     raise asyncio.CancelledError
                 if timers.unfired:
                     for timer, firing in timers.unfired_before(position.key):
@@ -222,7 +222,7 @@ class AsyncRuntime(Runtime):
             raise
         finally:
             ACTIVE.reset(token)
-            # A cancel that is yet to be thrown into the task is not owed.
+            # A cancel that is yet to be thrown into the task is none of these.
             if not is_raised and (count := cancels_met(task)) > met and attempt.branches.here() is not None:
                 self._missed_cancels[task] = count, mark
             if position.key in attempt.unfinished:  # cancelled before the operation itself has begun
