@@ -127,12 +127,12 @@ class AsyncSaga(_BaseSaga):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        attempt = require_workflow("Saga", active()).attempt
-        if must_compensate(attempt, error):
-            with attempt.compensating():
+        context = require_workflow("Saga", active())
+        if must_compensate(context.attempt, error):
+            with context.attempt.compensating():
                 failed: list[str] = []
                 for name, undo in reversed(self._compensations):
-                    failed += [each] if (each := await _failure_async(attempt, name, undo)) else []
+                    failed += [each] if (each := await _failure_async(context, name, undo)) else []
             self._refuse(failed, error)
 
 
@@ -176,13 +176,13 @@ def _failure(attempt: Attempt, name: str, undo: Callable[[], Any]) -> str | None
     return None
 
 
-async def _failure_async(attempt: Attempt, name: str, undo: Callable[[], Any]) -> str | None:
+async def _failure_async(context: Context, name: str, undo: Callable[[], Any]) -> str | None:
     try:
         outcome = undo()
         if inspect.isawaitable(outcome):
-            await (carried_through(attempt, outcome) if is_engines_own(outcome) else cast("Any", outcome))
+            await (carried_through(context, outcome) if is_engines_own(outcome) else cast("Any", outcome))
     except BaseException as error:
-        if not is_own_failure(attempt, error):
+        if not is_own_failure(context.attempt, error):
             raise
         return _logged(name, error)
     return None

@@ -72,8 +72,8 @@ def _call_function(definition: StepDefinition, args: tuple[Any, ...], kwargs: di
 def _call_in_workflow(
     context: Context, definition: StepDefinition, key: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    context.attempt.branches.require_here(f"step {definition.name!r}", workflow=context.attempt.name)
-    _refuse_session(context, definition, args)
+    if definition.session is not SessionKind.NONE:
+        _refuse_session(context, definition, args)
     position = context.attempt.begin_call(definition.name, definition.place, key=key)
     return context.runtime.perform_step(StepCall(definition, position, args, kwargs, Tries()))
 
@@ -210,7 +210,7 @@ def _refuse_mismatch(context: Context, definition: StepDefinition) -> None:
 
 
 def _refuse_session(context: Context, definition: StepDefinition, args: tuple[Any, ...]) -> None:
-    if definition.session is not SessionKind.NONE and args and isinstance(args[0], (Session, AsyncSession)):
+    if args and isinstance(args[0], (Session, AsyncSession)):
         raise SessionError(
             f"step {definition.name!r} was given {args[0]!r} in workflow {context.attempt.name!r}: its session is "
             f"injected there, so that its checkpoint commits with its writes. Call {definition.name}(...) without."

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from types import GenericAlias
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from uuid import UUID
 
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr, TypeAdapter, ValidationError
+from pydantic_core import to_json
 
 from sqla_durable.definitions.comparison import Difference, annotation_for, difference, joined_path
 from sqla_durable.definitions.json_values import (
@@ -51,8 +52,7 @@ _SEND = "Send a value of that type, or wait for the type that is sent."
 _UNKNOWN_TYPE = re.compile(r"unknown type: <class '[^']*'>")
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(NamedTuple):
     """A value as it is stored, and as it will be read.
 
     Attributes:
@@ -133,8 +133,12 @@ class Codec:
         Raises:
             DecodingError: it does not fit the annotation.
         """
+        return self.decode_in_array(f"[{text}]")
+
+    def decode_in_array(self, array: str | bytes) -> Any:
+        """Return the value of a JSON array with one element. Raises as `decode`."""
         try:
-            return self._read(text)
+            return self._read(array)
         except ValidationError as error:
             raise DecodingError(
                 f"the stored {self.what} does not fit the annotation that the code has now: "
@@ -142,11 +146,13 @@ class Codec:
             ) from error
 
     def _text(self, value: object) -> str:
+        if self._is_sure(value):
+            return dump(value, what=self.what, limit=self.limit)
         try:
             if self.annotation is Any and not self.is_inferred:
                 _require_native(value, self.what)
             # By field names and without computed fields, so that whatever is written can be read.
-            encode = self.adapter.dump_python
+            encode = self.adapter.serializer.to_python
             (plain,) = encode((value,), mode="json", by_alias=False, round_trip=True, warnings="error")
         except EncodingError:
             raise
@@ -161,8 +167,12 @@ class Codec:
             )
         return text
 
-    def _read(self, text: str) -> Any:
-        return self.adapter.validate_json(f"[{text}]", by_alias=True, by_name=True)[0]
+    def _read(self, array: str | bytes) -> Any:
+        return self.adapter.validator.validate_json(array, by_alias=True, by_name=True)[0]
+
+    def _is_sure(self, value: object) -> bool:
+        """Return whether a value is read exactly as it is written."""
+        return type(value) is self.annotation and self.annotation in _SURE
 
     def _misfit(self, value: object, error: Exception) -> str:
         """Return what of a value cannot be stored, and where, without the value."""
@@ -177,10 +187,10 @@ class Codec:
 
     def _read_back(self, text: str, value: object) -> Any:
         """Return what will be read; refuse the value if that is something else."""
-        if type(value) is self.annotation and self.annotation in _SURE:
+        if self._is_sure(value):
             return value
         try:
-            kept = self._read(text)
+            kept = self._read(f"[{text}]")
         except Exception as error:  # a validator may raise anything
             reason = problems_of(error, below=1) if isinstance(error, ValidationError) else type(error).__name__
             raise EncodingError(
@@ -273,7 +283,7 @@ class ArgumentsCodec:
                 f"the stored input of workflow {self.workflow!r} does not fit: missing {sorted(missing)}, "
                 f"unknown {[each[:100] for each in sorted(unknown)[:20]]}. Its parameters are {sorted(self.codecs)}."
             )
-        return {name: self.codecs[name].decode(json.dumps(value)) for name, value in stored.items()}
+        return {name: self.codecs[name].decode_in_array(to_json([value])) for name, value in stored.items()}
 
     def _encode(self, name: str, value: object) -> str:
         codec = self.codecs[name]

@@ -6,7 +6,6 @@ adapts a tuple of one value, because only inside it does the configuration apply
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter
 from pydantic.fields import FieldInfo
+from pydantic_core import to_json
 
 from sqla_durable.definitions.comparison import joined_path
 from sqla_durable.definitions.redaction import without_values
@@ -53,7 +53,6 @@ _Schema: TypeAlias = Mapping[str, Any]
 DEFAULT_LIMIT = 1024 * 1024
 """The default limit of one payload: 1 MiB of UTF-8 JSON."""
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _DEPTH = 50  # of values in values, where one is looked for
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 _ASCII = 0x80
@@ -215,17 +214,16 @@ def dump(plain: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> str:
     Source: PostgreSQL manual, 8.14.1 (no NUL, no lone surrogates, numbers as `numeric`) and 8.14.4 (order of keys).
     """
     try:
-        text = _ENCODER.encode(_as_jsonb(plain))
-        size = len(text.encode())
-    except UnicodeEncodeError as error:
-        del error  # its message shows the text
-        raise EncodingError(f"the {what} cannot be stored: lone surrogate{_at(plain, _has_surrogate)}.") from None
+        encoded = to_json(_as_jsonb(plain))
     except (TypeError, ValueError, RecursionError) as error:
+        if (path := path_to(plain, _has_surrogate)) is not None:  # the message of such an error shows the text
+            raise EncodingError(f"the {what} cannot be stored: lone surrogate{_in(path)}.") from None
         reason = without_values(str(error))
         raise EncodingError(f"the {what} cannot be stored: {reason}{_at(plain, _is_not_finite)}.") from None
+    text = encoded.decode()
     if "\\u0000" in text and _NUL.search(text):
         raise EncodingError(f"the {what} cannot be stored: PostgreSQL stores no NUL character{_at(plain, _has_nul)}.")
-    refuse_large(size, what=what, limit=limit)
+    refuse_large(len(encoded), what=what, limit=limit)
     return text
 
 
@@ -263,6 +261,8 @@ def _as_numeric(value: float) -> float | int:
     """Return a float as `numeric` prints it: no exponent, so 1e22 is read as an integer, and no negative zero."""
     if value == 0:
         return 0.0
+    if not isfinite(value):
+        raise ValueError("Out of range float values are not JSON compliant")
     return int(Decimal(repr(value))) if "e+" in repr(value) else value
 
 
@@ -317,7 +317,10 @@ def _is_not_finite(value: object) -> bool:
 
 
 def _at(plain: object, wanted: Callable[[object], bool]) -> str:
-    path = path_to(plain, wanted)
+    return _in(path_to(plain, wanted))
+
+
+def _in(path: str | None) -> str:
     return f" in {path}" if path else ""
 
 

@@ -5,7 +5,7 @@ Written once, over functions of a `Session`; how the transactions end in which t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -33,10 +33,11 @@ from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import run_blocking
 from sqla_durable.operations.transaction import in_session
 from sqla_durable.operations.workflow import WorkflowOutcome, run_workflow
-from sqla_durable.runtime.runtimes import AsyncRuntime, BlockingRuntime
+from sqla_durable.runtime.runtimes import AsyncRuntime, BlockingRuntime, hosting
 from sqla_durable.runtime.tasks import in_attempt_task
 from sqla_durable.store import (
     Claimed,
+    Completion,
     WorkflowState,
     claims,
     current_record,
@@ -309,7 +310,7 @@ class _InlineExecution:
         runtime = AsyncRuntime(attempt, recorder) if is_async else BlockingRuntime(attempt, recorder)
         running = run_workflow(runtime, definition)
         try:
-            completion = await (in_attempt_task(running, attempt) if is_async else running)
+            completion = await (_in_task(running, attempt) if is_async else running)
         except AttemptLost:
             loss = self._transactions.loss
             raise AttemptLostError(
@@ -326,6 +327,11 @@ class _InlineExecution:
             attempt.stop(partial(AttemptLost, attempt.workflow_id))
             runtime.close()
         return WorkflowOutcome.of(attempt.name, completion)
+
+
+async def _in_task(running: Coroutine[Any, Any, Completion], attempt: Attempt) -> Completion:
+    with hosting():
+        return await in_attempt_task(running, attempt)
 
 
 def _found(_session: Session, *, workflow_id: UUID) -> UUID:

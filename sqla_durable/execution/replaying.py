@@ -18,7 +18,7 @@ from sqla_durable.operations.runtime import Recorder, run_blocking
 from sqla_durable.operations.suspending import Suspension, Wait, Waker
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.operations.workflow import completion_of
-from sqla_durable.runtime.runtimes import AsyncRuntime, BlockingRuntime
+from sqla_durable.runtime.runtimes import AsyncRuntime, BlockingRuntime, hosting
 from sqla_durable.store import Checkpoint, Claimed, Completion, Connectable
 from sqla_durable.unwinding import ControlFlow
 
@@ -66,13 +66,18 @@ def replay(definition: WorkflowDefinition, claimed: Claimed) -> Replayed:
         if definition.is_async:
             refuse_event_loop("a replay", "call it in a plain def, or in a thread")
             with asyncio.Runner() as runner:
-                completion = runner.run(completion_of(AsyncRuntime(attempt, recorder), definition))
+                completion = runner.run(_completion_on_loop(AsyncRuntime(attempt, recorder), definition))
         else:
             completion = run_blocking(completion_of(BlockingRuntime(attempt, recorder), definition))
     except HistoryEnd:
         completion = None
     undecodable = tuple(f"{key!r}: {error}" for key, error in attempt.undecodable.items())
     return Replayed(attempt, completion, undecodable)
+
+
+async def _completion_on_loop(runtime: AsyncRuntime, definition: WorkflowDefinition) -> Completion:
+    with hosting():
+        return await completion_of(runtime, definition)
 
 
 class HistoryRecorder(Recorder):

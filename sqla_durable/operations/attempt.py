@@ -15,7 +15,7 @@ from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.registry import DurableOptions
 from sqla_durable.definitions.retry import Tries
 from sqla_durable.errors import DecodingError, HistoryLimitError, UsageError
-from sqla_durable.operations.branch import Branches
+from sqla_durable.operations.branch import Branches, no_branch
 from sqla_durable.operations.calls import Position, Progress
 from sqla_durable.operations.history import FIRED, HistoryCheck
 from sqla_durable.operations.suspending import Suspension, Wait, Waker, Wakers
@@ -68,7 +68,6 @@ class Attempt:
     Attributes:
         options: the options of the `Durable` that the workflow belongs to.
         branches: the live branches of the workflow's own code.
-        loop_timers: the asyncio timers that the workflow's code has set; see `runtime.loop_timers`.
         warns_of_refusal: whether the next refused call is logged; only the first of an attempt is.
         is_replaying: whether an earlier attempt has recorded anything.
         unfinished: by key, the task or thread that executes a call that has not ended.
@@ -94,7 +93,6 @@ class Attempt:
         self._history: Mapping[str, Recorded] = claimed.history
         self._learned: dict[str, Recorded] = {}  # outcomes that this attempt has read from the database since
         self._cancelled_calls: set[str] = set()
-        self.loop_timers: object = None
         self.history_check = HistoryCheck(claimed.history)
         self.branches = Branches()
         self._places: dict[str, object] = {}
@@ -164,7 +162,10 @@ class Attempt:
             HistoryLimitError: the workflow has called as many operations as it may.
             CallRefused: the code is being unwound, and the operation is not recorded.
         """
-        branch = self.branches.require_here(f"step {name!r}", workflow=self.name)
+        home = self.branches.home()
+        branch = self.branches.at(home)
+        if branch is None:
+            raise no_branch(f"step {name!r}", self.name)
         with self._lock:
             if self._places.setdefault(name, place) != place:
                 raise UsageError(
@@ -185,17 +186,19 @@ class Attempt:
                     f"the step key {unescape_key(identity)!r} is used twice in workflow {self.name!r}: change one of "
                     "them."
                 )
-            self.refuse_when_unwound(identity)
+            if self._stop is not None:
+                self.refuse_when_unwound(identity)
             self._keys.add(identity)
             position = Position(identity, escaped, self.history_check.add_call(identity, escaped))
-            self.unfinished[position.key] = self.branches.home()
+            self.unfinished[identity] = home
             self._active_at = time.monotonic()
             return position
 
     def continue_call_here(self, position: Position, home: object) -> None:
         """Note that the call is executed in this task or thread, wherever it was made."""
-        with self._lock:
-            self.unfinished[position.key] = home
+        if self.unfinished.get(position.key) is not home:
+            with self._lock:
+                self.unfinished[position.key] = home
 
     def end_call(self, position: Position) -> None:
         """Note that the call of an operation ended, with or without an outcome."""
@@ -232,6 +235,11 @@ class Attempt:
         """Return the object that holds what a step reports while it is executed."""
         tried = self.unfinished_record(position)
         return self._progress.setdefault(position.key, Progress(None if tried is None else tried.details))
+
+    def has_unsent_report(self, position: Position) -> bool:
+        """Return whether a step has reported something that was not sent."""
+        reported = self._progress.get(position.key)
+        return reported is not None and reported.unsent
 
     def note_child(self) -> None:
         """Note that the workflow starts a child."""
@@ -437,6 +445,8 @@ class Attempt:
         Raises:
             UsageError: a call was not awaited, or a branch is still running.
         """
+        if not self.unfinished and self.branches.only_root_is_left:
+            return
         calls = list(map(unescape_key, self.unfinished))
         if calls:
             raise UsageError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 
@@ -94,8 +94,8 @@ class _Scope:
     def __init__(self, path: str) -> None:
         self.path = path
         self.users: dict[str, Branch] = {}
-        self._operations: Counter[str] = Counter()
-        self._branches: Counter[str] = Counter()
+        self._operations: defaultdict[str, int] = defaultdict(int)
+        self._branches: defaultdict[str, int] = defaultdict(int)
 
     def next_operation(self, name: str) -> str:
         self._operations[name] += 1
@@ -135,12 +135,17 @@ class Branches:
         self._current_home = current_home
         self._at[current_home()] = self.root
 
+    def end(self) -> None:
+        """Forget where the workflow's own code was executed, which has ended: a task would refer to itself by it."""
+        self.leave(next((home for home, each in self._at.items() if each is self.root), None))
+
     def here(self) -> Branch | None:
         """Return the branch that the code is in; None in a task or thread that does not belong to the workflow."""
-        if self._current_home is None:
-            return self.root
-        home = self._current_home()
-        return None if home is None else self._at.get(home)
+        return self.at(self.home())
+
+    def at(self, home: object) -> Branch | None:
+        """Return the branch that is executed in a task or thread."""
+        return self.root if self._current_home is None else self._at.get(home)
 
     def require_here(self, what: str, *, workflow: str) -> Branch:
         """Return the branch that the code is in.
@@ -150,11 +155,7 @@ class Branches:
         """
         branch = self.here()
         if branch is None:
-            raise UsageError(
-                f"{what} was called in a task or thread that is no branch of workflow {workflow!r}: its place in the "
-                "history would depend on timing. Call it in the workflow's own code, in a task that this code "
-                "makes itself (asyncio.gather, TaskGroup, create_task), or in a function given to parallel()."
-            )
+            raise no_branch(what, workflow)
         return branch
 
     def home(self) -> object:
@@ -211,6 +212,11 @@ class Branches:
             return dict(self._at)
 
     @property
+    def only_root_is_left(self) -> bool:
+        """Whether no code is being executed beside the workflow's own, neither branches nor calls of operations."""
+        return len(self._at) <= 1 and not self.calls
+
+    @property
     def left_open(self) -> list[str]:
         """The live branches beside the workflow's own code."""
         return [each.path for each in self.homes.values() if each is not self.root]
@@ -220,6 +226,15 @@ class Branches:
         with self.lock:
             among = set(homes)
             return not self._starting and all(each.awaited_threads or home in among for home, each in self._at.items())
+
+
+def no_branch(what: str, workflow: str) -> UsageError:
+    """Return the error for a call that is in no branch of a workflow."""
+    return UsageError(
+        f"{what} was called in a task or thread that is no branch of workflow {workflow!r}: its place in the history "
+        "would depend on timing. Call it in the workflow's own code, in a task that this code makes itself "
+        "(asyncio.gather, TaskGroup, create_task), or in a function given to parallel()."
+    )
 
 
 def name_of(code: object) -> str:

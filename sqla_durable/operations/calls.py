@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqla_durable.definitions.checks import unescape_key
 from sqla_durable.definitions.limits import Watch
@@ -14,8 +13,7 @@ from sqla_durable.definitions.registry import StepDefinition
 from sqla_durable.definitions.retry import Tries
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(NamedTuple):
     """The identity of one operation.
 
     Attributes:
@@ -78,8 +76,7 @@ class Progress:
             raise
 
 
-@dataclass(frozen=True, slots=True)
-class StepCall:
+class StepCall(NamedTuple):
     """One call of a step in a workflow; `tries` counts its executions, those of earlier attempts included."""
 
     definition: StepDefinition

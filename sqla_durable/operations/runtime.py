@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -209,7 +209,7 @@ class Runtime(ABC):
         """Call the workflow's function."""
 
     @abstractmethod
-    async def call_step(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Any:
+    def call_step(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Awaitable[Any]:
         """Call a step's function, sync or async, with the injected arguments first.
 
         Raises:

@@ -6,8 +6,9 @@ While a plain step is executed, its heartbeats are sent with the newest details 
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -44,6 +45,7 @@ from sqla_durable.operations.transaction_retries import (
     LOSSES,
     Phase,
     Setback,
+    TransactionRetry,
     describe,
     log,
     sqlstate_of,
@@ -66,19 +68,19 @@ async def execute_step(runtime: Runtime, call: StepCall) -> Any:
         StepFailedError: likewise, where the error's own type cannot be rebuilt.
         ControlFlow: the attempt ends here.
     """
-    recorded: Recorded | None = None
+    attempt, recorded = runtime.attempt, None
     try:
-        recorded = runtime.attempt.recorded(call.position)
+        recorded = attempt.recorded(call.position)
         if recorded is None:
             await runtime.recorder.settle()
             recorded = await _Execution(runtime, call).recorded()
-        return outcome_of(recorded, call.definition.result, runtime.attempt.options.errors)
+        return outcome_of(recorded, call.definition.result, attempt.options.errors)
     except DecodingError as error:
         if recorded is not None and recorded.status is StepStatus.SUCCEEDED:  # otherwise the step itself failed with it
-            runtime.attempt.note_undecodable(call.position, error)
+            attempt.note_undecodable(call.position, error)
         raise
     finally:
-        runtime.attempt.end_call(call.position)
+        attempt.end_call(call.position)
 
 
 class _Again(Exception):
@@ -124,7 +126,6 @@ class _Execution:
         self._runtime = runtime
         self._attempt = runtime.attempt
         self._call = call
-        self._retry = runtime.recorder.transaction_retry()
         self._phase = Phase.BEFORE
         self._losses = 0  # in a row, those of earlier attempts included
         self._uncertain = False
@@ -132,10 +133,15 @@ class _Execution:
         self._in_memory_until: float | None = None
         self._limits = call.definition.options.time_limits
 
+    @cached_property
+    def _retry(self) -> TransactionRetry:
+        return self._runtime.recorder.transaction_retry()
+
     async def recorded(self) -> Recorded:
         """Try, and try again as the policy says; return the outcome as it was recorded."""
         self._attempt.begin_step(self._call.position, self._call.tries)
-        await self._resume_tries()
+        if self._limits is not None or self._attempt.is_replaying:
+            await self._resume_tries()
         while True:
             if self._limits is not None and self._limits.left(self._call.tries.age) <= 0:
                 return await self._record_failure(self._limits.exceeded(self._call.position.shown, None))
@@ -192,9 +198,13 @@ class _Execution:
         await self._runtime.recorder.settle()
 
     async def _try(self) -> Recorded:
-        _ = self._call.definition.result  # raises before the step is executed, if its result could not be recorded
-        if self._call.definition.session is SessionKind.NONE:
-            return await self._record_alone(await self._success(await self._call_plain()))
+        definition = self._call.definition
+        _ = definition.result  # raises before the step is executed, if its result could not be recorded
+        if definition.session is SessionKind.NONE:
+            value = await self._call_plain()
+            if definition.options.policy is not None:
+                await self._ask_policy(value)
+            return await self._record_alone(self._success(value))
         self._phase = Phase.BEFORE
         transaction = await self._begin()
         try:
@@ -212,10 +222,11 @@ class _Execution:
         try:
             value = await self._call_function()
         except BaseException as error:
-            if is_own_failure(self._attempt, error):
-                await send_unsent_heartbeat(self._runtime, self._call)
+            if self._attempt.has_unsent_report(self._call.position) and is_own_failure(self._attempt, error):
+                await send_heartbeat(self._runtime, self._call)
             raise
-        await send_unsent_heartbeat(self._runtime, self._call)
+        if self._attempt.has_unsent_report(self._call.position):
+            await send_heartbeat(self._runtime, self._call)
         return value
 
     async def _begin(self) -> StepTransaction:
@@ -239,7 +250,9 @@ class _Execution:
             guard.check()
         finally:
             guard.leave()
-        checkpoint = await self._success(value)
+        if self._call.definition.options.policy is not None:
+            await self._ask_policy(value)
+        checkpoint = self._success(value)
         await transaction.execute(lambda session: self._flush_and_record(session, checkpoint, transaction))
         return checkpoint
 
@@ -252,13 +265,19 @@ class _Execution:
                 f"the executor, or a sessionmaker with class_={wanted.__qualname__} to the worker."
             )
 
-    async def _call_function(self, transaction: StepTransaction | None = None) -> Any:
-        """Call the step's function, inside the interceptors, which also enclose the flush."""
+    def _call_function(self, transaction: StepTransaction | None = None) -> Awaitable[Any]:
+        """Call the step's function."""
         interceptors = self._attempt.options.interceptors
         injected = () if transaction is None else (transaction.injected,)
-        watch = self._attempt.progress(self._call.position).watch = self._watch()
+        watch = None if self._limits is None else self._watch(self._limits)
         if not interceptors.steps and (transaction is None or not interceptors.transactions):
-            return await self._runtime.call_step(self._call, *injected, watch=watch)
+            return self._runtime.call_step(self._call, *injected, watch=watch)
+        return self._call_intercepted(transaction, injected, watch)
+
+    async def _call_intercepted(
+        self, transaction: StepTransaction | None, injected: tuple[object, ...], watch: Watch | None
+    ) -> Any:
+        """Call the step's function inside the interceptors, which also enclose the flush."""
         async with self._runtime.intercepted(self._call):
             if transaction is not None:
                 await transaction.execute(self._intercept_transaction)
@@ -267,9 +286,11 @@ class _Execution:
                 await transaction.execute(Session.flush)
             return value
 
-    def _watch(self) -> Watch | None:
-        limits = self._limits
-        return None if limits is None else limits.of_try(self._call.position.shown, self._call.tries.age)
+    def _watch(self, limits: TimeLimits) -> Watch:
+        """Begin to watch the time of a try, which heartbeats may extend."""
+        watch = limits.of_try(self._call.position.shown, self._call.tries.age)
+        self._attempt.progress(self._call.position).watch = watch
+        return watch
 
     def _intercept_transaction(self, session: Session) -> None:
         execution = execution_of(self._attempt, self._call)
@@ -405,14 +426,16 @@ class _Execution:
     def _label(self) -> str:
         return f"workflow {self._attempt.workflow_id}, step {self._call.position.shown!r}"
 
-    async def _success(self, value: object) -> Checkpoint:
-        self._call.tries.returned(value)
-        policy = self._call.definition.options.policy
-        seconds = None if policy is None else await policy.wait_before_next(self._call.tries)
+    async def _ask_policy(self, value: object) -> None:
+        """Try again if the step's policy asks for it, although the step has returned."""
+        policy, tries = self._call.definition.options.policy, self._call.tries
+        tries.returned(value)
+        seconds = None if policy is None else await policy.wait_before_next(tries)
         if seconds is not None:
             raise _Again(seconds)
-        encoded = self._call.definition.result.encoded(value)
-        return self._checkpoint(StepStatus.SUCCEEDED, encoded=encoded)
+
+    def _success(self, value: object) -> Checkpoint:
+        return self._checkpoint(StepStatus.SUCCEEDED, encoded=self._call.definition.result.encoded(value))
 
     def _failure(self, error: BaseException) -> Checkpoint:
         return self._checkpoint(StepStatus.FAILED, error=record(error, self._attempt.options.errors))
@@ -444,16 +467,6 @@ def _losses_in(tried: Recorded) -> int:
     count = error.count if isinstance(error, TransactionLostError) else 0
     is_number = isinstance(count, int)  # pyright: ignore[reportUnnecessaryIsInstance]  # a row may hold anything
     return min(max(0, count), LOSSES) if is_number else 0
-
-
-async def send_unsent_heartbeat(runtime: Runtime, call: StepCall) -> None:
-    """Send the newest report of a step, unless it was sent already.
-
-    Raises:
-        AttemptLost: the attempt no longer owns the workflow.
-    """
-    if runtime.attempt.progress(call.position).unsent:
-        await send_heartbeat(runtime, call)
 
 
 async def send_heartbeat(runtime: Runtime, call: StepCall) -> None:

@@ -193,7 +193,7 @@ class _RecordedWait:
             except (NotFoundError, EventNotSetError) as gone:
                 return await self._fail(gone)
             if output is not None:
-                return replace(taking, output=output).recorded
+                return taking._replace(output=output).recorded
             in_memory = bool(awaits) and not grace.is_over
             if wait is None and not (in_memory and self._delay is None):
                 wait = await self._begin(short=not awaits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -25,7 +25,7 @@ from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.calls import Position
 from sqla_durable.operations.history import PATCH
 from sqla_durable.operations.outcome import checkpoint_of, failure_of_workflow, is_own_failure_of_workflow
-from sqla_durable.operations.runtime import Runtime
+from sqla_durable.operations.runtime import Recorder, Runtime
 from sqla_durable.store import Checkpoint, Completion, WorkflowState, attempts, continuations
 from sqla_durable.store.failures import TIMEOUT_TYPE
 from sqla_durable.unwinding import AttemptLost, CallRefused, Cancelling, ContinuedAsNew, ControlFlow
@@ -40,7 +40,12 @@ log = Log("sqla_durable.changes")
 
 
 async def run_workflow(runtime: Runtime, definition: WorkflowDefinition) -> Completion:
-    """Execute a claimed workflow to its outcome, and record that.
+    """Execute a claimed workflow to its outcome, and record that. Raises as `execute_workflow`."""
+    return await record_completion(runtime.recorder, await execute_workflow(runtime, definition))
+
+
+async def execute_workflow(runtime: Runtime, definition: WorkflowDefinition) -> Completion:
+    """Execute a claimed workflow to its outcome, which is yet to be recorded.
 
     Raises:
         ControlFlow: the attempt ended without an outcome of its own.
@@ -49,11 +54,20 @@ async def run_workflow(runtime: Runtime, definition: WorkflowDefinition) -> Comp
     completion = await completion_of(runtime, definition)
     if not runtime.attempt.is_undoing:
         check_history(runtime.attempt, strict=definition.options.strict)
+    return completion
+
+
+async def record_completion(recorder: Recorder, completion: Completion) -> Completion:
+    """Record the outcome of a workflow, and return what stands; where the database refuses it, that it failed.
+
+    Raises:
+        ControlFlow: the attempt no longer owns the workflow, or is to end without an outcome.
+    """
     try:
-        await runtime.recorder.finish(completion)
+        await recorder.finish(completion)
     except EncodingError as refused:
-        completion = replace(completion, status=WorkflowStatus.FAILED, output=None, error=record(refused))
-        await runtime.recorder.finish(completion)
+        completion = completion._replace(status=WorkflowStatus.FAILED, output=None, error=record(refused))
+        await recorder.finish(completion)
     return completion
 
 
@@ -79,7 +93,11 @@ async def _completion_of(runtime: Runtime, definition: WorkflowDefinition) -> Co
     attempt.options = definition.durable_options
     try:
         _ = definition.result  # raises before the workflow is executed, if its result could not be recorded
-        value = await _called(runtime, definition)
+        arguments = definition.arguments.decode(attempt.input)
+        if definition.durable_options.interceptors.workflows:
+            value = await _call_intercepted(runtime, definition, arguments)
+        else:
+            value = await runtime.call_workflow(definition, arguments)
         attempt.raise_if_stopped()
         attempt.refuse_unfinished()
         output = definition.result.encode(value)
@@ -115,10 +133,7 @@ def _ended(
     )
 
 
-async def _called(runtime: Runtime, definition: WorkflowDefinition) -> Any:
-    arguments = definition.arguments.decode(runtime.attempt.input)
-    if not definition.durable_options.interceptors.workflows:
-        return await runtime.call_workflow(definition, arguments)
+async def _call_intercepted(runtime: Runtime, definition: WorkflowDefinition, arguments: dict[str, Any]) -> Any:
     async with runtime.intercepted():
         return await runtime.call_workflow(definition, arguments)
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import json
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from typing_extensions import override
@@ -26,7 +26,7 @@ from sqla_durable.operations.history import FIRED
 from sqla_durable.operations.outcome import CancelledCall, checkpoint_of
 from sqla_durable.operations.runtime import Recorder
 from sqla_durable.operations.shielding import ended
-from sqla_durable.runtime.context import ACTIVE, workflow_code
+from sqla_durable.runtime.context import ACTIVE, Context, workflow_code
 from sqla_durable.store import Checkpoint, Connectable, steps
 from sqla_durable.store.timers import now as database_now
 
@@ -103,11 +103,11 @@ class Timers:
         self.loop = asyncio.get_running_loop()
         self._attempt = attempt
         self._recorder = recorder
-        self._firings = attempt.fired_timers
+        self._firings = attempt.fired_timers if attempt.is_replaying else {}
         self.unfired = dict.fromkeys(self._firings)
         self._until_fired: list[asyncio.Future[None]] = []
         self._armed: dict[str, Timer] = {}
-        self._counts: Counter[str] = Counter()
+        self._counts: defaultdict[str, int] = defaultdict(int)
         self._deadlines: Mapping[str, float] = {}
         self._ahead: dict[Branch, float] = {}
         self._fired: deque[str] = deque(maxlen=_REMEMBERED)
@@ -117,7 +117,6 @@ class Timers:
         self._waiting: list[CancelledCall] = []
         self._replayed = self._seen = self._quiet = 0
         self.is_checking = False
-        attempt.loop_timers = self
 
     @property
     def ahead(self) -> float:
@@ -304,14 +303,16 @@ def keep_due(connectable: Connectable, *, checkpoint: Checkpoint, due_in: dict[s
     steps.keep_details(connectable, checkpoint=checkpoint, details=details)
 
 
-async def carried_through(attempt: Attempt, call: Awaitable[Any]) -> None:
+async def carried_through(context: Context, call: Awaitable[Any]) -> None:
     """Await a call of an operation, whatever the workflow's code cancels meanwhile: timers fire when it is over.
 
     It may follow on a cancel itself, as what a saga undoes; and a scope of anyio cancels again and again.
     """
     task = asyncio.ensure_future(call)
-    with cast("Timers", attempt.loop_timers).deciding():
-        await ended(task, on_cancel=lambda: attempt.is_stopped and task.cancel())
+    timers = _timers_of(context)
+    assert timers is not None  # noqa: S101 (the workflow is being executed)
+    with timers.deciding():
+        await ended(task, on_cancel=lambda: context.attempt.is_stopped and task.cancel())
     task.result()
 
 
@@ -399,4 +400,8 @@ def _timers_in(given: contextvars.Context | None) -> Timers | None:
     if ACTIVE.get() is None:
         return None
     context = workflow_code(given)
-    return None if context is None else cast("Timers | None", context.attempt.loop_timers)
+    return None if context is None else _timers_of(context)
+
+
+def _timers_of(context: Context) -> Timers | None:
+    return getattr(context.runtime, "timers", None)  # an asynchronous runtime has some, once it calls its workflow

@@ -141,7 +141,6 @@ class AsyncRuntime(Runtime):
     ) -> None:
         super().__init__(attempt, recorder)
         self._threads = threads
-        self._operating = Context(self, is_operating=True)
         self._loop: asyncio.AbstractEventLoop
         self._suspending: asyncio.Future[None] | None = None
         self.timers: Timers
@@ -160,7 +159,7 @@ class AsyncRuntime(Runtime):
     @override
     def perform_operation(self, position: Position, operation: Operation) -> Coroutine[Any, Any, Any]:
         work = partial(operation, self, position)
-        coroutine: Any = self._carry_out(position, self._operating, work, work)
+        coroutine: Any = self._carry_out(position, Context(self, is_operating=True), work, work)
         coroutine.__qualname__ = position.key
         return cast("Coroutine[Any, Any, Any]", coroutine)
 
@@ -314,8 +313,10 @@ class AsyncRuntime(Runtime):
         self.attempt.branches.begin(tasks.current_task)
         self._loop = asyncio.get_running_loop()
         self.timers = Timers(self.attempt, self.recorder)
-        self.timers.remember(await self.recorder.due_timers())
-        with Context(self).entered(), tasks.branching(), watching():
+        if self.attempt.is_replaying:
+            self.timers.remember(await self.recorder.due_timers())
+        token = ACTIVE.set(Context(self))
+        try:
             coroutine: Awaitable[Any] = definition.call(arguments)
             try:
                 value = await coroutine
@@ -324,17 +325,19 @@ class AsyncRuntime(Runtime):
                     await wait_done(self._suspending)
             await tasks.until_cancelled_have_ended(self.attempt)
             return value
+        finally:
+            ACTIVE.reset(token)
 
     @override
-    async def call_step(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Any:
+    def call_step(self, call: StepCall, *injected: object, watch: Watch | None = None) -> Awaitable[Any]:
         """Call a step's function, and cancel it in time; one in a thread has failed if it comes back too late."""
         function = call.definition.fn
         if call.definition.is_async:
             awaited = function(*injected, *call.args, **call.kwargs)
-            return await (awaited if watch is None else _cut_off(awaited, watch))
+            return awaited if watch is None else _cut_off(awaited, watch)
         bound = partial(function, *injected, *call.args, **call.kwargs)
         # Awaited to its end: the next try must not begin beside it.
-        return await self._loop.run_in_executor(
+        return self._loop.run_in_executor(
             self._threads, contextvars.copy_context().run, partial(_returned, bound, watch)
         )
 
@@ -397,6 +400,14 @@ class AsyncRuntime(Runtime):
         if hasattr(self, "timers"):
             self.timers.abandon()
         tasks.abandon(self.attempt)
+        self.attempt.branches.end()
+
+
+@contextmanager
+def hosting() -> Generator[None]:
+    """Let `async def` workflows be executed on the running event loop: see the tasks and timers that they make."""
+    with tasks.branching(), watching():
+        yield
 
 
 @contextmanager

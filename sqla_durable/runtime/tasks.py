@@ -214,7 +214,7 @@ async def let_replay_catch_up(attempt: Attempt) -> None:
 
 async def until_cancelled_have_ended(attempt: Attempt) -> None:
     """Wait for the branches and calls that the workflow itself has cancelled, perhaps just before it returned."""
-    while True:
+    while not attempt.branches.only_root_is_left:
         left = [*_live(attempt), *_calls(attempt)]
         ending = [each for each in left if each.done() or each.cancelling()]
         if not ending:
@@ -225,6 +225,8 @@ async def until_cancelled_have_ended(attempt: Attempt) -> None:
 
 def abandon(attempt: Attempt) -> None:
     """Cancel the tasks that an attempt leaves behind: nothing of them can be recorded any more."""
+    if not attempt.unfinished and attempt.branches.only_root_is_left:
+        return
     here = asyncio.current_task()
     carriers: set[Any] = {each for each in attempt.homes_in_calls if isinstance(each, asyncio.Task)}
     for task in carriers.union(_live(attempt), _calls(attempt)):

@@ -17,14 +17,54 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 from sqlalchemy.util import await_only
 from typing_extensions import override
 
-from sqla_durable.operations.shielding import finish_despite_cancel, wait_done
+from sqla_durable.operations.shielding import finish_despite_cancel
 from sqla_durable.operations.suspending import Waker
 from sqla_durable.unwinding import AttemptLost
 
 T = TypeVar("T")
 
-Ticket: TypeAlias = "asyncio.Future[None] | concurrent.futures.Future[None]"
-"""What is done when something is committed; the one for code on the event loop, the other for code in a thread."""
+Future: TypeAlias = "asyncio.Future[None] | concurrent.futures.Future[None]"
+
+
+class Ticket:
+    """Something to be committed, on the event loop; any code may wait until it is settled.
+
+    Attributes:
+        is_settled: whether it is committed, or will not be.
+        error: why it will not be.
+    """
+
+    __slots__ = ("_waiting", "error", "is_settled")
+
+    def __init__(self) -> None:
+        self.is_settled = False
+        self.error: BaseException | None = None
+        self._waiting: list[Future] = []
+
+    def settle(self, error: BaseException | None = None) -> None:
+        """End the wait for it, with an error or without; later calls change nothing."""
+        if self.is_settled:
+            return
+        self.error = error
+        self.is_settled = True  # before those who wait are read: one that comes now sees it
+        for each in self._waiting:
+            _end(each)
+
+    def notify(self, future: Future) -> None:
+        """Set a future's result when it is settled, or at once; called from any thread."""
+        self._waiting.append(future)
+        if self.is_settled:
+            _end(future)
+
+    def outcome(self) -> None:
+        """Raise the error with which it was settled, if it was with one."""
+        if self.error is not None:
+            raise self.error
+
+
+def _end(future: Future) -> None:
+    with suppress(asyncio.InvalidStateError, concurrent.futures.InvalidStateError):  # cancelled, or ended already
+        future.set_result(None)
 
 
 class Lock(Protocol):
@@ -85,12 +125,8 @@ class Waiting(ABC):
         """
 
     @abstractmethod
-    def ticket(self) -> Ticket:
-        """Return a ticket that is waited for here."""
-
-    @abstractmethod
-    async def committed(self, ticket: Any) -> None:
-        """Wait for a ticket, and raise its error."""
+    async def settled(self, ticket: Ticket) -> None:
+        """Wait until a ticket is settled, and raise its error."""
 
 
 class InThread(Waiting):
@@ -141,12 +177,12 @@ class InThread(Waiting):
         self._loop.call_soon_threadsafe(function, argument)
 
     @override
-    def ticket(self) -> Ticket:
-        return concurrent.futures.Future()
-
-    @override
-    async def committed(self, ticket: Any) -> None:
-        ticket.result()
+    async def settled(self, ticket: Ticket) -> None:
+        if not ticket.is_settled:
+            waiting: concurrent.futures.Future[None] = concurrent.futures.Future()
+            ticket.notify(waiting)
+            waiting.result()
+        ticket.outcome()
 
 
 class InGreenlet(InThread):
@@ -201,13 +237,12 @@ class OnLoop(Waiting):
         function(argument)
 
     @override
-    def ticket(self) -> Ticket:
-        return asyncio.get_running_loop().create_future()
-
-    @override
-    async def committed(self, ticket: Any) -> None:
-        await wait_done(ticket)
-        ticket.result()
+    async def settled(self, ticket: Ticket) -> None:
+        if not ticket.is_settled:
+            waiting = asyncio.get_running_loop().create_future()  # of this wait alone, which may be cancelled
+            ticket.notify(waiting)
+            await waiting
+        ticket.outcome()
 
 
 class LoopWaker(Waker):

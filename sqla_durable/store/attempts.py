@@ -59,6 +59,9 @@ class Unwritten:
     checkpoints: set[tuple[Fence, str]] = field(default_factory=set[tuple[Fence, str]])
     ends: set[Fence] = field(default_factory=set[Fence])
 
+    def __bool__(self) -> bool:
+        return bool(self.checkpoints or self.ends)
+
 
 def finish(session: Session, completion: Completion) -> bool:
     """Record an outcome; wait for the row's lock. False: the attempt no longer owns the workflow."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -154,7 +154,7 @@ def with_histories(connectable: Connectable, claimed: Sequence[Claimed]) -> list
     In a statement of its own, because the claim's transaction locks rows and long histories take time to read.
     """
     histories = steps.histories(connectable, [each.fence.workflow_id for each in claimed if each.started])
-    return [replace(each, history=histories.get(each.fence.workflow_id, {})) for each in claimed]
+    return [each._replace(history=histories.get(each.fence.workflow_id, {})) for each in claimed]
 
 
 def from_front(queues: Iterable[str]) -> Ranges:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime
 from operator import attrgetter
 from types import NoneType
 from typing import Any, Generic, TypeAlias, TypeVar, get_args, get_type_hints
-from typing import cast as as_type
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -82,8 +81,7 @@ class Shape(Generic[R]):
     """
 
     def __init__(self, record: type[R], *, without: Collection[str] = (), **kinds: TypeEngine[Any]) -> None:
-        hints, dataclass = get_type_hints(record), as_type("Any", record)
-        wanted = {each.name: hints[each.name] for each in fields(dataclass) if each.name not in without}
+        wanted = {name: hint for name, hint in get_type_hints(record).items() if name not in without}
         fence: Columns = FENCE if wanted.pop("fence", None) else {}
         self.columns: Columns = {**fence, **{name: kinds.get(name) or _kind_of(hint) for name, hint in wanted.items()}}
         paths = ["fence.workflow_id.hex", "fence.token.hex"] if fence else []

@@ -8,7 +8,6 @@ without an outcome is replaced by the next one. `attempts` records those of many
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -273,10 +272,10 @@ def _verdict(session: Connectable, statement: Any, checkpoint: Checkpoint) -> Ve
 def _recorded(row: sa.Row[Any]) -> Recorded:
     found = Recorded(row.key, row.name, row.position, row.status, row.output, row.error, row.tries)
     if row.age is None:
-        return found if row.details is None else replace(found, details=row.details)
+        return found if row.details is None else found._replace(details=row.details)
     endless = 0.0 if row.status is StepStatus.RUNNING else float("inf")
     due_in = endless if row.due_in is None else float(row.due_in)
-    return replace(found, age=float(row.age), due_in=due_in, details=row.details)
+    return found._replace(age=float(row.age), due_in=due_in, details=row.details)
 
 
 def _given_name(name: str) -> str:

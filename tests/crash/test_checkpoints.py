@@ -169,7 +169,7 @@ async def test_a_writer_that_ends_in_the_middle_of_a_commit_leaves_nobody_waitin
         await asyncio.sleep(0)
         other.session.rollback()
         await asyncio.wait([running])
-        assert ticket.done()
+        assert ticket.is_settled
     await database.close()
 
 
@@ -181,9 +181,9 @@ async def test_a_checkpoint_that_another_attempt_recorded_is_lost_and_not_writte
     database = ThreadDatabase(engine, limit=30)
     writer = races.writer(database)
     running = asyncio.create_task(writer.run())
-    await races.submit(writer, races.checkpoint(new))
+    await races.settled(races.submit(writer, races.checkpoint(new)))
     with pytest.raises(BaseException, match=str(old.workflow_id)) as lost:
-        await races.submit(writer, races.checkpoint(old, output="2"))
+        await races.settled(races.submit(writer, races.checkpoint(old, output="2")))
     assert type(lost.value).__name__ == "AttemptLost"
     running.cancel()
     await database.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -21,7 +20,7 @@ from sqla_durable.execution.worker.writer import Row, Write, Writer
 from sqla_durable.models import Workflow
 from sqla_durable.models.base import StepStatus, WorkflowStatus
 from sqla_durable.operations.suspending import Wakers
-from sqla_durable.runtime.waiting import Ticket
+from sqla_durable.runtime.waiting import OnLoop, Ticket
 from sqla_durable.store import Checkpoint, Claimed, Completion, Fence, NewWorkflow, attempts, claims, starts, workers
 from sqla_durable.store.work import find_work
 from tests.support.forged import forged
@@ -240,8 +239,13 @@ def writer(database: Database) -> Writer:
     return Writer(database, Wakeups(), Wakers())
 
 
-def submit(writer: Writer, row: Row, *, after: Ticket | None = None) -> asyncio.Future[None]:
-    """Let a worker's writer commit a row, as an attempt on the event loop does."""
-    ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    writer.add(Write(row, ticket, after))
-    return ticket
+def submit(writer: Writer, row: Row, *, after: Ticket | None = None) -> Ticket:
+    """Let a worker's writer commit a row, as an attempt does."""
+    write = Write(row, after)
+    writer.add(write)
+    return write
+
+
+async def settled(ticket: Ticket) -> None:
+    """Wait until a row is committed, as an attempt on the event loop does."""
+    await OnLoop().settled(ticket)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import Session
@@ -125,7 +123,7 @@ def test_what_is_lost_or_locked_is_returned_and_the_rest_is_written(engine: Engi
 
 def test_a_try_gives_way_to_the_outcome_and_an_outcome_to_nothing(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
-    tried = replace(races.checkpoint(fence), status=StepStatus.RETRYING, output=None, delay=60.0)
+    tried = races.checkpoint(fence)._replace(status=StepStatus.RETRYING, output=None, delay=60.0)
     with Session(engine) as session:
         for checkpoint, is_written in ((tried, True), (races.checkpoint(fence), True), (tried, False)):
             unwritten = attempts.write_batch(session, [checkpoint]).checkpoints

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,7 +65,7 @@ def test_an_attempt_that_has_lost_its_workflow_cancels_none_of_its_children(engi
     """It was frozen after its look; since then an operator may have put right what had failed."""
     parent, child = parent_and_child(engine)
     with Session(engine) as session, session.begin():
-        stolen = replace(parent, token=uuid7())
+        stolen = parent._replace(token=uuid7())
         session.execute(update(Workflow).where(Workflow.id == parent.workflow_id).values(token=stolen.token))
         with pytest.raises(AttemptLost):
             give_up(session, parent, child)
@@ -82,7 +81,7 @@ def test_a_start_that_reaches_the_server_after_its_call_was_cancelled_starts_not
         id=uuid7(), name="refund", input={}, queue="default", parent_id=parent.workflow_id, parent_key="start:refund"
     )
     with Session(engine) as session:
-        failed = replace(checkpoint, status=StepStatus.FAILED, output=None, error='{"type": "cancelled"}')
+        failed = checkpoint._replace(status=StepStatus.FAILED, output=None, error='{"type": "cancelled"}')
         steps.settle(session, failed)
         session.commit()
         with pytest.raises(KeyNotVisibleError):  # nobody waits for it any more
@@ -94,7 +93,7 @@ def test_a_start_that_waits_behind_the_cancel_of_its_call_starts_nothing(engine:
     """The statement began before the cancel was recorded, and so does not see it."""
     (parent,) = races.claimed_fences(engine)
     checkpoint = races.checkpoint(parent, "start:refund")
-    failed = replace(checkpoint, status=StepStatus.FAILED, output=None, error='{"type": "cancelled"}')
+    failed = checkpoint._replace(status=StepStatus.FAILED, output=None, error='{"type": "cancelled"}')
     child = NewWorkflow(
         id=uuid7(), name="refund", input={}, queue="default", parent_id=parent.workflow_id, parent_key="start:refund"
     )

@@ -20,6 +20,7 @@ from sqla_durable.execution.worker.database import ThreadDatabase
 from sqla_durable.execution.worker.writer import Row
 from sqla_durable.models import Step, Workflow
 from sqla_durable.models.base import WorkflowStatus
+from sqla_durable.runtime.waiting import Ticket
 from sqla_durable.store import Fence, Suspend, timers, workers
 from tests.store import races
 
@@ -118,14 +119,16 @@ async def test_a_bad_row_fails_its_own_workflow_and_none_that_is_suspended_besid
     writer = races.writer(database)
     running = asyncio.create_task(writer.run())
     refused = fences[ROWS // 2]
-    tickets: dict[Fence, list[asyncio.Future[None]]] = {}
+    tickets: dict[Fence, list[Ticket]] = {}
     for number, fence in enumerate(fences):
         key = secrets.token_hex(3_000) if (fence, bad) == (refused, "checkpoint") else "charge"
         delay = float("inf") if (fence, bad) == (refused, "suspend") else 3600
         end: Row = Suspend(fence, delay) if number % 2 or fence == refused else races.success(fence)
         first = races.submit(writer, races.checkpoint(fence, key))
         tickets[fence] = [first, races.submit(writer, end, after=first)]
-    outcomes = {each: await asyncio.gather(*tickets[each], return_exceptions=True) for each in fences}
+    outcomes = {
+        each: await asyncio.gather(*map(races.settled, tickets[each]), return_exceptions=True) for each in fences
+    }
     running.cancel()
     await asyncio.wait([running])
     await database.close()
@@ -153,7 +156,7 @@ async def test_what_is_large_is_written_in_several_statements(engine: Engine) ->
     output = f'"{"x" * 1_000_000}"'
     tickets = [races.submit(writer, races.checkpoint(each, output=output)) for each in fences]
     running = asyncio.create_task(writer.run())
-    await asyncio.gather(*tickets)
+    await asyncio.gather(*map(races.settled, tickets))
     running.cancel()
     await asyncio.wait([running])
     await database.close()

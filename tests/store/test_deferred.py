@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -163,7 +162,7 @@ def test_all_that_are_deferred_start_and_locked_rows_are_waited_for(engine: Engi
 def test_an_attempt_that_has_lost_its_workflow_lets_nothing_go(engine: Engine) -> None:
     fence, ids = parent_with_deferred(engine, 1)
     with Session(engine) as session:
-        stolen = races.checkpoint(replace(fence, token=uuid7()), "map:double")
+        stolen = races.checkpoint(fence._replace(token=uuid7()), "map:double")
         deferred.start_rest(session, stolen, ids=ids)
         assert races.status_in(session, ids[0]) is WorkflowStatus.SUSPENDED
 

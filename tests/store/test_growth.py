@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 from uuid import UUID
@@ -104,7 +103,7 @@ def operations(update_id: int, child: UUID) -> dict[str, Operation]:
     return {
         "step": step,
         "step in a batch": batch,
-        "wait": lambda s, f: steps.begin_wait(s, replace(new(f, "new"), status=StepStatus.WAITING, output=None)),
+        "wait": lambda s, f: steps.begin_wait(s, new(f, "new")._replace(status=StepStatus.WAITING, output=None)),
         "suspend": lambda s, f: races.end(s, [Suspend(f, None, (Awaited(signal="approved"),))]),
         "finish": lambda s, f: races.end(s, [races.success(f)]),
         "send a signal": lambda s, f: signals.send(s, [f.workflow_id], name="approved", payload="1", key=None),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from dataclasses import replace
 
 import pytest
 from sqlalchemy import Engine, create_engine, text
@@ -165,7 +164,7 @@ def test_no_notice_outlives_the_workflow_that_it_is_for(engine: Engine) -> None:
         (again,) = races.claim(session)
         session.commit()
         assert notices(session) == 2
-        races.end(session, [replace(races.success(again.fence), has_notices=True)])
+        races.end(session, [races.success(again.fence)._replace(has_notices=True)])
         session.commit()
         assert notices(session) == 0
 
@@ -200,7 +199,7 @@ def test_a_child_that_ends_beside_its_parents_end_leaves_a_notice_to_the_next_de
     (parent,) = races.claimed_fences(engine)
     with Session(engine) as of_child, Session(engine) as of_parent:
         fail(of_child, *running(of_child, parent.workflow_id))
-        races.end(of_parent, [replace(races.success(parent), has_notices=True)])
+        races.end(of_parent, [races.success(parent)._replace(has_notices=True)])
         of_parent.commit()
         of_child.commit()
         assert notices(of_parent) == 1

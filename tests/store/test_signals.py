@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from uuid import UUID
 
 import pytest
@@ -240,7 +239,7 @@ def test_what_waits_behind_the_cancel_of_its_call_takes_nothing(engine: Engine) 
     """The statement began before the cancel was recorded, and so does not see it."""
     (fence,) = races.claimed_fences(engine)
     checkpoint = races.checkpoint(fence, "signal:approved")
-    cancelled = replace(checkpoint, status=StepStatus.FAILED, output=None, error='{"type": "asyncio:CancelledError"}')
+    cancelled = checkpoint._replace(status=StepStatus.FAILED, output=None, error='{"type": "asyncio:CancelledError"}')
     with Session(engine) as session:
         send(session, fence.workflow_id)
         session.commit()
@@ -358,9 +357,8 @@ def _claimed_again(engine: Engine) -> list[Fence]:
 # behaviour: A1
 def test_a_take_that_reaches_the_server_after_its_call_was_cancelled_takes_nothing(engine: Engine) -> None:
     (fence,) = races.claimed_fences(engine)
-    cancelled = replace(
-        races.checkpoint(fence, "signal:approved"), status=StepStatus.FAILED, output=None, error='{"type": "cancelled"}'
-    )
+    checkpoint = races.checkpoint(fence, "signal:approved")
+    cancelled = checkpoint._replace(status=StepStatus.FAILED, output=None, error='{"type": "cancelled"}')
     with Session(engine) as session:
         send(session, fence.workflow_id)
         session.commit()

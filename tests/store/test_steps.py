@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session, sessionmaker
@@ -191,11 +189,11 @@ def test_the_writer_a_bulk_cancel_and_reclaim_at_the_same_rows_never_deadlock(
 
 
 def running(fence: Fence, tries: int = 1) -> Checkpoint:
-    return replace(races.checkpoint(fence), status=StepStatus.RUNNING, output=None, tries=tries)
+    return races.checkpoint(fence)._replace(status=StepStatus.RUNNING, output=None, tries=tries)
 
 
 def retrying(fence: Fence, tries: int = 1) -> Checkpoint:
-    return replace(running(fence, tries), status=StepStatus.RETRYING, error='{"type": "a:b"}', delay=60.0)
+    return running(fence, tries)._replace(status=StepStatus.RETRYING, error='{"type": "a:b"}', delay=60.0)
 
 
 def step_of(session: Session, fence: Fence) -> tuple[StepStatus, object, int]:

@@ -22,6 +22,7 @@ from sqla_durable.execution.worker.recorder import Resources, Sessions, Slots
 from sqla_durable.execution.worker.settings import Settings
 from sqla_durable.execution.worker.writer import StreamWriter
 from sqla_durable.operations.suspending import Wakers
+from sqla_durable.runtime.waiting import InThread, OnLoop
 from sqla_durable.store import claims
 from tests.store import races
 
@@ -33,7 +34,7 @@ def threads() -> Generator[ThreadPoolExecutor]:
 
 
 def heartbeat_of(database: ThreadDatabase, engine: Engine, threads: ThreadPoolExecutor) -> Heartbeat:
-    stopping = threading.Event()
+    stopping, loop = threading.Event(), asyncio.get_running_loop()
     resources = Resources(
         database=database,
         writer=races.writer(database),
@@ -42,8 +43,9 @@ def heartbeat_of(database: ThreadDatabase, engine: Engine, threads: ThreadPoolEx
         sync_sessions=Sessions.in_threads(sessionmaker(engine), places=1),
         async_sessions=Sessions.on_loop(None, places=1),
         stopping=stopping,
-        stopping_on_loop=asyncio.Event(),
-        loop=asyncio.get_running_loop(),
+        loop=loop,
+        waiting_on_loop=OnLoop(),
+        waiting_in_threads=InThread(loop=loop),
         slots=Slots(1),
         wakers=Wakers(),
     )

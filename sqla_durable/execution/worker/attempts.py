@@ -32,8 +32,8 @@ from sqla_durable.execution.worker.settings import (
     ROW_PAUSES,
 )
 from sqla_durable.operations.attempt import Attempt
-from sqla_durable.operations.runtime import run_blocking
-from sqla_durable.operations.workflow import run_workflow
+from sqla_durable.operations.runtime import Runtime, run_blocking
+from sqla_durable.operations.workflow import execute_workflow, record_completion
 from sqla_durable.runtime.runtimes import AsyncRuntime, BlockingRuntime
 from sqla_durable.runtime.tasks import AttemptTask
 from sqla_durable.store import Claimed, Completion, Fence, Suspend, attempts, workers
@@ -118,7 +118,7 @@ class Attempts:
             attempt = Attempt(each, wakers=self._resources.wakers)
             task = AttemptTask(self._execute(attempt), attempt, name=each.name)
             self._running[attempt.fence] = Running(attempt, task)
-            self._slots.take(attempt.fence)
+            self._slots.take()
 
     def drop(self, lost: Iterable[Fence]) -> None:
         """End the attempts whose workflows no longer belong to this worker, as far as they have not ended."""
@@ -197,31 +197,20 @@ class Attempts:
             await self._abandon(attempt, error)
         finally:
             self._running.pop(attempt.fence, None)
-            self._slots.release(attempt.fence)
+            self._slots.release()
 
     async def _to_its_end(self, attempt: Attempt) -> None:
         definition = self._definition(attempt)
-        if definition.is_async:
-            completion = await self._on_loop(attempt, definition)
-        else:
-            completion = await self._resources.in_thread(lambda: self._in_thread(attempt, definition))
-        _log_end(attempt, completion)
-
-    def _in_thread(self, attempt: Attempt, definition: WorkflowDefinition) -> Completion:
-        recorder = WorkerRecorder.for_thread(attempt, self._resources)
-        try:
-            return run_blocking(run_workflow(BlockingRuntime(attempt, recorder), definition))
-        except (AttemptLost, Suspended):
-            raise
-        except BaseException:  # what it has recorded is not to be executed again
-            run_blocking(recorder.flush())
-            raise
-
-    async def _on_loop(self, attempt: Attempt, definition: WorkflowDefinition) -> Completion:
         recorder = WorkerRecorder.for_loop(attempt, self._resources)
-        runtime = AsyncRuntime(attempt, recorder, threads=self._resources.threads)
+        runtime: Runtime
+        if definition.is_async:
+            runtime = AsyncRuntime(attempt, recorder, threads=self._resources.threads)
+            executing = execute_workflow(runtime, definition)
+        else:
+            runtime = BlockingRuntime(attempt, recorder.fork())
+            executing = self._in_thread(runtime, definition, recorder)
         try:
-            return await run_workflow(runtime, definition)
+            completion = await record_completion(recorder, await executing)
         except (Released, asyncio.CancelledError) as ending:
             while isinstance(ending, Released) and attempt.is_executing:  # noqa: ASYNC110 (threads set no asyncio.Event)
                 await asyncio.sleep(EXECUTING_CHECK)  # steps beside the one that has ended, in threads too
@@ -234,6 +223,16 @@ class Attempts:
             raise
         finally:
             runtime.close()
+        _log_end(attempt, completion)
+
+    async def _in_thread(
+        self, runtime: Runtime, definition: WorkflowDefinition, recorder: WorkerRecorder
+    ) -> Completion:
+        """Execute a workflow in a thread, which is free again before the outcome is recorded from here."""
+        try:
+            return await self._resources.in_thread(lambda: run_blocking(execute_workflow(runtime, definition)))
+        finally:
+            recorder.follow(runtime.recorder)
 
     async def _release_or_count(self, attempt: Attempt, ending: BaseException) -> None:
         """Release a workflow because the worker stops; without that, count a crash, or it would be claimed at once."""

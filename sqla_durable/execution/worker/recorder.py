@@ -28,7 +28,7 @@ from sqla_durable.operations.shielding import mark_retrieved, wait_done
 from sqla_durable.operations.suspending import Suspension, Waker, Wakers
 from sqla_durable.operations.transaction import ClosingTransaction, ReleasingTransaction, StepTransaction
 from sqla_durable.runtime.waiting import BlockingLock, InThread, Lock, OnLoop, Ticket, Waiting
-from sqla_durable.store import Checkpoint, Completion, Connectable, Fence, Suspend
+from sqla_durable.store import Checkpoint, Completion, Connectable, Suspend
 from sqla_durable.store.streams import Append, Appended
 from sqla_durable.unwinding import Released
 
@@ -40,21 +40,21 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._taken: set[Fence] = set()
+        self._taken = 0
         self._released = asyncio.Event()
 
     @property
     def free(self) -> int:
         """How many are free."""
-        return self._count - len(self._taken)
+        return self._count - self._taken
 
-    def take(self, fence: Fence) -> None:
+    def take(self) -> None:
         """Take one."""
-        self._taken.add(fence)
+        self._taken += 1
 
-    def release(self, fence: Fence) -> None:
+    def release(self) -> None:
         """Release one."""
-        self._taken.discard(fence)
+        self._taken -= 1
         self._released.set()
 
     async def next_release(self) -> None:
@@ -105,9 +105,10 @@ class Resources:
         threads: where sync code is executed.
         sync_sessions: opens the sessions of sync steps.
         async_sessions: opens the sessions of async steps.
-        stopping: set when the worker is to stop, for threads.
-        stopping_on_loop: set when the worker is to stop, for the event loop.
+        stopping: set when the worker is to stop.
         loop: the worker's event loop.
+        waiting_on_loop: how code on that waits.
+        waiting_in_threads: how code in the threads waits.
         slots: counts the workflows that are executed.
         wakers: wake operations that wait in memory.
         detached: steps in threads whose calls were cancelled, and that can commit nothing.
@@ -120,8 +121,9 @@ class Resources:
     sync_sessions: Sessions
     async_sessions: Sessions
     stopping: threading.Event
-    stopping_on_loop: asyncio.Event
     loop: asyncio.AbstractEventLoop
+    waiting_on_loop: OnLoop
+    waiting_in_threads: InThread
     slots: Slots
     wakers: Wakers
     detached: set[asyncio.Future[Any]] = field(default_factory=set[asyncio.Future[Any]])
@@ -158,13 +160,12 @@ class WorkerRecorder(Recorder):
     @classmethod
     def for_thread(cls, attempt: Attempt, resources: Resources) -> WorkerRecorder:
         """Return the recorder of code that is executed in one of the worker's threads."""
-        waiting = InThread(stopping=resources.stopping, loop=resources.loop)
-        return cls(attempt, resources, waiting, resources.sync_sessions)
+        return cls(attempt, resources, resources.waiting_in_threads, resources.sync_sessions)
 
     @classmethod
     def for_loop(cls, attempt: Attempt, resources: Resources) -> WorkerRecorder:
         """Return the recorder of code that is executed on the worker's event loop."""
-        return cls(attempt, resources, OnLoop(stopping=resources.stopping_on_loop), resources.async_sessions)
+        return cls(attempt, resources, resources.waiting_on_loop, resources.async_sessions)
 
     @property
     @override
@@ -257,8 +258,13 @@ class WorkerRecorder(Recorder):
         try:
             run_blocking(branch.flush())
         except BaseException:
-            self._last = branch._last  # what was refused stops every later operation, of whichever branch
+            self.follow(branch)  # what was refused stops every later operation, of whichever branch
             raise
+
+    def follow(self, other: Recorder) -> None:
+        """Let what is recorded here from now on follow what was recorded there."""
+        assert isinstance(other, WorkerRecorder)  # noqa: S101 (made by `fork`)
+        self._last = other._last
 
     @override
     async def in_session(self, work: Callable[[Recorder], T]) -> T:
@@ -288,17 +294,17 @@ class WorkerRecorder(Recorder):
         last = self._last
         if last is None:
             return
-        await self._waiting.committed(last)  # steps that are called at the same time wait for the same commits
+        await self._waiting.settled(last)  # steps that are called at the same time wait for the same commits
         if self._last is last:
             self._last = None  # not before: what was refused stops every later operation
 
     def _submit(self, row: Row) -> None:
-        write = Write(row, self._waiting.ticket(), self._last)
+        write = Write(row, self._last)
         try:
             self._waiting.call_on_loop(self._add, write)
         except RuntimeError:  # the loop is closed: the worker has left this thread behind
             write.refuse()
-        self._last = write.ticket
+        self._last = write
 
 
 def _outcome(

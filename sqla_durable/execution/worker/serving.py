@@ -39,6 +39,7 @@ from sqla_durable.execution.worker.settings import BEATS, LAST_GRACE, Settings
 from sqla_durable.execution.worker.writer import StreamWriter, Writer
 from sqla_durable.operations.suspending import Wakers
 from sqla_durable.operations.transaction import require_transaction
+from sqla_durable.runtime.waiting import InThread, OnLoop
 from sqla_durable.store import schema, workers
 from sqla_durable.store.schema import keeps_statements
 
@@ -200,7 +201,7 @@ class Serving:
         self._settings = settings
         self._databases = databases
         self._stop = stop
-        database = databases.shared
+        database, loop = databases.shared, asyncio.get_running_loop()
         wakers, wakeups = Wakers(), Wakeups()
         self._writer = Writer(databases.writing, wakeups, wakers)
         self._stream_writer = StreamWriter(database)
@@ -213,8 +214,9 @@ class Serving:
             sync_sessions=Sessions.in_threads(makers.sync, places=settings.transactions),
             async_sessions=Sessions.on_loop(makers.asynchronous, places=settings.transactions),
             stopping=stop.requested,
-            stopping_on_loop=stop.on_loop,
-            loop=asyncio.get_running_loop(),
+            loop=loop,
+            waiting_on_loop=OnLoop(stopping=stop.on_loop),
+            waiting_in_threads=InThread(stopping=stop.requested, loop=loop),
             slots=slots,
             wakers=wakers,
         )

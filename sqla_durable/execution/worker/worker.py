@@ -39,6 +39,7 @@ from sqla_durable.execution.worker.serving import (
     require_one_database,
     require_transactions,
 )
+from sqla_durable.runtime.runtimes import hosting
 from sqla_durable.store import schema
 from sqla_durable.store.workers import DEFAULT_MAX_ATTEMPTS, MOST_CRASHES
 
@@ -258,7 +259,8 @@ class Worker:
             self._stopping.set()
         listens = is_direct if self.listen is None else self.listen
         try:
-            await serving.run(listen_on=self._engine if listens else None)
+            with hosting():
+                await serving.run(listen_on=self._engine if listens else None)
         finally:
             self.left_behind = serving.left_behind
 

@@ -11,13 +11,14 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, Protocol, TypeAlias, TypeVar
 from uuid import UUID
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
+from typing_extensions import override
 
 from sqla_durable.definitions.database_errors import first_line, is_untranslatable
 from sqla_durable.definitions.log import Log
@@ -99,32 +100,41 @@ class GroupCommit(ABC, Generic[W]):
         """Commit a batch, and let everybody know who waits for something in it."""
 
 
-@dataclass(slots=True)
-class Write:
-    """Something to be recorded, who waits for it, and what the same attempt submitted just before."""
+class Write(Ticket):
+    """Something to be recorded.
 
-    row: Row
-    ticket: Ticket
-    after: Ticket | None = None
+    Attributes:
+        row: what it is.
+        after: what the same attempt submitted just before, if that was not settled then.
+    """
+
+    __slots__ = ("after", "row")
+
+    def __init__(self, row: Row, after: Ticket | None = None) -> None:
+        super().__init__()
+        self.row = row
+        self.after = after
 
     @property
     def fence(self) -> Fence:
         """The attempt that writes."""
         return self.row.fence
 
+    @override
     def settle(self, error: BaseException | None = None) -> None:
-        """End the wait for it, with an error or without; a ticket that was cancelled is left alone."""
-        if self.ticket.done():
-            return
-        if error is None:
-            self.ticket.set_result(None)
-        else:
-            self.ticket.set_exception(error)
-            self.ticket.exception()  # seen: an attempt that ends by another write's error does not ask for this one
+        self.after = None  # or all that an attempt has written would stay in memory
+        super().settle(error)
 
     def refuse(self) -> None:
         """Raise `AttemptLost` where it is waited for."""
         self.settle(AttemptLost(self.fence.workflow_id))
+
+    def escape(self) -> bool:
+        """Escape what not every database can store; return whether that changes anything."""
+        if isinstance(self.row, Suspend):
+            return False
+        before, self.row = self.row, self.row.escaped
+        return before is not self.row and before != self.row
 
 
 @dataclass(slots=True)
@@ -197,16 +207,23 @@ class Writer(GroupCommit[Write]):
             return
         for write in settled.written:
             write.settle()
-            if isinstance(write.row, Completion):
-                self._wakers.wake(write.fence.workflow_id)
-        if any(_is_awaited_or_waits(each.row) for each in settled.written):
-            self._wakeups.maintenance.set()
+            if not isinstance(write.row, Checkpoint):
+                self._note_end(write.row)
         for write in settled.lost:
             write.refuse()
         if settled.locked:
             self._delay(settled.locked)
         elif not self._delayed:
             self._retry = _SHORTEST_RETRY
+
+    def _note_end(self, end: Completion | Suspend) -> None:
+        if isinstance(end, Completion):
+            self._wakers.wake(end.fence.workflow_id)
+            may_have_work = end.is_child or end.has_deferred
+        else:
+            may_have_work = bool(end.awaits)
+        if may_have_work:
+            self._wakeups.maintenance.set()
 
     async def _split(self, batch: list[Write], error: Exception) -> None:
         """Find the workflow whose row the database refuses; it fails alone."""
@@ -216,21 +233,14 @@ class Writer(GroupCommit[Write]):
             await self.commit([write for group in groups[:half] for write in group])
             await self.commit([write for group in groups[half:] for write in group])
             return
-        shown = [each if isinstance(each.row, Suspend) else replace(each, row=each.row.escaped) for each in batch]
-        if is_untranslatable(error) and any(one.row != other.row for one, other in zip(shown, batch, strict=True)):
-            await self.commit(shown)
+        if is_untranslatable(error) and sum(each.escape() for each in batch):
+            await self.commit(batch)
             return
         log.error("the database refuses what workflow %s records: %s", batch[0].fence.workflow_id, error)
         for write in batch:
             refused = EncodingError(f"the database refuses what the workflow records: {first_line(error)}")
             refused.__cause__ = error
             write.settle(refused)
-
-
-def _is_awaited_or_waits(row: Row) -> bool:
-    return (isinstance(row, Suspend) and bool(row.awaits)) or (
-        isinstance(row, Completion) and (row.is_child or row.has_deferred)
-    )
 
 
 def _fitting(waiting: Sequence[Write]) -> int:
@@ -249,10 +259,7 @@ def _size_of(row: Row) -> int:
 
 def _refused_before(write: Write) -> bool:
     """Refuse what follows on something that was refused: a workflow must not succeed with a hole in its history."""
-    before = write.after
-    if before is None or not before.done() or before.cancelled():
-        return False
-    error = before.exception()
+    error = None if write.after is None else write.after.error
     if error is not None:
         write.settle(error)
     return error is not None
@@ -263,10 +270,11 @@ def _write(connection: Connection, batch: Sequence[Write]) -> Settled:
     checkpoints = [each.row for each in batch if isinstance(each.row, Checkpoint)]
     ends = [each.row for each in batch if not isinstance(each.row, Checkpoint)]
     unwritten = attempts.write_batch(connection, checkpoints, ends)
+    if not unwritten:
+        return Settled(written=list(batch))
     failed = [_is_unwritten(each.row, unwritten) for each in batch]
     settled = Settled(written=[each for each, has_failed in zip(batch, failed, strict=True) if not has_failed])
-    if any(failed):
-        _explain(connection, [each for each, has_failed in zip(batch, failed, strict=True) if has_failed], settled)
+    _explain(connection, [each for each, has_failed in zip(batch, failed, strict=True) if has_failed], settled)
     return settled
 
 
