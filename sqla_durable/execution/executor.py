@@ -33,8 +33,8 @@ from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import run_blocking
 from sqla_durable.operations.transaction import in_session
 from sqla_durable.operations.workflow import WorkflowOutcome, run_workflow
-from sqla_durable.runtime.runtimes import AsyncRuntime, BlockingRuntime, hosting
-from sqla_durable.runtime.tasks import in_attempt_task
+from sqla_durable.runtime.runtimes import AsyncRuntime, BlockingRuntime
+from sqla_durable.runtime.tasks import hosting, in_attempt_task
 from sqla_durable.store import (
     Claimed,
     Completion,

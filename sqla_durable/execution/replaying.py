@@ -18,7 +18,8 @@ from sqla_durable.operations.runtime import Recorder, run_blocking
 from sqla_durable.operations.suspending import Suspension, Wait, Waker
 from sqla_durable.operations.transaction import StepTransaction
 from sqla_durable.operations.workflow import completion_of
-from sqla_durable.runtime.runtimes import AsyncRuntime, BlockingRuntime, hosting
+from sqla_durable.runtime.runtimes import AsyncRuntime, BlockingRuntime
+from sqla_durable.runtime.tasks import hosting
 from sqla_durable.store import Checkpoint, Claimed, Completion, Connectable
 from sqla_durable.unwinding import ControlFlow
 

@@ -10,7 +10,7 @@ import concurrent.futures
 import contextvars
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
@@ -33,7 +33,7 @@ from sqla_durable.operations.step import execute_step
 from sqla_durable.operations.suspending import Suspension, Wait
 from sqla_durable.runtime.asyncio_internals import cancels_met
 from sqla_durable.runtime.context import ACTIVE, Context
-from sqla_durable.runtime.loop_timers import Timers, keep_due, watching
+from sqla_durable.runtime.loop_timers import Timers, keep_due
 from sqla_durable.unwinding import AttemptLost, ControlFlow
 
 T = TypeVar("T")
@@ -404,13 +404,6 @@ class AsyncRuntime(Runtime):
 
 
 @contextmanager
-def hosting() -> Generator[None]:
-    """Let `async def` workflows be executed on the running event loop: see the tasks and timers that they make."""
-    with tasks.branching(), watching():
-        yield
-
-
-@contextmanager
 def _noting_ending(attempt: Attempt) -> Generator[None]:
     """Note what an operation raises in the workflow's own code to end the attempt."""
     try:
@@ -467,10 +460,6 @@ def _expiring(timer: asyncio.Timeout, watch: Watch) -> Generator[None]:
             next_check.cancel()
 
 
-def _measured(watch: Watch | None) -> AbstractContextManager[None]:
-    return nullcontext() if watch is None else watch.measured()
-
-
 def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:
         return asyncio.get_running_loop()
@@ -505,7 +494,7 @@ def _returned(function: Callable[[], T], watch: Watch | None) -> T:
     loop of the task that awaits it, although Ctrl-C interrupts the main thread only.
     """
     try:
-        with _measured(watch):
+        with nullcontext() if watch is None else watch.measured():
             return function()
     except (StopIteration, KeyboardInterrupt) as error:
         raise RuntimeError(f"the step raised {brief(error)}") from error

@@ -30,6 +30,7 @@ from sqla_durable.runtime.asyncio_internals import (
     waits_only_for,
 )
 from sqla_durable.runtime.context import active, workflow_code
+from sqla_durable.runtime.loop_timers import watching
 from sqla_durable.unwinding import Released
 
 T = TypeVar("T")
@@ -66,6 +67,13 @@ def branching() -> Generator[None]:
         ours = loop.get_task_factory()
         if not _users[loop] and isinstance(ours, _Factory):  # a foreign one that is wrapped around ours stays
             loop.set_task_factory(ours.inner)
+
+
+@contextmanager
+def hosting() -> Generator[None]:
+    """Let `async def` workflows be executed on the running event loop: see the tasks and timers that they make."""
+    with branching(), watching():
+        yield
 
 
 class _Factory:

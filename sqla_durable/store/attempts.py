@@ -18,6 +18,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.base import WorkflowStatus
+from sqla_durable.store.driver import DriverStatement
 from sqla_durable.store.inbox import END_COLUMNS, end_notices
 from sqla_durable.store.records import Checkpoint, Completion, Fence, Suspend
 from sqla_durable.store.statements import (
@@ -109,12 +110,12 @@ def write_batch(
     parameters = batch_parameter("batch", [CHECKPOINT.row(each) for each in checkpoints])
     parameters |= batch_parameter("ending", [_end_row(each, counts[each.fence]) for each in ends])
     unwritten = Unwritten()
-    for row in execute(connectable, _WRITE_BATCH, parameters):
-        fence = Fence(row.id, row.token)
-        if row.key is None:
+    for workflow_id, token, key in _WRITE_BATCH.rows(connectable, parameters):
+        fence = Fence(UUID(str(workflow_id)), UUID(str(token)))
+        if key is None:
             unwritten.ends.add(fence)
         else:
-            unwritten.checkpoints.add((fence, row.key))
+            unwritten.checkpoints.add((fence, key))
     return unwritten
 
 
@@ -251,7 +252,7 @@ _RELEASE = _release_statement(skip_locked=False)
 _RELEASE_UNLOCKED = _release_statement(skip_locked=True)
 _FINISHED_BY = _finished_by_statement()
 _STILL_OWNED = _still_owned_statement()
-_WRITE_BATCH = _write_batch_statement()
+_WRITE_BATCH = DriverStatement(_write_batch_statement())
 _BEGIN_SAGA = (
     sa.update(WORKFLOW)
     .where(*is_owned())

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 from sqla_durable.models.base import StepStatus, Text, WorkflowStatus
+from sqla_durable.store.driver import DriverStatement
 from sqla_durable.store.records import Checkpoint, Fence, Recorded, Verdict
 from sqla_durable.store.statements import (
     STEP,
@@ -263,10 +264,9 @@ def keep_details(connectable: Connectable, checkpoint: Checkpoint, *, details: s
         raise AttemptLost(checkpoint.fence.workflow_id)
 
 
-def _verdict(session: Connectable, statement: Any, checkpoint: Checkpoint) -> Verdict:
+def _verdict(session: Connectable, statement: DriverStatement, checkpoint: Checkpoint) -> Verdict:
     parameters = given_parameters(checkpoint)
-    recorded = execute(session, statement, parameters).first() is not None
-    return Verdict.RECORDED if recorded else why_unwritten(session, parameters)
+    return Verdict.RECORDED if statement.rows(session, parameters) else why_unwritten(session, parameters)
 
 
 def _recorded(row: sa.Row[Any]) -> Recorded:
@@ -356,8 +356,8 @@ GIVEN: dict[str, Expression] = {name: parameter(_given_name(name), kind) for nam
 """One checkpoint as parameters."""
 
 _OWNED = sa.select(WORKFLOW.c.id).where(*is_owned())
-_RECORD = _record_statement()
-_RECORD_LAST = _record_statement(limit_idle_time())
+_RECORD = DriverStatement(_record_statement())
+_RECORD_LAST = DriverStatement(_record_statement(limit_idle_time()))
 _RECORDED_AMONG = _recorded_among_statement()
 _RECORDED = sa.select(
     STEP.c.workflow_id,

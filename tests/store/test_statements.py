@@ -16,6 +16,7 @@ from sqlalchemy.sql import ClauseElement
 
 import sqla_durable.store as store
 from sqla_durable.models import metadata, storage
+from sqla_durable.store.driver import DriverStatement
 from tests.test_architecture import SOURCES
 
 _MODULES = [
@@ -29,7 +30,8 @@ _BATCHES = {"_WRITE_BATCH", "_APPEND_MANY", "_FINISH", "_RELEASE", "_RELEASE_UNL
 def statements() -> Iterator[tuple[str, ClauseElement]]:
     """Return what the modules of the store keep, by name: statements, and a few parts of them."""
     for module in _MODULES:
-        for name, value in vars(module).items():
+        for name, kept in vars(module).items():
+            value = kept.statement if isinstance(kept, DriverStatement) else kept
             if isinstance(value, Executable) and isinstance(value, ClauseElement):
                 yield f"{module.__name__.rpartition('.')[2]}.{name}", value
 

@@ -39,7 +39,7 @@ from sqla_durable.execution.worker.serving import (
     require_one_database,
     require_transactions,
 )
-from sqla_durable.runtime.runtimes import hosting
+from sqla_durable.runtime.tasks import hosting
 from sqla_durable.store import schema
 from sqla_durable.store.workers import DEFAULT_MAX_ATTEMPTS, MOST_CRASHES
 

@@ -1,0 +1,107 @@
+"""Statements that every step executes: SQLAlchemy makes their text once, and the driver gets it without more work.
+
+A third to a half of what such a statement costs this process is otherwise the search for its compiled form, the
+translation of the schema, and a result of which nothing is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from sqla_durable.definitions.database_errors import mark_engine_error
+from sqla_durable.store.statements import Connectable, connection_of
+
+_Schemas: TypeAlias = "tuple[tuple[str | None, str | None], ...] | None"
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """The text of a statement for one dialect and schema.
+
+    Attributes:
+        sql: the text.
+        constants: parameters that the statement has of its own, by name.
+        order: the names of its parameters, where the driver takes them by position.
+    """
+
+    sql: str
+    constants: Mapping[str, Any]
+    order: Sequence[str] | None
+
+    def parameters(self, given: Mapping[str, Any]) -> Any:
+        """Return the parameters as the driver takes them."""
+        every = {**self.constants, **given}
+        return every if self.order is None else tuple(every[name] for name in self.order)
+
+
+class DriverStatement:
+    """A statement that is given to the driver as text.
+
+    Its parameters are text, numbers, booleans and None, which all drivers take as they are.
+
+    Attributes:
+        statement: the statement itself.
+    """
+
+    def __init__(self, statement: sa.sql.ClauseElement) -> None:
+        self.statement = statement
+        self._texts: WeakKeyDictionary[sa.Dialect, dict[_Schemas, _Text]] = WeakKeyDictionary()
+
+    def rows(self, connectable: Connectable, parameters: Mapping[str, Any]) -> Sequence[Any]:
+        """Execute it, and return its rows with what the driver reads: an id is a UUID or its text.
+
+        On a connection in AUTOCOMMIT with an engine that nobody watches, it is executed by the driver's own cursor;
+        an error there is found by executing it a second time, as elsewhere, so that SQLAlchemy can say what it is.
+        """
+        try:
+            connection = connection_of(connectable) if isinstance(connectable, Session) else connectable
+            text = self._text(connection)
+            given = text.parameters(parameters)
+            if _is_unwatched(connection):
+                try:
+                    return _fetched(connection, text.sql, given)
+                except connection.dialect.loaded_dbapi.Error:
+                    pass
+            return connection.exec_driver_sql(text.sql, given).all()
+        except (DBAPIError, OSError) as error:  # asyncpg's connections raise the latter too
+            mark_engine_error(error)
+            raise
+
+    def _text(self, connection: sa.Connection) -> _Text:
+        schemas = connection.get_execution_options().get("schema_translate_map") or None
+        key = None if schemas is None else tuple(schemas.items())
+        texts = self._texts.setdefault(connection.dialect, {})
+        text = texts.get(key)
+        if text is None:
+            text = texts[key] = self._compiled(connection.dialect, schemas)
+        return text
+
+    def _compiled(self, dialect: sa.Dialect, schemas: Mapping[str | None, str | None] | None) -> _Text:
+        options = {} if schemas is None else {"schema_translate_map": schemas, "render_schema_translate": True}
+        compiled: Any = self.statement.compile(dialect=dialect, **options)
+        constants = {name: value for name, value in compiled.params.items() if value is not None}
+        return _Text(str(compiled), constants, compiled.positiontup)
+
+
+def _is_unwatched(connection: sa.Connection) -> bool:
+    """Return whether each statement is a transaction of its own, and neither an event nor a log is to see it."""
+    engine = connection.engine
+    if engine.echo or connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+        return False
+    return not (engine.dispatch.before_cursor_execute or engine.dispatch.after_cursor_execute)
+
+
+def _fetched(connection: sa.Connection, sql: str, parameters: Any) -> Sequence[Any]:
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute(sql, parameters)
+        return cursor.fetchall()
+    finally:
+        cursor.close()

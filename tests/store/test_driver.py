@@ -1,0 +1,117 @@
+"""Statements that are given to the driver as text: the same rows and errors as SQLAlchemy's own execution."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Connection, Engine, event, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session
+
+from sqla_durable.definitions.database_errors import is_about_data, is_engine_error, is_outage
+from sqla_durable.models import SCHEMA
+from sqla_durable.store import Fence, attempts
+from sqla_durable.store.driver import DriverStatement
+from sqla_durable.store.statements import WORKFLOW, Text, parameter, text_literal
+from tests.store import races
+
+FOUND = DriverStatement(
+    sa.select(WORKFLOW.c.id, sa.cast(parameter("number", Text()), sa.Integer()), sa.literal("child"), text_literal("%"))
+)
+
+
+@contextmanager
+def autocommitting(engine: Engine) -> Generator[Connection]:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        yield connection
+
+
+def rows_of(connection: Connection, **parameters: Any) -> list[tuple[UUID, int, str, str]]:
+    rows = FOUND.rows(connection, {"number": "7", **parameters})
+    return [(UUID(str(first)), *rest) for first, *rest in rows]
+
+
+@pytest.mark.parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)
+async def test_rows_are_the_same_by_the_drivers_cursor_and_by_sqlalchemy(
+    engine: Engine, async_engine: AsyncEngine
+) -> None:
+    (fence,) = races.claimed_fences(engine)
+    expected = [(fence.workflow_id, 7, "child", "%")]
+    with autocommitting(engine) as alone, engine.connect() as in_transaction:
+        assert rows_of(alone) == rows_of(in_transaction) == expected
+    async with async_engine.connect() as connection:
+        assert await connection.run_sync(rows_of) == expected
+    async with async_engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        assert await connection.run_sync(rows_of) == expected
+
+
+def test_what_is_watched_is_seen_and_what_is_not_costs_sqlalchemy_nothing(engine: Engine) -> None:
+    seen: list[str] = []
+
+    def see(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        seen.append(statement)
+
+    with autocommitting(engine) as connection:
+        rows_of(connection)
+        assert not connection.in_transaction()  # SQLAlchemy begins one with whatever it executes
+    event.listen(engine, "before_cursor_execute", see)
+    with autocommitting(engine) as connection:
+        rows_of(connection)
+        assert connection.in_transaction()
+    assert len(seen) == 1
+
+
+def test_two_tenants_of_one_engine_have_texts_of_their_own(engine: Engine) -> None:
+    (fence,) = races.claimed_fences(engine)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE SCHEMA tenant_7"))
+        connection.execute(text('CREATE TABLE tenant_7.workflow AS SELECT * FROM "durable".workflow LIMIT 0'))
+    tenant = engine.execution_options(schema_translate_map={SCHEMA: "tenant_7"})
+    for _ in range(2):
+        with autocommitting(engine) as one, autocommitting(tenant) as other:
+            assert [each[0] for each in rows_of(one)] == [fence.workflow_id]
+            assert rows_of(other) == []
+
+
+def test_the_error_of_a_bad_row_is_sqlalchemys_and_the_connection_stays_usable(engine: Engine) -> None:
+    with autocommitting(engine) as connection:
+        with pytest.raises(DBAPIError) as raised:
+            rows_of(connection, number="seven")
+        assert is_about_data(raised.value)
+        assert is_engine_error(raised.value)
+        assert rows_of(connection) == []
+
+
+def test_a_connection_that_was_lost_is_an_outage_and_is_not_used_again(engine: Engine) -> None:
+    with autocommitting(engine) as connection:
+        backend = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        with engine.begin() as other:
+            other.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": backend})
+        with pytest.raises(DBAPIError) as raised:
+            rows_of(connection)
+        assert is_outage(raised.value)
+        assert raised.value.connection_invalidated
+
+
+def test_a_batch_that_is_executed_again_after_its_first_answer_was_lost_reports_what_it_did_not_write(
+    engine: Engine,
+) -> None:
+    """Whoever asks finds it written by the same attempt, as after any lost answer."""
+    (fence,) = races.claimed_fences(engine)
+    for unwritten in (set[tuple[Fence, str]](), {(fence, "charge")}):
+        with autocommitting(engine) as connection:
+            assert attempts.write_batch(connection, [races.checkpoint(fence)]).checkpoints == unwritten
+
+
+def test_in_a_transaction_it_is_undone_with_it(engine: Engine) -> None:
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        assert not attempts.write_batch(session, [races.checkpoint(fence)])
+        session.rollback()
+    assert races.history_of(engine, fence.workflow_id) == []
