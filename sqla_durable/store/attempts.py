@@ -30,6 +30,7 @@ from sqla_durable.store.statements import (
     Condition,
     Connectable,
     Shape,
+    Statement,
     batch_parameter,
     batch_table,
     count_rows,
@@ -245,16 +246,18 @@ def _end_statement(ending: sa.CTE, mine: sa.CTE, recorded: sa.CTE) -> Any:
     )
 
 
-_FINISH = _finish_statement()
-_LOCK = sa.select(lock_owned(batch_table("batch", FENCE), skip_locked=False).c.id)
-_RELEASE = _release_statement(skip_locked=False)
-_RELEASE_UNLOCKED = _release_statement(skip_locked=True)
-_FINISHED_BY = _finished_by_statement()
-_STILL_OWNED = _still_owned_statement()
-_WRITE_BATCH = _write_batch_statement()
-_BEGIN_SAGA = (
-    sa.update(WORKFLOW)
-    .where(*is_owned())
-    .values(cancellation=sa.func.coalesce(WORKFLOW.c.cancellation, COMPENSATES))
-    .returning(WORKFLOW.c.id)
+_FINISH = Statement(_finish_statement)
+_LOCK = Statement(lambda: sa.select(lock_owned(batch_table("batch", FENCE), skip_locked=False).c.id))
+_RELEASE = Statement(lambda: _release_statement(skip_locked=False))
+_RELEASE_UNLOCKED = Statement(lambda: _release_statement(skip_locked=True))
+_FINISHED_BY = Statement(_finished_by_statement)
+_STILL_OWNED = Statement(_still_owned_statement)
+_WRITE_BATCH = Statement(_write_batch_statement)
+_BEGIN_SAGA = Statement(
+    lambda: (
+        sa.update(WORKFLOW)
+        .where(*is_owned())
+        .values(cancellation=sa.func.coalesce(WORKFLOW.c.cancellation, COMPENSATES))
+        .returning(WORKFLOW.c.id)
+    )
 )

@@ -31,6 +31,7 @@ from sqla_durable.store.statements import (
     Connectable,
     Expression,
     Restriction,
+    Statement,
     Subset,
     batch_parameter,
     batch_table,
@@ -305,4 +306,4 @@ def _claim_statement(candidates: Any) -> Any:
 
 
 _CLAIM, _CLAIM_PART, _CLAIMABLE = subset_forms(_claim_many_statement)
-_CLAIM_ONE = _claim_statement(_one())
+_CLAIM_ONE = Statement(lambda: _claim_statement(_one()))

@@ -29,6 +29,7 @@ from sqla_durable.store.statements import (
     ZERO,
     Condition,
     Expression,
+    Statement,
     batch_parameter,
     batch_table,
     execute,
@@ -216,4 +217,4 @@ def _of_source(column: sa.ColumnElement[UUID], rows: sa.FromClause) -> Condition
     return sa.and_(column == rows.c.source, column == sa.func.any(_SOURCES))
 
 
-_COPY = _copy_statement()
+_COPY = Statement(_copy_statement)

@@ -33,6 +33,7 @@ from sqla_durable.store.statements import (
     Condition,
     Connectable,
     Expression,
+    Statement,
     batch_parameter,
     batch_table,
     execute,
@@ -380,7 +381,7 @@ _BATCH: Columns = {
     "item": sa.Integer(),
     "value": Text(),
 }
-_APPEND = _append_statement(recorded=False)
-_RECORD = _append_statement(recorded=True)
-_APPEND_MANY = _append_many_statement()
-_READ = _read_statement()
+_APPEND = Statement(lambda: _append_statement(recorded=False))
+_RECORD = Statement(lambda: _append_statement(recorded=True))
+_APPEND_MANY = Statement(_append_many_statement)
+_READ = Statement(_read_statement)

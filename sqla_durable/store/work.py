@@ -26,6 +26,7 @@ from sqla_durable.store.statements import (
     ZERO,
     Condition,
     Connectable,
+    Statement,
     execute,
     parameter,
     pg,
@@ -228,4 +229,4 @@ def _find_work_statement() -> Any:
 
 _WITHIN = parameter("within", sa.Float())
 _SUSPENDED = WORKFLOW.c.status == status_literal(WorkflowStatus.SUSPENDED)
-_FIND_WORK = _find_work_statement()
+_FIND_WORK = Statement(_find_work_statement)
