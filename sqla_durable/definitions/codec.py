@@ -10,7 +10,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from types import GenericAlias
 from typing import Any, NamedTuple, cast
@@ -30,6 +29,7 @@ from sqla_durable.definitions.json_values import (
 )
 from sqla_durable.definitions.libraries import pydantic, pydantic_core
 from sqla_durable.definitions.redaction import problems_of
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import ArgumentError, DecodingError, DefinitionError, EncodingError
 
 _SURE = frozenset({str, int, bool, type(None)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, cast
 from uuid import UUID
 
 from sqla_durable.definitions.libraries import pydantic
+from sqla_durable.definitions.values import dataclass
 
 _SHOWN = 100  # characters of a key in a path
 _KINDS = 3  # of elements, in a proposed annotation

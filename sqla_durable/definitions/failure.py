@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -32,6 +32,7 @@ from sqla_durable.definitions.error_classes import (
 from sqla_durable.definitions.json_values import dump
 from sqla_durable.definitions.libraries import pydantic
 from sqla_durable.definitions.redaction import driver_message, message_of, notes_of, traceback_of, without_values
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import StepFailedError
 
 _TEXT_LIMIT = 32_000

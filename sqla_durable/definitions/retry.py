@@ -9,7 +9,7 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,6 +18,7 @@ from sqla_durable.definitions.checks import LONGEST
 from sqla_durable.definitions.database_errors import is_obstacle
 from sqla_durable.definitions.libraries import tenacity
 from sqla_durable.definitions.redaction import brief
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import DefinitionError, UsageError
 
 if TYPE_CHECKING:

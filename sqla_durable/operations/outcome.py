@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
 
@@ -13,6 +13,7 @@ from sqla_durable.definitions.checks import unescape_key
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.failure import Failure
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import StepFailedError, UsageError
 from sqla_durable.models.base import StepStatus
 from sqla_durable.operations.attempt import Attempt

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -26,6 +25,7 @@ from sqla_durable.definitions.database_errors import (
 from sqla_durable.definitions.failure import Failure, record
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.limits import TimeLimits, Watch
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import (
     DecodingError,
     DefinitionError,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -11,6 +10,7 @@ from sqla_durable.definitions.error_classes import Find
 from sqla_durable.definitions.failure import Failure, add_notes, record
 from sqla_durable.definitions.log import Log, joined
 from sqla_durable.definitions.registry import WorkflowDefinition
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import (
     EncodingError,
     HistoryMismatchError,

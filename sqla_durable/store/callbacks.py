@@ -7,7 +7,6 @@ callback only if that record is not locked. So of an answer and an expiry at the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -15,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.inbox import first_keyed
 from sqla_durable.store.keys import insert_new_keys, require_the_latest, sees_the_latest

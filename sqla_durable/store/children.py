@@ -6,12 +6,12 @@ Each is one statement, fenced by the parent's attempt; carried out twice, it fin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import NotFoundError
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store.inbox import END_COLUMNS, end_notices, insert_orphan_notices, is_deferred, was_running

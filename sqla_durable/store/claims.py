@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -16,6 +16,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store import failures, steps
 from sqla_durable.store.records import Claimed, Fence

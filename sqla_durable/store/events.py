@@ -6,13 +6,13 @@ commits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.records import Checkpoint, Origin
 from sqla_durable.store.statements import (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from operator import attrgetter
@@ -23,6 +22,7 @@ from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.types import TypeEngine
 
 from sqla_durable.definitions.database_errors import mark_engine_error
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.models import SCHEMA, Base, Workflow
 from sqla_durable.models.base import StepStatus, Text, WorkflowStatus
 from sqla_durable.store.records import Fence

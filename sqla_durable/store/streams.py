@@ -8,7 +8,6 @@ an existing one and nothing is written: the statement is executed again, and see
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
 from typing import Any
@@ -18,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.models.base import Text
 from sqla_durable.store import keys, steps
 from sqla_durable.store.records import Checkpoint, Origin, Verdict

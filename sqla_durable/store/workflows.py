@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -11,6 +11,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import NotFoundError
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.records import WorkflowState

@@ -10,7 +10,7 @@ import concurrent.futures
 import contextvars
 import threading
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import override
 
 from sqla_durable.definitions.registry import StepDefinition
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import EncodingError
 from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.execution.worker.writer import Row, StreamWriter, Write, Writer
