@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
@@ -19,6 +18,7 @@ from sqla_durable.api.sessions import AnySession
 from sqla_durable.definitions.checks import require_key
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.inspection import SessionKind, require_name
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import ArgumentError, UsageError
 from sqla_durable.operations.calls import StepCall
 from sqla_durable.operations.publishing import Publication, origin_of, publish_at_once, publish_once

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import Pool
 
 from sqla_durable.definitions.log import Log
+from sqla_durable.definitions.values import dataclass
 from sqla_durable.operations.shielding import GracefulTask
 from sqla_durable.store import connection_of, hints, schema
 from sqla_durable.store.hints import EVERYWHERE, LATE, Hint, merged, sent_to, to_queue, to_worker
