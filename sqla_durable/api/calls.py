@@ -17,8 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqla_durable.api.sessions import AnySession
 from sqla_durable.definitions.checks import require_key
 from sqla_durable.definitions.codec import Codec
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.inspection import SessionKind, require_name
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import ArgumentError, UsageError
 from sqla_durable.operations.calls import StepCall
 from sqla_durable.operations.publishing import Publication, origin_of, publish_at_once, publish_once

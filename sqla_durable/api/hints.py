@@ -22,8 +22,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import Pool
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.log import Log
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.operations.shielding import GracefulTask
 from sqla_durable.store import connection_of, hints, schema
 from sqla_durable.store.hints import EVERYWHERE, LATE, Hint, merged, sent_to, to_queue, to_worker

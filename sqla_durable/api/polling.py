@@ -20,8 +20,8 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.api.sessions import explain_missing_rights, require_async_session, require_sync_session
 from sqla_durable.definitions.checks import require_duration
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.registry import WorkflowDefinition
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import ResultTimeoutError, SessionError, UsageError
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.operations.workflow import WorkflowOutcome

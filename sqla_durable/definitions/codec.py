@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 from uuid import UUID
 
 from sqla_durable.definitions.comparison import Difference, annotation_for, difference, joined_path
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.json_values import (
     DEFAULT_LIMIT,
     adapter_of,
@@ -29,7 +30,6 @@ from sqla_durable.definitions.json_values import (
 )
 from sqla_durable.definitions.libraries import pydantic, pydantic_core
 from sqla_durable.definitions.redaction import problems_of
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import ArgumentError, DecodingError, DefinitionError, EncodingError
 
 _SURE = frozenset({str, int, bool, type(None)})

@@ -17,8 +17,8 @@ from functools import lru_cache, partial
 from typing import Any, TypeAlias, cast
 from uuid import UUID
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.libraries import pydantic
-from sqla_durable.definitions.values import dataclass
 
 _SHOWN = 100  # characters of a key in a path
 _KINDS = 3  # of elements, in a proposed annotation

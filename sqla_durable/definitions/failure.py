@@ -19,6 +19,7 @@ from uuid import UUID
 from sqlalchemy.exc import DBAPIError, StatementError
 
 from sqla_durable.definitions.database_errors import sqlstate
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.error_classes import (
     DEFAULT,
     Find,
@@ -32,7 +33,6 @@ from sqla_durable.definitions.error_classes import (
 from sqla_durable.definitions.json_values import dump
 from sqla_durable.definitions.libraries import pydantic
 from sqla_durable.definitions.redaction import driver_message, message_of, notes_of, traceback_of, without_values
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import StepFailedError
 
 _TEXT_LIMIT = 32_000

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from sqla_durable.definitions.checks import require_duration
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.redaction import message_of
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import DefinitionError, HeartbeatTimeoutError, StepTimeoutError
 
 

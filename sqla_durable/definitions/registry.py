@@ -17,6 +17,7 @@ from uuid import UUID
 
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.codec import ArgumentsCodec, Codec
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.inspection import (
     SessionClass,
@@ -34,7 +35,6 @@ from sqla_durable.definitions.json_values import DEFAULT_LIMIT
 from sqla_durable.definitions.limits import TimeLimits
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import ArgumentError, DefinitionError, UsageError
 
 IsolationLevel: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]

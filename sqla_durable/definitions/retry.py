@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqla_durable.definitions.checks import LONGEST
 from sqla_durable.definitions.database_errors import is_obstacle
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.libraries import tenacity
 from sqla_durable.definitions.redaction import brief
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import DefinitionError, UsageError
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 from sqla_durable.definitions.checks import unescape_key
 from sqla_durable.definitions.codec import Codec
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.failure import Failure
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import StepFailedError, UsageError
 from sqla_durable.models.base import StepStatus
 from sqla_durable.operations.attempt import Attempt

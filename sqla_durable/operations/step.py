@@ -22,10 +22,10 @@ from sqla_durable.definitions.database_errors import (
     is_transient,
     spoils_connection,
 )
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.failure import Failure, record
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.limits import TimeLimits, Watch
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import (
     DecodingError,
     DefinitionError,

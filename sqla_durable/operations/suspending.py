@@ -15,7 +15,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import replace
 from math import isfinite
 
-from sqla_durable.definitions.values import dataclass
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.store import Awaited
 
 QUIET = 5.0

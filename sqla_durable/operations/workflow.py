@@ -6,11 +6,11 @@ import json
 from functools import partial
 from typing import Any, NoReturn, cast
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.error_classes import Find
 from sqla_durable.definitions.failure import Failure, add_notes, record
 from sqla_durable.definitions.log import Log, joined
 from sqla_durable.definitions.registry import WorkflowDefinition
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import (
     EncodingError,
     HistoryMismatchError,

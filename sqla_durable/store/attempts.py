@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
-from sqla_durable.definitions.values import dataclass
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store.inbox import END_COLUMNS, end_notices
 from sqla_durable.store.records import Checkpoint, Completion, Fence, Suspend

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.selectable import SelectStatementGrouping
 
 from sqla_durable.definitions.checks import escape_key
-from sqla_durable.definitions.values import dataclass
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 from sqla_durable.models.base import FINISHED, StepStatus, Text, WorkflowStatus

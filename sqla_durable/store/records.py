@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 from uuid import UUID
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.json_values import escaped
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.models.base import StepStatus, WorkflowStatus
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.types import TypeEngine
 
 from sqla_durable.definitions.database_errors import mark_engine_error
-from sqla_durable.definitions.values import dataclass
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models import SCHEMA, Base, Workflow
 from sqla_durable.models.base import StepStatus, Text, WorkflowStatus
 from sqla_durable.store.records import Fence

@@ -13,7 +13,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from sqla_durable.definitions.values import dataclass
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store.claims import Ranges, active_ranges, is_claimable, name_parameters, range_parameters
 from sqla_durable.store.failures import is_overdue

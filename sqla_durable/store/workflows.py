@@ -11,7 +11,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from sqla_durable.definitions.values import dataclass
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.errors import NotFoundError
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.records import WorkflowState

@@ -22,9 +22,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from typing_extensions import override
 
 from sqla_durable.definitions.database_errors import first_line, spoils_connection
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.retry import ObstacleRetry
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.operations.shielding import GracefulTask, mark_retrieved
 from sqla_durable.store import schema
 

@@ -18,8 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import override
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.registry import StepDefinition
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import EncodingError
 from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.execution.worker.writer import Row, StreamWriter, Write, Writer

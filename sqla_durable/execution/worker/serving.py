@@ -22,9 +22,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.definitions.database_errors import first_line, is_read_only, is_unreachable
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.registry import Registry
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import DatabaseUnavailableError, SessionError
 from sqla_durable.execution.worker.attempts import Attempts
 from sqla_durable.execution.worker.claims import Claims

@@ -17,9 +17,9 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from sqla_durable.api.durable import Durable
 from sqla_durable.definitions.checks import require_duration
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.log import Log
-from sqla_durable.definitions.values import dataclass
 from sqla_durable.errors import SessionError
 from sqla_durable.store import schema
 
