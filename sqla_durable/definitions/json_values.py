@@ -17,7 +17,7 @@ from types import GenericAlias
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast, get_args
 
 from sqla_durable.definitions.comparison import joined_path
-from sqla_durable.definitions.libraries import pydantic, pydantic_core
+from sqla_durable.definitions.libraries import pydantic, pydantic_core, pydantic_fields
 from sqla_durable.definitions.redaction import without_values
 from sqla_durable.errors import DefinitionError, EncodingError, PayloadTooLargeError
 
@@ -141,8 +141,8 @@ def _parts(value: Any) -> Iterable[Any] | None:
             return cast("Iterable[Any]", value)
         case dict():
             return list(cast("Any", value).items())
-        case pydantic.fields.FieldInfo():
-            return [getattr(value, name, None) for name in pydantic.fields.FieldInfo.__slots__]
+        case pydantic_fields.FieldInfo():
+            return [getattr(value, name, None) for name in pydantic_fields.FieldInfo.__slots__]
         case _ if is_dataclass(value):
             return [getattr(value, each.name) for each in fields(value)]
         case _ if isinstance(getattr(value, "__args__", None), tuple):

@@ -10,7 +10,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-__all__ = ["pydantic", "pydantic_core", "tenacity"]
+__all__ = ["pydantic", "pydantic_core", "pydantic_fields", "tenacity"]
 
 
 class _Library(ModuleType):
@@ -24,9 +24,11 @@ class _Library(ModuleType):
 
 if TYPE_CHECKING:
     import pydantic
+    import pydantic.fields as pydantic_fields
     import pydantic_core
     import tenacity
 else:
     pydantic = _Library("pydantic")
     pydantic_core = _Library("pydantic_core")
+    pydantic_fields = _Library("pydantic.fields")
     tenacity = _Library("tenacity")
