@@ -26,7 +26,7 @@ _NAMES = {
     "api.updates": "UpdateHandle send_update start_with_update update_handle",
     "api.workflows": "BoundWorkflow StartOptions WorkflowFunction start_many",
     "definitions.interceptors": "Execution Interceptor StepExecution",
-    "execution": "Executor",
+    "execution.executor": "Executor",
     "execution.worker.worker": "Worker",
     "models": "Event Queue Signal Step StreamItem Workflow metadata storage",
     "models.base": "StepStatus WorkflowStatus",

@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import dedent
 from types import ModuleType
 from typing import Any
 
@@ -169,6 +170,62 @@ def test_import_needs_no_optional_dependency() -> None:
     _assert_not_imported(optional, by="import sqla_durable.asyncio; from sqla_durable import *")
 
 
+def test_import_of_what_every_application_names_leaves_out_what_is_used_later() -> None:
+    _assert_not_imported(
+        {
+            "alembic",
+            "pydantic",
+            "pydantic_core",
+            "rich",
+            "tenacity",
+            "typer",
+            "sqla_durable.embedded",
+            "sqla_durable.execution.executor",
+            "sqla_durable.execution.worker.serving",
+            "sqla_durable.manage",
+            "sqla_durable.migrations",
+            "sqla_durable.testing",
+            "sqla_durable.tools",
+        },
+        by="from sqla_durable import Durable, Handle, Queue, Step, Worker, Workflow, start_many",
+    )
+
+
+def test_import_makes_no_statement() -> None:
+    """Those that a process executes are made then: all together they take as long as half of SQLAlchemy."""
+    script = """
+        import sys
+        from sqla_durable import Worker, manage
+        from sqla_durable.store.statements import Statement
+
+        kept = [value for module in list(sys.modules.values()) for value in vars(module).values()]
+        statements = [each for each in kept if type(each) is Statement]
+        assert len(statements) > 50
+        assert not [each for each in statements if "made" in vars(each)]
+        """
+    _run(script)
+
+
+def test_help_of_the_command_line_imports_no_database_and_no_worker() -> None:
+    _assert_not_imported(
+        {
+            "alembic",
+            "asyncio",
+            "pydantic",
+            "rich",
+            "sqlalchemy",
+            "tenacity",
+            "sqla_durable.api",
+            "sqla_durable.embedded",
+            "sqla_durable.execution",
+            "sqla_durable.models",
+            "sqla_durable.tools.bench",
+            "sqla_durable.tools.torture",
+        },
+        by="from sqla_durable.tools.cli.application import app; app(['--help'], standalone_mode=False)",
+    )
+
+
 def test_import_of_the_package_imports_nothing_else() -> None:
     _assert_not_imported({"sqlalchemy", "pydantic", "alembic", "tenacity", "asyncio"}, by="import sqla_durable")
 
@@ -178,8 +235,11 @@ def test_plugin_of_pytest_imports_nothing_heavy_before_a_test_asks_for_a_fixture
 
 
 def _assert_not_imported(names: set[str], *, by: str) -> None:
-    script = f"import sys; {by}; found = {names!r} & sys.modules.keys(); sys.exit(str(found or '') or 0)"
-    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=60)
+    _run(f"import sys; {by}; found = {names!r} & sys.modules.keys(); sys.exit(str(found or '') or 0)")
+
+
+def _run(script: str) -> None:
+    subprocess.run([sys.executable, "-W", "error", "-c", dedent(script)], check=True, timeout=60)
 
 
 def test_version_is_that_of_the_package() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
@@ -18,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqla_durable.api.sessions import AnySession
 from sqla_durable.definitions.checks import require_key
 from sqla_durable.definitions.codec import Codec
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.inspection import SessionKind, require_name
 from sqla_durable.errors import ArgumentError, UsageError
 from sqla_durable.operations.calls import StepCall
@@ -29,8 +29,6 @@ T = TypeVar("T")
 
 ANY: Any = Any
 """The type of a payload, where the caller names none."""
-
-_CODEC = Codec.inferred(what="value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +160,7 @@ def encode(value: object, *, what: str, limit: int) -> str:
         EncodingError: it cannot be stored.
         PayloadTooLargeError: it is larger than the limit.
     """
-    return replace(_CODEC, what=what, limit=limit).encode(value)
+    return Codec.inferred(what=what, limit=limit).encode(value)
 
 
 def publication(

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import Pool
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.log import Log
 from sqla_durable.operations.shielding import GracefulTask
 from sqla_durable.store import connection_of, hints, schema

@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, TypeAlias, TypeVar
 from uuid import UUID
@@ -21,6 +20,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.api.sessions import explain_missing_rights, require_async_session, require_sync_session
 from sqla_durable.definitions.checks import require_duration
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import ResultTimeoutError, SessionError, UsageError
 from sqla_durable.models.base import WorkflowStatus

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Generic
 from uuid import UUID
 
-from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from typing_extensions import TypeVar
@@ -21,6 +20,7 @@ from sqla_durable.api.sessions import AnySession
 from sqla_durable.definitions.checks import fault_in, require_duration
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.failure import Failure
+from sqla_durable.definitions.libraries import pydantic
 from sqla_durable.definitions.redaction import problems_of
 from sqla_durable.errors import ArgumentError, DecodingError, UsageError
 from sqla_durable.operations.attempt import Attempt
@@ -276,6 +276,6 @@ class _Receiving:
 
 
 def _reason_of(error: BaseException) -> str:
-    if isinstance(error, DecodingError) and isinstance(error.__cause__, ValidationError):
+    if isinstance(error, DecodingError) and isinstance(error.__cause__, pydantic.ValidationError):
         return f"the payload does not fit: {problems_of(error.__cause__, below=1)}"[:_REASON_LIMIT]
     return (Failure.of(error).message.strip() or type(error).__name__)[:_REASON_LIMIT]

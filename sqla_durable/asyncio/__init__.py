@@ -49,7 +49,7 @@ from sqla_durable.asyncio.workflows import (
     wait_update,
     write_stream,
 )
-from sqla_durable.execution import AsyncExecutor
+from sqla_durable.execution.executor import AsyncExecutor
 from sqla_durable.runtime.context import current, current_step
 
 __all__ = [

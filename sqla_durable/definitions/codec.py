@@ -10,16 +10,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from types import GenericAlias
 from typing import Any, NamedTuple, cast
 from uuid import UUID
 
-from pydantic import BaseModel, Secret, SecretBytes, SecretStr, TypeAdapter, ValidationError
-from pydantic_core import to_json
-
 from sqla_durable.definitions.comparison import Difference, annotation_for, difference, joined_path
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.json_values import (
     DEFAULT_LIMIT,
     adapter_of,
@@ -31,6 +28,7 @@ from sqla_durable.definitions.json_values import (
     path_to,
     refuse_large,
 )
+from sqla_durable.definitions.libraries import pydantic, pydantic_core
 from sqla_durable.definitions.redaction import problems_of
 from sqla_durable.errors import ArgumentError, DecodingError, DefinitionError, EncodingError
 
@@ -80,7 +78,7 @@ class Codec:
 
     what: str
     annotation: Any
-    adapter: TypeAdapter[tuple[Any]]
+    adapter: pydantic.TypeAdapter[tuple[Any]]
     limit: int = DEFAULT_LIMIT
     is_inferred: bool = False
 
@@ -139,7 +137,7 @@ class Codec:
         """Return the value of a JSON array with one element. Raises as `decode`."""
         try:
             return self._read(array)
-        except ValidationError as error:
+        except pydantic.ValidationError as error:
             raise DecodingError(
                 f"the stored {self.what} does not fit the annotation that the code has now: "
                 f"{problems_of(error, below=1)}. {_SEND if self.what.startswith('payload') else _BRING_BACK}"
@@ -178,7 +176,7 @@ class Codec:
         """Return what of a value cannot be stored, and where, without the value."""
         try:
             self._normal(value)
-        except ValidationError as found:
+        except pydantic.ValidationError as found:
             return f"{type(value).__name__} does not fit its annotation: {problems_of(found, below=1)}"
         except Exception:
             return f"{type(value).__name__} does not fit its annotation"
@@ -192,7 +190,9 @@ class Codec:
         try:
             kept = self._read(f"[{text}]")
         except Exception as error:  # a validator may raise anything
-            reason = problems_of(error, below=1) if isinstance(error, ValidationError) else type(error).__name__
+            reason = (
+                problems_of(error, below=1) if isinstance(error, pydantic.ValidationError) else type(error).__name__
+            )
             raise EncodingError(
                 f"the {self.what} cannot be stored: {type(value).__name__} becomes JSON that its annotation cannot "
                 f"read: {reason}. Annotate it with what can be read, such as plain values, a dataclass or a model."
@@ -283,7 +283,8 @@ class ArgumentsCodec:
                 f"the stored input of workflow {self.workflow!r} does not fit: missing {sorted(missing)}, "
                 f"unknown {[each[:100] for each in sorted(unknown)[:20]]}. Its parameters are {sorted(self.codecs)}."
             )
-        return {name: self.codecs[name].decode_in_array(to_json([value])) for name, value in stored.items()}
+        arrays = {name: pydantic_core.to_json([value]) for name, value in stored.items()}
+        return {name: self.codecs[name].decode_in_array(array) for name, array in arrays.items()}
 
     def _encode(self, name: str, value: object) -> str:
         codec = self.codecs[name]
@@ -294,7 +295,7 @@ class ArgumentsCodec:
             )
         try:
             return codec.encode_argument(value)
-        except ValidationError as error:
+        except pydantic.ValidationError as error:
             raise ArgumentError(
                 f"{codec.what} does not fit its annotation: {problems_of(error, below=1)}. Nothing was started."
             ) from error
@@ -371,7 +372,7 @@ def _changed(found: Difference) -> str:
 
 def _structures(value: object) -> Iterable[type]:
     """Yield the classes of the dataclasses and models in a value."""
-    if is_dataclass_instance(value) or isinstance(value, BaseModel):
+    if is_dataclass_instance(value) or isinstance(value, pydantic.BaseModel):
         yield type(value)
     for _, inner in inner_values(value):
         yield from _structures(inner)
@@ -393,7 +394,7 @@ def _is_mapped_instance(value: object) -> bool:
 
 
 def _is_secret(value: object) -> bool:
-    return isinstance(value, Secret | SecretStr | SecretBytes)
+    return isinstance(value, pydantic.Secret | pydantic.SecretStr | pydantic.SecretBytes)
 
 
 def _an(value: object) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -17,7 +17,8 @@ from functools import lru_cache, partial
 from typing import Any, TypeAlias, cast
 from uuid import UUID
 
-from pydantic import BaseModel
+from sqla_durable.definitions.dataclass import dataclass
+from sqla_durable.definitions.libraries import pydantic
 
 _SHOWN = 100  # characters of a key in a path
 _KINDS = 3  # of elements, in a proposed annotation
@@ -124,7 +125,7 @@ def _find_comparison(kind: type[Any]) -> _Comparison:
         return _of_floats
     if issubclass(kind, Enum):
         return _of_members
-    if issubclass(kind, BaseModel):
+    if issubclass(kind, pydantic.BaseModel):
         return partial(_of_models, list(kind.model_fields))
     if is_dataclass(kind):
         # A field that is neither an argument nor compared is internal to the object, such as a cache.
@@ -206,7 +207,7 @@ def _of_sets(given: AbstractSet[Any], kept: AbstractSet[Any]) -> Difference | No
     return None
 
 
-def _of_models(names: list[str], given: BaseModel, kept: BaseModel) -> Difference | None:
+def _of_models(names: list[str], given: pydantic.BaseModel, kept: pydantic.BaseModel) -> Difference | None:
     return (
         _of_attributes(names, given, kept)
         or _of_mappings(given.__pydantic_extra__ or {}, kept.__pydantic_extra__ or {})

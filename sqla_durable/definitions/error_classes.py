@@ -1,7 +1,8 @@
 """Which classes a recorded error may be rebuilt as, and how they are found by the name in a row.
 
-A row never chooses the code that is executed. Nothing is imported, and nothing is read from a module or class in a way
-that could execute its code (`__getattr__`, a metaclass, a lazy module): only their dictionaries are read.
+A row never chooses the code that is executed. Nothing is imported but modules of a fixed list, and nothing is read
+from a module or class in a way that could execute its code (`__getattr__`, a metaclass, a lazy module): only their
+dictionaries are read.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import builtins
 import sys
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, TypeAlias, TypeGuard, cast
@@ -89,6 +91,8 @@ class KnownErrors:
         if name in self._by_name:
             return self._by_name[name]
         module, _, qualified = name.partition(":")
+        if module in _COMMON:
+            import_module(module)  # it may not have been used here yet: the history of this process must not matter
         if module == "builtins" or module in _COMMON:
             return find_class(module, qualified)
         if not self._strict and is_trusted(module):

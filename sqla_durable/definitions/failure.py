@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from typing import Any, cast
 from uuid import UUID
 
-from pydantic import ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
 from sqlalchemy.exc import DBAPIError, StatementError
 
 from sqla_durable.definitions.database_errors import sqlstate
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.error_classes import (
     DEFAULT,
     Find,
@@ -32,6 +31,7 @@ from sqla_durable.definitions.error_classes import (
     native_base,
 )
 from sqla_durable.definitions.json_values import dump
+from sqla_durable.definitions.libraries import pydantic
 from sqla_durable.definitions.redaction import driver_message, message_of, notes_of, traceback_of, without_values
 from sqla_durable.errors import StepFailedError
 
@@ -196,7 +196,7 @@ def record(error: BaseException, known: KnownErrors = DEFAULT) -> str:
 def _rebuilt(kind: type[Exception], args: list[Any], state: dict[str, Any], reader: _Reader) -> Exception:
     if is_subclass(kind, StatementError):
         return _rebuilt_statement(kind, state)
-    if kind is ValidationError:
+    if kind is pydantic.ValidationError:
         return _rebuilt_validation(state)
     given = [reader.value(each) for each in args]
     native = native_base(kind)
@@ -221,11 +221,13 @@ def _rebuilt_statement(kind: type[Exception], state: dict[str, Any]) -> Exceptio
 
 def _rebuilt_validation(state: dict[str, Any]) -> Exception:
     """Return pydantic's error rebuilt: what was wrong, and where, without the input."""
+    from pydantic_core import InitErrorDetails, PydanticCustomError
+
     problems: list[InitErrorDetails] = [
         {"type": PydanticCustomError(kind, message), "loc": tuple(location), "input": None}
         for kind, location, message in state["problems"]
     ]
-    return ValidationError.from_exception_data(_text(state.get("title")), problems, hide_input=True)
+    return pydantic.ValidationError.from_exception_data(_text(state.get("title")), problems, hide_input=True)
 
 
 _instance_dict: Callable[[BaseException], Any] = BaseException.__dict__["__dict__"].__get__
@@ -251,7 +253,7 @@ def _of_statement(error: StatementError, details: bool) -> dict[str, Any]:
     return {"statement": statement, "text": _clean(text), "sqlstate": code if isinstance(code, str) else None}
 
 
-def _of_validation(error: ValidationError, details: bool) -> dict[str, Any]:
+def _of_validation(error: pydantic.ValidationError, details: bool) -> dict[str, Any]:
     """Return what is stored of pydantic's error: what is wrong, and where, without the input."""
     found = error.errors(include_url=False, include_context=False, include_input=False)[:_PROBLEMS]
     shown = [(each["type"], [*each["loc"]], each["msg"]) for each in found]
@@ -303,7 +305,7 @@ class _Writer:
         match error:
             case StatementError():
                 return [], self.value(_of_statement(error, self.details), limit)
-            case ValidationError():
+            case pydantic.ValidationError():
                 return [], self.value(_of_validation(error, self.details), limit)
             case ExceptionGroup():
                 shared = replace(self, room=max(_INNER_LIMIT, limit // (2 * len(error.exceptions))))

@@ -16,19 +16,17 @@ from math import isfinite
 from types import GenericAlias
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter
-from pydantic.fields import FieldInfo
-from pydantic_core import to_json
-
 from sqla_durable.definitions.comparison import joined_path
+from sqla_durable.definitions.libraries import pydantic, pydantic_core, pydantic_fields
 from sqla_durable.definitions.redaction import without_values
 from sqla_durable.errors import DefinitionError, EncodingError, PayloadTooLargeError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from pydantic import ConfigDict
 
 
-_CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants")
+_CONFIG: ConfigDict = {"ser_json_bytes": "base64", "val_json_bytes": "base64", "ser_json_inf_nan": "constants"}
 _REVALIDATING: ConfigDict = {**_CONFIG, "revalidate_instances": "always", "extra": "forbid"}
 _KEPT = 512  # adapters in the cache: building one takes milliseconds
 
@@ -59,7 +57,7 @@ _ASCII = 0x80
 _CHARACTER = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)|[^\x00-\x7f]", re.DOTALL)
 
 
-def adapter_of(annotation: Any, what: str, *, revalidating: bool = False) -> TypeAdapter[tuple[Any]]:
+def adapter_of(annotation: Any, what: str, *, revalidating: bool = False) -> pydantic.TypeAdapter[tuple[Any]]:
     """Return the adapter of an annotation.
 
     Args:
@@ -75,7 +73,7 @@ def adapter_of(annotation: Any, what: str, *, revalidating: bool = False) -> Typ
         adapter = _kept(_Annotation(annotation), revalidating)
         # An incomplete one refers to a class that was not defined yet: it is built again.
         return adapter if adapter.pydantic_complete else _built(annotation, revalidating)
-    except (PydanticUserError, NameError, TypeError) as error:
+    except (pydantic.PydanticUserError, NameError, TypeError) as error:
         raise DefinitionError(
             f"{what} is annotated {annotation!r}, which cannot be stored as JSON: {error}. "
             "Annotate it with a dataclass, a pydantic model, or plain values."
@@ -109,13 +107,15 @@ class _Annotation:
 
 
 @lru_cache(maxsize=_KEPT)
-def _kept(annotation: _Annotation, revalidating: bool) -> TypeAdapter[tuple[Any]]:
+def _kept(annotation: _Annotation, revalidating: bool) -> pydantic.TypeAdapter[tuple[Any]]:
     return _built(annotation.value, revalidating)
 
 
-def _built(annotation: Any, revalidating: bool) -> TypeAdapter[tuple[Any]]:
+def _built(annotation: Any, revalidating: bool) -> pydantic.TypeAdapter[tuple[Any]]:
     wrapped: Any = GenericAlias(tuple, (annotation,))
-    adapter: TypeAdapter[tuple[Any]] = TypeAdapter(wrapped, config=_REVALIDATING if revalidating else _CONFIG)
+    adapter: pydantic.TypeAdapter[tuple[Any]] = pydantic.TypeAdapter(
+        wrapped, config=_REVALIDATING if revalidating else _CONFIG
+    )
     if adapter.pydantic_complete:
         fault = next(_faults(adapter.core_schema), None)
         if fault is not None:
@@ -141,8 +141,8 @@ def _parts(value: Any) -> Iterable[Any] | None:
             return cast("Iterable[Any]", value)
         case dict():
             return list(cast("Any", value).items())
-        case FieldInfo():
-            return [getattr(value, name, None) for name in FieldInfo.__slots__]
+        case pydantic_fields.FieldInfo():
+            return [getattr(value, name, None) for name in pydantic_fields.FieldInfo.__slots__]
         case _ if is_dataclass(value):
             return [getattr(value, each.name) for each in fields(value)]
         case _ if isinstance(getattr(value, "__args__", None), tuple):
@@ -214,7 +214,7 @@ def dump(plain: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> str:
     Source: PostgreSQL manual, 8.14.1 (no NUL, no lone surrogates, numbers as `numeric`) and 8.14.4 (order of keys).
     """
     try:
-        encoded = to_json(_as_jsonb(plain))
+        encoded = pydantic_core.to_json(_as_jsonb(plain))
     except (TypeError, ValueError, RecursionError) as error:
         if (path := path_to(plain, _has_surrogate)) is not None:  # the message of such an error shows the text
             raise EncodingError(f"the {what} cannot be stored: lone surrogate{_in(path)}.") from None
@@ -285,7 +285,7 @@ def inner_values(value: object) -> Iterable[tuple[str, object]]:
         return [*elements_of(mapping), *((f"[{number}]", key) for number, key in enumerate(mapping))]
     if isinstance(value, (list, tuple, set, frozenset)):
         return elements_of(cast("Iterable[object]", value))
-    if isinstance(value, BaseModel):
+    if isinstance(value, pydantic.BaseModel):
         return [*value.__dict__.items(), *(value.__pydantic_extra__ or {}).items()]
     return (
         [(each.name, getattr(value, each.name, None)) for each in fields(value)] if is_dataclass_instance(value) else []

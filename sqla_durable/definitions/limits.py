@@ -6,10 +6,10 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 
 from sqla_durable.definitions.checks import require_duration
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.redaction import message_of
 from sqla_durable.errors import DefinitionError, HeartbeatTimeoutError, StepTimeoutError
 

@@ -12,8 +12,9 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, cast
 
-from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, StatementError
+
+from sqla_durable.definitions.libraries import pydantic
 
 _FRAMES = 50  # of each traceback, the last ones
 _LINKS = 20  # exceptions of a chain, the last ones
@@ -49,7 +50,7 @@ def without_values(text: str) -> str:
     return text if found is None else f"{text[: found.start()].rstrip()} (values left out)"
 
 
-def problems_of(error: ValidationError, *, below: int = 0) -> str:
+def problems_of(error: pydantic.ValidationError, *, below: int = 0) -> str:
     """Return what does not fit, by path and type and without the values.
 
     Args:
@@ -75,7 +76,7 @@ def traceback_of(error: BaseException, *, details: bool = False) -> str:
 def _message(error: BaseException) -> str:
     if isinstance(error, StatementError):
         return _of_statement(error)
-    if isinstance(error, ValidationError):
+    if isinstance(error, pydantic.ValidationError):
         return f"{error.error_count()} validation errors for {error.title}: {problems_of(error)}"
     diagnosis = _diagnosis(error)
     return without_values(str(error)) if diagnosis is None else _in_words(diagnosis)

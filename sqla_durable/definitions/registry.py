@@ -10,13 +10,14 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import timedelta
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 from uuid import UUID
 
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.codec import ArgumentsCodec, Codec
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.inspection import (
     SessionClass,

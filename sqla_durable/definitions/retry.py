@@ -9,21 +9,24 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import timedelta
-from typing import Any, TypeAlias
-
-import tenacity
-from tenacity import RetryCallState
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqla_durable.definitions.checks import LONGEST
 from sqla_durable.definitions.database_errors import is_obstacle
+from sqla_durable.definitions.dataclass import dataclass
+from sqla_durable.definitions.libraries import tenacity
 from sqla_durable.definitions.redaction import brief
 from sqla_durable.errors import DefinitionError, UsageError
 
-RetryPredicate: TypeAlias = Callable[[RetryCallState], bool | Awaitable[bool]]
-StopPredicate: TypeAlias = Callable[[RetryCallState], bool]
-WaitFunction: TypeAlias = Callable[[RetryCallState], float]
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
+RetryPredicate: TypeAlias = "Callable[[RetryCallState], bool | Awaitable[bool]]"
+StopPredicate: TypeAlias = "Callable[[RetryCallState], bool]"
+WaitFunction: TypeAlias = "Callable[[RetryCallState], float]"
 
 _EXAMPLES = {
     "retry": "tenacity.retry_if_exception_type(ConnectionError)",
@@ -35,7 +38,6 @@ LONGEST_BACKOFF = 2.0
 """The most seconds that the engine waits before it tries a transaction again."""
 
 _NOTHING = object()  # in place of a value, while no try has returned
-_backoff = tenacity.wait_random_exponential(multiplier=0.02, max=LONGEST_BACKOFF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,8 @@ class RetryPolicy:
         wait: seconds before the next try; by default exponential from 0.1 s to 60 s with full jitter.
     """
 
-    retry: RetryPredicate = field(default_factory=tenacity.retry_if_exception_type)
-    stop: StopPredicate = tenacity.stop_never
+    retry: RetryPredicate = field(default_factory=lambda: tenacity.retry_if_exception_type())
+    stop: StopPredicate = field(default_factory=lambda: tenacity.stop_never)
     wait: WaitFunction = field(default_factory=lambda: tenacity.wait_random_exponential(multiplier=0.1, max=60))
 
     @classmethod
@@ -189,7 +191,7 @@ class Tries:
 
     def state(self) -> RetryCallState:
         """Return the state that tenacity's predicates read."""
-        state = RetryCallState(tenacity.Retrying(), None, (), {})
+        state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
         state.start_time = self._began
         state.attempt_number = self.count
         state.outcome = self._outcome()
@@ -224,4 +226,9 @@ class ObstacleRetry:
 
 def backoff(tries: Tries) -> float:
     """Return the seconds before the engine tries a transaction again: random, and increasing with each try."""
-    return float(_backoff(tries.state()))
+    return float(_backoff()(tries.state()))
+
+
+@cache
+def _backoff() -> tenacity.wait_random_exponential:
+    return tenacity.wait_random_exponential(multiplier=0.02, max=LONGEST_BACKOFF)

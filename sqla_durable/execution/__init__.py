@@ -3,7 +3,3 @@
 `executor` has the two classes, and what both do, once for sessions of either kind · `recorder` records what an attempt
 decides on that session, in transactions that are committed or savepoints · `replaying` executes nothing.
 """
-
-from sqla_durable.execution.executor import AsyncExecutor, Executor
-
-__all__ = ["AsyncExecutor", "Executor"]

@@ -9,16 +9,15 @@ import secrets
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from uuid import UUID
-
-from pydantic import TypeAdapter, ValidationError
 
 from sqla_durable.definitions.checks import unescape_key
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.failure import Failure
 from sqla_durable.definitions.json_values import DEFAULT_LIMIT
+from sqla_durable.definitions.libraries import pydantic
 from sqla_durable.definitions.redaction import problems_of
 from sqla_durable.errors import (
     CallbackFailedError,
@@ -90,8 +89,8 @@ class CallbackRecord:
     def of(cls, recorded: Recorded) -> CallbackRecord:
         """Read the record of a callback, which an operator may have changed."""
         try:
-            return _ADAPTER.validate_json(recorded.output or "null")
-        except ValidationError as error:
+            return _adapter().validate_json(recorded.output or "null")
+        except pydantic.ValidationError as error:
             raise DecodingError(
                 f"the record {unescape_key(recorded.key)!r} is not that of a callback: {problems_of(error)}. Fork from "
                 "before it, or record the answer as the outcome of the step that waits for it."
@@ -99,7 +98,7 @@ class CallbackRecord:
 
     def to_json(self) -> str:
         """Return the JSON text to store."""
-        return _ADAPTER.dump_json(self).decode()
+        return _adapter().dump_json(self).decode()
 
     def reveal_token(self, known: tuple[bytes, ...] = ()) -> str:
         """Return the token, by which another system answers.
@@ -120,7 +119,9 @@ class CallbackRecord:
         return found
 
 
-_ADAPTER = TypeAdapter(CallbackRecord)
+@cache
+def _adapter() -> pydantic.TypeAdapter[CallbackRecord]:
+    return pydantic.TypeAdapter(CallbackRecord)
 
 
 def digest_of(token: str) -> str:

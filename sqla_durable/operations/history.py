@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from sqla_durable.definitions.checks import unescape_key
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.store import Recorded
 
 PATCH = "#patched"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
 
 from sqla_durable.definitions.checks import unescape_key
 from sqla_durable.definitions.codec import Codec
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.failure import Failure
 from sqla_durable.errors import StepFailedError, UsageError

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from sqla_durable.definitions.database_errors import (
     is_transient,
     spoils_connection,
 )
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.failure import Failure, record
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.limits import TimeLimits, Watch

@@ -12,9 +12,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import isfinite
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.store import Awaited
 
 QUIET = 5.0

@@ -7,8 +7,8 @@ computes; nothing here waits.
 from __future__ import annotations
 
 from enum import Enum, auto
+from functools import cache
 
-import tenacity
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -21,6 +21,7 @@ from sqla_durable.definitions.database_errors import (
     is_pooler_mixup,
     sqlstate,
 )
+from sqla_durable.definitions.libraries import tenacity
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.retry import Tries, backoff
 
@@ -57,8 +58,6 @@ _AT_COMMIT = (
     "do what takes long in the step"
 )
 log = Log("sqla_durable.step")
-
-_loss_backoff = tenacity.wait_random_exponential(multiplier=0.1, max=5)
 
 
 class Phase(Enum):
@@ -150,7 +149,12 @@ def wait_after_loss(count: int) -> float:
     """Return the seconds to wait after so many losses in a row: 5 at most."""
     tries = Tries()
     tries.resume(count=count, age=0.0)
-    return float(_loss_backoff(tries.state()))
+    return float(_loss_backoff()(tries.state()))
+
+
+@cache
+def _loss_backoff() -> tenacity.wait_random_exponential:
+    return tenacity.wait_random_exponential(multiplier=0.1, max=5)
 
 
 def describe(error: BaseException, phase: Phase) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, cast
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.error_classes import Find
 from sqla_durable.definitions.failure import Failure, add_notes, record
 from sqla_durable.definitions.log import Log, joined

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, TypeAlias
 from uuid import UUID
 
@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store.driver import DriverStatement
 from sqla_durable.store.inbox import END_COLUMNS, end_notices
@@ -31,6 +32,7 @@ from sqla_durable.store.statements import (
     Condition,
     Connectable,
     Shape,
+    Statement,
     batch_parameter,
     batch_table,
     count_rows,
@@ -246,16 +248,18 @@ def _end_statement(ending: sa.CTE, mine: sa.CTE, recorded: sa.CTE) -> Any:
     )
 
 
-_FINISH = _finish_statement()
-_LOCK = sa.select(lock_owned(batch_table("batch", FENCE), skip_locked=False).c.id)
-_RELEASE = _release_statement(skip_locked=False)
-_RELEASE_UNLOCKED = _release_statement(skip_locked=True)
-_FINISHED_BY = _finished_by_statement()
-_STILL_OWNED = _still_owned_statement()
-_WRITE_BATCH = DriverStatement(_write_batch_statement())
-_BEGIN_SAGA = (
-    sa.update(WORKFLOW)
-    .where(*is_owned())
-    .values(cancellation=sa.func.coalesce(WORKFLOW.c.cancellation, COMPENSATES))
-    .returning(WORKFLOW.c.id)
+_FINISH = Statement(_finish_statement)
+_LOCK = Statement(lambda: sa.select(lock_owned(batch_table("batch", FENCE), skip_locked=False).c.id))
+_RELEASE = Statement(lambda: _release_statement(skip_locked=False))
+_RELEASE_UNLOCKED = Statement(lambda: _release_statement(skip_locked=True))
+_FINISHED_BY = Statement(_finished_by_statement)
+_STILL_OWNED = Statement(_still_owned_statement)
+_WRITE_BATCH = DriverStatement(_write_batch_statement)
+_BEGIN_SAGA = Statement(
+    lambda: (
+        sa.update(WORKFLOW)
+        .where(*is_owned())
+        .values(cancellation=sa.func.coalesce(WORKFLOW.c.cancellation, COMPENSATES))
+        .returning(WORKFLOW.c.id)
+    )
 )

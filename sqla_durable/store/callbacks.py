@@ -7,7 +7,6 @@ callback only if that record is not locked. So of an answer and an expiry at the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -15,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.inbox import first_keyed
 from sqla_durable.store.keys import insert_new_keys, require_the_latest, sees_the_latest
@@ -28,6 +28,7 @@ from sqla_durable.store.statements import (
     Condition,
     Connectable,
     Expression,
+    Statement,
     execute,
     json_parameter,
     materialized,
@@ -285,9 +286,9 @@ def _any(rows: sa.CTE) -> Any:
     return sa.select(ONE).select_from(rows).exists()
 
 
-_HOLD = _hold_statement()
-_READ = _read_statement()
-_ANSWER = _answer_statement(sees_the_latest())
-_ANSWER_IN_SNAPSHOT = _answer_statement()
-_BEAT = _beat_statement()
-_EXPIRE = _expire_statement()
+_HOLD = Statement(_hold_statement)
+_READ = Statement(_read_statement)
+_ANSWER = Statement(lambda: _answer_statement(sees_the_latest()))
+_ANSWER_IN_SNAPSHOT = Statement(_answer_statement)
+_BEAT = Statement(_beat_statement)
+_EXPIRE = Statement(_expire_statement)

@@ -6,12 +6,12 @@ Each is one statement, fenced by the parent's attempt; carried out twice, it fin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.errors import NotFoundError
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store.inbox import END_COLUMNS, end_notices, insert_orphan_notices, is_deferred, was_running
@@ -25,6 +25,7 @@ from sqla_durable.store.statements import (
     STEP,
     WORKFLOW,
     Connectable,
+    Statement,
     batch_parameter,
     batch_table,
     count_rows,
@@ -333,15 +334,17 @@ def _cancel_rest_statement() -> Any:
     return answer.add_cte(*end_notices(cancelled), insert_orphan_notices(cancelled).cte("left"))
 
 
-_START = _start_statement()
-_START_KEYED = _start_keyed_statement()
-_PROGRESS = _progress_statement()
-_OUTCOMES = (
-    sa.select(WORKFLOW.c.id, WORKFLOW.c.status, WORKFLOW.c.output, WORKFLOW.c.error)
-    .where(_wanted(), WORKFLOW.c.finished_at.is_not(None))
-    .order_by(WORKFLOW.c.id)
+_START = Statement(_start_statement)
+_START_KEYED = Statement(_start_keyed_statement)
+_PROGRESS = Statement(_progress_statement)
+_OUTCOMES = Statement(
+    lambda: (
+        sa.select(WORKFLOW.c.id, WORKFLOW.c.status, WORKFLOW.c.output, WORKFLOW.c.error)
+        .where(_wanted(), WORKFLOW.c.finished_at.is_not(None))
+        .order_by(WORKFLOW.c.id)
+    )
 )
-_TAKE_OUTCOME = _take_outcome_statement()
-_TAKE_FIRST = _take_first_statement()
-_AWAITED = _awaited_statement()
-_CANCEL_REST = _cancel_rest_statement()
+_TAKE_OUTCOME = Statement(_take_outcome_statement)
+_TAKE_FIRST = Statement(_take_first_statement)
+_AWAITED = Statement(_awaited_statement)
+_CANCEL_REST = Statement(_cancel_rest_statement)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -16,6 +16,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store import failures, steps
 from sqla_durable.store.records import Claimed, Fence
@@ -31,6 +32,7 @@ from sqla_durable.store.statements import (
     Connectable,
     Expression,
     Restriction,
+    Statement,
     Subset,
     batch_parameter,
     batch_table,
@@ -305,4 +307,4 @@ def _claim_statement(candidates: Any) -> Any:
 
 
 _CLAIM, _CLAIM_PART, _CLAIMABLE = subset_forms(_claim_many_statement)
-_CLAIM_ONE = _claim_statement(_one())
+_CLAIM_ONE = Statement(lambda: _claim_statement(_one()))

@@ -18,6 +18,7 @@ from sqla_durable.store.statements import (
     WORKFLOW,
     Condition,
     Connectable,
+    Statement,
     batch_parameter,
     batch_table,
     fence_row,
@@ -165,5 +166,5 @@ def _forget_events(suspended: sa.FromClause) -> sa.CTE:
     return replaced.returning(EVENT.c.id).cte("replaced")
 
 
-_SUSPEND = _suspend_statement()
-_CONTINUE = _continue_statement()
+_SUSPEND = Statement(_suspend_statement)
+_CONTINUE = Statement(_continue_statement)

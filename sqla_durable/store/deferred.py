@@ -26,6 +26,7 @@ from sqla_durable.store.statements import (
     Condition,
     Connectable,
     Restriction,
+    Statement,
     Subset,
     execute,
     integer,
@@ -165,8 +166,8 @@ def _report_orphans_statement() -> Any:
     return insert_orphan_notices(given.cte("parents"))
 
 
-_START_SOME = _start_some_statement()
-_START_REST = _start_rest_statement()
-_START_ALL_OF = _start_all_of_statement()
+_START_SOME = Statement(_start_some_statement)
+_START_REST = Statement(_start_rest_statement)
+_START_ALL_OF = Statement(_start_all_of_statement)
 _START_ORPHANS, _START_SOME_ORPHANS, _PARENTS_OF_ORPHANS = subset_forms(_start_orphans_statement)
-_REPORT_ORPHANS = _report_orphans_statement()
+_REPORT_ORPHANS = Statement(_report_orphans_statement)

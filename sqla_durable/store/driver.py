@@ -6,8 +6,7 @@ translation of the schema, and a result of which nothing is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -16,7 +15,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from sqla_durable.definitions.database_errors import mark_engine_error
-from sqla_durable.store.statements import Connectable, connection_of
+from sqla_durable.definitions.dataclass import dataclass
+from sqla_durable.store.statements import Connectable, Statement, connection_of
 
 _Schemas: TypeAlias = "tuple[tuple[str | None, str | None], ...] | None"
 
@@ -41,17 +41,14 @@ class _Text:
         return every if self.order is None else tuple(every[name] for name in self.order)
 
 
-class DriverStatement:
+class DriverStatement(Statement):
     """A statement that is given to the driver as text.
 
     Its parameters are text, numbers, booleans and None, which all drivers take as they are.
-
-    Attributes:
-        statement: the statement itself.
     """
 
-    def __init__(self, statement: sa.sql.ClauseElement) -> None:
-        self.statement = statement
+    def __init__(self, make: Callable[[], sa.Executable]) -> None:
+        super().__init__(make)
         self._texts: WeakKeyDictionary[sa.Dialect, dict[_Schemas, _Text]] = WeakKeyDictionary()
 
     def rows(self, connectable: Connectable, parameters: Mapping[str, Any]) -> Sequence[Any]:
@@ -85,7 +82,7 @@ class DriverStatement:
 
     def _compiled(self, dialect: sa.Dialect, schemas: Mapping[str | None, str | None] | None) -> _Text:
         options = {} if schemas is None else {"schema_translate_map": schemas, "render_schema_translate": True}
-        compiled: Any = self.statement.compile(dialect=dialect, **options)
+        compiled: Any = self.made.compile(dialect=dialect, **options)
         constants = {name: value for name, value in compiled.params.items() if value is not None}
         return _Text(str(compiled), constants, compiled.positiontup)
 

@@ -6,13 +6,13 @@ commits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.records import Checkpoint, Origin
 from sqla_durable.store.statements import (
@@ -23,6 +23,7 @@ from sqla_durable.store.statements import (
     WANTED_ID,
     WORKFLOW,
     Connectable,
+    Statement,
     execute,
     insert_select,
     json_parameter,
@@ -155,7 +156,9 @@ def _take_statement() -> Any:
     )
 
 
-_RECORD = _record_statement()
-_PUT = _put_statement()
-_LATEST = sa.select(WORKFLOW.c.status, sa.cast(_newest().scalar_subquery(), Text).label("value")).where(IS_WANTED)
-_TAKE = _take_statement()
+_RECORD = Statement(_record_statement)
+_PUT = Statement(_put_statement)
+_LATEST = Statement(
+    lambda: sa.select(WORKFLOW.c.status, sa.cast(_newest().scalar_subquery(), Text).label("value")).where(IS_WANTED)
+)
+_TAKE = Statement(_take_statement)

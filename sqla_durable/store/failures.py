@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from uuid import UUID
 
@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.inbox import END_COLUMNS, end_notices, insert_orphan_notices, was_running
 from sqla_durable.store.statements import (
@@ -29,6 +30,7 @@ from sqla_durable.store.statements import (
     Condition,
     Connectable,
     Restriction,
+    Statement,
     Subset,
     end_or_compensate,
     error_object,
@@ -118,7 +120,7 @@ def fail_refused_alone(connectable: Connectable, workflow_id: UUID, *, reason: s
 def faults(connectable: Connectable, workflow_id: UUID) -> list[str]:
     """Return the columns that break a CHECK of the table: a row may be older than the constraint."""
     row = execute(connectable, _FAULTS, {"wanted_id": workflow_id}).one_or_none()
-    return [] if row is None else [about for about, broken in zip(_CHECKS, row, strict=True) if broken]
+    return [] if row is None else [about for about, broken in zip(_checks(), row, strict=True) if broken]
 
 
 def _fail_at_deadline_statement(*conditions: Condition, limit: Any, skip_locked: bool) -> tuple[Any, Any]:
@@ -165,7 +167,7 @@ def _fail_overdue_statement(within: Restriction) -> tuple[Any, Any]:
     return _fail_at_deadline_statement(*conditions, limit=LIMIT, skip_locked=True)
 
 
-def _has_failed(connectable: Connectable, statement: Any, workflow_id: UUID, reason: str) -> bool:
+def _has_failed(connectable: Connectable, statement: Statement, workflow_id: UUID, reason: str) -> bool:
     return scalar(connectable, statement, {"wanted_id": workflow_id, "reason": reason}) is not None
 
 
@@ -199,8 +201,21 @@ def _fail_refused_statement() -> tuple[Any, Any]:
     return sa.select(ended.c.id).add_cte(*notices), failed
 
 
-def _checks() -> Iterator[tuple[str, str]]:
-    """Yield for each check the columns that it is about, and its condition; those of times for each column."""
+def _faults_statement() -> Any:
+    columns = [
+        sa.literal_column(f"({each}) IS FALSE", type_=sa.Boolean()).label(f"check_{number}")
+        for number, each in enumerate(_checks().values())
+    ]
+    return sa.select(*columns).where(IS_WANTED)
+
+
+@cache
+def _checks() -> dict[str, str]:
+    """Return the condition of each check by the columns that it is about; those of times for each column."""
+    return dict(_read_checks())
+
+
+def _read_checks() -> Iterator[tuple[str, str]]:
     for each in sorted(WORKFLOW.constraints, key=lambda constraint: str(constraint.name)):
         if isinstance(each, sa.CheckConstraint):
             condition = str(each.sqltext)
@@ -214,7 +229,8 @@ def _checks() -> Iterator[tuple[str, str]]:
 
 
 def _shown(column: sa.Column[Any]) -> str:
-    kind = column.type.compile(dialect=_DIALECT).lower()
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy does not annotate it
+    kind = column.type.compile(dialect=dialect).lower()
     return f"{column.name} of type {kind}"
 
 
@@ -223,12 +239,7 @@ def _names(column: str, condition: str) -> bool:
 
 
 _FAIL_OVERDUE, _FAIL_PART, _OVERDUE_IDS = subset_forms(_fail_overdue_statement)
-_FAIL_IF_OVERDUE, _ = _fail_at_deadline_statement(IS_WANTED, limit=1, skip_locked=False)
-_DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy does not annotate it
-_CHECKS = dict(_checks())
-_FAIL_REFUSED, _FAIL_REFUSED_ALONE = _fail_refused_statement()
-_COLUMNS: list[Condition] = [
-    sa.literal_column(f"({each}) IS FALSE", type_=sa.Boolean()).label(f"check_{number}")
-    for number, each in enumerate(_CHECKS.values())
-]
-_FAULTS = sa.select(*_COLUMNS).where(IS_WANTED)
+_FAIL_IF_OVERDUE = Statement(lambda: _fail_at_deadline_statement(IS_WANTED, limit=1, skip_locked=False)[0])
+_FAIL_REFUSED = Statement(lambda: _fail_refused_statement()[0])
+_FAIL_REFUSED_ALONE = Statement(lambda: _fail_refused_statement()[1])
+_FAULTS = Statement(_faults_statement)

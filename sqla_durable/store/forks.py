@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -16,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models import Workflow
 from sqla_durable.models.base import StepStatus, Text
 from sqla_durable.store.keys import insert_new_keys
@@ -29,6 +29,7 @@ from sqla_durable.store.statements import (
     ZERO,
     Condition,
     Expression,
+    Statement,
     batch_parameter,
     batch_table,
     execute,
@@ -216,4 +217,4 @@ def _of_source(column: sa.ColumnElement[UUID], rows: sa.FromClause) -> Condition
     return sa.and_(column == rows.c.source, column == sa.func.any(_SOURCES))
 
 
-_COPY = _copy_statement()
+_COPY = Statement(_copy_statement)

@@ -9,7 +9,6 @@ go on. Copies are made by `forks`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 from uuid import UUID
 
@@ -18,6 +17,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.selectable import SelectStatementGrouping
 
 from sqla_durable.definitions.checks import escape_key
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 from sqla_durable.models.base import FINISHED, StepStatus, Text, WorkflowStatus

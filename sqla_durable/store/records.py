@@ -6,13 +6,13 @@ Those that every step and every workflow makes are named tuples, which cost a fi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from uuid import UUID
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.json_values import escaped
 from sqla_durable.models.base import StepStatus, WorkflowStatus
 

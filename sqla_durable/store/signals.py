@@ -47,6 +47,7 @@ from sqla_durable.store.statements import (
     Connectable,
     Expression,
     Restriction,
+    Statement,
     Subset,
     count_rows,
     execute,
@@ -272,16 +273,20 @@ def _sent_with_key_statement() -> Any:
     )
 
 
+def _take_oldest_statement() -> Any:
+    oldest = materialized(first_untaken(GIVEN["id"], _NAME), "oldest")
+    return take_statement(oldest, lambda taken: taken.c.payload, oldest.c.name == _NAME)
+
+
 def _count(rows: sa.CTE) -> Any:
     return sa.select(count_rows()).select_from(rows).scalar_subquery()
 
 
-_SEND = send_statement()
-_SEND_IN_SNAPSHOT = send_statement(in_snapshot=True)
+_SEND = Statement(send_statement)
+_SEND_IN_SNAPSHOT = Statement(lambda: send_statement(in_snapshot=True))
 _NAME = parameter("signal_name", Text())
-_SENT_WITH_KEY = _sent_with_key_statement()
-_OLDEST = materialized(first_untaken(GIVEN["id"], _NAME), "oldest")
-_TAKE = take_statement(_OLDEST, lambda taken: taken.c.payload, _OLDEST.c.name == _NAME)
+_SENT_WITH_KEY = Statement(_sent_with_key_statement)
+_TAKE = Statement(_take_oldest_statement)
 _DELIVER, _DELIVER_PART, _RECEIVERS = subset_forms(_deliver_statement)
-_WAKE_ONE = _wake_one_statement()
+_WAKE_ONE = Statement(_wake_one_statement)
 _RENOTIFY, _RENOTIFY_PART, _WAITING = subset_forms(_renotify_statement)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from operator import attrgetter
 from types import NoneType
 from typing import Any, Generic, TypeAlias, TypeVar, get_args, get_type_hints
@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.types import TypeEngine
 
 from sqla_durable.definitions.database_errors import mark_engine_error
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models import SCHEMA, Base, Workflow
 from sqla_durable.models.base import StepStatus, Text, WorkflowStatus
 from sqla_durable.store.records import Fence
@@ -93,6 +94,21 @@ class Shape(Generic[R]):
         return dict(zip(self.columns, self._values(record), strict=True))
 
 
+class Statement:
+    """A statement that is made when it is first executed: making all of them would take as long as half of SQLAlchemy.
+
+    What it is made of may stand below it in its module.
+    """
+
+    def __init__(self, make: Callable[[], sa.Executable]) -> None:
+        self._make = make
+
+    @cached_property
+    def made(self) -> sa.Executable:
+        """The statement itself."""
+        return self._make()
+
+
 Restriction: TypeAlias = Callable[[sa.ColumnElement[UUID]], Condition]
 """Makes the condition that a workflow with this id belongs to the subset."""
 
@@ -114,7 +130,7 @@ class Subset:
         """Whether it is not restricted."""
         return self.only is None and not self.excluded
 
-    def form_of(self, whole: Any, part: Any) -> Any:
+    def form_of(self, whole: Statement, part: Statement) -> Statement:
         """Return the form of a statement to be executed."""
         return whole if self.is_whole else part
 
@@ -127,7 +143,7 @@ class Subset:
     def _ids(self) -> dict[str, Any]:
         return {"only_ids": None if self.only is None else list(self.only), "excluded_ids": list(self.excluded)}
 
-    def find_ids(self, connectable: Connectable, statement: Any, parameters: Mapping[str, Any]) -> list[UUID]:
+    def find_ids(self, connectable: Connectable, statement: Statement, parameters: Mapping[str, Any]) -> list[UUID]:
         """Return the ids of those that a statement would change. Takes the same locks as that."""
         return list(dict.fromkeys(scalars(connectable, statement, {**parameters, **self._ids})))
 
@@ -194,7 +210,7 @@ def merge_record(session: Session, row: sa.RowMapping, more: Mapping[str, Any] |
 
 
 def execute(
-    connectable: Connectable, statement: sa.Executable, parameters: Mapping[str, Any] | None = None
+    connectable: Connectable, statement: sa.Executable | Statement, parameters: Mapping[str, Any] | None = None
 ) -> sa.Result[Any]:
     """Execute a statement; with a session, on its connection to the engine that has our tables.
 
@@ -204,6 +220,8 @@ def execute(
     try:
         if isinstance(connectable, Session):
             connectable = connection_of(connectable)
+        if isinstance(statement, Statement):
+            statement = statement.made
         return connectable.execute(statement, parameters)
     except (DBAPIError, OSError) as error:  # asyncpg's connections raise the latter too
         mark_engine_error(error)
@@ -211,13 +229,15 @@ def execute(
 
 
 def scalars(
-    connectable: Connectable, statement: sa.Executable, parameters: Mapping[str, Any] | None = None
+    connectable: Connectable, statement: sa.Executable | Statement, parameters: Mapping[str, Any] | None = None
 ) -> sa.ScalarResult[Any]:
     """Execute, and return the first column."""
     return execute(connectable, statement, parameters).scalars()
 
 
-def scalar(connectable: Connectable, statement: sa.Executable, parameters: Mapping[str, Any] | None = None) -> Any:
+def scalar(
+    connectable: Connectable, statement: sa.Executable | Statement, parameters: Mapping[str, Any] | None = None
+) -> Any:
     """Execute, and return the first column of the first row."""
     return execute(connectable, statement, parameters).scalar()
 
@@ -396,14 +416,17 @@ def materialized(statement: sa.SelectBase, name: str) -> sa.CTE:
     return statement.cte(name).prefix_with("MATERIALIZED")
 
 
-def subset_forms(build: Callable[[Restriction], tuple[Any, Any]]) -> tuple[Any, Any, Any]:
+def subset_forms(build: Callable[[Restriction], tuple[Any, Any]]) -> tuple[Statement, Statement, Statement]:
     """Return the three forms of a statement: for all, for a subset, and the select of ids.
 
     Args:
         build: makes the statement and the select, with a condition on the column of ids.
     """
-    whole, _ = build(lambda _: sa.true())
-    return whole, *build(_is_in_subset)
+    return (
+        Statement(lambda: build(lambda _: sa.true())[0]),
+        Statement(lambda: build(_is_in_subset)[0]),
+        Statement(lambda: build(_is_in_subset)[1]),
+    )
 
 
 def _kind_of(hint: Any) -> TypeEngine[Any]:

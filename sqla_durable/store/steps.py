@@ -27,6 +27,7 @@ from sqla_durable.store.statements import (
     Connectable,
     Expression,
     Shape,
+    Statement,
     batch_parameter,
     batch_table,
     execute,
@@ -355,10 +356,10 @@ def _keep_details_statement() -> Any:
 GIVEN: dict[str, Expression] = {name: parameter(_given_name(name), kind) for name, kind in CHECKPOINT.columns.items()}
 """One checkpoint as parameters."""
 
-_OWNED = sa.select(WORKFLOW.c.id).where(*is_owned())
-_RECORD = DriverStatement(_record_statement())
-_RECORD_LAST = DriverStatement(_record_statement(limit_idle_time()))
-_RECORDED_AMONG = _recorded_among_statement()
+_OWNED = Statement(lambda: sa.select(WORKFLOW.c.id).where(*is_owned()))
+_RECORD = DriverStatement(_record_statement)
+_RECORD_LAST = DriverStatement(lambda: _record_statement(limit_idle_time()))
+_RECORDED_AMONG = Statement(_recorded_among_statement)
 _RECORDED = sa.select(
     STEP.c.workflow_id,
     STEP.c.key,
@@ -372,7 +373,7 @@ _RECORDED = sa.select(
     _age_of(STEP.c.started_at).label("age"),
     (-_age_of(STEP.c.wake_at)).label("due_in"),
 )
-_HISTORIES = _RECORDED.where(is_among(STEP.c.workflow_id))
-_REPORT = _report_statement()
-_BEGIN_WAIT = _begin_wait_statement()
-_KEEP_DETAILS = _keep_details_statement()
+_HISTORIES = Statement(lambda: _RECORDED.where(is_among(STEP.c.workflow_id)))
+_REPORT = Statement(_report_statement)
+_BEGIN_WAIT = Statement(_begin_wait_statement)
+_KEEP_DETAILS = Statement(_keep_details_statement)

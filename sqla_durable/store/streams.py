@@ -8,7 +8,6 @@ an existing one and nothing is written: the statement is executed again, and see
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
 from typing import Any
@@ -18,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import Text
 from sqla_durable.store import keys, steps
 from sqla_durable.store.records import Checkpoint, Origin, Verdict
@@ -33,6 +33,7 @@ from sqla_durable.store.statements import (
     Condition,
     Connectable,
     Expression,
+    Statement,
     batch_parameter,
     batch_table,
     execute,
@@ -380,7 +381,7 @@ _BATCH: Columns = {
     "item": sa.Integer(),
     "value": Text(),
 }
-_APPEND = _append_statement(recorded=False)
-_RECORD = _append_statement(recorded=True)
-_APPEND_MANY = _append_many_statement()
-_READ = _read_statement()
+_APPEND = Statement(lambda: _append_statement(recorded=False))
+_RECORD = Statement(lambda: _append_statement(recorded=True))
+_APPEND_MANY = Statement(_append_many_statement)
+_READ = Statement(_read_statement)

@@ -20,6 +20,7 @@ from sqla_durable.store.statements import (
     WORKFLOW,
     Connectable,
     Restriction,
+    Statement,
     Subset,
     execute,
     interval,
@@ -111,39 +112,51 @@ def _wake_due_statement(within: Restriction) -> tuple[Any, Any]:
 
 _WAKE_DUE, _WAKE_PART, _DUE = subset_forms(_wake_due_statement)
 _NOW = sa.select(pg.statement_timestamp())
-_TIMERS = (
-    sa.update(WORKFLOW)
-    .where(WORKFLOW.c.status == status_literal(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_not(None))
-    .values(wake_at=WORKFLOW.c.wake_at - _PASSED)
-    .returning(WORKFLOW.c.id)
+_TIMERS = Statement(
+    lambda: (
+        sa.update(WORKFLOW)
+        .where(WORKFLOW.c.status == status_literal(WorkflowStatus.SUSPENDED), WORKFLOW.c.wake_at.is_not(None))
+        .values(wake_at=WORKFLOW.c.wake_at - _PASSED)
+        .returning(WORKFLOW.c.id)
+    )
 )
-_DEADLINES = (
-    sa.update(WORKFLOW)
-    .where(WORKFLOW.c.finished_at.is_(None), WORKFLOW.c.deadline_at.is_not(None))
-    .values(deadline_at=WORKFLOW.c.deadline_at - _PASSED)
-    .returning(WORKFLOW.c.id)
+_DEADLINES = Statement(
+    lambda: (
+        sa.update(WORKFLOW)
+        .where(WORKFLOW.c.finished_at.is_(None), WORKFLOW.c.deadline_at.is_not(None))
+        .values(deadline_at=WORKFLOW.c.deadline_at - _PASSED)
+        .returning(WORKFLOW.c.id)
+    )
 )
-_STEPS = (
-    sa.update(STEP)
-    .where(STEP.c.wake_at.is_not(None))
-    .values(wake_at=STEP.c.wake_at - _PASSED)
-    .returning(STEP.c.workflow_id)
+_STEPS = Statement(
+    lambda: (
+        sa.update(STEP)
+        .where(STEP.c.wake_at.is_not(None))
+        .values(wake_at=STEP.c.wake_at - _PASSED)
+        .returning(STEP.c.workflow_id)
+    )
 )
 _EACH = pg.jsonb_each_text(STEP.c.details["#timers"]).table_valued("key", "value")
-_LOOP_TIMERS = (
-    sa.update(STEP)
-    .where(STEP.c.details.has_key(text_literal("#timers")))
-    .values(
-        details=pg.jsonb_build_object(
-            text_literal("#timers"),
-            sa.select(
-                pg.jsonb_object_agg(_EACH.c.key, sa.cast(_EACH.c.value, sa.Float) - parameter("seconds", sa.Float()))
-            ).scalar_subquery(),
+_LOOP_TIMERS = Statement(
+    lambda: (
+        sa.update(STEP)
+        .where(STEP.c.details.has_key(text_literal("#timers")))
+        .values(
+            details=pg.jsonb_build_object(
+                text_literal("#timers"),
+                sa.select(
+                    pg.jsonb_object_agg(
+                        _EACH.c.key, sa.cast(_EACH.c.value, sa.Float) - parameter("seconds", sa.Float())
+                    )
+                ).scalar_subquery(),
+            )
         )
     )
 )
-_CALLBACKS = (
-    sa.update(STEP)
-    .where(is_callback())
-    .values(started_at=STEP.c.started_at - _PASSED, finished_at=STEP.c.finished_at - _PASSED)
+_CALLBACKS = Statement(
+    lambda: (
+        sa.update(STEP)
+        .where(is_callback())
+        .values(started_at=STEP.c.started_at - _PASSED, finished_at=STEP.c.finished_at - _PASSED)
+    )
 )

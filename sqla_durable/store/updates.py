@@ -7,7 +7,6 @@ signal's id: so the primary key lets one of two answers commit.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -15,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.inbox import (
     ANSWER,
@@ -37,6 +37,7 @@ from sqla_durable.store.statements import (
     WORKFLOW,
     Connectable,
     Expression,
+    Statement,
     execute,
     insert_select,
     json_parameter,
@@ -305,17 +306,17 @@ _IS_UPDATE = SIGNAL.c.id == parameter("update_id", sa.BigInteger())
 _ID: sa.ColumnElement[str] = text_literal("id")
 _PAYLOAD: sa.ColumnElement[str] = text_literal("payload")
 _UPDATE_LITERAL: sa.ColumnElement[str] = text_literal(UPDATE)
-_RECEIVER = _receiver_statement()
-_SEND = send_statement(is_update=True)
-_SEND_IN_SNAPSHOT = send_statement(in_snapshot=True, is_update=True)
-_READ = _read_statement()
+_RECEIVER = Statement(_receiver_statement)
+_SEND = Statement(lambda: send_statement(is_update=True))
+_SEND_IN_SNAPSHOT = Statement(lambda: send_statement(in_snapshot=True, is_update=True))
+_READ = Statement(_read_statement)
 _FIRST = first_untaken(_WANTED, _NAME, sa.cast(SIGNAL.c.payload, Text).label("payload")).subquery("first")
 _OLDEST = sa.select(_FIRST.c.id, _FIRST.c.payload).where(_FIRST.c.name == _NAME)
 _WANTED_UPDATE = sa.select(parameter("update_id", sa.BigInteger()).label("id")).subquery("wanted")
-_TAKE = take_statement(_WANTED_UPDATE, _shown)
-_REFUSE = _refuse_statement()
-_RECORD = _record_statement()
-_PUT = _put_statement()
+_TAKE = Statement(lambda: take_statement(_WANTED_UPDATE, _shown))
+_REFUSE = Statement(_refuse_statement)
+_RECORD = Statement(_record_statement)
+_PUT = Statement(_put_statement)
 _ANSWERED_BY = sa.select(EVENT.c.step_key).where(
     EVENT.c.workflow_id == _WANTED,
     EVENT.c.key == parameter("answer_key", Text()),

@@ -6,13 +6,14 @@ It locks and changes nothing, and promises nothing: the statements that claim, w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store.claims import Ranges, active_ranges, is_claimable, name_parameters, range_parameters
 from sqla_durable.store.failures import is_overdue
@@ -26,6 +27,7 @@ from sqla_durable.store.statements import (
     ZERO,
     Condition,
     Connectable,
+    Statement,
     execute,
     parameter,
     pg,
@@ -228,4 +230,4 @@ def _find_work_statement() -> Any:
 
 _WITHIN = parameter("within", sa.Float())
 _SUSPENDED = WORKFLOW.c.status == status_literal(WorkflowStatus.SUSPENDED)
-_FIND_WORK = _find_work_statement()
+_FIND_WORK = Statement(_find_work_statement)

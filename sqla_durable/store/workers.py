@@ -11,7 +11,6 @@ each time, apart from those that happened to run beside it, and fails when `max_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -20,6 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.inbox import END_COLUMNS, end_notices, insert_orphan_notices
 from sqla_durable.store.records import Fence
@@ -37,6 +37,7 @@ from sqla_durable.store.statements import (
     Connectable,
     Expression,
     Restriction,
+    Statement,
     Subset,
     error_object,
     execute,
@@ -298,9 +299,16 @@ def _reclaim_statement(abandoned: sa.CTE) -> Any:
 
 
 def _reclaim_all_statement(within: Restriction) -> tuple[Any, Any]:
-    conditions = _lease_has_expired(), _OF_OTHERS, within(WORKFLOW.c.id)
+    asking = parameter("asking_id", sa.UUID())
+    is_of_others = sa.or_(asking.is_(None), WORKFLOW.c.worker_id != asking)
+    mine = sa.and_(_is_listed(WORKFLOW.c.name, "mine_names"), _is_listed(WORKFLOW.c.queue, "mine_queues"))
+    conditions = _lease_has_expired(), is_of_others, within(WORKFLOW.c.id)
     ids = _lock_abandoned(*conditions, skip_locked=True, mine=sa.true())
-    return _reclaim_statement(_lock_abandoned(*conditions, skip_locked=True, mine=_MINE)), sa.select(ids.c.id)
+    return _reclaim_statement(_lock_abandoned(*conditions, skip_locked=True, mine=mine)), sa.select(ids.c.id)
+
+
+def _wanted_attempt() -> Condition:
+    return sa.and_(IS_WANTED, WORKFLOW.c.token == parameter("wanted_token", sa.UUID()))
 
 
 def _reclaiming_statement(abandoned: sa.CTE, *, suspect: Condition) -> Any:
@@ -355,43 +363,52 @@ def _max_attempts_error(crashes: sa.ColumnElement[int]) -> Any:
     return error_object(MAX_ATTEMPTS_TYPE, message)
 
 
-_BEAT = _beat_statement()
-_END_LEASE = sa.delete(WORKER).where(WORKER.c.id == parameter("beating_id", sa.UUID()))
-_ATTEMPTS_OF = sa.select(WORKFLOW.c.id, WORKFLOW.c.token).where(
-    WORKFLOW.c.status == status_literal(WorkflowStatus.RUNNING),
-    WORKFLOW.c.worker_id == parameter("beating_id", sa.UUID()),
-)
-_HOLDER = (
-    sa.select(WORKER.c.name, WORKER.c.lease_expires_at)
-    .join(WORKFLOW, WORKFLOW.c.worker_id == WORKER.c.id)
-    .where(IS_WANTED, has_status(WORKFLOW, WorkflowStatus.RUNNING))
-)
-_RUNNING_STEPS = (
-    sa.select(
-        WORKER.c.name,
-        WORKER.c.heartbeat_at,
-        WORKER.c.lease_expires_at,
-        WORKER.c.doing.op("->")(parameter("wanted_text", Text())).label("steps"),
+_BEAT = Statement(_beat_statement)
+_END_LEASE = Statement(lambda: sa.delete(WORKER).where(WORKER.c.id == parameter("beating_id", sa.UUID())))
+_ATTEMPTS_OF = Statement(
+    lambda: sa.select(WORKFLOW.c.id, WORKFLOW.c.token).where(
+        WORKFLOW.c.status == status_literal(WorkflowStatus.RUNNING),
+        WORKFLOW.c.worker_id == parameter("beating_id", sa.UUID()),
     )
-    .join(WORKFLOW, WORKFLOW.c.worker_id == WORKER.c.id)
-    .where(IS_WANTED, has_status(WORKFLOW, WorkflowStatus.RUNNING))
 )
-_DELETE_DEAD = _delete_dead_statement()
-_WANTED = IS_WANTED
-_WANTED_ATTEMPT = sa.and_(_WANTED, WORKFLOW.c.token == parameter("wanted_token", sa.UUID()))
-_MINE = sa.and_(_is_listed(WORKFLOW.c.name, "mine_names"), _is_listed(WORKFLOW.c.queue, "mine_queues"))
-_ASKING = parameter("asking_id", sa.UUID())
-_OF_OTHERS = sa.or_(_ASKING.is_(None), WORKFLOW.c.worker_id != _ASKING)
+_HOLDER = Statement(
+    lambda: (
+        sa.select(WORKER.c.name, WORKER.c.lease_expires_at)
+        .join(WORKFLOW, WORKFLOW.c.worker_id == WORKER.c.id)
+        .where(IS_WANTED, has_status(WORKFLOW, WorkflowStatus.RUNNING))
+    )
+)
+_RUNNING_STEPS = Statement(
+    lambda: (
+        sa.select(
+            WORKER.c.name,
+            WORKER.c.heartbeat_at,
+            WORKER.c.lease_expires_at,
+            WORKER.c.doing.op("->")(parameter("wanted_text", Text())).label("steps"),
+        )
+        .join(WORKFLOW, WORKFLOW.c.worker_id == WORKER.c.id)
+        .where(IS_WANTED, has_status(WORKFLOW, WorkflowStatus.RUNNING))
+    )
+)
+_DELETE_DEAD = Statement(_delete_dead_statement)
 _RECLAIM, _RECLAIM_PART, _EXPIRED = subset_forms(_reclaim_all_statement)
-_LOCK_ONE = (
-    sa.select(WORKFLOW.c.id)
-    .where(WORKFLOW.c.status == status_literal(WorkflowStatus.RUNNING), _lease_has_expired(), _WANTED)
-    .with_for_update(key_share=True, of=WORKFLOW)
+_LOCK_ONE = Statement(
+    lambda: (
+        sa.select(WORKFLOW.c.id)
+        .where(WORKFLOW.c.status == status_literal(WorkflowStatus.RUNNING), _lease_has_expired(), IS_WANTED)
+        .with_for_update(key_share=True, of=WORKFLOW)
+    )
 )
-_RECLAIM_ONE = _reclaiming_statement(
-    _lock_abandoned(_lease_has_expired(), _WANTED, skip_locked=False, mine=sa.true()), suspect=sa.false()
+_RECLAIM_ONE = Statement(
+    lambda: _reclaiming_statement(
+        _lock_abandoned(_lease_has_expired(), IS_WANTED, skip_locked=False, mine=sa.true()), suspect=sa.false()
+    )
 )
-_ABANDON_ATTEMPT = _reclaim_statement(_lock_abandoned(_WANTED_ATTEMPT, skip_locked=True, mine=sa.true()))
-_STILL_RUNNING = sa.select(WORKFLOW.c.id).where(
-    _WANTED_ATTEMPT, WORKFLOW.c.status == status_literal(WorkflowStatus.RUNNING)
+_ABANDON_ATTEMPT = Statement(
+    lambda: _reclaim_statement(_lock_abandoned(_wanted_attempt(), skip_locked=True, mine=sa.true()))
+)
+_STILL_RUNNING = Statement(
+    lambda: sa.select(WORKFLOW.c.id).where(
+        _wanted_attempt(), WORKFLOW.c.status == status_literal(WorkflowStatus.RUNNING)
+    )
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -11,6 +11,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.errors import NotFoundError
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.records import WorkflowState
@@ -19,6 +20,7 @@ from sqla_durable.store.statements import (
     SIGNAL,
     WORKFLOW,
     Connectable,
+    Statement,
     connection_of,
     execute,
     is_among,
@@ -95,24 +97,27 @@ def export(connectable: Connectable, workflow_ids: Sequence[UUID]) -> list[Expor
     return [Exported(**row) for row in execute(connectable, _EXPORT, {"ids": list(workflow_ids)}).mappings()]
 
 
-_STATE = sa.select(
-    WORKFLOW.c.id, WORKFLOW.c.name, WORKFLOW.c.status, sa.cast(WORKFLOW.c.output, Text), WORKFLOW.c.error
-).where(IS_WANTED)
-_WAITING_FOR = sa.select(
-    WORKFLOW.c.wake_at,
-    WORKFLOW.c.awaits,
-    sa.select(pg.array_agg(SIGNAL.c.name.distinct()))
-    .where(
+def _waiting_for_statement() -> Any:
+    untaken = sa.select(pg.array_agg(SIGNAL.c.name.distinct())).where(
         SIGNAL.c.workflow_id == WORKFLOW.c.id,
         SIGNAL.c.consumed_by.is_(None),
         ~SIGNAL.c.name.startswith(text_literal("#")),
     )
-    .scalar_subquery()
-    .label("untaken"),
-).where(IS_WANTED, WORKFLOW.c.status == status_literal(WorkflowStatus.SUSPENDED))
-_STATUSES = sa.select(WORKFLOW.c.id, WORKFLOW.c.status).where(is_among(WORKFLOW.c.id))
-_EXPORT = (
-    sa.select(*text_columns(WORKFLOW, [each.name for each in fields(Exported)]))
-    .where(is_among(WORKFLOW.c.id))
-    .order_by(WORKFLOW.c.id)
+    columns = WORKFLOW.c.wake_at, WORKFLOW.c.awaits, untaken.scalar_subquery().label("untaken")
+    return sa.select(*columns).where(IS_WANTED, WORKFLOW.c.status == status_literal(WorkflowStatus.SUSPENDED))
+
+
+_STATE = Statement(
+    lambda: sa.select(
+        WORKFLOW.c.id, WORKFLOW.c.name, WORKFLOW.c.status, sa.cast(WORKFLOW.c.output, Text), WORKFLOW.c.error
+    ).where(IS_WANTED)
+)
+_WAITING_FOR = Statement(_waiting_for_statement)
+_STATUSES = Statement(lambda: sa.select(WORKFLOW.c.id, WORKFLOW.c.status).where(is_among(WORKFLOW.c.id)))
+_EXPORT = Statement(
+    lambda: (
+        sa.select(*text_columns(WORKFLOW, [each.name for each in fields(Exported)]))
+        .where(is_among(WORKFLOW.c.id))
+        .order_by(WORKFLOW.c.id)
+    )
 )

@@ -16,7 +16,7 @@ from sqlalchemy.exc import ProgrammingError
 from sqla_durable.errors import DurableError
 from sqla_durable.tools.bench.workloads import WORKLOADS
 from sqla_durable.tools.cli.bench import bench, require_extra, workload_names
-from sqla_durable.tools.cli.target import CommandError
+from sqla_durable.tools.cli.errors import CommandError
 from tests.cli.conftest import Application
 from tests.support.sampling import thorough_cases
 

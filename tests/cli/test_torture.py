@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sqla_durable.tools.cli.target import CommandError
+from sqla_durable.tools.cli.errors import CommandError
 from sqla_durable.tools.cli.torture import fault_kinds, require_extra
 from sqla_durable.tools.torture.schedule import Fault
 

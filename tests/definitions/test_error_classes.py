@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from types import ModuleType
 from typing import Any
@@ -346,3 +347,15 @@ def test_nested_class_is_found() -> None:
 class Outer:
     class Inner(Exception):
         pass
+
+
+@pytest.mark.parametrize("name", ["pydantic_core._pydantic_core:ValidationError", "tenacity:RetryError"])
+def test_common_class_is_found_by_a_process_that_has_not_used_its_library(name: str) -> None:
+    module = name.partition(".")[0].partition(":")[0]
+    script = f"""
+import sys
+from sqla_durable.definitions.error_classes import DEFAULT
+assert {module!r} not in sys.modules
+assert DEFAULT.outside({name!r}).__qualname__ == {name!r}.partition(":")[2]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

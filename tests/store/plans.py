@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from sqlalchemy import Executable, text
+from sqlalchemy import text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
+from sqla_durable.store.statements import Statement
 from tests.support.forged import forged
 
 
@@ -46,9 +47,9 @@ class Plan:
         return found
 
 
-def explain(session: Session, statement: Executable, parameters: Mapping[str, Any], *, mode: str) -> Plan:
+def explain(session: Session, statement: Statement, parameters: Mapping[str, Any], *, mode: str) -> Plan:
     """Execute a statement as a prepared one with custom or generic plans, roll it back, and give its plan."""
-    explained: Any = statement
+    explained: Any = statement.made
     compiled: Any = explained.compile(dialect=postgresql.dialect(paramstyle="named"))
     sql = str(compiled)
     names: list[str] = sorted(compiled.params, key=len, reverse=True)

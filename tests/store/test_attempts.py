@@ -145,7 +145,7 @@ def test_a_batch_reads_no_table_from_end_to_end(engine: Engine, mode: str) -> No
         parameters = batch_parameter("batch", [steps.CHECKPOINT.row(each) for each in checkpoints])
         ends = [attempts._end_row(races.success(each), 1) for each in fences]  # pyright: ignore[reportPrivateUsage]
         session.execute(text("ANALYZE durable.step"))
-        statement = attempts._WRITE_BATCH.statement  # pyright: ignore[reportPrivateUsage]
+        statement = attempts._WRITE_BATCH  # pyright: ignore[reportPrivateUsage]
         plan = explain(session, statement, parameters | batch_parameter("ending", ends), mode=mode)
     assert plan.rows("CTE recorded") == plan.rows("CTE ended") == len(fences), plan
     assert plan.uses("workflow_pkey"), plan

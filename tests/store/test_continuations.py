@@ -30,7 +30,7 @@ def test_a_workflow_whose_worker_dies_between_the_two_statements_continues_as_ne
     (fence,) = races.claimed_fences(engine)
     with Session(engine) as session:
         races.record(session, [races.checkpoint(fence, "charge")])
-        assert session.scalar(continuations._SUSPEND, batch_parameter("batch", [fence_row(fence)])) == 1  # pyright: ignore[reportPrivateUsage]
+        assert session.scalar(continuations._SUSPEND.made, batch_parameter("batch", [fence_row(fence)])) == 1  # pyright: ignore[reportPrivateUsage]
         session.commit()
         assert not continuations.continue_as_new(session, fence, given="{}")
         assert races.record(session, [races.checkpoint(fence, "refund")]) == set()

@@ -22,7 +22,9 @@ from sqla_durable.store.statements import WORKFLOW, Text, parameter, text_litera
 from tests.store import races
 
 FOUND = DriverStatement(
-    sa.select(WORKFLOW.c.id, sa.cast(parameter("number", Text()), sa.Integer()), sa.literal("child"), text_literal("%"))
+    lambda: sa.select(
+        WORKFLOW.c.id, sa.cast(parameter("number", Text()), sa.Integer()), sa.literal("child"), text_literal("%")
+    )
 )
 
 

@@ -324,7 +324,7 @@ def test_an_end_costs_the_same_however_many_signals_were_taken(engine: Engine, m
         parameters = batch_parameter("batch", []) | batch_parameter(
             "ending", [row | {"status": "succeeded", "output": "1"}]
         )
-        plan = explain(session, _WRITE_BATCH.statement, parameters, mode=mode)
+        plan = explain(session, _WRITE_BATCH, parameters, mode=mode)
     assert plan.uses("signal_untaken_idx"), plan
     assert plan.buffers() < 100, plan
 

@@ -16,7 +16,7 @@ from sqlalchemy.sql import ClauseElement
 
 import sqla_durable.store as store
 from sqla_durable.models import metadata, storage
-from sqla_durable.store.driver import DriverStatement
+from sqla_durable.store.statements import Statement
 from tests.test_architecture import SOURCES
 
 _MODULES = [
@@ -30,10 +30,10 @@ _BATCHES = {"_WRITE_BATCH", "_APPEND_MANY", "_FINISH", "_RELEASE", "_RELEASE_UNL
 def statements() -> Iterator[tuple[str, ClauseElement]]:
     """Return what the modules of the store keep, by name: statements, and a few parts of them."""
     for module in _MODULES:
-        for name, kept in vars(module).items():
-            value = kept.statement if isinstance(kept, DriverStatement) else kept
-            if isinstance(value, Executable) and isinstance(value, ClauseElement):
-                yield f"{module.__name__.rpartition('.')[2]}.{name}", value
+        for name, value in vars(module).items():
+            made = value.made if isinstance(value, Statement) else value
+            if isinstance(made, Executable) and isinstance(made, ClauseElement):
+                yield f"{module.__name__.rpartition('.')[2]}.{name}", made
 
 
 STATEMENTS = {name: str(each.compile(dialect=postgresql.dialect())) for name, each in statements()}

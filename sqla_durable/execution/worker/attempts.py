@@ -41,7 +41,8 @@ from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Released, Suspen
 
 log = Log("sqla_durable.worker")
 finished = Log("sqla_durable.finished")
-finished.setLevel(logging.WARNING)  # turned on by its level
+if finished.logger.level == logging.NOTSET:  # the application may have turned it on before this is imported
+    finished.setLevel(logging.WARNING)
 
 _MOST_STEPS = 1_000  # that a heartbeat names
 

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine
@@ -23,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from typing_extensions import override
 
 from sqla_durable.definitions.database_errors import first_line, spoils_connection
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.retry import ObstacleRetry
 from sqla_durable.operations.shielding import GracefulTask, mark_retrieved

@@ -10,7 +10,7 @@ import concurrent.futures
 import contextvars
 import threading
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import override
 
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.registry import StepDefinition
 from sqla_durable.errors import EncodingError
 from sqla_durable.execution.worker.database import Database, persistently

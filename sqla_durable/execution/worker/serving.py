@@ -12,7 +12,6 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID
@@ -23,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.definitions.database_errors import first_line, is_read_only, is_unreachable
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.registry import Registry
 from sqla_durable.errors import DatabaseUnavailableError, SessionError

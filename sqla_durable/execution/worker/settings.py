@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
@@ -18,6 +17,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from sqla_durable.api.durable import Durable
 from sqla_durable.definitions.checks import require_duration
+from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.log import Log
 from sqla_durable.errors import SessionError

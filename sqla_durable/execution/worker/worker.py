@@ -1,6 +1,7 @@
 """`Worker`: its settings, its start, and its stop on a signal or from another thread.
 
-What it does for a database is in `serving`; the parts of that are in the modules beside it.
+What it does for a database is in `serving`; the parts of that are in the modules beside it. All of them are imported
+when a worker serves: a program that only defines one, such as a web application, does not need them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from uuid import UUID
 
 from sqlalchemy import Engine
@@ -30,18 +31,11 @@ from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.log import Log, worker_name
 from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, UsageError
 from sqla_durable.execution.worker.database import Databases, open_databases
-from sqla_durable.execution.worker.serving import (
-    Serving,
-    Sessionmakers,
-    Stop,
-    begin_within,
-    prepare,
-    require_one_database,
-    require_transactions,
-)
-from sqla_durable.runtime.tasks import hosting
 from sqla_durable.store import schema
 from sqla_durable.store.workers import DEFAULT_MAX_ATTEMPTS, MOST_CRASHES
+
+if TYPE_CHECKING:
+    from sqla_durable.execution.worker.serving import Serving, Sessionmakers
 
 log = Log("sqla_durable.worker")
 
@@ -129,7 +123,6 @@ class Worker:
             require_text(name, what="name of the worker")
         self.name = name
         self.left_behind = 0
-        self._makers = Sessionmakers(self.sessionmaker, self.async_sessionmaker)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = threading.Event()
         self._stopping = asyncio.Event()
@@ -251,9 +244,12 @@ class Worker:
         self.stop()
 
     async def _serve(self, databases: Databases, chosen: settings.Settings, threads: ThreadPoolExecutor) -> None:
-        stop = Stop(self._stop, self._stopping)
-        serving = Serving(chosen, self.durable.registry, databases, self._makers, threads, stop)
-        is_direct = await self._begin(databases, serving)
+        from sqla_durable.execution.worker.serving import Serving, Sessionmakers, Stop
+        from sqla_durable.runtime.tasks import hosting
+
+        makers, stop = Sessionmakers(self.sessionmaker, self.async_sessionmaker), Stop(self._stop, self._stopping)
+        serving = Serving(chosen, self.durable.registry, databases, makers, threads, stop)
+        is_direct = await self._begin(databases, makers, serving)
         self._started.set_result(None)
         if self._stop.is_set():
             self._stopping.set()
@@ -264,14 +260,20 @@ class Worker:
         finally:
             self.left_behind = serving.left_behind
 
-    async def _begin(self, databases: Databases, serving: Serving) -> bool:
+    async def _begin(self, databases: Databases, makers: Sessionmakers, serving: Serving) -> bool:
         """Begin the lease, once the database can be reached; return whether hints can arrive."""
+        from sqla_durable.execution.worker.serving import (
+            begin_within,
+            prepare,
+            require_one_database,
+            require_transactions,
+        )
 
         async def begin() -> bool:
             is_direct = await prepare(databases)
             await serving.begin()
-            await require_transactions(self._makers)
-            await require_one_database(self._makers, self.id)
+            await require_transactions(makers)
+            await require_one_database(makers, self.id)
             return is_direct
 
         if self._stop.is_set():

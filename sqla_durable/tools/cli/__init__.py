@@ -1,6 +1,6 @@
 """The command line: `sqla-durable`, or `python -m sqla_durable`; of the extra `cli`.
 
-`application` has all of it and turns errors into messages · `worker`, `bench` and `torture` are its commands ·
+`application` has all of it · `worker`, `bench` and `torture` are its commands · `errors` turns errors into messages ·
 `target` imports the `Durable` object that a command line names, and connects to its database.
 """
 

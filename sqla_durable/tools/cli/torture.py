@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sqla_durable.tools.cli.target import CommandError
+from sqla_durable.tools.cli.errors import CommandError
 
 if TYPE_CHECKING:
     from sqla_durable.tools.torture.schedule import Fault

@@ -12,12 +12,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from sqla_durable.definitions.log import one_line, worker_name
-from sqla_durable.execution.worker import Worker
-from sqla_durable.store.workers import DEFAULT_MAX_ATTEMPTS
-from sqla_durable.tools.cli.target import CommandError, load, sessionmakers
+from sqla_durable.tools.cli.errors import DONE, INTERRUPTED, CommandError
 
-DONE, INTERRUPTED = 0, 130
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -44,9 +40,7 @@ def worker(
     listen: Annotated[
         bool | None, typer.Option(help="Whether to listen for hints; by default it does, unless behind a pooler.")
     ] = None,
-    max_attempts: Annotated[
-        int, typer.Option(min=1, help="After how many crashes in a row a workflow fails.")
-    ] = DEFAULT_MAX_ATTEMPTS,
+    max_attempts: Annotated[int, typer.Option(min=1, help="After how many crashes in a row a workflow fails.")] = 10,
     name: Annotated[str | None, typer.Option(help="Its name in the worker table; by default host:pid.")] = None,
     url: Annotated[
         str | None,
@@ -69,6 +63,9 @@ def worker(
     """
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, _stop_before_start)  # until the worker handles them itself
+    from sqla_durable import Worker
+    from sqla_durable.tools.cli.target import load, sessionmakers
+
     application = load(durable)
     _set_up_logging(log_level)
     if log_finished:
@@ -126,5 +123,7 @@ def _set_up_logging(level: str) -> None:
 
 def _add_worker_name(record: logging.LogRecord) -> bool:
     """Add the worker's name to a log record, also to those of the application's own loggers."""
+    from sqla_durable.definitions.log import one_line, worker_name
+
     record.worker = one_line(worker_name.get())
     return True
