@@ -1,7 +1,8 @@
 """The command line: `sqla-durable`, or `python -m sqla_durable`; of the extra `cli`.
 
 `application` has all of it and turns errors into messages · `worker`, `bench` and `torture` are its commands ·
-`target` imports the `Durable` object that a command line names, and connects to its database.
+`supervisor` runs several workers · `target` imports the `Durable` object that a command line names, and connects to its
+database.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -11,13 +12,22 @@ from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from sqla_durable.definitions.log import one_line, worker_name
+from sqla_durable.definitions.log import Log, one_line, worker_name
 from sqla_durable.execution.worker import Worker
+from sqla_durable.execution.worker.settings import engine_of, shown_name
+from sqla_durable.store.schema import keeps_statements
 from sqla_durable.store.workers import DEFAULT_MAX_ATTEMPTS
-from sqla_durable.tools.cli.target import CommandError, load, sessionmakers
+from sqla_durable.tools.cli.supervisor import Link, Supervisor, process_count, worker_command
+from sqla_durable.tools.cli.target import CommandError, Sessionmakers, load, sessionmakers
+
+log = Log("sqla_durable.worker")
 
 DONE, INTERRUPTED = 0, 130
+_TIME_AFTER_GRACE = 20  # seconds; without a database a worker leaves some ten after its grace
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -58,22 +68,33 @@ def worker(
     log_finished: Annotated[
         bool, typer.Option("--log-finished", help="Also log a line for each workflow that succeeds.")
     ] = False,
+    processes: Annotated[
+        str, typer.Option(metavar="N", help="How many worker processes there are; auto: one for each core.")
+    ] = "1",
+    supervised: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Claim workflows and execute them.
 
     SIGTERM and SIGINT stop it in good order: running steps are finished and workflows released. A second signal ends
-    it at once.
+    it at once. With --processes a supervisor starts as many workers, and replaces those that end; SIGHUP makes it
+    replace all of them, one after the other.
 
     Modules are searched in the current directory first, so run it only where nobody else may write; with
     PYTHONSAFEPATH=1 they are searched only in PYTHONPATH and where Python is installed.
     """
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, _stop_before_start)  # until the worker handles them itself
+    count = _process_count(processes)
+    if supervised is None and (count > 1 or processes == "auto"):  # on one core too, where SIGHUP means the same then
+        raise typer.Exit(_supervise(count, grace=grace, log_level=log_level))
+    link = Link(supervised) if supervised else None
+    if link is not None and name is not None:
+        name = f"{name}-{link.number}"
     application = load(durable)
     _set_up_logging(log_level)
     if log_finished:
         logging.getLogger("sqla_durable.finished").setLevel(logging.INFO)
-    opened = sessionmakers(application, url)
+    opened = sessionmakers(application, url, processes=count)
     try:
         chosen = Worker(
             application,
@@ -92,12 +113,101 @@ def worker(
         )
     except (ValueError, OverflowError) as error:
         raise CommandError(str(error)) from error
+    if link is not None:
+        _connect(link, chosen, opened, count)
     try:
         chosen.run()
     except KeyboardInterrupt:  # the second signal
         _exit_without_threads(INTERRUPTED)
     if chosen.left_behind:
         _exit_without_threads(DONE)
+
+
+def _process_count(wanted: str) -> int:
+    try:
+        return process_count(wanted)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+def _supervise(count: int, *, grace: float, log_level: str) -> int:
+    """Supervise worker processes of this command; return the exit code."""
+    worker_name.set("supervisor")
+    _set_up_logging(log_level)
+    return Supervisor(worker_command, count, stop_within=grace + _TIME_AFTER_GRACE).run()
+
+
+def _connect(link: Link, worker: Worker, opened: Sessionmakers, count: int) -> None:
+    """Let the supervisor stop the worker, and report to it when the worker has started."""
+    tasks: list[asyncio.Task[None]] = []
+
+    def stop(reason: str) -> None:
+        worker_name.set(shown_name(worker.name))  # of this thread
+        log.info("worker %s: stopping, %s; steps that are being executed have %s", worker.id, reason, worker.grace)
+        worker.stop()
+
+    def report(_: object) -> None:
+        link.serves()
+        if link.number == 1:  # once for all of them
+            tasks.append(asyncio.get_running_loop().create_task(_check_connections(opened, count)))
+
+    link.stop = stop
+    worker._started.add_done_callback(report)  # pyright: ignore[reportPrivateUsage] (it has no public name)
+
+
+_ACCEPTED = text(
+    "SELECT sum(setting::int * CASE name WHEN 'max_connections' THEN 1 ELSE -1 END) FROM pg_catalog.pg_settings "
+    "WHERE name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')"
+)
+
+
+async def _check_connections(opened: Sessionmakers, count: int) -> None:
+    """Warn if all processes together may open more connections than the server accepts."""
+    wanted = count * (sum(map(_most_connections, _engines(opened))) + 1)  # and the listener
+    engine = engine_of(opened.sync, opened.asynchronous)
+    try:
+        if opened.asynchronous is None:
+            accepted = await asyncio.to_thread(_accepted_by, engine)
+        else:
+            async with AsyncEngine(engine).connect() as connection:
+                accepted = await connection.run_sync(_accepted)
+    except (SQLAlchemyError, OSError) as error:
+        log.debug("max_connections could not be read: %s", error)
+        return
+    if accepted is not None and wanted > accepted:
+        log.warning(
+            "%d worker processes may open %s connections, and the server accepts %d (max_connections, less what is "
+            "reserved): use fewer processes, give their engines a smaller pool_size, or raise max_connections",
+            count,
+            wanted,
+            accepted,
+        )
+
+
+def _engines(opened: Sessionmakers) -> list[Engine]:
+    sync = [] if opened.sync is None else [engine_of(opened.sync, None)]
+    return sync + ([] if opened.asynchronous is None else [engine_of(None, opened.asynchronous)])
+
+
+def _most_connections(engine: Engine) -> float:
+    """Return how many connections a pool opens at most; 0 where there is no pool that says so."""
+    size = getattr(engine.pool, "size", None)
+    if size is None:
+        return 0
+    overflow = int(getattr(engine.pool, "_max_overflow", 0))
+    return float("inf") if overflow < 0 else size() + overflow
+
+
+def _accepted_by(engine: Engine) -> int | None:
+    with engine.connect() as connection:
+        return _accepted(connection)
+
+
+def _accepted(connection: Connection) -> int | None:
+    """Return how many connections the server accepts; None if there is a pooler in between, which has limits too."""
+    if not keeps_statements(connection):
+        return None
+    return int(connection.scalar(_ACCEPTED) or 0)
 
 
 def _stop_before_start(_number: int, _frame: FrameType | None) -> NoReturn:
