@@ -7,6 +7,7 @@ translation of the schema, and a result of which nothing is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -96,9 +97,6 @@ def _is_unwatched(connection: sa.Connection) -> bool:
 
 
 def _fetched(connection: sa.Connection, sql: str, parameters: Any) -> Sequence[Any]:
-    cursor = connection.connection.cursor()
-    try:
+    with closing(connection.connection.cursor()) as cursor:
         cursor.execute(sql, parameters)
         return cursor.fetchall()
-    finally:
-        cursor.close()

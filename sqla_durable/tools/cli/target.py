@@ -26,9 +26,8 @@ from sqla_durable.tools.cli.errors import CommandError
 S = TypeVar("S", Session, AsyncSession)
 DATABASE_URL = "DATABASE_URL"
 DRIVER = "postgresql+psycopg"
-# No overflow: connections beyond a pool's size would be opened and closed for each step. No `pool_pre_ping`: a
-# statement that meets a lost connection is tried again.
-_POOL = {"pool_size": 20, "max_overflow": 0}
+_POOL_SIZE = 20
+_SMALLEST_POOL = 8  # two that a worker keeps, two for its other statements, and some for steps
 
 
 def load(target: str) -> Durable:
@@ -155,8 +154,13 @@ class Sessionmakers:
     asynchronous: async_sessionmaker[AsyncSession] | None
 
 
-def sessionmakers(durable: Durable, url: str | None) -> Sessionmakers:
+def sessionmakers(durable: Durable, url: str | None, *, processes: int = 1) -> Sessionmakers:
     """Return the sessionmakers of the given URL, else the object's own, else those of `DATABASE_URL`.
+
+    Args:
+        durable: the object.
+        url: the URL that was given.
+        processes: how many processes do so; the more there are, the smaller are the pools of a URL's engines.
 
     Raises:
         CommandError: there is none of the three, or the URL is not one of PostgreSQL.
@@ -169,14 +173,17 @@ def sessionmakers(durable: Durable, url: str | None) -> Sessionmakers:
             f"there is no database: give the Durable object a sessionmaker, or this command --url, or set "
             f"{DATABASE_URL}, such as postgresql://user@host/name."
         )
-    return connect(durable, normalised(wanted))
+    return connect(durable, normalised(wanted), pool_size=max(_SMALLEST_POOL, min(_POOL_SIZE, 40 // processes)))
 
 
-def connect(durable: Durable, url: URL) -> Sessionmakers:
+def connect(durable: Durable, url: URL, *, pool_size: int = _POOL_SIZE) -> Sessionmakers:
     """Return sessionmakers on two new engines of the URL, a sync and an async one."""
+    # No overflow: connections beyond a pool's size would be opened and closed for each step. No `pool_pre_ping`: a
+    # statement that meets a lost connection is tried again.
+    pool = {"pool_size": pool_size, "max_overflow": 0}
     classes = [each.session_class for each in durable.registry.steps()]
-    sync = sessionmaker(create_engine(url, **_POOL), class_=_narrowest(Session, classes))
-    asynchronous = create_async_engine(url, **_POOL)
+    sync = sessionmaker(create_engine(url, **pool), class_=_narrowest(Session, classes))
+    asynchronous = create_async_engine(url, **pool)
     return Sessionmakers(sync, async_sessionmaker(asynchronous, class_=_narrowest(AsyncSession, classes)))
 
 

@@ -14,6 +14,7 @@ import typer
 
 from sqla_durable.tools.cli.errors import DONE, INTERRUPTED, CommandError
 
+_TIME_AFTER_GRACE = 20  # seconds; without a database a worker leaves some ten after its grace
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -52,25 +53,39 @@ def worker(
     log_finished: Annotated[
         bool, typer.Option("--log-finished", help="Also log a line for each workflow that succeeds.")
     ] = False,
+    processes: Annotated[
+        str, typer.Option(metavar="N", help="How many worker processes there are; auto: one for each core.")
+    ] = "1",
+    supervised: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Claim workflows and execute them.
 
     SIGTERM and SIGINT stop it in good order: running steps are finished and workflows released. A second signal ends
-    it at once.
+    it at once. With --processes a supervisor starts as many workers, and replaces those that end; SIGHUP makes it
+    replace all of them, one after the other.
 
     Modules are searched in the current directory first, so run it only where nobody else may write; with
     PYTHONSAFEPATH=1 they are searched only in PYTHONPATH and where Python is installed.
     """
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, _stop_before_start)  # until the worker handles them itself
+    count = _process_count(processes)
+    if supervised is None and (count > 1 or processes == "auto"):  # on one core too, where SIGHUP means the same then
+        raise typer.Exit(_supervise(count, grace=grace, log_level=log_level))
+
     from sqla_durable import Worker
+    from sqla_durable.tools.cli.supervised import connect
+    from sqla_durable.tools.cli.supervisor import Link
     from sqla_durable.tools.cli.target import load, sessionmakers
 
+    link = Link(supervised) if supervised else None
+    if link is not None and name is not None:
+        name = f"{name}-{link.number}"
     application = load(durable)
     _set_up_logging(log_level)
     if log_finished:
         logging.getLogger("sqla_durable.finished").setLevel(logging.INFO)
-    opened = sessionmakers(application, url)
+    opened = sessionmakers(application, url, processes=count)
     try:
         chosen = Worker(
             application,
@@ -89,12 +104,33 @@ def worker(
         )
     except (ValueError, OverflowError) as error:
         raise CommandError(str(error)) from error
+    if link is not None:
+        connect(link, chosen, opened, count)
     try:
         chosen.run()
     except KeyboardInterrupt:  # the second signal
         _exit_without_threads(INTERRUPTED)
     if chosen.left_behind:
         _exit_without_threads(DONE)
+
+
+def _process_count(wanted: str) -> int:
+    from sqla_durable.tools.cli.supervisor import process_count
+
+    try:
+        return process_count(wanted)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+def _supervise(count: int, *, grace: float, log_level: str) -> int:
+    """Supervise worker processes of this command; return the exit code."""
+    from sqla_durable.definitions.log import worker_name
+    from sqla_durable.tools.cli.supervisor import Supervisor, worker_command
+
+    worker_name.set("supervisor")
+    _set_up_logging(log_level)
+    return Supervisor(worker_command, count, stop_within=grace + _TIME_AFTER_GRACE).run()
 
 
 def _stop_before_start(_number: int, _frame: FrameType | None) -> NoReturn:
