@@ -44,7 +44,8 @@ def call_step(definition: StepDefinition, key: str | None, args: tuple[Any, ...]
     context = active()
     if context is None or context.step is not None:
         return _call_function(definition, args, kwargs)
-    _refuse_mismatch(context, definition)
+    if definition.is_async is not context.runtime.is_async:
+        _refuse_mismatch(context, definition)
     return _call_in_workflow(context, definition, key, args, kwargs)
 
 
@@ -135,9 +136,6 @@ class _Step(DurableFunction[P, R]):
         policy = until_true(definition.options.policy, wait=wait, timeout=timeout)
         return type(self)(replace(definition, options=replace(definition.options, policy=policy)), self.step_key)
 
-    def _perform(self, *args: Any, **kwargs: Any) -> Any:
-        return call_step(self.definition, self.step_key, args, kwargs)
-
 
 class SyncStep(_Step[P, R]):
     """A step made of a `def`; an `async def` workflow calls it by `sqla_durable.asyncio.to_thread`."""
@@ -148,7 +146,7 @@ class StepFunction(SyncStep[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Execute the step, or return what it returned before."""
-        return cast("R", self._perform(*args, **kwargs))
+        return cast("R", call_step(self.definition, self.step_key, args, kwargs))
 
 
 class AsyncStepFunction(_Step[P, R]):
@@ -156,7 +154,7 @@ class AsyncStepFunction(_Step[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Execute the step, or return what it returned before."""
-        return cast("Coroutine[Any, Any, R]", self._perform(*args, **kwargs))
+        return cast("Coroutine[Any, Any, R]", call_step(self.definition, self.step_key, args, kwargs))
 
 
 class TransactionalStep(SyncStep[P, R]):
@@ -170,7 +168,7 @@ class TransactionalStep(SyncStep[P, R]):
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> R:
         """Execute the step, or return what it returned before; outside a workflow, pass a session first."""
-        return cast("R", self._perform(*args, **kwargs))
+        return cast("R", call_step(self.definition, self.step_key, args, kwargs))
 
 
 class AsyncTransactionalStep(_Step[P, R]):
@@ -184,7 +182,7 @@ class AsyncTransactionalStep(_Step[P, R]):
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, R]:
         """Execute the step, or return what it returned before; outside a workflow, pass a session first."""
-        return cast("Coroutine[Any, Any, R]", self._perform(*args, **kwargs))
+        return cast("Coroutine[Any, Any, R]", call_step(self.definition, self.step_key, args, kwargs))
 
 
 def _require_session(definition: StepDefinition, args: tuple[Any, ...]) -> None:
@@ -196,17 +194,16 @@ def _require_session(definition: StepDefinition, args: tuple[Any, ...]) -> None:
         )
 
 
-def _refuse_mismatch(context: Context, definition: StepDefinition) -> None:
-    if definition.is_async and not context.is_async:
+def _refuse_mismatch(context: Context, definition: StepDefinition) -> NoReturn:
+    if definition.is_async:
         raise UsageError(
             f"step {definition.name!r} is async def and workflow {context.attempt.name!r} is def, which cannot await "
             "it: make the workflow async def, or the step a def."
         )
-    if context.is_async and not definition.is_async:
-        raise UsageError(
-            f"step {definition.name!r} is def and was called in workflow {context.attempt.name!r}, which is async def: "
-            f"await sqla_durable.asyncio.to_thread({definition.name}, ...)."
-        )
+    raise UsageError(
+        f"step {definition.name!r} is def and was called in workflow {context.attempt.name!r}, which is async def: "
+        f"await sqla_durable.asyncio.to_thread({definition.name}, ...)."
+    )
 
 
 def _refuse_session(context: Context, definition: StepDefinition, args: tuple[Any, ...]) -> None:

@@ -108,6 +108,8 @@ class Codec:
 
     def encoded(self, value: object) -> Encoded:
         """Return the value's JSON text, and what decoding it returns. Raises as `encode`."""
+        if type(value) is self.annotation and self.annotation in _SURE:
+            return Encoded(dump(value, what=self.what, limit=self.limit), value)
         text = self._text(value)
         return Encoded(text, self._read_back(text, value))
 
@@ -144,8 +146,6 @@ class Codec:
             ) from error
 
     def _text(self, value: object) -> str:
-        if self._is_sure(value):
-            return dump(value, what=self.what, limit=self.limit)
         try:
             if self.annotation is Any and not self.is_inferred:
                 _require_native(value, self.what)
@@ -168,10 +168,6 @@ class Codec:
     def _read(self, array: str | bytes) -> Any:
         return self.adapter.validator.validate_json(array, by_alias=True, by_name=True)[0]
 
-    def _is_sure(self, value: object) -> bool:
-        """Return whether a value is read exactly as it is written."""
-        return type(value) is self.annotation and self.annotation in _SURE
-
     def _misfit(self, value: object, error: Exception) -> str:
         """Return what of a value cannot be stored, and where, without the value."""
         try:
@@ -185,8 +181,6 @@ class Codec:
 
     def _read_back(self, text: str, value: object) -> Any:
         """Return what will be read; refuse the value if that is something else."""
-        if self._is_sure(value):
-            return value
         try:
             kept = self._read(f"[{text}]")
         except Exception as error:  # a validator may raise anything

@@ -223,7 +223,8 @@ def dump(plain: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> str:
     text = encoded.decode()
     if "\\u0000" in text and _NUL.search(text):
         raise EncodingError(f"the {what} cannot be stored: PostgreSQL stores no NUL character{_at(plain, _has_nul)}.")
-    refuse_large(len(encoded), what=what, limit=limit)
+    if len(encoded) > limit:
+        refuse_large(len(encoded), what=what, limit=limit)
     return text
 
 

@@ -45,7 +45,8 @@ class Branch:
 
     def key(self, name: str, *, explicit: str | None = None) -> str:
         """Return the key of the next operation of this name; an explicit one is the whole scope's, or workflow's."""
-        key = self._innermost.next_operation(explicit or name)
+        innermost = self._scopes[-1] if self._scopes else self._own
+        key = innermost.next_operation(explicit or name)
         if explicit is None:
             return key
         return explicit if self._scope is None else self._scope.under(explicit)
@@ -98,12 +99,13 @@ class _Scope:
         self._branches: defaultdict[str, int] = defaultdict(int)
 
     def next_operation(self, name: str) -> str:
-        self._operations[name] += 1
-        return self.under(_counted(name, self._operations[name]))
+        self._operations[name] = count = self._operations[name] + 1
+        key = name if count == 1 else f"{name}#{count}"
+        return f"{self.path}/{key}" if self.path else key
 
     def next_branch(self, name: str) -> str:
-        self._branches[name] += 1
-        return self.under(_counted(name, self._branches[name]))
+        self._branches[name] = count = self._branches[name] + 1
+        return self.under(name if count == 1 else f"{name}#{count}")
 
     def under(self, key: str) -> str:
         return f"{self.path}/{key}" if self.path else key
@@ -246,7 +248,3 @@ def name_of(code: object) -> str:
         code = code.func  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
     qualified = getattr(code, "__qualname__", None) or type(code).__qualname__  # pyright: ignore[reportUnknownArgumentType]
     return str(qualified).rpartition("<locals>.")[2].translate(_NOT_IN_NAMES)
-
-
-def _counted(name: str, occurrence: int) -> str:
-    return name if occurrence == 1 else f"{name}#{occurrence}"

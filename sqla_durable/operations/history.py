@@ -66,6 +66,9 @@ class HistoryCheck:
 
     Operations are compared within their branch only, whose path their keys begin with: the order between branches
     depends on timing.
+
+    Attributes:
+        count: how many operations were called.
     """
 
     def __init__(self, history: Mapping[str, Recorded]) -> None:
@@ -75,17 +78,13 @@ class HistoryCheck:
         self._last_in: dict[str, int] = {}
         self._last = 0
         self._visited: list[tuple[str, str]] = []
+        self.count = 0
         self._patches: dict[str, bool] = {}
 
     @property
     def all_visited(self) -> bool:
         """Whether everything recorded was called, so that further calls are new."""
         return not self._unvisited
-
-    @property
-    def count(self) -> int:
-        """How many operations were called."""
-        return len(self._visited)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -99,6 +98,7 @@ class HistoryCheck:
         a step that was added there is not taken for one that was moved.
         """
         self._visited.append((key, name))
+        self.count += 1
         if self._left_in is None:  # a new workflow: nothing to compare with
             self._last += 1
             return self._last

@@ -204,7 +204,9 @@ class _Execution:
             value = await self._call_plain()
             if definition.options.policy is not None:
                 await self._ask_policy(value)
-            return await self._record_alone(self._success(value))
+            checkpoint = self._success(value)
+            await self._runtime.recorder.record(checkpoint)
+            return checkpoint.recorded
         self._phase = Phase.BEFORE
         transaction = await self._begin()
         try:

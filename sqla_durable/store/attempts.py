@@ -108,7 +108,7 @@ def write_batch(
     One statement, for workflows whose rows are not locked by others and whose attempts own them. Locks their rows in
     the order of their ids, for as long as the statement's transaction.
     """
-    counts = Counter(each.fence for each in checkpoints)
+    counts = Counter([each.fence for each in checkpoints]) if ends else Counter[Fence]()
     parameters = batch_parameter("batch", [CHECKPOINT.row(each) for each in checkpoints])
     parameters |= batch_parameter("ending", [_end_row(each, counts[each.fence]) for each in ends])
     unwritten = Unwritten()

@@ -83,7 +83,8 @@ class DriverStatement(Statement):
 
     def _compiled(self, dialect: sa.Dialect, schemas: Mapping[str | None, str | None] | None) -> _Text:
         options = {} if schemas is None else {"schema_translate_map": schemas, "render_schema_translate": True}
-        compiled: Any = self.made.compile(dialect=dialect, **options)
+        made: Any = self.made
+        compiled = made.compile(dialect=dialect, **options)
         constants = {name: value for name, value in compiled.params.items() if value is not None}
         return _Text(str(compiled), constants, compiled.positiontup)
 

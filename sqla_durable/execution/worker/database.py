@@ -304,11 +304,12 @@ def open_databases(engine: Engine, *, hold: int, limit: float, beat_limit: float
 
 async def persistently(database: Database, statement: Callable[[Connection], T], *, what: str) -> T:
     """Execute, and try again for as long as the database is out of reach or refuses for reasons of its own."""
-    again = ObstacleRetry()
+    again: ObstacleRetry | None = None
     while True:
         try:
             return await database.execute(statement)
         except Exception as error:
+            again = again or ObstacleRetry()
             seconds = again.wait_before_next(error)
             if seconds is None:
                 raise

@@ -181,7 +181,7 @@ class Writer(GroupCommit[Write]):
             delayed = {each.fence.workflow_id for each in self._delayed}
             self._delayed += [each for each in batch if each.fence.workflow_id in delayed]
             batch = [each for each in batch if each.fence.workflow_id not in delayed]
-        return [each for each in batch if not _refused_before(each)]
+        return [each for each in batch if each.after is None or not _refused_before(each)]
 
     def _delay(self, writes: list[Write]) -> None:
         if not self._delayed:
