@@ -9,6 +9,7 @@ Its engines are as the docs recommend, and it is otherwise a worker with default
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import signal
@@ -184,6 +185,8 @@ def main() -> None:
     """Claim and execute between the second and the third line of standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     worker = _worker(WorkerSettings(**json.loads(sys.stdin.readline())))
+    gc.collect()
+    gc.freeze()  # as the command line does
     _answer("ready")
     if not sys.stdin.readline():
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -106,6 +107,8 @@ def worker(
         raise CommandError(str(error)) from error
     if link is not None:
         connect(link, chosen, opened, count)
+    gc.collect()
+    gc.freeze()  # what is imported stays: the collector needs not look at it again and again
     try:
         chosen.run()
     except KeyboardInterrupt:  # the second signal
