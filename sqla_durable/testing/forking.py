@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -35,8 +34,8 @@ from sqla_durable.testing.end_states import CrashTestError
 MakeWorker: TypeAlias = Callable[[str], Worker]
 Pipe: TypeAlias = "Connection[Any, Any]"
 
-PROCESSES: BaseContext = multiprocessing.get_context("spawn")
-"""Makes the processes of fork servers."""
+NEW_PROCESS: Callable[..., BaseProcess] = multiprocessing.get_context("spawn").Process
+"""Makes the process of a fork server."""
 
 _POLL_INTERVAL = timedelta(seconds=0.02)
 _STOP_TIMEOUT = 5.0
@@ -106,7 +105,7 @@ class ForkServer:
     def __init__(self, make_worker: MakeWorker, output: Path) -> None:
         self._output = output
         self._connection, theirs = multiprocessing.Pipe()
-        self._process = PROCESSES.Process(
+        self._process = NEW_PROCESS(
             target=_serve, args=(_pickled(make_worker), theirs, str(output)), name="sqla-durable fork server"
         )
         self._process.start()

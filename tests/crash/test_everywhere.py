@@ -24,7 +24,7 @@ from tests.support.sampling import thorough_cases
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork servers need not import everything."""
-    monkeypatch.setattr(forking, "PROCESSES", processes.Inheriting())
+    monkeypatch.setattr(forking, "NEW_PROCESS", processes.inheriting)
 
 
 @pytest.mark.timeout(180)

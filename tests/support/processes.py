@@ -12,7 +12,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
@@ -94,14 +93,9 @@ def run_python(
         return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
 
 
-class Inheriting(BaseContext):
-    """Makes processes that have the environment of this one, as if they were its children, and everything imported."""
-
-    def Process(  # type: ignore[override]  # noqa: N802 (a class elsewhere)
-        self, *, target: Callable[..., None], args: tuple[object, ...], name: str
-    ) -> BaseProcess:
-        """Make a process."""
-        return forked.Process(target=_call, args=(dict(os.environ), target, args), name=name)
+def inheriting(*, target: Callable[..., None], args: tuple[object, ...], name: str) -> BaseProcess:
+    """Make a process that has the environment of this one, as if it were its child, and everything imported."""
+    return forked.Process(target=_call, args=(dict(os.environ), target, args), name=name)
 
 
 def _call(environment: Mapping[str, str], target: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -41,7 +41,7 @@ SHORT = timedelta(seconds=8)
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork servers are forked, and need not import everything; those of the page and of the plugin are spawned."""
-    monkeypatch.setattr(forking, "PROCESSES", processes.Inheriting())
+    monkeypatch.setattr(forking, "NEW_PROCESS", processes.inheriting)
 
 
 @pytest.fixture(autouse=True)
