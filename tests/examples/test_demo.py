@@ -73,7 +73,7 @@ def test_killed_workers_leave_every_invoice_exactly_once(database: str, environm
 
 def test_interrupted_demo_leaves_nothing_running(server_url: str, database: str, environment: dict[str, str]) -> None:
     demo = subprocess.Popen(
-        [*DEMO, "--invoices", "30", "--database", database],
+        [*DEMO, "--invoices", "30", "--workers", "1", "--database", database],
         cwd=EXAMPLES,
         env=environment,
         stdout=subprocess.DEVNULL,
