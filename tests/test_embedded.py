@@ -68,6 +68,23 @@ def directory() -> Generator[Path]:
     shutil.rmtree(path)
 
 
+@pytest.fixture(scope="session")
+def pristine() -> Generator[Path]:
+    """A directory of a server that was started and stopped."""
+    path = Path(tempfile.mkdtemp())
+    path.chmod(0o711)
+    embedded.server(path, settings=SETTINGS).stop()
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def initialised(directory: Path, pristine: Path) -> Path:
+    """A copy of `pristine`: making the data of a server takes a second of a processor, and is not what they test."""
+    subprocess.run(["cp", "-a", f"{pristine}/.", directory], check=True)
+    return directory
+
+
 def test_temporary_server_runs_durably_and_leaves_nothing_behind() -> None:
     with embedded.server() as server:
         assert query(server.url, "SHOW fsync") == "on"
@@ -84,8 +101,8 @@ def test_second_start_on_a_directory_finds_the_data_of_the_first(directory: Path
         assert query(server.url, "SELECT answer FROM kept") == 42
 
 
-def test_start_and_stop_may_be_called_again(directory: Path) -> None:
-    server = embedded.server(directory, settings=SETTINGS)
+def test_start_and_stop_may_be_called_again(initialised: Path) -> None:
+    server = embedded.server(initialised, settings=SETTINGS)
     assert server.start() is server
     server.stop()
     server.stop()
@@ -95,73 +112,73 @@ def test_start_and_stop_may_be_called_again(directory: Path) -> None:
     server.stop()
 
 
-def test_two_servers_do_not_meet(directory: Path) -> None:
-    with embedded.server(settings=SETTINGS) as one, embedded.server(directory, settings=SETTINGS) as other:
+def test_two_servers_do_not_meet(initialised: Path) -> None:
+    with embedded.server(settings=SETTINGS) as one, embedded.server(initialised, settings=SETTINGS) as other:
         assert one.url != other.url
         assert query(one.url, "SHOW data_directory") != query(other.url, "SHOW data_directory")
 
 
-def test_server_is_shared_and_survives_a_killed_client(directory: Path) -> None:
-    with embedded.server(directory, settings=SETTINGS) as server:
-        with client(directory) as process:
+def test_server_is_shared_and_survives_a_killed_client(initialised: Path) -> None:
+    with embedded.server(initialised, settings=SETTINGS) as server:
+        with client(initialised) as process:
             assert process.stdout is not None
             assert process.stdout.readline().strip() == server.url
             process.kill()
             process.wait()
         assert query(server.url, "SELECT 1") == 1
-    assert not is_running(directory)
+    assert not is_running(initialised)
 
 
-def test_server_stays_until_the_last_process_leaves(directory: Path) -> None:
-    with client(directory) as process:
+def test_server_stays_until_the_last_process_leaves(initialised: Path) -> None:
+    with client(initialised) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
-        with embedded.server(directory) as server:
+        with embedded.server(initialised) as server:
             assert server.url == url
         assert query(url, "SELECT 1") == 1
         process.communicate("leave\n", timeout=60)
-    assert not is_running(directory)
+    assert not is_running(initialised)
 
 
-def test_server_whose_starter_was_killed_is_found_again(directory: Path) -> None:
-    with client(directory) as process:
+def test_server_whose_starter_was_killed_is_found_again(initialised: Path) -> None:
+    with client(initialised) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
         process.kill()
         process.wait()
     assert query(url, "SELECT 1") == 1
-    with embedded.server(directory) as server:
+    with embedded.server(initialised) as server:
         assert server.url == url
-    assert not is_running(directory)
+    assert not is_running(initialised)
 
 
-def test_forked_child_leaves_the_server_to_its_parent(directory: Path) -> None:
+def test_forked_child_leaves_the_server_to_its_parent(initialised: Path) -> None:
     script = CLIENT.replace("sys.stdin.readline()", "import os\nif not os.fork(): sys.exit()\nos.wait()\n")
     script += "import psycopg\npsycopg.connect(server.url.replace('+psycopg', '')).close()"
-    subprocess.run([sys.executable, "-c", script, directory], check=True, timeout=60, capture_output=True)
-    assert not is_running(directory)
+    subprocess.run([sys.executable, "-c", script, initialised], check=True, timeout=60, capture_output=True)
+    assert not is_running(initialised)
 
 
-def test_crashed_server_is_started_again_with_its_data(directory: Path) -> None:
-    with embedded.server(directory, settings=SETTINGS) as server:
+def test_crashed_server_is_started_again_with_its_data(initialised: Path) -> None:
+    with embedded.server(initialised, settings=SETTINGS) as server:
         execute(server.url, "CREATE TABLE kept AS SELECT 42 AS answer")
-        pid = int((directory / "data" / "postmaster.pid").read_text().splitlines()[0])
+        pid = int((initialised / "data" / "postmaster.pid").read_text().splitlines()[0])
         os.kill(pid, 3)  # SIGQUIT: an immediate shutdown, as in a crash
         wait_until_gone(pid)
-    with embedded.server(directory, settings=SETTINGS) as server:
+    with embedded.server(initialised, settings=SETTINGS) as server:
         assert query(server.url, "SELECT answer FROM kept") == 42
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 def test_interrupted_server_proceeds_at_the_same_address_with_its_data(
-    directory: Path, mode: Literal["fast", "immediate"]
+    initialised: Path, mode: Literal["fast", "immediate"]
 ) -> None:
-    with embedded.server(directory) as server:
+    with embedded.server(initialised) as server:
         url, socket = server.url, server.socket_file
         execute(url, "CREATE TABLE kept AS SELECT 42 AS answer")
         assert socket.exists()
         server.interrupt(mode)
-        assert not is_running(directory)
+        assert not is_running(initialised)
         server.proceed()
         assert (server.url, server.socket_file) == (url, socket)
         assert query(url, "SELECT answer FROM kept") == 42
@@ -256,11 +273,11 @@ def test_ordinary_user_runs_the_server_as_itself(directory: Path) -> None:
 
 
 @only_root
-def test_another_user_can_neither_connect_nor_hold_a_lock(directory: Path) -> None:
-    with embedded.server(directory, settings=SETTINGS) as server:
-        assert server.socket_directory == directory / "socket"
+def test_another_user_can_neither_connect_nor_hold_a_lock(initialised: Path) -> None:
+    with embedded.server(initialised, settings=SETTINGS) as server:
+        assert server.socket_directory == initialised / "socket"
         done = subprocess.run(
-            [interpreter_for(OTHER_USER), "-c", ATTACK, directory],
+            [interpreter_for(OTHER_USER), "-c", ATTACK, initialised],
             cwd="/",
             user=OTHER_USER,
             group=OTHER_USER,

@@ -33,6 +33,7 @@ from sqla_durable.api import hints
 from sqla_durable.api.hints import announce
 from tests.api.notifying import DRIVERS, Make, Statements, asynchronous, commit_hint, mail
 from tests.support.notifications import PATIENCE, Ear
+from tests.support.sampling import thorough_cases
 
 
 def _setter(happened: asyncio.Event) -> Callable[..., None]:
@@ -197,11 +198,15 @@ MOMENTS = {
 }
 
 
-@DRIVERS
-@pytest.mark.parametrize(
-    ("pool", "first", "last"),
-    [(pool, *pair) for pool, each in MOMENTS.items() for pair in combinations_with_replacement(each, 2)],
-)
+ENDS = [
+    (driver, pool, *pair)
+    for driver in ("psycopg", "asyncpg")
+    for pool, moments in MOMENTS.items()
+    for pair in combinations_with_replacement(moments, 2)
+]
+
+
+@pytest.mark.parametrize(("driver", "pool", "first", "last"), [*ENDS[::2], *thorough_cases(ENDS[1::2])])
 def test_loop_that_ends_while_a_hint_is_sent_leaves_nothing_behind(
     direct_url: str, driver: str, pool: type[Pool], first: str, last: str
 ) -> None:

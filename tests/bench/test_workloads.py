@@ -62,6 +62,7 @@ def test_every_workload_is_tested() -> None:
     assert {*EXPECTED, "steps", "depth", "horizon", "latency"} == set(WORKLOADS)
 
 
+@pytest.mark.thorough
 def test_burdens_stand_beside_the_same_steps_without(bench: Bench) -> None:
     (deep,) = measured(bench, "depth")
     whole, last, suspending, last_suspending = measured(bench, "horizon")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import run_python
+from tests.support.processes import Started, run_python
 
 APPLICATION = '''
 import os
@@ -73,8 +73,14 @@ class Application:
             "-m", "sqla_durable", *arguments, directory=self.directory, environment=self._environment(environment)
         )
 
-    def start(self, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-        """Start a command."""
+    def start(self, *arguments: str, environment: Mapping[str, str] | None = None) -> Started:
+        """Start a command, in a process that has the package imported."""
+        return Started(
+            "-m", "sqla_durable", *arguments, directory=self.directory, environment=self._environment(environment)
+        )
+
+    def start_fresh(self, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        """Start a command as a shell does."""
         return subprocess.Popen(
             [sys.executable, "-m", "sqla_durable", *arguments],
             cwd=self.directory,

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqla_durable import Durable, Workflow, WorkflowStatus, send_signal
 from tests.cli.test_worker import stopped
 from tests.store import races
+from tests.support.processes import Started
 
 SHOP = """
 import os
@@ -85,8 +86,10 @@ def checkout(order_id: int) -> None:
     """Stand for the workflow of this name in the application, to start it."""
 
 
-def process(directory: Path, url: str, *arguments: str) -> subprocess.Popen[str]:
+def process(directory: Path, url: str, *arguments: str) -> subprocess.Popen[str] | Started:
     environment = {**os.environ, "DATABASE_URL": url, "PYTHONPATH": str(Path(__file__).parents[2])}
+    if arguments[0] != ENTRY[0]:
+        return Started(*arguments, directory=directory, environment=environment)
     return subprocess.Popen(
         [sys.executable, *arguments], cwd=directory, env=environment, stdout=subprocess.PIPE, text=True
     )

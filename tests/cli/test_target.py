@@ -70,7 +70,7 @@ def test_modules_are_not_taken_from_another_users_directory_that_everybody_may_w
 
 
 def test_the_current_directory_is_not_on_the_path_when_python_is_safe(application: Application) -> None:
-    started = application.start("worker", "ledger:durable", "--url", USELESS, environment={"PYTHONSAFEPATH": "1"})
+    started = application.start_fresh("worker", "ledger:durable", "--url", USELESS, environment={"PYTHONSAFEPATH": "1"})
     said = started.communicate(timeout=60)[1]
     assert "there is no module 'ledger' on the path, which is without the current directory" in said
     assert started.returncode == 2

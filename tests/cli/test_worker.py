@@ -19,6 +19,7 @@ from sqla_durable import Durable, Step, Workflow, WorkflowStatus
 from sqla_durable.models import Worker
 from tests.cli.conftest import Application
 from tests.support.domain import Entry
+from tests.support.processes import Started
 
 durable = Durable()
 WAIT = timedelta(seconds=30)
@@ -36,7 +37,7 @@ async def pay_later(account: str) -> str:
 
 
 @contextmanager
-def stopped(process: subprocess.Popen[str]) -> Generator[None]:
+def stopped(process: subprocess.Popen[str] | Started) -> Generator[None]:
     """End the process whatever the test does."""
     try:
         yield
@@ -57,7 +58,7 @@ def accepted(calls: socket.socket) -> socket.socket:
     return connection
 
 
-def interrupted(worker: subprocess.Popen[str]) -> int:
+def interrupted(worker: Started) -> int:
     """Press Ctrl-C until the process ends: two that come too close are one."""
     while True:
         worker.send_signal(signal.SIGINT)
@@ -140,7 +141,7 @@ def test_sync_and_async_workflows_run_on_a_url(
         workflow = pay_later.start(session, "bob").id
     plain = database_url.replace("postgresql+psycopg", "postgres")
     options = ("--name", "mine", "--log-finished")
-    worker = application.start("worker", "ledger:durable", *options, environment={"DATABASE_URL": plain})
+    worker = application.start_fresh("worker", "ledger:durable", *options, environment={"DATABASE_URL": plain})
     with stopped(worker):
         assert pay_later.handle(session_factory, workflow).result(timeout=WAIT) == "bob"
         with session_factory() as session:

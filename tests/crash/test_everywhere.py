@@ -13,11 +13,18 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from sqla_durable import Executor, Workflow, send_update, start_with_update
-from sqla_durable.testing import CrashPoint, Moment, crash_everywhere
+from sqla_durable.testing import CrashPoint, Moment, crash_everywhere, forking
 from tests.crash import application, child, ledger
 from tests.store import races
+from tests.support import processes
 from tests.support.domain import Entry
 from tests.support.sampling import thorough_cases
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork servers need not import everything."""
+    monkeypatch.setattr(forking, "NEW_PROCESS", processes.inheriting)
 
 
 @pytest.mark.timeout(180)

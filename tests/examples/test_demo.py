@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from sqla_durable import Workflow
 from tests.examples.conftest import EXAMPLES
+from tests.support.processes import run_python
 
 DEMO = [sys.executable, "-m", "shop.demo"]
 
@@ -51,7 +52,7 @@ def still_running(mark: str) -> list[str]:
 def test_killed_workers_leave_every_invoice_exactly_once(database: str, environment: dict[str, str]) -> None:
     # behaviour: R1, T1, E2
     done = subprocess.run(
-        [*DEMO, "--invoices", "63", "--kills", "3", "--database", database],
+        [*DEMO, "--invoices", "63", "--kills", "2", "--database", database],
         cwd=EXAMPLES,
         env=environment,
         capture_output=True,
@@ -63,7 +64,7 @@ def test_killed_workers_leave_every_invoice_exactly_once(database: str, environm
     assert done.returncode == 0
     numbers = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines() if line.startswith(" "))
     assert numbers["invoices".rjust(9)] == "63"
-    assert 1 <= int(numbers[" workers killed"]) <= 3  # on a busy machine the work may be done before the last
+    assert 1 <= int(numbers[" workers killed"]) <= 2  # on a busy machine the work may be done before the last
     undone = [numbers[f" cancelled: {fate}"] for fate in ("sold out", "no carrier")]
     assert (numbers[" orders that go wrong"], undone) == ("3", ["1", "1"])
     assert int(numbers[" workflows reclaimed"]) > 0
@@ -72,7 +73,7 @@ def test_killed_workers_leave_every_invoice_exactly_once(database: str, environm
 
 def test_interrupted_demo_leaves_nothing_running(server_url: str, database: str, environment: dict[str, str]) -> None:
     demo = subprocess.Popen(
-        [*DEMO, "--invoices", "100", "--database", database],
+        [*DEMO, "--invoices", "30", "--workers", "1", "--database", database],
         cwd=EXAMPLES,
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -106,9 +107,7 @@ def await_running_workflow(url: str) -> None:
     ],
 )
 def test_wrong_server_is_explained(environment: dict[str, str], url: str, said: str) -> None:
-    done = subprocess.run(
-        DEMO, cwd=EXAMPLES, env={**environment, "DATABASE_URL": url}, capture_output=True, text=True, check=False
-    )
+    done = run_python(*DEMO[1:], directory=EXAMPLES, environment={**environment, "DATABASE_URL": url})
     assert said in done.stderr
     assert "hunter2" not in done.stderr
     assert "Traceback" not in done.stderr
@@ -124,9 +123,7 @@ def test_role_that_may_not_create_databases_is_refused_with_the_reason(
         connection.execute(text(f"CREATE ROLE {role} LOGIN PASSWORD 'hunter2'"))
     try:
         url = make_url(server_url).set(username=role, password="hunter2").render_as_string(hide_password=False)
-        done = subprocess.run(
-            DEMO, cwd=EXAMPLES, env={**environment, "DATABASE_URL": url}, capture_output=True, text=True, check=False
-        )
+        done = run_python(*DEMO[1:], directory=EXAMPLES, environment={**environment, "DATABASE_URL": url})
     finally:
         with engine.connect() as connection:
             connection.execute(text(f"DROP ROLE {role}"))

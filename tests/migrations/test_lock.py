@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +18,7 @@ from sqla_durable.errors import UsageError
 from sqla_durable.models import REVISION
 from tests.migrations.application import Application
 from tests.support.catalogue import Catalogue, catalogue
+from tests.support.processes import Started
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +31,7 @@ def test_two_processes_upgrade_a_fresh_database_at_once(
     application: Application, empty_engine: Engine, expected: Catalogue
 ) -> None:
     processes = [alembic(application, "upgrade", "heads") for _ in range(3)]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     with empty_engine.begin() as connection:
         assert catalogue(connection, "durable") == expected
@@ -60,7 +59,7 @@ def test_guard_connection_holds_the_lock_over_several_transactions(
         application.upgrade()
     application.edit_environment((IN_ONE_TRANSACTION, GUARDED))
     processes = [alembic(application, "upgrade", "heads") for _ in range(3)]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     with empty_engine.begin() as connection:
         assert catalogue(connection, "durable") == expected
@@ -106,15 +105,10 @@ def test_lock_is_free_again_after_the_transaction(engine: Engine) -> None:
         assert second.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": migrations.LOCK})
 
 
-def alembic(application: Application, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "alembic", "-c", str(application.directory / "alembic.ini"), *arguments],
-        cwd=application.directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def alembic(application: Application, *arguments: str) -> Started:
+    ini = str(application.directory / "alembic.ini")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return Started("-m", "alembic", "-c", ini, *arguments, directory=application.directory, environment=environment)
 
 
 def migrate_once(connection: Connection) -> None:

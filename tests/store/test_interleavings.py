@@ -197,8 +197,8 @@ INTERLEAVINGS = [(*pair, ending) for pair in PAIRS for ending in ("commit", "rol
 
 
 def _cases() -> list[ParameterSet]:
-    """Return each pair in turn with one ending of the first, and the other one for `--all`."""
-    by_default = [number % 2 == number // 2 % 2 for number in range(len(INTERLEAVINGS))]
+    """Return every other pair, in turn with one ending of the first and the other, and the rest for `--all`."""
+    by_default = [number % 4 == number // 4 % 2 for number in range(len(INTERLEAVINGS))]
     return [
         pytest.param(*each, marks=[] if chosen else pytest.mark.thorough)
         for each, chosen in zip(INTERLEAVINGS, by_default, strict=True)

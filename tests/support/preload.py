@@ -15,8 +15,9 @@ from sqla_durable.tools.cli import target as target
 from tests.crash import child as child
 from tests.crash import poison as poison
 from tests.crash import survivors as survivors
+from tests.testing import application as application
 
-__all__ = ["child", "command_line", "poison", "serving", "survivors", "target"]
+__all__ = ["application", "child", "command_line", "poison", "serving", "survivors", "target"]
 
 for driver in ("psycopg", "asyncpg"):
     create_engine(f"postgresql+{driver}://").dispose()

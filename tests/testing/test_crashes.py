@@ -25,8 +25,10 @@ from sqla_durable.testing import (
     CrashTimeoutError,
     Moment,
     crash_everywhere,
+    forking,
 )
 from tests.store import races
+from tests.support import processes
 from tests.support.domain import Entry
 from tests.support.forged import forged
 from tests.support.sampling import thorough_cases
@@ -34,6 +36,12 @@ from tests.testing import application
 
 ROOT = Path(__file__).parents[2]
 SHORT = timedelta(seconds=8)
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork servers are forked, and need not import everything; those of the page and of the plugin are spawned."""
+    monkeypatch.setattr(forking, "NEW_PROCESS", processes.inheriting)
 
 
 @pytest.fixture(autouse=True)

@@ -83,7 +83,7 @@ def run(directory: Path, *options: str, url: str | None = None, **files: str) ->
         [sys.executable, "-m", "pytest", *arguments],
         cwd=directory,
         env={
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"},
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "PYTHONPATH": str(ROOT),
             "TEST_SERVER_URL": url or "",
