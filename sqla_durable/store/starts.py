@@ -49,6 +49,7 @@ _DEFAULTED = [each for each in WORKFLOW.c if each.server_default is not None and
 _SHOWN = [WORKFLOW.c.name, WORKFLOW.c.key, *_DEFAULTED]
 """What is read of a workflow that has a key: no payload, because a role that starts workflows may not read it."""
 
+_NOW = pg.statement_timestamp()
 _GIVEN = "id", "name", "input"
 _OPTIONS: Mapping[str, Any] = {"queue": _DEFAULT_QUEUE, **NewWorkflow._field_defaults}
 
@@ -219,13 +220,12 @@ def _values(new: NewWorkflow) -> dict[str, Any]:
     given = {name: value for name, default in _OPTIONS.items() if (value := getattr(new, name)) != default}
     values: dict[str, Any] = {"id": new.id, "name": new.name, "input": json.loads(new.input)}
     values |= {name: value for name, value in given.items() if name in WORKFLOW.c}
-    now = pg.statement_timestamp()
     if new.timeout is not None:
         values["timeout"] = timedelta(seconds=new.timeout)
     if new.deadline is not None and new.deadline_at is None:
-        values["deadline_at"] = now + timedelta(seconds=new.deadline)
+        values["deadline_at"] = _NOW + timedelta(seconds=new.deadline)
     if new.delay is not None and new.wake_at is None:
-        values["wake_at"] = now + timedelta(seconds=new.delay)
+        values["wake_at"] = _NOW + timedelta(seconds=new.delay)
     return values | ({"status": WorkflowStatus.SUSPENDED} if "wake_at" in values else {})
 
 
