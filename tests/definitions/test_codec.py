@@ -313,6 +313,21 @@ def test_argument_that_needs_no_adapter_is_encoded_as_with_one(value: object) ->
     assert encoded(codec) == encoded(adapting)
 
 
+@pytest.mark.parametrize("annotation", [int, list[int], Any])
+def test_integer_that_python_does_not_read_is_refused(annotation: Any) -> None:
+    codec = _codec(annotation)
+
+    def of(value: int) -> Any:
+        return [0, value] if annotation == list[int] else value
+
+    for largest in (10**4_300 - 1, 1 - 10**4_300):
+        assert codec.decode(codec.encode(of(largest))) == of(largest)
+    for beyond in (10**4_300, -(10**4_300)):
+        for encode in (codec.encode, codec.encode_argument):
+            with pytest.raises(EncodingError, match=r"an integer( in \[1\])? has more than 4,300 digits"):
+                encode(of(beyond))
+
+
 @pytest.mark.parametrize("wrong", ["1", 1.0, True, None])
 def test_argument_is_not_converted(arguments: ArgumentsCodec, wrong: object) -> None:
     with pytest.raises(ArgumentError, match="argument 'order_id' of workflow 'ship' does not fit its annotation"):
