@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any, Generic, ParamSpec, TypeVar, overload
@@ -292,7 +292,7 @@ class _Mapping:
     def _ordered(self) -> list[NewWorkflow]:
         """Return the children in the order of the items, with ids in that order: so their outcomes are read."""
         ids = sorted(each.new.id for each in self.bound)
-        return [replace(each.new, id=ids[number]) for number, each in enumerate(self.bound)]
+        return [each.new._replace(id=ids[number]) for number, each in enumerate(self.bound)]
 
 
 async def _value(

@@ -25,9 +25,9 @@ from sqlalchemy.pool import Pool
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.log import Log
 from sqla_durable.operations.shielding import GracefulTask
-from sqla_durable.store import connection_of, hints, schema
+from sqla_durable.store import connection_of, hints
 from sqla_durable.store.hints import EVERYWHERE, LATE, Hint, merged, sent_to, to_queue, to_worker
-from sqla_durable.store.schema import autocommitting
+from sqla_durable.store.schema import autocommit
 
 __all__ = ["EVERYWHERE", "INTERVAL", "announce", "merged", "sent_to", "to_queue", "to_worker"]
 
@@ -61,9 +61,9 @@ def announce(session: Session, *payloads: str) -> None:
         return
     announced: _Announced | None = session.info.get(_KEY)
     if announced is None or announced.transaction is not session.get_transaction():
-        channel = hints.channel(schema.schema_of(session))  # which begins the transaction, if nothing else has
-        engine = connection_of(session).engine
-        session.info[_KEY] = announced = _Announced(session.get_transaction(), engine, channel)
+        connection = connection_of(session)  # which begins the transaction, if nothing else has
+        channel = hints.channel_on(connection)
+        session.info[_KEY] = announced = _Announced(session.get_transaction(), connection.engine, channel)
     announced.payloads = merged(announced.payloads.union(payloads))
 
 
@@ -242,8 +242,9 @@ def _blocking(gathered: _Gathered) -> Coroutine[Any, Any, None]:
 def _deliver(way: _Way, found: set[Hint]) -> None:
     """Send, and close the connection if the engine is disposed of meanwhile, which would not close it."""
     try:
-        with autocommitting(way.engine).connect() as connection:
+        with way.engine.connect() as connection:
             try:
+                connection.execution_options(**autocommit(way.engine))
                 hints.notify(connection, found)
                 connection.commit()
             finally:

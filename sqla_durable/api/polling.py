@@ -26,7 +26,7 @@ from sqla_durable.errors import ResultTimeoutError, SessionError, UsageError
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.operations.workflow import WorkflowOutcome
 from sqla_durable.store import schema, workflows
-from sqla_durable.store.schema import autocommitting
+from sqla_durable.store.schema import autocommit
 
 T = TypeVar("T")
 R = TypeVar("R", covariant=True)
@@ -125,7 +125,8 @@ class PollingEngine:
             SessionError: it is not PostgreSQL's.
         """
         sync_session = session.sync_session if isinstance(session, AsyncSession) else session
-        return cls(autocommitting(schema.engine_of(sync_session)))
+        engine = schema.engine_of(sync_session)
+        return cls(engine.execution_options(**autocommit(engine)))
 
     def read(self, statement: Callable[[Session], T]) -> T:
         """Call a function of a session."""

@@ -6,19 +6,17 @@ durable.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from functools import partial
-from itertools import islice
+from functools import cached_property, partial
 from typing import Any, NoReturn, ParamSpec, Self, TypeVar, cast, overload
 from uuid import UUID
 
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
-from uuid_utils.compat import uuid7
+from uuid_utils.compat import NIL, uuid7
 
 import sqla_durable.api.hints as hints
 from sqla_durable.api.calls import Call, require_workflow, visit
@@ -101,40 +99,36 @@ class BoundWorkflow:
     new: NewWorkflow
 
 
-def bind(
-    definition: WorkflowDefinition, options: StartOptions, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> BoundWorkflow:
-    """Check the arguments and return them with the options, under a new id.
+def _in_common(definition: WorkflowDefinition, options: StartOptions) -> tuple[Any, ...]:
+    """Return what all starts with these options have in common: what a `NewWorkflow` has from its queue to its version.
 
-    Raises:
-        ArgumentError, EncodingError: the arguments do not fit, or cannot be stored.
+    Positional, because that is how a tuple is made fastest.
     """
     timeout, deadline = options.timeout, options.deadline
-    delay = None if options.delay is None or options.delay <= timedelta() else options.delay.total_seconds()
-    return BoundWorkflow(
-        NewWorkflow(
-            id=uuid7(),
-            name=definition.name,
-            input=definition.encode(args, kwargs),
-            queue=options.queue or definition.options.queue,
-            priority=options.priority,
-            key=options.key,
-            delay=delay,
-            wake_at=options.at,
-            detached=options.detached,
-            headers=_headers(definition),
-            timeout=None if timeout is None else timeout.total_seconds(),
-            deadline=deadline.total_seconds() if isinstance(deadline, timedelta) else None,
-            deadline_at=deadline if isinstance(deadline, datetime) else None,
-            version=definition.durable_options.version,
-        )
+    new = NewWorkflow(
+        id=NIL,
+        name="",
+        input="",
+        queue=options.queue or definition.options.queue,
+        priority=options.priority,
+        key=options.key,
+        delay=None if options.delay is None or options.delay <= timedelta() else options.delay.total_seconds(),
+        wake_at=options.at,
+        detached=options.detached,
+        timeout=None if timeout is None else timeout.total_seconds(),
+        deadline=deadline.total_seconds() if isinstance(deadline, timedelta) else None,
+        deadline_at=deadline if isinstance(deadline, datetime) else None,
+        version=definition.durable_options.version,
     )
+    return new[3:-1]
 
 
 def _headers(definition: WorkflowDefinition) -> dict[str, str] | None:
     """Ask the interceptors, and refuse what cannot be stored."""
     headers = definition.durable_options.interceptors.headers(definition.name)
-    for name, value in (headers or {}).items():
+    if headers is None:
+        return None
+    for name, value in headers.items():
         for text in (name, value):
             fault = fault_in(text, longest=None)
             if fault is not None:
@@ -153,8 +147,9 @@ def start(session: Session, bound: BoundWorkflow) -> Workflow:
         KeyNotVisibleError: the workflow that has the key cannot be seen.
         UsageError: this is a workflow's own code, and there is no key.
     """
-    workflow = add(session, _of_step(_checked(bound)))
-    hints.announce(session, _hint_for(bound.new))
+    new = _new_in(bound)
+    workflow = add(session, BoundWorkflow(new if active() is None else _of_step(new)))
+    hints.announce(session, *_hints_for([new]))
     return workflow
 
 
@@ -196,21 +191,26 @@ def start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]:
 
 
 def _start_many(session: Session, *, bound: Iterable[BoundWorkflow]) -> list[UUID]:
-    given = [_of_step(_checked(each)).new for each in bound]
+    given = [_new_in(each) for each in bound]
+    given = given if active() is None else [_of_step(each) for each in given]
     # In the order of keys over all statements: two callers with the same keys must not wait for each other.
-    ordered = iter(sorted(given, key=lambda new: (new.key or "", new.name)))
-    ids: dict[UUID, UUID] = {}
+    has_keys = any(new.key is not None for new in given)
+    ordered = sorted(given, key=lambda new: (new.key or "", new.name)) if has_keys else given
+    ids: list[UUID] = []
     try:
-        while batch := list(islice(ordered, _BATCH)):
-            ids |= zip((new.id for new in batch), _inserted(session, batch), strict=True)
+        for start in range(0, len(given), _BATCH):
+            ids += _inserted(session, ordered[start : start + _BATCH])
     except KeyNotVisibleError as error:
         try:
             starts.undo(session, given)
         except ProgrammingError as denied:
             raise error from denied  # the transaction is aborted, with all that it has started
         raise
-    hints.announce(session, *{_hint_for(new) for new in given})
-    return [ids[new.id] for new in given]
+    hints.announce(session, *_hints_for(given))
+    if not has_keys:
+        return ids
+    by_own = dict(zip((new.id for new in ordered), ids, strict=True))
+    return [by_own[new.id] for new in given]
 
 
 def _inserted(session: Session, batch: Sequence[NewWorkflow]) -> list[UUID]:
@@ -223,7 +223,7 @@ def _inserted(session: Session, batch: Sequence[NewWorkflow]) -> list[UUID]:
             return starts.insert_many_in_snapshot(session, batch)
 
 
-def _of_step(bound: BoundWorkflow) -> BoundWorkflow:
+def _of_step(new: NewWorkflow) -> NewWorkflow:
     """Return what is started in a step of a workflow as that one's child; elsewhere the same.
 
     Raises:
@@ -231,31 +231,31 @@ def _of_step(bound: BoundWorkflow) -> BoundWorkflow:
     """
     context = active()
     if context is None:
-        return bound
+        return new
     attempt, step = context.attempt, context.step
     if step is None:
-        if bound.new.key is None:
+        if new.key is None:
             raise UsageError(
-                f"{bound.new.name!r} was started in the code of workflow {attempt.name!r}, which is executed again on "
-                f"each replay and would start another: call start_child({bound.new.name}, ...), start it in a step "
+                f"{new.name!r} was started in the code of workflow {attempt.name!r}, which is executed again on "
+                f"each replay and would start another: call start_child({new.name}, ...), start it in a step "
                 "that takes a Session, or give it a key. Nothing was started."
             )
-        return bound
+        return new
     attempt.note_child()
-    detached = bound.new.detached or attempt.is_compensating
-    new = replace(bound.new, parent_id=attempt.workflow_id, parent_key=step.position.key, detached=detached)
-    return BoundWorkflow(new)
+    detached = new.detached or attempt.is_compensating
+    return new._replace(parent_id=attempt.workflow_id, parent_key=step.position.key, detached=detached)
 
 
-def _hint_for(new: NewWorkflow) -> str:
-    """Return the hint for a new workflow: one with a delay is on no queue yet, and may be the next timer."""
-    return hints.EVERYWHERE if new.delay is not None or new.wake_at is not None else hints.to_queue(new.queue)
+def _hints_for(given: Iterable[NewWorkflow]) -> set[str]:
+    """Return the hints for new workflows: one with a delay is on no queue yet, and may be the next timer."""
+    queues = {None if new.delay is not None or new.wake_at is not None else new.queue for new in given}
+    return {hints.EVERYWHERE if each is None else hints.to_queue(each) for each in queues}
 
 
-def _checked(bound: BoundWorkflow) -> BoundWorkflow:
+def _new_in(bound: BoundWorkflow) -> NewWorkflow:
     if not isinstance(bound, BoundWorkflow):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError(f"expected workflow.bind(...), got {bound!r}. Nothing was started.")
-    return bound
+    return bound.new
 
 
 class AnyWorkflowFunction(DurableFunction[P, R]):
@@ -293,7 +293,7 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
         return type(self)(self.definition, replace(self.start_options, **changes))
 
     def _continue_as_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call[NoReturn]:
-        restart = partial(continue_as_new, given=json.dumps(self.definition.encode(args, kwargs), ensure_ascii=False))
+        restart = partial(continue_as_new, given=self.definition.encode(args, kwargs))
 
         def carry_out(given: Context | None) -> Any:
             context = require_workflow("continue_as_new", given)
@@ -313,7 +313,12 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
             ArgumentError: they do not fit the annotations, or one is an ORM instance.
             EncodingError: one cannot be stored.
         """
-        return bind(self.definition, self.start_options, args, kwargs)
+        given, headers = self.definition.encode(args, kwargs), _headers(self.definition)
+        return BoundWorkflow(NewWorkflow._make((uuid7(), self.definition.name, given, *self._in_common, headers)))
+
+    @cached_property
+    def _in_common(self) -> tuple[Any, ...]:
+        return _in_common(self.definition, self.start_options)
 
     @overload
     def start(self, session: Session, *args: P.args, **kwargs: P.kwargs) -> Workflow: ...

@@ -231,6 +231,7 @@ class ArgumentsCodec:
     codecs: Mapping[str, Codec]
     required: frozenset[str]
     workflow: str
+    limit: int
 
     @classmethod
     def of(
@@ -250,19 +251,18 @@ class ArgumentsCodec:
             name: Codec.of(annotation, what=f"argument {name!r} of workflow {workflow!r}", limit=limit)
             for name, annotation in annotations.items()
         }
-        return cls(codecs=codecs, required=required, workflow=workflow)
+        return cls(codecs=codecs, required=required, workflow=workflow, limit=limit)
 
-    def encode(self, arguments: Mapping[str, object]) -> dict[str, Any]:
-        """Return the JSON object of the arguments, which must fit the annotations.
+    def encode(self, arguments: Mapping[str, object]) -> str:
+        """Return the JSON object of the arguments, which must fit the annotations, as text.
 
         Raises:
             ArgumentError: one does not fit, or is an ORM instance.
             EncodingError, PayloadTooLargeError: as `Codec.encode`.
         """
-        encoded = {name: self._encode(name, value) for name, value in arguments.items()}
-        limit = max((codec.limit for codec in self.codecs.values()), default=DEFAULT_LIMIT)
-        refuse_large(sum(map(len, encoded.values())), what=f"input of workflow {self.workflow!r}", limit=limit)
-        return {name: json.loads(text) for name, text in encoded.items()}
+        encoded = {name: self._encode(name, arguments[name]) for name in self.codecs if name in arguments}
+        refuse_large(sum(map(len, encoded.values())), what=f"input of workflow {self.workflow!r}", limit=self.limit)
+        return "{" + ",".join([f'"{name}":{text}' for name, text in encoded.items()]) + "}"
 
     def decode(self, text: str) -> dict[str, Any]:
         """Return the arguments by name.

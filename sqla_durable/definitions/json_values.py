@@ -52,6 +52,9 @@ DEFAULT_LIMIT = 1024 * 1024
 """The default limit of one payload: 1 MiB of UTF-8 JSON."""
 
 _DEPTH = 50  # of values in values, where one is looked for
+_MOST_DIGITS = 4_300  # Python documentation, "Integer string conversion length limitation"
+_LONG_NUMBER = re.compile(f"[0-9]{{{_MOST_DIGITS + 1}}}")
+_UNREADABLE = 10**_MOST_DIGITS
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 _ASCII = 0x80
 _CHARACTER = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)|[^\x00-\x7f]", re.DOTALL)
@@ -225,6 +228,11 @@ def dump(plain: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> str:
         raise EncodingError(f"the {what} cannot be stored: PostgreSQL stores no NUL character{_at(plain, _has_nul)}.")
     if len(encoded) > limit:
         refuse_large(len(encoded), what=what, limit=limit)
+    if len(text) > _MOST_DIGITS and _LONG_NUMBER.search(text) and (path := path_to(plain, _is_unreadable)) is not None:
+        raise EncodingError(
+            f"the {what} cannot be stored: an integer{_in(path)} has more than {_MOST_DIGITS:,} digits, which Python "
+            "does not read."
+        )
     return text
 
 
@@ -311,6 +319,10 @@ def _has_surrogate(value: object) -> bool:
 
 def _has_nul(value: object) -> bool:
     return isinstance(value, str) and "\0" in value
+
+
+def _is_unreadable(value: object) -> bool:
+    return isinstance(value, int) and abs(value) >= _UNREADABLE
 
 
 def _is_not_finite(value: object) -> bool:

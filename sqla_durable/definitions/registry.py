@@ -280,21 +280,43 @@ class WorkflowDefinition:
         what = f"result of workflow {self.name!r}"
         return Codec.of(hints_of(self.fn, what).get("return", Any), what=what, limit=self.durable_options.payload_limit)
 
-    def encode(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Any]:
-        """Return the JSON object of a call's arguments by parameter name.
+    def encode(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
+        """Return the JSON object of a call's arguments by parameter name, as text.
 
         Raises:
             ArgumentError: they do not fit the signature or the annotations.
             EncodingError: one of them cannot be stored.
         """
+        positional, keywords, required = self._parameters
+        arguments = dict(zip(positional, args))  # noqa: B905 (there may be fewer)
+        arguments |= kwargs
+        # Each argument has found its parameter, and each parameter without a default its argument.
+        fits = len(arguments) == len(args) + len(kwargs) and kwargs.keys() <= keywords and required <= arguments.keys()
+        return self.arguments.encode(arguments if fits else self._bind(args, kwargs))
+
+    def _bind(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Mapping[str, object]:
+        """Return the arguments by name: for the error of what does not fit, because it takes as long as all the rest.
+
+        Raises:
+            ArgumentError: they do not fit the signature.
+        """
         try:
-            bound = self.signature.bind(*args, **kwargs)
+            return self.signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             hint = self._options_hint(kwargs)
             raise ArgumentError(
                 f"workflow {self.name!r} takes {self.signature}: {error}.{hint} Nothing was started."
             ) from None
-        return self.arguments.encode(bound.arguments)
+
+    @functools.cached_property
+    def _parameters(self) -> tuple[tuple[str, ...], frozenset[str], frozenset[str]]:
+        """The names of the parameters that take a positional argument, one by keyword, and that have no default."""
+        every = self.signature.parameters.values()
+        return (
+            tuple(each.name for each in every if each.kind is not each.KEYWORD_ONLY),
+            frozenset(each.name for each in every if each.kind is not each.POSITIONAL_ONLY),
+            frozenset(each.name for each in every if each.default is each.empty),
+        )
 
     def call(self, arguments: Mapping[str, object]) -> Any:
         """Call the function with arguments by name; an `async def` returns its coroutine."""

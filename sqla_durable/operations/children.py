@@ -49,9 +49,9 @@ async def start(
         if text is None:
             await runtime.recorder.settle()
             undoes = attempt.is_compensating
-            own = [replace(each, parent_id=attempt.workflow_id, parent_key=position.key) for each in new]
+            own = [each._replace(parent_id=attempt.workflow_id, parent_key=position.key) for each in new]
             if undoes:
-                own = [replace(each, detached=True) for each in own]
+                own = [each._replace(detached=True) for each in own]
             checkpoint = checkpoint_of(attempt, position, StepStatus.SUCCEEDED)
             limit = _UNBOUNDED if active is None else active
             try:

@@ -107,9 +107,7 @@ def notify(connection: sa.Connection, hints: Iterable[Hint]) -> None:
     RecordTransactionCommit in xact.c.
     """
     channels, payloads = zip(*sorted(set(hints)), strict=True)
-    shape = sa.column("channel", Text()), sa.column("payload", Text())
-    each = sa.func.unnest(_texts(channels), _texts(payloads)).table_valued(*shape).render_derived(name="hint")
-    connection.execute(sa.select(pg.pg_notify(each.c.channel, each.c.payload)))
+    connection.execute(_NOTIFY, {"channels": list(channels), "payloads": list(payloads)})
 
 
 def listen(connection: sa.Connection) -> None:
@@ -123,5 +121,14 @@ def probe(connection: sa.Connection) -> None:
     connection.execute(sa.select(1))
 
 
-def _texts(values: Iterable[str]) -> Any:
-    return sa.literal(list(values), ARRAY(Text()))
+def _notify_statement() -> Any:
+    shape = sa.column("channel", Text()), sa.column("payload", Text())
+    each = sa.func.unnest(_texts("channels"), _texts("payloads")).table_valued(*shape).render_derived(name="hint")
+    return sa.select(pg.pg_notify(each.c.channel, each.c.payload))
+
+
+def _texts(name: str) -> Any:
+    return sa.bindparam(name, type_=ARRAY(Text()))
+
+
+_NOTIFY = _notify_statement()

@@ -96,13 +96,15 @@ def is_read_committed(connection: sa.Connection) -> bool:
     return default == "read committed"
 
 
-def autocommitting(engine: sa.Engine) -> sa.Engine:
-    """Return an engine whose statements are each a transaction of their own, in one round trip.
+def autocommit(engine: sa.Engine) -> dict[str, Any]:
+    """Return execution options with which each statement is a transaction of its own, in one round trip.
+
+    For a short while they are an option of the connection: to make an engine with options takes as long as a statement.
 
     But for asyncpg: it prepares a statement in one round trip and executes it in another, and a pooler in transaction
     mode may give the two to different server processes. Its statements are in transactions as usual.
     """
-    return engine if engine.dialect.driver == "asyncpg" else engine.execution_options(isolation_level="AUTOCOMMIT")
+    return {} if engine.dialect.driver == "asyncpg" else {"isolation_level": "AUTOCOMMIT"}
 
 
 def keeps_statements(connection: sa.Connection) -> bool:

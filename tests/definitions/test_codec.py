@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import threading
 import weakref
@@ -17,7 +16,7 @@ from uuid import UUID
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field, GetCoreSchemaHandler, Secret, SecretBytes, SecretStr
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, Secret, SecretBytes, SecretStr, ValidationError
 from pydantic_core import CoreSchema, core_schema
 from sqlalchemy import Engine, cast, literal, select
 from sqlalchemy.dialects.postgresql import JSONB
@@ -285,9 +284,48 @@ def arguments() -> ArgumentsCodec:
 
 def test_arguments_are_an_object_by_name(arguments: ArgumentsCodec) -> None:
     encoded = arguments.encode({"order_id": 1, "price": Decimal("2.50"), "point": Point(3)})
-    assert encoded == {"order_id": 1, "price": "2.50", "point": {"x": 3, "weight": 1.0}}
-    decoded = arguments.decode(json.dumps(encoded))
+    assert encoded == '{"order_id":1,"price":"2.50","point":{"x":3,"weight":1.0}}'
+    decoded = arguments.decode(encoded)
     assert decoded == {"order_id": 1, "price": Decimal("2.50"), "point": Point(3)}
+
+
+def _named(value: object) -> str:
+    return type(value).__name__  # the largest integers have no repr
+
+
+_TEXTS = ["", "a", "\u20ac\U0001f600", '"\\\n\x7f\u2028', "\\u0000", "\0", "\ud800", "x" * 2_000, "\u20ac" * 40]
+
+
+@pytest.mark.parametrize(
+    "value", [*_TEXTS, 0, -1, 2**63, 10**100, 10**5_000, True, False, None], ids=lambda value: type(value).__name__
+)
+def test_argument_that_needs_no_adapter_is_encoded_as_with_one(value: object) -> None:
+    """The same text, or the same error."""
+    kind, kept = type(value), Annotated[type(value), "which makes no difference to what is encoded"]
+    codec, adapting = (Codec.of(each, what="value", limit=100) for each in (kind, kept))
+
+    def encoded(codec: Codec) -> tuple[type, str]:
+        try:
+            return str, codec.encode_argument(value)
+        except (EncodingError, ValidationError) as error:
+            return type(error), str(error)
+
+    assert encoded(codec) == encoded(adapting)
+
+
+@pytest.mark.parametrize("annotation", [int, list[int], Any])
+def test_integer_that_python_does_not_read_is_refused(annotation: Any) -> None:
+    codec = _codec(annotation)
+
+    def of(value: int) -> Any:
+        return [0, value] if annotation == list[int] else value
+
+    for largest in (10**4_300 - 1, 1 - 10**4_300):
+        assert codec.decode(codec.encode(of(largest))) == of(largest)
+    for beyond in (10**4_300, -(10**4_300)):
+        for encode in (codec.encode, codec.encode_argument):
+            with pytest.raises(EncodingError, match=r"an integer( in \[1\])? has more than 4,300 digits"):
+                encode(of(beyond))
 
 
 @pytest.mark.parametrize("wrong", ["1", 1.0, True, None])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
+import re
 from collections.abc import Callable
+from itertools import combinations
 from typing import Annotated, Any, NewType, TypeVar
 
 import pytest
@@ -195,10 +198,33 @@ def test_arguments_are_bound_by_name() -> None:
     def fn(a: int, /, b: int, *, c: int = 3) -> None: ...
 
     definition = WorkflowDefinition.of(fn)
-    assert definition.encode((1, 2), {}) == {"a": 1, "b": 2}
-    assert definition.encode((1,), {"b": 2, "c": 4}) == {"a": 1, "b": 2, "c": 4}
+    assert definition.encode((1, 2), {}) == '{"a":1,"b":2}'
+    assert definition.encode((1,), {"c": 4, "b": 2}) == '{"a":1,"b":2,"c":4}'
     with pytest.raises(ArgumentError, match=r"workflow 'fn' takes \(a: .*, /, b: .*missing a required"):
         definition.encode((1,), {})
+
+
+def test_arguments_are_bound_as_python_binds_them() -> None:
+    """Calls that fit are bound without `inspect.Signature`, which must make the same of each of them."""
+
+    def plain(a: int, b: int = 2) -> None: ...
+    def mixed(a: int, /, b: int, c: int = 3, *, d: int, e: int = 5) -> None: ...
+    def nothing() -> None: ...
+    def positional(a: int, b: int = 2, /) -> None: ...
+    def keywords(*, a: int, b: int = 2) -> None: ...
+
+    keys = [names for count in range(7) for names in combinations("abcdez", count)]
+    for fn in (plain, mixed, nothing, positional, keywords):
+        definition = WorkflowDefinition.of(fn)
+        for args, names in ((tuple(range(count)), names) for count in range(5) for names in keys):
+            kwargs = {name: 10 + number for number, name in enumerate(names)}
+            try:
+                expected = dict(definition.signature.bind(*args, **kwargs).arguments)
+            except TypeError as error:
+                with pytest.raises(ArgumentError, match=re.escape(f"{definition.signature}: {error}.")):
+                    definition.encode(args, kwargs)
+            else:
+                assert json.loads(definition.encode(args, kwargs)) == expected
 
 
 def test_durable_function_keeps_the_name_and_the_documentation() -> None:

@@ -50,7 +50,7 @@ def in_every_state(engine: Engine) -> dict[str, UUID]:
         attempts.finish(session, Completion(failed, WorkflowStatus.FAILED, error='{"type": "builtins:ValueError"}'))
         races.cancel(session, cancelled.workflow_id)
         workers.abandon_attempt(session, stopped, reason="it broke", max_attempts=1)
-        delayed = starts.add(session, NewWorkflow(uuid7(), "checkout", {}, "default", delay=3600))
+        delayed = starts.add(session, NewWorkflow(uuid7(), "checkout", "{}", "default", delay=3600))
         session.commit()
         (pending,) = races.enqueue(session)
         found = {"running": running, "suspended": suspended, "succeeded": succeeded, "failed": failed}
@@ -245,7 +245,7 @@ def test_a_workflow_cancelled_and_resumed_again_and_again_counts_its_attempts(se
 
 def test_a_delayed_workflow_that_is_cancelled_and_resumed_is_due_at_once(session: Session) -> None:
     # behaviour: Q7
-    record = starts.add(session, NewWorkflow(uuid7(), "checkout", {}, "default", delay=3600))
+    record = starts.add(session, NewWorkflow(uuid7(), "checkout", "{}", "default", delay=3600))
     assert manage.cancel(session, record) == [record.id]
     assert manage.resume(session, record) == [record.id]
     assert (record.status, record.wake_at) == (PENDING, None)

@@ -88,7 +88,7 @@ class Start(Operation):
 
     def perform(self, session: Session) -> object:
         delay = HOUR.total_seconds() if self.delayed else None
-        new = NewWorkflow(self.id, NAME, {}, self.queue, self.priority, self.key, delay)
+        new = NewWorkflow(self.id, NAME, "{}", self.queue, self.priority, self.key, delay)
         if self.key is not None:
             return starts.insert_unless_known(session, new).id
         record = starts.add(session, new)

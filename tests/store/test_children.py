@@ -34,7 +34,7 @@ def give_up(session: Session, parent: Fence, child: Fence) -> int:
 def test_what_a_child_starts_while_it_is_cancelled_is_cancelled_with_it(engine: Engine) -> None:
     parent, child = parent_and_child(engine)
     of_child: dict[str, Any] = {"parent_id": child.workflow_id, "parent_key": "start:refund"}
-    grandchild = NewWorkflow(id=uuid7(), name="refund", input={}, queue="default", **of_child)
+    grandchild = NewWorkflow(id=uuid7(), name="refund", input="{}", queue="default", **of_child)
     with races.transaction(engine) as starting, races.transaction(engine) as giving_up:
         children.start(starting.session, races.checkpoint(child, "start:refund"), [grandchild], active=1)
         cancelling = giving_up.begin_blocked(lambda session: give_up(session, parent, child))
@@ -49,7 +49,7 @@ def test_one_key_under_two_names_is_two_children(engine: Engine) -> None:
     (parent,) = races.claimed_fences(engine)
 
     def start(session: Session, step: str, *names: str) -> list[str]:
-        of_parent: dict[str, Any] = {"input": {}, "queue": "default", "key": "k", "parent_id": parent.workflow_id}
+        of_parent: dict[str, Any] = {"input": "{}", "queue": "default", "key": "k", "parent_id": parent.workflow_id}
         batch = [NewWorkflow(id=uuid7(), name=name, parent_key=step, **of_parent) for name in names]
         found: list[str] = json.loads(children.start(session, races.checkpoint(parent, step), batch, active=9))
         return found
@@ -78,7 +78,7 @@ def test_a_start_that_reaches_the_server_after_its_call_was_cancelled_starts_not
     (parent,) = races.claimed_fences(engine)
     checkpoint = races.checkpoint(parent, "start:refund")
     child = NewWorkflow(
-        id=uuid7(), name="refund", input={}, queue="default", parent_id=parent.workflow_id, parent_key="start:refund"
+        id=uuid7(), name="refund", input="{}", queue="default", parent_id=parent.workflow_id, parent_key="start:refund"
     )
     with Session(engine) as session:
         failed = checkpoint._replace(status=StepStatus.FAILED, output=None, error='{"type": "cancelled"}')
@@ -95,7 +95,7 @@ def test_a_start_that_waits_behind_the_cancel_of_its_call_starts_nothing(engine:
     checkpoint = races.checkpoint(parent, "start:refund")
     failed = checkpoint._replace(status=StepStatus.FAILED, output=None, error='{"type": "cancelled"}')
     child = NewWorkflow(
-        id=uuid7(), name="refund", input={}, queue="default", parent_id=parent.workflow_id, parent_key="start:refund"
+        id=uuid7(), name="refund", input="{}", queue="default", parent_id=parent.workflow_id, parent_key="start:refund"
     )
     with races.transaction(engine) as settling, races.transaction(engine) as late:
         assert steps.settle(settling.session, failed).status is StepStatus.FAILED

@@ -179,7 +179,7 @@ def test_deferred_detached_children_of_a_deleted_parent_start(engine: Engine) ->
 
 def deferred_under(child: Fence) -> NewWorkflow:
     of_child: dict[str, Any] = {"parent_id": child.workflow_id, "parent_key": "start:double", "detached": True}
-    return NewWorkflow(id=uuid7(), name="double", input={}, queue="default", **of_child)
+    return NewWorkflow(id=uuid7(), name="double", input="{}", queue="default", **of_child)
 
 
 def start_map(session: Session, fence: Fence) -> UUID:

@@ -97,7 +97,7 @@ def operations(update_id: int, child: UUID) -> dict[str, Operation]:
         assert signals.deliver(session, limit=100)[1] == 1
 
     def child_started(session: Session, fence: Fence) -> object:
-        one = NewWorkflow(uuid7(), "child", {}, "default", parent_id=fence.workflow_id, parent_key="start:new")
+        one = NewWorkflow(uuid7(), "child", "{}", "default", parent_id=fence.workflow_id, parent_key="start:new")
         return children.start(session, new(fence, "new"), [one], active=9)
 
     return {

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import NullPool, create_engine, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from sqla_durable.store.schema import autocommitting, keeps_statements
+from sqla_durable.store.schema import autocommit, keeps_statements
 
 ASYNCPG: dict[str, Any] = {
     "statement_cache_size": 0,
@@ -52,6 +52,5 @@ async def test_so_do_the_drivers_of_async_engines(
 @pytest.mark.parametrize(("driver", "level"), [("psycopg", "AUTOCOMMIT"), ("asyncpg", "READ COMMITTED")])
 async def test_a_statement_is_alone_but_with_asyncpg(database_url: str, driver: str, level: str) -> None:
     engine = create_async_engine(make_url(database_url).set(drivername=f"postgresql+{driver}"), poolclass=NullPool)
-    with_option = autocommitting(engine.sync_engine)
-    assert with_option.get_execution_options().get("isolation_level", "READ COMMITTED") == level
+    assert autocommit(engine.sync_engine).get("isolation_level", "READ COMMITTED") == level
     await engine.dispose()

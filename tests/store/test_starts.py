@@ -5,17 +5,20 @@ from __future__ import annotations
 from functools import partial
 from uuid import UUID
 
+import pytest
 from sqlalchemy import Engine, func, select, text
 from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
+from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models import Workflow
 from sqla_durable.store import NewWorkflow, starts
 from tests.store import races
+from tests.support.statements import executed_on
 
 
 def new(key: str | None = None, **options: object) -> NewWorkflow:
-    return NewWorkflow(**{"id": uuid7(), "name": "checkout", "input": {}, "queue": "default", "key": key, **options})  # type: ignore[arg-type]
+    return NewWorkflow(**{"id": uuid7(), "name": "checkout", "input": "{}", "queue": "default", "key": key, **options})  # type: ignore[arg-type]
 
 
 def count(session: Session) -> int:
@@ -57,6 +60,36 @@ def test_many_are_inserted_in_order_with_known_keys_in_their_places(session_fact
         ids = starts.insert_many(session, batch)
         assert ids == [batch[0].id, batch[1].id, known, batch[3].id, batch[0].id, batch[5].id]
         assert count(session) == 5
+
+
+def test_many_without_keys_are_inserted_by_one_statement_that_returns_nothing(
+    engine: Engine, session_factory: sessionmaker[Session]
+) -> None:
+    batch = [new(), new(priority=1), new(headers={"a": "\u20ac"})]
+    with session_factory.begin() as session, executed_on(engine) as executed:
+        assert starts.insert_many(session, batch) == [each.id for each in batch]
+        (inserting,) = executed
+        assert "RETURNING" not in inserting.statement
+        assert [each.priority for each in session.scalars(select(Workflow).order_by(Workflow.id))] == [0, 1, 0]
+        assert [each.headers for each in session.scalars(select(Workflow).order_by(Workflow.id))] == [
+            None,
+            None,
+            {"a": "\u20ac"},
+        ]
+
+
+def test_a_row_without_a_key_that_was_not_inserted_is_not_passed_over(session_factory: sessionmaker[Session]) -> None:
+    with session_factory.begin() as session:
+        session.execute(
+            text(
+                "CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;"
+                "CREATE TRIGGER skip BEFORE INSERT ON durable.workflow FOR EACH ROW "
+                "WHEN (NEW.name = 'refund') EXECUTE FUNCTION skip()"
+            )
+        )
+        with pytest.raises(KeyNotVisibleError):
+            starts.insert_many(session, [new(), new(name="refund")])
+        session.rollback()
 
 
 def test_one_key_under_two_names_is_two_workflows(session_factory: sessionmaker[Session]) -> None:
