@@ -105,8 +105,9 @@ def histories(connectable: Connectable, workflow_ids: Sequence[UUID]) -> dict[UU
     """Read the checkpoints of workflows, by workflow and key."""
     found: dict[UUID, dict[str, Recorded]] = {}
     if workflow_ids:
-        for workflow_id, *values in execute(connectable, _HISTORIES, {"ids": list(workflow_ids)}):
-            found.setdefault(workflow_id, {})[values[0]] = recorded_in(values)
+        for row in execute(connectable, _HISTORIES, {"ids": list(workflow_ids)}):
+            recorded = recorded_in(row[1:])
+            found.setdefault(row[0], {})[recorded.key] = recorded
     return found
 
 

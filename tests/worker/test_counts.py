@@ -290,9 +290,9 @@ async def test_a_signal_is_claimed_and_taken_in_two_statements(
         async with worker:
             await asyncio.to_thread(races.wait_until, is_idle)
             del counts.statements[:]
-            with Session(engine) as session:
-                send_signal(session, workflow_id, "go")
-                session.commit()
+            with Session(engine) as sender:
+                send_signal(sender, workflow_id, "go")
+                sender.commit()
             await asyncio.to_thread(races.wait_until, lambda: status().finished)
             statements = [*counts.statements]
     assert [_kind(each) for each in statements][:3] == ["claim", "take", "write"]
