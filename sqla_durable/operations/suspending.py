@@ -124,7 +124,9 @@ class Wakers:
                 if not wakers:
                     del self._wakers[name]
 
-    def wake(self, name: Hashable) -> None:
-        """Wake the operations that wait for this."""
-        for waker in tuple(self._wakers.get(name, ())):
+    def wake(self, name: Hashable) -> bool:
+        """Wake the operations that wait for this; return whether there are any."""
+        woken = tuple(self._wakers.get(name, ()))
+        for waker in woken:
             waker.wake()
+        return bool(woken)

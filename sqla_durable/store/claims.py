@@ -1,11 +1,16 @@
-"""The claim: one statement that takes pending workflows, marks them as running, and returns them.
+"""The claim: one statement that takes workflows, marks them as running, and returns them with their histories.
 
-First in, first out within a priority; paused queues are skipped. The rows are locked with SKIP LOCKED, so that a claim
-never waits for another one, nor for anybody's open transaction.
+Pending ones first in, first out within a priority; paused queues are skipped. The rows are locked with SKIP LOCKED, so
+that a claim never waits for another one, nor for anybody's open transaction.
+
+A history that is long is read by a statement of its own, because the claim's transaction locks rows. So is one that
+this statement may not see in full: an attempt may have recorded, and left the workflow, after the statement began.
+Whoever does so changes the row; its `xmin` is then not that of the version that the statement sees.
 """
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -17,18 +22,21 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from sqla_durable.definitions.dataclass import dataclass
-from sqla_durable.models.base import Text, WorkflowStatus
+from sqla_durable.models.base import StepStatus, Text, WorkflowStatus
 from sqla_durable.store import failures, steps
-from sqla_durable.store.records import Claimed, Fence
+from sqla_durable.store.records import Claimed, Fence, Recorded
+from sqla_durable.store.signals import WOKEN, is_satisfied
 from sqla_durable.store.statements import (
     ALL,
     IS_WANTED,
     LIMIT,
     OVERDUE,
     QUEUE,
+    STEP,
     WORKFLOW,
     ZERO,
     Columns,
+    Condition,
     Connectable,
     Expression,
     Restriction,
@@ -36,7 +44,11 @@ from sqla_durable.store.statements import (
     Subset,
     batch_parameter,
     batch_table,
+    count_rows,
     execute,
+    has_status,
+    integer,
+    is_among,
     materialized,
     must_compensate,
     parameter,
@@ -44,14 +56,17 @@ from sqla_durable.store.statements import (
     scalars,
     status_literal,
     subset_forms,
+    text_literal,
 )
 
 _TOKEN = parameter("new_token", sa.UUID())
 _WORKER = parameter("claimant", sa.UUID())
 _NAMES = parameter("names", ARRAY(Text()))
 _VERSIONS = parameter("versions", ARRAY(Text()))
+_QUEUES = parameter("queues", ARRAY(Text()))
 _POSITION: Columns = {"priority": sa.SmallInteger(), "enqueued_at": sa.DateTime(timezone=True), "id": sa.UUID()}
 _NO_PRIORITY = 32_768  # more than a smallint holds
+_MOST_STEPS, _MOST_BYTES = 50, 4_096  # of a history that comes with the claim, and of each of its values, compressed
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +116,8 @@ def claim(
 ) -> Batch:
     """Claim at most `limit` pending workflows of these names, in the order of their queues.
 
-    Commit, and add their histories, before executing them. The token fences every later write; it must be new for
-    each claim.
+    Commit, and add the histories that are unread, before executing them. The token fences every later write; it must
+    be new for each claim.
 
     Args:
         ranges: the queues, and the ranges of each to read. One that begins after what was read before does not read
@@ -150,13 +165,36 @@ def claim_one(connectable: Connectable, workflow_id: UUID, *, worker_id: UUID, t
     return None if row is None else _claimed(row, token)
 
 
-def with_histories(connectable: Connectable, claimed: Sequence[Claimed]) -> list[Claimed]:
-    """Return claimed workflows with their histories; only those that were executed before have one.
+def claim_receivers(
+    connectable: Connectable,
+    ids: Sequence[UUID],
+    *,
+    worker_id: UUID,
+    token: UUID,
+    queues: Sequence[str],
+    names: Sequence[str],
+    versions: Sequence[str] = (),
+    limit: int,
+) -> list[Claimed]:
+    """Claim at most `limit` of these workflows that are suspended, and for which something that they await is there.
 
-    In a statement of its own, because the claim's transaction locks rows and long histories take time to read.
+    Past the queue: for a worker that has found nothing in it. Signals stay undelivered until they are taken.
     """
-    histories = steps.histories(connectable, [each.fence.workflow_id for each in claimed if each.started])
-    return [each._replace(history=histories.get(each.fence.workflow_id, {})) for each in claimed]
+    parameters = {"ids": list(ids), "queues": list(queues), "limit": limit, "new_token": token, "claimant": worker_id}
+    rows = execute(connectable, _CLAIM_RECEIVERS, parameters | name_parameters(names, versions))
+    return [_claimed(row, token) for row in rows]
+
+
+def with_histories(connectable: Connectable, claimed: Sequence[Claimed]) -> list[Claimed]:
+    """Return claimed workflows with the histories that did not come with the claim."""
+    unread = [each.fence.workflow_id for each in claimed if each.is_unread]
+    if not unread:
+        return [*claimed]
+    found = steps.histories(connectable, unread)
+    return [
+        each._replace(history=found.get(each.fence.workflow_id, {}), is_unread=False) if each.is_unread else each
+        for each in claimed
+    ]
 
 
 def from_front(queues: Iterable[str]) -> Ranges:
@@ -173,8 +211,7 @@ def range_parameters(ranges: Ranges) -> dict[str, str]:
 def active_ranges() -> Any:
     """Return the `wanted` ranges of those queues that are not paused."""
     wanted = batch_table("wanted", {"name": Text(), **_POSITION, "until": sa.Integer()})
-    paused = sa.select(QUEUE.c.name).where(QUEUE.c.name == wanted.c.name, QUEUE.c.paused_at.is_not(None)).exists()
-    return sa.select(*wanted.c).where(~paused).subquery("listened")
+    return sa.select(*wanted.c).where(~_is_paused(wanted.c.name)).subquery("listened")
 
 
 def name_parameters(names: Sequence[str], versions: Sequence[str]) -> dict[str, list[str]]:
@@ -184,15 +221,12 @@ def name_parameters(names: Sequence[str], versions: Sequence[str]) -> dict[str, 
 
 def is_claimable(listened: Any) -> Any:
     """Return the condition for what can be claimed from a range: it is pending, and its name and version are wanted."""
-    all_versions = pg.cardinality(_VERSIONS) == ZERO
     return sa.and_(
         WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING),
         WORKFLOW.c.queue == listened.c.name,
         sa.tuple_(*_position()) > sa.tuple_(*(listened.c[each] for each in _POSITION)),
         WORKFLOW.c.priority < listened.c.until,
-        WORKFLOW.c.name == sa.func.any(_NAMES),
-        failures.in_time(),
-        sa.or_(all_versions, WORKFLOW.c.version.is_(None), WORKFLOW.c.version == sa.func.any(_VERSIONS)),
+        _is_known_and_in_time(),
     )
 
 
@@ -226,7 +260,28 @@ def _claimed(row: sa.Row[Any], token: UUID) -> Claimed:
     fence = Fence(row.id, token)
     headers: dict[str, str] = row.headers or {}
     ends = row.is_child, row.is_cancelling, row.overdue
-    return Claimed(fence, row.name, row.attempt, row.input, row.started, *ends, headers)
+    is_unread = row.started and row.history is None
+    return Claimed(fence, row.name, row.attempt, row.input, *ends, headers, _history_in(row.history), is_unread)
+
+
+def _history_in(records: str | None) -> dict[str, Recorded]:
+    if records is None:
+        return {}
+    rows = ((*each[:3], StepStatus(each[3]), *each[4:]) for each in json.loads(records))
+    return {each.key: each for each in map(steps.recorded_in, rows)}
+
+
+def _is_paused(queue: Expression) -> Condition:
+    return sa.select(QUEUE.c.name).where(QUEUE.c.name == queue, QUEUE.c.paused_at.is_not(None)).exists()
+
+
+def _is_known_and_in_time() -> Condition:
+    all_versions = pg.cardinality(_VERSIONS) == ZERO
+    return sa.and_(
+        WORKFLOW.c.name == sa.func.any(_NAMES),
+        failures.in_time(),
+        sa.or_(all_versions, WORKFLOW.c.version.is_(None), WORKFLOW.c.version == sa.func.any(_VERSIONS)),
+    )
 
 
 def _heads(within: Restriction) -> Any:
@@ -234,7 +289,7 @@ def _heads(within: Restriction) -> Any:
     listened = active_ranges()
     place = _position()
     head = (
-        sa.select(*place, WORKFLOW.c.started_at)
+        sa.select(*place, WORKFLOW.c.started_at, _row_version(WORKFLOW))
         .where(is_claimable(listened), within(WORKFLOW.c.id))
         .order_by(*place)
         .limit(LIMIT)
@@ -242,7 +297,7 @@ def _heads(within: Restriction) -> Any:
         .lateral("head")
     )
     return (
-        sa.select(head.c.id, head.c.started_at)
+        sa.select(head.c.id, head.c.started_at, head.c.row_version)
         .select_from(listened.join(head, sa.true()))
         .order_by(head.c.priority, head.c.enqueued_at, head.c.id)
         .limit(LIMIT)
@@ -255,7 +310,7 @@ def _position() -> tuple[Expression, ...]:
 
 def _one() -> Any:
     return (
-        sa.select(WORKFLOW.c.id, WORKFLOW.c.started_at)
+        sa.select(WORKFLOW.c.id, WORKFLOW.c.started_at, _row_version(WORKFLOW))
         .where(
             IS_WANTED,
             WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING),
@@ -263,6 +318,52 @@ def _one() -> Any:
         )
         .with_for_update(key_share=True)
     )
+
+
+def _receivers() -> Any:
+    """Select and lock those of some suspended workflows for which something that they await is there."""
+    waiting = materialized(
+        sa.select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.awaits, WORKFLOW.c.started_at, _row_version(WORKFLOW))
+        .where(
+            is_among(WORKFLOW.c.id),
+            has_status(WORKFLOW, WorkflowStatus.SUSPENDED),
+            WORKFLOW.c.awaits.is_not(None),
+            WORKFLOW.c.queue == sa.func.any(_QUEUES),
+            ~_is_paused(WORKFLOW.c.queue),
+            _is_known_and_in_time(),
+        )
+        .order_by(WORKFLOW.c.id)
+        .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW),
+        "waiting",
+    )
+    return (
+        sa.select(waiting.c.workflow_id.label("id"), waiting.c.started_at, waiting.c.row_version)
+        .where(is_satisfied(waiting))
+        .limit(LIMIT)
+    )
+
+
+def _row_version(table: sa.FromClause) -> sa.Label[Any]:
+    return sa.column("xmin", _selectable=table).label("row_version")
+
+
+def _history(claimable: sa.CTE) -> Expression:
+    """Return the history as a JSON array of records, each an array; NULL if it is to be read by itself, or none."""
+    seen = WORKFLOW.alias("seen")
+    seen_version = sa.select(_row_version(seen)).where(seen.c.id == claimable.c.id).scalar_subquery()
+    sizes = [sa.func.coalesce(pg.pg_column_size(each), ZERO) for each in (STEP.c.output, STEP.c.error, STEP.c.details)]
+    is_short = sum(sizes, ZERO) <= integer(_MOST_BYTES)
+    some = (
+        sa.select(sa.case((is_short, pg.json_build_array(*steps.RECORDED))).label("record"))
+        .where(STEP.c.workflow_id == claimable.c.id)
+        .limit(integer(_MOST_STEPS + 1))
+        .correlate(claimable)
+        .subquery("some")
+    )
+    is_whole = sa.and_(count_rows() <= integer(_MOST_STEPS), count_rows() == pg.count(some.c.record))
+    listed = sa.func.coalesce(sa.cast(pg.json_agg(some.c.record), Text), text_literal("[]"))
+    whole = sa.select(sa.case((is_whole, listed))).select_from(some).scalar_subquery()
+    return sa.case((sa.and_(claimable.c.started_at.is_not(None), seen_version == claimable.c.row_version), whole))
 
 
 def _deadline() -> Expression:
@@ -275,18 +376,21 @@ def _claim_many_statement(within: Restriction) -> tuple[Any, Any]:
     return _claim_statement(_heads(within)), sa.select(heads.c.id)
 
 
-def _claim_statement(candidates: Any) -> Any:
+def _claim_statement(candidates: Any, **more: Any) -> Any:
     # MATERIALIZED: as a subquery in WHERE the planner may execute it again and claim more than the limit.
     claimable = materialized(candidates, "claimable")
     return (
         sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == claimable.c.id)
         .values(
-            status=WorkflowStatus.RUNNING,
-            token=_TOKEN,
-            worker_id=_WORKER,
-            started_at=sa.func.coalesce(WORKFLOW.c.started_at, pg.statement_timestamp()),
-            deadline_at=sa.case((WORKFLOW.c.started_at.is_(None), _deadline()), else_=WORKFLOW.c.deadline_at),
+            {
+                **more,
+                "status": WorkflowStatus.RUNNING,
+                "token": _TOKEN,
+                "worker_id": _WORKER,
+                "started_at": sa.func.coalesce(WORKFLOW.c.started_at, pg.statement_timestamp()),
+                "deadline_at": sa.case((WORKFLOW.c.started_at.is_(None), _deadline()), else_=WORKFLOW.c.deadline_at),
+            }
         )
         .returning(
             WORKFLOW.c.id,
@@ -298,6 +402,7 @@ def _claim_statement(candidates: Any) -> Any:
             sa.cast(WORKFLOW.c.input, Text).label("input"),
             WORKFLOW.c.headers,
             claimable.c.started_at.is_not(None).label("started"),
+            _history(claimable).label("history"),
             pg.statement_timestamp().label("claimed_at"),
             WORKFLOW.c.parent_id.is_not(None).label("is_child"),
             must_compensate().label("is_cancelling"),
@@ -308,3 +413,4 @@ def _claim_statement(candidates: Any) -> Any:
 
 _CLAIM, _CLAIM_PART, _CLAIMABLE = subset_forms(_claim_many_statement)
 _CLAIM_ONE = Statement(lambda: _claim_statement(_one()))
+_CLAIM_RECEIVERS = Statement(lambda: _claim_statement(_receivers(), **WOKEN))

@@ -146,7 +146,8 @@ class Completion(NamedTuple):
 
 
 class Claimed(NamedTuple):
-    """A claimed workflow: what a worker needs to execute it. `input` is JSON text; what was `started` has a history.
+    """A claimed workflow: what a worker needs to execute it. `input` is JSON text. A `history` that
+    `is_unread` did not come with the claim.
 
     One that `is_cancelling` compensates, and then ends: failed with the message `overdue` if there is one, otherwise
     cancelled.
@@ -156,12 +157,12 @@ class Claimed(NamedTuple):
     name: str
     attempt: int
     input: str
-    started: bool = False
     is_child: bool = False
     is_cancelling: bool = False
     overdue: str | None = None
     headers: Mapping[str, str] = _NOTHING
     history: Mapping[str, Recorded] = _NOTHING
+    is_unread: bool = False
 
 
 class NewWorkflow(NamedTuple):

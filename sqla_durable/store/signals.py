@@ -64,7 +64,7 @@ from sqla_durable.store.statements import (
 )
 from sqla_durable.store.steps import GIVEN
 
-_WOKEN: dict[str, Any] = {
+WOKEN: dict[str, Any] = {
     "status": WorkflowStatus.PENDING,
     "enqueued_at": pg.statement_timestamp(),
     "wake_at": sa.null(),
@@ -153,7 +153,8 @@ def waiting(connectable: Connectable, *, after: UUID, limit: int, subset: Subset
     return subset.find_ids(connectable, _WAITING, {"after": after, "limit": limit})
 
 
-def _satisfied(new: sa.CTE) -> Condition:
+def is_satisfied(new: sa.CTE) -> Condition:
+    """Return whether something that a workflow (`workflow_id`) `awaits` is there."""
     awaited: Any = (
         pg.jsonb_to_recordset(new.c.awaits)
         .table_valued(
@@ -204,12 +205,12 @@ def _deliver_statement(within: Restriction) -> tuple[Any, Any]:
     # By id: to compare what they await would cost more than to look for it.
     first = sa.select(pg.min(new.c.id)).where(waiting).group_by(new.c.workflow_id)
     receivers = materialized(sa.select(new.c.workflow_id, new.c.awaits).where(new.c.id.in_(first)), "receivers")
-    due = materialized(sa.select(receivers.c.workflow_id).where(_satisfied(receivers)), "due")
+    due = materialized(sa.select(receivers.c.workflow_id).where(is_satisfied(receivers)), "due")
     woken = (
         sa.update(WORKFLOW)
         # Checked again in the row that is locked, whatever the statement's snapshot has of it.
         .where(WORKFLOW.c.id == due.c.workflow_id, has_status(WORKFLOW, WorkflowStatus.SUSPENDED))
-        .values(_WOKEN)
+        .values(WOKEN)
         .returning(WORKFLOW.c.id)
         .cte("woken")
     )
@@ -224,11 +225,11 @@ def _wake_one_statement() -> Any:
         .with_for_update(key_share=True, of=WORKFLOW),
         "waiting",
     )
-    is_there = sa.and_(waiting.c.awaits.is_not(None), _satisfied(waiting))
+    is_there = sa.and_(waiting.c.awaits.is_not(None), is_satisfied(waiting))
     due = materialized(
         sa.select(waiting.c.workflow_id).where(sa.or_(waiting.c.wake_at <= pg.statement_timestamp(), is_there)), "due"
     )
-    return sa.update(WORKFLOW).where(WORKFLOW.c.id == due.c.workflow_id).values(_WOKEN).returning(WORKFLOW.c.id)
+    return sa.update(WORKFLOW).where(WORKFLOW.c.id == due.c.workflow_id).values(WOKEN).returning(WORKFLOW.c.id)
 
 
 def _renotify_statement(within: Restriction) -> tuple[Any, Any]:
@@ -242,7 +243,7 @@ def _renotify_statement(within: Restriction) -> tuple[Any, Any]:
         "some",
     )
     due = sa.select(some.c.workflow_id, text_literal(CHILD), sa.true()).where(
-        some.c.awaits.is_not(None), _satisfied(some)
+        some.c.awaits.is_not(None), is_satisfied(some)
     )
     last = sa.select(some.c.workflow_id).order_by(some.c.workflow_id.desc()).limit(ONE)
     noted = insert_notices(sa.union_all(due, _ended_parents(some))).cte("noted")

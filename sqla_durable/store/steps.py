@@ -7,7 +7,7 @@ without an outcome is replaced by the next one. `attempts` records those of many
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -96,9 +96,9 @@ def recorded_among(connectable: Connectable, checkpoints: Sequence[Checkpoint]) 
 
 def find(session: Connectable, workflow_id: UUID, key: str) -> Recorded | None:
     """Read the outcome of one step, to find out whether a commit whose acknowledgement was lost took place."""
-    wanted = _RECORDED.where(STEP.c.workflow_id == workflow_id, STEP.c.key == key, ~is_open_step())
+    wanted = sa.select(*RECORDED).where(STEP.c.workflow_id == workflow_id, STEP.c.key == key, ~is_open_step())
     row = execute(session, wanted).one_or_none()
-    return None if row is None else _recorded(row)
+    return None if row is None else recorded_in(row)
 
 
 def histories(connectable: Connectable, workflow_ids: Sequence[UUID]) -> dict[UUID, dict[str, Recorded]]:
@@ -106,7 +106,8 @@ def histories(connectable: Connectable, workflow_ids: Sequence[UUID]) -> dict[UU
     found: dict[UUID, dict[str, Recorded]] = {}
     if workflow_ids:
         for row in execute(connectable, _HISTORIES, {"ids": list(workflow_ids)}):
-            found.setdefault(row.workflow_id, {})[row.key] = _recorded(row)
+            recorded = recorded_in(row[1:])
+            found.setdefault(row[0], {})[recorded.key] = recorded
     return found
 
 
@@ -270,13 +271,14 @@ def _verdict(session: Connectable, statement: DriverStatement, checkpoint: Check
     return Verdict.RECORDED if statement.rows(session, parameters) else why_unwritten(session, parameters)
 
 
-def _recorded(row: sa.Row[Any]) -> Recorded:
-    found = Recorded(row.key, row.name, row.position, row.status, row.output, row.error, row.tries)
-    if row.age is None:
-        return found if row.details is None else found._replace(details=row.details)
-    endless = 0.0 if row.status is StepStatus.RUNNING else float("inf")
-    due_in = endless if row.due_in is None else float(row.due_in)
-    return found._replace(age=float(row.age), due_in=due_in, details=row.details)
+def recorded_in(values: Iterable[Any]) -> Recorded:
+    """Return the record in the values of a row of `RECORDED`."""
+    key, name, position, status, output, error, tries, age, due_in, details = values
+    if age is None:
+        return Recorded(key, name, position, status, output, error, tries, details=details)
+    endless = 0.0 if status is StepStatus.RUNNING else float("inf")
+    due_in = endless if due_in is None else float(due_in)
+    return Recorded(key, name, position, status, output, error, tries, float(age), due_in, details)
 
 
 def _given_name(name: str) -> str:
@@ -360,20 +362,21 @@ _OWNED = Statement(lambda: sa.select(WORKFLOW.c.id).where(*is_owned()))
 _RECORD = DriverStatement(_record_statement)
 _RECORD_LAST = DriverStatement(lambda: _record_statement(limit_idle_time()))
 _RECORDED_AMONG = Statement(_recorded_among_statement)
-_RECORDED = sa.select(
-    STEP.c.workflow_id,
+RECORDED = (
     STEP.c.key,
     STEP.c.name,
     STEP.c.position,
     STEP.c.status,
     sa.cast(STEP.c.output, Text).label("output"),
     sa.cast(STEP.c.error, Text).label("error"),
-    sa.cast(STEP.c.details, Text).label("details"),
     STEP.c.tries,
     _age_of(STEP.c.started_at).label("age"),
     (-_age_of(STEP.c.wake_at)).label("due_in"),
+    sa.cast(STEP.c.details, Text).label("details"),
 )
-_HISTORIES = Statement(lambda: _RECORDED.where(is_among(STEP.c.workflow_id)))
+"""What a record is made of."""
+
+_HISTORIES = Statement(lambda: sa.select(STEP.c.workflow_id, *RECORDED).where(is_among(STEP.c.workflow_id)))
 _REPORT = Statement(_report_statement)
 _BEGIN_WAIT = Statement(_begin_wait_statement)
 _KEEP_DETAILS = Statement(_keep_details_statement)

@@ -164,7 +164,6 @@ class _Recorded:
             name=history["name"],
             attempt=history["attempt"],
             input=json.dumps(history["input"]),
-            started=True,
             history={each.key: each for each in recorded},
         )
         return cls(claimed, WorkflowStatus(history["status"]), history["output"], history["error"])

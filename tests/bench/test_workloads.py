@@ -58,8 +58,20 @@ def test_workload_gives_its_figures(bench: Bench, name: str) -> None:
     assert all(each.value > 0 for each in figures)
 
 
+def test_an_idle_second_is_counted_beside_the_signals(bench: Bench) -> None:
+    bench.settings = replace(TINY, seconds=3)
+    few, many = measured(bench, "suspended")
+    assert few.what == many.what == "signal to one of 20, p50 of 18"
+    assert few.costs is not None
+    assert many.costs is not None
+    assert few.each == many.each == "second of an idle worker"
+    assert 0 < few.costs.commits < 30
+    assert 0 < few.costs.worker_ms < 1_000
+    assert [each.value for each in many.references] == [few.value]
+
+
 def test_every_workload_is_tested() -> None:
-    assert {*EXPECTED, "steps", "depth", "horizon", "latency"} == set(WORKLOADS)
+    assert {*EXPECTED, "steps", "depth", "horizon", "latency", "suspended"} == set(WORKLOADS)
 
 
 @pytest.mark.thorough

@@ -23,7 +23,7 @@ class Deploys:
 
     def attempt(self, code: str, *, recording: bool = True) -> Attempt:
         """Visit the steps of today's code; a name with `?` asks for that patch."""
-        attempt = Attempt(Claimed(FENCE, "ship", 1, "{}", started=True, history=dict(self.history)))
+        attempt = Attempt(Claimed(FENCE, "ship", 1, "{}", history=dict(self.history)))
         for name in code.split():
             if name.endswith("?"):
                 _, marker = patched(attempt, name[:-1])

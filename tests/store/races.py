@@ -129,11 +129,15 @@ def enqueue(session: Session, count: int = 1, **columns: Any) -> list[UUID]:
 
 
 def claim(session: Session, limit: int = 1, **options: Any) -> list[Claimed]:
-    """Claim from the queue `default` what is named `checkout`."""
+    """Claim from the queue `default` what is named `checkout`, with all histories."""
+    return claims.with_histories(session, claim_only(session, limit, **options).claimed)
+
+
+def claim_only(session: Session, limit: int = 1, **options: Any) -> claims.Batch:
+    """Do so with the histories that come with the claim."""
     settings: dict[str, Any] = {"worker_id": WORKER, "token": uuid7(), "names": ["checkout"]}
     settings["ranges"] = claims.from_front(options.pop("queues", ["default"]))
-    batch = claims.claim(session, limit=limit, **{**settings, **options})
-    return claims.with_histories(session, batch.claimed)
+    return claims.claim(session, limit=limit, **{**settings, **options})
 
 
 def record(session: Session, checkpoints: Sequence[Checkpoint]) -> set[tuple[UUID, str]]:

@@ -7,12 +7,20 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, event, func
+from sqlalchemy import Engine, create_engine, event, func, text
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Worker, Workflow, WorkflowStatus
 from sqla_durable.execution.worker import attempts, settings
 from tests.store import races
+
+_MARKERS = text(
+    "INSERT INTO durable.step (workflow_id, key, name, position, status, output, attempt, started_at) "
+    "SELECT :id, '#patched/' || n, '#patched', n, 'succeeded', 'true', 1, statement_timestamp() "
+    "FROM generate_series(1, 51) n"
+)
+"""A history that is too long to come with the claim, of markers that the code need not ask for."""
 
 
 def _short(_lease: timedelta) -> float:
@@ -34,6 +42,7 @@ def test_a_history_that_does_not_arrive_is_counted_and_lets_others_go_first(
     with Session(engine) as session:
         (long,) = races.enqueue(session, attempt=2, started_at=func.statement_timestamp())
         (other,) = races.enqueue(session)
+        session.execute(_MARKERS, {"id": long})
         session.commit()
     slow = create_engine(engine.url)
 
@@ -68,6 +77,7 @@ def test_a_history_for_which_there_is_no_connection_is_not_counted(
 
     with Session(engine) as session:
         (claimed,) = races.enqueue(session, attempt=2, started_at=func.statement_timestamp())
+        session.execute(_MARKERS, {"id": claimed})
         session.commit()
     scarce = create_engine(engine.url)
     used_up: list[threading.Timer] = []
@@ -120,3 +130,26 @@ def test_an_attempt_that_ended_itself_is_counted_however_long_somebody_holds_its
         holders[0].session.close()
         races.wait_until(lambda: races.status_of(engine, workflow_id) is WorkflowStatus.FAILED)
     assert len(holders) == 1
+
+
+def test_the_next_workflow_is_executed_while_the_outcome_of_the_last_one_waits_for_its_row(
+    engine: Engine, async_session_factory: async_sessionmaker[AsyncSession]
+) -> None:
+    """What only waits for its commit executes nothing, and needs no slot."""
+    durable = Durable()
+    holder = races.Transaction(engine)
+
+    @durable.workflow
+    async def checkout(number: int) -> int:
+        if number == 1:
+            races.lock(holder.session, first)
+        return number
+
+    with Session(engine) as session:
+        (first,) = races.enqueue(session, input={"number": 1})
+        (second,) = races.enqueue(session, input={"number": 2})
+    with Worker(durable, async_sessionmaker=async_session_factory, concurrency=1):
+        races.wait_until(lambda: races.status_of(engine, second) is WorkflowStatus.SUCCEEDED)
+        assert races.status_of(engine, first) is WorkflowStatus.RUNNING
+        holder.session.close()
+        races.wait_until(lambda: races.status_of(engine, first) is WorkflowStatus.SUCCEEDED)

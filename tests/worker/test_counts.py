@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 import sqla_durable.asyncio as aio
-from sqla_durable import Durable, Executor, Worker, Workflow, start_many
+from sqla_durable import Durable, Executor, Worker, Workflow, WorkflowStatus, send_signal, start_many
+from sqla_durable.execution.worker import settings
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
 from tests.support.domain import Entry
@@ -61,6 +64,19 @@ async def notifying(cents: int, steps: int = 1) -> int:
     return cents
 
 
+@asynchronous.workflow
+async def waiting_for_signal() -> None:
+    await aio.wait_signal("go")
+    await anotify(1)
+
+
+_SUSPENDED = text(
+    "INSERT INTO durable.workflow (name, status, awaits, wake_at) "
+    "SELECT 'notifying', 'suspended', '[{\"signal\"\\: \"go\"}]', "
+    "CASE n % 2 WHEN 0 THEN statement_timestamp() + interval '30 days' END FROM generate_series(1, :count) n"
+)
+
+
 class Counts:
     """What an engine did: checkouts of connections, statements, commits; thread-safe."""
 
@@ -68,6 +84,10 @@ class Counts:
         self.statements: list[str] = []
         self.done: Counter[str] = Counter()
         self._lock = threading.Lock()
+
+    @property
+    def claims(self) -> int:
+        return sum("claimable AS" in each for each in self.statements)
 
     def note(self, what: str, statement: str = "") -> None:
         if threading.current_thread().name == "durable-hints":
@@ -221,8 +241,11 @@ async def test_last_checkpoint_and_completion_share_one_commit(
     assert len(set(step_xids)) == 3
 
 
-def test_idle_worker_costs_one_statement_a_poll(engine: Engine, session_factory: Sessions) -> None:
-    """Whatever the number of its queues."""
+@pytest.mark.parametrize("suspended", [0, 20_000])
+def test_idle_worker_costs_one_statement_a_poll(engine: Engine, session_factory: Sessions, suspended: int) -> None:
+    """Whatever the number of its queues, and of workflows that wait."""
+    with engine.begin() as connection:
+        connection.execute(_SUSPENDED, {"count": suspended})
     polled = threading.Semaphore(0)
 
     def count_poll(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
@@ -241,6 +264,43 @@ def test_idle_worker_costs_one_statement_a_poll(engine: Engine, session_factory:
     # The first claim and the three after it; the rest is the start, the end, and what is done once in a long while.
     assert 1 <= len(claims) <= 4
     assert len(counts.statements) <= len(polls) + len(claims) + 16
+
+
+@pytest.mark.parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)
+async def test_a_signal_is_claimed_and_taken_in_two_statements(
+    async_engine: AsyncEngine, async_session_factory: AsyncSessions, engine: Engine
+) -> None:
+    """The third, from the send to the step after it, is the send itself."""
+
+    def status() -> WorkflowStatus:
+        return races.status_of(engine, workflow_id)
+
+    def is_idle() -> bool:
+        """Return whether it is suspended, and no claim has followed on the last one for long."""
+        if counts.claims != claimed[-1][0]:
+            claimed.append((counts.claims, time.monotonic()))
+        is_over = time.monotonic() - claimed[-1][1] > 2 * settings.CLAIM_PAUSES[-1]
+        return status() is WorkflowStatus.SUSPENDED and is_over
+
+    claimed = [(0, time.monotonic())]
+    async with async_session_factory.begin() as session:
+        workflow_id = (await waiting_for_signal.start(session)).id
+    worker = Worker(asynchronous, async_sessionmaker=async_session_factory, poll_interval=timedelta(hours=1))
+    with counting(async_engine.sync_engine) as counts:
+        async with worker:
+            await asyncio.to_thread(races.wait_until, is_idle)
+            del counts.statements[:]
+            with Session(engine) as sender:
+                send_signal(sender, workflow_id, "go")
+                sender.commit()
+            await asyncio.to_thread(races.wait_until, lambda: status().finished)
+            statements = [*counts.statements]
+    assert [_kind(each) for each in statements][:3] == ["claim", "take", "write"]
+
+
+def _kind(statement: str) -> str:
+    kinds = {"waiting AS": "claim", "oldest AS": "take", "ending(": "write"}
+    return next((kind for part, kind in kinds.items() if part in statement), statement)
 
 
 def test_a_transactional_step_in_a_worker_is_two_statements_and_the_group_commit_ends_its_workflow(

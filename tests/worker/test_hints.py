@@ -10,7 +10,7 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from sqla_durable.execution.worker.cursors import Cursors
-from sqla_durable.execution.worker.hints import HintReceiver, Wakeup, Wakeups
+from sqla_durable.execution.worker.hints import ClaimsWakeup, HintReceiver, Wakeup, Wakeups
 from sqla_durable.operations.suspending import Waker, Wakers
 from sqla_durable.runtime.waiting import LoopWaker
 from sqla_durable.store import hints
@@ -19,9 +19,10 @@ WORKER, OTHER, WORKFLOW = uuid7(), uuid7(), uuid7()
 SENT = hints.sent_to(WORKFLOW, "go")
 
 
-def woken_by(payload: str) -> set[str]:
+def woken_by(payload: str, *, takes_receivers: bool = False) -> set[str]:
     """Return what a hint wakes."""
     wakeups, wakers, cursors = Wakeups(), Wakers(), Cursors(["default"], poll_interval=1.0)
+    wakeups.claims.takes_receivers = takes_receivers
     waker = Waker()
     wakers.subscribe(waker, [SENT])
     HintReceiver(wakeups, wakers, cursors, worker_id=WORKER, queues=["default"]).receive(payload)
@@ -52,6 +53,34 @@ def woken_by(payload: str) -> set[str]:
 )
 async def test_a_hint_wakes_what_it_is_about(payload: str, expected: set[str]) -> None:
     assert woken_by(payload) == expected
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        (hints.sent_to(OTHER, "go"), {"claims"}),
+        (SENT, {"signals", "operation"}),
+        (hints.SENT, {"signals"}),
+        (f"{hints.SENT}no id:go", {"signals"}),
+    ],
+    ids=["a signal", "awaited in memory", "many signals", "of another form"],
+)
+async def test_claims_that_have_nothing_else_to_do_take_what_a_signal_was_sent_to(
+    payload: str, expected: set[str]
+) -> None:
+    assert woken_by(payload, takes_receivers=True) == expected
+
+
+async def test_a_receiver_wakes_claims_for_nothing_else() -> None:
+    wakeup = ClaimsWakeup()
+    wakeup.set_for_receiver(WORKFLOW)
+    assert (wakeup.is_set, wakeup.is_to_claim) == (True, False)
+    wakeup.set()
+    assert wakeup.is_to_claim
+    wakeup.clear()
+    assert (wakeup.is_set, wakeup.is_to_claim) == (False, False)
+    assert wakeup.receivers() == [WORKFLOW]
+    assert wakeup.receivers() == []
 
 
 async def test_a_loop_that_is_woken_before_it_waits_does_not_wait() -> None:

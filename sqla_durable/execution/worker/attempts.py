@@ -52,12 +52,14 @@ class Running:
     """An attempt and the task that executes it.
 
     Attributes:
+        has_slot: whether code of it may still be executed; its outcome is recorded without a slot.
         is_lost: whether its workflow no longer belongs to this worker.
         cleans_up_until: until when an attempt that was cancelled has time to clean up.
     """
 
     attempt: Attempt
     task: asyncio.Task[None]
+    has_slot: bool = True
     is_lost: bool = False
     cleans_up_until: float = float("-inf")
 
@@ -197,7 +199,12 @@ class Attempts:
             log.exception("workflow %s: its attempt %d broke", attempt.workflow_id, attempt.number)
             await self._abandon(attempt, error)
         finally:
-            self._running.pop(attempt.fence, None)
+            self._release_slot(self._running.pop(attempt.fence))
+
+    def _release_slot(self, running: Running) -> None:
+        """Let another workflow be claimed, and executed while the outcome of this one is committed."""
+        if running.has_slot:
+            running.has_slot = False
             self._slots.release()
 
     async def _to_its_end(self, attempt: Attempt) -> None:
@@ -211,7 +218,9 @@ class Attempts:
             runtime = BlockingRuntime(attempt, recorder.fork())
             executing = self._in_thread(runtime, definition, recorder)
         try:
-            completion = await record_completion(recorder, await executing)
+            executed = await executing
+            self._release_slot(self._running[attempt.fence])
+            completion = await record_completion(recorder, executed)
         except (Released, asyncio.CancelledError) as ending:
             while isinstance(ending, Released) and attempt.is_executing:  # noqa: ASYNC110 (threads set no asyncio.Event)
                 await asyncio.sleep(EXECUTING_CHECK)  # steps beside the one that has ended, in threads too

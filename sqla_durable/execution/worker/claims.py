@@ -1,6 +1,7 @@
 """Keeps a worker's slots filled: claims in batches, as long as there may be something to claim.
 
-After a claim that came back short it tries a few times more; then the maintenance or the listener wakes it.
+After a claim that came back short it tries a few times more; then the maintenance or the listener wakes it. What a
+signal is sent to while nothing is in the queues is claimed at once, without being enqueued; all else is delivered.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from uuid import UUID
 
@@ -21,7 +23,7 @@ from sqla_durable.execution.worker.attempts import Attempts
 from sqla_durable.execution.worker.cursors import Cursors
 from sqla_durable.execution.worker.database import Database, NoConnectionError
 from sqla_durable.execution.worker.heartbeat import Heartbeat
-from sqla_durable.execution.worker.hints import Wakeup
+from sqla_durable.execution.worker.hints import Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
 from sqla_durable.execution.worker.recorder import Slots
 from sqla_durable.execution.worker.settings import CLAIM_PAUSES, CLAIM_SPACING, Settings
@@ -66,7 +68,7 @@ class Claims:
         heartbeat: Heartbeat,
         cursors: Cursors,
         isolation: Isolation,
-        wakeup: Wakeup,
+        wakeups: Wakeups,
         settings: Settings,
     ) -> None:
         self._database = database
@@ -75,7 +77,8 @@ class Claims:
         self._heartbeat = heartbeat
         self._cursors = cursors
         self._isolation = isolation
-        self._wakeup = wakeup
+        self._wakeup = wakeups.claims
+        self._maintenance = wakeups.maintenance
         self._settings = settings
         self._most = self._wanted = _BATCH
         self._batch = claims.Batch([], {})
@@ -95,7 +98,52 @@ class Claims:
             if len(claimed) < self._wanted and not in_burst:
                 # Also for as long as it took: what it had to skip would have to be skipped again.
                 await asyncio.sleep(max(CLAIM_SPACING, time.monotonic() - began))
-                await self._wakeup.wait(next(pauses, None))
+                await self._wait(next(pauses, None))
+
+    async def _wait(self, seconds: float | None) -> None:
+        """Wait for at most so many seconds, until there may be something in the queues; claim receivers meanwhile."""
+        until = None if seconds is None else time.monotonic() + seconds
+        self._wakeup.takes_receivers = True
+        try:
+            while self._slots.free > 0:
+                left = None if until is None else until - time.monotonic()
+                if not await self._wakeup.wait(left) or self._wakeup.is_to_claim:
+                    break
+                self._wakeup.clear()
+                await self._claim_receivers(self._wakeup.receivers())
+        finally:
+            self._wakeup.takes_receivers = False
+            if self._wakeup.receivers():
+                self._maintenance.set_for_signals()
+
+    async def _claim_receivers(self, ids: list[UUID]) -> None:
+        """Claim what signals were sent to, and begin to execute it; what this does not claim is delivered."""
+        token, count = uuid7(), 0
+        try:
+            with self._heartbeat.claiming(token):
+                claimed = await self._with_histories(await self._claim_these_receivers(token, ids))
+                self._attempts.begin(claimed)
+                count = len(claimed)
+        except Exception as error:
+            log.debug("claim of receivers: %s; they are delivered", first_line(error))
+            await self._heartbeat.release_strays()  # it may have been executed
+        if count < len(ids):
+            self._maintenance.set_for_signals()
+
+    async def _claim_these_receivers(self, token: UUID, ids: list[UUID]) -> list[Claimed]:
+        await self._heartbeat.require_lease()
+        chosen = self._settings
+        claim = partial(
+            claims.claim_receivers,
+            ids=[each for each in ids if not self._isolation.is_aside(each)],
+            worker_id=chosen.worker_id,
+            token=token,
+            queues=chosen.queues,
+            names=chosen.names,
+            versions=chosen.versions,
+            limit=self._slots.free,
+        )
+        return await self._database.execute(claim)
 
     async def _claim(self) -> list[Claimed]:
         """Claim, and begin to execute what was claimed; less at once after a failure.
@@ -184,6 +232,6 @@ class Claims:
         return await self._database.execute(claim)
 
     async def _with_histories(self, claimed: list[Claimed]) -> list[Claimed]:
-        if not any(each.started for each in claimed):
+        if not any(each.is_unread for each in claimed):
             return claimed
         return await self._database.execute(lambda connection: claims.with_histories(connection, claimed))

@@ -63,6 +63,41 @@ class Wakeup:
         return self._event.is_set()
 
 
+class ClaimsWakeup(Wakeup):
+    """Wakes the claims.
+
+    Attributes:
+        takes_receivers: whether they claim what a signal was sent to: they have found nothing in the queues.
+        is_to_claim: whether there may be something in the queues; otherwise there are receivers at most.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.takes_receivers = False
+        self.is_to_claim = False
+        self._receivers: set[UUID] = set()
+
+    def set(self) -> None:
+        """Wake them for what is in the queues."""
+        self.is_to_claim = True
+        super().set()
+
+    def set_for_receiver(self, workflow_id: UUID) -> None:
+        """Wake them for a workflow to which a signal was sent."""
+        self._receivers.add(workflow_id)
+        super().set()
+
+    def clear(self) -> None:
+        """Forget that they were woken."""
+        self.is_to_claim = False
+        super().clear()
+
+    def receivers(self) -> list[UUID]:
+        """Return the workflows to which signals were sent, and forget them."""
+        taken, self._receivers = self._receivers, set()
+        return list(taken)
+
+
 class MaintenanceWakeup(Wakeup):
     """Wakes the maintenance.
 
@@ -99,7 +134,7 @@ class Wakeups:
     """
 
     def __init__(self) -> None:
-        self.claims = Wakeup()
+        self.claims = ClaimsWakeup()
         self.maintenance = MaintenanceWakeup()
         self.heartbeat = Wakeup()
 
@@ -133,14 +168,22 @@ class HintReceiver:
             case hints.Kind.WORKER, worker_id:
                 if worker_id == self._worker_id:
                     self._wakeups.heartbeat.set()
-            case hints.Kind.SENT, _:
-                self._wakeups.maintenance.set_for_signals()
-                self._wakers.wake(payload)
+            case hints.Kind.SENT, receiver:
+                if self._wakers.wake(payload) or not self._is_for_claims(receiver):
+                    self._wakeups.maintenance.set_for_signals()
             case hints.Kind.LATE, _:
                 self._cursors.restart()
                 self._wakeups.maintenance.set()
             case _:
                 self._wakeups.maintenance.set()
+
+    def _is_for_claims(self, receiver: str) -> bool:
+        """Let the claims take what a signal was sent to, if they have nothing else to do."""
+        with suppress(ValueError):  # several have got one, or somebody sends hints of another form
+            if self._wakeups.claims.takes_receivers:
+                self._wakeups.claims.set_for_receiver(UUID(receiver.partition(":")[0]))
+                return True
+        return False
 
 
 class Listener:

@@ -3,7 +3,8 @@
 Each is in a session of its own, so that Ctrl-C reaches the benchmark alone, which then ends them all; and each leaves
 when its standard input ends, so that none outlives a benchmark that was killed.
 A worker process reads its settings from the first line of its standard input, answers `ready`, begins to claim at `go`,
-answers `working`, and leaves at the next line or at the end of its input, with what it used as JSON.
+answers `working`, answers each `usage` with what it has used so far as JSON, and leaves at any other line or at the end
+of its input, with the same.
 Its engines are as the docs recommend, and it is otherwise a worker with default settings.
 """
 
@@ -101,10 +102,17 @@ class WorkerProcesses:
         for each in self._all:
             each.require_alive()
 
+    def usages(self) -> list[Usage]:
+        """Return what each of them has used so far."""
+        return self._ask("usage")
+
     def stop(self) -> list[Usage]:
         """Stop all of them in good order, and return what each of them used."""
+        return self._ask("stop")
+
+    def _ask(self, word: str) -> list[Usage]:
         for each in self._all:
-            each.send("stop")
+            each.send(word)
         return [Usage(**json.loads(each.receive())) for each in self._all]
 
     def _end(self) -> None:
@@ -182,7 +190,7 @@ POOL: dict[str, Any] = {"pool_size": 20, "max_overflow": 0}
 
 
 def main() -> None:
-    """Claim and execute between the second and the third line of standard input."""
+    """Claim and execute from the second line of standard input on, until one that asks for something else."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     worker = _worker(WorkerSettings(**json.loads(sys.stdin.readline())))
     gc.collect()
@@ -193,8 +201,13 @@ def main() -> None:
     began = time.process_time()
     with worker:
         _answer("working")
-        sys.stdin.readline()
-    _answer(json.dumps(asdict(Usage(time.process_time() - began, _peak_memory()))))
+        while sys.stdin.readline().strip() == "usage":
+            _answer(_usage_since(began))
+    _answer(_usage_since(began))
+
+
+def _usage_since(began: float) -> str:
+    return json.dumps(asdict(Usage(time.process_time() - began, _peak_memory())))
 
 
 def _worker(settings: WorkerSettings) -> Worker:

@@ -95,7 +95,7 @@ class Figure:
         unit: its unit.
         references: what it is compared with.
         costs: what it cost, where that was measured.
-        each: what `costs` is counted for: workflow or step.
+        each: what `costs` is counted for: workflow, step, or second of an idle worker.
     """
 
     workload: str

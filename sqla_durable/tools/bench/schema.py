@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy import Connection, Engine, Row, create_engine, text
 from sqlalchemy.orm import Session, sessionmaker
@@ -166,6 +167,13 @@ SELECT {_ID.format(prefix="0180")}, 'one_step', 'succeeded', jsonb_build_object(
     to_jsonb(number + 1), {_ID.format(prefix="0181")}, {_ID.format(prefix="0182")}, moment, moment, moment, moment
 FROM {_NUMBERS}, LATERAL (SELECT statement_timestamp() - interval '1 day' AS moment) AS past
 """  # noqa: S608 (all of it is written here)
+_SUSPENDED = f"""
+INSERT INTO {{schema}}.workflow
+    (id, name, status, input, awaits, wake_at, created_at, enqueued_at, started_at)
+SELECT {_ID.format(prefix="0180")}, 'signal_time', 'suspended', '{{{{}}}}', '[{{{{"signal": "go"}}}}]',
+    CASE number % 2 WHEN 0 THEN statement_timestamp() + interval '30 days' END, moment, moment, moment
+FROM {_NUMBERS}, LATERAL (SELECT statement_timestamp() - interval '1 day' AS moment) AS past
+"""  # noqa: S608 (all of it is written here)
 _STEPS = f"""
 INSERT INTO {{schema}}.step (workflow_id, key, name, position, status, output, attempt, started_at, finished_at)
 SELECT {_ID.format(prefix="0180")}, 'increment', 'increment', 1, 'succeeded', to_jsonb(number + 1), 1, moment, moment
@@ -185,3 +193,15 @@ def insert_finished(schema: BenchSchema, count: int) -> None:
     schema.execute("ALTER TABLE {schema}.workflow DISABLE TRIGGER workflow_new_check")  # a new row is never finished
     schema.execute(_FINISHED, _STEPS, count=count)
     schema.execute("ALTER TABLE {schema}.workflow ENABLE TRIGGER workflow_new_check", *_VACUUM)
+
+
+def insert_suspended(schema: BenchSchema, count: int) -> None:
+    """Insert workflows that wait for a signal, every second one for thirty days at most, by one statement."""
+    schema.execute("ALTER TABLE {schema}.workflow DISABLE TRIGGER workflow_new_check")  # a new row has not begun
+    schema.execute(_SUSPENDED, count=count)
+    schema.execute("ALTER TABLE {schema}.workflow ENABLE TRIGGER workflow_new_check", *_VACUUM)
+
+
+def suspended_id(number: int) -> UUID:
+    """Return the id of the workflow with a number from 1 on."""
+    return UUID(f"0180{number:028x}")

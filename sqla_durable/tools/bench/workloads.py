@@ -8,8 +8,10 @@ import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from statistics import median
+from uuid import UUID
 
 from sqlalchemy import create_engine, select, text
 from sqlalchemy.orm import Session, sessionmaker
@@ -20,10 +22,12 @@ from sqla_durable.tools.bench import application, baselines
 from sqla_durable.tools.bench.application import Entry
 from sqla_durable.tools.bench.baselines import Pgbench, find_pgbench
 from sqla_durable.tools.bench.meter import costs_between
+from sqla_durable.tools.bench.processes import WorkerProcesses
 from sqla_durable.tools.bench.report import (
     BenchError,
     BenchResult,
     BenchSettings,
+    Costs,
     Figure,
     Reference,
     Status,
@@ -34,6 +38,8 @@ from sqla_durable.tools.bench.schema import (
     in_schema,
     insert_finished,
     insert_pending,
+    insert_suspended,
+    suspended_id,
 )
 
 _NAIVE_WORKFLOWS = 300
@@ -197,6 +203,10 @@ def _signal_sample(bench: Bench) -> float:
         while session.scalar(status) is not WorkflowStatus.SUSPENDED:
             session.rollback()
     time.sleep(random.uniform(0, _LONGEST_PAUSE))  # noqa: S311 (no secret)
+    return _signalled(bench, workflow_id)
+
+
+def _signalled(bench: Bench, workflow_id: UUID) -> float:
     with bench.schema.sessions() as session:
         send_signal(session, workflow_id, "go")
         session.commit()
@@ -318,6 +328,59 @@ def _of(done: int, count: int) -> str:
     return f"{count:,}" if done == count else f"{done:,} of {count:,}, when the time was up,"
 
 
+_FEW = 1_000
+_WOKEN = 50
+_SETTLING = 2.0  # seconds after a worker's first claim until it is idle
+
+
+def suspended(bench: Bench) -> Iterator[Figure]:
+    """Measure an idle worker, and signals to single workflows, beside few suspended workflows and beside many."""
+    few: float | None = None
+    for count in (min(_FEW, bench.count(_FEW)), bench.count(100_000)):
+        bench.show(f"inserting {count:,} suspended workflows")
+        bench.schema.clear()
+        insert_suspended(bench.schema, count)
+        with bench.workers(1) as workers:
+            workers.begin_claiming()
+            costs = _idle_costs(bench, workers)
+            signals = sorted(_woken_samples(bench, count))
+            workers.stop()
+        value = 1_000 * median(signals)
+        yield Figure(
+            workload="suspended",
+            what=f"signal to one of {_short(count)}, p50 of {len(signals)}",
+            value=value,
+            unit="ms",
+            references=() if few is None else (Reference(f"of {_short(_FEW)}", few),),
+            costs=costs,
+            each="second of an idle worker",
+        )
+        few = value
+
+
+def _idle_costs(bench: Bench, workers: WorkerProcesses) -> Costs:
+    """Return what a worker and the server use for each second in which nothing is to be done."""
+    bench.show("an idle worker")
+    time.sleep(_SETTLING)
+    before, (used_before,) = bench.meter.read(), workers.usages()
+    began = time.monotonic()
+    time.sleep(bench.seconds())
+    seconds = time.monotonic() - began
+    after, (used,) = bench.meter.read(), workers.usages()
+    return costs_between(before, after, [replace(used, cpu=used.cpu - used_before.cpu)], units=seconds)
+
+
+def _woken_samples(bench: Bench, count: int) -> Iterator[float]:
+    """Signal workflows from all over the table; the first signals only let connections be opened."""
+    samples = min(_WOKEN, count)
+    for number in range(1, samples + 1):
+        bench.show("one signal at a time", number, samples)
+        seconds = _signalled(bench, suspended_id(number * count // samples))
+        if number > samples // 10:
+            yield seconds
+        time.sleep(random.uniform(0, _LONGEST_PAUSE))  # noqa: S311 (no secret)
+
+
 def bulk(bench: Bench) -> Iterator[Figure]:
     """Measure `start_many` in one transaction, from Python objects to the commit."""
     count = bench.count(20_000)
@@ -343,6 +406,7 @@ WORKLOADS: Mapping[str, Callable[[Bench], Iterator[Figure]]] = {
     "depth": depth,
     "horizon": horizon,
     "sleep": delayed,
+    "suspended": suspended,
     "bulk": bulk,
 }
 """By name, in the order in which they are measured: `depth` and `horizon` compare themselves with `steps`."""
