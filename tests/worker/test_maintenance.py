@@ -268,7 +268,7 @@ def test_what_commits_late_or_has_a_higher_priority_is_claimed_before_the_backlo
         note.start(late, "late")
         late.flush()
         with session_factory.begin() as session:
-            for number in range(300):
+            for number in range(2_000):
                 note.start(session, str(number))
         with Worker(counting, sessionmaker=session_factory, concurrency=1, poll_interval=POLL):
             assert reached.wait(60)
@@ -276,7 +276,7 @@ def test_what_commits_late_or_has_a_higher_priority_is_claimed_before_the_backlo
             with session_factory.begin() as session:
                 note.options(priority=-1).start(session, "urgent")
             gate.set()
-            races.wait_until(lambda: len(order) == 302, seconds=60)
+            races.wait_until(lambda: len(order) == 2_002, seconds=60)
     assert {"late", "urgent"} <= set(order[6:-50])
 
 
