@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -343,8 +343,9 @@ def _receivers() -> Any:
     )
 
 
-def _row_version(table: sa.FromClause) -> sa.Label[Any]:
-    return sa.column("xmin", _selectable=table).label("row_version")
+def _row_version(table: sa.FromClause) -> Expression:
+    xmin: Any = sa.column("xmin", _selectable=table)
+    return cast("Expression", xmin.label("row_version"))
 
 
 def _history(claimable: sa.CTE) -> Expression:

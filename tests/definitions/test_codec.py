@@ -289,10 +289,6 @@ def test_arguments_are_an_object_by_name(arguments: ArgumentsCodec) -> None:
     assert decoded == {"order_id": 1, "price": Decimal("2.50"), "point": Point(3)}
 
 
-def _named(value: object) -> str:
-    return type(value).__name__  # the largest integers have no repr
-
-
 _TEXTS = ["", "a", "\u20ac\U0001f600", '"\\\n\x7f\u2028', "\\u0000", "\0", "\ud800", "x" * 2_000, "\u20ac" * 40]
 
 

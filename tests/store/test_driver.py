@@ -16,9 +16,10 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.definitions.database_errors import is_about_data, is_engine_error, is_outage
 from sqla_durable.models import SCHEMA
+from sqla_durable.models.base import Text
 from sqla_durable.store import Fence, attempts
 from sqla_durable.store.driver import DriverStatement
-from sqla_durable.store.statements import WORKFLOW, Text, parameter, text_literal
+from sqla_durable.store.statements import WORKFLOW, parameter, text_literal
 from tests.store import races
 
 FOUND = DriverStatement(
@@ -34,7 +35,7 @@ def autocommitting(engine: Engine) -> Generator[Connection]:
         yield connection
 
 
-def rows_of(connection: Connection, **parameters: Any) -> list[tuple[UUID, int, str, str]]:
+def rows_of(connection: Connection, /, **parameters: Any) -> list[tuple[UUID, int, str, str]]:
     rows = FOUND.rows(connection, {"number": "7", **parameters})
     return [(UUID(str(first)), *rest) for first, *rest in rows]
 

@@ -46,8 +46,9 @@ def send(engine: Engine, workflow_id: UUID, name: str = "approved") -> None:
 
 def claim(session: Session, *ids: UUID, **options: Any) -> list[Claimed]:
     """Claim what a signal was sent to; nothing is committed."""
-    settings: dict[str, Any] = {"worker_id": OTHER, "token": uuid7(), "queues": ["default"], "names": ["checkout"]}
-    return claims.claim_receivers(session, ids, **{"limit": 10, **settings, **options})
+    given: dict[str, Any] = {"worker_id": OTHER, "token": uuid7(), "queues": ["default"], "names": ["checkout"]}
+    given |= {"limit": 10, **options}
+    return claims.claim_receivers(session, ids, **given)
 
 
 def claimed_ids(engine: Engine, *ids: UUID, **options: Any) -> list[UUID]:
