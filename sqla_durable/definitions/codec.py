@@ -108,13 +108,15 @@ class Codec:
 
     def encoded(self, value: object) -> Encoded:
         """Return the value's JSON text, and what decoding it returns. Raises as `encode`."""
-        if type(value) is self.annotation and self.annotation in _SURE:
+        if self._is_sure(value):
             return Encoded(dump(value, what=self.what, limit=self.limit), value)
         text = self._text(value)
         return Encoded(text, self._read_back(text, value))
 
     def encode_argument(self, value: object) -> str:
         """Return the JSON text of a value that must have the annotated type. Raises as `encode` and `check`."""
+        if self._is_sure(value):
+            return dump(value, what=self.what, limit=self.limit)
         text = self._text(self.check(value))
         self._read_back(text, value)
         return text
@@ -167,6 +169,10 @@ class Codec:
 
     def _read(self, array: str | bytes) -> Any:
         return self.adapter.validator.validate_json(array, by_alias=True, by_name=True)[0]
+
+    def _is_sure(self, value: object) -> bool:
+        """Return whether a value is read exactly as it is written."""
+        return type(value) is self.annotation and self.annotation in _SURE
 
     def _misfit(self, value: object, error: Exception) -> str:
         """Return what of a value cannot be stored, and where, without the value."""

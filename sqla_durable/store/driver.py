@@ -92,9 +92,10 @@ class DriverStatement(Statement):
 def _is_unwatched(connection: sa.Connection) -> bool:
     """Return whether each statement is a transaction of its own, and neither an event nor a log is to see it."""
     engine = connection.engine
-    if engine.echo or connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+    if engine.echo or engine.dispatch.before_cursor_execute or engine.dispatch.after_cursor_execute:
         return False
-    return not (engine.dispatch.before_cursor_execute or engine.dispatch.after_cursor_execute)
+    # Not what the options say: an engine that has a level by itself may have overruled them.
+    return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
 
 
 def _fetched(connection: sa.Connection, sql: str, parameters: Any) -> Sequence[Any]:

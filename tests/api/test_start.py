@@ -61,7 +61,7 @@ def test_few_functions_are_called_for_a_start() -> None:
         ship.bind(2)
     finally:
         sys.setprofile(None)
-    value = ["check", "_text", "_is_sure", "dump", "_as_jsonb", "refuse_large", "_read_back", "_is_sure"]
+    value = ["_is_sure", "dump", "_as_jsonb"]
     arguments = ["encode", "encode", "_encode", "is_mapped", "encode_argument", *value, "refuse_large"]
     assert called == ["bind", *arguments, "_headers", "headers"]
 

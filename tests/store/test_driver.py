@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
 from sqla_durable.definitions.database_errors import is_about_data, is_engine_error, is_outage
+from sqla_durable.execution.worker.database import LoopDatabase
 from sqla_durable.models import SCHEMA
 from sqla_durable.models.base import Text
 from sqla_durable.store import Fence, attempts
@@ -110,6 +111,18 @@ def test_a_batch_that_is_executed_again_after_its_first_answer_was_lost_reports_
     for unwritten in (set[tuple[Fence, str]](), {(fence, "charge")}):
         with autocommitting(engine) as connection:
             assert attempts.write_batch(connection, [races.checkpoint(fence)]).checkpoints == unwritten
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+async def test_an_engine_that_overrules_autocommit_loses_no_commit(
+    engine: Engine, async_engine: AsyncEngine, level: str
+) -> None:
+    """Its connections are in transactions, whatever their options say."""
+    (fence,) = races.claimed_fences(engine)
+    overruling = async_engine.sync_engine.execution_options(isolation_level=level)
+    database = LoopDatabase(overruling, limit=30)
+    assert not await database.execute(lambda connection: attempts.write_batch(connection, [races.checkpoint(fence)]))
+    assert races.history_of(engine, fence.workflow_id) == ["charge"]
 
 
 def test_in_a_transaction_it_is_undone_with_it(engine: Engine) -> None:

@@ -199,7 +199,7 @@ def test_starters_workers_and_operators_call_no_trap(trapped: Engine) -> None:
             delayed = buy.options(delay=timedelta(days=1), timeout=timedelta(days=2)).start(session, "cup").id
         _work(factory, bought)
         _operate(factory, bought, delayed)
-    assert len(statements) > 80
+    assert len(statements) > 75  # without those that the driver gets as text: `kept` has them
     with trapped.connect() as connection:
         found = {text: hostile.traps_of(connection, each, text=text) for text, each in statements.items()}
     assert {text: traps for text, traps in found.items() if traps} == {}
