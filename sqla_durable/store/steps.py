@@ -156,7 +156,7 @@ def has_outcome() -> Condition:
 
 def given_parameters(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the parameters of `GIVEN`."""
-    return {_given_name(name): value for name, value in CHECKPOINT.row(checkpoint).items()}
+    return dict(zip(_GIVEN_NAMES, CHECKPOINT.row(checkpoint).values(), strict=True))
 
 
 def given_fence_parameters(fence: Fence, key: str | None = None) -> dict[str, Any]:
@@ -355,6 +355,7 @@ def _keep_details_statement() -> Any:
     ).returning(STEP.c.key)
 
 
+_GIVEN_NAMES = [_given_name(each) for each in CHECKPOINT.columns]
 GIVEN: dict[str, Expression] = {name: parameter(_given_name(name), kind) for name, kind in CHECKPOINT.columns.items()}
 """One checkpoint as parameters."""
 
