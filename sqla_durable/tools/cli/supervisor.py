@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from sqla_durable.definitions.log import Log
-from sqla_durable.tools.cli.errors import FAILED, WRONG_COMMAND
+from sqla_durable.tools.cli.errors import FAILED, WRONG_COMMAND, CommandError
 
 log = Log("sqla_durable.supervisor")
 
@@ -43,13 +43,13 @@ def process_count(wanted: str) -> int:
     """Return how many processes an option means: its number, or for `auto` one for each core.
 
     Raises:
-        ValueError: it is neither `auto` nor a number from 1 to 1,000.
+        CommandError: it is neither `auto` nor a number from 1 to 1,000.
     """
     if wanted == "auto":
         return min(available_cores(), MOST_PROCESSES)
     if wanted.isascii() and wanted.isdigit() and 1 <= int(wanted) <= MOST_PROCESSES:
         return int(wanted)
-    raise ValueError(f"--processes must be a number from 1 to {MOST_PROCESSES:,}, or auto, got {wanted!r}.")
+    raise CommandError(f"--processes must be a number from 1 to {MOST_PROCESSES:,}, or auto, got {wanted!r}.")
 
 
 def available_cores() -> int:
