@@ -147,8 +147,8 @@ def start(session: Session, bound: BoundWorkflow) -> Workflow:
         KeyNotVisibleError: the workflow that has the key cannot be seen.
         UsageError: this is a workflow's own code, and there is no key.
     """
-    new = _new_in(bound)
-    workflow = add(session, BoundWorkflow(new if active() is None else _of_step(new)))
+    new, context = _new_in(bound), active()
+    workflow = add(session, BoundWorkflow(new if context is None else _started_in(context, new)))
     hints.announce(session, *_hints_for([new]))
     return workflow
 
@@ -191,15 +191,15 @@ def start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]:
 
 
 def _start_many(session: Session, *, bound: Iterable[BoundWorkflow]) -> list[UUID]:
-    given = [_new_in(each) for each in bound]
-    given = given if active() is None else [_of_step(each) for each in given]
+    given, context = [_new_in(each) for each in bound], active()
+    given = given if context is None else [_started_in(context, each) for each in given]
     # In the order of keys over all statements: two callers with the same keys must not wait for each other.
     has_keys = any(new.key is not None for new in given)
     ordered = sorted(given, key=lambda new: (new.key or "", new.name)) if has_keys else given
     ids: list[UUID] = []
     try:
-        for start in range(0, len(given), _BATCH):
-            ids += _inserted(session, ordered[start : start + _BATCH])
+        for first in range(0, len(given), _BATCH):
+            ids += _inserted(session, ordered[first : first + _BATCH])
     except KeyNotVisibleError as error:
         try:
             starts.undo(session, given)
@@ -223,15 +223,12 @@ def _inserted(session: Session, batch: Sequence[NewWorkflow]) -> list[UUID]:
             return starts.insert_many_in_snapshot(session, batch)
 
 
-def _of_step(new: NewWorkflow) -> NewWorkflow:
-    """Return what is started in a step of a workflow as that one's child; elsewhere the same.
+def _started_in(context: Context, new: NewWorkflow) -> NewWorkflow:
+    """Return what is started in a step of a workflow as that one's child; in a workflow's own code, the same.
 
     Raises:
-        UsageError: in a workflow's own code it would be started again by each replay; with a key it is not.
+        UsageError: it has no key, so that each replay of the workflow's own code would start another.
     """
-    context = active()
-    if context is None:
-        return new
     attempt, step = context.attempt, context.step
     if step is None:
         if new.key is None:

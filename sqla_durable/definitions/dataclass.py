@@ -1,9 +1,9 @@
-"""`dataclass` for the values of the engine: makes a class in a third of the time of Python's, and its values too.
+"""`dataclass` for the values of the engine: it makes a class, and each value, in a third of the time of Python's.
 
 Python's compiles six methods for each frozen class, which for all classes of this package takes a sixth of the time in
-which SQLAlchemy is imported. This one compiles only `__init__`, which assigns plainly. Type checkers see Python's: they
-refuse an assignment to a frozen value, and nothing refuses it when the code is executed. So the classes that users
-create or get are made with Python's own.
+which SQLAlchemy is imported. This one compiles only `__init__`, which assigns plainly. Type checkers see Python's, and
+refuse an assignment to a frozen value; nothing refuses it at run time. So the classes that users create or get are made
+with Python's own.
 """
 
 from __future__ import annotations

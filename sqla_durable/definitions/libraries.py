@@ -1,7 +1,7 @@
 """pydantic and tenacity, each imported when one of its names is first used.
 
-Not when this package is imported: the two take as long as a fifth of SQLAlchemy, and a program that only reads the
-tables or shows a `--help` needs neither. A name that was used once is an attribute from then on.
+They are not imported with this package: the two take a fifth of the time of SQLAlchemy, and a program that only reads
+the tables or shows a `--help` needs neither. A name is looked up once, and is an attribute from then on.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.failure import Failure, record
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.limits import TimeLimits, Watch
+from sqla_durable.definitions.retry import RetryPolicy
 from sqla_durable.errors import (
     DecodingError,
     DefinitionError,
@@ -202,8 +203,8 @@ class _Execution:
         _ = definition.result  # raises before the step is executed, if its result could not be recorded
         if definition.session is SessionKind.NONE:
             value = await self._call_plain()
-            if definition.options.policy is not None:
-                await self._ask_policy(value)
+            if (policy := definition.options.policy) is not None:
+                await self._ask_policy(policy, value)
             checkpoint = self._success(value)
             await self._runtime.recorder.record(checkpoint)
             return checkpoint.recorded
@@ -252,8 +253,8 @@ class _Execution:
             guard.check()
         finally:
             guard.leave()
-        if self._call.definition.options.policy is not None:
-            await self._ask_policy(value)
+        if (policy := self._call.definition.options.policy) is not None:
+            await self._ask_policy(policy, value)
         checkpoint = self._success(value)
         await transaction.execute(lambda session: self._flush_and_record(session, checkpoint, transaction))
         return checkpoint
@@ -428,11 +429,10 @@ class _Execution:
     def _label(self) -> str:
         return f"workflow {self._attempt.workflow_id}, step {self._call.position.shown!r}"
 
-    async def _ask_policy(self, value: object) -> None:
-        """Try again if the step's policy asks for it, although the step has returned."""
-        policy, tries = self._call.definition.options.policy, self._call.tries
-        tries.returned(value)
-        seconds = None if policy is None else await policy.wait_before_next(tries)
+    async def _ask_policy(self, policy: RetryPolicy, value: object) -> None:
+        """Raise `_Again` if the policy requests another try, although the step has returned."""
+        self._call.tries.returned(value)
+        seconds = await policy.wait_before_next(self._call.tries)
         if seconds is not None:
             raise _Again(seconds)
 

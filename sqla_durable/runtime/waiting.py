@@ -27,7 +27,7 @@ Future: TypeAlias = "asyncio.Future[None] | concurrent.futures.Future[None]"
 
 
 class Ticket:
-    """Something to be committed, on the event loop; any code may wait until it is settled.
+    """Something that is to be committed; code on the event loop or in any thread may wait until it is settled.
 
     Attributes:
         is_settled: whether it is committed, or will not be.
@@ -50,14 +50,14 @@ class Ticket:
         for each in self._waiting:
             _end(each)
 
-    def notify(self, future: Future) -> None:
-        """Set a future's result when it is settled, or at once; called from any thread."""
+    def wake_when_settled(self, future: Future) -> None:
+        """Set a future's result when this is settled, at once if it is; called from any thread."""
         self._waiting.append(future)
         if self.is_settled:
             _end(future)
 
-    def outcome(self) -> None:
-        """Raise the error with which it was settled, if it was with one."""
+    def raise_error(self) -> None:
+        """Raise the error with which it was settled, if there is one."""
         if self.error is not None:
             raise self.error
 
@@ -180,9 +180,9 @@ class InThread(Waiting):
     async def settled(self, ticket: Ticket) -> None:
         if not ticket.is_settled:
             waiting: concurrent.futures.Future[None] = concurrent.futures.Future()
-            ticket.notify(waiting)
+            ticket.wake_when_settled(waiting)
             waiting.result()
-        ticket.outcome()
+        ticket.raise_error()
 
 
 class InGreenlet(InThread):
@@ -240,9 +240,9 @@ class OnLoop(Waiting):
     async def settled(self, ticket: Ticket) -> None:
         if not ticket.is_settled:
             waiting = asyncio.get_running_loop().create_future()  # of this wait alone, which may be cancelled
-            ticket.notify(waiting)
+            ticket.wake_when_settled(waiting)
             await waiting
-        ticket.outcome()
+        ticket.raise_error()
 
 
 class LoopWaker(Waker):

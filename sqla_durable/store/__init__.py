@@ -1,6 +1,7 @@
 """Every SQL statement of this package, as functions of a `Session` or connection; nothing here commits.
 
-Basics: `statements` builds and executes them, of `records`; `schema` finds the tables; `keys` inserts under a key.
+Basics: `statements` builds and executes them, of `records`, and `driver` those that need to be fastest; `schema` finds
+the tables; `keys` inserts under a key.
 What workers do: `starts`, `claims`, `work`, `attempts` (ends), `steps`, `workers` (leases, reclaim), `failures`.
 What workflows do: `timers`, `inbox` (shared by `signals`, `updates`, `callbacks`), `events`, `streams`, `children`,
 `deferred` (children of a map), `continuations` (continue as new).

@@ -1,7 +1,7 @@
 """The claim: one statement that takes workflows, marks them as running, and returns them with their histories.
 
-Pending ones first in, first out within a priority; paused queues are skipped. The rows are locked with SKIP LOCKED, so
-that a claim never waits for another one, nor for anybody's open transaction.
+Pending workflows are taken first in, first out within a priority; paused queues are skipped. The rows are locked with
+SKIP LOCKED, so that a claim never waits for another one, nor for anybody's open transaction.
 
 A history that is long is read by a statement of its own, because the claim's transaction locks rows. So is one that
 this statement may not see in full: an attempt may have recorded, and left the workflow, after the statement began.

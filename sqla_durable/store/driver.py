@@ -1,7 +1,7 @@
-"""Statements that every step executes: SQLAlchemy makes their text once, and the driver gets it without more work.
+"""Statements that are executed for every step: SQLAlchemy compiles them once, and the driver gets the text each time.
 
-A third to a half of what such a statement costs this process is otherwise the search for its compiled form, the
-translation of the schema, and a result of which nothing is read.
+This saves the search for the compiled form, the translation of the schema and the result object, which are a third to a
+half of what such a statement costs this process.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ class DriverStatement(Statement):
         self._texts: WeakKeyDictionary[sa.Dialect, dict[_Schemas, _Text]] = WeakKeyDictionary()
 
     def rows(self, connectable: Connectable, parameters: Mapping[str, Any]) -> Sequence[Any]:
-        """Execute it, and return its rows with what the driver reads: an id is a UUID or its text.
+        """Execute it, and return its rows as the driver reads them: an id is a UUID or its text.
 
-        On a connection in AUTOCOMMIT with an engine that nobody watches, it is executed by the driver's own cursor;
-        an error there is found by executing it a second time, as elsewhere, so that SQLAlchemy can say what it is.
+        Where `_may_bypass` allows it, the driver's own cursor executes it. If that fails, it is executed a second time
+        by SQLAlchemy, whose error says what kind of error it is.
         """
         try:
             connection = connection_of(connectable) if isinstance(connectable, Session) else connectable
             text = self._text(connection)
             given = text.parameters(parameters)
-            if _is_unwatched(connection):
+            if _may_bypass(connection):
                 try:
                     return _fetched(connection, text.sql, given)
                 except connection.dialect.loaded_dbapi.Error:
@@ -89,12 +89,12 @@ class DriverStatement(Statement):
         return _Text(str(compiled), constants, compiled.positiontup)
 
 
-def _is_unwatched(connection: sa.Connection) -> bool:
-    """Return whether each statement is a transaction of its own, and neither an event nor a log is to see it."""
+def _may_bypass(connection: sa.Connection) -> bool:
+    """Return whether SQLAlchemy may be bypassed: in AUTOCOMMIT, where no log and no event sees the statement."""
     engine = connection.engine
     if engine.echo or engine.dispatch.before_cursor_execute or engine.dispatch.after_cursor_execute:
         return False
-    # Not what the options say: an engine that has a level by itself may have overruled them.
+    # Asked of the driver, not of the options: an engine with an isolation level of its own may overrule those.
     return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
 
 

@@ -146,8 +146,9 @@ class Completion(NamedTuple):
 
 
 class Claimed(NamedTuple):
-    """A claimed workflow: what a worker needs to execute it. `input` is JSON text. A `history` that
-    `is_unread` did not come with the claim.
+    """A claimed workflow: what a worker needs to execute it. `input` is JSON text.
+
+    If it `is_unread`, its history did not come with the claim, and is to be read before it is executed.
 
     One that `is_cancelling` compensates, and then ends: failed with the message `overdue` if there is one, otherwise
     cancelled.

@@ -99,7 +99,7 @@ def is_read_committed(connection: sa.Connection) -> bool:
 def autocommit(engine: sa.Engine) -> dict[str, Any]:
     """Return execution options with which each statement is a transaction of its own, in one round trip.
 
-    For a short while they are an option of the connection: to make an engine with options takes as long as a statement.
+    For a few statements, give them to the connection: making an engine with options takes as long as a statement.
 
     But for asyncpg: it prepares a statement in one round trip and executes it in another, and a pooler in transaction
     mode may give the two to different server processes. Its statements are in transactions as usual.

@@ -154,7 +154,7 @@ def waiting(connectable: Connectable, *, after: UUID, limit: int, subset: Subset
 
 
 def is_satisfied(new: sa.CTE) -> Condition:
-    """Return whether something that a workflow (`workflow_id`) `awaits` is there."""
+    """Return the condition that something is there which a row awaits, by its `workflow_id` and `awaits`."""
     awaited: Any = (
         pg.jsonb_to_recordset(new.c.awaits)
         .table_valued(

@@ -97,9 +97,9 @@ class Shape(Generic[R]):
 
 
 class Statement:
-    """A statement that is made when it is first executed: making all of them would take as long as half of SQLAlchemy.
+    """A statement that is made when it is first executed: to make all takes half the time of importing SQLAlchemy.
 
-    What it is made of may stand below it in its module.
+    So it may be made of names that its module defines below it.
     """
 
     def __init__(self, make: Callable[[], sa.Executable]) -> None:

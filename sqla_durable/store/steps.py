@@ -272,7 +272,7 @@ def _verdict(session: Connectable, statement: DriverStatement, checkpoint: Check
 
 
 def recorded_in(values: Iterable[Any]) -> Recorded:
-    """Return the record in the values of a row of `RECORDED`."""
+    """Return the record that the values of `RECORDED` in one row make."""
     key, name, position, status, output, error, tries, age, due_in, details = values
     if age is None:
         return Recorded(key, name, position, status, output, error, tries, details=details)
@@ -375,7 +375,7 @@ RECORDED = (
     (-_age_of(STEP.c.wake_at)).label("due_in"),
     sa.cast(STEP.c.details, Text).label("details"),
 )
-"""What a record is made of."""
+"""The columns of which `recorded_in` makes a record."""
 
 _HISTORIES = Statement(lambda: sa.select(STEP.c.workflow_id, *RECORDED).where(is_among(STEP.c.workflow_id)))
 _REPORT = Statement(_report_statement)

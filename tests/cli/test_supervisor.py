@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from sqla_durable.tools.cli import supervisor
+from sqla_durable.tools.cli.errors import CommandError
 from sqla_durable.tools.cli.supervisor import Supervisor, process_count, worker_command
 from tests.support.processes import forked
 
@@ -362,7 +363,7 @@ def test_restart_for_which_there_is_no_program_leaves_those_that_serve(start: St
 
 @pytest.mark.parametrize("wanted", ["0", "-1", "1001", "1.5", "two", "", "²", "AUTO"])
 def test_number_of_processes_is_refused(wanted: str) -> None:
-    with pytest.raises(ValueError, match="--processes must be a number from 1 to 1,000, or auto, got"):
+    with pytest.raises(CommandError, match="--processes must be a number from 1 to 1,000, or auto, got"):
         process_count(wanted)
 
 

@@ -9,14 +9,17 @@ import sys
 from collections.abc import Generator
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
+from inspect import signature
 from uuid import UUID
 
 import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
+import sqla_durable
 from sqla_durable import Durable, Step, Workflow, WorkflowStatus
 from sqla_durable.models import Worker
+from sqla_durable.tools.cli.worker import worker
 from tests.cli.conftest import Application
 from tests.support.domain import Entry
 from tests.support.processes import Started
@@ -34,6 +37,16 @@ def pay(account: str) -> str:
 @durable.workflow
 async def pay_later(account: str) -> str:
     return account
+
+
+def test_defaults_of_the_command_are_those_of_the_class() -> None:
+    command, made = (signature(each).parameters for each in (worker, sqla_durable.Worker))
+    shared = (command.keys() & made.keys()) - {"durable"}
+    assert shared > {"concurrency", "lease", "grace", "max_attempts"}
+    for name in shared:
+        default = made[name].default
+        seconds = default.total_seconds() if isinstance(default, timedelta) else default
+        assert command[name].default == seconds, name
 
 
 @contextmanager

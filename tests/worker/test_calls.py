@@ -19,7 +19,7 @@ from sqla_durable import Durable, Worker, Workflow, start_many
 from tests.store import races
 
 FEW, MANY = 50, 250
-"""Two numbers of workflows: what the difference between them costs, is not what a worker costs by itself."""
+"""Two numbers of workflows: the difference of their costs does not include what a worker costs by itself."""
 
 durable = Durable()
 
@@ -53,7 +53,7 @@ def one_step_in_thread(number: int) -> int:
 
 @contextmanager
 def counting_calls() -> Generator[Counter[str]]:
-    """Count the calls, in threads that begin meanwhile, of functions and coroutines of this package, by name."""
+    """Count the calls of this package's functions and coroutines by name, in threads that begin meanwhile."""
     counts: Counter[str] = Counter()
 
     def count(frame: FrameType, happening: str, _: Any) -> None:
@@ -74,6 +74,7 @@ def execute(
     bound: Any,
     count: int,
 ) -> None:
+    """Start so many workflows, and let a worker execute them all."""
     with sessions.begin() as session:
         start_many(session, [bound(number) for number in range(count)])
     with Worker(durable, sessionmaker=sessions, async_sessionmaker=asynchronous, concurrency=50):
@@ -93,14 +94,14 @@ def _unfinished(engine: Engine) -> int:
         pytest.param(one_step_in_thread, 150, id="def"),
     ],
 )
-async def test_a_workflow_is_a_straight_line_of_few_calls(
+async def test_a_workflow_takes_few_calls(
     engine: Engine,
     session_factory: sessionmaker[Session],
     async_session_factory: async_sessionmaker[AsyncSession],
     workflow: Any,
     most: int,
 ) -> None:
-    """A coroutine counts each time that it goes on, too."""
+    """A coroutine is also counted each time that it is resumed."""
     found: list[Counter[str]] = []
     for count in (FEW, MANY):
         with counting_calls() as calls:
@@ -119,7 +120,7 @@ async def test_a_workflow_leaves_nothing_to_the_garbage_collector(
     async_session_factory: async_sessionmaker[AsyncSession],
     workflow: Any,
 ) -> None:
-    """A collection of all objects takes a tenth of a second in a large application."""
+    """To collect garbage among all objects takes a tenth of a second in a large application."""
     execute(engine, session_factory, async_session_factory, workflow.bind, FEW)
     found: list[int] = []
     for count in (FEW, MANY):
@@ -130,4 +131,4 @@ async def test_a_workflow_leaves_nothing_to_the_garbage_collector(
             found.append(gc.collect())
         finally:
             gc.enable()
-    assert (found[1] - found[0]) / (MANY - FEW) < 2, "there is a cycle of references in what an attempt is made of"
+    assert (found[1] - found[0]) / (MANY - FEW) < 2, "an attempt leaves a cycle of references"

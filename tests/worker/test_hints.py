@@ -19,10 +19,10 @@ WORKER, OTHER, WORKFLOW = uuid7(), uuid7(), uuid7()
 SENT = hints.sent_to(WORKFLOW, "go")
 
 
-def woken_by(payload: str, *, takes_receivers: bool = False) -> set[str]:
+def woken_by(payload: str, *, accepts_receivers: bool = False) -> set[str]:
     """Return what a hint wakes."""
     wakeups, wakers, cursors = Wakeups(), Wakers(), Cursors(["default"], poll_interval=1.0)
-    wakeups.claims.takes_receivers = takes_receivers
+    wakeups.claims.accepts_receivers = accepts_receivers
     waker = Waker()
     wakers.subscribe(waker, [SENT])
     HintReceiver(wakeups, wakers, cursors, worker_id=WORKER, queues=["default"]).receive(payload)
@@ -68,7 +68,7 @@ async def test_a_hint_wakes_what_it_is_about(payload: str, expected: set[str]) -
 async def test_claims_that_have_nothing_else_to_do_take_what_a_signal_was_sent_to(
     payload: str, expected: set[str]
 ) -> None:
-    assert woken_by(payload, takes_receivers=True) == expected
+    assert woken_by(payload, accepts_receivers=True) == expected
 
 
 async def test_a_receiver_wakes_claims_for_nothing_else() -> None:
@@ -79,8 +79,8 @@ async def test_a_receiver_wakes_claims_for_nothing_else() -> None:
     assert wakeup.is_to_claim
     wakeup.clear()
     assert (wakeup.is_set, wakeup.is_to_claim) == (False, False)
-    assert wakeup.receivers() == [WORKFLOW]
-    assert wakeup.receivers() == []
+    assert wakeup.take_receivers() == [WORKFLOW]
+    assert wakeup.take_receivers() == []
 
 
 async def test_a_loop_that_is_woken_before_it_waits_does_not_wait() -> None:

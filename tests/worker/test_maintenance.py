@@ -12,6 +12,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import Engine, create_engine, delete, event, text
 from sqlalchemy.orm import Session, sessionmaker
+from uuid_utils.compat import uuid7
 
 from sqla_durable import Durable, Signal, Worker, Workflow, WorkflowStatus, manage, start_many, wait_signal
 from sqla_durable.models import Worker as WorkerRecord
@@ -166,6 +167,44 @@ def test_hints_of_signals_that_keep_coming_keep_nothing_else_waiting(engine: Eng
         finally:
             over.set()
             hinting.result()
+
+
+@pytest.mark.usefixtures("one_claim")
+def test_a_poll_looks_into_the_queues_while_the_claims_take_what_signals_were_sent_to(
+    engine: Engine, session_factory: Sessions
+) -> None:
+    """No claim of what is in the queues follows on that one."""
+    claiming, polled, gate = threading.Event(), threading.Event(), threading.Event()
+
+    def hold(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if "waiting AS" in statement and "claimable AS" in statement:
+            claiming.set()
+            assert gate.wait(60)
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if "next_due_in" in statement:
+            polled.set()
+
+    with (
+        idle(engine, worker(session_factory)),
+        engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection,
+    ):
+        channel = hints.channel_on(connection)
+        with Session(engine) as session:
+            (workflow_id,) = races.enqueue(session, name="hello")  # nobody hints that it is there
+        event.listen(engine, "before_cursor_execute", hold)
+        event.listen(engine, "after_cursor_execute", note)
+        try:
+            while not claiming.wait(0.01):
+                hints.notify(connection, [(channel, hints.sent_to(uuid7(), "go"))])
+            hints.notify(connection, [(channel, hints.sent_to(uuid7(), "go"))])
+            hints.notify(connection, [(channel, hints.EVERYWHERE)])
+            assert polled.wait(60)
+        finally:
+            gate.set()
+            event.remove(engine, "before_cursor_execute", hold)
+            event.remove(engine, "after_cursor_execute", note)
+        finish(session_factory, workflow_id)
 
 
 def test_without_listening_a_poll_finds_it(session_factory: Sessions) -> None:

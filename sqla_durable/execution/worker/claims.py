@@ -1,7 +1,7 @@
 """Keeps a worker's slots filled: claims in batches, as long as there may be something to claim.
 
-After a claim that came back short it tries a few times more; then the maintenance or the listener wakes it. What a
-signal is sent to while nothing is in the queues is claimed at once, without being enqueued; all else is delivered.
+After a claim that came back short it tries a few times more; then the maintenance or the listener wakes it. A workflow
+to which a signal is sent while nothing is in the queues is claimed at once, without being enqueued.
 """
 
 from __future__ import annotations
@@ -103,25 +103,25 @@ class Claims:
     async def _wait(self, seconds: float | None) -> None:
         """Wait for at most so many seconds, until there may be something in the queues; claim receivers meanwhile."""
         until = None if seconds is None else time.monotonic() + seconds
-        self._wakeup.takes_receivers = True
+        self._wakeup.accepts_receivers = True
         try:
             while self._slots.free > 0:
                 left = None if until is None else until - time.monotonic()
                 if not await self._wakeup.wait(left) or self._wakeup.is_to_claim:
                     break
                 self._wakeup.clear()
-                await self._claim_receivers(self._wakeup.receivers())
+                await self._claim_receivers(self._wakeup.take_receivers())
         finally:
-            self._wakeup.takes_receivers = False
-            if self._wakeup.receivers():
+            self._wakeup.accepts_receivers = False
+            if self._wakeup.take_receivers():
                 self._maintenance.set_for_signals()
 
     async def _claim_receivers(self, ids: list[UUID]) -> None:
-        """Claim what signals were sent to, and begin to execute it; what this does not claim is delivered."""
+        """Claim receivers, and begin to execute them; the maintenance delivers to those that this does not claim."""
         token, count = uuid7(), 0
         try:
             with self._heartbeat.claiming(token):
-                claimed = await self._with_histories(await self._claim_these_receivers(token, ids))
+                claimed = await self._with_histories(await self._claim_receivers_once(token, ids))
                 self._attempts.begin(claimed)
                 count = len(claimed)
         except Exception as error:
@@ -130,7 +130,7 @@ class Claims:
         if count < len(ids):
             self._maintenance.set_for_signals()
 
-    async def _claim_these_receivers(self, token: UUID, ids: list[UUID]) -> list[Claimed]:
+    async def _claim_receivers_once(self, token: UUID, ids: list[UUID]) -> list[Claimed]:
         await self._heartbeat.require_lease()
         chosen = self._settings
         claim = partial(

@@ -64,16 +64,16 @@ class Wakeup:
 
 
 class ClaimsWakeup(Wakeup):
-    """Wakes the claims.
+    """Wakes the claims, for their queues or for *receivers*: suspended workflows to which signals were sent.
 
     Attributes:
-        takes_receivers: whether they claim what a signal was sent to: they have found nothing in the queues.
+        accepts_receivers: whether they claim receivers now: they have found nothing in the queues.
         is_to_claim: whether there may be something in the queues; otherwise there are receivers at most.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.takes_receivers = False
+        self.accepts_receivers = False
         self.is_to_claim = False
         self._receivers: set[UUID] = set()
 
@@ -83,7 +83,7 @@ class ClaimsWakeup(Wakeup):
         super().set()
 
     def set_for_receiver(self, workflow_id: UUID) -> None:
-        """Wake them for a workflow to which a signal was sent."""
+        """Wake them for one receiver."""
         self._receivers.add(workflow_id)
         super().set()
 
@@ -92,8 +92,8 @@ class ClaimsWakeup(Wakeup):
         self.is_to_claim = False
         super().clear()
 
-    def receivers(self) -> list[UUID]:
-        """Return the workflows to which signals were sent, and forget them."""
+    def take_receivers(self) -> list[UUID]:
+        """Return the receivers since the last time, and forget them."""
         taken, self._receivers = self._receivers, set()
         return list(taken)
 
@@ -169,7 +169,7 @@ class HintReceiver:
                 if worker_id == self._worker_id:
                     self._wakeups.heartbeat.set()
             case hints.Kind.SENT, receiver:
-                if self._wakers.wake(payload) or not self._is_for_claims(receiver):
+                if self._wakers.wake(payload) or not self._wake_claims_for(receiver):
                     self._wakeups.maintenance.set_for_signals()
             case hints.Kind.LATE, _:
                 self._cursors.restart()
@@ -177,13 +177,16 @@ class HintReceiver:
             case _:
                 self._wakeups.maintenance.set()
 
-    def _is_for_claims(self, receiver: str) -> bool:
-        """Let the claims take what a signal was sent to, if they have nothing else to do."""
-        with suppress(ValueError):  # several have got one, or somebody sends hints of another form
-            if self._wakeups.claims.takes_receivers:
-                self._wakeups.claims.set_for_receiver(UUID(receiver.partition(":")[0]))
-                return True
-        return False
+    def _wake_claims_for(self, receiver: str) -> bool:
+        """Wake the claims for a receiver, if they accept it; return whether they do."""
+        if not self._wakeups.claims.accepts_receivers:
+            return False
+        try:
+            workflow_id = UUID(receiver.partition(":")[0])
+        except ValueError:  # several have got one, or somebody sends hints of another form
+            return False
+        self._wakeups.claims.set_for_receiver(workflow_id)
+        return True
 
 
 class Listener:

@@ -110,7 +110,7 @@ class Maintenance:
     @property
     def _claims_follow(self) -> bool:
         """Whether a claim follows without a hint."""
-        return self._cursors.in_burst or self._claims.is_set
+        return self._cursors.in_burst or self._claims.is_to_claim
 
     async def _act(self, seen: Work) -> None:
         """Act on what the poll found; scan from where the poll began."""

@@ -108,8 +108,8 @@ class Resources:
         async_sessions: opens the sessions of async steps.
         stopping: set when the worker is to stop.
         loop: the worker's event loop.
-        waiting_on_loop: how code on that waits.
-        waiting_in_threads: how code in the threads waits.
+        waiting_on_loop: how code on the event loop waits.
+        waiting_in_threads: how code in threads waits.
         slots: counts the workflows that are executed.
         wakers: wake operations that wait in memory.
         detached: steps in threads whose calls were cancelled, and that can commit nothing.

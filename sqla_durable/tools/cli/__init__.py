@@ -1,13 +1,8 @@
 """The command line: `sqla-durable`, or `python -m sqla_durable`; of the extra `cli`.
 
-<<<<<<< HEAD
 `application` has all of it · `worker`, `bench` and `torture` are its commands · `errors` turns errors into messages ·
-`target` imports the `Durable` object that a command line names, and connects to its database.
-=======
-`application` has all of it and turns errors into messages · `worker`, `bench` and `torture` are its commands ·
-`supervisor` runs several workers · `target` imports the `Durable` object that a command line names, and connects to its
-database.
->>>>>>> wt-procs
+`target` imports the `Durable` object that a command line names, and connects to its database · `supervisor` starts
+worker processes and replaces them, `supervised` connects each of them to it.
 """
 
 from __future__ import annotations

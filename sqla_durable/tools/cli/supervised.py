@@ -1,6 +1,6 @@
-"""A worker process of a supervisor: it stops when that says so, and warns if all of them may open too many connections.
+"""A worker process of a supervisor: it stops when the supervisor asks for it, and checks the number of connections.
 
-Together they have one limit, that of the server; each process knows how many there are.
+All processes share one limit, that of the server, and each knows how many there are.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def connect(link: Link, worker: Worker, opened: Sessionmakers, count: int) -> No
         worker.stop()
 
     def report(_: object) -> None:
-        link.serves()
-        if link.number == 1:  # once for all of them
+        link.report_serving()
+        if link.number == 1:  # one warning is enough
             tasks.append(asyncio.get_running_loop().create_task(check_connections(opened, count)))
 
     link.stop = stop

@@ -1,8 +1,8 @@
-"""`worker --processes N`: starts worker processes, replaces those that end, and passes signals on.
+"""`worker --processes N`: how many processes that is, the supervisor of them, and their link to it.
 
-Both ends are here: `Supervisor`, which knows neither workflows nor the database, and `Link`, the end of a worker
-process. A socket connects the two: the worker process sends a byte when it serves, and stops in good order at the first
-byte or the end of what it receives, so also when its supervisor was killed. Numbers of processes are here too.
+`Supervisor` starts worker processes and replaces those that end; it knows neither workflows nor the database. A socket
+connects it with the `Link` of each process: that sends a byte when its worker serves, and lets the worker stop in good
+order when it receives one, or when the socket is closed because the supervisor was killed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from sqla_durable.definitions.log import Log
+from sqla_durable.tools.cli.errors import FAILED, WRONG_COMMAND, CommandError
 
 log = Log("sqla_durable.supervisor")
 
@@ -30,30 +31,29 @@ Command = Callable[[int, int], list[str]]
 
 MOST_PROCESSES = 1_000
 FIRST_PAUSE = 0.5
-_FAILED, _WRONG_COMMAND = 1, 2  # exit codes that another start would not change
 _MOST_FAILURES = 10  # in a row
 _LONGEST_PAUSE = 60.0
-_STEADY = 60.0  # a process that has lived for so many seconds did not end at once
+_STEADY = 60.0  # seconds after which the end of a process is the first failure again
 _STAGGER = 0.1  # seconds between two starts
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-_SERVES, _STOP = b"r", b"s"
+_SERVES, _STOP = b"r", b"s"  # what the two ends send; any other byte would do
 
 
 def process_count(wanted: str) -> int:
     """Return how many processes an option means: its number, or for `auto` one for each core.
 
     Raises:
-        ValueError: it is neither `auto` nor a number from 1 to 1,000.
+        CommandError: it is neither `auto` nor a number from 1 to 1,000.
     """
     if wanted == "auto":
         return min(available_cores(), MOST_PROCESSES)
     if wanted.isascii() and wanted.isdigit() and 1 <= int(wanted) <= MOST_PROCESSES:
         return int(wanted)
-    raise ValueError(f"--processes must be a number from 1 to {MOST_PROCESSES:,}, or auto, got {wanted!r}.")
+    raise CommandError(f"--processes must be a number from 1 to {MOST_PROCESSES:,}, or auto, got {wanted!r}.")
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use: those of its affinity, or of the CPU quota of its container."""
+    """Return how many cores this process may use, by its affinity and the CPU quota of its container or service."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(cores, _quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")) or cores))
@@ -100,8 +100,8 @@ class Link:
         signal.signal(signal.SIGHUP, _ignore)  # where it is sent to all processes, it concerns the supervisor
         threading.Thread(target=self._wait, name="sqla-durable link", daemon=True).start()
 
-    def serves(self) -> None:
-        """Report to the supervisor that this process serves."""
+    def report_serving(self) -> None:
+        """Report to the supervisor that the worker of this process serves."""
         with suppress(OSError):  # it has ended
             self._socket.send(_SERVES)
 
@@ -139,7 +139,7 @@ class _Process:
 
 @dataclass(slots=True, eq=False)
 class _Place:
-    """One of the N: the process that fills it, and while that is being replaced its successor."""
+    """One of the N places: the process in it, and its successor while that is being started."""
 
     number: int
     current: _Process | None = None
@@ -173,14 +173,14 @@ class Supervisor:
         self._next_start = 0.0
         self._restart_before = 0.0  # what was started before this time is to be replaced
         self._code: int | None = None  # once it stops
-        self._was_signalled = False  # to stop
+        self._was_signalled = False  # by SIGTERM or SIGINT
 
     def run(self) -> int:
         """Supervise, and return the exit code once all processes have ended.
 
-        0: stopped, and all left in good order. 2, or 1 while none has served: the exit code of a worker process that
+        0: stopped, and all ended in good order. 2, or 1 while none has served: the exit code of a worker process that
         another start would not help. 1: one has ended again and again. Otherwise that of the first process which did
-        not leave in good order, 128 and its number for a signal.
+        not end in good order; 128 and its number for a signal.
         """
         self._handle_signals()
         log.info("process %d supervises %d worker processes", os.getpid(), len(self._places))
@@ -202,7 +202,7 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Wait for a signal, a message or the next time at which something is due."""
-        due = min(self._times(), default=None)
+        due = min(self._due_times(), default=None)
         for key, _ in self._selector.select(None if due is None else max(0, due - time.monotonic())):
             if key.data is not None:
                 self._on_message(key.data)
@@ -210,7 +210,7 @@ class Supervisor:
             for number in self._signals.recv(1_000):
                 self._on_signal(number)
 
-    def _times(self) -> Iterator[float]:
+    def _due_times(self) -> Iterator[float]:
         yield from (each.kill_at for each in self._processes.values() if each.kill_at is not None)
         if self._code is None:
             yield from (max(each.start_at, self._next_start) for each in self._vacant())
@@ -218,7 +218,7 @@ class Supervisor:
                 yield self._next_start
 
     def _vacant(self) -> list[_Place]:
-        """Return the places to fill: at first only one, because what all would fail by is to be met once."""
+        """Return the places to fill: only the first until one has served, because all might fail by the same."""
         return [each for each in self._places[: None if self._has_served else 1] if each.current is None]
 
     def _start_what_is_due(self) -> None:
@@ -279,7 +279,7 @@ class Supervisor:
             self._promote(place)
 
     def _promote(self, place: _Place) -> None:
-        """Let the successor fill its place."""
+        """Let the successor take the place, and stop the process that it replaces."""
         if place.current is not None:
             place.current.stop(self._time_to_stop)
         place.current, place.successor = place.successor, None
@@ -365,7 +365,7 @@ class Supervisor:
 
     def _on_lost(self, place: _Place, process: _Process, code: int) -> None:
         """Replace a process that nobody asked to stop, or stop all where that would not help."""
-        if code == _WRONG_COMMAND or (code == _FAILED and not self._has_served):
+        if code == WRONG_COMMAND or (code == FAILED and not self._has_served):
             log.error("%s %s, and so would another one: stopping", process, _described(code))
             self._stop(code)
             return
@@ -379,7 +379,7 @@ class Supervisor:
         place.failures += 1
         if place.failures >= _MOST_FAILURES:
             log.error("%s, %d times in a row: stopping", what, place.failures)
-            self._stop(_FAILED)
+            self._stop(FAILED)
             return
         pause = min(self._first_pause * 2 ** (place.failures - 1), _LONGEST_PAUSE)
         place.start_at = time.monotonic() + pause
@@ -394,4 +394,4 @@ def _described(code: int) -> str:
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:
-    """Do nothing, where SIG_IGN would be inherited, or keep a signal from waking the supervisor."""
+    """Do nothing. SIG_IGN instead would be inherited by child processes, and would not wake the supervisor."""

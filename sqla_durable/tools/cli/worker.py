@@ -9,11 +9,14 @@ import signal
 import sys
 from datetime import timedelta
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from sqla_durable.tools.cli.errors import DONE, INTERRUPTED, CommandError
+
+if TYPE_CHECKING:
+    from sqla_durable import Worker
 
 _TIME_AFTER_GRACE = 20  # seconds; without a database a worker leaves some ten after its grace
 _LEVELS = ("debug", "info", "warning", "error")
@@ -70,13 +73,15 @@ def worker(
     """
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, _stop_before_start)  # until the worker handles them itself
-    count = _process_count(processes)
-    if supervised is None and (count > 1 or processes == "auto"):  # on one core too, where SIGHUP means the same then
+    from sqla_durable.tools.cli.supervisor import Link, process_count
+
+    count = process_count(processes)
+    # With `auto` on one core too: SIGHUP has the same meaning on every machine.
+    if supervised is None and (count > 1 or processes == "auto"):
         raise typer.Exit(_supervise(count, grace=grace, log_level=log_level))
 
     from sqla_durable import Worker
     from sqla_durable.tools.cli.supervised import connect
-    from sqla_durable.tools.cli.supervisor import Link
     from sqla_durable.tools.cli.target import load, sessionmakers
 
     link = Link(supervised) if supervised else None
@@ -108,22 +113,18 @@ def worker(
     if link is not None:
         connect(link, chosen, opened, count)
     gc.collect()
-    gc.freeze()  # what is imported stays: the collector needs not look at it again and again
+    gc.freeze()  # what is imported stays: the collector need not look at it again and again
+    _run(chosen)
+
+
+def _run(chosen: Worker) -> None:
+    """Run a worker until it is stopped; exit at once where steps are left behind in threads."""
     try:
         chosen.run()
     except KeyboardInterrupt:  # the second signal
         _exit_without_threads(INTERRUPTED)
     if chosen.left_behind:
         _exit_without_threads(DONE)
-
-
-def _process_count(wanted: str) -> int:
-    from sqla_durable.tools.cli.supervisor import process_count
-
-    try:
-        return process_count(wanted)
-    except ValueError as error:
-        raise CommandError(str(error)) from None
 
 
 def _supervise(count: int, *, grace: float, log_level: str) -> int:
