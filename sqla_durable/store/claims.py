@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -344,8 +344,8 @@ def _receivers() -> Any:
 
 
 def _row_version(table: sa.FromClause) -> Expression:
-    xmin: Any = sa.column("xmin", _selectable=table)
-    return cast("Expression", xmin.label("row_version"))
+    xmin: sa.ColumnClause[Any] = sa.column("xmin", _selectable=table)
+    return xmin.label("row_version")
 
 
 def _history(claimable: sa.CTE) -> Expression:
