@@ -153,3 +153,34 @@ def test_the_next_workflow_is_executed_while_the_outcome_of_the_last_one_waits_f
         assert races.status_of(engine, first) is WorkflowStatus.RUNNING
         holder.session.close()
         races.wait_until(lambda: races.status_of(engine, first) is WorkflowStatus.SUCCEEDED)
+
+
+def test_no_more_outcomes_wait_to_be_committed_than_there_are_slots(engine: Engine) -> None:
+    """Else all that waits in the queues would be executed before any of it is durable, and again after a crash."""
+    durable, executed, polls = Durable(), list[int](), threading.Semaphore(0)
+
+    @durable.workflow
+    def checkout(number: int) -> int:
+        executed.append(number)
+        return number
+
+    def note(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
+        if "next_due_in" in statement:
+            polls.release()
+
+    with Session(engine) as session:
+        ids = [races.enqueue(session, input={"number": number})[0] for number in range(20)]
+    watched = create_engine(engine.url)
+    event.listen(watched, "after_cursor_execute", note)
+    poll = timedelta(seconds=0.02)
+    with races.transaction(engine) as other:
+        other.session.execute(text("LOCK TABLE durable.step IN SHARE MODE"))  # as CREATE INDEX does
+        with Worker(durable, sessionmaker=sessionmaker(watched), concurrency=2, poll_interval=poll):
+            races.wait_until(lambda: len(executed) >= 4)
+            for _ in range(10):
+                assert polls.acquire(timeout=60)
+            assert len(executed) == 4
+            other.session.rollback()
+            races.wait_until(lambda: {races.status_of(engine, each) for each in ids} == {WorkflowStatus.SUCCEEDED})
+    assert sorted(executed) == list(range(20))
+    watched.dispose()

@@ -52,7 +52,7 @@ class Running:
     """An attempt and the task that executes it.
 
     Attributes:
-        has_slot: whether code of it may still be executed; its outcome is recorded without a slot.
+        has_slot: whether it has a slot; most outcomes are recorded without one.
         is_lost: whether its workflow no longer belongs to this worker.
         cleans_up_until: until when an attempt that was cancelled has time to clean up.
     """
@@ -201,6 +201,11 @@ class Attempts:
         finally:
             self._release_slot(self._running.pop(attempt.fence))
 
+    @property
+    def _outcomes_waiting(self) -> int:
+        """How many attempts wait, without a slot, for the commit of their outcomes."""
+        return len(self._running) - self._slots.taken
+
     def _release_slot(self, running: Running) -> None:
         """Let another workflow be claimed, and executed while the outcome of this one is committed."""
         if running.has_slot:
@@ -219,7 +224,8 @@ class Attempts:
             executing = self._in_thread(runtime, definition, recorder)
         try:
             executed = await executing
-            self._release_slot(self._running[attempt.fence])
+            if self._outcomes_waiting < self._slots.count:  # else all that is pending would be executed, none committed
+                self._release_slot(self._running[attempt.fence])
             completion = await record_completion(recorder, executed)
         except (Released, asyncio.CancelledError) as ending:
             while isinstance(ending, Released) and attempt.is_executing:  # noqa: ASYNC110 (threads set no asyncio.Event)

@@ -37,25 +37,30 @@ T = TypeVar("T")
 
 
 class Slots:
-    """The slots of a worker, each of which executes one workflow."""
+    """The slots of a worker, each of which executes one workflow.
+
+    Attributes:
+        count: how many there are.
+        taken: how many are not free.
+    """
 
     def __init__(self, count: int) -> None:
-        self._count = count
-        self._taken = 0
+        self.count = count
+        self.taken = 0
         self._released = asyncio.Event()
 
     @property
     def free(self) -> int:
         """How many are free."""
-        return self._count - self._taken
+        return self.count - self.taken
 
     def take(self) -> None:
         """Take one."""
-        self._taken += 1
+        self.taken += 1
 
     def release(self) -> None:
         """Release one."""
-        self._taken -= 1
+        self.taken -= 1
         self._released.set()
 
     async def next_release(self) -> None:
