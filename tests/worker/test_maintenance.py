@@ -170,7 +170,7 @@ def test_hints_of_signals_that_keep_coming_keep_nothing_else_waiting(engine: Eng
 
 
 @pytest.mark.usefixtures("one_claim")
-def test_a_poll_looks_into_the_queues_while_the_claims_take_what_signals_were_sent_to(
+def test_a_poll_asks_for_what_is_claimable_while_the_claims_take_what_signals_were_sent_to(
     engine: Engine, session_factory: Sessions
 ) -> None:
     """No claim of what is in the queues follows on that one."""
