@@ -271,7 +271,7 @@ def _as_numeric(value: float) -> float | int:
     if value == 0:
         return 0.0
     if not isfinite(value):
-        raise ValueError("Out of range float values are not JSON compliant")
+        raise ValueError("a float that is no number or infinite is not JSON compliant, pass None or a text instead")
     return int(Decimal(repr(value))) if "e+" in repr(value) else value
 
 

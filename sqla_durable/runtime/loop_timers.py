@@ -404,4 +404,4 @@ def _timers_in(given: contextvars.Context | None) -> Timers | None:
 
 
 def _timers_of(context: Context) -> Timers | None:
-    return getattr(context.runtime, "timers", None)  # an asynchronous runtime has some, once it calls its workflow
+    return getattr(context.runtime, "timers", None)  # an AsyncRuntime has them, once it has called its workflow

@@ -160,7 +160,7 @@ def test_other_schema_version_is_explained(
         (["--lease", "0"], "lease must be longer than zero, got 0 seconds"),
         (["--poll-interval", "-1"], "poll_interval must be longer than zero"),
         (["--queue", " "], "names no queue"),
-        (["--lease", "1e300"], "too large"),
+        (["--lease", "1e300"], "--lease must be a number of seconds, got 1e+300"),
         (["--log-level", "loud"], "--log-level 'loud' is none of"),
         (["--concurrency", "0"], "Invalid value for '--concurrency'"),
     ],
@@ -169,4 +169,22 @@ def test_wrong_setting_is_explained(application: Application, arguments: list[st
     done = application.run("worker", "ledger:durable", "--url", "postgresql://nobody@127.0.0.1:1/none", *arguments)
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("option", ["--lease", "--poll-interval", "--grace", "--start-timeout"])
+@pytest.mark.parametrize("seconds", ["inf", "1e300"])
+def test_seconds_that_are_none_are_refused_with_the_option_and_the_value(
+    application: Application, option: str, seconds: str
+) -> None:
+    done = application.run("worker", "ledger:durable", "--url", USELESS, option, seconds)
+    assert f"{option} must be a number of seconds, got {float(seconds)!r}." in done.stderr
+    assert done.returncode == 2
+
+
+def test_modules_are_not_taken_from_a_directory_that_all_users_share(application: Application) -> None:
+    """As /tmp is, also for root, whose it is."""
+    application.directory.chmod(0o1777)
+    done = application.run("worker", "ledger:durable", "--url", USELESS)
+    assert "any user can put modules there that this command would execute" in done.stderr
     assert done.returncode == 2

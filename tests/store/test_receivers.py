@@ -1,4 +1,4 @@
-"""The claim of what a signal was sent to, and the histories that come with claims."""
+"""The claim of receivers, and the histories that come with claims."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def send(engine: Engine, workflow_id: UUID, name: str = "approved") -> None:
 
 
 def claim(session: Session, *ids: UUID, **options: Any) -> list[Claimed]:
-    """Claim what a signal was sent to; nothing is committed."""
+    """Claim receivers; nothing is committed."""
     given: dict[str, Any] = {"worker_id": OTHER, "token": uuid7(), "queues": ["default"], "names": ["checkout"]}
     given |= {"limit": 10, **options}
     return claims.claim_receivers(session, ids, **given)

@@ -203,7 +203,7 @@ async def test_worker_carries_out_many_workflows_in_few_commits(
     claims = [each for each in counts.statements if "claimable AS" in each]
     writes = [each for each in counts.statements if "ending(" in each]
     # 400 workflows by 100 slots: alone, each would take three commits, 1,200 of them.
-    assert count / 100 <= len(writes) <= count / 10
+    assert count / 200 <= len(writes) <= count / 10  # as many again may wait for their commit
     assert count / 100 <= len(claims) <= count / 10
 
 

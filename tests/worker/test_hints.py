@@ -65,9 +65,7 @@ async def test_a_hint_wakes_what_it_is_about(payload: str, expected: set[str]) -
     ],
     ids=["a signal", "awaited in memory", "many signals", "of another form"],
 )
-async def test_claims_that_have_nothing_else_to_do_take_what_a_signal_was_sent_to(
-    payload: str, expected: set[str]
-) -> None:
+async def test_claims_that_have_nothing_else_to_do_are_woken_for_receivers(payload: str, expected: set[str]) -> None:
     assert woken_by(payload, accepts_receivers=True) == expected
 
 

@@ -105,7 +105,7 @@ class Write(Ticket):
 
     Attributes:
         row: what it is.
-        after: what the same attempt submitted just before, if that was not settled then.
+        after: what the same attempt submitted just before, if anything; None once this is settled.
     """
 
     __slots__ = ("after", "row")
@@ -134,7 +134,7 @@ class Write(Ticket):
         if isinstance(self.row, Suspend):
             return False
         before, self.row = self.row, self.row.escaped
-        return before is not self.row and before != self.row
+        return before != self.row
 
 
 @dataclass(slots=True)
@@ -233,7 +233,7 @@ class Writer(GroupCommit[Write]):
             await self.commit([write for group in groups[:half] for write in group])
             await self.commit([write for group in groups[half:] for write in group])
             return
-        if is_untranslatable(error) and sum(each.escape() for each in batch):
+        if is_untranslatable(error) and sum(each.escape() for each in batch):  # each of them, where `any` would stop
             await self.commit(batch)
             return
         log.error("the database refuses what workflow %s records: %s", batch[0].fence.workflow_id, error)

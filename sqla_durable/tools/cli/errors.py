@@ -34,7 +34,7 @@ def fail(error: Exception) -> NoReturn:
             message, code = str(error), FAILED
         case SQLAlchemyError():
             reason = driver_message(error.orig) if isinstance(error, DBAPIError) and error.orig else message_of(error)
-            message, code = " ".join([f"the database refused: {reason}", *notes_of(error)]), FAILED
+            message, code = ". ".join([f"the database refused: {reason}", *notes_of(error)]), FAILED
         case _:
             raise error
     paragraph = one_line(" ".join(message.split()), limit=10_000)

@@ -364,8 +364,8 @@ class Supervisor:
             log.info("all worker processes have been replaced")
 
     def _on_lost(self, place: _Place, process: _Process, code: int) -> None:
-        """Replace a process that nobody asked to stop, or stop all where that would not help."""
-        if code == WRONG_COMMAND or (code == FAILED and not self._has_served):
+        """Replace a process that nobody asked to stop; where that would not help and no other one serves, stop."""
+        if not self._serves and (code == WRONG_COMMAND or (code == FAILED and not self._has_served)):
             log.error("%s %s, and so would another one: stopping", process, _described(code))
             self._stop(code)
             return
@@ -375,9 +375,14 @@ class Supervisor:
         if place.successor is not None:
             self._promote(place)
 
+    @property
+    def _serves(self) -> bool:
+        """Whether a worker process serves."""
+        return any(each.serves for each in self._processes.values())
+
     def _count_failure(self, place: _Place, what: str) -> None:
         place.failures += 1
-        if place.failures >= _MOST_FAILURES:
+        if place.failures >= _MOST_FAILURES and not self._serves:
             log.error("%s, %d times in a row: stopping", what, place.failures)
             self._stop(FAILED)
             return

@@ -76,11 +76,12 @@ def _import(name: str) -> ModuleType:
 
 def _put_first_on_path(directory: Path) -> None:
     found = directory.stat()
-    if found.st_mode & stat.S_IWOTH and found.st_uid != os.geteuid():
+    is_shared = found.st_mode & stat.S_ISVTX or found.st_uid != os.geteuid()  # root owns /tmp, and is its worst victim
+    if found.st_mode & stat.S_IWOTH and is_shared:
         raise CommandError(
-            f"the current directory {str(directory)!r} belongs to another user and everybody may write to it, so any "
-            "user can put modules there that this command would execute: run it elsewhere, or set PYTHONSAFEPATH=1 and "
-            "name the directory of your modules in PYTHONPATH."
+            f"everybody may write to the current directory {str(directory)!r}, so any user can put modules there that "
+            "this command would execute: run it elsewhere, or set PYTHONSAFEPATH=1 and name the directory of your "
+            "modules in PYTHONPATH."
         )
     if str(directory) not in sys.path:
         sys.path.insert(0, str(directory))

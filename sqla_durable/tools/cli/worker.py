@@ -100,21 +100,28 @@ def worker(
             queues=queue or None,
             versions=version or None,
             concurrency=concurrency,
-            lease=timedelta(seconds=lease),
-            poll_interval=timedelta(seconds=poll_interval),
-            grace=timedelta(seconds=grace),
-            start_timeout=timedelta(seconds=start_timeout),
+            lease=_duration("--lease", lease),
+            poll_interval=_duration("--poll-interval", poll_interval),
+            grace=_duration("--grace", grace),
+            start_timeout=_duration("--start-timeout", start_timeout),
             listen=listen,
             max_attempts=max_attempts,
             name=name,
         )
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         raise CommandError(str(error)) from error
     if link is not None:
         connect(link, chosen, opened, count)
     gc.collect()
     gc.freeze()  # what is imported stays: the collector need not look at it again and again
     _run(chosen)
+
+
+def _duration(option: str, seconds: float) -> timedelta:
+    try:
+        return timedelta(seconds=seconds)
+    except (ValueError, OverflowError):  # not a number, infinite, or more than a hundred million years
+        raise CommandError(f"{option} must be a number of seconds, got {seconds!r}.") from None
 
 
 def _run(chosen: Worker) -> None:
