@@ -56,6 +56,7 @@ def _numbers(run: Run) -> dict[str, int | str]:
     facts, counts = run.facts, run.ledger["counts"]
     fates = {each.number: each.fate for each in run.mishaps}
     undone = Counter(fates[str(number)] for number, status, _ in facts["order"].elements() if status == "cancelled")
+    too_late = sum(str(number) in fates and status == "shipped" for number, status, _ in facts["order"].elements())
     statuses = Counter(str(status) for _, status, _ in facts["order"].elements())
     objections = Counter(str(objection) for _, _, objection in facts["order"].elements() if objection)
     moved = Counter(quantity is not None and int(quantity) < 0 for _, _, quantity in facts["stock movement"].elements())
@@ -66,6 +67,7 @@ def _numbers(run: Run) -> dict[str, int | str]:
         "returns taken back": statuses["returned"],
         **{f"rejected: {reason}": count for reason, count in sorted(objections.items())},
         **{f"cancelled: {fate}": count for fate, count in sorted(undone.items())},
+        "called off too late, and shipped": too_late,
         "lines reserved": moved[True],
         "lines restocked": moved[False],
         "payments": facts["payment"].total(),

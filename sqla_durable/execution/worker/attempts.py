@@ -151,7 +151,7 @@ class Attempts:
             self._cancel(each)
         sync = [each for each in remaining if not self._definition(each.attempt).is_async]
         if sync:
-            log.warning("%d sync workflows are still in a step; they are released", len(sync))
+            log.warning("%d def workflows are still in a step, in threads; they are released", len(sync))
             await self._release([each.attempt.fence for each in sync])
         await self._wait_for([each.task for each in remaining if each not in sync], CANCELLED_GRACE)
 

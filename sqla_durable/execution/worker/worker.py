@@ -259,6 +259,7 @@ class Worker:
                 await serving.run(listen_on=self._engine if listens else None)
         finally:
             self.left_behind = serving.left_behind
+        log.info("worker %s: stopped", self.id)
 
     async def _begin(self, databases: Databases, makers: Sessionmakers, serving: Serving) -> bool:
         """Begin the lease, once the database can be reached; return whether hints can arrive."""

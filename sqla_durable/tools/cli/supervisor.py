@@ -187,6 +187,7 @@ class Supervisor:
         while True:
             self._start_what_is_due()
             if self._code is not None and not self._processes:
+                log.info("all worker processes have ended")
                 return self._code
             self._wait()
             self._reap()
