@@ -294,7 +294,7 @@ def histories(databases: Databases) -> Generator[type[Histories]]:
 def test_the_tables_follow_the_model_through_random_histories(histories: type[Histories], thorough: bool) -> None:
     # behaviour: E8 R3 R4 Q1 T8
     chosen: dict[str, Any] = {"max_examples": int(EXAMPLES)} if EXAMPLES else {"derandomize": True}
-    chosen.setdefault("max_examples", 30 if thorough else 15)
+    chosen.setdefault("max_examples", 30 if thorough else 10)
     run_state_machine_as_test(
         histories,
         settings=settings(
