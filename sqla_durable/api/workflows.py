@@ -16,7 +16,7 @@ from uuid import UUID
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
-from uuid_utils.compat import NIL, uuid7
+from uuid_utils.compat import uuid7
 
 import sqla_durable.api.hints as hints
 from sqla_durable.api.calls import Call, require_workflow, visit
@@ -106,7 +106,7 @@ def _in_common(definition: WorkflowDefinition, options: StartOptions) -> tuple[A
     """
     timeout, deadline = options.timeout, options.deadline
     new = NewWorkflow(
-        id=NIL,
+        id=UUID(int=0),
         name="",
         input="",
         queue=options.queue or definition.options.queue,

@@ -53,8 +53,8 @@ DEFAULT_LIMIT = 1024 * 1024
 
 _DEPTH = 50  # of values in values, where one is looked for
 _MOST_DIGITS = 4_300  # Python documentation, "Integer string conversion length limitation"
-_LONG_NUMBER = re.compile(f"[0-9]{{{_MOST_DIGITS + 1}}}")
-_UNREADABLE = 10**_MOST_DIGITS
+_LONG_NUMBER = re.compile(f"-?[0-9]{{{_MOST_DIGITS}}}")
+_UNREADABLE = -(10 ** (_MOST_DIGITS - 1)), 10**_MOST_DIGITS  # older versions of pydantic count the sign, too
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 _ASCII = 0x80
 _CHARACTER = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)|[^\x00-\x7f]", re.DOTALL)
@@ -228,10 +228,10 @@ def dump(plain: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> str:
         raise EncodingError(f"the {what} cannot be stored: PostgreSQL stores no NUL character{_at(plain, _has_nul)}.")
     if len(encoded) > limit:
         refuse_large(len(encoded), what=what, limit=limit)
-    if len(text) > _MOST_DIGITS and _LONG_NUMBER.search(text) and (path := path_to(plain, _is_unreadable)) is not None:
+    if len(text) >= _MOST_DIGITS and _LONG_NUMBER.search(text) and (path := path_to(plain, _is_unreadable)) is not None:
         raise EncodingError(
-            f"the {what} cannot be stored: an integer{_in(path)} has more than {_MOST_DIGITS:,} digits, which Python "
-            "does not read."
+            f"the {what} cannot be stored: an integer{_in(path)} has more than {_MOST_DIGITS:,} digits and sign, which "
+            "Python does not read."
         )
     return text
 
@@ -322,7 +322,7 @@ def _has_nul(value: object) -> bool:
 
 
 def _is_unreadable(value: object) -> bool:
-    return isinstance(value, int) and abs(value) >= _UNREADABLE
+    return isinstance(value, int) and not _UNREADABLE[0] < value < _UNREADABLE[1]
 
 
 def _is_not_finite(value: object) -> bool:

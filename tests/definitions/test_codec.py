@@ -316,11 +316,11 @@ def test_integer_that_python_does_not_read_is_refused(annotation: Any) -> None:
     def of(value: int) -> Any:
         return [0, value] if annotation == list[int] else value
 
-    for largest in (10**4_300 - 1, 1 - 10**4_300):
+    for largest in (10**4_300 - 1, 1 - 10**4_299):
         assert codec.decode(codec.encode(of(largest))) == of(largest)
-    for beyond in (10**4_300, -(10**4_300)):
+    for beyond in (10**4_300, -(10**4_299)):
         for encode in (codec.encode, codec.encode_argument):
-            with pytest.raises(EncodingError, match=r"an integer( in \[1\])? has more than 4,300 digits"):
+            with pytest.raises(EncodingError, match=r"an integer( in \[1\])? has more than 4,300 digits and sign"):
                 encode(of(beyond))
 
 
