@@ -17,7 +17,6 @@ from sqlalchemy import create_engine, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Executor, Workflow, WorkflowStatus, embedded, send_signal
-from sqla_durable.asyncio import AsyncWorkflowFunction
 from sqla_durable.tools.bench import application, baselines
 from sqla_durable.tools.bench.application import Entry
 from sqla_durable.tools.bench.baselines import Pgbench, find_pgbench
@@ -249,14 +248,14 @@ def horizon(bench: Bench) -> Iterator[Figure]:
     First those of `steps`, then workflows that suspend: each of them is claimed twice, suspended and woken.
     """
     plain = Reference("steps, without it", bench.plain_steps().rate)
-    yield from _during_a_snapshot(bench, application.one_step, "", plain)
-    yield from _during_a_snapshot(bench, application.suspends_once, " that suspend", plain)
+    bench.fill(application.one_step.bind(number) for number in range(bench.count(100_000)))
+    yield from _during_a_snapshot(bench, "", plain)
+    # Few enough to be finished in time: each is suspended by a commit of its own, and those that wake queue up behind.
+    bench.fill(application.suspends_once.bind(number) for number in range(bench.count(5_000)))
+    yield from _during_a_snapshot(bench, " that suspend", plain)
 
 
-def _during_a_snapshot(
-    bench: Bench, workflow: AsyncWorkflowFunction[[int], int], which: str, plain: Reference
-) -> Iterator[Figure]:
-    bench.fill(workflow.bind(number) for number in range(bench.count(100_000)))
+def _during_a_snapshot(bench: Bench, which: str, plain: Reference) -> Iterator[Figure]:
     with bench.schema.engine.connect().execution_options(isolation_level="REPEATABLE READ") as other:
         other.execute(text("SELECT 1"))  # takes the snapshot
         doing = f"one step each{which}, beside an open transaction"
