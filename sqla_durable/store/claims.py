@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any, TypeAlias
@@ -195,11 +195,6 @@ def with_histories(connectable: Connectable, claimed: Sequence[Claimed]) -> list
         each._replace(history=found.get(each.fence.workflow_id, {}), is_unread=False) if each.is_unread else each
         for each in claimed
     ]
-
-
-def from_front(queues: Iterable[str]) -> Ranges:
-    """Return the ranges that read all of these queues."""
-    return {each: [Range(FRONT)] for each in queues}
 
 
 def range_parameters(ranges: Ranges) -> dict[str, str]:

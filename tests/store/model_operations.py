@@ -133,7 +133,7 @@ class Claim(OnWorkflows):
             session,
             worker_id=self.worker_id,
             token=self.token,
-            ranges=claims.from_front(self.listened),
+            ranges=races.from_front(self.listened),
             names=[NAME],
             limit=self.limit,
         )

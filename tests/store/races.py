@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
@@ -136,7 +136,7 @@ def claim(session: Session, limit: int = 1, **options: Any) -> list[Claimed]:
 def claim_only(session: Session, limit: int = 1, **options: Any) -> claims.Batch:
     """Do so with the histories that come with the claim."""
     settings: dict[str, Any] = {"worker_id": WORKER, "token": uuid7(), "names": ["checkout"]}
-    settings["ranges"] = claims.from_front(options.pop("queues", ["default"]))
+    settings["ranges"] = from_front(options.pop("queues", ["default"]))
     return claims.claim(session, limit=limit, **{**settings, **options})
 
 
@@ -155,6 +155,11 @@ def end(session: Session, ends: Sequence[attempts.End]) -> set[UUID]:
 def is_alive(session: Session, worker_id: UUID) -> bool:
     """Return whether a worker's lease is live."""
     return find_work(session, worker_id=worker_id, ranges={}, names=[]).alive
+
+
+def from_front(queues: Iterable[str]) -> claims.Ranges:
+    """Return the ranges that read all of these queues."""
+    return {each: [claims.Range(claims.FRONT)] for each in queues}
 
 
 def claimed_fences(engine: Engine, count: int = 1, *, worker_id: UUID = WORKER) -> list[Fence]:

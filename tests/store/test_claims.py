@@ -55,7 +55,7 @@ def test_the_first_and_last_places_of_all_are_claimed_in_their_order(engine: Eng
         for number, place in enumerate(places):
             insert = "INSERT INTO durable.workflow (name, input, enqueued_at) VALUES ('checkout', :input, :place)"
             session.execute(text(insert), {"input": f'{{"number": {number}}}', "place": place})
-        ranges = claims.from_front(["default"])
+        ranges = races.from_front(["default"])
         numbers: list[str] = []
         while batch := claims.claim(
             session, worker_id=races.WORKER, token=uuid7(), ranges=ranges, names=["checkout"], limit=1
@@ -256,7 +256,7 @@ def test_the_claim_reads_the_head_of_its_index_and_nothing_else(
     # behaviour: Q11
     with session_factory() as session:
         fill(session)
-        parameters = _parameters(claims.from_front(["default", "other"]), *versions)
+        parameters = _parameters(races.from_front(["default", "other"]), *versions)
         plan = explain(session, claims._CLAIM, parameters, mode=mode)  # pyright: ignore[reportPrivateUsage]
     assert plan.uses("workflow_pending_idx"), plan
     assert not plan.scans("workflow"), plan

@@ -12,7 +12,6 @@ from sqlalchemy.orm import Session
 from sqla_durable.models import Workflow
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import attempts, failures
-from sqla_durable.store.claims import from_front
 from sqla_durable.store.failures import _FAIL_OVERDUE  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.store.work import find_work
 from tests.store import races
@@ -73,7 +72,7 @@ def test_what_is_overdue_is_neither_claimed_nor_claimable(engine: Engine) -> Non
         (overdue,) = races.enqueue(session, deadline_at=PAST)
         assert races.claim(session) == []
         assert not find_work(
-            session, worker_id=races.WORKER, ranges=from_front(["default"]), names=["checkout"]
+            session, worker_id=races.WORKER, ranges=races.from_front(["default"]), names=["checkout"]
         ).claimable
         (other,) = races.enqueue(session)
         assert [each.fence.workflow_id for each in races.claim(session, 9)] == [other]

@@ -129,7 +129,7 @@ def test_what_a_worker_repeats_does_not_read_what_is_dead(burdened: Engine) -> N
     # behaviour: G1 G2
     with Session(burdened) as session:
         moment = now(session)
-        everything = pages(session, FULL_SCAN, claims.from_front(["default"]))
+        everything = pages(session, FULL_SCAN, races.from_front(["default"]))
         after = pages(session, marks_at(moment), cursors_at(moment).ranges())
     assert after["poll"] < 40, after
     assert all(count < 15 for name, count in after.items() if name != "poll"), after

@@ -46,7 +46,7 @@ def statements(receiver: UUID) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Return what an idle worker executes now and then, and what it executes for a signal."""
     scans = dict.fromkeys(["since_wake", "since_deadline", "since_sent", "since_expired"], SINCE)
     names = claims.name_parameters(["checkout"], [])
-    ranges = claims.range_parameters(claims.from_front(["default"]))
+    ranges = claims.range_parameters(races.from_front(["default"]))
     claim: dict[str, Any] = {"limit": 100, "new_token": uuid7(), "claimant": races.WORKER, **names}
     return {
         "poll": (_FIND_WORK, {"polling_id": races.WORKER, "within": 1.0, **scans, **names, **ranges}),

@@ -11,7 +11,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Queue
 from sqla_durable.store import Suspend, timers, workers
-from sqla_durable.store.claims import from_front, name_parameters, range_parameters
+from sqla_durable.store.claims import name_parameters, range_parameters
 from sqla_durable.store.work import (
     _FIND_WORK,  # pyright: ignore[reportPrivateUsage]
     LATE_COMMIT,
@@ -28,7 +28,9 @@ NOTHING = Work(claimable=False, due=False, next_due_in=None, undelivered=False, 
 
 
 def seen(session: Session, *queues: str) -> Work:
-    return find_work(session, worker_id=races.WORKER, ranges=from_front(queues or ["default"]), names=["checkout"])
+    return find_work(
+        session, worker_id=races.WORKER, ranges=races.from_front(queues or ["default"]), names=["checkout"]
+    )
 
 
 def test_an_empty_database_holds_nothing_to_do(engine: Engine) -> None:
@@ -52,7 +54,11 @@ def test_what_another_version_is_to_claim_is_not_claimable(engine: Engine) -> No
         races.enqueue(session, version="1")
         for versions, claimable in (([], True), (["1"], True), (["2"], False)):
             found = find_work(
-                session, worker_id=races.WORKER, ranges=from_front(["default"]), names=["checkout"], versions=versions
+                session,
+                worker_id=races.WORKER,
+                ranges=races.from_front(["default"]),
+                names=["checkout"],
+                versions=versions,
             )
             assert found.claimable is claimable
 
@@ -114,7 +120,7 @@ def test_a_poll_costs_a_few_pages_among_many_rows(
             connection.execute(text("VACUUM ANALYZE"))
     with Session(engine) as session:
         parameters: dict[str, object] = {"polling_id": races.WORKER, **name_parameters(["checkout"], ["1"])}
-        parameters |= range_parameters(from_front(["a", "default"])) | BEGIN
+        parameters |= range_parameters(races.from_front(["a", "default"])) | BEGIN
         # The less of two: a session whose catalogue caches were reset meanwhile reads the catalogue's pages, too.
         plans = [explain(session, _FIND_WORK, parameters, mode=mode) for _ in range(2)]
     plan = min(plans, key=Plan.buffers)

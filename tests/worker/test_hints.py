@@ -29,8 +29,8 @@ def woken_by(payload: str, *, accepts_receivers: bool = False) -> set[str]:
     found = {
         "claims": wakeups.claims.is_set,
         "heartbeat": wakeups.heartbeat.is_set,
-        "signals": wakeups.maintenance.is_set and not wakeups.maintenance.is_to_poll,
-        "maintenance": wakeups.maintenance.is_to_poll,
+        "signals": wakeups.maintenance.is_set and not wakeups.maintenance.is_for_anything,
+        "maintenance": wakeups.maintenance.is_for_anything,
         "operation": waker.is_woken,
         "cursors": cursors.restarts > 0,
     }
@@ -72,11 +72,11 @@ async def test_claims_that_have_nothing_else_to_do_are_woken_for_receivers(paylo
 async def test_a_receiver_wakes_claims_for_nothing_else() -> None:
     wakeup = ClaimsWakeup()
     wakeup.set_for_receiver(WORKFLOW)
-    assert (wakeup.is_set, wakeup.is_to_claim) == (True, False)
+    assert (wakeup.is_set, wakeup.is_for_anything) == (True, False)
     wakeup.set()
-    assert wakeup.is_to_claim
+    assert wakeup.is_for_anything
     wakeup.clear()
-    assert (wakeup.is_set, wakeup.is_to_claim) == (False, False)
+    assert (wakeup.is_set, wakeup.is_for_anything) == (False, False)
     assert wakeup.take_receivers() == [WORKFLOW]
     assert wakeup.take_receivers() == []
 

@@ -107,7 +107,7 @@ class Claims:
         try:
             while self._slots.free > 0:
                 left = None if until is None else until - time.monotonic()
-                if not await self._wakeup.wait(left) or self._wakeup.is_to_claim:
+                if not await self._wakeup.wait(left) or self._wakeup.is_for_anything:
                     break
                 self._wakeup.clear()
                 await self._claim_receivers(self._wakeup.take_receivers())

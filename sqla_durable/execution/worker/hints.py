@@ -63,55 +63,20 @@ class Wakeup:
         return self._event.is_set()
 
 
-class ClaimsWakeup(Wakeup):
-    """Wakes the claims, for their queues or for *receivers*: suspended workflows to which signals were sent.
+class SelectiveWakeup(Wakeup):
+    """Wakes one loop, for anything or for signals only.
 
     Attributes:
-        accepts_receivers: whether they claim receivers now: they have found nothing in the queues.
-        is_to_claim: whether there may be something in the queues; otherwise there are receivers at most.
+        is_for_anything: whether there may be anything else than signals.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.accepts_receivers = False
-        self.is_to_claim = False
-        self._receivers: set[UUID] = set()
-
-    def set(self) -> None:
-        """Wake them for what is in the queues."""
-        self.is_to_claim = True
-        super().set()
-
-    def set_for_receiver(self, workflow_id: UUID) -> None:
-        """Wake them for one receiver."""
-        self._receivers.add(workflow_id)
-        super().set()
-
-    def clear(self) -> None:
-        """Forget that they were woken."""
-        self.is_to_claim = False
-        super().clear()
-
-    def take_receivers(self) -> list[UUID]:
-        """Return the receivers since the last time, and forget them."""
-        taken, self._receivers = self._receivers, set()
-        return list(taken)
-
-
-class MaintenanceWakeup(Wakeup):
-    """Wakes the maintenance.
-
-    Attributes:
-        is_to_poll: whether there may be anything, such as a timer; otherwise there are signals at most.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_to_poll = False
+        self.is_for_anything = False
 
     def set(self) -> None:
         """Wake it for anything that may be there."""
-        self.is_to_poll = True
+        self.is_for_anything = True
         super().set()
 
     def set_for_signals(self) -> None:
@@ -120,8 +85,31 @@ class MaintenanceWakeup(Wakeup):
 
     def clear(self) -> None:
         """Forget that it was woken."""
-        self.is_to_poll = False
+        self.is_for_anything = False
         super().clear()
+
+
+class ClaimsWakeup(SelectiveWakeup):
+    """Wakes the claims, for their queues or for *receivers*: suspended workflows to which signals were sent.
+
+    Attributes:
+        accepts_receivers: whether they claim receivers now: they have found nothing in the queues.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accepts_receivers = False
+        self._receivers: set[UUID] = set()
+
+    def set_for_receiver(self, workflow_id: UUID) -> None:
+        """Wake them for one receiver."""
+        self._receivers.add(workflow_id)
+        self.set_for_signals()
+
+    def take_receivers(self) -> list[UUID]:
+        """Return the receivers since the last time, and forget them."""
+        taken, self._receivers = self._receivers, set()
+        return list(taken)
 
 
 class Wakeups:
@@ -135,7 +123,7 @@ class Wakeups:
 
     def __init__(self) -> None:
         self.claims = ClaimsWakeup()
-        self.maintenance = MaintenanceWakeup()
+        self.maintenance = SelectiveWakeup()
         self.heartbeat = Wakeup()
 
 

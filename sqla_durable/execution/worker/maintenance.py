@@ -110,7 +110,7 @@ class Maintenance:
     @property
     def _claims_follow(self) -> bool:
         """Whether a claim follows without a hint."""
-        return self._cursors.in_burst or self._claims.is_to_claim
+        return self._cursors.in_burst or self._claims.is_for_anything
 
     async def _act(self, seen: Work) -> None:
         """Act on what the poll found; scan from where the poll began."""
@@ -135,7 +135,7 @@ class Maintenance:
         next_due_in = self._interval if seen.next_due_in is None else seen.next_due_in
         await asyncio.sleep(SHORTEST_POLL)
         until = time.monotonic() + min(self._interval, next_due_in)
-        while await self._wakeup.wait(until - time.monotonic()) and not self._wakeup.is_to_poll:
+        while await self._wakeup.wait(until - time.monotonic()) and not self._wakeup.is_for_anything:
             self._wakeup.clear()
             await self.deliver()
             await asyncio.sleep(SHORTEST_POLL)
