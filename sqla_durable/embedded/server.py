@@ -301,7 +301,10 @@ class EmbeddedServer:
             raise self._unavailable(f"failed in {program} {arguments[0]}: {finished.stdout.strip()}")
 
     def _execute(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return _programs.execute(self.binaries / program, *arguments, user=self._user)
+        try:
+            return _programs.execute(self.binaries / program, *arguments, user=self._user)
+        except PermissionError as error:  # the programs were copied into the directory, which the user cannot enter
+            raise self._unavailable(f"cannot run {program}: {error.strerror}") from error
 
     def _unavailable(self, what: str) -> DatabaseUnavailableError:
         log = self._data / "server.log"
