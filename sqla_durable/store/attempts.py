@@ -33,6 +33,7 @@ from sqla_durable.store.statements import (
     Connectable,
     Shape,
     Statement,
+    as_uuid,
     batch_parameter,
     batch_table,
     count_rows,
@@ -113,7 +114,7 @@ def write_batch(
     parameters |= batch_parameter("ending", [_end_row(each, counts[each.fence]) for each in ends])
     unwritten = Unwritten()
     for workflow_id, token, key in _WRITE_BATCH.rows(connectable, parameters):
-        fence = Fence(UUID(str(workflow_id)), UUID(str(token)))
+        fence = Fence(as_uuid(workflow_id), as_uuid(token))
         if key is None:
             unwritten.ends.add(fence)
         else:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -24,6 +24,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import StepStatus, Text, WorkflowStatus
 from sqla_durable.store import failures, steps
+from sqla_durable.store.driver import DriverStatement
 from sqla_durable.store.records import Claimed, Fence, Recorded
 from sqla_durable.store.signals import WOKEN, is_satisfied
 from sqla_durable.store.statements import (
@@ -40,12 +41,11 @@ from sqla_durable.store.statements import (
     Connectable,
     Expression,
     Restriction,
-    Statement,
     Subset,
+    as_uuid,
     batch_parameter,
     batch_table,
     count_rows,
-    execute,
     has_status,
     integer,
     is_among,
@@ -131,9 +131,12 @@ def claim(
         | name_parameters(names, versions)
         | subset.parameters
     )
-    returned = execute(connectable, subset.form_of(_CLAIM, _CLAIM_PART), parameters | range_parameters(ranges))
+    parameters |= range_parameters(ranges)
     # RETURNING has no order of its own.
-    rows = sorted(returned, key=lambda row: (row.priority, row.enqueued_at, row.id))
+    rows = sorted(
+        _taken(subset.form_of(_CLAIM, _CLAIM_PART).rows(connectable, parameters)),
+        key=lambda row: (row.priority, row.enqueued_at, row.id),
+    )
     last_positions: dict[str, dict[int, ScanPosition]] = defaultdict(dict)
     for row in rows:
         last_positions[row.queue][row.priority] = ScanPosition(row.priority, row.enqueued_at, row.id)
@@ -161,8 +164,8 @@ def claim_one(connectable: Connectable, workflow_id: UUID, *, worker_id: UUID, t
     None if it is not pending, or its deadline has come.
     """
     parameters = {"wanted_id": workflow_id, "new_token": token, "claimant": worker_id}
-    row = execute(connectable, _CLAIM_ONE, parameters).one_or_none()
-    return None if row is None else _claimed(row, token)
+    rows = _taken(_CLAIM_ONE.rows(connectable, parameters))
+    return _claimed(rows[0], token) if rows else None
 
 
 def claim_receivers(
@@ -181,8 +184,8 @@ def claim_receivers(
     Past the queue: for a worker that has found nothing in it. Signals stay undelivered until they are taken.
     """
     parameters = {"ids": list(ids), "queues": list(queues), "limit": limit, "new_token": token, "claimant": worker_id}
-    rows = execute(connectable, _CLAIM_RECEIVERS, parameters | name_parameters(names, versions))
-    return [_claimed(row, token) for row in rows]
+    rows = _CLAIM_RECEIVERS.rows(connectable, parameters | name_parameters(names, versions))
+    return [_claimed(row, token) for row in _taken(rows)]
 
 
 def with_histories(connectable: Connectable, claimed: Sequence[Claimed]) -> list[Claimed]:
@@ -251,9 +254,32 @@ def other_versions(connectable: Connectable, *, queues: Sequence[str], versions:
     return sorted(scalars(connectable, found))
 
 
-def _claimed(row: sa.Row[Any], token: UUID) -> Claimed:
+class _Taken(NamedTuple):
+    """What the claim returns of a workflow; `input`, `headers` and `history` are JSON text."""
+
+    id: UUID
+    name: str
+    attempt: int
+    queue: str
+    priority: int
+    enqueued_at: datetime
+    input: str
+    headers: str | None
+    started: bool
+    history: str | None
+    claimed_at: datetime
+    is_child: bool
+    is_cancelling: bool
+    overdue: str | None
+
+
+def _taken(rows: Iterable[Any]) -> list[_Taken]:
+    return [_Taken(as_uuid(row[0]), *row[1:]) for row in rows]
+
+
+def _claimed(row: _Taken, token: UUID) -> Claimed:
     fence = Fence(row.id, token)
-    headers: dict[str, str] = row.headers or {}
+    headers: dict[str, str] = json.loads(row.headers) if row.headers else {}
     ends = row.is_child, row.is_cancelling, row.overdue
     is_unread = row.started and row.history is None
     return Claimed(fence, row.name, row.attempt, row.input, *ends, headers, _history_in(row.history), is_unread)
@@ -396,7 +422,7 @@ def _claim_statement(candidates: Any, **more: Any) -> Any:
             WORKFLOW.c.priority,
             WORKFLOW.c.enqueued_at,
             sa.cast(WORKFLOW.c.input, Text).label("input"),
-            WORKFLOW.c.headers,
+            sa.cast(WORKFLOW.c.headers, Text).label("headers"),
             claimable.c.started_at.is_not(None).label("started"),
             _history(claimable).label("history"),
             pg.statement_timestamp().label("claimed_at"),
@@ -407,6 +433,6 @@ def _claim_statement(candidates: Any, **more: Any) -> Any:
     )
 
 
-_CLAIM, _CLAIM_PART, _CLAIMABLE = subset_forms(_claim_many_statement)
-_CLAIM_ONE = Statement(lambda: _claim_statement(_one()))
-_CLAIM_RECEIVERS = Statement(lambda: _claim_statement(_receivers(), **WOKEN))
+_CLAIM, _CLAIM_PART, _CLAIMABLE = subset_forms(_claim_many_statement, DriverStatement)
+_CLAIM_ONE = DriverStatement(lambda: _claim_statement(_one()))
+_CLAIM_RECEIVERS = DriverStatement(lambda: _claim_statement(_receivers(), **WOKEN))

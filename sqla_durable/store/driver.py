@@ -45,7 +45,7 @@ class _Text:
 class DriverStatement(Statement):
     """A statement that is given to the driver as text.
 
-    Its parameters are text, numbers, booleans and None, which all drivers take as they are.
+    Its parameters are text, numbers, booleans, ids, lists of these, and None, which all drivers take as they are.
     """
 
     def __init__(self, make: Callable[[], sa.Executable]) -> None:

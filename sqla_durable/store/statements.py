@@ -111,6 +111,8 @@ class Statement:
         return self._make()
 
 
+S = TypeVar("S", bound=Statement)
+
 Restriction: TypeAlias = Callable[[sa.ColumnElement[UUID]], Condition]
 """Makes the condition that a workflow with this id belongs to the subset."""
 
@@ -132,7 +134,7 @@ class Subset:
         """Whether it is not restricted."""
         return self.only is None and not self.excluded
 
-    def form_of(self, whole: Statement, part: Statement) -> Statement:
+    def form_of(self, whole: S, part: S) -> S:
         """Return the form of a statement to be executed."""
         return whole if self.is_whole else part
 
@@ -257,6 +259,11 @@ def batch_table(name: str, columns: Columns) -> sa.TableValuedAlias:
 def batch_parameter(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return rows as the parameter of the `batch_table` of that name."""
     return {_rows_of(name): json.dumps(rows, default=str)}
+
+
+def as_uuid(value: Any) -> UUID:
+    """Return an id that the driver read, as a UUID or as its text."""
+    return value if isinstance(value, UUID) else UUID(value)
 
 
 def fence_row(fence: Fence) -> dict[str, Any]:
@@ -418,15 +425,18 @@ def materialized(statement: sa.SelectBase, name: str) -> sa.CTE:
     return statement.cte(name).prefix_with("MATERIALIZED")
 
 
-def subset_forms(build: Callable[[Restriction], tuple[Any, Any]]) -> tuple[Statement, Statement, Statement]:
+def subset_forms(
+    build: Callable[[Restriction], tuple[Any, Any]], kind: Callable[[Callable[[], Any]], S] = Statement
+) -> tuple[S, S, Statement]:
     """Return the three forms of a statement: for all, for a subset, and the select of ids.
 
     Args:
         build: makes the statement and the select, with a condition on the column of ids.
+        kind: the class of the statements for all and for a subset.
     """
     return (
-        Statement(lambda: build(lambda _: sa.true())[0]),
-        Statement(lambda: build(_is_in_subset)[0]),
+        kind(lambda: build(lambda _: sa.true())[0]),
+        kind(lambda: build(_is_in_subset)[0]),
         Statement(lambda: build(_is_in_subset)[1]),
     )
 

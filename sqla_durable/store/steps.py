@@ -32,6 +32,7 @@ from sqla_durable.store.statements import (
     batch_table,
     execute,
     fence_row,
+    has_status,
     insert_select,
     interval,
     is_among,
@@ -62,6 +63,14 @@ def record(session: Connectable, checkpoint: Checkpoint) -> Verdict:
 def record_last(session: Session, checkpoint: Checkpoint) -> Verdict:
     """Record it as the last statement before the COMMIT, with a limit on how long the transaction may then be idle."""
     return _verdict(session, _RECORD_LAST, checkpoint)
+
+
+def record_unlocked(connectable: Connectable, checkpoint: Checkpoint) -> bool:
+    """Record one checkpoint if its attempt owns the workflow, and nobody else locks that row; return whether it did.
+
+    The same as `write_batch` of this checkpoint alone, in half of the server's time.
+    """
+    return bool(_RECORD_UNLOCKED.rows(connectable, given_parameters(checkpoint)))
 
 
 def why_unwritten(connectable: Connectable, parameters: Mapping[str, Any]) -> Verdict:
@@ -211,16 +220,17 @@ def is_owned(table: sa.FromClause = WORKFLOW) -> tuple[Condition, ...]:
     return (
         table.c.id == GIVEN["id"],
         table.c.token == GIVEN["token"],
-        table.c.status == status_literal(WorkflowStatus.RUNNING),
+        has_status(table, WorkflowStatus.RUNNING),
     )
 
 
-def select_from_owned(columns: Mapping[str, Any]) -> Any:
+def select_from_owned(columns: Mapping[str, Any], *, skip_locked: bool = False) -> Any:
     """Select columns from the workflow's row, locked in the same statement, if the attempt of `GIVEN` owns it.
 
     Without the lock a cancel or a reclaim could commit between this check and the commit.
     """
-    return sa.select(*columns.values()).where(*is_owned()).with_for_update(key_share=True, of=WORKFLOW)
+    owned = sa.select(*columns.values()).where(*is_owned())
+    return owned.with_for_update(key_share=True, skip_locked=skip_locked, of=WORKFLOW)
 
 
 def report_progress(connectable: Connectable, checkpoint: Checkpoint, *, details: str | None) -> None:
@@ -285,9 +295,10 @@ def _given_name(name: str) -> str:
     return f"given_{name}"  # the bare name of a column is reserved in INSERT
 
 
-def _record_statement(*more: Expression) -> Any:
+def _record_statement(*more: Expression, skip_locked: bool = False) -> Any:
     columns = checkpoint_columns(GIVEN)
-    return insert_checkpoints(columns, select_from_owned(columns)).returning(STEP.c.key, *more)
+    source = select_from_owned(columns, skip_locked=skip_locked)
+    return insert_checkpoints(columns, source).returning(STEP.c.key, *more)
 
 
 def _recorded_among_statement() -> Any:
@@ -361,6 +372,7 @@ GIVEN: dict[str, Expression] = {name: parameter(_given_name(name), kind) for nam
 
 _OWNED = Statement(lambda: sa.select(WORKFLOW.c.id).where(*is_owned()))
 _RECORD = DriverStatement(_record_statement)
+_RECORD_UNLOCKED = DriverStatement(lambda: _record_statement(skip_locked=True))
 _RECORD_LAST = DriverStatement(lambda: _record_statement(limit_idle_time()))
 _RECORDED_AMONG = Statement(_recorded_among_statement)
 RECORDED = (

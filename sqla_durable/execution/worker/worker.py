@@ -199,11 +199,16 @@ class Worker:
         try:
             self.run()
         except BaseException as error:
-            log.debug("the worker's thread ended", exc_info=True)
             self._error = error
+            self._log_failure(error)
             self._refuse_start(error)
         else:
             self._refuse_start(UsageError("the worker was stopped before it had started."))
+
+    def _log_failure(self, error: BaseException) -> None:
+        """Log at once what is raised at the end of the `with` block only; what its beginning raises needs no line."""
+        if self._started.done():
+            log.error("worker %s: has failed, and executes nothing any more", self.id, exc_info=error)
 
     def _refuse_start(self, error: BaseException) -> None:
         """Raise an error where the start is waited for."""
@@ -215,6 +220,7 @@ class Worker:
         await asyncio.wait([self._task, asyncio.wrap_future(self._started)], return_when=asyncio.FIRST_COMPLETED)
         if self._task.done():
             await self._task
+        self._task.add_done_callback(self._log_end)
         return self
 
     async def __aexit__(
@@ -223,6 +229,10 @@ class Worker:
         self.stop()
         if self._task is not None:
             await self._task
+
+    def _log_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._log_failure(error)
 
     async def _serve_until_signal(self) -> None:
         worker_name.set(settings.shown_name(self.name))  # for the handlers too

@@ -267,6 +267,13 @@ def _refused_before(write: Write) -> bool:
 
 def _write(connection: Connection, batch: Sequence[Write]) -> Settled:
     """Write checkpoints, and what ends the attempts whose checkpoints are all there."""
+    if len(batch) == 1 and isinstance(only := batch[0].row, Checkpoint):  # of a workflow that executes alone
+        is_written, settled = steps.record_unlocked(connection, only), Settled()
+        if is_written:
+            settled.written.append(batch[0])
+        else:
+            _explain(connection, batch, settled)
+        return settled
     checkpoints = [each.row for each in batch if isinstance(each.row, Checkpoint)]
     ends = [each.row for each in batch if not isinstance(each.row, Checkpoint)]
     unwritten = attempts.write_batch(connection, checkpoints, ends)
@@ -284,7 +291,7 @@ def _is_unwritten(row: Row, unwritten: attempts.Unwritten) -> bool:
     return row.fence in unwritten.ends
 
 
-def _explain(connection: Connection, failed: list[Write], settled: Settled) -> None:
+def _explain(connection: Connection, failed: Sequence[Write], settled: Settled) -> None:
     """Find out why rows were not written: an earlier try has done so, they are locked, or the attempt has lost them."""
     recorded = steps.recorded_among(connection, [each.row for each in failed if isinstance(each.row, Checkpoint)])
     reached = attempts.finished_by(connection, [each.fence for each in failed if isinstance(each.row, Completion)])
