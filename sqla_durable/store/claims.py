@@ -433,6 +433,6 @@ def _claim_statement(candidates: Any, **more: Any) -> Any:
     )
 
 
-_CLAIM, _CLAIM_PART, _CLAIMABLE = subset_forms(_claim_many_statement, DriverStatement)
+_CLAIM, _CLAIM_PART, _CLAIMABLE = subset_forms(DriverStatement, _claim_many_statement)
 _CLAIM_ONE = DriverStatement(lambda: _claim_statement(_one()))
 _CLAIM_RECEIVERS = DriverStatement(lambda: _claim_statement(_receivers(), **WOKEN))

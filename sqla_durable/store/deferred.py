@@ -169,5 +169,5 @@ def _report_orphans_statement() -> Any:
 _START_SOME = Statement(_start_some_statement)
 _START_REST = Statement(_start_rest_statement)
 _START_ALL_OF = Statement(_start_all_of_statement)
-_START_ORPHANS, _START_SOME_ORPHANS, _PARENTS_OF_ORPHANS = subset_forms(_start_orphans_statement)
+_START_ORPHANS, _START_SOME_ORPHANS, _PARENTS_OF_ORPHANS = subset_forms(Statement, _start_orphans_statement)
 _REPORT_ORPHANS = Statement(_report_orphans_statement)

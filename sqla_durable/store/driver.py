@@ -55,8 +55,8 @@ class DriverStatement(Statement):
     def rows(self, connectable: Connectable, parameters: Mapping[str, Any]) -> Sequence[Any]:
         """Execute it, and return its rows as the driver reads them: an id is a UUID or its text.
 
-        Where `_may_bypass` allows it, the driver's own cursor executes it. If that fails, it is executed a second time
-        by SQLAlchemy, whose error says what kind of error it is.
+        Where `_may_bypass` allows it, the driver's own cursor executes it, and once only: an error may come after the
+        statement was executed, from a value that the driver cannot read.
         """
         try:
             connection = connection_of(connectable) if isinstance(connectable, Session) else connectable
@@ -65,9 +65,10 @@ class DriverStatement(Statement):
             if _may_bypass(connection):
                 try:
                     return _fetched(connection, text.sql, given)
-                except connection.dialect.loaded_dbapi.Error:
-                    pass
-            return connection.exec_driver_sql(text.sql, given).all()
+                except connection.dialect.loaded_dbapi.Error as error:
+                    if not _is_lost(connection, error):
+                        raise _wrapped(connection, text.sql, given, error) from error
+            return connection.exec_driver_sql(text.sql, given).all()  # or finds that the connection is lost
         except (DBAPIError, OSError) as error:  # asyncpg's connections raise the latter too
             mark_engine_error(error)
             raise
@@ -92,10 +93,23 @@ class DriverStatement(Statement):
 def _may_bypass(connection: sa.Connection) -> bool:
     """Return whether SQLAlchemy may be bypassed: in AUTOCOMMIT, where no log and no event sees the statement."""
     engine = connection.engine
-    if engine.echo or engine.dispatch.before_cursor_execute or engine.dispatch.after_cursor_execute:
+    seen, of_dialect = engine.dispatch, engine.dialect.dispatch
+    if engine.echo or seen.before_cursor_execute or seen.after_cursor_execute or of_dialect.handle_error:
         return False
     # Asked of the driver, not of the options: an engine with an isolation level of its own may overrule those.
     return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
+
+
+def _is_lost(connection: sa.Connection, error: Any) -> bool:
+    return connection.dialect.is_disconnect(error, connection.connection.dbapi_connection, None)
+
+
+def _wrapped(connection: sa.Connection, sql: str, parameters: Any, error: Exception) -> BaseException:
+    """Return SQLAlchemy's error for one of the driver's."""
+    dialect, hidden = connection.dialect, connection.engine.hide_parameters
+    return DBAPIError.instance(
+        sql, parameters, error, dialect.loaded_dbapi.Error, hide_parameters=hidden, dialect=dialect
+    )
 
 
 def _fetched(connection: sa.Connection, sql: str, parameters: Any) -> Sequence[Any]:

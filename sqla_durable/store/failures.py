@@ -238,7 +238,7 @@ def _names(column: str, condition: str) -> bool:
     return re.search(rf"(?<![.@'\w]){column}\b(?! FROM)", condition) is not None
 
 
-_FAIL_OVERDUE, _FAIL_PART, _OVERDUE_IDS = subset_forms(_fail_overdue_statement)
+_FAIL_OVERDUE, _FAIL_PART, _OVERDUE_IDS = subset_forms(Statement, _fail_overdue_statement)
 _FAIL_IF_OVERDUE = Statement(lambda: _fail_at_deadline_statement(IS_WANTED, limit=1, skip_locked=False)[0])
 _FAIL_REFUSED = Statement(lambda: _fail_refused_statement()[0])
 _FAIL_REFUSED_ALONE = Statement(lambda: _fail_refused_statement()[1])

@@ -426,13 +426,13 @@ def materialized(statement: sa.SelectBase, name: str) -> sa.CTE:
 
 
 def subset_forms(
-    build: Callable[[Restriction], tuple[Any, Any]], kind: Callable[[Callable[[], Any]], S] = Statement
+    kind: Callable[[Callable[[], Any]], S], build: Callable[[Restriction], tuple[Any, Any]]
 ) -> tuple[S, S, Statement]:
     """Return the three forms of a statement: for all, for a subset, and the select of ids.
 
     Args:
-        build: makes the statement and the select, with a condition on the column of ids.
         kind: the class of the statements for all and for a subset.
+        build: makes the statement and the select, with a condition on the column of ids.
     """
     return (
         kind(lambda: build(lambda _: sa.true())[0]),

@@ -110,7 +110,7 @@ def _wake_due_statement(within: Restriction) -> tuple[Any, Any]:
     return woken, sa.select(due.c.id)
 
 
-_WAKE_DUE, _WAKE_PART, _DUE = subset_forms(_wake_due_statement)
+_WAKE_DUE, _WAKE_PART, _DUE = subset_forms(Statement, _wake_due_statement)
 _NOW = sa.select(pg.statement_timestamp())
 _TIMERS = Statement(
     lambda: (

@@ -391,7 +391,7 @@ _RUNNING_STEPS = Statement(
     )
 )
 _DELETE_DEAD = Statement(_delete_dead_statement)
-_RECLAIM, _RECLAIM_PART, _EXPIRED = subset_forms(_reclaim_all_statement)
+_RECLAIM, _RECLAIM_PART, _EXPIRED = subset_forms(Statement, _reclaim_all_statement)
 _LOCK_ONE = Statement(
     lambda: (
         sa.select(WORKFLOW.c.id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from uuid import UUID
 
@@ -90,6 +90,40 @@ def test_the_error_of_a_bad_row_is_sqlalchemys_and_the_connection_stays_usable(e
         assert is_about_data(raised.value)
         assert is_engine_error(raised.value)
         assert rows_of(connection) == []
+
+
+@pytest.mark.parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)
+async def test_what_was_executed_and_cannot_be_read_is_not_executed_again(
+    engine: Engine, async_engine: AsyncEngine
+) -> None:
+    """psycopg reads no year above 9999; a claim that was repeated would take other workflows."""
+    with engine.begin() as connection:
+        connection.execute(text("CREATE SEQUENCE executed"))
+    unreadable = DriverStatement(
+        lambda: sa.select(
+            sa.func.nextval("executed"),
+            sa.cast(parameter("far", Text()), sa.DateTime(timezone=True)) + sa.text("interval '9000 years'"),
+        )
+    )
+
+    def execute(connection: Connection) -> None:
+        with suppress(DBAPIError, OverflowError):  # the latter is asyncpg's
+            unreadable.rows(connection, {"far": "2026-01-01"})
+
+    with autocommitting(engine) as connection:
+        execute(connection)
+    async with async_engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection_:
+        await connection_.run_sync(execute)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT last_value FROM executed")).scalar_one() == 2
+
+
+def test_a_handler_of_errors_sees_those_of_the_engine_too(engine: Engine) -> None:
+    seen: list[str] = []
+    event.listen(engine, "handle_error", lambda context: seen.append(str(context.statement)))
+    with autocommitting(engine) as connection, suppress(DBAPIError):
+        rows_of(connection, number="seven")
+    assert len(seen) == 1
 
 
 def test_a_connection_that_was_lost_is_an_outage_and_is_not_used_again(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""None"""
+"""Checkpoints: recorded by their owner only, once, alone or in a batch."""
 
 from __future__ import annotations
 
@@ -129,6 +129,21 @@ def test_a_batch_passes_over_locked_rows_and_writes_the_others(engine: Engine) -
     free = {fences[0].workflow_id, fences[2].workflow_id}
     assert written == {(each, "charge") for each in free}
     assert finished == free
+
+
+def test_a_checkpoint_that_is_alone_in_its_batch_is_written_as_by_the_batch(engine: Engine) -> None:
+    """Not beside a lock, which it does not wait for, not by another attempt, and only once."""
+    fences = races.claimed_fences(engine, 3)
+    stranger = races.checkpoint(Fence(fences[2].workflow_id, uuid7()))
+    with races.transaction(engine) as caller, Session(engine) as session:
+        races.lock(caller.session, fences[0].workflow_id)
+        races.lock(caller.session, fences[1].workflow_id, "KEY SHARE")
+        written = [steps.record_unlocked(session, races.checkpoint(each)) for each in fences]
+        again = [steps.record_unlocked(session, races.checkpoint(each, output="2")) for each in fences[1:]]
+        lost = steps.record_unlocked(session, stranger)
+        session.commit()
+    assert (written, again, lost) == ([False, True, True], [False, False], False)
+    assert [races.history_of(engine, each.workflow_id) for each in fences] == [[], ["charge"], ["charge"]]
 
 
 def test_a_foreign_key_of_an_open_transaction_does_not_delay_a_batch(engine: Engine) -> None:

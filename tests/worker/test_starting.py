@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, NullPool, create_engine, make_url, select, text
+from sqlalchemy import Engine, NullPool, create_engine, event, make_url, select, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -168,3 +168,36 @@ def test_a_driver_on_which_no_worker_is_tested_is_refused_by_name(driver: str) -
     engine = create_engine(f"postgresql+{driver}://ada@nowhere/x")
     with pytest.raises(SessionError, match=f"uses the driver '{driver}': a worker needs psycopg or asyncpg"):
         Worker(durable, sessionmaker=sessionmaker(engine)).run()
+
+
+@pytest.mark.parametrize("shell", ["with", "async with"])
+async def test_a_worker_that_fails_later_says_so_at_once_and_raises_at_the_end_of_its_block(
+    engine: Engine, caplog: pytest.LogCaptureFixture, shell: str
+) -> None:
+    """An event of the application breaks the claims: the code inside the block would wait for ever, and not know."""
+    is_broken = threading.Event()
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def refuse(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if is_broken.is_set() and "claimable" in statement:
+            raise RuntimeError("no claims today")
+
+    async def fails() -> None:
+        is_broken.set()
+        with Session(engine) as session:
+            greet.start(session, "world")
+            session.commit()
+        while not any("has failed, and executes nothing any more" in each for each in caplog.messages):
+            await asyncio.sleep(0.01)
+
+    async def serve() -> None:
+        worker = Worker(durable, sessionmaker=sessionmaker(engine), poll_interval=POLL)
+        if shell == "with":
+            with worker:
+                await asyncio.wait_for(fails(), PATIENCE.total_seconds())
+        else:
+            async with worker:
+                await asyncio.wait_for(fails(), PATIENCE.total_seconds())
+
+    with pytest.raises(RuntimeError, match="no claims today"):
+        await serve()

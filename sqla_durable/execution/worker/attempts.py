@@ -182,6 +182,8 @@ class Attempts:
 
     async def _execute(self, attempt: Attempt) -> None:
         try:
+            if self._resources.stopping.is_set():  # it was claimed meanwhile
+                raise Released
             await self._to_its_end(attempt)
         except AttemptLost:
             log.info("workflow %s: was cancelled, or reclaimed, in attempt %d", attempt.workflow_id, attempt.number)

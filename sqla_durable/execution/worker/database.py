@@ -267,18 +267,20 @@ class Databases:
     """Where a worker's own statements are executed.
 
     Attributes:
-        shared: claims, maintenance and what else there is.
-        beating, writing: the heartbeat and the writer, each on a connection that it keeps where the pool has enough.
+        shared: maintenance and what else there is.
+        beating, writing, claiming: the heartbeat, the writer and the claims, each on a connection that it keeps where
+            the pool has enough.
     """
 
     shared: Database
-    writing: Database
     beating: Database
+    writing: Database
+    claiming: Database
 
     @property
     def all(self) -> set[Database]:
         """Each of them once."""
-        return {self.shared, self.writing, self.beating}
+        return {self.shared, self.beating, self.writing, self.claiming}
 
     def use_transactions(self) -> None:
         """Execute in READ COMMITTED transactions."""
@@ -290,7 +292,8 @@ def open_databases(engine: Engine, *, hold: int, limit: float, beat_limit: float
     """Choose how statements are executed on this engine.
 
     Args:
-        hold: how many of the pool's connections may be kept: the first for the heartbeat, the second for the writer.
+        hold: how many of the pool's connections may be kept: the first for the heartbeat, the second for the writer,
+            the third for the claims.
         limit, beat_limit: the seconds after which a call, or one of the heartbeat's, is cut off.
     """
     shared, keeping = (
@@ -298,8 +301,8 @@ def open_databases(engine: Engine, *, hold: int, limit: float, beat_limit: float
     )
     database = shared(engine, limit=limit)
     beating = keeping(engine, limit=beat_limit) if hold else database
-    writing = keeping(engine, limit=limit) if hold > 1 else database
-    return Databases(database, writing, beating)
+    writing, claiming = (keeping(engine, limit=limit) if hold > each else database for each in (1, 2))
+    return Databases(database, beating, writing, claiming)
 
 
 async def persistently(database: Database, statement: Callable[[Connection], T], *, what: str) -> T:

@@ -14,9 +14,10 @@ from sqla_durable.errors import SessionError
 
 log = Log("sqla_durable.worker")
 
-_OWN_CONNECTIONS = 5  # the writer and the heartbeat keep one each; claims, maintenance, releases
+_OWN_CONNECTIONS = 5  # the heartbeat, the writer and the claims keep one each; maintenance, releases
 _ENOUGH_TO_HOLD_ONE = 3
 _ENOUGH_TO_HOLD_TWO = 8
+_ENOUGH_TO_HOLD_THREE = 12
 
 _lock = threading.Lock()
 _reserved: WeakKeyDictionary[Pool, dict[UUID, int]] = WeakKeyDictionary()
@@ -55,7 +56,7 @@ def pool_capacity(engine: Engine) -> int:
 
 
 def reserve(engine: Engine, worker_id: UUID) -> int:
-    """Reserve connections of the pool for a worker; return how many it may keep, for its heartbeat and its writer.
+    """Reserve connections of the pool for a worker; return how many it may keep: `open_databases` says for what.
 
     Workers that share a pool would otherwise keep all of it, and wait for each other in silence.
 
@@ -64,7 +65,8 @@ def reserve(engine: Engine, worker_id: UUID) -> int:
     """
     with _lock:
         left = _left_in(engine)
-        hold = 2 if left is None or left >= _ENOUGH_TO_HOLD_TWO else int(left >= _ENOUGH_TO_HOLD_ONE)
+        enough = _ENOUGH_TO_HOLD_ONE, _ENOUGH_TO_HOLD_TWO, _ENOUGH_TO_HOLD_THREE
+        hold = sum(left is None or left >= each for each in enough)
         others = _reserved.setdefault(engine.pool, {})
         if others and not hold:
             raise SessionError(

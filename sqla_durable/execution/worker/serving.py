@@ -226,7 +226,9 @@ class Serving:
             registry, resources, isolation, wakeups.maintenance, max_attempts=settings.max_attempts
         )
         self._heartbeat = Heartbeat(databases.beating, self._attempts, isolation, wakeups.heartbeat, settings)
-        self._claims = Claims(database, self._attempts, slots, self._heartbeat, cursors, isolation, wakeups, settings)
+        self._claims = Claims(
+            databases.claiming, self._attempts, slots, self._heartbeat, cursors, isolation, wakeups, settings
+        )
         self._maintenance = Maintenance(database, self._heartbeat, cursors, isolation, wakeups, settings)
         self._hints = HintReceiver(wakeups, wakers, cursors, worker_id=settings.worker_id, queues=settings.queues)
 
