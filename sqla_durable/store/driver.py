@@ -92,9 +92,8 @@ class DriverStatement(Statement):
 
 def _may_bypass(connection: sa.Connection) -> bool:
     """Return whether SQLAlchemy may be bypassed: in AUTOCOMMIT, where no log and no event sees the statement."""
-    engine = connection.engine
-    seen, of_dialect = engine.dispatch, engine.dialect.dispatch
-    if engine.echo or seen.before_cursor_execute or seen.after_cursor_execute or of_dialect.handle_error:
+    seen, of_dialect = connection.dispatch, connection.dialect.dispatch
+    if connection.engine.echo or seen.before_cursor_execute or seen.after_cursor_execute or of_dialect.handle_error:
         return False
     # Asked of the driver, not of the options: an engine with an isolation level of its own may overrule those.
     return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))

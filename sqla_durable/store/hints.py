@@ -21,7 +21,8 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 from sqla_durable.models import SCHEMA
 from sqla_durable.models.base import Text
-from sqla_durable.store.statements import pg
+from sqla_durable.store.driver import DriverStatement
+from sqla_durable.store.statements import parameter, pg
 
 Hint: TypeAlias = tuple[str, str]
 
@@ -107,7 +108,7 @@ def notify(connection: sa.Connection, hints: Iterable[Hint]) -> None:
     RecordTransactionCommit in xact.c.
     """
     channels, payloads = zip(*sorted(set(hints)), strict=True)
-    connection.execute(_NOTIFY, {"channels": list(channels), "payloads": list(payloads)})
+    _NOTIFY.rows(connection, {"channels": list(channels), "payloads": list(payloads)})
 
 
 def listen(connection: sa.Connection) -> None:
@@ -128,7 +129,7 @@ def _notify_statement() -> Any:
 
 
 def _texts(name: str) -> Any:
-    return sa.bindparam(name, type_=ARRAY(Text()))
+    return parameter(name, ARRAY(Text()))
 
 
-_NOTIFY = _notify_statement()
+_NOTIFY = DriverStatement(_notify_statement)

@@ -64,11 +64,14 @@ def test_what_is_watched_is_seen_and_what_is_not_costs_sqlalchemy_nothing(engine
     with autocommitting(engine) as connection:
         rows_of(connection)
         assert not connection.in_transaction()  # SQLAlchemy begins one with whatever it executes
+    with autocommitting(engine) as connection:
+        event.listen(connection, "before_cursor_execute", see)
+        rows_of(connection)
+        assert connection.in_transaction()
     event.listen(engine, "before_cursor_execute", see)
     with autocommitting(engine) as connection:
         rows_of(connection)
-        assert connection.in_transaction()
-    assert len(seen) == 1
+    assert len(seen) == 2
 
 
 def test_two_tenants_of_one_engine_have_texts_of_their_own(engine: Engine) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import ClauseElement, Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, text
 
 from sqla_durable.store import hints
 from tests.support.databases import translated
@@ -72,19 +72,6 @@ def test_hints_are_one_statement_and_each_comes_once(connection: Connection, ear
     assert ear.hears(2) == ["default", "mail"]
     hints.notify(connection, [(channel, "last")])
     assert ear.hears() == ["last"]
-
-
-def test_the_statement_of_hints_is_made_once(connection: Connection) -> None:
-    """To make it for each hint takes as long as to execute it, and the caller's process pays for that."""
-    made: list[ClauseElement] = []
-
-    def note(_connection: object, statement: ClauseElement, *_: object) -> None:
-        made.append(statement)
-
-    event.listen(connection, "before_execute", note)
-    for payload in ("first", "second"):
-        hints.notify(connection, [(hints.channel_on(connection), payload)])
-    assert made[0] is made[1]
 
 
 def test_connection_listens_on_the_channel_of_its_schema(engine: Engine) -> None:
