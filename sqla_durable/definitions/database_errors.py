@@ -91,8 +91,10 @@ def spoils_connection(error: BaseException) -> bool:
 
 
 def is_untranslatable(error: BaseException) -> bool:
-    """Return whether a text has characters that the encoding of the database does not have."""
-    return isinstance(error, DBAPIError) and sqlstate(error) in _UNTRANSLATABLE
+    """Return whether a text has characters that the encoding of the database, or of the client, does not have."""
+    return isinstance(error, UnicodeEncodeError) or (
+        isinstance(error, DBAPIError) and sqlstate(error) in _UNTRANSLATABLE
+    )
 
 
 def is_read_only(error: BaseException) -> bool:

@@ -106,6 +106,21 @@ def test_an_error_whose_text_the_database_cannot_store_stays_visible(
 
 
 # behaviour: V5
+@pytest.mark.parametrize("encoded", ["LATIN1"], indirect=True)
+@pytest.mark.parametrize("workflow", [plain, transactional, body])
+def test_an_error_that_psycopg_cannot_encode_for_its_client_stays_visible_too(
+    encoded: Engine, workflow: WorkflowFunction[[str], str]
+) -> None:
+    """Without `client_encoding`, psycopg uses the encoding of the database, and never asks the server."""
+    maker = sessionmaker(create_engine(encoded.url, poolclass=NullPool))
+    with maker.begin() as session:
+        workflow_id = workflow.start(session, "E").id
+    shown: type[Exception] = LookupError if workflow is transactional else ValueError
+    with Worker(durable, sessionmaker=maker, poll_interval=POLL), pytest.raises(shown, match=r"no \\u20ac"):
+        workflow.handle(maker, workflow_id).result(timeout=PATIENCE)
+
+
+# behaviour: V5
 async def test_an_error_of_async_code_stays_visible_too(encoded: Engine) -> None:
     engine = create_async_engine(encoded.url, connect_args={"client_encoding": "utf8"}, poolclass=NullPool)
     asynchronous = Durable()
