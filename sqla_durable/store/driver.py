@@ -6,6 +6,7 @@ half of what such a statement costs this process.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any, TypeAlias
@@ -93,7 +94,9 @@ class DriverStatement(Statement):
 def _may_bypass(connection: sa.Connection) -> bool:
     """Return whether SQLAlchemy may be bypassed: in AUTOCOMMIT, where no log and no event sees the statement."""
     seen, of_dialect = connection.dispatch, connection.dialect.dispatch
-    if connection.engine.echo or seen.before_cursor_execute or seen.after_cursor_execute or of_dialect.handle_error:
+    if seen.begin or seen.before_cursor_execute or seen.after_cursor_execute:
+        return False
+    if of_dialect.do_execute or of_dialect.handle_error or connection.engine.logger.isEnabledFor(logging.INFO):
         return False
     # Asked of the driver, not of the options: an engine with an isolation level of its own may overrule those.
     return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))

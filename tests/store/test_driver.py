@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -72,6 +73,27 @@ def test_what_is_watched_is_seen_and_what_is_not_costs_sqlalchemy_nothing(engine
     with autocommitting(engine) as connection:
         rows_of(connection)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("name", ["begin", "do_execute"])
+def test_an_event_that_may_set_the_role_or_execute_otherwise_sees_the_statement(engine: Engine, name: str) -> None:
+    seen: list[str] = []
+
+    def see(*_: object) -> None:
+        seen.append(name)
+
+    with autocommitting(engine) as connection:  # before the event, which sees the first statements of a dialect too
+        event.listen(engine, name, see)
+        rows_of(connection)
+    assert seen == [name]
+
+
+def test_a_statement_is_logged_however_the_log_was_turned_on(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """`echo` is one way; the level of SQLAlchemy's logger is the other."""
+    caplog.set_level(logging.INFO, "sqlalchemy.engine")
+    with autocommitting(engine) as connection:
+        rows_of(connection)
+    assert any("workflow" in each for each in caplog.messages)
 
 
 def test_two_tenants_of_one_engine_have_texts_of_their_own(engine: Engine) -> None:
