@@ -55,10 +55,10 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Return whether PostgreSQL aborted the transaction in favour of another, or a pooler broke it."""
+    """Return whether PostgreSQL aborted the transaction in favour of another, or a pooler or a changed table did."""
     if isinstance(error, KeyNotVisibleError):
         return error.is_newer
-    return isinstance(error, DBAPIError) and sqlstate(error) in _CONFLICTS
+    return isinstance(error, DBAPIError) and (sqlstate(error) in _CONFLICTS or is_stale_plan(error))
 
 
 def is_outage(error: BaseException) -> TypeGuard[DBAPIError]:
@@ -87,7 +87,7 @@ def spoils_connection(error: BaseException) -> bool:
 
     Its server has become a standby, or its driver and the server disagree about prepared statements.
     """
-    return is_read_only(error) or is_pooler_mixup(error)
+    return is_read_only(error) or is_pooler_mixup(error) or is_stale_plan(error)
 
 
 def is_untranslatable(error: BaseException) -> bool:
@@ -105,6 +105,17 @@ def is_read_only(error: BaseException) -> bool:
 def is_pooler_mixup(error: BaseException) -> bool:
     """Return whether a pooler in transaction mode has mixed up prepared statements."""
     return isinstance(error, DBAPIError) and sqlstate(error) in _POOLER_MIXUPS
+
+
+def is_stale_plan(error: BaseException) -> bool:
+    """Return whether a prepared statement was not executed because the type of a column has changed since.
+
+    The server's code for this, 0A000, has many other meanings; its text depends on the server's language.
+    """
+    if not isinstance(error, DBAPIError):
+        return False
+    function = getattr(getattr(error.orig, "diag", None), "source_function", None)  # of psycopg
+    return function == "RevalidateCachedQuery" or type(error.orig).__name__ == "InvalidCachedStatementError"
 
 
 def is_obstacle(error: BaseException) -> bool:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncGenerator, Generator
+from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session
 
+from sqla_durable import Durable, Worker
 from sqla_durable.definitions.database_errors import first_line, is_obstacle, is_outage
 from sqla_durable.execution.worker.database import (
     Database,
@@ -21,11 +26,24 @@ from sqla_durable.execution.worker.database import (
     ThreadDatabase,
     persistently,
 )
+from sqla_durable.store.driver import DriverStatement
 from sqla_durable.store.schema import is_read_committed
 from tests.store import races
 
+durable = Durable()
+
 LIMIT = 0.5
 KINDS = ["thread", "keeping thread", "psycopg", "keeping psycopg", "asyncpg", "keeping asyncpg"]
+
+
+@durable.step
+async def add(number: int, more: int) -> int:
+    return number + more
+
+
+@durable.workflow
+async def increase(number: int) -> int:
+    return await add(number, 1)
 
 
 def _database(kind: str, url: str, **options: Any) -> tuple[Database, Engine]:
@@ -224,3 +242,38 @@ def _sleeping(engine: Engine) -> bool:
     statement = text("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%' AND state = 'active'")
     with engine.connect() as connection:
         return bool(connection.execute(statement).scalar_one())
+
+
+async def test_a_statement_that_was_prepared_for_another_type_is_executed_on_a_new_connection(
+    database: Database, engine: Engine
+) -> None:
+    """A deploy may change the type of a column while the worker keeps its connections."""
+    kinds = DriverStatement(lambda: sa.select(sa.column("kind")).select_from(sa.table("changing")))
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE changing AS SELECT text 'plain' AS kind"))
+    for _ in range(10):  # psycopg prepares the sixth of them
+        await database.execute(partial(kinds.rows, parameters={}))
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE changing ALTER COLUMN kind TYPE varchar(5)"))
+    rows = await persistently(database, partial(kinds.rows, parameters={}), what="test")
+    assert [tuple(each) for each in rows] == [("plain",)]
+
+
+@pytest.mark.parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)
+async def test_a_worker_survives_a_change_of_the_types_that_it_reads(engine: Engine, async_engine: AsyncEngine) -> None:
+    maker = async_sessionmaker(async_engine)
+
+    async def result() -> int:
+        with Session(engine) as session:
+            workflow_id = increase.start(session, 6).id
+            session.commit()
+        engine.dispose()
+        return await increase.handle(maker, workflow_id).result(timeout=timedelta(seconds=races.PATIENCE))
+
+    async with Worker(durable, async_sessionmaker=maker, poll_interval=timedelta(milliseconds=50)):
+        for _ in range(10):
+            assert await result() == 7
+        with engine.begin() as connection:
+            connection.execute(text('ALTER TABLE "durable".workflow ALTER COLUMN queue TYPE varchar(300)'))
+            connection.execute(text('ALTER TABLE "durable".step ALTER COLUMN key TYPE varchar(3000)'))
+        assert await result() == 7
