@@ -201,3 +201,17 @@ async def test_a_worker_that_fails_later_says_so_at_once_and_raises_at_the_end_o
 
     with pytest.raises(RuntimeError, match="no claims today"):
         await serve()
+
+
+async def test_a_worker_that_has_run_is_refused_before_its_block_is_entered(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = Worker(durable, sessionmaker=sessionmaker(engine), poll_interval=POLL)
+    with worker, pytest.raises(UsageError, match="has run already"), worker:
+        pytest.fail("entered beside itself")
+    with pytest.raises(UsageError, match="has run already"), worker:
+        pytest.fail("entered again")
+    with pytest.raises(UsageError, match="has run already"):
+        async with worker:
+            pytest.fail("entered again")
+    assert not any("has failed" in each for each in caplog.messages)

@@ -153,8 +153,7 @@ class Worker:
 
     async def serve(self) -> None:
         """Run on the running event loop until `stop` is called. See `run`; signals are the caller's."""
-        if self._loop is not None or self._started.done():
-            raise UsageError(f"{self!r} has run already, and a worker runs once: make a new one.")
+        self._require_first_run()
         self._loop = asyncio.get_running_loop()
         threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="sqla-durable")
         named = worker_name.set(settings.shown_name(self.name))
@@ -181,6 +180,7 @@ class Worker:
                 self._loop.call_soon_threadsafe(self._stopping.set)
 
     def __enter__(self) -> Self:
+        self._require_first_run()
         self._thread = threading.Thread(target=self._run_in_thread, name="sqla-durable worker", daemon=True)
         self._thread.start()
         self._started.result()
@@ -194,6 +194,10 @@ class Worker:
         self._thread.join()
         if self._error is not None:
             raise self._error
+
+    def _require_first_run(self) -> None:
+        if self._loop is not None or self._started.done():
+            raise UsageError(f"{self!r} has run already, and a worker runs once: make a new one.")
 
     def _run_in_thread(self) -> None:
         try:
@@ -216,6 +220,7 @@ class Worker:
             self._started.set_exception(error)
 
     async def __aenter__(self) -> Self:
+        self._require_first_run()
         self._task = asyncio.create_task(self.serve(), name="sqla-durable worker")
         await asyncio.wait([self._task, asyncio.wrap_future(self._started)], return_when=asyncio.FIRST_COMPLETED)
         if self._task.done():
