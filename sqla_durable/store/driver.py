@@ -1,4 +1,4 @@
-"""Statements that are executed for every step: SQLAlchemy compiles them once, and the driver gets the text each time.
+"""Statements of every step, claim and hint: SQLAlchemy compiles them once, and the driver gets the text each time.
 
 This saves the search for the compiled form, the translation of the schema and the result object, which are a third to a
 half of what such a statement costs this process.

@@ -66,9 +66,10 @@ def record_last(session: Session, checkpoint: Checkpoint) -> Verdict:
 
 
 def record_unlocked(connectable: Connectable, checkpoint: Checkpoint) -> bool:
-    """Record one checkpoint if its attempt owns the workflow, and nobody else locks that row; return whether it did.
+    """Record one checkpoint, and return true; false if the attempt has lost the workflow or the step has an outcome.
 
-    The same as `write_batch` of this checkpoint alone, in half of the server's time.
+    Also false if another transaction locks the workflow's row. The same as `write_batch` of this checkpoint alone, in
+    half of the server's time.
     """
     return bool(_RECORD_UNLOCKED.rows(connectable, given_parameters(checkpoint)))
 

@@ -182,7 +182,7 @@ class Attempts:
 
     async def _execute(self, attempt: Attempt) -> None:
         try:
-            if self._resources.stopping.is_set():  # it was claimed meanwhile
+            if self._resources.stopping.is_set():  # the claim came while the worker was stopping
                 raise Released
             await self._to_its_end(attempt)
         except AttemptLost:

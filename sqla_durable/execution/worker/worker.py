@@ -210,7 +210,7 @@ class Worker:
             self._refuse_start(UsageError("the worker was stopped before it had started."))
 
     def _log_failure(self, error: BaseException) -> None:
-        """Log at once what is raised at the end of the `with` block only; what its beginning raises needs no line."""
+        """Log an error that is raised at the end of the `with` block only; one at its beginning is not logged."""
         if self._started.done():
             log.error("worker %s: has failed, and executes nothing any more", self.id, exc_info=error)
 
