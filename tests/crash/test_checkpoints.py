@@ -228,7 +228,7 @@ def test_a_completion_never_overtakes_its_checkpoint(
     def release_between(_c: object, _cursor: object, statement: str, *_: object) -> None:
         """Unlock the row right after a statement for checkpoints has passed it over."""
         if (
-            statement.startswith("WITH")
+            statement.startswith(("WITH", "INSERT"))
             and "INSERT INTO durable.step" in statement
             and locking.session.in_transaction()
         ):
