@@ -6,17 +6,20 @@ would spend a quarter of their time in the compiler. Engines whose dialects are 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, MutableMapping
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import pytest
 from sqlalchemy import Dialect, Engine
 from sqlalchemy.util import LRUCache
 
+from sqla_durable.store.driver import DriverStatement
+
 Key = tuple[Any, ...]
 
 _PLAIN: tuple[type[object], ...] = (str, int, float, tuple, frozenset, type(None))
 _compiled: LRUCache[Key, Any] = LRUCache(5_000)
+_texts: dict[Key, Any] = {}
 
 
 class SharedCache(MutableMapping[Key, Any]):
@@ -75,3 +78,12 @@ def share(monkeypatch: pytest.MonkeyPatch) -> None:
             self._compiled_cache = SharedCache(self.dialect)  # pyright: ignore[reportPrivateUsage]
 
     monkeypatch.setattr(Engine, "__init__", make_sharing)
+    compile_text = DriverStatement._compiled  # pyright: ignore[reportPrivateUsage]
+
+    def compile_once(self: DriverStatement, dialect: Dialect, schemas: Mapping[str | None, str | None] | None) -> Any:
+        key = (self, configuration(dialect), None if schemas is None else tuple(schemas.items()))
+        if key not in _texts:
+            _texts[key] = compile_text(self, dialect, schemas)
+        return _texts[key]
+
+    monkeypatch.setattr(DriverStatement, "_compiled", compile_once)
