@@ -14,6 +14,7 @@ from sqla_durable.tools.bench.report import BenchError, Figure, Status
 from sqla_durable.tools.bench.runs import Bench
 from sqla_durable.tools.bench.workloads import WORKLOADS
 from tests.bench.conftest import TINY
+from tests.support.sampling import thorough_cases
 
 STEPS = [("one plain step, async def", "workflows/s"), ("one plain step, def", "workflows/s")]
 EXPECTED = {
@@ -50,7 +51,8 @@ def test_steps_are_measured_beside_the_naive_way_with_their_costs(bench: Bench, 
     assert progress == sorted(progress)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+# Those under --all differ from others in the workflows that they start, not in how these are measured.
+@pytest.mark.parametrize("name", ["bulk", *thorough_cases(["sequential", "sleep", "transactional"])])
 def test_workload_gives_its_figures(bench: Bench, name: str) -> None:
     figures = measured(bench, name)
     assert [(each.what, each.unit) for each in figures] == EXPECTED[name]
@@ -58,6 +60,7 @@ def test_workload_gives_its_figures(bench: Bench, name: str) -> None:
     assert all(each.value > 0 for each in figures)
 
 
+@pytest.mark.thorough
 def test_an_idle_second_is_counted_beside_the_signals(bench: Bench) -> None:
     bench.settings = replace(TINY, seconds=3)
     few, many = measured(bench, "suspended")
