@@ -96,6 +96,11 @@ def brief(account: str) -> int:
 
 
 @durable.workflow
+async def brief_async(account: str) -> int:
+    return await credit_async(account, 1)
+
+
+@durable.workflow
 async def transfer_async(account: str) -> dict[str, object]:
     return {
         "credited": await credit_async(account, 1),
@@ -123,6 +128,11 @@ def transfer_in_time(account: str) -> dict[str, object]:
         "called": call_in_time(account),
         "again": credit_in_time(account, 2),
     }
+
+
+@durable.workflow
+def brief_in_time(account: str) -> int:
+    return credit_in_time(account, 1)
 
 
 @durable.workflow
@@ -182,6 +192,7 @@ def make_worker_asyncpg(url: str) -> Worker:
 def make_worker_sync(url: str) -> Worker:
     own = Durable()
     own.workflow(transfer.definition.fn)
+    own.workflow(brief.definition.fn)
     return Worker(own, sessionmaker=sessionmaker(create_engine(url)))
 
 
