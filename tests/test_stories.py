@@ -20,6 +20,7 @@ STORIES = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_each_story_is_followed_through_the_package(database_url: str) -> None:
     done = subprocess.run(

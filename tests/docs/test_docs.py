@@ -33,7 +33,16 @@ def named(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", [each for each in PAGES if blocks(each, "python")], ids=named)
+@pytest.mark.parametrize(
+    "page",
+    [
+        # It kills one worker after another; tests/testing/test_plugin.py has its fixtures, and a crash everywhere.
+        pytest.param(each, marks=pytest.mark.thorough if each == ROOT / "docs" / "testing.md" else [])
+        for each in PAGES
+        if blocks(each, "python")
+    ],
+    ids=named,
+)
 def test_page_runs_as_a_script_and_prints_what_it_says(
     page: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

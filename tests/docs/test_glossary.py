@@ -63,23 +63,23 @@ def _pattern(words: frozenset[str]) -> re.Pattern[str]:
 def retired_in(module: Path) -> Iterator[str]:
     """Yield a line for each retired word in a module."""
     source = module.read_text()
-    tree = ast.parse(source)
-    for line, name in {*_names(tree), (0, module.stem)}:
+    nodes = list(ast.walk(ast.parse(source)))
+    for line, name in {*_names(nodes), (0, module.stem)}:
         for word in words_in(spoken(name), retired().in_names):
             yield f"{_place(module, line)}: the name {name!r} has {word!r}"
-    for line, text in [*_texts(tree), *_comments(source)]:
+    for line, text in [*_texts(nodes), *_comments(source)]:
         for word in words_in(_without_code(text), retired().everywhere):
             yield f"{_place(module, line)}: the text has {word!r}"
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = (ast.get_docstring(node) or "").split(" ")[0].strip(".,:")
             if first in {"Give", "Gives", "Tell", "Tells"}:
                 yield f"{_place(module, getattr(node, 'lineno', 1))}: the docstring begins with {first!r}"
 
 
-def _names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+def _names(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
     """Yield what the module defines, assigns, or names an argument or an attribute; what it only uses is elsewhere."""
-    for node in ast.walk(tree):
+    for node in nodes:
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
                 yield node.lineno, node.name
@@ -95,9 +95,9 @@ def _names(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 pass
 
 
-def _texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+def _texts(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
     """Yield all strings: docstrings, messages and SQL."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value
 
