@@ -19,7 +19,7 @@ SECONDS = os.environ.get("SQLA_DURABLE_TORTURE_SECONDS")
 
 @pytest.mark.timeout(400 + float(SECONDS or 0))
 def test_nothing_is_lost_and_nothing_is_done_twice_whatever_goes_wrong(thorough: bool) -> None:
-    """Until every fault has come, longer with SQLA_DURABLE_TORTURE_SECONDS; by default, until each of a few has come."""
+    """Until each of a few faults has come; with `--all`, all of them, longer with SQLA_DURABLE_TORTURE_SECONDS."""
     # behaviour: R1 R2 R3 E2 E8 T1 T2 T4 T5 T8
     statuses: list[Status] = []
     seconds = float(SECONDS) if SECONDS else 45 if thorough else 0
