@@ -77,7 +77,8 @@ def elapse(seconds: float) -> None:
     threading.Event().wait(seconds)
 
 
-@pytest.mark.parametrize(("kind", "mode"), [*thorough_cases([("sync", "immediate")]), ("asyncpg", "fast")])
+@pytest.mark.thorough  # what comes back of itself is in the next two tests too
+@pytest.mark.parametrize(("kind", "mode"), [("sync", "immediate"), ("asyncpg", "fast")])
 def test_workers_live_through_an_outage_that_is_longer_than_their_lease(
     outage: Outage, kind: Kind, mode: StopMode
 ) -> None:
@@ -87,7 +88,7 @@ def test_workers_live_through_an_outage_that_is_longer_than_their_lease(
     assert verdict.workflows == 117
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("sync", "fast"), *thorough_cases([("psycopg", "immediate")])])
+@pytest.mark.parametrize(("kind", "mode"), [("asyncpg", "fast"), *thorough_cases([("sync", "fast"), ("psycopg", "immediate")])])
 def test_workers_that_lived_through_an_outage_reclaim_nothing_from_each_other(
     outage: Outage, kind: Kind, mode: StopMode
 ) -> None:

@@ -49,10 +49,13 @@ def still_running(mark: str) -> list[str]:
     return found
 
 
-def test_killed_workers_leave_every_invoice_exactly_once(database: str, environment: dict[str, str]) -> None:
+def test_killed_workers_leave_every_invoice_exactly_once(
+    database: str, environment: dict[str, str], thorough: bool
+) -> None:
     # behaviour: R1, T1, E2
+    kills = 2 if thorough else 1
     done = subprocess.run(
-        [*DEMO, "--invoices", "63", "--kills", "2", "--database", database],
+        [*DEMO, "--invoices", "63", "--kills", f"{kills}", "--database", database],
         cwd=EXAMPLES,
         env=environment,
         capture_output=True,
@@ -64,7 +67,7 @@ def test_killed_workers_leave_every_invoice_exactly_once(database: str, environm
     assert done.returncode == 0
     numbers = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines() if line.startswith(" "))
     assert numbers["invoices".rjust(9)] == "63"
-    assert 1 <= int(numbers[" workers killed"]) <= 2  # on a busy machine the work may be done before the last
+    assert 1 <= int(numbers[" workers killed"]) <= kills  # on a busy machine the work may be done before the last
     undone = [numbers[f" cancelled: {fate}"] for fate in ("sold out", "no carrier")]
     assert (numbers[" orders that go wrong"], undone) == ("3", ["1", "1"])
     assert int(numbers[" workflows reclaimed"]) > 0
