@@ -92,11 +92,12 @@ def pid_of(session: Session) -> int:
 
 
 def wait_until(condition: Callable[[], T], *, what: str = "the condition", seconds: float = PATIENCE) -> T:
-    """Ask again and again until the answer is true."""
-    deadline = time.monotonic() + seconds
+    """Ask until the answer is true, less often the longer it takes: asking takes time from what is awaited."""
+    began = time.monotonic()
     while not (answer := condition()):
-        assert time.monotonic() < deadline, f"{what} did not come true"
-        time.sleep(0.005)
+        waited = time.monotonic() - began
+        assert waited < seconds, f"{what} did not come true"
+        time.sleep(min(max(waited / 10, 0.005), 0.1))
     return answer
 
 

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 SECONDS: dict[str, float] = {
     "store/test_state_machine.py": 55,
-    "crash/test_torture.py": 41,
     "crash/test_kill.py": 32,
-    "typing/test_typing.py": 19,
     "crash/test_outage.py": 19,
     "crash/test_everywhere.py": 18,
-    "test_stories.py": 13,
     "examples/test_demo.py": 13,
     "testing/test_plugin.py": 11,
     "cli/test_entry_file.py": 7,
-    "testing/test_crashes.py": 7,
+    "crash/test_torture.py": 9,
+    "testing/test_crashes.py": 5,
     "acceptance/test_deploy.py": 7,
     "acceptance/test_parallel_programs.py": 6,
     "crash/test_failover.py": 5,
