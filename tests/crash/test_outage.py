@@ -88,7 +88,9 @@ def test_workers_live_through_an_outage_that_is_longer_than_their_lease(
     assert verdict.workflows == 117
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("asyncpg", "fast"), *thorough_cases([("sync", "fast"), ("psycopg", "immediate")])])
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("asyncpg", "fast"), *thorough_cases([("sync", "fast"), ("psycopg", "immediate")])]
+)
 def test_workers_that_lived_through_an_outage_reclaim_nothing_from_each_other(
     outage: Outage, kind: Kind, mode: StopMode
 ) -> None:
