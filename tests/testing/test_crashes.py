@@ -162,7 +162,7 @@ def test_steps_with_a_total_timeout_are_killed_at_every_point_their_beginnings_i
                     [
                         "claim",
                         "rows of entry, checkpoint of step 'credit'",
-                        "checkpoint of step 'call', claim",  # its first try
+                        "checkpoint of step 'call'",  # its first try
                         "rows of entry",
                     ],
                 )
