@@ -26,9 +26,10 @@ _NAMES = {
     "api.updates": "UpdateHandle send_update start_with_update update_handle",
     "api.workflows": "BoundWorkflow StartOptions WorkflowFunction start_many",
     "definitions.interceptors": "Execution Interceptor StepExecution",
+    "definitions.schedules": "Tick",
     "execution.executor": "Executor",
     "execution.worker.worker": "Worker",
-    "models": "Event Queue Signal Step StreamItem Workflow metadata storage",
+    "models": "Event Queue Schedule Signal Step StreamItem Workflow metadata storage",
     "models.base": "StepStatus WorkflowStatus",
     "runtime.context": "current current_step",
 }

@@ -25,9 +25,10 @@ from sqla_durable.api.update_requests import UpdateRequest, wait_update
 from sqla_durable.api.updates import UpdateHandle, send_update, start_with_update, update_handle
 from sqla_durable.api.workflows import BoundWorkflow, StartOptions, WorkflowFunction, start_many
 from sqla_durable.definitions.interceptors import Execution, Interceptor, StepExecution
+from sqla_durable.definitions.schedules import Tick
 from sqla_durable.execution.executor import Executor
 from sqla_durable.execution.worker.worker import Worker
-from sqla_durable.models import Event, Queue, Signal, Step, StreamItem, Workflow, metadata, storage
+from sqla_durable.models import Event, Queue, Schedule, Signal, Step, StreamItem, Workflow, metadata, storage
 from sqla_durable.models.base import StepStatus, WorkflowStatus
 from sqla_durable.runtime.context import current, current_step
 
@@ -46,6 +47,7 @@ __all__ = [
     "Queue",
     "RunningStep",
     "Saga",
+    "Schedule",
     "Signal",
     "StartOptions",
     "Step",
@@ -54,6 +56,7 @@ __all__ = [
     "StepStatus",
     "StreamEntry",
     "StreamItem",
+    "Tick",
     "TransactionalStep",
     "UpdateHandle",
     "UpdateRequest",

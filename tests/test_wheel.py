@@ -32,6 +32,7 @@ def test_wheel_contains_the_package_and_nothing_else(wheel: Path) -> None:
     assert modules <= names
     assert "sqla_durable/py.typed" in names
     assert "sqla_durable/migrations/versions/durable_0001_first_tables.py" in names
+    assert "sqla_durable/migrations/versions/durable_0002_schedules.py" in names
     assert {name.split("/")[0] for name in names} == {"sqla_durable"}
 
 
@@ -55,7 +56,7 @@ def test_alembic_finds_our_branch_in_the_installed_wheel(wheel: Path, tmp_path: 
         capture_output=True,
         text=True,
     ).stdout
-    assert "Rev: durable_0001 (head)" in shown
+    assert "Rev: durable_0002 (head)" in shown
     assert "Branch names: sqla_durable" in shown
     assert f"Path: {tmp_path / 'site'}" in shown
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+from sqla_durable.api.schedules import declaration_of
 from sqla_durable.api.steps import (
     AsyncStepFunction,
     AsyncTransactionalStep,
     StepFunction,
     TransactionalStep,
 )
-from sqla_durable.api.workflows import AsyncWorkflowFunction, WorkflowFunction
+from sqla_durable.api.workflows import AnyWorkflowFunction, AsyncWorkflowFunction, WorkflowFunction
 from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.inspection import SessionKind, place_of
 from sqla_durable.definitions.interceptors import Interceptor, Interceptors
@@ -33,10 +34,12 @@ from sqla_durable.definitions.registry import (
     encode_secrets,
 )
 from sqla_durable.definitions.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
+from sqla_durable.definitions.schedules import ScheduleOptions, TimingKeywords
 from sqla_durable.errors import DefinitionError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+W = TypeVar("W", bound=AnyWorkflowFunction[..., Any])
 Async = Coroutine[Any, Any, R]
 
 
@@ -117,6 +120,47 @@ class Durable:
             DefinitionError: one is no `Interceptor`.
         """
         self.options.interceptors.add(interceptors)
+
+    def schedule(
+        self,
+        cron: str | Sequence[str] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        **options: Unpack[TimingKeywords],
+    ) -> Callable[[W], W]:
+        """Declare a schedule for a workflow, as a decorator above `@durable.workflow`.
+
+        ```python
+        @durable.schedule("0 9 * * 1-5", tz="Europe/Berlin")
+        @durable.workflow
+        async def report() -> None: ...
+        ```
+
+        A worker brings it into the table when it starts: there it is made, or changed to what the code says now. One
+        that was declared once and is gone from the code is paused, never deleted. For other options of its workflows,
+        decorate `report.options(queue="slow")`: queue, priority and timeout count.
+
+        Args:
+            cron: five fields (minute, hour, day, month, day of the week), or six with seconds first; several: the times
+                of all. `L` and `#` are known.
+            name: the name of the schedule; by default that of the workflow.
+            arguments: what the workflow is called with, by name.
+            **options: as described by `manage.put_schedule`.
+
+        Raises:
+            ArgumentError: an option is wrong.
+            DefinitionError: this is no workflow, or another schedule has the name.
+        """
+        _require_object(self, "schedule")
+        wanted = ScheduleOptions.of(**options) if cron is None else ScheduleOptions.of(cron=cron, **options)
+
+        def declare(function: W) -> W:
+            self.registry.add_schedule(declaration_of(function, name, arguments, wanted))
+            return function
+
+        return declare
 
     # A coroutine function is a function too, and a session a first argument like any other: the overloads overlap,
     # and the first that fits decides.

@@ -6,6 +6,7 @@ The functions of `sqla_durable.manage`, awaited.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from typing import Any, Unpack, overload
 from uuid import UUID
 
@@ -14,12 +15,29 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 import sqla_durable.manage as sync
 from sqla_durable.api.sessions import run_sync
-from sqla_durable.manage import id_at
+from sqla_durable.api.workflows import BoundWorkflow
+from sqla_durable.definitions.schedules import ScheduleKeywords
+from sqla_durable.manage import Backfill, id_at, next_ticks
 from sqla_durable.manage.forks import ForkOptions, OneForkOptions
 from sqla_durable.manage.verbs import Selected
-from sqla_durable.models import Workflow
+from sqla_durable.models import Schedule, Workflow
 
-__all__ = ["cancel", "delete", "fork", "id_at", "resume", "retry", "rewind"]
+__all__ = [
+    "Backfill",
+    "backfill_schedule",
+    "cancel",
+    "delete",
+    "fork",
+    "id_at",
+    "next_ticks",
+    "pause_schedule",
+    "put_schedule",
+    "resume",
+    "resume_schedule",
+    "retry",
+    "rewind",
+    "run_schedule",
+]
 
 
 async def cancel(session: AsyncSession, workflows: Selected) -> list[UUID]:
@@ -74,3 +92,32 @@ async def fork(
     options = {"from_step": from_step, "input": input, "outcomes": outcomes, "version": version, "key": key}
     fork: Callable[..., Any] = sync.fork
     return await run_sync(session, fork, workflows, queue=queue, **options)
+
+
+async def put_schedule(
+    session: AsyncSession, name: str, workflow: BoundWorkflow, **options: Unpack[ScheduleKeywords]
+) -> Schedule:
+    """Make a schedule, or change the one of that name. See `sqla_durable.manage.put_schedule`."""
+    return await run_sync(session, sync.put_schedule, name, workflow, **options)
+
+
+async def pause_schedule(session: AsyncSession, name: str, *, reason: str | None = None) -> None:
+    """Pause a schedule. See `sqla_durable.manage.pause_schedule`."""
+    await run_sync(session, sync.pause_schedule, name, reason=reason)
+
+
+async def resume_schedule(session: AsyncSession, name: str) -> None:
+    """Let a paused schedule go on. See `sqla_durable.manage.resume_schedule`."""
+    await run_sync(session, sync.resume_schedule, name)
+
+
+async def run_schedule(session: AsyncSession, name: str) -> bool:
+    """Start the schedule's workflow now. See `sqla_durable.manage.run_schedule`."""
+    return await run_sync(session, sync.run_schedule, name)
+
+
+async def backfill_schedule(
+    session: AsyncSession, name: str, *, since: datetime, until: datetime, limit: int = 1_000
+) -> Backfill:
+    """Start the workflows of the ticks in a time that has passed. See `sqla_durable.manage.backfill_schedule`."""
+    return await run_sync(session, sync.backfill_schedule, name, since=since, until=until, limit=limit)

@@ -20,6 +20,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.schedules import Tick, tick_in
 from sqla_durable.errors import DefinitionError, UsageError
 
 Around: TypeAlias = AbstractContextManager[Any] | AbstractAsyncContextManager[Any] | None
@@ -50,6 +51,11 @@ class Execution:
     idempotency_key: str | None = None
     details: Any = field(default=None, hash=False)
     headers: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
+
+    @property
+    def tick(self) -> Tick | None:
+        """The tick of the schedule that has started the workflow; None if no schedule has."""
+        return tick_in(self.headers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from sqla_durable.definitions.json_values import DEFAULT_LIMIT
 from sqla_durable.definitions.limits import TimeLimits
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
+from sqla_durable.definitions.schedules import ScheduleDeclaration
 from sqla_durable.errors import ArgumentError, DefinitionError, UsageError
 
 IsolationLevel: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
@@ -355,6 +356,17 @@ class Registry:
     def __init__(self) -> None:
         self._workflows: dict[str, WorkflowDefinition] = {}
         self._steps: dict[str, StepDefinition] = {}
+        self._schedules: dict[str, ScheduleDeclaration] = {}
+
+    def add_schedule(self, declared: ScheduleDeclaration) -> None:
+        """Register a schedule.
+
+        Raises:
+            DefinitionError: another one has the name.
+        """
+        if declared.name in self._schedules:
+            raise DefinitionError(f"two schedules are named {declared.name!r}: give one of them another name=.")
+        self._schedules[declared.name] = declared
 
     def add_workflow(self, definition: WorkflowDefinition) -> None:
         """Register a workflow.
@@ -391,6 +403,10 @@ class Registry:
 
     def __iter__(self) -> Iterator[WorkflowDefinition]:
         return iter(self._workflows.values())
+
+    def schedules(self) -> list[ScheduleDeclaration]:
+        """Return the registered schedules, in the order of their names."""
+        return [self._schedules[name] for name in sorted(self._schedules)]
 
     def steps(self) -> Iterator[StepDefinition]:
         """Iterate over the registered steps."""

@@ -4,6 +4,30 @@ Cancel, resume, retry, rewind, fork and delete them, by record, by id or by a `s
 """
 
 from sqla_durable.manage.forks import fork
+from sqla_durable.manage.schedules import (
+    Backfill,
+    backfill_schedule,
+    next_ticks,
+    pause_schedule,
+    put_schedule,
+    resume_schedule,
+    run_schedule,
+)
 from sqla_durable.manage.verbs import cancel, delete, id_at, resume, retry, rewind
 
-__all__ = ["cancel", "delete", "fork", "id_at", "resume", "retry", "rewind"]
+__all__ = [
+    "Backfill",
+    "backfill_schedule",
+    "cancel",
+    "delete",
+    "fork",
+    "id_at",
+    "next_ticks",
+    "pause_schedule",
+    "put_schedule",
+    "resume",
+    "resume_schedule",
+    "retry",
+    "rewind",
+    "run_schedule",
+]

@@ -30,10 +30,10 @@ def upgrade(target: str, *, since: str | None = None, schema: str | None = None)
     from sqla_durable import migrations
 
     def upgrade() -> None:
-        migrations.upgrade("durable_0001")
+        migrations.upgrade("durable_0002")
 
     def downgrade() -> None:
-        migrations.downgrade("durable_0001")
+        migrations.downgrade("durable_0002")
     ```
 
     It runs in the transaction of that revision, and prints its statements in offline mode. The schema is created

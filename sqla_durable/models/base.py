@@ -25,8 +25,11 @@ _ALEMBIC_NAME = "sqlalchemy.types"
 
 
 SCHEMA = "durable"
-REVISION = "durable_0001"
-"""The migration that these models correspond to; kept as the comment of the workflow table."""
+REVISION = "durable_0002"
+"""The migration that these models correspond to."""
+
+REVISION_COMMENT = "sqla-durable for durable_0001 and later, at durable_0002"
+"""The comment of the workflow table: which packages can work with the tables, and at which migration they are."""
 
 NAMING_CONVENTION = {
     "pk": "%(table_name)s_pkey",

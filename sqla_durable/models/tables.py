@@ -29,7 +29,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable.models.base import (
     LONGEST_KEY,
     OPTIONAL_JSON,
-    REVISION,
+    REVISION_COMMENT,
     SCHEMA,
     Base,
     StepStatus,
@@ -63,7 +63,8 @@ class Workflow(Base):
     finished it. `priority` is served lowest first. One that is suspended with `wake_at` waits for that time. `attempt`
     counts up when a worker dies; `crashes` its last attempts in a row that died before they recorded a step. An `id`
     begins with the time of its start, so their order is that of the starts; see `id_at`. `cancellation` is set for a
-    saga: it `compensates`, or the reason why it does now. `headers` are what interceptors have set.
+    saga: it `compensates`, or the reason why it does now. `headers` are what interceptors have set;
+    `schedule` is the name of the schedule that has started it.
     """
 
     __tablename__ = "workflow"
@@ -97,6 +98,7 @@ class Workflow(Base):
     cancellation: Mapped[str | None]
     continued_at: Mapped[datetime | None]
     headers: Mapped[dict[str, str] | None] = mapped_column(OPTIONAL_JSON)
+    schedule: Mapped[str | None]
 
     steps: Mapped[list[Step]] = relationship(
         back_populates="workflow", order_by="Step.position", passive_deletes="all", viewonly=False
@@ -193,9 +195,15 @@ class Workflow(Base):
             "deadline_at",
             postgresql_where=text("finished_at IS NULL AND deadline_at IS NOT NULL"),
         ),
+        # What a schedule has started and is not finished.
+        Index(
+            "workflow_schedule_idx",
+            "schedule",
+            postgresql_where=text("schedule IS NOT NULL AND finished_at IS NULL"),
+        ),
         # The tree under a workflow.
         Index("workflow_parent_idx", "parent_id", "id", postgresql_where=text("parent_id IS NOT NULL")),
-        {"comment": f"sqla-durable {REVISION}"},
+        {"comment": REVISION_COMMENT},
     )
 
     @validates("key", "queue", "name")

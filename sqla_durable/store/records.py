@@ -188,6 +188,7 @@ class NewWorkflow(NamedTuple):
     deadline: float | None = None
     deadline_at: datetime | None = None
     version: str | None = None
+    schedule: str | None = None
     headers: dict[str, str] | None = None
 
 

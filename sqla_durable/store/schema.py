@@ -147,15 +147,14 @@ def _require_revision(comment: str | None, schema: str, engine: sa.Engine) -> No
         raise SchemaError(
             f"the durable tables are not in {where}. {_MIGRATE}, or for a try sqla_durable.metadata.create_all(engine)."
         )
-    found = re.search(r"durable_(\d+)", comment)
-    ours = int(REVISION.removeprefix("durable_"))
-    if found is None or int(found[1]) < ours:
+    found = re.findall(r"durable_\d+", comment)  # the oldest package that the tables are for, and where they are
+    if not found or found[-1] < REVISION:
         raise SchemaError(
             f"the durable tables in {where} are at {comment or 'an unknown revision'!r}; this package needs "
             f"{REVISION!r}. {_MIGRATE}."
         )
-    if int(found[1]) > ours:
+    if found[0] > REVISION:
         raise SchemaError(
-            f"the durable tables in {where} are at {found[0]!r}, newer than this package, which knows {REVISION!r}. "
+            f"the durable tables in {where} are at {found[-1]!r}, newer than this package, which knows {REVISION!r}. "
             "Upgrade sqla-durable in this process."
         )

@@ -33,6 +33,7 @@ SIGNAL = Base.metadata.tables[f"{SCHEMA}.signal"]
 EVENT = Base.metadata.tables[f"{SCHEMA}.event"]
 STREAM_ITEM = Base.metadata.tables[f"{SCHEMA}.stream_item"]
 QUEUE = Base.metadata.tables[f"{SCHEMA}.queue"]
+SCHEDULE = Base.metadata.tables[f"{SCHEMA}.schedule"]
 WORKER = Base.metadata.tables[f"{SCHEMA}.worker"]
 _ANY_WRITE = sa.update(WORKFLOW)
 

@@ -15,12 +15,14 @@ import sqlalchemy as sa
 
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import WorkflowStatus
+from sqla_durable.store import schedules
 from sqla_durable.store.claims import Ranges, active_ranges, is_claimable, name_parameters, range_parameters
 from sqla_durable.store.failures import is_overdue
 from sqla_durable.store.inbox import ORPHANS, is_undelivered
 from sqla_durable.store.statements import (
     BEGINNING,
     QUEUE,
+    SCHEDULE,
     SIGNAL,
     WORKER,
     WORKFLOW,
@@ -84,6 +86,7 @@ class Work:
         alive: the lease of the worker that polls is live.
         overdue: the deadline of something unfinished has passed.
         has_orphans: deferred children have lost their parent; its notice is one of the undelivered, too.
+        ticks: a schedule is due.
         paused: the names of the queues that are paused, in order.
         scan_starts: where the next poll may begin.
     """
@@ -96,6 +99,7 @@ class Work:
     alive: bool
     overdue: bool = False
     has_orphans: bool = False
+    ticks: bool = False
     paused: tuple[str, ...] = ()
     scan_starts: ScanStarts = field(default=FULL_SCAN, compare=False)
 
@@ -131,6 +135,7 @@ def find_work(
         alive=row.alive,
         overdue=row.overdue,
         has_orphans=row.has_orphans,
+        ticks=row.ticks,
         paused=tuple(sorted(row.paused or ())),
         scan_starts=ScanStarts(
             wake_at=row.wake_mark.isoformat(),
@@ -176,7 +181,8 @@ def _next_due_in() -> Any:
     ahead = pg.statement_timestamp() + pg.make_interval(*[ZERO] * 6, _WITHIN)
     later = _first(WORKFLOW.c.wake_at, _SUSPENDED, _between(WORKFLOW.c.wake_at, ahead))
     deadline = _first(WORKFLOW.c.deadline_at, WORKFLOW.c.finished_at.is_(None), _between(WORKFLOW.c.deadline_at, ahead))
-    return sa.cast(sa.func.extract("epoch", sa.func.least(later, deadline) - pg.statement_timestamp()), sa.Float)
+    tick = schedules.first_due_at(ahead)
+    return sa.cast(sa.func.extract("epoch", sa.func.least(later, deadline, tick) - pg.statement_timestamp()), sa.Float)
 
 
 def _between(column: sa.ColumnElement[datetime], ahead: Any) -> Condition:
@@ -217,6 +223,7 @@ def _find_work_statement() -> Any:
         _abandoned().label("abandoned"),
         _alive().label("alive"),
         sa.select(SIGNAL.c.id).where(is_undelivered("since_sent"), is_left).exists().label("has_orphans"),
+        sa.select(SCHEDULE.c.name).where(schedules.is_due()).exists().label("ticks"),
         sa.select(pg.array_agg(QUEUE.c.name)).where(QUEUE.c.paused_at.is_not(None)).scalar_subquery().label("paused"),
         firsts.c.first_deadline_at.is_not(None).label("overdue"),
         firsts.c.first_sent_at.is_not(None).label("undelivered"),

@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import Engine, func, select, text
+from sqlalchemy import Engine, delete, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 import sqla_durable
-from sqla_durable import Durable, Event, Queue, Signal, Step, StreamItem, Workflow
+from sqla_durable import Durable, Event, Queue, Schedule, Signal, Step, StreamItem, Workflow, manage
 from sqla_durable.models.base import Base
 from sqla_durable.operations.callback import CallbackRecord
 from tests.store import races
 from tests.support.roles import DENIED, sqlstate_of
 
 DAY = timedelta(days=1)
+NEW_YEAR = datetime(2026, 1, 1, tzinfo=UTC)
 durable = Durable(version="7")
 
 Verb: TypeAlias = Callable[[Session, "World"], object]
@@ -60,6 +61,7 @@ def make_world(engine: Engine) -> World:
         )
         session.execute(text(f"{finished} status = 'cancelled' WHERE id = :id"), {"id": cancelled})
         session.execute(text(f"{finished} status = 'succeeded', output = '\"d\"' WHERE id = :id"), {"id": done})
+        manage.put_schedule(session, "nightly", greet.bind("x"), cron="0 3 * * *")
         session.add(Event(workflow_id=done, key="status", value="booked"))
         session.commit()
     return World(pending, failed, cancelled, done, owner.workflow_id, made.reveal_token())
@@ -69,7 +71,7 @@ def pause(session: Session, _: World) -> None:
     session.add(Queue(name="mail", paused_at=func.now()))
 
 
-TABLES = (Workflow, Step, Signal, Event, StreamItem, Queue)
+TABLES = (Workflow, Step, Signal, Event, StreamItem, Queue, Schedule)
 
 
 def reading(table: type[Base]) -> Verb:
@@ -116,6 +118,21 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
         "canceller": {
             "cancel": lambda session, world: api.manage.cancel(session, [world.pending, world.owner]),
         },
+        "scheduler": {
+            "put a schedule": lambda session, _: api.manage.put_schedule(
+                session, "new", greet.options(queue="mail", priority=1, timeout=DAY).bind("x"), every=DAY
+            ),
+            "change a schedule": lambda session, _: api.manage.put_schedule(
+                session, "nightly", greet.bind("y"), cron="0 4 * * *"
+            ),
+            "pause a schedule": lambda session, _: api.manage.pause_schedule(session, "nightly", reason="holiday"),
+            "resume a schedule": lambda session, _: api.manage.resume_schedule(session, "nightly"),
+            "run a schedule": lambda session, _: api.manage.run_schedule(session, "nightly"),
+            "backfill a schedule": lambda session, _: api.manage.backfill_schedule(
+                session, "nightly", since=NEW_YEAR, until=NEW_YEAR + 2 * DAY
+            ),
+            "delete a schedule": lambda session, _: session.execute(delete(Schedule)),
+        },
         "operator": {
             "resume": lambda session, world: api.manage.resume(session, world.cancelled),
             "retry": lambda session, world: api.manage.retry(session, world.failed),
@@ -132,7 +149,16 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
 
 VERBS = verbs_of(sqla_durable)
 WITH_POLICIES = {
-    "operator": {*VERBS["reader"], *VERBS["caller"], "cancel", "start", "start many", "start under a known key"},
+    "scheduler": {"read schedule", "start many"},
+    "operator": {
+        *VERBS["reader"],
+        *VERBS["caller"],
+        *VERBS["scheduler"],
+        "cancel",
+        "start",
+        "start many",
+        "start under a known key",
+    },
     "reader": {*VERBS["caller"]},
     "updater": {"event"},
 }

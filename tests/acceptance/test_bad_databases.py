@@ -69,9 +69,15 @@ def test_callers_transaction_survives_an_unmigrated_database(unmigrated: Session
 @pytest.mark.parametrize(
     ("comment", "expected", "said"),
     [
-        ("sqla-durable durable_0000", SchemaError, "are at .*durable_0000.*; this package needs 'durable_0001'"),
+        ("sqla-durable durable_0000", SchemaError, "are at .*durable_0000.*; this package needs 'durable_0002'"),
         (None, SchemaError, "are at 'an unknown revision'"),
+        ("sqla-durable durable_0001", SchemaError, "are at .*durable_0001.*; this package needs 'durable_0002'"),
         ("sqla-durable durable_9999", SchemaError, "are at 'durable_9999', newer than this package"),
+        (
+            "sqla-durable for durable_0003 and later, at durable_9999",
+            SchemaError,
+            "are at 'durable_9999', newer than this package",
+        ),
     ],
 )
 def test_schema_of_another_age_is_named(
@@ -81,6 +87,14 @@ def test_schema_of_another_age_is_named(
         session.execute(text(f"COMMENT ON TABLE durable.workflow IS {'NULL' if comment is None else repr(comment)}"))
     with pytest.raises(expected, match=said):
         _uses(session_factory)[use]()
+
+
+def test_newer_tables_that_are_for_this_package_too_are_accepted(session_factory: Sessions) -> None:
+    """So workers of two releases work side by side, while one takes the place of the other."""
+    with session_factory.begin() as session:
+        newer = "sqla-durable for durable_0002 and later, at durable_9999"
+        session.execute(text(f"COMMENT ON TABLE durable.workflow IS '{newer}'"))
+        assert ship.start(session, 1).name == "ship"
 
 
 def test_missing_schema_of_a_tenant_is_named(engine: Engine) -> None:

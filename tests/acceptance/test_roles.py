@@ -96,6 +96,7 @@ def test_error_says_which_rights_are_missing(granted: Roles, world: World) -> No
         "updater": lambda session: send_update(session, world.pending, "change", 1),
         "answerer": lambda session: complete_callback(session, world.token, 1),
         "canceller": lambda session: manage.cancel(session, world.pending),
+        "scheduler": lambda session: manage.run_schedule(session, "nightly"),
         "operator": lambda session: manage.retry(session, world.failed),
     }
     for rights, verb in wanted.items():
@@ -173,10 +174,17 @@ def test_a_worker_s_role_works(engine: Engine, granted: Roles) -> None:
         send_signal(session, workflow_id, "go", "went")
     with sessionmaker(granted.engine("updater")).begin() as session:
         sent = send_update(session, workflow_id, "change", 1, reply=int)
+    with sessionmaker(granted.engine("scheduler")).begin() as session:
+        manage.put_schedule(session, "nightly", greet.bind("night"), cron="0 3 * * *", missed="run_all")
+    fired = select(func.count()).where(Workflow.schedule == "nightly", Workflow.finished_at.is_not(None))
+    with engine.begin() as connection:  # yesterday's tick was missed
+        last = "date_trunc('day', statement_timestamp(), 'UTC') - interval '21 hours'"
+        connection.execute(text(f"UPDATE durable.schedule SET next_at = {last}, due_at = {last}"))
     reader = granted.engine("reader")
     with Worker(durable, sessionmaker=sessionmaker(granted.engine("worker")), poll_interval=POLL):
         assert sent.result(timeout=PATIENCE) == 2
         with Session(reader) as session:
+            assert races.wait_until(lambda: session.scalar(fired), seconds=PATIENCE.total_seconds())
             token = races.wait_until(lambda: token_in(session, workflow_id), seconds=PATIENCE.total_seconds()) or ""
         with sessionmaker(granted.engine("answerer")).begin() as session:
             complete_callback(session, token, "answered")

@@ -46,7 +46,7 @@ from tests.support.roles import BY_TASK, DENIED, TASKS, Roles, recipe, refused, 
 
 HERE = "tests/acceptance/test_tenants.py"
 NAMES = (*TASKS, "app", "owner", "acme", "globex")
-TABLES = ("workflow", "step", "signal", "event", "stream_item", "queue", "worker")
+TABLES = ("workflow", "step", "signal", "event", "stream_item", "queue", "worker", "schedule")
 tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
 
 

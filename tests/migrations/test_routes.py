@@ -13,7 +13,9 @@ from tests.support.domain import Order
 
 VERSION_TABLE = {"alembic_version", "alembic_version_pkc"}
 
-every_route = pytest.mark.parametrize("application", ["own_revision", "branch", "autogenerate"], indirect=True)
+every_route = pytest.mark.parametrize(
+    "application", ["own_revision", "next_revision", "branch", "autogenerate"], indirect=True
+)
 
 
 # behaviour: X1

@@ -18,6 +18,7 @@ SECONDS: dict[str, float] = {
     "acceptance/test_deploy.py": 7,
     "acceptance/test_parallel_programs.py": 6,
     "crash/test_failover.py": 5,
+    "crash/test_schedules.py": 5,
     "worker/test_fuzzed_rows.py": 5,
     "crash/test_exhaustion.py": 4,
     "crash/test_blackhole.py": 4,

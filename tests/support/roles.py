@@ -15,7 +15,18 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 BY_TASK = "tests/acceptance/test_roles.py"
 """Under which name the page has the roles that follow from what they do."""
 
-TASKS = ("starter", "caller", "signaller", "updater", "answerer", "canceller", "worker", "operator", "reader")
+TASKS = (
+    "starter",
+    "caller",
+    "signaller",
+    "updater",
+    "answerer",
+    "canceller",
+    "scheduler",
+    "worker",
+    "operator",
+    "reader",
+)
 DENIED, CHECKED, GENERATED = "42501", "23514", "428C9"
 """The SQLSTATE of a missing right, of a CHECK, and of a column that is always generated."""
 

@@ -270,9 +270,11 @@ class Databases:
         shared: maintenance and what else there is.
         beating, writing, claiming: the heartbeat, the writer and the claims, each on a connection that it keeps where
             the pool has enough.
+        transacting: what takes more than one statement.
     """
 
     shared: Database
+    transacting: Database
     beating: Database
     writing: Database
     claiming: Database
@@ -280,7 +282,7 @@ class Databases:
     @property
     def all(self) -> set[Database]:
         """Each of them once."""
-        return {self.shared, self.beating, self.writing, self.claiming}
+        return {self.shared, self.transacting, self.beating, self.writing, self.claiming}
 
     def use_transactions(self) -> None:
         """Execute in READ COMMITTED transactions."""
@@ -302,7 +304,9 @@ def open_databases(engine: Engine, *, hold: int, limit: float, beat_limit: float
     database = shared(engine, limit=limit)
     beating = keeping(engine, limit=beat_limit) if hold else database
     writing, claiming = (keeping(engine, limit=limit) if hold > each else database for each in (1, 2))
-    return Databases(database, beating, writing, claiming)
+    transacting = shared(engine, limit=limit)
+    transacting.use_transactions()
+    return Databases(database, transacting, beating, writing, claiming)
 
 
 async def persistently(database: Database, statement: Callable[[Connection], T], *, what: str) -> T:

@@ -79,7 +79,7 @@ class Heartbeat:
         if self._worker_id in others:
             self._wakeup.set()
         if others := others - {self._worker_id}:
-            notify = partial(_hint, payloads=[hints.to_worker(each) for each in others])
+            notify = partial(send_hints, payloads=[hints.to_worker(each) for each in others])
             await persistently(self._database, notify, what="hint")
 
     async def require_lease(self) -> None:
@@ -111,7 +111,7 @@ class Heartbeat:
         """End the lease, once nothing extends it any more, and hint to others to claim what was released."""
         await persistently(self._database, self._leave, what="leave")
         # By itself: where statements are in transactions, NOTIFY would hold its lock until the DELETE is on disk.
-        await persistently(self._database, partial(_hint, payloads=[hints.LATE]), what="leave")
+        await persistently(self._database, partial(send_hints, payloads=[hints.LATE]), what="leave")
 
     async def _compare(self) -> None:
         """Now and then, because the server may carry out a claim long after its connection was lost."""
@@ -174,6 +174,7 @@ class Heartbeat:
         )
 
 
-def _hint(connection: Connection, payloads: Sequence[str]) -> None:
+def send_hints(connection: Connection, payloads: Sequence[str]) -> None:
+    """Hint to the workers that listen for these payloads."""
     channel = hints.channel_on(connection)
     hints.notify(connection, [(channel, each) for each in payloads])

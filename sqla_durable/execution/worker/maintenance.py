@@ -22,6 +22,7 @@ from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.execution.worker.heartbeat import Heartbeat
 from sqla_durable.execution.worker.hints import Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
+from sqla_durable.execution.worker.schedules import Schedules
 from sqla_durable.execution.worker.settings import (
     FORGET_EVERY,
     RECLAIM_EVERY,
@@ -52,10 +53,12 @@ class Maintenance:
         heartbeat: Heartbeat,
         cursors: Cursors,
         isolation: Isolation,
+        schedules: Schedules,
         wakeups: Wakeups,
         settings: Settings,
     ) -> None:
         self._database = database
+        self._schedules = schedules
         self._heartbeat = heartbeat
         self._cursors = cursors
         self._isolation = isolation
@@ -121,6 +124,7 @@ class Maintenance:
         woken = await self._wake() if seen.due else 0
         woken += await self.deliver() if seen.undelivered else 0
         woken += await self._start_orphans() if seen.has_orphans else 0
+        woken += await self._schedules.fire() if seen.ticks else 0
         if seen.claimable or reclaimed or woken or undoing:
             self._claims.set()
         else:

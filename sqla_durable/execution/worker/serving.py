@@ -35,6 +35,7 @@ from sqla_durable.execution.worker.hints import HintReceiver, Listener, Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
 from sqla_durable.execution.worker.maintenance import Maintenance
 from sqla_durable.execution.worker.recorder import Resources, Sessions, Slots
+from sqla_durable.execution.worker.schedules import Schedules
 from sqla_durable.execution.worker.settings import BEATS, LAST_GRACE, Settings
 from sqla_durable.execution.worker.writer import StreamWriter, Writer
 from sqla_durable.operations.suspending import Wakers
@@ -229,12 +230,16 @@ class Serving:
         self._claims = Claims(
             databases.claiming, self._attempts, slots, self._heartbeat, cursors, isolation, wakeups, settings
         )
-        self._maintenance = Maintenance(database, self._heartbeat, cursors, isolation, wakeups, settings)
+        self._schedules = Schedules(databases, registry, settings.queues)
+        self._maintenance = Maintenance(
+            database, self._heartbeat, cursors, isolation, self._schedules, wakeups, settings
+        )
         self._hints = HintReceiver(wakeups, wakers, cursors, worker_id=settings.worker_id, queues=settings.queues)
 
     async def begin(self) -> None:
-        """Begin the lease."""
+        """Begin the lease, and bring the schedules of the code into the table."""
         await self._heartbeat.begin()
+        await self._schedules.declare()
 
     async def run(self, *, listen_on: Engine | None) -> None:
         """Claim and execute until it is to stop, then leave in good order.

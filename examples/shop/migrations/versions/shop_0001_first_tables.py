@@ -22,7 +22,7 @@ FACTS: dict[str, list[sa.Column[int] | sa.Column[str]]] = {
 
 
 def upgrade() -> None:
-    migrations.upgrade("durable_0001")
+    migrations.upgrade("durable_0002")
     _create_customers_and_products()
     _create_orders()
     _create_stock_movements()
@@ -33,7 +33,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     for name in [*FACTS, "stock_movement", "order_line", "orders", "product", "customer"]:
         op.drop_table(name)
-    migrations.downgrade("durable_0001")
+    migrations.downgrade("durable_0002")
 
 
 def _create_customers_and_products() -> None:

@@ -6,7 +6,7 @@ from alembic import op
 revision = "app_0002"
 down_revision = "app_0001"
 branch_labels = None
-depends_on = "durable_0001"  # the table that the foreign key refers to
+depends_on = "durable_0002"  # the table that the foreign key refers to
 
 
 def upgrade() -> None:

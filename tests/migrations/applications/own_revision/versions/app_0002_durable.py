@@ -9,8 +9,8 @@ depends_on = None
 
 
 def upgrade() -> None:
-    migrations.upgrade("durable_0001")
+    migrations.upgrade("durable_0002")
 
 
 def downgrade() -> None:
-    migrations.downgrade("durable_0001")
+    migrations.downgrade("durable_0002")

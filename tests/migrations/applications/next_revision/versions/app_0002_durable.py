@@ -1,0 +1,16 @@
+"""Add sqla-durable."""
+
+from sqla_durable import migrations
+
+revision = "app_0002"
+down_revision = "app_0001"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    migrations.upgrade("durable_0001")
+
+
+def downgrade() -> None:
+    migrations.downgrade("durable_0001")
