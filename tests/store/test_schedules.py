@@ -299,7 +299,9 @@ def test_other_times_are_planned_again_and_what_is_the_same_is_not_written(engin
     make_due(engine, queued_at=row_of(engine).due_at)
     due_at = row_of(engine).due_at
     with Session(engine) as session:
-        for change in ({"input": '{"a": 1}'}, {"queue": "slow"}, {"priority": 1}, {"timeout": 5.0}, {"version": "2"}):
+        changes: list[dict[str, Any]] = [{"input": '{"a": 1}'}, {"queue": "slow"}, {"priority": 1}, {"timeout": 5.0}]
+        changes.append({"version": "2"})
+        for change in changes:
             assert put(session, **change)
             assert not put(session, **change)
         assert put(session, ScheduleOptions.of(every=HOUR, overlap="allow"), headers={"a": "1"})

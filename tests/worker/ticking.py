@@ -44,7 +44,8 @@ class Application:
     @contextmanager
     def worker(self, maker: Sessions, **settings: Any) -> Generator[Worker]:
         """A worker that runs meanwhile; nothing stays held."""
-        with Worker(self.durable, sessionmaker=maker, **{"poll_interval": POLL, **settings}) as worker:
+        chosen: dict[str, Any] = {"poll_interval": POLL, **settings}
+        with Worker(self.durable, sessionmaker=maker, **chosen) as worker:
             try:
                 yield worker
             finally:
