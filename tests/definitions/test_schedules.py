@@ -30,7 +30,8 @@ MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
 
 def state(now: datetime = NOON, *, options: dict[str, Any] | None = None, **known: Any) -> ScheduleState:
     """Return an hourly schedule, with other options."""
-    return ScheduleState("hourly", ScheduleOptions.of(**({"cron": "0 * * * *"} | (options or {}))), now, **known)
+    chosen: dict[str, Any] = {"cron": "0 * * * *", **(options or {})}
+    return ScheduleState("hourly", ScheduleOptions.of(**chosen), now, **known)
 
 
 def started(made: Decision) -> list[datetime]:

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Connection, Engine, event, text
+from sqlalchemy import Connection, Engine, ExceptionContext, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
@@ -145,7 +145,11 @@ async def test_what_was_executed_and_cannot_be_read_is_not_executed_again(
 
 def test_a_handler_of_errors_sees_those_of_the_engine_too(engine: Engine) -> None:
     seen: list[str] = []
-    event.listen(engine, "handle_error", lambda context: seen.append(str(context.statement)))
+
+    @event.listens_for(engine, "handle_error")
+    def see(context: ExceptionContext) -> None:
+        seen.append(str(context.statement))
+
     with autocommitting(engine) as connection, suppress(DBAPIError):
         rows_of(connection, number="seven")
     assert len(seen) == 1

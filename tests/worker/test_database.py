@@ -248,7 +248,7 @@ async def test_a_statement_that_was_prepared_for_another_type_is_executed_on_a_n
     database: Database, engine: Engine
 ) -> None:
     """A deploy may change the type of a column while the worker keeps its connections."""
-    kinds = DriverStatement(lambda: sa.select(sa.column("kind")).select_from(sa.table("changing")))
+    kinds = DriverStatement(lambda: sa.select(sa.column("kind", sa.Text())).select_from(sa.table("changing")))
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE changing AS SELECT text 'plain' AS kind"))
     for _ in range(10):  # psycopg prepares the sixth of them

@@ -124,9 +124,5 @@ def _check(name: str, condition: str) -> sa.CheckConstraint:
     return sa.CheckConstraint(condition, name=op.f(f"schedule_{name}_check"))
 
 
-def _duration(column: str) -> sa.CheckConstraint:
-    return _check(column, f"{column} BETWEEN interval '0' AND {_LONGEST}")
-
-
 def _name(column: str) -> sa.CheckConstraint:
     return _check(column, f"{column} ~ '[^[:space:]]' AND pg_catalog.octet_length({column}) <= 1000")
