@@ -106,7 +106,8 @@ def run_schedule(session: Session, name: str) -> bool:
     Never commits; locks the schedule's row, and waits for a worker that fires it.
 
     Returns:
-        Whether one was started: with "skip", not while one is unfinished; with "queue_one", only when that has ended.
+        Whether one was started. While one is unfinished it is not, with "skip"; with "queue_one" it is when that has
+        ended, unless the schedule is paused until then.
 
     Raises:
         UsageError: there is none of that name.
@@ -117,7 +118,7 @@ def run_schedule(session: Session, name: str) -> bool:
         decision = decide_to_run(found.state)
         if decision.cancels:
             cancel(session, schedules.unfinished_of(session, name))
-        schedules.advance(session, found, decision, even_paused=True)
+        schedules.advance(session, found, decision)
         hints.announce(session, hints.EVERYWHERE)
         return bool(decision.started)
 

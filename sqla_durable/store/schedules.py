@@ -144,9 +144,7 @@ def tick_key(schedule: str, at: datetime) -> str:
     return f"schedule {schedule} {at.astimezone(UTC).isoformat()}"
 
 
-def advance(
-    connectable: Connectable, found: DueSchedule, decision: Decision, *, even_paused: bool = False
-) -> int | None:
+def advance(connectable: Connectable, found: DueSchedule, decision: Decision) -> int | None:
     """Write what was decided, and start the workflows of its ticks; return how many are new.
 
     None: the row is locked by others, or is no longer as it was read; nothing was written. Waits for nobody, but for a
@@ -161,7 +159,6 @@ def advance(
             **planned,
             "schedule_name": found.state.name,
             "row_version": found.row_version,
-            "even_paused": even_paused,
             "more_skipped": decision.skipped,
             **batch_parameter("ticks", rows),
         },
@@ -234,7 +231,7 @@ def resume(connectable: Connectable, name: str) -> bool:
 
 def postpone(connectable: Connectable, *, name: str, row_version: str, seconds: float) -> bool:
     """Let workers look at a schedule later. False: its row has changed or is locked."""
-    given = {"schedule_name": name, "row_version": row_version, "even_paused": False, "seconds": seconds}
+    given = {"schedule_name": name, "row_version": row_version, "seconds": seconds}
     return execute(connectable, _POSTPONE, given).first() is not None
 
 
@@ -351,7 +348,6 @@ def _locked(*columns: Any) -> sa.CTE:
         .where(
             SCHEDULE.c.name == parameter("schedule_name", Text()),
             sa.cast(xmin, Text) == parameter("row_version", Text()),
-            sa.or_(SCHEDULE.c.paused_at.is_(None), parameter("even_paused", sa.Boolean())),
         )
         .with_for_update(key_share=True, skip_locked=True, of=SCHEDULE),
         "found",

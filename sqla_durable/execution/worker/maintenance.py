@@ -124,7 +124,8 @@ class Maintenance:
         woken = await self._wake() if seen.due else 0
         woken += await self.deliver() if seen.undelivered else 0
         woken += await self._start_orphans() if seen.has_orphans else 0
-        woken += await self._schedules.fire() if seen.ticks else 0
+        if seen.ticks:
+            await self._schedules.fire()
         if seen.claimable or reclaimed or woken or undoing:
             self._claims.set()
         else:

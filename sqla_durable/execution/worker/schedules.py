@@ -22,6 +22,7 @@ from sqla_durable.definitions.schedules import Decision, ScheduleDeclaration, de
 from sqla_durable.errors import ArgumentError
 from sqla_durable.execution.worker.database import Databases, persistently
 from sqla_durable.execution.worker.heartbeat import send_hints
+from sqla_durable.execution.worker.hints import Wakeup
 from sqla_durable.store import hints, schedules
 from sqla_durable.store.schedules import DueSchedule
 
@@ -35,11 +36,12 @@ _LOCK_NOT_AVAILABLE = "55P03"
 class Schedules:
     """Fires the schedules of the database, those of other applications too."""
 
-    def __init__(self, databases: Databases, registry: Registry, queues: Iterable[str]) -> None:
+    def __init__(self, databases: Databases, registry: Registry, queues: Iterable[str], claims: Wakeup) -> None:
         self._database = databases.shared
         self._transactions = databases.transacting
         self._registry = registry
         self._queues = frozenset(queues)
+        self._claims = claims
 
     async def declare(self) -> None:
         """Bring the schedules that the code declares into the table, and pause those that it no longer does."""
@@ -60,23 +62,21 @@ class Schedules:
     def _put(self, connection: Connection, each: ScheduleDeclaration) -> bool:
         return schedules.put(connection, each.bind(), each.options, name=each.name, declared=True)
 
-    async def fire(self) -> bool:
-        """Do what is due; return whether a workflow was started in a queue of this worker."""
-        queues, seen = set[str](), _LIMIT
-        while seen == _LIMIT:
+    async def fire(self) -> None:
+        """Do what is due, and wake those who claim what was started."""
+        written, seen = True, _LIMIT
+        while written and seen == _LIMIT:  # otherwise others lock them, or were faster
             rows = await persistently(self._database, partial(schedules.due, limit=_LIMIT), what="schedules")
-            seen, written = len(rows), 0
-            for row in rows:
-                started = await self._fire_one(row)
-                written += started is not None
-                if started:
-                    queues.add(row["queue"])
-            if not written:  # others lock them, or were faster
-                break
+            started = [await self._fire_one(row) for row in rows]
+            written, seen = any(each is not None for each in started), len(rows)
+            await self._wake({row["queue"] for row, count in zip(rows, started, strict=True) if count})
+
+    async def _wake(self, queues: set[str]) -> None:
+        if queues & self._queues:
+            self._claims.set()
         if others := queues - self._queues:
             payloads = [hints.to_queue(each) for each in sorted(others)]
             await persistently(self._database, partial(send_hints, payloads=payloads), what="hint")
-        return bool(queues & self._queues)
 
     async def _fire_one(self, row: Any) -> int | None:
         try:

@@ -230,7 +230,7 @@ class Serving:
         self._claims = Claims(
             databases.claiming, self._attempts, slots, self._heartbeat, cursors, isolation, wakeups, settings
         )
-        self._schedules = Schedules(databases, registry, settings.queues)
+        self._schedules = Schedules(databases, registry, settings.queues, wakeups.claims)
         self._maintenance = Maintenance(
             database, self._heartbeat, cursors, isolation, self._schedules, wakeups, settings
         )
