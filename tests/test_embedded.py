@@ -256,6 +256,12 @@ def test_directory_that_the_servers_user_cannot_enter_is_a_clear_error(directory
         embedded.server(directory)
 
 
+def test_a_server_that_does_not_start_says_why_and_names_no_other_reason(initialised: Path) -> None:
+    with pytest.raises(DatabaseUnavailableError, match='could not access file "not_there"') as caught:
+        embedded.server(initialised, settings={"shared_preload_libraries": "not_there"})
+    assert "chmod" not in str(caught.value)
+
+
 @only_root
 @pytest.mark.usefixtures("private_wheel")
 def test_directory_that_the_servers_user_cannot_enter_is_a_clear_error_with_a_wheel_that_it_cannot_read_too(

@@ -189,21 +189,19 @@ def decide(state: ScheduleState) -> Decision:
 
     A tick that is found within `ON_TIME` of its time is never taken for a missed one, however many there are.
     """
-    made = Decision(next_at=state.next_at, last_at=state.last_at, queued_at=state.queued_at)
-    if made.next_at is None:
-        made.next_at = state.options.calendar.next_after(state.now)
-    _start(state, made, _due_ticks(state, made))
-    made.due_at = _looked_at(state, made)
-    return made
+    made = _planned(state)
+    return _started(state, made, _due_ticks(state, made))
 
 
 def decide_to_run(state: ScheduleState) -> Decision:
     """Decide what becomes of a tick that somebody asks for now, beside those of the calendar."""
-    made = Decision(next_at=state.next_at, last_at=state.last_at, queued_at=state.queued_at)
-    made.next_at = made.next_at or state.options.calendar.next_after(state.now)
-    _start(state, made, [state.now])
-    made.due_at = _looked_at(state, made)
-    return made
+    return _started(state, _planned(state), [state.now])
+
+
+def _planned(state: ScheduleState) -> Decision:
+    """Return where the schedule stands, with its next tick."""
+    next_at = state.next_at or state.options.calendar.next_after(state.now)
+    return Decision(next_at=next_at, last_at=state.last_at, queued_at=state.queued_at)
 
 
 def _looked_at(state: ScheduleState, made: Decision) -> datetime | None:
@@ -258,8 +256,8 @@ def _pass_missed(state: ScheduleState, made: Decision, ticks: list[datetime], un
     return calendar.next_after(until)
 
 
-def _start(state: ScheduleState, made: Decision, ticks: Sequence[datetime]) -> None:
-    """Start workflows for ticks, as far as the overlap policy lets them."""
+def _started(state: ScheduleState, made: Decision, ticks: Sequence[datetime]) -> Decision:
+    """Return the decision with workflows for ticks, as far as the overlap policy lets them start."""
     unfinished = state.unfinished
     if made.queued_at is not None and not unfinished:
         ticks, made.queued_at = [made.queued_at, *ticks], None
@@ -282,6 +280,8 @@ def _start(state: ScheduleState, made: Decision, ticks: Sequence[datetime]) -> N
         made.started.append(Tick(state.name, tick, made.last_at))
         made.last_at = tick
         unfinished += 1
+    made.due_at = _looked_at(state, made)
+    return made
 
 
 def fault_in_schedule_name(name: object) -> str | None:

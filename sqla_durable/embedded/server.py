@@ -309,10 +309,11 @@ class EmbeddedServer:
     def _unavailable(self, what: str) -> DatabaseUnavailableError:
         log = self._data / "server.log"
         lines = log.read_text(errors="replace").splitlines()[-10:] if log.exists() else []
+        may_be_denied = not lines or "denied" in " ".join([what, *lines])  # a server that writes a log has entered
         owner = (
             f" It runs as user {self._user.pw_name!r}, who must be able to enter it and the directories above it: "
             "chmod o+x them, or choose one such as /tmp/try."
-            if self._user
+            if self._user and may_be_denied
             else ""
         )
         return DatabaseUnavailableError(

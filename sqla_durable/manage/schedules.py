@@ -161,7 +161,9 @@ def backfill_schedule(
 
 
 def next_ticks(schedule: Schedule, count: int, *, after: datetime | None = None) -> list[datetime]:
-    """Return the next ticks of a schedule in UTC, without their jitter; from now on, or after a time.
+    """Return the next ticks of a schedule in UTC, without their jitter: after a time, or from now on.
+
+    Now is the time of this process's clock.
 
     Raises:
         ArgumentError: the record makes no schedule, or the time has no time zone.

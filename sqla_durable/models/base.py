@@ -167,6 +167,15 @@ def times_check(*columns: str, more: str = "") -> CheckConstraint:
     return CheckConstraint(f"{more}least({every}) >= {earliest} AND greatest({every}) <= {latest}", name="times")
 
 
+def headers_check() -> CheckConstraint:
+    """Refuse headers that are no object of texts."""
+    return CheckConstraint(
+        "pg_catalog.jsonb_typeof(headers) = 'object' "
+        """AND NOT pg_catalog.jsonb_path_exists(headers, '$.* ? (@.type() <> "string")')""",
+        name="headers",
+    )
+
+
 def shown(record: Base, *attributes: str) -> str:
     """Show what is loaded, and the primary key of what has expired: a repr must not go to the database."""
     state = inspect(record)

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import BigInteger, CheckConstraint, Index, SmallInteger, false, func, text
 from sqlalchemy.orm import Mapped, foreign, mapped_column, relationship
 
-from sqla_durable.models.base import OPTIONAL_JSON, Base, name_check, shown, times_check
+from sqla_durable.models.base import OPTIONAL_JSON, Base, headers_check, name_check, shown, times_check
 from sqla_durable.models.tables import Workflow
 
 _NO_TEXTS = text("'{}'::text[]")
@@ -22,8 +22,8 @@ class Schedule(Base):
     '{0 3 * * *}')`. `next_at` is its next tick, `last_at` the last one that started a workflow, and `queued_at` one
     that waits for the workflow of an earlier one to end. `due_at` is when a worker looks at it next, `jitter`
     included; whoever changes the row by SQL sets it and `next_at` to NULL, so that a worker plans again. It has
-    `ended_at` when no tick is left. `skipped` counts the ticks that started nothing. `declared` is set for one that
-    the application's code declares.
+    `ended_at` when no tick is left. `skipped` counts ticks that started nothing; those that were
+    missed together count as one. `declared` is set for one that the application's code declares.
     """
 
     __tablename__ = "schedule"
@@ -68,11 +68,7 @@ class Schedule(Base):
         name_check("version"),
         name_check("tz"),
         CheckConstraint("pg_catalog.jsonb_typeof(input) = 'object'", name="input"),
-        CheckConstraint(
-            "pg_catalog.jsonb_typeof(headers) = 'object' "
-            """AND NOT pg_catalog.jsonb_path_exists(headers, '$.* ? (@.type() <> "string")')""",
-            name="headers",
-        ),
+        headers_check(),
         CheckConstraint("(pg_catalog.cardinality(cron) > 0) = (every IS NULL)", name="when"),
         CheckConstraint(
             "pg_catalog.cardinality(cron) <= 100 AND pg_catalog.array_position(cron, NULL) IS NULL "

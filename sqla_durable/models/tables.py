@@ -34,6 +34,7 @@ from sqla_durable.models.base import (
     Base,
     StepStatus,
     WorkflowStatus,
+    headers_check,
     name_check,
     shown,
     times_check,
@@ -63,7 +64,7 @@ class Workflow(Base):
     finished it. `priority` is served lowest first. One that is suspended with `wake_at` waits for that time. `attempt`
     counts up when a worker dies; `crashes` its last attempts in a row that died before they recorded a step. An `id`
     begins with the time of its start, so their order is that of the starts; see `id_at`. `cancellation` is set for a
-    saga: it `compensates`, or the reason why it does now. `headers` are what interceptors have set;
+    saga: it `compensates`, or the reason why it does now. `headers` are what interceptors have set, and
     `schedule` is the name of the schedule that has started it.
     """
 
@@ -151,11 +152,7 @@ class Workflow(Base):
         CheckConstraint("parent_id <> id", name="parent_id"),
         name_check("version"),
         CheckConstraint("cancellation IN ('compensates', 'requested', 'overdue')", name="cancellation"),
-        CheckConstraint(
-            "pg_catalog.jsonb_typeof(headers) = 'object' "
-            """AND NOT pg_catalog.jsonb_path_exists(headers, '$.* ? (@.type() <> "string")')""",
-            name="headers",
-        ),
+        headers_check(),
         times_check(
             "created_at",
             "enqueued_at",

@@ -53,6 +53,7 @@ from sqla_durable.store.statements import (
     must_compensate,
     parameter,
     pg,
+    row_version,
     scalars,
     status_literal,
     subset_forms,
@@ -310,7 +311,7 @@ def _heads(within: Restriction) -> Any:
     listened = active_ranges()
     place = _position()
     head = (
-        sa.select(*place, WORKFLOW.c.started_at, _row_version(WORKFLOW))
+        sa.select(*place, WORKFLOW.c.started_at, row_version(WORKFLOW))
         .where(is_claimable(listened), within(WORKFLOW.c.id))
         .order_by(*place)
         .limit(LIMIT)
@@ -331,7 +332,7 @@ def _position() -> tuple[Expression, ...]:
 
 def _one() -> Any:
     return (
-        sa.select(WORKFLOW.c.id, WORKFLOW.c.started_at, _row_version(WORKFLOW))
+        sa.select(WORKFLOW.c.id, WORKFLOW.c.started_at, row_version(WORKFLOW))
         .where(
             IS_WANTED,
             WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING),
@@ -344,7 +345,7 @@ def _one() -> Any:
 def _receivers() -> Any:
     """Select and lock those of some suspended workflows for which something that they await is there."""
     waiting = materialized(
-        sa.select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.awaits, WORKFLOW.c.started_at, _row_version(WORKFLOW))
+        sa.select(WORKFLOW.c.id.label("workflow_id"), WORKFLOW.c.awaits, WORKFLOW.c.started_at, row_version(WORKFLOW))
         .where(
             is_among(WORKFLOW.c.id),
             has_status(WORKFLOW, WorkflowStatus.SUSPENDED),
@@ -364,15 +365,10 @@ def _receivers() -> Any:
     )
 
 
-def _row_version(table: sa.FromClause) -> Expression:
-    xmin: sa.ColumnClause[Any] = sa.column("xmin", _selectable=table)
-    return xmin.label("row_version")
-
-
 def _history(claimable: sa.CTE) -> Expression:
     """Return the history as a JSON array of records, each an array; NULL if it is to be read by itself, or none."""
     seen = WORKFLOW.alias("seen")
-    seen_version = sa.select(_row_version(seen)).where(seen.c.id == claimable.c.id).scalar_subquery()
+    seen_version = sa.select(row_version(seen)).where(seen.c.id == claimable.c.id).scalar_subquery()
     sizes = [sa.func.coalesce(pg.pg_column_size(each), ZERO) for each in (STEP.c.output, STEP.c.error, STEP.c.details)]
     is_short = sum(sizes, ZERO) <= integer(_MOST_BYTES)
     some = (

@@ -7,7 +7,7 @@ tick starts exactly one workflow whoever decides it, without a leader; two worke
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -37,6 +37,7 @@ from sqla_durable.store.statements import (
     materialized,
     parameter,
     pg,
+    row_version,
     scalars,
     text_literal,
 )
@@ -180,7 +181,7 @@ def put(connectable: Connectable, new: NewWorkflow, options: ScheduleOptions, *,
     known = sa.select(SCHEDULE.c.name).where(SCHEDULE.c.name == name, ~is_undeclared, *is_same)
     if declared and execute(connectable, known).first() is not None:
         return False
-    given = insert(SCHEDULE).values(name=name, due_at=_UNPLANNED["due_at"], **values)
+    given = insert(SCHEDULE).values(name=name, **_UNPLANNED, **values)
 
     def differ(columns: Iterable[str]) -> Condition:
         return sa.or_(is_undeclared, *(SCHEDULE.c[each].is_distinct_from(given.excluded[each]) for each in columns))
@@ -189,8 +190,8 @@ def put(connectable: Connectable, new: NewWorkflow, options: ScheduleOptions, *,
         index_elements=["name"],
         set_={
             **{each: given.excluded[each] for each in values},
-            **{name: sa.case((differ(_TIMES), value), else_=SCHEDULE.c[name]) for name, value in _UNPLANNED.items()},
-            **{name: sa.case((is_undeclared, value), else_=SCHEDULE.c[name]) for name, value in _PAUSE.items()},
+            **{each: sa.case((differ(_TIMES), given.excluded[each]), else_=SCHEDULE.c[each]) for each in _UNPLANNED},
+            **{each: sa.case((is_undeclared, sa.null()), else_=SCHEDULE.c[each]) for each in _PAUSE},
         },
         where=differ(compared),
     )
@@ -199,34 +200,24 @@ def put(connectable: Connectable, new: NewWorkflow, options: ScheduleOptions, *,
 
 def pause_undeclared(connectable: Connectable, *, names: Sequence[str], workflows: Sequence[str]) -> list[str]:
     """Pause what the code declared once and no longer does, of workflows that it knows; return the names."""
-    gone = (
-        sa.update(SCHEDULE)
-        .where(
-            SCHEDULE.c.declared,
-            SCHEDULE.c.paused_at.is_(None),
-            SCHEDULE.c.name.not_in(names),
-            SCHEDULE.c.workflow.in_(workflows),
-        )
-        .values(paused_at=pg.statement_timestamp(), pause_reason=UNDECLARED)
-        .returning(SCHEDULE.c.name)
-    )
-    return sorted(scalars(connectable, gone))
+    is_gone = SCHEDULE.c.declared, SCHEDULE.c.name.not_in(names), SCHEDULE.c.workflow.in_(workflows)
+    paused = {"paused_at": pg.statement_timestamp(), "pause_reason": text_literal(UNDECLARED)}
+    return sorted(scalars(connectable, _changed(paused, *is_gone, SCHEDULE.c.paused_at.is_(None))))
 
 
 def pause(connectable: Connectable, name: str, *, reason: str | None) -> bool:
     """Pause a schedule: its ticks are passed over. False: there is none of that name. Locks its row."""
     paused_at = sa.func.coalesce(SCHEDULE.c.paused_at, pg.statement_timestamp())
-    changed = sa.update(SCHEDULE).where(SCHEDULE.c.name == name).values(paused_at=paused_at, pause_reason=reason)
-    return execute(connectable, changed.returning(SCHEDULE.c.name)).first() is not None
+    paused = {"paused_at": paused_at, "pause_reason": sa.literal(reason, Text())}
+    return execute(connectable, _changed(paused, SCHEDULE.c.name == name)).first() is not None
 
 
 def resume(connectable: Connectable, name: str) -> bool:
     """Let a paused schedule go on with its next tick from now on. False: none has that name. Locks its row."""
     is_active = SCHEDULE.c.paused_at.is_(None)
     changes = {**_PAUSE, **_UNPLANNED}
-    going_on = {name: sa.case((is_active, SCHEDULE.c[name]), else_=value) for name, value in changes.items()}
-    changed = sa.update(SCHEDULE).where(SCHEDULE.c.name == name).values(going_on)
-    return execute(connectable, changed.returning(SCHEDULE.c.name)).first() is not None
+    going_on = {each: sa.case((is_active, SCHEDULE.c[each]), else_=value) for each, value in changes.items()}
+    return execute(connectable, _changed(going_on, SCHEDULE.c.name == name)).first() is not None
 
 
 def postpone(connectable: Connectable, *, name: str, row_version: str, seconds: float) -> bool:
@@ -303,7 +294,6 @@ def _spec_values(new: NewWorkflow, options: ScheduleOptions) -> dict[str, Any]:
 
 
 def _read(*conditions: Condition) -> Any:
-    xmin: sa.ColumnClause[Any] = sa.column("xmin", _selectable=SCHEDULE)
     # Said explicitly: from within a subquery, SQLAlchemy refers to the table of the next outer select only.
     own = sa.select(WORKFLOW.c.id).where(*_is_unfinished_of(SCHEDULE.c.name)).correlate(SCHEDULE)
     unfinished = own.limit(100).subquery("unfinished")
@@ -314,7 +304,7 @@ def _read(*conditions: Condition) -> Any:
         *columns.values(),
         *(SCHEDULE.c[each] for each in _PLANNED),
         sa.select(count_rows()).select_from(unfinished).scalar_subquery().label("unfinished"),
-        sa.cast(xmin, Text).label("row_version"),
+        _VERSION.label("row_version"),
         pg.statement_timestamp().label("read_at"),
     ).where(*conditions)
 
@@ -331,27 +321,25 @@ def _due_statement() -> Any:
 
 def _postpone_statement() -> Any:
     later = pg.statement_timestamp() + interval(parameter("seconds", sa.Float()))
-    found = _locked(later.label("due_at"))
+    return _changed({"due_at": later}, *_IS_AS_READ, skip_locked=True)
+
+
+def _changed(values: Mapping[str, Any], *conditions: Condition, skip_locked: bool = False) -> Any:
+    """Change schedules, and return their names."""
+    columns = [value.label(name) for name, value in values.items()]
+    found = _locked(*columns, where=conditions, skip_locked=skip_locked)
     return (
         sa.update(SCHEDULE)
         .where(SCHEDULE.c.name == found.c.name)
-        .values(due_at=found.c.due_at)
+        .values({name: found.c[name] for name in values})
         .returning(SCHEDULE.c.name)
     )
 
 
-def _locked(*columns: Any) -> sa.CTE:
-    """Lock a schedule whose row is as it was read, and that nobody else locks; with more columns."""
-    xmin: sa.ColumnClause[Any] = sa.column("xmin", _selectable=SCHEDULE)
-    return materialized(
-        sa.select(SCHEDULE.c.name, *columns)
-        .where(
-            SCHEDULE.c.name == parameter("schedule_name", Text()),
-            sa.cast(xmin, Text) == parameter("row_version", Text()),
-        )
-        .with_for_update(key_share=True, skip_locked=True, of=SCHEDULE),
-        "found",
-    )
+def _locked(*columns: Any, where: Iterable[Condition], skip_locked: bool) -> sa.CTE:
+    """Lock schedules, in the order of their names; with more columns."""
+    found = sa.select(SCHEDULE.c.name, *columns).where(*where).order_by(SCHEDULE.c.name)
+    return materialized(found.with_for_update(key_share=True, skip_locked=skip_locked, of=SCHEDULE), "found")
 
 
 def _advance_statement() -> Any:
@@ -360,7 +348,8 @@ def _advance_statement() -> Any:
     skipped = SCHEDULE.c.skipped + parameter("more_skipped", sa.BigInteger())
     has_ended = sa.and_(given["next_at"].is_(None), given["queued_at"].is_(None))
     ended_at = sa.case((has_ended, pg.statement_timestamp()))
-    found = _locked(skipped.label("skipped"), ended_at.label("ended_at"))
+    more = skipped.label("skipped"), ended_at.label("ended_at")
+    found = _locked(*more, where=_IS_AS_READ, skip_locked=True)
     ticks = batch_table("ticks", NEW.columns)
     columns = {name: value for name, value in new_columns(ticks.c).items() if name in _OF_TICKS}
     source = sa.select(*columns.values()).select_from(ticks.join(found, sa.true())).order_by(ticks.c.key)
@@ -379,6 +368,11 @@ def _advance_statement() -> Any:
 
 
 _LIMIT = parameter("limit", sa.Integer())
+_VERSION = sa.cast(row_version(SCHEDULE), Text)
+_IS_AS_READ: tuple[Condition, ...] = (
+    SCHEDULE.c.name == parameter("schedule_name", Text()),
+    parameter("row_version", Text()) == _VERSION,
+)
 _DUE = Statement(_due_statement)
 _ADVANCE = Statement(_advance_statement)
 _POSTPONE = Statement(_postpone_statement)

@@ -426,6 +426,12 @@ def materialized(statement: sa.SelectBase, name: str) -> sa.CTE:
     return statement.cte(name).prefix_with("MATERIALIZED")
 
 
+def row_version(table: sa.FromClause) -> Expression:
+    """Return what is another value whenever a row was changed; source: PostgreSQL manual, System Columns, xmin."""
+    xmin: sa.ColumnClause[Any] = sa.column("xmin", _selectable=table)
+    return xmin.label("row_version")
+
+
 def subset_forms(
     kind: Callable[[Callable[[], Any]], S], build: Callable[[Restriction], tuple[Any, Any]]
 ) -> tuple[S, S, Statement]:

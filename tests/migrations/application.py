@@ -12,6 +12,7 @@ from alembic import command
 from alembic.config import Config
 
 APPLICATIONS = Path(__file__).parent / "applications"
+_EARLIER = {"next_revision": "own_revision"}  # whose files an application has, except those that are its own
 
 
 class Application:
@@ -20,7 +21,10 @@ class Application:
     def __init__(self, route: str, directory: Path) -> None:
         self.route = route
         self.directory = directory / route
-        shutil.copytree(APPLICATIONS / route, self.directory, ignore=shutil.ignore_patterns("__pycache__"))
+        for each in (_EARLIER.get(route, route), route):
+            shutil.copytree(
+                APPLICATIONS / each, self.directory, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+            )
 
     def upgrade(self, target: str = "heads", *x: str) -> None:
         command.upgrade(self._config(*x), target)
