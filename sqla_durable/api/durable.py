@@ -140,7 +140,7 @@ class Durable:
 
         A worker brings it into the table when it starts: there it is made, or changed to what the code says now. One
         that was declared once and is gone from the code is paused, never deleted. For other options of its workflows,
-        decorate `report.options(queue="slow")`: queue, priority and timeout count.
+        decorate `report.options(queue="slow")`: queue, by, priority and timeout count.
 
         Args:
             cron: five fields (minute, hour, day, month, day of the week), or six with seconds first; several: the times

@@ -65,7 +65,7 @@ def _decided_by_ticks(given: NewWorkflow | StartOptions) -> list[str]:
 def _refusal(schedule: str, workflow: str, wrong: list[str]) -> str:
     return (
         f"schedule {schedule!r} starts {workflow!r} with options that each tick decides by itself: leave "
-        f"{', '.join(wrong)} out; queue, priority and timeout count."
+        f"{', '.join(wrong)} out; queue, by, priority and timeout count."
     )
 
 

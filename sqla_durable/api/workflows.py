@@ -47,6 +47,7 @@ class StartOptions:
     Args:
         key: an idempotency key: the same workflow and key are the same record.
         queue: the queue to enqueue to; by default the workflow's own.
+        by: the key of the queue's limits and turns, such as a tenant's name; see `Durable.queue`.
         priority: lower is served first; from -32,767 to 32,767, by default 0.
         delay: how long after now it becomes due. Not together with `at`.
         at: when it becomes due, with a time zone. A time in the past is now.
@@ -62,6 +63,7 @@ class StartOptions:
 
     key: str | None = None
     queue: str | None = None
+    by: str | None = None
     priority: int = 0
     delay: timedelta | None = None
     at: datetime | None = None
@@ -70,7 +72,7 @@ class StartOptions:
     deadline: timedelta | datetime | None = None
 
     def __post_init__(self) -> None:
-        for name in ("key", "queue"):
+        for name in ("key", "queue", "by"):
             value = getattr(self, name)
             fault = None if value is None else fault_in(value)
             if fault is not None:
@@ -119,6 +121,7 @@ def _in_common(definition: WorkflowDefinition, options: StartOptions) -> tuple[A
         deadline=deadline.total_seconds() if isinstance(deadline, timedelta) else None,
         deadline_at=deadline if isinstance(deadline, datetime) else None,
         version=definition.durable_options.version,
+        by=options.by,
     )
     return new[3:-1]
 
@@ -268,6 +271,7 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
         *,
         key: str | None = None,
         queue: str | None = None,
+        by: str | None = None,
         priority: int | None = None,
         delay: timedelta | None = None,
         at: datetime | None = None,
@@ -284,7 +288,15 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
         Raises:
             ArgumentError: an option is blank, out of range, or contradicts another.
         """
-        given = {"key": key, "queue": queue, "priority": priority, "delay": delay, "at": at, "detached": detached}
+        given = {
+            "key": key,
+            "queue": queue,
+            "by": by,
+            "priority": priority,
+            "delay": delay,
+            "at": at,
+            "detached": detached,
+        }
         given |= {"timeout": timeout, "deadline": deadline}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return type(self)(self.definition, replace(self.start_options, **changes))

@@ -49,7 +49,7 @@ def put_schedule(session: Session, name: str, workflow: BoundWorkflow, **options
     Args:
         session: the caller's session.
         name: its name in this database.
-        workflow: what `workflow.bind(...)` returned; of its options queue, priority and timeout count.
+        workflow: what `workflow.bind(...)` returned; of its options queue, by, priority and timeout count.
         cron: one expression or several: five fields, or six with seconds first.
         every: instead of `cron`, the time between two ticks, counted from `starts_at` or from 1970.
         tz: the time zone of `cron` and of `excluding`, such as "Europe/Berlin"; "UTC" by default.

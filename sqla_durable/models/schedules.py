@@ -33,6 +33,7 @@ class Schedule(Base):
     input: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
     queue: Mapped[str] = mapped_column(server_default="default")
     priority: Mapped[int] = mapped_column(SmallInteger, server_default="0")
+    by: Mapped[str | None]
     timeout: Mapped[timedelta | None]
     version: Mapped[str | None]
     headers: Mapped[dict[str, str] | None] = mapped_column(OPTIONAL_JSON)
@@ -65,6 +66,7 @@ class Schedule(Base):
         name_check("name"),
         name_check("workflow"),
         name_check("queue"),
+        name_check("by"),
         name_check("version"),
         name_check("tz"),
         CheckConstraint("pg_catalog.jsonb_typeof(input) = 'object'", name="input"),

@@ -1,4 +1,4 @@
-"""The tables: a workflow; what it records, receives and publishes; queues and workers.
+"""The tables: a workflow; what it records, receives and publishes; and workers.
 
 The CHECK constraints hold the state machine, whatever writes the rows.
 """
@@ -65,7 +65,9 @@ class Workflow(Base):
     counts up when a worker dies; `crashes` its last attempts in a row that died before they recorded a step. An `id`
     begins with the time of its start, so their order is that of the starts; see `id_at`. `cancellation` is set for a
     saga: it `compensates`, or the reason why it does now. `headers` are what interceptors have set, and
-    `schedule` is the name of the schedule that has started it.
+    `schedule` is the name of the schedule that has started it. `by` is the key of limits and turns in its queue, and
+    `place` how long it keeps its place there, where the queue makes claims note that: while it is "running", until it
+    is "finished"; or its key's place alone, until it is finished ("key") or until it has not failed ("key_failed").
     """
 
     __tablename__ = "workflow"
@@ -100,6 +102,8 @@ class Workflow(Base):
     continued_at: Mapped[datetime | None]
     headers: Mapped[dict[str, str] | None] = mapped_column(OPTIONAL_JSON)
     schedule: Mapped[str | None]
+    by: Mapped[str | None]
+    place: Mapped[str | None]
 
     steps: Mapped[list[Step]] = relationship(
         back_populates="workflow", order_by="Step.position", passive_deletes="all", viewonly=False
@@ -153,6 +157,8 @@ class Workflow(Base):
         name_check("version"),
         CheckConstraint("cancellation IN ('compensates', 'requested', 'overdue')", name="cancellation"),
         headers_check(),
+        name_check("by"),
+        CheckConstraint("place IN ('running', 'finished', 'key', 'key_failed')", name="place"),
         times_check(
             "created_at",
             "enqueued_at",
@@ -197,6 +203,27 @@ class Workflow(Base):
             "workflow_schedule_idx",
             "schedule",
             postgresql_where=text("schedule IS NOT NULL AND finished_at IS NULL"),
+        ),
+        # The claim where keys take turns.
+        Index(
+            "workflow_by_idx",
+            "queue",
+            "priority",
+            "by",
+            "enqueued_at",
+            "id",
+            postgresql_where=text("status = 'pending' AND by IS NOT NULL"),
+        ),
+        # What has started in a queue with limits, and goes on there or keeps a place.
+        Index(
+            "workflow_place_idx",
+            "queue",
+            "status",
+            "by",
+            postgresql_where=text(
+                "(status = 'pending' AND place IS NOT NULL) OR (status = 'suspended' AND place <> 'running') "
+                "OR (status = 'failed' AND place = 'key_failed')"
+            ),
         ),
         # The tree under a workflow.
         Index("workflow_parent_idx", "parent_id", "id", postgresql_where=text("parent_id IS NOT NULL")),
@@ -387,21 +414,6 @@ class StreamItem(Base):
         CheckConstraint("number >= 0 AND attempt >= 1 AND try_number >= 1", name="counts"),
         CheckConstraint("closed = (value IS NULL)", name="closed"),
     )
-
-
-class Queue(Base):
-    """Settings of one queue. A queue without a row exists as soon as a workflow is enqueued to it."""
-
-    __tablename__ = "queue"
-
-    name: Mapped[str] = mapped_column(primary_key=True)
-    paused_at: Mapped[datetime | None]
-    created_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
-
-    __table_args__ = (name_check("name"), times_check("created_at", "paused_at"))
-
-    def __repr__(self) -> str:
-        return shown(self, "name", "paused_at")
 
 
 class Worker(Base):

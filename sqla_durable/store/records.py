@@ -189,6 +189,7 @@ class NewWorkflow(NamedTuple):
     deadline_at: datetime | None = None
     version: str | None = None
     schedule: str | None = None
+    by: str | None = None
     headers: dict[str, str] | None = None
 
 

@@ -48,6 +48,7 @@ _SPEC = (
     "input",
     "queue",
     "priority",
+    "by",
     "timeout",
     "version",
     "headers",
@@ -64,7 +65,7 @@ _SPEC = (
 )
 """What a schedule is; the other columns say how far it is."""
 
-_OF_TICKS = "id", "name", "key", "queue", "priority", "input", "timeout", "version", "headers", "schedule"
+_OF_TICKS = "id", "name", "key", "queue", "priority", "by", "input", "timeout", "version", "headers", "schedule"
 """What a tick writes of a new workflow, and no more: whoever runs schedules needs no right to make children."""
 _TIMES = "cron", "every", "tz", "excluding", "starts_at", "ends_at", "jitter"
 
@@ -126,6 +127,7 @@ def due_schedule(row: sa.RowMapping) -> DueSchedule:
         input=row["input"],
         queue=row["queue"],
         priority=row["priority"],
+        by=row["by"],
         timeout=None if timeout is None else timeout.total_seconds(),
         version=row["version"],
         schedule=row["name"],
@@ -277,6 +279,7 @@ def _spec_values(new: NewWorkflow, options: ScheduleOptions) -> dict[str, Any]:
         "input": sa.cast(sa.literal(new.input, Text()), JSONB),
         "queue": new.queue,
         "priority": new.priority,
+        "by": new.by,
         "timeout": None if new.timeout is None else timedelta(seconds=new.timeout),
         "version": new.version,
         "headers": sa.null() if new.headers is None else new.headers,

@@ -28,7 +28,19 @@ def test_application_that_includes_all_schemas_hides_ours(engine: Engine) -> Non
 
 def test_without_hiding_them_they_would_be_dropped(engine: Engine) -> None:
     dropped = {table.name for kind, table in proposals(engine, include_schemas=True) if kind == "remove_table"}
-    assert dropped == {"workflow", "step", "signal", "event", "stream_item", "queue", "worker", "schedule"}
+    ours = {
+        "workflow",
+        "step",
+        "signal",
+        "event",
+        "stream_item",
+        "queue",
+        "queue_key",
+        "queue_use",
+        "worker",
+        "schedule",
+    }
+    assert dropped == ours
 
 
 @pytest.mark.parametrize("durable_schema", ["tenant_7"], indirect=True)

@@ -1,6 +1,9 @@
-"""Create the table schedule, and note in each workflow which schedule has started it."""
+"""Give queues their limits, and create schedules."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
@@ -20,6 +23,50 @@ _NO_TEXTS = sa.text("'{}'::text[]")
 _LONGEST = "interval '36500 days'"
 _TIMES = "created_at, starts_at, ends_at, paused_at, next_at, due_at, last_at, queued_at, ended_at"
 
+_STORAGE = "fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 100"
+_RESET = "fillfactor, autovacuum_vacuum_scale_factor, autovacuum_vacuum_threshold"
+_OF_QUEUES: tuple[Callable[[], sa.Column[Any]], ...] = (
+    lambda: sa.Column("concurrency", sa.Integer()),
+    lambda: sa.Column("per_worker", sa.Integer()),
+    lambda: sa.Column("per_key", sa.Integer()),
+    lambda: sa.Column("rate", sa.Integer()),
+    lambda: sa.Column("rate_period", pg.INTERVAL()),
+    lambda: sa.Column("key_rate", sa.Integer()),
+    lambda: sa.Column("key_rate_period", pg.INTERVAL()),
+    lambda: sa.Column("while_suspended", sa.Text(), server_default="release", nullable=False),
+    lambda: sa.Column("fifo", sa.Text()),
+    lambda: sa.Column("fair", sa.Boolean(), server_default=sa.false(), nullable=False),
+    lambda: sa.Column("aging", pg.INTERVAL()),
+    lambda: sa.Column("claim", pg.UUID()),
+    lambda: sa.Column("turn", sa.Text()),
+    lambda: sa.Column("turn_priority", sa.SmallInteger()),
+)
+_CHECKS_OF_QUEUES = {
+    "limits": "least(concurrency, per_worker, per_key) >= 1 AND greatest(concurrency, per_worker, per_key) <= 1000000",
+    "rates": "least(rate, key_rate) >= 1 AND greatest(rate, key_rate) <= 100000",
+    "rate_periods": "(rate IS NULL) = (rate_period IS NULL) AND (key_rate IS NULL) = (key_rate_period IS NULL)",
+    "periods": "least(rate_period, key_rate_period, aging) >= interval '1 millisecond' "
+    "AND greatest(rate_period, key_rate_period, aging) <= interval '366 days'",
+    "while_suspended": "while_suspended = 'release' OR (while_suspended = 'hold' AND fifo IS NULL "
+    "AND pg_catalog.num_nonnulls(concurrency, per_key) > 0)",
+    "fifo": "fifo IN ('skip', 'block') AND coalesce(per_key, 1) = 1",
+}
+_CHECKS_OF_WORKFLOWS = {
+    "by": "by ~ '[^[:space:]]' AND pg_catalog.octet_length(by) <= 1000",
+    "place": "place IN ('running', 'finished', 'key', 'key_failed')",
+}
+_INDEXES = {
+    "workflow_by_idx": (
+        ["queue", "priority", "by", "enqueued_at", "id"],
+        "status = 'pending' AND by IS NOT NULL",
+    ),
+    "workflow_place_idx": (
+        ["queue", "status", "by"],
+        "(status = 'pending' AND place IS NOT NULL) OR (status = 'suspended' AND place <> 'running') "
+        "OR (status = 'failed' AND place = 'key_failed')",
+    ),
+}
+
 
 def upgrade(schema: str | None = None) -> None:
     with schemas.resolved(schema) as found:
@@ -34,11 +81,13 @@ def upgrade(schema: str | None = None) -> None:
         )
         op.create_table_comment("workflow", _COMMENT, existing_comment=_COMMENT_BEFORE, schema=name)
         _create_schedule(name)
+        _add_limits(name)
 
 
 def downgrade(schema: str | None = None) -> None:
     with schemas.resolved(schema) as found:
         name = sa.quoted_name(found, quote=True)  # Alembic splits another one at its dots
+        _drop_limits(name)
         op.drop_table("schedule", schema=name)
         op.create_table_comment("workflow", _COMMENT_BEFORE, existing_comment=_COMMENT, schema=name)
         op.drop_index(op.f("workflow_schedule_idx"), "workflow", schema=name)
@@ -53,6 +102,7 @@ def _create_schedule(schema: sa.quoted_name) -> None:
         sa.Column("input", pg.JSONB(), server_default=sa.text("'{}'::jsonb"), nullable=False),
         sa.Column("queue", sa.Text(), server_default="default", nullable=False),
         sa.Column("priority", sa.SmallInteger(), server_default="0", nullable=False),
+        sa.Column("by", sa.Text()),
         sa.Column("timeout", pg.INTERVAL()),
         sa.Column("version", sa.Text()),
         sa.Column("headers", pg.JSONB()),
@@ -77,33 +127,31 @@ def _create_schedule(schema: sa.quoted_name) -> None:
         sa.Column("ended_at", _timestamp()),
         sa.Column("skipped", sa.BigInteger(), server_default="0", nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("schedule_pkey")),
-        *(_name(each) for each in ("name", "workflow", "queue", "version", "tz")),
-        _check("input", "pg_catalog.jsonb_typeof(input) = 'object'"),
+        *(_name("schedule", each) for each in ("name", "workflow", "queue", "by", "version", "tz")),
+        _check("schedule", "input", "pg_catalog.jsonb_typeof(input) = 'object'"),
         _check(
+            "schedule",
             "headers",
             "pg_catalog.jsonb_typeof(headers) = 'object' "
             """AND NOT pg_catalog.jsonb_path_exists(headers, '$.* ? (@.type() <> "string")')""",
         ),
-        _check("when", "(pg_catalog.cardinality(cron) > 0) = (every IS NULL)"),
+        _check("schedule", "when", "(pg_catalog.cardinality(cron) > 0) = (every IS NULL)"),
         _check(
+            "schedule",
             "lists",
             "pg_catalog.cardinality(cron) <= 100 AND pg_catalog.array_position(cron, NULL) IS NULL "
             "AND pg_catalog.cardinality(excluding) <= 10000 AND pg_catalog.array_position(excluding, NULL) IS NULL",
         ),
-        _check("every", f"every BETWEEN interval '1 second' AND {_LONGEST}"),
+        _check("schedule", "every", f"every BETWEEN interval '1 second' AND {_LONGEST}"),
         *(
-            _check(each, f"{each} BETWEEN interval '0' AND {_LONGEST}")
+            _check("schedule", each, f"{each} BETWEEN interval '0' AND {_LONGEST}")
             for each in ("timeout", "jitter", "missed_within")
         ),
-        _check("overlap", "overlap IN ('skip', 'queue_one', 'allow', 'cancel_running')"),
-        _check("missed", "missed IN ('skip', 'run_one', 'run_all')"),
-        _check("span", "starts_at <= ends_at"),
-        _check("skipped", "skipped >= 0"),
-        _check(
-            "times",
-            f"least({_TIMES}) >= timestamptz '0001-01-02 00:00:00Z' "
-            f"AND greatest({_TIMES}) <= timestamptz '9999-12-30 00:00:00Z'",
-        ),
+        _check("schedule", "overlap", "overlap IN ('skip', 'queue_one', 'allow', 'cancel_running')"),
+        _check("schedule", "missed", "missed IN ('skip', 'run_one', 'run_all')"),
+        _check("schedule", "span", "starts_at <= ends_at"),
+        _check("schedule", "skipped", "skipped >= 0"),
+        _times("schedule", _TIMES),
         schema=schema,
     )
     op.create_index(
@@ -115,14 +163,92 @@ def _create_schedule(schema: sa.quoted_name) -> None:
     )
 
 
+def _add_limits(schema: sa.quoted_name) -> None:
+    for column in _OF_QUEUES:
+        op.add_column("queue", column(), schema=schema)
+    for name, condition in _CHECKS_OF_QUEUES.items():
+        op.create_check_constraint(op.f(f"queue_{name}_check"), "queue", condition, schema=schema)
+    schemas.execute(schema, f"ALTER TABLE {{schema}}.queue SET ({_STORAGE})")
+    _create_queue_key(schema)
+    _create_queue_use(schema)
+    op.add_column("workflow", sa.Column("by", sa.Text()), schema=schema)
+    op.add_column("workflow", sa.Column("place", sa.Text()), schema=schema)
+    for name, condition in _CHECKS_OF_WORKFLOWS.items():
+        op.create_check_constraint(op.f(f"workflow_{name}_check"), "workflow", condition, schema=schema)
+    for name, (columns, condition) in _INDEXES.items():
+        op.create_index(op.f(name), "workflow", columns, schema=schema, postgresql_where=sa.text(condition))
+
+
+def _drop_limits(schema: sa.quoted_name) -> None:
+    for name in _INDEXES:
+        op.drop_index(op.f(name), "workflow", schema=schema)
+    for each in ("place", "by"):
+        op.drop_column("workflow", each, schema=schema)
+    op.drop_table("queue_use", schema=schema)
+    op.drop_table("queue_key", schema=schema)
+    schemas.execute(schema, f"ALTER TABLE {{schema}}.queue RESET ({_RESET})")
+    for name in _CHECKS_OF_QUEUES:
+        op.drop_constraint(op.f(f"queue_{name}_check"), "queue", schema=schema)
+    for column in _OF_QUEUES:
+        op.drop_column("queue", column().name, schema=schema)
+
+
+def _create_queue_key(schema: sa.quoted_name) -> None:
+    op.create_table(
+        "queue_key",
+        sa.Column("queue", sa.Text(), nullable=False),
+        sa.Column("by", sa.Text(), nullable=False),
+        sa.Column("weight", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("paused_at", _timestamp()),
+        sa.Column("created_at", _timestamp(), server_default=_NOW, nullable=False),
+        sa.PrimaryKeyConstraint("queue", "by", name=op.f("queue_key_pkey")),
+        _of_queue("queue_key", schema),
+        _name("queue_key", "by"),
+        _check("queue_key", "weight", "weight BETWEEN 1 AND 1000"),
+        _times("queue_key", "created_at, paused_at"),
+        schema=schema,
+    )
+
+
+def _create_queue_use(schema: sa.quoted_name) -> None:
+    op.create_table(
+        "queue_use",
+        sa.Column("queue", sa.Text(), nullable=False),
+        sa.Column("by", sa.Text(), nullable=False),
+        sa.Column("used_at", _timestamp(), nullable=False),
+        sa.Column("claim", pg.UUID(), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.PrimaryKeyConstraint("queue", "by", "used_at", "claim", name=op.f("queue_use_pkey")),
+        _of_queue("queue_use", schema),
+        _check("queue_use", "number", "number >= 1"),
+        schema=schema,
+    )
+    op.create_index(op.f("queue_use_used_at_idx"), "queue_use", ["queue", "used_at"], schema=schema)
+
+
+def _of_queue(table: str, schema: str) -> sa.ForeignKeyConstraint:
+    return sa.ForeignKeyConstraint(
+        ["queue"], [f"{schema}.queue.name"], name=op.f(f"{table}_queue_fkey"), ondelete="CASCADE"
+    )
+
+
 def _timestamp() -> sa.DateTime:
     return sa.DateTime(timezone=True)
 
 
-def _check(name: str, condition: str) -> sa.CheckConstraint:
+def _check(table: str, name: str, condition: str) -> sa.CheckConstraint:
     # op.f: the application's naming convention must not be put on top.
-    return sa.CheckConstraint(condition, name=op.f(f"schedule_{name}_check"))
+    return sa.CheckConstraint(condition, name=op.f(f"{table}_{name}_check"))
 
 
-def _name(column: str) -> sa.CheckConstraint:
-    return _check(column, f"{column} ~ '[^[:space:]]' AND pg_catalog.octet_length({column}) <= 1000")
+def _name(table: str, column: str) -> sa.CheckConstraint:
+    return _check(table, column, f"{column} ~ '[^[:space:]]' AND pg_catalog.octet_length({column}) <= 1000")
+
+
+def _times(table: str, columns: str) -> sa.CheckConstraint:
+    return _check(
+        table,
+        "times",
+        f"least({columns}) >= timestamptz '0001-01-02 00:00:00Z' "
+        f"AND greatest({columns}) <= timestamptz '9999-12-30 00:00:00Z'",
+    )
