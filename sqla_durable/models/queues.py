@@ -72,7 +72,7 @@ class Queue(Base):
             "AND pg_catalog.num_nonnulls(concurrency, per_key) > 0)",
             name="while_suspended",
         ),
-        CheckConstraint("fifo IN ('skip', 'block') AND coalesce(per_key, 1) = 1", name="fifo"),
+        CheckConstraint("fifo IS NULL OR (fifo IN ('skip', 'block') AND coalesce(per_key, 1) = 1)", name="fifo"),
         times_check("created_at", "paused_at"),
     )
 

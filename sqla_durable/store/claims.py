@@ -23,7 +23,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import StepStatus, Text, WorkflowStatus
-from sqla_durable.store import failures, steps
+from sqla_durable.store import failures, limits, steps
 from sqla_durable.store.driver import DriverStatement
 from sqla_durable.store.records import Claimed, Fence, Recorded
 from sqla_durable.store.signals import WOKEN, is_satisfied
@@ -97,11 +97,18 @@ Ranges: TypeAlias = Mapping[str, Sequence[Range]]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one claim took and when, and the last position that it took in each queue and priority."""
+    """What one claim took and when, and the last position that it took in each queue and priority.
+
+    Attributes:
+        again: whether the same claim, made at once, may find more, although this one has not taken as many as it could.
+        retry_in: the seconds until a rate of the queue has room again.
+    """
 
     claimed: list[Claimed]
     last_positions: dict[str, dict[int, ScanPosition]]
     claimed_at: datetime | None = None
+    again: bool = False
+    retry_in: float | None = None
 
 
 def claim(
@@ -134,14 +141,49 @@ def claim(
     )
     parameters |= range_parameters(ranges)
     # RETURNING has no order of its own.
-    rows = sorted(
-        _taken(subset.form_of(_CLAIM, _CLAIM_PART).rows(connectable, parameters)),
-        key=lambda row: (row.priority, row.enqueued_at, row.id),
-    )
+    rows = sorted(_taken(subset.form_of(_CLAIM, _CLAIM_PART).rows(connectable, parameters)), key=_place_of)
     last_positions: dict[str, dict[int, ScanPosition]] = defaultdict(dict)
     for row in rows:
         last_positions[row.queue][row.priority] = ScanPosition(row.priority, row.enqueued_at, row.id)
     return Batch([_claimed(row, token) for row in rows], last_positions, rows[0].claimed_at if rows else None)
+
+
+def claim_limited(
+    connectable: Connectable,
+    *,
+    worker_id: UUID,
+    token: UUID,
+    queue: str,
+    executing: int,
+    names: Sequence[str],
+    versions: Sequence[str] = (),
+    limit: int,
+    subset: Subset = ALL,
+) -> Batch:
+    """Claim at most `limit` pending workflows of a queue with limits, as many as it has places for; see `limits`.
+
+    Commit, as after `claim`. Takes nothing while another claim has locked the queue's row, for which it does not wait.
+
+    Args:
+        queue: its name.
+        executing: how many workflows of the queue this worker has in its hands.
+    """
+    parameters = (
+        {"limit": limit, "new_token": token, "claimant": worker_id, "queue": queue, "here": executing}
+        | name_parameters(names, versions)
+        | subset.parameters
+    )
+    rows = subset.form_of(_CLAIM_LIMITED, _CLAIM_LIMITED_PART).rows(connectable, parameters)
+    locked, again, retry_in = rows[0][:3]
+    taken = sorted(_taken(row[3:] for row in rows if row[3] is not None), key=_place_of)
+    claimed_at = taken[0].claimed_at if taken else None
+    return Batch([_claimed(row, token) for row in taken], {}, claimed_at, again or not locked, retry_in)
+
+
+def limited(connectable: Connectable, queues: Sequence[str]) -> list[str]:
+    """Return those of some queues that have limits and are not paused."""
+    wanted = sa.select(QUEUE.c.name).where(QUEUE.c.name.in_(queues), limits.is_limited(), QUEUE.c.paused_at.is_(None))
+    return list(scalars(connectable, wanted.order_by(QUEUE.c.name)))
 
 
 def claimable(
@@ -208,9 +250,9 @@ def range_parameters(ranges: Ranges) -> dict[str, str]:
 
 
 def active_ranges() -> Any:
-    """Return the `wanted` ranges of those queues that are not paused."""
+    """Return the `wanted` ranges of those queues that are not paused, and have no limits."""
     wanted = batch_table("wanted", {"name": Text(), **_POSITION, "until": sa.Integer()})
-    return sa.select(*wanted.c).where(~_is_paused(wanted.c.name)).subquery("listened")
+    return sa.select(*wanted.c).where(~_is_kept(wanted.c.name)).subquery("listened")
 
 
 def name_parameters(names: Sequence[str], versions: Sequence[str]) -> dict[str, list[str]]:
@@ -274,6 +316,10 @@ class _Taken(NamedTuple):
     overdue: str | None
 
 
+def _place_of(row: _Taken) -> tuple[int, datetime, UUID]:
+    return row.priority, row.enqueued_at, row.id
+
+
 def _taken(rows: Iterable[Any]) -> list[_Taken]:
     return [_Taken(as_uuid(row[0]), *row[1:]) for row in rows]
 
@@ -293,8 +339,10 @@ def _history_in(records: str | None) -> dict[str, Recorded]:
     return {each.key: each for each in map(steps.recorded_in, rows)}
 
 
-def _is_paused(queue: Expression) -> Condition:
-    return sa.select(QUEUE.c.name).where(QUEUE.c.name == queue, QUEUE.c.paused_at.is_not(None)).exists()
+def _is_kept(queue: Expression) -> Condition:
+    """Return whether nothing of a queue is claimed here: it is paused, or has limits and a claim of its own."""
+    kept = sa.or_(QUEUE.c.paused_at.is_not(None), limits.is_limited())
+    return sa.select(QUEUE.c.name).where(QUEUE.c.name == queue, kept).exists()
 
 
 def _is_known_and_in_time() -> Condition:
@@ -351,7 +399,7 @@ def _receivers() -> Any:
             has_status(WORKFLOW, WorkflowStatus.SUSPENDED),
             WORKFLOW.c.awaits.is_not(None),
             WORKFLOW.c.queue == sa.func.any(_QUEUES),
-            ~_is_paused(WORKFLOW.c.queue),
+            ~_is_kept(WORKFLOW.c.queue),
             _is_known_and_in_time(),
         )
         .order_by(WORKFLOW.c.id)
@@ -394,9 +442,21 @@ def _claim_many_statement(within: Restriction) -> tuple[Any, Any]:
     return _claim_statement(_heads(within)), sa.select(heads.c.id)
 
 
+def _limited_statement(within: Restriction) -> tuple[Any, Any]:
+    chosen, writes, info = limits.places(_is_known_and_in_time(), within)
+    # With the array too, whose length the planner knows: it expects more of `chosen` than a limit lets through.
+    ids = sa.func.array(sa.select(chosen.c.id).scalar_subquery())
+    taken = _claiming(chosen, place=chosen.c.place).where(WORKFLOW.c.id == sa.func.any(ids)).cte("taken")
+    found = sa.select(*info.c, *taken.c).select_from(info.outerjoin(taken, sa.true()))
+    return found.add_cte(*writes), sa.select(chosen.c.id)
+
+
 def _claim_statement(candidates: Any, **more: Any) -> Any:
     # MATERIALIZED: as a subquery in WHERE the planner may execute it again and claim more than the limit.
-    claimable = materialized(candidates, "claimable")
+    return _claiming(materialized(candidates, "claimable"), **more)
+
+
+def _claiming(claimable: sa.CTE, **more: Any) -> Any:
     return (
         sa.update(WORKFLOW)
         .where(WORKFLOW.c.id == claimable.c.id)
@@ -430,5 +490,6 @@ def _claim_statement(candidates: Any, **more: Any) -> Any:
 
 
 _CLAIM, _CLAIM_PART, _CLAIMABLE = subset_forms(DriverStatement, _claim_many_statement)
+_CLAIM_LIMITED, _CLAIM_LIMITED_PART, _LIMITED_CLAIMABLE = subset_forms(DriverStatement, _limited_statement)
 _CLAIM_ONE = DriverStatement(lambda: _claim_statement(_one()))
 _CLAIM_RECEIVERS = DriverStatement(lambda: _claim_statement(_receivers(), **WOKEN))

@@ -49,7 +49,7 @@ _CHECKS_OF_QUEUES = {
     "AND greatest(rate_period, key_rate_period, aging) <= interval '366 days'",
     "while_suspended": "while_suspended = 'release' OR (while_suspended = 'hold' AND fifo IS NULL "
     "AND pg_catalog.num_nonnulls(concurrency, per_key) > 0)",
-    "fifo": "fifo IN ('skip', 'block') AND coalesce(per_key, 1) = 1",
+    "fifo": "fifo IS NULL OR (fifo IN ('skip', 'block') AND coalesce(per_key, 1) = 1)",
 }
 _CHECKS_OF_WORKFLOWS = {
     "by": "by ~ '[^[:space:]]' AND pg_catalog.octet_length(by) <= 1000",
