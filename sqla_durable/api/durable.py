@@ -17,11 +17,13 @@ from sqla_durable.api.steps import (
     TransactionalStep,
 )
 from sqla_durable.api.workflows import AnyWorkflowFunction, AsyncWorkflowFunction, WorkflowFunction
+from sqla_durable.definitions.checks import require_text
 from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.inspection import SessionKind, place_of
 from sqla_durable.definitions.interceptors import Interceptor, Interceptors
 from sqla_durable.definitions.json_values import DEFAULT_LIMIT
 from sqla_durable.definitions.limits import TimeLimits
+from sqla_durable.definitions.queues import QueueDeclaration, QueueKeywords, QueueOptions
 from sqla_durable.definitions.registry import (
     DurableOptions,
     IsolationLevel,
@@ -161,6 +163,40 @@ class Durable:
             return function
 
         return declare
+
+    def queue(self, name: str, **options: Unpack[QueueKeywords]) -> None:
+        """Declare the limits and turns of a queue.
+
+        ```python
+        durable.queue("mail", concurrency=10, key_rate=(100, timedelta(minutes=1)))
+
+        with SessionLocal.begin() as session:
+            mail.options(queue="mail", by=customer.name).start(session, customer.id)
+        ```
+
+        A worker brings the settings into the table when it starts, and running workers obey them from then on. Limits
+        hold over all workers, and are never exceeded, whoever crashes. What is left out has no limit.
+
+        Args:
+            name: the queue.
+            concurrency: how many of its workflows run at once, over all workers.
+            per_worker: how many of them one worker runs at once.
+            per_key: how many with the same `by` run at once.
+            rate: so many are started in any period, `(100, timedelta(minutes=1))`. What was suspended goes on without.
+            key_rate: the same for those with the same `by`.
+            while_suspended: whether a workflow that is suspended keeps its place: "release" (by default) or "hold".
+            fifo: of those with the same `by`, one at a time is executed to its end, in the order of their starts. One
+                that fails is passed over, "skip", or keeps the others waiting until it is retried or deleted, "block".
+            fair: whether the values of `by` take turns, also without a limit.
+            weights: how many places a key gets in each turn; 1 by default.
+            aging: for each such time that it waits, a workflow counts as one priority higher.
+
+        Raises:
+            ArgumentError: a setting is wrong, or contradicts another.
+            DefinitionError: the queue is declared with other settings already.
+        """
+        require_text(name, what="queue's name")
+        self.registry.add_queue(QueueDeclaration(name, QueueOptions(**options)))
 
     # A coroutine function is a function too, and a session a first argument like any other: the overloads overlap,
     # and the first that fits decides.

@@ -16,11 +16,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 import sqla_durable.manage as sync
 from sqla_durable.api.sessions import run_sync
 from sqla_durable.api.workflows import BoundWorkflow
+from sqla_durable.definitions.queues import QueueKeywords
 from sqla_durable.definitions.schedules import ScheduleKeywords
 from sqla_durable.manage import Backfill, id_at, next_ticks
 from sqla_durable.manage.forks import ForkOptions, OneForkOptions
 from sqla_durable.manage.verbs import Selected
-from sqla_durable.models import Schedule, Workflow
+from sqla_durable.models import Queue, Schedule, Workflow
 
 __all__ = [
     "Backfill",
@@ -30,9 +31,14 @@ __all__ = [
     "fork",
     "id_at",
     "next_ticks",
+    "pause_key",
+    "pause_queue",
     "pause_schedule",
+    "put_queue",
     "put_schedule",
     "resume",
+    "resume_key",
+    "resume_queue",
     "resume_schedule",
     "retry",
     "rewind",
@@ -92,6 +98,31 @@ async def fork(
     options = {"from_step": from_step, "input": input, "outcomes": outcomes, "version": version, "key": key}
     fork: Callable[..., Any] = sync.fork
     return await run_sync(session, fork, workflows, queue=queue, **options)
+
+
+async def put_queue(session: AsyncSession, name: str, **options: Unpack[QueueKeywords]) -> Queue:
+    """Make the row of a queue, or change its settings. See `sqla_durable.manage.put_queue`."""
+    return await run_sync(session, sync.put_queue, name, **options)
+
+
+async def pause_queue(session: AsyncSession, name: str) -> None:
+    """Pause a queue. See `sqla_durable.manage.pause_queue`."""
+    await run_sync(session, sync.pause_queue, name)
+
+
+async def resume_queue(session: AsyncSession, name: str) -> None:
+    """Let a paused queue go on. See `sqla_durable.manage.resume_queue`."""
+    await run_sync(session, sync.resume_queue, name)
+
+
+async def pause_key(session: AsyncSession, name: str, by: str) -> None:
+    """Pause one key of a queue. See `sqla_durable.manage.pause_key`."""
+    await run_sync(session, sync.pause_key, name, by)
+
+
+async def resume_key(session: AsyncSession, name: str, by: str) -> None:
+    """Let a paused key of a queue go on. See `sqla_durable.manage.resume_key`."""
+    await run_sync(session, sync.resume_key, name, by)
 
 
 async def put_schedule(

@@ -34,6 +34,7 @@ from sqla_durable.definitions.interceptors import Interceptors
 from sqla_durable.definitions.json_values import DEFAULT_LIMIT
 from sqla_durable.definitions.limits import TimeLimits
 from sqla_durable.definitions.log import Log
+from sqla_durable.definitions.queues import QueueDeclaration
 from sqla_durable.definitions.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
 from sqla_durable.definitions.schedules import ScheduleDeclaration
 from sqla_durable.errors import ArgumentError, DefinitionError, UsageError
@@ -357,6 +358,19 @@ class Registry:
         self._workflows: dict[str, WorkflowDefinition] = {}
         self._steps: dict[str, StepDefinition] = {}
         self._schedules: dict[str, ScheduleDeclaration] = {}
+        self._queues: dict[str, QueueDeclaration] = {}
+
+    def add_queue(self, declared: QueueDeclaration) -> None:
+        """Register the settings of a queue.
+
+        Raises:
+            DefinitionError: it has others already.
+        """
+        known = self._queues.setdefault(declared.name, declared)
+        if known != declared:
+            raise DefinitionError(
+                f"queue {declared.name!r} is declared twice, with different settings: keep one of them."
+            )
 
     def add_schedule(self, declared: ScheduleDeclaration) -> None:
         """Register a schedule.
@@ -403,6 +417,10 @@ class Registry:
 
     def __iter__(self) -> Iterator[WorkflowDefinition]:
         return iter(self._workflows.values())
+
+    def queues(self) -> list[QueueDeclaration]:
+        """Return the queues whose settings are declared, in the order of their names."""
+        return [self._queues[name] for name in sorted(self._queues)]
 
     def schedules(self) -> list[ScheduleDeclaration]:
         """Return the registered schedules, in the order of their names."""

@@ -4,6 +4,7 @@ Cancel, resume, retry, rewind, fork and delete them, by record, by id or by a `s
 """
 
 from sqla_durable.manage.forks import fork
+from sqla_durable.manage.queues import pause_key, pause_queue, put_queue, resume_key, resume_queue
 from sqla_durable.manage.schedules import (
     Backfill,
     backfill_schedule,
@@ -23,9 +24,14 @@ __all__ = [
     "fork",
     "id_at",
     "next_ticks",
+    "pause_key",
+    "pause_queue",
     "pause_schedule",
+    "put_queue",
     "put_schedule",
     "resume",
+    "resume_key",
+    "resume_queue",
     "resume_schedule",
     "retry",
     "rewind",

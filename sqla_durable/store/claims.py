@@ -41,6 +41,7 @@ from sqla_durable.store.statements import (
     Connectable,
     Expression,
     Restriction,
+    Statement,
     Subset,
     as_uuid,
     batch_parameter,
@@ -66,6 +67,9 @@ _NAMES = parameter("names", ARRAY(Text()))
 _VERSIONS = parameter("versions", ARRAY(Text()))
 _QUEUES = parameter("queues", ARRAY(Text()))
 _POSITION: Columns = {"priority": sa.SmallInteger(), "enqueued_at": sa.DateTime(timezone=True), "id": sa.UUID()}
+PLACE: tuple[Expression, ...] = tuple(WORKFLOW.c[each] for each in _POSITION)
+"""What orders the workflows of a queue."""
+
 _NO_PRIORITY = 32_768  # more than a smallint holds
 _MOST_STEPS, _MOST_BYTES = 50, 4_096  # of a history that comes with the claim, and of each of its values, compressed
 
@@ -174,16 +178,33 @@ def claim_limited(
         | subset.parameters
     )
     rows = subset.form_of(_CLAIM_LIMITED, _CLAIM_LIMITED_PART).rows(connectable, parameters)
-    locked, again, retry_in = rows[0][:3]
-    taken = sorted(_taken(row[3:] for row in rows if row[3] is not None), key=_place_of)
+    again, retry_in = rows[0][:2]
+    taken = sorted(_taken(row[2:] for row in rows if row[2] is not None), key=_place_of)
     claimed_at = taken[0].claimed_at if taken else None
-    return Batch([_claimed(row, token) for row in taken], {}, claimed_at, again or not locked, retry_in)
+    return Batch([_claimed(row, token) for row in taken], {}, claimed_at, again, retry_in)
 
 
-def limited(connectable: Connectable, queues: Sequence[str]) -> list[str]:
-    """Return those of some queues that have limits and are not paused."""
-    wanted = sa.select(QUEUE.c.name).where(QUEUE.c.name.in_(queues), limits.is_limited(), QUEUE.c.paused_at.is_(None))
-    return list(scalars(connectable, wanted.order_by(QUEUE.c.name)))
+def limited_claimable(
+    connectable: Connectable,
+    *,
+    queue: str,
+    executing: int,
+    names: Sequence[str],
+    versions: Sequence[str] = (),
+    limit: int,
+    subset: Subset = ALL,
+) -> list[UUID]:
+    """Return the ids of those that `claim_limited` would claim."""
+    parameters = {"limit": limit, "queue": queue, "here": executing} | name_parameters(names, versions)
+    return subset.find_ids(connectable, _LIMITED_CLAIMABLE, parameters)
+
+
+def waiting(
+    connectable: Connectable, *, queues: Sequence[str], names: Sequence[str], versions: Sequence[str] = ()
+) -> list[str]:
+    """Return those of the queues in which something waits, whatever their limits; in their order."""
+    found = scalars(connectable, _WAITING, {"queues": list(queues)} | name_parameters(names, versions))
+    return sorted(found, key=list(queues).index)
 
 
 def claimable(
@@ -249,9 +270,14 @@ def range_parameters(ranges: Ranges) -> dict[str, str]:
     return batch_parameter("wanted", [{"name": name, **asdict(each.after), "until": each.until} for name, each in rows])
 
 
+def wanted_queues() -> Any:
+    """Return the names of the queues of `range_parameters`."""
+    return _wanted_ranges().c.name
+
+
 def active_ranges() -> Any:
     """Return the `wanted` ranges of those queues that are not paused, and have no limits."""
-    wanted = batch_table("wanted", {"name": Text(), **_POSITION, "until": sa.Integer()})
+    wanted = _wanted_ranges()
     return sa.select(*wanted.c).where(~_is_kept(wanted.c.name)).subquery("listened")
 
 
@@ -263,12 +289,16 @@ def name_parameters(names: Sequence[str], versions: Sequence[str]) -> dict[str, 
 def is_claimable(listened: Any) -> Any:
     """Return the condition for what can be claimed from a range: it is pending, and its name and version are wanted."""
     return sa.and_(
-        WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING),
-        WORKFLOW.c.queue == listened.c.name,
-        sa.tuple_(*_position()) > sa.tuple_(*(listened.c[each] for each in _POSITION)),
+        waits_in(listened.c.name),
+        sa.tuple_(*PLACE) > sa.tuple_(*(listened.c[each] for each in _POSITION)),
         WORKFLOW.c.priority < listened.c.until,
-        _is_known_and_in_time(),
     )
+
+
+def waits_in(queue: Expression) -> Condition:
+    """Return the condition for what waits in a queue, and has a name and a version that are wanted."""
+    is_pending = WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING)
+    return sa.and_(is_pending, WORKFLOW.c.queue == queue, _is_known_and_in_time())
 
 
 def unknown_names(connectable: Connectable, *, queues: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -357,11 +387,10 @@ def _is_known_and_in_time() -> Condition:
 def _heads(within: Restriction) -> Any:
     """Select and lock the first workflows of each queue that is not paused."""
     listened = active_ranges()
-    place = _position()
     head = (
-        sa.select(*place, WORKFLOW.c.started_at, row_version(WORKFLOW))
+        sa.select(*PLACE, WORKFLOW.c.started_at, row_version(WORKFLOW))
         .where(is_claimable(listened), within(WORKFLOW.c.id))
-        .order_by(*place)
+        .order_by(*PLACE)
         .limit(LIMIT)
         .with_for_update(key_share=True, skip_locked=True)
         .lateral("head")
@@ -374,8 +403,14 @@ def _heads(within: Restriction) -> Any:
     )
 
 
-def _position() -> tuple[Expression, ...]:
-    return tuple(WORKFLOW.c[each] for each in _POSITION)
+def _wanted_ranges() -> sa.TableValuedAlias:
+    return batch_table("wanted", {"name": Text(), **_POSITION, "until": sa.Integer()})
+
+
+def _waiting_statement() -> Any:
+    given = pg.unnest(_QUEUES).table_valued("name").render_derived("given")
+    first = sa.select(WORKFLOW.c.id).where(waits_in(given.c.name)).order_by(*PLACE).limit(integer(1)).lateral("first")
+    return sa.select(given.c.name).select_from(given.join(first, sa.true()))
 
 
 def _one() -> Any:
@@ -491,5 +526,6 @@ def _claiming(claimable: sa.CTE, **more: Any) -> Any:
 
 _CLAIM, _CLAIM_PART, _CLAIMABLE = subset_forms(DriverStatement, _claim_many_statement)
 _CLAIM_LIMITED, _CLAIM_LIMITED_PART, _LIMITED_CLAIMABLE = subset_forms(DriverStatement, _limited_statement)
+_WAITING = Statement(_waiting_statement)
 _CLAIM_ONE = DriverStatement(lambda: _claim_statement(_one()))
 _CLAIM_RECEIVERS = DriverStatement(lambda: _claim_statement(_receivers(), **WOKEN))

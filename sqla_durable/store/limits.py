@@ -67,8 +67,7 @@ class Places(NamedTuple):
     Attributes:
         chosen: `id`, `started_at`, `row_version` and `place` of the workflows, which are locked.
         writes: statements that note the claim, to be executed in the same one.
-        info: one row: whether the queue was `locked` and up to date, whether to try `again` at once, and the seconds
-            until a rate has room again, `retry_in`.
+        info: one row: whether to try `again` at once, and the seconds until a rate has room again, `retry_in`.
     """
 
     chosen: sa.CTE
@@ -126,7 +125,6 @@ def places(is_known: Condition, within: Restriction) -> Places:
         "outcome",
     )
     info = sa.select(
-        sa.select(outcome.c.name).exists().label("locked"),
         sa.func.coalesce(sa.select(outcome.c.again).scalar_subquery(), sa.false()).label("again"),
         sa.select(outcome.c.retry_in).scalar_subquery().label("retry_in"),
     ).cte("info")
@@ -349,8 +347,8 @@ def _ranked(free: sa.CTE) -> sa.CTE:
         .where(free.c.places > ZERO)
         .cte("priorities", recursive=True)
     )
-    following = first.where(_waiting(free), _OTHER.c.priority > priorities.c.priority)
-    following = following.correlate(free, priorities).lateral("following")
+    next_one = first.where(_waiting(free), _OTHER.c.priority > priorities.c.priority)
+    following = next_one.correlate(free, priorities).lateral("following")
     priorities = priorities.union_all(
         sa.select(following.c.priority, following.c.enqueued_at).select_from(
             priorities.join(free, sa.true()).join(following, sa.true())
@@ -361,8 +359,8 @@ def _ranked(free: sa.CTE) -> sa.CTE:
     aged = priorities.c.priority - waited / age
     counts_as = sa.func.coalesce(aged, sa.cast(priorities.c.priority, sa.Numeric))
     order_by = counts_as, priorities.c.priority
-    next_one = pg.lead(aged).over(order_by=order_by)
-    ahead = sa.cast(age * (priorities.c.priority - next_one), sa.Float)
+    next_aged = pg.lead(aged).over(order_by=order_by)
+    ahead = sa.cast(age * (priorities.c.priority - next_aged), sa.Float)
     until = pg.statement_timestamp() - interval(ahead)
     return materialized(
         sa.select(
@@ -541,7 +539,7 @@ def _planned(free: sa.CTE, walk: sa.CTE, ranked: sa.CTE) -> sa.CTE:
         ).join_from(keyless, ranked, ranked.c.priority == keyless.c.priority),
     ).subquery("lanes")
     weights = pg.sum(lanes.c.weight).over(partition_by=lanes.c.rank)
-    turns = sa.func.ceil(sa.cast(free.c.places, sa.Float) / weights)
+    turns = pg.ceil(sa.cast(free.c.places, sa.Float) / weights)
     most = sa.func.least(lanes.c.places, lanes.c.weight * sa.cast(turns, sa.BigInteger))
     shares = sa.select(*lanes.c, most.label("most")).select_from(free.join(lanes, sa.true())).subquery("shares")
     series = pg.generate_series(ONE, sa.cast(shares.c.most, sa.Integer)).table_valued("one").render_derived("series")

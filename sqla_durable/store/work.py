@@ -16,9 +16,19 @@ import sqlalchemy as sa
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import schedules
-from sqla_durable.store.claims import Ranges, active_ranges, is_claimable, name_parameters, range_parameters
+from sqla_durable.store.claims import (
+    PLACE,
+    Ranges,
+    active_ranges,
+    is_claimable,
+    name_parameters,
+    range_parameters,
+    waits_in,
+    wanted_queues,
+)
 from sqla_durable.store.failures import is_overdue
 from sqla_durable.store.inbox import ORPHANS, is_undelivered
+from sqla_durable.store.limits import is_limited
 from sqla_durable.store.statements import (
     BEGINNING,
     QUEUE,
@@ -31,6 +41,7 @@ from sqla_durable.store.statements import (
     Connectable,
     Statement,
     execute,
+    materialized,
     parameter,
     pg,
     scan_start,
@@ -87,7 +98,9 @@ class Work:
         overdue: the deadline of something unfinished has passed.
         has_orphans: deferred children have lost their parent; its notice is one of the undelivered, too.
         ticks: a schedule is due.
-        paused: the names of the queues that are paused, in order.
+        kept: the names of the queues from which ordinary claims take nothing, in order: paused, or with limits.
+        limited: those that have limits and are not paused.
+        waiting: of the queues that were asked for, those among `limited` in which something waits.
         scan_starts: where the next poll may begin.
     """
 
@@ -100,7 +113,9 @@ class Work:
     overdue: bool = False
     has_orphans: bool = False
     ticks: bool = False
-    paused: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    limited: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
     scan_starts: ScanStarts = field(default=FULL_SCAN, compare=False)
 
 
@@ -136,7 +151,9 @@ def find_work(
         overdue=row.overdue,
         has_orphans=row.has_orphans,
         ticks=row.ticks,
-        paused=tuple(sorted(row.paused or ())),
+        kept=tuple(sorted(row.kept or ())),
+        limited=tuple(sorted(row.limited or ())),
+        waiting=tuple(sorted(row.waiting or ())),
         scan_starts=ScanStarts(
             wake_at=row.wake_mark.isoformat(),
             deadline_at=row.deadline_mark.isoformat(),
@@ -160,9 +177,16 @@ def _claimable() -> Condition:
     listened = active_ranges()
     # Limited and in the order of the claim's index: else a plan reads the table until something of the queue comes,
     # and an empty queue costs all of it.
-    place = WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id
-    first = sa.select(WORKFLOW.c.id).where(is_claimable(listened)).order_by(*place).limit(1).lateral("first")
+    first = sa.select(WORKFLOW.c.id).where(is_claimable(listened)).order_by(*PLACE).limit(1).lateral("first")
     return sa.select(first.c.id).select_from(listened.join(first, sa.true())).exists()
+
+
+def _waiting(kept: sa.CTE) -> Any:
+    """Return the names of those queues with limits in which something waits."""
+    here = kept.c.name.in_(sa.select(wanted_queues()))
+    first = sa.select(WORKFLOW.c.id).where(waits_in(kept.c.name)).order_by(*PLACE).limit(1).lateral("first_limited")
+    names = sa.select(pg.array_agg(kept.c.name)).select_from(kept.join(first, sa.true())).where(kept.c.is_limited, here)
+    return names.scalar_subquery()
 
 
 def _first(column: sa.ColumnElement[datetime], *conditions: Condition) -> Any:
@@ -215,6 +239,10 @@ def _find_work_statement() -> Any:
         ),
         _first(SIGNAL.c.created_at, is_undelivered("since_sent")).label("first_sent_at"),
     ).cte("firsts")
+    is_paused = QUEUE.c.paused_at.is_not(None)
+    kept = materialized(
+        sa.select(QUEUE.c.name, sa.not_(is_paused).label("is_limited")).where(sa.or_(is_paused, is_limited())), "kept"
+    )
     is_left = SIGNAL.c.name == text_literal(ORPHANS)
     return sa.select(
         firsts.c.first_wake_at.is_not(None).label("due"),
@@ -224,7 +252,9 @@ def _find_work_statement() -> Any:
         _alive().label("alive"),
         sa.select(SIGNAL.c.id).where(is_undelivered("since_sent"), is_left).exists().label("has_orphans"),
         sa.select(SCHEDULE.c.name).where(schedules.is_due()).exists().label("ticks"),
-        sa.select(pg.array_agg(QUEUE.c.name)).where(QUEUE.c.paused_at.is_not(None)).scalar_subquery().label("paused"),
+        sa.select(pg.array_agg(kept.c.name)).scalar_subquery().label("kept"),
+        sa.select(pg.array_agg(kept.c.name)).where(kept.c.is_limited).scalar_subquery().label("limited"),
+        _waiting(kept).label("waiting"),
         firsts.c.first_deadline_at.is_not(None).label("overdue"),
         firsts.c.first_sent_at.is_not(None).label("undelivered"),
         _scan_start(firsts.c.first_wake_at).label("wake_mark"),

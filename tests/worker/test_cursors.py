@@ -27,9 +27,9 @@ def place(priority: int, moment: datetime = BEFORE, identity: int = 0) -> ScanPo
     return ScanPosition(priority, moment, UUID(int=identity))
 
 
-def seen(*, claimable: bool = False, paused: tuple[str, ...] = ()) -> Work:
+def seen(*, claimable: bool = False, kept: tuple[str, ...] = ()) -> Work:
     scan_starts = ScanStarts(wake_at="then", found_at=NOW)
-    return Work(claimable, False, None, False, False, True, paused=paused, scan_starts=scan_starts)
+    return Work(claimable, False, None, False, False, True, kept=kept, scan_starts=scan_starts)
 
 
 def looked(cursors: Cursors, what: Work, *, asked: bool = True, took: float = 0.0) -> None:
@@ -86,8 +86,8 @@ def test_of_many_priorities_a_few_have_places_of_their_own() -> None:
 
 def test_a_queue_that_is_resumed_is_read_from_its_front() -> None:
     cursors = Cursors(["default"], poll_interval=1.0)
-    looked(cursors, seen(paused=("default",)))
-    looked(cursors, seen(paused=("default",)))
+    looked(cursors, seen(kept=("default",)))
+    looked(cursors, seen(kept=("default",)))
     assert cursors.ranges() != {"default": [Range(FRONT)]}
     looked(cursors, seen())
     assert cursors.ranges() == {"default": [Range(FRONT)]}

@@ -18,6 +18,7 @@ from sqla_durable.execution.worker.database import ThreadDatabase
 from sqla_durable.execution.worker.heartbeat import Heartbeat
 from sqla_durable.execution.worker.hints import Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
+from sqla_durable.execution.worker.limits import LimitedQueues
 from sqla_durable.execution.worker.recorder import Resources, Sessions, Slots
 from sqla_durable.execution.worker.settings import Settings
 from sqla_durable.execution.worker.writer import StreamWriter
@@ -50,7 +51,8 @@ def heartbeat_of(database: ThreadDatabase, engine: Engine, threads: ThreadPoolEx
         wakers=Wakers(),
     )
     isolation, wakeups = Isolation(database), Wakeups()
-    attempts = Attempts(Durable().registry, resources, isolation, wakeups.maintenance, max_attempts=9)
+    limited = LimitedQueues([], wakeups.claims)
+    attempts = Attempts(Durable().registry, resources, isolation, limited, wakeups.maintenance, max_attempts=9)
     settings = Settings(
         worker_id=races.WORKER,
         name="ada",

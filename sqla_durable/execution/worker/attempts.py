@@ -23,6 +23,7 @@ from sqla_durable.errors import HistoryMismatchError
 from sqla_durable.execution.worker.database import persistently
 from sqla_durable.execution.worker.hints import Wakeup
 from sqla_durable.execution.worker.isolation import Isolation
+from sqla_durable.execution.worker.limits import LimitedQueues
 from sqla_durable.execution.worker.recorder import Resources, WorkerRecorder
 from sqla_durable.execution.worker.settings import (
     CANCELLED_GRACE,
@@ -72,6 +73,7 @@ class Attempts:
         registry: Registry,
         resources: Resources,
         isolation: Isolation,
+        limited: LimitedQueues,
         maintenance: Wakeup,
         *,
         max_attempts: int,
@@ -81,6 +83,7 @@ class Attempts:
         self._database = resources.database
         self._slots = resources.slots
         self._isolation = isolation
+        self._limited = limited
         self._maintenance = maintenance
         self._max_attempts = max_attempts
         self._running: dict[Fence, Running] = {}
@@ -202,6 +205,8 @@ class Attempts:
             await self._abandon(attempt, error)
         finally:
             self._release_slot(self._running.pop(attempt.fence))
+            if attempt.fence in self._limited.places:
+                self._limited.end(attempt.fence)
 
     @property
     def _outcomes_waiting(self) -> int:

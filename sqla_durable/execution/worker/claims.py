@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection
@@ -21,13 +22,16 @@ from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.retry import ObstacleRetry
 from sqla_durable.execution.worker.attempts import Attempts
 from sqla_durable.execution.worker.cursors import Cursors
-from sqla_durable.execution.worker.database import Database, NoConnectionError
+from sqla_durable.execution.worker.database import Database, NoConnectionError, persistently
 from sqla_durable.execution.worker.heartbeat import Heartbeat
 from sqla_durable.execution.worker.hints import Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
+from sqla_durable.execution.worker.limits import LimitedQueues
 from sqla_durable.execution.worker.recorder import Slots
 from sqla_durable.execution.worker.settings import CLAIM_PAUSES, CLAIM_SPACING, Settings
-from sqla_durable.store import Claimed, Fence, claims
+from sqla_durable.store import Claimed, Fence
+from sqla_durable.store import claims as store_claims
+from sqla_durable.store.claims import Batch
 from sqla_durable.store.statements import Subset
 
 log = Log("sqla_durable.worker")
@@ -43,7 +47,7 @@ class _Unread:
         self._last: object = None
         self._times = 0
 
-    def count(self, batch: claims.Batch, error: Exception) -> Fence | None:
+    def count(self, batch: Batch, error: Exception) -> Fence | None:
         """Count a failure; return the attempt if it is to count as a crash of its workflow."""
         is_alone = len(batch.claimed) == 1 and not isinstance(error, NoConnectionError)
         fence = batch.claimed[0].fence if is_alone else None
@@ -67,6 +71,7 @@ class Claims:
         slots: Slots,
         heartbeat: Heartbeat,
         cursors: Cursors,
+        limited: LimitedQueues,
         isolation: Isolation,
         wakeups: Wakeups,
         settings: Settings,
@@ -76,12 +81,13 @@ class Claims:
         self._slots = slots
         self._heartbeat = heartbeat
         self._cursors = cursors
+        self._limited = limited
         self._isolation = isolation
         self._wakeup = wakeups.claims
         self._maintenance = wakeups.maintenance
         self._settings = settings
         self._most = self._wanted = _BATCH
-        self._batch = claims.Batch([], {})
+        self._batch = Batch([], {})
         self._wakeup.set()
 
     async def run(self) -> None:
@@ -92,13 +98,40 @@ class Claims:
             self._wakeup.clear()
             self._cursors.restart_if_time()
             in_burst, began = self._cursors.in_burst, time.monotonic()
-            claimed = await self._claim()
-            if claimed:
+            found, more = await self._claim_round(in_burst=in_burst)
+            if found:
                 pauses = iter(CLAIM_PAUSES)
-            if len(claimed) < self._wanted and not in_burst:
+            if not more:
                 # Also for as long as it took: what it had to skip would have to be skipped again.
                 await asyncio.sleep(max(CLAIM_SPACING, time.monotonic() - began))
                 await self._wait(next(pauses, None))
+
+    async def _claim_round(self, *, in_burst: bool) -> tuple[bool, bool]:
+        """Claim from each queue with limits, and from all others together, in changing order.
+
+        Returns:
+            Whether anything was claimed, and whether there may be more at once.
+        """
+        sources: list[str | None] = [*await self._limited_queues()]
+        if self._limited.has_others:
+            sources.insert(0 if self._limited.is_even else len(sources), None)
+        found = more = False
+        for queue in sources:
+            if self._slots.free <= 0:
+                return True, True
+            claimed = await self._claim(queue)
+            found = found or bool(claimed)
+            more = more or len(claimed) >= self._wanted or self._batch.again or (queue is None and in_burst)
+        return found, more
+
+    async def _limited_queues(self) -> list[str]:
+        """Return the queues with limits in which something may wait; of one alone, its claim finds that out."""
+        names = self._limited.names
+        if len(names) < 2:
+            return names
+        chosen = self._settings
+        waiting = partial(store_claims.waiting, queues=names, names=chosen.names, versions=chosen.versions)
+        return await persistently(self._database, waiting, what="claim")
 
     async def _wait(self, seconds: float | None) -> None:
         """Wait for at most so many seconds, until there may be something in the queues; claim receivers meanwhile."""
@@ -134,7 +167,7 @@ class Claims:
         await self._heartbeat.require_lease()
         chosen = self._settings
         claim = partial(
-            claims.claim_receivers,
+            store_claims.claim_receivers,
             ids=[each for each in ids if not self._isolation.is_aside(each)],
             worker_id=chosen.worker_id,
             token=token,
@@ -145,8 +178,10 @@ class Claims:
         )
         return await self._database.execute(claim)
 
-    async def _claim(self) -> list[Claimed]:
+    async def _claim(self, queue: str | None) -> list[Claimed]:
         """Claim, and begin to execute what was claimed; less at once after a failure.
+
+        From one queue with limits, or from all that have none.
 
         If the histories of a batch do not arrive within the time limit, the next batch is smaller. A single history
         that exceeds the limit twice, or loses its connection ten times in a row, counts as a crash of its workflow. An
@@ -157,10 +192,11 @@ class Claims:
         while True:
             restarts = self._cursors.restarts
             self._wanted = min(self._slots.free, self._most)
-            self._batch = claims.Batch([], {})
+            self._batch = Batch([], {})
             try:
-                claimed = await claim(self._isolation.part)
-                self._cursors.note_claim(self._batch, restarts=restarts, is_full=len(claimed) >= self._wanted)
+                claimed = await claim(queue, self._isolation.part)
+                if queue is None:
+                    self._cursors.note_claim(self._batch, restarts=restarts, is_full=len(claimed) >= self._wanted)
                 self._most = min(2 * self._most, _BATCH)
                 return claimed
             except Exception as error:
@@ -179,59 +215,59 @@ class Claims:
                 # The claim may have been executed, and its acknowledgement lost.
                 await self._heartbeat.release_strays()
 
-    async def _claim_some(self, part: Subset) -> list[Claimed]:
+    async def _claim_some(self, queue: str | None, part: Subset) -> list[Claimed]:
         """Claim, and begin to execute what was claimed."""
         token = uuid7()
         with self._heartbeat.claiming(token):
-            self._batch = await self._claim_once(token, part)
+            self._batch = await self._claim_once(token, queue, part)
             claimed = await self._with_histories(self._batch.claimed)
+            if queue is not None:
+                self._limited.begin(queue, claimed)
+                self._limited.retry_in(queue, self._batch.retry_in)
             self._attempts.begin(claimed)
         return claimed
 
-    async def _claim_apart(self, part: Subset) -> list[Claimed]:
+    async def _claim_apart(self, queue: str | None, part: Subset) -> list[Claimed]:
         """Claim so that a row or a history that cannot be read fails only its own workflow."""
         await self._heartbeat.release_strays()  # what was claimed, and could not be read
-        ids = await self._database.execute(lambda connection: self._claimable(connection, part))
-        claimed = await self._isolation.each(ids, self._claim_these, what="claim")
-        self._batch = claims.Batch([], {})  # which says nothing of what comes before it
+        ids = await self._database.execute(lambda connection: self._claimable(connection, queue, part))
+        claimed = await self._isolation.each(ids, partial(self._claim_these, queue), what="claim")
+        self._batch = Batch([], {})  # which says nothing of what comes before it
         return [*chain(*claimed)]
 
-    async def _claim_these(self, ids: Sequence[UUID]) -> list[Claimed]:
+    async def _claim_these(self, queue: str | None, ids: Sequence[UUID]) -> list[Claimed]:
         try:
-            return await self._claim_some(Subset(ids))
+            return await self._claim_some(queue, Subset(ids))
         except Exception as error:
             if is_about_data(error):
                 await self._heartbeat.release_strays()
             raise
 
-    def _claimable(self, connection: Connection, part: Subset) -> list[UUID]:
-        return claims.claimable(
-            connection,
-            ranges=self._cursors.ranges(),
-            names=self._settings.names,
-            versions=self._settings.versions,
-            limit=self._wanted,
-            subset=part,
-        )
+    def _claimable(self, connection: Connection, queue: str | None, part: Subset) -> list[UUID]:
+        wanted: dict[str, Any] = {**self._wanted_of(queue), "subset": part}
+        if queue is None:
+            return store_claims.claimable(connection, **wanted)
+        return store_claims.limited_claimable(connection, **wanted)
 
-    async def _claim_once(self, token: UUID, part: Subset) -> claims.Batch:
+    async def _claim_once(self, token: UUID, queue: str | None, part: Subset) -> Batch:
         await self._heartbeat.require_lease()
+        claim = store_claims.claim if queue is None else store_claims.claim_limited
 
-        def claim(connection: Connection) -> claims.Batch:
-            return claims.claim(
-                connection,
-                worker_id=self._settings.worker_id,
-                token=token,
-                ranges=self._cursors.ranges(),
-                names=self._settings.names,
-                versions=self._settings.versions,
-                limit=self._wanted,
-                subset=part,
-            )
+        def claim_once(connection: Connection) -> Batch:
+            given: dict[str, Any] = {"worker_id": self._settings.worker_id, "token": token, "subset": part}
+            return claim(connection, **given, **self._wanted_of(queue))
 
-        return await self._database.execute(claim)
+        return await self._database.execute(claim_once)
+
+    def _wanted_of(self, queue: str | None) -> dict[str, Any]:
+        """Return what to claim: from one queue with limits, or from the ranges of the others."""
+        chosen = self._settings
+        given: dict[str, Any] = {"names": chosen.names, "versions": chosen.versions, "limit": self._wanted}
+        if queue is None:
+            return {**given, "ranges": self._cursors.ranges()}
+        return {**given, "queue": queue, "executing": self._limited.executing(queue)}
 
     async def _with_histories(self, claimed: list[Claimed]) -> list[Claimed]:
         if not any(each.is_unread for each in claimed):
             return claimed
-        return await self._database.execute(lambda connection: claims.with_histories(connection, claimed))
+        return await self._database.execute(lambda connection: store_claims.with_histories(connection, claimed))

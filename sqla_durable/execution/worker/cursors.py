@@ -83,7 +83,7 @@ class Cursors:
         self.restarts = 0
         self._queues = {each: _Queue() for each in queues}
         self._every = _EVERY * min(poll_interval, _LONGEST_POLL)
-        self._paused: tuple[str, ...] = ()
+        self._kept: tuple[str, ...] = ()
         self._restart_at = float("-inf")
         self._burst_began = 0.0
 
@@ -117,8 +117,8 @@ class Cursors:
             pause = min(_SHARE * took, _EVERY * self._every)
             self._restart_at = max(self._restart_at, time.monotonic() + pause)
         self.scan_starts = seen.scan_starts
-        if seen.paused != self._paused:  # what waits in a queue that goes on stands before the places
-            self._paused = seen.paused
+        if seen.kept != self._kept:  # what waits in a queue that goes on stands before the places
+            self._kept = seen.kept
             self.restart()
         elif asked and not seen.claimable and seen.scan_starts.found_at is not None:
             for each in self._queues.values():

@@ -22,6 +22,7 @@ from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.execution.worker.heartbeat import Heartbeat
 from sqla_durable.execution.worker.hints import Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
+from sqla_durable.execution.worker.limits import LimitedQueues
 from sqla_durable.execution.worker.schedules import Schedules
 from sqla_durable.execution.worker.settings import (
     FORGET_EVERY,
@@ -52,6 +53,7 @@ class Maintenance:
         database: Database,
         heartbeat: Heartbeat,
         cursors: Cursors,
+        limited: LimitedQueues,
         isolation: Isolation,
         schedules: Schedules,
         wakeups: Wakeups,
@@ -61,6 +63,7 @@ class Maintenance:
         self._schedules = schedules
         self._heartbeat = heartbeat
         self._cursors = cursors
+        self._limited = limited
         self._isolation = isolation
         self._wakeup = wakeups.maintenance
         self._claims = wakeups.claims
@@ -108,6 +111,7 @@ class Maintenance:
 
         seen, took = await persistently(self._database, poll_once, what="maintenance")
         self._cursors.note_poll(seen, restarts=restarts, asked=asked, took=took)
+        self._limited.note(seen.kept, seen.limited)
         return seen
 
     @property
@@ -126,7 +130,7 @@ class Maintenance:
         woken += await self._start_orphans() if seen.has_orphans else 0
         if seen.ticks:
             await self._schedules.fire()
-        if seen.claimable or reclaimed or woken or undoing:
+        if seen.claimable or seen.waiting or reclaimed or woken or undoing:
             self._claims.set()
         else:
             await self._warn_of_unknown()

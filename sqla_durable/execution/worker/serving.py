@@ -33,6 +33,7 @@ from sqla_durable.execution.worker.database import Databases
 from sqla_durable.execution.worker.heartbeat import Heartbeat
 from sqla_durable.execution.worker.hints import HintReceiver, Listener, Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
+from sqla_durable.execution.worker.limits import LimitedQueues, declare_queues
 from sqla_durable.execution.worker.maintenance import Maintenance
 from sqla_durable.execution.worker.recorder import Resources, Sessions, Slots
 from sqla_durable.execution.worker.schedules import Schedules
@@ -201,6 +202,7 @@ class Serving:
         self.left_behind = 0
         self._settings = settings
         self._databases = databases
+        self._registry = registry
         self._stop = stop
         database, loop = databases.shared, asyncio.get_running_loop()
         wakers, wakeups = Wakers(), Wakeups()
@@ -223,22 +225,24 @@ class Serving:
         )
         isolation = Isolation(database)
         cursors = Cursors(settings.queues, poll_interval=settings.poll_interval.total_seconds())
+        limited = LimitedQueues(settings.queues, wakeups.claims)
         self._attempts = Attempts(
-            registry, resources, isolation, wakeups.maintenance, max_attempts=settings.max_attempts
+            registry, resources, isolation, limited, wakeups.maintenance, max_attempts=settings.max_attempts
         )
         self._heartbeat = Heartbeat(databases.beating, self._attempts, isolation, wakeups.heartbeat, settings)
         self._claims = Claims(
-            databases.claiming, self._attempts, slots, self._heartbeat, cursors, isolation, wakeups, settings
+            databases.claiming, self._attempts, slots, self._heartbeat, cursors, limited, isolation, wakeups, settings
         )
         self._schedules = Schedules(databases, registry, settings.queues, wakeups.claims)
         self._maintenance = Maintenance(
-            database, self._heartbeat, cursors, isolation, self._schedules, wakeups, settings
+            database, self._heartbeat, cursors, limited, isolation, self._schedules, wakeups, settings
         )
         self._hints = HintReceiver(wakeups, wakers, cursors, worker_id=settings.worker_id, queues=settings.queues)
 
     async def begin(self) -> None:
-        """Begin the lease, and bring the schedules of the code into the table."""
+        """Begin the lease, and bring the queues and schedules of the code into the tables."""
         await self._heartbeat.begin()
+        await declare_queues(self._databases.transacting, self._registry.queues())
         await self._schedules.declare()
 
     async def run(self, *, listen_on: Engine | None) -> None:

@@ -124,7 +124,8 @@ def shown_name(given: str | None) -> str:
 def chosen_queues(durable: Durable, given: Iterable[str] | None) -> list[str]:
     """Return the queues to claim from; by default those of the workflows that are known."""
     if given is None:
-        return sorted({"default"} | {each.options.queue for each in durable.registry})
+        declared = {each.name for each in durable.registry.queues()}
+        return sorted({"default"} | declared | {each.options.queue for each in durable.registry})
     chosen = [given] if isinstance(given, str) else sorted(set(given))
     if not chosen or not all(each.strip() for each in chosen):
         raise ValueError(f"queues={given!r} names no queue: give at least one, or leave it out.")
