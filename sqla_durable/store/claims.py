@@ -41,7 +41,6 @@ from sqla_durable.store.statements import (
     Connectable,
     Expression,
     Restriction,
-    Statement,
     Subset,
     as_uuid,
     batch_parameter,
@@ -55,7 +54,6 @@ from sqla_durable.store.statements import (
     parameter,
     pg,
     row_version,
-    scalars,
     status_literal,
     subset_forms,
     text_literal,
@@ -65,7 +63,7 @@ _TOKEN = parameter("new_token", sa.UUID())
 _WORKER = parameter("claimant", sa.UUID())
 _NAMES = parameter("names", ARRAY(Text()))
 _VERSIONS = parameter("versions", ARRAY(Text()))
-_QUEUES = parameter("queues", ARRAY(Text()))
+QUEUES = parameter("queues", ARRAY(Text()))
 _POSITION: Columns = {"priority": sa.SmallInteger(), "enqueued_at": sa.DateTime(timezone=True), "id": sa.UUID()}
 PLACE: tuple[Expression, ...] = tuple(WORKFLOW.c[each] for each in _POSITION)
 """What orders the workflows of a queue."""
@@ -199,14 +197,6 @@ def limited_claimable(
     return subset.find_ids(connectable, _LIMITED_CLAIMABLE, parameters)
 
 
-def waiting(
-    connectable: Connectable, *, queues: Sequence[str], names: Sequence[str], versions: Sequence[str] = ()
-) -> list[str]:
-    """Return those of the queues in which something waits, whatever their limits; in their order."""
-    found = scalars(connectable, _WAITING, {"queues": list(queues)} | name_parameters(names, versions))
-    return sorted(found, key=list(queues).index)
-
-
 def claimable(
     connectable: Connectable,
     *,
@@ -301,32 +291,6 @@ def waits_in(queue: Expression) -> Condition:
     return sa.and_(is_pending, WORKFLOW.c.queue == queue, _is_known_and_in_time())
 
 
-def unknown_names(connectable: Connectable, *, queues: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return the names of workflows near the head of the queues that are not among `names`."""
-    head = (
-        sa.select(WORKFLOW.c.name)
-        .where(WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING), WORKFLOW.c.queue.in_(queues))
-        .where(WORKFLOW.c.name.not_in(names))
-        .limit(100)
-        .subquery()
-    )
-    return list(scalars(connectable, sa.select(head.c.name).distinct().order_by(head.c.name)))
-
-
-def other_versions(connectable: Connectable, *, queues: Sequence[str], versions: Sequence[str]) -> list[str]:
-    """Return the versions of workflows near the head of each queue that are not among `versions`."""
-    heads = [
-        sa.select(WORKFLOW.c.version)
-        .where(WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING), WORKFLOW.c.queue == queue)
-        .order_by(WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id)
-        .limit(1_000)
-        .subquery()
-        for queue in queues
-    ]
-    found = sa.union(*(sa.select(each.c.version).where(each.c.version.not_in(versions)) for each in heads))
-    return sorted(scalars(connectable, found))
-
-
 class _Taken(NamedTuple):
     """What the claim returns of a workflow; `input`, `headers` and `history` are JSON text."""
 
@@ -407,12 +371,6 @@ def _wanted_ranges() -> sa.TableValuedAlias:
     return batch_table("wanted", {"name": Text(), **_POSITION, "until": sa.Integer()})
 
 
-def _waiting_statement() -> Any:
-    given = pg.unnest(_QUEUES).table_valued("name").render_derived("given")
-    first = sa.select(WORKFLOW.c.id).where(waits_in(given.c.name)).order_by(*PLACE).limit(integer(1)).lateral("first")
-    return sa.select(given.c.name).select_from(given.join(first, sa.true()))
-
-
 def _one() -> Any:
     return (
         sa.select(WORKFLOW.c.id, WORKFLOW.c.started_at, row_version(WORKFLOW))
@@ -433,7 +391,7 @@ def _receivers() -> Any:
             is_among(WORKFLOW.c.id),
             has_status(WORKFLOW, WorkflowStatus.SUSPENDED),
             WORKFLOW.c.awaits.is_not(None),
-            WORKFLOW.c.queue == sa.func.any(_QUEUES),
+            WORKFLOW.c.queue == sa.func.any(QUEUES),
             ~_is_kept(WORKFLOW.c.queue),
             _is_known_and_in_time(),
         )
@@ -478,7 +436,7 @@ def _claim_many_statement(within: Restriction) -> tuple[Any, Any]:
 
 
 def _limited_statement(within: Restriction) -> tuple[Any, Any]:
-    chosen, writes, info = limits.places(_is_known_and_in_time(), within)
+    chosen, writes, info = limits.choose(_is_known_and_in_time(), within)
     # With the array too, whose length the planner knows: it expects more of `chosen` than a limit lets through.
     ids = sa.func.array(sa.select(chosen.c.id).scalar_subquery())
     taken = _claiming(chosen, place=chosen.c.place).where(WORKFLOW.c.id == sa.func.any(ids)).cte("taken")
@@ -526,6 +484,5 @@ def _claiming(claimable: sa.CTE, **more: Any) -> Any:
 
 _CLAIM, _CLAIM_PART, _CLAIMABLE = subset_forms(DriverStatement, _claim_many_statement)
 _CLAIM_LIMITED, _CLAIM_LIMITED_PART, _LIMITED_CLAIMABLE = subset_forms(DriverStatement, _limited_statement)
-_WAITING = Statement(_waiting_statement)
 _CLAIM_ONE = DriverStatement(lambda: _claim_statement(_one()))
 _CLAIM_RECEIVERS = DriverStatement(lambda: _claim_statement(_receivers(), **WOKEN))

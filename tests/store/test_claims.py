@@ -10,7 +10,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Queue, Workflow
 from sqla_durable.models.base import WorkflowStatus
-from sqla_durable.store import Verdict, attempts, claims, steps
+from sqla_durable.store import Verdict, attempts, backlog, claims, steps
 from sqla_durable.store.claims import FRONT, Range
 from tests.store import races
 from tests.store.plans import explain, fill
@@ -131,7 +131,7 @@ def test_names_and_queues_that_are_not_asked_for_stay(session_factory: sessionma
         races.enqueue(session, name="unknown")
         races.enqueue(session, queue="elsewhere")
         assert races.claim(session, 10) == []
-        assert claims.unknown_names(session, queues=["default"], names=["checkout"]) == ["unknown"]
+        assert backlog.unknown_names(session, queues=["default"], names=["checkout"]) == ["unknown"]
 
 
 def test_versions_that_are_not_asked_for_stay_and_those_without_one_do_not(
@@ -141,11 +141,11 @@ def test_versions_that_are_not_asked_for_stay_and_those_without_one_do_not(
         for version in ("1", None, "2", "3"):
             races.enqueue(session, version=version)
         known = {"queues": ["default", "empty"], "versions": ["2", "4"]}
-        assert claims.other_versions(session, **known) == ["1", "3"]
+        assert backlog.other_versions(session, **known) == ["1", "3"]
         assert len(races.claim(session, 10, versions=["2", "4"])) == 2
         assert len(races.claim(session, 10, versions=["4"])) == 0
         assert len(races.claim(session, 10)) == 2
-        assert claims.other_versions(session, **known) == []
+        assert backlog.other_versions(session, **known) == []
 
 
 def test_a_paused_queue_is_skipped_until_it_is_resumed(session_factory: sessionmaker[Session]) -> None:

@@ -29,7 +29,7 @@ from sqla_durable.execution.worker.isolation import Isolation
 from sqla_durable.execution.worker.limits import LimitedQueues
 from sqla_durable.execution.worker.recorder import Slots
 from sqla_durable.execution.worker.settings import CLAIM_PAUSES, CLAIM_SPACING, Settings
-from sqla_durable.store import Claimed, Fence
+from sqla_durable.store import Claimed, Fence, backlog
 from sqla_durable.store import claims as store_claims
 from sqla_durable.store.claims import Batch
 from sqla_durable.store.statements import Subset
@@ -130,7 +130,7 @@ class Claims:
         if len(names) < 2:
             return names
         chosen = self._settings
-        waiting = partial(store_claims.waiting, queues=names, names=chosen.names, versions=chosen.versions)
+        waiting = partial(backlog.waiting, queues=names, names=chosen.names, versions=chosen.versions)
         return await persistently(self._database, waiting, what="claim")
 
     async def _wait(self, seconds: float | None) -> None:

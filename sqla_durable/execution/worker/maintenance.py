@@ -33,8 +33,7 @@ from sqla_durable.execution.worker.settings import (
     Settings,
 )
 from sqla_durable.models.base import WorkflowStatus
-from sqla_durable.store import claims as store_claims
-from sqla_durable.store import deferred, failures, signals, timers, workers
+from sqla_durable.store import backlog, deferred, failures, signals, timers, workers
 from sqla_durable.store.claims import Ranges
 from sqla_durable.store.work import Work, find_work
 
@@ -276,10 +275,10 @@ class Maintenance:
             )
 
     def _other_versions(self, connection: Connection) -> list[str]:
-        return store_claims.other_versions(connection, queues=self._settings.queues, versions=self._settings.versions)
+        return backlog.other_versions(connection, queues=self._settings.queues, versions=self._settings.versions)
 
     def _unknown(self, connection: Connection) -> list[str]:
-        return store_claims.unknown_names(connection, queues=self._settings.queues, names=self._settings.names)
+        return backlog.unknown_names(connection, queues=self._settings.queues, names=self._settings.names)
 
 
 def _log_reclaimed(reclaimed: list[workers.Reclaimed]) -> None:

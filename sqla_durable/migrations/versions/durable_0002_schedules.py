@@ -1,4 +1,4 @@
-"""Give queues their limits, and create schedules."""
+"""Add limits of queues, and schedules."""
 
 from __future__ import annotations
 

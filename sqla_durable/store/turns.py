@@ -1,0 +1,320 @@
+"""How the places of a queue are distributed: over priorities by rank, and over keys by turns.
+
+A *walk* visits the keys that wait, one look into an index each, beginning behind the one that was served last. It
+passes keys that are full, and ends when as many have room as there are places.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from sqla_durable.models.base import Text
+from sqla_durable.store.places import (
+    KEPT,
+    OTHER,
+    at_least_zero,
+    how_many,
+    kept_of,
+    running_of,
+    total,
+    used_of,
+    waits_in,
+)
+from sqla_durable.store.statements import (
+    ONE,
+    QUEUE_KEY,
+    WORKFLOW,
+    ZERO,
+    Condition,
+    Expression,
+    integer,
+    interval,
+    materialized,
+    pg,
+    row_version,
+)
+
+MOST_PASSED = integer(500)
+"""Keys that one walk passes because they are full."""
+
+_MOST_AT_ONCE = integer(250)  # workflows that one claim takes
+_MOST_KEYLESS = integer(200)  # waiting workflows, among which one claim looks for those without a key
+_LAST_ID = sa.literal_column("uuid 'ffffffff-ffff-ffff-ffff-ffffffffffff'", type_=sa.UUID())
+_LATEST = sa.literal_column("timestamptz 'infinity'", type_=sa.DateTime(timezone=True))
+_BEHIND, _AROUND, _STRAIGHT = integer(0), integer(1), integer(2)
+"""Where a walk is: behind the last key that was served, come around to the others, or going on where one ended."""
+
+_ORDER = WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id
+
+
+def rank_priorities(free: sa.CTE) -> sa.CTE:
+    """Rank the priorities that wait, by the first workflow of each; what has waited counts as a higher priority."""
+    order = OTHER.c.priority, OTHER.c.enqueued_at, OTHER.c.id
+    first = sa.select(OTHER.c.priority, OTHER.c.enqueued_at).order_by(*order).limit(ONE)
+    begin = first.where(waits_in(free)).correlate(free).lateral("begin")
+    priorities = (
+        sa.select(begin.c.priority, begin.c.enqueued_at)
+        .select_from(free.join(begin, sa.true()))
+        .where(free.c.places > ZERO)
+        .cte("priorities", recursive=True)
+    )
+    next_one = first.where(waits_in(free), OTHER.c.priority > priorities.c.priority)
+    following = next_one.correlate(free, priorities).lateral("following")
+    priorities = priorities.union_all(
+        sa.select(following.c.priority, following.c.enqueued_at).select_from(
+            priorities.join(free, sa.true()).join(following, sa.true())
+        )
+    )
+    waited = sa.cast(sa.func.extract("epoch", pg.statement_timestamp() - priorities.c.enqueued_at), sa.Double)
+    age = sa.cast(sa.func.extract("epoch", free.c.aging), sa.Double)
+    priority = sa.cast(priorities.c.priority, sa.Double)
+    aged = priority - waited / age
+    counts_as = sa.func.coalesce(aged, priority)
+    order_by = counts_as, priorities.c.priority
+    next_aged = pg.lead(aged).over(order_by=order_by)
+    until = pg.statement_timestamp() - interval(age * (priority - next_aged))
+    return materialized(
+        sa.select(
+            priorities.c.priority,
+            pg.row_number().over(order_by=order_by).label("rank"),
+            sa.func.coalesce(until, _LATEST).label("until"),
+        ).select_from(free.join(priorities, sa.true())),
+        "ranked",
+    )
+
+
+def of_priorities(free: sa.CTE, ranked: sa.CTE, can_go: Condition) -> Any:
+    """Take the first workflows, one priority after another, where settings are for the whole queue."""
+    each = (
+        sa.select(free.c.name, ranked.c.priority, ranked.c.until)
+        .select_from(free.join(ranked, sa.true()))
+        .where(~free.c.is_keyed)
+        .order_by(ranked.c.rank)
+        .subquery("each")
+    )
+    mine = sa.and_(WORKFLOW.c.queue == each.c.name, WORKFLOW.c.priority == each.c.priority)
+    head = _new(can_go, mine, WORKFLOW.c.enqueued_at <= each.c.until).order_by(WORKFLOW.c.enqueued_at, WORKFLOW.c.id)
+    # The outer limit ends it. This one is for the planner, which takes another one than a number for a tenth of all.
+    head = head.limit(_MOST_AT_ONCE).correlate(each).lateral("head_of_priority")
+    return head_columns(head).select_from(each.join(head, sa.true())).limit(at_least_zero(free, free.c.places))
+
+
+def walk_keys(free: sa.CTE, ranked: sa.CTE) -> sa.CTE:
+    """Visit the keys that wait, priority by priority, and find out how many places each has.
+
+    A walk ends when as many keys as there are places have one, or when it has passed too many that have none; then the
+    next one goes straight on there.
+    """
+    start = sa.func.coalesce(
+        sa.select(pg.min(ranked.c.rank)).where(ranked.c.priority == free.c.turn_priority).scalar_subquery(), ONE
+    )
+    goes_straight = sa.func.coalesce(
+        sa.select(ranked.c.rank).where(ranked.c.priority == free.c.turn_priority).exists(), sa.false()
+    )
+    walk = (
+        sa.select(
+            ZERO.label("number"),
+            ZERO.label("ready"),
+            sa.cast(start, sa.BigInteger).label("rank"),
+            sa.cast(sa.null(), sa.SmallInteger).label("priority"),
+            free.c.turn.label("by"),
+            sa.cast(sa.null(), sa.DateTime(timezone=True)).label("enqueued_at"),
+            sa.cast(sa.null(), sa.UUID).label("id"),
+            sa.case((goes_straight, _STRAIGHT), else_=_BEHIND).label("phase"),
+            ONE.label("weight"),
+            sa.cast(ZERO, sa.BigInteger).label("places"),
+        )
+        .where(free.c.is_keyed, free.c.places > ZERO)
+        .cte("walk", recursive=True)
+    )
+    at = sa.select(ranked.c.priority).where(ranked.c.rank == walk.c.rank).correlate(walk).scalar_subquery()
+    waits = sa.and_(waits_in(free), OTHER.c.by.is_not(None))
+    some = sa.select(ONE).where(waits, OTHER.c.priority == ranked.c.priority).correlate(free, ranked).exists()
+    next_rank = (
+        sa.select(ranked.c.priority)
+        .where(ranked.c.rank > walk.c.rank, some)
+        .order_by(ranked.c.rank)
+        .limit(ONE)
+        .correlate(walk, free)
+        .scalar_subquery()
+    )
+
+    def first(value: Expression, *conditions: Condition) -> Expression:
+        found = sa.select(value).where(waits, *conditions).order_by(OTHER.c.by, OTHER.c.enqueued_at, OTHER.c.id)
+        return found.limit(ONE).correlate(walk, free).scalar_subquery()
+
+    before_turn = OTHER.c.by <= free.c.turn
+    behind = first(
+        sa.case((sa.or_(walk.c.phase != _AROUND, before_turn), OTHER.c.id)),
+        OTHER.c.priority == at,
+        OTHER.c.by > walk.c.by,
+    )
+    around = sa.case((walk.c.phase == _BEHIND, first(sa.case((before_turn, OTHER.c.id)), OTHER.c.priority == at)))
+    later = first(OTHER.c.id, OTHER.c.priority == next_rank, OTHER.c.by > free.c.turn)
+    later_around = first(OTHER.c.id, OTHER.c.priority == next_rank)
+    found = sa.select(sa.func.coalesce(behind, around, later, later_around).label("id")).correlate(walk, free)
+    next_one = found.lateral("next_one")
+    step, rank = WORKFLOW.alias("step"), ranked.alias("its_rank")
+    stays = sa.and_(rank.c.rank == walk.c.rank, walk.c.phase == _STRAIGHT)
+    phase = sa.case((stays, _STRAIGHT), (step.c.by > free.c.turn, _BEHIND), else_=_AROUND)
+    key = QUEUE_KEY.alias("key")
+    room = sa.func.least(
+        free.c.places,
+        free.c.per_key - running_of(free, step.c.by) - kept_of(free, step.c.by, *KEPT),
+        free.c.key_rate - used_of(free, step.c.by),
+    )
+    waits_longer = sa.or_(
+        key.c.paused_at.is_not(None), pg.jsonb_object_field(free.c.keys_going_on, step.c.by).is_not(None)
+    )
+    places = sa.select(sa.case((waits_longer, ZERO), else_=sa.func.greatest(ZERO, room)).label("places"))
+    room_of_key = places.correlate(free, step, key).lateral("room_of_key")
+    going = sa.and_(walk.c.number < MOST_PASSED, walk.c.ready < free.c.places)
+    return walk.union_all(
+        sa.select(
+            walk.c.number + ONE,
+            walk.c.ready + sa.case((room_of_key.c.places > ZERO, ONE), else_=ZERO),
+            rank.c.rank,
+            step.c.priority,
+            step.c.by,
+            step.c.enqueued_at,
+            step.c.id,
+            phase,
+            sa.func.coalesce(key.c.weight, ONE),
+            sa.cast(room_of_key.c.places, sa.BigInteger),
+        ).select_from(
+            walk.join(free, going)
+            .join(next_one, sa.true())
+            .join(step, step.c.id == next_one.c.id)
+            .join(rank, rank.c.priority == step.c.priority)
+            .outerjoin(key, sa.and_(key.c.queue == free.c.name, key.c.by == step.c.by))
+            .join(room_of_key, sa.true())
+        )
+    )
+
+
+def distribute(free: sa.CTE, walk: sa.CTE, ranked: sa.CTE) -> sa.CTE:
+    """Distribute the places over the keys: within a priority by turns, in each of which a key gets its weight."""
+    # As if its key came before all others: it is looked for where a walk comes around.
+    comes_around = sa.or_(
+        sa.select(walk.c.number).where(walk.c.phase == _AROUND).exists(),
+        sa.select(pg.max(walk.c.ready)).scalar_subquery() < free.c.places,
+    )
+    first_keyless = (
+        sa.select(OTHER.c.priority, OTHER.c.by, OTHER.c.place)
+        .where(waits_in(free))
+        .order_by(OTHER.c.priority, OTHER.c.enqueued_at, OTHER.c.id)
+        .limit(_MOST_KEYLESS)
+        .correlate(free)
+        .lateral("first_keyless")
+    )
+    keyless = (
+        sa.select(first_keyless.c.priority, how_many().label("number"))
+        .select_from(free.join(first_keyless, sa.and_(free.c.places > ZERO, comes_around)))
+        .where(first_keyless.c.by.is_(None), first_keyless.c.place.is_(None))
+        .group_by(first_keyless.c.priority)
+        .subquery("keyless")
+    )
+    keys = sa.union_all(
+        sa.select(
+            walk.c.rank,
+            walk.c.priority,
+            walk.c.by,
+            walk.c.number,
+            walk.c.weight,
+            walk.c.places,
+            walk.c.enqueued_at,
+            walk.c.id,
+        ).where(walk.c.places > ZERO),
+        sa.select(
+            ranked.c.rank,
+            keyless.c.priority,
+            sa.cast(sa.null(), Text),
+            ZERO,
+            ONE,
+            keyless.c.number,
+            sa.null(),
+            sa.null(),
+        ).join_from(keyless, ranked, ranked.c.priority == keyless.c.priority),
+    ).subquery("keys")
+    weights = sa.cast(pg.sum(keys.c.weight).over(partition_by=keys.c.rank), sa.Double)
+    turns = pg.ceil(sa.cast(free.c.places, sa.Double) / weights)
+    most = sa.func.least(keys.c.places, keys.c.weight * sa.cast(turns, sa.BigInteger))
+    shares = sa.select(*keys.c, most.label("most")).select_from(free.join(keys, sa.true())).subquery("shares")
+    series = pg.generate_series(ONE, sa.cast(shares.c.most, sa.Integer)).table_valued("one").render_derived("series")
+    turn = (series.c.one - ONE) // shares.c.weight
+    ordered = (
+        sa.select(
+            *shares.c,
+            turn.label("turn"),
+            pg.row_number().over(partition_by=shares.c.by, order_by=(shares.c.rank, series.c.one)).label("of_key"),
+        )
+        .select_from(shares.join(series, sa.true()))
+        .subquery("ordered")
+    )
+    order = ordered.c.rank, ordered.c.turn, ordered.c.number
+    chosen = (
+        sa.select(*ordered.c, pg.row_number().over(order_by=order).label("at"))
+        .where(sa.or_(ordered.c.by.is_(None), ordered.c.of_key <= ordered.c.places))
+        .order_by(*order)
+        .limit(at_least_zero(free, free.c.places))
+        .subquery("chosen_turns")
+    )
+    return materialized(
+        sa.select(
+            chosen.c.priority,
+            chosen.c.by,
+            chosen.c.enqueued_at,
+            chosen.c.id,
+            how_many().label("number"),
+            pg.max(chosen.c.at).label("last"),
+        ).group_by(chosen.c.priority, chosen.c.by, chosen.c.enqueued_at, chosen.c.id),
+        "planned",
+    )
+
+
+def of_keys(free: sa.CTE, planned: sa.CTE, can_go: Condition) -> Any:
+    """Take the first workflows of keys; with `fifo` the very first of each, whoever could take it."""
+    each = planned
+    mine = sa.and_(WORKFLOW.c.queue == free.c.name, WORKFLOW.c.priority == each.c.priority, WORKFLOW.c.by == each.c.by)
+    until = (
+        sa.case((free.c.is_fifo, each.c.enqueued_at), else_=_LATEST),
+        sa.case((free.c.is_fifo, each.c.id), else_=_LAST_ID),
+    )
+    in_turn = sa.tuple_(WORKFLOW.c.enqueued_at, WORKFLOW.c.id) <= sa.tuple_(*until)
+    head = _new(can_go, mine, in_turn, WORKFLOW.c.by.is_not(None)).order_by(WORKFLOW.c.enqueued_at, WORKFLOW.c.id)
+    head = head.limit(each.c.number).correlate(free, each).lateral("head_of_key")
+    return head_columns(head).select_from(free.join(each, sa.true()).join(head, sa.true()))
+
+
+def keyless(free: sa.CTE, planned: sa.CTE, can_go: Condition) -> Any:
+    """Take workflows without a key from among the first of a queue whose settings are per key."""
+    first = (
+        sa.select(OTHER.c.id, OTHER.c.by)
+        .where(waits_in(free))
+        .order_by(OTHER.c.priority, OTHER.c.enqueued_at, OTHER.c.id)
+        .limit(_MOST_KEYLESS)
+        .correlate(free)
+        .lateral("first_without")
+    )
+    number = sa.select(total(planned.c.number)).where(planned.c.by.is_(None)).scalar_subquery()
+    ids = sa.select(first.c.id).select_from(free.join(first, sa.true())).where(first.c.by.is_(None))
+    wanted = sa.func.coalesce(number, ZERO)
+    is_one = WORKFLOW.c.id == sa.func.any(sa.func.array(ids.where(wanted > ZERO).scalar_subquery()))
+    head = _new(can_go, is_one, WORKFLOW.c.by.is_(None)).order_by(*_ORDER).limit(wanted).subquery("keyless_head")
+    return head_columns(head)
+
+
+def head_columns(head: sa.FromClause) -> Any:
+    """Select what a claim needs of the workflows that it takes."""
+    return sa.select(head.c.id, head.c.by, head.c.started_at, head.c.row_version)
+
+
+def _new(can_go: Condition, *conditions: Condition) -> Any:
+    """Select and lock what has not started."""
+    return (
+        sa.select(WORKFLOW.c.id, WORKFLOW.c.by, WORKFLOW.c.started_at, row_version(WORKFLOW))
+        .where(can_go, WORKFLOW.c.place.is_(None), *conditions)
+        .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW)
+    )
