@@ -9,12 +9,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import Engine, delete, func, select, text
+from sqlalchemy import Engine, delete, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 import sqla_durable
 from sqla_durable import Durable, Event, Queue, Schedule, Signal, Step, StreamItem, Workflow, manage
+from sqla_durable.models import QueueKey, QueueUse
 from sqla_durable.models.base import Base
 from sqla_durable.operations.callback import CallbackRecord
 from tests.store import races
@@ -23,6 +24,7 @@ from tests.support.roles import DENIED, sqlstate_of
 DAY = timedelta(days=1)
 NEW_YEAR = datetime(2026, 1, 1, tzinfo=UTC)
 durable = Durable(version="7")
+durable.queue("limited", key_rate=(10, timedelta(minutes=1)), per_key=1, weights={"a": 2})
 
 Verb: TypeAlias = Callable[[Session, "World"], object]
 
@@ -62,16 +64,13 @@ def make_world(engine: Engine) -> World:
         session.execute(text(f"{finished} status = 'cancelled' WHERE id = :id"), {"id": cancelled})
         session.execute(text(f"{finished} status = 'succeeded', output = '\"d\"' WHERE id = :id"), {"id": done})
         manage.put_schedule(session, "nightly", greet.bind("x"), cron="0 3 * * *")
+        manage.put_queue(session, "fair", fair=True)
         session.add(Event(workflow_id=done, key="status", value="booked"))
         session.commit()
     return World(pending, failed, cancelled, done, owner.workflow_id, made.reveal_token())
 
 
-def pause(session: Session, _: World) -> None:
-    session.add(Queue(name="mail", paused_at=func.now()))
-
-
-TABLES = (Workflow, Step, Signal, Event, StreamItem, Queue, Schedule)
+TABLES = (Workflow, Step, Signal, Event, StreamItem, Queue, QueueKey, QueueUse, Schedule)
 
 
 def reading(table: type[Base]) -> Verb:
@@ -85,7 +84,7 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
         "starter": {
             "start": lambda session, _: greet.start(session, "x"),
             "start with options": lambda session, _: greet.options(
-                delay=DAY, timeout=DAY, deadline=2 * DAY, priority=1, queue="mail"
+                delay=DAY, timeout=DAY, deadline=2 * DAY, priority=1, queue="mail", by="a"
             ).start(session, "x"),
             "start under a key": lambda session, _: greet.options(key="new", delay=DAY, deadline=DAY).start(
                 session, "x"
@@ -120,7 +119,7 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
         },
         "scheduler": {
             "put a schedule": lambda session, _: api.manage.put_schedule(
-                session, "new", greet.options(queue="mail", priority=1, timeout=DAY).bind("x"), every=DAY
+                session, "new", greet.options(queue="mail", by="a", priority=1, timeout=DAY).bind("x"), every=DAY
             ),
             "change a schedule": lambda session, _: api.manage.put_schedule(
                 session, "nightly", greet.bind("y"), cron="0 4 * * *"
@@ -141,7 +140,11 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
             "delete": lambda session, world: api.manage.delete(
                 session, select(Workflow).where(Workflow.id == world.done)
             ),
-            "pause a queue": pause,
+            "pause a queue": lambda session, _: api.manage.pause_queue(session, "mail"),
+            "resume a queue": lambda session, _: api.manage.resume_queue(session, "mail"),
+            "put a queue": lambda session, _: api.manage.put_queue(session, "mail", fair=True, weights={"a": 2}),
+            "pause a key": lambda session, _: api.manage.pause_key(session, "fair", "a"),
+            "resume a key": lambda session, _: api.manage.resume_key(session, "fair", "a"),
         },
         "reader": {f"read {each.__tablename__}": reading(each) for each in TABLES},
     }

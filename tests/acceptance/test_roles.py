@@ -170,6 +170,7 @@ def test_a_worker_s_role_works(engine: Engine, granted: Roles) -> None:
     granted.execute("GRANT ALL ON public.entry TO worker", "GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO worker")
     with sessionmaker(granted.engine("starter")).begin() as session:
         workflow_id = everything.start(session, 3).id
+        limited = greet.options(queue="limited", by="a").start(session, "a").id
     with sessionmaker(granted.engine("signaller")).begin() as session:
         send_signal(session, workflow_id, "go", "went")
     with sessionmaker(granted.engine("updater")).begin() as session:
@@ -189,6 +190,7 @@ def test_a_worker_s_role_works(engine: Engine, granted: Roles) -> None:
         with sessionmaker(granted.engine("answerer")).begin() as session:
             complete_callback(session, token, "answered")
         result = everything.handle(sessionmaker(reader), workflow_id).result(timeout=PATIENCE)
+        assert greet.handle(sessionmaker(reader), limited).result(timeout=PATIENCE) == "hello a"
     assert result == "3 hello child went answered"
     with Session(granted.engine("worker")) as session:
         assert Executor(session).run(greet, "inline") == "hello inline"
