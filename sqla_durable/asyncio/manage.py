@@ -28,6 +28,7 @@ __all__ = [
     "backfill_schedule",
     "cancel",
     "delete",
+    "explain_pending",
     "fork",
     "id_at",
     "next_ticks",
@@ -98,6 +99,11 @@ async def fork(
     options = {"from_step": from_step, "input": input, "outcomes": outcomes, "version": version, "key": key}
     fork: Callable[..., Any] = sync.fork
     return await run_sync(session, fork, workflows, queue=queue, **options)
+
+
+async def explain_pending(session: AsyncSession, workflow: Workflow | UUID) -> list[str]:
+    """Return in words why a workflow does not start. See `sqla_durable.manage.explain_pending`."""
+    return await run_sync(session, sync.explain_pending, workflow)
 
 
 async def put_queue(session: AsyncSession, name: str, **options: Unpack[QueueKeywords]) -> Queue:

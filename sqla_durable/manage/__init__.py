@@ -3,6 +3,7 @@
 Cancel, resume, retry, rewind, fork and delete them, by record, by id or by a `select()`; see docs/managing.md.
 """
 
+from sqla_durable.manage.explaining import explain_pending
 from sqla_durable.manage.forks import fork
 from sqla_durable.manage.queues import pause_key, pause_queue, put_queue, resume_key, resume_queue
 from sqla_durable.manage.schedules import (
@@ -21,6 +22,7 @@ __all__ = [
     "backfill_schedule",
     "cancel",
     "delete",
+    "explain_pending",
     "fork",
     "id_at",
     "next_ticks",

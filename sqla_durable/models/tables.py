@@ -422,7 +422,8 @@ class Worker(Base):
     While `lease_expires_at` lies in the future on the database's clock, its running workflows are its own;
     afterwards any worker reclaims them. A worker that leaves in good order deletes its row. `doing` names the steps
     that it has been executing for longer than a beat at `heartbeat_at`: `{workflow: {step: [try, seconds]}}`; see
-    `running_steps`.
+    `running_steps`. `names` are the workflows that it knows, and `versions` those of the code that it claims, all if
+    there are none.
     """
 
     __tablename__ = "worker"
@@ -434,6 +435,8 @@ class Worker(Base):
     heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.pg_catalog.statement_timestamp())
     lease_expires_at: Mapped[datetime]
     doing: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    names: Mapped[list[str] | None]
+    versions: Mapped[list[str] | None]
 
     workflows: Mapped[list[Workflow]] = relationship(
         primaryjoin=lambda: Worker.id == foreign(Workflow.worker_id), viewonly=True

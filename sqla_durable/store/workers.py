@@ -104,15 +104,19 @@ def beat(
     name: str,
     queues: Sequence[str],
     lease: timedelta,
+    names: Sequence[str] | None = None,
+    versions: Sequence[str] | None = None,
     doing: str | None = None,
 ) -> None:
     """Start a lease or extend it to `lease` from now; one row, locked until the commit.
 
     Args:
+        names, versions: what the worker claims; None for an executor.
         doing: JSON text of the steps that it has been executing for long, `{workflow: {step: [try, seconds]}}`.
     """
     given = {"beating_id": worker_id, "beating_name": name, "listened_queues": list(queues), "lease": lease}
-    execute(connectable, _BEAT, given | {"doing": doing})
+    claims = {"known_names": names and list(names), "claimed_versions": versions and list(versions)}
+    execute(connectable, _BEAT, given | claims | {"doing": doing})
 
 
 def end_lease(connectable: Connectable, worker_id: UUID) -> None:
@@ -221,6 +225,8 @@ def _beat_statement() -> Any:
             id=parameter("beating_id", sa.UUID()),
             name=parameter("beating_name", Text()),
             queues=parameter("listened_queues", ARRAY(Text())),
+            names=parameter("known_names", ARRAY(Text())),
+            versions=parameter("claimed_versions", ARRAY(Text())),
             lease_expires_at=_lease_end(),
             doing=json_parameter("doing"),
         )

@@ -169,6 +169,8 @@ class Heartbeat:
             worker_id=self._worker_id,
             name=self._settings.name,
             queues=self._settings.queues,
+            names=self._settings.names,
+            versions=self._settings.versions,
             lease=self._settings.lease,
             doing=json.dumps(doing) if doing else None,
         )

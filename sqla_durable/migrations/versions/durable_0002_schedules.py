@@ -171,6 +171,8 @@ def _add_limits(schema: sa.quoted_name) -> None:
     schemas.execute(schema, f"ALTER TABLE {{schema}}.queue SET ({_STORAGE})")
     _create_queue_key(schema)
     _create_queue_use(schema)
+    for each in ("names", "versions"):
+        op.add_column("worker", sa.Column(each, pg.ARRAY(sa.Text())), schema=schema)
     op.add_column("workflow", sa.Column("by", sa.Text()), schema=schema)
     op.add_column("workflow", sa.Column("place", sa.Text()), schema=schema)
     for name, condition in _CHECKS_OF_WORKFLOWS.items():
@@ -184,6 +186,8 @@ def _drop_limits(schema: sa.quoted_name) -> None:
         op.drop_index(op.f(name), "workflow", schema=schema)
     for each in ("place", "by"):
         op.drop_column("workflow", each, schema=schema)
+    for each in ("versions", "names"):
+        op.drop_column("worker", each, schema=schema)
     op.drop_table("queue_use", schema=schema)
     op.drop_table("queue_key", schema=schema)
     schemas.execute(schema, f"ALTER TABLE {{schema}}.queue RESET ({_RESET})")

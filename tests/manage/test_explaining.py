@@ -1,0 +1,145 @@
+"""`manage.explain_pending`: each reason for which a workflow does not start."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import Engine, update
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
+from uuid_utils.compat import uuid7
+
+from sqla_durable import Workflow, WorkflowStatus, manage
+from sqla_durable.asyncio import manage as async_manage
+from sqla_durable.errors import NotFoundError
+from sqla_durable.models import Worker
+from sqla_durable.store import claims, workers
+from tests.store import races
+
+MINUTE = timedelta(minutes=1)
+
+
+@pytest.fixture
+def session(engine: Engine) -> Any:
+    with Session(engine) as session:
+        workers.beat(session, worker_id=races.WORKER, name="ada", queues=["default"], names=["checkout"], lease=MINUTE)
+        session.commit()
+        yield session
+
+
+def claim(session: Session, limit: int = 1) -> None:
+    claims.claim_limited(
+        session,
+        worker_id=races.WORKER,
+        token=uuid7(),
+        queue="default",
+        executing=0,
+        names=["checkout"],
+        limit=limit,
+    )
+    session.commit()
+
+
+def reasons(session: Session, workflow_id: UUID) -> str:
+    return "\n".join(manage.explain_pending(session, workflow_id))
+
+
+def test_nothing_keeps_it(session: Session) -> None:
+    (one,) = races.enqueue(session)
+    assert (
+        reasons(session, one) == "nothing keeps it: a worker with a free slot claims it at its next poll at the latest."
+    )
+
+
+def test_a_paused_queue_and_key(session: Session) -> None:
+    (one,) = races.enqueue(session, by="a")
+    manage.put_queue(session, "default", fair=True)
+    manage.pause_key(session, "default", "a")
+    manage.pause_queue(session, "default")
+    assert "queue 'default' is paused since " in reasons(session, one)
+    assert "key 'a' of its queue is paused since " in reasons(session, one)
+    manage.resume_key(session, "default", "a")
+    manage.resume_queue(session, "default")
+    assert reasons(session, one).startswith("nothing keeps it")
+
+
+def test_places_that_are_taken_with_their_holders(session: Session) -> None:
+    manage.put_queue(session, "default", concurrency=2, per_key=1)
+    first, other, second, third = (races.enqueue(session, by=by)[0] for by in ("a", "b", "a", "c"))
+    claim(session, 2)
+    of_key = reasons(session, second)
+    assert "2 of 2 places of queue 'default' are taken: checkout " in of_key
+    assert f"1 of 1 places of key 'a' are taken: checkout {first} (running on ada since " in of_key
+    assert str(other) not in of_key.splitlines()[1]
+    assert "key 'c'" not in reasons(session, third)
+    assert "1 of its queue wait for longer, and keys take turns." in reasons(session, third)
+
+
+def test_a_rate_that_is_used_up_and_until_when(session: Session) -> None:
+    manage.put_queue(session, "default", rate=(1, MINUTE), key_rate=(1, timedelta(hours=1)))
+    _, second = races.enqueue(session, 2, by="a")
+    claim(session)
+    text = reasons(session, second)
+    assert "1 of 1 starts of queue 'default' in 0:01:00 are used: there is room again at 20" in text
+    assert "1 of 1 starts of key 'a' in 1:00:00 are used: there is room again at 20" in text
+
+
+def test_what_comes_before_it_in_its_key(session: Session) -> None:
+    manage.put_queue(session, "default", fifo="block")
+    first, second, third = races.enqueue(session, 3, by="a")
+    claim(session)
+    failed = {"status": WorkflowStatus.FAILED, "error": {"type": "x"}, "finished_at": datetime.now(UTC)}
+    session.execute(update(Workflow).where(Workflow.id == first).values(**failed))
+    session.commit()
+    assert f"1 of 1 places of key 'a' are taken: checkout {first} (failed since " in reasons(session, second)
+    assert "1 of key 'a' come before it." in reasons(session, third)
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"queue": "mail"}, "no live worker claims from queue 'mail': those that live claim from 'default'."),
+        ({"name": "x"}, "of the live workers of queue 'default', 'ada', none knows a workflow named 'x'."),
+        ({"version": "2"}, "no live worker of queue 'default' claims the version '2'."),
+    ],
+)
+def test_no_worker_claims_it(session: Session, columns: dict[str, str], reason: str) -> None:
+    session.execute(update(Worker).values(versions=["1"]))
+    (one,) = races.enqueue(session, **columns)
+    assert reasons(session, one) == reason
+    session.execute(update(Worker).values(names=None, versions=[], queues=["default", "mail"]))  # of an older package
+    session.commit()
+    assert reasons(session, one).startswith("nothing keeps it")
+
+
+def test_no_worker_is_alive(session: Session) -> None:
+    (one,) = races.enqueue(session)
+    workers.end_lease(session, races.WORKER)
+    assert reasons(session, one) == "no live worker claims from queue 'default': no worker is alive."
+
+
+def test_it_is_not_pending(session: Session) -> None:
+    one, two = races.enqueue(session, 2)
+    assert manage.explain_pending(session, session.get_one(Workflow, one)) != []
+    races.claim(session)
+    assert reasons(session, one) == "it is running: running_steps() names its steps."
+    session.execute(update(Workflow).where(Workflow.id == two).values(status=WorkflowStatus.SUSPENDED))
+    session.commit()
+    assert reasons(session, two) == "it is suspended until what it awaits is there."
+    races.cancel(session, two)
+    assert reasons(session, two) == "it was cancelled."
+    with pytest.raises(NotFoundError):
+        manage.explain_pending(session, uuid7())
+
+
+async def test_in_async_code(async_session_factory: async_sessionmaker[AsyncSession]) -> None:
+    async with async_session_factory() as session:
+        record = Workflow(name="checkout", input={})
+        session.add(record)
+        await session.flush()
+        assert await async_manage.explain_pending(session, record) == [
+            "no live worker claims from queue 'default': no worker is alive."
+        ]
