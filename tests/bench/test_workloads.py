@@ -22,6 +22,16 @@ EXPECTED = {
     "transactional": [("three steps with an insert each", "workflows/s"), ("one step, one connection", "us")],
     "sleep": [("20 due at once", "s")],
     "bulk": [("start_many of 20", "workflows/s")],
+    "queues": [
+        ("concurrency, not reached", "workflows/s"),
+        ("concurrency of 20", "workflows/s"),
+        ("rate, not reached", "workflows/s"),
+        ("one place for each of 100 keys", "workflows/s"),
+        ("rate for each of 100 keys, not reached", "workflows/s"),
+        ("100 keys by turns", "workflows/s"),
+        ("100 keys, each in order", "workflows/s"),
+        ("one place for each of 10,000 keys, 20 waiting", "workflows/s"),
+    ],
 }
 
 
@@ -52,7 +62,7 @@ def test_steps_are_measured_beside_the_naive_way_with_their_costs(bench: Bench, 
 
 
 # Those under --all differ from others in the workflows that they start, not in how these are measured.
-@pytest.mark.parametrize("name", ["bulk", *thorough_cases(["sequential", "sleep", "transactional"])])
+@pytest.mark.parametrize("name", ["bulk", *thorough_cases(["sequential", "sleep", "transactional", "queues"])])
 def test_workload_gives_its_figures(bench: Bench, name: str) -> None:
     figures = measured(bench, name)
     assert [(each.what, each.unit) for each in figures] == EXPECTED[name]

@@ -22,6 +22,7 @@ from sqla_durable.tools.bench.application import Entry
 from sqla_durable.tools.bench.baselines import Pgbench, find_pgbench
 from sqla_durable.tools.bench.meter import costs_between
 from sqla_durable.tools.bench.processes import WorkerProcesses
+from sqla_durable.tools.bench.queues import queues
 from sqla_durable.tools.bench.report import (
     BenchError,
     BenchResult,
@@ -409,6 +410,7 @@ WORKLOADS: Mapping[str, Callable[[Bench], Iterator[Figure]]] = {
     "sleep": delayed,
     "suspended": suspended,
     "bulk": bulk,
+    "queues": queues,
 }
 """By name, in the order in which they are measured: `depth` and `horizon` compare themselves with `steps`."""
 
