@@ -28,7 +28,6 @@ from sqla_durable.store.statements import (
     WORKFLOW,
     ZERO,
     Condition,
-    Expression,
     integer,
     interval,
     materialized,
@@ -46,6 +45,7 @@ _LATEST = sa.literal_column("timestamptz 'infinity'", type_=sa.DateTime(timezone
 _BEHIND, _AROUND, _STRAIGHT = integer(0), integer(1), integer(2)
 """Where a walk is: behind the last key that was served, come around to the others, or going on where one ended."""
 
+_VISITED = OTHER.c.priority, OTHER.c.by, OTHER.c.enqueued_at, OTHER.c.id
 _ORDER = WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id
 
 
@@ -141,54 +141,55 @@ def walk_keys(free: sa.CTE, ranked: sa.CTE) -> sa.CTE:
         .scalar_subquery()
     )
 
-    def first(value: Expression, *conditions: Condition) -> Expression:
-        found = sa.select(value).where(waits, *conditions).order_by(OTHER.c.by, OTHER.c.enqueued_at, OTHER.c.id)
-        return found.limit(ONE).correlate(walk, free).scalar_subquery()
+    def first(name: str, *conditions: Condition, only: Condition) -> Any:
+        # Conditions on what is outside belong into the innermost select, where they keep it from being executed.
+        gate = only, *(each.c.id.is_(None) for each in tried)
+        waiting = (
+            sa.select(*_VISITED).where(waits, *gate, *conditions).order_by(OTHER.c.by, OTHER.c.enqueued_at, OTHER.c.id)
+        )
+        one = waiting.limit(ONE).correlate(walk, free, *tried).subquery(f"{name}_one")
+        in_turn = one.c.by <= free.c.turn if name in ("around", "behind") else sa.true()
+        is_it = sa.or_(walk.c.phase != _AROUND, in_turn) if name == "behind" else in_turn
+        found = sa.select(*one.c).where(is_it)
+        tried.append(found.correlate(walk, free, *tried).lateral(name))
 
-    before_turn = OTHER.c.by <= free.c.turn
-    behind = first(
-        sa.case((sa.or_(walk.c.phase != _AROUND, before_turn), OTHER.c.id)),
-        OTHER.c.priority == at,
-        OTHER.c.by > walk.c.by,
+    tried: list[Any] = []
+    first("behind", OTHER.c.priority == at, OTHER.c.by > walk.c.by, only=sa.true())
+    first("around", OTHER.c.priority == at, only=walk.c.phase == _BEHIND)
+    first("later", OTHER.c.priority == next_rank, OTHER.c.by > free.c.turn, only=sa.true())
+    first("later_around", OTHER.c.priority == next_rank, only=sa.true())
+    priority, by, enqueued_at, workflow_id = (
+        sa.func.coalesce(*(each.c[column.name] for each in tried)) for column in _VISITED
     )
-    around = sa.case((walk.c.phase == _BEHIND, first(sa.case((before_turn, OTHER.c.id)), OTHER.c.priority == at)))
-    later = first(OTHER.c.id, OTHER.c.priority == next_rank, OTHER.c.by > free.c.turn)
-    later_around = first(OTHER.c.id, OTHER.c.priority == next_rank)
-    found = sa.select(sa.func.coalesce(behind, around, later, later_around).label("id")).correlate(walk, free)
-    next_one = found.lateral("next_one")
-    step, rank = WORKFLOW.alias("step"), ranked.alias("its_rank")
+    rank, key = ranked.alias("its_rank"), QUEUE_KEY.alias("key")
     stays = sa.and_(rank.c.rank == walk.c.rank, walk.c.phase == _STRAIGHT)
-    phase = sa.case((stays, _STRAIGHT), (step.c.by > free.c.turn, _BEHIND), else_=_AROUND)
-    key = QUEUE_KEY.alias("key")
+    phase = sa.case((stays, _STRAIGHT), (by > free.c.turn, _BEHIND), else_=_AROUND)
     room = sa.func.least(
         free.c.places,
-        free.c.per_key - running_of(free, step.c.by) - kept_of(free, step.c.by, *KEPT),
-        free.c.key_rate - used_of(free, step.c.by),
+        free.c.per_key - running_of(free, by) - kept_of(free, by, *KEPT),
+        free.c.key_rate - used_of(free, by),
     )
-    waits_longer = sa.or_(
-        key.c.paused_at.is_not(None), pg.jsonb_object_field(free.c.keys_going_on, step.c.by).is_not(None)
-    )
+    waits_longer = sa.or_(key.c.paused_at.is_not(None), pg.jsonb_object_field(free.c.keys_going_on, by).is_not(None))
     places = sa.select(sa.case((waits_longer, ZERO), else_=sa.func.greatest(ZERO, room)).label("places"))
-    room_of_key = places.correlate(free, step, key).lateral("room_of_key")
-    going = sa.and_(walk.c.number < MOST_PASSED, walk.c.ready < free.c.places)
+    room_of_key = places.correlate(free, key, *tried).lateral("room_of_key")
+    visited: Any = walk.join(free, sa.and_(walk.c.number < MOST_PASSED, walk.c.ready < free.c.places))
+    for each in tried:
+        visited = visited.outerjoin(each, sa.true())
     return walk.union_all(
         sa.select(
             walk.c.number + ONE,
             walk.c.ready + sa.case((room_of_key.c.places > ZERO, ONE), else_=ZERO),
             rank.c.rank,
-            step.c.priority,
-            step.c.by,
-            step.c.enqueued_at,
-            step.c.id,
+            priority,
+            by,
+            enqueued_at,
+            workflow_id,
             phase,
             sa.func.coalesce(key.c.weight, ONE),
             sa.cast(room_of_key.c.places, sa.BigInteger),
         ).select_from(
-            walk.join(free, going)
-            .join(next_one, sa.true())
-            .join(step, step.c.id == next_one.c.id)
-            .join(rank, rank.c.priority == step.c.priority)
-            .outerjoin(key, sa.and_(key.c.queue == free.c.name, key.c.by == step.c.by))
+            visited.join(rank, rank.c.priority == priority)
+            .outerjoin(key, sa.and_(key.c.queue == free.c.name, key.c.by == by))
             .join(room_of_key, sa.true())
         )
     )
