@@ -28,6 +28,11 @@ def waiting(
     return sorted(found, key=list(queues).index)
 
 
+def queue_names(connectable: Connectable) -> list[str]:
+    """Return the names of the queues in which something waits."""
+    return list(scalars(connectable, _QUEUE_NAMES))
+
+
 def unknown_names(connectable: Connectable, *, queues: Sequence[str], names: Sequence[str]) -> list[str]:
     """Return the names of workflows near the head of the queues that are not among `names`."""
     head = (
@@ -60,4 +65,16 @@ def _waiting_statement() -> Any:
     return sa.select(given.c.name).select_from(given.join(first, sa.true()))
 
 
+def _queue_names_statement() -> Any:
+    """Look for one name after another: to read all that waits would take as long as there is much of it."""
+    pending = WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING)
+    first = sa.select(WORKFLOW.c.queue).where(pending).order_by(*_PLACES).limit(integer(1))
+    names = sa.select(first.subquery("first").c.queue).cte("names", recursive=True)
+    later = first.where(WORKFLOW.c.queue > names.c.queue).correlate(names).lateral("later")
+    names = names.union_all(sa.select(later.c.queue).select_from(names.join(later, sa.true())))
+    return sa.select(names.c.queue)
+
+
+_PLACES = WORKFLOW.c.queue, *PLACE
+_QUEUE_NAMES = Statement(_queue_names_statement)
 _WAITING = Statement(_waiting_statement)

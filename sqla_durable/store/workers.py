@@ -237,6 +237,7 @@ def _beat_statement() -> Any:
             "heartbeat_at": pg.statement_timestamp(),
             "lease_expires_at": statement.excluded.lease_expires_at,
             "doing": statement.excluded.doing,
+            "queues": statement.excluded.queues,
         },
     )
 

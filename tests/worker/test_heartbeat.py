@@ -20,7 +20,7 @@ from sqla_durable.execution.worker.hints import Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
 from sqla_durable.execution.worker.limits import LimitedQueues
 from sqla_durable.execution.worker.recorder import Resources, Sessions, Slots
-from sqla_durable.execution.worker.settings import Settings
+from sqla_durable.execution.worker.settings import Settings, Subscribed
 from sqla_durable.execution.worker.writer import StreamWriter
 from sqla_durable.operations.suspending import Wakers
 from sqla_durable.runtime.waiting import InThread, OnLoop
@@ -56,7 +56,7 @@ def heartbeat_of(database: ThreadDatabase, engine: Engine, threads: ThreadPoolEx
     settings = Settings(
         worker_id=races.WORKER,
         name="ada",
-        queues=["default"],
+        queues=Subscribed(["default"]),
         names=[],
         versions=[],
         concurrency=1,

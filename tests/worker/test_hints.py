@@ -11,6 +11,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.execution.worker.cursors import Cursors
 from sqla_durable.execution.worker.hints import ClaimsWakeup, HintReceiver, Wakeup, Wakeups
+from sqla_durable.execution.worker.settings import Subscribed
 from sqla_durable.operations.suspending import Waker, Wakers
 from sqla_durable.runtime.waiting import LoopWaker
 from sqla_durable.store import hints
@@ -25,7 +26,7 @@ def woken_by(payload: str, *, accepts_receivers: bool = False) -> set[str]:
     wakeups.claims.accepts_receivers = accepts_receivers
     waker = Waker()
     wakers.subscribe(waker, [SENT])
-    HintReceiver(wakeups, wakers, cursors, worker_id=WORKER, queues=["default"]).receive(payload)
+    HintReceiver(wakeups, wakers, cursors, worker_id=WORKER, queues=Subscribed(["default"])).receive(payload)
     found = {
         "claims": wakeups.claims.is_set,
         "heartbeat": wakeups.heartbeat.is_set,

@@ -106,12 +106,13 @@ def test_a_rate_has_room_again_without_a_poll(session_factory: Sessions) -> None
 
 
 def test_per_worker(session_factory: Sessions) -> None:
-    gauge = Gauge()
-    gauge.durable.queue("limited", per_worker=2)
-    gauge.start(session_factory, "a", 30)
-    with gauge.worker(session_factory), gauge.worker(session_factory):
+    gauges = Gauge(), Gauge()
+    for each in gauges:
+        each.durable.queue("limited", per_worker=2)
+    gauges[0].start(session_factory, "a", 30)
+    with gauges[0].worker(session_factory), gauges[1].worker(session_factory):
         wait_until(lambda: finished(session_factory) == 30)
-    assert gauge.most["all"] == 4
+    assert max(each.most["all"] for each in gauges) == 2
 
 
 def test_changes_reach_running_workers(session_factory: Sessions) -> None:

@@ -11,7 +11,8 @@ import pytest
 from sqlalchemy import event, func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import Durable, Queue, Worker, Workflow, WorkflowStatus, start_many
+from sqla_durable import Durable, Queue, Worker, Workflow, WorkflowStatus, manage, start_many
+from sqla_durable.execution.worker.settings import Subscribed
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store.races import wait_until
 
@@ -182,3 +183,37 @@ def test_what_is_more_urgent_overtakes_a_backlog_however_seldom_the_worker_polls
             urgent = record.id
         note.handle(session_factory, urgent).result(timeout=PATIENCE)
         assert len(order) < 140
+
+
+def test_a_pattern_finds_queues_that_come_later(session_factory: Sessions) -> None:
+    log = Log()
+    with session_factory.begin() as session:
+        log.note.options(queue="mail.a").start(session, "before")
+        other = log.note.options(queue="email.a").start(session, "other").id
+    with Worker(log.durable, sessionmaker=session_factory, poll_interval=POLL, queues=["mail.*"], name="ada"):
+        wait_until(lambda: log.order == ["before"])
+        with session_factory.begin() as session:
+            manage.put_queue(session, "mail.b", concurrency=1)
+            log.note.options(queue="mail.b").start(session, "limited")
+        wait_until(lambda: log.order == ["before", "limited"])
+        with session_factory() as session:
+            assert session.get_one(Workflow, other).status is WorkflowStatus.PENDING
+
+
+@pytest.mark.parametrize("listen", [True, False])
+def test_a_hint_or_a_poll_finds_a_queue_that_fits_a_pattern(session_factory: Sessions, listen: bool) -> None:
+    log = Log()
+    interval = timedelta(hours=1) if listen else POLL
+    options: dict[str, Any] = {"poll_interval": interval, "listen": listen, "queues": "*"}
+    with Worker(log.durable, sessionmaker=session_factory, **options):
+        with session_factory.begin() as session:
+            first = log.note.options(queue="new").start(session, "first").id
+        log.note.handle(session_factory, first).result(timeout=PATIENCE)
+
+
+def test_a_star_stands_for_any_text_and_nothing_else_does() -> None:
+    queues = Subscribed(["plain", "a.*", "*[x]?"])
+    assert queues == ["plain"]
+    queues.find(["plain", "a.", "a.b.c", "b.a.", "1[x]?", "1x?", "ax"])
+    assert queues == ["plain", "a.", "a.b.c", "1[x]?"]
+    assert not Subscribed(["plain"]).has("other")

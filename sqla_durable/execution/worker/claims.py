@@ -112,11 +112,8 @@ class Claims:
         Returns:
             Whether anything was claimed, and whether there may be more at once.
         """
-        sources: list[str | None] = [*await self._limited_queues()]
-        if self._limited.has_others:
-            sources.insert(0 if self._limited.is_even else len(sources), None)
         found = more = False
-        for queue in sources:
+        for queue in self._limited.in_turn(await self._limited_queues()):
             if self._slots.free <= 0:
                 return True, True
             claimed = await self._claim(queue)

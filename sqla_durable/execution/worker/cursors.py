@@ -70,7 +70,7 @@ class Cursors:
     """Where the next poll and the next claim of one worker begin to scan.
 
     Args:
-        queues: those that it claims from.
+        queues: those that it claims from; others may be added.
         poll_interval: the seconds between two polls.
 
     Attributes:
@@ -81,6 +81,7 @@ class Cursors:
     def __init__(self, queues: Sequence[str], *, poll_interval: float) -> None:
         self.scan_starts: ScanStarts = FULL_SCAN
         self.restarts = 0
+        self._names = queues
         self._queues = {each: _Queue() for each in queues}
         self._every = _EVERY * min(poll_interval, _LONGEST_POLL)
         self._kept: tuple[str, ...] = ()
@@ -131,7 +132,7 @@ class Cursors:
 
     def ranges(self) -> Ranges:
         """Return the parts of the queues in which something may wait."""
-        return {name: list(queue.ranges()) for name, queue in self._queues.items()}
+        return {name: list(self._queues.setdefault(name, _Queue()).ranges()) for name in self._names}
 
     def note_claim(self, batch: Batch, *, restarts: int, is_full: bool) -> None:
         """Adopt where a claim has ended; after a full one, the next goes on there for a while."""

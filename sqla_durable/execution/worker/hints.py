@@ -24,6 +24,7 @@ from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.retry import LONGEST_BACKOFF, ObstacleRetry
 from sqla_durable.execution.worker.cursors import Cursors
 from sqla_durable.execution.worker.database import shut_down
+from sqla_durable.execution.worker.settings import Subscribed
 from sqla_durable.operations.shielding import GracefulTask, wait_done
 from sqla_durable.operations.suspending import Wakers
 from sqla_durable.store import hints
@@ -139,19 +140,19 @@ class HintReceiver:
     """
 
     def __init__(
-        self, wakeups: Wakeups, wakers: Wakers, cursors: Cursors, *, worker_id: UUID, queues: list[str]
+        self, wakeups: Wakeups, wakers: Wakers, cursors: Cursors, *, worker_id: UUID, queues: Subscribed
     ) -> None:
         self._wakeups = wakeups
         self._wakers = wakers
         self._cursors = cursors
         self._worker_id = str(worker_id)
-        self._queues = frozenset(queues)
+        self._queues = queues
 
     def receive(self, payload: str) -> None:
         """Wake what the payload of a hint is about."""
         match hints.read(payload):
             case hints.Kind.QUEUE, queue:
-                if queue in self._queues:
+                if self._queues.has(queue):
                     self._wakeups.claims.set()
             case hints.Kind.WORKER, worker_id:
                 if worker_id == self._worker_id:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from sqlalchemy import Connection
 
@@ -27,8 +27,8 @@ class LimitedQueues:
         places: the queue of each attempt that has a place in one.
     """
 
-    def __init__(self, queues: Iterable[str], claims: Wakeup) -> None:
-        self._queues = frozenset(queues)
+    def __init__(self, queues: Collection[str], claims: Wakeup) -> None:
+        self._queues = queues
         self._claims = claims
         self._names: list[str] = []
         self._others = True
@@ -39,25 +39,20 @@ class LimitedQueues:
 
     def note(self, kept: Iterable[str], limited: Iterable[str]) -> None:
         """Adopt what a poll saw: which queues ordinary claims leave alone, and which of these have limits."""
-        self._names = sorted(self._queues.intersection(limited))
-        self._others = not self._queues <= {*kept}
+        self._names = sorted({*limited}.intersection(self._queues))
+        self._others = not {*kept}.issuperset(self._queues)
 
     @property
     def names(self) -> list[str]:
-        """The queues with limits, of which another one is the first each time."""
+        """The queues with limits."""
+        return self._names
+
+    def in_turn(self, waiting: Iterable[str]) -> list[str | None]:
+        """Return the queues to claim from, each time with another one as the first; None stands for all others."""
+        sources: list[str | None] = [*waiting, *([None] if self._others else [])]
         self._turn += 1
-        first = self._turn % len(self._names) if self._names else 0
-        return self._names[first:] + self._names[:first]
-
-    @property
-    def is_even(self) -> bool:
-        """Whether it is the turn of the other queues to be the first."""
-        return self._turn % 2 == 0
-
-    @property
-    def has_others(self) -> bool:
-        """Whether the worker has queues without limits too."""
-        return self._others
+        first = self._turn % len(sources) if sources else 0
+        return sources[first:] + sources[:first]
 
     def executing(self, queue: str) -> int:
         """Return how many workflows of a queue are executed here."""

@@ -91,6 +91,8 @@ class Maintenance:
             await self._wait(seen)
 
     async def _poll(self) -> Work:
+        if self._settings.queues.has_patterns:
+            self._settings.queues.find(await persistently(self._database, backlog.queue_names, what="maintenance"))
         self._cursors.restart_if_time()
         asked, restarts, self._scan_starts = not self._claims_follow, self._cursors.restarts, self._cursors.scan_starts
         ranges: Ranges = self._cursors.ranges() if asked else {}

@@ -6,7 +6,7 @@ the row has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -36,11 +36,11 @@ _LOCK_NOT_AVAILABLE = "55P03"
 class Schedules:
     """Fires the schedules of the database, those of other applications too."""
 
-    def __init__(self, databases: Databases, registry: Registry, queues: Iterable[str], claims: Wakeup) -> None:
+    def __init__(self, databases: Databases, registry: Registry, queues: Collection[str], claims: Wakeup) -> None:
         self._database = databases.shared
         self._transactions = databases.transacting
         self._registry = registry
-        self._queues = frozenset(queues)
+        self._queues = queues
         self._claims = claims
 
     async def declare(self) -> None:
@@ -72,9 +72,9 @@ class Schedules:
             await self._wake({row["queue"] for row, count in zip(rows, started, strict=True) if count})
 
     async def _wake(self, queues: set[str]) -> None:
-        if queues & self._queues:
+        if queues.intersection(self._queues):
             self._claims.set()
-        if others := queues - self._queues:
+        if others := queues.difference(self._queues):
             payloads = [hints.to_queue(each) for each in sorted(others)]
             await persistently(self._database, partial(send_hints, payloads=payloads), what="hint")
 

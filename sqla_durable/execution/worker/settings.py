@@ -6,6 +6,7 @@ The constants are in seconds unless they say otherwise.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterable
 from datetime import timedelta
@@ -77,6 +78,36 @@ _DRIVERS = ("psycopg", "asyncpg")
 log = Log("sqla_durable.worker")
 
 
+class Subscribed(list[str]):
+    """The names of the queues that a worker claims from: those that it was given, and those that fit a pattern.
+
+    In a pattern, `*` stands for any text: `mail.*`. Queues that fit one are added when they are found.
+
+    Attributes:
+        has_patterns: whether any was given.
+    """
+
+    def __init__(self, given: Iterable[str]) -> None:
+        chosen = list(given)
+        super().__init__(each for each in chosen if "*" not in each)
+        patterns = [
+            "".join(".*" if part == "*" else re.escape(part) for part in re.split(r"(\*)", each))
+            for each in chosen
+            if "*" in each
+        ]
+        self.has_patterns = bool(patterns)
+        self._fits = re.compile("|".join(f"(?:{each})" for each in patterns) or "(?!)", re.DOTALL).fullmatch
+
+    def find(self, names: Iterable[str]) -> None:
+        """Add those of the queues that fit a pattern."""
+        self.extend(each for each in names if each not in self and self._fits(each))
+
+    def has(self, name: str) -> bool:
+        """Return whether a queue is one of them; one that fits a pattern is from now on."""
+        self.find([name])
+        return name in self
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the parts of a worker are to know of it.
@@ -84,7 +115,7 @@ class Settings:
     Attributes:
         worker_id: its id in the worker table.
         name: what that shows.
-        queues: those that it claims from.
+        queues: those that it claims from, as far as they are known.
         names: the workflows that it knows.
         versions: those of the code that it claims; none means all of them.
         concurrency: how many workflows it executes at once.
@@ -97,7 +128,7 @@ class Settings:
 
     worker_id: UUID
     name: str
-    queues: list[str]
+    queues: Subscribed
     names: list[str]
     versions: list[str]
     concurrency: int

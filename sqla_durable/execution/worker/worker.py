@@ -58,7 +58,8 @@ class Worker:
         durable: the workflows it knows. Rows of other names stay for workers that know them.
         sessionmaker: opens the sessions of steps that take a `Session`; by default the one of `durable`.
         async_sessionmaker: likewise for `AsyncSession`. With both, they must lead to the same database.
-        queues: the queues it claims from; by default those of the workflows it knows, and `default`.
+        queues: the queues it claims from, or patterns of their names such as "mail.*", where `*` stands for any text;
+            by default those of the workflows it knows, those that `Durable.queue` declares, and `default`.
         versions: claim only what was started by these versions of the code, and what has no version; by default
             everything. See `Durable(version=...)`; a version that waits and is not claimed here is named in the log.
         concurrency: how many workflows it executes at once.
@@ -308,7 +309,7 @@ class Worker:
         return settings.Settings(
             worker_id=self.id,
             name=settings.shown_name(self.name),
-            queues=self.queues,
+            queues=settings.Subscribed(self.queues),
             names=[each.name for each in self.durable.registry],
             versions=self.versions,
             concurrency=self.concurrency,
