@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack, overload
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+from sqla_durable.api.batches import batched
 from sqla_durable.api.schedules import declaration_of
 from sqla_durable.api.steps import (
     AsyncStepFunction,
@@ -41,6 +42,7 @@ from sqla_durable.errors import DefinitionError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 W = TypeVar("W", bound=AnyWorkflowFunction[..., Any])
 Async = Coroutine[Any, Any, R]
 
@@ -320,6 +322,63 @@ class Durable:
         )
         decorator = StepDecorator(self, options)
         return decorator if fn is None else decorator(fn)
+
+    def batch_step(
+        self, *, size: int, within: timedelta = timedelta(milliseconds=50), **options: Unpack[StepKeywords]
+    ) -> BatchDecorator:
+        """Make a function of many items a step of one item, as a decorator: one call does what many workflows ask for.
+
+        ```python
+        @durable.batch_step(size=100, within=timedelta(milliseconds=200))
+        async def embed(texts: list[str]) -> list[list[float]]:
+            return await model.embed(texts)
+
+        @durable.workflow
+        async def index(document_id: int, text: str) -> None:
+            vector = await embed(text)
+            ...
+        ```
+
+        The calls of the workflows of one process that come within a time are done by one call of the function. Each is
+        a plain step of its own workflow: its outcome is recorded there, and it is tried again by its own policy, with
+        others. If the process dies, the workflows whose outcomes were not recorded call it again.
+
+        Args:
+            size: how many items one call is given at most.
+            within: how long the first of them waits for others.
+            **options: as those of `step`.
+
+        Returns:
+            A decorator for a `def` or `async def` that takes a list, and returns a list with a result for each item in
+            their order; an exception in it is the outcome of its item. What it raises is that of all.
+
+        Raises:
+            DefinitionError: the function cannot be a step, takes a session, or another one has the name.
+            ArgumentError: the size or the time is out of range.
+        """
+        _require_object(self, "batch_step")
+        return BatchDecorator(self, options, size=size, within=within)
+
+
+class BatchDecorator:
+    """What `durable.batch_step(...)` gives."""
+
+    def __init__(self, durable: Durable, options: StepKeywords, *, size: int, within: timedelta) -> None:
+        self._durable = durable
+        self._options = options
+        self._size = size
+        self._within = within
+
+    @overload
+    def __call__(self, fn: Callable[[list[T]], Async[Sequence[R]]], /) -> AsyncStepFunction[[T], R]: ...
+
+    @overload
+    def __call__(self, fn: Callable[[list[T]], Sequence[R]], /) -> StepFunction[[T], R]: ...
+
+    def __call__(self, fn: Callable[..., Any], /) -> Any:
+        """Make the function a batch step."""
+        one = batched(fn, name=self._options.get("name"), size=self._size, within=self._within)
+        return self._durable.step(one, **self._options)
 
 
 class WorkflowDecorator:
