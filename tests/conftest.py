@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.models import SCHEMA
-from tests.support import compiled, notifications, pgbouncer, postgres, sampling
+from tests.support import compiled, memory, notifications, pgbouncer, postgres, sampling
 from tests.support.databases import Databases, translated
 from tests.support.durations import SECONDS
 
@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 # Compile each module once, and not in each of the processes that tests start, whatever the environment says.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+memory.use()
 
 SERVER = pytest.StashKey[postgres.Server]()
 BOUNCER = pytest.StashKey[pgbouncer.Bouncer]()
@@ -92,9 +93,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep the garbage collector from what is imported by now: each full collection would look at all of it."""
+    """Keep the garbage collector from what is imported by now, and let it come seldom: there is memory enough."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def _start_bouncer(server: postgres.Server) -> pgbouncer.Bouncer:

@@ -8,6 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.models import Workflow
+from tests.store import races
 from tests.support.databases import Databases
 from tests.support.domain import Order
 
@@ -63,6 +64,21 @@ def test_database_is_used_again_if_nothing_but_rows_has_changed(
     assert (first.rows, second.rows, third.rows) == (0, 0, 0)
     assert second.oid == first.oid
     assert (third.oid == second.oid) is kept
+
+
+def test_database_is_renamed_unless_nobody_has_connected(server_url: str, worker_id: str) -> None:
+    databases = Databases(server_url, f"{worker_id}_named")
+
+    def name(*, connects: bool = False) -> str:
+        with databases.migrated("durable") as url:
+            if connects:
+                create_engine(url, poolclass=NullPool).connect().close()
+        return url
+
+    races.wait_until(lambda: name() == name(), what="the count of the session that made it blank")
+    names = [name(), name(connects=True), name()]
+    databases.close()
+    assert names[0] == names[1] != names[2]
 
 
 @dataclass(frozen=True)

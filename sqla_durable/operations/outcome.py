@@ -5,6 +5,8 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
@@ -159,6 +161,33 @@ def is_own_failure_of_workflow(attempt: Attempt, error: BaseException) -> bool:
     if isinstance(error, CancelledError):
         return not attempt.is_stopped
     return is_own_failure(attempt, error)
+
+
+def note_if_ending(attempt: Attempt, error: BaseException) -> None:
+    """Note what an operation raises in the workflow's own code, if it ends the attempt, and stop that.
+
+    What the code does because of it is not to be recorded: a task group cancels other calls, for example, and a replay,
+    in which the same is not raised again, would wait for these cancels.
+    """
+    match error:
+        case ControlFlow() | CancelledError():
+            attempt.note_ending(error)
+        case Exception():
+            pass
+        case _ if not is_own_failure(attempt, error):
+            attempt.stop(partial(AttemptLost, attempt.workflow_id))
+        case _:
+            pass
+
+
+@contextmanager
+def noting_ending(attempt: Attempt) -> Generator[None]:
+    """Do the same for what is raised in the block."""
+    try:
+        yield
+    except BaseException as error:
+        note_if_ending(attempt, error)
+        raise
 
 
 def failure_of_step(error: BaseException, key: str) -> BaseException:

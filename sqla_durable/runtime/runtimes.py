@@ -26,7 +26,14 @@ from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.models.base import StepStatus
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.calls import Position, StepCall
-from sqla_durable.operations.outcome import CancelledCall, cancelled_call_in, checkpoint_of, record_cancelled_call
+from sqla_durable.operations.outcome import (
+    CancelledCall,
+    cancelled_call_in,
+    checkpoint_of,
+    note_if_ending,
+    noting_ending,
+    record_cancelled_call,
+)
 from sqla_durable.operations.runtime import Operation, Recorder, Runtime, execution_of, run_blocking
 from sqla_durable.operations.shielding import GracefulTask, ended, wait_done
 from sqla_durable.operations.step import execute_step
@@ -34,7 +41,7 @@ from sqla_durable.operations.suspending import Suspension, Wait
 from sqla_durable.runtime.asyncio_internals import cancels_met
 from sqla_durable.runtime.context import ACTIVE, Context
 from sqla_durable.runtime.loop_timers import Timers, keep_due
-from sqla_durable.unwinding import AttemptLost, ControlFlow
+from sqla_durable.unwinding import AttemptLost
 
 T = TypeVar("T")
 Work: TypeAlias = Callable[[], Awaitable[Any]]
@@ -62,13 +69,13 @@ class BlockingRuntime(Runtime):
 
     @override
     def perform_step(self, call: StepCall) -> Any:
-        with _noting_ending(self.attempt), Context(self, step=call).entered():
+        with noting_ending(self.attempt), Context(self, step=call).entered():
             return run_blocking(execute_step(self, call))
 
     @override
     def perform_operation(self, position: Position, operation: Operation) -> Any:
         try:
-            with _noting_ending(self.attempt), Context(self, is_operating=True).entered():
+            with noting_ending(self.attempt), Context(self, is_operating=True).entered():
                 return run_blocking(operation(self, position))
         finally:
             self.attempt.end_call(position)
@@ -215,9 +222,9 @@ class AsyncRuntime(Runtime):
                 if attempt.is_stopped or task.cancelling() <= met or await self._is_cancelled(position, mark):
                     raise
                 return await again()
-        except (ControlFlow, asyncio.CancelledError) as ending:
-            is_raised = isinstance(ending, asyncio.CancelledError)
-            attempt.note_ending(ending)
+        except BaseException as error:
+            is_raised = isinstance(error, asyncio.CancelledError)
+            note_if_ending(attempt, error)
             raise
         finally:
             ACTIVE.reset(token)
@@ -401,16 +408,6 @@ class AsyncRuntime(Runtime):
             self.timers.abandon()
         tasks.abandon(self.attempt)
         self.attempt.branches.end()
-
-
-@contextmanager
-def _noting_ending(attempt: Attempt) -> Generator[None]:
-    """Note what an operation raises in the workflow's own code to end the attempt."""
-    try:
-        yield
-    except (ControlFlow, asyncio.CancelledError) as ending:
-        attempt.note_ending(ending)
-        raise
 
 
 def _around(attempt: Attempt, step: StepCall | None) -> Iterator[Around]:

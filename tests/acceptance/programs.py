@@ -107,7 +107,6 @@ class Gate:
     def __post_init__(self) -> None:
         self._choices = itertools.cycle(self.order or [0])
         self._changed = threading.Condition()
-        self.begin()
 
     def begin(self) -> None:
         """Begin another attempt."""

@@ -38,7 +38,8 @@ R = TypeVar("R")
 AnyUpdate: TypeAlias = UpdateHandle[Any] | AsyncUpdateHandle[Any]
 
 PATIENCE = timedelta(seconds=60)
-POLL = timedelta(seconds=0.02)
+POLL = timedelta(seconds=0.1)
+"""Hints wake workers sooner; twenty polls a second would be a tenth of a processor for each worker."""
 
 
 class Client(ABC):

@@ -18,6 +18,7 @@ from tests.acceptance.application import AnyWorkflow, Application, Form, drive
 from tests.acceptance.shells import Shell
 from tests.acceptance.test_sagas import Block, Ledger, awaited, booked
 from tests.store import races
+from tests.support.sampling import thorough_cases
 
 pytestmark = pytest.mark.shells(("worker", "asyncpg-worker"))
 
@@ -112,12 +113,10 @@ def only(shell: Shell, name: str) -> Any:
         ("map", False, again),
         ("step", False, again),
         ("child", False, selected),
-        ("child", False, with_parent),
-        ("child", False, overdue),
         ("child", True, first),
-        ("map", True, first),
         ("child", True, with_parent),
         ("child", True, overdue),
+        *thorough_cases([("child", False, with_parent), ("child", False, overdue), ("map", True, first)]),
     ],
 )
 def test_what_a_compensation_has_started_is_not_taken_from_it(

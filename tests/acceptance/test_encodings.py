@@ -9,7 +9,7 @@ from sqlalchemy import Engine, NullPool, create_engine, make_url, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqla_durable import Durable, Executor, Worker, Workflow, WorkflowFunction, WorkflowStatus
+from sqla_durable import Durable, Executor, Worker, Workflow, WorkflowFunction, WorkflowStatus, models
 from sqla_durable.asyncio import AsyncExecutor
 from sqla_durable.errors import EncodingError
 from tests.acceptance.shells import PATIENCE, POLL
@@ -62,8 +62,8 @@ def euro() -> str:
     return echo("\u20ac")
 
 
-@pytest.fixture(params=["LATIN1", "SQL_ASCII"])
-def encoded(request: pytest.FixtureRequest, server_url: str, worker_id: str) -> Generator[Engine]:
+@pytest.fixture(scope="module", params=["LATIN1", "SQL_ASCII"])
+def encoded_database(request: pytest.FixtureRequest, server_url: str, worker_id: str) -> Generator[Engine]:
     """A database in another encoding than UTF-8, and clients that ask for UTF-8."""
     name = f"encoded_{request.param.lower()}_{worker_id}"
     with create_engine(server_url, isolation_level="AUTOCOMMIT", poolclass=NullPool).connect() as server:
@@ -76,6 +76,15 @@ def encoded(request: pytest.FixtureRequest, server_url: str, worker_id: str) -> 
             domain.Base.metadata.create_all(connection)
         yield engine
         server.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+def encoded(encoded_database: Engine) -> Generator[Engine]:
+    """The same, empty."""
+    yield encoded_database
+    tables = {str(each) for base in (models.metadata, domain.Base.metadata) for each in base.sorted_tables}
+    with encoded_database.begin() as connection:
+        connection.execute(text(f"TRUNCATE {', '.join(sorted(tables))} RESTART IDENTITY CASCADE"))
 
 
 # behaviour: V5
@@ -106,7 +115,7 @@ def test_an_error_whose_text_the_database_cannot_store_stays_visible(
 
 
 # behaviour: V5
-@pytest.mark.parametrize("encoded", ["LATIN1"], indirect=True)
+@pytest.mark.parametrize("encoded_database", ["LATIN1"], indirect=True)
 @pytest.mark.parametrize("workflow", [plain, transactional, body])
 def test_an_error_that_psycopg_cannot_encode_for_its_client_stays_visible_too(
     encoded: Engine, workflow: WorkflowFunction[[str], str]

@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -251,6 +251,46 @@ def test_what_ends_an_attempt_of_an_executor_is_raised_as_it_is(shell: Shell, ap
             shell.run(workflow, kind)
         record = _only(shell)
         assert (record.status, record.crashes) == (WorkflowStatus.PENDING, 0)
+
+
+# behaviour: O4
+@pytest.mark.shells(("async-executor", "asyncpg-worker"))
+def test_a_call_that_a_task_group_cancels_because_the_attempt_ends_is_made_again(
+    shell: Shell, app: Application
+) -> None:
+    """Not recorded as cancelled: the next attempt would wait for a cancel that does not come."""
+    tries: list[str] = []
+    begun: asyncio.Event
+
+    @app.durable.step
+    async def dying() -> str:
+        if not tries:
+            await begun.wait()
+        tries.append("dying")
+        if len(tries) == 1:
+            raise Odd
+        return "alive"
+
+    @app.durable.step
+    async def slow() -> str:
+        begun.set()
+        while not tries:
+            await asyncio.sleep(3600)
+        return "done"
+
+    @app.durable.workflow
+    async def both() -> list[str]:
+        nonlocal begun
+        begun = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            made = [group.create_task(each()) for each in (dying, slow)]
+        return [each.result() for each in made]
+
+    workflow_id = shell.begin(both)
+    with suppress(BaseExceptionGroup):  # of the executor
+        shell.finish(both, workflow_id)
+    assert shell.finish(both, workflow_id) == ["alive", "done"]
+    assert tries == ["dying", "dying"]
 
 
 # behaviour: O4

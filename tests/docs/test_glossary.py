@@ -50,7 +50,15 @@ def spoken(name: str) -> str:
 
 
 def words_in(text: str, words: frozenset[str]) -> list[str]:
-    return re.findall(_pattern(words), " ".join(text.lower().split()))
+    text = text.lower()
+    if _beginnings(words).isdisjoint(re.findall(r"[\w-]+", text)):  # nearly always, and a fifth of the time
+        return []
+    return re.findall(_pattern(words), " ".join(text.split()))
+
+
+@cache
+def _beginnings(words: frozenset[str]) -> frozenset[str]:
+    return frozenset(re.findall(r"[\w-]+", each)[0] for each in words)
 
 
 @cache

@@ -47,6 +47,10 @@ class Plan:
         return found
 
 
+MODES = ("force_custom_plan", "force_generic_plan")
+"""How the server plans a prepared statement. A test tries both on the same rows: making these takes longer."""
+
+
 def explain(session: Session, statement: Statement, parameters: Mapping[str, Any], *, mode: str) -> Plan:
     """Execute a statement as a prepared one with custom or generic plans, roll it back, and give its plan."""
     explained: Any = statement.made

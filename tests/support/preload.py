@@ -29,3 +29,4 @@ for name, module in list(sys.modules.items()):
                 assert value.made is not None
 gc.collect()
 gc.freeze()
+gc.set_threshold(20_000, 20, 20)

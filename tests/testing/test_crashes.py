@@ -349,7 +349,7 @@ def test_an_interrupt_leaves_nothing_behind(database_url: str, engine: Engine, p
     require_nothing_left(engine)
 
 
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("kill", [*thorough_cases([signal.SIGINT]), signal.SIGKILL])
 def test_the_death_of_the_test_is_that_of_its_workers(
     database_url: str, engine: Engine, kill: signal.Signals, tmp_path: Path
 ) -> None:

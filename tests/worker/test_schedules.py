@@ -69,9 +69,16 @@ def test_a_declared_schedule_is_in_the_table_when_the_worker_has_started_and_tic
         ]
 
 
-@pytest.mark.parametrize("async_driver", ["psycopg", "asyncpg"], indirect=True)
-@pytest.mark.parametrize("durable_schema", ["durable", "tenant_7"], indirect=True)
-@pytest.mark.parametrize("overlap", ["skip", "cancel_running"])
+@pytest.mark.parametrize(
+    ("async_driver", "durable_schema", "overlap"),
+    [
+        ("psycopg", "durable", "skip"),
+        ("asyncpg", "tenant_7", "skip"),
+        ("asyncpg", "durable", "cancel_running"),
+        ("psycopg", "tenant_7", "cancel_running"),
+    ],
+    indirect=["async_driver", "durable_schema"],
+)
 async def test_it_does_so_on_the_event_loop(engine: Engine, async_engine: AsyncEngine, overlap: Any) -> None:
     durable, ticks = Durable(), list[Tick | None]()
 
