@@ -31,6 +31,7 @@ EXPECTED = {
         ("100 keys by turns", "workflows/s"),
         ("100 keys, each in order", "workflows/s"),
         ("one place for each of 10,000 keys, 20 waiting", "workflows/s"),
+        ("10 of one key behind 20 of another, by turns, 4 at once", "s"),
     ],
 }
 

@@ -252,3 +252,21 @@ def test_two_claims_for_the_last_place(engine: Engine, session: Session) -> None
     assert attempts.release(session, [first.claimed[0].fence]) is not None
     session.commit()
     assert len(batch(session).claimed) == 1
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_ten_of_one_key_are_done_in_twice_their_places_behind_thousands_of_another(
+    session: Session, at_once: int
+) -> None:
+    # behaviour: Q4
+    make(session, fair=True, concurrency=4)
+    races.enqueue(session, 2_000, by="many")
+    running = claim(session, 4)
+    races.enqueue(session, 10, by="few")
+    served: list[str | None] = []
+    while served.count("few") < 10:
+        finish(session, *running[:at_once])
+        taken = claim(session, at_once)
+        running = running[at_once:] + taken
+        served += keys(session, taken)
+    assert len(served) <= 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import timedelta
 
@@ -55,6 +56,18 @@ def enter(session: Session, number: int) -> None:
 async def read_clock() -> float:
     """Return when this step began, on a clock that all processes of a machine share."""
     return time.monotonic()
+
+
+@durable.step
+async def wait(seconds: float) -> None:
+    """Wait, as for somebody else's answer."""
+    await asyncio.sleep(seconds)
+
+
+@durable.workflow
+async def one_wait(seconds: float) -> None:
+    """Execute one step that waits."""
+    await wait(seconds)
 
 
 @durable.workflow

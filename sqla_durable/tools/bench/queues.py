@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from typing import Any
 
 from sqla_durable import manage
-from sqla_durable.definitions.queues import QueueKeywords
 from sqla_durable.tools.bench import application
 from sqla_durable.tools.bench.report import Figure, Reference
 from sqla_durable.tools.bench.runs import Bench, RunResult
 
 _NEVER = 100_000  # a limit that is counted, and never reached
 _SECOND = timedelta(seconds=1)
-_KINDS: dict[str, QueueKeywords] = {
+_KINDS: dict[str, Mapping[str, Any]] = {
     "concurrency, not reached": {"concurrency": _NEVER},
     "concurrency of 20": {"concurrency": 20},
     "rate, not reached": {"rate": (_NEVER, _SECOND)},
@@ -23,6 +24,10 @@ _KINDS: dict[str, QueueKeywords] = {
     "100 keys, each in order": {"fifo": "skip"},
 }
 _KEYS, _MANY_KEYS = 100, 10_000
+_FEW, _AT_ONCE, _WAIT = 10, 4, 0.1
+_UNFINISHED_FEW = "SELECT count(*) FROM {schema}.workflow WHERE by = 'few' AND finished_at IS NULL"
+_HAS_BEGUN = "SELECT 1 FROM {schema}.workflow WHERE status = 'succeeded' LIMIT 1"
+_TOOK = "SELECT extract(epoch FROM max(finished_at) - min(created_at)) FROM {schema}.workflow WHERE by = 'few'"
 
 
 def queues(bench: Bench) -> Iterator[Figure]:
@@ -35,9 +40,36 @@ def queues(bench: Bench) -> Iterator[Figure]:
     without = _run(bench, "no limit, many keys", {}, count=waiting, keys=_MANY_KEYS)
     what = f"one place for each of {_MANY_KEYS:,} keys, {waiting:,} waiting"
     yield _figure(what, _run(bench, what, {"per_key": 1}, count=waiting, keys=_MANY_KEYS), without)
+    alone, behind = _seconds_of_few(bench, 0), _seconds_of_few(bench, waiting)
+    reference = Reference("the same alone", alone)
+    what = f"{_FEW} of one key behind {waiting:,} of another, by turns, {_AT_ONCE} at once"
+    yield Figure(workload="queues", what=what, value=behind, unit="s", references=(reference,))
 
 
-def _run(bench: Bench, what: str, settings: QueueKeywords, *, count: int, keys: int) -> RunResult:
+def _seconds_of_few(bench: Bench, others: int) -> float:
+    """Return how long some workflows of one key take behind those of another."""
+    bench.fill(application.one_wait.options(by="many").bind(_WAIT) for _ in range(others))
+    with bench.schema.sessions.begin() as session:
+        manage.put_queue(session, "default", fair=True, concurrency=_AT_ONCE)
+    try:
+        with bench.workers(1) as workers:
+            workers.begin_claiming()
+            while others and not bench.schema.query(
+                "SELECT 1 FROM {schema}.workflow WHERE status = 'succeeded' LIMIT 1"
+            ):
+                time.sleep(_WAIT)
+            bench.schema.start(application.one_wait.options(by="few").bind(_WAIT) for _ in range(_FEW))
+            bench.show("those of one key behind those of another")
+            while bench.schema.query(_UNFINISHED_FEW)[0][0]:
+                workers.require_alive()
+                time.sleep(_WAIT)
+            workers.stop()
+        return float(bench.schema.query(_TOOK)[0][0])
+    finally:
+        bench.schema.execute("DELETE FROM {schema}.queue")
+
+
+def _run(bench: Bench, what: str, settings: Mapping[str, Any], *, count: int, keys: int) -> RunResult:
     bench.fill(application.one_step.options(by=f"key-{number % keys}").bind(number) for number in range(count))
     with bench.schema.sessions.begin() as session:
         manage.put_queue(session, "default", **settings)
