@@ -63,6 +63,21 @@ def drop(name: str) -> None:
     )
 
 
+def lock_tables(name: str, *tables: str) -> None:
+    """Lock tables before any of them is changed, so that workers that execute statements meanwhile only wait.
+
+    Their statements lock the same tables in an order of their own. One of them, or this, may be ended by a deadlock:
+    they execute theirs again, and this is tried again too.
+    """
+    listed = ", ".join(f"{_quoted(name)}.{each}" for each in tables)
+    _do(
+        "FOR attempt IN 1..20 LOOP "
+        f"BEGIN LOCK TABLE {listed} IN ACCESS EXCLUSIVE MODE; EXIT; "
+        "EXCEPTION WHEN deadlock_detected THEN IF attempt = 20 THEN RAISE; END IF; END; "
+        "END LOOP;"
+    )
+
+
 def set_storage(name: str, table: str, settings: Mapping[str, float]) -> None:
     """Set the storage parameters of a table, which SQLAlchemy 2.0 cannot give with CREATE TABLE."""
     listed = ", ".join(f"{setting} = {value}" for setting, value in settings.items())

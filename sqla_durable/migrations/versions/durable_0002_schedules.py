@@ -23,6 +23,7 @@ _NO_TEXTS = sa.text("'{}'::text[]")
 _LONGEST = "interval '36500 days'"
 _TIMES = "created_at, starts_at, ends_at, paused_at, next_at, due_at, last_at, queued_at, ended_at"
 
+_CHANGED = "queue", "worker", "workflow"
 _STORAGE = "fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 100"
 _RESET = "fillfactor, autovacuum_vacuum_scale_factor, autovacuum_vacuum_threshold"
 _OF_QUEUES: tuple[Callable[[], sa.Column[Any]], ...] = (
@@ -71,6 +72,7 @@ _INDEXES = {
 def upgrade(schema: str | None = None) -> None:
     with schemas.resolved(schema) as found:
         name = sa.quoted_name(found, quote=True)  # Alembic splits another one at its dots
+        schemas.lock_tables(found, *_CHANGED)
         op.add_column("workflow", sa.Column("schedule", sa.Text()), schema=name)
         op.create_index(
             op.f("workflow_schedule_idx"),
@@ -87,6 +89,7 @@ def upgrade(schema: str | None = None) -> None:
 def downgrade(schema: str | None = None) -> None:
     with schemas.resolved(schema) as found:
         name = sa.quoted_name(found, quote=True)  # Alembic splits another one at its dots
+        schemas.lock_tables(found, *_CHANGED)
         _drop_limits(name)
         op.drop_table("schedule", schema=name)
         op.create_table_comment("workflow", _COMMENT_BEFORE, existing_comment=_COMMENT, schema=name)
