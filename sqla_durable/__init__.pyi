@@ -5,6 +5,7 @@ from sqla_durable.api.callbacks import Callback, complete_callback, create_callb
 from sqla_durable.api.children import Child, as_completed, map_children, start_child, wait_first
 from sqla_durable.api.durable import Durable
 from sqla_durable.api.events import get_event, set_event, wait_event
+from sqla_durable.api.options import StartOptions as StartOptions
 from sqla_durable.api.parallel import parallel
 from sqla_durable.api.polling import Handle
 from sqla_durable.api.replay import (
@@ -23,7 +24,7 @@ from sqla_durable.api.steps import RunningStep, StepFunction, TransactionalStep,
 from sqla_durable.api.streams import StreamEntry, close_stream, read_stream, write_stream
 from sqla_durable.api.update_requests import UpdateRequest, wait_update
 from sqla_durable.api.updates import UpdateHandle, send_update, start_with_update, update_handle
-from sqla_durable.api.workflows import BoundWorkflow, StartOptions, WorkflowFunction, start_many
+from sqla_durable.api.workflows import BoundWorkflow, WorkflowFunction, start_many
 from sqla_durable.definitions.interceptors import Execution, Interceptor, StepExecution
 from sqla_durable.definitions.schedules import Tick
 from sqla_durable.execution.executor import Executor

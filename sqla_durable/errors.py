@@ -15,6 +15,7 @@ DurableError
 │   └── DecodingError                 bring back an annotation that reads the stored value
 ├── NotFoundError                 (also LookupError) check the id or token, and that its transaction committed
 ├── KeyNotVisibleError            try again in a new transaction, or look at the row's policy
+├── KeyTakenError                 use the workflow that has the key, or wait until the key is free
 ├── WorkflowReferencedError       delete the application's own rows first
 ├── WorkflowRunningError          wait until the lease of another executor or worker has expired
 ├── AttemptLostError              stop: another execution owns the workflow, or it was cancelled
@@ -155,6 +156,21 @@ class KeyNotVisibleError(DurableError):
         self.name = name
         self.key = key
         self.is_newer = is_newer
+
+
+class KeyTakenError(_AboutWorkflow):
+    """A start with `on_conflict="refuse"` has found its key taken: nothing was written, and the transaction is usable.
+
+    Attributes:
+        workflow_id: the id of the workflow that has the key.
+        name: the name of both.
+        key: the key.
+    """
+
+    def __init__(self, message: str, *, workflow_id: UUID, name: str, key: str) -> None:
+        super().__init__(message, workflow_id=workflow_id)
+        self.name = name
+        self.key = key
 
 
 class WorkflowReferencedError(DurableError):

@@ -106,9 +106,9 @@ def start_child(workflow: AnyWorkflowFunction[P, R], *args: P.args, **kwargs: P.
     ```
 
     The child's record and the parent's checkpoint are one commit: on a replay it is the same child. With a key,
-    `ship.options(key=...)`, it is the workflow that has the key. It is cancelled with its parent unless
-    `options(detached=True)`, inherits its deadline, and goes on if the parent ends before. Several are started one
-    after the other; see `map_children` for many.
+    `ship.options(key=...)`, it is the workflow that has the key, unless more options say otherwise. It is cancelled
+    with its parent unless `options(detached=True)`, inherits its deadline, and goes on if the parent ends before.
+    Several are started one after the other; see `map_children` for many.
 
     Args:
         workflow: the workflow function, `def` or `async def`.
@@ -117,6 +117,8 @@ def start_child(workflow: AnyWorkflowFunction[P, R], *args: P.args, **kwargs: P.
 
     Raises:
         ArgumentError, EncodingError: an argument does not fit the annotations, or cannot be stored.
+        KeyNotVisibleError: the workflow that has its key cannot be seen.
+        KeyTakenError: its key is taken, and its options refuse that.
         UsageError: this is not a workflow's own code, or the child has the name and key of the workflow itself.
         UsageError: the parent is `async def`.
     """
@@ -211,7 +213,7 @@ def start_child_call(
     """Return the call of `start_child`, which returns a child of this class."""
 
     async def begin(runtime: Runtime, position: Position) -> C:
-        (workflow_id,) = await children.start(runtime, position, [bound.new])
+        (workflow_id,) = await children.start(runtime, position, [bound.new], rule=bound.rule)
         return child(definition, workflow_id)
 
     return operation("start_child", f"start:{definition.name}", begin)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from sqla_durable.api.workflows import AnyWorkflowFunction, BoundWorkflow, StartOptions
+from sqla_durable.api.options import DUPLICATES, StartOptions
+from sqla_durable.api.workflows import AnyWorkflowFunction, BoundWorkflow
 from sqla_durable.definitions.schedules import ScheduleDeclaration, ScheduleOptions, fault_in_schedule_name
 from sqla_durable.errors import ArgumentError, DefinitionError
 from sqla_durable.store import NewWorkflow
@@ -50,7 +51,7 @@ def scheduled(bound: BoundWorkflow, *, schedule: str) -> NewWorkflow:
     Raises:
         ArgumentError: it has options that a schedule decides.
     """
-    new = bound.new
+    new = bound.new  # one with a rule for its key has a key
     if wrong := _decided_by_ticks(new):
         raise ArgumentError(_refusal(schedule, new.name, wrong))
     return new
@@ -58,7 +59,7 @@ def scheduled(bound: BoundWorkflow, *, schedule: str) -> NewWorkflow:
 
 def _decided_by_ticks(given: NewWorkflow | StartOptions) -> list[str]:
     """Return the options that are given, and that each tick decides."""
-    names = "key", "delay", "at", "wake_at", "deadline", "deadline_at", "detached"
+    names = "key", "delay", "at", "wake_at", "deadline", "deadline_at", "detached", *DUPLICATES
     return [each for each in names if getattr(given, each, None) not in (None, False)]
 
 

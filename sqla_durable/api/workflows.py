@@ -18,80 +18,26 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
+import sqla_durable.api.conflicts as conflicts
 import sqla_durable.api.hints as hints
 from sqla_durable.api.calls import Call, require_workflow, visit
+from sqla_durable.api.options import OnConflict, StartOptions, Unique
 from sqla_durable.api.polling import AsyncHandle, Handle, PollingEngine, session_of
 from sqla_durable.api.sessions import id_of, in_savepoint, require_session, write, write_in_either
 from sqla_durable.api.steps import DurableFunction
-from sqla_durable.definitions.checks import fault_in, require_duration, require_moment, require_positive_duration
+from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import ArgumentError, KeyNotVisibleError, UsageError
 from sqla_durable.models import Workflow
 from sqla_durable.operations.workflow import continue_as_new
 from sqla_durable.runtime.context import Context, active
-from sqla_durable.store import NewWorkflow, starts
+from sqla_durable.store import KeyRule, NewWorkflow, starts
 from sqla_durable.store.keys import SnapshotKept
 
-_BATCH = 5_000
-_SMALLINT = 32_767
-
+_BATCH = starts.MOST_AT_ONCE
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StartOptions:
-    """How a workflow is started.
-
-    Args:
-        key: an idempotency key: the same workflow and key are the same record.
-        queue: the queue to enqueue to; by default the workflow's own.
-        by: the key of the queue's limits and turns, such as a tenant's name; see `Durable.queue`.
-        priority: lower is served first; from -32,767 to 32,767, by default 0.
-        delay: how long after now it becomes due. Not together with `at`.
-        at: when it becomes due, with a time zone. A time in the past is now.
-        detached: as a child it is not cancelled with its parent.
-        timeout: how long after its first claim it is to be finished, over all its attempts and waits.
-        deadline: when it is to be finished whether it was claimed or not: a time with a time zone, or how long after
-            this start. With both, the earlier one counts. A workflow that is not finished then fails with
-            `WorkflowTimeoutError`.
-
-    Raises:
-        ArgumentError: an option is blank, out of range, or contradicts another.
-    """
-
-    key: str | None = None
-    queue: str | None = None
-    by: str | None = None
-    priority: int = 0
-    delay: timedelta | None = None
-    at: datetime | None = None
-    detached: bool = False
-    timeout: timedelta | None = None
-    deadline: timedelta | datetime | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("key", "queue", "by"):
-            value = getattr(self, name)
-            fault = None if value is None else fault_in(value)
-            if fault is not None:
-                raise ArgumentError(f"{name}={value!r} {fault}: pass a text that is not blank.")
-        integral = isinstance(self.priority, int)  # pyright: ignore[reportUnnecessaryIsInstance]
-        if not integral or abs(self.priority) > _SMALLINT:
-            raise ArgumentError(f"priority={self.priority!r} is not an integer from {-_SMALLINT:,} to {_SMALLINT:,}.")
-        if self.delay is not None:
-            require_duration(self.delay, "delay")
-        if self.at is not None:
-            require_moment(self.at, "at")
-        if self.delay is not None and self.at is not None:
-            raise ArgumentError(f"delay={self.delay!r} and at={self.at!r} contradict each other: give one of them.")
-        if self.timeout is not None:
-            require_positive_duration(self.timeout, "timeout")
-        if isinstance(self.deadline, datetime):
-            require_moment(self.deadline, "deadline")
-        elif self.deadline is not None:
-            require_positive_duration(self.deadline, "deadline")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +45,7 @@ class BoundWorkflow:
     """A workflow with its arguments and options, checked and ready to be started."""
 
     new: NewWorkflow
+    rule: KeyRule | None = None
 
 
 def _in_common(definition: WorkflowDefinition, options: StartOptions) -> tuple[Any, ...]:
@@ -106,7 +53,7 @@ def _in_common(definition: WorkflowDefinition, options: StartOptions) -> tuple[A
 
     Positional, because that is how a tuple is made fastest.
     """
-    timeout, deadline = options.timeout, options.deadline
+    timeout, deadline, delay = options.timeout, options.deadline, options.debounce or options.delay
     new = NewWorkflow(
         id=UUID(int=0),
         name="",
@@ -114,7 +61,7 @@ def _in_common(definition: WorkflowDefinition, options: StartOptions) -> tuple[A
         queue=options.queue or definition.options.queue,
         priority=options.priority,
         key=options.key,
-        delay=None if options.delay is None or options.delay <= timedelta() else options.delay.total_seconds(),
+        delay=None if delay is None or delay <= timedelta() else delay.total_seconds(),
         wake_at=options.at,
         detached=options.detached,
         timeout=None if timeout is None else timeout.total_seconds(),
@@ -150,9 +97,9 @@ def start(session: Session, bound: BoundWorkflow) -> Workflow:
         KeyNotVisibleError: the workflow that has the key cannot be seen.
         UsageError: this is a workflow's own code, and there is no key.
     """
-    new, context = _new_in(bound), active()
-    workflow = add(session, BoundWorkflow(new if context is None else _started_in(context, new)))
-    hints.announce(session, *_hints_for([new]))
+    given, context = _checked(bound), active()
+    workflow = add(session, given if context is None else _started_in(context, given))
+    hints.announce(session, *_hints_for([given.new]))
     return workflow
 
 
@@ -160,6 +107,8 @@ def add(session: Session, bound: BoundWorkflow) -> Workflow:
     """Add a workflow as `start` does, without a hint to workers: it is executed here."""
     if bound.new.key is None:
         return starts.add(session, bound.new)
+    if bound.rule is not None:
+        return conflicts.add_ruled(session, (bound.new, bound.rule))
     try:
         return starts.insert_unless_known(session, bound.new)
     except SnapshotKept:
@@ -194,8 +143,27 @@ def start_many(session: Session, bound: Iterable[BoundWorkflow]) -> list[UUID]:
 
 
 def _start_many(session: Session, *, bound: Iterable[BoundWorkflow]) -> list[UUID]:
-    given, context = [_new_in(each) for each in bound], active()
+    given, context = [_checked(each) for each in bound], active()
     given = given if context is None else [_started_in(context, each) for each in given]
+    new = [each.new for each in given]
+    has_rules = any(each.rule is not None for each in given)
+    ids = _start_all(session, given) if has_rules else _start_plain(session, new)
+    hints.announce(session, *_hints_for(new))
+    return ids
+
+
+def _start_all(session: Session, given: Sequence[BoundWorkflow]) -> list[UUID]:
+    """Start workflows some of which have a rule for their keys: all of them, or none."""
+    plain = [each.new for each in given if each.rule is None]
+    ruled = [(each.new, each.rule) for each in given if each.rule is not None]
+    first, _ = ruled[0]
+    with in_savepoint(session, what=_one_of(len(given)), name=first.name, key=first.key):
+        ids = dict(zip((new.id for new in plain), _start_plain(session, plain), strict=True))
+        ids |= conflicts.start_all_ruled(session, ruled)
+    return [ids[each.new.id] for each in given]
+
+
+def _start_plain(session: Session, given: Sequence[NewWorkflow]) -> list[UUID]:
     # In the order of keys over all statements: two callers with the same keys must not wait for each other.
     has_keys = any(new.key is not None for new in given)
     ordered = sorted(given, key=lambda new: (new.key or "", new.name)) if has_keys else given
@@ -209,7 +177,6 @@ def _start_many(session: Session, *, bound: Iterable[BoundWorkflow]) -> list[UUI
         except ProgrammingError as denied:
             raise error from denied  # the transaction is aborted, with all that it has started
         raise
-    hints.announce(session, *_hints_for(given))
     if not has_keys:
         return ids
     by_own = dict(zip((new.id for new in ordered), ids, strict=True))
@@ -221,29 +188,34 @@ def _inserted(session: Session, batch: Sequence[NewWorkflow]) -> list[UUID]:
         return starts.insert_many(session, batch)
     except SnapshotKept:
         first = next(each for each in batch if each.key is not None)
-        what = "workflow" if len(batch) == 1 else f"one of {len(batch)} workflows, the first of which is"
-        with in_savepoint(session, what=what, name=first.name, key=first.key or ""):
+        with in_savepoint(session, what=_one_of(len(batch)), name=first.name, key=first.key or ""):
             return starts.insert_many_in_snapshot(session, batch)
 
 
-def _started_in(context: Context, new: NewWorkflow) -> NewWorkflow:
+def _one_of(count: int) -> str:
+    return "workflow" if count == 1 else f"one of {count} workflows, the first of which is"
+
+
+def _started_in(context: Context, bound: BoundWorkflow) -> BoundWorkflow:
     """Return what is started in a step of a workflow as that one's child; in a workflow's own code, the same.
 
     Raises:
-        UsageError: it has no key, so that each replay of the workflow's own code would start another.
+        UsageError: it has no key, or a rule for it, so that each replay of the workflow's own code would start another.
     """
-    attempt, step = context.attempt, context.step
+    attempt, step, new = context.attempt, context.step, bound.new
     if step is None:
-        if new.key is None:
+        if new.key is None or bound.rule is not None:
+            key = "give it a key" if bound.rule is None else "leave out what its options say about others with its key"
             raise UsageError(
                 f"{new.name!r} was started in the code of workflow {attempt.name!r}, which is executed again on "
                 f"each replay and would start another: call start_child({new.name}, ...), start it in a step "
-                "that takes a Session, or give it a key. Nothing was started."
+                f"that takes a Session, or {key}. Nothing was started."
             )
-        return new
+        return bound
     attempt.note_child()
     detached = new.detached or attempt.is_compensating
-    return new._replace(parent_id=attempt.workflow_id, parent_key=step.position.key, detached=detached)
+    child = new._replace(parent_id=attempt.workflow_id, parent_key=step.position.key, detached=detached)
+    return BoundWorkflow(child, bound.rule)
 
 
 def _hints_for(given: Iterable[NewWorkflow]) -> set[str]:
@@ -252,10 +224,10 @@ def _hints_for(given: Iterable[NewWorkflow]) -> set[str]:
     return {hints.EVERYWHERE if each is None else hints.to_queue(each) for each in queues}
 
 
-def _new_in(bound: BoundWorkflow) -> NewWorkflow:
+def _checked(bound: BoundWorkflow) -> BoundWorkflow:
     if not isinstance(bound, BoundWorkflow):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError(f"expected workflow.bind(...), got {bound!r}. Nothing was started.")
-    return bound.new
+    return bound
 
 
 class AnyWorkflowFunction(DurableFunction[P, R]):
@@ -278,6 +250,11 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
         detached: bool | None = None,
         timeout: timedelta | None = None,
         deadline: timedelta | datetime | None = None,
+        unique: Unique | None = None,
+        on_conflict: OnConflict | None = None,
+        debounce: timedelta | None = None,
+        longest_wait: timedelta | None = None,
+        throttle: timedelta | None = None,
     ) -> Self:
         """Return the workflow with options for its start, added to those that it has: see `StartOptions`.
 
@@ -296,8 +273,14 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
             "delay": delay,
             "at": at,
             "detached": detached,
+            "timeout": timeout,
+            "deadline": deadline,
+            "unique": unique,
+            "on_conflict": on_conflict,
+            "debounce": debounce,
+            "longest_wait": longest_wait,
+            "throttle": throttle,
         }
-        given |= {"timeout": timeout, "deadline": deadline}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return type(self)(self.definition, replace(self.start_options, **changes))
 
@@ -323,11 +306,22 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
             EncodingError: one cannot be stored.
         """
         given, headers = self.definition.encode(args, kwargs), _headers(self.definition)
-        return BoundWorkflow(NewWorkflow._make((uuid7(), self.definition.name, given, *self._in_common, headers)))
+        new = NewWorkflow._make((uuid7(), self.definition.name, given, *self._in_common, headers))
+        return BoundWorkflow(new, self._rule)
 
     @cached_property
     def _in_common(self) -> tuple[Any, ...]:
         return _in_common(self.definition, self.start_options)
+
+    @cached_property
+    def _rule(self) -> KeyRule | None:
+        rule = self.start_options.rule
+        if rule is not None and self.start_options.key is None:
+            raise ArgumentError(
+                f"{self.definition.name!r} is started with options for what has the same key, and without a key: add "
+                "options(key=...). Nothing was started."
+            )
+        return rule
 
     @overload
     def start(self, session: Session, *args: P.args, **kwargs: P.kwargs) -> Workflow: ...

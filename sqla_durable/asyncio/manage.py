@@ -6,7 +6,7 @@ The functions of `sqla_durable.manage`, awaited.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Unpack, overload
 from uuid import UUID
 
@@ -27,6 +27,7 @@ __all__ = [
     "Backfill",
     "backfill_schedule",
     "cancel",
+    "change",
     "delete",
     "explain_pending",
     "fork",
@@ -65,6 +66,19 @@ async def retry(session: AsyncSession, workflows: Selected) -> list[UUID]:
 async def rewind(session: AsyncSession, workflows: Selected, *, to_step: str) -> list[UUID]:
     """Return workflows to before a step, and enqueue them again. See `sqla_durable.manage.rewind`."""
     return await run_sync(session, sync.rewind, workflows, to_step=to_step)
+
+
+async def change(
+    session: AsyncSession,
+    workflows: Selected,
+    *,
+    queue: str | None = None,
+    priority: int | None = None,
+    delay: timedelta | None = None,
+    at: datetime | None = None,
+) -> list[UUID]:
+    """Change the queue, the priority or the time of workflows that wait. See `sqla_durable.manage.change`."""
+    return await run_sync(session, sync.change, workflows, queue=queue, priority=priority, delay=delay, at=at)
 
 
 async def delete(session: AsyncSession, workflows: Selected) -> list[UUID]:

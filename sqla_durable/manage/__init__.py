@@ -1,6 +1,6 @@
 """What operators do with workflows, in the caller's transaction: `from sqla_durable import manage`.
 
-Cancel, resume, retry, rewind, fork and delete them, by record, by id or by a `select()`; see docs/managing.md.
+Cancel, resume, retry, rewind, change, fork and delete them, by record, by id or by a `select()`; see docs/managing.md.
 """
 
 from sqla_durable.manage.explaining import explain_pending
@@ -15,12 +15,13 @@ from sqla_durable.manage.schedules import (
     resume_schedule,
     run_schedule,
 )
-from sqla_durable.manage.verbs import cancel, delete, id_at, resume, retry, rewind
+from sqla_durable.manage.verbs import cancel, change, delete, id_at, resume, retry, rewind
 
 __all__ = [
     "Backfill",
     "backfill_schedule",
     "cancel",
+    "change",
     "delete",
     "explain_pending",
     "fork",

@@ -1,4 +1,4 @@
-"""Cancel, resume, retry, rewind and delete workflows in the caller's transaction. `fork` is in `forks`.
+"""Cancel, resume, retry, rewind, change and delete workflows in the caller's transaction. `fork` is in `forks`.
 
 The workflows are given by record, by id, or by a `select()`; `id_at` is for selects by time.
 """
@@ -17,11 +17,13 @@ from sqlalchemy.orm import Session
 
 import sqla_durable.api.hints as hints
 import sqla_durable.api.sessions as sessions
+from sqla_durable.api.options import StartOptions
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.database_errors import first_line, sqlstate
 from sqla_durable.errors import ArgumentError, WorkflowReferencedError
 from sqla_durable.models import Workflow
-from sqla_durable.store import connection_of, manage
+from sqla_durable.store import changes, connection_of, manage
+from sqla_durable.store.changes import Changes
 from sqla_durable.store.manage import Selection, evaluate, workers_of
 
 Selected: TypeAlias = "Workflow | UUID | Iterable[Workflow | UUID] | Select[Any] | CompoundSelect[Any]"
@@ -179,6 +181,7 @@ def retry(session: Session, workflows: Selected) -> list[UUID]:
     back in the inbox. Without a failed step, the workflow's function goes on after its last one, with the code of
     today. Timers and waits that were not over go on as they stand; a step that was being tried again begins its tries
     again. Children are not retried with their parents: pass them too, and the parent asks again for their outcome.
+    One whose key a newer workflow has is left alone: `fork` it.
 
     Never commits; locks rows in the order of ids, as `cancel` does. The workflows keep their queues and count an
     attempt. A deadline that has passed gives way to the workflow's `timeout` from now.
@@ -210,7 +213,8 @@ def rewind(session: Session, workflows: Selected, *, to_step: str) -> list[UUID]
     go on; cancel those first where that is meant.
 
     An attempt that is executing the workflow loses it, as by `cancel`: nothing more of it is committed, and async code
-    of it is cancelled at once. A finished workflow loses its outcome. Never commits; locks rows in the order of ids, as
+    of it is cancelled at once. A finished workflow loses its outcome; one whose key a newer workflow has is left alone:
+    `fork` it. Never commits; locks rows in the order of ids, as
     `cancel` does. A deadline that has passed gives way to the workflow's `timeout` from now.
 
     Args:
@@ -220,7 +224,7 @@ def rewind(session: Session, workflows: Selected, *, to_step: str) -> list[UUID]
             `charge#2`. There, `#` and `/` of keys that were chosen are `%23` and `%2F`.
 
     Returns:
-        The ids of those that were rewound, which are all that exist.
+        The ids of those that were rewound.
 
     Raises:
         ArgumentError: one of the workflows has no record of that step, and none was rewound; something else is given
@@ -231,6 +235,52 @@ def rewind(session: Session, workflows: Selected, *, to_step: str) -> list[UUID]
     if fault is not None:
         raise ArgumentError(f"to_step={to_step!r} {fault}: give the key of a recorded step.")
     return apply_verb(session, workflows, partial(_rewind, to_step=to_step), name="rewind")
+
+
+def change(
+    session: Session,
+    workflows: Selected,
+    *,
+    queue: str | None = None,
+    priority: int | None = None,
+    delay: timedelta | None = None,
+    at: datetime | None = None,
+) -> list[UUID]:
+    """Move workflows that wait to another queue, or change their priority, or when they become due.
+
+    ```python
+    manage.change(session, select(Workflow).where(Workflow.queue == "mail"), queue="slow", priority=5)
+    manage.change(session, order.reminder, delay=timedelta(0))
+    ```
+
+    What is running or finished is left alone. `delay` and `at` are for what has not started, whether its delay is over
+    or not: the timer of a suspended workflow is a step of its own, and so one that has started is left alone then, and
+    nothing of it is changed. A pending workflow keeps its place among those of its priority.
+
+    Never commits; locks rows in the order of ids, as `cancel` does. Records in the session that were passed or changed
+    are read again.
+
+    Args:
+        session: the caller's session.
+        workflows: one record or id, several, or a `select()`, as for `cancel`.
+        queue: the queue to which they go.
+        priority: lower is served first; from -32,767 to 32,767.
+        delay: how long after now they become due; zero is now. Not together with `at`.
+        at: when they become due, with a time zone. A time in the past is now.
+
+    Returns:
+        The ids of those that were changed.
+
+    Raises:
+        ArgumentError: nothing is to be changed; a value is blank or out of range; something else is given than
+            workflows, or a record that is in no database.
+        SchemaError, SessionError: the session's database does not hold the tables, or it is in AUTOCOMMIT.
+    """
+    StartOptions(queue=queue, priority=0 if priority is None else priority, delay=delay, at=at)  # which refuses
+    given = Changes(queue, priority, at, None if delay is None else delay.total_seconds())
+    if given == Changes(None, None, None, None):
+        raise ArgumentError("change() was given nothing to change: pass queue, priority, delay or at.")
+    return apply_verb(session, workflows, partial(_change, given=given), name="change")
 
 
 def delete(session: Session, workflows: Selected) -> list[UUID]:
@@ -299,6 +349,10 @@ def _rewind(session: Session, wanted: Selection, *, to_step: str) -> list[UUID]:
     rewound, workers = manage.rewind(session, wanted, to_step=to_step)
     hints.announce(session, *map(hints.to_worker, workers))
     return _announced(session, rewound)
+
+
+def _change(session: Session, wanted: Selection, *, given: Changes) -> list[UUID]:
+    return _announced(session, changes.change(session, wanted, given))
 
 
 def _announced(session: Session, enqueued: list[UUID]) -> list[UUID]:

@@ -68,6 +68,7 @@ class Workflow(Base):
     `schedule` is the name of the schedule that has started it. `by` is the key of limits and turns in its queue, and
     `place` how long it keeps its place there, where the queue makes claims note that: while it is "running", until it
     is "finished"; or its key's place alone, until it is finished ("key") or until it has not failed ("key_failed").
+    `former_key` is the key that a newer workflow of the name has now.
     """
 
     __tablename__ = "workflow"
@@ -104,6 +105,7 @@ class Workflow(Base):
     schedule: Mapped[str | None]
     by: Mapped[str | None]
     place: Mapped[str | None]
+    former_key: Mapped[str | None]
 
     steps: Mapped[list[Step]] = relationship(
         back_populates="workflow", order_by="Step.position", passive_deletes="all", viewonly=False

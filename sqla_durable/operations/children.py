@@ -12,7 +12,13 @@ from uuid import UUID
 
 from sqla_durable.definitions.failure import Failure, record
 from sqla_durable.definitions.json_values import DEFAULT_LIMIT, refuse_large
-from sqla_durable.errors import ChildrenFailedError, KeyNotVisibleError, PayloadTooLargeError, UsageError
+from sqla_durable.errors import (
+    ChildrenFailedError,
+    KeyNotVisibleError,
+    KeyTakenError,
+    PayloadTooLargeError,
+    UsageError,
+)
 from sqla_durable.models.base import StepStatus, WorkflowStatus
 from sqla_durable.operations.calls import Position
 from sqla_durable.operations.outcome import checkpoint_of, raise_recorded
@@ -20,7 +26,17 @@ from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.suspending import Wait
 from sqla_durable.operations.waiting import GracePeriod, WaitSource, in_one_statement, receive_recorded
 from sqla_durable.operations.workflow import WorkflowOutcome
-from sqla_durable.store import Awaited, NewWorkflow, Recorded, WorkflowState, children, deferred, steps
+from sqla_durable.store import (
+    Awaited,
+    Checkpoint,
+    KeyRule,
+    NewWorkflow,
+    Recorded,
+    WorkflowState,
+    children,
+    deferred,
+    steps,
+)
 
 _UNBOUNDED = 2**31 - 1
 _SHOWN = 20  # children's errors in that of their map
@@ -29,7 +45,12 @@ _POLL_INTERVAL = 5.0  # seconds between two looks at children that send their no
 
 
 async def start(
-    runtime: Runtime, position: Position, new: Sequence[NewWorkflow], *, active: int | None = None
+    runtime: Runtime,
+    position: Position,
+    new: Sequence[NewWorkflow],
+    *,
+    active: int | None = None,
+    rule: KeyRule | None = None,
 ) -> list[UUID]:
     """Start children, or find those that were started before, and return their ids.
 
@@ -53,13 +74,10 @@ async def start(
             if undoes:
                 own = [each._replace(detached=True) for each in own]
             checkpoint = checkpoint_of(attempt, position, StepStatus.SUCCEEDED)
-            limit = _UNBOUNDED if active is None else active
             try:
-                text = await runtime.recorder.execute(
-                    partial(children.start, checkpoint=checkpoint, children=own, active=limit, compensates=undoes)
-                )
-            except KeyNotVisibleError as error:
-                await _record_hidden(runtime, position, [each.id for each in new], error)
+                text = await _started(runtime, checkpoint, own, active=active, rule=rule, compensates=undoes)
+            except (KeyNotVisibleError, KeyTakenError) as error:
+                await _record_refusal(runtime, position, [each.id for each in new], error)
                 raise
         ids = [UUID(each) for each in json.loads(text)]
     finally:
@@ -72,10 +90,29 @@ async def start(
     return ids
 
 
-async def _record_hidden(
-    runtime: Runtime, position: Position, started: Sequence[UUID], error: KeyNotVisibleError
+async def _started(
+    runtime: Runtime,
+    checkpoint: Checkpoint,
+    own: Sequence[NewWorkflow],
+    *,
+    active: int | None,
+    rule: KeyRule | None,
+    compensates: bool,
+) -> str:
+    recorder = runtime.recorder
+    if rule is None:
+        limit = _UNBOUNDED if active is None else active
+        start_all = partial(children.start, checkpoint=checkpoint, children=own, active=limit, compensates=compensates)
+        return await recorder.execute(start_all)
+    (child,) = own
+    start_one = partial(children.start_ruled, checkpoint=checkpoint, child=child, rule=rule, compensates=compensates)
+    return await recorder.execute_together(start_one)
+
+
+async def _record_refusal(
+    runtime: Runtime, position: Position, started: Sequence[UUID], error: KeyNotVisibleError | KeyTakenError
 ) -> None:
-    """Record that the key of a child is taken by a row that cannot be seen, and cancel the children started with it."""
+    """Record that the key of a child is taken by another, and cancel the children started with it."""
     failed = checkpoint_of(runtime.attempt, position, StepStatus.FAILED, error=record(error))
     await runtime.recorder.execute(partial(children.cancel_rest, checkpoint=failed, ids=started))
     await runtime.recorder.record(failed)

@@ -90,6 +90,14 @@ class Recorder(ABC):
             AttemptLost: where the function raises it.
         """
 
+    async def execute_together(self, statements: Callable[[Connectable], T]) -> T:
+        """Call a store function of several statements, as `execute` does: in one transaction.
+
+        Raises:
+            AttemptLost: where the function raises it.
+        """
+        return await self.execute(statements)
+
     async def append(self, append: Append) -> Appended:
         """Append to a stream as `streams.append` does, committed when this returns.
 

@@ -5,6 +5,7 @@ Each is one statement, fenced by the parent's attempt; carried out twice, it fin
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
@@ -14,9 +15,10 @@ import sqlalchemy as sa
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.errors import NotFoundError
 from sqla_durable.models.base import WorkflowStatus
+from sqla_durable.store.conflicts import settle
 from sqla_durable.store.inbox import END_COLUMNS, end_notices, insert_orphan_notices, is_deferred, was_running
 from sqla_durable.store.keys import MOST_REPEATS
-from sqla_durable.store.records import Awaited, Checkpoint, NewWorkflow
+from sqla_durable.store.records import Awaited, Checkpoint, KeyRule, NewWorkflow, Verdict
 from sqla_durable.store.starts import NEW, hidden_among, new_columns
 from sqla_durable.store.statements import (
     COMPENSATES,
@@ -36,6 +38,7 @@ from sqla_durable.store.statements import (
     materialized,
     parameter,
     pg,
+    scalar,
     status_literal,
 )
 from sqla_durable.store.steps import (
@@ -48,6 +51,7 @@ from sqla_durable.store.steps import (
     lock_given,
     outcome_columns,
     outcome_in,
+    record,
 )
 from sqla_durable.unwinding import AttemptLost
 
@@ -106,6 +110,49 @@ def start(
             return str(found)
         # Another transaction has inserted one of the keys in between, and the next statement sees it.
     raise hidden_among(connectable, children)
+
+
+def start_ruled(
+    connectable: Connectable, checkpoint: Checkpoint, child: NewWorkflow, rule: KeyRule, *, compensates: bool = False
+) -> str:
+    """Start one as the rule for its key says, and record that as `start` does. In a transaction: several statements.
+
+    Raises:
+        AttemptLost: the attempt no longer owns the workflow.
+        KeyTakenError: the key is taken, and the rule refuses.
+        UsageError: the workflow itself would be cancelled.
+        KeyNotVisibleError: the workflow that has the key cannot be seen.
+    """
+    given, fence = given_parameters(checkpoint), checkpoint.fence
+    known = outcome_in(execute(connectable, _LOCK_PARENT, given).one(), fence)
+    if known is not None:
+        return known
+    if scalar(connectable, _HAS_OUTCOME, given):  # since it was locked: its call was cancelled, and nobody waits for it
+        raise hidden_among(connectable, [child])
+    found = _started(connectable, given, child, rule, own=fence.workflow_id, compensates=compensates)
+    output = json.dumps([str(found)])
+    if record(connectable, checkpoint._replace(output=output)) is not Verdict.RECORDED:
+        raise AttemptLost(fence.workflow_id)
+    return output
+
+
+def _started(
+    connectable: Connectable,
+    given: dict[str, Any],
+    child: NewWorkflow,
+    rule: KeyRule,
+    *,
+    own: UUID,
+    compensates: bool,
+) -> UUID:
+    more = batch_parameter("batch", [NEW.row(child)]) | {"active": 1, "compensates": compensates}
+    for _ in range(MOST_REPEATS):
+        settled = settle(connectable, [(child, rule)], own=own)
+        if child.id in settled.ids:
+            return settled.ids[child.id]
+        if execute(connectable, _INSERT, given | more).first() is not None:
+            return child.id
+    raise hidden_among(connectable, [child])
 
 
 def progress(connectable: Connectable, parent_id: UUID, *, ids: Sequence[UUID]) -> Progress:
@@ -237,6 +284,17 @@ def _start_keyed_statement() -> Any:
     return sa.select(*outcome_columns(owned, recorded))
 
 
+def _insert_statement() -> Any:
+    owned = lock_given()
+    batch, columns = _new_children(owned)
+    source = sa.select(*columns.values()).select_from(batch.join(owned, sa.true()))
+    return insert_select(WORKFLOW, columns, source).on_conflict_do_nothing().returning(WORKFLOW.c.id)
+
+
+def _lock_parent_statement() -> Any:
+    return sa.select(*outcome_columns(lock_given(), sa.select(sa.null().label("output")).cte("recorded")))
+
+
 def _take_outcome_statement() -> Any:
     owned = lock_given()
     outcome = pg.jsonb_build_object(
@@ -336,6 +394,9 @@ def _cancel_rest_statement() -> Any:
 
 _START = Statement(_start_statement)
 _START_KEYED = Statement(_start_keyed_statement)
+_LOCK_PARENT = Statement(_lock_parent_statement)
+_HAS_OUTCOME = Statement(lambda: sa.select(has_outcome()))
+_INSERT = Statement(_insert_statement)
 _PROGRESS = Statement(_progress_statement)
 _OUTCOMES = Statement(
     lambda: (

@@ -50,7 +50,16 @@ from sqla_durable.store.statements import (
 _SUCCEEDED = status_literal(StepStatus.SUCCEEDED)
 _SOURCES = parameter("sources", ARRAY(sa.UUID()))
 _STANDING = {"status", "output", "error", "crashes", "token", "worker_id", "wake_at", "awaits", "finished_at"}
-_NOT_COPIED = _STANDING | {"place", "created_at", "enqueued_at", "parent_id", "parent_key", "detached", "schedule"}
+_NOT_COPIED = _STANDING | {
+    "place",
+    "created_at",
+    "enqueued_at",
+    "former_key",
+    "parent_id",
+    "parent_key",
+    "detached",
+    "schedule",
+}
 
 
 @dataclass(frozen=True, slots=True)

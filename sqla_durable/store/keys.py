@@ -70,9 +70,9 @@ def not_visible(what: str, *, name: str, key: str) -> KeyNotVisibleError:
 def newer_than_snapshot(what: str, *, name: str, key: str) -> KeyNotVisibleError:
     """Return the error for a key that is taken by a row newer than the transaction's snapshot."""
     return KeyNotVisibleError(
-        f"{what} {name!r} with the key {key!r} was inserted by another transaction after this one had its snapshot "
-        "(REPEATABLE READ or SERIALIZABLE), which cannot see it. Nothing was written, and the transaction is usable. "
-        "Do it in a new transaction, or in READ COMMITTED.",
+        f"{what} {name!r} with the key {key!r} was inserted or changed by another transaction after this one had its "
+        "snapshot (REPEATABLE READ or SERIALIZABLE), which cannot see that. Nothing was written, and the transaction "
+        "is usable. Do it in a new transaction, or in READ COMMITTED.",
         name=name,
         key=key,
         is_newer=True,

@@ -33,6 +33,7 @@ from sqla_durable.store.statements import (
     STREAM_ITEM,
     WORKFLOW,
     Condition,
+    Connectable,
     Expression,
     bind_arguments,
     execute,
@@ -100,20 +101,20 @@ def lock_selected(session: Session, wanted: Selection, meant: Callable[[Conditio
     return still_meant(session, locked, meant(is_among(WORKFLOW.c.id, still_wanted(session, wanted)))) if locked else []
 
 
-def lock(session: Session, meant: Condition) -> list[UUID]:
+def lock(session: Connectable, meant: Condition) -> list[UUID]:
     """Lock the workflows that are meant, in the order of their ids; return the ids."""
     locked = sa.select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id).with_for_update(key_share=True, of=WORKFLOW)
     return list(scalars(session, locked))
 
 
-def still_meant(session: Session, locked: Sequence[UUID], meant: Condition) -> list[UUID]:
+def still_meant(session: Connectable, locked: Sequence[UUID], meant: Condition) -> list[UUID]:
     """Return those of the locked workflows that are still meant, in the order of their ids."""
     return list(
         scalars(session, sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, locked), meant).order_by(WORKFLOW.c.id))
     )
 
 
-def still_wanted(session: Session, wanted: Selection) -> Sequence[UUID]:
+def still_wanted(session: Connectable, wanted: Selection) -> Sequence[UUID]:
     """Return the ids without those of rows that were changed since the select gave them, and no longer fit it.
 
     Only a row that was changed is compared with the select again, without its LIMIT and OFFSET: of others it could
@@ -133,7 +134,7 @@ def still_wanted(session: Session, wanted: Selection) -> Sequence[UUID]:
     return [each for each in wanted.ids if each not in changed or each in fitting]
 
 
-def workers_of(session: Session, locked: Sequence[UUID]) -> set[UUID]:
+def workers_of(session: Connectable, locked: Sequence[UUID]) -> set[UUID]:
     """Return the workers that are executing these workflows, whose rows are locked."""
     running = sa.and_(is_among(WORKFLOW.c.id, locked), WORKFLOW.c.status == status_literal(WorkflowStatus.RUNNING))
     return set(scalars(session, sa.select(WORKFLOW.c.worker_id).where(running).distinct())) if locked else set()
@@ -193,21 +194,24 @@ def resume(session: Session, wanted: Selection) -> list[UUID]:
     """Enqueue those of the workflows that were cancelled or stopped for crashes or deadlines; return their ids.
 
     With those of their trees that were cancelled with them. Their histories stay, and their crashes are reset. Waits
-    for the locks of their rows.
+    for the locks of their rows. Not those whose keys newer ones have.
     """
     stopped = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.FAILED), _STOPPED)
     cancelled = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.CANCELLED), is_not_compensated())
-    locked = lock_cancelled_with(session, wanted, sa.or_(cancelled, stopped))
+    locked = lock_cancelled_with(session, wanted, sa.or_(cancelled, stopped), keeps_key())
     return _enqueue(session, wanted, locked)
 
 
 def retry(session: Session, wanted: Selection) -> list[UUID]:
     """Enqueue those of the workflows that failed by themselves, without what made them fail; return their ids.
 
-    Not those with a saga: their recorded steps may have been compensated.
+    Not those with a saga: their recorded steps may have been compensated. Nor those whose keys newer ones have.
     """
     failed = sa.and_(
-        WORKFLOW.c.status == status_literal(WorkflowStatus.FAILED), sa.not_(_STOPPED), WORKFLOW.c.cancellation.is_(None)
+        WORKFLOW.c.status == status_literal(WorkflowStatus.FAILED),
+        sa.not_(_STOPPED),
+        WORKFLOW.c.cancellation.is_(None),
+        keeps_key(),
     )
     locked = lock_selected(session, wanted, lambda meant: sa.and_(meant, failed))
     if locked:
@@ -220,13 +224,16 @@ def retry(session: Session, wanted: Selection) -> list[UUID]:
 def rewind(session: Session, wanted: Selection, *, to_step: str) -> tuple[list[UUID], set[UUID]]:
     """Enqueue the workflows without that step and what they called after it.
 
+    Not those that are finished and whose keys newer ones have.
+
     Returns:
         The ids, and the workers that were executing some of them.
 
     Raises:
         ArgumentError: one of them has no record of that step; nothing is changed.
     """
-    locked = lock_selected(session, wanted, lambda meant: meant)
+    is_open = sa.or_(WORKFLOW.c.finished_at.is_(None), keeps_key())
+    locked = lock_selected(session, wanted, lambda meant: sa.and_(meant, is_open))
     refuse_unrecorded(session, locked, [to_step], verb="rewound")
     workers = workers_of(session, locked)
     if locked:
@@ -272,7 +279,7 @@ def renewed_deadline() -> Expression:
     return sa.case((WORKFLOW.c.deadline_at <= now, now + WORKFLOW.c.timeout), else_=WORKFLOW.c.deadline_at)
 
 
-def lock_unfinished_trees(session: Session, wanted: Selection) -> tuple[list[UUID], bool]:
+def lock_unfinished_trees(session: Connectable, wanted: Selection) -> tuple[list[UUID], bool]:
     """Lock the unfinished members of the trees of unfinished workflows; return the ids that are to change.
 
     Returns:
@@ -296,37 +303,53 @@ def cancel(session: Session, locked: Sequence[UUID], wanted: Selection) -> bool:
     Returns:
         Whether some of them are enqueued, to compensate.
     """
-    enqueued = False
+    enqueued = cancel_locked(session, locked)
+    refresh_loaded(session, ids_to_refresh(wanted, locked))
+    return enqueued
+
+
+def cancel_locked(connectable: Connectable, locked: Sequence[UUID]) -> bool:
+    """Do so without the session's records."""
+    if not locked:
+        return False
     outcome = {
         "status": WorkflowStatus.CANCELLED,
         "finished_at": pg.statement_timestamp(),
         "wake_at": sa.null(),
         "awaits": sa.null(),
     }
-    if locked:
-        # What has a saga is enqueued, for a worker that has the code to compensate.
-        undone = sa.and_(is_among(WORKFLOW.c.id, locked), WORKFLOW.c.cancellation == COMPENSATES)
-        enqueue = sa.update(WORKFLOW).where(undone).values(_COMPENSATION).returning(WORKFLOW.c.id)
-        enqueued = bool(scalars(session, enqueue).all())
-        at_once = sa.and_(is_among(WORKFLOW.c.id, locked), WORKFLOW.c.cancellation.is_(None))
-        ended = sa.update(WORKFLOW).where(at_once).values(outcome).returning(*END_COLUMNS).cte("ended")
-        notices = *end_notices(ended), insert_orphan_notices(ended).cte("left")
-        scalars(session, sa.select(ended.c.id).add_cte(*notices)).all()
-    refresh_loaded(session, ids_to_refresh(wanted, locked))
+    # What has a saga is enqueued, for a worker that has the code to compensate.
+    undone = sa.and_(is_among(WORKFLOW.c.id, locked), WORKFLOW.c.cancellation == COMPENSATES)
+    enqueue = sa.update(WORKFLOW).where(undone).values(_COMPENSATION).returning(WORKFLOW.c.id)
+    enqueued = bool(scalars(connectable, enqueue).all())
+    at_once = sa.and_(is_among(WORKFLOW.c.id, locked), WORKFLOW.c.cancellation.is_(None))
+    ended = sa.update(WORKFLOW).where(at_once).values(outcome).returning(*END_COLUMNS).cte("ended")
+    notices = *end_notices(ended), insert_orphan_notices(ended).cte("left")
+    scalars(connectable, sa.select(ended.c.id).add_cte(*notices)).all()
     return enqueued
 
 
-def lock_cancelled_with(session: Session, wanted: Selection, condition: Condition) -> list[UUID]:
-    """Lock those of the workflows that fit a condition, and what of their trees was cancelled together with them."""
+def lock_cancelled_with(
+    session: Session, wanted: Selection, condition: Condition, of_each: Condition | None = None
+) -> list[UUID]:
+    """Lock those of the workflows that fit a condition, and what of their trees was cancelled together with them.
+
+    Each of these fits the other condition too, if there is one.
+    """
     cancelled = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.CANCELLED), is_not_compensated())
 
     def meant(roots: Condition) -> Condition:
         tree = _tree(sa.and_(roots, condition), WORKFLOW.c.finished_at.label("moment"))
         together = sa.and_(cancelled, WORKFLOW.c.finished_at == tree.c.moment)
         found = sa.select(WORKFLOW.c.id).join(tree, tree.c.id == WORKFLOW.c.id).where(sa.or_(tree.c.is_root, together))
-        return WORKFLOW.c.id.in_(found)
+        return WORKFLOW.c.id.in_(found) if of_each is None else sa.and_(WORKFLOW.c.id.in_(found), of_each)
 
     return lock_selected(session, wanted, meant)
+
+
+def keeps_key() -> Condition:
+    """Return whether no newer workflow has taken the key: then it can be finished, and enqueued again."""
+    return WORKFLOW.c.former_key.is_(None)
 
 
 def is_not_compensated() -> Condition:

@@ -193,6 +193,21 @@ class NewWorkflow(NamedTuple):
     headers: dict[str, str] | None = None
 
 
+class KeyRule(NamedTuple):
+    """How long a key is taken by the workflow that has it, and what a start does that finds it taken.
+
+    Without a rule a key is taken for ever, and a start returns the workflow that has it. `unique` is "forever",
+    "unfinished", "unstarted", or "period": then it is taken for `period` seconds from that one's start. Where the start
+    is to "replace" what it finds, that one becomes due at most `longest_wait` seconds after its own start, and is
+    replaced no more from then on.
+    """
+
+    on_conflict: str
+    unique: str
+    period: float | None = None
+    longest_wait: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class WorkflowState:
     """The state of a workflow; with an outcome, `output` is JSON text, or `error` a JSON object."""

@@ -43,6 +43,9 @@ from sqla_durable.store.statements import (
 )
 
 NEW = Shape(NewWorkflow, priority=sa.SmallInteger())
+MOST_AT_ONCE = 5_000
+"""How many workflows one statement starts."""
+
 _DEFAULT_QUEUE = "default"  # of the column
 _DEFAULTED = [each for each in WORKFLOW.c if each.server_default is not None and each.name != "input"]
 
@@ -149,6 +152,25 @@ def insert_many_in_snapshot(session: Session, workflows: Sequence[NewWorkflow]) 
     return [ids[each.id] for each in workflows]
 
 
+def insert_absent(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> dict[UUID, UUID]:
+    """Insert those whose keys no row has, in any isolation level; return their ids, by themselves.
+
+    Raises:
+        DBAPIError: a row with one of the keys is newer than the transaction's snapshot: roll back to a savepoint.
+    """
+    ids: dict[UUID, UUID] = {}
+    for first in range(0, len(workflows), MOST_AT_ONCE):
+        ids |= _inserted(connectable, workflows[first : first + MOST_AT_ONCE], in_snapshot=True)
+    return ids
+
+
+def shown_record(session: Session, workflow_id: UUID) -> Workflow:
+    """Return the record of a workflow, of which the same is read as of one whose key was known."""
+    return merge_record(
+        session, execute(session, sa.select(*_SHOWN).where(WORKFLOW.c.id == workflow_id)).mappings().one()
+    )
+
+
 def undo(session: Session, workflows: Sequence[NewWorkflow]) -> None:
     """Delete those of the workflows that this transaction has inserted, by their new ids."""
     execute(session, sa.delete(WORKFLOW).where(is_among(WORKFLOW.c.id, [each.id for each in workflows])))
@@ -194,13 +216,15 @@ def _inserting(new: NewWorkflow, *conditions: Condition) -> Any:
     return insert_new_keys(WORKFLOW, values, source).returning(*_SHOWN, *computed)
 
 
-def _inserted(session: Session, workflows: Sequence[NewWorkflow], *, in_snapshot: bool = False) -> dict[UUID, UUID]:
+def _inserted(session: Connectable, workflows: Sequence[NewWorkflow], *, in_snapshot: bool = False) -> dict[UUID, UUID]:
     if not workflows:
         return {}
     return {each: each for each in _insert(session, workflows, in_snapshot=in_snapshot).scalars()}
 
 
-def _insert(session: Session, workflows: Sequence[NewWorkflow], *, in_snapshot: bool = False) -> sa.CursorResult[Any]:
+def _insert(
+    session: Connectable, workflows: Sequence[NewWorkflow], *, in_snapshot: bool = False
+) -> sa.CursorResult[Any]:
     """Insert workflows with the columns that one of them needs: where all have the default, none is sent."""
     values = dict(zip(NewWorkflow._fields, zip(*workflows, strict=True), strict=True))
     options = [name for name, default in _OPTIONS.items() if values[name].count(default) < len(workflows)]

@@ -95,6 +95,20 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
                 session, [greet.options(key=each, delay=DAY).bind("x") for each in ("known", "new")]
             ),
         },
+        "replacer": {
+            "start one that is to be unfinished": lambda session, _: greet.options(
+                key="known", unique="unfinished"
+            ).start(session, "x"),
+            "replace": lambda session, _: api.start_many(
+                session, [greet.options(key="new", on_conflict="replace", priority=1).bind(each) for each in "xy"]
+            ),
+            "debounce": lambda session, _: api.start_many(
+                session, [greet.options(key="new", debounce=DAY, longest_wait=DAY).bind(each) for each in "xy"]
+            ),
+            "throttle many": lambda session, _: api.start_many(
+                session, [greet.options(key=each, throttle=timedelta.resolution).bind("x") for each in ("known", "new")]
+            ),
+        },
         "caller": {
             "result": lambda session, world: greet.handle(session, world.done).result(),
             "event": lambda session, world: api.get_event(session, world.done, "status"),
@@ -136,6 +150,9 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
             "resume": lambda session, world: api.manage.resume(session, world.cancelled),
             "retry": lambda session, world: api.manage.retry(session, world.failed),
             "rewind": lambda session, world: api.manage.rewind(session, world.owner, to_step="create_callback"),
+            "change": lambda session, world: api.manage.change(
+                session, world.pending, queue="mail", priority=1, delay=DAY
+            ),
             "fork": lambda session, world: api.manage.fork(session, world.owner),
             "delete": lambda session, world: api.manage.delete(
                 session, select(Workflow).where(Workflow.id == world.done)
@@ -152,6 +169,7 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
 
 VERBS = verbs_of(sqla_durable)
 WITH_POLICIES = {
+    "replacer": {*VERBS["starter"]},
     "scheduler": {"read schedule", "start many"},
     "operator": {
         *VERBS["reader"],
@@ -165,7 +183,10 @@ WITH_POLICIES = {
     "reader": {*VERBS["caller"]},
     "updater": {"event"},
 }
-ALSO = WITH_POLICIES | {"updater": {*VERBS["signaller"], "event"}, "answerer": {*VERBS["signaller"]}}
+ALSO = WITH_POLICIES | {
+    "updater": {*VERBS["signaller"], "event"},
+    "answerer": {*VERBS["signaller"]},
+}
 
 
 def expected(role: str, also: Mapping[str, set[str]] = ALSO) -> dict[str, str]:

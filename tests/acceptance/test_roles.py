@@ -154,6 +154,30 @@ def test_an_application_starts_signals_waits_and_cancels(granted: Roles, world: 
         greet.handle(sessions, world.failed).result()
 
 
+def test_who_replaces_and_cancels_starts_in_the_place_of_older_ones(granted: Roles) -> None:
+    """Also where it holds records of older ones, which are not read again before it asks for them."""
+    granted.execute("GRANT canceller TO replacer")
+    sessions = sessionmaker(granted.engine("replacer"), expire_on_commit=False)
+    newer = greet.options(key="k", on_conflict="cancel_running")
+    with sessions.begin() as session:
+        first = newer.start(session, "x")
+    with sessions.begin() as session:
+        session.add(first)
+        second = newer.start(session, "y")
+        replaced = greet.options(key="k", on_conflict="replace").start(session, "z")
+        assert (replaced.id, replaced.status) == (second.id, "pending")
+    with Session(granted.engine("reader")) as session:
+        found = session.scalars(select(Workflow).where(Workflow.id.in_([first.id, second.id])).order_by(Workflow.id))
+        assert [(str(each.status), each.former_key) for each in found] == [("cancelled", "k"), ("pending", None)]
+
+
+def test_the_error_of_who_may_only_start_names_the_rights_of_a_rule(granted: Roles) -> None:
+    with Session(granted.engine("starter")) as session:
+        with pytest.raises(DBAPIError, match="permission denied") as caught:
+            greet.options(key="known", unique="unfinished").start(session, "x")
+        assert any("`replacer`" in each for each in caught.value.__notes__)
+
+
 def test_a_service_with_two_roles_starts_with_a_signal_or_an_update(granted: Roles) -> None:
     granted.execute("GRANT starter TO signaller, updater")
     with Session(granted.engine("signaller")) as session:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -80,6 +81,24 @@ def count(session: Session, name: str = "greet") -> int:
 
 # Row level security
 
+RULES: dict[str, dict[str, Any]] = {
+    "unfinished": {"unique": "unfinished"},
+    "refuse": {"on_conflict": "refuse"},
+    "replace": {"on_conflict": "replace"},
+    "debounce": {"debounce": POLL, "longest_wait": POLL},
+    "throttle": {"throttle": POLL},
+    "cancel_running": {"on_conflict": "cancel_running"},
+}
+
+
+def start_with_rule(options: dict[str, Any], session: Session, _: Workflow) -> object:
+    return greet.options(key="k", **options).start(session, "x")
+
+
+def start_many_with_rule(options: dict[str, Any], session: Session, _: Workflow) -> object:
+    keyed = [greet.options(key=key, **options).bind("x") for key in ("free", "k")]
+    return start_many(session, [*keyed, greet.bind("y")])
+
 
 # behaviour: O3 T9
 def test_a_hidden_key_is_an_error_and_the_transaction_goes_on(tenants: Engine) -> None:
@@ -91,6 +110,9 @@ def test_a_hidden_key_is_an_error_and_the_transaction_goes_on(tenants: Engine) -
         ),
         "fork": lambda session, seen: manage.fork(session, seen, key="other"),
     }
+    for name, options in RULES.items():
+        attempts[name] = partial(start_with_rule, options)
+        attempts[f"many {name}"] = partial(start_many_with_rule, options)
     with Session(tenants) as session:
         seen = greet.start(session, "seen")
         session.flush()

@@ -6,14 +6,14 @@ import json
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, update
+from sqlalchemy import Engine, select, update
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from sqla_durable.errors import KeyNotVisibleError
+from sqla_durable.errors import KeyNotVisibleError, KeyTakenError
 from sqla_durable.models import Workflow
 from sqla_durable.models.base import StepStatus, WorkflowStatus
-from sqla_durable.store import Fence, NewWorkflow, children, steps
+from sqla_durable.store import Fence, KeyRule, NewWorkflow, children, steps
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races
 
@@ -106,3 +106,111 @@ def test_a_start_that_waits_behind_the_cancel_of_its_call_starts_nothing(engine:
         late.session.commit()
     with Session(engine) as session:
         assert session.get(Workflow, child.id) is None
+
+
+# With a rule for the key
+
+
+RULES = {
+    "unfinished": KeyRule("existing", "unfinished"),
+    "refuse": KeyRule("refuse", "forever"),
+    "replace": KeyRule("replace", "unstarted"),
+    "cancel_running": KeyRule("cancel_running", "unfinished"),
+}
+
+
+def ruled(parent: Fence, cents: int = 1, key: str = "k") -> NewWorkflow:
+    of_parent: dict[str, Any] = {"parent_id": parent.workflow_id, "parent_key": "start:refund", "key": key}
+    return NewWorkflow(id=uuid7(), name="refund", input=f'{{"cents": {cents}}}', queue="default", **of_parent)
+
+
+def inputs(engine: Engine) -> list[tuple[str, int]]:
+    with Session(engine) as session:
+        found = session.scalars(select(Workflow).where(Workflow.name == "refund").order_by(Workflow.id))
+        return [(str(each.status), each.input["cents"]) for each in found]
+
+
+# behaviour: D6
+@pytest.mark.parametrize("rule", RULES)
+def test_a_start_with_a_rule_that_is_carried_out_twice_has_one_effect(engine: Engine, rule: str) -> None:
+    """Its acknowledgement was lost, and meanwhile others have gone on: the first outcome stands."""
+    (parent,) = races.claimed_fences(engine)
+    checkpoint = races.checkpoint(parent, "start:refund")
+    child = ruled(parent)
+    with Session(engine) as session, session.begin():
+        first = children.start_ruled(session, checkpoint, child, RULES[rule])
+        assert json.loads(first) == [str(child.id)]
+    with Session(engine) as session, session.begin():
+        session.execute(update(Workflow).where(Workflow.id == child.id).values(input={"cents": 5}))
+    with Session(engine) as session, session.begin():
+        assert children.start_ruled(session, checkpoint, child, RULES[rule]) == first
+    assert inputs(engine) == [("pending", 5)]
+
+
+# behaviour: D6
+@pytest.mark.parametrize("rule", ["replace", "cancel_running"])
+def test_a_start_with_a_rule_that_dies_before_its_commit_has_no_effect(engine: Engine, rule: str) -> None:
+    first, second = races.claimed_fences(engine, 2)
+    with Session(engine) as session, session.begin():
+        children.start_ruled(session, races.checkpoint(first, "start:refund"), ruled(first), RULES[rule])
+    checkpoint, child = races.checkpoint(second, "start:refund"), ruled(second, 2)
+    with races.transaction(engine) as dying:
+        children.start_ruled(dying.session, checkpoint, child, RULES[rule])
+        dying.session.rollback()
+    assert (inputs(engine), races.history_of(engine, second.workflow_id)) == ([("pending", 1)], [])
+    with Session(engine) as session, session.begin():
+        children.start_ruled(session, checkpoint, child, RULES[rule])
+    done = [("pending", 2)] if rule == "replace" else [("cancelled", 1), ("pending", 2)]
+    assert (inputs(engine), races.history_of(engine, second.workflow_id)) == (done, ["start:refund"])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_attempt_that_has_lost_its_workflow_replaces_and_cancels_nothing(engine: Engine, rule: str) -> None:
+    first, second = races.claimed_fences(engine, 2)
+    with Session(engine) as session, session.begin():
+        children.start_ruled(session, races.checkpoint(first, "start:refund"), ruled(first), RULES[rule])
+        session.execute(update(Workflow).where(Workflow.id == second.workflow_id).values(token=uuid7()))
+    with Session(engine) as session, session.begin(), pytest.raises(AttemptLost):
+        children.start_ruled(session, races.checkpoint(second, "start:refund"), ruled(second, 2), RULES[rule])
+    assert inputs(engine) == [("pending", 1)]
+
+
+# behaviour: A1
+@pytest.mark.parametrize("rule", RULES)
+def test_a_start_with_a_rule_that_waits_behind_the_cancel_of_its_call_does_nothing(engine: Engine, rule: str) -> None:
+    first, second = races.claimed_fences(engine, 2)
+    with Session(engine) as session, session.begin():
+        children.start_ruled(session, races.checkpoint(first, "start:refund"), ruled(first), RULES[rule])
+    checkpoint = races.checkpoint(second, "start:refund")
+    failed = checkpoint._replace(status=StepStatus.FAILED, output=None, error='{"type": "cancelled"}')
+
+    def start(session: Session) -> str:
+        return children.start_ruled(session, checkpoint, ruled(second, 2), RULES[rule])
+
+    with races.transaction(engine) as settling, races.transaction(engine) as late:
+        assert steps.settle(settling.session, failed).status is StepStatus.FAILED
+        starting = late.begin_blocked(start)
+        settling.session.commit()
+        with pytest.raises(KeyNotVisibleError):
+            starting.result()
+        late.session.commit()
+    assert inputs(engine) == [("pending", 1)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_two_parents_that_start_one_key_at_the_same_time(engine: Engine, rule: str) -> None:
+    first, second = races.claimed_fences(engine, 2)
+    mine, other = ruled(first), ruled(second, 2)
+    with races.transaction(engine) as one, races.transaction(engine) as late:
+        children.start_ruled(one.session, races.checkpoint(first, "start:refund"), mine, RULES[rule])
+        checkpoint = races.checkpoint(second, "start:refund")
+        starting = late.begin_blocked(lambda session: children.start_ruled(session, checkpoint, other, RULES[rule]))
+        one.session.commit()
+        if rule == "refuse":
+            with pytest.raises(KeyTakenError):
+                starting.result()
+            return
+        (found,) = json.loads(starting.result())
+        late.session.commit()
+    assert found == str(other.id if rule == "cancel_running" else mine.id)
+    assert inputs(engine)[-1] == ("pending", 1 if rule == "unfinished" else 2)

@@ -96,8 +96,9 @@ _IN_ORDER = re.compile(r"ORDER BY durable\.workflow\.id\s*(?:\n LIMIT [^\n]*)?$"
 _WAITING = {
     "attempts": ["_FINISH", "_LOCK", "_RELEASE"],
     "callbacks": ["_EXPIRE", "_HOLD"],
-    "children": ["_CANCEL_REST", "_START", "_START_KEYED", "_TAKE_FIRST", "_TAKE_OUTCOME"],
+    "children": ["_CANCEL_REST", "_INSERT", "_LOCK_PARENT", "_START", "_START_KEYED", "_TAKE_FIRST", "_TAKE_OUTCOME"],
     "claims": ["_CLAIM_ONE"],
+    "conflicts": ["_REPLACE", "_TAKE_KEY"],
     "continuations": ["_CONTINUE", "_SUSPEND"],
     "deferred": ["_START_REST"],
     "events": ["_PUT", "_RECORD", "_TAKE"],

@@ -17,6 +17,7 @@ BY_TASK = "tests/acceptance/test_roles.py"
 
 TASKS = (
     "starter",
+    "replacer",
     "caller",
     "signaller",
     "updater",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
+from datetime import timedelta
 from typing import Any, assert_type
 from uuid import UUID
 
@@ -19,6 +20,7 @@ def in_a_session(session: Session, record: Workflow, id_: UUID) -> None:
     assert_type(manage.cancel(session, record), list[UUID])
     assert_type(manage.resume(session, id_), list[UUID])
     assert_type(manage.retry(session, [record, id_]), list[UUID])
+    assert_type(manage.change(session, id_, queue="slow", priority=1, delay=timedelta(0)), list[UUID])
     assert_type(manage.rewind(session, select(Workflow), to_step="charge"), list[UUID])
     assert_type(manage.delete(session, select(Workflow.id)), list[UUID])
     assert_type(manage.fork(session, record, from_step="charge", input={"cents": 1}, key="again"), Workflow)

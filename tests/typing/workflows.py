@@ -48,6 +48,10 @@ def starts(session: Session, workflow_id: UUID) -> None:
     assert_type(acheckout.options(at=datetime.now(UTC)).start(session, 1), Workflow)
     limited = checkout.options(timeout=timedelta(days=1), deadline=datetime.now(UTC))
     assert_type(limited.options(deadline=timedelta(days=1)).start(session, 1), Workflow)
+    debounced = acheckout.options(key="k", debounce=timedelta(seconds=5), longest_wait=timedelta(minutes=1))
+    assert_type(debounced.start(session, 1), Workflow)
+    assert_type(checkout.options(key="k", unique="unfinished", on_conflict="refuse").start(session, 1), Workflow)
+    assert_type(checkout.options(key="k", unique=timedelta(hours=1)).start(session, 1), Workflow)
     assert_type(checkout.bind(1), BoundWorkflow)
     assert_type(start_many(session, [checkout.bind(1), acheckout.bind(2)]), list[UUID])
 
@@ -115,6 +119,8 @@ async def wrong_calls(session: Session, async_session: AsyncSession, maker: sess
     await checkout.start(session, 1)  # type: ignore[misc]
     checkout.options(delay=3)  # type: ignore[arg-type]
     checkout.options(prio=3)  # type: ignore[call-arg]
+    checkout.options(unique="running")  # type: ignore[arg-type]
+    checkout.options(on_conflict="ignore")  # type: ignore[arg-type]
     checkout.bind("one")  # type: ignore[arg-type]
     checkout("one")  # type: ignore[arg-type]
     checkout.handle(maker, "1234")  # type: ignore[call-overload]

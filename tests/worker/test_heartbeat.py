@@ -38,6 +38,7 @@ def heartbeat_of(database: ThreadDatabase, engine: Engine, threads: ThreadPoolEx
     stopping, loop = threading.Event(), asyncio.get_running_loop()
     resources = Resources(
         database=database,
+        transacting=database,
         writer=races.writer(database),
         stream_writer=StreamWriter(database),
         threads=threads,

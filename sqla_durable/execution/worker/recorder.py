@@ -106,6 +106,7 @@ class Resources:
 
     Attributes:
         database: executes the statements that are no part of a batch.
+        transacting: executes those that belong together.
         writer: commits checkpoints and outcomes, in batches.
         stream_writer: commits what is appended to streams, in batches.
         threads: where sync code is executed.
@@ -121,6 +122,7 @@ class Resources:
     """
 
     database: Database
+    transacting: Database
     writer: Writer
     stream_writer: StreamWriter
     threads: concurrent.futures.ThreadPoolExecutor
@@ -204,6 +206,11 @@ class WorkerRecorder(Recorder):
     async def execute(self, statement: Callable[[Connectable], T]) -> T:
         """Call a store function on a connection of the worker's own."""
         return await self._waiting.on_loop(persistently(self._resources.database, statement, what="operation"))
+
+    @override
+    async def execute_together(self, statements: Callable[[Connectable], T]) -> T:
+        """Call a store function in a transaction on a connection of the worker's own."""
+        return await self._waiting.on_loop(persistently(self._resources.transacting, statements, what="operation"))
 
     @override
     async def append(self, append: Append) -> Appended:

@@ -211,6 +211,7 @@ class Serving:
         slots = Slots(settings.concurrency)
         resources = Resources(
             database=database,
+            transacting=databases.transacting,
             writer=self._writer,
             stream_writer=self._stream_writer,
             threads=threads,

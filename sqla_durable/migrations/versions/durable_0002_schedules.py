@@ -1,4 +1,4 @@
-"""Add limits of queues, and schedules."""
+"""Add limits of queues, and schedules; and let a key pass from a workflow to a newer one."""
 
 from __future__ import annotations
 
@@ -84,12 +84,14 @@ def upgrade(schema: str | None = None) -> None:
         op.create_table_comment("workflow", _COMMENT, existing_comment=_COMMENT_BEFORE, schema=name)
         _create_schedule(name)
         _add_limits(name)
+        op.add_column("workflow", sa.Column("former_key", sa.Text()), schema=name)
 
 
 def downgrade(schema: str | None = None) -> None:
     with schemas.resolved(schema) as found:
         name = sa.quoted_name(found, quote=True)  # Alembic splits another one at its dots
         schemas.lock_tables(found, *_CHANGED)
+        op.drop_column("workflow", "former_key", schema=name)
         _drop_limits(name)
         op.drop_table("schedule", schema=name)
         op.create_table_comment("workflow", _COMMENT_BEFORE, existing_comment=_COMMENT, schema=name)
