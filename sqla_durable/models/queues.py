@@ -42,6 +42,7 @@ class Queue(Base):
     aging: Mapped[timedelta | None]
     claim: Mapped[UUID | None]
     turn: Mapped[str | None]
+    passed: Mapped[str | None]
     turn_priority: Mapped[int | None] = mapped_column(SmallInteger)
 
     keys: Mapped[list[QueueKey]] = relationship(

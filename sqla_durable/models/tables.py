@@ -227,6 +227,15 @@ class Workflow(Base):
                 "OR (status = 'failed' AND place = 'key_failed')"
             ),
         ),
+        # What goes on there, in the order of the claim.
+        Index(
+            "workflow_going_on_idx",
+            "queue",
+            "priority",
+            "enqueued_at",
+            "id",
+            postgresql_where=text("status = 'pending' AND place IS NOT NULL"),
+        ),
         # The tree under a workflow.
         Index("workflow_parent_idx", "parent_id", "id", postgresql_where=text("parent_id IS NOT NULL")),
         {"comment": REVISION_COMMENT},

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.base import WorkflowStatus
-from sqla_durable.store.places import KEPT, OTHER, UNTIL_FINISHED, total
+from sqla_durable.store.places import OTHER, UNTIL_FINISHED, keeps, kinds_kept, noted_place, total
 from sqla_durable.store.statements import (
     QUEUE,
     QUEUE_KEY,
@@ -88,8 +88,13 @@ def situation(session: Session, workflow_id: UUID) -> sa.RowMapping | None:
 def holders(session: Session, queue: str, by: str | None = None) -> tuple[int, list[Holder]]:
     """Return how many workflows of a queue, or of a key, take a place, and the first of them."""
     runs = OTHER.c.status == status_literal(WorkflowStatus.RUNNING)
-    kept = sa.or_(*KEPT)
-    kept = sa.and_(kept, OTHER.c.place == UNTIL_FINISHED) if by is None else sa.and_(kept, OTHER.c.by == by)
+    noted = sa.select(noted_place()).where(QUEUE.c.name == queue).scalar_subquery()
+    kept = sa.and_(keeps(noted), sa.or_(*kinds_kept(noted)))
+    kept = (
+        sa.and_(kept, noted == UNTIL_FINISHED, OTHER.c.place == UNTIL_FINISHED)
+        if by is None
+        else sa.and_(kept, OTHER.c.by == by)
+    )
     conditions = [OTHER.c.queue == queue, sa.or_(runs if by is None else sa.and_(runs, OTHER.c.by == by), kept)]
     number = scalar(session, sa.select(count_rows()).select_from(OTHER).where(*conditions))
     columns = OTHER.c.id, OTHER.c.name, OTHER.c.status, OTHER.c.started_at, WORKER.c.name

@@ -14,19 +14,17 @@ import sqlalchemy as sa
 from sqla_durable.models.base import Text
 from sqla_durable.store import turns
 from sqla_durable.store.places import (
-    KEPT,
-    KEY,
-    KEY_UNLESS_FAILED,
     NO_KEY,
     PENDING,
     UNTIL_FINISHED,
-    WHILE_RUNNING,
     at_least_zero,
     count,
     count_free,
     how_many,
     is_paused_key,
     kept_of,
+    kinds_kept,
+    noted_place,
     room_in,
     running_of,
     total,
@@ -47,11 +45,12 @@ from sqla_durable.store.statements import (
     parameter,
     pg,
     row_version,
-    text_literal,
 )
 
 _MOST_GOING_ON = integer(1_000)  # workflows that go on, among which one claim chooses
+_MOST_LOCKED = integer(100)  # of those, chosen more than there are places, because others may have locked some
 _MOST_EXPIRED = integer(1_000)  # rows of uses that one claim deletes
+_LATE = sa.text("interval '10 seconds'")  # the time between the beginnings of two claims that end in another order
 _QUEUE = parameter("queue", Text())
 _CLAIM = parameter("new_token", sa.UUID())
 _ORDER = WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id
@@ -90,11 +89,12 @@ def choose(is_known: Condition, within: Restriction) -> Choice:
     going_on = _going_on(counts, can_go)
     free = count_free(counts, going_on)
     ranked = turns.rank_priorities(free)
-    walk = turns.walk_keys(free, ranked)
+    walk = turns.walk_keys(free, ranked, can_go)
     planned = turns.distribute(free, walk, ranked)
     new = sa.union_all(
         turns.of_priorities(free, ranked, can_go),
         turns.of_keys(free, planned, can_go),
+        turns.firsts_of_keys(free, planned, can_go),
         turns.keyless(free, planned, can_go),
     ).cte("new")
     place = sa.select(limits.c.place).scalar_subquery()
@@ -131,15 +131,9 @@ def choose(is_known: Condition, within: Restriction) -> Choice:
 def _limits() -> sa.CTE:
     """Lock the row of the queue, if nobody has, and if it is what the snapshot sees."""
     seen = materialized(sa.select(QUEUE.c.name, row_version(QUEUE)).where(QUEUE.c.name == _QUEUE), "seen")
-    version: Any = sa.column("xmin", _selectable=QUEUE)
+    version: sa.ColumnClause[Any] = sa.column("xmin", _selectable=QUEUE)
     is_keyed = pg.num_nonnulls(QUEUE.c.per_key, QUEUE.c.key_rate, QUEUE.c.fifo) > ZERO
-    place = sa.case(
-        (QUEUE.c.fifo == text_literal("block"), KEY_UNLESS_FAILED),
-        (QUEUE.c.fifo.is_not(None), KEY),
-        (QUEUE.c.while_suspended == text_literal("hold"), UNTIL_FINISHED),
-        (pg.num_nonnulls(QUEUE.c.rate, QUEUE.c.key_rate) > ZERO, WHILE_RUNNING),
-    )
-    names = "concurrency", "rate", "rate_period", "key_rate", "key_rate_period", "aging", "turn_priority"
+    names = "concurrency", "rate", "rate_period", "key_rate", "key_rate_period", "aging", "passed", "turn_priority"
     columns = [
         QUEUE.c.name,
         *(QUEUE.c[each] for each in names),
@@ -147,7 +141,7 @@ def _limits() -> sa.CTE:
         sa.func.least(LIMIT, QUEUE.c.per_worker - parameter("here", sa.Integer())).label("most"),
         QUEUE.c.fifo.is_not(None).label("is_fifo"),
         sa.or_(is_keyed, QUEUE.c.fair).label("is_keyed"),
-        place.label("place"),
+        noted_place().label("place"),
         sa.func.coalesce(QUEUE.c.turn, NO_KEY).label("turn"),
     ]
     locked = sa.select(*columns).join_from(QUEUE, seen, QUEUE.c.name == seen.c.name)
@@ -158,9 +152,10 @@ def _limits() -> sa.CTE:
 def _going_on(counts: sa.CTE, can_go: Condition) -> sa.CTE:
     """Choose and lock what has started before in the queue: it needs no room of a rate, but after a crash."""
     has_crashed = WORKFLOW.c.crashes > ZERO
+    goes_on = can_go, WORKFLOW.c.place.is_not(None)
     first = (
         sa.select(*_ORDER, WORKFLOW.c.by, has_crashed.label("has_crashed"))
-        .where(can_go, WORKFLOW.c.place.is_not(None), WORKFLOW.c.queue == counts.c.name)
+        .where(*goes_on, WORKFLOW.c.queue == counts.c.name, ~is_paused_key(counts, WORKFLOW.c.by))
         .order_by(*_ORDER)
         .limit(_MOST_GOING_ON)
         .correlate(counts)
@@ -180,21 +175,32 @@ def _going_on(counts: sa.CTE, can_go: Condition) -> sa.CTE:
         .select_from(counts.join(first, sa.true()))
         .subquery("waiting_on")
     )
-    left = counts.c.per_key - running_of(counts, waiting.c.by) - kept_of(counts, waiting.c.by, *KEPT[:2])
+    left = (
+        counts.c.per_key
+        - running_of(counts, waiting.c.by)
+        - kept_of(counts, waiting.c.by, *kinds_kept(counts.c.place)[:2])
+    )
     rate_left = counts.c.rate - counts.c.used
     key_rate_left = counts.c.key_rate - used_of(counts, waiting.c.by)
+    places = sa.func.least(counts.c.most, room_in(counts))
     allowed = (
         sa.select(waiting.c.id)
         .select_from(counts.join(waiting, sa.true()))
         .where(
-            ~is_paused_key(counts, waiting.c.by),
             sa.or_(waiting.c.by.is_(None), counts.c.per_key.is_(None), waiting.c.of_key <= left),
             sa.or_(~waiting.c.has_crashed, counts.c.rate.is_(None), waiting.c.crashed <= rate_left),
-            sa.or_(~waiting.c.has_crashed, counts.c.key_rate.is_(None), waiting.c.crashed_of_key <= key_rate_left),
+            sa.or_(
+                ~waiting.c.has_crashed,
+                waiting.c.by.is_(None),
+                counts.c.key_rate.is_(None),
+                waiting.c.crashed_of_key <= key_rate_left,
+            ),
         )
         .order_by(*(waiting.c[each.name] for each in _ORDER))
-        .limit(at_least_zero(counts, sa.func.least(counts.c.most, room_in(counts))))
+        .limit(at_least_zero(counts, places + _MOST_LOCKED))
     )
+    place = sa.select(counts.c.place).scalar_subquery()
+    holds = sa.and_(place == UNTIL_FINISHED, WORKFLOW.c.place == UNTIL_FINISHED)
     locked = (
         sa.select(
             WORKFLOW.c.id,
@@ -202,31 +208,43 @@ def _going_on(counts: sa.CTE, can_go: Condition) -> sa.CTE:
             WORKFLOW.c.started_at,
             row_version(WORKFLOW),
             has_crashed.label("uses"),
-            (WORKFLOW.c.place == UNTIL_FINISHED).label("keeps"),
+            sa.func.coalesce(holds, sa.false()).label("keeps"),
         )
-        .where(WORKFLOW.c.id == sa.func.any(sa.func.array(allowed.scalar_subquery())), can_go)
+        .where(WORKFLOW.c.id == sa.func.any(sa.func.array(allowed.scalar_subquery())), *goes_on, turns.IS_HERE)
+        .order_by(*_ORDER)
+        .limit(at_least_zero(counts, places))
         .with_for_update(key_share=True, skip_locked=True)
     )
     return materialized(locked, "going_on")
 
 
 def _note(limits: sa.CTE, outcome: sa.CTE, walk: sa.CTE, planned: sa.CTE) -> sa.CTE:
-    """Change the queue's row, so that an older snapshot counts nothing; note where keys go on."""
-    served = sa.select(planned.c.by).where(planned.c.by.is_not(None)).order_by(planned.c.last.desc()).limit(ONE)
+    """Change the queue's row, so that an older snapshot counts nothing; note where keys go on.
+
+    Also where nothing could be locked of the keys whose turn it was: the next claim tries others.
+    """
+    served = sa.select(sa.func.coalesce(planned.c.by, NO_KEY)).order_by(planned.c.last.desc()).limit(ONE)
     last = sa.select(walk.c.by, walk.c.priority).order_by(walk.c.number.desc()).limit(ONE).subquery("last")
-    passed = sa.select(last.c.by).scalar_subquery()
+    turn = sa.func.coalesce(served.scalar_subquery(), limits.c.turn)
+    passed = sa.select(last.c.by).where(last.c.by != turn).correlate(limits).scalar_subquery()
     stopped_at = sa.select(last.c.priority).scalar_subquery()
-    turn = sa.case((outcome.c.ended, passed), else_=sa.func.coalesce(served.scalar_subquery(), limits.c.turn))
+    is_noted = sa.or_(
+        outcome.c.took > ZERO,
+        outcome.c.ended,
+        limits.c.turn_priority.is_not(None),
+        sa.select(planned.c.number).exists(),
+    )
     note = sa.select(
         limits.c.name,
         turn.label("turn"),
+        sa.case((outcome.c.ended, passed)).label("passed"),
         sa.case((outcome.c.ended, stopped_at)).label("turn_priority"),
-    ).join_from(limits, outcome, sa.or_(outcome.c.took > ZERO, outcome.c.ended, limits.c.turn_priority.is_not(None)))
+    ).join_from(limits, outcome, is_noted)
     found = materialized(note, "note")
     return (
         sa.update(QUEUE)
         .where(QUEUE.c.name == found.c.name)
-        .values(claim=_CLAIM, turn=found.c.turn, turn_priority=found.c.turn_priority)
+        .values(claim=_CLAIM, turn=found.c.turn, passed=found.c.passed, turn_priority=found.c.turn_priority)
         .returning(QUEUE.c.name)
         .cte("noted")
     )
@@ -234,7 +252,7 @@ def _note(limits: sa.CTE, outcome: sa.CTE, walk: sa.CTE, planned: sa.CTE) -> sa.
 
 def _use(free: sa.CTE, chosen: sa.CTE) -> sa.CTE:
     """Note how many were started, where a rate counts that."""
-    by = sa.func.coalesce(chosen.c.by, NO_KEY)
+    by = sa.case((free.c.key_rate.is_not(None), sa.func.coalesce(chosen.c.by, NO_KEY)), else_=NO_KEY)
     uses = (
         sa.select(free.c.name, by, pg.statement_timestamp(), _CLAIM, how_many())
         .select_from(free.join(chosen, sa.true()))
@@ -253,7 +271,7 @@ def _forget(free: sa.CTE) -> sa.CTE:
     expired = (
         sa.select(*key)
         .select_from(free.join(old, old.c.queue == free.c.name))
-        .where(old.c.used_at <= pg.statement_timestamp() - longest)
+        .where(old.c.used_at <= pg.statement_timestamp() - longest - _LATE)
         .limit(_MOST_EXPIRED)
         .subquery("expired")
     )

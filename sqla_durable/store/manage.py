@@ -396,6 +396,7 @@ def _enqueue(session: Session, wanted: Selection, locked: Sequence[UUID], **more
         "awaits": sa.null(),
         "deadline_at": renewed_deadline(),
         "finished_at": sa.null(),
+        "place": _place_again(),
         **more,
     }
     if locked:
@@ -404,6 +405,12 @@ def _enqueue(session: Session, wanted: Selection, locked: Sequence[UUID], **more
         ).all()
     refresh_loaded(session, ids_to_refresh(wanted, locked))
     return list(locked)
+
+
+def _place_again() -> Expression:
+    """Return the place of a workflow that is enqueued again: what had finished has none, unless its key waits."""
+    waits_for_it = WORKFLOW.c.place == text_literal("key_failed")
+    return sa.case((sa.or_(WORKFLOW.c.finished_at.is_(None), waits_for_it), WORKFLOW.c.place))
 
 
 def _of(table: sa.FromClause, ids: Sequence[UUID]) -> Condition:

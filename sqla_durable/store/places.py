@@ -12,6 +12,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store.statements import (
     ONE,
+    QUEUE,
     QUEUE_KEY,
     QUEUE_USE,
     WORKFLOW,
@@ -39,12 +40,31 @@ OTHER = WORKFLOW.alias("other")
 _RUNNING, _SUSPENDED = status_literal(WorkflowStatus.RUNNING), status_literal(WorkflowStatus.SUSPENDED)
 _FAILED = status_literal(WorkflowStatus.FAILED)
 
-KEPT: tuple[Condition, ...] = (
-    sa.and_(OTHER.c.status == _SUSPENDED, OTHER.c.place != WHILE_RUNNING),
-    sa.and_(OTHER.c.status == _FAILED, OTHER.c.place == KEY_UNLESS_FAILED),
-    sa.and_(OTHER.c.status == PENDING, OTHER.c.place.is_not(None), OTHER.c.place != WHILE_RUNNING),
-)
-"""What keeps a place, or that of its key, without running; the last of these goes on as soon as it is claimed."""
+
+def noted_place() -> Expression:
+    """Return the place that a claim notes in what it takes, by the settings of the queue's row."""
+    return sa.case(
+        (QUEUE.c.fifo == text_literal("block"), KEY_UNLESS_FAILED),
+        (QUEUE.c.fifo.is_not(None), KEY),
+        (QUEUE.c.while_suspended == text_literal("hold"), UNTIL_FINISHED),
+        (pg.num_nonnulls(QUEUE.c.rate, QUEUE.c.key_rate) > ZERO, WHILE_RUNNING),
+    )
+
+
+def keeps(noted: Expression) -> Condition:
+    """Return whether anything keeps a place without running in a queue whose claims note this place now."""
+    return sa.func.coalesce(noted, WHILE_RUNNING) != WHILE_RUNNING
+
+
+def kinds_kept(noted: Expression) -> tuple[Condition, ...]:
+    """Return what keeps a place, or that of its key, without running; the last of these goes on once it is claimed."""
+    kept = OTHER.c.place != WHILE_RUNNING
+    failed = sa.and_(OTHER.c.status == _FAILED, OTHER.c.place == KEY_UNLESS_FAILED)
+    return (
+        sa.and_(OTHER.c.status == _SUSPENDED, kept),
+        sa.and_(noted == KEY_UNLESS_FAILED, failed),
+        sa.and_(OTHER.c.status == PENDING, OTHER.c.place.is_not(None), kept),
+    )
 
 
 def count(limits: sa.CTE) -> sa.CTE:
@@ -58,9 +78,11 @@ def count(limits: sa.CTE) -> sa.CTE:
         "running",
     )
     by_key = pg.jsonb_object_agg(running.c.by, running.c.number, type_=JSONB)
-    keeps = sa.and_(WORKFLOW.c.queue == limits.c.name, WORKFLOW.c.place == UNTIL_FINISHED)
-    suspended = sa.and_(WORKFLOW.c.status == _SUSPENDED, WORKFLOW.c.place != WHILE_RUNNING, keeps)
-    pending = sa.and_(WORKFLOW.c.status == PENDING, WORKFLOW.c.place.is_not(None), keeps)
+    holds = sa.and_(
+        limits.c.place == UNTIL_FINISHED, WORKFLOW.c.queue == limits.c.name, WORKFLOW.c.place == UNTIL_FINISHED
+    )
+    suspended = sa.and_(WORKFLOW.c.status == _SUSPENDED, WORKFLOW.c.place != WHILE_RUNNING, holds)
+    pending = sa.and_(WORKFLOW.c.status == PENDING, WORKFLOW.c.place.is_not(None), holds)
     used = sa.select(total(QUEUE_USE.c.number)).where(
         *_in_period(QUEUE_USE.c.used_at, limits.c.rate_period), QUEUE_USE.c.queue == limits.c.name
     )
@@ -76,7 +98,9 @@ def count(limits: sa.CTE) -> sa.CTE:
             *limits.c,
             sa.select(total(running.c.number)).scalar_subquery().label("running"),
             sa.select(by_key).where(running.c.by.is_not(None)).scalar_subquery().label("running_by"),
-            sa.or_(*(_has_kept(limits, each) for each in KEPT)).label("has_kept"),
+            sa.and_(
+                keeps(limits.c.place), sa.or_(*(_has_kept(limits, each) for each in kinds_kept(limits.c.place)))
+            ).label("has_kept"),
             _how_many(suspended, limits).label("suspended"),
             _how_many(pending, limits).label("pending"),
             sa.case((limits.c.rate.is_not(None), used.scalar_subquery())).label("used"),
@@ -137,16 +161,17 @@ def used_of(counts: sa.FromClause, by: Expression) -> Expression:
     """Return how many starts of a key count against its rate."""
     found = sa.select(total(QUEUE_USE.c.number)).where(
         QUEUE_USE.c.queue == counts.c.name,
-        QUEUE_USE.c.by == sa.func.coalesce(by, NO_KEY),
+        QUEUE_USE.c.by == by,
         *_in_period(QUEUE_USE.c.used_at, counts.c.key_rate_period),
     )
     return found.correlate_except(QUEUE_USE).scalar_subquery()
 
 
 def is_paused_key(counts: sa.FromClause, by: Expression) -> Condition:
-    """Return whether a key of the queue is paused."""
+    """Return whether a key of the queue is paused, where its settings are per key."""
     mine = sa.select(QUEUE_KEY.c.by).where(QUEUE_KEY.c.queue == counts.c.name, QUEUE_KEY.c.by == by)
-    return mine.where(QUEUE_KEY.c.paused_at.is_not(None)).correlate_except(QUEUE_KEY).exists()
+    is_paused = mine.where(QUEUE_KEY.c.paused_at.is_not(None)).correlate_except(QUEUE_KEY).exists()
+    return sa.and_(counts.c.is_keyed, is_paused)
 
 
 def at_least_zero(table: sa.FromClause, value: Expression) -> Expression:
@@ -160,7 +185,9 @@ def waits_in(free: sa.FromClause) -> Condition:
 
 
 def _has_kept(limits: sa.FromClause, kept: Condition) -> Condition:
-    return sa.select(OTHER.c.id).where(OTHER.c.queue == limits.c.name, kept).correlate_except(OTHER).exists()
+    # In the order of its index, so that no plan reads the table until something is found.
+    found = sa.select(OTHER.c.queue).where(OTHER.c.queue == limits.c.name, kept).order_by(OTHER.c.by).limit(ONE)
+    return found.correlate_except(OTHER).scalar_subquery().is_not(None)
 
 
 def _how_many(condition: Condition, outer: sa.CTE) -> Expression:

@@ -12,11 +12,11 @@ import sqlalchemy as sa
 
 from sqla_durable.models.base import Text
 from sqla_durable.store.places import (
-    KEPT,
     OTHER,
     at_least_zero,
     how_many,
     kept_of,
+    kinds_kept,
     running_of,
     total,
     used_of,
@@ -31,6 +31,7 @@ from sqla_durable.store.statements import (
     integer,
     interval,
     materialized,
+    parameter,
     pg,
     row_version,
 )
@@ -40,12 +41,14 @@ MOST_PASSED = integer(500)
 
 _MOST_AT_ONCE = integer(250)  # workflows that one claim takes
 _MOST_KEYLESS = integer(200)  # waiting workflows, among which one claim looks for those without a key
-_LAST_ID = sa.literal_column("uuid 'ffffffff-ffff-ffff-ffff-ffffffffffff'", type_=sa.UUID())
 _LATEST = sa.literal_column("timestamptz 'infinity'", type_=sa.DateTime(timezone=True))
-_BEHIND, _AROUND, _STRAIGHT = integer(0), integer(1), integer(2)
-"""Where a walk is: behind the last key that was served, come around to the others, or going on where one ended."""
+_BEHIND, _AROUND = integer(0), integer(1)
+"""Where a walk is: behind the last key that was served, or come around to the others."""
 
-_VISITED = OTHER.c.priority, OTHER.c.by, OTHER.c.enqueued_at, OTHER.c.id
+IS_HERE: Condition = pg.concat(WORKFLOW.c.queue) == parameter("queue", Text())
+"""Whether a workflow is in the queue, as an expression that fits no index: it is found by its id."""
+
+_VISITED = OTHER.c.priority, OTHER.c.by, OTHER.c.id
 _ORDER = WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id
 
 
@@ -101,28 +104,23 @@ def of_priorities(free: sa.CTE, ranked: sa.CTE, can_go: Condition) -> Any:
     return head_columns(head).select_from(each.join(head, sa.true())).limit(at_least_zero(free, free.c.places))
 
 
-def walk_keys(free: sa.CTE, ranked: sa.CTE) -> sa.CTE:
+def walk_keys(free: sa.CTE, ranked: sa.CTE, can_go: Condition) -> sa.CTE:
     """Visit the keys that wait, priority by priority, and find out how many places each has.
 
     A walk ends when as many keys as there are places have one, or when it has passed too many that have none; then the
-    next one goes straight on there.
+    next one goes on there. A key of which nothing can go has none.
     """
-    start = sa.func.coalesce(
-        sa.select(pg.min(ranked.c.rank)).where(ranked.c.priority == free.c.turn_priority).scalar_subquery(), ONE
-    )
-    goes_straight = sa.func.coalesce(
-        sa.select(ranked.c.rank).where(ranked.c.priority == free.c.turn_priority).exists(), sa.false()
-    )
+    stopped = sa.select(pg.min(ranked.c.rank)).where(ranked.c.priority == free.c.turn_priority).scalar_subquery()
+    goes_on = sa.and_(free.c.passed.is_not(None), stopped.is_not(None))
     walk = (
         sa.select(
             ZERO.label("number"),
             ZERO.label("ready"),
-            sa.cast(start, sa.BigInteger).label("rank"),
+            sa.cast(sa.case((goes_on, stopped), else_=ONE), sa.BigInteger).label("rank"),
             sa.cast(sa.null(), sa.SmallInteger).label("priority"),
-            free.c.turn.label("by"),
-            sa.cast(sa.null(), sa.DateTime(timezone=True)).label("enqueued_at"),
+            sa.case((goes_on, free.c.passed), else_=free.c.turn).label("by"),
             sa.cast(sa.null(), sa.UUID).label("id"),
-            sa.case((goes_straight, _STRAIGHT), else_=_BEHIND).label("phase"),
+            sa.case((sa.and_(goes_on, free.c.passed <= free.c.turn), _AROUND), else_=_BEHIND).label("phase"),
             ONE.label("weight"),
             sa.cast(ZERO, sa.BigInteger).label("places"),
         )
@@ -149,7 +147,7 @@ def walk_keys(free: sa.CTE, ranked: sa.CTE) -> sa.CTE:
         )
         one = waiting.limit(ONE).correlate(walk, free, *tried).subquery(f"{name}_one")
         in_turn = one.c.by <= free.c.turn if name in ("around", "behind") else sa.true()
-        is_it = sa.or_(walk.c.phase != _AROUND, in_turn) if name == "behind" else in_turn
+        is_it = sa.or_(walk.c.phase == _BEHIND, in_turn) if name == "behind" else in_turn
         found = sa.select(*one.c).where(is_it)
         tried.append(found.correlate(walk, free, *tried).lateral(name))
 
@@ -158,39 +156,45 @@ def walk_keys(free: sa.CTE, ranked: sa.CTE) -> sa.CTE:
     first("around", OTHER.c.priority == at, only=walk.c.phase == _BEHIND)
     first("later", OTHER.c.priority == next_rank, OTHER.c.by > free.c.turn, only=sa.true())
     first("later_around", OTHER.c.priority == next_rank, only=sa.true())
-    priority, by, enqueued_at, workflow_id = (
-        sa.func.coalesce(*(each.c[column.name] for each in tried)) for column in _VISITED
-    )
+    priority, by, workflow_id = (sa.func.coalesce(*(each.c[column.name] for each in tried)) for column in _VISITED)
     rank, key = ranked.alias("its_rank"), QUEUE_KEY.alias("key")
-    stays = sa.and_(rank.c.rank == walk.c.rank, walk.c.phase == _STRAIGHT)
-    phase = sa.case((stays, _STRAIGHT), (by > free.c.turn, _BEHIND), else_=_AROUND)
+    phase = sa.case((by > free.c.turn, _BEHIND), else_=_AROUND)
     room = sa.func.least(
         free.c.places,
-        free.c.per_key - running_of(free, by) - kept_of(free, by, *KEPT),
+        free.c.per_key - running_of(free, by) - kept_of(free, by, *kinds_kept(free.c.place)),
         free.c.key_rate - used_of(free, by),
     )
     waits_longer = sa.or_(key.c.paused_at.is_not(None), pg.jsonb_object_field(free.c.keys_going_on, by).is_not(None))
-    places = sa.select(sa.case((waits_longer, ZERO), else_=sa.func.greatest(ZERO, room)).label("places"))
-    room_of_key = places.correlate(free, key, *tried).lateral("room_of_key")
+    most = sa.case((waits_longer, ZERO), else_=sa.func.greatest(ZERO, room))
+    room_of_key = sa.select(most.label("most")).correlate(free, key, *tried).lateral("room_of_key")
+    mine = sa.and_(WORKFLOW.c.queue == free.c.name, WORKFLOW.c.priority == priority, WORKFLOW.c.by == by)
+    better = ranked.alias("better")
+    ahead = sa.select(OTHER.c.id).join_from(better, OTHER, sa.and_(waits, OTHER.c.priority == better.c.priority))
+    ahead = ahead.where(better.c.rank < rank.c.rank, OTHER.c.by == by).correlate(free, rank, *tried)
+    is_first = sa.and_(WORKFLOW.c.id == workflow_id, ~ahead.exists())
+    known = sa.select(WORKFLOW.c.id).where(mine, can_go, WORKFLOW.c.place.is_(None), sa.or_(~free.c.is_fifo, is_first))
+    can_start = sa.and_(room_of_key.c.most > ZERO, known.limit(ONE).correlate(free, rank, *tried).exists())
+    places = sa.select(sa.case((can_start, room_of_key.c.most), else_=ZERO).label("places"))
+    places_of_key = places.correlate(free, rank, room_of_key, *tried).lateral("places_of_key")
     visited: Any = walk.join(free, sa.and_(walk.c.number < MOST_PASSED, walk.c.ready < free.c.places))
     for each in tried:
         visited = visited.outerjoin(each, sa.true())
     return walk.union_all(
         sa.select(
             walk.c.number + ONE,
-            walk.c.ready + sa.case((room_of_key.c.places > ZERO, ONE), else_=ZERO),
+            walk.c.ready + sa.case((places_of_key.c.places > ZERO, ONE), else_=ZERO),
             rank.c.rank,
             priority,
             by,
-            enqueued_at,
             workflow_id,
             phase,
             sa.func.coalesce(key.c.weight, ONE),
-            sa.cast(room_of_key.c.places, sa.BigInteger),
+            sa.cast(places_of_key.c.places, sa.BigInteger),
         ).select_from(
             visited.join(rank, rank.c.priority == priority)
             .outerjoin(key, sa.and_(key.c.queue == free.c.name, key.c.by == by))
             .join(room_of_key, sa.true())
+            .join(places_of_key, sa.true())
         )
     )
 
@@ -225,7 +229,6 @@ def distribute(free: sa.CTE, walk: sa.CTE, ranked: sa.CTE) -> sa.CTE:
             walk.c.number,
             walk.c.weight,
             walk.c.places,
-            walk.c.enqueued_at,
             walk.c.id,
         ).where(walk.c.places > ZERO),
         sa.select(
@@ -235,7 +238,6 @@ def distribute(free: sa.CTE, walk: sa.CTE, ranked: sa.CTE) -> sa.CTE:
             ZERO,
             ONE,
             keyless.c.number,
-            sa.null(),
             sa.null(),
         ).join_from(keyless, ranked, ranked.c.priority == keyless.c.priority),
     ).subquery("keys")
@@ -266,27 +268,30 @@ def distribute(free: sa.CTE, walk: sa.CTE, ranked: sa.CTE) -> sa.CTE:
         sa.select(
             chosen.c.priority,
             chosen.c.by,
-            chosen.c.enqueued_at,
             chosen.c.id,
             how_many().label("number"),
             pg.max(chosen.c.at).label("last"),
-        ).group_by(chosen.c.priority, chosen.c.by, chosen.c.enqueued_at, chosen.c.id),
+        ).group_by(chosen.c.priority, chosen.c.by, chosen.c.id),
         "planned",
     )
 
 
 def of_keys(free: sa.CTE, planned: sa.CTE, can_go: Condition) -> Any:
-    """Take the first workflows of keys; with `fifo` the very first of each, whoever could take it."""
+    """Take the first workflows of keys that take turns."""
     each = planned
-    mine = sa.and_(WORKFLOW.c.queue == free.c.name, WORKFLOW.c.priority == each.c.priority, WORKFLOW.c.by == each.c.by)
-    until = (
-        sa.case((free.c.is_fifo, each.c.enqueued_at), else_=_LATEST),
-        sa.case((free.c.is_fifo, each.c.id), else_=_LAST_ID),
-    )
-    in_turn = sa.tuple_(WORKFLOW.c.enqueued_at, WORKFLOW.c.id) <= sa.tuple_(*until)
-    head = _new(can_go, mine, in_turn, WORKFLOW.c.by.is_not(None)).order_by(WORKFLOW.c.enqueued_at, WORKFLOW.c.id)
-    head = head.limit(each.c.number).correlate(free, each).lateral("head_of_key")
-    return head_columns(head).select_from(free.join(each, sa.true()).join(head, sa.true()))
+    mine = sa.and_(WORKFLOW.c.queue == free.c.name, WORKFLOW.c.priority == each.c.priority, WORKFLOW.c.by.is_not(None))
+    # Not `=`: so the order is that of one index alone, whatever the planner thinks of the number of keys.
+    of_key = WORKFLOW.c.by.between(each.c.by, each.c.by)
+    order = WORKFLOW.c.by, WORKFLOW.c.enqueued_at, WORKFLOW.c.id
+    head = _new(can_go, mine, of_key).order_by(*order).limit(each.c.number).correlate(free, each).lateral("head_of_key")
+    return head_columns(head).select_from(free.join(each, ~free.c.is_fifo).join(head, sa.true()))
+
+
+def firsts_of_keys(free: sa.CTE, planned: sa.CTE, can_go: Condition) -> Any:
+    """Take, with `fifo`, the very first workflow of each key; while that is locked, none."""
+    mine = WORKFLOW.c.id == planned.c.id, WORKFLOW.c.by == planned.c.by, IS_HERE
+    head = _new(can_go, *mine).limit(ONE).correlate(planned).lateral("first_of_key")
+    return head_columns(head).select_from(free.join(planned, free.c.is_fifo).join(head, sa.true()))
 
 
 def keyless(free: sa.CTE, planned: sa.CTE, can_go: Condition) -> Any:
@@ -303,7 +308,9 @@ def keyless(free: sa.CTE, planned: sa.CTE, can_go: Condition) -> Any:
     ids = sa.select(first.c.id).select_from(free.join(first, sa.true())).where(first.c.by.is_(None))
     wanted = sa.func.coalesce(number, ZERO)
     is_one = WORKFLOW.c.id == sa.func.any(sa.func.array(ids.where(wanted > ZERO).scalar_subquery()))
-    head = _new(can_go, is_one, WORKFLOW.c.by.is_(None)).order_by(*_ORDER).limit(wanted).subquery("keyless_head")
+    head = (
+        _new(can_go, is_one, WORKFLOW.c.by.is_(None), IS_HERE).order_by(*_ORDER).limit(wanted).subquery("keyless_head")
+    )
     return head_columns(head)
 
 

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import cache, partial
 
 import tenacity
@@ -24,6 +25,7 @@ from sqla_durable import (
     heartbeat,
     parallel,
     set_event,
+    sleep,
     wait_signal,
     wait_update,
     write_stream,
@@ -150,6 +152,14 @@ async def small_async(account: str) -> str:
     await credit_async(f"{account}/0")
     await call_async(f"{account}/0")
     return await credit_async(f"{account}/1")
+
+
+@durable.workflow
+def sleepy(account: str) -> None:
+    """Two durable operations, and a wait between them that only the test ends."""
+    credit(f"{account}/0")
+    sleep(timedelta(hours=1))
+    credit(f"{account}/1")
 
 
 @durable.step

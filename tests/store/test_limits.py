@@ -129,7 +129,7 @@ def test_a_rate_counts_starts_in_a_rolling_window(session: Session) -> None:
     assert again.claimed == []
     assert again.retry_in is not None
     assert 50 < again.retry_in <= 60
-    session.execute(text("UPDATE durable.queue_use SET used_at = used_at - interval '1 minute' WHERE number = 2"))
+    session.execute(text("UPDATE durable.queue_use SET used_at = used_at - interval '2 minutes' WHERE number = 2"))
     session.commit()
     assert len(claim(session)) == 2
     assert session.scalar(text("SELECT sum(number) FROM durable.queue_use")) == 3

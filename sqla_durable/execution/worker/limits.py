@@ -70,12 +70,12 @@ class LimitedQueues:
         self._claims.set()
 
     def retry_in(self, queue: str, seconds: float | None) -> None:
-        """Wake the claims when a rate of a queue has room again."""
-        timer = self._timers.pop(queue, None)
-        if timer is not None:
-            timer.cancel()
-        if seconds is not None:
-            self._timers[queue] = asyncio.get_running_loop().call_later(max(seconds, 0.0), self._claims.set)
+        """Wake the claims when a rate of a queue has room again; None, which says nothing, leaves that as it was."""
+        if seconds is None:
+            return
+        if queue in self._timers:
+            self._timers[queue].cancel()
+        self._timers[queue] = asyncio.get_running_loop().call_later(max(seconds, 0.0), self._claims.set)
 
 
 async def declare_queues(database: Database, declared: Sequence[QueueDeclaration]) -> None:

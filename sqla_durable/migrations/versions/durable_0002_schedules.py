@@ -40,6 +40,7 @@ _OF_QUEUES: tuple[Callable[[], sa.Column[Any]], ...] = (
     lambda: sa.Column("aging", pg.INTERVAL()),
     lambda: sa.Column("claim", pg.UUID()),
     lambda: sa.Column("turn", sa.Text()),
+    lambda: sa.Column("passed", sa.Text()),
     lambda: sa.Column("turn_priority", sa.SmallInteger()),
 )
 _CHECKS_OF_QUEUES = {
@@ -66,6 +67,7 @@ _INDEXES = {
         "(status = 'pending' AND place IS NOT NULL) OR (status = 'suspended' AND place <> 'running') "
         "OR (status = 'failed' AND place = 'key_failed')",
     ),
+    "workflow_going_on_idx": (["queue", "priority", "enqueued_at", "id"], "status = 'pending' AND place IS NOT NULL"),
 }
 
 

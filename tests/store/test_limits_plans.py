@@ -1,0 +1,171 @@
+"""What a claim of a queue with limits reads, however much waits; and what queues without limits pay for it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, event, func, select, text
+from sqlalchemy.orm import Session, sessionmaker
+from uuid_utils.compat import uuid7
+
+from sqla_durable import Durable, Worker, Workflow
+from sqla_durable.store import claims, work
+from tests.store import races
+from tests.store.plans import Plan, explain
+from tests.store.test_limits import MINUTE, make
+
+MODES = "force_custom_plan", "force_generic_plan"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fair": {"fair": True},
+    "per_key": {"per_key": 1},
+    "key_rate": {"key_rate": 5, "key_rate_period": MINUTE},
+    "fifo": {"fifo": "block"},
+    "concurrency": {"concurrency": 10_000},
+    "hold": {"concurrency": 30_000, "while_suspended": "hold"},
+    "rate": {"rate": 50, "rate_period": MINUTE},
+    "aging": {"aging": MINUTE},
+}
+KEYED = "fair", "per_key", "key_rate", "fifo"
+FULL = 400
+
+WAITING = (
+    "INSERT INTO durable.workflow (name, by, priority) "
+    "SELECT 'checkout', 'k' || lpad((n % 10000)::text, 5, '0'), n % 3 FROM generate_series(1, 100000) n"
+)
+GOING_ON = (
+    "INSERT INTO durable.workflow (name, by, place) SELECT 'checkout', 'g' || n, 'finished' "
+    "FROM generate_series(1, 20000) n"
+)
+RUNNING = (
+    "UPDATE durable.workflow SET status = 'running', token = gen_random_uuid(), worker_id = gen_random_uuid(), "
+    "started_at = statement_timestamp() WHERE id IN "
+    f"(SELECT DISTINCT ON (by) id FROM durable.workflow WHERE by < 'k{FULL:05}')"
+)
+
+
+@pytest.fixture
+def session(engine: Engine) -> Generator[Session]:
+    with Session(engine) as session:
+        session.execute(text("ALTER TABLE durable.workflow SET (autovacuum_enabled = off)"))
+        session.execute(text(WAITING))
+        session.commit()
+        yield session
+
+
+def plan_of(session: Session, settings: str, *, mode: str) -> Plan:
+    """Return the plan of a claim of ten."""
+    session.execute(text("DELETE FROM durable.queue"))
+    session.commit()
+    session.expunge_all()
+    make(session, **SETTINGS[settings])
+    parameters: dict[str, Any] = {"limit": 10, "new_token": uuid7(), "claimant": races.WORKER}
+    parameters |= {"queue": "default", "here": 0} | claims.name_parameters(["checkout"], [])
+    return explain(session, claims._CLAIM_LIMITED, parameters, mode=mode)  # pyright: ignore[reportPrivateUsage]
+
+
+def check(session: Session, most: dict[str, int]) -> None:
+    """Prove that no claim reads more pages, nor the table from its beginning to its end."""
+    for settings in SETTINGS:
+        for mode in MODES:
+            plan = plan_of(session, settings, mode=mode)
+            assert plan.rows("CTE chosen") == 10, (settings, mode)
+            assert plan.uses("workflow_by_idx") or settings not in KEYED, (settings, mode)
+            assert not plan.scans("workflow"), (settings, mode, plan)
+            assert plan.buffers() <= most.get(settings, most["others"]), (settings, mode, plan.buffers(), plan)
+
+
+# behaviour: Q11
+@pytest.mark.new_database
+@pytest.mark.parametrize("statistics", ["none", "new"])
+def test_a_claim_reads_a_few_pages_among_ten_thousand_keys(session: Session, statistics: str) -> None:
+    if statistics == "new":
+        session.execute(text("ANALYZE durable.workflow"))
+    check(session, {"others": 600})
+
+
+@pytest.mark.new_database
+def test_full_keys_that_are_passed_cost_some_pages_each(session: Session) -> None:
+    session.execute(text(RUNNING))
+    session.execute(text("ANALYZE durable.workflow"))
+    check(session, {"per_key": 16 * FULL, "fifo": 16 * FULL, "others": 1_200})
+
+
+@pytest.mark.new_database
+@pytest.mark.parametrize("statistics", ["none", "new"])
+def test_of_many_that_go_on_a_claim_reads_the_first(session: Session, statistics: str) -> None:
+    session.execute(text(GOING_ON))
+    if statistics == "new":
+        session.execute(text("ANALYZE durable.workflow"))
+    check(session, {"hold": 7_000, "others": 2_000})  # the places that are kept are counted, as many as it allows
+
+
+@pytest.mark.new_database
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_driver_prepares_the_claim_which_is_not_planned_each_time(
+    engine: Engine, session: Session, settings: str
+) -> None:
+    """It takes much longer to plan than to execute."""
+    session.execute(text("ANALYZE durable.workflow"))
+    make(session, **SETTINGS[settings])
+    given: dict[str, Any] = {"worker_id": races.WORKER, "names": ["checkout"], "queue": "default"}
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for number in range(16):
+            claims.claim_limited(connection, token=uuid7(), limit=1 + 100 * (number % 3), executing=0, **given)
+        prepared = text("SELECT generic_plans FROM pg_prepared_statements WHERE strpos(statement, 'queue_use') > 0")
+        assert connection.execute(prepared).scalars().all() == [
+            6
+        ]  # after five by the driver, and five with custom plans
+
+
+@pytest.mark.new_database
+@pytest.mark.parametrize("mode", MODES)
+def test_a_poll_reads_a_few_pages_more_for_a_queue_with_limits(session: Session, mode: str) -> None:
+    session.execute(text("ANALYZE durable.workflow"))
+    session.commit()
+    before = poll(session, mode=mode)
+    make(session, per_key=1)
+    assert poll(session, mode=mode) < before + 8 < 50
+
+
+def poll(session: Session, *, mode: str) -> int:
+    """Return how many pages a poll reads."""
+    parameters: dict[str, Any] = {
+        "polling_id": races.WORKER,
+        "within": 100.0,
+        **claims.name_parameters(["checkout"], []),
+    }
+    parameters |= claims.range_parameters(races.from_front(["default"]))
+    parameters |= work._scan_parameters(work.FULL_SCAN)  # pyright: ignore[reportPrivateUsage]
+    # The less of two: a session whose catalogue caches were reset meanwhile reads the catalogue's pages, too.
+    statement = work._FIND_WORK  # pyright: ignore[reportPrivateUsage]
+    return min(explain(session, statement, parameters, mode=mode).buffers() for _ in range(2))
+
+
+def test_a_worker_without_such_queues_sends_no_statement_about_them(
+    engine: Engine, session_factory: sessionmaker[Session]
+) -> None:
+    durable = Durable()
+
+    @durable.workflow
+    def checkout() -> None: ...
+
+    with session_factory() as session:
+        races.enqueue(session, 20)
+    statements: list[str] = []
+
+    def see(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    event.listen(engine, "before_cursor_execute", see)
+    with Worker(durable, sessionmaker=session_factory, poll_interval=timedelta(milliseconds=20)):
+        races.wait_until(lambda: unfinished(session_factory) == 0)
+    assert len(statements) > 5
+    assert not [each for each in statements if "queue_use" in each or "queue_key" in each]
+
+
+def unfinished(maker: sessionmaker[Session]) -> int:
+    with maker() as session:
+        return session.scalar(select(func.count()).where(Workflow.finished_at.is_(None))) or 0
