@@ -32,6 +32,8 @@ EXPECTED = {
         ("100 keys, each in order", "workflows/s"),
         ("one place for each of 10,000 keys, 20 waiting", "workflows/s"),
         ("10 of one key behind 20 of another, by turns, 4 at once", "s"),
+        ("an idle worker of one queue", "ms of CPU each second"),
+        ("an idle worker of 100 queues with limits", "ms of CPU each second"),
     ],
 }
 

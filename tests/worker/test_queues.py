@@ -217,3 +217,17 @@ def test_a_star_stands_for_any_text_and_nothing_else_does() -> None:
     queues.find(["plain", "a.", "a.b.c", "b.a.", "1[x]?", "1x?", "ax"])
     assert queues == ["plain", "a.", "a.b.c", "1[x]?"]
     assert not Subscribed(["plain"]).has("other")
+
+
+def test_a_worker_stops_when_its_queues_are_empty(session_factory: Sessions) -> None:
+    log = Log("burst")
+    log.durable.queue("burst", concurrency=1)
+    with session_factory.begin() as session:
+        names = [f"n{number}" for number in range(5)]
+        start_many(session, [log.note.bind(name) for name in names])
+        log.note.options(delay=timedelta(days=1)).start(session, "later")
+        log.note.options(queue="elsewhere").start(session, "other")
+    Worker(log.durable, sessionmaker=session_factory, poll_interval=POLL, until_empty=True).run()
+    assert log.order == names
+    Worker(log.durable, sessionmaker=session_factory, poll_interval=POLL, until_empty=True).run()
+    assert log.order == names

@@ -92,6 +92,11 @@ class Heartbeat:
         log.warning("the lease of this worker has run out; it goes on with what nobody has reclaimed")
         await self._extend()
 
+    @property
+    def is_claiming(self) -> bool:
+        """Whether a claim is on its way: what it takes is not executed yet."""
+        return self._claiming is not None
+
     @contextmanager
     def claiming(self, token: UUID) -> Generator[None]:
         """Note which claim is on its way, so that its workflows are not released as unknown."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -57,6 +58,7 @@ class Maintenance:
         schedules: Schedules,
         wakeups: Wakeups,
         settings: Settings,
+        on_empty: Callable[[], None],
     ) -> None:
         self._database = database
         self._schedules = schedules
@@ -67,9 +69,11 @@ class Maintenance:
         self._wakeup = wakeups.maintenance
         self._claims = wakeups.claims
         self._settings = settings
+        self._on_empty = on_empty
         self._interval = settings.poll_interval.total_seconds()
         self._patience = heartbeat.lease + LONGEST_BACKOFF
         self._long_ago = max(1.5 * heartbeat.interval, 3 * self._interval)
+        self._asked = False  # whether the last poll looked for what waits
         self._patient_from = float("-inf")
         self._polled_at = time.monotonic()
         self._reclaimed_at = float("-inf")
@@ -95,6 +99,7 @@ class Maintenance:
             self._settings.queues.find(await persistently(self._database, backlog.queue_names, what="maintenance"))
         self._cursors.restart_if_time()
         asked, restarts, self._scan_starts = not self._claims_follow, self._cursors.restarts, self._cursors.scan_starts
+        self._asked = asked
         ranges: Ranges = self._cursors.ranges() if asked else {}
 
         def poll_once(connection: Connection) -> tuple[Work, float]:
@@ -135,6 +140,8 @@ class Maintenance:
             self._claims.set()
         else:
             await self._warn_of_unknown()
+            if self._settings.until_empty and self._asked and not self._claims_follow:
+                self._on_empty()
         self._scan_starts = self._cursors.scan_starts
         await self._warn_of_versions()
         await self._renotify()

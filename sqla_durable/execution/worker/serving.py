@@ -236,7 +236,15 @@ class Serving:
         )
         self._schedules = Schedules(databases, registry, settings.queues, wakeups.claims)
         self._maintenance = Maintenance(
-            database, self._heartbeat, cursors, limited, isolation, self._schedules, wakeups, settings
+            database,
+            self._heartbeat,
+            cursors,
+            limited,
+            isolation,
+            self._schedules,
+            wakeups,
+            settings,
+            self._stop_if_idle,
         )
         self._hints = HintReceiver(wakeups, wakers, cursors, worker_id=settings.worker_id, queues=settings.queues)
 
@@ -245,6 +253,11 @@ class Serving:
         await self._heartbeat.begin()
         await declare_queues(self._databases.transacting, self._registry.queues())
         await self._schedules.declare()
+
+    def _stop_if_idle(self) -> None:
+        """Stop, because nothing waits, if nothing is executed either."""
+        if not self._attempts.fences and not self._heartbeat.is_claiming:
+            self._stop.on_loop.set()
 
     async def run(self, *, listen_on: Engine | None) -> None:
         """Claim and execute until it is to stop, then leave in good order.

@@ -124,6 +124,7 @@ class Settings:
         poll_interval: how long it waits between two polls.
         grace: how long a stop waits for steps that are being executed.
         max_attempts: how many attempts in a row may lose their worker.
+        until_empty: whether it stops when nothing waits in its queues, and it executes nothing.
     """
 
     worker_id: UUID
@@ -137,6 +138,7 @@ class Settings:
     poll_interval: timedelta
     grace: timedelta
     max_attempts: int
+    until_empty: bool = False
 
 
 def engine_of(sync: sessionmaker[Session] | None, asynchronous: async_sessionmaker[AsyncSession] | None) -> Engine:

@@ -76,6 +76,8 @@ class Worker:
         max_attempts: how many attempts in a row may lose their worker without recording a step before the workflow
             fails.
         name: what the worker table shows; by default host and process id.
+        until_empty: whether it stops by itself when nothing waits in its queues that it knows, and it executes nothing:
+            what is suspended is left to others, and so is what waits in a paused queue.
 
     Raises:
         SessionError: there is no sessionmaker, or none for a kind of session that a step takes.
@@ -101,6 +103,7 @@ class Worker:
         listen: bool | None = None,
         max_attempts: int = DEFAULT_MAX_ATTEMPTS,
         name: str | None = None,
+        until_empty: bool = False,
     ) -> None:
         if not isinstance(durable, Durable):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise DefinitionError(f"a worker takes the Durable object whose workflows it executes, got {durable!r}.")
@@ -123,6 +126,7 @@ class Worker:
         if name is not None:
             require_text(name, what="name of the worker")
         self.name = name
+        self.until_empty = until_empty
         self.left_behind = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = threading.Event()
@@ -318,6 +322,7 @@ class Worker:
             poll_interval=self.poll_interval,
             grace=self.grace,
             max_attempts=self.max_attempts,
+            until_empty=self.until_empty,
         )
 
     @property

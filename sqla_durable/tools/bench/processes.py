@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +48,7 @@ class WorkerSettings:
     schema: str
     concurrency: int
     name: str
+    queues: Sequence[str] = ("default",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,15 @@ class WorkerProcesses:
         BenchError: one of them does not start.
     """
 
-    def __init__(self, url: str, schema: str, *, count: int, concurrency: int) -> None:
+    def __init__(
+        self, url: str, schema: str, *, count: int, concurrency: int, queues: Sequence[str] = ("default",)
+    ) -> None:
         self._all = [
-            _WorkerProcess(WorkerSettings(url=url, schema=schema, concurrency=concurrency, name=f"bench-{number + 1}"))
+            _WorkerProcess(
+                WorkerSettings(
+                    url=url, schema=schema, concurrency=concurrency, name=f"bench-{number + 1}", queues=tuple(queues)
+                )
+            )
             for number in range(count)
         ]
 
@@ -219,6 +227,7 @@ def _worker(settings: WorkerSettings) -> Worker:
         async_sessionmaker=async_sessionmaker(async_engine),
         concurrency=settings.concurrency,
         name=settings.name,
+        queues=settings.queues,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from sqla_durable import manage
 from sqla_durable.tools.bench import application
 from sqla_durable.tools.bench.report import Figure, Reference
-from sqla_durable.tools.bench.runs import Bench, RunResult
+from sqla_durable.tools.bench.runs import Bench, RunResult, idle_costs
 
 _NEVER = 100_000  # a limit that is counted, and never reached
 _SECOND = timedelta(seconds=1)
@@ -24,6 +24,7 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     "100 keys, each in order": {"fifo": "skip"},
 }
 _KEYS, _MANY_KEYS = 100, 10_000
+_QUEUES = 100
 _FEW, _AT_ONCE, _WAIT = 10, 4, 0.1
 _UNFINISHED_FEW = "SELECT count(*) FROM {schema}.workflow WHERE by = 'few' AND finished_at IS NULL"
 _HAS_BEGUN = "SELECT 1 FROM {schema}.workflow WHERE status = 'succeeded' LIMIT 1"
@@ -44,6 +45,34 @@ def queues(bench: Bench) -> Iterator[Figure]:
     reference = Reference("the same alone", alone)
     what = f"{_FEW} of one key behind {waiting:,} of another, by turns, {_AT_ONCE} at once"
     yield Figure(workload="queues", what=what, value=behind, unit="s", references=(reference,))
+
+    yield from _idle(bench)
+
+
+def _idle(bench: Bench) -> Iterator[Figure]:
+    """Compare an idle worker with many queues that have limits with one of a queue that has none."""
+    names = [f"limited-{number}" for number in range(_QUEUES)]
+    with bench.schema.sessions.begin() as session:
+        for name in names:
+            manage.put_queue(session, name, concurrency=1)
+    try:
+        for what, given in (("one queue", ["default"]), (f"{_QUEUES} queues with limits", names)):
+            bench.schema.clear()
+            with bench.workers(1, queues=given) as workers:
+                workers.begin_claiming()
+                costs = idle_costs(bench, workers)
+                workers.stop()
+            value = costs.worker_ms
+            yield Figure(
+                workload="queues",
+                what=f"an idle worker of {what}",
+                value=value,
+                unit="ms of CPU each second",
+                costs=costs,
+                each="second of an idle worker",
+            )
+    finally:
+        bench.schema.execute("DELETE FROM {schema}.queue")
 
 
 def _seconds_of_few(bench: Bench, others: int) -> float:

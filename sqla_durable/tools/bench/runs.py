@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from sqla_durable import (
@@ -123,13 +123,14 @@ class Bench:
         self.schema.clear()
         self.schema.start(bound)
 
-    def workers(self, count: int | None = None) -> WorkerProcesses:
-        """Return worker processes, as a context manager."""
+    def workers(self, count: int | None = None, *, queues: Sequence[str] = ("default",)) -> WorkerProcesses:
+        """Return worker processes of these queues, as a context manager."""
         return WorkerProcesses(
             self.schema.url,
             self.schema.name,
             count=count or self.settings.workers,
             concurrency=self.settings.concurrency,
+            queues=queues,
         )
 
     def run(
@@ -195,3 +196,18 @@ class Bench:
             raise BenchError(f"nothing of {self.workload!r} was finished in time: allow more time, --seconds N.")
         completions = [row.seconds for row in rows]
         return completions, steps.recorded, max([*completions, steps.seconds])
+
+
+_SETTLING = 2.0  # seconds after a worker's first claim until it is idle
+
+
+def idle_costs(bench: Bench, workers: WorkerProcesses) -> Costs:
+    """Return what a worker and the server use for each second in which nothing is to be done."""
+    bench.show("an idle worker")
+    time.sleep(_SETTLING)
+    before, (used_before,) = bench.meter.read(), workers.usages()
+    began = time.monotonic()
+    time.sleep(bench.seconds())
+    seconds = time.monotonic() - began
+    after, (used,) = bench.meter.read(), workers.usages()
+    return costs_between(before, after, [replace(used, cpu=used.cpu - used_before.cpu)], units=seconds)

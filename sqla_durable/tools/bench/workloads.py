@@ -8,7 +8,6 @@ import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from statistics import median
 from uuid import UUID
@@ -21,18 +20,16 @@ from sqla_durable.tools.bench import application, baselines
 from sqla_durable.tools.bench.application import Entry
 from sqla_durable.tools.bench.baselines import Pgbench, find_pgbench
 from sqla_durable.tools.bench.meter import costs_between
-from sqla_durable.tools.bench.processes import WorkerProcesses
 from sqla_durable.tools.bench.queues import queues
 from sqla_durable.tools.bench.report import (
     BenchError,
     BenchResult,
     BenchSettings,
-    Costs,
     Figure,
     Reference,
     Status,
 )
-from sqla_durable.tools.bench.runs import Bench, RunResult
+from sqla_durable.tools.bench.runs import Bench, RunResult, idle_costs
 from sqla_durable.tools.bench.schema import (
     bench_schema,
     in_schema,
@@ -330,7 +327,6 @@ def _of(done: int, count: int) -> str:
 
 _FEW = 1_000
 _WOKEN = 50
-_SETTLING = 2.0  # seconds after a worker's first claim until it is idle
 
 
 def suspended(bench: Bench) -> Iterator[Figure]:
@@ -344,7 +340,7 @@ def suspended(bench: Bench) -> Iterator[Figure]:
         insert_suspended(bench.schema, count)
         with bench.workers(1) as workers:
             workers.begin_claiming()
-            costs = _idle_costs(bench, workers)
+            costs = idle_costs(bench, workers)
             signals = sorted(_woken_samples(bench, count))
             workers.stop()
         value = 1_000 * median(signals)
@@ -358,18 +354,6 @@ def suspended(bench: Bench) -> Iterator[Figure]:
             each="second of an idle worker",
         )
         few = value
-
-
-def _idle_costs(bench: Bench, workers: WorkerProcesses) -> Costs:
-    """Return what a worker and the server use for each second in which nothing is to be done."""
-    bench.show("an idle worker")
-    time.sleep(_SETTLING)
-    before, (used_before,) = bench.meter.read(), workers.usages()
-    began = time.monotonic()
-    time.sleep(bench.seconds())
-    seconds = time.monotonic() - began
-    after, (used,) = bench.meter.read(), workers.usages()
-    return costs_between(before, after, [replace(used, cpu=used.cpu - used_before.cpu)], units=seconds)
 
 
 def _woken_samples(bench: Bench, count: int) -> Iterator[float]:

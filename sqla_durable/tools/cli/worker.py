@@ -57,6 +57,9 @@ def worker(
     log_finished: Annotated[
         bool, typer.Option("--log-finished", help="Also log a line for each workflow that succeeds.")
     ] = False,
+    until_empty: Annotated[
+        bool, typer.Option("--until-empty", help="Stop when nothing waits in its queues, and it executes nothing.")
+    ] = False,
     processes: Annotated[
         str, typer.Option(metavar="N", help="How many worker processes there are; auto: one for each core.")
     ] = "1",
@@ -78,6 +81,8 @@ def worker(
     count = process_count(processes)
     # With `auto` on one core too: SIGHUP has the same meaning on every machine.
     if supervised is None and (count > 1 or processes == "auto"):
+        if until_empty:
+            raise CommandError("--until-empty is for one process: a supervisor replaces those that end.")
         raise typer.Exit(_supervise(count, grace=grace, log_level=log_level))
 
     from sqla_durable import Worker
@@ -107,6 +112,7 @@ def worker(
             listen=listen,
             max_attempts=max_attempts,
             name=name,
+            until_empty=until_empty,
         )
     except ValueError as error:
         raise CommandError(str(error)) from error
