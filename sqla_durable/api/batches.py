@@ -11,7 +11,7 @@ import contextvars
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 from weakref import WeakKeyDictionary
 
 from sqla_durable.definitions.checks import require_positive_duration
@@ -52,13 +52,20 @@ def _item(many: Any) -> Any:
 
 def _results(returned: object, count: int, name: str) -> Sequence[Any]:
     """Refuse what is not a result for each item."""
-    if isinstance(returned, Sequence) and not isinstance(returned, (str, bytes)) and len(returned) == count:
-        return returned
-    shown = f"{len(returned)} results" if isinstance(returned, Sequence) else f"{returned!r}"
+    if _is_sequence(returned):
+        if len(returned) == count:
+            return returned
+        shown = f"{len(returned)} results"
+    else:
+        shown = f"{returned!r}"
     raise UsageError(
         f"batch step {name!r} was given {count} items and returned {shown}: return a list with one result, or one "
         "exception, for each item in their order."
     )
+
+
+def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 class _Collected:

@@ -17,10 +17,10 @@ Unique: TypeAlias = _Unique | timedelta
 OnConflict: TypeAlias = Literal["existing", "refuse", "replace", "cancel_running"]
 """What a start does that finds its key taken."""
 
-_SMALLINT = 32_767
 DUPLICATES = "unique", "on_conflict", "debounce", "longest_wait", "throttle"
 """The options that say what becomes of starts with the same key."""
 
+_SMALLINT = 32_767
 _CONTRADICTIONS = (
     ("debounce", "throttle"),
     ("debounce", "unique"),
@@ -49,6 +49,9 @@ class StartOptions:
         at: when it becomes due, with a time zone. A time in the past is now.
         detached: as a child it is not cancelled with its parent.
         timeout: how long after its first claim it is to be finished, over all its attempts and waits.
+        deadline: when it is to be finished whether it was claimed or not: a time with a time zone, or how long after
+            this start. With both, the earlier one counts. A workflow that is not finished then fails with
+            `WorkflowTimeoutError`.
         unique: how long the key is taken by the workflow that has it: "forever"; while that one is "unfinished"; while
             it is "unstarted"; or for a time from its start.
         on_conflict: what a start does that finds its key taken: it returns the "existing" one; it is to "refuse", by a
@@ -59,9 +62,6 @@ class StartOptions:
             counts.
         longest_wait: how long after the first start it becomes due at the latest, although there are others.
         throttle: how long after a start others with the key start nothing. The first input counts.
-        deadline: when it is to be finished whether it was claimed or not: a time with a time zone, or how long after
-            this start. With both, the earlier one counts. A workflow that is not finished then fails with
-            `WorkflowTimeoutError`.
 
     Raises:
         ArgumentError: an option is blank, out of range, or contradicts another.
@@ -111,12 +111,10 @@ class StartOptions:
                 require_positive_duration(getattr(self, name), name)
         if isinstance(self.unique, timedelta):
             require_positive_duration(self.unique, "unique")
-        for name, known in (("unique", get_args(_Unique)), ("on_conflict", get_args(OnConflict))):
-            value = getattr(self, name)
-            is_period = name == "unique" and isinstance(value, timedelta)
-            if value is not None and value not in known and not is_period:
-                more = ", or a timedelta" if name == "unique" else ""
-                raise ArgumentError(f"{name}={value!r} is none of {', '.join(map(repr, known))}{more}.")
+        elif self.unique is not None and self.unique not in get_args(_Unique):
+            raise ArgumentError(f"unique={self.unique!r} is none of {_listed(_Unique)}, or a timedelta.")
+        if self.on_conflict is not None and self.on_conflict not in get_args(OnConflict):
+            raise ArgumentError(f"on_conflict={self.on_conflict!r} is none of {_listed(OnConflict)}.")
         self._refuse_contradictions()
         if (self.debounce is None) != (self.longest_wait is None):
             raise ArgumentError(
@@ -148,3 +146,7 @@ class StartOptions:
         if isinstance(unique, timedelta):
             return KeyRule(on_conflict, "period", unique.total_seconds())
         return None if (on_conflict, unique) == ("existing", "forever") else KeyRule(on_conflict, unique)
+
+
+def _listed(literal: object) -> str:
+    return ", ".join(map(repr, get_args(literal)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, cast, get_args
 
 from sqla_durable.definitions.checks import fault_in, require_duration
 from sqla_durable.definitions.dataclass import dataclass
@@ -126,9 +126,10 @@ def _require_count(value: object, name: str, most: int) -> None:
 def _require_rate(value: object, name: str) -> None:
     if value is None:
         return
-    if not isinstance(value, tuple) or len(value) != 2:
+    parts = cast("tuple[object, ...]", value) if isinstance(value, tuple) else ()
+    if len(parts) != 2:
         raise ArgumentError(f"{name}={value!r} is no rate: pass a number and a period, (100, timedelta(minutes=1)).")
-    number, period = value
+    number, period = parts
     if number is None:
         raise ArgumentError(f"{name}={value!r} has no number: leave {name} out, or pass a number and a period.")
     _require_count(number, f"{name}[0]", _MOST_OF_RATE)

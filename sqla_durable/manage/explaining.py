@@ -97,14 +97,12 @@ def _workers(found: Any, live: list[LiveWorker]) -> Iterator[str]:
 def _places(session: Session, found: Any) -> Iterator[str]:
     queue, by, concurrency = found["queue"], found["by"], found["concurrency"]
     if concurrency is not None:
-        taken, first = explanations.holders(session, queue)
+        taken, first = explanations.holders(session, found, in_key=False)
         if taken >= concurrency:
             yield f"{taken} of {concurrency} places of queue {queue!r} are taken: {_holders(first, taken)}."
     of_key = 1 if found["fifo"] else found["per_key"]
     if of_key is not None and by is not None:
-        taken, first = explanations.holders(session, queue, by)
-        taken -= any(each.workflow_id == found["id"] for each in first)
-        first = [each for each in first if each.workflow_id != found["id"]]
+        taken, first = explanations.holders(session, found, in_key=True)
         if taken >= of_key:
             yield f"{taken} of {of_key} places of key {by!r} are taken: {_holders(first, taken)}."
 
@@ -128,8 +126,7 @@ def _order(session: Session, found: Any) -> Iterator[str]:
             yield f"{_number(before)} of key {found['by']!r} come before it."
     before = explanations.ahead(session, found, in_key=False)
     if before:
-        turns = found["fair"] or found["per_key"] or found["key_rate"] or found["fifo"]
-        yield f"{_number(before)} of its queue wait for longer{', and keys take turns' if turns else ''}."
+        yield f"{_number(before)} of its queue wait for longer{', and keys take turns' if found['is_keyed'] else ''}."
 
 
 def _number(count: int) -> str:

@@ -1,4 +1,7 @@
-"""Make, change, pause and resume queues and their keys, in the caller's transaction; delete one by its record."""
+"""Make, change, pause and resume queues and their keys, in the caller's transaction.
+
+A queue's settings are deleted with its record, `session.delete(queue)`.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +43,21 @@ def pause_queue(session: Session, name: str) -> None:
     """Pause a queue: from the caller's commit on nothing of it is claimed. What runs goes on.
 
     Never commits; locks the queue's row, which is made if there is none.
+
+    Raises:
+        ArgumentError: the name is blank, or cannot be stored.
+        SchemaError, SessionError: as for `put_queue`.
     """
     _change(session, name, partial(queues.pause, name=name), verb="pause_queue")
 
 
 def resume_queue(session: Session, name: str) -> None:
-    """Let a paused queue go on. Never commits; locks the queue's row."""
+    """Let a paused queue go on. Never commits; locks the queue's row.
+
+    Raises:
+        ArgumentError: the name is blank, or cannot be stored.
+        SchemaError, SessionError: as for `put_queue`.
+    """
     _change(session, name, partial(queues.resume, name=name), verb="resume_queue")
 
 
@@ -55,6 +67,8 @@ def pause_key(session: Session, name: str, by: str) -> None:
     Never commits; locks the row of the key, which is made if there is none.
 
     Raises:
+        ArgumentError: the name or the key is blank, or cannot be stored.
+        SchemaError, SessionError: as for `put_queue`.
         UsageError: the queue has no settings per key.
     """
     require_text(by, what="key")
@@ -71,7 +85,12 @@ def pause_key(session: Session, name: str, by: str) -> None:
 
 
 def resume_key(session: Session, name: str, by: str) -> None:
-    """Let a paused key of a queue go on. Never commits; locks the row of the key."""
+    """Let a paused key of a queue go on. Never commits; locks the row of the key.
+
+    Raises:
+        ArgumentError: the name of the queue is blank, or cannot be stored.
+        SchemaError, SessionError: as for `put_queue`.
+    """
     _change(session, name, partial(queues.resume_key, name=name, by=by), verb="resume_key")
 
 

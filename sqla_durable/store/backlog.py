@@ -8,8 +8,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from sqla_durable.models.base import WorkflowStatus
-from sqla_durable.store.claims import PLACE, QUEUES, name_parameters, waits_in
+from sqla_durable.store.claims import QUEUES, name_parameters, waits_in
 from sqla_durable.store.statements import (
+    ORDER_IN_QUEUE,
     WORKFLOW,
     Connectable,
     Statement,
@@ -50,7 +51,7 @@ def other_versions(connectable: Connectable, *, queues: Sequence[str], versions:
     heads = [
         sa.select(WORKFLOW.c.version)
         .where(WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING), WORKFLOW.c.queue == queue)
-        .order_by(WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id)
+        .order_by(*ORDER_IN_QUEUE)
         .limit(1_000)
         .subquery()
         for queue in queues
@@ -61,20 +62,20 @@ def other_versions(connectable: Connectable, *, queues: Sequence[str], versions:
 
 def _waiting_statement() -> Any:
     given = pg.unnest(QUEUES).table_valued("name").render_derived("given")
-    first = sa.select(WORKFLOW.c.id).where(waits_in(given.c.name)).order_by(*PLACE).limit(integer(1)).lateral("first")
+    in_order = sa.select(WORKFLOW.c.id).where(waits_in(given.c.name)).order_by(*ORDER_IN_QUEUE)
+    first = in_order.limit(integer(1)).lateral("first")
     return sa.select(given.c.name).select_from(given.join(first, sa.true()))
 
 
 def _queue_names_statement() -> Any:
     """Look for one name after another: to read all that waits would take as long as there is much of it."""
     pending = WORKFLOW.c.status == status_literal(WorkflowStatus.PENDING)
-    first = sa.select(WORKFLOW.c.queue).where(pending).order_by(*_PLACES).limit(integer(1))
+    first = sa.select(WORKFLOW.c.queue).where(pending).order_by(WORKFLOW.c.queue, *ORDER_IN_QUEUE).limit(integer(1))
     names = sa.select(first.subquery("first").c.queue).cte("names", recursive=True)
     later = first.where(WORKFLOW.c.queue > names.c.queue).correlate(names).lateral("later")
     names = names.union_all(sa.select(later.c.queue).select_from(names.join(later, sa.true())))
     return sa.select(names.c.queue)
 
 
-_PLACES = WORKFLOW.c.queue, *PLACE
 _QUEUE_NAMES = Statement(_queue_names_statement)
 _WAITING = Statement(_waiting_statement)

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.errors import NotFoundError
 from sqla_durable.models.base import WorkflowStatus
-from sqla_durable.store.conflicts import settle
+from sqla_durable.store.conflicts import Repeats, settle
 from sqla_durable.store.inbox import END_COLUMNS, end_notices, insert_orphan_notices, is_deferred, was_running
 from sqla_durable.store.keys import MOST_REPEATS
 from sqla_durable.store.records import Awaited, Checkpoint, KeyRule, NewWorkflow, Verdict
@@ -146,13 +146,15 @@ def _started(
     compensates: bool,
 ) -> UUID:
     more = batch_parameter("batch", [NEW.row(child)]) | {"active": 1, "compensates": compensates}
-    for _ in range(MOST_REPEATS):
+    repeats = Repeats()
+    while True:
         settled = settle(connectable, [(child, rule)], own=own)
         if child.id in settled.ids:
             return settled.ids[child.id]
         if execute(connectable, _INSERT, given | more).first() is not None:
             return child.id
-    raise hidden_among(connectable, [child])
+        if not repeats.count(settled, [child.id]):
+            raise hidden_among(connectable, [child])
 
 
 def progress(connectable: Connectable, parent_id: UUID, *, ids: Sequence[UUID]) -> Progress:

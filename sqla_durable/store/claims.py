@@ -31,6 +31,7 @@ from sqla_durable.store.statements import (
     ALL,
     IS_WANTED,
     LIMIT,
+    ORDER_IN_QUEUE,
     OVERDUE,
     QUEUE,
     STEP,
@@ -65,9 +66,6 @@ _NAMES = parameter("names", ARRAY(Text()))
 _VERSIONS = parameter("versions", ARRAY(Text()))
 QUEUES = parameter("queues", ARRAY(Text()))
 _POSITION: Columns = {"priority": sa.SmallInteger(), "enqueued_at": sa.DateTime(timezone=True), "id": sa.UUID()}
-PLACE: tuple[Expression, ...] = tuple(WORKFLOW.c[each] for each in _POSITION)
-"""What orders the workflows of a queue."""
-
 _NO_PRIORITY = 32_768  # more than a smallint holds
 _MOST_STEPS, _MOST_BYTES = 50, 4_096  # of a history that comes with the claim, and of each of its values, compressed
 
@@ -136,14 +134,10 @@ def claim(
         versions: those that were started by these versions of the code only, and those without one; empty means all.
         subset: which of those that it finds.
     """
-    parameters = (
-        {"limit": limit, "new_token": token, "claimant": worker_id}
-        | name_parameters(names, versions)
-        | subset.parameters
-    )
-    parameters |= range_parameters(ranges)
+    given = {"limit": limit, "new_token": token, "claimant": worker_id} | range_parameters(ranges)
+    parameters = given | name_parameters(names, versions) | subset.parameters
     # RETURNING has no order of its own.
-    rows = sorted(_taken(subset.form_of(_CLAIM, _CLAIM_PART).rows(connectable, parameters)), key=_place_of)
+    rows = sorted(_taken(subset.form_of(_CLAIM, _CLAIM_PART).rows(connectable, parameters)), key=_position_of)
     last_positions: dict[str, dict[int, ScanPosition]] = defaultdict(dict)
     for row in rows:
         last_positions[row.queue][row.priority] = ScanPosition(row.priority, row.enqueued_at, row.id)
@@ -168,16 +162,13 @@ def claim_limited(
 
     Args:
         queue: its name.
-        executing: how many workflows of the queue this worker has in its hands.
+        executing: how many workflows of the queue this worker executes.
     """
-    parameters = (
-        {"limit": limit, "new_token": token, "claimant": worker_id, "queue": queue, "here": executing}
-        | name_parameters(names, versions)
-        | subset.parameters
-    )
+    given = {"limit": limit, "new_token": token, "claimant": worker_id, "queue": queue, "here": executing}
+    parameters = given | name_parameters(names, versions) | subset.parameters
     rows = subset.form_of(_CLAIM_LIMITED, _CLAIM_LIMITED_PART).rows(connectable, parameters)
     again, retry_in = rows[0][:2]
-    taken = sorted(_taken(row[2:] for row in rows if row[2] is not None), key=_place_of)
+    taken = sorted(_taken(row[2:] for row in rows if row[2] is not None), key=_position_of)
     claimed_at = taken[0].claimed_at if taken else None
     return Batch([_claimed(row, token) for row in taken], {}, claimed_at, again, retry_in)
 
@@ -280,7 +271,7 @@ def is_claimable(listened: Any) -> Any:
     """Return the condition for what can be claimed from a range: it is pending, and its name and version are wanted."""
     return sa.and_(
         waits_in(listened.c.name),
-        sa.tuple_(*PLACE) > sa.tuple_(*(listened.c[each] for each in _POSITION)),
+        sa.tuple_(*ORDER_IN_QUEUE) > sa.tuple_(*(listened.c[each] for each in _POSITION)),
         WORKFLOW.c.priority < listened.c.until,
     )
 
@@ -310,7 +301,7 @@ class _Taken(NamedTuple):
     overdue: str | None
 
 
-def _place_of(row: _Taken) -> tuple[int, datetime, UUID]:
+def _position_of(row: _Taken) -> tuple[int, datetime, UUID]:
     return row.priority, row.enqueued_at, row.id
 
 
@@ -352,9 +343,9 @@ def _heads(within: Restriction) -> Any:
     """Select and lock the first workflows of each queue that is not paused."""
     listened = active_ranges()
     head = (
-        sa.select(*PLACE, WORKFLOW.c.started_at, row_version(WORKFLOW))
+        sa.select(*ORDER_IN_QUEUE, WORKFLOW.c.started_at, row_version(WORKFLOW))
         .where(is_claimable(listened), within(WORKFLOW.c.id))
-        .order_by(*PLACE)
+        .order_by(*ORDER_IN_QUEUE)
         .limit(LIMIT)
         .with_for_update(key_share=True, skip_locked=True)
         .lateral("head")

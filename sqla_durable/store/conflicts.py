@@ -7,7 +7,7 @@ unique index: whoever is second waits for the first one's end, and then decides 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum, auto
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -47,6 +47,7 @@ _TAKING: Columns = {"id": sa.UUID(), "holder": sa.UUID(), "key": Text(), **_SPAN
 _REPLACING: Columns = {**NEW.columns, "longest_wait": sa.Float()}
 _IDENTITY = "id", "name", "key", "parent_id", "parent_key", "detached", "schedule"
 _REPLACED = [each for each in NEW.columns if each in WORKFLOW.c and each not in (*_IDENTITY, "wake_at")]
+_MOST_LOST = 1_000  # times that another caller of the same key is first; each waits for the end of its transaction
 _CANCELLED = "cancelled"  # in the place of `unique`: the workflow loses its key whatever its state
 
 
@@ -59,6 +60,9 @@ class _Step(Enum):
     REPEAT = auto()
 
 
+_TAKES_KEY = {_Step.CANCEL, _Step.TAKE_KEY}
+
+
 @dataclass(frozen=True, slots=True)
 class Settled:
     """What was done so that workflows can be started.
@@ -67,14 +71,34 @@ class Settled:
         ids: by the ids of the starts, those of the workflows that are there for them. The other starts can be inserted.
         changed: the workflows that were replaced or cancelled, or lost their keys.
         workers: those that execute cancelled ones.
+        seen: the starts whose keys a visible workflow has had.
     """
 
     ids: dict[UUID, UUID]
     changed: set[UUID]
     workers: set[UUID]
+    seen: frozenset[UUID] = frozenset()
 
     def __or__(self, other: Settled) -> Settled:
-        return Settled(self.ids | other.ids, self.changed | other.changed, self.workers | other.workers)
+        changed, workers = self.changed | other.changed, self.workers | other.workers
+        return Settled(self.ids | other.ids, changed, workers, self.seen | other.seen)
+
+
+class Repeats:
+    """Counts how often starts were settled, and others had their keys when they were to be inserted.
+
+    Of many callers with one key, one is first each time, and the others begin once more: that is seen, and may happen
+    often. What is not seen, and has the key nevertheless, is hidden.
+    """
+
+    def __init__(self) -> None:
+        self._unseen = self._lost = 0
+
+    def count(self, settled: Settled, missing: Iterable[UUID]) -> bool:
+        """Count one more time; return whether to try again."""
+        self._lost += 1
+        self._unseen += not settled.seen.issuperset(missing)
+        return self._unseen < MOST_REPEATS and self._lost < _MOST_LOST
 
 
 def insert(connectable: Connectable, wanted: Sequence[RuledStart], *, own: UUID | None = None) -> Settled:
@@ -92,15 +116,17 @@ def insert(connectable: Connectable, wanted: Sequence[RuledStart], *, own: UUID 
         KeyNotVisibleError: the workflow that has one of the keys cannot be seen.
         DBAPIError: it is newer than the transaction's snapshot, or was changed since.
     """
-    done, missing = Settled({}, set(), set()), list(wanted)
-    for _ in range(MOST_REPEATS):
-        done |= settle(connectable, missing, own=own)
+    done, missing, repeats = Settled({}, set(), set()), list(wanted), Repeats()
+    while True:
+        settled = settle(connectable, missing, own=own)
+        done |= settled
         absent = [new for new, _ in missing if new.id not in done.ids]
         done |= Settled(starts.insert_absent(connectable, absent), set(), set())
         missing = [each for each in missing if each[0].id not in done.ids]
         if not missing:
             return done
-    raise starts.hidden_among(connectable, [new for new, _ in missing])
+        if not repeats.count(settled, [new.id for new, _ in missing]):
+            raise starts.hidden_among(connectable, [new for new, _ in missing])
 
 
 def settle(connectable: Connectable, wanted: Sequence[RuledStart], *, own: UUID | None) -> Settled:
@@ -123,10 +149,8 @@ def settle(connectable: Connectable, wanted: Sequence[RuledStart], *, own: UUID 
     taking = [_taking(*each, found[each[0].id].id) for each in rest if steps.get(each[0].id) in _TAKES_KEY]
     lost = _changed(connectable, _TAKE_KEY, taking)
     used = {each: found[each].id for each, step in steps.items() if step is _Step.USE}
-    return Settled(used | replaced, {*cancelled, *replaced.values(), *lost.values()}, workers)
-
-
-_TAKES_KEY = {_Step.CANCEL, _Step.TAKE_KEY}
+    changed = {*cancelled, *replaced.values(), *lost.values()}
+    return Settled(used | replaced, changed, workers, seen=frozenset(found))
 
 
 def _step(new: NewWorkflow, rule: KeyRule, holder: sa.Row[Any]) -> _Step:

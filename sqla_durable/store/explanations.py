@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from sqla_durable.models.base import WorkflowStatus
-from sqla_durable.store.places import OTHER, UNTIL_FINISHED, keeps, kinds_kept, noted_place, total
+from sqla_durable.store.places import OTHER, UNTIL_FINISHED, is_keyed, keeps, kinds_kept, noted_place, total
 from sqla_durable.store.statements import (
     QUEUE,
     QUEUE_KEY,
@@ -31,18 +31,7 @@ MOST_AHEAD = 1_000
 """How many workflows before another are counted."""
 
 _MOST_HOLDERS = 5
-_SETTINGS = (
-    "concurrency",
-    "per_worker",
-    "per_key",
-    "rate",
-    "rate_period",
-    "key_rate",
-    "key_rate_period",
-    "fifo",
-    "fair",
-    "aging",
-)
+_SETTINGS = "concurrency", "per_key", "rate", "rate_period", "key_rate", "key_rate_period", "fifo"
 
 
 class Holder(NamedTuple):
@@ -73,6 +62,7 @@ def situation(session: Session, workflow_id: UUID) -> sa.RowMapping | None:
             *(QUEUE.c[each] for each in _SETTINGS),
             QUEUE.c.paused_at,
             QUEUE_KEY.c.paused_at.label("key_paused_at"),
+            is_keyed().label("is_keyed"),
             pg.statement_timestamp().label("read_at"),
         )
         .select_from(
@@ -85,17 +75,16 @@ def situation(session: Session, workflow_id: UUID) -> sa.RowMapping | None:
     return execute(session, wanted).mappings().one_or_none()
 
 
-def holders(session: Session, queue: str, by: str | None = None) -> tuple[int, list[Holder]]:
-    """Return how many workflows of a queue, or of a key, take a place, and the first of them."""
+def holders(session: Session, of: sa.RowMapping, *, in_key: bool) -> tuple[int, list[Holder]]:
+    """Return how many workflows besides one take a place of its queue, or of its key, and the first of them."""
     runs = OTHER.c.status == status_literal(WorkflowStatus.RUNNING)
-    noted = sa.select(noted_place()).where(QUEUE.c.name == queue).scalar_subquery()
+    noted = sa.select(noted_place()).where(QUEUE.c.name == of["queue"]).scalar_subquery()
     kept = sa.and_(keeps(noted), sa.or_(*kinds_kept(noted)))
-    kept = (
-        sa.and_(kept, noted == UNTIL_FINISHED, OTHER.c.place == UNTIL_FINISHED)
-        if by is None
-        else sa.and_(kept, OTHER.c.by == by)
-    )
-    conditions = [OTHER.c.queue == queue, sa.or_(runs if by is None else sa.and_(runs, OTHER.c.by == by), kept)]
+    if not in_key:  # with `fifo`, what keeps the place of its key keeps none of its queue
+        kept = sa.and_(kept, noted == UNTIL_FINISHED, OTHER.c.place == UNTIL_FINISHED)
+    conditions = [OTHER.c.queue == of["queue"], OTHER.c.id != of["id"], sa.or_(runs, kept)]
+    if in_key:
+        conditions.append(OTHER.c.by == of["by"])
     number = scalar(session, sa.select(count_rows()).select_from(OTHER).where(*conditions))
     columns = OTHER.c.id, OTHER.c.name, OTHER.c.status, OTHER.c.started_at, WORKER.c.name
     first = (
@@ -110,13 +99,12 @@ def holders(session: Session, queue: str, by: str | None = None) -> tuple[int, l
 
 def ahead(session: Session, of: sa.RowMapping, *, in_key: bool) -> int:
     """Return how many pending workflows come before one, in its queue or in its key; `MOST_AHEAD` at most."""
-    place = OTHER.c.priority, OTHER.c.enqueued_at, OTHER.c.id
-    types = [each.type for each in place]
-    own = [sa.literal(of[each.name], kind) for each, kind in zip(place, types, strict=True)]
+    position = OTHER.c.priority, OTHER.c.enqueued_at, OTHER.c.id
+    own = [sa.literal(of[each.name], each.type) for each in position]
     conditions: list[Condition] = [
         OTHER.c.queue == of["queue"],
         OTHER.c.status == status_literal(WorkflowStatus.PENDING),
-        sa.tuple_(*place) < sa.tuple_(*own),
+        sa.tuple_(*position) < sa.tuple_(*own),
     ]
     if in_key:
         conditions.append(OTHER.c.by == of["by"])

@@ -7,11 +7,11 @@ started before and goes on comes first; see `places` for what is counted, and `t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from sqla_durable.models.base import Text
 from sqla_durable.store import turns
 from sqla_durable.store.places import (
     NO_KEY,
@@ -21,6 +21,7 @@ from sqla_durable.store.places import (
     count,
     count_free,
     how_many,
+    is_keyed,
     is_paused_key,
     kept_of,
     kinds_kept,
@@ -33,6 +34,7 @@ from sqla_durable.store.places import (
 from sqla_durable.store.statements import (
     LIMIT,
     ONE,
+    ORDER_IN_QUEUE,
     QUEUE,
     QUEUE_USE,
     WORKFLOW,
@@ -51,9 +53,8 @@ _MOST_GOING_ON = integer(1_000)  # workflows that go on, among which one claim c
 _MOST_LOCKED = integer(100)  # of those, chosen more than there are places, because others may have locked some
 _MOST_EXPIRED = integer(1_000)  # rows of uses that one claim deletes
 _LATE = sa.text("interval '10 seconds'")  # the time between the beginnings of two claims that end in another order
-_QUEUE = parameter("queue", Text())
 _CLAIM = parameter("new_token", sa.UUID())
-_ORDER = WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id
+_HAS_CRASHED = WORKFLOW.c.crashes > ZERO
 
 
 class Choice(NamedTuple):
@@ -105,12 +106,23 @@ def choose(is_known: Condition, within: Restriction) -> Choice:
         ),
         "chosen",
     )
+    outcome = _outcome(free, walk, planned, chosen)
+    info = sa.select(
+        sa.func.coalesce(sa.select(outcome.c.again).scalar_subquery(), sa.false()).label("again"),
+        sa.select(outcome.c.retry_in).scalar_subquery().label("retry_in"),
+    ).cte("info")
+    writes = [_note(limits, outcome, walk, planned), _use(free, chosen), _forget(free)]
+    return Choice(chosen, writes, info)
+
+
+def _outcome(free: sa.CTE, walk: sa.CTE, planned: sa.CTE, chosen: sa.CTE) -> sa.CTE:
+    """Return how many a claim `took`, whether its walk has `ended` early, and whether to try `again` at once."""
     took = sa.select(how_many()).select_from(chosen).scalar_subquery()
     passed = sa.select(pg.max(walk.c.number)).scalar_subquery()
     ready = sa.select(pg.max(walk.c.ready)).scalar_subquery()
     ended = sa.func.coalesce(sa.and_(passed >= turns.MOST_PASSED, ready < free.c.places), sa.false())
     wanted = sa.select(total(planned.c.number)).scalar_subquery()
-    outcome = materialized(
+    return materialized(
         sa.select(
             free.c.name,
             took.label("took"),
@@ -120,19 +132,12 @@ def choose(is_known: Condition, within: Restriction) -> Choice:
         ),
         "outcome",
     )
-    info = sa.select(
-        sa.func.coalesce(sa.select(outcome.c.again).scalar_subquery(), sa.false()).label("again"),
-        sa.select(outcome.c.retry_in).scalar_subquery().label("retry_in"),
-    ).cte("info")
-    writes = [_note(limits, outcome, walk, planned), _use(free, chosen), _forget(free)]
-    return Choice(chosen, writes, info)
 
 
 def _limits() -> sa.CTE:
     """Lock the row of the queue, if nobody has, and if it is what the snapshot sees."""
-    seen = materialized(sa.select(QUEUE.c.name, row_version(QUEUE)).where(QUEUE.c.name == _QUEUE), "seen")
+    seen = materialized(sa.select(QUEUE.c.name, row_version(QUEUE)).where(QUEUE.c.name == turns.QUEUE_NAME), "seen")
     version: sa.ColumnClause[Any] = sa.column("xmin", _selectable=QUEUE)
-    is_keyed = pg.num_nonnulls(QUEUE.c.per_key, QUEUE.c.key_rate, QUEUE.c.fifo) > ZERO
     names = "concurrency", "rate", "rate_period", "key_rate", "key_rate_period", "aging", "passed", "turn_priority"
     columns = [
         QUEUE.c.name,
@@ -140,7 +145,7 @@ def _limits() -> sa.CTE:
         sa.case((QUEUE.c.fifo.is_not(None), ONE), else_=QUEUE.c.per_key).label("per_key"),
         sa.func.least(LIMIT, QUEUE.c.per_worker - parameter("here", sa.Integer())).label("most"),
         QUEUE.c.fifo.is_not(None).label("is_fifo"),
-        sa.or_(is_keyed, QUEUE.c.fair).label("is_keyed"),
+        is_keyed().label("is_keyed"),
         noted_place().label("place"),
         sa.func.coalesce(QUEUE.c.turn, NO_KEY).label("turn"),
     ]
@@ -151,39 +156,38 @@ def _limits() -> sa.CTE:
 
 def _going_on(counts: sa.CTE, can_go: Condition) -> sa.CTE:
     """Choose and lock what has started before in the queue: it needs no room of a rate, but after a crash."""
-    has_crashed = WORKFLOW.c.crashes > ZERO
     goes_on = can_go, WORKFLOW.c.place.is_not(None)
-    first = (
-        sa.select(*_ORDER, WORKFLOW.c.by, has_crashed.label("has_crashed"))
-        .where(*goes_on, WORKFLOW.c.queue == counts.c.name, ~is_paused_key(counts, WORKFLOW.c.by))
-        .order_by(*_ORDER)
-        .limit(_MOST_GOING_ON)
-        .correlate(counts)
-        .lateral("first")
-    )
-    order = [first.c[each.name] for each in _ORDER]
-    crashed = sa.cast(first.c.has_crashed, sa.Integer)
-    waiting = (
+    places = sa.func.least(counts.c.most, room_in(counts))
+    allowed = _allowed_to_go_on(counts, goes_on).limit(at_least_zero(counts, places + _MOST_LOCKED))
+    place = sa.select(counts.c.place).scalar_subquery()
+    holds = sa.and_(place == UNTIL_FINISHED, WORKFLOW.c.place == UNTIL_FINISHED)
+    locked = (
         sa.select(
-            *order,
-            first.c.by,
-            first.c.has_crashed,
-            pg.row_number().over(partition_by=first.c.by, order_by=order).label("of_key"),
-            pg.sum(crashed).over(order_by=order).label("crashed"),
-            pg.sum(crashed).over(partition_by=first.c.by, order_by=order).label("crashed_of_key"),
+            WORKFLOW.c.id,
+            WORKFLOW.c.by,
+            WORKFLOW.c.started_at,
+            row_version(WORKFLOW),
+            _HAS_CRASHED.label("uses"),
+            sa.func.coalesce(holds, sa.false()).label("keeps"),
         )
-        .select_from(counts.join(first, sa.true()))
-        .subquery("waiting_on")
+        .where(WORKFLOW.c.id == sa.func.any(sa.func.array(allowed.scalar_subquery())), *goes_on, turns.IS_HERE)
+        .order_by(*ORDER_IN_QUEUE)
+        .limit(at_least_zero(counts, places))
+        .with_for_update(key_share=True, skip_locked=True)
     )
+    return materialized(locked, "going_on")
+
+
+def _allowed_to_go_on(counts: sa.CTE, goes_on: Sequence[Condition]) -> sa.Select[Any]:
+    """Select the ids of those for which the limits of their keys, and after a crash the rates, have room, in order."""
+    waiting = _waiting_to_go_on(counts, goes_on)
+    kept = kinds_kept(counts.c.place)  # what is pending of these is among `waiting`
     left = (
-        counts.c.per_key
-        - running_of(counts, waiting.c.by)
-        - kept_of(counts, waiting.c.by, *kinds_kept(counts.c.place)[:2])
+        counts.c.per_key - running_of(counts, waiting.c.by) - kept_of(counts, waiting.c.by, kept.suspended, kept.failed)
     )
     rate_left = counts.c.rate - counts.c.used
     key_rate_left = counts.c.key_rate - used_of(counts, waiting.c.by)
-    places = sa.func.least(counts.c.most, room_in(counts))
-    allowed = (
+    return (
         sa.select(waiting.c.id)
         .select_from(counts.join(waiting, sa.true()))
         .where(
@@ -196,26 +200,34 @@ def _going_on(counts: sa.CTE, can_go: Condition) -> sa.CTE:
                 waiting.c.crashed_of_key <= key_rate_left,
             ),
         )
-        .order_by(*(waiting.c[each.name] for each in _ORDER))
-        .limit(at_least_zero(counts, places + _MOST_LOCKED))
+        .order_by(*(waiting.c[each.name] for each in ORDER_IN_QUEUE))
     )
-    place = sa.select(counts.c.place).scalar_subquery()
-    holds = sa.and_(place == UNTIL_FINISHED, WORKFLOW.c.place == UNTIL_FINISHED)
-    locked = (
+
+
+def _waiting_to_go_on(counts: sa.CTE, goes_on: Sequence[Condition]) -> sa.Subquery:
+    """Number the first of those that go on: of their key, and of those that have crashed."""
+    first = (
+        sa.select(*ORDER_IN_QUEUE, WORKFLOW.c.by, _HAS_CRASHED.label("has_crashed"))
+        .where(*goes_on, WORKFLOW.c.queue == counts.c.name, ~is_paused_key(counts, WORKFLOW.c.by))
+        .order_by(*ORDER_IN_QUEUE)
+        .limit(_MOST_GOING_ON)
+        .correlate(counts)
+        .lateral("first")
+    )
+    order = [first.c[each.name] for each in ORDER_IN_QUEUE]
+    crashed = sa.cast(first.c.has_crashed, sa.Integer)
+    return (
         sa.select(
-            WORKFLOW.c.id,
-            WORKFLOW.c.by,
-            WORKFLOW.c.started_at,
-            row_version(WORKFLOW),
-            has_crashed.label("uses"),
-            sa.func.coalesce(holds, sa.false()).label("keeps"),
+            *order,
+            first.c.by,
+            first.c.has_crashed,
+            pg.row_number().over(partition_by=first.c.by, order_by=order).label("of_key"),
+            pg.sum(crashed).over(order_by=order).label("crashed"),
+            pg.sum(crashed).over(partition_by=first.c.by, order_by=order).label("crashed_of_key"),
         )
-        .where(WORKFLOW.c.id == sa.func.any(sa.func.array(allowed.scalar_subquery())), *goes_on, turns.IS_HERE)
-        .order_by(*_ORDER)
-        .limit(at_least_zero(counts, places))
-        .with_for_update(key_share=True, skip_locked=True)
+        .select_from(counts.join(first, sa.true()))
+        .subquery("waiting_on")
     )
-    return materialized(locked, "going_on")
 
 
 def _note(limits: sa.CTE, outcome: sa.CTE, walk: sa.CTE, planned: sa.CTE) -> sa.CTE:

@@ -24,6 +24,7 @@ from sqla_durable.models.base import FINISHED, StepStatus, Text, WorkflowStatus
 from sqla_durable.store.deferred import report_orphans, start_all_of
 from sqla_durable.store.failures import REFUSED_TYPE, TIMEOUT_TYPE
 from sqla_durable.store.inbox import EARLIER, END_COLUMNS, REFUSED, end_notices, insert_orphan_notices
+from sqla_durable.store.places import KEY_UNLESS_FAILED
 from sqla_durable.store.statements import (
     COMPENSATES,
     EVENT,
@@ -101,20 +102,19 @@ def lock_selected(session: Session, wanted: Selection, meant: Callable[[Conditio
     return still_meant(session, locked, meant(is_among(WORKFLOW.c.id, still_wanted(session, wanted)))) if locked else []
 
 
-def lock(session: Connectable, meant: Condition) -> list[UUID]:
+def lock(connectable: Connectable, meant: Condition) -> list[UUID]:
     """Lock the workflows that are meant, in the order of their ids; return the ids."""
     locked = sa.select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id).with_for_update(key_share=True, of=WORKFLOW)
-    return list(scalars(session, locked))
+    return list(scalars(connectable, locked))
 
 
-def still_meant(session: Connectable, locked: Sequence[UUID], meant: Condition) -> list[UUID]:
+def still_meant(connectable: Connectable, locked: Sequence[UUID], meant: Condition) -> list[UUID]:
     """Return those of the locked workflows that are still meant, in the order of their ids."""
-    return list(
-        scalars(session, sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, locked), meant).order_by(WORKFLOW.c.id))
-    )
+    found = sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, locked), meant).order_by(WORKFLOW.c.id)
+    return list(scalars(connectable, found))
 
 
-def still_wanted(session: Connectable, wanted: Selection) -> Sequence[UUID]:
+def still_wanted(connectable: Connectable, wanted: Selection) -> Sequence[UUID]:
     """Return the ids without those of rows that were changed since the select gave them, and no longer fit it.
 
     Only a row that was changed is compared with the select again, without its LIMIT and OFFSET: of others it could
@@ -123,21 +123,20 @@ def still_wanted(session: Connectable, wanted: Selection) -> Sequence[UUID]:
     if wanted.query is None or not wanted.versions:
         return wanted.ids
     versions = wanted.versions
-    today = execute(session, sa.select(WORKFLOW.c.id, _VERSION).where(is_among(WORKFLOW.c.id, wanted.ids)))
+    today = execute(connectable, sa.select(WORKFLOW.c.id, _VERSION).where(is_among(WORKFLOW.c.id, wanted.ids)))
     changed = {row.id for row in today if row.version != versions[row.id]}
     if not changed:
         return wanted.ids
     again = _ids_in(wanted.query.limit(None).offset(None))
-    fitting = set(
-        scalars(session, sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, [*changed]), WORKFLOW.c.id.in_(again)))
-    )
+    found = sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, [*changed]), WORKFLOW.c.id.in_(again))
+    fitting = set(scalars(connectable, found))
     return [each for each in wanted.ids if each not in changed or each in fitting]
 
 
-def workers_of(session: Connectable, locked: Sequence[UUID]) -> set[UUID]:
+def workers_of(connectable: Connectable, locked: Sequence[UUID]) -> set[UUID]:
     """Return the workers that are executing these workflows, whose rows are locked."""
     running = sa.and_(is_among(WORKFLOW.c.id, locked), WORKFLOW.c.status == status_literal(WorkflowStatus.RUNNING))
-    return set(scalars(session, sa.select(WORKFLOW.c.worker_id).where(running).distinct())) if locked else set()
+    return set(scalars(connectable, sa.select(WORKFLOW.c.worker_id).where(running).distinct())) if locked else set()
 
 
 def ids_to_refresh(wanted: Selection, changed: Iterable[UUID]) -> set[UUID]:
@@ -279,7 +278,7 @@ def renewed_deadline() -> Expression:
     return sa.case((WORKFLOW.c.deadline_at <= now, now + WORKFLOW.c.timeout), else_=WORKFLOW.c.deadline_at)
 
 
-def lock_unfinished_trees(session: Connectable, wanted: Selection) -> tuple[list[UUID], bool]:
+def lock_unfinished_trees(connectable: Connectable, wanted: Selection) -> tuple[list[UUID], bool]:
     """Lock the unfinished members of the trees of unfinished workflows; return the ids that are to change.
 
     Returns:
@@ -287,13 +286,13 @@ def lock_unfinished_trees(session: Connectable, wanted: Selection) -> tuple[list
         To lock that one now, behind rows whose ids come after its own, may deadlock with statements that lock in the
         order of ids: unlock the rows, and start over.
     """
-    locked = lock(session, _unfinished_of(is_among(WORKFLOW.c.id, wanted.ids)))
+    locked = lock(connectable, _unfinished_of(is_among(WORKFLOW.c.id, wanted.ids)))
     if not locked:
         return [], True
     meant = _unfinished_of(
-        sa.and_(is_among(WORKFLOW.c.id, still_wanted(session, wanted)), is_among(WORKFLOW.c.id, locked))
+        sa.and_(is_among(WORKFLOW.c.id, still_wanted(connectable, wanted)), is_among(WORKFLOW.c.id, locked))
     )
-    found = list(scalars(session, sa.select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id)))
+    found = list(scalars(connectable, sa.select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id)))
     return found, set(found) <= set(locked)
 
 
@@ -409,7 +408,7 @@ def _enqueue(session: Session, wanted: Selection, locked: Sequence[UUID], **more
 
 def _place_again() -> Expression:
     """Return the place of a workflow that is enqueued again: what had finished has none, unless its key waits."""
-    waits_for_it = WORKFLOW.c.place == text_literal("key_failed")
+    waits_for_it = WORKFLOW.c.place == KEY_UNLESS_FAILED
     return sa.case((sa.or_(WORKFLOW.c.finished_at.is_(None), waits_for_it), WORKFLOW.c.place))
 
 

@@ -1,10 +1,13 @@
 """The places of a queue with limits: how many are taken, kept and free, for the queue and by key.
 
 Nothing is kept in a counter that somebody would have to decrease: a place is free as soon as its workflow is not
-running, whoever has ended, released, suspended, reclaimed or deleted it. Only what a rate counts is noted.
+running, however it has ended, or whoever has released, suspended, reclaimed or deleted it. Only the starts that a
+rate counts are written down, in `queue_use`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
@@ -35,10 +38,23 @@ KEY, KEY_UNLESS_FAILED = text_literal("key"), text_literal("key_failed")
 """The values of `place`."""
 
 OTHER = WORKFLOW.alias("other")
-"""Workflows that are looked at, and not claimed by this."""
+"""Workflows that a claim reads, and does not take here."""
 
 _RUNNING, _SUSPENDED = status_literal(WorkflowStatus.RUNNING), status_literal(WorkflowStatus.SUSPENDED)
 _FAILED = status_literal(WorkflowStatus.FAILED)
+
+
+class Kept(NamedTuple):
+    """The conditions for what keeps a place, or that of its key, without running."""
+
+    suspended: Condition
+    failed: Condition
+    pending: Condition
+
+
+def is_keyed() -> Condition:
+    """Return whether the settings of the queue's row are per key, so that keys take turns."""
+    return sa.or_(pg.num_nonnulls(QUEUE.c.per_key, QUEUE.c.key_rate, QUEUE.c.fifo) > ZERO, QUEUE.c.fair)
 
 
 def noted_place() -> Expression:
@@ -56,14 +72,14 @@ def keeps(noted: Expression) -> Condition:
     return sa.func.coalesce(noted, WHILE_RUNNING) != WHILE_RUNNING
 
 
-def kinds_kept(noted: Expression) -> tuple[Condition, ...]:
-    """Return what keeps a place, or that of its key, without running; the last of these goes on once it is claimed."""
+def kinds_kept(noted: Expression) -> Kept:
+    """Return what keeps a place, or that of its key, without running, in a queue whose claims note this place now."""
     kept = OTHER.c.place != WHILE_RUNNING
     failed = sa.and_(OTHER.c.status == _FAILED, OTHER.c.place == KEY_UNLESS_FAILED)
-    return (
-        sa.and_(OTHER.c.status == _SUSPENDED, kept),
-        sa.and_(noted == KEY_UNLESS_FAILED, failed),
-        sa.and_(OTHER.c.status == PENDING, OTHER.c.place.is_not(None), kept),
+    return Kept(
+        suspended=sa.and_(OTHER.c.status == _SUSPENDED, kept),
+        failed=sa.and_(noted == KEY_UNLESS_FAILED, failed),
+        pending=sa.and_(OTHER.c.status == PENDING, OTHER.c.place.is_not(None), kept),
     )
 
 
@@ -101,8 +117,8 @@ def count(limits: sa.CTE) -> sa.CTE:
             sa.and_(
                 keeps(limits.c.place), sa.or_(*(_has_kept(limits, each) for each in kinds_kept(limits.c.place)))
             ).label("has_kept"),
-            _how_many(suspended, limits).label("suspended"),
-            _how_many(pending, limits).label("pending"),
+            _number_of(suspended, limits).label("suspended"),
+            _number_of(pending, limits).label("pending"),
             sa.case((limits.c.rate.is_not(None), used.scalar_subquery())).label("used"),
             sa.cast(sa.func.extract("epoch", next_room - pg.statement_timestamp()), sa.Float).label("retry_in"),
         ),
@@ -190,7 +206,7 @@ def _has_kept(limits: sa.FromClause, kept: Condition) -> Condition:
     return found.correlate_except(OTHER).scalar_subquery().is_not(None)
 
 
-def _how_many(condition: Condition, outer: sa.CTE) -> Expression:
+def _number_of(condition: Condition, outer: sa.CTE) -> Expression:
     return sa.select(how_many()).select_from(WORKFLOW).where(condition).correlate(outer).scalar_subquery()
 
 

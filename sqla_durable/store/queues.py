@@ -9,13 +9,15 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from sqla_durable.definitions.queues import QueueOptions
-from sqla_durable.store.statements import ONE, QUEUE, QUEUE_KEY, ZERO, Condition, Connectable, execute, pg
+from sqla_durable.store.places import is_keyed
+from sqla_durable.store.statements import ONE, QUEUE, QUEUE_KEY, Condition, Connectable, execute, pg
 
 
 def put(connectable: Connectable, name: str, options: QueueOptions) -> bool:
     """Make the row of a queue, or change it; return whether anything has changed.
 
-    One that is as it is to be is not locked. Weights that are given replace all others; a pause stays.
+    Locks the row, and those of the keys whose weights change; a row that is already as it is to be is not locked.
+    Weights that are given replace all others. Pauses stay.
     """
     values = options.columns
     changed = _put_row(connectable, name, values)
@@ -37,9 +39,8 @@ def resume(connectable: Connectable, name: str) -> None:
 
 
 def takes_turns(connectable: Connectable, name: str) -> bool:
-    """Return whether the settings of a queue are per key."""
-    per_key = pg.num_nonnulls(QUEUE.c.per_key, QUEUE.c.key_rate, QUEUE.c.fifo) > ZERO
-    wanted = sa.select(QUEUE.c.name).where(QUEUE.c.name == name, sa.or_(per_key, QUEUE.c.fair))
+    """Return whether the settings of a queue are per key, so that its keys take turns."""
+    wanted = sa.select(QUEUE.c.name).where(QUEUE.c.name == name, is_keyed())
     return execute(connectable, wanted).first() is not None
 
 

@@ -153,7 +153,7 @@ def insert_many_in_snapshot(session: Session, workflows: Sequence[NewWorkflow]) 
 
 
 def insert_absent(connectable: Connectable, workflows: Sequence[NewWorkflow]) -> dict[UUID, UUID]:
-    """Insert those whose keys no row has, in any isolation level; return their ids, by themselves.
+    """Insert those whose keys no row has, in any isolation level; return their ids, mapped to themselves.
 
     Raises:
         DBAPIError: a row with one of the keys is newer than the transaction's snapshot: roll back to a savepoint.
@@ -165,7 +165,7 @@ def insert_absent(connectable: Connectable, workflows: Sequence[NewWorkflow]) ->
 
 
 def shown_record(session: Session, workflow_id: UUID) -> Workflow:
-    """Return the record of a workflow, of which the same is read as of one whose key was known."""
+    """Read a workflow into the session, with the columns that a start with a key reads, and return its record."""
     return merge_record(
         session, execute(session, sa.select(*_SHOWN).where(WORKFLOW.c.id == workflow_id)).mappings().one()
     )
@@ -216,14 +216,16 @@ def _inserting(new: NewWorkflow, *conditions: Condition) -> Any:
     return insert_new_keys(WORKFLOW, values, source).returning(*_SHOWN, *computed)
 
 
-def _inserted(session: Connectable, workflows: Sequence[NewWorkflow], *, in_snapshot: bool = False) -> dict[UUID, UUID]:
+def _inserted(
+    connectable: Connectable, workflows: Sequence[NewWorkflow], *, in_snapshot: bool = False
+) -> dict[UUID, UUID]:
     if not workflows:
         return {}
-    return {each: each for each in _insert(session, workflows, in_snapshot=in_snapshot).scalars()}
+    return {each: each for each in _insert(connectable, workflows, in_snapshot=in_snapshot).scalars()}
 
 
 def _insert(
-    session: Connectable, workflows: Sequence[NewWorkflow], *, in_snapshot: bool = False
+    connectable: Connectable, workflows: Sequence[NewWorkflow], *, in_snapshot: bool = False
 ) -> sa.CursorResult[Any]:
     """Insert workflows with the columns that one of them needs: where all have the default, none is sent."""
     values = dict(zip(NewWorkflow._fields, zip(*workflows, strict=True), strict=True))
@@ -232,7 +234,7 @@ def _insert(
     names = *_GIVEN, *options
     rows = [dict(zip(names, row)) for row in zip(*(values[name] for name in names))]  # noqa: B905 (it takes time)
     statement = _insert_many(tuple(options), in_snapshot=in_snapshot)
-    return as_type("sa.CursorResult[Any]", execute(session, statement, batch_parameter("batch", rows)))
+    return as_type("sa.CursorResult[Any]", execute(connectable, statement, batch_parameter("batch", rows)))
 
 
 def _known(session: Session, workflows: Sequence[NewWorkflow]) -> dict[UUID, UUID]:

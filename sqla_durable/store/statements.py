@@ -37,6 +37,7 @@ QUEUE_KEY = Base.metadata.tables[f"{SCHEMA}.queue_key"]
 QUEUE_USE = Base.metadata.tables[f"{SCHEMA}.queue_use"]
 SCHEDULE = Base.metadata.tables[f"{SCHEMA}.schedule"]
 WORKER = Base.metadata.tables[f"{SCHEMA}.worker"]
+ORDER_IN_QUEUE = WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id  # in which a claim takes what waits
 _ANY_WRITE = sa.update(WORKFLOW)
 
 pg = sa.func.pg_catalog
@@ -490,7 +491,6 @@ def _is_in_subset(column: sa.ColumnElement[UUID]) -> Condition:
     return sa.and_(sa.or_(only.is_(None), column == sa.func.any(only)), column != sa.func.all(excluded))
 
 
-# What is made of the functions above.
 ZERO, ONE = integer(0), integer(1)
 LIMIT = parameter("limit", sa.Integer())
 WANTED_ID = parameter("wanted_id", sa.UUID())

@@ -24,10 +24,12 @@ from sqla_durable.store.places import (
 )
 from sqla_durable.store.statements import (
     ONE,
+    ORDER_IN_QUEUE,
     QUEUE_KEY,
     WORKFLOW,
     ZERO,
     Condition,
+    Expression,
     integer,
     interval,
     materialized,
@@ -45,17 +47,19 @@ _LATEST = sa.literal_column("timestamptz 'infinity'", type_=sa.DateTime(timezone
 _BEHIND, _AROUND = integer(0), integer(1)
 """Where a walk is: behind the last key that was served, or come around to the others."""
 
-IS_HERE: Condition = pg.concat(WORKFLOW.c.queue) == parameter("queue", Text())
+QUEUE_NAME = parameter("queue", Text())
+"""The queue of a claim."""
+
+IS_HERE: Condition = pg.concat(WORKFLOW.c.queue) == QUEUE_NAME
 """Whether a workflow is in the queue, as an expression that fits no index: it is found by its id."""
 
 _VISITED = OTHER.c.priority, OTHER.c.by, OTHER.c.id
-_ORDER = WORKFLOW.c.priority, WORKFLOW.c.enqueued_at, WORKFLOW.c.id
+_ORDER_OF_OTHERS = OTHER.c.priority, OTHER.c.enqueued_at, OTHER.c.id
 
 
 def rank_priorities(free: sa.CTE) -> sa.CTE:
     """Rank the priorities that wait, by the first workflow of each; what has waited counts as a higher priority."""
-    order = OTHER.c.priority, OTHER.c.enqueued_at, OTHER.c.id
-    first = sa.select(OTHER.c.priority, OTHER.c.enqueued_at).order_by(*order).limit(ONE)
+    first = sa.select(OTHER.c.priority, OTHER.c.enqueued_at).order_by(*_ORDER_OF_OTHERS).limit(ONE)
     begin = first.where(waits_in(free)).correlate(free).lateral("begin")
     priorities = (
         sa.select(begin.c.priority, begin.c.enqueued_at)
@@ -110,74 +114,20 @@ def walk_keys(free: sa.CTE, ranked: sa.CTE, can_go: Condition) -> sa.CTE:
     A walk ends when as many keys as there are places have one, or when it has passed too many that have none; then the
     next one goes on there. A key of which nothing can go has none.
     """
-    stopped = sa.select(pg.min(ranked.c.rank)).where(ranked.c.priority == free.c.turn_priority).scalar_subquery()
-    goes_on = sa.and_(free.c.passed.is_not(None), stopped.is_not(None))
-    walk = (
-        sa.select(
-            ZERO.label("number"),
-            ZERO.label("ready"),
-            sa.cast(sa.case((goes_on, stopped), else_=ONE), sa.BigInteger).label("rank"),
-            sa.cast(sa.null(), sa.SmallInteger).label("priority"),
-            sa.case((goes_on, free.c.passed), else_=free.c.turn).label("by"),
-            sa.cast(sa.null(), sa.UUID).label("id"),
-            sa.case((sa.and_(goes_on, free.c.passed <= free.c.turn), _AROUND), else_=_BEHIND).label("phase"),
-            ONE.label("weight"),
-            sa.cast(ZERO, sa.BigInteger).label("places"),
-        )
-        .where(free.c.is_keyed, free.c.places > ZERO)
-        .cte("walk", recursive=True)
-    )
-    at = sa.select(ranked.c.priority).where(ranked.c.rank == walk.c.rank).correlate(walk).scalar_subquery()
-    waits = sa.and_(waits_in(free), OTHER.c.by.is_not(None))
-    some = sa.select(ONE).where(waits, OTHER.c.priority == ranked.c.priority).correlate(free, ranked).exists()
-    next_rank = (
-        sa.select(ranked.c.priority)
-        .where(ranked.c.rank > walk.c.rank, some)
-        .order_by(ranked.c.rank)
-        .limit(ONE)
-        .correlate(walk, free)
-        .scalar_subquery()
-    )
-
-    def first(name: str, *conditions: Condition, only: Condition) -> Any:
-        # Conditions on what is outside belong into the innermost select, where they keep it from being executed.
-        gate = only, *(each.c.id.is_(None) for each in tried)
-        waiting = (
-            sa.select(*_VISITED).where(waits, *gate, *conditions).order_by(OTHER.c.by, OTHER.c.enqueued_at, OTHER.c.id)
-        )
-        one = waiting.limit(ONE).correlate(walk, free, *tried).subquery(f"{name}_one")
-        in_turn = one.c.by <= free.c.turn if name in ("around", "behind") else sa.true()
-        is_it = sa.or_(walk.c.phase == _BEHIND, in_turn) if name == "behind" else in_turn
-        found = sa.select(*one.c).where(is_it)
-        tried.append(found.correlate(walk, free, *tried).lateral(name))
-
-    tried: list[Any] = []
-    first("behind", OTHER.c.priority == at, OTHER.c.by > walk.c.by, only=sa.true())
-    first("around", OTHER.c.priority == at, only=walk.c.phase == _BEHIND)
-    first("later", OTHER.c.priority == next_rank, OTHER.c.by > free.c.turn, only=sa.true())
-    first("later_around", OTHER.c.priority == next_rank, only=sa.true())
-    priority, by, workflow_id = (sa.func.coalesce(*(each.c[column.name] for each in tried)) for column in _VISITED)
+    walk = _beginning_of_walk(free, ranked)
+    found = _next_keys(free, ranked, walk)
+    priority, by, workflow_id = (sa.func.coalesce(*(each.c[column.name] for each in found)) for column in _VISITED)
     rank, key = ranked.alias("its_rank"), QUEUE_KEY.alias("key")
     phase = sa.case((by > free.c.turn, _BEHIND), else_=_AROUND)
-    room = sa.func.least(
-        free.c.places,
-        free.c.per_key - running_of(free, by) - kept_of(free, by, *kinds_kept(free.c.place)),
-        free.c.key_rate - used_of(free, by),
-    )
-    waits_longer = sa.or_(key.c.paused_at.is_not(None), pg.jsonb_object_field(free.c.keys_going_on, by).is_not(None))
-    most = sa.case((waits_longer, ZERO), else_=sa.func.greatest(ZERO, room))
-    room_of_key = sa.select(most.label("most")).correlate(free, key, *tried).lateral("room_of_key")
+    room_of_key = _room_of_key(free, key, by, outer=found)
     mine = sa.and_(WORKFLOW.c.queue == free.c.name, WORKFLOW.c.priority == priority, WORKFLOW.c.by == by)
-    better = ranked.alias("better")
-    ahead = sa.select(OTHER.c.id).join_from(better, OTHER, sa.and_(waits, OTHER.c.priority == better.c.priority))
-    ahead = ahead.where(better.c.rank < rank.c.rank, OTHER.c.by == by).correlate(free, rank, *tried)
-    is_first = sa.and_(WORKFLOW.c.id == workflow_id, ~ahead.exists())
+    is_first = sa.and_(WORKFLOW.c.id == workflow_id, ~_waits_ahead(free, ranked, rank, by, outer=found))
     known = sa.select(WORKFLOW.c.id).where(mine, can_go, WORKFLOW.c.place.is_(None), sa.or_(~free.c.is_fifo, is_first))
-    can_start = sa.and_(room_of_key.c.most > ZERO, known.limit(ONE).correlate(free, rank, *tried).exists())
+    can_start = sa.and_(room_of_key.c.most > ZERO, known.limit(ONE).correlate(free, rank, *found).exists())
     places = sa.select(sa.case((can_start, room_of_key.c.most), else_=ZERO).label("places"))
-    places_of_key = places.correlate(free, rank, room_of_key, *tried).lateral("places_of_key")
+    places_of_key = places.correlate(free, rank, room_of_key, *found).lateral("places_of_key")
     visited: Any = walk.join(free, sa.and_(walk.c.number < MOST_PASSED, walk.c.ready < free.c.places))
-    for each in tried:
+    for each in found:
         visited = visited.outerjoin(each, sa.true())
     return walk.union_all(
         sa.select(
@@ -199,28 +149,88 @@ def walk_keys(free: sa.CTE, ranked: sa.CTE, can_go: Condition) -> sa.CTE:
     )
 
 
+def _beginning_of_walk(free: sa.CTE, ranked: sa.CTE) -> sa.CTE:
+    """Return a walk before its first key: behind the one that was served last, or where the last walk ended."""
+    stopped = sa.select(pg.min(ranked.c.rank)).where(ranked.c.priority == free.c.turn_priority).scalar_subquery()
+    goes_on = sa.and_(free.c.passed.is_not(None), stopped.is_not(None))
+    return (
+        sa.select(
+            ZERO.label("number"),
+            ZERO.label("ready"),
+            sa.cast(sa.case((goes_on, stopped), else_=ONE), sa.BigInteger).label("rank"),
+            sa.cast(sa.null(), sa.SmallInteger).label("priority"),
+            sa.case((goes_on, free.c.passed), else_=free.c.turn).label("by"),
+            sa.cast(sa.null(), sa.UUID).label("id"),
+            sa.case((sa.and_(goes_on, free.c.passed <= free.c.turn), _AROUND), else_=_BEHIND).label("phase"),
+            ONE.label("weight"),
+            sa.cast(ZERO, sa.BigInteger).label("places"),
+        )
+        .where(free.c.is_keyed, free.c.places > ZERO)
+        .cte("walk", recursive=True)
+    )
+
+
+def _next_keys(free: sa.CTE, ranked: sa.CTE, walk: sa.CTE) -> list[sa.FromClause]:
+    """Return the first workflow of the key that a walk visits next: of these, one has a row, or none at the end."""
+    at = sa.select(ranked.c.priority).where(ranked.c.rank == walk.c.rank).correlate(walk).scalar_subquery()
+    some = sa.select(ONE).where(_has_key(free), OTHER.c.priority == ranked.c.priority).correlate(free, ranked).exists()
+    next_rank = (
+        sa.select(ranked.c.priority)
+        .where(ranked.c.rank > walk.c.rank, some)
+        .order_by(ranked.c.rank)
+        .limit(ONE)
+        .correlate(walk, free)
+        .scalar_subquery()
+    )
+    is_behind, always = walk.c.phase == _BEHIND, sa.true()
+    tried: list[sa.FromClause] = []
+
+    def find(name: str, *conditions: Condition, only: Condition, unless: Condition | None = None) -> None:
+        # Conditions on what is outside belong into the innermost select, where they keep it from being executed.
+        gate = only, *(each.c.id.is_(None) for each in tried)
+        waiting = sa.select(*_VISITED).where(_has_key(free), *gate, *conditions)
+        in_order = waiting.order_by(OTHER.c.by, OTHER.c.enqueued_at, OTHER.c.id)
+        one = in_order.limit(ONE).correlate(walk, free, *tried).subquery(f"{name}_one")
+        # A walk that has come around ends at the key that was served last.
+        comes_around = sa.true() if unless is None else sa.or_(unless, one.c.by <= free.c.turn)
+        tried.append(sa.select(*one.c).where(comes_around).correlate(walk, free, *tried).lateral(name))
+
+    find("behind", OTHER.c.priority == at, OTHER.c.by > walk.c.by, only=always, unless=is_behind)
+    find("around", OTHER.c.priority == at, only=is_behind, unless=sa.false())
+    find("later", OTHER.c.priority == next_rank, OTHER.c.by > free.c.turn, only=always)
+    find("later_around", OTHER.c.priority == next_rank, only=always)
+    return tried
+
+
+def _has_key(free: sa.CTE) -> Condition:
+    return sa.and_(waits_in(free), OTHER.c.by.is_not(None))
+
+
+def _room_of_key(free: sa.CTE, key: sa.FromClause, by: Expression, *, outer: list[sa.FromClause]) -> sa.FromClause:
+    """Return the `most` places that a key can have: none while it is paused, or something of it goes on."""
+    room = sa.func.least(
+        free.c.places,
+        free.c.per_key - running_of(free, by) - kept_of(free, by, *kinds_kept(free.c.place)),
+        free.c.key_rate - used_of(free, by),
+    )
+    waits_longer = sa.or_(key.c.paused_at.is_not(None), pg.jsonb_object_field(free.c.keys_going_on, by).is_not(None))
+    most = sa.case((waits_longer, ZERO), else_=sa.func.greatest(ZERO, room))
+    return sa.select(most.label("most")).correlate(free, key, *outer).lateral("room_of_key")
+
+
+def _waits_ahead(
+    free: sa.CTE, ranked: sa.CTE, rank: sa.FromClause, by: Expression, *, outer: list[sa.FromClause]
+) -> Condition:
+    """Return whether something of a key waits in a priority that is ranked before."""
+    better = ranked.alias("better")
+    waits = sa.and_(_has_key(free), OTHER.c.priority == better.c.priority)
+    ahead = sa.select(OTHER.c.id).join_from(better, OTHER, waits).where(better.c.rank < rank.c.rank, OTHER.c.by == by)
+    return ahead.correlate(free, rank, *outer).exists()
+
+
 def distribute(free: sa.CTE, walk: sa.CTE, ranked: sa.CTE) -> sa.CTE:
     """Distribute the places over the keys: within a priority by turns, in each of which a key gets its weight."""
-    # As if its key came before all others: it is looked for where a walk comes around.
-    comes_around = sa.or_(
-        sa.select(walk.c.number).where(walk.c.phase == _AROUND).exists(),
-        sa.select(pg.max(walk.c.ready)).scalar_subquery() < free.c.places,
-    )
-    first_keyless = (
-        sa.select(OTHER.c.priority, OTHER.c.by, OTHER.c.place)
-        .where(waits_in(free))
-        .order_by(OTHER.c.priority, OTHER.c.enqueued_at, OTHER.c.id)
-        .limit(_MOST_KEYLESS)
-        .correlate(free)
-        .lateral("first_keyless")
-    )
-    keyless = (
-        sa.select(first_keyless.c.priority, how_many().label("number"))
-        .select_from(free.join(first_keyless, sa.and_(free.c.places > ZERO, comes_around)))
-        .where(first_keyless.c.by.is_(None), first_keyless.c.place.is_(None))
-        .group_by(first_keyless.c.priority)
-        .subquery("keyless")
-    )
+    keyless = _waiting_keyless(free, walk)
     keys = sa.union_all(
         sa.select(
             walk.c.rank,
@@ -276,6 +286,30 @@ def distribute(free: sa.CTE, walk: sa.CTE, ranked: sa.CTE) -> sa.CTE:
     )
 
 
+def _waiting_keyless(free: sa.CTE, walk: sa.CTE) -> sa.Subquery:
+    """Count what waits without a key near the head of the queue, by priority."""
+    # As if its key came before all others: it is looked for where a walk comes around.
+    comes_around = sa.or_(
+        sa.select(walk.c.number).where(walk.c.phase == _AROUND).exists(),
+        sa.select(pg.max(walk.c.ready)).scalar_subquery() < free.c.places,
+    )
+    first_keyless = (
+        sa.select(OTHER.c.priority, OTHER.c.by, OTHER.c.place)
+        .where(waits_in(free))
+        .order_by(*_ORDER_OF_OTHERS)
+        .limit(_MOST_KEYLESS)
+        .correlate(free)
+        .lateral("first_keyless")
+    )
+    return (
+        sa.select(first_keyless.c.priority, how_many().label("number"))
+        .select_from(free.join(first_keyless, sa.and_(free.c.places > ZERO, comes_around)))
+        .where(first_keyless.c.by.is_(None), first_keyless.c.place.is_(None))
+        .group_by(first_keyless.c.priority)
+        .subquery("keyless")
+    )
+
+
 def of_keys(free: sa.CTE, planned: sa.CTE, can_go: Condition) -> Any:
     """Take the first workflows of keys that take turns."""
     each = planned
@@ -299,7 +333,7 @@ def keyless(free: sa.CTE, planned: sa.CTE, can_go: Condition) -> Any:
     first = (
         sa.select(OTHER.c.id, OTHER.c.by)
         .where(waits_in(free))
-        .order_by(OTHER.c.priority, OTHER.c.enqueued_at, OTHER.c.id)
+        .order_by(*_ORDER_OF_OTHERS)
         .limit(_MOST_KEYLESS)
         .correlate(free)
         .lateral("first_without")
@@ -309,7 +343,10 @@ def keyless(free: sa.CTE, planned: sa.CTE, can_go: Condition) -> Any:
     wanted = sa.func.coalesce(number, ZERO)
     is_one = WORKFLOW.c.id == sa.func.any(sa.func.array(ids.where(wanted > ZERO).scalar_subquery()))
     head = (
-        _new(can_go, is_one, WORKFLOW.c.by.is_(None), IS_HERE).order_by(*_ORDER).limit(wanted).subquery("keyless_head")
+        _new(can_go, is_one, WORKFLOW.c.by.is_(None), IS_HERE)
+        .order_by(*ORDER_IN_QUEUE)
+        .limit(wanted)
+        .subquery("keyless_head")
     )
     return head_columns(head)
 

@@ -17,7 +17,6 @@ from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import schedules
 from sqla_durable.store.claims import (
-    PLACE,
     Ranges,
     active_ranges,
     is_claimable,
@@ -31,6 +30,7 @@ from sqla_durable.store.inbox import ORPHANS, is_undelivered
 from sqla_durable.store.limits import is_limited
 from sqla_durable.store.statements import (
     BEGINNING,
+    ORDER_IN_QUEUE,
     QUEUE,
     SCHEDULE,
     SIGNAL,
@@ -177,14 +177,15 @@ def _claimable() -> Condition:
     listened = active_ranges()
     # Limited and in the order of the claim's index: else a plan reads the table until something of the queue comes,
     # and an empty queue costs all of it.
-    first = sa.select(WORKFLOW.c.id).where(is_claimable(listened)).order_by(*PLACE).limit(1).lateral("first")
+    first = sa.select(WORKFLOW.c.id).where(is_claimable(listened)).order_by(*ORDER_IN_QUEUE).limit(1).lateral("first")
     return sa.select(first.c.id).select_from(listened.join(first, sa.true())).exists()
 
 
 def _waiting(kept: sa.CTE) -> Any:
     """Return the names of those queues with limits in which something waits."""
     here = kept.c.name.in_(sa.select(wanted_queues()))
-    first = sa.select(WORKFLOW.c.id).where(waits_in(kept.c.name)).order_by(*PLACE).limit(1).lateral("first_limited")
+    in_order = sa.select(WORKFLOW.c.id).where(waits_in(kept.c.name)).order_by(*ORDER_IN_QUEUE)
+    first = in_order.limit(1).lateral("first_limited")
     names = sa.select(pg.array_agg(kept.c.name)).select_from(kept.join(first, sa.true())).where(kept.c.is_limited, here)
     return names.scalar_subquery()
 

@@ -78,6 +78,15 @@ def test_places_that_are_taken_with_their_holders(session: Session) -> None:
     assert "1 of its queue wait for longer, and keys take turns." in reasons(session, third)
 
 
+def test_what_keeps_a_place_itself_is_not_in_its_own_way(session: Session) -> None:
+    manage.put_queue(session, "default", concurrency=1, per_key=1, while_suspended="hold")
+    (one,) = races.enqueue(session, by="a", place="finished")
+    (other,) = races.enqueue(session, by="a")
+    assert reasons(session, one).startswith("nothing keeps it")
+    assert f"1 of 1 places of queue 'default' are taken: checkout {one} (pending" in reasons(session, other)
+    assert f"1 of 1 places of key 'a' are taken: checkout {one} (pending" in reasons(session, other)
+
+
 def test_a_rate_that_is_used_up_and_until_when(session: Session) -> None:
     manage.put_queue(session, "default", rate=(1, MINUTE), key_rate=(1, timedelta(hours=1)))
     _, second = races.enqueue(session, 2, by="a")
@@ -106,7 +115,7 @@ def test_what_comes_before_it_in_its_key(session: Session) -> None:
         ({"version": "2"}, "no live worker of queue 'default' claims the version '2'."),
     ],
 )
-def test_no_worker_claims_it(session: Session, columns: dict[str, str], reason: str) -> None:
+def test_no_worker_claims_it(session: Session, columns: dict[str, Any], reason: str) -> None:
     session.execute(update(Worker).values(versions=["1"]))
     (one,) = races.enqueue(session, **columns)
     assert reasons(session, one) == reason

@@ -149,7 +149,8 @@ def test_workflows_in_flight_and_both_workers_go_on(old_release: Path, empty_dat
                 wait_until(lambda: not session.scalar(unfinished))
     with maker() as session:
         done = select(Workflow.output).where(Workflow.queue == "default")
-        assert sorted(session.scalars(done)) == [*range(20), *range(50, 70), *range(100, 120)]
+        outputs: list[Any] = [*session.scalars(done)]
+        assert sorted(outputs) == [*range(20), *range(50, 70), *range(100, 120)]
         parts = text("SELECT count(*), count(*) FILTER (WHERE part = 'second') FROM app_note WHERE number < 200")
         assert tuple(session.execute(parts).one()) == (120, 60)
         assert set(session.scalars(select(Workflow.status).where(Workflow.queue == "limited"))) == {"pending"}

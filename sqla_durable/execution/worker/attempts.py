@@ -205,8 +205,7 @@ class Attempts:
             await self._abandon(attempt, error)
         finally:
             self._release_slot(self._running.pop(attempt.fence))
-            if attempt.fence in self._limited.places:
-                self._limited.end(attempt.fence)
+            self._limited.end(attempt.fence)
 
     @property
     def _outcomes_waiting(self) -> int:

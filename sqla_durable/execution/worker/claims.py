@@ -220,7 +220,7 @@ class Claims:
             claimed = await self._with_histories(self._batch.claimed)
             if queue is not None:
                 self._limited.begin(queue, claimed)
-                self._limited.retry_in(queue, self._batch.retry_in)
+                self._limited.wake_in(queue, self._batch.retry_in)
             self._attempts.begin(claimed)
         return claimed
 

@@ -24,28 +24,23 @@ class LimitedQueues:
     found by the next poll.
 
     Attributes:
-        places: the queue of each attempt that has a place in one.
+        names: those queues, in order.
     """
 
     def __init__(self, queues: Collection[str], claims: Wakeup) -> None:
         self._queues = queues
         self._claims = claims
-        self._names: list[str] = []
+        self.names: list[str] = []
         self._others = True
         self._turn = 0
-        self.places: dict[Fence, str] = {}
+        self._queue_of: dict[Fence, str] = {}
         self._executing: Counter[str] = Counter()
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def note(self, kept: Iterable[str], limited: Iterable[str]) -> None:
-        """Adopt what a poll saw: which queues ordinary claims leave alone, and which of these have limits."""
-        self._names = sorted({*limited}.intersection(self._queues))
+        """Adopt what a poll saw: which queues the claim of all others leaves alone, and which of these have limits."""
+        self.names = sorted({*limited}.intersection(self._queues))
         self._others = not {*kept}.issuperset(self._queues)
-
-    @property
-    def names(self) -> list[str]:
-        """The queues with limits."""
-        return self._names
 
     def in_turn(self, waiting: Iterable[str]) -> list[str | None]:
         """Return the queues to claim from, each time with another one as the first; None stands for all others."""
@@ -61,15 +56,17 @@ class LimitedQueues:
     def begin(self, queue: str, claimed: Iterable[Claimed]) -> None:
         """Note what was claimed from a queue, before it is executed."""
         for each in claimed:
-            self.places[each.fence] = queue
+            self._queue_of[each.fence] = queue
             self._executing[queue] += 1
 
     def end(self, fence: Fence) -> None:
-        """Note that an attempt that had a place has ended."""
-        self._executing[self.places.pop(fence)] -= 1
-        self._claims.set()
+        """Note that an attempt has ended; if it was of a queue with limits, claims are woken: a place may be free."""
+        queue = self._queue_of.pop(fence, None)
+        if queue is not None:
+            self._executing[queue] -= 1
+            self._claims.set()
 
-    def retry_in(self, queue: str, seconds: float | None) -> None:
+    def wake_in(self, queue: str, seconds: float | None) -> None:
         """Wake the claims when a rate of a queue has room again; None, which says nothing, leaves that as it was."""
         if seconds is None:
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,25 +23,7 @@ _LONGEST = "interval '36500 days'"
 _TIMES = "created_at, starts_at, ends_at, paused_at, next_at, due_at, last_at, queued_at, ended_at"
 
 _CHANGED = "queue", "worker", "workflow"
-_STORAGE = "fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 100"
-_RESET = "fillfactor, autovacuum_vacuum_scale_factor, autovacuum_vacuum_threshold"
-_OF_QUEUES: tuple[Callable[[], sa.Column[Any]], ...] = (
-    lambda: sa.Column("concurrency", sa.Integer()),
-    lambda: sa.Column("per_worker", sa.Integer()),
-    lambda: sa.Column("per_key", sa.Integer()),
-    lambda: sa.Column("rate", sa.Integer()),
-    lambda: sa.Column("rate_period", pg.INTERVAL()),
-    lambda: sa.Column("key_rate", sa.Integer()),
-    lambda: sa.Column("key_rate_period", pg.INTERVAL()),
-    lambda: sa.Column("while_suspended", sa.Text(), server_default="release", nullable=False),
-    lambda: sa.Column("fifo", sa.Text()),
-    lambda: sa.Column("fair", sa.Boolean(), server_default=sa.false(), nullable=False),
-    lambda: sa.Column("aging", pg.INTERVAL()),
-    lambda: sa.Column("claim", pg.UUID()),
-    lambda: sa.Column("turn", sa.Text()),
-    lambda: sa.Column("passed", sa.Text()),
-    lambda: sa.Column("turn_priority", sa.SmallInteger()),
-)
+_STORAGE = {"fillfactor": 50, "autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 100}
 _CHECKS_OF_QUEUES = {
     "limits": "least(concurrency, per_worker, per_key) >= 1 AND greatest(concurrency, per_worker, per_key) <= 1000000",
     "rates": "least(rate, key_rate) >= 1 AND greatest(rate, key_rate) <= 100000",
@@ -171,11 +152,11 @@ def _create_schedule(schema: sa.quoted_name) -> None:
 
 
 def _add_limits(schema: sa.quoted_name) -> None:
-    for column in _OF_QUEUES:
-        op.add_column("queue", column(), schema=schema)
+    for column in _columns_of_queues():
+        op.add_column("queue", column, schema=schema)
     for name, condition in _CHECKS_OF_QUEUES.items():
         op.create_check_constraint(op.f(f"queue_{name}_check"), "queue", condition, schema=schema)
-    schemas.execute(schema, f"ALTER TABLE {{schema}}.queue SET ({_STORAGE})")
+    schemas.set_storage(schema, "queue", _STORAGE)
     _create_queue_key(schema)
     _create_queue_use(schema)
     for each in ("names", "versions"):
@@ -197,11 +178,31 @@ def _drop_limits(schema: sa.quoted_name) -> None:
         op.drop_column("worker", each, schema=schema)
     op.drop_table("queue_use", schema=schema)
     op.drop_table("queue_key", schema=schema)
-    schemas.execute(schema, f"ALTER TABLE {{schema}}.queue RESET ({_RESET})")
+    schemas.execute(schema, f"ALTER TABLE {{schema}}.queue RESET ({', '.join(_STORAGE)})")
     for name in _CHECKS_OF_QUEUES:
         op.drop_constraint(op.f(f"queue_{name}_check"), "queue", schema=schema)
-    for column in _OF_QUEUES:
-        op.drop_column("queue", column().name, schema=schema)
+    for column in _columns_of_queues():
+        op.drop_column("queue", column.name, schema=schema)
+
+
+def _columns_of_queues() -> list[sa.Column[Any]]:
+    return [
+        sa.Column("concurrency", sa.Integer()),
+        sa.Column("per_worker", sa.Integer()),
+        sa.Column("per_key", sa.Integer()),
+        sa.Column("rate", sa.Integer()),
+        sa.Column("rate_period", pg.INTERVAL()),
+        sa.Column("key_rate", sa.Integer()),
+        sa.Column("key_rate_period", pg.INTERVAL()),
+        sa.Column("while_suspended", sa.Text(), server_default="release", nullable=False),
+        sa.Column("fifo", sa.Text()),
+        sa.Column("fair", sa.Boolean(), server_default=sa.false(), nullable=False),
+        sa.Column("aging", pg.INTERVAL()),
+        sa.Column("claim", pg.UUID()),
+        sa.Column("turn", sa.Text()),
+        sa.Column("passed", sa.Text()),
+        sa.Column("turn_priority", sa.SmallInteger()),
+    ]
 
 
 def _create_queue_key(schema: sa.quoted_name) -> None:

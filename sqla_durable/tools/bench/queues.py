@@ -83,9 +83,7 @@ def _seconds_of_few(bench: Bench, others: int) -> float:
     try:
         with bench.workers(1) as workers:
             workers.begin_claiming()
-            while others and not bench.schema.query(
-                "SELECT 1 FROM {schema}.workflow WHERE status = 'succeeded' LIMIT 1"
-            ):
+            while others and not bench.schema.query(_HAS_BEGUN):
                 time.sleep(_WAIT)
             bench.schema.start(application.one_wait.options(by="few").bind(_WAIT) for _ in range(_FEW))
             bench.show("those of one key behind those of another")
