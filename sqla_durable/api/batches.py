@@ -68,6 +68,31 @@ def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
+class _Raised:
+    """An error that is the outcome of items.
+
+    Not an exception of their futures: these refuse `StopIteration`, and let `SystemExit` end the event loop.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        self._error, self._traceback = error, error.__traceback__
+
+    def again(self) -> BaseException:
+        """Return the error, to be raised for one item without the traceback of another one's."""
+        return self._error.with_traceback(self._traceback)
+
+
+def _value(outcome: Any) -> Any:
+    """Return a result, or raise the error that is there instead."""
+    if isinstance(outcome, _Raised):
+        raise outcome.again()
+    return outcome
+
+
+def _outcomes(results: Sequence[Any]) -> list[Any]:
+    return [_Raised(each) if isinstance(each, Exception) else each for each in results]
+
+
 class _Collected:
     """Items that are waiting on one event loop."""
 
@@ -83,18 +108,17 @@ def _on_loop(
     by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, _Collected] = WeakKeyDictionary()
 
     async def execute(taken: list[tuple[Any, asyncio.Future[Any]]]) -> None:
+        outcomes: list[Any]
         try:
-            results = _results(await fn([item for item, _ in taken]), len(taken), name)
+            outcomes = _outcomes(_results(await fn([item for item, _ in taken]), len(taken), name))
         except BaseException as error:
-            for _, future in taken:
-                if not future.done():
-                    future.cancel() if isinstance(error, asyncio.CancelledError) else future.set_exception(error)
-            if not isinstance(error, Exception):
+            outcomes = [_Raised(error)] * len(taken)
+            if not isinstance(error, (Exception, SystemExit)):
                 raise
-            return
-        for (_, future), result in zip(taken, results, strict=True):
-            if not future.done():  # its workflow may have been cancelled meanwhile
-                future.set_exception(result) if isinstance(result, Exception) else future.set_result(result)
+        finally:
+            for (_, future), outcome in zip(taken, outcomes, strict=True):
+                if not future.done():  # its workflow may have been cancelled meanwhile
+                    future.set_result(outcome)
 
     def begin(collected: _Collected) -> None:
         if collected.timer is not None:
@@ -106,6 +130,7 @@ def _on_loop(
             task = asyncio.get_running_loop().create_task(execute(taken), context=contextvars.Context())
             collected.tasks.add(task)
             task.add_done_callback(collected.tasks.discard)
+            _cancel_unwanted(task, [future for _, future in taken])
 
     async def call(item: Any) -> Any:
         loop = asyncio.get_running_loop()
@@ -117,12 +142,26 @@ def _on_loop(
         elif collected.timer is None:
             collected.timer = loop.call_later(seconds, begin, collected)
         try:
-            return await future
+            return _value(await future)
         except asyncio.CancelledError:  # it takes no place of another one's
             collected.waiting = [each for each in collected.waiting if each[1] is not future]
             raise
 
     return call
+
+
+def _cancel_unwanted(task: asyncio.Task[None], futures: Sequence[asyncio.Future[Any]]) -> None:
+    """Cancel the call of a batch once nobody waits for it any more, as a step's own function is cancelled."""
+    waiting = len(futures)
+
+    def count(_: object) -> None:
+        nonlocal waiting
+        waiting -= 1
+        if not waiting:
+            task.cancel()
+
+    for each in futures:
+        each.add_done_callback(count)
 
 
 class _Batch:
@@ -131,7 +170,7 @@ class _Batch:
     def __init__(self) -> None:
         self.items: list[Any] = []
         self.is_full = threading.Event()
-        self.results: concurrent.futures.Future[Sequence[Any]] = concurrent.futures.Future()
+        self.outcomes: concurrent.futures.Future[Sequence[Any]] = concurrent.futures.Future()
 
 
 def _in_threads(fn: Callable[[list[Any]], object], name: str, size: int, seconds: float) -> Callable[[Any], Any]:
@@ -150,23 +189,22 @@ def _in_threads(fn: Callable[[list[Any]], object], name: str, size: int, seconds
             return batch, len(batch.items) - 1
 
     def execute(batch: _Batch) -> None:
-        batch.is_full.wait(seconds)
-        with lock:
-            if batch in open_batch:
-                open_batch.clear()
         try:
-            returned = contextvars.Context().run(fn, batch.items)  # it belongs to none of the workflows
-            batch.results.set_result(_results(returned, len(batch.items), name))
+            try:
+                batch.is_full.wait(seconds)
+            finally:
+                with lock:
+                    if batch in open_batch:
+                        open_batch.clear()
+            returned = contextvars.Context().run(fn, list(batch.items))  # it belongs to none of the workflows
+            batch.outcomes.set_result(_outcomes(_results(returned, len(batch.items), name)))
         except BaseException as error:
-            batch.results.set_exception(error)
+            batch.outcomes.set_result([_Raised(error)] * len(batch.items))
 
     def call(item: Any) -> Any:
         batch, number = join(item)
         if number == 0:
             execute(batch)
-        result = batch.results.result()[number]
-        if isinstance(result, Exception):
-            raise result
-        return result
+        return _value(batch.outcomes.result()[number])
 
     return call

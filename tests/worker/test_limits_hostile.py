@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -17,6 +18,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"per_key": 1},
     {"fifo": "skip"},
     {"fair": True, "concurrency": 2},
+    {"aging": timedelta(days=366)},
+    {"aging": timedelta(milliseconds=1), "fair": True, "concurrency": 2},
+    {"rate": (1000, timedelta(days=366)), "key_rate": (1000, timedelta(days=1))},
 ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
@@ -17,7 +18,7 @@ from uuid import UUID
 from sqlalchemy import Connection
 from uuid_utils.compat import uuid7
 
-from sqla_durable.definitions.database_errors import first_line, is_about_data, is_out_of_time
+from sqla_durable.definitions.database_errors import first_line, is_about_data, is_out_of_time, is_transient
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.retry import ObstacleRetry
 from sqla_durable.execution.worker.attempts import Attempts
@@ -37,7 +38,9 @@ from sqla_durable.store.statements import Subset
 log = Log("sqla_durable.worker")
 
 _BATCH = 200
+_ROUND = 20  # queues with limits, after which those without have their turn again
 _UNREAD = 10  # times in a row that a history is lost with its connection
+_ASIDE = 60.0  # seconds until a queue with limits whose rows are refused is claimed from again
 
 
 class _Unread:
@@ -55,6 +58,30 @@ class _Unread:
         self._times = self._times + 1 if reason and reason == self._last else 1
         self._last = reason
         return fence if self._times >= (2 if is_out_of_time(error) else _UNREAD) else None
+
+
+def _is_of_all(error: Exception) -> bool:
+    """Return whether claims from another queue would fail too: the database is out of reach, or a pool exhausted."""
+    return is_transient(error) or isinstance(error, NoConnectionError)
+
+
+class _Source:
+    """What was seen of the claims from one queue with limits, or from all others, since the last that succeeded.
+
+    Attributes:
+        most: how many are claimed at once.
+        again: decides when it is tried again.
+        unread: counts histories that could not be read.
+    """
+
+    def __init__(self) -> None:
+        self.most = _BATCH
+        self.succeed()
+
+    def succeed(self) -> None:
+        """Note that a claim has succeeded: the next one may be larger."""
+        self.most = min(2 * self.most, _BATCH)
+        self.again, self.unread = ObstacleRetry(), _Unread()
 
 
 class Claims:
@@ -86,7 +113,10 @@ class Claims:
         self._wakeup = wakeups.claims
         self._maintenance = wakeups.maintenance
         self._settings = settings
-        self._most = self._wanted = _BATCH
+        self._sources: defaultdict[str | None, _Source] = defaultdict(_Source)
+        self._left: list[str | None] = []
+        self._has_more = False
+        self._wanted = _BATCH
         self._batch = Batch([], {})
         self._wakeup.set()
 
@@ -104,22 +134,32 @@ class Claims:
             if not more:
                 # Also for as long as it took: what it had to skip would have to be skipped again.
                 await asyncio.sleep(max(CLAIM_SPACING, time.monotonic() - began))
-                await self._wait(next(pauses, None))
+                if not self._left:
+                    await self._wait(next(pauses, None))
 
     async def _claim_round(self, *, in_burst: bool) -> tuple[bool, bool]:
         """Claim from each queue with limits, and from all others together, in changing order.
 
+        Where there are many queues with limits, from some of them: the others are `_left` for the next rounds.
+
         Returns:
             Whether anything was claimed, and whether there may be more at once.
         """
-        found = more = False
-        for queue in self._limited.in_turn(await self._limited_queues()):
+        found = False
+        if not self._left:
+            self._left, self._has_more = self._limited.in_turn(await self._limited_queues()), False
+        sources, self._left = self._left[:_ROUND], self._left[_ROUND:]
+        if self._limited.has_others and None not in sources:
+            sources.append(None)
+        for queue in sources:
             if self._slots.free <= 0:
+                self._left = []
                 return True, True
             claimed = await self._claim(queue)
             found = found or bool(claimed)
-            more = more or len(claimed) >= self._wanted or self._batch.again or (queue is None and in_burst)
-        return found, more
+            again = len(claimed) >= self._wanted or self._batch.again or (queue is None and in_burst)
+            self._has_more = self._has_more or again
+        return found, self._has_more and not self._left
 
     async def _limited_queues(self) -> list[str]:
         """Return the queues with limits in which something may wait; of one alone, its claim finds that out."""
@@ -182,35 +222,50 @@ class Claims:
 
         If the histories of a batch do not arrive within the time limit, the next batch is smaller. A single history
         that exceeds the limit twice, or loses its connection ten times in a row, counts as a crash of its workflow. An
-        exhausted pool never does.
+        exhausted pool never does. A queue with limits whose claim fails is set aside for a while, so that the others do
+        not wait for it.
         """
-        again, unread = ObstacleRetry(), _Unread()
-        claim = self._claim_some
+        source, claim = self._sources[queue], self._claim_some
         while True:
             restarts = self._cursors.restarts
-            self._wanted = min(self._slots.free, self._most)
+            self._wanted = min(self._slots.free, source.most)
             self._batch = Batch([], {})
             try:
                 claimed = await claim(queue, self._isolation.part)
-                if queue is None:
-                    self._cursors.note_claim(self._batch, restarts=restarts, is_full=len(claimed) >= self._wanted)
-                self._most = min(2 * self._most, _BATCH)
-                return claimed
             except Exception as error:
                 if is_about_data(error) and claim == self._claim_some:
                     log.warning("claim: %s; trying for one workflow after another", first_line(error))
                     claim = self._claim_apart
                     continue
-                self._most = max(1, self._wanted // 2)
-                seconds = again.wait_before_next(error)
-                if seconds is None:
-                    raise
-                log.warning("claim: %s; trying again in %.1f s", first_line(error), seconds)
-                if (crashed := unread.count(self._batch, error)) is not None:
-                    await self._attempts.count_unread(crashed, first_line(error))
-                await asyncio.sleep(seconds)
+                seconds = await self._note_failure(queue, source, error)
+                if is_alone := queue is not None and not _is_of_all(error):
+                    self._limited.set_aside(queue, seconds)
+                else:
+                    await asyncio.sleep(seconds)
                 # The claim may have been executed, and its acknowledgement lost.
                 await self._heartbeat.release_strays()
+                if is_alone:
+                    self._batch = Batch([], {})
+                    return []
+            else:
+                if queue is None:
+                    self._cursors.note_claim(self._batch, restarts=restarts, is_full=len(claimed) >= self._wanted)
+                source.succeed()
+                return claimed
+
+    async def _note_failure(self, queue: str | None, source: _Source, error: Exception) -> float:
+        """Note that a claim has failed; return the seconds until it is tried again, or raise the error."""
+        source.most = max(1, self._wanted // 2)
+        seconds = source.again.wait_before_next(error)
+        if seconds is None:
+            if queue is None or not is_about_data(error):
+                raise error
+            seconds = _ASIDE
+        where = "" if queue is None else f" from queue {queue!r}"
+        log.warning("claim%s: %s; trying again in %.1f s", where, first_line(error), seconds)
+        if (crashed := source.unread.count(self._batch, error)) is not None:
+            await self._attempts.count_unread(crashed, first_line(error))
+        return seconds
 
     async def _claim_some(self, queue: str | None, part: Subset) -> list[Claimed]:
         """Claim, and begin to execute what was claimed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
@@ -24,27 +25,42 @@ class LimitedQueues:
     found by the next poll.
 
     Attributes:
-        names: those queues, in order.
+        has_others: whether the claim of all others may find anything.
     """
 
     def __init__(self, queues: Collection[str], claims: Wakeup) -> None:
         self._queues = queues
         self._claims = claims
-        self.names: list[str] = []
-        self._others = True
+        self._names: list[str] = []
+        self.has_others = True
         self._turn = 0
         self._queue_of: dict[Fence, str] = {}
         self._executing: Counter[str] = Counter()
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._aside: dict[str, float] = {}
 
     def note(self, kept: Iterable[str], limited: Iterable[str]) -> None:
         """Adopt what a poll saw: which queues the claim of all others leaves alone, and which of these have limits."""
-        self.names = sorted({*limited}.intersection(self._queues))
-        self._others = not {*kept}.issuperset(self._queues)
+        self._names = sorted({*limited}.intersection(self._queues))
+        self.has_others = not {*kept}.issuperset(self._queues)
+
+    @property
+    def names(self) -> list[str]:
+        """Those queues, in order, without those that are set aside."""
+        if not self._aside:
+            return self._names
+        now = time.monotonic()
+        self._aside = {each: until for each, until in self._aside.items() if until > now}
+        return [each for each in self._names if each not in self._aside]
+
+    def set_aside(self, queue: str, seconds: float) -> None:
+        """Leave a queue whose claims fail alone for a while; then its turn comes again."""
+        self._aside[queue] = time.monotonic() + seconds
+        asyncio.get_running_loop().call_later(seconds, self._claims.set)
 
     def in_turn(self, waiting: Iterable[str]) -> list[str | None]:
         """Return the queues to claim from, each time with another one as the first; None stands for all others."""
-        sources: list[str | None] = [*waiting, *([None] if self._others else [])]
+        sources: list[str | None] = [*waiting, *([None] if self.has_others else [])]
         self._turn += 1
         first = self._turn % len(sources) if sources else 0
         return sources[first:] + sources[:first]

@@ -90,7 +90,7 @@ async def begin_within(begin: Callable[[], Awaitable[T]], *, url: str, seconds: 
     until, pause = time.monotonic() + seconds, _FIRST_PAUSE
     while True:
         try:
-            return await begin()
+            return await _unless_stopped(begin, stopping, url)
         except (DBAPIError, OSError) as error:
             if not is_unreachable(error):
                 raise
@@ -103,6 +103,28 @@ async def begin_within(begin: Callable[[], Awaitable[T]], *, url: str, seconds: 
             async with asyncio.timeout(min(pause, left)):
                 await stopping.wait()
         pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+async def _unless_stopped(begin: Callable[[], Awaitable[T]], stopping: asyncio.Event, url: str) -> T:
+    """Begin; give it up soon after the worker is to stop, as it may wait for locks of others without an end.
+
+    Raises:
+        DatabaseUnavailableError: the worker was to stop before it had begun.
+    """
+    beginning, stop = asyncio.ensure_future(begin()), asyncio.ensure_future(stopping.wait())
+    try:
+        await asyncio.wait([beginning, stop], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([beginning], timeout=LAST_GRACE)
+        if beginning.done():
+            return beginning.result()
+    finally:
+        for each in (beginning, stop):
+            each.cancel()
+        await asyncio.wait([beginning, stop])
+    raise DatabaseUnavailableError(
+        f"the worker was stopped before it had begun in the database {url}: another transaction may have kept it "
+        "waiting, such as one that changes a queue or a schedule and stays open."
+    )
 
 
 def _unavailable(error: BaseException, url: str) -> DatabaseUnavailableError:
