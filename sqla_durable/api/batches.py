@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
+import inspect
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeGuard, get_args
+from typing import Any, TypeGuard, get_args, get_origin
 from weakref import WeakKeyDictionary
 
 from sqla_durable.definitions.checks import require_positive_duration
@@ -39,10 +40,29 @@ def batched(fn: Callable[..., Any], *, name: str | None, size: int, within: time
     call = _on_loop(fn, found, size, seconds) if is_coroutine(fn) else _in_threads(fn, found, size, seconds)
     hints = hints_of(fn, f"step {found!r}")
     parameters = [hint for parameter, hint in hints.items() if parameter != "return"]
+    _refuse_single(fn, found, parameters, hints.get("return"))
     call.__annotations__ = {"item": _item(parameters[0] if parameters else Any), "return": _item(hints.get("return"))}
     call.__name__, call.__doc__ = found, fn.__doc__
     call.__module__, call.__qualname__ = place_of(fn)
     return call
+
+
+def _refuse_single(fn: Callable[..., Any], name: str, parameters: Sequence[Any], returned: Any) -> None:
+    """Refuse a function of one item: it would be called with a list, and fail in each workflow."""
+    required = [each for each in inspect.signature(fn).parameters.values() if each.default is each.empty]
+    if len(required) == 1 and all(map(_fits_list, [*parameters[:1], Any if returned is None else returned])):
+        return
+    raise DefinitionError(
+        f"batch step {name!r} is a function {inspect.signature(fn)}: take one list of items, and return a list with a "
+        "result for each, such as (texts: list[str]) -> list[int]."
+    )
+
+
+def _fits_list(hint: Any) -> bool:
+    kind = get_origin(hint) or hint
+    if kind is Any or not isinstance(kind, type):
+        return True
+    return issubclass(list, kind) or (issubclass(kind, Sequence) and kind is not str)
 
 
 def _item(many: Any) -> Any:

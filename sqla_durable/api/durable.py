@@ -18,13 +18,12 @@ from sqla_durable.api.steps import (
     TransactionalStep,
 )
 from sqla_durable.api.workflows import AnyWorkflowFunction, AsyncWorkflowFunction, WorkflowFunction
-from sqla_durable.definitions.checks import require_text
 from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.inspection import SessionKind, place_of
 from sqla_durable.definitions.interceptors import Interceptor, Interceptors
 from sqla_durable.definitions.json_values import DEFAULT_LIMIT
 from sqla_durable.definitions.limits import TimeLimits
-from sqla_durable.definitions.queues import QueueDeclaration, QueueKeywords, QueueOptions
+from sqla_durable.definitions.queues import QueueDeclaration, QueueKeywords, QueueOptions, require_queue_name
 from sqla_durable.definitions.registry import (
     DurableOptions,
     IsolationLevel,
@@ -190,14 +189,14 @@ class Durable:
             fifo: of those with the same `by`, one at a time is executed to its end, in the order of their starts. One
                 that fails is passed over, "skip", or keeps the others waiting until it is retried or deleted, "block".
             fair: whether the values of `by` take turns, also without a limit.
-            weights: how many places a key gets in each turn; 1 by default.
+            weights: how many places a key gets in each turn; 1 by default. Left out, those in the table stay.
             aging: for each such time that it waits, a workflow counts as one priority higher.
 
         Raises:
             ArgumentError: a setting is wrong, or contradicts another.
             DefinitionError: the queue is declared with other settings already.
         """
-        require_text(name, what="queue's name")
+        require_queue_name(name)
         self.registry.add_queue(QueueDeclaration(name, QueueOptions(**options)))
 
     # A coroutine function is a function too, and a session a first argument like any other: the overloads overlap,

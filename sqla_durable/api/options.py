@@ -134,6 +134,11 @@ class StartOptions:
                 raise ArgumentError(f"{first} and {second} contradict each other: give one of them.")
 
     @property
+    def needs_key(self) -> str:
+        """The names of the options that are about what has the same key."""
+        return " and ".join(each for each in DUPLICATES if getattr(self, each) is not None)
+
+    @property
     def rule(self) -> KeyRule | None:
         """The rule for what has the same key; None if that is the same workflow for ever."""
         on_conflict, unique = self.on_conflict or "existing", self.unique or self.throttle or "forever"

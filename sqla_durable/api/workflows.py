@@ -318,7 +318,7 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
         rule = self.start_options.rule
         if rule is not None and self.start_options.key is None:
             raise ArgumentError(
-                f"{self.definition.name!r} is started with options for what has the same key, and without a key: add "
+                f"{self.definition.name!r} is started with {self.start_options.needs_key}, and without a key: add "
                 "options(key=...). Nothing was started."
             )
         return rule

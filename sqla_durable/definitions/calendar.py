@@ -281,7 +281,7 @@ def _check_texts(texts: object, name: str) -> None:
 
 def _check_interval(every: object, cron: tuple[str, ...]) -> None:
     if (every is None) == (not cron):
-        raise ValueError(f"cron={cron!r} and every={every!r}: pass one of the two, not both.")
+        raise ValueError(f"cron={cron!r} and every={every!r}: pass one of the two.")
     if every is None:
         return
     if not isinstance(every, timedelta):

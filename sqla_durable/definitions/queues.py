@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, cast, get_args
 
-from sqla_durable.definitions.checks import fault_in, require_duration
+from sqla_durable.definitions.checks import fault_in, require_duration, require_text
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.errors import ArgumentError
 
@@ -64,8 +65,12 @@ class QueueOptions:
         for name, known in (("while_suspended", get_args(WhileSuspended)), ("fifo", (*get_args(Fifo), None))):
             if getattr(self, name) not in known:
                 raise ArgumentError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(repr, known))}.")
+        if not isinstance(self.fair, bool):
+            raise ArgumentError(f"fair={self.fair!r} is neither True nor False.")
         if self.aging is not None:
             _require_period(self.aging, "aging")
+        if not isinstance(self.weights, Mapping | None):
+            raise ArgumentError(f'weights={self.weights!r} is no mapping: pass a number for each key, {{"ada": 3}}.')
         for key, weight in (self.weights or {}).items():
             fault = fault_in(key)
             if fault is not None:
@@ -109,6 +114,26 @@ class QueueOptions:
         }
 
 
+def require_queue_name(name: str) -> None:
+    """Refuse what is not the name of one queue.
+
+    Raises:
+        ArgumentError: it is no text, is blank, or is a pattern.
+    """
+    require_text(name, what="queue's name")
+    if "*" in name:
+        raise ArgumentError(
+            f"the queue's name is {name!r}, which is a pattern: a worker claims by patterns, and each queue has "
+            "settings and a pause of its own."
+        )
+
+
+def fitting(patterns: Iterable[str]) -> re.Pattern[str]:
+    """Return what the name of a queue matches as a whole that fits one of the patterns, where `*` is any text."""
+    known = ["".join(".*" if part == "*" else re.escape(part) for part in re.split(r"(\*)", each)) for each in patterns]
+    return re.compile("|".join(f"(?:{each})" for each in known) or "(?!)", re.DOTALL)
+
+
 class QueueDeclaration(NamedTuple):
     """A queue as the application's code declares it."""
 
@@ -120,7 +145,7 @@ def _require_count(value: object, name: str, most: int) -> None:
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise ArgumentError(f"{name}={value!r} is no number from 1 to {most:,}.")
+        raise ArgumentError(f"{name}={value!r} is not an integer from 1 to {most:,}.")
 
 
 def _require_rate(value: object, name: str) -> None:

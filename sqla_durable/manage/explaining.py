@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 import sqla_durable.api.sessions as sessions
 from sqla_durable.api.sessions import id_of
+from sqla_durable.definitions.queues import fitting
 from sqla_durable.models import Workflow
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import explanations, workflows
@@ -51,7 +52,7 @@ def _explain(session: Session, *, workflow_id: UUID) -> list[str]:
         return [_other_status(status, found["wake_at"])]
     reasons = [
         *_pauses(found),
-        *_workers(found, explanations.live_workers(session)),
+        *_workers(found, explanations.live_workers(session, found["queue"])),
         *_places(session, found),
         *_rates(session, found),
         *_order(session, found),
@@ -80,7 +81,7 @@ def _pauses(found: Any) -> Iterator[str]:
 
 def _workers(found: Any, live: list[LiveWorker]) -> Iterator[str]:
     queue, name, version = found["queue"], found["name"], found["version"]
-    of_queue = [each for each in live if queue in each.queues]
+    of_queue = [each for each in live if queue in each.queues or fitting(_patterns(each)).fullmatch(queue)]
     knowing = [each for each in of_queue if each.names is None or name in each.names]
     if not of_queue:
         others = f"those that live claim from {_listed(sorted({one for each in live for one in each.queues}))}"
@@ -92,6 +93,12 @@ def _workers(found: Any, live: list[LiveWorker]) -> Iterator[str]:
         )
     elif version is not None and not any(not each.versions or version in each.versions for each in knowing):
         yield f"no live worker of queue {queue!r} claims the version {version!r}."
+    elif found["per_worker"] is not None and all(each.executing >= found["per_worker"] for each in knowing):
+        yield f"each live worker of queue {queue!r} executes {found['per_worker']} of it, which is its per_worker."
+
+
+def _patterns(worker: LiveWorker) -> list[str]:
+    return [each for each in worker.queues if "*" in each]
 
 
 def _places(session: Session, found: Any) -> Iterator[str]:
@@ -126,7 +133,8 @@ def _order(session: Session, found: Any) -> Iterator[str]:
             yield f"{_number(before)} of key {found['by']!r} come before it."
     before = explanations.ahead(session, found, in_key=False)
     if before:
-        yield f"{_number(before)} of its queue wait for longer{', and keys take turns' if found['is_keyed'] else ''}."
+        turns = ", but keys take turns" if found["is_keyed"] else ""
+        yield f"{_number(before)} of its queue come before it{turns}."
 
 
 def _number(count: int) -> str:
@@ -140,7 +148,10 @@ def _holders(first: list[Holder], number: int) -> str:
 
 def _holder(each: Holder) -> str:
     where = f" on {each.worker}" if each.worker else ""
-    since = f" since {_shown(each.started_at)}" if each.started_at else ""
+    if each.status is WorkflowStatus.FAILED:
+        return f"{each.name} {each.workflow_id} (failed: manage.retry lets it go on, manage.delete removes it)"
+    verb = " since" if each.status is WorkflowStatus.RUNNING else ", started"
+    since = f"{verb} {_shown(each.started_at)}" if each.started_at else ""
     return f"{each.name} {each.workflow_id} ({each.status}{where}{since})"
 
 

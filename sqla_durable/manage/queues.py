@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 import sqla_durable.api.hints as hints
 import sqla_durable.api.sessions as sessions
 from sqla_durable.definitions.checks import require_text
-from sqla_durable.definitions.queues import QueueKeywords, QueueOptions
+from sqla_durable.definitions.queues import QueueKeywords, QueueOptions, require_queue_name
 from sqla_durable.errors import UsageError
 from sqla_durable.models import Queue, QueueKey
 from sqla_durable.store import queues
@@ -28,7 +28,7 @@ def put_queue(session: Session, name: str, **options: Unpack[QueueKeywords]) -> 
     ```
 
     Never commits; locks the queue's row. From the caller's commit on running workers obey the settings. What is left
-    out has no limit; a pause stays. See `Durable.queue` for the settings.
+    out has no limit; a pause stays, and so do the weights if none are passed. See `Durable.queue` for the settings.
 
     Raises:
         ArgumentError: a setting is wrong, or contradicts another.
@@ -95,7 +95,7 @@ def resume_key(session: Session, name: str, by: str) -> None:
 
 
 def _change(session: Session, name: str, change: Callable[[Session], Any], *, verb: str) -> None:
-    require_text(name, what="queue's name")
+    require_queue_name(name)
 
     def apply(session: Session) -> None:
         session.flush()

@@ -31,7 +31,7 @@ MOST_AHEAD = 1_000
 """How many workflows before another are counted."""
 
 _MOST_HOLDERS = 5
-_SETTINGS = "concurrency", "per_key", "rate", "rate_period", "key_rate", "key_rate_period", "fifo"
+_SETTINGS = "concurrency", "per_worker", "per_key", "rate", "rate_period", "key_rate", "key_rate_period", "fifo"
 
 
 class Holder(NamedTuple):
@@ -45,12 +45,16 @@ class Holder(NamedTuple):
 
 
 class LiveWorker(NamedTuple):
-    """A worker with a live lease; `names` and `versions` are None for one of an older package."""
+    """A worker with a live lease; `names` and `versions` are None for one of an older package.
+
+    `queues` are names and patterns, and `executing` is how many workflows of the queue in question it executes.
+    """
 
     name: str
     queues: Sequence[str]
     names: Sequence[str] | None
     versions: Sequence[str] | None
+    executing: int
 
 
 def situation(session: Session, workflow_id: UUID) -> sa.RowMapping | None:
@@ -123,8 +127,10 @@ def used(session: Session, queue: str, period: timedelta, by: str | None = None)
     return row[0], None if row[1] is None else row[1] + period
 
 
-def live_workers(session: Session) -> list[LiveWorker]:
-    """Return the workers with a live lease."""
-    columns = WORKER.c.name, WORKER.c.queues, WORKER.c.names, WORKER.c.versions
+def live_workers(session: Session, queue: str) -> list[LiveWorker]:
+    """Return the workers with a live lease, and how many workflows of a queue each executes."""
+    runs = OTHER.c.worker_id == WORKER.c.id, OTHER.c.status == status_literal(WorkflowStatus.RUNNING)
+    executing = sa.select(count_rows()).select_from(OTHER).where(*runs, OTHER.c.queue == queue).scalar_subquery()
+    columns = WORKER.c.name, WORKER.c.queues, WORKER.c.names, WORKER.c.versions, executing
     wanted: Any = sa.select(*columns).where(WORKER.c.lease_expires_at > pg.statement_timestamp())
     return [LiveWorker._make(row) for row in execute(session, wanted.order_by(WORKER.c.name))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -198,8 +198,28 @@ def test_what_cannot_be_a_batch_step_is_refused() -> None:
     def increment(numbers: list[int]) -> list[int]:
         return numbers
 
+    def one(text: str) -> int:
+        return len(text)
+
+    def result(texts: list[str]) -> int:
+        return len(texts)
+
+    def two(texts: list[str], model: str) -> list[int]:
+        return [len(text + model) for text in texts]
+
+    def untyped(texts, model=None):  # type: ignore[no-untyped-def]
+        return texts
+
+    def loose(texts: Iterable[str]) -> tuple[int, ...]:
+        return tuple(map(len, texts))
+
     functions: list[Callable[[list[int]], list[int]]] = [lambda numbers: numbers]
     (nameless,) = functions
+    for each in one, result, two:
+        with pytest.raises(DefinitionError, match=r"is a function \(text.*: take one list of items"):
+            make(size=2)(each)
+    make(size=2)(untyped)
+    make(size=2)(loose)
     with pytest.raises(DefinitionError, match="takes a session, whose transaction would be that of many workflows"):
         make(size=2)(write)
     with pytest.raises(DefinitionError, match="has no name to record it by"):

@@ -51,7 +51,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], reason:
 def test_a_rule_needs_a_key_by_the_time_of_the_start(engine: Engine) -> None:
     preset = checkout.options(throttle=HOUR)
     with Session(engine) as session:
-        with pytest.raises(ArgumentError, match=r"without a key: add options\(key=...\)"):
+        with pytest.raises(ArgumentError, match=r"started with throttle, and without a key: add options\(key=...\)"):
             preset.start(session, 1)
         assert preset.options(key="k").start(session, 1).key == "k"
 

@@ -222,7 +222,7 @@ untyped: Any = Calendar
 @pytest.mark.parametrize(
     ("calendar", "message"),
     [
-        (lambda: untyped(), "cron=() and every=None: pass one of the two, not both."),
+        (lambda: untyped(), "cron=() and every=None: pass one of the two."),
         (
             lambda: untyped(cron=DAILY, every=SECOND),
             "cron=('0 9 * * *',) and every=datetime.timedelta(seconds=1): pass one",

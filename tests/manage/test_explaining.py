@@ -75,7 +75,7 @@ def test_places_that_are_taken_with_their_holders(session: Session) -> None:
     assert f"1 of 1 places of key 'a' are taken: checkout {first} (running on ada since " in of_key
     assert str(other) not in of_key.splitlines()[1]
     assert "key 'c'" not in reasons(session, third)
-    assert "1 of its queue wait for longer, and keys take turns." in reasons(session, third)
+    assert "1 of its queue come before it, but keys take turns." in reasons(session, third)
 
 
 def test_what_keeps_a_place_itself_is_not_in_its_own_way(session: Session) -> None:
@@ -85,6 +85,16 @@ def test_what_keeps_a_place_itself_is_not_in_its_own_way(session: Session) -> No
     assert reasons(session, one).startswith("nothing keeps it")
     assert f"1 of 1 places of queue 'default' are taken: checkout {one} (pending" in reasons(session, other)
     assert f"1 of 1 places of key 'a' are taken: checkout {one} (pending" in reasons(session, other)
+
+
+def test_a_suspended_one_that_keeps_its_place_and_when_it_started(session: Session) -> None:
+    manage.put_queue(session, "default", concurrency=1, while_suspended="hold")
+    first, second = races.enqueue(session, 2)
+    claim(session)
+    suspended = {"status": WorkflowStatus.SUSPENDED, "token": None, "worker_id": None}
+    session.execute(update(Workflow).where(Workflow.id == first).values(**suspended))
+    session.commit()
+    assert f"taken: checkout {first} (suspended, started 20" in reasons(session, second)
 
 
 def test_a_rate_that_is_used_up_and_until_when(session: Session) -> None:
@@ -103,7 +113,7 @@ def test_what_comes_before_it_in_its_key(session: Session) -> None:
     failed = {"status": WorkflowStatus.FAILED, "error": {"type": "x"}, "finished_at": datetime.now(UTC)}
     session.execute(update(Workflow).where(Workflow.id == first).values(**failed))
     session.commit()
-    assert f"1 of 1 places of key 'a' are taken: checkout {first} (failed since " in reasons(session, second)
+    assert f"1 of 1 places of key 'a' are taken: checkout {first} (failed: manage.retry " in reasons(session, second)
     assert "1 of key 'a' come before it." in reasons(session, third)
 
 
@@ -122,6 +132,24 @@ def test_no_worker_claims_it(session: Session, columns: dict[str, Any], reason: 
     session.execute(update(Worker).values(names=None, versions=[], queues=["default", "mail"]))  # of an older package
     session.commit()
     assert reasons(session, one).startswith("nothing keeps it")
+
+
+def test_a_worker_that_claims_by_a_pattern_is_one_of_those_of_the_queue(session: Session) -> None:
+    session.execute(update(Worker).values(queues=["default", "mail.*"]))
+    (one,), (other,) = races.enqueue(session, queue="mail.eu"), races.enqueue(session, queue="mails")
+    assert reasons(session, one).startswith("nothing keeps it")
+    assert reasons(session, other).endswith("'mails': those that live claim from 'default', 'mail.*'.")
+
+
+def test_workers_that_execute_as_many_of_the_queue_as_each_may(session: Session) -> None:
+    manage.put_queue(session, "default", per_worker=1)
+    first, second = races.enqueue(session, 2)
+    assert reasons(session, first).startswith("nothing keeps it")
+    claim(session)
+    assert reasons(session, second) == "each live worker of queue 'default' executes 1 of it, which is its per_worker."
+    workers.beat(session, worker_id=uuid7(), name="bob", queues=["default"], names=["checkout"], lease=MINUTE)
+    session.commit()
+    assert reasons(session, second).startswith("nothing keeps it")
 
 
 def test_no_worker_is_alive(session: Session) -> None:

@@ -13,6 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Queue, Worker, Workflow, WorkflowStatus, manage, start_many
+from sqla_durable.models import QueueKey
 from tests.acceptance.shells import POLL
 from tests.store.races import wait_until
 
@@ -113,6 +114,23 @@ def test_per_worker(session_factory: Sessions) -> None:
     with gauges[0].worker(session_factory), gauges[1].worker(session_factory):
         wait_until(lambda: finished(session_factory) == 30)
     assert max(each.most["all"] for each in gauges) == 2
+
+
+def test_what_the_code_declares_counts_when_a_worker_starts_but_a_pause_and_weights_of_the_table_stay(
+    session_factory: Sessions,
+) -> None:
+    gauge = Gauge()
+    gauge.durable.queue("limited", concurrency=1, fair=True)
+    with session_factory.begin() as session:
+        manage.put_queue(session, "limited", concurrency=4, per_key=2, weights={"a": 3})
+        manage.pause_queue(session, "limited")
+    with gauge.worker(session_factory), session_factory() as session:
+        queue = session.get_one(Queue, "limited")
+        assert (queue.concurrency, queue.per_key, queue.fair, queue.paused_at is None) == (1, None, True, False)
+        weight = select(QueueKey.weight).where(QueueKey.by == "a")
+        assert session.scalar(weight) == 3
+        manage.put_queue(session, "limited", fair=True, weights={})
+        assert session.scalar(weight) == 1
 
 
 def test_changes_reach_running_workers(session_factory: Sessions) -> None:

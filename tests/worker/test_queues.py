@@ -211,6 +211,15 @@ def test_a_hint_or_a_poll_finds_a_queue_that_fits_a_pattern(session_factory: Ses
         log.note.handle(session_factory, first).result(timeout=PATIENCE)
 
 
+def test_explanations_know_the_patterns_of_a_worker(session_factory: Sessions) -> None:
+    log = Log()
+    worker = Worker(log.durable, sessionmaker=session_factory, queues="a.*")
+    with worker, session_factory() as session:  # rolled back: no worker has seen the queue
+        first = log.note.options(queue="a.b").start(session, "first").id
+        session.flush()
+        assert manage.explain_pending(session, first)[0].startswith("nothing keeps it")
+
+
 def test_a_star_stands_for_any_text_and_nothing_else_does() -> None:
     queues = Subscribed(["plain", "a.*", "*[x]?"])
     assert queues == ["plain"]

@@ -95,7 +95,7 @@ class Maintenance:
             await self._wait(seen)
 
     async def _poll(self) -> Work:
-        if self._settings.queues.has_patterns:
+        if self._settings.queues.patterns:
             self._settings.queues.find(await persistently(self._database, backlog.queue_names, what="maintenance"))
         self._cursors.restart_if_time()
         asked, restarts, self._scan_starts = not self._claims_follow, self._cursors.restarts, self._cursors.scan_starts

@@ -6,7 +6,6 @@ The constants are in seconds unless they say otherwise.
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Iterable
 from datetime import timedelta
@@ -21,6 +20,7 @@ from sqla_durable.definitions.checks import require_duration
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.log import Log
+from sqla_durable.definitions.queues import fitting
 from sqla_durable.errors import SessionError
 from sqla_durable.store import schema
 
@@ -84,19 +84,14 @@ class Subscribed(list[str]):
     In a pattern, `*` stands for any text: `mail.*`. Queues that fit one are added when they are found.
 
     Attributes:
-        has_patterns: whether any was given.
+        patterns: those that were given.
     """
 
     def __init__(self, given: Iterable[str]) -> None:
         chosen = list(given)
         super().__init__(each for each in chosen if "*" not in each)
-        patterns = [
-            "".join(".*" if part == "*" else re.escape(part) for part in re.split(r"(\*)", each))
-            for each in chosen
-            if "*" in each
-        ]
-        self.has_patterns = bool(patterns)
-        self._fits = re.compile("|".join(f"(?:{each})" for each in patterns) or "(?!)", re.DOTALL).fullmatch
+        self.patterns = [each for each in chosen if "*" in each]
+        self._fits = fitting(self.patterns).fullmatch
 
     def find(self, names: Iterable[str]) -> None:
         """Add those of the queues that fit a pattern."""
