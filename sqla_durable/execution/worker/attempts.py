@@ -205,7 +205,8 @@ class Attempts:
             await self._abandon(attempt, error)
         finally:
             self._release_slot(self._running.pop(attempt.fence))
-            self._limited.end(attempt.fence)
+            if attempt.fence in self._limited.queue_of:  # a call for each attempt costs those of other queues
+                self._limited.end(attempt.fence)
 
     @property
     def _outcomes_waiting(self) -> int:

@@ -26,6 +26,7 @@ class LimitedQueues:
 
     Attributes:
         has_others: whether the claim of all others may find anything.
+        queue_of: the queue of each attempt that has a place in one of them.
     """
 
     def __init__(self, queues: Collection[str], claims: Wakeup) -> None:
@@ -34,7 +35,7 @@ class LimitedQueues:
         self._names: list[str] = []
         self.has_others = True
         self._turn = 0
-        self._queue_of: dict[Fence, str] = {}
+        self.queue_of: dict[Fence, str] = {}
         self._executing: Counter[str] = Counter()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._aside: dict[str, float] = {}
@@ -72,15 +73,13 @@ class LimitedQueues:
     def begin(self, queue: str, claimed: Iterable[Claimed]) -> None:
         """Note what was claimed from a queue, before it is executed."""
         for each in claimed:
-            self._queue_of[each.fence] = queue
+            self.queue_of[each.fence] = queue
             self._executing[queue] += 1
 
     def end(self, fence: Fence) -> None:
-        """Note that an attempt has ended; if it was of a queue with limits, claims are woken: a place may be free."""
-        queue = self._queue_of.pop(fence, None)
-        if queue is not None:
-            self._executing[queue] -= 1
-            self._claims.set()
+        """Note that an attempt of a queue with limits has ended, and wake the claims: a place may be free."""
+        self._executing[self.queue_of.pop(fence)] -= 1
+        self._claims.set()
 
     def wake_in(self, queue: str, seconds: float | None) -> None:
         """Wake the claims when a rate of a queue has room again; None, which says nothing, leaves that as it was."""
