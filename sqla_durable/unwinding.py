@@ -4,6 +4,7 @@
 ControlFlow(BaseException)
 ├── AttemptLost                   the fence refused a write: another attempt owns the workflow, or it was cancelled
 ├── Interrupted                   an executor lost its database while it recorded
+├── Unwound                       what was raised beside it is no outcome, and ends the attempt
 ├── Suspended                     the workflow waits without occupying a slot
 │   └── ContinuedAsNew                it starts again with another input and no history
 ├── Cancelling                    the workflow was cancelled or is overdue, and its sagas compensate
@@ -39,6 +40,18 @@ class Interrupted(ControlFlow):
     """
 
     def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class Unwound(ControlFlow):
+    """Something was raised beside this that is neither an outcome nor control flow: the attempt ends with it.
+
+    Attributes:
+        error: what was raised.
+    """
+
+    def __init__(self, error: BaseException) -> None:
         super().__init__(error)
         self.error = error
 

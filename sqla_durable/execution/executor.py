@@ -48,7 +48,7 @@ from sqla_durable.store import (
     workers,
     workflows,
 )
-from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Interrupted, Suspended
+from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Interrupted, Suspended, Unwound
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -317,9 +317,9 @@ class _InlineExecution:
                 f"workflow {attempt.name!r} {attempt.workflow_id} is no longer this executor's: {loss}",
                 workflow_id=attempt.workflow_id,
             ) from None
-        except Interrupted as interrupted:
+        except (Interrupted, Unwound) as ending:
             await self._transactions.release(attempt.fence)
-            raise interrupted.error from None
+            raise ending.error from None
         except BaseException:
             await self._transactions.release(attempt.fence)
             raise

@@ -29,6 +29,7 @@ from sqla_durable.unwinding import (
     Interrupted,
     Released,
     Suspended,
+    Unwound,
 )
 
 TIMERS = "#timers"
@@ -54,6 +55,7 @@ _REASONS: dict[type[ControlFlow], tuple[str, str]] = {  # the first that fits
     Cancelling: ("the workflow was cancelled, or its deadline has passed", _UNDO),
     AttemptLost: ("the workflow was cancelled, or another worker has reclaimed it", _UNDO),
     Interrupted: ("the connection to the database was lost", _AGAIN),
+    Unwound: ("what was raised beside it is no outcome, and ended the attempt", _AGAIN),
     ControlFlow: ("it was stopped", _AGAIN),
 }
 

@@ -23,7 +23,7 @@ from sqla_durable.operations.calls import Position
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.shielding import CancelledError, is_cancelled_here
 from sqla_durable.store import Checkpoint, Recorded, steps
-from sqla_durable.unwinding import AttemptLost, ControlFlow, Interrupted
+from sqla_durable.unwinding import AttemptLost, ControlFlow, Interrupted, Unwound
 
 _TYPE = "asyncio.exceptions:CancelledError"
 _MARK = "cancelled"
@@ -175,7 +175,7 @@ def note_if_ending(attempt: Attempt, error: BaseException) -> None:
         case Exception():
             pass
         case _ if not is_own_failure(attempt, error):
-            attempt.stop(partial(AttemptLost, attempt.workflow_id))
+            attempt.stop(partial(Unwound, error))
         case _:
             pass
 

@@ -38,7 +38,7 @@ from sqla_durable.operations.workflow import execute_workflow, record_completion
 from sqla_durable.runtime.runtimes import AsyncRuntime, BlockingRuntime
 from sqla_durable.runtime.tasks import AttemptTask
 from sqla_durable.store import Claimed, Completion, Fence, Suspend, attempts, workers
-from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Released, Suspended
+from sqla_durable.unwinding import AttemptLost, ContinuedAsNew, Released, Suspended, Unwound
 
 log = Log("sqla_durable.worker")
 finished = Log("sqla_durable.finished")
@@ -200,9 +200,10 @@ class Attempts:
         except HistoryMismatchError as error:
             log.error("%s", joined(str(error)))
             await self._suspend_for_deploy(attempt)
-        except BaseException as error:
-            log.exception("workflow %s: its attempt %d broke", attempt.workflow_id, attempt.number)
-            await self._abandon(attempt, error)
+        except BaseException as ending:
+            broken = ending.error if isinstance(ending, Unwound) else ending
+            log.error("workflow %s: its attempt %d broke", attempt.workflow_id, attempt.number, exc_info=broken)
+            await self._abandon(attempt, broken)
         finally:
             self._release_slot(self._running.pop(attempt.fence))
             if attempt.fence in self._limited.queue_of:  # a call for each attempt costs those of other queues
