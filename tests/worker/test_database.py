@@ -270,10 +270,14 @@ async def test_a_worker_survives_a_change_of_the_types_that_it_reads(engine: Eng
         engine.dispose()
         return await increase.handle(maker, workflow_id).result(timeout=timedelta(seconds=races.PATIENCE))
 
-    async with Worker(durable, async_sessionmaker=maker, poll_interval=timedelta(milliseconds=50)):
-        for _ in range(10):
-            assert await result() == 7
+    def alter() -> None:
         with engine.begin() as connection:
             connection.execute(text('ALTER TABLE "durable".workflow ALTER COLUMN queue TYPE varchar(300)'))
             connection.execute(text('ALTER TABLE "durable".step ALTER COLUMN key TYPE varchar(3000)'))
+
+    async with Worker(durable, async_sessionmaker=maker, poll_interval=timedelta(milliseconds=50)):
+        for _ in range(10):
+            assert await result() == 7
+        # In a thread: it waits for statements of the worker, which go on on this event loop.
+        await asyncio.to_thread(alter)
         assert await result() == 7
