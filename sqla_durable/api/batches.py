@@ -128,7 +128,7 @@ def _on_loop(
     by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, _Collected] = WeakKeyDictionary()
 
     async def execute(taken: list[tuple[Any, asyncio.Future[Any]]]) -> None:
-        outcomes: list[Any]
+        outcomes: list[Any] = []
         try:
             outcomes = _outcomes(_results(await fn([item for item, _ in taken]), len(taken), name))
         except BaseException as error:

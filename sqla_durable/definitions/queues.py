@@ -65,11 +65,11 @@ class QueueOptions:
         for name, known in (("while_suspended", get_args(WhileSuspended)), ("fifo", (*get_args(Fifo), None))):
             if getattr(self, name) not in known:
                 raise ArgumentError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(repr, known))}.")
-        if not isinstance(self.fair, bool):
+        if not isinstance(self.fair, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentError(f"fair={self.fair!r} is neither True nor False.")
         if self.aging is not None:
             _require_period(self.aging, "aging")
-        if not isinstance(self.weights, Mapping | None):
+        if not isinstance(self.weights, Mapping | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentError(f'weights={self.weights!r} is no mapping: pass a number for each key, {{"ada": 3}}.')
         for key, weight in (self.weights or {}).items():
             fault = fault_in(key)

@@ -208,7 +208,7 @@ def test_what_cannot_be_a_batch_step_is_refused() -> None:
         return [len(text + model) for text in texts]
 
     def untyped(texts, model=None):  # type: ignore[no-untyped-def]
-        return texts
+        return texts  # pyright: ignore[reportUnknownVariableType]
 
     def loose(texts: Iterable[str]) -> tuple[int, ...]:
         return tuple(map(len, texts))
@@ -238,7 +238,11 @@ def test_an_error_that_no_future_can_hold_is_the_outcome_of_its_item(
     session_factory: sessionmaker[Session], makers: dict[str, Any], is_async: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     doubling = Doubling(is_async=is_async, size=3, within=LONG)
-    monkeypatch.setattr(doubling, "results", lambda numbers: [StopIteration(n) if n == 0 else n for n in numbers])
+
+    def results(numbers: list[int]) -> list[Any]:
+        return [StopIteration(number) if number == 0 else number for number in numbers]
+
+    monkeypatch.setattr(doubling, "results", results)
     outcomes = doubling.outcomes(session_factory, makers, 3)
     assert outcomes == ["RuntimeError: coroutine raised StopIteration", 1, 2]
 
@@ -276,7 +280,8 @@ def test_a_call_that_nobody_waits_for_any_more_is_cancelled(
     session_factory: sessionmaker[Session], makers: dict[str, Any]
 ) -> None:
     """As the function of a step is at its time limit."""
-    durable, cancelled = Durable(), []
+    durable = Durable()
+    cancelled: list[list[int]] = []
 
     @durable.batch_step(size=2, within=SHORT, timeout=timedelta(milliseconds=300))
     async def hang(numbers: list[int]) -> list[int]:
@@ -304,5 +309,9 @@ def test_what_the_function_does_to_its_list_changes_no_count(
     session_factory: sessionmaker[Session], makers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     doubling = Doubling(is_async=False, size=3, within=LONG)
-    monkeypatch.setattr(doubling, "results", lambda numbers: [2 * numbers.pop(0) for _ in range(len(numbers))])
+
+    def results(numbers: list[int]) -> list[Any]:
+        return [2 * numbers.pop(0) for _ in range(len(numbers))]
+
+    monkeypatch.setattr(doubling, "results", results)
     assert doubling.outcomes(session_factory, makers, 3) == [0, 2, 4]

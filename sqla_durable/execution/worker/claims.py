@@ -238,13 +238,14 @@ class Claims:
                     claim = self._claim_apart
                     continue
                 seconds = await self._note_failure(queue, source, error)
-                if is_alone := queue is not None and not _is_of_all(error):
+                is_alone = not _is_of_all(error)
+                if queue is not None and is_alone:
                     self._limited.set_aside(queue, seconds)
                 else:
                     await asyncio.sleep(seconds)
                 # The claim may have been executed, and its acknowledgement lost.
                 await self._heartbeat.release_strays()
-                if is_alone:
+                if queue is not None and is_alone:
                     self._batch = Batch([], {})
                     return []
             else:
