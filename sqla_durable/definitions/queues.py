@@ -129,9 +129,14 @@ def require_queue_name(name: str) -> None:
 
 
 def fitting(patterns: Iterable[str]) -> re.Pattern[str]:
-    """Return what the name of a queue matches as a whole that fits one of the patterns, where `*` is any text."""
-    known = ["".join(".*" if part == "*" else re.escape(part) for part in re.split(r"(\*)", each)) for each in patterns]
+    """Return what matches, as a whole, the names of queues that fit a pattern; `*` stands for any text."""
+    known = [".*".join(map(re.escape, each.split("*"))) for each in patterns]
     return re.compile("|".join(f"(?:{each})" for each in known) or "(?!)", re.DOTALL)
+
+
+def like(pattern: str) -> str:
+    """Return a pattern as one of SQL's LIKE."""
+    return "%".join(re.sub(r"([\\%_])", r"\\\1", each) for each in pattern.split("*"))
 
 
 class QueueDeclaration(NamedTuple):

@@ -81,7 +81,7 @@ def _pauses(found: Any) -> Iterator[str]:
 
 def _workers(found: Any, live: list[LiveWorker]) -> Iterator[str]:
     queue, name, version = found["queue"], found["name"], found["version"]
-    of_queue = [each for each in live if queue in each.queues or fitting(_patterns(each)).fullmatch(queue)]
+    of_queue = [each for each in live if fitting(each.queues).fullmatch(queue)]
     knowing = [each for each in of_queue if each.names is None or name in each.names]
     if not of_queue:
         others = f"those that live claim from {_listed(sorted({one for each in live for one in each.queues}))}"
@@ -95,10 +95,6 @@ def _workers(found: Any, live: list[LiveWorker]) -> Iterator[str]:
         yield f"no live worker of queue {queue!r} claims the version {version!r}."
     elif found["per_worker"] is not None and all(each.executing >= found["per_worker"] for each in knowing):
         yield f"each live worker of queue {queue!r} executes {found['per_worker']} of it, which is its per_worker."
-
-
-def _patterns(worker: LiveWorker) -> list[str]:
-    return [each for each in worker.queues if "*" in each]
 
 
 def _places(session: Session, found: Any) -> Iterator[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias
@@ -62,8 +62,8 @@ from sqla_durable.store.statements import (
 
 _TOKEN = parameter("new_token", sa.UUID())
 _WORKER = parameter("claimant", sa.UUID())
-_NAMES = parameter("names", ARRAY(Text()))
-_VERSIONS = parameter("versions", ARRAY(Text()))
+NAMES = parameter("names", ARRAY(Text()))
+VERSIONS = parameter("versions", ARRAY(Text()))
 QUEUES = parameter("queues", ARRAY(Text()))
 _POSITION: Columns = {"priority": sa.SmallInteger(), "enqueued_at": sa.DateTime(timezone=True), "id": sa.UUID()}
 _NO_PRIORITY = 32_768  # more than a smallint holds
@@ -219,7 +219,7 @@ def claim_receivers(
     *,
     worker_id: UUID,
     token: UUID,
-    queues: Sequence[str],
+    queues: Collection[str],
     names: Sequence[str],
     versions: Sequence[str] = (),
     limit: int,
@@ -331,11 +331,11 @@ def _is_kept(queue: Expression) -> Condition:
 
 
 def _is_known_and_in_time() -> Condition:
-    all_versions = pg.cardinality(_VERSIONS) == ZERO
+    all_versions = pg.cardinality(VERSIONS) == ZERO
     return sa.and_(
-        WORKFLOW.c.name == sa.func.any(_NAMES),
+        WORKFLOW.c.name == sa.func.any(NAMES),
         failures.in_time(),
-        sa.or_(all_versions, WORKFLOW.c.version.is_(None), WORKFLOW.c.version == sa.func.any(_VERSIONS)),
+        sa.or_(all_versions, WORKFLOW.c.version.is_(None), WORKFLOW.c.version == sa.func.any(VERSIONS)),
     )
 
 

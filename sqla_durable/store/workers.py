@@ -20,6 +20,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.orm import Session
 
 from sqla_durable.definitions.dataclass import dataclass
+from sqla_durable.definitions.queues import like
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.inbox import END_COLUMNS, end_notices, insert_orphan_notices
 from sqla_durable.store.records import Fence
@@ -168,11 +169,12 @@ def reclaim(
         max_attempts: after so many crashes in a row one of these names and queues fails; others only wait longer,
             because their own workers may allow them more.
         limit: how many at most.
-        names, queues: None means all.
+        names, queues: None means all; `*` stands for any text in the name of a queue.
         asking: the worker that reclaims: its own lease may expire between its last poll and this.
         subset: which of those that it finds.
     """
-    mine = {"mine_names": names, "mine_queues": queues, "asking_id": asking, **subset.parameters}
+    patterns = None if queues is None else [like(each) for each in queues]
+    mine = {"mine_names": names, "mine_queues": patterns, "asking_id": asking, **subset.parameters}
     parameters = {"max_attempts": max_attempts, "limit": limit, "reason": _DEATH, **mine}
     rows = execute(connectable, subset.form_of(_RECLAIM, _RECLAIM_PART), parameters)
     return [_reclaimed(row) for row in rows]
@@ -289,9 +291,12 @@ def _lock_abandoned(*conditions: Condition, skip_locked: bool, mine: Condition) 
     )
 
 
-def _is_listed(column: sa.ColumnElement[str], name: str) -> Condition:
-    wanted = parameter(name, ARRAY(Text()))
-    return sa.or_(wanted.is_(None), column == sa.func.any(wanted))
+def _is_mine() -> Condition:
+    names, queues = parameter("mine_names", ARRAY(Text())), parameter("mine_queues", ARRAY(Text()))
+    return sa.and_(
+        sa.or_(names.is_(None), WORKFLOW.c.name == sa.func.any(names)),
+        sa.or_(queues.is_(None), WORKFLOW.c.queue.bool_op("LIKE")(sa.func.any(queues))),
+    )
 
 
 def _has_progressed() -> Condition:
@@ -308,10 +313,9 @@ def _reclaim_statement(abandoned: sa.CTE) -> Any:
 def _reclaim_all_statement(within: Restriction) -> tuple[Any, Any]:
     asking = parameter("asking_id", sa.UUID())
     is_of_others = sa.or_(asking.is_(None), WORKFLOW.c.worker_id != asking)
-    mine = sa.and_(_is_listed(WORKFLOW.c.name, "mine_names"), _is_listed(WORKFLOW.c.queue, "mine_queues"))
     conditions = _lease_has_expired(), is_of_others, within(WORKFLOW.c.id)
     ids = _lock_abandoned(*conditions, skip_locked=True, mine=sa.true())
-    return _reclaim_statement(_lock_abandoned(*conditions, skip_locked=True, mine=mine)), sa.select(ids.c.id)
+    return _reclaim_statement(_lock_abandoned(*conditions, skip_locked=True, mine=_is_mine())), sa.select(ids.c.id)
 
 
 def _wanted_attempt() -> Condition:

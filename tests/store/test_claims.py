@@ -146,6 +146,7 @@ def test_versions_that_are_not_asked_for_stay_and_those_without_one_do_not(
         assert len(races.claim(session, 10, versions=["4"])) == 0
         assert len(races.claim(session, 10)) == 2
         assert backlog.other_versions(session, **known) == []
+        assert backlog.other_versions(session, **{**known, "queues": []}) == []  # none fits a pattern yet
 
 
 def test_a_paused_queue_is_skipped_until_it_is_resumed(session_factory: sessionmaker[Session]) -> None:

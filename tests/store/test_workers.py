@@ -182,6 +182,31 @@ def test_reclaim_one_waits_for_the_row_and_sees_what_became_of_it(engine: Engine
         assert reclaiming.result() is None
 
 
+@pytest.mark.parametrize(
+    ("queues", "is_last"),
+    [
+        (None, True),
+        (["a_b.c"], True),
+        (["x", "a_*"], True),
+        (["*"], True),
+        (["a%"], False),
+        (["a_b_c", "a?b.c"], False),
+    ],
+)
+def test_only_queues_of_the_worker_that_reclaims_see_the_last_attempt(
+    engine: Engine, queues: list[str] | None, is_last: bool
+) -> None:
+    # behaviour: R4
+    with Session(engine) as session:
+        races.enqueue(session, queue="a_b.c")
+        workers.beat(session, worker_id=races.WORKER, name="w", queues=["a_*"], lease=races.LEASE)
+        assert races.claim(session, queues=["a_b.c"], worker_id=races.WORKER)
+        session.commit()
+        races.expire_leases(engine)
+        (found,) = workers.reclaim(session, max_attempts=1, limit=9, queues=queues)
+        assert (found.status is WorkflowStatus.FAILED) == is_last
+
+
 def test_the_last_attempt_ends_with_an_error_that_says_so(engine: Engine) -> None:
     # behaviour: R4
     (fence,) = races.claimed_fences(engine)

@@ -20,7 +20,8 @@ from sqla_durable.execution.worker.hints import Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
 from sqla_durable.execution.worker.limits import LimitedQueues
 from sqla_durable.execution.worker.recorder import Resources, Sessions, Slots
-from sqla_durable.execution.worker.settings import Settings, Subscribed
+from sqla_durable.execution.worker.settings import Settings
+from sqla_durable.execution.worker.subscribed import Subscribed
 from sqla_durable.execution.worker.writer import StreamWriter
 from sqla_durable.operations.suspending import Wakers
 from sqla_durable.runtime.waiting import InThread, OnLoop

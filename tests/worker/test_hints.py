@@ -11,7 +11,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.execution.worker.cursors import Cursors
 from sqla_durable.execution.worker.hints import ClaimsWakeup, HintReceiver, Wakeup, Wakeups
-from sqla_durable.execution.worker.settings import Subscribed
+from sqla_durable.execution.worker.subscribed import Subscribed
 from sqla_durable.operations.suspending import Waker, Wakers
 from sqla_durable.runtime.waiting import LoopWaker
 from sqla_durable.store import hints
@@ -26,7 +26,7 @@ def woken_by(payload: str, *, accepts_receivers: bool = False) -> set[str]:
     wakeups.claims.accepts_receivers = accepts_receivers
     waker = Waker()
     wakers.subscribe(waker, [SENT])
-    HintReceiver(wakeups, wakers, cursors, worker_id=WORKER, queues=Subscribed(["default"])).receive(payload)
+    HintReceiver(wakeups, wakers, cursors, worker_id=WORKER, queues=Subscribed(["default", "mail.*"])).receive(payload)
     found = {
         "claims": wakeups.claims.is_set,
         "heartbeat": wakeups.heartbeat.is_set,
@@ -43,6 +43,7 @@ def woken_by(payload: str, *, accepts_receivers: bool = False) -> set[str]:
     [
         (hints.to_queue("default"), {"claims"}),
         (hints.to_queue("elsewhere"), set[str]()),
+        (hints.to_queue("mail.new"), {"maintenance"}),
         (hints.to_worker(WORKER), {"heartbeat"}),
         (hints.to_worker(OTHER), set[str]()),
         (SENT, {"signals", "operation"}),
@@ -50,7 +51,17 @@ def woken_by(payload: str, *, accepts_receivers: bool = False) -> set[str]:
         (hints.LATE, {"maintenance", "cursors"}),
         (hints.EVERYWHERE, {"maintenance"}),
     ],
-    ids=["our queue", "another queue", "this worker", "another worker", "awaited signal", "signal", "late", "anything"],
+    ids=[
+        "our queue",
+        "another queue",
+        "a queue that fits a pattern",
+        "this worker",
+        "another worker",
+        "awaited signal",
+        "signal",
+        "late",
+        "anything",
+    ],
 )
 async def test_a_hint_wakes_what_it_is_about(payload: str, expected: set[str]) -> None:
     assert woken_by(payload) == expected

@@ -8,11 +8,14 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import event, func, select, update
+from sqlalchemy import Engine, event, func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Durable, Queue, Worker, Workflow, WorkflowStatus, manage, start_many
-from sqla_durable.execution.worker.settings import Subscribed
+from sqla_durable.execution.worker import subscribed
+from sqla_durable.execution.worker import worker as worker_module
+from sqla_durable.execution.worker.subscribed import Subscribed
+from sqla_durable.store import hints
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store.races import wait_until
 
@@ -204,7 +207,7 @@ def test_a_pattern_finds_queues_that_come_later(session_factory: Sessions) -> No
 def test_a_hint_or_a_poll_finds_a_queue_that_fits_a_pattern(session_factory: Sessions, listen: bool) -> None:
     log = Log()
     interval = timedelta(hours=1) if listen else POLL
-    options: dict[str, Any] = {"poll_interval": interval, "listen": listen, "queues": "*"}
+    options: dict[str, Any] = {"poll_interval": interval, "listen": listen, "queues": "*", "versions": "1"}
     with Worker(log.durable, sessionmaker=session_factory, **options):
         with session_factory.begin() as session:
             first = log.note.options(queue="new").start(session, "first").id
@@ -222,10 +225,43 @@ def test_explanations_know_the_patterns_of_a_worker(session_factory: Sessions) -
 
 def test_a_star_stands_for_any_text_and_nothing_else_does() -> None:
     queues = Subscribed(["plain", "a.*", "*[x]?"])
-    assert queues == ["plain"]
-    queues.find(["plain", "a.", "a.b.c", "b.a.", "1[x]?", "1x?", "ax"])
-    assert queues == ["plain", "a.", "a.b.c", "1[x]?"]
-    assert not Subscribed(["plain"]).has("other")
+    assert [*queues] == ["plain"]
+    queues.note(["plain", "a.", "a.b.c", "b.a.", "1[x]?", "1x?", "ax"])
+    assert [*queues] == ["plain", "a.", "a.b.c", "1[x]?"]
+    assert len(queues) == 4
+    assert not Subscribed(["plain"]).fits("other")
+
+
+def test_a_hint_adds_no_queue(engine: Engine, session_factory: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody who may connect can send hints, and each queue makes the claims longer."""
+    log, queues = Log(), Subscribed("*")
+    monkeypatch.setattr(worker_module, "Subscribed", lambda _: queues)
+    with Worker(log.durable, sessionmaker=session_factory, poll_interval=timedelta(hours=1), queues="*"):
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            channel = hints.channel_on(connection)
+            hints.notify(connection, [(channel, hints.to_queue(f"forged{number}")) for number in range(100)])
+        with session_factory.begin() as session:
+            first = log.note.options(queue="new").start(session, "first").id  # its hint comes after those
+        log.note.handle(session_factory, first).result(timeout=PATIENCE)
+        assert [*queues] == ["new"]
+
+
+def test_a_queue_in_which_nothing_waits_is_left_out_and_found_again(
+    session_factory: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscribed, "_FORGET_AFTER", 0.0)
+    queues = Subscribed(["plain", "a.*"])
+    queues.note(["a.b", "a.c"])
+    queues.note(["a.c"])
+    assert [*queues] == ["plain", "a.c"]
+    log = Log()
+    monkeypatch.setattr(worker_module, "Subscribed", lambda _: queues)
+    with Worker(log.durable, sessionmaker=session_factory, poll_interval=POLL, queues="a.*"):
+        for name in ("first", "second"):
+            with session_factory.begin() as session:
+                started = log.note.options(queue="a.b").start(session, name).id
+            log.note.handle(session_factory, started).result(timeout=PATIENCE)
+            wait_until(lambda: [*queues] == ["plain"])
 
 
 def test_a_worker_stops_when_its_queues_are_empty(session_factory: Sessions) -> None:

@@ -8,7 +8,7 @@ nothing, and a claim where the last one ended. What was committed late stands be
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
@@ -70,7 +70,7 @@ class Cursors:
     """Where the next poll and the next claim of one worker begin to scan.
 
     Args:
-        queues: those that it claims from; others may be added.
+        queues: those that it claims from; they may change.
         poll_interval: the seconds between two polls.
 
     Attributes:
@@ -78,7 +78,7 @@ class Cursors:
         restarts: how many full scans were requested; results of scans that began before the latest are discarded.
     """
 
-    def __init__(self, queues: Sequence[str], *, poll_interval: float) -> None:
+    def __init__(self, queues: Collection[str], *, poll_interval: float) -> None:
         self.scan_starts: ScanStarts = FULL_SCAN
         self.restarts = 0
         self._names = queues
@@ -132,7 +132,8 @@ class Cursors:
 
     def ranges(self) -> Ranges:
         """Return the parts of the queues in which something may wait."""
-        return {name: list(self._queues.setdefault(name, _Queue()).ranges()) for name in self._names}
+        self._queues = {name: self._queues.get(name) or _Queue() for name in self._names}
+        return {name: list(queue.ranges()) for name, queue in self._queues.items()}
 
     def note_claim(self, batch: Batch, *, restarts: int, is_full: bool) -> None:
         """Adopt where a claim has ended; after a full one, the next goes on there for a while."""
@@ -143,7 +144,8 @@ class Cursors:
             self._burst_began = now
         if batch.claimed_at is not None:
             for name, reached in batch.last_positions.items():
-                self._queues[name].take(reached, batch.claimed_at)
+                if name in self._queues:  # a poll may have left it out meanwhile
+                    self._queues[name].take(reached, batch.claimed_at)
         if not is_full or now - self._burst_began > _LONGEST_BURST:
             for each in self._queues.values():
                 each.reached = None

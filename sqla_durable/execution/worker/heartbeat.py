@@ -173,7 +173,7 @@ class Heartbeat:
             workers.beat,
             worker_id=self._worker_id,
             name=self._settings.name,
-            queues=[*self._settings.queues, *self._settings.queues.patterns],
+            queues=self._settings.queues.given,
             names=self._settings.names,
             versions=self._settings.versions,
             lease=self._settings.lease,

@@ -24,7 +24,7 @@ from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.retry import LONGEST_BACKOFF, ObstacleRetry
 from sqla_durable.execution.worker.cursors import Cursors
 from sqla_durable.execution.worker.database import shut_down
-from sqla_durable.execution.worker.settings import Subscribed
+from sqla_durable.execution.worker.subscribed import Subscribed
 from sqla_durable.operations.shielding import GracefulTask, wait_done
 from sqla_durable.operations.suspending import Wakers
 from sqla_durable.store import hints
@@ -152,8 +152,10 @@ class HintReceiver:
         """Wake what the payload of a hint is about."""
         match hints.read(payload):
             case hints.Kind.QUEUE, queue:
-                if self._queues.has(queue):
+                if queue in self._queues:
                     self._wakeups.claims.set()
+                elif self._queues.fits(queue):  # a poll finds it, if it is there: anybody may send a hint
+                    self._wakeups.maintenance.set()
             case hints.Kind.WORKER, worker_id:
                 if worker_id == self._worker_id:
                     self._wakeups.heartbeat.set()

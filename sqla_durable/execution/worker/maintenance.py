@@ -95,8 +95,8 @@ class Maintenance:
             await self._wait(seen)
 
     async def _poll(self) -> Work:
-        if self._settings.queues.patterns:
-            self._settings.queues.find(await persistently(self._database, backlog.queue_names, what="maintenance"))
+        if self._settings.queues.has_patterns:
+            self._settings.queues.note(await persistently(self._database, backlog.queue_names, what="maintenance"))
         self._cursors.restart_if_time()
         asked, restarts, self._scan_starts = not self._claims_follow, self._cursors.restarts, self._cursors.scan_starts
         self._asked = asked
@@ -222,7 +222,7 @@ class Maintenance:
         chosen = self._settings
         bounds: dict[str, Any] = {"limit": _LIMIT, "asking": chosen.worker_id}
         reclaim = partial(
-            workers.reclaim, max_attempts=chosen.max_attempts, names=chosen.names, queues=chosen.queues, **bounds
+            workers.reclaim, max_attempts=chosen.max_attempts, names=chosen.names, queues=chosen.queues.given, **bounds
         )
         return [*chain(*await self._isolation.sweep(reclaim, partial(workers.expired, **bounds), what="reclaim"))]
 

@@ -20,8 +20,8 @@ from sqla_durable.definitions.checks import require_duration
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.inspection import SessionKind
 from sqla_durable.definitions.log import Log
-from sqla_durable.definitions.queues import fitting
 from sqla_durable.errors import SessionError
+from sqla_durable.execution.worker.subscribed import Subscribed
 from sqla_durable.store import schema
 
 BEATS = 3
@@ -76,31 +76,6 @@ _SHORTEST_LIMIT = 5.0
 _DRIVERS = ("psycopg", "asyncpg")
 
 log = Log("sqla_durable.worker")
-
-
-class Subscribed(list[str]):
-    """The names of the queues that a worker claims from: those that it was given, and those that fit a pattern.
-
-    In a pattern, `*` stands for any text: `mail.*`. Queues that fit one are added when they are found.
-
-    Attributes:
-        patterns: those that were given.
-    """
-
-    def __init__(self, given: Iterable[str]) -> None:
-        chosen = list(given)
-        super().__init__(each for each in chosen if "*" not in each)
-        self.patterns = [each for each in chosen if "*" in each]
-        self._fits = fitting(self.patterns).fullmatch
-
-    def find(self, names: Iterable[str]) -> None:
-        """Add those of the queues that fit a pattern."""
-        self.extend(each for each in names if each not in self and self._fits(each))
-
-    def has(self, name: str) -> bool:
-        """Return whether a queue is one of them; one that fits a pattern is from now on."""
-        self.find([name])
-        return name in self
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.log import Log, worker_name
 from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, UsageError
 from sqla_durable.execution.worker.database import Databases, open_databases
+from sqla_durable.execution.worker.subscribed import Subscribed
 from sqla_durable.store import schema
 from sqla_durable.store.workers import DEFAULT_MAX_ATTEMPTS, MOST_CRASHES
 
@@ -313,7 +314,7 @@ class Worker:
         return settings.Settings(
             worker_id=self.id,
             name=settings.shown_name(self.name),
-            queues=settings.Subscribed(self.queues),
+            queues=Subscribed(self.queues),
             names=[each.name for each in self.durable.registry],
             versions=self.versions,
             concurrency=self.concurrency,
