@@ -20,7 +20,7 @@ from sqla_durable.errors import ArgumentError, NotFoundError
 from sqla_durable.manage.verbs import Selected, apply_verb
 from sqla_durable.models import Workflow
 from sqla_durable.store import forks, keys, manage
-from sqla_durable.store.manage import Selection
+from sqla_durable.store.selecting import Selection
 
 
 class ForkOptions(TypedDict, total=False):

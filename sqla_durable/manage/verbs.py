@@ -24,7 +24,8 @@ from sqla_durable.errors import ArgumentError, WorkflowReferencedError
 from sqla_durable.models import Workflow
 from sqla_durable.store import changes, connection_of, manage
 from sqla_durable.store.changes import Changes
-from sqla_durable.store.manage import Selection, evaluate, workers_of
+from sqla_durable.store.manage import workers_of
+from sqla_durable.store.selecting import Selection, evaluate
 
 Selected: TypeAlias = "Workflow | UUID | Iterable[Workflow | UUID] | Select[Any] | CompoundSelect[Any]"
 """Which workflows: one record or id, several, or a `select()` or union of `Workflow` or of one column of ids."""
@@ -317,17 +318,13 @@ def delete(session: Session, workflows: Selected) -> list[UUID]:
 
 def _cancel(session: Session, wanted: Selection) -> list[UUID]:
     connection = connection_of(session)
-    locked: list[UUID] = []
     for _ in range(_ROUNDS):
         with connection.begin_nested() as savepoint:
             locked, complete = manage.lock_unfinished_trees(session, wanted)
             if complete:
                 return _cancelled(session, locked, wanted)
             savepoint.rollback()  # which releases the locks
-    complete = False
-    while not complete:  # a tree that grows all the time: what is locked starts nothing more
-        locked, complete = manage.lock_unfinished_trees(session, wanted)
-    return _cancelled(session, locked, wanted)
+    return _cancelled(session, manage.lock_growing_trees(session, wanted), wanted)
 
 
 def _cancelled(session: Session, locked: list[UUID], wanted: Selection) -> list[UUID]:

@@ -105,9 +105,10 @@ class QueueKey(Base):
 
 
 class QueueUse(Base):
-    """How many workflows one claim has started, for a queue with a rate; `by` is empty for those without a key.
+    """How many workflows one claim has started, for a queue with a rate.
 
-    A claim deletes what is older than the periods of its queue.
+    One row for each key, where a rate is per key; else, and for those without a key, one whose `by` is empty. A claim
+    deletes what is older than the periods of its queue.
     """
 
     __tablename__ = "queue_use"

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.inbox import is_deferred
-from sqla_durable.store.manage import Selection, ids_to_refresh, lock_selected
+from sqla_durable.store.selecting import Selection, ids_to_refresh, lock_selected
 from sqla_durable.store.statements import (
     WORKFLOW,
     Statement,

@@ -20,8 +20,8 @@ from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store import manage, starts
 from sqla_durable.store.inbox import is_deferred
 from sqla_durable.store.keys import MOST_REPEATS
-from sqla_durable.store.manage import Selection
 from sqla_durable.store.records import KeyRule, NewWorkflow
+from sqla_durable.store.selecting import Selection
 from sqla_durable.store.starts import NEW, new_columns
 from sqla_durable.store.statements import (
     WORKFLOW,
@@ -178,9 +178,7 @@ def _holders(connectable: Connectable, wanted: Sequence[RuledStart]) -> dict[UUI
 
 def _cancel(connectable: Connectable, ids: Sequence[UUID], *, own: UUID | None) -> tuple[list[UUID], set[UUID]]:
     """Cancel workflows with their trees; return the ids of all that were cancelled, and the workers that have them."""
-    locked, is_complete = ([], True) if not ids else manage.lock_unfinished_trees(connectable, Selection(ids))
-    while not is_complete:  # a tree has grown meanwhile: what is locked starts nothing more
-        locked, is_complete = manage.lock_unfinished_trees(connectable, Selection(ids))
+    locked = manage.lock_growing_trees(connectable, Selection(ids)) if ids else []
     if own in locked:
         raise UsageError(
             f"workflow {own} starts a workflow that would cancel it, because it or one above it has that name and key. "

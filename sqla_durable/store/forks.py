@@ -19,7 +19,7 @@ from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models import Workflow
 from sqla_durable.models.base import StepStatus, Text
 from sqla_durable.store.keys import insert_new_keys
-from sqla_durable.store.manage import Selection
+from sqla_durable.store.selecting import Selection
 from sqla_durable.store.statements import (
     EVENT,
     ONE,

@@ -1,23 +1,19 @@
 """The statements of operators: resume, retry, rewind; cancel and delete, which concern the tree under a workflow.
 
-The workflows are given by ids or by a `select()`, which is evaluated once: without an order, or beside other
-transactions, a second evaluation may give other rows. They are locked in the order of their ids until the caller
-commits. A tree is followed through whatever is in it, down to what is detached: what is finished may have children that
-go on. Copies are made by `forks`.
+The workflows are found and locked by `selecting`. A tree is followed through whatever is in it, down to what is
+detached: what is finished may have children that go on. Copies are made by `forks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
-from sqlalchemy.sql.selectable import SelectStatementGrouping
 
 from sqla_durable.definitions.checks import escape_key
-from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 from sqla_durable.models.base import FINISHED, StepStatus, Text, WorkflowStatus
@@ -25,6 +21,7 @@ from sqla_durable.store.deferred import report_orphans, start_all_of
 from sqla_durable.store.failures import REFUSED_TYPE, TIMEOUT_TYPE
 from sqla_durable.store.inbox import EARLIER, END_COLUMNS, REFUSED, end_notices, insert_orphan_notices
 from sqla_durable.store.places import KEY_UNLESS_FAILED
+from sqla_durable.store.selecting import Selection, ids_to_refresh, lock, lock_selected, still_meant, still_wanted
 from sqla_durable.store.statements import (
     COMPENSATES,
     EVENT,
@@ -50,126 +47,13 @@ from sqla_durable.store.statements import (
 )
 from sqla_durable.store.workers import MAX_ATTEMPTS_TYPE
 
-Query: TypeAlias = "sa.Select[Any] | sa.CompoundSelect[Any]"
-
-# Another one after each UPDATE, and the same under a lock. Source: PostgreSQL manual, System Columns.
-_VERSION: sa.ColumnElement[int] = sa.literal_column("CAST(CAST(xmin AS text) AS bigint)", type_=sa.Integer()).label(
-    "version"
-)
-
-
 _SHOWN_KEYS = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """The workflows that a verb changes.
-
-    Attributes:
-        ids: their ids.
-        query: the select that gave them, if one did.
-        versions: of each row that the select gave, the version that it has seen.
-    """
-
-    ids: Sequence[UUID]
-    query: Query | None = None
-    versions: Mapping[UUID, int] | None = None
-
-
-def evaluate(session: Session, query: Query) -> Selection:
-    """Evaluate a select, in one statement that takes no lock of its own.
-
-    Raises:
-        ArgumentError: it does not say which workflows are meant.
-    """
-    # MATERIALIZED: executed once; as a subquery, the planner may execute it again for each row.
-    meant = _ids_in(query).cte().prefix_with("MATERIALIZED")
-    seen = sa.select(WORKFLOW.c.id, _VERSION).where(WORKFLOW.c.id.in_(sa.select(*meant.c)))
-    versions = {row.id: row.version for row in execute(session, seen)}
-    return Selection(list(versions), query, versions)
-
-
-def lock_selected(session: Session, wanted: Selection, meant: Callable[[Condition], Condition]) -> list[UUID]:
-    """Lock the workflows that are meant, in the order of their ids, then check again; return those still meant.
-
-    Waits for the locks of their rows. What was claimed, finished or moved meanwhile may no longer be meant: in one
-    statement, only the locked row would be checked again after a lock wait, and not the sub-selects.
-
-    Args:
-        meant: makes the condition of the verb from one on the wanted workflows.
-    """
-    locked = lock(session, meant(is_among(WORKFLOW.c.id, wanted.ids)))
-    return still_meant(session, locked, meant(is_among(WORKFLOW.c.id, still_wanted(session, wanted)))) if locked else []
-
-
-def lock(connectable: Connectable, meant: Condition) -> list[UUID]:
-    """Lock the workflows that are meant, in the order of their ids; return the ids."""
-    locked = sa.select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id).with_for_update(key_share=True, of=WORKFLOW)
-    return list(scalars(connectable, locked))
-
-
-def still_meant(connectable: Connectable, locked: Sequence[UUID], meant: Condition) -> list[UUID]:
-    """Return those of the locked workflows that are still meant, in the order of their ids."""
-    found = sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, locked), meant).order_by(WORKFLOW.c.id)
-    return list(scalars(connectable, found))
-
-
-def still_wanted(connectable: Connectable, wanted: Selection) -> Sequence[UUID]:
-    """Return the ids without those of rows that were changed since the select gave them, and no longer fit it.
-
-    Only a row that was changed is compared with the select again, without its LIMIT and OFFSET: of others it could
-    give another choice.
-    """
-    if wanted.query is None or not wanted.versions:
-        return wanted.ids
-    versions = wanted.versions
-    today = execute(connectable, sa.select(WORKFLOW.c.id, _VERSION).where(is_among(WORKFLOW.c.id, wanted.ids)))
-    changed = {row.id for row in today if row.version != versions[row.id]}
-    if not changed:
-        return wanted.ids
-    again = _ids_in(wanted.query.limit(None).offset(None))
-    found = sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id, [*changed]), WORKFLOW.c.id.in_(again))
-    fitting = set(scalars(connectable, found))
-    return [each for each in wanted.ids if each not in changed or each in fitting]
 
 
 def workers_of(connectable: Connectable, locked: Sequence[UUID]) -> set[UUID]:
     """Return the workers that are executing these workflows, whose rows are locked."""
     running = sa.and_(is_among(WORKFLOW.c.id, locked), WORKFLOW.c.status == status_literal(WorkflowStatus.RUNNING))
     return set(scalars(connectable, sa.select(WORKFLOW.c.worker_id).where(running).distinct())) if locked else set()
-
-
-def ids_to_refresh(wanted: Selection, changed: Iterable[UUID]) -> set[UUID]:
-    """Return the ids of the records to refresh: those given by id, and those that were changed."""
-    return {*changed, *(wanted.ids if wanted.query is None else ())}
-
-
-def _ids_in(query: Query) -> sa.Select[tuple[UUID]]:
-    """Select the ids of a caller's select: as a subquery, it may join, order, limit and alias anything."""
-    match _described(query):
-        case [{"type": kind}] if kind is Workflow:
-            return sa.select(query.subquery().c.id)
-        case [{"type": sa.Uuid()}]:
-            return sa.select(*query.subquery().c)
-        case described:
-            given = ", ".join(str(each["name"]) for each in described)
-            raise ArgumentError(
-                f"a select of {given} does not say which workflows are meant: select Workflow, or one column of their "
-                "ids, such as Workflow.id."
-            )
-
-
-def _described(query: sa.SelectBase) -> list[Any]:
-    """Describe the columns; those of a union are named and typed by its first select."""
-    match query:
-        case sa.CompoundSelect():
-            return _described(query.selects[0])
-        case SelectStatementGrouping():
-            return _described(query.element)
-        case sa.Select():
-            return list(query.column_descriptions)
-        case _:
-            return []
 
 
 _STOPPED = sa.and_(
@@ -294,6 +178,18 @@ def lock_unfinished_trees(connectable: Connectable, wanted: Selection) -> tuple[
     )
     found = list(scalars(connectable, sa.select(WORKFLOW.c.id).where(meant).order_by(WORKFLOW.c.id)))
     return found, set(found) <= set(locked)
+
+
+def lock_growing_trees(connectable: Connectable, wanted: Selection) -> list[UUID]:
+    """Lock them all however they grow, and unlock nothing: what is locked starts no more children.
+
+    Returns:
+        The ids that are to change.
+    """
+    while True:
+        locked, is_complete = lock_unfinished_trees(connectable, wanted)
+        if is_complete:
+            return locked
 
 
 def cancel(session: Session, locked: Sequence[UUID], wanted: Selection) -> bool:

@@ -230,27 +230,7 @@ def _waits_ahead(
 
 def distribute(free: sa.CTE, walk: sa.CTE, ranked: sa.CTE) -> sa.CTE:
     """Distribute the places over the keys: within a priority by turns, in each of which a key gets its weight."""
-    keyless = _waiting_keyless(free, walk)
-    keys = sa.union_all(
-        sa.select(
-            walk.c.rank,
-            walk.c.priority,
-            walk.c.by,
-            walk.c.number,
-            walk.c.weight,
-            walk.c.places,
-            walk.c.id,
-        ).where(walk.c.places > ZERO),
-        sa.select(
-            ranked.c.rank,
-            keyless.c.priority,
-            sa.cast(sa.null(), Text),
-            ZERO,
-            ONE,
-            keyless.c.number,
-            sa.null(),
-        ).join_from(keyless, ranked, ranked.c.priority == keyless.c.priority),
-    ).subquery("keys")
+    keys = _keys_with_places(free, walk, ranked)
     weights = sa.cast(pg.sum(keys.c.weight).over(partition_by=keys.c.rank), sa.Double)
     turns = pg.ceil(sa.cast(free.c.places, sa.Double) / weights)
     most = sa.func.least(keys.c.places, keys.c.weight * sa.cast(turns, sa.BigInteger))
@@ -284,6 +264,18 @@ def distribute(free: sa.CTE, walk: sa.CTE, ranked: sa.CTE) -> sa.CTE:
         ).group_by(chosen.c.priority, chosen.c.by, chosen.c.id),
         "planned",
     )
+
+
+def _keys_with_places(free: sa.CTE, walk: sa.CTE, ranked: sa.CTE) -> sa.Subquery:
+    """Return the keys that can have places, and what waits without one as if it were a key in each priority."""
+    column = walk.c
+    columns = column.rank, column.priority, column.by, column.number, column.weight, column.places, column.id
+    keyless = _waiting_keyless(free, walk)
+    as_keys = ranked.c.rank, keyless.c.priority, sa.cast(sa.null(), Text), ZERO, ONE, keyless.c.number, sa.null()
+    return sa.union_all(
+        sa.select(*columns).where(walk.c.places > ZERO),
+        sa.select(*as_keys).join_from(keyless, ranked, ranked.c.priority == keyless.c.priority),
+    ).subquery("keys")
 
 
 def _waiting_keyless(free: sa.CTE, walk: sa.CTE) -> sa.Subquery:

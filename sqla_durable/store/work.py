@@ -100,7 +100,7 @@ class Work:
         ticks: a schedule is due.
         kept: the names of the queues from which ordinary claims take nothing, in order: paused, or with limits.
         limited: those that have limits and are not paused.
-        waiting: of the queues that were asked for, those among `limited` in which something waits.
+        waiting: something waits in one of those, of the queues that were asked for.
         scan_starts: where the next poll may begin.
     """
 
@@ -115,7 +115,7 @@ class Work:
     ticks: bool = False
     kept: tuple[str, ...] = ()
     limited: tuple[str, ...] = ()
-    waiting: tuple[str, ...] = ()
+    waiting: bool = False
     scan_starts: ScanStarts = field(default=FULL_SCAN, compare=False)
 
 
@@ -153,7 +153,7 @@ def find_work(
         ticks=row.ticks,
         kept=tuple(sorted(row.kept or ())),
         limited=tuple(sorted(row.limited or ())),
-        waiting=tuple(sorted(row.waiting or ())),
+        waiting=row.waiting,
         scan_starts=ScanStarts(
             wake_at=row.wake_mark.isoformat(),
             deadline_at=row.deadline_mark.isoformat(),
@@ -181,13 +181,12 @@ def _claimable() -> Condition:
     return sa.select(first.c.id).select_from(listened.join(first, sa.true())).exists()
 
 
-def _waiting(kept: sa.CTE) -> Any:
-    """Return the names of those queues with limits in which something waits."""
+def _waiting(kept: sa.CTE) -> Condition:
+    """Return whether something waits in one of those queues with limits."""
     here = kept.c.name.in_(sa.select(wanted_queues()))
     in_order = sa.select(WORKFLOW.c.id).where(waits_in(kept.c.name)).order_by(*ORDER_IN_QUEUE)
     first = in_order.limit(1).lateral("first_limited")
-    names = sa.select(pg.array_agg(kept.c.name)).select_from(kept.join(first, sa.true())).where(kept.c.is_limited, here)
-    return names.scalar_subquery()
+    return sa.select(first.c.id).select_from(kept.join(first, sa.true())).where(kept.c.is_limited, here).exists()
 
 
 def _first(column: sa.ColumnElement[datetime], *conditions: Condition) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,16 @@ class Plan:
 def worker(url: str, plan: Plan | None = None, **options: Any) -> Generator[BaseProcess]:
     """A worker in a process of its own; it is killed at the end if it has not died before."""
     yield from _process(_work, url, plan or Plan(), options)
+
+
+def kill_worker_after(seconds: float, url: str, **options: Any) -> None:
+    """Let a worker execute workflows for a moment, in a process of its own, and kill it."""
+    with worker(url, **options) as process:
+        process.join(seconds)
+        assert process.exitcode is None
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
 
 
 @contextmanager

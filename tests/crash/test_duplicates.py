@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 import threading
 from contextlib import ExitStack
 from datetime import timedelta
@@ -67,12 +66,7 @@ def test_no_start_is_lost_while_workers_are_killed(
         stack.enter_context(child.worker(database_url))
         callers = Callers(engine, rule)
         for _ in range(20 if thorough else 6):
-            with child.worker(database_url) as process:
-                process.join(chance.uniform(0.1, 0.5))
-                assert process.exitcode is None
-                process.kill()
-                process.join()
-                assert process.exitcode == -signal.SIGKILL
+            child.kill_worker_after(chance.uniform(0.1, 0.5), database_url)
         callers.stop()
         races.wait_until(lambda: unfinished(engine) == 0, what="the ends", seconds=60)
     place = {number: position for position, (number, _) in enumerate(callers.answers)}

@@ -6,7 +6,6 @@ A constraint trigger of the test counts at each commit of a claim, one commit af
 from __future__ import annotations
 
 import random
-import signal
 from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
@@ -108,12 +107,7 @@ def test_no_limit_is_exceeded_while_workers_are_killed(database_url: str, engine
             stack.enter_context(child.worker(database_url, **options))
         for _ in range(20 if thorough else 6):
             unfinished(engine)  # so that what is suspended goes on beside the others
-            with child.worker(database_url, **options) as process:
-                process.join(chance.uniform(0.2, 0.6))
-                assert process.exitcode is None
-                process.kill()
-                process.join()
-                assert process.exitcode == -signal.SIGKILL
+            child.kill_worker_after(chance.uniform(0.2, 0.6), database_url, **options)
         races.wait_until(lambda: unfinished(engine) == 0, what="the ends", seconds=60)
     check(engine, count)
 

@@ -70,12 +70,7 @@ def test_every_second_is_one_workflow_while_workers_are_killed(
         for _ in range(2):
             stack.enter_context(child.worker(database_url))
         for _ in range(kills):
-            with child.worker(database_url) as process:
-                process.join(chance.uniform(0.1, 0.5))
-                assert process.exitcode is None
-                process.kill()
-                process.join()
-                assert process.exitcode == -signal.SIGKILL
+            child.kill_worker_after(chance.uniform(0.1, 0.5), database_url)
     until = now(engine)
     with child.worker(database_url), child.worker(database_url):
         for each in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -125,25 +125,25 @@ def test_a_claim_with_a_snapshot_from_before_another_claim_takes_nothing(
         assert claimed == []
 
 
-def test_a_claim_with_a_snapshot_from_before_a_pause_takes_nothing(engine: Engine, session: Session) -> None:
-    make(session, concurrency=5)
-    races.enqueue(session, 2)
-    with old_snapshot(engine) as late:
-        with behind(engine, late) as claimed:
-            queues.pause(session, "default")
-            session.commit()
-        assert claimed == []
+CHANGES: dict[str, tuple[Callable[[Session], object], int]] = {
+    "a pause": (lambda session: queues.pause(session, "default"), 0),
+    "a lower limit": (lambda session: queues.put(session, "default", QueueOptions(concurrency=1)), 1),
+}
 
 
-def test_a_claim_with_a_snapshot_from_before_a_lower_limit_takes_nothing(engine: Engine, session: Session) -> None:
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_claim_with_a_snapshot_from_before_a_change_of_the_queue_takes_nothing(
+    engine: Engine, session: Session, change: str
+) -> None:
     make(session, concurrency=5)
     races.enqueue(session, 2)
+    apply, places = CHANGES[change]
     with old_snapshot(engine) as late:
         with behind(engine, late) as claimed:
-            queues.put(session, "default", QueueOptions(concurrency=1))
+            apply(session)
             session.commit()
         assert claimed == []
-    assert len(claim(session)) == 1
+    assert len(claim(session)) == places
 
 
 @pytest.mark.parametrize("columns", [{"place": "running"}, {"by": "a"}, {}], ids=["goes on", "with a key", "without"])

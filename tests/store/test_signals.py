@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 from sqla_durable.models import Signal, Step, Workflow
 from sqla_durable.models.base import StepStatus, WorkflowStatus
 from sqla_durable.store import Awaited, Completion, Fence, Suspend, deferred, failures, manage, signals, steps, timers
-from sqla_durable.store.manage import Selection
+from sqla_durable.store.selecting import Selection
 from sqla_durable.store.signals import _DELIVER  # pyright: ignore[reportPrivateUsage]
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races

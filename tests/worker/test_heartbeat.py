@@ -18,7 +18,7 @@ from sqla_durable.execution.worker.database import ThreadDatabase
 from sqla_durable.execution.worker.heartbeat import Heartbeat
 from sqla_durable.execution.worker.hints import Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
-from sqla_durable.execution.worker.limits import LimitedQueues
+from sqla_durable.execution.worker.limited_queues import LimitedQueues
 from sqla_durable.execution.worker.recorder import Resources, Sessions, Slots
 from sqla_durable.execution.worker.settings import Settings
 from sqla_durable.execution.worker.subscribed import Subscribed

@@ -24,13 +24,20 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("slots", [1, 8])
-def test_rows_that_no_claim_can_read_fail_alone(
-    engine: Engine, session_factory: sessionmaker[Session], settings: dict[str, Any], slots: int
-) -> None:
+@pytest.fixture(params=SETTINGS, ids=str)
+def settings(session_factory: sessionmaker[Session], request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The settings of the queue `default`."""
+    settings: dict[str, Any] = request.param
     with session_factory.begin() as session:
         manage.put_queue(session, "default", **settings)
+    return settings
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("slots", [1, 8])
+def test_rows_that_no_claim_can_read_fail_alone(
+    engine: Engine, session_factory: sessionmaker[Session], slots: int
+) -> None:
     columns = hostile_rows(engine)
     healthy = start_well(session_factory)
     with session_factory.begin() as session:
@@ -42,14 +49,11 @@ def test_rows_that_no_claim_can_read_fail_alone(
     assert {errors[each]["type"] for each in columns} == {REFUSED}
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("slots", [1, 8])
 def test_what_cannot_even_be_failed_keeps_no_place(
     engine: Engine, session_factory: sessionmaker[Session], settings: dict[str, Any], slots: int
 ) -> None:
     """Nor its key; with fifo, what is behind it waits."""
-    with session_factory.begin() as session:
-        manage.put_queue(session, "default", **settings)
     curse(engine)
     bad = insert(engine, name="ill", by="a", enqueued_at="2020-01-01")
     behind = insert(engine, name="well", by="a")

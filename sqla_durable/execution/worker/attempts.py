@@ -23,7 +23,7 @@ from sqla_durable.errors import HistoryMismatchError
 from sqla_durable.execution.worker.database import persistently
 from sqla_durable.execution.worker.hints import Wakeup
 from sqla_durable.execution.worker.isolation import Isolation
-from sqla_durable.execution.worker.limits import LimitedQueues
+from sqla_durable.execution.worker.limited_queues import LimitedQueues
 from sqla_durable.execution.worker.recorder import Resources, WorkerRecorder
 from sqla_durable.execution.worker.settings import (
     CANCELLED_GRACE,

@@ -27,7 +27,7 @@ from sqla_durable.execution.worker.database import Database, NoConnectionError, 
 from sqla_durable.execution.worker.heartbeat import Heartbeat
 from sqla_durable.execution.worker.hints import Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
-from sqla_durable.execution.worker.limits import LimitedQueues
+from sqla_durable.execution.worker.limited_queues import LimitedQueues
 from sqla_durable.execution.worker.recorder import Slots
 from sqla_durable.execution.worker.settings import CLAIM_PAUSES, CLAIM_SPACING, Settings
 from sqla_durable.store import Claimed, Fence, backlog

@@ -23,7 +23,7 @@ from sqla_durable.execution.worker.database import Database, persistently
 from sqla_durable.execution.worker.heartbeat import Heartbeat
 from sqla_durable.execution.worker.hints import Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
-from sqla_durable.execution.worker.limits import LimitedQueues
+from sqla_durable.execution.worker.limited_queues import LimitedQueues
 from sqla_durable.execution.worker.schedules import Schedules
 from sqla_durable.execution.worker.settings import (
     FORGET_EVERY,

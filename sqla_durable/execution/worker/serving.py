@@ -33,7 +33,7 @@ from sqla_durable.execution.worker.database import Databases
 from sqla_durable.execution.worker.heartbeat import Heartbeat
 from sqla_durable.execution.worker.hints import HintReceiver, Listener, Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
-from sqla_durable.execution.worker.limits import LimitedQueues, declare_queues
+from sqla_durable.execution.worker.limited_queues import LimitedQueues, declare_queues
 from sqla_durable.execution.worker.maintenance import Maintenance
 from sqla_durable.execution.worker.recorder import Resources, Sessions, Slots
 from sqla_durable.execution.worker.schedules import Schedules
@@ -226,26 +226,11 @@ class Serving:
         self._databases = databases
         self._registry = registry
         self._stop = stop
-        database, loop = databases.shared, asyncio.get_running_loop()
-        wakers, wakeups = Wakers(), Wakeups()
+        database, wakers, wakeups = databases.shared, Wakers(), Wakeups()
         self._writer = Writer(databases.writing, wakeups, wakers)
         self._stream_writer = StreamWriter(database)
         slots = Slots(settings.concurrency)
-        resources = Resources(
-            database=database,
-            transacting=databases.transacting,
-            writer=self._writer,
-            stream_writer=self._stream_writer,
-            threads=threads,
-            sync_sessions=Sessions.in_threads(makers.sync, places=settings.transactions),
-            async_sessions=Sessions.on_loop(makers.asynchronous, places=settings.transactions),
-            stopping=stop.requested,
-            loop=loop,
-            waiting_on_loop=OnLoop(stopping=stop.on_loop),
-            waiting_in_threads=InThread(stopping=stop.requested, loop=loop),
-            slots=slots,
-            wakers=wakers,
-        )
+        resources = self._resources(makers, threads, slots, wakers)
         isolation = Isolation(database)
         cursors = Cursors(settings.queues, poll_interval=settings.poll_interval.total_seconds())
         limited = LimitedQueues(settings.queues, wakeups.claims)
@@ -269,6 +254,24 @@ class Serving:
             self._stop_if_idle,
         )
         self._hints = HintReceiver(wakeups, wakers, cursors, worker_id=settings.worker_id, queues=settings.queues)
+
+    def _resources(self, makers: Sessionmakers, threads: ThreadPoolExecutor, slots: Slots, wakers: Wakers) -> Resources:
+        stop, places, loop = self._stop, self._settings.transactions, asyncio.get_running_loop()
+        return Resources(
+            database=self._databases.shared,
+            transacting=self._databases.transacting,
+            writer=self._writer,
+            stream_writer=self._stream_writer,
+            threads=threads,
+            sync_sessions=Sessions.in_threads(makers.sync, places=places),
+            async_sessions=Sessions.on_loop(makers.asynchronous, places=places),
+            stopping=stop.requested,
+            loop=loop,
+            waiting_on_loop=OnLoop(stopping=stop.on_loop),
+            waiting_in_threads=InThread(stopping=stop.requested, loop=loop),
+            slots=slots,
+            wakers=wakers,
+        )
 
     async def begin(self) -> None:
         """Begin the lease, and bring the queues and schedules of the code into the tables."""

@@ -115,6 +115,20 @@ def _create_schedule(schema: sa.quoted_name) -> None:
         sa.Column("ended_at", _timestamp()),
         sa.Column("skipped", sa.BigInteger(), server_default="0", nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("schedule_pkey")),
+        *_constraints_of_schedule(),
+        schema=schema,
+    )
+    op.create_index(
+        op.f("schedule_due_idx"),
+        "schedule",
+        ["due_at"],
+        schema=schema,
+        postgresql_where=sa.text("paused_at IS NULL AND ended_at IS NULL"),
+    )
+
+
+def _constraints_of_schedule() -> list[sa.Constraint]:
+    return [
         *(_name("schedule", each) for each in ("name", "workflow", "queue", "by", "version", "tz")),
         _check("schedule", "input", "pg_catalog.jsonb_typeof(input) = 'object'"),
         _check(
@@ -140,15 +154,7 @@ def _create_schedule(schema: sa.quoted_name) -> None:
         _check("schedule", "span", "starts_at <= ends_at"),
         _check("schedule", "skipped", "skipped >= 0"),
         _times("schedule", _TIMES),
-        schema=schema,
-    )
-    op.create_index(
-        op.f("schedule_due_idx"),
-        "schedule",
-        ["due_at"],
-        schema=schema,
-        postgresql_where=sa.text("paused_at IS NULL AND ended_at IS NULL"),
-    )
+    ]
 
 
 def _add_limits(schema: sa.quoted_name) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
 from sqlalchemy import Connection
@@ -36,7 +35,6 @@ class LimitedQueues:
         self.has_others = True
         self._turn = 0
         self.queue_of: dict[Fence, str] = {}
-        self._executing: Counter[str] = Counter()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._aside: dict[str, float] = {}
 
@@ -68,17 +66,15 @@ class LimitedQueues:
 
     def executing(self, queue: str) -> int:
         """Return how many workflows of a queue are executed here."""
-        return self._executing[queue]
+        return sum(each == queue for each in self.queue_of.values())
 
     def begin(self, queue: str, claimed: Iterable[Claimed]) -> None:
         """Note what was claimed from a queue, before it is executed."""
-        for each in claimed:
-            self.queue_of[each.fence] = queue
-            self._executing[queue] += 1
+        self.queue_of.update((each.fence, queue) for each in claimed)
 
     def end(self, fence: Fence) -> None:
         """Note that an attempt of a queue with limits has ended, and wake the claims: a place may be free."""
-        self._executing[self.queue_of.pop(fence)] -= 1
+        del self.queue_of[fence]
         self._claims.set()
 
     def wake_in(self, queue: str, seconds: float | None) -> None:
