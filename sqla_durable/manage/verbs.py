@@ -215,8 +215,8 @@ def rewind(session: Session, workflows: Selected, *, to_step: str) -> list[UUID]
 
     An attempt that is executing the workflow loses it, as by `cancel`: nothing more of it is committed, and async code
     of it is cancelled at once. A finished workflow loses its outcome; one whose key a newer workflow has is left alone:
-    `fork` it. Never commits; locks rows in the order of ids, as
-    `cancel` does. A deadline that has passed gives way to the workflow's `timeout` from now.
+    `fork` it. Never commits; locks rows in the order of ids, as `cancel` does. A deadline that has passed gives way to
+    the workflow's `timeout` from now.
 
     Args:
         session: the caller's session.
