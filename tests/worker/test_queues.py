@@ -232,10 +232,20 @@ def test_a_star_stands_for_any_text_and_nothing_else_does() -> None:
     assert not Subscribed(["plain"]).fits("other")
 
 
+def watched_queues(monkeypatch: pytest.MonkeyPatch, *given: str) -> Subscribed:
+    """Return the queues that the next worker claims from, which change while it goes on."""
+    queues = Subscribed(given)
+
+    def same(_: object) -> Subscribed:
+        return queues
+
+    monkeypatch.setattr(worker_module, "Subscribed", same)
+    return queues
+
+
 def test_a_hint_adds_no_queue(engine: Engine, session_factory: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anybody who may connect can send hints, and each queue makes the claims longer."""
-    log, queues = Log(), Subscribed("*")
-    monkeypatch.setattr(worker_module, "Subscribed", lambda _: queues)
+    log, queues = Log(), watched_queues(monkeypatch, "*")
     with Worker(log.durable, sessionmaker=session_factory, poll_interval=timedelta(hours=1), queues="*"):
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             channel = hints.channel_on(connection)
@@ -250,12 +260,11 @@ def test_a_queue_in_which_nothing_waits_is_left_out_and_found_again(
     session_factory: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subscribed, "_FORGET_AFTER", 0.0)
-    queues = Subscribed(["plain", "a.*"])
+    queues = watched_queues(monkeypatch, "plain", "a.*")
     queues.note(["a.b", "a.c"])
     queues.note(["a.c"])
     assert [*queues] == ["plain", "a.c"]
     log = Log()
-    monkeypatch.setattr(worker_module, "Subscribed", lambda _: queues)
     with Worker(log.durable, sessionmaker=session_factory, poll_interval=POLL, queues="a.*"):
         for name in ("first", "second"):
             with session_factory.begin() as session:
