@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, NullPool, create_engine
 
+from tests.crash import application
 from tests.support import postgres
 from tests.support.clusters import Cluster, Clusters, clusters
 
@@ -55,6 +56,14 @@ def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     gate = tmp_path / "gate"
     monkeypatch.setenv("GATE", str(gate))
     return gate
+
+
+@pytest.fixture
+def crash_url(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """The test's database as the outside world of `tests.crash.application`, in this process and in its children."""
+    monkeypatch.setenv("CRASH_URL", database_url)
+    yield
+    application.outside(database_url).dispose()
 
 
 @pytest.fixture

@@ -28,14 +28,10 @@ from tests.support.proxy import Proxy
 from tests.support.sampling import thorough_cases
 
 pytestmark = [
+    pytest.mark.usefixtures("crash_url"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _outside(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CRASH_URL", database_url)
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from tests.support import processes
 from tests.support.domain import Entry
 from tests.support.sampling import thorough_cases
 
+pytestmark = pytest.mark.usefixtures("crash_url")
+
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,10 +32,9 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("workflow", [application.small], ids=lambda each: each.name)
 def test_a_worker_that_dies_around_any_commit_leaves_the_same_end_state(
-    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, workflow: Any, thorough: bool
+    database_url: str, engine: Engine, workflow: Any, thorough: bool
 ) -> None:
     """By default before each commit; inside them are the next two tests, after them that of the worker as successor."""
-    monkeypatch.setenv("CRASH_URL", database_url)
     moments = list(Moment) if thorough else [Moment.BEFORE]
     report = crash_everywhere(
         child.make_worker,
@@ -45,11 +46,8 @@ def test_a_worker_that_dies_around_any_commit_leaves_the_same_end_state(
     assert report.points >= 4 * len(moments), "claim, three operations and the outcome have at least four commits"
 
 
-def test_a_worker_that_dies_in_any_commit_answers_an_update_once(
-    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_dies_in_any_commit_answers_an_update_once(database_url: str, engine: Engine) -> None:
     # behaviour: E8
-    monkeypatch.setenv("CRASH_URL", database_url)
 
     def start(session: Session) -> Workflow:
         record, _ = start_with_update(session, application.asked.bind(str(uuid4())), "credit", -1)
@@ -73,10 +71,9 @@ def test_a_worker_that_dies_in_any_commit_answers_an_update_once(
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("workflow", [application.forked_async], ids=lambda each: each.name)
 def test_a_worker_that_dies_around_any_commit_of_a_branch_leaves_the_same_end_state(
-    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, workflow: Any, thorough: bool
+    database_url: str, engine: Engine, workflow: Any, thorough: bool
 ) -> None:
     """The order in which the branches have called their steps may differ, and nothing else."""
-    monkeypatch.setenv("CRASH_URL", database_url)
 
     def end_state(session: Session, record: Workflow) -> object:
         *before, history, credited, calls = ledger.end_state(session, record.id)
@@ -111,10 +108,9 @@ def test_a_worker_that_dies_around_any_commit_of_a_branch_leaves_the_same_end_st
     ],
 )
 def test_an_executor_that_dies_around_any_commit_is_taken_up(
-    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, moment: Moment, successor: str
+    database_url: str, engine: Engine, moment: Moment, successor: str
 ) -> None:
     """By another run with the same key, or by a worker of its queue, once the lease has run out."""
-    monkeypatch.setenv("CRASH_URL", database_url)
     ends: list[tuple[object, ...]] = []
     for commit in count(1):
         key = f"{moment}-{commit}"
@@ -152,9 +148,8 @@ def _require(found: object) -> UUID:
 
 @pytest.mark.parametrize("point", [each for each in application.POINTS if each.startswith("sync t")])
 def test_an_executor_that_dies_inside_a_step_is_taken_up_after_its_lease(
-    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, point: str
+    database_url: str, engine: Engine, point: str
 ) -> None:
-    monkeypatch.setenv("CRASH_URL", database_url)
     with child.executor(database_url, child.Plan(point, 2), "k") as process:
         process.join(30)
         assert process.exitcode == -signal.SIGKILL

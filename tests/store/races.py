@@ -64,16 +64,29 @@ class Transaction:
         self._engine = engine
         self.session = Session(engine, expire_on_commit=False)
         self.pid = pid_of(self.session)
+        self._begun: list[Concurrent[Any]] = []
 
     def begin(self, statement: Callable[[Session], T]) -> Concurrent[T]:
         """Execute in a thread."""
-        return Concurrent(lambda: statement(self.session))
+        begun = Concurrent(lambda: statement(self.session))
+        self._begun.append(begun)
+        return begun
 
     def begin_blocked(self, statement: Callable[[Session], T]) -> Concurrent[T]:
         """Execute in a thread, and return when PostgreSQL says that it waits for a lock."""
         begun = self.begin(statement)
         wait_until_blocked(self._engine, self.pid)
         return begun
+
+    def close(self) -> None:
+        """Roll back; what a thread still executes is cancelled, as two threads must not use the session."""
+        for begun in self._begun:
+            if begun.is_alive():
+                with self._engine.connect() as connection:
+                    connection.execute(text("SELECT pg_cancel_backend(:pid)"), {"pid": self.pid})
+                begun.join(PATIENCE)
+                assert not begun.is_alive(), "a statement could not be cancelled"
+        self.session.close()
 
 
 @contextmanager
@@ -83,7 +96,7 @@ def transaction(engine: Engine) -> Generator[Transaction]:
     try:
         yield opened
     finally:
-        opened.session.close()
+        opened.close()
 
 
 def pid_of(session: Session) -> int:

@@ -250,8 +250,9 @@ def test_an_unfinished_one_is_found_without_waiting_for_its_attempt(engine: Engi
     with races.transaction(engine) as attempt, races.transaction(engine) as caller:
         races.lock(attempt.session, first)
         if rule in ("replace", "debounce", "cancel_running"):
-            caller.begin_blocked(starts(RULES[rule], 2))
+            starting = caller.begin_blocked(starts(RULES[rule], 2))
             attempt.session.commit()
+            starting.result()
         elif rule == "refuse":
             with pytest.raises(KeyTakenError):
                 caller.begin(starts(RULES[rule], 2)).result()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import time
@@ -84,6 +85,7 @@ class Databases:
         sessions = self._sessions(name)
         try:
             yield self._url(name)
+            self._expect_none_open(name)
         finally:
             if before is not None and self._is_left(name) and self._sessions(name) == sessions:
                 template.idle[name] = before  # nobody has connected, as where arguments are refused
@@ -154,6 +156,13 @@ class Databases:
                 return True
             time.sleep(0.005)
         return False
+
+    def _expect_none_open(self, name: str) -> None:
+        """Expect that this process has closed its connections: whichever test runs when one is deleted would fail."""
+        if not self._is_left(name):
+            found = (each for each in gc.get_objects() if isinstance(each, psycopg.Connection))
+            left = [each for each in found if not each.closed and each.info.dbname == name]
+            assert not left, f"a test closes what it has connected; {len(left)} open: {left}"
 
     def _sessions(self, name: str) -> object:
         """Return how many sessions there have been, and when a crash made the server forget; a backend counts its own.
