@@ -114,15 +114,15 @@ class QueueUse(Base):
     __tablename__ = "queue_use"
 
     queue: Mapped[str] = mapped_column(ForeignKey(f"{SCHEMA}.queue.name", ondelete="CASCADE"), primary_key=True)
-    by: Mapped[str] = mapped_column(primary_key=True)
     used_at: Mapped[datetime] = mapped_column(primary_key=True)
+    by: Mapped[str] = mapped_column(primary_key=True)
     claim: Mapped[UUID] = mapped_column(primary_key=True)
     number: Mapped[int] = mapped_column(Integer)
 
     __table_args__ = (
         CheckConstraint("number >= 1", name="number"),
-        # What was used in the period of the queue, and what is older.
-        Index("queue_use_used_at_idx", "queue", "used_at"),
+        # What was used of a key in its period; the primary key finds that of the queue, and what is older.
+        Index("queue_use_by_idx", "queue", "by", "used_at"),
     )
 
     def __repr__(self) -> str:

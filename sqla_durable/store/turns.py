@@ -215,7 +215,8 @@ def _room_of_key(free: sa.CTE, key: sa.FromClause, by: Expression, *, outer: lis
     )
     waits_longer = sa.or_(key.c.paused_at.is_not(None), pg.jsonb_object_field(free.c.keys_going_on, by).is_not(None))
     most = sa.case((waits_longer, ZERO), else_=sa.func.greatest(ZERO, room))
-    return sa.select(most.label("most")).correlate(free, key, *outer).lateral("room_of_key")
+    # The limit keeps the planner from writing the counts into each place that asks for them, to be counted there.
+    return sa.select(most.label("most")).limit(ONE).correlate(free, key, *outer).lateral("room_of_key")
 
 
 def _waits_ahead(

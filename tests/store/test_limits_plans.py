@@ -39,6 +39,11 @@ GOING_ON = (
     "INSERT INTO durable.workflow (name, by, place) SELECT 'checkout', 'g' || n, 'finished' "
     "FROM generate_series(1, 20000) n"
 )
+USED = (
+    "INSERT INTO durable.queue_use (queue, used_at, by, claim, number) "
+    "SELECT 'default', statement_timestamp(), 'k' || lpad((n % 100)::text, 5, '0'), gen_random_uuid(), 1 "
+    "FROM generate_series(1, 5000) n"
+)
 RUNNING = (
     "UPDATE durable.workflow SET status = 'running', token = gen_random_uuid(), worker_id = gen_random_uuid(), "
     "started_at = statement_timestamp() WHERE id IN "
@@ -61,6 +66,10 @@ def plan_of(session: Session, settings: str, *, mode: str) -> Plan:
     session.commit()
     session.expunge_all()
     make(session, **SETTINGS[settings])
+    return explained(session, mode=mode)
+
+
+def explained(session: Session, *, mode: str) -> Plan:
     parameters: dict[str, Any] = {"limit": 10, "new_token": uuid7(), "claimant": races.WORKER}
     parameters |= {"queue": "default", "here": 0} | claims.name_parameters(["checkout"], [])
     return explain(session, claims._CLAIM_LIMITED, parameters, mode=mode)  # pyright: ignore[reportPrivateUsage]
@@ -91,6 +100,22 @@ def test_full_keys_that_are_passed_cost_some_pages_each(session: Session) -> Non
     session.execute(text(RUNNING))
     session.execute(text("ANALYZE durable.workflow"))
     check(session, {"per_key": 16 * FULL, "fifo": 16 * FULL, "others": 1_200})
+
+
+@pytest.mark.new_database
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("statistics", ["none", "new"])
+def test_what_was_used_of_a_key_is_counted_once_by_its_index(session: Session, statistics: str, mode: str) -> None:
+    session.execute(text("ALTER TABLE durable.queue_use SET (autovacuum_enabled = off)"))
+    make(session, key_rate=100_000, key_rate_period=MINUTE)
+    session.execute(text(USED))
+    session.commit()
+    if statistics == "new":
+        session.execute(text("ANALYZE durable.queue_use"))
+    plan = explained(session, mode=mode)
+    assert plan.rows("CTE chosen") == 10
+    assert plan.loops("queue_use_by_idx") == 10
+    assert plan.buffers() <= 1_000
 
 
 @pytest.mark.new_database

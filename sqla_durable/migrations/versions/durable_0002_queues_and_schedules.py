@@ -232,16 +232,16 @@ def _create_queue_use(schema: sa.quoted_name) -> None:
     op.create_table(
         "queue_use",
         sa.Column("queue", sa.Text(), nullable=False),
-        sa.Column("by", sa.Text(), nullable=False),
         sa.Column("used_at", _timestamp(), nullable=False),
+        sa.Column("by", sa.Text(), nullable=False),
         sa.Column("claim", pg.UUID(), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
-        sa.PrimaryKeyConstraint("queue", "by", "used_at", "claim", name=op.f("queue_use_pkey")),
+        sa.PrimaryKeyConstraint("queue", "used_at", "by", "claim", name=op.f("queue_use_pkey")),
         _of_queue("queue_use", schema),
         _check("queue_use", "number", "number >= 1"),
         schema=schema,
     )
-    op.create_index(op.f("queue_use_used_at_idx"), "queue_use", ["queue", "used_at"], schema=schema)
+    op.create_index(op.f("queue_use_by_idx"), "queue_use", ["queue", "by", "used_at"], schema=schema)
 
 
 def _of_queue(table: str, schema: str) -> sa.ForeignKeyConstraint:

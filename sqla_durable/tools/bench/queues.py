@@ -16,7 +16,6 @@ _NEVER = 100_000  # a limit that is counted, and never reached
 _SECOND = timedelta(seconds=1)
 _KINDS: dict[str, Mapping[str, Any]] = {
     "concurrency, not reached": {"concurrency": _NEVER},
-    "concurrency of 20": {"concurrency": 20},
     "rate, not reached": {"rate": (_NEVER, _SECOND)},
     "one place for each of 100 keys": {"per_key": 1},
     "rate for each of 100 keys, not reached": {"key_rate": (_NEVER, _SECOND)},
@@ -25,6 +24,7 @@ _KINDS: dict[str, Mapping[str, Any]] = {
 }
 _KEYS, _MANY_KEYS = 100, 10_000
 _QUEUES = 100
+_PLACES = 20  # of a limit that is always reached, for each worker
 _FEW, _AT_ONCE, _WAIT = 10, 4, 0.1
 _UNFINISHED_FEW = "SELECT count(*) FROM {schema}.workflow WHERE by = 'few' AND finished_at IS NULL"
 _HAS_BEGUN = "SELECT 1 FROM {schema}.workflow WHERE status = 'succeeded' LIMIT 1"
@@ -37,6 +37,10 @@ def queues(bench: Bench) -> Iterator[Figure]:
     for what, settings in _KINDS.items():
         without = _run(bench, "no limit", {}, count=count, keys=_KEYS)
         yield _figure(what, _run(bench, what, settings, count=count, keys=_KEYS), without)
+    slots = bench.settings.workers * _PLACES
+    without = _run(bench, "no limit, few slots", {}, count=count, keys=_KEYS, concurrency=_PLACES)
+    limited = _run(bench, f"concurrency of {slots}", {"concurrency": slots}, count=count, keys=_KEYS)
+    yield _figure(f"concurrency of {slots}", limited, without, reference=f"without a limit, in {slots} slots")
     waiting = bench.count(100_000)
     without = _run(bench, "no limit, many keys", {}, count=waiting, keys=_MANY_KEYS)
     what = f"one place for each of {_MANY_KEYS:,} keys, {waiting:,} waiting"
@@ -96,22 +100,24 @@ def _seconds_of_few(bench: Bench, others: int) -> float:
         bench.schema.execute("DELETE FROM {schema}.queue")
 
 
-def _run(bench: Bench, what: str, settings: Mapping[str, Any], *, count: int, keys: int) -> RunResult:
+def _run(
+    bench: Bench, what: str, settings: Mapping[str, Any], *, count: int, keys: int, concurrency: int | None = None
+) -> RunResult:
     bench.fill(application.one_step.options(by=f"key-{number % keys}").bind(number) for number in range(count))
     with bench.schema.sessions.begin() as session:
         manage.put_queue(session, "default", **settings)
     try:
-        return bench.run(what)
+        return bench.run(what, concurrency=concurrency)
     finally:
         bench.schema.execute("DELETE FROM {schema}.queue")
 
 
-def _figure(what: str, result: RunResult, without: RunResult) -> Figure:
+def _figure(what: str, result: RunResult, without: RunResult, *, reference: str = "the same without a limit") -> Figure:
     return Figure(
         workload="queues",
         what=what,
         value=result.rate,
         unit="workflows/s",
-        references=(Reference("the same without a limit", without.rate),),
+        references=(Reference(reference, without.rate),),
         costs=result.costs,
     )

@@ -123,13 +123,15 @@ class Bench:
         self.schema.clear()
         self.schema.start(bound)
 
-    def workers(self, count: int | None = None, *, queues: Sequence[str] = ("default",)) -> WorkerProcesses:
+    def workers(
+        self, count: int | None = None, *, queues: Sequence[str] = ("default",), concurrency: int | None = None
+    ) -> WorkerProcesses:
         """Return worker processes of these queues, as a context manager."""
         return WorkerProcesses(
             self.schema.url,
             self.schema.name,
             count=count or self.settings.workers,
-            concurrency=self.settings.concurrency,
+            concurrency=concurrency or self.settings.concurrency,
             queues=queues,
         )
 
@@ -141,6 +143,7 @@ class Bench:
         seconds: float | None = None,
         each: str = "workflow",
         steps_each: int | None = None,
+        concurrency: int | None = None,
     ) -> RunResult:
         """Let the workers execute what is in the tables, and measure it.
 
@@ -151,11 +154,12 @@ class Bench:
             each: what the costs are divided by, workflow or step.
             steps_each: how many steps a workflow has, where the time may be up before all are finished: unfinished
                 workflows cost something too.
+            concurrency: how many workflows each worker executes at once, if not what the settings say.
 
         Raises:
             BenchError: a worker ended by itself, a workflow failed, or nothing was finished.
         """
-        with self.workers() as workers:
+        with self.workers(concurrency=concurrency) as workers:
             before = self.meter.read()
             began = self.schema.database_time()
             workers.begin_claiming()
