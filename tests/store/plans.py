@@ -27,6 +27,10 @@ class Plan:
         """Return whether an index is scanned."""
         return any(each.get("Index Name") == index for each in _nodes(self._root))
 
+    def cost(self) -> float:
+        """Return what the planner expects."""
+        return float(self._root["Total Cost"])
+
     def loops(self, index: str) -> int:
         """Return how many times an index is scanned."""
         return sum(int(each["Actual Loops"]) for each in _nodes(self._root) if each.get("Index Name") == index)
