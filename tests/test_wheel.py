@@ -32,7 +32,7 @@ def test_wheel_contains_the_package_and_nothing_else(wheel: Path) -> None:
     assert modules <= names
     assert "sqla_durable/py.typed" in names
     assert "sqla_durable/migrations/versions/durable_0001_first_tables.py" in names
-    assert "sqla_durable/migrations/versions/durable_0002_queues_and_schedules.py" in names
+    assert "sqla_durable/migrations/versions/durable_0002_queues_schedules_views.py" in names
     assert {name.split("/")[0] for name in names} == {"sqla_durable"}
 
 

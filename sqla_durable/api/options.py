@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal, TypeAlias, get_args
@@ -21,6 +22,7 @@ DUPLICATES = "unique", "on_conflict", "debounce", "longest_wait", "throttle"
 """The options that say what becomes of starts with the same key."""
 
 _SMALLINT = 32_767
+_MOST_TAGS = 100
 _CONTRADICTIONS = (
     ("debounce", "throttle"),
     ("debounce", "unique"),
@@ -44,6 +46,7 @@ class StartOptions:
         key: an idempotency key: the same workflow and key are the same record, unless `unique` says otherwise.
         queue: the queue to enqueue to; by default the workflow's own.
         by: the key of the queue's limits and turns, such as a tenant's name; see `Durable.queue`.
+        tags: texts by name by which people find it, such as `{"tenant": "7"}`; a child has its own only.
         priority: lower is served first; from -32,767 to 32,767, by default 0.
         delay: how long after now it becomes due. Not together with `at`.
         at: when it becomes due, with a time zone. A time in the past is now.
@@ -70,6 +73,7 @@ class StartOptions:
     key: str | None = None
     queue: str | None = None
     by: str | None = None
+    tags: Mapping[str, str] | None = None
     priority: int = 0
     delay: timedelta | None = None
     at: datetime | None = None
@@ -88,6 +92,8 @@ class StartOptions:
             fault = None if value is None else fault_in(value)
             if fault is not None:
                 raise ArgumentError(f"{name}={value!r} {fault}: pass a text that is not blank.")
+        if self.tags is not None:
+            _check_tags(self.tags)
         integral = isinstance(self.priority, int)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not integral or abs(self.priority) > _SMALLINT:
             raise ArgumentError(f"priority={self.priority!r} is not an integer from {-_SMALLINT:,} to {_SMALLINT:,}.")
@@ -151,6 +157,16 @@ class StartOptions:
         if isinstance(unique, timedelta):
             return KeyRule(on_conflict, "period", unique.total_seconds())
         return None if (on_conflict, unique) == ("existing", "forever") else KeyRule(on_conflict, unique)
+
+
+def _check_tags(tags: Mapping[str, str]) -> None:
+    if not isinstance(tags, Mapping) or len(tags) > _MOST_TAGS:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentError(f"tags={tags!r} is no mapping of at most {_MOST_TAGS} names to texts.")
+    for name, value in tags.items():
+        for text in (name, value):
+            fault = fault_in(text)
+            if fault is not None:
+                raise ArgumentError(f"tags={tags!r}: {text!r} {fault}: a tag and its value are texts, not blank.")
 
 
 def _listed(literal: object) -> str:

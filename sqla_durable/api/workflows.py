@@ -6,7 +6,7 @@ durable.
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
@@ -69,6 +69,7 @@ def _in_common(definition: WorkflowDefinition, options: StartOptions) -> tuple[A
         deadline_at=deadline if isinstance(deadline, datetime) else None,
         version=definition.durable_options.version,
         by=options.by,
+        tags=None if options.tags is None else dict(options.tags),
     )
     return new[3:-1]
 
@@ -244,6 +245,7 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
         key: str | None = None,
         queue: str | None = None,
         by: str | None = None,
+        tags: Mapping[str, str] | None = None,
         priority: int | None = None,
         delay: timedelta | None = None,
         at: datetime | None = None,
@@ -269,6 +271,7 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
             "key": key,
             "queue": queue,
             "by": by,
+            "tags": tags,
             "priority": priority,
             "delay": delay,
             "at": at,

@@ -47,7 +47,7 @@ _SHORTEST_SECRET = 16
 
 
 log = Log("sqla_durable.registry")
-_START_OPTIONS = {"key", "queue", "by", "priority", "delay", "at", "detached", "timeout", "deadline"}
+_START_OPTIONS = {"key", "queue", "by", "tags", "priority", "delay", "at", "detached", "timeout", "deadline"}
 
 
 class StepKeywords(TypedDict, total=False):

@@ -28,7 +28,8 @@ def explain_pending(session: Session, workflow: Workflow | UUID) -> list[str]:
     ```
 
     Its queue or key is paused; a limit is reached, with the workflows that take the places; others come before it; a
-    rate is used up, and until when; no live worker claims from its queue, or knows its name or version. What is read
+    rate is used up, and until when; no live worker claims from its queue, or knows its name or version, or all slots
+    of those that do are taken. What is read
     is of this moment, takes no lock, and is not exact while workers claim. Reads the tables of workers and queues.
 
     Args:
@@ -93,8 +94,11 @@ def _workers(found: Any, live: list[LiveWorker]) -> Iterator[str]:
         )
     elif version is not None and not any(not each.versions or version in each.versions for each in knowing):
         yield f"no live worker of queue {queue!r} claims the version {version!r}."
-    elif found["per_worker"] is not None and all(each.executing >= found["per_worker"] for each in knowing):
+    elif found["per_worker"] is not None and all(each.of_queue >= found["per_worker"] for each in knowing):
         yield f"each live worker of queue {queue!r} executes {found['per_worker']} of it, which is its per_worker."
+    elif all(each.slots is not None and each.executing >= each.slots for each in knowing):
+        busy = ", ".join(f"{each.name!r} ({each.executing} of {each.slots})" for each in knowing)
+        yield f"all slots of the workers that could execute it are taken: {busy}."
 
 
 def _places(session: Session, found: Any) -> Iterator[str]:

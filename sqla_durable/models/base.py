@@ -176,6 +176,11 @@ def headers_check() -> CheckConstraint:
     )
 
 
+def tags_check() -> CheckConstraint:
+    """Refuse tags that are no object."""
+    return CheckConstraint("pg_catalog.jsonb_typeof(tags) = 'object'", name="tags")
+
+
 def shown(record: Base, *attributes: str) -> str:
     """Show what is loaded, and the primary key of what has expired: a repr must not go to the database."""
     state = inspect(record)

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import BigInteger, CheckConstraint, Index, SmallInteger, false, func, text
 from sqlalchemy.orm import Mapped, foreign, mapped_column, relationship
 
-from sqla_durable.models.base import OPTIONAL_JSON, Base, headers_check, name_check, shown, times_check
+from sqla_durable.models.base import OPTIONAL_JSON, Base, headers_check, name_check, shown, tags_check, times_check
 from sqla_durable.models.tables import Workflow
 
 _NO_TEXTS = text("'{}'::text[]")
@@ -36,6 +36,7 @@ class Schedule(Base):
     by: Mapped[str | None]
     timeout: Mapped[timedelta | None]
     version: Mapped[str | None]
+    tags: Mapped[dict[str, str] | None] = mapped_column(OPTIONAL_JSON)
     headers: Mapped[dict[str, str] | None] = mapped_column(OPTIONAL_JSON)
     cron: Mapped[list[str]] = mapped_column(server_default=_NO_TEXTS)
     every: Mapped[timedelta | None]
@@ -70,6 +71,7 @@ class Schedule(Base):
         name_check("version"),
         name_check("tz"),
         CheckConstraint("pg_catalog.jsonb_typeof(input) = 'object'", name="input"),
+        tags_check(),
         headers_check(),
         CheckConstraint("(pg_catalog.cardinality(cron) > 0) = (every IS NULL)", name="when"),
         CheckConstraint(

@@ -1,4 +1,4 @@
-"""Attributes of our tables that a SQLAlchemy `Table` cannot have: storage parameters, and the check of new rows."""
+"""What a SQLAlchemy `Table` has no place for: storage parameters, the check of new rows, and the views."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from sqlalchemy import DDL, Connection, Dialect, MetaData, Table, event, func
 from sqlalchemy.schema import CreateSchema
 
 from sqla_durable.errors import SessionError
+from sqla_durable.models import views
 from sqla_durable.models.base import SCHEMA, metadata
 from sqla_durable.models.tables import Workflow
 
@@ -50,14 +51,26 @@ WHEN (NEW.token IS NOT NULL OR NEW.finished_at IS NOT NULL) EXECUTE FUNCTION {sc
 def statements(schema: str = SCHEMA) -> list[str]:
     """Return the statements that complete our tables, for a migration that autogenerate wrote.
 
-    They set the storage parameters, and make the trigger that refuses new workflows which run or have an outcome.
+    They set the storage parameters, and make the views, and the trigger that refuses new workflows which run or have an
+    outcome.
     """
     quoted = _quoted(schema)
     parameters = [
         f"ALTER TABLE {quoted}.{table} SET ({', '.join(f'{name} = {value}' for name, value in settings.items())})"
         for table, settings in STORAGE.items()
     ]
-    return [*parameters, *(each.format(schema=quoted) for each in _CHECK_OF_NEW_ROWS)]
+    checks = [each.format(schema=quoted) for each in _CHECK_OF_NEW_ROWS]
+    return [*parameters, *checks, *views.create_statements(quoted)]
+
+
+def drop_statements(schema: str = SCHEMA) -> list[str]:
+    """Return the statements that drop the views and the trigger, to be executed before the tables are dropped."""
+    quoted = _quoted(schema)
+    return [
+        *views.drop_statements(quoted),
+        f"DROP TRIGGER IF EXISTS workflow_new_check ON {quoted}.workflow",
+        f"DROP FUNCTION IF EXISTS {quoted}.check_new_workflow()",
+    ]
 
 
 @event.listens_for(metadata, "before_create")
@@ -78,10 +91,11 @@ def _complete(_target: MetaData, connection: Connection, *, tables: Sequence[Tab
             _execute(connection, statement)
 
 
-@event.listens_for(metadata, "after_drop")
-def _drop_function(_target: MetaData, connection: Connection, *, tables: Sequence[Table], **_: object) -> None:
+@event.listens_for(metadata, "before_drop")
+def _drop(_target: MetaData, connection: Connection, *, tables: Sequence[Table], **_: object) -> None:
     if Workflow.__table__ in tables:
-        _execute(connection, f"DROP FUNCTION IF EXISTS {_quoted(_translated(connection))}.check_new_workflow()")
+        for statement in drop_statements(_translated(connection)):
+            _execute(connection, statement)
 
 
 def _execute(connection: Connection, statement: str) -> None:

@@ -37,6 +37,7 @@ from sqla_durable.models.base import (
     headers_check,
     name_check,
     shown,
+    tags_check,
     times_check,
 )
 
@@ -68,7 +69,8 @@ class Workflow(Base):
     `schedule` is the name of the schedule that has started it. `by` is the key of limits and turns in its queue, and
     `place` how long it keeps its place there, where the queue makes claims note that: while it is "running", until it
     is "finished"; or its key's place alone, until it is finished ("key") or until it has not failed ("key_failed").
-    `former_key` is the key that a newer workflow of the name has now.
+    `former_key` is the key that a newer workflow of the name has now. `tags` are for those who search:
+    `Workflow.tags.contains({"tenant": "7"})`.
     """
 
     __tablename__ = "workflow"
@@ -105,6 +107,7 @@ class Workflow(Base):
     schedule: Mapped[str | None]
     by: Mapped[str | None]
     place: Mapped[str | None]
+    tags: Mapped[dict[str, str] | None] = mapped_column(OPTIONAL_JSON)
     former_key: Mapped[str | None]
 
     steps: Mapped[list[Step]] = relationship(
@@ -160,6 +163,7 @@ class Workflow(Base):
         CheckConstraint("cancellation IN ('compensates', 'requested', 'overdue')", name="cancellation"),
         headers_check(),
         name_check("by"),
+        tags_check(),
         CheckConstraint("place IN ('running', 'finished', 'key', 'key_failed')", name="place"),
         times_check(
             "created_at",
@@ -235,6 +239,14 @@ class Workflow(Base):
             "enqueued_at",
             "id",
             postgresql_where=text("status = 'pending' AND place IS NOT NULL"),
+        ),
+        # What has some tags.
+        Index(
+            "workflow_tags_idx",
+            "tags",
+            postgresql_using="gin",
+            postgresql_ops={"tags": "jsonb_path_ops"},
+            postgresql_where=text("tags IS NOT NULL"),
         ),
         # The tree under a workflow.
         Index("workflow_parent_idx", "parent_id", "id", postgresql_where=text("parent_id IS NOT NULL")),
@@ -434,7 +446,7 @@ class Worker(Base):
     afterwards any worker reclaims them. A worker that leaves in good order deletes its row. `doing` names the steps
     that it has been executing for longer than a beat at `heartbeat_at`: `{workflow: {step: [try, seconds]}}`; see
     `running_steps`. `names` are the workflows that it knows, and `versions` those of the code that it claims, all if
-    there are none.
+    there are none; `slots` is how many it executes at once.
     """
 
     __tablename__ = "worker"
@@ -448,6 +460,7 @@ class Worker(Base):
     doing: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     names: Mapped[list[str] | None]
     versions: Mapped[list[str] | None]
+    slots: Mapped[int | None] = mapped_column(Integer)
 
     workflows: Mapped[list[Workflow]] = relationship(
         primaryjoin=lambda: Worker.id == foreign(Workflow.worker_id), viewonly=True

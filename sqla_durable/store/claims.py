@@ -427,7 +427,7 @@ def _claim_many_statement(within: Restriction) -> tuple[Any, Any]:
 
 
 def _limited_statement(within: Restriction) -> tuple[Any, Any]:
-    # From subqueries, so that the planner does not know their values: with them it may think that planning anew each
+    # From subqueries, so that the planner does not know their values: with them it may think that planning again each
     # time is worth its while, and planning takes ten times as long as the claim.
     names, versions = (sa.cast(sa.select(each).scalar_subquery(), ARRAY(Text())) for each in (NAMES, VERSIONS))
     chosen, writes, info = limits.choose(_is_known_and_in_time(names, versions), within)

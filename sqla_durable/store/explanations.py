@@ -45,16 +45,19 @@ class Holder(NamedTuple):
 
 
 class LiveWorker(NamedTuple):
-    """A worker with a live lease; `names` and `versions` are None for one of an older package.
+    """A worker with a live lease; `names`, `versions` and `slots` are None for one of an older package.
 
-    `queues` are names and patterns, and `executing` is how many workflows of the queue in question it executes.
+    `queues` are names and patterns. `executing` is how many workflows it executes, and `of_queue` how many of these are
+    of the queue in question.
     """
 
     name: str
     queues: Sequence[str]
     names: Sequence[str] | None
     versions: Sequence[str] | None
+    slots: int | None
     executing: int
+    of_queue: int
 
 
 def situation(session: Session, workflow_id: UUID) -> sa.RowMapping | None:
@@ -128,9 +131,10 @@ def used(session: Session, queue: str, period: timedelta, by: str | None = None)
 
 
 def live_workers(session: Session, queue: str) -> list[LiveWorker]:
-    """Return the workers with a live lease, and how many workflows of a queue each executes."""
+    """Return the workers with a live lease, and how many workflows each executes, and of a queue."""
     runs = OTHER.c.worker_id == WORKER.c.id, OTHER.c.status == status_literal(WorkflowStatus.RUNNING)
-    executing = sa.select(count_rows()).select_from(OTHER).where(*runs, OTHER.c.queue == queue).scalar_subquery()
-    columns = WORKER.c.name, WORKER.c.queues, WORKER.c.names, WORKER.c.versions, executing
-    wanted: Any = sa.select(*columns).where(WORKER.c.lease_expires_at > pg.statement_timestamp())
+    executing = sa.select(count_rows()).select_from(OTHER).where(*runs)
+    counts = executing.scalar_subquery(), executing.where(OTHER.c.queue == queue).scalar_subquery()
+    columns = WORKER.c.name, WORKER.c.queues, WORKER.c.names, WORKER.c.versions, WORKER.c.slots
+    wanted: Any = sa.select(*columns, *counts).where(WORKER.c.lease_expires_at > pg.statement_timestamp())
     return [LiveWorker._make(row) for row in execute(session, wanted.order_by(WORKER.c.name))]

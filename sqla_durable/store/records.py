@@ -190,6 +190,7 @@ class NewWorkflow(NamedTuple):
     version: str | None = None
     schedule: str | None = None
     by: str | None = None
+    tags: dict[str, str] | None = None
     headers: dict[str, str] | None = None
 
 

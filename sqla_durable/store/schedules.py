@@ -51,6 +51,7 @@ _SPEC = (
     "by",
     "timeout",
     "version",
+    "tags",
     "headers",
     "cron",
     "every",
@@ -65,7 +66,7 @@ _SPEC = (
 )
 """What a schedule is; the other columns say how far it is."""
 
-_OF_TICKS = "id", "name", "key", "queue", "priority", "by", "input", "timeout", "version", "headers", "schedule"
+_OF_TICKS = "id", "name", "key", "queue", "priority", "by", "input", "timeout", "version", "tags", "headers", "schedule"
 """What a tick writes of a new workflow, and no more: whoever runs schedules needs no right to make children."""
 _TIMES = "cron", "every", "tz", "excluding", "starts_at", "ends_at", "jitter"
 
@@ -131,6 +132,7 @@ def due_schedule(row: sa.RowMapping) -> DueSchedule:
         timeout=None if timeout is None else timeout.total_seconds(),
         version=row["version"],
         schedule=row["name"],
+        tags=None if row["tags"] is None else json.loads(row["tags"]),
         headers=None if row["headers"] is None else json.loads(row["headers"]),
     )
     return DueSchedule(state, new, row["row_version"])
@@ -282,6 +284,7 @@ def _spec_values(new: NewWorkflow, options: ScheduleOptions) -> dict[str, Any]:
         "by": new.by,
         "timeout": None if new.timeout is None else timedelta(seconds=new.timeout),
         "version": new.version,
+        "tags": sa.null() if new.tags is None else new.tags,
         "headers": sa.null() if new.headers is None else new.headers,
         "cron": list(calendar.cron),
         "every": calendar.every,
@@ -301,7 +304,7 @@ def _read(*conditions: Condition) -> Any:
     own = sa.select(WORKFLOW.c.id).where(*_is_unfinished_of(SCHEDULE.c.name)).correlate(SCHEDULE)
     unfinished = own.limit(100).subquery("unfinished")
     columns: dict[str, Any] = {each: SCHEDULE.c[each] for each in _SPEC}
-    columns |= {each: sa.cast(SCHEDULE.c[each], Text).label(each) for each in ("input", "headers")}
+    columns |= {each: sa.cast(SCHEDULE.c[each], Text).label(each) for each in ("input", "tags", "headers")}
     return sa.select(
         SCHEDULE.c.name,
         *columns.values(),

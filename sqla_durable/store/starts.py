@@ -194,6 +194,7 @@ def new_columns(given: Any) -> dict[str, Any]:
         "status": sa.case((wake_at.is_(None), WorkflowStatus.PENDING.value), else_=WorkflowStatus.SUSPENDED.value),
         "wake_at": wake_at,
         "headers": sa.cast(given.headers, JSONB),
+        "tags": sa.cast(given.tags, JSONB),
         "timeout": interval(given.timeout),
         "deadline_at": sa.func.coalesce(given.deadline_at, pg.statement_timestamp() + interval(given.deadline)),
     }

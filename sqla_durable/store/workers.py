@@ -107,17 +107,18 @@ def beat(
     lease: timedelta,
     names: Sequence[str] | None = None,
     versions: Sequence[str] | None = None,
+    slots: int | None = None,
     doing: str | None = None,
 ) -> None:
     """Start a lease or extend it to `lease` from now; one row, locked until the commit.
 
     Args:
-        names, versions: what the worker claims; None for an executor.
+        names, versions, slots: what the worker claims, and how many it executes at once; None for an executor.
         doing: JSON text of the steps that it has been executing for long, `{workflow: {step: [try, seconds]}}`.
     """
     given = {"beating_id": worker_id, "beating_name": name, "listened_queues": list(queues), "lease": lease}
     claims = {"known_names": names and list(names), "claimed_versions": versions and list(versions)}
-    execute(connectable, _BEAT, given | claims | {"doing": doing})
+    execute(connectable, _BEAT, given | claims | {"slots": slots, "doing": doing})
 
 
 def end_lease(connectable: Connectable, worker_id: UUID) -> None:
@@ -229,6 +230,7 @@ def _beat_statement() -> Any:
             queues=parameter("listened_queues", ARRAY(Text())),
             names=parameter("known_names", ARRAY(Text())),
             versions=parameter("claimed_versions", ARRAY(Text())),
+            slots=parameter("slots", sa.Integer()),
             lease_expires_at=_lease_end(),
             doing=json_parameter("doing"),
         )

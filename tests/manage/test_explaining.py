@@ -152,6 +152,20 @@ def test_workers_that_execute_as_many_of_the_queue_as_each_may(session: Session)
     assert reasons(session, second).startswith("nothing keeps it")
 
 
+def test_workers_whose_slots_are_taken(session: Session) -> None:
+    (first,), (second,) = races.enqueue(session, queue="other"), races.enqueue(session)
+    session.execute(update(Worker).values(slots=1, queues=["default", "other"]))
+    session.commit()
+    assert reasons(session, second).startswith("nothing keeps it")
+    assert [each.fence.workflow_id for each in races.claim(session, queues=["other"])] == [first]
+    session.commit()
+    taken = "all slots of the workers that could execute it are taken: 'ada' (1 of 1)."
+    assert reasons(session, second) == taken
+    workers.beat(session, worker_id=uuid7(), name="bob", queues=["default"], names=["checkout"], slots=9, lease=MINUTE)
+    session.commit()
+    assert reasons(session, second).startswith("nothing keeps it")
+
+
 def test_no_worker_is_alive(session: Session) -> None:
     (one,) = races.enqueue(session)
     workers.end_lease(session, races.WORKER)

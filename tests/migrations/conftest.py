@@ -50,6 +50,7 @@ def _add_durable(application: Application) -> None:
         "\n\ndef downgrade",
         "    for each in sqla_durable.storage.statements():\n        op.execute(each)\n\n\ndef downgrade",
     ).replace("from alembic import op\n", "from alembic import op\nimport sqla_durable\n")
-    dropped = ("FUNCTION durable.check_new_workflow()", "SCHEMA durable")
-    path.write_text(text.rstrip() + "".join(f'\n    op.execute("DROP {each}")' for each in dropped) + "\n")
+    dropping = "    for each in sqla_durable.storage.drop_statements():\n        op.execute(each)\n"
+    text = text.replace("def downgrade() -> None:\n", f"def downgrade() -> None:\n{dropping}")
+    path.write_text(f'{text.rstrip()}\n    op.execute("DROP SCHEMA durable")\n')
     application.downgrade("base")

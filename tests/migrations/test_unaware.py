@@ -32,6 +32,7 @@ def test_without_hiding_them_they_would_be_dropped(engine: Engine) -> None:
         "workflow",
         "step",
         "signal",
+        "audit",
         "event",
         "stream_item",
         "queue",

@@ -147,7 +147,7 @@ def test_the_driver_prepares_the_claim_which_is_not_planned_each_time(
 
 @pytest.mark.new_database
 def test_the_planner_expects_the_same_whatever_the_values(session: Session) -> None:
-    """Else it may plan the claim anew each time, because that looks cheaper."""
+    """Else it may plan the claim again each time, because that looks cheaper."""
     session.execute(text("ANALYZE durable.workflow"))
     for settings in SETTINGS:
         custom, generic = (plan_of(session, settings, mode=mode).cost() for mode in MODES)

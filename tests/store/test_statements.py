@@ -219,7 +219,7 @@ def test_every_function_of_the_tables_definitions_is_pg_catalogs() -> None:
 
 
 def test_the_check_of_new_workflows_calls_pg_catalogs_functions_and_nothing_for_a_row_that_passes() -> None:
-    (function, trigger) = (each for each in storage.statements() if each.startswith("CREATE"))
+    (function, trigger) = (each for each in storage.statements() if "check_new_workflow" in each)
     assert _unqualified(function) == set()
     assert "pg_catalog.quote_nullable(" in function
     assert "SET search_path = pg_catalog, pg_temp" in function

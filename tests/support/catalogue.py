@@ -39,12 +39,17 @@ SELECT p.proname, pg_get_function_arguments(p.oid), pg_get_function_result(p.oid
        p.provolatile, p.proconfig, p.prosrc
 FROM pg_proc p WHERE p.pronamespace = (SELECT oid FROM pg_namespace WHERE nspname = :schema) ORDER BY p.proname
 """
+_VIEWS = """
+SELECT c.relname, pg_get_viewdef(c.oid) FROM pg_class c
+WHERE c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = :schema) AND c.relkind = 'v' ORDER BY c.relname
+"""
 _QUERIES = {
     "columns": _COLUMNS,
     "constraints": _CONSTRAINTS,
     "indexes": _INDEXES,
     "relations": _RELATIONS,
     "triggers": _TRIGGERS,
+    "views": _VIEWS,
     "functions": _FUNCTIONS,
 }
 

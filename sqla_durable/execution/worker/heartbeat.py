@@ -176,6 +176,7 @@ class Heartbeat:
             queues=self._settings.queues.given,
             names=self._settings.names,
             versions=self._settings.versions,
+            slots=self._settings.concurrency,
             lease=self._settings.lease,
             doing=json.dumps(doing) if doing else None,
         )

@@ -1,4 +1,4 @@
-"""Add limits of queues, and schedules; and let a key pass from a workflow to a newer one."""
+"""Add limits of queues, schedules, and what operators need: tags, views, and a log of what they did."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ _CHECKS_OF_QUEUES = {
     "AND pg_catalog.num_nonnulls(concurrency, per_key) > 0)",
     "fifo": "fifo IS NULL OR (fifo IN ('skip', 'block') AND coalesce(per_key, 1) = 1)",
 }
+_TAGS = "pg_catalog.jsonb_typeof(tags) = 'object'"
 _CHECKS_OF_WORKFLOWS = {
+    "tags": _TAGS,
     "by": "by ~ '[^[:space:]]' AND pg_catalog.octet_length(by) <= 1000",
     "place": "place IN ('running', 'finished', 'key', 'key_failed')",
 }
@@ -49,6 +51,75 @@ _INDEXES = {
         "OR (status = 'failed' AND place = 'key_failed')",
     ),
     "workflow_going_on_idx": (["queue", "priority", "enqueued_at", "id"], "status = 'pending' AND place IS NOT NULL"),
+}
+
+_VIEWS = {
+    "workflow_overview": """
+SELECT w.id, w.name, w.status, w.queue, w.by, w.key, w.tags, w.schedule, w.parent_id, w.version, w.attempt,
+  w.created_at, w.started_at, w.finished_at, w.wake_at, w.deadline_at,
+  coalesce(w.started_at, w.finished_at, pg_catalog.statement_timestamp()) - w.created_at AS waited,
+  coalesce(w.finished_at, pg_catalog.statement_timestamp()) - w.started_at AS took,
+  l.name AS worker, w.error ->> text 'type' AS error_type, w.error ->> text 'message' AS error_message
+FROM {schema}.workflow AS w LEFT JOIN {schema}.worker AS l ON l.id = w.worker_id AND w.status = 'running'""",
+    "queue_depth": """
+SELECT coalesce(n.queue, q.name) AS queue, coalesce(n.pending, 0) AS pending, n.pending_since,
+  coalesce(n.running, 0) AS running, coalesce(n.delayed, 0) AS delayed, coalesce(n.suspended, 0) AS suspended,
+  q.paused_at, q.concurrency, q.per_worker, q.per_key
+FROM (
+  SELECT queue, CAST(sum(pending) AS bigint) AS pending, min(since) AS pending_since,
+    CAST(sum(running) AS bigint) AS running, CAST(sum(delayed) AS bigint) AS delayed,
+    CAST(sum(suspended) AS bigint) AS suspended
+  FROM (
+    SELECT queue, count(*) AS pending, min(enqueued_at) AS since, 0 AS running, 0 AS delayed, 0 AS suspended
+    FROM {schema}.workflow WHERE status = 'pending' GROUP BY queue
+    UNION ALL
+    SELECT queue, 0, NULL, count(*), 0, 0 FROM {schema}.workflow WHERE status = 'running' GROUP BY queue
+    UNION ALL
+    SELECT queue, 0, NULL, 0, count(*) FILTER (WHERE started_at IS NULL),
+      count(*) FILTER (WHERE started_at IS NOT NULL)
+    FROM {schema}.workflow WHERE status = 'suspended' GROUP BY queue
+  ) AS counted GROUP BY queue
+) AS n FULL JOIN {schema}.queue AS q ON q.name = n.queue""",
+    "step_latency": """
+SELECT w.name AS workflow, s.name AS step, pg_catalog.date_trunc('hour', s.finished_at) AS hour, count(*) AS calls,
+  count(*) FILTER (WHERE s.status = 'failed') AS failed, CAST(sum(s.tries) AS bigint) AS tries,
+  percentile_cont(0.5) WITHIN GROUP (ORDER BY s.finished_at - s.started_at) AS p50,
+  percentile_cont(0.95) WITHIN GROUP (ORDER BY s.finished_at - s.started_at) AS p95,
+  max(s.finished_at - s.started_at) AS longest
+FROM {schema}.step AS s JOIN {schema}.workflow AS w ON w.id = s.workflow_id
+WHERE s.status IN ('succeeded', 'failed') AND NOT pg_catalog.starts_with(s.key, '#')
+GROUP BY w.name, s.name, pg_catalog.date_trunc('hour', s.finished_at)""",
+    "failure_groups": """
+SELECT w.name AS workflow, last.key AS step, w.error ->> text 'type' AS error_type, count(*) AS workflows,
+  min(w.finished_at) AS first_at, max(w.finished_at) AS last_at,
+  (pg_catalog.array_agg(w.id ORDER BY w.finished_at DESC))[1] AS last_id,
+  (pg_catalog.array_agg(w.error ->> text 'message' ORDER BY w.finished_at DESC))[1] AS last_message
+FROM {schema}.workflow AS w LEFT JOIN LATERAL (
+  SELECT s.key FROM {schema}.step AS s WHERE s.workflow_id = w.id AND s.status = 'failed'
+  ORDER BY s.position DESC LIMIT 1
+) AS last ON true
+WHERE w.status = 'failed' GROUP BY w.name, last.key, w.error ->> text 'type'""",
+    "waiting_for": """
+SELECT w.id AS workflow_id, w.name AS workflow, w.queue,
+  CASE s.status WHEN 'retrying' THEN 'retry' ELSE 'wait' END AS kind,
+  s.key AS what, CAST(NULL AS uuid) AS child_id, s.started_at AS since, s.wake_at AS until
+FROM {schema}.workflow AS w JOIN {schema}.step AS s ON s.workflow_id = w.id AND s.status IN ('waiting', 'retrying')
+WHERE w.status = 'suspended'
+UNION ALL
+SELECT w.id, w.name, w.queue, 'child', c.name, c.id, c.created_at, w.wake_at
+FROM {schema}.workflow AS w CROSS JOIN LATERAL pg_catalog.jsonb_array_elements(w.awaits) AS a
+  CROSS JOIN LATERAL pg_catalog.jsonb_array_elements_text(a.value -> text 'children') AS k
+  JOIN {schema}.workflow AS c ON c.id = CAST(k.value AS uuid) AND c.finished_at IS NULL
+WHERE w.status = 'suspended' AND w.awaits IS NOT NULL
+UNION ALL
+SELECT w.id, w.name, w.queue, 'start', NULL, NULL, w.created_at, w.wake_at
+FROM {schema}.workflow AS w WHERE w.status = 'suspended' AND w.started_at IS NULL""",
+    "worker_load": """
+SELECT l.id, l.name, l.queues, l.versions, l.slots, l.started_at, l.heartbeat_at, l.lease_expires_at,
+  l.lease_expires_at > pg_catalog.statement_timestamp() AS is_alive, count(w.id) AS executing,
+  min(w.started_at) AS oldest_started_at
+FROM {schema}.worker AS l LEFT JOIN {schema}.workflow AS w ON w.worker_id = l.id AND w.status = 'running'
+GROUP BY l.id""",
 }
 
 
@@ -68,12 +139,18 @@ def upgrade(schema: str | None = None) -> None:
         _create_schedule(name)
         _add_limits(name)
         op.add_column("workflow", sa.Column("former_key", sa.Text()), schema=name)
+        _create_audit(name)
+        for view, query in _VIEWS.items():
+            schemas.execute(found, f"CREATE VIEW {{schema}}.{view} WITH (security_invoker = true) AS {query}")
 
 
 def downgrade(schema: str | None = None) -> None:
     with schemas.resolved(schema) as found:
         name = sa.quoted_name(found, quote=True)  # Alembic splits another one at its dots
         schemas.lock_tables(found, *_CHANGED)
+        for view in _VIEWS:
+            schemas.execute(found, f"DROP VIEW {{schema}}.{view}")
+        op.drop_table("audit", schema=name)
         op.drop_column("workflow", "former_key", schema=name)
         _drop_limits(name)
         op.drop_table("schedule", schema=name)
@@ -93,6 +170,7 @@ def _create_schedule(schema: sa.quoted_name) -> None:
         sa.Column("by", sa.Text()),
         sa.Column("timeout", pg.INTERVAL()),
         sa.Column("version", sa.Text()),
+        sa.Column("tags", pg.JSONB()),
         sa.Column("headers", pg.JSONB()),
         sa.Column("cron", pg.ARRAY(sa.Text()), server_default=_NO_TEXTS, nullable=False),
         sa.Column("every", pg.INTERVAL()),
@@ -137,6 +215,7 @@ def _constraints_of_schedule() -> list[sa.Constraint]:
             "pg_catalog.jsonb_typeof(headers) = 'object' "
             """AND NOT pg_catalog.jsonb_path_exists(headers, '$.* ? (@.type() <> "string")')""",
         ),
+        _check("schedule", "tags", _TAGS),
         _check("schedule", "when", "(pg_catalog.cardinality(cron) > 0) = (every IS NULL)"),
         _check(
             "schedule",
@@ -167,20 +246,31 @@ def _add_limits(schema: sa.quoted_name) -> None:
     _create_queue_use(schema)
     for each in ("names", "versions"):
         op.add_column("worker", sa.Column(each, pg.ARRAY(sa.Text())), schema=schema)
+    op.add_column("worker", sa.Column("slots", sa.Integer()), schema=schema)
     op.add_column("workflow", sa.Column("by", sa.Text()), schema=schema)
     op.add_column("workflow", sa.Column("place", sa.Text()), schema=schema)
+    op.add_column("workflow", sa.Column("tags", pg.JSONB()), schema=schema)
     for name, condition in _CHECKS_OF_WORKFLOWS.items():
         op.create_check_constraint(op.f(f"workflow_{name}_check"), "workflow", condition, schema=schema)
     for name, (columns, condition) in _INDEXES.items():
         op.create_index(op.f(name), "workflow", columns, schema=schema, postgresql_where=sa.text(condition))
+    op.create_index(
+        op.f("workflow_tags_idx"),
+        "workflow",
+        ["tags"],
+        schema=schema,
+        postgresql_using="gin",
+        postgresql_ops={"tags": "jsonb_path_ops"},
+        postgresql_where=sa.text("tags IS NOT NULL"),
+    )
 
 
 def _drop_limits(schema: sa.quoted_name) -> None:
-    for name in _INDEXES:
+    for name in ("workflow_tags_idx", *_INDEXES):
         op.drop_index(op.f(name), "workflow", schema=schema)
-    for each in ("place", "by"):
+    for each in ("tags", "place", "by"):
         op.drop_column("workflow", each, schema=schema)
-    for each in ("versions", "names"):
+    for each in ("slots", "versions", "names"):
         op.drop_column("worker", each, schema=schema)
     op.drop_table("queue_use", schema=schema)
     op.drop_table("queue_key", schema=schema)
@@ -242,6 +332,31 @@ def _create_queue_use(schema: sa.quoted_name) -> None:
         schema=schema,
     )
     op.create_index(op.f("queue_use_by_idx"), "queue_use", ["queue", "by", "used_at"], schema=schema)
+
+
+def _create_audit(schema: sa.quoted_name) -> None:
+    op.create_table(
+        "audit",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("at", _timestamp(), server_default=_NOW, nullable=False),
+        sa.Column("who", sa.Text(), nullable=False),
+        sa.Column("verb", sa.Text(), nullable=False),
+        sa.Column("workflow_id", pg.UUID()),
+        sa.Column("subject", sa.Text()),
+        sa.Column("reason", sa.Text()),
+        sa.Column("details", pg.JSONB()),
+        sa.PrimaryKeyConstraint("id", name=op.f("audit_pkey")),
+        _name("audit", "who"),
+        _name("audit", "verb"),
+        schema=schema,
+    )
+    op.create_index(
+        op.f("audit_workflow_id_idx"),
+        "audit",
+        ["workflow_id"],
+        schema=schema,
+        postgresql_where=sa.text("workflow_id IS NOT NULL"),
+    )
 
 
 def _of_queue(table: str, schema: str) -> sa.ForeignKeyConstraint:
