@@ -94,7 +94,7 @@ def unfinished(engine: Engine) -> int:
         return session.execute(select(func.count()).where(Workflow.finished_at.is_(None))).scalar_one()
 
 
-# behaviour: Q2 Q3 Q5
+# behaviour: Q2 Q3 Q5 R5
 @pytest.mark.timeout(180)
 def test_no_limit_is_exceeded_while_workers_are_killed(database_url: str, engine: Engine, thorough: bool) -> None:
     """Three processes, one of which is killed again and again."""
