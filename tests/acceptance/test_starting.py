@@ -97,6 +97,7 @@ def test_same_workflow_and_key_are_the_same_record(shell: Shell, greeting: AnyWo
     assert record.input == {"name": "Ada"}
 
 
+# behaviour: E6 (a key belongs to the name of a workflow: another one under it is another record)
 @CLIENTS
 def test_same_key_of_two_workflows_is_two_records(shell: Shell, app: Application) -> None:
     one = app.workflow(greet, name="one")

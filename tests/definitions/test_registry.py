@@ -379,6 +379,7 @@ def _static(cents: int) -> int:
     return cents
 
 
+# behaviour: R8
 @pytest.mark.parametrize("kind", ["step", "workflow"])
 def test_methods_are_refused_with_what_to_write(kind: str) -> None:
     durable = Durable()
