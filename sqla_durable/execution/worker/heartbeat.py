@@ -93,6 +93,11 @@ class Heartbeat:
         await self._extend()
 
     @property
+    def holds_lease(self) -> bool:
+        """Whether its last beat is recent enough for the lease to hold. Callable from any thread."""
+        return time.monotonic() < self._valid_until
+
+    @property
     def is_claiming(self) -> bool:
         """Whether a claim is on its way: what it takes is not executed yet."""
         return self._claiming is not None

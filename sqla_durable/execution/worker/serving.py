@@ -255,6 +255,11 @@ class Serving:
         )
         self._hints = HintReceiver(wakeups, wakers, cursors, worker_id=settings.worker_id, queues=settings.queues)
 
+    @property
+    def holds_lease(self) -> bool:
+        """Whether the worker's lease holds. Callable from any thread."""
+        return self._heartbeat.holds_lease
+
     def _resources(self, makers: Sessionmakers, threads: ThreadPoolExecutor, slots: Slots, wakers: Wakers) -> Resources:
         stop, places, loop = self._stop, self._settings.transactions, asyncio.get_running_loop()
         return Resources(

@@ -130,6 +130,7 @@ class Worker:
         self.until_empty = until_empty
         self.left_behind = 0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._serving: Serving | None = None
         self._stop = threading.Event()
         self._stopping = asyncio.Event()
         self._started: Future[None] = Future()
@@ -184,6 +185,29 @@ class Worker:
         if self._loop is not None:
             with suppress(RuntimeError):  # the loop has ended in between
                 self._loop.call_soon_threadsafe(self._stopping.set)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether it has started, is not being stopped, and its lease holds, as it does not in an outage.
+
+        Callable from any thread; for the probe of a service that routes or counts what is ready.
+        """
+        serving = self._serving
+        return self._loop is not None and serving is not None and serving.holds_lease and not self._stop.is_set()
+
+    def responds(self, *, within: timedelta = timedelta(seconds=5)) -> bool:
+        """Return whether its event loop answers in time, and is not blocked by code of yours; True while it has none.
+
+        Callable from any thread but the loop's own, and waits; for the probe of a service that restarts what is stuck.
+        """
+        answered = threading.Event()
+        try:
+            loop = self._loop
+            if loop is not None:
+                loop.call_soon_threadsafe(answered.set)
+        except RuntimeError:  # the loop has ended in between
+            return True
+        return loop is None or answered.wait(within.total_seconds())
 
     def __enter__(self) -> Self:
         self._require_first_run()
@@ -271,6 +295,7 @@ class Worker:
         makers, stop = Sessionmakers(self.sessionmaker, self.async_sessionmaker), Stop(self._stop, self._stopping)
         serving = Serving(chosen, self.durable.registry, databases, makers, threads, stop)
         is_direct = await self._begin(databases, makers, serving)
+        self._serving = serving
         self._started.set_result(None)
         if self._stop.is_set():
             self._stopping.set()

@@ -158,13 +158,23 @@ class Supervisor:
         count: how many there are.
         stop_within: how many seconds a process that is stopped may take, before it is killed.
         pause: seconds before a process that has ended is replaced; doubled each time it ends soon again.
+        on_ready: called when all of them serve for the first time.
     """
 
-    def __init__(self, command: Command, count: int, *, stop_within: float, pause: float = FIRST_PAUSE) -> None:
+    def __init__(
+        self,
+        command: Command,
+        count: int,
+        *,
+        stop_within: float,
+        pause: float = FIRST_PAUSE,
+        on_ready: Callable[[], object] = lambda: None,
+    ) -> None:
         self._command = command
         self._places = [_Place(number + 1) for number in range(count)]
         self._time_to_stop = stop_within
         self._first_pause = pause
+        self._on_ready: Callable[[], object] | None = on_ready
         self._processes: dict[int, _Process] = {}
         self._selector = selectors.DefaultSelector()
         self._signals, self._wakeup = socket.socketpair()
@@ -278,6 +288,9 @@ class Supervisor:
         log.info("%s serves", process)
         if place.successor is process:
             self._promote(place)
+        if self._on_ready is not None and self.all_serve:
+            self._on_ready()
+            self._on_ready = None
 
     def _promote(self, place: _Place) -> None:
         """Let the successor take the place, and stop the process that it replaces."""
@@ -375,6 +388,11 @@ class Supervisor:
         self._count_failure(place, f"{process} {_described(code)}")
         if place.successor is not None:
             self._promote(place)
+
+    @property
+    def all_serve(self) -> bool:
+        """Whether a process serves in each place, and nothing is being stopped. Callable from any thread."""
+        return self._code is None and all(each.current is not None and each.current.serves for each in self._places)
 
     @property
     def _serves(self) -> bool:

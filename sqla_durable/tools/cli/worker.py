@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shlex
 import signal
 import sys
 from datetime import timedelta
@@ -63,6 +64,12 @@ def worker(
     processes: Annotated[
         str, typer.Option(metavar="N", help="How many worker processes there are; auto: one for each core.")
     ] = "1",
+    health_port: Annotated[
+        int | None, typer.Option(metavar="PORT", min=0, max=65_535, help="Where to answer /live and /ready over HTTP.")
+    ] = None,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="Start again when a Python file changes here; for development.")
+    ] = False,
     supervised: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Claim workflows and execute them.
@@ -78,14 +85,17 @@ def worker(
         signal.signal(each, _stop_before_start)  # until the worker handles them itself
     from sqla_durable.tools.cli.supervisor import Link, process_count
 
+    if reload:
+        _run_reloading(grace)
     count = process_count(processes)
     # With `auto` on one core too: SIGHUP has the same meaning on every machine.
     if supervised is None and (count > 1 or processes == "auto"):
         if until_empty:
             raise CommandError("--until-empty is for one process: a supervisor replaces those that end.")
-        raise typer.Exit(_supervise(count, grace=grace, log_level=log_level))
+        raise typer.Exit(_supervise(count, grace=grace, log_level=log_level, health_port=health_port))
 
     from sqla_durable import Worker
+    from sqla_durable.tools.cli.health import announce, watched
     from sqla_durable.tools.cli.supervised import connect
     from sqla_durable.tools.cli.target import load, sessionmakers
 
@@ -118,9 +128,33 @@ def worker(
         raise CommandError(str(error)) from error
     if link is not None:
         connect(link, chosen, opened, count)
+    else:
+        chosen._started.add_done_callback(announce)  # pyright: ignore[reportPrivateUsage] (it has no public name)
     gc.collect()
     gc.freeze()  # what is imported stays: the collector need not look at it again and again
-    _run(chosen)
+    if link is not None:  # the supervisor answers
+        _run(chosen)
+        return
+    with watched(health_port, is_live=chosen.responds, is_ready=lambda: chosen.is_serving):
+        _run(chosen)
+
+
+def _run_reloading(grace: float) -> NoReturn:
+    """Run this command without `--reload`, and start it again when a Python file changes in the current directory."""
+    try:
+        import watchfiles
+    except ImportError:
+        raise CommandError("--reload needs the package watchfiles: pip install watchfiles.") from None
+    command = [sys.executable, "-m", "sqla_durable", *(each for each in sys.argv[1:] if each != "--reload")]
+    stop_within = int(grace + _TIME_AFTER_GRACE)
+    watchfiles.run_process(
+        ".",
+        target=shlex.join(command),
+        target_type="command",
+        watch_filter=watchfiles.PythonFilter(),
+        sigint_timeout=stop_within,
+    )
+    raise typer.Exit(DONE)
 
 
 def _duration(option: str, seconds: float) -> timedelta:
@@ -140,14 +174,17 @@ def _run(chosen: Worker) -> None:
         _exit_without_threads(DONE)
 
 
-def _supervise(count: int, *, grace: float, log_level: str) -> int:
+def _supervise(count: int, *, grace: float, log_level: str, health_port: int | None) -> int:
     """Supervise worker processes of this command; return the exit code."""
     from sqla_durable.definitions.log import worker_name
+    from sqla_durable.tools.cli.health import announce, watched
     from sqla_durable.tools.cli.supervisor import Supervisor, worker_command
 
     worker_name.set("supervisor")
     _set_up_logging(log_level)
-    return Supervisor(worker_command, count, stop_within=grace + _TIME_AFTER_GRACE).run()
+    supervisor = Supervisor(worker_command, count, stop_within=grace + _TIME_AFTER_GRACE, on_ready=announce)
+    with watched(health_port, is_live=lambda: True, is_ready=lambda: supervisor.all_serve):
+        return supervisor.run()
 
 
 def _stop_before_start(_number: int, _frame: FrameType | None) -> NoReturn:
