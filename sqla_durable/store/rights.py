@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql.base import PGIdentifierPreparer
 from sqlalchemy.orm import Session
 
 from sqla_durable.errors import ArgumentError
@@ -153,7 +153,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 _LONGEST_NAME = 63  # bytes; PostgreSQL cuts off what is longer
 _WIDTH = 110
 _PRIVILEGES = "SELECT", "INSERT", "UPDATE", "DELETE"
-_RESERVED: Collection[str] = postgresql.dialect().identifier_preparer.reserved_words
+_RESERVED: Collection[str] = PGIdentifierPreparer.reserved_words
 
 
 def sets_of(role: str) -> tuple[str, ...]:
@@ -173,8 +173,9 @@ def names_of(roles: Iterable[str], *, prefix: str) -> dict[str, str]:
     Raises:
         ArgumentError: there is no such role, or PostgreSQL would refuse or shorten its name.
     """
-    names = {role: f"{prefix}{role}" for role in roles if sets_of(role) is not None}
-    for name in names.values():
+    names = {role: f"{prefix}{role}" for role in roles}
+    for role, name in names.items():
+        sets_of(role)
         _require_name(name, "role")
         if name.startswith("pg_"):
             raise ArgumentError(f"the role would be named {name!r}, and PostgreSQL keeps pg_ for itself: take another.")

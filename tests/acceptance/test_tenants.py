@@ -359,7 +359,7 @@ def export(name: str) -> str:
 
 def start_export(session: Session, **options: Any) -> UUID:
     name = tenant.get()
-    given = {"tags": {"tenant": name}, "by": name, "key": f"{name}:1", **options}
+    given: dict[str, Any] = {"tags": {"tenant": name}, "by": name, "key": f"{name}:1", **options}
     return export.options(**given).start(session, "x").id
 
 

@@ -153,7 +153,7 @@ def test_the_page_shows_what_is_printed(command: Command) -> None:
     assert {*rights.ROLES, *rights.SETS} <= named
 
 
-WRONG = [
+WRONG: list[tuple[list[str], str]] = [
     (["nobody", "--sql"], "there is no role 'nobody': choose among start, work,"),
     (["--sql", "--prefix", "x" * 60], "bytes long, and PostgreSQL would cut the name of a role off after 63"),
     (["--sql", "--prefix", "pg_"], "would be named 'pg_start', and PostgreSQL keeps pg_ for itself"),

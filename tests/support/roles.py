@@ -65,8 +65,8 @@ class Roles:
 
     def drop(self) -> None:
         """Drop the roles and their rights."""
-        for each in self._engines:
-            each.dispose()
+        for engine in self._engines:
+            engine.dispose()
         for each in self._names:
             self.execute(f"REASSIGN OWNED BY {each} TO CURRENT_USER", f"DROP OWNED BY {each}", f"DROP ROLE {each}")
 

@@ -68,7 +68,7 @@ def _apply(
     engine = engine_of(url, None, schema)
     try:
         with Session(engine) as session:
-            if names.keys() != {rights.OWNER}:
+            if set(names) != {rights.OWNER}:
                 _require_tables(session)
             known = rights.existing(session, names.values())
         owner = f", and make {names[rights.OWNER]!r} the owner of the tables" if rights.OWNER in names else ""
