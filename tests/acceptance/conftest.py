@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 from tests.acceptance.application import Application
 from tests.acceptance.rights import World, make_world
 from tests.acceptance.shells import SHELLS, Shell, SyncShell
-from tests.support.roles import BY_TASK, TASKS, Roles, recipe, roles
+from tests.support.roles import TASKS, Roles, roles
 from tests.support.sampling import number_of
 
 Way = tuple[str, str]
@@ -80,8 +80,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def granted(engine: Engine, direct_url: str) -> Generator[Roles]:
-    """The roles of the page."""
-    with roles(engine, direct_url, *TASKS, sql=recipe(BY_TASK)) as made:
+    """A role for each set of rights."""
+    with roles(engine, direct_url, *TASKS) as made:
+        made.grant(*TASKS)
         yield made
 
 

@@ -1,4 +1,4 @@
-"""What the tests of roles share: the verbs of each role, and what they are about."""
+"""What the tests of roles share: the verbs of each set of rights, and what they are about."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from sqlalchemy.orm import Session
 
 import sqla_durable
 from sqla_durable import Durable, Event, Queue, Schedule, Signal, Step, StreamItem, Workflow, manage
-from sqla_durable.models import QueueKey, QueueUse
+from sqla_durable.models import Audit, QueueKey, QueueUse
 from sqla_durable.models.base import Base
+from sqla_durable.models.views import VIEWS
 from sqla_durable.operations.callback import CallbackRecord
 from tests.store import races
 from tests.support.roles import DENIED, sqlstate_of
@@ -70,12 +71,17 @@ def make_world(engine: Engine) -> World:
     return World(pending, failed, cancelled, done, owner.workflow_id, made.reveal_token())
 
 
-TABLES = (Workflow, Step, Signal, Event, StreamItem, Queue, QueueKey, QueueUse, Schedule)
+TABLES = (Workflow, Step, Signal, Event, StreamItem, Queue, QueueKey, QueueUse, Schedule, Audit)
 
 
 def reading(table: type[Base]) -> Verb:
     """Return what reads a table."""
     return lambda session, _: session.execute(select(table))
+
+
+def viewing(view: str) -> Verb:
+    """Return what reads a view."""
+    return lambda session, _: session.execute(text(f"SELECT * FROM durable.{view}"))
 
 
 def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
@@ -84,7 +90,7 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
         "starter": {
             "start": lambda session, _: greet.start(session, "x"),
             "start with options": lambda session, _: greet.options(
-                delay=DAY, timeout=DAY, deadline=2 * DAY, priority=1, queue="mail", by="a"
+                delay=DAY, timeout=DAY, deadline=2 * DAY, priority=1, queue="mail", by="a", tags={"tenant": "a"}
             ).start(session, "x"),
             "start under a key": lambda session, _: greet.options(key="new", delay=DAY, deadline=DAY).start(
                 session, "x"
@@ -162,8 +168,14 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
             "put a queue": lambda session, _: api.manage.put_queue(session, "mail", fair=True, weights={"a": 2}),
             "pause a key": lambda session, _: api.manage.pause_key(session, "fair", "a"),
             "resume a key": lambda session, _: api.manage.resume_key(session, "fair", "a"),
+            "write to the audit": lambda session, world: session.add(
+                Audit(who="ada", verb="cancel", workflow_id=world.pending, details={"reason": "x"})
+            ),
         },
-        "reader": {f"read {each.__tablename__}": reading(each) for each in TABLES},
+        "reader": {
+            **{f"read {each.__tablename__}": reading(each) for each in TABLES},
+            **{f"read {each}": viewing(each) for each in VIEWS},
+        },
     }
 
 

@@ -1,4 +1,4 @@
-"""The rights that docs/security.md grants: each role can do what it is for, and nothing else."""
+"""The sets of rights: a role with one of them can do what it is for, and nothing else."""
 
 from __future__ import annotations
 

@@ -40,13 +40,17 @@ from sqla_durable import (
     wait_signal,
     write_stream,
 )
+from sqla_durable.models import Audit
+from sqla_durable.models.views import VIEWS
+from sqla_durable.store.rights import ROLES
 from tests.acceptance.shells import PATIENCE, POLL
 from tests.store import races
-from tests.support.roles import BY_TASK, DENIED, TASKS, Roles, recipe, refused, roles, sqlstate_of
+from tests.support.roles import DENIED, Roles, recipe, refused, roles, sqlstate_of
 
 HERE = "tests/acceptance/test_tenants.py"
-NAMES = (*TASKS, "app", "owner", "acme", "globex")
-TABLES = ("workflow", "step", "signal", "event", "stream_item", "queue", "worker", "schedule")
+GRANTED = ("starter", "signaller", "updater", "answerer", *ROLES)
+NAMES = (*GRANTED, "app", "acme", "globex")
+FOR_ALL, BY_HEADERS, BY_TAGS = (recipe(HERE, number) for number in range(3))
 tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
 
 
@@ -116,30 +120,27 @@ def set_tenant(connection: Connection) -> None:
 
 @contextmanager
 def made(engine: Engine, url: str, sql: str) -> Generator[Roles]:
-    with roles(engine, url, *NAMES, sql=recipe(BY_TASK)) as given:
+    with roles(engine, url, *NAMES) as given:
+        given.grant(*GRANTED)
         given.execute(
-            *(f"ALTER TABLE durable.{each} OWNER TO owner" for each in TABLES),
-            "GRANT USAGE ON SCHEMA durable TO owner",
             "GRANT starter, signaller, updater, answerer TO app",
             # What operators have, of its own workflows.
             "GRANT SELECT, UPDATE, DELETE ON durable.workflow, durable.step, durable.signal, durable.event, "
             "durable.stream_item TO app",
             "GRANT INSERT ON durable.workflow, durable.step, durable.event, durable.stream_item TO app",
             "GRANT INSERT (is_notice) ON durable.signal TO app",
+            FOR_ALL,
             sql,
         )
-        try:
-            yield given
-        finally:
-            given.execute("REASSIGN OWNED BY owner TO CURRENT_USER")
+        yield given
 
 
 @pytest.fixture
 def place(engine: Engine, direct_url: str) -> Generator[Place]:
-    with made(engine, direct_url, recipe(HERE)) as given:
+    with made(engine, direct_url, BY_HEADERS) as given:
         app = given.engine("app")
         event.listen(app, "begin", set_tenant)
-        yield Place(given, sessionmaker(app), sessionmaker(given.engine("worker")))
+        yield Place(given, sessionmaker(app), sessionmaker(given.engine("work")))
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_a_tenant_sees_its_own_only(place: Place, reports: dict[str, UUID]) -> N
     assert place.run(lambda session: session.scalars(select(Workflow.id)).all()) == []
     with place.roles.engine("app").connect() as connection:  # without the setting
         assert connection.execute(select(Workflow.id)).all() == []
-    with place.roles.engine("owner").connect() as connection:
+    with place.roles.engine("migrate").connect() as connection:
         assert connection.execute(select(Workflow.id)).all() == []
 
 
@@ -315,12 +316,12 @@ def test_a_worker_serves_all_tenants(place: Place, reports: dict[str, UUID]) -> 
                 place.run(partial(complete_callback, token=token, value="answered"))
                 results[name] = report.handle(place.app, own).result(timeout=PATIENCE)
     assert results == {"acme": "acme went answered", "globex": "globex went answered"}
-    with sessionmaker(place.roles.engine("operator")).begin() as session:
+    with sessionmaker(place.roles.engine("operate")).begin() as session:
         assert len(manage.delete(session, select(Workflow))) == 4
 
 
 def test_a_role_for_each_tenant(engine: Engine, direct_url: str) -> None:
-    by_role = recipe(HERE).replace("current_setting('app.tenant', true)", "current_user")
+    by_role = BY_HEADERS.replace("current_setting('app.tenant', true)", "current_user")
     with made(engine, direct_url, by_role) as given:
         given.execute("GRANT app TO acme, globex")
         for role in ("acme", "globex"):
@@ -338,3 +339,77 @@ def test_a_role_for_each_tenant(engine: Engine, direct_url: str) -> None:
             assert refused(own, "SET app.tenant = 'acme'") == ""
             with own.connect() as connection:
                 assert len(connection.execute(select(Workflow.id)).all()) == 1
+
+
+# By tags, with the roles of the command
+
+
+plain = Durable()
+
+
+@plain.step
+def exported(name: str) -> str:
+    return name
+
+
+@plain.workflow
+def export(name: str) -> str:
+    return exported(name) + wait_signal("go", str)
+
+
+def start_export(session: Session, **options: Any) -> UUID:
+    name = tenant.get()
+    given: dict[str, Any] = {"tags": {"tenant": name}, "by": name, "key": f"{name}:1", **options}
+    return export.options(**given).start(session, "x").id
+
+
+def test_a_tenant_by_tags_starts_signals_and_sees_its_own_only(engine: Engine, direct_url: str) -> None:
+    """In the views too, which have the rights of their reader."""
+    with made(engine, direct_url, BY_TAGS) as given:
+        starter, reader, operator = (given.engine(each) for each in ("start", "read", "operate"))
+        for each in (starter, reader):
+            event.listen(each, "begin", set_tenant)
+        starting, worker = sessionmaker(starter), sessionmaker(given.engine("work"))
+        ids: dict[str, UUID] = {}
+        for name, other in (("acme", "globex"), ("globex", "acme")):
+            with acting(name):
+                with starting.begin() as session:
+                    ids[name] = start_export(session)
+                for forged in ({"tags": {"tenant": other}}, {"tags": None}, {"by": other}, {"key": f"{other}:2"}):
+                    with starting() as session, pytest.raises(DBAPIError, match="row-level security"):
+                        start_export(session, **{"key": f"{name}:2", **forged})
+        with sessionmaker(operator).begin() as session:
+            session.add(Audit(who="ada", verb="cancel"))
+        with acting("acme"), starting.begin() as session:
+            assert [(row.id, row.status) for row in session.execute(select(Workflow.id, Workflow.status))] == [
+                (ids["acme"], "pending")
+            ]
+            with pytest.raises(errors.NotFoundError):
+                send_signal(session, ids["globex"], "go", "!")
+            send_signal(session, ids["acme"], "go", "!")
+        with Worker(plain, sessionmaker=worker, poll_interval=POLL), acting("acme"):
+            assert export.handle(sessionmaker(reader), ids["acme"]).result(timeout=PATIENCE) == "x!"
+            with acting("globex"):
+                assert races.wait_until(lambda: seen_in_views(reader)["waiting_for"], seconds=PATIENCE.total_seconds())
+        for name in ids:
+            with acting(name):
+                assert seen_in_views(reader) == {
+                    "workflow_overview": 1,
+                    "queue_depth": int(name == "globex"),
+                    "step_latency": 2 if name == "acme" else 1,
+                    "failure_groups": 0,
+                    "waiting_for": int(name == "globex"),
+                    "worker_load": 0,
+                    "audit": 0,
+                }
+                with reader.connect() as connection:
+                    assert connection.scalars(text("SELECT id FROM durable.workflow_overview")).all() == [ids[name]]
+        assert seen_in_views(given.engine("read")) == dict.fromkeys([*VIEWS, "audit"], 0)  # without the setting
+        assert seen_in_views(operator)["workflow_overview"] == 2
+
+
+def seen_in_views(engine: Engine) -> dict[str, int]:
+    """Return how many rows a role sees in each view, and in the audit."""
+    with engine.connect() as connection:
+        every = {each: text(f"SELECT count(*) FROM durable.{each}") for each in (*VIEWS, "audit")}
+        return {name: connection.execute(counted).scalar_one() for name, counted in every.items()}

@@ -1,4 +1,4 @@
-"""Roles with the rights that docs/security.md grants, as the page has them."""
+"""Roles with the rights that `sqla-durable roles` grants, and what docs/security.md adds to them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,11 @@ from typing import Any
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.orm import Session
 
-BY_TASK = "tests/acceptance/test_roles.py"
-"""Under which name the page has the roles that follow from what they do."""
+from sqla_durable.store import rights
 
-TASKS = (
-    "starter",
-    "replacer",
-    "caller",
-    "signaller",
-    "updater",
-    "answerer",
-    "canceller",
-    "scheduler",
-    "worker",
-    "operator",
-    "reader",
-)
+TASKS = tuple(rights.SETS)
 DENIED, CHECKED, GENERATED = "42501", "23514", "428C9"
 """The SQLSTATE of a missing right, of a CHECK, and of a column that is always generated."""
 
@@ -56,15 +44,16 @@ def refused(engine: Engine, statement: str, **parameters: Any) -> str:
 
 
 class Roles:
-    """Roles of one database, whose names are those of the page with the database's behind.
+    """Roles of one database, whose names begin with the database's; on the page they may begin with `durable_`.
 
     Args:
         engine: the superuser's.
         url: the database past PgBouncer, which refuses the option that gives a connection its role.
-        names: as the page has them.
+        names: without the prefix.
     """
 
     def __init__(self, engine: Engine, url: str, names: Sequence[str]) -> None:
+        self.prefix = f"{engine.url.database}_"
         self._engine = engine
         self._url = url
         self._names = names
@@ -76,9 +65,15 @@ class Roles:
 
     def drop(self) -> None:
         """Drop the roles and their rights."""
-        for each in self._engines:
-            each.dispose()
-        self.execute(*(f"{verb} {each}" for each in self._names for verb in ("DROP OWNED BY", "DROP ROLE")))
+        for engine in self._engines:
+            engine.dispose()
+        for each in self._names:
+            self.execute(f"REASSIGN OWNED BY {each} TO CURRENT_USER", f"DROP OWNED BY {each}", f"DROP ROLE {each}")
+
+    def grant(self, *roles: str) -> None:
+        """Grant what the command does, to roles with the names of its own."""
+        with Session(self._engine) as session, session.begin():
+            rights.grant(session, rights.statements(roles, prefix=self.prefix))
 
     def execute(self, *statements: str) -> None:
         """Execute statements of the page as the superuser."""
@@ -103,17 +98,17 @@ class Roles:
     def _named(self, statement: str) -> str:
         names = "|".join(self._names)
         return re.sub(
-            rf"(?<![.\w])({names})\b(?!['.])", lambda found: f"{found[0]}_{self._engine.url.database}", statement
+            rf"(?<![.\w])(?:durable_)?({names})\b(?!['.])", lambda found: f"{self.prefix}{found[1]}", statement
         )
 
 
 @contextmanager
-def roles(engine: Engine, url: str, *names: str, sql: str) -> Generator[Roles]:
-    """Make roles in a database for a while, and execute SQL of the page."""
+def roles(engine: Engine, url: str, *names: str, sql: str = "") -> Generator[Roles]:
+    """Make roles in a database for a while, and execute SQL."""
     made = Roles(engine, url, names)
     made.create()
     try:
-        made.execute(sql)
+        made.execute(*filter(None, [sql]))
         yield made
     finally:
         made.drop()
