@@ -11,6 +11,7 @@ import typer
 
 import sqla_durable
 from sqla_durable.tools.cli.bench import bench
+from sqla_durable.tools.cli.doctor import doctor
 from sqla_durable.tools.cli.errors import fail
 from sqla_durable.tools.cli.roles import roles
 from sqla_durable.tools.cli.torture import torture
@@ -49,5 +50,6 @@ def _options(
 
 app.command("worker")(worker)
 app.command("roles")(roles)
+app.command("doctor")(doctor)
 app.command("torture")(torture)
 app.command("bench")(bench)

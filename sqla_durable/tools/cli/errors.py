@@ -1,6 +1,7 @@
 """How an error becomes a message and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 the command line is wrong, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 the command line is wrong, 130 interrupted. Those of `doctor`, which has done what it
+does: 0 nothing is wrong, 3 the worst finding is a warning, 4 it is an error.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import NoReturn
 from sqla_durable.errors import DurableError
 
 DONE, FAILED, WRONG_COMMAND, INTERRUPTED = 0, 1, 2, 130
+FOUND_WARNINGS, FOUND_ERRORS = 3, 4
 
 
 class CommandError(DurableError):
