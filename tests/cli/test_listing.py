@@ -24,6 +24,7 @@ from sqla_durable.store import workers
 from sqla_durable.tools.cli.filters import Filters
 from sqla_durable.tools.cli.output import print_table
 from sqla_durable.tools.cli.reading import page
+from sqla_durable.tools.cli.recent import finished
 from tests.cli.commands import Called, Commands
 from tests.store import plans, races
 
@@ -224,27 +225,33 @@ def test_schedules_with_their_next_ticks_and_why_they_are_paused(session: Sessio
 
 
 @pytest.mark.new_database
-def test_pages_of_a_large_table_are_found_by_indexes(session: Session) -> None:
+def test_pages_and_rates_of_a_large_table_are_found_by_indexes(session: Session) -> None:
     plans.fill(session)
     few = "SELECT id FROM durable.workflow WHERE status = 'running' ORDER BY id LIMIT 5"
     session.execute(text(f"DELETE FROM durable.workflow WHERE status = 'running' AND id NOT IN ({few})"))
     session.execute(text("ANALYZE durable.workflow"))
     last = session.execute(text("SELECT id FROM durable.workflow ORDER BY id LIMIT 1 OFFSET 9000")).scalar_one()
-    for given, index in (
-        ({}, "workflow_pkey"),
-        ({"status": ["failed"]}, "workflow_failed_idx"),
-        ({"status": ["running"]}, "workflow_running_idx"),
-        ({"status": ["failed", "running"]}, "workflow_failed_idx"),
-        ({"parent": str(last)}, "workflow_parent_idx"),
-        ({"name": ["checkout"]}, "workflow_pkey"),
-        ({"since": "1s"}, "workflow_pkey"),
-    ):
-        plan = explained(session, page(Filters(**given), limit=50, after=None))
+    indexes: list[tuple[Filters, str]] = [
+        (Filters(), "workflow_pkey"),
+        (Filters(status=["failed"]), "workflow_failed_idx"),
+        (Filters(status=["running"]), "workflow_running_idx"),
+        (Filters(status=["failed", "running"]), "workflow_failed_idx"),
+        (Filters(parent=str(last)), "workflow_parent_idx"),
+        (Filters(name=["checkout"]), "workflow_pkey"),
+        (Filters(since="1s"), "workflow_pkey"),
+    ]
+    for given, index in indexes:
+        plan = explained(session, page(given, limit=50, after=None))
         assert plan.uses(index), (given, plan)
         assert not plan.scans("workflow"), given
     later = explained(session, page(Filters(), limit=50, after=last))
     assert later.uses("workflow_pkey")
     assert later.buffers() < 80
+    hour = timedelta(hours=1)  # for what comes after all of these
+    of_top = explained(session, finished(finished_since=NOW + hour, started_since=NOW + hour))
+    assert of_top.uses("workflow_pkey")
+    assert of_top.uses("workflow_failed_idx")
+    assert of_top.buffers() < 20
 
 
 def explained(session: Session, query: Select[Any]) -> plans.Plan:

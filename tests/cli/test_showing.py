@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from datetime import timedelta
+import re
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -172,8 +173,17 @@ def test_pending_running_and_dead_are_explained(session: Session, command: Comma
         "status     pending since",
     ):
         assert f"  {fact}" in pending.out
-    soon = models.base.StepStatus
-    assert soon
+
+    def waits(**columns: Any) -> str:
+        (workflow_id,) = races.enqueue(session, status=WorkflowStatus.SUSPENDED, **columns)
+        (line,) = section(command("show", workflow_id), "Waits")
+        return line
+
+    due = datetime(2999, 1, 1, tzinfo=UTC)
+    assert re.fullmatch(r"for its start since .*s, until 2999-01-01 00:00:00Z", waits(wake_at=due))
+    assert waits(wake_at=due, crashes=2, attempt=3).startswith("for its next attempt after 2 crashes in a row, until ")
+    assert "its parent starts it when others of the children have ended" in waits(parent_id=paused)
+    assert waits(started_at=datetime.now(UTC), wake_at=due).startswith("for what is not recorded as a step, until ")
 
 
 def test_failed_workflow_has_its_error_and_with_full_the_traceback(session: Session, command: Commands) -> None:

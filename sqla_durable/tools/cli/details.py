@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, cast, func, select
+from sqlalchemy import ColumnElement, Executable, Select, cast, func, select
 from sqlalchemy.orm import Session
 
 from sqla_durable import RunningStep, Workflow, WorkflowStatus, manage, running_steps
@@ -96,7 +96,7 @@ def read(session: Session, workflow_id: UUID, *, whole: bool) -> Details:
     )
 
 
-def _rows(session: Session, query: Select[Any]) -> list[Row]:
+def _rows(session: Session, query: Executable) -> list[Row]:
     return [dict(each) for each in session.execute(query).mappings()]
 
 

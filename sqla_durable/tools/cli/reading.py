@@ -64,7 +64,7 @@ def page(filters: Filters, *, limit: int, after: UUID | None) -> Select[Any]:
         CommandError: a filter cannot be read.
     """
     ended = func.coalesce(Workflow.finished_at, NOW)
-    query = filters.select().with_only_columns(
+    query: Any = filters.select().with_only_columns(
         Workflow.id,
         Workflow.name,
         Workflow.status,
@@ -86,7 +86,8 @@ def page(filters: Filters, *, limit: int, after: UUID | None) -> Select[Any]:
         Workflow.error["type"].astext.label("error_type"),
         SHORT_MESSAGE.label("error_message"),
     )
-    return (query if after is None else query.where(Workflow.id < after)).limit(limit + 1)
+    found: Select[Any] = (query if after is None else query.where(Workflow.id < after)).limit(limit + 1)
+    return found
 
 
 def queue_rows(session: Session) -> list[Row]:

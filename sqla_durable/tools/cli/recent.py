@@ -16,6 +16,7 @@ from sqlalchemy import ColumnElement, Select, func, select, tuple_, union_all
 from sqlalchemy.orm import Session
 
 from sqla_durable import Workflow, WorkflowStatus, manage
+from sqla_durable.store.statements import is_among
 from sqla_durable.tools.cli.reading import NOW, SHORT_MESSAGE, Row, queue_rows, worker_rows
 
 MOST_WATCHED = 10_000
@@ -63,7 +64,7 @@ class Follower:
         now: datetime = self.session.execute(select(NOW)).scalar_one()
         new = self._rows(Workflow.id >= manage.id_at(self._mark))
         failed = self._rows(Workflow.status == WorkflowStatus.FAILED, Workflow.finished_at >= self._mark)
-        watched = self._rows(Workflow.id.in_(self._watched), Workflow.finished_at.is_not(None))
+        watched = self._rows(is_among(Workflow.__table__.c.id, list(self._watched)), Workflow.finished_at.is_not(None))
         self._watch_those(WorkflowStatus.RUNNING)
         self.session.rollback()
         found = [*self._starts(new), *self._ends([*new, *failed, *watched])]
@@ -89,7 +90,7 @@ class Follower:
         return [dict(each) for each in found]
 
     def _watch_those(self, status: WorkflowStatus) -> None:
-        wanted = select(Workflow.id).where(Workflow.status == status, *self.conditions).limit(MOST_WATCHED)
+        wanted = select(Workflow.id).where(Workflow.status == status, *self.conditions).limit(MOST_WATCHED + 1)
         self._watch(self.session.scalars(wanted))
 
     def _watch(self, ids: Iterable[UUID]) -> None:
