@@ -143,8 +143,10 @@ def _escaped(character: str) -> str:
 
 
 def duration(value: timedelta) -> str:
-    """Return a duration in its two largest units: `2d 3h`, `5m 1s`, `0.25s`."""
+    """Return a duration in its two largest units: `2d 3h`, `5m 1s`, `0.25s`, `0.07ms`."""
     seconds = value.total_seconds()
+    if 0 < abs(seconds) < 0.001:
+        return f"{seconds * 1_000:.2g}ms"
     if abs(seconds) < 60:
         return f"{seconds:.3g}s"
     parts = [f"{seconds:.0f}s"]
