@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.commands import Commands
 from tests.support.processes import Started, run_python
 
 APPLICATION = '''
@@ -102,6 +103,12 @@ def calls() -> Generator[socket.socket]:
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         listening.settimeout(30)
         yield listening
+
+
+@pytest.fixture
+def command(database_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Commands:
+    """The commands for operators, on the database of this test."""
+    return Commands(database_url, monkeypatch, capsys)
 
 
 @pytest.fixture

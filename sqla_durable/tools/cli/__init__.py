@@ -1,6 +1,7 @@
 """The command line: `sqla-durable`, or `python -m sqla_durable`; of the extra `cli`.
 
-`application` has all of it · `worker`, `bench` and `torture` are its commands · `errors` turns errors into messages ·
+`application` has all of it · `worker`, `bench` and `torture` are its commands, and those in `listing`, `showing` and
+`watching`, which read; their queries are in `reading`, `details` and `recent` · `errors` turns errors into messages ·
 `target` imports the `Durable` object that a command line names, and connects to its database · `supervisor` starts
 worker processes and replaces them, `supervised` connects each of them to it.
 """

@@ -14,14 +14,16 @@ from sqla_durable.tools.cli.bench import bench
 from sqla_durable.tools.cli.doctor import doctor
 from sqla_durable.tools.cli.errors import fail
 from sqla_durable.tools.cli.roles import roles
+from sqla_durable.tools.cli.listing import list_workflows, queues, schedules, workers
+from sqla_durable.tools.cli.showing import show
 from sqla_durable.tools.cli.torture import torture
+from sqla_durable.tools.cli.watching import tail, top
 from sqla_durable.tools.cli.worker import worker
 
 app = typer.Typer(
     name="sqla-durable",
     help="Durable workflows in your own PostgreSQL.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -51,5 +53,12 @@ def _options(
 app.command("worker")(worker)
 app.command("roles")(roles)
 app.command("doctor")(doctor)
+app.command("list")(list_workflows)
+app.command("show")(show)
+app.command("tail")(tail)
+app.command("top")(top)
+app.command("queues")(queues)
+app.command("workers")(workers)
+app.command("schedules")(schedules)
 app.command("torture")(torture)
 app.command("bench")(bench)
