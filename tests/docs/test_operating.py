@@ -15,7 +15,9 @@ from sqla_durable import Durable, Executor, Workflow, manage, start_child, wait_
 from sqla_durable.tools.cli.application import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "operating.md"
-SHOWN = re.compile(r"```bash\nsqla-durable (?P<command>[^\n]*)\n```\n\n<!-- shown[^\n]*-->\n```output\n(?P<output>.*?)```", re.S)
+SHOWN = re.compile(
+    r"```bash\nsqla-durable (?P<command>[^\n]*)\n```\n\n<!-- shown[^\n]*-->\n```output\n(?P<output>.*?)```", re.S
+)
 ID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 CHANGES = (
     (re.compile(ID), "ID"),
