@@ -193,7 +193,20 @@ def test_an_end_from_outside_copies_what_its_lock_has_read(name: str) -> None:
     assert "pg_catalog." not in changed
 
 
-_GRAMMAR = {"coalesce", "greatest", "least", "extract", "any", "all", "exists", "unnest", "array"}
+_GRAMMAR = {
+    "coalesce",
+    "greatest",
+    "least",
+    "extract",
+    "any",
+    "all",
+    "exists",
+    "unnest",
+    "array",
+    "nullif",
+    "grouping",
+    "grouping_sets",
+}
 """What is no look-up: the parser knows it, ARRAY too, and leads `unnest` of several arrays to pg_catalog."""
 
 

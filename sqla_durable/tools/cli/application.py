@@ -13,8 +13,8 @@ import sqla_durable
 from sqla_durable.tools.cli.bench import bench
 from sqla_durable.tools.cli.doctor import doctor
 from sqla_durable.tools.cli.errors import fail
-from sqla_durable.tools.cli.roles import roles
 from sqla_durable.tools.cli.listing import list_workflows, queues, schedules, workers
+from sqla_durable.tools.cli.roles import roles
 from sqla_durable.tools.cli.showing import show
 from sqla_durable.tools.cli.torture import torture
 from sqla_durable.tools.cli.watching import tail, top

@@ -104,16 +104,18 @@ def _value(column: Any, *, whole: bool) -> ColumnElement[Any]:
     """Return a column of JSON, or the beginning of its text with one character more than is shown."""
     if whole:
         return column.label(column.key)  # type: ignore[no-any-return]
-    return func.left(cast(column, Text), MOST_CHARACTERS + 1).label(column.key)
+    return func.pg_catalog.left(cast(column, Text), MOST_CHARACTERS + 1).label(column.key)
 
 
 def _error(column: Any, *, whole: bool) -> ColumnElement[Any]:
     """Return an error, without its traceback and arguments unless it is to be whole."""
     if whole:
         return column.label("error")  # type: ignore[no-any-return]
-    parts = (column["type"].astext, func.left(column["message"].astext, MOST_CHARACTERS + 1))
-    made = func.jsonb_build_object("type", parts[0], "message", parts[1], type_=column.type)
-    return func.nullif(made, func.jsonb_build_object("type", None, "message", None, type_=column.type)).label("error")
+    parts = (column["type"].astext, func.pg_catalog.left(column["message"].astext, MOST_CHARACTERS + 1))
+    made = func.pg_catalog.jsonb_build_object("type", parts[0], "message", parts[1], type_=column.type)
+    return func.nullif(
+        made, func.pg_catalog.jsonb_build_object("type", None, "message", None, type_=column.type)
+    ).label("error")
 
 
 def _workflow(workflow_id: UUID, *, whole: bool) -> Select[Any]:
@@ -157,7 +159,7 @@ def _steps(session: Session, workflow_id: UUID, *, whole: bool) -> tuple[list[Ro
     )
     ordered = wanted.where(*of_workflow).order_by(Step.position.desc(), Step.key.desc())
     found = _rows(session, ordered if whole else ordered.limit(MOST_STEPS))[::-1]
-    count = session.scalar(select(func.count()).select_from(Step).where(*of_workflow)) or 0
+    count = session.scalar(select(func.pg_catalog.count(Step.key)).where(*of_workflow)) or 0
     return list(map(_without_secrets, found)), max(count - len(found), 0)
 
 
@@ -197,7 +199,7 @@ def _in_order(found: Mapping[UUID, Sequence[Row]], parent: UUID, depth: int) -> 
 def _events(workflow_id: UUID, *, whole: bool) -> Select[Any]:
     """Return the query for the latest value of each event; answers to updates are no events of the workflow's."""
     mine = Event.workflow_id == workflow_id, ~Event.key.startswith("#")
-    latest = select(func.max(Event.id)).where(*mine).group_by(Event.key)
+    latest = select(func.pg_catalog.max(Event.id)).where(*mine).group_by(Event.key)
     wanted = select(Event.key, _value(Event.value, whole=whole), Event.created_at)
     ordered = wanted.where(*mine, Event.id.in_(latest)).order_by(Event.key)
     return ordered if whole else ordered.limit(MOST_OTHERS + 1)

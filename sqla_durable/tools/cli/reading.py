@@ -54,7 +54,7 @@ WORKER_LOAD = Table(
     Column("oldest_started_at", _MOMENT),
 )
 NOW = func.pg_catalog.statement_timestamp()
-SHORT_MESSAGE = func.left(Workflow.error["message"].astext, MOST_CHARACTERS)
+SHORT_MESSAGE = func.pg_catalog.left(Workflow.error["message"].astext, MOST_CHARACTERS)
 
 
 def page(filters: Filters, *, limit: int, after: UUID | None) -> Select[Any]:

@@ -190,10 +190,10 @@ def finished(*, finished_since: datetime, started_since: datetime) -> Select[Any
     return select(
         *kinds,
         func.grouping(*kinds).label("others"),
-        func.count().label("finished"),
-        func.count().filter(both.c.status == WorkflowStatus.FAILED).label("failed"),
-        func.percentile_cont(0.5).within_group(both.c.took.asc()).label("p50"),
-        func.percentile_cont(0.95).within_group(both.c.took.asc()).label("p95"),
+        func.pg_catalog.count(both.c.status).label("finished"),
+        func.pg_catalog.count(both.c.status).filter(both.c.status == WorkflowStatus.FAILED).label("failed"),
+        func.pg_catalog.percentile_cont(0.5).within_group(both.c.took.asc()).label("p50"),
+        func.pg_catalog.percentile_cont(0.95).within_group(both.c.took.asc()).label("p95"),
     ).group_by(func.grouping_sets(*map(tuple_, kinds)))
 
 
@@ -212,7 +212,9 @@ def _rates(session: Session, *, finished_since: datetime, started_since: datetim
 
 def _waiting(session: Session) -> dict[str, Row]:
     counted = select(
-        Workflow.name, func.count().label("pending"), func.min(Workflow.enqueued_at).label("pending_since")
+        Workflow.name,
+        func.pg_catalog.count(Workflow.id).label("pending"),
+        func.pg_catalog.min(Workflow.enqueued_at).label("pending_since"),
     )
     grouped = counted.where(Workflow.status == WorkflowStatus.PENDING).group_by(Workflow.name)
     return {each["name"]: dict(each) for each in session.execute(grouped).mappings()}
