@@ -12,7 +12,13 @@ import typer
 import sqla_durable
 from sqla_durable.tools.cli.bench import bench
 from sqla_durable.tools.cli.errors import fail
+from sqla_durable.tools.cli.exporting import export
+from sqla_durable.tools.cli.migrating import migrate
+from sqla_durable.tools.cli.queueing import queue
+from sqla_durable.tools.cli.scheduling import schedule
+from sqla_durable.tools.cli.sending import signal, start, update
 from sqla_durable.tools.cli.torture import torture
+from sqla_durable.tools.cli.verbs import cancel, change, delete, fork, resume, retry, rewind
 from sqla_durable.tools.cli.worker import worker
 
 app = typer.Typer(
@@ -47,5 +53,9 @@ def _options(
 
 
 app.command("worker")(worker)
+for _each in (start, signal, update, cancel, resume, retry, rewind, fork, change, delete, export, migrate):
+    app.command(_each.__name__)(_each)
+app.add_typer(queue)
+app.add_typer(schedule)
 app.command("torture")(torture)
 app.command("bench")(bench)
