@@ -162,6 +162,13 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
             "put a queue": lambda session, _: api.manage.put_queue(session, "mail", fair=True, weights={"a": 2}),
             "pause a key": lambda session, _: api.manage.pause_key(session, "fair", "a"),
             "resume a key": lambda session, _: api.manage.resume_key(session, "fair", "a"),
+            "note what was done": lambda session, world: session.execute(
+                text(
+                    "INSERT INTO durable.audit (who, verb, workflow_id, subject, reason, details) "
+                    "VALUES ('ada', 'cancel', :id, 'greet', 'because', '{}') RETURNING workflow_id, subject"
+                ),
+                {"id": world.done},
+            ),
         },
         "reader": {f"read {each.__tablename__}": reading(each) for each in TABLES},
     }

@@ -61,9 +61,7 @@ class Act:
     @contextmanager
     def transaction(self, session: Session) -> Generator[None]:
         """Commit what the block does, or nothing of it."""
-        from sqla_durable.api.sessions import explain_missing_rights
-
-        with explain_missing_rights("operator"), session.begin():
+        with session.begin():
             yield
         session.expunge_all()
 
@@ -77,15 +75,21 @@ class Act:
         names: Mapping[UUID, str] | None = None,
     ) -> list[Noted]:
         """Write in the session's transaction what was done to workflows; return their ids and names."""
+        from sqla_durable.api.sessions import explain_missing_rights
         from sqla_durable.store import audit
 
-        return audit.note_workflows(session, ids, self._note(verb, details), names=names) if ids else []
+        if not ids:
+            return []
+        with explain_missing_rights("operator"):
+            return audit.note_workflows(session, ids, self._note(verb, details), names=names)
 
     def note_subject(self, session: Session, name: str, verb: str, details: Mapping[str, Any] | None = None) -> None:
         """Write in the session's transaction what was done to a queue or a schedule."""
+        from sqla_durable.api.sessions import explain_missing_rights
         from sqla_durable.store import audit
 
-        audit.note_subject(session, name, self._note(verb, details))
+        with explain_missing_rights("operator"):
+            audit.note_subject(session, name, self._note(verb, details))
 
     def print(self, message: str, *, value: object, **row: object) -> None:
         """Print what was done: a sentence, a JSON object, or with --quiet a value; one that is None is left out."""

@@ -153,9 +153,9 @@ def _change_all(
                 if choice.ids:
                     changed |= found.keys()
                 advance(len(ids))
-        except Exception:
+        except BaseException:  # an interruption too
             if number:
-                warn([f"{counted(number)} had been {verb.done} before this error, and still are."])
+                warn([f"{counted(number)} had been {verb.done} before this, and still are."])
             raise
     if not (act.quiet or act.as_json):
         print(f"{counted(number)} {verb.done}.")
