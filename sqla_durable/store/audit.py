@@ -78,7 +78,9 @@ def _insert(session: Session, rows: Iterable[Mapping[str, Any]], note: Note) -> 
 def _insert_statement() -> Any:
     noted = batch_table("noted", {"id": sa.UUID(), "name": Text()})
     columns: dict[str, Any] = {
-        "who": sa.func.coalesce(parameter("who", Text()), sa.cast(sa.func.session_user(), Text)),
+        "who": sa.func.coalesce(
+            parameter("who", Text()), sa.literal_column("CAST(session_user AS text)", type_=Text())
+        ),
         "verb": parameter("verb", Text()),
         "workflow_id": noted.c.id,
         "subject": sa.func.coalesce(noted.c.name, WORKFLOW.c.name),

@@ -97,6 +97,18 @@ def test_what_a_verb_does_not_apply_to_is_named_with_the_reason(run: CommandLine
     assert len(log(engine)) == 1
 
 
+def test_fork_with_a_key_is_made_once(run: CommandLine, engine: Engine) -> None:
+    (one,) = enqueued(engine, 1)
+    keyed = "fork", one, "--new-key", "again", "--to-queue", "mail"
+    made = UUID(run(*keyed, "--quiet").out.strip())
+    again = run(*keyed)
+    assert (again.code, "has been forked with this key already." in again.err) == (1, True)
+    assert log(engine) == [("fork", "checkout", made, {"to_queue": "mail", "new_key": "again"})]
+    with Session(engine) as session:
+        forked = session.get_one(Workflow, made)
+        assert (forked.key, forked.queue, forked.forked_from) == ("again", "mail", one)
+
+
 def test_nothing_is_done_that_was_not_said_clearly(run: CommandLine, engine: Engine) -> None:
     (one,) = enqueued(engine, 1)
     refused = {

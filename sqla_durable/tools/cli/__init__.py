@@ -1,9 +1,9 @@
 """The command line: `sqla-durable`, or `python -m sqla_durable`; of the extra `cli`.
 
 `application` has all of it · `worker`, `bench` and `torture` are its commands · `errors` turns errors into messages ·
-`verbs`, `sending`, `queueing`, `scheduling`, `exporting` and `migrating` are those that change something, `choosing` the
-loop over workflows, `acting` who does it and why, and `groups`, `filters`, `database` and `output` what they share ·
-`target` imports the `Durable` object that a command line names, and connects to its database · `supervisor` starts
+`verbs`, `sending`, `queueing`, `scheduling`, `exporting` and `migrating` are those that change something · `choosing`
+has the loop over workflows, `acting` who does it and why, `groups`, `filters`, `database` and `output` what they share
+· `target` imports the `Durable` object that a command line names, and connects to its database · `supervisor` starts
 worker processes and replaces them, `supervised` connects each of them to it.
 """
 

@@ -131,9 +131,11 @@ def carry_out(verb: Verb, choice: Choice, *, act: Act, bulk: Bulk) -> None:
 
 def counted_rows(session: Session, meant: Select[Any]) -> int:
     """Return how many workflows a query means."""
-    from sqlalchemy import func, select
+    from sqlalchemy import select
 
-    return session.scalar(select(func.count()).select_from(meant.order_by(None).subquery())) or 0
+    from sqla_durable.store.statements import count_rows
+
+    return session.scalar(select(count_rows()).select_from(meant.order_by(None).subquery())) or 0
 
 
 def _change_all(

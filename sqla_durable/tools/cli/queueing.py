@@ -257,14 +257,13 @@ def drain(
 
 def _unfinished(session: Session, name: str) -> tuple[int, int]:
     """Return how many workflows of a queue are pending, and how many run."""
-    from sqlalchemy import func, literal_column, select
+    from sqlalchemy import select
 
     from sqla_durable import Workflow, WorkflowStatus
+    from sqla_durable.store.statements import count_rows, status_literal
 
     pending, running = (
-        select(func.count())
-        .where(Workflow.queue == name, Workflow.status == literal_column(f"'{each}'"))
-        .scalar_subquery()
+        select(count_rows()).where(Workflow.queue == name, Workflow.status == status_literal(each)).scalar_subquery()
         for each in (WorkflowStatus.PENDING, WorkflowStatus.RUNNING)
     )
     row = session.execute(select(pending, running)).one()
