@@ -5,7 +5,8 @@ the tables; `keys` inserts under a key.
 What workers do: `starts`, `claims`, `work`, `attempts` (ends), `steps`, `workers` (leases, reclaim), `failures`.
 What workflows do: `timers`, `inbox` (shared by `signals`, `updates`, `callbacks`), `events`, `streams`, `children`,
 `deferred` (children of a map), `continuations` (continue as new).
-What operators do: `manage`, `forks`; `workflows` reads records; `hints` are NOTIFY and LISTEN.
+What operators do: `manage`, `forks`, and its log, `audit`; `workflows` and `histories` read records; `hints` are NOTIFY
+and LISTEN.
 """
 
 from sqla_durable.store.records import (

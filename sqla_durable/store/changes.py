@@ -16,6 +16,7 @@ from sqla_durable.store.inbox import is_deferred
 from sqla_durable.store.selecting import Selection, ids_to_refresh, lock_selected
 from sqla_durable.store.statements import (
     WORKFLOW,
+    Condition,
     Statement,
     execute,
     interval,
@@ -50,14 +51,18 @@ def change(session: Session, wanted: Selection, given: Changes) -> list[UUID]:
 
     They are pending or suspended; their time is changed only before they start. Waits for the locks of their rows.
     """
-    waits = sa.or_(*(WORKFLOW.c.status == status_literal(each) for each in _WAITING))
-    if given.is_timed:
-        waits = sa.and_(waits, WORKFLOW.c.started_at.is_(None), ~is_deferred())
+    waits = is_changeable(is_timed=given.is_timed)
     locked = lock_selected(session, wanted, lambda meant: sa.and_(meant, waits))
     if locked:
         execute(session, _CHANGE, {**asdict(given), "ids": locked})
     refresh_loaded(session, ids_to_refresh(wanted, locked))
     return locked
+
+
+def is_changeable(*, is_timed: bool) -> Condition:
+    """Return whether a workflow waits; with `is_timed`, for its start."""
+    waits = sa.or_(*(WORKFLOW.c.status == status_literal(each) for each in _WAITING))
+    return sa.and_(waits, WORKFLOW.c.started_at.is_(None), ~is_deferred()) if is_timed else waits
 
 
 def _change_statement() -> Any:

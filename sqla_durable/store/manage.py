@@ -79,9 +79,7 @@ def resume(session: Session, wanted: Selection) -> list[UUID]:
     With those of their trees that were cancelled with them. Their histories stay, and their crashes are reset. Waits
     for the locks of their rows. Not those whose keys newer ones have.
     """
-    stopped = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.FAILED), _STOPPED)
-    cancelled = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.CANCELLED), is_not_compensated())
-    locked = lock_cancelled_with(session, wanted, sa.or_(cancelled, stopped), keeps_key())
+    locked = lock_cancelled_with(session, wanted, is_stopped(), keeps_key())
     return _enqueue(session, wanted, locked)
 
 
@@ -90,13 +88,7 @@ def retry(session: Session, wanted: Selection) -> list[UUID]:
 
     Not those with a saga: their recorded steps may have been compensated. Nor those whose keys newer ones have.
     """
-    failed = sa.and_(
-        WORKFLOW.c.status == status_literal(WorkflowStatus.FAILED),
-        sa.not_(_STOPPED),
-        WORKFLOW.c.cancellation.is_(None),
-        keeps_key(),
-    )
-    locked = lock_selected(session, wanted, lambda meant: sa.and_(meant, failed))
+    locked = lock_selected(session, wanted, lambda meant: sa.and_(meant, is_retriable()))
     if locked:
         gone = sa.and_(_of(STEP, locked), STEP.c.workflow_id == WORKFLOW.c.id, _made_it_fail())
         execute(session, sa.delete(STEP).where(gone))
@@ -115,8 +107,7 @@ def rewind(session: Session, wanted: Selection, *, to_step: str) -> tuple[list[U
     Raises:
         ArgumentError: one of them has no record of that step; nothing is changed.
     """
-    is_open = sa.or_(WORKFLOW.c.finished_at.is_(None), keeps_key())
-    locked = lock_selected(session, wanted, lambda meant: sa.and_(meant, is_open))
+    locked = lock_selected(session, wanted, lambda meant: sa.and_(meant, is_rewindable()))
     refuse_unrecorded(session, locked, [to_step], verb="rewound")
     workers = workers_of(session, locked)
     if locked:
@@ -240,6 +231,36 @@ def lock_cancelled_with(
         return WORKFLOW.c.id.in_(found) if of_each is None else sa.and_(WORKFLOW.c.id.in_(found), of_each)
 
     return lock_selected(session, wanted, meant)
+
+
+def is_stopped() -> Condition:
+    """Return whether a workflow was cancelled, or stopped for crashes or a deadline: then it can be resumed."""
+    stopped = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.FAILED), _STOPPED)
+    cancelled = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.CANCELLED), is_not_compensated())
+    return sa.or_(cancelled, stopped)
+
+
+def is_retriable() -> Condition:
+    """Return whether a workflow has failed by itself, and can be retried."""
+    failed = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.FAILED), sa.not_(_STOPPED))
+    return sa.and_(failed, WORKFLOW.c.cancellation.is_(None), keeps_key())
+
+
+def is_rewindable() -> Condition:
+    """Return whether a workflow can be rewound: it is not finished, or has its key still."""
+    return sa.or_(WORKFLOW.c.finished_at.is_(None), keeps_key())
+
+
+def is_cancellable() -> Condition:
+    """Return whether a workflow is unfinished, and does not compensate already."""
+    return sa.and_(sa.or_(*(WORKFLOW.c.status == status_literal(each) for each in _UNFINISHED)), ~must_compensate())
+
+
+def names_in_trees(connectable: Connectable, ids: Sequence[UUID]) -> dict[UUID, str]:
+    """Return the names of the workflows and of what is under them, for the log of their deletion."""
+    tree = _tree(is_among(WORKFLOW.c.id, ids))
+    rows = execute(connectable, sa.select(WORKFLOW.c.id, WORKFLOW.c.name).join(tree, tree.c.id == WORKFLOW.c.id))
+    return {row.id: row.name for row in rows}
 
 
 def keeps_key() -> Condition:

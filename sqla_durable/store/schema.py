@@ -17,7 +17,14 @@ from sqlalchemy.pool import Pool
 
 from sqla_durable.errors import SchemaError, SessionError
 from sqla_durable.models import REVISION, SCHEMA
-from sqla_durable.store.statements import bind_arguments, connection_of, execute, limit_idle_time, pg
+from sqla_durable.store.statements import (
+    Connectable,
+    bind_arguments,
+    connection_of,
+    execute,
+    limit_idle_time,
+    pg,
+)
 
 _MIGRATE = f"Run `alembic upgrade heads` with a revision that calls sqla_durable.migrations.upgrade({REVISION!r})"
 _fitting: WeakKeyDictionary[Pool, set[str]] = WeakKeyDictionary()
@@ -40,6 +47,26 @@ def require(session: Session) -> None:
         _require_styles(found, engine)
         _require_revision(found.comment, schema, engine)
         fitting.add(schema)
+
+
+def revision_of(connection: sa.Connection) -> str | None:
+    """Return the migration at which our tables are in a connection's schema; None if they are not there.
+
+    Raises:
+        SchemaError: it is an unknown one, or one that is newer than this package.
+    """
+    names: dict[str, str] = connection.get_execution_options().get("schema_translate_map") or {}
+    schema = names.get(SCHEMA) or SCHEMA
+    comment: str | None = _inspect(connection, schema).comment
+    if comment is None:
+        return None
+    found = re.findall(r"durable_\d+", comment)
+    if found and found[-1] <= REVISION:
+        return str(found[-1])
+    raise SchemaError(
+        f"the durable tables in {_where(connection.engine, schema)} are at {comment or 'an unknown revision'!r}, and "
+        f"this package knows {REVISION!r} and those before: upgrade sqla-durable in this process."
+    )
 
 
 def require_transaction(session: Session) -> None:
@@ -122,12 +149,12 @@ def keeps_statements(connection: sa.Connection) -> bool:
             return True
 
 
-def _inspect(session: Session, schema: str) -> sa.Row[Any]:
+def _inspect(connectable: Connectable, schema: str) -> sa.Row[Any]:
     """Return the table's comment, '' where it has none and None where there is no table; and how times are written."""
     table = pg.to_regclass(pg.concat(pg.quote_ident(schema), ".workflow"))
     comment = sa.case((table.is_not(None), sa.func.coalesce(pg.obj_description(table, "pg_class"), "")))
     styles = [pg.current_setting(each).label(each) for each in ("DateStyle", "IntervalStyle")]
-    return execute(session, sa.select(comment.label("comment"), *styles)).one()
+    return execute(connectable, sa.select(comment.label("comment"), *styles)).one()
 
 
 def _require_styles(found: sa.Row[Any], engine: sa.Engine) -> None:
@@ -142,7 +169,7 @@ def _require_styles(found: sa.Row[Any], engine: sa.Engine) -> None:
 
 
 def _require_revision(comment: str | None, schema: str, engine: sa.Engine) -> None:
-    where = f"{engine.url.render_as_string(hide_password=True)}, schema {schema!r}"
+    where = _where(engine, schema)
     if comment is None:
         raise SchemaError(
             f"the durable tables are not in {where}. {_MIGRATE}, or for a try sqla_durable.metadata.create_all(engine)."
@@ -158,3 +185,7 @@ def _require_revision(comment: str | None, schema: str, engine: sa.Engine) -> No
             f"the durable tables in {where} are at {found[-1]!r}, newer than this package, which knows {REVISION!r}. "
             "Upgrade sqla-durable in this process."
         )
+
+
+def _where(engine: sa.Engine, schema: str) -> str:
+    return f"{engine.url.render_as_string(hide_password=True)}, schema {schema!r}"

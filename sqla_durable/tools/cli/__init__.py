@@ -3,6 +3,10 @@
 `application` has all of it · `worker`, `bench` and `torture` are its commands, and those in `listing`, `showing` and
 `watching`, which read; their queries are in `reading`, `details` and `recent` · `errors` turns errors into messages ·
 `target` imports the `Durable` object that a command line names, and connects to its database · `supervisor` starts
+`application` has all of it · `worker`, `bench` and `torture` are its commands · `errors` turns errors into messages ·
+`verbs`, `sending`, `queueing`, `scheduling`, `exporting` and `migrating` are those that change something · `choosing`
+has the loop over workflows, `acting` who does it and why, `groups`, `filters`, `database` and `output` what they share
+· `target` imports the `Durable` object that a command line names, and connects to its database · `supervisor` starts
 worker processes and replaces them, `supervised` connects each of them to it.
 """
 

@@ -18,6 +18,13 @@ from sqla_durable.tools.cli.roles import roles
 from sqla_durable.tools.cli.showing import show
 from sqla_durable.tools.cli.torture import torture
 from sqla_durable.tools.cli.watching import tail, top
+from sqla_durable.tools.cli.exporting import export
+from sqla_durable.tools.cli.migrating import migrate
+from sqla_durable.tools.cli.queueing import queue
+from sqla_durable.tools.cli.scheduling import schedule
+from sqla_durable.tools.cli.sending import signal, start, update
+from sqla_durable.tools.cli.torture import torture
+from sqla_durable.tools.cli.verbs import cancel, change, delete, fork, resume, retry, rewind
 from sqla_durable.tools.cli.worker import worker
 
 app = typer.Typer(
@@ -60,5 +67,9 @@ app.command("top")(top)
 app.command("queues")(queues)
 app.command("workers")(workers)
 app.command("schedules")(schedules)
+for _each in (start, signal, update, cancel, resume, retry, rewind, fork, change, delete, export, migrate):
+    app.command(_each.__name__)(_each)
+app.add_typer(queue)
+app.add_typer(schedule)
 app.command("torture")(torture)
 app.command("bench")(bench)

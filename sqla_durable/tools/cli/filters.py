@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
-from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import typer
 
 from sqla_durable.tools.cli.errors import CommandError
+from sqla_durable.tools.cli.groups import grouped
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
@@ -53,9 +52,15 @@ class Filters:
     ] = None
 
     @property
+    def given(self) -> dict[str, Any]:
+        """Those that are given, by name."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
     def is_empty(self) -> bool:
         """Whether none is given: all workflows are meant."""
-        return all(getattr(self, each.name) is None for each in fields(self))
+        return not self.given
 
     def select(self) -> Select[Any]:
         """Return the query for what they mean, the newest first.
@@ -85,7 +90,7 @@ class Filters:
         texts = {each: getattr(self, each) for each in ("name", "queue", "key", "by", "schedule")}
         found.extend(getattr(Workflow, each).in_(values) for each, values in texts.items() if values is not None)
         if self.tag is not None:
-            found.append(Workflow.tags.contains(dict(map(_tag, self.tag))))
+            found.append(Workflow.tags.contains(parsed_tags(self.tag)))
         if self.parent is not None:
             found.append(Workflow.parent_id == parsed_id(self.parent))
         if self.since is not None:
@@ -101,25 +106,7 @@ class Filters:
 
 def with_filters(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command that has a parameter `filters` take all options of `Filters` in its place."""
-    own = inspect.signature(command, eval_str=True)
-    hints = get_type_hints(Filters, include_extras=True)
-    options = [
-        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hints[each.name])
-        for each in fields(Filters)
-    ]
-    kept = [each for each in own.parameters.values() if each.name != "filters"]
-    positional = [each for each in kept if each.kind is not inspect.Parameter.KEYWORD_ONLY]
-    named = [each for each in kept if each.kind is inspect.Parameter.KEYWORD_ONLY]
-
-    @wraps(command)
-    def with_options(*args: Any, **given: Any) -> None:
-        chosen = {each.name: given.pop(each.name) or None for each in fields(Filters)}
-        command(*args, filters=Filters(**chosen), **given)
-
-    parameters = [*positional, *options, *named]
-    with_options.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    with_options.__annotations__ = {each.name: each.annotation for each in parameters}
-    return with_options
+    return grouped(command)
 
 
 def parsed_id(text: str) -> UUID:
@@ -150,6 +137,43 @@ def moment(option: str, text: str) -> datetime:
         raise CommandError(
             f"{option} {text!r} is no time: write 2026-11-29T08:00, or how long ago, such as 2h."
         ) from None
+
+
+def parsed_moment(option: str, text: str) -> datetime:
+    """Return a time in ISO 8601, in UTC where it has no zone.
+
+    Raises:
+        CommandError: it is none.
+    """
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise CommandError(f"{option} {text!r} is no time: write 2026-11-29T08:00, or with a zone +01:00.") from None
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+
+
+def parsed_duration(option: str, text: str) -> timedelta:
+    """Return a duration: a number of seconds, or one with a unit: 30s, 5m, 2h, 7d, 1w.
+
+    Raises:
+        CommandError: it is none.
+    """
+    matched = _DURATION.fullmatch(text if text[-1:] in _UNITS else f"{text}s")
+    try:
+        if matched is not None:
+            return timedelta(**{_UNITS[matched[2]]: float(matched[1])})
+    except OverflowError:
+        pass
+    raise CommandError(f"{option} {text!r} is no duration: write a number of seconds, or 5m, 2h, 7d.")
+
+
+def parsed_tags(given: Iterable[str] | None) -> dict[str, str]:
+    """Return tags by name, of texts such as `tenant=7`.
+
+    Raises:
+        CommandError: one is something else.
+    """
+    return dict(map(_tag, given or ()))
 
 
 def _tag(text: str) -> tuple[str, str]:

@@ -1,0 +1,119 @@
+"""The commands that operate queues and schedules."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine, select, text
+from sqlalchemy.orm import Session
+
+from sqla_durable import Durable, Queue, Schedule, Workflow, manage
+from sqla_durable.models import QueueKey
+from tests.cli.invoking import CommandLine, log
+from tests.store import races
+
+durable = Durable()
+
+
+@durable.workflow
+def report(day: str) -> str:
+    return day
+
+
+@pytest.fixture
+def run(database_url: str) -> CommandLine:
+    return CommandLine(database_url)
+
+
+def test_queue_is_set_and_says_what_it_was(run: CommandLine, engine: Engine) -> None:
+    made = run("queue", "set", "mail", "--concurrency", "10", "--rate", "100/1m", "--fair", "--weight", "ada=3")
+    assert made.out == (
+        "Queue 'mail': concurrency 10, was none, rate 100/1m, was none, while-suspended release, was none, "
+        "fair True, was none, weight of ada 3, was 1.\n"
+    )
+    changed = run("queue", "set", "mail", "--concurrency", "5", "--rate", "none", "--key-rate", "5/s", "--json")
+    assert changed.rows[0]["changes"] == {
+        "concurrency": {"from": 10, "to": 5},
+        "rate": {"from": "100/1m", "to": None},
+        "key_rate": {"from": None, "to": "5/1s"},
+    }
+    assert run("queue", "set", "mail", "--concurrency", "5").out == "Queue 'mail' was so already.\n"
+    for option, value, message in (
+        ("--rate", "5", "--rate '5' is not N/PERIOD"),
+        ("--concurrency", "many", "'many' is no number; none removes the limit."),
+        ("--weight", "ada", "--weight 'ada' is not KEY=N"),
+    ):
+        assert message in run("queue", "set", "mail", option, value).err
+    assert "fifo='last' is none of 'skip', 'block'" in run("queue", "set", "mail", "--fifo", "last").err
+    with Session(engine) as session:
+        row = session.get_one(Queue, "mail")
+        assert (row.concurrency, row.rate, row.key_rate_period, row.fair) == (5, None, timedelta(seconds=1), True)
+        assert session.get_one(QueueKey, ("mail", "ada")).weight == 3
+    assert [each[:3] for each in log(engine)] == [("queue set", "mail", None)] * 2
+
+
+def test_queue_and_key_are_paused_once_and_resumed(run: CommandLine, engine: Engine) -> None:
+    run("queue", "set", "mail", "--fair")
+    assert run("queue", "pause", "mail").out == "Queue 'mail' is paused.\n"
+    assert run("queue", "pause", "mail").out == "Queue 'mail' was paused already.\n"
+    assert run("queue", "resume", "mail", "-q").out == "mail\n"
+    assert run("queue", "pause", "mail", "--by", "ada").out == "Key 'ada' of queue 'mail' is paused.\n"
+    assert run("queue", "resume", "mail", "--by", "ada", "--json").rows[0]["changed"] is True
+    refused = run("queue", "pause", "other", "--by", "ada")
+    assert (refused.code, "has no settings per key" in refused.err) == (1, True)
+    assert [(each[0], each[3]) for each in log(engine)[1:]] == [
+        ("queue pause", None),
+        ("queue resume", None),
+        ("queue pause", {"by": "ada"}),
+        ("queue resume", {"by": "ada"}),
+    ]
+
+
+def test_drain_waits_for_what_is_claimed_yet(run: CommandLine, engine: Engine) -> None:
+    assert run("queue", "drain", "default").code == 0
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        races.enqueue(session)
+        busy = run("queue", "drain", "default", "--timeout", "0")
+        assert (busy.code, busy.err) == (1, "After 0 1 workflow of queue 'default' is pending, and 1 running.\n")
+        races.end(session, [races.success(fence)])
+        session.commit()
+        assert run("queue", "drain", "default", "--timeout", "0").code == 1
+        manage.pause_queue(session, "default")
+        session.commit()
+    assert run("queue", "drain", "default", "--timeout", "0").code == 0
+    assert log(engine) == []
+
+
+def test_schedule_is_paused_resumed_run_and_backfilled(run: CommandLine, engine: Engine) -> None:
+    begin = datetime(2026, 1, 1, tzinfo=UTC)
+    with Session(engine) as session:
+        manage.put_schedule(session, "nightly", report.bind("x"), cron="0 3 * * *")
+        session.commit()
+    assert run("schedule", "pause", "nightly", "--reason", "holiday").out == "Schedule 'nightly' is paused.\n"
+    assert run("schedule", "pause", "nightly", "--reason", "holiday").out == "Schedule 'nightly' was paused already.\n"
+    with Session(engine) as session:
+        assert session.get_one(Schedule, "nightly").pause_reason == "holiday"
+    assert run("schedule", "run", "nightly").out == "Schedule 'nightly' has started its workflow.\n"
+    assert "has started nothing now" in run("schedule", "run", "nightly").out
+    assert run("schedule", "resume", "nightly", "--quiet").out == "nightly\n"
+    period = "--since", begin.isoformat(), "--until", (begin + timedelta(days=3)).isoformat()
+    assert len(run("schedule", "backfill", "nightly", *period, "--quiet").out.split()) == 3
+    assert run("schedule", "backfill", "nightly", *period).out == "Schedule 'nightly': 0 workflows started.\n"
+    unknown = run("schedule", "resume", "weekly")
+    assert (unknown.code, "there is no schedule 'weekly'" in unknown.err) == (1, True)
+    assert [each[:2] for each in log(engine)] == [
+        (f"schedule {verb}", "nightly") for verb in ("pause", "run", "resume", "backfill")
+    ]
+    with Session(engine) as session:
+        assert len(session.scalars(select(Workflow.id)).all()) == 4
+
+
+def test_nothing_is_done_that_the_log_refuses(run: CommandLine, engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE durable.audit ADD CHECK (verb <> 'queue pause')"))
+    refused = run("queue", "pause", "mail")
+    assert (refused.code, "the database refused" in refused.err) == (1, True)
+    with Session(engine) as session:
+        assert session.get(Queue, "mail") is None
