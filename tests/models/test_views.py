@@ -60,7 +60,7 @@ def unstable() -> None:
 
 
 @durable.workflow(queue="busy")
-def held() -> None:
+def blocked() -> None:
     hold()
 
 
@@ -137,7 +137,7 @@ def recovering() -> None:
 
 @dataclass
 class Scenario:
-    """What the tests read: the rows while a worker ran, the rest as it is now, and ids by workflow."""
+    """What the tests read: the rows while a worker ran; the rest as it is now, and ids by workflow."""
 
     engine: Engine
     ids: dict[str, UUID] = field(default_factory=dict[str, UUID])
@@ -167,12 +167,14 @@ def scenario(databases: Databases) -> Generator[Scenario]:
 
 
 def _run(scenario: Scenario, maker: sessionmaker[Session]) -> None:
-    """Execute workflows until they wait or have ended, and one that is held meanwhile."""
+    """Execute workflows until they wait or have ended, and one that is blocked meanwhile."""
     with maker.begin() as session:
         manage.put_queue(session, "idle", concurrency=3)
         manage.put_queue(session, "paused")
         manage.pause_queue(session, "paused")
-        started = [each.start(session) for each in (held, timer, two_signals, update, callback, first, mapped, retry)]
+        started = [
+            each.start(session) for each in (blocked, timer, two_signals, update, callback, first, mapped, retry)
+        ]
         started += [failing.start(session, -1), failing.start(session, -5), failing.start(session, 3)]
         started += [wrapping.start(session), recovering.start(session)]
         started += [child.options(delay=HOUR, tags={"tenant": "7"}).start(session, 1)]
@@ -184,9 +186,9 @@ def _run(scenario: Scenario, maker: sessionmaker[Session]) -> None:
         assert REACHED.wait(races.PATIENCE)
         races.wait_until(lambda: ("default", 0, 0, 2, 11, None) in _depth(scenario))
         scenario.live = {each: scenario.rows(each) for each in ("queue_depth", "worker_load")}
-        scenario.live["held"] = scenario.rows("workflow_overview", name="held")
+        scenario.live["blocked"] = scenario.rows("workflow_overview", name="blocked")
         STOPPED.set()
-        races.wait_until(lambda: scenario.rows("workflow_overview", name="held", status="succeeded"))
+        races.wait_until(lambda: scenario.rows("workflow_overview", name="blocked", status="succeeded"))
     with maker() as session:
         scenario.ids["event"] = Executor(session).run_until_waiting(event, str(scenario.ids["timer"])).id
 
@@ -217,7 +219,8 @@ def _forge(session: Session, scenario: Scenario) -> None:
         session.execute(
             text(
                 "INSERT INTO durable.workflow (name, queue, status, token, worker_id, started_at, attempt, crashes, "
-                "wake_at) VALUES ('lost', 'lost', 'running', gen_random_uuid(), :dead, statement_timestamp(), 1, 0, NULL), "
+                "wake_at) VALUES "
+                "('lost', 'lost', 'running', gen_random_uuid(), :dead, statement_timestamp(), 1, 0, NULL), "
                 "('crashing', 'lost', 'suspended', NULL, NULL, statement_timestamp(), 4, 3, "
                 "statement_timestamp() + interval '1 hour'), "
                 "('polling', 'lost', 'suspended', NULL, NULL, statement_timestamp(), 1, 0, "
@@ -293,10 +296,10 @@ def test_worker_load_counts_what_live_and_dead_workers_execute(scenario: Scenari
 
 
 def test_workflow_overview_has_a_row_for_each_and_no_payload(scenario: Scenario) -> None:
-    (running,) = scenario.live["held"]
+    (running,) = scenario.live["blocked"]
     assert (running["status"], running["worker"], running["queue"]) == ("running", "w1", "busy")
     assert running["took"] > timedelta(0) <= running["waited"]
-    (ended,) = scenario.rows("workflow_overview", name="held")
+    (ended,) = scenario.rows("workflow_overview", name="blocked")
     assert (ended["status"], ended["worker"], ended["error_type"]) == ("succeeded", None, None)
     assert ended["took"] == ended["finished_at"] - ended["started_at"]
     failed = scenario.rows("workflow_overview", name="wrapping")[0]
@@ -323,7 +326,7 @@ def test_step_latency_counts_each_execution_once_by_hour(scenario: Scenario) -> 
             total[place] += each[name]
     assert counts["failing", "charge"] == [9, 2, 9]
     assert counts["recovering", "charge"] == [2, 1, 2]
-    assert counts["held", "hold"] == [1, 0, 1]
+    assert counts["blocked", "hold"] == [1, 0, 1]
     assert not {("lost", "charge"), ("retry", "unstable"), ("timer", "sleep")} & set(counts)
 
 
