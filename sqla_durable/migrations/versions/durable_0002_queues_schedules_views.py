@@ -84,8 +84,8 @@ FROM (
     "step_latency": """
 SELECT w.name AS workflow, s.name AS step, pg_catalog.date_trunc('hour', s.finished_at, 'UTC') AS hour,
   count(*) AS calls, count(*) FILTER (WHERE s.status = 'failed') AS failed, CAST(sum(s.tries) AS bigint) AS tries,
-  percentile_cont(0.5) WITHIN GROUP (ORDER BY s.finished_at - s.started_at) AS p50,
-  percentile_cont(0.95) WITHIN GROUP (ORDER BY s.finished_at - s.started_at) AS p95,
+  percentile_cont(CAST(0.5 AS double precision)) WITHIN GROUP (ORDER BY s.finished_at - s.started_at) AS p50,
+  percentile_cont(CAST(0.95 AS double precision)) WITHIN GROUP (ORDER BY s.finished_at - s.started_at) AS p95,
   max(s.finished_at - s.started_at) AS longest
 FROM {schema}.step AS s JOIN {schema}.workflow AS w ON w.id = s.workflow_id
 WHERE s.status IN ('succeeded', 'failed') AND NOT pg_catalog.starts_with(s.key, '#')
