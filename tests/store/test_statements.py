@@ -106,6 +106,7 @@ _WAITING = {
     "signals": ["_TAKE", "_WAKE_ONE"],
     "steps": ["_BEGIN_WAIT", "_KEEP_DETAILS", "_RECORD", "_RECORD_LAST", "_REPORT"],
     "streams": ["_APPEND", "_RECORD"],
+    "tags": ["_RECORD"],
     "updates": ["_PUT", "_RECORD", "_REFUSE", "_TAKE"],
     "workers": ["_LOCK_ONE", "_RECLAIM_ONE"],
 }
@@ -193,7 +194,7 @@ def test_an_end_from_outside_copies_what_its_lock_has_read(name: str) -> None:
     assert "pg_catalog." not in changed
 
 
-_GRAMMAR = {"coalesce", "greatest", "least", "extract", "any", "all", "exists", "unnest", "array"}
+_GRAMMAR = {"coalesce", "greatest", "least", "nullif", "extract", "any", "all", "exists", "unnest", "array"}
 """What is no look-up: the parser knows it, ARRAY too, and leads `unnest` of several arrays to pg_catalog."""
 
 

@@ -93,7 +93,7 @@ class Filters:
             found.append(Workflow.id < manage.id_at(moment("--until", self.until)))
         if self.error is not None:
             of_error = (Workflow.error[each].astext for each in ("type", "message"))
-            found.append(or_(*(func.strpos(each, self.error) > 0 for each in of_error)))
+            found.append(or_(*(func.pg_catalog.strpos(each, self.error) > 0 for each in of_error)))
         found.extend(Workflow.input.contains(_argument(each)) for each in self.where or ())
         return found
 
