@@ -1,6 +1,6 @@
-"""Queries of dashboards and retention, and what they read of a million finished workflows.
+"""Queries of dashboards and retention, and the views, and what they read of a million finished workflows.
 
-`python docs/queries.py [ROWS]` starts a server, fills its tables, and prints what each query costs.
+`python docs/queries.py [ROWS]` starts a server, fills its tables, and prints what each query and view costs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Engine, Select, create_engine, func, select, text
+from sqlalchemy import Engine, Select, TextClause, create_engine, func, select, text
 from sqlalchemy.schema import CreateSchema
 
 from sqla_durable import Workflow, WorkflowStatus, embedded, manage, metadata
@@ -37,6 +37,38 @@ FROM (
     FROM generate_series(1, :rows) AS number
 ) AS made
 """
+
+_FILL_STEPS = """
+INSERT INTO durable.step (workflow_id, key, name, position, status, output, error, attempt, started_at, finished_at)
+SELECT id, name, name, number, CASE WHEN failed THEN 'failed' ELSE 'succeeded' END,
+    CASE WHEN NOT failed THEN '"done"'::jsonb END, CASE WHEN failed THEN error END,
+    1, started_at, started_at + interval '0.4 second'
+FROM (
+    SELECT id, error, started_at, number, 'step_' || number AS name, status = 'failed' AND number = 2 AS failed
+    FROM durable.workflow, generate_series(1, 2) AS number WHERE finished_at IS NOT NULL
+    UNION ALL
+    SELECT id, NULL, started_at, 1, 'step_1', false FROM durable.workflow WHERE finished_at IS NULL
+) AS made
+"""
+_FILL_WAITS = """
+WITH waits AS (
+    INSERT INTO durable.step (workflow_id, key, name, position, status, attempt, started_at)
+    SELECT id, 'signal:approved', 'signal:approved', 2, 'waiting', 1, started_at
+    FROM durable.workflow WHERE status = 'suspended'
+)
+UPDATE durable.workflow SET awaits = '[{"signal": "approved"}]' WHERE status = 'suspended'
+"""
+
+_VIEWS = {
+    "`queue_depth`": "SELECT * FROM durable.queue_depth",
+    "`waiting_for`": "SELECT * FROM durable.waiting_for",
+    "`worker_load`": "SELECT * FROM durable.worker_load",
+    "`workflow_overview`, the newest 50": "SELECT * FROM durable.workflow_overview ORDER BY id DESC LIMIT 50",
+    "`workflow_overview`, by status": "SELECT status, count(*) FROM durable.workflow_overview GROUP BY status",
+    "`failure_groups`": "SELECT * FROM durable.failure_groups",
+    "`step_latency`": "SELECT * FROM durable.step_latency",
+}
+"""What is asked of the views of docs/sql.md."""
 
 
 def count_of(status: WorkflowStatus) -> Any:
@@ -81,7 +113,23 @@ def fill(engine: Engine, rows: int) -> None:
         connection.execute(text("VACUUM (ANALYZE) durable.workflow"))
 
 
-def explained(engine: Engine, query: Select[Any]) -> tuple[int, float, list[str]]:
+def fill_steps(engine: Engine) -> None:
+    """Insert two steps of each workflow, and some workers; what is suspended waits for a signal."""
+    with engine.begin() as connection:
+        for each in (_FILL_STEPS, _FILL_WAITS):
+            connection.execute(text(each))
+        connection.execute(
+            text(
+                "INSERT INTO durable.worker (id, name, queues, slots, lease_expires_at) "
+                "SELECT worker_id, 'worker', ARRAY['default'], 10, statement_timestamp() + interval '1 hour' "
+                "FROM durable.workflow WHERE status = 'running'"
+            )
+        )
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM (ANALYZE) durable.workflow, durable.step, durable.worker"))
+
+
+def explained(engine: Engine, query: Select[Any] | TextClause) -> tuple[int, float, list[str]]:
     """Execute a query; give the pages that it touches, its milliseconds, and what it scans."""
     with engine.connect() as connection:
         compiled = query.compile(connection)
@@ -94,8 +142,10 @@ def explained(engine: Engine, query: Select[Any]) -> tuple[int, float, list[str]
 
 
 def _collect(node: dict[str, Any], scans: list[str]) -> None:
-    if "Scan" in node["Node Type"]:
-        scans.append(node.get("Index Name") or f"all of {node['Relation Name']}")
+    if "Index Name" in node:
+        scans.append(node["Index Name"])
+    elif node["Node Type"] == "Seq Scan":
+        scans.append(f"all of {node['Relation Name']}")
     for each in node.get("Plans", []):
         _collect(each, scans)
 
@@ -110,14 +160,23 @@ def main() -> None:
         fill(engine, rows)
         print("| query | by | pages | ms |\n| --- | --- | ---: | ---: |")
         for name, query in queries(datetime.now(UTC)).items():
-            pages, _, scans = explained(engine, query)
-            milliseconds = min(explained(engine, query)[1] for _ in range(5))
-            print(f"| {name} | {', '.join(f'`{each}`' for each in scans)} | {pages:,} | {milliseconds:.2f} |")
+            _print_cost(engine, name, query)
         with engine.connect() as connection:
             sizes = "SELECT relname, pg_size_pretty(pg_relation_size(oid)) FROM pg_class WHERE relname ~ '^workflow'"
             for name, size in connection.execute(text(f"{sizes} ORDER BY relname")):
                 print(f"{name}: {size}")
+        fill_steps(engine)
+        print("| view | by | pages | ms |\n| --- | --- | ---: | ---: |")
+        for name, view in _VIEWS.items():
+            _print_cost(engine, name, text(view))
         engine.dispose()
+
+
+def _print_cost(engine: Engine, name: str, query: Select[Any] | TextClause) -> None:
+    pages, _, scans = explained(engine, query)
+    milliseconds = min(explained(engine, query)[1] for _ in range(5))
+    shown = ", ".join(f"`{each}`" for each in dict.fromkeys(scans))
+    print(f"| {name} | {shown} | {pages:,} | {milliseconds:.2f} |")
 
 
 if __name__ == "__main__":

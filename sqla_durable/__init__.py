@@ -23,6 +23,7 @@ _NAMES = {
     "api.steps": "RunningStep StepFunction TransactionalStep heartbeat run_step running_steps",
     "api.streams": "StreamEntry close_stream read_stream write_stream",
     "api.update_requests": "UpdateRequest wait_update",
+    "api.tags": "set_tags",
     "api.updates": "UpdateHandle send_update start_with_update update_handle",
     "api.options": "StartOptions",
     "api.workflows": "BoundWorkflow WorkflowFunction start_many",

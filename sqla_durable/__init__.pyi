@@ -22,6 +22,7 @@ from sqla_durable.api.saga import Saga
 from sqla_durable.api.signals import send_signal, start_with_signal, wait_signal
 from sqla_durable.api.steps import RunningStep, StepFunction, TransactionalStep, heartbeat, run_step, running_steps
 from sqla_durable.api.streams import StreamEntry, close_stream, read_stream, write_stream
+from sqla_durable.api.tags import set_tags
 from sqla_durable.api.update_requests import UpdateRequest, wait_update
 from sqla_durable.api.updates import UpdateHandle, send_update, start_with_update, update_handle
 from sqla_durable.api.workflows import BoundWorkflow, WorkflowFunction, start_many
@@ -93,6 +94,7 @@ __all__ = [
     "send_signal",
     "send_update",
     "set_event",
+    "set_tags",
     "sleep",
     "sleep_until",
     "start_child",

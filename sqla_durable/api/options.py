@@ -93,7 +93,7 @@ class StartOptions:
             if fault is not None:
                 raise ArgumentError(f"{name}={value!r} {fault}: pass a text that is not blank.")
         if self.tags is not None:
-            _check_tags(self.tags)
+            check_tags(self.tags)
         integral = isinstance(self.priority, int)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not integral or abs(self.priority) > _SMALLINT:
             raise ArgumentError(f"priority={self.priority!r} is not an integer from {-_SMALLINT:,} to {_SMALLINT:,}.")
@@ -159,7 +159,12 @@ class StartOptions:
         return None if (on_conflict, unique) == ("existing", "forever") else KeyRule(on_conflict, unique)
 
 
-def _check_tags(tags: Mapping[str, str]) -> None:
+def check_tags(tags: Mapping[str, str]) -> None:
+    """Check the tags of a workflow.
+
+    Raises:
+        ArgumentError: they are no mapping of names to texts, or too many.
+    """
     if not isinstance(tags, Mapping) or len(tags) > _MOST_TAGS:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError(f"tags={tags!r} is no mapping of at most {_MOST_TAGS} names to texts.")
     for name, value in tags.items():

@@ -6,7 +6,7 @@ A call has its place in the history when it is made, not when it is awaited: `as
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Concatenate, ParamSpec, overload
 from uuid import UUID
@@ -22,6 +22,7 @@ import sqla_durable.api.replay as replay
 import sqla_durable.api.signals as signals
 import sqla_durable.api.steps as steps
 import sqla_durable.api.streams as streams
+import sqla_durable.api.tags as new_tags
 import sqla_durable.api.update_requests as update_requests
 from sqla_durable.api.callbacks import AsyncCallback
 from sqla_durable.api.calls import ANY, in_async_code
@@ -168,6 +169,11 @@ async def as_completed(workflows: Iterable[H]) -> AsyncIterator[H]:
 def set_event(key: str, value: object, *, session: AsyncSession | None = None) -> Coroutine[Any, Any, None]:
     """Publish a value under a key, in a workflow's code or in a step. See `sqla_durable.set_event`."""
     return events.set_event_call(key, value, session).coroutine()
+
+
+def set_tags(tags: Mapping[str, str | None], *, session: AsyncSession | None = None) -> Coroutine[Any, Any, None]:
+    """Merge tags into those of the workflow, in its code or in a step. See `sqla_durable.set_tags`."""
+    return new_tags.set_tags_call(tags, session).coroutine()
 
 
 def write_stream(name: str, *values: object, session: AsyncSession | None = None) -> Coroutine[Any, Any, None]:

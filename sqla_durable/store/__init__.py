@@ -3,8 +3,8 @@
 Basics: `statements` builds and executes them, of `records`, and `driver` those that need to be fastest; `schema` finds
 the tables; `keys` inserts under a key.
 What workers do: `starts`, `claims`, `work`, `attempts` (ends), `steps`, `workers` (leases, reclaim), `failures`.
-What workflows do: `timers`, `inbox` (shared by `signals`, `updates`, `callbacks`), `events`, `streams`, `children`,
-`deferred` (children of a map), `continuations` (continue as new).
+What workflows do: `timers`, `inbox` (shared by `signals`, `updates`, `callbacks`), `events`, `tags`, `streams`,
+`children`, `deferred` (children of a map), `continuations` (continue as new).
 What operators do: `manage`, `forks`, and its log, `audit`; `workflows` and `histories` read records; `hints` are NOTIFY
 and LISTEN.
 """

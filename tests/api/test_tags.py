@@ -68,11 +68,13 @@ def test_what_a_schedule_starts_has_its_tags(engine: Engine) -> None:
 def test_a_child_has_its_own(engine: Engine) -> None:
     with Session(engine) as session, session.begin():
         parent.options(tags={"tenant": "parent"}).start(session)
-    with (
-        Worker(durable, sessionmaker=sessionmaker(engine)),
-        Session(engine.execution_options(isolation_level="AUTOCOMMIT")) as session,
-    ):
-        races.wait_until(lambda: tenants(session, tenant="child") == ["c"])
+
+    def is_found() -> bool:
+        with Session(engine) as session:
+            return tenants(session, tenant="child") == ["c"]
+
+    with Worker(durable, sessionmaker=sessionmaker(engine)):
+        races.wait_until(is_found)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ _WAITING = {
     "signals": ["_TAKE", "_WAKE_ONE"],
     "steps": ["_BEGIN_WAIT", "_KEEP_DETAILS", "_RECORD", "_RECORD_LAST", "_REPORT"],
     "streams": ["_APPEND", "_RECORD"],
+    "tags": ["_RECORD"],
     "updates": ["_PUT", "_RECORD", "_REFUSE", "_TAKE"],
     "workers": ["_LOCK_ONE", "_RECLAIM_ONE"],
 }

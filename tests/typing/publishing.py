@@ -21,6 +21,7 @@ from sqla_durable import (
     heartbeat,
     read_stream,
     set_event,
+    set_tags,
     write_stream,
 )
 
@@ -30,6 +31,7 @@ durable = Durable()
 @durable.step
 def book(session: Session, order_id: int) -> None:
     set_event("booked", order_id, session=session)
+    set_tags({"booked": "yes"}, session=session)
     write_stream("log", order_id, "booked", session=session)
     close_stream("log", session=session)
 
@@ -37,6 +39,7 @@ def book(session: Session, order_id: int) -> None:
 @durable.step
 async def abook(session: AsyncSession, order_id: int) -> None:
     await aio.set_event("booked", order_id, session=session)
+    await aio.set_tags({"booked": None}, session=session)
     await aio.write_stream("log", order_id, session=session)
     await aio.close_stream("log", session=session)
 
@@ -54,6 +57,7 @@ async def answer(prompt: str) -> None:
 
 def sync_code() -> None:
     set_event("status", 1)
+    set_tags({"tenant": "7", "region": None})
     write_stream("answer", 1, 2)
     close_stream("answer")
     heartbeat()
@@ -77,6 +81,7 @@ async def areading(maker: async_sessionmaker[AsyncSession], session: AsyncSessio
 def wrong_calls(maker: sessionmaker[Session], session: Session) -> None:
     set_event("status")  # type: ignore[call-arg]
     set_event(1, "status")  # type: ignore[arg-type]
+    set_tags({"tenant": 7})  # type: ignore[dict-item]
     close_stream("log", 1)  # type: ignore[arg-type, call-arg]
     write_stream(session)  # type: ignore[arg-type]
     get_event("status")  # type: ignore[arg-type, call-arg]
