@@ -5,7 +5,8 @@ This module says how interceptors are entered in sync and in async code; `operat
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
+import threading
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -17,6 +18,7 @@ from contextlib import (
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from uuid import UUID
+from weakref import WeakSet
 
 from sqlalchemy.orm import Session
 
@@ -25,6 +27,23 @@ from sqla_durable.errors import DefinitionError, UsageError
 
 Around: TypeAlias = AbstractContextManager[Any] | AbstractAsyncContextManager[Any] | None
 """A context manager that is entered before a call and exited after it; None for nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A workflow that is about to be started.
+
+    Attributes:
+        workflow_id: the id that its record will have, unless another record has its key already.
+        workflow: the workflow's name.
+        queue: the queue that it will wait in.
+        key: the key of the start; None if it has none.
+    """
+
+    workflow_id: UUID
+    workflow: str
+    queue: str
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +115,23 @@ class Interceptor:
         """Add headers to a workflow that is about to be started.
 
         Called in the caller's process when `start`, `bind` or an executor's `run` has checked the arguments, before
-        anything is sent to the database. An error raised here is raised to the caller, and nothing is started. A record
-        that has the key already keeps its own headers. A workflow that was started by SQL has those of its INSERT.
+        anything is sent to the database; for a child when it is started, and not on a replay. An error raised here is
+        raised to the caller, and nothing is started. A record that has the key already keeps its own headers. A
+        workflow that was started by SQL has those of its INSERT.
 
         Args:
             workflow: the workflow's name.
             headers: filled by the interceptors in their order; stored in the record, and in `Execution.headers`.
         """
+
+    def prepare(self, start: Start, headers: dict[str, str]) -> None:
+        """Do the same, and know the id and the queue of what is started: override this or `start`, which this calls.
+
+        Args:
+            start: what is about to be started.
+            headers: as in `start`.
+        """
+        self.start(start.workflow, headers)
 
     def workflow(self, execution: Execution) -> Around:
         """Return a context manager around the workflow's function, for every attempt and after every suspension.
@@ -137,12 +166,36 @@ class Interceptor:
             session: the step's session.
         """
 
+    def finished(self, execution: Execution, status: str) -> None:
+        """Note that an attempt has recorded the outcome of its workflow.
+
+        Called after the commit; with a joined executor before that of the caller. An error raised here is logged. What
+        ends a workflow without an attempt is not seen here: a cancel of one that waits, a deadline, or too many
+        crashes.
+
+        Args:
+            execution: which workflow, in which attempt.
+            status: "succeeded", "failed" or "cancelled".
+        """
+
+    def signal(self, name: str, workflow_ids: Sequence[UUID]) -> Around:
+        """Return a sync context manager around the sending of a signal, in the sender's process and transaction.
+
+        A sender may know no `Durable`: the interceptors of all that this process has made are called, each once. An
+        error raised here is the sender's, and nothing is sent.
+
+        Args:
+            name: the signal's name.
+            workflow_ids: the receivers.
+        """
+
 
 class Interceptors:
     """The interceptors of one `Durable`, the outermost first, grouped by the methods that they override.
 
     Attributes:
-        starts, workflows, steps, transactions: those that override the method of that name.
+        starts, workflows, steps, transactions, ends, signals: those that override `start` or `prepare`, `workflow`,
+            `step`, `transaction`, `finished`, and `signal`.
     """
 
     def __init__(self, given: Iterable[Interceptor] = ()) -> None:
@@ -150,6 +203,8 @@ class Interceptors:
         self.workflows: tuple[Interceptor, ...] = ()
         self.steps: tuple[Interceptor, ...] = ()
         self.transactions: tuple[Interceptor, ...] = ()
+        self.ends: tuple[Interceptor, ...] = ()
+        self.signals: tuple[Interceptor, ...] = ()
         self.add(given)
 
     def add(self, given: Iterable[Interceptor]) -> None:
@@ -164,17 +219,35 @@ class Interceptors:
                 raise DefinitionError(
                     f"{each!r} is not an interceptor: pass an object of a class that derives from Interceptor."
                 )
-        self.starts += tuple(each for each in added if _overrides(each, "start"))
+        self.starts += tuple(each for each in added if _overrides(each, "start") or _overrides(each, "prepare"))
         self.workflows += tuple(each for each in added if _overrides(each, "workflow"))
         self.steps += tuple(each for each in added if _overrides(each, "step"))
         self.transactions += tuple(each for each in added if _overrides(each, "transaction"))
+        self.ends += tuple(each for each in added if _overrides(each, "finished"))
+        self.signals += tuple(each for each in added if _overrides(each, "signal"))
+        if self.signals:
+            with _lock:
+                _seeing_signals.add(self)
 
-    def headers(self, workflow: str) -> dict[str, str] | None:
+    def headers(self, start: Start) -> dict[str, str] | None:
         """Return the headers of a new workflow; None for none."""
         headers: dict[str, str] = {}
         for each in self.starts:
-            each.start(workflow, headers)
+            each.prepare(start, headers)
         return headers or None
+
+
+_seeing_signals: WeakSet[Interceptors] = WeakSet()
+_lock = threading.Lock()
+
+
+@contextmanager
+def sending(name: str, workflow_ids: Sequence[UUID]) -> Generator[None]:
+    """Enter what is around the sending of a signal: the interceptors of every `Durable` of this process, each once."""
+    with _lock:
+        found = {id(each): each for durable in _seeing_signals for each in durable.signals}
+    with entered(each.signal(name, workflow_ids) for each in found.values()):
+        yield
 
 
 @contextmanager
