@@ -6,17 +6,10 @@ This module says how interceptors are entered in sync and in async code; `operat
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
-from contextlib import (
-    AbstractAsyncContextManager,
-    AbstractContextManager,
-    AsyncExitStack,
-    ExitStack,
-    asynccontextmanager,
-    contextmanager,
-)
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 from uuid import UUID
 from weakref import WeakSet
 
@@ -246,69 +239,120 @@ def sending(name: str, workflow_ids: Sequence[UUID]) -> Generator[None]:
     """Enter what is around the sending of a signal: the interceptors of every `Durable` of this process, each once."""
     with _lock:
         found = {id(each): each for durable in _seeing_signals for each in durable.signals}
-    with entered(each.signal(name, workflow_ids) for each in found.values()):
+    with Entered(each.signal(name, workflow_ids) for each in found.values()):
         yield
 
 
-@contextmanager
-def entered(around: Iterable[Around]) -> Generator[None]:
-    """Enter in order, exit in reverse; raise the error of the block even if a context manager suppresses it.
+class Entered:
+    """What surrounds a call in sync code: entered in order, exited in reverse, each sees what those inside it raise.
 
-    Raises:
-        UsageError: one is an async context manager, or no context manager.
+    What the block raises is raised even if a context manager suppresses it. A class and not a stack of generators,
+    which would cost more than most of what is entered. Blocking code enters it by `async with` too.
+
+    Args:
+        around: asked for the next one when those before it are entered.
     """
-    raised: BaseException | None = None
-    with ExitStack() as stack:
-        for each in around:
-            _enter(stack, each)
+
+    def __init__(self, around: Iterable[Around]) -> None:
+        self._around: Iterable[Any] = around
+        self._entered: list[Any] = []
+
+    def __enter__(self) -> None:
         try:
-            yield
+            for each in self._around:
+                if each is not None:
+                    _require_sync(each)
+                    each.__enter__()
+                    self._entered.append(each)
         except BaseException as error:
-            raised = error
+            self.__exit__(type(error), error, error.__traceback__)
             raise
-    if raised is not None:
-        raise raised
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        ending = error
+        for each in reversed(self._entered):
+            try:
+                each.__exit__(*_thrown(ending))
+            except BaseException as replaced:
+                ending = replaced
+        _raise_if_other(ending, error)
+
+    async def __aenter__(self) -> None:
+        self.__enter__()
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.__exit__(kind, error, traceback)
 
 
-@asynccontextmanager
-async def entered_async(around: Iterable[Around]) -> AsyncGenerator[None]:
-    """Do the same in async code, for sync and async context managers.
+class AsyncEntered:
+    """The same in async code, for sync and async context managers."""
 
-    Raises:
-        UsageError: one is no context manager.
-    """
-    raised: BaseException | None = None
-    async with AsyncExitStack() as stack:
-        for each in around:
-            if isinstance(each, AbstractAsyncContextManager) and not isinstance(each, AbstractContextManager):
-                await stack.enter_async_context(each)
-            else:
-                _enter(stack, each)
+    def __init__(self, around: Iterable[Around]) -> None:
+        self._around: Iterable[Any] = around
+        self._entered: list[Any] = []
+
+    async def __aenter__(self) -> None:
         try:
-            yield
+            for each in self._around:
+                if each is None:
+                    continue
+                if _is_async(each):
+                    await each.__aenter__()
+                else:
+                    _require_sync(each)
+                    each.__enter__()
+                self._entered.append(each)
         except BaseException as error:
-            raised = error
+            await self.__aexit__(type(error), error, error.__traceback__)
             raise
-    if raised is not None:
-        raise raised
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        ending = error
+        for each in reversed(self._entered):
+            try:
+                if _is_async(each):
+                    await each.__aexit__(*_thrown(ending))
+                else:
+                    each.__exit__(*_thrown(ending))
+            except BaseException as replaced:
+                ending = replaced
+        _raise_if_other(ending, error)
 
 
-def _enter(stack: ExitStack | AsyncExitStack, around: Around) -> None:
-    match around:
-        case None:
-            pass
-        case AbstractContextManager():
-            stack.enter_context(around)
-        case AbstractAsyncContextManager():
-            raise UsageError(
-                f"an interceptor returned the async context manager {around!r} in sync code, which cannot await it: "
-                "steps that take a Session, and def workflows with their steps, need a sync one (@contextmanager)."
-            )
-        case _:
-            raise UsageError(
-                f"an interceptor returned {around!r}, which is no context manager: decorate its method with "
-                "@contextlib.contextmanager."
-            )
+def _thrown(error: BaseException | None) -> tuple[Any, Any, Any]:
+    return (None, None, None) if error is None else (type(error), error, error.__traceback__)
+
+
+def _raise_if_other(ending: BaseException | None, error: BaseException | None) -> None:
+    """Raise what has replaced the block's error, in the context that it was raised in."""
+    if ending is None or ending is error:
+        return
+    context = ending.__context__
+    try:
+        raise ending
+    finally:
+        ending.__context__ = context
+
+
+def _is_async(around: Any) -> bool:
+    """Return whether this is an async context manager only."""
+    kind = cast("type[Any]", type(around))
+    return not hasattr(kind, "__exit__") and hasattr(kind, "__aexit__")
+
+
+def _require_sync(around: Any) -> None:
+    kind = cast("type[Any]", type(around))
+    if hasattr(kind, "__enter__") and hasattr(kind, "__exit__"):
+        return
+    if _is_async(around):
+        raise UsageError(
+            f"an interceptor returned the async context manager {around!r} in sync code, which cannot await it: "
+            "steps that take a Session, and def workflows with their steps, need a sync one (@contextmanager)."
+        )
+    raise UsageError(
+        f"an interceptor returned {around!r}, which is no context manager: decorate its method with "
+        "@contextlib.contextmanager."
+    )
 
 
 def _overrides(interceptor: Interceptor, method: str) -> bool:

@@ -25,6 +25,7 @@ worker_name: ContextVar[str] = ContextVar("sqla_durable_worker", default="-")
 NOWHERE: Mapping[str, object] = {"workflow_id": None, "workflow": None, "attempt": None, "step": None}
 """The attributes of a log record that belongs to no workflow."""
 
+_locate: Callable[[], Mapping[str, object]] = lambda: NOWHERE  # noqa: E731
 _PLAIN = (bool, int, float, UUID, timedelta, datetime, type(None))
 
 
@@ -34,9 +35,6 @@ class Log(logging.LoggerAdapter[logging.Logger]):
     Its records have the name of the worker, for `%(worker)s` in a format, and say in which `workflow_id`, `workflow`,
     `attempt` and `step` they were logged; None outside of one.
     """
-
-    find_place: Callable[[], Mapping[str, object]] = staticmethod(lambda: NOWHERE)
-    """Returns the attributes of a record that is logged now; set by `runtime.context`, which knows them."""
 
     def __init__(self, name: str) -> None:
         super().__init__(logging.getLogger(name), {})
@@ -53,9 +51,15 @@ class Log(logging.LoggerAdapter[logging.Logger]):
         self.logger.log(level, msg, *shown, stacklevel=2, extra=attributes(), **options)
 
 
+def locate_by(locate: Callable[[], Mapping[str, object]]) -> None:
+    """Set what returns the attributes of a record that is logged now: only `runtime.context`, above, knows them."""
+    global _locate
+    _locate = locate
+
+
 def attributes() -> dict[str, object]:
     """Return the attributes that a log record has which is logged now: of the workflow, and the worker's name."""
-    return {**Log.find_place(), "worker": one_line(worker_name.get())}
+    return {**_locate(), "worker": one_line(worker_name.get())}
 
 
 def one_line(text: str, *, limit: int = LONGEST) -> str:

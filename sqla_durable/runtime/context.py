@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from sqla_durable.definitions.interceptors import Execution, StepExecution
-from sqla_durable.definitions.log import NOWHERE, Log, attributes, one_line
+from sqla_durable.definitions.log import NOWHERE, attributes, locate_by, one_line
 from sqla_durable.errors import UsageError
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.calls import StepCall
@@ -168,4 +168,4 @@ def _place() -> Mapping[str, object]:
     return {"workflow_id": attempt.workflow_id, "workflow": name, "attempt": attempt.number, "step": step}
 
 
-Log.find_place = staticmethod(_place)
+locate_by(_place)

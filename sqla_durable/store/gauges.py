@@ -53,7 +53,7 @@ def _seconds_since(moment: Expression) -> Expression:
 
 def _queue_depths_statement() -> Any:
     names = [each.name for each in fields(QueueDepth)][:-1]
-    columns = [sa.column(each) for each in names]
+    columns = [sa.column(each, sa.Text()) for each in names]
     view = sa.table("queue_depth", *columns, sa.column("pending_since"), schema=SCHEMA)
     age = _seconds_since(view.c.pending_since).label("oldest_pending_age")
     return sa.select(*(view.c[each] for each in names), age).order_by(view.c.queue)
@@ -66,9 +66,8 @@ def _worker_load_statement() -> Any:
     def total(name: str) -> Expression:
         return sa.cast(sa.func.coalesce(pg.sum(view.c[name]), sa.literal_column("0")), sa.BigInteger).label(name)
 
-    return sa.select(pg.count(view.c.is_alive).label("alive"), total("executing"), total("slots")).where(
-        view.c.is_alive
-    )
+    alive = pg.count(view.c.is_alive).label("alive")
+    return sa.select(alive, total("executing"), total("slots")).where(view.c.is_alive)
 
 
 _QUEUE_DEPTHS = Statement(_queue_depths_statement)

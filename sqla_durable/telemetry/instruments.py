@@ -1,4 +1,7 @@
-"""The counters and histograms of `Telemetry`: what is counted and measured, and by which attributes."""
+"""The counters and histograms of `Telemetry`: what is counted and measured, and by which attributes.
+
+A histogram counts what it measures: tries and outcomes have no counter beside it, which would cost as much again.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,6 @@ class Instruments:
     def __init__(self, meter_provider: MeterProvider | None) -> None:
         meter = get_meter("sqla_durable", meter_provider=meter_provider)
         self._started = _counter(meter, "workflows.started", "{workflow}", "Workflows that code has started.")
-        self._finished = _counter(meter, "workflows.finished", "{workflow}", "Outcomes that attempts have recorded.")
-        self._tries = _counter(meter, "step.tries", "{try}", "Tries of steps.")
         self._failures = _counter(meter, "step.failures", "{try}", "Tries of steps that raised an error.")
         self._attempt = _histogram(meter, "attempt.duration", "How long workflows were executed, until they waited.")
         self._step = _histogram(meter, "step.duration", "How long tries of steps took.")
@@ -43,18 +44,15 @@ class Instruments:
         self._attempt.record(seconds, {WORKFLOW: workflow, OUTCOME: outcome})
 
     def step(self, workflow: str, step: str, seconds: float, error_type: str | None) -> None:
-        """Count and measure a try of a step."""
+        """Measure a try of a step, and count it if it has failed."""
         attributes = {WORKFLOW: workflow, STEP: step}
-        self._tries.add(1, attributes)
         self._step.record(seconds, attributes)
         if error_type is not None:
             self._failures.add(1, {**attributes, ERROR: error_type})
 
     def finish(self, workflow: str, status: str, seconds: float) -> None:
-        """Count an outcome, and measure the whole workflow."""
-        attributes = {WORKFLOW: workflow, STATUS: status}
-        self._finished.add(1, attributes)
-        self._workflow.record(seconds, attributes)
+        """Measure a whole workflow, which has an outcome now."""
+        self._workflow.record(seconds, {WORKFLOW: workflow, STATUS: status})
 
 
 def _counter(meter: Meter, name: str, unit: str, description: str) -> Counter:

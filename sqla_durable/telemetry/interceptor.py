@@ -146,7 +146,7 @@ class Telemetry(Interceptor):
             self.instruments.step(execution.workflow, definition.name, time.perf_counter() - began, error_type)
 
     def finished(self, execution: Execution, status: str) -> None:
-        """Count the outcome, and measure the whole workflow."""
+        """Measure the whole workflow, and with that count its outcome."""
         self._previous.pop(execution.workflow_id, None)
         self.instruments.finish(execution.workflow, status, _age(execution.workflow_id))
 

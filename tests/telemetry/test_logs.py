@@ -37,7 +37,7 @@ def test_records_have_the_workflow_the_step_and_the_worker(session_factory: sess
     @durable.step(retry=tenacity.retry_if_exception_type(ValueError), stop=tenacity.stop_after_attempt(1))
     def charge() -> None:
         theirs.warning("in a step", extra={"worker": "mine"})
-        raise ValueError
+        raise ValueError("no money")
 
     @durable.workflow
     def pay() -> None:
@@ -51,9 +51,9 @@ def test_records_have_the_workflow_the_step_and_the_worker(session_factory: sess
         theirs.warning("outside of one")
         with session_factory.begin() as session:
             workflow_id = pay.start(session).id
-        with Worker(durable, sessionmaker=session_factory, poll_interval=POLL, name="till-1"):
-            with pytest.raises(ValueError):
-                pay.handle(session_factory, workflow_id).result(timeout=PATIENCE)
+        worker = Worker(durable, sessionmaker=session_factory, poll_interval=POLL, name="till-1")
+        with worker, pytest.raises(ValueError, match="no money"):
+            pay.handle(session_factory, workflow_id).result(timeout=PATIENCE)
     finally:
         for name in ("tests.shop", "sqla_durable"):
             logging.getLogger(name).removeHandler(kept)
