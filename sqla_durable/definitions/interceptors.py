@@ -9,7 +9,7 @@ import threading
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 from uuid import UUID
 from weakref import WeakSet
 
@@ -336,12 +336,12 @@ def _raise_if_other(ending: BaseException | None, error: BaseException | None) -
 
 def _is_async(around: Any) -> bool:
     """Return whether this is an async context manager only."""
-    kind = cast("type[Any]", type(around))
+    kind: type[Any] = type(around)
     return not hasattr(kind, "__exit__") and hasattr(kind, "__aexit__")
 
 
 def _require_sync(around: Any) -> None:
-    kind = cast("type[Any]", type(around))
+    kind: type[Any] = type(around)
     if hasattr(kind, "__enter__") and hasattr(kind, "__exit__"):
         return
     if _is_async(around):
