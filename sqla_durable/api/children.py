@@ -10,7 +10,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 from uuid import UUID
 
 from sqla_durable.api.calls import Call, operation, require_workflow, visit
-from sqla_durable.api.workflows import AnyWorkflowFunction, BoundWorkflow
+from sqla_durable.api.workflows import AnyWorkflowFunction, BoundWorkflow, bind_without_headers, with_headers
 from sqla_durable.definitions.checks import require_duration
 from sqla_durable.definitions.error_classes import Find
 from sqla_durable.definitions.registry import WorkflowDefinition
@@ -122,7 +122,8 @@ def start_child(workflow: AnyWorkflowFunction[P, R], *args: P.args, **kwargs: P.
         UsageError: this is not a workflow's own code, or the child has the name and key of the workflow itself.
         UsageError: the parent is `async def`.
     """
-    return start_child_call(Child[R], workflow.definition, workflow.bind(*args, **kwargs)).outcome()
+    bound = bind_without_headers(workflow, args, kwargs)
+    return start_child_call(Child[R], workflow.definition, bound).outcome()
 
 
 @overload
@@ -213,7 +214,8 @@ def start_child_call(
     """Return the call of `start_child`, which returns a child of this class."""
 
     async def begin(runtime: Runtime, position: Position) -> C:
-        (workflow_id,) = await children.start(runtime, position, [bound.new], rule=bound.rule)
+        prepare = partial(with_headers, definition)
+        (workflow_id,) = await children.start(runtime, position, [bound.new], rule=bound.rule, prepare=prepare)
         return child(definition, workflow_id)
 
     return operation("start_child", f"start:{definition.name}", begin)
@@ -242,9 +244,10 @@ def map_children_call(
         raise ArgumentError(
             f"map_children() starts at most {LARGEST_MAP:,} children, got {len(given):,}: call it for parts of them."
         )
-    bound = [each if isinstance(each, BoundWorkflow) else workflow.bind(each) for each in given]
+    are_bound = [isinstance(each, BoundWorkflow) for each in given]
+    bound = [each if isinstance(each, BoundWorkflow) else bind_without_headers(workflow, (each,), {}) for each in given]
     _refuse_map(bound, max_concurrency, tolerate)
-    mapping = _Mapping(workflow.definition, bound, max_concurrency, tolerate)
+    mapping = _Mapping(workflow.definition, bound, are_bound, max_concurrency, tolerate)
     return Call("map_children", mapping.carry_out)
 
 
@@ -263,6 +266,7 @@ class _Mapping:
 
     definition: WorkflowDefinition
     bound: Sequence[BoundWorkflow]
+    are_bound: Sequence[bool]
     max_concurrency: int | None
     tolerate: int
 
@@ -280,7 +284,13 @@ class _Mapping:
 
     async def _all_of(self, runtime: Runtime, position: Position, *, start_at: Position) -> list[Any]:
         definition = self.definition
-        ids = await children.start(runtime, start_at, self._ordered(), active=self.max_concurrency)
+        new = self._ordered()
+        unprepared = {each.id for each, is_bound in zip(new, self.are_bound, strict=True) if not is_bound}
+
+        def prepare(each: NewWorkflow) -> NewWorkflow:
+            return with_headers(definition, each) if each.id in unprepared else each
+
+        ids = await children.start(runtime, start_at, new, active=self.max_concurrency, prepare=prepare)
         outcomes = await children.join(
             runtime,
             position,

@@ -19,6 +19,7 @@ from sqla_durable.api.sessions import ids_of, in_savepoint, require_receiver, wr
 from sqla_durable.api.workflows import BoundWorkflow, start
 from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.codec import Codec
+from sqla_durable.definitions.interceptors import sending
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models import Workflow
 from sqla_durable.operations import waiting
@@ -93,7 +94,8 @@ class _NewSignal:
         session.flush()  # a workflow that was only just started is not in the table yet
         ids = self._receivers(session, sorted(set(ids_of(workflows))))
         if ids:
-            self._insert(session, ids)
+            with sending(self.name, ids):
+                self._insert(session, ids)
             hints.announce(session, *hints.merged(hints.sent_to(each, self.name) for each in ids))
 
     def _receivers(self, session: Session, ids: Sequence[UUID]) -> list[UUID]:

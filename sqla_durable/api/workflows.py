@@ -26,6 +26,7 @@ from sqla_durable.api.polling import AsyncHandle, Handle, PollingEngine, session
 from sqla_durable.api.sessions import id_of, in_savepoint, require_session, write, write_in_either
 from sqla_durable.api.steps import DurableFunction
 from sqla_durable.definitions.checks import fault_in
+from sqla_durable.definitions.interceptors import Start
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import ArgumentError, KeyNotVisibleError, UsageError
 from sqla_durable.models import Workflow
@@ -74,12 +75,26 @@ def _in_common(definition: WorkflowDefinition, options: StartOptions) -> tuple[A
     return new[3:-1]
 
 
-def _headers(definition: WorkflowDefinition) -> dict[str, str] | None:
-    """Ask the interceptors, and refuse what cannot be stored."""
-    headers = definition.durable_options.interceptors.headers(definition.name)
-    if headers is None:
-        return None
-    for name, value in headers.items():
+def bind_without_headers(
+    workflow: AnyWorkflowFunction[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> BoundWorkflow:
+    """Bind a child: it gets its headers when it is started, so that a replay asks no interceptor."""
+    given = workflow.definition.encode(args, kwargs)
+    new = NewWorkflow._make((uuid7(), workflow.name, given, *workflow.in_common, None))
+    return BoundWorkflow(new, workflow.rule)
+
+
+def with_headers(definition: WorkflowDefinition, new: NewWorkflow) -> NewWorkflow:
+    """Ask the interceptors, and refuse what cannot be stored.
+
+    Raises:
+        ArgumentError: a header cannot be stored.
+    """
+    interceptors = definition.durable_options.interceptors
+    if not interceptors.starts:
+        return new
+    headers = interceptors.headers(Start(new.id, new.name, new.queue, new.key))
+    for name, value in (headers or {}).items():
         for text in (name, value):
             fault = fault_in(text, longest=None)
             if fault is not None:
@@ -87,7 +102,7 @@ def _headers(definition: WorkflowDefinition) -> dict[str, str] | None:
                     f"an interceptor gave workflow {definition.name!r} the header {name!r}: {value!r}, of which "
                     f"{text!r} {fault}. Nothing was started."
                 )
-    return headers
+    return new._replace(headers=headers)
 
 
 def start(session: Session, bound: BoundWorkflow) -> Workflow:
@@ -308,16 +323,22 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
             ArgumentError: they do not fit the annotations, or one is an ORM instance.
             EncodingError: one cannot be stored.
         """
-        given, headers = self.definition.encode(args, kwargs), _headers(self.definition)
-        new = NewWorkflow._make((uuid7(), self.definition.name, given, *self._in_common, headers))
-        return BoundWorkflow(new, self._rule)
+        given = self.definition.encode(args, kwargs)
+        new = NewWorkflow._make((uuid7(), self.definition.name, given, *self.in_common, None))
+        return BoundWorkflow(with_headers(self.definition, new), self.rule)
 
     @cached_property
-    def _in_common(self) -> tuple[Any, ...]:
+    def in_common(self) -> tuple[Any, ...]:
+        """What all starts with these options have in common: what a `NewWorkflow` has from its queue to its version."""
         return _in_common(self.definition, self.start_options)
 
     @cached_property
-    def _rule(self) -> KeyRule | None:
+    def rule(self) -> KeyRule | None:
+        """The rule that the options are for its key.
+
+        Raises:
+            ArgumentError: there is a rule and no key.
+        """
         rule = self.start_options.rule
         if rule is not None and self.start_options.key is None:
             raise ArgumentError(

@@ -50,6 +50,7 @@ from sqla_durable.asyncio.workflows import (
     wait_update,
     write_stream,
 )
+from sqla_durable.definitions.failure import is_recorded_error
 from sqla_durable.execution.executor import AsyncExecutor
 from sqla_durable.runtime.context import current, current_step
 
@@ -76,6 +77,7 @@ __all__ = [
     "get_event",
     "heartbeat",
     "heartbeat_callback",
+    "is_recorded_error",
     "manage",
     "map_children",
     "new_uuid",

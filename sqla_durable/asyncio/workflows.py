@@ -29,7 +29,7 @@ from sqla_durable.api.calls import ANY, in_async_code
 from sqla_durable.api.children import AsyncChild, H
 from sqla_durable.api.steps import SyncStep
 from sqla_durable.api.update_requests import AsyncUpdateRequest
-from sqla_durable.api.workflows import AnyWorkflowFunction
+from sqla_durable.api.workflows import AnyWorkflowFunction, bind_without_headers
 from sqla_durable.errors import ArgumentError
 from sqla_durable.models import Workflow
 
@@ -118,7 +118,8 @@ def start_child(
     label = await child
     ```
     """
-    return children.start_child_call(AsyncChild[R], workflow.definition, workflow.bind(*args, **kwargs)).coroutine()
+    bound = bind_without_headers(workflow, args, kwargs)
+    return children.start_child_call(AsyncChild[R], workflow.definition, bound).coroutine()
 
 
 @overload

@@ -182,6 +182,21 @@ class Failure:
         add_notes(error, *self.notes)
 
 
+def is_recorded_error(error: BaseException) -> bool:
+    """Return whether an error was raised by something durable and recorded: by a step, a child, or another workflow.
+
+    ```python
+    except Exception as error:
+        if not is_recorded_error(error):
+            report(error)
+    ```
+
+    Where it was first raised it is another object, and this is False. So what reports errors around steps and around
+    workflows can report each of them once.
+    """
+    return isinstance(error.__cause__, RecordedTraceback)
+
+
 def add_notes(error: Exception, *notes: str) -> None:
     """Add notes to an exception, although it may be frozen."""
     if notes:

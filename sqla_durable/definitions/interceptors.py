@@ -5,18 +5,13 @@ This module says how interceptors are entered in sync and in async code; `operat
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
-from contextlib import (
-    AbstractAsyncContextManager,
-    AbstractContextManager,
-    AsyncExitStack,
-    ExitStack,
-    asynccontextmanager,
-    contextmanager,
-)
+import threading
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from uuid import UUID
+from weakref import WeakSet
 
 from sqlalchemy.orm import Session
 
@@ -25,6 +20,23 @@ from sqla_durable.errors import DefinitionError, UsageError
 
 Around: TypeAlias = AbstractContextManager[Any] | AbstractAsyncContextManager[Any] | None
 """A context manager that is entered before a call and exited after it; None for nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A workflow that is about to be started.
+
+    Attributes:
+        workflow_id: the id that its record will have, unless another record has its key already.
+        workflow: the workflow's name.
+        queue: the queue that it will wait in.
+        key: the key of the start; None if it has none.
+    """
+
+    workflow_id: UUID
+    workflow: str
+    queue: str
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +108,23 @@ class Interceptor:
         """Add headers to a workflow that is about to be started.
 
         Called in the caller's process when `start`, `bind` or an executor's `run` has checked the arguments, before
-        anything is sent to the database. An error raised here is raised to the caller, and nothing is started. A record
-        that has the key already keeps its own headers. A workflow that was started by SQL has those of its INSERT.
+        anything is sent to the database; for a child when it is started, and not on a replay. An error raised here is
+        raised to the caller, and nothing is started. A record that has the key already keeps its own headers. A
+        workflow that was started by SQL has those of its INSERT.
 
         Args:
             workflow: the workflow's name.
             headers: filled by the interceptors in their order; stored in the record, and in `Execution.headers`.
         """
+
+    def prepare(self, start: Start, headers: dict[str, str]) -> None:
+        """Do the same, and know the id and the queue of what is started: override this or `start`, which this calls.
+
+        Args:
+            start: what is about to be started.
+            headers: as in `start`.
+        """
+        self.start(start.workflow, headers)
 
     def workflow(self, execution: Execution) -> Around:
         """Return a context manager around the workflow's function, for every attempt and after every suspension.
@@ -137,12 +159,36 @@ class Interceptor:
             session: the step's session.
         """
 
+    def finished(self, execution: Execution, status: str) -> None:
+        """Note that an attempt has recorded the outcome of its workflow.
+
+        Called after the commit; with a joined executor before that of the caller. An error raised here is logged. What
+        ends a workflow without an attempt is not seen here: a cancel of one that waits, a deadline, or too many
+        crashes.
+
+        Args:
+            execution: which workflow, in which attempt.
+            status: "succeeded", "failed" or "cancelled".
+        """
+
+    def signal(self, name: str, workflow_ids: Sequence[UUID]) -> Around:
+        """Return a sync context manager around the sending of a signal, in the sender's process and transaction.
+
+        A sender may know no `Durable`: the interceptors of all that this process has made are called, each once. An
+        error raised here is the sender's, and nothing is sent.
+
+        Args:
+            name: the signal's name.
+            workflow_ids: the receivers.
+        """
+
 
 class Interceptors:
     """The interceptors of one `Durable`, the outermost first, grouped by the methods that they override.
 
     Attributes:
-        starts, workflows, steps, transactions: those that override the method of that name.
+        starts, workflows, steps, transactions, ends, signals: those that override `start` or `prepare`, `workflow`,
+            `step`, `transaction`, `finished`, and `signal`.
     """
 
     def __init__(self, given: Iterable[Interceptor] = ()) -> None:
@@ -150,6 +196,8 @@ class Interceptors:
         self.workflows: tuple[Interceptor, ...] = ()
         self.steps: tuple[Interceptor, ...] = ()
         self.transactions: tuple[Interceptor, ...] = ()
+        self.ends: tuple[Interceptor, ...] = ()
+        self.signals: tuple[Interceptor, ...] = ()
         self.add(given)
 
     def add(self, given: Iterable[Interceptor]) -> None:
@@ -164,78 +212,147 @@ class Interceptors:
                 raise DefinitionError(
                     f"{each!r} is not an interceptor: pass an object of a class that derives from Interceptor."
                 )
-        self.starts += tuple(each for each in added if _overrides(each, "start"))
+        self.starts += tuple(each for each in added if _overrides(each, "start") or _overrides(each, "prepare"))
         self.workflows += tuple(each for each in added if _overrides(each, "workflow"))
         self.steps += tuple(each for each in added if _overrides(each, "step"))
         self.transactions += tuple(each for each in added if _overrides(each, "transaction"))
+        self.ends += tuple(each for each in added if _overrides(each, "finished"))
+        self.signals += tuple(each for each in added if _overrides(each, "signal"))
+        if self.signals:
+            with _lock:
+                _seeing_signals.add(self)
 
-    def headers(self, workflow: str) -> dict[str, str] | None:
+    def headers(self, start: Start) -> dict[str, str] | None:
         """Return the headers of a new workflow; None for none."""
         headers: dict[str, str] = {}
         for each in self.starts:
-            each.start(workflow, headers)
+            each.prepare(start, headers)
         return headers or None
 
 
+_seeing_signals: WeakSet[Interceptors] = WeakSet()
+_lock = threading.Lock()
+
+
 @contextmanager
-def entered(around: Iterable[Around]) -> Generator[None]:
-    """Enter in order, exit in reverse; raise the error of the block even if a context manager suppresses it.
+def sending(name: str, workflow_ids: Sequence[UUID]) -> Generator[None]:
+    """Enter what is around the sending of a signal: the interceptors of every `Durable` of this process, each once."""
+    with _lock:
+        found = {id(each): each for durable in _seeing_signals for each in durable.signals}
+    with Entered(each.signal(name, workflow_ids) for each in found.values()):
+        yield
 
-    Raises:
-        UsageError: one is an async context manager, or no context manager.
+
+class Entered:
+    """What surrounds a call in sync code: entered in order, exited in reverse, each sees what those inside it raise.
+
+    What the block raises is raised even if a context manager suppresses it. A class and not a stack of generators,
+    which would cost more than most of what is entered. Blocking code enters it by `async with` too.
+
+    Args:
+        around: asked for the next one when those before it are entered.
     """
-    raised: BaseException | None = None
-    with ExitStack() as stack:
-        for each in around:
-            _enter(stack, each)
+
+    def __init__(self, around: Iterable[Around]) -> None:
+        self._around: Iterable[Any] = around
+        self._entered: list[Any] = []
+
+    def __enter__(self) -> None:
         try:
-            yield
+            for each in self._around:
+                if each is not None:
+                    _require_sync(each)
+                    each.__enter__()
+                    self._entered.append(each)
         except BaseException as error:
-            raised = error
+            self.__exit__(type(error), error, error.__traceback__)
             raise
-    if raised is not None:
-        raise raised
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        ending = error
+        for each in reversed(self._entered):
+            try:
+                each.__exit__(*_thrown(ending))
+            except BaseException as replaced:
+                ending = replaced
+        _raise_if_other(ending, error)
+
+    async def __aenter__(self) -> None:
+        self.__enter__()
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.__exit__(kind, error, traceback)
 
 
-@asynccontextmanager
-async def entered_async(around: Iterable[Around]) -> AsyncGenerator[None]:
-    """Do the same in async code, for sync and async context managers.
+class AsyncEntered:
+    """The same in async code, for sync and async context managers."""
 
-    Raises:
-        UsageError: one is no context manager.
-    """
-    raised: BaseException | None = None
-    async with AsyncExitStack() as stack:
-        for each in around:
-            if isinstance(each, AbstractAsyncContextManager) and not isinstance(each, AbstractContextManager):
-                await stack.enter_async_context(each)
-            else:
-                _enter(stack, each)
+    def __init__(self, around: Iterable[Around]) -> None:
+        self._around: Iterable[Any] = around
+        self._entered: list[Any] = []
+
+    async def __aenter__(self) -> None:
         try:
-            yield
+            for each in self._around:
+                if each is None:
+                    continue
+                if _is_async(each):
+                    await each.__aenter__()
+                else:
+                    _require_sync(each)
+                    each.__enter__()
+                self._entered.append(each)
         except BaseException as error:
-            raised = error
+            await self.__aexit__(type(error), error, error.__traceback__)
             raise
-    if raised is not None:
-        raise raised
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        ending = error
+        for each in reversed(self._entered):
+            try:
+                if _is_async(each):
+                    await each.__aexit__(*_thrown(ending))
+                else:
+                    each.__exit__(*_thrown(ending))
+            except BaseException as replaced:
+                ending = replaced
+        _raise_if_other(ending, error)
 
 
-def _enter(stack: ExitStack | AsyncExitStack, around: Around) -> None:
-    match around:
-        case None:
-            pass
-        case AbstractContextManager():
-            stack.enter_context(around)
-        case AbstractAsyncContextManager():
-            raise UsageError(
-                f"an interceptor returned the async context manager {around!r} in sync code, which cannot await it: "
-                "steps that take a Session, and def workflows with their steps, need a sync one (@contextmanager)."
-            )
-        case _:
-            raise UsageError(
-                f"an interceptor returned {around!r}, which is no context manager: decorate its method with "
-                "@contextlib.contextmanager."
-            )
+def _thrown(error: BaseException | None) -> tuple[Any, Any, Any]:
+    return (None, None, None) if error is None else (type(error), error, error.__traceback__)
+
+
+def _raise_if_other(ending: BaseException | None, error: BaseException | None) -> None:
+    """Raise what has replaced the block's error, in the context that it was raised in."""
+    if ending is None or ending is error:
+        return
+    context = ending.__context__
+    try:
+        raise ending
+    finally:
+        ending.__context__ = context
+
+
+def _is_async(around: Any) -> bool:
+    """Return whether this is an async context manager only."""
+    kind: type[Any] = type(around)
+    return not hasattr(kind, "__exit__") and hasattr(kind, "__aexit__")
+
+
+def _require_sync(around: Any) -> None:
+    kind: type[Any] = type(around)
+    if hasattr(kind, "__enter__") and hasattr(kind, "__exit__"):
+        return
+    if _is_async(around):
+        raise UsageError(
+            f"an interceptor returned the async context manager {around!r} in sync code, which cannot await it: "
+            "steps that take a Session, and def workflows with their steps, need a sync one (@contextmanager)."
+        )
+    raise UsageError(
+        f"an interceptor returned {around!r}, which is no context manager: decorate its method with "
+        "@contextlib.contextmanager."
+    )
 
 
 def _overrides(interceptor: Interceptor, method: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import datetime, timedelta
 from typing import Any
@@ -21,13 +22,18 @@ LONGEST = 2_000
 worker_name: ContextVar[str] = ContextVar("sqla_durable_worker", default="-")
 """The name of the worker that executes this code."""
 
+NOWHERE: Mapping[str, object] = {"workflow_id": None, "workflow": None, "attempt": None, "step": None}
+"""The attributes of a log record that belongs to no workflow."""
+
+_locate: Callable[[], Mapping[str, object]] = lambda: NOWHERE  # noqa: E731
 _PLAIN = (bool, int, float, UUID, timedelta, datetime, type(None))
 
 
 class Log(logging.LoggerAdapter[logging.Logger]):
     """A logger that escapes and shortens its arguments; the only kind that this package uses.
 
-    Its records have the name of the worker, for `%(worker)s` in a format.
+    Its records have the name of the worker, for `%(worker)s` in a format, and say in which `workflow_id`, `workflow`,
+    `attempt` and `step` they were logged; None outside of one.
     """
 
     def __init__(self, name: str) -> None:
@@ -42,7 +48,18 @@ class Log(logging.LoggerAdapter[logging.Logger]):
         if error is not None:
             lines = "\n".join(one_line(each) for each in traceback_of(error).splitlines())
             msg, shown = f"{msg}\n%s", [*shown, lines]
-        self.logger.log(level, msg, *shown, stacklevel=2, extra={"worker": worker_name.get()}, **options)
+        self.logger.log(level, msg, *shown, stacklevel=2, extra=attributes(), **options)
+
+
+def locate_by(locate: Callable[[], Mapping[str, object]]) -> None:
+    """Set what returns the attributes of a record that is logged now: only `runtime.context`, above, knows them."""
+    global _locate
+    _locate = locate
+
+
+def attributes() -> dict[str, object]:
+    """Return the attributes that a log record has which is logged now: of the workflow, and the worker's name."""
+    return {**_locate(), "worker": one_line(worker_name.get())}
 
 
 def one_line(text: str, *, limit: int = LONGEST) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -51,11 +51,15 @@ async def start(
     *,
     active: int | None = None,
     rule: KeyRule | None = None,
+    prepare: Callable[[NewWorkflow], NewWorkflow] | None = None,
 ) -> list[UUID]:
     """Start children, or find those that were started before, and return their ids.
 
     Those that a compensation starts are detached and do not inherit their parent's deadline: nothing that ends the
     parent may end what undoes its work.
+
+    Args:
+        prepare: completes each that is really started.
 
     Raises:
         UsageError: one of them has the name and key of this workflow itself.
@@ -70,7 +74,8 @@ async def start(
         if text is None:
             await runtime.recorder.settle()
             undoes = attempt.is_compensating
-            own = [each._replace(parent_id=attempt.workflow_id, parent_key=position.key) for each in new]
+            prepared = new if prepare is None else [prepare(each) for each in new]
+            own = [each._replace(parent_id=attempt.workflow_id, parent_key=position.key) for each in prepared]
             if undoes:
                 own = [each._replace(detached=True) for each in own]
             checkpoint = checkpoint_of(attempt, position, StepStatus.SUCCEEDED)

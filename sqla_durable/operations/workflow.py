@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn, cast
 
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.error_classes import Find
 from sqla_durable.definitions.failure import Failure, add_notes, record
+from sqla_durable.definitions.interceptors import Interceptor
 from sqla_durable.definitions.log import Log, joined
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import (
@@ -25,7 +27,7 @@ from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.calls import Position
 from sqla_durable.operations.history import PATCH
 from sqla_durable.operations.outcome import checkpoint_of, failure_of_workflow, is_own_failure_of_workflow
-from sqla_durable.operations.runtime import Recorder, Runtime
+from sqla_durable.operations.runtime import Recorder, Runtime, execution_of
 from sqla_durable.store import Checkpoint, Completion, WorkflowState, attempts, continuations
 from sqla_durable.store.failures import TIMEOUT_TYPE
 from sqla_durable.unwinding import AttemptLost, CallRefused, Cancelling, ContinuedAsNew, ControlFlow
@@ -68,7 +70,18 @@ async def record_completion(recorder: Recorder, completion: Completion) -> Compl
     except EncodingError as refused:
         completion = completion._replace(status=WorkflowStatus.FAILED, output=None, error=record(refused))
         await recorder.finish(completion)
+    if ends := recorder.attempt.options.interceptors.ends:
+        _call_at_end(ends, recorder.attempt, completion.status)
     return completion
+
+
+def _call_at_end(ends: Sequence[Interceptor], attempt: Attempt, status: WorkflowStatus) -> None:
+    execution = execution_of(attempt)
+    for each in ends:
+        try:
+            each.finished(execution, status.value)
+        except Exception:
+            log.exception("workflow %s %s: an interceptor failed after its end", attempt.name, attempt.workflow_id)
 
 
 async def completion_of(runtime: Runtime, definition: WorkflowDefinition) -> Completion:

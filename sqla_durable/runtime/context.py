@@ -1,16 +1,18 @@
 """The ambient context of the code that a workflow executes, kept in a context variable.
 
-Outside a workflow there is none, and decorated functions are plain functions.
+Outside a workflow there is none, and decorated functions are plain functions. Log records say where they were logged.
 """
 
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Generator
+import logging
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from sqla_durable.definitions.interceptors import Execution, StepExecution
+from sqla_durable.definitions.log import NOWHERE, attributes, locate_by, one_line
 from sqla_durable.errors import UsageError
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.calls import StepCall
@@ -59,6 +61,9 @@ class Context:
 ACTIVE: ContextVar[Context | None] = ContextVar("sqla_durable_context", default=None)
 """The ambient context; others than the runtimes ask `active`."""
 
+ATTEMPT: ContextVar[Attempt | None] = ContextVar("sqla_durable_attempt", default=None)
+"""The attempt that a worker's task executes, for what the worker itself logs about it."""
+
 
 def active() -> Context | None:
     """Return the ambient context, or None outside a workflow."""
@@ -86,11 +91,12 @@ def workflow_code(given: contextvars.Context | None = None) -> Context | None:
 @contextmanager
 def outside() -> Generator[None]:
     """Call a function of the user's that is no part of the workflow: what is durable does nothing or refuses there."""
-    token = ACTIVE.set(None)
+    token, of_attempt = ACTIVE.set(None), ATTEMPT.set(None)
     try:
         yield
     finally:
         ACTIVE.reset(token)
+        ATTEMPT.reset(of_attempt)
 
 
 def current() -> Execution | None:
@@ -127,3 +133,39 @@ def current_step() -> StepExecution:
             "a workflow executes that. current() does not raise."
         )
     return found
+
+
+class WorkflowLogFilter(logging.Filter):
+    """Adds to log records where they were logged: the attributes that those of this package have.
+
+    ```python
+    handler = logging.StreamHandler()
+    handler.addFilter(WorkflowLogFilter())
+    handler.setFormatter(logging.Formatter("%(levelname)s %(workflow)s %(workflow_id)s %(step)s %(message)s"))
+    ```
+
+    They are `workflow_id`, `workflow`, `attempt`, `step` (the key of the step), all None outside a workflow, and
+    `worker`. Add it to handlers: a filter of a logger does not see the records of the loggers below it. It must be
+    called in the thread that logs, so with a `QueueHandler` add it to that one. What a record already has, it keeps.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add the attributes, and let every record pass."""
+        present = vars(record)
+        for name, value in attributes().items():
+            present.setdefault(name, value)
+        return True
+
+
+def _place() -> Mapping[str, object]:
+    """Return what identifies the workflow and step of the code that logs."""
+    context = ACTIVE.get()
+    attempt = ATTEMPT.get() if context is None else context.attempt
+    if attempt is None:
+        return NOWHERE
+    step = None if context is None or context.step is None else one_line(context.step.position.shown)
+    name = one_line(attempt.name)
+    return {"workflow_id": attempt.workflow_id, "workflow": name, "attempt": attempt.number, "step": step}
+
+
+locate_by(_place)

@@ -9,8 +9,8 @@ import asyncio
 import concurrent.futures
 import contextvars
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
@@ -18,7 +18,7 @@ from typing_extensions import override
 
 import sqla_durable.runtime.tasks as tasks
 from sqla_durable.definitions.inspection import SessionKind
-from sqla_durable.definitions.interceptors import Around, entered, entered_async
+from sqla_durable.definitions.interceptors import Around, AsyncEntered, Entered
 from sqla_durable.definitions.limits import Watch
 from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.redaction import brief
@@ -100,10 +100,8 @@ class BlockingRuntime(Runtime):
             return call.definition.fn(*injected, *call.args, **call.kwargs)
 
     @override
-    @asynccontextmanager
-    async def intercepted(self, step: StepCall | None = None) -> AsyncGenerator[None]:
-        with Context(self, step=step).entered(), entered(_around(self.attempt, step)):
-            yield
+    def intercepted(self, step: StepCall | None = None) -> AbstractAsyncContextManager[None]:
+        return Entered(_around(Context(self, step=step)))
 
     @override
     async def begin_suspension(self, wait: Wait) -> Suspension | None:
@@ -349,12 +347,9 @@ class AsyncRuntime(Runtime):
         )
 
     @override
-    @asynccontextmanager
-    async def intercepted(self, step: StepCall | None = None) -> AsyncGenerator[None]:
+    def intercepted(self, step: StepCall | None = None) -> AbstractAsyncContextManager[None]:
         """Enter the interceptors, those that are awaited too."""
-        with Context(self, step=step).entered():
-            async with entered_async(_around(self.attempt, step)):
-                yield
+        return AsyncEntered(_around(Context(self, step=step)))
 
     @override
     async def begin_suspension(self, wait: Wait) -> Suspension | None:
@@ -410,12 +405,17 @@ class AsyncRuntime(Runtime):
         self.attempt.branches.end()
 
 
-def _around(attempt: Attempt, step: StepCall | None) -> Iterator[Around]:
-    """Ask the interceptors one by one, each when those before it are entered."""
+def _around(context: Context) -> Iterator[Around]:
+    """Yield the context, and what the interceptors return: each is asked when those before it are entered."""
+    yield context.entered()
+    attempt, step = context.attempt, context.step
     execution = execution_of(attempt, step)
     if step is None:
-        return (each.workflow(execution) for each in attempt.options.interceptors.workflows)
-    return (each.step(execution) for each in attempt.options.interceptors.steps)
+        for each in attempt.options.interceptors.workflows:
+            yield each.workflow(execution)
+    else:
+        for each in attempt.options.interceptors.steps:
+            yield each.step(execution)
 
 
 async def _cut_off(awaited: Awaitable[T], watch: Watch) -> T:

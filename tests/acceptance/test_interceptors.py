@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from contextvars import ContextVar
 from typing import Any
 
@@ -25,6 +31,7 @@ from sqla_durable import (
     errors,
 )
 from sqla_durable.asyncio import to_thread
+from sqla_durable.definitions.interceptors import Entered
 from tests.acceptance.application import Application
 from tests.acceptance.shells import Shell
 from tests.support.domain import Entry
@@ -393,6 +400,50 @@ def test_a_step_that_takes_a_session_is_intercepted_in_an_async_workflow(shell: 
 
     assert shell.run(app.workflow(mixed)) == 2
     assert notes[1:4] == ["one: booked 1", "one: BEGIN of booked", "one: booked 1 done"]
+
+
+def test_recorded_outcomes_are_seen_and_an_error_there_is_logged(
+    shell: Shell, app: Application, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends: list[tuple[str, str, int]] = []
+
+    class Ends(Interceptor):
+        def finished(self, execution: Execution, status: str) -> None:
+            ends.append((execution.workflow, status, execution.attempt))
+            raise LookupError("no counter")
+
+    async def divide(number: int) -> int:
+        return 1 // number
+
+    app.durable.intercept(Ends())
+    dividing = app.workflow(divide)
+    assert shell.run(dividing, 1) == 1
+    with pytest.raises(ZeroDivisionError):
+        shell.run(dividing, 0)
+    assert ends == [("divide", "succeeded", 1), ("divide", "failed", 1)]
+    assert caplog.text.count("LookupError: no counter") == 2
+
+
+def test_an_outer_interceptor_sees_what_an_inner_one_has_raised_instead() -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def replacing(name: str) -> Generator[None]:
+        try:
+            yield
+        except Exception as error:
+            seen.append(str(error))
+            raise KeyError(name) from error
+
+    @contextmanager
+    def swallowing() -> Generator[None]:
+        with suppress(Exception):
+            yield
+
+    with pytest.raises(KeyError, match="outer") as caught, Entered([replacing("outer"), swallowing(), replacing("in")]):
+        raise ValueError("own")
+    assert seen == ["own", "'in'"]
+    assert str(caught.value.__cause__) == str(caught.value.__context__) == "'in'"
 
 
 def test_what_is_no_interceptor_is_refused() -> None:

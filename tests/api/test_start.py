@@ -63,7 +63,7 @@ def test_few_functions_are_called_for_a_start() -> None:
         sys.setprofile(None)
     value = ["_is_sure", "dump", "_as_jsonb"]
     arguments = ["encode", "encode", "_encode", "is_mapped", "encode_argument", *value, "refuse_large"]
-    assert called == ["bind", *arguments, "_headers", "headers"]
+    assert called == ["bind", *arguments, "with_headers"]
 
 
 def test_ids_are_in_the_order_of_their_making() -> None:

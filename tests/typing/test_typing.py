@@ -11,7 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-NAMES = ["steps", "workflows", "publishing", "callbacks", "verbs", "updates", "waiting"]
+NAMES = ["steps", "workflows", "publishing", "callbacks", "verbs", "updates", "waiting", "telemetry"]
 FILES = [str(HERE / f"{name}.py") for name in NAMES]
 CHECKERS = {
     "mypy": ["mypy", "--strict", "--warn-unused-ignores", "--no-error-summary"],

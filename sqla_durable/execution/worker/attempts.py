@@ -35,6 +35,7 @@ from sqla_durable.execution.worker.settings import (
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.runtime import Runtime, run_blocking
 from sqla_durable.operations.workflow import execute_workflow, record_completion
+from sqla_durable.runtime.context import ATTEMPT
 from sqla_durable.runtime.runtimes import AsyncRuntime, BlockingRuntime
 from sqla_durable.runtime.tasks import AttemptTask
 from sqla_durable.store import Claimed, Completion, Fence, Suspend, attempts, workers
@@ -184,6 +185,7 @@ class Attempts:
         return self._registry.workflow(attempt.name)
 
     async def _execute(self, attempt: Attempt) -> None:
+        ATTEMPT.set(attempt)  # of this task
         try:
             if self._resources.stopping.is_set():  # the claim came while the worker was stopping
                 raise Released
