@@ -41,7 +41,6 @@ from sqla_durable.store.statements import (
     parameter,
     pg,
     scalar,
-    scalars,
     status_literal,
     text_literal,
 )
@@ -77,10 +76,15 @@ class Wanted:
     statuses: Sequence[str] | None = None
     policy: str | None = None
 
+    @classmethod
+    def before(cls, cutoff: datetime, **more: Any) -> Wanted:
+        """Return what was finished before a time."""
+        return cls(cutoff.astimezone(UTC), id_before(cutoff), **more)
+
 
 @dataclass(frozen=True, slots=True)
 class DuePolicy:
-    """A policy that is due, whose row is locked.
+    """A policy as its row says; that of `take_due` and `take` is locked.
 
     Attributes:
         name: its name.
@@ -93,6 +97,13 @@ class DuePolicy:
     wanted: Wanted
     position: UUID | None
     pause: float
+
+    @classmethod
+    def of(cls, row: Any) -> DuePolicy:
+        """Return what a row holds."""
+        named = None if row.workflow is None else [row.workflow]
+        wanted = Wanted.before(row.cutoff, names=named, statuses=row.statuses, policy=row.name)
+        return cls(row.name, wanted, row.position, float(row.pause))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +128,22 @@ def is_due() -> Condition:
 
 def take_due(connectable: Connectable) -> DuePolicy | None:
     """Lock the policy that is due for the longest time, except what others lock; None if there is none."""
-    return _policy_of(execute(connectable, _TAKE_DUE).one_or_none())
+    row = execute(connectable, _TAKE_DUE).one_or_none()
+    return None if row is None else DuePolicy.of(row)
 
 
 def take(connectable: Connectable, name: str) -> DuePolicy | None:
     """Lock a policy, whenever it is due; None if none has the name, or others lock it."""
-    return _policy_of(execute(connectable, _TAKE, {"policy_name": name}).one_or_none())
+    row = execute(connectable, _TAKE, {"policy_name": name}).one_or_none()
+    return None if row is None else DuePolicy.of(row)
 
 
-def cutoff_of(connectable: Connectable, keep: timedelta) -> datetime:
-    """Return the time that was so long ago on the database's clock."""
-    ago: Expression = pg.statement_timestamp() - sa.literal(keep, sa.Interval())
-    return datetime.astimezone(scalar(connectable, sa.select(ago)), UTC)
+def finished_for(
+    connectable: Connectable, keep: timedelta, *, names: Sequence[str] | None, statuses: Sequence[str] | None
+) -> Wanted:
+    """Return what has been finished for longer than this on the database's clock, whatever the policies say."""
+    cutoff = scalar(connectable, sa.select(pg.statement_timestamp() - sa.literal(keep, sa.Interval())))
+    return Wanted.before(cutoff, names=names, statuses=statuses)
 
 
 def find(
@@ -213,9 +228,9 @@ def postpone(connectable: Connectable, name: str, *, seconds: float) -> None:
     execute(connectable, sa.update(RETENTION).where(RETENTION.c.name == name).values(due_at=later))
 
 
-def names(connectable: Connectable) -> list[str]:
-    """Return the names of the policies, in order."""
-    return list(scalars(connectable, sa.select(RETENTION.c.name).order_by(RETENTION.c.name)))
+def policies(connectable: Connectable) -> list[DuePolicy]:
+    """Return all policies, whenever they are due, in the order of their names. Locks nothing."""
+    return [DuePolicy.of(row) for row in execute(connectable, _take().order_by(RETENTION.c.name))]
 
 
 def put(connectable: Connectable, name: str, options: RetentionOptions, *, declared: bool) -> bool:
@@ -264,20 +279,6 @@ def id_before(moment: datetime) -> UUID:
     """Return the least id of what was started at a time; `manage.id_at` for times that lie before all ids, too."""
     milliseconds = max(0, (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1))
     return UUID(int=milliseconds << 80)
-
-
-def _policy_of(row: Any) -> DuePolicy | None:
-    if row is None:
-        return None
-    cutoff = row.cutoff.astimezone(UTC)
-    wanted = Wanted(
-        cutoff=cutoff,
-        until=id_before(cutoff),
-        names=None if row.workflow is None else [row.workflow],
-        statuses=row.statuses,
-        policy=row.name,
-    )
-    return DuePolicy(row.name, wanted, row.position, float(row.pause))
 
 
 def _take(*conditions: Condition) -> Any:

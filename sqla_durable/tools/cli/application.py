@@ -12,6 +12,7 @@ import typer
 import sqla_durable
 from sqla_durable.tools.cli.bench import bench
 from sqla_durable.tools.cli.errors import fail
+from sqla_durable.tools.cli.prune import prune
 from sqla_durable.tools.cli.torture import torture
 from sqla_durable.tools.cli.worker import worker
 
@@ -47,5 +48,6 @@ def _options(
 
 
 app.command("worker")(worker)
+app.command("prune")(prune)
 app.command("torture")(torture)
 app.command("bench")(bench)

@@ -151,6 +151,21 @@ def moment(option: str, text: str) -> datetime:
         ) from None
 
 
+def span(option: str, text: str) -> timedelta:
+    """Return a duration: 30s, 5m, 2h, 7d, 1w.
+
+    Raises:
+        CommandError: it is none.
+    """
+    matched = _DURATION.fullmatch(text)
+    try:
+        if matched is not None:
+            return timedelta(**{_UNITS[matched[2]]: float(matched[1])})
+    except OverflowError:
+        pass
+    raise CommandError(f"{option} {text!r} is no duration: write 90d, 12h, or another number of s, m, h, d or w.")
+
+
 def _tag(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (equals and name and value):
