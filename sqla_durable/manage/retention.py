@@ -38,7 +38,7 @@ def put_retention(
     manage.put_retention(session, "orders", workflow="checkout", status="succeeded", keep=timedelta(days=90))
     ```
 
-    Never commits; locks the policy's row. From the caller's commit on, workers delete what it lets go.
+    Never commits; locks the policy's row. From the caller's commit on, workers do what it says.
 
     Args:
         session: the caller's session.
@@ -94,14 +94,14 @@ class Batch:
     Attributes:
         roots: how many workflows are gone that were no children.
         deleted: how many are gone, children too.
-        held: how many roots were left because the database refuses to delete them.
+        refused: how many roots were left because the database refuses to delete them.
         seen: the id up to which everything was looked at.
         is_last: whether nothing comes after it.
     """
 
     roots: int
     deleted: int
-    held: int
+    refused: int
     seen: UUID
     is_last: bool
 
@@ -115,7 +115,7 @@ def prune(connection: Connection, policy: DuePolicy, *, limit: int) -> Batch:
         policy,
         position=None if batch.is_last else batch.seen,
         deleted=batch.deleted,
-        held=batch.held,
+        refused=batch.refused,
         pause=policy.pause if batch.is_last else PAUSES * (time.monotonic() - began),
     )
     return batch
@@ -132,7 +132,7 @@ def skip_one(connection: Connection, name: str) -> UUID | None:
         return None
     found = retention.find(connection, policy.wanted, after=policy.position, limit=1)
     position, pause = (None, policy.pause) if found.is_last else (found.seen, _PAUSE_AFTER_SKIP)
-    retention.note(connection, policy, position=position, deleted=0, held=len(found.roots), pause=pause)
+    retention.note(connection, policy, position=position, deleted=0, refused=len(found.roots), pause=pause)
     return found.roots[0] if found.roots else None
 
 
@@ -148,32 +148,32 @@ def delete_batch(connection: Connection, wanted: Wanted, *, after: UUID | None, 
     trees = retention.lock_trees(connection, found.roots, wanted)
     deletion = _Deletion(connection)
     deletion.delete(list(trees.values()))
-    return Batch(deletion.roots, deletion.deleted, deletion.held, found.seen, found.is_last)
+    return Batch(deletion.roots, deletion.deleted, deletion.refused, found.seen, found.is_last)
 
 
 class _Deletion:
-    """Deletes trees together; what fails, in halves, so that one that is held does not hold the others."""
+    """Deletes trees together; what fails, in halves, so that one that is refused does not keep the others."""
 
     def __init__(self, connection: Connection) -> None:
-        self.roots, self.deleted, self.held, self._waits = 0, 0, 0, 0
+        self.roots, self.deleted, self.refused, self._waits = 0, 0, 0, 0
         self._connection = connection
 
     def delete(self, trees: Sequence[Sequence[UUID]]) -> None:
         """Delete trees whose rows are locked."""
         if not trees or self._waits >= _MOST_WAITS:
             return
-        refused = self._try(list(chain(*trees)))
-        if refused is None:
+        failure = self._try(list(chain(*trees)))
+        if failure is None:
             self.roots += len(trees)
             self.deleted += sum(map(len, trees))
         elif len(trees) > 1:
             half = len(trees) // 2
             self.delete(trees[:half])
             self.delete(trees[half:])
-        elif sqlstate(refused) == _LOCK_NOT_AVAILABLE:
+        elif sqlstate(failure) == _LOCK_NOT_AVAILABLE:
             self._waits += 1
         else:
-            self.held += 1
+            self.refused += 1
 
     def _try(self, ids: Sequence[UUID]) -> DBAPIError | None:
         """Delete these, or nothing; return the error of what refuses."""

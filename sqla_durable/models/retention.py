@@ -20,7 +20,7 @@ class Retention(Base):
     is meant. Of several that fit a workflow the most specific decides. `due_at` is when a worker looks at it next;
     whoever changes the row by SQL sets it to NULL, so that one does at once. Workers walk over the workflows in the
     order of their ids: `position` is the last one that they have seen, NULL between two walks. `deleted` counts the
-    workflows that are gone, children too, and `held` those that the last walk had to leave, because the database
+    workflows that are gone, children too, and `refused` those that the last walk had to leave, because the database
     refused. `declared` is set for one that the application's code declares.
     """
 
@@ -36,7 +36,7 @@ class Retention(Base):
     last_at: Mapped[datetime | None]
     position: Mapped[UUID | None]
     deleted: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    held: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    refused: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
     __table_args__ = (
         name_check("name"),
@@ -52,7 +52,7 @@ class Retention(Base):
             "AND extract(year FROM keep) BETWEEN 0.0 AND 100.0 AND extract(day FROM keep) BETWEEN 0.0 AND 36500.0",
             name="keep",
         ),
-        CheckConstraint("deleted >= 0 AND held >= 0", name="counts"),
+        CheckConstraint("deleted >= 0 AND refused >= 0", name="counts"),
         times_check("created_at", "due_at", "last_at"),
     )
 

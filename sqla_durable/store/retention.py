@@ -1,4 +1,4 @@
-"""The statements of retention: which policy is due, what of a part of the table it lets go, and its deletion.
+"""The statements of retention: which policy is due, what of a part of the table goes, and its deletion.
 
 A batch looks at a bounded number of rows in the order of their ids, from where the one before it ended. So it reads as
 many pages however many rows must stay, and what cannot be deleted is not met again until the next walk.
@@ -88,7 +88,7 @@ class DuePolicy:
 
     Attributes:
         name: its name.
-        wanted: what it lets go.
+        wanted: what it deletes.
         position: where its walk goes on; None at the beginning of one.
         pause: how many seconds there are from the end of a walk to the next.
     """
@@ -201,21 +201,21 @@ def check_at_once(connectable: Connectable) -> None:
 
 
 def note(
-    connectable: Connectable, policy: DuePolicy, *, position: UUID | None, deleted: int, held: int, pause: float
+    connectable: Connectable, policy: DuePolicy, *, position: UUID | None, deleted: int, refused: int, pause: float
 ) -> None:
     """Write down what a batch of a policy has done, and when the next one is due.
 
     Args:
         position: where it goes on; None after the end of a walk.
         deleted: how many workflows are gone.
-        held: how many had to be left.
+        refused: how many had to be left.
         pause: the seconds until a worker looks at it again.
     """
-    before = ZERO if policy.position is None else RETENTION.c.held
+    before = ZERO if policy.position is None else RETENTION.c.refused
     values = {
         "position": position,
         "deleted": RETENTION.c.deleted + deleted,
-        "held": before + held,
+        "refused": before + refused,
         "last_at": pg.statement_timestamp(),
         "due_at": pg.statement_timestamp() + interval(sa.literal(pause, sa.Float())),
     }
@@ -296,7 +296,7 @@ def _take_due_statement() -> Any:
 
 def _fits(policy: sa.FromClause, kind: sa.FromClause) -> Condition:
     """Return whether a policy is about workflows of a name and a status."""
-    escaped = policy.c.workflow
+    escaped: Expression = policy.c.workflow
     for character, text in (("\\", "\\\\"), ("%", "\\%"), ("_", "\\_"), ("*", "%")):
         escaped = pg.replace(escaped, text_literal(character), text_literal(text))
     of_name = sa.or_(policy.c.workflow.is_(None), kind.c.name.bool_op("LIKE")(escaped))

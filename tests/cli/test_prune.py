@@ -38,10 +38,10 @@ def test_what_is_old_enough_is_counted_and_deleted_and_the_log_says_so(engine: E
     assert printed(database_url, *options, "--dry-run") == [{"policy": None, "would_delete": 4}]
     assert printed(database_url, *options, "--limit", "1", "--dry-run") == [{"policy": None, "would_delete": 2}]
     assert left(engine) == {*ids, child, failed, *stays}
-    assert printed(database_url, *options, "--limit", "1", "--yes") == [{"policy": None, "deleted": 2, "held": 0}]
+    assert printed(database_url, *options, "--limit", "1", "--yes") == [{"policy": None, "deleted": 2, "refused": 0}]
     assert left(engine) == {*ids[1:], failed, *stays}
     result = invoke(database_url, *options, "--yes")
-    assert result.stdout == "2 deleted, 0 held\n"
+    assert result.stdout == "2 deleted, 0 refused\n"
     assert left(engine) == {failed, *stays}
     with Session(engine) as session:
         (first, _) = session.scalars(select(Audit).order_by(Audit.id))
@@ -54,15 +54,15 @@ def test_without_a_time_the_policies_decide(engine: Engine, database_url: str) -
     with pytest.raises(CommandError, match="no policy of retention"):
         raise invoke(database_url, "--yes").exception or AssertionError
     with Session(engine) as session:
-        gone, held, kept = ended(session), ended(session), ended(session, name="pay")
-        hold(session, held)
+        gone, refused, kept = ended(session), ended(session), ended(session, name="pay")
+        hold(session, refused)
         manage.put_retention(session, "all", keep=5 * DAY)
         manage.put_retention(session, "pay", workflow="pay", keep=50 * DAY)
         session.commit()
-    assert gone not in (held, kept)
+    assert gone not in (refused, kept)
     assert invoke(database_url, "--dry-run").stdout == "all: 2 would be deleted\npay: 0 would be deleted\n"
-    assert invoke(database_url, "--yes").stdout == "all: 1 deleted, 1 held\npay: 0 deleted, 0 held\n"
-    assert left(engine) == {held, kept}
+    assert invoke(database_url, "--yes").stdout == "all: 1 deleted, 1 refused\npay: 0 deleted, 0 refused\n"
+    assert left(engine) == {refused, kept}
 
 
 def test_nothing_is_deleted_unasked_or_by_a_wrong_command(engine: Engine, database_url: str) -> None:

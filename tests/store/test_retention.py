@@ -1,4 +1,4 @@
-"""Retention: which policy decides, what goes with what, what is held, and several workers at once."""
+"""Retention: which policy decides, what goes with what, what is refused, and several workers at once."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_what_is_finished_for_long_enough_goes_with_its_rows(engine: Engine) -> 
         session.add(Event(workflow_id=gone[0], key="progress", value=1))
         session.commit()
     policy(engine)
-    assert batch(engine) == Batch(roots=2, deleted=2, held=0, seen=gone[1], is_last=True)
+    assert batch(engine) == Batch(roots=2, deleted=2, refused=0, seen=gone[1], is_last=True)
     assert left(engine) == stays
     with Session(engine) as session:
         assert session.scalar(select(func.count()).select_from(Event)) == 0
     row = row_of(engine, "all")
-    assert (row.deleted, row.held, row.position) == (2, 0, None)
+    assert (row.deleted, row.refused, row.position) == (2, 0, None)
     assert row.due_at is not None
     assert row.last_at is not None
     assert row.due_at - row.last_at == timedelta(hours=1)
@@ -129,17 +129,17 @@ def test_what_the_application_holds_stays_and_is_counted_and_the_others_go(engin
         hold(session, ids[2], child, how=how)
     policy(engine)
     first = batch(engine, limit=4)
-    assert first == Batch(roots=3, deleted=3, held=1, seen=ids[3], is_last=False)
+    assert first == Batch(roots=3, deleted=3, refused=1, seen=ids[3], is_last=False)
     make_due(engine)
-    assert batch(engine) == Batch(roots=3, deleted=3, held=1, seen=child, is_last=True)
+    assert batch(engine) == Batch(roots=3, deleted=3, refused=1, seen=child, is_last=True)
     assert left(engine) == {ids[2], ids[5], child}
-    assert (row_of(engine, "all").deleted, row_of(engine, "all").held) == (6, 2)
+    assert (row_of(engine, "all").deleted, row_of(engine, "all").refused) == (6, 2)
     with Session(engine) as session:
         session.execute(text("DELETE FROM invoice"))
         session.execute(update(Retention).values(due_at=None))
         session.commit()
     assert everything(engine) == 3
-    assert row_of(engine, "all").held == 0, "of the last walk"
+    assert row_of(engine, "all").refused == 0, "of the last walk"
 
 
 def test_two_workers_share_the_policies_and_wait_for_nothing(engine: Engine) -> None:
@@ -175,7 +175,7 @@ def test_what_others_lock_or_refer_to_is_left_without_a_wait(engine: Engine) -> 
     with Session(engine) as locking, Session(engine) as referring:
         races.lock(locking, child)
         races.lock(referring, ids[2], "KEY SHARE")
-        assert batch(engine) == Batch(roots=2, deleted=2, held=0, seen=child, is_last=True)
+        assert batch(engine) == Batch(roots=2, deleted=2, refused=0, seen=child, is_last=True)
     assert left(engine) == {ids[1], child, ids[2]}
 
 
@@ -202,8 +202,8 @@ def test_one_that_takes_too_long_is_passed_over(engine: Engine) -> None:
         assert skip_one(connection, "all") == ids[0]
         assert skip_one(connection, "gone") is None
     make_due(engine)
-    assert batch(engine) == Batch(roots=1, deleted=1, held=0, seen=ids[1], is_last=True)
-    assert row_of(engine, "all").held == 1
+    assert batch(engine) == Batch(roots=1, deleted=1, refused=0, seen=ids[1], is_last=True)
+    assert row_of(engine, "all").refused == 1
 
 
 @pytest.mark.new_database
@@ -261,14 +261,10 @@ def test_policies_are_made_changed_and_dropped_in_the_callers_transaction(engine
         assert (changed.statuses, changed.due_at, changed.position) == (["cancelled", "failed"], None, None)
         assert manage.drop_retention(session, "orders")
         assert not manage.drop_retention(session, "orders")
-        for each in (
-            {"keep": timedelta()},
-            {"keep": 90},
-            {"keep": DAY, "status": "running"},
-            {"keep": DAY, "status": ()},
-        ):
+        wrong: list[dict[str, Any]] = [{"keep": timedelta()}, {"keep": 90}, {"keep": DAY, "workflow": " "}]
+        for each in [*wrong, {"keep": DAY, "status": "running"}, {"keep": DAY, "status": ()}]:
             with pytest.raises(ArgumentError):
-                manage.put_retention(session, "orders", **each)  # type: ignore[arg-type]
+                manage.put_retention(session, "orders", **each)
 
 
 async def test_the_twins_for_async_code(async_session_factory: async_sessionmaker[AsyncSession]) -> None:
@@ -287,7 +283,7 @@ async def test_the_twins_for_async_code(async_session_factory: async_sessionmake
         ("statuses", "(name, keep, statuses) VALUES ('a', '1 day', '{}')"),
         ("statuses", "(name, keep, statuses) VALUES ('a', '1 day', '{running}')"),
         ("statuses", "(name, keep, statuses) VALUES ('a', '1 day', '{failed,NULL}')"),
-        ("counts", "(name, keep, held) VALUES ('a', '1 day', -1)"),
+        ("counts", "(name, keep, refused) VALUES ('a', '1 day', -1)"),
         ("times", "(name, keep, due_at) VALUES ('a', '1 day', 'infinity')"),
     ],
 )

@@ -47,7 +47,7 @@ def row_of(engine: Engine, name: str) -> Retention:
 
 
 def hold(session: Session, *ids: UUID, how: str = "") -> None:
-    """Let rows of the application refer to workflows by a foreign key that does not let them go."""
+    """Let rows of the application refer to workflows by a foreign key that keeps them there."""
     session.execute(text(REFERRING.format(how).replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS")))
     for each in ids:
         session.execute(text("INSERT INTO invoice VALUES (:id)"), {"id": each})

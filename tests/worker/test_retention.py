@@ -1,4 +1,4 @@
-"""Workers delete what the policies let go: those of the code, of a row, and of a row that changes."""
+"""Workers delete what the policies say: those of the code, of a row, and of a row that changes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_batch_that_fails_is_made_smaller_and_then_passed_over(engine: Engine,
 
     assert asyncio.run(carry_out()) == 1
     assert left(engine) == {first}
-    assert row_of(engine, "all").held == 1
+    assert row_of(engine, "all").refused == 1
     with engine.begin() as connection:
         connection.execute(text("DROP FUNCTION refuse() CASCADE"))
 

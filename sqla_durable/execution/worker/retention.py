@@ -28,14 +28,14 @@ _PAUSE = 60.0  # seconds after a batch that failed
 
 
 class Retention:
-    """Deletes what the policies of the database let go, those of other applications too."""
+    """Deletes what the policies of the database say, those of other applications too."""
 
     def __init__(self, databases: Databases, registry: Registry) -> None:
         self._transactions = databases.transacting
         self._registry = registry
         self._is_due = asyncio.Event()
         self._limit = _FIRST_LIMIT
-        self._taken: str | None = None
+        self._taken: list[str] = []
 
     async def declare(self) -> None:
         """Bring the policies that the code declares into the table, and drop those that it no longer does."""
@@ -78,13 +78,13 @@ class Retention:
 
         If it fails, the next one is of one workflow; if that fails too, the walk passes it over.
         """
-        self._taken = None
+        self._taken.clear()
         began = time.monotonic()
         try:
             batch = await self._transactions.execute(self._prune)
         except (DBAPIError, OSError) as error:
-            if self._taken is not None and not is_outage(error):
-                await self._yield_to_failure(self._taken)
+            for policy in self._taken if not is_outage(error) else ():
+                await self._yield_to_failure(policy)
             raise
         if batch is not None:
             self._adapt(batch, time.monotonic() - began)
@@ -94,10 +94,10 @@ class Retention:
         policy = retention.take_due(connection)
         if policy is None:
             return None
-        self._taken = policy.name
+        self._taken.append(policy.name)
         batch = prune(connection, policy, limit=self._limit)
-        if batch.deleted or batch.held:
-            log.debug("retention %r: %d deleted, %d held", policy.name, batch.deleted, batch.held)
+        if batch.deleted or batch.refused:
+            log.debug("retention %r: %d deleted, %d refused", policy.name, batch.deleted, batch.refused)
         return batch
 
     async def _yield_to_failure(self, policy: str) -> None:

@@ -378,7 +378,7 @@ def _create_retention(schema: sa.quoted_name) -> None:
         sa.Column("last_at", _timestamp()),
         sa.Column("position", pg.UUID()),
         sa.Column("deleted", sa.BigInteger(), server_default="0", nullable=False),
-        sa.Column("held", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("refused", sa.BigInteger(), server_default="0", nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("retention_pkey")),
         _name("retention", "name"),
         _name("retention", "workflow"),
@@ -389,7 +389,7 @@ def _create_retention(schema: sa.quoted_name) -> None:
             f"keep BETWEEN interval '1 second' AND {_LONGEST} "
             "AND extract(year FROM keep) BETWEEN 0.0 AND 100.0 AND extract(day FROM keep) BETWEEN 0.0 AND 36500.0",
         ),
-        _check("retention", "counts", "deleted >= 0 AND held >= 0"),
+        _check("retention", "counts", "deleted >= 0 AND refused >= 0"),
         _times("retention", "created_at, due_at, last_at"),
         schema=schema,
     )

@@ -63,8 +63,7 @@ def prune(
     given = {"keep": keep, "name": name or None, "status": statuses, "limit": limit}
     with session_of(url, app, schema) as session:
         sweeps = _sweeps(session, kept, name or None, statuses)
-        if dry_run or not yes:
-            counted = [_count(session, each, limit) for each in sweeps]
+        counted = [_count(session, each, limit) for each in sweeps] if dry_run or not yes else []
         if dry_run:
             _show(sweeps, [{"would_delete": each} for each in counted], as_json=as_json)
             return
@@ -88,9 +87,10 @@ def _options(
         raise CommandError("--name and --status say whose workflows --keep is about: add --keep, such as --keep 90d.")
     try:
         statuses = finished_statuses(status)
-        return None if keep is None else require_keep(span("--keep", keep)), statuses and list(statuses)
+        kept = None if keep is None else require_keep(span("--keep", keep))
     except ArgumentError as error:
         raise CommandError(str(error)) from None
+    return kept, None if statuses is None else list(statuses)
 
 
 def _sweeps(
@@ -135,13 +135,13 @@ def _delete(
     session.add(Audit(who=_who(), verb="prune", details=details))
     session.flush()
     for sweep in sweeps:
-        deleted, held, roots, after, is_last = 0, 0, 0, None, False
+        deleted, refused, roots, after, is_last = 0, 0, 0, None, False
         while not is_last and (limit is None or roots < limit):
             batch = delete_batch(connection_of(session), sweep.wanted, after=after, limit=_size(limit, roots))
             session.commit()
-            deleted, held, roots = deleted + batch.deleted, held + batch.held, roots + batch.roots
+            deleted, refused, roots = deleted + batch.deleted, refused + batch.refused, roots + batch.roots
             after, is_last = batch.seen, batch.is_last
-        yield {"deleted": deleted, "held": held}
+        yield {"deleted": deleted, "refused": refused}
 
 
 def _size(limit: int | None, done: int) -> int:
