@@ -262,7 +262,8 @@ def test_policies_are_made_changed_and_dropped_in_the_callers_transaction(engine
         assert manage.drop_retention(session, "orders")
         assert not manage.drop_retention(session, "orders")
         wrong: list[dict[str, Any]] = [{"keep": timedelta()}, {"keep": 90}, {"keep": DAY, "workflow": " "}]
-        for each in [*wrong, {"keep": DAY, "status": "running"}, {"keep": DAY, "status": ()}]:
+        wrong += [{"keep": DAY, "status": "running"}, {"keep": DAY, "status": ()}]
+        for each in wrong:
             with pytest.raises(ArgumentError):
                 manage.put_retention(session, "orders", **each)
 

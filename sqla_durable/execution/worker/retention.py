@@ -31,6 +31,7 @@ class Retention:
     """Deletes what the policies of the database say, those of other applications too."""
 
     def __init__(self, databases: Databases, registry: Registry) -> None:
+        self._database = databases.shared
         self._transactions = databases.transacting
         self._registry = registry
         self._is_due = asyncio.Event()
@@ -39,7 +40,7 @@ class Retention:
 
     async def declare(self) -> None:
         """Bring the policies that the code declares into the table, and drop those that it no longer does."""
-        for line in await persistently(self._transactions, self._declare, what="retention"):
+        for line in await persistently(self._database, self._declare, what="retention"):
             log.info("%s", line)
 
     def _declare(self, connection: Connection) -> list[str]:
