@@ -17,7 +17,7 @@ import sqla_durable.asyncio
 from sqla_durable import errors, manage, models, testing
 
 MADE_BY_USERS = {"AsyncExecutor", "Durable", "Executor", "Interceptor", "Saga", "StartOptions", "Worker"}
-RECORDS = ["Workflow", "Step", "Signal", "Event", "StreamItem", "Queue", "Schedule", "Worker"]
+RECORDS = ["Workflow", "Step", "Signal", "Event", "StreamItem", "Queue", "Schedule", "Retention", "Worker"]
 PAGE = Path(__file__).parent / "names.md"
 HEAD = """# Every public name
 

@@ -18,6 +18,7 @@ from sqla_durable.api.steps import (
     TransactionalStep,
 )
 from sqla_durable.api.workflows import AnyWorkflowFunction, AsyncWorkflowFunction, WorkflowFunction
+from sqla_durable.definitions.checks import require_text
 from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.inspection import SessionKind, place_of
 from sqla_durable.definitions.interceptors import Interceptor, Interceptors
@@ -35,6 +36,7 @@ from sqla_durable.definitions.registry import (
     WorkflowOptions,
     encode_secrets,
 )
+from sqla_durable.definitions.retention import RetentionDeclaration, RetentionOptions, Statuses
 from sqla_durable.definitions.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
 from sqla_durable.definitions.schedules import ScheduleOptions, TimingKeywords
 from sqla_durable.errors import DefinitionError
@@ -198,6 +200,31 @@ class Durable:
         """
         require_queue_name(name)
         self.registry.add_queue(QueueDeclaration(name, QueueOptions(**options)))
+
+    def retention(self, name: str, *, keep: timedelta, workflow: str | None = None, status: Statuses = None) -> None:
+        """Declare how long finished workflows are kept; workers delete them then, with their trees and histories.
+
+        ```python
+        durable.retention("all", keep=timedelta(days=90))
+        durable.retention("failed payments", workflow="pay*", status="failed", keep=timedelta(days=365))
+        ```
+
+        A worker brings it into the table when it starts. Of several policies that fit a workflow the most specific one
+        decides; see docs, "Retention". Without a policy, everything stays.
+
+        Args:
+            name: that of the policy.
+            keep: how long after its end a workflow is kept.
+            workflow: whose: a name, or a pattern in which `*` stands for any text; by default every one.
+            status: with which end: "succeeded", "failed", "cancelled", or several; by default every one.
+
+        Raises:
+            ArgumentError: an option is wrong.
+            DefinitionError: another policy has the name.
+        """
+        require_text(name, what="policy's name")
+        wanted = RetentionOptions.of(workflow=workflow, status=status, keep=keep)
+        self.registry.add_retention(RetentionDeclaration(name, wanted))
 
     # A coroutine function is a function too, and a session a first argument like any other: the overloads overlap,
     # and the first that fits decides.

@@ -17,11 +17,12 @@ import sqla_durable.manage as sync
 from sqla_durable.api.sessions import run_sync
 from sqla_durable.api.workflows import BoundWorkflow
 from sqla_durable.definitions.queues import QueueKeywords
+from sqla_durable.definitions.retention import Statuses
 from sqla_durable.definitions.schedules import ScheduleKeywords
 from sqla_durable.manage import Backfill, id_at, next_ticks
 from sqla_durable.manage.forks import ForkOptions, OneForkOptions
 from sqla_durable.manage.verbs import Selected
-from sqla_durable.models import Queue, Schedule, Workflow
+from sqla_durable.models import Queue, Retention, Schedule, Workflow
 
 __all__ = [
     "Backfill",
@@ -29,6 +30,7 @@ __all__ = [
     "cancel",
     "change",
     "delete",
+    "drop_retention",
     "explain_pending",
     "fork",
     "id_at",
@@ -37,6 +39,7 @@ __all__ = [
     "pause_queue",
     "pause_schedule",
     "put_queue",
+    "put_retention",
     "put_schedule",
     "resume",
     "resume_key",
@@ -172,3 +175,15 @@ async def backfill_schedule(
 ) -> Backfill:
     """Start the workflows of the ticks in a time that has passed. See `sqla_durable.manage.backfill_schedule`."""
     return await run_sync(session, sync.backfill_schedule, name, since=since, until=until, limit=limit)
+
+
+async def put_retention(
+    session: AsyncSession, name: str, *, keep: timedelta, workflow: str | None = None, status: Statuses = None
+) -> Retention:
+    """Make a policy of retention, or change the one of that name. See `sqla_durable.manage.put_retention`."""
+    return await run_sync(session, sync.put_retention, name, keep=keep, workflow=workflow, status=status)
+
+
+async def drop_retention(session: AsyncSession, name: str) -> bool:
+    """Drop a policy of retention. See `sqla_durable.manage.drop_retention`."""
+    return await run_sync(session, sync.drop_retention, name)

@@ -18,6 +18,7 @@ from uuid import UUID
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.codec import ArgumentsCodec, Codec
 from sqla_durable.definitions.dataclass import dataclass
+from sqla_durable.definitions.declarations import Declarations
 from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.inspection import (
     SessionClass,
@@ -34,9 +35,7 @@ from sqla_durable.definitions.interceptors import Interceptors
 from sqla_durable.definitions.json_values import DEFAULT_LIMIT
 from sqla_durable.definitions.limits import TimeLimits
 from sqla_durable.definitions.log import Log
-from sqla_durable.definitions.queues import QueueDeclaration
 from sqla_durable.definitions.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
-from sqla_durable.definitions.schedules import ScheduleDeclaration
 from sqla_durable.errors import ArgumentError, DefinitionError, UsageError
 
 IsolationLevel: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
@@ -351,36 +350,13 @@ class WorkflowDefinition:
         return f" Options go before the call: {self.name}.options({given}).start(session, ...)."
 
 
-class Registry:
-    """The workflows of one `Durable`, by name."""
+class Registry(Declarations):
+    """The workflows and the declarations of one `Durable`, by name."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._workflows: dict[str, WorkflowDefinition] = {}
         self._steps: dict[str, StepDefinition] = {}
-        self._schedules: dict[str, ScheduleDeclaration] = {}
-        self._queues: dict[str, QueueDeclaration] = {}
-
-    def add_queue(self, declared: QueueDeclaration) -> None:
-        """Register the settings of a queue.
-
-        Raises:
-            DefinitionError: it has others already.
-        """
-        known = self._queues.setdefault(declared.name, declared)
-        if known != declared:
-            raise DefinitionError(
-                f"queue {declared.name!r} is declared twice, with different settings: keep one of them."
-            )
-
-    def add_schedule(self, declared: ScheduleDeclaration) -> None:
-        """Register a schedule.
-
-        Raises:
-            DefinitionError: another one has the name.
-        """
-        if declared.name in self._schedules:
-            raise DefinitionError(f"two schedules are named {declared.name!r}: give one of them another name=.")
-        self._schedules[declared.name] = declared
 
     def add_workflow(self, definition: WorkflowDefinition) -> None:
         """Register a workflow.
@@ -417,14 +393,6 @@ class Registry:
 
     def __iter__(self) -> Iterator[WorkflowDefinition]:
         return iter(self._workflows.values())
-
-    def queues(self) -> list[QueueDeclaration]:
-        """Return the queues whose settings are declared, in the order of their names."""
-        return [self._queues[name] for name in sorted(self._queues)]
-
-    def schedules(self) -> list[ScheduleDeclaration]:
-        """Return the registered schedules, in the order of their names."""
-        return [self._schedules[name] for name in sorted(self._schedules)]
 
     def steps(self) -> Iterator[StepDefinition]:
         """Iterate over the registered steps."""

@@ -6,6 +6,7 @@ Cancel, resume, retry, rewind, change, fork and delete them, by record, by id or
 from sqla_durable.manage.explaining import explain_pending
 from sqla_durable.manage.forks import fork
 from sqla_durable.manage.queues import pause_key, pause_queue, put_queue, resume_key, resume_queue
+from sqla_durable.manage.retention import drop_retention, put_retention
 from sqla_durable.manage.schedules import (
     Backfill,
     backfill_schedule,
@@ -23,6 +24,7 @@ __all__ = [
     "cancel",
     "change",
     "delete",
+    "drop_retention",
     "explain_pending",
     "fork",
     "id_at",
@@ -31,6 +33,7 @@ __all__ = [
     "pause_queue",
     "pause_schedule",
     "put_queue",
+    "put_retention",
     "put_schedule",
     "resume",
     "resume_key",

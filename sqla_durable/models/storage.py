@@ -26,6 +26,7 @@ STORAGE: dict[str, dict[str, float]] = {
         "autovacuum_analyze_threshold": 1000,
     },
     "queue": {"fillfactor": 50, "autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 100},
+    "retention": {"fillfactor": 50, "autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 100},
     "worker": {"fillfactor": 50, "autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 100},
 }
 """The storage parameters of our tables, for which SQLAlchemy 2.0 has no place in a `Table`."""

@@ -225,7 +225,7 @@ def lock_cancelled_with(
     cancelled = sa.and_(WORKFLOW.c.status == status_literal(WorkflowStatus.CANCELLED), is_not_compensated())
 
     def meant(roots: Condition) -> Condition:
-        tree = _tree(sa.and_(roots, condition), WORKFLOW.c.finished_at.label("moment"))
+        tree = tree_under(sa.and_(roots, condition), WORKFLOW.c.finished_at.label("moment"))
         together = sa.and_(cancelled, WORKFLOW.c.finished_at == tree.c.moment)
         found = sa.select(WORKFLOW.c.id).join(tree, tree.c.id == WORKFLOW.c.id).where(sa.or_(tree.c.is_root, together))
         return WORKFLOW.c.id.in_(found) if of_each is None else sa.and_(WORKFLOW.c.id.in_(found), of_each)
@@ -393,7 +393,7 @@ def _has_no_step(table: sa.FromClause, key: Expression) -> Condition:
 def _unfinished_of(roots: Condition) -> Condition:
     """Return the condition of what a cancel changes: unfinished workflows, without those that compensate already."""
     open_ones = sa.or_(*(WORKFLOW.c.status == status_literal(each) for each in _UNFINISHED))
-    tree = _tree(sa.and_(roots, open_ones))
+    tree = tree_under(sa.and_(roots, open_ones))
     return sa.and_(WORKFLOW.c.id.in_(sa.select(tree.c.id)), open_ones, ~must_compensate())
 
 
@@ -402,12 +402,12 @@ def _deletable_trees(roots: Condition) -> sa.Select[tuple[UUID]]:
     parent, member = WORKFLOW.alias("parent"), WORKFLOW.alias("member")
     asked = sa.select(parent.c.id).where(parent.c.id == WORKFLOW.c.parent_id, parent.c.finished_at.is_(None)).exists()
     free = sa.or_(WORKFLOW.c.detached, ~asked)
-    tree = _tree(sa.and_(roots, WORKFLOW.c.finished_at.is_not(None), free), WORKFLOW.c.id.label("root_id"))
+    tree = tree_under(sa.and_(roots, WORKFLOW.c.finished_at.is_not(None), free), WORKFLOW.c.id.label("root_id"))
     going_on = sa.select(tree.c.root_id).join(member, member.c.id == tree.c.id).where(member.c.finished_at.is_(None))
     return sa.select(tree.c.id).where(tree.c.root_id.not_in(going_on))
 
 
-def _tree(roots: Condition, *carried: sa.Label[Any]) -> sa.CTE:
+def tree_under(roots: Condition, *carried: sa.Label[Any]) -> sa.CTE:
     """Select the trees under the roots, with the carried columns of the root in each row."""
     tree = sa.select(WORKFLOW.c.id, sa.true().label("is_root"), *carried).where(roots).cte("tree", recursive=True)
     child = WORKFLOW.alias("child")

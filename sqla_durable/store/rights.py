@@ -27,7 +27,7 @@ Rights: TypeAlias = Mapping[str, Mapping[str, str]]
 _TABLES = " ".join(table.name for table in Base.metadata.tables.values())
 _VIEWS = " ".join(VIEWS)
 _EVERYTHING = [*_TABLES.split(), *_VIEWS.split()]
-_OF_WORKERS = "workflow step signal event stream_item queue queue_key queue_use schedule worker"
+_OF_WORKERS = "workflow step signal event stream_item queue queue_key queue_use schedule retention worker"
 
 _NEW = "id name input key queue by tags priority status wake_at timeout deadline_at version headers"
 _NEW_OF_SCHEDULE = "id name input key queue by tags priority timeout version headers schedule"
@@ -111,6 +111,7 @@ SETS: Mapping[str, Rights] = {
         _on("step event stream_item worker", "INSERT UPDATE DELETE"),
         _on("schedule queue queue_key", "INSERT UPDATE"),
         _on("queue_use", "INSERT DELETE"),
+        _on("retention", "INSERT UPDATE DELETE"),
         {
             "workflow": {"INSERT": f"{_NEW} parent_id parent_key detached schedule"},
             "signal": {"INSERT": "workflow_id name key payload delivered_at is_answer is_update is_notice"},
@@ -121,7 +122,7 @@ SETS: Mapping[str, Rights] = {
         _on(f"{_TABLES} {_VIEWS}", "SELECT"),
         _on("workflow signal", "DELETE"),
         _on("step event stream_item", "INSERT DELETE"),
-        _on("queue queue_key schedule", "INSERT UPDATE DELETE"),
+        _on("queue queue_key schedule retention", "INSERT UPDATE DELETE"),
         {
             "workflow": {
                 "INSERT": "id name input key queue by tags priority attempt started_at timeout deadline_at version "

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import WorkflowStatus
-from sqla_durable.store import schedules
+from sqla_durable.store import retention, schedules
 from sqla_durable.store.claims import (
     Ranges,
     active_ranges,
@@ -98,6 +98,7 @@ class Work:
         overdue: the deadline of something unfinished has passed.
         has_orphans: deferred children have lost their parent; its notice is one of the undelivered, too.
         ticks: a schedule is due.
+        prunes: a policy of retention is due.
         kept: the names of the queues from which ordinary claims take nothing, in order: paused, or with limits.
         limited: those that have limits and are not paused.
         waiting: something waits in one of those, of the queues that were asked for.
@@ -113,6 +114,7 @@ class Work:
     overdue: bool = False
     has_orphans: bool = False
     ticks: bool = False
+    prunes: bool = False
     kept: tuple[str, ...] = ()
     limited: tuple[str, ...] = ()
     waiting: bool = False
@@ -151,6 +153,7 @@ def find_work(
         overdue=row.overdue,
         has_orphans=row.has_orphans,
         ticks=row.ticks,
+        prunes=row.prunes,
         kept=tuple(sorted(row.kept or ())),
         limited=tuple(sorted(row.limited or ())),
         waiting=row.waiting,
@@ -252,6 +255,7 @@ def _find_work_statement() -> Any:
         _alive().label("alive"),
         sa.select(SIGNAL.c.id).where(is_undelivered("since_sent"), is_left).exists().label("has_orphans"),
         sa.select(SCHEDULE.c.name).where(schedules.is_due()).exists().label("ticks"),
+        sa.select(retention.RETENTION.c.name).where(retention.is_due()).exists().label("prunes"),
         sa.select(pg.array_agg(kept.c.name)).scalar_subquery().label("kept"),
         sa.select(pg.array_agg(kept.c.name)).where(kept.c.is_limited).scalar_subquery().label("limited"),
         _waiting(kept).label("waiting"),

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 import sqla_durable
 from sqla_durable import Durable, Event, Queue, Schedule, Signal, Step, StreamItem, Workflow, manage
-from sqla_durable.models import Audit, QueueKey, QueueUse
+from sqla_durable.models import Audit, QueueKey, QueueUse, Retention
 from sqla_durable.models.base import Base
 from sqla_durable.models.views import VIEWS
 from sqla_durable.operations.callback import CallbackRecord
@@ -71,7 +71,7 @@ def make_world(engine: Engine) -> World:
     return World(pending, failed, cancelled, done, owner.workflow_id, made.reveal_token())
 
 
-TABLES = (Workflow, Step, Signal, Event, StreamItem, Queue, QueueKey, QueueUse, Schedule, Audit)
+TABLES = (Workflow, Step, Signal, Event, StreamItem, Queue, QueueKey, QueueUse, Schedule, Retention, Audit)
 
 
 def reading(table: type[Base]) -> Verb:
@@ -163,6 +163,8 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
             "delete": lambda session, world: api.manage.delete(
                 session, select(Workflow).where(Workflow.id == world.done)
             ),
+            "put a policy": lambda session, _: api.manage.put_retention(session, "all", keep=DAY),
+            "drop a policy": lambda session, _: api.manage.drop_retention(session, "all"),
             "pause a queue": lambda session, _: api.manage.pause_queue(session, "mail"),
             "resume a queue": lambda session, _: api.manage.resume_queue(session, "mail"),
             "put a queue": lambda session, _: api.manage.put_queue(session, "mail", fair=True, weights={"a": 2}),

@@ -40,6 +40,7 @@ def test_without_hiding_them_they_would_be_dropped(engine: Engine) -> None:
         "queue_use",
         "worker",
         "schedule",
+        "retention",
     }
     assert dropped == ours
 

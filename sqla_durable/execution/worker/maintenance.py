@@ -24,6 +24,7 @@ from sqla_durable.execution.worker.heartbeat import Heartbeat
 from sqla_durable.execution.worker.hints import Wakeups
 from sqla_durable.execution.worker.isolation import Isolation
 from sqla_durable.execution.worker.limited_queues import LimitedQueues
+from sqla_durable.execution.worker.retention import Retention
 from sqla_durable.execution.worker.schedules import Schedules
 from sqla_durable.execution.worker.settings import (
     FORGET_EVERY,
@@ -56,12 +57,14 @@ class Maintenance:
         limited: LimitedQueues,
         isolation: Isolation,
         schedules: Schedules,
+        retention: Retention,
         wakeups: Wakeups,
         settings: Settings,
         on_empty: Callable[[], None],
     ) -> None:
         self._database = database
         self._schedules = schedules
+        self._retention = retention
         self._heartbeat = heartbeat
         self._cursors = cursors
         self._limited = limited
@@ -136,6 +139,8 @@ class Maintenance:
         woken += await self._start_orphans() if seen.has_orphans else 0
         if seen.ticks:
             await self._schedules.fire()
+        if seen.prunes:
+            self._retention.wake()
         if seen.claimable or seen.waiting or reclaimed or woken or undoing:
             self._claims.set()
         else:

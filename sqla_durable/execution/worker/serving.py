@@ -36,6 +36,7 @@ from sqla_durable.execution.worker.isolation import Isolation
 from sqla_durable.execution.worker.limited_queues import LimitedQueues, declare_queues
 from sqla_durable.execution.worker.maintenance import Maintenance
 from sqla_durable.execution.worker.recorder import Resources, Sessions, Slots
+from sqla_durable.execution.worker.retention import Retention
 from sqla_durable.execution.worker.schedules import Schedules
 from sqla_durable.execution.worker.settings import BEATS, LAST_GRACE, Settings
 from sqla_durable.execution.worker.writer import StreamWriter, Writer
@@ -242,6 +243,7 @@ class Serving:
             databases.claiming, self._attempts, slots, self._heartbeat, cursors, limited, isolation, wakeups, settings
         )
         self._schedules = Schedules(databases, registry, settings.queues, wakeups.claims)
+        self._retention = Retention(databases, registry)
         self._maintenance = Maintenance(
             database,
             self._heartbeat,
@@ -249,6 +251,7 @@ class Serving:
             limited,
             isolation,
             self._schedules,
+            self._retention,
             wakeups,
             settings,
             self._stop_if_idle,
@@ -279,10 +282,11 @@ class Serving:
         )
 
     async def begin(self) -> None:
-        """Begin the lease, and bring the queues and schedules of the code into the tables."""
+        """Begin the lease, and bring what the code declares into the tables: queues, schedules, retention."""
         await self._heartbeat.begin()
         await declare_queues(self._databases.transacting, self._registry.queues())
         await self._schedules.declare()
+        await self._retention.declare()
 
     def _stop_if_idle(self) -> None:
         """Stop, because nothing waits, if nothing is executed either."""
@@ -296,7 +300,10 @@ class Serving:
             listen_on: the engine on whose connection hints are listened for; None: everything is found by polling.
         """
         taking = _tasks(
-            claims=self._claims.run(), maintenance=self._maintenance.run(), listener=self._listen(listen_on)
+            claims=self._claims.run(),
+            maintenance=self._maintenance.run(),
+            retention=self._retention.run(),
+            listener=self._listen(listen_on),
         )
         keeping = _tasks(
             heartbeat=self._heartbeat.run(), writer=self._writer.run(), stream_writer=self._stream_writer.run()

@@ -1,4 +1,4 @@
-"""Add limits of queues, schedules, and what operators need: tags, views, and a log of what they did."""
+"""Add limits of queues, schedules, retention, and what operators need: tags, views, and a log of what they did."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ _CHECKS_OF_QUEUES = {
     "AND pg_catalog.num_nonnulls(concurrency, per_key) > 0)",
     "fifo": "fifo IS NULL OR (fifo IN ('skip', 'block') AND coalesce(per_key, 1) = 1)",
 }
+_FINISHED = (
+    "pg_catalog.cardinality(statuses) > 0 AND pg_catalog.array_position(statuses, NULL) IS NULL "
+    "AND statuses <@ ARRAY['succeeded', 'failed', 'cancelled']"
+)
 _TAGS = "pg_catalog.jsonb_typeof(tags) = 'object'"
 _CHECKS_OF_WORKFLOWS = {
     "tags": _TAGS,
@@ -179,6 +183,7 @@ def upgrade(schema: str | None = None) -> None:
         _add_limits(name)
         op.add_column("workflow", sa.Column("former_key", sa.Text()), schema=name)
         _create_audit(name)
+        _create_retention(name)
         for view, query in _VIEWS.items():
             schemas.execute(found, f"CREATE VIEW {{schema}}.{view} WITH (security_invoker = true) AS {query}")
 
@@ -189,6 +194,7 @@ def downgrade(schema: str | None = None) -> None:
         schemas.lock_tables(found, *_CHANGED)
         for view in _VIEWS:
             schemas.execute(found, f"DROP VIEW {{schema}}.{view}")
+        op.drop_table("retention", schema=name)
         op.drop_table("audit", schema=name)
         op.drop_column("workflow", "former_key", schema=name)
         _drop_limits(name)
@@ -396,6 +402,37 @@ def _create_audit(schema: sa.quoted_name) -> None:
         schema=schema,
         postgresql_where=sa.text("workflow_id IS NOT NULL"),
     )
+
+
+def _create_retention(schema: sa.quoted_name) -> None:
+    op.create_table(
+        "retention",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("workflow", sa.Text()),
+        sa.Column("statuses", pg.ARRAY(sa.Text())),
+        sa.Column("keep", pg.INTERVAL(), nullable=False),
+        sa.Column("declared", sa.Boolean(), server_default=sa.false(), nullable=False),
+        sa.Column("created_at", _timestamp(), server_default=_NOW, nullable=False),
+        sa.Column("due_at", _timestamp()),
+        sa.Column("last_at", _timestamp()),
+        sa.Column("position", pg.UUID()),
+        sa.Column("deleted", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("refused", sa.BigInteger(), server_default="0", nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("retention_pkey")),
+        _name("retention", "name"),
+        _name("retention", "workflow"),
+        _check("retention", "statuses", _FINISHED),
+        _check(
+            "retention",
+            "keep",
+            f"keep BETWEEN interval '1 second' AND {_LONGEST} "
+            "AND extract(year FROM keep) BETWEEN 0.0 AND 100.0 AND extract(day FROM keep) BETWEEN 0.0 AND 36500.0",
+        ),
+        _check("retention", "counts", "deleted >= 0 AND refused >= 0"),
+        _times("retention", "created_at, due_at, last_at"),
+        schema=schema,
+    )
+    schemas.set_storage(schema, "retention", _STORAGE)
 
 
 def _of_queue(table: str, schema: str) -> sa.ForeignKeyConstraint:

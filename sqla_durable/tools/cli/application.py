@@ -17,6 +17,7 @@ from sqla_durable.tools.cli.listing import list_workflows, queues, schedules, wo
 from sqla_durable.tools.cli.roles import roles
 from sqla_durable.tools.cli.showing import show
 from sqla_durable.tools.cli.metrics import metrics
+from sqla_durable.tools.cli.prune import prune
 from sqla_durable.tools.cli.torture import torture
 from sqla_durable.tools.cli.watching import tail, top
 from sqla_durable.tools.cli.exporting import export
@@ -73,5 +74,6 @@ for _each in (start, signal, update, cancel, resume, retry, rewind, fork, change
 app.add_typer(queue)
 app.add_typer(schedule)
 app.command("metrics")(metrics)
+app.command("prune")(prune)
 app.command("torture")(torture)
 app.command("bench")(bench)
