@@ -258,7 +258,7 @@ def is_cancellable() -> Condition:
 
 def names_in_trees(connectable: Connectable, ids: Sequence[UUID]) -> dict[UUID, str]:
     """Return the names of the workflows and of what is under them, for the log of their deletion."""
-    tree = _tree(is_among(WORKFLOW.c.id, ids))
+    tree = tree_under(is_among(WORKFLOW.c.id, ids))
     rows = execute(connectable, sa.select(WORKFLOW.c.id, WORKFLOW.c.name).join(tree, tree.c.id == WORKFLOW.c.id))
     return {row.id: row.name for row in rows}
 

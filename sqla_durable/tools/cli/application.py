@@ -13,20 +13,19 @@ import sqla_durable
 from sqla_durable.tools.cli.bench import bench
 from sqla_durable.tools.cli.doctor import doctor
 from sqla_durable.tools.cli.errors import fail
-from sqla_durable.tools.cli.listing import list_workflows, queues, schedules, workers
-from sqla_durable.tools.cli.roles import roles
-from sqla_durable.tools.cli.showing import show
-from sqla_durable.tools.cli.metrics import metrics
-from sqla_durable.tools.cli.prune import prune
-from sqla_durable.tools.cli.torture import torture
-from sqla_durable.tools.cli.watching import tail, top
 from sqla_durable.tools.cli.exporting import export
+from sqla_durable.tools.cli.listing import list_workflows, queues, schedules, workers
+from sqla_durable.tools.cli.metrics import metrics
 from sqla_durable.tools.cli.migrating import migrate
+from sqla_durable.tools.cli.prune import prune
 from sqla_durable.tools.cli.queueing import queue
+from sqla_durable.tools.cli.roles import roles
 from sqla_durable.tools.cli.scheduling import schedule
 from sqla_durable.tools.cli.sending import signal, start, update
+from sqla_durable.tools.cli.showing import show
 from sqla_durable.tools.cli.torture import torture
 from sqla_durable.tools.cli.verbs import cancel, change, delete, fork, resume, retry, rewind
+from sqla_durable.tools.cli.watching import tail, top
 from sqla_durable.tools.cli.worker import worker
 
 app = typer.Typer(
