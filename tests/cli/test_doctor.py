@@ -23,7 +23,7 @@ from sqla_durable.tools.cli.application import app
 from sqla_durable.tools.cli.errors import CommandError
 from sqla_durable.tools.doctor import Code, Finding, Severity, examination, examine, server
 from tests.store import races
-from tests.support.roles import BY_TASK, TASKS, recipe, roles
+from tests.support.roles import TASKS, roles
 
 OF_TEST_SERVER = {Code.FSYNC_OFF, Code.FULL_PAGE_WRITES_OFF, Code.DEAD_ROWS}
 IGNORING = [part for code in sorted(OF_TEST_SERVER) for part in ("--ignore", code)]
@@ -349,14 +349,15 @@ def test_what_the_server_of_the_tests_has_not_is_found_in_rows(
 
 def test_rights_that_a_role_lacks_are_found_and_what_it_may_not_read_is_a_note(engine: Engine, direct_url: str) -> None:
     execute(direct_url, LIVE)
-    with roles(engine, direct_url, *TASKS, sql=recipe(BY_TASK)) as made:
+    with roles(engine, direct_url, *TASKS) as made:
+        made.grant(*TASKS)
         assert Code.MISSING_RIGHTS not in {each.code for each in examine(made.engine("worker"))}
         made.execute("REVOKE INSERT ON durable.queue_use FROM worker", "REVOKE SELECT ON durable.signal FROM reader")
         of_worker = {each.code: each for each in examine(made.engine("worker"))}
         found = {each.code: each for each in examine(made.engine("reader"))}
     assert of_worker[Code.MISSING_RIGHTS].values["missing"] == {"queue_use": ["insert"]}
     assert found.keys() - OF_TEST_SERVER == {Code.MISSING_RIGHTS, Code.NOT_CHECKED, Code.HIDDEN_SESSIONS}
-    assert "GRANT SELECT ON durable.signal TO reader" in found[Code.MISSING_RIGHTS].todo
+    assert f"GRANT SELECT ON durable.signal TO {made.prefix}reader" in found[Code.MISSING_RIGHTS].todo
     assert "permission denied for table" in found[Code.NOT_CHECKED].found
     assert found[Code.NOT_CHECKED].values["checks"] == ["signals", "waits"]
 

@@ -14,22 +14,24 @@ from sqla_durable import Durable, Worker
 SOON = timedelta(milliseconds=50)
 
 
+def said(worker: Worker) -> tuple[bool, bool]:
+    """Return whether it serves, and whether its event loop answers."""
+    return worker.is_serving, worker.responds()
+
+
 def test_it_serves_from_its_start_to_its_stop(engine: Engine) -> None:
     worker = Worker(Durable(), sessionmaker=sessionmaker(engine))
-    assert not worker.is_serving
-    assert worker.responds()
+    assert said(worker) == (False, True)
     with worker:
-        assert worker.is_serving
-        assert worker.responds()
+        assert said(worker) == (True, True)
         assert worker._serving is not None  # pyright: ignore[reportPrivateUsage]
         heartbeat = worker._serving._heartbeat  # pyright: ignore[reportPrivateUsage]
         heartbeat._valid_until = float("-inf")  # as after an outage that was longer than the lease
-        assert not worker.is_serving
+        assert said(worker) == (False, True)
         heartbeat._valid_until = float("inf")
         worker.stop()
-        assert not worker.is_serving
-    assert not worker.is_serving
-    assert worker.responds()
+        assert said(worker) == (False, True)
+    assert said(worker) == (False, True)
 
 
 def test_an_event_loop_that_is_blocked_does_not_answer(

@@ -36,7 +36,8 @@ _CHECKS_OF_QUEUES = {
 }
 _FINISHED = (
     "pg_catalog.cardinality(statuses) > 0 AND pg_catalog.array_position(statuses, NULL) IS NULL "
-    "AND statuses <@ ARRAY['succeeded', 'failed', 'cancelled']"
+    "AND pg_catalog.cardinality(pg_catalog.array_remove(pg_catalog.array_remove(pg_catalog.array_remove("
+    "statuses, text 'succeeded'), text 'failed'), text 'cancelled')) = 0"
 )
 _TAGS = "pg_catalog.jsonb_typeof(tags) = 'object'"
 _CHECKS_OF_WORKFLOWS = {
