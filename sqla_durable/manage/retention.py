@@ -21,8 +21,8 @@ from sqla_durable.models import Retention
 from sqla_durable.store import retention, schedules
 from sqla_durable.store.retention import DuePolicy, Wanted
 
-PAUSES = 19
-"""How many times as long as a batch has taken the next one of its policy waits: 5 % of the time of one worker."""
+PAUSES = 4
+"""How many times as long as a batch has taken the next one of its policy waits: a fifth of the time at most."""
 
 _LOCK_NOT_AVAILABLE = "55P03"
 _MOST_WAITS = 3

@@ -70,7 +70,7 @@ class Retention:
             self._is_due.clear()
             try:
                 await self.execute()
-            except (DBAPIError, OSError) as error:  # a TimeoutError is one, too
+            except Exception as error:  # whatever it is, the worker goes on with its workflows
                 log.error("retention: %s; trying again in %.0f s", first_line(error), _PAUSE)
                 await asyncio.sleep(_PAUSE)
 
