@@ -26,7 +26,10 @@ from sqla_durable.store.statements import (
     pg,
 )
 
-_MIGRATE = f"Run `alembic upgrade heads` with a revision that calls sqla_durable.migrations.upgrade({REVISION!r})"
+_MIGRATE = (
+    f"Run `alembic upgrade heads` with a revision that calls sqla_durable.migrations.upgrade({REVISION!r}), or without "
+    "Alembic `sqla-durable migrate`"
+)
 _fitting: WeakKeyDictionary[Pool, set[str]] = WeakKeyDictionary()
 
 

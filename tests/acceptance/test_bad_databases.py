@@ -52,7 +52,7 @@ USES = pytest.mark.parametrize("use", ["start", "executor", "worker", "handle"])
 def test_unmigrated_database_is_named(unmigrated: Sessions, use: str) -> None:
     with pytest.raises(SchemaError, match=r"the durable tables are not in postgresql.*schema 'durable'") as caught:
         _uses(unmigrated)[use]()
-    assert f"Run `alembic upgrade heads` with a revision that calls {UPGRADE}, or for a try " in str(caught.value)
+    assert f"Run `alembic upgrade heads` with a revision that calls {UPGRADE}, or without Alembic " in str(caught.value)
 
 
 def test_callers_transaction_survives_an_unmigrated_database(unmigrated: Sessions) -> None:

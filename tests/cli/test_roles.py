@@ -86,7 +86,7 @@ def test_what_is_printed_is_what_the_command_does_once_or_again(
         before = rights_in(engine)
         code, _, said = command(*arguments)
         assert (code, rights_in(engine)) == (2, before)
-        assert "Nobody can be asked here: add --yes" in said
+        assert "There is no terminal to ask at: add --yes" in said
         code, printed, _ = command(*arguments, "--yes")
         assert re.findall(r"_([a-z]+) +created", printed) == list(rights.ROLES)
         done = rights_in(engine)

@@ -89,10 +89,10 @@ def test_suspended_workflow_is_shown_with_its_steps_and_all_that_it_waits_for(
 
     shown = command("show", workflow_id)
     for awaited in (
-        "for signal 'approved' since ",
-        "for signal 'a' in step 'own key' since ",
-        "for a timer since ",
-        "for update 'price' since ",
+        "for signal 'approved', for ",
+        "for signal 'a' in step 'own key', for ",
+        "for a timer, for ",
+        "for update 'price', for ",
         "callback",
         "for try 2 of step 'lambda#7/charge', until ",
         f"for child refund {child_id} (pending), started ",
@@ -156,7 +156,7 @@ def test_pending_running_and_dead_are_explained(session: Session, command: Comma
     session.commit()
     (worker, step) = section(command("show", fence.workflow_id), "Runs now")
     assert worker.startswith("on worker 'ada', last heartbeat ")
-    assert step.startswith("step 'charge', try 2, since 5")
+    assert step.startswith("step 'charge', try 2, running for 5")
     races.expire_leases(engine)
     (dead, *_) = section(command("show", fence.workflow_id), "Runs now")
     assert "whose lease expired 1m ago" in dead
@@ -170,7 +170,7 @@ def test_pending_running_and_dead_are_explained(session: Session, command: Comma
         "by         tenant",
         "key        k",
         'tags       {"a": "b"}',
-        "status     pending since",
+        "status     pending for",
     ):
         assert f"  {fact}" in pending.out
 
@@ -180,8 +180,8 @@ def test_pending_running_and_dead_are_explained(session: Session, command: Comma
         return line
 
     due = datetime(2999, 1, 1, tzinfo=UTC)
-    assert re.fullmatch(r"for its start since .*s, until 2999-01-01 00:00:00Z", waits(wake_at=due))
-    assert waits(wake_at=due, crashes=2, attempt=3).startswith("for its next attempt after 2 crashes in a row, until ")
+    assert re.fullmatch(r"for its start, for .* so far, until 2999-01-01 00:00:00Z", waits(wake_at=due))
+    assert waits(wake_at=due, crashes=2, attempt=3).startswith("for its next attempt, after 2 crashes in a row, until ")
     assert "its parent starts it when others of the children have ended" in waits(parent_id=paused)
     assert waits(started_at=datetime.now(UTC), wake_at=due).startswith("for what is not recorded as a step, until ")
 

@@ -114,8 +114,8 @@ def test_nothing_is_done_that_was_not_said_clearly(run: CommandLine, engine: Eng
     refused = {
         ("cancel", "--yes"): "no workflows are chosen: name them by their ids, choose them by options such as",
         ("cancel", one, "--name", "checkout"): "by options, or use --all: only one of them.",
-        ("cancel", one): "1 workflow is to be cancelled. Go on? Nobody can be asked here: add --yes",
-        ("change", "--all", "--priority", "1"): "1 workflow is to be changed. Go on? Nobody can be asked here",
+        ("cancel", one): "1 workflow will be cancelled with any children. Continue? There is no terminal",
+        ("change", "--all", "--priority", "1"): "1 workflow will be changed. Continue? There is no terminal",
         ("cancel", "7"): "'7' is not the id of a workflow",
         ("cancel", one, "--as", " "): "--as ' ' is blank.",
         ("cancel", "--tag", "tenant", "--yes"): "--tag 'tenant' is not NAME=VALUE",
@@ -130,7 +130,7 @@ def test_nothing_is_done_that_was_not_said_clearly(run: CommandLine, engine: Eng
         done = run(*arguments)
         assert (done.code, message in done.err) == (2, True), (arguments, done)
     counted = run("cancel", "--all", "--dry-run")
-    assert (counted.code, counted.out) == (0, "1 workflow would be cancelled.\n")
+    assert (counted.code, counted.out) == (0, "1 workflow would be cancelled with any children.\n")
     assert run("delete", "--all", "--yes").out == "0 workflows deleted.\n"
     assert (statuses(engine), log(engine)) == ([PENDING], [])
 

@@ -26,6 +26,7 @@ from sqla_durable.execution.worker.database import (
     ThreadDatabase,
     persistently,
 )
+from sqla_durable.models import storage
 from sqla_durable.store.driver import DriverStatement
 from sqla_durable.store.schema import is_read_committed
 from tests.store import races
@@ -272,6 +273,8 @@ async def test_a_worker_survives_a_change_of_the_types_that_it_reads(engine: Eng
 
     def alter() -> None:
         with engine.begin() as connection:
+            for each in storage.drop_statements():  # PostgreSQL alters no column of a view
+                connection.execute(text(each))
             connection.execute(text('ALTER TABLE "durable".workflow ALTER COLUMN queue TYPE varchar(300)'))
             connection.execute(text('ALTER TABLE "durable".step ALTER COLUMN key TYPE varchar(3000)'))
 

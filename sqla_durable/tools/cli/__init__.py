@@ -1,13 +1,10 @@
 """The command line: `sqla-durable`, or `python -m sqla_durable`; of the extra `cli`.
 
-`application` has all of it · `worker`, `bench` and `torture` are its commands, and those in `listing`, `showing` and
-`watching`, which read; their queries are in `reading`, `details` and `recent` · `errors` turns errors into messages ·
-`target` imports the `Durable` object that a command line names, and connects to its database · `supervisor` starts
-`application` has all of it · `worker`, `bench` and `torture` are its commands · `errors` turns errors into messages ·
-`verbs`, `sending`, `queueing`, `scheduling`, `exporting` and `migrating` are those that change something · `choosing`
-has the loop over workflows, `acting` who does it and why, `groups`, `filters`, `database` and `output` what they share
-· `target` imports the `Durable` object that a command line names, and connects to its database · `supervisor` starts
-worker processes and replaces them, `supervised` connects each of them to it.
+`application` registers the commands. Those that read: `listing`, `showing`, `watching`, with their queries in
+`reading`, `details` and `recent`; `doctor`, `metrics`. Those that change: `verbs`, `sending`, `queueing`, `scheduling`,
+`migrating`, `prune`, `roles`; `exporting` writes a file. They share `choosing` (the loop over workflows), `acting`
+(who, why, and the row of the audit log), `filters`, `groups`, `database`, `output` and `errors`. For workers:
+`worker`, `target`, `supervisor`, `supervised`, `health`. `bench` and `torture` are commands of tools beside.
 """
 
 from __future__ import annotations

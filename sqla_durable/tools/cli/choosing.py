@@ -49,6 +49,7 @@ class Verb:
         describe: why it does not apply to a workflow.
         asks: whether it asks before.
         deletes: whether the workflows are gone afterwards.
+        takes_children: whether the same is done to the children of each.
         details: what the log is to have besides.
     """
 
@@ -59,6 +60,7 @@ class Verb:
     describe: Callable[[Workflow], str]
     asks: bool = True
     deletes: bool = False
+    takes_children: bool = False
     details: Mapping[str, Any] | None = None
 
 
@@ -117,11 +119,13 @@ def carry_out(verb: Verb, choice: Choice, *, act: Act, bulk: Bulk) -> None:
         session.rollback()  # no snapshot is kept while somebody thinks
         if bulk.dry_run:
             changed = set(session.scalars(_ids_of(meant))) if choice.ids else set[UUID]()
-            would = f"{counted(count)} would be {verb.done}."
+            most = "at most " if verb.deletes else ""
+            would = f"{most}{counted(count)} would be {verb.done}{' with any children' if verb.takes_children else ''}."
             act.print(would, value=count, verb=verb.name, workflows=count, dry_run=True)
         else:
             if count and verb.asks:
-                confirm(f"{counted(count)} {'is' if count == 1 else 'are'} to be {verb.done}. Go on?", yes=bulk.yes)
+                children = " with any children" if verb.takes_children else ""
+                confirm(f"{counted(count)} will be {verb.done}{children}. Continue?", yes=bulk.yes)
             changed = _change_all(session, verb, meant, count=count, choice=choice, act=act, batch=bulk.batch)
         missed = _missed(session, verb, choice.ids, changed)
     if missed:

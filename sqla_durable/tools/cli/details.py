@@ -21,6 +21,7 @@ from sqla_durable.models.base import StepStatus, Text
 from sqla_durable.store import workflows
 from sqla_durable.store.callbacks import NAME as CREATE_CALLBACK
 from sqla_durable.store.inbox import CALLBACK, UPDATE
+from sqla_durable.store.statements import SUSPECT_CRASHES
 from sqla_durable.tools.cli.output import duration, shown
 
 MOST_CHARACTERS = 500
@@ -272,7 +273,7 @@ class _Wait:
         what = self._what()
         is_own_key = self.key.rpartition("/")[2].partition("#")[0] != self.name and what != repr(self.key)
         by = f" in step {self.key!r}" if is_own_key else ""
-        return f"for {what}{by} since {duration(now - self.step['started_at'])}{until}"
+        return f"for {what}{by}, for {duration(now - self.step['started_at'])} so far{until}"
 
     def _what(self) -> str:
         if self.name == "sleep":
@@ -305,13 +306,13 @@ def _unfinished(session: Session, ids: Sequence[UUID]) -> list[Row]:
 
 def _start_in_words(row: Row, now: datetime, *, is_explained: bool) -> Iterator[str]:
     until = "" if row["wake_at"] is None else f", until {shown(row['wake_at'])}"
-    since = f"since {duration(now - row['created_at'])}"
-    if row["crashes"]:
-        yield f"for its next attempt after {row['crashes']} crashes in a row{until}"
+    since = f"for {duration(now - row['created_at'])} so far"
+    if row["started_at"] is not None and not is_explained and row["crashes"] >= SUSPECT_CRASHES:
+        yield f"for its next attempt, after {row['crashes']} crashes in a row{until}"
     elif row["started_at"] is None and row["wake_at"] is not None:
-        yield f"for its start {since}{until}"
+        yield f"for its start, {since}{until}"
     elif row["started_at"] is None:
-        yield f"for its start {since}: its parent starts it when others of the children have ended"
+        yield f"for its start, {since}: its parent starts it when others of the children have ended"
     elif not is_explained:
         yield f"for what is not recorded as a step{until}"
 

@@ -64,7 +64,8 @@ def _opened(output: Path | None) -> Generator[IO[str]]:
         return
     part = output.with_name(f"{output.name}.part")
     try:
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        part.unlink(missing_ok=True)  # of a command that was killed; its mode would stay
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
         raise CommandError(f"--output {output}: {error.strerror}.") from None
     try:

@@ -36,9 +36,10 @@ class Filters:
         list[str] | None, typer.Option("--tag", metavar="NAME=VALUE", help="A tag; repeatable, and all must fit.")
     ] = None
     schedule: Annotated[list[str] | None, typer.Option("--schedule", help="What started them; repeatable.")] = None
-    parent: Annotated[str | None, typer.Option("--parent", metavar="ID", help="The workflow whose children.")] = None
+    parent: Annotated[str | None, typer.Option("--parent", metavar="ID", help="Children of this workflow.")] = None
     since: Annotated[
-        str | None, typer.Option("--since", metavar="TIME", help="Started since a time, or for as long: 2h, 7d.")
+        str | None,
+        typer.Option("--since", metavar="TIME", help="Started at or after this time, or within this long: 2h, 7d."),
     ] = None
     until: Annotated[str | None, typer.Option("--until", metavar="TIME", help="Started before a time, or 2h ago.")] = (
         None

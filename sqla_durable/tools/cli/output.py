@@ -169,7 +169,7 @@ def confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise CommandError(f"{question} Nobody can be asked here: add --yes to do it. Nothing was done.")
+        raise CommandError(f"{question} There is no terminal to ask at: add --yes. Nothing was done.")
     if not typer.confirm(question):
         typer.echo("Nothing was done.", err=True)
         raise typer.Exit(1)

@@ -128,8 +128,8 @@ def set_(
 
         with act.transaction(session):
             found = session.get(Queue, name, with_for_update={"key_share": True})
-            before = _settings(found)
-            weights = {**_weights(found), **_parsed_weights(weight)} if weight else None
+            before, weights_before = _settings(found), _weights(found)
+            weights = {**weights_before, **_parsed_weights(weight)} if weight else None
             row = manage.put_queue(session, name, **{**before, **given}, weights=weights)
             session.refresh(row)
             after = _settings(row)
@@ -138,7 +138,7 @@ def set_(
                 for each in after
                 if before.get(each) != after[each]
             }
-            changes |= {} if weights is None else _changed_weights(_weights(found), weights)
+            changes |= {} if weights is None else _changed_weights(weights_before, weights)
             if changes or found is None:
                 act.note_subject(session, name, "queue set", changes)
     _print_changes(name, changes, act)

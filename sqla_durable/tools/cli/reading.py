@@ -92,7 +92,9 @@ def page(filters: Filters, *, limit: int, after: UUID | None) -> Select[Any]:
 
 def queue_rows(session: Session) -> list[Row]:
     """Return what waits and runs in each queue, with its settings and the keys that are paused."""
-    settings = [each for each in Queue.__table__.columns if each.key not in ("name", "claim", "turn", "passed")]
+    settings = [
+        each for each in Queue.__table__.columns if each.key not in ("name", "claim", "turn", "passed", "turn_priority")
+    ]
     wanted = select(*QUEUE_DEPTH.c, *settings, NOW.label("read_at")).outerjoin_from(
         QUEUE_DEPTH, Queue, Queue.name == QUEUE_DEPTH.c.queue
     )

@@ -96,7 +96,7 @@ def _facts(found: Details) -> Iterator[tuple[str, Any]]:
     elif row["deadline_at"] is not None:
         yield "deadline", row["deadline_at"]
     if row["attempt"] > 1:
-        crashes = f", {row['crashes']} crashes in a row" if row["crashes"] else ""
+        crashes = f", crashes in a row: {row['crashes']}" if row["crashes"] else ""
         yield "attempt", f"{row['attempt']}{crashes}"
     if row["cancellation"] is not None:
         yield "saga", row["cancellation"]
@@ -106,7 +106,7 @@ def _status(row: Mapping[str, Any], now: datetime) -> str:
     """Return the status, with how long it has not changed or how long ago it came, as far as the row says."""
     match str(row["status"]):
         case "pending":
-            return f"pending since {duration(now - row['enqueued_at'])}"
+            return f"pending for {duration(now - row['enqueued_at'])}"
         case "succeeded" | "failed" | "cancelled" as status:
             return f"{status} {duration(now - row['finished_at'])} ago"
         case status:
@@ -128,7 +128,7 @@ def _running(found: Details) -> Iterator[str]:
         dead = duration(now - worker["lease_expires_at"])
         yield f"on worker {worker['name']!r}, whose lease expired {dead} ago ({beat}): another one reclaims it"
     for each in found.running:
-        yield f"step {each.step!r}, try {each.try_number}, since {duration(now - each.since)}"
+        yield f"step {each.step!r}, try {each.try_number}, running for {duration(now - each.since)}"
 
 
 def _print_fact(name: str, value: object) -> None:

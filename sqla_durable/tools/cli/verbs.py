@@ -36,7 +36,14 @@ def cancel(ids: Ids = None, *, filters: Filters, bulk: Bulk, act: Act) -> None:
             return f"{workflow.status.as_predicate} already."
         return "is being compensated already."
 
-    verb = Verb(name="cancel", done="cancelled", applies=is_cancellable, change=_same(manage.cancel), describe=describe)
+    verb = Verb(
+        name="cancel",
+        done="cancelled",
+        applies=is_cancellable,
+        change=_same(manage.cancel),
+        describe=describe,
+        takes_children=True,
+    )
     carry_out(verb, Choice.of(ids, filters, everything=bulk.everything), act=act, bulk=bulk)
 
 
@@ -141,7 +148,7 @@ def fork(
 ) -> None:
     """Start new workflows with what others had recorded before a step; the others stay as they are.
 
-    Of those that options choose, these are the ones that have a record of the step. Prints the new ids.
+    Of those that options choose, these are the ones that have a record of the step. With --quiet, prints the new ids.
     """
     from sqlalchemy import true
 
@@ -227,6 +234,7 @@ def delete(ids: Ids = None, *, filters: Filters, bulk: Bulk, act: Act) -> None:
         change=_same(manage.delete),
         describe=describe,
         deletes=True,
+        takes_children=True,
     )
     carry_out(verb, Choice.of(ids, filters, everything=bulk.everything), act=act, bulk=bulk)
 

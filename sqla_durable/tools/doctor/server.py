@@ -345,10 +345,14 @@ def of_slots(rows: Sequence[Row[Any]]) -> Iterator[Finding]:
             )
         is_lost = row.wal_status in ("unreserved", "lost")
         if not row.active and (is_lost or (row.retained or 0) > MUCH_WAL):
+            kept = f"keeps {(row.retained or 0) / (1 << 30):.1f} GiB of WAL: the disk may become full"
+            said = {
+                "lost": "has lost WAL that it needs: what reads from it cannot go on",
+                "unreserved": "loses WAL that it needs at the next checkpoint",
+            }
             yield warning(
                 Code.SLOT_HOLDS_WAL,
-                f"the replication slot {row.slot_name!r} is inactive and keeps {(row.retained or 0) / (1 << 30):.1f} "
-                f"GiB of WAL (wal_status {row.wal_status!r}): the disk may become full.",
+                f"the replication slot {row.slot_name!r} is inactive, and {said.get(row.wal_status, kept)}.",
                 f"Start what reads from it; or {drop}",
                 slot=row.slot_name,
                 retained=row.retained,

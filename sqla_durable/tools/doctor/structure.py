@@ -20,7 +20,7 @@ from sqlalchemy.schema import AddConstraint, Constraint, CreateColumn, CreateInd
 from sqla_durable.models import REVISION, metadata, storage
 from sqla_durable.models.base import NAMING_CONVENTION
 from sqla_durable.models.views import VIEWS
-from sqla_durable.store import catalogue
+from sqla_durable.store import catalogue, rights
 from sqla_durable.tools.doctor.findings import Code, Examined, Finding, error, moment, note, warning
 
 Rows = Sequence[Row[Any]]
@@ -30,14 +30,8 @@ MANY_DEAD = 10_000
 
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy has left it without types
 _UPGRADE = f"alembic upgrade heads, with a revision that calls sqla_durable.migrations.upgrade({REVISION!r})"
-_WORKER_NEEDS = {
-    **dict.fromkeys(
-        ("workflow", "signal", "step", "event", "stream_item", "worker"), ("select", "insert", "update", "delete")
-    ),
-    **dict.fromkeys(("schedule", "queue", "queue_key"), ("select", "insert", "update")),
-    "queue_use": ("select", "insert", "delete"),
-}
-"""The rights of docs/security.md for the role of a worker, each on the table or on some of its columns."""
+_WORKER_NEEDS = {table: tuple(each.lower() for each in needed) for table, needed in rights.SETS["worker"].items()}
+"""The rights that a worker needs, each on the table or on some of its columns."""
 
 
 @cache
