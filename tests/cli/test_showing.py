@@ -181,7 +181,10 @@ def test_pending_running_and_dead_are_explained(session: Session, command: Comma
 
     due = datetime(2999, 1, 1, tzinfo=UTC)
     assert re.fullmatch(r"for its start, for .* so far, until 2999-01-01 00:00:00Z", waits(wake_at=due))
-    assert waits(wake_at=due, crashes=2, attempt=3).startswith("for its next attempt, after 2 crashes in a row, until ")
+    crashed = waits(wake_at=due, crashes=2, attempt=3, started_at=datetime.now(UTC))
+    assert crashed.startswith("for its next attempt, after 2 crashes in a row, until ")
+    crashed_once = waits(wake_at=due, crashes=1, attempt=2, started_at=datetime.now(UTC))
+    assert crashed_once.startswith("for what is not recorded as a step, until ")
     assert "its parent starts it when others of the children have ended" in waits(parent_id=paused)
     assert waits(started_at=datetime.now(UTC), wake_at=due).startswith("for what is not recorded as a step, until ")
 
