@@ -50,7 +50,8 @@ def test_queue_is_set_and_says_what_it_was(run: CommandLine, engine: Engine) -> 
         row = session.get_one(Queue, "mail")
         assert (row.concurrency, row.rate, row.key_rate_period, row.fair) == (5, None, timedelta(seconds=1), True)
         assert session.get_one(QueueKey, ("mail", "ada")).weight == 3
-    assert [each[:3] for each in log(engine)] == [("queue set", "mail", None)] * 2
+    assert run("queue", "set", "mail", "--weight", "ada=5").out == "Queue 'mail': weight of ada 5, was 3.\n"
+    assert [each[:3] for each in log(engine)] == [("queue set", "mail", None)] * 3
 
 
 def test_queue_and_key_are_paused_once_and_resumed(run: CommandLine, engine: Engine) -> None:
