@@ -69,7 +69,10 @@ def test_nothing_is_deleted_unasked_or_by_a_wrong_command(engine: Engine, databa
     with Session(engine) as session:
         there = {ended(session)}
     for arguments, message in {
-        ("--keep", "1d"): "Delete 1 workflows with their histories? There is no terminal to ask at: add --yes",
+        (
+            "--keep",
+            "1d",
+        ): "1 workflow will be deleted, with histories. Continue? There is no terminal to ask at: add --yes",
         ("--keep", "tomorrow"): "--keep 'tomorrow' is no duration: write ",
         ("--keep", "99999999999d"): "is no duration",
         ("--keep", "0s"): "less than a second",

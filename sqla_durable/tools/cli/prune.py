@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sqla_durable.tools.cli.acting import counted
 from sqla_durable.tools.cli.database import App, Schema, Url, session_of
 from sqla_durable.tools.cli.errors import CommandError
 from sqla_durable.tools.cli.filters import parsed_duration
@@ -63,12 +64,12 @@ def prune(
     given = {"keep": keep, "name": name or None, "status": statuses, "limit": limit}
     with session_of(url, app, schema) as session:
         sweeps = _sweeps(session, kept, name or None, statuses)
-        counted = [_count(session, each, limit) for each in sweeps] if dry_run or not yes else []
+        counts = [_count(session, each, limit) for each in sweeps] if dry_run or not yes else []
         if dry_run:
-            _show(sweeps, [{"would_delete": each} for each in counted], as_json=as_json)
+            _show(sweeps, [{"would_delete": each} for each in counts], as_json=as_json)
             return
         if not yes:
-            confirm(f"Delete {sum(counted):,} workflows with their histories?", yes=False)
+            confirm(f"{counted(sum(counts))} will be deleted, with histories. Continue?", yes=False)
         _show(sweeps, list(_delete(session, sweeps, limit, given)), as_json=as_json)
 
 
@@ -113,31 +114,33 @@ def _count(session: Session, sweep: _Sweep, limit: int | None) -> int:
     """Count what would be deleted, children too; what the application's rows hold is among it."""
     from sqla_durable.store import retention
 
-    counted, roots, after, is_last = 0, 0, None, False
+    number, roots, after, is_last = 0, 0, None, False
     while not is_last and (limit is None or roots < limit):
         found = retention.find(session, sweep.wanted, after=after, limit=_size(limit, roots))
         trees = retention.lock_trees(session, found.roots, sweep.wanted)
         session.rollback()  # the locks are for nothing
-        counted, roots = counted + sum(map(len, trees.values())), roots + len(trees)
+        number, roots = number + sum(map(len, trees.values())), roots + len(trees)
         after, is_last = found.seen, found.is_last
-    return counted
+    return number
 
 
 def _delete(
     session: Session, sweeps: Sequence[_Sweep], limit: int | None, given: dict[str, Any]
 ) -> Iterator[dict[str, int]]:
-    """Delete, each batch in a transaction; the first one has the line in the log of what operators did."""
+    """Delete, each batch in a transaction; the first that deletes something has the row of the audit log."""
     from sqla_durable.manage.retention import delete_batch
     from sqla_durable.models import Audit
     from sqla_durable.store import connection_of
 
     details = {key: value for key, value in given.items() if value is not None}
-    session.add(Audit(who=_who(), verb="prune", details=details))
-    session.flush()
+    is_noted = False
     for sweep in sweeps:
         deleted, refused, roots, after, is_last = 0, 0, 0, None, False
         while not is_last and (limit is None or roots < limit):
             batch = delete_batch(connection_of(session), sweep.wanted, after=after, limit=_size(limit, roots))
+            if batch.deleted and not is_noted:
+                session.add(Audit(who=_who(), verb="prune", details=details))
+                is_noted = True
             session.commit()
             deleted, refused, roots = deleted + batch.deleted, refused + batch.refused, roots + batch.roots
             after, is_last = batch.seen, batch.is_last
