@@ -175,7 +175,7 @@ class Interceptor:
         """Return a sync context manager around the sending of a signal, in the sender's process and transaction.
 
         A sender may know no `Durable`: the interceptors of all that this process has made are called, each once. An
-        error raised here is the sender's, and nothing is sent.
+        error raised here is the sender's: before the `yield` nothing is sent, after it roll back.
 
         Args:
             name: the signal's name.

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 import sqla_durable.api.sessions as sessions
 from sqla_durable.definitions.checks import require_text
-from sqla_durable.definitions.database_errors import is_about_data, sqlstate
+from sqla_durable.definitions.database_errors import is_out_of_time, is_transient, sqlstate
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.retention import RetentionOptions, Statuses
 from sqla_durable.models import Retention
@@ -181,7 +181,7 @@ class _Deletion:
             with self._connection.begin_nested():
                 retention.delete(self._connection, ids)
         except DBAPIError as error:
-            if is_about_data(error) or sqlstate(error) == _LOCK_NOT_AVAILABLE:
-                return error
-            raise
+            if is_transient(error) or is_out_of_time(error):
+                raise
+            return error
         return None

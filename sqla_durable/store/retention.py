@@ -331,11 +331,10 @@ def _find_statement() -> Any:
     parent = WORKFLOW.alias("parent")
     asking = sa.select(parent.c.id).where(parent.c.id == seen.c.parent_id, parent.c.finished_at.is_(None)).exists()
     is_root = sa.or_(seen.c.parent_id.is_(None), sa.and_(seen.c.detached, ~asking))
-    blocks = sa.and_(seen.c.place == KEY_UNLESS_FAILED, seen.c.status == status_literal(WorkflowStatus.FAILED))
     roots = (
         sa.select(seen.c.id)
         .where(sa.tuple_(seen.c.name, seen.c.status).in_(sa.select(decided.c.name, decided.c.status)))
-        .where(seen.c.finished_at < _CUTOFF, is_root, blocks.is_not(sa.true()))
+        .where(seen.c.finished_at < _CUTOFF, is_root, ~_blocks(seen))
         .order_by(seen.c.id)
         .limit(LIMIT)
         .subquery("roots")
@@ -357,11 +356,21 @@ def _is_decided(kinds: sa.CTE) -> Condition:
         .correlate(kinds)
         .exists()
     )
+    is_there = sa.or_(_POLICY.is_(None), sa.select(mine.c.name).where(mine.c.name == _POLICY).exists())
     return sa.and_(
+        is_there,
         sa.or_(patterns.is_(None), kinds.c.name.bool_op("LIKE")(sa.func.any(patterns))),
         sa.or_(statuses.is_(None), _holds(statuses, kinds.c.status)),
         ~more_specific,
     )
+
+
+def _blocks(workflow: sa.FromClause) -> Condition:
+    """Return whether a workflow keeps others of its key waiting until it is retried or deleted."""
+    waited_for = sa.and_(
+        workflow.c.place == KEY_UNLESS_FAILED, workflow.c.status == status_literal(WorkflowStatus.FAILED)
+    )
+    return sa.func.coalesce(waited_for, sa.false())
 
 
 def _lock_trees_statement() -> Any:
@@ -370,14 +379,31 @@ def _lock_trees_statement() -> Any:
     members = materialized(sa.select(tree.c.id).distinct().order_by(tree.c.id), "members")
     finished = (
         sa.select(WORKFLOW.c.id)
-        .where(WORKFLOW.c.id == members.c.id, WORKFLOW.c.finished_at < _CUTOFF)
+        .where(WORKFLOW.c.id == members.c.id, WORKFLOW.c.finished_at < _CUTOFF, ~_blocks(WORKFLOW))
         .limit(ONE)
         .with_for_update(key_share=True, skip_locked=True, of=WORKFLOW)
         .lateral("finished")
     )
     locked = materialized(sa.select(members.c.id).join(finished, sa.true()), "locked")
     others = sa.select(tree.c.root_id).where(tree.c.id.not_in(sa.select(locked.c.id)))
-    return sa.select(tree.c.root_id, tree.c.id).where(tree.c.root_id.not_in(others)).order_by(tree.c.root_id, tree.c.id)
+    # A parent that is enqueued again meanwhile may ask for a detached one: its row is locked too.
+    child, parent = WORKFLOW.alias("child"), WORKFLOW.alias("parent")
+    has_parent = sa.select(child.c.id, child.c.parent_id).where(is_among(child.c.id), child.c.parent_id.is_not(None))
+    asking = materialized(has_parent, "asking")
+    ended = (
+        sa.select(parent.c.id)
+        .where(parent.c.id == asking.c.parent_id, parent.c.finished_at.is_not(None))
+        .limit(ONE)
+        .with_for_update(key_share=True, skip_locked=True, of=parent)
+        .lateral("ended")
+    )
+    free = materialized(sa.select(asking.c.id).join(ended, sa.true()), "free")
+    asked = sa.select(asking.c.id).where(asking.c.id.not_in(sa.select(free.c.id)))
+    return (
+        sa.select(tree.c.root_id, tree.c.id)
+        .where(tree.c.root_id.not_in(others), tree.c.root_id.not_in(asked))
+        .order_by(tree.c.root_id, tree.c.id)
+    )
 
 
 _LOOKED_AT = parameter("looked_at", sa.Integer())

@@ -162,8 +162,18 @@ class Telemetry(Interceptor):
         attributes["sqla_durable.signal.name"] = name
         if (sender := current()) is not None:
             attributes |= _of_workflow(sender.workflow_id, sender.workflow, sender.attempt)
-        with self._tracer.start_as_current_span(f"signal {name}", kind=SpanKind.PRODUCER, attributes=attributes):
-            yield
+        with self._tracer.start_as_current_span(
+            f"signal {name}",
+            kind=SpanKind.PRODUCER,
+            attributes=attributes,
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            try:
+                yield
+            except BaseException as error:  # the text of a database's error has the payload
+                add_error(span, error, details=False)
+                raise
 
     def _parent_and_links(self, execution: Execution) -> tuple[Context, list[Link]]:
         """Return the context of the start, with its baggage; and the attempt here that this one continues.

@@ -118,3 +118,11 @@ def test_nothing_is_done_that_the_log_refuses(run: CommandLine, engine: Engine) 
     assert (refused.code, "the database refused" in refused.err) == (1, True)
     with Session(engine) as session:
         assert session.get(Queue, "mail") is None
+
+
+def test_a_blank_key_is_refused_and_means_no_queue(run: CommandLine, engine: Engine) -> None:
+    run("queue", "set", "mail", "--fair")
+    for verb in ("pause", "resume"):
+        assert "--by '' is blank: name a key" in run("queue", verb, "mail", "--by", "").err
+    with Session(engine) as session:
+        assert session.get_one(Queue, "mail").paused_at is None

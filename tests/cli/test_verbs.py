@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -14,9 +15,11 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable import Durable, Executor, Step, Workflow, WorkflowStatus, wait_signal, wait_update
 from sqla_durable.models import Audit
+from sqla_durable.tools.cli import choosing
 from tests.cli.invoking import CommandLine, log
 from tests.manage.test_verbs import in_every_state, statuses
 from tests.store import races
+from tests.support.retained import ended, left
 
 CANCELLED, PENDING = WorkflowStatus.CANCELLED, WorkflowStatus.PENDING
 
@@ -222,3 +225,42 @@ def test_tables_that_are_missing_are_named(empty_database_url: str) -> None:
     for command in (["cancel", "--all"], ["start", "checkout"], ["queue", "pause", "mail"], ["export"]):
         done = CommandLine(empty_database_url)(*command)
         assert (done.code, "the durable tables are not in" in done.err) == (1, True), done
+
+
+def test_what_is_started_while_somebody_thinks_is_not_meant(
+    engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(number: int) -> None:
+        with Session(engine) as session, session.begin():
+            session.add_all(Workflow(name="reminder", input={}) for _ in range(number))
+
+    monkeypatch.setattr(choosing, "confirm", lambda _question, *, yes: start(3))
+    start(1)
+    assert CommandLine(database_url)("cancel", "--name", "reminder").out == "1 workflow cancelled.\n"
+
+
+def test_what_begins_to_fit_after_the_count_is_left(
+    engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = choosing.counted_rows
+
+    def count_before(session: Session, meant: Any) -> int:
+        found = count(session, meant)
+        with Session(engine) as other:
+            ended(other)
+        return found
+
+    monkeypatch.setattr(choosing, "counted_rows", count_before)
+    assert CommandLine(database_url)("delete", "--all").out == "0 workflows deleted.\n"
+    assert len(left(engine)) == 1
+
+
+def test_a_fork_is_not_forked_again_whatever_the_clock_of_the_operator_says(
+    engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Session(engine) as session, session.begin():
+        session.add_all(Workflow(name="reminder", input={}) for _ in range(3))
+    early = iter(range(1, 100))
+    monkeypatch.setattr("sqla_durable.manage.forks.uuid7", lambda: UUID(int=next(early)))
+    CommandLine(database_url)("fork", "--all", "--batch", "1", "--yes")
+    assert len(left(engine)) == 6

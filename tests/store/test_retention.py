@@ -291,3 +291,57 @@ async def test_the_twins_for_async_code(async_session_factory: async_sessionmake
 def test_a_row_that_makes_no_policy_is_refused(engine: Engine, constraint: str, columns: str) -> None:
     with engine.begin() as connection, pytest.raises(IntegrityError, match=f"retention_{constraint}_check"):
         connection.execute(text(f"INSERT INTO durable.retention {columns}"))
+
+
+def test_what_keeps_others_of_its_key_waiting_stays_as_a_child_too(engine: Engine) -> None:
+    with Session(engine) as session:
+        parent = ended(session)
+        blocking = {"queue": "ledger", "by": "a-1", "place": "key_failed"}
+        child = ended(session, status="failed", parent_id=parent, parent_key="book", **blocking)
+    policy(engine)
+    everything(engine)
+    assert left(engine) == {parent, child}
+
+
+def test_a_detached_child_stays_whose_parent_is_retried_meanwhile(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the statement that finds it and the one that locks it."""
+    with Session(engine) as session:
+        parent = ended(session, status="failed", days=1)
+        child = ended(session, parent_id=parent, parent_key="a", detached=True)
+    find = retention.find
+
+    def find_while_it_is_retried(*given: Any, **more: Any) -> Any:
+        found = find(*given, **more)
+        with Session(engine) as session, session.begin():
+            assert manage.retry(session, parent) == [parent]
+        return found
+
+    monkeypatch.setattr(retention, "find", find_while_it_is_retried)
+    policy(engine)
+    done = batch(engine)
+    assert done is not None
+    assert (done.deleted, left(engine)) == (0, {parent, child})
+
+
+def test_a_right_that_is_missing_refuses_one_and_not_the_others(engine: Engine) -> None:
+    with Session(engine) as session:
+        kept, gone = ended(session, name="kept"), ended(session)
+        session.execute(
+            text(
+                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+                "$$ BEGIN RAISE 'not yours' USING ERRCODE = '42501'; END $$"
+            )
+        )
+        session.execute(
+            text(
+                "CREATE TRIGGER refuse BEFORE DELETE ON durable.workflow FOR EACH ROW "
+                "WHEN (old.name = 'kept') EXECUTE FUNCTION refuse()"
+            )
+        )
+        session.commit()
+    policy(engine)
+    assert everything(engine) == 1
+    assert (left(engine), row_of(engine, "all").refused) == ({kept}, 1)
+    assert gone not in left(engine)

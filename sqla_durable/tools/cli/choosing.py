@@ -113,8 +113,14 @@ def carry_out(verb: Verb, choice: Choice, *, act: Act, bulk: Bulk) -> None:
         CommandError: nobody can be asked whether to do it.
         typer.Exit: the answer is no, or it was done to some of the named workflows only; the exit code is 1.
     """
+    from sqlalchemy import func, select
+
+    from sqla_durable import Workflow
+
     with act.session() as session:
-        meant = choice.select().where(verb.applies())
+        # What is started from now on, forks of these among it, is not meant.
+        began = session.scalar(select(func.pg_catalog.statement_timestamp()))
+        meant = choice.select().where(verb.applies(), Workflow.created_at <= began)
         count = counted_rows(session, meant)
         session.rollback()  # no snapshot is kept while somebody thinks
         if bulk.dry_run:
@@ -126,7 +132,11 @@ def carry_out(verb: Verb, choice: Choice, *, act: Act, bulk: Bulk) -> None:
             if count and verb.asks:
                 children = " with any children" if verb.takes_children else ""
                 confirm(f"{counted(count)} will be {verb.done}{children}. Continue?", yes=bulk.yes)
-            changed = _change_all(session, verb, meant, count=count, choice=choice, act=act, batch=bulk.batch)
+            changed = set[UUID]()
+            if count:
+                changed = _change_all(session, verb, meant, count=count, choice=choice, act=act, batch=bulk.batch)
+            elif not (act.quiet or act.as_json):
+                print(f"{counted(count)} {verb.done}.")
         missed = _missed(session, verb, choice.ids, changed)
     if missed:
         warn(missed)
@@ -154,8 +164,8 @@ def _change_all(
             for ids in portions(session, meant, batch):
                 with act.transaction(session):
                     found, noted = _change(session, verb, meant, ids, act=act, details=details)
-                _print_changed(verb, noted, act=act)
                 number += len(noted)
+                _print_changed(verb, noted, act=act)
                 if choice.ids:
                     changed |= found.keys()
                 advance(len(ids))

@@ -64,12 +64,13 @@ def prune(
     given = {"keep": keep, "name": name or None, "status": statuses, "limit": limit}
     with session_of(url, app, schema) as session:
         sweeps = _sweeps(session, kept, name or None, statuses)
-        counts = [_count(session, each, limit) for each in sweeps] if dry_run or not yes else []
+        counts = _counts(session, sweeps, limit) if dry_run or not yes else []
         if dry_run:
             _show(sweeps, [{"would_delete": each} for each in counts], as_json=as_json)
             return
         if not yes:
             confirm(f"{counted(sum(counts))} will be deleted, with histories. Continue?", yes=False)
+            sweeps = _sweeps(session, kept, name or None, statuses)  # policies may have changed meanwhile
         _show(sweeps, list(_delete(session, sweeps, limit, given)), as_json=as_json)
 
 
@@ -110,18 +111,21 @@ def _sweeps(
     return found
 
 
-def _count(session: Session, sweep: _Sweep, limit: int | None) -> int:
-    """Count what would be deleted, children too; what the application's rows hold is among it."""
+def _counts(session: Session, sweeps: Sequence[_Sweep], limit: int | None) -> list[int]:
+    """Count what each would delete, children too; what the application's rows hold is among it."""
     from sqla_durable.store import retention
 
-    number, roots, after, is_last = 0, 0, None, False
-    while not is_last and (limit is None or roots < limit):
-        found = retention.find(session, sweep.wanted, after=after, limit=_size(limit, roots))
-        trees = retention.lock_trees(session, found.roots, sweep.wanted)
-        session.rollback()  # the locks are for nothing
-        number, roots = number + sum(map(len, trees.values())), roots + len(trees)
-        after, is_last = found.seen, found.is_last
-    return number
+    counts, roots = [], 0
+    for sweep in sweeps:
+        number, after, is_last = 0, None, False
+        while not is_last and (limit is None or roots < limit):
+            found = retention.find(session, sweep.wanted, after=after, limit=_size(limit, roots))
+            trees = retention.lock_trees(session, found.roots, sweep.wanted)
+            session.rollback()  # the locks are for nothing
+            number, roots = number + sum(map(len, trees.values())), roots + len(trees)
+            after, is_last = found.seen, found.is_last
+        counts.append(number)
+    return counts
 
 
 def _delete(
@@ -133,9 +137,9 @@ def _delete(
     from sqla_durable.store import connection_of
 
     details = {key: value for key, value in given.items() if value is not None}
-    is_noted = False
+    is_noted, roots = False, 0
     for sweep in sweeps:
-        deleted, refused, roots, after, is_last = 0, 0, 0, None, False
+        deleted, refused, after, is_last = 0, 0, None, False
         while not is_last and (limit is None or roots < limit):
             batch = delete_batch(connection_of(session), sweep.wanted, after=after, limit=_size(limit, roots))
             if batch.deleted and not is_noted:

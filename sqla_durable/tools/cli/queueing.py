@@ -54,12 +54,14 @@ def resume(name: _Name, *, by: _By = None, act: Act) -> None:
 
 
 def _switch(name: str, by: str | None, act: Act, *, verb: str) -> None:
+    if by is not None and not by.strip():
+        raise CommandError(f"--by {by!r} is blank: name a key, or leave the option out for the whole queue.")
     what = f"queue {name!r}" if by is None else f"key {by!r} of queue {name!r}"
     pauses = verb == "queue pause"
     with act.session() as session:
         from sqla_durable import manage
 
-        change = (manage.pause_key if pauses else manage.resume_key) if by else None
+        change = None if by is None else (manage.pause_key if pauses else manage.resume_key)
         with act.transaction(session):
             was_paused = _is_paused(session, name, by)
             if change is not None and by is not None:
