@@ -336,13 +336,16 @@ def _raise_if_other(ending: BaseException | None, error: BaseException | None) -
 
 def _is_async(around: Any) -> bool:
     """Return whether this is an async context manager only."""
-    kind: type[Any] = type(around)
-    return not hasattr(kind, "__exit__") and hasattr(kind, "__aexit__")
+    return not _has(around, "__exit__") and _has(around, "__aexit__")
+
+
+def _has(around: object, *methods: str) -> bool:
+    """Return whether the class of an object has these methods."""
+    return all(hasattr(type(around), each) for each in methods)
 
 
 def _require_sync(around: Any) -> None:
-    kind: type[Any] = type(around)
-    if hasattr(kind, "__enter__") and hasattr(kind, "__exit__"):
+    if _has(around, "__enter__", "__exit__"):
         return
     if _is_async(around):
         raise UsageError(

@@ -282,7 +282,9 @@ def id_before(moment: datetime) -> UUID:
 
 
 def _take(*conditions: Condition) -> Any:
-    share = sa.cast(sa.func.extract("epoch", RETENTION.c.keep), sa.Double()) / sa.cast(_PAUSES_OF_KEEP, sa.Double())
+    kept: Expression = sa.cast(sa.func.extract("epoch", RETENTION.c.keep), sa.Double())
+    pauses: Expression = sa.cast(_PAUSES_OF_KEEP, sa.Double())
+    share = kept / pauses
     pause = sa.func.least(sa.func.greatest(share, _SHORTEST_PAUSE), _LONGEST_PAUSE)
     columns = RETENTION.c.name, RETENTION.c.workflow, RETENTION.c.statuses, RETENTION.c.position
     cutoff = (pg.statement_timestamp() - RETENTION.c.keep).label("cutoff")

@@ -74,9 +74,11 @@ def rank_priorities(free: sa.CTE) -> sa.CTE:
             priorities.join(free, sa.true()).join(following, sa.true())
         )
     )
-    waited = sa.cast(sa.func.extract("epoch", pg.statement_timestamp() - priorities.c.enqueued_at), sa.Double)
-    age = sa.cast(sa.func.extract("epoch", free.c.aging), sa.Double)
-    priority = sa.cast(priorities.c.priority, sa.Double)
+    waited: Expression = sa.cast(
+        sa.func.extract("epoch", pg.statement_timestamp() - priorities.c.enqueued_at), sa.Double
+    )
+    age: Expression = sa.cast(sa.func.extract("epoch", free.c.aging), sa.Double)
+    priority: Expression = sa.cast(priorities.c.priority, sa.Double)
     aged = priority - waited / age
     counts_as = sa.func.coalesce(aged, priority)
     order_by = counts_as, priorities.c.priority
@@ -232,7 +234,7 @@ def _waits_ahead(
 def distribute(free: sa.CTE, walk: sa.CTE, ranked: sa.CTE) -> sa.CTE:
     """Distribute the places over the keys: within a priority by turns, in each of which a key gets its weight."""
     keys = _keys_with_places(free, walk, ranked)
-    weights = sa.cast(pg.sum(keys.c.weight).over(partition_by=keys.c.rank), sa.Double)
+    weights: Expression = sa.cast(pg.sum(keys.c.weight).over(partition_by=keys.c.rank), sa.Double)
     turns = pg.ceil(sa.cast(free.c.places, sa.Double) / weights)
     most = sa.func.least(keys.c.places, keys.c.weight * sa.cast(turns, sa.BigInteger))
     shares = sa.select(*keys.c, most.label("most")).select_from(free.join(keys, sa.true())).subquery("shares")

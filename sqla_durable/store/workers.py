@@ -360,7 +360,9 @@ def _later(crashes: sa.ColumnElement[int]) -> Expression:
     doubled = pg.power(2, sa.func.least(crashes - SUSPECT_CRASHES, _DOUBLINGS))
     hashed = pg.hashtextextended(sa.cast(WORKFLOW.c.id, Text), sa.cast(crashes, sa.BigInteger))
     bits = hashed.op("&")(sa.cast(integer(_SPREADS - 1), sa.BigInteger))
-    spread = 0.5 + sa.cast(bits, sa.Double) / sa.cast(integer(_SPREADS), sa.Double)
+    chosen: Expression = sa.cast(bits, sa.Double)
+    spreads: Expression = sa.cast(integer(_SPREADS), sa.Double)
+    spread = 0.5 + chosen / spreads
     return pg.statement_timestamp() + interval(sa.func.least(doubled * spread, _LONGEST_BACKOFF))
 
 

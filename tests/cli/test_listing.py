@@ -40,7 +40,13 @@ def session(engine: Engine) -> Any:
 
 def failed(session: Session, **columns: Any) -> UUID:
     error = {"type": "shop:NoMoney", "message": ESCAPE}
-    given = {"status": WorkflowStatus.FAILED, "error": error, "started_at": NOW, "finished_at": NOW, **columns}
+    given: dict[str, Any] = {
+        "status": WorkflowStatus.FAILED,
+        "error": error,
+        "started_at": NOW,
+        "finished_at": NOW,
+        **columns,
+    }
     return races.enqueue(session, token=uuid7(), **given)[0]
 
 

@@ -234,7 +234,11 @@ def test_what_is_started_while_somebody_thinks_is_not_meant(
         with Session(engine) as session, session.begin():
             session.add_all(Workflow(name="reminder", input={}) for _ in range(number))
 
-    monkeypatch.setattr(choosing, "confirm", lambda _question, *, yes: start(3))
+    def confirm(_question: str, *, yes: bool) -> None:
+        assert not yes
+        start(3)
+
+    monkeypatch.setattr(choosing, "confirm", confirm)
     start(1)
     assert CommandLine(database_url)("cancel", "--name", "reminder").out == "1 workflow cancelled.\n"
 

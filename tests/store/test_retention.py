@@ -296,7 +296,7 @@ def test_a_row_that_makes_no_policy_is_refused(engine: Engine, constraint: str, 
 def test_what_keeps_others_of_its_key_waiting_stays_as_a_child_too(engine: Engine) -> None:
     with Session(engine) as session:
         parent = ended(session)
-        blocking = {"queue": "ledger", "by": "a-1", "place": "key_failed"}
+        blocking: dict[str, Any] = {"queue": "ledger", "by": "a-1", "place": "key_failed"}
         child = ended(session, status="failed", parent_id=parent, parent_key="book", **blocking)
     policy(engine)
     everything(engine)

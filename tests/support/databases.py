@@ -160,7 +160,7 @@ class Databases:
     def _expect_none_open(self, name: str) -> None:
         """Expect that this process has closed its connections: whichever test runs when one is deleted would fail."""
         if not self._is_left(name):
-            found = (each for each in gc.get_objects() if isinstance(each, psycopg.Connection))
+            found: list[Any] = [each for each in gc.get_objects() if isinstance(each, psycopg.Connection)]
             left = [each for each in found if not each.closed and each.info.dbname == name]
             assert not left, f"a test closes what it has connected; {len(left)} open: {left}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
+from typing import Any
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -25,7 +26,7 @@ def test_it_serves_from_its_start_to_its_stop(engine: Engine) -> None:
     with worker:
         assert said(worker) == (True, True)
         assert worker._serving is not None  # pyright: ignore[reportPrivateUsage]
-        heartbeat = worker._serving._heartbeat  # pyright: ignore[reportPrivateUsage]
+        heartbeat: Any = worker._serving._heartbeat  # pyright: ignore[reportPrivateUsage]
         heartbeat._valid_until = float("-inf")  # as after an outage that was longer than the lease
         assert said(worker) == (False, True)
         heartbeat._valid_until = float("inf")

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Executable, Select, cast, func, select
+from sqlalchemy import ColumnElement, Executable, cast, func, select
 from sqlalchemy.orm import Session
 
 from sqla_durable import RunningStep, Workflow, WorkflowStatus, manage, running_steps
@@ -119,7 +119,7 @@ def _error(column: Any, *, whole: bool) -> ColumnElement[Any]:
     ).label("error")
 
 
-def _workflow(workflow_id: UUID, *, whole: bool) -> Select[Any]:
+def _workflow(workflow_id: UUID, *, whole: bool) -> Any:
     apart = {
         "input": _value(Workflow.input, whole=whole),
         "output": _value(Workflow.output, whole=whole),
@@ -185,7 +185,7 @@ def _children(session: Session, workflow_id: UUID, *, whole: bool) -> tuple[list
     return list(_in_order(found, workflow_id, 1)), has_more
 
 
-def _children_of(parents: Sequence[UUID]) -> Select[Any]:
+def _children_of(parents: Sequence[UUID]) -> Any:
     columns = Workflow.parent_id, Workflow.id, Workflow.name, Workflow.status, Workflow.detached, Workflow.parent_key
     times = Workflow.created_at, Workflow.started_at, Workflow.finished_at, _error(Workflow.error, whole=False)
     return select(*columns, *times).where(Workflow.parent_id.in_(parents)).order_by(Workflow.parent_id, Workflow.id)
@@ -197,7 +197,7 @@ def _in_order(found: Mapping[UUID, Sequence[Row]], parent: UUID, depth: int) -> 
         yield from _in_order(found, each["id"], depth + 1)
 
 
-def _events(workflow_id: UUID, *, whole: bool) -> Select[Any]:
+def _events(workflow_id: UUID, *, whole: bool) -> Any:
     """Return the query for the latest value of each event; answers to updates are no events of the workflow's."""
     mine = Event.workflow_id == workflow_id, ~Event.key.startswith("#")
     latest = select(func.pg_catalog.max(Event.id)).where(*mine).group_by(Event.key)
@@ -206,7 +206,7 @@ def _events(workflow_id: UUID, *, whole: bool) -> Select[Any]:
     return ordered if whole else ordered.limit(MOST_OTHERS + 1)
 
 
-def _signals(workflow_id: UUID, *, whole: bool) -> Select[Any]:
+def _signals(workflow_id: UUID, *, whole: bool) -> Any:
     """Return the query for what was sent and is not taken, without the engine's notices."""
     wanted = select(Signal.name, Signal.key, _value(Signal.payload, whole=whole), Signal.created_at)
     untaken = Signal.workflow_id == workflow_id, Signal.consumed_by.is_(None), Signal.is_notice.is_(None)
@@ -214,7 +214,7 @@ def _signals(workflow_id: UUID, *, whole: bool) -> Select[Any]:
     return mine if whole else mine.limit(MOST_OTHERS + 1)
 
 
-def _audit(workflow_id: UUID, *, whole: bool) -> Select[Any]:
+def _audit(workflow_id: UUID, *, whole: bool) -> Any:
     wanted = select(Audit.at, Audit.who, Audit.verb, Audit.reason, Audit.details)
     mine = wanted.where(Audit.workflow_id == workflow_id).order_by(Audit.id)
     return mine if whole else mine.limit(MOST_OTHERS + 1)

@@ -115,7 +115,8 @@ def _counts(session: Session, sweeps: Sequence[_Sweep], limit: int | None) -> li
     """Count what each would delete, children too; what the application's rows hold is among it."""
     from sqla_durable.store import retention
 
-    counts, roots = [], 0
+    counts: list[int] = []
+    roots = 0
     for sweep in sweeps:
         number, after, is_last = 0, None, False
         while not is_last and (limit is None or roots < limit):

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, func, select, tuple_, union_all
+from sqlalchemy import ColumnElement, func, select, tuple_, union_all
 from sqlalchemy.orm import Session
 
 from sqla_durable import Workflow, WorkflowStatus, manage
@@ -48,9 +48,9 @@ class Follower:
     is_full: bool = False
     _began: datetime = field(init=False)
     _mark: datetime = field(init=False)
-    _watched: set[UUID] = field(init=False, default_factory=set)
-    _started: set[UUID] = field(init=False, default_factory=set)
-    _ended: dict[UUID, datetime] = field(init=False, default_factory=dict)
+    _watched: set[UUID] = field(init=False, default_factory=set[UUID])
+    _started: set[UUID] = field(init=False, default_factory=set[UUID])
+    _ended: dict[UUID, datetime] = field(init=False, default_factory=dict[UUID, datetime])
 
     def __post_init__(self) -> None:
         """Begin now: what is unfinished is looked up from here on."""
@@ -176,7 +176,7 @@ def picture(session: Session, *, window: timedelta, started_within: timedelta) -
     )
 
 
-def finished(*, finished_since: datetime, started_since: datetime) -> Select[Any]:
+def finished(*, finished_since: datetime, started_since: datetime) -> Any:
     """Return the query for the rates of what has finished, by queue, by worker and by name, found by two indexes."""
     took = (Workflow.finished_at - Workflow.started_at).label("took")
     wanted = select(Workflow.queue, Workflow.worker_id, Workflow.name, Workflow.status, took)
