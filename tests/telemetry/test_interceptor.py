@@ -15,7 +15,8 @@ import tenacity
 from opentelemetry import baggage, context
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanKind, StatusCode
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -281,3 +282,24 @@ def test_a_step_costs_few_calls_and_nothing_where_there_is_no_telemetry(
     assert execute(Durable()) == 0
     assert execute(traced(collected)) <= 30  # of a start, an attempt, a step and an outcome
     assert len(collected.exporter.get_finished_spans()) == 3
+
+
+def test_a_signal_that_the_database_refuses_leaves_no_payload_in_its_span(engine: Engine, collected: Collected) -> None:
+    telemetry = Telemetry(tracer_provider=collected.tracer_provider, meter_provider=collected.meter_provider)
+    kept = Durable(interceptors=[telemetry])
+    with Session(engine) as session:
+        (receiver,) = races.enqueue(session)
+        session.execute(
+            text("CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'refused'; END $$")
+        )
+        session.execute(
+            text("CREATE TRIGGER refuse BEFORE INSERT ON durable.signal FOR EACH ROW EXECUTE FUNCTION refuse()")
+        )
+        session.commit()
+        with pytest.raises(DBAPIError):
+            send_signal(session, receiver, "card", {"number": "4111-secret"})
+    assert kept.options.interceptors.signals
+    (span,) = collected.spans("signal card")
+    said = f"{[dict(each.attributes or {}) for each in span.events]} {span.status.description}"
+    assert "refused" in said
+    assert "4111-secret" not in said
