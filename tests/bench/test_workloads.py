@@ -24,12 +24,12 @@ EXPECTED = {
     "bulk": [("start_many of 20", "workflows/s")],
     "queues": [
         ("concurrency, not reached", "workflows/s"),
-        ("concurrency of 20", "workflows/s"),
         ("rate, not reached", "workflows/s"),
         ("one place for each of 100 keys", "workflows/s"),
         ("rate for each of 100 keys, not reached", "workflows/s"),
         ("100 keys by turns", "workflows/s"),
         ("100 keys, each in order", "workflows/s"),
+        ("concurrency of 20", "workflows/s"),
         ("one place for each of 10,000 keys, 20 waiting", "workflows/s"),
         ("10 of one key behind 20 of another, by turns, 4 at once", "s"),
         ("an idle worker of one queue", "ms of CPU each second"),
