@@ -67,6 +67,7 @@ def test_steps_are_measured_beside_the_naive_way_with_their_costs(bench: Bench, 
 # Those under --all differ from others in the workflows that they start, not in how these are measured.
 @pytest.mark.parametrize("name", ["bulk", *thorough_cases(["sequential", "sleep", "transactional", "queues"])])
 def test_workload_gives_its_figures(bench: Bench, name: str) -> None:
+    bench.settings = replace(TINY, seconds=5)  # in which a worker is idle, too
     figures = measured(bench, name)
     assert [(each.what, each.unit) for each in figures] == EXPECTED[name]
     assert {each.workload for each in figures} == {name}
