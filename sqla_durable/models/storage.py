@@ -8,9 +8,9 @@ from sqlalchemy import DDL, Connection, Dialect, MetaData, Table, event, func
 from sqlalchemy.schema import CreateSchema
 
 from sqla_durable.errors import SessionError
-from sqla_durable.models import views
 from sqla_durable.models.base import SCHEMA, metadata
 from sqla_durable.models.tables import Workflow
+from sqla_durable.models.views import create_views, drop_views
 
 # Workflows change several times in their short lives, and every claim walks over the index entries of rows that no
 # longer qualify until vacuum has removed them. So vacuum comes after a fixed number of changes instead of a share of a
@@ -61,14 +61,14 @@ def statements(schema: str = SCHEMA) -> list[str]:
         for table, settings in STORAGE.items()
     ]
     checks = [each.format(schema=quoted) for each in _CHECK_OF_NEW_ROWS]
-    return [*parameters, *checks, *views.create_statements(quoted)]
+    return [*parameters, *checks, *create_views(quoted)]
 
 
 def drop_statements(schema: str = SCHEMA) -> list[str]:
     """Return the statements that drop the views and the trigger, to be executed before the tables are dropped."""
     quoted = _quoted(schema)
     return [
-        *views.drop_statements(quoted),
+        *drop_views(quoted),
         f"DROP TRIGGER IF EXISTS workflow_new_check ON {quoted}.workflow",
         f"DROP FUNCTION IF EXISTS {quoted}.check_new_workflow()",
     ]

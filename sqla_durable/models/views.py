@@ -112,12 +112,12 @@ FROM {schema}.worker AS l CROSS JOIN LATERAL (
 """Their queries by name, with `{schema}` where the schema's name belongs. A view has the rights of its reader."""
 
 
-def create_statements(quoted: str) -> list[str]:
+def create_views(quoted: str) -> list[str]:
     """Return the statements that create them in a schema, whose name is quoted."""
     invoker = "WITH (security_invoker = true)"
     return [f"CREATE VIEW {quoted}.{name} {invoker} AS {query.format(schema=quoted)}" for name, query in VIEWS.items()]
 
 
-def drop_statements(quoted: str) -> list[str]:
+def drop_views(quoted: str) -> list[str]:
     """Return the statements that drop them, where they are there."""
     return [f"DROP VIEW IF EXISTS {quoted}.{name}" for name in VIEWS]

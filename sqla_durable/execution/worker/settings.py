@@ -230,6 +230,12 @@ def within(value: int, least: int, most: int, name: str) -> int:
     return value
 
 
+def duration(value: timedelta, name: str) -> timedelta:
+    """Refuse what is no duration, or a negative one."""
+    require_duration(value, name)
+    return value
+
+
 def positive(value: timedelta, name: str) -> timedelta:
     """Refuse what is not a duration."""
     require_duration(value, name)

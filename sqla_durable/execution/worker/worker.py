@@ -27,7 +27,7 @@ import sqla_durable.execution.worker.settings as settings
 from sqla_durable.api.durable import Durable
 from sqla_durable.api.polling import refuse_event_loop
 from sqla_durable.api.sessions import explain_missing_rights
-from sqla_durable.definitions.checks import require_duration, require_text
+from sqla_durable.definitions.checks import require_text
 from sqla_durable.definitions.log import Log, worker_name
 from sqla_durable.errors import DatabaseUnavailableError, DefinitionError, UsageError
 from sqla_durable.execution.worker.database import Databases, open_databases
@@ -118,10 +118,8 @@ class Worker:
         self.transactions = transactions if transactions is None else settings.at_least(transactions, 1, "transactions")
         self.lease = settings.positive(lease, "lease")
         self.poll_interval = settings.positive(poll_interval, "poll_interval")
-        require_duration(grace, "grace")
-        self.grace = grace
-        require_duration(start_timeout, "start_timeout")
-        self.start_timeout = start_timeout
+        self.grace = settings.duration(grace, "grace")
+        self.start_timeout = settings.duration(start_timeout, "start_timeout")
         self.listen = listen
         self.max_attempts = settings.within(max_attempts, 1, MOST_CRASHES, "max_attempts")
         if name is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,32 +30,20 @@ _Name = Annotated[str, typer.Argument(metavar="NAME", help="The schedule.")]
 @grouped
 def pause(name: _Name, *, act: Act) -> None:
     """Pause a schedule: its ticks start nothing, and are not caught up later. --reason is shown with it."""
-    with act.session() as session:
-        from sqla_durable import manage
+    from sqla_durable import manage
 
-        with act.transaction(session):
-            before = _pause_of(session, name)
-            manage.pause_schedule(session, name, reason=act.reason)
-            changed = before != _pause_of(session, name)
-            if changed:
-                act.note_subject(session, name, "schedule pause")
-    _print_switched(name, act, verb="schedule pause", state="paused", changed=changed)
+    _switch(
+        name, act, partial(manage.pause_schedule, name=name, reason=act.reason), verb="schedule pause", state="paused"
+    )
 
 
 @schedule.command("resume")
 @grouped
 def resume(name: _Name, *, act: Act) -> None:
     """Let a paused schedule go on with its next tick."""
-    with act.session() as session:
-        from sqla_durable import manage
+    from sqla_durable import manage
 
-        with act.transaction(session):
-            before = _pause_of(session, name)
-            manage.resume_schedule(session, name)
-            changed = before != _pause_of(session, name)
-            if changed:
-                act.note_subject(session, name, "schedule resume")
-    _print_switched(name, act, verb="schedule resume", state="not paused", changed=changed)
+    _switch(name, act, partial(manage.resume_schedule, name=name), verb="schedule resume", state="not paused")
 
 
 @schedule.command("run")
@@ -130,6 +120,12 @@ def _pause_of(session: Session, name: str) -> tuple[Any, ...] | None:
     return None if row is None else tuple(row)
 
 
-def _print_switched(name: str, act: Act, *, verb: str, state: str, changed: bool) -> None:
+def _switch(name: str, act: Act, change: Callable[[Session], None], *, verb: str, state: str) -> None:
+    with act.session() as session, act.transaction(session):
+        before = _pause_of(session, name)
+        change(session)
+        changed = before != _pause_of(session, name)
+        if changed:
+            act.note_subject(session, name, verb)
     message = f"Schedule {name!r} is {state}." if changed else f"Schedule {name!r} was {state} already."
     act.print(message, value=name, verb=verb, schedule=name, changed=changed)

@@ -42,9 +42,9 @@ def show(
     """
     wanted = parsed_id(workflow_id)
     with session_of(url, app, schema) as session:
-        from sqla_durable.tools.cli import details
+        from sqla_durable.tools.cli.details import read
 
-        found = details.read(session, wanted, whole=full or as_json)
+        found = read(session, wanted, whole=full or as_json)
     if as_json:
         print_json([_as_object(found)])
     else:

@@ -95,7 +95,6 @@ def worker(
         raise typer.Exit(_supervise(count, grace=grace, log_level=log_level, health_port=health_port))
 
     from sqla_durable import Worker
-    from sqla_durable.tools.cli.health import announce, watched
     from sqla_durable.tools.cli.supervised import connect
     from sqla_durable.tools.cli.target import load, sessionmakers
 
@@ -103,9 +102,7 @@ def worker(
     if link is not None and name is not None:
         name = f"{name}-{link.number}"
     application = load(durable)
-    _set_up_logging(log_level)
-    if log_finished:
-        logging.getLogger("sqla_durable.finished").setLevel(logging.INFO)
+    _set_up_logging(log_level, finished=log_finished)
     opened = sessionmakers(application, url, processes=count)
     try:
         chosen = Worker(
@@ -126,15 +123,20 @@ def worker(
         )
     except ValueError as error:
         raise CommandError(str(error)) from error
-    if link is not None:
-        connect(link, chosen, opened, count)
-    else:
-        chosen._started.add_done_callback(announce)  # pyright: ignore[reportPrivateUsage] (it has no public name)
     gc.collect()
     gc.freeze()  # what is imported stays: the collector need not look at it again and again
-    if link is not None:  # the supervisor answers
+    if link is None:
+        _run_watched(chosen, health_port)
+    else:  # the supervisor answers probes
+        connect(link, chosen, opened, count)
         _run(chosen)
-        return
+
+
+def _run_watched(chosen: Worker, health_port: int | None) -> None:
+    """Run a worker, and answer those who watch it."""
+    from sqla_durable.tools.cli.health import announce, watched
+
+    chosen._started.add_done_callback(announce)  # pyright: ignore[reportPrivateUsage] (it has no public name)
     with watched(health_port, is_live=chosen.responds, is_ready=lambda: chosen.is_serving):
         _run(chosen)
 
@@ -200,7 +202,7 @@ def _exit_without_threads(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _set_up_logging(level: str) -> None:
+def _set_up_logging(level: str, *, finished: bool = False) -> None:
     """Log to stderr, unless the application set up its own logging when it was imported."""
     if level.lower() not in _LEVELS:
         raise CommandError(f"--log-level {level!r} is none of {', '.join(_LEVELS)}.")
@@ -209,6 +211,8 @@ def _set_up_logging(level: str) -> None:
     handler.addFilter(_add_worker_name)
     logging.basicConfig(handlers=[handler])
     logging.getLogger("sqla_durable").setLevel(level.upper())
+    if finished:
+        logging.getLogger("sqla_durable.finished").setLevel(logging.INFO)
 
 
 def _add_worker_name(record: logging.LogRecord) -> bool:

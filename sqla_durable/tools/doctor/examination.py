@@ -10,10 +10,12 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+import sqla_durable.tools.doctor.server as server
+import sqla_durable.tools.doctor.structure as structure
+import sqla_durable.tools.doctor.work as work
 from sqla_durable.definitions.redaction import driver_message, message_of
 from sqla_durable.models import SCHEMA
 from sqla_durable.store import catalogue
-from sqla_durable.tools.doctor import server, structure, work
 from sqla_durable.tools.doctor.findings import Code, Examined, Finding, Severity, note
 
 PATIENCE = timedelta(minutes=5)
