@@ -108,7 +108,7 @@ def test_pages_follow_each_other_by_id_without_gaps(session: Session, command: C
 def test_table_has_columns_as_needed_and_escapes_what_terminals_obey(session: Session, command: Commands) -> None:
     (one,) = races.enqueue(session, name="evil\x1b[2J")
     plain = command("list")
-    assert plain.lines[0].split() == ["id", "name", "status", "queue", "started", "waited", "took", "error"]
+    assert plain.lines[0].split() == ["id", "name", "status", "queue", "created", "waited", "took", "error"]
     assert r"evil\x1b[2J" in plain.out
     failed(session, by="ada", tags={"tenant": "7"}, started_at=NOW, finished_at=NOW + timedelta(seconds=90))
     called = command("list")
@@ -119,7 +119,7 @@ def test_table_has_columns_as_needed_and_escapes_what_terminals_obey(session: Se
         "queue",
         "by",
         "tags",
-        "started",
+        "created",
         "waited",
         "took",
         "error",

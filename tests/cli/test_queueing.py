@@ -38,7 +38,7 @@ def test_queue_is_set_and_says_what_it_was(run: CommandLine, engine: Engine) -> 
         "rate": {"from": "100/1m", "to": None},
         "key_rate": {"from": None, "to": "5/1s"},
     }
-    assert run("queue", "set", "mail", "--concurrency", "5").out == "Queue 'mail' was so already.\n"
+    assert run("queue", "set", "mail", "--concurrency", "5").out == "Queue 'mail' is unchanged.\n"
     for option, value, message in (
         ("--rate", "5", "--rate '5' is not N/PERIOD"),
         ("--concurrency", "many", "'many' is no number; none removes the limit."),

@@ -58,6 +58,7 @@ _INDEXES = {
     "workflow_going_on_idx": (["queue", "priority", "enqueued_at", "id"], "status = 'pending' AND place IS NOT NULL"),
 }
 
+# As this revision makes them, whatever `models.views` says later; a test compares the two as long as it is the newest.
 _VIEWS = {
     "workflow_overview": """
 SELECT w.id, w.name, w.status, w.queue, w.priority, w.by, w.key, w.tags, w.schedule, w.parent_id, w.forked_from,

@@ -1,6 +1,6 @@
-"""What commands that change something have in common: who does it and why, the log, and what is printed.
+"""What commands that change something have in common: who does it and why, the audit log, and what is printed.
 
-A change and its rows of the log are one transaction: `Act.transaction`.
+A change and its rows of the audit log are one transaction: `Act.transaction`.
 """
 
 from __future__ import annotations

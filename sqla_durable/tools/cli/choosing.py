@@ -50,7 +50,7 @@ class Verb:
         asks: whether it asks before.
         deletes: whether the workflows are gone afterwards.
         takes_children: whether the same is done to the children of each.
-        details: what the log is to have besides.
+        details: what else the audit log is to have.
     """
 
     name: str
@@ -181,7 +181,7 @@ def _change_all(
 def _change(
     session: Session, verb: Verb, meant: Select[Any], ids: Sequence[UUID], *, act: Act, details: Mapping[str, Any]
 ) -> tuple[Changed, list[Any]]:
-    """Change one portion and write it into the log, in the caller's transaction."""
+    """Change one portion and write it into the audit log, in the caller's transaction."""
     from sqla_durable import Workflow
     from sqla_durable.store.manage import names_in_trees
 

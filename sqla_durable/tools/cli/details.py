@@ -165,9 +165,9 @@ def _steps(session: Session, workflow_id: UUID, *, whole: bool) -> tuple[list[Ro
 
 
 def _without_secrets(step: Row) -> Row:
-    """Return a step with its key as its user wrote it, and without the token of a callback."""
+    """Return a step without the token of a callback; its key is as it is stored, which is what `rewind` takes."""
     is_callback = step["name"] == CREATE_CALLBACK and step["output"] is not None
-    return {**step, "key": unescape_key(step["key"]), "output": "(a token)" if is_callback else step["output"]}
+    return {**step, "output": "(a token)"} if is_callback else step
 
 
 def _children(session: Session, workflow_id: UUID, *, whole: bool) -> tuple[list[Row], bool]:

@@ -52,7 +52,7 @@ def export(
     if output is not None:
         typer.echo(f"{counted(number)} exported to {output}.", err=True)
     if number < len(choice.ids):
-        typer.echo(f"{counted(len(choice.ids) - number)} of those that were named are not there.", err=True)
+        typer.echo(f"{counted(len(choice.ids) - number)} that were named do not exist.", err=True)
         raise typer.Exit(FAILED)
 
 

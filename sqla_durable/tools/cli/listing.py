@@ -40,7 +40,7 @@ def list_workflows(
         str | None, typer.Option("--after", metavar="ID", help="The last id of the page before: those that come next.")
     ] = None,
     watch: Annotated[
-        float | None, typer.Option("--watch", metavar="SECONDS", min=0.1, help="Print again so often, until Ctrl-C.")
+        float | None, typer.Option("--watch", metavar="SECONDS", min=0.1, help="Print again every so many seconds.")
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -77,7 +77,7 @@ def _print_page(found: Sequence[Row], *, limit: int, as_json: bool, quiet: bool)
             print(each["id"])
     else:
         used = [name for name in _WHEN_USED if any(each[name] for each in rows)]
-        columns = ("id", "name", "status", "queue", *used, "started", "waited", "took", "error")
+        columns = ("id", "name", "status", "queue", *used, "created", "waited", "took", "error")
         print_table(columns, (_listed(each, used) for each in rows), cut="error")
     if len(found) > limit:
         typer.echo(f"There are more: --after {rows[-1]['id']}", err=True)

@@ -15,7 +15,6 @@ from sqla_durable.tools.cli.database import App, Schema, Url, session_of
 from sqla_durable.tools.cli.errors import FAILED, CommandError
 from sqla_durable.tools.cli.filters import parsed_duration
 from sqla_durable.tools.cli.groups import grouped
-from sqla_durable.tools.cli.output import shown
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -178,8 +177,16 @@ def _changed_weights(before: Mapping[str, int], after: Mapping[str, int]) -> dic
 def _said(name: str, value: Any) -> Any:
     """Return a setting as the options write it: JSON knows numbers, texts and truth values."""
     if name in _RATES and value is not None:
-        return f"{value[0]}/{shown(value[1])}"
-    return shown(value) if isinstance(value, timedelta) else value
+        return f"{value[0]}/{_period(value[1])}"
+    return _period(value) if isinstance(value, timedelta) else value
+
+
+def _period(value: timedelta) -> str:
+    """Return a duration exactly, in the largest unit of which it is a whole number."""
+    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
+        if not value % timedelta(seconds=size):
+            return f"{value // timedelta(seconds=size)}{unit}"
+    return f"{value.total_seconds():g}s"
 
 
 def _print_changes(name: str, changes: Mapping[str, Any], act: Act) -> None:
@@ -187,7 +194,7 @@ def _print_changes(name: str, changes: Mapping[str, Any], act: Act) -> None:
         f"{each.replace('_', '-')} {_or_none(change['to'])}, was {_or_none(change['from'])}"
         for each, change in changes.items()
     )
-    message = f"Queue {name!r}: {listed}." if changes else f"Queue {name!r} was so already."
+    message = f"Queue {name!r}: {listed}." if changes else f"Queue {name!r} is unchanged."
     act.print(message, value=name, verb="queue set", queue=name, changes=changes)
 
 

@@ -162,11 +162,14 @@ def update(
         with act.transaction(session):
             before = receiver(session, workflow_id, name=name, key=key)
             sent = send_update(session, workflow_id, name, given, key=key)
-            if before is None or before.known is None:
+            is_new = before is None or before.known is None
+            if is_new:
                 act.note_workflows(session, [workflow_id], "update", {"update": name, "id": sent.id, "key": key})
         row: dict[str, Any] = {"verb": "update", "id": workflow_id, "update": name, "update_id": sent.id}
+        row |= {"is_new": is_new}
         if timeout is None:
-            act.print(f"Update {sent.id} was sent.", value=sent.id, **row)
+            done = "was sent" if is_new else "was sent before, with this key"
+            act.print(f"Update {sent.id} {done}.", value=sent.id, **row)
             return
         reply = sent.result(timeout)
     text = json.dumps(reply, ensure_ascii=False)

@@ -121,7 +121,7 @@ def top(
     *,
     window: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="The time that is counted.")] = 60,
     started_within: Annotated[
-        float, typer.Option(metavar="SECONDS", min=1, help="Which are counted: those started within so long.")
+        float, typer.Option(metavar="SECONDS", min=1, help="Count workflows that started at most so long ago.")
     ] = 600,
     interval: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.2, help="How long to wait between two pictures.")
