@@ -72,10 +72,11 @@ def _other_status(status: WorkflowStatus, wake_at: datetime | None) -> str:
 
 def _pauses(found: Any) -> Iterator[str]:
     if found["paused_at"] is not None:
-        yield f"queue {found['queue']!r} is paused since {_shown(found['paused_at'])}: manage.resume_queue ends that."
+        since = _shown(found["paused_at"])
+        yield f"queue {found['queue']!r} has been paused since {since}: manage.resume_queue ends that."
     if found["key_paused_at"] is not None:
         since = _shown(found["key_paused_at"])
-        yield f"key {found['by']!r} of its queue is paused since {since}: manage.resume_key ends that."
+        yield f"key {found['by']!r} of its queue has been paused since {since}: manage.resume_key ends that."
     if found["deadline_at"] is not None and found["deadline_at"] <= found["read_at"]:
         yield f"its deadline was {_shown(found['deadline_at'])}: a worker lets it fail."
 

@@ -164,7 +164,7 @@ def test_pending_running_and_dead_are_explained(session: Session, command: Comma
     manage.pause_queue(session, "default")
     (paused,) = races.enqueue(session, priority=7, by="tenant", key="k", tags={"a": "b"})
     pending = command("show", paused)
-    assert "queue 'default' is paused since " in section(pending, "Does not start, because")[0]
+    assert "queue 'default' has been paused since " in section(pending, "Does not start, because")[0]
     for fact in (
         "priority   7",
         "by         tenant",

@@ -269,7 +269,7 @@ def _pid_of_protocol(examined: Examined) -> int | None:
 
 
 def check_sessions(examined: Examined) -> Iterator[Finding]:
-    """Find transactions of this database that are open for long."""
+    """Find transactions of this database that have been open for a long time."""
     yield from of_sessions(catalogue.sessions(examined.session), examined.patience)
 
 
@@ -285,15 +285,15 @@ def of_sessions(rows: Iterable[Any], patience: timedelta) -> Iterator[Finding]:
         elif (row.state or "").startswith("idle in transaction") and row.in_state_for >= patience:
             yield warning(
                 Code.IDLE_IN_TRANSACTION,
-                f"{who} is idle in a transaction for {how_long(row.in_state_for)}: its locks stay, and {_HOLDS}.",
+                f"{who} has been idle in a transaction for {how_long(row.in_state_for)}: its locks stay, and {_HOLDS}.",
                 f"{end}; and let the application commit, or set idle_in_transaction_session_timeout for its role.",
                 **values,
             )
         elif row.xmin_age is not None and row.open_for >= patience:
             yield warning(
                 Code.OLD_SNAPSHOT,
-                f"{who} has a transaction that is open for {how_long(row.open_for)}, {row.xmin_age:,} transactions "
-                f"behind: {_HOLDS}.",
+                f"{who} has a transaction that has been open for {how_long(row.open_for)}, {row.xmin_age:,} "
+                f"transactions behind: {_HOLDS}.",
                 f"{end}; let reports and dumps read from a standby without hot_standby_feedback.",
                 **values,
             )
@@ -317,8 +317,8 @@ def of_prepared(rows: Sequence[Row[Any]], patience: timedelta) -> Iterator[Findi
         if row.open_for >= patience:
             yield warning(
                 Code.PREPARED_TRANSACTION,
-                f"the prepared transaction {row.gid!r} of {row.owner!r} is open for {how_long(row.open_for)}: its "
-                f"locks stay through a restart, and {_HOLDS}.",
+                f"the prepared transaction {row.gid!r} of {row.owner!r} has been open for {how_long(row.open_for)}: "
+                f"its locks stay through a restart, and {_HOLDS}.",
                 f"ROLLBACK PREPARED {_literal(row.gid)}, or COMMIT PREPARED, as its coordinator says.",
                 gid=row.gid,
                 owner=row.owner,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from shlex import quote
 from typing import Any
 
 from sqlalchemy import Row
@@ -49,7 +50,7 @@ def check_workers(examined: Examined) -> Iterator[Finding]:
         elif row.over_for >= examined.patience:
             yield error(
                 Code.UNRECLAIMED,
-                f"{running} running under the worker {row.name!r}, whose lease is over for {how_long(row.over_for)}: "
+                f"{running} running under the worker {row.name!r}, whose lease expired {how_long(row.over_for)} ago: "
                 "no other worker has reclaimed them.",
                 _MAINTAIN,
                 **values,
@@ -60,8 +61,8 @@ def check_workers(examined: Examined) -> Iterator[Finding]:
         if row.over_for >= examined.patience and row.id not in still:
             yield note(
                 Code.DEAD_WORKER,
-                f"the worker {row.name!r} died without releasing anything: its lease is over for "
-                f"{how_long(row.over_for)}. What it executed was reclaimed.",
+                f"the worker {row.name!r} died without releasing anything: its lease expired "
+                f"{how_long(row.over_for)} ago. What it executed was reclaimed.",
                 "If it was not killed on purpose, see its log. Its row is deleted after a day by a live worker.",
                 worker=row.id,
                 name=row.name,
@@ -98,7 +99,7 @@ def _unclaimed(row: Any, live: Sequence[Any]) -> Finding:
     claimed = _listed(queue for each in live for queue in each.queues)
     return warning(
         Code.QUEUE_UNCLAIMED,
-        f"no live worker claims from the queue {row.queue!r}, where {row.workflow!r} waits since "
+        f"no live worker claims from the queue {row.queue!r}, where {row.workflow!r} has been waiting since "
         f"{moment(row.since)}; they claim from {claimed}.",
         f"sqla-durable worker MODULE:ATTRIBUTE --queue {row.queue!r}",
         queue=row.queue,
@@ -114,7 +115,7 @@ def _of_claimed_queue(row: Any, of_queue: Sequence[Any], long_ago: Any) -> Itera
         yield warning(
             Code.NAME_UNCLAIMED,
             f"no live worker of the queue {row.queue!r} knows a workflow named {row.workflow!r}: {waits}.",
-            "Start a worker whose code defines it; or cancel what was renamed: sqla_durable.manage.cancel.",
+            "Start a worker whose code defines it; or cancel what was renamed: sqla-durable cancel.",
             **values,
         )
     elif row.version is not None and not any(not each.versions or row.version in each.versions for each in knowing):
@@ -129,7 +130,7 @@ def _of_claimed_queue(row: Any, of_queue: Sequence[Any], long_ago: Any) -> Itera
         yield note(
             Code.BACKLOG,
             f"of {row.workflow!r} in the queue {row.queue!r}, which live workers claim from, {waits}.",
-            "sqla_durable.manage.explain_pending says what keeps one; more workers or slots, if they are all taken.",
+            "sqla-durable show says what keeps one; more workers or slots, if they are all taken.",
             **values,
         )
 
@@ -189,8 +190,9 @@ def check_pauses(examined: Examined) -> Iterator[Finding]:
     for row in diagnosis.paused_queues(examined.session, long):
         yield warning(
             Code.QUEUE_PAUSED,
-            f"the queue {row.name!r} is paused since {moment(row.paused_at)}: {are(row.workflows, MOST)} pending.",
-            f"sqla_durable.manage.resume_queue(session, {row.name!r})",
+            f"the queue {row.name!r} has been paused since {moment(row.paused_at)}: "
+            f"{are(row.workflows, MOST)} pending.",
+            f"sqla-durable queue resume {quote(row.name)}",
             queue=row.name,
             paused_at=row.paused_at,
             workflows=row.workflows,
@@ -198,9 +200,9 @@ def check_pauses(examined: Examined) -> Iterator[Finding]:
     for row in diagnosis.paused_keys(examined.session, long):
         yield warning(
             Code.KEY_PAUSED,
-            f"the key {row.by!r} of the queue {row.queue!r} is paused since {moment(row.paused_at)}: "
+            f"the key {row.by!r} of the queue {row.queue!r} has been paused since {moment(row.paused_at)}: "
             f"{are(row.workflows, MOST)} pending.",
-            f"sqla_durable.manage.resume_key(session, {row.queue!r}, {row.by!r})",
+            f"sqla-durable queue resume {quote(row.queue)} --by {quote(row.by)}",
             queue=row.queue,
             by=row.by,
             paused_at=row.paused_at,
@@ -215,7 +217,7 @@ def check_blocked(examined: Examined) -> Iterator[Finding]:
             Code.KEY_BLOCKED,
             f"the workflow {row.name} {row.id} failed at {moment(row.finished_at)} and blocks the key {row.by!r} of "
             f"the queue {row.queue!r}: {are(row.workflows, MOST)} pending.",
-            "sqla_durable.manage.retry lets it go on, and manage.delete removes it.",
+            "sqla-durable retry lets it go on, and sqla-durable delete removes it.",
             workflow=row.id,
             queue=row.queue,
             by=row.by,
@@ -229,8 +231,8 @@ def check_schedules(examined: Examined) -> Iterator[Finding]:
         if row.paused_at is None:
             yield error(
                 Code.SCHEDULE_OVERDUE,
-                f"the schedule {row.name!r} of {row.workflow!r} is due since {moment(row.since)}, and no worker has "
-                "looked at it.",
+                f"the schedule {row.name!r} of {row.workflow!r} has been due since {moment(row.since)}, and no "
+                "worker has looked at it.",
                 _MAINTAIN,
                 schedule=row.name,
                 since=row.since,
@@ -238,8 +240,8 @@ def check_schedules(examined: Examined) -> Iterator[Finding]:
         else:
             yield note(
                 Code.SCHEDULE_UNDECLARED,
-                f"the schedule {row.name!r} of {row.workflow!r} is paused since {moment(row.paused_at)}: the code no "
-                "longer declares it.",
+                f"the schedule {row.name!r} of {row.workflow!r} has been paused since {moment(row.paused_at)}: the "
+                "code no longer declares it.",
                 "Declare it again, or delete its row from the table schedule.",
                 schedule=row.name,
                 paused_at=row.paused_at,
