@@ -28,6 +28,7 @@ durable = Durable(version="7")
 durable.queue("limited", key_rate=(10, timedelta(minutes=1)), per_key=1, weights={"a": 2})
 
 Verb: TypeAlias = Callable[[Session, "World"], object]
+Verbs: TypeAlias = dict[str, Mapping[str, Verb]]
 
 
 @durable.workflow
@@ -84,8 +85,13 @@ def viewing(view: str) -> Verb:
     return lambda session, _: session.execute(text(f"SELECT * FROM durable.{view}"))
 
 
-def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
+def verbs_of(api: Any) -> Verbs:
     """Return what each role is for, by the names of one namespace, `sqla_durable` or `sqla_durable.asyncio`."""
+    return _of_starters(api) | _of_callers(api) | _of_schedulers(api) | _of_operators(api) | _of_readers()
+
+
+def _of_starters(api: Any) -> Verbs:
+    """Return what those are for who start workflows."""
     return {
         "starter": {
             "start": lambda session, _: greet.start(session, "x"),
@@ -115,6 +121,12 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
                 session, [greet.options(key=each, throttle=timedelta.resolution).bind("x") for each in ("known", "new")]
             ),
         },
+    }
+
+
+def _of_callers(api: Any) -> Verbs:
+    """Return what those are for who send to workflows and wait for them."""
+    return {
         "caller": {
             "result": lambda session, world: greet.handle(session, world.done).result(),
             "event": lambda session, world: api.get_event(session, world.done, "status"),
@@ -137,6 +149,12 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
         "canceller": {
             "cancel": lambda session, world: api.manage.cancel(session, [world.pending, world.owner]),
         },
+    }
+
+
+def _of_schedulers(api: Any) -> Verbs:
+    """Return what those are for who operate schedules."""
+    return {
         "scheduler": {
             "put a schedule": lambda session, _: api.manage.put_schedule(
                 session, "new", greet.options(queue="mail", by="a", priority=1, timeout=DAY).bind("x"), every=DAY
@@ -152,6 +170,12 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
             ),
             "delete a schedule": lambda session, _: session.execute(delete(Schedule)),
         },
+    }
+
+
+def _of_operators(api: Any) -> Verbs:
+    """Return what operators are for, besides."""
+    return {
         "operator": {
             "resume": lambda session, world: api.manage.resume(session, world.cancelled),
             "retry": lambda session, world: api.manage.retry(session, world.failed),
@@ -174,6 +198,12 @@ def verbs_of(api: Any) -> Mapping[str, Mapping[str, Verb]]:
                 Audit(who="ada", verb="cancel", workflow_id=world.pending, details={"reason": "x"})
             ),
         },
+    }
+
+
+def _of_readers() -> Verbs:
+    """Return what readers are for."""
+    return {
         "reader": {
             **{f"read {each.__tablename__}": reading(each) for each in TABLES},
             **{f"read {each}": viewing(each) for each in VIEWS},

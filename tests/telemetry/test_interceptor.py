@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from types import FrameType
 from typing import Any
+from uuid import UUID
 
 import pytest
 import tenacity
@@ -116,6 +117,13 @@ def test_a_trace_goes_through_the_queue_a_suspend_and_a_signal(
     with Worker(durable, **makers, queues=["money"], poll_interval=POLL, name="till-2"):
         assert pay.handle(session_factory, workflow_id).result(timeout=PATIENCE) == 8
 
+    assert seen == [{"tenant": "acme"}] * 2
+    _expect_one_trace(collected)
+    _expect_attributes(collected, workflow_id)
+    _expect_metrics(collected)
+
+
+def _expect_one_trace(collected: Collected) -> None:
     (request,), (start,) = collected.spans("request"), collected.spans("start pay")
     first, second = collected.spans("execute pay")
     (charged,), (booked,), (signal,) = (collected.spans(each) for each in ("step charge", "step book", "signal tip"))
@@ -129,8 +137,12 @@ def test_a_trace_goes_through_the_queue_a_suspend_and_a_signal(
         SpanKind.PRODUCER,
         SpanKind.CONSUMER,
     )
-    assert seen == [{"tenant": "acme"}] * 2
     assert {each.status.status_code for each in (first, second, charged, booked)} == {StatusCode.UNSET}
+
+
+def _expect_attributes(collected: Collected, workflow_id: UUID) -> None:
+    first, second = collected.spans("execute pay")
+    (booked,), (signal,) = collected.spans("step book"), collected.spans("signal tip")
     assert dict(second.attributes or {}) == {
         "messaging.system": "sqla_durable",
         "messaging.operation.name": "execute",
@@ -153,6 +165,8 @@ def test_a_trace_goes_through_the_queue_a_suspend_and_a_signal(
         "sqla_durable.step.session": "Session",
     }.items()
 
+
+def _expect_metrics(collected: Collected) -> None:
     of_pay, queue = {"sqla_durable.workflow.name": "pay"}, {"messaging.destination.name": "money"}
     assert collected.points("sqla_durable.workflows.started") == [({**of_pay, **queue}, 1)]
     assert collected.points("sqla_durable.workflow.duration") == [({**of_pay, "sqla_durable.status": "succeeded"}, 1)]
