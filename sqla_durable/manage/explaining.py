@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 import sqla_durable.api.sessions as sessions
 from sqla_durable.api.sessions import id_of
 from sqla_durable.definitions.queues import fitting
+from sqla_durable.definitions.texts import duration_text, time_text
 from sqla_durable.models import Workflow
 from sqla_durable.models.base import WorkflowStatus
 from sqla_durable.store import explanations, workflows
@@ -66,19 +67,19 @@ def _other_status(status: WorkflowStatus, wake_at: datetime | None) -> str:
         return "it is running: running_steps() names its steps."
     if status is not WorkflowStatus.SUSPENDED:
         return f"it {status.as_predicate}."
-    until = "until what it awaits is there" if wake_at is None else f"until {_shown(wake_at)}"
+    until = "until what it awaits is there" if wake_at is None else f"until {time_text(wake_at)}"
     return f"it is suspended {until}."
 
 
 def _pauses(found: Any) -> Iterator[str]:
     if found["paused_at"] is not None:
-        since = _shown(found["paused_at"])
+        since = time_text(found["paused_at"])
         yield f"queue {found['queue']!r} has been paused since {since}: manage.resume_queue ends that."
     if found["key_paused_at"] is not None:
-        since = _shown(found["key_paused_at"])
+        since = time_text(found["key_paused_at"])
         yield f"key {found['by']!r} of its queue has been paused since {since}: manage.resume_key ends that."
     if found["deadline_at"] is not None and found["deadline_at"] <= found["read_at"]:
-        yield f"its deadline was {_shown(found['deadline_at'])}: a worker lets it fail."
+        yield f"its deadline was {time_text(found['deadline_at'])}: a worker lets it fail."
 
 
 def _workers(found: Any, live: list[LiveWorker]) -> Iterator[str]:
@@ -124,7 +125,10 @@ def _rates(session: Session, found: Any) -> Iterator[str]:
             continue
         used, until = explanations.used(session, queue, period, key)
         if used >= number and until is not None:
-            yield f"{used} of {number} starts of {what} in {period} are used: there is room again at {_shown(until)}."
+            yield (
+                f"{used} of {number} starts of {what} in {duration_text(period)} are used: there is room again at "
+                f"{time_text(until)}."
+            )
 
 
 def _order(session: Session, found: Any) -> Iterator[str]:
@@ -152,13 +156,9 @@ def _holder(each: Holder) -> str:
     if each.status is WorkflowStatus.FAILED:
         return f"{each.name} {each.workflow_id} (failed: manage.retry lets it go on, manage.delete removes it)"
     verb = " since" if each.status is WorkflowStatus.RUNNING else ", started"
-    since = f"{verb} {_shown(each.started_at)}" if each.started_at else ""
+    since = f"{verb} {time_text(each.started_at)}" if each.started_at else ""
     return f"{each.name} {each.workflow_id} ({each.status}{where}{since})"
 
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
-
-
-def _shown(moment: datetime) -> str:
-    return moment.isoformat(sep=" ", timespec="seconds")

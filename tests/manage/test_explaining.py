@@ -102,8 +102,8 @@ def test_a_rate_that_is_used_up_and_until_when(session: Session) -> None:
     _, second = races.enqueue(session, 2, by="a")
     claim(session)
     text = reasons(session, second)
-    assert "1 of 1 starts of queue 'default' in 0:01:00 are used: there is room again at 20" in text
-    assert "1 of 1 starts of key 'a' in 1:00:00 are used: there is room again at 20" in text
+    assert "1 of 1 starts of queue 'default' in 1m are used: there is room again at 20" in text
+    assert "1 of 1 starts of key 'a' in 1h are used: there is room again at 20" in text
 
 
 def test_what_comes_before_it_in_its_key(session: Session) -> None:

@@ -16,13 +16,14 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import RunningStep, Workflow, WorkflowStatus, manage, running_steps
 from sqla_durable.definitions.checks import unescape_key
+from sqla_durable.definitions.texts import duration_text
 from sqla_durable.models import Audit, Event, Signal, Step, Worker
 from sqla_durable.models.base import StepStatus, Text
 from sqla_durable.store import workflows
 from sqla_durable.store.callbacks import NAME as CREATE_CALLBACK
 from sqla_durable.store.inbox import CALLBACK, UPDATE
 from sqla_durable.store.statements import SUSPECT_CRASHES
-from sqla_durable.tools.cli.output import duration, shown
+from sqla_durable.tools.cli.output import shown
 
 MOST_CHARACTERS = 500
 """How much of a value is shown unless all of it is asked for."""
@@ -273,7 +274,7 @@ class _Wait:
         what = self._what()
         is_own_key = self.key.rpartition("/")[2].partition("#")[0] != self.name and what != repr(self.key)
         by = f" in step {self.key!r}" if is_own_key else ""
-        return f"for {what}{by}, for {duration(now - self.step['started_at'])} so far{until}"
+        return f"for {what}{by}, for {duration_text(now - self.step['started_at'])} so far{until}"
 
     def _what(self) -> str:
         if self.name == "sleep":
@@ -306,7 +307,7 @@ def _unfinished(session: Session, ids: Sequence[UUID]) -> list[Row]:
 
 def _start_in_words(row: Row, now: datetime, *, is_explained: bool) -> Iterator[str]:
     until = "" if row["wake_at"] is None else f", until {shown(row['wake_at'])}"
-    since = f"for {duration(now - row['created_at'])} so far"
+    since = f"for {duration_text(now - row['created_at'])} so far"
     if row["started_at"] is not None and not is_explained and row["crashes"] >= SUSPECT_CRASHES:
         yield f"for its next attempt, after {row['crashes']} crashes in a row{until}"
     elif row["started_at"] is None and row["wake_at"] is not None:
@@ -318,5 +319,5 @@ def _start_in_words(row: Row, now: datetime, *, is_explained: bool) -> Iterator[
 
 
 def _child_in_words(child: Row, now: datetime) -> str:
-    since = duration(now - child["created_at"])
+    since = duration_text(now - child["created_at"])
     return f"for child {child['name']} {child['id']} ({child['status']}), started {since} ago"

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sqla_durable.definitions.texts import duration_text
 from sqla_durable.tools.cli.database import App, Schema, Url, session_of
 from sqla_durable.tools.cli.filters import Filters, parsed_id, with_filters
 from sqla_durable.tools.cli.output import (
     AsJson,
     Quiet,
-    duration,
     error_in_words,
     print_json,
     print_table,
@@ -116,7 +116,7 @@ def _limits(row: Row) -> list[str]:
     """Return the settings of a queue that are not those of every queue."""
     found = [f"{name} {row[name]}" for name in _LIMITS if row[name] is not None]
     rates = [each for each in ("rate", "key_rate") if row[each] is not None]
-    found += [f"{each} {row[each]} in {duration(row[f'{each}_period'])}" for each in rates]
+    found += [f"{each} {row[each]} in {duration_text(row[f'{each}_period'])}" for each in rates]
     if row["fifo"] is not None:
         found.append(f"fifo {row['fifo']}")
     if row["fair"]:
@@ -124,7 +124,7 @@ def _limits(row: Row) -> list[str]:
     if row["while_suspended"] == "hold":
         found.append("while_suspended hold")
     if row["aging"] is not None:
-        found.append(f"aging {duration(row['aging'])}")
+        found.append(f"aging {duration_text(row['aging'])}")
     return found
 
 
@@ -151,10 +151,10 @@ def workers(*, as_json: AsJson = False, url: Url = None, app: App = None, schema
 def _worker(row: Row) -> tuple[Any, ...]:
     now: datetime = row["read_at"]
     left: datetime = row["lease_expires_at"]
-    lease = f"{duration(left - now)} left" if row["is_alive"] else f"expired {duration(now - left)} ago"
+    lease = f"{duration_text(left - now)} left" if row["is_alive"] else f"expired {duration_text(now - left)} ago"
     oldest = None if row["oldest_started_at"] is None else now - row["oldest_started_at"]
     claims = ", ".join(row["queues"]), ", ".join(row["versions"] or ()) or "all"
-    beat = f"{duration(now - row['heartbeat_at'])} ago"
+    beat = f"{duration_text(now - row['heartbeat_at'])} ago"
     return row["name"], lease, beat, *claims, row["executing"], row["slots"], oldest, now - row["started_at"]
 
 
@@ -197,7 +197,7 @@ def _ticks(row: Schedule, count: int) -> list[datetime] | str:
 
 
 def _shown_schedule(row: Row) -> tuple[Any, ...]:
-    times = " | ".join(row["cron"]) if row["cron"] else f"every {duration(row['every'])}"
+    times = " | ".join(row["cron"]) if row["cron"] else f"every {duration_text(row['every'])}"
     zone = "" if row["tz"] == "UTC" else f" {row['tz']}"
     ticks = row["next_ticks"]
     following = ticks if isinstance(ticks, str) else ", ".join(map(shown, ticks))

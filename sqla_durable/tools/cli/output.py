@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import typer
 
+from sqla_durable.definitions.texts import duration_text, time_text
 from sqla_durable.tools.cli.errors import CommandError
 
 if TYPE_CHECKING:
@@ -127,9 +128,9 @@ def _text_of(value: object) -> str:
         case None:
             return ""
         case datetime():
-            return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
+            return time_text(value)
         case timedelta():
-            return duration(value)
+            return duration_text(value)
         case Enum():
             return str(value.value)
         case dict() | list():
@@ -140,23 +141,6 @@ def _text_of(value: object) -> str:
 
 def _escaped(character: str) -> str:
     return character if character.isprintable() else json.dumps(character)[1:-1]
-
-
-def duration(value: timedelta) -> str:
-    """Return a duration in its two largest units: `2d 3h`, `5m 1s`, `0.25s`, `0.07ms`."""
-    seconds = value.total_seconds()
-    if 0 < abs(seconds) < 0.001:
-        return f"{seconds * 1_000:.2g}ms"
-    if abs(seconds) < 60:
-        return f"{seconds:.3g}s"
-    parts = [f"{seconds:.0f}s"]
-    for size, unit, smaller in ((86_400, "d", 3_600), (3_600, "h", 60), (60, "m", 1)):
-        if abs(seconds) >= size:
-            whole, rest = divmod(abs(seconds), size)
-            small = {3_600: "h", 60: "m", 1: "s"}[smaller]
-            parts = [f"{'-' if seconds < 0 else ''}{whole:.0f}{unit}", f"{rest // smaller:.0f}{small}"]
-            break
-    return " ".join(each for each in parts if not each.startswith("0"))
 
 
 def confirm(question: str, *, yes: bool) -> None:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sqla_durable.definitions.texts import duration_text
 from sqla_durable.tools.cli.database import App, Schema, Url, session_of
 from sqla_durable.tools.cli.filters import parsed_id
-from sqla_durable.tools.cli.output import AsJson, duration, error_in_words, print_json, print_lines, print_table, shown
+from sqla_durable.tools.cli.output import AsJson, error_in_words, print_json, print_lines, print_table, shown
 
 if TYPE_CHECKING:
     from sqla_durable.tools.cli.details import Details
@@ -89,10 +90,10 @@ def _facts(found: Details) -> Iterator[tuple[str, Any]]:
             yield "by", row["by"]
     yield "created", row["created_at"]
     if row["started_at"] is not None:
-        yield "started", f"{shown(row['started_at'])}, after {duration(row['started_at'] - row['created_at'])}"
+        yield "started", f"{shown(row['started_at'])}, after {duration_text(row['started_at'] - row['created_at'])}"
     if row["finished_at"] is not None:
         since = row["started_at"] or row["created_at"]
-        yield "finished", f"{shown(row['finished_at'])}, after {duration(row['finished_at'] - since)}"
+        yield "finished", f"{shown(row['finished_at'])}, after {duration_text(row['finished_at'] - since)}"
     elif row["deadline_at"] is not None:
         yield "deadline", row["deadline_at"]
     if row["attempt"] > 1:
@@ -106,9 +107,9 @@ def _status(row: Mapping[str, Any], now: datetime) -> str:
     """Return the status, with how long it has not changed or how long ago it came, as far as the row says."""
     match str(row["status"]):
         case "pending":
-            return f"pending for {duration(now - row['enqueued_at'])}"
+            return f"pending for {duration_text(now - row['enqueued_at'])}"
         case "succeeded" | "failed" | "cancelled" as status:
-            return f"{status} {duration(now - row['finished_at'])} ago"
+            return f"{status} {duration_text(now - row['finished_at'])} ago"
         case status:
             until = f", until {shown(row['wake_at'])} at the latest" if row["wake_at"] is not None else ""
             return f"{status}{until}"
@@ -121,14 +122,14 @@ def _running(found: Details) -> Iterator[str]:
     if worker is None:
         yield "in an executor, or on a worker whose row is gone"
         return
-    beat = f"last heartbeat {duration(now - worker['heartbeat_at'])} ago"
+    beat = f"last heartbeat {duration_text(now - worker['heartbeat_at'])} ago"
     if worker["is_alive"]:
         yield f"on worker {worker['name']!r}, {beat}"
     else:
-        dead = duration(now - worker["lease_expires_at"])
+        dead = duration_text(now - worker["lease_expires_at"])
         yield f"on worker {worker['name']!r}, whose lease expired {dead} ago ({beat}): another one reclaims it"
     for each in found.running:
-        yield f"step {each.step!r}, try {each.try_number}, running for {duration(now - each.since)}"
+        yield f"step {each.step!r}, try {each.try_number}, running for {duration_text(now - each.since)}"
 
 
 def _print_fact(name: str, value: object) -> None:

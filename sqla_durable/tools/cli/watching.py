@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sqla_durable.definitions.texts import duration_text
 from sqla_durable.tools.cli.database import App, Schema, Url, session_of
 from sqla_durable.tools.cli.errors import CommandError
 from sqla_durable.tools.cli.output import (
     AsJson,
-    duration,
     error_in_words,
     made_table,
     print_json,
@@ -114,7 +114,7 @@ def _line(happening: Happening) -> str:
         return f"{named} in queue {shown(row['queue'])}{shown(keys)}"
     took = at - (row["started_at"] or row["created_at"])
     error = error_in_words(row["error_type"], row["error_message"])
-    return f"{named} after {duration(took)}{f': {shown(error)}' if error else ''}"
+    return f"{named} after {duration_text(took)}{f': {shown(error)}' if error else ''}"
 
 
 def top(
@@ -168,7 +168,7 @@ def _tables(found: Picture) -> list[tuple[str, tuple[str, ...], list[list[Any]]]
     waiting = "pending", "oldest"
     return [
         (
-            f"Queues, the last {duration(timedelta(seconds=found.seconds))}",
+            f"Queues, the last {duration_text(timedelta(seconds=found.seconds))}",
             ("queue", *waiting, "running", *_RATES),
             [
                 [each["queue"], *_waiting(each), each["running"], *_of(each["rates"], found.seconds)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -134,16 +134,6 @@ def warning(code: Code, found: str, todo: str, **values: Any) -> Finding:
 def note(code: Code, found: str, todo: str, **values: Any) -> Finding:
     """Return a finding that is worth knowing."""
     return Finding(code, Severity.NOTE, found, todo, values)
-
-
-def how_long(value: timedelta) -> str:
-    """Return a duration for a sentence, in whole seconds."""
-    return str(timedelta(seconds=round(value.total_seconds())))
-
-
-def moment(value: datetime) -> str:
-    """Return a time for a sentence."""
-    return value.isoformat(sep=" ", timespec="seconds")
 
 
 def are(number: int, most: int, noun: str = "workflow") -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import Row
 
+from sqla_durable.definitions.texts import duration_text
 from sqla_durable.store import catalogue
 from sqla_durable.store.statements import connection_of
 from sqla_durable.tools.doctor.findings import (
@@ -17,7 +18,6 @@ from sqla_durable.tools.doctor.findings import (
     Finding,
     Severity,
     error,
-    how_long,
     note,
     warning,
 )
@@ -285,14 +285,15 @@ def of_sessions(rows: Iterable[Any], patience: timedelta) -> Iterator[Finding]:
         elif (row.state or "").startswith("idle in transaction") and row.in_state_for >= patience:
             yield warning(
                 Code.IDLE_IN_TRANSACTION,
-                f"{who} has been idle in a transaction for {how_long(row.in_state_for)}: its locks stay, and {_HOLDS}.",
+                f"{who} has been idle in a transaction for {duration_text(row.in_state_for)}: its locks stay, "
+                f"and {_HOLDS}.",
                 f"{end}; and let the application commit, or set idle_in_transaction_session_timeout for its role.",
                 **values,
             )
         elif row.xmin_age is not None and row.open_for >= patience:
             yield warning(
                 Code.OLD_SNAPSHOT,
-                f"{who} has a transaction that has been open for {how_long(row.open_for)}, {row.xmin_age:,} "
+                f"{who} has a transaction that has been open for {duration_text(row.open_for)}, {row.xmin_age:,} "
                 f"transactions behind: {_HOLDS}.",
                 f"{end}; let reports and dumps read from a standby without hot_standby_feedback.",
                 **values,
@@ -317,8 +318,8 @@ def of_prepared(rows: Sequence[Row[Any]], patience: timedelta) -> Iterator[Findi
         if row.open_for >= patience:
             yield warning(
                 Code.PREPARED_TRANSACTION,
-                f"the prepared transaction {row.gid!r} of {row.owner!r} has been open for {how_long(row.open_for)}: "
-                f"its locks stay through a restart, and {_HOLDS}.",
+                f"the prepared transaction {row.gid!r} of {row.owner!r} has been open for "
+                f"{duration_text(row.open_for)}: its locks stay through a restart, and {_HOLDS}.",
                 f"ROLLBACK PREPARED {_literal(row.gid)}, or COMMIT PREPARED, as its coordinator says.",
                 gid=row.gid,
                 owner=row.owner,

@@ -17,11 +17,12 @@ from sqlalchemy import Column, Index, MetaData, Row, Table
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import AddConstraint, Constraint, CreateColumn, CreateIndex, CreateTable, ExecutableDDLElement
 
+from sqla_durable.definitions.texts import time_text
 from sqla_durable.models import REVISION, metadata, storage
 from sqla_durable.models.base import NAMING_CONVENTION
 from sqla_durable.models.views import VIEWS
 from sqla_durable.store import catalogue, rights
-from sqla_durable.tools.doctor.findings import Code, Examined, Finding, error, moment, note, warning
+from sqla_durable.tools.doctor.findings import Code, Examined, Finding, error, note, warning
 
 Rows = Sequence[Row[Any]]
 
@@ -260,8 +261,8 @@ def check_dead_rows(examined: Examined) -> Iterator[Finding]:
 
 
 def _dead_rows(table: Table, row: Row[Any], since: datetime | None) -> Finding:
-    never = f"never since its statistics were reset at {moment(since)}" if since else "never"
-    vacuumed = f"last at {moment(row.vacuumed_at)}" if row.vacuumed_at else never
+    never = f"never since its statistics were reset at {time_text(since)}" if since else "never"
+    vacuumed = f"last at {time_text(row.vacuumed_at)}" if row.vacuumed_at else never
     return warning(
         Code.DEAD_ROWS,
         f"the table {table} has {row.dead:,} dead rows beside {row.live:,} live ones, and was vacuumed {vacuumed}.",

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Row
 
 from sqla_durable.definitions.queues import fitting
+from sqla_durable.definitions.texts import duration_text, time_text
 from sqla_durable.store import backlog, catalogue, diagnosis
 from sqla_durable.store.diagnosis import MOST
 from sqla_durable.tools.doctor.findings import (
@@ -17,8 +18,6 @@ from sqla_durable.tools.doctor.findings import (
     Finding,
     are,
     error,
-    how_long,
-    moment,
     note,
     warning,
 )
@@ -50,8 +49,8 @@ def check_workers(examined: Examined) -> Iterator[Finding]:
         elif row.over_for >= examined.patience:
             yield error(
                 Code.UNRECLAIMED,
-                f"{running} running under the worker {row.name!r}, whose lease expired {how_long(row.over_for)} ago: "
-                "no other worker has reclaimed them.",
+                f"{running} running under the worker {row.name!r}, whose lease expired "
+                f"{duration_text(row.over_for)} ago: no other worker has reclaimed them.",
                 _MAINTAIN,
                 **values,
                 name=row.name,
@@ -62,7 +61,7 @@ def check_workers(examined: Examined) -> Iterator[Finding]:
             yield note(
                 Code.DEAD_WORKER,
                 f"the worker {row.name!r} died without releasing anything: its lease expired "
-                f"{how_long(row.over_for)} ago. What it executed was reclaimed.",
+                f"{duration_text(row.over_for)} ago. What it executed was reclaimed.",
                 "If it was not killed on purpose, see its log. Its row is deleted after a day by a live worker.",
                 worker=row.id,
                 name=row.name,
@@ -82,7 +81,7 @@ def of_backlog(rows: Sequence[Any], live: Sequence[Any], *, long_ago: Any) -> It
     if rows and not live:
         since = min(row.since for row in rows)
         number = are(sum(row.workflows for row in rows), MOST)
-        text = f"{number} pending, the first since {moment(since)}, and no worker is alive."
+        text = f"{number} pending, the first since {time_text(since)}, and no worker is alive."
         yield error(Code.NO_WORKER, text, _START, since=since, queues=sorted({row.queue for row in rows}))
         return
     unclaimed: set[str] = set()
@@ -100,7 +99,7 @@ def _unclaimed(row: Any, live: Sequence[Any]) -> Finding:
     return warning(
         Code.QUEUE_UNCLAIMED,
         f"no live worker claims from the queue {row.queue!r}, where {row.workflow!r} has been waiting since "
-        f"{moment(row.since)}; they claim from {claimed}.",
+        f"{time_text(row.since)}; they claim from {claimed}.",
         f"sqla-durable worker MODULE:ATTRIBUTE --queue {row.queue!r}",
         queue=row.queue,
         since=row.since,
@@ -110,7 +109,7 @@ def _unclaimed(row: Any, live: Sequence[Any]) -> Finding:
 def _of_claimed_queue(row: Any, of_queue: Sequence[Any], long_ago: Any) -> Iterator[Finding]:
     values = {"queue": row.queue, "workflow": row.workflow, "version": row.version, "since": row.since}
     knowing = [each for each in of_queue if each.names is None or row.workflow in each.names]
-    waits = f"{are(row.workflows, diagnosis.HEAD)} pending since {moment(row.since)}"
+    waits = f"{are(row.workflows, diagnosis.HEAD)} pending since {time_text(row.since)}"
     if not knowing:
         yield warning(
             Code.NAME_UNCLAIMED,
@@ -150,7 +149,7 @@ def check_deadlines(examined: Examined) -> Iterator[Finding]:
 def _standing(code: Code, rows: Sequence[Row[Any]], what: str) -> Iterator[Finding]:
     if rows:
         first = rows[0]
-        found = f"{are(len(rows), MOST)} {what}, the first at {moment(first.since)}: {first.name} {first.id}."
+        found = f"{are(len(rows), MOST)} {what}, the first at {time_text(first.since)}: {first.name} {first.id}."
         yield error(code, found, _MAINTAIN, workflows=len(rows), since=first.since, first=first.id)
 
 
@@ -162,7 +161,8 @@ def check_signals(examined: Examined) -> Iterator[Finding]:
         number = are(len(rows), MOST, "signal")
         yield error(
             Code.UNDELIVERED,
-            f"{number} not delivered, the first sent at {moment(first.since)}: {first.name!r} to {first.workflow_id}.",
+            f"{number} not delivered, the first sent at {time_text(first.since)}: {first.name!r} to "
+            f"{first.workflow_id}.",
             _MAINTAIN,
             signals=len(rows),
             since=first.since,
@@ -190,7 +190,7 @@ def check_pauses(examined: Examined) -> Iterator[Finding]:
     for row in diagnosis.paused_queues(examined.session, long):
         yield warning(
             Code.QUEUE_PAUSED,
-            f"the queue {row.name!r} has been paused since {moment(row.paused_at)}: "
+            f"the queue {row.name!r} has been paused since {time_text(row.paused_at)}: "
             f"{are(row.workflows, MOST)} pending.",
             f"sqla-durable queue resume {quote(row.name)}",
             queue=row.name,
@@ -200,7 +200,7 @@ def check_pauses(examined: Examined) -> Iterator[Finding]:
     for row in diagnosis.paused_keys(examined.session, long):
         yield warning(
             Code.KEY_PAUSED,
-            f"the key {row.by!r} of the queue {row.queue!r} has been paused since {moment(row.paused_at)}: "
+            f"the key {row.by!r} of the queue {row.queue!r} has been paused since {time_text(row.paused_at)}: "
             f"{are(row.workflows, MOST)} pending.",
             f"sqla-durable queue resume {quote(row.queue)} --by {quote(row.by)}",
             queue=row.queue,
@@ -215,7 +215,7 @@ def check_blocked(examined: Examined) -> Iterator[Finding]:
     for row in diagnosis.blocked_keys(examined.session, examined.patience):
         yield warning(
             Code.KEY_BLOCKED,
-            f"the workflow {row.name} {row.id} failed at {moment(row.finished_at)} and blocks the key {row.by!r} of "
+            f"the workflow {row.name} {row.id} failed at {time_text(row.finished_at)} and blocks the key {row.by!r} of "
             f"the queue {row.queue!r}: {are(row.workflows, MOST)} pending.",
             "sqla-durable retry lets it go on, and sqla-durable delete removes it.",
             workflow=row.id,
@@ -231,7 +231,7 @@ def check_schedules(examined: Examined) -> Iterator[Finding]:
         if row.paused_at is None:
             yield error(
                 Code.SCHEDULE_OVERDUE,
-                f"the schedule {row.name!r} of {row.workflow!r} has been due since {moment(row.since)}, and no "
+                f"the schedule {row.name!r} of {row.workflow!r} has been due since {time_text(row.since)}, and no "
                 "worker has looked at it.",
                 _MAINTAIN,
                 schedule=row.name,
@@ -240,7 +240,7 @@ def check_schedules(examined: Examined) -> Iterator[Finding]:
         else:
             yield note(
                 Code.SCHEDULE_UNDECLARED,
-                f"the schedule {row.name!r} of {row.workflow!r} has been paused since {moment(row.paused_at)}: the "
+                f"the schedule {row.name!r} of {row.workflow!r} has been paused since {time_text(row.paused_at)}: the "
                 "code no longer declares it.",
                 "Declare it again, or delete its row from the table schedule.",
                 schedule=row.name,
