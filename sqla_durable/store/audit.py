@@ -59,8 +59,8 @@ def note_workflows(
     return _insert(session, [{"id": each.hex, "name": known.get(each)} for each in ids], note)
 
 
-def note_subject(session: Session, subject: str, note: Note) -> list[Noted]:
-    """Insert a row for a queue or a schedule."""
+def note_subject(session: Session, subject: str | None, note: Note) -> list[Noted]:
+    """Insert a row for a queue or a schedule, or for something that has no name."""
     return _insert(session, [{"id": None, "name": subject}], note)
 
 

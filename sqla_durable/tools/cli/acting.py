@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Act:
     """The options of every command that changes something."""
 
-    reason: Annotated[str | None, typer.Option("--reason", metavar="TEXT", help="Why; for the table audit.")] = None
+    reason: Annotated[str | None, typer.Option("--reason", metavar="TEXT", help="Why, for the audit log.")] = None
     who: Annotated[
         str | None, typer.Option("--as", metavar="NAME", help="Who does it; by default the user of this process.")
     ] = None
@@ -83,8 +83,10 @@ class Act:
         with explain_missing_rights("operator"):
             return audit.note_workflows(session, ids, self._note(verb, details), names=names)
 
-    def note_subject(self, session: Session, name: str, verb: str, details: Mapping[str, Any] | None = None) -> None:
-        """Write in the session's transaction what was done to a queue or a schedule."""
+    def note_subject(
+        self, session: Session, name: str | None, verb: str, details: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write in the session's transaction what was done to a queue or a schedule, or to something without a name."""
         from sqla_durable.api.sessions import explain_missing_rights
         from sqla_durable.store import audit
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sqla_durable.tools.cli.acting import counted
-from sqla_durable.tools.cli.database import App, Schema, Url, session_of
+from sqla_durable.tools.cli.acting import Act, counted
 from sqla_durable.tools.cli.errors import CommandError
 from sqla_durable.tools.cli.filters import parsed_duration
-from sqla_durable.tools.cli.output import AsJson, Yes, confirm, print_json
+from sqla_durable.tools.cli.groups import grouped
+from sqla_durable.tools.cli.output import Yes, confirm, print_json
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -38,10 +37,12 @@ class _Sweep:
     wanted: Wanted
 
 
+@grouped
 def prune(
     *,
     keep: Annotated[
-        str | None, typer.Option("--keep", metavar="TIME", help="What is finished for longer: 90d; else the policies.")
+        str | None,
+        typer.Option("--keep", metavar="DURATION", help="What is finished for longer: 90d; else the policies."),
     ] = None,
     name: Annotated[list[str] | None, typer.Option("--name", help="Of workflows of a name or pattern; repeatable.")] = (
         None
@@ -54,24 +55,21 @@ def prune(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be deleted.")] = False,
     yes: Yes = False,
-    as_json: AsJson = False,
-    url: Url = None,
-    app: App = None,
-    schema: Schema = None,
+    act: Act,
 ) -> None:
     """Delete finished workflows with their trees and histories: what --keep says, else what the policies say."""
     kept, statuses = _options(keep, name or None, status or None)
     given = {"keep": keep, "name": name or None, "status": statuses, "limit": limit}
-    with session_of(url, app, schema) as session:
+    with act.session() as session:
         sweeps = _sweeps(session, kept, name or None, statuses)
         counts = _counts(session, sweeps, limit) if dry_run or not yes else []
         if dry_run:
-            _show(sweeps, [{"would_delete": each} for each in counts], as_json=as_json)
+            _show(sweeps, [{"would_delete": each} for each in counts], act)
             return
         if not yes:
             confirm(f"{counted(sum(counts))} will be deleted, with histories. Continue?", yes=False)
             sweeps = _sweeps(session, kept, name or None, statuses)  # policies may have changed meanwhile
-        _show(sweeps, list(_delete(session, sweeps, limit, given)), as_json=as_json)
+        _show(sweeps, list(_delete(session, sweeps, limit, given, act)), act)
 
 
 def _options(
@@ -130,21 +128,19 @@ def _counts(session: Session, sweeps: Sequence[_Sweep], limit: int | None) -> li
 
 
 def _delete(
-    session: Session, sweeps: Sequence[_Sweep], limit: int | None, given: dict[str, Any]
+    session: Session, sweeps: Sequence[_Sweep], limit: int | None, given: dict[str, Any], act: Act
 ) -> Iterator[dict[str, int]]:
     """Delete, each batch in a transaction; the first that deletes something has the row of the audit log."""
     from sqla_durable.manage.retention import delete_batch
-    from sqla_durable.models import Audit
     from sqla_durable.store import connection_of
 
-    details = {key: value for key, value in given.items() if value is not None}
     is_noted, roots = False, 0
     for sweep in sweeps:
         deleted, refused, after, is_last = 0, 0, None, False
         while not is_last and (limit is None or roots < limit):
             batch = delete_batch(connection_of(session), sweep.wanted, after=after, limit=_size(limit, roots))
             if batch.deleted and not is_noted:
-                session.add(Audit(who=_who(), verb="prune", details=details))
+                act.note_subject(session, None, "prune", given)
                 is_noted = True
             session.commit()
             deleted, refused, roots = deleted + batch.deleted, refused + batch.refused, roots + batch.roots
@@ -156,18 +152,11 @@ def _size(limit: int | None, done: int) -> int:
     return _BATCH if limit is None else min(_BATCH, limit - done)
 
 
-def _who() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # no entry for this user id
-        return "unknown"
-
-
-def _show(sweeps: Sequence[_Sweep], counts: Sequence[dict[str, int]], *, as_json: bool) -> None:
-    if as_json:
+def _show(sweeps: Sequence[_Sweep], counts: Sequence[dict[str, int]], act: Act) -> None:
+    if act.as_json:
         print_json({"policy": each.policy, **count} for each, count in zip(sweeps, counts, strict=True))
         return
-    for each, count in zip(sweeps, counts, strict=True):
+    for each, count in zip(sweeps, counts, strict=True) if not act.quiet else ():
         said = ", ".join(
             f"{number:,} {what.replace('would_delete', 'would be deleted')}" for what, number in count.items()
         )
