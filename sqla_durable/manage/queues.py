@@ -15,7 +15,6 @@ import sqla_durable.api.hints as hints
 import sqla_durable.api.sessions as sessions
 from sqla_durable.definitions.checks import require_text
 from sqla_durable.definitions.queues import QueueKeywords, QueueOptions, require_queue_name
-from sqla_durable.errors import UsageError
 from sqla_durable.models import Queue, QueueKey
 from sqla_durable.store import queues
 
@@ -62,26 +61,16 @@ def resume_queue(session: Session, name: str) -> None:
 
 
 def pause_key(session: Session, name: str, by: str) -> None:
-    """Pause one key of a queue whose settings are per key. What runs goes on, and so do the other keys.
+    """Pause one key of a queue. What runs goes on, and so do the other keys, which take turns meanwhile.
 
-    Never commits; locks the row of the key, which is made if there is none.
+    Never commits; locks the row of the key. That and the row of the queue are made if there are none.
 
     Raises:
         ArgumentError: the name or the key is blank, or cannot be stored.
         SchemaError, SessionError: as for `put_queue`.
-        UsageError: the queue has no settings per key.
     """
     require_text(by, what="key")
-
-    def pause(session: Session) -> None:
-        if not queues.takes_turns(session, name):
-            raise UsageError(
-                f"queue {name!r} has no settings per key, so no single key of it can be paused: give it fair=True, by "
-                "Durable.queue or manage.put_queue."
-            )
-        queues.pause_key(session, name, by)
-
-    _change(session, name, pause, verb="pause_key")
+    _change(session, name, partial(queues.pause_key, name=name, by=by), verb="pause_key")
 
 
 def resume_key(session: Session, name: str, by: str) -> None:

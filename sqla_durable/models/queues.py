@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, Integer, SmallInteger, false, func
+from sqlalchemy import CheckConstraint, ForeignKey, Index, Integer, SmallInteger, false, func, text
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from sqla_durable.models.base import SCHEMA, Base, name_check, shown, times_check
@@ -98,6 +98,8 @@ class QueueKey(Base):
         name_check("by"),
         CheckConstraint("weight BETWEEN 1 AND 1000", name="weight"),
         times_check("created_at", "paused_at"),
+        # Whether any is paused.
+        Index("queue_key_paused_idx", "queue", postgresql_where=text("paused_at IS NOT NULL")),
     )
 
     def __repr__(self) -> str:

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.models.base import Text, WorkflowStatus
 from sqla_durable.store.catalogue import Rows
-from sqla_durable.store.places import KEY_UNLESS_FAILED, OTHER, is_keyed
+from sqla_durable.store.places import KEY_UNLESS_FAILED, OTHER
 from sqla_durable.store.schedules import UNDECLARED
 from sqla_durable.store.statements import (
     ONE,
@@ -215,7 +215,7 @@ def _paused_keys_statement() -> Any:
     return (
         sa.select(QUEUE_KEY.c.queue, QUEUE_KEY.c.by, QUEUE_KEY.c.paused_at, count_rows().label("workflows"))
         .select_from(keys.join(_pending(*of_key), sa.true()))
-        .where(is_keyed(), QUEUE_KEY.c.paused_at < _LONG_AGO)
+        .where(QUEUE_KEY.c.paused_at < _LONG_AGO)
         .group_by(QUEUE_KEY.c.queue, QUEUE_KEY.c.by)
         .order_by(QUEUE_KEY.c.queue, QUEUE_KEY.c.by)
         .limit(integer(MOST))

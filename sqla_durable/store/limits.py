@@ -20,6 +20,7 @@ from sqla_durable.store.places import (
     at_least_zero,
     count,
     count_free,
+    has_paused_key,
     how_many,
     is_keyed,
     is_paused_key,
@@ -74,7 +75,7 @@ class Choice(NamedTuple):
 def is_limited() -> Condition:
     """Return whether a queue's row makes its claims count: such a queue has claims of its own."""
     given = [QUEUE.c[each] for each in ("concurrency", "per_worker", "per_key", "rate", "key_rate", "fifo", "aging")]
-    return sa.or_(pg.num_nonnulls(*given) > ZERO, QUEUE.c.fair)
+    return sa.or_(pg.num_nonnulls(*given) > ZERO, QUEUE.c.fair, has_paused_key())
 
 
 def choose(is_known: Condition, within: Restriction) -> Choice:

@@ -53,8 +53,15 @@ class Kept(NamedTuple):
 
 
 def is_keyed() -> Condition:
-    """Return whether the settings of the queue's row are per key, so that keys take turns."""
-    return sa.or_(pg.num_nonnulls(QUEUE.c.per_key, QUEUE.c.key_rate, QUEUE.c.fifo) > ZERO, QUEUE.c.fair)
+    """Return whether the settings of the queue's row are per key, or a key is paused, so that keys take turns."""
+    per_key = pg.num_nonnulls(QUEUE.c.per_key, QUEUE.c.key_rate, QUEUE.c.fifo) > ZERO
+    return sa.or_(per_key, QUEUE.c.fair, has_paused_key())
+
+
+def has_paused_key() -> Condition:
+    """Return whether a key of the queue is paused: its claims ask for the key of each workflow then."""
+    paused = sa.select(QUEUE_KEY.c.by).where(QUEUE_KEY.c.queue == QUEUE.c.name, QUEUE_KEY.c.paused_at.is_not(None))
+    return paused.correlate(QUEUE).exists()
 
 
 def noted_place() -> Expression:
@@ -184,7 +191,7 @@ def used_of(counts: sa.FromClause, by: Expression) -> Expression:
 
 
 def is_paused_key(counts: sa.FromClause, by: Expression) -> Condition:
-    """Return whether a key of the queue is paused, where its settings are per key."""
+    """Return whether this key of the queue is paused."""
     mine = sa.select(QUEUE_KEY.c.by).where(QUEUE_KEY.c.queue == counts.c.name, QUEUE_KEY.c.by == by)
     is_paused = mine.where(QUEUE_KEY.c.paused_at.is_not(None)).correlate_except(QUEUE_KEY).exists()
     return sa.and_(counts.c.is_keyed, is_paused)

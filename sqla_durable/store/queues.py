@@ -9,7 +9,6 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from sqla_durable.definitions.queues import QueueOptions
-from sqla_durable.store.places import is_keyed
 from sqla_durable.store.statements import ONE, QUEUE, QUEUE_KEY, Condition, Connectable, execute, pg
 
 
@@ -38,14 +37,9 @@ def resume(connectable: Connectable, name: str) -> None:
     execute(connectable, sa.update(QUEUE).where(*paused).values(paused_at=None))
 
 
-def takes_turns(connectable: Connectable, name: str) -> bool:
-    """Return whether the settings of a queue are per key, so that its keys take turns."""
-    wanted = sa.select(QUEUE.c.name).where(QUEUE.c.name == name, is_keyed())
-    return execute(connectable, wanted).first() is not None
-
-
 def pause_key(connectable: Connectable, name: str, by: str) -> None:
-    """Pause one key of a queue that has a row. Locks the key's row."""
+    """Pause one key of a queue, with a row or without. Locks the key's row."""
+    execute(connectable, insert(QUEUE).values(name=name).on_conflict_do_nothing(index_elements=["name"]))
     given = insert(QUEUE_KEY).values(queue=name, by=by, paused_at=pg.statement_timestamp())
     paused_at = sa.func.coalesce(QUEUE_KEY.c.paused_at, given.excluded.paused_at)
     execute(connectable, given.on_conflict_do_update(index_elements=["queue", "by"], set_={"paused_at": paused_at}))

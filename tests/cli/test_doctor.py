@@ -269,6 +269,7 @@ def test_what_to_do_about_drift_is_sql_that_repairs_it(direct_url: str) -> None:
 def test_dead_rows_are_found(direct_url: str) -> None:
     execute(
         direct_url,
+        "ALTER TABLE durable.queue_use SET (autovacuum_enabled = off)",
         "INSERT INTO durable.queue (name) VALUES ('mail')",
         "INSERT INTO durable.queue_use (queue, used_at, by, claim, number) "
         "SELECT 'mail', now() + n * interval '1 s', '', gen_random_uuid(), 1 FROM generate_series(1, 10500) n",

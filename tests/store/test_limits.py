@@ -12,7 +12,7 @@ from uuid_utils.compat import uuid7
 
 from sqla_durable.models import Queue, QueueKey, Workflow
 from sqla_durable.models.base import WorkflowStatus
-from sqla_durable.store import attempts, claims
+from sqla_durable.store import attempts, claims, queues
 from sqla_durable.store.records import Claimed, Completion, Suspend
 from tests.store import races
 
@@ -163,6 +163,18 @@ def test_a_paused_key_waits(session: Session) -> None:
     for by in ("a", "b"):
         races.enqueue(session, 2, by=by)
     assert keys(session, claim(session)) == ["b", "b"]
+
+
+def test_a_paused_key_waits_in_a_queue_without_any_setting(session: Session) -> None:
+    """So a pause holds when a worker that starts brings other settings into the table."""
+    (paused,), (other,) = races.enqueue(session, by="a"), races.enqueue(session, by="b")
+    queues.pause_key(session, "default", "a")
+    session.commit()
+    assert races.claim(session) == []
+    assert ids(claim(session)) == [other]
+    queues.resume_key(session, "default", "a")
+    session.commit()
+    assert [each.fence.workflow_id for each in races.claim(session)] == [paused]
 
 
 def test_a_better_priority_comes_first_also_where_keys_take_turns(session: Session) -> None:

@@ -363,6 +363,13 @@ def _create_queue_key(schema: sa.quoted_name) -> None:
         _times("queue_key", "created_at, paused_at"),
         schema=schema,
     )
+    op.create_index(
+        op.f("queue_key_paused_idx"),
+        "queue_key",
+        ["queue"],
+        schema=schema,
+        postgresql_where=sa.text("paused_at IS NOT NULL"),
+    )
 
 
 def _create_queue_use(schema: sa.quoted_name) -> None:
