@@ -29,6 +29,7 @@ _NAMES = {
     "api.workflows": "BoundWorkflow WorkflowFunction start_many",
     "definitions.failure": "is_recorded_error",
     "definitions.interceptors": "Execution Interceptor Start StepExecution",
+    "definitions.payloads": "Encryption PayloadCodec Zstandard",
     "definitions.schedules": "Tick",
     "execution.executor": "Executor",
     "execution.worker.worker": "Worker",

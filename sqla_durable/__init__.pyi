@@ -28,6 +28,7 @@ from sqla_durable.api.updates import UpdateHandle, send_update, start_with_updat
 from sqla_durable.api.workflows import BoundWorkflow, WorkflowFunction, start_many
 from sqla_durable.definitions.failure import is_recorded_error
 from sqla_durable.definitions.interceptors import Execution, Interceptor, Start, StepExecution
+from sqla_durable.definitions.payloads import Encryption, PayloadCodec, Zstandard
 from sqla_durable.definitions.schedules import Tick
 from sqla_durable.execution.executor import Executor
 from sqla_durable.execution.worker.worker import Worker
@@ -42,11 +43,13 @@ __all__ = [
     "Callback",
     "Child",
     "Durable",
+    "Encryption",
     "Event",
     "Execution",
     "Executor",
     "Handle",
     "Interceptor",
+    "PayloadCodec",
     "Queue",
     "RunningStep",
     "Saga",
@@ -69,6 +72,7 @@ __all__ = [
     "WorkflowFunction",
     "WorkflowLogFilter",
     "WorkflowStatus",
+    "Zstandard",
     "as_completed",
     "close_stream",
     "complete_callback",

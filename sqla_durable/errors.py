@@ -13,6 +13,7 @@ DurableError
 │   ├── EncodingError                 store another value
 │   │   └── PayloadTooLargeError          store the value elsewhere and pass its key
 │   └── DecodingError                 bring back an annotation that reads the stored value
+│       └── PayloadKeyError               give a Durable of this process the codec or the key that is named
 ├── NotFoundError                 (also LookupError) check the id or token, and that its transaction committed
 ├── KeyNotVisibleError            try again in a new transaction, or look at the row's policy
 ├── KeyTakenError                 use the workflow that has the key, or wait until the key is free
@@ -111,6 +112,13 @@ class PayloadTooLargeError(EncodingError):
 
 class DecodingError(PayloadError):
     """A stored value does not fit the annotation that the code has now."""
+
+
+class PayloadKeyError(DecodingError):
+    """A stored value needs a codec or a key that no `Durable` of this process has.
+
+    Where an attempt meets it, the workflow is suspended for a minute, and does not fail.
+    """
 
 
 class _AboutWorkflow(DurableError):

@@ -86,3 +86,39 @@ class CallRefused(ControlFlow):
         super().__init__(message)
         self.workflow_id = workflow_id
         self.call = call
+
+
+_AGAIN = "The workflow's code comes here again when it is resumed; what is to happen once belongs after the wait"
+_UNDO = "What is to be done when a workflow is cancelled is a compensation of a Saga"
+_REASONS: dict[type[ControlFlow], tuple[str, str]] = {  # the first that fits
+    ContinuedAsNew: ("the workflow continues as new", "Call it before continue_as_new()"),
+    Suspended: ("the workflow is suspended until what it waits for is there", _AGAIN),
+    Released: ("its worker is stopping and releases the workflow", _AGAIN),
+    Cancelling: ("the workflow was cancelled, or its deadline has passed", _UNDO),
+    AttemptLost: ("the workflow was cancelled, or another worker has reclaimed it", _UNDO),
+    Interrupted: ("the connection to the database was lost", _AGAIN),
+    Unwound: ("what was raised beside it is no outcome, and ended the attempt", _AGAIN),
+    ControlFlow: ("it was stopped", _AGAIN),
+}
+
+
+def refusal(ending: ControlFlow, *, call: str, workflow: str, workflow_id: UUID, attempt: int) -> CallRefused:
+    """Return the error for a durable call that is made while its attempt ends.
+
+    A `finally` or an `except` block that goes on cannot be stopped, but it must have no durable effects.
+
+    Args:
+        ending: what ends the attempt.
+        call: the key of the operation that was called.
+        workflow: the workflow's name.
+        workflow_id: its id.
+        attempt: the attempt's number.
+    """
+    why, instead = next(words for kind, words in _REASONS.items() if isinstance(ending, kind))
+    return CallRefused(
+        f"{call!r} was called in workflow {workflow!r} {workflow_id} while its attempt {attempt} was ending, because "
+        f"{why}: it was not executed. A finally or an except block has gone on although the attempt was over. "
+        f"{instead}.",
+        workflow_id=workflow_id,
+        call=call,
+    )

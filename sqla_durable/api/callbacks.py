@@ -18,6 +18,7 @@ from sqla_durable.api.calls import ANY, Call, operation
 from sqla_durable.api.sessions import in_savepoint, write
 from sqla_durable.definitions.checks import require_positive_duration
 from sqla_durable.definitions.codec import Codec
+from sqla_durable.definitions.payloads import Payloads, Place
 from sqla_durable.errors import (
     ArgumentError,
     CallbackFinishedError,
@@ -198,7 +199,7 @@ def complete_callback(session: Session, token: str, value: object = None) -> Non
     """
     found = _Token.of(token)
     text = Codec.inferred(what="value of a callback").encode(value)
-    answer = partial(_answer, token=found, payload=f'{{"value": {text}}}')
+    answer = partial(_answer, token=found, value=text)
     write(session, answer, name="complete_callback", rights="answerer")
 
 
@@ -219,7 +220,7 @@ def fail_callback(session: Session, token: str, message: str, *, details: object
         raise ArgumentError(f"message={message!r} is no text: say what has happened, and give the rest as details=.")
     given = {"error": message} if details is None else {"error": message, "details": details}
     text = Codec.inferred(what="error of a callback").encode(given)
-    answer = partial(_answer, token=found, payload=text)
+    answer = partial(_answer, token=found, error=text)
     write(session, answer, name="fail_callback", rights="answerer")
 
 
@@ -254,8 +255,10 @@ class _Token:
         return cls(UUID(found[1]), callback.digest_of(text), f"{text[:37]}…")
 
 
-def _answer(session: Session, *, token: _Token, payload: str) -> None:
-    key = _hold(session, token)
+def _answer(session: Session, *, token: _Token, value: str = "", error: str = "") -> None:
+    key, name = _hold(session, token)
+    place = Place.of(token.workflow_id, f"callback {key}")
+    payload = error or f'{{"value": {Payloads.of_workflow(name).seal(value, place)}}}'
     found = _read_callback(session, token, key, payload)
     if found.is_same:
         return
@@ -278,12 +281,12 @@ def _insert(session: Session, token: _Token, key: str, *, signal: str, payload: 
 
 
 def _beat(session: Session, *, token: _Token) -> None:
-    key = _hold(session, token)
+    key = _hold(session, token).key
     _refuse_finished(token, _read_callback(session, token, key))
     statements.beat(session, token.workflow_id, key)
 
 
-def _hold(session: Session, token: _Token) -> str:
+def _hold(session: Session, token: _Token) -> statements.Locked:
     """Lock the callback: what is asked then is newer than all answers before."""
     return statements.hold(session, token.workflow_id, digest=token.digest) or _refuse_unknown(token)
 

@@ -163,15 +163,20 @@ def encode(value: object, *, what: str, limit: int) -> str:
     return Codec.inferred(what=what, limit=limit).encode(value)
 
 
+def sealed(value: object, context: Context, kind: str, key: str, *, what: str) -> str:
+    """Return the text to store of a value of the workflow that is executed. Raises as `encode`."""
+    return context.attempt.seal(encode(value, what=what, limit=context.limit), kind, key)
+
+
 def publication(
-    function: str, name: str, encoded: Callable[[int], Publication], *, session: AnySession | None
+    function: str, name: str, encoded: Callable[[Context], Publication], *, session: AnySession | None
 ) -> Call[None]:
     """Return the call of a function that publishes from a workflow's own code, or from one of its steps.
 
     Args:
         function: the public name of the function.
         name: that of the operation, in the workflow's own code.
-        encoded: encodes what is published, within this many bytes.
+        encoded: encodes what is published, in this context.
         session: that of a transactional step, if the caller passed one.
     """
     return Call(function, partial(_publish, function, name, encoded, session))
@@ -180,7 +185,7 @@ def publication(
 def _publish(
     function: str,
     name: str,
-    encoded: Callable[[int], Publication],
+    encoded: Callable[[Context], Publication],
     session: AnySession | None,
     context: Context | None,
 ) -> Any:
@@ -194,7 +199,7 @@ def _publish(
 
 
 def _publish_between_steps(
-    context: Context, function: str, name: str, encoded: Callable[[int], Publication], session: AnySession | None
+    context: Context, function: str, name: str, encoded: Callable[[Context], Publication], session: AnySession | None
 ) -> Any:
     if session is not None:
         raise UsageError(
@@ -203,7 +208,7 @@ def _publish_between_steps(
         )
     context.attempt.branches.require_here(f"{function}()", workflow=context.attempt.name)
     position = context.attempt.begin_call(name, ("sqla_durable", function))
-    within = partial(encoded, context.limit)
+    within = partial(encoded, context)
     return context.runtime.perform_operation(position, lambda runtime, at: publish_once(runtime, at, within))
 
 
@@ -211,7 +216,7 @@ def _publish_in_plain_step(
     context: Context,
     step: StepCall,
     function: str,
-    encoded: Callable[[int], Publication],
+    encoded: Callable[[Context], Publication],
     session: AnySession | None,
 ) -> Any:
     if session is not None:
@@ -219,7 +224,7 @@ def _publish_in_plain_step(
             f"{function}() was given a session in step {step.position.shown!r}, which is plain and writes at once: "
             "leave it out, or let the step take a Session, and pass that one."
         )
-    within = partial(encoded, context.limit)
+    within = partial(encoded, context)
     return context.runtime.perform_in_step(step.position, lambda runtime, _: publish_at_once(runtime, step, within))
 
 
@@ -227,7 +232,7 @@ def _publish_in_transaction(
     context: Context,
     step: StepCall,
     function: str,
-    encoded: Callable[[int], Publication],
+    encoded: Callable[[Context], Publication],
     session: AnySession | None,
 ) -> Any:
     if session is None:
@@ -235,7 +240,7 @@ def _publish_in_transaction(
             f"{function}() was called without the session of step {step.position.shown!r}, which is transactional: "
             "pass it, session=session, so that what is published commits with the step."
         )
-    written, origin = encoded(context.limit), origin_of(context.attempt, step)
+    written, origin = encoded(context), origin_of(context.attempt, step)
     if isinstance(session, AsyncSession):
         return session.run_sync(written.write, origin)
     return written.write(session, origin)

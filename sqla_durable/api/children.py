@@ -10,7 +10,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 from uuid import UUID
 
 from sqla_durable.api.calls import Call, operation, require_workflow, visit
-from sqla_durable.api.workflows import AnyWorkflowFunction, BoundWorkflow, bind_without_headers, with_headers
+from sqla_durable.api.workflows import AnyWorkflowFunction, BoundWorkflow, bind_without_headers, with_headers, with_id
 from sqla_durable.definitions.checks import require_duration
 from sqla_durable.definitions.error_classes import Find
 from sqla_durable.definitions.registry import WorkflowDefinition
@@ -304,7 +304,7 @@ class _Mapping:
     def _ordered(self) -> list[NewWorkflow]:
         """Return the children in the order of the items, with ids in that order: so their outcomes are read."""
         ids = sorted(each.new.id for each in self.bound)
-        return [each.new._replace(id=ids[number]) for number, each in enumerate(self.bound)]
+        return [with_id(each.new, ids[number]) for number, each in enumerate(self.bound)]
 
 
 async def _value(

@@ -24,6 +24,7 @@ from sqla_durable.definitions.inspection import SessionKind, place_of
 from sqla_durable.definitions.interceptors import Interceptor, Interceptors
 from sqla_durable.definitions.json_values import DEFAULT_LIMIT
 from sqla_durable.definitions.limits import TimeLimits
+from sqla_durable.definitions.payloads import PayloadCodec, Payloads
 from sqla_durable.definitions.queues import QueueDeclaration, QueueKeywords, QueueOptions, require_queue_name
 from sqla_durable.definitions.registry import (
     DurableOptions,
@@ -82,6 +83,8 @@ class Durable:
         error_details: whether what is recorded of errors shows the values of SQL statements and payloads.
         secret: makes the tokens of callbacks, so that the tables do not hold them: 16 characters or more, the same in
             every worker, and known to workers only. To change it, give a list, the new one first.
+        payloads: how inputs, results and whatever else workflows store are encoded, in this order, instead of plain
+            JSON: `[Zstandard(), Encryption({"2026-11": key})]`. See docs, "Payloads".
         version: the version of the code, which every start records. By itself it changes nothing: a worker with
             `versions=` claims those only. See docs, "Changing code".
 
@@ -103,6 +106,7 @@ class Durable:
         strict_errors: bool = False,
         error_details: bool = False,
         secret: str | list[str] | None = None,
+        payloads: Iterable[PayloadCodec] = (),
     ) -> None:
         self.sessionmaker = sessionmaker
         self.async_sessionmaker = async_sessionmaker
@@ -114,6 +118,7 @@ class Durable:
             errors=KnownErrors(errors, strict=strict_errors, details=error_details),
             secrets=encode_secrets(secret),
             interceptors=Interceptors(interceptors),
+            payloads=Payloads(payloads),
         )
 
     def intercept(self, *interceptors: Interceptor) -> None:
@@ -427,6 +432,7 @@ class WorkflowDecorator:
         durable = self._durable
         definition = WorkflowDefinition.of(fn, self._options, durable.options)
         durable.registry.add_workflow(definition)
+        durable.options.payloads.note_workflow(definition.name)
         durable.options.errors.add_module(place_of(definition.fn)[0])
         return AsyncWorkflowFunction(definition) if definition.is_async else WorkflowFunction(definition)
 

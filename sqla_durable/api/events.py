@@ -14,15 +14,17 @@ from uuid import UUID
 from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import TypeVar
 
-from sqla_durable.api.calls import ANY, Call, encode, operation, publication
+from sqla_durable.api.calls import ANY, Call, operation, publication, sealed
 from sqla_durable.api.polling import PollingEngine, pauses, refuse_event_loop
 from sqla_durable.api.sessions import AnySession, id_of
 from sqla_durable.definitions.checks import require_duration, require_key
 from sqla_durable.definitions.codec import Codec
+from sqla_durable.definitions.payloads import Place, opened
 from sqla_durable.errors import ArgumentError, EventNotSetError, NotFoundError, ResultTimeoutError
 from sqla_durable.models import Workflow
 from sqla_durable.operations import waiting
 from sqla_durable.operations.runtime import Runtime
+from sqla_durable.runtime.context import Context
 from sqla_durable.store import Checkpoint, Connectable, Origin, events
 
 T = TypeVar("T", default=Any)
@@ -82,8 +84,8 @@ def set_event_call(key: str, value: object, session: AnySession | None) -> Call[
     if key.startswith("#"):
         raise ArgumentError(f"the key of an event is {key!r}, which begins with '#': such keys are the engine's own.")
 
-    def encoded(limit: int) -> _NewEvent:
-        return _NewEvent(key, encode(value, what=f"value of event {key!r}", limit=limit))
+    def encoded(context: Context) -> _NewEvent:
+        return _NewEvent(key, sealed(value, context, "event", key, what=f"value of event {key!r}"))
 
     return publication("set_event", f"set_event({key})", encoded, session=session)
 
@@ -132,7 +134,8 @@ def wait_event_call(
     if timeout is not None:
         require_duration(timeout, "timeout")
     take = partial(_take, workflow_id=id_of(workflow), key=key)
-    source = waiting.WaitSource(None, waiting.in_one_statement(take), f"event {key!r} was not set within {timeout}.")
+    late = f"event {key!r} was not set within {timeout}."
+    source = waiting.WaitSource(None, waiting.in_one_statement(take), late, kind="event", key=key)
     receive = partial(waiting.receive, source=source, result=_codec_of(key, kind), within=timeout)
     return operation("wait_event", f"wait_event({key})", receive, step_key=step_key)
 
@@ -223,7 +226,7 @@ class EventSearch(Generic[T]):
 
     def decoded(self, value: str) -> T:
         """Return the value."""
-        return cast("T", self.codec.decode(value))
+        return cast("T", self.codec.decode(opened(value, Place.of(self.workflow_id, f"event {self.key}"))))
 
     def pauses(self) -> Iterator[float]:
         """Yield the seconds of the pauses between polls; raise when the time is up."""

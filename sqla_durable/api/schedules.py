@@ -8,6 +8,7 @@ from typing import Any
 
 from sqla_durable.api.options import DUPLICATES, StartOptions
 from sqla_durable.api.workflows import AnyWorkflowFunction, BoundWorkflow
+from sqla_durable.definitions.payloads import Payloads, owner_of_schedule
 from sqla_durable.definitions.schedules import ScheduleDeclaration, ScheduleOptions, fault_in_schedule_name
 from sqla_durable.errors import ArgumentError, DefinitionError
 from sqla_durable.store import NewWorkflow
@@ -54,7 +55,7 @@ def scheduled(bound: BoundWorkflow, *, schedule: str) -> NewWorkflow:
     new = bound.new  # one with a rule for its key has a key
     if wrong := _decided_by_ticks(new):
         raise ArgumentError(_refusal(schedule, new.name, wrong))
-    return new
+    return new._replace(input=Payloads.moved(new.input, new.name, owner_of_schedule(schedule)))
 
 
 def _decided_by_ticks(given: NewWorkflow | StartOptions) -> list[str]:

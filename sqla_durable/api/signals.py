@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +20,7 @@ from sqla_durable.api.workflows import BoundWorkflow, start
 from sqla_durable.definitions.checks import require_duration, require_text
 from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.interceptors import sending
+from sqla_durable.definitions.payloads import Payloads, Place
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models import Workflow
 from sqla_durable.operations import waiting
@@ -92,29 +93,45 @@ class _NewSignal:
     def send(self, session: Session, *, workflows: Workflow | UUID | Iterable[Workflow | UUID]) -> None:
         """Send the signal, to all or none."""
         session.flush()  # a workflow that was only just started is not in the table yet
-        ids = self._receivers(session, sorted(set(ids_of(workflows))))
+        names = self._receivers(session, sorted(set(ids_of(workflows))))
+        ids = list(names)
         if ids:
             with sending(self.name, ids):
-                self._insert(session, ids)
+                self._insert_all(session, names)
             hints.announce(session, *hints.merged(hints.sent_to(each, self.name) for each in ids))
 
-    def _receivers(self, session: Session, ids: Sequence[UUID]) -> list[UUID]:
-        """Return the receivers, without those that have ended since the same signal was sent to them."""
-        statuses = store_workflows.statuses(session, ids)
-        ended = [each for each, status in statuses.items() if status.finished]
+    def _receivers(self, session: Session, ids: Sequence[UUID]) -> dict[UUID, str]:
+        """Return the names of the receivers, without those that have ended since the same signal was sent to them."""
+        found = store_workflows.receivers(session, ids)
+        ended = [each for each, receiver in found.items() if receiver.status.finished]
         known = self._known(session, ended)
-        receivers = [each for each in ids if each not in known]
-        for each in receivers:
-            require_receiver(f"signal {self.name!r}", each, statuses.get(each))
-        return receivers
+        names: dict[UUID, str] = {}
+        for each in ids:
+            if each not in known:
+                receiver = found.get(each)
+                require_receiver(f"signal {self.name!r}", each, None if receiver is None else receiver.status)
+                names[each] = "" if receiver is None else receiver.name
+        return names
 
     def _known(self, session: Session, ids: Sequence[UUID]) -> set[UUID]:
         if not ids or self.key is None:
             return set()
         return signals.sent_with_key(session, ids, name=self.name, key=self.key)
 
-    def _insert(self, session: Session, ids: Sequence[UUID]) -> None:
-        given: dict[str, Any] = {"name": self.name, "payload": self.payload, "key": self.key}
+    def _insert_all(self, session: Session, names: Mapping[UUID, str]) -> None:
+        """Insert it for all by one statement, or where it is sealed for each of its own."""
+        plain: list[UUID] = []
+        for each, name in names.items():
+            sealed = Payloads.of_workflow(name).seal(self.payload, Place.of(each, f"signal {self.name}"))
+            if sealed == self.payload:
+                plain.append(each)
+            else:
+                self._insert(session, [each], sealed)
+        if plain:
+            self._insert(session, plain, self.payload)
+
+    def _insert(self, session: Session, ids: Sequence[UUID], payload: str) -> None:
+        given: dict[str, Any] = {"name": self.name, "payload": payload, "key": self.key}
         try:
             signals.send(session, ids, **given)
         except SnapshotKept:

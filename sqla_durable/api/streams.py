@@ -13,14 +13,16 @@ from uuid import UUID
 from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import TypeVar
 
-from sqla_durable.api.calls import ANY, Call, encode, publication
+from sqla_durable.api.calls import ANY, Call, publication, sealed
 from sqla_durable.api.polling import PollingEngine, pauses, refuse_event_loop
 from sqla_durable.api.sessions import AnySession, id_of
 from sqla_durable.definitions.checks import require_key
 from sqla_durable.definitions.codec import Codec
+from sqla_durable.definitions.payloads import Place, opened
 from sqla_durable.errors import ArgumentError, ResultTimeoutError, UsageError
 from sqla_durable.models import Workflow
 from sqla_durable.operations.runtime import Runtime
+from sqla_durable.runtime.context import Context
 from sqla_durable.store import Checkpoint, Connectable, Origin, streams
 from sqla_durable.store.streams import Append, Appended, Item, Page
 
@@ -121,9 +123,9 @@ def write_stream_call(name: str, values: Sequence[object], session: AnySession |
     if not values:
         raise ArgumentError(f"write_stream({name!r}) has no value: give one at least.")
 
-    def encoded(limit: int) -> _NewItems:
+    def encoded(context: Context) -> _NewItems:
         what = f"item of stream {name!r}"
-        return _NewItems(name, [encode(value, what=what, limit=limit) for value in values])
+        return _NewItems(name, [sealed(value, context, "stream", name, what=what) for value in values])
 
     return publication("write_stream", f"write_stream({name})", encoded, session=session)
 
@@ -255,6 +257,7 @@ class StreamReader(Generic[T]):
         )
 
     def _entry(self, item: Item, value: str) -> StreamEntry[T]:
+        text = opened(value, Place.of(self.workflow_id, f"stream {self.name}"))
         return StreamEntry(
-            self.codec.decode(value), item.number, item.step_key, item.attempt, item.try_number, item.created_at
+            self.codec.decode(text), item.number, item.step_key, item.attempt, item.try_number, item.created_at
         )

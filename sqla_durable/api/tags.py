@@ -13,6 +13,7 @@ from sqla_durable.api.options import check_tags
 from sqla_durable.api.sessions import AnySession
 from sqla_durable.errors import ArgumentError
 from sqla_durable.operations.runtime import Runtime
+from sqla_durable.runtime.context import Context
 from sqla_durable.store import Checkpoint, Connectable, Origin, tags
 
 
@@ -67,7 +68,7 @@ def set_tags_call(tags: Mapping[str, str | None], session: AnySession | None) ->
         raise ArgumentError(f"tags={tags!r} is no mapping of names to texts, or to None, which removes a tag.")
     check_tags({name: "removed" if value is None else value for name, value in tags.items()})
 
-    def encoded(limit: int) -> _NewTags:
-        return _NewTags(encode(dict(tags), what="tags", limit=limit))
+    def encoded(context: Context) -> _NewTags:
+        return _NewTags(encode(dict(tags), what="tags", limit=context.limit))
 
     return publication("set_tags", "set_tags", encoded, session=session)

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from typing_extensions import TypeVar
 
-from sqla_durable.api.calls import ANY, Call, encode, operation, publication, require_sendable
+from sqla_durable.api.calls import ANY, Call, operation, publication, require_sendable, sealed
 from sqla_durable.api.sessions import AnySession
 from sqla_durable.definitions.checks import fault_in, require_duration
 from sqla_durable.definitions.codec import Codec
@@ -28,7 +28,7 @@ from sqla_durable.operations.calls import Position
 from sqla_durable.operations.outcome import is_own_failure
 from sqla_durable.operations.runtime import Runtime
 from sqla_durable.operations.waiting import receive_update
-from sqla_durable.runtime.context import active, outside
+from sqla_durable.runtime.context import Context, active, outside
 from sqla_durable.store import Checkpoint, Connectable, Origin, Verdict, updates
 from sqla_durable.unwinding import AttemptLost
 
@@ -53,22 +53,26 @@ class _BaseRequest(Generic[T]):
 
     def _reply(self, value: object, session: AnySession | None) -> Call[None]:
         what = f"reply to update {self.name!r}"
-        return self._answer("reply", session, lambda limit: f'{{"reply": {encode(value, what=what, limit=limit)}}}')
+
+        def encoded(context: Context) -> str:
+            return f'{{"reply": {sealed(value, context, "reply", str(self.id), what=what)}}}'
+
+        return self._answer("reply", session, encoded)
 
     def _reject(self, reason: str, session: AnySession | None) -> Call[None]:
         if fault := fault_in(reason, longest=None):
             raise ArgumentError(f"reject({reason!r}): the reason {fault}: say in words why.")
         return self._answer("reject", session, lambda _: json.dumps({"rejected": reason[:_REASON_LIMIT]}))
 
-    def _answer(self, verb: str, session: AnySession | None, encoded: Callable[[int], str]) -> Call[None]:
+    def _answer(self, verb: str, session: AnySession | None, encoded: Callable[[Context], str]) -> Call[None]:
         context = active()
         if context is not None and context.attempt.workflow_id != self.workflow_id:
             raise UsageError(
                 f"{self!r} is answered in workflow {context.attempt.workflow_id}: only its own can do that."
             )
 
-        def answer(limit: int) -> _Answer:
-            return _Answer(self.id, self.name, encoded(limit))
+        def answer(context: Context) -> _Answer:
+            return _Answer(self.id, self.name, encoded(context))
 
         call = publication(verb, f"{verb}({self.name})", answer, session=session)
         return Call(f"UpdateRequest.{verb}", call.carry_out)
@@ -257,12 +261,16 @@ class _Receiving:
             receive_update, name=self.name, validate=partial(self._consider, runtime.attempt), within=self.timeout
         )
         taken = await receive(runtime, position)
-        return self.request(runtime.attempt.workflow_id, taken.id, self.name, self.codec.decode(taken.payload))
+        value = self._value(runtime.attempt, taken.payload)
+        return self.request(runtime.attempt.workflow_id, taken.id, self.name, value)
+
+    def _value(self, attempt: Attempt, payload: str) -> Any:
+        return self.codec.decode(attempt.open(payload, "update", self.name))
 
     async def _consider(self, attempt: Attempt, payload: str) -> str | None:
         """Return why a payload is refused; None if it is not."""
         try:
-            value = self.codec.decode(payload)
+            value = self._value(attempt, payload)
             if self.validate is None:
                 return None
             with outside():

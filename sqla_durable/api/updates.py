@@ -25,6 +25,7 @@ from sqla_durable.api.sessions import id_of, in_savepoint, require_receiver, wri
 from sqla_durable.api.workflows import BoundWorkflow, start
 from sqla_durable.definitions.checks import require_text
 from sqla_durable.definitions.codec import Codec
+from sqla_durable.definitions.payloads import Payloads, Place, opened
 from sqla_durable.errors import (
     ArgumentError,
     NotFoundError,
@@ -210,7 +211,8 @@ class _BaseUpdate(Generic[R]):
         return UpdateNotAnsweredError(message, workflow_id=self.workflow_id, update_id=self.id)
 
     def _value(self, answer: str) -> R:
-        value: R = self._codec.decode(json.dumps(json.loads(answer)["reply"]))
+        place = Place.of(self.workflow_id, f"reply {self.id}")
+        value: R = self._codec.decode(opened(json.dumps(json.loads(answer)["reply"]), place))
         return value
 
     def _pauses(self, timeout: timedelta | None, *, what: str) -> Iterator[float]:
@@ -346,25 +348,26 @@ class NewUpdate(Generic[S]):
 
     def _sent(self, session: Session, workflow_id: UUID) -> int:
         for _ in range(keys.MOST_REPEATS):
-            update_id = self._known(session, workflow_id)
+            update_id, receiver = self._known(session, workflow_id)
             if update_id is None:  # and None again: somebody has just sent one of the key
-                update_id = self._insert(session, workflow_id)
+                update_id = self._insert(session, workflow_id, receiver)
             if update_id is not None:
                 return update_id
         raise keys.not_visible("update", name=self.name, key=self.key or "")
 
-    def _insert(self, session: Session, workflow_id: UUID) -> int | None:
-        given: dict[str, Any] = {"name": self.name, "payload": self.payload, "key": self.key}
+    def _insert(self, session: Session, workflow_id: UUID, receiver: str) -> int | None:
+        payload = Payloads.of_workflow(receiver).seal(self.payload, Place.of(workflow_id, f"update {self.name}"))
+        given: dict[str, Any] = {"name": self.name, "payload": payload, "key": self.key}
         try:
             return statements.send(session, workflow_id, **given)
         except keys.SnapshotKept:
             with in_savepoint(session, what="update", name=self.name, key=self.key):
                 return statements.send_in_snapshot(session, workflow_id, **given)
 
-    def _known(self, session: Session, workflow_id: UUID) -> int | None:
-        """Return the id of the update that has the key already; refuse a receiver that is finished."""
+    def _known(self, session: Session, workflow_id: UUID) -> tuple[int | None, str]:
+        """Return the id of the update that has the key already, and the receiver's name; refuse a finished one."""
         found = statements.receiver(session, workflow_id, name=self.name, key=self.key)
         if found is None or found.known is None:
             require_receiver(f"update {self.name!r}", workflow_id, None if found is None else found.status)
-            return None
-        return found.known
+            return None, "" if found is None else found.workflow_name
+        return found.known, found.workflow_name

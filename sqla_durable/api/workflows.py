@@ -27,6 +27,7 @@ from sqla_durable.api.sessions import id_of, in_savepoint, require_session, writ
 from sqla_durable.api.steps import DurableFunction
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.interceptors import Start
+from sqla_durable.definitions.payloads import Payloads, owner_of_key
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import ArgumentError, KeyNotVisibleError, UsageError
 from sqla_durable.models import Workflow
@@ -81,7 +82,20 @@ def bind_without_headers(
     """Bind a child: it gets its headers when it is started, so that a replay asks no interceptor."""
     given = workflow.definition.encode(args, kwargs)
     new = NewWorkflow._make((uuid7(), workflow.name, given, *workflow.in_common, None))
+    if workflow.definition.durable_options.payloads.codecs:
+        new = _sealed(workflow, new)
     return BoundWorkflow(new, workflow.rule)
+
+
+def _sealed(workflow: AnyWorkflowFunction[..., Any], new: NewWorkflow) -> NewWorkflow:
+    # With a rule, the input may come to replace that of another row, which has the key.
+    owner = str(new.id) if workflow.rule is None else owner_of_key(new.name, new.key)
+    return new._replace(input=workflow.definition.durable_options.payloads.seal_members(new.input, owner))
+
+
+def with_id(new: NewWorkflow, workflow_id: UUID) -> NewWorkflow:
+    """Return what is to be started, without a rule for its key, under another id."""
+    return new._replace(id=workflow_id, input=Payloads.moved(new.input, new.name, str(workflow_id)))
 
 
 def with_headers(definition: WorkflowDefinition, new: NewWorkflow) -> NewWorkflow:
@@ -303,7 +317,8 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
         return type(self)(self.definition, replace(self.start_options, **changes))
 
     def _continue_as_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call[NoReturn]:
-        restart = partial(continue_as_new, given=self.definition.encode(args, kwargs))
+        text = self.definition.encode(args, kwargs)
+        payloads = self.definition.durable_options.payloads
 
         def carry_out(given: Context | None) -> Any:
             context = require_workflow("continue_as_new", given)
@@ -312,7 +327,8 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
                     f"{self.name}.continue_as_new() was called in workflow {context.attempt.name!r}, which continues "
                     "as itself: call its own."
                 )
-            return visit(context, "continue_as_new", restart)
+            sealed = payloads.seal_members(text, str(context.attempt.workflow_id))
+            return visit(context, "continue_as_new", partial(continue_as_new, given=sealed))
 
         return Call("WorkflowFunction.continue_as_new", carry_out)
 
@@ -325,6 +341,8 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
         """
         given = self.definition.encode(args, kwargs)
         new = NewWorkflow._make((uuid7(), self.definition.name, given, *self.in_common, None))
+        if self.definition.durable_options.payloads.codecs:
+            new = _sealed(self, new)
         return BoundWorkflow(with_headers(self.definition, new), self.rule)
 
     @cached_property

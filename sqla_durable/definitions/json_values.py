@@ -48,6 +48,9 @@ _UNRELATED = frozenset({"metadata", "config", "default", "serialization"})
 _Schema: TypeAlias = Mapping[str, Any]
 
 
+MARK = '{"$as"'
+"""How the JSON of what `payloads` has encoded begins, here and as `jsonb` returns it: its shortest key comes first."""
+
 DEFAULT_LIMIT = 1024 * 1024
 """The default limit of one payload: 1 MiB of UTF-8 JSON."""
 
@@ -226,6 +229,10 @@ def dump(plain: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> str:
     text = encoded.decode()
     if "\\u0000" in text and _NUL.search(text):
         raise EncodingError(f"the {what} cannot be stored: PostgreSQL stores no NUL character{_at(plain, _has_nul)}.")
+    if text.startswith(MARK):
+        raise EncodingError(
+            f'the {what} cannot be stored: its first key is "$as", which marks what payloads encode: choose another.'
+        )
     if len(encoded) > limit:
         refuse_large(len(encoded), what=what, limit=limit)
     if len(text) >= _MOST_DIGITS and _LONG_NUMBER.search(text) and (path := path_to(plain, _is_unreadable)) is not None:

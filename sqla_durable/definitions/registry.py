@@ -35,6 +35,7 @@ from sqla_durable.definitions.interceptors import Interceptors
 from sqla_durable.definitions.json_values import DEFAULT_LIMIT
 from sqla_durable.definitions.limits import TimeLimits
 from sqla_durable.definitions.log import Log
+from sqla_durable.definitions.payloads import PLAIN, Payloads
 from sqla_durable.definitions.retry import RetryPolicy, RetryPredicate, StopPredicate, WaitFunction
 from sqla_durable.errors import ArgumentError, DefinitionError, UsageError
 
@@ -105,6 +106,7 @@ class DurableOptions:
         errors: the exception classes that recorded errors may be rebuilt as.
         secrets: the secrets that tokens of callbacks are derived from, the newest first.
         interceptors: called around its workflows and steps.
+        payloads: how values are stored.
     """
 
     payload_limit: int = DEFAULT_LIMIT
@@ -113,6 +115,7 @@ class DurableOptions:
     errors: KnownErrors = field(default_factory=KnownErrors)
     secrets: tuple[bytes, ...] = ()
     interceptors: Interceptors = field(default_factory=Interceptors)
+    payloads: Payloads = PLAIN
 
     def __post_init__(self) -> None:
         fault = None if self.version is None else fault_in(self.version)

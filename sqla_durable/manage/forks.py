@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypedDict, Unpack, overload
 from uuid import UUID
@@ -16,11 +16,15 @@ import sqla_durable.api.hints as hints
 from sqla_durable.api.sessions import in_savepoint
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.codec import Codec
+from sqla_durable.definitions.payloads import Payloads, Place, argument
 from sqla_durable.errors import ArgumentError, NotFoundError
 from sqla_durable.manage.verbs import Selected, apply_verb
 from sqla_durable.models import Workflow
 from sqla_durable.store import forks, keys, manage
 from sqla_durable.store.selecting import Selection
+
+_FORK = "fork"
+"""The owner of values that an operator gives forks: a fork may have them of anyone."""
 
 
 class ForkOptions(TypedDict, total=False):
@@ -105,7 +109,7 @@ def fork(
         raise ArgumentError(f"key={key!r} is of one workflow, and several were given: fork them one by one.")
     change = forks.Change(
         from_step=from_step,
-        input={name: json.loads(_json(f"argument {name!r}", value)) for name, value in (input or {}).items()},
+        input={name: _json(f"argument {name!r}", value) for name, value in (input or {}).items()},
         outcomes={step: _json(f"result of step {step!r}", value) for step, value in (outcomes or {}).items()},
         version=version,
         key=key,
@@ -136,13 +140,23 @@ def _fork(session: Session, wanted: Selection, change: forks.Change) -> list[Wor
         if known is not None or not names:
             return [] if known is None else [known]
         ids = {source: uuid7() for source in names}
-        made = _copied(session, names, ids, change)
+        made = _copied(session, names, ids, _sealed(change, names))
         if made:
             hints.announce(session, hints.EVERYWHERE)
             return forks.records(session, [each for each in ids.values() if each in made])
         manage.refuse_unrecorded(session, list(names), change.steps, verb="started")
         # Somebody has just started one with the key, or deleted what was to be forked: look again.
     raise keys.not_visible("workflow", name=next(iter(names.values())), key=change.key or "")
+
+
+def _sealed(change: forks.Change, names: Mapping[UUID, str]) -> forks.Change:
+    """Return the change with its values as they are to be stored: a fork may have values of any owner."""
+    payloads = Payloads.of_workflow(next(iter(names.values())))
+    return replace(
+        change,
+        input={name: payloads.seal(text, argument(name, _FORK)) for name, text in change.input.items()},
+        outcomes={key: payloads.seal(text, Place(_FORK, f"step {key}")) for key, text in change.outcomes.items()},
+    )
 
 
 def _copied(session: Session, names: Mapping[UUID, str], ids: Mapping[UUID, UUID], change: forks.Change) -> set[UUID]:

@@ -11,7 +11,9 @@ from contextvars import ContextVar
 from uuid import UUID
 
 from sqla_durable.definitions.checks import escape_key, unescape_key
+from sqla_durable.definitions.json_values import MARK
 from sqla_durable.definitions.log import Log
+from sqla_durable.definitions.payloads import Place
 from sqla_durable.definitions.registry import DurableOptions
 from sqla_durable.definitions.retry import Tries
 from sqla_durable.errors import DecodingError, HistoryLimitError, UsageError
@@ -21,15 +23,12 @@ from sqla_durable.operations.history import FIRED, HistoryCheck
 from sqla_durable.operations.suspending import Suspension, Wait, Waker, Wakers
 from sqla_durable.store import Claimed, Fence, Recorded
 from sqla_durable.unwinding import (
-    AttemptLost,
     CallRefused,
     Cancelling,
     ContinuedAsNew,
     ControlFlow,
-    Interrupted,
-    Released,
     Suspended,
-    Unwound,
+    refusal,
 )
 
 TIMERS = "#timers"
@@ -44,20 +43,6 @@ _NO_OPTIONS = DurableOptions()
 
 _compensating: ContextVar[Attempt | None] = ContextVar("compensating", default=None)
 """The attempt whose saga is compensating, for the code that is executed to compensate."""
-
-
-_AGAIN = "The workflow's code comes here again when it is resumed; what is to happen once belongs after the wait"
-_UNDO = "What is to be done when a workflow is cancelled is a compensation of a Saga"
-_REASONS: dict[type[ControlFlow], tuple[str, str]] = {  # the first that fits
-    ContinuedAsNew: ("the workflow continues as new", "Call it before continue_as_new()"),
-    Suspended: ("the workflow is suspended until what it waits for is there", _AGAIN),
-    Released: ("its worker is stopping and releases the workflow", _AGAIN),
-    Cancelling: ("the workflow was cancelled, or its deadline has passed", _UNDO),
-    AttemptLost: ("the workflow was cancelled, or another worker has reclaimed it", _UNDO),
-    Interrupted: ("the connection to the database was lost", _AGAIN),
-    Unwound: ("what was raised beside it is no outcome, and ended the attempt", _AGAIN),
-    ControlFlow: ("it was stopped", _AGAIN),
-}
 
 
 class Attempt:
@@ -92,6 +77,7 @@ class Attempt:
         self._limiting_maps: set[str] = set()  # start keys of maps that limit how many of their children are active
         self._joined_maps: set[str] = set()  # start keys of maps that have an outcome: they hold no children any more
         self.options = _NO_OPTIONS
+        self._others = () if claimed.origin is None else (claimed.origin,)
         self._history: Mapping[str, Recorded] = claimed.history
         self._learned: dict[str, Recorded] = {}  # outcomes that this attempt has read from the database since
         self._cancelled_calls: set[str] = set()
@@ -224,6 +210,27 @@ class Attempt:
         found = self._history.get(position.key)
         return found if found is not None and found.status.finished else self._learned.get(position.key)
 
+    def place(self, field: str) -> Place:
+        """Return the place of one of the workflow's values."""
+        return Place(str(self.workflow_id), field, self._others)
+
+    def seal(self, text: str, kind: str, key: str = "") -> str:
+        """Return the JSON text to store of that of a value, by the codecs of its `Durable`."""
+        payloads = self.options.payloads
+        return payloads.seal(text, self.place(f"{kind} {key}".rstrip())) if payloads.codecs else text
+
+    def open(self, text: str, kind: str, key: str = "") -> str:
+        """Return the JSON text of a value from that which is stored.
+
+        Raises:
+            DecodingError: it was changed, or is another value.
+            PayloadKeyError: this process has no key for it.
+        """
+        payloads = self.options.payloads
+        if payloads.is_required or text.startswith(MARK):
+            return payloads.open(text, self.place(f"{kind} {key}".rstrip()))
+        return text
+
     def note_outcome(self, outcome: Recorded) -> None:
         """Note an outcome that was read from the database, whoever recorded it."""
         self._learned[outcome.key] = outcome
@@ -236,7 +243,8 @@ class Attempt:
     def progress(self, position: Position) -> Progress:
         """Return the object that holds what a step reports while it is executed."""
         tried = self.unfinished_record(position)
-        return self._progress.setdefault(position.key, Progress(None if tried is None else tried.details))
+        details = None if tried is None or tried.details is None else self.open(tried.details, "details", position.key)
+        return self._progress.setdefault(position.key, Progress(details))
 
     def has_unsent_report(self, position: Position) -> bool:
         """Return whether a step has reported something that was not sent."""
@@ -416,15 +424,12 @@ class Attempt:
             return
         found = self._history.get(key)
         if (found is None or not found.status.finished) and self.is_unwound and (ending := self.ending) is not None:
-            warn, self.warns_of_refusal = self.warns_of_refusal, False
-            raise refusal(
-                ending,
-                call=unescape_key(key),
-                workflow=self.name,
-                workflow_id=self.workflow_id,
-                attempt=self.number,
-                warn=warn,
-            )
+            call = unescape_key(key)
+            error = refusal(ending, call=call, workflow=self.name, workflow_id=self.workflow_id, attempt=self.number)
+            if self.warns_of_refusal:
+                self.warns_of_refusal = False
+                log.warning("%s", error)
+            raise error
 
     @property
     def is_suspended(self) -> bool:
@@ -465,31 +470,3 @@ class Attempt:
 
 def _starts_several(recorded: Recorded) -> bool:
     return recorded.name.startswith("start:") and "," in (recorded.output or "")
-
-
-def refusal(
-    ending: ControlFlow, *, call: str, workflow: str, workflow_id: UUID, attempt: int, warn: bool
-) -> CallRefused:
-    """Return the error for a durable call that is made while its attempt ends.
-
-    A `finally` or an `except` block that goes on cannot be stopped, but it must have no durable effects.
-
-    Args:
-        ending: what ends the attempt.
-        call: the key of the operation that was called.
-        workflow: the workflow's name.
-        workflow_id: its id.
-        attempt: the attempt's number.
-        warn: whether the error is logged as a warning, too.
-    """
-    why, instead = next(words for kind, words in _REASONS.items() if isinstance(ending, kind))
-    error = CallRefused(
-        f"{call!r} was called in workflow {workflow!r} {workflow_id} while its attempt {attempt} was ending, because "
-        f"{why}: it was not executed. A finally or an except block has gone on although the attempt was over. "
-        f"{instead}.",
-        workflow_id=workflow_id,
-        call=call,
-    )
-    if warn:
-        log.warning("%s", error)
-    return error

@@ -170,7 +170,7 @@ async def result(runtime: Runtime, position: Position, *, key: str, callback: Ca
         if recorded is None:
             await runtime.recorder.settle()
             recorded = await _CallbackWait(runtime, position, key, callback).outcome()
-        return outcome_of(recorded, kind, runtime.attempt.options.errors)
+        return outcome_of(runtime.attempt, recorded, kind, "callback", key)
     finally:
         runtime.attempt.end_call(position)
 

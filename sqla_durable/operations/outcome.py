@@ -16,7 +16,7 @@ from sqla_durable.definitions.codec import Codec
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.failure import Failure
-from sqla_durable.errors import StepFailedError, UsageError
+from sqla_durable.errors import PayloadKeyError, StepFailedError, UsageError
 from sqla_durable.models.base import StepStatus
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.calls import Position
@@ -58,24 +58,27 @@ def checkpoint_of(
     )
 
 
-def outcome_of(recorded: Recorded, result: Codec, known: KnownErrors) -> Any:
+def outcome_of(attempt: Attempt, recorded: Recorded, result: Codec, kind: str = "step", key: str = "") -> Any:
     """Return the recorded value, or raise the recorded error, the same on first execution and on replay.
 
     Args:
+        attempt: the attempt that reads it.
         recorded: the outcome.
         result: decodes the value.
-        known: the exception classes that may be rebuilt.
+        kind: as what the value was stored, for what opens it.
+        key: likewise; the key of the record by default.
 
     Raises:
         Exception: the recorded error.
         StepFailedError: likewise, where its own type cannot be rebuilt.
-        DecodingError: the value does not fit the annotation that the code has now.
+        DecodingError: the value does not fit the annotation that the code has now, or is not what was stored.
+        PayloadKeyError: this process has no key for it.
     """
     if recorded.value is not None:
         return recorded.value[0]
     if recorded.status is StepStatus.SUCCEEDED:
-        return result.decode(recorded.output or "null")
-    raise_recorded(recorded, known)
+        return result.decode(attempt.open(recorded.output or "null", kind, key or recorded.key))
+    raise_recorded(recorded, attempt.options.errors)
 
 
 def raise_recorded(recorded: Recorded, known: KnownErrors) -> NoReturn:
@@ -150,6 +153,8 @@ def is_own_failure(attempt: Attempt, error: BaseException) -> bool:
             return not (attempt.is_stopped or isinstance(error, (AttemptLost, Interrupted)))
         case CancelledError():
             return not is_cancelled_here()
+        case PayloadKeyError():  # another process may have the key
+            return False
         case KeyboardInterrupt():  # Ctrl-C interrupts the main thread only
             return threading.current_thread() is not threading.main_thread()
         case _:
@@ -172,6 +177,8 @@ def note_if_ending(attempt: Attempt, error: BaseException) -> None:
     match error:
         case ControlFlow() | CancelledError():
             attempt.note_ending(error)
+        case PayloadKeyError():
+            attempt.stop(partial(Unwound, error))
         case Exception():
             pass
         case _ if not is_own_failure(attempt, error):

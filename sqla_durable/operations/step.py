@@ -75,7 +75,7 @@ async def execute_step(runtime: Runtime, call: StepCall) -> Any:
         if recorded is None:
             await runtime.recorder.settle()
             recorded = await _Execution(runtime, call).recorded()
-        return outcome_of(recorded, call.definition.result, attempt.options.errors)
+        return outcome_of(attempt, recorded, call.definition.result)
     except DecodingError as error:
         if recorded is not None and recorded.status is StepStatus.SUCCEEDED:  # otherwise the step itself failed with it
             attempt.note_undecodable(call.position, error)
@@ -437,7 +437,10 @@ class _Execution:
             raise _Again(seconds)
 
     def _success(self, value: object) -> Checkpoint:
-        return self._checkpoint(StepStatus.SUCCEEDED, encoded=self._call.definition.result.encoded(value))
+        encoded = self._call.definition.result.encoded(value)
+        if self._attempt.options.payloads.codecs:
+            encoded = encoded._replace(text=self._attempt.seal(encoded.text, "step", self._call.position.key))
+        return self._checkpoint(StepStatus.SUCCEEDED, encoded=encoded)
 
     def _failure(self, error: BaseException) -> Checkpoint:
         return self._checkpoint(StepStatus.FAILED, error=record(error, self._attempt.options.errors))
@@ -479,7 +482,8 @@ async def send_heartbeat(runtime: Runtime, call: StepCall) -> None:
         EncodingError: the database refuses the details.
     """
     reported = runtime.attempt.progress(call.position)
-    report = partial(steps.report_progress, checkpoint=_running(runtime, call), details=reported.details)
+    details = None if reported.details is None else runtime.attempt.seal(reported.details, "details", call.position.key)
+    report = partial(steps.report_progress, checkpoint=_running(runtime, call), details=details)
     try:
         with reported.sending():
             await runtime.recorder.execute(report)

@@ -48,6 +48,8 @@ class WaitSource:
         timeout_message: the message of the error if it does not arrive in time.
         awaits: what the row is to name, where it is known beforehand.
         workflows: the workflows whose ends it may wait for.
+        kind: as what the value was stored, for what opens it.
+        key: likewise.
     """
 
     read_awaited: Callable[[Connectable], tuple[Awaited, ...]] | None
@@ -55,6 +57,8 @@ class WaitSource:
     timeout_message: str
     awaits: tuple[Awaited, ...] = ()
     workflows: Sequence[UUID] = ()
+    kind: str = "signal"
+    key: str = ""
 
     def names(self, workflow_id: UUID) -> set[str | UUID]:
         """Return the names under which the arrival is announced in this process."""
@@ -64,9 +68,8 @@ class WaitSource:
     def of_signal(cls, name: str, timeout: timedelta | None) -> WaitSource:
         """Return the source of a signal."""
         take = partial(_take_signal, name=name)
-        return cls(
-            None, in_one_statement(take), f"no signal {name!r} arrived within {timeout}.", (Awaited(signal=name),)
-        )
+        late = f"no signal {name!r} arrived within {timeout}."
+        return cls(None, in_one_statement(take), late, (Awaited(signal=name),), key=name)
 
 
 class GracePeriod:
@@ -140,7 +143,7 @@ async def receive(
         DecodingError: it does not fit the type that the caller wants.
     """
     recorded = await receive_recorded(runtime, position, source, within=within)
-    return outcome_of(recorded, result, runtime.attempt.options.errors)
+    return outcome_of(runtime.attempt, recorded, result, source.kind, source.key)
 
 
 async def receive_recorded(
@@ -291,7 +294,7 @@ async def record_value(runtime: Runtime, position: Position, *, produce: Callabl
     """Record a value that this process produces, durable before the next effect, and return it."""
     try:
         recorded = runtime.attempt.recorded(position) or await _record(runtime, position, codec.encode(produce()))
-        return outcome_of(recorded, codec, runtime.attempt.options.errors)
+        return outcome_of(runtime.attempt, recorded, codec)
     finally:
         runtime.attempt.end_call(position)
 
@@ -303,12 +306,12 @@ async def record_database_time(runtime: Runtime, position: Position, *, codec: C
         if recorded is None:
             moment = await runtime.recorder.execute(timers.now)
             recorded = await _record(runtime, position, json.dumps(moment.isoformat()))
-        return outcome_of(recorded, codec, runtime.attempt.options.errors)
+        return outcome_of(runtime.attempt, recorded, codec)
     finally:
         runtime.attempt.end_call(position)
 
 
 async def _record(runtime: Runtime, position: Position, output: str) -> Recorded:
-    checkpoint = checkpoint_of(runtime.attempt, position, output=output)
+    checkpoint = checkpoint_of(runtime.attempt, position, output=runtime.attempt.seal(output, "step", position.key))
     await runtime.recorder.record(checkpoint)
     return checkpoint.recorded

@@ -11,7 +11,9 @@ from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.error_classes import Find
 from sqla_durable.definitions.failure import Failure, add_notes, record
 from sqla_durable.definitions.interceptors import Interceptor
+from sqla_durable.definitions.json_values import MARK
 from sqla_durable.definitions.log import Log, joined
+from sqla_durable.definitions.payloads import Place, opened
 from sqla_durable.definitions.registry import WorkflowDefinition
 from sqla_durable.errors import (
     EncodingError,
@@ -106,7 +108,10 @@ async def _completion_of(runtime: Runtime, definition: WorkflowDefinition) -> Co
     attempt.options = definition.durable_options
     try:
         _ = definition.result  # raises before the workflow is executed, if its result could not be recorded
-        arguments = definition.arguments.decode(attempt.input)
+        given, payloads = attempt.input, attempt.options.payloads
+        if payloads.is_required or MARK in given:
+            given = payloads.open_members(given, attempt.place("input"))
+        arguments = definition.arguments.decode(given)
         if definition.durable_options.interceptors.workflows:
             value = await _call_intercepted(runtime, definition, arguments)
         else:
@@ -114,6 +119,8 @@ async def _completion_of(runtime: Runtime, definition: WorkflowDefinition) -> Co
         attempt.raise_if_stopped()
         attempt.refuse_unfinished()
         output = definition.result.encode(value)
+        if payloads.codecs:
+            output = attempt.seal(output, "result")
     except BaseException as error:
         if not is_own_failure_of_workflow(attempt, error):
             raise
@@ -189,7 +196,8 @@ class WorkflowOutcome:
         """
         match self.state.status:
             case WorkflowStatus.SUCCEEDED:
-                return definition.result.decode(self.state.output or "null")
+                output = opened(self.state.output or "null", Place.of(self.state.workflow_id, "result"))
+                return definition.result.decode(output)
             case _:
                 raise self.error(find or definition.durable_options.errors.outside)
 

@@ -7,7 +7,7 @@ callback only if that record is not locked. So of an answer and an expiry at the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -78,8 +78,15 @@ class Callback:
     due_to: str
 
 
-def hold(session: Session, workflow_id: UUID, *, digest: str) -> str | None:
-    """Lock a callback's record and return the key of its step, or None if the workflow has no such callback.
+class Locked(NamedTuple):
+    """A callback whose record is locked: the key of its step, and the name of its workflow."""
+
+    key: str
+    workflow_name: str
+
+
+def hold(session: Session, workflow_id: UUID, *, digest: str) -> Locked | None:
+    """Lock a callback's record; return None if the workflow has no such callback.
 
     Waits only for transactions that answer it or keep it alive. The workflow's row is locked against deletion, as a
     foreign key does it.
@@ -87,8 +94,8 @@ def hold(session: Session, workflow_id: UUID, *, digest: str) -> str | None:
     Args:
         digest: SHA-256 of the token, in hexadecimal digits: so the token is in no log of statements.
     """
-    key: str | None = scalar(session, _HOLD, {"owner_id": workflow_id, "digest": digest})
-    return key
+    row = execute(session, _HOLD, {"owner_id": workflow_id, "digest": digest}).first()
+    return None if row is None else Locked(row.key, row.name)
 
 
 def read(
@@ -201,13 +208,13 @@ def _due_to() -> Expression:
 def _hold_statement() -> Any:
     # The workflow first, as a statement that deletes it does.
     owner = materialized(
-        sa.select(WORKFLOW.c.id)
+        sa.select(WORKFLOW.c.id, WORKFLOW.c.name)
         .where(WORKFLOW.c.id == parameter("owner_id", sa.UUID()))
         .with_for_update(read=True, key_share=True, of=WORKFLOW),
         "owner",
     )
     return (
-        sa.select(STEP.c.key)
+        sa.select(STEP.c.key, owner.c.name)
         .join(owner, owner.c.id == STEP.c.workflow_id)
         .where(is_callback(), _made("digest") == parameter("digest", Text()))
         .with_for_update(key_share=True, of=STEP)

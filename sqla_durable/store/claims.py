@@ -299,6 +299,7 @@ class _Taken(NamedTuple):
     is_child: bool
     is_cancelling: bool
     overdue: str | None
+    origin: str | None
 
 
 def _position_of(row: _Taken) -> tuple[int, datetime, UUID]:
@@ -314,7 +315,18 @@ def _claimed(row: _Taken, token: UUID) -> Claimed:
     headers: dict[str, str] = json.loads(row.headers) if row.headers else {}
     ends = row.is_child, row.is_cancelling, row.overdue
     is_unread = row.started and row.history is None
-    return Claimed(fence, row.name, row.attempt, row.input, *ends, headers, _history_in(row.history), is_unread)
+    history = _history_in(row.history)
+    return Claimed(fence, row.name, row.attempt, row.input, *ends, headers, history, is_unread, row.origin)
+
+
+def _origin() -> Expression:
+    """Return from where a workflow's input may be: any, its schedule, or a start with its key; see `Place`."""
+    key = sa.func.coalesce(WORKFLOW.c.key, WORKFLOW.c.former_key)
+    return sa.case(
+        (WORKFLOW.c.forked_from.is_not(None), text_literal("")),
+        (WORKFLOW.c.schedule.is_not(None), pg.concat(text_literal("schedule "), WORKFLOW.c.schedule)),
+        (key.is_not(None), pg.concat(text_literal("key "), WORKFLOW.c.name, text_literal("/"), key)),
+    )
 
 
 def _history_in(records: str | None) -> dict[str, Recorded]:
@@ -472,6 +484,7 @@ def _claiming(claimable: sa.CTE, **more: Any) -> Any:
             WORKFLOW.c.parent_id.is_not(None).label("is_child"),
             must_compensate().label("is_cancelling"),
             sa.case((WORKFLOW.c.cancellation == OVERDUE, failures.deadline_reason())).label("overdue"),
+            _origin().label("origin"),
         )
     )
 

@@ -64,10 +64,10 @@ _NOT_COPIED = _STANDING | {
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """How a fork differs from what it is a fork of. `input` and `outcomes` are JSON, the latter as text by key."""
+    """How a fork differs from what it is a fork of. `input` and `outcomes` are JSON texts by name and by key."""
 
     from_step: str | None
-    input: Mapping[str, Any]
+    input: Mapping[str, str]
     outcomes: Mapping[str, str]
     version: str | None
     key: str | None
@@ -109,7 +109,7 @@ def copy(session: Session, ids: Mapping[UUID, UUID], change: Change) -> set[UUID
     """
     parameters: dict[str, Any] = {
         "sources": list(ids),
-        "new_input": json.dumps(dict(change.input)),
+        "new_input": json.dumps({name: json.loads(each) for name, each in change.input.items()}),
         "new_version": change.version,
         "new_key": change.key,
         "new_queue": change.queue,

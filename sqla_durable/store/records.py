@@ -151,7 +151,7 @@ class Claimed(NamedTuple):
     If it `is_unread`, its history did not come with the claim, and is to be read before it is executed.
 
     One that `is_cancelling` compensates, and then ends: failed with the message `overdue` if there is one, otherwise
-    cancelled.
+    cancelled. `origin` is from where its input may be besides itself: see `definitions.payloads.Place`.
     """
 
     fence: Fence
@@ -164,6 +164,7 @@ class Claimed(NamedTuple):
     headers: Mapping[str, str] = _NOTHING
     history: Mapping[str, Recorded] = _NOTHING
     is_unread: bool = False
+    origin: str | None = None
 
 
 class NewWorkflow(NamedTuple):

@@ -70,19 +70,19 @@ SETS: Mapping[str, Rights] = {
     },
     # send_signal; with those of starter, start_with_signal
     "signaller": {
-        "workflow": {"SELECT": "id status"},
+        "workflow": {"SELECT": "id name status"},
         "signal": {"INSERT": "workflow_id name key payload", "SELECT": "workflow_id id name key"},
     },
     # send_update, and its answer; with those of starter, start_with_update
     "updater": {
-        "workflow": {"SELECT": "id status"},
+        "workflow": {"SELECT": "id name status"},
         "signal": {"INSERT": "workflow_id name key payload is_update", "SELECT": "workflow_id id name key consumed_by"},
         "event": {"SELECT": "workflow_id key id value"},
         "step": {"SELECT": "workflow_id key output"},
     },
     # complete_callback, fail_callback, heartbeat_callback. PostgreSQL asks for a right to UPDATE to lock a row
     "answerer": {
-        "workflow": {"SELECT": "id status", "UPDATE": "created_at"},
+        "workflow": {"SELECT": "id name status", "UPDATE": "created_at"},
         "step": {"SELECT": "workflow_id key name output started_at finished_at", "UPDATE": "finished_at"},
         "signal": {"INSERT": "workflow_id name key payload is_answer", "SELECT": "workflow_id id name key payload"},
     },

@@ -65,10 +65,12 @@ class Receiver:
     """The workflow that an update is for.
 
     Attributes:
-        status: that of the workflow.
+        workflow_name: that of the workflow.
+        status: likewise.
         known: the id of the update that has the key already.
     """
 
+    workflow_name: str
     status: WorkflowStatus
     known: int | None
 
@@ -109,7 +111,7 @@ def receiver(session: Session, workflow_id: UUID, *, name: str, key: str | None)
     """Read the workflow that an update is for; None if there is none. Takes no lock."""
     parameters = {"wanted_id": workflow_id, "signal_name": signal_of(name), "signal_key": key}
     row = execute(session, _RECEIVER, parameters).one_or_none()
-    return None if row is None else Receiver(row.status, row.known)
+    return None if row is None else Receiver(row.name, row.status, row.known)
 
 
 def send(session: Session, workflow_id: UUID, *, name: str, payload: str, key: str | None) -> int | None:
@@ -231,7 +233,8 @@ def _receiver_statement() -> Any:
     key = parameter("signal_key", Text())
     first = first_keyed(_WANTED, _NAME, key).subquery("first")
     known = sa.select(first.c.id).where(first.c.name == _NAME, first.c.key == key)
-    return sa.select(WORKFLOW.c.status, known.scalar_subquery().label("known")).where(WORKFLOW.c.id == _WANTED)
+    columns = WORKFLOW.c.name, WORKFLOW.c.status, known.scalar_subquery().label("known")
+    return sa.select(*columns).where(WORKFLOW.c.id == _WANTED)
 
 
 def _read_statement() -> Any:

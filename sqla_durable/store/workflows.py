@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -86,10 +86,17 @@ def waited_for(session: Session, workflow_id: UUID) -> WaitedFor | None:
     return WaitedFor(names, any("children" in each for each in awaits), row.wake_at, row.untaken or [])
 
 
-def statuses(session: Session, workflow_ids: Sequence[UUID]) -> Mapping[UUID, WorkflowStatus]:
-    """Return the statuses of those of the workflows that exist."""
-    rows = execute(session, _STATUSES, {"ids": list(workflow_ids)})
-    return {row.id: row.status for row in rows}
+class Receiver(NamedTuple):
+    """The name and the status of a workflow to which something is to be sent."""
+
+    name: str
+    status: WorkflowStatus
+
+
+def receivers(session: Session, workflow_ids: Sequence[UUID]) -> Mapping[UUID, Receiver]:
+    """Return those of the workflows that exist."""
+    rows = execute(session, _RECEIVERS, {"ids": list(workflow_ids)})
+    return {row.id: Receiver(row.name, row.status) for row in rows}
 
 
 def export(connectable: Connectable, workflow_ids: Sequence[UUID]) -> list[Exported]:
@@ -113,7 +120,9 @@ _STATE = Statement(
     ).where(IS_WANTED)
 )
 _WAITING_FOR = Statement(_waiting_for_statement)
-_STATUSES = Statement(lambda: sa.select(WORKFLOW.c.id, WORKFLOW.c.status).where(is_among(WORKFLOW.c.id)))
+_RECEIVERS = Statement(
+    lambda: sa.select(WORKFLOW.c.id, WORKFLOW.c.name, WORKFLOW.c.status).where(is_among(WORKFLOW.c.id))
+)
 _EXPORT = Statement(
     lambda: (
         sa.select(*text_columns(WORKFLOW, [each.name for each in fields(Exported)]))

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from sqla_durable.api.sessions import id_of
 from sqla_durable.api.workflows import AsyncWorkflowFunction, WorkflowFunction
 from sqla_durable.definitions.failure import Failure
+from sqla_durable.definitions.payloads import ANYONE, PLAIN, Place, opened
 from sqla_durable.errors import ArgumentError, DecodingError
 from sqla_durable.execution import replaying
 from sqla_durable.models import Workflow
@@ -130,7 +131,7 @@ def replay(
     definition = workflow.definition
     definition.require_record(recorded.claimed.name, recorded.claimed.fence.workflow_id)
     try:
-        definition.arguments.decode(recorded.claimed.input)
+        definition.arguments.decode(PLAIN.open_members(recorded.claimed.input, Place("", "input", ANYONE)))
     except DecodingError as error:
         return recorded.report([str(error)], ())
     replayed = replaying.replay(definition, recorded.claimed)
@@ -164,6 +165,7 @@ class _Recorded:
             name=history["name"],
             attempt=history["attempt"],
             input=json.dumps(history["input"]),
+            origin="",  # a history is read wherever it is brought
             history={each.key: each for each in recorded},
         )
         return cls(claimed, WorkflowStatus(history["status"]), history["output"], history["error"])
@@ -179,8 +181,8 @@ class _Recorded:
         failure = None if completion.error is None else Failure.from_text(completion.error)
         recorded = self.error["type"] if self.error else None
         if failure is None and recorded is None:
-            output = json.loads(completion.output or "null")
-            return [] if output == self.output else [f"it returned {self.output!r:.500} and now {output!r:.500}"]
+            was, now = self._plain(json.dumps(self.output)), self._plain(completion.output or "null")
+            return [] if was == now else [f"it returned {was!r:.500} and now {now!r:.500}"]
         if failure is not None and failure.type == recorded:
             return []
         now = (
@@ -188,6 +190,9 @@ class _Recorded:
         )
         was = f"returned {self.output!r:.500}" if recorded is None else f"failed with {recorded}"
         return [f"it {was} and now {now}"]
+
+    def _plain(self, output: str) -> Any:
+        return json.loads(opened(output, Place.of(self.claimed.fence.workflow_id, "result", is_fork=True)))
 
     def report(self, differences: Iterable[str], visited: tuple[str, ...]) -> ReplayReport:
         in_order = sorted(self.claimed.history.values(), key=lambda each: each.position)

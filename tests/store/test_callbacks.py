@@ -126,7 +126,8 @@ def test_answer_in_an_open_transaction_is_not_overtaken_by_the_time(engine: Engi
 
 def hold(session: Session, made: CallbackRecord) -> str | None:
     digest = hashlib.sha256(made.reveal_token().encode()).hexdigest()
-    return callbacks.hold(session, made.workflow_id, digest=digest)
+    locked = callbacks.hold(session, made.workflow_id, digest=digest)
+    return None if locked is None else locked.key
 
 
 def test_heartbeat_in_an_open_transaction_is_not_overtaken_by_the_silence(engine: Engine) -> None:

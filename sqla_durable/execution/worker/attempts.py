@@ -19,7 +19,7 @@ from sqla_durable.definitions.failure import Failure
 from sqla_durable.definitions.log import Log, joined, one_line
 from sqla_durable.definitions.redaction import message_of
 from sqla_durable.definitions.registry import Registry, WorkflowDefinition
-from sqla_durable.errors import HistoryMismatchError
+from sqla_durable.errors import HistoryMismatchError, PayloadKeyError
 from sqla_durable.execution.worker.database import persistently
 from sqla_durable.execution.worker.hints import Wakeup
 from sqla_durable.execution.worker.isolation import Isolation
@@ -204,6 +204,10 @@ class Attempts:
             await self._suspend_for_deploy(attempt)
         except BaseException as ending:
             broken = ending.error if isinstance(ending, Unwound) else ending
+            if isinstance(broken, PayloadKeyError):
+                log.error("%s", joined(str(broken)))
+                await self._suspend_for_deploy(attempt)
+                return
             log.error("workflow %s: its attempt %d broke", attempt.workflow_id, attempt.number, exc_info=broken)
             await self._abandon(attempt, broken)
         finally:

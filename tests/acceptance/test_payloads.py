@@ -1,0 +1,302 @@
+"""Payloads: what workflows store is compressed and encrypted, wherever it is stored, and read again by its readers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import Engine, select, text, update
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqla_durable import (
+    Durable,
+    Encryption,
+    Executor,
+    Worker,
+    Workflow,
+    WorkflowFunction,
+    WorkflowStatus,
+    Zstandard,
+    complete_callback,
+    create_callback,
+    current_step,
+    current_time,
+    errors,
+    get_event,
+    heartbeat,
+    manage,
+    map_children,
+    read_stream,
+    send_signal,
+    send_update,
+    set_event,
+    start_child,
+    wait_event,
+    wait_signal,
+    wait_update,
+    write_stream,
+)
+from sqla_durable.models import Base
+from tests.store import races
+
+SECRET = "4929 1234"
+KEY, OLD_KEY = "k" * 32, "o" * 32
+SOON = timedelta(seconds=20)
+TICK = timedelta(milliseconds=20)
+
+
+@pytest.fixture
+def session(engine: Engine) -> Generator[Session]:
+    with Session(engine) as session:
+        yield session
+
+
+def encrypted(*more: Any, **options: Any) -> Durable:
+    return Durable(payloads=[*more, Encryption({"new": KEY, "old": OLD_KEY})], **options)
+
+
+def where_plain(engine: Engine, words: str = SECRET) -> list[str]:
+    """Return the tables that show the words."""
+    with Session(engine) as session:
+        tables = [each.fullname for each in Base.metadata.sorted_tables]
+        wanted = f"%{words}%"
+        found = (
+            (
+                each,
+                session.scalar(text(f"SELECT count(*) FROM {each} t WHERE t::text LIKE :wanted"), {"wanted": wanted}),
+            )
+            for each in tables
+        )
+        return [table for table, count in found if count]
+
+
+def test_nothing_that_a_workflow_stores_can_be_read_in_the_tables(
+    engine: Engine, session_factory: sessionmaker[Session]
+) -> None:
+    durable = encrypted(Zstandard(over=40), sessionmaker=session_factory)
+
+    @durable.step
+    def charge(card: str) -> str:
+        heartbeat({"card": card})
+        assert current_step().details == {"card": card}
+        return f"{card} charged"
+
+    @durable.step
+    def note(session: Session, card: str) -> list[str]:
+        set_event("noted", card, session=session)
+        return [card] * 100
+
+    @durable.workflow
+    def child(card: str) -> str:
+        return f"{card} in a child"
+
+    @durable.workflow
+    def checkout(card: str, *, again: bool = True) -> list[str]:
+        if again:
+            checkout.continue_as_new(card, again=False)
+        callback = create_callback(str)
+        set_event("token", callback.token)
+        found = [
+            charge(card),
+            note(card=card)[99],
+            start_child(child, card).result(),
+            *map_children(child, [card, card]),
+        ]
+        set_event("card", card)
+        write_stream("cards", card, card)
+        request = wait_update("change", str)
+        request.reply(f"{request.payload} changed")
+        found += [wait_signal("card", str), request.payload, callback.result(), wait_event(current_id(), "card", str)]
+        assert current_time().year > 2000
+        return found
+
+    def current_id() -> UUID:
+        with session_factory() as inner:
+            return inner.scalars(select(Workflow.id).where(Workflow.name == "checkout")).one()
+
+    with Worker(durable, poll_interval=TICK):
+        with session_factory.begin() as session:
+            started = checkout.start(session, SECRET).id
+        token = get_event(session_factory, started, "token", str, timeout=SOON)
+        with session_factory.begin() as session:
+            asked = send_update(session, started, "change", SECRET, reply=str)
+            send_signal(session, started, "card", SECRET)
+            complete_callback(session, token, SECRET)
+        with session_factory.begin() as session:
+            complete_callback(session, token, SECRET)  # the same answer again is seen to be the same
+        assert asked.result(SOON) == f"{SECRET} changed"
+        found = checkout.handle(session_factory, started).result(SOON)
+    assert found == [f"{SECRET} charged", SECRET, *[f"{SECRET} in a child"] * 3, *[SECRET] * 4]
+    assert get_event(session_factory, started, "noted", str) == SECRET
+    assert [each.value for each in read_stream(session_factory, started, "cards", str)] == [SECRET] * 2
+    assert where_plain(engine) == []
+    with session_factory() as session:
+        used = session.execute(
+            text("SELECT DISTINCT output ->> '$as' FROM durable.step WHERE output ? '$as'")
+        ).scalars()
+        assert set(used) == {'["aes-siv:new"]', '["zstd", "aes-siv:new"]'}
+
+
+def simple(durable: Durable) -> WorkflowFunction[[str], str]:
+    @durable.step
+    def repeat(card: str) -> str:
+        return card
+
+    @durable.workflow
+    def checkout(card: str) -> str:
+        return repeat(card) + wait_signal("more", str)
+
+    return checkout
+
+
+def run(session: Session, checkout: WorkflowFunction[[str], str], workflow: Workflow, more: str = "!") -> Any:
+    session.commit()
+    send_signal(session, workflow.id, "more", more)
+    session.commit()
+    return Executor(session).execute(checkout, workflow)
+
+
+def test_a_fork_reads_what_it_has_copied_and_what_it_was_given(engine: Engine, session: Session) -> None:
+    durable = encrypted()
+    checkout = simple(durable)
+    original = checkout.start(session, SECRET)
+    assert run(session, checkout, original) == f"{SECRET}!"
+    copy = manage.fork(session, original, from_step="signal:more")
+    assert run(session, checkout, copy, "?") == f"{SECRET}?"
+    other = manage.fork(session, copy, input={"card": "other " + SECRET}, outcomes={"repeat": "changed " + SECRET})
+    assert run(session, checkout, other, "?") == f"changed {SECRET}?"
+    assert where_plain(engine) == []
+
+
+def test_a_start_that_replaces_brings_an_input_that_can_be_read(engine: Engine, session: Session) -> None:
+    durable = encrypted()
+    checkout = simple(durable).options(key="order-1", on_conflict="replace")
+    first = checkout.start(session, "first")
+    session.commit()
+    assert checkout.start(session, SECRET).id == first.id
+    assert run(session, checkout, first) == f"{SECRET}!"
+    assert where_plain(engine) == []
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        "UPDATE durable.workflow w SET input = o.input FROM durable.workflow o WHERE o.id = :other AND w.id = :id",
+        "UPDATE durable.step s SET output = o.output FROM durable.step o "
+        "WHERE o.workflow_id = :other AND s.workflow_id = :id AND s.key = 'repeat' AND o.key = 'repeat'",
+        "UPDATE durable.step s SET output = o.input -> 'card' FROM durable.workflow o "
+        "WHERE o.id = :id AND s.workflow_id = :id AND s.key = 'repeat'",
+        "UPDATE durable.step SET output = jsonb_set(output, '{workflow}', to_jsonb(CAST(:other AS text))) "
+        "WHERE workflow_id = :id AND key = 'repeat'",
+        "UPDATE durable.step SET output = jsonb_set(output, '{data}', to_jsonb(encode('changed', 'base64'))) "
+        "WHERE workflow_id = :id AND key = 'repeat'",
+        """UPDATE durable.step SET output = '{"$as": ["aes-siv:new"]}' WHERE workflow_id = :id AND key = 'repeat'""",
+        """UPDATE durable.step SET output = '{"$as": 1, "data": ""}' WHERE workflow_id = :id AND key = 'repeat'""",
+    ],
+)
+def test_what_was_copied_from_elsewhere_or_changed_is_refused(session: Session, copied: str) -> None:
+    durable = encrypted()
+    checkout = simple(durable)
+    one, other = checkout.start(session, "one"), checkout.start(session, "other")
+    session.commit()
+    for each in (one, other):
+        Executor(session).execute_until_waiting(checkout, each)
+    session.execute(text(copied), {"id": one.id, "other": other.id})
+    with pytest.raises(errors.DecodingError, match=r"copied by hand|is none|it was stored"):
+        run(session, checkout, one)
+
+
+def status_of(session: Session, row: Workflow) -> WorkflowStatus:
+    session.expire_all()
+    status = row.status
+    session.commit()
+    return status
+
+
+def test_a_rotated_key_is_read_and_a_missing_one_suspends(session: Session, session_factory: Any) -> None:
+    old = Durable(payloads=[Encryption({"old": OLD_KEY})])
+    row = simple(old).start(session, SECRET)
+    session.commit()
+    del old
+    without = Durable(sessionmaker=session_factory)
+    simple(without)
+    with Worker(without, poll_interval=TICK):
+        races.wait_until(lambda: status_of(session, row) is WorkflowStatus.SUSPENDED)
+    rotated = encrypted(sessionmaker=session_factory)
+    checkout = simple(rotated)
+    manage.resume(session, row)
+    assert run(session, checkout, row) == f"{SECRET}!"
+
+
+def test_what_is_not_encrypted_is_refused_where_that_is_required(session: Session) -> None:
+    durable = Durable(payloads=[Encryption({"new": KEY}, required=True)])
+    checkout = simple(durable)
+    assert run(session, checkout, checkout.start(session, SECRET)) == f"{SECRET}!"
+    plain = checkout.start(session, SECRET)
+    session.commit()
+    session.execute(update(Workflow).where(Workflow.id == plain.id).values(input={"card": "forged"}))
+    with pytest.raises(errors.DecodingError, match="is not encrypted"):
+        run(session, checkout, plain)
+
+
+def test_rows_from_before_and_rows_of_sql_are_read(session: Session) -> None:
+    before = Durable()
+    row = simple(before).start(session, SECRET)
+    session.flush()
+    durable = encrypted()
+    checkout = simple(durable)
+    assert run(session, checkout, row) == f"{SECRET}!"
+    inserted = Workflow(name="checkout", input={"card": SECRET})
+    session.add(inserted)
+    assert run(session, checkout, inserted) == f"{SECRET}!"
+
+
+def test_a_value_that_has_the_form_of_an_envelope_is_refused(session: Session) -> None:
+    durable = Durable()
+
+    @durable.workflow
+    def checkout(order: dict[str, Any]) -> None: ...
+
+    with pytest.raises(errors.EncodingError, match=r"its first key is \"\$as\""):
+        checkout.start(session, {"$as": ["zstd"], "data": ""})
+    checkout.start(session, {"a": {"$as": 1}, "$as": 2})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda: [Encryption({})], "no key"),
+        (lambda: [Encryption({"new": "short"})], "has 5 bytes, and needs 32"),
+        (lambda: [Encryption({"a:b": KEY})], "without ':'"),
+        (lambda: [Encryption({"new": KEY}), Zstandard()], "Encryption comes last"),
+        (lambda: [Zstandard(level=99)], "level 1 to 22"),
+        (lambda: ["zstd"], "no PayloadCodec"),
+    ],
+)
+def test_wrong_codecs_are_refused(given: Any, words: str) -> None:
+    with pytest.raises(errors.DefinitionError, match=words):
+        Durable(payloads=given())
+
+
+def test_a_forged_size_is_refused_before_it_is_decompressed(session: Session) -> None:
+    durable = Durable(payloads=[Zstandard(over=1)])
+    checkout = simple(durable)
+    row = checkout.start(session, "x" * 5_000)
+    session.flush()
+    assert len(json.dumps(row.input)) < 500
+    huge = "KLUv/eAAAAAAAQAAAAEAAA=="  # a frame that says it becomes 4 GiB
+    session.execute(update(Workflow).values(input={"card": {"$as": ["zstd"], "data": huge, "workflow": ""}}))
+    with pytest.raises(errors.DecodingError, match="says that it becomes"):
+        run(session, checkout, row)
+
+
+def test_plain_values_are_only_compressed_where_that_makes_them_smaller(session: Session) -> None:
+    durable = Durable(payloads=[Zstandard(over=100)])
+    rows = [simple(durable).start(session, card) for card in ("x" * 98, "x" * 10_000)]
+    session.flush()
+    assert [list(each.input["card"]) == ["$as", "data", "workflow"] for each in rows[1:]] == [True]
+    assert rows[0].input == {"card": "x" * 98}
