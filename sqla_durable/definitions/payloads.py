@@ -68,12 +68,12 @@ class PayloadCodec(ABC):
 
     Subclass it for what is not here. Its names are stored with each value, so they must be the same in every process,
     and for as long as a value is there.
+
+    Attributes:
+        names: those of what it can decode; it encodes as the first.
     """
 
-    @property
-    @abstractmethod
-    def names(self) -> Sequence[str]:
-        """The names of what it can decode; it encodes as the first."""
+    names: Sequence[str] = ()
 
     @abstractmethod
     def encode(self, data: bytes, place: bytes) -> bytes | None:
@@ -97,17 +97,14 @@ class Zstandard(PayloadCodec):
         level: 1 is fast, 22 is small.
     """
 
+    names = ("zstd",)
+
     def __init__(self, *, over: int = 2_048, level: int = 3) -> None:
         if over < 0 or not 1 <= level <= 22:
             raise DefinitionError(f"Zstandard(over={over!r}, level={level!r}): over is at least 0, level 1 to 22.")
         self.over = over
         self._library: Any = _library("zstandard")
         self._level = level
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Its name, `zstd`."""
-        return ("zstd",)
 
     def encode(self, data: bytes, place: bytes) -> bytes | None:
         """Return the value compressed, or None if it is small or does not become smaller."""
@@ -143,18 +140,13 @@ class Encryption(PayloadCodec):
         if not keys:
             raise DefinitionError("Encryption({}) has no key: generate one with secrets.token_hex(32).")
         self.required = required
-        self._names = tuple(f"aes-siv:{_require_key_name(name)}" for name in keys)
+        self.names = tuple(f"aes-siv:{_require_key_name(name)}" for name in keys)
         _library("cryptography")
         self._ciphers = {f"aes-siv:{name}": _cipher(name, secret) for name, secret in keys.items()}
 
-    @property
-    def names(self) -> Sequence[str]:
-        """`aes-siv:` and the names of the keys."""
-        return self._names
-
     def encode(self, data: bytes, place: bytes) -> bytes | None:
         """Return the value encrypted by the first key."""
-        made: bytes = self._ciphers[self._names[0]].encrypt(data, [place])
+        made: bytes = self._ciphers[self.names[0]].encrypt(data, [place])
         return made
 
     def decode(self, name: str, data: bytes, place: bytes) -> bytes:
@@ -168,6 +160,10 @@ def _library(name: str) -> Any:
         return import_module(name)
     except ModuleNotFoundError:
         raise DefinitionError(f"payloads need {name}: pip install 'sqla-durable[payloads]'.") from None
+
+
+def _is_name(given: object) -> bool:
+    return isinstance(given, str) and fault_in(given, longest=200) is None
 
 
 def _require_key_name(name: str) -> str:
@@ -203,6 +199,8 @@ class Payloads:
         for each in self.codecs:
             if not isinstance(each, PayloadCodec):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise DefinitionError(f"payloads={each!r} is no PayloadCodec: give Zstandard(), Encryption({{...}}).")
+            if isinstance(each.names, str) or not all(map(_is_name, each.names)) or not each.names:
+                raise DefinitionError(f"{type(each).__name__}.names is {each.names!r}: give a list of short texts.")
         kinds = [isinstance(each, Encryption) for each in self.codecs]
         if True in kinds and not all(kinds[kinds.index(True) :]):
             raise DefinitionError("Encryption comes last: what is encrypted cannot be compressed.")

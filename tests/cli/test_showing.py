@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import (
     Durable,
+    Encryption,
     Executor,
     create_callback,
     manage,
@@ -226,3 +227,37 @@ def test_schema_that_is_missing_or_newer_is_named(command: Commands, engine: Eng
         connection.execute(text("COMMENT ON TABLE durable.workflow IS 'sqla-durable for durable_0009 and later'"))
     for name in ("list", "queues", "workers", "schedules", "top", "tail"):
         assert "newer than this package" in command(name, code=1).err
+
+
+def test_encoded_values_are_shown_to_who_has_the_key(command: Commands, session: Session) -> None:
+    keyed = Durable(payloads=[Encryption({"2026": "k" * 32})])
+
+    @keyed.step
+    def repeat(card: str) -> str:
+        return card
+
+    @keyed.workflow(name="keyed")
+    def checkout(card: str) -> list[str]:
+        set_event("card", card)
+        return [repeat(card), wait_signal("card", str), start_child(child, card).result()]
+
+    @keyed.workflow
+    def child(card: str) -> str:
+        return card
+
+    row = checkout.start(session, "4929")
+    session.commit()
+    send_signal(session, row, "card", "4929")
+    send_signal(session, row, "later", "4929" * 300)
+    session.commit()
+    Executor(session).execute_until_waiting(checkout, row)
+    (started,) = row.children
+    Executor(session).execute(child, started)
+    Executor(session).execute(checkout, row)
+    shown = command("show", str(row.id)).out
+    assert shown.count("4929") > 7
+    assert "aes-siv" not in shown
+    keyed.options.payloads.codecs = ()  # as in a process without the key
+    for described in (command("show", str(row.id)).out, command("show", str(row.id), "--full").out):
+        assert "4929" not in described
+        assert described.count("(aes-siv:2026, ") > 6

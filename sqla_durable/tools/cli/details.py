@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Executable, cast, func, select
+from sqlalchemy import case as sql_case
 from sqlalchemy.orm import Session
 
 from sqla_durable import RunningStep, Workflow, WorkflowStatus, manage, running_steps
@@ -24,6 +25,7 @@ from sqla_durable.store.callbacks import NAME as CREATE_CALLBACK
 from sqla_durable.store.inbox import CALLBACK, UPDATE
 from sqla_durable.store.statements import SUSPECT_CRASHES
 from sqla_durable.tools.cli.output import shown
+from sqla_durable.tools.cli.revealing import MARKED, revealed_row
 
 MOST_CHARACTERS = 500
 """How much of a value is shown unless all of it is asked for."""
@@ -76,7 +78,7 @@ def read(session: Session, workflow_id: UUID, *, whole: bool) -> Details:
     found = session.execute(_workflow(workflow_id, whole=whole)).mappings().one_or_none()
     if found is None:
         raise workflows.not_found(session, workflow_id)
-    row = dict(found)
+    row = revealed_row(dict(found), "input", "output")
     read_at: datetime = row.pop("read_at")
     steps, before = _steps(session, workflow_id, whole=whole)
     children, has_more = _children(session, workflow_id, whole=whole)
@@ -92,8 +94,8 @@ def read(session: Session, workflow_id: UUID, *, whole: bool) -> Details:
         reasons=manage.explain_pending(session, workflow_id) if status is WorkflowStatus.PENDING else [],
         children=children,
         has_more_children=has_more,
-        events=_rows(session, _events(workflow_id, whole=whole)),
-        signals=_rows(session, _signals(workflow_id, whole=whole)),
+        events=[revealed_row(each, "value") for each in _rows(session, _events(workflow_id, whole=whole))],
+        signals=[revealed_row(each, "payload") for each in _rows(session, _signals(workflow_id, whole=whole))],
         audit=_rows(session, _audit(workflow_id, whole=whole)),
     )
 
@@ -103,10 +105,16 @@ def _rows(session: Session, query: Executable) -> list[Row]:
 
 
 def _value(column: Any, *, whole: bool) -> ColumnElement[Any]:
-    """Return a column of JSON, or the beginning of its text with one character more than is shown."""
+    """Return a column of JSON, or the beginning of its text with one character more than is shown.
+
+    What payload codecs have encoded comes whole: a part of it cannot be decoded.
+    """
     if whole:
         return column.label(column.key)  # type: ignore[no-any-return]
-    return func.pg_catalog.left(cast(column, Text), MOST_CHARACTERS + 1).label(column.key)
+    whole_text = cast(column, Text)
+    beginning = func.pg_catalog.left(whole_text, MOST_CHARACTERS + 1)
+    is_encoded = func.pg_catalog.strpos(whole_text, MARKED) > 0
+    return sql_case((is_encoded, whole_text), else_=beginning).label(column.key)
 
 
 def _error(column: Any, *, whole: bool) -> ColumnElement[Any]:
@@ -168,7 +176,7 @@ def _steps(session: Session, workflow_id: UUID, *, whole: bool) -> tuple[list[Ro
 def _without_secrets(step: Row) -> Row:
     """Return a step without the token of a callback; its key is as it is stored, which is what `rewind` takes."""
     is_callback = step["name"] == CREATE_CALLBACK and step["output"] is not None
-    return {**step, "output": "(a token)"} if is_callback else step
+    return {**step, "output": "(a token)"} if is_callback else revealed_row(step, "output", "details")
 
 
 def _children(session: Session, workflow_id: UUID, *, whole: bool) -> tuple[list[Row], bool]:
