@@ -89,6 +89,24 @@ class Cluster:
         self._configure()
         self.start()
 
+    def back_up(self, primary: Cluster) -> None:
+        """Make it a backup of a running primary, to be started by `restore`."""
+        passwords = self._private("passwords", f"*:*:*:*:{_PASSWORD}")
+        source = f"host={_HOST} port={primary.port} user=postgres passfile={passwords}"
+        self._run("pg_basebackup", "-D", str(self._data), "-d", source, "-c", "fast", "-X", "stream", "-N")
+
+    def restore(self, primary: Cluster, point: str) -> None:
+        """Start this backup as of a restore point of the primary, which is stopped, and whose log serves as archive."""
+        self._configure()
+        with (self._data / "postgresql.conf").open("a") as file:
+            file.write(f"restore_command = 'cp {primary._data}/pg_wal/%f \"%p\"'\n")
+            file.write(f"recovery_target_name = '{point}'\nrecovery_target_action = 'promote'\n")
+        signal = self._data / "recovery.signal"
+        signal.touch()
+        if self._user is not None:
+            os.chown(signal, self._user.pw_uid, self._user.pw_gid)
+        self.start()
+
     def start(self) -> None:
         """Start it and wait until it answers."""
         self._run("pg_ctl", "start", "-D", str(self._data), "-w", "-t", "60", "-l", str(self._data / "server.log"))
@@ -159,6 +177,12 @@ class Clusters:
             made.create()
         else:
             made.copy(self._pristine)
+        return made
+
+    def backup_of(self, primary: Cluster) -> Cluster:
+        """Make a backup of a running primary."""
+        made = self._new("backup")
+        made.back_up(primary)
         return made
 
     def standby_of(self, primary: Cluster) -> Cluster:
