@@ -20,6 +20,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
+from sqla_durable.definitions.revealing import fields_of, revealed
 from sqla_durable.errors import DurableError
 from sqla_durable.models import Step, Workflow
 from sqla_durable.models.base import WorkflowStatus
@@ -60,8 +61,12 @@ class EndState:
             status=workflow.status,
             error=_type_of(workflow.error),
             steps={each.key: _shown(each) for each in sorted(workflow.steps, key=lambda step: step.key)},
-            values={"output": workflow.output} | {f"step {each.key}": each.output for each in workflow.steps},
+            values={"output": revealed(workflow.output, ["result"])} | dict(map(_value, workflow.steps)),
         )
+
+
+def _value(step: Step) -> tuple[str, Json]:
+    return f"step {step.key}", revealed(step.output, fields_of("output", step.key, step.name))
 
 
 class CrashDifference(AssertionError):

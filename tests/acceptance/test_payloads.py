@@ -42,7 +42,7 @@ from sqla_durable import (
     write_stream,
 )
 from sqla_durable.models import Base
-from sqla_durable.testing import advance
+from sqla_durable.testing import EndState, advance, export, replay
 from tests.store import races
 
 SECRET = "4929 1234"
@@ -306,3 +306,16 @@ def test_plain_values_are_only_compressed_where_that_makes_them_smaller(session:
     session.flush()
     assert [list(each.input["card"]) == ["$as", "data", "workflow"] for each in rows[1:]] == [True]
     assert rows[0].input == {"card": "x" * 98}
+
+
+def test_tools_for_tests_read_what_is_encrypted(session: Session) -> None:
+    durable = encrypted()
+    checkout = simple(durable)
+    row = checkout.start(session, SECRET)
+    run(session, checkout, row)
+    state = EndState.of(session, row, lambda *_: None)
+    assert state.values == {"output": f"{SECRET}!", "step repeat": SECRET, "step signal:more": "!"}
+    (history,) = export(session, row)
+    assert SECRET not in json.dumps(history)
+    rotated = Durable(payloads=[Encryption({"newer": "n" * 32, "new": KEY})])
+    assert replay(simple(rotated), history).fits

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from sqla_durable import RunningStep, Workflow, WorkflowStatus, manage, running_steps
 from sqla_durable.definitions.checks import unescape_key
+from sqla_durable.definitions.revealing import MARKED, revealed_row
 from sqla_durable.definitions.texts import duration_text
 from sqla_durable.models import Audit, Event, Signal, Step, Worker
 from sqla_durable.models.base import StepStatus, Text
@@ -25,7 +26,6 @@ from sqla_durable.store.callbacks import NAME as CREATE_CALLBACK
 from sqla_durable.store.inbox import CALLBACK, UPDATE
 from sqla_durable.store.statements import SUSPECT_CRASHES
 from sqla_durable.tools.cli.output import shown
-from sqla_durable.tools.cli.revealing import MARKED, revealed_row
 
 MOST_CHARACTERS = 500
 """How much of a value is shown unless all of it is asked for."""
@@ -78,7 +78,7 @@ def read(session: Session, workflow_id: UUID, *, whole: bool) -> Details:
     found = session.execute(_workflow(workflow_id, whole=whole)).mappings().one_or_none()
     if found is None:
         raise workflows.not_found(session, workflow_id)
-    row = revealed_row(dict(found), "input", "output")
+    row = revealed_row(dict(found), "input", "output", as_text=not whole)
     read_at: datetime = row.pop("read_at")
     steps, before = _steps(session, workflow_id, whole=whole)
     children, has_more = _children(session, workflow_id, whole=whole)
@@ -94,14 +94,23 @@ def read(session: Session, workflow_id: UUID, *, whole: bool) -> Details:
         reasons=manage.explain_pending(session, workflow_id) if status is WorkflowStatus.PENDING else [],
         children=children,
         has_more_children=has_more,
-        events=[revealed_row(each, "value") for each in _rows(session, _events(workflow_id, whole=whole))],
-        signals=[revealed_row(each, "payload") for each in _rows(session, _signals(workflow_id, whole=whole))],
+        events=[
+            revealed_row(each, "value", as_text=not whole) for each in _rows(session, _events(workflow_id, whole=whole))
+        ],
+        signals=[
+            revealed_row(each, "payload", as_text=not whole)
+            for each in _rows(session, _signals(workflow_id, whole=whole))
+        ],
         audit=_rows(session, _audit(workflow_id, whole=whole)),
     )
 
 
 def _rows(session: Session, query: Executable) -> list[Row]:
     return [dict(each) for each in session.execute(query).mappings()]
+
+
+def _revealed(session: Session, query: Executable, name: str, *, whole: bool) -> list[Row]:
+    return [revealed_row(each, name, as_text=not whole) for each in _rows(session, query)]
 
 
 def _value(column: Any, *, whole: bool) -> ColumnElement[Any]:
@@ -170,13 +179,13 @@ def _steps(session: Session, workflow_id: UUID, *, whole: bool) -> tuple[list[Ro
     ordered = wanted.where(*of_workflow).order_by(Step.position.desc(), Step.key.desc())
     found = _rows(session, ordered if whole else ordered.limit(MOST_STEPS))[::-1]
     count = session.scalar(select(func.pg_catalog.count(Step.key)).where(*of_workflow)) or 0
-    return list(map(_without_secrets, found)), max(count - len(found), 0)
+    return [_without_secrets(each, as_text=not whole) for each in found], max(count - len(found), 0)
 
 
-def _without_secrets(step: Row) -> Row:
+def _without_secrets(step: Row, *, as_text: bool) -> Row:
     """Return a step without the token of a callback; its key is as it is stored, which is what `rewind` takes."""
     is_callback = step["name"] == CREATE_CALLBACK and step["output"] is not None
-    return {**step, "output": "(a token)"} if is_callback else revealed_row(step, "output", "details")
+    return {**step, "output": "(a token)"} if is_callback else revealed_row(step, "output", "details", as_text=as_text)
 
 
 def _children(session: Session, workflow_id: UUID, *, whole: bool) -> tuple[list[Row], bool]:

@@ -1,4 +1,4 @@
-"""Values that payload codecs have encoded, for `show`: decoded where `--app` has the keys, and otherwise described."""
+"""Values that payload codecs have encoded, for people: decoded where this process has the keys, otherwise described."""
 
 from __future__ import annotations
 
@@ -13,27 +13,32 @@ MARKED = '{"$as": ['
 """What the text of a value has in it that was encoded, wherever it is."""
 
 
-def revealed_row(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """Return a row of the tables with the values of these columns revealed; see `revealed`."""
-    return {**row, **{name: revealed(row[name], _fields(name, row)) for name in names}}
+def revealed_row(row: Mapping[str, Any], *names: str, as_text: bool) -> dict[str, Any]:
+    """Return a row of the tables with the values of these columns revealed, which are JSON values or texts of them."""
+    key, of = str(row.get("key")), str(row.get("name") or "")
+    reveal = revealed_text if as_text else revealed
+    return {**row, **{name: reveal(row[name], fields_of(name, key, of)) for name in names}}
 
 
-def revealed(value: Any, fields: Iterable[str] = ()) -> Any:
-    """Return a value, or its JSON text, with what is encoded in it decoded or described.
+def revealed(value: Any, fields: Iterable[str]) -> Any:
+    """Return a JSON value with what is encoded in it decoded or described.
 
     Args:
-        value: JSON values, or the text of one.
+        value: the value.
         fields: as which of its workflow's values it may have been stored; see `Place`.
     """
-    if not isinstance(value, str):
-        return _inner(value, tuple(fields))
-    if MARKED not in value:
-        return value
-    return json.dumps(_inner(json.loads(value), tuple(fields)), ensure_ascii=False)
+    return _inner(value, tuple(fields))
 
 
-def _fields(column: str, row: Mapping[str, Any]) -> list[str]:
-    key, name = row.get("key"), str(row.get("name") or "")
+def revealed_text(text: str | None, fields: Iterable[str]) -> str | None:
+    """Return the same of the text of a JSON value, of which there may be only the beginning if nothing is encoded."""
+    if text is None or MARKED not in text:
+        return text
+    return json.dumps(_inner(json.loads(text), tuple(fields)), ensure_ascii=False)
+
+
+def fields_of(column: str, key: str, name: str) -> list[str]:
+    """Return as which of its workflow's values the value of a column of a row may have been stored."""
     match column:
         case "value":
             return [f"event {key}"]
