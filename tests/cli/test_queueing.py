@@ -29,9 +29,9 @@ def run(database_url: str) -> CommandLine:
 def test_queue_is_set_and_says_what_it_was(run: CommandLine, engine: Engine) -> None:
     made = run("queue", "set", "mail", "--concurrency", "10", "--rate", "100/1m", "--fair", "--weight", "ada=3")
     assert made.out == (
-        "Queue 'mail': concurrency 10, was none, rate 100/1m, was none, while-suspended release, was none, "
-        "fair True, was none, weight of ada 3, was 1.\n"
+        "Queue 'mail': concurrency none → 10, rate none → 100/1m, fair none → True, weight of ada 1 → 3.\n"
     )
+    assert made.err == "Nobody claims from a queue 'mail', and nothing waits in it: is that its name?\n"
     changed = run("queue", "set", "mail", "--concurrency", "5", "--rate", "none", "--key-rate", "5/s", "--json")
     assert changed.rows[0]["changes"] == {
         "concurrency": {"from": 10, "to": 5},
@@ -45,19 +45,28 @@ def test_queue_is_set_and_says_what_it_was(run: CommandLine, engine: Engine) -> 
         ("--weight", "ada", "--weight 'ada' is not KEY=N"),
     ):
         assert message in run("queue", "set", "mail", option, value).err
-    assert "fifo='last' is none of 'skip', 'block'" in run("queue", "set", "mail", "--fifo", "last").err
+    for option, value, message in (
+        ("--fifo", "last", "--fifo 'last' is none of 'skip', 'block'"),
+        ("--concurrency", "0", "--concurrency 0 is not an integer from 1 to "),
+        ("--rate", "0/1m", "--rate 0 is not an integer from 1 to "),
+        ("--while-suspended", "hold", None),
+        ("--weight", "ada=x", "--weight 'ada=x' has no number after the key"),
+    ):
+        refused = run("queue", "set", "mail", option, value)
+        assert (refused.code, message is None or message in refused.err) == (2 if message else 0, True), refused.err
+    run("queue", "set", "mail", "--while-suspended", "release")
     with Session(engine) as session:
         row = session.get_one(Queue, "mail")
         assert (row.concurrency, row.rate, row.key_rate_period, row.fair) == (5, None, timedelta(seconds=1), True)
         assert session.get_one(QueueKey, ("mail", "ada")).weight == 3
-    assert run("queue", "set", "mail", "--weight", "ada=5").out == "Queue 'mail': weight of ada 5, was 3.\n"
-    assert [each[:3] for each in log(engine)] == [("queue set", "mail", None)] * 3
+    assert run("queue", "set", "mail", "--weight", "ada=5").out == "Queue 'mail': weight of ada 3 → 5.\n"
+    assert [each[:3] for each in log(engine)] == [("queue set", "mail", None)] * 5
 
 
 def test_queue_and_key_are_paused_once_and_resumed(run: CommandLine, engine: Engine) -> None:
     run("queue", "set", "mail", "--fair")
     assert run("queue", "pause", "mail").out == "Queue 'mail' is paused.\n"
-    assert run("queue", "pause", "mail").out == "Queue 'mail' was paused already.\n"
+    assert run("queue", "pause", "mail").out == "Queue 'mail' was already paused.\n"
     assert run("queue", "resume", "mail", "-q").out == "mail\n"
     assert run("queue", "pause", "mail", "--by", "ada").out == "Key 'ada' of queue 'mail' is paused.\n"
     assert run("queue", "resume", "mail", "--by", "ada", "--json").rows[0]["changed"] is True
@@ -81,7 +90,8 @@ def test_drain_waits_for_what_is_claimed_yet(run: CommandLine, engine: Engine) -
         assert run("queue", "drain", "default", "--timeout", "0").code == 1
         manage.pause_queue(session, "default")
         session.commit()
-    assert run("queue", "drain", "default", "--timeout", "0").code == 0
+    drained = run("queue", "drain", "default", "--timeout", "0")
+    assert (drained.code, drained.err) == (0, "Queue 'default' is paused, and 1 workflow is pending in it.\n")
     assert log(engine) == []
 
 
@@ -91,7 +101,7 @@ def test_schedule_is_paused_resumed_run_and_backfilled(run: CommandLine, engine:
         manage.put_schedule(session, "nightly", report.bind("x"), cron="0 3 * * *")
         session.commit()
     assert run("schedule", "pause", "nightly", "--reason", "holiday").out == "Schedule 'nightly' is paused.\n"
-    assert run("schedule", "pause", "nightly", "--reason", "holiday").out == "Schedule 'nightly' was paused already.\n"
+    assert run("schedule", "pause", "nightly", "--reason", "holiday").out == "Schedule 'nightly' was already paused.\n"
     with Session(engine) as session:
         assert session.get_one(Schedule, "nightly").pause_reason == "holiday"
     assert run("schedule", "run", "nightly").out == "Schedule 'nightly' has started its workflow.\n"

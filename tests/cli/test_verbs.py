@@ -103,7 +103,9 @@ def test_what_a_verb_does_not_apply_to_is_named_with_the_reason(run: CommandLine
 def test_fork_with_a_key_is_made_once(run: CommandLine, engine: Engine) -> None:
     (one,) = enqueued(engine, 1)
     keyed = "fork", one, "--new-key", "again", "--to-queue", "mail"
-    made = UUID(run(*keyed, "--quiet").out.strip())
+    shown = run(*keyed).out
+    made = UUID(shown.split()[2])
+    assert shown == f"{one} → {made}\n1 workflow forked.\n"
     again = run(*keyed)
     assert (again.code, "has been forked with this key already." in again.err) == (1, True)
     assert log(engine) == [("fork", "checkout", made, {"to_queue": "mail", "new_key": "again"})]
@@ -167,7 +169,9 @@ def test_workflow_is_started_by_name_once_for_a_key(run: CommandLine, engine: En
         (made,) = session.scalars(select(Workflow))
         assert (str(made.id), made.input, made.queue, made.by) == (first.out.strip(), {"order_id": 1}, "mail", "ada")
         assert (made.tags, made.priority, made.status) == ({"tenant": "7"}, 2, WorkflowStatus.SUSPENDED)
-    assert log(engine) == [("start", "checkout", made.id, {"key": "k", "queue": "mail"})]
+    details = {"key": "k", "queue": "mail", "by": "ada", "tags": {"tenant": "7"}, "delay": "1h"}
+    assert log(engine) == [("start", "checkout", made.id, details)]
+    assert run("start", "checkout").err == "Started in queue 'default': without --app that of the code is not known.\n"
     assert "NUL" in run("start", "checkout", "--input", '{"a": "\\u0000"}').err
 
 
@@ -186,6 +190,7 @@ def test_code_checks_what_is_started_with_it(
     app = "--app", "verbs_shop:durable"
     wrong = run("start", "remind", "--input", '{"day": "soon"}', *app)
     assert (wrong.code, "--input does not fit workflow 'remind'" in wrong.err) == (2, True), wrong
+    assert "stored" not in wrong.err
     assert "did you mean 'remind'?" in run("start", "remimd", *app).err
     assert run("start", "remind", "--input", '{"day": "2026-11-30"}', *app).code == 0
     with Session(engine) as session:
@@ -210,13 +215,19 @@ def test_signal_and_update_reach_a_workflow(
     workflow_id = run("start", "cart").out.strip()
     assert run("signal", workflow_id, "name", '"ada"', "--key", "k").out == "Signal 'name' was sent.\n"
     assert run("signal", workflow_id, "name", '"bob"', "--key", "k", "--json").rows[0]["is_new"] is False
-    late = run("update", workflow_id, "add", "1", "--key", "u", "--wait", "0.01")
+    late = run("update", workflow_id, "add", "1", "--key", "u", "--wait", "0.01s")
     assert (late.code, "has not answered update" in late.err) == (1, True)
     with session_factory() as session:
         assert Executor(session).execute(cart, UUID(workflow_id)) == "ada"
     answered = run("update", workflow_id, "add", "1", "--key", "u", "--wait", "5s", "--json")
     assert json.loads(answered.out)["reply"] == 2
     assert [each[0] for each in log(engine)] == ["start", "signal", "update"]
+    with session_factory() as session:
+        waiting = cart.start(session)
+        session.commit()
+        Executor(session).execute_until_waiting(cart, waiting)
+        warned = run("signal", str(waiting.id), "nmae")
+    assert warned.err == "It does not wait for 'nmae' now, but for 'name': the signal is kept until it does.\n"
     ended = run("signal", workflow_id, "name")
     assert (ended.code, "has succeeded. Nothing was sent." in ended.err) == (1, True)
 

@@ -165,7 +165,7 @@ def _change_all(
                 with act.transaction(session):
                     found, noted = _change(session, verb, meant, ids, act=act, details=details)
                 number += len(noted)
-                _print_changed(verb, noted, act=act)
+                _print_changed(verb, noted, found, act=act)
                 if choice.ids:
                     changed |= found.keys()
                 advance(len(ids))
@@ -190,12 +190,18 @@ def _change(
     return found, act.note_workflows(session, list(found.values()), verb.name, details, names=names)
 
 
-def _print_changed(verb: Verb, noted: Sequence[Any], *, act: Act) -> None:
+def _print_changed(verb: Verb, noted: Sequence[Any], changed: Changed, *, act: Act) -> None:
+    made_of = {made: source for source, made in changed.items() if made != source}  # forks
     if act.as_json:
-        print_json({"verb": verb.name, "id": each.workflow_id, "name": each.subject} for each in noted)
-    elif act.quiet:
-        for each in noted:
+        of = {made: {"forked_from": source} for made, source in made_of.items()}
+        rows = ({"verb": verb.name, "id": each.workflow_id, "name": each.subject} for each in noted)
+        print_json({**row, **of.get(row["id"], {})} for row in rows)
+        return
+    for each in noted:
+        if act.quiet:
             print(each.workflow_id)
+        elif each.workflow_id in made_of:
+            print(f"{made_of[each.workflow_id]} → {each.workflow_id}")
 
 
 def portions(session: Session, meant: Select[Any], size: int) -> Iterator[list[UUID]]:

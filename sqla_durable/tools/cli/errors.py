@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from sqla_durable.errors import DurableError
+from sqla_durable.errors import ArgumentError, DurableError
 
 DONE, FAILED, WRONG_COMMAND, INTERRUPTED = 0, 1, 2, 130
 FOUND_WARNINGS, FOUND_ERRORS = 3, 4
@@ -30,7 +30,7 @@ def fail(error: Exception) -> NoReturn:
     from sqla_durable.definitions.redaction import driver_message, message_of, notes_of
 
     match error:
-        case CommandError():
+        case CommandError() | ArgumentError():
             message, code = str(error), WRONG_COMMAND
         case DurableError():
             message, code = str(error), FAILED

@@ -154,18 +154,18 @@ def parsed_moment(option: str, text: str) -> datetime:
 
 
 def parsed_duration(option: str, text: str) -> timedelta:
-    """Return a duration: a number of seconds, or one with a unit: 30s, 5m, 2h, 7d, 1w.
+    """Return a duration: 30s, 5m, 2h, 7d, 1w, or 0.
 
     Raises:
         CommandError: it is none.
     """
-    matched = _DURATION.fullmatch(text if text[-1:] in _UNITS else f"{text}s")
+    matched = _DURATION.fullmatch("0s" if text == "0" else text)
     try:
         if matched is not None:
             return timedelta(**{_UNITS[matched[2]]: float(matched[1])})
     except OverflowError:
         pass
-    raise CommandError(f"{option} {text!r} is no duration: write a number of seconds, or 5m, 2h, 7d.")
+    raise CommandError(f"{option} {text!r} is no duration: write a number with a unit, such as 30s, 5m, 2h or 7d.")
 
 
 def parsed_tags(given: Iterable[str] | None) -> dict[str, str]:

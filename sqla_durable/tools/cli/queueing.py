@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sqla_durable.errors import ArgumentError
 from sqla_durable.tools.cli.acting import Act, counted, warn
 from sqla_durable.tools.cli.database import App, Schema, Url, session_of
 from sqla_durable.tools.cli.errors import FAILED, CommandError
@@ -70,8 +71,10 @@ def _switch(name: str, by: str | None, act: Act, *, verb: str) -> None:
             changed = was_paused != pauses
             if changed:
                 act.note_subject(session, name, verb, {"by": by})
+        if pauses and not _is_known(session, name):
+            warn([f"Nobody claims from a queue {name!r}, and nothing waits in it: is that its name?"])
     state = "paused" if pauses else "not paused"
-    message = f"{what} is {state}." if changed else f"{what} was {state} already."
+    message = f"{what} is {state}." if changed else f"{what} was already {state}."
     act.print(message[0].upper() + message[1:], value=name, verb=verb, queue=name, by=by, changed=changed)
 
 
@@ -131,18 +134,49 @@ def set_(
             found = session.get(Queue, name, with_for_update={"key_share": True})
             before, weights_before = _settings(found), _weights(found)
             weights = {**weights_before, **_parsed_weights(weight)} if weight else None
-            row = manage.put_queue(session, name, **{**before, **given}, weights=weights)
+            try:
+                row = manage.put_queue(session, name, **{**before, **given}, weights=weights)
+            except ArgumentError as error:
+                raise CommandError(_in_options(str(error))) from None
             session.refresh(row)
             after = _settings(row)
             changes = {
                 each: {"from": _said(each, before.get(each)), "to": _said(each, after[each])}
                 for each in after
-                if before.get(each) != after[each]
+                if before.get(each) != after[each] and (found is not None or each in given)
             }
             changes |= {} if weights is None else _changed_weights(weights_before, weights)
             if changes or found is None:
                 act.note_subject(session, name, "queue set", changes)
+        if found is None and not _is_known(session, name):
+            warn([f"Nobody claims from a queue {name!r}, and nothing waits in it: is that its name?"])
     _print_changes(name, changes, act)
+
+
+def _in_options(message: str) -> str:
+    """Return a message about settings with their names as options."""
+    for each in (*_COUNTS, *_RATES, "while_suspended", "fifo", "fair", "aging", "weights"):
+        option = f"--{each.replace('_', '-').removesuffix('s') if each == 'weights' else each.replace('_', '-')}"
+        message = re.sub(rf"\b{each}(\[0\])?=True", option, message)
+        message = re.sub(rf"\b{each}(\[\d\])?=", f"{option} ", message)
+        message = re.sub(rf"(?<![-\w]){each}(?=[ :,.]|$)", option, message) if "_" in each else message
+    return message
+
+
+def _is_known(session: Session, name: str) -> bool:
+    """Return whether a queue has anything waiting in it, or a live worker claims from it."""
+    from sqlalchemy import select
+
+    from sqla_durable import Workflow, WorkflowStatus
+    from sqla_durable.definitions.queues import fitting
+    from sqla_durable.models import Worker
+    from sqla_durable.store.statements import status_literal
+
+    is_pending = Workflow.status == status_literal(WorkflowStatus.PENDING)
+    if session.scalar(select(Workflow.id).where(Workflow.queue == name, is_pending).limit(1)) is not None:
+        return True
+    patterns = [each for queues in session.scalars(select(Worker.queues)) for each in queues]
+    return fitting(patterns).fullmatch(name) is not None
 
 
 def _settings(row: Queue | None) -> dict[str, Any]:
@@ -191,7 +225,7 @@ def _period(value: timedelta) -> str:
 
 def _print_changes(name: str, changes: Mapping[str, Any], act: Act) -> None:
     listed = ", ".join(
-        f"{each.replace('_', '-')} {_or_none(change['to'])}, was {_or_none(change['from'])}"
+        f"{each.replace('_', '-')} {_or_none(change['from'])} → {_or_none(change['to'])}"
         for each, change in changes.items()
     )
     message = f"Queue {name!r}: {listed}." if changes else f"Queue {name!r} is unchanged."
@@ -230,7 +264,9 @@ def _parsed_weights(given: Sequence[str]) -> dict[str, int]:
         key, _, number = each.rpartition("=")
         if not key:
             raise CommandError(f"--weight {each!r} is not KEY=N, such as ada=3.")
-        found[key] = _parsed_number(f"--weight {key}=", number)
+        if not number.isdecimal():
+            raise CommandError(f"--weight {each!r} has no number after the key: write it as ada=3.")
+        found[key] = int(number)
     return found
 
 
@@ -239,7 +275,7 @@ def drain(
     name: _Name,
     *,
     timeout: Annotated[
-        str | None, typer.Option("--timeout", metavar="DURATION", help="How long to wait: seconds, 5m, 2h.")
+        str | None, typer.Option("--timeout", metavar="DURATION", help="How long to wait: 30s, 5m, 2h.")
     ] = None,
     url: Url = None,
     app: App = None,
@@ -256,6 +292,8 @@ def drain(
             paused = _is_paused(session, name, None)
             session.rollback()
             if running == 0 and (paused or pending == 0):
+                if pending:
+                    warn([f"Queue {name!r} is paused, and {counted(pending)} {_are(pending)} pending in it."])
                 return
             if until is not None and time.monotonic() >= until:
                 break

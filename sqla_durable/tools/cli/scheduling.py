@@ -127,5 +127,5 @@ def _switch(name: str, act: Act, change: Callable[[Session], None], *, verb: str
         changed = before != _pause_of(session, name)
         if changed:
             act.note_subject(session, name, verb)
-    message = f"Schedule {name!r} is {state}." if changed else f"Schedule {name!r} was {state} already."
+    message = f"Schedule {name!r} is {state}." if changed else f"Schedule {name!r} was already {state}."
     act.print(message, value=name, verb=verb, schedule=name, changed=changed)

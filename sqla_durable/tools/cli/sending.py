@@ -13,6 +13,10 @@ from sqla_durable.tools.cli.filters import parsed_duration, parsed_id, parsed_ta
 from sqla_durable.tools.cli.groups import grouped
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy.orm import Session
+
     from sqla_durable.api.options import StartOptions
     from sqla_durable.api.workflows import BoundWorkflow
 
@@ -36,7 +40,7 @@ def start(
     tag: Annotated[list[str] | None, typer.Option("--tag", metavar="NAME=VALUE", help="A tag; repeatable.")] = None,
     priority: Annotated[int, typer.Option("--priority", help="Lower is served first.")] = 0,
     delay: Annotated[
-        str | None, typer.Option("--delay", metavar="DURATION", help="How long after now it is due: seconds, 5m, 2h.")
+        str | None, typer.Option("--delay", metavar="DURATION", help="How long after now it is due: 30s, 5m, 2h.")
     ] = None,
     act: Act,
 ) -> None:
@@ -63,9 +67,12 @@ def start(
             workflow = start_bound(session, bound)
             session.flush()
             workflow_id, is_new = workflow.id, workflow.id == bound.new.id
-            act.note_workflows(session, [workflow_id] if is_new else [], "start", {"key": key, "queue": queue})
+            details = {"key": key, "queue": bound.new.queue, "by": by, "tags": options.tags, "delay": delay}
+            act.note_workflows(session, [workflow_id] if is_new else [], "start", details)
     if not is_new and not act.quiet:
         typer.echo(f"A workflow {name!r} with the key {key!r} was there: nothing was started.", err=True)
+    if is_new and act.app is None and queue is None and not act.quiet:
+        typer.echo(f"Started in queue {bound.new.queue!r}: without --app that of the code is not known.", err=True)
     act.print(str(workflow_id), value=workflow_id, verb="start", id=workflow_id, name=name, is_new=is_new)
 
 
@@ -107,8 +114,24 @@ def _checked(app: str, name: str, arguments: dict[str, Any], options: StartOptio
     try:
         decoded = definition.arguments.decode(json.dumps(arguments))
     except DecodingError as error:
-        raise CommandError(f"--input does not fit workflow {name!r}: {error}") from None
+        raise CommandError(f"--input does not fit workflow {name!r}: {_without_stored(str(error))}") from None
     return WorkflowFunction[..., Any](definition, options).bind(**decoded)
+
+
+def _without_stored(message: str) -> str:
+    """Return what does not fit, in words about what is given and not about what is stored."""
+    return message.replace("the stored ", "the ").replace(" that the code has now", "").partition(". Restore ")[0]
+
+
+def _warn_of_other_names(session: Session, workflow_id: UUID, name: str) -> None:
+    """Say what a suspended workflow waits for, if it is not this signal."""
+    from sqla_durable import Workflow
+
+    row = session.get(Workflow, workflow_id)
+    awaited = [each["signal"] for each in (row.awaits if row else None) or () if "signal" in each]
+    if awaited and name not in awaited:
+        names = ", ".join(repr(each) for each in awaited if not each.startswith("#")) or "something else"
+        typer.echo(f"It does not wait for {name!r} now, but for {names}: the signal is kept until it does.", err=True)
 
 
 @grouped
@@ -131,6 +154,9 @@ def signal(
             send_signal(session, workflow_id, name, given, key=key)
             if not known:
                 act.note_workflows(session, [workflow_id], "signal", {"signal": name, "key": key})
+        if not act.quiet:
+            with session.begin():
+                _warn_of_other_names(session, workflow_id, name)
     done = "was sent before, with this key" if known else "was sent"
     act.print(
         f"Signal {name!r} {done}.", value=workflow_id, verb="signal", id=workflow_id, signal=name, is_new=not known
@@ -145,7 +171,7 @@ def update(
     *,
     key: _Key = None,
     wait: Annotated[
-        str | None, typer.Option("--wait", metavar="SECONDS", help="Wait for the reply so long, and print it.")
+        str | None, typer.Option("--wait", metavar="DURATION", help="Wait for the reply so long, and print it: 10s.")
     ] = None,
     act: Act,
 ) -> None:

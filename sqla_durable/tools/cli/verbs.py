@@ -177,7 +177,7 @@ def change(
     to_queue: Annotated[str | None, typer.Option("--to-queue", metavar="NAME", help="Their new queue.")] = None,
     priority: Annotated[int | None, typer.Option("--priority", help="Their new priority: lower is first.")] = None,
     delay: Annotated[
-        str | None, typer.Option("--delay", metavar="DURATION", help="How long after now: seconds, 5m, 2h; 0 is now.")
+        str | None, typer.Option("--delay", metavar="DURATION", help="How long after now: 30s, 5m, 2h; 0 is now.")
     ] = None,
     at: Annotated[str | None, typer.Option("--at", metavar="TIME", help="When they become due.")] = None,
     filters: Filters,
