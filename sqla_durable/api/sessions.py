@@ -236,7 +236,7 @@ def require_receiver(what: str, workflow_id: UUID, status: WorkflowStatus | None
     """
     if status is None:
         raise NotFoundError(
-            f"{what} cannot be sent to workflow {workflow_id}: it is not visible here. Nothing was sent.",
+            f"no workflow {workflow_id} is visible here: {what} cannot be sent to it. Nothing was sent.",
             workflow_id=workflow_id,
         )
     if status.finished:

@@ -46,7 +46,10 @@ _INSTEAD_OF_ROWS = (
     "An ORM instance belongs to its session: pass its primary key, and load it in the step that needs it."
 )
 _BRING_BACK = "Restore an annotation that reads it, or start a new workflow."
-_SEND = "Send a value of that type, or wait for the type that is sent."
+_SEND = (
+    "Send a value of that type, or wait for the type that is sent. A workflow that has received the wrong one goes on "
+    "as a fork from that wait, to which the right one is sent."
+)
 _UNKNOWN_TYPE = re.compile(r"unknown type: <class '[^']*'>")
 
 

@@ -64,7 +64,7 @@ def _explain(session: Session, *, workflow_id: UUID) -> list[str]:
 
 def _other_status(status: WorkflowStatus, wake_at: datetime | None) -> str:
     if status is WorkflowStatus.RUNNING:
-        return "it is running: running_steps() names its steps."
+        return "it is running."
     if status is not WorkflowStatus.SUSPENDED:
         return f"it {status.as_predicate}."
     until = "until what it awaits is there" if wake_at is None else f"until {time_text(wake_at)}"
@@ -74,10 +74,10 @@ def _other_status(status: WorkflowStatus, wake_at: datetime | None) -> str:
 def _pauses(found: Any) -> Iterator[str]:
     if found["paused_at"] is not None:
         since = time_text(found["paused_at"])
-        yield f"queue {found['queue']!r} has been paused since {since}: manage.resume_queue ends that."
+        yield f"queue {found['queue']!r} has been paused since {since}: resume it."
     if found["key_paused_at"] is not None:
         since = time_text(found["key_paused_at"])
-        yield f"key {found['by']!r} of its queue has been paused since {since}: manage.resume_key ends that."
+        yield f"key {found['by']!r} of its queue has been paused since {since}: resume it."
     if found["deadline_at"] is not None and found["deadline_at"] <= found["read_at"]:
         yield f"its deadline was {time_text(found['deadline_at'])}: a worker lets it fail."
 
@@ -135,11 +135,15 @@ def _order(session: Session, found: Any) -> Iterator[str]:
     if found["fifo"] and found["by"] is not None:
         before = explanations.ahead(session, found, in_key=True)
         if before:
-            yield f"{_number(before)} of key {found['by']!r} come before it."
+            yield f"{_number(before)} of key {found['by']!r} {_come(before)} before it."
     before = explanations.ahead(session, found, in_key=False)
     if before:
         turns = ", but keys take turns" if found["is_keyed"] else ""
-        yield f"{_number(before)} of its queue come before it{turns}."
+        yield f"{_number(before)} of its queue {_come(before)} before it{turns}."
+
+
+def _come(count: int) -> str:
+    return "comes" if count == 1 else "come"
 
 
 def _number(count: int) -> str:
@@ -154,7 +158,7 @@ def _holders(first: list[Holder], number: int) -> str:
 def _holder(each: Holder) -> str:
     where = f" on {each.worker}" if each.worker else ""
     if each.status is WorkflowStatus.FAILED:
-        return f"{each.name} {each.workflow_id} (failed: manage.retry lets it go on, manage.delete removes it)"
+        return f"{each.name} {each.workflow_id} (failed: retry it or delete it)"
     verb = " since" if each.status is WorkflowStatus.RUNNING else ", started"
     since = f"{verb} {time_text(each.started_at)}" if each.started_at else ""
     return f"{each.name} {each.workflow_id} ({each.status}{where}{since})"

@@ -81,7 +81,7 @@ def test_what_a_verb_does_not_apply_to_is_named_with_the_reason(run: CommandLine
     assert (done.code, done.out) == (1, "1 workflow cancelled.\n")
     assert done.err.splitlines() == [
         f"{found['succeeded']} was not cancelled: workflow 'checkout' has succeeded already.",
-        f"{unknown} was not cancelled: there is no such workflow.",
+        f"no workflow {unknown} is visible here: it was not cancelled.",
     ]
     reasons = {
         ("resume", found["failed"]): "has failed with an error of its own: retry it.",

@@ -75,7 +75,7 @@ def test_places_that_are_taken_with_their_holders(session: Session) -> None:
     assert f"1 of 1 places of key 'a' are taken: checkout {first} (running on ada since " in of_key
     assert str(other) not in of_key.splitlines()[1]
     assert "key 'c'" not in reasons(session, third)
-    assert "1 of its queue come before it, but keys take turns." in reasons(session, third)
+    assert "1 of its queue comes before it, but keys take turns." in reasons(session, third)
 
 
 def test_what_keeps_a_place_itself_is_not_in_its_own_way(session: Session) -> None:
@@ -113,8 +113,8 @@ def test_what_comes_before_it_in_its_key(session: Session) -> None:
     failed = {"status": WorkflowStatus.FAILED, "error": {"type": "x"}, "finished_at": datetime.now(UTC)}
     session.execute(update(Workflow).where(Workflow.id == first).values(**failed))
     session.commit()
-    assert f"1 of 1 places of key 'a' are taken: checkout {first} (failed: manage.retry " in reasons(session, second)
-    assert "1 of key 'a' come before it." in reasons(session, third)
+    assert f"1 of 1 places of key 'a' are taken: checkout {first} (failed: retry it" in reasons(session, second)
+    assert "1 of key 'a' comes before it." in reasons(session, third)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_it_is_not_pending(session: Session) -> None:
     one, two = races.enqueue(session, 2)
     assert manage.explain_pending(session, session.get_one(Workflow, one)) != []
     races.claim(session)
-    assert reasons(session, one) == "it is running: running_steps() names its steps."
+    assert reasons(session, one) == "it is running."
     session.execute(update(Workflow).where(Workflow.id == two).values(status=WorkflowStatus.SUSPENDED))
     session.commit()
     assert reasons(session, two) == "it is suspended until what it awaits is there."

@@ -238,7 +238,9 @@ def _missed(session: Session, verb: Verb, named: Sequence[UUID], changed: set[UU
     query = select(Workflow).where(Workflow.id.in_(missed))
     found = {each.id: each for each in session.scalars(query)} if missed else {}
     return [
-        f"{each} was not {verb.done}: {_reason(verb, found[each]) if each in found else 'there is no such workflow.'}"
+        f"{each} was not {verb.done}: {_reason(verb, found[each])}"
+        if each in found
+        else f"no workflow {each} is visible here: it was not {verb.done}."
         for each in missed
     ]
 

@@ -26,6 +26,7 @@ def fail(error: Exception) -> NoReturn:
     """
     from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+    from sqla_durable.definitions.database_errors import is_outage
     from sqla_durable.definitions.log import one_line
     from sqla_durable.definitions.redaction import driver_message, message_of, notes_of
 
@@ -36,7 +37,8 @@ def fail(error: Exception) -> NoReturn:
             message, code = str(error), FAILED
         case SQLAlchemyError():
             reason = driver_message(error.orig) if isinstance(error, DBAPIError) and error.orig else message_of(error)
-            message, code = ". ".join([f"the database refused: {reason}", *notes_of(error)]), FAILED
+            what = "the database cannot be reached" if is_outage(error) else "the database refused"
+            message, code = ". ".join([f"{what}: {reason}", *notes_of(error)]), FAILED
         case _:
             raise error
     paragraph = one_line(" ".join(message.split()), limit=10_000)

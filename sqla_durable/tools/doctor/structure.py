@@ -30,7 +30,10 @@ MANY_DEAD = 10_000
 """From how many dead rows on a table is reported, if they are also half as many as the live ones."""
 
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy has left it without types
-_UPGRADE = f"alembic upgrade heads, with a revision that calls sqla_durable.migrations.upgrade({REVISION!r})"
+_UPGRADE = (
+    f"alembic upgrade heads, with a revision that calls sqla_durable.migrations.upgrade({REVISION!r}); "
+    "without Alembic, sqla-durable migrate"
+)
 _WORKER_NEEDS = {table: tuple(each.lower() for each in needed) for table, needed in rights.SETS["worker"].items()}
 """The rights that a worker needs, each on the table or on some of its columns."""
 
