@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import stat
 from pathlib import Path
 from uuid import UUID
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
-from sqla_durable import Durable, Executor, send_signal, set_event, start_child, wait_signal, write_stream
-from tests.cli.invoking import CommandLine
+from sqla_durable import Durable, Executor, Workflow, send_signal, set_event, start_child, wait_signal, write_stream
+from tests.cli.invoking import CommandLine, log
 
 durable = Durable()
+calls: list[float] = []
 
 
 @durable.workflow
@@ -24,6 +26,7 @@ def child() -> int:
 
 @durable.step
 def double(number: float) -> float:
+    calls.append(number)
     return 2 * number
 
 
@@ -71,3 +74,72 @@ def test_history_is_exported_as_it_is_in_the_database(
     assert [each.name for each in tmp_path.iterdir()] == ["all.jsonl"]
     assert run("export", uuid7(), made).code == 1
     assert "No such file or directory" in run("export", "-o", tmp_path / "no" / "file").err
+
+
+def test_workflows_move_to_another_database_and_go_on(
+    engine: Engine, session_factory: sessionmaker[Session], database_url: str, empty_database_url: str, tmp_path: Path
+) -> None:
+    run, other, file = CommandLine(database_url), CommandLine(empty_database_url), tmp_path / "all.jsonl"
+    calls.clear()
+    with session_factory() as session:
+        ended, made = child.start(session).id, parent.start(session, "a").id
+        session.commit()
+        Executor(session).execute(child, ended)
+        Executor(session).execute_until_waiting(parent, made)
+        send_signal(session, made, "other", 1.5, key="k")
+        session.commit()
+    before = run("export").out
+    assert run("export", "-o", file).code == 0
+    assert other("migrate").code == 0
+    imported = other("import", file, "--reason", "we move", "--as", "ada")
+    assert (imported.out, imported.err) == (
+        "3 workflows imported, of which 2 were unfinished and are cancelled: `resume` lets them go on.\n",
+        "",
+    )
+    moved = create_engine(empty_database_url)
+    assert [(each[0], each[1]) for each in log(moved)] == [
+        ("import", "child"),
+        ("import", "parent"),
+        ("import", "child"),
+    ]
+    was = {each["workflow"]["id"]: each for each in map(json.loads, before.splitlines())}
+    for found in map(json.loads, other("export").out.splitlines()):
+        expected = was[found["workflow"]["id"]]
+        is_moved = found["workflow"]["status"] == "cancelled"
+        changed = dict.fromkeys(("status", "finished_at", "wake_at", "awaits") if is_moved else ())
+        assert {**found, "workflow": found["workflow"] | changed} == {
+            **expected,
+            "workflow": expected["workflow"] | changed,
+        }
+    assert other("resume", made, "--yes").out == "2 workflows resumed.\n"
+    with Session(moved) as session:
+        send_signal(session, made, "go", "gone")
+        session.commit()
+        assert Executor(session).execute(parent, made) == "gone"
+        assert [each.name for each in session.get_one(Workflow, made).children] == ["child"]
+    assert calls == [1.5]
+    moved.dispose()
+
+
+def test_what_cannot_be_imported_is_refused_with_its_line(database_url: str, engine: Engine, tmp_path: Path) -> None:
+    run = CommandLine(database_url)
+    with Session(engine) as session:
+        child.options(key="k").start(session)
+        session.commit()
+    line = run("export").out
+    again = run("import", "-", stdin=line)
+    assert again.code == 2
+    assert "lines 1 to 1 of - were not imported, and nothing after them; 0 workflows before them were: " in again.err
+    assert run("import", "-", "--skip-existing", stdin=line).out == "0 workflows imported.\n"
+    renamed = json.loads(line)
+    renamed["workflow"] |= {"id": str(uuid7()), "parent_id": str(uuid7())}
+    assert "workflow_name_key_key" in run("import", "-", stdin=json.dumps(renamed)).err
+    renamed["workflow"]["key"] = None
+    packed = tmp_path / "one.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps(renamed).encode()))
+    orphan = run("import", packed)
+    assert orphan.err == "The parents of 1 workflow are not in this database: they have none now.\n"
+    for given, words in {"{}": "'workflow'", "1": "line 1", "\n{": "line 2 of -", '{"workflow": 1}': "line 1"}.items():
+        refused = run("import", "-", stdin=given)
+        assert (refused.code, words in refused.err, "as `sqla-durable export` writes" in refused.err) == (2, True, True)
+    assert "No such file" in run("import", tmp_path / "nothing").err

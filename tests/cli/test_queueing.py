@@ -45,15 +45,16 @@ def test_queue_is_set_and_says_what_it_was(run: CommandLine, engine: Engine) -> 
         ("--weight", "ada", "--weight 'ada' is not KEY=N"),
     ):
         assert message in run("queue", "set", "mail", option, value).err
-    for option, value, message in (
+    wrong: tuple[tuple[str, str, str | None], ...] = (
         ("--fifo", "last", "--fifo 'last' is none of 'skip', 'block'"),
         ("--concurrency", "0", "--concurrency 0 is not an integer from 1 to "),
         ("--rate", "0/1m", "--rate 0 is not an integer from 1 to "),
         ("--while-suspended", "hold", None),
         ("--weight", "ada=x", "--weight 'ada=x' has no number after the key"),
-    ):
+    )
+    for option, value, words in wrong:
         refused = run("queue", "set", "mail", option, value)
-        assert (refused.code, message is None or message in refused.err) == (2 if message else 0, True), refused.err
+        assert (refused.code, words is None or words in refused.err) == (2 if words else 0, True), refused.err
     run("queue", "set", "mail", "--while-suspended", "release")
     with Session(engine) as session:
         row = session.get_one(Queue, "mail")

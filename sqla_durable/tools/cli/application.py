@@ -14,6 +14,7 @@ from sqla_durable.tools.cli.bench import bench
 from sqla_durable.tools.cli.doctor import doctor
 from sqla_durable.tools.cli.errors import fail
 from sqla_durable.tools.cli.exporting import export
+from sqla_durable.tools.cli.importing import import_
 from sqla_durable.tools.cli.listing import list_workflows, queues, schedules, workers
 from sqla_durable.tools.cli.metrics import metrics
 from sqla_durable.tools.cli.migrating import migrate
@@ -70,6 +71,7 @@ app.command("workers")(workers)
 app.command("schedules")(schedules)
 for _each in (start, signal, update, cancel, resume, retry, rewind, fork, change, delete, export, migrate):
     app.command(_each.__name__)(_each)
+app.command("import")(import_)
 app.add_typer(queue)
 app.add_typer(schedule)
 app.command("metrics")(metrics)

@@ -193,7 +193,7 @@ def _change(
 def _print_changed(verb: Verb, noted: Sequence[Any], changed: Changed, *, act: Act) -> None:
     made_of = {made: source for source, made in changed.items() if made != source}  # forks
     if act.as_json:
-        of = {made: {"forked_from": source} for made, source in made_of.items()}
+        of: dict[object, dict[str, object]] = {made: {"forked_from": source} for made, source in made_of.items()}
         rows = ({"verb": verb.name, "id": each.workflow_id, "name": each.subject} for each in noted)
         print_json({**row, **of.get(row["id"], {})} for row in rows)
         return

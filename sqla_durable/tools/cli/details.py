@@ -94,13 +94,8 @@ def read(session: Session, workflow_id: UUID, *, whole: bool) -> Details:
         reasons=manage.explain_pending(session, workflow_id) if status is WorkflowStatus.PENDING else [],
         children=children,
         has_more_children=has_more,
-        events=[
-            revealed_row(each, "value", as_text=not whole) for each in _rows(session, _events(workflow_id, whole=whole))
-        ],
-        signals=[
-            revealed_row(each, "payload", as_text=not whole)
-            for each in _rows(session, _signals(workflow_id, whole=whole))
-        ],
+        events=_revealed(session, _events(workflow_id, whole=whole), "value", whole=whole),
+        signals=_revealed(session, _signals(workflow_id, whole=whole), "payload", whole=whole),
         audit=_rows(session, _audit(workflow_id, whole=whole)),
     )
 
