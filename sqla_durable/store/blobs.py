@@ -104,11 +104,11 @@ def begin_outside(connectable: Connectable, new: NewBlob) -> None:
     """Insert a blob without a workflow, which is deleted in a day."""
     values = {"id": new.id, "media_type": new.media_type, "codecs": new.codecs, "url": new.url}
     values["expires_at"] = pg.statement_timestamp() + _KEPT
-    execute(connectable, insert(BLOB).values(values).on_conflict_do_nothing())
+    execute(connectable, insert(BLOB).values(values))
 
 
 def write(connectable: Connectable, blob_id: UUID, number: int, data: bytes, *, origin: Origin | None) -> bool:
-    """Write a chunk, once however often it is executed; false if the blob is not there to be written.
+    """Write a chunk, in a step once however often it is executed; false if the blob is not there to be written.
 
     Args:
         blob_id: the blob.
@@ -242,16 +242,16 @@ def _fenced(owned: sa.CTE, done: Any) -> Any:
 def _insert_chunk(source: Any) -> Any:
     values = [BLOB.c.id, _NUMBER, parameter("new_data", sa.LargeBinary())]
     wanted = source.with_only_columns(*values)
-    written = insert_select(CHUNK, ["blob_id", "number", "data"], wanted)
-    # An update, and not nothing, so that the row comes back the second time too.
-    again = written.on_conflict_do_update(index_elements=["blob_id", "number"], set_={"data": written.excluded.data})
-    return again.returning(CHUNK.c.blob_id.label("id"))
+    return insert_select(CHUNK, ["blob_id", "number", "data"], wanted).returning(CHUNK.c.blob_id.label("id"))
 
 
 def _write_statement() -> Any:
     owned = _owned()
     theirs = sa.select(BLOB.c.id).join_from(BLOB, owned, BLOB.c.workflow_id == owned.c.id).where(BLOB.c.id == _ID)
-    return _fenced(owned, _insert_chunk(theirs))
+    written = _insert_chunk(theirs)
+    # An update, and not nothing, so that the row comes back the second time too.
+    again = written.on_conflict_do_update(index_elements=["blob_id", "number"], set_={"data": written.excluded.data})
+    return _fenced(owned, again)
 
 
 def _complete_statement() -> Any:
