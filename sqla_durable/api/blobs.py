@@ -420,7 +420,7 @@ class _Reading:
 
     async def _stored(self, found: Found) -> bytes:
         if self._file is not None:
-            data = await self._channel.block(partial(_take, self._file, is_sealed=found.is_sealed))
+            data: bytes | None = await self._channel.block(partial(_take, self._file, is_sealed=found.is_sealed))
         else:
             data = await self._channel.within(partial(blobs.read, blob_id=self._blob.id, number=self._number))
         if not data:

@@ -50,7 +50,7 @@ def blobs_in(text: str) -> tuple[UUID, ...]:
 
 def _ids_in(value: Any) -> Iterator[UUID]:
     if isinstance(value, list):
-        for each in cast("list[Any]", value):
+        for each in value:  # pyright: ignore[reportUnknownVariableType]
             yield from _ids_in(each)
     elif isinstance(value, dict):
         members = cast("dict[str, Any]", value)

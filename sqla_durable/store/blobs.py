@@ -11,7 +11,7 @@ from typing import Any, cast
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from sqla_durable.definitions.blobs import blobs_in
 from sqla_durable.definitions.dataclass import dataclass
@@ -102,9 +102,7 @@ def begin(connectable: Connectable, new: NewBlob, *, origin: Origin) -> None:
 
 def begin_outside(connectable: Connectable, new: NewBlob) -> None:
     """Insert a blob without a workflow, which is deleted in a day."""
-    values = {"id": new.id, "media_type": new.media_type, "codecs": new.codecs, "url": new.url}
-    values["expires_at"] = pg.statement_timestamp() + _KEPT
-    execute(connectable, insert(BLOB).values(values))
+    execute(connectable, _BEGIN_OUTSIDE, new.parameters)
 
 
 def write(connectable: Connectable, blob_id: UUID, number: int, data: bytes, *, origin: Origin | None) -> bool:
@@ -216,17 +214,15 @@ def _begin_statement() -> Any:
         .returning(BLOB.c.id)
         .cte("earlier")
     )
-    columns: dict[str, Expression] = {
-        "id": _ID,
-        "media_type": parameter("new_media_type", Text()),
-        "codecs": parameter("new_codecs", ARRAY(Text())),
-        "url": parameter("new_url", Text()),
-        "workflow_id": owned.c.id,
-        **_writer(),
-    }
+    columns = {**_NEW, "workflow_id": owned.c.id, **_writer()}
     inserted = insert_select(BLOB, columns, sa.select(*columns.values())).on_conflict_do_nothing()
     begun = inserted.returning(BLOB.c.id).cte("begun")
     return sa.select(owned.c.id).add_cte(earlier, begun)
+
+
+def _begin_outside_statement() -> Any:
+    columns = {**_NEW, "expires_at": pg.statement_timestamp() + _KEPT}
+    return insert_select(BLOB, columns, sa.select(*columns.values()))
 
 
 def _writer() -> dict[str, Expression]:
@@ -310,8 +306,15 @@ _STORED = {
     "sha256": parameter("new_sha256", Text()),
     "stored_at": pg.statement_timestamp(),
 }
+_NEW: dict[str, Expression] = {
+    "id": _ID,
+    "media_type": parameter("new_media_type", Text()),
+    "codecs": parameter("new_codecs", ARRAY(Text())),
+    "url": parameter("new_url", Text()),
+}
 _IS_BLOB = BLOB.c.id == _ID
 _BEGIN = Statement(_begin_statement)
+_BEGIN_OUTSIDE = Statement(_begin_outside_statement)
 _WRITE = Statement(_write_statement)
 _WRITE_OUTSIDE = Statement(lambda: _insert_chunk(sa.select(BLOB.c.id).where(_IS_BLOB, _is_waiting())))
 _COMPLETE = Statement(_complete_statement)

@@ -11,7 +11,6 @@ from uuid import UUID
 
 from sqlalchemy import Engine, delete, select, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 import sqla_durable
@@ -88,7 +87,7 @@ def upload(session: Session) -> Blob:
     return writer.blob
 
 
-async def upload_async(session: AsyncSession) -> Blob:
+async def upload_async(session: Any) -> Blob:
     """Write a blob."""
     async with aio.create_blob(session=session, durable=durable) as writer:
         await writer.write(b"x")

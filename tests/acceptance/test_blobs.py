@@ -219,7 +219,7 @@ def test_a_failed_try_and_a_rollback_leave_nothing_behind(
     durable = Durable(sessionmaker=session_factory, blobs=url)
     tries: list[Blob] = []
 
-    @durable.step(retry=lambda state: state.outcome is not None and state.outcome.failed)  # type: ignore[arg-type]
+    @durable.step(retry=lambda state: state.outcome is not None and state.outcome.failed)
     def flaky() -> Blob:
         tries.append(written())
         if len(tries) == 1:
