@@ -359,8 +359,8 @@ class _Writing:
     def _replaced(self) -> UsageError:
         return UsageError(
             f"blob {self._id} is not there to be written any more: a later try of its step has replaced it, or it took "
-            "more than a day. With blobs= in a REPEATABLE READ or SERIALIZABLE transaction, its row cannot be seen: "
-            "write it in a plain step."
+            "more than a day. In a REPEATABLE READ or SERIALIZABLE transaction, its row cannot be seen where blobs= "
+            "names a place outside of the database: write it in a plain step."
         )
 
 

@@ -35,9 +35,11 @@ from sqla_durable import (
 from sqla_durable.asyncio import AsyncExecutor
 from sqla_durable.definitions.blobs import CHUNK, blobs_in
 from sqla_durable.errors import ArgumentError, DecodingError, DefinitionError, NotFoundError, UsageError
+from sqla_durable.execution.worker import blobs as worker_blobs
 from sqla_durable.execution.worker.blobs import Blobs
 from sqla_durable.execution.worker.database import open_databases
 from sqla_durable.models import BlobChunk, StoredBlob
+from tests.store import races
 
 TICK = timedelta(milliseconds=20)
 SOON = timedelta(seconds=20)
@@ -275,6 +277,38 @@ def test_a_blob_belongs_to_the_first_workflow_that_gets_it(session_factory: Sess
         kept = set(session.scalars(select(StoredBlob.id).where(StoredBlob.expires_at.is_not(None))))
     assert [owners[each.id] for each in blobs] == [first, second, third, fourth, None]
     assert kept == {blobs[4].id}
+
+
+def test_workers_sweep_by_themselves_and_go_on_where_a_store_refuses(
+    session_factory: Sessions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker_blobs, "SWEEP_EVERY", 0.05)
+    durable, inside = Durable(sessionmaker=session_factory, blobs=f"file://{tmp_path}"), Durable()
+    with session_factory.begin() as session:
+        refused, others = written(session=session, durable=durable), Durable(blobs=f"file://{tmp_path}/others")
+        left = written(session=session, durable=others)
+        for each in (durable, inside):
+            written(session=session, durable=each)
+        session.execute(update(StoredBlob).values(expires_at=func.now()))
+    (tmp_path / str(refused.id)).unlink()
+    (tmp_path / str(refused.id)).mkdir()  # which cannot be deleted as a file
+    with Worker(durable, poll_interval=TICK):
+        races.wait_until(lambda: stored(session_factory) == [refused.id, left.id], what="the sweep")
+        races.wait_until(lambda: f"object of blob {refused.id} cannot be deleted" in caplog.text)
+    assert objects(tmp_path) == [str(left.id)]
+
+
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ"])
+def test_an_object_cannot_be_completed_in_an_old_snapshot(engine: Engine, tmp_path: Path, level: str) -> None:
+    durable = Durable(blobs=f"file://{tmp_path}")
+    with Session(engine.execution_options(isolation_level=level)) as session:
+        session.execute(select(1))
+        if level == "READ COMMITTED":
+            assert open_blob(session, written(session=session, durable=durable)).read() == DOCUMENT
+            return
+        with pytest.raises(UsageError, match="In a REPEATABLE READ or SERIALIZABLE transaction, its row"):
+            written(session=session, durable=durable)
+        assert objects(tmp_path) == []
 
 
 def test_what_was_changed_is_not_read(session_factory: Sessions, tmp_path: Path) -> None:
