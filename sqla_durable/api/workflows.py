@@ -393,7 +393,8 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
         assigned to a relationship before. With a key one INSERT is executed now; it waits for another transaction
         that is inserting the same key, takes its record if it commits, and leaves the caller's transaction usable.
         In REPEATABLE READ and SERIALIZABLE that wait ends with `KeyNotVisibleError` if the other one commits.
-        In a step of another workflow the record is that one's child; see `start_child`.
+        In a step of another workflow the record is that one's child; see `start_child`. Blobs among the arguments that
+        belong to no workflow are this one's from now on; with one, the session is flushed at once.
 
         Args:
             session: the caller's session; with an `AsyncSession`, await the call.

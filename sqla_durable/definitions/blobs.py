@@ -76,7 +76,9 @@ class Parts:
 
     def add(self, data: bytes | bytearray | memoryview) -> Iterator[bytes]:
         """Add bytes; yield the chunks that are full."""
-        with memoryview(data) as given:
+        if not len(data):
+            return
+        with memoryview(data).cast("B") as given:
             self.size += given.nbytes
             self._hash.update(given)
             for first in range(0, given.nbytes, CHUNK):

@@ -337,10 +337,17 @@ def test_what_was_changed_is_not_read(session_factory: Sessions, tmp_path: Path)
         NotFoundError, match=r"is at 'file:///etc/passwd', and no Durable\(blobs=\.\.\.\) of this process"
     ):
         open_blob(session_factory, thrown).read()
-    with session_factory() as session:
-        read = encrypted.step(lambda blob: open_blob(session_factory, blob).read(), name="read")
-        with pytest.raises(DecodingError, match="is not encrypted, which Encryption"):
-            Executor(session).run(encrypted.workflow(lambda: read(plain) and None, name="reads"))
+
+    @encrypted.step
+    def read(blob: Blob) -> None:
+        open_blob(session_factory, blob).read()
+
+    @encrypted.workflow
+    def reads() -> None:
+        read(plain)
+
+    with session_factory() as session, pytest.raises(DecodingError, match="is not encrypted, which Encryption"):
+        Executor(session).run(reads)
 
 
 def test_mistakes_are_refused_with_what_to_do(session_factory: Sessions) -> None:
