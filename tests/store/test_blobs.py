@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, delete, func, select, update
+from sqlalchemy import Engine, delete, func, select, text, update
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from sqla_durable.models import BlobChunk, StoredBlob, Workflow
 from sqla_durable.store import Fence, Origin, blobs
 from sqla_durable.store.blobs import NewBlob
+from sqla_durable.store.statements import Statement
+from sqla_durable.store.steps import given_fence_parameters
 from sqla_durable.unwinding import AttemptLost
 from tests.store import races
+from tests.store.plans import MODES, explain
 
 STORE = "memory://documents"
 HASH = sha256(b"").hexdigest()
@@ -150,3 +154,33 @@ def test_sweeps_pass_over_what_others_lock(engine: Engine) -> None:
         one.session.commit()
         one.session.execute(select(StoredBlob).where(StoredBlob.id == first).with_for_update())
         assert swept(other.session) == {second}
+
+
+def test_sweeps_and_steps_read_what_they_need_however_many_blobs_there_are(engine: Engine) -> None:
+    fill = (
+        "INSERT INTO durable.workflow (name) SELECT 'checkout' FROM generate_series(1, 5000)",
+        "INSERT INTO durable.blob (id, workflow_id, step_key, size, sha256, stored_at) "
+        f"SELECT gen_random_uuid(), id, 'read', 2, '{HASH}', now() FROM durable.workflow",
+        "INSERT INTO durable.blob_chunk SELECT id, number, '' FROM durable.blob, generate_series(2, 5) AS number",
+        "ANALYZE durable.workflow, durable.blob, durable.blob_chunk",
+    )
+    (fence,) = races.claimed_fences(engine)
+    with Session(engine) as session:
+        over = [put(session, None), put(session, origin_of(fence), is_complete=False)]
+        for each in fill:
+            session.execute(text(each))
+        session.execute(update(StoredBlob).where(StoredBlob.id == over[0]).values(expires_at=func.now()))
+        session.commit()
+        ids = {"ids": f"{{{over[0]},{over[1]}}}"}
+        fenced = given_fence_parameters(fence, "read") | {"blob_id": over[1]}
+        tries: list[tuple[Statement, dict[str, Any]]] = [
+            (blobs._CONDEMN, {"store": STORE, "limit": 100}),  # pyright: ignore[reportPrivateUsage]
+            (blobs._DELETE_CHUNKS, ids | {"limit": 100}),  # pyright: ignore[reportPrivateUsage]
+            (blobs._DELETE, ids),  # pyright: ignore[reportPrivateUsage]
+            (blobs._COMPLETE, fenced | {"new_size": 2, "new_sha256": HASH, "new_try": 1}),  # pyright: ignore[reportPrivateUsage]
+        ]
+        for statement, parameters in tries:
+            for mode in MODES:
+                plan = explain(session, statement, parameters, mode=mode)
+                assert not any(plan.scans(each) for each in ("blob", "blob_chunk", "workflow")), plan
+                assert plan.buffers() < 100, plan
