@@ -145,8 +145,11 @@ def test_a_document_passes_from_the_caller_through_steps_to_the_caller(
         open_blob(session_factory, made).read()
 
 
+@pytest.mark.parametrize(
+    ("async_driver", "url"), [("psycopg", "store"), ("asyncpg", "table"), ("asyncpg", "store")], indirect=True
+)
 async def test_async_code_writes_and_reads_in_the_same_way(
-    engine: Engine, async_session_factory: AsyncSessions, url: str | None
+    async_session_factory: AsyncSessions, url: str | None
 ) -> None:
     durable = Durable(async_sessionmaker=async_session_factory, blobs=url)
 
