@@ -34,7 +34,15 @@ from sqla_durable import (
 )
 from sqla_durable.asyncio import AsyncExecutor
 from sqla_durable.definitions.blobs import CHUNK, blobs_in
-from sqla_durable.errors import ArgumentError, DecodingError, DefinitionError, NotFoundError, UsageError
+from sqla_durable.errors import (
+    ArgumentError,
+    AttemptLostError,
+    DecodingError,
+    DefinitionError,
+    NotFoundError,
+    UsageError,
+    WorkflowCancelledError,
+)
 from sqla_durable.execution.worker import blobs as worker_blobs
 from sqla_durable.execution.worker.blobs import Blobs
 from sqla_durable.execution.worker.database import open_databases
@@ -165,6 +173,8 @@ async def test_async_code_writes_and_reads_in_the_same_way(
 
     @durable.step
     async def transactional(session: AsyncSession, source: Blob) -> Blob:
+        inside = await session.run_sync(lambda inner: written(session=inner))
+        assert await session.run_sync(lambda inner: open_blob(inner, inside).read()) == DOCUMENT
         return await copied(session, source, session=session)
 
     @durable.workflow
@@ -185,7 +195,7 @@ async def test_async_code_writes_and_reads_in_the_same_way(
         assert again.sha256 == blob.sha256 == hashlib.sha256(DOCUMENT).hexdigest()
     async with async_session_factory() as session:
         owners = select(func.count(StoredBlob.workflow_id.distinct()), func.count(StoredBlob.stored_at))
-        assert (await session.execute(owners)).one() == (2, 5)
+        assert (await session.execute(owners)).one() == (2, 7)
 
 
 def test_joined_executor_writes_into_the_callers_transaction(session_factory: Sessions, tmp_path: Path) -> None:
@@ -259,6 +269,33 @@ def test_a_failed_try_and_a_rollback_leave_nothing_behind(
     assert objects(tmp_path) == ([] if url is None else [str(blob.id)])
     assert open_blob(session_factory, blob).read() == DOCUMENT
     assert sweep(engine, durable) == 0
+
+
+def test_an_attempt_that_loses_its_workflow_meanwhile_leaves_no_object(
+    engine: Engine, session_factory: Sessions, url: str | None, tmp_path: Path
+) -> None:
+    # behaviour: C4
+    durable = Durable(blobs=url)
+    reached: list[str] = []
+
+    @durable.step
+    def late() -> Blob:
+        with create_blob() as writer:
+            writer.write(DOCUMENT[:CHUNK])
+            with session_factory.begin() as other:
+                manage.cancel(other, select(Workflow))
+            reached.append("written")
+        reached.append("completed")
+        return writer.blob
+
+    @durable.workflow
+    def document() -> Blob:
+        return late()
+
+    with session_factory() as session, pytest.raises((AttemptLostError, WorkflowCancelledError)):
+        Executor(session).run(document)
+    assert (reached, objects(tmp_path)) == (["written"], [])
+    assert (sweep(engine, durable), stored(session_factory)) == (1, [])
 
 
 def test_a_blob_belongs_to_the_first_workflow_that_gets_it(session_factory: Sessions) -> None:
